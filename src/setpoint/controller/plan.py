@@ -1,0 +1,96 @@
+"""A plan: all decisions of one step, as data; and the protocol of whatever makes plans."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
+
+import numpy as np
+from jaxtyping import Bool
+
+from setpoint.cost.cost import Cost
+from setpoint.groups.group import Group
+from setpoint.sensor.reading import Reading
+
+
+@dataclass(frozen=True, eq=False)
+class Observation:
+    """What the controller sees at one decision.
+
+    Args:
+        step: optimizer steps done so far, from 1 at the first decision.
+        total_steps: optimizer steps of the whole run.
+        widths: active units by group.
+        reading: saliency of every active unit, or None if there is none yet.
+        dense: dense cost by resource, in the resource's own unit.
+        limit: the budget by resource, in the resource's own unit.
+        spent: predicted cost per step at the present widths, by resource.
+        metered: measured cost per step, by resource; empty where there is no meter.
+        loss: last observed loss, or None.
+        seconds_per_step: smoothed duration of one optimizer step, None before it is known.
+        seconds_per_resize: duration of the last resize, None before the first.
+    """
+
+    step: int
+    total_steps: int
+    widths: Mapping[str, int]
+    reading: Reading | None
+    dense: Mapping[str, float]
+    limit: Mapping[str, float]
+    spent: Mapping[str, float]
+    metered: Mapping[str, float] = field(default_factory=dict)
+    loss: float | None = None
+    seconds_per_step: float | None = None
+    seconds_per_resize: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """All decisions of one step.
+
+    Args:
+        step: step of the observation it answers.
+        keep: by group name, boolean per active unit, True = stays. Groups that lose nothing may be
+            absent.
+        price: the budget's Lagrange multiplier, loss per unit of resource, by resource.
+        reference: cost per step that the reference trajectory allows now, by resource.
+        landed: True on the last decision: within budget, and no single block can be added back.
+        reason: why, for people.
+    """
+
+    step: int
+    keep: Mapping[str, Bool[np.ndarray, " units"]]
+    price: Mapping[str, float] = field(default_factory=dict)
+    reference: Mapping[str, float] = field(default_factory=dict)
+    landed: bool = False
+    reason: str = ""
+
+    def empty(self) -> bool:
+        """True when no unit is dropped."""
+        return all(bool(keep.all()) for keep in self.keep.values())
+
+
+State = TypeVar("State")
+
+
+class Controller(Protocol[State]):
+    """Turns an observation and its own state into a plan. Closed loop and baselines alike."""
+
+    def init(self, groups: tuple[Group, ...]) -> State:
+        """State before the first decision; arrays in it are indexed by active unit."""
+        ...
+
+    def due(self, step: int, total_steps: int) -> bool:
+        """Whether a decision is to be made after this step (no reading is taken otherwise)."""
+        ...
+
+    def decide(
+        self, state: State, observation: Observation, cost: Cost, groups: tuple[Group, ...]
+    ) -> tuple[State, Plan]:
+        """The next state and the plan. Pure: same arguments, same answer."""
+        ...
+
+    def cut(self, state: State, keep: Mapping[str, Bool[np.ndarray, " units"]]) -> State:
+        """State of the kept units, after the plan has been carried out."""
+        ...

@@ -1,0 +1,70 @@
+"""A budget: the value that spending is held to, in a resource's own unit."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from setpoint.errors import BudgetError
+
+Resource = Literal["flops", "params", "memory", "latency", "energy"]
+RESOURCES: tuple[str, ...] = get_args(Resource)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The setpoint of the loop: how much of a resource the finished model may spend.
+
+    Args:
+        resource: "flops" (of one optimizer step, forward and backward, at the example's batch
+            shape) or "params" (number of parameters).
+        limit: the value not to exceed; a fraction of the dense cost when `relative`.
+        per: "step" (the finished model's cost per optimizer step).
+        relative: whether `limit` is a fraction of the dense cost.
+        deadband: relative error below which the controller rests.
+
+    Raises:
+        BudgetError: for a limit that is not a positive finite number, a fraction over 1, or an
+            unknown resource.
+
+    >>> Budget.fraction(0.5, of="flops").limit
+    0.5
+    """
+
+    resource: str
+    limit: float
+    per: str = "step"
+    relative: bool = False
+    deadband: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.resource not in RESOURCES:
+            raise BudgetError(f"unknown resource {self.resource!r}: use one of {', '.join(map(repr, RESOURCES))}")
+        if self.per not in ("step", "run"):
+            raise BudgetError(f"per={self.per!r} is not known: use per='step' or per='run'")
+        if isinstance(self.limit, bool) or not isinstance(self.limit, (int, float)) or not math.isfinite(self.limit):
+            raise BudgetError(f"a budget is a finite number above 0, got {self.limit!r}")
+        if self.limit <= 0:
+            raise BudgetError(f"a budget must be above 0, got {self.limit!r}: 0.5 keeps half of the dense cost")
+        if self.relative and self.limit > 1:
+            raise BudgetError(
+                f"a fraction must be at most 1, got {self.limit!r}: 1.0 is the dense model; "
+                f"for an absolute limit use Budget.total({self.limit!r}, of={self.resource!r})"
+            )
+        if not 0 <= self.deadband < 1:
+            raise BudgetError(f"deadband is a relative error in [0, 1), got {self.deadband!r}")
+
+    @classmethod
+    def fraction(cls, fraction: float, *, of: str, per: str = "step", deadband: float = 0.01) -> Budget:
+        """A fraction of what the dense model spends."""
+        return cls(of, fraction, per, True, deadband)
+
+    @classmethod
+    def total(cls, limit: float, *, of: str, per: str = "step", deadband: float = 0.01) -> Budget:
+        """An absolute limit in the resource's own unit: FLOPs per optimizer step, or parameters."""
+        return cls(of, limit, per, False, deadband)
+
+    def absolute(self, dense: float) -> float:
+        """The limit in the resource's own unit, given the dense cost."""
+        return self.limit * dense if self.relative else float(self.limit)

@@ -1,0 +1,75 @@
+"""A cost: what the model spends, as a pure function of its groups' widths."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from setpoint.groups.group import Size
+
+
+class Cost(Protocol):
+    """Predicts spending at any widths, so that a controller can ask "what if"."""
+
+    @property
+    def resource(self) -> str:
+        """Name of the resource: "flops", "params", ..."""
+        ...
+
+    def total(self, widths: Mapping[str, int]) -> float:
+        """Spending at these widths, in the resource's own unit."""
+        ...
+
+    def saving(self, widths: Mapping[str, int], group: str, num_units: int) -> float:
+        """`total(widths) - total(widths with num_units fewer units in group)`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Term:
+    """One product of a cost: `coefficient * prod(size.at(widths) for size in sizes)`."""
+
+    coefficient: float
+    sizes: tuple[Size, ...]
+
+    def at(self, widths: Mapping[str, int]) -> float:
+        """Value of the term at these widths."""
+        return self.coefficient * math.prod(size.at(widths) for size in self.sizes)
+
+    def groups(self) -> frozenset[str]:
+        """Names of the groups whose widths the term depends on."""
+        return frozenset(name for size in self.sizes for name, _ in size.parts)
+
+
+class ProductCost:
+    """A cost that is a sum of products of widths: FLOPs and parameters are of this form.
+
+    Args:
+        resource: name of the resource.
+        terms: the products; like terms are merged, so evaluation takes microseconds.
+    """
+
+    def __init__(self, resource: str, terms: tuple[Term, ...]) -> None:
+        self.resource = resource
+        merged: dict[tuple[Size, ...], float] = {}
+        for term in terms:
+            constant = math.prod(size.constant for size in term.sizes if not size.parts)
+            variable = tuple(sorted((size for size in term.sizes if size.parts), key=repr))
+            merged[variable] = merged.get(variable, 0.0) + term.coefficient * constant
+        self.terms = tuple(Term(coefficient, sizes) for sizes, coefficient in merged.items())
+        self._terms_of: dict[str, tuple[Term, ...]] = {}
+        for term in self.terms:
+            for name in term.groups():
+                self._terms_of[name] = (*self._terms_of.get(name, ()), term)
+
+    def total(self, widths: Mapping[str, int]) -> float:
+        """Spending at these widths, in the resource's own unit."""
+        return sum(term.at(widths) for term in self.terms)
+
+    def saving(self, widths: Mapping[str, int], group: str, num_units: int) -> float:
+        """`total(widths) - total(widths with num_units fewer units in group)`; O(terms of the group)."""
+        fewer = {**widths, group: widths[group] - num_units}
+        terms = self._terms_of.get(group, ())
+        return sum(term.at(widths) - term.at(fewer) for term in terms)

@@ -1,0 +1,41 @@
+"""What a user can catch: every error Setpoint raises on purpose.
+
+Each message says what is wrong, what was given, and what to do about it. After any of them the
+user's model and optimizer are as they were before the call.
+"""
+
+
+class SetpointError(Exception):
+    """Root of all errors that Setpoint raises on purpose."""
+
+
+class BudgetError(SetpointError, ValueError):
+    """A budget that makes no sense, names an unknown resource, or cannot be reached."""
+
+
+class ExampleError(SetpointError, ValueError):
+    """An `example` that the model does not accept: wrong shape, device, type or number of inputs."""
+
+
+class ExportError(SetpointError, RuntimeError):
+    """A model whose forward `torch.export` cannot follow; the message names the line."""
+
+
+class OptimizerError(SetpointError, ValueError):
+    """An optimizer that does not train the model, or whose state cannot follow a resize."""
+
+
+class GroupError(SetpointError, ValueError):
+    """A group, unit or keep vector that does not fit the model."""
+
+
+class VerificationError(SetpointError, RuntimeError):
+    """A cut that did not behave like its masked twin on a copy, so it was not applied."""
+
+
+class LoopError(SetpointError, RuntimeError):
+    """A call at the wrong time: a second `attach`, a second `finish`, a step after the end."""
+
+
+class CheckpointError(SetpointError, ValueError):
+    """A file that is damaged, not a Setpoint file, or made for another model."""

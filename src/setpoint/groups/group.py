@@ -1,0 +1,113 @@
+"""A group: units that can be dropped one by one, and where each unit lies in the model.
+
+A *unit* is the smallest thing kept or dropped (a channel, a neuron, a head). A *group* holds units
+that lie in the same places; a *slice* is one such place: a dim of one parameter or buffer, with an
+index table that says which entry along the dim belongs to which unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Int
+
+Role = Literal["produce", "carry", "consume"]
+"""What a slice does with its unit: writes it, passes it on elementwise, or reads it out of the group."""
+
+Kind = Literal["unit", "weight", "state"]
+
+Place = tuple[str, int]
+"""One dim of one tensor: (qualified tensor name, dim)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Slice:
+    """Where the units of a group lie along one dim of one parameter or buffer.
+
+    Args:
+        tensor: qualified name of the parameter or buffer, as in `named_parameters()`.
+        dim: the dim along which units lie; `None` when every element of the tensor is a unit.
+        role: "produce" (weights that write the unit), "carry" (per-unit bias, norm, depthwise
+            filter, running statistics) or "consume" (weights that read the unit out of the group).
+        index: `index[i]` is the unit that entry `i` along the dim belongs to; -1 where the entry
+            belongs to no unit of this group.
+    """
+
+    tensor: str
+    dim: int | None
+    role: Role
+    index: Int[np.ndarray, " entries"]
+
+
+@dataclass(frozen=True, eq=False)
+class SizeBinding:
+    """A place in the live Python code that holds a size, and the units it counts.
+
+    After a cut the place must hold the number of kept entries. Several groups may bind the same
+    place (a concatenation); the count is then over the entries that every one of them keeps.
+
+    Args:
+        module: qualified name of the module ("" is the root).
+        place: an attribute, `"out_channels"` or `"normalized_shape[0]"`; or a call in the module's
+            forward, `"view#2[1]"` (size argument 1 of its third `view`), `"split#0[2]"` (size of
+            piece 2 of its first `split`), rewritten by the size shim.
+        index: as in `Slice`.
+    """
+
+    module: str
+    place: str
+    index: Int[np.ndarray, " entries"]
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Units coupled across tensors in the same way.
+
+    Args:
+        name: unique and stable: it survives cuts.
+        kind: "unit" (channels, heads, neurons), "weight" (single weights) or "state" (SSM states).
+        num_units: the number of active units, the group's width.
+        slices: every place where the units lie.
+        sizes: every place in Python code that counts them.
+        min_units: never fewer units than this.
+        multiple_of: cuts happen in blocks of this many units, because hardware likes it.
+        lossless: True if a zeroed unit is exactly an absent one; False where zero is not absent
+            (a LayerNorm over the units, a mean, a softmax).
+        what: what a unit is, for people: "channel", "neuron", "head", "feature".
+        notes: remarks for people, such as why the group is not lossless.
+    """
+
+    name: str
+    kind: Kind
+    num_units: int
+    slices: tuple[Slice, ...]
+    sizes: tuple[SizeBinding, ...] = ()
+    min_units: int = 1
+    multiple_of: int = 1
+    lossless: bool = True
+    what: str = "unit"
+    notes: tuple[str, ...] = field(default=())
+
+
+@dataclass(frozen=True)
+class Size:
+    """The length of a dim as a function of widths: `constant + sum(per_unit * widths[group])`."""
+
+    constant: int
+    parts: tuple[tuple[str, int], ...] = ()
+
+    def at(self, widths: Mapping[str, int]) -> int:
+        """Length of the dim at these widths.
+
+        >>> Size(3, (("a", 2),)).at({"a": 10})
+        23
+        """
+        return self.constant + sum(per_unit * widths[name] for name, per_unit in self.parts)
+
+
+def widths_of(groups: tuple[Group, ...]) -> dict[str, int]:
+    """Number of active units by group name."""
+    return {group.name: group.num_units for group in groups}

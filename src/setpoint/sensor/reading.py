@@ -1,0 +1,66 @@
+"""A reading: what each unit contributes to the loss, as estimated by a sensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float64
+
+from setpoint.groups.group import Group
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """Saliency of every unit at one step.
+
+    Args:
+        step: optimizer step at which the reading was taken.
+        saliency: by group name, estimated loss increase if the unit is dropped, >= 0; in nats (or
+            whatever unit the loss has) when `calibrated`.
+        num_samples: independent samples behind each step's gradient.
+        calibrated: False when the values rank units within one group only.
+        num_steps: how many optimizer steps went into the reading.
+        skipped_steps: steps since the last reading that were left out because a gradient was NaN or infinite.
+    """
+
+    step: int
+    saliency: Mapping[str, Float64[np.ndarray, " units"]]
+    num_samples: int
+    calibrated: bool = True
+    num_steps: int = 0
+    skipped_steps: int = 0
+
+    def finite(self) -> bool:
+        """Whether every value is a finite number; a controller makes no decision on any other."""
+        return all(bool(np.isfinite(values).all()) for values in self.saliency.values())
+
+
+State = TypeVar("State")
+
+
+class Sensor(Protocol[State]):
+    """Estimates saliency from what an ordinary training step leaves behind.
+
+    A sensor holds settings only; what it remembers is its state, whose tensors are indexed by unit
+    so that the actuator can cut them like everything else.
+    """
+
+    def init(self, groups: tuple[Group, ...], model: torch.nn.Module) -> State:
+        """State before the first step."""
+        ...
+
+    def update(self, state: State, groups: tuple[Group, ...], model: torch.nn.Module) -> State:
+        """Take in one optimizer step (gradients are ready, weights not yet moved). No host sync."""
+        ...
+
+    def read(self, state: State, groups: tuple[Group, ...], step: int) -> Reading:
+        """Reading of all units; the only place where values come to the host."""
+        ...
+
+    def cut(self, state: State, keep: Mapping[str, Bool[np.ndarray, " units"]]) -> State:
+        """State of the kept units."""
+        ...
