@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Float64
 
 from setpoint.cost.cost import Cost
 from setpoint.groups.group import Group
@@ -53,6 +53,8 @@ class Plan:
         step: step of the observation it answers.
         keep: by group name, boolean per active unit, True = stays. Groups that lose nothing may be
             absent.
+        worth: by group name, per active unit: saliency of its block / saving of the block when the
+            decision was made; NaN where it was not evaluated.
         price: the budget's Lagrange multiplier, loss per unit of resource, by resource.
         reference: cost per step that the reference trajectory allows now, by resource.
         landed: True on the last decision: within budget, and no single block can be added back.
@@ -61,6 +63,7 @@ class Plan:
 
     step: int
     keep: Mapping[str, Bool[np.ndarray, " units"]]
+    worth: Mapping[str, Float64[np.ndarray, " units"]] = field(default_factory=dict)
     price: Mapping[str, float] = field(default_factory=dict)
     reference: Mapping[str, float] = field(default_factory=dict)
     landed: bool = False
