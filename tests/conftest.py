@@ -1,0 +1,40 @@
+"""What every test shares: fixed seeds, one thread, and quiet markers for what a machine lacks."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("setpoint", derandomize=True, deadline=None, max_examples=50)
+settings.load_profile("setpoint")
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def determinism() -> Iterator[None]:
+    """Start each test from the same seeds and give the global settings back afterwards."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    dtype, grad = torch.get_default_dtype(), torch.is_grad_enabled()
+    threads, strict = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.set_default_dtype(dtype)
+    torch.set_grad_enabled(grad)
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(strict)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what is marked `gpu` where there is no accelerator."""
+    if torch.accelerator.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no accelerator on this machine"))

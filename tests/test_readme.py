@@ -1,0 +1,47 @@
+"""Every Python block of the README and of the docs runs as printed, each page in one namespace."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if page.exists()]
+BLOCK = re.compile(r"^(?P<indent>[ \t]*)```python[^\n]*\n(?P<code>.*?)^(?P=indent)```[ \t]*$", re.DOTALL | re.MULTILINE)
+
+
+def run_blocks(page: Path) -> int:
+    """Run the Python blocks of `page` in order, with line numbers that point into the page; return how many."""
+    text, namespace = page.read_text(encoding="utf-8"), {"__name__": f"page_{page.stem}"}
+    blocks = list(BLOCK.finditer(text))
+    for block in blocks:
+        lines_above = text.count("\n", 0, block.start("code"))
+        code = "\n" * lines_above + textwrap.dedent(block["code"])
+        exec(compile(code, str(page), "exec", dont_inherit=True), namespace)
+    return len(blocks)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each page's Python blocks run in the order of the page, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    run_blocks(page)
+
+
+def test_a_broken_block_fails(tmp_path: Path) -> None:
+    """A block sees the names of the blocks above it, and a wrong one fails at its line of the page."""
+    page = tmp_path / "page.md"
+    page.write_text("# Page\n```python\nx = 2\n```\ntext\n```sh\nnot python\n```\n```python\nassert x == 3\n```\n")
+    with pytest.raises(AssertionError) as caught:
+        run_blocks(page)
+    assert caught.traceback[-1].lineno + 1 == 10
+
+
+def test_indented_blocks_count(tmp_path: Path) -> None:
+    """A block inside a list item runs too."""
+    page = tmp_path / "page.md"
+    page.write_text("* item\n\n  ```python\n  y = 1\n  assert y\n  ```\n")
+    assert run_blocks(page) == 1
