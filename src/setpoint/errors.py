@@ -39,3 +39,7 @@ class LoopError(SetpointError, RuntimeError):
 
 class CheckpointError(SetpointError, ValueError):
     """A file that is damaged, not a Setpoint file, or made for another model."""
+
+
+class ReportError(SetpointError, ValueError):
+    """A results folder that is empty, damaged, or written in an unknown format."""
