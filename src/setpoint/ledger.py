@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, overload
+
+from setpoint.errors import CheckpointError
+
+FORMAT = 1
+"""Version of the file format, the value of "ledger" in its first line."""
 
 
 @dataclass(frozen=True)
@@ -46,3 +56,125 @@ class Entry:
     sensing_seconds: float = 0.0
     deciding_seconds: float = 0.0
     resizing_seconds: float = 0.0
+
+
+class Ledger:
+    """All entries of a run, in order, and a header that says what the run was.
+
+    A ledger grows only at its end. Its file is JSON Lines: first the header, then one entry a line;
+    numbers that JSON does not know (NaN, infinity) are written as null.
+
+    Args:
+        header: facts of the run; `attach` writes "groups" (`num_units` and `what` by name), "frozen",
+            "dense" and "limit" (by resource), "total_steps" and "environment".
+
+    >>> ledger = Ledger({"total_steps": 100})
+    >>> ledger.append(Entry(step=10, widths={"conv1": 12}, dropped={"conv1": [3, 7]}))
+    >>> len(ledger), ledger[-1].widths["conv1"]
+    (1, 12)
+    """
+
+    def __init__(self, header: Mapping[str, Any] | None = None) -> None:
+        self.header: Mapping[str, Any] = dict(header or {})
+        self._entries: list[Entry] = []
+
+    def append(self, entry: Entry) -> None:
+        """Add one entry at the end.
+
+        Raises:
+            ValueError: if its step lies before the last one's.
+        """
+        if self._entries and entry.step < self._entries[-1].step:
+            raise ValueError(f"a ledger is in order of steps: got step {entry.step} after {self._entries[-1].step}")
+        self._entries.append(entry)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(tuple(self._entries))
+
+    @overload
+    def __getitem__(self, position: int) -> Entry: ...
+    @overload
+    def __getitem__(self, position: slice) -> tuple[Entry, ...]: ...
+    def __getitem__(self, position: int | slice) -> Entry | tuple[Entry, ...]:
+        if isinstance(position, slice):
+            return tuple(self._entries[position])
+        return self._entries[position]
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """Entries as dictionaries that JSON can hold: NaN and infinity are None."""
+        return [_without_nan(asdict(entry)) for entry in self._entries]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the ledger as JSON Lines; the file is replaced at once, so it is never half old.
+
+        Args:
+            path: where to; the folder must exist.
+        """
+        target = Path(path)
+        lines = [_without_nan({"ledger": FORMAT, **self.header}), *self.to_rows()]
+        text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+        unfinished = target.with_name(target.name + ".tmp")
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(target)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Ledger:
+        """Read a ledger; a last line that was not written to its end is left out.
+
+        In lists of numbers, null comes back as NaN.
+
+        Args:
+            path: a file that `save` wrote.
+
+        Raises:
+            CheckpointError: for a file that is not a ledger, or is damaged before its last line.
+        """
+        lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
+        ended = lines.pop() == ""
+        header = _parsed(lines[0]) if lines else None
+        if not header or header.get("ledger") != FORMAT:
+            raise CheckpointError(f"{path} is not a Setpoint ledger of format {FORMAT}: give a file that save() wrote")
+        ledger = cls({key: value for key, value in header.items() if key != "ledger"})
+        for number, line in enumerate(lines[1:], start=2):
+            entry = _entry(_parsed(line))
+            if entry is None:
+                if number == len(lines) and ended:
+                    break
+                raise CheckpointError(
+                    f"line {number} of {path} is damaged: restore the file, or cut it before that line"
+                )
+            ledger.append(entry)
+        return ledger
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _entry(row: dict[str, Any] | None) -> Entry | None:
+    """The entry of a row; keys that a later version may add are left out."""
+    if row is None or not {"step", "widths"} <= row.keys():
+        return None
+    known = {each.name for each in fields(Entry)}
+    values = {key: value for key, value in row.items() if key in known}
+    for key in ("saliency", "worth"):
+        by_group = values.get(key, {})
+        values[key] = {name: [math.nan if x is None else x for x in numbers] for name, numbers in by_group.items()}
+    return Entry(**values)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _without_nan(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(each) for each in value]
+    return value

@@ -24,7 +24,8 @@ class Reading:
         num_samples: independent samples behind each step's gradient.
         calibrated: False when the values rank units within one group only.
         num_steps: how many optimizer steps went into the reading.
-        skipped_steps: steps since the last reading that were left out because a gradient was NaN or infinite.
+        skipped_steps: steps that were left out because a gradient was NaN or infinite; counted since
+            `init` by a sensor, since the last reading in an `Observation`.
     """
 
     step: int
@@ -49,12 +50,21 @@ class Sensor(Protocol[State]):
     so that the actuator can cut them like everything else.
     """
 
+    def readable(self, groups: tuple[Group, ...], model: torch.nn.Module) -> tuple[Group, ...]:
+        """The groups whose saliency it can tell; the others are left alone."""
+        ...
+
     def init(self, groups: tuple[Group, ...], model: torch.nn.Module) -> State:
         """State before the first step."""
         ...
 
-    def update(self, state: State, groups: tuple[Group, ...], model: torch.nn.Module) -> State:
-        """Take in one optimizer step (gradients are ready, weights not yet moved). No host sync."""
+    def update(
+        self, state: State, groups: tuple[Group, ...], model: torch.nn.Module, grad_scale: torch.Tensor | None = None
+    ) -> State:
+        """Take in one optimizer step (gradients are ready, weights not yet moved). No host sync.
+
+        `grad_scale` is what the gradients are still multiplied by (0-dim; NaN: leave the step out), or None.
+        """
         ...
 
     def read(self, state: State, groups: tuple[Group, ...], step: int) -> Reading:

@@ -1,0 +1,79 @@
+"""The magnitude sensor: saliency from the size of the weights that write a unit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
+
+from setpoint.groups.group import Group
+from setpoint.sensor.reading import Reading
+from setpoint.sensor.unit_sum import UnitSum
+
+
+@dataclass(frozen=True, eq=False)
+class MagnitudeState:
+    """The model whose live weights are read, and how many steps it has been trained."""
+
+    model: nn.Module
+    num_steps: int = 0
+
+
+class MagnitudeSensor:
+    """L2 norm of all incoming ("produce") weights of a unit.
+
+    `saliency_u = sqrt(sum of w^2 over the weights that write unit u)`. It ranks the units of one group
+    and says nothing about two groups (`Reading.calibrated` is False). Filter norms as a criterion
+    are due to Li et al. (who use L1).
+
+    References:
+        Li, Kadav, Durdanovic, Samet, Graf: "Pruning Filters for Efficient ConvNets", ICLR 2017.
+    """
+
+    def readable(self, groups: tuple[Group, ...], model: nn.Module) -> tuple[Group, ...]:
+        """The groups that have incoming weights."""
+        return tuple(group for group in groups if any(place.role == "produce" for place in group.slices))
+
+    def init(self, groups: tuple[Group, ...], model: nn.Module) -> MagnitudeState:
+        """A state that looks at the model."""
+        return MagnitudeState(model)
+
+    def update(
+        self, state: MagnitudeState, groups: tuple[Group, ...], model: nn.Module, grad_scale: Tensor | None = None
+    ) -> MagnitudeState:
+        """Count the step; weights are read only when a reading is asked for."""
+        return MagnitudeState(model, state.num_steps + 1)
+
+    @torch.no_grad()
+    def read(self, state: MagnitudeState, groups: tuple[Group, ...], step: int) -> Reading:
+        """Norms of the present weights; NaN or infinite weights give such norms, never a guess.
+
+        Args:
+            state: the state so far.
+            groups: the active groups.
+            step: optimizer steps done, for the record.
+        """
+        tensors = {
+            **dict(state.model.named_buffers(remove_duplicate=False)),
+            **dict(state.model.named_parameters(remove_duplicate=False)),
+        }
+        saliency = {}
+        for group in groups:
+            squares = np.zeros(group.num_units)
+            for place in group.slices:
+                if place.role == "produce":
+                    weight = tensors[place.tensor].detach()
+                    sums = UnitSum.of(place, group.num_units, weight.device)
+                    values = sums.select(weight)
+                    wide = values.to(torch.promote_types(values.dtype, torch.float32))
+                    squares += sums.add_up(wide.square()).double().cpu().numpy()
+            saliency[group.name] = np.sqrt(squares)
+        return Reading(step, saliency, num_samples=1, calibrated=False, num_steps=state.num_steps)
+
+    def cut(self, state: MagnitudeState, keep: Mapping[str, Bool[np.ndarray, " units"]]) -> MagnitudeState:
+        """The same state: the live weights have been cut already."""
+        return state

@@ -1,0 +1,88 @@
+"""A unit sum: the entries of a tensor added up by the unit they belong to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from setpoint.groups.group import Slice
+
+
+@dataclass(frozen=True, eq=False)
+class UnitSum:
+    """Adds up the entries of one slice by unit, as cheaply as the index table allows.
+
+    `sum(values)[u] = sum of values[..., i, ...] over all i with index[i] = u and all other dims`.
+    A table that repeats each unit equally often, in order, needs only a view (a convolution's
+    channels; the channels of a flattened map); any other needs one `index_add`.
+
+    Args:
+        dim: the dim along which units lie, or None when every element is a unit.
+        num_units: number of units of the group.
+        start: first entry along the dim that belongs to a unit.
+        length: number of entries from there to the last that does.
+        repeat: how many neighbouring entries each unit has, if the table is such a repeat; else None.
+        table: unit of each of the `length` entries (`num_units` where there is none), or None for a repeat.
+    """
+
+    dim: int | None
+    num_units: int
+    start: int
+    length: int
+    repeat: int | None
+    table: Tensor | None
+
+    @classmethod
+    def of(cls, place: Slice, num_units: int, device: torch.device) -> UnitSum:
+        """The unit sum of a slice, its table ready on the device.
+
+        Args:
+            place: the slice.
+            num_units: number of units of its group.
+            device: where the tensor lives.
+        """
+        used = np.flatnonzero(place.index >= 0)
+        start, stop = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 0)
+        index = np.asarray(place.index[start:stop], dtype=np.int64)
+        repeat, rest = divmod(stop - start, num_units)
+        if rest == 0 and repeat and np.array_equal(index, np.repeat(np.arange(num_units), repeat)):
+            return cls(place.dim, num_units, start, stop - start, repeat, None)
+        table = torch.from_numpy(np.where(index < 0, num_units, index)).to(device)
+        return cls(place.dim, num_units, start, stop - start, None, table)
+
+    def select(self, tensor: Tensor) -> Tensor:
+        """A view of the part of the tensor in which the units lie; no copy."""
+        flat = tensor.reshape(-1) if self.dim is None else tensor
+        dim = self.dim or 0
+        if self.length == flat.shape[dim]:
+            return flat
+        return flat.narrow(dim, self.start, self.length)
+
+    def add_up(self, values: Float[Tensor, "..."]) -> Float[Tensor, " units"]:
+        """Sum of the values by unit.
+
+        Args:
+            values: a tensor of the shape that `select` returns.
+        """
+        entries = _entry_sums(values, self.dim or 0)
+        if self.table is None:
+            return entries if self.repeat == 1 else entries.view(self.num_units, -1).sum(1)
+        return entries.new_zeros(self.num_units + 1).index_add_(0, self.table, entries)[:-1]
+
+
+def _entry_sums(values: Tensor, dim: int) -> Tensor:
+    """Sum over all dims but one.
+
+    For a plain contiguous tensor two sums, over what lies before the dim and then over what lies
+    behind it, are several times faster on a CPU than one sum over both.
+    """
+    if values.dim() == 1:
+        return values
+    if 0 < dim < values.dim() - 1 and values.is_contiguous():
+        columns = values.view(int(np.prod(values.shape[:dim])), -1).sum(0)
+        return columns.view(values.shape[dim], -1).sum(1)
+    return values.sum([other for other in range(values.dim()) if other != dim])
