@@ -26,6 +26,7 @@ class Entry:
         dropped: origins (original unit indices) dropped, by group.
         grown: origins brought back, by group.
         loss: last observed loss.
+        val: last observed validation loss.
         seconds: wall-clock seconds since attach.
         reason: why, and what was skipped.
         spent: predicted cost per step after the decision.
@@ -56,6 +57,7 @@ class Entry:
     sensing_seconds: float = 0.0
     deciding_seconds: float = 0.0
     resizing_seconds: float = 0.0
+    val: float | None = None
 
 
 class Ledger:

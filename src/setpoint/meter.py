@@ -17,7 +17,7 @@ class Stopwatch:
     each block first waits for work queued earlier (which is not counted) and ends when its own is done.
 
     Args:
-        synchronize: wait for CUDA at both ends of each block.
+        synchronize: wait for CUDA, if it is in use, at both ends of each block.
 
     >>> watch = Stopwatch()
     >>> with watch:
@@ -29,7 +29,7 @@ class Stopwatch:
     def __init__(self, synchronize: bool = False) -> None:
         self.seconds = 0.0
         self.last_seconds = 0.0
-        self._synchronize = synchronize and torch.cuda.is_available()
+        self._synchronize = synchronize
         self._started: float | None = None
 
     def __enter__(self) -> Stopwatch:
@@ -48,7 +48,7 @@ class Stopwatch:
         self._started = None
 
     def _now(self) -> float:
-        if self._synchronize:
+        if self._synchronize and torch.cuda.is_initialized():
             torch.cuda.synchronize()
         return time.perf_counter()
 

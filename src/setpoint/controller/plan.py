@@ -28,6 +28,7 @@ class Observation:
         spent: predicted cost per step at the present widths, by resource.
         metered: measured cost per step, by resource; empty where there is no meter.
         loss: last observed loss, or None.
+        val: last observed validation loss, or None.
         seconds_per_step: smoothed duration of one optimizer step, None before it is known.
         seconds_per_resize: duration of the last resize, None before the first.
     """
@@ -43,6 +44,7 @@ class Observation:
     loss: float | None = None
     seconds_per_step: float | None = None
     seconds_per_resize: float | None = None
+    val: float | None = None
 
 
 @dataclass(frozen=True, eq=False)

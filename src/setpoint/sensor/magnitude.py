@@ -48,6 +48,10 @@ class MagnitudeSensor:
         """Count the step; weights are read only when a reading is asked for."""
         return MagnitudeState(model, state.num_steps + 1)
 
+    def flops(self, groups: tuple[Group, ...], model: nn.Module) -> float:
+        """FLOPs of one update: none, a step is only counted."""
+        return 0.0
+
     @torch.no_grad()
     def read(self, state: MagnitudeState, groups: tuple[Group, ...], step: int) -> Reading:
         """Norms of the present weights; NaN or infinite weights give such norms, never a guess.

@@ -67,6 +67,10 @@ class Sensor(Protocol[State]):
         """
         ...
 
+    def flops(self, groups: tuple[Group, ...], model: torch.nn.Module) -> float:
+        """FLOPs of one `update`, so that they can be counted as overhead."""
+        ...
+
     def read(self, state: State, groups: tuple[Group, ...], step: int) -> Reading:
         """Reading of all units; the only place where values come to the host."""
         ...

@@ -164,6 +164,12 @@ class TaylorSensor:
             sources=sources,
         )
 
+    def flops(self, groups: tuple[Group, ...], model: nn.Module) -> float:
+        """FLOPs of one update: a multiplication and an addition per outgoing weight, and one more for the moments."""
+        return 3.0 * sum(
+            source.sums.select(source.weight).numel() for of_group in _find_sources(groups, model) for source in of_group
+        )
+
     def read(self, state: TaylorState, groups: tuple[Group, ...], step: int) -> Reading:
         """Saliency of all units; with fewer than two steps the variance counts as zero.
 
