@@ -1,0 +1,219 @@
+"""A cut: which entries of every tensor dim, and which sizes, remain once units are dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int, Shaped
+from torch import Tensor
+
+from setpoint.errors import GroupError
+from setpoint.groups.group import Group, Place, SizeBinding, Slice
+
+Keep = Mapping[str, Bool[np.ndarray, " units"]]
+"""By group name, one boolean per active unit, True = stays. Groups that lose nothing may be absent."""
+
+SizePlace = tuple[str, str]
+"""(qualified module name, place in that module), as in `SizeBinding`."""
+
+Key = TypeVar("Key")
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """What a keep means for tensors and sizes.
+
+    Args:
+        entries: for every (tensor, dim) that holds units, one boolean per entry, True = stays.
+        elements: for every tensor whose single elements are units, one boolean per element in
+            row-major order. Such a tensor can be masked but not made smaller.
+        sizes: for every place in Python code that counts units, one boolean per counted entry;
+            the place must hold how many are True.
+    """
+
+    entries: Mapping[Place, Bool[np.ndarray, " entries"]]
+    elements: Mapping[str, Bool[np.ndarray, " elements"]]
+    sizes: Mapping[SizePlace, Bool[np.ndarray, " entries"]]
+
+    def dims(self) -> dict[str, dict[int, Int[np.ndarray, " kept"]]]:
+        """By tensor and dim, positions of the kept entries; only the dims that lose some."""
+        found: dict[str, dict[int, Int[np.ndarray, " kept"]]] = {}
+        for (tensor, dim), kept in self.entries.items():
+            if not kept.all():
+                found.setdefault(tensor, {})[dim] = np.flatnonzero(kept)
+        return found
+
+
+def check_keep(groups: tuple[Group, ...], keep: Keep) -> dict[str, Bool[np.ndarray, " units"]]:
+    """`keep` completed with all-True vectors for the groups it leaves out.
+
+    Raises:
+        GroupError: for an unknown group, a vector that is not boolean or not one per active unit,
+            or one that keeps fewer than `min_units`.
+    """
+    known = {group.name: group for group in groups}
+    if len(known) != len(groups):
+        raise GroupError("two groups have the same name: names must be unique, so that keep can tell them apart")
+    for name, kept in keep.items():
+        if name not in known:
+            some = ", ".join(repr(each) for each in sorted(known)[:5]) or "none"
+            raise GroupError(f"keep names an unknown group {name!r}: the model's groups are {some}, ...")
+        _check_vector(known[name], kept)
+    return {name: keep.get(name, np.ones(group.num_units, dtype=bool)) for name, group in known.items()}
+
+
+def _check_vector(group: Group, kept: Bool[np.ndarray, " units"]) -> None:
+    what = f"keep[{group.name!r}]"
+    if not isinstance(kept, np.ndarray) or kept.dtype != np.bool_:
+        kind = kept.dtype if isinstance(kept, np.ndarray) else type(kept).__name__
+        raise GroupError(f"{what} must be a NumPy array of bool, True = stays, got {kind}")
+    if kept.shape != (group.num_units,):
+        raise GroupError(
+            f"{what} has shape {kept.shape}, but the group has {group.num_units} active units: "
+            "use the groups that the last cut returned"
+        )
+    if kept.sum() < group.min_units:
+        raise GroupError(f"{what} keeps {kept.sum()} units, but min_units is {group.min_units}: keep more of them")
+
+
+def plan_cut(groups: tuple[Group, ...], keep: Keep) -> Cut:
+    """Work out what remains of every tensor dim and size.
+
+    An entry stays if every group that has a unit there keeps that unit:
+    `stays[i] = AND over groups g of (index_g[i] == -1 or keep[g][index_g[i]])`.
+    Several groups share a dim after a concatenation.
+
+    Args:
+        groups: the model's groups.
+        keep: by group name, boolean per active unit.
+
+    Raises:
+        GroupError: when `keep` does not fit the groups, or two groups disagree about a dim's length.
+
+    >>> a = Group("a", "unit", 2, (Slice("fc.weight", 0, "produce", np.array([0, 1, 0, 1])),))
+    >>> plan_cut((a,), {"a": np.array([True, False])}).dims()["fc.weight"][0].tolist()
+    [0, 2]
+    """
+    full = check_keep(groups, keep)
+    entries: dict[Place, Bool[np.ndarray, " entries"]] = {}
+    elements: dict[str, Bool[np.ndarray, " elements"]] = {}
+    sizes: dict[SizePlace, Bool[np.ndarray, " entries"]] = {}
+    for group in groups:
+        for part in group.slices:
+            stays = _stays(group, part.index, full[group.name])
+            if part.dim is None:
+                _narrow(elements, part.tensor, stays)
+            elif part.dim < 0:
+                raise GroupError(f"slice of {part.tensor!r} has dim {part.dim}: count dims from 0")
+            else:
+                _narrow(entries, (part.tensor, part.dim), stays)
+        for size in group.sizes:
+            _narrow(sizes, (size.module, size.place), _stays(group, size.index, full[group.name]))
+    return Cut(entries, elements, sizes)
+
+
+def _stays(
+    group: Group, index: Int[np.ndarray, " entries"], kept: Bool[np.ndarray, " units"]
+) -> Bool[np.ndarray, " entries"]:
+    if index.size and (index.min() < -1 or index.max() >= group.num_units):
+        raise GroupError(f"group {group.name!r} has an index table that points outside its {group.num_units} units")
+    # Entry -1 of the lengthened vector is True, which is what index -1 (no unit here) must give.
+    stays: Bool[np.ndarray, " entries"] = np.append(kept, True)[index]
+    return stays
+
+
+def _narrow(table: dict[Key, Bool[np.ndarray, " entries"]], key: Key, stays: Bool[np.ndarray, " entries"]) -> None:
+    before = table.get(key)
+    if before is not None and before.shape != stays.shape:
+        raise GroupError(f"two groups disagree about the length of {key}: {before.size} and {stays.size}")
+    table[key] = stays if before is None else before & stays
+
+
+def cut_groups(groups: tuple[Group, ...], keep: Keep) -> tuple[Group, ...]:
+    """The groups of the smaller model: fewer units, shorter index tables, units renumbered from 0.
+
+    Args:
+        groups: the model's groups before the cut.
+        keep: by group name, boolean per active unit.
+
+    Raises:
+        GroupError: when `keep` does not fit the groups.
+
+    >>> a = Group("a", "unit", 3, (Slice("fc.weight", 0, "produce", np.array([0, 1, 2])),))
+    >>> (small,) = cut_groups((a,), {"a": np.array([True, False, True])})
+    >>> small.num_units, small.slices[0].index.tolist()
+    (2, [0, 1])
+    """
+    full = check_keep(groups, keep)
+    cut = plan_cut(groups, keep)
+    return tuple(_cut_group(group, full[group.name], cut) for group in groups)
+
+
+def _cut_group(group: Group, kept: Bool[np.ndarray, " units"], cut: Cut) -> Group:
+    renumbered = np.append(np.cumsum(kept) - 1, -1)  # the last entry answers index -1
+
+    def shorten(part: Slice) -> Slice:
+        stays = cut.elements[part.tensor] if part.dim is None else cut.entries[part.tensor, part.dim]
+        return part if stays.all() and kept.all() else replace(part, index=renumbered[part.index[stays]])
+
+    def recount(size: SizeBinding) -> SizeBinding:
+        stays = cut.sizes[size.module, size.place]
+        return size if stays.all() and kept.all() else replace(size, index=renumbered[size.index[stays]])
+
+    return replace(
+        group,
+        num_units=int(kept.sum()),
+        slices=tuple(shorten(part) for part in group.slices),
+        sizes=tuple(recount(size) for size in group.sizes),
+    )
+
+
+def take(tensor: Shaped[Tensor, " *shape"], dims: Mapping[int, Int[np.ndarray, " kept"]]) -> Shaped[Tensor, " *small"]:
+    """A copy of `tensor` with only the given entries of the given dims, in the same memory format.
+
+    The copy owns its memory: a view would keep the old storage alive. The order of dims in memory
+    (`channels_last`, `channels_last_3d`, any other permutation) stays as it was.
+
+    >>> take(torch.arange(6).reshape(2, 3), {1: np.array([0, 2])}).tolist()
+    [[0, 2], [3, 5]]
+    """
+    source = tensor.detach()
+    strides = source.stride()
+    order = sorted(range(source.dim()), key=lambda dim: -strides[dim])
+    result = source.permute(order)
+    for dim, kept in dims.items():
+        result = result.index_select(order.index(dim), torch.from_numpy(kept).to(source.device))
+    result = result if dims else result.clone()
+    back = [order.index(dim) for dim in range(source.dim())]
+    return _restride(result.contiguous().permute(back), source)
+
+
+def _restride(result: Tensor, like: Tensor) -> Tensor:
+    """Give dims of length 1 the strides PyTorch itself would give them in `like`'s memory format.
+
+    Kernels choose their path by strides, so a resized tensor should not differ in them from a fresh one.
+    """
+    formats: Iterable[tuple[int, ...]] = chain([tuple(range(like.dim()))], _CHANNELS_LAST.get(like.dim(), ()))
+    for order in formats:
+        if _dense_strides(like.shape, order) == like.stride():
+            return result.as_strided(result.shape, _dense_strides(result.shape, order))
+    return result
+
+
+# Order of dims in memory, outermost first.
+_CHANNELS_LAST: dict[int, tuple[tuple[int, ...], ...]] = {4: ((0, 2, 3, 1),), 5: ((0, 2, 3, 4, 1),)}
+
+
+def _dense_strides(shape: Iterable[int], order: Iterable[int]) -> tuple[int, ...]:
+    lengths = tuple(shape)
+    strides = [0] * len(lengths)
+    step = 1
+    for dim in reversed(tuple(order)):
+        strides[dim] = step
+        step *= max(lengths[dim], 1)
+    return tuple(strides)

@@ -1,0 +1,225 @@
+"""Optimizer state: what an optimizer remembers about each entry of a parameter, cut along with it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from setpoint.actuator.cut import take
+from setpoint.actuator.swap import swap
+from setpoint.errors import OptimizerError
+
+Optimizers = Optimizer | Sequence[Optimizer] | None
+
+
+def as_sequence(optimizers: Optimizers) -> tuple[Optimizer, ...]:
+    """One optimizer, several or none, as a tuple."""
+    if optimizers is None:
+        return ()
+    return (optimizers,) if isinstance(optimizers, Optimizer) else tuple(optimizers)
+
+
+def cut_state(
+    optimizer: Optimizer, parameter: nn.Parameter, dims: Mapping[int, Int[np.ndarray, " kept"]], name: str
+) -> dict[str, Any]:
+    """The state of one parameter, cut along the same dims; new tensors, nothing is changed in place.
+
+    Tensors of the parameter's shape are cut, scalars stay, and so does whatever is not a tensor.
+    Lists, tuples and dicts of tensors are followed.
+
+    Args:
+        optimizer: holds the state.
+        parameter: still of its old shape.
+        dims: by dim, positions of the kept entries.
+        name: of the parameter, for messages.
+
+    Raises:
+        OptimizerError: when a tensor of another shape is found: nobody can say how it follows the cut.
+    """
+
+    def cut(value: Tensor, key: str) -> Tensor:
+        if value.shape == parameter.shape:
+            return take(value, dims)
+        if value.numel() == 1:
+            return value
+        raise OptimizerError(
+            f"{type(optimizer).__name__} keeps state[{key!r}] of shape {tuple(value.shape)} for {name} "
+            f"of shape {tuple(parameter.shape)}, so the state cannot follow when the parameter is cut: {INSTEAD}"
+        )
+
+    return {key: map_tensors(value, cut, key) for key, value in optimizer.state.get(parameter, {}).items()}
+
+
+INSTEAD = (
+    "use an optimizer that treats every entry alike, such as torch.optim.AdamW, Adam or SGD, "
+    "for the parameters that Setpoint may cut"
+)
+
+
+def map_tensors(value: Any, function: Callable[[Tensor, str], Tensor], key: str) -> Any:
+    """`value` with `function(tensor, where)` in place of every tensor in its lists, tuples and dicts."""
+    if isinstance(value, Tensor):
+        return function(value, key)
+    if isinstance(value, Mapping):
+        return {each: map_tensors(item, function, f"{key}.{each}") for each, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        items = [map_tensors(item, function, f"{key}[{position}]") for position, item in enumerate(value)]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value
+
+
+def check_trains(optimizers: Iterable[Optimizer], model: nn.Module) -> None:
+    """Check that every optimizer holds at least one of the model's parameters.
+
+    Raises:
+        OptimizerError: naming the optimizer that holds none.
+    """
+    ours = {id(parameter) for parameter in model.parameters()}
+    for optimizer in optimizers:
+        held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if not any(id(parameter) in ours for parameter in held):
+            raise OptimizerError(
+                f"{type(optimizer).__name__} holds {len(held)} tensors, but none of this model's parameters: "
+                "build it from model.parameters() of the very model you attach to, after the model "
+                "was moved, wrapped or copied"
+            )
+
+
+def visit_state(optimizer: Optimizer, parameter: nn.Parameter, function: Callable[[Tensor], object]) -> None:
+    """Call `function` on every state tensor that has the parameter's shape."""
+
+    def visit(value: Tensor, _: str) -> Tensor:
+        if value.shape == parameter.shape:
+            function(value)
+        return value
+
+    for key, value in optimizer.state.get(parameter, {}).items():
+        map_tensors(value, visit, key)
+
+
+def check_optimizer(optimizer: Optimizer) -> None:
+    """Check, by trying it on throwaway tensors, that a smaller parameter trains as its masked twin would.
+
+    For every distinct setting in `param_groups`, an optimizer of the same class and settings takes one
+    step on random parameters of shapes (6, 4) and (6,) in float64. Then one copy is cut and another is
+    masked, both take three more steps with the same gradients, and the kept entries must agree to 1e-9.
+    An update that depends on the tensor's shape (Muon), or state of another shape (Adafactor, L-BFGS,
+    Shampoo, quantised moments), shows up here whatever the class is called.
+
+    A class that cannot be built or stepped this way (further constructor arguments, sparse gradients only) is
+    let through; what remains then is the check of shapes when its state is cut. The global random number
+    generators are left as they were.
+
+    Raises:
+        OptimizerError: when the two disagree, or state has another shape than its parameter.
+    """
+    tried: list[dict[str, Any]] = []
+    for group in optimizer.param_groups:
+        settings = _settings(optimizer, group)
+        if settings in tried:
+            continue
+        tried.append(settings)
+        device = next((parameter.device for parameter in group["params"]), torch.device("cpu"))
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            _try_out(type(optimizer), settings, device)
+
+
+def _settings(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[str, Any]:
+    """The constructor arguments that would build this param group again."""
+    names = inspect.signature(type(optimizer).__init__).parameters
+    takes_any = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in names.values())
+    settings = {**optimizer.defaults, **{key: value for key, value in group.items() if key != "params"}}
+    settings = {
+        key: value for key, value in settings.items() if key in names or (takes_any and key in optimizer.defaults)
+    }
+    if "lr" in settings:
+        settings["lr"] = 0.01  # a warm-up starts at 0, at which nothing would be seen
+    return settings
+
+
+_DIMS = {0: np.array([0, 2, 3, 5]), 1: np.array([0, 1, 3])}
+_SHAPES = (((6, 4), (6,)), ((6, 4),), ((6,),))  # Muon takes matrices only, others vectors only
+
+Trial = tuple[Optimizer, list[nn.Parameter]]
+
+
+def _try_out(kind: type[Optimizer], settings: Mapping[str, Any], device: torch.device) -> None:
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    tolerance = 1e-9 if dtype == torch.float64 else 1e-4
+    for shapes in _SHAPES:
+        generator = torch.Generator().manual_seed(0)
+        draws = [[torch.randn(shape, generator=generator, dtype=dtype).to(device) for shape in shapes] for _ in "12345"]
+        try:
+            masked, small = _start(kind, settings, draws), _start(kind, settings, draws)
+        except Exception:  # whatever a foreign class raises, it means that it cannot be tried out on these shapes
+            continue
+        _cut(*small)
+        for gradients in draws[2:]:
+            _masked_step(*masked, gradients)
+            _step(small[0], small[1], [take(gradient, _dims(gradient)) for gradient in gradients])
+        for whole, part in zip(masked[1], small[1], strict=True):
+            if not torch.allclose(take(whole, _dims(whole)), part.detach(), rtol=tolerance, atol=tolerance):
+                raise OptimizerError(
+                    f"{kind.__name__} cannot follow a cut: its update depends on the tensor's shape (or on chance), "
+                    f"so a smaller tensor would train differently: {INSTEAD}"
+                )
+        return
+
+
+def _dims(tensor: Tensor) -> dict[int, Int[np.ndarray, " kept"]]:
+    return {dim: _DIMS[dim] for dim in range(tensor.dim())}
+
+
+def _start(kind: type[Optimizer], settings: Mapping[str, Any], draws: list[list[Tensor]]) -> Trial:
+    """An optimizer of this kind after its first step, so that it has state."""
+    parameters = [nn.Parameter(value.clone()) for value in draws[0]]
+    optimizer = kind(parameters, **settings)
+    _step(optimizer, parameters, draws[1])
+    return optimizer, parameters
+
+
+def _step(optimizer: Optimizer, parameters: list[nn.Parameter], gradients: list[Tensor]) -> None:
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient.clone()
+    try:
+        optimizer.step()
+    except TypeError:  # L-BFGS insists on a closure
+        optimizer.step(lambda: 0.0)
+
+
+def _cut(optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
+    for parameter in parameters:
+        state = cut_state(optimizer, parameter, _dims(parameter), "a trial parameter")
+        with ExitStack() as undo:
+            swap(parameter, take(parameter, _dims(parameter)), undo)
+            undo.pop_all()
+        optimizer.state[parameter] = state
+
+
+def _masked_step(optimizer: Optimizer, parameters: list[nn.Parameter], gradients: list[Tensor]) -> None:
+    def mask_all() -> None:
+        for parameter in parameters:
+            _zero_dropped(parameter)
+            visit_state(optimizer, parameter, _zero_dropped)
+
+    mask_all()
+    gradients = [gradient.clone() for gradient in gradients]
+    for gradient in gradients:
+        _zero_dropped(gradient)
+    _step(optimizer, parameters, gradients)
+    mask_all()
+
+
+def _zero_dropped(tensor: Tensor) -> None:
+    with torch.no_grad():
+        for dim, kept in _dims(tensor).items():
+            dropped = np.setdiff1d(np.arange(tensor.shape[dim]), kept)
+            tensor.index_fill_(dim, torch.from_numpy(dropped).to(tensor.device), 0)

@@ -1,0 +1,212 @@
+"""Shrink: make a live model and its optimizer state physically smaller, all or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from setpoint.actuator.cut import Cut, Keep, SizePlace, cut_groups, plan_cut, take
+from setpoint.actuator.optimizer_state import Optimizers, as_sequence, cut_state
+from setpoint.actuator.sizes import apply_sizes, check_sizes, is_call, read_size
+from setpoint.actuator.swap import swap
+from setpoint.errors import GroupError
+from setpoint.groups.group import Group
+
+
+@dataclass(frozen=True, eq=False)
+class _Change:
+    """One tensor, its contents after the cut, and its state in each optimizer that holds it."""
+
+    tensor: Tensor
+    new: Tensor
+    states: tuple[tuple[Optimizer, dict[str, Any]], ...] = ()
+
+
+def shrink(
+    model: nn.Module, optimizer: Optimizers, groups: tuple[Group, ...], keep: Keep, copies: Sequence[nn.Module] = ()
+) -> tuple[Group, ...]:
+    """Remove the units that `keep` drops from a model in training, and return the groups that remain.
+
+    Parameters and buffers keep their identity and change their contents, so optimizers, schedulers,
+    clip lists and hooks that hold them go on working; tied parameters stay tied, frozen ones stay
+    frozen, and memory formats stay. Optimizer state is cut along with its parameter. Gradients of the
+    parameters that change become None: they belong to a step that is done. Cut between
+    `optimizer.step()` and the next `backward()`.
+
+    Everything new is built before anything is changed, and whatever fails after that is rolled back:
+    on any exception model, optimizers and copies are as they were.
+
+    Args:
+        model: the model that `groups` describe.
+        optimizer: one optimizer, a sequence of them, or None.
+        groups: as `find_groups`, or the last cut, returned them.
+        keep: by group name, boolean per active unit, True = stays; groups that lose nothing may be absent.
+        copies: further modules with the same tensors to cut alike, such as an EMA copy; names may have
+            the prefix `"module."` that `torch.optim.swa_utils.AveragedModel` gives them.
+
+    Raises:
+        GroupError: when `keep` does not fit the groups, the groups do not fit the model or a copy, or a
+            tensor is of a kind that cannot be cut.
+        OptimizerError: when an optimizer's state cannot follow.
+
+    >>> import numpy as np
+    >>> from setpoint.groups.group import SizeBinding, Slice
+    >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+    >>> unit = np.arange(3)
+    >>> places = [("0.weight", 0, "produce"), ("0.bias", 0, "carry"), ("2.weight", 1, "consume")]
+    >>> slices = tuple(Slice(tensor, dim, role, unit) for tensor, dim, role in places)
+    >>> sizes = (SizeBinding("0", "out_features", unit), SizeBinding("2", "in_features", unit))
+    >>> hidden = Group("hidden", "unit", 3, slices, sizes)
+    >>> (hidden,) = shrink(model, None, (hidden,), {"hidden": np.array([True, False, True])})
+    >>> model
+    Sequential(
+      (0): Linear(in_features=2, out_features=2, bias=True)
+      (1): ReLU()
+      (2): Linear(in_features=2, out_features=1, bias=True)
+    )
+    """
+    cut = plan_cut(groups, keep)
+    remaining = cut_groups(groups, keep)
+    prefixes = _prefixes(cut, model, copies)
+    changes = list(_prepare(model, "", cut, as_sequence(optimizer)))
+    sizes = [(model, _new_sizes(model, "", cut))]
+    for copy, prefix in prefixes:
+        changes += _prepare(copy, prefix, cut, ())
+        sizes.append((copy, _new_sizes(copy, prefix, cut)))
+    _commit(changes, sizes)
+    return remaining
+
+
+def _prefixes(cut: Cut, model: nn.Module, copies: Sequence[nn.Module]) -> list[tuple[nn.Module, str]]:
+    """Each copy once, with the prefix of its names; it must mirror the model and share nothing with it."""
+    own = {id(tensor) for tensor in named_tensors(model).values()}
+    names = list(cut.dims())
+    found: dict[int, tuple[nn.Module, str]] = {}
+    for copy in copies:
+        tensors = named_tensors(copy)
+        if copy is model or any(id(tensor) in own for tensor in tensors.values()):
+            raise GroupError("a copy shares tensors with the model itself: pass independent copies only")
+        prefix = "module." if names and names[0] not in tensors and f"module.{names[0]}" in tensors else ""
+        found[id(copy)] = (copy, prefix)
+    return list(found.values())
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer by every name it has: a tied tensor is there once per name."""
+    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    return {**tensors, **dict(model.named_buffers(remove_duplicate=False))}
+
+
+def _prepare(model: nn.Module, prefix: str, cut: Cut, optimizers: Sequence[Optimizer]) -> Iterator[_Change]:
+    """Build everything new without touching anything old."""
+    tensors = named_tensors(model)
+    single = [name for name, kept in cut.elements.items() if not kept.all()]
+    if single:
+        raise GroupError(f"the units of {single[0]!r} are single weights, which can be masked but not cut: use mask")
+    check_lengths(cut, {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, type(model).__name__)
+    changing = {name: tensors[prefix + name] for name in cut.dims()}
+    check_cuttable(changing, tensors)
+    for name, dims in cut.dims().items():
+        tensor = changing[name]
+        held = [each for each in optimizers if isinstance(tensor, nn.Parameter) and tensor in each.state]
+        states = tuple((each, cut_state(each, tensor, dims, repr(name))) for each in held)  # type: ignore[arg-type]
+        yield _Change(tensor, take(tensor, dims), states)
+
+
+def check_lengths(cut: Cut, tensors: Mapping[str, Tensor], what: str) -> None:
+    """Check that every tensor of the cut exists and is as long as the index tables say.
+
+    Raises:
+        GroupError: naming the first that is not.
+    """
+    lengths: list[tuple[str, int | None, int]] = [(name, dim, kept.size) for (name, dim), kept in cut.entries.items()]
+    lengths += [(name, None, kept.size) for name, kept in cut.elements.items()]
+    for name, dim, length in lengths:
+        if name not in tensors:
+            raise GroupError(f"{what} has no tensor {name!r}: use the groups of this very model")
+        shape = tuple(tensors[name].shape)
+        found = tensors[name].numel() if dim is None else shape[dim] if dim < len(shape) else None
+        if found != length:
+            where = name if dim is None else f"dim {dim} of {name}"
+            raise GroupError(
+                f"{where} should have {length} entries, but in {what} the tensor's shape is {shape}: use the groups "
+                "of this very model, as the last cut returned them, and copies that were cut together with it"
+            )
+
+
+def check_cuttable(changing: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Check that each tensor is of a kind that can change its shape in place.
+
+    Args:
+        changing: the tensors to be cut, by name.
+        tensors: all tensors of the model, by every name they have.
+
+    Raises:
+        GroupError: for a parametrized, quantized, sparse, uninitialized or subclassed tensor (DTensor
+            among them), one that a slice names twice by two names, or one tied through shared memory.
+    """
+    at: dict[tuple[torch.device, int], set[int]] = {}
+    for tensor in tensors.values():
+        if type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and tensor.numel():
+            at.setdefault((tensor.device, tensor.data_ptr()), set()).add(id(tensor))
+    seen: dict[int, str] = {}
+    for name, tensor in changing.items():
+        if "parametrizations" in name.split("."):
+            raise GroupError(
+                f"{name!r} is parametrized: remove the parametrization "
+                "(torch.nn.utils.parametrize.remove_parametrizations) before attaching"
+            )
+        if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_quantized or tensor.layout != torch.strided:
+            kind = type(tensor).__name__
+            raise GroupError(f"{name!r} is a {kind} of layout {tensor.layout}, which cannot be cut: freeze its groups")
+        if id(tensor) in seen:
+            raise GroupError(f"{name!r} and {seen[id(tensor)]!r} are one tensor: name it in slices by one name only")
+        seen[id(tensor)] = name
+        sharing = at.get((tensor.device, tensor.data_ptr()), set()) if tensor.device.type != "meta" else set()
+        if len(sharing) > 1:
+            raise GroupError(
+                f"{name!r} shares its memory with another tensor of the model: tie them by using one "
+                "Parameter object in both places"
+            )
+
+
+def _new_sizes(model: nn.Module, prefix: str, cut: Cut) -> dict[SizePlace, int]:
+    """What every size that changes must become, once it is sure that it holds the old count."""
+    counts = {(_module(prefix, name), place): kept for (name, place), kept in cut.sizes.items()}
+    calls = {_call(at) for at, kept in counts.items() if not kept.all()}  # all sizes of a call go together
+    changing = {at: kept for at, kept in counts.items() if not kept.all() or (is_call(at[1]) and _call(at) in calls)}
+    check_sizes(model, changing)
+    for (name, place), kept in changing.items():
+        if not is_call(place) and (old := read_size(model.get_submodule(name), place)) != kept.size:
+            raise GroupError(
+                f"{name}.{place} is {old}, but the groups say {kept.size}: use the groups of this very model, "
+                "as the last cut returned them"
+            )
+    return {at: int(kept.sum()) for at, kept in changing.items()}
+
+
+def _call(at: SizePlace) -> SizePlace:
+    return at[0], at[1].partition("[")[0]
+
+
+def _module(prefix: str, name: str) -> str:
+    return (prefix + name).rstrip(".")
+
+
+def _commit(changes: Sequence[_Change], sizes: Sequence[tuple[nn.Module, Mapping[SizePlace, int]]]) -> None:
+    with ExitStack() as undo:
+        for change in changes:
+            for optimizer, state in change.states:
+                undo.callback(optimizer.state.__setitem__, change.tensor, optimizer.state[change.tensor])
+                optimizer.state[change.tensor] = state
+            swap(change.tensor, change.new, undo)
+        for module, new in sizes:
+            apply_sizes(module, new, undo)
+        torch.clear_autocast_cache()
+        undo.pop_all()  # nothing failed: forget the way back

@@ -1,0 +1,142 @@
+"""Sizes: the integers in live Python code that must count what the tensors really hold."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from setpoint.actuator.cut import SizePlace
+from setpoint.errors import GroupError
+from setpoint.groups.shim import get_call_sizes, set_call_sizes
+
+_RECORD = "_setpoint_sizes"
+_STEP = re.compile(r"\.?([^.\[\]]+)|\[(\d+)\]")
+
+
+def is_call(place: str) -> bool:
+    """Whether a place is a call in a module's forward (`"view#2[1]"`), not an attribute."""
+    return "#" in place
+
+
+def read_size(module: nn.Module, place: str) -> int:
+    """The integer at an attribute place: `"out_channels"`, `"normalized_shape[0]"`, `"config.hidden_size"`.
+
+    Raises:
+        GroupError: when there is no such attribute or it is not an integer.
+
+    >>> read_size(nn.LayerNorm(7), "normalized_shape[0]")
+    7
+    """
+    value: Any = module
+    for step in _path(place):
+        try:
+            value = value[step] if isinstance(step, int) else getattr(value, step)
+        except (AttributeError, IndexError, TypeError) as error:
+            raise GroupError(f"{type(module).__name__} has no {place!r}: {error}") from error
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise GroupError(f"{type(module).__name__}.{place} is not an integer but {value!r}")
+    return value
+
+
+def write_size(module: nn.Module, place: str, size: int) -> None:
+    """Set the integer at an attribute place; sequences are replaced by a copy, never changed in place.
+
+    >>> norm = nn.LayerNorm(7)
+    >>> write_size(norm, "normalized_shape[0]", 5)
+    >>> norm.normalized_shape
+    (5,)
+    """
+    _write(module, _path(place), size)
+
+
+def _path(place: str) -> list[str | int]:
+    steps = [int(match[2]) if match[2] else match[1] for match in _STEP.finditer(place)]
+    if "".join(match[0] for match in _STEP.finditer(place)) != place or not steps or isinstance(steps[0], int):
+        raise GroupError(f"{place!r} is not a place: write an attribute such as 'config.sizes[0]'")
+    return steps
+
+
+def _write(owner: Any, path: list[str | int], size: int) -> Any:
+    """Write along the path and return `owner`, or its changed copy where it is a sequence."""
+    step, rest = path[0], path[1:]
+    if isinstance(step, int):
+        items = list(owner)
+        items[step] = _write(items[step], rest, size) if rest else size
+        return items if isinstance(owner, list) else type(owner)(items)
+    old = getattr(owner, step)
+    new = _write(old, rest, size) if rest else size
+    if new is not old:
+        setattr(owner, step, new)
+    return owner
+
+
+def check_sizes(model: nn.Module, sizes: Iterable[SizePlace]) -> None:
+    """Check that every place exists, before anything is changed.
+
+    Raises:
+        GroupError: naming the first module or place that does not exist.
+    """
+    for name, place in sizes:
+        try:
+            module = model.get_submodule(name)
+        except AttributeError as error:
+            raise GroupError(f"the model has no module {name!r}, which should hold a size: {error}") from error
+        if not is_call(place):
+            read_size(module, place)
+
+
+def apply_sizes(model: nn.Module, sizes: Mapping[SizePlace, int], undo: ExitStack) -> None:
+    """Set sizes in the modules of `model`, and record them on it so that `save` finds them.
+
+    Args:
+        model: the root; names are relative to it.
+        sizes: by (module name, place), the new size.
+        undo: where to note how to put everything back; `undo.close()` does it.
+    """
+    if not sizes:
+        return
+    before = model.__dict__.get(_RECORD)
+    undo.callback(partial(_set_record, model, before))
+    record = {name: dict(places) for name, places in (before or {}).items()}
+    calls: dict[str, dict[str, int]] = {}
+    for (name, place), size in sizes.items():
+        record.setdefault(name, {})[place] = size
+        if is_call(place):
+            calls.setdefault(name, {})[place] = size
+            continue
+        module = model.get_submodule(name)
+        undo.callback(partial(write_size, module, place, read_size(module, place)))
+        write_size(module, place, size)
+    for name, places in calls.items():
+        module = model.get_submodule(name)
+        old = dict(get_call_sizes(module))
+        undo.callback(partial(set_call_sizes, module, old))
+        set_call_sizes(module, {**old, **places})
+    _set_record(model, record)
+
+
+def _set_record(model: nn.Module, record: dict[str, dict[str, int]] | None) -> None:
+    if record is None:
+        model.__dict__.pop(_RECORD, None)
+    else:
+        model.__dict__[_RECORD] = record
+
+
+def recorded_sizes(model: nn.Module) -> dict[SizePlace, int]:
+    """Every place that cuts have set, in `model` or in a submodule that was cut by itself, as it is now.
+
+    The record is a plain dict on the module that was cut, so it survives `copy.deepcopy` and pickle.
+    """
+    sizes: dict[SizePlace, int] = {}
+    for prefix, root in model.named_modules():
+        for name, places in root.__dict__.get(_RECORD, {}).items():
+            module = root.get_submodule(name)
+            full = ".".join(part for part in (prefix, name) if part)
+            for place in places:
+                sizes[full, place] = get_call_sizes(module)[place] if is_call(place) else read_size(module, place)
+    return sizes

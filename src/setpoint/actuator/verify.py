@@ -1,0 +1,315 @@
+"""Verify: does a cut behave like its masked twin? Tried on copies, before it is done to the model."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from setpoint.actuator.cut import Cut, Keep, check_keep, plan_cut, take
+from setpoint.actuator.mask import mask
+from setpoint.actuator.shrink import named_tensors, shrink
+from setpoint.errors import ExampleError, VerificationError
+from setpoint.groups.export import Example, inputs_of, tensors_of
+from setpoint.groups.group import Group
+
+
+def verify(model: nn.Module, example: Example, groups: tuple[Group, ...], keep: Keep | None = None) -> None:
+    """Check on copies of the model that a cut computes what its masked twin computes.
+
+    Both twins have the same randomised weights (so that zero-initialised layers do not hide a mistake)
+    and are in float64 where the model allows it. One is shrunk, the other has the dropped entries
+    masked; outputs, the kept entries' gradients and the updated buffers must agree. Dropout is off; a
+    model that draws random numbers all the same is compared in eval mode. Of a group that is not
+    lossless only the shapes are checked, since zero is not absent there. Forward hooks run on the
+    copies as they do in the model. Model, gradients, buffers and global random number generators are left alone.
+    Needs memory for about three copies of the model.
+
+    Args:
+        model: the live model.
+        example: inputs that it accepts; a tuple of positional or a mapping of keyword inputs.
+        groups: the model's groups.
+        keep: the cut to check; by default random subsets of unequal widths, of at least 2 where possible.
+
+    Raises:
+        VerificationError: naming the first group whose cut fails.
+        ExampleError: when the model itself does not run on the example.
+        GroupError: when `keep` does not fit the groups.
+    """
+    trial = _Trial.of(model, example, groups, keep)
+    failed = next(trial.failing(), None)
+    if failed is not None:
+        name, why = failed
+        raise VerificationError(
+            f"dropping units of group {name!r} on a copy of the model did not behave like masking them: {why}. "
+            "Nothing was changed: leave this group out of `groups`"
+        )
+
+
+def failing_groups(model: nn.Module, example: Example, groups: tuple[Group, ...]) -> tuple[str, ...]:
+    """Names of the groups whose cut does not behave like its masked twin; found by bisection.
+
+    After each find the rest is tried again without it, until the rest passes.
+
+    Args:
+        model: the live model, left alone.
+        example: inputs that it accepts.
+        groups: the model's groups.
+
+    Raises:
+        ExampleError: when the model itself does not run on the example.
+    """
+    return tuple(name for name, _ in _Trial.of(model, example, groups, None).failing())
+
+
+@dataclass(frozen=True, eq=False)
+class _Trial:
+    """The randomised copy on which cuts are tried, and the cut to try."""
+
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    groups: tuple[Group, ...]
+    keep: Keep
+    tolerance: float
+
+    @classmethod
+    def of(cls, model: nn.Module, example: Example, groups: tuple[Group, ...], keep: Keep | None) -> _Trial:
+        keep = random_keep(groups) if keep is None else check_keep(groups, keep)
+        args, kwargs = inputs_of(example)
+        trial = cls(_randomised_copy(model, groups), args, kwargs, groups, keep, 0.0)
+        return trial._in_best_precision()._without_chance()
+
+    def _in_best_precision(self) -> _Trial:
+        """In float64 if the model runs in it; the tolerance follows from the narrowest dtype it really uses."""
+        wide = replace(
+            self,
+            model=_widen_model(copy.deepcopy(self.model)),
+            args=tree_map(_widen, self.args),
+            kwargs=tree_map(_widen, dict(self.kwargs)),
+        )
+        for trial in (wide, self):
+            with _Narrowest() as narrowest:
+                try:
+                    trial._run(trial.model)
+                except Exception as error:  # anything may go wrong in a foreign forward
+                    failure = error
+                    continue
+            return replace(trial, tolerance=_TOLERANCE[narrowest.bits])
+        raise ExampleError(f"the model does not run on the example: {failure}") from failure
+
+    def _without_chance(self) -> _Trial:
+        for module in self.model.modules():
+            if isinstance(module, nn.modules.dropout._DropoutNd):
+                module.p = 0.0
+        results = [self._run(copy.deepcopy(self.model), seed) for seed in (1, 2)]
+        if results[0].difference(results[1], self.tolerance):
+            self.model.eval()
+        return self
+
+    def failing(self) -> Iterator[tuple[str, str]]:
+        """(group name, what differs) of each group that fails."""
+        candidates = [group.name for group in self.groups if not self.keep[group.name].all()]
+        while candidates and self._fault(candidates) is not None:
+            name, why = self._bisect(candidates, [])
+            yield name, why
+            candidates.remove(name)
+
+    def _bisect(self, suspects: list[str], context: list[str]) -> tuple[str, str]:
+        """One culprit among suspects, which together with the groups in context are known to fail."""
+        if len(suspects) == 1:
+            return suspects[0], self._fault(context + suspects) or "it differs"
+        left, right = suspects[: len(suspects) // 2], suspects[len(suspects) // 2 :]
+        if self._fault(context + left) is not None:
+            return self._bisect(left, context)
+        return self._bisect(right, context + left)
+
+    def _fault(self, names: list[str]) -> str | None:
+        """What is wrong when these groups are cut, or None."""
+        lossy = {group.name for group in self.groups if not group.lossless}
+        exact = [name for name in names if name not in lossy]
+        why = self._compare(exact, by_value=True) if exact else None
+        return self._compare(names, by_value=False) if why is None and len(exact) < len(names) else why
+
+    def _compare(self, names: list[str], by_value: bool) -> str | None:
+        keep = {name: self.keep[name] for name in names}
+        masked = copy.deepcopy(self.model)
+        mask(masked, None, self.groups, keep)
+        want = self._run(masked).cut(plan_cut(self.groups, keep))
+        del masked
+        small = copy.deepcopy(self.model)
+        try:
+            shrink(small, None, self.groups, keep)
+            got = self._run(small)
+        except Exception as error:  # a wrong size shows up as any exception in the model's own code
+            return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return want.difference(got, self.tolerance if by_value else float("inf"))
+
+    def _run(self, model: nn.Module, seed: int = 0) -> _Outcome:
+        with _private_chance(model, seed), torch.enable_grad():
+            for parameter in model.parameters():
+                parameter.grad = None
+            outputs = [leaf for leaf in tensors_of(model(*self.args, **self.kwargs)) if _is_float(leaf)]
+            generator = torch.Generator().manual_seed(0)
+            loss = sum((each * _noise(each, generator)).sum().abs() for each in outputs if each.requires_grad)
+            if isinstance(loss, Tensor):
+                torch.autograd.backward(loss)
+        tensors = dict(model.named_parameters())
+        return _Outcome(
+            [output.detach() for output in outputs],
+            {name: tensor.grad for name, tensor in tensors.items() if tensor.grad is not None},
+            {name: tensor for name, tensor in model.named_buffers() if _is_float(tensor)},
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Outcome:
+    """What one forward and backward pass left behind."""
+
+    outputs: list[Tensor]
+    gradients: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+
+    def cut(self, cut: Cut) -> _Outcome:
+        """The kept entries only."""
+        dims = cut.dims()
+        gradients = {name: take(tensor, dims.get(name, {})) for name, tensor in self.gradients.items()}
+        buffers = {name: take(tensor, dims.get(name, {})) for name, tensor in self.buffers.items()}
+        return _Outcome(self.outputs, gradients, buffers)
+
+    def difference(self, other: _Outcome, tolerance: float) -> str | None:
+        """What differs by more than `tolerance` times the largest value of that tensor, or None."""
+        if len(self.outputs) != len(other.outputs):
+            return f"{len(other.outputs)} outputs instead of {len(self.outputs)}"
+        for position, (want, got) in enumerate(zip(self.outputs, other.outputs, strict=True)):
+            if why := _differ(want, got, tolerance):
+                return f"output {position} {why}"
+        for what, wants, gots in (
+            ("gradient", self.gradients, other.gradients),
+            ("buffer", self.buffers, other.buffers),
+        ):
+            for name, want in wants.items():
+                if name not in gots:
+                    return f"{what} of {name} is missing"
+                if why := _differ(want, gots[name], tolerance):
+                    return f"{what} of {name} {why}"
+        return None
+
+
+def _differ(want: Tensor, got: Tensor, tolerance: float) -> str | None:
+    if want.shape != got.shape:
+        return f"has shape {tuple(got.shape)} instead of {tuple(want.shape)}"
+    if tolerance == float("inf") or not want.numel():
+        return None
+    scale = want.abs().max().item()
+    error = (want - got).abs().max().item()
+    # NaN on both sides proves nothing, so the comparison is written to fail on it.
+    return None if error <= tolerance * max(scale, 1e-3) else f"differs by {error:.2g} where values reach {scale:.2g}"
+
+
+def random_keep(groups: tuple[Group, ...]) -> dict[str, Bool[np.ndarray, " units"]]:
+    """A random subset of every group's units, of unequal widths where possible, the same at every call.
+
+    Equal widths would hide a size that follows the wrong group, and a width of 1 passes by broadcasting.
+    """
+    generator = np.random.default_rng(0)
+    used: set[int] = set()
+    keep = {}
+    for group in groups:
+        low = max(group.min_units, min(2, group.num_units - 1), 0)
+        widths = [width for width in range(low, group.num_units) if width not in used]
+        width = int(generator.choice(widths or range(low, group.num_units))) if low < group.num_units else low
+        used.add(width)
+        kept = np.zeros(group.num_units, dtype=bool)
+        kept[generator.permutation(group.num_units)[:width]] = True
+        keep[group.name] = kept
+    return keep
+
+
+def _randomised_copy(model: nn.Module, groups: tuple[Group, ...]) -> nn.Module:
+    """A copy in which no weight is zero and no two units are alike, at about the model's own scale."""
+    try:
+        twin = copy.deepcopy(model)
+    except RuntimeError as error:
+        raise VerificationError(f"the model cannot be copied, so no cut of it can be tried out: {error}") from error
+    generator = torch.Generator().manual_seed(0)
+    touched = {part.tensor for group in groups for part in group.slices}
+    with torch.no_grad():
+        for name, tensor in named_tensors(twin).items():
+            if not _is_float(tensor) or not (isinstance(tensor, nn.Parameter) or name in touched):
+                continue
+            spread = 0.1 if tensor.dim() < 2 else float(np.sqrt(tensor.shape[0] / max(tensor.numel(), 1)))
+            factor = 1 + 0.3 * _noise(tensor, generator).clamp(-2, 2)
+            fresh = _noise(tensor, generator) * spread
+            tensor.copy_(torch.where(tensor == 0, fresh, tensor * factor))
+    return twin
+
+
+def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
+    dtype = like.dtype if like.dtype in (torch.float64, torch.complex64, torch.complex128) else torch.float32
+    return torch.randn(like.shape, generator=generator, dtype=dtype).to(like.device, like.dtype)
+
+
+def _is_float(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+
+
+def _widen_model(model: nn.Module) -> nn.Module:
+    widened: nn.Module = model._apply(_widen)  # type: ignore[no-untyped-call]
+    return widened
+
+
+def _widen(leaf: Any) -> Any:
+    if not _is_float(leaf):
+        return leaf
+    return leaf.to(torch.complex128 if leaf.is_complex() else torch.float64)
+
+
+@contextmanager
+def _private_chance(model: nn.Module, seed: int) -> Iterator[None]:
+    """Global random number generators seeded inside and put back after, autocast off."""
+    devices = {tensor.device for tensor in named_tensors(model).values() if tensor.device.type == "cuda"}
+    kinds = {tensor.device.type for tensor in named_tensors(model).values()} or {"cpu"}
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(list(devices)), torch.autocast(min(kinds), enabled=False):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+# Relative error allowed, by the narrowest floating-point width that the computation went through.
+_TOLERANCE = {64: 1e-9, 32: 1e-3, 16: 5e-2, 8: 5e-1}
+
+
+class _Narrowest(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the narrowest floating-point type that any operation produces."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.bits = 64
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.is_floating_point():
+                self.bits = min(self.bits, 8 * leaf.dtype.itemsize)
+            elif isinstance(leaf, Tensor) and leaf.is_complex():
+                self.bits = min(self.bits, 4 * leaf.dtype.itemsize)
+        return result
