@@ -1,0 +1,99 @@
+"""Atoms: one integer for every entry of every tensor dim, united where entries must go together.
+
+A disjoint-set forest on one integer array. Atom 0 stands for "frozen": whatever is united with it
+stays in the model for good. Parents are always smaller than their children, so 0 is the root of
+everything frozen and a root is the oldest atom of its class.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Int
+
+Labels = Int[np.ndarray, " entries"]
+"""One atom per entry along a dim."""
+
+
+class Atoms:
+    """Classes of entries that stand or fall together.
+
+    >>> atoms = Atoms()
+    >>> a, b = atoms.fresh(3), atoms.fresh(3)
+    >>> atoms.unite(a, b)
+    >>> bool((atoms.find(a) == atoms.find(b)).all())
+    True
+    """
+
+    def __init__(self) -> None:
+        self._parent = np.zeros(1024, dtype=np.int64)
+        self._count = 1
+        self.frozen: list[tuple[Labels, str, str]] = []
+        """What was frozen: (atoms, place, reason), in order."""
+        self.lossy: list[tuple[Labels, str]] = []
+        """Atoms for which zero is not absent: (atoms, reason)."""
+        self.marks: dict[str, list[Labels]] = {}
+        """Atoms by remark: "produce", "consume", "contract", "batch", "conv", "embedding"."""
+
+    def __len__(self) -> int:
+        return self._count
+
+    def fresh(self, num: int) -> Labels:
+        """New atoms, each alone in its class."""
+        first, self._count = self._count, self._count + num
+        if self._count > len(self._parent):
+            grown = np.zeros(2 * self._count, dtype=np.int64)
+            grown[:first] = self._parent[:first]
+            self._parent = grown
+        self._parent[first : self._count] = np.arange(first, self._count)
+        return np.arange(first, self._count)
+
+    def find(self, labels: np.ndarray) -> np.ndarray:
+        """Root of each atom; the shape is kept."""
+        roots: np.ndarray = self._parent[labels]
+        while True:
+            above = self._parent[roots]
+            if np.array_equal(above, roots):
+                break
+            roots = above
+        self._parent[labels] = roots
+        return roots
+
+    def unite(self, left: np.ndarray, right: np.ndarray) -> None:
+        """Put `left[i]` and `right[i]` into one class, for every i."""
+        left, right = np.broadcast_arrays(left, right)
+        left, right = left.ravel(), right.ravel()
+        while True:
+            a, b = self.find(left), self.find(right)
+            differ = a != b
+            if not differ.any():
+                return
+            low, high = np.minimum(a, b)[differ], np.maximum(a, b)[differ]
+            np.minimum.at(self._parent, high, low)
+            # Where two pairs met in one root, only the smaller parent was kept: go round again.
+
+    def freeze(self, labels: np.ndarray | None, place: str, reason: str) -> None:
+        """Keep these entries for good, and remember why."""
+        if labels is None or len(labels) == 0:
+            return
+        if (self.find(labels) != 0).any():
+            self.frozen.append((np.asarray(labels).ravel(), place, reason))
+            self.unite(labels, np.zeros(1, dtype=np.int64))
+
+    def mark(self, remark: str, labels: np.ndarray | None) -> None:
+        """Remember a remark about these very atoms (not about their class)."""
+        if labels is not None:
+            self.marks.setdefault(remark, []).append(np.asarray(labels).ravel())
+
+    def marked(self, remark: str) -> np.ndarray:
+        """Boolean per atom: whether the remark was made about it."""
+        result = np.zeros(self._count, dtype=bool)
+        for labels in self.marks.get(remark, ()):
+            result[labels] = True
+        return result
+
+    def marked_class(self, remark: str) -> np.ndarray:
+        """Boolean per atom: whether the remark was made about any atom of its class."""
+        everyone = self.find(np.arange(self._count))
+        result = np.zeros(self._count, dtype=bool)
+        result[everyone[self.marked(remark)]] = True
+        return result[everyone]

@@ -1,0 +1,168 @@
+"""From atoms to groups: units whose entries lie in the same places form one group."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from setpoint.groups.atoms import Atoms
+from setpoint.groups.group import Group, Role, Size, Slice
+from setpoint.groups.walk import DimLabels
+
+MIN_BLOCKS = 8
+"""A cut takes blocks as large as hardware likes, but never fewer than this many blocks a group."""
+FLOOR = 16
+"""A group keeps at least a sixteenth of its units."""
+
+
+@dataclass(frozen=True, eq=False)
+class OwnDim:
+    """One dim of one parameter or buffer, with the atoms made for it."""
+
+    tensor: str
+    dim: int
+    labels: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Units:
+    """Which group and unit every class of atoms belongs to.
+
+    Args:
+        groups: the groups, without size bindings.
+        group_of: per atom, position of its group in `groups`, or -1: it stays.
+        unit_of: per atom, its unit within the group.
+    """
+
+    groups: tuple[Group, ...]
+    group_of: np.ndarray
+    unit_of: np.ndarray
+
+    def index(self, labels: np.ndarray, group: int) -> np.ndarray:
+        """Index table of these entries for one group: unit, or -1."""
+        return np.where(self.group_of[labels] == group, self.unit_of[labels], -1)
+
+    def among(self, labels: np.ndarray) -> list[int]:
+        """Positions of the groups that some of these entries belong to."""
+        return [int(g) for g in np.unique(self.group_of[labels]) if g >= 0]
+
+    def size(self, length: int, labels: DimLabels) -> Size:
+        """Length of a dim as a function of widths."""
+        if labels is None:
+            return Size(length)
+        parts = []
+        for g in self.among(labels):
+            entries = int((self.group_of[labels] == g).sum())
+            parts.append((self.groups[g].name, entries // self.groups[g].num_units))
+        constant = length - sum(per_unit * self.groups[g].num_units for (_, per_unit), g in zip(parts, self.among(labels), strict=True))
+        return Size(constant, tuple(parts))
+
+
+def build(atoms: Atoms, dims: Sequence[OwnDim]) -> Units:
+    """Collect the classes that can be dropped into groups."""
+    everyone = atoms.find(np.arange(len(atoms)))
+    signature = _signatures(everyone, dims)
+    droppable = np.zeros(len(atoms), dtype=bool)
+    for own in dims:
+        droppable[everyone[own.labels]] = True
+    droppable[0] = False
+    roots = np.flatnonzero(droppable)
+    group_of = np.full(len(atoms), -1)
+    unit_of = np.full(len(atoms), -1)
+    marks = {name: atoms.marked(name) for name in ("produce", "consume")}
+    classes = {name: atoms.marked_class(name) for name in ("conv", "batch", "embedding")}
+    by_signature: dict[int, list[int]] = {}
+    for root in roots:
+        by_signature.setdefault(int(signature[root]), []).append(int(root))
+    dims_of: dict[int, list[OwnDim]] = {}
+    for own in dims:
+        for key in np.unique(signature[everyone[own.labels][everyone[own.labels] != 0]]):
+            dims_of.setdefault(int(key), []).append(own)
+    groups: list[Group] = []
+    names: dict[str, int] = {}
+    for key, members in by_signature.items():
+        if len(members) < 2:
+            continue
+        unit = np.full(len(atoms), -1)
+        unit[members] = np.arange(len(members))
+        slices = tuple(
+            Slice(own.tensor, own.dim, _role(own, unit[everyone[own.labels]] >= 0, marks), unit[everyone[own.labels]])
+            for own in dims_of[key]
+        )
+        roles = {piece.role for piece in slices}
+        if not {"produce", "consume"} <= roles:
+            atoms.frozen.append((np.asarray(members), slices[0].tensor, _no_exit(roles)))
+            continue
+        what = _what(members, classes)
+        group_of[members] = len(groups)
+        unit_of[members] = unit[members]
+        groups.append(_group(_name(slices, names), len(members), slices, what, _lossy_notes(atoms, everyone, members)))
+    return Units(tuple(groups), group_of[everyone], unit_of[everyone])
+
+
+def _no_exit(roles: set[Role]) -> str:
+    missing = "no weight reads its units" if "consume" not in roles else "no weight writes its units"
+    return f"{missing}, so they cannot be judged or dropped by themselves"
+
+
+def _signatures(everyone: np.ndarray, dims: Sequence[OwnDim]) -> np.ndarray:
+    """A number per class that is equal for classes with equally many entries in every dim."""
+    draws = np.random.default_rng(0).integers(1, 2**63 - 1, size=max(len(dims), 1), dtype=np.uint64)
+    signature = np.zeros(len(everyone), dtype=np.uint64)
+    for own, draw in zip(dims, draws, strict=True):
+        np.add.at(signature, everyone[own.labels], draw)
+    return signature
+
+
+def _role(own: OwnDim, member: np.ndarray, marks: Mapping[str, np.ndarray]) -> Role:
+    if marks["consume"][own.labels[member]].any():
+        return "consume"
+    return "produce" if marks["produce"][own.labels[member]].any() else "carry"
+
+
+def _what(members: list[int], classes: Mapping[str, np.ndarray]) -> str:
+    for mark, what in (("batch", "head"), ("embedding", "feature"), ("conv", "channel")):
+        if classes[mark][members].any():
+            return what
+    return "neuron"
+
+
+def _lossy_notes(atoms: Atoms, everyone: np.ndarray, members: list[int]) -> tuple[str, ...]:
+    inside = np.zeros(len(everyone), dtype=bool)
+    inside[members] = True
+    notes = [reason for labels, reason in atoms.lossy if inside[everyone[labels]].any()]
+    return tuple(dict.fromkeys(notes))
+
+
+def _name(slices: tuple[Slice, ...], names: dict[str, int]) -> str:
+    first = next(piece for piece in slices if piece.role == "produce")
+    base = first.tensor.rsplit(".", 1)[0] if "." in first.tensor else first.tensor
+    names[base] = names.get(base, 0) + 1
+    return base if names[base] == 1 else f"{base}:{names[base]}"
+
+
+def _group(name: str, num_units: int, slices: tuple[Slice, ...], what: str, notes: tuple[str, ...]) -> Group:
+    block = 1 if what == "head" else _block(num_units, 16 if what == "channel" else 8)
+    floor = -(-num_units // FLOOR)
+    min_units = min(num_units, -(-floor // block) * block)
+    return Group(
+        name=name,
+        kind="unit",
+        num_units=num_units,
+        slices=slices,
+        min_units=min_units,
+        multiple_of=block,
+        lossless=not notes,
+        what=what,
+        notes=notes,
+    )
+
+
+def _block(num_units: int, liked: int) -> int:
+    """Largest power of two up to what hardware likes that leaves enough blocks to choose from."""
+    block = liked
+    while block > 1 and num_units // block < MIN_BLOCKS:
+        block //= 2
+    return block

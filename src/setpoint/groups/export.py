@@ -1,0 +1,188 @@
+"""Export: the model's forward as an ATen graph, without touching the model."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from setpoint.errors import ExampleError, ExportError
+
+Example = tuple[Any, ...] | Mapping[str, Any]
+
+TORCH_FOLDER = Path(torch.__file__).parent
+
+
+class Forward(nn.Module):
+    """The model, returning a flat list of its output tensors, whatever container they came in."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.training = model.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> list[torch.Tensor]:
+        """Tensors of the output in a fixed order."""
+        return list(tensors_of(self.model(*args, **kwargs)))
+
+
+def tensors_of(output: Any) -> Iterator[torch.Tensor]:
+    """Every tensor inside tuples, lists, mappings and dataclasses, in order."""
+    if isinstance(output, torch.Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from tensors_of(value)
+    elif isinstance(output, (list, tuple)):
+        for value in output:
+            yield from tensors_of(value)
+    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
+        for field in dataclasses.fields(output):
+            yield from tensors_of(getattr(output, field.name))
+
+
+def inputs_of(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword inputs of an example."""
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    if isinstance(example, tuple):
+        return example, {}
+    raise ExampleError(
+        f"example must be a tuple of positional inputs or a dict of keyword inputs, got {type(example).__name__}: "
+        "for a single tensor x write example=(x,)"
+    )
+
+
+def check_device(model: nn.Module, example: Example) -> None:
+    """The example's tensors must lie where the model lies."""
+    args, kwargs = inputs_of(example)
+    devices = {parameter.device for parameter in model.parameters()}
+    for tensor in tensors_of([*args, *kwargs.values()]):
+        if devices and tensor.device not in devices:
+            raise ExampleError(
+                f"example holds a tensor on {tensor.device}, but the model is on "
+                f"{', '.join(sorted(map(str, devices)))}: move it with .to({str(min(devices, key=str))!r})"
+            )
+
+
+@contextmanager
+def untouched_rng() -> Iterator[None]:
+    """Leave the global random state as it was."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
+        yield
+
+
+def export(model: nn.Module, example: Example) -> torch.export.ExportedProgram:
+    """The graph of `model(*example)`.
+
+    Raises:
+        ExampleError: the model does not accept the example.
+        ExportError: the forward does what no static graph can hold, such as control flow that
+            depends on data; the message names the line.
+    """
+    args, kwargs = inputs_of(example)
+    check_device(model, example)
+    with untouched_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return torch.export.export(Forward(model), args, kwargs, strict=False)
+        except Exception as error:
+            _explain(model, args, kwargs, error)
+            raise
+
+
+def _explain(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception) -> None:
+    """Tell a bad example from a forward that cannot be exported, by running the model on fakes."""
+    try:
+        with fake_copy(model) as (fake, mode):
+            fake(*mode_inputs(mode, args), **mode_inputs(mode, kwargs))
+    except Exception as plain:
+        if not _depends_on_data(plain):
+            raise ExampleError(
+                f"the model does not accept the example ({_describe([*args, *kwargs.items()])}): "
+                f"{_first_line(plain)}{_user_line(plain)}"
+            ) from error
+        error = plain
+    hint = (
+        "its control flow depends on the values of a tensor; replace the Python `if` by torch.where, "
+        "or compute the condition outside the model"
+        if _depends_on_data(error)
+        else "torch.export cannot follow it; `torch.export.export(model, example, strict=False)` shows the same error"
+    )
+    raise ExportError(f"the model's forward cannot be exported: {_first_line(error)}{_user_line(error)}; {hint}") from (
+        error
+    )
+
+
+def _depends_on_data(error: BaseException) -> bool:
+    names = {type(error).__name__ for error in _chain(error)}
+    return bool(
+        names
+        & {
+            "DataDependentOutputException",
+            "DynamicOutputShapeException",
+            "GuardOnDataDependentSymNode",
+            "UserError",
+        }
+    )
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"
+
+
+def _user_line(error: BaseException) -> str:
+    own = Path(__file__).parent
+    for link in _chain(error):
+        for frame in reversed(traceback.extract_tb(link.__traceback__)):
+            path = Path(frame.filename)
+            if TORCH_FOLDER not in path.parents and own not in path.parents and frame.line:
+                return f' (at {frame.filename}:{frame.lineno}: "{frame.line}")'
+    return ""
+
+
+def _describe(inputs: list[Any]) -> str:
+    return ", ".join(
+        f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}" for tensor in tensors_of(inputs)
+    )
+
+
+def mode_inputs(mode: Any, inputs: Any) -> Any:
+    """Fake counterparts of real inputs."""
+    return torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, inputs)
+
+
+@contextmanager
+def fake_copy(model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
+    """A deep copy whose tensors have shapes but no data, and the mode to run it in."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        fake = mode.from_tensor(tensor.detach())
+        memo[id(tensor)] = (
+            nn.Parameter(fake, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+        )
+    twin = copy.deepcopy(model, memo)
+    for module in twin.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
+            hooks.clear()
+    with mode, untouched_rng():
+        yield twin, mode

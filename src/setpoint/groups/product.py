@@ -1,0 +1,154 @@
+"""A product: the cells of a dim that is made of two or more, where only one factor can be pruned.
+
+When `(heads, head size)` is viewed as one dim, dropping a head drops a row of cells and dropping a
+position within the head drops a column: `drop(cell_ij) = drop(factor1_i) or drop(factor2_j)`. To
+keep every tensor rectangular under any choice of units, one factor stays prunable and the others
+are frozen. Which one: one that no norm runs over, then one that no activation product contracts,
+then one that is already the only prunable factor elsewhere, then the one with more units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from setpoint.groups.atoms import Atoms
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """Cells and their factors.
+
+    Args:
+        cells: atoms of the merged dim, shape (n1, n2, ...).
+        factors: atoms of each factor, of n1, n2, ... entries.
+        where: module and op, for people.
+    """
+
+    cells: np.ndarray
+    factors: tuple[np.ndarray, ...]
+    where: str
+
+
+def solve(atoms: Atoms, products: Sequence[Product]) -> None:
+    """Choose a factor for every product, and unite or freeze accordingly.
+
+    Products whose choice is clear are settled together, the clearest reason first, because each
+    settled one may decide others; the number of rounds does not grow with the model's depth.
+    """
+    pending = _settle_forced(atoms, list(products))
+    while pending:
+        normed, contracted = _normed(atoms), atoms.marked_class("contract")
+        reasons = [_reasons(atoms, product, normed, contracted) for product in pending]
+        chosen = _clear_choices(reasons)
+        if not chosen:
+            sole = _sole_factors(atoms, products, pending)
+            reasons = [
+                {axis: (*key, _is_sole(atoms, product.factors[axis], sole)) for axis, key in reason.items()}
+                for product, reason in zip(pending, reasons, strict=True)
+            ]
+            chosen = _clear_choices(reasons)
+        if not chosen:
+            largest = max(
+                ((i, axis) for i, reason in enumerate(reasons) for axis in reason),
+                key=lambda choice: (reasons[choice[0]][choice[1]], len(pending[choice[0]].factors[choice[1]])),
+            )
+            chosen = [largest]
+        for i, axis in chosen:
+            _spread(atoms, pending[i])
+            if axis in _free_axes(atoms, pending[i]):
+                _choose(atoms, pending[i], axis)
+        pending = _settle_forced(atoms, pending)
+
+
+def _settle_forced(atoms: Atoms, pending: list[Product]) -> list[Product]:
+    """Settle products with at most one free factor, until none is left."""
+    while True:
+        open_products = []
+        for product in pending:
+            _spread(atoms, product)
+            free = _free_axes(atoms, product)
+            if len(free) > 1:
+                open_products.append(product)
+            elif free:
+                _choose(atoms, product, free[0])
+            else:
+                atoms.freeze(product.cells.ravel(), product.where, "both of its factors are frozen")
+        if len(open_products) == len(pending):
+            return open_products
+        pending = open_products
+
+
+def _spread(atoms: Atoms, product: Product) -> None:
+    """Freeze a factor entry that holds a frozen cell, and a factor whose cells are already tied along it."""
+    roots = atoms.find(product.cells)
+    for axis, factor in enumerate(product.factors):
+        others = tuple(i for i in range(roots.ndim) if i != axis)
+        atoms.freeze(factor[(roots == 0).any(axis=others)], product.where, "it holds a frozen entry")
+        first = np.take(roots, [0], axis=axis)
+        if len(factor) > 1 and (roots == first).all():
+            atoms.freeze(factor, product.where, "its entries are already tied together")
+
+
+def _free_axes(atoms: Atoms, product: Product) -> list[int]:
+    return [
+        axis
+        for axis, factor in enumerate(product.factors)
+        if len(np.unique(roots := atoms.find(factor))) > 1 and (roots != 0).any()
+    ]
+
+
+def _normed(atoms: Atoms) -> np.ndarray:
+    everyone = atoms.find(np.arange(len(atoms)))
+    result = np.zeros(len(atoms), dtype=bool)
+    for labels, _ in atoms.lossy:
+        result[everyone[labels]] = True
+    return result[everyone]
+
+
+def _sole_factors(atoms: Atoms, products: Sequence[Product], pending: list[Product]) -> np.ndarray:
+    """Boolean per atom: whether its class is the chosen factor of a product that is settled."""
+    result = np.zeros(len(atoms), dtype=bool)
+    open_ids = {id(product) for product in pending}
+    for product in products:
+        if id(product) not in open_ids:
+            for axis in _free_axes(atoms, product):
+                result[atoms.find(product.factors[axis])] = True
+    return result
+
+
+def _reasons(
+    atoms: Atoms, product: Product, normed: np.ndarray, contracted: np.ndarray
+) -> dict[int, tuple[bool, ...]]:
+    result: dict[int, tuple[bool, ...]] = {}
+    for axis in _free_axes(atoms, product):
+        roots = atoms.find(product.factors[axis])
+        live = roots[roots != 0]
+        result[axis] = (not normed[live].any(), not contracted[live].any())
+    return result
+
+
+def _is_sole(atoms: Atoms, factor: np.ndarray, sole: np.ndarray) -> bool:
+    return bool(sole[atoms.find(factor)].any())
+
+
+def _clear_choices(reasons: list[dict[int, tuple[bool, ...]]]) -> list[tuple[int, int]]:
+    """(product, axis) wherever one axis has strictly better reasons, for the best reasons only."""
+    clear = []
+    for i, reason in enumerate(reasons):
+        ranked = sorted(reason, key=lambda axis: reason[axis], reverse=True)
+        if len(ranked) > 1 and reason[ranked[0]] > reason[ranked[1]]:
+            clear.append((reason[ranked[0]], i, ranked[0]))
+    best = max((key for key, _, _ in clear), default=())
+    return [(i, axis) for key, i, axis in clear if key == best]
+
+
+def _choose(atoms: Atoms, product: Product, axis: int) -> None:
+    for other, factor in enumerate(product.factors):
+        if other != axis:
+            atoms.freeze(factor, product.where, "the other factor of this dim is the one that is pruned")
+    shape = [1] * product.cells.ndim
+    shape[axis] = -1
+    atoms.unite(product.cells, product.factors[axis].reshape(shape))

@@ -1,0 +1,205 @@
+"""Matrix products and convolutions: the contracted dim reads units, the output dim starts new ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from setpoint.groups.rules.elementwise import unite_broadcast
+from setpoint.groups.walk import DimLabels, Value, Walk, rule
+
+aten = torch.ops.aten
+
+
+def num_gradients(*operands: Value) -> int:
+    """How many operands of a product need a gradient."""
+    return sum(operand.grad for operand in operands)
+
+
+def contract_dim(walk: Walk, left: Value, left_dim: int, right: Value, right_dim: int) -> DimLabels:
+    """Sum over a dim of both operands; a weight's own atoms are marked as reading it."""
+    a, b = left.labels[left_dim], right.labels[right_dim]
+    for operand, labels in ((left, a), (right, b)):
+        if operand.weight:
+            walk.atoms.mark("consume", labels)
+    if not left.weight and not right.weight:
+        walk.atoms.mark("contract", a)
+        walk.atoms.mark("contract", b)
+        if not left.zero and not right.zero:
+            walk.lossy(a, "a sum runs over it and dropped units are not zero there")
+    return walk.unite(a, b, "summed against data of fixed size")
+
+
+def _add_bias(walk: Walk, labels: DimLabels, bias: Value | None) -> DimLabels:
+    return labels if bias is None else walk.unite(labels, bias.labels[-1])
+
+
+@rule(aten.linear.default)
+def _linear(walk: Walk, out: Value, x: Value, weight: Value, bias: Value | None = None) -> Value:
+    """`y[..., o] = sum_i x[..., i] w[o, i] + b[o]`."""
+    inner = contract_dim(walk, x, -1, weight, -1)
+    outer = weight.labels[0]
+    walk.atoms.mark("produce", outer)
+    outer = _add_bias(walk, outer, bias)
+    dims = [*zip(x.shape[:-1], x.labels[:-1], strict=True), (weight.shape[0], outer), (x.shape[-1], inner)]
+    walk.contract(1, dims, num_gradients(x, weight))
+    return Value(out.shape, (*x.labels[:-1], outer), zero=True)
+
+
+@rule(aten.matmul.default, aten.mm.default, aten.bmm.default)
+def _matmul(walk: Walk, out: Value, left: Value, right: Value) -> Value:
+    """`y[..., m, n] = sum_k a[..., m, k] b[..., k, n]`, batch dims broadcast."""
+    right_inner = right.ndim - 2 if right.ndim > 1 else 0
+    inner = contract_dim(walk, left, left.ndim - 1, right, right_inner)
+    batch_ndim = max(left.ndim, right.ndim, 2) - 2
+    batch = unite_broadcast(
+        walk,
+        [
+            Value(left.shape[:-2], left.labels[:-2]),
+            Value(right.shape[:-2], right.labels[:-2]),
+        ],
+        batch_ndim,
+    )
+    if not left.weight and not right.weight:
+        for labels in batch:
+            walk.atoms.mark("batch", labels)
+    rows = [(left.shape[-2], left.labels[-2])] if left.ndim > 1 else []
+    columns = [(right.shape[-1], right.labels[-1])] if right.ndim > 1 else []
+    for operand, dims in ((left, rows), (right, columns)):
+        if operand.weight and dims:
+            walk.atoms.mark("produce", dims[0][1])
+    batch_dims = list(zip(out.shape[: len(batch)], batch, strict=True))
+    walk.contract(1, [*batch_dims, *rows, *columns, (left.shape[-1], inner)], num_gradients(left, right))
+    return Value(out.shape, (*batch, *(labels for _, labels in (*rows, *columns))), zero=left.zero or right.zero)
+
+
+@rule(aten.addmm.default, aten.baddbmm.default)
+def _addmm(walk: Walk, out: Value, bias: Value, left: Value, right: Value, **kwargs: Any) -> Value:
+    """`bias + left @ right`."""
+    product = _matmul(walk, out, left, right)
+    return Value(out.shape, unite_broadcast(walk, [product, bias], out.ndim))
+
+
+@rule(aten.einsum.default)
+def _einsum(walk: Walk, out: Value, equation: str, operands: Sequence[Value], **kwargs: Any) -> Value | None:
+    """Letters that meet unite; a letter missing from the output is summed over."""
+    if "..." in equation or "->" not in equation or len(operands) > 2:
+        for operand in operands:
+            walk.freeze_all(operand, "einsum with an ellipsis, an implicit output or over two operands")
+        return None
+    inputs, output = equation.replace(" ", "").split("->")
+    letters: dict[str, DimLabels] = {}
+    sizes: dict[str, int] = {}
+    terms = inputs.split(",")
+    for term, operand in zip(terms, operands, strict=True):
+        for dim, letter in enumerate(term):
+            labels = operand.labels[dim]
+            if operand.weight:
+                walk.atoms.mark("produce" if letter in output else "consume", labels)
+            elif letter not in output:
+                walk.atoms.mark("contract", labels)
+                if not any(value.zero for value in operands):
+                    walk.lossy(labels, "a sum runs over it and dropped units are not zero there")
+            letters[letter] = walk.unite(letters[letter], labels) if letter in letters else labels
+            sizes[letter] = operand.shape[dim]
+    if len(operands) == 2:
+        walk.contract(1, [(sizes[letter], letters[letter]) for letter in letters], num_gradients(*operands))
+    return Value(out.shape, tuple(letters[letter] for letter in output), zero=any(v.zero for v in operands))
+
+
+def _grouped(
+    walk: Walk, num_groups: int, inputs: DimLabels, weight_in: DimLabels, outputs: np.ndarray, num_inputs: int
+) -> None:
+    """Tie the channels of a grouped convolution: only whole groups of it can go."""
+    groups = walk.atoms.fresh(num_groups)
+    per_group_in, per_group_out = num_inputs // num_groups, len(outputs) // num_groups
+    if inputs is None:
+        walk.freeze(groups, "its input channels are data")
+    elif per_group_in == 1:
+        walk.atoms.unite(inputs, groups)
+    else:
+        within = walk.atoms.fresh(per_group_in)
+        walk.atoms.unite(inputs, walk.product((groups, within)).ravel())
+        if weight_in is not None:
+            walk.atoms.unite(weight_in, within)
+    if per_group_out == 1:
+        walk.atoms.unite(outputs, groups)
+    else:
+        within = walk.atoms.fresh(per_group_out)
+        walk.atoms.unite(outputs, walk.product((groups, within)).ravel())
+    walk.attributes[walk.module, "groups"] = groups
+    if inputs is not None:
+        walk.attributes[walk.module, "in_channels"] = inputs
+
+
+def _convolution(
+    walk: Walk, out: Value, x: Value, weight: Value, bias: Value | None, num_groups: int, transposed: bool
+) -> Value:
+    batched = x.ndim == weight.ndim
+    channel = 1 if batched else 0
+    out_dim, in_dim = (1, 0) if transposed else (0, 1)
+    for labels in (*x.labels[channel + 1 :], *weight.labels[2:]):
+        walk.freeze(labels, "a kernel slides over it")
+    outputs = weight.labels[out_dim]
+    if outputs is None:
+        outputs = walk.atoms.fresh(weight.shape[out_dim])
+        walk.freeze(outputs, "its filters are data")
+    if num_groups == 1:
+        inner = contract_dim(walk, x, channel, weight, in_dim)
+        walk.atoms.mark("produce", outputs)
+        walk.atoms.mark("conv", outputs)
+        walk.attributes[walk.module, "out_channels"] = outputs
+        if inner is not None:
+            walk.attributes[walk.module, "in_channels"] = inner
+        flop_dims = [(weight.shape[out_dim], outputs), (weight.shape[in_dim], inner)]
+    elif transposed:
+        # The weight is (in, out / groups, ...): its first dim follows the groups, its second is shared.
+        within = weight.labels[1]
+        groups = walk.atoms.fresh(num_groups)
+        walk.freeze(groups, "grouped transposed convolution")
+        walk.freeze(weight.labels[0], "grouped transposed convolution")
+        walk.freeze(within, "grouped transposed convolution")
+        walk.freeze(x.labels[channel], "grouped transposed convolution")
+        outputs = walk.atoms.fresh(out.shape[channel])
+        walk.freeze(outputs, "grouped transposed convolution")
+        flop_dims = [(weight.shape[0], None), (weight.shape[1], None)]
+    else:
+        _grouped(walk, num_groups, x.labels[channel], weight.labels[1], outputs, x.shape[channel])
+        walk.atoms.mark("conv", outputs)
+        walk.attributes[walk.module, "out_channels"] = outputs
+        flop_dims = [(weight.shape[0], outputs), (weight.shape[1], weight.labels[1])]
+    outer = _add_bias(walk, outputs, bias)
+    spatial = (x if transposed else out).shape[channel + 1 :]
+    batch = x.shape[0] if batched else 1
+    walk.contract(math.prod(spatial) * math.prod(weight.shape[2:]) * batch, flop_dims, num_gradients(x, weight))
+    labels: tuple[DimLabels, ...] = (outer, *(None,) * len(spatial))
+    return Value(out.shape, (x.labels[0], *labels) if batched else labels, zero=True)
+
+
+@rule(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+@rule(aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding)
+def _conv(walk: Walk, out: Value, x: Value, weight: Value, bias: Value | None = None, *args: Any, **kw: Any) -> Value:
+    """Channels are contracted, kernel and space are data."""
+    num_groups = kw.get("groups", args[3] if len(args) > 3 else 1)
+    return _convolution(walk, out, x, weight, bias, num_groups, transposed=False)
+
+
+@rule(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
+def _conv_transpose(
+    walk: Walk, out: Value, x: Value, weight: Value, bias: Value | None = None, *args: Any, **kw: Any
+) -> Value:
+    """The weight's first dim is the input's channel."""
+    num_groups = kw.get("groups", args[3] if len(args) > 3 else 1)
+    return _convolution(walk, out, x, weight, bias, num_groups, transposed=True)
+
+
+@rule(aten.convolution.default)
+def _general_convolution(
+    walk: Walk, out: Value, x: Value, weight: Value, bias: Value | None, *args: Any, **kw: Any
+) -> Value:
+    """The one op behind all convolutions."""
+    return _convolution(walk, out, x, weight, bias, args[5], transposed=args[3])

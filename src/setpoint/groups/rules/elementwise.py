@@ -1,0 +1,93 @@
+"""Ops that work entry by entry: they unite the dims of their operands and hand labels on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from setpoint.groups.walk import DimLabels, Value, Walk, rule
+
+aten = torch.ops.aten
+
+# f(0) = 0, and f(0, 0) = 0: a dropped unit stays exactly zero.
+_ZERO_KEEPING = """
+    abs add add_ alias asin asinh atan ceil celu clone contiguous detach detach_ div div_ dropout dropout_
+    elu elu_ erf expm1 feature_dropout alpha_dropout fix floor gelu hardswish hardswish_ hardtanh hardtanh_
+    leaky_relu leaky_relu_ lift_fresh_copy mish mul mul_ neg negative positive prelu reciprocal_zero relu relu_ relu6
+    relu6_ round rsub rrelu sgn sign silu silu_ sin sinh sqrt square sub sub_ tan tanh tanh_ to trunc
+    type_as _to_copy copy copy_ nan_to_num threshold threshold_ softshrink hardshrink float double half
+    bfloat16 log1p logical_and bitwise_and maximum minimum masked_fill_zero
+""".split()
+
+# Dropped units come out as something else than zero (a sigmoid gives one half); the weights that
+# read them are dropped with them, so only sums over the dim would notice.
+_ZERO_BREAKING = """
+    acos acosh cos cosh eq ne lt le gt ge exp exp2 exp_ fill fill_ hardsigmoid hardsigmoid_ isnan isinf
+    isfinite log log10 log2 log_sigmoid logaddexp logical_not logical_or logical_xor logit masked_fill
+    masked_fill_ pow pow_ reciprocal rsqrt sigmoid sigmoid_ softplus where zeros_like ones_like full_like
+    empty_like rand_like randn_like clamp clamp_ clamp_min clamp_max clamp_min_ bitwise_not bitwise_or
+    floor_divide remainder fmod atan2 lerp addcmul addcdiv erfc hypot bernoulli bernoulli_ new_zeros_like
+""".split()
+
+
+def unite_broadcast(walk: Walk, values: Sequence[Value], ndim: int) -> tuple[DimLabels, ...]:
+    """Labels of a broadcast result: along each dim, entries of all operands of full size unite."""
+    result: list[DimLabels] = []
+    for dim in range(ndim):
+        full = [
+            (value.labels[dim - ndim], value.shape[dim - ndim])
+            for value in values
+            if value.ndim >= ndim - dim and value.shape[dim - ndim] > 1
+        ]
+        labels = full[0][0] if full else None
+        for other, _ in full[1:]:
+            labels = walk.unite(labels, other)
+        result.append(labels)
+    return tuple(result)
+
+
+def _carries_everywhere(value: Value, out: Value) -> bool:
+    """Whether the operand spans every dim of the output that units lie along."""
+    return all(
+        out.shape[dim] == 1 or (value.ndim >= out.ndim - dim and value.shape[dim - out.ndim] == out.shape[dim])
+        for dim in range(out.ndim)
+        if out.labels[dim] is not None
+    )
+
+
+def _elementwise(walk: Walk, out: Value, args: Sequence[Any], zero_keeping: bool, name: str) -> Value:
+    values = [arg for arg in args if isinstance(arg, Value)]
+    result = Value(out.shape, unite_broadcast(walk, values, out.ndim))
+    numbers = any(isinstance(arg, (int, float)) and not isinstance(arg, bool) and arg != 0 for arg in args[:2])
+    spanning = [value for value in values if _carries_everywhere(value, result)]
+    if name in ("mul", "mul_"):
+        zero = any(value.zero for value in spanning)
+    elif name in ("div", "div_"):
+        zero = bool(values) and values[0] in spanning and values[0].zero
+    elif name in ("add", "add_", "sub", "sub_", "rsub"):
+        zero = len(spanning) == len(values) and all(value.zero for value in values) and not numbers
+    else:
+        zero = zero_keeping and len(spanning) == len(values) and all(value.zero for value in values)
+    return Value(out.shape, result.labels, zero=zero)
+
+
+def _register(name: str, zero_keeping: bool) -> None:
+    packet = getattr(aten, name, None)
+    if packet is None:
+        return
+
+    def function(walk: Walk, out: Value | tuple[Value, ...], *args: Any, **kwargs: Any) -> Any:
+        tensors = (*args, *(value for key, value in kwargs.items() if key != "out"))
+        if isinstance(out, tuple):
+            return tuple(_elementwise(walk, part, tensors, zero_keeping, name) for part in out)
+        return _elementwise(walk, out, tensors, zero_keeping, name)
+
+    rule(*(getattr(packet, overload) for overload in packet.overloads()))(function)
+
+
+for _name in _ZERO_KEEPING:
+    _register(_name, True)
+for _name in _ZERO_BREAKING:
+    _register(_name, False)

@@ -1,0 +1,77 @@
+"""Ops that look entries up or make new tensors: embedding, indexing, constants."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from setpoint.groups.walk import DimLabels, Value, Walk, rule
+
+aten = torch.ops.aten
+
+
+@rule(aten.embedding.default)
+def _embedding(walk: Walk, out: Value, weight: Value, indices: Value, *args: Any, **kwargs: Any) -> Value:
+    """Rows are chosen by data; columns are features."""
+    walk.freeze(weight.labels[0], "its rows are chosen by data")
+    walk.atoms.mark("produce", weight.labels[1])
+    walk.atoms.mark("embedding", weight.labels[1])
+    return Value(out.shape, (*(None,) * indices.ndim, weight.labels[1]))
+
+
+@rule(aten.index.Tensor)
+def _index(walk: Walk, out: Value, x: Value, indices: Sequence[Value | None]) -> tuple[DimLabels, ...]:
+    """Indexed dims are chosen by data; others pass. Results of several indices stand where the first was."""
+    given = [d for d, index in enumerate(indices) if index is not None]
+    for d in given:
+        walk.freeze(x.labels[d], "it is indexed by data")
+    rest = [labels for d, labels in enumerate(x.labels) if d not in given]
+    num_new = out.ndim - len(rest)
+    adjacent = given == list(range(given[0], given[-1] + 1))
+    at = given[0] if adjacent else 0
+    return (*rest[:at], *(None,) * num_new, *rest[at:])
+
+
+@rule(aten.index_select.default, aten.gather.default, aten.flip.default, aten.index_copy.default)
+@rule(aten.scatter.src, aten.scatter.value, aten.scatter_add.default, aten.index_add.default, aten.roll.default)
+def _along_dim(walk: Walk, out: Value, x: Value, dim: Any, *args: Any, **kwargs: Any) -> tuple[DimLabels, ...]:
+    """Entries along the dims move about by data, so these freeze."""
+    if walk.node is not None and walk.node.target is aten.roll.default:
+        dim = args[0] if args else ()
+    dims = [d % x.ndim for d in (dim if isinstance(dim, (list, tuple)) else [dim])]
+    for d in dims:
+        walk.freeze(x.labels[d], "its entries are moved by data")
+    for other in args:
+        if isinstance(other, Value) and other.ndim == x.ndim:
+            for d, labels in enumerate(other.labels):
+                if d in dims or labels is None:
+                    walk.freeze(labels, "its entries are moved by data")
+                    if labels is None and d not in dims and walk.node.target is not aten.index_select.default:  # type: ignore[union-attr]
+                        walk.freeze(x.labels[d], "its entries are moved by data")
+                else:
+                    walk.unite(x.labels[d], labels)
+    return tuple(None if d in dims else labels for d, labels in enumerate(x.labels))
+
+
+@rule(aten.arange.default, aten.arange.start, aten.arange.start_step, aten.tril.default, aten.triu.default)
+@rule(aten.linspace.default, aten.scalar_tensor.default, aten.one_hot.default, aten.tril_.default, aten.triu_.default)
+@rule(aten.rand.default, aten.randn.default, aten.eye.default, aten.item.default, aten.bincount.default)
+def _data(walk: Walk, out: Any, *args: Any, **kwargs: Any) -> None:
+    """Positions, masks and noise: data. Units that are fed in freeze."""
+    for arg in args:
+        if isinstance(arg, Value):
+            walk.freeze_all(arg, "it is turned into data")
+
+
+@rule(aten.zeros.default, aten.ones.default, aten.empty.memory_format, aten.full.default)
+@rule(aten.new_zeros.default, aten.new_ones.default, aten.new_empty.default, aten.new_full.default)
+def _constant(walk: Walk, out: Value, *args: Any, **kwargs: Any) -> Value:
+    """A constant of a written size: every dim may follow whatever it meets."""
+    sizes = [arg for arg in args if isinstance(arg, (list, tuple))][0]
+    labels = tuple(walk.atoms.fresh(size) if size > 1 else None for size in sizes)
+    name = str(walk.node.target.overloadpacket.__name__)  # type: ignore[union-attr]
+    for dim, (size, dim_labels) in enumerate(zip(sizes, labels, strict=True)):
+        walk.literal(name, dim, size, dim_labels)
+    return Value(out.shape, labels, zero="zeros" in name)

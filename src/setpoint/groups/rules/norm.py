@@ -1,0 +1,93 @@
+"""Normalisation: batch norm carries channels exactly; a norm *over* units makes zero differ from absent."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from setpoint.groups.walk import DimLabels, Value, Walk, rule
+
+aten = torch.ops.aten
+
+
+def _carry(walk: Walk, labels: DimLabels, parameters: Sequence[Value | None]) -> DimLabels:
+    for parameter in parameters:
+        if parameter is not None:
+            labels = walk.unite(labels, parameter.labels[0])
+    return labels
+
+
+@rule(aten.batch_norm.default, aten.instance_norm.default)
+def _batch_norm(
+    walk: Walk,
+    out: Value,
+    x: Value,
+    weight: Value | None = None,
+    bias: Value | None = None,
+    running_mean: Value | None = None,
+    running_var: Value | None = None,
+    *args: object,
+    **kwargs: object,
+) -> Value:
+    """Each channel is normalised by itself; any other dim with units is averaged over."""
+    for dim, labels in enumerate(x.labels):
+        if dim != 1:
+            walk.lossy(labels, "batch norm averages over it")
+    channel = _carry(walk, x.labels[1], (weight, bias, running_mean, running_var))
+    return Value(out.shape, (x.labels[0], channel, *x.labels[2:]), zero=weight is not None or x.zero)
+
+
+@rule(aten.layer_norm.default, aten.rms_norm.default)
+def _layer_norm(
+    walk: Walk,
+    out: Value,
+    x: Value,
+    normalized_shape: Sequence[int],
+    weight: Value | None = None,
+    bias: Value | None = None,
+    *args: object,
+    **kwargs: object,
+) -> Value:
+    """The mean (or mean square) over the units changes when one leaves."""
+    labels = list(x.labels)
+    first = x.ndim - len(normalized_shape)
+    for offset, size in enumerate(normalized_shape):
+        dim = first + offset
+        walk.lossy(labels[dim], "it is normalised over")
+        for parameter in (weight, bias):
+            if isinstance(parameter, Value):
+                labels[dim] = walk.unite(labels[dim], parameter.labels[offset])
+        walk.literal("layer_norm" if "layer" in walk.where else "rms_norm", offset, size, labels[dim])
+    return Value(out.shape, tuple(labels), zero=isinstance(weight, Value))
+
+
+@rule(aten.group_norm.default)
+def _group_norm(
+    walk: Walk,
+    out: Value,
+    x: Value,
+    num_groups: int,
+    weight: Value | None = None,
+    bias: Value | None = None,
+    *args: object,
+    **kwargs: object,
+) -> Value:
+    """Channels are `(num_groups, channels / num_groups)`: a whole group may go, a part of one may not."""
+    channels = x.shape[1]
+    labels = x.labels[1]
+    if labels is not None:
+        per_group = channels // num_groups
+        if num_groups == 1:
+            walk.lossy(labels, "it is normalised over")
+        elif per_group > 1:
+            groups, within = walk.atoms.fresh(num_groups), walk.atoms.fresh(per_group)
+            walk.lossy(within, "it is normalised over")
+            walk.atoms.unite(labels, walk.product((groups, within)).ravel())
+            walk.attributes[walk.module, "num_groups"] = groups
+            walk.literal("group_norm", 0, num_groups, groups)
+        else:
+            walk.attributes[walk.module, "num_groups"] = labels
+            walk.literal("group_norm", 0, num_groups, labels)
+    channel = _carry(walk, labels, (weight, bias))
+    return Value(out.shape, (x.labels[0], channel, *x.labels[2:]), zero=weight is not None or x.zero)

@@ -1,0 +1,116 @@
+"""Ops that sum or take the extreme along dims: pooling, mean, sum, max."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from setpoint.groups.walk import DimLabels, Value, Walk, rule
+
+aten = torch.ops.aten
+
+
+def _dims(value: Value, dim: Any) -> list[int]:
+    if dim is None or (isinstance(dim, (list, tuple)) and len(dim) == 0):
+        return list(range(value.ndim))
+    chosen = dim if isinstance(dim, (list, tuple)) else [dim]
+    return [d % max(value.ndim, 1) for d in chosen]
+
+
+def _without(value: Value, dims: list[int], keepdim: bool) -> tuple[DimLabels, ...]:
+    if keepdim:
+        return tuple(None if d in dims else labels for d, labels in enumerate(value.labels))
+    return tuple(labels for d, labels in enumerate(value.labels) if d not in dims)
+
+
+@rule(aten.mean.default, aten.mean.dim, aten.var.dim, aten.var.correction, aten.std.dim, aten.std.correction)
+@rule(aten.var_mean.dim, aten.var_mean.correction, aten.norm.ScalarOpt_dim, aten.norm.Scalar)
+def _mean(walk: Walk, out: Any, x: Value, dim: Any = None, *args: Any, **kwargs: Any) -> Any:
+    """A mean divides by the number of entries, so an absent entry is not a zero one."""
+    packet = walk.node.target.overloadpacket if walk.node is not None else None  # type: ignore[union-attr]
+    if packet is aten.norm:
+        dim, args = (args[0], args[1:]) if args else (None, ())
+    keepdim = bool(kwargs.get("keepdim", args[-1] if args and isinstance(args[-1], bool) else False))
+    dims = _dims(x, dim)
+    for d in dims:
+        if packet is aten.norm:
+            _sum_over(walk, x, d)
+        else:
+            walk.lossy(x.labels[d], "a mean or variance runs over it")
+    labels = _without(x, dims, keepdim)
+    return tuple(labels for _ in out) if isinstance(out, tuple) else labels
+
+
+def _sum_over(walk: Walk, x: Value, dim: int) -> None:
+    if not x.zero:
+        walk.lossy(x.labels[dim], "a sum runs over it and dropped units are not zero there")
+
+
+@rule(aten.sum.default, aten.sum.dim_IntList, aten.linalg_vector_norm.default)
+def _sum(walk: Walk, out: Value, x: Value, *args: Any, **kwargs: Any) -> tuple[DimLabels, ...]:
+    """A sum of zeros is the sum without them."""
+    norm = walk.node is not None and walk.node.target is aten.linalg_vector_norm.default
+    if norm:
+        args = args[1:]
+    dims = _dims(x, kwargs.get("dim", args[0] if args else None))
+    for d in dims:
+        _sum_over(walk, x, d)
+    return _without(x, dims, bool(kwargs.get("keepdim", args[1] if len(args) > 1 else False)))
+
+
+@rule(aten.amax.default, aten.amin.default, aten.max.dim, aten.min.dim, aten.argmax.default, aten.argmin.default)
+@rule(aten.max.default, aten.min.default, aten.any.dim, aten.all.dim, aten.any.default, aten.all.default)
+@rule(aten.logsumexp.default, aten.prod.dim_int, aten.prod.default, aten.median.dim)
+def _extreme(walk: Walk, out: Any, x: Value, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Any:
+    """The extreme of a set changes when a zero leaves it: the dim freezes."""
+    dims = _dims(x, dim)
+    for d in dims:
+        walk.freeze(x.labels[d], "an extreme or product is taken over it")
+    labels = _without(x, dims, keepdim)
+    return tuple(labels for _ in out) if isinstance(out, tuple) else labels
+
+
+@rule(aten.softmax.int, aten.log_softmax.int, aten._softmax.default, aten._log_softmax.default)
+@rule(aten.cumsum.default, aten.cumprod.default, aten.sort.default, aten.argsort.default)
+def _along(walk: Walk, out: Any, x: Value, dim: int = -1, *args: Any, **kwargs: Any) -> Any:
+    """A softmax, running sum or sort ties the entries of its dim together."""
+    walk.freeze(x.labels[dim], "its entries are normalised, summed or sorted along it")
+    return (x.labels, x.labels) if isinstance(out, tuple) else Value(out.shape, x.labels, zero=False)
+
+
+def _spatial(walk: Walk, out: Any, x: Value, num_spatial: int) -> Any:
+    """Windows over the last dims: units along those freeze, the others pass."""
+    for labels in x.labels[x.ndim - num_spatial :]:
+        walk.freeze(labels, "a window slides over it")
+    labels = (*x.labels[: x.ndim - num_spatial], *(None,) * num_spatial)
+    return tuple(labels for _ in out) if isinstance(out, tuple) else labels
+
+
+def _register_windows() -> None:
+    names = {
+        1: "avg_pool1d max_pool1d adaptive_avg_pool1d adaptive_max_pool1d max_pool1d_with_indices lp_pool1d",
+        2: "avg_pool2d max_pool2d adaptive_avg_pool2d adaptive_max_pool2d max_pool2d_with_indices",
+        3: "avg_pool3d max_pool3d adaptive_avg_pool3d adaptive_max_pool3d max_pool3d_with_indices",
+    }
+    upsample = {
+        1: "upsample_nearest1d upsample_linear1d",
+        2: "upsample_nearest2d upsample_bilinear2d upsample_bicubic2d _upsample_nearest_exact2d "
+        "_upsample_bilinear2d_aa _upsample_bicubic2d_aa reflection_pad2d replication_pad2d",
+        3: "upsample_nearest3d upsample_trilinear3d",
+    }
+    for table in (names, upsample):
+        for num_spatial, packed in table.items():
+            for name in packed.split():
+                packet = getattr(aten, name, None)
+                if packet is None:
+                    continue
+                overloads = (getattr(packet, overload) for overload in packet.overloads() if "out" not in overload)
+
+                def function(walk: Walk, out: Any, x: Value, *args: Any, _n: int = num_spatial, **kw: Any) -> Any:
+                    return _spatial(walk, out, x, _n)
+
+                rule(*overloads)(function)
+
+
+_register_windows()

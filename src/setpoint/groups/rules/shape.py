@@ -1,0 +1,332 @@
+"""Ops that move entries about without touching them: exact index maps, as array indexing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from setpoint.groups.walk import DimLabels, Value, Walk, op_name, rule
+
+aten = torch.ops.aten
+
+
+def _blocks(source: Sequence[int], target: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """Smallest runs of dims with equal products: how a reshape splits and merges. Size-1 dims go free."""
+    left = [d for d, size in enumerate(source) if size != 1]
+    right = [d for d, size in enumerate(target) if size != 1]
+    blocks: list[tuple[list[int], list[int]]] = []
+    i = j = 0
+    while i < len(left) and j < len(right):
+        ins, outs = [left[i]], [right[j]]
+        a, b = source[left[i]], target[right[j]]
+        while a != b:
+            if a < b:
+                i += 1
+                ins.append(left[i])
+                a *= source[left[i]]
+            else:
+                j += 1
+                outs.append(right[j])
+                b *= target[right[j]]
+        blocks.append((ins, outs))
+        i, j = i + 1, j + 1
+    return blocks
+
+
+def _merge(walk: Walk, value: Value, dims: list[int]) -> DimLabels:
+    """Labels of a run of dims read as one; two labelled dims make cells that fall with either."""
+    labelled = [d for d in dims if value.labels[d] is not None]
+    if not labelled:
+        return None
+    if len(labelled) == 1:
+        cells = np.asarray(value.labels[labelled[0]])
+    else:
+        cells = walk.product([np.asarray(value.labels[d]) for d in labelled])
+    shape = [value.shape[d] if d in labelled else 1 for d in dims]
+    full = np.broadcast_to(cells.reshape(shape), [value.shape[d] for d in dims])
+    return full.reshape(-1)
+
+
+def _split(walk: Walk, flat: np.ndarray, sizes: list[int]) -> list[DimLabels]:
+    """Labels of one dim read as several; what depends on two of them becomes cells of both."""
+    cells = flat.reshape(sizes)
+    roots = walk.atoms.find(cells)
+    depends = [axis for axis in range(len(sizes)) if (roots != np.take(roots, [0], axis=axis)).any()]
+    for axis in range(len(sizes)):
+        if axis not in depends:
+            cells = np.take(cells, [0], axis=axis)
+    if not depends:
+        return [None] * len(sizes)
+    if len(depends) == 1:
+        factors = [cells.reshape(-1)]
+    else:
+        factors = [walk.atoms.fresh(sizes[axis]) for axis in depends]
+        used = cells.reshape([sizes[axis] for axis in depends])
+        walk.atoms.unite(used, walk.product(factors))
+    result: list[DimLabels] = [None] * len(sizes)
+    for axis, factor in zip(depends, factors, strict=True):
+        result[axis] = factor
+    return result
+
+
+def reshape(walk: Walk, value: Value, shape: Sequence[int]) -> tuple[DimLabels, ...]:
+    """Labels after a reshape."""
+    for size, labels in zip(value.shape, value.labels, strict=True):
+        if size == 1:
+            walk.freeze(labels, "a dim of one entry is reshaped away")
+    result: list[DimLabels] = [None] * len(shape)
+    for ins, outs in _blocks(value.shape, shape):
+        if len(ins) == 1 and len(outs) == 1:
+            result[outs[0]] = value.labels[ins[0]]
+            continue
+        flat = _merge(walk, value, ins)
+        if flat is not None:
+            for dim, labels in zip(outs, _split(walk, flat, [shape[d] for d in outs]), strict=True):
+                result[dim] = labels
+    return tuple(result)
+
+
+def _merges_data(value: Value, shape: Sequence[int]) -> set[int]:
+    """Output dims whose size also counts data (a batch, positions), so that it is no size of units alone."""
+    mixed: set[int] = set()
+    for ins, outs in _blocks(value.shape, shape):
+        if len(ins) > 1 and any(value.labels[d] is None for d in ins):
+            mixed.update(outs)
+    return mixed
+
+
+@rule(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.view_as.default, aten.reshape_as.default)
+def _view(walk: Walk, out: Value, x: Value, size: Any) -> tuple[DimLabels, ...]:
+    """The sizes may be written out in the forward, so they are recorded."""
+    labels = reshape(walk, x, out.shape)
+    if isinstance(size, (list, tuple)):
+        mixed = _merges_data(x, out.shape)
+        for dim, given in enumerate(size):
+            if isinstance(given, int) and dim not in mixed:
+                walk.literal(op_name(walk.node.target), dim, given, labels[dim])  # type: ignore[union-attr]
+    return labels
+
+
+@rule(aten.flatten.using_ints, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default)
+@rule(aten.atleast_2d.default, aten.atleast_1d.default)
+def _flatten(walk: Walk, out: Value, x: Value, *args: Any) -> tuple[DimLabels, ...]:
+    """Reshapes whose sizes the op works out by itself."""
+    return reshape(walk, x, out.shape)
+
+
+@rule(aten.unflatten.int)
+def _unflatten(walk: Walk, out: Value, x: Value, dim: int, sizes: Sequence[int]) -> tuple[DimLabels, ...]:
+    """One dim becomes several of written sizes."""
+    labels = reshape(walk, x, out.shape)
+    for offset, given in enumerate(sizes):
+        walk.literal("unflatten", offset, given, labels[dim % x.ndim + offset])
+    return labels
+
+
+@rule(aten.transpose.int, aten.swapaxes.default, aten.swapdims.default)
+def _transpose(walk: Walk, out: Value, x: Value, first: int, second: int) -> tuple[DimLabels, ...]:
+    """Two dims change places."""
+    labels = list(x.labels)
+    labels[first], labels[second] = labels[second], labels[first]
+    return tuple(labels)
+
+
+@rule(aten.t.default, aten.numpy_T.default, aten.mT.default, aten.matrix_H.default, aten.adjoint.default)
+def _t(walk: Walk, out: Value, x: Value) -> tuple[DimLabels, ...]:
+    """The last two dims change places."""
+    return x.labels if x.ndim < 2 else (*x.labels[:-2], x.labels[-1], x.labels[-2])
+
+
+@rule(aten.permute.default)
+def _permute(walk: Walk, out: Value, x: Value, dims: Sequence[int]) -> tuple[DimLabels, ...]:
+    """Dims in a new order."""
+    return tuple(x.labels[d] for d in dims)
+
+
+@rule(aten.movedim.int, aten.movedim.intlist)
+def _movedim(walk: Walk, out: Value, x: Value, source: Any, target: Any) -> tuple[DimLabels, ...]:
+    """Some dims move, the others keep their order."""
+    sources = [d % x.ndim for d in (source if isinstance(source, (list, tuple)) else [source])]
+    targets = [d % x.ndim for d in (target if isinstance(target, (list, tuple)) else [target])]
+    rest = iter(d for d in range(x.ndim) if d not in sources)
+    placed = dict(zip(targets, sources, strict=True))
+    return tuple(x.labels[placed[d] if d in placed else next(rest)] for d in range(x.ndim))
+
+
+@rule(aten.expand.default, aten.expand_as.default, aten.broadcast_to.default)
+def _expand(walk: Walk, out: Value, x: Value, sizes: Any, *args: Any, **kwargs: Any) -> tuple[DimLabels, ...]:
+    """New entries along a dim of one are copies of it: data."""
+    new = out.ndim - x.ndim
+    labels: list[DimLabels] = [None] * new
+    for dim in range(x.ndim):
+        labels.append(x.labels[dim] if x.shape[dim] == out.shape[new + dim] else None)
+    if isinstance(sizes, (list, tuple)):
+        for dim, given in enumerate(sizes):
+            walk.literal(op_name(walk.node.target), dim, given, labels[dim])  # type: ignore[union-attr]
+    return tuple(labels)
+
+
+@rule(aten.repeat.default)
+def _repeat(walk: Walk, out: Value, x: Value, repeats: Sequence[int]) -> tuple[DimLabels, ...]:
+    """Copies side by side belong to the same units."""
+    new = out.ndim - x.ndim
+    labels: list[DimLabels] = [None] * new
+    for dim in range(x.ndim):
+        own = x.labels[dim]
+        labels.append(None if own is None or x.shape[dim] == 1 else np.tile(own, repeats[new + dim]))
+    return tuple(labels)
+
+
+@rule(aten.repeat_interleave.self_int)
+def _repeat_interleave(
+    walk: Walk, out: Value, x: Value, repeats: int, dim: int | None = None, **kwargs: Any
+) -> tuple[DimLabels, ...]:
+    """Copies next to each other belong to the same units."""
+    if dim is None:
+        walk.freeze_all(x, "repeat_interleave over all dims")
+        return (None,) * out.ndim
+    labels = list(x.labels)
+    own = labels[dim]
+    labels[dim] = None if own is None or x.shape[dim] == 1 else own.repeat(repeats)
+    return tuple(labels)
+
+
+@rule(aten.cat.default, aten.concat.default, aten.hstack.default)
+def _cat(walk: Walk, out: Value, tensors: Sequence[Value], dim: int = 0) -> tuple[DimLabels, ...]:
+    """Units side by side; the other dims unite."""
+    tensors = [value for value in tensors if value.shape != (0,)]
+    dim = (1 if walk.where.endswith("hstack") and out.ndim > 1 else dim) % out.ndim
+    labels: list[DimLabels] = list(tensors[0].labels)
+    for value in tensors[1:]:
+        for d in range(out.ndim):
+            if d != dim and out.shape[d] > 1:
+                labels[d] = walk.unite(labels[d], value.labels[d])
+    along = [value.labels[dim] for value in tensors]
+    if any(part is not None for part in along):
+        labels[dim] = np.concatenate(
+            [
+                np.zeros(value.shape[dim], dtype=np.int64) if part is None else part
+                for value, part in zip(tensors, along, strict=True)
+            ]
+        )
+    return tuple(labels)
+
+
+@rule(aten.stack.default)
+def _stack(walk: Walk, out: Value, tensors: Sequence[Value], dim: int = 0) -> tuple[DimLabels, ...]:
+    """A new dim of data; all other dims unite."""
+    labels: list[DimLabels] = list(tensors[0].labels)
+    for value in tensors[1:]:
+        for d, size in enumerate(value.shape):
+            if size > 1:
+                labels[d] = walk.unite(labels[d], value.labels[d])
+    labels.insert(dim % out.ndim, None)
+    return tuple(labels)
+
+
+def _pieces(walk: Walk, out: tuple[Value, ...], x: Value, dim: int, name: str) -> tuple[Value, ...]:
+    dim = dim % x.ndim
+    own = x.labels[dim]
+    results, first = [], 0
+    for number, piece in enumerate(out):
+        size = piece.shape[dim]
+        part = None if own is None else own[first : first + size]
+        results.append(Value(piece.shape, (*x.labels[:dim], part, *x.labels[dim + 1 :]), zero=x.zero))
+        walk.literal(name, number, size, part)
+        first += size
+    return tuple(results)
+
+
+@rule(aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes)
+def _split_op(walk: Walk, out: tuple[Value, ...], x: Value, sizes: Any, dim: int = 0) -> tuple[Value, ...]:
+    """Pieces of a dim; their sizes may be written out, so they are recorded."""
+    return _pieces(walk, out, x, dim, "split")
+
+
+@rule(aten.chunk.default, aten.tensor_split.sections)
+def _chunk(walk: Walk, out: tuple[Value, ...], x: Value, num: int, dim: int = 0) -> tuple[Value, ...]:
+    """Equal pieces of a dim."""
+    return _pieces(walk, out, x, dim, op_name(walk.node.target))  # type: ignore[union-attr]
+
+
+@rule(aten.unbind.int)
+def _unbind(walk: Walk, out: tuple[Value, ...], x: Value, dim: int = 0) -> tuple[Value, ...]:
+    """Each entry of a dim by itself, so the dim freezes; the pieces may differ elsewhere only in data."""
+    walk.freeze(x.labels[dim], "its entries are taken apart")
+    labels = tuple(own for d, own in enumerate(x.labels) if d != dim % x.ndim)
+    return tuple(Value(piece.shape, labels, zero=x.zero) for piece in out)
+
+
+@rule(aten.select.int)
+def _select(walk: Walk, out: Value, x: Value, dim: int, index: int) -> tuple[DimLabels, ...]:
+    """One entry of a dim by its number; that dim freezes."""
+    walk.freeze(x.labels[dim], "one of its entries is chosen by number")
+    return tuple(own for d, own in enumerate(x.labels) if d != dim % x.ndim)
+
+
+@rule(aten.slice.Tensor, aten.narrow.default)
+def _slice(walk: Walk, out: Value, x: Value, dim: int = 0, *bounds: Any) -> tuple[DimLabels, ...]:
+    """A run of entries of a dim. Bounds are written numbers, so a dim that is really cut freezes."""
+    dim = dim % x.ndim
+    labels = list(x.labels)
+    own = labels[dim]
+    if own is not None and out.shape[dim] != x.shape[dim]:
+        walk.freeze(own, "a part of it is cut out by written numbers")
+        labels[dim] = None
+    return tuple(labels)
+
+
+@rule(aten.pad.default, aten.constant_pad_nd.default)
+def _pad(walk: Walk, out: Value, x: Value, padding: Sequence[int], *args: Any, **kwargs: Any) -> tuple[DimLabels, ...]:
+    """Padded dims must be data."""
+    labels = list(x.labels)
+    for dim in range(x.ndim):
+        if x.shape[dim] != out.shape[dim]:
+            walk.freeze(labels[dim], "it is padded")
+            labels[dim] = None
+    return tuple(labels)
+
+
+@rule(aten.pixel_shuffle.default)
+def _pixel_shuffle(walk: Walk, out: Value, x: Value, factor: int) -> tuple[DimLabels, ...]:
+    """Channels become `(channels, factor, factor)`, the factors move into space."""
+    *batch, channels, height, width = x.shape
+    inner = (*batch, channels // factor**2, factor, factor, height, width)
+    labels = reshape(walk, x, inner)
+    at = len(batch)
+    walk.freeze(labels[at + 1], "it is shuffled into space")
+    walk.freeze(labels[at + 2], "it is shuffled into space")
+    return (*labels[: at + 1], None, None)
+
+
+@rule(aten.pixel_unshuffle.default)
+def _pixel_unshuffle(walk: Walk, out: Value, x: Value, factor: int) -> tuple[DimLabels, ...]:
+    """Each channel becomes `factor x factor` channels."""
+    own = x.labels[-3]
+    return (*x.labels[:-3], None if own is None else own.repeat(factor**2), None, None)
+
+
+@rule(aten.channel_shuffle.default)
+def _channel_shuffle(walk: Walk, out: Value, x: Value, num_groups: int) -> tuple[DimLabels, ...]:
+    """Channels read as `(groups, within)` and transposed."""
+    own = x.labels[1]
+    if own is None:
+        return x.labels
+    shuffled = own.reshape(num_groups, -1).T.reshape(-1)
+    walk.freeze(own, "its channels are shuffled by written numbers")
+    return (x.labels[0], shuffled, *x.labels[2:])
+
+
+@rule(aten.glu.default)
+def _glu(walk: Walk, out: Value, x: Value, dim: int = -1) -> Value:
+    """`first half * sigmoid(second half)`: the halves unite."""
+    own = x.labels[dim]
+    labels = list(x.labels)
+    if own is not None:
+        half = math.ceil(len(own) / 2)
+        labels[dim] = walk.unite(own[:half], own[half:])
+    return Value(out.shape, tuple(labels), zero=x.zero)

@@ -1,0 +1,165 @@
+"""The size shim: a module's own forward, with the sizes it writes out corrected by place.
+
+Python code such as `x.view(B, T, self.n_head, C // self.n_head)` works sizes out from numbers that a
+cut changes. The shim runs the same forward and replaces, at the places that need it, the size given to
+the n-th `view` (reshape, split, ...) by the number of units that are really there. It is
+part of the module: it survives deepcopy, pickle and `torch.compile`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+_PIECES = ("sizes", "split_size", "split_size_or_sections", "split_sizes", "chunks")
+_PLACE = re.compile(r"(\w+)#(\d+)\[(\d+)\]")
+
+
+def _names() -> dict[Any, str]:
+    by_name = {
+        "view": [torch.Tensor.view],
+        "reshape": [torch.Tensor.reshape, torch.reshape],
+        "expand": [torch.Tensor.expand],
+        "unflatten": [torch.Tensor.unflatten, torch.unflatten],
+        "split": [torch.Tensor.split, torch.split, torch.split_with_sizes, torch.Tensor.split_with_sizes],
+        "chunk": [torch.Tensor.chunk, torch.chunk],
+        "layer_norm": [F.layer_norm, torch.layer_norm],
+        "group_norm": [F.group_norm, torch.group_norm],
+        "zeros": [torch.zeros],
+        "ones": [torch.ones],
+        "full": [torch.full],
+        "new_zeros": [torch.Tensor.new_zeros],
+    }
+    return {function: name for name, functions in by_name.items() for function in functions}
+
+
+NAMES = _names()
+"""Torch functions whose sizes can be corrected, and the name each goes by in a place."""
+
+
+class CallSizes(TorchFunctionMode):
+    """Corrects the sizes of numbered calls while a forward runs.
+
+    Args:
+        sizes: by (function name, number of the call, argument), the size that must be there.
+        changed: places where the live size was another one are added to it, if given.
+    """
+
+    def __init__(
+        self, sizes: Mapping[tuple[str, int], Mapping[int, int]], changed: set[str] | None = None
+    ) -> None:
+        super().__init__()
+        self.sizes = sizes
+        self.changed = changed
+        self.numbers: dict[str, int] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the function, with its sizes corrected if its place is listed."""
+        kwargs = kwargs or {}
+        name = NAMES.get(func)
+        if name is None or (name == "view" and len(args) == 2 and isinstance(args[1], torch.dtype)):
+            return func(*args, **kwargs)
+        number = self.numbers.get(name, 0)
+        self.numbers[name] = number + 1
+        wanted = self.sizes.get((name, number))
+        if wanted is None:
+            return func(*args, **kwargs)
+        if name in ("split", "chunk"):
+            return self._pieces(func, name, number, wanted, args, kwargs)
+        if name == "group_norm":
+            self._note(name, number, 0, args[1], wanted[0])
+            return func(args[0], wanted[0], *args[2:], **kwargs)
+        return self._sized(func, name, number, wanted, args, kwargs)
+
+    def _note(self, name: str, number: int, argument: int, live: int, wanted: int) -> None:
+        if self.changed is not None and live != wanted:
+            self.changed.add(f"{name}#{number}[{argument}]")
+
+    def _sized(self, func: Any, name: str, number: int, wanted: Mapping[int, int], args: Any, kwargs: Any) -> Any:
+        first = {"zeros": 0, "ones": 0, "full": 0, "unflatten": 2}.get(name, 1)
+        if len(args) <= first:
+            return func(*args, **kwargs)
+        packed = isinstance(args[first], (tuple, list))
+        sizes = list(args[first] if packed else args[first:])
+        for argument, size in wanted.items():
+            if sizes[argument] != -1:
+                self._note(name, number, argument, int(sizes[argument]), size)
+                sizes[argument] = size
+        if packed:
+            return func(*args[:first], type(args[first])(sizes), *args[first + 1 :], **kwargs)
+        return func(*args[:first], *sizes, **kwargs)
+
+    def _pieces(self, func: Any, name: str, number: int, wanted: Mapping[int, int], args: Any, kwargs: Any) -> Any:
+        given = dict(kwargs)
+        for key, value in zip(("input", "sizes", "dim"), args, strict=False):
+            given[key] = value
+        x = given.get("input", given.get("self", given.get("tensor")))
+        dim = int(given.get("dim", 0))
+        spec = next(given[key] for key in _PIECES if key in given)
+        length = int(x.shape[dim])
+        if isinstance(spec, (list, tuple)):
+            live = [int(size) for size in spec]
+        elif name == "chunk":
+            step = -(-length // int(spec))
+            live = [min(step, length - start) for start in range(0, length, step)]
+        else:
+            live = [min(int(spec), length - start) for start in range(0, length, int(spec))]
+        right = [wanted[piece] for piece in range(len(wanted))]
+        if right == live:
+            return func(*args, **kwargs)
+        for piece, size in enumerate(right):
+            self._note(name, number, piece, live[piece] if piece < len(live) else 0, size)
+        return torch.split(x, right, dim)
+
+
+class SizedForward:
+    """Calls a module's own forward with the sizes of some calls corrected.
+
+    Args:
+        module: the module whose forward it stands in for.
+        sizes: by place, such as "view#2[1]", the size that must be there.
+    """
+
+    def __init__(self, module: nn.Module, sizes: dict[str, int]) -> None:
+        self.module = module
+        self.sizes = sizes
+        self.calls = parse(sizes)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the forward of the module's class."""
+        with CallSizes(self.calls):
+            return type(self.module).forward(self.module, *args, **kwargs)
+
+
+def parse(sizes: Mapping[str, int]) -> dict[tuple[str, int], dict[int, int]]:
+    """Sizes by (function name, number of the call) and argument.
+
+    >>> parse({"view#2[1]": 8})
+    {('view', 2): {1: 8}}
+    """
+    calls: dict[tuple[str, int], dict[int, int]] = {}
+    for place, size in sizes.items():
+        match = _PLACE.fullmatch(place)
+        assert match, f"not a call place: {place}"
+        calls.setdefault((match[1], int(match[2])), {})[int(match[3])] = size
+    return calls
+
+
+def set_call_sizes(module: nn.Module, sizes: Mapping[str, int]) -> None:
+    """Correct these places in the module's forward from now on; none: its plain forward again."""
+    if sizes:
+        module.forward = SizedForward(module, dict(sizes))  # type: ignore[assignment]
+    else:
+        module.__dict__.pop("forward", None)
+
+
+def get_call_sizes(module: nn.Module) -> dict[str, int]:
+    """The corrected places of a module's forward; empty if it runs as written."""
+    forward = module.__dict__.get("forward")
+    return dict(forward.sizes) if isinstance(forward, SizedForward) else {}

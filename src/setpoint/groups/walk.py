@@ -1,0 +1,197 @@
+"""A walk over an exported graph: what a rule sees of a tensor, and what it may record."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from setpoint.groups.atoms import Atoms
+from setpoint.groups.product import Product
+
+DimLabels = np.ndarray | None
+"""Atoms along one dim, or None: data (batch, positions, constants), which no unit lies along."""
+
+
+@dataclass(frozen=True, eq=False)
+class Value:
+    """A tensor of the graph, as far as groups are concerned.
+
+    Args:
+        shape: its shape at the example.
+        labels: one entry per dim.
+        weight: computed from parameters and constants only.
+        grad: needs a gradient.
+        zero: entries of a dropped unit are certainly 0, so that sums over them lose nothing.
+    """
+
+    shape: tuple[int, ...]
+    labels: tuple[DimLabels, ...]
+    weight: bool = False
+    grad: bool = False
+    zero: bool = True
+
+    @property
+    def ndim(self) -> int:
+        """Number of dims."""
+        return len(self.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A size written out in the forward of a module, at a dim that units lie along.
+
+    Args:
+        module: qualified name of the module whose own forward makes the call.
+        place: as in `SizeBinding.place`, for example "view#2[1]".
+        size: the size at the example.
+        labels: atoms along the dim.
+    """
+
+    module: str
+    place: str
+    size: int
+    labels: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Contract:
+    """A matrix product or convolution, before labels are turned into sizes."""
+
+    module: str
+    op: str
+    coefficient: float
+    dims: tuple[tuple[int, DimLabels], ...]
+    num_gradients: int
+
+
+@dataclass
+class Walk:
+    """State of one walk: the atoms, and everything that rules record on the way.
+
+    Args:
+        atoms: classes of entries.
+        node: the node being visited.
+        module: qualified name of the module whose own forward holds the node.
+    """
+
+    atoms: Atoms = field(default_factory=Atoms)
+    products: list[Product] = field(default_factory=list)
+    contracts: list[Contract] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+    attributes: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)
+    node: fx.Node | None = None
+    module: str = ""
+    call_index: int = 0
+
+    @property
+    def where(self) -> str:
+        """The present node, for people: module and op."""
+        op = "output" if self.node is None or self.node.op == "output" else op_name(self.node.target)
+        return f"{self.module or 'model'}: {op}"
+
+    def freeze(self, labels: DimLabels, reason: str) -> None:
+        """Keep these entries for good; the present op is the place."""
+        self.atoms.freeze(labels, self.where, reason)
+
+    def freeze_all(self, value: Value, reason: str) -> None:
+        """Keep every entry of every dim."""
+        for labels in value.labels:
+            self.freeze(labels, reason)
+
+    def lossy(self, labels: DimLabels, reason: str) -> None:
+        """Zero is not absent along this dim."""
+        if labels is not None:
+            self.atoms.lossy.append((labels, f"{reason} ({self.where})"))
+
+    def unite(self, left: DimLabels, right: DimLabels, reason: str = "met by data of fixed size") -> DimLabels:
+        """Entries that go together; a labelled dim that meets data freezes. Returns the labels."""
+        if left is None or right is None:
+            self.freeze(left, reason)
+            self.freeze(right, reason)
+            return None
+        self.atoms.unite(left, right)
+        return left
+
+    def product(self, factors: Sequence[np.ndarray]) -> np.ndarray:
+        """Cells of a merged dim: a cell is dropped if any of its factors is. Shape (n1, n2, ...)."""
+        shape = tuple(len(factor) for factor in factors)
+        cells = self.atoms.fresh(math.prod(shape)).reshape(shape)
+        self.products.append(Product(cells, tuple(factors), self.where))
+        return cells
+
+    def contract(self, coefficient: float, dims: Sequence[tuple[int, DimLabels]], num_gradients: int) -> None:
+        """Record a product of `2 * coefficient * prod(dims)` FLOPs."""
+        assert self.node is not None
+        self.contracts.append(
+            Contract(self.module, op_name(self.node.target), 2.0 * coefficient, tuple(dims), num_gradients)
+        )
+
+    def literal(self, op: str, argument: int, size: int, labels: DimLabels) -> None:
+        """Record a size that the module's forward writes out, at a dim with these labels."""
+        if labels is not None and size > 0:
+            self.calls.append(Call(self.module, f"{op}#{self.call_index}[{argument}]", size, labels))
+
+
+Rule = Callable[..., Any]
+"""`rule(walk, out_shape, *args, **kwargs)`: args of the node with tensors as `Value`; returns the
+labels of the output (a tuple of `DimLabels`), a `Value`, or a tuple of `Value` for several outputs."""
+
+_RULES: dict[Any, Rule] = {}
+
+
+def rule(*ops: Any) -> Callable[[Rule], Rule]:
+    """Register how an op carries units; also for ops from outside.
+
+    A rule is called as `rule(walk, out, *args, **kwargs)`: `out` is a `Value` without labels that
+    holds the output's shape (a tuple of them for several outputs), tensors among the arguments are
+    `Value`s. It returns the labels of the output, one `DimLabels` per dim.
+
+    Example: an op that works on each entry alone hands on the labels of its input.
+
+    >>> from setpoint.groups.walk import rule
+    >>> @rule(torch.ops.aten.special_i0.default)
+    ... def _(walk, out, x):
+    ...     return x.labels
+    """
+
+    def register(function: Rule) -> Rule:
+        for op in ops:
+            _RULES[op] = function
+        return function
+
+    return register
+
+
+def rule_for(target: Any) -> Rule | None:
+    """The rule of an op, or None: an op without one freezes what it touches."""
+    return _RULES.get(target)
+
+
+def op_name(target: Any) -> str:
+    """Short name of an op: "view" for `aten.view.default`."""
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target.overloadpacket.__name__)
+    return str(getattr(target, "__name__", target))
+
+
+def finish(walk: Walk, result: Any, out: Any, inputs: Sequence[Value]) -> Any:
+    """Make `Value`s out of what a rule returned."""
+    weight = all(value.weight for value in inputs)
+    grad = any(value.grad for value in inputs)
+    zero = all(value.zero for value in inputs)
+    if isinstance(out, tuple):
+        results = result if result is not None else tuple(None for _ in out)
+        return tuple(finish(walk, part, shape, inputs) for part, shape in zip(results, out, strict=True))
+    if isinstance(result, Value):
+        return replace(result, shape=out.shape, weight=weight, grad=grad)
+    labels = result if result is not None else (None,) * out.ndim
+    assert len(labels) == out.ndim, f"{walk.where}: rule gave {len(labels)} dims for {out.ndim}"
+    for size, dim in zip(out.shape, labels, strict=True):
+        assert dim is None or len(dim) == size, f"{walk.where}: rule gave {len(dim)} labels for a dim of {size}"
+    return Value(out.shape, tuple(labels), weight, grad, zero)
