@@ -96,4 +96,5 @@ class Atoms:
         everyone = self.find(np.arange(self._count))
         result = np.zeros(self._count, dtype=bool)
         result[everyone[self.marked(remark)]] = True
-        return result[everyone]
+        of_class: np.ndarray = result[everyone]
+        return of_class

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -35,8 +35,10 @@ def bind(model: nn.Module, example: Example, walk: Walk, units: Units, dims: Seq
     """Groups with the size bindings that make the live forward run at any widths."""
     places = _standard(model, walk, dims)
     calls = _calls_that_follow_units(walk, units)
-    places |= _attributes(model, calls, places)
-    places |= _needed_calls(model, example, units, dims, places, calls)
+    if calls:
+        trial = _Trial(model, example, units, dims, calls)
+        places |= trial.needed_attributes(places)
+        places |= trial.needed_calls(places)
     return _with_sizes(units, places)
 
 
@@ -75,58 +77,6 @@ def _call_of(call: Call) -> str:
     return call.place.split("[", 1)[0]
 
 
-def _attributes(model: nn.Module, calls: Iterable[Call], known: Places) -> Places:
-    """Integer attributes of the user's own modules: bound where the forward's sizes leave one meaning."""
-    evidence: dict[str, dict[int, list[Labels]]] = {}
-    for call in calls:
-        evidence.setdefault(call.module, {}).setdefault(call.size, []).append(call.labels)
-    places: Places = {}
-    for name, by_size in evidence.items():
-        module = model.get_submodule(name)
-        if type(module).__module__.startswith("torch.nn."):
-            continue
-        for attribute, value in vars(module).items():
-            if type(value) is int and value > 1 and value in by_size and (name, attribute) not in known:
-                meanings = by_size[value]
-                if all(len(meaning) == value for meaning in meanings):
-                    places[name, attribute] = meanings[0]
-    return places
-
-
-def _needed_calls(
-    model: nn.Module, example: Example, units: Units, dims: Sequence[OwnDim], places: Places, calls: Sequence[Call]
-) -> Places:
-    """Run a copy without data at random widths and see which written sizes come out wrong."""
-    if not calls:
-        return {}
-    keep = random_keep(units.groups)
-    kept = _Kept(units, keep)
-    dense: dict[str, dict[str, int]] = {}
-    small: dict[str, dict[str, int]] = {}
-    labels: Places = {}
-    for call in calls:
-        dense.setdefault(call.module, {})[call.place] = call.size
-        small.setdefault(call.module, {})[call.place] = kept.count(call.labels)
-        labels[call.module, call.place] = call.labels
-    untrusted = _run(model, example, dense, None)
-    for module in untrusted:
-        dense.pop(module)
-        small.pop(module)
-
-    def cut(twin: nn.Module) -> None:
-        _cut_shapes(twin, dims, kept)
-        for (module, place), of in places.items():
-            set_attribute(twin.get_submodule(module), place, kept.count(of))
-
-    changed = _run(model, example, small, cut)
-    needed = {(module, place.split("[", 1)[0]) for module, found in changed.items() for place in found}
-    return {
-        (module, place): of
-        for (module, place), of in labels.items()
-        if (module, place.split("[", 1)[0]) in needed and module in small
-    }
-
-
 class _Kept:
     """Which atoms survive a choice of units."""
 
@@ -154,23 +104,85 @@ def random_keep(groups: Sequence[Group], seed: int = 0) -> dict[str, np.ndarray]
     return keep
 
 
-def _run(model: nn.Module, example: Example, sizes: Mapping[str, Mapping[str, int]], cut: Any) -> dict[str, set[str]]:
-    """Places by module at which the live forward of a fake copy gives another size than listed."""
-    args, kwargs = inputs_of(example)
-    with fake_copy(model) as (twin, mode):
-        if cut is not None:
-            cut(twin)
-        changed: dict[str, set[str]] = {}
-        for name, wanted in sizes.items():
-            found = changed.setdefault(name, set())
-            module = twin.get_submodule(name)
-            module.forward = _Watched(module, wanted, found)
-        try:
-            list(tensors_of(twin(*mode_inputs(mode, args), **mode_inputs(mode, kwargs))))
-        except Exception:  # noqa: BLE001
-            # A forward that stopped half-way shows nothing about later places: count them all.
-            return {name: set(wanted) for name, wanted in sizes.items()}
-    return {name: found for name, found in changed.items() if found}
+class _Trial:
+    """Runs copies without data at random widths, and sees which written sizes come out wrong.
+
+    Args:
+        model: the user's model, not touched.
+        example: its example.
+        units: what can be dropped.
+        dims: dims of all tensors.
+        calls: the written sizes that follow units.
+    """
+
+    def __init__(
+        self, model: nn.Module, example: Example, units: Units, dims: Sequence[OwnDim], calls: Sequence[Call]
+    ) -> None:
+        self.model, self.example, self.dims = model, example, dims
+        self.kept = _Kept(units, random_keep(units.groups))
+        dense: dict[str, dict[str, int]] = {}
+        for call in calls:
+            dense.setdefault(call.module, {})[call.place] = call.size
+        # Where even the dense model disagrees, the calls are not numbered as the forward runs them.
+        untrusted = self._wrong(dense, None)
+        self.calls = [call for call in calls if call.module not in untrusted]
+        self.small: dict[str, dict[str, int]] = {}
+        for call in self.calls:
+            self.small.setdefault(call.module, {})[call.place] = self.kept.count(call.labels)
+
+    def needed_attributes(self, known: Places) -> Places:
+        """Integer attributes of the user's own modules that the forward's sizes come from."""
+        places: Places = {}
+        before = self._wrong(self.small, known)
+        for candidates in self._candidates(known).values():
+            wrong = self._wrong(self.small, {**known, **candidates})
+            for (module, attribute), labels in candidates.items():
+                meant = {call.place for call in self.calls if call.module == module and call.size == len(labels)}
+                if len(wrong.get(module, set()) & meant) < len(before.get(module, set()) & meant):
+                    places[module, attribute] = labels
+        return places
+
+    def needed_calls(self, known: Places) -> Places:
+        """Calls whose sizes are still wrong once the attributes are right; all sizes of such a call."""
+        wrong = self._wrong(self.small, known)
+        needed = {(module, place.split("[", 1)[0]) for module, found in wrong.items() for place in found}
+        return {
+            (call.module, call.place): call.labels for call in self.calls if (call.module, _call_of(call)) in needed
+        }
+
+    def _candidates(self, known: Places) -> dict[tuple[type, str], Places]:
+        """Attributes that equal a written size with one meaning only, by class and name."""
+        meanings: dict[tuple[str, int], list[Labels]] = {}
+        for call in self.calls:
+            if len(call.labels) == call.size:
+                meanings.setdefault((call.module, call.size), []).append(call.labels)
+        result: dict[tuple[type, str], Places] = {}
+        for (name, size), labels in meanings.items():
+            module = self.model.get_submodule(name)
+            if size < 2 or len({self.kept.count(meaning) for meaning in labels}) > 1:
+                continue
+            for attribute, value in vars(module).items():
+                if type(value) is int and value == size and (name, attribute) not in known:
+                    result.setdefault((type(module), attribute), {})[name, attribute] = labels[0]
+        return result
+
+    def _wrong(self, sizes: Mapping[str, Mapping[str, int]], places: Places | None) -> dict[str, set[str]]:
+        """Places by module at which the live forward gives another size; `places=None`: the dense model."""
+        args, kwargs = inputs_of(self.example)
+        with fake_copy(self.model) as (twin, mode):
+            if places is not None:
+                _cut_shapes(twin, self.dims, self.kept)
+                for (module, place), labels in places.items():
+                    set_attribute(twin.get_submodule(module), place, self.kept.count(labels))
+            found: dict[str, set[str]] = {name: set() for name in sizes}
+            for name, wanted in sizes.items():
+                twin.get_submodule(name).forward = _Watched(twin.get_submodule(name), wanted, found[name])
+            try:
+                list(tensors_of(twin(*mode_inputs(mode, args), **mode_inputs(mode, kwargs))))
+            except Exception:  # noqa: BLE001
+                # A forward that stopped half-way shows nothing about later places: count them all.
+                return {name: set(wanted) for name, wanted in sizes.items()}
+        return {name: places_found for name, places_found in found.items() if places_found}
 
 
 class _Watched:
@@ -237,6 +249,4 @@ def _with_sizes(units: Units, places: Places) -> tuple[Group, ...]:
         members = by_call[module, place.split("[", 1)[0]] if "#" in place else units.among(labels)
         for position in members:
             sizes.setdefault(position, []).append(SizeBinding(module, place, units.index(labels, position)))
-    return tuple(
-        replace(group, sizes=tuple(sizes.get(position, ()))) for position, group in enumerate(units.groups)
-    )
+    return tuple(replace(group, sizes=tuple(sizes.get(position, ()))) for position, group in enumerate(units.groups))

@@ -52,12 +52,9 @@ class Units:
         """Length of a dim as a function of widths."""
         if labels is None:
             return Size(length)
-        parts = []
-        for g in self.among(labels):
-            entries = int((self.group_of[labels] == g).sum())
-            parts.append((self.groups[g].name, entries // self.groups[g].num_units))
-        constant = length - sum(per_unit * self.groups[g].num_units for (_, per_unit), g in zip(parts, self.among(labels), strict=True))
-        return Size(constant, tuple(parts))
+        entries = {g: int((self.group_of[labels] == g).sum()) for g in self.among(labels)}
+        parts = tuple((self.groups[g].name, num // self.groups[g].num_units) for g, num in entries.items())
+        return Size(length - sum(entries.values()), parts)
 
 
 def build(atoms: Atoms, dims: Sequence[OwnDim]) -> Units:
@@ -93,7 +90,8 @@ def build(atoms: Atoms, dims: Sequence[OwnDim]) -> Units:
         )
         roles = {piece.role for piece in slices}
         if not {"produce", "consume"} <= roles:
-            atoms.frozen.append((np.asarray(members), slices[0].tensor, _no_exit(roles)))
+            if roles != {"carry"}:  # A kernel or a table that no unit lies along is no news.
+                atoms.frozen.append((np.asarray(members), slices[0].tensor, _no_exit(roles)))
             continue
         what = _what(members, classes)
         group_of[members] = len(groups)

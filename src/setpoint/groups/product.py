@@ -105,7 +105,8 @@ def _normed(atoms: Atoms) -> np.ndarray:
     result = np.zeros(len(atoms), dtype=bool)
     for labels, _ in atoms.lossy:
         result[everyone[labels]] = True
-    return result[everyone]
+    of_class: np.ndarray = result[everyone]
+    return of_class
 
 
 def _sole_factors(atoms: Atoms, products: Sequence[Product], pending: list[Product]) -> np.ndarray:
@@ -119,9 +120,7 @@ def _sole_factors(atoms: Atoms, products: Sequence[Product], pending: list[Produ
     return result
 
 
-def _reasons(
-    atoms: Atoms, product: Product, normed: np.ndarray, contracted: np.ndarray
-) -> dict[int, tuple[bool, ...]]:
+def _reasons(atoms: Atoms, product: Product, normed: np.ndarray, contracted: np.ndarray) -> dict[int, tuple[bool, ...]]:
     result: dict[int, tuple[bool, ...]] = {}
     for axis in _free_axes(atoms, product):
         roots = atoms.find(product.factors[axis])

@@ -22,7 +22,7 @@ _PLACE = re.compile(r"(\w+)#(\d+)\[(\d+)\]")
 
 
 def _names() -> dict[Any, str]:
-    by_name = {
+    by_name: dict[str, list[Any]] = {
         "view": [torch.Tensor.view],
         "reshape": [torch.Tensor.reshape, torch.reshape],
         "expand": [torch.Tensor.expand],
@@ -51,9 +51,7 @@ class CallSizes(TorchFunctionMode):
         changed: places where the live size was another one are added to it, if given.
     """
 
-    def __init__(
-        self, sizes: Mapping[tuple[str, int], Mapping[int, int]], changed: set[str] | None = None
-    ) -> None:
+    def __init__(self, sizes: Mapping[tuple[str, int], Mapping[int, int]], changed: set[str] | None = None) -> None:
         super().__init__()
         self.sizes = sizes
         self.changed = changed
@@ -96,10 +94,10 @@ class CallSizes(TorchFunctionMode):
         return func(*args[:first], *sizes, **kwargs)
 
     def _pieces(self, func: Any, name: str, number: int, wanted: Mapping[int, int], args: Any, kwargs: Any) -> Any:
-        given = dict(kwargs)
+        given: dict[str, Any] = dict(kwargs)
         for key, value in zip(("input", "sizes", "dim"), args, strict=False):
             given[key] = value
-        x = given.get("input", given.get("self", given.get("tensor")))
+        x = next(given[key] for key in ("input", "self", "tensor") if key in given)
         dim = int(given.get("dim", 0))
         spec = next(given[key] for key in _PIECES if key in given)
         length = int(x.shape[dim])
@@ -154,7 +152,7 @@ def parse(sizes: Mapping[str, int]) -> dict[tuple[str, int], dict[int, int]]:
 def set_call_sizes(module: nn.Module, sizes: Mapping[str, int]) -> None:
     """Correct these places in the module's forward from now on; none: its plain forward again."""
     if sizes:
-        module.forward = SizedForward(module, dict(sizes))  # type: ignore[assignment]
+        module.forward = SizedForward(module, dict(sizes))
     else:
         module.__dict__.pop("forward", None)
 

@@ -210,6 +210,8 @@ def _shape_of(fake: Any) -> Any:
 def _visit(walk: Any, node: fx.Node, env: dict[fx.Node, Any], value_type: type) -> Any:
     from setpoint.groups.walk import finish, op_name, rule_for
 
+    args: Any
+    kwargs: Any
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: env[n])
     if op_name(node.target) == "getitem":
         return args[0][args[1]] if isinstance(args[0], tuple) else None

@@ -1,5 +1,9 @@
 """How each op carries units: one small function per op, registered when this package is imported."""
 
-from setpoint.groups.rules import attention, contract, elementwise, index, norm, reduce, shape
-
-__all__ = ["attention", "contract", "elementwise", "index", "norm", "reduce", "shape"]
+import setpoint.groups.rules.attention
+import setpoint.groups.rules.contract
+import setpoint.groups.rules.elementwise
+import setpoint.groups.rules.index
+import setpoint.groups.rules.norm
+import setpoint.groups.rules.reduce
+import setpoint.groups.rules.shape  # noqa: F401

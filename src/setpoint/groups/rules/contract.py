@@ -142,7 +142,7 @@ def _convolution(
     batched = x.ndim == weight.ndim
     channel = 1 if batched else 0
     out_dim, in_dim = (1, 0) if transposed else (0, 1)
-    for labels in (*x.labels[channel + 1 :], *weight.labels[2:]):
+    for labels in x.labels[channel + 1 :]:
         walk.freeze(labels, "a kernel slides over it")
     outputs = weight.labels[out_dim]
     if outputs is None:
@@ -176,8 +176,8 @@ def _convolution(
     spatial = (x if transposed else out).shape[channel + 1 :]
     batch = x.shape[0] if batched else 1
     walk.contract(math.prod(spatial) * math.prod(weight.shape[2:]) * batch, flop_dims, num_gradients(x, weight))
-    labels: tuple[DimLabels, ...] = (outer, *(None,) * len(spatial))
-    return Value(out.shape, (x.labels[0], *labels) if batched else labels, zero=True)
+    passed: tuple[DimLabels, ...] = (outer, *(None,) * len(spatial))
+    return Value(out.shape, (x.labels[0], *passed) if batched else passed, zero=True)
 
 
 @rule(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)

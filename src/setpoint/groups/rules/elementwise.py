@@ -15,11 +15,11 @@ aten = torch.ops.aten
 _ZERO_KEEPING = """
     abs add add_ alias asin asinh atan ceil celu clone contiguous detach detach_ div div_ dropout dropout_
     elu elu_ erf expm1 feature_dropout alpha_dropout fix floor gelu hardswish hardswish_ hardtanh hardtanh_
-    leaky_relu leaky_relu_ lift_fresh_copy mish mul mul_ neg negative positive prelu reciprocal_zero relu relu_ relu6
+    leaky_relu leaky_relu_ lift_fresh_copy mish mul mul_ neg negative positive prelu relu relu_ relu6
     relu6_ round rsub rrelu sgn sign silu silu_ sin sinh sqrt square sub sub_ tan tanh tanh_ to trunc
     type_as _to_copy copy copy_ nan_to_num threshold threshold_ softshrink hardshrink float double half
-    bfloat16 log1p logical_and bitwise_and maximum minimum masked_fill_zero
-""".split()
+    bfloat16 log1p logical_and bitwise_and maximum minimum
+""".split()  # noqa: SIM905
 
 # Dropped units come out as something else than zero (a sigmoid gives one half); the weights that
 # read them are dropped with them, so only sums over the dim would notice.
@@ -28,8 +28,8 @@ _ZERO_BREAKING = """
     isfinite log log10 log2 log_sigmoid logaddexp logical_not logical_or logical_xor logit masked_fill
     masked_fill_ pow pow_ reciprocal rsqrt sigmoid sigmoid_ softplus where zeros_like ones_like full_like
     empty_like rand_like randn_like clamp clamp_ clamp_min clamp_max clamp_min_ bitwise_not bitwise_or
-    floor_divide remainder fmod atan2 lerp addcmul addcdiv erfc hypot bernoulli bernoulli_ new_zeros_like
-""".split()
+    floor_divide remainder fmod atan2 lerp addcmul addcdiv erfc hypot bernoulli bernoulli_
+""".split()  # noqa: SIM905
 
 
 def unite_broadcast(walk: Walk, values: Sequence[Value], ndim: int) -> tuple[DimLabels, ...]:

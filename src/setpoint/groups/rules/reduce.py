@@ -81,8 +81,8 @@ def _along(walk: Walk, out: Any, x: Value, dim: int = -1, *args: Any, **kwargs: 
 
 def _spatial(walk: Walk, out: Any, x: Value, num_spatial: int) -> Any:
     """Windows over the last dims: units along those freeze, the others pass."""
-    for labels in x.labels[x.ndim - num_spatial :]:
-        walk.freeze(labels, "a window slides over it")
+    for spatial in x.labels[x.ndim - num_spatial :]:
+        walk.freeze(spatial, "a window slides over it")
     labels = (*x.labels[: x.ndim - num_spatial], *(None,) * num_spatial)
     return tuple(labels for _ in out) if isinstance(out, tuple) else labels
 
