@@ -1,0 +1,43 @@
+"""The environment of a run: what its numbers, seconds above all, depend on."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from setpoint.bench.task import Task
+
+
+def environment(task: Task) -> dict[str, str | int]:
+    """Versions, platform, processor, threads, and the type that products are computed in."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "setpoint": _version("setpoint"),
+        "platform": platform.platform(),
+        "cpu": _processor(),
+        "device": torch.cuda.get_device_name() if task.device.type == "cuda" else task.device.type,
+        "threads": torch.get_num_threads(),
+        "dtype": task.dtype,
+    }
+
+
+def _version(package: str) -> str:
+    """Version of an installed package."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _processor() -> str:
+    """Model name of the processor, as far as the platform tells."""
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        for line in information.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,154 @@
+"""A task: data, a dense model, and a training recipe that every method is measured on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol, get_args
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor, nn
+
+from setpoint.errors import SetpointError
+
+Split = Literal["validation", "test"]
+Metric = Literal["accuracy", "loss"]
+
+
+class BenchError(SetpointError, ValueError):
+    """A benchmark that cannot run as asked: unknown task or method, missing data, missing extra."""
+
+
+@dataclass(frozen=True)
+class Dimension:
+    """One free width of a task's model.
+
+    Args:
+        dense: units of the dense model.
+        multiple_of: step in which a model built from scratch chooses this width.
+    """
+
+    dense: int
+    multiple_of: int = 1
+
+
+@dataclass(frozen=True)
+class Score:
+    """What an evaluation found: mean loss in nats, and the share of right answers if there are any."""
+
+    loss: float
+    accuracy: float | None = None
+
+
+class Task(Protocol):
+    """What a method needs to train a model and what the runner needs to judge it.
+
+    The model is built from its widths alone, so that dense, small and pruned models are of one family.
+    Everything random follows from the seed, and no data order depends on the method.
+    """
+
+    @property
+    def name(self) -> str:
+        """Name on the command line and in result files."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where model and batches lie."""
+        ...
+
+    @property
+    def metric(self) -> Metric:
+        """Which field of `Score` is reported."""
+        ...
+
+    @property
+    def dimensions(self) -> Mapping[str, Dimension]:
+        """The free widths of the model, by name."""
+        ...
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of one run."""
+        ...
+
+    @property
+    def steps_per_validation(self) -> int:
+        """Optimizer steps between two looks at the validation data."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """Name of the type that products are computed in."""
+        ...
+
+    def build(self, widths: Mapping[str, int]) -> nn.Module:
+        """A fresh model of these widths, initialised from the global random state."""
+        ...
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """The recipe's optimizer."""
+        ...
+
+    def schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        """The recipe's learning rate, stepped once per optimizer step."""
+        ...
+
+    def example(self) -> tuple[Tensor, ...]:
+        """Positional inputs of the model, shaped like one training batch."""
+        ...
+
+    def batches(self, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Endless training batches of inputs and targets, in an order fixed by the seed."""
+        ...
+
+    def loss(
+        self, model: nn.Module, inputs: Shaped[Tensor, "batch ..."], targets: Shaped[Tensor, "batch ..."]
+    ) -> Tensor:
+        """Batch-mean training loss."""
+        ...
+
+    def evaluate(self, model: nn.Module, split: Split) -> Score:
+        """Score of the model in evaluation mode; the mode is restored."""
+        ...
+
+
+def dense_widths(task: Task) -> dict[str, int]:
+    """Widths of the task's dense model."""
+    return {name: dimension.dense for name, dimension in task.dimensions.items()}
+
+
+def warm_up_cosine(
+    optimizer: torch.optim.Optimizer, *, steps: int, warm_up: float, floor: float = 0.0
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Learning rate that rises linearly, then falls along a half cosine.
+
+    Args:
+        optimizer: its present learning rates are the peaks.
+        steps: optimizer steps of the run.
+        warm_up: fraction of the steps spent rising.
+        floor: last learning rate / peak.
+    """
+    rise = max(1, round(warm_up * steps))
+
+    def factor(step: int) -> float:
+        if step < rise:
+            return (step + 1) / rise
+        progress = min(1.0, (step - rise) / max(1, steps - rise))
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def split_named(name: str) -> Split:
+    """The split of that name.
+
+    Raises:
+        BenchError: there is none.
+    """
+    for split in get_args(Split):
+        if split == name:
+            return split  # type: ignore[no-any-return]
+    raise BenchError(f"unknown split {name!r}: use {' or '.join(get_args(Split))}")

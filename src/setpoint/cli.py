@@ -1,0 +1,232 @@
+"""The command line: demo, bench, report and inspect; the last line of stdout is one JSON object."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from setpoint.bench.method import Method
+    from setpoint.bench.results import Result
+    from setpoint.bench.task import Split, Task
+
+app = typer.Typer(
+    name="setpoint",
+    help="Prune PyTorch models while they train, to a budget held by a feedback controller.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+MISUSE = 2
+INTERRUPTED = 130
+
+Out = Annotated[Path | None, typer.Option("--out", help="Folder for everything that is written.", metavar="DIR")]
+Epochs = Annotated[int | None, typer.Option("--epochs", help="Passes over the data, for images.")]
+Data = Annotated[Path | None, typer.Option("--data", help="Folder that holds the data.", metavar="DIR")]
+
+
+@app.command()
+def demo(
+    budget: Annotated[float, typer.Option(help="FLOPs per step at the end, as a fraction of dense.")] = 0.5,
+    seed: Annotated[int, typer.Option(help="Seed of weights, order and augmentation.")] = 0,
+    epochs: Epochs = None,
+    out: Out = None,
+) -> None:
+    """Train a residual CNN on handwritten digits: dense, small from scratch, and pruned by Setpoint."""
+    with _errors_as_messages():
+        _bench("digits", "dense,small,setpoint", [budget], [seed], out or Path("runs/demo-digits"), epochs=epochs)
+
+
+@app.command()
+def bench(
+    task: Annotated[str, typer.Option(help="digits, cifar10 or shakespeare.")],
+    methods: Annotated[str, typer.Option(help="Any of dense, small, setpoint, with commas.")] = "dense,small,setpoint",
+    budgets: Annotated[str, typer.Option(help="Fractions of the dense FLOPs per step, with commas.")] = "0.5",
+    seeds: Annotated[str, typer.Option(help="Seeds, with commas.")] = "0",
+    epochs: Epochs = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps, for text.")] = None,
+    data: Data = None,
+    out: Out = None,
+    split: Annotated[str, typer.Option(help="What the result is measured on: test, or validation to tune.")] = "test",
+) -> None:
+    """Measure methods side by side on a task, at one or several budgets and seeds."""
+    with _errors_as_messages():
+        _bench(
+            task,
+            methods,
+            _numbers(budgets, "--budgets", float),
+            _numbers(seeds, "--seeds", int),
+            out or Path(f"runs/{task}"),
+            epochs=epochs,
+            steps=steps,
+            data=data,
+            split=split,
+        )
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder that `bench` or `demo` wrote.", metavar="DIR")],
+    out: Out = None,
+) -> None:
+    """Write report.html from the results in a folder."""
+    with _errors_as_messages():
+        page = _write_page(folder, out)
+        _print_table(folder)
+        _finish({"report": str(page)})
+
+
+@app.command()
+def inspect(
+    target: Annotated[str, typer.Argument(help="A torchvision model, or module.py:function that returns a model.")],
+    input: Annotated[str, typer.Option("--input", help="Shape of the example, with commas.")] = "1,3,224,224",
+    out: Out = None,
+) -> None:
+    """Show a model's groups, what each costs, the cheapest reachable model, and what is frozen and why."""
+    with _errors_as_messages():
+        from dataclasses import asdict
+
+        from rich.console import Console
+
+        from setpoint.bench.inspection import inspect_model, load_target
+        from setpoint.bench.tree import inspection_tree
+
+        model, example = load_target(target, tuple(_numbers(input, "--input", int)))
+        found = inspect_model(target, model, example)
+        Console().print(inspection_tree(found))
+        answer = asdict(found)
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "inspect.json").write_text(json.dumps(answer, indent=2) + "\n", encoding="utf-8")
+        _finish(answer)
+
+
+def _bench(
+    task_name: str,
+    methods: str,
+    budgets: Sequence[float],
+    seeds: Sequence[int],
+    out: Path,
+    *,
+    epochs: int | None = None,
+    steps: int | None = None,
+    data: Path | None = None,
+    split: str = "test",
+) -> None:
+    """Run a benchmark, write its page, and print table and JSON."""
+    from setpoint.bench.catalogue import task_named
+    from setpoint.bench.method import method_named
+    from setpoint.bench.summary import summarise
+    from setpoint.bench.task import BenchError, split_named
+    from setpoint.cost.budget import Budget
+
+    for budget in budgets:
+        Budget.fraction(budget, of="flops")
+    chosen = tuple(method_named(name) for name in dict.fromkeys(_names(methods, "--methods")))
+    task = task_named(task_name, epochs=epochs, steps=steps, data=data)
+    if out.exists() and not out.is_dir():
+        raise BenchError(f"--out {out} is a file: name a folder")
+    results = _run(task, chosen, budgets, seeds, split_named(split), out)
+    page = _write_page(out, None)
+    _print_table(out)
+    _finish({**summarise(results), "report": str(page)})
+
+
+def _run(
+    task: Task, methods: Sequence[Method], budgets: Sequence[float], seeds: Sequence[int], split: Split, out: Path
+) -> tuple[Result, ...]:
+    """Train all cells under progress bars."""
+    from setpoint.bench.progress import ProgressBars
+    from setpoint.bench.runner import grid, run
+
+    cells = grid(task, methods, dict.fromkeys(budgets), dict.fromkeys(seeds), split)
+    print(f"{task.name}: {len(cells)} runs of {task.steps} steps, results in {out}", file=sys.stderr)
+    with ProgressBars(cells) as bars:
+        return run(cells, out, bars)
+
+
+def _write_page(folder: Path, out: Path | None) -> Path:
+    """The report page, in the results folder or copied to another."""
+    import shutil
+
+    from setpoint.report.page import write_page
+
+    page = write_page(folder)
+    if out is None or out.resolve() == folder.resolve():
+        return page
+    out.mkdir(parents=True, exist_ok=True)
+    return Path(shutil.copy(page, out / page.name))
+
+
+def _print_table(folder: Path) -> None:
+    """The summary of all results in the folder, on stdout."""
+    from rich.console import Console
+
+    from setpoint.bench.table import summary_tables
+    from setpoint.report.results import read_results
+
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    for table in summary_tables(read_results(folder)):
+        console.print(table)
+
+
+def _finish(answer: dict[str, Any]) -> None:
+    """The last line of stdout."""
+    sys.stdout.write(json.dumps(_finite(answer)) + "\n")
+    sys.stdout.flush()
+
+
+def _finite(value: Any) -> Any:
+    """The same without NaN and infinities, which JSON does not know."""
+    if isinstance(value, float):
+        return value if abs(value) < float("inf") else None
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
+    return value
+
+
+def _names(text: str, option: str) -> list[str]:
+    """Words between commas."""
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if not words:
+        raise _misuse(f"{option} is empty: give names with commas between them")
+    return words
+
+
+def _numbers(text: str, option: str, kind: type[Any]) -> list[Any]:
+    """Numbers between commas."""
+    try:
+        return [kind(word) for word in _names(text, option)]
+    except ValueError as error:
+        what = "whole numbers" if kind is int else "numbers"
+        raise _misuse(f"{option} takes {what} with commas between them, got {text!r}") from error
+
+
+def _misuse(message: str) -> Exception:
+    from setpoint.bench.task import BenchError
+
+    return BenchError(message)
+
+
+@contextmanager
+def _errors_as_messages() -> Iterator[None]:
+    """What a user can put right becomes one line on stderr and exit code 2."""
+    from setpoint.errors import SetpointError
+
+    try:
+        yield
+    except SetpointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(MISUSE) from None
+    except KeyboardInterrupt:
+        print("interrupted: finished runs are kept; `setpoint report DIR` shows them", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
