@@ -1,0 +1,75 @@
+"""The account of a run: FLOPs and seconds, the user's and Setpoint's own."""
+
+from __future__ import annotations
+
+import time
+
+from setpoint.loop.summary import Segment
+from setpoint.meter import StepMeter, Stopwatch
+
+
+class Account:
+    """Counts every FLOP and second of a run; the loop tells it what happens.
+
+    Args:
+        attach: the stopwatch that has run since `attach` was called.
+        step_flops: FLOPs of one optimizer step of the dense model.
+        verification_flops: FLOPs spent on verifying the groups.
+    """
+
+    def __init__(self, attach: Stopwatch, step_flops: float, verification_flops: float) -> None:
+        self.attach = attach
+        self.sensing = Stopwatch()
+        self.deciding = Stopwatch(synchronize=True)
+        self.resizing = Stopwatch(synchronize=True)
+        self.step_flops = step_flops
+        self.train_flops = verification_flops
+        self.overhead_flops = verification_flops
+        self.resizes = 0
+        self.steps = StepMeter()
+        self._segments: list[Segment] = []
+        self._steps_in_segment = 0
+        self._sensing_noted = 0.0
+        self._attached = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock seconds since attach began."""
+        return time.perf_counter() - self._attached + self.attach.seconds
+
+    @property
+    def overhead_seconds(self) -> float:
+        """Setpoint's own seconds so far."""
+        watches = (self.attach, self.sensing, self.deciding, self.resizing)
+        return sum(watch.seconds for watch in watches)
+
+    def sensed(self, flops: float) -> None:
+        """Count the FLOPs of one sensing."""
+        self.train_flops += flops
+        self.overhead_flops += flops
+
+    def stepped(self) -> None:
+        """Count one optimizer step at the present widths."""
+        self.steps.end()
+        self.train_flops += self.step_flops
+        self._steps_in_segment += 1
+
+    def resized(self, step_flops: float) -> None:
+        """Begin a new segment: from here on a step has these FLOPs."""
+        self._segments.append(self._segment())
+        self._steps_in_segment = 0
+        self.steps.clear()
+        self.step_flops = step_flops
+        self.resizes += 1
+
+    def segments(self) -> list[Segment]:
+        """The stretches of the run between cuts, the present one last."""
+        return [*self._segments, self._segment()]
+
+    def new_sensing_seconds(self) -> float:
+        """Seconds spent sensing since the last call."""
+        before, self._sensing_noted = self._sensing_noted, self.sensing.seconds
+        return self.sensing.seconds - before
+
+    def _segment(self) -> Segment:
+        return Segment(self._steps_in_segment, self.steps.seconds_per_step, self.overhead_seconds)

@@ -1,0 +1,270 @@
+"""Attach: check everything, find what may be pruned, and put a loop on the optimizers' hooks."""
+
+from __future__ import annotations
+
+import math
+import platform
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from setpoint.actuator.optimizer_state import check_optimizer, check_trains
+from setpoint.actuator.verify import failing_groups
+from setpoint.controller.plan import Controller
+from setpoint.controller.priced import PricedController, cheapest
+from setpoint.cost.budget import Budget
+from setpoint.cost.cost import Cost
+from setpoint.cost.flops import flops_cost
+from setpoint.cost.params import params_cost
+from setpoint.errors import BudgetError, GroupError, LoopError, OptimizerError
+from setpoint.groups.export import Example
+from setpoint.groups.group import Group, Size, widths_of
+from setpoint.groups.trace import Trace, trace
+from setpoint.loop.accounting import Account
+from setpoint.loop.loop import ATTACHED, Loop, Parts
+from setpoint.meter import Stopwatch
+from setpoint.sensor.reading import Sensor
+from setpoint.sensor.taylor import TaylorSensor
+
+
+def attach(
+    model: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer],
+    budget: Budget,
+    *,
+    example: Example,
+    total_steps: int,
+    controller: Controller[Any] | None = None,
+    sensor: Sensor[Any] | None = None,
+    groups: Sequence[Group] | None = None,
+    copies: Sequence[nn.Module] = (),
+    num_samples: int | None = None,
+    allow_lossy: bool = False,
+    verify: bool = True,
+) -> Loop:
+    """Hold a model in training to a budget: watch its optimizers, and shrink it in the middle of the run.
+
+    The user's training loop stays as it is. Setpoint senses before each optimizer step and acts after
+    it. Until it drops a unit, training is bit-identical to training without it. Whatever this
+    function raises, model and optimizers are as they were.
+
+    Args:
+        model: the model; a `torch.compile`d one is fine.
+        optimizer: the optimizer that trains it, or several that each step once per training step
+            (Setpoint senses before the first of them and acts after the last).
+        budget: what spending per optimizer step is held to.
+        example: inputs as in training, at the batch shape of one optimizer step: a tuple of positional
+            or a dict of keyword inputs. FLOPs are counted at this shape.
+        total_steps: optimizer steps of the whole run.
+        controller: decides what goes and when; by default `PricedController()`.
+        sensor: reads saliencies; by default `TaylorSensor(num_samples)`.
+        groups: which groups may be pruned, out of `find_groups(model, example)`; by default all.
+        copies: modules with the same tensors to cut alike, such as an EMA copy.
+        num_samples: independent samples per optimizer step over ranks and micro-batches; by default
+            the leading dim of the example's first tensor.
+        allow_lossy: also prune groups in which a zeroed unit is not the same as an absent one.
+        verify: try every group's cut on copies of the model first, and leave alone those that fail.
+
+    Raises:
+        BudgetError: for a budget that cannot be reached, or is not available in this version.
+        ExampleError: for an example that the model does not accept.
+        ExportError: for a model that cannot be exported.
+        GroupError: if nothing can be pruned, or `groups` are not the model's.
+        LoopError: if the model is attached already, or wrapped for distributed training.
+        OptimizerError: for an optimizer that trains none of the model, or cannot follow a cut.
+        ValueError: for `total_steps` or `num_samples` that are not positive integers.
+
+    >>> model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2))
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> x = torch.randn(8, 4)
+    >>> with attach(model, optimizer, Budget.fraction(0.5, of="params"), example=(x,), total_steps=50) as loop:
+    ...     for _ in range(50):
+    ...         model(x).square().mean().backward()
+    ...         optimizer.step()
+    ...         optimizer.zero_grad()
+    >>> loop.summary.landed, loop.summary.spent["params"] <= loop.summary.limit["params"]
+    (True, True)
+    """
+    watch = Stopwatch(synchronize=True)
+    with watch:
+        inner = _unwrap(model)
+        optimizers = _check_arguments(inner, optimizer, budget, total_steps)
+        if sensor is None:
+            sensor = TaylorSensor(_num_samples(example) if num_samples is None else num_samples)
+        found = trace(inner, example)
+        active, frozen = _select(inner, found, groups, sensor, allow_lossy)
+        verification_passes = 0
+        if verify:
+            active, failed, verification_passes = _verified(inner, example, active)
+            frozen.update(failed)
+        _check_some(active, frozen)
+        flops = flops_cost(_restrict(found, active))
+        costs: dict[str, Cost] = {"flops": flops, "params": params_cost(inner, active)}
+        dense = {name: cost.total(widths_of(active)) for name, cost in costs.items()}
+        _check_reachable(budget, costs[budget.resource], dense[budget.resource], active)
+        parts = Parts(
+            model=inner,
+            optimizers=optimizers,
+            copies=tuple(copies),
+            groups=active,
+            budget=budget,
+            costs=costs,
+            controller=PricedController() if controller is None else controller,
+            sensor=sensor,
+            total_steps=total_steps,
+            header=_header(active, frozen, dense, budget, total_steps, inner),
+        )
+    return Loop(parts, Account(watch, dense["flops"], verification_passes * dense["flops"]))
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    """The model itself: out of torch.compile's wrapper; wrappers for several devices are refused."""
+    if not isinstance(model, nn.Module):
+        raise LoopError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    inner = getattr(model, "_orig_mod", model)
+    wrappers = {"DistributedDataParallel", "FullyShardedDataParallel", "DataParallel"}
+    for module in inner.modules():
+        name = next((kind.__name__ for kind in type(module).__mro__ if kind.__name__ in wrappers), None)
+        if name is not None or any(hasattr(p, "device_mesh") for p in module.parameters(recurse=False)):
+            raise LoopError(
+                f"{name or 'a model of DTensors (FSDP2)'} is not supported by this version of Setpoint: "
+                "train on one device, and attach to the plain module before any wrapping"
+            )
+    if inner in ATTACHED:
+        raise LoopError("this model has a loop already: call finish() or detach() on that loop first")
+    return inner
+
+
+def _check_arguments(
+    model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], budget: Budget, total_steps: int
+) -> tuple[Optimizer, ...]:
+    optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
+    if not optimizers or not all(isinstance(each, Optimizer) for each in optimizers):
+        raise OptimizerError("optimizer must be a torch.optim.Optimizer or a sequence of them, and at least one")
+    if not isinstance(budget, Budget):
+        raise BudgetError(f"budget must be a Budget, got {budget!r}: write Budget.fraction(0.5, of='flops')")
+    if budget.resource not in ("flops", "params"):
+        raise BudgetError(
+            f"a budget of {budget.resource!r} is not available in this version: use of='flops' or of='params'"
+        )
+    if budget.per != "step":
+        raise BudgetError("per='run' is not available in this version: use per='step', the finished model's cost")
+    if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
+        raise ValueError(f"total_steps must be a positive integer, got {total_steps!r}")
+    check_trains(optimizers, model)
+    for each in optimizers:
+        check_optimizer(each)
+    return optimizers
+
+
+def _num_samples(example: Example) -> int:
+    """Leading dim of the example's first tensor; 1 if it has none."""
+    values = example.values() if isinstance(example, Mapping) else example
+    first = next((value for value in values if isinstance(value, Tensor) and value.dim()), None)
+    return max(1, first.shape[0]) if first is not None else 1
+
+
+def _select(
+    model: nn.Module, found: Trace, wanted: Sequence[Group] | None, sensor: Sensor[Any], allow_lossy: bool
+) -> tuple[tuple[Group, ...], dict[str, str]]:
+    """The groups to prune, and why the others are left alone, by name."""
+    frozen = {each.place: each.reason for each in found.frozen}
+    chosen = found.groups if wanted is None else tuple(wanted)
+    widths = widths_of(found.groups)
+    for group in chosen:
+        if widths.get(group.name) != group.num_units:
+            raise GroupError(
+                f"group {group.name!r} with {group.num_units} units is not one of this model's: "
+                "use find_groups(model, example) on the model as it is now"
+            )
+    for group in chosen:
+        if group.kind != "unit":
+            frozen[group.name] = f"its units are of kind {group.kind!r}, which this version does not shrink"
+        elif not group.lossless and not allow_lossy:
+            frozen[group.name] = "; ".join(group.notes) or "a zeroed unit is not the same as an absent one"
+            frozen[group.name] += " (allow_lossy=True prunes it all the same)"
+    open_groups = tuple(group for group in chosen if group.name not in frozen)
+    readable = sensor.readable(open_groups, model)
+    names = {group.name for group in readable}
+    for group in open_groups:
+        if group.name not in names:
+            frozen[group.name] = f"{type(sensor).__name__} cannot read it (its weights get no gradient)"
+    return readable, frozen
+
+
+def _verified(
+    model: nn.Module, example: Example, groups: tuple[Group, ...]
+) -> tuple[tuple[Group, ...], dict[str, str], int]:
+    """The groups that behave like their masked twins, why the others do not, and the passes that took."""
+    if not groups:
+        return groups, {}, 0
+    failed = failing_groups(model, example, groups)
+    if failed:
+        warnings.warn(
+            f"left whole, because cutting them on a copy did not behave like masking them: {', '.join(failed)}",
+            stacklevel=3,
+        )
+    reasons = dict.fromkeys(failed, "cutting it on a copy did not behave like masking it")
+    # Five forward and backward passes vouch for all groups at once; each culprit is found by bisection.
+    passes = 5 + 2 * len(failed) * (2 + math.ceil(math.log2(len(groups))))
+    return tuple(group for group in groups if group.name not in reasons), reasons, passes
+
+
+def _check_some(groups: tuple[Group, ...], frozen: Mapping[str, str]) -> None:
+    if groups:
+        return
+    reasons = [f"{place}: {reason}" for place, reason in list(frozen.items())[:8]]
+    more = f"; and {len(frozen) - 8} more" if len(frozen) > 8 else ""
+    raise GroupError(f"nothing in this model can be pruned. Left whole: {'; '.join(reasons) or 'no dim at all'}{more}")
+
+
+def _restrict(found: Trace, groups: tuple[Group, ...]) -> Trace:
+    """The trace over the widths of these groups only; the widths of all others become constants."""
+    active = {group.name for group in groups}
+    fixed = {group.name: group.num_units for group in found.groups if group.name not in active}
+
+    def restrict(size: Size) -> Size:
+        constant = size.constant + sum(each * fixed[name] for name, each in size.parts if name in fixed)
+        return Size(constant, tuple(part for part in size.parts if part[0] in active))
+
+    contractions = tuple(replace(each, sizes=tuple(map(restrict, each.sizes))) for each in found.contractions)
+    return replace(found, groups=groups, contractions=contractions)
+
+
+def _check_reachable(budget: Budget, cost: Cost, dense: float, groups: tuple[Group, ...]) -> None:
+    limit, least = budget.absolute(dense), cheapest(cost, groups)
+    if limit < least:
+        raise BudgetError(
+            f"a budget of {limit:,.0f} {budget.resource} ({limit / dense:.1%} of dense) cannot be reached: with every "
+            f"group at its min_units the model still needs {least:,.0f} ({least / dense:.1%}). Ask for at least "
+            f"Budget.fraction({math.ceil(1000 * least / dense) / 1000:g}, of={budget.resource!r})"
+        )
+
+
+def _header(
+    groups: tuple[Group, ...],
+    frozen: Mapping[str, str],
+    dense: Mapping[str, float],
+    budget: Budget,
+    total_steps: int,
+    model: nn.Module,
+) -> dict[str, Any]:
+    return {
+        "groups": {group.name: {"num_units": group.num_units, "what": group.what} for group in groups},
+        "frozen": dict(frozen),
+        "dense": dict(dense),
+        "limit": {budget.resource: budget.absolute(dense[budget.resource])},
+        "total_steps": total_steps,
+        "environment": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "platform": platform.platform(),
+            "threads": torch.get_num_threads(),
+            "devices": sorted({str(parameter.device) for parameter in model.parameters()}),
+        },
+    }

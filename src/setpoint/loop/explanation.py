@@ -1,0 +1,83 @@
+"""An explanation: what became of one unit, and why."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from setpoint.ledger import Ledger
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What became of one unit.
+
+    Args:
+        group: name of the group.
+        origin: index of the unit in the dense model.
+        what: what a unit is: "channel", "neuron", "head".
+        alive: whether it is still part of the model.
+        step: the step at which it was dropped, or that of the last reading; None if there was none.
+        saliency: estimated loss increase if it is dropped, at that step; NaN if there was no reading.
+        worth: saliency of its block / what the block saves, at that step; NaN where it was not evaluated.
+        price: loss per unit of resource at that step; NaN if there was no decision yet.
+        reason: the decision's own words.
+    """
+
+    group: str
+    origin: int
+    what: str
+    alive: bool
+    step: int | None
+    saliency: float
+    worth: float
+    price: float
+    reason: str
+
+    def __str__(self) -> str:
+        unit = f"{self.what} {self.origin} of {self.group}"
+        if self.step is None:
+            return f"{unit} is alive; no decision has been made yet."
+        numbers = (
+            f"dropping it costs {_number(self.saliency)} of loss; worth {_number(self.worth)}, "
+            f"price {_number(self.price)} (loss per unit of resource)"
+        )
+        fate = "is alive" if self.alive else f"was dropped at step {self.step}"
+        when = f", as read at step {self.step}" if self.alive else ""
+        return f"{unit} {fate}: {numbers}{when}. {self.reason}".rstrip()
+
+
+def explain_drop(ledger: Ledger, group: str, origin: int, what: str, resource: str) -> Explanation | None:
+    """The last drop of a unit that the ledger tells of, or None if it was never dropped.
+
+    Args:
+        ledger: the record.
+        group: name of the group.
+        origin: index of the unit in the dense model.
+        what: what a unit of the group is.
+        resource: the budget's resource, whose price is quoted.
+    """
+    for entry in reversed(ledger[:]):
+        dropped = entry.dropped.get(group, [])
+        if origin in dropped:
+            at = dropped.index(origin)
+            return Explanation(
+                group=group,
+                origin=origin,
+                what=what,
+                alive=False,
+                step=entry.step,
+                saliency=_at(entry.saliency.get(group, []), at),
+                worth=_at(entry.worth.get(group, []), at),
+                price=entry.price.get(resource, math.nan),
+                reason=entry.reason,
+            )
+    return None
+
+
+def _at(values: list[float], position: int) -> float:
+    return values[position] if position < len(values) else math.nan
+
+
+def _number(value: float) -> str:
+    return "unknown" if math.isnan(value) else f"{value:.3g}"

@@ -1,0 +1,381 @@
+"""A loop: after each step of the user's training it senses, decides, acts and records."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any
+from weakref import WeakSet
+
+import numpy as np
+from jaxtyping import Float64, Int
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from setpoint.actuator.shrink import shrink
+from setpoint.controller.plan import Controller, Observation, Plan
+from setpoint.cost.budget import Budget
+from setpoint.cost.cost import Cost
+from setpoint.errors import GroupError, LoopError
+from setpoint.groups.group import Group, widths_of
+from setpoint.ledger import Entry, Ledger
+from setpoint.loop.accounting import Account
+from setpoint.loop.explanation import Explanation, explain_drop
+from setpoint.loop.hooks import StepHooks
+from setpoint.loop.record import number, only_kept, refusal, with_drops
+from setpoint.loop.summary import Summary, break_even_step
+from setpoint.sensor.reading import Reading, Sensor
+
+ATTACHED: WeakSet[nn.Module] = WeakSet()
+"""Models that a loop is at work on."""
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """What a loop is made of.
+
+    Args:
+        model: the model itself, without wrappers.
+        optimizers: those that train it.
+        copies: modules that are cut alike.
+        groups: what may be pruned, at dense widths.
+        budget: what spending is held to.
+        costs: cost by resource, over the widths of `groups`; always "flops" and "params".
+        controller: makes the plans.
+        sensor: takes the readings.
+        total_steps: optimizer steps of the run.
+        header: the ledger's header.
+    """
+
+    model: nn.Module
+    optimizers: tuple[Optimizer, ...]
+    copies: tuple[nn.Module, ...]
+    groups: tuple[Group, ...]
+    budget: Budget
+    costs: Mapping[str, Cost]
+    controller: Controller[Any]
+    sensor: Sensor[Any]
+    total_steps: int
+    header: Mapping[str, Any]
+
+
+class Loop:
+    """The running control loop; `attach` makes one.
+
+    It works through the optimizers' own hooks: `sensor.update` before a step, and after it, whenever
+    the controller is due, a reading, a decision, a cut and a ledger entry. After the landing it only
+    counts. Used as a context manager it finishes at the end, and only detaches if there was an exception.
+
+    Args:
+        parts: what it is made of.
+        account: what has been spent so far.
+    """
+
+    def __init__(self, parts: Parts, account: Account) -> None:
+        self._parts = parts
+        self._account = account
+        self._groups = parts.groups
+        self._cost = parts.costs[parts.budget.resource]
+        self._dense_widths = widths_of(parts.groups)
+        self._dense = {name: cost.total(self._dense_widths) for name, cost in parts.costs.items()}
+        self._limit = {parts.budget.resource: parts.budget.absolute(self._dense[parts.budget.resource])}
+        self._origin = {group.name: np.arange(group.num_units) for group in parts.groups}
+        self._sensor_state = parts.sensor.init(parts.groups, parts.model)
+        self._controller_state = parts.controller.init(parts.groups)
+        self._sensing_flops = parts.sensor.flops(parts.groups, parts.model)
+        self._ledger = Ledger(parts.header)
+        self._step = 0
+        self._skipped = 0
+        self._overdue = self._landed = self._finished = False
+        self._observed: dict[str, Tensor | float | None] = {"loss": None, "val": None}
+        self._reading: Reading | None = None
+        self._plan: Plan | None = None
+        self._worth: dict[str, Float64[np.ndarray, " units"]] = {}
+        self._summary: Summary | None = None
+        self._hooks = StepHooks(parts.optimizers, self._before_step, self._after_step)
+        ATTACHED.add(parts.model)
+        account.steps.begin()
+
+    # What the user may ask.
+
+    @property
+    def ledger(self) -> Ledger:
+        """Every decision so far."""
+        return self._ledger
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The groups that may be pruned, at their present widths."""
+        return self._groups
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Active units by group."""
+        return widths_of(self._groups)
+
+    @property
+    def origin(self) -> dict[str, Int[np.ndarray, " units"]]:
+        """By group, the index that each active unit has in the dense model."""
+        return {name: origin.copy() for name, origin in self._origin.items()}
+
+    @property
+    def price(self) -> float:
+        """The budget's present Lagrange multiplier, loss per unit of its resource; 0 before the first decision."""
+        return float(self._plan.price.get(self._parts.budget.resource, 0.0)) if self._plan else 0.0
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self._step
+
+    @property
+    def landed(self) -> bool:
+        """Whether the last decision has been made."""
+        return self._landed
+
+    @property
+    def summary(self) -> Summary | None:
+        """What `finish` returned, or None before."""
+        return self._summary
+
+    def observe(self, *, loss: Tensor | float | None = None, val: Tensor | float | None = None) -> None:
+        """Tell the loop the present loss; it is brought to the host only when a decision is made.
+
+        Args:
+            loss: training loss, a number or a tensor of one element.
+            val: validation loss, the same.
+
+        Raises:
+            ValueError: for a tensor of several elements.
+        """
+        for name, value in (("loss", loss), ("val", val)):
+            if isinstance(value, Tensor):
+                if value.numel() != 1:
+                    raise ValueError(f"{name} must have one element, got shape {tuple(value.shape)}: take its mean")
+                self._observed[name] = value.detach()
+            elif value is not None:
+                self._observed[name] = float(value)
+
+    def explain(self, group: str, origin: int) -> Explanation:
+        """What became of a unit, and why.
+
+        Args:
+            group: name of the group.
+            origin: index of the unit in the dense model.
+
+        Raises:
+            GroupError: for a group that is not pruned here, or a unit that it never had.
+        """
+        what = {each.name: each.what for each in self._groups}
+        if group not in what:
+            raise GroupError(f"no group {group!r} is pruned here: use one of {', '.join(what)}")
+        if not 0 <= origin < self._dense_widths[group]:
+            raise GroupError(f"group {group!r} has units 0 to {self._dense_widths[group] - 1}, got {origin}")
+        resource = self._parts.budget.resource
+        position = np.flatnonzero(self._origin[group] == origin)
+        dropped = explain_drop(self._ledger, group, origin, what[group], resource) if not len(position) else None
+        if dropped is not None:
+            return dropped
+        at = int(position[0])
+        return Explanation(
+            group=group,
+            origin=origin,
+            what=what[group],
+            alive=True,
+            step=self._plan.step if self._plan else None,
+            saliency=float(self._reading.saliency[group][at]) if self._reading else math.nan,
+            worth=float(self._worth[group][at]) if group in self._worth else math.nan,
+            price=self.price if self._plan else math.nan,
+            reason=self._plan.reason if self._plan else "",
+        )
+
+    # How it ends.
+
+    def finish(self) -> Summary:
+        """Check the landing, detach, and say what the run came to.
+
+        Raises:
+            LoopError: when it has been called before.
+        """
+        if self._finished:
+            raise LoopError("finish() has been called already: its result is in loop.summary")
+        self.detach()
+        self._finished = True
+        self._summary = self._summarise()
+        return self._summary
+
+    def detach(self) -> None:
+        """Take the hooks away and leave the model as it is; may be called again."""
+        self._hooks.remove()
+        ATTACHED.discard(self._parts.model)
+
+    def __enter__(self) -> Loop:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is None and not self._finished:
+            self.finish()
+        self.detach()
+
+    # What happens at every step.
+
+    def _before_step(self, grad_scale: Tensor | None) -> None:
+        if self._landed or self._step >= self._parts.total_steps:
+            return
+        with self._account.sensing:
+            self._sensor_state = self._parts.sensor.update(
+                self._sensor_state, self._groups, self._parts.model, grad_scale
+            )
+        self._account.sensed(self._sensing_flops)
+
+    def _after_step(self) -> None:
+        self._step += 1
+        self._account.stepped()
+        total_steps = self._parts.total_steps
+        if self._step == total_steps + 1:
+            warnings.warn(
+                f"attach was told total_steps={total_steps}, and this is step {self._step}: training goes on, "
+                "but Setpoint makes no more decisions",
+                stacklevel=2,
+            )
+        elif self._step <= total_steps and not self._landed:
+            due = self._parts.controller.due(self._step, total_steps)
+            if due or self._overdue:
+                self._decide(due)
+        self._account.steps.begin()
+
+    def _decide(self, due: bool) -> None:
+        """Read, decide, act and record. After a bad reading, try again at the next step."""
+        deciding, plan = self._account.deciding, None
+        with deciding:
+            reading = self._read()
+            why_not = refusal(reading)
+            if why_not is None:
+                state, plan = self._parts.controller.decide(
+                    self._controller_state, self._observation(reading), self._cost, self._groups
+                )
+        self._overdue = plan is None
+        if plan is not None:
+            self._act(plan, state)
+            self._ledger.append(with_drops(self._entry(plan.reason, plan), plan, reading, self._origin))
+            self._origin = only_kept(self._origin, plan)
+            self._worth = only_kept(plan.worth, plan)
+            self._reading = replace(reading, saliency=only_kept(reading.saliency, plan))
+            self._plan, self._landed = plan, plan.landed
+        elif due and why_not is not None:
+            self._ledger.append(self._entry(why_not, self._plan))
+
+    def _read(self) -> Reading:
+        """A reading whose skipped steps count from the last one."""
+        reading = self._parts.sensor.read(self._sensor_state, self._groups, self._step)
+        before, self._skipped = self._skipped, reading.skipped_steps
+        return replace(reading, skipped_steps=reading.skipped_steps - before)
+
+    def _act(self, plan: Plan, state: Any) -> None:
+        """Carry the plan out on everything that is indexed by unit."""
+        parts, account = self._parts, self._account
+        account.resizing.last_seconds = 0.0
+        if not plan.empty():
+            with account.resizing:
+                self._groups = shrink(parts.model, parts.optimizers, self._groups, plan.keep, parts.copies)
+                self._sensor_state = parts.sensor.cut(self._sensor_state, plan.keep)
+                state = parts.controller.cut(state, plan.keep)
+            self._sensing_flops = parts.sensor.flops(self._groups, parts.model)
+            account.resized(parts.costs["flops"].total(self.widths))
+        self._controller_state = state
+
+    def _observation(self, reading: Reading) -> Observation:
+        return Observation(
+            step=self._step,
+            total_steps=self._parts.total_steps,
+            widths=self.widths,
+            reading=reading,
+            dense=self._dense,
+            limit=self._limit,
+            spent=self._spent(),
+            loss=number(self._observed["loss"]),
+            val=number(self._observed["val"]),
+            seconds_per_step=self._account.steps.seconds_per_step,
+            seconds_per_resize=self._account.resizing.last_seconds if self._account.resizes else None,
+        )
+
+    def _spent(self) -> dict[str, float]:
+        widths = self.widths
+        return {name: cost.total(widths) for name, cost in self._parts.costs.items()}
+
+    def _entry(self, reason: str, plan: Plan | None) -> Entry:
+        """An entry on the present widths; `plan` is the last one, for its price and reference."""
+        account, spent = self._account, self._spent()
+        reference = dict(plan.reference) if plan else {}
+        return Entry(
+            step=self._step,
+            widths=self.widths,
+            loss=number(self._observed["loss"]),
+            val=number(self._observed["val"]),
+            seconds=account.seconds,
+            reason=reason,
+            spent=spent,
+            reference=reference,
+            error={name: spent[name] / value - 1.0 for name, value in reference.items() if name in spent and value > 0},
+            price=dict(plan.price) if plan else {},
+            sensing_seconds=account.new_sensing_seconds(),
+            deciding_seconds=account.deciding.last_seconds,
+            resizing_seconds=account.resizing.last_seconds if plan is not None and plan.step == self._step else 0.0,
+        )
+
+    # What it came to.
+
+    def _summarise(self) -> Summary:
+        account, spent, steps = self._account, self._spent(), min(self._step, self._parts.total_steps)
+        landed, reason = self._landing(spent, steps)
+        return Summary(
+            landed=landed,
+            steps=self._step,
+            total_steps=self._parts.total_steps,
+            widths=self.widths,
+            dense_widths=dict(self._dense_widths),
+            dense_flops=self._dense["flops"],
+            final_flops=spent["flops"],
+            final_flops_ratio=spent["flops"] / self._dense["flops"] if self._dense["flops"] else 1.0,
+            final_params=self._num_params(),
+            train_flops=account.train_flops,
+            overhead_flops=account.overhead_flops,
+            overhead_flops_ratio=account.overhead_flops / account.train_flops if account.train_flops else 0.0,
+            seconds=account.seconds,
+            overhead_seconds=account.overhead_seconds,
+            attach_seconds=account.attach.seconds,
+            sensing_seconds=account.sensing.seconds,
+            deciding_seconds=account.deciding.seconds,
+            resizing_seconds=account.resizing.seconds,
+            resizes=account.resizes,
+            limit=dict(self._limit),
+            spent=spent,
+            break_even_step=break_even_step(account.segments()),
+            reason=reason,
+        )
+
+    def _num_params(self) -> int:
+        return sum(parameter.numel() for parameter in self._parts.model.parameters())
+
+    def _landing(self, spent: Mapping[str, float], steps: int) -> tuple[bool, str]:
+        """Whether the run landed, and why or why not."""
+        resource, total_steps = self._parts.budget.resource, self._parts.total_steps
+        limit, dense = self._limit[resource], self._dense[resource]
+        if self._num_params() != spent["params"]:
+            return False, (
+                f"the model has {self._num_params():,} parameters, but its widths account for {spent['params']:,.0f}: "
+                "it was changed by something other than this loop"
+            )
+        if spent[resource] > limit * (1 + 1e-12):
+            early = f"ended after {steps} of {total_steps} steps" if steps < total_steps else "ended"
+            return False, f"{early} at {spent[resource] / dense:.1%} of the dense {resource}, over {limit / dense:.1%}"
+        if self._landed and self._plan is not None:
+            return True, f"landed at step {self._plan.step}: {self._plan.reason}"
+        if limit >= dense:
+            return True, "the dense model is within budget"
+        return False, f"within budget after {steps} of {total_steps} steps, but the last decision was not made"

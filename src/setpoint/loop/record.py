@@ -1,0 +1,62 @@
+"""A record: what the ledger says about a reading and a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int, Shaped
+
+from setpoint.controller.plan import Plan
+from setpoint.ledger import Entry
+from setpoint.sensor.reading import Reading
+
+
+def refusal(reading: Reading) -> str | None:
+    """Why no decision can be made on this reading, or None if one can.
+
+    Args:
+        reading: a reading whose `skipped_steps` counts from the last reading.
+    """
+    if reading.skipped_steps:
+        steps = "1 step" if reading.skipped_steps == 1 else f"{reading.skipped_steps} steps"
+        return f"no decision: NaN or infinite gradients in {steps} since the last reading"
+    if not reading.finite():
+        return "no decision: the reading holds NaN or infinite values"
+    return None
+
+
+def with_drops(entry: Entry, plan: Plan, reading: Reading, origin: Mapping[str, Int[np.ndarray, " units"]]) -> Entry:
+    """The entry with what the plan drops, by origin, and what is known about it.
+
+    Args:
+        entry: the entry so far.
+        plan: the plan.
+        reading: the reading it was made on.
+        origin: by group, original index of each unit that was active before the plan.
+    """
+    dropped: dict[str, list[int]] = {}
+    saliency: dict[str, list[float]] = {}
+    worth: dict[str, list[float]] = {}
+    for name, keep in plan.keep.items():
+        if keep.all():
+            continue
+        dropped[name] = [int(unit) for unit in origin[name][~keep]]
+        saliency[name] = [float(value) for value in reading.saliency[name][~keep]]
+        if name in plan.worth:
+            worth[name] = [float(value) for value in plan.worth[name][~keep]]
+    return replace(entry, dropped=dropped, saliency=saliency, worth=worth)
+
+
+def only_kept(
+    values: Mapping[str, Shaped[np.ndarray, " units"]], plan: Plan
+) -> dict[str, Shaped[np.ndarray, " kept_units"]]:
+    """Values by group of the units that the plan keeps."""
+    return {name: of_group[plan.keep[name]] if name in plan.keep else of_group for name, of_group in values.items()}
+
+
+def number(value: Any) -> float | None:
+    """A Python number from a number or a tensor of one element; None stays None."""
+    return None if value is None else float(value)

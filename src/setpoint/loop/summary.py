@@ -1,0 +1,110 @@
+"""A summary: what a finished run came to, in FLOPs and in seconds, everything counted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run came to.
+
+    FLOPs are those of forward and backward passes at the example's batch shape. The overhead is all of
+    Setpoint's own work; `train_flops` and `seconds` include it. On a GPU, sensing seconds are the
+    host's only.
+
+    Args:
+        landed: within budget at the end, and the last decision was made; or nothing had to be done.
+        steps: optimizer steps done.
+        total_steps: optimizer steps announced at attach.
+        widths: active units by group, now.
+        dense_widths: units by group, of the dense model.
+        dense_flops: FLOPs of one optimizer step of the dense model.
+        final_flops: FLOPs of one optimizer step of the finished model.
+        final_flops_ratio: `final_flops / dense_flops`.
+        final_params: parameters of the finished model.
+        train_flops: FLOPs of the whole run, overhead included.
+        overhead_flops: FLOPs of verification and sensing.
+        overhead_flops_ratio: `overhead_flops / train_flops`.
+        seconds: wall-clock seconds from attach to finish, attach included.
+        overhead_seconds: the sum of the four that follow.
+        attach_seconds: tracing and verification.
+        sensing_seconds: reading gradients before each step.
+        deciding_seconds: readings and decisions.
+        resizing_seconds: cutting model and optimizer.
+        resizes: number of cuts.
+        limit: the budget, by resource, in the resource's own unit.
+        spent: cost of one optimizer step of the finished model, by resource.
+        break_even_step: first step at which the seconds saved exceed the overhead, None if never.
+        reason: why it landed or did not.
+    """
+
+    landed: bool
+    steps: int
+    total_steps: int
+    widths: Mapping[str, int]
+    dense_widths: Mapping[str, int]
+    dense_flops: float
+    final_flops: float
+    final_flops_ratio: float
+    final_params: int
+    train_flops: float
+    overhead_flops: float
+    overhead_flops_ratio: float
+    seconds: float
+    overhead_seconds: float
+    attach_seconds: float
+    sensing_seconds: float
+    deciding_seconds: float
+    resizing_seconds: float
+    resizes: int
+    limit: Mapping[str, float]
+    spent: Mapping[str, float]
+    break_even_step: int | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of the run between two cuts.
+
+    Args:
+        num_steps: optimizer steps in it.
+        seconds_per_step: median duration of a step, None if no step was timed.
+        overhead_seconds: Setpoint's own seconds from attach to the end of the segment.
+    """
+
+    num_steps: int
+    seconds_per_step: float | None
+    overhead_seconds: float
+
+
+def break_even_step(segments: Iterable[Segment]) -> int | None:
+    """First step at which the accumulated seconds saved exceed the overhead so far.
+
+    With s_0 the seconds per step before the first cut and s_k those of segment k, each step of
+    segment k saves `s_0 - s_k`. The overhead is taken at the end of the segment, and a segment without
+    a timed step saves nothing.
+
+    Args:
+        segments: the stretches of the run, in order; the first is the dense one.
+
+    >>> dense, small = Segment(10, 1.0, 2.0), Segment(10, 0.5, 2.0)
+    >>> break_even_step([dense, small])  # each step saves half a second: 5 steps exceed 2 s
+    15
+    """
+    steps, saved, dense = 0, 0.0, None
+    for number, segment in enumerate(segments):
+        if number == 0:
+            dense = segment.seconds_per_step
+        elif dense is not None and segment.seconds_per_step is not None:
+            per_step = dense - segment.seconds_per_step
+            reached = saved + per_step * segment.num_steps
+            if saved > segment.overhead_seconds:
+                return steps + 1
+            if per_step > 0 and reached > segment.overhead_seconds:
+                return steps + int((segment.overhead_seconds - saved) / per_step) + 1
+            saved = reached
+        steps += segment.num_steps
+    return None
