@@ -1,0 +1,297 @@
+"""Figures of one ledger: spending, price, widths, and what was dropped when and why."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from setpoint.ledger import Entry
+from setpoint.report.figures import AXES, BLUE, FAINT, GREY, INK, ORANGE, Figure, Trace, escape, layout
+from setpoint.report.numbers import digits, human, percent, scale
+from setpoint.report.results import Record
+
+UNITS = {"flops": "FLOP", "params": "parameters", "memory": "B", "latency": "s", "energy": "J"}
+BAND = 0.84
+"""Share of a group's band that its units fill; the rest is the gap to the next."""
+
+
+def resources(record: Record) -> tuple[str, ...]:
+    """The resources under a budget; without a header, those with a reference."""
+    return tuple(record.limit) or tuple(dict.fromkeys(name for entry in record.entries for name in entry.reference))
+
+
+def end_of(record: Record) -> int:
+    """Last step of the run."""
+    return record.total_steps or max((entry.step for entry in record.entries), default=1)
+
+
+def dropped(entry: Entry) -> int:
+    """How many units the entry dropped."""
+    return sum(map(len, entry.dropped.values()))
+
+
+def spending(record: Record, resource: str) -> Figure:
+    """Spent against reference, with the dense cost, the budget and the cuts."""
+    dense, limit = record.dense.get(resource), record.limit.get(resource)
+    entries = [entry for entry in record.entries if resource in entry.spent]
+    top = max([dense or 0.0, *(entry.spent[resource] for entry in entries)])
+    factor, unit = scale(top, UNITS.get(resource, resource))
+    start = [] if dense is None else [(0, dense / factor)]
+    spent = [*start, *((entry.step, entry.spent[resource] / factor) for entry in entries)]
+    if spent:
+        spent.append((end_of(record), spent[-1][1]))
+    held = [(entry.step, entry.reference[resource] / factor) for entry in entries if resource in entry.reference]
+    data = [
+        line("reference", held, ORANGE, dash="dash", hover=f"%{{y:.4g}} {unit}"),
+        line("spent", spent, BLUE, width=2.6, shape="hv", hover=f"%{{y:.4g}} {unit}"),
+        cuts(entries, [entry.spent[resource] / factor for entry in entries]),
+    ]
+    lines = (("dense", dense, FAINT, "solid"), ("budget", limit, INK, "dot"))
+    shapes, notes = [], []
+    for name, value, color, dash in lines:
+        if value is not None:
+            y = value / factor
+            shapes.append(
+                {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": y, "y1": y}
+                | {"line": {"color": color, "dash": dash, "width": 1.4}, "layer": "below"}
+            )
+            text = f"{name} {digits(y)} {unit}"
+            notes.append(
+                {"xref": "paper", "x": 1, "y": y, "text": text, "showarrow": False}
+                | {"xanchor": "right", "yanchor": "bottom", "font": {"size": 11}}
+            )
+    shape = layout(f"{unit} per step", shapes=shapes, annotations=notes)
+    shape["yaxis"]["rangemode"] = "tozero"
+    return Figure(data, shape)
+
+
+def line(
+    name: str,
+    points: Sequence[tuple[float, float]],
+    color: str,
+    *,
+    dash: str = "solid",
+    width: float = 1.8,
+    shape: str = "linear",
+    hover: str = "%{y:.4g}",
+) -> Trace:
+    """A line through (step, value) points."""
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "name": name,
+        "x": [step for step, _ in points],
+        "y": [value for _, value in points],
+        "line": {"color": color, "dash": dash, "width": width, "shape": shape},
+        "hovertemplate": f"<b>{name}</b> at step %{{x:,d}}<br>{hover}<extra></extra>",
+    }
+
+
+def cuts(entries: Sequence[Entry], heights: Sequence[float]) -> Trace:
+    """A marker on every decision that dropped units, with the reason."""
+    made = [(entry, height) for entry, height in zip(entries, heights, strict=True) if dropped(entry)]
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "name": "cut",
+        "x": [entry.step for entry, _ in made],
+        "y": [height for _, height in made],
+        "hovertext": [f"dropped {dropped(entry):,} units<br>{escape(entry.reason)}" for entry, _ in made],
+        "hovertemplate": "<b>cut</b> at step %{x:,d}<br>%{hovertext}<extra></extra>",
+        "marker": {"symbol": "triangle-down", "size": 10, "color": BLUE},
+    }
+
+
+def price(record: Record, resource: str) -> Figure | None:
+    """The price over time; None if no entry has one."""
+    entries = [entry for entry in record.entries if resource in entry.price]
+    if not entries:
+        return None
+    dense = record.dense.get(resource) or max(entry.spent.get(resource, 1.0) for entry in entries)
+    factor, unit = scale(dense, UNITS.get(resource, resource))
+    points = [(entry.step, entry.price[resource] * factor) for entry in entries]
+    data = line(f"loss per {unit}", points, BLUE, width=2.4, shape="hv", hover="%{y:.3g}<br>%{hovertext}")
+    data["mode"] = "lines+markers"
+    data["hovertext"] = [f"{digits(entry.price[resource] * dense)} for the whole dense cost" for entry in entries]
+    shape = layout(f"loss per {unit}", height=300)
+    shape["yaxis"] |= {"rangemode": "tozero", "exponentformat": "power"}
+    shape["xaxis"]["range"] = [0, end_of(record)]
+    return Figure([data], shape)
+
+
+def first_widths(record: Record) -> dict[str, int]:
+    """Width of each group before the first decision: from the header, else rebuilt from the first entry."""
+    found = dict(record.units)
+    for entry in record.entries[:1]:
+        for name, width in entry.widths.items():
+            lost = len(entry.dropped.get(name, ())) - len(entry.grown.get(name, ()))
+            found.setdefault(name, width + lost)
+    return found
+
+
+def widths(record: Record) -> Figure | None:
+    """Width of each group over time, as a share of its dense width; None without groups."""
+    dense = first_widths(record)
+    if not dense:
+        return None
+    end = end_of(record)
+    moments = [entry for entry in record.entries if entry.step < end]
+    edges = [0, *(entry.step for entry in moments), end]
+    columns = [dense, *(entry.widths for entry in moments)]
+    final = record.entries[-1].widths if record.entries else dense
+    table = [[column.get(name, dense[name]) for column in columns] for name in dense]
+    what = {name: escape(record.what.get(name, "unit")) for name in dense}
+    labels = [f"{short(name)}  <b>{final.get(name, dense[name])}</b> / {dense[name]}" for name in dense]
+    trace: Trace = {
+        "type": "heatmap",
+        "x": edges,
+        "y": list(range(len(dense) + 1)),
+        "z": [[width / (dense[name] or 1) for width in row] for name, row in zip(dense, table, strict=True)],
+        "text": [
+            [f"{escape(name)}<br>{width} of {dense[name]} {what[name]}s" for width in row]
+            for name, row in zip(dense, table, strict=True)
+        ],
+        "hovertemplate": "<b>%{text}</b> (%{z:.0%})<extra></extra>",
+        "zmin": 0,
+        "zmax": 1,
+        "ygap": 3,
+        "colorscale": [[0, "#e6edf5"], [1, BLUE]],
+        "colorbar": {"title": {"text": "width"}, "tickformat": ".0%", "thickness": 12, "outlinewidth": 0},
+    }
+    shape = layout("", height=120 + 26 * len(dense))
+    shape["yaxis"] |= rows(labels, 0.5)
+    return Figure([trace], shape)
+
+
+def short(name: str, most: int = 40) -> str:
+    """A group's name for an axis: its end where it is long."""
+    return escape(name if len(name) <= most else "…" + name[1 - most :])
+
+
+def rows(labels: Sequence[str], offset: float) -> dict[str, object]:
+    """A y axis with one labelled row per group, the first on top."""
+    return {
+        "tickmode": "array",
+        "tickvals": [place + offset for place in range(len(labels))],
+        "ticktext": list(labels),
+        "range": [len(labels), 0],
+        "showgrid": False,
+        "ticks": "",
+    }
+
+
+def timeline(record: Record, resource: str | None) -> Figure | None:
+    """When each unit was dropped or brought back, and why; None without groups.
+
+    Every unit is a line from its first step to the step it was dropped at, at its origin within the
+    band of its group. A marker's colour is worth / price: how clear the decision was.
+    """
+    dense = first_widths(record)
+    if not dense:
+        return None
+    height = 120 + max(34, min(64, 900 // len(dense))) * len(dense)
+    bands = {name: place for place, name in enumerate(dense)}
+    data = [*lives(record, dense), *(trace for entry in record.entries for trace in drops(entry, record, resource))]
+    for trace in data:
+        trace["y"] = [None if at is None else height_of(bands, dense, *at) for at in trace["y"]]
+    shape = layout("", height=height, showlegend=True)
+    shape["yaxis"] |= rows([f"{short(name)}" for name in dense], 0.5)
+    shape["xaxis"]["range"] = [0, end_of(record) * 1.01]
+    shape["coloraxis"] = {
+        "cmin": 0,
+        "cmax": 1,
+        "colorscale": [[0, BLUE], [0.5, GREY], [1, ORANGE]],
+        "colorbar": {"title": {"text": "worth / price"}, "thickness": 12, "outlinewidth": 0},
+    }
+    return Figure(data, shape)
+
+
+def height_of(bands: Mapping[str, int], dense: Mapping[str, int], name: str, origin: int) -> float:
+    """Where a unit lies on the y axis."""
+    return bands[name] + (1 - BAND) / 2 + BAND * (origin + 0.5) / max(dense[name], origin + 1)
+
+
+def lives(record: Record, dense: Mapping[str, int]) -> list[Trace]:
+    """Lines of the units that stay to the end, and of those that don't."""
+    end, since = end_of(record), {(name, unit): 0 for name, num in dense.items() for unit in range(num)}
+    ended: list[tuple[tuple[str, int], int, int]] = []
+    for entry in record.entries:
+        for name, origins in entry.dropped.items():
+            ended += [((name, u), since.pop((name, u)), entry.step) for u in origins if (name, u) in since]
+        since |= {(name, u): entry.step for name, origins in entry.grown.items() if name in dense for u in origins}
+    kept = [(unit, start, end) for unit, start in since.items()]
+    found = []
+    for label, color, spans in (("kept", BLUE, kept), ("dropped later", FAINT, ended)):
+        xs = [x for _, start, stop in spans for x in (start, stop, None)]
+        ys = [y for unit, _, _ in spans for y in (unit, unit, None)]
+        trace: Trace = {"type": "scatter", "mode": "lines", "name": label, "x": xs, "y": ys}
+        found.append(trace | {"hoverinfo": "skip", "opacity": 0.55, "line": {"color": color, "width": 1.5}})
+    return found
+
+
+def drops(entry: Entry, record: Record, resource: str | None) -> list[Trace]:
+    """Markers of what one decision dropped and brought back."""
+    rate = entry.price.get(resource) if resource else None
+    factor, unit = scale(record.dense.get(resource or "", 1.0), UNITS.get(resource or "", resource or ""))
+    tell = [f"step {entry.step:,}"]
+    if rate is not None:
+        tell.append(f"price {digits(rate * factor)} loss per {unit}")
+    if entry.reason:
+        tell.append(escape(entry.reason))
+    found = []
+    for verb, chosen, symbol in (("dropped", entry.dropped, "square"), ("brought back", entry.grown, "circle-open")):
+        units = [(name, origin, place) for name, origins in chosen.items() for place, origin in enumerate(origins)]
+        units = [unit for unit in units if unit[0] in first_widths(record)]
+        if not units:
+            continue
+        worth = [nth(entry.worth, name, place) if verb == "dropped" else None for name, _, place in units]
+        saliency = [nth(entry.saliency, name, place) if verb == "dropped" else None for name, _, place in units]
+        ratios = [None if w is None or not rate else min(w / rate, 1.0) for w in worth]
+        marker = {"symbol": symbol, "size": 6, "line": {"width": 0}}
+        marker |= {"color": ratios, "coloraxis": "coloraxis"} if any(r is not None for r in ratios) else {"color": GREY}
+        found.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": verb,
+                "legendgroup": verb,
+                "showlegend": False,
+                "x": [entry.step] * len(units),
+                "y": [(name, origin) for name, origin, _ in units],
+                "customdata": [
+                    [
+                        f"{short(name)}, {escape(record.what.get(name, 'unit'))} {origin}",
+                        "not evaluated" if w is None else f"{digits(w * factor)} loss per {unit}",
+                        "unknown" if s is None else f"{digits(s)} loss",
+                    ]
+                    for (name, origin, _), w, s in zip(units, worth, saliency, strict=True)
+                ],
+                "hovertemplate": (
+                    f"<b>%{{customdata[0]}}</b> {verb}<br>worth %{{customdata[1]}}<br>"
+                    f"saliency %{{customdata[2]}}<br>{'<br>'.join(tell)}<extra></extra>"
+                ),
+                "marker": marker,
+            }
+        )
+    return found
+
+
+def nth(values: Mapping[str, Sequence[float]], name: str, place: int) -> float | None:
+    """A finite value by group and place, None where there is none."""
+    found = values.get(name, ())
+    value = found[place] if place < len(found) else None
+    return value if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
+def ledger_line(record: Record) -> str:
+    """One sentence about a ledger."""
+    made = [entry for entry in record.entries if dropped(entry)]
+    told = f"{len(record.entries)} decisions, {len(made)} cuts, {sum(map(dropped, made)):,} units dropped"
+    for resource in resources(record):
+        last = next((entry.spent[resource] for entry in reversed(record.entries) if resource in entry.spent), None)
+        dense, limit = record.dense.get(resource), record.limit.get(resource)
+        if last is not None:
+            told += f"; spends {human(last, UNITS.get(resource, resource))} per step at the end"
+            told += f" ({percent(last / dense)} of dense)" if dense else ""
+            told += f", budget {human(limit, UNITS.get(resource, resource))}" if limit else ""
+    return told + f", over {end_of(record):,} {AXES['step']}s."

@@ -1,0 +1,301 @@
+"""Results as they lie in a folder: one cell per run, with its history and its ledger."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from setpoint.errors import CheckpointError, ReportError
+from setpoint.ledger import Entry, Ledger
+
+SCHEMA = 1
+RESULTS = "results.jsonl"
+HISTORY = "history.jsonl"
+LEDGER = "ledger.jsonl"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One line of a history.
+
+    Args:
+        step: optimizer steps done.
+        seconds: wall-clock seconds of training so far.
+        flops: FLOPs of training so far.
+        split: "train", "validation" or "test".
+        loss: mean loss, None if it was not measured.
+        accuracy: share of right answers in [0, 1], None if it was not measured.
+    """
+
+    step: float
+    seconds: float | None
+    flops: float | None
+    split: str
+    loss: float | None
+    accuracy: float | None
+
+
+@dataclass(frozen=True)
+class Record:
+    """A ledger as it was written: what was known before the first decision, and the decisions.
+
+    Args:
+        units: number of units of the dense model, by group.
+        what: what a unit of the group is, by group: "channel", "head".
+        dense: cost of the dense model per optimizer step, by resource.
+        limit: the budget by resource.
+        total_steps: optimizer steps of the whole run, None if unknown.
+        entries: the decisions, in order.
+    """
+
+    units: Mapping[str, int]
+    what: Mapping[str, str]
+    dense: Mapping[str, float]
+    limit: Mapping[str, float]
+    total_steps: int | None
+    entries: tuple[Entry, ...]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: a method on a task, at a budget, with a seed. Unknown numbers are None.
+
+    Args:
+        task: name of the task.
+        method: name of the method; "dense" is the one that others are compared with.
+        budget: the fraction asked for, None where the method has none.
+        seed: seed of the run.
+        metric: "accuracy" (a share in [0, 1], more is better) or "loss" (less is better).
+        value: the metric on `split`, after the last step.
+        split: "test" or "validation".
+        final_flops: FLOPs of one optimizer step of the finished model.
+        final_params: parameters of the finished model.
+        train_flops: FLOPs of the whole run, overhead included.
+        seconds: duration of training, overhead included.
+        overhead_seconds: the part of `seconds` spent sensing, deciding and resizing.
+        overhead_flops: the part of `train_flops` spent on them.
+        resizes: number of cuts.
+        landed: whether the run ended within budget; None where there is none to meet.
+        widths: active units of the finished model, by group.
+        dense_widths: units of the dense model, by group.
+        environment: versions and hardware, as text.
+        date: when the run ended.
+        history: loss and accuracy over the run.
+        record: the ledger, None where there is none.
+    """
+
+    task: str
+    method: str
+    value: float
+    metric: str = "accuracy"
+    split: str = "test"
+    budget: float | None = None
+    seed: int | None = None
+    final_flops: float | None = None
+    final_params: float | None = None
+    train_flops: float | None = None
+    seconds: float | None = None
+    overhead_seconds: float | None = None
+    overhead_flops: float | None = None
+    resizes: int | None = None
+    landed: bool | None = None
+    widths: Mapping[str, int] = field(default_factory=dict)
+    dense_widths: Mapping[str, int] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
+    date: str = ""
+    history: tuple[Point, ...] = ()
+    record: Record | None = None
+
+
+@dataclass(frozen=True)
+class Results:
+    """All cells of a results folder, and what could not be read.
+
+    Args:
+        cells: the runs in the order of the file; a run that was repeated counts once, the last time.
+        remarks: what was left out or missing, for people.
+    """
+
+    cells: tuple[Cell, ...]
+    remarks: tuple[str, ...] = ()
+
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks, in the order of the file."""
+        return tuple(dict.fromkeys(cell.task for cell in self.cells))
+
+    def of(self, task: str) -> tuple[Cell, ...]:
+        """The cells of one task."""
+        return tuple(cell for cell in self.cells if cell.task == task)
+
+
+def read_results(folder: Path) -> Results:
+    """Read a results folder.
+
+    A half-written line, as a run that was interrupted leaves it, is left out and remarked upon; so
+    are missing histories and ledgers.
+
+    Args:
+        folder: holds `results.jsonl` and the cells' folders (see docs/results-format.md).
+
+    Raises:
+        ReportError: if there is no results file or no result in it, or if one has an unknown schema
+            or lacks what every result has.
+    """
+    path = folder / RESULTS
+    if not path.is_file():
+        raise ReportError(f"no {RESULTS} in {folder}: give the folder that `setpoint bench --out` wrote")
+    remarks: list[str] = []
+    cells: dict[tuple[Any, ...], Cell] = {}
+    for number, line in enumerate(read_lines(path, RESULTS, remarks), start=1):
+        cell = read_cell(folder, line, f"result {number} of {path}", remarks)
+        key = (cell.task, cell.method, cell.budget, cell.seed)
+        cells.pop(key, None)
+        cells[key] = cell
+    if not cells:
+        raise ReportError(f"{path} holds no complete result yet: wait for the first run to end")
+    return Results(tuple(cells.values()), tuple(remarks))
+
+
+def read_lines(path: Path, name: str, remarks: list[str]) -> list[dict[str, Any]]:
+    """The JSON objects of a file, one per line; incomplete lines are left out and remarked upon."""
+    found = []
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line)
+            except json.JSONDecodeError:
+                value = None
+            if isinstance(value, dict):
+                found.append(value)
+            else:
+                remarks.append(f"line {number} of {name} is not a complete JSON object and was left out")
+    return found
+
+
+def read_cell(folder: Path, line: Mapping[str, Any], where: str, remarks: list[str]) -> Cell:
+    """One cell from its line of the results file, with its history and ledger."""
+    if line.get("schema") != SCHEMA:
+        raise ReportError(
+            f"{where} has schema {line.get('schema')!r}, this version of Setpoint reads schema {SCHEMA}: "
+            "use the version that wrote it, or run the benchmark again"
+        )
+    missing = [key for key in ("task", "method", "value") if key not in line]
+    if missing:
+        raise ReportError(f"{where} lacks {', '.join(missing)}: every result has task, method and value")
+    task, method, seed = str(line["task"]), str(line["method"]), whole(line.get("seed"))
+    value = number(line["value"])
+    home, name = cell_folder(folder, line), f"{task} {method} seed {seed}"
+    return Cell(
+        task=task,
+        method=method,
+        value=math.nan if value is None else value,
+        metric=str(line.get("metric", "accuracy")),
+        split=str(line.get("split", "test")),
+        budget=number(line.get("budget")),
+        seed=seed,
+        final_flops=number(line.get("final_flops")),
+        final_params=number(line.get("final_params")),
+        train_flops=number(line.get("train_flops")),
+        seconds=number(line.get("seconds")),
+        overhead_seconds=number(line.get("overhead_seconds")),
+        overhead_flops=number(line.get("overhead_flops")),
+        resizes=whole(line.get("resizes")),
+        landed=line["landed"] if isinstance(line.get("landed"), bool) else None,
+        widths=counts(line.get("widths")),
+        dense_widths=counts(line.get("dense_widths")),
+        environment={str(key): str(value) for key, value in mapping(line.get("environment")).items()},
+        date=str(line.get("date", "")),
+        history=read_history(home, name, remarks),
+        record=read_record(home, name, remarks),
+    )
+
+
+def cell_folder(folder: Path, line: Mapping[str, Any]) -> Path | None:
+    """The folder of a cell; None if it has none or names one outside the results folder."""
+    if not line.get("folder"):
+        return None
+    home = folder / str(line["folder"])
+    return home if home.resolve().is_relative_to(folder.resolve()) and home.is_dir() else None
+
+
+def read_history(home: Path | None, name: str, remarks: list[str]) -> tuple[Point, ...]:
+    """The history of a cell; empty, with a remark, if there is none."""
+    if home is None or not (home / HISTORY).is_file():
+        remarks.append(f"{name}: no {HISTORY}, so it is missing in the curves")
+        return ()
+    return tuple(
+        Point(
+            step=step,
+            seconds=number(line.get("seconds")),
+            flops=number(line.get("flops")),
+            split=str(line.get("split", "train")),
+            loss=number(line.get("loss")),
+            accuracy=number(line.get("accuracy")),
+        )
+        for line in read_lines(home / HISTORY, f"{HISTORY} of {name}", remarks)
+        if (step := number(line.get("step"))) is not None
+    )
+
+
+def read_record(home: Path | None, name: str, remarks: list[str]) -> Record | None:
+    """The ledger of a cell; None if there is none."""
+    if home is None or not (home / LEDGER).is_file():
+        return None
+    try:
+        ledger = Ledger.load(home / LEDGER)
+    except CheckpointError as error:
+        remarks.append(f"{name}: its ledger could not be read, so its decisions are missing: {error}")
+        return None
+    header = ledger.header
+    groups = {str(key): mapping(value) for key, value in mapping(header.get("groups")).items()}
+    return Record(
+        units={key: int(value["num_units"]) for key, value in groups.items() if "num_units" in value},
+        what={key: str(value.get("what", "unit")) for key, value in groups.items()},
+        dense=quantities(header.get("dense")),
+        limit=quantities(header.get("limit")),
+        total_steps=whole(header.get("total_steps")),
+        entries=tuple(finite(entry) for entry in ledger),
+    )
+
+
+def finite(entry: Entry) -> Entry:
+    """The entry without numbers by resource that were not finite."""
+    return replace(
+        entry,
+        spent=quantities(entry.spent),
+        reference=quantities(entry.reference),
+        price=quantities(entry.price),
+    )
+
+
+def number(value: Any) -> float | None:
+    """A finite float, or None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def whole(value: Any) -> int | None:
+    """An integer, or None for anything else."""
+    return None if (found := number(value)) is None else int(found)
+
+
+def mapping(value: Any) -> Mapping[str, Any]:
+    """A JSON object, empty for anything else."""
+    return value if isinstance(value, dict) else {}
+
+
+def counts(value: Any) -> dict[str, int]:
+    """Whole numbers by name; others are left out."""
+    return {str(key): count for key, item in mapping(value).items() if (count := whole(item)) is not None}
+
+
+def quantities(value: Any) -> dict[str, float]:
+    """Finite numbers by name; others are left out."""
+    return {str(key): found for key, item in mapping(value).items() if (found := number(item)) is not None}
