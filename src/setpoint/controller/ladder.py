@@ -1,0 +1,110 @@
+"""A ladder: the blocks that one group can lose at one decision, in the order in which it would lose them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float64, Int
+
+from setpoint.groups.group import Group
+
+
+@dataclass(frozen=True, eq=False)
+class Ladder:
+    """Blocks of least salient units; the group goes down the ladder rung by rung.
+
+    Args:
+        name: name of the group.
+        dense: width of the group before any cut.
+        edges: `edges[k]` units are gone after k rungs; `edges[0] == 0`.
+        salience: `salience[k]` is the summed saliency of the units gone after k rungs.
+        order: units in the order in which they go, up to the last edge.
+        num_units: active units.
+    """
+
+    name: str
+    dense: int
+    edges: Int[np.ndarray, " rungs_and_one"]
+    salience: Float64[np.ndarray, " rungs_and_one"]
+    order: Int[np.ndarray, " droppable"]
+    num_units: int
+
+    @property
+    def num_rungs(self) -> int:
+        """How many blocks can go."""
+        return len(self.edges) - 1
+
+    def keep(self, rungs: int) -> Bool[np.ndarray, " units"]:
+        """Which units stay after so many rungs."""
+        keep = np.ones(self.num_units, dtype=bool)
+        keep[self.order[: self.edges[rungs]]] = False
+        return keep
+
+    def per_unit(self, per_rung: Float64[np.ndarray, " rungs"]) -> Float64[np.ndarray, " units"]:
+        """A value per rung, given to each unit of its block; NaN for units on no rung."""
+        values = np.full(self.num_units, np.nan)
+        values[self.order] = np.repeat(per_rung, np.diff(self.edges))
+        return values
+
+
+def build_ladder(
+    group: Group,
+    saliency: Float64[np.ndarray, " units"],
+    *,
+    dense: int,
+    floor: int,
+    max_dropped: int,
+    free: Bool[np.ndarray, " units"],
+) -> Ladder:
+    """The ladder of a group at one decision.
+
+    Blocks hold `multiple_of` units. Where the width is no multiple, the first block is the remainder,
+    so that every width on the way is a multiple. Units of equal saliency go in the order of their index.
+
+    Args:
+        group: the group as it is now.
+        saliency: of each active unit; negative values count as 0.
+        dense: width of the group before any cut.
+        floor: width that must remain; `min_units` at least.
+        max_dropped: slew limit, in units. One block may always go, or a group of few units never would.
+        free: False for units that must stay at this decision.
+
+    >>> group = Group("conv1", "unit", num_units=10, slices=(), multiple_of=4)
+    >>> ladder = build_ladder(group, np.arange(10.0), dense=10, floor=1, max_dropped=9, free=np.ones(10, bool))
+    >>> ladder.edges.tolist(), ladder.salience.tolist()
+    ([0, 2, 6], [0.0, 1.0, 15.0])
+    """
+    width, block = group.num_units, group.multiple_of
+    first = width % block or block
+    most = min(width - max(floor, group.min_units), int(free.sum()))
+    most = min(most, max(max_dropped, first))
+    edges = np.concatenate([[0], np.arange(first, most + 1, block)]).astype(np.int64)
+    values = np.where(free, np.maximum(saliency, 0.0), np.inf)
+    order = _smallest(values, int(edges[-1]))
+    salience = np.concatenate([[0.0], np.cumsum(values[order])])[edges]
+    return Ladder(group.name, dense, edges, salience, order, width)
+
+
+def _smallest(values: Float64[np.ndarray, " units"], count: int) -> Int[np.ndarray, " count"]:
+    """Indices of the `count` smallest values, ascending, ties by index: a stable sort of only what is needed."""
+    if count == 0:
+        return np.zeros(0, dtype=np.int64)
+    bound = np.partition(values, count - 1)[count - 1]
+    below = np.flatnonzero(values < bound)
+    ties = np.flatnonzero(values == bound)[: count - len(below)]
+    chosen = np.concatenate([below, ties])
+    return chosen[np.argsort(values[chosen], kind="stable")]
+
+
+def lowest_width(group: Group) -> int:
+    """Width at the foot of the ladder: the smallest that whole blocks reach without passing `min_units`.
+
+    >>> lowest_width(Group("conv1", "unit", num_units=20, slices=(), min_units=3, multiple_of=8))
+    8
+    """
+    width, block = group.num_units, group.multiple_of
+    first = width % block or block
+    if width - first < group.min_units:
+        return width
+    return width - first - (width - first - group.min_units) // block * block

@@ -1,0 +1,66 @@
+"""A reason: why a decision was made, or not made, in words."""
+
+from __future__ import annotations
+
+import math
+
+from setpoint.controller.selection import Selection, regained
+from setpoint.groups.group import Group
+from setpoint.sensor.reading import Reading
+
+
+def percent(fraction: float) -> str:
+    """A signed relative difference, for people.
+
+    >>> percent(-0.0123)
+    '-1.2 %'
+    """
+    return f"{100 * fraction:+.1f} %"
+
+
+def problem_with(reading: Reading | None, metered: float | None, groups: tuple[Group, ...]) -> str:
+    """What forbids a decision: no reading, or one that is incomplete or not finite; "" if nothing does."""
+    if reading is None:
+        return "no decision: there is no reading yet"
+    missing = [group.name for group in groups if group.name not in reading.saliency]
+    if missing:
+        return f"no decision: the reading lacks {', '.join(missing)}"
+    for group in groups:
+        if reading.saliency[group.name].shape != (group.num_units,):
+            return f"no decision: {group.name} has {group.num_units} units, its reading another number"
+    if not reading.finite():
+        return "no decision: the reading holds values that are not finite"
+    if metered is not None and not (math.isfinite(metered) and metered > 0):
+        return f"no decision: the meter reads {metered!r}"
+    return ""
+
+
+def explain_rest(seen: float, reference: float, limit: float, landed: bool) -> str:
+    """Why nothing is dropped."""
+    if landed:
+        return f"landed: nothing to drop, spending is {percent(seen / limit - 1)} from the limit"
+    if seen > reference:
+        return f"nothing to drop: spending is {percent(seen / reference - 1)} from the reference, correction under way"
+    return f"nothing to drop: spending is {percent(seen / reference - 1)} from the reference"
+
+
+def explain_cut(selection: Selection, price: float, resource: str, target: float, landed: bool, deadband: float) -> str:
+    """What is dropped, at which price, and how near it comes to the target."""
+    dropped = {name: int(selection.ladders[name].edges[rung]) for name, rung in selection.rungs.items() if rung}
+    off = selection.total / target - 1
+    if not dropped:
+        return f"nothing could be dropped, predicted cost stays {percent(off)} from the target: {_brake(selection)}"
+    words = f"dropped {sum(dropped.values())} units of {len(dropped)} groups at a price of {price:.3g} per {resource}"
+    if off > 0:
+        return f"{words}; predicted cost stays {percent(off)} from the target: {_brake(selection)}"
+    words = f"{'landed: ' if landed else ''}{words}; predicted cost is {percent(off)} from the target"
+    if -off > deadband:
+        finest = min(regained(selection, name) for name in dropped)
+        words += f", as the smallest block to give back costs {percent(finest / target)}"
+    return words
+
+
+def _brake(selection: Selection) -> str:
+    """What keeps a selection from coming down further."""
+    at_foot = sum(ladder.num_rungs == selection.rungs[name] for name, ladder in selection.ladders.items())
+    return f"{at_foot} of {len(selection.ladders)} groups are as low as slew limit, dwell and floors let them go"

@@ -1,0 +1,109 @@
+"""The reference: the trajectory from the dense cost to the limit that the loop tracks, and when to decide."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Dense until the warm-up ends, then down to the limit by `settle`, constant from there on.
+
+    With `s = (step - warmup) / (settle - warmup)`, clipped to [0, 1], and both ends in whole steps,
+
+        geometric:  reference = start * (limit / start) ** s
+        linear:     reference = start + (limit - start) * s
+
+    Geometric is the default. It removes the same *fraction* of the present cost at every decision, so
+    no decision is much larger than another: on the way to a quarter of the cost in eight cuts each
+    takes 16 %, while the last linear cut would take 27 % in one go. It also saves more on the way
+    down: its mean cost is `(1 - f) / ln(1 / f)` of dense (0.54 for f = 1/4), against `(1 + f) / 2`
+    (0.63). And a relative error means the same thing all along it, which keeps the loop gain constant.
+
+    Decisions are few, because each costs a resize: `num_cuts` of them, evenly spread over the ramp,
+    the last one exactly at `settle`. Checks follow at the same spacing until `land`: there a late or
+    metered run still reaches the limit. After `land` three more chances are spread over the rest of
+    the run, since a late landing is better than a missed budget.
+
+    Args:
+        warmup: fraction of the run that stays dense, so that readings mean something.
+        settle: fraction of the run by which the reference has come down to the limit.
+        land: fraction of the run by which the landing is due.
+        num_cuts: decisions on the way down; in runs too short for that, one per step.
+        shape: "geometric" or "linear".
+
+    Raises:
+        ValueError: unless `0 <= warmup < settle <= land <= 1` and `num_cuts >= 1`.
+
+    >>> reference = Reference()
+    >>> [reference.at(step, 1000, start=4.0, limit=1.0) for step in (50, 175, 300, 900)]
+    [4.0, 2.0, 1.0, 1.0]
+    >>> [step for step in range(1, 301) if reference.due(step, 1000)]
+    [81, 112, 144, 175, 206, 238, 269, 300]
+    """
+
+    warmup: float = 0.05
+    settle: float = 0.30
+    land: float = 0.70
+    num_cuts: int = 8
+    shape: Literal["geometric", "linear"] = "geometric"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.warmup < self.settle <= self.land <= 1:
+            raise ValueError(
+                "a reference needs 0 <= warmup < settle <= land <= 1, "
+                f"got warmup={self.warmup!r}, settle={self.settle!r}, land={self.land!r}"
+            )
+        if self.num_cuts < 1:
+            raise ValueError(f"num_cuts must be at least 1, got {self.num_cuts!r}")
+        if self.shape not in ("geometric", "linear"):
+            raise ValueError(f"shape must be 'geometric' or 'linear', got {self.shape!r}")
+
+    def at(self, step: int, total_steps: int, *, start: float, limit: float) -> float:
+        """Cost that is allowed at this step, in the resource's own unit.
+
+        Args:
+            step: optimizer steps done so far.
+            total_steps: optimizer steps of the whole run.
+            start: dense cost; where it is within the limit there is nothing to come down from.
+            limit: the budget.
+        """
+        settle = self._settle_step(total_steps)
+        if step >= settle or start <= limit:
+            return limit
+        warmup = min(round(self.warmup * total_steps), settle - 1)
+        if step <= warmup:
+            return start
+        progress = (step - warmup) / (settle - warmup)
+        if self.shape == "linear":
+            return start + (limit - start) * progress
+        return float(start * (limit / start) ** progress)
+
+    def due(self, step: int, total_steps: int) -> bool:
+        """Whether a decision is to be made after this step; never after the end of the run."""
+        return step in _decision_steps(self, total_steps)
+
+    def settled(self, step: int, total_steps: int) -> bool:
+        """Whether the reference has come down to the limit: from here on every decision tries to land."""
+        return step >= self._settle_step(total_steps)
+
+    def _settle_step(self, total_steps: int) -> int:
+        return max(1, round(self.settle * total_steps))
+
+
+@lru_cache(maxsize=64)
+def _decision_steps(reference: Reference, total_steps: int) -> frozenset[int]:
+    """All steps of a run after which a decision is made."""
+    if total_steps < 1:
+        return frozenset()
+    settle = reference._settle_step(total_steps)
+    warmup = min(round(reference.warmup * total_steps), settle - 1)
+    land = max(settle, round(reference.land * total_steps))
+    spacing = (settle - warmup) / reference.num_cuts
+    ramp = (round(warmup + spacing * i) for i in range(1, reference.num_cuts + 1))
+    num_checks = round((land - settle) / max(spacing, 1.0))
+    checks = (round(settle + (land - settle) * i / num_checks) for i in range(1, num_checks + 1))
+    late = (round(land + (total_steps - land) * i / 3) for i in range(1, 4))
+    return frozenset(step for step in (*ramp, *checks, *late) if warmup < step <= total_steps)
