@@ -151,8 +151,9 @@ class TaylorSensor:
             gate_gradient = gate_gradient / grad_scale
         finite = torch.isfinite(gate_gradient.sum())
         num_steps = state.num_steps + finite
-        decay = 1.0 - 1.0 / self.window
-        weight = torch.where(finite, (1.0 - decay) / (1.0 - decay**num_steps), 0.0)
+        # (1 - decay) / (1 - decay^n), written so that float32 does not round it for long windows.
+        rate = math.log1p(-1.0 / self.window) if self.window > 1 else -math.inf
+        weight = torch.where(finite, (-1.0 / self.window) / torch.expm1(num_steps * rate), 0.0)
         deviation = torch.where(finite, gate_gradient - state.mean, 0.0)
         step = weight * deviation
         return replace(

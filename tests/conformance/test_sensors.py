@@ -1,0 +1,121 @@
+"""What every sensor must do; a row per sensor."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from setpoint.groups.group import Group, Slice
+from setpoint.sensor.magnitude import MagnitudeSensor
+from setpoint.sensor.reading import Sensor
+from setpoint.sensor.taylor import TaylorSensor
+
+SENSORS = [
+    pytest.param(TaylorSensor(8, window=5), id="taylor"),
+    pytest.param(MagnitudeSensor(), id="magnitude"),
+]
+rows = pytest.mark.parametrize("sensor", SENSORS)
+
+
+def _model(hidden: int = 6) -> tuple[nn.Sequential, tuple[Group, ...]]:
+    model = nn.Sequential(nn.Linear(4, hidden), nn.ReLU(), nn.Linear(hidden, 5), nn.ReLU(), nn.Linear(5, 2))
+    groups = tuple(
+        Group(
+            name,
+            "unit",
+            size,
+            (
+                Slice(f"{name}.weight", 0, "produce", np.arange(size)),
+                Slice(f"{name}.bias", 0, "carry", np.arange(size)),
+                Slice(f"{reader}.weight", 1, "consume", np.arange(size)),
+            ),
+        )
+        for name, reader, size in (("0", "2", hidden), ("2", "4", 5))
+    )
+    return model, groups
+
+
+def _steps(sensor: Sensor[Any], state: Any, model: nn.Module, groups: tuple[Group, ...], count: int) -> Any:
+    for _ in range(count):
+        model.zero_grad()
+        model(torch.randn(8, 4)).square().mean().backward()
+        state = sensor.update(state, groups, model)
+    return state
+
+
+@rows
+def test_reads_one_finite_number_per_unit(sensor: Sensor[Any]) -> None:
+    """A reading holds a saliency >= 0 in float64 for each unit of each group, and says how it came about."""
+    model, groups = _model()
+    assert sensor.readable(groups, model) == groups
+    reading = sensor.read(_steps(sensor, sensor.init(groups, model), model, groups, 4), groups, 4)
+    assert reading.finite()
+    assert {name: values.shape for name, values in reading.saliency.items()} == {"0": (6,), "2": (5,)}
+    assert all(values.dtype == np.float64 and (values >= 0).all() for values in reading.saliency.values())
+    assert (reading.step, reading.num_steps, reading.skipped_steps) == (4, 4, 0)
+
+
+@rows
+def test_leaves_model_and_chance_alone(sensor: Sensor[Any]) -> None:
+    """Sensing changes no weight, no gradient and no random state."""
+    model, groups = _model()
+    state = _steps(sensor, sensor.init(groups, model), model, groups, 1)
+    before = [tensor.clone() for each in model.parameters() for tensor in (each.detach(), each.grad)]
+    chance = torch.get_rng_state()
+    state = sensor.update(state, groups, model)
+    sensor.read(state, groups, 2)
+    after = [tensor for each in model.parameters() for tensor in (each.detach(), each.grad)]
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+    assert torch.equal(chance, torch.get_rng_state())
+
+
+@rows
+def test_same_steps_same_reading(sensor: Sensor[Any]) -> None:
+    """The same steps give the same reading to the last bit; an older state is not touched by a later update."""
+    readings = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        model, groups = _model()
+        early = _steps(sensor, sensor.init(groups, model), model, groups, 3)
+        first = sensor.read(early, groups, 3)
+        _steps(sensor, early, model, groups, 2)
+        readings += [first, sensor.read(early, groups, 3)]
+    for name in ("0", "2"):
+        assert len({values.saliency[name].tobytes() for values in readings}) == 1
+
+
+@rows
+def test_a_cut_state_remembers_the_kept_units(sensor: Sensor[Any]) -> None:
+    """After model, groups and state are cut alike, the cut group's reading is that of its kept units; updates go on."""
+    model, groups = _model()
+    state = _steps(sensor, sensor.init(groups, model), model, groups, 4)
+    before = sensor.read(state, groups, 4)
+    kept = np.array([True, False, True, True, False, True])
+    small, small_groups = _model(4)
+    with torch.no_grad():
+        for target, source in zip(small.parameters(), model.parameters(), strict=True):
+            rows = kept if source.shape[0] == 6 else slice(None)
+            values = source[torch.from_numpy(kept)] if rows is kept else source
+            target.copy_(values[:, torch.from_numpy(kept)] if values.dim() == 2 and values.shape[1] == 6 else values)
+    state = sensor.cut(state, {"0": kept})
+    if isinstance(sensor, MagnitudeSensor):
+        state = sensor.update(state, small_groups, small)
+    after = sensor.read(state, small_groups, 4)
+    np.testing.assert_allclose(after.saliency["0"], before.saliency["0"][kept], rtol=1e-6)
+    again = sensor.read(_steps(sensor, state, small, small_groups, 1), small_groups, 5)
+    assert {name: values.shape for name, values in again.saliency.items()} == {"0": (4,), "2": (5,)}
+
+
+@rows
+def test_does_not_wait_for_the_device(sensor: Sensor[Any]) -> None:
+    """An update reads no value back to the host: it runs on the meta device, which has none."""
+    with torch.device("meta"):
+        model, groups = _model()
+    state = sensor.init(groups, model)
+    for parameter in model.parameters():
+        parameter.grad = torch.empty_like(parameter)
+    state = sensor.update(state, groups, model, torch.ones((), device="meta"))
+    sensor.update(state, groups, model)
+    assert sensor.flops(groups, model) >= 0

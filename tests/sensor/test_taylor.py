@@ -1,0 +1,294 @@
+"""The Taylor sensor."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from setpoint.errors import GroupError
+from setpoint.groups.group import Group, Slice
+from setpoint.sensor.taylor import TaylorSensor, TaylorState
+
+
+def _group(num_units: int, *slices: Slice, name: str = "units") -> Group:
+    return Group(name, "unit", num_units, slices)
+
+
+@dataclass
+class Case:
+    """A model whose forward takes gates on its units, and the group of these units."""
+
+    model: nn.Module
+    forward: Callable[[Tensor, Tensor], Tensor]
+    x: Tensor
+    group: Group
+
+
+def _mlp(activation: type[nn.Module]) -> Case:
+    model = nn.Sequential(nn.Linear(4, 6), activation(), nn.Linear(6, 3)).double()
+    group = _group(6, Slice("0.weight", 0, "produce", np.arange(6)), Slice("2.weight", 1, "consume", np.arange(6)))
+    return Case(model, lambda x, g: model[2](model[1](model[0](x)) * g), torch.randn(8, 4).double(), group)
+
+
+def _conv() -> Case:
+    """Convolution, norm, activation; read by a second convolution and, flattened, by a linear layer."""
+    net = nn.ModuleDict(
+        {
+            "a": nn.Conv2d(2, 5, 3, padding=1),
+            "n": nn.BatchNorm2d(5),
+            "b": nn.Conv2d(5, 3, 3, padding=1),
+            "c": nn.Linear(5 * 16, 2),
+        }
+    ).double()
+
+    def forward(x: Tensor, gate: Tensor) -> Tensor:
+        y = torch.relu(net["n"](net["a"](x))) * gate.view(-1, 1, 1)
+        return net["b"](y).mean((1, 2, 3)).unsqueeze(1) + net["c"](y.flatten(1))
+
+    group = _group(
+        5,
+        Slice("a.weight", 0, "produce", np.arange(5)),
+        Slice("b.weight", 1, "consume", np.arange(5)),
+        Slice("c.weight", 1, "consume", np.repeat(np.arange(5), 16)),
+    )
+    return Case(net, forward, torch.randn(6, 2, 4, 4).double(), group)
+
+
+def _heads() -> Case:
+    """Attention with four heads of size 3; a unit is a head."""
+    net = nn.ModuleDict({"qkv": nn.Linear(12, 36), "out": nn.Linear(12, 12)}).double()
+
+    def forward(x: Tensor, gate: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(-1, (4, 3)).transpose(1, 2) for part in net["qkv"](x).chunk(3, -1))
+        y = nn.functional.scaled_dot_product_attention(q, k, v) * gate.view(-1, 1, 1)
+        return net["out"](y.transpose(1, 2).flatten(2))
+
+    group = _group(
+        4,
+        Slice("qkv.weight", 0, "produce", np.tile(np.repeat(np.arange(4), 3), 3)),
+        Slice("out.weight", 1, "consume", np.repeat(np.arange(4), 3)),
+    )
+    return Case(net, forward, torch.randn(2, 5, 12).double(), group)
+
+
+CASES: dict[str, Callable[[], Case]] = {
+    "relu": lambda: _mlp(nn.ReLU),
+    "gelu": lambda: _mlp(nn.GELU),
+    "silu": lambda: _mlp(nn.SiLU),
+    "conv-norm": _conv,
+    "heads": _heads,
+}
+
+
+def _loss(output: Tensor) -> Tensor:
+    return (output - 0.3).square().mean()
+
+
+def _saliency(num_samples: int, r: Tensor) -> np.ndarray:
+    """The definition, from the gate gradients of all steps, for an infinite window."""
+    mean = r.mean(0)
+    variance = r.var(0, unbiased=True) if len(r) > 1 else torch.zeros_like(mean)
+    return (-mean + 0.5 * (num_samples * variance + mean**2)).clamp(min=0).numpy()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_reads_the_gate_gradient_exactly(name: str) -> None:
+    """The sum of w * dL/dw over outgoing weights is the gradient of a gate on the unit, to 1e-13."""
+    case = CASES[name]()
+    gate = torch.ones(case.group.num_units, dtype=torch.float64, requires_grad=True)
+    _loss(case.forward(case.x, gate)).backward()
+    sensor = TaylorSensor(len(case.x))
+    state = sensor.update(sensor.init((case.group,), case.model), (case.group,), case.model)
+    assert gate.grad is not None
+    torch.testing.assert_close(state.mean, gate.grad, rtol=1e-12, atol=1e-13)
+
+
+def test_follows_its_formula_over_steps() -> None:
+    """Over several steps the reading is the formula with the unbiased variance; a long window forgets nothing."""
+    case = CASES["gelu"]()
+    sensor = TaylorSensor(8, window=10**8)
+    state = sensor.init((case.group,), case.model)
+    gradients = []
+    for _ in range(7):
+        case.model.zero_grad()
+        gate = torch.ones(6, dtype=torch.float64, requires_grad=True)
+        _loss(case.forward(torch.randn(8, 4).double(), gate)).backward()
+        assert gate.grad is not None
+        gradients.append(gate.grad)
+        state = sensor.update(state, (case.group,), case.model)
+    reading = sensor.read(state, (case.group,), step=7)
+    np.testing.assert_allclose(reading.saliency["units"], _saliency(8, torch.stack(gradients)), rtol=1e-5, atol=1e-12)
+    assert (reading.num_steps, reading.skipped_steps, reading.calibrated) == (7, 0, True)
+
+
+def _one_weight(value: float = 1.0) -> tuple[nn.Module, tuple[Group, ...]]:
+    """A unit read by one weight of 1, so that r is that weight's gradient."""
+    model = nn.Linear(1, 1, bias=False).double()
+    nn.init.constant_(model.weight, value)
+    return model, (_group(1, Slice("weight", 1, "consume", np.arange(1))),)
+
+
+def _feed(sensor: TaylorSensor, gradients: list[float]) -> TaylorState:
+    model, groups = _one_weight()
+    state = sensor.init(groups, model)
+    for gradient in gradients:
+        model.weight.grad = torch.tensor([[gradient]], dtype=torch.float64)
+        state = sensor.update(state, groups, model)
+    return state
+
+
+def test_mean_and_variance_forget_without_bias() -> None:
+    """Mean and variance are the weighted ones with weights decay^age, normalised, from the first step on."""
+    gradients = [1.0, 4.0, -2.0, 0.5]
+    state = _feed(TaylorSensor(1, window=3), gradients)
+    weights = (2 / 3) ** np.arange(3, -1, -1)
+    weights /= weights.sum()
+    mean = (weights * gradients).sum()
+    assert state.mean.item() == pytest.approx(mean, rel=1e-12)
+    assert state.variance.item() == pytest.approx((weights * (np.array(gradients) - mean) ** 2).sum(), rel=1e-12)
+
+
+def test_variance_is_unbiased() -> None:
+    """For independent gradients of variance 4 the estimate of B var(r) averages to 4 B."""
+    generator = np.random.default_rng(0)
+    sensor = TaylorSensor(10, window=4)
+    values = []
+    for _ in range(400):
+        draws = [float(each) for each in 2.0 * generator.standard_normal(6)]
+        state = _feed(sensor, draws)
+        zero_mean = TaylorState(**{**vars(state), "mean": torch.zeros_like(state.mean)})
+        values.append(2 * sensor.read(zero_mean, (), 6).saliency["units"][0])
+    assert np.mean(values) == pytest.approx(40.0, rel=0.1)
+
+
+def test_predicts_leave_one_out_on_a_quadratic() -> None:
+    """Where the loss is exactly quadratic in each gate and the model fits, saliency is the true loss increase.
+
+    y = w . x + noise of unit variance and half squared error is a Gaussian log-likelihood: at the
+    optimum, dropping weight u costs w_u^2 E[x_u^2] / 2, and the Fisher diagonal says just that.
+    """
+    scales, weights = torch.tensor([0.5, 1.0, 1.5, 2.0]).double(), torch.tensor([1.0, -0.8, 0.6, 0.05]).double()
+    model = nn.Linear(4, 1, bias=False).double()
+    with torch.no_grad():
+        model.weight.copy_(weights)
+    group = _group(4, Slice("weight", 1, "consume", np.arange(4)))
+    sensor = TaylorSensor(64, window=4000)
+    state = sensor.init((group,), model)
+    for _ in range(1500):
+        x = torch.randn(64, 4).double() * scales
+        model.zero_grad()
+        (0.5 * (model(x).squeeze() - (x @ weights + torch.randn(64).double())).square()).mean().backward()
+        state = sensor.update(state, (group,), model)
+    true = 0.5 * (weights * scales).square().numpy()
+    np.testing.assert_allclose(sensor.read(state, (group,), 0).saliency["units"], true, rtol=0.15, atol=2e-3)
+
+
+def test_ranks_like_measured_leave_one_out_after_training() -> None:
+    """On a trained classifier, saliency and the measured loss increase of dropping each unit agree in rank."""
+    x = torch.randn(512, 8)
+    y = (x[:, 0] * x[:, 1] + x[:, 2] > 0).long()
+    model = nn.Sequential(nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 2))
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    group = _group(24, Slice("2.weight", 1, "consume", np.arange(24)))
+    sensor = TaylorSensor(64)
+    state = sensor.init((group,), model)
+    for step in range(400):
+        pick = torch.randint(0, 512, (64,))
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x[pick]), y[pick]).backward()
+        if step >= 300:
+            state = sensor.update(state, (group,), model)
+        optimizer.step()
+    saliency = sensor.read(state, (group,), 400).saliency["units"]
+    increase = []
+    with torch.no_grad():
+        base = nn.functional.cross_entropy(model(x), y)
+        for unit in range(24):
+            hidden = torch.relu(model[0](x))
+            hidden[:, unit] = 0
+            increase.append((nn.functional.cross_entropy(model[2](hidden), y) - base).item())
+    ranks = [np.argsort(np.argsort(values)) for values in (saliency, increase)]
+    assert np.corrcoef(*ranks)[0, 1] > 0.8
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_leaves_out_bad_steps_and_counts_them(bad: float) -> None:
+    """NaN and infinite gradients change nothing but the count of skipped steps, the first step included."""
+    sensor = TaylorSensor(4, window=3)
+    clean, dirty = _feed(sensor, [1.0, 2.0]), _feed(sensor, [bad, 1.0, bad, 2.0])
+    assert (dirty.mean, dirty.variance, dirty.num_steps) == (clean.mean, clean.variance, clean.num_steps)
+    assert (clean.skipped_steps.item(), dirty.skipped_steps.item()) == (0, 2)
+    assert sensor.read(dirty, (), 4).finite()
+
+
+def test_one_bad_group_leaves_the_step_out_for_all() -> None:
+    """A NaN in one group's gradients keeps the whole step out of every group's moments."""
+    model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
+    groups = tuple(_group(2, Slice(f"{name}.weight", 1, "consume", np.arange(2)), name=name) for name in "ab")
+    model["a"].weight.grad, model["b"].weight.grad = torch.ones(2, 2), torch.full((2, 2), torch.nan)
+    sensor = TaylorSensor(1)
+    state = sensor.update(sensor.init(groups, model), groups, model)
+    assert state.mean.tolist() == [0.0] * 4
+    assert sensor.read(state, groups, 1).skipped_steps == 1
+
+
+def test_keeps_float32_moments_for_narrow_weights() -> None:
+    """With bfloat16 weights the sums are those of the same numbers in float64, to float32 precision."""
+    model = nn.Linear(6, 300, bias=False).bfloat16()
+    model.weight.grad = torch.randn(300, 6).bfloat16()
+    group = _group(6, Slice("weight", 1, "consume", np.arange(6)))
+    sensor = TaylorSensor(1)
+    state = sensor.update(sensor.init((group,), model), (group,), model)
+    want = (model.weight.detach().double() * model.weight.grad.double()).sum(0)
+    assert state.mean.dtype == torch.float32
+    torch.testing.assert_close(state.mean.double(), want, rtol=1e-5, atol=1e-5)
+
+
+def test_divides_by_the_gradient_scale() -> None:
+    """Gradients still multiplied by a scaler's factor read as without it, and a NaN factor leaves the step out."""
+    model, groups = _one_weight()
+    sensor = TaylorSensor(1)
+    model.weight.grad = torch.full((1, 1), 3.0, dtype=torch.float64) * 1024
+    state = sensor.update(sensor.init(groups, model), groups, model, torch.tensor(1024.0))
+    assert state.mean.item() == 3.0
+    state = sensor.update(state, groups, model, torch.tensor(torch.nan))
+    assert (state.mean.item(), state.skipped_steps.item()) == (3.0, 1.0)
+
+
+def test_a_weight_that_took_no_part_adds_nothing() -> None:
+    """A step in which an outgoing weight has no gradient counts as r = 0 for its units."""
+    model, groups = _one_weight()
+    sensor = TaylorSensor(1)
+    state = sensor.update(sensor.init(groups, model), groups, model)
+    assert (state.mean.item(), state.num_steps.item()) == (0.0, 1.0)
+
+
+def test_frozen_outgoing_weights_are_not_readable() -> None:
+    """A group is read only if every outgoing weight gets a gradient; init refuses others by name."""
+    model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
+    both = [Slice(f"{name}.weight", 1, "consume", np.arange(2)) for name in "ab"]
+    partly = _group(2, *both, name="partly")
+    whole = _group(2, both[0], name="whole")
+    none = _group(2, Slice("a.weight", 0, "produce", np.arange(2)), name="none")
+    model["b"].weight.requires_grad_(False)
+    sensor = TaylorSensor(1)
+    assert sensor.readable((partly, whole, none), model) == (whole,)
+    with pytest.raises(GroupError, match="'none', 'partly'"):
+        sensor.init((partly, whole, none), model)
+
+
+def test_counts_three_flops_per_outgoing_weight() -> None:
+    """The FLOPs of an update are 3 per entry of the outgoing weights, only those of the group."""
+    model = nn.Linear(6, 5)
+    group = _group(3, Slice("weight", 1, "consume", np.array([-1, -1, 0, 1, 2, -1])))
+    assert TaylorSensor(1).flops((group,), model) == 3 * 3 * 5
+
+
+@pytest.mark.parametrize("arguments", [(0,), (-1,), (True,), (4, 0), (4, -3)])
+def test_refuses_settings_that_make_no_sense(arguments: tuple[int, ...]) -> None:
+    """Samples and window are positive integers."""
+    with pytest.raises(ValueError, match="must be a positive integer"):
+        TaylorSensor(*arguments)
