@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float64
@@ -79,6 +79,7 @@ class Plan:
 State = TypeVar("State")
 
 
+@runtime_checkable
 class Controller(Protocol[State]):
     """Turns an observation and its own state into a plan. Closed loop and baselines alike."""
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from setpoint.groups.group import Size
 
 
+@runtime_checkable
 class Cost(Protocol):
     """Predicts spending at any widths, so that a controller can ask "what if"."""
 

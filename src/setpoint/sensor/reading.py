@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -43,6 +43,7 @@ class Reading:
 State = TypeVar("State")
 
 
+@runtime_checkable
 class Sensor(Protocol[State]):
     """Estimates saliency from what an ordinary training step leaves behind.
 
