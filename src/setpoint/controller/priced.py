@@ -234,7 +234,7 @@ class PricedController:
                 chosen = (selection, lifted)
             if reached:
                 add_back(selection, aim.target)
-                swap(selection, aim.target)
+                swap(selection, aim.target, self.deadband)
                 break
         assert chosen is not None
         return chosen
