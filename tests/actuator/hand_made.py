@@ -7,8 +7,10 @@ from collections.abc import Callable
 import numpy as np
 import torch
 import torch.nn.functional as F
-from setpoint.groups.group import Group, SizeBinding, Slice
 from torch import Tensor, nn
+
+from setpoint.actuator.mask import mask
+from setpoint.groups.group import Group, SizeBinding, Slice
 
 Case = tuple[nn.Module, tuple[Tensor, ...], tuple[Group, ...]]
 
@@ -29,9 +31,14 @@ def batch_norm(name: str) -> str:
     return " ".join(f"{name}.{part}:0:carry" for part in ("weight", "bias", "running_mean", "running_var"))
 
 
+def mlp_model(first: int = 6, second: int = 5) -> nn.Module:
+    """Two hidden layers of these widths."""
+    return nn.Sequential(nn.Linear(3, first), nn.Tanh(), nn.Linear(first, second), nn.GELU(), nn.Linear(second, 2))
+
+
 def mlp() -> Case:
     """Two hidden layers."""
-    model = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 5), nn.GELU(), nn.Linear(5, 2))
+    model = mlp_model()
     first = group("first", 6, "0.weight:0:produce 0.bias:0:carry 2.weight:1:consume", "0:out_features 2:in_features")
     second = group("second", 5, "2.weight:0:produce 2.bias:0:carry 4.weight:1:consume", "2:out_features 4:in_features")
     return model, (torch.randn(4, 3),), (first, second)
@@ -40,13 +47,13 @@ def mlp() -> Case:
 class Residual(nn.Module):
     """conv, then conv-BN-conv beside a shortcut, then a classifier."""
 
-    def __init__(self) -> None:
+    def __init__(self, stream: int = 6, inner: int = 8) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(2, 6, 3, padding=1)
-        self.conv = nn.Conv2d(6, 8, 3, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(8)
-        self.out = nn.Conv2d(8, 6, 1)
-        self.head = nn.Linear(6, 3)
+        self.stem = nn.Conv2d(2, stream, 3, padding=1)
+        self.conv = nn.Conv2d(stream, inner, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(inner)
+        self.out = nn.Conv2d(inner, stream, 1)
+        self.head = nn.Linear(stream, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.stem(x))
@@ -179,6 +186,46 @@ CASES: dict[str, Callable[[], Case]] = {
     "attention": attention,
     "tied": tied,
 }
+
+
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: tuple[Tensor, ...]) -> Tensor:
+    """One ordinary training step; gradients stay for inspection."""
+    optimizer.zero_grad()
+    loss = model(*inputs).square().mean()
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+def masked_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    inputs: tuple[Tensor, ...],
+    groups: tuple[Group, ...],
+    keep: dict[str, np.ndarray],
+) -> Tensor:
+    """One step of the masked twin: dropped entries zero before the step and in what it leaves."""
+    mask(model, optimizer, groups, keep)
+    optimizer.zero_grad()
+    loss = model(*inputs).square().mean()
+    loss.backward()
+    mask(model, optimizer, groups, keep)
+    optimizer.step()
+    mask(model, optimizer, groups, keep)
+    return loss.detach()
+
+
+def kept_only(tensor: Tensor, name: str, groups: tuple[Group, ...], keep: dict[str, np.ndarray]) -> Tensor:
+    """Entries of a tensor that a cut keeps, worked out by plain indexing, one entry at a time."""
+    for dim in range(tensor.dim()):
+        stays = [True] * tensor.shape[dim]
+        for each in groups:
+            for part in each.slices:
+                if (part.tensor, part.dim) == (name, dim):
+                    for entry, unit in enumerate(part.index):
+                        stays[entry] &= unit < 0 or bool(keep.get(each.name, np.ones(each.num_units, bool))[unit])
+        tensor = torch.stack([piece for piece, stay in zip(tensor.unbind(dim), stays, strict=True) if stay], dim)
+    return tensor
 
 
 def some_keep(groups: tuple[Group, ...], seed: int = 0) -> dict[str, np.ndarray]:

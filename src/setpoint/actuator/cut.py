@@ -15,7 +15,7 @@ from torch import Tensor
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group, Place, SizeBinding, Slice
 
-Keep = Mapping[str, Bool[np.ndarray, " units"]]
+Keep = Mapping[str, Bool[np.ndarray, " _units"]]
 """By group name, one boolean per active unit, True = stays. Groups that lose nothing may be absent."""
 
 SizePlace = tuple[str, str]
@@ -36,21 +36,25 @@ class Cut:
             the place must hold how many are True.
     """
 
-    entries: Mapping[Place, Bool[np.ndarray, " entries"]]
-    elements: Mapping[str, Bool[np.ndarray, " elements"]]
-    sizes: Mapping[SizePlace, Bool[np.ndarray, " entries"]]
+    entries: Mapping[Place, Bool[np.ndarray, " _entries"]]
+    elements: Mapping[str, Bool[np.ndarray, " _elements"]]
+    sizes: Mapping[SizePlace, Bool[np.ndarray, " _entries"]]
 
-    def dims(self) -> dict[str, dict[int, Int[np.ndarray, " kept"]]]:
+    def dims(self) -> dict[str, dict[int, Int[np.ndarray, " _kept"]]]:
         """By tensor and dim, positions of the kept entries; only the dims that lose some."""
-        found: dict[str, dict[int, Int[np.ndarray, " kept"]]] = {}
+        found: dict[str, dict[int, Int[np.ndarray, " _kept"]]] = {}
         for (tensor, dim), kept in self.entries.items():
             if not kept.all():
                 found.setdefault(tensor, {})[dim] = np.flatnonzero(kept)
         return found
 
 
-def check_keep(groups: tuple[Group, ...], keep: Keep) -> dict[str, Bool[np.ndarray, " units"]]:
+def check_keep(groups: tuple[Group, ...], keep: Mapping[str, object]) -> dict[str, Bool[np.ndarray, " _units"]]:
     """`keep` completed with all-True vectors for the groups it leaves out.
+
+    Args:
+        groups: the model's groups.
+        keep: by group name, what should be one boolean per active unit.
 
     Raises:
         GroupError: for an unknown group, a vector that is not boolean or not one per active unit,
@@ -59,15 +63,14 @@ def check_keep(groups: tuple[Group, ...], keep: Keep) -> dict[str, Bool[np.ndarr
     known = {group.name: group for group in groups}
     if len(known) != len(groups):
         raise GroupError("two groups have the same name: names must be unique, so that keep can tell them apart")
-    for name, kept in keep.items():
+    for name in keep:
         if name not in known:
             some = ", ".join(repr(each) for each in sorted(known)[:5]) or "none"
             raise GroupError(f"keep names an unknown group {name!r}: the model's groups are {some}, ...")
-        _check_vector(known[name], kept)
-    return {name: keep.get(name, np.ones(group.num_units, dtype=bool)) for name, group in known.items()}
+    return {name: _vector(group, keep.get(name, np.ones(group.num_units, dtype=bool))) for name, group in known.items()}
 
 
-def _check_vector(group: Group, kept: Bool[np.ndarray, " units"]) -> None:
+def _vector(group: Group, kept: object) -> Bool[np.ndarray, " units"]:
     what = f"keep[{group.name!r}]"
     if not isinstance(kept, np.ndarray) or kept.dtype != np.bool_:
         kind = kept.dtype if isinstance(kept, np.ndarray) else type(kept).__name__
@@ -79,6 +82,7 @@ def _check_vector(group: Group, kept: Bool[np.ndarray, " units"]) -> None:
         )
     if kept.sum() < group.min_units:
         raise GroupError(f"{what} keeps {kept.sum()} units, but min_units is {group.min_units}: keep more of them")
+    return kept
 
 
 def plan_cut(groups: tuple[Group, ...], keep: Keep) -> Cut:
@@ -100,9 +104,9 @@ def plan_cut(groups: tuple[Group, ...], keep: Keep) -> Cut:
     [0, 2]
     """
     full = check_keep(groups, keep)
-    entries: dict[Place, Bool[np.ndarray, " entries"]] = {}
-    elements: dict[str, Bool[np.ndarray, " elements"]] = {}
-    sizes: dict[SizePlace, Bool[np.ndarray, " entries"]] = {}
+    entries: dict[Place, Bool[np.ndarray, " _entries"]] = {}
+    elements: dict[str, Bool[np.ndarray, " _elements"]] = {}
+    sizes: dict[SizePlace, Bool[np.ndarray, " _entries"]] = {}
     for group in groups:
         for part in group.slices:
             stays = _stays(group, part.index, full[group.name])
@@ -127,7 +131,7 @@ def _stays(
     return stays
 
 
-def _narrow(table: dict[Key, Bool[np.ndarray, " entries"]], key: Key, stays: Bool[np.ndarray, " entries"]) -> None:
+def _narrow(table: dict[Key, Bool[np.ndarray, " _entries"]], key: Key, stays: Bool[np.ndarray, " entries"]) -> None:
     before = table.get(key)
     if before is not None and before.shape != stays.shape:
         raise GroupError(f"two groups disagree about the length of {key}: {before.size} and {stays.size}")
@@ -173,7 +177,7 @@ def _cut_group(group: Group, kept: Bool[np.ndarray, " units"], cut: Cut) -> Grou
     )
 
 
-def take(tensor: Shaped[Tensor, " *shape"], dims: Mapping[int, Int[np.ndarray, " kept"]]) -> Shaped[Tensor, " *small"]:
+def take(tensor: Shaped[Tensor, " *shape"], dims: Mapping[int, Int[np.ndarray, " _kept"]]) -> Shaped[Tensor, " *small"]:
     """A copy of `tensor` with only the given entries of the given dims, in the same memory format.
 
     The copy owns its memory: a view would keep the old storage alive. The order of dims in memory
@@ -183,14 +187,25 @@ def take(tensor: Shaped[Tensor, " *shape"], dims: Mapping[int, Int[np.ndarray, "
     [[0, 2], [3, 5]]
     """
     source = tensor.detach()
-    strides = source.stride()
-    order = sorted(range(source.dim()), key=lambda dim: -strides[dim])
+    order = _order(source)
     result = source.permute(order)
     for dim, kept in dims.items():
         result = result.index_select(order.index(dim), torch.from_numpy(kept).to(source.device))
     result = result if dims else result.clone()
-    back = [order.index(dim) for dim in range(source.dim())]
-    return _restride(result.contiguous().permute(back), source)
+    return in_format(result.permute([order.index(dim) for dim in range(source.dim())]), source)
+
+
+def in_format(tensor: Shaped[Tensor, " *small"], like: Shaped[Tensor, " *shape"]) -> Shaped[Tensor, " *small"]:
+    """`tensor` laid out in memory as `like` is (channels_last, say); itself if it already is."""
+    order = _order(like)
+    dense = tensor.permute(order).contiguous()
+    return _restride(dense.permute([order.index(dim) for dim in range(like.dim())]), like)
+
+
+def _order(tensor: Tensor) -> list[int]:
+    """Dims as they lie in memory, outermost first."""
+    strides = tensor.stride()
+    return sorted(range(tensor.dim()), key=lambda dim: -strides[dim])
 
 
 def _restride(result: Tensor, like: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ def mask(model: nn.Module, optimizer: Optimizers, groups: tuple[Group, ...], kee
 def _zeroers(cut: Cut) -> dict[str, Callable[[Tensor], None]]:
     """By tensor name, what zeroes the dropped entries of a tensor of that shape."""
     found: dict[str, Callable[[Tensor], None]] = {}
-    by_name: dict[str, dict[int, Bool[np.ndarray, " entries"]]] = {}
+    by_name: dict[str, dict[int, Bool[np.ndarray, " _entries"]]] = {}
     for (name, dim), kept in cut.entries.items():
         if not kept.all():
             by_name.setdefault(name, {})[dim] = kept
@@ -57,7 +57,7 @@ def _zeroers(cut: Cut) -> dict[str, Callable[[Tensor], None]]:
 
 
 def _zeroer(
-    dims: dict[int, Bool[np.ndarray, " entries"]], elements: Bool[np.ndarray, " elements"] | None
+    dims: dict[int, Bool[np.ndarray, " _entries"]], elements: Bool[np.ndarray, " elements"] | None
 ) -> Callable[[Tensor], None]:
     def zero(tensor: Tensor) -> None:
         for dim, kept in dims.items():

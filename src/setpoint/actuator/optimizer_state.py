@@ -28,7 +28,7 @@ def as_sequence(optimizers: Optimizers) -> tuple[Optimizer, ...]:
 
 
 def cut_state(
-    optimizer: Optimizer, parameter: nn.Parameter, dims: Mapping[int, Int[np.ndarray, " kept"]], name: str
+    optimizer: Optimizer, parameter: nn.Parameter, dims: Mapping[int, Int[np.ndarray, " _kept"]], name: str
 ) -> dict[str, Any]:
     """The state of one parameter, cut along the same dims; new tensors, nothing is changed in place.
 
@@ -174,7 +174,7 @@ def _try_out(kind: type[Optimizer], settings: Mapping[str, Any], device: torch.d
         return
 
 
-def _dims(tensor: Tensor) -> dict[int, Int[np.ndarray, " kept"]]:
+def _dims(tensor: Tensor) -> dict[int, Int[np.ndarray, " _kept"]]:
     return {dim: _DIMS[dim] for dim in range(tensor.dim())}
 
 

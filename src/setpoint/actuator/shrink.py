@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from setpoint.actuator.cut import Cut, Keep, SizePlace, cut_groups, plan_cut, take
 from setpoint.actuator.optimizer_state import Optimizers, as_sequence, cut_state
-from setpoint.actuator.sizes import apply_sizes, check_sizes, is_call, read_size
+from setpoint.actuator.sizes import apply_sizes, check_sizes, is_call, read_size, record_buffers
 from setpoint.actuator.swap import swap
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group
@@ -23,9 +23,19 @@ from setpoint.groups.group import Group
 class _Change:
     """One tensor, its contents after the cut, and its state in each optimizer that holds it."""
 
+    name: str
     tensor: Tensor
     new: Tensor
     states: tuple[tuple[Optimizer, dict[str, Any]], ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """Everything that is to change in one module."""
+
+    module: nn.Module
+    changes: tuple[_Change, ...]
+    sizes: Mapping[SizePlace, int]
 
 
 def shrink(
@@ -74,12 +84,12 @@ def shrink(
     cut = plan_cut(groups, keep)
     remaining = cut_groups(groups, keep)
     prefixes = _prefixes(cut, model, copies)
-    changes = list(_prepare(model, "", cut, as_sequence(optimizer)))
-    sizes = [(model, _new_sizes(model, "", cut))]
-    for copy, prefix in prefixes:
-        changes += _prepare(copy, prefix, cut, ())
-        sizes.append((copy, _new_sizes(copy, prefix, cut)))
-    _commit(changes, sizes)
+    jobs = [_job(model, "", cut, as_sequence(optimizer)), *(_job(each, prefix, cut, ()) for each, prefix in prefixes)]
+    with ExitStack() as undo:
+        for job in jobs:
+            _commit(job, undo)
+        torch.clear_autocast_cache()
+        undo.pop_all()  # nothing failed: forget the way back
     return remaining
 
 
@@ -116,7 +126,7 @@ def _prepare(model: nn.Module, prefix: str, cut: Cut, optimizers: Sequence[Optim
         tensor = changing[name]
         held = [each for each in optimizers if isinstance(tensor, nn.Parameter) and tensor in each.state]
         states = tuple((each, cut_state(each, tensor, dims, repr(name))) for each in held)  # type: ignore[arg-type]
-        yield _Change(tensor, take(tensor, dims), states)
+        yield _Change(prefix + name, tensor, take(tensor, dims), states)
 
 
 def check_lengths(cut: Cut, tensors: Mapping[str, Tensor], what: str) -> None:
@@ -199,14 +209,22 @@ def _module(prefix: str, name: str) -> str:
     return (prefix + name).rstrip(".")
 
 
-def _commit(changes: Sequence[_Change], sizes: Sequence[tuple[nn.Module, Mapping[SizePlace, int]]]) -> None:
-    with ExitStack() as undo:
-        for change in changes:
-            for optimizer, state in change.states:
-                undo.callback(optimizer.state.__setitem__, change.tensor, optimizer.state[change.tensor])
-                optimizer.state[change.tensor] = state
-            swap(change.tensor, change.new, undo)
-        for module, new in sizes:
-            apply_sizes(module, new, undo)
-        torch.clear_autocast_cache()
-        undo.pop_all()  # nothing failed: forget the way back
+def _job(module: nn.Module, prefix: str, cut: Cut, optimizers: Sequence[Optimizer]) -> _Job:
+    return _Job(module, tuple(_prepare(module, prefix, cut, optimizers)), _new_sizes(module, prefix, cut))
+
+
+def _commit(job: _Job, undo: ExitStack) -> None:
+    for change in job.changes:
+        for optimizer, state in change.states:
+            undo.callback(optimizer.state.__setitem__, change.tensor, optimizer.state[change.tensor])
+            optimizer.state[change.tensor] = state
+        swap(change.tensor, change.new, undo)
+    apply_sizes(job.module, job.sizes, undo)
+    buffers = [change.name for change in job.changes if not isinstance(change.tensor, nn.Parameter)]
+    record_buffers(job.module, [name for name in buffers if not is_persistent(job.module, name)], undo)
+
+
+def is_persistent(model: nn.Module, buffer: str) -> bool:
+    """Whether a buffer is part of the state dict."""
+    owner, _, name = buffer.rpartition(".")
+    return name not in model.get_submodule(owner)._non_persistent_buffers_set

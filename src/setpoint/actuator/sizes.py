@@ -15,6 +15,7 @@ from setpoint.errors import GroupError
 from setpoint.groups.shim import get_call_sizes, set_call_sizes
 
 _RECORD = "_setpoint_sizes"
+_BUFFERS = "_setpoint_buffers"
 _STEP = re.compile(r"\.?([^.\[\]]+)|\[(\d+)\]")
 
 
@@ -101,7 +102,7 @@ def apply_sizes(model: nn.Module, sizes: Mapping[SizePlace, int], undo: ExitStac
     if not sizes:
         return
     before = model.__dict__.get(_RECORD)
-    undo.callback(partial(_set_record, model, before))
+    undo.callback(partial(_set_record, model, _RECORD, before))
     record = {name: dict(places) for name, places in (before or {}).items()}
     calls: dict[str, dict[str, int]] = {}
     for (name, place), size in sizes.items():
@@ -117,14 +118,14 @@ def apply_sizes(model: nn.Module, sizes: Mapping[SizePlace, int], undo: ExitStac
         old = dict(get_call_sizes(module))
         undo.callback(partial(set_call_sizes, module, old))
         set_call_sizes(module, {**old, **places})
-    _set_record(model, record)
+    _set_record(model, _RECORD, record)
 
 
-def _set_record(model: nn.Module, record: dict[str, dict[str, int]] | None) -> None:
+def _set_record(model: nn.Module, key: str, record: object) -> None:
     if record is None:
-        model.__dict__.pop(_RECORD, None)
+        model.__dict__.pop(key, None)
     else:
-        model.__dict__[_RECORD] = record
+        model.__dict__[key] = record
 
 
 def recorded_sizes(model: nn.Module) -> dict[SizePlace, int]:
@@ -140,3 +141,21 @@ def recorded_sizes(model: nn.Module) -> dict[SizePlace, int]:
             for place in places:
                 sizes[full, place] = get_call_sizes(module)[place] if is_call(place) else read_size(module, place)
     return sizes
+
+
+def record_buffers(model: nn.Module, names: Iterable[str], undo: ExitStack) -> None:
+    """Note which non-persistent buffers were cut: no state dict holds them, yet they are needed to load the model."""
+    before: tuple[str, ...] = model.__dict__.get(_BUFFERS, ())
+    after = tuple(dict.fromkeys((*before, *names)))
+    if after != before:
+        undo.callback(partial(_set_record, model, _BUFFERS, before or None))
+        _set_record(model, _BUFFERS, after)
+
+
+def recorded_buffers(model: nn.Module) -> tuple[str, ...]:
+    """Names of the non-persistent buffers that cuts have changed, in `model` or in a submodule cut by itself."""
+    return tuple(
+        ".".join(part for part in (prefix, name) if part)
+        for prefix, root in model.named_modules()
+        for name in root.__dict__.get(_BUFFERS, ())
+    )

@@ -5,11 +5,10 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 import torch
-from jaxtyping import Shaped
 from torch import Tensor
 
 
-def swap(tensor: Shaped[Tensor, " *shape"], new: Shaped[Tensor, " *small"], undo: ExitStack) -> None:
+def swap(tensor: Tensor, new: Tensor, undo: ExitStack) -> None:
     """Let `tensor` hold the memory, shape and strides of `new`; its gradient becomes None.
 
     The object stays the same, so optimizers, schedulers, clip lists and hooks that hold it go on

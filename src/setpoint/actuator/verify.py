@@ -217,7 +217,7 @@ def _differ(want: Tensor, got: Tensor, tolerance: float) -> str | None:
     return None if error <= tolerance * max(scale, 1e-3) else f"differs by {error:.2g} where values reach {scale:.2g}"
 
 
-def random_keep(groups: tuple[Group, ...]) -> dict[str, Bool[np.ndarray, " units"]]:
+def random_keep(groups: tuple[Group, ...]) -> dict[str, Bool[np.ndarray, " _units"]]:
     """A random subset of every group's units, of unequal widths where possible, the same at every call.
 
     Equal widths would hide a size that follows the wrong group, and a width of 1 passes by broadcasting.

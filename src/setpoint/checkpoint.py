@@ -1,0 +1,293 @@
+"""A checkpoint: a shrunk model in one file, its sizes beside its tensors, never a pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from setpoint.actuator.cut import SizePlace, in_format
+from setpoint.actuator.shrink import is_persistent, named_tensors
+from setpoint.actuator.sizes import (
+    apply_sizes,
+    check_sizes,
+    is_call,
+    read_size,
+    record_buffers,
+    recorded_buffers,
+    recorded_sizes,
+)
+from setpoint.actuator.swap import swap
+from setpoint.errors import CheckpointError, GroupError
+
+FORMAT = 1
+"""Version of the file format, described in docs/checkpoint-format.md."""
+
+_KEY = "setpoint"
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What a file says beside its tensors.
+
+    Args:
+        sizes: by module name and place, what the place must hold.
+        aliases: further names of tied tensors, and the name each is stored under.
+        complex: names of complex tensors, stored as pairs of reals along a last dim of length 2.
+        transient: names of non-persistent buffers that a cut has changed.
+    """
+
+    sizes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    complex: tuple[str, ...] = ()
+    transient: tuple[str, ...] = ()
+
+    def places(self) -> dict[SizePlace, int]:
+        return {(module, place): size for module, sizes in self.sizes.items() for place, size in sizes.items()}
+
+
+def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write a model, shrunk or not, to one safetensors file: tensors, sizes and a digest.
+
+    Stored are all parameters and persistent buffers, tied ones once, and the sizes that cuts have set
+    in the model's code. The write is atomic: under `path` there is either the old file or the whole
+    new one. Save the plain model, not its DistributedDataParallel or compiled wrapper.
+
+    Args:
+        model: the model.
+        path: where to; the folder must exist.
+
+    Raises:
+        CheckpointError: when a tensor cannot be stored (sharded, quantized, without data), a module
+            keeps extra state that is not a tensor, or the file cannot be written.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(nn.Linear(2, 3), f"{folder}/small.safetensors")
+    ...     load(f"{folder}/small.safetensors", into=nn.Linear(2, 3))
+    Linear(in_features=2, out_features=3, bias=True)
+    """
+    _refuse_extra_state(model)
+    transient = recorded_buffers(model)
+    own, aliases = _stored(model, transient)
+    for name, tensor in own.items():
+        _check_plain(name, tensor)
+    sizes: dict[str, dict[str, int]] = {}
+    for (module, place), size in recorded_sizes(model).items():
+        sizes.setdefault(module, {})[place] = size
+    pairs = tuple(name for name, tensor in own.items() if tensor.is_complex())
+    header = _Header(sizes, aliases, pairs, transient)
+    tensors = {name: _to_host(tensor) for name, tensor in own.items()}
+    text = json.dumps({"format": FORMAT, **asdict(header), "sha256": _digest(tensors, header)})
+    try:
+        _write(Path(path), tensors, text)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot write {os.fspath(path)!r}: {error}") from error
+
+
+def load(path: str | os.PathLike[str], into: nn.Module) -> nn.Module:
+    """Read a file that `save` wrote into a model of the same code, and return that model.
+
+    `into` is the dense model as its code builds it; it becomes the saved one: its parameters and buffers
+    keep their identity, device, memory format and `requires_grad`, and take shape, values and dtype
+    from the file. Everything is checked before anything is changed.
+
+    Args:
+        path: the file.
+        into: a freshly built dense model, on the device where it is wanted.
+
+    Raises:
+        CheckpointError: when there is no such file, it is damaged, not a Setpoint file, of a newer
+            format, or made for another model; `into` is then as it was.
+    """
+    header, tensors = _read(Path(path))
+    own, aliases = _stored(into, header.transient)
+    _check_same_names(own, aliases, tensors, header)
+    for name, tensor in own.items():
+        _check_plain(name, tensor)
+        _check_shape(name, tensors[name], tensor)
+    _check_places(into, header.places())
+    fresh = {name: in_format(tensors[name].to(own[name].device, copy=True), own[name]) for name in own}
+    with ExitStack() as undo:
+        for name, tensor in own.items():
+            swap(tensor, fresh[name], undo)
+        apply_sizes(into, header.places(), undo)
+        record_buffers(into, header.transient, undo)
+        undo.pop_all()
+    return into
+
+
+def _stored(model: nn.Module, transient: Iterable[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors that belong in a file by their first name, and that name by every further one."""
+    first: dict[int, str] = {}
+    own: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    wanted = set(transient)
+    for name, tensor in named_tensors(model).items():
+        if not isinstance(tensor, nn.Parameter) and name not in wanted and not is_persistent(model, name):
+            continue
+        if id(tensor) in first:
+            aliases[name] = first[id(tensor)]
+        else:
+            first[id(tensor)] = name
+            own[name] = tensor
+    return own, aliases
+
+
+def _refuse_extra_state(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            raise CheckpointError(
+                f"module {name!r} ({type(module).__name__}) keeps extra state, and a checkpoint holds tensors only: "
+                "turn that state into buffers, or save it beside the file"
+            )
+
+
+def _check_plain(name: str, tensor: Tensor) -> None:
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_quantized or tensor.layout != torch.strided:
+        raise CheckpointError(
+            f"{name!r} is a {type(tensor).__name__} of layout {tensor.layout}; a checkpoint takes plain dense tensors: "
+            "gather sharded and dequantize quantized ones first"
+        )
+    if tensor.is_meta:
+        raise CheckpointError(f"{name!r} is on the meta device and has no data: build the model on a real device")
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    whole = tensor.detach().resolve_conj().resolve_neg()
+    plain = torch.view_as_real(whole) if whole.is_complex() else whole
+    return plain.to("cpu", copy=True).contiguous()
+
+
+def _digest(tensors: Mapping[str, Tensor], header: _Header) -> str:
+    """SHA-256 over the header, then name, dtype, shape and bytes of every tensor in order of names."""
+    digest = hashlib.sha256(json.dumps(asdict(header), sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        what = [name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
+        digest.update(json.dumps(what).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _write(path: Path, tensors: dict[str, Tensor], text: str) -> None:
+    """Write to a neighbour and rename it, so that no one ever sees half a file."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        save_file(tensors, partial, metadata={_KEY: text})
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        with suppress(FileNotFoundError):
+            partial.unlink()
+
+
+def _read(path: Path) -> tuple[_Header, dict[str, Tensor]]:
+    try:
+        with open(path, "rb") as file:
+            start = file.read(4)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {str(path)!r}: {error.strerror}") from error
+    if start[:1] == b"\x80" or start == b"PK\x03\x04":
+        raise CheckpointError(
+            f"{str(path)!r} is a pickle, as torch.save writes it, and is not opened, since a pickle can run any "
+            "code: load it with torch.load(..., weights_only=True) and write it again with setpoint.save"
+        )
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{str(path)!r} is damaged or not a safetensors file: {error}") from error
+    header = _parse(path, metadata, tensors)
+    return header, {
+        name: torch.view_as_complex(tensor) if name in header.complex else tensor for name, tensor in tensors.items()
+    }
+
+
+def _parse(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> _Header:
+    if _KEY not in metadata:
+        raise CheckpointError(
+            f"{str(path)!r} is a safetensors file, but setpoint.save did not write it: "
+            "load it with safetensors.torch.load_file and model.load_state_dict"
+        )
+    damaged = f"{str(path)!r} is damaged: its digest does not match its contents; get it again"
+    try:
+        text: dict[str, Any] = json.loads(metadata[_KEY])
+        version = int(text["format"])
+        if version > FORMAT:
+            raise CheckpointError(
+                f"{str(path)!r} has format {version}, this Setpoint reads up to {FORMAT}: upgrade Setpoint"
+            )
+        header = _Header(text["sizes"], text["aliases"], tuple(text["complex"]), tuple(text["transient"]))
+        expected = text["sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(damaged) from error
+    if _digest(tensors, header) != expected:
+        raise CheckpointError(damaged)
+    return header
+
+
+def _check_same_names(
+    own: Mapping[str, Tensor], aliases: Mapping[str, str], tensors: Mapping[str, Tensor], header: _Header
+) -> None:
+    theirs, ours = set(tensors) | set(header.aliases), set(own) | set(aliases)
+    if theirs != ours:
+        raise CheckpointError(
+            f"the file was made for another model: only the file has {_some(theirs - ours)}; "
+            f"only the model has {_some(ours - theirs)}; build `into` with the code of the saved model"
+        )
+    if dict(header.aliases) != dict(aliases):
+        differing = {name for name in ours if header.aliases.get(name) != aliases.get(name)}
+        raise CheckpointError(
+            f"the file and the model tie different tensors: {_some(differing)}; "
+            "build `into` with the same weight tying as the saved model"
+        )
+
+
+def _some(names: Iterable[str]) -> str:
+    ordered = sorted(names)
+    return ", ".join(map(repr, ordered[:3])) + (f" and {len(ordered) - 3} more" if len(ordered) > 3 else "") or "none"
+
+
+def _check_shape(name: str, saved: Tensor, dense: Tensor) -> None:
+    fits = saved.dim() == dense.dim() and all(a <= b for a, b in zip(saved.shape, dense.shape, strict=True))
+    if not fits:
+        raise CheckpointError(
+            f"the file was made for another model: {name!r} has shape {tuple(saved.shape)} in the file and "
+            f"{tuple(dense.shape)} in the model; `into` must be the dense model that was shrunk"
+        )
+    if _sort_of(saved) != _sort_of(dense):
+        raise CheckpointError(
+            f"the file was made for another model: {name!r} is {saved.dtype} in the file and {dense.dtype} in the model"
+        )
+
+
+def _sort_of(tensor: Tensor) -> str:
+    return "complex" if tensor.is_complex() else "real" if tensor.is_floating_point() else str(tensor.dtype)
+
+
+def _check_places(model: nn.Module, places: Mapping[SizePlace, int]) -> None:
+    try:
+        check_sizes(model, places)
+    except GroupError as error:
+        raise CheckpointError(f"the file was made for another model: {error}") from error
+    for (module, place), size in places.items():
+        if not is_call(place) and not 0 <= size <= read_size(model.get_submodule(module), place):
+            raise CheckpointError(
+                f"the file was made for another model: it sets {module}.{place} to {size}, more than the model has; "
+                "`into` must be the dense model that was shrunk"
+            )

@@ -1,0 +1,229 @@
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from actuator.hand_made import kept_only, masked_step, mlp, mlp_model, residual, some_keep, train_step
+from setpoint.actuator.optimizer_state import check_optimizer, check_trains
+from setpoint.actuator.shrink import named_tensors, shrink
+from setpoint.errors import OptimizerError
+
+SETTINGS: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
+    "sgd": (torch.optim.SGD, {"lr": 0.1}),
+    "sgd-momentum": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.1}),
+    "sgd-nesterov": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}),
+    "adam": (torch.optim.Adam, {"lr": 0.01, "weight_decay": 0.1}),
+    "adam-amsgrad": (torch.optim.Adam, {"lr": 0.01, "amsgrad": True}),
+    "adamw": (torch.optim.AdamW, {"lr": 0.01, "weight_decay": 0.1}),
+    "adamw-amsgrad": (torch.optim.AdamW, {"lr": 0.01, "amsgrad": True, "maximize": True}),
+    "rmsprop": (torch.optim.RMSprop, {"lr": 0.01}),
+    "rmsprop-full": (torch.optim.RMSprop, {"lr": 0.01, "centered": True, "momentum": 0.9, "weight_decay": 0.1}),
+    "adagrad": (torch.optim.Adagrad, {"lr": 0.01, "lr_decay": 0.1, "initial_accumulator_value": 0.1}),
+    "nadam": (torch.optim.NAdam, {"lr": 0.01, "weight_decay": 0.1, "decoupled_weight_decay": True}),
+    "radam": (torch.optim.RAdam, {"lr": 0.01}),
+    "adamax": (torch.optim.Adamax, {"lr": 0.01}),
+    "adadelta": (torch.optim.Adadelta, {"lr": 1.0}),
+    "rprop": (torch.optim.Rprop, {"lr": 0.01}),
+    "asgd": (torch.optim.ASGD, {"lr": 0.01, "t0": 2, "weight_decay": 0.1}),
+}
+FUSED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad)
+
+ROWS = [
+    pytest.param(kind, {**settings, **form}, id="-".join([name, *form]))
+    for name, (kind, settings) in SETTINGS.items()
+    for form in ({}, {"foreach": True}, {"fused": True})
+    if "fused" not in form or kind in FUSED
+]
+
+
+@pytest.mark.parametrize(("kind", "settings"), ROWS)
+def test_after_a_cut_the_optimizer_goes_on_as_on_the_masked_twin(
+    kind: type[Optimizer], settings: dict[str, Any]
+) -> None:
+    """Claim: weights, statistics and state equal the masked twin's after 5 further steps, in fp64 to 1e-10."""
+    model, inputs, groups = residual()
+    model, inputs = model.double(), (inputs[0].double(),)
+    optimizer = kind(model.parameters(), **settings)
+    for _ in range(2):
+        train_step(model, optimizer, inputs)
+    twin = copy.deepcopy(model)
+    twin_optimizer = kind(twin.parameters(), **settings)
+    twin_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    keep = some_keep(groups)
+    shrink(model, optimizer, groups, keep)
+    for _ in range(5):
+        train_step(model, optimizer, inputs)
+        masked_step(twin, twin_optimizer, inputs, groups, keep)
+    whole = named_tensors(twin)
+    for name, tensor in named_tensors(model).items():
+        torch.testing.assert_close(tensor, kept_only(whole[name], name, groups, keep), rtol=0, atol=1e-10)
+    for (name, one), other in zip(model.named_parameters(), twin.parameters(), strict=True):
+        for key, value in optimizer.state[one].items():
+            if isinstance(value, torch.Tensor) and value.dim():
+                want = kept_only(twin_optimizer.state[other][key], name, groups, keep)
+                torch.testing.assert_close(value, want, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(("kind", "settings"), ROWS)
+def test_after_a_cut_the_optimizer_goes_on_as_on_a_fresh_small_model(
+    kind: type[Optimizer], settings: dict[str, Any]
+) -> None:
+    """Claim: in fp32, 5 further steps are bit-equal to a fresh small model loaded with the sliced state."""
+    model, inputs, groups = mlp()
+    optimizer = kind(model.parameters(), **settings)
+    for _ in range(2):
+        train_step(model, optimizer, inputs)
+    keep = some_keep(groups)
+    fresh = mlp_model(*(int(keep[each.name].sum()) for each in groups))
+    fresh.load_state_dict({key: kept_only(value, key, groups, keep) for key, value in model.state_dict().items()})
+    fresh_optimizer = kind(fresh.parameters(), **settings)
+    state = copy.deepcopy(optimizer.state_dict())
+    for number, (name, _) in enumerate(model.named_parameters()):
+        for key, value in state["state"].get(number, {}).items():
+            if isinstance(value, torch.Tensor) and value.dim():
+                state["state"][number][key] = kept_only(value, name, groups, keep)
+    fresh_optimizer.load_state_dict(state)
+    shrink(model, optimizer, groups, keep)
+    for _ in range(5):
+        assert torch.equal(train_step(model, optimizer, inputs), train_step(fresh, fresh_optimizer, inputs))
+    assert all(torch.equal(one, other) for one, other in zip(model.parameters(), fresh.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("kind", "settings"), ROWS)
+def test_the_battery_passes_the_check_at_attach(kind: type[Optimizer], settings: dict[str, Any]) -> None:
+    """Claim: the check lets every supported optimizer through, draws no random number and leaves no state behind."""
+    optimizer = kind(mlp_model().parameters(), **settings)
+    before = torch.get_rng_state()
+    check_optimizer(optimizer)
+    assert torch.equal(before, torch.get_rng_state())
+    assert not any(optimizer.state.values()) or kind is torch.optim.Adagrad
+
+
+class Scaled(torch.optim.SGD):
+    """SGD whose step grows with the size of the tensor: every state has the right shape, the update has not."""
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        with torch.no_grad():
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter -= group["lr"] * parameter.numel() ** 0.5 * parameter.grad
+
+
+class Noisy(torch.optim.SGD):
+    """SGD with noise from the global generator."""
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        super().step(closure)
+        with torch.no_grad():
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter += torch.randn(parameter.shape)
+
+
+class Factored(torch.optim.SGD):
+    """SGD with a square state that on square parameters has their shape by accident."""
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["left"] = torch.eye(parameter.shape[0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "words"),
+    [
+        (torch.optim.Adafactor, {}, "Adafactor keeps state"),
+        (torch.optim.LBFGS, {}, "LBFGS keeps state"),
+        (torch.optim.Muon, {"lr": 0.01}, "Muon cannot follow a cut: its update depends on the tensor's shape"),
+        (torch.optim.Muon, {"adjust_lr_fn": "match_rms_adamw"}, "Muon cannot follow a cut"),
+        (Scaled, {"lr": 0.0}, "Scaled cannot follow a cut"),
+        (Noisy, {"lr": 0.1}, "Noisy cannot follow a cut"),
+        (Factored, {"lr": 0.1}, "Factored keeps state"),
+    ],
+)
+def test_optimizers_that_cannot_follow_are_refused(kind: type[Optimizer], settings: dict[str, Any], words: str) -> None:
+    """Claim: whoever looks at the shape is refused, with what to use instead; no random number is drawn."""
+    before = torch.get_rng_state()
+    with pytest.raises(OptimizerError, match=words) as caught:
+        check_optimizer(kind([nn.Parameter(torch.ones(3, 3))], **settings))
+    assert "AdamW" in str(caught.value)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_one_bad_group_among_good_ones_is_found() -> None:
+    """Claim: every distinct setting in param_groups is tried, not only the first."""
+
+    class Sometimes(Scaled):
+        def __init__(self, params: Any, lr: float = 0.1, scale: bool = False) -> None:
+            super().__init__(params, lr)
+            for group in self.param_groups:
+                group.setdefault("scale", scale)
+
+        def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+            if self.param_groups[0]["scale"]:
+                super().step(closure)
+
+    first, second = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    check_optimizer(Sometimes([{"params": [first]}, {"params": [second]}]))
+    with pytest.raises(OptimizerError, match="Sometimes cannot follow"):
+        check_optimizer(Sometimes([{"params": [first]}, {"params": [second], "scale": True}]))
+
+
+class Demanding(torch.optim.SGD):
+    """SGD that cannot be built from its param groups alone."""
+
+    def __init__(self, params: Any, model: nn.Module) -> None:
+        super().__init__(params, 0.1)
+
+
+def test_what_cannot_be_tried_is_let_through() -> None:
+    """Claim: SparseAdam (sparse gradients only) and a class with more arguments pass; shapes are checked at the cut."""
+    model = mlp_model()
+    check_optimizer(torch.optim.SparseAdam(list(model.parameters())))
+    check_optimizer(Demanding(model.parameters(), model))
+
+
+def test_sparse_adam_follows_a_cut_of_an_embedding() -> None:
+    """Claim: SparseAdam's moments are cut with a sparse embedding, which then trains like its masked twin."""
+    from setpoint.groups.group import Group, SizeBinding, Slice
+
+    unit = np.arange(4)
+    features = Group(
+        "features",
+        "unit",
+        4,
+        (Slice("0.weight", 1, "produce", unit), Slice("1.weight", 1, "consume", unit)),
+        (SizeBinding("0", "embedding_dim", unit), SizeBinding("1", "in_features", unit)),
+    )
+    model = nn.Sequential(nn.Embedding(5, 4, sparse=True), nn.Linear(4, 2)).double()
+    inputs, keep = (torch.tensor([0, 3, 3]),), {"features": np.array([True, False, True, True])}
+    optimizer = torch.optim.SparseAdam([model[0].weight], lr=0.1)
+    train_step(model, optimizer, inputs)
+    twin = copy.deepcopy(model)
+    twin_optimizer = torch.optim.SparseAdam([twin[0].weight], lr=0.1)
+    twin_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    shrink(model, optimizer, (features,), keep)
+    for each in (twin[0].weight, *twin_optimizer.state[twin[0].weight].values()):
+        if isinstance(each, torch.Tensor) and each.dim():
+            each.data[:, 1] = 0
+    twin[1].weight.data[:, 1] = 0
+    for _ in range(3):
+        train_step(model, optimizer, inputs)
+        train_step(twin, twin_optimizer, inputs)
+    torch.testing.assert_close(model[0].weight, twin[0].weight[:, [0, 2, 3]], rtol=0, atol=1e-10)
+
+
+def test_an_optimizer_of_another_model_is_refused() -> None:
+    """Claim: an optimizer with none of the model's parameters raises OptimizerError; one with some passes."""
+    model = mlp_model()
+    check_trains([torch.optim.SGD(list(model.parameters())[:1], lr=0.1)], model)
+    with pytest.raises(OptimizerError, match="none of this model's parameters"):
+        check_trains([torch.optim.SGD(copy.deepcopy(model).parameters(), lr=0.1)], model)
