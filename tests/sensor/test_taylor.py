@@ -101,7 +101,7 @@ def test_reads_the_gate_gradient_exactly(name: str) -> None:
     gate = torch.ones(case.group.num_units, dtype=torch.float64, requires_grad=True)
     _loss(case.forward(case.x, gate)).backward()
     sensor = TaylorSensor(len(case.x))
-    state = sensor.update(sensor.init((case.group,), case.model), (case.group,), case.model)
+    state = sensor.fold(sensor.update(sensor.init((case.group,), case.model), (case.group,), case.model))
     assert gate.grad is not None
     torch.testing.assert_close(state.mean, gate.grad, rtol=1e-12, atol=1e-13)
 
@@ -137,7 +137,7 @@ def _feed(sensor: TaylorSensor, gradients: list[float]) -> TaylorState:
     for gradient in gradients:
         model.weight.grad = torch.tensor([[gradient]], dtype=torch.float64)
         state = sensor.update(state, groups, model)
-    return state
+    return sensor.fold(state)
 
 
 def test_mean_and_variance_forget_without_bias() -> None:
@@ -230,7 +230,7 @@ def test_one_bad_group_leaves_the_step_out_for_all() -> None:
     groups = tuple(_group(2, Slice(f"{name}.weight", 1, "consume", np.arange(2)), name=name) for name in "ab")
     model["a"].weight.grad, model["b"].weight.grad = torch.ones(2, 2), torch.full((2, 2), torch.nan)
     sensor = TaylorSensor(1)
-    state = sensor.update(sensor.init(groups, model), groups, model)
+    state = sensor.fold(sensor.update(sensor.init(groups, model), groups, model))
     assert state.mean.tolist() == [0.0] * 4
     assert sensor.read(state, groups, 1).skipped_steps == 1
 
@@ -241,7 +241,7 @@ def test_keeps_float32_moments_for_narrow_weights() -> None:
     model.weight.grad = torch.randn(300, 6).bfloat16()
     group = _group(6, Slice("weight", 1, "consume", np.arange(6)))
     sensor = TaylorSensor(1)
-    state = sensor.update(sensor.init((group,), model), (group,), model)
+    state = sensor.fold(sensor.update(sensor.init((group,), model), (group,), model))
     want = (model.weight.detach().double() * model.weight.grad.double()).sum(0)
     assert state.mean.dtype == torch.float32
     torch.testing.assert_close(state.mean.double(), want, rtol=1e-5, atol=1e-5)
@@ -252,9 +252,9 @@ def test_divides_by_the_gradient_scale() -> None:
     model, groups = _one_weight()
     sensor = TaylorSensor(1)
     model.weight.grad = torch.full((1, 1), 3.0, dtype=torch.float64) * 1024
-    state = sensor.update(sensor.init(groups, model), groups, model, torch.tensor(1024.0))
+    state = sensor.fold(sensor.update(sensor.init(groups, model), groups, model, torch.tensor(1024.0)))
     assert state.mean.item() == 3.0
-    state = sensor.update(state, groups, model, torch.tensor(torch.nan))
+    state = sensor.fold(sensor.update(state, groups, model, torch.tensor(torch.nan)))
     assert (state.mean.item(), state.skipped_steps.item()) == (3.0, 1.0)
 
 
@@ -262,7 +262,7 @@ def test_a_weight_that_took_no_part_adds_nothing() -> None:
     """A step in which an outgoing weight has no gradient counts as r = 0 for its units."""
     model, groups = _one_weight()
     sensor = TaylorSensor(1)
-    state = sensor.update(sensor.init(groups, model), groups, model)
+    state = sensor.fold(sensor.update(sensor.init(groups, model), groups, model))
     assert (state.mean.item(), state.num_steps.item()) == (0.0, 1.0)
 
 

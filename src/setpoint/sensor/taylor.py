@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -16,6 +15,12 @@ from setpoint.groups.group import Group, Slice
 from setpoint.sensor.reading import Reading
 from setpoint.sensor.unit_sum import UnitSum
 
+_FOLD_AT = 16
+"""Steps that are folded into the moments at a time."""
+
+_TINY = 1e-30
+"""Keeps a division by a weight of zero, which then counts for nothing, from making NaN."""
+
 
 @dataclass(frozen=True, eq=False)
 class Source:
@@ -27,15 +32,21 @@ class Source:
 
 @dataclass(frozen=True, eq=False)
 class TaylorState:
-    """Running moments of the gate gradients of all units, one group after the other.
+    """Running moments of the gate gradients r of all units, one group after the other.
+
+    Steps are folded into the moments several at a time, since on small models the calls cost more than
+    the arithmetic. A step's weight is `decay^age`, its age counted in later steps that were taken in.
 
     Args:
-        names: group names, in the order in which their units lie in `mean` and `variance`.
+        names: group names, in the order in which their units lie.
         num_units: units of each group.
-        mean: exponentially weighted mean of r over steps, bias-corrected.
-        variance: exponentially weighted variance of r over steps, around that mean.
-        num_steps: steps taken in (a 0-dim tensor, so that counting needs no host sync).
+        mean: weighted mean of r over the folded steps.
+        variance: weighted mean of (r - mean)^2 over them.
+        weight: sum of their weights.
+        squares: sum of their squared weights.
+        num_steps: how many there are (0-dim tensors, so that counting needs no host sync).
         skipped_steps: steps left out because a gate gradient was NaN or infinite.
+        recent: r of the steps that are not folded yet, the latest last.
         sources: outgoing weights by group, found at the first update after `init` or `cut`.
     """
 
@@ -43,8 +54,11 @@ class TaylorState:
     num_units: tuple[int, ...]
     mean: Float[Tensor, " all_units"]
     variance: Float[Tensor, " all_units"]
+    weight: Float[Tensor, ""]
+    squares: Float[Tensor, ""]
     num_steps: Float[Tensor, ""]
     skipped_steps: Float[Tensor, ""]
+    recent: tuple[Float[Tensor, " all_units"], ...] = ()
     sources: tuple[tuple[Source, ...], ...] | None = None
 
 
@@ -130,7 +144,7 @@ class TaylorSensor:
         zeros = torch.zeros(sum(group.num_units for group in groups), dtype=dtype, device=first.device)
         none = torch.zeros((), dtype=dtype, device=first.device)
         names, num_units = tuple(g.name for g in groups), tuple(g.num_units for g in groups)
-        return TaylorState(names, num_units, zeros, zeros.clone(), none, none.clone(), sources)
+        return TaylorState(names, num_units, zeros, zeros, none, none, none, none, (), sources)
 
     @torch.no_grad()
     def update(
@@ -149,26 +163,49 @@ class TaylorSensor:
         gate_gradient = _gate_gradients(state, sources)
         if grad_scale is not None:
             gate_gradient = gate_gradient / grad_scale
-        finite = torch.isfinite(gate_gradient.sum())
-        num_steps = state.num_steps + finite
-        # (1 - decay) / (1 - decay^n), written so that float32 does not round it for long windows.
-        rate = math.log1p(-1.0 / self.window) if self.window > 1 else -math.inf
-        weight = torch.where(finite, (-1.0 / self.window) / torch.expm1(num_steps * rate), 0.0)
-        deviation = torch.where(finite, gate_gradient - state.mean, 0.0)
-        step = weight * deviation
+        state = replace(state, recent=(*state.recent, gate_gradient), sources=sources)
+        return state if len(state.recent) < _FOLD_AT else self.fold(state)
+
+    @torch.no_grad()
+    def fold(self, state: TaylorState) -> TaylorState:
+        """Take the recent steps into the moments; no host sync.
+
+        Two weighted sets of steps with weights Z, means m and variances v merge exactly: with `s` the
+        newer set's share of the weight, `m = m1 + s (m2 - m1)` and
+        `v = (1 - s) v1 + s v2 + s (1 - s) (m2 - m1)^2`.
+        """
+        if not state.recent:
+            return state
+        steps, decay = torch.stack(state.recent), 1.0 - 1.0 / self.window
+        finite = torch.isfinite(steps.sum(1))
+        steps = torch.where(finite[:, None], steps, 0.0)
+        taken = finite.to(steps.dtype)
+        count = taken.sum()
+        weights = (taken * torch.pow(decay, count - taken.cumsum(0)))[:, None]
+        new_weight, ageing = weights.sum(), torch.pow(decay, count)
+        weight = state.weight * ageing + new_weight
+        share = new_weight / weight.clamp_min(_TINY)
+        per_step = weights / new_weight.clamp_min(_TINY)
+        new_mean = (per_step * steps).sum(0)
+        new_variance = (per_step * (steps - new_mean).square()).sum(0)
+        apart = new_mean - state.mean
         return replace(
             state,
-            mean=state.mean + step,
-            variance=(1.0 - weight) * (state.variance + step * deviation),
-            num_steps=num_steps,
-            skipped_steps=state.skipped_steps + ~finite,
-            sources=sources,
+            mean=state.mean + share * apart,
+            variance=(1.0 - share) * (state.variance + share * apart.square()) + share * new_variance,
+            weight=weight,
+            squares=state.squares * ageing.square() + weights.square().sum(),
+            num_steps=state.num_steps + count,
+            skipped_steps=state.skipped_steps + (len(state.recent) - count),
+            recent=(),
         )
 
     def flops(self, groups: tuple[Group, ...], model: nn.Module) -> float:
         """FLOPs of one update: a multiplication and an addition per outgoing weight, and one more for the moments."""
         return 3.0 * sum(
-            source.sums.select(source.weight).numel() for of_group in _find_sources(groups, model) for source in of_group
+            source.sums.select(source.weight).numel()
+            for of_group in _find_sources(groups, model)
+            for source in of_group
         )
 
     def read(self, state: TaylorState, groups: tuple[Group, ...], step: int) -> Reading:
@@ -179,11 +216,14 @@ class TaylorSensor:
             groups: the active groups, as in `init`.
             step: optimizer steps done, for the record.
         """
-        counts = torch.stack([state.num_steps, state.skipped_steps])
-        values = torch.cat([counts, state.mean, state.variance]).double().cpu().numpy()
-        num_steps, skipped = round(float(values[0])), round(float(values[1]))
-        mean, variance = np.split(values[2:], 2)
-        curvature = self.num_samples * variance * _unbiasing(self.window, num_steps) + mean**2
+        state = self.fold(state)
+        facts = torch.stack([state.num_steps, state.skipped_steps, state.weight, state.squares])
+        values = torch.cat([facts, state.mean, state.variance]).double().cpu().numpy()
+        num_steps, skipped, weight, squares = (float(value) for value in values[:4])
+        mean, variance = np.split(values[4:], 2)
+        # The weighted variance of n steps is too small by 1 - (sum of squares of their shares); 1 - 1/n if equal.
+        unbiased = variance / (1.0 - squares / weight**2) if num_steps > 1 and squares < weight**2 else 0.0 * variance
+        curvature = self.num_samples * unbiased + mean**2
         saliency = np.maximum(0.0, -mean + 0.5 * curvature)
         by_group = np.split(saliency, np.cumsum(state.num_units))[:-1]
         return Reading(
@@ -191,12 +231,13 @@ class TaylorSensor:
             saliency=dict(zip(state.names, by_group, strict=True)),
             num_samples=self.num_samples,
             calibrated=True,
-            num_steps=num_steps,
-            skipped_steps=skipped,
+            num_steps=round(num_steps),
+            skipped_steps=round(skipped),
         )
 
     def cut(self, state: TaylorState, keep: Mapping[str, Bool[np.ndarray, " units"]]) -> TaylorState:
         """Moments of the kept units."""
+        state = self.fold(state)
         masks = [
             np.asarray(keep.get(name, np.ones(n, bool)), dtype=bool)
             for name, n in zip(state.names, state.num_units, strict=True)
@@ -233,22 +274,8 @@ def _gate_gradients(state: TaylorState, sources: tuple[tuple[Source, ...], ...])
             gradient = source.weight.grad
             if gradient is None:
                 continue
-            weight, gradient = source.sums.select(source.weight.detach()), source.sums.select(gradient)
+            weight, gradient = source.sums.select(source.weight), source.sums.select(gradient)
             added = source.sums.add_up(weight * gradient.to(state.mean.dtype)).to(state.mean)
             total = added if total is None else total + added
         parts.append(state.mean.new_zeros(num_units) if total is None else total)
     return torch.cat(parts) if parts else state.mean
-
-
-def _unbiasing(window: int, num_steps: int) -> float:
-    """1 / (1 - sum of squared weights): what turns the weighted variance into an unbiased one.
-
-    With weights proportional to decay^age, the sum of squares is
-    `(1 - decay) (1 + decay^n) / ((1 + decay) (1 - decay^n))`.
-    """
-    if num_steps < 2:
-        return 0.0
-    decay = 1.0 - 1.0 / window
-    power = math.pow(decay, num_steps)
-    squares = (1.0 - decay) * (1.0 + power) / ((1.0 + decay) * (1.0 - power))
-    return 1.0 / (1.0 - squares) if squares < 1.0 else 0.0

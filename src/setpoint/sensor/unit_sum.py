@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -83,6 +84,6 @@ def _entry_sums(values: Tensor, dim: int) -> Tensor:
     if values.dim() == 1:
         return values
     if 0 < dim < values.dim() - 1 and values.is_contiguous():
-        columns = values.view(int(np.prod(values.shape[:dim])), -1).sum(0)
+        columns = values.view(math.prod(values.shape[:dim]), -1).sum(0)
         return columns.view(values.shape[dim], -1).sum(1)
     return values.sum([other for other in range(values.dim()) if other != dim])
