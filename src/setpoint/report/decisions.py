@@ -10,6 +10,7 @@ from setpoint.report.figures import AXES, BLUE, FAINT, GREY, INK, ORANGE, Figure
 from setpoint.report.numbers import digits, human, percent, scale
 from setpoint.report.results import Record
 
+NAMES = {"flops": "FLOPs", "params": "parameters"}
 UNITS = {"flops": "FLOP", "params": "parameters", "memory": "B", "latency": "s", "energy": "J"}
 BAND = 0.84
 """Share of a group's band that its units fill; the rest is the gap to the next."""
@@ -221,11 +222,11 @@ def lives(record: Record, dense: Mapping[str, int]) -> list[Trace]:
         since |= {(name, u): entry.step for name, origins in entry.grown.items() if name in dense for u in origins}
     kept = [(unit, start, end) for unit, start in since.items()]
     found = []
-    for label, color, spans in (("kept", BLUE, kept), ("dropped later", FAINT, ended)):
+    for label, color, opacity, spans in (("kept", BLUE, 0.55, kept), ("dropped later", GREY, 0.3, ended)):
         xs = [x for _, start, stop in spans for x in (start, stop, None)]
         ys = [y for unit, _, _ in spans for y in (unit, unit, None)]
         trace: Trace = {"type": "scatter", "mode": "lines", "name": label, "x": xs, "y": ys}
-        found.append(trace | {"hoverinfo": "skip", "opacity": 0.55, "line": {"color": color, "width": 1.5}})
+        found.append(trace | {"hoverinfo": "skip", "opacity": opacity, "line": {"color": color, "width": 1.5}})
     return found
 
 
@@ -254,7 +255,6 @@ def drops(entry: Entry, record: Record, resource: str | None) -> list[Trace]:
                 "type": "scatter",
                 "mode": "markers",
                 "name": verb,
-                "legendgroup": verb,
                 "showlegend": False,
                 "x": [entry.step] * len(units),
                 "y": [(name, origin) for name, origin, _ in units],

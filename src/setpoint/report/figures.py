@@ -34,7 +34,7 @@ DARK = {
 
 AXES = {"step": "optimizer step", "seconds": "training time (s)", "flops": "training FLOPs"}
 MOST_POINTS = 240
-SPLITS = {"validation": "validation", "test": "test", "train": "train"}
+SPLITS = ("validation", "test", "train")
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def layout(y_title: str, x_title: str = AXES["step"], height: int = 360, **more:
         "margin": {"l": 64, "r": 24, "t": 36, "b": 48},
         "hovermode": "closest",
         "hoverlabel": {"align": "left"},
-        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "traceorder": "normal"},
         "xaxis": {"title": {"text": x_title}, "zeroline": False, "automargin": True},
         "yaxis": {"title": {"text": y_title}, "zeroline": False, "automargin": True},
         **more,
@@ -123,8 +123,9 @@ def curves(series: Mapping[str, Sequence[Cell]], quantity: str) -> Figure | None
     data: list[Trace] = []
     abscissas: dict[str, list[Sequence[float | None]]] = {axis: [] for axis in AXES}
     for label, cells in series.items():
-        for split, text in SPLITS.items():
-            for place, cell in enumerate(cells):
+        told = False
+        for split in SPLITS:
+            for cell in cells:
                 points = [p for p in cell.history if p.split == split and getattr(p, quantity) is not None]
                 if not points:
                     continue
@@ -132,9 +133,10 @@ def curves(series: Mapping[str, Sequence[Cell]], quantity: str) -> Figure | None
                 for axis, column in zip(AXES, table[:, :3].T, strict=True):
                     abscissas[axis].append(plain(column))
                 data.append(
-                    curve(escape(label), text, look[label], plain(table[:, 3] * factor), show=place == 0)
+                    curve(escape(label), split, look[label], plain(table[:, 3] * factor), show=not told)
                     | {"x": abscissas["step"][-1]}
                 )
+                told = True
     if not data:
         return None
     largest = max((x for xs in abscissas["flops"] for x in xs if x is not None), default=0.0)
@@ -149,13 +151,13 @@ def curves(series: Mapping[str, Sequence[Cell]], quantity: str) -> Figure | None
 
 
 def curve(label: str, split: str, look: Style, values: Sequence[float | None], show: bool) -> Trace:
-    """One curve; all splits of a label share one entry of the legend each."""
+    """One curve; all curves of a label share one entry of the legend."""
     trained = split == "train"
     return {
         "type": "scatter",
         "mode": "lines" if trained else "lines+markers",
-        "name": f"{label}, {split}",
-        "legendgroup": f"{label}, {split}",
+        "name": label,
+        "legendgroup": label,
         "showlegend": show,
         "y": values,
         "opacity": 0.45 if trained else 1.0,

@@ -30,6 +30,7 @@
       font: { family: getComputedStyle(document.body).fontFamily, size: 13, color: token("--ink") },
       hoverlabel: { ...spec.layout.hoverlabel, bgcolor: token("--panel"), bordercolor: token("--rule"),
         font: { color: token("--ink") } },
+      modebar: { bgcolor: "rgba(0,0,0,0)", color: token("--soft"), activecolor: token("--accent") },
       xaxis: axis(spec.layout.xaxis),
       yaxis: axis(spec.layout.yaxis),
     };
@@ -40,7 +41,9 @@
     const place = document.getElementById(id);
     place.dataset.drawn = "yes";
     return Plotly.react(place, spec.data, layout, {
-      responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
+      displaylogo: false, plotlyServerURL: "",
+      // Named one by one: the default set can grow buttons that send the data elsewhere.
+      modeBarButtons: [["zoom2d", "pan2d", "resetScale2d", "toImage"]],
     });
   };
 
@@ -51,6 +54,10 @@
     }
   }, { rootMargin: "600px" });
   document.querySelectorAll(".plot").forEach((place) => seen.observe(place));
+  const resized = new ResizeObserver((changes) => {
+    for (const { target } of changes) if (target.dataset.drawn && target.offsetParent) Plotly.Plots.resize(target);
+  });
+  document.querySelectorAll(".plot").forEach((place) => resized.observe(place));
   const redraw = (ids) => ids.filter((id) => document.getElementById(id).dataset.drawn).forEach(draw);
   scheme.addEventListener("change", () => redraw(Object.keys(specs)));
   window.addEventListener("beforeprint", () => {

@@ -181,7 +181,7 @@ def table(rows: Sequence[Row]) -> str:
     first = rows[0]
     titles = (
         *("method", f"{first.metric} on {first.split}", "to dense", "FLOPs per step", "parameters", "training FLOPs"),
-        *("training time", "overhead", "time saved / FLOPs saved", "ahead from step", "cuts", "within budget"),
+        *("training time", "overhead", "time saved / FLOPs saved", "ahead from step", "cuts", "in budget"),
     )
     lines = [[pair(text) if isinstance(text, str) else pair(*text) for text in texts(row)] for row in rows]
     seeds = sorted({row.num_seeds for row in rows})
@@ -253,7 +253,9 @@ def curve_section(name: str, groups: Mapping[str, Sequence[Cell]]) -> Draft:
         f'<h3>How training went</h3>\n<div class="choice" role="group" aria-label="against" data-task="{name}">'
         f'<span>against</span>{buttons}</div>\n<div class="two">'
     )
-    draft += place_of(f"{name}-loss", figures["loss"], "Loss", "Thin: training, averaged over stretches of steps.")
+    draft += place_of(
+        f"{name}-loss", figures["loss"], "Loss", "Thin: training, averaged over stretches of steps. Marked: validation."
+    )
     draft += place_of(f"{name}-accuracy", figures["accuracy"], "Accuracy", "Click a name to hide its curves.")
     return draft + Draft("</div>\n")
 
@@ -287,13 +289,13 @@ def run(name: str, label: str, record: Record, *, hidden: bool) -> Draft:
         draft += place_of(
             f"{name}-spent-{len(draft.figures)}",
             decisions.spending(record, resource),
-            f"Spent against reference: {resource}",
+            f"Spent against reference: {decisions.NAMES.get(resource, resource)} per step",
             "The reference leads from the dense cost to the budget; a triangle is a cut, and its text tells why.",
         )
         draft += place_of(
             f"{name}-price-{len(draft.figures)}",
             decisions.price(record, resource),
-            f"Price of {resource}",
+            f"Price of {decisions.NAMES.get(resource, resource)}",
             "Loss per unit of resource: a unit stays while its worth is at least the price.",
         )
     draft += place_of(
