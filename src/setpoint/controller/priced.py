@@ -10,15 +10,18 @@ from typing import final
 import numpy as np
 from jaxtyping import Bool, Int64
 
+from setpoint.controller.exchange import swap, trade
 from setpoint.controller.ladder import Ladder, build_ladder
 from setpoint.controller.plan import Observation, Plan
 from setpoint.controller.price import Feedback, Gains
 from setpoint.controller.reason import explain_cut, explain_rest, percent, problem_with
 from setpoint.controller.reference import Reference
-from setpoint.controller.selection import Allocation, Selection, add_back, cheapest, descend, start, swap
+from setpoint.controller.selection import Allocation, Selection, add_back, block_savings, cheapest, descend, start
 from setpoint.cost.cost import Cost
 from setpoint.groups.group import Group
 from setpoint.sensor.reading import Reading
+
+_BLOCKS_TO_LAND = 4  # blocks of mean size that are left for the last cut to choose from
 
 __all__ = ["PricedController", "PricedState", "cheapest"]
 
@@ -73,7 +76,8 @@ class PricedController:
     corrected by feedback (`Gains`); without a meter the prediction is exact and so is the stop. At every
     stop no single dropped block can be given back within the target, and swaps of a coarse block for a
     finer one come nearer still: predicted cost ends below the target by less than the smallest block
-    that was dropped.
+    that was dropped. Where blocks are coarse, cuts on the way down stop four blocks above the limit, so
+    that the last one can choose a combination that comes near.
 
     From `settle` on every decision tries to land: within the limit, never over. Guards that would make it
     miss are lifted there, one after the other: first the slew limit, then the density floor and the dwell;
@@ -168,10 +172,10 @@ class PricedController:
             price = 0.0 if (state.start or 0.0) <= aim.limit and aim.spent <= aim.target else state.price
             state = replace(state, age=age, price=price)
             return state, self._rest(state, observation, aim, groups)
-        selection, lifted = self._select(state, observation, cost, groups, aim)
+        selection, note = self._select(state, observation, cost, groups, aim)
         taken = any(selection.rungs.values())
         state = replace(state, age=age, price=selection.highest / (1 - self.hysteresis) if taken else state.price)
-        return state, self._cut(state, observation, aim, selection, lifted)
+        return state, self._cut(state, observation, aim, selection, note)
 
     def _aim(
         self, state: PricedState, observation: Observation, cost: Cost, metered: float | None
@@ -215,39 +219,48 @@ class PricedController:
     def _select(
         self, state: PricedState, observation: Observation, cost: Cost, groups: tuple[Group, ...], aim: _Aim
     ) -> tuple[Selection, str]:
-        """Choose what goes, lifting guards one after the other where a landing would miss the limit."""
-        reading = observation.reading
-        assert reading is not None
-        allocation = self.allocation if reading.calibrated else "uniform"
-        density = _uniform_density(cost, observation.widths, state.dense, groups, aim.limit / state.feedback.factor())
-        attempts = [(self.slew, self.min_density * density, self.dwell, "")]
-        if aim.settled:
-            attempts.append((1.0, self.min_density * density, self.dwell, "slew limit"))
-            attempts.append((1.0, 0.0, 0, "slew limit, density floor and dwell"))
-        chosen: tuple[Selection, str] | None = None
-        for slew, floor, dwell, lifted in attempts:
-            ladders = _ladders(state, reading, groups, slew, floor, dwell)
-            selection = start(cost, ladders, observation.widths, allocation)
-            descend(selection, aim.target)
-            reached = selection.total <= aim.target
-            if reached or chosen is None or floor:
-                chosen = (selection, lifted)
-            if reached:
-                add_back(selection, aim.target)
-                swap(selection, aim.target, self.deadband)
-                break
-        assert chosen is not None
-        return chosen
+        """Choose what goes: on the way down, or landing with guards lifted where they would miss the limit."""
+        landing = aim.limit / state.feedback.factor()
+        density = _uniform_density(cost, observation.widths, state.dense, groups, landing)
 
-    def _cut(self, state: PricedState, observation: Observation, aim: _Aim, selection: Selection, lifted: str) -> Plan:
+        def nothing(slew: float, min_density: float, dwell: int) -> Selection:
+            reading = observation.reading
+            assert reading is not None
+            ladders = _ladders(state, reading, groups, slew, min_density * density, dwell)
+            return start(cost, ladders, observation.widths, self.allocation if reading.calibrated else "uniform")
+
+        if not aim.settled:
+            selection = nothing(self.slew, self.min_density, self.dwell)
+            target = max(aim.target, landing + _BLOCKS_TO_LAND * block_savings(selection))
+            self._descend(selection, target, land=False)
+            return selection, "what is left to drop is left for the landing" if target > aim.target else ""
+        selection, lifted = nothing(self.slew, self.min_density, self.dwell), ""
+        if not self._descend(selection, aim.target, land=True):
+            selection, lifted = nothing(1.0, self.min_density, self.dwell), "slew limit lifted"
+            if not self._descend(selection, aim.target, land=True):
+                unguarded = nothing(1.0, 0.0, 0)
+                if self._descend(unguarded, aim.target, land=True):
+                    selection, lifted = unguarded, "slew limit, density floor and dwell lifted"
+        return selection, lifted and f"{lifted}, or the limit would have been missed"
+
+    def _descend(self, selection: Selection, target: float, *, land: bool) -> bool:
+        """Come down to the target as nearly as blocks allow; False where guards or `min_units` are in the way."""
+        descend(selection, target)
+        if selection.total > target:
+            return False
+        add_back(selection, target)
+        swap(selection, target, self.deadband)
+        if land:
+            trade(selection, target, self.deadband)
+        return True
+
+    def _cut(self, state: PricedState, observation: Observation, aim: _Aim, selection: Selection, note: str) -> Plan:
         """The plan that drops what was selected."""
         ladders = selection.ladders
         landed = aim.metered is None and selection.total <= aim.limit
         reason = explain_cut(selection, state.price, aim.resource, aim.target, landed, self.deadband)
         if aim.metered is not None:
             reason += f"; the meter reads {percent(aim.metered / aim.spent - 1)} against the prediction"
-        if lifted:
-            reason += f"; {lifted} lifted, or the limit would have been missed"
         return Plan(
             step=observation.step,
             keep={name: ladder.keep(selection.rungs[name]) for name, ladder in ladders.items()},
@@ -255,7 +268,7 @@ class PricedController:
             price={aim.resource: state.price},
             reference={aim.resource: aim.reference},
             landed=landed,
-            reason=reason,
+            reason=f"{reason}; {note}" if note else reason,
         )
 
 

@@ -49,10 +49,10 @@ def explain_cut(selection: Selection, price: float, resource: str, target: float
     dropped = {name: int(selection.ladders[name].edges[rung]) for name, rung in selection.rungs.items() if rung}
     off = selection.total / target - 1
     if not dropped:
-        return f"nothing could be dropped, predicted cost stays {percent(off)} from the target: {_brake(selection)}"
+        return f"nothing dropped, predicted cost stays {percent(off)} from the target{_brake(selection)}"
     words = f"dropped {sum(dropped.values())} units of {len(dropped)} groups at a price of {price:.3g} per {resource}"
     if off > 0:
-        return f"{words}; predicted cost stays {percent(off)} from the target: {_brake(selection)}"
+        return f"{words}; predicted cost stays {percent(off)} from the target{_brake(selection)}"
     words = f"{'landed: ' if landed else ''}{words}; predicted cost is {percent(off)} from the target"
     if -off > deadband:
         finest = min(regained(selection, name) for name in dropped)
@@ -61,6 +61,8 @@ def explain_cut(selection: Selection, price: float, resource: str, target: float
 
 
 def _brake(selection: Selection) -> str:
-    """What keeps a selection from coming down further."""
+    """How many groups cannot come down further at this decision."""
     at_foot = sum(ladder.num_rungs == selection.rungs[name] for name, ladder in selection.ladders.items())
-    return f"{at_foot} of {len(selection.ladders)} groups are as low as slew limit, dwell and floors let them go"
+    if not at_foot:
+        return ""
+    return f": {at_foot} of {len(selection.ladders)} groups are as low as slew limit, dwell and floors let them go"

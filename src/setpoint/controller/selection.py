@@ -18,9 +18,6 @@ Allocation = Literal["worth", "uniform"]
 """How a cut is split over groups: by saliency per saving, or so that all groups keep the same density."""
 
 _MAX_PICKS = 2048
-_MAX_SWAPS = 8
-_SWAP_CANDIDATES = 16
-_CLOSE_ENOUGH = 1e-3  # relative distance below the target that no swap is worth looking for
 
 
 @dataclass(eq=False)
@@ -191,60 +188,11 @@ def regained(selection: Selection, name: str) -> float:
     return selection.cost.saving(wider, name, size)
 
 
-def swap(selection: Selection, target: float, deadband: float) -> None:
-    """Give back one block and drop another in its place, while that gets nearer to the target cheaply.
-
-    A greedy descent stops at the first block that crosses the target, often a coarse one; a finer block
-    elsewhere may do. Each swap raises the cost and keeps it within the target. Inside the dead-band it
-    must not raise the summed saliency of what is dropped; below it, it may by as much as the cost won
-    back is worth at the price. At most a few are made; afterwards no single block fits back.
-
-    Args:
-        selection: at or below the target, after `add_back`; moved in place.
-        target: cost in the resource's own unit.
-        deadband: relative distance below the target that is near enough not to pay for.
-    """
-    for _ in range(_MAX_SWAPS):
-        gap = target - selection.total
-        if gap <= _CLOSE_ENOUGH * target:
-            return
-        if not _swap_once(selection, target, selection.highest if gap > deadband * target else 0.0):
-            return
-        add_back(selection, target)
-
-
-def _swap_once(selection: Selection, target: float, price: float) -> bool:
-    """Make the swap that ends nearest to the target; False if none passes the exact check."""
-    back = [name for name, rung in selection.rungs.items() if rung]
-    out = [name for name, rung in selection.rungs.items() if rung < selection.ladders[name].num_rungs]
-    if not back or not out:
-        return False
-    gains = np.array([regained(selection, name) for name in back])
-    losses = np.array([selection.cost.saving(selection.widths, n, selection.size(n, selection.rungs[n])) for n in out])
-    rise = gains[:, None] - losses[None, :]
-    allowed = (rise > 0) & (rise <= (target - selection.total) * (1 + 1e-9))
-    allowed &= np.array(back)[:, None] != np.array(out)[None, :]
-    if selection.allocation == "worth":
-        kept = np.array([selection.salience(name, selection.rungs[name] - 1) for name in back])
-        lost = np.array([selection.salience(name, selection.rungs[name]) for name in out])
-        allowed &= lost[None, :] - kept[:, None] <= price * rise
-    pairs = sorted(
-        np.argwhere(allowed).tolist(), key=lambda pair: (-rise[pair[0], pair[1]], back[pair[0]], out[pair[1]])
-    )
-    return any(_exchange(selection, back[i], out[j], target) for i, j in pairs[:_SWAP_CANDIDATES])
-
-
-def _exchange(selection: Selection, back: str, out: str, target: float) -> bool:
-    """Give back a block of one group for a block of another; undone unless the cost rises within the target."""
-    selection.move(back, -1)
-    selection.move(out, 1)
-    total = selection.cost.total(selection.widths)
-    if selection.total < total <= target:
-        selection.total = total
-        return True
-    selection.move(out, -1)
-    selection.move(back, 1)
-    return False
+def block_savings(selection: Selection) -> float:
+    """Mean saving of the next block of each group; 0 where there is none."""
+    sizes = {n: selection.size(n, r) for n, r in selection.rungs.items() if r < selection.ladders[n].num_rungs}
+    savings = [selection.cost.saving(selection.widths, name, size) for name, size in sizes.items()]
+    return sum(savings) / len(savings) if savings else 0.0
 
 
 def cheapest(cost: Cost, groups: tuple[Group, ...]) -> float:
