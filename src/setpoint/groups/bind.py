@@ -36,9 +36,22 @@ def bind(model: nn.Module, example: Example, walk: Walk, units: Units, dims: Seq
     places = _standard(model, walk, dims)
     calls = _calls_that_follow_units(walk, units)
     if calls:
-        trial = _Trial(model, example, units, dims, calls)
-        places |= trial.needed_attributes(places)
-        places |= trial.needed_calls(places)
+        trials = [_Trial(model, example, units, dims, calls, keep) for keep in _choices(units.groups)]
+        attributes: Places = {}
+        for trial in trials:
+            attributes |= trial.needed_attributes({**places, **attributes})
+        # Attributes that do not make the whole forward right would also change what else is worked out
+        # from them (an attention scale from `C // num_heads`): there the calls alone are corrected.
+        short = {kind for trial in trials for kind, _ in trial.needed_calls({**places, **attributes})}
+        places |= {
+            (module, attribute): labels
+            for (module, attribute), labels in attributes.items()
+            if type(model.get_submodule(module)) not in short
+        }
+        needed = {call for trial in trials for call in trial.needed_calls(places)}
+        for call in calls:
+            if (type(model.get_submodule(call.module)), _call_of(call)) in needed:
+                places[call.module, call.place] = call.labels
     return _with_sizes(units, places)
 
 
@@ -77,6 +90,14 @@ def _call_of(call: Call) -> str:
     return call.place.split("[", 1)[0]
 
 
+def _choices(groups: Sequence[Group]) -> list[dict[str, np.ndarray]]:
+    """Random choices that leave no written size right by accident: without the lossy groups, and with them."""
+    lossless = tuple(group for group in groups if group.lossless)
+    whole = {group.name: np.ones(group.num_units, dtype=bool) for group in groups}
+    some = [{**whole, **random_keep(lossless)}] if lossless else []
+    return [*some, random_keep(groups, seed=1)] if len(lossless) < len(groups) else some
+
+
 class _Kept:
     """Which atoms survive a choice of units."""
 
@@ -113,13 +134,20 @@ class _Trial:
         units: what can be dropped.
         dims: dims of all tensors.
         calls: the written sizes that follow units.
+        keep: the choice of units to try.
     """
 
     def __init__(
-        self, model: nn.Module, example: Example, units: Units, dims: Sequence[OwnDim], calls: Sequence[Call]
+        self,
+        model: nn.Module,
+        example: Example,
+        units: Units,
+        dims: Sequence[OwnDim],
+        calls: Sequence[Call],
+        keep: Mapping[str, np.ndarray],
     ) -> None:
         self.model, self.example, self.dims = model, example, dims
-        self.kept = _Kept(units, random_keep(units.groups))
+        self.kept = _Kept(units, keep)
         dense: dict[str, dict[str, int]] = {}
         for call in calls:
             dense.setdefault(call.module, {})[call.place] = call.size
@@ -142,12 +170,16 @@ class _Trial:
                     places[module, attribute] = labels
         return places
 
-    def needed_calls(self, known: Places) -> Places:
-        """Calls whose sizes are still wrong once the attributes are right; all sizes of such a call."""
+    def needed_calls(self, known: Places) -> set[tuple[type, str]]:
+        """Calls with a size that is still wrong once the attributes are right.
+
+        By class and call: modules of one class run the same code, and one of them may be right by accident.
+        """
         wrong = self._wrong(self.small, known)
-        needed = {(module, place.split("[", 1)[0]) for module, found in wrong.items() for place in found}
         return {
-            (call.module, call.place): call.labels for call in self.calls if (call.module, _call_of(call)) in needed
+            (type(self.model.get_submodule(module)), place.split("[", 1)[0])
+            for module, found in wrong.items()
+            for place in found
         }
 
     def _candidates(self, known: Places) -> dict[tuple[type, str], Places]:
