@@ -182,13 +182,13 @@ def plain(values: np.ndarray) -> list[float | None]:
     return [float(f"{value:.6g}") if np.isfinite(value) else None for value in values]
 
 
-PARTS = ("training", "sensing", "deciding", "resizing", "other overhead")
+PARTS = ("training", "sensing", "deciding", "resizing", "attaching, other")
 
 
 def seconds_by_part(cells: Sequence[Cell]) -> dict[str, float] | None:
     """Mean seconds by part of the run; None if the runs have no times.
 
-    Sensing, deciding and resizing come from the ledger; what else was overhead is "other overhead"
+    Sensing, deciding and resizing come from the ledger; what else was overhead is "attaching, other"
     (tracing the model and verifying cuts among them), and the rest is training.
     """
     total = mean(cell.seconds for cell in cells)
@@ -200,7 +200,7 @@ def seconds_by_part(cells: Sequence[Cell]) -> dict[str, float] | None:
         for name in PARTS[1:4]
     }
     overhead = max(mean(cell.overhead_seconds for cell in cells) or 0.0, sum(parts.values()))
-    return {"training": total - overhead, **parts, "other overhead": overhead - sum(parts.values())}
+    return {"training": total - overhead, **parts, "attaching, other": overhead - sum(parts.values())}
 
 
 def seconds_figure(series: Mapping[str, Sequence[Cell]]) -> Figure | None:

@@ -41,8 +41,8 @@ NOTES = """
 <dl class="notes">
 <dt>FLOPs per step</dt><dd>Forward and backward pass of one optimizer step of the finished model.</dd>
 <dt>Training FLOPs, training time</dt><dd>The whole run with everything Setpoint did in it; evaluation is left out.</dd>
-<dt>Overhead</dt><dd>The part of the training time spent sensing, deciding, resizing and on whatever else Setpoint
-did.</dd>
+<dt>Overhead</dt><dd>The part of the training time that was Setpoint's: attaching (tracing the model, trying cuts on a
+copy), sensing, deciding, resizing.</dd>
 <dt>Time saved / FLOPs saved</dt><dd>Both as shares of the dense run; 1 means that every FLOP saved was time saved.</dd>
 <dt>Ahead from step</dt><dd>From this step on the run had taken less time than the dense run.</dd>
 <dt>±</dt><dd>Sample standard deviation over seeds. Differences to dense are paired by seed.</dd>
@@ -254,7 +254,10 @@ def curve_section(name: str, groups: Mapping[str, Sequence[Cell]]) -> Draft:
         f'<span>against</span>{buttons}</div>\n<div class="two">'
     )
     draft += place_of(
-        f"{name}-loss", figures["loss"], "Loss", "Thin: training, averaged over stretches of steps. Marked: validation."
+        f"{name}-loss",
+        figures["loss"],
+        "Loss",
+        "Thin: training, averaged over stretches of steps. Marked: validation and test.",
     )
     draft += place_of(f"{name}-accuracy", figures["accuracy"], "Accuracy", "Click a name to hide its curves.")
     return draft + Draft("</div>\n")

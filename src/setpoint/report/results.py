@@ -76,7 +76,7 @@ class Cell:
         final_params: parameters of the finished model.
         train_flops: FLOPs of the whole run, overhead included.
         seconds: duration of training, overhead included.
-        overhead_seconds: the part of `seconds` spent sensing, deciding and resizing.
+        overhead_seconds: the part of `seconds` that Setpoint spent: attaching, sensing, deciding, resizing.
         overhead_flops: the part of `train_flops` spent on them.
         resizes: number of cuts.
         landed: whether the run ended within budget; None where there is none to meet.

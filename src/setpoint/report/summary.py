@@ -47,7 +47,7 @@ class Row:
         train_flops_ratio: the same / dense.
         seconds: duration of training, overhead included.
         seconds_ratio: the same / dense.
-        overhead_seconds: part of `seconds` spent sensing, deciding and resizing.
+        overhead_seconds: part of `seconds` that Setpoint spent: attaching, sensing, deciding, resizing.
         overhead_flops: part of `train_flops` spent on them.
         realised: seconds saved / FLOPs saved, both as shares of the dense run.
         break_even_step: step from which on the run is ahead of the dense run in seconds.
