@@ -7,7 +7,7 @@ from itertools import combinations_with_replacement
 
 import numpy as np
 
-from setpoint.controller.selection import Selection, add_back, regained
+from setpoint.controller.selection import Selection, add_back, regained, weigh
 
 _MAX_SWAPS = 8
 _SWAP_CANDIDATES = 16
@@ -66,6 +66,7 @@ def _movable(selection: Selection) -> tuple[list[str], list[str]]:
 def _swap_pair(selection: Selection, back: str, out: str, target: float) -> bool:
     """Give back a block of one group for a block of another; undone unless the cost rises within the target."""
     selection.move(back, -1)
+    weigh(selection, out, 1)
     selection.move(out, 1)
     total = selection.cost.total(selection.widths)
     if selection.total < total <= target:
@@ -99,6 +100,8 @@ def trade(selection: Selection, target: float, deadband: float) -> None:
         if best is None or best[0] >= 0:
             return
         for name, count in best[1]:
+            if count > 0:
+                weigh(selection, name, 1)
             selection.move(name, count)
         selection.total = selection.cost.total(selection.widths)
         add_back(selection, target)

@@ -16,7 +16,16 @@ from setpoint.controller.plan import Observation, Plan
 from setpoint.controller.price import Feedback, Gains
 from setpoint.controller.reason import explain_cut, explain_rest, percent, problem_with
 from setpoint.controller.reference import Reference
-from setpoint.controller.selection import Allocation, Selection, add_back, block_savings, cheapest, descend, start
+from setpoint.controller.selection import (
+    Allocation,
+    Selection,
+    add_back,
+    block_savings,
+    cheapest,
+    descend,
+    marginal_worth,
+    start,
+)
 from setpoint.cost.cost import Cost
 from setpoint.groups.group import Group
 from setpoint.sensor.reading import Reading
@@ -38,6 +47,7 @@ class PricedState:
             first decision.
         feedback: memory of the PI part.
         price: last price.
+        metered: whether a meter has been read.
     """
 
     dense: Mapping[str, int]
@@ -45,6 +55,7 @@ class PricedState:
     start: float | None = None
     feedback: Feedback = field(default_factory=Feedback)
     price: float = 0.0
+    metered: bool = False
 
 
 @dataclass(frozen=True)
@@ -162,6 +173,8 @@ class PricedController:
         """
         metered = observation.metered.get(cost.resource)
         problem = problem_with(observation.reading, metered, groups)
+        if metered is None and state.metered:
+            problem = "no decision: the meter that was read before is missing"
         if problem:
             keep = {group.name: np.ones(group.num_units, dtype=bool) for group in groups}
             return state, Plan(observation.step, keep, price={cost.resource: state.price}, reason=problem)
@@ -174,7 +187,8 @@ class PricedController:
             return state, self._rest(state, observation, aim, groups)
         selection, note = self._select(state, observation, cost, groups, aim)
         taken = any(selection.rungs.values())
-        state = replace(state, age=age, price=selection.highest / (1 - self.hysteresis) if taken else state.price)
+        price = marginal_worth(selection) / (1 - self.hysteresis) if taken else state.price
+        state = replace(state, age=age, price=price)
         return state, self._cut(state, observation, aim, selection, note)
 
     def _aim(
@@ -195,7 +209,7 @@ class PricedController:
         if metered is None and settled:
             target = min(target, limit)
         aim = _Aim(resource, limit, reference, target, spent, metered, settled)
-        return replace(state, start=start, feedback=feedback), aim
+        return replace(state, start=start, feedback=feedback, metered=metered is not None), aim
 
     def _rests(self, aim: _Aim) -> bool:
         """Whether spending is where it should be: within the limit at the end, within the dead-band on the way."""

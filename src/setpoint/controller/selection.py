@@ -105,12 +105,12 @@ def descend(selection: Selection, target: float) -> None:
 
 def _descend(selection: Selection, target: float, stride: int) -> bool:
     """Descend by `stride` blocks at a time, short of the target unless stride is 1; True if anything moved."""
-    heap = [key for name in selection.ladders if (key := _weigh(selection, name, stride)) is not None]
+    heap = [key for name in selection.ladders if (key := weigh(selection, name, stride)) is not None]
     heapq.heapify(heap)
     moved = False
     while heap and selection.total > target:
         _, _, name, _, _ = heapq.heappop(heap)
-        key = _weigh(selection, name, stride)
+        key = weigh(selection, name, stride)
         if key is None:
             continue
         if heap and key > heap[0]:
@@ -126,14 +126,14 @@ def _descend(selection: Selection, target: float, stride: int) -> bool:
         selection.move(name, count)
         selection.total -= saving
         moved = True
-        following = _weigh(selection, name, stride)
+        following = weigh(selection, name, stride)
         if following is not None:
             heapq.heappush(heap, following)
     return moved
 
 
-def _weigh(selection: Selection, name: str, stride: int) -> tuple[float, float, str, int, float] | None:
-    """(worth, share of the group gone afterwards, name, blocks, saving) of the group's next blocks."""
+def weigh(selection: Selection, name: str, stride: int) -> tuple[float, float, str, int, float] | None:
+    """(worth, share of the group gone afterwards, name, blocks, saving) of the group's next blocks, noted down."""
     ladder, rung = selection.ladders[name], selection.rungs[name]
     count = min(stride, ladder.num_rungs - rung)
     if count == 0:
@@ -186,6 +186,11 @@ def regained(selection: Selection, name: str) -> float:
     size = selection.size(name, selection.rungs[name] - 1)
     wider = {**selection.widths, name: selection.widths[name] + size}
     return selection.cost.saving(wider, name, size)
+
+
+def marginal_worth(selection: Selection) -> float:
+    """Highest worth among the dropped blocks; 0 where none is dropped."""
+    return max((float(selection.worth[n][:rung].max()) for n, rung in selection.rungs.items() if rung), default=0.0)
 
 
 def block_savings(selection: Selection) -> float:
