@@ -1,4 +1,7 @@
-"""Every Python block of the README and of the docs runs as printed, each page in one namespace."""
+"""Every Python block of the README and of the docs runs as printed, each page in one namespace.
+
+What a page's blocks need but readers don't, goes into a Python block inside an HTML comment: it runs too.
+"""
 
 from __future__ import annotations
 
@@ -45,3 +48,10 @@ def test_indented_blocks_count(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("* item\n\n  ```python\n  y = 1\n  assert y\n  ```\n")
     assert run_blocks(page) == 1
+
+
+def test_a_block_in_a_comment_runs(tmp_path: Path) -> None:
+    """A block that is hidden in an HTML comment sets up what the visible ones need."""
+    page = tmp_path / "page.md"
+    page.write_text("<!--\n```python\nz = 1\n```\n-->\n```python\nassert z\n```\n")
+    assert run_blocks(page) == 2
