@@ -26,6 +26,7 @@ from setpoint.groups.export import Example
 from setpoint.groups.group import Group, Size, widths_of
 from setpoint.groups.trace import Trace, trace
 from setpoint.loop.accounting import Account
+from setpoint.loop.chance import untouched_chance
 from setpoint.loop.loop import ATTACHED, Loop, Parts
 from setpoint.meter import Stopwatch
 from setpoint.sensor.reading import Sensor
@@ -91,8 +92,8 @@ def attach(
     (True, True)
     """
     watch = Stopwatch(synchronize=True)
-    with watch:
-        inner = _unwrap(model)
+    inner = _unwrap(model)
+    with watch, untouched_chance(inner):
         optimizers = _check_arguments(inner, optimizer, budget, total_steps)
         if sensor is None:
             sensor = TaylorSensor(_num_samples(example) if num_samples is None else num_samples)

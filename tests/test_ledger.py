@@ -1,0 +1,105 @@
+"""The ledger and its file."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from setpoint.errors import CheckpointError
+from setpoint.ledger import Entry, Ledger
+
+HEADER = {"total_steps": 40, "groups": {"conv": {"num_units": 4, "what": "channel"}}, "limit": {"flops": 5.0}}
+
+
+def _ledger() -> Ledger:
+    ledger = Ledger(HEADER)
+    ledger.append(Entry(step=10, widths={"conv": 4}, loss=1.5, reason="rests"))
+    ledger.append(
+        Entry(
+            step=20,
+            widths={"conv": 2},
+            dropped={"conv": [0, 3]},
+            saliency={"conv": [0.5, 0.25]},
+            worth={"conv": [math.nan, 2.0]},
+            loss=math.inf,
+            spent={"flops": 4.0},
+            price={"flops": 0.1},
+        )
+    )
+    return ledger
+
+
+def test_keeps_entries_in_order() -> None:
+    """Length, indexing, slicing and iteration agree, and the past cannot be written to."""
+    ledger = _ledger()
+    assert len(ledger) == 2
+    assert [entry.step for entry in ledger] == [ledger[0].step, ledger[-1].step] == [10, 20]
+    assert ledger[1:] == (ledger[1],)
+    with pytest.raises(ValueError, match="in order"):
+        ledger.append(Entry(step=19, widths={}))
+    assert len(ledger) == 2
+
+
+def test_survives_its_file(tmp_path: Path) -> None:
+    """What was saved is loaded: header, entries, NaN in lists; a number that JSON lacks is None."""
+    path = tmp_path / "ledger.jsonl"
+    ledger = _ledger()
+    ledger.save(path)
+    loaded = Ledger.load(path)
+    assert loaded.header == HEADER
+    assert loaded[0] == ledger[0]
+    assert loaded[1].dropped == {"conv": [0, 3]}
+    assert math.isnan(loaded[1].worth["conv"][0]) and loaded[1].worth["conv"][1] == 2.0
+    assert loaded[1].loss is None
+    assert [each.name for each in tmp_path.iterdir()] == ["ledger.jsonl"]
+
+
+def test_file_is_strict_json_lines(tmp_path: Path) -> None:
+    """The first line is the header with the format's version; every line is JSON without NaN."""
+    path = tmp_path / "ledger.jsonl"
+    _ledger().save(path)
+
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    lines = [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+    assert lines[0] == {"ledger": 1, **HEADER}
+    assert lines[1:] == _ledger().to_rows()
+
+
+def test_a_half_written_last_line_is_left_out(tmp_path: Path) -> None:
+    """Wherever the last line breaks off, the entries before it are loaded."""
+    path = tmp_path / "ledger.jsonl"
+    _ledger().save(path)
+    text = path.read_text()
+    start = text.rindex("\n", 0, -1) + 1
+    for end in (start, start + 1, (start + len(text)) // 2, len(text) - 1):
+        path.write_text(text[:end])
+        assert [entry.step for entry in Ledger.load(path)] == [10]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]\n", '{"ledger": 99}\n', '{"step": 1, "widths": {}}\n', "\x80\x02\n"])
+def test_refuses_other_files(tmp_path: Path, text: str) -> None:
+    """A file that does not begin with a header of this format is refused."""
+    path = tmp_path / "other"
+    path.write_text(text)
+    with pytest.raises(CheckpointError, match="not a Setpoint ledger"):
+        Ledger.load(path)
+
+
+def test_names_a_damaged_line(tmp_path: Path) -> None:
+    """Damage before the last line is an error that names the line, not a shorter ledger."""
+    path = tmp_path / "ledger.jsonl"
+    _ledger().save(path)
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], lines[1][:20], lines[2]]) + "\n")
+    with pytest.raises(CheckpointError, match="line 2"):
+        Ledger.load(path)
+
+
+def test_reads_files_of_later_versions(tmp_path: Path) -> None:
+    """A key that an entry does not have is left out."""
+    path = tmp_path / "ledger.jsonl"
+    path.write_text('{"ledger": 1}\n{"step": 3, "widths": {"a": 1}, "mood": "good"}\n')
+    assert Ledger.load(path)[0] == Entry(step=3, widths={"a": 1})

@@ -1,0 +1,73 @@
+"""Stopwatch and step meter."""
+
+import time
+
+import pytest
+
+from setpoint.meter import StepMeter, Stopwatch
+
+
+class Clock:
+    """A clock that the test turns."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(time, "perf_counter", made)
+    return made
+
+
+def test_stopwatch_adds_up_its_blocks(clock: Clock) -> None:
+    """Only the time inside blocks counts, also of a block that raised."""
+    watch = Stopwatch()
+    with watch:
+        clock.now += 2
+    clock.now += 50
+    with pytest.raises(RuntimeError), watch:
+        clock.now += 3
+        raise RuntimeError
+    assert (watch.seconds, watch.last_seconds) == (5, 3)
+
+
+def test_synchronising_is_harmless_without_a_gpu() -> None:
+    """A stopwatch that waits for the GPU works where there is none in use."""
+    with Stopwatch(synchronize=True) as watch:
+        pass
+    assert 0 <= watch.seconds < 1
+
+
+def test_seconds_per_step_is_the_median(clock: Clock) -> None:
+    """One long interval, such as an evaluation, does not move the reading."""
+    meter = StepMeter()
+    assert meter.seconds_per_step is None
+    for seconds in (1, 2, 3, 500, 2):
+        meter.begin()
+        clock.now += seconds
+        meter.end()
+    assert meter.seconds_per_step == 2
+
+
+def test_old_steps_are_forgotten(clock: Clock) -> None:
+    """Only the last `window` steps count, and none after `clear`."""
+    meter = StepMeter(window=3)
+    for seconds in (9, 9, 9, 1, 1, 1):
+        meter.begin()
+        clock.now += seconds
+        meter.end()
+    assert meter.seconds_per_step == 1
+    meter.clear()
+    assert meter.seconds_per_step is None
+
+
+def test_an_interval_without_a_beginning_is_no_reading() -> None:
+    """A step whose beginning was not seen is left out, not guessed."""
+    meter = StepMeter()
+    meter.end()
+    assert meter.seconds_per_step is None
