@@ -115,7 +115,9 @@ def test_hostile_names_stay_text(make_results: Any) -> None:
     for ledger in folder.glob("*/ledger.jsonl"):
         evil_json = json.dumps(evil)[1:-1]
         text = ledger.read_text()
-        ledger.write_text(text.replace("stem.conv", evil_json).replace("worth below the price", evil_json))
+        for name in ("stem.conv", "worth below the price", "channel", '"flops"'):
+            text = text.replace(name, evil_json if name != '"flops"' else f'"{evil_json}"')
+        ledger.write_text(text)
     page = page_of(folder)
     seen = Elements(page)
     assert [tag for tag, _ in seen.elements if tag == "img"] == []

@@ -21,6 +21,11 @@ def resources(record: Record) -> tuple[str, ...]:
     return tuple(record.limit) or tuple(dict.fromkeys(name for entry in record.entries for name in entry.reference))
 
 
+def unit_of(resource: str | None) -> str:
+    """The unit of a resource, ready for a label; the name itself where it is unknown."""
+    return UNITS.get(resource or "", escape(resource or ""))
+
+
 def end_of(record: Record) -> int:
     """Last step of the run."""
     return record.total_steps or max((entry.step for entry in record.entries), default=1)
@@ -36,7 +41,7 @@ def spending(record: Record, resource: str) -> Figure:
     dense, limit = record.dense.get(resource), record.limit.get(resource)
     entries = [entry for entry in record.entries if resource in entry.spent]
     top = max([dense or 0.0, *(entry.spent[resource] for entry in entries)])
-    factor, unit = scale(top, UNITS.get(resource, resource))
+    factor, unit = scale(top, unit_of(resource))
     start = [] if dense is None else [(0, dense / factor)]
     spent = [*start, *((entry.step, entry.spent[resource] / factor) for entry in entries)]
     if spent:
@@ -109,7 +114,7 @@ def price(record: Record, resource: str) -> Figure | None:
     if not entries:
         return None
     dense = record.dense.get(resource) or max(entry.spent.get(resource, 1.0) for entry in entries)
-    factor, unit = scale(dense, UNITS.get(resource, resource))
+    factor, unit = scale(dense, unit_of(resource))
     points = [(entry.step, entry.price[resource] * factor) for entry in entries]
     data = line(f"loss per {unit}", points, BLUE, width=2.4, shape="hv", hover="%{y:.3g}<br>%{hovertext}")
     data["mode"] = "lines+markers"
@@ -233,47 +238,58 @@ def lives(record: Record, dense: Mapping[str, int]) -> list[Trace]:
 def drops(entry: Entry, record: Record, resource: str | None) -> list[Trace]:
     """Markers of what one decision dropped and brought back."""
     rate = entry.price.get(resource) if resource else None
-    factor, unit = scale(record.dense.get(resource or "", 1.0), UNITS.get(resource or "", resource or ""))
+    factor, unit = scale(record.dense.get(resource or "", 1.0), unit_of(resource))
     tell = [f"step {entry.step:,}"]
     if rate is not None:
         tell.append(f"price {digits(rate * factor)} loss per {unit}")
     if entry.reason:
         tell.append(escape(entry.reason))
+    known = first_widths(record)
     found = []
     for verb, chosen, symbol in (("dropped", entry.dropped, "square"), ("brought back", entry.grown, "circle-open")):
-        units = [(name, origin, place) for name, origins in chosen.items() for place, origin in enumerate(origins)]
-        units = [unit for unit in units if unit[0] in first_widths(record)]
+        units = [(name, u, place) for name, origins in chosen.items() for place, u in enumerate(origins)]
+        units = [unit for unit in units if unit[0] in known]
         if not units:
             continue
-        worth = [nth(entry.worth, name, place) if verb == "dropped" else None for name, _, place in units]
-        saliency = [nth(entry.saliency, name, place) if verb == "dropped" else None for name, _, place in units]
-        ratios = [None if w is None or not rate else min(w / rate, 1.0) for w in worth]
-        marker = {"symbol": symbol, "size": 6, "line": {"width": 0}}
-        marker |= {"color": ratios, "coloraxis": "coloraxis"} if any(r is not None for r in ratios) else {"color": GREY}
-        found.append(
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "name": verb,
-                "showlegend": False,
-                "x": [entry.step] * len(units),
-                "y": [(name, origin) for name, origin, _ in units],
-                "customdata": [
-                    [
-                        f"{short(name)}, {escape(record.what.get(name, 'unit'))} {origin}",
-                        "not evaluated" if w is None else f"{digits(w * factor)} loss per {unit}",
-                        "unknown" if s is None else f"{digits(s)} loss",
-                    ]
-                    for (name, origin, _), w, s in zip(units, worth, saliency, strict=True)
-                ],
-                "hovertemplate": (
-                    f"<b>%{{customdata[0]}}</b> {verb}<br>worth %{{customdata[1]}}<br>"
-                    f"saliency %{{customdata[2]}}<br>{'<br>'.join(tell)}<extra></extra>"
-                ),
-                "marker": marker,
-            }
-        )
+        told = "".join(f"<br>{text}" for text in tell)
+        marker = {"symbol": symbol, "size": 6, "line": {"width": 0}, "color": GREY}
+        trace: Trace = {
+            "type": "scatter",
+            "mode": "markers",
+            "name": verb,
+            "showlegend": False,
+            "x": [entry.step] * len(units),
+            "y": [(name, origin) for name, origin, _ in units],
+            "customdata": [
+                [f"{short(name)}, {escape(record.what.get(name, 'unit'))} {origin}"] for name, origin, _ in units
+            ],
+            "hovertemplate": f"<b>%{{customdata[0]}}</b> {verb}{told}<extra></extra>",
+            "marker": marker,
+        }
+        found.append(with_worth(trace, entry, units, rate, factor, unit) if verb == "dropped" else trace)
     return found
+
+
+def with_worth(
+    trace: Trace, entry: Entry, units: Sequence[tuple[str, int, int]], rate: float | None, factor: float, unit: str
+) -> Trace:
+    """The markers of dropped units with worth and saliency in their texts, coloured by worth / price."""
+    worth = [nth(entry.worth, name, place) for name, _, place in units]
+    saliency = [nth(entry.saliency, name, place) for name, _, place in units]
+    ratios = [None if w is None or not rate else min(w / rate, 1.0) for w in worth]
+    trace["customdata"] = [
+        [
+            *told,
+            "not evaluated" if w is None else f"{digits(w * factor)} loss per {unit}",
+            "unknown" if s is None else f"{digits(s)} loss",
+        ]
+        for told, w, s in zip(trace["customdata"], worth, saliency, strict=True)
+    ]
+    head, _, tail = trace["hovertemplate"].partition("</b> dropped")
+    trace["hovertemplate"] = f"{head}</b> dropped<br>worth %{{customdata[1]}}<br>saliency %{{customdata[2]}}{tail}"
+    if any(ratio is not None for ratio in ratios):
+        trace["marker"] |= {"color": ratios, "coloraxis": "coloraxis"}
+    return trace
 
 
 def nth(values: Mapping[str, Sequence[float]], name: str, place: int) -> float | None:

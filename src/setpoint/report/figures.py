@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float64
 
 from setpoint.report.numbers import duration, percent, scale
 from setpoint.report.results import Cell, Point
@@ -167,7 +168,7 @@ def curve(label: str, split: str, look: Style, values: Sequence[float | None], s
     }
 
 
-def thin(points: Sequence[Point], quantity: str) -> np.ndarray:
+def thin(points: Sequence[Point], quantity: str) -> Float64[np.ndarray, "points 4"]:
     """Columns step, seconds, FLOPs and quantity; long training curves become means over stretches."""
     rows = [(p.step, p.seconds, p.flops, getattr(p, quantity)) for p in points]
     table = np.array(rows, dtype=np.float64)
@@ -177,7 +178,7 @@ def thin(points: Sequence[Point], quantity: str) -> np.ndarray:
     return np.stack([stretch.mean(axis=0) for stretch in np.array_split(table, MOST_POINTS)])
 
 
-def plain(values: np.ndarray) -> list[float | None]:
+def plain(values: Float64[np.ndarray, " points"]) -> list[float | None]:
     """Values for JSON, with six significant digits; what is not finite becomes None."""
     return [float(f"{value:.6g}") if np.isfinite(value) else None for value in values]
 

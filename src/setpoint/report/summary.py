@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Float64
 
 from setpoint.report.numbers import NOTHING, duration, human, percent, signed
 from setpoint.report.results import Cell, Results
@@ -203,7 +204,7 @@ def break_even_step(cell: Cell, dense: Sequence[Cell]) -> float | None:
     return float(steps[last + 1]) if last + 1 < len(steps) else None
 
 
-def clock(cell: Cell) -> np.ndarray:
+def clock(cell: Cell) -> Float64[np.ndarray, "ticks 2"]:
     """Steps and seconds of a run, sorted, one row per step."""
     ticks = {point.step: point.seconds for point in cell.history if point.seconds is not None}
     return np.array(sorted(ticks.items()), dtype=np.float64).reshape(-1, 2)
