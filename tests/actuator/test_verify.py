@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from actuator.hand_made import CASES, Case, Residual, group, mlp, residual, some_keep
+from setpoint.actuator.verify import failing_groups, random_keep, verify
+from setpoint.errors import ExampleError, VerificationError
+from setpoint.groups.group import Group
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_right_groups_pass(name: str) -> None:
+    """Claim: a cut that follows right groups behaves like its masked twin, by any keep."""
+    model, inputs, groups = CASES[name]()
+    verify(model, inputs, groups)
+    verify(model, inputs, groups, some_keep(groups))
+    assert failing_groups(model, inputs, groups) == ()
+
+
+def damage(groups: tuple[Group, ...], name: str, **changes: object) -> tuple[Group, ...]:
+    return tuple(replace(each, **changes) if each.name == name else each for each in groups)
+
+
+def test_a_forgotten_size_is_found() -> None:
+    """Claim: a group that leaves a size behind is named, with the model's own error."""
+    model, inputs, groups = CASES["attention"]()
+    wrong = damage(groups, "heads", sizes=groups[0].sizes[:-1])
+    with pytest.raises(VerificationError, match=r"'heads'.*RuntimeError.*Nothing was changed"):
+        verify(model, inputs, wrong)
+
+
+def test_a_wrong_unit_order_is_found_in_the_right_group_only() -> None:
+    """Claim: shapes alone do not pass: a table in the wrong order is found, and only that group is named."""
+    model, inputs, groups = mlp()
+    turned = replace(groups[0].slices[2], index=np.arange(6)[::-1].copy())
+    wrong = damage(groups, "first", slices=(*groups[0].slices[:2], turned))
+    assert failing_groups(model, inputs, wrong) == ("first",)
+    with pytest.raises(VerificationError, match="'first'"):
+        verify(model, inputs, wrong)
+
+
+def test_all_failing_groups_are_found_among_good_ones() -> None:
+    """Claim: bisection names exactly the bad ones of seven groups."""
+    layers: list[nn.Module] = []
+    groups = []
+    for number in range(8):
+        layers += [nn.Linear(4 if number else 3, 4 if number < 7 else 2), nn.Tanh()]
+    for number in range(7):
+        here, after = 2 * number, 2 * number + 2
+        places = f"{here}.weight:0:produce {here}.bias:0:carry {after}.weight:1:consume"
+        groups.append(group(f"g{number}", 4, places, f"{here}:out_features {after}:in_features"))
+    for number in (1, 5):
+        turned = replace(groups[number].slices[2], index=np.arange(4)[::-1].copy())
+        groups[number] = replace(groups[number], slices=(*groups[number].slices[:2], turned))
+    model = nn.Sequential(*layers)
+    assert set(failing_groups(model, (torch.randn(5, 3),), tuple(groups))) == {"g1", "g5"}
+
+
+def test_zero_initialised_layers_do_not_hide_a_mistake() -> None:
+    """Claim: a wrong cut behind an all-zero output layer is still found."""
+    model, inputs, groups = mlp()
+    nn.init.zeros_(model[4].weight)
+    turned = replace(groups[0].slices[2], index=np.arange(6)[::-1].copy())
+    wrong = damage(groups, "first", slices=(*groups[0].slices[:2], turned))
+    assert failing_groups(model, inputs, wrong) == ("first",)
+
+
+class Normed(nn.Module):
+    """A LayerNorm over the units: zero is not absent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(3, 6), nn.LayerNorm(6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.norm(self.a(x)))
+
+
+def normed() -> Case:
+    places = "a.weight:0:produce a.bias:0:carry norm.weight:0:carry norm.bias:0:carry b.weight:1:consume"
+    sizes = "a:out_features norm:normalized_shape[0] b:in_features"
+    return Normed(), (torch.randn(4, 3),), (group("normed", 6, places, sizes),)
+
+
+def test_lossy_groups_are_checked_for_shapes_only() -> None:
+    """Claim: a norm over the units fails as a lossless group, passes as a lossy one, and not with a size missing."""
+    model, inputs, groups = normed()
+    assert failing_groups(model, inputs, groups) == ("normed",)
+    lossy = damage(groups, "normed", lossless=False)
+    assert failing_groups(model, inputs, lossy) == ()
+    forgotten = damage(lossy, "normed", sizes=(groups[0].sizes[0], groups[0].sizes[2]))
+    assert failing_groups(model, inputs, forgotten) == ("normed",)
+
+
+class Random(nn.Module):
+    """Dropout in every form: a module, a function, and a random scale."""
+
+    def __init__(self, always: bool = False) -> None:
+        super().__init__()
+        self.a, self.drop, self.b = nn.Linear(3, 6), nn.Dropout(0.5), nn.Linear(6, 2)
+        self.always = always
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.dropout(self.drop(torch.relu(self.a(x))), 0.5, self.training)
+        return self.b(x) * (1 + torch.rand(()) if self.training else 1)
+
+
+def test_random_models_are_compared_without_chance() -> None:
+    """Claim: dropout does not fail a right group, and does not hide a wrong one."""
+    places = "a.weight:0:produce a.bias:0:carry b.weight:1:consume"
+    right = (group("units", 6, places, "a:out_features b:in_features"),)
+    turned = replace(right[0].slices[2], index=np.arange(6)[::-1].copy())
+    wrong = damage(right, "units", slices=(*right[0].slices[:2], turned))
+    assert failing_groups(Random(), (torch.randn(4, 3),), right) == ()
+    assert failing_groups(Random(), (torch.randn(4, 3),), wrong) == ("units",)
+
+
+def test_the_users_model_and_random_numbers_are_left_alone() -> None:
+    """Claim: weights, statistics, gradients, modes, sizes and the generators of torch and NumPy are as before."""
+    model, inputs, groups = residual()
+    model(*inputs).sum().backward()
+    before = copy.deepcopy(model.state_dict())
+    grads = [parameter.grad for parameter in model.parameters()]
+    chance = torch.get_rng_state(), np.random.get_state()[1].copy()
+    verify(model, inputs, groups)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(one is parameter.grad for one, parameter in zip(grads, model.parameters(), strict=True))
+    assert torch.equal(torch.get_rng_state(), chance[0])
+    assert (np.random.get_state()[1] == chance[1]).all()
+    assert model.training and model.conv.out_channels == 8
+
+
+@dataclass
+class Output:
+    logits: Tensor
+    labels: Tensor
+    rest: object = None
+
+
+class Wrapped(Residual):
+    """Answers in a dataclass with integers, None, a dict and a tuple inside; computes in fp32 whatever it is given."""
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Output:
+        x = torch.relu(self.stem(x))
+        x = x + self.out(torch.relu(self.norm(self.conv(x)).float()).to(x.dtype))
+        y = self.head(x.mean((2, 3)))
+        return Output(y if scale is None else y * scale, y.argmax(1), {"a": (y.sum(), None)})
+
+
+def test_outputs_of_any_form_and_keyword_inputs() -> None:
+    """Claim: dataclass outputs, keyword inputs and a detour through fp32 in the forward are all followed."""
+    _, (x,), groups = residual()
+    verify(Wrapped(), {"x": x, "scale": torch.tensor(2.0)}, groups)
+    turned = replace(groups[1].slices[-1], index=np.arange(8)[::-1].copy())
+    wrong = damage(groups, "inner", slices=(*groups[1].slices[:-1], turned))
+    assert failing_groups(Wrapped(), {"x": x}, wrong) == ("inner",)
+
+
+class OnlySingle(nn.Module):
+    """A model that insists on fp32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.tanh(self.a(x.float())))
+
+
+def test_a_model_that_is_bound_to_its_dtype_is_compared_in_it() -> None:
+    """Claim: where float64 does not run, the comparison falls back to the model's own dtype."""
+    right = (group("units", 6, "a.weight:0:produce a.bias:0:carry b.weight:1:consume", "a:out_features b:in_features"),)
+    verify(OnlySingle(), (torch.randn(4, 3),), right)
+    turned = replace(right[0].slices[2], index=np.arange(6)[::-1].copy())
+    wrong = damage(right, "units", slices=(*right[0].slices[:2], turned))
+    assert failing_groups(OnlySingle(), (torch.randn(4, 3),), wrong) == ("units",)
+
+
+def test_statistics_that_were_left_out_are_found() -> None:
+    """Claim: a running mean missing from a group is found, since the cut then does not run or updates another."""
+    model, inputs, groups = residual()
+    kept = tuple(each for each in groups[1].slices if each.tensor != "norm.running_mean")
+    assert failing_groups(model, inputs, damage(groups, "inner", slices=kept)) == ("inner",)
+
+
+def test_an_example_that_does_not_fit_is_the_examples_fault() -> None:
+    """Claim: when the uncut model does not run, ExampleError says so."""
+    model, _, groups = mlp()
+    with pytest.raises(ExampleError, match="does not run on the example"):
+        verify(model, (torch.randn(4, 9),), groups)
+
+
+def test_random_widths_are_unequal_and_respect_the_floor() -> None:
+    """Claim: groups of equal width get unequal random widths, never below min_units, at least 2 where possible."""
+    groups = tuple(group(f"g{number}", 6, "") for number in range(4)) + (replace(group("f", 6, ""), min_units=6),)
+    keep = random_keep(groups)
+    widths = [int(keep[each.name].sum()) for each in groups]
+    assert len(set(widths[:4])) == 4 and min(widths) >= 2 and widths[4] == 6
+    assert random_keep((group("pair", 2, ""),))["pair"].sum() == 1

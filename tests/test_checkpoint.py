@@ -1,0 +1,301 @@
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import setpoint.checkpoint as checkpoint
+from actuator.hand_made import CASES, Tied, group, mlp, mlp_model, residual, some_keep, tied, train_step
+from setpoint.actuator.shrink import named_tensors, shrink
+from setpoint.checkpoint import load, save
+from setpoint.errors import CheckpointError
+from setpoint.groups.group import Group
+
+
+def shrunk(name: str, tmp_path: Path) -> tuple[nn.Module, nn.Module, tuple[Tensor, ...], tuple[Group, ...], Path]:
+    """A trained and shrunk model saved to a file, and a dense one of the same code with other weights."""
+    model, inputs, groups = CASES[name]()
+    dense, _, _ = CASES[name]()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    train_step(model, optimizer, inputs)
+    groups = shrink(model, optimizer, groups, some_keep(groups))
+    save(model, tmp_path / "small.safetensors")
+    return model, dense, inputs, groups, tmp_path / "small.safetensors"
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_a_loaded_model_is_the_saved_one(name: str, tmp_path: Path) -> None:
+    """Claim: outputs are bit-equal after a round trip, the code's sizes too, and parameters keep their identity."""
+    model, dense, inputs, groups, path = shrunk(name, tmp_path)
+    parameters = list(dense.parameters())
+    assert load(path, into=dense) is dense
+    assert all(one is other for one, other in zip(parameters, dense.parameters(), strict=True))
+    assert str(dense) == str(model)
+    assert torch.equal(model(*inputs), dense(*inputs))
+    again = shrink(dense, None, groups, some_keep(groups, seed=1))
+    assert [each.num_units for each in again] == [int(some_keep(groups, 1)[g.name].sum()) for g in groups]
+
+
+def test_a_loaded_model_trains_like_the_saved_one_and_can_be_saved_again(tmp_path: Path) -> None:
+    """Claim: after loading, training goes on bit-equally, and a second file has the same bytes as the first."""
+    model, dense, inputs, _, path = shrunk("residual", tmp_path)
+    save(load(path, into=dense), tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
+    one, other = (torch.optim.SGD(each.parameters(), lr=0.1, momentum=0.9) for each in (model, dense))
+    for _ in range(3):
+        assert torch.equal(train_step(model, one, inputs), train_step(dense, other, inputs))
+
+
+def test_loading_keeps_memory_format_and_frozen_parameters(tmp_path: Path) -> None:
+    """Claim: `into` decides on memory format and requires_grad, the file on dtype; gradients are dropped."""
+    model, _, inputs, _, path = shrunk("residual", tmp_path)
+    save(model.bfloat16(), path)
+    dense = residual()[0].to(memory_format=torch.channels_last)
+    dense.stem.weight.requires_grad_(False)
+    dense(*inputs).sum().backward()
+    load(path, into=dense)
+    assert dense.conv.weight.dtype == torch.bfloat16
+    assert dense.conv.weight.is_contiguous(memory_format=torch.channels_last)
+    assert [dense.stem.weight.requires_grad, dense.conv.weight.requires_grad] == [False, True]
+    assert all(parameter.grad is None for parameter in dense.parameters())
+
+
+class Odd(nn.Module):
+    """Complex weights, a scalar, an empty tensor, an integer buffer and two non-persistent buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Parameter(torch.randn(4, 3, dtype=torch.complex64))
+        self.scale = nn.Parameter(torch.tensor(2.0))
+        self.register_buffer("none", torch.zeros(0, 2))
+        self.register_buffer("count", torch.tensor([3, 1]))
+        self.register_buffer("gain", torch.arange(4.0), persistent=False)
+        self.register_buffer("cache", torch.zeros(100), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.to(torch.complex64) @ self.mix.T).abs() * self.gain * self.scale
+
+
+def test_complex_empty_and_non_persistent_tensors(tmp_path: Path) -> None:
+    """Claim: complex, scalar, empty and integer tensors come back; so does a non-persistent buffer that was cut."""
+    model, dense, x = Odd(), Odd(), torch.randn(2, 3)
+    units = group("units", 4, "mix:0:produce gain:0:carry")
+    shrink(model, None, (units,), {"units": np.array([True, False, True, True])})
+    save(model, tmp_path / "odd.safetensors")
+    with safe_open(tmp_path / "odd.safetensors", framework="pt") as file:
+        assert set(file.keys()) == {"mix", "scale", "none", "count", "gain"}
+    load(tmp_path / "odd.safetensors", into=dense)
+    assert torch.equal(dense(x), model(x)) and dense(x).shape == (2, 3)
+    assert dense.mix.dtype == torch.complex64 and dense.count.tolist() == [3, 1]
+
+
+def test_tied_tensors_are_stored_once_and_stay_tied(tmp_path: Path) -> None:
+    """Claim: one of two names is in the file; a model that does not tie them is refused."""
+    _, dense, _, _, path = shrunk("tied", tmp_path)
+    with safe_open(path, framework="pt") as file:
+        assert "head.weight" not in file.keys()  # noqa: SIM118
+    load(path, into=dense)
+    assert dense.head.weight is dense.embed.weight
+    untied = Tied()
+    untied.head.weight = nn.Parameter(untied.head.weight.detach().clone())
+    refuse(path, untied, "tie different tensors: 'head.weight'")
+
+
+def test_plain_code_can_read_the_file(tmp_path: Path) -> None:
+    """Claim: the format is as documented: safetensors, sizes and digest as JSON under one metadata key."""
+    model, _, _, _, path = shrunk("mlp", tmp_path)
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["setpoint"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    assert all(torch.equal(tensors[name], value) for name, value in model.state_dict().items())
+    assert header["format"] == 1
+    assert header["sizes"] == {
+        "0": {"out_features": 4},
+        "2": {"in_features": 4, "out_features": 4},
+        "4": {"in_features": 4},
+    }
+    digest = hashlib.sha256()
+    rest = {key: value for key, value in header.items() if key not in ("format", "sha256")}
+    digest.update(json.dumps(rest, sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(json.dumps([name, "float32", list(tensors[name].shape)]).encode())
+        digest.update(tensors[name].numpy().tobytes())
+    assert digest.hexdigest() == header["sha256"]
+
+
+def refuse(path: Path, into: nn.Module, words: str) -> None:
+    """Loading raises CheckpointError and changes nothing."""
+    before = {name: (tensor, tensor.data_ptr(), tensor.clone()) for name, tensor in named_tensors(into).items()}
+    text = str(into)
+    with pytest.raises(CheckpointError, match=words):
+        load(path, into=into)
+    assert str(into) == text
+    for name, tensor in named_tensors(into).items():
+        same, pointer, value = before[name]
+        assert tensor is same and tensor.data_ptr() == pointer and torch.equal(tensor, value)
+
+
+def rewritten(path: Path, change: Callable[[dict[str, object], dict[str, Tensor]], object]) -> None:
+    """Write the file again with its header and tensors changed, but not the digest in it."""
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["setpoint"])
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    change(header, tensors)
+    save_file(tensors, path, metadata={"setpoint": json.dumps(header)})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda p: p.unlink(), "cannot read.*No such file"),
+        (lambda p: (p.unlink(), p.mkdir()), "cannot read"),
+        (lambda p: p.write_bytes(b""), "damaged or not a safetensors file"),
+        (lambda p: p.write_bytes(p.read_bytes()[:-7]), "damaged or not a safetensors file"),
+        (lambda p: p.write_bytes(p.read_bytes()[:40]), "damaged or not a safetensors file"),
+        (lambda p: p.write_bytes(b"hello, I am not a model"), "damaged or not a safetensors file"),
+        (lambda p: p.write_bytes(p.read_bytes()[:-3] + b"\x01\x02\x03"), "digest does not match"),
+        (lambda p: rewritten(p, lambda h, t: h["sizes"]["0"].update(out_features=3)), "digest does not match"),
+        (lambda p: rewritten(p, lambda h, t: t.update({"0.bias": t["2.bias"] + 1})), "digest does not match"),
+        (lambda p: rewritten(p, lambda h, t: h.pop("sizes")), "digest does not match"),
+        (lambda p: rewritten(p, lambda h, t: h.update(format=2)), "format 2.*upgrade Setpoint"),
+        (lambda p: torch.save(mlp_model().state_dict(), p), "is a pickle"),
+        (lambda p: torch.save({}, p, _use_new_zipfile_serialization=False), "is a pickle"),
+        (lambda p: save_file({"0.weight": torch.zeros(2)}, p), "setpoint.save did not write it"),
+    ],
+)
+def test_a_bad_file_is_refused(spoil: Callable[[Path], object], words: str, tmp_path: Path) -> None:
+    """Claim: a missing, cut off, foreign, pickled, newer or altered file raises CheckpointError and loads nothing."""
+    _, dense, _, _, path = shrunk("mlp", tmp_path)
+    spoil(path)
+    refuse(path, dense, words)
+
+
+def test_a_pickle_in_disguise_is_never_executed(tmp_path: Path) -> None:
+    """Claim: a pickle under the right file name does not run its code."""
+
+    class Trap:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return Path.touch, (tmp_path / "sprung",)  # type: ignore[return-value]
+
+    path = tmp_path / "small.safetensors"
+    torch.save(Trap(), path)
+    refuse(path, mlp_model(), "is a pickle")
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (lambda: nn.Sequential(nn.Linear(3, 6), nn.Tanh()), "only the file has '2.bias'"),
+        (lambda: nn.Sequential(*mlp_model(), nn.Linear(2, 2)), "only the model has '5.bias', '5.weight'"),
+        (lambda: mlp_model(3, 5), r"'0.weight' has shape \(4, 3\) in the file and \(3, 3\) in the model"),
+        (
+            lambda: nn.Sequential(nn.Linear(3, 6, dtype=torch.complex64), *mlp_model()[1:]),
+            "float32 in the file and torch.c",
+        ),
+        (lambda: mlp_model().to("meta"), "meta device"),
+    ],
+)
+def test_a_wrong_model_is_refused(other: Callable[[], nn.Module], words: str, tmp_path: Path) -> None:
+    """Claim: other names, larger tensors than the model's, other kinds of numbers and no data raise CheckpointError."""
+    _, _, _, _, path = shrunk("mlp", tmp_path)
+    if words == "meta device":
+        with pytest.raises(CheckpointError, match=words):
+            load(path, into=other())
+    else:
+        refuse(path, other(), words)
+
+
+def test_a_model_without_the_sizes_is_refused(tmp_path: Path) -> None:
+    """Claim: same tensors in code that lacks a size, or has a smaller one, raise CheckpointError."""
+    model, dense, _, _, path = shrunk("mlp", tmp_path)
+    del dense[2].in_features
+    with pytest.raises(CheckpointError, match="made for another model.*no 'in_features'"):
+        load(path, into=dense)
+    dense = mlp_model()
+    dense[2].in_features = 2
+    refuse(path, dense, "sets 2.in_features to 4, more than the model has")
+
+
+def test_a_failure_while_loading_is_rolled_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: an exception after some tensors were replaced puts them all back."""
+    _, dense, inputs, _, path = shrunk("residual", tmp_path)
+    before = copy.deepcopy(dense.state_dict())
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(checkpoint, "apply_sizes", fail)
+    with pytest.raises(MemoryError):
+        load(path, into=dense)
+    assert all(torch.equal(value, before[key]) for key, value in dense.state_dict().items())
+    assert dense(*inputs).shape == (3, 3)
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: if writing fails midway the file at `path` is the old one, and no other file is left."""
+    model, _, _, _, path = shrunk("mlp", tmp_path)
+    old = path.read_bytes()
+
+    def fail(_: int) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(checkpoint.os, "fsync", fail)
+    with pytest.raises(CheckpointError, match="cannot write.*disk full"):
+        save(model, path)
+    assert path.read_bytes() == old
+    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(CheckpointError, match="cannot write"):
+        save(model, tmp_path / "no" / "folder.safetensors")
+
+
+class Extra(nn.Linear):
+    """Keeps something in its state dict that is not a tensor."""
+
+    def get_extra_state(self) -> object:
+        return {"anything": 1}
+
+
+class Marked(torch.Tensor):
+    """A tensor subclass."""
+
+
+def test_models_that_tensors_alone_do_not_describe_are_refused(tmp_path: Path) -> None:
+    """Claim: extra state, tensor subclasses and tensors without data raise CheckpointError, and no file appears."""
+    special = nn.Linear(2, 2)
+    special.bias = nn.Parameter(torch.zeros(2).as_subclass(Marked))
+    for model, words in (
+        (nn.Sequential(Extra(2, 2)), "module '0' .Extra. keeps extra state"),
+        (special, "'bias' is a Marked"),
+        (nn.Linear(2, 2, device="meta"), "meta device"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            save(model, tmp_path / "model.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cut_submodule_is_saved_within_its_parent(tmp_path: Path) -> None:
+    """Claim: a model of which only a part was cut, by itself, comes back as a whole."""
+    part, inputs, groups = mlp()
+    model = nn.Sequential(part, nn.Linear(2, 2))
+    shrink(part, None, groups, some_keep(groups))
+    save(model, tmp_path / "whole.safetensors")
+    dense = nn.Sequential(mlp_model(), nn.Linear(2, 2))
+    assert torch.equal(load(tmp_path / "whole.safetensors", into=dense)(*inputs), model(*inputs))
+    assert str(dense) == str(model)
+
+
+def test_a_dense_model_can_be_saved_too(tmp_path: Path) -> None:
+    """Claim: without any cut the file has no sizes and comes back all the same."""
+    model, inputs, _ = tied()
+    save(model, tmp_path / "dense.safetensors")
+    assert torch.equal(load(tmp_path / "dense.safetensors", into=Tied())(*inputs), model(*inputs))
