@@ -27,7 +27,7 @@ from setpoint.bench.task import BenchError, Dimension, Metric, Score, Split, war
 
 BATCH = 128
 FOLDER = "uoft-cs/cifar10/data"
-WIDTHS = (64, 128, 128, 256, 256, 384)
+WIDTHS = (64, 128, 128, 256, 256, 256)
 MEAN = torch.tensor([0.4914, 0.4822, 0.4465]).view(3, 1, 1)
 DEVIATION = torch.tensor([0.2470, 0.2435, 0.2616]).view(3, 1, 1)
 
@@ -79,10 +79,10 @@ class Cifar10:
         """Every epoch."""
         return self.steps_per_epoch
 
-    def build(self, widths: Mapping[str, int]) -> nn.Module:
+    def build(self, widths: Mapping[str, int], device: torch.device | None = None) -> nn.Module:
         """A fresh VGG-like network of these widths, in channels-last layout."""
-        model = PlainNet(widths, frozenset({1, 3, 5}), channels=3, classes=10)
-        return channels_last(model.to(self.device))
+        with device or self.device:
+            return channels_last(PlainNet(widths, frozenset({1, 3, 5}), channels=3, classes=10))
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """SGD with Nesterov momentum."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,25 +38,15 @@ def step_flops(model: nn.Module, inputs: tuple[Tensor, ...] | Mapping[str, Tenso
 
 
 def _convolution_backward(
-    grad_shape: torch.Size,
-    input_shape: torch.Size,
-    weight_shape: torch.Size,
-    _bias: Any,
-    _stride: Any,
-    _padding: Any,
-    _dilation: Any,
-    transposed: bool,
-    _output_padding: Any,
-    _groups: int,
-    output_mask: tuple[bool, bool, bool],
-    out_shape: Any,
+    grad_shape: Sequence[int], input_shape: Sequence[int], weight_shape: Sequence[int], *rest: Any, **_: Any
 ) -> int:
     """Each weight takes part once per position, whatever `groups` is, in either gradient.
 
     The stock formula charges the weight gradient of a grouped convolution `groups` times.
     """
+    _bias, _stride, _padding, _dilation, transposed, _output_padding, _groups, output_mask = rest
     positions = math.prod((input_shape if transposed else grad_shape)[2:])
-    return 2 * input_shape[0] * positions * math.prod(weight_shape) * sum(map(bool, output_mask[:2]))
+    return int(2 * input_shape[0] * positions * math.prod(weight_shape) * sum(map(bool, output_mask[:2])))
 
 
 _CORRECTED = {torch.ops.aten.convolution_backward: _convolution_backward}

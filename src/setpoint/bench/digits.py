@@ -66,9 +66,10 @@ class Digits:
         """Every second epoch."""
         return 2 * self.steps_per_epoch
 
-    def build(self, widths: Mapping[str, int]) -> nn.Module:
+    def build(self, widths: Mapping[str, int], device: torch.device | None = None) -> nn.Module:
         """A fresh residual CNN of these widths."""
-        return channels_last(ResidualNet(widths, (2, 2), channels=1, classes=10))
+        with device or self.device:
+            return channels_last(ResidualNet(widths, (2, 2), channels=1, classes=10))
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """SGD with Nesterov momentum."""

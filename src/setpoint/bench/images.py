@@ -4,33 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from setpoint.bench.task import Score
 
 
-class Autocast(Protocol):
-    """Makes a fresh autocast context."""
-
-    def __call__(self) -> AbstractContextManager[object]:
-        """The context."""
-        ...
-
-
 def shuffled_batches(
-    images: Float[Tensor, "count channels height width"],
+    images: Shaped[Tensor, "count channels height width"],
     labels: Int[Tensor, " count"],
     *,
     batch: int,
     seed: int,
     shift: int,
     flip: bool,
-) -> Iterator[tuple[Float[Tensor, "batch channels height width"], Int[Tensor, " batch"]]]:
+) -> Iterator[tuple[Shaped[Tensor, "batch channels height width"], Int[Tensor, " batch"]]]:
     """Endless augmented batches, drawn from a generator of their own; the last, short batch is left out.
 
     Args:
@@ -51,8 +42,8 @@ def shuffled_batches(
 
 
 def augment(
-    padded: Float[Tensor, "batch channels tall wide"], size: torch.Size, generator: torch.Generator, *, flip: bool
-) -> Float[Tensor, "batch channels height width"]:
+    padded: Shaped[Tensor, "batch channels tall wide"], size: torch.Size, generator: torch.Generator, *, flip: bool
+) -> Shaped[Tensor, "batch channels height width"]:
     """A random window of each padded image, mirrored half of the time.
 
     Args:
@@ -87,10 +78,18 @@ def score(
     model: nn.Module,
     images: Float[Tensor, "count channels height width"],
     labels: Int[Tensor, " count"],
-    autocast: Autocast,
+    autocast: Callable[[], AbstractContextManager[object]],
     batch: int = 512,
 ) -> Score:
-    """Mean cross-entropy in nats and accuracy over all images; the model's mode is restored."""
+    """Mean cross-entropy in nats and accuracy over all images; the model's mode is restored.
+
+    Args:
+        model: gives class scores.
+        images: inputs.
+        labels: their classes.
+        autocast: makes the context to run the model in.
+        batch: images per forward pass.
+    """
     device = next(model.parameters()).device
     training = model.training
     model.eval()

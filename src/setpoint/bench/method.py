@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from setpoint.bench.task import BenchError, Task, dense_widths
 from setpoint.loop import Loop
 
 
+@runtime_checkable
 class Method(Protocol):
     """Chooses the widths to start from, and what acts on the model while it trains."""
 

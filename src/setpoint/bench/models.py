@@ -47,7 +47,7 @@ class ResidualNet(nn.Module):
         self.stem = nn.Sequential(
             nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
         )
-        stages: list[nn.Module] = []
+        stages: list[nn.Sequential] = []
         for stage, count in enumerate(blocks, start=1):
             stages.append(nn.Sequential())
             for block in range(1, count + 1):
@@ -60,7 +60,8 @@ class ResidualNet(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
         """Class scores."""
-        return self.head(self.stages(self.stem(x)).mean((2, 3)))
+        scores: Tensor = self.head(self.stages(self.stem(x)).mean((2, 3)))
+        return scores
 
 
 class PlainNet(nn.Module):
@@ -88,7 +89,8 @@ class PlainNet(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
         """Class scores."""
-        return self.classifier(torch.flatten(self.pool(self.features(x)), 1))
+        scores: Tensor = self.classifier(torch.flatten(self.pool(self.features(x)), 1))
+        return scores
 
 
 class CausalSelfAttention(nn.Module):
@@ -117,7 +119,8 @@ class CausalSelfAttention(nn.Module):
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         y = y.transpose(1, 2).contiguous().view(B, T, C)
-        return self.c_proj(y)
+        out: Tensor = self.c_proj(y)
+        return out
 
 
 class Layer(nn.Module):
@@ -134,7 +137,8 @@ class Layer(nn.Module):
     def forward(self, x: Float[Tensor, "batch time embd"]) -> Float[Tensor, "batch time embd"]:
         """The residual stream after this layer."""
         x = x + self.attn(self.ln_1(x))
-        return x + self.c_proj(F.gelu(self.c_fc(self.ln_2(x))))
+        x = x + self.c_proj(F.gelu(self.c_fc(self.ln_2(x))))
+        return x
 
 
 class CharGPT(nn.Module):

@@ -74,10 +74,11 @@ class Shakespeare:
         """Every 100 steps."""
         return 100
 
-    def build(self, widths: Mapping[str, int]) -> nn.Module:
+    def build(self, widths: Mapping[str, int], device: torch.device | None = None) -> nn.Module:
         """A fresh GPT with these heads and neurons."""
         vocabulary = _corpus(self.data).vocabulary
-        return CharGPT(widths, vocabulary, BLOCK, N_EMBD, HEAD_DIM).to(self.device)
+        with device or self.device:
+            return CharGPT(widths, vocabulary, BLOCK, N_EMBD, HEAD_DIM)
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """AdamW; matrices decay, vectors do not."""

@@ -23,8 +23,7 @@ def small_widths(task: Task, budget: float) -> dict[str, int]:
     example = task.example()
 
     def cost(widths: Mapping[str, int]) -> float:
-        with torch.random.fork_rng():
-            return float(step_flops(task.build(widths), example))
+        return float(step_flops(task.build(widths, torch.device("meta")), example))
 
     return fit_widths(task.dimensions, cost, budget * cost(dense_widths(task)))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Shaped
@@ -42,6 +42,7 @@ class Score:
     accuracy: float | None = None
 
 
+@runtime_checkable
 class Task(Protocol):
     """What a method needs to train a model and what the runner needs to judge it.
 
@@ -84,8 +85,13 @@ class Task(Protocol):
         """Name of the type that products are computed in."""
         ...
 
-    def build(self, widths: Mapping[str, int]) -> nn.Module:
-        """A fresh model of these widths, initialised from the global random state."""
+    def build(self, widths: Mapping[str, int], device: torch.device | None = None) -> nn.Module:
+        """A fresh model of these widths, initialised from the global random state.
+
+        Args:
+            widths: by name, as in `dimensions`.
+            device: where to build it, the task's own by default; on "meta" it has shapes only.
+        """
         ...
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:

@@ -17,7 +17,7 @@ from setpoint.bench.environment import environment
 from setpoint.bench.method import Method
 from setpoint.bench.own_random import OwnRandom
 from setpoint.bench.results import HISTORY, LEDGER, MODEL, Result
-from setpoint.bench.task import Score, Split, Task
+from setpoint.bench.task import Score, Split, Task, dense_widths
 from setpoint.loop import Loop, Summary
 from setpoint.meter import Stopwatch
 
@@ -120,8 +120,8 @@ class Run:
             self.loop: Loop | None = cell.method.attach(self.task, self.model, self.optimizer, cell.budget or 1.0)
         self.schedule = self.task.schedule(self.optimizer)
         self.batches = self.task.batches(cell.seed)
-        self.dense_widths = dict(widths if self.loop is None else self.loop.widths)
-        self.widths = dict(self.dense_widths)
+        self.widths = dict(widths if self.loop is None else self.loop.widths)
+        self.dense_widths = dense_widths(self.task) if self.loop is None else dict(self.widths)
         self.flops_per_step = step_flops(self.model, self.task.example())
         self.step, self.flops, self.loss = 0, 0.0, float("nan")
         self.score: Score | None = None

@@ -1,0 +1,64 @@
+"""The small model: at most the budget, and close to it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from setpoint.bench import shakespeare
+from setpoint.bench.cifar10 import Cifar10
+from setpoint.bench.counter import step_flops
+from setpoint.bench.digits import Digits
+from setpoint.bench.shakespeare import Shakespeare
+from setpoint.bench.sizing import fit_widths, small_widths
+from setpoint.bench.task import BenchError, Dimension, Task, dense_widths
+
+META = torch.device("meta")
+
+
+@pytest.mark.parametrize(
+    ("task", "budget"),
+    [(Digits(), 0.25), (Digits(), 0.5), (Cifar10(), 0.25), (Cifar10(), 0.75), (Shakespeare(), 0.5)],
+    ids=str,
+)
+def test_small_meets_the_budget(task: Task, budget: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The small model costs at most the budget, and at most 3 % less, on every task."""
+    monkeypatch.setattr(shakespeare, "_corpus", lambda data: shakespeare._Corpus(65, {}))
+    widths = small_widths(task, budget)
+    dense = step_flops(task.build(dense_widths(task), META), task.example())
+    small = step_flops(task.build(widths, META), task.example())
+    assert 0.97 * budget <= small / dense <= budget
+    shares = [widths[name] / dimension.dense for name, dimension in task.dimensions.items()]
+    assert max(shares) - min(shares) < 0.2
+
+
+def test_budget_of_one_is_dense() -> None:
+    """At the whole budget the small model is the dense one."""
+    task = Digits(width=8)
+    assert small_widths(task, 1.0) == dense_widths(task)
+
+
+def test_no_block_fits_any_more() -> None:
+    """What is found leaves no room for one more block of any width."""
+    dimensions = {"a": Dimension(64, 8), "b": Dimension(37), "c": Dimension(20, 4)}
+
+    def cost(widths: dict[str, int]) -> float:
+        return widths["a"] * widths["b"] + 3 * widths["b"] * widths["c"]
+
+    widths = fit_widths(dimensions, cost, 1500)
+    assert cost(widths) <= 1500
+    for name, dimension in dimensions.items():
+        assert cost({**widths, name: widths[name] + dimension.multiple_of}) > 1500
+
+
+def test_unreachable_budget() -> None:
+    """A budget below the narrowest model is an error that names what that costs."""
+    with pytest.raises(BenchError, match="narrowest model costs 16"):
+        fit_widths({"a": Dimension(64, 4), "b": Dimension(64, 4)}, lambda widths: widths["a"] * widths["b"], 15)
+
+
+def test_sizing_draws_no_random_numbers() -> None:
+    """Sizing leaves the global random state as it was."""
+    state = torch.get_rng_state()
+    small_widths(Digits(width=8), 0.5)
+    assert torch.equal(torch.get_rng_state(), state)
