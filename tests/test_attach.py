@@ -1,0 +1,288 @@
+"""What attach refuses, and that it touches nothing then."""
+
+import copy
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import setpoint
+from setpoint.groups.trace import trace
+
+HALF = setpoint.Budget.fraction(0.5, of="flops")
+
+
+def _mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
+
+
+def _attach(model: nn.Module, optimizer: Any, budget: setpoint.Budget = HALF, **options: Any) -> setpoint.Loop:
+    return setpoint.attach(model, optimizer, budget, **{"example": (torch.zeros(4, 6),), "total_steps": 10, **options})
+
+
+@contextmanager
+def _untouched(model: nn.Module, *optimizers: torch.optim.Optimizer) -> Iterator[None]:
+    """Check that model, optimizers and hooks are as before."""
+    before = copy.deepcopy(model.state_dict())
+    states = [copy.deepcopy(each.state_dict()) for each in optimizers]
+    hooks = [(len(each._optimizer_step_pre_hooks), len(each._optimizer_step_post_hooks)) for each in optimizers]
+    mode = [each.training for each in model.modules()]
+    yield
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert states == [each.state_dict() for each in optimizers]
+    assert hooks == [(len(o._optimizer_step_pre_hooks), len(o._optimizer_step_post_hooks)) for o in optimizers]
+    assert mode == [each.training for each in model.modules()]
+
+
+class Branching(nn.Module):
+    """A forward whose path depends on the data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = _mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 0:
+            return self.inner(x)
+        return self.inner(-x)
+
+
+@pytest.mark.parametrize(
+    ("budget", "words"),
+    [
+        (setpoint.Budget.fraction(0.001, of="flops"), "cannot be reached.*still needs .*Ask for at least"),
+        (setpoint.Budget.total(3, of="params"), "cannot be reached.*params"),
+        (setpoint.Budget.fraction(0.5, of="memory"), "'memory' is not available.*of='flops'"),
+        (setpoint.Budget.fraction(0.5, of="latency"), "'latency' is not available"),
+        (setpoint.Budget.fraction(0.5, of="energy"), "'energy' is not available"),
+        (setpoint.Budget.fraction(0.5, of="flops", per="run"), "per='run' is not available.*per='step'"),
+    ],
+)
+def test_refuses_budgets_it_cannot_hold(budget: setpoint.Budget, words: str) -> None:
+    """Out of reach or not available in this version: the error says what to ask for instead."""
+    model = _mlp()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with _untouched(model, optimizer), pytest.raises(setpoint.BudgetError, match=words):
+        _attach(model, optimizer, budget)
+
+
+def test_the_cheapest_reachable_budget_is_reached() -> None:
+    """What the error names as the least to ask for is accepted and met."""
+    model = _mlp()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(setpoint.BudgetError) as caught:
+        _attach(model, optimizer, setpoint.Budget.fraction(0.001, of="flops"))
+    least = float(str(caught.value).split("Budget.fraction(")[1].split(",")[0])
+    with _attach(model, optimizer, setpoint.Budget.fraction(least, of="flops"), total_steps=40) as loop:
+        for _ in range(40):
+            optimizer.zero_grad()
+            model(torch.randn(4, 6)).square().mean().backward()
+            optimizer.step()
+    assert loop.summary is not None and loop.summary.landed
+
+
+@pytest.mark.parametrize("total_steps", [0, -5, True])
+def test_refuses_a_run_without_steps(total_steps: int) -> None:
+    """The run must have a positive whole number of steps."""
+    model = _mlp()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with _untouched(model, optimizer), pytest.raises(ValueError, match="total_steps must be a positive integer"):
+        _attach(model, optimizer, total_steps=total_steps)
+
+
+def test_refuses_optimizers_of_other_models() -> None:
+    """An optimizer that trains none of the model is named, also as one of several."""
+    model, other = _mlp(), _mlp()
+    own, foreign = torch.optim.SGD(model.parameters(), 0.1), torch.optim.Adam(other.parameters())
+    with _untouched(model, own, foreign):
+        for optimizers in (foreign, [own, foreign]):
+            with pytest.raises(setpoint.OptimizerError, match="Adam holds"):
+                _attach(model, optimizers)
+        with pytest.raises(setpoint.OptimizerError, match="at least one"):
+            _attach(model, [])
+
+
+def test_refuses_optimizers_that_cannot_follow() -> None:
+    """An optimizer whose state depends on the shape is refused before anything is done."""
+    model = _mlp()
+    optimizer = torch.optim.Adafactor(model.parameters())
+    with _untouched(model, optimizer), pytest.raises(setpoint.OptimizerError, match="Adafactor"):
+        _attach(model, optimizer)
+
+
+@pytest.mark.parametrize(
+    "example",
+    [
+        (torch.zeros(4, 5),),
+        (torch.zeros(4, 6), torch.zeros(4)),
+        {"nonsense": torch.zeros(4, 6)},
+        (torch.zeros(4, 6).long(),),
+    ],
+)
+def test_refuses_examples_that_do_not_fit(example: Any) -> None:
+    """Wrong shape, number, name or type of inputs is an ExampleError."""
+    model = _mlp()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with _untouched(model, optimizer), pytest.raises(setpoint.ExampleError):
+        _attach(model, optimizer, example=example)
+
+
+def test_refuses_an_example_on_another_device() -> None:
+    """The error names both devices."""
+    model = _mlp()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with _untouched(model, optimizer), pytest.raises(setpoint.ExampleError, match="meta.*cpu"):
+        _attach(model, optimizer, example=(torch.zeros(4, 6, device="meta"),))
+
+
+def test_refuses_control_flow_that_depends_on_data() -> None:
+    """The error names the line of the user's forward."""
+    model = Branching()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with _untouched(model, optimizer), pytest.raises(setpoint.ExportError, match=r"test_attach\.py.*|if x\.sum"):
+        _attach(model, optimizer)
+
+
+def test_refuses_a_second_loop_on_one_model() -> None:
+    """A model has one loop at a time; a failed attach leaves the first at work, and afterwards there is room."""
+    model = _mlp()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    loop = _attach(model, optimizer)
+    with _untouched(model, optimizer), pytest.raises(setpoint.LoopError, match=r"finish\(\) or detach\(\)"):
+        _attach(model, optimizer)
+    loop.finish()
+    _attach(model, optimizer).detach()
+
+
+def test_refuses_wrappers_for_several_devices() -> None:
+    """DataParallel and its like are refused by name."""
+    model = nn.DataParallel(_mlp())
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with _untouched(model, optimizer), pytest.raises(setpoint.LoopError, match="DataParallel is not supported"):
+        _attach(model, optimizer)
+
+
+def test_refuses_a_model_in_which_nothing_can_go() -> None:
+    """The error names what was left whole, and why."""
+    model = nn.Sequential(nn.Linear(6, 3))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with _untouched(model, optimizer), pytest.raises(setpoint.GroupError, match="can be pruned. Left whole: .*output"):
+        _attach(model, optimizer)
+
+
+def test_refuses_groups_of_another_model() -> None:
+    """Groups must be those of the model as it is now."""
+    model, other = _mlp(), nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    groups = setpoint.find_groups(other, (torch.zeros(4, 6),))
+    with _untouched(model, optimizer), pytest.raises(setpoint.GroupError, match="not one of this model's"):
+        _attach(model, optimizer, groups=groups)
+
+
+def test_only_the_given_groups_are_pruned() -> None:
+    """With `groups` the others stay whole, and the budget still counts the whole model."""
+    model = _mlp()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    one = trace(model, (torch.zeros(4, 6),)).groups[:1]
+    dense = sum(each.numel() for each in model.parameters())
+    with _attach(model, optimizer, setpoint.Budget.fraction(0.6, of="params"), groups=one, total_steps=40) as loop:
+        for _ in range(40):
+            optimizer.zero_grad()
+            model(torch.randn(4, 6)).square().mean().backward()
+            optimizer.step()
+    assert set(loop.widths) == {one[0].name}
+    assert loop.summary is not None and loop.summary.landed
+    assert sum(each.numel() for each in model.parameters()) <= 0.6 * dense
+
+
+def test_frozen_outgoing_weights_keep_their_group_whole() -> None:
+    """A group that the sensor cannot read is left out, and the ledger's header says why."""
+    model = _mlp()
+    model[2].weight.requires_grad_(False)
+    optimizer = torch.optim.SGD([each for each in model.parameters() if each.requires_grad], 0.1)
+    loop = _attach(model, optimizer, setpoint.Budget.fraction(0.9, of="flops"))
+    read = {each.tensor for group in loop.groups for each in group.slices if each.role == "consume"}
+    assert read == {"4.weight"}
+    assert any("TaylorSensor cannot read it" in reason for reason in loop.ledger.header["frozen"].values())
+    loop.detach()
+
+
+def test_groups_that_fail_verification_are_left_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are named in one warning and in the ledger's header; `verify=False` asks no question."""
+    model = _mlp()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    names = [group.name for group in setpoint.find_groups(model, (torch.zeros(4, 6),))]
+    monkeypatch.setattr(sys.modules["setpoint.loop.attach"], "failing_groups", lambda *_: (names[0],))
+    budget = setpoint.Budget.fraction(0.9, of="flops")
+    with pytest.warns(UserWarning, match=f"left whole.*: {names[0]}") as warned:
+        loop = _attach(model, optimizer, budget)
+    assert len(warned) == 1
+    assert list(loop.widths) == names[1:]
+    assert "did not behave like masking" in loop.ledger.header["frozen"][names[0]]
+    loop.detach()
+    loop = _attach(model, optimizer, budget, verify=False)
+    assert list(loop.widths) == names
+    assert loop.finish().overhead_flops == 0
+    monkeypatch.undo()
+
+
+class Normed(nn.Module):
+    """A neuron layer followed by a LayerNorm over its neurons: zero is not absent there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.norm, self.down = nn.Linear(6, 16), nn.LayerNorm(16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.relu(self.norm(self.up(x))))
+
+
+def test_lossy_groups_need_leave() -> None:
+    """A group in which zero is not absent is pruned only with `allow_lossy`."""
+    model = Normed()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(setpoint.GroupError, match="allow_lossy=True"):
+        _attach(model, optimizer)
+    with _attach(model, optimizer, allow_lossy=True, total_steps=40) as loop:
+        for _ in range(40):
+            optimizer.zero_grad()
+            model(torch.randn(4, 6)).square().mean().backward()
+            optimizer.step()
+    assert loop.summary is not None and loop.summary.landed
+    assert model.norm.normalized_shape == (model.up.out_features,)
+    assert model.up.out_features < 16
+
+
+def test_samples_default_to_the_examples_leading_dim() -> None:
+    """`num_samples` is the batch of the example unless it is given."""
+    model = _mlp()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for given, want in ((None, 4), (32, 32)):
+        loop = _attach(model, optimizer, num_samples=given)
+        assert loop._parts.sensor.num_samples == want
+        loop.detach()
+    with pytest.raises(ValueError, match="num_samples must be a positive integer"):
+        _attach(model, optimizer, num_samples=0)
+
+
+def test_keyword_examples_work() -> None:
+    """An example may be a dict of keyword inputs."""
+    model = Normed()
+    loop = _attach(model, torch.optim.SGD(model.parameters(), 0.1), example={"x": torch.zeros(4, 6)}, allow_lossy=True)
+    assert loop._parts.sensor.num_samples == 4
+    loop.detach()
+
+
+@pytest.mark.parametrize("limit", [0.0, -1.0, math.nan, math.inf, 1.5])
+def test_a_budget_must_make_sense(limit: float) -> None:
+    """0, negative, NaN, infinite, or over 1 as a fraction: refused when the budget is written down."""
+    with pytest.raises(setpoint.BudgetError):
+        setpoint.Budget.fraction(limit, of="flops")
+    with pytest.raises(setpoint.BudgetError, match="unknown resource"):
+        setpoint.Budget.fraction(0.5, of="patience")
