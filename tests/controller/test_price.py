@@ -1,0 +1,97 @@
+"""Tests of the PI part against the closed form of its loop."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.signal import lfilter
+
+from setpoint.controller.price import Feedback, Gains, bumpless
+
+
+def _errors(factors: np.ndarray, gains: Gains) -> np.ndarray:
+    """Errors that the feedback sees when the meter reads these factors times the prediction."""
+    feedback, errors = Feedback(), []
+    for factor in factors:
+        error = feedback.error(metered=float(factor) * 3.0, predicted=3.0)
+        feedback = feedback.updated(error, gains, deadband=0.0)
+        errors.append(error)
+    return np.array(errors)
+
+
+@given(st.floats(0, 0.4), st.floats(0.05, 0.6), st.lists(st.floats(0.2, 5.0), min_size=1, max_size=12))
+def test_loop_is_the_textbook_transfer_function(kp: float, ki: float, factors: list[float]) -> None:
+    """From ln(metered / predicted) to e the loop is (1 - z^-1) / (1 + (kp + ki - 1) z^-1 - kp z^-2)."""
+    expected = lfilter([1.0, -1.0], [1.0, kp + ki - 1.0, -kp], np.log(factors))
+    assert _errors(np.array(factors), Gains(kp, ki)) == pytest.approx(expected, abs=1e-9)
+
+
+@given(st.floats(0, 1), st.floats(0.01, 1), st.floats(0.05, 20.0))
+def test_no_overshoot(share: float, total_gain: float, factor: float) -> None:
+    """After a step of any size the error never changes sign, for all gains that are accepted."""
+    gains = Gains(kp=share * total_gain * 0.99, ki=total_gain * (1 - share * 0.99))
+    errors = _errors(np.full(30, factor), gains) * np.sign(np.log(factor))
+    assert (errors >= -1e-12).all()
+
+
+def test_settling_of_the_defaults() -> None:
+    """The defaults take out 60 % of a step at the next decision and 99 % within eight, as derived."""
+    errors = _errors(np.full(12, 2.0), Gains()) / math.log(2.0)
+    assert errors[1] == pytest.approx(0.4)
+    assert abs(errors[9]) < 0.01
+    assert errors[11] / errors[10] == pytest.approx(0.5742, abs=1e-3)
+
+
+def test_lag_behind_a_drift() -> None:
+    """A drift of d per decision is followed with a lag of d / ki."""
+    gains = Gains(kp=0.1, ki=0.4)
+    errors = _errors(np.exp(0.003 * np.arange(60)), gains)
+    assert errors[-1] == pytest.approx(0.003 / 0.4, rel=1e-6)
+
+
+def test_noise_is_attenuated() -> None:
+    """White noise of the meter reaches the correction with about 0.4 of its variance."""
+    noise = np.random.default_rng(0).normal(0.0, 0.01, 20_000)
+    feedback, corrections = Feedback(), []
+    for value in noise:
+        feedback = feedback.updated(feedback.error(math.exp(value), 1.0), Gains(), 0.0)
+        corrections.append(feedback.correction)
+    impulse = lfilter([0.6, -0.1], [1.0, -0.4, -0.1], np.eye(1, 100)[0])
+    assert np.var(corrections) / np.var(noise) == pytest.approx((impulse**2).sum(), rel=0.05)
+    assert (impulse**2).sum() == pytest.approx(0.4, abs=0.05)
+
+
+def test_dead_band_rests() -> None:
+    """Inside the dead-band nothing changes, just outside it does."""
+    feedback = Feedback(0.2, 0.25)
+    assert feedback.updated(0.0099, Gains(), deadband=0.02) is feedback
+    assert feedback.updated(-0.0099, Gains(), deadband=0.02) is feedback
+    assert feedback.updated(0.0101, Gains(), deadband=0.02) != feedback
+
+
+def test_without_a_meter_nothing_happens() -> None:
+    """Where metered is predicted the error is exactly 0 and so is the correction, for ever."""
+    feedback = Feedback()
+    for _ in range(10):
+        feedback = feedback.updated(feedback.error(7.3, 7.3), Gains(), 0.0)
+    assert feedback == Feedback() and feedback.factor() == 1.0
+
+
+@given(st.floats(-2, 2), st.floats(0.1, 10), st.floats(0.1, 10))
+def test_bumpless_keeps_the_target(correction: float, before: float, after: float) -> None:
+    """The target, hence the price, is the same right after the reference jumps."""
+    feedback = Feedback(correction, correction)
+    changed = bumpless(feedback, before=before, after=after)
+    assert after / changed.factor() == pytest.approx(before / feedback.factor())
+    assert changed.integral - changed.correction == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize("gains", [(-0.1, 0.5), (0.1, 0.0), (0.6, 0.5), (float("nan"), 0.5)])
+def test_gains_that_could_overshoot(gains: tuple[float, float]) -> None:
+    """Gains outside the region without overshoot are refused."""
+    with pytest.raises(ValueError, match="kp"):
+        Gains(*gains)
