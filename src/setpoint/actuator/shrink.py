@@ -49,8 +49,8 @@ def shrink(
     parameters that change become None: they belong to a step that is done. Cut between
     `optimizer.step()` and the next `backward()`.
 
-    Everything new is built before anything is changed, and whatever fails after that is rolled back:
-    on any exception model, optimizers and copies are as they were.
+    Everything new is built before anything is changed, so both are in memory for a moment; whatever
+    fails after that is rolled back. On any exception model, optimizers and copies are as they were.
 
     Args:
         model: the model that `groups` describe.

@@ -87,35 +87,25 @@ class _Trial:
     def of(cls, model: nn.Module, example: Example, groups: tuple[Group, ...], keep: Keep | None) -> _Trial:
         keep = random_keep(groups) if keep is None else check_keep(groups, keep)
         args, kwargs = inputs_of(example)
-        trial = cls(_randomised_copy(model, groups), args, kwargs, groups, keep, 0.0)
-        return trial._in_best_precision()._without_chance()
-
-    def _in_best_precision(self) -> _Trial:
-        """In float64 if the model runs in it; the tolerance follows from the narrowest dtype it really uses."""
+        trial = cls(_prepared_copy(model, groups), args, kwargs, groups, keep, 0.0)
         wide = replace(
-            self,
-            model=_widen_model(copy.deepcopy(self.model)),
-            args=tree_map(_widen, self.args),
-            kwargs=tree_map(_widen, dict(self.kwargs)),
+            trial,
+            model=_widen_model(copy.deepcopy(trial.model)),
+            args=tree_map(_widen, trial.args),
+            kwargs=tree_map(_widen, dict(trial.kwargs)),
         )
-        for trial in (wide, self):
+        for each in (wide, trial):  # float64 if the model runs in it, else its own dtypes
             with _Narrowest() as narrowest:
                 try:
-                    trial._run(trial.model)
+                    first = each._run(each.model)
                 except Exception as error:  # anything may go wrong in a foreign forward
                     failure = error
                     continue
-            return replace(trial, tolerance=_TOLERANCE[narrowest.bits])
+            tolerance = _TOLERANCE[narrowest.bits]
+            if first.drew and first.difference(each._run(copy.deepcopy(each.model), seed=1), tolerance):
+                each.model.eval()  # random in spite of dropout being off: compare where it is not
+            return replace(each, tolerance=tolerance)
         raise ExampleError(f"the model does not run on the example: {failure}") from failure
-
-    def _without_chance(self) -> _Trial:
-        for module in self.model.modules():
-            if isinstance(module, nn.modules.dropout._DropoutNd):
-                module.p = 0.0
-        results = [self._run(copy.deepcopy(self.model), seed) for seed in (1, 2)]
-        if results[0].difference(results[1], self.tolerance):
-            self.model.eval()
-        return self
 
     def failing(self) -> Iterator[tuple[str, str]]:
         """(group name, what differs) of each group that fails."""
@@ -143,49 +133,49 @@ class _Trial:
 
     def _compare(self, names: list[str], by_value: bool) -> str | None:
         keep = {name: self.keep[name] for name in names}
-        masked = copy.deepcopy(self.model)
-        mask(masked, None, self.groups, keep)
-        want = self._run(masked).cut(plan_cut(self.groups, keep))
-        del masked
         small = copy.deepcopy(self.model)
         try:
             shrink(small, None, self.groups, keep)
             got = self._run(small)
         except Exception as error:  # a wrong size shows up as any exception in the model's own code
             return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        del small
+        masked = copy.deepcopy(self.model)
+        mask(masked, None, self.groups, keep)
+        want = self._run(masked).cut(plan_cut(self.groups, keep))
         return want.difference(got, self.tolerance if by_value else float("inf"))
 
     def _run(self, model: nn.Module, seed: int = 0) -> _Outcome:
-        with _private_chance(model, seed), torch.enable_grad():
-            for parameter in model.parameters():
-                parameter.grad = None
+        devices = {tensor.device for tensor in named_tensors(model).values()}
+        with _private_chance(devices, seed) as drawn, torch.enable_grad():
             outputs = [leaf for leaf in tensors_of(model(*self.args, **self.kwargs)) if _is_float(leaf)]
             generator = torch.Generator().manual_seed(0)
             loss = sum((each * _noise(each, generator)).sum().abs() for each in outputs if each.requires_grad)
             if isinstance(loss, Tensor):
                 torch.autograd.backward(loss)
-        tensors = dict(model.named_parameters())
-        return _Outcome(
-            [output.detach() for output in outputs],
-            {name: tensor.grad for name, tensor in tensors.items() if tensor.grad is not None},
-            {name: tensor for name, tensor in model.named_buffers() if _is_float(tensor)},
-        )
+            drew = drawn()
+        gradients = {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
+        for parameter in model.parameters():
+            parameter.grad = None
+        buffers = {name: each.clone() for name, each in model.named_buffers() if _is_float(each)}
+        return _Outcome([output.detach() for output in outputs], gradients, buffers, drew)
 
 
 @dataclass(frozen=True, eq=False)
 class _Outcome:
-    """What one forward and backward pass left behind."""
+    """What one forward and backward pass left behind, and whether it drew random numbers."""
 
     outputs: list[Tensor]
     gradients: dict[str, Tensor]
     buffers: dict[str, Tensor]
+    drew: bool
 
     def cut(self, cut: Cut) -> _Outcome:
         """The kept entries only."""
         dims = cut.dims()
         gradients = {name: take(tensor, dims.get(name, {})) for name, tensor in self.gradients.items()}
         buffers = {name: take(tensor, dims.get(name, {})) for name, tensor in self.buffers.items()}
-        return _Outcome(self.outputs, gradients, buffers)
+        return _Outcome(self.outputs, gradients, buffers, self.drew)
 
     def difference(self, other: _Outcome, tolerance: float) -> str | None:
         """What differs by more than `tolerance` times the largest value of that tensor, or None."""
@@ -236,8 +226,8 @@ def random_keep(groups: tuple[Group, ...]) -> dict[str, Bool[np.ndarray, " _unit
     return keep
 
 
-def _randomised_copy(model: nn.Module, groups: tuple[Group, ...]) -> nn.Module:
-    """A copy in which no weight is zero and no two units are alike, at about the model's own scale."""
+def _prepared_copy(model: nn.Module, groups: tuple[Group, ...]) -> nn.Module:
+    """A copy without dropout in which no weight is zero and no two units are alike, at about the model's own scale."""
     try:
         twin = copy.deepcopy(model)
     except RuntimeError as error:
@@ -252,6 +242,9 @@ def _randomised_copy(model: nn.Module, groups: tuple[Group, ...]) -> nn.Module:
             factor = 1 + 0.3 * _noise(tensor, generator).clamp(-2, 2)
             fresh = _noise(tensor, generator) * spread
             tensor.copy_(torch.where(tensor == 0, fresh, tensor * factor))
+    for module in twin.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
     return twin
 
 
@@ -276,17 +269,27 @@ def _widen(leaf: Any) -> Any:
 
 
 @contextmanager
-def _private_chance(model: nn.Module, seed: int) -> Iterator[None]:
-    """Global random number generators seeded inside and put back after, autocast off."""
-    devices = {tensor.device for tensor in named_tensors(model).values() if tensor.device.type == "cuda"}
-    kinds = {tensor.device.type for tensor in named_tensors(model).values()} or {"cpu"}
+def _private_chance(devices: set[torch.device], seed: int) -> Iterator[Callable[[], bool]]:
+    """Global random number generators seeded inside and put back after, autocast off.
+
+    Yields a function that tells whether any of them has been used since.
+    """
+    cuda = [device for device in devices if device.type == "cuda"]
+    kind = min((device.type for device in devices), default="cpu")
     python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(list(devices)), torch.autocast(min(kinds), enabled=False):
+
+    def state() -> list[Any]:
+        tensors = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in cuda)]
+        legacy = np.random.get_state(legacy=False)["state"]
+        return [[tensor.tolist() for tensor in tensors], random.getstate(), legacy["pos"], legacy["key"].tolist()]
+
+    with torch.random.fork_rng(cuda), torch.autocast(kind, enabled=False):
         torch.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed)
+        before = state()
         try:
-            yield
+            yield lambda: state() != before
         finally:
             random.setstate(python)
             np.random.set_state(numpy)
