@@ -16,7 +16,8 @@ from torch import nn
 
 from setpoint.errors import ExampleError, ExportError
 
-Example = tuple[Any, ...] | Mapping[str, Any]
+Example = Any
+"""A tuple of positional inputs, or a mapping of keyword inputs; anything else is told so by `inputs_of`."""
 
 TORCH_FOLDER = Path(torch.__file__).parent
 
@@ -101,17 +102,15 @@ def export(model: nn.Module, example: Example) -> torch.export.ExportedProgram:
 
 
 def _explain(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception) -> None:
-    """Tell a bad example from a forward that cannot be exported, by running the model on fakes."""
+    """Tell a bad example from a forward that cannot be exported, by running a copy of the model for real."""
     try:
-        with fake_copy(model) as (fake, mode):
-            fake(*mode_inputs(mode, args), **mode_inputs(mode, kwargs))
+        with torch.no_grad():
+            copy.deepcopy(model)(*args, **kwargs)
     except Exception as plain:
-        if not _depends_on_data(plain):
-            raise ExampleError(
-                f"the model does not accept the example ({_describe([*args, *kwargs.items()])}): "
-                f"{_first_line(plain)}{_user_line(plain)}"
-            ) from error
-        error = plain
+        raise ExampleError(
+            f"the model does not accept the example ({_describe([*args, *kwargs.items()])}): "
+            f"{_first_line(plain)}{_user_line(plain)}"
+        ) from plain
     hint = (
         "its control flow depends on the values of a tensor; replace the Python `if` by torch.where, "
         "or compute the condition outside the model"

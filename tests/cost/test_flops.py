@@ -1,0 +1,62 @@
+"""FLOPs and parameters as functions of widths equal an independent count of the rebuilt model."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from groups.zoo import MODELS, DepthwiseCNN, images
+from setpoint.actuator.shrink import shrink
+from setpoint.cost.flops import flops_cost
+from setpoint.cost.params import params_cost
+from setpoint.groups.bind import random_keep
+from setpoint.groups.group import widths_of
+from setpoint.groups.trace import trace
+
+
+def count(model: nn.Module, example: tuple[torch.Tensor, ...]) -> int:
+    """FLOPs of a forward and a backward pass, by PyTorch's own counter."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(*example).sum().backward()
+    return int(counter.get_total_flops())
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "depthwise cnn"])
+def test_flops_equal_the_counter_dense_and_cut(name: str) -> None:
+    """At the dense widths and at random unequal ones, the function of widths equals the counter exactly."""
+    build, example = MODELS[name]
+    model, inputs = build(), example()
+    traced = trace(model, inputs)
+    cost = flops_cost(traced)
+    assert cost.total(widths_of(traced.groups)) == count(copy.deepcopy(model), inputs)
+    for seed in range(3):
+        cut = copy.deepcopy(model)
+        groups = shrink(cut, None, traced.groups, random_keep(traced.groups, seed))
+        assert cost.total(widths_of(groups)) == count(cut, inputs)
+        assert params_cost(model, traced.groups).total(widths_of(groups)) == sum(p.numel() for p in cut.parameters())
+
+
+def test_grouped_convolutions_cost_what_they_do() -> None:
+    """PyTorch's counter charges the weight gradient of a grouped convolution `groups` times; we charge it once."""
+    model, inputs = DepthwiseCNN(), images()
+    excess = 0
+    for conv, pixels in ((model.depthwise, 64), (model.grouped, 36)):
+        once = 2 * len(inputs[0]) * pixels * math.prod(conv.weight.shape)
+        excess += once * (conv.groups - 1)
+    traced = trace(model, inputs)
+    assert flops_cost(traced).total(widths_of(traced.groups)) == count(model, inputs) - excess
+
+
+def test_frozen_parameters_save_their_gradient() -> None:
+    """A weight that needs no gradient is not charged for one, nor is what lies before all that do."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 5), nn.Linear(5, 3))
+    model[0].requires_grad_(False)
+    x = (torch.randn(2, 4),)
+    traced = trace(model, x)
+    assert flops_cost(traced).total(widths_of(traced.groups)) == count(model, x)

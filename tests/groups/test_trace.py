@@ -1,0 +1,237 @@
+"""What is coupled with what: groups of small models, checked place by place."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from groups.zoo import GPT, MODELS, ConcatCNN, DepthwiseCNN, PlainCNN, ResidualCNN, SeparateAttention, images
+from setpoint.errors import ExampleError, ExportError
+from setpoint.groups.group import Group
+from setpoint.groups.trace import find_groups, trace
+
+
+def by_name(groups: tuple[Group, ...]) -> dict[str, Group]:
+    return {group.name: group for group in groups}
+
+
+def places(group: Group) -> dict[tuple[str, int | None], str]:
+    return {(piece.tensor, piece.dim): piece.role for piece in group.slices}
+
+
+def test_convolution_batch_norm_and_flatten() -> None:
+    """A channel owns its filter, its batch norm entries and, behind a flatten, a block of the next layer's inputs."""
+    groups = by_name(find_groups(PlainCNN(), images()))
+    assert {name: group.num_units for name, group in groups.items()} == {
+        "features.0": 8,
+        "features.4": 12,
+        "head.1": 10,
+    }
+    channel = places(groups["features.4"])
+    assert channel[("features.4.weight", 0)] == "produce"
+    assert channel[("features.5.running_var", 0)] == "carry"
+    assert channel[("head.1.weight", 1)] == "consume"
+    flat = next(piece for piece in groups["features.4"].slices if piece.tensor == "head.1.weight")
+    assert flat.index.tolist() == [unit for unit in range(12) for _ in range(4)]
+    assert all(group.lossless for group in groups.values())
+
+
+def test_residual_sum_couples_both_sides() -> None:
+    """What is added together is dropped together; the inner channels of a block are free."""
+    groups = by_name(find_groups(ResidualCNN(), images()))
+    assert set(groups) == {"stem", "blocks.0.conv1", "blocks.1.conv1", "blocks.1.conv2"}
+    stem = places(groups["stem"])
+    assert stem[("blocks.0.conv2.weight", 0)] == "produce"
+    assert stem[("blocks.1.shortcut.weight", 1)] == "consume"
+    assert places(groups["blocks.1.conv2"])[("blocks.1.shortcut.weight", 0)] == "produce"
+
+
+def test_depthwise_and_grouped_convolutions() -> None:
+    """A depthwise filter goes with its channel; of a grouped convolution whole groups go."""
+    groups = by_name(find_groups(DepthwiseCNN(), images()))
+    assert places(groups["expand"])[("depthwise.weight", 0)] == "carry"
+    assert places(groups["expand"])[("project.weight", 1)] == "consume"
+    stream = groups["stem"]
+    assert stream.num_units == 4, "8 channels in 4 groups of the norm and of the convolution"
+    bound = {(size.module, size.place) for size in stream.sizes}
+    assert {
+        ("norm", "num_groups"),
+        ("norm", "num_channels"),
+        ("grouped", "groups"),
+        ("grouped", "in_channels"),
+    } <= bound
+
+
+def test_concatenation_keeps_exact_positions() -> None:
+    """Branches of a concatenation are separate groups, each at its own offset; data channels in between stay."""
+    groups = by_name(find_groups(ConcatCNN(), images()))
+    left = next(piece for piece in groups["left"].slices if piece.tensor == "out.weight")
+    right = next(piece for piece in groups["right"].slices if piece.tensor == "bn.running_mean")
+    assert left.index.tolist() == [0, 1, 2, 3, 4, 5] + [-1] * 7
+    assert right.index.tolist() == [-1] * 9 + [0, 1, 2, 3]
+
+
+def test_fused_attention_drops_whole_heads() -> None:
+    """With fused q/k/v a head owns three runs of rows and one run of the projection's columns."""
+    groups = by_name(find_groups(GPT(), (torch.randint(0, 20, (3, 8)),)))
+    heads = groups["h.0.attn.c_attn"]
+    assert (heads.what, heads.num_units, heads.lossless) == ("head", 4, True)
+    fused = next(piece for piece in heads.slices if piece.tensor == "h.0.attn.c_attn.weight")
+    assert fused.index.tolist() == 3 * [head for head in range(4) for _ in range(4)]
+    assert places(heads)[("h.0.attn.c_proj.weight", 1)] == "consume"
+    assert groups["h.1.mlp.0"].what == "neuron"
+
+
+def test_residual_stream_under_a_norm_is_not_lossless() -> None:
+    """Features that a LayerNorm runs over form a group that says zero is not absent, and why; tied weights are one tensor."""
+    groups = find_groups(GPT(), (torch.randint(0, 20, (3, 8)),))
+    (stream,) = [group for group in groups if not group.lossless]
+    assert stream.what == "feature"
+    assert any("normalised over" in note for note in stream.notes)
+    assert {piece.tensor for piece in stream.slices} >= {"wte.weight", "wpe.weight", "ln_f.weight"}
+    assert not any(piece.tensor == "lm_head.weight" for piece in stream.slices)
+
+
+def test_separate_projections_and_gated_mlp() -> None:
+    """Separate q, k and v of a head go together, and so do gate and up of a gated neuron; attributes are bound."""
+    groups = by_name(find_groups(SeparateAttention(), (torch.randn(3, 6, 24),)))
+    heads = groups["q"]
+    assert heads.num_units == 4
+    assert {("q.weight", 0), ("k.weight", 0), ("v.weight", 0), ("o.weight", 1)} == set(places(heads))
+    assert ("", "heads") in {(size.module, size.place) for size in heads.sizes}
+    assert set(places(groups["gate"])) >= {("gate.weight", 0), ("up.weight", 0), ("down.weight", 1)}
+
+
+def test_outputs_and_inputs_are_frozen() -> None:
+    """Dims that reach an output or come from an input are in no group, and the trace says why."""
+    result = trace(nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3)), (torch.zeros(2, 4),))
+    assert [group.name for group in result.groups] == ["0"]
+    assert any("output" in frozen.reason for frozen in result.frozen)
+
+
+class Unknown(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed = torch.linalg.matrix_exp(self.a(x).view(-1, 2, 2)).reshape(-1, 4)
+        return self.c(F.relu(self.b(mixed)))
+
+
+def test_unknown_op_freezes_what_it_touches_by_name() -> None:
+    """An op without a rule freezes its operands, is named, and leaves the rest prunable."""
+    result = trace(Unknown(), (torch.zeros(2, 4),))
+    assert [group.name for group in result.groups] == ["b"]
+    assert [frozen.place for frozen in result.frozen if "no rule" in frozen.reason] == ["model: linalg_matrix_exp"]
+
+
+class Sigmoid(nn.Module):
+    """A sum over units that are not zero when dropped."""
+
+    def __init__(self, gate: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.gate = nn.Linear(4, 6), nn.Linear(6, 2), gate
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.sigmoid(self.a(x)) if self.gate else torch.relu(self.a(x))
+        return self.b(y) + y.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize(("gate", "lossless"), [(True, False), (False, True)])
+def test_sum_over_units_is_lossless_only_for_zeros(gate: bool, lossless: bool) -> None:
+    """Summing over units loses nothing when a dropped unit is exactly zero there, and only then."""
+    (group,) = find_groups(Sigmoid(gate), (torch.zeros(2, 4),))
+    assert group.lossless is lossless
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_discovery_leaves_the_model_alone(name: str) -> None:
+    """Parameters, buffers, mode, gradients and the global random state are as before."""
+    build, example = MODELS[name]
+    model, inputs = build(), example()
+    before = copy.deepcopy(model.state_dict())
+    state = torch.get_rng_state()
+    find_groups(model, inputs)
+    assert torch.equal(state, torch.get_rng_state())
+    assert model.training and all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_discovery_is_deterministic(name: str) -> None:
+    """The same model gives the same groups, to the last index."""
+    build, example = MODELS[name]
+    model, inputs = build(), example()
+    first, second = find_groups(model, inputs), find_groups(model, inputs)
+    assert [group.name for group in first] == [group.name for group in second]
+    for a, b in zip(first, second, strict=True):
+        assert [(s.tensor, s.dim, s.role) for s in a.slices] == [(s.tensor, s.dim, s.role) for s in b.slices]
+        assert all(np.array_equal(s.index, t.index) for s, t in zip(a.slices, b.slices, strict=True))
+        assert [(s.module, s.place) for s in a.sizes] == [(s.module, s.place) for s in b.sizes]
+
+
+def test_blocks_suit_the_hardware_and_the_width() -> None:
+    """Wide layers are cut in blocks of 16 channels or 8 neurons, narrow ones in smaller ones; heads one by one."""
+    wide = nn.Sequential(
+        nn.Conv2d(3, 256, 1), nn.ReLU(), nn.Conv2d(256, 24, 1), nn.Flatten(), nn.Linear(24, 512), nn.Linear(512, 2)
+    )
+    groups = by_name(find_groups(wide, (torch.zeros(1, 3, 1, 1),)))
+    assert {name: group.multiple_of for name, group in groups.items()} == {"0": 16, "2": 2, "4": 8}
+    assert all(group.min_units % group.multiple_of == 0 and group.min_units >= 1 for group in groups.values())
+
+
+def example_errors() -> list[tuple[Any, str]]:
+    return [
+        ((torch.zeros(2, 5),), "does not accept"),
+        ((torch.zeros(2, 4), torch.zeros(2)), "does not accept"),
+        (torch.zeros(2, 4), r"example=\(x,\)"),
+        ({"wrong": torch.zeros(2, 4)}, "does not accept"),
+    ]
+
+
+@pytest.mark.parametrize(("example", "message"), example_errors())
+def test_bad_example_is_named(example: Any, message: str) -> None:
+    """A wrong shape, number or form of inputs is the example's fault, and the error says what it got."""
+    with pytest.raises(ExampleError, match=message):
+        find_groups(nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3)), example)
+
+
+def test_example_on_another_device_is_named() -> None:
+    """A tensor that lies elsewhere than the model is an error that names both places."""
+    with pytest.raises(ExampleError, match="meta.*cpu"):
+        find_groups(nn.Linear(4, 6), (torch.zeros(2, 4, device="meta"),))
+
+
+class Branch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 0:
+            return self.a(x)
+        return x
+
+
+class Numpy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) * float(x.detach().numpy().sum())
+
+
+@pytest.mark.parametrize(("kind", "line"), [(Branch, "if x.sum() > 0"), (Numpy, "numpy")])
+def test_unexportable_forward_names_the_line(kind: type[nn.Module], line: str) -> None:
+    """Control flow or numbers that depend on data cannot be exported: the error names the user's line."""
+    with pytest.raises(ExportError) as caught:
+        find_groups(kind(), (torch.zeros(2, 4),))
+    assert line in str(caught.value) and "test_trace.py" in str(caught.value)
