@@ -89,7 +89,7 @@ def test_fused_attention_drops_whole_heads() -> None:
 
 
 def test_residual_stream_under_a_norm_is_not_lossless() -> None:
-    """Features that a LayerNorm runs over form a group that says zero is not absent, and why; tied weights are one tensor."""
+    """Features that a LayerNorm runs over form a group that is not lossless, and says why; tied weights are one."""
     groups = find_groups(GPT(), (torch.randint(0, 20, (3, 8)),))
     (stream,) = [group for group in groups if not group.lossless]
     assert stream.what == "feature"

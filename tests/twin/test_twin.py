@@ -63,7 +63,8 @@ def double(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 @pytest.mark.parametrize("name", MODELS)
 def test_shrunk_equals_masked(name: str, optimizer: str, tmp_path: Path) -> None:
     """In float64, after warm-up steps, a cut at random widths and five further steps, also through save and
-    load: outputs of every step, weights, buffers and optimizer state equal the masked twin's to 1e-10."""
+    load: outputs of every step, weights, buffers and optimizer state equal the masked twin's to 1e-10.
+    """
     build, example = MODELS[name]
     model, inputs = build().double(), double(example())
     groups = groups_of(name)
