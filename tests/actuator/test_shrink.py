@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 from actuator.hand_made import (
     CASES,
     Residual,
+    group,
     kept_only,
     masked_step,
     mlp,
@@ -157,7 +158,9 @@ def test_autocast_does_not_use_weights_from_before_the_cut() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model(*inputs)
         shrink(model, None, groups, some_keep(groups))
-        assert model(*inputs).shape == (4, 2)
+        within = model(*inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(within, model(*inputs))
 
 
 def test_several_optimizers_and_several_cuts() -> None:
@@ -243,6 +246,35 @@ def test_state_of_another_shape_is_refused_by_name() -> None:
     with pytest.raises(OptimizerError, match=r"Adafactor keeps state\['row_var'\].*'0.weight'"):
         shrink(model, optimizer, groups, some_keep(groups))
     assert fingerprint(model, optimizer) == before
+
+
+class Split(nn.Module):
+    """Splits one layer's output into two of literal lengths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.left, self.right = nn.Linear(3, 9), nn.Linear(4, 2), nn.Linear(5, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        left, right = self.fc(x).split([4, 5], 1)
+        return self.left(left) + self.right(torch.tanh(right))
+
+
+def test_all_sizes_of_a_call_are_set_together() -> None:
+    """Claim: when one piece of a split changes, the corrected call knows the length of every piece."""
+    groups = []
+    for number, (name, width, start) in enumerate((("left", 4, 0), ("right", 5, 4))):
+        index = np.full(9, -1)
+        index[start : start + width] = np.arange(width)
+        fused = group(name, width, "fc.weight:0:produce fc.bias:0:carry", "fc:out_features", index)
+        read = group(name, width, f"{name}.weight:1:consume", f"{name}:in_features :split#0[{number}]")
+        groups.append(Group(name, "unit", width, fused.slices + read.slices, fused.sizes + read.sizes))
+    for keep in ({"left": np.array([1, 0, 1, 0], bool)}, {"right": np.array([1, 0, 1, 0, 1], bool)}):
+        model, twin, x = Split(), Split(), torch.randn(4, 3)
+        twin.load_state_dict(model.state_dict())
+        mask(twin, None, tuple(groups), keep)
+        shrink(model, None, tuple(groups), keep)
+        torch.testing.assert_close(model(x), twin(x))
 
 
 class Marked(torch.Tensor):

@@ -64,9 +64,10 @@ def test_all_failing_groups_are_found_among_good_ones() -> None:
 
 
 def test_zero_initialised_layers_do_not_hide_a_mistake() -> None:
-    """Claim: a wrong cut behind an all-zero output layer is still found."""
+    """Claim: a wrong cut is still found where all-zero layers keep it from outputs and gradients."""
     model, inputs, groups = mlp()
     nn.init.zeros_(model[4].weight)
+    nn.init.zeros_(model[2].weight)
     turned = replace(groups[0].slices[2], index=np.arange(6)[::-1].copy())
     wrong = damage(groups, "first", slices=(*groups[0].slices[:2], turned))
     assert failing_groups(model, inputs, wrong) == ("first",)
