@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from controller.plants import unit_group
 from hypothesis import given
 from hypothesis import strategies as st
 
+from controller.plants import unit_group
 from setpoint.controller.ladder import Ladder, build_ladder, lowest_width
 from setpoint.groups.group import Group
 

@@ -7,10 +7,10 @@ import time
 
 import numpy as np
 import pytest
-from controller.plants import chain, lognormal, residual, unit_group
 from hypothesis import given
 from hypothesis import strategies as st
 
+from controller.plants import chain, lognormal, residual, unit_group
 from setpoint.controller.exchange import swap, trade
 from setpoint.controller.ladder import Ladder, build_ladder
 from setpoint.controller.selection import Allocation, Selection, add_back, cheapest, descend, marginal_worth, start
@@ -200,9 +200,9 @@ def test_trade_is_the_best_trade() -> None:
             total = cost.total({name: 16 - 4 * rung for name, rung in rungs.items()})
             if before < total <= target:
                 lost = sum(float(selection.ladders[name].salience[rung]) for name, rung in rungs.items()) - salience
-                objectives.append(lost - price * (total - before))
+                objectives.append(lost - 3 * price * (total - before))
         trade(selection, target, deadband=0.0)
-        reached = _dropped(selection) - salience - price * (selection.total - before)
+        reached = _dropped(selection) - salience - 3 * price * (selection.total - before)
         assert reached <= min(objectives) + 1e-12 * abs(min(objectives))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import combinations_with_replacement
 
 import numpy as np
@@ -13,6 +12,7 @@ _MAX_SWAPS = 8
 _SWAP_CANDIDATES = 16
 _MAX_TRADES = 4
 _TRADE_GROUPS = 10
+_PREMIUM = 3.0  # what is left of the budget after a landing counts this many times its price
 _CLOSE_ENOUGH = 1e-3  # relative distance below the target that no swap is worth looking for
 
 
@@ -82,11 +82,11 @@ def trade(selection: Selection, target: float, deadband: float) -> None:
 
     Among all such trades the one is made that lowers
 
-        summed saliency of what is dropped + price * (target - total)
+        summed saliency of what is dropped + 3 * price * (target - total)
 
-    the most: what is left of the budget counts as much as the price says. Only the groups whose next
-    or last block is nearest to the price take part, so that the search stays within some thousand
-    costs; with many groups blocks are fine and `swap` has already come near.
+    the most. What a landing leaves unused is lost for good, so it counts above its price. Only the
+    groups whose next or last block is nearest to the price take part, so that the search stays within
+    some thousand savings; with many groups blocks are fine and `swap` has already come near.
 
     Args:
         selection: at or below the target, after `add_back`; moved in place.
@@ -97,31 +97,75 @@ def trade(selection: Selection, target: float, deadband: float) -> None:
         if target - selection.total <= deadband * target:
             return
         best = min(_trades(selection, target), default=None)
-        if best is None or best[0] >= 0:
+        if best is None or best[0] >= 0 or not _make(selection, best[1], best[2], target):
             return
-        for name, count in best[1]:
-            if count > 0:
-                weigh(selection, name, 1)
-            selection.move(name, count)
-        selection.total = selection.cost.total(selection.widths)
         add_back(selection, target)
 
 
-def _trades(selection: Selection, target: float) -> Iterator[tuple[float, tuple[tuple[str, int], ...]]]:
-    """Every trade that raises the cost within the target: (change of the objective, moves)."""
+Trade = tuple[float, tuple[str, ...], tuple[str, ...]]
+"""(change of the objective, groups that get a block back, groups that lose one)."""
+
+
+def _make(selection: Selection, up: tuple[str, ...], down: tuple[str, ...], target: float) -> bool:
+    """Make a trade; undone unless the cost, counted afresh, rises within the target."""
+    for name in up:
+        selection.move(name, -1)
+    for name in down:
+        weigh(selection, name, 1)
+        selection.move(name, 1)
+    total = selection.cost.total(selection.widths)
+    if selection.total < total <= target:
+        selection.total = total
+        return True
+    for name in down:
+        selection.move(name, -1)
+    for name in up:
+        selection.move(name, 1)
+    return False
+
+
+def _trades(selection: Selection, target: float) -> list[Trade]:
+    """Every trade of one or two blocks for one or two others that raises the cost within the target."""
     back, out = _movable(selection)
     back, out = _nearest(selection, back, -1), _nearest(selection, out, 0)
-    before = selection.total
-    ups = [pair for count in (1, 2) for pair in combinations_with_replacement(back, count)]
-    for up in ups:
-        downs = [pair for count in (1, 2) for pair in combinations_with_replacement(out, count)]
-        for down in downs:
-            if set(up) & set(down) or not _possible(selection, up, down):
-                continue
-            moves = (*((name, -1) for name in up), *((name, 1) for name in down))
-            change = _try(selection, moves, target, before)
-            if change is not None:
-                yield change, moves
+    found: list[Trade] = []
+    for up in [names for count in (1, 2) for names in combinations_with_replacement(back, count)]:
+        if any(selection.rungs[name] < up.count(name) for name in up):
+            continue
+        total, lost = selection.total, 0.0
+        for name in up:
+            total += regained(selection, name)
+            selection.move(name, -1)
+            lost -= selection.salience(name, selection.rungs[name])
+        _drop_one_or_two(selection, [name for name in out if name not in up], target, (total, lost, up, ()), found)
+        for name in up:
+            selection.move(name, 1)
+    return found
+
+
+def _drop_one_or_two(
+    selection: Selection,
+    out: list[str],
+    target: float,
+    so_far: tuple[float, float, tuple[str, ...], tuple[str, ...]],
+    found: list[Trade],
+) -> None:
+    """Complete a half-made trade (cost, saliency lost, given back, dropped) by one block or, if not enough, two."""
+    total, lost, up, down = so_far
+    by_worth = selection.allocation == "worth"
+    for place, name in enumerate(out):
+        rung = selection.rungs[name]
+        if rung == selection.ladders[name].num_rungs:
+            continue
+        cost = total - selection.cost.saving(selection.widths, name, selection.size(name, rung))
+        loss = lost + selection.salience(name, rung)
+        if selection.total < cost <= target:
+            price = _PREMIUM * selection.highest if by_worth else 1.0
+            found.append(((loss if by_worth else 0.0) - price * (cost - selection.total), up, (*down, name)))
+        elif cost > target and not down:
+            selection.move(name, 1)
+            _drop_one_or_two(selection, out[place:], target, (cost, loss, up, (name,)), found)
+            selection.move(name, -1)
 
 
 def _nearest(selection: Selection, names: list[str], offset: int) -> list[str]:
@@ -132,31 +176,3 @@ def _nearest(selection: Selection, names: list[str], offset: int) -> list[str]:
         return (abs(worth - selection.highest) if np.isfinite(worth) else np.inf, name)
 
     return sorted(names, key=distance)[:_TRADE_GROUPS]
-
-
-def _possible(selection: Selection, up: tuple[str, ...], down: tuple[str, ...]) -> bool:
-    """Whether the ladders have that many rungs."""
-    enough = all(selection.rungs[name] >= up.count(name) for name in up)
-    return enough and all(
-        selection.rungs[name] + down.count(name) <= selection.ladders[name].num_rungs for name in down
-    )
-
-
-def _try(selection: Selection, moves: tuple[tuple[str, int], ...], target: float, before: float) -> float | None:
-    """Change of the objective if these moves were made, None where they lead over the target or not up."""
-    dropped = _dropped(selection, moves)
-    for name, count in moves:
-        selection.move(name, count)
-    total = selection.cost.total(selection.widths)
-    lost = _dropped(selection, moves) - dropped if selection.allocation == "worth" else 0.0
-    for name, count in moves:
-        selection.move(name, -count)
-    if not before < total <= target:
-        return None
-    price = selection.highest if selection.allocation == "worth" else 1.0
-    return lost - price * (total - before)
-
-
-def _dropped(selection: Selection, moves: tuple[tuple[str, int], ...]) -> float:
-    """Summed saliency of what the moved groups have dropped."""
-    return sum(float(selection.ladders[name].salience[selection.rungs[name]]) for name in sorted({n for n, _ in moves}))
