@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from setpoint.bench.method import Method
     from setpoint.bench.results import Result
     from setpoint.bench.task import Split, Task
@@ -87,20 +89,19 @@ def report(
 def inspect(
     target: Annotated[str, typer.Argument(help="A torchvision model, or module.py:function that returns a model.")],
     input: Annotated[str, typer.Option("--input", help="Shape of the example, with commas.")] = "1,3,224,224",
+    verify: Annotated[bool, typer.Option(help="Try the cuts on a copy of the model, as attach does.")] = True,
     out: Out = None,
 ) -> None:
     """Show a model's groups, what each costs, the cheapest reachable model, and what is frozen and why."""
     with _errors_as_messages():
         from dataclasses import asdict
 
-        from rich.console import Console
-
         from setpoint.bench.inspection import inspect_model, load_target
         from setpoint.bench.tree import inspection_tree
 
         model, example = load_target(target, tuple(_numbers(input, "--input", int)))
-        found = inspect_model(target, model, example)
-        Console().print(inspection_tree(found))
+        found = inspect_model(target, model, example, verify=verify)
+        _console().print(inspection_tree(found))
         answer = asdict(found)
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
@@ -167,14 +168,19 @@ def _write_page(folder: Path, out: Path | None) -> Path:
 
 def _print_table(folder: Path) -> None:
     """The summary of all results in the folder, on stdout."""
-    from rich.console import Console
-
     from setpoint.bench.table import summary_tables
     from setpoint.report.results import read_results
 
-    console = Console(width=None if sys.stdout.isatty() else 200)
+    console = _console()
     for table in summary_tables(read_results(folder)):
         console.print(table)
+
+
+def _console() -> Console:
+    """Standard output; in a pipe it is wide, so that tables keep their shape."""
+    from rich.console import Console
+
+    return Console() if sys.stdout.isatty() else Console(width=200)
 
 
 def _finish(answer: dict[str, Any]) -> None:

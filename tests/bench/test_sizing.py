@@ -19,7 +19,7 @@ META = torch.device("meta")
 @pytest.mark.parametrize(
     ("task", "budget"),
     [(Digits(), 0.25), (Digits(), 0.5), (Cifar10(), 0.25), (Cifar10(), 0.75), (Shakespeare(), 0.5)],
-    ids=str,
+    ids=("digits-.25", "digits-.5", "cifar10-.25", "cifar10-.75", "shakespeare-.5"),
 )
 def test_small_meets_the_budget(task: Task, budget: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """The small model costs at most the budget, and at most 3 % less, on every task."""

@@ -83,8 +83,8 @@ def test_digits() -> None:
 
 
 def test_digits_are_learnt() -> None:
-    """Two epochs of a narrow model read most of the validation digits."""
-    task = Digits(epochs=2, width=8)
+    """Four epochs of a narrow model read most of the validation digits."""
+    task = Digits(epochs=4, width=16)
     model = task.build(dense_widths(task))
     optimizer = task.optimizer(model)
     schedule = task.schedule(optimizer)
@@ -95,7 +95,7 @@ def test_digits_are_learnt() -> None:
         schedule.step()
     score = task.evaluate(model, "validation")
     assert score.accuracy is not None
-    assert score.accuracy > 0.6
+    assert score.accuracy > 0.8
     assert model.training
 
 

@@ -97,8 +97,9 @@ class Cifar10:
         return autocast(self.device, self.product_dtype)
 
     def example(self) -> tuple[Tensor, ...]:
-        """One batch of blank images."""
-        return (torch.zeros(BATCH, 3, 32, 32, device=self.device).to(memory_format=torch.channels_last),)
+        """One batch of noise: blank images would leave BatchNorm nothing to normalise."""
+        images = torch.randn(BATCH, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        return (images.to(self.device, memory_format=torch.channels_last),)
 
     def batches(self, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Images mirrored half of the time and shifted by up to four pixels, and their classes."""

@@ -18,6 +18,7 @@ from setpoint.bench.task import BenchError, Dimension, Metric, Score, Split, war
 
 Images = tuple[Tensor, Tensor]
 BATCH = 64
+NUM_TRAIN = 971
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Digits:
     @property
     def steps_per_epoch(self) -> int:
         """Whole batches in the training images."""
-        return len(_splits()["train"][0]) // BATCH
+        return NUM_TRAIN // BATCH
 
     @property
     def steps(self) -> int:
@@ -80,8 +81,9 @@ class Digits:
         return warm_up_cosine(optimizer, steps=self.steps, warm_up=0.1)
 
     def example(self) -> tuple[Tensor, ...]:
-        """One batch of blank images."""
-        return (torch.zeros(BATCH, 1, 8, 8).to(memory_format=torch.channels_last),)
+        """One batch of noise: blank images would leave BatchNorm nothing to normalise."""
+        images = torch.rand(BATCH, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+        return (images.to(memory_format=torch.channels_last),)
 
     def batches(self, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Images shifted by up to a pixel, and their digits."""
@@ -113,7 +115,6 @@ def _splits() -> dict[str, Images]:
     targets = torch.from_numpy(labels).long()
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     num_test = 2 * len(order) // 5
-    num_validation = (len(order) - num_test) // 10
-    parts = torch.split(order, [num_test, num_validation, len(order) - num_test - num_validation])
+    parts = torch.split(order, [num_test, len(order) - num_test - NUM_TRAIN, NUM_TRAIN])
     names = ("test", "validation", "train")
     return {name: (images[part], targets[part]) for name, part in zip(names, parts, strict=True)}

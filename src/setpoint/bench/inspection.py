@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from setpoint.actuator.verify import failing_groups
 from setpoint.bench.task import BenchError
+from setpoint.controller.ladder import lowest_width
 from setpoint.cost.cost import Cost
 from setpoint.cost.flops import flops_cost
 from setpoint.cost.params import params_cost
@@ -29,10 +31,9 @@ class GroupReport:
         num_units: units of the dense model.
         min_units: the fewest it can be cut to.
         multiple_of: cuts happen in blocks of this many units.
-        lossless: whether a zeroed unit is exactly an absent one; other groups are left whole by default.
+        kept_whole: why `attach` leaves it whole by default; empty if it may be pruned.
         flops_share: share of the model's FLOPs that is gone when this group alone is cut to its fewest units.
         places: (tensor, dim, role) of each of its slices.
-        notes: remarks, such as why it is not lossless.
     """
 
     name: str
@@ -40,10 +41,9 @@ class GroupReport:
     num_units: int
     min_units: int
     multiple_of: int
-    lossless: bool
+    kept_whole: str
     flops_share: float
     places: tuple[tuple[str, int | None, str], ...]
-    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Inspection:
         groups: in the order of the model.
         flops: FLOPs of one optimizer step, forward and backward, at the example's batch shape.
         params: number of parameters.
-        cheapest_flops: the fewest FLOPs that lossless groups can be cut to.
+        cheapest_flops: the FLOPs with every group that may be pruned cut to its fewest units.
         frozen: what stays whole, and why.
     """
 
@@ -67,13 +67,14 @@ class Inspection:
     frozen: tuple[Frozen, ...]
 
 
-def inspect_model(name: str, model: nn.Module, example: tuple[Tensor, ...]) -> Inspection:
-    """Trace a model and report its groups and costs.
+def inspect_model(name: str, model: nn.Module, example: tuple[Tensor, ...], *, verify: bool = True) -> Inspection:
+    """Trace a model, try its cuts on a copy as `attach` does, and report groups and costs.
 
     Args:
         name: what to call it.
         model: any module that `torch.export` can follow; it is not touched.
         example: positional inputs.
+        verify: whether to try the cuts.
 
     Raises:
         ExampleError: the model does not accept the example.
@@ -82,24 +83,16 @@ def inspect_model(name: str, model: nn.Module, example: tuple[Tensor, ...]) -> I
     found = trace(model, example)
     flops = flops_cost(found)
     dense = widths_of(found.groups)
-    fewest = dense | {group.name: fewest_units(group) for group in found.groups if group.lossless}
+    whole = _kept_whole(model, example, found.groups, verify)
+    fewest = dense | {group.name: lowest_width(group) for group in found.groups if not whole[group.name]}
     return Inspection(
         model=name,
-        groups=tuple(_group_report(group, flops, dense) for group in found.groups),
+        groups=tuple(_group_report(group, flops, dense, whole[group.name]) for group in found.groups),
         flops=flops.total(dense),
         params=params_cost(model, found.groups).total(dense),
         cheapest_flops=flops.total(fewest),
         frozen=found.frozen,
     )
-
-
-def fewest_units(group: Group) -> int:
-    """The narrowest width that whole blocks can reach.
-
-    >>> fewest_units(Group("a", "unit", 20, (), min_units=1, multiple_of=8))
-    4
-    """
-    return group.num_units - (group.num_units - group.min_units) // group.multiple_of * group.multiple_of
 
 
 def load_target(target: str, shape: tuple[int, ...]) -> tuple[nn.Module, tuple[Tensor, ...]]:
@@ -108,22 +101,34 @@ def load_target(target: str, shape: tuple[int, ...]) -> tuple[nn.Module, tuple[T
     Args:
         target: a file and a function of no arguments that returns a model, or a model and a tuple of
             positional inputs; or the name of a torchvision model.
-        shape: shape of the example, unless the function returns one.
+        shape: shape of the example, filled with noise, unless the function returns one.
 
     Raises:
         BenchError: there is no such file, function or model.
     """
     if ".py:" not in target:
-        return _torchvision_model(target), (torch.zeros(shape),)
+        return _torchvision_model(target), (_noise(shape),)
     made = _function(target)()
-    model, example = made if isinstance(made, tuple) else (made, (torch.zeros(shape),))
+    model, example = made if isinstance(made, tuple) else (made, (_noise(shape),))
     if not isinstance(model, nn.Module):
         raise BenchError(f"{target} returned a {type(model).__name__}: return a torch.nn.Module, or one and its inputs")
     return model, example if isinstance(example, tuple) else (example,)
 
 
-def _group_report(group: Group, flops: Cost, dense: Mapping[str, int]) -> GroupReport:
-    fewest = fewest_units(group)
+def _kept_whole(
+    model: nn.Module, example: tuple[Tensor, ...], groups: tuple[Group, ...], verify: bool
+) -> dict[str, str]:
+    """By group, why it is left whole; empty where it may be pruned."""
+    why = {group.name: "" if group.lossless else "; ".join(group.notes) or "not lossless" for group in groups}
+    tried = tuple(group for group in groups if group.lossless)
+    if verify and tried:
+        failing = failing_groups(model, example, tried)
+        why |= dict.fromkeys(failing, "cutting it on a copy did not behave like masking it")
+    return why
+
+
+def _group_report(group: Group, flops: Cost, dense: Mapping[str, int], kept_whole: str) -> GroupReport:
+    fewest = lowest_width(group)
     saving = flops.saving(dense, group.name, group.num_units - fewest)
     return GroupReport(
         name=group.name,
@@ -131,11 +136,15 @@ def _group_report(group: Group, flops: Cost, dense: Mapping[str, int]) -> GroupR
         num_units=group.num_units,
         min_units=fewest,
         multiple_of=group.multiple_of,
-        lossless=group.lossless,
+        kept_whole=kept_whole,
         flops_share=saving / flops.total(dense),
         places=tuple((place.tensor, place.dim, place.role) for place in group.slices),
-        notes=group.notes,
     )
+
+
+def _noise(shape: tuple[int, ...]) -> Tensor:
+    """An example input; zeros would leave BatchNorm nothing to normalise."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
 def _torchvision_model(name: str) -> nn.Module:

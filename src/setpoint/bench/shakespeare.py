@@ -96,8 +96,10 @@ class Shakespeare:
         return autocast(self.device, self.product_dtype)
 
     def example(self) -> tuple[Tensor, ...]:
-        """One batch of windows."""
-        return (torch.zeros(BATCH, BLOCK, dtype=torch.long, device=self.device),)
+        """One batch of random characters."""
+        vocabulary = _corpus(self.data).vocabulary
+        tokens = torch.randint(vocabulary, (BATCH, BLOCK), generator=torch.Generator().manual_seed(0))
+        return (tokens.to(self.device),)
 
     def batches(self, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Windows at random places of the training text, and the characters that follow."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 
 import torch
 
@@ -10,6 +11,7 @@ from setpoint.bench.counter import step_flops
 from setpoint.bench.task import BenchError, Dimension, Task, dense_widths
 
 
+@cache
 def small_widths(task: Task, budget: float) -> dict[str, int]:
     """Widths of the task's model scaled by one factor to at most `budget` of the dense FLOPs per step.
 

@@ -47,8 +47,11 @@ class Task(Protocol):
     """What a method needs to train a model and what the runner needs to judge it.
 
     The model is built from its widths alone, so that dense, small and pruned models are of one family.
-    Everything random follows from the seed, and no data order depends on the method.
+    Everything random follows from the seed, and no data order depends on the method. A task is a value:
+    equal tasks have equal hashes.
     """
+
+    def __hash__(self) -> int: ...
 
     @property
     def name(self) -> str:

@@ -19,7 +19,7 @@ def inspection_tree(found: Inspection) -> Tree:
     for group in found.groups:
         branch = tree.add(_line(group))
         for tensor, dim, role in group.places:
-            branch.add(f"[dim]{escape(tensor)}, {'every element' if dim is None else f'dim {dim}'}, {role}s[/]")
+            branch.add(f"[dim]{escape(tensor)}, {'every element' if dim is None else f'dim {dim}'}, {role}[/]")
     if found.frozen:
         branch = tree.add(f"[bold]frozen[/] ({len(found.frozen)})")
         for frozen in found.frozen:
@@ -33,6 +33,6 @@ def _line(group: GroupReport) -> str:
         f"[bold]{escape(group.name)}[/]: {group.num_units} {group.what}s, at least {group.min_units}, "
         f"in steps of {group.multiple_of}; {percent(group.flops_share)} of the FLOPs"
     )
-    if not group.lossless:
-        line += f" [yellow](left whole: {escape('; '.join(group.notes) or 'not lossless')})[/]"
+    if group.kept_whole:
+        line += f" [yellow](left whole: {escape(group.kept_whole)})[/]"
     return line

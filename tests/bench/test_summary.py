@@ -1,0 +1,113 @@
+"""Results and their summary: written, read back, and added up."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from setpoint.bench.results import FILE, Result, append_result
+from setpoint.bench.summary import summarise
+from setpoint.bench.task import BenchError
+from setpoint.report.results import read_results
+
+DENSE = Result(
+    task="digits",
+    method="dense",
+    budget=None,
+    seed=0,
+    metric="accuracy",
+    value=0.9,
+    split="test",
+    final_flops=1000.0,
+    claimed_flops=None,
+    final_params=100,
+    train_flops=10_000.0,
+    seconds=8.0,
+    evaluation_seconds=1.0,
+    overhead_seconds=0.0,
+    overhead_flops=0.0,
+    resizes=0,
+    landed=None,
+    steps=10,
+    widths={"a": 8},
+    dense_widths={"a": 8},
+    environment={"python": "3.11"},
+    date="2026-01-01T00:00:00+00:00",
+    folder="digits-dense-seed0",
+)
+PRUNED = replace(
+    DENSE,
+    method="setpoint",
+    budget=0.5,
+    value=0.88,
+    final_flops=499.0,
+    claimed_flops=499.0,
+    train_flops=6000.0,
+    seconds=5.0,
+    overhead_seconds=0.5,
+    overhead_flops=60.0,
+    resizes=3,
+    landed=True,
+    widths={"a": 4},
+)
+
+
+def test_results_round_trip(tmp_path: Path) -> None:
+    """What is appended is read back; a line that an interruption cut short is left out, then replaced."""
+    append_result(tmp_path, DENSE)
+    with (tmp_path / FILE).open("a", encoding="utf-8") as file:
+        file.write('{"schema": 1, "task": "dig')
+    assert [cell.method for cell in read_results(tmp_path).cells] == ["dense"]
+    append_result(tmp_path, PRUNED)
+    cells = read_results(tmp_path).cells
+    assert [cell.method for cell in cells] == ["dense", "setpoint"]
+    for cell, result in zip(cells, (DENSE, PRUNED), strict=True):
+        for name in ("budget", "value", "final_flops", "train_flops", "seconds", "landed", "widths", "resizes"):
+            assert getattr(cell, name) == getattr(result, name)
+    assert (tmp_path / FILE).read_text(encoding="utf-8").count("\n") == 2
+
+
+def test_ratios_are_to_dense() -> None:
+    """Ratios and savings of one seed follow from its dense run."""
+    methods = summarise([DENSE, PRUNED])["methods"]
+    pruned = methods["setpoint"]
+    assert methods["dense"]["accuracy"] == 0.9
+    assert pruned["final_flops_ratio"] == pytest.approx(0.499)
+    assert pruned["train_flops_ratio"] == pytest.approx(0.6)
+    assert pruned["seconds_saved_per_flops_saved"] == pytest.approx((3 / 8) / 0.4)
+    assert pruned["overhead_flops_ratio"] == pytest.approx(0.01)
+    assert pruned["landed"] is True
+    assert pruned["counter_agrees"] is True
+
+
+def test_seeds_are_averaged() -> None:
+    """Several seeds give means and the runs beside them; what fails in one seed fails in the mean."""
+    again = [replace(DENSE, seed=1, value=1.0), replace(PRUNED, seed=1, value=0.9, landed=False, claimed_flops=7.0)]
+    methods = summarise([DENSE, PRUNED, *again])["methods"]
+    assert methods["dense"]["accuracy"] == pytest.approx(0.95)
+    assert methods["setpoint"]["accuracy"] == pytest.approx(0.89)
+    assert methods["setpoint"]["landed"] is False
+    assert methods["setpoint"]["counter_agrees"] is False
+    assert [run["seed"] for run in methods["setpoint"]["runs"]] == [0, 1]
+
+
+def test_budgets_stand_side_by_side() -> None:
+    """Several budgets give one object each, all with the dense run; the first stands outside too."""
+    answer = summarise([DENSE, PRUNED, replace(PRUNED, budget=0.25, final_flops=240.0)])
+    assert answer["budget"] == 0.5
+    assert [part["budget"] for part in answer["budgets"]] == [0.5, 0.25]
+    assert [part["methods"]["setpoint"]["final_flops"] for part in answer["budgets"]] == [499.0, 240.0]
+    assert all("dense" in part["methods"] for part in answer["budgets"])
+
+
+def test_a_loss_is_called_loss() -> None:
+    """The metric's own name is the key."""
+    assert summarise([replace(DENSE, metric="loss", value=1.5)])["methods"]["dense"]["loss"] == 1.5
+
+
+def test_nothing_to_sum_up() -> None:
+    """No results is an error."""
+    with pytest.raises(BenchError, match="no finished run"):
+        summarise([])

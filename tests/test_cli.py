@@ -1,0 +1,176 @@
+"""The command line: one JSON object as the last line of stdout, and errors in one line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from setpoint.bench import catalogue
+from setpoint.bench.digits import Digits
+from setpoint.cli import app
+
+OWN_MODEL = """
+import torch
+from torch import nn
+
+def build():
+    return nn.Sequential(nn.Linear(8, 20), nn.ReLU(), nn.Linear(20, 4)), (torch.zeros(2, 8),)
+
+def number():
+    return 3
+"""
+
+
+@pytest.fixture(autouse=True)
+def small_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A narrow digits task, so that a run takes a second."""
+    monkeypatch.setattr(catalogue, "Digits", lambda epochs=2: Digits(epochs=epochs, width=16))
+
+
+def invoke(*arguments: str | Path) -> Result:
+    """Run the command line in this process."""
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def answer(result: Result) -> dict[str, Any]:
+    """The last line of stdout."""
+    assert result.exit_code == 0, result.output
+    value: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return value
+
+
+def test_demo(tmp_path: Path) -> None:
+    """The demo prints a table, then one JSON object with all three methods, and writes the page."""
+    result = invoke("demo", "--epochs", "3", "--out", tmp_path)
+    found = answer(result)
+    assert found["task"] == "digits"
+    assert found["budget"] == 0.5
+    assert list(found["methods"]) == ["dense", "small", "setpoint"]
+    pruned = found["methods"]["setpoint"]
+    assert pruned["final_flops_ratio"] <= 0.5
+    assert {"resizes", "overhead_seconds", "overhead_flops_ratio", "accuracy", "train_flops"} <= pruned.keys()
+    assert Path(found["report"]).is_file()
+    table = result.stdout.splitlines()[:-1]
+    assert any("setpoint" in line and "%" in line for line in table)
+    assert "results in" not in result.stdout
+    assert "runs of" in result.stderr
+
+
+def test_bench_over_seeds_and_report(tmp_path: Path) -> None:
+    """Several seeds give means and runs, on the validation data if asked; `report` writes the page anew elsewhere."""
+    result = invoke(
+        *("bench", "--task", "digits", "--methods", "dense,small", "--seeds", "0,1", "--budgets", "0.5,0.75"),
+        *("--epochs", "1", "--split", "validation", "--out", tmp_path / "results"),
+    )
+    found = answer(result)
+    assert [part["budget"] for part in found["budgets"]] == [0.5, 0.75]
+    assert len(found["methods"]["small"]["runs"]) == 2
+    lines = (tmp_path / "results" / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    assert {json.loads(line)["split"] for line in lines} == {"validation"}
+    page = Path(answer(invoke("report", tmp_path / "results", "--out", tmp_path / "page"))["report"])
+    assert page.parent == tmp_path / "page"
+    assert page.is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("bench", "--task", "imagenet"), "digits, cifar10, shakespeare"),
+        (("bench", "--task", "digits", "--methods", "dense,magic"), "dense, small, setpoint"),
+        (("bench", "--task", "digits", "--methods", ","), "--methods is empty"),
+        (("bench", "--task", "digits", "--budgets", "half"), "--budgets takes numbers"),
+        (("bench", "--task", "digits", "--seeds", "0.5"), "--seeds takes whole numbers"),
+        (("bench", "--task", "digits", "--budgets", "1.5"), "at most 1"),
+        (("bench", "--task", "digits", "--budgets", "0.5,0"), "above 0"),
+        (("bench", "--task", "cifar10", "--data", "/nowhere"), "/nowhere"),
+        (("bench", "--task", "shakespeare", "--data", "/nowhere"), "/nowhere"),
+        (("demo", "--budget", "nan"), "finite"),
+        (("demo", "--epochs", "0"), "at least 1"),
+        (("demo", "--budget", "0.001"), "cost"),
+        (("report", "/nowhere"), "results.jsonl"),
+        (("inspect", "resnet1"), "torchvision"),
+        (("inspect", "/nowhere/model.py:build"), "no file"),
+        (("inspect", "resnet18", "--input", "1,x"), "--input takes whole numbers"),
+        (("inspect", "resnet18", "--input", "1,3"), "example"),
+    ],
+)
+def test_errors_are_one_line(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    """What the user got wrong is one line on stderr that says what to do, with exit code 2 and no traceback."""
+    result = invoke(*arguments, "--out", tmp_path)
+    assert result.exit_code == 2
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert "Traceback" not in result.output
+    assert result.stdout == ""
+
+
+def test_missing_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without scikit-learn the demo says which extra to install."""
+    from setpoint.bench import digits
+
+    digits._splits.cache_clear()
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    result = invoke("demo", "--out", tmp_path)
+    assert result.exit_code == 2
+    assert 'pip install "setpoint[bench]"' in result.stderr
+
+
+def test_interrupt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Ctrl-C ends with exit code 130 and says that finished runs are kept."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("setpoint.bench.runner.run", interrupt)
+    result = invoke("demo", "--out", tmp_path)
+    assert result.exit_code == 130
+    assert "finished runs are kept" in result.stderr
+
+
+def test_inspect_own_model(tmp_path: Path) -> None:
+    """Inspecting a model of one's own finds its one group, its places, and what is frozen and why."""
+    file = tmp_path / "model.py"
+    file.write_text(OWN_MODEL, encoding="utf-8")
+    result = invoke("inspect", f"{file}:build", "--out", tmp_path / "out")
+    found = answer(result)
+    (group,) = found["groups"]
+    assert group["num_units"] == 20
+    assert ["2.weight", 1, "consume"] in group["places"]
+    assert found["flops"] == 2 * (2 * 2 * 8 * 20) + 3 * (2 * 2 * 20 * 4)
+    assert found["params"] == 8 * 20 + 20 + 20 * 4 + 4
+    assert found["cheapest_flops"] == found["flops"] * group["min_units"] / 20
+    assert group["flops_share"] == pytest.approx(1 - group["min_units"] / 20)
+    assert any("output" in frozen["reason"] for frozen in found["frozen"])
+    assert "2.weight" in result.stdout
+    assert json.loads((tmp_path / "out" / "inspect.json").read_text(encoding="utf-8")) == found
+
+
+@pytest.mark.parametrize(("function", "message"), [("number", "torch.nn.Module"), ("nothing", "no function")])
+def test_inspect_what_is_no_model(function: str, message: str, tmp_path: Path) -> None:
+    """A function that is missing or returns no model is an error."""
+    file = tmp_path / "model.py"
+    file.write_text(OWN_MODEL, encoding="utf-8")
+    result = invoke("inspect", f"{file}:{function}")
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_help_is_light() -> None:
+    """`--help` needs neither the benchmark nor the report nor plotly."""
+    code = (
+        "import sys\nfrom setpoint.cli import app\n"
+        "try:\n    app(['--help'])\nexcept SystemExit as end:\n    assert not end.code\n"
+        "print([name for name in sys.modules if name.startswith(('setpoint.bench', 'setpoint.report', 'plotly'))])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+    for command in ("demo", "bench", "report", "inspect"):
+        assert command in done.stdout
