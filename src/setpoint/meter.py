@@ -48,7 +48,7 @@ class Stopwatch:
         self._started = None
 
     def _now(self) -> float:
-        if self._synchronize and torch.cuda.is_initialized():
+        if self._synchronize and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.synchronize()
         return time.perf_counter()
 

@@ -87,11 +87,11 @@ def _loss(output: Tensor) -> Tensor:
     return (output - 0.3).square().mean()
 
 
-def _saliency(num_samples: int, r: Tensor) -> np.ndarray:
+def _saliency(num_samples: int, r: Tensor, first_order: bool) -> np.ndarray:
     """The definition, from the gate gradients of all steps, for an infinite window."""
     mean = r.mean(0)
     variance = r.var(0, unbiased=True) if len(r) > 1 else torch.zeros_like(mean)
-    return (-mean + 0.5 * (num_samples * variance + mean**2)).clamp(min=0).numpy()
+    return (-mean * first_order + 0.5 * (num_samples * variance + mean**2)).clamp(min=0).numpy()
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -106,10 +106,11 @@ def test_reads_the_gate_gradient_exactly(name: str) -> None:
     torch.testing.assert_close(state.mean, gate.grad, rtol=1e-12, atol=1e-13)
 
 
-def test_follows_its_formula_over_steps() -> None:
+@pytest.mark.parametrize("first_order", [False, True])
+def test_follows_its_formula_over_steps(first_order: bool) -> None:
     """Over several steps the reading is the formula with the unbiased variance; a long window forgets nothing."""
     case = CASES["gelu"]()
-    sensor = TaylorSensor(8, window=10**8)
+    sensor = TaylorSensor(8, window=10**8, first_order=first_order)
     state = sensor.init((case.group,), case.model)
     gradients = []
     for _ in range(7):
@@ -120,7 +121,9 @@ def test_follows_its_formula_over_steps() -> None:
         gradients.append(gate.grad)
         state = sensor.update(state, (case.group,), case.model)
     reading = sensor.read(state, (case.group,), step=7)
-    np.testing.assert_allclose(reading.saliency["units"], _saliency(8, torch.stack(gradients)), rtol=1e-5, atol=1e-12)
+    np.testing.assert_allclose(
+        reading.saliency["units"], _saliency(8, torch.stack(gradients), first_order), rtol=1e-5, atol=1e-12
+    )
     assert (reading.num_steps, reading.skipped_steps, reading.calibrated) == (7, 0, True)
 
 
@@ -164,7 +167,8 @@ def test_variance_is_unbiased() -> None:
     assert np.mean(values) == pytest.approx(40.0, rel=0.1)
 
 
-def test_predicts_leave_one_out_on_a_quadratic() -> None:
+@pytest.mark.parametrize("first_order", [False, True])
+def test_predicts_leave_one_out_on_a_quadratic(first_order: bool) -> None:
     """Where the loss is exactly quadratic in each gate and the model fits, saliency is the true loss increase.
 
     y = w . x + noise of unit variance and half squared error is a Gaussian log-likelihood: at the
@@ -175,7 +179,7 @@ def test_predicts_leave_one_out_on_a_quadratic() -> None:
     with torch.no_grad():
         model.weight.copy_(weights)
     group = _group(4, Slice("weight", 1, "consume", np.arange(4)))
-    sensor = TaylorSensor(64, window=4000)
+    sensor = TaylorSensor(64, window=4000, first_order=first_order)
     state = sensor.init((group,), model)
     for _ in range(1500):
         x = torch.randn(64, 4).double() * scales
@@ -186,14 +190,15 @@ def test_predicts_leave_one_out_on_a_quadratic() -> None:
     np.testing.assert_allclose(sensor.read(state, (group,), 0).saliency["units"], true, rtol=0.15, atol=2e-3)
 
 
-def test_ranks_like_measured_leave_one_out_after_training() -> None:
+@pytest.mark.parametrize("first_order", [False, True])
+def test_ranks_like_measured_leave_one_out_after_training(first_order: bool) -> None:
     """On a trained classifier, saliency and the measured loss increase of dropping each unit agree in rank."""
     x = torch.randn(512, 8)
     y = (x[:, 0] * x[:, 1] + x[:, 2] > 0).long()
     model = nn.Sequential(nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 2))
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     group = _group(24, Slice("2.weight", 1, "consume", np.arange(24)))
-    sensor = TaylorSensor(64)
+    sensor = TaylorSensor(64, first_order=first_order)
     state = sensor.init((group,), model)
     for step in range(400):
         pick = torch.randint(0, 512, (64,))
