@@ -156,7 +156,7 @@ def test_origins_name_the_units_of_the_dense_model() -> None:
 
 
 def test_accounts_for_every_flop() -> None:
-    """Training FLOPs are the steps at their widths, plus five verification passes, plus three per weight sensed."""
+    """Training FLOPs are the steps at their widths, plus four verification passes, plus three per weight sensed."""
     model = _mlp()
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
     dense = _counted(model)
@@ -167,7 +167,7 @@ def test_accounts_for_every_flop() -> None:
     summary = loop.finish()
     small = _counted(model)
     assert summary.resizes == 1
-    assert summary.overhead_flops == 5 * dense + 3 * 10 * before
+    assert summary.overhead_flops == 4 * dense + 3 * 10 * before
     assert summary.train_flops == 10 * dense + 10 * small + summary.overhead_flops
     assert summary.overhead_flops_ratio == summary.overhead_flops / summary.train_flops
     assert summary.overhead_seconds == pytest.approx(
@@ -568,7 +568,7 @@ def test_magnitude_drives_a_run_too() -> None:
     with _attach(model, optimizer, sensor=setpoint.MagnitudeSensor()) as loop:
         _train(model, (optimizer,), 40)
     assert loop.summary is not None and loop.summary.landed
-    assert loop.summary.overhead_flops == 5 * loop.summary.dense_flops
+    assert loop.summary.overhead_flops == 4 * loop.summary.dense_flops
 
 
 def test_the_same_seed_makes_the_same_run() -> None:
