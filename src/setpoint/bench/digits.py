@@ -41,8 +41,9 @@ class Digits:
 
     @property
     def dimensions(self) -> Mapping[str, Dimension]:
-        """Residual streams and inner widths, two stages of two blocks."""
-        first, second = Dimension(self.width, 4), Dimension(2 * self.width, 4)
+        """Residual streams and inner widths of two stages of two blocks; wide ones move in steps that convolutions like."""
+        block = 8 if self.width >= 64 else 4
+        first, second = Dimension(self.width, block), Dimension(2 * self.width, block)
         return {
             "stage1": first,
             "stage1.block1": first,
