@@ -41,7 +41,7 @@ class Digits:
 
     @property
     def dimensions(self) -> Mapping[str, Dimension]:
-        """Residual streams and inner widths of two stages of two blocks; wide ones move in steps that convolutions like."""
+        """Residual streams and inner widths of two stages of two blocks; wide ones in steps of 8, which run faster."""
         block = 8 if self.width >= 64 else 4
         first, second = Dimension(self.width, block), Dimension(2 * self.width, block)
         return {
