@@ -13,6 +13,7 @@ from actuator.hand_made import CASES, Case, Residual, group, mlp, residual, some
 from setpoint.actuator.verify import failing_groups, random_keep, verify
 from setpoint.errors import ExampleError, VerificationError
 from setpoint.groups.group import Group
+from setpoint.groups.trace import find_groups
 
 
 @pytest.mark.parametrize("name", list(CASES))
@@ -205,3 +206,14 @@ def test_random_widths_are_unequal_and_respect_the_floor() -> None:
     widths = [int(keep[each.name].sum()) for each in groups]
     assert len(set(widths[:4])) == 4 and min(widths) >= 2 and widths[4] == 6
     assert random_keep((group("pair", 2, ""),))["pair"].sum() == 1
+
+
+def test_a_constant_example_is_as_good_as_noise() -> None:
+    """An example of zeros, whose batch norms would see round-off alone, fails no group."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 8, 3), nn.BatchNorm2d(8), nn.Flatten(),
+        nn.Linear(8 * 16, 4),
+    )  # fmt: skip
+    example = (torch.zeros(2, 3, 8, 8),)
+    assert failing_groups(model, example, find_groups(model, example)) == ()
+    assert not example[0].any()

@@ -29,11 +29,11 @@ def verify(model: nn.Module, example: Example, groups: tuple[Group, ...], keep: 
 
     Both twins have the same randomised weights (so that zero-initialised layers do not hide a mistake)
     and are in float64 where the model allows it. One is shrunk, the other has the dropped entries
-    masked; outputs, the kept entries' gradients and the updated buffers must agree. Dropout is off; a
-    model that draws random numbers all the same is compared in eval mode. Of a group that is not
-    lossless only the shapes are checked, since zero is not absent there. Forward hooks run on the
-    copies as they do in the model. Model, gradients, buffers and global random number generators are left alone.
-    Needs memory for about three copies of the model.
+    masked; outputs, the kept entries' gradients and the updated buffers must agree. A float input that
+    is constant is replaced by noise. Dropout is off; a model that draws random numbers all the same is
+    compared in eval mode. Of a group that is not lossless only the shapes are checked, since zero is not
+    absent there. Forward hooks run on the copies as they do in the model. Model, gradients, buffers and
+    global random number generators are left alone. Needs memory for about three copies of the model.
 
     Args:
         model: the live model.
@@ -86,7 +86,7 @@ class _Trial:
     @classmethod
     def of(cls, model: nn.Module, example: Example, groups: tuple[Group, ...], keep: Keep | None) -> _Trial:
         keep = random_keep(groups) if keep is None else check_keep(groups, keep)
-        args, kwargs = inputs_of(example)
+        args, kwargs = tree_map(_lively, inputs_of(example))
         trial = cls(_prepared_copy(model, groups), args, kwargs, groups, keep, 0.0)
         wide = replace(
             trial,
@@ -205,6 +205,15 @@ def _differ(want: Tensor, got: Tensor, tolerance: float) -> str | None:
     error = (want - got).abs().max().item()
     # NaN on both sides proves nothing, so the comparison is written to fail on it.
     return None if error <= tolerance * max(scale, 1e-3) else f"differs by {error:.2g} where values reach {scale:.2g}"
+
+
+def _lively(value: Any) -> Any:
+    """Noise in place of a constant float input: batch norm of a constant is round-off, and proves nothing."""
+    if not (isinstance(value, Tensor) and _is_float(value) and value.numel() > 1):
+        return value
+    if bool((value != value.flatten()[0]).any()):
+        return value
+    return _noise(value, torch.Generator().manual_seed(1)).to(value.dtype)
 
 
 def random_keep(groups: tuple[Group, ...]) -> dict[str, Bool[np.ndarray, " _units"]]:
