@@ -23,6 +23,8 @@ from setpoint.errors import ExampleError, VerificationError
 from setpoint.groups.export import Example, inputs_of, tensors_of
 from setpoint.groups.group import Group
 
+_FEW = 8  # samples that a verification looks at
+
 
 def verify(model: nn.Module, example: Example, groups: tuple[Group, ...], keep: Keep | None = None) -> None:
     """Check on copies of the model that a cut computes what its masked twin computes.
@@ -205,6 +207,22 @@ def _differ(want: Tensor, got: Tensor, tolerance: float) -> str | None:
     error = (want - got).abs().max().item()
     # NaN on both sides proves nothing, so the comparison is written to fail on it.
     return None if error <= tolerance * max(scale, 1e-3) else f"differs by {error:.2g} where values reach {scale:.2g}"
+
+
+def few_rows(example: Example) -> tuple[Example, float]:
+    """The first rows of a batch, and the share of the batch that they are.
+
+    A few samples show a wrong cut as well as many do. Rows are taken along the leading dim if every tensor of
+    the example has the same one; otherwise the example stays whole.
+
+    >>> example, share = few_rows((torch.zeros(64, 3),))
+    >>> tuple(example[0].shape), share
+    ((8, 3), 0.125)
+    """
+    leading = {tensor.shape[0] if tensor.ndim else 0 for tensor in tensors_of(inputs_of(example))}
+    if len(leading) != 1 or (rows := leading.pop()) <= _FEW:
+        return example, 1.0
+    return tree_map(lambda leaf: leaf[:_FEW] if isinstance(leaf, Tensor) else leaf, example), _FEW / rows
 
 
 def _lively(value: Any) -> Any:

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from setpoint.actuator.optimizer_state import check_optimizer, check_trains
-from setpoint.actuator.verify import failing_groups
+from setpoint.actuator.verify import failing_groups, few_rows
 from setpoint.controller.plan import Controller
 from setpoint.controller.priced import PricedController, cheapest
 from setpoint.cost.budget import Budget
 from setpoint.cost.cost import Cost
 from setpoint.cost.flops import flops_cost
 from setpoint.cost.params import params_cost
-from setpoint.errors import BudgetError, GroupError, LoopError, OptimizerError
+from setpoint.errors import BudgetError, ExampleError, GroupError, LoopError, OptimizerError
 from setpoint.groups.export import Example
 from setpoint.groups.group import Group, Size, widths_of
 from setpoint.groups.trace import Trace, trace
@@ -99,7 +99,7 @@ def attach(
             sensor = TaylorSensor(_num_samples(example) if num_samples is None else num_samples)
         found = trace(inner, example)
         active, frozen = _select(inner, found, groups, sensor, allow_lossy)
-        verification_passes = 0
+        verification_passes = 0.0
         if verify:
             active, failed, verification_passes = _verified(inner, example, active)
             frozen.update(failed)
@@ -115,7 +115,7 @@ def attach(
             groups=active,
             budget=budget,
             costs=costs,
-            controller=PricedController() if controller is None else controller,
+            controller=PricedController(deadband=budget.deadband) if controller is None else controller,
             sensor=sensor,
             total_steps=total_steps,
             header=_header(active, frozen, dense, budget, total_steps, inner),
@@ -200,11 +200,17 @@ def _select(
 
 def _verified(
     model: nn.Module, example: Example, groups: tuple[Group, ...]
-) -> tuple[tuple[Group, ...], dict[str, str], int]:
+) -> tuple[tuple[Group, ...], dict[str, str], float]:
     """The groups that behave like their masked twins, why the others do not, and the passes that took."""
     if not groups:
-        return groups, {}, 0
-    failed = failing_groups(model, example, groups)
+        return groups, {}, 0.0
+    few, share = few_rows(example)
+    try:
+        failed = failing_groups(model, few, groups)
+    except ExampleError:
+        if share == 1.0:
+            raise
+        share, failed = 1.0, failing_groups(model, example, groups)
     if failed:
         warnings.warn(
             f"left whole, because cutting them on a copy did not behave like masking them: {', '.join(failed)}",
@@ -213,7 +219,7 @@ def _verified(
     reasons = dict.fromkeys(failed, "cutting it on a copy did not behave like masking it")
     # At most four forward and backward passes vouch for all groups at once; each culprit is found by bisection.
     passes = 4 + 2 * len(failed) * (2 + math.ceil(math.log2(len(groups))))
-    return tuple(group for group in groups if group.name not in reasons), reasons, passes
+    return tuple(group for group in groups if group.name not in reasons), reasons, share * passes
 
 
 def _check_some(groups: tuple[Group, ...], frozen: Mapping[str, str]) -> None:
