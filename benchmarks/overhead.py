@@ -26,7 +26,7 @@ import torchvision
 import setpoint
 from setpoint.bench.catalogue import task_named
 from setpoint.bench.environment import environment
-from setpoint.groups.bind import random_keep
+from setpoint.groups.trial import random_keep
 
 
 def seconds(function: Callable[[], Any]) -> float:
@@ -46,7 +46,7 @@ def sensing(name: str, rounds: int) -> dict[str, Any]:
     """Share of a training step that sensing takes, on the dense model of a task."""
     task = task_named(name)
     torch.manual_seed(0)
-    plain = task.build({key: dimension.width for key, dimension in task.dimensions.items()})
+    plain = task.build({key: dimension.dense for key, dimension in task.dimensions.items()})
     watched = copy.deepcopy(plain)
     optimizers = {id(model): task.optimizer(model) for model in (plain, watched)}
     batches = task.batches(seed=0)

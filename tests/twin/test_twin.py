@@ -17,7 +17,7 @@ from setpoint.actuator.cut import plan_cut, take
 from setpoint.actuator.mask import mask
 from setpoint.actuator.shrink import shrink
 from setpoint.checkpoint import load, save
-from setpoint.groups.bind import random_keep
+from setpoint.groups.trial import random_keep
 from setpoint.groups.group import Group
 from setpoint.groups.trace import find_groups
 

@@ -27,7 +27,7 @@ from setpoint.bench.task import BenchError, Dimension, Metric, Score, Split, war
 
 BATCH = 128
 FOLDER = "uoft-cs/cifar10/data"
-WIDTHS = (64, 128, 128, 256, 256, 256)
+WIDTHS = (32, 128, 128, 256, 256, 256)
 MEAN = torch.tensor([0.4914, 0.4822, 0.4465]).view(3, 1, 1)
 DEVIATION = torch.tensor([0.2470, 0.2435, 0.2616]).view(3, 1, 1)
 

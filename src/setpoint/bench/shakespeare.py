@@ -23,8 +23,8 @@ from setpoint.bench.task import Dimension, Metric, Score, Split, warm_up_cosine
 
 FILE = "karpathy/tiny_shakespeare/input.txt"
 ADDRESS = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-BATCH = 32
-BLOCK = 128
+BATCH = 64
+BLOCK = 64
 LAYERS = 4
 HEADS = 8
 HEAD_DIM = 32

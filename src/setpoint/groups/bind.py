@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from setpoint.groups.build import OwnDim, Units
-from setpoint.groups.export import Example, fake_copy, inputs_of, mode_inputs, tensors_of
+from setpoint.groups.export import Example
 from setpoint.groups.group import Group, SizeBinding
-from setpoint.groups.shim import CallSizes, parse
+from setpoint.groups.trial import Places, Trial, call_of, random_keep, shapes_of
 from setpoint.groups.walk import Call, Walk
-
-Labels = np.ndarray
 
 # Attributes of torch's own modules that name the size of a dim of one of their tensors.
 _STANDARD: tuple[tuple[type[nn.Module], str, str, int], ...] = (
@@ -31,32 +26,46 @@ _STANDARD: tuple[tuple[type[nn.Module], str, str, int], ...] = (
 )
 
 
-def bind(model: nn.Module, example: Example, walk: Walk, units: Units, dims: Sequence[OwnDim]) -> tuple[Group, ...]:
-    """Groups with the size bindings that make the live forward run at any widths."""
+def bind(
+    model: nn.Module, example: Example, walk: Walk, units: Units, dims: Sequence[OwnDim]
+) -> tuple[Units, tuple[Group, ...]]:
+    """Units whose cut the live forward survives, and their groups with the size bindings that it takes.
+
+    Groups with which a copy without data does not run are frozen, by name.
+    """
+    while True:
+        places = _places(model, example, walk, units, dims)
+        failing = _failing(model, example, units, dims, places)
+        if not failing:
+            return units, _with_sizes(units, places)
+        for name, why in failing.items():
+            walk.atoms.frozen.append((np.zeros(1, dtype=np.int64), name, f"the forward does not run with fewer: {why}"))
+        units = units.without(failing)
+
+
+def _places(model: nn.Module, example: Example, walk: Walk, units: Units, dims: Sequence[OwnDim]) -> Places:
+    """Every place that must be set when units are dropped."""
     places = _standard(model, walk, dims)
     calls = _calls_that_follow_units(walk, units)
-    if calls:
-        trials = [_Trial(model, example, units, dims, calls, keep) for keep in _choices(units.groups)]
-        attributes: Places = {}
-        for trial in trials:
-            attributes |= trial.needed_attributes({**places, **attributes})
-        # Attributes that do not make the whole forward right would also change what else is worked out
-        # from them (an attention scale from `C // num_heads`): there the calls alone are corrected.
-        short = {kind for trial in trials for kind, _ in trial.needed_calls({**places, **attributes})}
-        places |= {
-            (module, attribute): labels
-            for (module, attribute), labels in attributes.items()
-            if type(model.get_submodule(module)) not in short
-        }
-        needed = {call for trial in trials for call in trial.needed_calls(places)}
-        for call in calls:
-            if (type(model.get_submodule(call.module)), _call_of(call)) in needed:
-                places[call.module, call.place] = call.labels
-    return _with_sizes(units, places)
-
-
-Places = dict[tuple[str, str], Labels]
-"""Atoms along the dim that a place counts, by (module, place)."""
+    if not calls:
+        return places
+    trials = [Trial(model, example, units, dims, calls, keep) for keep in _choices(units.groups)]
+    attributes: Places = {}
+    for trial in trials:
+        attributes |= trial.needed_attributes({**places, **attributes})
+    # Attributes that do not make the whole forward right would also change what else is worked out
+    # from them (an attention scale from `C // num_heads`): there the calls alone are corrected.
+    short = {kind for trial in trials for kind, _ in trial.needed_calls({**places, **attributes})}
+    places |= {
+        (module, attribute): labels
+        for (module, attribute), labels in attributes.items()
+        if type(model.get_submodule(module)) not in short
+    }
+    needed = {call for trial in trials for call in trial.needed_calls(places)}
+    for call in calls:
+        if (type(model.get_submodule(call.module)), call_of(call)) in needed:
+            places[call.module, call.place] = call.labels
+    return places
 
 
 def _standard(model: nn.Module, walk: Walk, dims: Sequence[OwnDim]) -> Places:
@@ -82,12 +91,8 @@ def _standard(model: nn.Module, walk: Walk, dims: Sequence[OwnDim]) -> Places:
 
 def _calls_that_follow_units(walk: Walk, units: Units) -> list[Call]:
     """Calls with a size that follows units; all sizes of such a call."""
-    following = {(call.module, _call_of(call)) for call in walk.calls if units.among(call.labels)}
-    return [call for call in walk.calls if (call.module, _call_of(call)) in following]
-
-
-def _call_of(call: Call) -> str:
-    return call.place.split("[", 1)[0]
+    following = {(call.module, call_of(call)) for call in walk.calls if units.among(call.labels)}
+    return [call for call in walk.calls if (call.module, call_of(call)) in following]
 
 
 def _choices(groups: Sequence[Group]) -> list[dict[str, np.ndarray]]:
@@ -98,177 +103,36 @@ def _choices(groups: Sequence[Group]) -> list[dict[str, np.ndarray]]:
     return [*some, random_keep(groups, seed=1)] if len(lossless) < len(groups) else some
 
 
-class _Kept:
-    """Which atoms survive a choice of units."""
+def _failing(
+    model: nn.Module, example: Example, units: Units, dims: Sequence[OwnDim], places: Places
+) -> dict[str, str]:
+    """Groups with which a cut copy without data does not run or gives other shapes, and why; by bisection."""
+    whole = {group.name: np.ones(group.num_units, dtype=bool) for group in units.groups}
+    chosen = random_keep(units.groups, seed=2)
+    dense = shapes_of(model, example, units, dims, {}, whole)
+    if isinstance(dense, str):
+        return {}  # not to be judged without data; a trial on real tensors will tell
 
-    def __init__(self, units: Units, keep: Mapping[str, np.ndarray]) -> None:
-        self.alive = np.ones(len(units.group_of), dtype=bool)
-        for position, group in enumerate(units.groups):
-            inside = units.group_of == position
-            self.alive[inside] = keep[group.name][units.unit_of[inside]]
+    def fault(names: Sequence[str]) -> str | None:
+        shapes = shapes_of(model, example, units, dims, places, {**whole, **{name: chosen[name] for name in names}})
+        if isinstance(shapes, str):
+            return shapes
+        return None if shapes == dense else "its outputs change their shape"
 
-    def count(self, labels: Labels) -> int:
-        """Number of surviving entries."""
-        return int(self.alive[labels].sum())
-
-
-def random_keep(groups: Sequence[Group], seed: int = 0) -> dict[str, np.ndarray]:
-    """Random, unequal choices of units, at least two of each group where it has two."""
-    generator = np.random.default_rng(seed)
-    keep = {}
-    for group in groups:
-        low = max(min(2, group.num_units), group.min_units)
-        high = max(low, min(group.num_units - 1, int(0.9 * group.num_units)))
-        width = int(generator.integers(low, high + 1))
-        chosen = generator.permutation(group.num_units)[:width]
-        keep[group.name] = np.isin(np.arange(group.num_units), chosen)
-    return keep
-
-
-class _Trial:
-    """Runs copies without data at random widths, and sees which written sizes come out wrong.
-
-    Args:
-        model: the user's model, not touched.
-        example: its example.
-        units: what can be dropped.
-        dims: dims of all tensors.
-        calls: the written sizes that follow units.
-        keep: the choice of units to try.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        example: Example,
-        units: Units,
-        dims: Sequence[OwnDim],
-        calls: Sequence[Call],
-        keep: Mapping[str, np.ndarray],
-    ) -> None:
-        self.model, self.example, self.dims = model, example, dims
-        self.kept = _Kept(units, keep)
-        dense: dict[str, dict[str, int]] = {}
-        for call in calls:
-            dense.setdefault(call.module, {})[call.place] = call.size
-        # Where even the dense model disagrees, the calls are not numbered as the forward runs them.
-        untrusted = self._wrong(dense, None)
-        self.calls = [call for call in calls if call.module not in untrusted]
-        self.small: dict[str, dict[str, int]] = {}
-        for call in self.calls:
-            self.small.setdefault(call.module, {})[call.place] = self.kept.count(call.labels)
-
-    def needed_attributes(self, known: Places) -> Places:
-        """Integer attributes of the user's own modules that the forward's sizes come from."""
-        places: Places = {}
-        before = self._wrong(self.small, known)
-        for candidates in self._candidates(known).values():
-            wrong = self._wrong(self.small, {**known, **candidates})
-            for (module, attribute), labels in candidates.items():
-                meant = {call.place for call in self.calls if call.module == module and call.size == len(labels)}
-                if len(wrong.get(module, set()) & meant) < len(before.get(module, set()) & meant):
-                    places[module, attribute] = labels
-        return places
-
-    def needed_calls(self, known: Places) -> set[tuple[type, str]]:
-        """Calls with a size that is still wrong once the attributes are right.
-
-        By class and call: modules of one class run the same code, and one of them may be right by accident.
-        """
-        wrong = self._wrong(self.small, known)
-        return {
-            (type(self.model.get_submodule(module)), place.split("[", 1)[0])
-            for module, found in wrong.items()
-            for place in found
-        }
-
-    def _candidates(self, known: Places) -> dict[tuple[type, str], Places]:
-        """Attributes that equal a written size with one meaning only, by class and name."""
-        meanings: dict[tuple[str, int], list[Labels]] = {}
-        for call in self.calls:
-            if len(call.labels) == call.size:
-                meanings.setdefault((call.module, call.size), []).append(call.labels)
-        result: dict[tuple[type, str], Places] = {}
-        for (name, size), labels in meanings.items():
-            module = self.model.get_submodule(name)
-            if size < 2 or len({self.kept.count(meaning) for meaning in labels}) > 1:
-                continue
-            for attribute, value in vars(module).items():
-                if type(value) is int and value == size and (name, attribute) not in known:
-                    result.setdefault((type(module), attribute), {})[name, attribute] = labels[0]
-        return result
-
-    def _wrong(self, sizes: Mapping[str, Mapping[str, int]], places: Places | None) -> dict[str, set[str]]:
-        """Places by module at which the live forward gives another size; `places=None`: the dense model."""
-        args, kwargs = inputs_of(self.example)
-        with fake_copy(self.model) as (twin, mode):
-            if places is not None:
-                _cut_shapes(twin, self.dims, self.kept)
-                for (module, place), labels in places.items():
-                    set_attribute(twin.get_submodule(module), place, self.kept.count(labels))
-            found: dict[str, set[str]] = {name: set() for name in sizes}
-            for name, wanted in sizes.items():
-                twin.get_submodule(name).forward = _Watched(twin.get_submodule(name), wanted, found[name])
-            try:
-                list(tensors_of(twin(*mode_inputs(mode, args), **mode_inputs(mode, kwargs))))
-            except Exception:  # noqa: BLE001
-                # A forward that stopped half-way shows nothing about later places: count them all.
-                return {name: set(wanted) for name, wanted in sizes.items()}
-        return {name: places_found for name, places_found in found.items() if places_found}
-
-
-class _Watched:
-    """A forward that corrects sizes and notes where it had to."""
-
-    def __init__(self, module: nn.Module, sizes: Mapping[str, int], changed: set[str]) -> None:
-        self.module, self.calls, self.changed = module, parse(sizes), changed
-        self.inner = module.__dict__.get("forward")
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the forward under watch."""
-        with CallSizes(self.calls, self.changed):
-            if self.inner is not None:
-                return self.inner(*args, **kwargs)
-            return type(self.module).forward(self.module, *args, **kwargs)
-
-
-def _cut_shapes(twin: nn.Module, dims: Sequence[OwnDim], kept: _Kept) -> None:
-    by_tensor: dict[str, dict[int, int]] = {}
-    for own in dims:
-        by_tensor.setdefault(own.tensor, {})[own.dim] = kept.count(own.labels)
-    replaced: dict[int, Any] = {}
-    names = dict(twin.named_parameters()) | dict(twin.named_buffers())
-    for name, sizes in by_tensor.items():
-        old = names[name]
-        shape = [sizes.get(dim, size) for dim, size in enumerate(old.shape)]
-        if list(old.shape) == shape:
-            continue
-        new: torch.Tensor = torch.empty(shape, dtype=old.dtype, device=old.device)
-        replaced[id(old)] = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
-    for module in twin.modules():
-        for table in (module._parameters, module._buffers):
-            for key, tensor in table.items():
-                if tensor is not None and id(tensor) in replaced:
-                    table[key] = replaced[id(tensor)]
-
-
-_PLACE = re.compile(r"([\w.]+)(?:\[(\d+)\])?")
-
-
-def set_attribute(module: nn.Module, place: str, size: int) -> None:
-    """Set `"out_channels"`, `"normalized_shape[0]"` or `"config.hidden"` of a module."""
-    match = _PLACE.fullmatch(place)
-    assert match, f"not an attribute place: {place}"
-    owner: Any = module
-    *path, attribute = match[1].split(".")
-    for step in path:
-        owner = getattr(owner, step)
-    if match[2] is None:
-        setattr(owner, attribute, size)
-    else:
-        values = list(getattr(owner, attribute))
-        values[int(match[2])] = size
-        setattr(owner, attribute, type(getattr(owner, attribute))(values))
+    failing: dict[str, str] = {}
+    suspects = list(whole)
+    while suspects and fault(suspects) is not None:
+        context: list[str] = []
+        found = list(suspects)
+        while len(found) > 1:
+            left, right = found[: len(found) // 2], found[len(found) // 2 :]
+            if fault([*context, *left]) is not None:
+                found = left
+            else:
+                context, found = [*context, *left], right
+        failing[found[0]] = fault([*context, *found]) or "its outputs change their shape"
+        suspects.remove(found[0])
+    return failing
 
 
 def _with_sizes(units: Units, places: Places) -> tuple[Group, ...]:

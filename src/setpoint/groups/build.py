@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,6 +48,13 @@ class Units:
         """Positions of the groups that some of these entries belong to."""
         return [int(g) for g in np.unique(self.group_of[labels]) if g >= 0]
 
+    def without(self, names: Iterable[str]) -> Units:
+        """The same units, but for these groups, whose entries stay."""
+        kept = [position for position, group in enumerate(self.groups) if group.name not in set(names)]
+        new = np.full(len(self.groups) + 1, -1)  # the last entry answers for -1: no group
+        new[kept] = np.arange(len(kept))
+        return Units(tuple(self.groups[position] for position in kept), new[self.group_of], self.unit_of)
+
     def size(self, length: int, labels: DimLabels) -> Size:
         """Length of a dim as a function of widths."""
         if labels is None:
@@ -57,10 +64,17 @@ class Units:
         return Size(length - sum(entries.values()), parts)
 
 
-def build(atoms: Atoms, dims: Sequence[OwnDim]) -> Units:
-    """Collect the classes that can be dropped into groups."""
+def build(atoms: Atoms, dims: Sequence[OwnDim], products: Sequence[np.ndarray] = ()) -> Units:
+    """Collect the classes that can be dropped into groups.
+
+    Args:
+        atoms: the classes.
+        dims: dims of all parameters and buffers.
+        products: labels of the dims of matrix products; units that lie in them unequally often are of
+            different groups, so that every size is a function of widths.
+    """
     everyone = atoms.find(np.arange(len(atoms)))
-    signature = _signatures(everyone, dims)
+    signature = _signatures(everyone, [*(own.labels for own in dims), *products])
     droppable = np.zeros(len(atoms), dtype=bool)
     for own in dims:
         droppable[everyone[own.labels]] = True
@@ -105,12 +119,12 @@ def _no_exit(roles: set[Role]) -> str:
     return f"{missing}, so they cannot be judged or dropped by themselves"
 
 
-def _signatures(everyone: np.ndarray, dims: Sequence[OwnDim]) -> np.ndarray:
+def _signatures(everyone: np.ndarray, dims: Sequence[np.ndarray]) -> np.ndarray:
     """A number per class that is equal for classes with equally many entries in every dim."""
-    draws = np.random.default_rng(0).integers(1, 2**63 - 1, size=max(len(dims), 1), dtype=np.uint64)
+    draws = np.random.default_rng(0).integers(1, 2**63 - 1, size=len(dims), dtype=np.uint64)
     signature = np.zeros(len(everyone), dtype=np.uint64)
-    for own, draw in zip(dims, draws, strict=True):
-        np.add.at(signature, everyone[own.labels], draw)
+    for labels, draw in zip(dims, draws, strict=True):
+        np.add.at(signature, everyone[labels], draw)
     return signature
 
 

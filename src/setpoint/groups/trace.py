@@ -71,7 +71,8 @@ def trace(model: nn.Module, example: Example) -> Trace:
 
     walk, dims = _walk(model, export(model, example))
     solve(walk.atoms, walk.products)
-    units = build(walk.atoms, dims)
+    products = [labels for contract in walk.contracts for _, labels in contract.dims if labels is not None]
+    units, groups = bind(model, example, walk, build(walk.atoms, dims, products), dims)
     contractions = tuple(
         Contraction(
             contract.module,
@@ -82,7 +83,6 @@ def trace(model: nn.Module, example: Example) -> Trace:
         )
         for contract in walk.contracts
     )
-    groups = bind(model, example, walk, units, dims)
     return Trace(groups, contractions, _frozen(walk.atoms.frozen))
 
 

@@ -1,0 +1,230 @@
+"""A trial: a copy without data, cut at random widths, whose forward shows which sizes come out wrong."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from setpoint.groups.build import OwnDim, Units
+from setpoint.groups.export import Example, fake_copy, inputs_of, mode_inputs, tensors_of
+from setpoint.groups.group import Group
+from setpoint.groups.shim import CallSizes, parse, set_call_sizes
+from setpoint.groups.walk import Call
+
+Labels = np.ndarray
+
+Places = dict[tuple[str, str], Labels]
+"""Atoms along the dim that a place counts, by (module, place)."""
+
+
+def call_of(call: Call) -> str:
+    """The call that a place belongs to: "view#2" of "view#2[1]"."""
+    return call.place.split("[", 1)[0]
+
+
+def random_keep(groups: Sequence[Group], seed: int = 0) -> dict[str, np.ndarray]:
+    """Random, unequal choices of units, at least two of each group where it has two."""
+    generator = np.random.default_rng(seed)
+    keep = {}
+    for group in groups:
+        low = max(min(2, group.num_units), group.min_units)
+        high = max(low, min(group.num_units - 1, int(0.9 * group.num_units)))
+        width = int(generator.integers(low, high + 1))
+        chosen = generator.permutation(group.num_units)[:width]
+        keep[group.name] = np.isin(np.arange(group.num_units), chosen)
+    return keep
+
+
+class Kept:
+    """Which atoms survive a choice of units."""
+
+    def __init__(self, units: Units, keep: Mapping[str, np.ndarray]) -> None:
+        first = np.cumsum([0, *(group.num_units for group in units.groups)])
+        flat = np.concatenate([*(keep[group.name] for group in units.groups), [True]])  # the last one: always there
+        unit = first[np.maximum(units.group_of, 0)] + units.unit_of
+        self.alive: np.ndarray = flat[np.where(units.group_of >= 0, unit, len(flat) - 1)]
+
+    def count(self, labels: Labels) -> int:
+        """Number of surviving entries."""
+        return int(self.alive[labels].sum())
+
+
+class Trial:
+    """Runs copies without data at random widths, and sees which written sizes come out wrong.
+
+    Args:
+        model: the user's model, not touched.
+        example: its example.
+        units: what can be dropped.
+        dims: dims of all tensors.
+        calls: the written sizes that follow units.
+        keep: the choice of units to try.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example: Example,
+        units: Units,
+        dims: Sequence[OwnDim],
+        calls: Sequence[Call],
+        keep: Mapping[str, np.ndarray],
+    ) -> None:
+        self.model, self.example, self.dims = model, example, dims
+        self.kept = Kept(units, keep)
+        dense: dict[str, dict[str, int]] = {}
+        for call in calls:
+            dense.setdefault(call.module, {})[call.place] = call.size
+        # Where even the dense model disagrees, the calls are not numbered as the forward runs them.
+        untrusted = self._wrong(dense, None)
+        self.calls = [call for call in calls if call.module not in untrusted]
+        self.small: dict[str, dict[str, int]] = {}
+        for call in self.calls:
+            self.small.setdefault(call.module, {})[call.place] = self.kept.count(call.labels)
+
+    def needed_attributes(self, known: Places) -> Places:
+        """Integer attributes of the user's own modules that the forward's sizes come from."""
+        places: Places = {}
+        before = self._wrong(self.small, known)
+        for candidates in self._candidates(known).values():
+            wrong = self._wrong(self.small, {**known, **candidates})
+            for (module, attribute), labels in candidates.items():
+                meant = {call.place for call in self.calls if call.module == module and call.size == len(labels)}
+                if len(wrong.get(module, set()) & meant) < len(before.get(module, set()) & meant):
+                    places[module, attribute] = labels
+        return places
+
+    def needed_calls(self, known: Places) -> set[tuple[type, str]]:
+        """Calls with a size that is still wrong once the attributes are right.
+
+        By class and call: modules of one class run the same code, and one of them may be right by accident.
+        """
+        wrong = self._wrong(self.small, known)
+        return {
+            (type(self.model.get_submodule(module)), place.split("[", 1)[0])
+            for module, found in wrong.items()
+            for place in found
+        }
+
+    def _candidates(self, known: Places) -> dict[tuple[type, str], Places]:
+        """Attributes that equal a written size with one meaning only, by class and name."""
+        meanings: dict[tuple[str, int], list[Labels]] = {}
+        for call in self.calls:
+            if len(call.labels) == call.size:
+                meanings.setdefault((call.module, call.size), []).append(call.labels)
+        result: dict[tuple[type, str], Places] = {}
+        for (name, size), labels in meanings.items():
+            module = self.model.get_submodule(name)
+            if size < 2 or len({self.kept.count(meaning) for meaning in labels}) > 1:
+                continue
+            for attribute, value in vars(module).items():
+                if type(value) is int and value == size and (name, attribute) not in known:
+                    result.setdefault((type(module), attribute), {})[name, attribute] = labels[0]
+        return result
+
+    def _wrong(self, sizes: Mapping[str, Mapping[str, int]], places: Places | None) -> dict[str, set[str]]:
+        """Places by module at which the live forward gives another size; `places=None`: the dense model."""
+        args, kwargs = inputs_of(self.example)
+        with fake_copy(self.model) as (twin, mode):
+            if places is not None:
+                _cut_shapes(twin, self.dims, self.kept)
+                for (module, place), labels in places.items():
+                    set_attribute(twin.get_submodule(module), place, self.kept.count(labels))
+            found: dict[str, set[str]] = {name: set() for name in sizes}
+            for name, wanted in sizes.items():
+                twin.get_submodule(name).forward = _Watched(twin.get_submodule(name), wanted, found[name])
+            try:
+                list(tensors_of(twin(*mode_inputs(mode, args), **mode_inputs(mode, kwargs))))
+            except Exception:  # noqa: BLE001
+                # A forward that stopped half-way shows nothing about later places: count them all.
+                return {name: set(wanted) for name, wanted in sizes.items()}
+        return {name: places_found for name, places_found in found.items() if places_found}
+
+
+def shapes_of(
+    model: nn.Module,
+    example: Example,
+    units: Units,
+    dims: Sequence[OwnDim],
+    places: Places,
+    keep: Mapping[str, np.ndarray],
+) -> list[torch.Size] | str:
+    """Shapes of the outputs of a cut copy without data, or what went wrong."""
+    args, kwargs = inputs_of(example)
+    kept = Kept(units, keep)
+    calls: dict[str, dict[str, int]] = {}
+    with fake_copy(model) as (twin, mode):
+        _cut_shapes(twin, dims, kept)
+        for (module, place), labels in places.items():
+            if "#" in place:
+                calls.setdefault(module, {})[place] = kept.count(labels)
+            else:
+                set_attribute(twin.get_submodule(module), place, kept.count(labels))
+        for module, sizes in calls.items():
+            set_call_sizes(twin.get_submodule(module), sizes)
+        try:
+            output = twin(*mode_inputs(mode, args), **mode_inputs(mode, kwargs))
+        except Exception as error:  # noqa: BLE001 - any failure of a foreign forward counts
+            return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+        return [tensor.shape for tensor in tensors_of(output)]
+
+
+class _Watched:
+    """A forward that corrects sizes and notes where it had to."""
+
+    def __init__(self, module: nn.Module, sizes: Mapping[str, int], changed: set[str]) -> None:
+        self.module, self.calls, self.changed = module, parse(sizes), changed
+        self.inner = module.__dict__.get("forward")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the forward under watch."""
+        with CallSizes(self.calls, self.changed):
+            if self.inner is not None:
+                return self.inner(*args, **kwargs)
+            return type(self.module).forward(self.module, *args, **kwargs)
+
+
+def _cut_shapes(twin: nn.Module, dims: Sequence[OwnDim], kept: Kept) -> None:
+    by_tensor: dict[str, dict[int, int]] = {}
+    for own in dims:
+        by_tensor.setdefault(own.tensor, {})[own.dim] = kept.count(own.labels)
+    replaced: dict[int, Any] = {}
+    names = dict(twin.named_parameters()) | dict(twin.named_buffers())
+    for name, sizes in by_tensor.items():
+        old = names[name]
+        shape = [sizes.get(dim, size) for dim, size in enumerate(old.shape)]
+        if list(old.shape) == shape:
+            continue
+        new: torch.Tensor = torch.empty(shape, dtype=old.dtype, device=old.device)
+        replaced[id(old)] = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
+    for module in twin.modules():
+        for table in (module._parameters, module._buffers):
+            for key, tensor in table.items():
+                if tensor is not None and id(tensor) in replaced:
+                    table[key] = replaced[id(tensor)]
+
+
+_PLACE = re.compile(r"([\w.]+)(?:\[(\d+)\])?")
+
+
+def set_attribute(module: nn.Module, place: str, size: int) -> None:
+    """Set `"out_channels"`, `"normalized_shape[0]"` or `"config.hidden"` of a module."""
+    match = _PLACE.fullmatch(place)
+    assert match, f"not an attribute place: {place}"
+    owner: Any = module
+    *path, attribute = match[1].split(".")
+    for step in path:
+        owner = getattr(owner, step)
+    if match[2] is None:
+        setattr(owner, attribute, size)
+    else:
+        values = list(getattr(owner, attribute))
+        values[int(match[2])] = size
+        setattr(owner, attribute, type(getattr(owner, attribute))(values))
+
+
