@@ -26,6 +26,7 @@ import torchvision
 import setpoint
 from setpoint.bench.catalogue import task_named
 from setpoint.bench.environment import environment
+from setpoint.bench.task import Task
 from setpoint.groups.trial import random_keep
 
 
@@ -40,6 +41,20 @@ def spread(values: list[float]) -> list[float]:
     """Lower and upper quartile."""
     low, _, high = statistics.quantiles(values, n=4)
     return [low, high]
+
+
+def sensor_seconds(task: Task, model: torch.nn.Module, backward: Callable[[], None], updates: int = 40) -> float:
+    """Mean seconds of one sensing, each right after a backward pass, without the first few."""
+    groups = tuple(group for group in setpoint.find_groups(model, task.example()) if group.lossless)
+    sensor = setpoint.TaylorSensor(num_samples=1)
+    state = sensor.init(groups, model)
+    durations = []
+    for _ in range(updates):
+        backward()
+        start = time.perf_counter()
+        state = sensor.update(state, groups, model)
+        durations.append(time.perf_counter() - start)
+    return statistics.mean(durations[8:])
 
 
 def sensing(name: str, rounds: int) -> dict[str, Any]:
@@ -58,9 +73,12 @@ def sensing(name: str, rounds: int) -> dict[str, Any]:
         total_steps=1_000_000,  # no decision falls into these steps
     )
 
-    def step(model: torch.nn.Module) -> None:
+    def step_gradients(model: torch.nn.Module) -> None:
         inputs, targets = next(batches)
         torch.autograd.backward(task.loss(model, inputs, targets))
+
+    def step(model: torch.nn.Module) -> None:
+        step_gradients(model)
         optimizers[id(model)].step()
         optimizers[id(model)].zero_grad()
 
@@ -70,14 +88,15 @@ def sensing(name: str, rounds: int) -> dict[str, Any]:
     for turn in range(rounds):
         for model in (plain, watched) if turn % 2 else (watched, plain):
             (without if model is plain else with_it).append(seconds(lambda model=model: step(model)))
-    summary = loop.finish()
+    attach_seconds = loop.finish().attach_seconds
+    shares = sensor_seconds(task, watched, lambda: step_gradients(watched))
     ratios = [b / a - 1 for a, b in zip(without, with_it, strict=True)]
     return {
         "step_seconds": statistics.median(without),
-        "sensing_share": summary.sensing_seconds / (rounds + 2) / statistics.median(without),
+        "sensing_share": shares / statistics.median(without),
         "slowdown_median": statistics.median(ratios),
         "slowdown_quartiles": spread(ratios),
-        "attach_seconds": summary.attach_seconds,
+        "attach_seconds": attach_seconds,
         "rounds": rounds,
     }
 
