@@ -184,7 +184,10 @@ def _write(path: Path, tensors: dict[str, Tensor], text: str) -> None:
     """Write to a neighbour and rename it, so that no one ever sees half a file."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        partial.touch()  # with the rights that the user's other new files get
+        mode = partial.stat().st_mode
         save_file(tensors, partial, metadata={_KEY: text})
+        partial.chmod(mode)
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)

@@ -135,9 +135,8 @@ def _bench(
     if out.exists() and not out.is_dir():
         raise BenchError(f"--out {out} is a file: name a folder")
     results = _run(task, chosen, budgets, seeds, split_named(split), out)
-    page = _write_page(out, None)
     _print_table(out)
-    _finish({**summarise(results), "report": str(page)})
+    _finish({**summarise(results), "report": _page_if_possible(out)})
 
 
 def _run(
@@ -154,16 +153,22 @@ def _run(
 
 
 def _write_page(folder: Path, out: Path | None) -> Path:
-    """The report page, in the results folder or copied to another."""
-    import shutil
-
+    """The report page, in the results folder or in another."""
     from setpoint.report.page import write_page
 
-    page = write_page(folder)
-    if out is None or out.resolve() == folder.resolve():
-        return page
+    if out is None:
+        return write_page(folder)
     out.mkdir(parents=True, exist_ok=True)
-    return Path(shutil.copy(page, out / page.name))
+    return write_page(folder, out / "report.html")
+
+
+def _page_if_possible(folder: Path) -> str | None:
+    """The page's path; None where plotly is missing, which must not cost a finished benchmark its numbers."""
+    try:
+        return str(_write_page(folder, None))
+    except ImportError as error:
+        print(f"no report.html: {error}; then `setpoint report {folder}` writes it", file=sys.stderr)
+        return None
 
 
 def _print_table(folder: Path) -> None:
@@ -230,7 +235,7 @@ def _errors_as_messages() -> Iterator[None]:
 
     try:
         yield
-    except SetpointError as error:
+    except (SetpointError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(MISUSE) from None
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""Sizes in live Python code: bound where the forward's sizes come from them, corrected by place, or the group frozen."""
+"""Sizes in live Python code: bound where the sizes come from them, corrected by place, or the group frozen."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from groups.zoo import GPT, SeparateAttention
 from setpoint.actuator.mask import mask
 from setpoint.actuator.shrink import shrink
-from setpoint.groups.trial import random_keep
 from setpoint.groups.group import Group
 from setpoint.groups.trace import find_groups, trace
+from setpoint.groups.trial import random_keep
 
 
 def places(groups: tuple[Group, ...]) -> set[tuple[str, str]]:

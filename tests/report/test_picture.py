@@ -39,7 +39,7 @@ def test_the_picture_stands_alone_and_keeps_names_text(make_results: Any, tmp_pa
     folder = make_results(task="<script>x</script>", methods=("dense", "<b>&"), seeds=(0,))
     text = write_picture(folder, tmp_path / "a" / "picture.svg").read_text(encoding="utf-8")
     root = ElementTree.fromstring(text)
-    assert {item.tag for item in root.iter()} == {f"{SVG}{tag}" for tag in ("svg", "style", "path", "text")}
+    assert {item.tag for item in root.iter()} == {f"{SVG}{tag}" for tag in ("svg", "style", "rect", "path", "text")}
     assert "<b>&" in [item.text for item in root.iter(f"{SVG}text")]
     assert "href" not in text and "url(" not in text
 

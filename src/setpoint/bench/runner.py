@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from setpoint.bench.method import Method
-from setpoint.bench.results import Result, append_result
-from setpoint.bench.task import Split, Task
+from setpoint.bench.results import FILE, Result, append_result
+from setpoint.bench.task import BenchError, Split, Task
 from setpoint.bench.training import Cell, Progress, train
 
 
@@ -34,6 +35,7 @@ def run(cells: Sequence[Cell], out: Path, report: Callable[[Cell, Progress], Non
         report: told about each cell after each of its turns.
     """
     out.mkdir(parents=True, exist_ok=True)
+    _check_comparable(cells, out)
     results = []
     for seed in dict.fromkeys(cell.seed for cell in cells):
         running = {cell: train(cell, out) for cell in cells if cell.seed == seed}
@@ -54,3 +56,24 @@ def run(cells: Sequence[Cell], out: Path, report: Callable[[Cell, Progress], Non
             for training in running.values():
                 training.close()
     return tuple(results)
+
+
+def _check_comparable(cells: Sequence[Cell], out: Path) -> None:
+    """A folder compares runs of one length and split; others would be set against each other silently."""
+    path = out / FILE
+    if not path.exists():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # half a line after a crash
+        for cell in cells:
+            if row.get("task") == cell.task.name and (row.get("steps"), row.get("split")) != (
+                cell.task.steps,
+                cell.split,
+            ):
+                raise BenchError(
+                    f"{out} holds {cell.task.name} runs of {row.get('steps')} steps on {row.get('split')}; these "
+                    f"are {cell.task.steps} steps on {cell.split}: name another folder with --out"
+                )

@@ -81,7 +81,8 @@ def train(cell: Cell, out: Path) -> Generator[Progress, None, Result]:
         warm_up(cell.task, widths)
     with random.drawing():
         run = Run(cell, widths, random)
-    with (folder / HISTORY).open("w", encoding="utf-8") as history:
+    partial = folder / f"{HISTORY}.partial"  # an interrupted repetition leaves the finished run's history alone
+    with partial.open("w", encoding="utf-8") as history:
         while run.step < cell.task.steps:
             run.turn(min(STEPS_PER_TURN, cell.task.steps - run.step))
             history.write(json.dumps(run.row("train", Score(run.loss))) + "\n")
@@ -93,6 +94,7 @@ def train(cell: Cell, out: Path) -> Generator[Progress, None, Result]:
         summary = run.finish(folder)
         final = run.judge(cell.split)
         history.write(json.dumps(run.row(cell.split, final)) + "\n")
+    partial.replace(folder / HISTORY)
     return run.result(final, summary)
 
 

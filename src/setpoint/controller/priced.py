@@ -30,7 +30,7 @@ from setpoint.cost.cost import Cost
 from setpoint.groups.group import Group
 from setpoint.sensor.reading import Reading
 
-_BLOCKS_TO_LAND = 6  # blocks of mean size that are left for the last cut to choose from
+_BLOCKS_TO_LAND = 2  # blocks of mean size that are left for the last cut to choose from
 
 __all__ = ["PricedController", "PricedState", "cheapest"]
 
@@ -87,7 +87,7 @@ class PricedController:
     corrected by feedback (`Gains`); without a meter the prediction is exact and so is the stop. At every
     stop no single dropped block can be given back within the target, and swaps of a coarse block for a
     finer one come nearer still: predicted cost ends below the target by less than the smallest block
-    that was dropped. Where blocks are coarse, cuts on the way down stop six blocks above the limit, so
+    that was dropped. Where blocks are coarse, cuts on the way down stop two blocks above the limit, so
     that the last one can choose a combination that comes near.
 
     From `settle` on every decision tries to land: within the limit, never over. Guards that would make it

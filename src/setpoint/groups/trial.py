@@ -226,5 +226,3 @@ def set_attribute(module: nn.Module, place: str, size: int) -> None:
         values = list(getattr(owner, attribute))
         values[int(match[2])] = size
         setattr(owner, attribute, type(getattr(owner, attribute))(values))
-
-

@@ -112,9 +112,10 @@ def drawing(task: str, panels: Sequence[Panel], labels: Sequence[str]) -> str:
         "<style>"
         "text { font: 12px system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif; fill: #1c2430; } "
         ".title { font-weight: 600; font-size: 13px; } .soft { fill: #5a6575; } "
-        ".grid { stroke: #e1e6ec; } .line { fill: none; stroke-linejoin: round; } "
+        ".ground { fill: #ffffff; } .grid { stroke: #e1e6ec; } .line { fill: none; stroke-linejoin: round; } "
         f"{light}@media (prefers-color-scheme: dark) {{ text {{ fill: #e6eaf0; }} .soft {{ fill: #a3acb9; }} "
-        f".grid {{ stroke: #2a3441; }} {dark}}}</style>",
+        f".grid {{ stroke: #2a3441; }} .ground {{ fill: #12181f; }} {dark}}}</style>",
+        f'<rect class="ground" width="{WIDTH}" height="{HEIGHT}" rx="6"/>',
     ]
     x = 52.0
     for label in labels:
