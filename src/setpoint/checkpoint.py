@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,7 +24,9 @@ from setpoint.actuator.sizes import (
     is_call,
     read_size,
     record_buffers,
+    record_dense,
     recorded_buffers,
+    recorded_dense,
     recorded_sizes,
 )
 from setpoint.actuator.swap import swap
@@ -45,12 +47,14 @@ class _Header:
         aliases: further names of tied tensors, and the name each is stored under.
         complex: names of complex tensors, stored as pairs of reals along a last dim of length 2.
         transient: names of non-persistent buffers that a cut has changed.
+        dense: by name, the shape that a tensor had before its first cut.
     """
 
     sizes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
     complex: tuple[str, ...] = ()
     transient: tuple[str, ...] = ()
+    dense: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def places(self) -> dict[SizePlace, int]:
         return {(module, place): size for module, sizes in self.sizes.items() for place, size in sizes.items()}
@@ -86,7 +90,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     for (module, place), size in recorded_sizes(model).items():
         sizes.setdefault(module, {})[place] = size
     pairs = tuple(name for name, tensor in own.items() if tensor.is_complex())
-    header = _Header(sizes, aliases, pairs, transient)
+    dense = {name: shape for name, shape in recorded_dense(model).items() if name in own}
+    header = _Header(sizes, aliases, pairs, transient, dense)
     tensors = {name: _to_host(tensor) for name, tensor in own.items()}
     text = json.dumps({"format": FORMAT, **asdict(header), "sha256": _digest(tensors, header)})
     try:
@@ -115,7 +120,7 @@ def load(path: str | os.PathLike[str], into: nn.Module) -> nn.Module:
     _check_same_names(own, aliases, tensors, header)
     for name, tensor in own.items():
         _check_plain(name, tensor)
-        _check_shape(name, tensors[name], tensor)
+        _check_shape(name, tensors[name], tensor, header.dense.get(name))
     _check_places(into, header.places())
     fresh = {name: in_format(tensors[name].to(own[name].device, copy=True), own[name]) for name in own}
     with ExitStack() as undo:
@@ -123,6 +128,7 @@ def load(path: str | os.PathLike[str], into: nn.Module) -> nn.Module:
             swap(tensor, fresh[name], undo)
         apply_sizes(into, header.places(), undo)
         record_buffers(into, header.transient, undo)
+        record_dense(into, header.dense, undo)
         undo.pop_all()
     return into
 
@@ -202,16 +208,17 @@ def _read(path: Path) -> tuple[_Header, dict[str, Tensor]]:
             start = file.read(4)
     except OSError as error:
         raise CheckpointError(f"cannot read {str(path)!r}: {error.strerror}") from error
-    if start[:1] == b"\x80" or start == b"PK\x03\x04":
-        raise CheckpointError(
-            f"{str(path)!r} is a pickle, as torch.save writes it, and is not opened, since a pickle can run any "
-            "code: load it with torch.load(..., weights_only=True) and write it again with setpoint.save"
-        )
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        # Only now: the length that opens a whole safetensors file may begin with any byte.
+        if start[:1] == b"\x80" or start == b"PK\x03\x04":
+            raise CheckpointError(
+                f"{str(path)!r} is a pickle, as torch.save writes it, and is not opened, since a pickle can run any "
+                "code: load it with torch.load(..., weights_only=True) and write it again with setpoint.save"
+            ) from error
         raise CheckpointError(f"{str(path)!r} is damaged or not a safetensors file: {error}") from error
     header = _parse(path, metadata, tensors)
     return header, {
@@ -233,9 +240,15 @@ def _parse(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor
             raise CheckpointError(
                 f"{str(path)!r} has format {version}, this Setpoint reads up to {FORMAT}: upgrade Setpoint"
             )
-        header = _Header(text["sizes"], text["aliases"], tuple(text["complex"]), tuple(text["transient"]))
+        header = _Header(
+            text["sizes"],
+            text["aliases"],
+            tuple(text["complex"]),
+            tuple(text["transient"]),
+            {name: tuple(shape) for name, shape in text["dense"].items()},
+        )
         expected = text["sha256"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(damaged) from error
@@ -266,9 +279,8 @@ def _some(names: Iterable[str]) -> str:
     return ", ".join(map(repr, ordered[:3])) + (f" and {len(ordered) - 3} more" if len(ordered) > 3 else "") or "none"
 
 
-def _check_shape(name: str, saved: Tensor, dense: Tensor) -> None:
-    fits = saved.dim() == dense.dim() and all(a <= b for a, b in zip(saved.shape, dense.shape, strict=True))
-    if not fits:
+def _check_shape(name: str, saved: Tensor, dense: Tensor, before: Sequence[int] | None) -> None:
+    if tuple(dense.shape) not in (tuple(saved.shape), tuple(before or saved.shape)):
         raise CheckpointError(
             f"the file was made for another model: {name!r} has shape {tuple(saved.shape)} in the file and "
             f"{tuple(dense.shape)} in the model; `into` must be the dense model that was shrunk"

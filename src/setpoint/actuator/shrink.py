@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from setpoint.actuator.cut import Cut, Keep, SizePlace, cut_groups, plan_cut, take
 from setpoint.actuator.optimizer_state import Optimizers, as_sequence, cut_state
-from setpoint.actuator.sizes import apply_sizes, check_sizes, is_call, read_size, record_buffers
+from setpoint.actuator.sizes import apply_sizes, check_sizes, is_call, read_size, record_buffers, record_dense
 from setpoint.actuator.swap import swap
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group
@@ -83,8 +83,8 @@ def shrink(
     """
     cut = plan_cut(groups, keep)
     remaining = cut_groups(groups, keep)
-    prefixes = _prefixes(cut, model, copies)
-    jobs = [_job(model, "", cut, as_sequence(optimizer)), *(_job(each, prefix, cut, ()) for each, prefix in prefixes)]
+    copied = _unwrapped(cut, model, copies)
+    jobs = [_job(model, cut, as_sequence(optimizer)), *(_job(each, cut, ()) for each in copied)]
     with ExitStack() as undo:
         for job in jobs:
             _commit(job, undo)
@@ -93,17 +93,17 @@ def shrink(
     return remaining
 
 
-def _prefixes(cut: Cut, model: nn.Module, copies: Sequence[nn.Module]) -> list[tuple[nn.Module, str]]:
-    """Each copy once, with the prefix of its names; it must mirror the model and share nothing with it."""
+def _unwrapped(cut: Cut, model: nn.Module, copies: Sequence[nn.Module]) -> list[nn.Module]:
+    """Each copy once, out of its wrapper; it must mirror the model and share nothing with it."""
     own = {id(tensor) for tensor in named_tensors(model).values()}
     names = list(cut.dims())
-    found: dict[int, tuple[nn.Module, str]] = {}
+    found: dict[int, nn.Module] = {}
     for copy in copies:
         tensors = named_tensors(copy)
         if copy is model or any(id(tensor) in own for tensor in tensors.values()):
             raise GroupError("a copy shares tensors with the model itself: pass independent copies only")
-        prefix = "module." if names and names[0] not in tensors and f"module.{names[0]}" in tensors else ""
-        found[id(copy)] = (copy, prefix)
+        wrapped = names and names[0] not in tensors and f"module.{names[0]}" in tensors
+        found[id(copy)] = copy.get_submodule("module") if wrapped else copy
     return list(found.values())
 
 
@@ -113,20 +113,20 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**tensors, **dict(model.named_buffers(remove_duplicate=False))}
 
 
-def _prepare(model: nn.Module, prefix: str, cut: Cut, optimizers: Sequence[Optimizer]) -> Iterator[_Change]:
+def _prepare(model: nn.Module, cut: Cut, optimizers: Sequence[Optimizer]) -> Iterator[_Change]:
     """Build everything new without touching anything old."""
     tensors = named_tensors(model)
     single = [name for name, kept in cut.elements.items() if not kept.all()]
     if single:
         raise GroupError(f"the units of {single[0]!r} are single weights, which can be masked but not cut: use mask")
-    check_lengths(cut, {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, type(model).__name__)
-    changing = {name: tensors[prefix + name] for name in cut.dims()}
+    check_lengths(cut, tensors, type(model).__name__)
+    changing = {name: tensors[name] for name in cut.dims()}
     check_cuttable(changing, tensors)
     for name, dims in cut.dims().items():
         tensor = changing[name]
         held = [each for each in optimizers if isinstance(tensor, nn.Parameter) and tensor in each.state]
         states = tuple((each, cut_state(each, tensor, dims, repr(name))) for each in held)  # type: ignore[arg-type]
-        yield _Change(prefix + name, tensor, take(tensor, dims), states)
+        yield _Change(name, tensor, take(tensor, dims), states)
 
 
 def check_lengths(cut: Cut, tensors: Mapping[str, Tensor], what: str) -> None:
@@ -186,9 +186,9 @@ def check_cuttable(changing: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
             )
 
 
-def _new_sizes(model: nn.Module, prefix: str, cut: Cut) -> dict[SizePlace, int]:
+def _new_sizes(model: nn.Module, cut: Cut) -> dict[SizePlace, int]:
     """What every size that changes must become, once it is sure that it holds the old count."""
-    counts = {(_module(prefix, name), place): kept for (name, place), kept in cut.sizes.items()}
+    counts = dict(cut.sizes)
     calls = {_call(at) for at, kept in counts.items() if not kept.all()}  # all sizes of a call go together
     changing = {at: kept for at, kept in counts.items() if not kept.all() or (is_call(at[1]) and _call(at) in calls)}
     check_sizes(model, changing)
@@ -205,15 +205,12 @@ def _call(at: SizePlace) -> SizePlace:
     return at[0], at[1].partition("[")[0]
 
 
-def _module(prefix: str, name: str) -> str:
-    return (prefix + name).rstrip(".")
-
-
-def _job(module: nn.Module, prefix: str, cut: Cut, optimizers: Sequence[Optimizer]) -> _Job:
-    return _Job(module, tuple(_prepare(module, prefix, cut, optimizers)), _new_sizes(module, prefix, cut))
+def _job(module: nn.Module, cut: Cut, optimizers: Sequence[Optimizer]) -> _Job:
+    return _Job(module, tuple(_prepare(module, cut, optimizers)), _new_sizes(module, cut))
 
 
 def _commit(job: _Job, undo: ExitStack) -> None:
+    record_dense(job.module, {change.name: tuple(change.tensor.shape) for change in job.changes}, undo)
     for change in job.changes:
         for optimizer, state in change.states:
             undo.callback(optimizer.state.__setitem__, change.tensor, optimizer.state[change.tensor])

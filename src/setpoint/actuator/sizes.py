@@ -16,6 +16,7 @@ from setpoint.groups.shim import get_call_sizes, set_call_sizes
 
 _RECORD = "_setpoint_sizes"
 _BUFFERS = "_setpoint_buffers"
+_DENSE = "_setpoint_dense"
 _STEP = re.compile(r"\.?([^.\[\]]+)|\[(\d+)\]")
 
 
@@ -101,16 +102,15 @@ def apply_sizes(model: nn.Module, sizes: Mapping[SizePlace, int], undo: ExitStac
     """
     if not sizes:
         return
-    before = model.__dict__.get(_RECORD)
-    undo.callback(partial(_set_record, model, _RECORD, before))
-    record = {name: dict(places) for name, places in (before or {}).items()}
     calls: dict[str, dict[str, int]] = {}
     for (name, place), size in sizes.items():
-        record.setdefault(name, {})[place] = size
+        module = model.get_submodule(name)
+        before: dict[str, int] | None = module.__dict__.get(_RECORD)
+        undo.callback(partial(_set_record, module, _RECORD, before))
+        _set_record(module, _RECORD, {**(before or {}), place: size})
         if is_call(place):
             calls.setdefault(name, {})[place] = size
             continue
-        module = model.get_submodule(name)
         undo.callback(partial(write_size, module, place, read_size(module, place)))
         write_size(module, place, size)
     for name, places in calls.items():
@@ -118,7 +118,6 @@ def apply_sizes(model: nn.Module, sizes: Mapping[SizePlace, int], undo: ExitStac
         old = dict(get_call_sizes(module))
         undo.callback(partial(set_call_sizes, module, old))
         set_call_sizes(module, {**old, **places})
-    _set_record(model, _RECORD, record)
 
 
 def _set_record(model: nn.Module, key: str, record: object) -> None:
@@ -129,18 +128,36 @@ def _set_record(model: nn.Module, key: str, record: object) -> None:
 
 
 def recorded_sizes(model: nn.Module) -> dict[SizePlace, int]:
-    """Every place that cuts have set, in `model` or in a submodule that was cut by itself, as it is now.
+    """Every place that cuts have set in `model`, as it is now.
 
-    The record is a plain dict on the module that was cut, so it survives `copy.deepcopy` and pickle.
+    The record is a plain dict on each module that was cut, so it survives `copy.deepcopy` and pickle, and a
+    part of a model keeps what belongs to it.
     """
-    sizes: dict[SizePlace, int] = {}
-    for prefix, root in model.named_modules():
-        for name, places in root.__dict__.get(_RECORD, {}).items():
-            module = root.get_submodule(name)
-            full = ".".join(part for part in (prefix, name) if part)
-            for place in places:
-                sizes[full, place] = get_call_sizes(module)[place] if is_call(place) else read_size(module, place)
-    return sizes
+    return {
+        (name, place): get_call_sizes(module)[place] if is_call(place) else read_size(module, place)
+        for name, module in model.named_modules()
+        for place in module.__dict__.get(_RECORD, ())
+    }
+
+
+def record_dense(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], undo: ExitStack) -> None:
+    """Note the shapes that tensors had before their first cut, by name, each on the module that owns it."""
+    for name, shape in shapes.items():
+        owner, _, key = name.rpartition(".")
+        module = model.get_submodule(owner)
+        before: dict[str, tuple[int, ...]] | None = module.__dict__.get(_DENSE)
+        if key not in (before or {}):
+            undo.callback(partial(_set_record, module, _DENSE, before))
+            _set_record(module, _DENSE, {**(before or {}), key: shape})
+
+
+def recorded_dense(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes before the first cut of every tensor that cuts have changed, by name."""
+    return {
+        f"{name}.{key}" if name else key: tuple(shape)
+        for name, module in model.named_modules()
+        for key, shape in module.__dict__.get(_DENSE, {}).items()
+    }
 
 
 def record_buffers(model: nn.Module, names: Iterable[str], undo: ExitStack) -> None:

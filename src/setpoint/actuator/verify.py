@@ -20,7 +20,7 @@ from setpoint.actuator.cut import Cut, Keep, check_keep, plan_cut, take
 from setpoint.actuator.mask import mask
 from setpoint.actuator.shrink import named_tensors, shrink
 from setpoint.errors import ExampleError, VerificationError
-from setpoint.groups.export import Example, inputs_of, tensors_of
+from setpoint.groups.export import Example, computed, inputs_of, tensors_of
 from setpoint.groups.group import Group
 
 _FEW = 8  # samples that a verification looks at
@@ -92,7 +92,7 @@ class _Trial:
         trial = cls(_prepared_copy(model, groups), args, kwargs, groups, keep, 0.0)
         wide = replace(
             trial,
-            model=_widen_model(copy.deepcopy(trial.model)),
+            model=_widen_model(copy.deepcopy(trial.model, computed(trial.model))),
             args=tree_map(_widen, trial.args),
             kwargs=tree_map(_widen, dict(trial.kwargs)),
         )
@@ -104,7 +104,9 @@ class _Trial:
                     failure = error
                     continue
             tolerance = _TOLERANCE[narrowest.bits]
-            if first.drew and first.difference(each._run(copy.deepcopy(each.model), seed=1), tolerance):
+            if first.drew and first.difference(
+                each._run(copy.deepcopy(each.model, computed(each.model)), seed=1), tolerance
+            ):
                 each.model.eval()  # random in spite of dropout being off: compare where it is not
             return replace(each, tolerance=tolerance)
         raise ExampleError(f"the model does not run on the example: {failure}") from failure
@@ -135,14 +137,14 @@ class _Trial:
 
     def _compare(self, names: list[str], by_value: bool) -> str | None:
         keep = {name: self.keep[name] for name in names}
-        small = copy.deepcopy(self.model)
+        small = copy.deepcopy(self.model, computed(self.model))
         try:
             shrink(small, None, self.groups, keep)
             got = self._run(small)
         except Exception as error:  # a wrong size shows up as any exception in the model's own code
             return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         del small
-        masked = copy.deepcopy(self.model)
+        masked = copy.deepcopy(self.model, computed(self.model))
         mask(masked, None, self.groups, keep)
         want = self._run(masked).cut(plan_cut(self.groups, keep))
         return want.difference(got, self.tolerance if by_value else float("inf"))
@@ -256,7 +258,7 @@ def random_keep(groups: tuple[Group, ...]) -> dict[str, Bool[np.ndarray, " _unit
 def _prepared_copy(model: nn.Module, groups: tuple[Group, ...]) -> nn.Module:
     """A copy without dropout in which no weight is zero and no two units are alike, at about the model's own scale."""
     try:
-        twin = copy.deepcopy(model)
+        twin = copy.deepcopy(model, computed(model))
     except RuntimeError as error:
         raise VerificationError(f"the model cannot be copied, so no cut of it can be tried out: {error}") from error
     generator = torch.Generator().manual_seed(0)

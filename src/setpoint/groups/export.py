@@ -75,6 +75,24 @@ def check_device(model: nn.Module, example: Example) -> None:
 
 
 @contextmanager
+def untouched_attributes(model: nn.Module) -> Iterator[None]:
+    """Give every module its attributes back: a forward may keep an activation in one."""
+    before = [(module, dict(vars(module))) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes in before:
+            vars(module).clear()
+            vars(module).update(attributes)
+
+
+def computed(model: nn.Module) -> dict[int, Any]:
+    """What `copy.deepcopy` needs to know of tensors that a forward left behind: it refuses them otherwise."""
+    leaves = torch.utils._pytree.tree_leaves([list(vars(module).values()) for module in model.modules()])
+    return {id(leaf): leaf.detach().clone() for leaf in leaves if isinstance(leaf, torch.Tensor) and not leaf.is_leaf}
+
+
+@contextmanager
 def untouched_rng() -> Iterator[None]:
     """Leave the global random state as it was."""
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
@@ -92,7 +110,7 @@ def export(model: nn.Module, example: Example) -> torch.export.ExportedProgram:
     """
     args, kwargs = inputs_of(example)
     check_device(model, example)
-    with untouched_rng(), warnings.catch_warnings():
+    with untouched_rng(), untouched_attributes(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             return torch.export.export(Forward(model), args, kwargs, strict=False)
@@ -105,7 +123,7 @@ def _explain(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], er
     """Tell a bad example from a forward that cannot be exported, by running a copy of the model for real."""
     try:
         with torch.no_grad():
-            copy.deepcopy(model)(*args, **kwargs)
+            copy.deepcopy(model, computed(model))(*args, **kwargs)
     except Exception as plain:
         raise ExampleError(
             f"the model does not accept the example ({_describe([*args, *kwargs.items()])}): "
@@ -173,7 +191,7 @@ def fake_copy(model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = {key: mode.from_tensor(tensor) for key, tensor in computed(model).items()}
     for tensor in (*model.parameters(), *model.buffers()):
         fake = mode.from_tensor(tensor.detach())
         memo[id(tensor)] = (

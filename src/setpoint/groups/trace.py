@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -83,7 +84,22 @@ def trace(model: nn.Module, example: Example) -> Trace:
         )
         for contract in walk.contracts
     )
-    return Trace(groups, contractions, _frozen(walk.atoms.frozen))
+    return Trace(groups, contractions + _uncounted(model, example, groups, contractions), _frozen(walk.atoms.frozen))
+
+
+def _uncounted(
+    model: nn.Module, example: Example, groups: tuple[Group, ...], contractions: tuple[Contraction, ...]
+) -> tuple[Contraction, ...]:
+    """FLOPs inside ops that no rule knows, as a cost that no width changes; trained at two products each."""
+    from setpoint.groups.count import forward_flops
+    from setpoint.groups.group import widths_of
+
+    widths = widths_of(groups)
+    known = sum(each.coefficient * math.prod(size.at(widths) for size in each.sizes) for each in contractions)
+    total = forward_flops(model, example)
+    if total is None or total <= known:
+        return ()
+    return (Contraction("", "ops without a rule", float(total - known), (), 2),)
 
 
 def find_groups(model: nn.Module, example: Example) -> tuple[Group, ...]:

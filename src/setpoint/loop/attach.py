@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from setpoint.actuator.optimizer_state import check_optimizer, check_trains
+from setpoint.actuator.shrink import named_tensors
 from setpoint.actuator.verify import failing_groups, few_rows
 from setpoint.controller.plan import Controller
 from setpoint.controller.priced import PricedController, cheapest
@@ -99,6 +100,9 @@ def attach(
             sensor = TaylorSensor(_num_samples(example) if num_samples is None else num_samples)
         found = trace(inner, example)
         active, frozen = _select(inner, found, groups, sensor, allow_lossy)
+        active, strangers = _in_hand(inner, optimizers, active)
+        frozen.update(strangers)
+        _check_copies(inner, active, copies)
         verification_passes = 0.0
         if verify:
             active, failed, verification_passes = _verified(inner, example, active)
@@ -136,7 +140,8 @@ def _unwrap(model: nn.Module) -> nn.Module:
                 f"{name or 'a model of DTensors (FSDP2)'} is not supported by this version of Setpoint: "
                 "train on one device, and attach to the plain module before any wrapping"
             )
-    if inner in ATTACHED:
+    parts = set(inner.modules())
+    if any(other in parts or inner in set(other.modules()) for other in ATTACHED):
         raise LoopError("this model has a loop already: call finish() or detach() on that loop first")
     return inner
 
@@ -144,7 +149,7 @@ def _unwrap(model: nn.Module) -> nn.Module:
 def _check_arguments(
     model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], budget: Budget, total_steps: int
 ) -> tuple[Optimizer, ...]:
-    optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
+    optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(dict.fromkeys(optimizer))
     if not optimizers or not all(isinstance(each, Optimizer) for each in optimizers):
         raise OptimizerError("optimizer must be a torch.optim.Optimizer or a sequence of them, and at least one")
     if not isinstance(budget, Budget):
@@ -196,6 +201,36 @@ def _select(
         if group.name not in names:
             frozen[group.name] = f"{type(sensor).__name__} cannot read it (its weights get no gradient)"
     return readable, frozen
+
+
+def _in_hand(
+    model: nn.Module, optimizers: Sequence[Optimizer], groups: tuple[Group, ...]
+) -> tuple[tuple[Group, ...], dict[str, str]]:
+    """The groups whose trained tensors are all in these optimizers; another one would not survive a cut of them."""
+    held = {id(p) for each in optimizers for settings in each.param_groups for p in settings["params"]}
+    trained = {name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held}
+    strangers = {
+        group.name: f"{piece.tensor} is trained, but by none of the given optimizers: pass them all"
+        for group in groups
+        for piece in group.slices
+        if piece.tensor in trained
+    }
+    return tuple(group for group in groups if group.name not in strangers), strangers
+
+
+def _check_copies(model: nn.Module, groups: tuple[Group, ...], copies: Sequence[nn.Module]) -> None:
+    """A copy must hold every tensor that will be cut, in the same shape."""
+    own = named_tensors(model)
+    for number, each in enumerate(copies):
+        if not isinstance(each, nn.Module):
+            raise GroupError(f"copies[{number}] must be a torch.nn.Module, got {type(each).__name__}")
+        theirs = {name.removeprefix("module."): tensor for name, tensor in named_tensors(each).items()}
+        for name in dict.fromkeys(piece.tensor for group in groups for piece in group.slices):
+            if name not in theirs or theirs[name].shape != own[name].shape:
+                raise GroupError(
+                    f"copies[{number}] ({type(each).__name__}) is no copy of the model: it has no {name!r} of shape "
+                    f"{tuple(own[name].shape)}; pass a deepcopy or an AveragedModel of the model"
+                )
 
 
 def _verified(
