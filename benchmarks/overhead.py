@@ -43,8 +43,8 @@ def spread(values: list[float]) -> list[float]:
     return [low, high]
 
 
-def sensor_seconds(task: Task, model: torch.nn.Module, backward: Callable[[], None], updates: int = 40) -> float:
-    """Mean seconds of one sensing, each right after a backward pass, without the first few."""
+def sensor_seconds(task: Task, model: torch.nn.Module, backward: Callable[[], None], updates: int = 110) -> float:
+    """Mean seconds of one sensing, each right after a backward pass, without the first ones, which fill caches."""
     groups = tuple(group for group in setpoint.find_groups(model, task.example()) if group.lossless)
     sensor = setpoint.TaylorSensor(num_samples=1)
     state = sensor.init(groups, model)
@@ -54,7 +54,7 @@ def sensor_seconds(task: Task, model: torch.nn.Module, backward: Callable[[], No
         start = time.perf_counter()
         state = sensor.update(state, groups, model)
         durations.append(time.perf_counter() - start)
-    return statistics.mean(durations[8:])
+    return statistics.mean(durations[50:])
 
 
 def sensing(name: str, rounds: int) -> dict[str, Any]:
