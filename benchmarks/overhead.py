@@ -43,8 +43,8 @@ def spread(values: list[float]) -> list[float]:
     return [low, high]
 
 
-def sensor_seconds(task: Task, model: torch.nn.Module, backward: Callable[[], None], updates: int = 110) -> float:
-    """Mean seconds of one sensing, each right after a backward pass, without the first ones, which fill caches."""
+def sensor_seconds(task: Task, model: torch.nn.Module, backward: Callable[[], None], updates: int = 72) -> list[float]:
+    """Seconds of single sensings, each right after a backward pass, without the first ones, which fill caches."""
     groups = tuple(group for group in setpoint.find_groups(model, task.example()) if group.lossless)
     sensor = setpoint.TaylorSensor(num_samples=1)
     state = sensor.init(groups, model)
@@ -54,7 +54,7 @@ def sensor_seconds(task: Task, model: torch.nn.Module, backward: Callable[[], No
         start = time.perf_counter()
         state = sensor.update(state, groups, model)
         durations.append(time.perf_counter() - start)
-    return statistics.mean(durations[50:])
+    return durations[8:]
 
 
 def sensing(name: str, rounds: int) -> dict[str, Any]:
@@ -89,11 +89,12 @@ def sensing(name: str, rounds: int) -> dict[str, Any]:
         for model in (plain, watched) if turn % 2 else (watched, plain):
             (without if model is plain else with_it).append(seconds(lambda model=model: step(model)))
     attach_seconds = loop.finish().attach_seconds
-    shares = sensor_seconds(task, watched, lambda: step_gradients(watched))
+    sensed = sensor_seconds(task, watched, lambda: step_gradients(watched))
     ratios = [b / a - 1 for a, b in zip(without, with_it, strict=True)]
     return {
         "step_seconds": statistics.median(without),
-        "sensing_share": shares / statistics.median(without),
+        "sensing_share_median": statistics.median(sensed) / statistics.median(without),
+        "sensing_share_mean": statistics.mean(sensed) / statistics.median(without),
         "slowdown_median": statistics.median(ratios),
         "slowdown_quartiles": spread(ratios),
         "attach_seconds": attach_seconds,
@@ -147,6 +148,7 @@ def main() -> None:
     arguments = parser.parse_args()
     result = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seed": 0,
         "environment": environment(task_named("digits")),
         "sensing": {name: sensing(name, arguments.rounds) for name in ("cifar10", "shakespeare")},
         "resnet50": resizing(),
@@ -155,7 +157,8 @@ def main() -> None:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for name, numbers in result["sensing"].items():
-        print(f"{name}: sensing {numbers['sensing_share']:.2%} of a step of {numbers['step_seconds']:.3f} s; "
+        shares = f"{numbers['sensing_share_median']:.2%} (mean {numbers['sensing_share_mean']:.2%})"
+        print(f"{name}: sensing {shares} of a step of {numbers['step_seconds']:.3f} s; "
               f"step with against without {numbers['slowdown_median']:+.2%}")  # fmt: skip
     resnet = result["resnet50"]
     print(f"resnet50: find_groups {min(resnet['find_groups_seconds']):.2f} s; resize {resnet['resize_seconds']:.2f} s, "

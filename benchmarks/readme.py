@@ -38,17 +38,25 @@ def methods_table(folder: Path) -> str:
             shown[column] = f"{row[column]} ({row[f'of dense {column}']})"
         shown["metric"] = row["metric"] if row["method"] == "dense" else f"{row['metric']} ({row['to dense']})"
         lines.append(f"| {' | '.join(shown[column] for column in COLUMNS)} |")
-    raw = [json.loads(line) for line in (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()]
-    seeds = len({cell["seed"] for cell in raw})
+    lines_of = (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    last = {(cell["method"], cell["budget"], cell["seed"]): cell for cell in map(json.loads, lines_of)}
+    raw = list(last.values())  # a run that was repeated counts once
+    assert len({json.dumps(cell["environment"]) for cell in raw}) == 1, f"{folder}: runs of several environments"
+    seeds = sorted({cell["seed"] for cell in raw})
     about = raw[0]["environment"]
     lines += [
         "",
-        f"Task `{task}`, {max(cell['steps'] for cell in raw)} steps, {seeds} seed{'s' * (seeds > 1)}, budget "
+        f"Task `{task}`, {max(cell['steps'] for cell in raw)} steps, seed{'s' * (len(seeds) > 1)} "
+        f"{', '.join(map(str, seeds))}, budget "
         f"{next(cell['budget'] for cell in raw if cell['budget'])} of the dense FLOPs per step; "
-        f"{about['cpu']}, {about['threads']} threads, {about['dtype']}, torch {about['torch']}, "
+        f"{about['cpu']}, {_threads(about)}, {about['dtype']}, torch {about['torch']}, "
         f"{raw[-1]['date'][:10]}. {_saved(raw)}In brackets: against dense.",
     ]
     return "\n".join(lines)
+
+
+def _threads(environment: dict[str, object]) -> str:
+    return f"{environment['threads']} thread{'s' * (environment['threads'] != 1)}"
 
 
 def _saved(raw: list[dict[str, object]]) -> str:
@@ -57,9 +65,12 @@ def _saved(raw: list[dict[str, object]]) -> str:
     def total(method: str, key: str) -> float:
         return sum(float(cell[key]) for cell in raw if cell["method"] == method)  # type: ignore[arg-type]
 
-    dense = total("dense", "seconds"), total("dense", "train_flops")
-    if not all(dense):
+    def seeds(method: str) -> set[object]:
+        return {cell["seed"] for cell in raw if cell["method"] == method}
+
+    if not seeds("dense") or seeds("dense") != seeds("setpoint"):
         return ""
+    dense = total("dense", "seconds"), total("dense", "train_flops")
     seconds = 1 - total("setpoint", "seconds") / dense[0]
     flops = 1 - total("setpoint", "train_flops") / dense[1]
     return f"Share of seconds saved / share of FLOPs saved over the whole run: {seconds / flops:.2f}. "
@@ -77,17 +88,19 @@ def overhead_table() -> str:
     for name, row in data["sensing"].items():
         low, high = row["slowdown_quartiles"]
         lines.append(
-            f"| sensing, share of a dense `{name}` step ({duration(row['step_seconds'])}) | {row['sensing_share']:.2%} "
+            f"| sensing, share of a dense `{name}` step ({duration(row['step_seconds'])}) | median "
+            f"{row['sensing_share_median']:.2%}, mean {row['sensing_share_mean']:.2%} "
             f"(step with / without: {row['slowdown_median']:+.2%}, quartiles {low:+.2%} to {high:+.2%}) |"
         )
     resnet = data["resnet50"]
     lines += [
-        f"| `find_groups(resnet50)` | {min(resnet['find_groups_seconds']):.2f} s |",
+        f"| `find_groups(resnet50)`, best of {len(resnet['find_groups_seconds'])} | "
+        f"{min(resnet['find_groups_seconds']):.2f} s |",
         f"| resize of ResNet-50 with AdamW state | {resnet['resize_seconds']:.2f} s, "
         f"{resnet['resize_in_steps']:.2f} of a training step at batch {resnet['batch']} |",
         f"| `import setpoint` beside `import torch` | {data['import']['added_seconds_median']:+.2f} s |",
         "",
-        f"{data['environment']['cpu']}, {data['environment']['threads']} threads, torch "
+        f"{data['environment']['cpu']}, {_threads(data['environment'])}, seed {data['seed']}, torch "
         f"{data['environment']['torch']}, {data['date'][:10]}.",
     ]
     return "\n".join(lines)

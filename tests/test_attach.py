@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 import setpoint
 from setpoint.groups.trace import trace
@@ -27,7 +28,11 @@ def _attach(model: nn.Module, optimizer: Any, budget: setpoint.Budget = HALF, **
 
 @contextmanager
 def _untouched(model: nn.Module, *optimizers: torch.optim.Optimizer) -> Iterator[None]:
-    """Check that model, optimizers and hooks are as before."""
+    """Check that model, optimizers with a step behind them, and hooks are as before."""
+    for each in optimizers:
+        for parameter in (p for settings in each.param_groups for p in settings["params"]):
+            parameter.grad = torch.ones_like(parameter)
+        each.step()
     before = copy.deepcopy(model.state_dict())
     states = [copy.deepcopy(each.state_dict()) for each in optimizers]
     hooks = [(len(each._optimizer_step_pre_hooks), len(each._optimizer_step_post_hooks)) for each in optimizers]
@@ -35,7 +40,10 @@ def _untouched(model: nn.Module, *optimizers: torch.optim.Optimizer) -> Iterator
     yield
     after = model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-    assert states == [each.state_dict() for each in optimizers]
+    for kept, each in zip(states, optimizers, strict=True):
+        leaves, others = tree_leaves(kept), tree_leaves(each.state_dict())
+        assert any(isinstance(leaf, Tensor) for leaf in leaves), "an optimizer without state shows nothing"
+        assert all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(leaves, others, strict=True))
     assert hooks == [(len(o._optimizer_step_pre_hooks), len(o._optimizer_step_post_hooks)) for o in optimizers]
     assert mode == [each.training for each in model.modules()]
 
@@ -67,7 +75,7 @@ class Branching(nn.Module):
 def test_refuses_budgets_it_cannot_hold(budget: setpoint.Budget, words: str) -> None:
     """Out of reach or not available in this version: the error says what to ask for instead."""
     model = _mlp()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     with _untouched(model, optimizer), pytest.raises(setpoint.BudgetError, match=words):
         _attach(model, optimizer, budget)
 
@@ -75,7 +83,7 @@ def test_refuses_budgets_it_cannot_hold(budget: setpoint.Budget, words: str) -> 
 def test_the_cheapest_reachable_budget_is_reached() -> None:
     """What the error names as the least to ask for is accepted and met."""
     model = _mlp()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     with pytest.raises(setpoint.BudgetError) as caught:
         _attach(model, optimizer, setpoint.Budget.fraction(0.001, of="flops"))
     least = float(str(caught.value).split("Budget.fraction(")[1].split(",")[0])
@@ -91,7 +99,7 @@ def test_the_cheapest_reachable_budget_is_reached() -> None:
 def test_refuses_a_run_without_steps(total_steps: int) -> None:
     """The run must have a positive whole number of steps."""
     model = _mlp()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     with _untouched(model, optimizer), pytest.raises(ValueError, match="total_steps must be a positive integer"):
         _attach(model, optimizer, total_steps=total_steps)
 
@@ -99,7 +107,7 @@ def test_refuses_a_run_without_steps(total_steps: int) -> None:
 def test_refuses_optimizers_of_other_models() -> None:
     """An optimizer that trains none of the model is named, also as one of several."""
     model, other = _mlp(), _mlp()
-    own, foreign = torch.optim.SGD(model.parameters(), 0.1), torch.optim.Adam(other.parameters())
+    own, foreign = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9), torch.optim.Adam(other.parameters())
     with _untouched(model, own, foreign):
         for optimizers in (foreign, [own, foreign]):
             with pytest.raises(setpoint.OptimizerError, match="Adam holds"):
@@ -128,7 +136,7 @@ def test_refuses_optimizers_that_cannot_follow() -> None:
 def test_refuses_examples_that_do_not_fit(example: Any) -> None:
     """Wrong shape, number, name or type of inputs is an ExampleError."""
     model = _mlp()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     with _untouched(model, optimizer), pytest.raises(setpoint.ExampleError):
         _attach(model, optimizer, example=example)
 
@@ -136,7 +144,7 @@ def test_refuses_examples_that_do_not_fit(example: Any) -> None:
 def test_refuses_an_example_on_another_device() -> None:
     """The error names both devices."""
     model = _mlp()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     with _untouched(model, optimizer), pytest.raises(setpoint.ExampleError, match="meta.*cpu"):
         _attach(model, optimizer, example=(torch.zeros(4, 6, device="meta"),))
 
@@ -144,7 +152,7 @@ def test_refuses_an_example_on_another_device() -> None:
 def test_refuses_control_flow_that_depends_on_data() -> None:
     """The error names the line of the user's forward."""
     model = Branching()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     with _untouched(model, optimizer), pytest.raises(setpoint.ExportError, match=r"test_attach\.py.*if x\.sum"):
         _attach(model, optimizer)
 
@@ -152,7 +160,7 @@ def test_refuses_control_flow_that_depends_on_data() -> None:
 def test_refuses_a_second_loop_on_one_model() -> None:
     """A model has one loop at a time; a failed attach leaves the first at work, and afterwards there is room."""
     model = _mlp()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     loop = _attach(model, optimizer)
     with _untouched(model, optimizer), pytest.raises(setpoint.LoopError, match=r"finish\(\) or detach\(\)"):
         _attach(model, optimizer)
@@ -163,7 +171,7 @@ def test_refuses_a_second_loop_on_one_model() -> None:
 def test_refuses_wrappers_for_several_devices() -> None:
     """DataParallel and its like are refused by name."""
     model = nn.DataParallel(_mlp())
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     with _untouched(model, optimizer), pytest.raises(setpoint.LoopError, match="DataParallel is not supported"):
         _attach(model, optimizer)
 
@@ -171,7 +179,7 @@ def test_refuses_wrappers_for_several_devices() -> None:
 def test_refuses_a_model_in_which_nothing_can_go() -> None:
     """The error names what was left whole, and why."""
     model = nn.Sequential(nn.Linear(6, 3))
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     with _untouched(model, optimizer), pytest.raises(setpoint.GroupError, match="can be pruned. Left whole: .*output"):
         _attach(model, optimizer)
 
@@ -179,7 +187,7 @@ def test_refuses_a_model_in_which_nothing_can_go() -> None:
 def test_refuses_groups_of_another_model() -> None:
     """Groups must be those of the model as it is now."""
     model, other = _mlp(), nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     groups = setpoint.find_groups(other, (torch.zeros(4, 6),))
     with _untouched(model, optimizer), pytest.raises(setpoint.GroupError, match="not one of this model's"):
         _attach(model, optimizer, groups=groups)
@@ -188,7 +196,7 @@ def test_refuses_groups_of_another_model() -> None:
 def test_only_the_given_groups_are_pruned() -> None:
     """With `groups` the others stay whole, and the budget still counts the whole model."""
     model = _mlp()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     one = trace(model, (torch.zeros(4, 6),)).groups[:1]
     dense = sum(each.numel() for each in model.parameters())
     with _attach(model, optimizer, setpoint.Budget.fraction(0.6, of="params"), groups=one, total_steps=40) as loop:
@@ -216,7 +224,7 @@ def test_frozen_outgoing_weights_keep_their_group_whole() -> None:
 def test_groups_that_fail_verification_are_left_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are named in one warning and in the ledger's header; `verify=False` asks no question."""
     model = _mlp()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     names = [group.name for group in setpoint.find_groups(model, (torch.zeros(4, 6),))]
     monkeypatch.setattr(sys.modules["setpoint.loop.attach"], "failing_groups", lambda *_: (names[0],))
     budget = setpoint.Budget.fraction(0.9, of="flops")
@@ -246,7 +254,7 @@ class Normed(nn.Module):
 def test_lossy_groups_need_leave() -> None:
     """A group in which zero is not absent is pruned only with `allow_lossy`."""
     model = Normed()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     with pytest.raises(setpoint.GroupError, match="allow_lossy=True"):
         _attach(model, optimizer)
     with _attach(model, optimizer, allow_lossy=True, total_steps=40) as loop:
@@ -262,7 +270,7 @@ def test_lossy_groups_need_leave() -> None:
 def test_samples_default_to_the_examples_leading_dim() -> None:
     """`num_samples` is the batch of the example unless it is given."""
     model = _mlp()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     for given, want in ((None, 4), (32, 32)):
         loop = _attach(model, optimizer, num_samples=given)
         assert loop._parts.sensor.num_samples == want
@@ -274,7 +282,12 @@ def test_samples_default_to_the_examples_leading_dim() -> None:
 def test_keyword_examples_work() -> None:
     """An example may be a dict of keyword inputs."""
     model = Normed()
-    loop = _attach(model, torch.optim.SGD(model.parameters(), 0.1), example={"x": torch.zeros(4, 6)}, allow_lossy=True)
+    loop = _attach(
+        model,
+        torch.optim.SGD(model.parameters(), 0.1, momentum=0.9),
+        example={"x": torch.zeros(4, 6)},
+        allow_lossy=True,
+    )
     assert loop._parts.sensor.num_samples == 4
     loop.detach()
 

@@ -156,18 +156,22 @@ def test_origins_name_the_units_of_the_dense_model() -> None:
 
 
 def test_accounts_for_every_flop() -> None:
-    """Training FLOPs are the steps at their widths, plus four verification passes, plus three per weight sensed."""
+    """Training FLOPs are the steps at their widths, plus four verification passes, plus sensing.
+
+    Sensing costs three per outgoing weight and one per gradient that is only checked to be finite.
+    """
     model = _mlp()
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
     dense = _counted(model)
     outgoing = lambda: model[2].weight.numel() + model[4].weight.numel()  # noqa: E731
     before = outgoing()
+    checked = sum(p.numel() for p in model.parameters()) - before
     loop = _attach(model, optimizer, controller=Script({4: 0, 10: 8}), total_steps=20)
     _train(model, (optimizer,), 20)
     summary = loop.finish()
     small = _counted(model)
     assert summary.resizes == 1
-    assert summary.overhead_flops == 4 * dense + 3 * 10 * before
+    assert summary.overhead_flops == 4 * dense + 10 * (3 * before + checked)
     assert summary.train_flops == 10 * dense + 10 * small + summary.overhead_flops
     assert summary.overhead_flops_ratio == summary.overhead_flops / summary.train_flops
     assert summary.overhead_seconds == pytest.approx(
@@ -236,11 +240,13 @@ def test_explains_the_dropped_and_the_living() -> None:
     loop.detach()
 
 
+@pytest.mark.parametrize("where", ["2.weight", "0.weight", "0.bias"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_bad_gradients_make_no_decision(bad: float) -> None:
+def test_bad_gradients_make_no_decision(bad: float, where: str) -> None:
     """With NaN or infinite gradients since the last reading nothing is cut; the decision is made up for later.
 
-    The ledger says how many steps were bad. The first step with good gradients brings the decision.
+    The ledger says how many steps were bad. The first step with good gradients brings the decision. It
+    does not matter whose gradient is bad: weights that read units, weights that none reads, biases.
     """
     model = _mlp()
     optimizer = torch.optim.SGD(model.parameters(), 0.0)
@@ -249,13 +255,14 @@ def test_bad_gradients_make_no_decision(bad: float) -> None:
     for step in range(1, 11):
         x, y = _data(model)
         nn.functional.cross_entropy(model(x), y).backward()
-        weights = model[2].weight.detach().clone()
+        tensor = model.get_parameter(where)
+        values = tensor.detach().clone()
         if step in (4, 5, 6):
-            model[2].weight.grad[0, 0] = bad
+            tensor.grad.view(-1)[0] = bad
         optimizer.step()
-        if step in (4, 5, 6):  # a rate of 0 times infinity has spoilt the weight
+        if step in (4, 5, 6):  # a rate of 0 times infinity has spoilt the value
             with torch.no_grad():
-                model[2].weight.copy_(weights)
+                tensor.copy_(values)
         optimizer.zero_grad()
         widths.append(set(loop.widths.values()))
     assert widths == [{24}] * 6 + [{20}] * 2 + [{18}] * 2

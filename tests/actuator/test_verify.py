@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from actuator.hand_made import CASES, Case, Residual, group, mlp, residual, some_keep
-from setpoint.actuator.verify import failing_groups, random_keep, verify
+from setpoint.actuator.verify import failing_groups, verify
 from setpoint.errors import ExampleError, VerificationError
 from setpoint.groups.group import Group
 from setpoint.groups.trace import find_groups
+from setpoint.groups.trial import random_keep
 
 
 @pytest.mark.parametrize("name", list(CASES))

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.signal import lfilter
 
-from setpoint.controller.price import Feedback, Gains, bumpless
+from setpoint.controller.price import Feedback, Gains
 
 
 def _errors(factors: np.ndarray, gains: Gains) -> np.ndarray:
@@ -79,15 +79,6 @@ def test_without_a_meter_nothing_happens() -> None:
     for _ in range(10):
         feedback = feedback.updated(feedback.error(7.3, 7.3), Gains(), 0.0)
     assert feedback == Feedback() and feedback.factor() == 1.0
-
-
-@given(st.floats(-2, 2), st.floats(0.1, 10), st.floats(0.1, 10))
-def test_bumpless_keeps_the_target(correction: float, before: float, after: float) -> None:
-    """The target, hence the price, is the same right after the reference jumps."""
-    feedback = Feedback(correction, correction)
-    changed = bumpless(feedback, before=before, after=after)
-    assert after / changed.factor() == pytest.approx(before / feedback.factor())
-    assert changed.integral - changed.correction == pytest.approx(0.0)
 
 
 @pytest.mark.parametrize("gains", [(-0.1, 0.5), (0.1, 0.0), (0.6, 0.5), (float("nan"), 0.5)])

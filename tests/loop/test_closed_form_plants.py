@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ import pytest
 from scipy.signal import lfilter
 
 from controller.plants import Decision, Meter, chain, lognormal, run, unit_group
-from setpoint.controller.price import Feedback, Gains, bumpless
+from setpoint.controller.price import Gains
 from setpoint.controller.priced import PricedController, PricedState
 from setpoint.cost.cost import Cost, ProductCost, Term
 from setpoint.groups.group import Group, Size, widths_of
@@ -185,34 +184,6 @@ def test_no_limit_cycle(meter: Meter | None, multiple_of: int) -> None:
     first = next(i for i, decision in enumerate(decisions) if decision.plan.landed)
     assert all(decision.plan.empty() and decision.plan.landed for decision in decisions[first + 1 :])
     assert len(decisions) - first > 5
-
-
-def _tighten(when: int, after: float, smooth: bool) -> Any:
-    """A change of the limit at a step, with or without bumpless transfer."""
-
-    def steer(step: int, state: PricedState, limit: float) -> tuple[PricedState, float]:
-        if step < when or limit == after:
-            return state, limit
-        feedback: Feedback = bumpless(state.feedback, before=limit, after=after) if smooth else state.feedback
-        return replace(state, feedback=feedback), after
-
-    return steer
-
-
-def test_bumpless_transfer() -> None:
-    """When the limit is lowered by a quarter, transfer spreads the cut: kp + ki of it at the first decision."""
-    groups, cost = _fine()
-    dense = cost.total(widths_of(groups))
-    settings: dict[str, Any] = {"stop_at_landing": False, "fraction": 0.6}
-    ends = {}
-    for smooth in (True, False):
-        decisions, _ = _loop(lambda step, predicted: predicted, steer=_tighten(400, 0.45 * dense, smooth), **settings)
-        changed = next(i for i, decision in enumerate(decisions) if decision.step >= 400)
-        before, after = decisions[changed - 1].metered, decisions[changed].metered
-        ends[smooth] = (math.log(before / after) / math.log(0.6 / 0.45), decisions[-1].metered / dense)
-    assert ends[True][0] == pytest.approx(0.6, abs=0.03)
-    assert ends[False][0] == pytest.approx(1.0, abs=0.03)
-    assert 0.44 < ends[True][1] <= 0.45 and 0.44 < ends[False][1] <= 0.45
 
 
 def test_loop_gain_does_not_depend_on_the_spread_of_worths() -> None:

@@ -285,11 +285,11 @@ def test_frozen_outgoing_weights_are_not_readable() -> None:
         sensor.init((partly, whole, none), model)
 
 
-def test_counts_three_flops_per_outgoing_weight() -> None:
-    """The FLOPs of an update are 3 per entry of the outgoing weights, only those of the group."""
+def test_counts_its_own_flops() -> None:
+    """An update costs 3 per outgoing weight of the group, and 1 per gradient that it does not read whole."""
     model = nn.Linear(6, 5)
     group = _group(3, Slice("weight", 1, "consume", np.array([-1, -1, 0, 1, 2, -1])))
-    assert TaylorSensor(1).flops((group,), model) == 3 * 3 * 5
+    assert TaylorSensor(1).flops((group,), model) == 3 * 3 * 5 + 6 * 5 + 5
 
 
 @pytest.mark.parametrize("arguments", [(0,), (-1,), (True,), (4, 0), (4, -3)])

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -22,6 +21,7 @@ from setpoint.actuator.shrink import named_tensors, shrink
 from setpoint.errors import ExampleError, VerificationError
 from setpoint.groups.export import Example, computed, inputs_of, tensors_of
 from setpoint.groups.group import Group
+from setpoint.groups.trial import random_keep
 
 _FEW = 8  # samples that a verification looks at
 
@@ -234,25 +234,6 @@ def _lively(value: Any) -> Any:
     if bool((value != value.flatten()[0]).any()):
         return value
     return _noise(value, torch.Generator().manual_seed(1)).to(value.dtype)
-
-
-def random_keep(groups: tuple[Group, ...]) -> dict[str, Bool[np.ndarray, " _units"]]:
-    """A random subset of every group's units, of unequal widths where possible, the same at every call.
-
-    Equal widths would hide a size that follows the wrong group, and a width of 1 passes by broadcasting.
-    """
-    generator = np.random.default_rng(0)
-    used: set[int] = set()
-    keep = {}
-    for group in groups:
-        low = max(group.min_units, min(2, group.num_units - 1), 0)
-        widths = [width for width in range(low, group.num_units) if width not in used]
-        width = int(generator.choice(widths or range(low, group.num_units))) if low < group.num_units else low
-        used.add(width)
-        kept = np.zeros(group.num_units, dtype=bool)
-        kept[generator.permutation(group.num_units)[:width]] = True
-        keep[group.name] = kept
-    return keep
 
 
 def _prepared_copy(model: nn.Module, groups: tuple[Group, ...]) -> nn.Module:

@@ -40,6 +40,7 @@ class Result:
         steps: optimizer steps.
         widths: active units by group at the end.
         dense_widths: the same at the start.
+        dense_flops: FLOPs per step of the model that pruning began with; None where Setpoint took no part.
         environment: what the numbers depend on.
         date: when the cell finished, ISO 8601 in UTC.
         folder: the cell's folder, relative to the results file.
@@ -69,6 +70,7 @@ class Result:
     environment: Mapping[str, str | int]
     date: str
     folder: str
+    dense_flops: float | None = None
     schema: int = field(default=SCHEMA)
 
 

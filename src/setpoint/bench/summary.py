@@ -54,6 +54,8 @@ def _numbers(run: Result, dense: Result | None) -> dict[str, Any]:
         "seconds": run.seconds,
         "steps": run.steps,
     }
+    if run.dense_flops is not None:
+        numbers["final_flops_ratio"] = run.final_flops / run.dense_flops
     if dense is not None and run is not dense:
         numbers["final_flops_ratio"] = run.final_flops / dense.final_flops
         numbers["train_flops_ratio"] = run.train_flops / dense.train_flops

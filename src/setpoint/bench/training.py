@@ -216,6 +216,7 @@ class Run:
             value=value,
             split=self.cell.split,
             final_flops=float(self.flops_per_step),
+            dense_flops=None if summary is None else float(summary.dense_flops),
             claimed_flops=None if summary is None else float(summary.final_flops),
             final_params=sum(parameter.numel() for parameter in self.model.parameters()),
             train_flops=self.flops + overhead_flops,

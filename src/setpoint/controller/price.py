@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -97,22 +97,3 @@ class Feedback:
             return self
         integral = self.integral + gains.ki * error
         return Feedback(integral, integral + gains.kp * error)
-
-
-def bumpless(feedback: Feedback, *, before: float, after: float) -> Feedback:
-    """Memory that leaves target and price where they are when the reference jumps.
-
-    `before * exp(-u) == after * exp(-u')`, hence `u' = u + ln(after / before)`. From there the PI part
-    takes the price to its new value over the next decisions rather than at once.
-
-    Args:
-        feedback: memory before the change.
-        before: reference, or limit, before the change, in the resource's own unit.
-        after: the same after the change.
-
-    >>> changed = bumpless(Feedback(), before=10.0, after=5.0)
-    >>> round(5.0 / changed.factor(), 12)  # the target that the next decision starts from
-    10.0
-    """
-    shift = math.log(after / before)
-    return replace(feedback, integral=feedback.integral + shift, correction=feedback.correction + shift)

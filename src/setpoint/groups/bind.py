@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+import torch
 from torch import nn
 
 from setpoint.groups.build import OwnDim, Units
@@ -27,15 +28,20 @@ _STANDARD: tuple[tuple[type[nn.Module], str, str, int], ...] = (
 
 
 def bind(
-    model: nn.Module, example: Example, walk: Walk, units: Units, dims: Sequence[OwnDim]
+    model: nn.Module,
+    example: Example,
+    shapes: Sequence[torch.Size],
+    walk: Walk,
+    units: Units,
+    dims: Sequence[OwnDim],
 ) -> tuple[Units, tuple[Group, ...]]:
     """Units whose cut the live forward survives, and their groups with the size bindings that it takes.
 
-    Groups with which a copy without data does not run are frozen, by name.
+    Groups with which a copy without data does not run, or returns other `shapes`, are frozen, by name.
     """
     while True:
         places = _places(model, example, walk, units, dims)
-        failing = _failing(model, example, units, dims, places)
+        failing = _failing(model, example, shapes, units, dims, places)
         if not failing:
             return units, _with_sizes(units, places)
         for name, why in failing.items():
@@ -104,21 +110,26 @@ def _choices(groups: Sequence[Group]) -> list[dict[str, np.ndarray]]:
 
 
 def _failing(
-    model: nn.Module, example: Example, units: Units, dims: Sequence[OwnDim], places: Places
+    model: nn.Module,
+    example: Example,
+    shapes: Sequence[torch.Size],
+    units: Units,
+    dims: Sequence[OwnDim],
+    places: Places,
 ) -> dict[str, str]:
     """Groups with which a cut copy without data does not run or gives other shapes, and why; by bisection."""
     whole = {group.name: np.ones(group.num_units, dtype=bool) for group in units.groups}
     chosen = random_keep(units.groups, seed=2)
-    dense = shapes_of(model, example, units, dims, {}, whole)
-    if isinstance(dense, str):
-        return {}  # not to be judged without data; a trial on real tensors will tell
 
     def fault(names: Sequence[str]) -> str | None:
-        shapes = shapes_of(model, example, units, dims, places, {**whole, **{name: chosen[name] for name in names}})
-        if isinstance(shapes, str):
-            return shapes
-        return None if shapes == dense else "its outputs change their shape"
+        keep = {**whole, **{name: chosen[name] for name in names}}
+        found = shapes_of(model, example, units, dims, places if names else {}, keep)
+        if isinstance(found, str):
+            return found
+        return None if found == list(shapes) else "its outputs change their shape"
 
+    if fault(list(whole)) is None or fault([]) is not None:
+        return {}  # all is well; or even the dense copy cannot be judged without data: real tensors will tell
     failing: dict[str, str] = {}
     suspects = list(whole)
     while suspects and fault(suspects) is not None:

@@ -91,27 +91,39 @@ def build(atoms: Atoms, dims: Sequence[OwnDim], products: Sequence[np.ndarray] =
     for own in dims:
         for key in np.unique(signature[everyone[own.labels][everyone[own.labels] != 0]]):
             dims_of.setdefault(int(key), []).append(own)
-    groups: list[Group] = []
-    names: dict[str, int] = {}
+    found: list[tuple[list[int], tuple[Slice, ...]]] = []
     for key, members in by_signature.items():
         if len(members) < 2:
             continue
-        unit = np.full(len(atoms), -1)
-        unit[members] = np.arange(len(members))
-        slices = tuple(
-            Slice(own.tensor, own.dim, _role(own, unit[everyone[own.labels]] >= 0, marks), unit[everyone[own.labels]])
-            for own in dims_of[key]
-        )
+        unit_of[members] = np.arange(len(members))
+        slices = tuple(_slice(own, everyone, signature, key, unit_of, marks) for own in dims_of[key])
         roles = {piece.role for piece in slices}
-        if not {"produce", "consume"} <= roles:
-            if roles != {"carry"}:  # A kernel or a table that no unit lies along is no news.
-                atoms.frozen.append((np.asarray(members), slices[0].tensor, _no_exit(roles)))
-            continue
-        what = _what(members, classes)
-        group_of[members] = len(groups)
-        unit_of[members] = unit[members]
-        groups.append(_group(_name(slices, names), len(members), slices, what, _lossy_notes(atoms, everyone, members)))
-    return Units(tuple(groups), group_of[everyone], unit_of[everyone])
+        if {"produce", "consume"} <= roles:
+            group_of[members] = len(found)
+            found.append((members, slices))
+        elif roles != {"carry"}:  # A kernel or a table that no unit lies along is no news.
+            atoms.frozen.append((np.asarray(members), slices[0].tensor, _no_exit(roles)))
+    notes = _lossy_notes(atoms, group_of[everyone], len(found))
+    names: dict[str, int] = {}
+    groups = tuple(
+        _group(_name(slices, names), len(members), slices, _what(members, classes), tuple(noted))
+        for (members, slices), noted in zip(found, notes, strict=True)
+    )
+    return Units(groups, group_of[everyone], unit_of[everyone])
+
+
+def _slice(
+    own: OwnDim,
+    everyone: np.ndarray,
+    signature: np.ndarray,
+    key: int,
+    unit_of: np.ndarray,
+    marks: Mapping[str, np.ndarray],
+) -> Slice:
+    """Where the units of one signature lie along a dim, and what they do there."""
+    roots = everyone[own.labels]
+    member = (signature[roots] == key) & (roots != 0)
+    return Slice(own.tensor, own.dim, _role(own, member, marks), np.where(member, unit_of[roots], -1))
 
 
 def _no_exit(roles: set[Role]) -> str:
@@ -141,11 +153,14 @@ def _what(members: list[int], classes: Mapping[str, np.ndarray]) -> str:
     return "neuron"
 
 
-def _lossy_notes(atoms: Atoms, everyone: np.ndarray, members: list[int]) -> tuple[str, ...]:
-    inside = np.zeros(len(everyone), dtype=bool)
-    inside[members] = True
-    notes = [reason for labels, reason in atoms.lossy if inside[everyone[labels]].any()]
-    return tuple(dict.fromkeys(notes))
+def _lossy_notes(atoms: Atoms, group_of: np.ndarray, num_groups: int) -> list[dict[str, None]]:
+    """By group, why zero is not absent there; in order, each reason once."""
+    notes: list[dict[str, None]] = [{} for _ in range(num_groups)]
+    for labels, reason in atoms.lossy:
+        for group in np.unique(group_of[labels]):
+            if group >= 0:
+                notes[group][reason] = None
+    return notes
 
 
 def _name(slices: tuple[Slice, ...], names: dict[str, int]) -> str:

@@ -11,8 +11,13 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from setpoint.groups.export import Example
-from setpoint.groups.group import Group, Size
+from setpoint.groups.bind import bind
+from setpoint.groups.build import OwnDim, build
+from setpoint.groups.count import forward_flops
+from setpoint.groups.export import Example, export
+from setpoint.groups.group import Group, Size, widths_of
+from setpoint.groups.product import solve
+from setpoint.groups.walk import Value, Walk, finish, op_name, rule_for
 
 
 @dataclass(frozen=True)
@@ -55,25 +60,12 @@ class Trace:
 
 
 def trace(model: nn.Module, example: Example) -> Trace:
-    """Export `model` on `example` and find its groups.
-
-    Args:
-        model: any `nn.Module` that `torch.export` can follow; it is not touched.
-        example: a tuple of positional inputs, or a dict of keyword inputs.
-
-    Raises:
-        ExampleError: the model does not accept the example.
-        ExportError: the forward cannot be exported; the message names the line.
-    """
-    from setpoint.groups.bind import bind
-    from setpoint.groups.build import build
-    from setpoint.groups.export import export
-    from setpoint.groups.product import solve
-
-    walk, dims = _walk(model, export(model, example))
+    """Export `model` on `example`: groups as `find_groups` gives them, with what they cost and what is frozen."""
+    program = export(model, example)
+    walk, dims = _walk(model, program)
     solve(walk.atoms, walk.products)
     products = [labels for contract in walk.contracts for _, labels in contract.dims if labels is not None]
-    units, groups = bind(model, example, walk, build(walk.atoms, dims, products), dims)
+    units, groups = bind(model, example, _output_shapes(program), walk, build(walk.atoms, dims, products), dims)
     contractions = tuple(
         Contraction(
             contract.module,
@@ -87,13 +79,16 @@ def trace(model: nn.Module, example: Example) -> Trace:
     return Trace(groups, contractions + _uncounted(model, example, groups, contractions), _frozen(walk.atoms.frozen))
 
 
+def _output_shapes(program: Any) -> list[torch.Size]:
+    """Shapes of the tensors that the model returns."""
+    (output,) = [node for node in program.graph.nodes if node.op == "output"]
+    return [node.meta["val"].shape for node in output.args[0] if isinstance(node, fx.Node)]
+
+
 def _uncounted(
     model: nn.Module, example: Example, groups: tuple[Group, ...], contractions: tuple[Contraction, ...]
 ) -> tuple[Contraction, ...]:
     """FLOPs inside ops that no rule knows, as a cost that no width changes; trained at two products each."""
-    from setpoint.groups.count import forward_flops
-    from setpoint.groups.group import widths_of
-
     widths = widths_of(groups)
     known = sum(each.coefficient * math.prod(size.at(widths) for size in each.sizes) for each in contractions)
     total = forward_flops(model, example)
@@ -124,16 +119,16 @@ def _frozen(entries: Sequence[tuple[np.ndarray, str, str]]) -> tuple[Frozen, ...
     return tuple(dict.fromkeys(Frozen(place, reason) for _, place, reason in entries))
 
 
-def _walk(model: nn.Module, program: Any) -> tuple[Any, list[Any]]:
+def _walk(model: nn.Module, program: Any) -> tuple[Walk, list[OwnDim]]:
     """Visit every node of the graph once, with its rule."""
-    import setpoint.groups.rules  # noqa: F401 - registers the rules
-    from setpoint.groups.walk import Value, Walk
+    # Registering the rules looks up hundreds of ops, which `import setpoint` need not wait for.
+    import setpoint.groups.rules  # noqa: F401
 
     walk = Walk()
-    dims: list[Any] = []
+    dims: list[OwnDim] = []
     env: dict[fx.Node, Any] = {}
     specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs if hasattr(spec.arg, "name")}
-    own: dict[int, Any] = {}
+    own: dict[int, Value] = {}
     numbers: dict[tuple[str, str], int] = {}
     for node in program.graph.nodes:
         walk.node, walk.module = node, _module_of(node)
@@ -146,7 +141,7 @@ def _walk(model: nn.Module, program: Any) -> tuple[Any, list[Any]]:
                 walk.freeze_all(value, "it reaches the model's output")
         else:
             _count_call(walk, node, numbers)
-            env[node] = _visit(walk, node, env, Value)
+            env[node] = _visit(walk, node, env)
     return walk, dims
 
 
@@ -162,10 +157,8 @@ def _plain_path(path: str) -> str:
     return "" if path in ("", "model") else path.removeprefix("model.")
 
 
-def _count_call(walk: Any, node: fx.Node, numbers: dict[tuple[str, str], int]) -> None:
+def _count_call(walk: Walk, node: fx.Node, numbers: dict[tuple[str, str], int]) -> None:
     """Number the call within the running forward of its module, calls of submodules included."""
-    from setpoint.groups.walk import op_name
-
     name = {"split_with_sizes": "split", "_unsafe_view": "view"}.get(op_name(node.target), op_name(node.target))
     keys = list((node.meta.get("nn_module_stack") or {"": ("", None)}).keys())
     for key in keys:
@@ -173,11 +166,9 @@ def _count_call(walk: Any, node: fx.Node, numbers: dict[tuple[str, str], int]) -
     walk.call_index = numbers[keys[-1], name] - 1 if keys else 0
 
 
-def _input(model: nn.Module, walk: Any, node: fx.Node, spec: Any, own: dict[int, Any], dims: list[Any]) -> Any:
-    from torch.export.graph_signature import InputKind
+def _input(model: nn.Module, walk: Walk, node: fx.Node, spec: Any, own: dict[int, Value], dims: list[OwnDim]) -> Any:
 
-    from setpoint.groups.build import OwnDim
-    from setpoint.groups.walk import Value
+    from torch.export.graph_signature import InputKind
 
     fake = node.meta.get("val")
     if not isinstance(fake, torch.Tensor):
@@ -201,8 +192,7 @@ def _tensor(model: nn.Module, name: str) -> torch.Tensor:
     return result
 
 
-def _values(argument: Any) -> list[Any]:
-    from setpoint.groups.walk import Value
+def _values(argument: Any) -> list[Value]:
 
     if isinstance(argument, Value):
         return [argument]
@@ -214,7 +204,6 @@ def _values(argument: Any) -> list[Any]:
 
 
 def _shape_of(fake: Any) -> Any:
-    from setpoint.groups.walk import Value
 
     if isinstance(fake, torch.Tensor):
         return Value(tuple(int(size) for size in fake.shape), (None,) * fake.ndim)
@@ -223,8 +212,7 @@ def _shape_of(fake: Any) -> Any:
     return None
 
 
-def _visit(walk: Any, node: fx.Node, env: dict[fx.Node, Any], value_type: type) -> Any:
-    from setpoint.groups.walk import finish, op_name, rule_for
+def _visit(walk: Walk, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
 
     args: Any
     kwargs: Any

@@ -28,15 +28,21 @@ def call_of(call: Call) -> str:
 
 
 def random_keep(groups: Sequence[Group], seed: int = 0) -> dict[str, np.ndarray]:
-    """Random, unequal choices of units, at least two of each group where it has two."""
+    """A random choice of every group's units, of unequal widths where possible, the same for the same seed.
+
+    Equal widths would hide a size that follows the wrong group, and a width of 1 passes by broadcasting.
+    """
     generator = np.random.default_rng(seed)
+    used: set[int] = set()
     keep = {}
     for group in groups:
-        low = max(min(2, group.num_units), group.min_units)
-        high = max(low, min(group.num_units - 1, int(0.9 * group.num_units)))
-        width = int(generator.integers(low, high + 1))
-        chosen = generator.permutation(group.num_units)[:width]
-        keep[group.name] = np.isin(np.arange(group.num_units), chosen)
+        low = max(group.min_units, min(2, group.num_units - 1), 0)
+        widths = [width for width in range(low, group.num_units) if width not in used]
+        width = int(generator.choice(widths or range(low, group.num_units))) if low < group.num_units else low
+        used.add(width)
+        kept = np.zeros(group.num_units, dtype=bool)
+        kept[generator.permutation(group.num_units)[:width]] = True
+        keep[group.name] = kept
     return keep
 
 

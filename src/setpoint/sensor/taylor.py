@@ -31,6 +31,19 @@ class Source:
 
 
 @dataclass(frozen=True, eq=False)
+class Sources:
+    """Whose gradients an update reads.
+
+    Args:
+        by_group: the outgoing weights of each group.
+        others: all other trained parameters, whose gradients must be finite for the step to count.
+    """
+
+    by_group: tuple[tuple[Source, ...], ...]
+    others: tuple[nn.Parameter, ...]
+
+
+@dataclass(frozen=True, eq=False)
 class TaylorState:
     """Running moments of the gate gradients r of all units, one group after the other.
 
@@ -45,9 +58,9 @@ class TaylorState:
         weight: sum of their weights.
         squares: sum of their squared weights.
         num_steps: how many there are (0-dim tensors, so that counting needs no host sync).
-        skipped_steps: steps left out because a gate gradient was NaN or infinite.
+        skipped_steps: steps left out because a gradient was NaN or infinite.
         recent: r of the steps that are not folded yet, the latest last.
-        sources: outgoing weights by group, found at the first update after `init` or `cut`.
+        sources: whose gradients are read, found at the first update after `init` or `cut`.
     """
 
     names: tuple[str, ...]
@@ -59,7 +72,7 @@ class TaylorState:
     num_steps: Float[Tensor, ""]
     skipped_steps: Float[Tensor, ""]
     recent: tuple[Float[Tensor, " all_units"], ...] = ()
-    sources: tuple[tuple[Source, ...], ...] | None = None
+    sources: Sources | None = None
 
 
 class TaylorSensor:
@@ -87,8 +100,7 @@ class TaylorSensor:
     Why the first-order term is left out: it is a local slope, and a drop is no small step. Before a
     normalisation scaling all of a layer's inputs alike changes nothing, so there the slopes of a group add up
     to zero and half of them are negative, whatever the units are worth; in the last layers they are
-    all large while the logits still grow. On a convolutional net with BatchNorm, ranking over layers
-    without it agrees far better with measured losses; on a plain MLP it is somewhat worse for large drops.
+    all large while the logits still grow.
 
     The unit of the saliency is that of the loss. What biases it: gradients that were clipped or
     scaled before the optimizer's step scale r with them; a weight that is tied to another one carries
@@ -96,7 +108,7 @@ class TaylorSensor:
 
     Mean and variance are exponentially weighted with decay `1 - 1/window`, without start-up bias, and
     kept in float32 (float64 for float64 models) whatever the model's own precision. A step in which
-    any r is NaN or infinite is left out as a whole and counted.
+    any gradient is NaN or infinite is left out as a whole and counted.
 
     Args:
         num_samples: independent samples behind each optimizer step's gradient (B), over ranks and
@@ -148,7 +160,7 @@ class TaylorSensor:
                 "them: leave them out (TaylorSensor.readable picks the others) or use another sensor"
             )
         sources = _find_sources(groups, model)
-        first = next((source.weight for of_group in sources for source in of_group), torch.zeros(()))
+        first = next((source.weight for of_group in sources.by_group for source in of_group), torch.zeros(()))
         dtype = torch.promote_types(first.dtype, torch.float32)
         zeros = torch.zeros(sum(group.num_units for group in groups), dtype=dtype, device=first.device)
         none = torch.zeros((), dtype=dtype, device=first.device)
@@ -169,7 +181,7 @@ class TaylorSensor:
                 GradScaler), or None; NaN leaves the step out.
         """
         sources = state.sources if state.sources is not None else _find_sources(groups, model)
-        gate_gradient = _gate_gradients(state, sources)
+        gate_gradient = _gate_gradients(state, sources.by_group) + _zero_if_finite(sources.others, state.mean)
         if grad_scale is not None:
             gate_gradient = gate_gradient / grad_scale
         state = replace(state, recent=(*state.recent, gate_gradient), sources=sources)
@@ -210,12 +222,14 @@ class TaylorSensor:
         )
 
     def flops(self, groups: tuple[Group, ...], model: nn.Module) -> float:
-        """FLOPs of one update: a multiplication and an addition per outgoing weight, and one more for the moments."""
-        return 3.0 * sum(
-            source.sums.select(source.weight).numel()
-            for of_group in _find_sources(groups, model)
-            for source in of_group
-        )
+        """FLOPs of one update.
+
+        A multiplication and an addition per outgoing weight and one more for the moments; an addition for
+        every gradient that is only checked.
+        """
+        sources = _find_sources(groups, model)
+        read = sum(each.sums.select(each.weight).numel() for of_group in sources.by_group for each in of_group)
+        return 3.0 * read + float(sum(parameter.numel() for parameter in sources.others))
 
     def read(self, state: TaylorState, groups: tuple[Group, ...], step: int) -> Reading:
         """Saliency of all units; with fewer than two steps the variance counts as zero.
@@ -261,17 +275,33 @@ class TaylorSensor:
         )
 
 
-def _find_sources(groups: tuple[Group, ...], model: nn.Module) -> tuple[tuple[Source, ...], ...]:
-    """Outgoing weights of each group, with their index tables on the device."""
+def _find_sources(groups: tuple[Group, ...], model: nn.Module) -> Sources:
+    """Outgoing weights of each group, with their index tables on the device, and all other trained parameters."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
 
     def source(place: Slice, num_units: int) -> Source:
         weight = parameters[place.tensor]
         return Source(weight, UnitSum.of(place, num_units, weight.device))
 
-    return tuple(
+    by_group = tuple(
         tuple(source(place, group.num_units) for place in group.slices if place.role == "consume") for group in groups
     )
+    whole = {
+        id(each.weight) for of_group in by_group for each in of_group if each.sums.select(each.weight) is each.weight
+    }
+    others = tuple(p for p in model.parameters() if p.requires_grad and id(p) not in whole)
+    return Sources(by_group, others)
+
+
+def _zero_if_finite(parameters: tuple[nn.Parameter, ...], like: Tensor) -> Tensor:
+    """0 if every gradient is finite, else NaN; no host sync. A sum is the cheapest thing that a NaN survives."""
+    total = like.new_zeros(())
+    for parameter in parameters:
+        gradient = parameter.grad
+        if gradient is not None and gradient.layout == torch.strided:
+            real = torch.view_as_real(gradient) if gradient.is_complex() else gradient
+            total = total + real.sum(dtype=like.dtype).to(like.device)
+    return 0.0 * total
 
 
 def _gate_gradients(state: TaylorState, sources: tuple[tuple[Source, ...], ...]) -> Tensor:
