@@ -28,6 +28,9 @@ from setpoint.bench.catalogue import task_named
 from setpoint.bench.environment import environment
 from setpoint.bench.task import Task
 from setpoint.groups.trial import random_keep
+from setpoint.loop.loop import sensed_every
+
+RESULTS = Path(__file__).resolve().parent.parent / "results"
 
 
 def seconds(function: Callable[[], Any]) -> float:
@@ -57,9 +60,17 @@ def sensor_seconds(task: Task, model: torch.nn.Module, backward: Callable[[], No
     return durations[8:]
 
 
+def committed_steps(name: str) -> int:
+    """Steps of the runs of a task in the committed results."""
+    lines = (RESULTS / name / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    return max(int(json.loads(line)["steps"]) for line in lines)
+
+
 def sensing(name: str, rounds: int) -> dict[str, Any]:
-    """Share of a training step that sensing takes, on the dense model of a task."""
+    """Share of the training steps that sensing takes, on the dense model of a task, in a run as long as the committed one."""
     task = task_named(name)
+    steps = committed_steps(name)
+    every = sensed_every(steps)
     torch.manual_seed(0)
     plain = task.build({key: dimension.dense for key, dimension in task.dimensions.items()})
     watched = copy.deepcopy(plain)
@@ -70,7 +81,7 @@ def sensing(name: str, rounds: int) -> dict[str, Any]:
         optimizers[id(watched)],
         setpoint.Budget.fraction(0.5, of="flops"),
         example=task.example(),
-        total_steps=1_000_000,  # no decision falls into these steps
+        total_steps=steps,  # no decision falls into the first steps, which are timed
     )
 
     def step_gradients(model: torch.nn.Module) -> None:
@@ -93,8 +104,10 @@ def sensing(name: str, rounds: int) -> dict[str, Any]:
     ratios = [b / a - 1 for a, b in zip(without, with_it, strict=True)]
     return {
         "step_seconds": statistics.median(without),
-        "sensing_share_median": statistics.median(sensed) / statistics.median(without),
-        "sensing_share_mean": statistics.mean(sensed) / statistics.median(without),
+        "sensed_every": every,
+        "sensing_share_of_a_sensed_step": statistics.median(sensed) / statistics.median(without),
+        "sensing_share_median": statistics.median(sensed) / statistics.median(without) / every,
+        "sensing_share_mean": statistics.mean(sensed) / statistics.median(without) / every,
         "slowdown_median": statistics.median(ratios),
         "slowdown_quartiles": spread(ratios),
         "attach_seconds": attach_seconds,

@@ -87,8 +87,9 @@ def overhead_table() -> str:
     lines = ["| what | measured |", "|---|---|"]
     for name, row in data["sensing"].items():
         low, high = row["slowdown_quartiles"]
+        often = "each step" if row["sensed_every"] == 1 else f"one step in {row['sensed_every']}"
         lines.append(
-            f"| sensing, share of a dense `{name}` step ({duration(row['step_seconds'])}) | median "
+            f"| sensing in {often}, share of a dense `{name}` step ({duration(row['step_seconds'])}) | median "
             f"{row['sensing_share_median']:.2%}, mean {row['sensing_share_mean']:.2%} "
             f"(step with / without: {row['slowdown_median']:+.2%}, quartiles {low:+.2%} to {high:+.2%}) |"
         )

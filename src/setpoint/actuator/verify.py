@@ -89,7 +89,7 @@ class _Trial:
     def of(cls, model: nn.Module, example: Example, groups: tuple[Group, ...], keep: Keep | None) -> _Trial:
         keep = random_keep(groups) if keep is None else check_keep(groups, keep)
         args, kwargs = tree_map(_lively, inputs_of(example))
-        trial = cls(_prepared_copy(model, groups), args, kwargs, groups, keep, 0.0)
+        trial = cls(randomised_copy(model, groups), args, kwargs, groups, keep, 0.0)
         wide = replace(
             trial,
             model=_widen_model(copy.deepcopy(trial.model, computed(trial.model))),
@@ -236,7 +236,7 @@ def _lively(value: Any) -> Any:
     return _noise(value, torch.Generator().manual_seed(1)).to(value.dtype)
 
 
-def _prepared_copy(model: nn.Module, groups: tuple[Group, ...]) -> nn.Module:
+def randomised_copy(model: nn.Module, groups: tuple[Group, ...]) -> nn.Module:
     """A copy without dropout in which no weight is zero and no two units are alike, at about the model's own scale."""
     try:
         twin = copy.deepcopy(model, computed(model))

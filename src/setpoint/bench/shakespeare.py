@@ -26,8 +26,8 @@ ADDRESS = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinys
 BATCH = 64
 BLOCK = 64
 LAYERS = 4
-HEADS = 8
-HEAD_DIM = 32
+HEADS = 6
+HEAD_DIM = 64
 N_EMBD = HEADS * HEAD_DIM
 NUM_WINDOWS = 256
 
@@ -37,7 +37,7 @@ class Shakespeare:
     """1,115,394 characters: by convention the last tenth tests; the last tenth before it validates.
 
     Karpathy, "The unreasonable effectiveness of recurrent neural networks" (2015); the model is that of
-    nanoGPT with four layers of eight heads.
+    nanoGPT with four layers of six heads of 64 features.
 
     Args:
         steps: optimizer steps of one run.

@@ -12,6 +12,7 @@ from torch import nn
 from setpoint.groups.build import OwnDim, Units
 from setpoint.groups.export import Example
 from setpoint.groups.group import Group, SizeBinding
+from setpoint.groups.shim import HEADS
 from setpoint.groups.trial import Places, Trial, call_of, random_keep, shapes_of
 from setpoint.groups.walk import Call, Walk
 
@@ -51,8 +52,12 @@ def bind(
 
 def _places(model: nn.Module, example: Example, walk: Walk, units: Units, dims: Sequence[OwnDim]) -> Places:
     """Every place that must be set when units are dropped."""
-    places = _standard(model, walk, dims)
-    calls = _calls_that_follow_units(walk, units)
+    places = {**_standard(model, walk, dims), **_heads(model, walk, units)}
+    calls = [
+        call
+        for call in _calls_that_follow_units(walk, units)
+        if not isinstance(model.get_submodule(call.module), nn.MultiheadAttention)
+    ]
     if not calls:
         return places
     trials = [Trial(model, example, units, dims, calls, keep) for keep in _choices(units.groups)]
@@ -90,8 +95,20 @@ def _standard(model: nn.Module, walk: Walk, dims: Sequence[OwnDim]) -> Places:
                     places[name, f"normalized_shape[{position}]"] = labels
     for (name, attribute), labels in walk.attributes.items():
         module = model.get_submodule(name)
-        if isinstance(module, (nn.modules.conv._ConvNd, nn.GroupNorm)) and getattr(module, attribute) == len(labels):
+        follows = isinstance(module, (nn.modules.conv._ConvNd, nn.GroupNorm, nn.RNNBase))
+        if follows and getattr(module, attribute) == len(labels):
             places[name, attribute] = labels
+    return places
+
+
+def _heads(model: nn.Module, walk: Walk, units: Units) -> Places:
+    """Heads of torch's own attention module, which counts them itself once it has a forward that can."""
+    places: Places = {}
+    for call in walk.calls:
+        module = model.get_submodule(call.module)
+        if isinstance(module, nn.MultiheadAttention) and call.size == len(call.labels) == module.num_heads:
+            if units.among(call.labels):
+                places.setdefault((call.module, HEADS), call.labels)
     return places
 
 

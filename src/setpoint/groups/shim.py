@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 _PIECES = ("sizes", "split_size", "split_size_or_sections", "split_sizes", "chunks")
@@ -135,6 +135,101 @@ class SizedForward:
             return type(self.module).forward(self.module, *args, **kwargs)
 
 
+HEADS = "heads#0[0]"
+"""The place of the number of heads of an `nn.MultiheadAttention`."""
+
+
+class HeadsForward:
+    """The forward of an `nn.MultiheadAttention` that has fewer heads than its embedding has room for.
+
+    Torch's own insists on `num_heads * head_dim == embed_dim`. This one counts heads by the rows of the
+    projections; everything else is as documented for `nn.MultiheadAttention`.
+
+    Args:
+        module: the attention module.
+        sizes: the number of heads, at the place `HEADS`.
+    """
+
+    def __init__(self, module: nn.MultiheadAttention, sizes: dict[str, int]) -> None:
+        self.module = module
+        self.sizes = sizes
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention output, and the attention weights if they are asked for."""
+        module, batched = self.module, query.dim() == 3
+        if is_causal and attn_mask is None:
+            raise RuntimeError("Need attn_mask if specifying the is_causal hint.")
+        q, k, v = self._projected(*(self._batch_first(x, batched) for x in (query, key, value)))
+        mask = self._mask(q, k, attn_mask, key_padding_mask, batched)
+        chance = module.dropout if module.training else 0.0
+        weights = None
+        if need_weights:
+            scores = q @ k.transpose(-2, -1) * module.head_dim**-0.5
+            weights = (scores if mask is None else scores + mask).softmax(-1)
+            weights = F.dropout(weights, chance) if chance else weights
+            heads = weights @ v
+            weights = weights.mean(1) if average_attn_weights else weights
+            weights = weights if batched else weights.squeeze(0)
+        else:
+            heads = F.scaled_dot_product_attention(q, k, v, mask, chance)
+        out = F.linear(heads.transpose(1, 2).flatten(2), module.out_proj.weight, module.out_proj.bias)
+        if not batched:
+            return out.squeeze(0), weights
+        return (out if module.batch_first else out.transpose(0, 1)), weights
+
+    def _batch_first(self, x: Tensor, batched: bool) -> Tensor:
+        if not batched:
+            return x.unsqueeze(0)
+        return x if self.module.batch_first else x.transpose(0, 1)
+
+    def _projected(self, *inputs: Tensor) -> list[Tensor]:
+        """Queries, keys and values, shape (batch, heads, positions, head size), with what is added to the keys."""
+        module = self.module
+        packed = module.in_proj_weight
+        separate = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
+        weights = separate if packed is None else packed.chunk(3)
+        biases = (None,) * 3 if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
+        results = []
+        for x, weight, bias, extra in zip(
+            inputs, weights, biases, (None, module.bias_k, module.bias_v), strict=True
+        ):
+            y = F.linear(x, weight, bias)
+            if extra is not None:
+                y = torch.cat([y, extra.expand(len(y), -1, -1)], 1)
+            y = y.unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
+            if module.add_zero_attn and len(results) > 0:
+                y = torch.cat([y, y.new_zeros(*y.shape[:2], 1, y.shape[3])], 2)
+            results.append(y)
+        return results
+
+    def _mask(
+        self, q: Tensor, k: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None, batched: bool
+    ) -> Tensor | None:
+        """Both masks as one that is added to the scores; what was added to the keys is always seen."""
+        total = None
+        for mask, of_keys in ((attn_mask, False), (key_padding_mask, True)):
+            if mask is None:
+                continue
+            added = torch.zeros_like(mask, dtype=q.dtype).masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else mask
+            if of_keys:
+                added = (added if batched else added.unsqueeze(0))[:, None, None, :]
+            elif added.dim() == 3:
+                added = added.view(len(q), -1, *added.shape[1:])
+            added = F.pad(added, (0, k.shape[-2] - added.shape[-1]))
+            total = added if total is None else total + added
+        return None if total is None else total.to(q.dtype)
+
+
 def parse(sizes: Mapping[str, int]) -> dict[tuple[str, int], dict[int, int]]:
     """Sizes by (function name, number of the call) and argument.
 
@@ -151,8 +246,11 @@ def parse(sizes: Mapping[str, int]) -> dict[tuple[str, int], dict[int, int]]:
 
 def set_call_sizes(module: nn.Module, sizes: Mapping[str, int]) -> None:
     """Correct these places in the module's forward from now on; none: its plain forward again."""
+    if isinstance(module, nn.MultiheadAttention):
+        # Torch's layers leave out their fused path, which knows nothing of fewer heads, where this is False.
+        module._qkv_same_embed_dim = not sizes and module.in_proj_weight is not None
     if sizes:
-        module.forward = SizedForward(module, dict(sizes))
+        module.forward = (HeadsForward if HEADS in sizes else SizedForward)(module, dict(sizes))
     else:
         module.__dict__.pop("forward", None)
 
@@ -160,4 +258,4 @@ def set_call_sizes(module: nn.Module, sizes: Mapping[str, int]) -> None:
 def get_call_sizes(module: nn.Module) -> dict[str, int]:
     """The corrected places of a module's forward; empty if it runs as written."""
     forward = module.__dict__.get("forward")
-    return dict(forward.sizes) if isinstance(forward, SizedForward) else {}
+    return dict(forward.sizes) if isinstance(forward, (SizedForward, HeadsForward)) else {}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from setpoint.groups.bind import bind
 from setpoint.groups.build import OwnDim, build
@@ -129,20 +130,51 @@ def _walk(model: nn.Module, program: Any) -> tuple[Walk, list[OwnDim]]:
     env: dict[fx.Node, Any] = {}
     specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs if hasattr(spec.arg, "name")}
     own: dict[int, Value] = {}
-    numbers: dict[tuple[str, str], int] = {}
     for node in program.graph.nodes:
-        walk.node, walk.module = node, _module_of(node)
         if node.op == "placeholder":
+            walk.node, walk.module = node, _module_of(node)
             env[node] = _input(model, walk, node, specs.get(node.name), own, dims)
-        elif node.op == "get_attr":
-            env[node] = None
-        elif node.op == "output":
-            for value in _values(fx.map_arg(node.args, lambda n: env[n])):
-                walk.freeze_all(value, "it reaches the model's output")
-        else:
-            _count_call(walk, node, numbers)
-            env[node] = _visit(walk, node, env)
+    for value in _values(_run(walk, program.graph_module, env, {})):
+        walk.freeze_all(value, "it reaches the model's output")
     return walk, dims
+
+
+def _run(walk: Walk, graph: fx.GraphModule, env: dict[fx.Node, Any], numbers: dict[tuple[str, str], int]) -> Any:
+    """Visit every node of a graph whose inputs are known; what it returns. What nothing reads is only counted."""
+    read = _read(graph.graph)
+    for node in graph.graph.nodes:
+        walk.node, walk.module = node, _module_of(node)
+        if node.op == "get_attr":
+            env[node] = getattr(graph, str(node.target), None)
+        elif node.op == "output":
+            return fx.map_arg(node.args[0], lambda n: env[n])
+        elif node.op != "placeholder":
+            _count_call(walk, node, numbers)
+            env[node] = _visit(walk, node, env, numbers) if node in read else None
+    return None
+
+
+def _read(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes that the outputs depend on, and all that write into a tensor."""
+    read: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        writes = op_name(node.target).endswith("_") and not op_name(node.target).startswith("_")
+        if node.op == "output" or writes or node in read:
+            read.update(node.all_input_nodes, {node})
+    return read
+
+
+def _run_inner(walk: Walk, node: fx.Node, args: Sequence[Any], numbers: dict[tuple[str, str], int]) -> Any:
+    """Visit the graph inside a block that only changes how it runs (autocast, no gradients); None for other blocks."""
+    graphs = [position for position, arg in enumerate(args) if isinstance(arg, fx.GraphModule)]
+    if not op_name(node.target).startswith("wrap") or len(graphs) != 1:
+        return None
+    graph, inputs = args[graphs[0]], args[graphs[0] + 1 :]
+    places = [inner for inner in graph.graph.nodes if inner.op == "placeholder"]
+    result = _run(walk, graph, dict(zip(places, inputs, strict=True)), numbers)
+    if op_name(node.target) == "wrap_with_set_grad_enabled" and not args[0]:
+        return pytree.tree_map_only(Value, lambda value: replace(value, grad=False), result)
+    return result
 
 
 def _module_of(node: fx.Node) -> str:
@@ -212,14 +244,17 @@ def _shape_of(fake: Any) -> Any:
     return None
 
 
-def _visit(walk: Walk, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
-
+def _visit(walk: Walk, node: fx.Node, env: dict[fx.Node, Any], numbers: dict[tuple[str, str], int]) -> Any:
     args: Any
     kwargs: Any
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: env[n])
     if op_name(node.target) == "getitem":
-        return args[0][args[1]] if isinstance(args[0], tuple) else None
+        return args[0][args[1]] if isinstance(args[0], (tuple, list)) else None
     inputs = _values((args, kwargs))
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        inner = _run_inner(walk, node, args, numbers)
+        if inner is not None:
+            return inner
     fake = node.meta.get("val")
     out = _shape_of(fake)
     function = rule_for(node.target)

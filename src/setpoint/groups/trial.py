@@ -139,8 +139,7 @@ class Trial:
         with fake_copy(self.model) as (twin, mode):
             if places is not None:
                 _cut_shapes(twin, self.dims, self.kept)
-                for (module, place), labels in places.items():
-                    set_attribute(twin.get_submodule(module), place, self.kept.count(labels))
+                _set_places(twin, places, self.kept)
             found: dict[str, set[str]] = {name: set() for name in sizes}
             for name, wanted in sizes.items():
                 twin.get_submodule(name).forward = _Watched(twin.get_submodule(name), wanted, found[name])
@@ -163,21 +162,26 @@ def shapes_of(
     """Shapes of the outputs of a cut copy without data, or what went wrong."""
     args, kwargs = inputs_of(example)
     kept = Kept(units, keep)
-    calls: dict[str, dict[str, int]] = {}
     with fake_copy(model) as (twin, mode):
         _cut_shapes(twin, dims, kept)
-        for (module, place), labels in places.items():
-            if "#" in place:
-                calls.setdefault(module, {})[place] = kept.count(labels)
-            else:
-                set_attribute(twin.get_submodule(module), place, kept.count(labels))
-        for module, sizes in calls.items():
-            set_call_sizes(twin.get_submodule(module), sizes)
+        _set_places(twin, places, kept)
         try:
             output = twin(*mode_inputs(mode, args), **mode_inputs(mode, kwargs))
         except Exception as error:  # noqa: BLE001 - any failure of a foreign forward counts
             return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
         return [tensor.shape for tensor in tensors_of(output)]
+
+
+def _set_places(twin: nn.Module, places: Places, kept: Kept) -> None:
+    """Set attributes, and correct calls, to what is left."""
+    calls: dict[str, dict[str, int]] = {}
+    for (module, place), labels in places.items():
+        if "#" in place:
+            calls.setdefault(module, {})[place] = kept.count(labels)
+        else:
+            set_attribute(twin.get_submodule(module), place, kept.count(labels))
+    for module, sizes in calls.items():
+        set_call_sizes(twin.get_submodule(module), sizes)
 
 
 class _Watched:
@@ -213,6 +217,8 @@ def _cut_shapes(twin: nn.Module, dims: Sequence[OwnDim], kept: Kept) -> None:
             for key, tensor in table.items():
                 if tensor is not None and id(tensor) in replaced:
                     table[key] = replaced[id(tensor)]
+        if isinstance(module, nn.RNNBase):  # it keeps a list of its weights besides
+            module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
 
 
 _PLACE = re.compile(r"([\w.]+)(?:\[(\d+)\])?")

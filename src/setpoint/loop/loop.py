@@ -33,6 +33,31 @@ ATTACHED: WeakSet[nn.Module] = WeakSet()
 """Models that a loop is at work on."""
 
 
+_DENSELY_SENSED = 100
+"""Steps of a run whose every step is worth a reading."""
+_LONGEST_STRIDE = 4
+"""No more than this many steps from one sensed step to the next."""
+
+
+def sensed_every(total_steps: int) -> int:
+    """Every how many optimizer steps the sensor is updated.
+
+    Decisions are spread over a run as fractions of it, so the longer the run, the more steps lie between
+    two of them. Of a run that is four times as long, half of that goes into more readings for each
+    decision and half into fewer sensed steps: the stride is `sqrt(total_steps / 100)`, rounded down to a power of 2.
+
+    Args:
+        total_steps: optimizer steps of the whole run.
+
+    >>> [sensed_every(total_steps) for total_steps in (300, 400, 1500, 10_000)]
+    [1, 2, 2, 4]
+    """
+    stride = 1
+    while stride < _LONGEST_STRIDE and total_steps >= _DENSELY_SENSED * (2 * stride) ** 2:
+        stride *= 2
+    return stride
+
+
 @dataclass(frozen=True, eq=False)
 class Parts:
     """What a loop is made of.
@@ -65,8 +90,9 @@ class Parts:
 class Loop:
     """The running control loop; `attach` makes one.
 
-    It works through the optimizers' own hooks: `sensor.update` before a step, and after it, whenever
-    the controller is due, a reading, a decision, a cut and a ledger entry. After the landing it only
+    It works through the optimizers' own hooks: `sensor.update` before a step (in long runs not before each,
+    see `sensed_every`), and after it, whenever the controller is due, a reading, a decision, a cut and a
+    ledger entry. After the landing it only
     counts. Used as a context manager it finishes at the end, and only detaches if there was an exception.
 
     Args:
@@ -225,7 +251,8 @@ class Loop:
     # What happens at every step.
 
     def _before_step(self, grad_scale: Tensor | None) -> None:
-        if self._landed or self._step >= self._parts.total_steps:
+        total_steps = self._parts.total_steps
+        if self._landed or self._step >= total_steps or self._step % sensed_every(total_steps):
             return
         with self._account.sensing:
             self._sensor_state = self._parts.sensor.update(

@@ -5,5 +5,6 @@ import setpoint.groups.rules.contract
 import setpoint.groups.rules.elementwise
 import setpoint.groups.rules.index
 import setpoint.groups.rules.norm
+import setpoint.groups.rules.recurrent
 import setpoint.groups.rules.reduce
 import setpoint.groups.rules.shape  # noqa: F401

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import string
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -85,55 +86,88 @@ def _addmm(walk: Walk, out: Value, bias: Value, left: Value, right: Value, **kwa
 
 
 @rule(aten.einsum.default)
-def _einsum(walk: Walk, out: Value, equation: str, operands: Sequence[Value], **kwargs: Any) -> Value | None:
-    """Letters that meet unite; a letter missing from the output is summed over."""
-    if "..." in equation or "->" not in equation or len(operands) > 2:
-        for operand in operands:
-            walk.freeze_all(operand, "einsum with an ellipsis, an implicit output or over two operands")
-        return None
-    inputs, output = equation.replace(" ", "").split("->")
+def _einsum(walk: Walk, out: Value, equation: str, operands: Sequence[Value], **kwargs: Any) -> Value:
+    """Letters that meet unite; a letter missing from the output is summed over. An ellipsis stands for leading dims."""
+    terms, output = _spelled_out(equation, operands)
     letters: dict[str, DimLabels] = {}
     sizes: dict[str, int] = {}
-    terms = inputs.split(",")
     for term, operand in zip(terms, operands, strict=True):
-        for dim, letter in enumerate(term):
-            labels = operand.labels[dim]
-            if operand.weight:
-                walk.atoms.mark("produce" if letter in output else "consume", labels)
-            elif letter not in output:
-                walk.atoms.mark("contract", labels)
-                if not any(value.zero for value in operands):
-                    walk.lossy(labels, "a sum runs over it and dropped units are not zero there")
-            letters[letter] = walk.unite(letters[letter], labels) if letter in letters else labels
-            sizes[letter] = operand.shape[dim]
-    if len(operands) == 2:
+        for letter, labels, size in zip(term, operand.labels, operand.shape, strict=True):
+            _mark_letter(walk, operand, letter in output, labels, operands)
+            if sizes.get(letter, 1) > 1 and size > 1:
+                letters[letter] = walk.unite(letters[letter], labels)
+            elif size >= sizes.get(letter, 0):
+                letters[letter], sizes[letter] = labels, size
+    _mark_batch(walk, terms, operands, output, letters)
+    if len(operands) > 1:
+        # More than two operands are multiplied pairwise, in an order that torch chooses: an upper bound.
         walk.contract(1, [(sizes[letter], letters[letter]) for letter in letters], num_gradients(*operands))
     return Value(out.shape, tuple(letters[letter] for letter in output), zero=any(v.zero for v in operands))
 
 
-def _grouped(
-    walk: Walk, num_groups: int, inputs: DimLabels, weight_in: DimLabels, outputs: np.ndarray, num_inputs: int
+def _spelled_out(equation: str, operands: Sequence[Value]) -> tuple[list[str], str]:
+    """Terms and output of an equation, with a letter for every dim."""
+    inputs, arrow, output = equation.replace(" ", "").partition("->")
+    terms = inputs.split(",")
+    free = [letter for letter in string.ascii_letters if letter not in equation]
+    longest = max(v.ndim - len(term.replace("...", "")) for term, v in zip(terms, operands, strict=True))
+    dots = "".join(free[:longest]) if "..." in inputs else ""
+
+    def full(term: str, ndim: int) -> str:
+        num = ndim - len(term.replace("...", ""))
+        return term.replace("...", dots[len(dots) - num :] if num else "")
+
+    if not arrow:
+        named = inputs.replace(",", "").replace("...", "")
+        output = ("..." if dots else "") + "".join(sorted(c for c in set(named) if named.count(c) == 1))
+    return [full(term, v.ndim) for term, v in zip(terms, operands, strict=True)], output.replace("...", dots)
+
+
+def _mark_letter(walk: Walk, operand: Value, kept: bool, labels: DimLabels, operands: Sequence[Value]) -> None:
+    """What an operand's dim does in a product: writes units, reads them, or is summed over."""
+    if operand.weight:
+        walk.atoms.mark("produce" if kept else "consume", labels)
+    elif not kept:
+        if not any(value.weight for value in operands):
+            walk.atoms.mark("contract", labels)
+        if not any(value.zero for value in operands):
+            walk.lossy(labels, "a sum runs over it and dropped units are not zero there")
+
+
+def _mark_batch(
+    walk: Walk, terms: Sequence[str], operands: Sequence[Value], output: str, letters: Mapping[str, DimLabels]
 ) -> None:
-    """Tie the channels of a grouped convolution: only whole groups of it can go."""
+    """Dims that all activations and the output share are batch dims of the product, as heads are."""
+    if len(operands) == 2 and not any(operand.weight for operand in operands):
+        for letter in set(terms[0]) & set(terms[1]) & set(output):
+            walk.atoms.mark("batch", letters[letter])
+
+
+def _tie_groups(
+    walk: Walk, num_groups: int, inputs: DimLabels, shared_in: DimLabels, outputs: np.ndarray, shared_out: DimLabels
+) -> None:
+    """Tie the channels of a grouped convolution: only whole groups of it can go.
+
+    Args:
+        walk: the walk.
+        num_groups: groups of the convolution.
+        inputs: labels of the input channels.
+        shared_in: labels of the weight's dim that holds the inputs of one group, if there is one.
+        outputs: labels of the output channels.
+        shared_out: labels of the weight's dim that holds the outputs of one group, if there is one.
+    """
     groups = walk.atoms.fresh(num_groups)
-    per_group_in, per_group_out = num_inputs // num_groups, len(outputs) // num_groups
-    if inputs is None:
-        walk.freeze(groups, "its input channels are data")
-    elif per_group_in == 1:
-        walk.atoms.unite(inputs, groups)
-    else:
-        within = walk.atoms.fresh(per_group_in)
-        walk.atoms.unite(inputs, walk.product((groups, within)).ravel())
-        if weight_in is not None:
-            walk.atoms.unite(weight_in, within)
-    if per_group_out == 1:
-        walk.atoms.unite(outputs, groups)
-    else:
-        within = walk.atoms.fresh(per_group_out)
-        walk.atoms.unite(outputs, walk.product((groups, within)).ravel())
+    for labels, shared in ((inputs, shared_in), (outputs, shared_out)):
+        if labels is None:
+            walk.freeze(groups, "its channels are data")
+        elif len(labels) == num_groups:
+            walk.atoms.unite(labels, groups)
+        else:
+            within = walk.atoms.fresh(len(labels) // num_groups)
+            walk.atoms.unite(labels, walk.product((groups, within)).ravel())
+            if shared is not None:
+                walk.atoms.unite(shared, within)
     walk.attributes[walk.module, "groups"] = groups
-    if inputs is not None:
-        walk.attributes[walk.module, "in_channels"] = inputs
 
 
 def _convolution(
@@ -156,22 +190,21 @@ def _convolution(
         if inner is not None:
             walk.attributes[walk.module, "in_channels"] = inner
         flop_dims = [(weight.shape[out_dim], outputs), (weight.shape[in_dim], inner)]
-    elif transposed:
-        # The weight is (in, out / groups, ...): its first dim follows the groups, its second is shared.
-        within = weight.labels[1]
-        groups = walk.atoms.fresh(num_groups)
-        walk.freeze(groups, "grouped transposed convolution")
-        walk.freeze(weight.labels[0], "grouped transposed convolution")
-        walk.freeze(within, "grouped transposed convolution")
-        walk.freeze(x.labels[channel], "grouped transposed convolution")
-        outputs = walk.atoms.fresh(out.shape[channel])
-        walk.freeze(outputs, "grouped transposed convolution")
-        flop_dims = [(weight.shape[0], None), (weight.shape[1], None)]
     else:
-        _grouped(walk, num_groups, x.labels[channel], weight.labels[1], outputs, x.shape[channel])
+        if transposed:
+            # The weight is (in, out / groups, ...): its first dim follows the input, its second the outputs of a group.
+            outputs = walk.atoms.fresh(out.shape[channel])
+            shared, own = weight.labels[1], weight.labels[0]
+            _tie_groups(walk, num_groups, own, None, outputs, shared)
+            inputs = walk.unite(x.labels[channel], own)
+        else:
+            inputs = x.labels[channel]
+            _tie_groups(walk, num_groups, inputs, weight.labels[1], outputs, None)
         walk.atoms.mark("conv", outputs)
         walk.attributes[walk.module, "out_channels"] = outputs
-        flop_dims = [(weight.shape[0], outputs), (weight.shape[1], weight.labels[1])]
+        if inputs is not None:
+            walk.attributes[walk.module, "in_channels"] = inputs
+        flop_dims = [(weight.shape[0], weight.labels[0]), (weight.shape[1], weight.labels[1])]
     outer = _add_bias(walk, outputs, bias)
     spatial = (x if transposed else out).shape[channel + 1 :]
     batch = x.shape[0] if batched else 1

@@ -15,7 +15,7 @@ aten = torch.ops.aten
 _ZERO_KEEPING = """
     abs add add_ alias asin asinh atan ceil celu clone contiguous detach detach_ div div_ dropout dropout_
     elu elu_ erf expm1 feature_dropout alpha_dropout fix floor gelu hardswish hardswish_ hardtanh hardtanh_
-    leaky_relu leaky_relu_ lift_fresh_copy mish mul mul_ neg negative positive prelu relu relu_ relu6
+    leaky_relu leaky_relu_ lift_fresh_copy mish mul mul_ neg negative positive relu relu_ relu6
     relu6_ round rsub rrelu sgn sign silu silu_ sin sinh sqrt square sub sub_ tan tanh tanh_ to trunc
     type_as _to_copy copy copy_ nan_to_num threshold threshold_ softshrink hardshrink float double half
     bfloat16 log1p logical_and bitwise_and maximum minimum
@@ -91,3 +91,12 @@ for _name in _ZERO_KEEPING:
     _register(_name, True)
 for _name in _ZERO_BREAKING:
     _register(_name, False)
+
+
+@rule(aten.prelu.default)
+def _prelu(walk: Walk, out: Value, x: Value, weight: Value) -> Value:
+    """One slope for all, or one for each entry of dim 1."""
+    labels = list(x.labels)
+    if weight.shape != (1,) and weight.ndim and x.ndim > 1:
+        labels[1] = walk.unite(labels[1], weight.labels[0])
+    return Value(out.shape, tuple(labels), zero=x.zero)

@@ -34,7 +34,7 @@ def _index(walk: Walk, out: Value, x: Value, indices: Sequence[Value | None]) ->
     return (*rest[:at], *(None,) * num_new, *rest[at:])
 
 
-@rule(aten.index_select.default, aten.gather.default, aten.flip.default, aten.index_copy.default)
+@rule(aten.index_select.default, aten.gather.default, aten.index_copy.default)
 @rule(aten.scatter.src, aten.scatter.value, aten.scatter_add.default, aten.index_add.default, aten.roll.default)
 def _along_dim(walk: Walk, out: Value, x: Value, dim: Any, *args: Any, **kwargs: Any) -> tuple[DimLabels, ...]:
     """Entries along the dims move about by data, so these freeze."""

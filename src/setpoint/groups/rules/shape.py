@@ -268,16 +268,39 @@ def _select(walk: Walk, out: Value, x: Value, dim: int, index: int) -> tuple[Dim
     return tuple(own for d, own in enumerate(x.labels) if d != dim % x.ndim)
 
 
-@rule(aten.slice.Tensor, aten.narrow.default)
-def _slice(walk: Walk, out: Value, x: Value, dim: int = 0, *bounds: Any) -> tuple[DimLabels, ...]:
-    """A run of entries of a dim. Bounds are written numbers, so a dim that is really cut freezes."""
+@rule(aten.slice.Tensor)
+def _slice(
+    walk: Walk, out: Value, x: Value, dim: int = 0, start: Any = None, end: Any = None, step: Any = 1
+) -> tuple[DimLabels, ...]:
+    """A run of entries of a dim; a forward whose bounds do not follow the units is found out when it is tried."""
+    return _cut_out(walk, out, x, dim, slice(start, end, step))
+
+
+@rule(aten.narrow.default)
+def _narrow(walk: Walk, out: Value, x: Value, dim: int, start: Any, length: Any) -> tuple[DimLabels, ...]:
+    """`length` entries from `start`."""
+    return _cut_out(walk, out, x, dim, slice(start, start + length) if isinstance(start, int) else None)
+
+
+def _cut_out(walk: Walk, out: Value, x: Value, dim: int, run: slice | None) -> tuple[DimLabels, ...]:
     dim = dim % x.ndim
     labels = list(x.labels)
     own = labels[dim]
     if own is not None and out.shape[dim] != x.shape[dim]:
-        walk.freeze(own, "a part of it is cut out by written numbers")
-        labels[dim] = None
+        part = own[run] if run is not None else own[:0]
+        if len(part) != out.shape[dim] or len(part) == 1:
+            walk.freeze(own, "a part of it is cut out by a number that data gives, or a single entry is")
+            labels[dim] = None
+        else:
+            labels[dim] = part
     return tuple(labels)
+
+
+@rule(aten.flip.default)
+def _flip(walk: Walk, out: Value, x: Value, dims: Sequence[int]) -> tuple[DimLabels, ...]:
+    """Entries in the opposite order."""
+    turned = {d % x.ndim for d in dims}
+    return tuple(own if own is None or d not in turned else own[::-1].copy() for d, own in enumerate(x.labels))
 
 
 @rule(aten.pad.default, aten.constant_pad_nd.default)

@@ -1,0 +1,79 @@
+"""Recurrent networks: LSTM, GRU and plain cells, whose layers and directions share one hidden size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from setpoint.groups.walk import DimLabels, Value, Walk, op_name, rule
+
+aten = torch.ops.aten
+
+_GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
+
+
+@rule(aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)
+def _recurrent(
+    walk: Walk,
+    out: tuple[Value, ...],
+    x: Value,
+    states: Value | Sequence[Value],
+    parameters: Sequence[Value],
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    batch_first: bool,
+) -> tuple[Value, ...] | None:
+    """Gates of hidden unit u are rows u, H + u, 2H + u, ... of both matrices; u is the same unit in all layers.
+
+    A unit whose weights are zero stays zero from a zero start: `c = sigmoid(0) tanh(0) = 0` in an LSTM,
+    `h = (1 - z) tanh(0) + z 0 = 0` in a GRU. One number, `hidden_size`, holds for all layers and directions of
+    torch's modules, so their units are tied.
+    """
+    assert walk.node is not None
+    starts = [states] if isinstance(states, Value) else list(states)
+    num_directions = 2 if bidirectional else 1
+    num_cells = num_layers * num_directions
+    per_cell = 4 if has_biases else 2
+    if len(parameters) != per_cell * num_cells or len({start.shape[-1] for start in starts}) > 1:
+        for value in (x, *starts, *parameters):
+            walk.freeze_all(value, "a recurrent network with projections")
+        return None
+    hidden: DimLabels = walk.atoms.fresh(starts[0].shape[-1])
+    for start in starts:
+        hidden = walk.unite(hidden, start.labels[-1], "its first hidden state is data")
+    inputs = x.labels[-1]
+    for attribute, labels in (("hidden_size", hidden), ("input_size", inputs)):
+        if labels is not None:
+            walk.attributes[walk.module, attribute] = labels
+    positions = math.prod(x.shape[:-1])
+    for layer in range(num_layers):
+        of_layer = parameters[layer * per_cell * num_directions : (layer + 1) * per_cell * num_directions]
+        for direction in range(num_directions):
+            _cell(walk, of_layer[direction * per_cell : (direction + 1) * per_cell], inputs, hidden, positions)
+        inputs = None if hidden is None else np.tile(hidden, num_directions)
+    outputs = Value(out[0].shape, (*x.labels[:-1], inputs))
+    last = tuple(Value(part.shape, (*(None,) * (part.ndim - 1), hidden)) for part in out[1:])
+    return outputs, *last
+
+
+def _cell(walk: Walk, parameters: Sequence[Value], inputs: DimLabels, hidden: DimLabels, positions: int) -> None:
+    """One layer in one direction: `gates = w_ih x + b_ih + w_hh h + b_hh`."""
+    assert walk.node is not None
+    from_input, from_hidden, *biases = parameters
+    gates = None if hidden is None else np.tile(hidden, _GATES[op_name(walk.node.target)])
+    for weight in (from_input, from_hidden):
+        walk.atoms.mark("produce", weight.labels[0])
+        walk.atoms.mark("consume", weight.labels[1])
+    for value in (from_input, from_hidden, *biases):
+        walk.unite(gates, value.labels[0], "its first hidden state is data")
+    walk.unite(from_input.labels[1], inputs, "met by data of fixed size")
+    walk.unite(from_hidden.labels[1], hidden, "its first hidden state is data")
+    for weight in (from_input, from_hidden):
+        walk.contract(positions, list(zip(weight.shape, weight.labels, strict=True)), 2)
