@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -30,7 +31,8 @@ def mask(model: nn.Module, optimizer: Optimizers, groups: tuple[Group, ...], kee
     Raises:
         GroupError: when `keep` does not fit the groups, or the groups do not fit the model.
     """
-    cut = plan_cut(groups, keep)
+    zeroed = tuple(replace(group, slices=tuple(part for part in group.slices if part.masked)) for group in groups)
+    cut = plan_cut(zeroed, keep)
     tensors = named_tensors(model)
     check_lengths(cut, tensors, type(model).__name__)
     for name, zero in _zeroers(cut).items():

@@ -158,7 +158,7 @@ def check_cuttable(changing: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
         tensors: all tensors of the model, by every name they have.
 
     Raises:
-        GroupError: for a parametrized, quantized, sparse, uninitialized or subclassed tensor (DTensor
+        GroupError: for a quantized, sparse, uninitialized or subclassed tensor (DTensor
             among them), one that a slice names twice by two names, or one tied through shared memory.
     """
     at: dict[tuple[torch.device, int], set[int]] = {}
@@ -167,11 +167,6 @@ def check_cuttable(changing: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
             at.setdefault((tensor.device, tensor.data_ptr()), set()).add(id(tensor))
     seen: dict[int, str] = {}
     for name, tensor in changing.items():
-        if "parametrizations" in name.split("."):
-            raise GroupError(
-                f"{name!r} is parametrized: remove the parametrization "
-                "(torch.nn.utils.parametrize.remove_parametrizations) before attaching"
-            )
         if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_quantized or tensor.layout != torch.strided:
             kind = type(tensor).__name__
             raise GroupError(f"{name!r} is a {kind} of layout {tensor.layout}, which cannot be cut: freeze its groups")

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from setpoint.actuator.cut import Keep, plan_cut, take
@@ -176,6 +177,7 @@ def _difference(want: Tensor, got: Tensor, what: str) -> float:
         return 0.0
     if not bool(torch.isfinite(want).all()):
         raise _Failed(f"{what} is not finite")
+    want, got = want.detach(), got.detach()
     return float((want - got).abs().max() / max(float(want.abs().max()), 1e-3))
 
 
@@ -190,7 +192,8 @@ def _step(model: nn.Module, optimizer: SGD, example: Any) -> _Step:
     for seed in (torch.manual_seed, random.seed, np.random.seed):
         seed(0)
     args, kwargs = inputs_of(example)
-    outputs = [each for each in tensors_of(model(*args, **kwargs)) if each.is_floating_point()]
+    with _Float64Throughout():
+        outputs = [each for each in tensors_of(model(*args, **kwargs)) if each.is_floating_point()]
     generator = torch.Generator().manual_seed(0)
     parts = [(each * torch.randn(each.shape, generator=generator)).mean() for each in outputs if each.requires_grad]
     optimizer.zero_grad()
@@ -198,6 +201,22 @@ def _step(model: nn.Module, optimizer: SGD, example: Any) -> _Step:
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     optimizer.step()
     return _Step([each.detach().clone() for each in outputs], gradients)
+
+
+class _Float64Throughout(TorchFunctionMode):
+    """Casts to float32 that a forward writes out (in a norm, a softmax) go to float64 instead.
+
+    They round at 6e-8, and a sum in them over fewer units rounds otherwise: that would hide whether a cut is exact.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """The same call with float64 for float32."""
+
+        def wide(leaf: Any) -> Any:
+            return torch.float64 if leaf is torch.float32 else leaf
+
+        func = torch.Tensor.double if func is torch.Tensor.float else func
+        return func(*tree_map(wide, args), **tree_map(wide, kwargs or {}))
 
 
 def _optimizer(model: nn.Module) -> SGD:

@@ -67,15 +67,15 @@ def sweep(
 
 def _verdicts(name: str, models: list[str], workers: int) -> Iterator[Verdict]:
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        workers, context, initializer=_warm_up, max_tasks_per_child=_MODELS_PER_PROCESS
-    ) as pool:
-        futures = [pool.submit(_check, name, model) for model in models]
-        for model, future in zip(models, futures, strict=True):
-            try:
-                yield future.result()
-            except BrokenProcessPool:
-                yield Verdict(model, False, "its process died (out of memory?)")
+    batch = workers * _MODELS_PER_PROCESS
+    for first in range(0, len(models), batch):
+        with ProcessPoolExecutor(workers, context, initializer=_warm_up) as pool:
+            futures = {model: pool.submit(_check, name, model) for model in models[first : first + batch]}
+            for model, future in futures.items():
+                try:
+                    yield future.result()
+                except BrokenProcessPool:
+                    yield Verdict(model, False, "its process died (out of memory?)")
 
 
 def _warm_up() -> None:

@@ -118,7 +118,9 @@ def transformers_model(config: Any) -> tuple[nn.Module, dict[str, Tensor]]:
         config.use_cache = False
     for head, mapping in _HEADS.items():
         if config.model_type in getattr(modeling_auto, mapping):
-            model: nn.Module = getattr(transformers, f"AutoModelFor{head}").from_config(config)
+            kind = getattr(modeling_auto, mapping)[config.model_type]
+            names = [kind] if isinstance(kind, str) else list(kind)
+            model: nn.Module = getattr(transformers, names[-1])(config)
             return model.train(), _inputs(head, config)
     raise BenchError(f"transformers has no trainable head for {config.model_type!r}: use module.py:function instead")
 

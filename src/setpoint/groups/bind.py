@@ -13,7 +13,7 @@ from setpoint.groups.build import OwnDim, Units
 from setpoint.groups.export import Example
 from setpoint.groups.group import Group, SizeBinding
 from setpoint.groups.shim import HEADS
-from setpoint.groups.trial import Places, Trial, call_of, random_keep, shapes_of
+from setpoint.groups.trial import Places, Trial, as_python_counts, call_of, random_keep, shapes_of
 from setpoint.groups.walk import Call, Walk
 
 # Attributes of torch's own modules that name the size of a dim of one of their tensors.
@@ -56,11 +56,17 @@ def _places(model: nn.Module, example: Example, walk: Walk, units: Units, dims: 
     calls = [
         call
         for call in _calls_that_follow_units(walk, units)
-        if not isinstance(model.get_submodule(call.module), nn.MultiheadAttention)
+        if not isinstance(model.get_submodule(call.module), (nn.MultiheadAttention, nn.modules.conv._ConvNd))
     ]
+    calls = as_python_counts(model, example, calls)
     if not calls:
         return places
-    trials = [Trial(model, example, units, dims, calls, keep) for keep in _choices(units.groups)]
+    trials: list[Trial] = []
+    for keep in _choices(units.groups):
+        trials.append(Trial(model, example, units, dims, calls, keep))
+        trials[-1].needed_calls(places)
+        if not trials[-1].stopped:
+            break  # every size was seen; otherwise fewer groups may show more
     attributes: Places = {}
     for trial in trials:
         attributes |= trial.needed_attributes({**places, **attributes})
@@ -119,11 +125,11 @@ def _calls_that_follow_units(walk: Walk, units: Units) -> list[Call]:
 
 
 def _choices(groups: Sequence[Group]) -> list[dict[str, np.ndarray]]:
-    """Random choices that leave no written size right by accident: without the lossy groups, and with them."""
+    """Random choices that leave no written size right by accident: of all groups, and without the lossy ones."""
     lossless = tuple(group for group in groups if group.lossless)
     whole = {group.name: np.ones(group.num_units, dtype=bool) for group in groups}
-    some = [{**whole, **random_keep(lossless)}] if lossless else []
-    return [*some, random_keep(groups, seed=1)] if len(lossless) < len(groups) else some
+    some = [{**whole, **random_keep(lossless)}] if 0 < len(lossless) < len(groups) else []
+    return [random_keep(groups, seed=1), *some]
 
 
 def _failing(

@@ -82,7 +82,8 @@ def build(atoms: Atoms, dims: Sequence[OwnDim], products: Sequence[np.ndarray] =
     roots = np.flatnonzero(droppable)
     group_of = np.full(len(atoms), -1)
     unit_of = np.full(len(atoms), -1)
-    marks = {name: atoms.marked(name) for name in ("produce", "consume")}
+    marks = {name: atoms.marked(name) for name in ("produce", "consume", "unmasked")}
+    summed = atoms.marked_class("contract") | atoms.marked_class("summed")
     classes = {name: atoms.marked_class(name) for name in ("conv", "batch", "embedding")}
     by_signature: dict[int, list[int]] = {}
     for root in roots:
@@ -98,7 +99,7 @@ def build(atoms: Atoms, dims: Sequence[OwnDim], products: Sequence[np.ndarray] =
         unit_of[members] = np.arange(len(members))
         slices = tuple(_slice(own, everyone, signature, key, unit_of, marks) for own in dims_of[key])
         roles = {piece.role for piece in slices}
-        if {"produce", "consume"} <= roles:
+        if {"produce", "consume"} <= roles or ("produce" in roles and summed[members].any()):
             group_of[members] = len(found)
             found.append((members, slices))
         elif roles != {"carry"}:  # A kernel or a table that no unit lies along is no news.
@@ -123,7 +124,8 @@ def _slice(
     """Where the units of one signature lie along a dim, and what they do there."""
     roots = everyone[own.labels]
     member = (signature[roots] == key) & (roots != 0)
-    return Slice(own.tensor, own.dim, _role(own, member, marks), np.where(member, unit_of[roots], -1))
+    masked = not marks["unmasked"][own.labels[member]].any()
+    return Slice(own.tensor, own.dim, _role(own, member, marks), np.where(member, unit_of[roots], -1), masked)
 
 
 def _no_exit(roles: set[Role]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from setpoint.groups.export import Example, fake_copy, inputs_of, mode_inputs
+from setpoint.groups.export import Example, run_without_data
 
 
 def forward_flops(model: nn.Module, example: Example) -> int | None:
@@ -12,11 +12,9 @@ def forward_flops(model: nn.Module, example: Example) -> int | None:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    args, kwargs = inputs_of(example)
-    with fake_copy(model) as (twin, mode):
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         try:
-            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-                twin(*mode_inputs(mode, args), **mode_inputs(mode, kwargs))
+            run_without_data(model, example, lambda twin: counter.flop_counts.clear())
         except Exception:  # noqa: BLE001 - a foreign forward may do anything; it then goes uncounted here
             return None
     return int(counter.get_total_flops())

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from setpoint.errors import ExampleError, ExportError
 
@@ -88,7 +90,7 @@ def untouched_attributes(model: nn.Module) -> Iterator[None]:
 
 def computed(model: nn.Module) -> dict[int, Any]:
     """What `copy.deepcopy` needs to know of tensors that a forward left behind: it refuses them otherwise."""
-    leaves = torch.utils._pytree.tree_leaves([list(vars(module).values()) for module in model.modules()])
+    leaves = pytree.tree_leaves([list(vars(module).values()) for module in model.modules()])
     return {id(leaf): leaf.detach().clone() for leaf in leaves if isinstance(leaf, torch.Tensor) and not leaf.is_leaf}
 
 
@@ -180,26 +182,57 @@ def _describe(inputs: list[Any]) -> str:
     )
 
 
-def mode_inputs(mode: Any, inputs: Any) -> Any:
-    """Fake counterparts of real inputs."""
-    return torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, inputs)
+def run_without_data(
+    model: nn.Module, example: Example, prepare: Callable[[nn.Module], None] = lambda twin: None
+) -> list[torch.Size]:
+    """Shapes of what a copy of the model returns whose tensors have shapes but no data.
 
+    Meta tensors are the quickest; where a forward asks of them what only fake ones can tell (a device, for
+    example), it runs again on those, and where it asks for values, on real ones.
 
-@contextmanager
-def fake_copy(model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
-    """A deep copy whose tensors have shapes but no data, and the mode to run it in."""
+    Args:
+        model: the model, left alone.
+        example: its inputs.
+        prepare: called with the copy before it runs, and again with each further copy.
+
+    Raises:
+        Exception: whatever the forward raises on real tensors.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    memo: dict[int, Any] = {key: mode.from_tensor(tensor) for key, tensor in computed(model).items()}
+    failures = logging.getLogger("torch._subclasses.fake_tensor")
+    level = failures.level
+    failures.setLevel(logging.CRITICAL)
+    try:
+        for mode in (torch.device("meta"), FakeTensorMode(allow_non_fake_inputs=True)):
+            try:
+                return _run_copy(model, example, prepare, mode)
+            except Exception:  # noqa: BLE001 - a foreign forward may do anything
+                continue
+    finally:
+        failures.setLevel(level)
+    return _run_copy(model, example, prepare, None)
+
+
+def _run_copy(
+    model: nn.Module, example: Example, prepare: Callable[[nn.Module], None], mode: Any
+) -> list[torch.Size]:
+    def empty(tensor: torch.Tensor) -> Any:
+        if mode is None:
+            return tensor.detach().clone()
+        return tensor.detach().to(mode) if isinstance(mode, torch.device) else mode.from_tensor(tensor.detach())
+
+    memo: dict[int, Any] = {key: empty(tensor) for key, tensor in computed(model).items()}
     for tensor in (*model.parameters(), *model.buffers()):
-        fake = mode.from_tensor(tensor.detach())
-        memo[id(tensor)] = (
-            nn.Parameter(fake, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
-        )
+        if id(tensor) not in memo:
+            new = empty(tensor)
+            trained = isinstance(tensor, nn.Parameter)
+            memo[id(tensor)] = nn.Parameter(new, requires_grad=tensor.requires_grad) if trained else new
     twin = copy.deepcopy(model, memo)
     for module in twin.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
             hooks.clear()
-    with mode, untouched_rng():
-        yield twin, mode
+    args, kwargs = pytree.tree_map_only(torch.Tensor, empty, inputs_of(example))
+    with mode or nullcontext(), untouched_rng():
+        prepare(twin)
+        return [tensor.shape for tensor in tensors_of(twin(*args, **kwargs))]

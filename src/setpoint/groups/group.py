@@ -34,12 +34,15 @@ class Slice:
             filter, running statistics) or "consume" (weights that read the unit out of the group).
         index: `index[i]` is the unit that entry `i` along the dim belongs to; -1 where the entry
             belongs to no unit of this group.
+        masked: whether a mask zeroes the entries of a dropped unit. Not so where zero would be no number
+            (the rows that weight norm divides by their length); another slice of the unit silences it there.
     """
 
     tensor: str
     dim: int | None
     role: Role
     index: Int[np.ndarray, " entries"]
+    masked: bool = True
 
 
 @dataclass(frozen=True, eq=False)

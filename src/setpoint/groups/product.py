@@ -40,7 +40,7 @@ def solve(atoms: Atoms, products: Sequence[Product]) -> None:
     """
     pending = _settle_forced(atoms, list(products))
     while pending:
-        normed, contracted = _normed(atoms), atoms.marked_class("contract")
+        normed, contracted = _normed(atoms, products), atoms.marked_class("contract")
         reasons = [_reasons(atoms, product, normed, contracted) for product in pending]
         chosen = _clear_choices(reasons)
         if not chosen:
@@ -100,12 +100,18 @@ def _free_axes(atoms: Atoms, product: Product) -> list[int]:
     ]
 
 
-def _normed(atoms: Atoms) -> np.ndarray:
+def _normed(atoms: Atoms, products: Sequence[Product]) -> np.ndarray:
+    """Boolean per atom: whether a norm runs over its class, or over cells that it is a factor of."""
     everyone = atoms.find(np.arange(len(atoms)))
     result = np.zeros(len(atoms), dtype=bool)
     for labels, _ in atoms.lossy:
         result[everyone[labels]] = True
+    for product in products:
+        if result[everyone[product.cells]].any():
+            for factor in product.factors:
+                result[everyone[factor]] = True
     of_class: np.ndarray = result[everyone]
+    of_class[everyone == 0] = False
     return of_class
 
 

@@ -31,6 +31,8 @@ def _names() -> dict[Any, str]:
         "chunk": [torch.Tensor.chunk, torch.chunk],
         "layer_norm": [F.layer_norm, torch.layer_norm],
         "group_norm": [F.group_norm, torch.group_norm],
+        **{f"conv{n}d": [getattr(torch, f"conv{n}d")] for n in (1, 2, 3)},
+        **{f"conv_transpose{n}d": [getattr(torch, f"conv_transpose{n}d")] for n in (1, 2, 3)},
         "zeros": [torch.zeros],
         "ones": [torch.ones],
         "full": [torch.full],
@@ -38,6 +40,15 @@ def _names() -> dict[Any, str]:
     }
     return {function: name for name, functions in by_name.items() for function in functions}
 
+
+def _num_dims(item: Any) -> int:
+    """How many dims of a tensor one item of an index is about."""
+    if item is None or isinstance(item, bool):
+        return 0
+    return item.dim() if isinstance(item, Tensor) and item.dtype == torch.bool else 1
+
+
+_INDEXING = {torch.Tensor.__getitem__, torch.Tensor.__setitem__}
 
 NAMES = _names()
 """Torch functions whose sizes can be corrected, and the name each goes by in a place."""
@@ -56,10 +67,14 @@ class CallSizes(TorchFunctionMode):
         self.sizes = sizes
         self.changed = changed
         self.numbers: dict[str, int] = {}
+        self.narrowing: list[int] = []
+        """Numbers of the slices that took less than all there was."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the function, with its sizes corrected if its place is listed."""
         kwargs = kwargs or {}
+        if func in _INDEXING:
+            return func(args[0], self._indices(args[0], args[1]), *args[2:], **kwargs)
         name = NAMES.get(func)
         if name is None or (name == "view" and len(args) == 2 and isinstance(args[1], torch.dtype)):
             return func(*args, **kwargs)
@@ -70,6 +85,8 @@ class CallSizes(TorchFunctionMode):
             return func(*args, **kwargs)
         if name in ("split", "chunk"):
             return self._pieces(func, name, number, wanted, args, kwargs)
+        if name.startswith("conv"):
+            return self._grouped(func, name, number, wanted[0], args, kwargs)
         if name == "group_norm":
             self._note(name, number, 0, args[1], wanted[0])
             return func(args[0], wanted[0], *args[2:], **kwargs)
@@ -78,6 +95,45 @@ class CallSizes(TorchFunctionMode):
     def _note(self, name: str, number: int, argument: int, live: int, wanted: int) -> None:
         if self.changed is not None and live != wanted:
             self.changed.add(f"{name}#{number}[{argument}]")
+
+    def _indices(self, x: Tensor, index: Any) -> Any:
+        """The index with its slices corrected; each slice that is not `:` has a number of its own."""
+        items = list(index) if isinstance(index, tuple) else [index]
+        if not any(isinstance(item, slice) and item != slice(None) for item in items):
+            return index
+        dim = 0
+        for position, item in enumerate(items):
+            if item is Ellipsis:
+                dim = x.dim() - sum(_num_dims(later) for later in items[position + 1 :])
+                continue
+            if isinstance(item, slice) and item != slice(None):
+                items[position] = self._slice(item, int(x.shape[dim]))
+            dim += _num_dims(item)
+        return tuple(items) if isinstance(index, tuple) else items[0]
+
+    def _slice(self, item: slice, length: int) -> slice:
+        number = self.numbers.get("slice", 0)
+        self.numbers["slice"] = number + 1
+        first, stop, step = item.indices(length)
+        live = len(range(first, stop, step))
+        if live < length:
+            self.narrowing.append(number)
+        wanted = self.sizes.get(("slice", number))
+        if wanted is None:
+            return item
+        start = wanted.get(0, 0)
+        self._note("slice", number, 1, live, wanted[1])
+        if 0 in wanted:
+            self._note("slice", number, 0, first, start)
+        return slice(start, start + wanted[1])
+
+    def _grouped(self, func: Any, name: str, number: int, wanted: int, args: Any, kwargs: Any) -> Any:
+        place = 6  # of seven or eight: (input, weight, bias, stride, padding, dilation or output padding, groups, ...)
+        live = kwargs.get("groups", args[place] if len(args) > place else 1)
+        self._note(name, number, 0, live, wanted)
+        if len(args) > place:
+            return func(*args[:place], wanted, *args[place + 1 :], **kwargs)
+        return func(*args, **{**kwargs, "groups": wanted})
 
     def _sized(self, func: Any, name: str, number: int, wanted: Mapping[int, int], args: Any, kwargs: Any) -> Any:
         first = {"zeros": 0, "ones": 0, "full": 0, "unflatten": 2}.get(name, 1)

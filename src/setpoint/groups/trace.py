@@ -65,6 +65,7 @@ def trace(model: nn.Module, example: Example) -> Trace:
     program = export(model, example)
     walk, dims = _walk(model, program)
     solve(walk.atoms, walk.products)
+    _mark_grouped(walk)
     products = [labels for contract in walk.contracts for _, labels in contract.dims if labels is not None]
     units, groups = bind(model, example, _output_shapes(program), walk, build(walk.atoms, dims, products), dims)
     contractions = tuple(
@@ -77,7 +78,16 @@ def trace(model: nn.Module, example: Example) -> Trace:
         )
         for contract in walk.contracts
     )
-    return Trace(groups, contractions + _uncounted(model, example, groups, contractions), _frozen(walk.atoms.frozen))
+    rest = _uncounted(model, example, groups, contractions) if walk.unknown else ()
+    return Trace(groups, contractions + rest, _frozen(walk.atoms.frozen))
+
+
+def _mark_grouped(walk: Walk) -> None:
+    """A grouped convolution carries its groups if those are the units; otherwise it reads and writes units."""
+    for groups, read, written in walk.grouped:
+        if not walk.atoms.find(groups).any():
+            walk.atoms.mark("consume", read)
+            walk.atoms.mark("produce", written)
 
 
 def _output_shapes(program: Any) -> list[torch.Size]:
@@ -191,6 +201,8 @@ def _plain_path(path: str) -> str:
 
 def _count_call(walk: Walk, node: fx.Node, numbers: dict[tuple[str, str], int]) -> None:
     """Number the call within the running forward of its module, calls of submodules included."""
+    if op_name(node.target) == "slice" and node.meta["val"].shape == node.args[0].meta["val"].shape:
+        return  # Python leaves out slices of everything
     name = {"split_with_sizes": "split", "_unsafe_view": "view"}.get(op_name(node.target), op_name(node.target))
     keys = list((node.meta.get("nn_module_stack") or {"": ("", None)}).keys())
     for key in keys:
@@ -260,6 +272,7 @@ def _visit(walk: Walk, node: fx.Node, env: dict[fx.Node, Any], numbers: dict[tup
     function = rule_for(node.target)
     if function is None:
         for value in inputs:
+            walk.unknown.add(op_name(node.target))
             walk.freeze_all(value, "no rule knows this op")
         result = None
     elif out is None and not inputs:

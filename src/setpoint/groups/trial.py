@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from setpoint.groups.build import OwnDim, Units
-from setpoint.groups.export import Example, fake_copy, inputs_of, mode_inputs, tensors_of
+from setpoint.groups.export import Example, run_without_data
 from setpoint.groups.group import Group
 from setpoint.groups.shim import CallSizes, parse, set_call_sizes
 from setpoint.groups.walk import Call
@@ -83,6 +84,8 @@ class Trial:
     ) -> None:
         self.model, self.example, self.dims = model, example, dims
         self.kept = Kept(units, keep)
+        self.stopped = False
+        self._seen: dict[frozenset[tuple[str, str]] | None, dict[str, set[str]]] = {}
         dense: dict[str, dict[str, int]] = {}
         for call in calls:
             dense.setdefault(call.module, {})[call.place] = call.size
@@ -135,19 +138,28 @@ class Trial:
 
     def _wrong(self, sizes: Mapping[str, Mapping[str, int]], places: Places | None) -> dict[str, set[str]]:
         """Places by module at which the live forward gives another size; `places=None`: the dense model."""
-        args, kwargs = inputs_of(self.example)
-        with fake_copy(self.model) as (twin, mode):
+        key = None if places is None else frozenset(places)
+        if key not in self._seen:
+            self._seen[key] = self._run(sizes, places)
+        return self._seen[key]
+
+    def _run(self, sizes: Mapping[str, Mapping[str, int]], places: Places | None) -> dict[str, set[str]]:
+        found: dict[str, set[str]] = {name: set() for name in sizes}
+
+        def prepare(twin: nn.Module) -> None:
             if places is not None:
                 _cut_shapes(twin, self.dims, self.kept)
                 _set_places(twin, places, self.kept)
-            found: dict[str, set[str]] = {name: set() for name in sizes}
             for name, wanted in sizes.items():
+                found[name].clear()
                 twin.get_submodule(name).forward = _Watched(twin.get_submodule(name), wanted, found[name])
-            try:
-                list(tensors_of(twin(*mode_inputs(mode, args), **mode_inputs(mode, kwargs))))
-            except Exception:  # noqa: BLE001
-                # A forward that stopped half-way shows nothing about later places: count them all.
-                return {name: set(wanted) for name, wanted in sizes.items()}
+
+        try:
+            run_without_data(self.model, self.example, prepare)
+        except Exception:  # noqa: BLE001 - a foreign forward may do anything
+            # A forward that stopped half-way shows nothing about later places: count them all.
+            self.stopped = True
+            return {name: set(wanted) for name, wanted in sizes.items()}
         return {name: places_found for name, places_found in found.items() if places_found}
 
 
@@ -160,16 +172,16 @@ def shapes_of(
     keep: Mapping[str, np.ndarray],
 ) -> list[torch.Size] | str:
     """Shapes of the outputs of a cut copy without data, or what went wrong."""
-    args, kwargs = inputs_of(example)
     kept = Kept(units, keep)
-    with fake_copy(model) as (twin, mode):
+
+    def prepare(twin: nn.Module) -> None:
         _cut_shapes(twin, dims, kept)
         _set_places(twin, places, kept)
-        try:
-            output = twin(*mode_inputs(mode, args), **mode_inputs(mode, kwargs))
-        except Exception as error:  # noqa: BLE001 - any failure of a foreign forward counts
-            return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
-        return [tensor.shape for tensor in tensors_of(output)]
+
+    try:
+        return run_without_data(model, example, prepare)
+    except Exception as error:  # noqa: BLE001 - any failure of a foreign forward counts
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
 
 
 def _set_places(twin: nn.Module, places: Places, kept: Kept) -> None:
@@ -184,19 +196,56 @@ def _set_places(twin: nn.Module, places: Places, kept: Kept) -> None:
         set_call_sizes(twin.get_submodule(module), sizes)
 
 
-class _Watched:
-    """A forward that corrects sizes and notes where it had to."""
+def as_python_counts(model: nn.Module, example: Example, calls: Sequence[Call]) -> list[Call]:
+    """Calls with slices numbered as the live forward counts them; the graph holds only those that take less than all.
 
-    def __init__(self, module: nn.Module, sizes: Mapping[str, int], changed: set[str]) -> None:
-        self.module, self.calls, self.changed = module, parse(sizes), changed
+    Modules in which graph and forward do not have equally many of these lose their slices.
+    """
+    modules = sorted({call.module for call in calls if call.place.startswith("slice#")})
+    if not modules:
+        return list(calls)
+    live: dict[str, list[int]] = {}
+
+    def prepare(twin: nn.Module) -> None:
+        for name in modules:
+            live[name] = []
+            twin.get_submodule(name).forward = _Watched(twin.get_submodule(name), {}, set(), live[name])
+
+    try:
+        run_without_data(model, example, prepare)
+    except Exception:  # noqa: BLE001 - a foreign forward may do anything
+        live = {}
+    renumbered = []
+    for call in calls:
+        if not call.place.startswith("slice#"):
+            renumbered.append(call)
+            continue
+        number, argument = call.place.removeprefix("slice#").split("[")
+        numbers = live.get(call.module, [])
+        if int(number) < len(numbers):
+            renumbered.append(replace(call, place=f"slice#{numbers[int(number)]}[{argument}"))
+    return renumbered
+
+
+class _Watched:
+    """A forward that corrects sizes and notes where it had to, and which of its slices took less than all."""
+
+    def __init__(
+        self, module: nn.Module, sizes: Mapping[str, int], changed: set[str], narrowing: list[int] | None = None
+    ) -> None:
+        self.module, self.calls, self.changed, self.narrowing = module, parse(sizes), changed, narrowing
         self.inner = module.__dict__.get("forward")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward under watch."""
-        with CallSizes(self.calls, self.changed):
-            if self.inner is not None:
-                return self.inner(*args, **kwargs)
-            return type(self.module).forward(self.module, *args, **kwargs)
+        with CallSizes(self.calls, self.changed) as sizes:
+            try:
+                if self.inner is not None:
+                    return self.inner(*args, **kwargs)
+                return type(self.module).forward(self.module, *args, **kwargs)
+            finally:
+                if self.narrowing is not None:
+                    self.narrowing[:] = sizes.narrowing
 
 
 def _cut_shapes(twin: nn.Module, dims: Sequence[OwnDim], kept: Kept) -> None:

@@ -76,6 +76,8 @@ class Walk:
 
     Args:
         atoms: classes of entries.
+        grouped: of each grouped convolution the atoms of its groups, and its weight's dims that read and write.
+        unknown: names of the ops that no rule knows.
         node: the node being visited.
         module: qualified name of the module whose own forward holds the node.
     """
@@ -85,6 +87,8 @@ class Walk:
     contracts: list[Contract] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
     attributes: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)
+    grouped: list[tuple[np.ndarray, DimLabels, DimLabels]] = field(default_factory=list)
+    unknown: set[str] = field(default_factory=set)
     node: fx.Node | None = None
     module: str = ""
     call_index: int = 0
@@ -154,6 +158,8 @@ def rule(*ops: Any) -> Callable[[Rule], Rule]:
 
     Example: an op that works on each entry alone hands on the labels of its input.
 
+    An op of a library that may not be imported yet goes by its name: `@rule("transformers::grouped_mm_fallback")`.
+
     >>> from setpoint.groups.walk import rule
     >>> @rule(torch.ops.aten.special_i0.default)
     ... def _(walk, out, x):
@@ -170,7 +176,10 @@ def rule(*ops: Any) -> Callable[[Rule], Rule]:
 
 def rule_for(target: Any) -> Rule | None:
     """The rule of an op, or None: an op without one freezes what it touches."""
-    return _RULES.get(target)
+    found = _RULES.get(target)
+    if found is None and isinstance(target, torch._ops.OpOverload):
+        found = _RULES.get(target.name())
+    return found
 
 
 def op_name(target: Any) -> str:
@@ -189,7 +198,7 @@ def finish(walk: Walk, result: Any, out: Any, inputs: Sequence[Value]) -> Any:
         results = result if result is not None else tuple(None for _ in out)
         return tuple(finish(walk, part, shape, inputs) for part, shape in zip(results, out, strict=True))
     if isinstance(result, Value):
-        return replace(result, shape=out.shape, weight=weight, grad=grad)
+        return replace(result, shape=out.shape, weight=weight or result.weight, grad=grad)
     labels = result if result is not None else (None,) * out.ndim
     assert len(labels) == out.ndim, f"{walk.where}: rule gave {len(labels)} dims for {out.ndim}"
     for size, dim in zip(out.shape, labels, strict=True):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from setpoint.groups.rules.elementwise import unite_broadcast
-from setpoint.groups.walk import DimLabels, Value, Walk, rule
+from setpoint.groups.walk import DimLabels, Value, Walk, op_name, rule
 
 aten = torch.ops.aten
 
@@ -51,7 +51,7 @@ def _linear(walk: Walk, out: Value, x: Value, weight: Value, bias: Value | None 
     return Value(out.shape, (*x.labels[:-1], outer), zero=True)
 
 
-@rule(aten.matmul.default, aten.mm.default, aten.bmm.default)
+@rule(aten.matmul.default, aten.mm.default, aten.bmm.default, aten.mv.default, aten.dot.default)
 def _matmul(walk: Walk, out: Value, left: Value, right: Value) -> Value:
     """`y[..., m, n] = sum_k a[..., m, k] b[..., k, n]`, batch dims broadcast."""
     right_inner = right.ndim - 2 if right.ndim > 1 else 0
@@ -83,6 +83,24 @@ def _addmm(walk: Walk, out: Value, bias: Value, left: Value, right: Value, **kwa
     """`bias + left @ right`."""
     product = _matmul(walk, out, left, right)
     return Value(out.shape, unite_broadcast(walk, [product, bias], out.ndim))
+
+
+@rule(aten._grouped_mm.default, "transformers::grouped_mm_fallback")
+def _grouped_matmul(
+    walk: Walk, out: Value, left: Value, right: Value, offs: Any = None, bias: Value | None = None, *args: Any, **kw: Any
+) -> Value | None:
+    """`y[s] = a[s] @ b[expert of s]`: rows of `a` sorted by expert, one matrix for each expert."""
+    if left.ndim != 2 or right.ndim != 3 or bias is not None:
+        for value in (left, right, *([bias] if bias is not None else [])):
+            walk.freeze_all(value, "a grouped product of another form than rows by one matrix an expert")
+        return None
+    walk.freeze(right.labels[0], "experts are chosen by data")
+    inner = contract_dim(walk, left, 1, right, 1)
+    if right.weight:
+        walk.atoms.mark("produce", right.labels[2])
+    dims = [(left.shape[1], inner), (right.shape[2], right.labels[2])]
+    walk.contract(left.shape[0], dims, num_gradients(left, right))
+    return Value(out.shape, (left.labels[0], right.labels[2]))
 
 
 @rule(aten.einsum.default)
@@ -168,6 +186,10 @@ def _tie_groups(
             if shared is not None:
                 walk.atoms.unite(shared, within)
     walk.attributes[walk.module, "groups"] = groups
+    read, written = (shared_in, outputs) if shared_out is None else (inputs, shared_out)
+    walk.grouped.append((groups, read, written))
+    assert walk.node is not None
+    walk.literal(op_name(walk.node.target), 0, num_groups, groups)
 
 
 def _convolution(
@@ -179,7 +201,9 @@ def _convolution(
     for labels in x.labels[channel + 1 :]:
         walk.freeze(labels, "a kernel slides over it")
     outputs = weight.labels[out_dim]
-    if outputs is None:
+    if transposed and num_groups > 1:
+        outputs = walk.atoms.fresh(out.shape[channel])
+    elif outputs is None:
         outputs = walk.atoms.fresh(weight.shape[out_dim])
         walk.freeze(outputs, "its filters are data")
     if num_groups == 1:
@@ -193,7 +217,6 @@ def _convolution(
     else:
         if transposed:
             # The weight is (in, out / groups, ...): its first dim follows the input, its second the outputs of a group.
-            outputs = walk.atoms.fresh(out.shape[channel])
             shared, own = weight.labels[1], weight.labels[0]
             _tie_groups(walk, num_groups, own, None, outputs, shared)
             inputs = walk.unite(x.labels[channel], own)

@@ -22,8 +22,11 @@ def _embedding(walk: Walk, out: Value, weight: Value, indices: Value, *args: Any
 
 
 @rule(aten.index.Tensor)
-def _index(walk: Walk, out: Value, x: Value, indices: Sequence[Value | None]) -> tuple[DimLabels, ...]:
-    """Indexed dims are chosen by data; others pass. Results of several indices stand where the first was."""
+def _index(walk: Walk, out: Value, x: Value, indices: Sequence[Value | None]) -> Value:
+    """Indexed dims are chosen by data; others pass. Results of several indices stand where the first was.
+
+    Weights that data chooses (those of an expert) are weights still.
+    """
     given = [d for d, index in enumerate(indices) if index is not None]
     for d in given:
         walk.freeze(x.labels[d], "it is indexed by data")
@@ -31,7 +34,7 @@ def _index(walk: Walk, out: Value, x: Value, indices: Sequence[Value | None]) ->
     num_new = out.ndim - len(rest)
     adjacent = given == list(range(given[0], given[-1] + 1))
     at = given[0] if adjacent else 0
-    return (*rest[:at], *(None,) * num_new, *rest[at:])
+    return Value(out.shape, (*rest[:at], *(None,) * num_new, *rest[at:]), weight=x.weight, zero=x.zero)
 
 
 @rule(aten.index_select.default, aten.gather.default, aten.index_copy.default)
@@ -55,8 +58,8 @@ def _along_dim(walk: Walk, out: Value, x: Value, dim: Any, *args: Any, **kwargs:
     return tuple(None if d in dims else labels for d, labels in enumerate(x.labels))
 
 
-@rule(aten.arange.default, aten.arange.start, aten.arange.start_step, aten.tril.default, aten.triu.default)
-@rule(aten.linspace.default, aten.scalar_tensor.default, aten.one_hot.default, aten.tril_.default, aten.triu_.default)
+@rule(aten.arange.default, aten.arange.start, aten.arange.start_step, aten.histc.default)
+@rule(aten.linspace.default, aten.scalar_tensor.default, aten.one_hot.default)
 @rule(aten.rand.default, aten.randn.default, aten.eye.default, aten.item.default, aten.bincount.default)
 def _data(walk: Walk, out: Any, *args: Any, **kwargs: Any) -> None:
     """Positions, masks and noise: data. Units that are fed in freeze."""
@@ -75,3 +78,11 @@ def _constant(walk: Walk, out: Value, *args: Any, **kwargs: Any) -> Value:
     for dim, (size, dim_labels) in enumerate(zip(sizes, labels, strict=True)):
         walk.literal(name, dim, size, dim_labels)
     return Value(out.shape, labels, zero="zeros" in name)
+
+
+@rule(aten.tril.default, aten.triu.default, aten.tril_.default, aten.triu_.default)
+def _triangle(walk: Walk, out: Value, x: Value, *args: Any) -> Value:
+    """A triangle of the last two dims, which freeze; the others pass."""
+    for labels in x.labels[-2:]:
+        walk.freeze(labels, "a triangle is cut out of it")
+    return Value(out.shape, (*x.labels[:-2], None, None), zero=x.zero)

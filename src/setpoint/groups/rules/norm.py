@@ -91,3 +91,15 @@ def _group_norm(
             walk.literal("group_norm", 0, num_groups, labels)
     channel = _carry(walk, labels, (weight, bias))
     return Value(out.shape, (x.labels[0], channel, *x.labels[2:]), zero=weight is not None or x.zero)
+
+
+@rule(aten._weight_norm.default)
+def _weight_norm(walk: Walk, out: Value, direction: Value, size: Value, dim: int = 0) -> tuple[DimLabels, ...]:
+    """`size * direction / |direction|`, the norm over all dims but one; zeros do not change it.
+
+    A row of `direction` that is zero would be 0 / 0, so a mask leaves it alone: its size is zero.
+    """
+    labels = list(direction.labels)
+    labels[dim] = walk.unite(labels[dim], size.labels[dim])
+    walk.atoms.mark("unmasked", direction.labels[dim])
+    return tuple(labels)

@@ -293,6 +293,10 @@ def _cut_out(walk: Walk, out: Value, x: Value, dim: int, run: slice | None) -> t
             labels[dim] = None
         else:
             labels[dim] = part
+            first = 0 if run is None else run.indices(len(own))[0]
+            if walk.node is not None and op_name(walk.node.target) == "slice" and run.step in (None, 1):  # type: ignore[union-attr]
+                walk.literal("slice", 0, first, own[:first])
+                walk.literal("slice", 1, len(part), part)
     return tuple(labels)
 
 
