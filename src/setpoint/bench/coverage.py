@@ -265,10 +265,10 @@ def _in_float64(model: nn.Module, example: Any) -> tuple[nn.Module, Any]:
 
 
 def _without_chance(model: nn.Module) -> None:
-    """No dropout of any kind, neither by torch's modules nor by those that name their probability likewise."""
+    """No dropout of any kind: every probability that a module keeps under a name for it is 0."""
     for module in model.modules():
-        if "drop" in type(module).__name__.lower() or "StochasticDepth" in type(module).__name__:
-            for attribute in ("p", "drop_prob"):
-                if isinstance(getattr(module, attribute, None), float):
-                    setattr(module, attribute, 0.0)
-
+        kind = type(module).__name__
+        for attribute, value in vars(module).items():
+            named = "drop" in attribute or (attribute == "p" and ("Drop" in kind or "StochasticDepth" in kind))
+            if named and type(value) is float:
+                setattr(module, attribute, 0.0)
