@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations
 from torch.optim.swa_utils import AveragedModel
 
 from actuator.hand_made import (
@@ -282,18 +281,13 @@ class Marked(torch.Tensor):
 
 
 def test_tensors_that_cannot_be_cut_are_refused_by_name() -> None:
-    """Claim: parametrized, subclassed, memory-sharing, doubly named and unknown tensors raise GroupError."""
+    """Claim: subclassed, memory-sharing, doubly named and unknown tensors raise GroupError."""
     keep = some_keep(mlp()[2])
 
     def refuse(model: nn.Module, groups: tuple[Group, ...], words: str) -> None:
         with pytest.raises(GroupError, match=words):
             shrink(model, None, groups, keep)
 
-    model, _, groups = mlp()
-    parametrizations.weight_norm(model[0])
-    name = "0.parametrizations.weight.original1"
-    slices = (Slice(name, 0, "produce", np.arange(6)), *groups[0].slices[1:])
-    refuse(model, (Group("first", "unit", 6, slices), groups[1]), "is parametrized")
     model, _, groups = mlp()
     model[0].bias = nn.Parameter(torch.zeros(6).as_subclass(Marked))
     refuse(model, groups, "'0.bias' is a Marked")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,7 +14,9 @@ from torch import Tensor, nn
 from groups.zoo import GPT, SeparateAttention
 from setpoint.actuator.mask import mask
 from setpoint.actuator.shrink import shrink
+from setpoint.actuator.verify import failing_groups
 from setpoint.groups.group import Group
+from setpoint.groups.shim import HEADS, set_call_sizes
 from setpoint.groups.trace import find_groups, trace
 from setpoint.groups.trial import random_keep
 
@@ -65,30 +70,108 @@ def test_an_integer_that_equals_a_size_by_accident_is_left_alone() -> None:
     torch.testing.assert_close(model(x), twin(x))
 
 
-def test_what_the_forward_does_not_survive_is_frozen_by_name() -> None:
-    """The heads of `nn.MultiheadAttention` cannot be cut under its own forward: they stay, by name; neurons can go."""
-    model = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
-    traced = trace(model, (torch.randn(2, 5, 16),))
-    assert [group.name for group in traced.groups if group.lossless] == ["linear1"]
-    assert any(frozen.place.startswith("self_attn") for frozen in traced.frozen)
-
-
-class Tail(nn.Module):
-    """A slice by an attribute that a cut would make wrong."""
+class Strict(nn.Module):
+    """A forward that insists on its size."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b = nn.Linear(5, 8), nn.Linear(4, 2)
+        self.a, self.b, self.c = nn.Linear(5, 16), nn.Linear(16, 12), nn.Linear(12, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.b(self.a(x)[:, :4])
+        y = self.a(x).relu()
+        if y.shape[-1] != 16:
+            raise RuntimeError("this needs 16")
+        return self.c(self.b(y).relu())
 
 
-def test_slices_by_written_numbers_freeze() -> None:
-    """A dim that is sliced by written numbers stays whole, and the trace says so."""
-    traced = trace(Tail(), (torch.randn(3, 5),))
-    assert traced.groups == ()
-    assert any("cut out by written numbers" in frozen.reason for frozen in traced.frozen)
+def test_what_the_forward_does_not_survive_is_frozen_by_name() -> None:
+    """A group without which the forward does not run stays whole, with the forward's own words; the others can go."""
+    traced = trace(Strict(), (torch.randn(3, 5),))
+    assert [group.name for group in traced.groups] == ["b"]
+    assert any(frozen.place == "a" and "this needs 16" in frozen.reason for frozen in traced.frozen)
+
+
+class Scaled(nn.Module):
+    """A scale worked out from the live size, as attention scores have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(5, 16), nn.Linear(16, 12), nn.Linear(12, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x).relu()
+        return self.c((self.b(y) / math.sqrt(y.shape[-1])).relu())
+
+
+def test_a_number_worked_out_from_a_size_freezes_it() -> None:
+    """Fewer units would scale the others differently, though every shape fits: the group stays whole, by name."""
+    traced = trace(Scaled(), (torch.randn(3, 5),))
+    assert [group.name for group in traced.groups] == ["b"]
+    assert any(frozen.place == "a" and "worked out from its size" in frozen.reason for frozen in traced.frozen)
+
+
+class Tail(nn.Module):
+    """Slices by written numbers, which a cut would make wrong."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(5, 24), nn.Linear(8, 16), nn.Linear(16, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        x, first, second = y[:, :], y[:, 0:8], y[:, 8:]
+        return self.c(self.b(first.tanh()) * second)
+
+
+def test_slices_by_written_numbers_are_corrected() -> None:
+    """Runs of a dim are cut out where they lie after the cut, and the cut equals its masked twin."""
+    model, example = Tail(), (torch.randn(3, 5),)
+    groups = find_groups(model, example)
+    assert sorted(group.num_units for group in groups) == [8, 16]
+    assert any(size.place.startswith("slice#") for group in groups for size in group.sizes)
+    assert failing_groups(model, example, groups) == ()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"kdim": 6, "vdim": 7}, {"bias": False, "add_bias_kv": True, "add_zero_attn": True}]
+)
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_heads_of_torch_attention_can_go(options: dict[str, Any], need_weights: bool, batch_first: bool) -> None:
+    """With all heads its stand-in gives what torch's own forward gives; masks, both layouts, extra keys included."""
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(16, 4, batch_first=batch_first, **options).double()
+    q, k, v = (
+        torch.randn(5, 3, 16),
+        torch.randn(3, 3, options.get("kdim", 16)),
+        torch.randn(3, 3, options.get("vdim", 16)),
+    )
+    if batch_first:
+        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+    padding = torch.zeros(3, 3, dtype=torch.bool)
+    padding[1, 2] = True
+    mask = torch.ones(5, 3, dtype=torch.bool).triu(2)
+    inputs = {"key_padding_mask": padding, "attn_mask": mask, "need_weights": need_weights}
+    want = attention(q.double(), k.double(), v.double(), **inputs)
+    set_call_sizes(attention, {HEADS: 4})
+    got = attention(q.double(), k.double(), v.double(), **inputs)
+    torch.testing.assert_close(got[0], want[0], rtol=0, atol=1e-12)
+    assert (got[1] is None) == (want[1] is None)
+    if want[1] is not None:
+        torch.testing.assert_close(got[1], want[1], rtol=0, atol=1e-12)
+
+
+def test_a_transformer_layer_runs_without_gradients_after_a_cut() -> None:
+    """Torch's fused path of evaluation without gradients is left after a cut, for the masked twin's output."""
+    model, example = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True), (torch.randn(2, 5, 16),)
+    groups = tuple(group for group in find_groups(model, example) if group.lossless)
+    assert [(group.name, group.what) for group in groups] == [("self_attn", "head"), ("linear1", "neuron")]
+    keep = {group.name: np.arange(group.num_units) % 2 == 0 for group in groups}
+    masked = copy.deepcopy(model).eval()
+    mask(masked, None, groups, keep)
+    shrink(model, None, groups, keep)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(*example), masked(*example), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +13,7 @@ from setpoint.groups.build import OwnDim, Units
 from setpoint.groups.export import Example
 from setpoint.groups.group import Group, SizeBinding
 from setpoint.groups.shim import HEADS
-from setpoint.groups.trial import Places, Trial, as_python_counts, call_of, random_keep, shapes_of
+from setpoint.groups.trial import Places, Trial, as_python_counts, call_of, outcome_of, random_keep
 from setpoint.groups.walk import Call, Walk
 
 # Attributes of torch's own modules that name the size of a dim of one of their tensors.
@@ -46,7 +46,7 @@ def bind(
         if not failing:
             return units, _with_sizes(units, places)
         for name, why in failing.items():
-            walk.atoms.frozen.append((np.zeros(1, dtype=np.int64), name, f"the forward does not run with fewer: {why}"))
+            walk.atoms.frozen.append((np.zeros(1, dtype=np.int64), name, f"with fewer units {why}"))
         units = units.without(failing)
 
 
@@ -112,9 +112,9 @@ def _heads(model: nn.Module, walk: Walk, units: Units) -> Places:
     places: Places = {}
     for call in walk.calls:
         module = model.get_submodule(call.module)
-        if isinstance(module, nn.MultiheadAttention) and call.size == len(call.labels) == module.num_heads:
-            if units.among(call.labels):
-                places.setdefault((call.module, HEADS), call.labels)
+        counts_heads = isinstance(module, nn.MultiheadAttention) and call.size == len(call.labels) == module.num_heads
+        if counts_heads and units.among(call.labels):
+            places.setdefault((call.module, HEADS), call.labels)
     return places
 
 
@@ -140,21 +140,31 @@ def _failing(
     dims: Sequence[OwnDim],
     places: Places,
 ) -> dict[str, str]:
-    """Groups with which a cut copy without data does not run or gives other shapes, and why; by bisection."""
+    """Groups whose cut copy without data does not run, gives other shapes or computes with other numbers; and why."""
     whole = {group.name: np.ones(group.num_units, dtype=bool) for group in units.groups}
+    lossless = [group.name for group in units.groups if group.lossless]
     chosen = random_keep(units.groups, seed=2)
+    dense = outcome_of(model, example, units, dims, {}, None)
 
     def fault(names: Sequence[str]) -> str | None:
         keep = {**whole, **{name: chosen[name] for name in names}}
-        found = shapes_of(model, example, units, dims, places if names else {}, keep)
-        if isinstance(found, str):
-            return found
-        return None if found == list(shapes) else "its outputs change their shape"
+        found = outcome_of(model, example, units, dims, places, keep)
+        if found.error:
+            return f"the forward fails: {found.error}"
+        if list(found.shapes) != list(shapes):
+            return "its outputs change their shape"
+        if set(names) <= set(lossless) and found.numbers != dense.numbers:
+            return "a number that is worked out from its size would change"
+        return None
 
-    if fault(list(whole)) is None or fault([]) is not None:
-        return {}  # all is well; or even the dense copy cannot be judged without data: real tensors will tell
+    if dense.error:
+        return {}  # even the dense copy cannot be judged like this: real tensors will tell
+    return {**_culprits(lossless, fault), **_culprits(list(whole), fault)}
+
+
+def _culprits(suspects: list[str], fault: Callable[[Sequence[str]], str | None]) -> dict[str, str]:
+    """The groups that are at fault, by bisection."""
     failing: dict[str, str] = {}
-    suspects = list(whole)
     while suspects and fault(suspects) is not None:
         context: list[str] = []
         found = list(suspects)
@@ -164,8 +174,8 @@ def _failing(
                 found = left
             else:
                 context, found = [*context, *left], right
-        failing[found[0]] = fault([*context, *found]) or "its outputs change their shape"
-        suspects.remove(found[0])
+        failing[found[0]] = fault([*context, *found]) or "the forward fails"
+        suspects = [name for name in suspects if name != found[0]]
     return failing
 
 

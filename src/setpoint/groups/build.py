@@ -83,7 +83,7 @@ def build(atoms: Atoms, dims: Sequence[OwnDim], products: Sequence[np.ndarray] =
     group_of = np.full(len(atoms), -1)
     unit_of = np.full(len(atoms), -1)
     marks = {name: atoms.marked(name) for name in ("produce", "consume", "unmasked")}
-    summed = atoms.marked_class("contract") | atoms.marked_class("summed")
+    summed = atoms.marked_class("summed") | atoms.marked_class("contract")
     classes = {name: atoms.marked_class(name) for name in ("conv", "batch", "embedding")}
     by_signature: dict[int, list[int]] = {}
     for root in roots:

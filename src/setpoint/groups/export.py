@@ -214,9 +214,7 @@ def run_without_data(
     return _run_copy(model, example, prepare, None)
 
 
-def _run_copy(
-    model: nn.Module, example: Example, prepare: Callable[[nn.Module], None], mode: Any
-) -> list[torch.Size]:
+def _run_copy(model: nn.Module, example: Example, prepare: Callable[[nn.Module], None], mode: Any) -> list[torch.Size]:
     def empty(tensor: torch.Tensor) -> Any:
         if mode is None:
             return tensor.detach().clone()

@@ -255,14 +255,12 @@ class HeadsForward:
         separate = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
         weights = separate if packed is None else packed.chunk(3)
         biases = (None,) * 3 if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
-        results = []
-        for x, weight, bias, extra in zip(
-            inputs, weights, biases, (None, module.bias_k, module.bias_v), strict=True
-        ):
+        results: list[Tensor] = []
+        for x, weight, bias, extra in zip(inputs, weights, biases, (None, module.bias_k, module.bias_v), strict=True):
             y = F.linear(x, weight, bias)
             if extra is not None:
                 y = torch.cat([y, extra.expand(len(y), -1, -1)], 1)
-            y = y.unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
+            y = y.view(*y.shape[:2], -1, module.head_dim).transpose(1, 2)
             if module.add_zero_attn and len(results) > 0:
                 y = torch.cat([y, y.new_zeros(*y.shape[:2], 1, y.shape[3])], 2)
             results.append(y)
@@ -276,7 +274,11 @@ class HeadsForward:
         for mask, of_keys in ((attn_mask, False), (key_padding_mask, True)):
             if mask is None:
                 continue
-            added = torch.zeros_like(mask, dtype=q.dtype).masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else mask
+            added = (
+                torch.zeros_like(mask, dtype=q.dtype).masked_fill(mask, -torch.inf)
+                if mask.dtype == torch.bool
+                else mask
+            )
             if of_keys:
                 added = (added if batched else added.unsqueeze(0))[:, None, None, :]
             elif added.dim() == 3:
@@ -305,8 +307,11 @@ def set_call_sizes(module: nn.Module, sizes: Mapping[str, int]) -> None:
     if isinstance(module, nn.MultiheadAttention):
         # Torch's layers leave out their fused path, which knows nothing of fewer heads, where this is False.
         module._qkv_same_embed_dim = not sizes and module.in_proj_weight is not None
+        if sizes:
+            module.forward = HeadsForward(module, dict(sizes))
+            return
     if sizes:
-        module.forward = (HeadsForward if HEADS in sizes else SizedForward)(module, dict(sizes))
+        module.forward = SizedForward(module, dict(sizes))
     else:
         module.__dict__.pop("forward", None)
 

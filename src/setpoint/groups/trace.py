@@ -201,7 +201,7 @@ def _plain_path(path: str) -> str:
 
 def _count_call(walk: Walk, node: fx.Node, numbers: dict[tuple[str, str], int]) -> None:
     """Number the call within the running forward of its module, calls of submodules included."""
-    if op_name(node.target) == "slice" and node.meta["val"].shape == node.args[0].meta["val"].shape:
+    if op_name(node.target) == "slice" and node.meta["val"].shape == node.all_input_nodes[0].meta["val"].shape:
         return  # Python leaves out slices of everything
     name = {"split_with_sizes": "split", "_unsafe_view": "view"}.get(op_name(node.target), op_name(node.target))
     keys = list((node.meta.get("nn_module_stack") or {"": ("", None)}).keys())

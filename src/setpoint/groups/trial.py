@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from setpoint.groups.build import OwnDim, Units
 from setpoint.groups.export import Example, run_without_data
@@ -163,25 +164,60 @@ class Trial:
         return {name: places_found for name, places_found in found.items() if places_found}
 
 
-def shapes_of(
+@dataclass(frozen=True)
+class Outcome:
+    """What a forward without data came to.
+
+    Args:
+        shapes: of its outputs.
+        numbers: every number that it computed with: factors, divisors, exponents.
+        error: what it raised; then there is nothing else.
+    """
+
+    shapes: tuple[torch.Size, ...] = ()
+    numbers: tuple[float, ...] = ()
+    error: str = ""
+
+
+def outcome_of(
     model: nn.Module,
     example: Example,
     units: Units,
     dims: Sequence[OwnDim],
     places: Places,
-    keep: Mapping[str, np.ndarray],
-) -> list[torch.Size] | str:
-    """Shapes of the outputs of a cut copy without data, or what went wrong."""
-    kept = Kept(units, keep)
+    keep: Mapping[str, np.ndarray] | None,
+) -> Outcome:
+    """The forward of a copy without data, cut; or whole, where `keep` is None."""
+    kept = None if keep is None else Kept(units, keep)
+    numbers = _Numbers()
 
     def prepare(twin: nn.Module) -> None:
-        _cut_shapes(twin, dims, kept)
-        _set_places(twin, places, kept)
+        numbers.seen.clear()
+        if kept is not None:
+            _cut_shapes(twin, dims, kept)
+            _set_places(twin, places, kept)
 
     try:
-        return run_without_data(model, example, prepare)
+        with numbers:
+            shapes = run_without_data(model, example, prepare)
     except Exception as error:  # noqa: BLE001 - any failure of a foreign forward counts
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+        return Outcome(error=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}")
+    return Outcome(tuple(shapes), tuple(numbers.seen))
+
+
+class _Numbers(TorchFunctionMode):
+    """Notes the numbers that a forward computes with; those that differ after a cut were worked out from a size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[float] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """The same call."""
+        kwargs = kwargs or {}
+        kinds = (int, float) if func is torch.tensor else (float,)
+        self.seen.extend(value for value in (*args, *kwargs.values()) if type(value) in kinds)
+        return func(*args, **kwargs)
 
 
 def _set_places(twin: nn.Module, places: Places, kept: Kept) -> None:

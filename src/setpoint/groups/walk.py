@@ -178,7 +178,7 @@ def rule_for(target: Any) -> Rule | None:
     """The rule of an op, or None: an op without one freezes what it touches."""
     found = _RULES.get(target)
     if found is None and isinstance(target, torch._ops.OpOverload):
-        found = _RULES.get(target.name())
+        found = _RULES.get(str(target.name()))  # type: ignore[no-untyped-call]
     return found
 
 

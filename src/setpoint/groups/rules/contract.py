@@ -87,7 +87,14 @@ def _addmm(walk: Walk, out: Value, bias: Value, left: Value, right: Value, **kwa
 
 @rule(aten._grouped_mm.default, "transformers::grouped_mm_fallback")
 def _grouped_matmul(
-    walk: Walk, out: Value, left: Value, right: Value, offs: Any = None, bias: Value | None = None, *args: Any, **kw: Any
+    walk: Walk,
+    out: Value,
+    left: Value,
+    right: Value,
+    offs: Any = None,
+    bias: Value | None = None,
+    *args: Any,
+    **kw: Any,
 ) -> Value | None:
     """`y[s] = a[s] @ b[expert of s]`: rows of `a` sorted by expert, one matrix for each expert."""
     if left.ndim != 2 or right.ndim != 3 or bias is not None:
