@@ -1,24 +1,33 @@
-# make demo | test | check: each builds .venv by itself, and again only when pyproject.toml has changed.
+# make demo | coverage-suites | test | check: each builds .venv by itself, and again only when pyproject.toml has changed.
 #
 # PYTHON=python3.12 picks the interpreter (3.11 or newer). PYTEST="-k twin" passes options to pytest.
 
 PYTHON ?= python3
 PYTEST ?=
 OUT ?= runs/demo
+SUITES ?= plain torchvision timm transformers
+WORKERS ?= 2
 
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo test check clean
+.PHONY: help demo coverage-suites test check clean
 
 help:
 	@echo "make demo    train a small CNN to half of its FLOPs and write $(OUT)/report.html"
+	@echo "make coverage-suites"
+	@echo "             cut every model of $(SUITES) into results/coverage, WORKERS=$(WORKERS) at a time"
 	@echo "make test    run the tests, the doctests and the blocks of the README"
 	@echo "make check   formatting, lint, types and the layers of the imports"
 	@echo "make clean   remove .venv, caches and runs"
 
 demo: $(READY)
 	$(BIN)/setpoint demo --out $(OUT)
+
+coverage-suites: $(READY)
+	for suite in $(SUITES); do \
+		OMP_NUM_THREADS=1 $(BIN)/setpoint inspect --suite $$suite --workers $(WORKERS) --out results/coverage || exit 1; \
+	done
 
 test: $(READY)
 	$(BIN)/python -m pytest $(PYTEST)

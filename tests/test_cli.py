@@ -22,6 +22,12 @@ from torch import nn
 def build():
     return nn.Sequential(nn.Linear(8, 20), nn.ReLU(), nn.Linear(20, 4)), (torch.zeros(2, 8),)
 
+def keywords():
+    return build()[0], {"input": torch.zeros(2, 8)}
+
+def bare():
+    return build()[0]
+
 def number():
     return 3
 """
@@ -94,10 +100,20 @@ def test_bench_over_seeds_and_report(tmp_path: Path) -> None:
         (("demo", "--epochs", "0"), "at least 1"),
         (("demo", "--budget", "0.001"), "cost"),
         (("report", "/nowhere"), "results.jsonl"),
-        (("inspect", "resnet1"), "torchvision"),
+        (("inspect",), "either a model to inspect or a whole family"),
+        (("inspect", "resnet18", "--suite", "plain"), "either a model to inspect or a whole family"),
+        (("inspect", "resnet18", "--models", "unet"), "--models picks from a suite"),
+        (("inspect", "--suite", "plain", "--input", "1,3"), "--input is for a single model"),
+        (("inspect", "--suite", "keras"), "torchvision, timm, transformers, plain"),
+        (("inspect", "--suite", "plain", "--models", "unett"), "did you mean unet"),
+        (("inspect", "resnet1"), "did you mean resnet18"),
+        (("inspect", "torchvision:zzzz"), "name a model of torchvision, timm or transformers"),
+        (("inspect", "keras:resnet50"), "torchvision, timm, transformers"),
         (("inspect", "/nowhere/model.py:build"), "no file"),
         (("inspect", "resnet18", "--input", "1,x"), "--input takes whole numbers"),
         (("inspect", "resnet18", "--input", "1,3"), "example"),
+        (("inspect", "resnet18", "--input", "0,3,64,64"), "at least 1"),
+        (("inspect", "transformers:bert", "--input", "2,3,8,8"), "batch of tokens, such as 2,128, got 2,3,8,8"),
     ],
 )
 def test_errors_are_one_line(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
@@ -147,9 +163,54 @@ def test_inspect_own_model(tmp_path: Path) -> None:
     assert found["params"] == 8 * 20 + 20 + 20 * 4 + 4
     assert found["cheapest_flops"] == found["flops"] * group["min_units"] / 20
     assert group["flops_share"] == pytest.approx(1 - group["min_units"] / 20)
+    assert found["cheapest_params"] == 8 * group["min_units"] + group["min_units"] + 4 * group["min_units"] + 4
+    assert group["params"] == found["params"] - 4
+    assert sum(part["params"] for part in found["parts"]) == found["params"]
     assert any("output" in frozen["reason"] for frozen in found["frozen"])
     assert "2.weight" in result.stdout
+    assert "fewest parameters" in (tmp_path / "out" / "inspect.html").read_text(encoding="utf-8")
     assert json.loads((tmp_path / "out" / "inspect.json").read_text(encoding="utf-8")) == found
+
+
+def test_inspect_writes_nothing_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without --out no file appears; a dict of inputs will do; a shape beside them is an error."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    (tmp_path / "model.py").write_text(OWN_MODEL, encoding="utf-8")
+    found = answer(invoke("inspect", "model.py:keywords", "--no-verify"))
+    assert found["inputs"] == [[2, 8]]
+    assert found["verified"] is False
+    assert [path.name for path in tmp_path.iterdir()] == ["model.py"]
+    assert "leave out --input" in invoke("inspect", "model.py:keywords", "--input", "2,8").stderr
+    assert answer(invoke("inspect", "model.py:bare", "--input", "4,8"))["inputs"] == [[4, 8]]
+
+
+def test_inspect_without_plotly(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without plotly there is no page, and that is said; the numbers are there all the same."""
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    file = tmp_path / "model.py"
+    file.write_text(OWN_MODEL, encoding="utf-8")
+    result = invoke("inspect", f"{file}:build", "--out", tmp_path / "out")
+    assert answer(result)["params"] == 8 * 20 + 20 + 20 * 4 + 4
+    assert 'pip install "setpoint[report]"' in result.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["inspect.json"]
+
+
+def test_inspect_a_suite(tmp_path: Path) -> None:
+    """A suite in a worker process: a table, the record in the folder, and the promised last line."""
+    models = "gated_mlp,many_inputs_and_outputs"
+    result = invoke("inspect", "--suite", "plain", "--models", models, "--workers", "1", "--out", tmp_path)
+    found = answer(result)
+    assert list(found)[:6] == [
+        *("suite", "passed", "total", "prunable_params_share_median", "seconds_median", "failures"),
+    ]
+    assert (found["suite"], found["passed"], found["total"], found["failures"]) == ("plain", 2, 2, [])
+    assert 0 < found["prunable_params_share_median"] <= 1
+    assert "gated_mlp" in result.stdout
+    assert "plain" in result.stderr
+    record = json.loads((tmp_path / "suite-plain.json").read_text(encoding="utf-8"))
+    assert {key: record[key] for key in found} == found
+    assert [model["model"] for model in record["models"]] == models.split(",")
 
 
 @pytest.mark.parametrize(("function", "message"), [("number", "torch.nn.Module"), ("nothing", "no function")])

@@ -18,6 +18,7 @@ OPTIONAL = (
     "lightning",
     "matplotlib",
     "pandas",
+    "peft",
     "PIL",
     "plotly",
     "pynvml",

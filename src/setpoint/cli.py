@@ -87,26 +87,76 @@ def report(
 
 @app.command()
 def inspect(
-    target: Annotated[str, typer.Argument(help="A torchvision model, or module.py:function that returns a model.")],
-    input: Annotated[str, typer.Option("--input", help="Shape of the example, with commas.")] = "1,3,224,224",
+    target: Annotated[
+        str | None, typer.Argument(help="A model of torchvision, timm or transformers, or module.py:function.")
+    ] = None,
+    input: Annotated[
+        str | None, typer.Option("--input", help="Shape of the example, with commas; by default the model's usual.")
+    ] = None,
     verify: Annotated[bool, typer.Option(help="Try the cuts on a copy of the model, as attach does.")] = True,
+    suite: Annotated[
+        str | None, typer.Option(help="Check a whole family instead: torchvision, timm, transformers or plain.")
+    ] = None,
+    models: Annotated[str | None, typer.Option(help="Which models of the suite, with commas.")] = None,
+    workers: Annotated[int, typer.Option(help="Processes that check models of the suite; 0: this one.", min=0)] = 2,
     out: Out = None,
 ) -> None:
     """Show a model's groups, what each costs, the cheapest reachable model, and what is frozen and why."""
     with _errors_as_messages():
-        from dataclasses import asdict
+        if (target is None) == (suite is None):
+            raise _misuse("name either a model to inspect or a whole family with --suite, such as --suite timm")
+        if out is not None and out.exists() and not out.is_dir():
+            raise _misuse(f"--out {out} is a file: name a folder")
+        if target is not None:
+            if models is not None:
+                raise _misuse(f"--models picks from a suite: leave it out to inspect {target}")
+            _inspect(target, None if input is None else tuple(_numbers(input, "--input", int)), verify, out)
+        elif suite is not None:
+            if input is not None:
+                raise _misuse("--input is for a single model: a suite has inputs of its own")
+            _sweep(suite, None if models is None else _names(models, "--models"), workers, out)
 
-        from setpoint.bench.inspection import inspect_model, load_target
-        from setpoint.bench.tree import inspection_tree
 
-        model, example = load_target(target, tuple(_numbers(input, "--input", int)))
-        found = inspect_model(target, model, example, verify=verify)
-        _console().print(inspection_tree(found))
-        answer = asdict(found)
-        if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
-            (out / "inspect.json").write_text(json.dumps(answer, indent=2) + "\n", encoding="utf-8")
-        _finish(answer)
+def _inspect(target: str, shape: tuple[int, ...] | None, verify: bool, out: Path | None) -> None:
+    """Inspect one model; print its tree, and write its page if there is a folder for it."""
+    from dataclasses import asdict
+
+    from setpoint.bench.inspection import inspect_model, load_target
+    from setpoint.bench.tree import inspection_tree
+    from setpoint.report.inspection import write_inspection
+
+    model, example = load_target(target, shape)
+    found = inspect_model(target, model, example, verify=verify)
+    if verify and not found.verified:
+        print(f"{target} is large: read from its shapes alone, no cut was tried on a copy", file=sys.stderr)
+    _console().print(inspection_tree(found))
+    answer = _finite(asdict(found))
+    if out is not None:
+        _write_json(out / "inspect.json", answer)
+        try:
+            write_inspection(answer, out / "inspect.html")
+        except ImportError as error:
+            print(f"no inspect.html: {error}", file=sys.stderr)
+    _finish(answer)
+
+
+def _sweep(suite: str, models: Sequence[str] | None, workers: int, out: Path | None) -> None:
+    """Check the models of a suite; print a table, and write the record if there is a folder for it."""
+    from setpoint.bench.progress import sweep_bar
+    from setpoint.bench.sweep import chosen_models, record, summary, sweep
+    from setpoint.bench.table import suite_table
+
+    with sweep_bar(suite, len(chosen_models(suite, models))) as after:
+        verdicts = sweep(suite, models, workers=workers, after=after)
+    _console().print(suite_table(suite, verdicts))
+    if out is not None:
+        _write_json(out / f"suite-{suite}.json", record(suite, verdicts))
+    _finish(summary(suite, verdicts))
+
+
+def _write_json(path: Path, answer: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(_finite(answer), indent=2) + "\n", encoding="utf-8")
 
 
 def _bench(

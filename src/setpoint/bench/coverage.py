@@ -21,6 +21,7 @@ from setpoint.actuator.cut import Keep, plan_cut, take
 from setpoint.actuator.mask import mask
 from setpoint.actuator.shrink import shrink
 from setpoint.actuator.verify import randomised_copy
+from setpoint.bench.parameters import share_along
 from setpoint.groups.export import computed, inputs_of, tensors_of
 from setpoint.groups.group import Group
 from setpoint.groups.trace import trace
@@ -89,8 +90,8 @@ def check(name: str, build: Build) -> Verdict:
         facts["num_groups"], facts["num_units"] = len(groups), sum(group.num_units for group in groups)
         if not groups:
             raise _Failed("no group found; " + "; ".join(f"{f.place}: {f.reason}" for f in found.frozen[:3]))
-        facts["prunable_params_share"] = prunable_share(model, groups, embeddings=True)
-        facts["prunable_outside_embeddings"] = prunable_share(model, groups, embeddings=False)
+        facts["prunable_params_share"] = share_along(model, groups)
+        facts["prunable_outside_embeddings"] = share_along(model, groups, embeddings=False)
         facts["error"] = _twin_error(model, example, groups, halves(groups))
         if not facts["error"] <= TOLERANCE:
             raise _Failed(f"differs from its masked twin by {facts['error']:.2g}")
@@ -111,28 +112,6 @@ def halves(groups: tuple[Group, ...]) -> dict[str, np.ndarray]:
         kept[generator.permutation(group.num_units)[: max(1, group.num_units // 2)]] = True
         keep[group.name] = kept
     return keep
-
-
-def prunable_share(model: nn.Module, groups: tuple[Group, ...], *, embeddings: bool) -> float:
-    """Share of parameters with an entry along a unit of these groups.
-
-    Args:
-        model: the model.
-        groups: groups that count.
-        embeddings: whether tables of `nn.Embedding` modules (and what is tied to them) count.
-    """
-    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    fixed: dict[str, dict[int, np.ndarray]] = {}
-    for place in (place for group in groups for place in group.slices if place.dim is not None):
-        free = fixed.setdefault(place.tensor, {}).setdefault(place.dim or 0, np.ones(len(place.index), dtype=bool))
-        free &= place.index < 0
-    prunable = total = 0.0
-    for name, parameter in model.named_parameters():
-        if not embeddings and id(parameter) in tables:
-            continue
-        total += parameter.numel()
-        prunable += parameter.numel() * (1.0 - math.prod(free.mean() for free in fixed.get(name, {}).values()))
-    return prunable / total if total else 0.0
 
 
 def _twin_error(model: nn.Module, example: Any, groups: tuple[Group, ...], keep: Keep) -> float:
@@ -159,13 +138,15 @@ def _twin_error(model: nn.Module, example: Any, groups: tuple[Group, ...], keep:
     errors = [_difference(a, b, "an output") for a, b in zip(want.outputs, got.outputs, strict=True)]
     for name, gradient in want.gradients.items():
         cut = take(gradient, dims.get(name, {}))
+        if not cut.numel():
+            continue
         if name not in got.gradients:
             raise _Failed(f"{name} has no gradient after the cut")
         errors.append(_difference(cut, got.gradients[name], f"the gradient of {name}"))
     for name, parameter in masked.named_parameters():
         errors.append(_difference(take(parameter, dims.get(name, {})), small.get_parameter(name), name))
     for name, parameter in small.named_parameters():
-        if name in got.gradients and torch.equal(parameter, before[name]):
+        if name in got.gradients and parameter.numel() and torch.equal(parameter, before[name]):
             raise _Failed(f"the optimizer's step did not move {name}")
     return max(errors, default=0.0)
 
@@ -241,7 +222,9 @@ def _ties(model: nn.Module) -> dict[str, int]:
     return {name: first.setdefault(id(p), position) for position, (name, p) in enumerate(names)}
 
 
-def _check_kept(model: nn.Module, optimizer: SGD, frozen: str, ties: Mapping[str, int], modes: Mapping[str, bool]) -> None:
+def _check_kept(
+    model: nn.Module, optimizer: SGD, frozen: str, ties: Mapping[str, int], modes: Mapping[str, bool]
+) -> None:
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     live = {id(p) for p in model.parameters() if p.requires_grad}
     if held != live:

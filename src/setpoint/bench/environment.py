@@ -14,18 +14,25 @@ from setpoint.bench.task import Task
 def environment(task: Task) -> dict[str, str | int]:
     """Versions, platform, processor, threads, and the type that products are computed in."""
     return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "setpoint": _version("setpoint"),
-        "platform": platform.platform(),
-        "cpu": _processor(),
+        **machine(),
         "device": torch.cuda.get_device_name() if task.device.type == "cuda" else task.device.type,
         "threads": torch.get_num_threads(),
         "dtype": task.dtype,
     }
 
 
-def _version(package: str) -> str:
+def machine() -> dict[str, str | int]:
+    """Versions, platform and processor."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "setpoint": package_version("setpoint"),
+        "platform": platform.platform(),
+        "cpu": _processor(),
+    }
+
+
+def package_version(package: str) -> str:
     """Version of an installed package."""
     try:
         return version(package)

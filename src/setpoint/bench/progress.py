@@ -1,13 +1,15 @@
-"""Progress bars on stderr: one per cell, with loss, validation score and time left."""
+"""Progress bars on stderr: one per cell of a benchmark with loss and score, or one over all models; with time left."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 
 import rich.progress
 from rich.console import Console
 
+from setpoint.bench.coverage import Verdict
 from setpoint.bench.training import Cell, Progress
 
 
@@ -19,14 +21,7 @@ class ProgressBars:
     """
 
     def __init__(self, cells: Sequence[Cell]) -> None:
-        self._bars = rich.progress.Progress(
-            rich.progress.TextColumn("{task.description}"),
-            rich.progress.BarColumn(bar_width=24),
-            rich.progress.TaskProgressColumn(),
-            rich.progress.TimeRemainingColumn(elapsed_when_finished=True),
-            rich.progress.TextColumn("{task.fields[state]}"),
-            console=Console(stderr=True),
-        )
+        self._bars = _bars()
         self._several_seeds = len({cell.seed for cell in cells}) > 1
         self._task_of: dict[Cell, rich.progress.TaskID] = {}
 
@@ -49,6 +44,32 @@ class ProgressBars:
         budget = "" if cell.budget is None else f" at {cell.budget:g}"
         seed = f", seed {cell.seed}" if self._several_seeds else ""
         return f"{cell.method.name}{budget}{seed}"
+
+
+@contextmanager
+def sweep_bar(name: str, total: int) -> Iterator[Callable[[Verdict], None]]:
+    """A bar over the models of a suite, which moves by one when it is called with a verdict."""
+    with _bars() as bars:
+        bar = bars.add_task(name, total=total, state="")
+        failed = 0
+
+        def after(verdict: Verdict) -> None:
+            nonlocal failed
+            failed += not verdict.passed
+            bars.update(bar, advance=1, state=f"{verdict.model}, {failed} failed")
+
+        yield after
+
+
+def _bars() -> rich.progress.Progress:
+    return rich.progress.Progress(
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(bar_width=24),
+        rich.progress.TaskProgressColumn(),
+        rich.progress.TimeRemainingColumn(elapsed_when_finished=True),
+        rich.progress.TextColumn("{task.fields[state]}"),
+        console=Console(stderr=True),
+    )
 
 
 def _state(progress: Progress) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from setpoint.bench.task import BenchError
+
+_MOST_PARAMS = 500_000_000
+"""A larger model is built without its weights: the copies on which cuts are tried would fill the memory."""
 
 # What a transformers model is built for, the first that it can do; and the mapping that says so.
 _HEADS = {
@@ -24,44 +28,50 @@ _HEADS = {
 }
 
 
-def named_model(target: str, shape: tuple[int, ...] | None) -> tuple[nn.Module, Any]:
-    """An untrained model of a library, and an example.
+def named_model(target: str, shape: tuple[int, ...] | None = None) -> tuple[nn.Module, Any]:
+    """An untrained model of a library in train mode, and an example.
+
+    A transformers model of more than 500 million parameters comes on the "meta" device: it has shapes only.
 
     Args:
         target: "torchvision:resnet50", "timm:vit_tiny_patch16_224", "transformers:gpt2" (a model type, or the name
-            of a model on the Hub), or one of these names alone: then the libraries are asked in this order.
-        shape: shape of an image batch, for torchvision and timm; None for the model's usual size.
+            of a model on the Hub with a slash in it), or one of these names alone: then the libraries are asked in
+            this order.
+        shape: shape of a batch of images, or of a batch of tokens for a language model; None for the model's usual
+            size.
 
     Raises:
-        BenchError: for a name that no installed library knows.
+        BenchError: for a name that no installed library knows, or a shape of another kind than the model takes.
     """
     library, colon, name = target.rpartition(":")
     if colon and library not in _LIBRARIES:
         raise BenchError(f"unknown library {library!r} in {target!r}: use one of {', '.join(_LIBRARIES)}")
-    missing, close = [], []
+    missing: list[str] = []
+    close: list[str] = []
     for each in [library] if colon else _LIBRARIES:
         try:
-            names = _names(each)
+            names = library_names(each)
         except ImportError:
             missing.append(each)
             continue
         if name in names or (each == "transformers" and "/" in name):
             return _LIBRARIES[each](name, shape)
         close += difflib.get_close_matches(name, names, 3)
-    hint = f"; did you mean {', '.join(dict.fromkeys(close))}?" if close else ""
-    absent = f" ({', '.join(missing)} not installed: pip install \"setpoint[suites]\")" if missing else ""
+    close = difflib.get_close_matches(name, dict.fromkeys(close), 3)
+    hint = f"did you mean {' or '.join(close)}? Otherwise name" if close else "name"
+    absent = f' ({", ".join(missing)} not installed: pip install "setpoint[suites]")' if missing else ""
     raise BenchError(
-        f"unknown model {target!r}{absent}{hint or ': name a model of torchvision, timm or transformers'}; "
+        f"unknown model {target!r}{absent}: {hint} a model of torchvision, timm or transformers, "
         "or give module.py:function that returns your own"
     )
 
 
-def noise(shape: tuple[int, ...]) -> Tensor:
-    """An example input; zeros would leave BatchNorm nothing to normalise."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+def library_names(library: str) -> list[str]:
+    """Names of the models of "torchvision", "timm" or "transformers".
 
-
-def _names(library: str) -> list[str]:
+    Raises:
+        ImportError: the library is not installed.
+    """
     if library == "torchvision":
         from torchvision import models
 
@@ -75,40 +85,75 @@ def _names(library: str) -> list[str]:
     return list(CONFIG_MAPPING_NAMES)
 
 
-def _torchvision(name: str, shape: tuple[int, ...] | None) -> tuple[nn.Module, Any]:
+def classifier_names() -> list[str]:
+    """Names of torchvision's models that classify images."""
     from torchvision import models
 
-    model: nn.Module = models.get_model(name, weights=None)
-    return model, (noise(shape or (2, 3, 224, 224)),)
+    return list(models.list_models(module=models))
 
 
-def _timm(name: str, shape: tuple[int, ...] | None) -> tuple[nn.Module, Any]:
+def noise(shape: tuple[int, ...]) -> Tensor:
+    """An example input; zeros would leave BatchNorm nothing to normalise."""
+    return torch.randn(shape, generator=torch.Generator(device="cpu").manual_seed(0), device="cpu")
+
+
+def torchvision_model(name: str, shape: tuple[int, ...] | None = None) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """An untrained torchvision model, and a batch of noise: images, clips, or pairs of images for optical flow."""
+    from torchvision import models
+
+    builder = models.get_model_builder(name)
+    backbone = {"weights_backbone": None} if "weights_backbone" in inspect.signature(builder).parameters else {}
+    model: nn.Module = builder(weights=None, **backbone)
+    kind = builder.__module__.removeprefix("torchvision.models.").partition(".")[0]
+    if kind == "video":
+        size = 112 if name.startswith(("r3d", "mc3", "r2plus1d")) else 224
+        return model, (noise(shape or (2, 3, 16, size, size)),)
+    if kind == "optical_flow":
+        return model, (noise(shape or (2, 3, 128, 128)),) * 2
+    size = 299 if name == "inception_v3" else 224
+    return model, (noise(shape or (2, 3, size, size)),)
+
+
+def timm_model(name: str, shape: tuple[int, ...] | None = None) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """An untrained timm model, and a batch of noise of the size that it is made for."""
     import timm
 
-    model: nn.Module = timm.create_model(name, pretrained=False)
+    model: Any = timm.create_model(name, pretrained=False)
     return model, (noise(shape or (2, *model.pretrained_cfg["input_size"])),)
 
 
 def _transformers(name: str, shape: tuple[int, ...] | None) -> tuple[nn.Module, Any]:
     import transformers
 
-    config: Any = (
-        transformers.AutoConfig.from_pretrained(name) if "/" in name else transformers.AutoConfig.for_model(name)
-    )
-    return transformers_model(config)
+    try:
+        config = (
+            transformers.AutoConfig.from_pretrained(name) if "/" in name else transformers.AutoConfig.for_model(name)
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise BenchError(f"no configuration of {name!r} on this machine or on the Hub: {reason}") from error
+    with torch.device("meta"):
+        model, example = transformers_model(config, shape, usual=True)
+    if sum(parameter.numel() for parameter in model.parameters()) <= _MOST_PARAMS:
+        return transformers_model(config, shape, usual=True)
+    return model, {key: value.to("meta") for key, value in example.items()}
 
 
-_LIBRARIES = {"torchvision": _torchvision, "timm": _timm, "transformers": _transformers}
+_LIBRARIES = {"torchvision": torchvision_model, "timm": timm_model, "transformers": _transformers}
 
 
-def transformers_model(config: Any) -> tuple[nn.Module, dict[str, Tensor]]:
+def transformers_model(
+    config: Any, shape: tuple[int, ...] | None = None, *, usual: bool = False
+) -> tuple[nn.Module, dict[str, Tensor]]:
     """A transformers model in train mode, without a cache, and the inputs of a training step.
 
     Args:
         config: its configuration; the model is built for the first task that its type can do.
+        shape: shape of its main input, tokens before images; None for two rows.
+        usual: whether the default is as long as usual (128 tokens); otherwise it is short.
 
     Raises:
-        BenchError: for a type that can do none of the usual ones.
+        BenchError: for a type that can do none of the usual ones, or a shape that does not fit it.
     """
     import transformers
     from transformers.models.auto import modeling_auto
@@ -121,33 +166,57 @@ def transformers_model(config: Any) -> tuple[nn.Module, dict[str, Tensor]]:
             kind = getattr(modeling_auto, mapping)[config.model_type]
             names = [kind] if isinstance(kind, str) else list(kind)
             model: nn.Module = getattr(transformers, names[-1])(config)
-            return model.train(), _inputs(head, config)
+            return model.train(), _inputs(head, config, shape, usual)
     raise BenchError(f"transformers has no trainable head for {config.model_type!r}: use module.py:function instead")
 
 
-def _inputs(head: str, config: Any) -> dict[str, Tensor]:
-    text = getattr(config, "text_config", config)
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(3, min(int(getattr(text, "vocab_size", 100)), 1000), (2, 12), generator=generator)
-    if head in ("MaskedLM", "CausalLM"):
-        return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    if head == "Seq2SeqLM":
-        return {"input_ids": tokens, "decoder_input_ids": tokens[:, :7]}
+def _inputs(head: str, config: Any, shape: tuple[int, ...] | None, usual: bool) -> dict[str, Tensor]:
+    """What the model reads in a training step, its main input first."""
+    text = getattr(config, "text_config", None) or config
+    vocabulary = min(int(getattr(text, "vocab_size", 100)), 1000)
+    longest = int(getattr(text, "max_position_embeddings", None) or 128)
+    length = min(128, longest if longest > 0 else 128) if usual else 12
+
+    def tokens(rows_and_length: tuple[int, ...]) -> Tensor:
+        generator = torch.Generator(device="cpu").manual_seed(0)
+        return torch.randint(3, vocabulary, rows_and_length, generator=generator, device="cpu")
+
     if head == "SpeechSeq2Seq":
         frames = 2 * int(getattr(config, "max_source_positions", 16))
-        return {"input_features": noise((2, config.num_mel_bins, frames)), "decoder_input_ids": tokens[:, :7]}
+        sound = noise(_shaped(shape, (2, int(config.num_mel_bins), frames), "frames of a spectrogram"))
+        return {"input_features": sound, "decoder_input_ids": tokens((len(sound), 7))}
     if head == "CTC":
-        return {"input_values": noise((2, 800))}
-    image = _image(getattr(config, "vision_config", config))
-    return {"input_ids": tokens, "pixel_values": image} if head == "ZeroShotImageClassification" else {
-        "pixel_values": image
-    }
+        return {"input_values": noise(_shaped(shape, (2, 16000 if usual else 800), "samples of sound"))}
+    image = _image_shape(getattr(config, "vision_config", None) or config, 224 if usual else 64)
+    if head in ("ImageClassification", "SemanticSegmentation"):
+        return {"pixel_values": noise(_shaped(shape, image, "a batch of images"))}
+    words = tokens(_shaped(shape, (2, length), "a batch of tokens"))
+    if head == "ZeroShotImageClassification":
+        return {"input_ids": words, "pixel_values": noise((len(words), *image[1:]))}
+    if head == "Seq2SeqLM":
+        return {"input_ids": words, "decoder_input_ids": words[:, : max(1, words.shape[1] * 7 // 12)]}
+    return {"input_ids": words, "attention_mask": torch.ones_like(words)}
 
 
-def _image(config: Any) -> Tensor:
-    size = getattr(config, "image_size", None) or 64
+def _shaped(shape: tuple[int, ...] | None, usual: tuple[int, ...], what: str) -> tuple[int, ...]:
+    """The shape asked for, or the usual one.
+
+    Raises:
+        BenchError: the shape has another number of dims.
+    """
+    if shape is None:
+        return usual
+    if len(shape) != len(usual):
+        said = ",".join(map(str, usual))
+        raise BenchError(f"the model takes {what}, such as {said}, got {','.join(map(str, shape))}")
+    return shape
+
+
+def _image_shape(config: Any, otherwise: int) -> tuple[int, int, int, int]:
+    """Two images of the size that the model is made for; for any size, of `otherwise` pixels."""
+    size = getattr(config, "image_size", None) or otherwise
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
-    return noise((2, int(getattr(config, "num_channels", 3)), int(height), int(width)))
+    return 2, int(getattr(config, "num_channels", 3)), int(height), int(width)
 
 
 def small_config(name: str, known: Mapping[str, Any], sizes: Mapping[str, Any]) -> Any:

@@ -31,9 +31,8 @@
       hoverlabel: { ...spec.layout.hoverlabel, bgcolor: token("--panel"), bordercolor: token("--rule"),
         font: { color: token("--ink") } },
       modebar: { bgcolor: "rgba(0,0,0,0)", color: token("--soft"), activecolor: token("--accent") },
-      xaxis: axis(spec.layout.xaxis),
-      yaxis: axis(spec.layout.yaxis),
     };
+    for (const name of ["xaxis", "yaxis"]) if (spec.layout[name]) layout[name] = axis(spec.layout[name]);
     if (chosen && spec.abscissas.step) {
       layout.xaxis.title = { text: chosen[0] };
       spec.data.forEach((trace, place) => { trace.x = chosen[1][place]; });
@@ -43,7 +42,7 @@
     return Plotly.react(place, spec.data, layout, {
       displaylogo: false, plotlyServerURL: "",
       // Named one by one: the default set can grow buttons that send the data elsewhere.
-      modeBarButtons: [["zoom2d", "pan2d", "resetScale2d", "toImage"]],
+      modeBarButtons: [spec.layout.xaxis ? ["zoom2d", "pan2d", "resetScale2d", "toImage"] : ["toImage"]],
     });
   };
 
@@ -59,7 +58,11 @@
   });
   document.querySelectorAll(".plot").forEach((place) => resized.observe(place));
   const redraw = (ids) => ids.filter((id) => document.getElementById(id).dataset.drawn).forEach(draw);
-  scheme.addEventListener("change", () => redraw(Object.keys(specs)));
+  const paint = () => document.querySelectorAll("[data-color]").forEach((key) => {
+    key.style.background = inScheme(key.dataset.color);
+  });
+  paint();
+  scheme.addEventListener("change", () => { redraw(Object.keys(specs)); paint(); });
   window.addEventListener("beforeprint", () => {
     document.querySelectorAll(".plot").forEach((place) => { if (place.offsetParent) draw(place.id); });
   });

@@ -77,7 +77,11 @@ def write_page(results_dir: Path, out: Path | None = None) -> Path:
     """
     results = read_results(results_dir)
     target = results_dir / "report.html" if out is None else out
-    page = render(results, plotly_script())
+    return save(render(results, plotly_script()), target)
+
+
+def save(page: str, target: Path) -> Path:
+    """Write a page whole or not at all."""
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(target.name + ".tmp")
     unfinished.write_text(page, encoding="utf-8")
@@ -97,17 +101,27 @@ def render(results: Results, script: str) -> str:
     for place, task in enumerate(results.tasks()):
         body += task_section(f"t{place}", task, results.of(task), [row for row in rows if row.task == task])
     body += Draft(remarks(results.remarks) + environment(results.cells))
+    return document(", ".join(results.tasks()), body, script)
+
+
+def document(title: str, body: Draft, script: str) -> str:
+    """The HTML of a page.
+
+    Args:
+        title: what it is about.
+        body: what it shows.
+        script: JavaScript that defines `Plotly`.
+    """
     specs = {
         name: {"data": figure.data, "layout": figure.layout, "abscissas": figure.abscissas}
         for name, figure in body.figures.items()
     }
     text = {name: (files("setpoint.report") / f"page.{name}").read_text(encoding="utf-8") for name in ("css", "js")}
-    titles = ", ".join(results.tasks())
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
-        f"<title>Setpoint: {escape(titles)}</title>\n<style>\n{text['css']}</style>\n</head>\n<body>\n"
+        f"<title>Setpoint: {escape(title)}</title>\n<style>\n{text['css']}</style>\n</head>\n<body>\n"
         f"<main>\n{body.html}</main>\n"
         f'<script type="application/json" id="figures">{inert(specs)}</script>\n'
         f'<script type="application/json" id="dark">{inert(DARK)}</script>\n'

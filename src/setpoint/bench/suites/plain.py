@@ -89,7 +89,7 @@ def _grouped_transposed() -> tuple[nn.Module, Any]:
 class _Recurrent(nn.Module):
     """An encoder of numbers, a recurrent network, a classifier of its last output."""
 
-    def __init__(self, kind: type[nn.RNNBase], **options: Any) -> None:
+    def __init__(self, kind: Callable[..., nn.RNNBase], **options: Any) -> None:
         super().__init__()
         self.encode = nn.Linear(6, 24)
         self.cell = kind(24, 20, batch_first=True, **options)
@@ -101,7 +101,7 @@ class _Recurrent(nn.Module):
         return out
 
 
-def _recurrent(kind: type[nn.RNNBase], **options: Any) -> Callable[[], tuple[nn.Module, Any]]:
+def _recurrent(kind: Callable[..., nn.RNNBase], **options: Any) -> Callable[[], tuple[nn.Module, Any]]:
     return lambda: (_Recurrent(kind, **options), (torch.randn(4, 7, 6),))
 
 
@@ -153,9 +153,7 @@ class _Experts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.gate = nn.Linear(8, 4)
-        self.experts = nn.ModuleList(
-            nn.Sequential(nn.Linear(8, 24), nn.GELU(), nn.Linear(24, 8)) for _ in range(4)
-        )
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(8, 24), nn.GELU(), nn.Linear(24, 8)) for _ in range(4))
         self.head = nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -292,7 +290,14 @@ class _Standardised(nn.Conv2d):
 
 @_model
 def _weight_standardised() -> tuple[nn.Module, Any]:
-    layers = _Standardised(3, 16, 3), nn.GroupNorm(4, 16), nn.ReLU(), nn.Conv2d(16, 12, 3), nn.ReLU(), nn.Conv2d(12, 3, 1)
+    layers = (
+        _Standardised(3, 16, 3),
+        nn.GroupNorm(4, 16),
+        nn.ReLU(),
+        nn.Conv2d(16, 12, 3),
+        nn.ReLU(),
+        nn.Conv2d(12, 3, 1),
+    )
     return nn.Sequential(*layers), (_image(),)
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from setpoint.bench.coverage import Build
+from setpoint.bench.zoo import noise, timm_model
 
 _NAMES = """
-    resnet18 resnet26d resnet26t resnetv2_50 resnet50_gn resnetaa50 resnetblur50 resnetrs50 seresnet50 seresnext26d_32x4d
-    ecaresnet26t resnext26ts resnext50_32x4d wide_resnet50_2 skresnet18 skresnext50_32x4d resnest14d
+    resnet18 resnet26d resnet26t resnetv2_50 resnet50_gn resnetaa50 resnetblur50 resnetrs50 seresnet50
+    seresnext26d_32x4d ecaresnet26t resnext26ts resnext50_32x4d wide_resnet50_2 skresnet18 skresnext50_32x4d resnest14d
     res2net50_26w_4s res2next50 regnetx_002 regnety_002 regnetv_040 regnetz_b16 gcresnet33ts
     efficientnet_b0 tf_efficientnet_b0 tf_efficientnetv2_b0 efficientnet_es gc_efficientnetv2_rw_t mobilenetv1_100
     mobilenetv2_100 mobilenetv3_small_100 mobilenetv3_large_100 mobilenetv4_conv_small mobilenetv4_hybrid_medium
@@ -43,15 +44,14 @@ def suite() -> Mapping[str, Build]:
 
 def _build(name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
     """The untrained model and two images of the size that it is made for (smaller where any size will do)."""
-    import timm
-
-    model: nn.Module = timm.create_model(name, pretrained=False)
-    size = model.pretrained_cfg["input_size"]
-    if not model.pretrained_cfg.get("fixed_input_size", False) and not _any_attention(model):
-        size = (3, 96, 96)
-    return model, (torch.randn(2, *size),)
+    model, example = timm_model(name)
+    about: Any = model.pretrained_cfg
+    if not about.get("fixed_input_size", False) and not _any_attention(model):
+        example = (noise((2, 3, 96, 96)),)
+    return model, example
 
 
 def _any_attention(model: nn.Module) -> bool:
     """Whether some module may be built for one size of image; those without attention seldom are."""
-    return any("att" in type(module).__name__.lower() or "mix" in type(module).__name__.lower() for module in model.modules())
+    kinds = {type(module).__name__.lower() for module in model.modules()}
+    return any("att" in kind or "mix" in kind for kind in kinds)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 
 from setpoint.bench.coverage import Build
+from setpoint.bench.zoo import classifier_names, torchvision_model
 
 _TOO_LARGE = {"regnet_y_128gf", "vit_h_14", "vit_l_16", "vit_l_32"}
 """Over 300 million parameters."""
@@ -16,16 +16,10 @@ _TOO_LARGE = {"regnet_y_128gf", "vit_h_14", "vit_l_16", "vit_l_32"}
 
 def suite() -> Mapping[str, Build]:
     """By name, how to make each model."""
-    from torchvision import models
-
-    return {name: partial(_build, name) for name in models.list_models(module=models) if name not in _TOO_LARGE}
+    return {name: partial(_build, name) for name in classifier_names() if name not in _TOO_LARGE}
 
 
 def _build(name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
     """The untrained model and four small images; some are built for one size of image."""
-    from torchvision import models
-
     size = 224 if name.startswith(("vit", "maxvit")) else 96 if name.startswith("inception") else 64
-    rows = 2 if size == 224 else 4
-    model: nn.Module = models.get_model(name, weights=None)
-    return model, (torch.randn(rows, 3, size, size),)
+    return torchvision_model(name, (2 if size == 224 else 4, 3, size, size))
