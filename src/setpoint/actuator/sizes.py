@@ -13,6 +13,7 @@ from torch import nn
 from setpoint.actuator.cut import SizePlace
 from setpoint.errors import GroupError
 from setpoint.groups.shim import get_call_sizes, set_call_sizes
+from setpoint.groups.vanish import fit_forward
 
 _RECORD = "_setpoint_sizes"
 _BUFFERS = "_setpoint_buffers"
@@ -111,8 +112,10 @@ def apply_sizes(model: nn.Module, sizes: Mapping[SizePlace, int], undo: ExitStac
         if is_call(place):
             calls.setdefault(name, {})[place] = size
             continue
+        undo.callback(fit_forward, module)
         undo.callback(partial(write_size, module, place, read_size(module, place)))
         write_size(module, place, size)
+        fit_forward(module)
     for name, places in calls.items():
         module = model.get_submodule(name)
         old = dict(get_call_sizes(module))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from setpoint.groups.export import Example
 from setpoint.groups.group import Group, SizeBinding
 from setpoint.groups.shim import HEADS
 from setpoint.groups.trial import Places, Trial, as_python_counts, call_of, outcome_of, random_keep
+from setpoint.groups.vanish import bypassed, empty
 from setpoint.groups.walk import Call, Walk
 
 # Attributes of torch's own modules that name the size of a dim of one of their tensors.
@@ -44,7 +46,9 @@ def bind(
         places = _places(model, example, walk, units, dims)
         failing = _failing(model, example, shapes, units, dims, places)
         if not failing:
-            return units, _with_sizes(units, places)
+            gone = _vanishing(model, example, shapes, walk, units, dims, places)
+            groups = _with_sizes(units, places)
+            return units, tuple(replace(group, min_units=0) if group.name in gone else group for group in groups)
         for name, why in failing.items():
             walk.atoms.frozen.append((np.zeros(1, dtype=np.int64), name, f"with fewer units {why}"))
         units = units.without(failing)
@@ -160,6 +164,37 @@ def _failing(
     if dense.error:
         return {}  # even the dense copy cannot be judged like this: real tensors will tell
     return {**_culprits(lossless, fault), **_culprits(list(whole), fault)}
+
+
+def _vanishing(
+    model: nn.Module,
+    example: Example,
+    shapes: Sequence[torch.Size],
+    walk: Walk,
+    units: Units,
+    dims: Sequence[OwnDim],
+    places: Places,
+) -> set[str]:
+    """Groups all of whose units may go: the model goes round them, and its forward runs without them.
+
+    Groups whose names differ in numbers only (the layers of a stack) are tried together.
+    """
+    lossless = {group.name for group in units.groups if group.lossless}
+    candidates = sorted(bypassed(walk, units, walk.inputs, walk.outputs) & lossless)
+    if not candidates:
+        return set()
+
+    def runs(names: Sequence[str]) -> bool:
+        found = outcome_of(model, example, units, dims, places, empty(names, units))
+        return not found.error and list(found.shapes) == list(shapes)
+
+    if runs(candidates):
+        return set(candidates)
+    alike: dict[str, list[str]] = {}
+    for name in candidates:
+        alike.setdefault(re.sub(r"\d+", "0", name), []).append(name)
+    fine = [name for names in alike.values() if runs(names) for name in names]
+    return set(fine) if fine and runs(fine) else set()
 
 
 def _culprits(suspects: list[str], fault: Callable[[Sequence[str]], str | None]) -> dict[str, str]:

@@ -308,10 +308,10 @@ def set_call_sizes(module: nn.Module, sizes: Mapping[str, int]) -> None:
         # Torch's layers leave out their fused path, which knows nothing of fewer heads, where this is False.
         module._qkv_same_embed_dim = not sizes and module.in_proj_weight is not None
         if sizes:
-            module.forward = HeadsForward(module, dict(sizes))
+            module.__dict__["forward"] = HeadsForward(module, dict(sizes))
             return
     if sizes:
-        module.forward = SizedForward(module, dict(sizes))
+        module.__dict__["forward"] = SizedForward(module, dict(sizes))
     else:
         module.__dict__.pop("forward", None)
 

@@ -144,7 +144,8 @@ def _walk(model: nn.Module, program: Any) -> tuple[Walk, list[OwnDim]]:
         if node.op == "placeholder":
             walk.node, walk.module = node, _module_of(node)
             env[node] = _input(model, walk, node, specs.get(node.name), own, dims)
-    for value in _values(_run(walk, program.graph_module, env, {})):
+    walk.outputs.extend(_values(_run(walk, program.graph_module, env, {})))
+    for value in walk.outputs:
         walk.freeze_all(value, "it reaches the model's output")
     return walk, dims
 
@@ -220,7 +221,10 @@ def _input(model: nn.Module, walk: Walk, node: fx.Node, spec: Any, own: dict[int
     shape = tuple(int(size) for size in fake.shape)
     if spec is None or spec.kind not in (InputKind.PARAMETER, InputKind.BUFFER):
         is_input = spec is not None and spec.kind is InputKind.USER_INPUT
-        return Value(shape, (None,) * len(shape), weight=not is_input, grad=is_input and fake.requires_grad)
+        value = Value(shape, (None,) * len(shape), weight=not is_input, grad=is_input and fake.requires_grad)
+        if is_input:
+            walk.inputs.append(value)
+        return value
     name = str(spec.target).removeprefix("model.")
     tensor = _tensor(model, name)
     if id(tensor) not in own:
@@ -281,4 +285,6 @@ def _visit(walk: Walk, node: fx.Node, env: dict[fx.Node, Any], numbers: dict[tup
         result = function(walk, out, *args, **kwargs)
     if out is None:
         return fake if isinstance(fake, (int, float, bool)) else None
-    return finish(walk, result, out, inputs)
+    finished = finish(walk, result, out, inputs)
+    walk.flow.append((inputs, _values(finished)))
+    return finished

@@ -16,6 +16,7 @@ from setpoint.groups.build import OwnDim, Units
 from setpoint.groups.export import Example, run_without_data
 from setpoint.groups.group import Group
 from setpoint.groups.shim import CallSizes, parse, set_call_sizes
+from setpoint.groups.vanish import fit_forward
 from setpoint.groups.walk import Call
 
 Labels = np.ndarray
@@ -228,6 +229,7 @@ def _set_places(twin: nn.Module, places: Places, kept: Kept) -> None:
             calls.setdefault(module, {})[place] = kept.count(labels)
         else:
             set_attribute(twin.get_submodule(module), place, kept.count(labels))
+            fit_forward(twin.get_submodule(module))
     for module, sizes in calls.items():
         set_call_sizes(twin.get_submodule(module), sizes)
 

@@ -78,6 +78,8 @@ class Walk:
         atoms: classes of entries.
         grouped: of each grouped convolution the atoms of its groups, and its weight's dims that read and write.
         unknown: names of the ops that no rule knows.
+        flow: of each op what it read and what it gave.
+        inputs, outputs: what the model is given, and what it returns.
         node: the node being visited.
         module: qualified name of the module whose own forward holds the node.
     """
@@ -89,6 +91,9 @@ class Walk:
     attributes: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)
     grouped: list[tuple[np.ndarray, DimLabels, DimLabels]] = field(default_factory=list)
     unknown: set[str] = field(default_factory=set)
+    flow: list[tuple[list[Value], list[Value]]] = field(default_factory=list)
+    inputs: list[Value] = field(default_factory=list)
+    outputs: list[Value] = field(default_factory=list)
     node: fx.Node | None = None
     module: str = ""
     call_index: int = 0

@@ -1,0 +1,121 @@
+"""Vanishing: a residual branch whose inner width is 0, and layers that have no channels left.
+
+Where a group's units lie only on a branch that something else goes round, all of them may go: what is left
+of the branch is a constant (its last bias), and the sum passes. Products and attention run with empty tensors
+as they are; a convolution or a norm without channels gets a forward that needs none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from setpoint.groups.build import Units
+from setpoint.groups.walk import Value, Walk
+
+_CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+
+
+def bypassed(walk: Walk, units: Units, inputs: Sequence[Value], outputs: Sequence[Value]) -> set[str]:
+    """Names of the groups without which every output still depends on the inputs.
+
+    One pass over the graph with a set of groups for every value: those that some path from an input to it
+    does not touch. Sets are integers with a bit for each group, and one more that marks a path at all.
+
+    Args:
+        walk: what the walk recorded.
+        units: the groups.
+        inputs: the values that the model is given.
+        outputs: the values that it returns.
+    """
+    path = 1 << len(units.groups)
+    avoids = {id(value): path | (path - 1) for value in inputs}
+    touched: dict[int, int] = {}
+
+    def touches(value: Value) -> int:
+        result = 0
+        for labels in value.labels:
+            if labels is not None:
+                if id(labels) not in touched:
+                    touched[id(labels)] = sum(1 << group for group in units.among(labels))
+                result |= touched[id(labels)]
+        return result
+
+    for sources, results in walk.flow:
+        reached = 0
+        for source in sources:
+            reached |= avoids.get(id(source), 0)
+        for result in results:
+            avoids[id(result)] = reached & ~touches(result)
+    answer = path | (path - 1)
+    for output in outputs:
+        if avoids.get(id(output), 0) & path:
+            answer &= avoids[id(output)]
+    return {group.name for position, group in enumerate(units.groups) if answer >> position & 1}
+
+
+class EmptyForward:
+    """The forward of a convolution or norm that reads or writes no channels: nothing, or the bias alone.
+
+    Args:
+        module: the layer it stands in for.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, x: Tensor, *args: Any) -> Tensor:
+        """The bias in every channel, at the positions that the layer would give."""
+        module = self.module
+        if not isinstance(module, nn.modules.conv._ConvNd):
+            return x.clone()
+        num_spatial = len(module.kernel_size)
+        shape = (*x.shape[: -num_spatial - 1], module.out_channels, *_positions(module, x.shape[-num_spatial:]))
+        # Both results stay tied to x, so that what comes before gets the zero gradient that the masked twin gives
+        # it; and neither is a view of it, since an activation may write into them.
+        if module.out_channels == 0:
+            nothing = x.narrow(-num_spatial - 1, 0, 0)
+            for dim in range(-num_spatial, 0):
+                nothing = nothing.narrow(dim, 0, 1)
+            return nothing.expand(shape).clone()
+        y = x.new_zeros(shape) + x.sum()
+        return y if module.bias is None else y + module.bias.view(-1, *(1,) * num_spatial)
+
+
+def _positions(module: nn.modules.conv._ConvNd, space: Sequence[int]) -> torch.Size:
+    """Spatial shape of the output, from a convolution without data."""
+    inputs = torch.empty((1, 1, *space), device="meta")
+    kernel = torch.empty((1, 1, *module.kernel_size), device="meta")
+    options: dict[str, Any] = {"stride": module.stride, "padding": module.padding, "dilation": module.dilation}
+    if module.transposed:
+        y = _TRANSPOSED[len(space)](inputs, kernel, output_padding=module.output_padding, **options)
+    else:
+        y = _CONVOLUTIONS[len(space)](inputs, kernel, **options)
+    return y.shape[2:]
+
+
+def fit_forward(module: nn.Module) -> None:
+    """Give a layer without channels the empty forward, and one that has some its own."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        size = min(module.in_channels, module.out_channels)
+    elif isinstance(module, nn.modules.batchnorm._NormBase):
+        size = module.num_features
+    elif isinstance(module, nn.GroupNorm):
+        size = module.num_channels
+    else:
+        return
+    if size == 0:
+        module.__dict__["forward"] = EmptyForward(module)
+    elif isinstance(module.__dict__.get("forward"), EmptyForward):
+        del module.__dict__["forward"]
+
+
+def empty(names: Sequence[str], units: Units) -> dict[str, np.ndarray]:
+    """The choice that keeps nothing of these groups, and everything of the others."""
+    return {group.name: np.full(group.num_units, group.name not in names) for group in units.groups}

@@ -1,0 +1,133 @@
+"""Vanishing: a branch that loses all its units, and the sum that goes round it."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import setpoint
+from setpoint.actuator.mask import mask
+from setpoint.actuator.shrink import shrink
+from setpoint.groups.group import Group
+from setpoint.groups.trace import find_groups
+from setpoint.groups.vanish import EmptyForward
+
+Example = tuple[Tensor, ...]
+
+
+class Inverted(nn.Module):
+    """Inverted residual blocks: 1x1, depthwise with stride, 1x1; the second one has a way round."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.blocks = nn.ModuleList(self._block(stride) for stride in (2, 1))
+        self.head = nn.Linear(8, 3)
+
+    @staticmethod
+    def _block(stride: int) -> nn.Sequential:
+        return nn.Sequential(
+            nn.Conv2d(8, 16, 1, bias=False),
+            nn.BatchNorm2d(16),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(16, 16, 3, stride, padding=1, groups=16),
+            nn.GroupNorm(16, 16),
+            nn.SiLU(),
+            nn.Conv2d(16, 8, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks[0](self.stem(x))
+        out: Tensor = self.head((x + self.blocks[1](x)).mean((2, 3)))
+        return out
+
+
+def _inverted() -> tuple[nn.Module, Example]:
+    return Inverted(), (torch.randn(4, 3, 8, 8),)
+
+
+def _encoder() -> tuple[nn.Module, Example]:
+    return nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True), (torch.randn(2, 5, 16),)
+
+
+MODELS: dict[str, tuple[Callable[[], tuple[nn.Module, Example]], list[str]]] = {
+    "inverted": (_inverted, ["blocks.1.0"]),
+    "encoder": (_encoder, ["linear1", "self_attn"]),
+}
+
+
+def vanished(name: str) -> tuple[nn.Module, Example, tuple[Group, ...], dict[str, np.ndarray]]:
+    build, _ = MODELS[name]
+    torch.manual_seed(0)
+    model, example = build()
+    groups = tuple(group for group in find_groups(model, example) if group.lossless)
+    keep = {group.name: np.full(group.num_units, group.min_units > 0) for group in groups}
+    return model.double(), tuple(x.double() for x in example), groups, keep
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_only_what_something_goes_round_may_vanish(name: str) -> None:
+    """`min_units` is 0 for the inner units of a residual branch, and above it where the model would be cut in two."""
+    *_, groups, _ = vanished(name)
+    assert sorted(group.name for group in groups if group.min_units == 0) == MODELS[name][1]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_branch_without_units_equals_its_masked_twin(name: str) -> None:
+    """Outputs, gradients and weights after three further AdamW steps agree to 1e-10."""
+    model, example, groups, keep = vanished(name)
+    twin = copy.deepcopy(model)
+    optimizers = [torch.optim.AdamW(each.parameters(), lr=1e-2) for each in (model, twin)]
+    shrink(model, optimizers[0], groups, keep)
+    mask(twin, optimizers[1], groups, keep)
+    for _ in range(3):
+        outputs = []
+        for each, optimizer in zip((model, twin), optimizers, strict=True):
+            optimizer.zero_grad()
+            outputs.append(each(*example))
+            outputs[-1].square().mean().backward()
+            mask(twin, optimizers[1], groups, keep)
+            optimizer.step()
+            mask(twin, optimizers[1], groups, keep)
+        torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=1e-10)
+    whole = dict(twin.named_parameters())
+    for key, parameter in model.named_parameters():
+        if parameter.shape == whole[key].shape:
+            torch.testing.assert_close(parameter, whole[key], rtol=0, atol=1e-10)
+        else:
+            assert parameter.numel() == 0
+
+
+def test_copies_pickles_and_files_of_a_vanished_branch_run(tmp_path: Path) -> None:
+    """deepcopy, pickle, and save and load give the same outputs; a layer that has channels keeps its own forward."""
+    model, example, groups, keep = vanished("inverted")
+    shrink(model, None, groups, keep)
+    want = model(*example)
+    assert isinstance(model.get_submodule("blocks.1.0").__dict__["forward"], EmptyForward)
+    assert "forward" not in model.get_submodule("blocks.0.0").__dict__
+    setpoint.save(model, tmp_path / "small.safetensors")
+    loaded = setpoint.load(tmp_path / "small.safetensors", into=_inverted()[0].double())
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), loaded):
+        torch.testing.assert_close(other(*example), want, rtol=0, atol=1e-12)
+
+
+def test_a_failed_cut_gives_the_layers_their_forward_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an exception in the middle the model computes what it did before."""
+    model, example, groups, keep = vanished("inverted")
+    want = model(*example)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("interrupted")
+
+    monkeypatch.setattr("setpoint.actuator.shrink.torch.clear_autocast_cache", fail)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        shrink(model, None, groups, keep)
+    assert not any(isinstance(m.__dict__.get("forward"), EmptyForward) for m in model.modules())
+    torch.testing.assert_close(model(*example), want, rtol=0, atol=0)
