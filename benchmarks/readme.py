@@ -1,9 +1,9 @@
-"""Writes the tables and pictures of README.md and docs/results.md from the committed result files.
+"""Writes the tables and pictures of README.md, docs/results.md and docs/coverage.md from the committed result files.
 
     python benchmarks/readme.py            rewrite what stands between the markers
     python benchmarks/readme.py --check    fail if a page does not show what the result files say
 
-A marker is `<!-- results:NAME -->` ... `<!-- end -->`; NAME is a folder of results/, or `overhead`.
+A marker is `<!-- results:NAME -->` ... `<!-- end -->`; NAME is a folder of results/, `overhead`, or `coverage`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from setpoint.report.numbers import duration
 from setpoint.report.picture import write_picture
@@ -21,7 +25,7 @@ from setpoint.report.summary import HEADINGS, row_texts, summary_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "coverage.md")
 MARKER = re.compile(r"(<!-- results:(?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 COLUMNS = ("method", "metric", "FLOPs / step", "parameters", "training FLOPs", "training time", "overhead", "landed")
 
@@ -107,12 +111,92 @@ def overhead_table() -> str:
     return "\n".join(lines)
 
 
+LIBRARIES = {"setpoint": "Setpoint", "torch_pruning": "Torch-Pruning"}
+STAGES = {
+    "build": "the model could not be built, copied or trained before the cut",
+    "discovery": "an error in the discovery",
+    "cut": "an error in the cut",
+    "removed": "too little removed",
+    "training": "training forward or backward fails after the cut",
+    "shapes": "outputs of other shapes after the cut",
+    "time": "no answer within the time",
+    "died": "the process died",
+}
+COVERAGE_COLUMNS = ("suite", "library", "passed", "discovery", "exact", "tied", "frozen", "optimizer", "own check")
+
+
+def coverage_table(path: Path) -> str:
+    """Both libraries on every suite, what stopped them, and each of Setpoint's failures."""
+    if not path.exists():
+        return "Not measured yet."
+    data = json.loads(path.read_text(encoding="utf-8"))
+    lines = [f"| {' | '.join(COVERAGE_COLUMNS)} |", f"|{'---|' * len(COVERAGE_COLUMNS)}"]
+    suites = {suite: None for suite in (record["suite"] for record in data["models"])}
+    for suite in [*suites, "all"]:
+        records = [record for record in data["models"] if suite in (record["suite"], "all")]
+        lines += [_coverage_row(suite, library, records) for library in LIBRARIES]
+    stages = {library: Counter(record[library]["stage"] for record in data["models"]) for library in LIBRARIES}
+    lines += ["", f"| what stopped it | {' | '.join(LIBRARIES.values())} |", "|---|---|---|"]
+    for stage, meaning in STAGES.items():
+        if any(counts[stage] for counts in stages.values()):
+            lines.append(f"| {meaning} | {' | '.join(str(stages[library][stage]) for library in LIBRARIES)} |")
+    failures = [(record, reason) for record in data["models"] if (reason := _failure(record))]
+    lines += ["", f"Setpoint fails on {len(failures)} of {len(data['models'])} models:" if failures else "No failures."]
+    lines += [""] * bool(failures) + [f"* {r['suite']} `{r['model']}`: {_code(reason)}" for r, reason in failures]
+    versions = ", ".join(f"{name} {number}" for name, number in data["versions"].items())
+    about = data["environment"]
+    lines += [
+        "",
+        f"{about['cpu']}, {_threads(about)} a model, {data['workers']} at a time, {data['limit_seconds']:g} s and "
+        f"{data['memory_gib']:g} GiB a model, seed {data['seed']}, {data['date'][:10]}; {versions}.",
+    ]
+    return "\n".join(lines)
+
+
+def _coverage_row(suite: str, library: str, records: list[dict[str, Any]]) -> str:
+    outcomes = [record[library] for record in records]
+    seconds = [each["seconds"] for each in outcomes if each["seconds"] is not None]
+    cut = [each for each in outcomes if each["stage"] in ("training", "shapes", "done")]
+    cells = [
+        suite,
+        LIBRARIES[library],
+        f"{sum(each['passed'] for each in outcomes)} / {len(outcomes)}",
+        duration(statistics.median(seconds)) if seconds else "–",
+        f"{sum(each['exact'] is True for each in outcomes)} / {sum(each['passed'] for each in outcomes)}",
+        *(_share(each[demand] for each in cut) for demand in ("tied", "frozen", "optimizer")),
+        f"{sum(r['check']['passed'] for r in records)} / {len(records)}" if library == "setpoint" else "–",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _share(values: Iterable[bool | None]) -> str:
+    """How many hold, of those that could be asked."""
+    known = [value for value in values if value is not None]
+    return f"{sum(known)} / {len(known)}" if known else "–"
+
+
+def _failure(record: dict[str, Any]) -> str:
+    """Why Setpoint fails on a model: by the common demands, or else by its own check; empty if it does not."""
+    mine, own = record["setpoint"], record["check"]
+    if not mine["passed"]:
+        return f"{mine['stage']}: {mine['reason']}"
+    return "" if own["passed"] else f"own check: {own['reason']}"
+
+
+def _code(text: str) -> str:
+    """Text of an error as a span of code."""
+    return f"`{text.replace('`', chr(39))}`"
+
+
 def filled(text: str) -> str:
     """The page with every marked part as the result files say."""
 
     def fill(match: re.Match[str]) -> str:
         name = match["name"]
-        table = overhead_table() if name == "overhead" else methods_table(RESULTS / name)
+        if name == "coverage":
+            table = coverage_table(RESULTS / "coverage" / "torch_pruning.json")
+        else:
+            table = overhead_table() if name == "overhead" else methods_table(RESULTS / name)
         return f"{match[1]}{table}\n{match[3]}"
 
     return MARKER.sub(fill, text)

@@ -1,0 +1,242 @@
+"""Setpoint beside Torch-Pruning: every model of the suites cut in half by both, in one run, judged alike.
+
+    python benchmarks/compare_torch_pruning.py --workers 2
+
+Each library works in processes of its own, on one thread, within a time and a memory limit; one that dies or exceeds
+the time is replaced. Finished models are kept in OUT.partial, and a second start with the same versions goes on from
+there; OUT is written when all are done. Needs `pip install "setpoint[baselines,suites]"`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import resource
+import statistics
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from contenders import LIBRARIES, REMOVED_SHARE, Outcome, best, first_line
+from torch import nn
+
+import setpoint
+from setpoint.bench.catalogue import task_named
+from setpoint.bench.coverage import TOLERANCE, check
+from setpoint.bench.environment import environment
+from setpoint.bench.sweep import SUITES, suite_named
+
+OUT = Path(__file__).resolve().parents[1] / "results" / "coverage" / "torch_pruning.json"
+JOBS = {"setpoint": "setpoint", "check": "setpoint", "torch_pruning": "torch_pruning"}
+"""What is done with a model, and the process that does it."""
+_MODELS_PER_PROCESS = 12
+_START_SECONDS = 120.0
+"""How long a process may take to import everything."""
+
+
+def serve(connection: Connection, library: str, suites: list[str], memory_gib: float) -> None:
+    """Work off jobs (suite, model, name of the job): a pair (whether done, record so far) at every stage."""
+    if library == "torch_pruning":
+        os.environ["TIMM_FUSED_ATTN"] = "0"  # its examples ask for this
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    limit = int(memory_gib * 2**30)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    known = {suite: suite_named(suite) for suite in suites}
+    best(library, lambda: (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), (torch.randn(2, 4),)))
+    connection.send((True, {}))
+    while True:
+        suite, model, job = connection.recv()
+        if job == "check":
+            connection.send((True, checked(asdict(check(model, known[suite][model])))))
+        else:
+            report = best(library, known[suite][model], lambda now: connection.send((False, now)))
+            connection.send((True, report))
+
+
+def checked(verdict: Mapping[str, Any]) -> dict[str, Any]:
+    """A verdict of `setpoint.bench.coverage.check` as it stands in the file."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in verdict.items()}
+    return finite | {"reason": str(verdict["reason"])[:300]}
+
+
+class Worker:
+    """A process that works off jobs of one library, started anew when it was ended or has done its share."""
+
+    def __init__(self, library: str, suites: list[str], memory_gib: float) -> None:
+        self.arguments = library, suites, memory_gib
+        self.process: Any = None
+        self.jobs_left = 0
+
+    def start(self) -> None:
+        """A fresh process, ready for a job."""
+        self.stop()
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs, *self.arguments), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.jobs_left = _MODELS_PER_PROCESS
+        if self._answer(time.monotonic() + _START_SECONDS)[0] != "done":
+            raise RuntimeError(f"the process for {self.arguments[0]} does not start")
+
+    def stop(self) -> None:
+        """End the process."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.join()
+            self.process = None
+
+    def run(self, suite: str, model: str, job: str, limit_seconds: float) -> dict[str, Any]:
+        """The record of one job, whatever becomes of it."""
+        if self.process is None or not self.jobs_left:
+            self.start()
+        self.jobs_left -= 1
+        self.connection.send((suite, model, job))
+        end, record = self._answer(time.monotonic() + limit_seconds)
+        if end == "done":
+            return record
+        self.stop()
+        reason = f"no answer within {limit_seconds:g} s" if end == "time" else "its process died (out of memory?)"
+        if job == "check":
+            return {"model": model, "passed": False, "reason": reason}
+        if record.get("passed"):  # only the comparison with the masked twin was not finished
+            return record | {"exact_reason": reason}
+        return asdict(Outcome()) | record | {"stage": end, "reason": f"{reason}, at {record.get('stage', 'build')}"}
+
+    def _answer(self, deadline: float) -> tuple[str, dict[str, Any]]:
+        """How it ended, "done", "time" or "died", and the last record."""
+        record: dict[str, Any] = {}
+        try:
+            while self.connection.poll(max(0.0, deadline - time.monotonic())):
+                done, record = self.connection.recv()
+                if done:
+                    return "done", record
+            return "time", record
+        except (EOFError, OSError):
+            return "died", record
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries, and a digest of Setpoint's source: results of other ones are not kept."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(setpoint.__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    names = ("setpoint", "torch-pruning", "torch", "torchvision", "timm", "transformers")
+    return {**{name: version(name) for name in names}, "setpoint source": digest.hexdigest()[:12]}
+
+
+def compare(
+    todo: list[tuple[str, str]], workers: int, suites: list[str], limit_seconds: float, memory_gib: float
+) -> Iterator[dict[str, Any]]:
+    """The record of each (suite, model), as it comes."""
+    lanes = threading.local()
+    started: list[Worker] = []
+
+    def record(place: tuple[str, str]) -> dict[str, Any]:
+        if not hasattr(lanes, "workers"):
+            lanes.workers = {library: Worker(library, suites, memory_gib) for library in LIBRARIES}
+            started.extend(lanes.workers.values())
+        suite, model = place
+        outcomes: dict[str, Any] = {}
+        for job, library in JOBS.items():
+            try:
+                outcomes[job] = lanes.workers[library].run(suite, model, job, limit_seconds)
+            except RuntimeError as error:
+                lanes.workers[library].stop()
+                outcomes[job] = asdict(Outcome(stage="died", reason=first_line(error)))
+        return {"suite": suite, "model": model, **outcomes}
+
+    try:
+        with ThreadPoolExecutor(workers) as pool:
+            yield from pool.map(record, todo)
+    finally:
+        for worker in started:
+            worker.stop()
+
+
+def summary(records: list[dict[str, Any]]) -> Iterator[str]:
+    """One line per suite and library."""
+    for suite in dict.fromkeys(record["suite"] for record in records):
+        for library in LIBRARIES:
+            outcomes = [record[library] for record in records if record["suite"] == suite]
+            seconds = [each["seconds"] for each in outcomes if each["seconds"] is not None]
+            yield (
+                f"{suite:13} {library:14} passed {sum(o['passed'] for o in outcomes)} of {len(outcomes)}, "
+                f"exact {sum(o['exact'] is True for o in outcomes)}, "
+                f"discovery {statistics.median(seconds) if seconds else math.nan:.2f} s"
+            )
+
+
+def main() -> None:
+    """Compare, print a line for each model and a table, and write the result file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suites", default=",".join(SUITES), help="comma-separated; by default all")
+    parser.add_argument("--models", default="", help="comma-separated; by default all of each suite")
+    parser.add_argument("--workers", type=int, default=2, help="models at a time")
+    parser.add_argument("--limit-seconds", type=float, default=120.0, help="time for a model in a library")
+    parser.add_argument("--memory-gib", type=float, default=9.0, help="memory of each process")
+    parser.add_argument("--out", type=Path, default=OUT)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    suites = arguments.suites.split(",")
+    chosen = set(filter(None, arguments.models.split(",")))
+    places = [(s, m) for s in suites for m in suite_named(s) if not chosen or m in chosen]
+    result = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seed": 0,
+        "environment": environment(task_named("digits")),
+        "versions": versions(),
+        "limit_seconds": arguments.limit_seconds,
+        "memory_gib": arguments.memory_gib,
+        "workers": arguments.workers,
+        "removed_share": REMOVED_SHARE,
+        "tolerance": TOLERANCE,
+    }
+    same = ("versions", "limit_seconds", "memory_gib")
+    partial = arguments.out.with_name(arguments.out.name + ".partial")
+    earlier = [json.loads(path.read_text(encoding="utf-8")) for path in (arguments.out, partial) if path.exists()]
+    kept = {
+        (record["suite"], record["model"]): record
+        for each in earlier
+        if all(each[key] == result[key] for key in same)
+        for record in each["models"]
+    }
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+
+    def write(path: Path) -> None:
+        result["models"] = [kept[place] for place in places if place in kept]
+        text = json.dumps(result, indent=1, allow_nan=False) + "\n"
+        path.with_name(path.name + ".new").write_text(text, encoding="utf-8")
+        path.with_name(path.name + ".new").replace(path)
+
+    todo = [place for place in places if place not in kept]
+    limits = arguments.limit_seconds, arguments.memory_gib
+    for record in compare(todo, arguments.workers, suites, *limits):
+        kept[record["suite"], record["model"]] = record
+        write(partial)
+        ends = {job: "passed" if record[job]["passed"] else record[job]["reason"][:60] for job in JOBS}
+        print(f"{len(kept)}/{len(places)} {record['suite']} {record['model']}: {ends}", flush=True)
+    if versions() != result["versions"]:
+        sys.exit(f"the code changed during the run, so {partial} is not made {arguments.out}: start again")
+    write(arguments.out)
+    partial.unlink(missing_ok=True)
+    print("\n".join(summary(result["models"])))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,420 @@
+"""Contenders: Setpoint and Torch-Pruning, each asked to halve a model that it has never seen, and judged alike.
+
+Each contender finds what it can remove, removes half of it, and says how to zero the same entries in an uncut copy,
+the masked twin. Everything is measured from the model itself, so the judge needs to know neither library.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD
+from torch.utils._pytree import tree_map
+
+from setpoint.actuator.mask import mask
+from setpoint.actuator.shrink import shrink
+from setpoint.actuator.verify import randomised_copy
+from setpoint.bench.coverage import TOLERANCE, Build, _Float64Throughout, halves
+from setpoint.groups.export import computed, inputs_of, tensors_of
+from setpoint.groups.trace import trace
+
+REMOVED_SHARE = 0.05
+"""Share of the parameters that must be gone for a model to count as cut."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one model; None where it was not got so far.
+
+    Args:
+        stage: where it ended: "done", or the demand that was not met (`build`, `discovery`, `cut`, `removed`,
+            `training`, `shapes`), or `time`, `died`.
+        reason: first line of the error, at most 300 characters.
+        passed: the cut returned, removed something, and training forward and backward run with outputs as before.
+        seconds: duration of the discovery.
+        params: parameters of the model.
+        removed_share: share of them that the cut removed.
+        tied: whether tied parameters stayed tied; None for a model without.
+        frozen: whether the parameter that was frozen before the cut, and cut, is still frozen.
+        optimizer: whether an optimizer made before the cut holds exactly the parameters that are trained after it.
+        exact: whether outputs in eval mode and float64 equal the masked twin's.
+        error: largest relative difference from them.
+        exact_reason: why that could not be measured.
+    """
+
+    stage: str = "build"
+    reason: str = ""
+    passed: bool = False
+    seconds: float | None = None
+    params: int | None = None
+    removed_share: float | None = None
+    tied: bool | None = None
+    frozen: bool | None = None
+    optimizer: bool | None = None
+    exact: bool | None = None
+    error: float | None = None
+    exact_reason: str = ""
+
+
+class Contender(Protocol):
+    """A library at work on one model: made from the model, its example and its output layers (this is discovery)."""
+
+    def to_freeze(self) -> nn.Parameter | None:
+        """A parameter that will be cut."""
+
+    def cut(self, optimizer: SGD) -> None:
+        """Remove half of what was found."""
+
+    def mask(self, twin: nn.Module) -> None:
+        """Zero in an uncut copy what `cut` removed."""
+
+
+Report = Callable[[dict[str, Any]], None]
+
+
+def first_line(error: BaseException) -> str:
+    """Kind and first line of an error, at most 300 characters."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
+
+
+def judge(library: Callable[..., Contender], build: Build, report: Report = lambda outcome: None) -> dict[str, Any]:
+    """Let a library cut one model and measure what became of it.
+
+    Args:
+        library: the contender.
+        build: makes the model and its example.
+        report: called with the outcome so far, at every stage: what is known if the process is ended.
+    """
+    now = Outcome()
+    try:
+        for now in _stages(library, build):
+            report(asdict(now))
+    except Exception as error:  # noqa: BLE001 - whatever a foreign model does is an outcome
+        now = replace(now, reason=first_line(error))
+    return asdict(now)
+
+
+def _stages(library: Callable[..., Contender], build: Build) -> Iterator[Outcome]:
+    now = Outcome()
+    yield now
+    torch.manual_seed(0)
+    model, example = build()
+    model = randomised_copy(model, ())
+    params = sum(p.numel() for p in model.parameters())
+    shapes = [tuple(each.shape) for each in _train(model, example)]
+    ignored = output_layers(model, example)
+    modes = {name: module.training for name, module in model.named_modules()}
+    yield (now := replace(now, stage="discovery", params=params))
+    start = time.perf_counter()
+    contender = library(model, example, ignored)
+    yield (now := replace(now, stage="cut", seconds=time.perf_counter() - start))
+    frozen = contender.to_freeze()
+    names = [name for name, p in model.named_parameters(remove_duplicate=False) if p is frozen]
+    if frozen is not None:
+        frozen.requires_grad_(False)
+    optimizer = SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    ties, twin = _ties(model), copy.deepcopy(model, computed(model))
+    contender.cut(optimizer)
+    for name, module in model.named_modules():
+        module.training = modes.get(name, module.training)
+    yield (now := replace(now, stage="removed", **_kept(model, optimizer, names, ties, params)))
+    if (now.removed_share or 0) < REMOVED_SHARE:
+        raise ValueError(f"{now.removed_share:.2%} of the parameters removed")
+    yield (now := replace(now, stage="training"))
+    small = copy.deepcopy(model, computed(model))
+    got = [tuple(each.shape) for each in _train(model, example)]
+    yield (now := replace(now, stage="shapes"))
+    if got != shapes:
+        raise ValueError(f"outputs of shapes {got} instead of {shapes}")
+    yield (now := replace(now, stage="done", passed=True))
+    try:
+        error = _twin_error(small, twin, contender, example)
+        yield replace(now, exact=error <= TOLERANCE, error=error if math.isfinite(error) else None)
+    except Exception as error:  # noqa: BLE001 - a measurement that cannot be made is said so
+        yield replace(now, exact_reason=first_line(error))
+
+
+def _train(model: nn.Module, example: Any) -> list[Tensor]:
+    """The model's own forward and backward on a loss that sees every output; the outputs."""
+    torch.manual_seed(0)
+    args, kwargs = inputs_of(example)
+    outputs = list(tensors_of(model(*args, **kwargs)))
+    trained = [each for each in outputs if each.requires_grad]
+    torch.stack([(each * torch.randn_like(each)).mean() for each in trained]).sum().backward()
+    model.zero_grad(set_to_none=True)
+    return [each.detach() for each in outputs]
+
+
+def _kept(
+    model: nn.Module, optimizer: SGD, frozen: list[str], ties: Mapping[str, int], params: int
+) -> Mapping[str, float | bool | None]:
+    """What a cut removed, and what it left as it was."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    live = {id(p) for p in model.parameters() if p.requires_grad}
+    return {
+        "removed_share": 1 - sum(p.numel() for p in model.parameters()) / params,
+        "tied": _ties(model) == ties if len(set(ties.values())) < len(ties) else None,
+        "frozen": all(name in parameters and not parameters[name].requires_grad for name in frozen) if frozen else None,
+        "optimizer": {id(p) for group in optimizer.param_groups for p in group["params"]} == live,
+    }
+
+
+def _ties(model: nn.Module) -> dict[str, int]:
+    """By name, the position of the first name of the parameter that stands there."""
+    first: dict[int, int] = {}
+    names = model.named_parameters(remove_duplicate=False)
+    return {name: first.setdefault(id(p), position) for position, (name, p) in enumerate(names)}
+
+
+def _twin_error(small: nn.Module, twin: nn.Module, contender: Contender, example: Any) -> float:
+    """Largest difference of the cut model's outputs from its masked twin's, relative to the largest value of each."""
+    contender.mask(twin)
+    example = tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, example)
+    args, kwargs = inputs_of(example)
+    outputs = []
+    for model in (small, twin):
+        model.double().eval()
+        torch.manual_seed(0)
+        with torch.no_grad(), _Float64Throughout():
+            outputs.append([each for each in tensors_of(model(*args, **kwargs)) if each.is_floating_point()])
+    got, want = outputs
+    if any(not bool(torch.isfinite(each).all()) for each in want):
+        raise ValueError("an output of the masked twin is not finite")
+    if [each.shape for each in got] != [each.shape for each in want]:
+        return math.inf
+    pairs = [(a, b) for a, b in zip(got, want, strict=True) if a.numel()]
+    errors = [float((a - b).abs().max() / b.abs().max().clamp(min=1e-3)) for a, b in pairs]
+    return max((error if math.isfinite(error) else math.inf for error in errors), default=0.0)
+
+
+_WIDE = (nn.modules.conv._ConvNd, nn.Linear, nn.RNNBase, nn.Embedding, nn.MultiheadAttention)
+"""Layers that set the width of their own output."""
+
+
+def output_layers(model: nn.Module, example: Any) -> list[nn.Module]:
+    """The layers whose output reaches the model's output with no other such layer in between: their width must stay."""
+    made: dict[Any, nn.Module] = {}
+
+    def note(module: nn.Module, _: Any, output: Any) -> None:
+        made.update({each.grad_fn: module for each in tensors_of(output) if each.grad_fn is not None})
+
+    hooks = [m.register_forward_hook(note) for m in model.modules() if isinstance(m, _WIDE)]
+    args, kwargs = inputs_of(example)
+    torch.manual_seed(0)
+    reached = [each.grad_fn for each in tensors_of(model(*args, **kwargs)) if each.grad_fn is not None]
+    for hook in hooks:
+        hook.remove()
+    found: dict[nn.Module, None] = {}
+    seen: set[Any] = set()
+    while reached:
+        step = reached.pop()
+        if step in made:
+            found[made[step]] = None
+        elif step not in seen:
+            seen.add(step)
+            reached += [source for source, _ in step.next_functions if source is not None]
+    return list(found)
+
+
+class Setpoint:
+    """Setpoint: the lossless groups that `trace` finds, half of the units of each dropped at random."""
+
+    def __init__(self, model: nn.Module, example: Any, ignored: list[nn.Module]) -> None:
+        del ignored  # it finds out which widths an output fixes
+        found = trace(model, example)
+        self.model, self.groups = model, tuple(group for group in found.groups if group.lossless)
+        if not self.groups:
+            raise ValueError("no group found; " + "; ".join(f"{f.place}: {f.reason}" for f in found.frozen[:3]))
+
+    def to_freeze(self) -> nn.Parameter | None:
+        """The first tensor of the last group."""
+        named = dict(self.model.named_parameters(remove_duplicate=False))
+        return named.get(self.groups[-1].slices[0].tensor)
+
+    def cut(self, optimizer: SGD) -> None:
+        """`shrink`, in place."""
+        shrink(self.model, optimizer, self.groups, halves(self.groups))
+
+    def mask(self, twin: nn.Module) -> None:
+        """Setpoint's own mask."""
+        mask(twin, None, self.groups, halves(self.groups))
+
+
+# What examples/ of Torch-Pruning reads off a model by hand, by the names that libraries give to it.
+_FUSED = ("qkv", "qkv_proj")
+_SEPARATE = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q", "k", "v"), ("q_lin", "k_lin", "v_lin"))
+_HEADS = ("num_heads", "num_attention_heads", "n_heads")
+_KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads")
+_HEAD_WIDTHS = ("head_dim", "attention_head_size", "key_value_proj_dim")
+_WIDTHS = ("all_head_size", "attn_dim", "hidden_size", "embed_dim", "inner_dim")
+
+
+@dataclass(frozen=True, eq=False)
+class _Attention:
+    """An attention module, the layers that make its queries, keys and values, and its heads."""
+
+    module: nn.Module
+    layers: tuple[nn.Module, ...]
+    heads: int
+    key_value_heads: int
+
+    @property
+    def width(self) -> int:
+        """All heads together."""
+        query: Any = self.layers[0]
+        width = query.out_features if isinstance(query, nn.Linear) else query.out_channels
+        return int(width) // (3 if len(self.layers) == 1 else 1)
+
+
+def attentions(model: nn.Module) -> list[_Attention]:
+    """Modules with a number of heads (their own, or their config's) and layers of a usual name for qkv or q, k, v."""
+    found = []
+    for module in model.modules():
+        heads = _number(module, _HEADS)
+        for names in (*((name,) for name in _FUSED), *_SEPARATE):
+            layers = tuple(getattr(module, name, None) for name in names)
+            if heads and all(isinstance(layer, (nn.Linear, nn.Conv2d)) for layer in layers):
+                found.append(_Attention(module, layers, heads, _number(module, _KEY_VALUE_HEADS) or heads))
+                break
+    return found
+
+
+def _number(module: nn.Module, names: tuple[str, ...]) -> int | None:
+    for holder in (module, getattr(module, "config", None)):
+        for name in names:
+            if type(value := getattr(holder, name, None)) is int:
+                return value
+    return None
+
+
+class TorchPruning:
+    """Torch-Pruning: `BasePruner`, ratio 0.5, group magnitude, told what its documentation asks the user for.
+
+    That is: output layers to ignore; `num_heads` of every attention whose layers have usual names;
+    `out_channel_groups` of `gate_up_proj`; `round_to` for torch's own attention; attention written out, not fused;
+    and, after the cut, sizes that attention modules keep in attributes, as its examples set them.
+    """
+
+    whole_heads = False
+    """Whether heads go as a whole (its examples for BERT and language models) or become narrower (timm, ViT, Swin)."""
+
+    def __init__(self, model: nn.Module, example: Any, ignored: list[nn.Module]) -> None:
+        import torch_pruning
+
+        if hasattr(model, "set_attn_implementation"):
+            model.set_attn_implementation("eager")
+        self.model, self.attentions = model, attentions(model)
+        modes = {module: module.training for module in model.modules()}
+        torch_heads = [m.num_heads for m in model.modules() if isinstance(m, nn.MultiheadAttention)]
+        num_heads = {}
+        for each in self.attentions:
+            counts = (each.heads, each.key_value_heads, each.key_value_heads)
+            num_heads.update(zip(each.layers, counts, strict=False))
+        doubled = [getattr(m, "gate_up_proj", None) for m in model.modules()]
+
+        def forward(model: nn.Module, example: Any) -> Any:
+            for module, training in modes.items():  # the library traces in eval mode: heads of training would be missed
+                module.training = training
+            args, kwargs = inputs_of(example)
+            return model(*args, **kwargs)
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.pruner = torch_pruning.pruner.BasePruner(
+                model,
+                example,
+                importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
+                pruning_ratio=0.5,
+                ignored_layers=ignored,
+                num_heads=num_heads,
+                prune_num_heads=self.whole_heads,
+                prune_head_dims=not self.whole_heads,
+                head_pruning_ratio=0.5 if self.whole_heads else 0.0,
+                round_to=max(torch_heads, default=None),
+                in_channel_groups={},
+                out_channel_groups={layer: 2 for layer in doubled if isinstance(layer, nn.Linear)},
+                forward_fn=forward,
+                output_transform=lambda output: [each for each in tensors_of(output) if each.requires_grad],
+            )
+        self.cuts = self.pruner.step(interactive=True)
+        self.first = None
+        self.kept: dict[str, Tensor] = {}
+
+    def to_freeze(self) -> nn.Parameter | None:
+        """The weight of the first layer that will be cut."""
+        self.first = next(self.cuts, None)
+        return None if self.first is None else next(self.first[0].dep.target.module.parameters(), None)
+
+    def cut(self, optimizer: SGD) -> None:
+        """Cut group by group. The library cuts `grad` along: numbers of the entries in it tell which of them stayed."""
+        for p in self.model.parameters():
+            p.grad = torch.arange(p.numel(), dtype=torch.int32).view(torch.float32).view(p.shape)
+        before = [each.width for each in self.attentions]
+        if self.first is not None:
+            self.first.prune()
+        for group in self.cuts:
+            group.prune()
+        for each, width in zip(self.attentions, before, strict=True):
+            self._update(each, width)
+        for name, p in self.model.named_parameters(remove_duplicate=False):
+            if p.grad is not None:
+                self.kept[name] = p.grad.contiguous().view(torch.int32).flatten().long()
+        self.model.zero_grad(set_to_none=True)
+
+    def _update(self, attention: _Attention, width: int) -> None:
+        """Sizes that the module keeps in attributes, if they were those of its heads."""
+        module, heads = attention.module, self.pruner.num_heads[attention.layers[0]]
+        for name in _HEADS:
+            if type(getattr(module, name, None)) is int:
+                setattr(module, name, heads)
+        values = {**dict.fromkeys(_HEAD_WIDTHS, (width // attention.heads, attention.width // max(heads, 1)))}
+        values |= dict.fromkeys(_WIDTHS, (width, attention.width))
+        values["num_key_value_groups"] = (
+            attention.heads // attention.key_value_heads,
+            heads // attention.key_value_heads,
+        )
+        for name, (old, new) in values.items():
+            if type(getattr(module, name, None)) is int and getattr(module, name) == old:
+                setattr(module, name, new)
+
+    def mask(self, twin: nn.Module) -> None:
+        """Zero the entries that are nowhere in the cut model."""
+        for name, p in twin.named_parameters(remove_duplicate=False):
+            if name not in self.kept:
+                raise ValueError(f"which entries of {name} were removed is not known")
+            gone = torch.ones(p.numel(), dtype=torch.bool)
+            gone[self.kept[name]] = False
+            with torch.no_grad():
+                p.masked_fill_(gone.view(p.shape), 0)
+
+
+class TorchPruningWholeHeads(TorchPruning):
+    """Torch-Pruning's second try."""
+
+    whole_heads = True
+
+
+LIBRARIES: Mapping[str, tuple[Callable[..., Contender], ...]] = {
+    "setpoint": (Setpoint,),
+    "torch_pruning": (TorchPruning, TorchPruningWholeHeads),
+}
+"""By library, its settings: the first with which a model passes counts."""
+
+
+def best(library: str, build: Build, report: Report = lambda outcome: None) -> dict[str, Any]:
+    """The outcome with the first of a library's settings that passes; with none, that of the first."""
+    outcomes = []
+    for setting in LIBRARIES[library]:
+        outcomes.append(judge(setting, build, report))
+        if outcomes[-1]["passed"]:
+            return outcomes[-1]
+    return outcomes[0]
