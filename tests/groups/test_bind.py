@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -181,3 +183,48 @@ def test_either_mode_gives_the_same_groups(mode: str) -> None:
     getattr(model, mode)()
     (group,) = find_groups(model, (torch.randn(2, 3, 2, 2),))
     assert group.num_units == 6 and model.training is (mode == "train")
+
+
+COMPILED = """
+import numpy as np, torch
+from torch import nn
+from setpoint.actuator.shrink import shrink
+from setpoint.groups.trace import find_groups
+
+class Tail(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(5, 24), nn.Linear(8, 16), nn.Linear(16, 2)
+    def forward(self, x):
+        y = self.a(x)
+        return self.c(self.b(y[:, 0:8].tanh()) * y[:, 8:])
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = nn.Sequential(nn.Conv2d(8, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 1))
+        self.head = nn.Conv2d(8, 2, 1)
+    def forward(self, x):
+        return self.head(x + self.block(x))
+
+layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
+for name, model, x in [("slices", Tail(), torch.randn(3, 5)), ("heads", layer, torch.randn(2, 5, 16)),
+                       ("no channels", Residual(), torch.randn(2, 8, 6, 6))]:
+    groups = tuple(group for group in find_groups(model, (x,)) if group.lossless)
+    assert groups, name
+    keep = {g.name: (np.arange(g.num_units) % 2 == 0) & (g.min_units > 0 or name == "heads") for g in groups}
+    shrink(model.eval(), None, groups, keep)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), model(x), rtol=0, atol=1e-6)
+    print(name)
+"""
+
+
+def test_corrected_forwards_compile() -> None:
+    """After a cut torch.compile takes the whole forward in one graph, with the same outputs.
+
+    In a process of its own, because Dynamo cannot follow the type checker that the tests put on every function.
+    """
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", COMPILED], capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["slices", "heads", "no channels"], done.stderr
