@@ -20,7 +20,7 @@ from setpoint.groups.group import Group
 from setpoint.groups.trace import Trace, trace
 
 SLICES = {
-    "torchvision": ("resnet18", "squeezenet1_1", "shufflenet_v2_x0_5"),
+    "torchvision": ("resnet18", "squeezenet1_1"),
     "timm": ("test_resnet", "test_vit", "test_convnext", "test_efficientnet"),
     "transformers": ("bert", "gpt2", "llama", "t5"),
     "plain": tuple(suite_named("plain")),

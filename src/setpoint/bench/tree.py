@@ -69,7 +69,7 @@ def _line(groups: Sequence[GroupReport]) -> str:
     )
     if first.kept_whole:
         whole = fold(reason for group in groups for reason in group.kept_whole.split("; "))
-        more = f", and {len(whole) - 2} reasons more" if len(whole) > 2 else ""
+        more = f"; and {len(whole) - 2} more" if len(whole) > 2 else ""
         line += f" [yellow](left whole: {escape('; '.join(whole[:2]))}{more})[/]"
     return line
 

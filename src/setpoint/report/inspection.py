@@ -13,7 +13,7 @@ from setpoint.report.names import fold
 from setpoint.report.numbers import NOTHING, human, percent
 from setpoint.report.page import Draft, document, html_table, pair, place_of, save
 
-MODULES = "rgba(128,140,155,0.16)"
+MODULES = "#e6edf5"
 """Colour of the frames that modules draw around their parts."""
 _HEIGHT = 620
 LEGEND = (
