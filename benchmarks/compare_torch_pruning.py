@@ -3,8 +3,9 @@
     python benchmarks/compare_torch_pruning.py --workers 2
 
 Each library works in processes of its own, on one thread, within a time and a memory limit; one that dies or exceeds
-the time is replaced. Finished models are kept in OUT.partial, and a second start with the same versions goes on from
-there; OUT is written when all are done. Needs `pip install "setpoint[baselines,suites]"`.
+the time is replaced; what ran out of memory is repeated at the end, alone and with twice as much. Finished models are
+kept in OUT.partial, and a second start with the same versions goes on from there; OUT is written when all are done.
+Needs `pip install "setpoint[baselines,suites]"`.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contenders import LIBRARIES, REMOVED_SHARE, Outcome, best, first_line
+from contenders import REMOVED_SHARE, Outcome, first_line
+from libraries import LIBRARIES, best
 from torch import nn
 
 import setpoint
@@ -169,6 +171,12 @@ def compare(
             worker.stop()
 
 
+def ran_out_of_memory(record: Mapping[str, Any]) -> bool:
+    """Whether a job of a record ended for want of memory."""
+    texts = [f"{record[job]['reason']} {record[job].get('exact_reason', '')}" for job in JOBS]
+    return any(sign in text for sign in ("alloc_cpu", "MemoryError", "process died") for text in texts)
+
+
 def summary(records: list[dict[str, Any]]) -> Iterator[str]:
     """One line per suite and library."""
     for suite in dict.fromkeys(record["suite"] for record in records):
@@ -224,13 +232,15 @@ def main() -> None:
         path.with_name(path.name + ".new").write_text(text, encoding="utf-8")
         path.with_name(path.name + ".new").replace(path)
 
-    todo = [place for place in places if place not in kept]
-    limits = arguments.limit_seconds, arguments.memory_gib
-    for record in compare(todo, arguments.workers, suites, *limits):
-        kept[record["suite"], record["model"]] = record
-        write(partial)
-        ends = {job: "passed" if record[job]["passed"] else record[job]["reason"][:60] for job in JOBS}
-        print(f"{len(kept)}/{len(places)} {record['suite']} {record['model']}: {ends}", flush=True)
+    def work_off(todo: list[tuple[str, str]], workers: int, memory_gib: float) -> None:
+        for record in compare(todo, workers, suites, arguments.limit_seconds, memory_gib):
+            kept[record["suite"], record["model"]] = record
+            write(partial)
+            ends = {job: "passed" if record[job]["passed"] else record[job]["reason"][:60] for job in JOBS}
+            print(f"{len(kept)}/{len(places)} {record['suite']} {record['model']}: {ends}", flush=True)
+
+    work_off([place for place in places if place not in kept], arguments.workers, arguments.memory_gib)
+    work_off([place for place in places if ran_out_of_memory(kept[place])], 1, 2 * arguments.memory_gib)
     if versions() != result["versions"]:
         sys.exit(f"the code changed during the run, so {partial} is not made {arguments.out}: start again")
     write(arguments.out)

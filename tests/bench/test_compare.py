@@ -27,7 +27,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         return importlib.import_module(name)
 
     yield load
-    for name in ("contenders", "readme"):
+    for name in ("contenders", "libraries", "readme"):
         sys.modules.pop(name, None)
 
 
@@ -50,9 +50,9 @@ def build() -> tuple[nn.Module, Any]:
 
 def test_setpoint_meets_every_demand(script: Any) -> None:
     """On a gated layer with tied weights each column of Setpoint is true, at every stage a JSON object."""
-    contenders = script("contenders")
+    contenders, libraries = script("contenders"), script("libraries")
     stages: list[str] = []
-    outcome = contenders.judge(contenders.Setpoint, build, lambda now: stages.append(json.dumps(now, allow_nan=False)))
+    outcome = contenders.judge(libraries.Setpoint, build, lambda now: stages.append(json.dumps(now, allow_nan=False)))
     held = {key: outcome[key] for key in ("passed", "tied", "frozen", "optimizer", "exact")}
     assert held == dict.fromkeys(held, True), outcome
     assert outcome["stage"] == "done" and outcome["removed_share"] > 0.3
@@ -63,17 +63,16 @@ def test_setpoint_meets_every_demand(script: Any) -> None:
 def test_torch_pruning_is_measured_from_the_model(script: Any) -> None:
     """Its cut of the same layer is exact; it makes new parameters, so ties, freezing and the optimizer are lost."""
     pytest.importorskip("torch_pruning")
-    contenders = script("contenders")
-    outcome = contenders.judge(contenders.TorchPruning, build)
+    outcome = script("libraries").best("torch_pruning", build)
     assert outcome["passed"] and outcome["exact"], outcome
     assert not outcome["tied"] and not outcome["frozen"] and not outcome["optimizer"]
 
 
 def test_a_wrong_cut_is_not_exact(script: Any) -> None:
     """A contender whose mask names other entries than its cut is told so."""
-    contenders = script("contenders")
+    contenders, libraries = script("contenders"), script("libraries")
 
-    class Wrong(contenders.Setpoint):  # type: ignore[name-defined, misc]
+    class Wrong(libraries.Setpoint):  # type: ignore[name-defined, misc]
         def mask(self, twin: nn.Module) -> None:
             """Nothing at all."""
 
