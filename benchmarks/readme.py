@@ -148,7 +148,8 @@ def coverage_table(path: Path) -> str:
     lines += [
         "",
         f"{about['cpu']}, {_threads(about)} a model, {data['workers']} at a time, {data['limit_seconds']:g} s and "
-        f"{data['memory_gib']:g} GiB a model (twice that, alone, where it was too little), seed {data['seed']}, {data['date'][:10]}; {versions}.",
+        f"{data['memory_gib']:g} GiB a model (twice that, alone, where it was too little), seed {data['seed']}, "
+        f"{data['date'][:10]}; {versions}.",
     ]
     return "\n".join(lines)
 
