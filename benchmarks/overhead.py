@@ -67,7 +67,7 @@ def committed_steps(name: str) -> int:
 
 
 def sensing(name: str, rounds: int) -> dict[str, Any]:
-    """Share of the training steps that sensing takes, on the dense model of a task, in a run as long as the committed one."""
+    """Share of the steps that sensing takes, on the dense model of a task in a run as long as the committed one."""
     task = task_named(name)
     steps = committed_steps(name)
     every = sensed_every(steps)

@@ -68,7 +68,7 @@ def test_a_cut_decoder_generates_with_a_cache_what_its_masked_twin_generates(kin
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # peft asks transformers by an old name
 def test_adapters_are_cut_with_their_frozen_layers() -> None:
-    """LoRA on every linear layer: A and B follow the base layer, which stays frozen; training equals the masked twin."""
+    """LoRA on every linear layer: A and B follow the base layer, which stays frozen; it trains as its masked twin."""
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
     base, example, _ = decoder("llama")
