@@ -163,7 +163,8 @@ def _failing(
 
     if dense.error:
         return {}  # even the dense copy cannot be judged like this: real tensors will tell
-    return {**_culprits(lossless, fault), **_culprits(list(whole), fault)}
+    failing = _culprits(lossless, fault)
+    return failing if len(lossless) == len(whole) else {**failing, **_culprits([*whole], fault)}
 
 
 def _vanishing(

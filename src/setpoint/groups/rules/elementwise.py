@@ -17,7 +17,7 @@ _ZERO_KEEPING = """
     elu elu_ erf expm1 feature_dropout alpha_dropout fix floor gelu hardswish hardswish_ hardtanh hardtanh_
     leaky_relu leaky_relu_ lift_fresh_copy mish mul mul_ neg negative positive relu relu_ relu6
     relu6_ round rsub rrelu sgn sign silu silu_ sin sinh sqrt square sub sub_ tan tanh tanh_ to trunc
-    type_as _to_copy copy copy_ nan_to_num threshold threshold_ softshrink hardshrink float double half
+    type_as _to_copy copy copy_ zero_ nan_to_num threshold threshold_ softshrink hardshrink float double half
     bfloat16 log1p logical_and bitwise_and maximum minimum
 """.split()  # noqa: SIM905
 
