@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from setpoint.report.numbers import duration
+from setpoint.report.numbers import duration, human
 from setpoint.report.picture import write_picture
 from setpoint.report.results import read_results
 from setpoint.report.summary import HEADINGS, row_texts, summary_rows
@@ -154,6 +154,52 @@ def coverage_table(path: Path) -> str:
     return "\n".join(lines)
 
 
+def suites_table(folder: Path) -> str:
+    """What `setpoint inspect --suite` found in each family, and every failure."""
+    columns = (
+        "suite",
+        "passed",
+        "prunable parameters, median",
+        "outside embeddings",
+        "discovery, median",
+        "largest error",
+    )
+    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    failures: list[str] = []
+    about: dict[str, Any] = {}
+    for name in ("torchvision", "timm", "transformers", "plain"):
+        data = json.loads((folder / f"suite-{name}.json").read_text(encoding="utf-8"))
+        about = {**data["environment"], "date": data["date"]}
+        largest = max(each["error"] for each in data["models"] if each["passed"])
+        lines.append(
+            f"| {name} | {data['passed']} / {data['total']} ({data['passed'] / data['total']:.1%}) | "
+            f"{data['prunable_params_share_median']:.1%} | {data['prunable_outside_embeddings_median']:.1%} | "
+            f"{duration(data['seconds_median'])} | {largest:.1e} |"
+        )
+        failures += [f"* {name} `{each['model']}`: {_code(each['reason'])}" for each in data["failures"]]
+    lines += ["", "Not passed:" if failures else "All passed.", *([""] * bool(failures)), *failures, ""]
+    lines.append(
+        f"{about['cpu']}, {_threads(about)} a model, two at a time, torch {about['torch']}, {about['date'][:10]}."
+    )
+    return "\n".join(lines)
+
+
+def discovery_table(path: Path) -> str:
+    """How long `find_groups` takes, and what memory."""
+    if not path.exists():
+        return "Not measured yet."
+    data = json.loads(path.read_text(encoding="utf-8"))
+    lines = ["| model | parameters | ops | groups | find_groups | ms per op | memory, in models |", f"|{'---|' * 7}"]
+    for row in data["models"]:
+        lines.append(
+            f"| `{row['model']}` | {human(row['params'])} | {row['ops']} | {row['groups']} | "
+            f"{duration(row['seconds_median'])} | {1000 * row['seconds_median'] / row['ops']:.2f} | "
+            f"{row['peak_growth_in_models']:.2f} |"
+        )
+    about = data["environment"]
+    return "\n".join([*lines, "", f"{about['cpu']}, {_threads(about)}, torch {about['torch']}, {data['date'][:10]}."])
+
+
 def _coverage_row(suite: str, library: str, records: list[dict[str, Any]]) -> str:
     outcomes = [record[library] for record in records]
     seconds = [each["seconds"] for each in outcomes if each["seconds"] is not None]
@@ -194,7 +240,11 @@ def filled(text: str) -> str:
 
     def fill(match: re.Match[str]) -> str:
         name = match["name"]
-        if name == "coverage":
+        if name == "suites":
+            table = suites_table(RESULTS / "coverage")
+        elif name == "discovery":
+            table = discovery_table(RESULTS / "discovery.json")
+        elif name == "coverage":
             table = coverage_table(RESULTS / "coverage" / "torch_pruning.json")
         else:
             table = overhead_table() if name == "overhead" else methods_table(RESULTS / name)

@@ -89,7 +89,9 @@ def check(name: str, build: Build) -> Verdict:
         groups = tuple(group for group in found.groups if group.lossless)
         facts["num_groups"], facts["num_units"] = len(groups), sum(group.num_units for group in groups)
         if not groups:
-            raise _Failed("no group found; " + "; ".join(f"{f.place}: {f.reason}" for f in found.frozen[:3]))
+            whole = [f"{group.name}: {group.notes[0]}" for group in found.groups if group.notes]
+            whole += [f"{frozen.place}: {frozen.reason}" for frozen in found.frozen]
+            raise _Failed("no lossless group; " + "; ".join(whole[:3]))
         facts["prunable_params_share"] = share_along(model, groups)
         facts["prunable_outside_embeddings"] = share_along(model, groups, embeddings=False)
         facts["error"] = _twin_error(model, example, groups, halves(groups))

@@ -21,5 +21,5 @@ def suite() -> Mapping[str, Build]:
 
 def _build(name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
     """The untrained model and four small images; some are built for one size of image."""
-    size = 224 if name.startswith(("vit", "maxvit")) else 128 if name.startswith("inception") else 64
-    return torchvision_model(name, (2 if size == 224 else 4, 3, size, size))
+    size = 224 if name.startswith(("vit", "maxvit")) else 299 if name == "inception_v3" else 64
+    return torchvision_model(name, (4 if size == 64 else 2, 3, size, size))
