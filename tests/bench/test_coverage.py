@@ -90,7 +90,7 @@ def test_a_lossy_group_that_is_called_lossless_fails() -> None:
 
     verdict = check("normalised", normalised)
     assert not verdict.passed
-    assert "no group found" in verdict.reason
+    assert "no lossless group" in verdict.reason
     model, example = normalised()
     groups = tuple(dataclasses.replace(group, lossless=True) for group in trace(model, example).groups)
     assert coverage._twin_error(model, example, groups, coverage.halves(groups)) > 1e-3
