@@ -228,3 +228,50 @@ def test_corrected_forwards_compile() -> None:
     """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", COMPILED], capture_output=True, text=True)
     assert done.stdout.splitlines() == ["slices", "heads", "no channels"], done.stderr
+
+
+class Mixed(nn.Module):
+    """A fused projection split by the width of another group's output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.qkv, self.out = nn.Linear(5, 16), nn.Linear(16, 48), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x).relu()
+        q, k, v = self.qkv(x).split(x.shape[-1], -1)
+        return self.out(q.tanh() * k.sigmoid() + v)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_groups_may_be_cut_one_after_the_other(first: int) -> None:
+    """A call whose size the forward works out of one group and that counts another is right after a cut of either."""
+    model, example = Mixed(), (torch.randn(3, 5),)
+    groups = find_groups(model, example)
+    assert [group.name for group in groups] == ["a", "qkv"]
+    twin = copy.deepcopy(model).double()
+    model.double()
+    x = example[0].double()
+    keep = {"a": np.arange(16) % 3 > 0, "qkv": np.arange(16) % 2 > 0}
+    for name in (("a", "qkv"), ("qkv", "a"))[first]:
+        mask(twin, None, find_groups(twin.float(), example), {name: keep[name]})
+        groups = shrink(model, None, groups, {name: keep[name]})
+        torch.testing.assert_close(model(x), twin.double()(x), rtol=0, atol=1e-6)
+
+
+def test_a_rule_that_does_not_cover_a_call_freezes_it() -> None:
+    """An exception in a rule is no crash: what the op touches stays, by name, and the rest is found."""
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(5, 16), nn.Linear(16, 12), nn.Linear(12, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x)
+            return self.c(self.b(torch.mul(y, 2.0, out=torch.empty_like(y).detach())).relu())
+
+    with torch.no_grad():
+        model = Odd().requires_grad_(False)
+    traced = trace(model, (torch.randn(3, 5),))
+    assert [group.name for group in traced.groups] == ["b"]

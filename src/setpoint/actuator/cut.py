@@ -34,11 +34,14 @@ class Cut:
             row-major order. Such a tensor can be masked but not made smaller.
         sizes: for every place in Python code that counts units, one boolean per counted entry;
             the place must hold how many are True.
+        following: the places that belong to a group which loses units; a forward may work the size of a call
+            out of such a group, and must then be corrected even where the right size stays the same.
     """
 
     entries: Mapping[Place, Bool[np.ndarray, " _entries"]]
     elements: Mapping[str, Bool[np.ndarray, " _elements"]]
     sizes: Mapping[SizePlace, Bool[np.ndarray, " _entries"]]
+    following: frozenset[SizePlace] = frozenset()
 
     def dims(self) -> dict[str, dict[int, Int[np.ndarray, " _kept"]]]:
         """By tensor and dim, positions of the kept entries; only the dims that lose some."""
@@ -107,6 +110,7 @@ def plan_cut(groups: tuple[Group, ...], keep: Keep) -> Cut:
     entries: dict[Place, Bool[np.ndarray, " _entries"]] = {}
     elements: dict[str, Bool[np.ndarray, " _elements"]] = {}
     sizes: dict[SizePlace, Bool[np.ndarray, " _entries"]] = {}
+    following: set[SizePlace] = set()
     for group in groups:
         for part in group.slices:
             stays = _stays(group, part.index, full[group.name])
@@ -118,7 +122,9 @@ def plan_cut(groups: tuple[Group, ...], keep: Keep) -> Cut:
                 _narrow(entries, (part.tensor, part.dim), stays)
         for size in group.sizes:
             _narrow(sizes, (size.module, size.place), _stays(group, size.index, full[group.name]))
-    return Cut(entries, elements, sizes)
+            if not full[group.name].all():
+                following.add((size.module, size.place))
+    return Cut(entries, elements, sizes, frozenset(following))
 
 
 def _stays(

@@ -184,7 +184,7 @@ def check_cuttable(changing: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
 def _new_sizes(model: nn.Module, cut: Cut) -> dict[SizePlace, int]:
     """What every size that changes must become, once it is sure that it holds the old count."""
     counts = dict(cut.sizes)
-    calls = {_call(at) for at, kept in counts.items() if not kept.all()}  # all sizes of a call go together
+    calls = {_call(at) for at in cut.following if is_call(at[1])}  # all sizes of a call go together
     changing = {at: kept for at, kept in counts.items() if not kept.all() or (is_call(at[1]) and _call(at) in calls)}
     check_sizes(model, changing)
     for (name, place), kept in changing.items():

@@ -47,7 +47,7 @@ def bind(
         failing = _failing(model, example, shapes, units, dims, places)
         if not failing:
             gone = _vanishing(model, example, shapes, walk, units, dims, places)
-            groups = _with_sizes(units, places)
+            groups = _with_sizes(walk, units, places)
             return units, tuple(replace(group, min_units=0) if group.name in gone else group for group in groups)
         for name, why in failing.items():
             walk.atoms.frozen.append((np.zeros(1, dtype=np.int64), name, f"with fewer units {why}"))
@@ -215,14 +215,28 @@ def _culprits(suspects: list[str], fault: Callable[[Sequence[str]], str | None])
     return failing
 
 
-def _with_sizes(units: Units, places: Places) -> tuple[Group, ...]:
-    """Hand every place to the groups it counts; a constant size of a corrected call goes to all of its groups."""
+def _with_sizes(walk: Walk, units: Units, places: Places) -> tuple[Group, ...]:
+    """Hand every attribute to the groups it counts, and every corrected call to all groups that its module touches.
+
+    The forward may work a call's size out of any of them, so that a cut of one of them alone makes it wrong, even
+    where the right size is not changed by that cut.
+    """
     sizes: dict[int, list[SizeBinding]] = {}
-    by_call: dict[tuple[str, str], set[int]] = {}
+    by_module: dict[str, set[int]] = {}
     for (module, place), labels in places.items():
-        by_call.setdefault((module, place.split("[", 1)[0]), set()).update(units.among(labels))
-    for (module, place), labels in places.items():
-        members = by_call[module, place.split("[", 1)[0]] if "#" in place else units.among(labels)
-        for position in members:
+        members = set(units.among(labels))
+        if "#" in place:
+            if module not in by_module:
+                by_module[module] = _touching(walk, units, module)
+            members |= by_module[module]
+        for position in sorted(members):
             sizes.setdefault(position, []).append(SizeBinding(module, place, units.index(labels, position)))
     return tuple(replace(group, sizes=tuple(sizes.get(position, ()))) for position, group in enumerate(units.groups))
+
+
+def _touching(walk: Walk, units: Units, module: str) -> set[int]:
+    """Groups with units along a dim of something that the module or a part of it reads or makes."""
+    inside = f"{module}." if module else ""
+    values = (v for name, of in walk.touched.items() if name == module or name.startswith(inside) for v in of)
+    arrays = {id(labels): labels for value in values for labels in value.labels if labels is not None}
+    return {group for labels in arrays.values() for group in units.among(labels)}

@@ -229,7 +229,8 @@ def _run_copy(model: nn.Module, example: Example, prepare: Callable[[nn.Module],
     twin = copy.deepcopy(model, memo)
     for module in twin.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
-            hooks.clear()
+            for key in [key for key, hook in hooks.items() if not type(hook).__module__.startswith("torch.nn.utils")]:
+                del hooks[key]  # a user's; those of weight norm and its like compute a weight
     args, kwargs = pytree.tree_map_only(torch.Tensor, empty, inputs_of(example))
     with mode or nullcontext(), untouched_rng():
         prepare(twin)

@@ -100,6 +100,8 @@ def _weight_norm(walk: Walk, out: Value, direction: Value, size: Value, dim: int
     A row of `direction` that is zero would be 0 / 0, so a mask leaves it alone: its size is zero.
     """
     labels = list(direction.labels)
+    if size.ndim == 0:  # one norm over all dims
+        return direction.labels
     labels[dim] = walk.unite(labels[dim], size.labels[dim])
     walk.atoms.mark("unmasked", direction.labels[dim])
     return tuple(labels)
