@@ -275,3 +275,87 @@ def test_a_rule_that_does_not_cover_a_call_freezes_it() -> None:
         model = Odd().requires_grad_(False)
     traced = trace(model, (torch.randn(3, 5),))
     assert [group.name for group in traced.groups] == ["b"]
+
+
+class Calibrated(nn.Module):
+    """Code that runs in evaluation only, and works on every unit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(5, 16), nn.Linear(16, 12), nn.Linear(12, 2)
+        self.register_buffer("scale", torch.linspace(1, 2, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x).relu()
+        if not self.training:
+            y = y * self.scale
+        return self.c(self.b(y).relu())
+
+
+def test_code_of_the_other_mode_is_tried_too() -> None:
+    """A group whose cut breaks the forward in evaluation stays whole, by name, though training runs; others can go."""
+    traced = trace(Calibrated(), (torch.randn(3, 5),))
+    assert [group.name for group in traced.groups] == ["b"]
+    assert any(frozen.place == "a" and "in eval mode" in frozen.reason for frozen in traced.frozen)
+
+
+class Averaged(nn.Module):
+    """A mean over units, written as a sum and a whole number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 16), nn.Linear(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x).relu()
+        return self.b(y.sum(1, keepdim=True) / y.size(1))
+
+
+def test_a_whole_number_worked_out_from_a_size_freezes_it() -> None:
+    """Dividing by the live number of units is a mean: the group stays whole."""
+    assert trace(Averaged(), (torch.randn(3, 5),)).groups == ()
+
+
+class Squeezed(nn.Module):
+    """A squeeze of all dims of one entry, which would take a single channel with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 12, 3), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x).mean((2, 3), keepdim=True).squeeze())
+
+
+def test_a_squeeze_keeps_two_units() -> None:
+    """Where a squeeze would take a dim of one unit away, `min_units` is two, and the model runs with these."""
+    model, example = Squeezed(), (torch.randn(4, 3, 6, 6),)
+    (group,) = find_groups(model, example)
+    assert group.min_units == 2
+    shrink(model, None, (group,), {group.name: np.arange(12) < 2})
+    assert model(*example).shape == (4, 5)
+
+
+SUMS: dict[str, Any] = {
+    "padding with ones": lambda m, y: torch.nn.functional.pad(y, (0, 0, 1, 1), value=1.0).sum(-1, keepdim=True),
+    "a shared layer with a bias": lambda m, y: m.shared(y.unsqueeze(-1)).sum(1),
+    "a product of sigmoids": lambda m, y: (torch.sigmoid(y).unsqueeze(-1) @ m.row).sum(1),
+    "a norm of other dims": lambda m, y: m.norm(y.unsqueeze(-1).expand(-1, -1, 4)).sum(1),
+}
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_a_sum_over_units_that_are_not_zero_is_lossy(name: str) -> None:
+    """Where a dropped unit would not be zero in a sum over the units, the group is not called lossless."""
+
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.shared, self.norm = nn.Linear(5, 16), nn.Linear(1, 4), nn.LayerNorm(4)
+            self.row = nn.Parameter(torch.randn(1, 4))
+            self.b = nn.Linear(1 if name.startswith("padding") else 4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(SUMS[name](self, self.a(x)))
+
+    assert not any(group.lossless for group in find_groups(Sum(), (torch.randn(3, 5),)) if group.name == "a")

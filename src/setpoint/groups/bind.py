@@ -149,6 +149,7 @@ def _failing(
     lossless = [group.name for group in units.groups if group.lossless]
     chosen = random_keep(units.groups, seed=2)
     dense = outcome_of(model, example, units, dims, {}, None)
+    other = outcome_of(model, example, units, dims, {}, None, other_mode=True)
 
     def fault(names: Sequence[str]) -> str | None:
         keep = {**whole, **{name: chosen[name] for name in names}}
@@ -159,6 +160,11 @@ def _failing(
             return "its outputs change their shape"
         if set(names) <= set(lossless) and found.numbers != dense.numbers:
             return "a number that is worked out from its size would change"
+        if not other.error:
+            mode = "eval" if model.training else "train"
+            turned = outcome_of(model, example, units, dims, places, keep, other_mode=True)
+            if turned.error or turned.shapes != other.shapes:
+                return f"the forward fails in {mode} mode: {turned.error or 'its outputs change their shape'}"
         return None
 
     if dense.error:

@@ -84,7 +84,7 @@ def build(atoms: Atoms, dims: Sequence[OwnDim], products: Sequence[np.ndarray] =
     unit_of = np.full(len(atoms), -1)
     marks = {name: atoms.marked(name) for name in ("produce", "consume", "unmasked")}
     summed = atoms.marked_class("summed") | atoms.marked_class("contract")
-    classes = {name: atoms.marked_class(name) for name in ("conv", "batch", "embedding")}
+    classes = {name: atoms.marked_class(name) for name in ("conv", "batch", "embedding", "squeezed")}
     by_signature: dict[int, list[int]] = {}
     for root in roots:
         by_signature.setdefault(int(signature[root]), []).append(int(root))
@@ -107,7 +107,9 @@ def build(atoms: Atoms, dims: Sequence[OwnDim], products: Sequence[np.ndarray] =
     notes = _lossy_notes(atoms, group_of[everyone], len(found))
     names: dict[str, int] = {}
     groups = tuple(
-        _group(_name(slices, names), len(members), slices, _what(members, classes), tuple(noted))
+        _group(
+            _name(slices, names), len(members), slices, _what(members, classes), tuple(noted), _least(members, classes)
+        )
         for (members, slices), noted in zip(found, notes, strict=True)
     )
     return Units(groups, group_of[everyone], unit_of[everyone])
@@ -172,9 +174,16 @@ def _name(slices: tuple[Slice, ...], names: dict[str, int]) -> str:
     return base if names[base] == 1 else f"{base}:{names[base]}"
 
 
-def _group(name: str, num_units: int, slices: tuple[Slice, ...], what: str, notes: tuple[str, ...]) -> Group:
+def _least(members: list[int], classes: Mapping[str, np.ndarray]) -> int:
+    """Two where a squeeze would take a dim of one unit away."""
+    return 2 if classes["squeezed"][members].any() else 1
+
+
+def _group(
+    name: str, num_units: int, slices: tuple[Slice, ...], what: str, notes: tuple[str, ...], least: int
+) -> Group:
     block = 1 if what == "head" else _block(num_units, 16 if what == "channel" else 8)
-    floor = -(-num_units // FLOOR)
+    floor = max(least, -(-num_units // FLOOR))
     min_units = min(num_units, -(-floor // block) * block)
     return Group(
         name=name,

@@ -187,13 +187,17 @@ def outcome_of(
     dims: Sequence[OwnDim],
     places: Places,
     keep: Mapping[str, np.ndarray] | None,
+    *,
+    other_mode: bool = False,
 ) -> Outcome:
-    """The forward of a copy without data, cut; or whole, where `keep` is None."""
+    """The forward of a copy without data, cut, or whole where `keep` is None; in the other of train and eval mode."""
     kept = None if keep is None else Kept(units, keep)
     numbers = _Numbers()
 
     def prepare(twin: nn.Module) -> None:
         numbers.seen.clear()
+        if other_mode:
+            twin.train(not model.training)
         if kept is not None:
             _cut_shapes(twin, dims, kept)
             _set_places(twin, places, kept)
@@ -206,6 +210,11 @@ def outcome_of(
     return Outcome(tuple(shapes), tuple(numbers.seen))
 
 
+_ARITHMETIC = {"tensor", "mul", "mul_", "div", "div_", "true_divide", "add", "sub", "pow", "floor_divide"}
+_ARITHMETIC |= {f"__{side}{name}__" for side in ("", "r", "i") for name in ("mul", "truediv", "add", "sub", "pow")}
+"""Functions in which a whole number is no size but something to compute with."""
+
+
 class _Numbers(TorchFunctionMode):
     """Notes the numbers that a forward computes with; those that differ after a cut were worked out from a size."""
 
@@ -216,7 +225,7 @@ class _Numbers(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """The same call."""
         kwargs = kwargs or {}
-        kinds = (int, float) if func is torch.tensor else (float,)
+        kinds = (int, float) if getattr(func, "__name__", "") in _ARITHMETIC else (float,)
         self.seen.extend(value for value in (*args, *kwargs.values()) if type(value) in kinds)
         return func(*args, **kwargs)
 

@@ -48,7 +48,8 @@ def _linear(walk: Walk, out: Value, x: Value, weight: Value, bias: Value | None 
     outer = _add_bias(walk, outer, bias)
     dims = [*zip(x.shape[:-1], x.labels[:-1], strict=True), (weight.shape[0], outer), (x.shape[-1], inner)]
     walk.contract(1, dims, num_gradients(x, weight))
-    return Value(out.shape, (*x.labels[:-1], outer), zero=True)
+    rows = any(labels is not None for labels in x.labels[:-1])
+    return Value(out.shape, (*x.labels[:-1], outer), zero=not rows or (x.zero and bias is None))
 
 
 @rule(aten.matmul.default, aten.mm.default, aten.bmm.default, aten.mv.default, aten.dot.default)
@@ -75,7 +76,10 @@ def _matmul(walk: Walk, out: Value, left: Value, right: Value) -> Value:
             walk.atoms.mark("produce", dims[0][1])
     batch_dims = list(zip(out.shape[: len(batch)], batch, strict=True))
     walk.contract(1, [*batch_dims, *rows, *columns, (left.shape[-1], inner)], num_gradients(left, right))
-    return Value(out.shape, (*batch, *(labels for _, labels in (*rows, *columns))), zero=left.zero or right.zero)
+    zero = left.zero or right.zero or all(labels is None for labels in batch)
+    for operand, dims in ((left, rows), (right, columns)):
+        zero = zero and (operand.zero or all(labels is None for _, labels in dims))
+    return Value(out.shape, (*batch, *(labels for _, labels in (*rows, *columns))), zero=zero)
 
 
 @rule(aten.addmm.default, aten.baddbmm.default)
@@ -127,7 +131,12 @@ def _einsum(walk: Walk, out: Value, equation: str, operands: Sequence[Value], **
     if len(operands) > 1:
         # More than two operands are multiplied pairwise, in an order that torch chooses: an upper bound.
         walk.contract(1, [(sizes[letter], letters[letter]) for letter in letters], num_gradients(*operands))
-    return Value(out.shape, tuple(letters[letter] for letter in output), zero=any(v.zero for v in operands))
+    zero = all(
+        any(v.zero for term, v in zip(terms, operands, strict=True) if letter in term)
+        for letter in output
+        if letters[letter] is not None
+    )
+    return Value(out.shape, tuple(letters[letter] for letter in output), zero=zero)
 
 
 def _spelled_out(equation: str, operands: Sequence[Value]) -> tuple[list[str], str]:

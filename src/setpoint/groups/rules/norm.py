@@ -59,7 +59,10 @@ def _layer_norm(
             if isinstance(parameter, Value):
                 labels[dim] = walk.unite(labels[dim], parameter.labels[offset])
         walk.literal("layer_norm" if "layer" in walk.where else "rms_norm", offset, size, labels[dim])
-    return Value(out.shape, tuple(labels), zero=isinstance(weight, Value))
+    affine = isinstance(weight, Value)
+    leading = any(own is not None for own in labels[:first])
+    zero = affine if not leading else x.zero and not isinstance(bias, Value)
+    return Value(out.shape, tuple(labels), zero=zero)
 
 
 @rule(aten.group_norm.default)
@@ -76,6 +79,9 @@ def _group_norm(
     """Channels are `(num_groups, channels / num_groups)`: a whole group may go, a part of one may not."""
     channels = x.shape[1]
     labels = x.labels[1]
+    for dim, own in enumerate(x.labels):
+        if dim > 1:
+            walk.lossy(own, "group norm averages over it")
     if labels is not None:
         per_group = channels // num_groups
         if num_groups == 1:

@@ -111,7 +111,18 @@ def _view(walk: Walk, out: Value, x: Value, size: Any) -> tuple[DimLabels, ...]:
     return labels
 
 
-@rule(aten.flatten.using_ints, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default)
+@rule(aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
+def _squeeze(walk: Walk, out: Value, x: Value, dims: Any = None) -> tuple[DimLabels, ...]:
+    """Dims of one entry go; a dim of units that could be meant must never come down to one."""
+    chosen = (
+        range(x.ndim) if dims is None else [d % x.ndim for d in (dims if isinstance(dims, (list, tuple)) else [dims])]
+    )
+    for dim in chosen:
+        walk.atoms.mark("squeezed", x.labels[dim])
+    return reshape(walk, x, out.shape)
+
+
+@rule(aten.flatten.using_ints, aten.unsqueeze.default)
 @rule(aten.atleast_2d.default, aten.atleast_1d.default)
 def _flatten(walk: Walk, out: Value, x: Value, *args: Any) -> tuple[DimLabels, ...]:
     """Reshapes whose sizes the op works out by itself."""
@@ -308,14 +319,15 @@ def _flip(walk: Walk, out: Value, x: Value, dims: Sequence[int]) -> tuple[DimLab
 
 
 @rule(aten.pad.default, aten.constant_pad_nd.default)
-def _pad(walk: Walk, out: Value, x: Value, padding: Sequence[int], *args: Any, **kwargs: Any) -> tuple[DimLabels, ...]:
+def _pad(walk: Walk, out: Value, x: Value, padding: Sequence[int], *args: Any, **kwargs: Any) -> Value:
     """Padded dims must be data."""
     labels = list(x.labels)
     for dim in range(x.ndim):
         if x.shape[dim] != out.shape[dim]:
             walk.freeze(labels[dim], "it is padded")
             labels[dim] = None
-    return tuple(labels)
+    numbers = [value for value in (*args, *kwargs.values()) if isinstance(value, (int, float))]
+    return Value(out.shape, tuple(labels), zero=x.zero and not any(numbers))
 
 
 @rule(aten.pixel_shuffle.default)
