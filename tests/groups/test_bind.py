@@ -163,6 +163,26 @@ def test_heads_of_torch_attention_can_go(options: dict[str, Any], need_weights: 
         torch.testing.assert_close(got[1], want[1], rtol=0, atol=1e-12)
 
 
+class Averaging(nn.Module):
+    """Attention called as most people call it: weights asked for, and not used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.attend, self.head = nn.Linear(5, 16), nn.MultiheadAttention(16, 4), nn.Linear(16, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        return self.head(x + self.attend(x, x, x)[0])
+
+
+def test_heads_are_found_where_weights_are_asked_for() -> None:
+    """The average over heads that nobody reads does not stand in the way; a cut equals its masked twin."""
+    model, example = Averaging(), (torch.randn(7, 2, 5),)
+    groups = tuple(group for group in find_groups(model, example) if group.what == "head")
+    assert [(group.name, group.num_units, group.lossless) for group in groups] == [("attend", 4, True)]
+    assert failing_groups(model, example, groups) == ()
+
+
 def test_a_transformer_layer_runs_without_gradients_after_a_cut() -> None:
     """Torch's fused path of evaluation without gradients is left after a cut, for the masked twin's output."""
     model, example = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True), (torch.randn(2, 5, 16),)

@@ -56,7 +56,7 @@ def bind(
 
 def _places(model: nn.Module, example: Example, walk: Walk, units: Units, dims: Sequence[OwnDim]) -> Places:
     """Every place that must be set when units are dropped."""
-    places = {**_standard(model, walk, dims), **_heads(model, walk, units)}
+    places = {**_standard(model, walk, dims), **_heads(model, walk, units, dims)}
     calls = [
         call
         for call in _calls_that_follow_units(walk, units)
@@ -111,14 +111,18 @@ def _standard(model: nn.Module, walk: Walk, dims: Sequence[OwnDim]) -> Places:
     return places
 
 
-def _heads(model: nn.Module, walk: Walk, units: Units) -> Places:
+def _heads(model: nn.Module, walk: Walk, units: Units, dims: Sequence[OwnDim]) -> Places:
     """Heads of torch's own attention module, which counts them itself once it has a forward that can."""
     places: Places = {}
-    for call in walk.calls:
-        module = model.get_submodule(call.module)
-        counts_heads = isinstance(module, nn.MultiheadAttention) and call.size == len(call.labels) == module.num_heads
-        if counts_heads and units.among(call.labels):
-            places.setdefault((call.module, HEADS), call.labels)
+    own = {(dim.tensor, dim.dim): dim.labels for dim in dims}
+    for name, module in model.named_modules():
+        labels = own.get((f"{name}.out_proj.weight" if name else "out_proj.weight", 1))
+        if not isinstance(module, nn.MultiheadAttention) or labels is None:
+            continue
+        heads = labels.reshape(module.num_heads, -1)
+        roots = walk.atoms.find(heads)
+        if (roots == roots[:, :1]).all() and units.among(heads[:, 0]):
+            places[name, HEADS] = heads[:, 0]
     return places
 
 
@@ -148,8 +152,8 @@ def _failing(
     whole = {group.name: np.ones(group.num_units, dtype=bool) for group in units.groups}
     lossless = [group.name for group in units.groups if group.lossless]
     chosen = random_keep(units.groups, seed=2)
-    dense = outcome_of(model, example, units, dims, {}, None)
-    other = outcome_of(model, example, units, dims, {}, None, other_mode=True)
+    dense = outcome_of(model, example, units, dims, places, whole)
+    other = outcome_of(model, example, units, dims, places, whole, other_mode=True)
 
     def fault(names: Sequence[str]) -> str | None:
         keep = {**whole, **{name: chosen[name] for name in names}}

@@ -186,21 +186,20 @@ def outcome_of(
     units: Units,
     dims: Sequence[OwnDim],
     places: Places,
-    keep: Mapping[str, np.ndarray] | None,
+    keep: Mapping[str, np.ndarray],
     *,
     other_mode: bool = False,
 ) -> Outcome:
-    """The forward of a copy without data, cut, or whole where `keep` is None; in the other of train and eval mode."""
-    kept = None if keep is None else Kept(units, keep)
+    """The forward of a copy without data, cut; in the other of train and eval mode if asked."""
+    kept = Kept(units, keep)
     numbers = _Numbers()
 
     def prepare(twin: nn.Module) -> None:
         numbers.seen.clear()
         if other_mode:
             twin.train(not model.training)
-        if kept is not None:
-            _cut_shapes(twin, dims, kept)
-            _set_places(twin, places, kept)
+        _cut_shapes(twin, dims, kept)
+        _set_places(twin, places, kept)
 
     try:
         with numbers:
