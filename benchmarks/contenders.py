@@ -19,7 +19,7 @@ from torch.optim import SGD
 from torch.utils._pytree import tree_map
 
 from setpoint.actuator.verify import randomised_copy
-from setpoint.bench.coverage import TOLERANCE, Build, _Float64Throughout
+from setpoint.bench.coverage import TOLERANCE, Build, Float64Throughout
 from setpoint.groups.export import computed, inputs_of, tensors_of
 
 REMOVED_SHARE = 0.05
@@ -180,7 +180,7 @@ def _twin_error(small: nn.Module, twin: nn.Module, contender: Contender, example
     for model in (small, twin):
         model.double().eval()
         torch.manual_seed(0)
-        with torch.no_grad(), _Float64Throughout():
+        with torch.no_grad(), Float64Throughout():
             outputs.append([each for each in tensors_of(model(*args, **kwargs)) if each.is_floating_point()])
     got, want = outputs
     if any(not bool(torch.isfinite(each).all()) for each in want):

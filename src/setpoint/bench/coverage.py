@@ -175,7 +175,7 @@ def _step(model: nn.Module, optimizer: SGD, example: Any) -> _Step:
     for seed in (torch.manual_seed, random.seed, np.random.seed):
         seed(0)
     args, kwargs = inputs_of(example)
-    with _Float64Throughout():
+    with Float64Throughout():
         outputs = [each for each in tensors_of(model(*args, **kwargs)) if each.is_floating_point()]
     generator = torch.Generator().manual_seed(0)
     parts = [(each * torch.randn(each.shape, generator=generator)).mean() for each in outputs if each.requires_grad]
@@ -186,7 +186,7 @@ def _step(model: nn.Module, optimizer: SGD, example: Any) -> _Step:
     return _Step([each.detach().clone() for each in outputs], gradients)
 
 
-class _Float64Throughout(TorchFunctionMode):
+class Float64Throughout(TorchFunctionMode):
     """Casts to float32 that a forward writes out (in a norm, a softmax) go to float64 instead.
 
     They round at 6e-8, and a sum in them over fewer units rounds otherwise: that would hide whether a cut is exact.

@@ -247,6 +247,6 @@ def _with_sizes(walk: Walk, units: Units, places: Places) -> tuple[Group, ...]:
 def _touching(walk: Walk, units: Units, module: str) -> set[int]:
     """Groups with units along a dim of something that the module or a part of it reads or makes."""
     inside = f"{module}." if module else ""
-    values = (v for name, of in walk.touched.items() if name == module or name.startswith(inside) for v in of)
-    arrays = {id(labels): labels for value in values for labels in value.labels if labels is not None}
+    within = ((*read, *made) for name, read, made in walk.flow if name == module or name.startswith(inside))
+    arrays = {id(labels): labels for values in within for v in values for labels in v.labels if labels is not None}
     return {group for labels in arrays.values() for group in units.among(labels)}

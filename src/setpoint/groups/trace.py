@@ -276,21 +276,19 @@ def _visit(walk: Walk, node: fx.Node, env: dict[fx.Node, Any], numbers: dict[tup
     function = rule_for(node.target)
     if out is None and not inputs:
         return None
-    result, reason = None, "no rule knows this op"
+    finished, reason = None, "no rule knows this op"
     if function is not None and "out" not in kwargs:
         try:
             result, reason = function(walk, out, *args, **kwargs), ""
-            if out is not None:
-                finish(walk, result, out, inputs)
+            finished = None if out is None else finish(walk, result, out, inputs)
         except (AssertionError, IndexError, TypeError, ValueError, AttributeError) as error:
-            result, reason = None, f"its rule does not cover this call ({type(error).__name__}: {error})"
+            reason = f"its rule does not cover this call ({type(error).__name__}: {error})"
     if reason:
         for value in inputs:
             walk.unknown.add(op_name(node.target))
             walk.freeze_all(value, reason)
     if out is None:
         return fake if isinstance(fake, (int, float, bool)) else None
-    finished = finish(walk, result, out, inputs)
-    walk.flow.append((inputs, _values(finished)))
-    walk.touched.setdefault(walk.module, []).extend([*inputs, *_values(finished)])
+    finished = finish(walk, None, out, inputs) if finished is None else finished
+    walk.flow.append((walk.module, inputs, _values(finished)))
     return finished

@@ -245,7 +245,7 @@ def _set_places(twin: nn.Module, places: Places, kept: Kept) -> None:
 def as_python_counts(model: nn.Module, example: Example, calls: Sequence[Call]) -> list[Call]:
     """Calls with slices numbered as the live forward counts them; the graph holds only those that take less than all.
 
-    Modules in which graph and forward do not have equally many of these lose their slices.
+    A number beyond those is left out; one that came out wrong is found by the trial of the dense model.
     """
     modules = sorted({call.module for call in calls if call.place.startswith("slice#")})
     if not modules:

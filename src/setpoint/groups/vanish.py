@@ -47,7 +47,7 @@ def bypassed(walk: Walk, units: Units, inputs: Sequence[Value], outputs: Sequenc
                 result |= touched[id(labels)]
         return result
 
-    for sources, results in walk.flow:
+    for _, sources, results in walk.flow:
         reached = 0
         for source in sources:
             reached |= avoids.get(id(source), 0)

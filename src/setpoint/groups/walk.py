@@ -78,8 +78,7 @@ class Walk:
         atoms: classes of entries.
         grouped: of each grouped convolution the atoms of its groups, and its weight's dims that read and write.
         unknown: names of the ops that no rule knows.
-        flow: of each op what it read and what it gave.
-        touched: by module, every value that its own forward reads or makes.
+        flow: of each op its module, what it read and what it gave.
         inputs, outputs: what the model is given, and what it returns.
         node: the node being visited.
         module: qualified name of the module whose own forward holds the node.
@@ -92,8 +91,7 @@ class Walk:
     attributes: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)
     grouped: list[tuple[np.ndarray, DimLabels, DimLabels]] = field(default_factory=list)
     unknown: set[str] = field(default_factory=set)
-    flow: list[tuple[list[Value], list[Value]]] = field(default_factory=list)
-    touched: dict[str, list[Value]] = field(default_factory=dict)
+    flow: list[tuple[str, list[Value], list[Value]]] = field(default_factory=list)
     inputs: list[Value] = field(default_factory=list)
     outputs: list[Value] = field(default_factory=list)
     node: fx.Node | None = None

@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from setpoint.bench.coverage import Build
+from setpoint.bench.suites.sequences import SEQUENCES
 
 
 def suite() -> Mapping[str, Build]:
     """By name, how to make each model."""
-    return dict(_SUITE)
+    return {**_SUITE, **SEQUENCES}
 
 
 _SUITE: dict[str, Build] = {}
@@ -84,67 +85,6 @@ class _GroupedTransposed(nn.Module):
 @_model
 def _grouped_transposed() -> tuple[nn.Module, Any]:
     return _GroupedTransposed(), (_image(),)
-
-
-class _Recurrent(nn.Module):
-    """An encoder of numbers, a recurrent network, a classifier of its last output."""
-
-    def __init__(self, kind: Callable[..., nn.RNNBase], **options: Any) -> None:
-        super().__init__()
-        self.encode = nn.Linear(6, 24)
-        self.cell = kind(24, 20, batch_first=True, **options)
-        self.head = nn.Linear(20 * (2 if options.get("bidirectional") else 1), 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y, _ = self.cell(F.relu(self.encode(x)))
-        out: Tensor = self.head(y[:, -1])
-        return out
-
-
-def _recurrent(kind: Callable[..., nn.RNNBase], **options: Any) -> Callable[[], tuple[nn.Module, Any]]:
-    return lambda: (_Recurrent(kind, **options), (torch.randn(4, 7, 6),))
-
-
-_SUITE["lstm"] = _recurrent(nn.LSTM)
-_SUITE["lstm_2_layers_both_directions"] = _recurrent(nn.LSTM, num_layers=2, bidirectional=True)
-_SUITE["gru"] = _recurrent(nn.GRU)
-_SUITE["gru_2_layers_both_directions"] = _recurrent(nn.GRU, num_layers=2, bidirectional=True)
-_SUITE["rnn_relu"] = _recurrent(nn.RNN, nonlinearity="relu")
-
-
-class _Attending(nn.Module):
-    """`nn.MultiheadAttention` over a sequence, with a residual."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encode = nn.Linear(6, 32)
-        self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
-        self.norm = nn.LayerNorm(32)
-        self.head = nn.Linear(32, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.encode(x)
-        x = self.norm(x + self.attention(x, x, x, need_weights=False)[0])
-        out: Tensor = self.head(x.mean(1))
-        return out
-
-
-@_model
-def _multihead_attention() -> tuple[nn.Module, Any]:
-    return _Attending(), (torch.randn(4, 7, 6),)
-
-
-@_model
-def _transformer_encoder() -> tuple[nn.Module, Any]:
-    layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
-    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-    return nn.Sequential(nn.Linear(6, 32), encoder, nn.Linear(32, 3)), (torch.randn(4, 7, 6),)
-
-
-@_model
-def _transformer_decoder() -> tuple[nn.Module, Any]:
-    layer = nn.TransformerDecoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
-    return nn.TransformerDecoder(layer, 2), (torch.randn(4, 7, 32), torch.randn(4, 5, 32))
 
 
 class _Experts(nn.Module):
@@ -365,7 +305,7 @@ def _autocast_and_no_grad_blocks() -> tuple[nn.Module, Any]:
 
 
 class _Picked(nn.Module):
-    """Halves by slicing, one by rolling, one by flipping."""
+    """Both halves of a layer's output, by slices at the live middle."""
 
     def __init__(self) -> None:
         super().__init__()

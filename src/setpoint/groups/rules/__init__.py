@@ -7,4 +7,5 @@ import setpoint.groups.rules.index
 import setpoint.groups.rules.norm
 import setpoint.groups.rules.recurrent
 import setpoint.groups.rules.reduce
-import setpoint.groups.rules.shape  # noqa: F401
+import setpoint.groups.rules.shape
+import setpoint.groups.rules.window  # noqa: F401

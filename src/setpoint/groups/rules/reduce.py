@@ -1,4 +1,4 @@
-"""Ops that sum or take the extreme along dims: pooling, mean, sum, max."""
+"""Ops that sum or take the extreme along dims: mean, sum, max."""
 
 from __future__ import annotations
 
@@ -79,40 +79,3 @@ def _along(walk: Walk, out: Any, x: Value, dim: int = -1, *args: Any, **kwargs: 
     """A softmax, running sum or sort ties the entries of its dim together."""
     walk.freeze(x.labels[dim], "its entries are normalised, summed or sorted along it")
     return (x.labels, x.labels) if isinstance(out, tuple) else Value(out.shape, x.labels, zero=False)
-
-
-def _spatial(walk: Walk, out: Any, x: Value, num_spatial: int) -> Any:
-    """Windows over the last dims: units along those freeze, the others pass."""
-    for spatial in x.labels[x.ndim - num_spatial :]:
-        walk.freeze(spatial, "a window slides over it")
-    labels = (*x.labels[: x.ndim - num_spatial], *(None,) * num_spatial)
-    return tuple(labels for _ in out) if isinstance(out, tuple) else labels
-
-
-def _register_windows() -> None:
-    names = {
-        1: "avg_pool1d max_pool1d adaptive_avg_pool1d adaptive_max_pool1d max_pool1d_with_indices lp_pool1d",
-        2: "avg_pool2d max_pool2d adaptive_avg_pool2d adaptive_max_pool2d max_pool2d_with_indices",
-        3: "avg_pool3d max_pool3d adaptive_avg_pool3d adaptive_max_pool3d max_pool3d_with_indices",
-    }
-    upsample = {
-        1: "upsample_nearest1d upsample_linear1d",
-        2: "upsample_nearest2d upsample_bilinear2d upsample_bicubic2d _upsample_nearest_exact2d "
-        "_upsample_bilinear2d_aa _upsample_bicubic2d_aa reflection_pad2d replication_pad2d",
-        3: "upsample_nearest3d upsample_trilinear3d",
-    }
-    for table in (names, upsample):
-        for num_spatial, packed in table.items():
-            for name in packed.split():
-                packet = getattr(aten, name, None)
-                if packet is None:
-                    continue
-                overloads = (getattr(packet, overload) for overload in packet.overloads() if "out" not in overload)
-
-                def function(walk: Walk, out: Any, x: Value, *args: Any, _n: int = num_spatial, **kw: Any) -> Any:
-                    return _spatial(walk, out, x, _n)
-
-                rule(*overloads)(function)
-
-
-_register_windows()

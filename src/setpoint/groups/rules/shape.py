@@ -375,38 +375,6 @@ def _glu(walk: Walk, out: Value, x: Value, dim: int = -1) -> Value:
     return Value(out.shape, tuple(labels), zero=x.zero)
 
 
-@rule(aten.unfold.default)
-def _unfold(walk: Walk, out: Value, x: Value, dim: int, size: int, step: int) -> tuple[DimLabels, ...]:
-    """Windows along a dim, which freezes; the entries of a window become a last dim."""
-    labels = list(x.labels)
-    walk.freeze(labels[dim], "windows are cut out of it")
-    labels[dim] = None
-    return (*labels, None)
-
-
-@rule(aten.im2col.default)
-def _im2col(walk: Walk, out: Value, x: Value, kernel: Sequence[int], *args: Any) -> tuple[DimLabels, ...]:
-    """`(batch, channels, height, width)` becomes `(batch, channels * kernel, positions)`, each channel side by side."""
-    for labels in x.labels[-2:]:
-        walk.freeze(labels, "a window slides over it")
-    own = x.labels[-3]
-    return (*x.labels[:-3], None if own is None else own.repeat(math.prod(kernel)), None)
-
-
-@rule(aten.col2im.default)
-def _col2im(
-    walk: Walk, out: Value, x: Value, size: Sequence[int], kernel: Sequence[int], *args: Any
-) -> tuple[DimLabels, ...]:
-    """The reverse: the entries of a channel's window go together."""
-    walk.freeze(x.labels[-1], "windows are put together from it")
-    own = x.labels[-2]
-    if own is not None:
-        channels = own.reshape(-1, math.prod(kernel))
-        walk.atoms.unite(channels, channels[:, :1])
-        own = channels[:, 0]
-    return (*x.labels[:-2], own, None, None)
-
-
 @rule(aten.tile.default)
 def _tile(walk: Walk, out: Value, x: Value, repeats: Sequence[int]) -> tuple[DimLabels, ...]:
     """As repeat, with repeats of leading dims left out."""
