@@ -169,7 +169,7 @@ def suites_table(folder: Path) -> str:
     about: dict[str, Any] = {}
     for name in ("torchvision", "timm", "transformers", "plain"):
         data = json.loads((folder / f"suite-{name}.json").read_text(encoding="utf-8"))
-        about = {**data["environment"], "date": data["date"]}
+        about = {**data["environment"], "date": data["date"], "seed": data["seed"]}
         largest = max(each["error"] for each in data["models"] if each["passed"])
         lines.append(
             f"| {name} | {data['passed']} / {data['total']} ({data['passed'] / data['total']:.1%}) | "
@@ -179,7 +179,8 @@ def suites_table(folder: Path) -> str:
         failures += [f"* {name} `{each['model']}`: {_code(each['reason'])}" for each in data["failures"]]
     lines += ["", "Not passed:" if failures else "All passed.", *([""] * bool(failures)), *failures, ""]
     lines.append(
-        f"{about['cpu']}, {_threads(about)} a model, two at a time, torch {about['torch']}, {about['date'][:10]}."
+        f"{about['cpu']}, {_threads(about)} a model, two at a time, seed {about['seed']}, torch {about['torch']}, "
+        f"{about['date'][:10]}."
     )
     return "\n".join(lines)
 

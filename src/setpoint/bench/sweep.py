@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from setpoint.bench.coverage import Build, Verdict, check
+from setpoint.bench.coverage import SEED, Build, Verdict, check
 from setpoint.bench.environment import machine, package_version
 from setpoint.bench.task import BenchError
 from setpoint.bench.zoo import library_names
@@ -158,6 +158,7 @@ def record(name: str, verdicts: Sequence[Verdict]) -> dict[str, Any]:
     return {
         **summary(name, verdicts),
         "models": [asdict(verdict) for verdict in verdicts],
+        "seed": SEED,
         "environment": {**about, "threads": 1, "dtype": "float64"},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
