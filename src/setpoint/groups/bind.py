@@ -35,7 +35,7 @@ def bind(draft: Draft) -> tuple[Units, tuple[Group, ...]]:
 
     Groups with which a copy without data does not run, or returns other shapes, are frozen, by name.
     """
-    dense, calls = dense_outcome(draft, _calls_that_follow_units(draft, draft.walk.calls))
+    dense, calls = dense_outcome(draft, _heads(draft), _calls_that_follow_units(draft, draft.walk.calls))
     while True:
         places = _places(draft, _calls_that_follow_units(draft, calls))
         failing = _failing(draft, places, dense)
@@ -137,7 +137,13 @@ def _failing(draft: Draft, places: Places, dense: Outcome) -> dict[str, str]:
     if dense.error:
         return {}  # even the dense copy cannot be judged like this: real tensors will tell
     chosen = random_keep(draft.units.groups, seed=2)
+    whole = Kept(draft.units, draft.whole)
     by_mode = _OtherMode(draft, places)
+
+    @cache
+    def corrected() -> Outcome:
+        """The dense model with the forwards that a cut model has; they may compute with other numbers."""
+        return outcome_of(draft, places, whole)
 
     @cache
     def fault(names: frozenset[str]) -> str | None:
@@ -147,7 +153,7 @@ def _failing(draft: Draft, places: Places, dense: Outcome) -> dict[str, str]:
             return f"the forward fails: {found.error}"
         if found.shapes != draft.shapes:
             return "its outputs change their shape"
-        if names <= draft.lossless and found.numbers != dense.numbers:
+        if names <= draft.lossless and dense.numbers != found.numbers != corrected().numbers:
             return "a number that is worked out from its size would change"
         return by_mode.fault(kept, found)
 
@@ -179,7 +185,8 @@ class _OtherMode:
         if not turned.error and turned.shapes == self.draft.shapes:
             return None
         if self._dense is None:
-            self._dense = outcome_of(self.draft, {}, Kept(self.draft.units, self.draft.whole), other_mode=True)
+            whole = Kept(self.draft.units, self.draft.whole)
+            self._dense = outcome_of(self.draft, self.places, whole, other_mode=True)
         if self._dense.error or (not turned.error and turned.shapes == self._dense.shapes):
             return None
         mode = "eval" if self.draft.model.training else "train"

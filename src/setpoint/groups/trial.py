@@ -224,20 +224,21 @@ def outcome_of(
     return Outcome(shapes, tuple(notes.numbers), hash(tuple(notes.code)))
 
 
-def dense_outcome(draft: Draft, calls: Sequence[Call]) -> tuple[Outcome, list[Call]]:
+def dense_outcome(draft: Draft, places: Places, calls: Sequence[Call]) -> tuple[Outcome, list[Call]]:
     """The forward of the whole model, and those of the calls that it shows to be numbered as it runs them.
 
     Args:
         draft: what can be dropped.
+        places: set before it runs.
         calls: the written sizes that follow units.
     """
     kept = Kept(draft.units, draft.whole)
     calls = _as_python_counts(draft.rehearsal, calls)
     watch = Watch(calls, kept)
-    outcome = outcome_of(draft, {}, kept, watch=watch)
+    outcome = outcome_of(draft, places, kept, watch=watch)
     untrusted = by_module(calls) if outcome.error else watch.wrong
     if untrusted:  # something was corrected: that was not the model's own forward
-        outcome = outcome_of(draft, {}, kept)
+        outcome = outcome_of(draft, places, kept)
     return outcome, [call for call in calls if call.module not in untrusted]
 
 
