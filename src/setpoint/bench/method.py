@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import dataclasses
+from collections.abc import Iterator, Mapping
 from typing import Protocol, runtime_checkable
 
-import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
-import setpoint
-from setpoint.bench.sizing import small_widths
-from setpoint.bench.task import BenchError, Task, dense_widths
-from setpoint.loop import Loop
+from setpoint.bench.course import Course, Pruner
+from setpoint.bench.methods.in_training import Setpoint
+from setpoint.bench.methods.scratch import Dense, Small
+from setpoint.bench.results import Result
+from setpoint.bench.task import BenchError, Task
+
+__all__ = ["METHODS", "Dense", "Method", "Setpoint", "Small", "method_named"]
 
 
 @runtime_checkable
 class Method(Protocol):
-    """Chooses the widths to start from, and what acts on the model while it trains."""
+    """Chooses a course, and what acts on the model while it trains. A method is a value."""
 
     @property
     def name(self) -> str:
@@ -29,79 +32,73 @@ class Method(Protocol):
         """Whether the result depends on the budget; the dense model's does not."""
         ...
 
-    def widths(self, task: Task, budget: float) -> Mapping[str, int]:
-        """Widths of the model to train from scratch."""
+    @property
+    def paper(self) -> str:
+        """Where the method comes from, or ""."""
         ...
 
-    def attach(self, task: Task, model: nn.Module, optimizer: torch.optim.Optimizer, budget: float) -> Loop | None:
-        """The loop that prunes the model as it trains, if any; its time counts as the method's own."""
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Methods whose cell of the same task, budget and seed must be finished first."""
         ...
 
+    def course(self, task: Task, budget: float, needed: Mapping[str, Result]) -> Course:
+        """Where to begin and how long to train.
 
-@dataclass(frozen=True)
-class Dense:
-    """The full model, trained as it is: what pruning is measured against."""
+        Args:
+            task: what to train.
+            budget: fraction of the dense FLOPs per step.
+            needed: the results of the cells that `needs` names, by method.
 
-    name: str = field(default="dense", init=False)
-    sized: bool = field(default=False, init=False)
+        Raises:
+            BenchError: for a budget that it cannot meet; the message says the least that it can.
+        """
+        ...
 
-    def widths(self, task: Task, budget: float) -> Mapping[str, int]:
-        """The dense widths."""
-        return dense_widths(task)
+    def begin(
+        self, task: Task, model: nn.Module, budget: float, batches: Iterator[tuple[Tensor, Tensor]]
+    ) -> tuple[Optimizer, Pruner | None]:
+        """Make the optimizer, and put the pruner in place; the time that takes counts as the method's own.
 
-    def attach(self, task: Task, model: nn.Module, optimizer: torch.optim.Optimizer, budget: float) -> Loop | None:
-        """Nothing."""
-        return None
-
-
-@dataclass(frozen=True)
-class Small:
-    """A uniformly narrower model trained from scratch at the budget: the honest rival of pruning."""
-
-    name: str = field(default="small", init=False)
-    sized: bool = field(default=True, init=False)
-
-    def widths(self, task: Task, budget: float) -> Mapping[str, int]:
-        """Widths scaled by one factor to the budget."""
-        return small_widths(task, budget)
-
-    def attach(self, task: Task, model: nn.Module, optimizer: torch.optim.Optimizer, budget: float) -> Loop | None:
-        """Nothing."""
-        return None
-
-
-@dataclass(frozen=True)
-class Setpoint:
-    """The dense model, pruned by Setpoint to the budget while it trains."""
-
-    name: str = field(default="setpoint", init=False)
-    sized: bool = field(default=True, init=False)
-
-    def widths(self, task: Task, budget: float) -> Mapping[str, int]:
-        """The dense widths."""
-        return dense_widths(task)
-
-    def attach(self, task: Task, model: nn.Module, optimizer: torch.optim.Optimizer, budget: float) -> Loop | None:
-        """A loop with default settings and a FLOPs budget."""
-        return setpoint.attach(
-            model,
-            optimizer,
-            setpoint.Budget.fraction(budget, of="flops"),
-            example=task.example(),
-            total_steps=task.steps,
-        )
+        Args:
+            task: the recipe, as the course says.
+            model: built as the course says; it may be cut here.
+            budget: fraction of the dense FLOPs per step.
+            batches: training batches, for a method that looks at some before it begins.
+        """
+        ...
 
 
 METHODS: tuple[Method, ...] = (Dense(), Small(), Setpoint())
 
 
 def method_named(name: str) -> Method:
-    """The method of that name.
+    """The method of that name, with other settings where the name says so: `rigl@density=0.1`.
 
     Raises:
-        BenchError: there is none; the message lists those there are.
+        BenchError: there is none, or it has no such setting; the message lists those there are.
     """
+    base, *settings = name.split("@")
     for method in METHODS:
-        if method.name == name:
-            return method
+        if method.name == base:
+            return _with_settings(method, name, settings)
     raise BenchError(f"unknown method {name!r}: use {', '.join(method.name for method in METHODS)}")
+
+
+def _with_settings(method: Method, name: str, settings: list[str]) -> Method:
+    """The method under its full name with each `key=number` set."""
+    if not settings:
+        return method
+    fields = dataclasses.fields(method)  # type: ignore[arg-type]
+    known = {each.name for each in fields if isinstance(getattr(method, each.name), float)}
+    values: dict[str, float] = {}
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        if key not in known:
+            some = ", ".join(f"@{each}=NUMBER" for each in sorted(known)) or "none"
+            raise BenchError(f"unknown setting {key!r} of {method.name}: it has {some}")
+        try:
+            values[key] = float(value)
+        except ValueError as error:
+            raise BenchError(f"the setting {key!r} of {method.name} is a number, got {value!r}") from error
+    return dataclasses.replace(method, name=name, **values)  # type: ignore[type-var]
