@@ -9,11 +9,22 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from setpoint.baselines.exchange import Exchange, Static
+from setpoint.baselines.group_lasso import ReconfiguringController
+from setpoint.baselines.magnitude import Gradual, OneShot
+from setpoint.baselines.scheduled import ScheduledController
+from setpoint.baselines.snip import Snip
 from setpoint.bench.course import Course, Pruner
 from setpoint.bench.methods.in_training import Setpoint
-from setpoint.bench.methods.scratch import Dense, Small
+from setpoint.bench.methods.post_training import PostTraining
+from setpoint.bench.methods.scratch import Dense, Small, SmallFound, SmallLong
+from setpoint.bench.methods.sparse import Sparse
+from setpoint.bench.methods.torch_pruning import TorchPruning
 from setpoint.bench.results import Result
 from setpoint.bench.task import BenchError, Task
+from setpoint.controller.priced import PricedController
+from setpoint.controller.reference import Reference
+from setpoint.sensor.magnitude import MagnitudeSensor
 
 __all__ = ["METHODS", "Dense", "Method", "Setpoint", "Small", "method_named"]
 
@@ -30,6 +41,11 @@ class Method(Protocol):
     @property
     def sized(self) -> bool:
         """Whether the result depends on the budget; the dense model's does not."""
+        ...
+
+    @property
+    def family(self) -> str:
+        """Kind of method: "dense", "small", "post-training", "open-loop", "sparse" or "setpoint"."""
         ...
 
     @property
@@ -69,7 +85,39 @@ class Method(Protocol):
         ...
 
 
-METHODS: tuple[Method, ...] = (Dense(), Small(), Setpoint())
+_AT_ONCE = ScheduledController(begin=0.0, end=0.0, num_cuts=1)
+_HAN = "Han et al., Learning both weights and connections for efficient neural networks, NIPS 2015"
+_LI = "Li et al., Pruning filters for efficient ConvNets, ICLR 2017"
+_ZHU = "Zhu and Gupta, To prune, or not to prune, ICLR workshop 2018"
+_FANG = "Fang et al., DepGraph: towards any structural pruning, CVPR 2023"
+_MOLCHANOV = "Molchanov et al., Importance estimation for neural network pruning, CVPR 2019"
+_LYM = "Lym et al., PruneTrain, SC 2019"
+_MOCANU = "Mocanu et al., Scalable training with adaptive sparse connectivity, Nature Communications 9, 2018"
+_EVCI = "Evci et al., Rigging the lottery, ICML 2020"
+_LEE = "Lee et al., SNIP: single-shot network pruning based on connection sensitivity, ICLR 2019"
+
+METHODS: tuple[Method, ...] = (
+    Dense(),
+    Small(),
+    SmallLong(),
+    SmallFound(),
+    PostTraining("magnitude-oneshot", Sparse("masks", OneShot(), _HAN), _HAN),
+    PostTraining("filter-oneshot", Setpoint(controller=_AT_ONCE, sensor=MagnitudeSensor), _LI),
+    PostTraining("torch-pruning-norm", TorchPruning("norm"), _FANG),
+    PostTraining("torch-pruning-taylor", TorchPruning("taylor"), f"{_FANG}; {_MOLCHANOV}"),
+    Setpoint("filter-first", _AT_ONCE, MagnitudeSensor, paper=_LI, family="open-loop"),
+    Setpoint("cubic", ScheduledController(), MagnitudeSensor, paper=_ZHU, family="open-loop"),
+    Setpoint("prunetrain", ReconfiguringController(), MagnitudeSensor, lasso=0.2, paper=_LYM, family="open-loop"),
+    Sparse("gmp", Gradual(), _ZHU),
+    Sparse("static", Static(), f"{_MOCANU}; {_EVCI}"),
+    Sparse("snip", Snip(), _LEE),
+    Sparse("set", Exchange("random"), f"{_MOCANU}; {_EVCI}"),
+    Sparse("rigl", Exchange("gradient"), _EVCI),
+    Setpoint(),
+    Setpoint("setpoint-uniform", PricedController(allocation="uniform")),
+    Setpoint("setpoint-first", PricedController(Reference(warmup=0.0, settle=0.02, num_cuts=1))),
+)
+"""All methods; `filter-first` and `setpoint-first` cut at the start, as makes sense for a pretrained model."""
 
 
 def method_named(name: str) -> Method:

@@ -50,6 +50,7 @@ class Result:
         density: kept fraction of the weights that may be masked; None where none are.
         break_even_step: first step at which the seconds saved exceed the overhead; None if never.
         notes: what a reader must know, such as a search that is not counted.
+        family: what kind of method it is, such as "post-training".
         schema: version of this format.
     """
 
@@ -82,6 +83,7 @@ class Result:
     density: float | None = None
     break_even_step: int | None = None
     notes: str = ""
+    family: str = ""
     schema: int = field(default=SCHEMA)
 
 

@@ -280,6 +280,7 @@ class Run:
             environment=environment(self.task),
             date=datetime.now(UTC).isoformat(timespec="seconds"),
             folder=self.cell.name,
+            family=self.cell.method.family,
             theoretical_flops=outcome.theoretical_flops,
             theoretical_train_flops=None if theoretical is None else theoretical + earlier_flops,
             density=outcome.density,

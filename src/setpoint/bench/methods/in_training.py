@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 import setpoint
 from setpoint.bench.course import Course, Pruner
+from setpoint.bench.lasso import LassoLooped
 from setpoint.bench.looped import Looped
 from setpoint.bench.results import Result
 from setpoint.bench.task import Task, dense_widths
@@ -21,15 +22,15 @@ from setpoint.sensor.reading import Sensor
 @final
 @dataclass(frozen=True)
 class Setpoint:
-    """The dense model, pruned by a Setpoint loop to the budget while it trains.
-
-    A variant is another value of this class.
+    """The dense model, pruned by a loop to the budget while it trains; a variant is another value of this class.
 
     Args:
         name: name on the command line and in result files.
-        controller: decides what goes and when; None for the default one.
-        sensor: makes what takes the readings; None for the default one.
+        controller: decides what goes and when; None for Setpoint's own.
+        sensor: makes what takes the readings; None for Setpoint's own.
+        lasso: share of a group-lasso penalty in the first step's loss; 0 for none.
         paper: where the variant comes from.
+        family: kind of method, for reports.
         sized: always.
         needs: nothing.
     """
@@ -37,7 +38,9 @@ class Setpoint:
     name: str = "setpoint"
     controller: Controller[Any] | None = None
     sensor: Callable[[], Sensor[Any]] | None = None
+    lasso: float = 0.0
     paper: str = ""
+    family: str = "setpoint"
     sized: bool = True
     needs: tuple[str, ...] = ()
 
@@ -59,4 +62,4 @@ class Setpoint:
             controller=self.controller,
             sensor=None if self.sensor is None else self.sensor(),
         )
-        return optimizer, Looped(loop)
+        return optimizer, LassoLooped(loop, model, optimizer, self.lasso) if self.lasso else Looped(loop)
