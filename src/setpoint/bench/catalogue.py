@@ -7,6 +7,8 @@ from pathlib import Path
 
 from setpoint.bench.cifar10 import cifar10, cifar10_mini, cifar10_resnet18, cifar10_wrn22_2
 from setpoint.bench.digits import digits
+from setpoint.bench.finetune import finetune
+from setpoint.bench.finetune_text import finetune_text
 from setpoint.bench.mnist import mnist
 from setpoint.bench.own_function import is_own_function, own_function
 from setpoint.bench.shakespeare import shakespeare, shakespeare_10m, shakespeare_mini
@@ -23,6 +25,8 @@ TASKS: Mapping[str, Callable[[Path | None], SimpleTask]] = {
     "shakespeare-mini": shakespeare_mini,
     "shakespeare": shakespeare,
     "shakespeare-10m": shakespeare_10m,
+    "finetune": finetune,
+    "finetune-text": finetune_text,
 }
 
 

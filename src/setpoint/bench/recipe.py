@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import nn
@@ -51,9 +51,6 @@ class Recipe:
             raise BenchError(f"a recipe needs at least 1 step and 1 example, got {self.steps} and {self.batch}")
         if not 0 < self.learning_rate < math.inf:
             raise BenchError(f"the learning rate must be above 0 and finite, got {self.learning_rate}")
-        for name, value, known in (("rule", self.rule, get_args(Rule)), ("fall", self.fall, get_args(Fall))):
-            if value not in known:
-                raise BenchError(f"unknown {name} {value!r}: use {' or '.join(known)}")
 
     @property
     def steps_per_validation(self) -> int:
