@@ -28,6 +28,7 @@ OPTIONAL = (
     "sklearn",
     "timm",
     "tokenizers",
+    "torch_pruning",
     "torchao",
     "torchvision",
     "transformers",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
+from setpoint.actuator.shrink import named_tensors
 from setpoint.actuator.sizes import apply_sizes, record_dense
 from setpoint.bench.counter import step_flops
 from setpoint.bench.course import Outcome, Pruner
@@ -101,7 +102,7 @@ class TorchPruning:
         if step_flops(model, example) <= limit:
             return 0.0
         # The library leaves a layer whole rather than take its last unit.
-        low, high = 0.0, 1.0 - 1.0 / min(group.num_units for group in groups) - 1e-6
+        low, high = 0.0, _highest(group.num_units for group in groups if group.what != "head")
         least = flops(high)
         if least > limit:
             dense = step_flops(model, example)
@@ -117,7 +118,7 @@ class TorchPruning:
     def _cut(self, model: nn.Module, groups: tuple[Group, ...], example: tuple[Tensor, ...], ratio: float) -> None:
         """Cut by this ratio, in place."""
         library = _library()
-        dense = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        dense = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
         written = {
             piece.tensor.rpartition(".")[0]
             for group in groups
@@ -137,7 +138,7 @@ class TorchPruning:
                 global_pruning=not norm,
                 pruning_ratio=ratio,
                 max_pruning_ratio=1.0 if norm else 0.9,
-                head_pruning_ratio=_head_ratio(ratio, heads.values()) if norm else ratio,
+                head_pruning_ratio=_head_ratio(ratio, heads.values(), whole=norm),
                 ignored_layers=closed,
                 num_heads=heads,
                 prune_num_heads=True,
@@ -147,10 +148,21 @@ class TorchPruning:
         _bind_sizes(model, groups, dense)
 
 
-def _head_ratio(ratio: float, heads: Collection[int]) -> float:
-    """The ratio rounded down to whole heads; the library would round up, and land far below the budget."""
-    least = min(heads, default=1)
-    return max(0.0, math.floor(ratio * least) / least - 1e-9)
+def _highest(units: Iterable[int]) -> float:
+    """The highest ratio that leaves a unit in each layer, give or take rounding."""
+    return max(0.0, 1.0 - 1.0 / min(units, default=1000) - 1e-6)
+
+
+def _head_ratio(ratio: float, heads: Collection[int], *, whole: bool) -> float:
+    """The ratio for heads, one of which stays everywhere.
+
+    Where each layer loses `whole` heads by itself, the ratio is rounded down to them: the library would round up,
+    and land far below the budget.
+    """
+    if not heads:
+        return 0.0
+    least = min(heads)
+    return max(0.0, min(math.floor(ratio * least) / least - 1e-9 if whole else ratio, _highest(heads)))
 
 
 def _library() -> Any:
@@ -183,7 +195,7 @@ def _bind_sizes(model: nn.Module, groups: tuple[Group, ...], dense: dict[str, tu
             gone = int((size.index >= 0).sum()) * (group.num_units - widths[group.name]) // group.num_units
             place = (size.module, size.place)
             sizes[place] = sizes.get(place, len(size.index)) - gone
-    now = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    now = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
     undo = ExitStack()
     record_dense(model, {name: shape for name, shape in dense.items() if now[name] != shape}, undo)
     apply_sizes(model, sizes, undo)
