@@ -105,24 +105,30 @@ def _standard(model: nn.Module, walk: Walk, dims: Sequence[OwnDim]) -> Places:
                     places[name, f"normalized_shape[{position}]"] = labels
     for (name, attribute), labels in walk.attributes.items():
         module = model.get_submodule(name)
-        follows = isinstance(module, (nn.modules.conv._ConvNd, nn.GroupNorm, nn.RNNBase))
+        follows = isinstance(module, (nn.modules.conv._ConvNd, nn.GroupNorm, nn.RNNBase, nn.RNNCellBase))
         if follows and getattr(module, attribute) == len(labels):
             places[name, attribute] = labels
     return places
 
 
 def _heads(model: nn.Module, walk: Walk, units: Units, dims: Sequence[OwnDim]) -> Places:
-    """Heads of torch's own attention module, which counts them itself once it has a forward that can."""
+    """Heads of torch's own attention module, which counts them itself once it has a forward that can.
+
+    Torch's own forward insists on its sizes, so the other one is needed for any unit along a dim of the module.
+    """
     places: Places = {}
-    own = {(dim.tensor, dim.dim): dim.labels for dim in dims}
     for name, module in model.named_modules():
-        labels = own.get((f"{name}.out_proj.weight" if name else "out_proj.weight", 1))
-        if not isinstance(module, nn.MultiheadAttention) or labels is None:
+        if not isinstance(module, nn.MultiheadAttention):
             continue
+        prefix = f"{name}." if name else ""
+        inside = {(dim.tensor, dim.dim): dim.labels for dim in dims if dim.tensor.startswith(prefix)}
+        if not any(units.among(labels) for labels in inside.values()):
+            continue
+        labels = inside.get((f"{prefix}out_proj.weight", 1), np.zeros(module.embed_dim, dtype=np.int64))
         heads = labels.reshape(module.num_heads, -1)
         roots = walk.atoms.find(heads)
-        if (roots == roots[:, :1]).all() and units.among(heads[:, 0]):
-            places[name, HEADS] = heads[:, 0]
+        whole = (roots == roots[:, :1]).all()
+        places[name, HEADS] = heads[:, 0] if whole else np.zeros(module.num_heads, dtype=np.int64)
     return places
 
 

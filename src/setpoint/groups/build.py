@@ -99,6 +99,8 @@ def build(atoms: Atoms, dims: Sequence[OwnDim], products: Sequence[np.ndarray] =
         unit_of[members] = np.arange(len(members))
         slices = tuple(_slice(own, everyone, signature, key, unit_of, marks) for own in dims_of[key])
         roles = {piece.role for piece in slices}
+        if any(_writes(own, everyone, members, marks) for own in dims_of[key]):
+            roles.add("produce")  # a tied weight may write units and read them again
         if {"produce", "consume"} <= roles or ("produce" in roles and summed[members].any()):
             group_of[members] = len(found)
             found.append((members, slices))
@@ -128,6 +130,10 @@ def _slice(
     member = (signature[roots] == key) & (roots != 0)
     masked = not marks["unmasked"][own.labels[member]].any()
     return Slice(own.tensor, own.dim, _role(own, member, marks), np.where(member, unit_of[roots], -1), masked)
+
+
+def _writes(own: OwnDim, everyone: np.ndarray, members: list[int], marks: Mapping[str, np.ndarray]) -> bool:
+    return bool(marks["produce"][own.labels[np.isin(everyone[own.labels], members)]].any())
 
 
 def _no_exit(roles: set[Role]) -> str:
@@ -168,7 +174,7 @@ def _lossy_notes(atoms: Atoms, group_of: np.ndarray, num_groups: int) -> list[di
 
 
 def _name(slices: tuple[Slice, ...], names: dict[str, int]) -> str:
-    first = next(piece for piece in slices if piece.role == "produce")
+    first = next((piece for piece in slices if piece.role == "produce"), slices[0])
     base = first.tensor.rsplit(".", 1)[0] if "." in first.tensor else first.tensor
     names[base] = names.get(base, 0) + 1
     return base if names[base] == 1 else f"{base}:{names[base]}"

@@ -18,7 +18,7 @@ def _embedding(walk: Walk, out: Value, weight: Value, indices: Value, *args: Any
     walk.freeze(weight.labels[0], "its rows are chosen by data")
     walk.atoms.mark("produce", weight.labels[1])
     walk.atoms.mark("embedding", weight.labels[1])
-    return Value(out.shape, (*(None,) * indices.ndim, weight.labels[1]))
+    return Value(out.shape, (*(None,) * indices.ndim, weight.labels[1]), zero=weight.zero)
 
 
 @rule(aten.index.Tensor)
@@ -73,7 +73,7 @@ def _data(walk: Walk, out: Any, *args: Any, **kwargs: Any) -> None:
 def _constant(walk: Walk, out: Value, *args: Any, **kwargs: Any) -> Value:
     """A constant of a written size: every dim may follow whatever it meets."""
     sizes = [arg for arg in args if isinstance(arg, (list, tuple))][0]
-    labels = tuple(walk.atoms.fresh(size) if size > 1 else None for size in sizes)
+    labels = tuple(walk.alike(size) for size in sizes)
     name = str(walk.node.target.overloadpacket.__name__)  # type: ignore[union-attr]
     for dim, (size, dim_labels) in enumerate(zip(sizes, labels, strict=True)):
         walk.literal(name, dim, size, dim_labels)
