@@ -290,8 +290,8 @@ def _visit(walk: Walk, node: fx.Node, env: dict[fx.Node, Any], numbers: dict[tup
     fake = node.meta.get("val")
     out = _shape_of(fake)
     function = rule_for(node.target)
-    if out is None and not inputs:
-        return None
+    if out is None and (walk.unread or not inputs):
+        return None  # a check that gives nothing
     finished, reason = None, "no rule knows this op"
     if function is not None:
         try:
@@ -310,4 +310,22 @@ def _visit(walk: Walk, node: fx.Node, env: dict[fx.Node, Any], numbers: dict[tup
         return fake if isinstance(fake, (int, float, bool)) else None
     finished = finish(walk, None, out, inputs) if finished is None else finished
     walk.flow.append((walk.module, inputs, _values(finished)))
+    if op_name(node.target).endswith("_") and isinstance(finished, Value):
+        _hand_up(walk, node, finished, env)
     return finished
+
+
+def _hand_up(walk: Walk, node: fx.Node, written: Value, env: dict[fx.Node, Any]) -> None:
+    """What is written into a view lies in every tensor that it is a view of."""
+    view = node.args[0]
+    while isinstance(view, fx.Node) and isinstance(env.get(view), Value):
+        old = env[view]
+        env[view] = replace(
+            old,
+            weight=old.weight and written.weight,
+            grad=old.grad or written.grad,
+            zero=old.zero and written.zero,
+        )
+        walk.flow.append((walk.module, [old, written], [env[view]]))
+        returns = view.target._schema.returns if isinstance(view.target, torch._ops.OpOverload) else ()
+        view = view.args[0] if returns and returns[0].alias_info is not None and view.args else None

@@ -8,4 +8,5 @@ import setpoint.groups.rules.norm
 import setpoint.groups.rules.recurrent
 import setpoint.groups.rules.reduce
 import setpoint.groups.rules.shape
+import setpoint.groups.rules.spectrum
 import setpoint.groups.rules.window  # noqa: F401
