@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from setpoint.errors import ExampleError, ExportError
+from setpoint.groups.custom import marked_functions
 
 Example = Any
 """A tuple of positional inputs, or a mapping of keyword inputs; anything else is told so by `inputs_of`."""
@@ -112,7 +113,7 @@ def export(model: nn.Module, example: Example) -> torch.export.ExportedProgram:
     """
     args, kwargs = inputs_of(example)
     check_device(model, example)
-    with untouched_rng(), untouched_attributes(model), warnings.catch_warnings():
+    with untouched_rng(), untouched_attributes(model), marked_functions(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             return torch.export.export(Forward(model), args, kwargs, strict=False)

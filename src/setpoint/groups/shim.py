@@ -51,6 +51,13 @@ def _num_dims(item: Any) -> int:
     return item.dim() if isinstance(item, Tensor) and item.dtype == torch.bool else 1
 
 
+def _saving_hooks() -> Any:
+    """What tells whether the running code is run again in backward: hooks on saved tensors, and the gradient mode."""
+    if torch.compiler.is_compiling():
+        return None
+    return torch._C._autograd._top_saved_tensors_default_hooks(True), torch.is_grad_enabled()
+
+
 _INDEXING = {torch.Tensor.__getitem__, torch.Tensor.__setitem__}
 
 NAMES = _names()
@@ -70,6 +77,7 @@ class CallSizes(TorchFunctionMode):
         self.sizes = sizes
         self.changed = changed
         self.numbers: dict[str, int] = {}
+        self.hooks = _saving_hooks()
         self.narrowing: list[int] = []
         """Numbers of the slices that took less than all there was."""
 
@@ -96,8 +104,15 @@ class CallSizes(TorchFunctionMode):
         return self._sized(func, name, number, wanted, args, kwargs)
 
     def _note(self, name: str, number: int, argument: int, live: int, wanted: int) -> None:
-        if self.changed is not None and live != wanted:
+        if live == wanted:
+            return
+        if self.changed is not None:
             self.changed.add(f"{name}#{number}[{argument}]")
+        elif _saving_hooks() != self.hooks:
+            raise RuntimeError(
+                f"{name} inside a checkpoint needs another size than the code gives it, and backward would run that "
+                "code again by itself: checkpoint the call of a whole submodule instead"
+            )
 
     def _indices(self, x: Tensor, index: Any) -> Any:
         """The index with its slices corrected; each slice that is not `:` has a number of its own."""

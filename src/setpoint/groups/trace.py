@@ -298,8 +298,9 @@ def _visit(walk: Walk, node: fx.Node, env: dict[fx.Node, Any], numbers: dict[tup
             named = {key: value for key, value in kwargs.items() if key != "out"}
             result, reason = function(walk, out, *args, **named), ""
             finished = None if out is None else finish(walk, result, out, inputs)
-            if "out" in kwargs:
-                _write_into(walk, finished, kwargs["out"])
+            written = kwargs.get("out")
+            if isinstance(written, Value) and isinstance(finished, Value):
+                _write_into(walk, finished, written)
         except (AssertionError, IndexError, TypeError, ValueError, AttributeError) as error:
             reason = f"its rule does not cover this call ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
     if reason:

@@ -61,7 +61,9 @@ def _along_dim(walk: Walk, out: Value, x: Value, dim: Any, *args: Any, **kwargs:
     written = all(arg.zero for arg in args if isinstance(arg, Value)) and not (
         name.startswith("scatter") and any(isinstance(arg, (int, float)) and arg != 0 for arg in args)
     )
-    return Value(out.shape, tuple(None if d in dims else own for d, own in enumerate(x.labels)), zero=x.zero and written)
+    return Value(
+        out.shape, tuple(None if d in dims else own for d, own in enumerate(x.labels)), zero=x.zero and written
+    )
 
 
 @rule(aten.arange.default, aten.arange.start, aten.arange.start_step, aten.histc.default)

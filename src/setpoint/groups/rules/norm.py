@@ -40,7 +40,9 @@ def _batch_norm(
         if dim != 1:
             walk.lossy(labels, "batch norm averages over it")
     channel = _carry(walk, x.labels[1], (weight, bias, running_mean, running_var))
-    return Value(out.shape, (x.labels[0], channel, *x.labels[2:]), zero=_silences(weight, bias) or (x.zero and bias is None))
+    return Value(
+        out.shape, (x.labels[0], channel, *x.labels[2:]), zero=_silences(weight, bias) or (x.zero and bias is None)
+    )
 
 
 @rule(aten.layer_norm.default, aten.rms_norm.default)
@@ -100,7 +102,9 @@ def _group_norm(
             walk.attributes[walk.module, "num_groups"] = labels
             walk.literal("group_norm", 0, num_groups, labels)
     channel = _carry(walk, labels, (weight, bias))
-    return Value(out.shape, (x.labels[0], channel, *x.labels[2:]), zero=_silences(weight, bias) or (x.zero and bias is None))
+    return Value(
+        out.shape, (x.labels[0], channel, *x.labels[2:]), zero=_silences(weight, bias) or (x.zero and bias is None)
+    )
 
 
 @rule(aten._weight_norm.default)

@@ -207,9 +207,7 @@ def _repeated(walk: Walk, own: DimLabels, size: int, repeats: int, how: Callable
 
 
 @rule(aten.repeat_interleave.self_int)
-def _repeat_interleave(
-    walk: Walk, out: Value, x: Value, repeats: int, dim: int | None = None, **kwargs: Any
-) -> Value:
+def _repeat_interleave(walk: Walk, out: Value, x: Value, repeats: int, dim: int | None = None, **kwargs: Any) -> Value:
     """Copies next to each other belong to the same units; those of a dim of one follow whatever they meet."""
     if dim is None:
         walk.freeze_all(x, "repeat_interleave over all dims")
