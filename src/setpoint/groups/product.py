@@ -3,8 +3,9 @@
 When `(heads, head size)` is viewed as one dim, dropping a head drops a row of cells and dropping a
 position within the head drops a column: `drop(cell_ij) = drop(factor1_i) or drop(factor2_j)`. To
 keep every tensor rectangular under any choice of units, one factor stays prunable and the others
-are frozen. Which one: one that is not made of copies (query heads of one key head), then one that no
-norm runs over, then one that no activation product contracts, then one that is already the only prunable factor elsewhere, then the one with more units.
+are frozen. Which one: one that is not made of copies (query heads of one key head), then one that
+no norm runs over, then one that no activation product contracts, then one that is already the only
+prunable factor elsewhere, then the one with more units.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from setpoint.groups.walk import DimLabels, Value, Walk, op_name, rule
+from setpoint.groups.walk import Value, Walk, op_name, rule
 
 aten = torch.ops.aten
 
