@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -46,9 +46,8 @@ def bind(
         places = _places(model, example, walk, units, dims)
         failing = _failing(model, example, shapes, units, dims, places)
         if not failing:
-            gone = _vanishing(model, example, shapes, walk, units, dims, places)
-            groups = _with_sizes(walk, units, places)
-            return units, tuple(replace(group, min_units=0) if group.name in gone else group for group in groups)
+            staying = _vanishing(model, example, shapes, walk, units, dims, places)
+            return units, tuple(_vanished(group, staying) for group in _with_sizes(walk, units, places))
         for name, why in failing.items():
             walk.atoms.frozen.append((np.zeros(1, dtype=np.int64), name, f"with fewer units {why}"))
         units = units.without(failing)
@@ -183,6 +182,14 @@ def _failing(
     return failing if len(lossless) == len(whole) else {**failing, **_culprits([*whole], fault)}
 
 
+def _vanished(group: Group, staying: Mapping[str, str]) -> Group:
+    """A group that the model goes round: its fewest units are 0, or a note says why it cannot lose all of them."""
+    if group.name not in staying:
+        return group
+    why = staying[group.name]
+    return replace(group, notes=(*group.notes, f"it cannot vanish: {why}")) if why else replace(group, min_units=0)
+
+
 def _vanishing(
     model: nn.Module,
     example: Example,
@@ -191,27 +198,33 @@ def _vanishing(
     units: Units,
     dims: Sequence[OwnDim],
     places: Places,
-) -> set[str]:
-    """Groups all of whose units may go: the model goes round them, and its forward runs without them.
+) -> dict[str, str]:
+    """Groups that the model goes round: with "" if all of their units may go, else with what stands against it.
 
     Groups whose names differ in numbers only (the layers of a stack) are tried together.
     """
     lossless = {group.name for group in units.groups if group.lossless}
-    candidates = sorted(bypassed(walk, units, walk.inputs, walk.outputs) & lossless)
-    if not candidates:
-        return set()
+    found = dict.fromkeys(sorted(bypassed(walk, units, walk.inputs, walk.outputs) & lossless), "")
+    measured = walk.atoms.marked("measured")
+    for name, group in zip([group.name for group in units.groups], range(len(units.groups)), strict=True):
+        if name in found and measured[units.group_of == group].any():
+            found[name] = "a weight is divided by a norm over its units, which would be 0"
 
-    def runs(names: Sequence[str]) -> bool:
-        found = outcome_of(model, example, units, dims, places, empty(names, units))
-        return not found.error and list(found.shapes) == list(shapes)
+    def fault(names: Sequence[str]) -> str:
+        outcome = outcome_of(model, example, units, dims, places, empty(names, units))
+        return outcome.error or ("" if list(outcome.shapes) == list(shapes) else "outputs change their shape")
 
-    if runs(candidates):
-        return set(candidates)
+    fine = [name for name, why in found.items() if not why]
+    if not fine or not fault(fine):
+        return found
     alike: dict[str, list[str]] = {}
-    for name in candidates:
+    for name in fine:
         alike.setdefault(re.sub(r"\d+", "0", name), []).append(name)
-    fine = [name for names in alike.values() if runs(names) for name in names]
-    return set(fine) if fine and runs(fine) else set()
+    for names in alike.values():
+        found |= dict.fromkeys(names, fault(names))
+    fine = [name for name, why in found.items() if not why]
+    together = fault(fine) if fine else ""
+    return found | dict.fromkeys(fine, together)
 
 
 def _culprits(suspects: list[str], fault: Callable[[Sequence[str]], str | None]) -> dict[str, str]:

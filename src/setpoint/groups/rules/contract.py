@@ -25,8 +25,8 @@ def contract_dim(walk: Walk, left: Value, left_dim: int, right: Value, right_dim
     """Sum over a dim of both operands; a weight's own atoms are marked as reading it."""
     a, b = left.labels[left_dim], right.labels[right_dim]
     for operand, labels in ((left, a), (right, b)):
-        if operand.weight and not _measures(left, right):
-            walk.atoms.mark("consume", labels)
+        if operand.weight:
+            walk.atoms.mark("measured" if _measures(left, right) else "consume", labels)
         if not left.weight and not right.weight:
             walk.atoms.mark("contract", labels)
     if not left.zero and not right.zero:

@@ -114,6 +114,8 @@ def _weight_norm(walk: Walk, out: Value, direction: Value, size: Value, dim: int
     A row of `direction` that is zero would be 0 / 0, so a mask leaves it alone: its size is zero.
     """
     labels = list(direction.labels)
+    for own in (*labels[:dim], *labels[dim:][1:]):
+        walk.atoms.mark("measured", own)
     if size.ndim == 0:  # one norm over all dims
         return direction.labels
     labels[dim] = walk.unite(labels[dim], size.labels[dim])
