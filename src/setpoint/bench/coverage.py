@@ -116,8 +116,9 @@ def halves(groups: tuple[Group, ...]) -> dict[str, np.ndarray]:
     generator = np.random.default_rng(SEED)
     keep = {}
     for group in groups:
+        block = group.multiple_of if group.only_blocks else 1
         kept = np.zeros(group.num_units, dtype=bool)
-        kept[generator.permutation(group.num_units)[: max(1, group.num_units // 2)]] = True
+        kept[generator.permutation(group.num_units)[: max(1, group.num_units // 2 // block) * block]] = True
         keep[group.name] = kept
     return keep
 

@@ -117,6 +117,8 @@ def _grouped_matmul(
     inner = contract_dim(walk, left, 1, right, 1)
     if right.weight:
         walk.atoms.mark("produce", right.labels[2])
+    for labels in right.labels[1:]:
+        walk.atoms.mark("aligned", labels)
     dims = [(left.shape[1], inner), (right.shape[2], right.labels[2])]
     walk.contract(left.shape[0], dims, num_gradients(left, right))
     return Value(out.shape, (left.labels[0], right.labels[2]), zero=right.zero)
