@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,25 +130,58 @@ def load_target(target: str, shape: tuple[int, ...] | None = None) -> tuple[nn.M
     """The model and example that `module.py:function` returns, or a library's model of that name.
 
     Args:
-        target: a file and a function of no arguments that returns a model, or a model and its inputs (a tuple, or a
-            dict of keyword inputs); or the name of a model of torchvision, timm or transformers.
-        shape: shape of the example, filled with noise; None for the model's usual size, which is a batch of two
-            images of 224 pixels for a function that returns no inputs.
+        target: a file and a function of no arguments that returns a model and its inputs (a tuple, or a dict of
+            keyword inputs), or a model alone if `shape` says what it takes; or the name of a model of torchvision,
+            timm or transformers.
+        shape: shape of the example, filled with noise; None for the usual size of a library's model.
 
     Raises:
-        BenchError: there is no such file, function or model, or the shape does not fit it.
+        BenchError: there is no such file, function or model, it raises, it returns no inputs and no shape is given,
+            or the shape does not fit it.
     """
     if shape is not None and min(shape) < 1:
         raise BenchError(f"sizes of an example are at least 1, got {','.join(map(str, shape))}")
     if ".py:" not in target:
         return named_model(target, shape)
-    made = _function(target)()
+    with _named_errors(target):
+        made = _function(target)()
+    if isinstance(made, tuple) and len(made) != 2:
+        raise BenchError(f"{target} returned {len(made)} things: return a model and its inputs, as `model, (x,)`")
     if isinstance(made, tuple) and shape is not None:
         raise BenchError(f"{target} returns inputs of its own: leave out --input {','.join(map(str, shape))}")
-    model, example = made if isinstance(made, tuple) else (made, (noise(shape or (2, 3, 224, 224)),))
+    model, example = made if isinstance(made, tuple) else (made, None)
     if not isinstance(model, nn.Module):
         raise BenchError(f"{target} returned a {type(model).__name__}: return a torch.nn.Module, or one and its inputs")
+    if example is None and shape is None:
+        raise BenchError(
+            f"{target} returned a model without inputs: return `model, (x,)`, or `model, {{'x': x}}` for keyword "
+            "inputs; or say the shape of its one input of floats, for images --input 2,3,224,224"
+        )
+    example = (noise(shape),) if shape is not None else example
     return model, (example,) if isinstance(example, Tensor) else example
+
+
+@contextmanager
+def _named_errors(target: str) -> Iterator[None]:
+    """Whatever a user's file raises becomes one line: which function, where in the file, and what was said.
+
+    Raises:
+        BenchError: in place of anything but itself.
+    """
+    try:
+        yield
+    except BenchError:
+        raise
+    except Exception as error:
+        path = Path(target.rpartition(":")[0]).resolve()
+        lines = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path]
+        where = f' at {path.name}:{lines[-1].lineno}: "{lines[-1].line}"' if lines else ""
+        if isinstance(error, SyntaxError) and error.lineno is not None:
+            where = f" at {Path(error.filename or path).name}:{error.lineno}"
+        said = str(error).strip().partition("\n")[0] or "no message"
+        raise BenchError(
+            f"{target} raised {type(error).__name__}: {said} ({where.strip() or 'outside the file'})"
+        ) from error
 
 
 def _kept_whole(model: nn.Module, example: Example, groups: tuple[Group, ...], verify: bool) -> dict[str, str]:
