@@ -210,6 +210,11 @@ def _vanishing(
         if name in found and measured[units.group_of == group].any():
             found[name] = "a weight is divided by a norm over its units, which would be 0"
 
+    for call in walk.calls:
+        if call.place.startswith("conv") and not isinstance(model.get_submodule(call.module), nn.modules.conv._ConvNd):
+            gone = {units.groups[position].name for position in units.among(call.labels)}
+            found |= dict.fromkeys(gone & set(found), "a convolution called as a function needs one group at least")
+
     def fault(names: Sequence[str]) -> str:
         outcome = outcome_of(model, example, units, dims, places, empty(names, units))
         return outcome.error or ("" if list(outcome.shapes) == list(shapes) else "outputs change their shape")
