@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from setpoint.actuator.verify import failing_groups
+from setpoint.errors import ExportError
 from setpoint.groups.trace import find_groups, trace
 
 
@@ -119,3 +120,23 @@ def test_sizes_corrected_inside_a_checkpoint(inside: bool, reentrant: bool) -> N
     assert "first" in {group.name for group in groups}
     assert any("inside a checkpoint" in frozen.reason for frozen in found.frozen) is inside
     assert failing_groups(model, example, groups) == ()
+
+
+class Packed(nn.Module):
+    """A recurrent network that reads packed sequences."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.head = nn.LSTM(6, 16, batch_first=True), nn.Linear(16, 2)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        padded, _ = nn.utils.rnn.pad_packed_sequence(self.cell(packed)[0], batch_first=True)
+        out: Tensor = self.head(padded[:, 0])
+        return out
+
+
+def test_packed_sequences_are_refused_with_a_reason() -> None:
+    """Sizes that depend on lengths are in no static graph: the error says so, and what to give instead."""
+    with pytest.raises(ExportError, match="packed sequence .* give the recurrent network the padded tensor"):
+        find_groups(Packed(), (torch.randn(3, 5, 6), torch.tensor([5, 3, 2])))

@@ -218,6 +218,12 @@ def _vanishing(draft: Draft, places: Places) -> dict[str, str]:
         if group.name in found and measured[units.group_of == position].any():
             found[group.name] = "a weight is divided by a norm over its units, which would be 0"
 
+    for call in walk.calls:
+        conv = isinstance(draft.model.get_submodule(call.module), nn.modules.conv._ConvNd)
+        if call.place.startswith("conv") and not conv:
+            gone = {units.groups[position].name for position in units.among(call.labels)}
+            found |= dict.fromkeys(gone & set(found), "a convolution called as a function needs one group at least")
+
     @cache
     def fault(names: frozenset[str]) -> str:
         outcome = outcome_of(draft, places, Kept(units, empty(sorted(names), units)))

@@ -82,6 +82,7 @@ class Walk:
         inputs, outputs: what the model is given, and what it returns.
         node: the node being visited.
         module: qualified name of the module whose own forward holds the node.
+        alike_atoms: atoms of dims whose entries are copies or constants.
         unread: whether nothing reads the node, so that its values do not matter.
     """
 
@@ -98,6 +99,7 @@ class Walk:
     node: fx.Node | None = None
     module: str = ""
     unread: bool = False
+    alike_atoms: set[int] = field(default_factory=set)
     call_index: int = 0
 
     @property
@@ -135,7 +137,12 @@ class Walk:
             return None
         labels = self.atoms.fresh(size)
         self.atoms.mark("alike", labels)
+        self.alike_atoms.update(labels.tolist())
         return labels
+
+    def copies(self, labels: DimLabels) -> bool:
+        """Whether a dim holds copies or constants: a dropped one of them is not zero, whatever its tensor says."""
+        return labels is not None and len(labels) > 0 and int(labels[0]) in self.alike_atoms
 
     def product(self, factors: Sequence[np.ndarray]) -> np.ndarray:
         """Cells of a merged dim: a cell is dropped if any of its factors is. Shape (n1, n2, ...)."""

@@ -29,7 +29,7 @@ def contract_dim(walk: Walk, left: Value, left_dim: int, right: Value, right_dim
             walk.atoms.mark("measured" if _measures(left, right) else "consume", labels)
         if not left.weight and not right.weight:
             walk.atoms.mark("contract", labels)
-    if not left.zero and not right.zero:
+    if not (left.zero and not walk.copies(a)) and not (right.zero and not walk.copies(b)):
         walk.lossy(a, "a sum runs over it and dropped units are not zero there")
     return walk.unite(a, b, "summed against data of fixed size")
 

@@ -176,7 +176,7 @@ def _expand(walk: Walk, out: Value, x: Value, sizes: Any, *args: Any, **kwargs: 
     if isinstance(sizes, (list, tuple)):
         for dim, given in enumerate(sizes):
             walk.literal(op_name(walk.node.target), dim, given, labels[dim])  # type: ignore[union-attr]
-    return Value(out.shape, tuple(labels), zero=x.zero and _spans(x, out))
+    return Value(out.shape, tuple(labels), zero=x.zero and (_spans(x, out) or any(own is not None for own in x.labels)))
 
 
 def _padded(x: Value, out: Value) -> list[tuple[int, int]]:
@@ -197,7 +197,7 @@ def _repeat(walk: Walk, out: Value, x: Value, repeats: Sequence[int]) -> Value:
         labels.append(_repeated(walk, own[dim], size, repeats[dim], np.tile))
         if size == 1:
             walk.literal(op_name(walk.node.target), dim, repeats[dim], labels[dim])  # type: ignore[union-attr]
-    return Value(out.shape, tuple(labels), zero=x.zero and _spans(x, out))
+    return Value(out.shape, tuple(labels), zero=x.zero and (_spans(x, out) or any(own is not None for own in x.labels)))
 
 
 def _repeated(walk: Walk, own: DimLabels, size: int, repeats: int, how: Callable[..., np.ndarray]) -> DimLabels:
@@ -216,7 +216,7 @@ def _repeat_interleave(walk: Walk, out: Value, x: Value, repeats: int, dim: int 
     labels[dim] = _repeated(walk, labels[dim], x.shape[dim], repeats, np.repeat)
     if x.shape[dim] == 1:
         walk.literal("repeat_interleave", 0, repeats, labels[dim])
-    return Value(out.shape, tuple(labels), zero=x.zero and _spans(x, out))
+    return Value(out.shape, tuple(labels), zero=x.zero and (_spans(x, out) or any(own is not None for own in x.labels)))
 
 
 @rule(aten.cat.default, aten.concat.default, aten.hstack.default)
