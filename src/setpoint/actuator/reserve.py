@@ -175,6 +175,10 @@ class Reserve:
             found.setdefault(name, {})[dim] = kept
         return found
 
+    def counts(self, units: Keep) -> dict[SizePlace, int]:
+        """What every place in Python code must count when these units are there."""
+        return {at: int(kept.sum()) for at, kept in plan_cut(self.groups, units).sizes.items()}
+
     def refilled(self, before: Reserve, sources: Mapping[Key, Tensor], names: frozenset[str]) -> Reserve:
         """This reserve with the entries that its units ask for.
 

@@ -1,0 +1,35 @@
+"""A probe: what units that rest in the reserve would contribute to the loss, as read in ordinary steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float64, Int
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """First-order gain of bringing each resting unit back.
+
+    With its outgoing weights at zero a unit changes nothing, and the loss falls along the way to the weights
+    `w` that it had when it was dropped by, to first order,
+
+        gain = -sum over its outgoing weights of w * dL/dw, at zero.
+
+    Args:
+        step: optimizer steps done when it was taken.
+        origins: by group, the units that were probed.
+        gain: by group, in that order; in the unit of the loss. Mean over the probed steps.
+        rested: by group, in that order, decisions since the unit was dropped.
+        drops: by group, in that order, how often the unit has been dropped so far.
+        num_steps: steps in which units were present.
+    """
+
+    step: int
+    origins: Mapping[str, Int[np.ndarray, " resting"]]
+    gain: Mapping[str, Float64[np.ndarray, " resting"]]
+    rested: Mapping[str, Int[np.ndarray, " resting"]]
+    drops: Mapping[str, Int[np.ndarray, " resting"]]
+    num_steps: int = 1
