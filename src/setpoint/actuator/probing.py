@@ -133,15 +133,16 @@ class Probing:
         if any(table.get(key) is not tensor for table, key, tensor in self._places):
             return  # run with other tensors than the model's own, as torch.func.functional_call does
         undo = ExitStack()
+        for layer in module.modules():
+            if isinstance(layer.__dict__.get("forward"), EmptyForward):  # a norm without channels counts no batches
+                for buffer in layer.buffers(recurse=False):
+                    if id(buffer) not in self._wide:
+                        undo.callback(buffer.copy_, buffer.clone())
         try:
             wide = {id(tensor): self._fill(tensor) for _, _, tensor in self._places}
             for table, key, tensor in self._places:
                 undo.callback(self._put_back, table, key, tensor)
                 table[key] = wide[id(tensor)]
-            for layer in module.modules():
-                if isinstance(layer.__dict__.get("forward"), EmptyForward):  # a norm without channels counts no batch
-                    for buffer in layer.buffers(recurse=False):
-                        undo.callback(buffer.copy_, buffer.clone())
             apply_sizes(module, self._sizes, undo)
         except BaseException:
             undo.close()
