@@ -28,8 +28,8 @@ class Probe:
     """
 
     step: int
-    origins: Mapping[str, Int[np.ndarray, " resting"]]
-    gain: Mapping[str, Float64[np.ndarray, " resting"]]
-    rested: Mapping[str, Int[np.ndarray, " resting"]]
-    drops: Mapping[str, Int[np.ndarray, " resting"]]
+    origins: Mapping[str, Int[np.ndarray, " _resting"]]
+    gain: Mapping[str, Float64[np.ndarray, " _resting"]]
+    rested: Mapping[str, Int[np.ndarray, " _resting"]]
+    drops: Mapping[str, Int[np.ndarray, " _resting"]]
     num_steps: int = 1
