@@ -175,6 +175,26 @@ def test_micro_batches_add_up_and_clipping_is_seen_through() -> None:
             np.testing.assert_allclose(other[name], values / (4 if clip else 1), rtol=1e-5, atol=1e-12)
 
 
+def test_a_gradient_scaler_is_seen_through() -> None:
+    """Claim: gains are the same whether the loss was scaled and the gradients unscaled before the step, or the
+    optimizer is left to divide by the scale itself.
+    """
+    model, inputs, reserve = cut("mlp")
+    gains = []
+    for scale, unscaled in ((1.0, True), (1024.0, True), (1024.0, False)):
+        model.zero_grad()
+        probing = Probing(model, reserve, reserve.origins())
+        probing.start()
+        (loss_of(model(*inputs)) * scale).backward()
+        probing.stop()
+        for parameter in model.parameters():
+            parameter.grad.div_(scale if unscaled else 1.0)
+        gains.append(probing.gains(None if unscaled else torch.tensor(scale)))
+    for other in gains[1:]:
+        for name, values in gains[0].items():
+            np.testing.assert_allclose(other[name], values, rtol=1e-9, atol=1e-15)
+
+
 def test_an_exception_in_the_forward_pass_leaves_the_shrunk_model() -> None:
     """Claim: after a forward that raises, tensors and sizes are the shrunk model's, and it runs."""
     model, inputs, reserve = cut("residual")

@@ -332,6 +332,22 @@ def test_what_cannot_be_probed_is_refused_at_attach() -> None:
         attach(model, PricedController(), **options)[1].detach()
 
 
+class Dropping(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.stem(x)))
+        x = x + self.inner[3](nn.functional.dropout(self.inner[:3](x), 0.2, self.training))
+        return self.head(x.mean((2, 3)))
+
+
+def test_dropout_that_draws_by_width_is_no_reason_to_refuse() -> None:
+    """Claim: a model whose forward calls dropout itself is taken, and its units are probed."""
+    torch.manual_seed(0)
+    model = Dropping()
+    optimizer, loop = attach(model, Scripted({60: {"inner.0": [1]}}, {}, last=90), total_steps=100)
+    train(model, optimizer, 90)
+    assert loop.finish().probed_steps > 0
+
+
 def test_a_sensor_without_grow_is_refused() -> None:
     """Claim: a sensor that cannot take units in is refused by name."""
     from setpoint.errors import LoopError

@@ -65,12 +65,13 @@ class Probing:
         model: the model, as it was cut; run eagerly.
         reserve: where the units rest.
         grow: by group, origins of the units to be present.
+        in_training: present in training mode only; False for a trial of a model in eval mode.
     """
 
-    def __init__(self, model: nn.Module, reserve: Reserve, grow: Grow) -> None:
+    def __init__(self, model: nn.Module, reserve: Reserve, grow: Grow, in_training: bool = True) -> None:
         self.num_forwards = 0
         """Forward passes in which the units were present."""
-        self._model = model
+        self._model, self._in_training = model, in_training
         active = with_units(reserve, grow)
         self._groups = cut_groups(reserve.groups, active)
         self._came = {
@@ -128,7 +129,9 @@ class Probing:
         return found
 
     def _ahead(self, module: nn.Module, args: Any) -> None:
-        if module is not self._model or self._undo is not None or not module.training or not torch.is_grad_enabled():
+        if module is not self._model or self._undo is not None or not torch.is_grad_enabled():
+            return
+        if self._in_training and not module.training:
             return
         if any(table.get(key) is not tensor for table, key, tensor in self._places):
             return  # run with other tensors than the model's own, as torch.func.functional_call does

@@ -94,11 +94,11 @@ def verify_probe(model: nn.Module, example: Example, groups: tuple[Group, ...]) 
     trial = _Trial.of(model, example, groups, None)
     exact = {group.name for group in groups if group.lossless}
     keep = {name: kept for name, kept in trial.keep.items() if name in exact}
-    small = copy.deepcopy(trial.model, computed(trial.model)).train()
+    small = copy.deepcopy(trial.model, computed(trial.model))  # in eval mode if it draws random numbers in training
     reserve = Reserve.of(small, groups).rest(small, None, keep)
     shrink(small, None, groups, keep)
     probed = copy.deepcopy(small, computed(small))
-    probing = Probing(probed, reserve, reserve.origins())
+    probing = Probing(probed, reserve, reserve.origins(), in_training=False)
     why: str | None
     try:
         probing.start()

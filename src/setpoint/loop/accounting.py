@@ -50,7 +50,7 @@ class Account:
 
     @property
     def probing_seconds(self) -> float:
-        """Seconds for taking resting units in and out, and what steps with them present took longer than others."""
+        """Seconds for taking resting units in and out and easing them in, and what probed steps took longer."""
         return self.probing.seconds + self.probed_seconds
 
     def sensed(self, flops: float) -> None:

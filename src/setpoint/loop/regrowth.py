@@ -131,8 +131,11 @@ class Regrowth:
 
     def ease(self) -> None:
         """Let weights that are rising rise by one step."""
-        if self._easing is not None and self._easing.step():
-            self._easing = None
+        if self._easing is None:
+            return
+        with self._account.probing:
+            if self._easing.step():
+                self._easing = None
 
     def settle(self) -> None:
         """Let weights that are rising arrive at once."""

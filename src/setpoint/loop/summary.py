@@ -38,7 +38,7 @@ class Summary:
         spent: cost of one optimizer step of the finished model, by resource.
         break_even_step: first step at which the seconds saved exceed the overhead, None if never.
         reason: why it landed or did not.
-        probing_seconds: taking resting units in and out, and what probed steps took longer than others.
+        probing_seconds: taking resting units in and out, easing them in, and what probed steps took longer.
         probing_flops: FLOPs that resting units added to probed steps.
         probed_steps: steps in which resting units were present.
         dropped_units: units that were dropped at least once.
