@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from controller.plants import chain, lognormal, observe, residual
+from setpoint.controller.offer import offers_of
 from setpoint.controller.plan import Plan, Regrowing
 from setpoint.controller.priced import PricedController
 from setpoint.controller.reference import Reference
@@ -62,6 +63,7 @@ def run(
                 step,
                 rests,
                 {name: values[name][units] for name, units in rests.items()},
+                {name: np.zeros(len(units)) for name, units in rests.items()},
                 {name: len(decisions) - at[name][units] for name, units in rests.items()},
                 {name: drops[name][units] for name, units in rests.items()},
             )
@@ -247,6 +249,18 @@ def test_probes_come_before_decisions_that_may_use_them() -> None:
     due = [step for step in range(1, 1001) if REGROWING.due(step, 1000) and step < 700]
     assert present == {step - back for step in due for back in range(4)}
     assert isinstance(REGROWING, Regrowing)
+
+
+def test_what_is_not_sure_is_not_offered() -> None:
+    """Claim: a gain that is no larger than its standard error, or whose error is unknown, brings nothing back."""
+    groups, cost = chain(8, 8)
+    units, one = np.arange(3), np.ones(3, int)
+    for error, offered in ((np.zeros(3), 3), (np.array([0.5, 1.0, 2.0]), 1), (np.full(3, np.nan), 0)):
+        probe = Probe(
+            9, {"layer0": units}, {"layer0": np.ones(3)}, {"layer0": error}, {"layer0": 9 * one}, {"layer0": one}
+        )
+        offers = offers_of(probe, cost, {"layer0": 5, "layer1": 8}, groups, dwell=0, returns=1, slew=1.0)
+        assert len(offers) == offered
 
 
 @pytest.mark.parametrize("bad", [{"probe_steps": 0}, {"returns": -1}])

@@ -21,7 +21,7 @@ class Offer:
     Args:
         name: of the group.
         origins: the units.
-        worth: summed gain of the block / what it costs, at the widths with the group's better blocks back.
+        worth: summed sure gain of the block / what it costs, at the widths with the group's better blocks back.
     """
 
     name: str
@@ -39,9 +39,10 @@ def offers_of(
     returns: int,
     slew: float,
 ) -> list[Offer]:
-    """Whole blocks of resting units whose gain is positive, the worthiest first.
+    """Whole blocks of resting units that are sure to gain, the worthiest first.
 
-    Within a group units come in the order of their gain. A unit is left out that has rested for fewer decisions
+    A unit's sure gain is its gain less the standard error; where that is unknown it is not offered. Within a group
+    units come in the order of their sure gain. A unit is left out that has rested for fewer decisions
     than `dwell`, or has come back `returns` times before.
 
     Args:
@@ -57,7 +58,8 @@ def offers_of(
     >>> from setpoint.groups.group import Size
     >>> group, some = Group("a", "unit", num_units=4, slices=()), np.arange(3)
     >>> cost = ProductCost("flops", (Term(2.0, (Size(0, (("a", 1),)),)),))
-    >>> probe = Probe(9, {"a": np.array([5, 6, 7])}, {"a": np.array([1.0, -1.0, 3.0])}, {"a": some + 2}, {"a": some})
+    >>> gain, error = {"a": np.array([1.0, -1.0, 3.0])}, {"a": np.zeros(3)}
+    >>> probe = Probe(9, {"a": np.array([5, 6, 7])}, gain, error, {"a": some + 2}, {"a": some})
     >>> offers = offers_of(probe, cost, {"a": 4}, (group,), dwell=2, returns=2, slew=0.5)
     >>> [(offer.origins.tolist(), offer.worth) for offer in offers]
     [([7], 1.5), ([5], 0.5)]
@@ -67,7 +69,7 @@ def offers_of(
         name, block = group.name, group.multiple_of
         if name not in probe.gain or group.num_units % block:
             continue
-        gain, origins = probe.gain[name], probe.origins[name]
+        gain, origins = probe.gain[name] - probe.error[name], probe.origins[name]
         may = (gain > 0) & (probe.rested[name] >= dwell) & (probe.drops[name] <= returns)
         order = [int(at) for at in np.argsort(-gain, kind="stable") if may[at]]
         most = max(1, math.floor(slew * group.num_units) // block)

@@ -106,13 +106,13 @@ class PricedController:
     With `regrow=True` dropped units rest in a reserve and are probed before a decision. A block of
     them comes back where
 
-        probed worth = summed gain of the block / what it costs  >  price * (1 + hysteresis),
+        probed worth = summed (gain - its standard error) / what the block costs  >  price * (1 + hysteresis),
 
     with the price at which the others pay for it: what comes back is counted first, then the rest is dropped
     until the target is met, which does not rise. As many blocks come back, the worthiest first, as still
     beat the price that this leads to. A unit rests for `dwell` decisions before, stays for as many after, and comes
-    back `returns` times at most, so it never flutters. From `reference.land` on nothing comes back. Until then the
-    controller holds the limit but has not landed. Off by default: it has not been shown yet that it pays.
+    back `returns` times at most. From `reference.land` on nothing comes back; until then the controller holds the
+    limit but has not landed. Off by default: it has not been shown yet that it pays.
 
     The defaults for `slew` and `min_density` guard against a whole layer being cut on one noisy reading.
     A group never ends below `min_density` times the density that would meet the limit if all groups had
@@ -181,10 +181,9 @@ class PricedController:
 
     def probe_due(self, step: int, total_steps: int) -> bool:
         """Whether resting units should be present in the step after this one: shortly before a decision, if at all."""
-        if not self.regrow:
-            return False
         coming = range(step + 1, step + 1 + self.probe_steps)
-        return any(self.due(each, total_steps) and not self.reference.final(each, total_steps) for each in coming)
+        usable = (self.due(each, total_steps) and not self.reference.final(each, total_steps) for each in coming)
+        return self.regrow and any(usable)
 
     def grow(self, state: PricedState, regrown: Mapping[str, Bool[np.ndarray, " units"]]) -> PricedState:
         """State with the units that have come back, which are of age 0."""
@@ -258,9 +257,8 @@ class PricedController:
 
     def _offers(self, observation: Observation, cost: Cost, groups: tuple[Group, ...], aim: _Aim) -> list[Offer]:
         reading, probe = observation.reading, observation.probe
-        if not self.regrow or probe is None or aim.final or reading is None:
-            return []
-        if not reading.calibrated or self.allocation != "worth":
+        """Blocks that may come back; none late, without a probe, or where saliencies cannot be compared with gains."""
+        if aim.final or probe is None or reading is None or not reading.calibrated or self.allocation != "worth":
             return []
         settings = {"dwell": self.dwell, "returns": self.returns}
         return offers_of(probe, cost, observation.widths, groups, slew=self.slew, **settings)

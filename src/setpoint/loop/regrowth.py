@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float64, Int
 from torch import Tensor
 
 from setpoint.actuator.easing import Easing
@@ -22,6 +23,9 @@ from setpoint.sensor.probe import Probe
 
 _PROBE_SHARE = 0.01
 """Probing never takes more than this share of all FLOPs spent so far."""
+
+_PROBES = 8
+"""Probed steps that count; older ones were taken of another model."""
 
 _EASE_STEPS = 8
 """Optimizer steps over which outgoing weights of a unit that came back rise from zero."""
@@ -44,8 +48,7 @@ class Regrowth:
         self._decisions = 0
         self._probing: Probing | None = None
         self._probed: dict[str, Int[np.ndarray, " _units"]] = {}
-        self._sums = {group.name: np.zeros(group.num_units) for group in parts.groups}
-        self._counts = {group.name: np.zeros(group.num_units, dtype=np.int64) for group in parts.groups}
+        self._recent: deque[dict[str, Float64[np.ndarray, " _units"]]] = deque(maxlen=_PROBES)
         self._easing: Easing | None = None
 
     @property
@@ -76,11 +79,16 @@ class Regrowth:
         with self._account.probing:
             probing.stop()
             gains = probing.gains(grad_scale)
-            for name, values in (gains or {}).items():
-                self._sums[name][self._probed[name]] += values
-                self._counts[name][self._probed[name]] += 1
+            if gains is not None:
+                self._recent.append({name: self._by_origin(name, values) for name, values in gains.items()})
         if probing.num_forwards:
             self._account.probed(self._extra(self._probed))
+
+    def _by_origin(self, name: str, gains: Float64[np.ndarray, " _present"]) -> Float64[np.ndarray, " _units"]:
+        """Gains of the units that were present, NaN for all others of the group."""
+        of_group = np.full(len(self.reserve.active[name]), np.nan)
+        of_group[self._probed[name]] = gains
+        return of_group
 
     def _extra(self, units: Grow) -> float:
         """FLOPs that a step takes more with these units present."""
@@ -88,23 +96,20 @@ class Regrowth:
         return self._flops.total(wide) - self._flops.total(widths_of(self.reserve.present()))
 
     def probe(self, step: int) -> Probe | None:
-        """What was read since the last decision, or None. Called once for each decision."""
+        """What the last probed steps told of the units that rest now, or None. Called once for each decision."""
         self._decisions += 1
-        seen = {name: np.flatnonzero(counts) for name, counts in self._counts.items() if counts.any()}
-        if not seen:
+        reserve, origins, gain, error = self.reserve, {}, {}, {}
+        for name, units in reserve.origins().items():
+            rows = [each[name][units] for each in self._recent if name in each]
+            seen = np.isfinite(rows).any(0) if rows else np.zeros(len(units), dtype=bool)
+            if seen.any():
+                origins[name] = units[seen]
+                gain[name], error[name] = _mean_and_error(np.array(rows)[:, seen])
+        if not origins:
             return None
-        reserve = self.reserve
-        result = Probe(
-            step=step,
-            origins=seen,
-            gain={name: self._sums[name][units] / self._counts[name][units] for name, units in seen.items()},
-            rested={name: self._decisions - reserve.dropped_at[name][units] for name, units in seen.items()},
-            drops={name: reserve.drops[name][units] for name, units in seen.items()},
-            num_steps=max(int(counts.max()) for counts in self._counts.values() if len(counts)),
-        )
-        for name in seen:
-            self._sums[name][:], self._counts[name][:] = 0.0, 0
-        return result
+        rested = {name: self._decisions - reserve.dropped_at[name][units] for name, units in origins.items()}
+        drops = {name: reserve.drops[name][units] for name, units in origins.items()}
+        return Probe(step, origins, gain, error, rested, drops, num_steps=len(self._recent))
 
     # Drops and returns.
 
@@ -154,3 +159,19 @@ class Regrowth:
             self._probing.stop()
             self._probing = None
         self.settle()
+
+
+def _mean_and_error(
+    rows: Float64[np.ndarray, "steps units"],
+) -> tuple[Float64[np.ndarray, " units"], Float64[np.ndarray, " units"]]:
+    """Mean over the steps in which a unit was present, and the standard error of it; NaN for a single step.
+
+    >>> _mean_and_error(np.array([[1.0, np.nan], [3.0, 5.0]]))
+    (array([2., 5.]), array([ 1., nan]))
+    """
+    present = np.isfinite(rows)
+    count = present.sum(0)
+    mean = np.where(present, rows, 0.0).sum(0) / count
+    squares = np.where(present, rows - mean, 0.0) ** 2
+    several = np.where(count > 1, count, 2)
+    return mean, np.where(count > 1, np.sqrt(squares.sum(0) / (several - 1) / several), np.nan)
