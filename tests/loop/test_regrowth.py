@@ -257,8 +257,8 @@ def run(seed: int, **options: Any) -> tuple[setpoint.Loop, nn.Module]:
 
 
 def test_a_regrowing_run_lands_within_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Claim: with regrowth the run lands at 70 %, never over the limit after a third; units come back, at most a fifth of
-    those dropped are dropped again, probing keeps within its share; and the same seed makes the same ledger.
+    """Claim: with regrowth the run lands at 70 %, never over the limit after a third; units come back, at most a
+    fifth of those dropped are dropped again, probing keeps within its share; and the same seed makes the same ledger.
     """
     monkeypatch.setattr("setpoint.loop.regrowth._PROBE_SHARE", 0.05)  # the run is short
     first, model = run(0, regrow=True)

@@ -246,8 +246,7 @@ class PricedController:
             chosen = offers[:middle]
             selection, note = self._select(state, observation, cost, groups, aim, chosen)
             price = self._price(state, selection) * (1 + self.hysteresis)
-            lifted = aim.settled and note
-            if selection.total <= paid and chosen[-1].worth > price and not lifted:
+            if selection.total <= paid and chosen[-1].worth > price and not (aim.settled and note):
                 best, low = (selection, note, chosen), middle
             else:
                 high = middle - 1
@@ -256,8 +255,8 @@ class PricedController:
         return best
 
     def _offers(self, observation: Observation, cost: Cost, groups: tuple[Group, ...], aim: _Aim) -> list[Offer]:
-        reading, probe = observation.reading, observation.probe
         """Blocks that may come back; none late, without a probe, or where saliencies cannot be compared with gains."""
+        reading, probe = observation.reading, observation.probe
         if aim.final or probe is None or reading is None or not reading.calibrated or self.allocation != "worth":
             return []
         settings = {"dwell": self.dwell, "returns": self.returns}
