@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from setpoint.errors import ExampleError, ExportError
+from setpoint.groups.custom import marked_functions
 
 Example = Any
 """A tuple of positional inputs, or a mapping of keyword inputs; anything else is told so by `inputs_of`."""
@@ -126,7 +127,8 @@ def export(model: nn.Module, example: Example) -> torch.export.ExportedProgram:
     """
     args, kwargs = inputs_of(example)
     check_device(model, example)
-    with untouched_rng(), untouched_attributes(model), _without_stack_traces(), warnings.catch_warnings():
+    quiet = warnings.catch_warnings()
+    with untouched_rng(), untouched_attributes(model), _without_stack_traces(), marked_functions(), quiet:
         warnings.simplefilter("ignore")
         try:
             return torch.export.export(Forward(model), args, kwargs, strict=False)
