@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import setpoint
 from setpoint.controller.plan import Observation, Plan
 from setpoint.controller.priced import PricedController
+from setpoint.errors import LoopError, VerificationError
 from setpoint.sensor.reading import Reading
 
 
@@ -321,8 +322,6 @@ def test_what_cannot_be_probed_is_refused_at_attach() -> None:
     """Claim: compiled models, activation checkpointing and sensors without `grow` are refused, with what to do; the
     same models are taken without regrowth.
     """
-    from setpoint.errors import LoopError, VerificationError
-
     cases: list[tuple[nn.Module, dict[str, Any], type[Exception], str]] = [
         (torch.compile(Net(), backend="eager"), {}, LoopError, "compiled"),
         (Checkpointed(), {}, VerificationError, "heckpoint"),
@@ -352,7 +351,6 @@ def test_dropout_that_draws_by_width_is_no_reason_to_refuse() -> None:
 
 def test_a_sensor_without_grow_is_refused() -> None:
     """Claim: a sensor that cannot take units in is refused by name."""
-    from setpoint.errors import LoopError
 
     class Plain:
         """A Taylor sensor with nothing but the protocol's methods."""
