@@ -89,6 +89,10 @@ class Reference:
         """Whether the reference has come down to the limit: from here on every decision tries to land."""
         return step >= self._settle_step(total_steps)
 
+    def final(self, step: int, total_steps: int) -> bool:
+        """Whether the landing is due: from here on nothing comes back."""
+        return step >= max(self._settle_step(total_steps), round(self.land * total_steps))
+
     def _settle_step(self, total_steps: int) -> int:
         return max(1, round(self.settle * total_steps))
 
