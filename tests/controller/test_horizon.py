@@ -11,7 +11,7 @@ from setpoint.controller.reference import Reference
 
 
 def run(budget: float, total_steps: int, reference: Reference, *, drift: float = 1.0, block: float = 0.0) -> float:
-    """What a run spends whose cuts end `block` below the target; from the middle on a step costs `drift` times as much."""
+    """What a run spends whose cuts end `block` below the target; from the middle on a step costs `drift` times more."""
     spent, cost = 0.0, 1.0
     for step in range(1, total_steps + 1):
         factor = drift if step > total_steps // 2 else 1.0
