@@ -23,7 +23,7 @@ from setpoint.bench.sizing import small_widths
 from setpoint.bench.task import BenchError, Task, dense_widths, split_named
 from setpoint.bench.tensors import Tensors
 
-TEXT = "HAMLET:\nTo be, or not to be: that is the question.\n\n" * 200
+TEXT = "".join(f"HAMLET:\nTo be, or not to be: that is question {number}.\n\n" for number in range(200))
 NUM_IMAGES = 400
 IMAGE_SETS = {"mnist": (mnist.MNIST, (28, 28)), "cifar10": (cifar10.CIFAR10, (32, 32, 3))}
 
@@ -179,7 +179,8 @@ def test_own_task(own: str) -> None:
     assert small_widths(task, 0.5) == {"hidden": 16}
     model = task.build(dense_widths(task))
     inputs, targets = next(task.batches(0))
-    assert float(task.loss(model, inputs, targets)) == pytest.approx(float((model(inputs) - targets).square().mean()))
+    expected = (model(inputs) - targets).square().mean()
+    assert torch.equal(task.loss(model, inputs, targets), expected)
     score = task.evaluate(model, "validation")
     assert score.accuracy is None
     assert score.loss > 0

@@ -64,10 +64,10 @@ def cifar10_mini(data: Path | None = None) -> SimpleTask:
     Args:
         data: folder that holds `uoft-cs/cifar10`, or None for the usual places.
     """
-    images = Images(splits_16, (3, 16, 16), NUM_TRAIN, MEAN, DEVIATION, shift=2, flip=True, folder=data)
-    recipe = Recipe(steps=1, learning_rate=0.2, fall="linear", mixed=True)
+    images = Images(splits_16, (3, 16, 16), NUM_TRAIN, MEAN, DEVIATION, shift=1, flip=True, folder=data)
+    recipe = Recipe(steps=1, learning_rate=0.1, fall="linear", mixed=True)
     task = SimpleTask("cifar10-mini", MINI, images, recipe, training_criterion=smoothed_cross_entropy)
-    return task.with_epochs(8)
+    return task.with_epochs(10)
 
 
 def _task(name: str, family: Family, recipe: Recipe, data: Path | None) -> SimpleTask:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -66,9 +66,11 @@ def pretraining(data: Path | None = None) -> SimpleTask:
     Args:
         data: folder that holds `uoft-cs/cifar10`, or None for the usual places.
     """
-    task = cifar10.cifar10_mini(data)
-    images = Images(splits_six, (3, 16, 16), NUM_SIX, cifar10.MEAN, cifar10.DEVIATION, shift=2, flip=True, folder=data)
-    return replace(task, name="pretraining", family=replace(cifar10.MINI, classes=6), data=images).with_epochs(8)
+    images = _images(splits_six, NUM_SIX, data)
+    recipe = Recipe(steps=1, learning_rate=0.2, fall="linear", mixed=True)
+    family = replace(cifar10.MINI, classes=len(SIX))
+    task = SimpleTask("pretraining", family, images, recipe, training_criterion=smoothed_cross_entropy)
+    return task.with_epochs(8)
 
 
 def finetune(data: Path | None = None) -> SimpleTask:
@@ -79,12 +81,15 @@ def finetune(data: Path | None = None) -> SimpleTask:
     Args:
         data: folder that holds `uoft-cs/cifar10`, or None for the usual places.
     """
-    family = PretrainedFamily(replace(cifar10.MINI, classes=4), PRETRAINED)
-    images = Images(
-        splits_four, (3, 16, 16), NUM_TRAIN, cifar10.MEAN, cifar10.DEVIATION, shift=2, flip=True, folder=data
-    )
+    family = PretrainedFamily(replace(cifar10.MINI, classes=len(FOUR)), PRETRAINED)
+    images = _images(splits_four, NUM_TRAIN, data)
     recipe = Recipe(steps=pretraining().steps // 5, learning_rate=0.05, fall="linear", mixed=True)
     return SimpleTask("finetune", family, images, recipe, training_criterion=smoothed_cross_entropy)
+
+
+def _images(load: Callable[[Path | None], Splits], num_train: int, data: Path | None) -> Images:
+    """Small images, shifted by up to two pixels and mirrored."""
+    return Images(load, (3, 16, 16), num_train, cifar10.MEAN, cifar10.DEVIATION, shift=2, flip=True, folder=data)
 
 
 @lru_cache(maxsize=1)
