@@ -163,6 +163,8 @@ def test_settings_by_name() -> None:
     sparse = method_named("rigl@density=0.1")
     assert sparse.name == "rigl@density=0.1" and not sparse.sized and method_named("rigl").sized
     assert method_named("small-long@learning_rate=0.5").learning_rate == 0.5  # type: ignore[attr-defined]
+    oneshot = method_named("magnitude-oneshot@density=0.1@share=0.5")
+    assert not oneshot.sized and oneshot.share == 0.5 and method_named("magnitude-oneshot").sized  # type: ignore[attr-defined]
     with pytest.raises(BenchError, match=r"unknown setting 'colour' of rigl: it has @density=NUMBER"):
         method_named("rigl@colour=3")
     with pytest.raises(BenchError, match="is a number, got 'much'"):

@@ -45,6 +45,7 @@ class TorchPruning:
             group-norm pruner without its own sparse training; "taylor" for `GroupTaylorImportance`, all groups
             ranked together.
         num_batches: batches whose gradients Taylor adds up.
+        sized: always.
 
     References:
         Fang, Ma, Song, Mi, Wang: "DepGraph: Towards Any Structural Pruning", CVPR 2023. Molchanov, Mallya, Tyree,
@@ -53,6 +54,7 @@ class TorchPruning:
 
     criterion: Criterion
     num_batches: int = 10
+    sized: bool = True
 
     def begin(
         self, task: Task, model: nn.Module, budget: float, batches: Iterator[tuple[Tensor, Tensor]]
