@@ -14,9 +14,8 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from setpoint.bench.method import Method
-    from setpoint.bench.results import Result
-    from setpoint.bench.task import Split, Task
+    from setpoint.bench.runner import Outcome
+    from setpoint.bench.training import Cell
 
 app = typer.Typer(
     name="setpoint",
@@ -26,6 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+FAILED = 1
 MISUSE = 2
 INTERRUPTED = 130
 
@@ -57,8 +57,12 @@ def bench(
     data: Data = None,
     out: Out = None,
     split: Annotated[str, typer.Option(help="What the result is measured on: test, or validation to tune.")] = "test",
+    workers: Annotated[int, typer.Option(help="Runs at a time; they share the processor's threads.", min=1)] = 1,
 ) -> None:
-    """Measure methods side by side on a task, at one or several budgets and seeds."""
+    """Measure methods side by side on a task; what the folder already holds is not run again.
+
+    Each run has a process of its own. One that was interrupted, even killed, goes on with the same command.
+    """
     with _errors_as_messages():
         _bench(
             task,
@@ -70,6 +74,7 @@ def bench(
             steps=steps,
             data=data,
             split=split,
+            workers=workers,
         )
 
 
@@ -105,8 +110,8 @@ def inspect(
     with _errors_as_messages():
         if (target is None) == (suite is None):
             raise _misuse("name either a model to inspect or a whole family with --suite, such as --suite timm")
-        if out is not None and out.exists() and not out.is_dir():
-            raise _misuse(f"--out {out} is a file: name a folder")
+        if out is not None:
+            _check_folder(out)
         if target is not None:
             if models is not None:
                 raise _misuse(f"--models picks from a suite: leave it out to inspect {target}")
@@ -170,36 +175,53 @@ def _bench(
     steps: int | None = None,
     data: Path | None = None,
     split: str = "test",
+    workers: int | None = None,
 ) -> None:
-    """Run a benchmark, write its page, and print table and JSON."""
+    """Run a benchmark, write its page, and print table and JSON; without `workers` in this process, taking turns."""
+    from dataclasses import asdict
+
     from setpoint.bench.catalogue import task_named
     from setpoint.bench.method import method_named
+    from setpoint.bench.runner import grid
     from setpoint.bench.summary import summarise
-    from setpoint.bench.task import BenchError, split_named
+    from setpoint.bench.task import split_named
     from setpoint.cost.budget import Budget
 
     for budget in budgets:
         Budget.fraction(budget, of="flops")
     chosen = tuple(method_named(name) for name in dict.fromkeys(_names(methods, "--methods")))
     task = task_named(task_name, epochs=epochs, steps=steps, data=data)
-    if out.exists() and not out.is_dir():
-        raise BenchError(f"--out {out} is a file: name a folder")
-    results = _run(task, chosen, budgets, seeds, split_named(split), out)
+    _check_folder(out)
+    cells = grid(task, chosen, dict.fromkeys(budgets), dict.fromkeys(seeds), split_named(split))
+    outcome = _run(cells, out, workers)
+    if not outcome.results:
+        raise _misuse(f"no run could be finished: {outcome.failures[0].cell}: {outcome.failures[0].error}")
     _print_table(out)
-    _finish({**summarise(results), "report": _page_if_possible(out)})
+    answer = {**summarise(outcome.results), "report": _page_if_possible(out)}
+    _finish({**answer, "failures": [asdict(failure) for failure in outcome.failures]})
+    if outcome.failures:
+        raise typer.Exit(FAILED)
 
 
-def _run(
-    task: Task, methods: Sequence[Method], budgets: Sequence[float], seeds: Sequence[int], split: Split, out: Path
-) -> tuple[Result, ...]:
-    """Train all cells under progress bars."""
+def _check_folder(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise _misuse(f"--out {out} is a file: name a folder")
+
+
+def _run(cells: Sequence[Cell], out: Path, workers: int | None) -> Outcome:
+    """Train what the folder does not hold yet, under progress bars."""
+    from setpoint.bench.interleaved import run_interleaved
     from setpoint.bench.progress import ProgressBars
-    from setpoint.bench.runner import grid, run
+    from setpoint.bench.runner import Outcome, finished, run
 
-    cells = grid(task, methods, dict.fromkeys(budgets), dict.fromkeys(seeds), split)
-    print(f"{task.name}: {len(cells)} runs of {task.steps} steps, results in {out}", file=sys.stderr)
-    with ProgressBars(cells) as bars:
-        return run(cells, out, bars)
+    done = finished(cells, out)
+    task = cells[0].task
+    told = f"; {len(done)} of them are there already" if done else ""
+    print(f"{task.name}: {len(cells)} runs of {task.steps} steps, results in {out}{told}", file=sys.stderr)
+    with ProgressBars([cell for cell in cells if cell not in done]) as bars:
+        if workers is None:
+            return Outcome(run_interleaved(cells, out, bars))
+        return run(cells, out, bars, workers=workers)
 
 
 def _write_page(folder: Path, out: Path | None) -> Path:
@@ -289,5 +311,5 @@ def _errors_as_messages() -> Iterator[None]:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(MISUSE) from None
     except KeyboardInterrupt:
-        print("interrupted: finished runs are kept; `setpoint report DIR` shows them", file=sys.stderr)
+        print("interrupted: finished runs are kept, and the same command goes on from there", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None

@@ -29,6 +29,16 @@ class Method(Protocol):
         """Whether the result depends on the budget; the dense model's does not."""
         ...
 
+    @property
+    def family(self) -> str:
+        """Kind of method: "dense", "small", "post-training", "open-loop", "sparse" or "setpoint"."""
+        ...
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Names of the methods whose cells, of the same task, budget and seed, must be finished before."""
+        ...
+
     def widths(self, task: Task, budget: float) -> Mapping[str, int]:
         """Widths of the model to train from scratch."""
         ...
@@ -44,6 +54,8 @@ class Dense:
 
     name: str = field(default="dense", init=False)
     sized: bool = field(default=False, init=False)
+    family: str = field(default="dense", init=False)
+    needs: tuple[str, ...] = field(default=(), init=False)
 
     def widths(self, task: Task, budget: float) -> Mapping[str, int]:
         """The dense widths."""
@@ -60,6 +72,8 @@ class Small:
 
     name: str = field(default="small", init=False)
     sized: bool = field(default=True, init=False)
+    family: str = field(default="small", init=False)
+    needs: tuple[str, ...] = field(default=(), init=False)
 
     def widths(self, task: Task, budget: float) -> Mapping[str, int]:
         """Widths scaled by one factor to the budget."""
@@ -76,6 +90,8 @@ class Setpoint:
 
     name: str = field(default="setpoint", init=False)
     sized: bool = field(default=True, init=False)
+    family: str = field(default="setpoint", init=False)
+    needs: tuple[str, ...] = field(default=(), init=False)
 
     def widths(self, task: Task, budget: float) -> Mapping[str, int]:
         """The dense widths."""

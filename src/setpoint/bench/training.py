@@ -67,8 +67,13 @@ class Progress:
     score: Score | None = None
 
 
-def train(cell: Cell, out: Path) -> Generator[Progress, None, Result]:
+def train(cell: Cell, out: Path, needed: Mapping[str, Result]) -> Generator[Progress, None, Result]:
     """Train one cell, a turn of a few steps at a time; the generator returns the result.
+
+    Args:
+        cell: what to train.
+        out: folder of the results.
+        needed: results that the cell's method needs, by method.
 
     The result does not depend on what else runs between the turns: data, weights and augmentation
     draw from generators of the cell's own.
@@ -232,4 +237,5 @@ class Run:
             environment=environment(self.task),
             date=datetime.now(UTC).isoformat(timespec="seconds"),
             folder=self.cell.name,
+            break_even_step=None if summary is None else summary.break_even_step,
         )

@@ -12,7 +12,10 @@ from typing import Any
 from setpoint.errors import CheckpointError, ReportError
 from setpoint.ledger import Entry, Ledger
 
-SCHEMA = 1
+SCHEMA = 2
+"""The version of the format that is written today."""
+SCHEMAS = (1, 2)
+"""The versions that are read: the second only added keys."""
 RESULTS = "results.jsonl"
 HISTORY = "history.jsonl"
 LEDGER = "ledger.jsonl"
@@ -180,9 +183,10 @@ def read_lines(path: Path, name: str, remarks: list[str]) -> list[dict[str, Any]
 
 def read_cell(folder: Path, line: Mapping[str, Any], where: str, remarks: list[str]) -> Cell:
     """One cell from its line of the results file, with its history and ledger."""
-    if line.get("schema") != SCHEMA:
+    if line.get("schema") not in SCHEMAS:
         raise ReportError(
-            f"{where} has schema {line.get('schema')!r}, this version of Setpoint reads schema {SCHEMA}: "
+            f"{where} has schema {line.get('schema')!r}, this version of Setpoint reads schema "
+            f"{' and '.join(map(str, SCHEMAS))}: "
             "use the version that wrote it, or run the benchmark again"
         )
     missing = [key for key in ("task", "method", "value") if key not in line]
