@@ -148,8 +148,9 @@ def test_a_killed_run_continues(tmp_path: Path) -> None:
     """After SIGKILL in the middle of the second cell the same command keeps the first and does the second."""
     command = [sys.executable, "-c", "from setpoint.cli import app; app()"]
     command += ["bench", "--task", "digits", "--methods", "dense", "--seeds", "0,1", "--epochs", "3"]
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
     running = subprocess.Popen(
-        [*command, "--out", str(tmp_path)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        [*command, "--out", str(tmp_path)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=one_thread
     )
     partial = tmp_path / "digits-dense-seed1" / f"{training.HISTORY}.partial"
     deadline = time.monotonic() + 300
@@ -161,7 +162,7 @@ def test_a_killed_run_continues(tmp_path: Path) -> None:
     before = path.read_text(encoding="utf-8")
     assert [json.loads(line)["seed"] for line in before.splitlines()] == [0]
     path.write_text(before + before[: len(before) // 2], encoding="utf-8")  # as if the kill had hit the writing
-    done = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True, env=one_thread)
     assert done.returncode == 0, done.stderr
     after = path.read_text(encoding="utf-8")
     assert after.startswith(before)

@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
@@ -45,6 +45,8 @@ class Cifar10:
 
     epochs: int = 5
     data: Path | None = None
+    length: int | None = None
+    learning_rate_factor: float = 1.0
     name: str = field(default="cifar10", init=False)
     metric: Metric = field(default="accuracy", init=False)
     device: torch.device = field(default_factory=best_device, init=False)
@@ -72,12 +74,20 @@ class Cifar10:
     @property
     def steps(self) -> int:
         """Optimizer steps of one run."""
-        return self.epochs * self.steps_per_epoch
+        return self.epochs * self.steps_per_epoch if self.length is None else self.length
 
     @property
     def steps_per_validation(self) -> int:
         """Every epoch."""
         return self.steps_per_epoch
+
+    def with_steps(self, steps: int) -> Cifar10:
+        """The same task in a run of so many steps, its schedule stretched or compressed."""
+        return replace(self, length=steps)
+
+    def with_learning_rate_factor(self, factor: float) -> Cifar10:
+        """The same task at a learning rate `factor` times as high."""
+        return replace(self, learning_rate_factor=self.learning_rate_factor * factor)
 
     def build(self, widths: Mapping[str, int], device: torch.device | None = None) -> nn.Module:
         """A fresh VGG-like network of these widths, in channels-last layout."""
@@ -86,7 +96,9 @@ class Cifar10:
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """SGD with Nesterov momentum."""
-        return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
+        return torch.optim.SGD(
+            model.parameters(), lr=0.1 * self.learning_rate_factor, momentum=0.9, weight_decay=5e-4, nesterov=True
+        )
 
     def schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
         """A fifth of the run rising, then half a cosine."""

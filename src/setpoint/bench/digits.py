@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import torch
@@ -34,6 +34,8 @@ class Digits:
 
     epochs: int = 40
     width: int = 64
+    length: int | None = None
+    learning_rate_factor: float = 1.0
     name: str = field(default="digits", init=False)
     metric: Metric = field(default="accuracy", init=False)
     dtype: str = field(default="float32", init=False)
@@ -61,12 +63,20 @@ class Digits:
     @property
     def steps(self) -> int:
         """Optimizer steps of one run."""
-        return self.epochs * self.steps_per_epoch
+        return self.epochs * self.steps_per_epoch if self.length is None else self.length
 
     @property
     def steps_per_validation(self) -> int:
         """Every second epoch."""
         return 2 * self.steps_per_epoch
+
+    def with_steps(self, steps: int) -> Digits:
+        """The same task in a run of so many steps, its schedule stretched or compressed."""
+        return replace(self, length=steps)
+
+    def with_learning_rate_factor(self, factor: float) -> Digits:
+        """The same task at a learning rate `factor` times as high."""
+        return replace(self, learning_rate_factor=self.learning_rate_factor * factor)
 
     def build(self, widths: Mapping[str, int], device: torch.device | None = None) -> nn.Module:
         """A fresh residual CNN of these widths."""
@@ -75,7 +85,9 @@ class Digits:
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """SGD with Nesterov momentum."""
-        return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
+        return torch.optim.SGD(
+            model.parameters(), lr=0.1 * self.learning_rate_factor, momentum=0.9, weight_decay=5e-4, nesterov=True
+        )
 
     def schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
         """A tenth of the run rising, then half a cosine."""

@@ -50,7 +50,7 @@ def _run_seed(waiting: list[Cell], out: Path, done: dict[Cell, Result], observer
                 progress = next(running[cell])
             except StopIteration as end:
                 del running[cell]
-                done[cell] = replace(end.value, task_steps=cell.task.steps, family=cell.method.family)
+                done[cell] = replace(end.value, task_steps=cell.task.steps)
                 append_result(out, done[cell])
                 observer.ended(cell, done[cell])
                 continue

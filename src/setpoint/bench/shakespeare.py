@@ -7,7 +7,7 @@ import tempfile
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -46,6 +46,7 @@ class Shakespeare:
 
     steps: int = 1500
     data: Path | None = None
+    learning_rate_factor: float = 1.0
     name: str = field(default="shakespeare", init=False)
     metric: Metric = field(default="loss", init=False)
     device: torch.device = field(default_factory=best_device, init=False)
@@ -74,6 +75,14 @@ class Shakespeare:
         """Every 100 steps."""
         return 100
 
+    def with_steps(self, steps: int) -> Shakespeare:
+        """The same task in a run of so many steps, its schedule stretched or compressed."""
+        return replace(self, steps=steps)
+
+    def with_learning_rate_factor(self, factor: float) -> Shakespeare:
+        """The same task at a learning rate `factor` times as high."""
+        return replace(self, learning_rate_factor=self.learning_rate_factor * factor)
+
     def build(self, widths: Mapping[str, int], device: torch.device | None = None) -> nn.Module:
         """A fresh GPT with these heads and neurons."""
         vocabulary = _corpus(self.data).vocabulary
@@ -85,7 +94,7 @@ class Shakespeare:
         decayed = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
         others = [parameter for parameter in model.parameters() if parameter.dim() < 2]
         groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-        return torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99))
+        return torch.optim.AdamW(groups, lr=1e-3 * self.learning_rate_factor, betas=(0.9, 0.99))
 
     def schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
         """A fifteenth of the run rising, then half a cosine down to a tenth."""

@@ -88,6 +88,14 @@ class Task(Protocol):
         """Name of the type that products are computed in."""
         ...
 
+    def with_steps(self, steps: int) -> Task:
+        """The same task in a run of so many steps, its schedule stretched or compressed."""
+        ...
+
+    def with_learning_rate_factor(self, factor: float) -> Task:
+        """The same task at a learning rate `factor` times as high."""
+        ...
+
     def build(self, widths: Mapping[str, int], device: torch.device | None = None) -> nn.Module:
         """A fresh model of these widths, initialised from the global random state.
 

@@ -116,7 +116,7 @@ def _result(cell: Cell, out: Path, needed: Mapping[str, Result], pipe: Connectio
             pipe.send(next(training))
         except StopIteration as end:
             result: Result = end.value
-            return replace(result, task_steps=cell.task.steps, family=cell.method.family, clock="shared")
+            return replace(result, task_steps=cell.task.steps, clock="shared")
 
 
 def _ending(code: int | None) -> str:
