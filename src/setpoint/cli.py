@@ -49,7 +49,7 @@ def demo(
 @app.command()
 def bench(
     task: Annotated[str, typer.Option(help="digits, cifar10 or shakespeare.")],
-    methods: Annotated[str, typer.Option(help="Any of dense, small, setpoint, with commas.")] = "dense,small,setpoint",
+    methods: Annotated[str, typer.Option(help="Names of methods, with commas.")] = "dense,small,setpoint",
     budgets: Annotated[str, typer.Option(help="Fractions of the dense FLOPs per step, with commas.")] = "0.5",
     seeds: Annotated[str, typer.Option(help="Seeds, with commas.")] = "0",
     epochs: Epochs = None,
@@ -58,6 +58,9 @@ def bench(
     out: Out = None,
     split: Annotated[str, typer.Option(help="What the result is measured on: test, or validation to tune.")] = "test",
     workers: Annotated[int, typer.Option(help="Runs at a time; they share the processor's threads.", min=1)] = 1,
+    timing: Annotated[
+        bool, typer.Option("--timing", help="Measure what finished runs take, in turns; the machine should be idle.")
+    ] = False,
 ) -> None:
     """Measure methods side by side on a task; what the folder already holds is not run again.
 
@@ -75,6 +78,7 @@ def bench(
             data=data,
             split=split,
             workers=workers,
+            timing=timing,
         )
 
 
@@ -83,11 +87,16 @@ def report(
     folder: Annotated[Path, typer.Argument(help="Folder that `bench` or `demo` wrote.", metavar="DIR")],
     out: Out = None,
 ) -> None:
-    """Write report.html from the results in a folder."""
+    """Show the results in a folder as tables, and write them to results.md and report.html."""
+    from setpoint.report.markdown import NAME, write_markdown
+
     with _errors_as_messages():
-        page = _write_page(folder, out)
+        if out is not None:
+            _check_folder(out)
+        text = write_markdown(folder, None if out is None else out / NAME)
+        page = _page_if_possible(folder, out)
         _print_table(folder)
-        _finish({"report": str(page)})
+        _finish({"report": page, "table": str(text)})
 
 
 @app.command()
@@ -176,6 +185,7 @@ def _bench(
     data: Path | None = None,
     split: str = "test",
     workers: int | None = None,
+    timing: bool = False,
 ) -> None:
     """Run a benchmark, write its page, and print table and JSON; without `workers` in this process, taking turns."""
     from dataclasses import asdict
@@ -193,7 +203,7 @@ def _bench(
     task = task_named(task_name, epochs=epochs, steps=steps, data=data)
     _check_folder(out)
     cells = grid(task, chosen, dict.fromkeys(budgets), dict.fromkeys(seeds), split_named(split))
-    outcome = _run(cells, out, workers)
+    outcome = _time(cells, out) if timing else _run(cells, out, workers)
     if not outcome.results:
         raise _misuse(f"no run could be finished: {outcome.failures[0].cell}: {outcome.failures[0].error}")
     _print_table(out)
@@ -201,6 +211,23 @@ def _bench(
     _finish({**answer, "failures": [asdict(failure) for failure in outcome.failures]})
     if outcome.failures:
         raise typer.Exit(FAILED)
+
+
+def _time(cells: Sequence[Cell], out: Path) -> Outcome:
+    """Measure what the finished runs among these take."""
+    from setpoint.bench.progress import turns_bar
+    from setpoint.bench.runner import Outcome, finished
+    from setpoint.bench.timing import measure
+
+    done = finished(cells, out)
+    if not done:
+        raise _misuse(f"{out} holds none of these runs: run them first, with the same command without --timing")
+    missing = [cell.name for cell in cells if cell not in done]
+    if missing:
+        print(f"not timed, since they are not finished: {', '.join(missing)}", file=sys.stderr)
+    with turns_bar(f"timing {len(done)} runs of {cells[0].task.name}") as after_turn:
+        measure(done, out, after_turn)
+    return Outcome(tuple(done.values()))
 
 
 def _check_folder(out: Path) -> None:
@@ -234,10 +261,10 @@ def _write_page(folder: Path, out: Path | None) -> Path:
     return write_page(folder, out / "report.html")
 
 
-def _page_if_possible(folder: Path) -> str | None:
+def _page_if_possible(folder: Path, out: Path | None = None) -> str | None:
     """The page's path; None where plotly is missing, which must not cost a finished benchmark its numbers."""
     try:
-        return str(_write_page(folder, None))
+        return str(_write_page(folder, out))
     except ImportError as error:
         print(f"no report.html: {error}; then `setpoint report {folder}` writes it", file=sys.stderr)
         return None
@@ -249,7 +276,7 @@ def _print_table(folder: Path) -> None:
     from setpoint.report.results import read_results
 
     console = _console()
-    for table in summary_tables(read_results(folder)):
+    for table in summary_tables(read_results(folder), console.width):
         console.print(table)
 
 

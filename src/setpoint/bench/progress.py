@@ -95,6 +95,14 @@ def sweep_bar(name: str, total: int) -> Iterator[Callable[[Verdict], None]]:
         yield after
 
 
+@contextmanager
+def turns_bar(name: str) -> Iterator[Callable[[float], None]]:
+    """A bar that is called with the share that is done."""
+    with _bars() as bars:
+        bar = bars.add_task(name, total=1.0, state="")
+        yield lambda share: bars.update(bar, completed=share)
+
+
 def _bars() -> rich.progress.Progress:
     """Bars whose time left is judged by the last ten minutes: cells differ in pace."""
     return rich.progress.Progress(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol, final
+from typing import Protocol, final, runtime_checkable
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -14,6 +14,7 @@ from setpoint.bench.results import Result
 from setpoint.bench.task import Task, dense_widths
 
 
+@runtime_checkable
 class Prunes(Protocol):
     """The part of a method that prunes: what begins with a model, whatever it was trained on before."""
 
