@@ -31,7 +31,7 @@ def summary_tables(results: Results, width: int) -> tuple[Table, ...]:
         compared = [row for row in rows if row.differences]
         if compared:
             unit = "points" if rows[0].metric == "accuracy" else "nats"
-            title = f"{task}: difference in {unit}, 95 % interval; bold: it excludes 0"
+            title = f"{task}: paired differences ({unit})"
             tables.append(_fitting(title, difference_columns(rows), compared, width))
         if any(row.method == SETPOINT for row in rows):
             tables.append(_goals_table(task, goals(results.of(task), rows)))

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -93,6 +94,7 @@ def _by_seed(cells: Sequence[Cell], of: Callable[[Cell], float | None]) -> dict[
     return {cell.seed: value for cell in cells if (value := of(cell)) is not None}
 
 
+@cache
 def t_quantile(share: float, freedom: int) -> float:
     """The value that Student's t stays below with this probability.
 
@@ -106,7 +108,7 @@ def t_quantile(share: float, freedom: int) -> float:
     >>> round(t_quantile(0.975, 4), 3), round(t_quantile(0.975, 9), 3)
     (2.776, 2.262)
     """
-    angle = np.linspace(0.0, math.pi / 2, 200_001)
+    angle = np.linspace(0.0, math.pi / 2, 20_001)
     density = np.cos(angle) ** (freedom - 1)
     area = np.concatenate(([0.0], np.cumsum(density[1:] + density[:-1])))
     return math.sqrt(freedom) * math.tan(float(np.interp(2 * share - 1, area / area[-1], angle)))
