@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from setpoint.bench.runner import Outcome
+    from setpoint.bench.task import Task
     from setpoint.bench.training import Cell
 
 app = typer.Typer(
@@ -189,9 +190,11 @@ def _bench(
 ) -> None:
     """Run a benchmark, write its page, and print table and JSON; without `workers` in this process, taking turns."""
     from dataclasses import asdict
+    from functools import partial
 
     from setpoint.bench.catalogue import task_named
     from setpoint.bench.method import method_named
+    from setpoint.bench.own_function import is_own_function
     from setpoint.bench.runner import grid
     from setpoint.bench.summary import summarise
     from setpoint.bench.task import split_named
@@ -203,7 +206,9 @@ def _bench(
     task = task_named(task_name, epochs=epochs, steps=steps, data=data)
     _check_folder(out)
     cells = grid(task, chosen, dict.fromkeys(budgets), dict.fromkeys(seeds), split_named(split))
-    outcome = _time(cells, out) if timing else _run(cells, out, workers)
+    # A task of the user's own may hold functions that cannot be sent to another process.
+    make = partial(task_named, task_name, epochs=epochs, steps=steps) if is_own_function(task_name) else None
+    outcome = _time(cells, out) if timing else _run(cells, out, workers, make)
     if not outcome.results:
         raise _misuse(f"no run could be finished: {outcome.failures[0].cell}: {outcome.failures[0].error}")
     _print_table(out)
@@ -235,7 +240,7 @@ def _check_folder(out: Path) -> None:
         raise _misuse(f"--out {out} is a file: name a folder")
 
 
-def _run(cells: Sequence[Cell], out: Path, workers: int | None) -> Outcome:
+def _run(cells: Sequence[Cell], out: Path, workers: int | None, make_task: Callable[[], Task] | None = None) -> Outcome:
     """Train what the folder does not hold yet, under progress bars."""
     from setpoint.bench.interleaved import run_interleaved
     from setpoint.bench.progress import ProgressBars
@@ -248,7 +253,7 @@ def _run(cells: Sequence[Cell], out: Path, workers: int | None) -> Outcome:
     with ProgressBars([cell for cell in cells if cell not in done]) as bars:
         if workers is None:
             return Outcome(run_interleaved(cells, out, bars))
-        return run(cells, out, bars, workers=workers)
+        return run(cells, out, bars, workers=workers, make_task=make_task)
 
 
 def _write_page(folder: Path, out: Path | None) -> Path:

@@ -84,12 +84,15 @@ def all_active(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def highest(scores: Float[Tensor, "..."], count: int) -> Bool[Tensor, "..."]:
-    """A mask of the `count` highest scores, of equal ones the first.
+    """A mask of the `count` highest scores, of equal ones the first; NaN is lower than anything. Time O(elements).
 
     >>> highest(torch.tensor([[1.0, 3.0], [3.0, 2.0]]), 2).tolist()
     [[False, True], [True, False]]
     """
-    order = torch.argsort(scores.flatten(), descending=True, stable=True)
-    mask = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
-    mask[order[:count]] = True
+    flat = torch.where(scores.isnan(), -torch.inf, scores).flatten()
+    if count < 1:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    bound = flat.kthvalue(flat.numel() - count + 1).values
+    mask = flat > bound
+    mask[(flat == bound).nonzero().flatten()[: count - int(mask.sum())]] = True
     return mask.view(scores.shape)

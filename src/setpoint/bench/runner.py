@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing.connection
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -104,7 +104,14 @@ def make_data_ready(cells: Iterable[Cell]) -> None:
         next(task.batches(seed=0))
 
 
-def run(cells: Sequence[Cell], out: Path, observer: Observer, *, workers: int = 1) -> Outcome:
+def run(
+    cells: Sequence[Cell],
+    out: Path,
+    observer: Observer,
+    *,
+    workers: int = 1,
+    make_task: Callable[[], Task] | None = None,
+) -> Outcome:
     """Train the cells that the folder does not hold yet, each in a fresh process.
 
     Each finished cell is written to `out` at once, so that whatever ends the run, a kill included,
@@ -116,6 +123,7 @@ def run(cells: Sequence[Cell], out: Path, observer: Observer, *, workers: int = 
         out: folder of the results.
         observer: is told of every turn and every ending.
         workers: processes at a time; they share the processor's threads evenly.
+        make_task: makes the task of all cells in their processes, for one that cannot be sent there.
 
     Raises:
         BenchError: the folder holds other runs, or the data are missing.
@@ -137,7 +145,7 @@ def run(cells: Sequence[Cell], out: Path, observer: Observer, *, workers: int = 
             for cell in _ready(waiting, done)[: workers - len(running)]:
                 waiting.remove(cell)
                 needed = {name: done[each] for name, each in needed_cells(cell).items()}
-                worker = Worker(cell, out, needed, threads)
+                worker = Worker(cell, out, needed, threads, make_task)
                 running[worker.pipe] = worker
             for pipe in multiprocessing.connection.wait(list(running)):
                 worker = running[pipe]  # type: ignore[index]

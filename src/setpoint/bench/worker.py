@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
@@ -15,7 +15,9 @@ from pathlib import Path
 
 import torch
 
+from setpoint.bench.method import Method
 from setpoint.bench.results import Result
+from setpoint.bench.task import Split, Task
 from setpoint.bench.training import Cell, Progress, train
 from setpoint.errors import SetpointError
 
@@ -47,14 +49,26 @@ class Worker:
         out: folder of the results.
         needed: results that the cell needs, by method.
         threads: processor threads that it may use.
+        make_task: makes the cell's task there; None where it can be sent.
     """
 
-    def __init__(self, cell: Cell, out: Path, needed: Mapping[str, Result], threads: int) -> None:
+    def __init__(
+        self,
+        cell: Cell,
+        out: Path,
+        needed: Mapping[str, Result],
+        threads: int,
+        make_task: Callable[[], Task] | None = None,
+    ) -> None:
         self.cell, self._log = cell, out / cell.name / LOG
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe(duplex=False)
+        order = _Order(make_task or cell.task, cell.method, cell.budget, cell.seed, cell.split)
         self._process = context.Process(
-            target=_train, args=(cell, out, dict(needed), threads, theirs), daemon=True, name=cell.name
+            target=_train,
+            args=(order, cell.name, out, dict(needed), threads, theirs),
+            daemon=True,
+            name=cell.name,
         )
         self._process.start()
         theirs.close()  # so that its end is seen when the process dies
@@ -85,10 +99,26 @@ class Worker:
             self._log.unlink()
 
 
-def _train(cell: Cell, out: Path, needed: Mapping[str, Result], threads: int, pipe: Connection) -> None:
+@dataclass(frozen=True)
+class _Order:
+    """A cell on its way to another process, with its task or with what makes it."""
+
+    task: Task | Callable[[], Task]
+    method: Method
+    budget: float | None
+    seed: int
+    split: Split
+
+    def cell(self) -> Cell:
+        """The cell again."""
+        task = self.task if isinstance(self.task, Task) else self.task()
+        return Cell(task, self.method, self.budget, self.seed, self.split)
+
+
+def _train(order: _Order, name: str, out: Path, needed: Mapping[str, Result], threads: int, pipe: Connection) -> None:
     """Train the cell in this process, and send what there is to tell."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    log = out / cell.name / LOG
+    log = out / name / LOG
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w", encoding="utf-8") as file:
         for stream in (1, 2):
@@ -96,16 +126,16 @@ def _train(cell: Cell, out: Path, needed: Mapping[str, Result], threads: int, pi
     torch.set_num_threads(max(1, min(threads, torch.get_num_threads())))
     with suppress(BrokenPipeError):  # nobody is left to hear it
         try:
-            pipe.send(_result(cell, out, needed, pipe))
+            pipe.send(_result(order.cell(), out, needed, pipe))
         except BrokenPipeError:
             raise
         except SetpointError as error:
-            pipe.send(Failure(cell.name, " ".join(str(error).split())))
+            pipe.send(Failure(name, " ".join(str(error).split())))
         except Exception as error:
             traceback.print_exc()
             sys.stderr.flush()
             told = " ".join(f"{type(error).__name__}: {error}".split())
-            pipe.send(Failure(cell.name, f"{told} (all of it in {log})"))
+            pipe.send(Failure(name, f"{told} (all of it in {log})"))
 
 
 def _result(cell: Cell, out: Path, needed: Mapping[str, Result], pipe: Connection) -> Result:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
@@ -12,18 +13,21 @@ from typing import Any, Literal, final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
+from setpoint.actuator.shrink import named_tensors
 from setpoint.actuator.sizes import apply_sizes, record_dense
 from setpoint.bench.counter import step_flops
 from setpoint.bench.course import Outcome, Pruner
+from setpoint.bench.methods.fused import taken_apart
 from setpoint.bench.task import BenchError, Task
 from setpoint.groups.group import Group, widths_of
 from setpoint.groups.trace import find_groups
 from setpoint.meter import Stopwatch
 
 Criterion = Literal["norm", "taylor"]
-SEARCH_STEPS = 10
+SEARCH_STEPS = 8
 
 
 @final
@@ -86,16 +90,19 @@ class TorchPruning:
         return task.optimizer(model), _AlreadyCut(outcome)
 
     def _ratio(self, model: nn.Module, groups: tuple[Group, ...], example: tuple[Tensor, ...], limit: float) -> float:
-        """The least ratio, to a thousandth, whose cut is within the limit."""
+        """The least ratio, to 1/256, whose cut is within the limit."""
 
         def flops(ratio: float) -> float:
             twin = copy.deepcopy(model)
+            for own, original in zip(twin.parameters(), model.parameters(), strict=True):
+                own.grad = original.grad
             self._cut(twin, groups, example, ratio)
             return float(step_flops(twin, example))
 
         if step_flops(model, example) <= limit:
             return 0.0
-        low, high = 0.0, 0.99
+        # The library leaves a layer whole rather than take its last unit.
+        low, high = 0.0, _highest(group.num_units for group in groups if group.what != "head")
         least = flops(high)
         if least > limit:
             dense = step_flops(model, example)
@@ -111,23 +118,18 @@ class TorchPruning:
     def _cut(self, model: nn.Module, groups: tuple[Group, ...], example: tuple[Tensor, ...], ratio: float) -> None:
         """Cut by this ratio, in place."""
         library = _library()
-        dense = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        modules, heads, open_layers = dict(model.named_modules()), {}, set()
-        for group in groups:
-            for piece in group.slices:
-                owner, _, kind = piece.tensor.rpartition(".")
-                if piece.role == "produce" and piece.dim == 0 and kind == "weight":
-                    open_layers.add(owner)
-                    if group.what == "head":
-                        heads[modules[owner]] = group.num_units
-        closed = [
-            module
-            for name, module in modules.items()
-            if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) and name not in open_layers
-        ]
-        importance = library.importance
-        norm = self.criterion == "norm"
-        with warnings.catch_warnings():
+        dense = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
+        written = {
+            piece.tensor.rpartition(".")[0]
+            for group in groups
+            for piece in group.slices
+            if piece.role == "produce" and piece.dim == 0
+        }
+        layers = (nn.Linear, nn.modules.conv._ConvNd)
+        closed = [each for name, each in model.named_modules() if isinstance(each, layers) and name not in written]
+        importance, norm = library.importance, self.criterion == "norm"
+        # The library cannot see inside of fused attention, so it traces the written-out form.
+        with taken_apart(model, groups) as heads, warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
             warnings.simplefilter("ignore")
             pruner = library.pruner.BasePruner(
                 model,
@@ -136,7 +138,7 @@ class TorchPruning:
                 global_pruning=not norm,
                 pruning_ratio=ratio,
                 max_pruning_ratio=1.0 if norm else 0.9,
-                head_pruning_ratio=ratio if heads else 0.0,
+                head_pruning_ratio=_head_ratio(ratio, heads.values(), whole=norm),
                 ignored_layers=closed,
                 num_heads=heads,
                 prune_num_heads=True,
@@ -144,6 +146,23 @@ class TorchPruning:
             )
             pruner.step()
         _bind_sizes(model, groups, dense)
+
+
+def _highest(units: Iterable[int]) -> float:
+    """The highest ratio that leaves a unit in each layer, give or take rounding."""
+    return max(0.0, 1.0 - 1.0 / min(units, default=1000) - 1e-6)
+
+
+def _head_ratio(ratio: float, heads: Collection[int], *, whole: bool) -> float:
+    """The ratio for heads, one of which stays everywhere.
+
+    Where each layer loses `whole` heads by itself, the ratio is rounded down to them: the library would round up,
+    and land far below the budget.
+    """
+    if not heads:
+        return 0.0
+    least = min(heads)
+    return max(0.0, min(math.floor(ratio * least) / least - 1e-9 if whole else ratio, _highest(heads)))
 
 
 def _library() -> Any:
@@ -176,7 +195,7 @@ def _bind_sizes(model: nn.Module, groups: tuple[Group, ...], dense: dict[str, tu
             gone = int((size.index >= 0).sum()) * (group.num_units - widths[group.name]) // group.num_units
             place = (size.module, size.place)
             sizes[place] = sizes.get(place, len(size.index)) - gone
-    now = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    now = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
     undo = ExitStack()
     record_dense(model, {name: shape for name, shape in dense.items() if now[name] != shape}, undo)
     apply_sizes(model, sizes, undo)
