@@ -10,7 +10,7 @@ from rich.table import Table
 
 from setpoint.bench.coverage import Verdict
 from setpoint.report.columns import IN_THEORY, OF_DENSE, Column, columns, difference_columns, seeds_text
-from setpoint.report.goals import MISSED, REACHED, Goal, goals
+from setpoint.report.goals import MISSED, PARTLY, REACHED, Goal, goals
 from setpoint.report.numbers import digits, duration, human, percent
 from setpoint.report.results import Results
 from setpoint.report.summary import SETPOINT, Row, summary_rows
@@ -81,7 +81,7 @@ def _goals_table(task: str, found: Sequence[Goal]) -> Table:
     for heading in ("goal", "", "measured"):
         table.add_column(heading, justify="left", no_wrap=not heading)
     for goal in found:
-        style = {REACHED: "green", MISSED: "red"}.get(goal.verdict, "dim")
+        style = {REACHED: "green", PARTLY: "green", MISSED: "red"}.get(goal.verdict, "dim")
         table.add_row(f"({goal.letter}) {goal.text}", f"[{style}]{goal.verdict}[/]", escape(goal.evidence))
     return table
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from setpoint.report.columns import interval_text
@@ -11,7 +11,7 @@ from setpoint.report.results import Cell
 from setpoint.report.statistics import Difference, difference
 from setpoint.report.summary import DENSE, MOST_APART, SETPOINT, Row, ratio, series
 
-REACHED, MISSED, UNKNOWN = "reached", "not reached", "not measured"
+REACHED, PARTLY, MISSED, UNKNOWN = "reached", "reached where measured", "not reached", "not measured"
 NEAR = {"accuracy": 0.003, "loss": 0.01}
 MOST_SECONDS = {0.5: 0.65, 0.25: 0.5}
 LEAST_REALISED = 0.85
@@ -24,7 +24,7 @@ class Goal:
     Args:
         letter: its letter.
         text: what is to be reached.
-        verdict: "reached", "not reached" or "not measured".
+        verdict: "reached", "reached where measured" (the rest of it was not), "not reached" or "not measured".
         evidence: the numbers behind the verdict, or what is missing.
     """
 
@@ -75,7 +75,23 @@ def goals(cells: Sequence[Cell], rows: Sequence[Row]) -> tuple[Goal, ...]:
         rows: their summary.
     """
     field = Field(rows, series(cells))
-    return tuple(Goal(letter, text, *_verdict(check(field))) for letter, text, check in GOALS)
+    return tuple(_judged(letter, text, field, check) for letter, text, check in GOALS)
+
+
+WANTED: Mapping[str, tuple[tuple[str, ...], tuple[float, ...]]] = {
+    "b": (("post-training",), (0.5, 0.25)),
+    "c": (("post-training", "open-loop"), ()),
+}
+"""Families and budgets that a goal speaks of, and so must be there for it to be reached in full."""
+
+
+def _judged(letter: str, text: str, field: Field, check: Callable[[Field], Iterator[Check]]) -> Goal:
+    verdict, evidence = _verdict(check(field))
+    families, budgets = WANTED.get(letter, ((), ()))
+    missing = {*families} - {row.family for row in field.rows}
+    if verdict == REACHED and (missing or {*budgets} - {row.budget for row in field.ours()}):
+        verdict = PARTLY
+    return Goal(letter, text, verdict, evidence)
 
 
 @dataclass(frozen=True)
@@ -147,7 +163,8 @@ def _better_than_small(field: Field) -> Iterator[Check]:
 
     for row in field.ours():
         for rival in field.rows:
-            if rival.method == "small" and rival.budget == row.budget:
+            # A single seed has no spread to exceed.
+            if rival.method == "small" and rival.budget == row.budget and min(row.num_seeds, rival.num_seeds) > 1:
                 yield from _compared(field, row, rival, beyond_spread)
 
 
