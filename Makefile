@@ -8,7 +8,7 @@ OUT ?= runs/demo
 SUITES ?= plain torchvision timm transformers
 WORKERS ?= 2
 QUICK ?= runs/quick
-QUICK_METHODS ?= dense,small,setpoint,gmp,torch-pruning-taylor
+QUICK_METHODS ?= dense,small,small-long,cubic,setpoint,gmp,torch-pruning-taylor
 
 BIN := .venv/bin
 READY := .venv/.ready

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -230,6 +231,9 @@ def _time(cells: Sequence[Cell], out: Path) -> Outcome:
     missing = [cell.name for cell in cells if cell not in done]
     if missing:
         print(f"not timed, since they are not finished: {', '.join(missing)}", file=sys.stderr)
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load > 1:
+        print(f"the machine is not idle (load average {load:.1f}): these seconds will say little", file=sys.stderr)
     with turns_bar(f"timing {len(done)} runs of {cells[0].task.name}") as after_turn:
         measure(done, out, after_turn)
     return Outcome(tuple(done.values()))

@@ -12,6 +12,8 @@ from setpoint.report.results import Cell, Results, read_results
 from setpoint.report.summary import RIVALS, Row, summary_rows
 
 NAME = "results.md"
+MOST_LOAD = 1.0
+"""Load average above which a machine is not called idle."""
 INTERVALS = (
     "Differences are means over the seeds that both methods have, with 95 % intervals of Student's t from three seeds "
     "on; bold where the interval excludes 0."
@@ -104,7 +106,15 @@ def about(cells: Sequence[Cell], rows: Sequence[Row]) -> str:
     notes = [f"`{row.label}`: {'; '.join(row.notes[:1])}." for row in rows if row.notes]
     masked = "*In theory*: if zeros cost nothing. " if any(row.theoretical_ratio is not None for row in rows) else ""
     compared = INTERVALS if any(rival in row.differences for row in rows for rival in RIVALS) else ""
-    told_of = (f"{'; '.join(map(escape, told))}.", CLOCK_NOTES[rows[0].clock], masked + compared, *map(escape, notes))
+    load = max((cell.timing.load for cell in cells if cell.timing and cell.timing.load is not None), default=0.0)
+    busy = f"The machine was not idle then: load average {load:.1f}." if load > MOST_LOAD else ""
+    told_of = (
+        f"{'; '.join(map(escape, told))}.",
+        CLOCK_NOTES[rows[0].clock],
+        busy,
+        masked + compared,
+        *map(escape, notes),
+    )
     return " ".join(filter(None, told_of))
 
 
