@@ -183,3 +183,13 @@ def test_learning_rate_and_share_of_fine_tuning() -> None:
     assert course.task.steps == round(0.5 * TASK.steps)
     rates = [task.optimizer(torch.nn.Linear(1, 1)).param_groups[0]["lr"] for task in (course.task, TASK)]
     assert rates[0] == pytest.approx(0.2 * rates[1])
+
+
+@methods
+def test_the_page_names_method_and_source(method: Method) -> None:
+    """docs/methods.md has a row for the method, which ends with its paper."""
+    page = Path(__file__).resolve().parents[2] / "docs" / "methods.md"
+    row = next(
+        line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith(f"| `{method.name}` |")
+    )
+    assert row.split("|")[-2].strip() == method.paper
