@@ -149,7 +149,7 @@ def test_missing_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Without scikit-learn the demo says which extra to install."""
     from setpoint.bench import digits
 
-    digits._splits.cache_clear()
+    digits.splits.cache_clear()
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     result = invoke("demo", "--out", tmp_path)
     assert result.exit_code == 2
@@ -162,7 +162,7 @@ def test_interrupt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("setpoint.bench.runner.run", interrupt)
+    monkeypatch.setattr("setpoint.bench.interleaved.run_interleaved", interrupt)
     result = invoke("demo", "--out", tmp_path)
     assert result.exit_code == 130
     assert "finished runs are kept" in result.stderr
