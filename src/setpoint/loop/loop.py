@@ -17,18 +17,24 @@ from torch.optim import Optimizer
 
 from setpoint.actuator.shrink import shrink
 from setpoint.controller.plan import Controller, Observation, Plan
-from setpoint.cost.budget import Budget
+from setpoint.cost.budget import amount
 from setpoint.cost.cost import Cost
 from setpoint.errors import GroupError, LoopError
 from setpoint.groups.group import Group, widths_of
 from setpoint.ledger import Entry, Ledger
 from setpoint.loop.accounting import Account
+from setpoint.loop.costing import METERED
 from setpoint.loop.explanation import Explanation, explain_drop
 from setpoint.loop.hooks import StepHooks
+from setpoint.loop.metering import Metering
 from setpoint.loop.record import number, only_kept, refusal, with_drops
 from setpoint.loop.stride import sensed_every
 from setpoint.loop.summary import Summary, break_even_step
+from setpoint.loop.target import Target
 from setpoint.sensor.reading import Reading, Sensor
+
+MARGIN = 0.03
+"""How far a metered resource may lie over its limit at the end: what a meter of seconds can tell."""
 
 ATTACHED: WeakSet[nn.Module] = WeakSet()
 """Models that a loop is at work on."""
@@ -43,7 +49,8 @@ class Parts:
         optimizers: those that train it.
         copies: modules that are cut alike.
         groups: what may be pruned, at dense widths.
-        budget: what spending is held to.
+        target: what spending is held to.
+        metering: reads what steps really take.
         costs: cost by resource, over the widths of `groups`; always "flops" and "params".
         controller: makes the plans.
         sensor: takes the readings.
@@ -55,7 +62,8 @@ class Parts:
     optimizers: tuple[Optimizer, ...]
     copies: tuple[nn.Module, ...]
     groups: tuple[Group, ...]
-    budget: Budget
+    target: Target
+    metering: Metering
     costs: Mapping[str, Cost]
     controller: Controller[Any]
     sensor: Sensor[Any]
@@ -80,10 +88,8 @@ class Loop:
         self._parts = parts
         self._account = account
         self._groups = parts.groups
-        self._cost = parts.costs[parts.budget.resource]
         self._dense_widths = widths_of(parts.groups)
         self._dense = {name: cost.total(self._dense_widths) for name, cost in parts.costs.items()}
-        self._limit = {parts.budget.resource: parts.budget.absolute(self._dense[parts.budget.resource])}
         self._origin = {group.name: np.arange(group.num_units) for group in parts.groups}
         self._sensor_state = parts.sensor.init(parts.groups, parts.model)
         self._controller_state = parts.controller.init(parts.groups)
@@ -97,6 +103,7 @@ class Loop:
         self._plan: Plan | None = None
         self._worth: dict[str, Float64[np.ndarray, " units"]] = {}
         self._summary: Summary | None = None
+        self._metered: dict[str, float] = {}
         self._hooks = StepHooks(parts.optimizers, self._before_step, self._after_step)
         ATTACHED.add(parts.model)
         account.steps.begin()
@@ -125,8 +132,10 @@ class Loop:
 
     @property
     def price(self) -> float:
-        """The budget's present Lagrange multiplier, loss per unit of its resource; 0 before the first decision."""
-        return float(self._plan.price.get(self._parts.budget.resource, 0.0)) if self._plan else 0.0
+        """The Lagrange multiplier of the budget that leads, loss per unit of its resource; 0 before a decision."""
+        target, widths = self._parts.target, self.widths
+        prices = target.spread(self._plan.price, widths, price=True) if self._plan else {}
+        return float(prices.get(target.binding(widths), 0.0))
 
     @property
     def step(self) -> int:
@@ -176,7 +185,7 @@ class Loop:
             raise GroupError(f"no group {group!r} is pruned here: use one of {', '.join(what)}")
         if not 0 <= origin < self._dense_widths[group]:
             raise GroupError(f"group {group!r} has units 0 to {self._dense_widths[group] - 1}, got {origin}")
-        resource = self._parts.budget.resource
+        resource = self._parts.target.binding(self.widths)
         position = np.flatnonzero(self._origin[group] == origin)
         dropped = explain_drop(self._ledger, group, origin, what[group], resource) if not len(position) else None
         if dropped is not None:
@@ -212,6 +221,7 @@ class Loop:
     def detach(self) -> None:
         """Take the hooks away and leave the model as it is; may be called again."""
         self._hooks.remove()
+        self._parts.metering.stop()
         ATTACHED.discard(self._parts.model)
 
     def __enter__(self) -> Loop:
@@ -239,6 +249,7 @@ class Loop:
     def _after_step(self) -> None:
         self._step += 1
         self._account.stepped()
+        self._parts.metering.stepped()
         total_steps = self._parts.total_steps
         if self._step == total_steps + 1:
             warnings.warn(
@@ -250,28 +261,42 @@ class Loop:
             due = self._parts.controller.due(self._step, total_steps)
             if due or self._overdue:
                 self._decide(due)
-        self._account.steps.begin()
+        coming = self._step + 1
+        due_next = coming <= total_steps and self._parts.controller.due(coming, total_steps)
+        self._parts.metering.prepare(due_next and not self._landed and not self._finished)
+        if not self._parts.metering.watching:
+            self._account.steps.begin()
 
     def _decide(self, due: bool) -> None:
         """Read, decide, act and record. After a bad reading, try again at the next step."""
         deciding, plan = self._account.deciding, None
         with deciding:
-            reading = self._read()
+            reading, metered = self._read(), self._meter()
             why_not = refusal(reading)
             if why_not is None:
+                observation = self._observation(reading, metered)
                 state, plan = self._parts.controller.decide(
-                    self._controller_state, self._observation(reading), self._cost, self._groups
+                    self._controller_state, observation, self._parts.target.cost, self._groups
                 )
         self._overdue = plan is None
         if plan is not None:
+            before = self.widths
             self._act(plan, state)
-            self._ledger.append(with_drops(self._entry(plan.reason, plan), plan, reading, self._origin))
+            entry = self._entry(plan.reason, plan, before)
+            self._ledger.append(with_drops(entry, plan, reading, self._origin))
             self._origin = only_kept(self._origin, plan)
             self._worth = only_kept(plan.worth, plan)
             self._reading = replace(reading, saliency=only_kept(reading.saliency, plan))
             self._plan, self._landed = plan, plan.landed
         elif due and why_not is not None:
-            self._ledger.append(self._entry(why_not, self._plan))
+            self._ledger.append(self._entry(why_not, self._plan, self.widths))
+
+    def _meter(self) -> dict[str, float]:
+        """What the present widths spend by the meters; a joule meter that has gone is replaced by what it foretold."""
+        metering, widths = self._parts.metering, self.widths
+        self._metered = metering.read()
+        modelled = {"energy": self._parts.target.expected("energy", widths)} if metering.vanished() else {}
+        return self._parts.target.read(self._metered, widths) | modelled
 
     def _read(self) -> Reading:
         """A reading whose skipped steps count from the last one."""
@@ -290,17 +315,19 @@ class Loop:
                 state = parts.controller.cut(state, plan.keep)
             self._sensing_flops = parts.sensor.flops(self._groups, parts.model)
             account.resized(parts.costs["flops"].total(self.widths))
+            parts.metering.cut()
         self._controller_state = state
 
-    def _observation(self, reading: Reading) -> Observation:
+    def _observation(self, reading: Reading, metered: Mapping[str, float]) -> Observation:
         return Observation(
             step=self._step,
             total_steps=self._parts.total_steps,
             widths=self.widths,
             reading=reading,
-            dense=self._dense,
-            limit=self._limit,
+            dense=self._dense | self._parts.target.dense,
+            limit=self._parts.target.limits,
             spent=self._spent(),
+            metered=metered,
             loss=number(self._observed["loss"]),
             val=number(self._observed["val"]),
             seconds_per_step=self._account.steps.seconds_per_step,
@@ -311,10 +338,18 @@ class Loop:
         widths = self.widths
         return {name: cost.total(widths) for name, cost in self._parts.costs.items()}
 
-    def _entry(self, reason: str, plan: Plan | None) -> Entry:
-        """An entry on the present widths; `plan` is the last one, for its price and reference."""
-        account, spent = self._account, self._spent()
-        reference = dict(plan.reference) if plan else {}
+    def _entry(self, reason: str, plan: Plan | None, before: Mapping[str, int]) -> Entry:
+        """An entry on the present widths; `plan` is the last one, for its price and reference.
+
+        Args:
+            reason: why.
+            plan: the last one.
+            before: widths that the meters read.
+        """
+        account, target, costs = self._account, self._parts.target, self._parts.costs
+        widths, spent = self.widths, self._spent()
+        reference = target.spread(plan.reference, before) if plan else {}
+        expected = {name: target.expected(name, widths) for name in reference if name in spent}
         return Entry(
             step=self._step,
             widths=self.widths,
@@ -323,9 +358,11 @@ class Loop:
             seconds=account.seconds,
             reason=reason,
             spent=spent,
+            metered=dict(self._metered),
+            predicted={name: costs[name].total(before) for name in self._metered},
             reference=reference,
-            error={name: spent[name] / value - 1.0 for name, value in reference.items() if name in spent and value > 0},
-            price=dict(plan.price) if plan else {},
+            error={name: value / reference[name] - 1.0 for name, value in expected.items() if reference[name] > 0},
+            price=target.spread(plan.price, before, price=True) if plan else {},
             sensing_seconds=account.new_sensing_seconds(),
             deciding_seconds=account.deciding.last_seconds,
             resizing_seconds=account.resizing.last_seconds if plan is not None and plan.step == self._step else 0.0,
@@ -356,8 +393,10 @@ class Loop:
             deciding_seconds=account.deciding.seconds,
             resizing_seconds=account.resizing.seconds,
             resizes=account.resizes,
-            limit=dict(self._limit),
+            limit=self._parts.target.limit,
             spent=spent,
+            metered=self._parts.metering.read(),
+            sources=dict(self._parts.header["sources"]),
             break_even_step=break_even_step(account.segments()),
             reason=reason,
         )
@@ -367,18 +406,20 @@ class Loop:
 
     def _landing(self, spent: Mapping[str, float], steps: int) -> tuple[bool, str]:
         """Whether the run landed, and why or why not."""
-        resource, total_steps = self._parts.budget.resource, self._parts.total_steps
-        limit, dense = self._limit[resource], self._dense[resource]
+        total_steps, target = self._parts.total_steps, self._parts.target
         if self._num_params() != spent["params"]:
             return False, (
                 f"the model has {self._num_params():,} parameters, but its widths account for {spent['params']:,.0f}: "
                 "it was changed by something other than this loop"
             )
-        if spent[resource] > limit * (1 + 1e-12):
-            early = f"ended after {steps} of {total_steps} steps" if steps < total_steps else "ended"
-            return False, f"{early} at {spent[resource] / dense:.1%} of the dense {resource}, over {limit / dense:.1%}"
+        early = f"ended after {steps} of {total_steps} steps" if steps < total_steps else "ended"
+        for resource, limit in target.limit.items():
+            seen, dense = target.expected(resource, self.widths), target.expected(resource, self._dense_widths)
+            if seen > limit * (1 + (MARGIN if resource in METERED else 1e-12)):
+                over = f"over {limit / dense:.1%}" if resource not in METERED else f"over {amount(limit, resource)}"
+                return False, f"{early} at {seen / dense:.1%} of the dense {resource}, {over}"
         if self._landed and self._plan is not None:
             return True, f"landed at step {self._plan.step}: {self._plan.reason}"
-        if limit >= dense:
+        if all(limit >= target.expected(name, self._dense_widths) for name, limit in target.limit.items()):
             return True, "the dense model is within budget"
         return False, f"within budget after {steps} of {total_steps} steps, but the last decision was not made"

@@ -5,12 +5,60 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from setpoint.cost.budget import Budget
+from setpoint.cost.budget import Budget, amount
 from setpoint.cost.cost import Cost
 from setpoint.cost.joint import JointCost, Share
+from setpoint.errors import BudgetError
 
 _TRUST = 0.6
 """How far the factor of a joint cost follows a new reading, as far as the controller's PI part does."""
+
+
+_MILLISECONDS = 50
+"""A latency budget so many times the dense latency is taken for one in milliseconds."""
+
+
+def check_budgets(budget: Budget | Sequence[Budget]) -> tuple[Budget, ...]:
+    """The budgets of a run: at least one, each of another resource.
+
+    Raises:
+        BudgetError: for anything else, or a budget that is not available in this version.
+    """
+    budgets = (budget,) if isinstance(budget, Budget) else tuple(budget)
+    for each in budgets:
+        if not isinstance(each, Budget):
+            raise BudgetError(f"budget must be a Budget, got {each!r}: write Budget.fraction(0.5, of='flops')")
+        if each.per != "step":
+            raise BudgetError("per='run' is not available in this version: use per='step', the finished model's cost")
+    if not budgets or len({each.resource for each in budgets}) < len(budgets):
+        raise BudgetError(f"give one budget for each resource, and at least one, got {list(budgets)}")
+    return budgets
+
+
+def check_reachable(budget: Budget, dense: float, least: float) -> None:
+    """Check that a budget can be met, and that it is in the right unit.
+
+    Args:
+        budget: what is asked for.
+        dense: predicted dense cost.
+        least: predicted cost of the narrowest model.
+
+    Raises:
+        BudgetError: saying what the least is, or what unit is meant.
+    """
+    limit, resource = budget.absolute(dense), budget.resource
+    if limit < least:
+        raise BudgetError(
+            f"a budget of {amount(limit, resource)} ({limit / dense:.1%} of dense) cannot be reached: with every "
+            f"group at its min_units the model still needs {amount(least, resource)} ({least / dense:.1%}). Ask for "
+            f"at least Budget.fraction({math.ceil(1000 * least / dense) / 1000:g}, of={resource!r})"
+        )
+    if resource == "latency" and limit > _MILLISECONDS * dense:
+        raise BudgetError(
+            f"a budget of {limit:g} seconds per step is {limit / dense:,.0f} times what the dense model takes "
+            f"({dense:.3g} s): latency is in seconds. If you mean milliseconds, write "
+            f"Budget.total({limit / 1000:g}, of='latency')"
+        )
 
 
 class Target:
