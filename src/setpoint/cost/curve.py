@@ -76,8 +76,9 @@ class Curve:
         T(a, b) = T_a(a) T_b(b) / T(dense) * C(a, b)
 
     where C is 1 where an axis is dense, and what was measured over the product of profiles where both are
-    small. Profiles are linear between multiples of 16; values between those lie on a stair, as high above
-    the line as the measured ones. Anything else is linear in the bytes moved.
+    small. Profiles are linear between multiples of 16. A value between those lies above the line by a share of
+    the way to the next multiple: 0 where time follows the length, 1 on a full stair, as the measured ones say.
+    Anything else is linear in the bytes moved.
 
     Args:
         problem: what was measured.
@@ -115,19 +116,21 @@ class Curve:
         known, line, stair = self._profiles[place]
         if value in known:
             return known[value]
-        aligned = value % _LIKED == 0 or len(line) == len(known)
-        return _linear(line, value) * (1.0 if aligned else stair)
+        low = _linear(line, value)
+        return low + stair * (_linear(line, _upper(value, max(line))) - low)
 
     @cached_property
     def _profiles(self) -> list[tuple[dict[int, float], dict[int, float], float]]:
-        """Along each axis: what was measured, the aligned part of it, and how high the stairs are above that line."""
+        """Along each axis: what was measured, the aligned part of it, and how high its stairs are."""
         dense, found = self.problem.dense, []
         for place, full in enumerate(dense):
             known = {p[place]: s for p, s in self.seconds.items() if _without(p, place) == _without(dense, place)}
             line = {v: s for v, s in known.items() if v % _LIKED == 0 or v == full}
             line = line if len(line) > 1 else known
-            stairs = [s / _linear(line, v) for v, s in known.items() if v not in line and v > min(line)]
-            found.append((known, line, statistics.median(stairs) if stairs else 1.0))
+            beside = {v: _linear(line, v) for v in known if v not in line and v > min(line)}
+            steps = [(known[v] - low, _linear(line, _upper(v, full)) - low) for v, low in beside.items()]
+            stairs = [rise / whole for rise, whole in steps if whole > 0]
+            found.append((known, line, min(max(statistics.median(stairs), 0.0), 3.0) if stairs else 0.0))
         return found
 
     def _crossing(self, i: int, j: int, f: float, g: float) -> float:
@@ -149,6 +152,11 @@ class Curve:
                 x, y = (sorted({place[k] for place in places} | {1.0}) for k in (0, 1))
                 found[i, j] = x, y, np.array([[places.get((a, b), 1.0) for b in y] for a in x])
         return found
+
+
+def _upper(value: int, most: int) -> int:
+    """The value that hardware pads this one to."""
+    return min(-(-value // _LIKED) * _LIKED, most) if value < most else value
 
 
 def _without(point: Point, place: int) -> Point:
