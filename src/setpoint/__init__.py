@@ -9,6 +9,7 @@ from setpoint.cost.cost import Cost
 from setpoint.errors import (
     BudgetError,
     CheckpointError,
+    CostError,
     ExampleError,
     ExportError,
     GroupError,
@@ -31,6 +32,7 @@ __all__ = [
     "CheckpointError",
     "Controller",
     "Cost",
+    "CostError",
     "Entry",
     "ExampleError",
     "Explanation",

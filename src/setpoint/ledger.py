@@ -71,8 +71,8 @@ class Ledger:
 
     Args:
         header: facts of the run; `attach` writes "groups" (`num_units` and `what` by name), "frozen",
-            "dense" and "limit" (by resource), "sources" ("measured by" or "modelled by" what), "calibration"
-            (relative error of predictions), "step_seconds" (by group), "total_steps" and "environment".
+            "dense" and "limit" (by resource), "modelled" and "measured" (by resource, by what),
+            "calibration" (relative error of predictions), "step_seconds" (by group), "total_steps" and "environment".
 
     >>> ledger = Ledger({"total_steps": 100})
     >>> ledger.append(Entry(step=10, widths={"conv1": 12}, dropped={"conv1": [3, 7]}))

@@ -43,8 +43,8 @@ def step() -> tuple[tuple[Group, ...], Tape]:
 def law(problem: Problem, values: tuple[int, ...]) -> float:
     """Times in closed form: a staircase of 16 in every length of a product, bytes for the rest."""
     if problem.contraction:
-        return 1e-6 + 1e-9 * float(np.prod([-(-value // 16) * 16 for value in values]))
-    return 1e-6 + 1e-11 * problem.num_bytes(values)
+        return 1e-7 + 1e-9 * float(np.prod([-(-value // 16) * 16 for value in values]))
+    return 1e-7 + 1e-11 * problem.num_bytes(values)
 
 
 @pytest.fixture

@@ -140,7 +140,8 @@ def attach(
             total_steps=total_steps,
             header=_header(active, frozen, dense, budgets, total_steps, inner)
             | {
-                "sources": {**costing.sources, **metering.sources},
+                "modelled": dict(costing.sources),
+                "measured": metering.sources,
                 "calibration": dict(costing.errors),
                 "step_seconds": dict(costing.step_seconds),
             },

@@ -396,7 +396,7 @@ class Loop:
             limit=self._parts.target.limit,
             spent=spent,
             metered=self._parts.metering.read(),
-            sources=dict(self._parts.header["sources"]),
+            sources={**self._parts.header["modelled"], **self._parts.metering.sources},
             break_even_step=break_even_step(account.segments()),
             reason=reason,
         )
