@@ -39,6 +39,7 @@ def points(problem: Problem, *, coarse: bool) -> list[Point]:
     if not problem.contraction:
         steps = (1.0, 0.5, 0.25, 0.1) if not coarse else (1.0, 0.3)
         found += [tuple(_nearest(axis, f * axis.values[0]) for axis in problem.axes) for f in steps]
+        found.append(tuple(min(axis.values) for axis in problem.axes))
     else:
         for place, axis in enumerate(problem.axes):
             found += [(*dense[:place], value, *dense[place + 1 :]) for value in _profile(axis, fractions)]

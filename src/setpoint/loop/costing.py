@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +27,7 @@ from setpoint.meter.energy import EnergyMeter, find_energy_meter
 from setpoint.meter.seconds import Stopwatch
 
 METERED = ("memory", "latency", "energy")
-_STEPS = 3
+_LEAST_STEPS, _MOST_STEPS, _ENOUGH_S = 3, 20, 0.3
 _CALIBRATION_LIMIT_S = 20.0
 
 
@@ -180,17 +179,19 @@ def _timed(
     device: torch.device,
     meter: EnergyMeter | None,
 ) -> tuple[float, float | None] | None:
-    """Seconds of a step at these widths (the median of a few), and joules; None if it does not fit into memory."""
-    watch, times = Stopwatch(synchronize=device.type == "cuda"), []
+    """Seconds of a step at these widths (of a few), and joules; None if it does not fit into memory."""
+    watch = Stopwatch(synchronize=device.type == "cuda")
+    times: list[float] = []
     try:
         with replica(model, optimizers, example, groups, widths, data=True) as copy:
             before_j = meter.read_j() if meter else None
-            for _ in range(_STEPS):
+            while len(times) < _LEAST_STEPS or (len(times) < _MOST_STEPS and watch.seconds < _ENOUGH_S):
                 with watch:
                     copy.step()
                 times.append(watch.last_seconds)
             after_j = meter.read_j() if meter else None
     except torch.OutOfMemoryError:
         return None
-    spent_j = None if before_j is None or after_j is None or after_j <= before_j else (after_j - before_j) / _STEPS
-    return statistics.median(times), spent_j
+    spent_j = None if before_j is None or after_j is None or after_j <= before_j else (after_j - before_j) / len(times)
+    # The lower quartile: what else the machine does only ever makes a step longer.
+    return sorted(times)[len(times) // 4], spent_j
