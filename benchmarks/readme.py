@@ -119,10 +119,10 @@ STAGES = {
     "removed": "too little removed",
     "training": "training forward or backward fails after the cut",
     "shapes": "outputs of other shapes after the cut",
-    "time": "no answer within the time",
+    "time": "no answer within the processor time",
     "died": "the process died",
 }
-COVERAGE_COLUMNS = ("suite", "library", "passed", "discovery", "exact", "tied", "frozen", "optimizer", "own check")
+COVERAGE_COLUMNS = ("suite", "library", "passed", "discovery", "exact", "tied", "frozen", "optimizer")
 
 
 def coverage_table(path: Path) -> str:
@@ -140,7 +140,11 @@ def coverage_table(path: Path) -> str:
     for stage, meaning in STAGES.items():
         if any(counts[stage] for counts in stages.values()):
             lines.append(f"| {meaning} | {' | '.join(str(stages[library][stage]) for library in LIBRARIES)} |")
-    failures = [(record, reason) for record in data["models"] if (reason := _failure(record))]
+    failures = [
+        (record, f"{mine['stage']}: {mine['reason']}")
+        for record in data["models"]
+        if not (mine := record["setpoint"])["passed"]
+    ]
     lines += ["", f"Setpoint fails on {len(failures)} of {len(data['models'])} models:" if failures else "No failures."]
     lines += [""] * bool(failures) + [f"* {r['suite']} `{r['model']}`: {_code(reason)}" for r, reason in failures]
     versions = ", ".join(f"{name} {number}" for name, number in data["versions"].items())
@@ -212,7 +216,6 @@ def _coverage_row(suite: str, library: str, records: list[dict[str, Any]]) -> st
         duration(statistics.median(seconds)) if seconds else "–",
         f"{sum(each['exact'] is True for each in outcomes)} / {sum(each['passed'] for each in outcomes)}",
         *(_share(each[demand] for each in cut) for demand in ("tied", "frozen", "optimizer")),
-        f"{sum(r['check']['passed'] for r in records)} / {len(records)}" if library == "setpoint" else "–",
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -221,14 +224,6 @@ def _share(values: Iterable[bool | None]) -> str:
     """How many hold, of those that could be asked."""
     known = [value for value in values if value is not None]
     return f"{sum(known)} / {len(known)}" if known else "–"
-
-
-def _failure(record: dict[str, Any]) -> str:
-    """Why Setpoint fails on a model: by the common demands, or else by its own check; empty if it does not."""
-    mine, own = record["setpoint"], record["check"]
-    if not mine["passed"]:
-        return f"{mine['stage']}: {mine['reason']}"
-    return "" if own["passed"] else f"own check: {own['reason']}"
 
 
 def _code(text: str) -> str:

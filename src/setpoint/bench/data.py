@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 from setpoint.bench.task import BenchError
+from setpoint.cost.table import cache_folder as cache_folder
 
 
 def find_data(relative: str, given: Path | None = None) -> Path | None:
@@ -27,7 +27,10 @@ def find_data(relative: str, given: Path | None = None) -> Path | None:
         if (named / relative).exists():
             return named / relative
         source = "--data" if given else "SETPOINT_DATA"
-        raise BenchError(f"no {relative} in {named} (from {source}): name a folder that holds it, or leave it out")
+        raise BenchError(
+            f"no {relative} in {named} (from {source}): name a folder that is laid out like the Hugging Face Hub and "
+            "holds it, or leave it out, then it is looked for beside the checkout and downloaded"
+        )
     found = (folder / relative for folder in usual_folders() if (folder / relative).exists())
     return next(found, None)
 
@@ -46,13 +49,3 @@ def missing(relative: str, why: str) -> BenchError:
         f"cannot find {relative}: looked in {looked}, then tried to download it: {why}. "
         f"Pass --data DIR or set SETPOINT_DATA to a folder that holds {relative}"
     )
-
-
-def cache_folder() -> Path:
-    """The user's cache folder for Setpoint, by the platform's custom; it need not exist yet."""
-    if sys.platform == "win32":
-        local = os.environ.get("LOCALAPPDATA")
-        return (Path(local) if local else Path.home() / "AppData" / "Local") / "setpoint" / "cache"
-    if sys.platform == "darwin" and not os.environ.get("XDG_CACHE_HOME"):
-        return Path.home() / "Library" / "Caches" / "setpoint"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "setpoint"

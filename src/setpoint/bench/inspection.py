@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
 from setpoint.actuator.verify import failing_groups
+from setpoint.bench.own_function import is_own_function, named_errors, own_function
 from setpoint.bench.parameters import Part, params_along, parts, share_along
 from setpoint.bench.task import BenchError
 from setpoint.bench.zoo import named_model, noise
@@ -128,24 +125,34 @@ def load_target(target: str, shape: tuple[int, ...] | None = None) -> tuple[nn.M
     """The model and example that `module.py:function` returns, or a library's model of that name.
 
     Args:
-        target: a file and a function of no arguments that returns a model, or a model and its inputs (a tuple, or a
-            dict of keyword inputs); or the name of a model of torchvision, timm or transformers.
-        shape: shape of the example, filled with noise; None for the model's usual size, which is a batch of two
-            images of 224 pixels for a function that returns no inputs.
+        target: a file and a function of no arguments that returns a model and its inputs (a tuple, or a dict of
+            keyword inputs), or a model alone if `shape` says what it takes; or the name of a model of torchvision,
+            timm or transformers.
+        shape: shape of the example, filled with noise; None for the usual size of a library's model.
 
     Raises:
-        BenchError: there is no such file, function or model, or the shape does not fit it.
+        BenchError: there is no such file, function or model, it raises, it returns no inputs and no shape is given,
+            or the shape does not fit it.
     """
     if shape is not None and min(shape) < 1:
         raise BenchError(f"sizes of an example are at least 1, got {','.join(map(str, shape))}")
-    if ".py:" not in target:
+    if not is_own_function(target):
         return named_model(target, shape)
-    made = _function(target)()
+    with named_errors(target):
+        made = own_function(target)()
+    if isinstance(made, tuple) and len(made) != 2:
+        raise BenchError(f"{target} returned {len(made)} things: return a model and its inputs, as `model, (x,)`")
     if isinstance(made, tuple) and shape is not None:
         raise BenchError(f"{target} returns inputs of its own: leave out --input {','.join(map(str, shape))}")
-    model, example = made if isinstance(made, tuple) else (made, (noise(shape or (2, 3, 224, 224)),))
+    model, example = made if isinstance(made, tuple) else (made, None)
     if not isinstance(model, nn.Module):
         raise BenchError(f"{target} returned a {type(model).__name__}: return a torch.nn.Module, or one and its inputs")
+    if example is None and shape is None:
+        raise BenchError(
+            f"{target} returned a model without inputs: return `model, (x,)`, or `model, {{'x': x}}` for keyword "
+            "inputs; or say the shape of its one input of floats, for images --input 2,3,224,224"
+        )
+    example = (noise(shape),) if shape is not None else example
     return model, (example,) if isinstance(example, Tensor) else example
 
 
@@ -177,24 +184,3 @@ def _group_report(
         flops_share=saving / spent if spent else 0.0,
         places=tuple((place.tensor, place.dim, place.role) for place in group.slices),
     )
-
-
-def _function(target: str) -> Callable[[], Any]:
-    """The function of a Python file."""
-    file, _, name = target.rpartition(":")
-    path = Path(file)
-    if not path.is_file():
-        raise BenchError(f"no file {path}: give an existing Python file as module.py:function")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None, "a .py file always has a loader"
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and pickle look their module up there
-    sys.path.insert(0, str(path.resolve().parent))
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(path.resolve().parent))
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise BenchError(f"{path} has no function {name!r}")
-    return function  # type: ignore[no-any-return]
