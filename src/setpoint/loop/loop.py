@@ -23,18 +23,14 @@ from setpoint.errors import GroupError, LoopError
 from setpoint.groups.group import Group, widths_of
 from setpoint.ledger import Entry, Ledger
 from setpoint.loop.accounting import Account
-from setpoint.loop.costing import METERED
 from setpoint.loop.explanation import Explanation, explain_drop
 from setpoint.loop.hooks import StepHooks
-from setpoint.loop.metering import Metering
+from setpoint.loop.metering import METERED, Metering
 from setpoint.loop.record import number, only_kept, refusal, with_drops
 from setpoint.loop.stride import sensed_every
 from setpoint.loop.summary import Summary, break_even_step
 from setpoint.loop.target import Target
 from setpoint.sensor.reading import Reading, Sensor
-
-MARGIN = 0.03
-"""How far a metered resource may lie over its limit at the end: what a meter of seconds can tell."""
 
 ATTACHED: WeakSet[nn.Module] = WeakSet()
 """Models that a loop is at work on."""
@@ -415,7 +411,7 @@ class Loop:
         early = f"ended after {steps} of {total_steps} steps" if steps < total_steps else "ended"
         for resource, limit in target.limit.items():
             seen, dense = target.expected(resource, self.widths), target.expected(resource, self._dense_widths)
-            if seen > limit * (1 + (MARGIN if resource in METERED else 1e-12)):
+            if seen > limit * (1 + max(1e-12, self._parts.metering.margin(resource))):
                 over = f"over {limit / dense:.1%}" if resource not in METERED else f"over {amount(limit, resource)}"
                 return False, f"{early} at {seen / dense:.1%} of the dense {resource}, {over}"
         if self._landed and self._plan is not None:

@@ -128,7 +128,7 @@ class Target:
                 ratio = seen[name] / self._costs[name].total(widths)
                 self._factor[name] *= math.exp(trust * math.log(ratio / self._factor[name]))
                 self._anchored.add(name)
-        if len(self.budgets) > 1 and seen:
+        if len(self.budgets) > 1 and self._anchored:  # what no meter reads now is as the readings so far foretell
             shares = [
                 seen.get(name, self._factor[name] * self._costs[name].total(widths)) / limit
                 for name, limit in self._limit.items()
