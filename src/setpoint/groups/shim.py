@@ -200,6 +200,10 @@ class SizedForward:
 
     def __init__(self, module: nn.Module, sizes: dict[str, int]) -> None:
         self.module = module
+        self.resize(sizes)
+
+    def resize(self, sizes: dict[str, int]) -> None:
+        """Correct these places from now on; a call that has begun but not yet run goes along."""
         self.sizes = sizes
         self.calls = parse(sizes)
 
@@ -328,7 +332,10 @@ def set_call_sizes(module: nn.Module, sizes: Mapping[str, int]) -> None:
         if sizes:
             module.__dict__["forward"] = HeadsForward(module, dict(sizes))
             return
-    if sizes:
+    corrected = module.__dict__.get("forward")
+    if sizes and isinstance(corrected, SizedForward):
+        corrected.resize(dict(sizes))
+    elif sizes:
         module.__dict__["forward"] = SizedForward(module, dict(sizes))
     else:
         module.__dict__.pop("forward", None)
