@@ -15,15 +15,19 @@ from setpoint.errors import (
     LoopError,
     OptimizerError,
     SetpointError,
+    StateSpaceError,
     VerificationError,
 )
 from setpoint.groups.group import Group, SizeBinding, Slice
 from setpoint.groups.trace import find_groups
 from setpoint.ledger import Entry, Ledger
 from setpoint.loop import Explanation, Loop, Summary, attach
+from setpoint.sensor.hankel import HankelSensor
 from setpoint.sensor.magnitude import MagnitudeSensor
+from setpoint.sensor.per_kind import PerKindSensor
 from setpoint.sensor.reading import Reading, Sensor
 from setpoint.sensor.taylor import TaylorSensor
+from setpoint.ssm import StateSpaceLayer
 
 __all__ = [
     "Budget",
@@ -37,12 +41,14 @@ __all__ = [
     "ExportError",
     "Group",
     "GroupError",
+    "HankelSensor",
     "Ledger",
     "Loop",
     "LoopError",
     "MagnitudeSensor",
     "Observation",
     "OptimizerError",
+    "PerKindSensor",
     "Plan",
     "PricedController",
     "Reading",
@@ -50,6 +56,8 @@ __all__ = [
     "SetpointError",
     "SizeBinding",
     "Slice",
+    "StateSpaceError",
+    "StateSpaceLayer",
     "Summary",
     "TaylorSensor",
     "VerificationError",

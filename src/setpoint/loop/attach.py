@@ -30,6 +30,8 @@ from setpoint.loop.accounting import Account
 from setpoint.loop.chance import untouched_chance
 from setpoint.loop.loop import ATTACHED, Loop, Parts
 from setpoint.meter import Stopwatch
+from setpoint.sensor.hankel import HankelSensor
+from setpoint.sensor.per_kind import PerKindSensor
 from setpoint.sensor.reading import Sensor
 from setpoint.sensor.taylor import TaylorSensor
 
@@ -64,7 +66,8 @@ def attach(
             or a dict of keyword inputs. FLOPs are counted at this shape.
         total_steps: optimizer steps of the whole run.
         controller: decides what goes and when; by default `PricedController()`.
-        sensor: reads saliencies; by default `TaylorSensor(num_samples)`.
+        sensor: reads saliencies; by default `TaylorSensor(num_samples)`, and `HankelSensor(num_samples)` for the
+            states of state-space layers.
         groups: which groups may be pruned, out of `find_groups(model, example)`; by default all.
         copies: modules with the same tensors to cut alike, such as an EMA copy.
         num_samples: independent samples per optimizer step over ranks and micro-batches; by default
@@ -96,9 +99,9 @@ def attach(
     inner = _unwrap(model)
     with watch, untouched_chance(inner):
         optimizers = _check_arguments(inner, optimizer, budget, total_steps)
-        if sensor is None:
-            sensor = TaylorSensor(_num_samples(example) if num_samples is None else num_samples)
         found = trace(inner, example)
+        if sensor is None:
+            sensor = _default_sensor(found.groups, _num_samples(example) if num_samples is None else num_samples)
         active, frozen = _select(inner, found, groups, sensor, allow_lossy)
         active, strangers = _in_hand(inner, optimizers, active)
         frozen.update(strangers)
@@ -175,6 +178,14 @@ def _num_samples(example: Example) -> int:
     return max(1, first.shape[0]) if first is not None else 1
 
 
+def _default_sensor(groups: tuple[Group, ...], num_samples: int) -> Sensor[Any]:
+    """Taylor for units; where there are states, Hankel for them."""
+    units = TaylorSensor(num_samples)
+    if all(group.kind != "state" for group in groups):
+        return units
+    return PerKindSensor({"unit": units, "state": HankelSensor(num_samples)})
+
+
 def _select(
     model: nn.Module, found: Trace, wanted: Sequence[Group] | None, sensor: Sensor[Any], allow_lossy: bool
 ) -> tuple[tuple[Group, ...], dict[str, str]]:
@@ -189,7 +200,7 @@ def _select(
                 "use find_groups(model, example) on the model as it is now"
             )
     for group in chosen:
-        if group.kind != "unit":
+        if group.kind == "weight":
             frozen[group.name] = f"its units are of kind {group.kind!r}, which this version does not shrink"
         elif not group.lossless and not allow_lossy:
             frozen[group.name] = "; ".join(group.notes) or "a zeroed unit is not the same as an absent one"

@@ -15,7 +15,7 @@ from jaxtyping import Float64, Int
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from setpoint.actuator.shrink import shrink
+from setpoint.actuator.balance import balance_and_shrink
 from setpoint.controller.plan import Controller, Observation, Plan
 from setpoint.cost.budget import Budget
 from setpoint.cost.cost import Cost
@@ -264,7 +264,7 @@ class Loop:
                 )
         self._overdue = plan is None
         if plan is not None:
-            self._act(plan, state)
+            self._act(plan, state, reading)
             self._ledger.append(with_drops(self._entry(plan.reason, plan), plan, reading, self._origin))
             self._origin = only_kept(self._origin, plan)
             self._worth = only_kept(plan.worth, plan)
@@ -279,13 +279,15 @@ class Loop:
         before, self._skipped = self._skipped, reading.skipped_steps
         return replace(reading, skipped_steps=reading.skipped_steps - before)
 
-    def _act(self, plan: Plan, state: Any) -> None:
+    def _act(self, plan: Plan, state: Any, reading: Reading) -> None:
         """Carry the plan out on everything that is indexed by unit."""
         parts, account = self._parts, self._account
         account.resizing.last_seconds = 0.0
         if not plan.empty():
             with account.resizing:
-                self._groups = shrink(parts.model, parts.optimizers, self._groups, plan.keep, parts.copies)
+                self._groups = balance_and_shrink(
+                    parts.model, parts.optimizers, self._groups, plan.keep, reading.basis, parts.copies
+                )
                 self._sensor_state = parts.sensor.cut(self._sensor_state, plan.keep)
                 state = parts.controller.cut(state, plan.keep)
             self._sensing_flops = parts.sensor.flops(self._groups, parts.model)
