@@ -220,7 +220,7 @@ def _turn_state(
     tensors = named_tensors(model)
     parameters = [tensors[name] for name in names]
     for optimizer in optimizers:
-        states = [optimizer.state[each] for each in parameters if each in optimizer.state]  # type: ignore[index]
+        states = [optimizer.state[each] for each in parameters if each in optimizer.state]
         if len(states) < len(parameters):
             continue
         fresh = [dict(state) for state in states]
@@ -273,8 +273,8 @@ def _mapped(optimizer: Optimizer, parameter: nn.Parameter, function: Any) -> dic
 
 
 def _replace_state(optimizer: Optimizer, parameter: Tensor, state: dict[str, Any], undo: ExitStack) -> None:
-    undo.callback(optimizer.state.__setitem__, parameter, optimizer.state[parameter])  # type: ignore[index]
-    optimizer.state[parameter] = state  # type: ignore[index]
+    undo.callback(optimizer.state.__setitem__, parameter, optimizer.state[parameter])
+    optimizer.state[parameter] = state
 
 
 def _put_back(tensor: Tensor, old: Tensor) -> None:

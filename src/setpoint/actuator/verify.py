@@ -249,7 +249,7 @@ def randomised_copy(model: nn.Module, groups: tuple[Group, ...]) -> nn.Module:
             if not _is_float(tensor) or not (isinstance(tensor, nn.Parameter) or name in touched):
                 continue
             spread = 0.1 if tensor.dim() < 2 else float(np.sqrt(tensor.shape[0] / max(tensor.numel(), 1)))
-            factor = 1 + 0.3 * _noise(tensor, generator).clamp(-2, 2)
+            factor = 1 + 0.3 * _noise(tensor.real, generator).clamp(-2, 2)
             fresh = _noise(tensor, generator) * spread
             tensor.copy_(torch.where(tensor == 0, fresh, tensor * factor))
     for module in twin.modules():

@@ -16,6 +16,7 @@ from jaxtyping import Complex, Float
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+_PARTS = "Tensor u, Tensor a_re, Tensor a_im, Tensor b_re, Tensor b_im, Tensor c_re, Tensor c_im"
 _BLOCK_BYTES = 2**20  # states of one block of a scan on a CPU: about what its cache holds
 
 
@@ -44,7 +45,7 @@ def diagonal_scan(
     return result
 
 
-@torch.library.custom_op("setpoint::diagonal_scan", mutates_args=())
+@torch.library.custom_op("setpoint::diagonal_scan", mutates_args=(), schema=f"({_PARTS}) -> Tensor")
 def _scan(u: Tensor, a_re: Tensor, a_im: Tensor, b_re: Tensor, b_im: Tensor, c_re: Tensor, c_im: Tensor) -> Tensor:
     run = _Run(u, a_re, a_im, b_re, b_im, c_re, c_im)
     y = run.u.new_empty(*run.u.shape[:2], c_re.shape[0])
@@ -53,10 +54,12 @@ def _scan(u: Tensor, a_re: Tensor, a_im: Tensor, b_re: Tensor, b_im: Tensor, c_r
         x = run.states(block, before)
         before = x[-1].clone()
         y[block] = F.linear(_pairs(x), run.outward)
-    return y.transpose(0, 1).to(u.dtype, memory_format=torch.contiguous_format)
+    return y.transpose(0, 1).to(u.dtype).contiguous()
 
 
-@torch.library.custom_op("setpoint::diagonal_scan_backward", mutates_args=())
+@torch.library.custom_op(
+    "setpoint::diagonal_scan_backward", mutates_args=(), schema=f"(Tensor grad, {_PARTS}) -> Tensor[]"
+)
 def _scan_backward(
     grad: Tensor, u: Tensor, a_re: Tensor, a_im: Tensor, b_re: Tensor, b_im: Tensor, c_re: Tensor, c_im: Tensor
 ) -> list[Tensor]:
@@ -81,7 +84,7 @@ def _scan_backward(
         grad_a += (s[1:] * x[:-1].conj()).sum((0, 1))
         if before is not None:
             grad_a += (s[0] * before.conj()).sum(0)
-    grad_b, grad_c = grad_in.unflatten(0, (-1, 2)), grad_out.unflatten(1, (-1, 2))
+    grad_b, grad_c = grad_in.view(-1, 2, grad_in.shape[1]), grad_out.view(len(grad_out), -1, 2)
     found = (
         grad_u.transpose(0, 1),
         grad_a.real,
@@ -93,8 +96,7 @@ def _scan_backward(
     )
     like = (u, a_re, a_im, b_re, b_im, c_re, c_im)
     return [
-        part.to(each.dtype, memory_format=torch.contiguous_format, copy=True)
-        for part, each in zip(found, like, strict=True)
+        part.to(each.dtype).clone(memory_format=torch.contiguous_format) for part, each in zip(found, like, strict=True)
     ]
 
 
@@ -159,7 +161,7 @@ def _recur_by_rows(x: Tensor, a: Tensor, backwards: bool) -> None:
     width = math.isqrt(len(x))
     rows, rest = divmod(len(x), width)
     turn = -1 if backwards else 1
-    square = (x[rest:] if backwards else x[: rows * width]).unflatten(0, (rows, width))
+    square = (x[rest:] if backwards else x[: rows * width]).view(rows, width, *x.shape[1:])
     columns = square.unbind(1)[::turn]
     for earlier, here in pairwise(columns):
         here.addcmul_(a, earlier)
@@ -177,7 +179,7 @@ def _recur_by_rows(x: Tensor, a: Tensor, backwards: bool) -> None:
 
 
 def _complex(pairs: Tensor) -> Tensor:
-    return torch.view_as_complex(pairs.unflatten(-1, (-1, 2)))
+    return torch.view_as_complex(pairs.view(*pairs.shape[:-1], -1, 2))
 
 
 def _pairs(x: Tensor) -> Tensor:
@@ -208,7 +210,7 @@ _scan.register_autograd(_gradients, setup_context=_keep)
 @register_flop_formula(torch.ops.setpoint.diagonal_scan)
 def _forward_flops(u: Any, a_re: Any, a_im: Any, b_re: Any, b_im: Any, c_re: Any, c_im: Any, **kwargs: Any) -> int:
     """Two products; the recurrence, like all that works entry by entry, counts as nothing."""
-    return 2 * math.prod(u[:2]) * 2 * b_re[0] * (b_re[1] + c_re[0])
+    return int(2 * math.prod(u[:2]) * 2 * b_re[0] * (b_re[1] + c_re[0]))
 
 
 @register_flop_formula(torch.ops.setpoint.diagonal_scan_backward)

@@ -16,16 +16,19 @@ class StateWeights:
     """Under which names, relative to the layer, it keeps B and C, so that optimizer moments can follow them.
 
     Args:
-        inputs: one complex tensor, or a real and an imaginary one, of shape (..., states, in).
-        outputs: the same for C, shape (..., out, states).
+        inputs: a real and an imaginary tensor of shape (..., states, in), or a complex one, or one that keeps
+            both parts along a last dim of 2.
+        outputs: the same for C, shape (..., out, states); `C` is a multiple of it.
         input_scale: `B = input_scale[..., None] * inputs` (a normalisation, a step size), shape (..., states).
-        output_scale: `C = output_scale * outputs`, a number (2 where the output is `2 Re(C x)`).
+        carried: all further tensors with an entry for each state, such as what eigenvalues are made of; shape
+            (..., states, ...) with the same leading dims. Needed only where the layer's forward cannot be
+            traced.
     """
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     input_scale: Complex[Tensor, "*batch states"]
-    output_scale: float = 1.0
+    carried: tuple[str, ...] = ()
 
 
 @runtime_checkable

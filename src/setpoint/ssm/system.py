@@ -151,13 +151,15 @@ def transfer(
     if isinstance(system, DiagonalSystem):
         half = _diagonal_transfer(system.eigenvalues, system.inputs, system.outputs, angles)
         mirrored = _diagonal_transfer(system.eigenvalues.conj(), system.inputs.conj(), system.outputs.conj(), angles)
-        return torch.add(half, mirrored) / 2
+        whole: Tensor = (half + mirrored) / 2
+        return whole
     backward = torch.exp(-1j * angles.to(system.dynamics.dtype))[:, None, None]
     dynamics, inputs, outputs = (
         part.unsqueeze(-3).to(backward.dtype) for part in (system.dynamics, system.inputs, system.outputs)
     )
     identity = torch.eye(system.num_states, dtype=backward.dtype, device=angles.device)
-    return outputs @ torch.linalg.solve(identity - dynamics * backward, inputs)
+    found: Tensor = outputs @ torch.linalg.solve(identity - dynamics * backward, inputs)
+    return found
 
 
 def _diagonal_transfer(eigenvalues: Tensor, inputs: Tensor, outputs: Tensor, angles: Tensor) -> Tensor:
