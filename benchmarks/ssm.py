@@ -25,7 +25,7 @@ from setpoint.actuator.balance import balance_and_shrink
 from setpoint.bench.environment import machine
 from setpoint.groups.trace import find_groups
 from setpoint.models import LRU, SequenceClassifier
-from setpoint.ssm import balance, reduce_modes
+from setpoint.ssm import BalancedPairs, balance, reduce_modes
 
 REFERENCE = {(784, 256): 1.55, (784, 28): 0.151, (196, 256): 0.331, (196, 28): 0.019}
 BATCH, CHANNELS, ROUNDS = 50, 8, 7
@@ -118,7 +118,7 @@ def after_a_cut(moments: Any, seed: int, *, before: int = 300, after: int = 100,
     for number in range(before + after):
         if number == before:
             groups = tuple(g for g in find_groups(model, (torch.randn(BATCH, 64, 1),)) if g.kind == "state")
-            basis = {"blocks.0.lru": balance(model.blocks[0].lru.state_space())}
+            basis = {"blocks.0.lru": BalancedPairs(balance(model.blocks[0].lru.state_space()))}
             keep = {"blocks.0.lru": np.arange(96) < kept}
             balance_and_shrink(model, optimizer, groups, keep, basis, moments=moments)
         x, y = patterns(generator)

@@ -14,6 +14,18 @@ from setpoint.groups.trace import trace
 from setpoint.models import LRU, SequenceClassifier
 
 
+def _states(model: nn.Module) -> tuple[setpoint.Group, ...]:
+    groups = setpoint.find_groups(model, (torch.randn(16, 12, 1),))
+    return tuple(group for group in groups if group.kind == "state")
+
+
+def _attach(
+    model: nn.Module, optimizer: torch.optim.Optimizer, budget: setpoint.Budget, total_steps: int
+) -> setpoint.Loop:
+    example = (torch.randn(16, 12, 1),)
+    return setpoint.attach(model, optimizer, budget, example=example, total_steps=total_steps, groups=_states(model))
+
+
 def _train(model: nn.Module, loop: setpoint.Loop, optimizer: torch.optim.Optimizer, steps: int) -> None:
     generator = torch.Generator().manual_seed(5)
     for _ in range(steps):
@@ -33,7 +45,7 @@ def test_states_are_pruned_to_a_budget(resource: str, fraction: float, tmp_path:
     model = SequenceClassifier(1, 3, num_channels=4, num_states=20, num_blocks=2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     budget = setpoint.Budget.fraction(fraction, of=resource)
-    with setpoint.attach(model, optimizer, budget, example=(torch.randn(16, 12, 1),), total_steps=60) as loop:
+    with _attach(model, optimizer, budget, 60) as loop:
         _train(model, loop, optimizer, 60)
     assert loop.summary is not None and loop.summary.landed
     assert loop.summary.spent[resource] <= loop.summary.limit[resource]
@@ -58,7 +70,7 @@ def test_an_exact_number_of_states_can_be_asked_for() -> None:
     per_state = 3 + 4 * 4
     limit = sum(p.numel() for p in model.parameters()) - (24 - 7) * per_state
     budget = setpoint.Budget.total(limit, of="params")
-    with setpoint.attach(model, optimizer, budget, example=(torch.randn(16, 12, 1),), total_steps=60) as loop:
+    with _attach(model, optimizer, budget, 60) as loop:
         _train(model, loop, optimizer, 60)
     assert loop.widths == {"blocks.0.lru": 7} and sum(p.numel() for p in model.parameters()) == limit
 
@@ -127,7 +139,7 @@ def test_a_foreign_layer_joins_by_three_methods() -> None:
     assert (group.name, group.num_units, group.lossless) == ("layer", 12, True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     budget = setpoint.Budget.fraction(0.6, of="params")
-    with setpoint.attach(model, optimizer, budget, example=(torch.randn(16, 12, 1),), total_steps=40) as loop:
+    with _attach(model, optimizer, budget, 40) as loop:
         _train(model, loop, optimizer, 40)
     assert loop.summary is not None and loop.summary.landed and loop.widths["layer"] < 12
     assert model.layer.s5.seq.C.shape == (4, loop.widths["layer"])
@@ -156,7 +168,7 @@ def test_worth_goes_across_layers() -> None:
         model.blocks[1].gated.bias.zero_()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     budget = setpoint.Budget.fraction(0.6, of="flops")
-    with setpoint.attach(model, optimizer, budget, example=(torch.randn(16, 12, 1),), total_steps=60) as loop:
+    with _attach(model, optimizer, budget, 60) as loop:
         _train(model, loop, optimizer, 60)
     assert loop.widths["blocks.1.lru"] < loop.widths["blocks.0.lru"]
     assert np.isfinite(loop.price) and loop.price > 0

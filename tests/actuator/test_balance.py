@@ -16,7 +16,7 @@ from setpoint.groups.group import Group
 from setpoint.groups.state import state_layer
 from setpoint.groups.trace import find_groups
 from setpoint.models import SequenceClassifier
-from setpoint.ssm import Balance, balance
+from setpoint.ssm import BalancedPairs, balance
 
 X = torch.randn(5, 14, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
 
@@ -33,9 +33,9 @@ def _lru(silent: int = 0) -> SequenceClassifier:
     return model
 
 
-def _states(model: nn.Module, x: Tensor = X) -> tuple[Group, Balance]:
+def _states(model: nn.Module, x: Tensor = X) -> tuple[Group, BalancedPairs]:
     (group,) = (each for each in find_groups(model, (x,)) if each.kind == "state")
-    return group, balance(state_layer(model, group)[1].state_space())
+    return group, BalancedPairs(balance(state_layer(model, group)[1].state_space()))
 
 
 def _first(group: Group, kept: int) -> dict[str, np.ndarray]:
@@ -162,11 +162,12 @@ def _snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor
     return [tensor.detach().clone() for tensor in (*named_tensors(model).values(), *states)]
 
 
-def _stale(group: Group, basis: Balance) -> dict[str, Balance]:
-    return {group.name: Balance(basis.values[:8], basis.expand[:8, :8], basis.reduce[:8, :8])}
+def _stale(group: Group, basis: BalancedPairs) -> dict[str, BalancedPairs]:
+    model = SequenceClassifier(1, 3, num_channels=4, num_states=4)
+    return {group.name: BalancedPairs(balance(model.blocks[0].lru.state_space()))}
 
 
-def _other_kind(group: Group, basis: Balance) -> dict[str, Balance]:
+def _other_kind(group: Group, basis: BalancedPairs) -> dict[str, BalancedPairs]:
     object.__setattr__(group, "kind", "unit")
     return {group.name: basis}
 
@@ -180,7 +181,7 @@ def _other_kind(group: Group, basis: Balance) -> dict[str, Balance]:
     ],
 )
 def test_bad_requests_change_nothing(
-    change: Callable[[Group, Balance], dict[str, Balance]], kept: int, message: str
+    change: Callable[[Group, BalancedPairs], dict[str, BalancedPairs]], kept: int, message: str
 ) -> None:
     """A stale basis, a group without balanced coordinates, no state left: an error, and all is as it was."""
     model = _lru()

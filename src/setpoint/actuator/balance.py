@@ -20,7 +20,7 @@ from setpoint.actuator.shrink import named_tensors, shrink
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group
 from setpoint.groups.state import state_layer
-from setpoint.ssm import Balance, DiagonalSystem, Modes, StateSpaceLayer, StateWeights, reduce_modes, system
+from setpoint.ssm import Basis, DiagonalSystem, Modes, StateSpaceLayer, StateWeights, system
 
 Moments = Literal["carry", "reset", "position"]
 """What becomes of optimizer state: carried through the change of basis, forgotten, or kept at its old position."""
@@ -34,17 +34,16 @@ def balance_and_shrink(
     optimizer: Optimizers,
     groups: tuple[Group, ...],
     keep: Keep,
-    basis: Mapping[str, Balance],
+    basis: Mapping[str, Basis],
     copies: Sequence[nn.Module] = (),
     *,
     moments: Moments = "carry",
 ) -> tuple[Group, ...]:
     """Shrink a model; state groups that lose units are balanced, truncated and diagonalised on the way.
 
-    For a group in `basis`, `keep` is about its balanced units: unit i is the pair of balanced states 2i and
-    2i + 1. What the layer then holds is the balanced truncation of its real map to the kept units, as
-    `reduce_modes` brings it back to modes, so outputs change by at most twice the sum of the dropped Hankel
-    values. Groups without a basis are cut as they are.
+    For a group in `basis`, `keep` is about the units of that basis. With `BalancedPairs` the layer then holds the
+    balanced truncation of its real map, brought back to modes, so its gain changes by at most twice the sum of
+    the dropped Hankel values. Groups without a basis are cut as they are.
 
     Optimizer moments of B and C go through the same change of basis: gradients, hence first moments, by the
     transposed maps, second moments by the squares of their entries, as if entries were independent. Moments of
@@ -59,7 +58,7 @@ def balance_and_shrink(
         optimizer: one optimizer, a sequence of them, or None.
         groups: as `find_groups`, or the last cut, returned them.
         keep: by group name, boolean per active unit, True = stays.
-        basis: by group name, the balancing pair of its layer as it is now, as `Reading.basis` holds it.
+        basis: by group name, coordinates for the states of its layer as it is now, as `Reading.basis` holds it.
         copies: further modules with the same tensors to cut alike.
         moments: "carry" as above; "reset" and "position" are there to compare with.
 
@@ -99,26 +98,23 @@ class _Turn:
     kept: Tensor
 
     @classmethod
-    def of(cls, model: nn.Module, group: Group, keep: np.ndarray, basis: Balance) -> _Turn:
+    def of(cls, model: nn.Module, group: Group, keep: np.ndarray, basis: Basis) -> _Turn:
         name, layer = state_layer(model, group)
         old = layer.state_space()
-        if basis.values.shape[-1] != 2 * group.num_units or old.num_states != group.num_units:
+        if not basis.num_units == old.num_states == group.num_units:
             raise GroupError(
-                f"the basis of group {group.name!r} is for {basis.values.shape[-1] // 2} states, but it has "
-                f"{group.num_units}: use the reading taken at the present widths"
+                f"the basis of group {group.name!r} is for {basis.num_units} states, but it has {group.num_units}: "
+                "use the reading taken at the present widths"
             )
         if not keep.any():
             raise GroupError(f"keep[{group.name!r}] leaves layer {name!r} without states: keep at least one")
-        order = np.argsort(~keep, kind="stable")
-        pairs = torch.from_numpy(np.stack([2 * order, 2 * order + 1], 1).ravel()).to(basis.values.device)
-        sorted_basis = Balance(basis.values[..., pairs], basis.expand[..., :, pairs], basis.reduce[..., pairs, :])
         (inputs, *_) = layer.state_weights().inputs
         prefix = f"{name}." if name else ""
         index = next(
             piece.index for piece in group.slices if piece.tensor == prefix + inputs and piece.role != "consume"
         )
         kept = torch.from_numpy(np.flatnonzero(keep[index])).to(old.eigenvalues.device)
-        return cls(name, group, old, reduce_modes(old, int(keep.sum()), sorted_basis), kept)
+        return cls(name, group, old, basis.modes(old, keep), kept)
 
     def apply(
         self,

@@ -113,8 +113,8 @@ def state_layer(model: nn.Module, group: Group) -> tuple[str, StateSpaceLayer]:
             f"group {group.name!r} is of kind {group.kind!r}, so it has no balanced coordinates: balancing takes the "
             "states of linear time-invariant layers that have the methods of StateSpaceLayer"
         )
-    tensors = {piece.tensor for piece in group.slices}
+    held = {(piece.tensor, piece.dim) for piece in group.slices}
     for name, module in model.named_modules():
-        if isinstance(module, StateSpaceLayer) and {tensor for tensor, _ in _places(name, module)} <= tensors:
+        if isinstance(module, StateSpaceLayer) and _places(name, module) <= held:
             return name, module
     raise GroupError(f"the model has no StateSpaceLayer that holds the states of {group.name!r}: use its own groups")

@@ -1,4 +1,4 @@
-"""The sequence classifier: blocks of norm, linear recurrent unit, gate and residual sum, and a mean over time."""
+"""The sequence classifier: blocks of batch norm, linear recurrent unit, gate and residual sum, and a mean over time."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from setpoint.models.lru import LRU
 
 class SequenceBlock(nn.Module):
     """`x + dropout(GLU(dropout(GELU(LRU(norm(x))))))`, where `GLU(h) = (W h) * sigmoid(V h)`.
+
+    The norm is batch norm over samples and steps, without weights of its own.
 
     Args:
         num_channels: channels of input and output.
@@ -35,7 +37,7 @@ class SequenceBlock(nn.Module):
         most_angle: float = 2 * math.pi,
     ) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(num_channels)
+        self.norm = nn.BatchNorm1d(num_channels, affine=False)
         self.lru = LRU(
             num_channels,
             num_states,
@@ -49,7 +51,7 @@ class SequenceBlock(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch steps channels"]) -> Float[Tensor, "batch steps channels"]:
         """The sequence after the block."""
-        hidden = self.dropout(F.gelu(self.lru(self.norm(x))))
+        hidden = self.dropout(F.gelu(self.lru(self.norm(x.mT).mT)))
         gated: Tensor = self.dropout(self.gated(hidden) * torch.sigmoid(self.gate(hidden)))
         return x + gated
 

@@ -15,7 +15,7 @@ from setpoint.groups.group import Group
 from setpoint.groups.state import state_layer
 from setpoint.sensor.reading import Reading
 from setpoint.sensor.taylor import TaylorSensor, TaylorState
-from setpoint.ssm import Balance, balance, check_system
+from setpoint.ssm import Balance, BalancedPairs, Basis, balance, check_system
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +97,7 @@ class HankelSensor:
         """
         layers = self.taylor.read(state.layers, _as_one(groups), step)
         saliency: dict[str, Float64[np.ndarray, " units"]] = {}
-        basis: dict[str, Balance] = {}
+        basis: dict[str, Basis] = {}
         for group in groups:
             name, layer = state_layer(state.model, group)
             try:
@@ -105,7 +105,7 @@ class HankelSensor:
             except StateSpaceError:
                 saliency[group.name] = np.full(group.num_units, np.nan)
                 continue
-            basis[group.name] = found
+            basis[group.name] = BalancedPairs(found)
             share = energy_shares(found)
             if len(share) != group.num_units:
                 raise GroupError(f"layer {name!r} has {len(share)} states, but its group {group.num_units} units")

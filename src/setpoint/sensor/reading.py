@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float64
 
 from setpoint.groups.group import Group
-from setpoint.ssm import Balance
+from setpoint.ssm import Basis
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +37,7 @@ class Reading:
     calibrated: bool = True
     num_steps: int = 0
     skipped_steps: int = 0
-    basis: Mapping[str, Balance] = field(default_factory=dict)
+    basis: Mapping[str, Basis] = field(default_factory=dict)
 
     def finite(self) -> bool:
         """Whether every value is a finite number; a controller makes no decision on any other."""

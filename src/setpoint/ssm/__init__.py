@@ -3,11 +3,13 @@
 from setpoint.ssm.balance import Balance, balance, error_bound, hankel_values, truncate
 from setpoint.ssm.gramian import Gramians, gramian_factors, gramians
 from setpoint.ssm.layer import StateSpaceLayer, StateWeights
-from setpoint.ssm.modes import Modes, reduce_modes
+from setpoint.ssm.modes import BalancedPairs, Basis, Modes, reduce_modes
 from setpoint.ssm.system import DenseSystem, DiagonalSystem, check_system, real_form, transfer
 
 __all__ = [
     "Balance",
+    "BalancedPairs",
+    "Basis",
     "DenseSystem",
     "DiagonalSystem",
     "Gramians",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
-from jaxtyping import Complex, Float
+from jaxtyping import Bool, Complex, Float
 from torch import Tensor
 
 from setpoint.errors import StateSpaceError
@@ -38,6 +40,44 @@ class Modes:
     expand: Float[Tensor, "*batch two_states two_kept"]
     order: int
     num_fresh: int = 0
+
+
+@runtime_checkable
+class Basis(Protocol):
+    """Coordinates for a layer's states in which units can be dropped one by one."""
+
+    @property
+    def num_units(self) -> int:
+        """How many units there are: as many as modes."""
+        ...
+
+    def modes(self, system: DiagonalSystem, keep: Bool[np.ndarray, " units"]) -> Modes:
+        """The system without the units that `keep` drops, brought back to as many modes as it keeps."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class BalancedPairs:
+    """Balanced coordinates of the real form, two states to a unit: unit i is balanced states 2 i and 2 i + 1.
+
+    Args:
+        balance: the balancing pair.
+    """
+
+    balance: Balance
+
+    @property
+    def num_units(self) -> int:
+        """Half of the real states."""
+        return self.balance.values.shape[-1] // 2
+
+    def modes(self, system: DiagonalSystem, keep: Bool[np.ndarray, " units"]) -> Modes:
+        """The truncation to the kept pairs, whichever they are."""
+        order = np.argsort(~keep, kind="stable")
+        states = torch.from_numpy(np.stack([2 * order, 2 * order + 1], 1).ravel()).to(system.eigenvalues.device)
+        found = self.balance
+        chosen = Balance(found.values[..., states], found.expand[..., :, states], found.reduce[..., states, :])
+        return reduce_modes(system, int(keep.sum()), chosen)
 
 
 def reduce_modes(system: DiagonalSystem, num_modes: int, basis: Balance | None = None) -> Modes:
