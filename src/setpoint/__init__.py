@@ -22,10 +22,11 @@ from setpoint.groups.group import Group, SizeBinding, Slice
 from setpoint.groups.trace import find_groups
 from setpoint.ledger import Entry, Ledger
 from setpoint.loop import Explanation, Loop, Summary, attach
+from setpoint.sensor.chain import SensorChain
 from setpoint.sensor.hankel import HankelSensor
 from setpoint.sensor.magnitude import MagnitudeSensor
-from setpoint.sensor.per_kind import PerKindSensor
 from setpoint.sensor.reading import Reading, Sensor
+from setpoint.sensor.selective import SelectiveSensor
 from setpoint.sensor.taylor import TaylorSensor
 from setpoint.ssm import StateSpaceLayer
 
@@ -48,11 +49,12 @@ __all__ = [
     "MagnitudeSensor",
     "Observation",
     "OptimizerError",
-    "PerKindSensor",
     "Plan",
     "PricedController",
     "Reading",
+    "SelectiveSensor",
     "Sensor",
+    "SensorChain",
     "SetpointError",
     "SizeBinding",
     "Slice",

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from setpoint import HankelSensor, PerKindSensor, TaylorSensor
+from setpoint import HankelSensor, SensorChain, TaylorSensor
 from setpoint.errors import GroupError, StateSpaceError
 from setpoint.groups.group import Group
 from setpoint.groups.trace import find_groups
@@ -73,7 +73,7 @@ def test_kinds_are_read_by_their_own_sensor() -> None:
     model = _Mixed()
     groups = _groups(model)
     units, states = TaylorSensor(num_samples=6), HankelSensor(num_samples=6)
-    sensor = PerKindSensor({"unit": units, "state": states})
+    sensor = SensorChain(states, units)
     assert sensor.readable(groups, model) == groups
     parts = {kind: tuple(group for group in groups if group.kind == kind) for kind in ("unit", "state")}
     state, alone = sensor.init(groups, model), (units.init(parts["unit"], model), states.init(parts["state"], model))
@@ -114,8 +114,8 @@ def test_only_states_can_be_ranked() -> None:
         HankelSensor(num_samples=1).init(units, model)
     with pytest.raises(GroupError, match="holds the states"):
         HankelSensor(num_samples=1).init((replace(units[0], kind="state"),), model)
-    with pytest.raises(ValueError, match="at least one kind"):
-        PerKindSensor({})
+    with pytest.raises(ValueError, match="at least one sensor"):
+        SensorChain()
 
 
 def test_shares_of_nothing_are_equal() -> None:

@@ -10,6 +10,7 @@ from torch import nn
 
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group, Slice
+from setpoint.groups.selective import mark_selective
 from setpoint.ssm import StateSpaceLayer
 
 
@@ -20,7 +21,8 @@ def find_states(model: nn.Module, groups: tuple[Group, ...]) -> tuple[tuple[Grou
     nothing else. States that two layers share, or that something outside their layer reads too, cannot be
     turned into other coordinates: they stay units, to be dropped as they are, and a note says so. Where
     tracing found nothing, since it does not know the ops of the forward, the group is made from what the layer
-    itself tells; its FLOPs are then constants to the cost, its parameters are not.
+    itself tells; its FLOPs are then constants to the cost, its parameters are not. States of selective layers
+    (Mamba, Mamba-2) are of kind "state" too; they have no balanced coordinates.
 
     Args:
         model: the model.
@@ -45,7 +47,7 @@ def find_states(model: nn.Module, groups: tuple[Group, ...]) -> tuple[tuple[Grou
                 "tracing does not find its states; name all its tensors with an entry for each state in "
                 "StateWeights.carried, and they can be dropped all the same"
             )
-    return (*marked, *declared), refused
+    return mark_selective(model, (*marked, *declared)), refused
 
 
 def _marked(group: Group, layers: Mapping[str, StateSpaceLayer], places: Mapping[str, set[tuple[str, int]]]) -> Group:

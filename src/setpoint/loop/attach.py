@@ -30,9 +30,10 @@ from setpoint.loop.accounting import Account
 from setpoint.loop.chance import untouched_chance
 from setpoint.loop.loop import ATTACHED, Loop, Parts
 from setpoint.meter import Stopwatch
+from setpoint.sensor.chain import SensorChain
 from setpoint.sensor.hankel import HankelSensor
-from setpoint.sensor.per_kind import PerKindSensor
 from setpoint.sensor.reading import Sensor
+from setpoint.sensor.selective import SelectiveSensor
 from setpoint.sensor.taylor import TaylorSensor
 
 
@@ -101,7 +102,9 @@ def attach(
         optimizers = _check_arguments(inner, optimizer, budget, total_steps)
         found = trace(inner, example)
         if sensor is None:
-            sensor = _default_sensor(found.groups, _num_samples(example) if num_samples is None else num_samples)
+            sensor = _default_sensor(
+                inner, found.groups, example, _num_samples(example) if num_samples is None else num_samples
+            )
         active, frozen = _select(inner, found, groups, sensor, allow_lossy)
         active, strangers = _in_hand(inner, optimizers, active)
         frozen.update(strangers)
@@ -178,12 +181,12 @@ def _num_samples(example: Example) -> int:
     return max(1, first.shape[0]) if first is not None else 1
 
 
-def _default_sensor(groups: tuple[Group, ...], num_samples: int) -> Sensor[Any]:
-    """Taylor for units; where there are states, Hankel for them."""
+def _default_sensor(model: nn.Module, groups: tuple[Group, ...], example: Example, num_samples: int) -> Sensor[Any]:
+    """Taylor for units; where there are states, Hankel for them, or averaged Gramians where layers are selective."""
     units = TaylorSensor(num_samples)
-    if all(group.kind != "state" for group in groups):
-        return units
-    return PerKindSensor({"unit": units, "state": HankelSensor(num_samples)})
+    for_states: tuple[Sensor[Any], ...] = (HankelSensor(num_samples), SelectiveSensor(example))
+    needed = [sensor for sensor in for_states if sensor.readable(groups, model)]
+    return SensorChain(*needed, units) if needed else units
 
 
 def _select(

@@ -62,8 +62,8 @@ class HankelSensor:
         self.taylor = TaylorSensor(num_samples, window)
 
     def readable(self, groups: tuple[Group, ...], model: nn.Module) -> tuple[Group, ...]:
-        """The groups of states whose layer's C gets gradients."""
-        return self.taylor.readable(tuple(group for group in groups if group.kind == "state"), model)
+        """The states of `StateSpaceLayer`s whose C gets gradients."""
+        return self.taylor.readable(tuple(group for group in groups if _is_balanceable(model, group)), model)
 
     def init(self, groups: tuple[Group, ...], model: nn.Module) -> HankelState:
         """Empty moments.
@@ -123,6 +123,14 @@ def energy_shares(basis: Balance) -> Float64[np.ndarray, " units"]:
     energy: np.ndarray = squares.reshape(-1, squares.shape[-1] // 2, 2).sum((0, 2)).cpu().numpy()
     total = float(energy.sum())
     return energy / total if total > 0 else np.full(len(energy), 1.0 / len(energy))
+
+
+def _is_balanceable(model: nn.Module, group: Group) -> bool:
+    try:
+        state_layer(model, group)
+    except GroupError:
+        return False
+    return True
 
 
 def _as_one(groups: tuple[Group, ...]) -> tuple[Group, ...]:
