@@ -2,9 +2,10 @@
 
     python benchmarks/compare_torch_pruning.py --workers 2
 
-Each library works in processes of its own, on one thread, within a time and a memory limit; one that dies or exceeds
-the time is replaced; what ran out of memory is repeated at the end, alone and with twice as much. Finished models are
-kept in OUT.partial, and a second start with the same versions goes on from there; OUT is written when all are done.
+Each library works in processes of its own, on one thread, within a limit of processor time and of memory; one that
+dies or exceeds them is replaced; what ran out of memory is repeated at the end, alone and with twice as much. Finished
+jobs are kept in OUT.partial, and a second start goes on from there: jobs are repeated only if something that they
+follow from has changed. OUT is written when all are done.
 Needs `pip install "setpoint[baselines,suites]"`.
 """
 
@@ -31,6 +32,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from contenders import REMOVED_SHARE, Outcome, first_line
 from libraries import LIBRARIES, best
@@ -47,7 +49,9 @@ JOBS = {"setpoint": "setpoint", "check": "setpoint", "torch_pruning": "torch_pru
 """What is done with a model, and the process that does it."""
 _MODELS_PER_PROCESS = 12
 _START_SECONDS = 120.0
-"""How long a process may take to import everything."""
+"""Processor time in which a process imports everything."""
+_PATIENCE = 20
+"""On a busy machine a job may take this many times its processor time; a process that waits for ever ends there."""
 
 
 def serve(connection: Connection, library: str, suites: list[str], memory_gib: float) -> None:
@@ -93,7 +97,7 @@ class Worker:
         self.process.start()
         theirs.close()
         self.jobs_left = _MODELS_PER_PROCESS
-        if self._answer(time.monotonic() + _START_SECONDS)[0] != "done":
+        if self._answer(_START_SECONDS)[0] != "done":
             raise RuntimeError(f"the process for {self.arguments[0]} does not start")
 
     def stop(self) -> None:
@@ -109,7 +113,7 @@ class Worker:
             self.start()
         self.jobs_left -= 1
         self.connection.send((suite, model, job))
-        end, record = self._answer(time.monotonic() + limit_seconds)
+        end, record = self._answer(limit_seconds)
         if end == "done":
             return record
         self.stop()
@@ -120,42 +124,76 @@ class Worker:
             return record | {"exact_reason": reason}
         return asdict(Outcome()) | record | {"stage": end, "reason": f"{reason}, at {record.get('stage', 'build')}"}
 
-    def _answer(self, deadline: float) -> tuple[str, dict[str, Any]]:
+    def _answer(self, limit_seconds: float) -> tuple[str, dict[str, Any]]:
         """How it ended, "done", "time" or "died", and the last record."""
         record: dict[str, Any] = {}
+        begun, deadline = self._processor_seconds(), time.monotonic() + _PATIENCE * limit_seconds
         try:
-            while self.connection.poll(max(0.0, deadline - time.monotonic())):
-                done, record = self.connection.recv()
-                if done:
-                    return "done", record
+            while self._processor_seconds() - begun < limit_seconds and time.monotonic() < deadline:
+                if self.connection.poll(0.5):
+                    done, record = self.connection.recv()
+                    if done:
+                        return "done", record
             return "time", record
-        except (EOFError, OSError):
+        except (EOFError, OSError, psutil.NoSuchProcess):
             return "died", record
+
+    def _processor_seconds(self) -> float:
+        times = psutil.Process(self.process.pid).cpu_times()
+        return float(times.user + times.system)
 
 
 def versions() -> dict[str, str]:
-    """Versions of the libraries, and a digest of Setpoint's source: results of other ones are not kept."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(setpoint.__file__).parent.rglob("*.py")):
-        digest.update(path.read_bytes())
+    """Versions of the libraries, and digests of the code that an outcome follows from."""
     names = ("setpoint", "torch-pruning", "torch", "torchvision", "timm", "transformers")
-    return {**{name: version(name) for name in names}, "setpoint source": digest.hexdigest()[:12]}
+    source, here = Path(setpoint.__file__).parent, Path(__file__).parent
+    own = [*source.glob("groups/**/*.py"), *source.glob("actuator/*.py"), source / "bench/coverage.py"]
+    return {
+        **{name: version(name) for name in names},
+        "setpoint source": _digest(own),
+        "judge": _digest([here / "contenders.py", here / "libraries.py"]),
+    }
+
+
+def _digest(paths: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def stands(job: str, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether an earlier outcome of a job can be kept: all that it follows from is the same."""
+    own = {"setpoint", "setpoint source"} if JOBS[job] == "torch_pruning" else set()
+    same = all(earlier["versions"].get(name) == now["versions"][name] for name in now["versions"].keys() - own)
+    return same and all(earlier[key] == now[key] for key in ("limit_seconds", "memory_gib"))
+
+
+Place = tuple[str, str]
+"""Suite and model."""
 
 
 def compare(
-    todo: list[tuple[str, str]], workers: int, suites: list[str], limit_seconds: float, memory_gib: float
+    todo: Mapping[Place, Mapping[str, Any]],
+    jobs: set[str],
+    workers: int,
+    suites: list[str],
+    limit_seconds: float,
+    memory_gib: float,
 ) -> Iterator[dict[str, Any]]:
-    """The record of each (suite, model), as it comes."""
+    """The record of each place, as it comes; `todo` holds what is known of it already, by job."""
     lanes = threading.local()
     started: list[Worker] = []
 
-    def record(place: tuple[str, str]) -> dict[str, Any]:
+    def record(place: Place) -> dict[str, Any]:
         if not hasattr(lanes, "workers"):
             lanes.workers = {library: Worker(library, suites, memory_gib) for library in LIBRARIES}
             started.extend(lanes.workers.values())
         suite, model = place
-        outcomes: dict[str, Any] = {}
+        outcomes = dict(todo[place])
         for job, library in JOBS.items():
+            if job in outcomes or job not in jobs:
+                continue
             try:
                 outcomes[job] = lanes.workers[library].run(suite, model, job, limit_seconds)
             except RuntimeError as error:
@@ -173,7 +211,7 @@ def compare(
 
 def ran_out_of_memory(record: Mapping[str, Any]) -> bool:
     """Whether a job of a record ended for want of memory."""
-    texts = [f"{record[job]['reason']} {record[job].get('exact_reason', '')}" for job in JOBS]
+    texts = [f"{record[job]['reason']} {record[job].get('exact_reason', '')}" for job in JOBS if job in record]
     return any(sign in text for sign in ("alloc_cpu", "MemoryError", "process died") for text in texts)
 
 
@@ -195,13 +233,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suites", default=",".join(SUITES), help="comma-separated; by default all")
     parser.add_argument("--models", default="", help="comma-separated; by default all of each suite")
+    parser.add_argument("--libraries", default=",".join(LIBRARIES), help="whose turn it is; by default both")
     parser.add_argument("--workers", type=int, default=2, help="models at a time")
-    parser.add_argument("--limit-seconds", type=float, default=120.0, help="time for a model in a library")
+    parser.add_argument("--limit-seconds", type=float, default=120.0, help="processor time for a job")
     parser.add_argument("--memory-gib", type=float, default=9.0, help="memory of each process")
     parser.add_argument("--out", type=Path, default=OUT)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     suites = arguments.suites.split(",")
+    jobs = {job for job, library in JOBS.items() if library in arguments.libraries.split(",")}
+    limit_seconds = arguments.limit_seconds
     chosen = set(filter(None, arguments.models.split(",")))
     places = [(s, m) for s in suites for m in suite_named(s) if not chosen or m in chosen]
     result = {
@@ -215,32 +256,35 @@ def main() -> None:
         "removed_share": REMOVED_SHARE,
         "tolerance": TOLERANCE,
     }
-    same = ("versions", "limit_seconds", "memory_gib")
     partial = arguments.out.with_name(arguments.out.name + ".partial")
-    earlier = [json.loads(path.read_text(encoding="utf-8")) for path in (arguments.out, partial) if path.exists()]
-    kept = {
-        (record["suite"], record["model"]): record
-        for each in earlier
-        if all(each[key] == result[key] for key in same)
-        for record in each["models"]
-    }
+    kept: dict[Place, dict[str, Any]] = {}
+    for path in (arguments.out, partial):
+        earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"models": []}
+        for record in earlier["models"]:
+            standing = {job: record[job] for job in JOBS if job in record and stands(job, earlier, result)}
+            kept.setdefault((record["suite"], record["model"]), {}).update(standing)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
 
     def write(path: Path) -> None:
-        result["models"] = [kept[place] for place in places if place in kept]
+        result["models"] = [{"suite": s, "model": m, **kept[s, m]} for s, m in places if kept.get((s, m))]
         text = json.dumps(result, indent=1, allow_nan=False) + "\n"
         path.with_name(path.name + ".new").write_text(text, encoding="utf-8")
         path.with_name(path.name + ".new").replace(path)
 
-    def work_off(todo: list[tuple[str, str]], workers: int, memory_gib: float) -> None:
-        for record in compare(todo, workers, suites, arguments.limit_seconds, memory_gib):
-            kept[record["suite"], record["model"]] = record
+    def work_off(todo: Mapping[Place, Mapping[str, Any]], workers: int, memory_gib: float) -> None:
+        for number, record in enumerate(compare(todo, jobs, workers, suites, limit_seconds, memory_gib), 1):
+            kept[record["suite"], record["model"]] = {job: record[job] for job in JOBS if job in record}
             write(partial)
-            ends = {job: "passed" if record[job]["passed"] else record[job]["reason"][:60] for job in JOBS}
-            print(f"{len(kept)}/{len(places)} {record['suite']} {record['model']}: {ends}", flush=True)
+            ends = {job: record[job]["reason"][:60] or "passed" for job in JOBS if job in record}
+            print(f"{number}/{len(todo)} {record['suite']} {record['model']}: {ends}", flush=True)
 
-    work_off([place for place in places if place not in kept], arguments.workers, arguments.memory_gib)
-    work_off([place for place in places if ran_out_of_memory(kept[place])], 1, 2 * arguments.memory_gib)
+    todo = {place: kept.get(place, {}) for place in places}
+    todo = {place: done for place, done in todo.items() if jobs - done.keys()}
+    work_off(todo, arguments.workers, arguments.memory_gib)
+    if any(JOBS.keys() - kept[place].keys() for place in places):
+        sys.exit(f"the other library is still to do; what there is lies in {partial}")
+    again = {place: {} for place in places if ran_out_of_memory(kept[place])}
+    work_off(again, 1, 2 * arguments.memory_gib)
     if versions() != result["versions"]:
         sys.exit(f"the code changed during the run, so {partial} is not made {arguments.out}: start again")
     write(arguments.out)

@@ -35,7 +35,7 @@ class Outcome:
             `training`, `shapes`), or `time`, `died`.
         reason: first line of the error, at most 300 characters.
         passed: the cut returned, removed something, and training forward and backward run with outputs as before.
-        seconds: duration of the discovery.
+        seconds: processor time of the discovery, on one thread.
         params: parameters of the model.
         removed_share: share of them that the cut removed.
         tied: whether tied parameters stayed tied; None for a model without.
@@ -110,9 +110,9 @@ def _stages(library: Callable[..., Contender], build: Build) -> Iterator[Outcome
     ignored = output_layers(model, example)
     modes = {name: module.training for name, module in model.named_modules()}
     yield (now := replace(now, stage="discovery", params=params))
-    start = time.perf_counter()
+    start = time.process_time()
     contender = library(model, example, ignored)
-    yield (now := replace(now, stage="cut", seconds=time.perf_counter() - start))
+    yield (now := replace(now, stage="cut", seconds=time.process_time() - start))
     frozen = contender.to_freeze()
     names = [name for name, p in model.named_parameters(remove_duplicate=False) if p is frozen]
     if frozen is not None:

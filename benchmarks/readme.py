@@ -119,7 +119,7 @@ STAGES = {
     "removed": "too little removed",
     "training": "training forward or backward fails after the cut",
     "shapes": "outputs of other shapes after the cut",
-    "time": "no answer within the time",
+    "time": "no answer within the processor time",
     "died": "the process died",
 }
 COVERAGE_COLUMNS = ("suite", "library", "passed", "discovery", "exact", "tied", "frozen", "optimizer", "own check")

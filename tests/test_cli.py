@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from setpoint.bench import catalogue
-from setpoint.bench.digits import Digits
+from setpoint.bench.digits import digits
 from setpoint.cli import app
 
 OWN_MODEL = """
@@ -36,7 +36,7 @@ def number():
 @pytest.fixture(autouse=True)
 def small_digits(monkeypatch: pytest.MonkeyPatch) -> None:
     """A narrow digits task, so that a run takes a second."""
-    monkeypatch.setattr(catalogue, "Digits", lambda epochs=2: Digits(epochs=epochs, width=16))
+    monkeypatch.setitem(catalogue.TASKS, "digits", lambda data: digits(epochs=2, width=16))
 
 
 def invoke(*arguments: str | Path) -> Result:
@@ -87,7 +87,7 @@ def test_bench_over_seeds_and_report(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("bench", "--task", "imagenet"), "digits, cifar10, shakespeare"),
+        (("bench", "--task", "imagenet"), "digits, mnist, cifar10-mini, cifar10"),
         (("bench", "--task", "digits", "--methods", "dense,magic"), "dense, small, setpoint"),
         (("bench", "--task", "digits", "--methods", ","), "--methods is empty"),
         (("bench", "--task", "digits", "--budgets", "half"), "--budgets takes numbers"),

@@ -112,5 +112,5 @@ def test_the_table_counts_what_the_file_says(script: Any, tmp_path: Path) -> Non
     lines = readme.coverage_table(path).splitlines()
     assert "| plain | Setpoint | 1 / 2 | 1 s | 1 / 1 | – | 1 / 1 | 1 / 1 | 1 / 2 |" in lines
     assert "| plain | Torch-Pruning | 0 / 2 | – | 0 / 0 | – | – | – | – |" in lines
-    assert "| no answer within the time | 1 | 2 |" in lines
+    assert "| no answer within the processor time | 1 | 2 |" in lines
     assert "* plain `b`: `time: no answer within 120 s, at 'discovery'`" in lines

@@ -11,7 +11,7 @@ from torch import nn
 
 import setpoint
 from setpoint.bench import training
-from setpoint.bench.digits import Digits
+from setpoint.bench.digits import digits
 from setpoint.bench.method import METHODS, Dense, Method, Setpoint, Small, method_named
 from setpoint.bench.own_random import OwnRandom
 from setpoint.bench.results import FILE, Result
@@ -19,7 +19,7 @@ from setpoint.bench.runner import grid, run
 from setpoint.bench.task import BenchError, dense_widths
 from setpoint.bench.training import Cell, Progress
 
-TASK = Digits(epochs=3, width=16)
+TASK = digits(epochs=3, width=16)
 
 
 def ignore(cell: Cell, progress: Progress) -> None:
@@ -88,13 +88,13 @@ def test_interruption_keeps_what_is_finished(tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(grid(Digits(epochs=1, width=4), [Dense()], [0.5], [0, 1]), tmp_path, interrupt)
+        run(grid(digits(epochs=1, width=4), [Dense()], [0.5], [0, 1]), tmp_path, interrupt)
     assert len((tmp_path / FILE).read_text(encoding="utf-8").splitlines()) == 1
 
 
 def test_least_advanced_goes_first(tmp_path: Path) -> None:
     """Cells take turns: no cell is ever more than one turn ahead of another of its seed."""
-    task, done = Digits(epochs=2, width=8), {"dense": 0, "small": 0}
+    task, done = digits(epochs=2, width=8), {"dense": 0, "small": 0}
 
     def watch(cell: Cell, progress: Progress) -> None:
         done[cell.method.name] = progress.step

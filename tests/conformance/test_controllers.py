@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from controller.plants import Decision, chain, lognormal, observe, residual, run, unit_group
+from setpoint.baselines.group_lasso import ReconfiguringController
+from setpoint.baselines.scheduled import ScheduledController
 from setpoint.controller.plan import Controller
 from setpoint.controller.priced import PricedController
 from setpoint.controller.reference import Reference
@@ -51,6 +53,9 @@ CONTROLLERS: dict[str, Controller[Any]] = {
     "priced": PricedController(),
     "priced, uniform": PricedController(allocation="uniform"),
     "priced, linear, four cuts": PricedController(reference=Reference(shape="linear", num_cuts=4)),
+    "scheduled": ScheduledController(),
+    "one-shot": ScheduledController(begin=0.0, end=0.0, num_cuts=1),
+    "reconfiguring": ReconfiguringController(),
     "priced, unguarded": PricedController(slew=1.0, min_density=0.0, dwell=0, hysteresis=0.0, deadband=0.0),
 }
 PLANTS: dict[str, Callable[[], Plant]] = {

@@ -2,23 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from setpoint.bench.cifar10 import Cifar10
-from setpoint.bench.digits import Digits
-from setpoint.bench.shakespeare import Shakespeare
+from setpoint.bench.cifar10 import cifar10, cifar10_mini, cifar10_resnet18, cifar10_wrn22_2
+from setpoint.bench.digits import digits
+from setpoint.bench.finetune import finetune
+from setpoint.bench.finetune_text import finetune_text
+from setpoint.bench.mnist import mnist
+from setpoint.bench.own_function import is_own_function, own_function
+from setpoint.bench.shakespeare import shakespeare, shakespeare_10m, shakespeare_mini
+from setpoint.bench.simple_task import SimpleTask
 from setpoint.bench.task import BenchError, Task
 
-TASKS = ("digits", "cifar10", "shakespeare")
+TASKS: Mapping[str, Callable[[Path | None], SimpleTask]] = {
+    "digits": lambda data: digits(),  # embedded in scikit-learn
+    "mnist": mnist,
+    "cifar10-mini": cifar10_mini,
+    "cifar10": cifar10,
+    "cifar10-wrn22-2": cifar10_wrn22_2,
+    "cifar10-resnet18": cifar10_resnet18,
+    "shakespeare-mini": shakespeare_mini,
+    "shakespeare": shakespeare,
+    "shakespeare-10m": shakespeare_10m,
+    "finetune": finetune,
+    "finetune-text": finetune_text,
+}
 
 
 def task_named(name: str, *, epochs: int | None = None, steps: int | None = None, data: Path | None = None) -> Task:
-    """The task of that name.
+    """The task of that name, or the user's own.
 
     Args:
-        name: one of `TASKS`.
-        epochs: passes over the data, for tasks on images; None for the task's own choice.
-        steps: optimizer steps, for tasks on text; None for the task's own choice.
+        name: one of `TASKS`, or `module.py:function` for a function that takes nothing and returns a task.
+        epochs: passes over the data, where the data have passes; None for the task's own choice.
+        steps: optimizer steps; None for the task's own choice.
         data: folder that holds the data; None for the usual places.
 
     Raises:
@@ -27,14 +45,27 @@ def task_named(name: str, *, epochs: int | None = None, steps: int | None = None
     for option, value in (("--epochs", epochs), ("--steps", steps)):
         if value is not None and value < 1:
             raise BenchError(f"{option} must be at least 1, got {value}")
-    if name == "shakespeare":
-        if epochs is not None:
-            raise BenchError("shakespeare has no epochs: give its length as --steps N")
-        return Shakespeare(data=data) if steps is None else Shakespeare(steps=steps, data=data)
-    if name in TASKS and steps is not None:
-        raise BenchError(f"the length of {name} is given as --epochs E, not --steps")
-    if name == "digits":
-        return Digits() if epochs is None else Digits(epochs=epochs)
-    if name == "cifar10":
-        return Cifar10(data=data) if epochs is None else Cifar10(epochs=epochs, data=data)
-    raise BenchError(f"unknown task {name!r}: use {', '.join(TASKS)}")
+    if epochs is not None and steps is not None:
+        raise BenchError("a run is as long as --epochs or as --steps says: give one of them")
+    task = _task(name, data)
+    if steps is not None:
+        return task.with_steps(steps)
+    if epochs is None:
+        return task
+    if not isinstance(task, SimpleTask):
+        raise BenchError(f"{task.name} has no epochs: give its length as --steps N")
+    return task.with_epochs(epochs)
+
+
+def _task(name: str, data: Path | None) -> Task:
+    """The task at its own length."""
+    if name in TASKS:
+        return TASKS[name](data)
+    if not is_own_function(name):
+        raise BenchError(f"unknown task {name!r}: use {', '.join(TASKS)}, or your own as module.py:function")
+    if data is not None:
+        raise BenchError(f"--data is for the tasks that come with Setpoint: {name} finds its data itself")
+    task = own_function(name)()
+    if not isinstance(task, Task):
+        raise BenchError(f"{name} returned {type(task).__name__}: return a setpoint.bench.simple_task.SimpleTask")
+    return task

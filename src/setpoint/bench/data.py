@@ -27,7 +27,10 @@ def find_data(relative: str, given: Path | None = None) -> Path | None:
         if (named / relative).exists():
             return named / relative
         source = "--data" if given else "SETPOINT_DATA"
-        raise BenchError(f"no {relative} in {named} (from {source}): name a folder that holds it, or leave it out")
+        raise BenchError(
+            f"no {relative} in {named} (from {source}): name a folder that is laid out like the Hugging Face Hub and "
+            "holds it, or leave it out, then it is looked for beside the checkout and downloaded"
+        )
     found = (folder / relative for folder in usual_folders() if (folder / relative).exists())
     return next(found, None)
 

@@ -2,117 +2,48 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Shaped
-from torch import Tensor, nn
 
-from setpoint.bench.images import channels_last, score, shuffled_batches
-from setpoint.bench.models import ResidualNet
-from setpoint.bench.task import BenchError, Dimension, Metric, Score, Split, warm_up_cosine
+from setpoint.bench.image_family import ResidualFamily
+from setpoint.bench.images import Images, Splits
+from setpoint.bench.recipe import Recipe
+from setpoint.bench.simple_task import SimpleTask, smoothed_cross_entropy
+from setpoint.bench.task import BenchError
 
-Images = tuple[Tensor, Tensor]
-BATCH = 64
 NUM_TRAIN = 971
 
 
-@dataclass(frozen=True)
-class Digits:
+def digits(epochs: int = 40, width: int = 64) -> SimpleTask:
     """1,797 images: two fixed fifths test, a fixed tenth of the rest validates.
 
     Alpaydin and Kaynak, "Cascading classifiers", Kybernetika 34 (1998), as embedded in scikit-learn.
 
     Args:
         epochs: passes over the training images.
-        width: channels of the first stage; the second has twice as many.
+        width: channels of the first of two stages of two blocks; the second has twice as many. Wide nets are
+            sized in steps of 8 channels, which run faster.
     """
-
-    epochs: int = 40
-    width: int = 64
-    name: str = field(default="digits", init=False)
-    metric: Metric = field(default="accuracy", init=False)
-    dtype: str = field(default="float32", init=False)
-    device: torch.device = field(default=torch.device("cpu"), init=False)
-
-    @property
-    def dimensions(self) -> Mapping[str, Dimension]:
-        """Residual streams and inner widths of two stages of two blocks; wide ones in steps of 8, which run faster."""
-        block = 8 if self.width >= 64 else 4
-        first, second = Dimension(self.width, block), Dimension(2 * self.width, block)
-        return {
-            "stage1": first,
-            "stage1.block1": first,
-            "stage1.block2": first,
-            "stage2": second,
-            "stage2.block1": second,
-            "stage2.block2": second,
-        }
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Whole batches in the training images."""
-        return NUM_TRAIN // BATCH
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps of one run."""
-        return self.epochs * self.steps_per_epoch
-
-    @property
-    def steps_per_validation(self) -> int:
-        """Every second epoch."""
-        return 2 * self.steps_per_epoch
-
-    def build(self, widths: Mapping[str, int], device: torch.device | None = None) -> nn.Module:
-        """A fresh residual CNN of these widths."""
-        with device or self.device:
-            return channels_last(ResidualNet(widths, (2, 2), channels=1, classes=10))
-
-    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """SGD with Nesterov momentum."""
-        return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
-
-    def schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-        """A tenth of the run rising, then half a cosine."""
-        return warm_up_cosine(optimizer, steps=self.steps, warm_up=0.1)
-
-    def example(self) -> tuple[Tensor, ...]:
-        """One batch of noise: blank images would leave BatchNorm nothing to normalise."""
-        images = torch.rand(BATCH, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-        return (images.to(memory_format=torch.channels_last),)
-
-    def batches(self, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images shifted by up to a pixel, and their digits."""
-        images, labels = _splits()["train"]
-        for x, y in shuffled_batches(images, labels, batch=BATCH, seed=seed, shift=1, flip=False):
-            yield x.to(memory_format=torch.channels_last), y
-
-    def loss(
-        self, model: nn.Module, inputs: Shaped[Tensor, "batch ..."], targets: Shaped[Tensor, "batch ..."]
-    ) -> Tensor:
-        """Cross-entropy with label smoothing 0.1."""
-        return F.cross_entropy(model(inputs), targets, label_smoothing=0.1)
-
-    def evaluate(self, model: nn.Module, split: Split) -> Score:
-        """Cross-entropy and accuracy on a split."""
-        images, labels = _splits()[split]
-        return score(model, images, labels, contextlib.nullcontext)
+    family = ResidualFamily((width, 2 * width), (2, 2), inputs=1, block=8 if width >= 64 else 4)
+    data = Images(splits, (1, 8, 8), NUM_TRAIN, mean=(0.0,), deviation=(16.0,), shift=1)
+    recipe = Recipe(steps=1, batch=64, learning_rate=0.1, warm_up=0.1, num_validations=20)
+    task = SimpleTask(
+        "digits", family, data, recipe, training_criterion=smoothed_cross_entropy, device=torch.device("cpu")
+    )
+    return task.with_epochs(epochs)
 
 
 @lru_cache(maxsize=1)
-def _splits() -> dict[str, Images]:
-    """Images in [0, 1] and labels of each split; the split never changes."""
+def splits(data: Path | None) -> Splits:
+    """Pixels 0 to 16 and labels of each split; the split never changes, and no data folder is needed."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise BenchError('the digits task needs scikit-learn: pip install "setpoint[bench]"') from error
     pixels, labels = load_digits(return_X_y=True)
-    images = torch.from_numpy(pixels).float().reshape(-1, 1, 8, 8) / 16
+    images = torch.from_numpy(pixels).float().reshape(-1, 1, 8, 8)
     targets = torch.from_numpy(labels).long()
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     num_test = 2 * len(order) // 5

@@ -1,44 +1,69 @@
-"""Image batches: an endless shuffled stream with light augmentation, and scoring on whole splits."""
+"""Images: data of labelled pictures, shuffled, lightly augmented and normalised as they are drawn."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from setpoint.bench.task import Score
+from setpoint.bench.task import Split
+from setpoint.bench.tensors import shuffled_rows
+
+Splits = Mapping[str, tuple[Tensor, Tensor]]
 
 
-def shuffled_batches(
-    images: Shaped[Tensor, "count channels height width"],
-    labels: Int[Tensor, " count"],
-    *,
-    batch: int,
-    seed: int,
-    shift: int,
-    flip: bool,
-) -> Iterator[tuple[Shaped[Tensor, "batch channels height width"], Int[Tensor, " batch"]]]:
-    """Endless augmented batches, drawn from a generator of their own; the last, short batch is left out.
+@dataclass(frozen=True)
+class Images:
+    """Pictures and their classes.
 
     Args:
-        images: the training images, on the CPU.
-        labels: their classes.
-        batch: images per batch.
-        seed: seed of the order and of the augmentation.
+        load: gives raw pixels and labels of "train", "validation" and "test", from a data folder or the usual places.
+        shape: channels, height and width.
+        num_train: images to train on.
+        mean: of each channel's raw pixels.
+        deviation: of each channel's raw pixels.
         shift: largest shift in pixels, in each direction; what leaves the frame is lost, zeros come in.
         flip: whether to mirror half of the images.
+        folder: the data folder, or None for the usual places.
     """
-    generator = torch.Generator().manual_seed(seed)
-    padded = F.pad(images, (shift, shift, shift, shift))
-    while True:
-        order = torch.randperm(len(images), generator=generator)
-        for start in range(0, len(images) - batch + 1, batch):
-            rows = order[start : start + batch]
-            yield augment(padded[rows], images.shape[-2:], generator, flip=flip), labels[rows]
+
+    load: Callable[[Path | None], Splits]
+    shape: tuple[int, int, int]
+    num_train: int
+    mean: tuple[float, ...]
+    deviation: tuple[float, ...]
+    shift: int = 0
+    flip: bool = False
+    folder: Path | None = None
+
+    def example(self, batch: int) -> Float[Tensor, "batch channels height width"]:
+        """Noise: blank images would leave BatchNorm nothing to normalise."""
+        noise = torch.randn(batch, *self.shape, generator=torch.Generator().manual_seed(0))
+        return noise.contiguous(memory_format=torch.channels_last)
+
+    def batches(self, batch: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Endless augmented batches; order and augmentation are drawn from a generator of their own."""
+        images, labels = self.load(self.folder)["train"]
+        generator = torch.Generator().manual_seed(seed)
+        padded = F.pad(images, (self.shift,) * 4)
+        for rows in shuffled_rows(len(images), batch, generator):
+            window = augment(padded[rows], images.shape[-2:], generator, flip=self.flip)
+            yield self._normalised(window), labels[rows]
+
+    def split(self, split: Split) -> tuple[Tensor, Tensor]:
+        """All images and labels of a split."""
+        images, labels = self.load(self.folder)[split]
+        return self._normalised(images), labels
+
+    def _normalised(self, images: Shaped[Tensor, "count channels height width"]) -> Tensor:
+        """Raw pixels to zero mean and unit variance per channel, channels innermost."""
+        mean, deviation = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.deviation))
+        return ((images.float() - mean) / deviation).contiguous(memory_format=torch.channels_last)
 
 
 def augment(
@@ -73,34 +98,12 @@ def channels_last(module: nn.Module) -> nn.Module:
     return to(memory_format=torch.channels_last)
 
 
-@torch.no_grad()
-def score(
-    model: nn.Module,
-    images: Float[Tensor, "count channels height width"],
-    labels: Int[Tensor, " count"],
-    autocast: Callable[[], AbstractContextManager[object]],
-    batch: int = 512,
-) -> Score:
-    """Mean cross-entropy in nats and accuracy over all images; the model's mode is restored.
+def classes_only(labels: Int[Tensor, " count"], classes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Places of the labels that are among `classes`, and these labels counted from 0 in the order given.
 
-    Args:
-        model: gives class scores.
-        images: inputs.
-        labels: their classes.
-        autocast: makes the context to run the model in.
-        batch: images per forward pass.
+    >>> classes_only(torch.tensor([7, 2, 9]), (9, 7))
+    (tensor([0, 2]), tensor([1, 0]))
     """
-    device = next(model.parameters()).device
-    training = model.training
-    model.eval()
-    loss, right = 0.0, 0
-    try:
-        for x, y in zip(torch.split(images, batch), torch.split(labels, batch), strict=True):
-            x, y = x.to(device), y.to(device)
-            with autocast():
-                scores = model(x).float()
-            loss += float(F.cross_entropy(scores, y, reduction="sum"))
-            right += int((scores.argmax(1) == y).sum())
-    finally:
-        model.train(training)
-    return Score(loss / len(images), right / len(images))
+    matches = labels[:, None] == torch.tensor(classes)
+    places = matches.any(1).nonzero()[:, 0]
+    return places, matches[places].int().argmax(1)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
 from setpoint.actuator.verify import failing_groups
+from setpoint.bench.own_function import is_own_function, own_function
 from setpoint.bench.parameters import Part, params_along, parts, share_along
 from setpoint.bench.task import BenchError
 from setpoint.bench.zoo import named_model, noise
@@ -138,9 +135,9 @@ def load_target(target: str, shape: tuple[int, ...] | None = None) -> tuple[nn.M
     """
     if shape is not None and min(shape) < 1:
         raise BenchError(f"sizes of an example are at least 1, got {','.join(map(str, shape))}")
-    if ".py:" not in target:
+    if not is_own_function(target):
         return named_model(target, shape)
-    made = _function(target)()
+    made = own_function(target)()
     if isinstance(made, tuple) and shape is not None:
         raise BenchError(f"{target} returns inputs of its own: leave out --input {','.join(map(str, shape))}")
     model, example = made if isinstance(made, tuple) else (made, (noise(shape or (2, 3, 224, 224)),))
@@ -177,24 +174,3 @@ def _group_report(
         flops_share=saving / spent if spent else 0.0,
         places=tuple((place.tensor, place.dim, place.role) for place in group.slices),
     )
-
-
-def _function(target: str) -> Callable[[], Any]:
-    """The function of a Python file."""
-    file, _, name = target.rpartition(":")
-    path = Path(file)
-    if not path.is_file():
-        raise BenchError(f"no file {path}: give an existing Python file as module.py:function")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None, "a .py file always has a loader"
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and pickle look their module up there
-    sys.path.insert(0, str(path.resolve().parent))
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(path.resolve().parent))
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise BenchError(f"{path} has no function {name!r}")
-    return function  # type: ignore[no-any-return]

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import dataclasses
+from collections.abc import Iterator, Mapping
 from typing import Protocol, runtime_checkable
 
-import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
-import setpoint
-from setpoint.bench.sizing import small_widths
-from setpoint.bench.task import BenchError, Task, dense_widths
-from setpoint.loop import Loop
+from setpoint.baselines.exchange import Exchange, Static
+from setpoint.baselines.group_lasso import ReconfiguringController
+from setpoint.baselines.magnitude import Gradual, OneShot
+from setpoint.baselines.scheduled import ScheduledController
+from setpoint.baselines.snip import Snip
+from setpoint.bench.course import Course, Pruner
+from setpoint.bench.methods.in_training import Setpoint
+from setpoint.bench.methods.post_training import PostTraining
+from setpoint.bench.methods.scratch import Dense, Small, SmallFound, SmallLong
+from setpoint.bench.methods.sparse import Sparse
+from setpoint.bench.methods.torch_pruning import TorchPruning
+from setpoint.bench.results import Result
+from setpoint.bench.task import BenchError, Task
+from setpoint.controller.priced import PricedController
+from setpoint.controller.reference import Reference
+from setpoint.sensor.magnitude import MagnitudeSensor
+
+__all__ = ["METHODS", "Dense", "Method", "Setpoint", "Small", "method_named"]
 
 
 @runtime_checkable
 class Method(Protocol):
-    """Chooses the widths to start from, and what acts on the model while it trains."""
+    """Chooses a course, and what acts on the model while it trains. A method is a value."""
 
     @property
     def name(self) -> str:
@@ -29,79 +43,110 @@ class Method(Protocol):
         """Whether the result depends on the budget; the dense model's does not."""
         ...
 
-    def widths(self, task: Task, budget: float) -> Mapping[str, int]:
-        """Widths of the model to train from scratch."""
+    @property
+    def family(self) -> str:
+        """Kind of method: "dense", "small", "post-training", "open-loop", "sparse" or "setpoint"."""
         ...
 
-    def attach(self, task: Task, model: nn.Module, optimizer: torch.optim.Optimizer, budget: float) -> Loop | None:
-        """The loop that prunes the model as it trains, if any; its time counts as the method's own."""
+    @property
+    def paper(self) -> str:
+        """Where the method comes from, or ""."""
+        ...
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Methods whose cell of the same task, budget and seed must be finished first."""
+        ...
+
+    def course(self, task: Task, budget: float, needed: Mapping[str, Result]) -> Course:
+        """Where to begin and how long to train.
+
+        Args:
+            task: what to train.
+            budget: fraction of the dense FLOPs per step.
+            needed: the results of the cells that `needs` names, by method.
+
+        Raises:
+            BenchError: for a budget that it cannot meet; the message says the least that it can.
+        """
+        ...
+
+    def begin(
+        self, task: Task, model: nn.Module, budget: float, batches: Iterator[tuple[Tensor, Tensor]]
+    ) -> tuple[Optimizer, Pruner | None]:
+        """Make the optimizer, and put the pruner in place; the time that takes counts as the method's own.
+
+        Args:
+            task: the recipe, as the course says.
+            model: built as the course says; it may be cut here.
+            budget: fraction of the dense FLOPs per step.
+            batches: training batches, for a method that looks at some before it begins.
+        """
         ...
 
 
-@dataclass(frozen=True)
-class Dense:
-    """The full model, trained as it is: what pruning is measured against."""
+_AT_ONCE = ScheduledController(begin=0.0, end=0.0, num_cuts=1)
+_HAN = "Han et al., Learning both weights and connections for efficient neural networks, NIPS 2015"
+_LI = "Li et al., Pruning filters for efficient ConvNets, ICLR 2017"
+_ZHU = "Zhu and Gupta, To prune, or not to prune, ICLR workshop 2018"
+_FANG = "Fang et al., DepGraph: towards any structural pruning, CVPR 2023"
+_MOLCHANOV = "Molchanov et al., Importance estimation for neural network pruning, CVPR 2019"
+_LYM = "Lym et al., PruneTrain, SC 2019"
+_MOCANU = "Mocanu et al., Scalable training with adaptive sparse connectivity, Nature Communications 9, 2018"
+_EVCI = "Evci et al., Rigging the lottery, ICML 2020"
+_LEE = "Lee et al., SNIP: single-shot network pruning based on connection sensitivity, ICLR 2019"
 
-    name: str = field(default="dense", init=False)
-    sized: bool = field(default=False, init=False)
-
-    def widths(self, task: Task, budget: float) -> Mapping[str, int]:
-        """The dense widths."""
-        return dense_widths(task)
-
-    def attach(self, task: Task, model: nn.Module, optimizer: torch.optim.Optimizer, budget: float) -> Loop | None:
-        """Nothing."""
-        return None
-
-
-@dataclass(frozen=True)
-class Small:
-    """A uniformly narrower model trained from scratch at the budget: the honest rival of pruning."""
-
-    name: str = field(default="small", init=False)
-    sized: bool = field(default=True, init=False)
-
-    def widths(self, task: Task, budget: float) -> Mapping[str, int]:
-        """Widths scaled by one factor to the budget."""
-        return small_widths(task, budget)
-
-    def attach(self, task: Task, model: nn.Module, optimizer: torch.optim.Optimizer, budget: float) -> Loop | None:
-        """Nothing."""
-        return None
-
-
-@dataclass(frozen=True)
-class Setpoint:
-    """The dense model, pruned by Setpoint to the budget while it trains."""
-
-    name: str = field(default="setpoint", init=False)
-    sized: bool = field(default=True, init=False)
-
-    def widths(self, task: Task, budget: float) -> Mapping[str, int]:
-        """The dense widths."""
-        return dense_widths(task)
-
-    def attach(self, task: Task, model: nn.Module, optimizer: torch.optim.Optimizer, budget: float) -> Loop | None:
-        """A loop with default settings and a FLOPs budget."""
-        return setpoint.attach(
-            model,
-            optimizer,
-            setpoint.Budget.fraction(budget, of="flops"),
-            example=task.example(),
-            total_steps=task.steps,
-        )
-
-
-METHODS: tuple[Method, ...] = (Dense(), Small(), Setpoint())
+METHODS: tuple[Method, ...] = (
+    Dense(),
+    Small(),
+    SmallLong(),
+    SmallFound(),
+    PostTraining("magnitude-oneshot", Sparse("masks", OneShot(), _HAN), _HAN),
+    PostTraining("filter-oneshot", Setpoint(controller=_AT_ONCE, sensor=MagnitudeSensor), _LI),
+    PostTraining("torch-pruning-norm", TorchPruning("norm"), _FANG),
+    PostTraining("torch-pruning-taylor", TorchPruning("taylor"), f"{_FANG}; {_MOLCHANOV}"),
+    Setpoint("filter-first", _AT_ONCE, MagnitudeSensor, paper=_LI, family="open-loop"),
+    Setpoint("cubic", ScheduledController(), MagnitudeSensor, paper=_ZHU, family="open-loop"),
+    Setpoint("prunetrain", ReconfiguringController(), MagnitudeSensor, lasso=0.2, paper=_LYM, family="open-loop"),
+    Sparse("gmp", Gradual(), _ZHU),
+    Sparse("static", Static(), f"{_MOCANU}; {_EVCI}"),
+    Sparse("snip", Snip(), _LEE),
+    Sparse("set", Exchange("random"), f"{_MOCANU}; {_EVCI}"),
+    Sparse("rigl", Exchange("gradient"), _EVCI),
+    Setpoint(),
+    Setpoint("setpoint-uniform", PricedController(allocation="uniform")),
+    Setpoint("setpoint-first", PricedController(Reference(warmup=0.0, settle=0.02, num_cuts=1))),
+)
+"""All methods; `filter-first` and `setpoint-first` cut at the start, as makes sense for a pretrained model."""
 
 
 def method_named(name: str) -> Method:
-    """The method of that name.
+    """The method of that name, with other settings where the name says so: `rigl@density=0.1`.
 
     Raises:
-        BenchError: there is none; the message lists those there are.
+        BenchError: there is none, or it has no such setting; the message lists those there are.
     """
+    base, *settings = name.split("@")
     for method in METHODS:
-        if method.name == name:
-            return method
+        if method.name == base:
+            return _with_settings(method, name, settings)
     raise BenchError(f"unknown method {name!r}: use {', '.join(method.name for method in METHODS)}")
+
+
+def _with_settings(method: Method, name: str, settings: list[str]) -> Method:
+    """The method under its full name with each `key=number` set."""
+    if not settings:
+        return method
+    fields = dataclasses.fields(method)  # type: ignore[arg-type]
+    known = {each.name for each in fields if isinstance(getattr(method, each.name), float)}
+    values: dict[str, float] = {}
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        if key not in known:
+            some = ", ".join(f"@{each}=NUMBER" for each in sorted(known)) or "none"
+            raise BenchError(f"unknown setting {key!r} of {method.name}: it has {some}")
+        try:
+            values[key] = float(value)
+        except ValueError as error:
+            raise BenchError(f"the setting {key!r} of {method.name} is a number, got {value!r}") from error
+    return dataclasses.replace(method, name=name, **values)  # type: ignore[type-var]

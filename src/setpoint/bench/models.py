@@ -65,7 +65,7 @@ class ResidualNet(nn.Module):
 
 
 class PlainNet(nn.Module):
-    """VGG-like network: 3x3 convolutions with BatchNorm and ReLU, max pools between, linear classifier.
+    """VGG-like network: 3x3 convolutions, max pools after some, BatchNorm and ReLU, linear classifier.
 
     Args:
         widths: channels of `"conv1"`, `"conv2"`, ...
@@ -79,9 +79,7 @@ class PlainNet(nn.Module):
         layers: list[nn.Module] = []
         for number in range(1, len(widths) + 1):
             width = widths[f"conv{number}"]
-            layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-            if number in pool_after:
-                layers.append(nn.MaxPool2d(2))
+            layers += _convolution(channels, width, pool=number in pool_after)
             channels = width
         self.features = nn.Sequential(*layers)
         self.pool = nn.AdaptiveAvgPool2d(1)
@@ -90,6 +88,107 @@ class PlainNet(nn.Module):
     def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
         """Class scores."""
         scores: Tensor = self.classifier(torch.flatten(self.pool(self.features(x)), 1))
+        return scores
+
+
+def _convolution(inputs: int, outputs: int, *, pool: bool = False) -> list[nn.Module]:
+    """A 3x3 convolution, a max pool if asked for, BatchNorm and ReLU, which have a quarter of the work after a pool."""
+    convolution = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+    return [convolution, *([nn.MaxPool2d(2)] if pool else []), nn.BatchNorm2d(outputs), nn.ReLU()]
+
+
+class ShortBlock(nn.Module):
+    """Residual block of two 3x3 convolutions with its last ReLU inside: `x + relu(bn2(conv2(relu(bn1(conv1(x))))))`."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(*_convolution(width, inner), *_convolution(inner, width))
+
+    def forward(self, x: Float[Tensor, "batch width height width_"]) -> Float[Tensor, "batch width height width_"]:
+        """Output of the block."""
+        out: Tensor = x + self.branch(x)
+        return out
+
+
+class ShortResidualNet(nn.Module):
+    """Residual network of eight convolutions for short runs, after Page's ResNet-9 (DAWNBench, 2018).
+
+    Stem; convolution and pool; residual block; twice convolution and pool; residual block; global max pool;
+    classifier, whose scores are damped to a fifth.
+
+    Args:
+        widths: channels of `"stem"`, `"stage1"`, `"stage2"`, `"stage3"`, and the inner ones of `"block1"`, `"block3"`.
+        channels: channels of the input.
+        classes: number of classes.
+    """
+
+    def __init__(self, widths: Mapping[str, int], channels: int, classes: int) -> None:
+        super().__init__()
+        stem, first, second, third = (widths[name] for name in ("stem", "stage1", "stage2", "stage3"))
+        self.features = nn.Sequential(
+            nn.Sequential(*_convolution(channels, stem)),
+            nn.Sequential(*_convolution(stem, first, pool=True)),
+            ShortBlock(first, widths["block1"]),
+            nn.Sequential(*_convolution(first, second, pool=True)),
+            nn.Sequential(*_convolution(second, third, pool=True)),
+            ShortBlock(third, widths["block3"]),
+        )
+        self.head = nn.Linear(third, classes)
+
+    def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
+        """Class scores."""
+        scores: Tensor = 0.2 * self.head(self.features(x).amax((2, 3)))
+        return scores
+
+
+class WideBlock(nn.Module):
+    """Residual block, norm first: `shortcut + conv2(relu(bn2(conv1(relu(bn1(x))))))`."""
+
+    def __init__(self, inputs: int, inner: int, outputs: int, stride: int, *, reshapes: bool) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(inputs)
+        self.conv1 = nn.Conv2d(inputs, inner, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(inner)
+        self.conv2 = nn.Conv2d(inner, outputs, 3, padding=1, bias=False)
+        self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if reshapes else None
+
+    def forward(self, x: Float[Tensor, "batch inputs height width"]) -> Float[Tensor, "batch outputs h w"]:
+        """Output of the block."""
+        y = F.relu(self.bn1(x))
+        kept = x if self.shortcut is None else self.shortcut(y)
+        out: Tensor = kept + self.conv2(F.relu(self.bn2(self.conv1(y))))
+        return out
+
+
+class WideResidualNet(nn.Module):
+    """Wide residual network, norm first: stem, three stages of blocks, average pool, classifier.
+
+    Zagoruyko and Komodakis, "Wide residual networks", BMVC 2016.
+
+    Args:
+        widths: `"stem"`, then `"stage1"` for a residual stream and `"stage1.block1"` for the inside of a block.
+        blocks: number of blocks of each stage.
+        channels: channels of the input.
+        classes: number of classes.
+    """
+
+    def __init__(self, widths: Mapping[str, int], blocks: tuple[int, ...], channels: int, classes: int) -> None:
+        super().__init__()
+        width = widths["stem"]
+        self.stem = nn.Conv2d(channels, width, 3, padding=1, bias=False)
+        layers: list[nn.Module] = []
+        for stage, count in enumerate(blocks, start=1):
+            for block in range(1, count + 1):
+                first, outputs = block == 1, widths[f"stage{stage}"]
+                stride = 2 if first and stage > 1 else 1
+                layers.append(WideBlock(width, widths[f"stage{stage}.block{block}"], outputs, stride, reshapes=first))
+                width = outputs
+        self.blocks = nn.Sequential(*layers, nn.BatchNorm2d(width), nn.ReLU())
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
+        """Class scores."""
+        scores: Tensor = self.head(self.blocks(self.stem(x)).mean((2, 3)))
         return scores
 
 
@@ -126,8 +225,9 @@ class CausalSelfAttention(nn.Module):
 class Layer(nn.Module):
     """Transformer layer, norm first: attention, then a GELU network of `neurons` neurons."""
 
-    def __init__(self, n_embd: int, n_head: int, head_dim: int, neurons: int) -> None:
+    def __init__(self, n_embd: int, n_head: int, head_dim: int, neurons: int, dropout: float) -> None:
         super().__init__()
+        self.dropout: nn.Module = nn.Dropout(dropout) if dropout else nn.Identity()
         self.ln_1 = nn.LayerNorm(n_embd)
         self.attn = CausalSelfAttention(n_embd, n_head, head_dim)
         self.ln_2 = nn.LayerNorm(n_embd)
@@ -136,8 +236,8 @@ class Layer(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch time embd"]) -> Float[Tensor, "batch time embd"]:
         """The residual stream after this layer."""
-        x = x + self.attn(self.ln_1(x))
-        x = x + self.c_proj(F.gelu(self.c_fc(self.ln_2(x))))
+        x = x + self.dropout(self.attn(self.ln_1(x)))
+        x = x + self.dropout(self.c_proj(F.gelu(self.c_fc(self.ln_2(x)))))
         return x
 
 
@@ -150,15 +250,19 @@ class CharGPT(nn.Module):
         block: longest context, in characters.
         n_embd: features of the residual stream.
         head_dim: features of each head.
+        dropout: share of the embedding and of what each layer adds that is dropped in training.
     """
 
-    def __init__(self, widths: Mapping[str, int], vocabulary: int, block: int, n_embd: int, head_dim: int) -> None:
+    def __init__(
+        self, widths: Mapping[str, int], vocabulary: int, block: int, n_embd: int, head_dim: int, dropout: float = 0.0
+    ) -> None:
         super().__init__()
+        self.dropout: nn.Module = nn.Dropout(dropout) if dropout else nn.Identity()
         self.wte = nn.Embedding(vocabulary, n_embd)
         self.wpe = nn.Embedding(block, n_embd)
         number_of_layers = len(widths) // 2
         self.layers = nn.ModuleList(
-            Layer(n_embd, widths[f"layer{i}.heads"], head_dim, widths[f"layer{i}.neurons"])
+            Layer(n_embd, widths[f"layer{i}.heads"], head_dim, widths[f"layer{i}.neurons"], dropout)
             for i in range(1, number_of_layers + 1)
         )
         self.ln_f = nn.LayerNorm(n_embd)
@@ -176,7 +280,7 @@ class CharGPT(nn.Module):
 
     def forward(self, tokens: Int[Tensor, "batch time"]) -> Float[Tensor, "batch time vocabulary"]:
         """Scores of the next character at every position."""
-        x = self.wte(tokens) + self.wpe(torch.arange(tokens.size(1), device=tokens.device))
+        x = self.dropout(self.wte(tokens) + self.wpe(torch.arange(tokens.size(1), device=tokens.device)))
         for layer in self.layers:
             x = layer(x)
         scores: Tensor = self.lm_head(self.ln_f(x))

@@ -44,6 +44,13 @@ class Result:
         environment: what the numbers depend on.
         date: when the cell finished, ISO 8601 in UTC.
         folder: the cell's folder, relative to the results file.
+        theoretical_flops: FLOPs of one step of the finished model if only weights that are not masked cost any;
+            None where no weights are masked. `final_flops` is what is realised on this hardware.
+        theoretical_train_flops: the same for all optimizer steps.
+        density: kept fraction of the weights that may be masked; None where none are.
+        break_even_step: first step at which the seconds saved exceed the overhead; None if never.
+        notes: what a reader must know, such as a search that is not counted.
+        family: what kind of method it is, such as "post-training".
         schema: version of this format.
     """
 
@@ -71,6 +78,12 @@ class Result:
     date: str
     folder: str
     dense_flops: float | None = None
+    theoretical_flops: float | None = None
+    theoretical_train_flops: float | None = None
+    density: float | None = None
+    break_even_step: int | None = None
+    notes: str = ""
+    family: str = ""
     schema: int = field(default=SCHEMA)
 
 

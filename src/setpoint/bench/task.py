@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args, runtime_checkable
@@ -88,6 +87,14 @@ class Task(Protocol):
         """Name of the type that products are computed in."""
         ...
 
+    def with_steps(self, steps: int) -> Task:
+        """The same task in a run of so many steps, its schedule stretched or compressed."""
+        ...
+
+    def with_learning_rate_factor(self, factor: float) -> Task:
+        """The same task at a learning rate `factor` times as high."""
+        ...
+
     def build(self, widths: Mapping[str, int], device: torch.device | None = None) -> nn.Module:
         """A fresh model of these widths, initialised from the global random state.
 
@@ -127,28 +134,6 @@ class Task(Protocol):
 def dense_widths(task: Task) -> dict[str, int]:
     """Widths of the task's dense model."""
     return {name: dimension.dense for name, dimension in task.dimensions.items()}
-
-
-def warm_up_cosine(
-    optimizer: torch.optim.Optimizer, *, steps: int, warm_up: float, floor: float = 0.0
-) -> torch.optim.lr_scheduler.LambdaLR:
-    """Learning rate that rises linearly, then falls along a half cosine.
-
-    Args:
-        optimizer: its present learning rates are the peaks.
-        steps: optimizer steps of the run.
-        warm_up: fraction of the steps spent rising.
-        floor: last learning rate / peak.
-    """
-    rise = max(1, round(warm_up * steps))
-
-    def factor(step: int) -> float:
-        if step < rise:
-            return (step + 1) / rise
-        progress = min(1.0, (step - rise) / max(1, steps - rise))
-        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 def split_named(name: str) -> Split:

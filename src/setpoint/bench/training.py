@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 import setpoint
 from setpoint.bench.counter import step_flops
+from setpoint.bench.course import Course, Outcome
 from setpoint.bench.environment import environment
 from setpoint.bench.method import Method
 from setpoint.bench.own_random import OwnRandom
 from setpoint.bench.results import HISTORY, LEDGER, MODEL, Result
-from setpoint.bench.task import Score, Split, Task, dense_widths
-from setpoint.loop import Loop, Summary
+from setpoint.bench.task import BenchError, Score, Split, Task, dense_widths
 from setpoint.meter import Stopwatch
 
 STEPS_PER_TURN = 10
@@ -67,35 +67,74 @@ class Progress:
     score: Score | None = None
 
 
-def train(cell: Cell, out: Path) -> Generator[Progress, None, Result]:
+def train(cell: Cell, out: Path, needed: Mapping[str, Result] | None = None) -> Generator[Progress, None, Result]:
     """Train one cell, a turn of a few steps at a time; the generator returns the result.
 
     The result does not depend on what else runs between the turns: data, weights and augmentation
     draw from generators of the cell's own.
+
+    Args:
+        cell: what to train.
+        out: folder of the results; a course that goes on from another method's model finds it there.
+        needed: results of the same task, budget and seed of the methods that the cell's method needs.
+
+    Raises:
+        BenchError: for a budget that the method cannot meet, or a result or model that it needs and is not there.
     """
     folder = out / cell.name
     folder.mkdir(parents=True, exist_ok=True)
     random = OwnRandom(cell.seed)
     with OwnRandom(cell.seed).drawing():
-        widths = cell.method.widths(cell.task, cell.budget or 1.0)
-        warm_up(cell.task, widths)
+        course = _course(cell, needed or {})
+        warm_up(course.task, course.widths)
     with random.drawing():
-        run = Run(cell, widths, random)
+        run = Run(cell, course, random, _earlier(course, out, needed or {}))
     partial = folder / f"{HISTORY}.partial"  # an interrupted repetition leaves the finished run's history alone
     with partial.open("w", encoding="utf-8") as history:
-        while run.step < cell.task.steps:
-            run.turn(min(STEPS_PER_TURN, cell.task.steps - run.step))
+        while run.step < run.task.steps:
+            run.turn(min(STEPS_PER_TURN, run.task.steps - run.step))
             history.write(json.dumps(run.row("train", Score(run.loss))) + "\n")
             if run.validation_due():
                 run.validate()
                 history.write(json.dumps(run.row("validation", run.score)) + "\n")
             history.flush()
-            yield Progress(run.step, cell.task.steps, run.loss, run.score)
-        summary = run.finish(folder)
+            yield Progress(run.step, run.task.steps, run.loss, run.score)
+        outcome = run.finish(folder)
         final = run.judge(cell.split)
         history.write(json.dumps(run.row(cell.split, final)) + "\n")
     partial.replace(folder / HISTORY)
-    return run.result(final, summary)
+    return run.result(final, outcome)
+
+
+def _course(cell: Cell, needed: Mapping[str, Result]) -> Course:
+    """The method's course, once all that it needs is there."""
+    missing = [name for name in cell.method.needs if name not in needed]
+    if missing:
+        raise BenchError(
+            f"{cell.method.name} needs a finished run of {', '.join(missing)} with the same task, budget and seed: "
+            f"run --methods {','.join((*missing, cell.method.name))}"
+        )
+    return cell.method.course(cell.task, cell.budget or 1.0, needed)
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """The finished run whose model a course goes on from: its result and its file."""
+
+    result: Result
+    model: Path
+
+
+def _earlier(course: Course, out: Path, needed: Mapping[str, Result]) -> Earlier | None:
+    if not course.goes_on_from:
+        return None
+    result = needed[course.goes_on_from]
+    path = out / result.folder / MODEL
+    if not path.exists():
+        raise BenchError(
+            f"{path} is missing, the trained model of {course.goes_on_from}: run that method again into {out}"
+        )
+    return Earlier(result, path)
 
 
 def warm_up(task: Task, widths: Mapping[str, int]) -> None:
@@ -111,19 +150,27 @@ def warm_up(task: Task, widths: Mapping[str, int]) -> None:
 
 
 class Run:
-    """The state of one cell's training: model, optimizer, loop, clocks and counts."""
+    """The state of one cell's training: model, optimizer, pruner, clocks and counts.
 
-    def __init__(self, cell: Cell, widths: Mapping[str, int], random: OwnRandom) -> None:
-        self.cell, self.task, self.random = cell, cell.task, random
+    Args:
+        cell: what to train.
+        course: where to begin and which recipe to follow.
+        random: the cell's own random state.
+        earlier: the run whose model this one goes on from; its steps, FLOPs and seconds count as this one's.
+    """
+
+    def __init__(self, cell: Cell, course: Course, random: OwnRandom, earlier: Earlier | None) -> None:
+        self.cell, self.course, self.task, self.random = cell, course, course.task, random
+        self.earlier = None if earlier is None else earlier.result
         self.training, self.evaluation = Stopwatch(synchronize=True), Stopwatch(synchronize=True)
-        self.model: nn.Module = self.task.build(widths)
-        self.optimizer = self.task.optimizer(self.model)
-        with self.training:
-            self.loop: Loop | None = cell.method.attach(self.task, self.model, self.optimizer, cell.budget or 1.0)
-        self.schedule = self.task.schedule(self.optimizer)
+        self.model: nn.Module = self.task.build(course.widths)
+        if earlier is not None:
+            setpoint.load(earlier.model, into=self.model)
         self.batches = self.task.batches(cell.seed)
-        self.widths = dict(widths if self.loop is None else self.loop.widths)
-        self.dense_widths = dense_widths(self.task) if self.loop is None else dict(self.widths)
+        with self.training:
+            self.optimizer, self.pruner = cell.method.begin(self.task, self.model, cell.budget or 1.0, self.batches)
+        self.schedule = self.task.schedule(self.optimizer)
+        self.widths = dict(course.widths if self.pruner is None else self.pruner.widths)
         self.flops_per_step = step_flops(self.model, self.task.example())
         self.step, self.flops, self.loss = 0, 0.0, float("nan")
         self.score: Score | None = None
@@ -144,7 +191,7 @@ class Run:
             losses.append(self._train_step())
             self.step += 1
             self.flops += self.flops_per_step
-            if self.loop is not None and self.loop.widths != self.widths:
+            if self.pruner is not None and self.pruner.widths != self.widths:
                 return
 
     def _train_step(self) -> Tensor:
@@ -152,8 +199,8 @@ class Run:
         inputs, targets = next(self.batches)
         loss = self.task.loss(self.model, inputs, targets)
         torch.autograd.backward(loss)
-        if self.loop is not None:
-            self.loop.observe(loss=loss.detach())
+        if self.pruner is not None:
+            self.pruner.observe(loss.detach())
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.schedule.step()
@@ -161,8 +208,8 @@ class Run:
 
     def _count_anew(self) -> None:
         """Count the FLOPs of a step of the model as it is, if its widths have changed."""
-        if self.loop is not None and self.loop.widths != self.widths:
-            self.widths = dict(self.loop.widths)
+        if self.pruner is not None and self.pruner.widths != self.widths:
+            self.widths = dict(self.pruner.widths)
             self.flops_per_step = step_flops(self.model, self.task.example())
 
     def validation_due(self) -> bool:
@@ -183,30 +230,31 @@ class Run:
         """A row of the history."""
         values = {} if score is None else {key: value for key, value in asdict(score).items() if value is not None}
         return {
-            "step": self.step,
-            "seconds": self.training.seconds,
-            "flops": self.flops,
+            "step": self.step + (self.earlier.steps if self.earlier else 0),
+            "seconds": self.training.seconds + (self.earlier.seconds if self.earlier else 0.0),
+            "flops": self.flops + (self.earlier.train_flops if self.earlier else 0.0),
             "split": split,
             **values,
         }
 
-    def finish(self, folder: Path) -> Summary | None:
-        """End the loop by the clock, and keep its ledger and the small model."""
-        if self.loop is None:
-            return None
-        with self.random.drawing(), self.training:
-            summary = self.loop.finish()
-        self.widths = dict(summary.widths)
+    def finish(self, folder: Path) -> Outcome:
+        """End the pruner's work by the clock, and keep its ledger and the model."""
+        outcome = Outcome(widths=self.widths, dense_widths=dense_widths(self.task))
+        if self.pruner is not None:
+            with self.random.drawing(), self.training:
+                outcome = self.pruner.finish()
         self.flops_per_step = step_flops(self.model, self.task.example())
-        self.loop.ledger.save(folder / LEDGER)
+        if outcome.ledger is not None:
+            outcome.ledger.save(folder / LEDGER)
         setpoint.save(self.model, folder / MODEL)
-        return summary
+        return outcome
 
-    def result(self, final: Score, summary: Summary | None) -> Result:
+    def result(self, final: Score, outcome: Outcome) -> Result:
         """The finished cell."""
         value = final.accuracy if self.task.metric == "accuracy" else final.loss
         assert value is not None, "a task whose metric is accuracy measures it"
-        overhead_flops = 0.0 if summary is None else float(summary.overhead_flops)
+        earlier_flops = self.earlier.train_flops if self.earlier else 0.0
+        theoretical = outcome.theoretical_train_flops
         return Result(
             task=self.task.name,
             method=self.cell.method.name,
@@ -216,20 +264,26 @@ class Run:
             value=value,
             split=self.cell.split,
             final_flops=float(self.flops_per_step),
-            dense_flops=None if summary is None else float(summary.dense_flops),
-            claimed_flops=None if summary is None else float(summary.final_flops),
+            dense_flops=outcome.dense_flops,
+            claimed_flops=outcome.claimed_flops,
             final_params=sum(parameter.numel() for parameter in self.model.parameters()),
-            train_flops=self.flops + overhead_flops,
-            seconds=self.training.seconds,
+            train_flops=self.flops + outcome.overhead_flops + earlier_flops,
+            seconds=self.training.seconds + (self.earlier.seconds if self.earlier else 0.0),
             evaluation_seconds=self.evaluation.seconds,
-            overhead_seconds=0.0 if summary is None else float(summary.overhead_seconds),
-            overhead_flops=overhead_flops,
-            resizes=0 if summary is None else summary.resizes,
-            landed=None if summary is None else summary.landed,
-            steps=self.step,
-            widths=self.widths,
-            dense_widths=self.dense_widths,
+            overhead_seconds=outcome.overhead_seconds,
+            overhead_flops=outcome.overhead_flops,
+            resizes=outcome.resizes,
+            landed=outcome.landed,
+            steps=self.step + (self.earlier.steps if self.earlier else 0),
+            widths=outcome.widths,
+            dense_widths=outcome.dense_widths,
             environment=environment(self.task),
             date=datetime.now(UTC).isoformat(timespec="seconds"),
             folder=self.cell.name,
+            family=self.cell.method.family,
+            theoretical_flops=outcome.theoretical_flops,
+            theoretical_train_flops=None if theoretical is None else theoretical + earlier_flops,
+            density=outcome.density,
+            break_even_step=outcome.break_even_step,
+            notes="; ".join(filter(None, (self.course.notes, outcome.notes))),
         )

@@ -170,6 +170,18 @@ def transformers_model(
     raise BenchError(f"transformers has no trainable head for {config.model_type!r}: use module.py:function instead")
 
 
+def bert_encoder(**sizes: int) -> nn.Module:
+    """An untrained BERT encoder without a pooler.
+
+    Args:
+        sizes: named as in its configuration.
+    """
+    import transformers
+
+    encoder: nn.Module = transformers.BertModel(transformers.BertConfig(**sizes), add_pooling_layer=False)
+    return encoder
+
+
 def _inputs(head: str, config: Any, shape: tuple[int, ...] | None, usual: bool) -> dict[str, Tensor]:
     """What the model reads in a training step, its main input first."""
     text = getattr(config, "text_config", None) or config

@@ -5,18 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
-import torch
 from torch import nn
 
-from setpoint.groups.build import OwnDim, Units
-from setpoint.groups.export import Example
+from setpoint.groups.build import Units
+from setpoint.groups.draft import Draft
 from setpoint.groups.group import Group, SizeBinding
 from setpoint.groups.shim import HEADS
-from setpoint.groups.trial import Places, Trial, as_python_counts, call_of, outcome_of, random_keep
+from setpoint.groups.trial import Kept, Outcome, Places, Trial, call_of, dense_outcome, outcome_of, random_keep
 from setpoint.groups.vanish import bypassed, empty
-from setpoint.groups.walk import Call, Walk
+from setpoint.groups.walk import Call
 
 # Attributes of torch's own modules that name the size of a dim of one of their tensors.
 _STANDARD: tuple[tuple[type[nn.Module], str, str, int], ...] = (
@@ -30,46 +30,33 @@ _STANDARD: tuple[tuple[type[nn.Module], str, str, int], ...] = (
 )
 
 
-def bind(
-    model: nn.Module,
-    example: Example,
-    shapes: Sequence[torch.Size],
-    walk: Walk,
-    units: Units,
-    dims: Sequence[OwnDim],
-) -> tuple[Units, tuple[Group, ...]]:
+def bind(draft: Draft) -> tuple[Units, tuple[Group, ...]]:
     """Units whose cut the live forward survives, and their groups with the size bindings that it takes.
 
-    Groups with which a copy without data does not run, or returns other `shapes`, are frozen, by name.
+    Groups with which a copy without data does not run, or returns other shapes, are frozen, by name.
     """
+    dense, calls = dense_outcome(draft, _heads(draft), _calls_that_follow_units(draft, draft.walk.calls))
     while True:
-        places = _places(model, example, walk, units, dims)
-        failing = _failing(model, example, shapes, units, dims, places)
+        places = _places(draft, _calls_that_follow_units(draft, calls))
+        failing = _failing(draft, places, dense)
         if not failing:
-            gone = _vanishing(model, example, shapes, walk, units, dims, places)
-            groups = _with_sizes(walk, units, places)
-            return units, tuple(replace(group, min_units=0) if group.name in gone else group for group in groups)
+            gone = _vanishing(draft, places)
+            groups = _with_sizes(draft, places)
+            return draft.units, tuple(replace(group, min_units=0) if group.name in gone else group for group in groups)
         for name, why in failing.items():
-            walk.atoms.frozen.append((np.zeros(1, dtype=np.int64), name, f"with fewer units {why}"))
-        units = units.without(failing)
+            draft.walk.atoms.frozen.append((np.zeros(1, dtype=np.int64), name, f"with fewer units {why}"))
+        draft = draft.without(failing)
 
 
-def _places(model: nn.Module, example: Example, walk: Walk, units: Units, dims: Sequence[OwnDim]) -> Places:
+def _places(draft: Draft, calls: Sequence[Call]) -> Places:
     """Every place that must be set when units are dropped."""
-    places = {**_standard(model, walk, dims), **_heads(model, walk, units, dims)}
-    calls = [
-        call
-        for call in _calls_that_follow_units(walk, units)
-        if not isinstance(model.get_submodule(call.module), (nn.MultiheadAttention, nn.modules.conv._ConvNd))
-    ]
-    calls = as_python_counts(model, example, calls)
+    places = {**_standard(draft), **_heads(draft)}
     if not calls:
         return places
     trials: list[Trial] = []
-    for keep in _choices(units.groups):
-        trials.append(Trial(model, example, units, dims, calls, keep))
-        trials[-1].needed_calls(places)
-        if not trials[-1].stopped:
+    for keep in _choices(draft):
+        trials.append(Trial(draft, calls, keep))
+        if not trials[-1].stops(places):
             break  # every size was seen; otherwise fewer groups may show more
     attributes: Places = {}
     for trial in trials:
@@ -80,19 +67,19 @@ def _places(model: nn.Module, example: Example, walk: Walk, units: Units, dims: 
     places |= {
         (module, attribute): labels
         for (module, attribute), labels in attributes.items()
-        if type(model.get_submodule(module)) not in short
+        if type(draft.model.get_submodule(module)) not in short
     }
     needed = {call for trial in trials for call in trial.needed_calls(places)}
     for call in calls:
-        if (type(model.get_submodule(call.module)), call_of(call)) in needed:
+        if (type(draft.model.get_submodule(call.module)), call_of(call)) in needed:
             places[call.module, call.place] = call.labels
     return places
 
 
-def _standard(model: nn.Module, walk: Walk, dims: Sequence[OwnDim]) -> Places:
-    own = {(dim.tensor, dim.dim): dim.labels for dim in dims}
+def _standard(draft: Draft) -> Places:
+    own = {(dim.tensor, dim.dim): dim.labels for dim in draft.dims}
     places: Places = {}
-    for name, module in model.named_modules():
+    for name, module in draft.model.named_modules():
         prefix = f"{name}." if name else ""
         for kind, attribute, tensor, dim in _STANDARD:
             labels = own.get((f"{prefix}{tensor}", dim))
@@ -103,150 +90,170 @@ def _standard(model: nn.Module, walk: Walk, dims: Sequence[OwnDim]) -> Places:
                 labels = own.get((f"{prefix}weight", position))
                 if labels is not None:
                     places[name, f"normalized_shape[{position}]"] = labels
-    for (name, attribute), labels in walk.attributes.items():
-        module = model.get_submodule(name)
+    for (name, attribute), labels in draft.walk.attributes.items():
+        module = draft.model.get_submodule(name)
         follows = isinstance(module, (nn.modules.conv._ConvNd, nn.GroupNorm, nn.RNNBase))
         if follows and getattr(module, attribute) == len(labels):
             places[name, attribute] = labels
     return places
 
 
-def _heads(model: nn.Module, walk: Walk, units: Units, dims: Sequence[OwnDim]) -> Places:
+def _heads(draft: Draft) -> Places:
     """Heads of torch's own attention module, which counts them itself once it has a forward that can."""
     places: Places = {}
-    own = {(dim.tensor, dim.dim): dim.labels for dim in dims}
-    for name, module in model.named_modules():
+    own = {(dim.tensor, dim.dim): dim.labels for dim in draft.dims}
+    for name, module in draft.model.named_modules():
         labels = own.get((f"{name}.out_proj.weight" if name else "out_proj.weight", 1))
         if not isinstance(module, nn.MultiheadAttention) or labels is None:
             continue
         heads = labels.reshape(module.num_heads, -1)
-        roots = walk.atoms.find(heads)
-        if (roots == roots[:, :1]).all() and units.among(heads[:, 0]):
+        roots = draft.walk.atoms.find(heads)
+        if (roots == roots[:, :1]).all() and draft.units.among(heads[:, 0]):
             places[name, HEADS] = heads[:, 0]
     return places
 
 
-def _calls_that_follow_units(walk: Walk, units: Units) -> list[Call]:
-    """Calls with a size that follows units; all sizes of such a call."""
-    following = {(call.module, call_of(call)) for call in walk.calls if units.among(call.labels)}
-    return [call for call in walk.calls if (call.module, call_of(call)) in following]
+def _calls_that_follow_units(draft: Draft, calls: Sequence[Call]) -> list[Call]:
+    """Calls with a size that follows units, and all sizes of such a call; torch's own modules count for themselves."""
+    following = {(call.module, call_of(call)) for call in calls if draft.units.among(call.labels)}
+    return [
+        call
+        for call in calls
+        if (call.module, call_of(call)) in following
+        and not isinstance(draft.model.get_submodule(call.module), (nn.MultiheadAttention, nn.modules.conv._ConvNd))
+    ]
 
 
-def _choices(groups: Sequence[Group]) -> list[dict[str, np.ndarray]]:
+def _choices(draft: Draft) -> list[dict[str, np.ndarray]]:
     """Random choices that leave no written size right by accident: of all groups, and without the lossy ones."""
+    groups = draft.units.groups
     lossless = tuple(group for group in groups if group.lossless)
-    whole = {group.name: np.ones(group.num_units, dtype=bool) for group in groups}
-    some = [{**whole, **random_keep(lossless)}] if 0 < len(lossless) < len(groups) else []
+    some = [{**draft.whole, **random_keep(lossless)}] if 0 < len(lossless) < len(groups) else []
     return [random_keep(groups, seed=1), *some]
 
 
-def _failing(
-    model: nn.Module,
-    example: Example,
-    shapes: Sequence[torch.Size],
-    units: Units,
-    dims: Sequence[OwnDim],
-    places: Places,
-) -> dict[str, str]:
+def _failing(draft: Draft, places: Places, dense: Outcome) -> dict[str, str]:
     """Groups whose cut copy without data does not run, gives other shapes or computes with other numbers; and why."""
-    whole = {group.name: np.ones(group.num_units, dtype=bool) for group in units.groups}
-    lossless = [group.name for group in units.groups if group.lossless]
-    chosen = random_keep(units.groups, seed=2)
-    dense = outcome_of(model, example, units, dims, places, whole)
-    other = outcome_of(model, example, units, dims, places, whole, other_mode=True)
-
-    def fault(names: Sequence[str]) -> str | None:
-        keep = {**whole, **{name: chosen[name] for name in names}}
-        found = outcome_of(model, example, units, dims, places, keep)
-        if found.error:
-            return f"the forward fails: {found.error}"
-        if list(found.shapes) != list(shapes):
-            return "its outputs change their shape"
-        if set(names) <= set(lossless) and found.numbers != dense.numbers:
-            return "a number that is worked out from its size would change"
-        if not other.error:
-            mode = "eval" if model.training else "train"
-            turned = outcome_of(model, example, units, dims, places, keep, other_mode=True)
-            if turned.error or turned.shapes != other.shapes:
-                return f"the forward fails in {mode} mode: {turned.error or 'its outputs change their shape'}"
-        return None
-
     if dense.error:
         return {}  # even the dense copy cannot be judged like this: real tensors will tell
+    chosen = random_keep(draft.units.groups, seed=2)
+    whole = Kept(draft.units, draft.whole)
+    by_mode = _OtherMode(draft, places)
+
+    @cache
+    def corrected() -> Outcome:
+        """The dense model with the forwards that a cut model has; they may compute with other numbers."""
+        return outcome_of(draft, places, whole)
+
+    @cache
+    def fault(names: frozenset[str]) -> str | None:
+        kept = Kept(draft.units, {**draft.whole, **{name: chosen[name] for name in names}})
+        found = outcome_of(draft, places, kept)
+        if found.error:
+            return f"the forward fails: {found.error}"
+        if found.shapes != draft.shapes:
+            return "its outputs change their shape"
+        if names <= draft.lossless and dense.numbers != found.numbers != corrected().numbers:
+            return "a number that is worked out from its size would change"
+        return by_mode.fault(kept, found)
+
+    names = [group.name for group in draft.units.groups]
+    lossless = [name for name in names if name in draft.lossless]
     failing = _culprits(lossless, fault)
-    return failing if len(lossless) == len(whole) else {**failing, **_culprits([*whole], fault)}
+    return failing if len(lossless) == len(names) else {**failing, **_culprits(names, fault)}
 
 
-def _vanishing(
-    model: nn.Module,
-    example: Example,
-    shapes: Sequence[torch.Size],
-    walk: Walk,
-    units: Units,
-    dims: Sequence[OwnDim],
-    places: Places,
-) -> set[str]:
+class _OtherMode:
+    """What goes wrong in the other of train and eval mode, where that runs other code.
+
+    Args:
+        draft: what can be dropped.
+        places: set when units are dropped.
+    """
+
+    def __init__(self, draft: Draft, places: Places) -> None:
+        self.draft, self.places = draft, places
+        self._alike = False
+        self._dense: Outcome | None = None
+
+    def fault(self, kept: Kept, found: Outcome) -> str | None:
+        """What goes wrong with these units kept, given what came of them in the model's own mode."""
+        if self._alike:
+            return None
+        turned = outcome_of(self.draft, self.places, kept, other_mode=True)
+        self._alike = not turned.error and turned.code == found.code
+        if not turned.error and turned.shapes == self.draft.shapes:
+            return None
+        if self._dense is None:
+            whole = Kept(self.draft.units, self.draft.whole)
+            self._dense = outcome_of(self.draft, self.places, whole, other_mode=True)
+        if self._dense.error or (not turned.error and turned.shapes == self._dense.shapes):
+            return None
+        mode = "eval" if self.draft.model.training else "train"
+        return f"the forward fails in {mode} mode: {turned.error or 'its outputs change their shape'}"
+
+
+def _vanishing(draft: Draft, places: Places) -> set[str]:
     """Groups all of whose units may go: the model goes round them, and its forward runs without them.
 
     Groups whose names differ in numbers only (the layers of a stack) are tried together.
     """
-    lossless = {group.name for group in units.groups if group.lossless}
-    candidates = sorted(bypassed(walk, units, walk.inputs, walk.outputs) & lossless)
-    if not candidates:
-        return set()
+    candidates = bypassed(draft.walk, draft.units, draft.walk.inputs, draft.walk.outputs) & draft.lossless
 
-    def runs(names: Sequence[str]) -> bool:
-        found = outcome_of(model, example, units, dims, places, empty(names, units))
-        return not found.error and list(found.shapes) == list(shapes)
+    @cache
+    def runs(names: frozenset[str]) -> bool:
+        found = outcome_of(draft, places, Kept(draft.units, empty(list(names), draft.units)))
+        return not found.error and found.shapes == draft.shapes
 
-    if runs(candidates):
-        return set(candidates)
-    alike: dict[str, list[str]] = {}
+    if not candidates or runs(frozenset(candidates)):
+        return candidates
+    alike: dict[str, set[str]] = {}
     for name in candidates:
-        alike.setdefault(re.sub(r"\d+", "0", name), []).append(name)
-    fine = [name for names in alike.values() if runs(names) for name in names]
-    return set(fine) if fine and runs(fine) else set()
+        alike.setdefault(re.sub(r"\d+", "0", name), set()).add(name)
+    fine = {name for names in alike.values() if runs(frozenset(names)) for name in names}
+    return fine if fine and runs(frozenset(fine)) else set()
 
 
-def _culprits(suspects: list[str], fault: Callable[[Sequence[str]], str | None]) -> dict[str, str]:
+def _culprits(suspects: list[str], fault: Callable[[frozenset[str]], str | None]) -> dict[str, str]:
     """The groups that are at fault, by bisection."""
     failing: dict[str, str] = {}
-    while suspects and fault(suspects) is not None:
+    while suspects and fault(frozenset(suspects)) is not None:
         context: list[str] = []
         found = list(suspects)
         while len(found) > 1:
             left, right = found[: len(found) // 2], found[len(found) // 2 :]
-            if fault([*context, *left]) is not None:
+            if fault(frozenset([*context, *left])) is not None:
                 found = left
             else:
                 context, found = [*context, *left], right
-        failing[found[0]] = fault([*context, *found]) or "the forward fails"
+        failing[found[0]] = fault(frozenset([*context, *found])) or "the forward fails"
         suspects = [name for name in suspects if name != found[0]]
     return failing
 
 
-def _with_sizes(walk: Walk, units: Units, places: Places) -> tuple[Group, ...]:
+def _with_sizes(draft: Draft, places: Places) -> tuple[Group, ...]:
     """Hand every attribute to the groups it counts, and every corrected call to all groups that its module touches.
 
     The forward may work a call's size out of any of them, so that a cut of one of them alone makes it wrong, even
     where the right size is not changed by that cut.
     """
+    units = draft.units
     sizes: dict[int, list[SizeBinding]] = {}
     by_module: dict[str, set[int]] = {}
     for (module, place), labels in places.items():
         members = set(units.among(labels))
         if "#" in place:
             if module not in by_module:
-                by_module[module] = _touching(walk, units, module)
+                by_module[module] = _touching(draft, module)
             members |= by_module[module]
         for position in sorted(members):
             sizes.setdefault(position, []).append(SizeBinding(module, place, units.index(labels, position)))
     return tuple(replace(group, sizes=tuple(sizes.get(position, ()))) for position, group in enumerate(units.groups))
 
 
-def _touching(walk: Walk, units: Units, module: str) -> set[int]:
+def _touching(draft: Draft, module: str) -> set[int]:
     """Groups with units along a dim of something that the module or a part of it reads or makes."""
     inside = f"{module}." if module else ""
-    within = ((*read, *made) for name, read, made in walk.flow if name == module or name.startswith(inside))
+    within = ((*read, *made) for name, read, made in draft.walk.flow if name == module or name.startswith(inside))
     arrays = {id(labels): labels for values in within for v in values for labels in v.labels if labels is not None}
-    return {group for labels in arrays.values() for group in units.among(labels)}
+    return {group for labels in arrays.values() for group in draft.units.among(labels)}

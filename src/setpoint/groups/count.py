@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from setpoint.groups.export import Example, run_without_data
+from setpoint.groups.export import Example
+from setpoint.groups.rehearsal import Rehearsal
 
 
 def forward_flops(model: nn.Module, example: Example) -> int | None:
@@ -14,7 +15,7 @@ def forward_flops(model: nn.Module, example: Example) -> int | None:
 
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         try:
-            run_without_data(model, example, lambda twin: counter.flop_counts.clear())
+            Rehearsal(model, example).run(lambda twin: counter.flop_counts.clear())
         except Exception:  # noqa: BLE001 - a foreign forward may do anything; it then goes uncounted here
             return None
     return int(counter.get_total_flops())

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import logging
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +101,21 @@ def untouched_rng() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _without_stack_traces() -> Iterator[None]:
+    """Spare the exporter looking up the source lines of every op, a fifth of its time, which nothing here reads."""
+    config: Any = torch.fx.config
+    before = getattr(config, "do_not_emit_stack_traces", None)
+    if before is None:  # a release of torch that cannot be told so
+        yield
+        return
+    config.do_not_emit_stack_traces = True
+    try:
+        yield
+    finally:
+        config.do_not_emit_stack_traces = before
+
+
 def export(model: nn.Module, example: Example) -> torch.export.ExportedProgram:
     """The graph of `model(*example)`.
 
@@ -112,7 +126,7 @@ def export(model: nn.Module, example: Example) -> torch.export.ExportedProgram:
     """
     args, kwargs = inputs_of(example)
     check_device(model, example)
-    with untouched_rng(), untouched_attributes(model), warnings.catch_warnings():
+    with untouched_rng(), untouched_attributes(model), _without_stack_traces(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             return torch.export.export(Forward(model), args, kwargs, strict=False)
@@ -180,58 +194,3 @@ def _describe(inputs: list[Any]) -> str:
     return ", ".join(
         f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}" for tensor in tensors_of(inputs)
     )
-
-
-def run_without_data(
-    model: nn.Module, example: Example, prepare: Callable[[nn.Module], None] = lambda twin: None
-) -> list[torch.Size]:
-    """Shapes of what a copy of the model returns whose tensors have shapes but no data.
-
-    Meta tensors are the quickest; where a forward asks of them what only fake ones can tell (a device, for
-    example), it runs again on those, and where it asks for values, on real ones.
-
-    Args:
-        model: the model, left alone.
-        example: its inputs.
-        prepare: called with the copy before it runs, and again with each further copy.
-
-    Raises:
-        Exception: whatever the forward raises on real tensors.
-    """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    failures = logging.getLogger("torch._subclasses.fake_tensor")
-    level = failures.level
-    failures.setLevel(logging.CRITICAL)
-    try:
-        for mode in (torch.device("meta"), FakeTensorMode(allow_non_fake_inputs=True)):
-            try:
-                return _run_copy(model, example, prepare, mode)
-            except Exception:  # noqa: BLE001 - a foreign forward may do anything
-                continue
-    finally:
-        failures.setLevel(level)
-    return _run_copy(model, example, prepare, None)
-
-
-def _run_copy(model: nn.Module, example: Example, prepare: Callable[[nn.Module], None], mode: Any) -> list[torch.Size]:
-    def empty(tensor: torch.Tensor) -> Any:
-        if mode is None:
-            return tensor.detach().clone()
-        return tensor.detach().to(mode) if isinstance(mode, torch.device) else mode.from_tensor(tensor.detach())
-
-    memo: dict[int, Any] = {key: empty(tensor) for key, tensor in computed(model).items()}
-    for tensor in (*model.parameters(), *model.buffers()):
-        if id(tensor) not in memo:
-            new = empty(tensor)
-            trained = isinstance(tensor, nn.Parameter)
-            memo[id(tensor)] = nn.Parameter(new, requires_grad=tensor.requires_grad) if trained else new
-    twin = copy.deepcopy(model, memo)
-    for module in twin.modules():
-        for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
-            for key in [key for key, hook in hooks.items() if not type(hook).__module__.startswith("torch.nn.utils")]:
-                del hooks[key]  # a user's; those of weight norm and its like compute a weight
-    args, kwargs = pytree.tree_map_only(torch.Tensor, empty, inputs_of(example))
-    with mode or nullcontext(), untouched_rng():
-        prepare(twin)
-        return [tensor.shape for tensor in tensors_of(twin(*args, **kwargs))]

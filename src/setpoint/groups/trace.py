@@ -15,9 +15,11 @@ from torch.utils import _pytree as pytree
 from setpoint.groups.bind import bind
 from setpoint.groups.build import OwnDim, build
 from setpoint.groups.count import forward_flops
+from setpoint.groups.draft import Draft
 from setpoint.groups.export import Example, export
 from setpoint.groups.group import Group, Size, widths_of
 from setpoint.groups.product import solve
+from setpoint.groups.rehearsal import Rehearsal
 from setpoint.groups.state import find_states
 from setpoint.groups.walk import Value, Walk, finish, op_name, rule_for
 
@@ -68,7 +70,8 @@ def trace(model: nn.Module, example: Example) -> Trace:
     solve(walk.atoms, walk.products)
     _mark_grouped(walk)
     products = [labels for contract in walk.contracts for _, labels in contract.dims if labels is not None]
-    units, groups = bind(model, example, _output_shapes(program), walk, build(walk.atoms, dims, products), dims)
+    units = build(walk.atoms, dims, products)
+    units, groups = bind(Draft(Rehearsal(model, example), _output_shapes(program), walk, dims, units))
     contractions = tuple(
         Contraction(
             contract.module,
@@ -93,10 +96,10 @@ def _mark_grouped(walk: Walk) -> None:
             walk.atoms.mark("produce", written)
 
 
-def _output_shapes(program: Any) -> list[torch.Size]:
+def _output_shapes(program: Any) -> tuple[torch.Size, ...]:
     """Shapes of the tensors that the model returns."""
     (output,) = [node for node in program.graph.nodes if node.op == "output"]
-    return [node.meta["val"].shape for node in output.args[0] if isinstance(node, fx.Node)]
+    return tuple(node.meta["val"].shape for node in output.args[0] if isinstance(node, fx.Node))
 
 
 def _uncounted(

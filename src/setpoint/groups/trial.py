@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from setpoint.groups.build import OwnDim, Units
-from setpoint.groups.export import Example, run_without_data
+from setpoint.groups.draft import Draft
 from setpoint.groups.group import Group
+from setpoint.groups.rehearsal import Rehearsal
 from setpoint.groups.shim import CallSizes, parse, set_call_sizes
 from setpoint.groups.vanish import fit_forward
 from setpoint.groups.walk import Call
@@ -23,6 +25,9 @@ Labels = np.ndarray
 
 Places = dict[tuple[str, str], Labels]
 """Atoms along the dim that a place counts, by (module, place)."""
+
+Wrong = dict[str, set[str]]
+"""Places by module at which the live forward gives another size."""
 
 
 def call_of(call: Call) -> str:
@@ -67,47 +72,36 @@ class Trial:
     """Runs copies without data at random widths, and sees which written sizes come out wrong.
 
     Args:
-        model: the user's model, not touched.
-        example: its example.
-        units: what can be dropped.
-        dims: dims of all tensors.
+        draft: what can be dropped.
         calls: the written sizes that follow units.
         keep: the choice of units to try.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        example: Example,
-        units: Units,
-        dims: Sequence[OwnDim],
-        calls: Sequence[Call],
-        keep: Mapping[str, np.ndarray],
-    ) -> None:
-        self.model, self.example, self.dims = model, example, dims
-        self.kept = Kept(units, keep)
-        self.stopped = False
-        self._seen: dict[frozenset[tuple[str, str]] | None, dict[str, set[str]]] = {}
-        dense: dict[str, dict[str, int]] = {}
-        for call in calls:
-            dense.setdefault(call.module, {})[call.place] = call.size
-        # Where even the dense model disagrees, the calls are not numbered as the forward runs them.
-        untrusted = self._wrong(dense, None)
-        self.calls = [call for call in calls if call.module not in untrusted]
-        self.small: dict[str, dict[str, int]] = {}
-        for call in self.calls:
-            self.small.setdefault(call.module, {})[call.place] = self.kept.count(call.labels)
+    def __init__(self, draft: Draft, calls: Sequence[Call], keep: Mapping[str, np.ndarray]) -> None:
+        self.draft, self.calls = draft, calls
+        self.kept = Kept(draft.units, keep)
+        self._seen: dict[frozenset[tuple[str, str]], Wrong | None] = {}
+
+    def stops(self, known: Places) -> bool:
+        """Whether the forward fails even with every written size corrected."""
+        return self._run(known) is None
 
     def needed_attributes(self, known: Places) -> Places:
         """Integer attributes of the user's own modules that the forward's sizes come from."""
         places: Places = {}
-        before = self._wrong(self.small, known)
-        for candidates in self._candidates(known).values():
-            wrong = self._wrong(self.small, {**known, **candidates})
-            for (module, attribute), labels in candidates.items():
-                meant = {call.place for call in self.calls if call.module == module and call.size == len(labels)}
-                if len(wrong.get(module, set()) & meant) < len(before.get(module, set()) & meant):
-                    places[module, attribute] = labels
+        before = self._wrong(known)
+        by_class: dict[type, list[Places]] = {}
+        for (kind, _), candidates in self._candidates(known, before).items():
+            by_class.setdefault(kind, []).append(candidates)
+        # What one class counts seldom changes another, so that classes are tried together, an attribute of each.
+        for together in zip_longest(*by_class.values(), fillvalue={}):
+            joint: Places = {place: labels for candidates in together for place, labels in candidates.items()}
+            for candidates in together if self.stops({**known, **joint}) else [joint]:
+                wrong = self._wrong({**known, **candidates})
+                for (module, attribute), labels in candidates.items():
+                    meant = self._meant(module, len(labels))
+                    if len(wrong.get(module, set()) & meant) < len(before.get(module, set()) & meant):
+                        places[module, attribute] = labels
         return places
 
     def needed_calls(self, known: Places) -> set[tuple[type, str]]:
@@ -115,54 +109,81 @@ class Trial:
 
         By class and call: modules of one class run the same code, and one of them may be right by accident.
         """
-        wrong = self._wrong(self.small, known)
         return {
-            (type(self.model.get_submodule(module)), place.split("[", 1)[0])
-            for module, found in wrong.items()
+            (type(self.draft.model.get_submodule(module)), place.split("[", 1)[0])
+            for module, found in self._wrong(known).items()
             for place in found
         }
 
-    def _candidates(self, known: Places) -> dict[tuple[type, str], Places]:
-        """Attributes that equal a written size with one meaning only, by class and name."""
+    def _meant(self, module: str, size: int) -> set[str]:
+        """Places of the module where this size is written."""
+        return {call.place for call in self.calls if call.module == module and call.size == size}
+
+    def _candidates(self, known: Places, wrong: Wrong) -> dict[tuple[type, str], Places]:
+        """Attributes that equal a written size with one meaning only, by class and name, where such a size is wrong."""
         meanings: dict[tuple[str, int], list[Labels]] = {}
         for call in self.calls:
             if len(call.labels) == call.size:
                 meanings.setdefault((call.module, call.size), []).append(call.labels)
         result: dict[tuple[type, str], Places] = {}
         for (name, size), labels in meanings.items():
-            module = self.model.get_submodule(name)
+            module = self.draft.model.get_submodule(name)
             if size < 2 or len({self.kept.count(meaning) for meaning in labels}) > 1:
+                continue
+            if not wrong.get(name, set()) & self._meant(name, size):
                 continue
             for attribute, value in vars(module).items():
                 if type(value) is int and value == size and (name, attribute) not in known:
                     result.setdefault((type(module), attribute), {})[name, attribute] = labels[0]
         return result
 
-    def _wrong(self, sizes: Mapping[str, Mapping[str, int]], places: Places | None) -> dict[str, set[str]]:
-        """Places by module at which the live forward gives another size; `places=None`: the dense model."""
-        key = None if places is None else frozenset(places)
+    def _wrong(self, places: Places) -> Wrong:
+        """Places by module at which the live forward gives another size."""
+        found = self._run(places)
+        # A forward that stopped half-way shows nothing about later places: count them all.
+        return by_module(self.calls) if found is None else found
+
+    def _run(self, places: Places) -> Wrong | None:
+        key = frozenset(places)
         if key not in self._seen:
-            self._seen[key] = self._run(sizes, places)
+            watch = Watch(self.calls, self.kept)
+            outcome = outcome_of(self.draft, places, self.kept, watch=watch)
+            self._seen[key] = None if outcome.error else watch.wrong
         return self._seen[key]
 
-    def _run(self, sizes: Mapping[str, Mapping[str, int]], places: Places | None) -> dict[str, set[str]]:
-        found: dict[str, set[str]] = {name: set() for name in sizes}
 
-        def prepare(twin: nn.Module) -> None:
-            if places is not None:
-                _cut_shapes(twin, self.dims, self.kept)
-                _set_places(twin, places, self.kept)
-            for name, wanted in sizes.items():
-                found[name].clear()
-                twin.get_submodule(name).forward = _Watched(twin.get_submodule(name), wanted, found[name])
+class Watch:
+    """Corrects written sizes in a copy, and notes by module where it had to.
 
-        try:
-            run_without_data(self.model, self.example, prepare)
-        except Exception:  # noqa: BLE001 - a foreign forward may do anything
-            # A forward that stopped half-way shows nothing about later places: count them all.
-            self.stopped = True
-            return {name: set(wanted) for name, wanted in sizes.items()}
-        return {name: places_found for name, places_found in found.items() if places_found}
+    Args:
+        calls: the written sizes.
+        kept: what they must count.
+    """
+
+    def __init__(self, calls: Sequence[Call], kept: Kept) -> None:
+        self.sizes: dict[str, dict[str, int]] = {}
+        for call in calls:
+            self.sizes.setdefault(call.module, {})[call.place] = kept.count(call.labels)
+        self._found: dict[str, set[str]] = {name: set() for name in self.sizes}
+
+    def over(self, twin: nn.Module) -> None:
+        """Watch the forwards of this copy, and forget what was seen of another."""
+        for name, sizes in self.sizes.items():
+            self._found[name].clear()
+            twin.get_submodule(name).forward = _Watched(twin.get_submodule(name), sizes, self._found[name])
+
+    @property
+    def wrong(self) -> Wrong:
+        """Where the live sizes were others."""
+        return {name: places for name, places in self._found.items() if places}
+
+
+def by_module(calls: Sequence[Call]) -> Wrong:
+    """All these places."""
+    places: Wrong = {}
+    for call in calls:
+        places.setdefault(call.module, set()).add(call.place)
+    return places
 
 
 @dataclass(frozen=True)
@@ -172,41 +193,53 @@ class Outcome:
     Args:
         shapes: of its outputs.
         numbers: every number that it computed with: factors, divisors, exponents.
+        code: stands for the functions that it called, with the whole numbers that it gave them.
         error: what it raised; then there is nothing else.
     """
 
     shapes: tuple[torch.Size, ...] = ()
     numbers: tuple[float, ...] = ()
+    code: int = 0
     error: str = ""
 
 
 def outcome_of(
-    model: nn.Module,
-    example: Example,
-    units: Units,
-    dims: Sequence[OwnDim],
-    places: Places,
-    keep: Mapping[str, np.ndarray],
-    *,
-    other_mode: bool = False,
+    draft: Draft, places: Places, kept: Kept, *, other_mode: bool = False, watch: Watch | None = None
 ) -> Outcome:
     """The forward of a copy without data, cut; in the other of train and eval mode if asked."""
-    kept = Kept(units, keep)
-    numbers = _Numbers()
+    notes = _Notes()
 
     def prepare(twin: nn.Module) -> None:
-        numbers.seen.clear()
-        if other_mode:
-            twin.train(not model.training)
-        _cut_shapes(twin, dims, kept)
+        notes.clear()
+        _cut_shapes(twin, draft.dims, kept)
         _set_places(twin, places, kept)
+        if watch is not None:
+            watch.over(twin)
 
     try:
-        with numbers:
-            shapes = run_without_data(model, example, prepare)
+        with notes:
+            shapes = draft.rehearsal.run(prepare, other_mode=other_mode)
     except Exception as error:  # noqa: BLE001 - any failure of a foreign forward counts
         return Outcome(error=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}")
-    return Outcome(tuple(shapes), tuple(numbers.seen))
+    return Outcome(shapes, tuple(notes.numbers), hash(tuple(notes.code)))
+
+
+def dense_outcome(draft: Draft, places: Places, calls: Sequence[Call]) -> tuple[Outcome, list[Call]]:
+    """The forward of the whole model, and those of the calls that it shows to be numbered as it runs them.
+
+    Args:
+        draft: what can be dropped.
+        places: set before it runs.
+        calls: the written sizes that follow units.
+    """
+    kept = Kept(draft.units, draft.whole)
+    calls = _as_python_counts(draft.rehearsal, calls)
+    watch = Watch(calls, kept)
+    outcome = outcome_of(draft, places, kept, watch=watch)
+    untrusted = by_module(calls) if outcome.error else watch.wrong
+    if untrusted:  # something was corrected: that was not the model's own forward
+        outcome = outcome_of(draft, places, kept)
+    return outcome, [call for call in calls if call.module not in untrusted]
 
 
 _ARITHMETIC = {"tensor", "mul", "mul_", "div", "div_", "true_divide", "add", "sub", "pow", "floor_divide"}
@@ -214,19 +247,43 @@ _ARITHMETIC |= {f"__{side}{name}__" for side in ("", "r", "i") for name in ("mul
 """Functions in which a whole number is no size but something to compute with."""
 
 
-class _Numbers(TorchFunctionMode):
-    """Notes the numbers that a forward computes with; those that differ after a cut were worked out from a size."""
+class _Notes(TorchFunctionMode):
+    """Notes the numbers that a forward computes with, and the functions that it calls.
+
+    Numbers that differ after a cut were worked out from a size; modes that call the same functions run the same code.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[float] = []
+        self.numbers: list[float] = []
+        self.code: list[Any] = []
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self.numbers.clear()
+        self.code.clear()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """The same call."""
         kwargs = kwargs or {}
-        kinds = (int, float) if getattr(func, "__name__", "") in _ARITHMETIC else (float,)
-        self.seen.extend(value for value in (*args, *kwargs.values()) if type(value) in kinds)
+        values = (*args, *kwargs.values())
+        name = getattr(func, "__name__", "")
+        kinds = (int, float) if name in _ARITHMETIC else (float,)
+        self.numbers.extend(value for value in values if type(value) in kinds)
+        if not (args and isinstance(args[0], torch.Tensor) and args[0].dim() == 0):  # a norm in training counts batches
+            self.code.append(name)
+            self.code.extend(value for value in _flat(values) if type(value) is int)
         return func(*args, **kwargs)
+
+
+def _flat(values: Sequence[Any]) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, (tuple, list)):
+            yield from _flat(value)
+        elif isinstance(value, slice):
+            yield from (value.start, value.stop, value.step)
+        else:
+            yield value
 
 
 def _set_places(twin: nn.Module, places: Places, kept: Kept) -> None:
@@ -242,10 +299,10 @@ def _set_places(twin: nn.Module, places: Places, kept: Kept) -> None:
         set_call_sizes(twin.get_submodule(module), sizes)
 
 
-def as_python_counts(model: nn.Module, example: Example, calls: Sequence[Call]) -> list[Call]:
+def _as_python_counts(rehearsal: Rehearsal, calls: Sequence[Call]) -> list[Call]:
     """Calls with slices numbered as the live forward counts them; the graph holds only those that take less than all.
 
-    A number beyond those is left out; one that came out wrong is found by the trial of the dense model.
+    A number beyond those is left out; one that came out wrong is found by the forward of the dense model.
     """
     modules = sorted({call.module for call in calls if call.place.startswith("slice#")})
     if not modules:
@@ -258,7 +315,7 @@ def as_python_counts(model: nn.Module, example: Example, calls: Sequence[Call]) 
             twin.get_submodule(name).forward = _Watched(twin.get_submodule(name), {}, set(), live[name])
 
     try:
-        run_without_data(model, example, prepare)
+        rehearsal.run(prepare)
     except Exception:  # noqa: BLE001 - a foreign forward may do anything
         live = {}
     renumbered = []

@@ -1,0 +1,55 @@
+"""A weight mask: single weights that are not active, set to zero in place with their gradients and moments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
+
+from setpoint.actuator.optimizer_state import Optimizers, as_sequence, visit_state
+
+
+@torch.no_grad()
+def mask_weights(
+    weights: Mapping[str, nn.Parameter], optimizer: Optimizers, masks: Mapping[str, Bool[Tensor, "..."]]
+) -> None:
+    """Zero every weight that is not active, and what the optimizer remembers of it.
+
+    An optimizer that treats every entry alike then keeps it at zero, as long as its gradient is zero too:
+    call `mask_gradients` ahead of each step.
+
+    Args:
+        weights: parameters by name.
+        optimizer: one optimizer, a sequence of them, or None.
+        masks: by the same names, a boolean per element, True = active.
+
+    >>> layer = nn.Linear(2, 1, bias=False)
+    >>> mask_weights({"weight": layer.weight}, None, {"weight": torch.tensor([[True, False]])})
+    >>> (layer.weight == 0).tolist()
+    [[False, True]]
+    """
+    for name, mask in masks.items():
+        _zero_at(~mask, weights[name], optimizer)
+    mask_gradients(weights, masks)
+
+
+def _zero_at(gone: Tensor, weight: nn.Parameter, optimizer: Optimizers) -> None:
+    weight.masked_fill_(gone, 0.0)
+    for each in as_sequence(optimizer):
+        visit_state(each, weight, lambda moment: moment.masked_fill_(gone, 0.0))
+
+
+@torch.no_grad()
+def mask_gradients(weights: Mapping[str, nn.Parameter], masks: Mapping[str, Bool[Tensor, "..."]]) -> None:
+    """Zero the gradients of weights that are not active.
+
+    Args:
+        weights: parameters by name.
+        masks: by the same names, a boolean per element, True = active.
+    """
+    for name, mask in masks.items():
+        gradient = weights[name].grad
+        if gradient is not None:
+            gradient.masked_fill_(~mask, 0.0)

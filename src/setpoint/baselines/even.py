@@ -1,0 +1,94 @@
+"""Even cuts: what open-loop controllers share, a cut that keeps the densities of all groups alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool
+
+from setpoint.controller.ladder import build_ladder
+from setpoint.controller.plan import Observation, Plan
+from setpoint.controller.selection import add_back, descend, start
+from setpoint.cost.cost import Cost
+from setpoint.groups.group import Group
+
+
+@dataclass(frozen=True, eq=False)
+class EvenState:
+    """What an open-loop controller remembers: the width of each group before any cut."""
+
+    dense: Mapping[str, int]
+
+
+def nothing_dropped(observation: Observation, cost: Cost, groups: tuple[Group, ...], reason: str) -> Plan:
+    """The plan that keeps everything and has not landed."""
+    keep = {group.name: np.ones(group.num_units, dtype=bool) for group in groups}
+    return Plan(observation.step, keep, price={cost.resource: 0.0}, reason=reason)
+
+
+def even_plan(
+    state: EvenState,
+    observation: Observation,
+    cost: Cost,
+    groups: tuple[Group, ...],
+    free: Mapping[str, Bool[np.ndarray, " units"]],
+    target: float,
+    reason: str,
+) -> Plan:
+    """Drop the least salient free units, block by block from the group of highest density, down to the target.
+
+    At the target no single dropped block could be given back. It has landed once the cost is within the limit.
+
+    Args:
+        state: dense widths.
+        observation: with a reading of all groups.
+        cost: predicts spending.
+        groups: the groups as they are now.
+        free: by group, which units may go.
+        target: cost to come down to, as far as free units allow.
+        reason: why, for people.
+    """
+    assert observation.reading is not None
+    ladders = {
+        group.name: build_ladder(
+            group,
+            observation.reading.saliency[group.name],
+            dense=state.dense[group.name],
+            floor=0,
+            max_dropped=group.num_units,
+            free=free[group.name],
+        )
+        for group in groups
+    }
+    selection = start(cost, ladders, observation.widths, "uniform")
+    descend(selection, target)
+    if selection.total <= target:
+        add_back(selection, target)
+    landed = selection.total <= observation.limit[cost.resource]
+    dropped = sum(int(ladders[name].edges[rung]) for name, rung in selection.rungs.items())
+    return Plan(
+        step=observation.step,
+        keep={name: ladder.keep(selection.rungs[name]) for name, ladder in ladders.items()},
+        price={cost.resource: 0.0},
+        reference={cost.resource: target},
+        landed=landed,
+        reason=f"{'landed: ' if landed else ''}{reason}; dropped {dropped} units",
+    )
+
+
+def even_density(cost: Cost, widths: Mapping[str, int], dense: Mapping[str, int], limit: float) -> float:
+    """The density of units, the same in all groups, at which the limit is met; 1 where dense fits."""
+
+    def fits(density: float) -> bool:
+        even = {name: max(1, round(density * width)) for name, width in dense.items()}
+        return cost.total({**widths, **even}) <= limit
+
+    if fits(1.0):
+        return 1.0
+    low, high = 0.0, 1.0
+    for _ in range(20):
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

@@ -1,0 +1,51 @@
+"""A loop as a benchmark sees it: it tells its widths, and in the end what it came to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import final
+
+from torch import Tensor
+
+from setpoint.bench.course import Outcome
+from setpoint.loop import Loop
+
+
+@final
+class Looped:
+    """The pruner that is a Setpoint loop, whatever its controller and sensor.
+
+    Args:
+        loop: attached to the model.
+        notes: what a reader of the result must know.
+    """
+
+    def __init__(self, loop: Loop, notes: str = "") -> None:
+        self.loop = loop
+        self.notes = notes
+
+    @property
+    def widths(self) -> Mapping[str, int]:
+        """Active units by group."""
+        return self.loop.widths
+
+    def observe(self, loss: Tensor) -> None:
+        """Hand the loss on."""
+        self.loop.observe(loss=loss)
+
+    def finish(self) -> Outcome:
+        """Finish the loop; its summary in a benchmark's words."""
+        summary = self.loop.finish()
+        return Outcome(
+            widths=dict(summary.widths),
+            dense_widths=dict(summary.dense_widths),
+            dense_flops=float(summary.dense_flops),
+            claimed_flops=float(summary.final_flops),
+            overhead_flops=float(summary.overhead_flops),
+            overhead_seconds=float(summary.overhead_seconds),
+            resizes=summary.resizes,
+            landed=summary.landed,
+            break_even_step=summary.break_even_step,
+            notes=self.notes,
+            ledger=self.loop.ledger,
+        )

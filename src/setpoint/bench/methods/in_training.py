@@ -1,0 +1,65 @@
+"""Methods that prune whole units of the dense model while it trains, through a Setpoint loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, final
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import setpoint
+from setpoint.bench.course import Course, Pruner
+from setpoint.bench.lasso import LassoLooped
+from setpoint.bench.looped import Looped
+from setpoint.bench.results import Result
+from setpoint.bench.task import Task, dense_widths
+from setpoint.controller.plan import Controller
+from setpoint.sensor.reading import Sensor
+
+
+@final
+@dataclass(frozen=True)
+class Setpoint:
+    """The dense model, pruned by a loop to the budget while it trains; a variant is another value of this class.
+
+    Args:
+        name: name on the command line and in result files.
+        controller: decides what goes and when; None for Setpoint's own.
+        sensor: makes what takes the readings; None for Setpoint's own.
+        lasso: share of a group-lasso penalty in the first step's loss; 0 for none.
+        paper: where the variant comes from.
+        family: kind of method, for reports.
+        sized: always.
+        needs: nothing.
+    """
+
+    name: str = "setpoint"
+    controller: Controller[Any] | None = None
+    sensor: Callable[[], Sensor[Any]] | None = None
+    lasso: float = 0.0
+    paper: str = ""
+    family: str = "setpoint"
+    sized: bool = True
+    needs: tuple[str, ...] = ()
+
+    def course(self, task: Task, budget: float, needed: Mapping[str, Result]) -> Course:
+        """The dense widths."""
+        return Course(task, dense_widths(task))
+
+    def begin(
+        self, task: Task, model: nn.Module, budget: float, batches: Iterator[tuple[Tensor, Tensor]]
+    ) -> tuple[Optimizer, Pruner | None]:
+        """A loop with a FLOPs budget."""
+        optimizer = task.optimizer(model)
+        loop = setpoint.attach(
+            model,
+            optimizer,
+            setpoint.Budget.fraction(budget, of="flops"),
+            example=task.example(),
+            total_steps=task.steps,
+            controller=self.controller,
+            sensor=None if self.sensor is None else self.sensor(),
+        )
+        return optimizer, LassoLooped(loop, model, optimizer, self.lasso) if self.lasso else Looped(loop)

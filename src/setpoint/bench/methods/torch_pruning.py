@@ -1,0 +1,222 @@
+"""The library Torch-Pruning (Fang et al.): its group pruners, which cut a trained model once."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Literal, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim import Optimizer
+
+from setpoint.actuator.shrink import named_tensors
+from setpoint.actuator.sizes import apply_sizes, record_dense
+from setpoint.bench.counter import step_flops
+from setpoint.bench.course import Outcome, Pruner
+from setpoint.bench.methods.fused import taken_apart
+from setpoint.bench.task import BenchError, Task
+from setpoint.groups.group import Group, widths_of
+from setpoint.groups.trace import find_groups
+from setpoint.meter import Stopwatch
+
+Criterion = Literal["norm", "taylor"]
+SEARCH_STEPS = 8
+
+
+@final
+@dataclass(frozen=True)
+class TorchPruning:
+    """One cut by `BasePruner`, at the largest pruning ratio that meets the budget, found by bisection on copies.
+
+    The library chooses, couples and cuts; it is told what its documentation asks the user for: which layers to
+    leave alone (those whose outputs no lossless group of Setpoint's holds, so that both prune the same dims), the
+    number of heads, and that heads go as a whole. Sizes that attention modules keep in attributes are set
+    afterwards, as its examples do.
+
+    Args:
+        criterion: "norm" for `GroupMagnitudeImportance` with every group at the same ratio, as in the library's
+            group-norm pruner without its own sparse training; "taylor" for `GroupTaylorImportance`, all groups
+            ranked together.
+        num_batches: batches whose gradients Taylor adds up.
+
+    References:
+        Fang, Ma, Song, Mi, Wang: "DepGraph: Towards Any Structural Pruning", CVPR 2023. Molchanov, Mallya, Tyree,
+        Frosio, Kautz: "Importance Estimation for Neural Network Pruning", CVPR 2019.
+    """
+
+    criterion: Criterion
+    num_batches: int = 10
+
+    def begin(
+        self, task: Task, model: nn.Module, budget: float, batches: Iterator[tuple[Tensor, Tensor]]
+    ) -> tuple[Optimizer, Pruner | None]:
+        """Cut the model, and make an optimizer for what is left.
+
+        Raises:
+            BenchError: the library is not installed, or no ratio meets the budget.
+        """
+        watch = Stopwatch(synchronize=True)
+        with watch:
+            example = task.example()
+            dense_flops = float(step_flops(model, example))
+            groups = tuple(group for group in find_groups(model, example) if group.lossless)
+            calibration = 0.0
+            if self.criterion == "taylor":
+                for inputs, targets in islice(batches, self.num_batches):
+                    torch.autograd.backward(task.loss(model, inputs, targets))
+                calibration = self.num_batches * dense_flops
+            ratio = self._ratio(model, groups, example, budget * dense_flops)
+            if ratio:
+                self._cut(model, groups, example, ratio)
+            model.zero_grad(set_to_none=True)
+        final = float(step_flops(model, example))
+        outcome = Outcome(
+            widths=_widths(model, groups),
+            dense_widths=widths_of(groups),
+            dense_flops=dense_flops,
+            overhead_flops=calibration,
+            overhead_seconds=watch.seconds,
+            resizes=1,
+            landed=final <= budget * dense_flops,
+            notes=f"pruning ratio {ratio:.4f}",
+        )
+        return task.optimizer(model), _AlreadyCut(outcome)
+
+    def _ratio(self, model: nn.Module, groups: tuple[Group, ...], example: tuple[Tensor, ...], limit: float) -> float:
+        """The least ratio, to 1/256, whose cut is within the limit."""
+
+        def flops(ratio: float) -> float:
+            twin = copy.deepcopy(model)
+            for own, original in zip(twin.parameters(), model.parameters(), strict=True):
+                own.grad = original.grad
+            self._cut(twin, groups, example, ratio)
+            return float(step_flops(twin, example))
+
+        if step_flops(model, example) <= limit:
+            return 0.0
+        # The library leaves a layer whole rather than take its last unit.
+        low, high = 0.0, _highest(group.num_units for group in groups if group.what != "head")
+        least = flops(high)
+        if least > limit:
+            dense = step_flops(model, example)
+            raise BenchError(
+                f"Torch-Pruning cannot bring this model to {limit / dense:.4g} of the dense FLOPs: the "
+                f"least it reaches is {least / dense:.4g}; ask for at least that budget"
+            )
+        for _ in range(SEARCH_STEPS):
+            middle = (low + high) / 2
+            low, high = (low, middle) if flops(middle) <= limit else (middle, high)
+        return high
+
+    def _cut(self, model: nn.Module, groups: tuple[Group, ...], example: tuple[Tensor, ...], ratio: float) -> None:
+        """Cut by this ratio, in place."""
+        library = _library()
+        dense = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
+        written = {
+            piece.tensor.rpartition(".")[0]
+            for group in groups
+            for piece in group.slices
+            if piece.role == "produce" and piece.dim == 0
+        }
+        layers = (nn.Linear, nn.modules.conv._ConvNd)
+        closed = [each for name, each in model.named_modules() if isinstance(each, layers) and name not in written]
+        importance, norm = library.importance, self.criterion == "norm"
+        # The library cannot see inside of fused attention, so it traces the written-out form.
+        with taken_apart(model, groups) as heads, warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
+            warnings.simplefilter("ignore")
+            pruner = library.pruner.BasePruner(
+                model,
+                example,
+                importance=importance.GroupMagnitudeImportance(p=2) if norm else importance.GroupTaylorImportance(),
+                global_pruning=not norm,
+                pruning_ratio=ratio,
+                max_pruning_ratio=1.0 if norm else 0.9,
+                head_pruning_ratio=_head_ratio(ratio, heads.values(), whole=norm),
+                ignored_layers=closed,
+                num_heads=heads,
+                prune_num_heads=True,
+                prune_head_dims=False,
+            )
+            pruner.step()
+        _bind_sizes(model, groups, dense)
+
+
+def _highest(units: Iterable[int]) -> float:
+    """The highest ratio that leaves a unit in each layer, give or take rounding."""
+    return max(0.0, 1.0 - 1.0 / min(units, default=1000) - 1e-6)
+
+
+def _head_ratio(ratio: float, heads: Collection[int], *, whole: bool) -> float:
+    """The ratio for heads, one of which stays everywhere.
+
+    Where each layer loses `whole` heads by itself, the ratio is rounded down to them: the library would round up,
+    and land far below the budget.
+    """
+    if not heads:
+        return 0.0
+    least = min(heads)
+    return max(0.0, min(math.floor(ratio * least) / least - 1e-9 if whole else ratio, _highest(heads)))
+
+
+def _library() -> Any:
+    try:
+        import torch_pruning
+    except ImportError as error:
+        raise BenchError('this method needs Torch-Pruning: pip install "setpoint[baselines]"') from error
+    return torch_pruning
+
+
+def _widths(model: nn.Module, groups: tuple[Group, ...]) -> dict[str, int]:
+    """Units that each group still has, read off the length of the first weight that writes them."""
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    widths = {}
+    for group in groups:
+        piece = next(piece for piece in group.slices if piece.role == "produce" and piece.dim is not None)
+        assert piece.dim is not None
+        length, before = tensors[piece.tensor].shape[piece.dim], len(piece.index)
+        of_group = int((piece.index >= 0).sum())
+        widths[group.name] = (of_group - (before - length)) * group.num_units // of_group
+    return widths
+
+
+def _bind_sizes(model: nn.Module, groups: tuple[Group, ...], dense: dict[str, tuple[int, ...]]) -> None:
+    """Set the sizes that the library does not know, and note all of them, so that the model can be saved."""
+    widths = _widths(model, groups)
+    sizes: dict[tuple[str, str], int] = {}
+    for group in groups:
+        for size in group.sizes:
+            gone = int((size.index >= 0).sum()) * (group.num_units - widths[group.name]) // group.num_units
+            place = (size.module, size.place)
+            sizes[place] = sizes.get(place, len(size.index)) - gone
+    now = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
+    undo = ExitStack()
+    record_dense(model, {name: shape for name, shape in dense.items() if now[name] != shape}, undo)
+    apply_sizes(model, sizes, undo)
+    undo.pop_all()
+
+
+@final
+class _AlreadyCut:
+    """The pruner that has done its work before the first step."""
+
+    def __init__(self, outcome: Outcome) -> None:
+        self.outcome = outcome
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """As cut."""
+        return dict(self.outcome.widths)
+
+    def observe(self, loss: Tensor) -> None:
+        """Nothing more to decide."""
+
+    def finish(self) -> Outcome:
+        """What it came to."""
+        return self.outcome

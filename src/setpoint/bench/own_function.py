@@ -1,0 +1,45 @@
+"""A function of the user's own, named on the command line as `module.py:function`."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from setpoint.bench.task import BenchError
+
+
+def is_own_function(target: str) -> bool:
+    """Whether the name is that of a function in a file.
+
+    >>> is_own_function("folder/task.py:make"), is_own_function("cifar10")
+    (True, False)
+    """
+    return ".py:" in target
+
+
+def own_function(target: str) -> Callable[[], Any]:
+    """The function of a Python file; modules beside the file can be imported by it.
+
+    Raises:
+        BenchError: there is no such file, or it has no such function.
+    """
+    file, _, name = target.rpartition(":")
+    path = Path(file)
+    if not path.is_file():
+        raise BenchError(f"no file {path}: give an existing Python file as module.py:function")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None, "a .py file always has a loader"
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickle look their module up there
+    sys.path.insert(0, str(path.resolve().parent))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(path.resolve().parent))
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise BenchError(f"{path} has no function {name!r}")
+    return function  # type: ignore[no-any-return]

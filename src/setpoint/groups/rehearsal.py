@@ -1,0 +1,122 @@
+"""A rehearsal: the live forward on copies of a model whose tensors have shapes but no data."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from setpoint.groups.export import Example, computed, inputs_of, tensors_of, untouched_rng
+
+
+def _as_it_is(twin: nn.Module) -> None:
+    """Prepare nothing."""
+
+
+class Rehearsal:
+    """Forwards of copies of a model, each of which may be changed before it runs.
+
+    Meta tensors are the quickest; where a forward asks of them what only fake ones can tell (a device, for
+    example), it runs again on those, and where it asks for values, on real ones. The kind of tensors that was
+    enough once is the one for all later forwards in the same of train and eval mode.
+
+    Args:
+        model: the model, left alone.
+        example: its inputs.
+    """
+
+    def __init__(self, model: nn.Module, example: Example) -> None:
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        self.model, self.example = model, example
+        self._kinds: tuple[Any, ...] = (torch.device("meta"), FakeTensorMode(allow_non_fake_inputs=True), None)
+        self._enough: dict[bool, Any] = {}
+        self._stand_ins: dict[Any, dict[int, Any]] = {}
+
+    def run(
+        self, prepare: Callable[[nn.Module], None] = _as_it_is, *, other_mode: bool = False
+    ) -> tuple[torch.Size, ...]:
+        """Shapes of what a copy returns.
+
+        Args:
+            prepare: called with the copy before it runs, and again with each further copy.
+            other_mode: run it in the other of train and eval mode.
+
+        Raises:
+            Exception: whatever the forward raises, on real tensors if no forward in this mode has run before.
+        """
+        kinds = (self._enough[other_mode],) if other_mode in self._enough else self._kinds
+        with _quiet():
+            for kind in kinds:
+                try:
+                    shapes = self._run(kind, prepare, other_mode)
+                except Exception:
+                    if kind is kinds[-1]:
+                        raise
+                else:
+                    self._enough[other_mode] = kind
+                    return shapes
+        raise AssertionError("the last kind of tensors either runs or raises")
+
+    def _run(self, kind: Any, prepare: Callable[[nn.Module], None], other_mode: bool) -> tuple[torch.Size, ...]:
+        twin = copy.deepcopy(self.model, {**self._tensors(kind), **_hook_tables(self.model)})
+        args, kwargs = pytree.tree_map_only(torch.Tensor, lambda x: _stand_in(x, kind), inputs_of(self.example))
+        with kind or nullcontext(), untouched_rng():
+            if other_mode:
+                twin.train(not self.model.training)
+            prepare(twin)
+            return tuple(tensor.shape for tensor in tensors_of(twin(*args, **kwargs)))
+
+    def _tensors(self, kind: Any) -> dict[int, Any]:
+        """What the copy has in place of each tensor, by id; without data they serve all copies."""
+        if kind in self._stand_ins:
+            return self._stand_ins[kind]
+        result = {key: _stand_in(tensor, kind) for key, tensor in computed(self.model).items()}
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            if id(tensor) not in result:
+                new = _stand_in(tensor, kind)
+                trained = isinstance(tensor, nn.Parameter)
+                result[id(tensor)] = nn.Parameter(new, requires_grad=tensor.requires_grad) if trained else new
+        if kind is not None:
+            self._stand_ins[kind] = result
+        return result
+
+
+def _stand_in(tensor: torch.Tensor, kind: Any) -> torch.Tensor:
+    if kind is None:
+        return tensor.detach().clone()
+    result: torch.Tensor = (
+        tensor.detach().to(kind) if isinstance(kind, torch.device) else kind.from_tensor(tensor.detach())
+    )
+    return result
+
+
+def _hook_tables(model: nn.Module) -> dict[int, Any]:
+    """The copy's tables of hooks, by id: none of the user's; those of weight norm and its like compute a weight."""
+    return {
+        id(table): OrderedDict(
+            (k, hook) for k, hook in table.items() if type(hook).__module__.startswith("torch.nn.utils")
+        )
+        for module in model.modules()
+        for name, table in vars(module).items()
+        if isinstance(table, OrderedDict) and "_hooks" in name
+    }
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what fake tensors log about a failing forward to ourselves."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)

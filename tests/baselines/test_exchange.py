@@ -1,0 +1,82 @@
+"""SET and RigL: the density stays, the mask changes, and by how much follows the cosine."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from baselines.weights import counts, draw, masked, run, target
+from setpoint.baselines.exchange import Exchange, Static
+from setpoint.baselines.rule import Sight
+from setpoint.baselines.schedule import cosine_fraction
+
+RULES = {"set": Exchange("random"), "rigl": Exchange("gradient")}
+rules = pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+
+
+@rules
+def test_density_constant_and_mask_changes(rule: Exchange) -> None:
+    """Every update keeps the number of active weights of every tensor and exchanges exactly the cosine's share."""
+    history = run(rule, target(), 400)
+    assert len(history) == 1 + len([step for step in range(1, 300) if step % 10 == 0])
+    for (_, before), (step, after) in zip(history, history[1:], strict=False):
+        assert counts(after) == counts(before) == target().counts
+        share = cosine_fraction(step, 300, 0.3)
+        for name, count in target().counts.items():
+            assert int((before[name] & ~after[name]).sum()) == int(share * count)
+
+
+@rules
+def test_the_smallest_active_weights_go(rule: Exchange) -> None:
+    """No weight that goes is larger than one that stays."""
+    goal, generator = target(), torch.Generator().manual_seed(0)
+    before = rule.start(draw(), goal, generator)
+    weights = masked(draw(1), before)
+    after = rule.update(Sight(10, 400, weights, draw(2), before), goal, generator)
+    for name, size in weights.items():
+        gone, stayed = before[name] & ~after[name], before[name] & after[name]
+        assert gone.any() and size[gone].abs().max() <= size[stayed].abs().min()
+
+
+def test_rigl_grows_by_gradient() -> None:
+    """What comes in has the largest gradients among all weights that were not active."""
+    rule, goal, generator = RULES["rigl"], target(), torch.Generator().manual_seed(0)
+    before = rule.start(draw(), goal, generator)
+    gradients = draw(2)
+    after = rule.update(Sight(10, 400, masked(draw(1), before), gradients, before), goal, generator)
+    for name, gradient in gradients.items():
+        grown, left_out = after[name] & ~before[name], ~after[name] & ~before[name]
+        assert grown.any() and gradient[grown].abs().min() >= gradient[left_out].abs().max()
+
+
+def test_set_grows_at_random() -> None:
+    """SET does not look at gradients, and with another generator it grows other weights."""
+    rule, goal = RULES["set"], target()
+    before = rule.start(draw(), goal, torch.Generator().manual_seed(0))
+
+    def update(gradient_seed: int, seed: int) -> list[int]:
+        sight = Sight(10, 400, masked(draw(1), before), draw(gradient_seed), before)
+        return rule.update(sight, goal, torch.Generator().manual_seed(seed))["wide"].flatten().nonzero().tolist()
+
+    assert update(2, 0) == update(3, 0) != update(2, 1)
+    assert not rule.dense_gradient and RULES["rigl"].dense_gradient
+
+
+def test_static_never_changes() -> None:
+    """A static mask has the target's counts and no update."""
+    ((_, masks),) = run(Static(), target(), 400)
+    assert counts(masks) == target().counts
+
+
+def test_an_almost_full_mask_exchanges_what_there_is() -> None:
+    """Where fewer weights are inactive than the share asks for, only so many are exchanged."""
+    history = run(Exchange("gradient", fraction=0.9), target(0.95), 80)
+    assert len(history) > 2
+    assert all(counts(masks) == target(0.95).counts for _, masks in history)
+
+
+@pytest.mark.parametrize("settings", [{"fraction": 0.0}, {"period": 0}, {"end": 1.5}])
+def test_settings_out_of_range(settings: dict[str, object]) -> None:
+    """They are errors."""
+    with pytest.raises(ValueError, match="exchange needs"):
+        Exchange("random", **settings)  # type: ignore[arg-type]

@@ -1,0 +1,72 @@
+"""Group lasso: its gradient is that of its norms, and reconfiguration drops what it shrank."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import setpoint
+from controller.plants import chain, observe
+from setpoint.baselines.group_lasso import (
+    ReconfiguringController,
+    add_lasso_gradient,
+    lasso_norms,
+    lasso_strength,
+)
+from setpoint.groups.group import widths_of
+from setpoint.sensor.reading import Reading
+
+
+class Net(nn.Module):
+    """Two convolutions and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2, self.head = nn.Conv2d(2, 6, 3), nn.Conv2d(6, 4, 3), nn.Linear(4 * 4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Scores."""
+        scores: torch.Tensor = self.head(torch.relu(self.conv2(torch.relu(self.conv1(x)))).flatten(1))
+        return scores
+
+
+def test_gradient_is_that_of_the_norms() -> None:
+    """What is added to the gradients equals autograd's derivative of strength x the sum of norms."""
+    model = Net()
+    groups = setpoint.find_groups(model, (torch.randn(2, 2, 6, 6),))
+    assert len(groups) == 2
+    parts = [model.conv1.weight.flatten(1), model.conv2.weight.transpose(0, 1).flatten(1)]
+    parts += [model.conv2.weight.flatten(1), model.head.weight.view(3, 4, 4).transpose(0, 1).flatten(1)]
+    norms = torch.stack([part.norm(dim=1).sum() for part in parts]).sum()
+    assert float(lasso_norms(model, groups)) == pytest.approx(float(norms.detach()), rel=1e-5)
+    weights = [model.conv1.weight, model.conv2.weight, model.head.weight]
+    expected = torch.autograd.grad(0.3 * norms, weights)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    add_lasso_gradient(model, groups, torch.tensor(0.3))
+    for weight, gradient in zip(weights, expected, strict=True):
+        torch.testing.assert_close(weight.grad, 1.0 + gradient, rtol=1e-4, atol=1e-6)
+    assert torch.equal(model.conv1.bias.grad, torch.ones(6))
+
+
+def test_strength_gives_the_ratio() -> None:
+    """With it the penalty is the asked share of the whole loss."""
+    strength = lasso_strength(torch.tensor(2.0), torch.tensor(50.0), 0.25)
+    penalty = float(strength) * 50.0
+    assert penalty / (2.0 + penalty) == pytest.approx(0.25)
+
+
+def test_only_units_near_zero_go_before_the_end() -> None:
+    """A reconfiguration drops the units below the threshold and no others."""
+    groups, cost = chain(20, 30)
+    saliency = {"layer0": np.full(20, 1.0), "layer1": np.full(30, 5.0)}
+    saliency["layer1"][[3, 7]] = 0.2
+    dense = cost.total(widths_of(groups))
+    reading = Reading(10, saliency, 1, calibrated=False)
+    seen = observe(groups, cost, limit=0.3 * dense, dense=dense, reading=reading, step=10, total_steps=100)
+    controller = ReconfiguringController()
+    _, plan = controller.decide(controller.init(groups), seen, cost, groups)
+    assert plan.keep["layer0"].all() and np.flatnonzero(~plan.keep["layer1"]).tolist() == [3, 7]
+    assert not plan.landed

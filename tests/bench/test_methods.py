@@ -1,0 +1,185 @@
+"""Methods: every one trains, counts, meets its budget and says where it comes from."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import setpoint
+from setpoint.bench.counter import step_flops
+from setpoint.bench.digits import digits
+from setpoint.bench.found import found_widths
+from setpoint.bench.method import METHODS, Method, method_named
+from setpoint.bench.methods.scratch import SmallFound
+from setpoint.bench.results import MODEL, Result
+from setpoint.bench.task import BenchError, dense_widths
+from setpoint.bench.training import Cell, train
+from setpoint.bench.weight_flops import weight_flops
+
+TASK = digits(epochs=1, width=16)
+BUDGET = 0.5
+methods = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+Runs = tuple[Path, Mapping[str, Result]]
+
+
+def finish(method: Method, out: Path, needed: Mapping[str, Result], budget: float = BUDGET) -> Result:
+    """Train one cell to its end."""
+    training = train(Cell(TASK, method, budget if method.sized else None, 0), out, needed)
+    while True:
+        try:
+            next(training)
+        except StopIteration as end:
+            result: Result = end.value
+            return result
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Every method's result at one budget."""
+    out, results = tmp_path_factory.mktemp("methods"), dict[str, Result]()
+    for method in sorted(METHODS, key=lambda method: (bool(method.needs), method.name)):
+        results[method.name] = finish(method, out, {name: results[name] for name in method.needs})
+    return out, results
+
+
+@methods
+def test_meets_the_budget(method: Method, runs: Runs) -> None:
+    """The finished model is within the budget and near it: really, or in theory where only weights are masked."""
+    results = runs[1]
+    result, dense = results[method.name], results["dense"]
+    if method.name == "dense":
+        assert result.budget is None and result.final_flops == dense.final_flops
+    elif result.theoretical_flops is not None:
+        assert result.final_flops == dense.final_flops  # what this hardware realises
+        assert 0.999 * BUDGET <= result.theoretical_flops / dense.final_flops <= BUDGET
+        assert result.landed and result.density is not None and 0 < result.density < 1
+    else:
+        assert 0.85 * BUDGET <= result.final_flops / dense.final_flops <= BUDGET
+        assert result.landed in (True, None)
+        if result.claimed_flops is not None:
+            assert result.claimed_flops == result.final_flops
+
+
+@methods
+def test_the_saved_model_is_the_measured_one(method: Method, runs: Runs) -> None:
+    """What lies in the cell's folder loads, runs its own forward, costs what was said, and scores what was said."""
+    out, results = runs
+    result = results[method.name]
+    widths = dense_widths(TASK)
+    if method.name.startswith("small"):
+        widths = method.course(TASK, BUDGET, results).widths  # type: ignore[assignment]
+    model = setpoint.load(out / result.folder / MODEL, into=TASK.build(widths))
+    assert step_flops(model, TASK.example()) == result.final_flops
+    assert TASK.evaluate(model, "test").accuracy == pytest.approx(result.value)
+    if result.density is not None:
+        flops = weight_flops(model, TASK.example())
+        assert result.theoretical_flops == flops.at(
+            {name: int(model.get_parameter(name).count_nonzero()) for name in flops.sizes}
+        )
+
+
+@methods
+def test_is_a_value_with_a_source(method: Method) -> None:
+    """It has the protocol's parts, is hashable, goes to another process whole, and cites a paper if it is not ours."""
+    assert isinstance(method, Method)
+    assert hash(method) == hash(replace(method))  # type: ignore[type-var]
+    assert pickle.loads(pickle.dumps(method)) == method
+    assert method.family in ("dense", "small", "post-training", "open-loop", "sparse", "setpoint")
+    ours = method.family == "setpoint" or method.name in ("dense", "small", "small-long")
+    assert ours or method.paper
+    assert set(method.needs) <= {each.name for each in METHODS}
+
+
+def test_post_training_counts_the_dense_run(runs: Runs) -> None:
+    """Steps, FLOPs and seconds are the dense run's and the fine-tuning's together."""
+    results = runs[1]
+    dense, tuned = results["dense"], round(0.25 * TASK.steps)
+    for method in METHODS:
+        if method.family == "post-training":
+            result = results[method.name]
+            assert result.steps == TASK.steps + tuned
+            assert result.seconds > dense.seconds
+            tuning = result.train_flops - dense.train_flops - result.overhead_flops
+            assert tuned * result.final_flops <= tuning <= tuned * dense.final_flops
+    masked = results["magnitude-oneshot"]
+    assert masked.theoretical_flops is not None
+    assert masked.theoretical_train_flops == pytest.approx(dense.train_flops + tuned * masked.theoretical_flops)
+    batches = 10
+    assert results["torch-pruning-taylor"].overhead_flops == batches * dense.final_flops
+
+
+def test_small_long_spends_what_setpoint_spent(runs: Runs) -> None:
+    """Its training FLOPs are Setpoint's whole, to half a step, and its model is the small one."""
+    results = runs[1]
+    long, small = results["small-long"], results["small"]
+    assert long.final_flops == small.final_flops and long.steps > small.steps
+    assert abs(long.train_flops - results["setpoint"].train_flops) <= long.final_flops / 2
+
+
+def test_small_found_has_setpoints_widths(runs: Runs) -> None:
+    """It is as expensive as the pruned model, tensor by tensor of its shape, and freshly initialised at that width."""
+    out, results = runs
+    pruned = setpoint.load(out / results["setpoint"].folder / MODEL, into=TASK.build(dense_widths(TASK)))
+    widths = found_widths(TASK, results["setpoint"].widths)
+    built = TASK.build(widths)
+    assert [p.shape for p in built.parameters()] == [p.shape for p in pruned.parameters()]
+    assert results["small-found"].final_flops == results["setpoint"].final_flops
+    assert "not counted" in results["small-found"].notes
+
+
+def test_small_found_refuses_what_it_cannot_build(runs: Runs) -> None:
+    """A group that no dimension sets is an error that names it."""
+    with pytest.raises(BenchError, match="no dimension for the width of mystery"):
+        found_widths(TASK, {"mystery": 3})
+
+
+def test_needs_are_said(tmp_path: Path) -> None:
+    """A method whose needed run is missing says which, and a missing model says where it looked."""
+    with pytest.raises(BenchError, match="small-found needs a finished run of setpoint"):
+        finish(SmallFound(), tmp_path, {})
+
+
+def test_a_missing_model_is_said(runs: Runs, tmp_path: Path) -> None:
+    """A post-training method whose dense model is gone says where it looked."""
+    with pytest.raises(BenchError, match="model.safetensors is missing, the trained model of dense"):
+        finish(method_named("magnitude-oneshot"), tmp_path, {"dense": runs[1]["dense"]})
+
+
+@pytest.mark.parametrize("name", ["small", "torch-pruning-norm", "cubic", "setpoint"])
+def test_a_budget_out_of_reach_says_the_least(name: str, runs: Runs) -> None:
+    """Each kind of method says what the least is that it reaches."""
+    out, results = runs
+    with pytest.raises(setpoint.SetpointError, match="narrowest model costs|least it reaches|still needs"):
+        finish(method_named(name), out, results, budget=0.0005)
+
+
+def test_settings_by_name() -> None:
+    """`rigl@density=0.1` is RigL at that density, whatever the budget; unknown settings and values are errors."""
+    sparse = method_named("rigl@density=0.1")
+    assert sparse.name == "rigl@density=0.1" and not sparse.sized and method_named("rigl").sized
+    assert method_named("small-long@learning_rate=0.5").learning_rate == 0.5  # type: ignore[attr-defined]
+    with pytest.raises(BenchError, match=r"unknown setting 'colour' of rigl: it has @density=NUMBER"):
+        method_named("rigl@colour=3")
+    with pytest.raises(BenchError, match="is a number, got 'much'"):
+        method_named("rigl@density=much")
+    with pytest.raises(BenchError, match="dense, small, small-long"):
+        method_named("magic")
+
+
+def test_density_in_place_of_a_budget(tmp_path: Path) -> None:
+    """A tenth of the weights is what stays, to 0.1 %."""
+    result = finish(method_named("set@density=0.1"), tmp_path, {})
+    assert result.budget is None and result.density == pytest.approx(0.1, rel=1e-3)
+
+
+def test_learning_rate_and_share_of_fine_tuning() -> None:
+    """Fine-tuning takes its share of the steps at its share of the learning rate."""
+    course = method_named("filter-oneshot@share=0.5@learning_rate=0.2").course(TASK, BUDGET, {})
+    assert course.task.steps == round(0.5 * TASK.steps)
+    rates = [task.optimizer(torch.nn.Linear(1, 1)).param_groups[0]["lr"] for task in (course.task, TASK)]
+    assert rates[0] == pytest.approx(0.2 * rates[1])

@@ -1,0 +1,87 @@
+"""Rehearsals: few forwards, on copies without data, that leave the model and its hooks alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from setpoint.groups.rehearsal import Rehearsal
+from setpoint.groups.trace import find_groups
+
+
+class AsksForValues(nn.Module):
+    """A forward whose code depends on a value, which tensors without data cannot tell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) if x.sum().item() > 0 else x
+
+
+def kinds_of(rehearsal: Rehearsal) -> list[torch.device]:
+    """The device of the first weight of every copy that one run made."""
+    devices: list[torch.device] = []
+    rehearsal.run(lambda twin: devices.append(next(twin.parameters()).device))
+    return devices
+
+
+def test_the_kind_of_tensors_that_was_enough_is_kept() -> None:
+    """A forward that asks for values is tried on meta, fake and real tensors once, and then on real ones only."""
+    rehearsal = Rehearsal(AsksForValues(), (torch.ones(2, 4),))
+    assert len(kinds_of(rehearsal)) == 3
+    assert kinds_of(rehearsal) == [torch.device("cpu")]
+    assert rehearsal.run() == ((2, 3),)
+    assert kinds_of(Rehearsal(nn.Linear(4, 3), (torch.ones(2, 4),))) == [torch.device("meta")]
+
+
+def test_hooks_of_the_user_are_neither_run_nor_copied() -> None:
+    """A hook that cannot be copied is no obstacle, and never runs; weight norm's own computes the weight."""
+    layer = torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))
+
+    class Hook:
+        def __deepcopy__(self, memo: object) -> Hook:
+            raise AssertionError("copied")
+
+        def __call__(self, *_: object) -> None:
+            raise AssertionError("run")
+
+    layer.register_forward_hook(Hook())
+    assert Rehearsal(layer, (torch.ones(2, 4),)).run() == ((2, 3),)
+    assert len(layer._forward_hooks) == 1
+
+
+class Branching(nn.Module):
+    """A stream under a norm and neurons beside it; other code in training than in evaluation, if `branch`."""
+
+    def __init__(self, branch: bool) -> None:
+        super().__init__()
+        self.branch = branch
+        self.embed, self.norm = nn.Linear(4, 6), nn.LayerNorm(6)
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(self.norm(self.embed(x))).relu()
+        return self.second(x * 2 if self.branch and self.training else x)
+
+
+@pytest.mark.parametrize(("branch", "modes"), [(False, [0, 0, 0, 1, 0]), (True, [0, 0, 0, 1, 0, 1])])
+def test_the_other_mode_is_tried_again_only_if_it_runs_other_code(
+    branch: bool, modes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The dense model, its written sizes, the lossless cut in both modes, and the whole cut in one or in both."""
+    ran: list[int] = []
+    run = Rehearsal._run
+
+    def noted(self: Rehearsal, kind: Any, prepare: Callable[[nn.Module], None], other_mode: bool) -> Any:
+        ran.append(int(other_mode))
+        return run(self, kind, prepare, other_mode)
+
+    monkeypatch.setattr(Rehearsal, "_run", noted)
+    assert [group.lossless for group in find_groups(Branching(branch), (torch.ones(2, 4),))] == [False, True]
+    assert ran == modes
