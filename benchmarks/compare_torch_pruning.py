@@ -4,8 +4,8 @@
 
 Each library works in processes of its own, on one thread, within a limit of processor time and of memory; one that
 dies or exceeds them is replaced; what ran out of memory is repeated at the end, alone and with twice as much. Finished
-jobs are kept in OUT.partial, and a second start goes on from there: jobs are repeated only if something that they
-follow from has changed. OUT is written when all are done.
+models are kept in OUT.partial, and a second start goes on from there: a library is asked again only if something that
+its outcome follows from has changed. OUT is written when all are done.
 Needs `pip install "setpoint[baselines,suites]"`.
 """
 
@@ -40,13 +40,11 @@ from torch import nn
 
 import setpoint
 from setpoint.bench.catalogue import task_named
-from setpoint.bench.coverage import TOLERANCE, check
+from setpoint.bench.coverage import TOLERANCE
 from setpoint.bench.environment import environment
 from setpoint.bench.sweep import SUITES, suite_named
 
 OUT = Path(__file__).resolve().parents[1] / "results" / "coverage" / "torch_pruning.json"
-JOBS = {"setpoint": "setpoint", "check": "setpoint", "torch_pruning": "torch_pruning"}
-"""What is done with a model, and the process that does it."""
 _MODELS_PER_PROCESS = 12
 _START_SECONDS = 120.0
 """Processor time in which a process imports everything."""
@@ -55,7 +53,7 @@ _PATIENCE = 20
 
 
 def serve(connection: Connection, library: str, suites: list[str], memory_gib: float) -> None:
-    """Work off jobs (suite, model, name of the job): a pair (whether done, record so far) at every stage."""
+    """Work off jobs (suite, model): a pair (whether done, record so far) at every stage."""
     if library == "torch_pruning":
         os.environ["TIMM_FUSED_ATTN"] = "0"  # its examples ask for this
     warnings.simplefilter("ignore")
@@ -66,18 +64,9 @@ def serve(connection: Connection, library: str, suites: list[str], memory_gib: f
     best(library, lambda: (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), (torch.randn(2, 4),)))
     connection.send((True, {}))
     while True:
-        suite, model, job = connection.recv()
-        if job == "check":
-            connection.send((True, checked(asdict(check(model, known[suite][model])))))
-        else:
-            report = best(library, known[suite][model], lambda now: connection.send((False, now)))
-            connection.send((True, report))
-
-
-def checked(verdict: Mapping[str, Any]) -> dict[str, Any]:
-    """A verdict of `setpoint.bench.coverage.check` as it stands in the file."""
-    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in verdict.items()}
-    return finite | {"reason": str(verdict["reason"])[:300]}
+        suite, model = connection.recv()
+        report = best(library, known[suite][model], lambda now: connection.send((False, now)))
+        connection.send((True, report))
 
 
 class Worker:
@@ -107,19 +96,17 @@ class Worker:
             self.process.join()
             self.process = None
 
-    def run(self, suite: str, model: str, job: str, limit_seconds: float) -> dict[str, Any]:
+    def run(self, suite: str, model: str, limit_seconds: float) -> dict[str, Any]:
         """The record of one job, whatever becomes of it."""
         if self.process is None or not self.jobs_left:
             self.start()
         self.jobs_left -= 1
-        self.connection.send((suite, model, job))
+        self.connection.send((suite, model))
         end, record = self._answer(limit_seconds)
         if end == "done":
             return record
         self.stop()
         reason = f"no answer within {limit_seconds:g} s" if end == "time" else "its process died (out of memory?)"
-        if job == "check":
-            return {"model": model, "passed": False, "reason": reason}
         if record.get("passed"):  # only the comparison with the masked twin was not finished
             return record | {"exact_reason": reason}
         return asdict(Outcome()) | record | {"stage": end, "reason": f"{reason}, at {record.get('stage', 'build')}"}
@@ -162,9 +149,9 @@ def _digest(paths: list[Path]) -> str:
     return digest.hexdigest()[:12]
 
 
-def stands(job: str, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether an earlier outcome of a job can be kept: all that it follows from is the same."""
-    own = {"setpoint", "setpoint source"} if JOBS[job] == "torch_pruning" else set()
+def stands(library: str, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether an earlier outcome of a library can be kept: all that it follows from is the same."""
+    own = {"setpoint", "setpoint source"} if library == "torch_pruning" else set()
     same = all(earlier["versions"].get(name) == now["versions"][name] for name in now["versions"].keys() - own)
     return same and all(earlier[key] == now[key] for key in ("limit_seconds", "memory_gib"))
 
@@ -175,13 +162,13 @@ Place = tuple[str, str]
 
 def compare(
     todo: Mapping[Place, Mapping[str, Any]],
-    jobs: set[str],
+    libraries: set[str],
     workers: int,
     suites: list[str],
     limit_seconds: float,
     memory_gib: float,
 ) -> Iterator[dict[str, Any]]:
-    """The record of each place, as it comes; `todo` holds what is known of it already, by job."""
+    """The record of each place, as it comes; `todo` holds what is known of it already, by library."""
     lanes = threading.local()
     started: list[Worker] = []
 
@@ -191,14 +178,14 @@ def compare(
             started.extend(lanes.workers.values())
         suite, model = place
         outcomes = dict(todo[place])
-        for job, library in JOBS.items():
-            if job in outcomes or job not in jobs:
+        for library in LIBRARIES:
+            if library in outcomes or library not in libraries:
                 continue
             try:
-                outcomes[job] = lanes.workers[library].run(suite, model, job, limit_seconds)
+                outcomes[library] = lanes.workers[library].run(suite, model, limit_seconds)
             except RuntimeError as error:
                 lanes.workers[library].stop()
-                outcomes[job] = asdict(Outcome(stage="died", reason=first_line(error)))
+                outcomes[library] = asdict(Outcome(stage="died", reason=first_line(error)))
         return {"suite": suite, "model": model, **outcomes}
 
     try:
@@ -210,8 +197,8 @@ def compare(
 
 
 def ran_out_of_memory(record: Mapping[str, Any]) -> bool:
-    """Whether a job of a record ended for want of memory."""
-    texts = [f"{record[job]['reason']} {record[job].get('exact_reason', '')}" for job in JOBS if job in record]
+    """Whether a library ended for want of memory."""
+    texts = [f"{record[each]['reason']} {record[each]['exact_reason']}" for each in LIBRARIES if each in record]
     return any(sign in text for sign in ("alloc_cpu", "MemoryError", "process died") for text in texts)
 
 
@@ -235,13 +222,13 @@ def main() -> None:
     parser.add_argument("--models", default="", help="comma-separated; by default all of each suite")
     parser.add_argument("--libraries", default=",".join(LIBRARIES), help="whose turn it is; by default both")
     parser.add_argument("--workers", type=int, default=2, help="models at a time")
-    parser.add_argument("--limit-seconds", type=float, default=120.0, help="processor time for a job")
+    parser.add_argument("--limit-seconds", type=float, default=120.0, help="processor time for a model in a library")
     parser.add_argument("--memory-gib", type=float, default=9.0, help="memory of each process")
     parser.add_argument("--out", type=Path, default=OUT)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     suites = arguments.suites.split(",")
-    jobs = {job for job, library in JOBS.items() if library in arguments.libraries.split(",")}
+    libraries = set(arguments.libraries.split(","))
     limit_seconds = arguments.limit_seconds
     chosen = set(filter(None, arguments.models.split(",")))
     places = [(s, m) for s in suites for m in suite_named(s) if not chosen or m in chosen]
@@ -261,7 +248,7 @@ def main() -> None:
     for path in (arguments.out, partial):
         earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"models": []}
         for record in earlier["models"]:
-            standing = {job: record[job] for job in JOBS if job in record and stands(job, earlier, result)}
+            standing = {each: record[each] for each in LIBRARIES if each in record and stands(each, earlier, result)}
             kept.setdefault((record["suite"], record["model"]), {}).update(standing)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
 
@@ -272,16 +259,16 @@ def main() -> None:
         path.with_name(path.name + ".new").replace(path)
 
     def work_off(todo: Mapping[Place, Mapping[str, Any]], workers: int, memory_gib: float) -> None:
-        for number, record in enumerate(compare(todo, jobs, workers, suites, limit_seconds, memory_gib), 1):
-            kept[record["suite"], record["model"]] = {job: record[job] for job in JOBS if job in record}
+        for number, record in enumerate(compare(todo, libraries, workers, suites, limit_seconds, memory_gib), 1):
+            kept[record["suite"], record["model"]] = {each: record[each] for each in LIBRARIES if each in record}
             write(partial)
-            ends = {job: record[job]["reason"][:60] or "passed" for job in JOBS if job in record}
+            ends = {each: record[each]["reason"][:60] or "passed" for each in LIBRARIES if each in record}
             print(f"{number}/{len(todo)} {record['suite']} {record['model']}: {ends}", flush=True)
 
     todo = {place: kept.get(place, {}) for place in places}
-    todo = {place: done for place, done in todo.items() if jobs - done.keys()}
+    todo = {place: done for place, done in todo.items() if libraries - done.keys()}
     work_off(todo, arguments.workers, arguments.memory_gib)
-    if any(JOBS.keys() - kept[place].keys() for place in places):
+    if any(LIBRARIES.keys() - kept[place].keys() for place in places):
         sys.exit(f"the other library is still to do; what there is lies in {partial}")
     again = {place: {} for place in places if ran_out_of_memory(kept[place])}
     work_off(again, 1, 2 * arguments.memory_gib)

@@ -1,5 +1,7 @@
 """Setpoint: prune PyTorch models while they train, to a budget held by a feedback controller."""
 
+from setpoint.actuator.regrow import regrow
+from setpoint.actuator.reserve import Reserve
 from setpoint.actuator.shrink import shrink
 from setpoint.checkpoint import load, save
 from setpoint.controller.plan import Controller, Observation, Plan
@@ -52,6 +54,7 @@ __all__ = [
     "Plan",
     "PricedController",
     "Reading",
+    "Reserve",
     "SelectiveSensor",
     "Sensor",
     "SensorChain",
@@ -66,6 +69,7 @@ __all__ = [
     "attach",
     "find_groups",
     "load",
+    "regrow",
     "save",
     "shrink",
 ]

@@ -38,6 +38,9 @@ class Entry:
         sensing_seconds: time spent sensing since the last entry.
         deciding_seconds: time spent deciding.
         resizing_seconds: time spent resizing model and optimizer.
+        gain: probed gain of the units brought back, by group, in the order of `grown`.
+        grown_worth: gain / cost of their blocks, by group, in the order of `grown`.
+        probing_seconds: time spent on probing since the last entry.
     """
 
     step: int
@@ -58,6 +61,9 @@ class Entry:
     deciding_seconds: float = 0.0
     resizing_seconds: float = 0.0
     val: float | None = None
+    gain: Mapping[str, list[float]] = field(default_factory=dict)
+    grown_worth: Mapping[str, list[float]] = field(default_factory=dict)
+    probing_seconds: float = 0.0
 
 
 class Ledger:
@@ -166,7 +172,7 @@ def _entry(row: dict[str, Any] | None) -> Entry | None:
         return None
     known = {each.name for each in fields(Entry)}
     values = {key: value for key, value in row.items() if key in known}
-    for key in ("saliency", "worth"):
+    for key in ("saliency", "worth", "gain", "grown_worth"):
         by_group = values.get(key, {})
         values[key] = {name: [math.nan if x is None else x for x in numbers] for name, numbers in by_group.items()}
     return Entry(**values)

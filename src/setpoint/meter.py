@@ -77,6 +77,11 @@ class StepMeter:
             self._intervals.append(time.perf_counter() - self._began)
             self._began = None
 
+    def extra(self) -> float:
+        """End a step of another kind, which is no reading: by how many seconds it was longer than the median."""
+        usual, began, self._began = self.seconds_per_step, self._began, None
+        return 0.0 if began is None or usual is None else max(0.0, time.perf_counter() - began - usual)
+
     def clear(self) -> None:
         """Forget everything: the steps from here on are of another kind."""
         self._intervals.clear()

@@ -100,8 +100,8 @@ def test_the_table_counts_what_the_file_says(script: Any, tmp_path: Path) -> Non
     )
     late = asdict(contenders.Outcome(stage="time", reason="no answer within 120 s, at `discovery`"))
     records = [
-        {"suite": "plain", "model": "a", "setpoint": good, "torch_pruning": late, "check": {"passed": True}},
-        {"suite": "plain", "model": "b", "setpoint": late, "torch_pruning": late, "check": {"passed": False}},
+        {"suite": "plain", "model": "a", "setpoint": good, "torch_pruning": late},
+        {"suite": "plain", "model": "b", "setpoint": late, "torch_pruning": late},
     ]
     environment = {"cpu": "a processor", "threads": 1}
     data = {"models": records, "environment": environment, "versions": {"torch": "2"}, "workers": 2}
@@ -110,7 +110,7 @@ def test_the_table_counts_what_the_file_says(script: Any, tmp_path: Path) -> Non
     assert readme.coverage_table(path) == "Not measured yet."
     path.write_text(json.dumps(data), encoding="utf-8")
     lines = readme.coverage_table(path).splitlines()
-    assert "| plain | Setpoint | 1 / 2 | 1 s | 1 / 1 | – | 1 / 1 | 1 / 1 | 1 / 2 |" in lines
-    assert "| plain | Torch-Pruning | 0 / 2 | – | 0 / 0 | – | – | – | – |" in lines
+    assert "| plain | Setpoint | 1 / 2 | 1 s | 1 / 1 | – | 1 / 1 | 1 / 1 |" in lines
+    assert "| plain | Torch-Pruning | 0 / 2 | – | 0 / 0 | – | – | – |" in lines
     assert "| no answer within the processor time | 1 | 2 |" in lines
     assert "* plain `b`: `time: no answer within 120 s, at 'discovery'`" in lines

@@ -21,6 +21,7 @@ from setpoint.groups.group import Group
 from setpoint.groups.shim import HEADS, set_call_sizes
 from setpoint.groups.trace import find_groups, trace
 from setpoint.groups.trial import random_keep
+from setpoint.groups.walk import _RULES
 
 
 def places(groups: tuple[Group, ...]) -> set[tuple[str, str]]:
@@ -279,8 +280,11 @@ def test_groups_may_be_cut_one_after_the_other(first: int) -> None:
         torch.testing.assert_close(model(x), twin.double()(x), rtol=0, atol=1e-6)
 
 
-def test_a_rule_that_does_not_cover_a_call_freezes_it() -> None:
+def test_a_rule_that_does_not_cover_a_call_freezes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """An exception in a rule is no crash: what the op touches stays, by name, and the rest is found."""
+
+    def fail(walk: Any, out: Any, x: Any) -> Any:
+        raise ValueError("this form is unknown\nand so is that")
 
     class Odd(nn.Module):
         def __init__(self) -> None:
@@ -288,13 +292,14 @@ def test_a_rule_that_does_not_cover_a_call_freezes_it() -> None:
             self.a, self.b, self.c = nn.Linear(5, 16), nn.Linear(16, 12), nn.Linear(12, 2)
 
         def forward(self, x: Tensor) -> Tensor:
-            y = self.a(x)
-            return self.c(self.b(torch.mul(y, 2.0, out=torch.empty_like(y).detach())).relu())
+            return self.c(self.b(torch.erf(self.a(x))).relu())
 
-    with torch.no_grad():
-        model = Odd().requires_grad_(False)
-    traced = trace(model, (torch.randn(3, 5),))
+    monkeypatch.setitem(_RULES, torch.ops.aten.erf.default, fail)
+    traced = trace(Odd(), (torch.randn(3, 5),))
     assert [group.name for group in traced.groups] == ["b"]
+    assert [f.reason for f in traced.frozen if f.place == "model: erf"] == [
+        "its rule does not cover this call (ValueError: this form is unknown)"
+    ]
 
 
 class Calibrated(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +20,8 @@ from setpoint.groups.group import Group
 
 
 @dataclass(frozen=True, eq=False)
-class _Change:
-    """One tensor, its contents after the cut, and its state in each optimizer that holds it."""
+class Change:
+    """One tensor, its contents after a cut or regrowth, and its state in each optimizer that holds it."""
 
     name: str
     tensor: Tensor
@@ -30,12 +30,12 @@ class _Change:
 
 
 @dataclass(frozen=True, eq=False)
-class _Job:
+class Job:
     """Everything that is to change in one module."""
 
     module: nn.Module
-    changes: tuple[_Change, ...]
-    sizes: Mapping[SizePlace, int]
+    changes: tuple[Change, ...]
+    sizes: Mapping[SizePlace, int | None]
 
 
 def shrink(
@@ -83,26 +83,35 @@ def shrink(
     """
     cut = plan_cut(groups, keep)
     remaining = cut_groups(groups, keep)
-    copied = _unwrapped(cut, model, copies)
+    copied = unwrapped(cut.dims(), model, copies)
     jobs = [_job(model, cut, as_sequence(optimizer)), *(_job(each, cut, ()) for each in copied)]
     with ExitStack() as undo:
         for job in jobs:
-            _commit(job, undo)
+            commit(job, undo)
         torch.clear_autocast_cache()
         undo.pop_all()  # nothing failed: forget the way back
     return remaining
 
 
-def _unwrapped(cut: Cut, model: nn.Module, copies: Sequence[nn.Module]) -> list[nn.Module]:
-    """Each copy once, out of its wrapper; it must mirror the model and share nothing with it."""
+def unwrapped(names: Iterable[str], model: nn.Module, copies: Sequence[nn.Module]) -> list[nn.Module]:
+    """Each copy once, out of its wrapper; it must mirror the model and share nothing with it.
+
+    Args:
+        names: tensors of the model that change.
+        model: the model.
+        copies: further modules with the same tensors.
+
+    Raises:
+        GroupError: when a copy shares tensors with the model.
+    """
     own = {id(tensor) for tensor in named_tensors(model).values()}
-    names = list(cut.dims())
+    first = next(iter(names), None)
     found: dict[int, nn.Module] = {}
     for copy in copies:
         tensors = named_tensors(copy)
         if copy is model or any(id(tensor) in own for tensor in tensors.values()):
             raise GroupError("a copy shares tensors with the model itself: pass independent copies only")
-        wrapped = names and names[0] not in tensors and f"module.{names[0]}" in tensors
+        wrapped = first is not None and first not in tensors and f"module.{first}" in tensors
         found[id(copy)] = copy.get_submodule("module") if wrapped else copy
     return list(found.values())
 
@@ -113,7 +122,7 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**tensors, **dict(model.named_buffers(remove_duplicate=False))}
 
 
-def _prepare(model: nn.Module, cut: Cut, optimizers: Sequence[Optimizer]) -> Iterator[_Change]:
+def _prepare(model: nn.Module, cut: Cut, optimizers: Sequence[Optimizer]) -> Iterator[Change]:
     """Build everything new without touching anything old."""
     tensors = named_tensors(model)
     single = [name for name, kept in cut.elements.items() if not kept.all()]
@@ -126,7 +135,7 @@ def _prepare(model: nn.Module, cut: Cut, optimizers: Sequence[Optimizer]) -> Ite
         tensor = changing[name]
         held = [each for each in optimizers if isinstance(tensor, nn.Parameter) and tensor in each.state]
         states = tuple((each, cut_state(each, tensor, dims, repr(name))) for each in held)  # type: ignore[arg-type]
-        yield _Change(name, tensor, take(tensor, dims), states)
+        yield Change(name, tensor, take(tensor, dims), states)
 
 
 def check_lengths(cut: Cut, tensors: Mapping[str, Tensor], what: str) -> None:
@@ -184,8 +193,8 @@ def check_cuttable(changing: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
 def _new_sizes(model: nn.Module, cut: Cut) -> dict[SizePlace, int]:
     """What every size that changes must become, once it is sure that it holds the old count."""
     counts = dict(cut.sizes)
-    calls = {_call(at) for at in cut.following if is_call(at[1])}  # all sizes of a call go together
-    changing = {at: kept for at, kept in counts.items() if not kept.all() or (is_call(at[1]) and _call(at) in calls)}
+    calls = {call_of(at) for at in cut.following if is_call(at[1])}  # all sizes of a call go together
+    changing = {at: kept for at, kept in counts.items() if not kept.all() or (is_call(at[1]) and call_of(at) in calls)}
     check_sizes(model, changing)
     for (name, place), kept in changing.items():
         if not is_call(place) and (old := read_size(model.get_submodule(name), place)) != kept.size:
@@ -196,15 +205,22 @@ def _new_sizes(model: nn.Module, cut: Cut) -> dict[SizePlace, int]:
     return {at: int(kept.sum()) for at, kept in changing.items()}
 
 
-def _call(at: SizePlace) -> SizePlace:
+def call_of(at: SizePlace) -> SizePlace:
+    """The call that a place is an argument of: `("", "view#2[1]")` is of `("", "view#2")`."""
     return at[0], at[1].partition("[")[0]
 
 
-def _job(module: nn.Module, cut: Cut, optimizers: Sequence[Optimizer]) -> _Job:
-    return _Job(module, tuple(_prepare(module, cut, optimizers)), _new_sizes(module, cut))
+def _job(module: nn.Module, cut: Cut, optimizers: Sequence[Optimizer]) -> Job:
+    return Job(module, tuple(_prepare(module, cut, optimizers)), _new_sizes(module, cut))
 
 
-def _commit(job: _Job, undo: ExitStack) -> None:
+def commit(job: Job, undo: ExitStack) -> None:
+    """Put everything new in its place.
+
+    Args:
+        job: what is to change; everything in it is known to fit.
+        undo: where to note how to put everything back.
+    """
     record_dense(job.module, {change.name: tuple(change.tensor.shape) for change in job.changes}, undo)
     for change in job.changes:
         for optimizer, state in change.states:

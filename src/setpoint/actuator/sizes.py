@@ -93,25 +93,24 @@ def check_sizes(model: nn.Module, sizes: Iterable[SizePlace]) -> None:
             read_size(module, place)
 
 
-def apply_sizes(model: nn.Module, sizes: Mapping[SizePlace, int], undo: ExitStack) -> None:
+def apply_sizes(model: nn.Module, sizes: Mapping[SizePlace, int | None], undo: ExitStack) -> None:
     """Set sizes in the modules of `model`, and record them on it so that `save` finds them.
 
     Args:
         model: the root; names are relative to it.
-        sizes: by (module name, place), the new size.
+        sizes: by (module name, place), the new size; None for a call that needs no correction any more.
         undo: where to note how to put everything back; `undo.close()` does it.
     """
-    if not sizes:
-        return
-    calls: dict[str, dict[str, int]] = {}
+    calls: dict[str, dict[str, int | None]] = {}
     for (name, place), size in sizes.items():
         module = model.get_submodule(name)
         before: dict[str, int] | None = module.__dict__.get(_RECORD)
         undo.callback(partial(_set_record, module, _RECORD, before))
-        _set_record(module, _RECORD, {**(before or {}), place: size})
+        _set_record(module, _RECORD, _with_size(before, place, size) or None)
         if is_call(place):
             calls.setdefault(name, {})[place] = size
             continue
+        assert size is not None, "an attribute always holds a size"
         undo.callback(fit_forward, module)
         undo.callback(partial(write_size, module, place, read_size(module, place)))
         write_size(module, place, size)
@@ -120,7 +119,15 @@ def apply_sizes(model: nn.Module, sizes: Mapping[SizePlace, int], undo: ExitStac
         module = model.get_submodule(name)
         old = dict(get_call_sizes(module))
         undo.callback(partial(set_call_sizes, module, old))
-        set_call_sizes(module, {**old, **places})
+        new: dict[str, int] = old
+        for place, size in places.items():
+            new = _with_size(new, place, size)
+        set_call_sizes(module, new)
+
+
+def _with_size(sizes: Mapping[str, int] | None, place: str, size: int | None) -> dict[str, int]:
+    kept = {each: value for each, value in (sizes or {}).items() if each != place}
+    return kept if size is None else {**kept, place: size}
 
 
 def _set_record(model: nn.Module, key: str, record: object) -> None:

@@ -17,6 +17,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from setpoint.actuator.cut import Cut, Keep, check_keep, plan_cut, take
 from setpoint.actuator.mask import mask
+from setpoint.actuator.probing import Probing
+from setpoint.actuator.reserve import Reserve
 from setpoint.actuator.shrink import named_tensors, shrink
 from setpoint.errors import ExampleError, VerificationError
 from setpoint.groups.export import Example, computed, inputs_of, tensors_of
@@ -72,6 +74,44 @@ def failing_groups(model: nn.Module, example: Example, groups: tuple[Group, ...]
         ExampleError: when the model itself does not run on the example.
     """
     return tuple(name for name, _ in _Trial.of(model, example, groups, None).failing())
+
+
+def verify_probe(model: nn.Module, example: Example, groups: tuple[Group, ...]) -> None:
+    """Check on copies of the model that a step with resting units present is the shrunk model's own step.
+
+    What runs parts of the forward pass again in the backward pass (activation checkpointing) fails here, since the
+    units are present in the forward pass only. Groups that are not lossless are left out, as in a run.
+
+    Args:
+        model: the live model, left alone.
+        example: inputs that it accepts.
+        groups: the model's groups.
+
+    Raises:
+        VerificationError: when the steps differ.
+        ExampleError: when the model itself does not run on the example.
+    """
+    trial = _Trial.of(model, example, groups, None)
+    exact = {group.name for group in groups if group.lossless}
+    keep = {name: kept for name, kept in trial.keep.items() if name in exact}
+    small = copy.deepcopy(trial.model, computed(trial.model))  # in eval mode if it draws random numbers in training
+    reserve = Reserve.of(small, groups).rest(small, None, keep)
+    shrink(small, None, groups, keep)
+    probed = copy.deepcopy(small, computed(small))
+    probing = Probing(probed, reserve, reserve.origins(), in_training=False)
+    why: str | None
+    try:
+        probing.start()
+        why = trial._run(small).difference(trial._run(probed), trial.tolerance)
+    except Exception as error:  # a foreign forward or backward pass may raise anything
+        why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    finally:
+        probing.stop()
+    if why:
+        raise VerificationError(
+            f"with resting units present, a step of a copy was not the shrunk model's step: {why}. Activation "
+            "checkpointing does this, since it runs forward passes again; attach with PricedController(regrow=False)"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -249,7 +289,8 @@ def randomised_copy(model: nn.Module, groups: tuple[Group, ...]) -> nn.Module:
             if not _is_float(tensor) or not (isinstance(tensor, nn.Parameter) or name in touched):
                 continue
             spread = 0.1 if tensor.dim() < 2 else float(np.sqrt(tensor.shape[0] / max(tensor.numel(), 1)))
-            factor = 1 + 0.3 * _noise(tensor.real, generator).clamp(-2, 2)
+            size = tensor.real if tensor.is_complex() else tensor  # phases stay
+            factor = 1 + 0.3 * _noise(size, generator).clamp(-2, 2)
             fresh = _noise(tensor, generator) * spread
             tensor.copy_(torch.where(tensor == 0, fresh, tensor * factor))
     for module in twin.modules():

@@ -6,7 +6,7 @@ import copy
 import math
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from setpoint.actuator.mask import mask
 from setpoint.actuator.shrink import shrink
 from setpoint.actuator.verify import randomised_copy
 from setpoint.bench.parameters import share_along
+from setpoint.controller.ladder import lowest_width
 from setpoint.groups.export import computed, inputs_of, tensors_of
 from setpoint.groups.group import Group
 from setpoint.groups.trace import trace
@@ -75,7 +76,9 @@ def check(name: str, build: Build) -> Verdict:
     The demands: there are groups; the model's own training forward and backward run after the cut; the optimizer
     holds exactly the live parameters and its next step moves every one of them; tied parameters stay tied, frozen
     ones frozen; train mode and hooks are as before; and in float64, with randomised weights, the outputs,
-    the gradients and the weights after a further step equal the masked twin's.
+    the gradients and the weights after a further step equal the masked twin's. So do the outputs after further cuts:
+    in the other of train and eval mode, with the largest group alone at its fewest units, with all of them there,
+    and a training step without the units of every group that may vanish.
 
     Args:
         name: what to call the model.
@@ -86,9 +89,9 @@ def check(name: str, build: Build) -> Verdict:
         torch.manual_seed(SEED)
         model, example = build()
         facts["params"] = sum(p.numel() for p in model.parameters())
-        start = time.perf_counter()
+        start = time.process_time()
         found = trace(model, example)
-        facts["seconds"] = time.perf_counter() - start
+        facts["seconds"] = time.process_time() - start
         groups = tuple(group for group in found.groups if group.lossless)
         facts["num_groups"], facts["num_units"] = len(groups), sum(group.num_units for group in groups)
         if not groups:
@@ -113,8 +116,9 @@ def halves(groups: tuple[Group, ...]) -> dict[str, np.ndarray]:
     generator = np.random.default_rng(SEED)
     keep = {}
     for group in groups:
+        block = group.multiple_of if group.only_blocks else 1
         kept = np.zeros(group.num_units, dtype=bool)
-        kept[generator.permutation(group.num_units)[: max(1, group.num_units // 2)]] = True
+        kept[generator.permutation(group.num_units)[: max(1, group.num_units // 2 // block) * block]] = True
         keep[group.name] = kept
     return keep
 
@@ -130,7 +134,7 @@ def _twin_error(model: nn.Module, example: Any, groups: tuple[Group, ...], keep:
     calls: list[int] = []
     small.register_forward_hook(lambda *_: calls.append(1))
     ties, modes = _ties(small), {name: module.training for name, module in small.named_modules()}
-    shrink(small, optimizer, groups, keep)
+    cut = shrink(small, optimizer, groups, keep)
     _check_kept(small, optimizer, frozen, ties, modes)
     before = {name: p.detach().clone() for name, p in small.named_parameters()}
     got = _step(small, optimizer, example)
@@ -142,18 +146,86 @@ def _twin_error(model: nn.Module, example: Any, groups: tuple[Group, ...], keep:
     dims = plan_cut(groups, keep).dims()
     errors = [_difference(a, b, "an output") for a, b in zip(want.outputs, got.outputs, strict=True)]
     for name, gradient in want.gradients.items():
-        cut = take(gradient, dims.get(name, {}))
-        if not cut.numel():
+        part = take(gradient, dims.get(name, {}))
+        if not part.numel():
             continue
         if name not in got.gradients:
             raise _Failed(f"{name} has no gradient after the cut")
-        errors.append(_difference(cut, got.gradients[name], f"the gradient of {name}"))
+        errors.append(_difference(part, got.gradients[name], f"the gradient of {name}"))
     for name, parameter in masked.named_parameters():
         errors.append(_difference(take(parameter, dims.get(name, {})), small.get_parameter(name), name))
     for name, parameter in small.named_parameters():
         if name in got.gradients and parameter.numel() and torch.equal(parameter, before[name]):
             raise _Failed(f"the optimizer's step did not move {name}")
-    return max(errors, default=0.0)
+    return max([*errors, *_further_errors((small, optimizer), (masked, twin_optimizer), groups, cut, keep, example)])
+
+
+def _further_errors(
+    small: tuple[nn.Module, SGD],
+    masked: tuple[nn.Module, SGD],
+    groups: tuple[Group, ...],
+    live: tuple[Group, ...],
+    keep: Keep,
+    example: Any,
+) -> list[float]:
+    """Differences between a cut model and its masked twin in the other mode, and after further cuts of both.
+
+    Args:
+        small, masked: the two, cut alike, each with its optimizer.
+        groups: of the masked one.
+        live: of the small one.
+        keep: what they were cut to, in units of `groups`.
+        example: their inputs.
+    """
+    errors = _output_errors(small[0], masked[0], example, not small[0].training)
+    for further, mode in _further_cuts(groups, keep):
+        now = {name: kept[keep[name]] for name, kept in further.items()}
+        live, keep = shrink(*small, live, now), further
+        mask(*masked, groups, keep)
+        if mode == "step":
+            want, got = _step(*masked, example), _step(*small, example)
+            errors += [_difference(a, b, "an output") for a, b in zip(want.outputs, got.outputs, strict=True)]
+            dims = plan_cut(groups, keep).dims()
+            errors += [
+                _difference(take(want.gradients[name], dims.get(name, {})), gradient, f"the gradient of {name}")
+                for name, gradient in got.gradients.items()
+                if name in want.gradients
+            ]
+        else:
+            errors += _output_errors(small[0], masked[0], example, small[0].training is (mode == "same"))
+    return errors
+
+
+def _further_cuts(groups: tuple[Group, ...], keep: Keep) -> Iterator[tuple[dict[str, np.ndarray], str]]:
+    """Choices within a choice, and how to compare after each: in the same mode, the other one, or by a step."""
+    largest = max(groups, key=lambda group: group.num_units)
+    least = {group.name: _first(keep[group.name], max(1, lowest_width(group))) for group in groups}
+    yield {**keep, largest.name: least[largest.name]}, "same"
+    yield least, "other"
+    gone = {group.name: np.zeros(group.num_units, dtype=bool) for group in groups if group.min_units == 0}
+    if gone:
+        yield {**least, **gone}, "step"
+
+
+def _first(kept: np.ndarray, num: int) -> np.ndarray:
+    """The first units of a choice, or all of them."""
+    chosen = np.zeros_like(kept)
+    chosen[np.flatnonzero(kept)[:num]] = True
+    return chosen
+
+
+def _output_errors(small: nn.Module, masked: nn.Module, example: Any, training: bool) -> list[float]:
+    """Differences of the outputs without gradients, in train or eval mode; the models' modes stay."""
+    outputs = []
+    for model in (small, masked):
+        modes = {module: module.training for module in model.modules()}
+        model.train(training)
+        with torch.no_grad():
+            outputs.append(_outputs(model, example))
+        for module, mode in modes.items():
+            module.training = mode
+    what = f"an output in {'train' if training else 'eval'} mode"
+    return [_difference(want, got, what) for got, want in zip(*outputs, strict=True)]
 
 
 def _difference(want: Tensor, got: Tensor, what: str) -> float:
@@ -175,11 +247,7 @@ class _Step:
 
 def _step(model: nn.Module, optimizer: SGD, example: Any) -> _Step:
     """One training step on a loss that sees every output, from fixed random numbers."""
-    for seed in (torch.manual_seed, random.seed, np.random.seed):
-        seed(SEED)
-    args, kwargs = inputs_of(example)
-    with Float64Throughout():
-        outputs = [each for each in tensors_of(model(*args, **kwargs)) if each.is_floating_point()]
+    outputs = _outputs(model, example)
     generator = torch.Generator().manual_seed(SEED)
     parts = [(each * torch.randn(each.shape, generator=generator)).mean() for each in outputs if each.requires_grad]
     optimizer.zero_grad()
@@ -187,6 +255,15 @@ def _step(model: nn.Module, optimizer: SGD, example: Any) -> _Step:
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     optimizer.step()
     return _Step([each.detach().clone() for each in outputs], gradients)
+
+
+def _outputs(model: nn.Module, example: Any) -> list[Tensor]:
+    """Every floating-point output, from fixed random numbers."""
+    for seed in (torch.manual_seed, random.seed, np.random.seed):
+        seed(SEED)
+    args, kwargs = inputs_of(example)
+    with Float64Throughout():
+        return [each for each in tensors_of(model(*args, **kwargs)) if each.is_floating_point()]
 
 
 class Float64Throughout(TorchFunctionMode):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from setpoint.actuator.verify import failing_groups
-from setpoint.bench.own_function import is_own_function, own_function
+from setpoint.bench.own_function import is_own_function, named_errors, own_function
 from setpoint.bench.parameters import Part, params_along, parts, share_along
 from setpoint.bench.task import BenchError
 from setpoint.bench.zoo import named_model, noise
@@ -125,24 +125,34 @@ def load_target(target: str, shape: tuple[int, ...] | None = None) -> tuple[nn.M
     """The model and example that `module.py:function` returns, or a library's model of that name.
 
     Args:
-        target: a file and a function of no arguments that returns a model, or a model and its inputs (a tuple, or a
-            dict of keyword inputs); or the name of a model of torchvision, timm or transformers.
-        shape: shape of the example, filled with noise; None for the model's usual size, which is a batch of two
-            images of 224 pixels for a function that returns no inputs.
+        target: a file and a function of no arguments that returns a model and its inputs (a tuple, or a dict of
+            keyword inputs), or a model alone if `shape` says what it takes; or the name of a model of torchvision,
+            timm or transformers.
+        shape: shape of the example, filled with noise; None for the usual size of a library's model.
 
     Raises:
-        BenchError: there is no such file, function or model, or the shape does not fit it.
+        BenchError: there is no such file, function or model, it raises, it returns no inputs and no shape is given,
+            or the shape does not fit it.
     """
     if shape is not None and min(shape) < 1:
         raise BenchError(f"sizes of an example are at least 1, got {','.join(map(str, shape))}")
     if not is_own_function(target):
         return named_model(target, shape)
-    made = own_function(target)()
+    with named_errors(target):
+        made = own_function(target)()
+    if isinstance(made, tuple) and len(made) != 2:
+        raise BenchError(f"{target} returned {len(made)} things: return a model and its inputs, as `model, (x,)`")
     if isinstance(made, tuple) and shape is not None:
         raise BenchError(f"{target} returns inputs of its own: leave out --input {','.join(map(str, shape))}")
-    model, example = made if isinstance(made, tuple) else (made, (noise(shape or (2, 3, 224, 224)),))
+    model, example = made if isinstance(made, tuple) else (made, None)
     if not isinstance(model, nn.Module):
         raise BenchError(f"{target} returned a {type(model).__name__}: return a torch.nn.Module, or one and its inputs")
+    if example is None and shape is None:
+        raise BenchError(
+            f"{target} returned a model without inputs: return `model, (x,)`, or `model, {{'x': x}}` for keyword "
+            "inputs; or say the shape of its one input of floats, for images --input 2,3,224,224"
+        )
+    example = (noise(shape),) if shape is not None else example
     return model, (example,) if isinstance(example, Tensor) else example
 
 

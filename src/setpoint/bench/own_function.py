@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,3 +45,26 @@ def own_function(target: str) -> Callable[[], Any]:
     if not callable(function):
         raise BenchError(f"{path} has no function {name!r}")
     return function  # type: ignore[no-any-return]
+
+
+@contextmanager
+def named_errors(target: str) -> Iterator[None]:
+    """Whatever a user's file raises becomes one line: which function, where in the file, and what was said.
+
+    Raises:
+        BenchError: in place of anything but itself.
+    """
+    try:
+        yield
+    except BenchError:
+        raise
+    except Exception as error:
+        path = Path(target.rpartition(":")[0]).resolve()
+        lines = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path]
+        where = f' at {path.name}:{lines[-1].lineno}: "{lines[-1].line}"' if lines else ""
+        if isinstance(error, SyntaxError) and error.lineno is not None:
+            where = f" at {Path(error.filename or path).name}:{error.lineno}"
+        said = str(error).strip().partition("\n")[0] or "no message"
+        raise BenchError(
+            f"{target} raised {type(error).__name__}: {said} ({where.strip() or 'outside the file'})"
+        ) from error

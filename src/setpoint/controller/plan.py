@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
-from jaxtyping import Bool, Float64
+from jaxtyping import Bool, Float64, Int
 
 from setpoint.cost.cost import Cost
 from setpoint.groups.group import Group
+from setpoint.sensor.probe import Probe
 from setpoint.sensor.reading import Reading
 
 
@@ -31,6 +32,7 @@ class Observation:
         val: last observed validation loss, or None.
         seconds_per_step: smoothed duration of one optimizer step, None before it is known.
         seconds_per_resize: duration of the last resize, None before the first.
+        probe: gain of every resting unit, or None if none was taken since the last decision.
     """
 
     step: int
@@ -45,6 +47,7 @@ class Observation:
     seconds_per_step: float | None = None
     seconds_per_resize: float | None = None
     val: float | None = None
+    probe: Probe | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +64,8 @@ class Plan:
         reference: cost per step that the reference trajectory allows now, by resource.
         landed: True on the last decision: within budget, and no single block can be added back.
         reason: why, for people.
+        grow: by group name, origins of the units that come back from the reserve, ascending.
+        grow_worth: by group name, in that order: probed gain of the unit's block / what the block costs.
     """
 
     step: int
@@ -70,10 +75,20 @@ class Plan:
     reference: Mapping[str, float] = field(default_factory=dict)
     landed: bool = False
     reason: str = ""
+    grow: Mapping[str, Int[np.ndarray, " _units"]] = field(default_factory=dict)
+    grow_worth: Mapping[str, Float64[np.ndarray, " _units"]] = field(default_factory=dict)
+
+    def drops(self) -> bool:
+        """True when any unit is dropped."""
+        return not all(bool(keep.all()) for keep in self.keep.values())
+
+    def grows(self) -> bool:
+        """True when any unit comes back."""
+        return any(len(origins) for origins in self.grow.values())
 
     def empty(self) -> bool:
-        """True when no unit is dropped."""
-        return all(bool(keep.all()) for keep in self.keep.values())
+        """True when no unit is dropped and none comes back."""
+        return not self.drops() and not self.grows()
 
 
 State = TypeVar("State")
@@ -100,3 +115,29 @@ class Controller(Protocol[State]):
     def cut(self, state: State, keep: Mapping[str, Bool[np.ndarray, " units"]]) -> State:
         """State of the kept units, after the plan has been carried out."""
         ...
+
+
+@runtime_checkable
+class Regrowing(Protocol[State]):
+    """What a controller has in addition that brings dropped units back."""
+
+    @property
+    def regrow(self) -> bool:
+        """Whether it does; if so, dropped units rest in a reserve."""
+        ...
+
+    def probe_due(self, step: int, total_steps: int) -> bool:
+        """Whether resting units should be present in the step after this one, to be read."""
+        ...
+
+    def grow(self, state: State, regrown: Mapping[str, Bool[np.ndarray, " units"]]) -> State:
+        """State with the units that have come back, after the plan has been carried out.
+
+        `regrown` is by group, one boolean per unit active now, True = has just come back.
+        """
+        ...
+
+
+def regrows(controller: object) -> bool:
+    """Whether a controller brings dropped units back."""
+    return isinstance(controller, Regrowing) and controller.regrow

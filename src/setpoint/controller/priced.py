@@ -12,9 +12,10 @@ from jaxtyping import Bool, Int64
 
 from setpoint.controller.exchange import swap, trade
 from setpoint.controller.ladder import Ladder, build_ladder
+from setpoint.controller.offer import Offer, offers_of, together, widened
 from setpoint.controller.plan import Observation, Plan
 from setpoint.controller.price import Feedback, Gains
-from setpoint.controller.reason import explain_cut, explain_rest, percent, problem_with
+from setpoint.controller.reason import explain_cut, explain_growth, explain_rest, percent, problem_with
 from setpoint.controller.reference import Reference
 from setpoint.controller.selection import (
     Allocation,
@@ -25,6 +26,7 @@ from setpoint.controller.selection import (
     descend,
     marginal_worth,
     start,
+    uniform_density,
 )
 from setpoint.cost.cost import Cost
 from setpoint.groups.group import Group
@@ -69,6 +71,7 @@ class _Aim:
     spent: float
     metered: float | None
     settled: bool
+    final: bool
 
 
 @final
@@ -100,6 +103,17 @@ class PricedController:
     keeps the densities of all groups alike, and within a group by saliency. (Dividing by a group's mean
     saliency instead would starve groups whose saliencies are alike.) Worth and price are then shares.
 
+    With `regrow=True` dropped units rest in a reserve and are probed before a decision. A block of
+    them comes back where
+
+        probed worth = summed (gain - its standard error) / what the block costs  >  price * (1 + hysteresis),
+
+    with the price at which the others pay for it: what comes back is counted first, then the rest is dropped
+    until the target is met, which does not rise. As many blocks come back, the worthiest first, as still
+    beat the price that this leads to. A unit rests for `dwell` decisions before, stays for as many after, and comes
+    back `returns` times at most. From `reference.land` on nothing comes back; until then the controller holds the
+    limit but has not landed. Off by default: it has not been shown yet that it pays.
+
     The defaults for `slew` and `min_density` guard against a whole layer being cut on one noisy reading.
     A group never ends below `min_density` times the density that would meet the limit if all groups had
     the same one, so allocation may differ by that factor; a quarter of it leaves room for what pays.
@@ -113,6 +127,9 @@ class PricedController:
         dwell: decisions that a unit stays after it was brought back.
         min_density: least final density of a group, as a fraction of the density of a uniform cut.
         allocation: "worth", or "uniform" for the same density in all groups.
+        regrow: whether dropped units may come back; with calibrated readings and allocation by worth only.
+        probe_steps: optimizer steps before a decision in which resting units are present, where regrowth is on.
+        returns: how often a unit may come back in a run.
 
     Raises:
         ValueError: for a setting out of range.
@@ -129,6 +146,9 @@ class PricedController:
     dwell: int = 2
     min_density: float = 0.25
     allocation: Allocation = "worth"
+    regrow: bool = False
+    probe_steps: int = 4
+    returns: int = 1
 
     def __post_init__(self) -> None:
         if not 0 <= self.hysteresis < 1:
@@ -139,6 +159,10 @@ class PricedController:
             raise ValueError(f"slew is a fraction in (0, 1], got {self.slew!r}")
         if self.dwell < 0:
             raise ValueError(f"dwell is a number of decisions, at least 0, got {self.dwell!r}")
+        if self.probe_steps < 1:
+            raise ValueError(f"probe_steps is a number of optimizer steps, at least 1, got {self.probe_steps!r}")
+        if self.returns < 0:
+            raise ValueError(f"returns is how often a unit may come back, at least 0, got {self.returns!r}")
         if not 0 <= self.min_density <= 1:
             raise ValueError(f"min_density is a fraction in [0, 1], got {self.min_density!r}")
         if self.allocation not in ("worth", "uniform"):
@@ -154,6 +178,20 @@ class PricedController:
     def due(self, step: int, total_steps: int) -> bool:
         """Whether a decision is to be made after this step."""
         return self.reference.due(step, total_steps)
+
+    def probe_due(self, step: int, total_steps: int) -> bool:
+        """Whether resting units should be present in the step after this one: shortly before a decision, if at all."""
+        coming = range(step + 1, step + 1 + self.probe_steps)
+        usable = (self.due(each, total_steps) and not self.reference.final(each, total_steps) for each in coming)
+        return self.regrow and any(usable)
+
+    def grow(self, state: PricedState, regrown: Mapping[str, Bool[np.ndarray, " units"]]) -> PricedState:
+        """State with the units that have come back, which are of age 0."""
+        age = dict(state.age)
+        for name, came in regrown.items():
+            age[name] = np.zeros(len(came), dtype=np.int64)
+            age[name][~came] = state.age[name]
+        return replace(state, age=age)
 
     def cut(self, state: PricedState, keep: Mapping[str, Bool[np.ndarray, " units"]]) -> PricedState:
         """State of the kept units, after the plan has been carried out."""
@@ -181,15 +219,52 @@ class PricedController:
         assert observation.reading is not None
         state, aim = self._aim(state, observation, cost, metered)
         age = {name: np.minimum(values + 1, self.dwell) for name, values in state.age.items()}
-        if self._rests(aim):
+        exchange = self._exchange(state, observation, cost, groups, aim)
+        if exchange is None:
             price = 0.0 if (state.start or 0.0) <= aim.limit and aim.spent <= aim.target else state.price
             state = replace(state, age=age, price=price)
             return state, self._rest(state, observation, aim, groups)
-        selection, note = self._select(state, observation, cost, groups, aim)
-        taken = any(selection.rungs.values())
-        price = marginal_worth(selection) / (1 - self.hysteresis) if taken else state.price
-        state = replace(state, age=age, price=price)
-        return state, self._cut(state, observation, aim, selection, note)
+        selection, note, offers = exchange
+        state = replace(state, age=age, price=self._price(state, selection))
+        return state, self._cut(state, observation, aim, selection, note, offers)
+
+    def _exchange(
+        self, state: PricedState, observation: Observation, cost: Cost, groups: tuple[Group, ...], aim: _Aim
+    ) -> tuple[Selection, str, list[Offer]] | None:
+        """What goes, and what comes back for it; None where spending is right and nothing comes back.
+
+        The more blocks come back, the higher the price that pays for them and the lower the worth of the last one,
+        so the largest number that still beats the price is found by bisection.
+        """
+        offers = self._offers(observation, cost, groups, aim)
+        best: tuple[Selection, str, list[Offer]] | None = None
+        # On the way down a cut may stop above the target, but what comes back must not make it dearer than it is.
+        paid = aim.target if aim.settled else max(aim.target, aim.spent)
+        low, high = 0, len(offers)
+        while low < high:
+            middle = (low + high + 1) // 2
+            chosen = offers[:middle]
+            selection, note = self._select(state, observation, cost, groups, aim, chosen)
+            price = self._price(state, selection) * (1 + self.hysteresis)
+            if selection.total <= paid and chosen[-1].worth > price and not (aim.settled and note):
+                best, low = (selection, note, chosen), middle
+            else:
+                high = middle - 1
+        if best is None and not self._rests(aim):
+            best = (*self._select(state, observation, cost, groups, aim, []), [])
+        return best
+
+    def _offers(self, observation: Observation, cost: Cost, groups: tuple[Group, ...], aim: _Aim) -> list[Offer]:
+        """Blocks that may come back; none late, without a probe, or where saliencies cannot be compared with gains."""
+        reading, probe = observation.reading, observation.probe
+        if aim.final or probe is None or reading is None or not reading.calibrated or self.allocation != "worth":
+            return []
+        settings = {"dwell": self.dwell, "returns": self.returns}
+        return offers_of(probe, cost, observation.widths, groups, slew=self.slew, **settings)
+
+    def _price(self, state: PricedState, selection: Selection) -> float:
+        """The worth at which dropping stops, or the last price where nothing is dropped."""
+        return marginal_worth(selection) / (1 - self.hysteresis) if any(selection.rungs.values()) else state.price
 
     def _aim(
         self, state: PricedState, observation: Observation, cost: Cost, metered: float | None
@@ -208,7 +283,8 @@ class PricedController:
             target *= 1 - self.deadband / 2
         if metered is None and settled:
             target = min(target, limit)
-        aim = _Aim(resource, limit, reference, target, spent, metered, settled)
+        final = not self.regrow or self.reference.final(observation.step, observation.total_steps)
+        aim = _Aim(resource, limit, reference, target, spent, metered, settled, final)
         return replace(state, start=start, feedback=feedback, metered=metered is not None), aim
 
     def _rests(self, aim: _Aim) -> bool:
@@ -220,7 +296,7 @@ class PricedController:
     def _rest(self, state: PricedState, observation: Observation, aim: _Aim, groups: tuple[Group, ...]) -> Plan:
         """The plan that drops nothing."""
         seen = aim.spent if aim.metered is None else aim.metered
-        landed = seen <= aim.limit and (aim.settled or aim.metered is None)
+        landed = aim.final and seen <= aim.limit and (aim.settled or aim.metered is None)
         return Plan(
             step=observation.step,
             keep={group.name: np.ones(group.num_units, dtype=bool) for group in groups},
@@ -231,17 +307,24 @@ class PricedController:
         )
 
     def _select(
-        self, state: PricedState, observation: Observation, cost: Cost, groups: tuple[Group, ...], aim: _Aim
+        self,
+        state: PricedState,
+        observation: Observation,
+        cost: Cost,
+        groups: tuple[Group, ...],
+        aim: _Aim,
+        offers: list[Offer],
     ) -> tuple[Selection, str]:
-        """Choose what goes: on the way down, or landing with guards lifted where they would miss the limit."""
+        """Choose what goes if these come back: on the way down, or landing with guards lifted that would miss."""
         landing = aim.limit / state.feedback.factor()
-        density = _uniform_density(cost, observation.widths, state.dense, groups, landing)
+        density = uniform_density(cost, observation.widths, state.dense, groups, landing)
 
         def nothing(slew: float, min_density: float, dwell: int) -> Selection:
             reading = observation.reading
             assert reading is not None
             ladders = _ladders(state, reading, groups, slew, min_density * density, dwell)
-            return start(cost, ladders, observation.widths, self.allocation if reading.calibrated else "uniform")
+            allocation = self.allocation if reading.calibrated else "uniform"
+            return start(cost, ladders, widened(observation.widths, offers), allocation)
 
         if not aim.settled:
             selection = nothing(self.slew, self.min_density, self.dwell)
@@ -268,11 +351,23 @@ class PricedController:
             trade(selection, target, self.deadband)
         return True
 
-    def _cut(self, state: PricedState, observation: Observation, aim: _Aim, selection: Selection, note: str) -> Plan:
-        """The plan that drops what was selected."""
+    def _cut(
+        self,
+        state: PricedState,
+        observation: Observation,
+        aim: _Aim,
+        selection: Selection,
+        note: str,
+        offers: list[Offer],
+    ) -> Plan:
+        """The plan that drops what was selected and brings back what was offered."""
         ladders = selection.ladders
-        landed = aim.metered is None and selection.total <= aim.limit
+        landed = aim.final and aim.metered is None and selection.total <= aim.limit
         reason = explain_cut(selection, state.price, aim.resource, aim.target, landed, self.deadband)
+        grow = together(offers)
+        worth = {(offer.name, int(unit)): offer.worth for offer in offers for unit in offer.origins}
+        if offers:
+            reason = f"{explain_growth(offers)}; {reason}"
         if aim.metered is not None:
             reason += f"; the meter reads {percent(aim.metered / aim.spent - 1)} against the prediction"
         return Plan(
@@ -283,6 +378,8 @@ class PricedController:
             reference={aim.resource: aim.reference},
             landed=landed,
             reason=f"{reason}; {note}" if note else reason,
+            grow=grow,
+            grow_worth={name: np.array([worth[name, int(unit)] for unit in units]) for name, units in grow.items()},
         )
 
 
@@ -301,18 +398,3 @@ def _ladders(
         )
         for group in groups
     }
-
-
-def _uniform_density(
-    cost: Cost, widths: Mapping[str, int], dense: Mapping[str, int], groups: tuple[Group, ...], limit: float
-) -> float:
-    """The density of units, the same in all groups, at which the limit is met; 1 where dense fits."""
-    low, high = 0.0, 1.0
-    for _ in range(16):
-        density = (low + high) / 2
-        even = {group.name: max(group.min_units, round(density * dense[group.name])) for group in groups}
-        if cost.total({**widths, **even}) <= limit:
-            low = density
-        else:
-            high = density
-    return high

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from setpoint.controller.offer import Offer
 from setpoint.controller.selection import Selection, regained
 from setpoint.groups.group import Group
 from setpoint.sensor.reading import Reading
@@ -58,6 +59,12 @@ def explain_cut(selection: Selection, price: float, resource: str, target: float
         finest = min(regained(selection, name) for name in dropped)
         words += f", as the smallest block to give back costs {percent(finest / target)}"
     return words
+
+
+def explain_growth(offers: list[Offer]) -> str:
+    """What comes back."""
+    units, names = sum(len(offer.origins) for offer in offers), {offer.name for offer in offers}
+    return f"brought back {units} units of {len(names)} groups, worth at least {offers[-1].worth:.3g} by their probe"
 
 
 def _brake(selection: Selection) -> str:

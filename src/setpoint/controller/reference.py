@@ -70,16 +70,22 @@ class Reference:
             start: dense cost; where it is within the limit there is nothing to come down from.
             limit: the budget.
         """
-        settle = self._settle_step(total_steps)
-        if step >= settle or start <= limit:
+        progress = self.progress(step, total_steps)
+        if progress == 1.0 or start <= limit:
             return limit
-        warmup = min(round(self.warmup * total_steps), settle - 1)
-        if step <= warmup:
-            return start
-        progress = (step - warmup) / (settle - warmup)
         if self.shape == "linear":
             return start + (limit - start) * progress
         return float(start * (limit / start) ** progress)
+
+    def progress(self, step: int, total_steps: int) -> float:
+        """How much of the way down is done by this step, from 0 until warm-up ends to 1 from settle on.
+
+        >>> [Reference().progress(step, 1000) for step in (50, 175, 300)]
+        [0.0, 0.5, 1.0]
+        """
+        settle = self._settle_step(total_steps)
+        warmup = min(round(self.warmup * total_steps), settle - 1)
+        return min(1.0, max(0.0, (step - warmup) / (settle - warmup)))
 
     def due(self, step: int, total_steps: int) -> bool:
         """Whether a decision is to be made after this step; never after the end of the run."""
@@ -88,6 +94,10 @@ class Reference:
     def settled(self, step: int, total_steps: int) -> bool:
         """Whether the reference has come down to the limit: from here on every decision tries to land."""
         return step >= self._settle_step(total_steps)
+
+    def final(self, step: int, total_steps: int) -> bool:
+        """Whether the landing is due: from here on nothing comes back."""
+        return step >= max(self._settle_step(total_steps), round(self.land * total_steps))
 
     def _settle_step(self, total_steps: int) -> int:
         return max(1, round(self.settle * total_steps))

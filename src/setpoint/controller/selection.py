@@ -76,7 +76,7 @@ def start(cost: Cost, ladders: Mapping[str, Ladder], widths: Mapping[str, int], 
     )
 
 
-def descend(selection: Selection, target: float) -> None:
+def descend(selection: Selection, target: float, ceiling: float = np.inf) -> None:
     """Take the block of least worth, again and again, until predicted cost is at or below the target.
 
     `worth = saliency of the block / cost.saving(widths, group, units of the block)`, at the widths
@@ -90,20 +90,21 @@ def descend(selection: Selection, target: float) -> None:
     Args:
         selection: moved in place; where the ladders end above the target it stays above.
         target: cost in the resource's own unit.
+        ceiling: worth from which on blocks stay, whatever the target.
     """
     num_blocks = sum(ladder.num_rungs for ladder in selection.ladders.values())
     stride = max(1, -(-num_blocks // _MAX_PICKS))
     while True:
-        _descend(selection, target, stride)
+        _descend(selection, target, stride, ceiling)
         selection.total = selection.cost.total(selection.widths)
         if stride == 1:
             break
         stride = max(1, stride // 16)
-    while selection.total > target and _descend(selection, target, 1):  # rounding of the running total
+    while selection.total > target and _descend(selection, target, 1, ceiling):  # rounding of the running total
         selection.total = selection.cost.total(selection.widths)
 
 
-def _descend(selection: Selection, target: float, stride: int) -> bool:
+def _descend(selection: Selection, target: float, stride: int, ceiling: float) -> bool:
     """Descend by `stride` blocks at a time, short of the target unless stride is 1; True if anything moved."""
     heap = [key for name in selection.ladders if (key := weigh(selection, name, stride)) is not None]
     heapq.heapify(heap)
@@ -119,7 +120,7 @@ def _descend(selection: Selection, target: float, stride: int) -> bool:
         worth, _, _, count, saving = key
         if stride > 1 and selection.total - saving < target:
             break
-        if worth == np.inf:
+        if worth >= ceiling:
             break
         selection.worth[name][selection.rungs[name] : selection.rungs[name] + count] = worth
         selection.highest = max(selection.highest, worth)
@@ -208,3 +209,18 @@ def cheapest(cost: Cost, groups: tuple[Group, ...]) -> float:
         groups: groups that may be cut.
     """
     return cost.total({group.name: lowest_width(group) for group in groups})
+
+
+def uniform_density(
+    cost: Cost, widths: Mapping[str, int], dense: Mapping[str, int], groups: tuple[Group, ...], limit: float
+) -> float:
+    """The density of units, the same in all groups, at which the limit is met; 1 where dense fits."""
+    low, high = 0.0, 1.0
+    for _ in range(16):
+        density = (low + high) / 2
+        even = {group.name: max(group.min_units, round(density * dense[group.name])) for group in groups}
+        if cost.total({**widths, **even}) <= limit:
+            low = density
+        else:
+            high = density
+    return high

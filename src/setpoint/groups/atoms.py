@@ -32,7 +32,9 @@ class Atoms:
         self.lossy: list[tuple[Labels, str]] = []
         """Atoms for which zero is not absent: (atoms, reason)."""
         self.marks: dict[str, list[Labels]] = {}
-        """Atoms by remark: "produce", "consume", "contract", "batch", "conv", "embedding"."""
+        """Atoms by remark: "produce", "consume", "contract", "batch", "conv", "embedding",
+        "alike" (copies and constants), "summed", "measured" (a weight's entries that a norm of it sums up),
+        "squeezed", "unmasked"."""
 
     def __len__(self) -> int:
         return self._count

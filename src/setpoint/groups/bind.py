@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 
@@ -40,9 +40,8 @@ def bind(draft: Draft) -> tuple[Units, tuple[Group, ...]]:
         places = _places(draft, _calls_that_follow_units(draft, calls))
         failing = _failing(draft, places, dense)
         if not failing:
-            gone = _vanishing(draft, places)
-            groups = _with_sizes(draft, places)
-            return draft.units, tuple(replace(group, min_units=0) if group.name in gone else group for group in groups)
+            staying = _vanishing(draft, places)
+            return draft.units, tuple(_vanished(group, staying) for group in _with_sizes(draft, places))
         for name, why in failing.items():
             draft.walk.atoms.frozen.append((np.zeros(1, dtype=np.int64), name, f"with fewer units {why}"))
         draft = draft.without(failing)
@@ -92,24 +91,30 @@ def _standard(draft: Draft) -> Places:
                     places[name, f"normalized_shape[{position}]"] = labels
     for (name, attribute), labels in draft.walk.attributes.items():
         module = draft.model.get_submodule(name)
-        follows = isinstance(module, (nn.modules.conv._ConvNd, nn.GroupNorm, nn.RNNBase))
+        follows = isinstance(module, (nn.modules.conv._ConvNd, nn.GroupNorm, nn.RNNBase, nn.RNNCellBase))
         if follows and getattr(module, attribute) == len(labels):
             places[name, attribute] = labels
     return places
 
 
 def _heads(draft: Draft) -> Places:
-    """Heads of torch's own attention module, which counts them itself once it has a forward that can."""
+    """Heads of torch's own attention module, which counts them itself once it has a forward that can.
+
+    Torch's own forward insists on its sizes, so the other one is needed for any unit along a dim of the module.
+    """
     places: Places = {}
-    own = {(dim.tensor, dim.dim): dim.labels for dim in draft.dims}
     for name, module in draft.model.named_modules():
-        labels = own.get((f"{name}.out_proj.weight" if name else "out_proj.weight", 1))
-        if not isinstance(module, nn.MultiheadAttention) or labels is None:
+        if not isinstance(module, nn.MultiheadAttention):
             continue
+        prefix = f"{name}." if name else ""
+        inside = {(dim.tensor, dim.dim): dim.labels for dim in draft.dims if dim.tensor.startswith(prefix)}
+        if not any(draft.units.among(labels) for labels in inside.values()):
+            continue
+        labels = inside.get((f"{prefix}out_proj.weight", 1), np.zeros(module.embed_dim, dtype=np.int64))
         heads = labels.reshape(module.num_heads, -1)
         roots = draft.walk.atoms.find(heads)
-        if (roots == roots[:, :1]).all() and draft.units.among(heads[:, 0]):
-            places[name, HEADS] = heads[:, 0]
+        whole = (roots == roots[:, :1]).all()
+        places[name, HEADS] = heads[:, 0] if whole else np.zeros(module.num_heads, dtype=np.int64)
     return places
 
 
@@ -193,25 +198,47 @@ class _OtherMode:
         return f"the forward fails in {mode} mode: {turned.error or 'its outputs change their shape'}"
 
 
-def _vanishing(draft: Draft, places: Places) -> set[str]:
-    """Groups all of whose units may go: the model goes round them, and its forward runs without them.
+def _vanished(group: Group, staying: Mapping[str, str]) -> Group:
+    """A group that the model goes round: its fewest units are 0, or a note says why it cannot lose all of them."""
+    if group.name not in staying:
+        return group
+    why = staying[group.name]
+    return replace(group, notes=(*group.notes, f"it cannot vanish: {why}")) if why else replace(group, min_units=0)
+
+
+def _vanishing(draft: Draft, places: Places) -> dict[str, str]:
+    """Groups that the model goes round: with "" if all of their units may go, else with what stands against it.
 
     Groups whose names differ in numbers only (the layers of a stack) are tried together.
     """
-    candidates = bypassed(draft.walk, draft.units, draft.walk.inputs, draft.walk.outputs) & draft.lossless
+    units, walk = draft.units, draft.walk
+    found = dict.fromkeys(sorted(bypassed(walk, units, walk.inputs, walk.outputs) & draft.lossless), "")
+    measured = walk.atoms.marked("measured")
+    for position, group in enumerate(units.groups):
+        if group.name in found and measured[units.group_of == position].any():
+            found[group.name] = "a weight is divided by a norm over its units, which would be 0"
+
+    for call in walk.calls:
+        conv = isinstance(draft.model.get_submodule(call.module), nn.modules.conv._ConvNd)
+        if call.place.startswith("conv") and not conv:
+            gone = {units.groups[position].name for position in units.among(call.labels)}
+            found |= dict.fromkeys(gone & set(found), "a convolution called as a function needs one group at least")
 
     @cache
-    def runs(names: frozenset[str]) -> bool:
-        found = outcome_of(draft, places, Kept(draft.units, empty(list(names), draft.units)))
-        return not found.error and found.shapes == draft.shapes
+    def fault(names: frozenset[str]) -> str:
+        outcome = outcome_of(draft, places, Kept(units, empty(sorted(names), units)))
+        return outcome.error or ("" if outcome.shapes == draft.shapes else "outputs change their shape")
 
-    if not candidates or runs(frozenset(candidates)):
-        return candidates
+    fine = frozenset(name for name, why in found.items() if not why)
+    if not fine or not fault(fine):
+        return found
     alike: dict[str, set[str]] = {}
-    for name in candidates:
+    for name in fine:
         alike.setdefault(re.sub(r"\d+", "0", name), set()).add(name)
-    fine = {name for names in alike.values() if runs(frozenset(names)) for name in names}
-    return fine if fine and runs(frozenset(fine)) else set()
+    for names in alike.values():
+        found |= dict.fromkeys(names, fault(frozenset(names)))
+    fine = frozenset(name for name, why in found.items() if not why)
+    return found | dict.fromkeys(fine, fault(fine) if fine else "")
 
 
 def _culprits(suspects: list[str], fault: Callable[[frozenset[str]], str | None]) -> dict[str, str]:

@@ -13,6 +13,8 @@ from setpoint.groups.walk import DimLabels
 
 MIN_BLOCKS = 8
 """A cut takes blocks as large as hardware likes, but never fewer than this many blocks a group."""
+ALIGNED = 8
+"""Units in 16 bytes, at two bytes each."""
 FLOOR = 16
 """A group keeps at least a sixteenth of its units."""
 
@@ -84,7 +86,7 @@ def build(atoms: Atoms, dims: Sequence[OwnDim], products: Sequence[np.ndarray] =
     unit_of = np.full(len(atoms), -1)
     marks = {name: atoms.marked(name) for name in ("produce", "consume", "unmasked")}
     summed = atoms.marked_class("summed") | atoms.marked_class("contract")
-    classes = {name: atoms.marked_class(name) for name in ("conv", "batch", "embedding", "squeezed")}
+    classes = {name: atoms.marked_class(name) for name in ("conv", "batch", "embedding", "squeezed", "aligned")}
     by_signature: dict[int, list[int]] = {}
     for root in roots:
         by_signature.setdefault(int(signature[root]), []).append(int(root))
@@ -99,6 +101,8 @@ def build(atoms: Atoms, dims: Sequence[OwnDim], products: Sequence[np.ndarray] =
         unit_of[members] = np.arange(len(members))
         slices = tuple(_slice(own, everyone, signature, key, unit_of, marks) for own in dims_of[key])
         roles = {piece.role for piece in slices}
+        if any(_writes(own, everyone, members, marks) for own in dims_of[key]):
+            roles.add("produce")  # a tied weight may write units and read them again
         if {"produce", "consume"} <= roles or ("produce" in roles and summed[members].any()):
             group_of[members] = len(found)
             found.append((members, slices))
@@ -108,7 +112,13 @@ def build(atoms: Atoms, dims: Sequence[OwnDim], products: Sequence[np.ndarray] =
     names: dict[str, int] = {}
     groups = tuple(
         _group(
-            _name(slices, names), len(members), slices, _what(members, classes), tuple(noted), _least(members, classes)
+            _name(slices, names),
+            len(members),
+            slices,
+            _what(members, classes),
+            tuple(noted),
+            _least(members, classes),
+            bool(classes["aligned"][members].any()),
         )
         for (members, slices), noted in zip(found, notes, strict=True)
     )
@@ -128,6 +138,10 @@ def _slice(
     member = (signature[roots] == key) & (roots != 0)
     masked = not marks["unmasked"][own.labels[member]].any()
     return Slice(own.tensor, own.dim, _role(own, member, marks), np.where(member, unit_of[roots], -1), masked)
+
+
+def _writes(own: OwnDim, everyone: np.ndarray, members: list[int], marks: Mapping[str, np.ndarray]) -> bool:
+    return bool(marks["produce"][own.labels[np.isin(everyone[own.labels], members)]].any())
 
 
 def _no_exit(roles: set[Role]) -> str:
@@ -168,7 +182,7 @@ def _lossy_notes(atoms: Atoms, group_of: np.ndarray, num_groups: int) -> list[di
 
 
 def _name(slices: tuple[Slice, ...], names: dict[str, int]) -> str:
-    first = next(piece for piece in slices if piece.role == "produce")
+    first = next((piece for piece in slices if piece.role == "produce"), slices[0])
     base = first.tensor.rsplit(".", 1)[0] if "." in first.tensor else first.tensor
     names[base] = names.get(base, 0) + 1
     return base if names[base] == 1 else f"{base}:{names[base]}"
@@ -180,9 +194,16 @@ def _least(members: list[int], classes: Mapping[str, np.ndarray]) -> int:
 
 
 def _group(
-    name: str, num_units: int, slices: tuple[Slice, ...], what: str, notes: tuple[str, ...], least: int
+    name: str,
+    num_units: int,
+    slices: tuple[Slice, ...],
+    what: str,
+    notes: tuple[str, ...],
+    least: int,
+    aligned: bool,
 ) -> Group:
     block = 1 if what == "head" else _block(num_units, 16 if what == "channel" else 8)
+    block = max(block, ALIGNED) if aligned else block
     floor = max(least, -(-num_units // FLOOR))
     min_units = min(num_units, -(-floor // block) * block)
     return Group(
@@ -192,6 +213,7 @@ def _group(
         slices=slices,
         min_units=min_units,
         multiple_of=block,
+        only_blocks=aligned,
         lossless=not notes,
         what=what,
         notes=notes,

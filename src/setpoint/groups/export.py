@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from setpoint.errors import ExampleError, ExportError
+from setpoint.groups.custom import marked_functions
 
 Example = Any
 """A tuple of positional inputs, or a mapping of keyword inputs; anything else is told so by `inputs_of`."""
@@ -126,7 +127,8 @@ def export(model: nn.Module, example: Example) -> torch.export.ExportedProgram:
     """
     args, kwargs = inputs_of(example)
     check_device(model, example)
-    with untouched_rng(), untouched_attributes(model), _without_stack_traces(), warnings.catch_warnings():
+    quiet = warnings.catch_warnings()
+    with untouched_rng(), untouched_attributes(model), _without_stack_traces(), marked_functions(), quiet:
         warnings.simplefilter("ignore")
         try:
             return torch.export.export(Forward(model), args, kwargs, strict=False)
@@ -149,6 +151,8 @@ def _explain(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], er
         "its control flow depends on the values of a tensor; replace the Python `if` by torch.where, "
         "or compute the condition outside the model"
         if _depends_on_data(error)
+        else "a packed sequence has sizes that depend on its lengths; give the recurrent network the padded tensor"
+        if _in_recurrent_network(error)
         else "torch.export cannot follow it; `torch.export.export(model, example, strict=False)` shows the same error"
     )
     raise ExportError(f"the model's forward cannot be exported: {_first_line(error)}{_user_line(error)}; {hint}") from (
@@ -166,6 +170,14 @@ def _depends_on_data(error: BaseException) -> bool:
             "GuardOnDataDependentSymNode",
             "UserError",
         }
+    )
+
+
+def _in_recurrent_network(error: BaseException) -> bool:
+    """Torch's recurrent networks fail to export by themselves only with packed sequences."""
+    file = str(TORCH_FOLDER / "nn" / "modules" / "rnn.py")
+    return any(
+        frame.filename == file for link in _chain(error) for frame in traceback.extract_tb(link.__traceback__)[-4:]
     )
 
 

@@ -77,6 +77,7 @@ class Group:
         sizes: every place in Python code that counts them.
         min_units: never fewer units than this.
         multiple_of: cuts happen in blocks of this many units, because hardware likes it.
+        only_blocks: whether any other width fails (grouped matrix products want rows of whole 16 bytes).
         lossless: True if a zeroed unit is exactly an absent one; False where zero is not absent
             (a LayerNorm over the units, a mean, a softmax).
         what: what a unit is, for people: "channel", "neuron", "head", "feature".
@@ -90,6 +91,7 @@ class Group:
     sizes: tuple[SizeBinding, ...] = ()
     min_units: int = 1
     multiple_of: int = 1
+    only_blocks: bool = False
     lossless: bool = True
     what: str = "unit"
     notes: tuple[str, ...] = field(default=())

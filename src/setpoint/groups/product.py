@@ -3,8 +3,9 @@
 When `(heads, head size)` is viewed as one dim, dropping a head drops a row of cells and dropping a
 position within the head drops a column: `drop(cell_ij) = drop(factor1_i) or drop(factor2_j)`. To
 keep every tensor rectangular under any choice of units, one factor stays prunable and the others
-are frozen. Which one: one that no norm runs over, then one that no activation product contracts,
-then one that is already the only prunable factor elsewhere, then the one with more units.
+are frozen. Which one: one that is not made of copies (query heads of one key head), then one that
+no norm runs over, then one that no activation product contracts, then one that is already the only
+prunable factor elsewhere, then the one with more units.
 """
 
 from __future__ import annotations
@@ -39,9 +40,10 @@ def solve(atoms: Atoms, products: Sequence[Product]) -> None:
     settled one may decide others; the number of rounds does not grow with the model's depth.
     """
     pending = _settle_forced(atoms, list(products))
+    copies = atoms.marked("alike")
     while pending:
         normed, contracted = _normed(atoms, products), atoms.marked_class("contract")
-        reasons = [_reasons(atoms, product, normed, contracted) for product in pending]
+        reasons = [_reasons(atoms, product, copies, normed, contracted) for product in pending]
         chosen = _clear_choices(reasons)
         if not chosen:
             sole = _sole_factors(atoms, products, pending)
@@ -126,12 +128,15 @@ def _sole_factors(atoms: Atoms, products: Sequence[Product], pending: list[Produ
     return result
 
 
-def _reasons(atoms: Atoms, product: Product, normed: np.ndarray, contracted: np.ndarray) -> dict[int, tuple[bool, ...]]:
+def _reasons(
+    atoms: Atoms, product: Product, copies: np.ndarray, normed: np.ndarray, contracted: np.ndarray
+) -> dict[int, tuple[bool, ...]]:
     result: dict[int, tuple[bool, ...]] = {}
     for axis in _free_axes(atoms, product):
         roots = atoms.find(product.factors[axis])
         live = roots[roots != 0]
-        result[axis] = (not normed[live].any(), not contracted[live].any())
+        own = bool(copies[product.factors[axis]].all())
+        result[axis] = (not own, not normed[live].any(), not contracted[live].any())
     return result
 
 

@@ -26,6 +26,9 @@ def _names() -> dict[Any, str]:
         "view": [torch.Tensor.view],
         "reshape": [torch.Tensor.reshape, torch.reshape],
         "expand": [torch.Tensor.expand],
+        "repeat": [torch.Tensor.repeat],
+        "tile": [torch.Tensor.tile, torch.tile],
+        "repeat_interleave": [torch.Tensor.repeat_interleave, torch.repeat_interleave],
         "unflatten": [torch.Tensor.unflatten, torch.unflatten],
         "split": [torch.Tensor.split, torch.split, torch.split_with_sizes, torch.Tensor.split_with_sizes],
         "chunk": [torch.Tensor.chunk, torch.chunk],
@@ -48,6 +51,13 @@ def _num_dims(item: Any) -> int:
     return item.dim() if isinstance(item, Tensor) and item.dtype == torch.bool else 1
 
 
+def _saving_hooks() -> Any:
+    """What tells whether the running code is run again in backward: hooks on saved tensors, and the gradient mode."""
+    if torch.compiler.is_compiling():
+        return None
+    return torch._C._autograd._top_saved_tensors_default_hooks(True), torch.is_grad_enabled()
+
+
 _INDEXING = {torch.Tensor.__getitem__, torch.Tensor.__setitem__}
 
 NAMES = _names()
@@ -67,6 +77,7 @@ class CallSizes(TorchFunctionMode):
         self.sizes = sizes
         self.changed = changed
         self.numbers: dict[str, int] = {}
+        self.hooks = _saving_hooks()
         self.narrowing: list[int] = []
         """Numbers of the slices that took less than all there was."""
 
@@ -93,8 +104,15 @@ class CallSizes(TorchFunctionMode):
         return self._sized(func, name, number, wanted, args, kwargs)
 
     def _note(self, name: str, number: int, argument: int, live: int, wanted: int) -> None:
-        if self.changed is not None and live != wanted:
+        if live == wanted:
+            return
+        if self.changed is not None:
             self.changed.add(f"{name}#{number}[{argument}]")
+        elif _saving_hooks() != self.hooks:
+            raise RuntimeError(
+                f"{name} inside a checkpoint needs another size than the code gives it, and backward would run that "
+                "code again by itself: checkpoint the call of a whole submodule instead"
+            )
 
     def _indices(self, x: Tensor, index: Any) -> Any:
         """The index with its slices corrected; each slice that is not `:` has a number of its own."""
@@ -182,6 +200,10 @@ class SizedForward:
 
     def __init__(self, module: nn.Module, sizes: dict[str, int]) -> None:
         self.module = module
+        self.resize(sizes)
+
+    def resize(self, sizes: dict[str, int]) -> None:
+        """Correct these places from now on; a call that has begun but not yet run goes along."""
         self.sizes = sizes
         self.calls = parse(sizes)
 
@@ -198,8 +220,8 @@ HEADS = "heads#0[0]"
 class HeadsForward:
     """The forward of an `nn.MultiheadAttention` that has fewer heads than its embedding has room for.
 
-    Torch's own insists on `num_heads * head_dim == embed_dim`. This one counts heads by the rows of the
-    projections; everything else is as documented for `nn.MultiheadAttention`.
+    Torch's own insists on `num_heads * head_dim == embed_dim`. This one is told the number of heads, and scales as
+    the whole module does; everything else is as documented for `nn.MultiheadAttention`.
 
     Args:
         module: the attention module.
@@ -237,7 +259,7 @@ class HeadsForward:
             weights = weights.mean(1) if average_attn_weights else weights
             weights = weights if batched else weights.squeeze(0)
         else:
-            heads = F.scaled_dot_product_attention(q, k, v, mask, chance)
+            heads = F.scaled_dot_product_attention(q, k, v, mask, chance, scale=module.head_dim**-0.5)
         out = F.linear(heads.transpose(1, 2).flatten(2), module.out_proj.weight, module.out_proj.bias)
         if not batched:
             return out.squeeze(0), weights
@@ -250,7 +272,7 @@ class HeadsForward:
 
     def _projected(self, *inputs: Tensor) -> list[Tensor]:
         """Queries, keys and values, shape (batch, heads, positions, head size), with what is added to the keys."""
-        module = self.module
+        module, num_heads = self.module, self.sizes[HEADS]
         packed = module.in_proj_weight
         separate = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
         weights = separate if packed is None else packed.chunk(3)
@@ -260,7 +282,7 @@ class HeadsForward:
             y = F.linear(x, weight, bias)
             if extra is not None:
                 y = torch.cat([y, extra.expand(len(y), -1, -1)], 1)
-            y = y.view(*y.shape[:2], -1, module.head_dim).transpose(1, 2)
+            y = y.view(*y.shape[:2], num_heads, y.shape[2] // max(num_heads, 1)).transpose(1, 2)
             if module.add_zero_attn and len(results) > 0:
                 y = torch.cat([y, y.new_zeros(*y.shape[:2], 1, y.shape[3])], 2)
             results.append(y)
@@ -310,7 +332,10 @@ def set_call_sizes(module: nn.Module, sizes: Mapping[str, int]) -> None:
         if sizes:
             module.__dict__["forward"] = HeadsForward(module, dict(sizes))
             return
-    if sizes:
+    corrected = module.__dict__.get("forward")
+    if sizes and isinstance(corrected, SizedForward):
+        corrected.resize(dict(sizes))
+    elif sizes:
         module.__dict__["forward"] = SizedForward(module, dict(sizes))
     else:
         module.__dict__.pop("forward", None)

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from setpoint.groups.atoms import Atoms
 from setpoint.groups.bind import bind
 from setpoint.groups.build import OwnDim, build
 from setpoint.groups.count import forward_flops
@@ -84,7 +84,7 @@ def trace(model: nn.Module, example: Example) -> Trace:
     )
     rest = _uncounted(model, example, groups, contractions) if walk.unknown else ()
     groups, refused = find_states(model, groups)
-    frozen = (*_frozen(walk.atoms.frozen), *(Frozen(place, why) for place, why in refused.items()))
+    frozen = (*_frozen(walk.atoms), *(Frozen(place, why) for place, why in refused.items()))
     return Trace(groups, contractions + rest, frozen)
 
 
@@ -132,8 +132,11 @@ def find_groups(model: nn.Module, example: Example) -> tuple[Group, ...]:
     return trace(model, example).groups
 
 
-def _frozen(entries: Sequence[tuple[np.ndarray, str, str]]) -> tuple[Frozen, ...]:
-    return tuple(dict.fromkeys(Frozen(place, reason) for _, place, reason in entries))
+def _frozen(atoms: Atoms) -> tuple[Frozen, ...]:
+    """What stays whole, each reason once; that copies met data is no news."""
+    copies = atoms.marked("alike")
+    told = [entry for entry in atoms.frozen if not copies[entry[0]].all()]
+    return tuple(dict.fromkeys(Frozen(place, reason) for _, place, reason in told))
 
 
 def _walk(model: nn.Module, program: Any) -> tuple[Walk, list[OwnDim]]:
@@ -157,17 +160,22 @@ def _walk(model: nn.Module, program: Any) -> tuple[Walk, list[OwnDim]]:
 
 
 def _run(walk: Walk, graph: fx.GraphModule, env: dict[fx.Node, Any], numbers: dict[tuple[str, str], int]) -> Any:
-    """Visit every node of a graph whose inputs are known; what it returns. What nothing reads is only counted."""
+    """Visit every node of a graph whose inputs are known; what it returns.
+
+    What nothing reads runs all the same, so its shapes must fit, but no value in it matters.
+    """
     read = _read(graph.graph)
     for node in graph.graph.nodes:
         walk.node, walk.module = node, _module_of(node)
         if node.op == "get_attr":
             env[node] = getattr(graph, str(node.target), None)
         elif node.op == "output":
+            walk.unread = False
             return fx.map_arg(node.args[0], lambda n: env[n])
         elif node.op != "placeholder":
             _count_call(walk, node, numbers)
-            env[node] = _visit(walk, node, env, numbers) if node in read else None
+            walk.unread = node not in read
+            env[node] = _visit(walk, node, env, numbers)
     return None
 
 
@@ -266,6 +274,13 @@ def _shape_of(fake: Any) -> Any:
     return None
 
 
+def _write_into(walk: Walk, result: Value, tensor: Value) -> None:
+    """A result written into a tensor lies in it entry by entry."""
+    assert result.shape == tensor.shape, "the result is written into a tensor of another shape"
+    for left, right in zip(result.labels, tensor.labels, strict=True):
+        walk.unite(left, right)
+
+
 def _visit(walk: Walk, node: fx.Node, env: dict[fx.Node, Any], numbers: dict[tuple[str, str], int]) -> Any:
     args: Any
     kwargs: Any
@@ -280,15 +295,19 @@ def _visit(walk: Walk, node: fx.Node, env: dict[fx.Node, Any], numbers: dict[tup
     fake = node.meta.get("val")
     out = _shape_of(fake)
     function = rule_for(node.target)
-    if out is None and not inputs:
-        return None
+    if out is None and (walk.unread or not inputs):
+        return None  # a check that gives nothing
     finished, reason = None, "no rule knows this op"
-    if function is not None and "out" not in kwargs:
+    if function is not None:
         try:
-            result, reason = function(walk, out, *args, **kwargs), ""
+            named = {key: value for key, value in kwargs.items() if key != "out"}
+            result, reason = function(walk, out, *args, **named), ""
             finished = None if out is None else finish(walk, result, out, inputs)
+            written = kwargs.get("out")
+            if isinstance(written, Value) and isinstance(finished, Value):
+                _write_into(walk, finished, written)
         except (AssertionError, IndexError, TypeError, ValueError, AttributeError) as error:
-            reason = f"its rule does not cover this call ({type(error).__name__}: {error})"
+            reason = f"its rule does not cover this call ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
     if reason:
         for value in inputs:
             walk.unknown.add(op_name(node.target))
@@ -297,4 +316,22 @@ def _visit(walk: Walk, node: fx.Node, env: dict[fx.Node, Any], numbers: dict[tup
         return fake if isinstance(fake, (int, float, bool)) else None
     finished = finish(walk, None, out, inputs) if finished is None else finished
     walk.flow.append((walk.module, inputs, _values(finished)))
+    if op_name(node.target).endswith("_") and isinstance(finished, Value):
+        _hand_up(walk, node, finished, env)
     return finished
+
+
+def _hand_up(walk: Walk, node: fx.Node, written: Value, env: dict[fx.Node, Any]) -> None:
+    """What is written into a view lies in every tensor that it is a view of."""
+    view = node.args[0]
+    while isinstance(view, fx.Node) and isinstance(env.get(view), Value):
+        old = env[view]
+        env[view] = replace(
+            old,
+            weight=old.weight and written.weight,
+            grad=old.grad or written.grad,
+            zero=old.zero and written.zero,
+        )
+        walk.flow.append((walk.module, [old, written], [env[view]]))
+        returns = view.target._schema.returns if isinstance(view.target, torch._ops.OpOverload) else ()
+        view = view.args[0] if returns and returns[0].alias_info is not None and view.args else None

@@ -45,8 +45,11 @@ def random_keep(groups: Sequence[Group], seed: int = 0) -> dict[str, np.ndarray]
     keep = {}
     for group in groups:
         low = max(group.min_units, min(2, group.num_units - 1), 0)
-        widths = [width for width in range(low, group.num_units) if width not in used]
-        width = int(generator.choice(widths or range(low, group.num_units))) if low < group.num_units else low
+        fitting = range(low, group.num_units)
+        if group.only_blocks:
+            fitting = range(-(-low // group.multiple_of) * group.multiple_of, group.num_units, group.multiple_of)
+        widths = [width for width in fitting if width not in used]
+        width = int(generator.choice(widths or fitting)) if fitting else group.num_units
         used.add(width)
         kept = np.zeros(group.num_units, dtype=bool)
         kept[generator.permutation(group.num_units)[:width]] = True

@@ -82,6 +82,8 @@ class Walk:
         inputs, outputs: what the model is given, and what it returns.
         node: the node being visited.
         module: qualified name of the module whose own forward holds the node.
+        alike_atoms: atoms of dims whose entries are copies or constants.
+        unread: whether nothing reads the node, so that its values do not matter.
     """
 
     atoms: Atoms = field(default_factory=Atoms)
@@ -96,6 +98,8 @@ class Walk:
     outputs: list[Value] = field(default_factory=list)
     node: fx.Node | None = None
     module: str = ""
+    unread: bool = False
+    alike_atoms: set[int] = field(default_factory=set)
     call_index: int = 0
 
     @property
@@ -115,7 +119,7 @@ class Walk:
 
     def lossy(self, labels: DimLabels, reason: str) -> None:
         """Zero is not absent along this dim."""
-        if labels is not None:
+        if labels is not None and not self.unread:
             self.atoms.lossy.append((labels, f"{reason} ({self.where})"))
 
     def unite(self, left: DimLabels, right: DimLabels, reason: str = "met by data of fixed size") -> DimLabels:
@@ -126,6 +130,19 @@ class Walk:
             return None
         self.atoms.unite(left, right)
         return left
+
+    def alike(self, size: int) -> DimLabels:
+        """Atoms of a dim whose entries are all alike (copies, constants): it follows whatever it meets."""
+        if size < 2:
+            return None
+        labels = self.atoms.fresh(size)
+        self.atoms.mark("alike", labels)
+        self.alike_atoms.update(labels.tolist())
+        return labels
+
+    def copies(self, labels: DimLabels) -> bool:
+        """Whether a dim holds copies or constants: a dropped one of them is not zero, whatever its tensor says."""
+        return labels is not None and len(labels) > 0 and int(labels[0]) in self.alike_atoms
 
     def product(self, factors: Sequence[np.ndarray]) -> np.ndarray:
         """Cells of a merged dim: a cell is dropped if any of its factors is. Shape (n1, n2, ...)."""
@@ -138,7 +155,13 @@ class Walk:
         """Record a product of `2 * coefficient * prod(dims)` FLOPs."""
         assert self.node is not None
         self.contracts.append(
-            Contract(self.module, op_name(self.node.target), 2.0 * coefficient, tuple(dims), num_gradients)
+            Contract(
+                self.module,
+                op_name(self.node.target),
+                2.0 * coefficient,
+                tuple(dims),
+                0 if self.unread else num_gradients,
+            )
         )
 
     def literal(self, op: str, argument: int, size: int, labels: DimLabels) -> None:

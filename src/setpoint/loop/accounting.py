@@ -22,6 +22,11 @@ class Account:
         self.sensing = Stopwatch()
         self.deciding = Stopwatch(synchronize=True)
         self.resizing = Stopwatch(synchronize=True)
+        self.probing = Stopwatch()
+        self.probed_seconds = 0.0
+        self.probing_flops = 0.0
+        self.probed_steps = 0
+        self._probed = False
         self.step_flops = step_flops
         self.train_flops = verification_flops
         self.overhead_flops = verification_flops
@@ -29,7 +34,7 @@ class Account:
         self.steps = StepMeter()
         self._segments: list[Segment] = []
         self._steps_in_segment = 0
-        self._sensing_noted = 0.0
+        self._sensing_noted = self._probing_noted = 0.0
         self._attached = time.perf_counter()
 
     @property
@@ -41,16 +46,33 @@ class Account:
     def overhead_seconds(self) -> float:
         """Setpoint's own seconds so far."""
         watches = (self.attach, self.sensing, self.deciding, self.resizing)
-        return sum(watch.seconds for watch in watches)
+        return sum(watch.seconds for watch in watches) + self.probing_seconds
+
+    @property
+    def probing_seconds(self) -> float:
+        """Seconds for taking resting units in and out and easing them in, and what probed steps took longer."""
+        return self.probing.seconds + self.probed_seconds
 
     def sensed(self, flops: float) -> None:
         """Count the FLOPs of one sensing."""
         self.train_flops += flops
         self.overhead_flops += flops
 
+    def probed(self, flops: float) -> None:
+        """Count the FLOPs that resting units add to the step under way; its duration is no ordinary step's."""
+        self.train_flops += flops
+        self.overhead_flops += flops
+        self.probing_flops += flops
+        self.probed_steps += 1
+        self._probed = True
+
     def stepped(self) -> None:
         """Count one optimizer step at the present widths."""
-        self.steps.end()
+        if self._probed:
+            self.probed_seconds += self.steps.extra()
+            self._probed = False
+        else:
+            self.steps.end()
         self.train_flops += self.step_flops
         self._steps_in_segment += 1
 
@@ -70,6 +92,11 @@ class Account:
         """Seconds spent sensing since the last call."""
         before, self._sensing_noted = self._sensing_noted, self.sensing.seconds
         return self.sensing.seconds - before
+
+    def new_probing_seconds(self) -> float:
+        """Seconds spent on probing since the last call."""
+        before, self._probing_noted = self._probing_noted, self.probing_seconds
+        return self.probing_seconds - before
 
     def _segment(self) -> Segment:
         return Segment(self._steps_in_segment, self.steps.seconds_per_step, self.overhead_seconds)

@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 
 from setpoint.actuator.optimizer_state import check_optimizer, check_trains
 from setpoint.actuator.shrink import named_tensors
-from setpoint.actuator.verify import failing_groups, few_rows
-from setpoint.controller.plan import Controller
+from setpoint.actuator.verify import failing_groups, few_rows, verify_probe
+from setpoint.controller.plan import Controller, regrows
 from setpoint.controller.priced import PricedController, cheapest
 from setpoint.cost.budget import Budget
 from setpoint.cost.cost import Cost
@@ -28,11 +28,12 @@ from setpoint.groups.group import Group, Size, widths_of
 from setpoint.groups.trace import Trace, trace
 from setpoint.loop.accounting import Account
 from setpoint.loop.chance import untouched_chance
-from setpoint.loop.loop import ATTACHED, Loop, Parts
+from setpoint.loop.loop import ATTACHED, Loop
+from setpoint.loop.parts import Parts
 from setpoint.meter import Stopwatch
 from setpoint.sensor.chain import SensorChain
 from setpoint.sensor.hankel import HankelSensor
-from setpoint.sensor.reading import Sensor
+from setpoint.sensor.reading import Growing, Sensor
 from setpoint.sensor.selective import SelectiveSensor
 from setpoint.sensor.taylor import TaylorSensor
 
@@ -51,6 +52,7 @@ def attach(
     num_samples: int | None = None,
     allow_lossy: bool = False,
     verify: bool = True,
+    reserve_bytes: int | None = 8 * 2**30,
 ) -> Loop:
     """Hold a model in training to a budget: watch its optimizers, and shrink it in the middle of the run.
 
@@ -75,13 +77,16 @@ def attach(
             the leading dim of the example's first tensor.
         allow_lossy: also prune groups in which a zeroed unit is not the same as an absent one.
         verify: try every group's cut on copies of the model first, and leave alone those that fail.
+        reserve_bytes: the most host memory for dropped units that may come back (`PricedController(regrow=True)`);
+            beyond it those dropped first are let go, which is said. None: no limit.
 
     Raises:
         BudgetError: for a budget that cannot be reached, or is not available in this version.
         ExampleError: for an example that the model does not accept.
         ExportError: for a model that cannot be exported.
         GroupError: if nothing can be pruned, or `groups` are not the model's.
-        LoopError: if the model is attached already, or wrapped for distributed training.
+        LoopError: if the model is attached already, or wrapped for distributed training; if units are to come
+            back, but the model is compiled or the sensor cannot take them in.
         OptimizerError: for an optimizer that trains none of the model, or cannot follow a cut.
         ValueError: for `total_steps` or `num_samples` that are not positive integers.
 
@@ -114,6 +119,8 @@ def attach(
             active, failed, verification_passes = _verified(inner, example, active)
             frozen.update(failed)
         _check_some(active, frozen)
+        if regrows(controller):
+            verification_passes += _check_regrowth(model, inner, example, active, sensor, verify)
         flops = flops_cost(_restrict(found, active))
         costs: dict[str, Cost] = {"flops": flops, "params": params_cost(inner, active)}
         dense = {name: cost.total(widths_of(active)) for name, cost in costs.items()}
@@ -129,6 +136,7 @@ def attach(
             sensor=sensor,
             total_steps=total_steps,
             header=_header(active, frozen, dense, budget, total_steps, inner),
+            reserve_bytes=reserve_bytes,
         )
     return Loop(parts, Account(watch, dense["flops"], verification_passes * dense["flops"]))
 
@@ -269,6 +277,29 @@ def _verified(
     # At most four forward and backward passes vouch for all groups at once; each culprit is found by bisection.
     passes = 4 + 2 * len(failed) * (2 + math.ceil(math.log2(len(groups))))
     return tuple(group for group in groups if group.name not in reasons), reasons, share * passes
+
+
+def _check_regrowth(
+    model: nn.Module, inner: nn.Module, example: Example, groups: tuple[Group, ...], sensor: Sensor[Any], verify: bool
+) -> float:
+    """Check that units can be probed and come back in this model; the passes that took.
+
+    Raises:
+        LoopError: when they cannot.
+        VerificationError: when a probed step on a copy is not the shrunk model's step.
+    """
+    instead = "attach with PricedController(regrow=False)"
+    if not isinstance(sensor, Growing):
+        raise LoopError(f"{type(sensor).__name__} has no grow(), so units cannot come back: add it, or {instead}")
+    if model is not inner or any(hasattr(module, "_orig_mod") for module in inner.modules()):
+        raise LoopError(
+            f"resting units cannot be present in compiled code: attach to the model uncompiled, or {instead}"
+        )
+    if not verify:
+        return 0.0
+    few, share = few_rows(example)
+    verify_probe(inner, few, groups)
+    return 6 * share
 
 
 def _check_some(groups: tuple[Group, ...], frozen: Mapping[str, str]) -> None:

@@ -22,6 +22,8 @@ class Explanation:
         worth: saliency of its block / what the block saves, at that step; NaN where it was not evaluated.
         price: loss per unit of resource at that step; NaN if there was no decision yet.
         reason: the decision's own words.
+        returned: the last step at which it came back from the reserve; None if it never did.
+        gain: what its probe promised then; NaN if it never came back.
     """
 
     group: str
@@ -33,6 +35,8 @@ class Explanation:
     worth: float
     price: float
     reason: str
+    returned: int | None = None
+    gain: float = math.nan
 
     def __str__(self) -> str:
         unit = f"{self.what} {self.origin} of {self.group}"
@@ -43,6 +47,9 @@ class Explanation:
             f"price {_number(self.price)} (loss per unit of resource)"
         )
         fate = "is alive" if self.alive else f"was dropped at step {self.step}"
+        if self.returned is not None:
+            back = f"came back at step {self.returned}, promising to lower the loss by {_number(self.gain)},"
+            fate = f"{back} and {fate}"
         when = f", as read at step {self.step}" if self.alive else ""
         return f"{unit} {fate}: {numbers}{when}. {self.reason}".rstrip()
 
@@ -57,6 +64,7 @@ def explain_drop(ledger: Ledger, group: str, origin: int, what: str, resource: s
         what: what a unit of the group is.
         resource: the budget's resource, whose price is quoted.
     """
+    returned, gain = last_return(ledger, group, origin)
     for entry in reversed(ledger[:]):
         dropped = entry.dropped.get(group, [])
         if origin in dropped:
@@ -71,8 +79,25 @@ def explain_drop(ledger: Ledger, group: str, origin: int, what: str, resource: s
                 worth=_at(entry.worth.get(group, []), at),
                 price=entry.price.get(resource, math.nan),
                 reason=entry.reason,
+                returned=returned,
+                gain=gain,
             )
     return None
+
+
+def last_return(ledger: Ledger, group: str, origin: int) -> tuple[int | None, float]:
+    """The last step at which a unit came back, and the gain that its probe promised; (None, NaN) if it never did.
+
+    Args:
+        ledger: the record.
+        group: name of the group.
+        origin: index of the unit in the dense model.
+    """
+    for entry in reversed(ledger[:]):
+        grown = entry.grown.get(group, [])
+        if origin in grown:
+            return entry.step, _at(entry.gain.get(group, []), grown.index(origin))
+    return None, math.nan
 
 
 def _at(values: list[float], position: int) -> float:

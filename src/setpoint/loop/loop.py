@@ -5,62 +5,42 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 from weakref import WeakSet
 
 import numpy as np
-from jaxtyping import Float64, Int
+from jaxtyping import Bool, Float64, Int
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from setpoint.actuator.balance import balance_and_shrink
-from setpoint.controller.plan import Controller, Observation, Plan
-from setpoint.cost.budget import Budget
-from setpoint.cost.cost import Cost
+from setpoint.controller.plan import Observation, Plan, regrows
 from setpoint.errors import GroupError, LoopError
 from setpoint.groups.group import Group, widths_of
 from setpoint.ledger import Entry, Ledger
 from setpoint.loop.accounting import Account
-from setpoint.loop.explanation import Explanation, explain_drop
+from setpoint.loop.explanation import Explanation, explain_drop, last_return
 from setpoint.loop.hooks import StepHooks
-from setpoint.loop.record import number, only_kept, refusal, with_drops
+from setpoint.loop.parts import Parts
+from setpoint.loop.record import (
+    drop_counts,
+    number,
+    only_kept,
+    refusal,
+    return_counts,
+    spread,
+    with_drops,
+    with_returns,
+)
+from setpoint.loop.regrowth import Regrowth
 from setpoint.loop.stride import sensed_every
 from setpoint.loop.summary import Summary, break_even_step
-from setpoint.sensor.reading import Reading, Sensor
+from setpoint.sensor.probe import Probe
+from setpoint.sensor.reading import Reading
 
 ATTACHED: WeakSet[nn.Module] = WeakSet()
 """Models that a loop is at work on."""
-
-
-@dataclass(frozen=True, eq=False)
-class Parts:
-    """What a loop is made of.
-
-    Args:
-        model: the model itself, without wrappers.
-        optimizers: those that train it.
-        copies: modules that are cut alike.
-        groups: what may be pruned, at dense widths.
-        budget: what spending is held to.
-        costs: cost by resource, over the widths of `groups`; always "flops" and "params".
-        controller: makes the plans.
-        sensor: takes the readings.
-        total_steps: optimizer steps of the run.
-        header: the ledger's header.
-    """
-
-    model: nn.Module
-    optimizers: tuple[Optimizer, ...]
-    copies: tuple[nn.Module, ...]
-    groups: tuple[Group, ...]
-    budget: Budget
-    costs: Mapping[str, Cost]
-    controller: Controller[Any]
-    sensor: Sensor[Any]
-    total_steps: int
-    header: Mapping[str, Any]
 
 
 class Loop:
@@ -97,6 +77,7 @@ class Loop:
         self._plan: Plan | None = None
         self._worth: dict[str, Float64[np.ndarray, " units"]] = {}
         self._summary: Summary | None = None
+        self._regrowth = Regrowth(parts, account) if regrows(parts.controller) else None
         self._hooks = StepHooks(parts.optimizers, self._before_step, self._after_step)
         ATTACHED.add(parts.model)
         account.steps.begin()
@@ -182,17 +163,12 @@ class Loop:
         if dropped is not None:
             return dropped
         at = int(position[0])
-        return Explanation(
-            group=group,
-            origin=origin,
-            what=what[group],
-            alive=True,
-            step=self._plan.step if self._plan else None,
-            saliency=float(self._reading.saliency[group][at]) if self._reading else math.nan,
-            worth=float(self._worth[group][at]) if group in self._worth else math.nan,
-            price=self.price if self._plan else math.nan,
-            reason=self._plan.reason if self._plan else "",
-        )
+        returned, gain = last_return(self._ledger, group, origin)
+        worth = float(self._worth[group][at]) if group in self._worth else math.nan
+        saliency = float(self._reading.saliency[group][at]) if self._reading else math.nan
+        plan, price = self._plan, self.price if self._plan else math.nan
+        step, reason = (plan.step, plan.reason) if plan else (None, "")
+        return Explanation(group, origin, what[group], True, step, saliency, worth, price, reason, returned, gain)
 
     # How it ends.
 
@@ -212,6 +188,8 @@ class Loop:
     def detach(self) -> None:
         """Take the hooks away and leave the model as it is; may be called again."""
         self._hooks.remove()
+        if self._regrowth is not None:
+            self._regrowth.stop()
         ATTACHED.discard(self._parts.model)
 
     def __enter__(self) -> Loop:
@@ -227,6 +205,8 @@ class Loop:
     # What happens at every step.
 
     def _before_step(self, grad_scale: Tensor | None) -> None:
+        if self._regrowth is not None:
+            self._regrowth.end_probe(grad_scale)
         total_steps = self._parts.total_steps
         if self._landed or self._step >= total_steps or self._step % sensed_every(total_steps):
             return
@@ -239,7 +219,9 @@ class Loop:
     def _after_step(self) -> None:
         self._step += 1
         self._account.stepped()
-        total_steps = self._parts.total_steps
+        regrowth, total_steps = self._regrowth, self._parts.total_steps
+        if regrowth is not None:
+            regrowth.ease()
         if self._step == total_steps + 1:
             warnings.warn(
                 f"attach was told total_steps={total_steps}, and this is step {self._step}: training goes on, "
@@ -250,6 +232,8 @@ class Loop:
             due = self._parts.controller.due(self._step, total_steps)
             if due or self._overdue:
                 self._decide(due)
+            if regrowth is not None and not self._landed:
+                regrowth.begin_probe(self._step)
         self._account.steps.begin()
 
     def _decide(self, due: bool) -> None:
@@ -259,17 +243,22 @@ class Loop:
             reading = self._read()
             why_not = refusal(reading)
             if why_not is None:
+                probe = self._regrowth.probe(self._step) if self._regrowth is not None else None
                 state, plan = self._parts.controller.decide(
-                    self._controller_state, self._observation(reading), self._cost, self._groups
+                    self._controller_state, self._observation(reading, probe), self._cost, self._groups
                 )
         self._overdue = plan is None
         if plan is not None:
-            self._act(plan, state, reading)
-            self._ledger.append(with_drops(self._entry(plan.reason, plan), plan, reading, self._origin))
-            self._origin = only_kept(self._origin, plan)
-            self._worth = only_kept(plan.worth, plan)
-            self._reading = replace(reading, saliency=only_kept(reading.saliency, plan))
+            origin = self._origin
+            regrown, note = self._act(plan, state, reading)
+            reason = f"{plan.reason}; {note}" if note else plan.reason
+            entry = with_drops(self._entry(reason, plan), plan, reading, origin)
+            self._ledger.append(with_returns(entry, plan, probe))
+            self._worth = spread(only_kept(plan.worth, plan), regrown)
+            self._reading = replace(reading, saliency=spread(only_kept(reading.saliency, plan), regrown))
             self._plan, self._landed = plan, plan.landed
+            if self._landed and self._regrowth is not None:
+                self._regrowth.release()
         elif due and why_not is not None:
             self._ledger.append(self._entry(why_not, self._plan))
 
@@ -279,22 +268,34 @@ class Loop:
         before, self._skipped = self._skipped, reading.skipped_steps
         return replace(reading, skipped_steps=reading.skipped_steps - before)
 
-    def _act(self, plan: Plan, state: Any, reading: Reading) -> None:
-        """Carry the plan out on everything that is indexed by unit."""
-        parts, account = self._parts, self._account
+    def _act(self, plan: Plan, state: Any, reading: Reading) -> tuple[dict[str, Bool[np.ndarray, " _units"]], str]:
+        """Carry the plan out on everything that is indexed by unit; what has come back, and what is to be said."""
+        parts, account, regrowth = self._parts, self._account, self._regrowth
         account.resizing.last_seconds = 0.0
-        if not plan.empty():
-            with account.resizing:
+        regrown: dict[str, Bool[np.ndarray, " _units"]] = {}
+        note = ""
+        self._controller_state = state
+        if plan.empty():
+            return regrown, note
+        with account.resizing:
+            if plan.drops():
+                note = regrowth.rest(plan.keep) if regrowth is not None else ""
                 self._groups = balance_and_shrink(
                     parts.model, parts.optimizers, self._groups, plan.keep, reading.basis, parts.copies
                 )
                 self._sensor_state = parts.sensor.cut(self._sensor_state, plan.keep)
-                state = parts.controller.cut(state, plan.keep)
-            self._sensing_flops = parts.sensor.flops(self._groups, parts.model)
-            account.resized(parts.costs["flops"].total(self.widths))
-        self._controller_state = state
+                self._controller_state = parts.controller.cut(self._controller_state, plan.keep)
+                self._origin = only_kept(self._origin, plan)
+            if plan.grows() and regrowth is not None:
+                self._groups, regrown = regrowth.grow(self._groups, plan)
+                self._sensor_state = parts.sensor.grow(self._sensor_state, regrown)  # type: ignore[attr-defined]
+                self._controller_state = parts.controller.grow(self._controller_state, regrown)  # type: ignore[attr-defined]
+                self._origin = regrowth.origin
+        self._sensing_flops = parts.sensor.flops(self._groups, parts.model)
+        account.resized(parts.costs["flops"].total(self.widths))
+        return regrown, note
 
-    def _observation(self, reading: Reading) -> Observation:
+    def _observation(self, reading: Reading, probe: Probe | None) -> Observation:
         return Observation(
             step=self._step,
             total_steps=self._parts.total_steps,
@@ -307,6 +308,7 @@ class Loop:
             val=number(self._observed["val"]),
             seconds_per_step=self._account.steps.seconds_per_step,
             seconds_per_resize=self._account.resizing.last_seconds if self._account.resizes else None,
+            probe=probe,
         )
 
     def _spent(self) -> dict[str, float]:
@@ -329,6 +331,7 @@ class Loop:
             error={name: spent[name] / value - 1.0 for name, value in reference.items() if name in spent and value > 0},
             price=dict(plan.price) if plan else {},
             sensing_seconds=account.new_sensing_seconds(),
+            probing_seconds=account.new_probing_seconds(),
             deciding_seconds=account.deciding.last_seconds,
             resizing_seconds=account.resizing.last_seconds if plan is not None and plan.step == self._step else 0.0,
         )
@@ -338,6 +341,7 @@ class Loop:
     def _summarise(self) -> Summary:
         account, spent, steps = self._account, self._spent(), min(self._step, self._parts.total_steps)
         landed, reason = self._landing(spent, steps)
+        drops = drop_counts(self._ledger)
         return Summary(
             landed=landed,
             steps=self._step,
@@ -362,6 +366,12 @@ class Loop:
             spent=spent,
             break_even_step=break_even_step(account.segments()),
             reason=reason,
+            probing_seconds=account.probing_seconds,
+            probing_flops=account.probing_flops,
+            probed_steps=account.probed_steps,
+            dropped_units=len(drops),
+            regrown_units=len(return_counts(self._ledger)),
+            dropped_again=sum(count > 1 for count in drops.values()),
         )
 
     def _num_params(self) -> int:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int, Shaped
+from jaxtyping import Bool, Float64, Int, Shaped
 
 from setpoint.controller.plan import Plan
-from setpoint.ledger import Entry
+from setpoint.ledger import Entry, Ledger
+from setpoint.sensor.probe import Probe
 from setpoint.sensor.reading import Reading
 
 
@@ -48,6 +50,50 @@ def with_drops(entry: Entry, plan: Plan, reading: Reading, origin: Mapping[str, 
         if name in plan.worth:
             worth[name] = [float(value) for value in plan.worth[name][~keep]]
     return replace(entry, dropped=dropped, saliency=saliency, worth=worth)
+
+
+def with_returns(entry: Entry, plan: Plan, probe: Probe | None) -> Entry:
+    """The entry with what the plan brings back, and what its probe told.
+
+    Args:
+        entry: the entry so far.
+        plan: the plan.
+        probe: what the plan was made on.
+    """
+    grown = {name: [int(unit) for unit in units] for name, units in plan.grow.items() if len(units)}
+    gain: dict[str, list[float]] = {}
+    for name, units in grown.items():
+        if probe is not None and name in probe.gain:
+            known = dict(zip(probe.origins[name].tolist(), probe.gain[name].tolist(), strict=True))
+            gain[name] = [known.get(unit, np.nan) for unit in units]
+    worth = {name: [float(each) for each in values] for name, values in plan.grow_worth.items() if name in grown}
+    return replace(entry, grown=grown, gain=gain, grown_worth=worth)
+
+
+def drop_counts(ledger: Ledger) -> Counter[tuple[str, int]]:
+    """How often each unit was dropped, by group and origin."""
+    return Counter((name, unit) for entry in ledger for name, units in entry.dropped.items() for unit in units)
+
+
+def return_counts(ledger: Ledger) -> Counter[tuple[str, int]]:
+    """How often each unit came back, by group and origin."""
+    return Counter((name, unit) for entry in ledger for name, units in entry.grown.items() for unit in units)
+
+
+def spread(
+    values: Mapping[str, Float64[np.ndarray, " _before"]], regrown: Mapping[str, Bool[np.ndarray, " _units"]]
+) -> dict[str, Float64[np.ndarray, " _units"]]:
+    """Values by group with NaN for the units that have come back.
+
+    >>> spread({"a": np.array([1.0, 2.0])}, {"a": np.array([False, True, False])})["a"].tolist()
+    [1.0, nan, 2.0]
+    """
+    result = dict(values)
+    for name, came in regrown.items():
+        if name in result:
+            result[name] = np.full(len(came), np.nan)
+            result[name][~came] = values[name]
+    return result
 
 
 def only_kept(

@@ -25,10 +25,10 @@ class Summary:
         final_flops_ratio: `final_flops / dense_flops`.
         final_params: parameters of the finished model.
         train_flops: FLOPs of the whole run, overhead included.
-        overhead_flops: FLOPs of verification and sensing.
+        overhead_flops: FLOPs of verification, sensing and probing.
         overhead_flops_ratio: `overhead_flops / train_flops`.
         seconds: wall-clock seconds from attach to finish, attach included.
-        overhead_seconds: the sum of the four that follow.
+        overhead_seconds: the sum of the four that follow and `probing_seconds`.
         attach_seconds: tracing and verification.
         sensing_seconds: reading gradients before each step.
         deciding_seconds: readings and decisions.
@@ -38,6 +38,12 @@ class Summary:
         spent: cost of one optimizer step of the finished model, by resource.
         break_even_step: first step at which the seconds saved exceed the overhead, None if never.
         reason: why it landed or did not.
+        probing_seconds: taking resting units in and out, easing them in, and what probed steps took longer.
+        probing_flops: FLOPs that resting units added to probed steps.
+        probed_steps: steps in which resting units were present.
+        dropped_units: units that were dropped at least once.
+        regrown_units: units that came back at least once.
+        dropped_again: units that were dropped more than once.
     """
 
     landed: bool
@@ -63,6 +69,12 @@ class Summary:
     spent: Mapping[str, float]
     break_even_step: int | None
     reason: str
+    probing_seconds: float = 0.0
+    probing_flops: float = 0.0
+    probed_steps: int = 0
+    dropped_units: int = 0
+    regrown_units: int = 0
+    dropped_again: int = 0
 
 
 @dataclass(frozen=True)

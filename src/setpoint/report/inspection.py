@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from setpoint.report import figures
+from setpoint.report.draft import Draft, document, html_table, pair, place_of, save
 from setpoint.report.figures import BLUE, FAINT, ORANGE, Figure, plotly_script
 from setpoint.report.names import fold
 from setpoint.report.numbers import NOTHING, human, percent
-from setpoint.report.page import Draft, document, html_table, pair, place_of, save
 
 MODULES = "#e6edf5"
 """Colour of the frames that modules draw around their parts."""
 _HEIGHT = 620
+_LONG = 110
+"""Letters of a reason that are shown at once."""
 LEGEND = (
     (BLUE, "along units that may be pruned"),
     (ORANGE, "along units of a group that is left whole"),
@@ -211,10 +213,19 @@ def _frozen(frozen: Sequence[Mapping[str, str]]) -> str:
     for each in frozen:
         reasons.setdefault(each["reason"], []).append(each["place"])
     lines = [
-        [escape(reason), f"{len(places)}", "<br>".join(map(escape, fold(places)))] for reason, places in reasons.items()
+        [_folded(reason), f"{len(places)}", "<br>".join(map(escape, fold(places)))]
+        for reason, places in reasons.items()
     ]
     listing = html_table(("stays whole because", "places", "where"), lines, classes="inspected frozen")
     return f'<h3>Frozen</h3>\n<div class="scroll">{listing}</div>\n'
+
+
+def _folded(reason: str) -> str:
+    """A reason, the rest of a long one folded away."""
+    if len(reason) <= _LONG:
+        return escape(reason)
+    first = reason[:_LONG].rpartition(" ")[0] or reason[:_LONG]
+    return f"<details><summary>{escape(first)} …</summary>{escape(reason)}</details>"
 
 
 def _shortened(reasons: Sequence[str], most: int) -> str:

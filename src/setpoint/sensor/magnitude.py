@@ -81,3 +81,7 @@ class MagnitudeSensor:
     def cut(self, state: MagnitudeState, keep: Mapping[str, Bool[np.ndarray, " units"]]) -> MagnitudeState:
         """The same state: the live weights have been cut already."""
         return state
+
+    def grow(self, state: MagnitudeState, regrown: Mapping[str, Bool[np.ndarray, " units"]]) -> MagnitudeState:
+        """The same state: the live weights have come back already."""
+        return state

@@ -83,3 +83,15 @@ class Sensor(Protocol[State]):
     def cut(self, state: State, keep: Mapping[str, Bool[np.ndarray, " units"]]) -> State:
         """State of the kept units."""
         ...
+
+
+@runtime_checkable
+class Growing(Protocol[State]):
+    """What a sensor has in addition whose units may come back."""
+
+    def grow(self, state: State, regrown: Mapping[str, Bool[np.ndarray, " units"]]) -> State:
+        """State with the units that have come back, of which nothing has been seen yet.
+
+        `regrown` is by group, one boolean per unit active now, True = has just come back.
+        """
+        ...

@@ -55,7 +55,7 @@ class TaylorState:
         num_units: units of each group.
         mean: weighted mean of r over the folded steps.
         variance: weighted mean of (r - mean)^2 over them.
-        weight: sum of their weights.
+        weight: sum of the weights of the steps in which the unit was there.
         squares: sum of their squared weights.
         num_steps: how many there are (0-dim tensors, so that counting needs no host sync).
         skipped_steps: steps left out because a gradient was NaN or infinite.
@@ -67,8 +67,8 @@ class TaylorState:
     num_units: tuple[int, ...]
     mean: Float[Tensor, " all_units"]
     variance: Float[Tensor, " all_units"]
-    weight: Float[Tensor, ""]
-    squares: Float[Tensor, ""]
+    weight: Float[Tensor, " all_units"]
+    squares: Float[Tensor, " all_units"]
     num_steps: Float[Tensor, ""]
     skipped_steps: Float[Tensor, ""]
     recent: tuple[Float[Tensor, " all_units"], ...] = ()
@@ -165,7 +165,7 @@ class TaylorSensor:
         zeros = torch.zeros(sum(group.num_units for group in groups), dtype=dtype, device=first.device)
         none = torch.zeros((), dtype=dtype, device=first.device)
         names, num_units = tuple(g.name for g in groups), tuple(g.num_units for g in groups)
-        return TaylorState(names, num_units, zeros, zeros, none, none, none, none, (), sources)
+        return TaylorState(names, num_units, zeros, zeros, zeros, zeros, none, none, (), sources)
 
     @torch.no_grad()
     def update(
@@ -240,12 +240,14 @@ class TaylorSensor:
             step: optimizer steps done, for the record.
         """
         state = self.fold(state)
-        facts = torch.stack([state.num_steps, state.skipped_steps, state.weight, state.squares])
-        values = torch.cat([facts, state.mean, state.variance]).double().cpu().numpy()
-        num_steps, skipped, weight, squares = (float(value) for value in values[:4])
-        mean, variance = np.split(values[4:], 2)
+        facts = torch.stack([state.num_steps, state.skipped_steps])
+        values = torch.cat([facts, state.mean, state.variance, state.weight, state.squares]).double().cpu().numpy()
+        num_steps, skipped = (float(value) for value in values[:2])
+        mean, variance, weight, squares = np.split(values[2:], 4)
         # The weighted variance of n steps is too small by 1 - (sum of squares of their shares); 1 - 1/n if equal.
-        unbiased = variance / (1.0 - squares / weight**2) if num_steps > 1 and squares < weight**2 else 0.0 * variance
+        shares = squares / np.maximum(weight, _TINY) ** 2
+        several = (weight > 0) & (shares < 1.0)
+        unbiased = np.where(several, variance, 0.0) / np.where(several, 1.0 - shares, 1.0)
         curvature = self.num_samples * unbiased + mean**2
         saliency = np.maximum(0.0, 0.5 * curvature - (mean if self.first_order else 0.0))
         by_group = np.split(saliency, np.cumsum(state.num_units))[:-1]
@@ -271,6 +273,31 @@ class TaylorSensor:
             num_units=tuple(int(mask.sum()) for mask in masks),
             mean=state.mean[kept],
             variance=state.variance[kept],
+            weight=state.weight[kept],
+            squares=state.squares[kept],
+            sources=None,
+        )
+
+    def grow(self, state: TaylorState, regrown: Mapping[str, Bool[np.ndarray, " units"]]) -> TaylorState:
+        """Moments with those of the units that have come back, which begin anew."""
+        state = self.fold(state)
+        masks = [
+            np.asarray(regrown.get(name, np.zeros(n, bool)), dtype=bool)
+            for name, n in zip(state.names, state.num_units, strict=True)
+        ]
+        before = np.flatnonzero(~np.concatenate([np.zeros(0, bool), *masks]))
+        index = torch.from_numpy(before).to(state.mean.device)
+
+        def spread(values: Tensor) -> Tensor:
+            return values.new_zeros(sum(map(len, masks))).index_copy_(0, index, values)
+
+        return replace(
+            state,
+            num_units=tuple(len(mask) for mask in masks),
+            mean=spread(state.mean),
+            variance=spread(state.variance),
+            weight=spread(state.weight),
+            squares=spread(state.squares),
             sources=None,
         )
 

@@ -49,7 +49,7 @@ class UnitSum:
         used = np.flatnonzero(place.index >= 0)
         start, stop = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 0)
         index = np.asarray(place.index[start:stop], dtype=np.int64)
-        repeat, rest = divmod(stop - start, num_units)
+        repeat, rest = divmod(stop - start, num_units) if num_units else (0, 0)
         if rest == 0 and repeat and np.array_equal(index, np.repeat(np.arange(num_units), repeat)):
             return cls(place.dim, num_units, start, stop - start, repeat, None)
         table = torch.from_numpy(np.where(index < 0, num_units, index)).to(device)

@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from setpoint.bench.coverage import Build
+from setpoint.bench.suites.families import FAMILIES
 from setpoint.bench.suites.sequences import SEQUENCES
 
 
 def suite() -> Mapping[str, Build]:
     """By name, how to make each model."""
-    return {**_SUITE, **SEQUENCES}
+    return {**_SUITE, **SEQUENCES, **FAMILIES}
 
 
 _SUITE: dict[str, Build] = {}

@@ -26,13 +26,17 @@ def contract_dim(walk: Walk, left: Value, left_dim: int, right: Value, right_dim
     a, b = left.labels[left_dim], right.labels[right_dim]
     for operand, labels in ((left, a), (right, b)):
         if operand.weight:
-            walk.atoms.mark("consume", labels)
-    if not left.weight and not right.weight:
-        walk.atoms.mark("contract", a)
-        walk.atoms.mark("contract", b)
-        if not left.zero and not right.zero:
-            walk.lossy(a, "a sum runs over it and dropped units are not zero there")
+            walk.atoms.mark("measured" if _measures(left, right) else "consume", labels)
+        if not left.weight and not right.weight:
+            walk.atoms.mark("contract", labels)
+    if not (left.zero and not walk.copies(a)) and not (right.zero and not walk.copies(b)):
+        walk.lossy(a, "a sum runs over it and dropped units are not zero there")
     return walk.unite(a, b, "summed against data of fixed size")
+
+
+def _measures(left: Value, right: Value) -> bool:
+    """Whether a product of weights gives a measure of a matrix, as its spectral norm is: no layer reads units there."""
+    return left.weight and right.weight and min(left.ndim, right.ndim) == 1
 
 
 def _add_bias(walk: Walk, labels: DimLabels, bias: Value | None) -> DimLabels:
@@ -49,10 +53,12 @@ def _linear(walk: Walk, out: Value, x: Value, weight: Value, bias: Value | None 
     dims = [*zip(x.shape[:-1], x.labels[:-1], strict=True), (weight.shape[0], outer), (x.shape[-1], inner)]
     walk.contract(1, dims, num_gradients(x, weight))
     rows = any(labels is not None for labels in x.labels[:-1])
-    return Value(out.shape, (*x.labels[:-1], outer), zero=not rows or (x.zero and bias is None))
+    written = weight.zero and (bias is None or bias.zero)
+    return Value(out.shape, (*x.labels[:-1], outer), zero=written and (not rows or (x.zero and bias is None)))
 
 
-@rule(aten.matmul.default, aten.mm.default, aten.bmm.default, aten.mv.default, aten.dot.default)
+@rule(aten.matmul.default, aten.mm.default, aten.bmm.default, aten.mv.default)
+@rule(aten.dot.default, aten.vdot.default)
 def _matmul(walk: Walk, out: Value, left: Value, right: Value) -> Value:
     """`y[..., m, n] = sum_k a[..., m, k] b[..., k, n]`, batch dims broadcast."""
     right_inner = right.ndim - 2 if right.ndim > 1 else 0
@@ -72,7 +78,7 @@ def _matmul(walk: Walk, out: Value, left: Value, right: Value) -> Value:
     rows = [(left.shape[-2], left.labels[-2])] if left.ndim > 1 else []
     columns = [(right.shape[-1], right.labels[-1])] if right.ndim > 1 else []
     for operand, dims in ((left, rows), (right, columns)):
-        if operand.weight and dims:
+        if operand.weight and dims and not _measures(left, right):
             walk.atoms.mark("produce", dims[0][1])
     batch_dims = list(zip(out.shape[: len(batch)], batch, strict=True))
     walk.contract(1, [*batch_dims, *rows, *columns, (left.shape[-1], inner)], num_gradients(left, right))
@@ -86,7 +92,9 @@ def _matmul(walk: Walk, out: Value, left: Value, right: Value) -> Value:
 def _addmm(walk: Walk, out: Value, bias: Value, left: Value, right: Value, **kwargs: Any) -> Value:
     """`bias + left @ right`."""
     product = _matmul(walk, out, left, right)
-    return Value(out.shape, unite_broadcast(walk, [product, bias], out.ndim))
+    labels = unite_broadcast(walk, [product, bias], out.ndim)
+    rows = any(own is not None for own in product.labels[:-1])
+    return Value(out.shape, labels, zero=product.zero and bias.zero and (bias.ndim == out.ndim or not rows))
 
 
 @rule(aten._grouped_mm.default, "transformers::grouped_mm_fallback")
@@ -109,9 +117,11 @@ def _grouped_matmul(
     inner = contract_dim(walk, left, 1, right, 1)
     if right.weight:
         walk.atoms.mark("produce", right.labels[2])
+    for labels in right.labels[1:]:
+        walk.atoms.mark("aligned", labels)
     dims = [(left.shape[1], inner), (right.shape[2], right.labels[2])]
     walk.contract(left.shape[0], dims, num_gradients(left, right))
-    return Value(out.shape, (left.labels[0], right.labels[2]))
+    return Value(out.shape, (left.labels[0], right.labels[2]), zero=right.zero)
 
 
 @rule(aten.einsum.default)
@@ -249,7 +259,8 @@ def _convolution(
     batch = x.shape[0] if batched else 1
     walk.contract(math.prod(spatial) * math.prod(weight.shape[2:]) * batch, flop_dims, num_gradients(x, weight))
     passed: tuple[DimLabels, ...] = (outer, *(None,) * len(spatial))
-    return Value(out.shape, (x.labels[0], *passed) if batched else passed, zero=True)
+    zero = weight.zero and (bias is None or bias.zero)
+    return Value(out.shape, (x.labels[0], *passed) if batched else passed, zero=zero)
 
 
 @rule(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)

@@ -14,11 +14,12 @@ aten = torch.ops.aten
 # f(0) = 0, and f(0, 0) = 0: a dropped unit stays exactly zero.
 _ZERO_KEEPING = """
     abs add add_ alias asin asinh atan ceil celu clone contiguous detach detach_ div div_ dropout dropout_
-    elu elu_ erf expm1 feature_dropout alpha_dropout fix floor gelu hardswish hardswish_ hardtanh hardtanh_
+    elu elu_ erf expm1 feature_dropout fix floor gelu hardswish hardswish_ hardtanh hardtanh_
     leaky_relu leaky_relu_ lift_fresh_copy mish mul mul_ neg negative positive relu relu_ relu6
     relu6_ round rsub rrelu sgn sign silu silu_ sin sinh sqrt square sub sub_ tan tanh tanh_ to trunc
-    type_as _to_copy copy copy_ zero_ nan_to_num threshold threshold_ softshrink hardshrink float double half
-    bfloat16 log1p logical_and bitwise_and maximum minimum
+    type_as _to_copy copy copy_ zero_ nan_to_num softshrink hardshrink float double half
+    bfloat16 log1p logical_and bitwise_and maximum minimum real imag conj _conj resolve_conj conj_physical
+    _conj_physical complex resolve_neg
 """.split()  # noqa: SIM905
 
 # Dropped units come out as something else than zero (a sigmoid gives one half); the weights that
@@ -27,8 +28,9 @@ _ZERO_BREAKING = """
     acos acosh cos cosh eq ne lt le gt ge exp exp2 exp_ fill fill_ hardsigmoid hardsigmoid_ isnan isinf
     isfinite log log10 log2 log_sigmoid logaddexp logical_not logical_or logical_xor logit masked_fill
     masked_fill_ pow pow_ reciprocal rsqrt sigmoid sigmoid_ softplus where zeros_like ones_like full_like
-    empty_like rand_like randn_like clamp clamp_ clamp_min clamp_max clamp_min_ bitwise_not bitwise_or
-    floor_divide remainder fmod atan2 lerp addcmul addcdiv erfc hypot bernoulli bernoulli_
+    empty_like rand_like randn_like clamp clamp_ clamp_min clamp_max clamp_min_ alpha_dropout threshold
+    threshold_ bitwise_not bitwise_or
+    floor_divide remainder fmod atan2 lerp addcmul addcdiv erfc hypot bernoulli bernoulli_ angle polar
 """.split()  # noqa: SIM905
 
 
@@ -68,6 +70,8 @@ def _elementwise(walk: Walk, out: Value, args: Sequence[Any], zero_keeping: bool
         zero = bool(values) and values[0] in spanning and values[0].zero
     elif name in ("add", "add_", "sub", "sub_", "rsub"):
         zero = len(spanning) == len(values) and all(value.zero for value in values) and not numbers
+    elif name in ("hardtanh", "hardtanh_") and args[1:] and not args[1] <= 0 <= args[2]:
+        zero = False
     else:
         zero = zero_keeping and len(spanning) == len(values) and all(value.zero for value in values)
     return Value(out.shape, result.labels, zero=zero)
@@ -91,6 +95,16 @@ for _name in _ZERO_KEEPING:
     _register(_name, True)
 for _name in _ZERO_BREAKING:
     _register(_name, False)
+
+
+@rule(aten.broadcast_tensors.default)
+def _broadcast_tensors(walk: Walk, out: tuple[Value, ...], tensors: Sequence[Value]) -> tuple[Value, ...]:
+    """Each tensor in the shape of all of them."""
+    labels = unite_broadcast(walk, tensors, out[0].ndim)
+    return tuple(
+        Value(part.shape, labels, zero=x.zero and _carries_everywhere(x, Value(part.shape, labels)))
+        for part, x in zip(out, tensors, strict=True)
+    )
 
 
 @rule(aten.prelu.default)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from setpoint.groups.walk import DimLabels, Value, Walk, rule
+from setpoint.groups.walk import Value, Walk, op_name, rule
 
 aten = torch.ops.aten
 
@@ -18,7 +18,7 @@ def _embedding(walk: Walk, out: Value, weight: Value, indices: Value, *args: Any
     walk.freeze(weight.labels[0], "its rows are chosen by data")
     walk.atoms.mark("produce", weight.labels[1])
     walk.atoms.mark("embedding", weight.labels[1])
-    return Value(out.shape, (*(None,) * indices.ndim, weight.labels[1]))
+    return Value(out.shape, (*(None,) * indices.ndim, weight.labels[1]), zero=weight.zero)
 
 
 @rule(aten.index.Tensor)
@@ -37,11 +37,14 @@ def _index(walk: Walk, out: Value, x: Value, indices: Sequence[Value | None]) ->
     return Value(out.shape, (*rest[:at], *(None,) * num_new, *rest[at:]), weight=x.weight, zero=x.zero)
 
 
-@rule(aten.index_select.default, aten.gather.default, aten.index_copy.default)
-@rule(aten.scatter.src, aten.scatter.value, aten.scatter_add.default, aten.index_add.default, aten.roll.default)
-def _along_dim(walk: Walk, out: Value, x: Value, dim: Any, *args: Any, **kwargs: Any) -> tuple[DimLabels, ...]:
+@rule(aten.index_select.default, aten.gather.default, aten.roll.default)
+@rule(aten.index_copy.default, aten.index_copy_.default, aten.index_add.default, aten.index_add_.default)
+@rule(aten.scatter.src, aten.scatter.value, aten.scatter_.src, aten.scatter_.value, aten.scatter_reduce.two)
+@rule(aten.scatter_add.default, aten.scatter_add_.default, aten.scatter_reduce_.two)
+def _along_dim(walk: Walk, out: Value, x: Value, dim: Any, *args: Any, **kwargs: Any) -> Value:
     """Entries along the dims move about by data, so these freeze."""
-    if walk.node is not None and walk.node.target is aten.roll.default:
+    name = op_name(walk.node.target)  # type: ignore[union-attr]
+    if name == "roll":
         dim = args[0] if args else ()
     dims = [d % x.ndim for d in (dim if isinstance(dim, (list, tuple)) else [dim])]
     for d in dims:
@@ -51,11 +54,16 @@ def _along_dim(walk: Walk, out: Value, x: Value, dim: Any, *args: Any, **kwargs:
             for d, labels in enumerate(other.labels):
                 if d in dims or labels is None:
                     walk.freeze(labels, "its entries are moved by data")
-                    if labels is None and d not in dims and walk.node.target is not aten.index_select.default:  # type: ignore[union-attr]
+                    if labels is None and d not in dims and name != "index_select":
                         walk.freeze(x.labels[d], "its entries are moved by data")
                 else:
                     walk.unite(x.labels[d], labels)
-    return tuple(None if d in dims else labels for d, labels in enumerate(x.labels))
+    written = all(arg.zero for arg in args if isinstance(arg, Value)) and not (
+        name.startswith("scatter") and any(isinstance(arg, (int, float)) and arg != 0 for arg in args)
+    )
+    return Value(
+        out.shape, tuple(None if d in dims else own for d, own in enumerate(x.labels)), zero=x.zero and written
+    )
 
 
 @rule(aten.arange.default, aten.arange.start, aten.arange.start_step, aten.histc.default)
@@ -73,7 +81,7 @@ def _data(walk: Walk, out: Any, *args: Any, **kwargs: Any) -> None:
 def _constant(walk: Walk, out: Value, *args: Any, **kwargs: Any) -> Value:
     """A constant of a written size: every dim may follow whatever it meets."""
     sizes = [arg for arg in args if isinstance(arg, (list, tuple))][0]
-    labels = tuple(walk.atoms.fresh(size) if size > 1 else None for size in sizes)
+    labels = tuple(walk.alike(size) for size in sizes)
     name = str(walk.node.target.overloadpacket.__name__)  # type: ignore[union-attr]
     for dim, (size, dim_labels) in enumerate(zip(sizes, labels, strict=True)):
         walk.literal(name, dim, size, dim_labels)

@@ -11,6 +11,11 @@ from setpoint.groups.walk import DimLabels, Value, Walk, rule
 aten = torch.ops.aten
 
 
+def _silences(weight: Value | None, bias: Value | None) -> bool:
+    """Whether a dropped unit comes out as zero whatever went in: its factor is zero, and what is added."""
+    return weight is not None and weight.zero and (bias is None or bias.zero)
+
+
 def _carry(walk: Walk, labels: DimLabels, parameters: Sequence[Value | None]) -> DimLabels:
     for parameter in parameters:
         if parameter is not None:
@@ -35,7 +40,9 @@ def _batch_norm(
         if dim != 1:
             walk.lossy(labels, "batch norm averages over it")
     channel = _carry(walk, x.labels[1], (weight, bias, running_mean, running_var))
-    return Value(out.shape, (x.labels[0], channel, *x.labels[2:]), zero=weight is not None or x.zero)
+    return Value(
+        out.shape, (x.labels[0], channel, *x.labels[2:]), zero=_silences(weight, bias) or (x.zero and bias is None)
+    )
 
 
 @rule(aten.layer_norm.default, aten.rms_norm.default)
@@ -59,9 +66,8 @@ def _layer_norm(
             if isinstance(parameter, Value):
                 labels[dim] = walk.unite(labels[dim], parameter.labels[offset])
         walk.literal("layer_norm" if "layer" in walk.where else "rms_norm", offset, size, labels[dim])
-    affine = isinstance(weight, Value)
     leading = any(own is not None for own in labels[:first])
-    zero = affine if not leading else x.zero and not isinstance(bias, Value)
+    zero = _silences(weight, bias) if not leading else x.zero and bias is None
     return Value(out.shape, tuple(labels), zero=zero)
 
 
@@ -96,7 +102,9 @@ def _group_norm(
             walk.attributes[walk.module, "num_groups"] = labels
             walk.literal("group_norm", 0, num_groups, labels)
     channel = _carry(walk, labels, (weight, bias))
-    return Value(out.shape, (x.labels[0], channel, *x.labels[2:]), zero=weight is not None or x.zero)
+    return Value(
+        out.shape, (x.labels[0], channel, *x.labels[2:]), zero=_silences(weight, bias) or (x.zero and bias is None)
+    )
 
 
 @rule(aten._weight_norm.default)
@@ -106,6 +114,8 @@ def _weight_norm(walk: Walk, out: Value, direction: Value, size: Value, dim: int
     A row of `direction` that is zero would be 0 / 0, so a mask leaves it alone: its size is zero.
     """
     labels = list(direction.labels)
+    for own in (*labels[:dim], *labels[dim:][1:]):
+        walk.atoms.mark("measured", own)
     if size.ndim == 0:  # one norm over all dims
         return direction.labels
     labels[dim] = walk.unite(labels[dim], size.labels[dim])

@@ -1,4 +1,4 @@
-"""Recurrent networks: LSTM, GRU and plain cells, whose layers and directions share one hidden size."""
+"""Recurrent networks: LSTM, GRU and plain ones, and their single cells; layers and directions share one hidden size."""
 
 from __future__ import annotations
 
@@ -58,16 +58,40 @@ def _recurrent(
         for direction in range(num_directions):
             _cell(walk, of_layer[direction * per_cell : (direction + 1) * per_cell], inputs, hidden, positions)
         inputs = None if hidden is None else np.tile(hidden, num_directions)
-    outputs = Value(out[0].shape, (*x.labels[:-1], inputs))
-    last = tuple(Value(part.shape, (*(None,) * (part.ndim - 1), hidden)) for part in out[1:])
+    zero = all(start.zero for start in starts)
+    outputs = Value(out[0].shape, (*x.labels[:-1], inputs), zero=zero)
+    last = tuple(Value(part.shape, (*(None,) * (part.ndim - 1), hidden), zero=zero) for part in out[1:])
     return outputs, *last
+
+
+@rule(aten.lstm_cell.default, aten.gru_cell.default, aten.rnn_tanh_cell.default, aten.rnn_relu_cell.default)
+def _one_step(
+    walk: Walk,
+    out: Value | tuple[Value, ...],
+    x: Value,
+    states: Value | Sequence[Value],
+    *parameters: Value | None,
+) -> Value | tuple[Value, ...]:
+    """One step of one cell, as `nn.LSTMCell` and its like take it."""
+    starts = [states] if isinstance(states, Value) else list(states)
+    hidden: DimLabels = walk.atoms.fresh(starts[0].shape[-1])
+    for start in starts:
+        hidden = walk.unite(hidden, start.labels[-1], "its first hidden state is data")
+    for attribute, labels in (("hidden_size", hidden), ("input_size", x.labels[-1])):
+        if labels is not None:
+            walk.attributes[walk.module, attribute] = labels
+    given = [parameter for parameter in parameters if parameter is not None]
+    _cell(walk, given, x.labels[-1], hidden, math.prod(x.shape[:-1]))
+    zero = all(start.zero for start in starts)
+    results = tuple(Value(start.shape, (*x.labels[:-1], hidden), zero=zero) for start in starts)
+    return results if isinstance(out, tuple) else results[0]
 
 
 def _cell(walk: Walk, parameters: Sequence[Value], inputs: DimLabels, hidden: DimLabels, positions: int) -> None:
     """One layer in one direction: `gates = w_ih x + b_ih + w_hh h + b_hh`."""
     assert walk.node is not None
     from_input, from_hidden, *biases = parameters
-    gates = None if hidden is None else np.tile(hidden, _GATES[op_name(walk.node.target)])
+    gates = None if hidden is None else np.tile(hidden, _GATES[op_name(walk.node.target).removesuffix("_cell")])
     for weight in (from_input, from_hidden):
         walk.atoms.mark("produce", weight.labels[0])
         walk.atoms.mark("consume", weight.labels[1])

@@ -43,9 +43,8 @@ def _mean(walk: Walk, out: Any, x: Value, dim: Any = None, *args: Any, **kwargs:
 
 
 def _sum_over(walk: Walk, x: Value, dim: int) -> None:
-    if not x.weight:
-        walk.atoms.mark("summed", x.labels[dim])
-    if not x.zero:
+    walk.atoms.mark("measured" if x.weight else "summed", x.labels[dim])
+    if not x.zero or walk.copies(x.labels[dim]):
         walk.lossy(x.labels[dim], "a sum runs over it and dropped units are not zero there")
 
 

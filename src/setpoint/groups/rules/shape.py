@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -169,41 +169,54 @@ def _movedim(walk: Walk, out: Value, x: Value, source: Any, target: Any) -> tupl
 
 
 @rule(aten.expand.default, aten.expand_as.default, aten.broadcast_to.default)
-def _expand(walk: Walk, out: Value, x: Value, sizes: Any, *args: Any, **kwargs: Any) -> tuple[DimLabels, ...]:
-    """New entries along a dim of one are copies of it: data."""
-    new = out.ndim - x.ndim
-    labels: list[DimLabels] = [None] * new
-    for dim in range(x.ndim):
-        labels.append(x.labels[dim] if x.shape[dim] == out.shape[new + dim] else None)
+def _expand(walk: Walk, out: Value, x: Value, sizes: Any, *args: Any, **kwargs: Any) -> Value:
+    """Copies of a dim of one follow whatever they meet; any of them may go, and none is zero for that."""
+    own = (None,) * (out.ndim - x.ndim) + x.labels
+    labels = [own[dim] if size == out.shape[dim] else walk.alike(out.shape[dim]) for dim, size in _padded(x, out)]
     if isinstance(sizes, (list, tuple)):
         for dim, given in enumerate(sizes):
             walk.literal(op_name(walk.node.target), dim, given, labels[dim])  # type: ignore[union-attr]
-    return tuple(labels)
+    return Value(out.shape, tuple(labels), zero=x.zero and (_spans(x, out) or any(own is not None for own in x.labels)))
+
+
+def _padded(x: Value, out: Value) -> list[tuple[int, int]]:
+    """(dim, size) of a tensor with as many dims as the output, of one entry where it has none."""
+    return list(enumerate((1,) * (out.ndim - x.ndim) + x.shape))
+
+
+def _spans(x: Value, out: Value) -> bool:
+    return all(size == out.shape[dim] for dim, size in _padded(x, out))
 
 
 @rule(aten.repeat.default)
-def _repeat(walk: Walk, out: Value, x: Value, repeats: Sequence[int]) -> tuple[DimLabels, ...]:
-    """Copies side by side belong to the same units."""
-    new = out.ndim - x.ndim
-    labels: list[DimLabels] = [None] * new
-    for dim in range(x.ndim):
-        own = x.labels[dim]
-        labels.append(None if own is None or x.shape[dim] == 1 else np.tile(own, repeats[new + dim]))
-    return tuple(labels)
+def _repeat(walk: Walk, out: Value, x: Value, repeats: Sequence[int]) -> Value:
+    """Copies side by side belong to the same units; those of a dim of one follow whatever they meet."""
+    own = (None,) * (out.ndim - x.ndim) + x.labels
+    labels: list[DimLabels] = []
+    for dim, size in _padded(x, out):
+        labels.append(_repeated(walk, own[dim], size, repeats[dim], np.tile))
+        if size == 1:
+            walk.literal(op_name(walk.node.target), dim, repeats[dim], labels[dim])  # type: ignore[union-attr]
+    return Value(out.shape, tuple(labels), zero=x.zero and (_spans(x, out) or any(own is not None for own in x.labels)))
+
+
+def _repeated(walk: Walk, own: DimLabels, size: int, repeats: int, how: Callable[..., np.ndarray]) -> DimLabels:
+    if size == 1:
+        return walk.alike(repeats)
+    return None if own is None else how(own, repeats)
 
 
 @rule(aten.repeat_interleave.self_int)
-def _repeat_interleave(
-    walk: Walk, out: Value, x: Value, repeats: int, dim: int | None = None, **kwargs: Any
-) -> tuple[DimLabels, ...]:
-    """Copies next to each other belong to the same units."""
+def _repeat_interleave(walk: Walk, out: Value, x: Value, repeats: int, dim: int | None = None, **kwargs: Any) -> Value:
+    """Copies next to each other belong to the same units; those of a dim of one follow whatever they meet."""
     if dim is None:
         walk.freeze_all(x, "repeat_interleave over all dims")
-        return (None,) * out.ndim
+        return Value(out.shape, (None,) * out.ndim)
     labels = list(x.labels)
-    own = labels[dim]
-    labels[dim] = None if own is None or x.shape[dim] == 1 else own.repeat(repeats)
-    return tuple(labels)
+    labels[dim] = _repeated(walk, labels[dim], x.shape[dim], repeats, np.repeat)
+    if x.shape[dim] == 1:
+        walk.literal("repeat_interleave", 0, repeats, labels[dim])
+    return Value(out.shape, tuple(labels), zero=x.zero and (_spans(x, out) or any(own is not None for own in x.labels)))
 
 
 @rule(aten.cat.default, aten.concat.default, aten.hstack.default)
@@ -376,7 +389,7 @@ def _glu(walk: Walk, out: Value, x: Value, dim: int = -1) -> Value:
 
 
 @rule(aten.tile.default)
-def _tile(walk: Walk, out: Value, x: Value, repeats: Sequence[int]) -> tuple[DimLabels, ...]:
+def _tile(walk: Walk, out: Value, x: Value, repeats: Sequence[int]) -> Value:
     """As repeat, with repeats of leading dims left out."""
-    labels: tuple[DimLabels, ...] = _repeat(walk, out, x, [1] * max(0, x.ndim - len(repeats)) + list(repeats))
-    return labels
+    result: Value = _repeat(walk, out, x, [1] * max(0, x.ndim - len(repeats)) + list(repeats))
+    return result

@@ -1,0 +1,242 @@
+"""Probing: resting units take part in a user's own training step with their outgoing weights at zero."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float64
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+from setpoint.actuator.cut import SizePlace, cut_groups
+from setpoint.actuator.regrow import Grow, enlarge, new_sizes, with_units
+from setpoint.actuator.reserve import Key, Reserve, corner
+from setpoint.actuator.shrink import named_tensors
+from setpoint.actuator.sizes import apply_sizes
+from setpoint.groups.group import Group
+from setpoint.groups.vanish import EmptyForward
+from setpoint.sensor.unit_sum import UnitSum
+
+_NUM_SENTINELS = 3
+"""Parameters by which the scale of gradients is recognised; one alone might not take part in a step."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Wide:
+    """A tensor as it is while units are present.
+
+    Args:
+        live: the model's own tensor.
+        base: as wide as it gets, outgoing weights of present units at zero; live entries are filled in.
+        index: where the live entries lie in it.
+        weights: by group, the resting outgoing weights (zero elsewhere) and how they add up by unit.
+    """
+
+    live: Tensor
+    base: Tensor
+    index: tuple[Tensor, ...]
+    weights: tuple[tuple[str, Tensor, UnitSum], ...]
+
+
+class Probing:
+    """Resting units present in every training forward of a model, from `start` to `stop`.
+
+    The parameters, buffers and sizes of the modules are exchanged for wide ones when a forward pass in training
+    mode with gradients begins, and put back as soon as it ends. The wide tensors are made from the live ones
+    within the graph, so the live parameters get the gradients that they would have got anyway, and
+    nothing else ever sees the resting units: neither the optimizer, nor clipping, nor an evaluation or a
+    checkpoint in between. Running statistics of live units are kept, those of resting ones are not. Outputs and
+    gradients equal those of the shrunk model up to the order of summation. Dropout draws more random numbers.
+
+    With `dL/dw` at the zeroed outgoing weights of a unit and `w` the ones that rest, the loss falls by
+    `gain = -sum(w * dL/dw)` to first order when it comes back. Gradients that are scaled or clipped after the
+    backward pass would give another scale than the sensor's: the factor is found by comparing the
+    gradients of the smallest parameters as they came with what is there before the step.
+
+    An interrupt in the middle of a forward pass leaves wide tensors in place until `stop`.
+
+    Args:
+        model: the model, as it was cut; run eagerly.
+        reserve: where the units rest.
+        grow: by group, origins of the units to be present.
+        in_training: present in training mode only; False for a trial of a model in eval mode.
+    """
+
+    def __init__(self, model: nn.Module, reserve: Reserve, grow: Grow, in_training: bool = True) -> None:
+        self.num_forwards = 0
+        """Forward passes in which the units were present."""
+        self._model, self._in_training = model, in_training
+        active = with_units(reserve, grow)
+        self._groups = cut_groups(reserve.groups, active)
+        self._came = {
+            name: np.flatnonzero(~reserve.active[name][active[name]]) for name, origins in grow.items() if len(origins)
+        }
+        self._wide = {id(each.live): each for each in _widened(model, reserve, grow, self._groups, self._came)}
+        tables: list[dict[str, Any]] = []
+        for module in model.modules():
+            tables += [module._parameters, module._buffers]
+        self._places = [(t, key, tensor) for t in tables for key, tensor in t.items() if id(tensor) in self._wide]
+        self._sizes = _counts(model, reserve, active, grow)
+        self._gains: dict[str, Tensor] = {}
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.numel()]
+        self._sentinels = sorted(trained, key=lambda parameter: parameter.numel())[:_NUM_SENTINELS]
+        self._as_they_came: dict[int, Tensor] = {}
+        self._undo: ExitStack | None = None
+        self._handles: list[Any] = []
+
+    def start(self) -> None:
+        """From now on the units are present in training forwards."""
+        self._handles = [
+            register_module_forward_pre_hook(self._ahead),
+            register_module_forward_hook(self._behind, always_call=True),
+            *(p.register_hook(partial(self._watch, id(p))) for p in self._sentinels),  # type: ignore[no-untyped-call]
+        ]
+
+    def stop(self) -> None:
+        """They no longer are; may be called again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._restore()
+
+    def gains(self, grad_scale: Tensor | None = None) -> dict[str, Float64[np.ndarray, " present"]] | None:
+        """Gain of each present unit, in the order of their origins; None if there was no backward pass or a NaN in it.
+
+        Call it when all gradients of the step are ready, before the optimizer moves the weights.
+
+        Args:
+            grad_scale: what the gradients are still multiplied by (a fused optimizer under a GradScaler), or None.
+        """
+        seen = [(came, p.grad) for p in self._sentinels if (came := self._as_they_came.get(id(p))) is not None]
+        if not seen or not self._gains:
+            return None
+        products = [(came * now.double()).sum() for came, now in seen if now is not None]
+        factor = sum(products) / torch.stack([came.square().sum() for came, _ in seen]).sum()
+        factor = factor if grad_scale is None else factor / grad_scale
+        found = {}
+        for name, came_back in self._came.items():
+            total = self._gains.get(name)
+            values = np.zeros(len(came_back)) if total is None else (factor * total).cpu().numpy()[came_back]
+            if not np.isfinite(values).all():
+                return None
+            found[name] = values
+        return found
+
+    def _ahead(self, module: nn.Module, args: Any) -> None:
+        if module is not self._model or self._undo is not None or not torch.is_grad_enabled():
+            return
+        if self._in_training and not module.training:
+            return
+        if any(table.get(key) is not tensor for table, key, tensor in self._places):
+            return  # run with other tensors than the model's own, as torch.func.functional_call does
+        undo = ExitStack()
+        for layer in module.modules():
+            if isinstance(layer.__dict__.get("forward"), EmptyForward):  # a norm without channels counts no batches
+                for buffer in layer.buffers(recurse=False):
+                    if id(buffer) not in self._wide:
+                        undo.callback(buffer.copy_, buffer.clone())
+        try:
+            wide = {id(tensor): self._fill(tensor) for _, _, tensor in self._places}
+            for table, key, tensor in self._places:
+                undo.callback(self._put_back, table, key, tensor)
+                table[key] = wide[id(tensor)]
+            apply_sizes(module, self._sizes, undo)
+        except BaseException:
+            undo.close()
+            raise
+        self._undo = undo
+        self.num_forwards += 1
+
+    def _behind(self, module: nn.Module, args: Any, output: Any) -> None:
+        if module is self._model:
+            self._restore()
+
+    def _restore(self) -> None:
+        undo, self._undo = self._undo, None
+        if undo is not None:
+            undo.close()
+
+    def _put_back(self, table: dict[str, Any], key: str, tensor: Tensor) -> None:
+        wide, table[key] = table[key], tensor
+        if not isinstance(tensor, nn.Parameter):
+            with torch.no_grad():
+                tensor.copy_(wide[self._wide[id(tensor)].index])
+
+    def _fill(self, tensor: Tensor) -> Tensor:
+        wide = self._wide[id(tensor)]
+        if tensor.requires_grad:
+            return _Embed.apply(tensor, wide.base, wide.index, partial(self._note, wide))  # type: ignore[no-any-return, no-untyped-call]
+        filled = wide.base.clone()
+        filled[wide.index] = tensor
+        return filled
+
+    def _note(self, wide: _Wide, gradient: Tensor) -> None:
+        """Take in the gradient of a wide parameter."""
+        for name, weights, sums in wide.weights:
+            lost = sums.add_up(sums.select(weights) * sums.select(gradient).to(weights.dtype)).double()
+            self._gains[name] = -lost if name not in self._gains else self._gains[name] - lost
+
+    def _watch(self, number: int, gradient: Tensor) -> None:
+        """Take in the gradient of a sentinel, before anything scales it."""
+        came = gradient.detach().to(torch.float64, copy=True)  # clipping works in place
+        self._as_they_came[number] = came if number not in self._as_they_came else self._as_they_came[number] + came
+
+
+class _Embed(torch.autograd.Function):
+    """A live parameter filled into its wide base; the gradient of all of it is shown to `note`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, live: Tensor, base: Tensor, index: tuple[Tensor, ...], note: Callable[[Tensor], None]
+    ) -> Tensor:
+        ctx.index, ctx.note = index, note
+        wide = base.clone()
+        wide[index] = live.detach()
+        return wide
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        ctx.note(gradient.detach())
+        return gradient[ctx.index], None, None, None
+
+
+def _widened(
+    model: nn.Module, reserve: Reserve, grow: Grow, groups: tuple[Group, ...], came: Mapping[str, Any]
+) -> list[_Wide]:
+    """Every tensor in which present units lie."""
+    tensors, names = named_tensors(model), reserve.names(grow)
+    active = with_units(reserve, grow)
+    live, larger = reserve.boxes(reserve.active), reserve.boxes(active)
+    known = reserve.boxes({name: units | reserve.resting[name] for name, units in reserve.active.items()})
+    found = []
+    for name in sorted(names):
+        tensor = tensors[name]
+        base = enlarge(reserve, Key("model", name), tensor, known[name], live[name], larger[name])
+        weights = []
+        for group in groups:
+            for part in group.slices if group.name in came else ():
+                if part.tensor != name or part.role != "consume" or part.dim is None:
+                    continue
+                entries = torch.from_numpy(np.flatnonzero(np.isin(part.index, came[group.name]))).to(base.device)
+                wide = torch.promote_types(base.dtype, torch.float32)
+                resting = torch.zeros(base.shape, dtype=wide, device=base.device)
+                resting.index_copy_(part.dim, entries, base.index_select(part.dim, entries).to(wide))
+                weights.append((group.name, resting, UnitSum.of(part, group.num_units, base.device), part.dim, entries))
+        for *_, dim, entries in weights:
+            base.index_fill_(dim, entries, 0)
+        index = corner(base, {dim: live[name][dim][kept] for dim, kept in larger[name].items()})
+        found.append(_Wide(tensor, base, index, tuple((each, kept, sums) for each, kept, sums, *_ in weights)))
+    return found
+
+
+def _counts(model: nn.Module, reserve: Reserve, active: Mapping[str, Any], grow: Grow) -> dict[SizePlace, int | None]:
+    """Sizes while units are present; calls stay corrected, since a forward that has begun is the corrected one."""
+    sizes = new_sizes(model, reserve, active, grow)
+    counts = reserve.counts(active)
+    return {at: counts[at] for at in sizes}

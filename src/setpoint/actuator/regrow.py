@@ -1,0 +1,220 @@
+"""Regrow: bring units back from the reserve into a live model and its optimizer state, all or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+
+from setpoint.actuator.cut import SizePlace, in_format, plan_cut, take
+from setpoint.actuator.optimizer_state import Optimizers, as_sequence, map_tensors
+from setpoint.actuator.reserve import Box, Key, Reserve, write
+from setpoint.actuator.shrink import (
+    Change,
+    Job,
+    call_of,
+    check_cuttable,
+    check_lengths,
+    commit,
+    named_tensors,
+    unwrapped,
+)
+from setpoint.actuator.sizes import check_sizes, is_call, read_size
+from setpoint.errors import GroupError
+from setpoint.groups.group import Group
+
+Grow = Mapping[str, Sequence[int] | Int[np.ndarray, " _units"]]
+"""By group name, origins of the units to bring back."""
+
+
+def regrow(
+    model: nn.Module,
+    optimizer: Optimizers,
+    groups: tuple[Group, ...],
+    reserve: Reserve,
+    grow: Grow,
+    copies: Sequence[nn.Module] = (),
+) -> tuple[tuple[Group, ...], Reserve]:
+    """Bring units back from the reserve, and return the groups as they are then and the reserve without them.
+
+    The inverse of `shrink`: dropping units and bringing the same ones back at once gives every weight, buffer
+    and optimizer moment back bit for bit, in the old order of units (units always lie in the order of
+    their origins), with the sizes in Python code, whatever has happened to other units in between. Later, every
+    entry comes back with its last value, and so do its moments. Scalars of an optimizer's state, such as the
+    count of steps, are those of the living parameter. Parameters and buffers keep their identity; gradients
+    of those that change become None. Call it between `optimizer.step()` and the next `backward()`.
+
+    On any exception model, optimizers, copies and reserve are as they were.
+
+    Args:
+        model: the model, as it was cut.
+        optimizer: one optimizer, a sequence of them, or None; the ones that `Reserve.rest` was given.
+        groups: as the last cut or regrowth returned them.
+        reserve: where the units rest.
+        grow: by group name, origins of the units to bring back.
+        copies: further modules, the ones that `Reserve.rest` was given.
+
+    Raises:
+        GroupError: when a unit does not rest in the reserve, or the reserve does not fit groups, model or a copy.
+
+    >>> from setpoint.actuator.shrink import shrink
+    >>> from setpoint.groups.group import SizeBinding, Slice
+    >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+    >>> unit = np.arange(3)
+    >>> places = [("0.weight", 0, "produce"), ("0.bias", 0, "carry"), ("2.weight", 1, "consume")]
+    >>> slices = tuple(Slice(tensor, dim, role, unit) for tensor, dim, role in places)
+    >>> sizes = (SizeBinding("0", "out_features", unit), SizeBinding("2", "in_features", unit))
+    >>> groups = (Group("hidden", "unit", 3, slices, sizes),)
+    >>> weight, keep = model[0].weight.tolist(), {"hidden": np.array([True, False, False])}
+    >>> reserve = Reserve.of(model, groups).rest(model, None, keep)
+    >>> groups = shrink(model, None, groups, keep)
+    >>> groups, reserve = regrow(model, None, groups, reserve, {"hidden": [1, 2]})
+    >>> model[0].weight.tolist() == weight, reserve.num_bytes
+    (True, 0)
+    """
+    _check_same_widths(groups, reserve)
+    active = with_units(reserve, grow)
+    resting = {name: units & ~active[name] for name, units in reserve.resting.items()}
+    after = replace(reserve, active=active, resting=resting, let_go={})
+    names = reserve.names(grow)
+    modules = [(model, "model", as_sequence(optimizer))]
+    modules += [(each, f"copy {number}", ()) for number, each in enumerate(unwrapped(sorted(names), model, copies))]
+    sizes = new_sizes(model, reserve, active, grow)
+    jobs = []
+    for module, holder, optimizers in modules:
+        _check_module(module, reserve, names)
+        jobs.append(Job(module, tuple(_changes(module, holder, optimizers, reserve, active, names)), sizes))
+    after = after.refilled(reserve, {}, names)
+    with ExitStack() as undo:
+        for job in jobs:
+            commit(job, undo)
+        torch.clear_autocast_cache()
+        undo.pop_all()  # nothing failed: forget the way back
+    return after.present(), after
+
+
+def with_units(reserve: Reserve, grow: Grow) -> dict[str, Bool[np.ndarray, " units"]]:
+    """By group, which units are active once these have come back.
+
+    Raises:
+        GroupError: for a group or unit that does not rest in the reserve.
+    """
+    active = {name: units.copy() for name, units in reserve.active.items()}
+    for name, origins in grow.items():
+        if name not in active:
+            raise GroupError(f"grow names an unknown group {name!r}: the reserve knows {', '.join(sorted(active)[:5])}")
+        for origin in origins:
+            number = int(origin)
+            if not 0 <= number < len(active[name]) or not reserve.resting[name][number]:
+                rests = np.flatnonzero(reserve.resting[name])
+                raise GroupError(
+                    f"unit {number} of {name!r} does not rest in the reserve: "
+                    f"of this group it holds {rests.tolist() or 'none'}"
+                )
+            active[name][number] = True
+    return active
+
+
+def _check_same_widths(groups: tuple[Group, ...], reserve: Reserve) -> None:
+    widths = {name: int(units.sum()) for name, units in reserve.active.items()}
+    for group in groups:
+        if widths.get(group.name) != group.num_units:
+            raise GroupError(
+                f"group {group.name!r} has {group.num_units} units, but by the reserve's account "
+                f"{widths.get(group.name, 'none')}: call Reserve.rest before each shrink, and use the last reserve"
+            )
+
+
+def _check_module(module: nn.Module, reserve: Reserve, names: frozenset[str]) -> None:
+    """Check that the module has the tensors, as long as the reserve thinks and of a kind that can change."""
+    tensors = named_tensors(module)
+    check_lengths(plan_cut(reserve.present(), {}), tensors, type(module).__name__)
+    check_cuttable({name: tensors[name] for name in sorted(names)}, tensors)
+
+
+def _changes(
+    module: nn.Module,
+    holder: str,
+    optimizers: Sequence[torch.optim.Optimizer],
+    reserve: Reserve,
+    active: Mapping[str, Bool[np.ndarray, " units"]],
+    names: frozenset[str],
+) -> Iterator[Change]:
+    """Build everything larger without touching anything old."""
+    tensors = named_tensors(module)
+    live, larger = reserve.boxes(reserve.active), reserve.boxes(active)
+    known = reserve.boxes({name: units | reserve.resting[name] for name, units in reserve.active.items()})
+
+    def grown(key: Key, source: Tensor) -> Tensor:
+        return enlarge(reserve, key, source, known[key.tensor], live[key.tensor], larger[key.tensor])
+
+    def grown_state(number: int, name: str, tensor: Tensor) -> dict[str, Any]:
+        def one(value: Tensor, part: str) -> Tensor:
+            return grown(Key(f"optimizer {number}", name, part), value) if value.shape == tensor.shape else value
+
+        return {part: map_tensors(value, one, part) for part, value in optimizers[number].state[tensor].items()}
+
+    for name in sorted(names):
+        tensor = tensors[name]
+        states = tuple(
+            (each, grown_state(number, name, tensor))
+            for number, each in enumerate(optimizers)
+            if isinstance(tensor, nn.Parameter) and tensor in each.state
+        )
+        yield Change(name, tensor, grown(Key(holder, name), tensor), states)
+
+
+def enlarge(reserve: Reserve, key: Key, source: Tensor, known: Box, live: Box, larger: Box) -> Tensor:
+    """A live tensor with further entries from the reserve, on its own device.
+
+    Args:
+        reserve: where they rest.
+        key: whose they are.
+        source: the live tensor.
+        known: entries of all units that are active or rest.
+        live: entries of the live tensor.
+        larger: entries of the tensor that is wanted.
+    """
+    whole, form = reserve.whole(key, source, known, live)
+    positions = {dim: np.flatnonzero(kept) for dim, kept in larger.items()}
+    new = take(whole, positions).to(source.device, source.dtype)
+    write(new, {dim: live[dim][kept] for dim, kept in larger.items()}, source.detach())
+    return in_format(new, form)
+
+
+def new_sizes(
+    model: nn.Module, reserve: Reserve, active: Mapping[str, Bool[np.ndarray, " units"]], grow: Grow
+) -> dict[SizePlace, int | None]:
+    """What every size that counts returning units must become; None for a call that needs no correction again.
+
+    Args:
+        model: the model, as it was cut.
+        reserve: as it is before the regrowth.
+        active: by group, which units are active after it.
+        grow: the units that come back.
+
+    Raises:
+        GroupError: when a place does not exist, or holds another number than the groups say.
+    """
+    some = {name for name, origins in grow.items() if len(origins)}
+    places = {(size.module, size.place) for group in reserve.groups if group.name in some for size in group.sizes}
+    before, after = plan_cut(reserve.groups, reserve.active).sizes, plan_cut(reserve.groups, active).sizes
+    calls = {call_of(at) for at in places if is_call(at[1])}  # all sizes of a call go together
+    places |= {at for at in after if is_call(at[1]) and call_of(at) in calls}
+    check_sizes(model, places)
+    cut = {call_of(at) for at in after if not after[at].all() or at in reserve.corrected}
+    found: dict[SizePlace, int | None] = {}
+    for at in sorted(places):
+        name, place = at
+        if not is_call(place) and (old := read_size(model.get_submodule(name), place)) != before[at].sum():
+            raise GroupError(
+                f"{name}.{place} is {old}, but by the reserve's account {before[at].sum()}: use the last one"
+            )
+        found[at] = int(after[at].sum()) if not is_call(place) or call_of(at) in cut else None
+    return found

@@ -1,0 +1,340 @@
+"""The reserve: where dropped units rest in host memory, with their last weights, buffers and optimizer moments."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int, Shaped
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from setpoint.actuator.cut import Keep, SizePlace, check_keep, cut_groups, in_format, plan_cut
+from setpoint.actuator.optimizer_state import Optimizers, as_sequence, map_tensors
+from setpoint.actuator.shrink import named_tensors, unwrapped
+from setpoint.actuator.sizes import is_call
+from setpoint.groups.group import Group
+from setpoint.groups.shim import get_call_sizes
+
+Box = Mapping[int, Bool[np.ndarray, " _entries"]]
+"""By dim of a tensor before any cut, which entries are in it; dims that hold no units are whole."""
+
+
+class Key(NamedTuple):
+    """What a resting tensor belongs to.
+
+    Args:
+        holder: "model", "optimizer 0", "copy 0", ...
+        tensor: qualified name of the parameter or buffer.
+        part: of the optimizer's state, "exp_avg" for example; "" for the tensor itself.
+    """
+
+    holder: str
+    tensor: str
+    part: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Rest:
+    """The resting entries of one tensor.
+
+    Args:
+        values: the entries, in row-major order of the tensor before any cut, in host memory.
+        form: shape and strides of the tensor before any cut, without data.
+    """
+
+    values: Shaped[Tensor, " resting"]
+    form: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Reserve:
+    """Dropped units with all that belonged to them, by origin; a value: each change makes a new one.
+
+    An entry of a tensor is in the model exactly if all its units are. Every other one rests here with the
+    value that it had when it was last in the model, as long as all its units can come back. This settles what
+    becomes of a weight between a unit u of one group and a unit v of another: if u goes and v follows later, the
+    weight rests as it was when u went; if u alone comes back it is fitted to the width that the other group
+    has then, and the weight goes on resting until v is there too. So units may come back in any order,
+    and each entry comes back once its last unit does.
+
+    An optimizer's state that did not exist yet when a unit was dropped is zero when the unit comes back.
+
+    Args:
+        groups: the groups before any cut, whose unit indices are the origins.
+        active: by group, which units are in the model.
+        resting: by group, which units rest here; a unit in neither of the two has been let go.
+        tensors: resting entries.
+        corrected: calls whose sizes were corrected before any cut.
+        limit_bytes: the most that resting entries may take; without a limit if None.
+        dropped_at: by group and unit, when it was last dropped, in whatever the caller counts.
+        drops: by group and unit, how often it was dropped.
+        let_go: by group, origins of the units that the last `rest` let go to stay within the limit.
+    """
+
+    groups: tuple[Group, ...]
+    active: Mapping[str, Bool[np.ndarray, " units"]]
+    resting: Mapping[str, Bool[np.ndarray, " units"]]
+    tensors: Mapping[Key, Rest] = field(default_factory=dict)
+    corrected: frozenset[SizePlace] = frozenset()
+    limit_bytes: int | None = None
+    dropped_at: Mapping[str, Int[np.ndarray, " units"]] = field(default_factory=dict)
+    drops: Mapping[str, Int[np.ndarray, " units"]] = field(default_factory=dict)
+    let_go: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module, groups: tuple[Group, ...], limit_bytes: int | None = None) -> Reserve:
+        """The empty reserve of a model, before any cut that it is to remember.
+
+        Args:
+            model: the model that `groups` describe.
+            groups: its groups as they are now.
+            limit_bytes: the most that resting entries may take, in bytes; None: no limit.
+
+        Raises:
+            ValueError: for a limit that is not a number of bytes.
+        """
+        if limit_bytes is not None and (isinstance(limit_bytes, bool) or limit_bytes < 0):
+            raise ValueError(f"limit_bytes is a number of bytes, at least 0, or None: got {limit_bytes!r}")
+        places = {(size.module, size.place) for group in groups for size in group.sizes if is_call(size.place)}
+        return cls(
+            groups=groups,
+            active={group.name: np.ones(group.num_units, dtype=bool) for group in groups},
+            resting={group.name: np.zeros(group.num_units, dtype=bool) for group in groups},
+            corrected=frozenset(at for at in places if at[1] in get_call_sizes(model.get_submodule(at[0]))),
+            limit_bytes=limit_bytes,
+            dropped_at={group.name: np.full(group.num_units, -1) for group in groups},
+            drops={group.name: np.zeros(group.num_units, dtype=np.int64) for group in groups},
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        """What the resting entries take in host memory."""
+        return sum(rest.values.numel() * rest.values.itemsize for rest in self.tensors.values())
+
+    @property
+    def num_resting(self) -> int:
+        """How many units rest here."""
+        return sum(int(units.sum()) for units in self.resting.values())
+
+    def present(self) -> tuple[Group, ...]:
+        """The groups as they are in the model now."""
+        return cut_groups(self.groups, self.active)
+
+    def origins(self) -> dict[str, Int[np.ndarray, " resting"]]:
+        """By group, origins of the units that rest here; groups with none are absent."""
+        return {name: np.flatnonzero(units) for name, units in self.resting.items() if units.any()}
+
+    def rest(
+        self, model: nn.Module, optimizer: Optimizers, keep: Keep, copies: Sequence[nn.Module] = (), when: int = 0
+    ) -> Reserve:
+        """The reserve with the units that `keep` drops; call it just before `shrink` with the same arguments.
+
+        Nothing of the model is changed. Over the limit, the units that were dropped first are let go for good.
+
+        Args:
+            model: the model, not cut yet.
+            optimizer: one optimizer, a sequence of them, or None; always the same ones in the same order.
+            keep: by group name, boolean per active unit, True = stays.
+            copies: further modules that are cut alike; always the same ones in the same order.
+            when: noted for the dropped units.
+
+        Raises:
+            GroupError: when `keep` does not fit the units that are active by this reserve's account.
+        """
+        full = check_keep(self.present(), keep)
+        dropped = {name: np.flatnonzero(self.active[name])[~kept] for name, kept in full.items()}
+        active, resting, dropped_at, drops = (
+            {name: values.copy() for name, values in each.items()}
+            for each in (self.active, self.resting, self.dropped_at, self.drops)
+        )
+        for name, origins in dropped.items():
+            active[name][origins] = False
+            resting[name][origins] = True
+            dropped_at[name][origins] = when
+            drops[name][origins] += 1
+        after = replace(self, active=active, resting=resting, dropped_at=dropped_at, drops=drops, let_go={})
+        sources = dict(held(model, optimizer, copies, self.names(dropped)))
+        after = after._within_limit({**{key: rest.values for key, rest in self.tensors.items()}, **sources}, self)
+        return after.refilled(self, sources, self.names(dropped) | self.names(after.let_go))
+
+    def names(self, units: Mapping[str, Sequence[int] | Int[np.ndarray, " _units"]]) -> frozenset[str]:
+        """Names of the tensors in which any of these units lie."""
+        some = {name for name, origins in units.items() if len(origins)}
+        groups = [group for group in self.groups if group.name in some]
+        return frozenset(part.tensor for group in groups for part in group.slices if part.dim is not None)
+
+    def boxes(self, units: Keep) -> dict[str, dict[int, Bool[np.ndarray, " _entries"]]]:
+        """By tensor and dim, the entries that are there when these units are."""
+        found: dict[str, dict[int, Bool[np.ndarray, " _entries"]]] = {}
+        for (name, dim), kept in plan_cut(self.groups, units).entries.items():
+            found.setdefault(name, {})[dim] = kept
+        return found
+
+    def counts(self, units: Keep) -> dict[SizePlace, int]:
+        """What every place in Python code must count when these units are there."""
+        return {at: int(kept.sum()) for at, kept in plan_cut(self.groups, units).sizes.items()}
+
+    def refilled(self, before: Reserve, sources: Mapping[Key, Tensor], names: frozenset[str]) -> Reserve:
+        """This reserve with the entries that its units ask for.
+
+        Args:
+            before: the reserve from which the entries of these tensors are taken.
+            sources: live tensors, which hold the units that were active in `before`.
+            names: the tensors whose resting entries change.
+        """
+        known, live = before._outlines(), before.boxes(before.active)
+        wanted, mine = self._outlines(), self.boxes(self.active)
+        tensors = dict(self.tensors)
+        keys = dict.fromkeys([*sources, *(key for key in before.tensors if key.tensor in names)])
+        for key in keys:
+            name = key.tensor
+            source = sources.get(key)
+            whole, form = before.whole(key, source, known[name], live[name])
+            if source is not None:
+                write(whole, live[name], source.detach().to("cpu", whole.dtype))
+            values = whole[resting_entries(whole.shape, wanted[name], mine[name])]
+            tensors.pop(key, None)
+            if values.numel():
+                tensors[key] = Rest(values, form)
+        return replace(self, tensors=tensors)
+
+    def whole(self, key: Key, like: Tensor | None, known: Box, live: Box) -> tuple[Tensor, Tensor]:
+        """A tensor as large as before any cut, in host memory, and its form; zero where nothing rests.
+
+        Args:
+            key: whose.
+            like: the live tensor; may be None where some of its entries rest.
+            known: entries of all units that are active or rest.
+            live: entries of the active units.
+        """
+        rest = self.tensors.get(key)
+        if rest is not None:
+            whole = torch.zeros(rest.form.shape, dtype=rest.values.dtype)
+            whole[resting_entries(whole.shape, known, live)] = rest.values
+            return whole, rest.form
+        assert like is not None
+        shape = [len(live[dim]) if dim in live else length for dim, length in enumerate(like.shape)]
+        form = in_format(torch.empty(shape, dtype=like.dtype, device="meta"), like)
+        return torch.zeros(shape, dtype=like.dtype), form
+
+    def _outlines(self) -> dict[str, dict[int, Bool[np.ndarray, " _entries"]]]:
+        """Boxes of all units that are in the model or can come back."""
+        return self.boxes({name: units | self.resting[name] for name, units in self.active.items()})
+
+    def _within_limit(self, tensors: Mapping[Key, Tensor], before: Reserve) -> Reserve:
+        """This reserve without the units, first dropped first, for which there is no room."""
+        order = sorted(
+            (int(self.dropped_at[name][unit]), name, int(unit))
+            for name, units in self.resting.items()
+            for unit in np.flatnonzero(units)
+        )
+        shapes = before._shapes(tensors)
+        low, high = 0, len(order)
+        if self.limit_bytes is None or self._need(shapes, tensors) <= self.limit_bytes:
+            return self
+        while low < high:
+            middle = (low + high) // 2
+            fits = self._without(order[:middle])._need(shapes, tensors) <= self.limit_bytes
+            low, high = (low, middle) if fits else (middle + 1, high)
+        return self._without(order[:low])
+
+    def _without(self, units: Sequence[tuple[int, str, int]]) -> Reserve:
+        resting = {name: values.copy() for name, values in self.resting.items()}
+        let_go: dict[str, list[int]] = {}
+        for _, name, unit in units:
+            resting[name][unit] = False
+            let_go.setdefault(name, []).append(unit)
+        return replace(self, resting=resting, let_go={name: tuple(sorted(gone)) for name, gone in let_go.items()})
+
+    def _shapes(self, tensors: Mapping[Key, Tensor]) -> dict[Key, tuple[int, ...]]:
+        """Shape of each tensor before any cut."""
+        live = self.boxes(self.active)
+        return {
+            key: tuple(self.tensors[key].form.shape)
+            if key in self.tensors
+            else tuple(len(live[key.tensor].get(dim, ())) or length for dim, length in enumerate(tensor.shape))
+            for key, tensor in tensors.items()
+        }
+
+    def _need(self, shapes: Mapping[Key, tuple[int, ...]], tensors: Mapping[Key, Tensor]) -> int:
+        """Bytes that the resting entries of these tensors take."""
+        known, live = self._outlines(), self.boxes(self.active)
+
+        def count(shape: tuple[int, ...], box: Box) -> int:
+            return math.prod(int(box[dim].sum()) if dim in box else length for dim, length in enumerate(shape))
+
+        return sum(
+            tensors[key].itemsize * (count(shape, known[key.tensor]) - count(shape, live[key.tensor]))
+            for key, shape in shapes.items()
+        )
+
+
+def held(
+    model: nn.Module, optimizer: Optimizers, copies: Sequence[nn.Module], names: frozenset[str]
+) -> Iterator[tuple[Key, Tensor]]:
+    """Every live tensor of these names: the model's, the state that optimizers keep for it, and the copies'.
+
+    Args:
+        model: the model.
+        optimizer: one optimizer, a sequence of them, or None.
+        copies: modules with the same tensors, possibly in a wrapper.
+        names: of parameters and buffers.
+    """
+    tensors = named_tensors(model)
+    for name in sorted(names):
+        yield Key("model", name), tensors[name]
+        for number, each in enumerate(as_sequence(optimizer)):
+            for part, value in _state(each, tensors[name]):
+                yield Key(f"optimizer {number}", name, part), value
+    for number, copied in enumerate(unwrapped(names, model, copies)):
+        theirs = named_tensors(copied)
+        yield from ((Key(f"copy {number}", name), theirs[name]) for name in sorted(names) if name in theirs)
+
+
+def _state(optimizer: Optimizer, tensor: Tensor) -> list[tuple[str, Tensor]]:
+    """State tensors of the parameter's shape, and where in the state they are."""
+    found: list[tuple[str, Tensor]] = []
+
+    def note(value: Tensor, part: str) -> Tensor:
+        if value.shape == tensor.shape:
+            found.append((part, value))
+        return value
+
+    for key, value in optimizer.state.get(tensor, {}).items():
+        map_tensors(value, note, key)
+    return found
+
+
+def resting_entries(shape: Sequence[int], known: Box, live: Box) -> Bool[Tensor, " *shape"]:
+    """True at each entry whose units are all known, but not all of them active."""
+    return _inside(shape, known) & ~_inside(shape, live)
+
+
+def _inside(shape: Sequence[int], box: Box) -> Bool[Tensor, " *shape"]:
+    inside = torch.ones(tuple(shape), dtype=torch.bool)
+    for dim, kept in box.items():
+        inside &= torch.from_numpy(kept).view([-1 if each == dim else 1 for each in range(len(shape))])
+    return inside
+
+
+def write(tensor: Shaped[Tensor, " *shape"], box: Box, values: Shaped[Tensor, " *small"]) -> None:
+    """Fill the entries of a box, in place, with a tensor of the box's shape.
+
+    >>> tensor = torch.zeros(2, 3)
+    >>> write(tensor, {1: np.array([True, False, True])}, torch.ones(2, 2))
+    >>> tensor.tolist()
+    [[1.0, 0.0, 1.0], [1.0, 0.0, 1.0]]
+    """
+    with torch.no_grad():
+        tensor[corner(tensor, box)] = values
+
+
+def corner(tensor: Tensor, box: Box) -> tuple[Tensor, ...]:
+    """The index of a box's entries in a tensor."""
+    positions = [np.flatnonzero(box[dim]) if dim in box else np.arange(n) for dim, n in enumerate(tensor.shape)]
+    return tuple(torch.from_numpy(each).to(tensor.device) for each in np.ix_(*positions))

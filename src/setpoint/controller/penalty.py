@@ -1,0 +1,145 @@
+"""The penalty controller: drops what earns less than the user's price, and lets the size follow."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import final
+
+import numpy as np
+from jaxtyping import Bool
+
+from setpoint.controller.ladder import build_ladder
+from setpoint.controller.plan import Observation, Plan
+from setpoint.controller.reason import problem_with
+from setpoint.controller.reference import Reference
+from setpoint.controller.selection import Selection, descend, start
+from setpoint.cost.cost import Cost
+from setpoint.cost.price import Price
+from setpoint.groups.group import Group
+
+
+@dataclass(frozen=True)
+class PenaltyState:
+    """What the controller remembers between decisions.
+
+    Args:
+        dense: width of each group before any cut.
+    """
+
+    dense: Mapping[str, int]
+
+
+@final
+@dataclass(frozen=True)
+class PenaltyController:
+    """Minimises `loss + price * cost` over the widths: what is worth less than the price goes.
+
+    A block's worth is its saliency / its saving, as in `PricedController`; here the price is given and the
+    cost follows. Blocks go in the order of worth while `worth < price * (1 - hysteresis)`, savings weighed again after
+    each pick. Since savings only shrink as other groups do, that is where no single block is left that costs more
+    than it earns.
+
+    The price rises to its full value between the reference's warm-up and its settle step, in proportion to time, so
+    that the least worthy units go first, and the others have their say once the loss has felt it:
+
+        price(step) = rate * clip((step - warmup) / (settle - warmup), 0, 1).
+
+    From settle on the first decision that finds nothing to drop lands, at the latest the one at `land`.
+
+    A reading that is not calibrated has no loss in it and cannot be set against a price: it makes no decision.
+
+    Args:
+        price: the exchange rate.
+        reference: times of decisions.
+        hysteresis: relative distance between the price and the worth of what is dropped, in [0, 1).
+        slew: largest fraction of a group's units to go at one decision, in (0, 1]; one block always may.
+
+    Raises:
+        ValueError: for a setting out of range.
+
+    References:
+        Gordon et al.: "MorphNet: Fast & Simple Resource-Constrained Structure Learning of Deep Networks", CVPR 2018,
+        for the penalty on a resource.
+    """
+
+    price: Price
+    reference: Reference = field(default_factory=Reference)
+    hysteresis: float = 0.1
+    slew: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.hysteresis < 1:
+            raise ValueError(f"hysteresis is a fraction in [0, 1), got {self.hysteresis!r}")
+        if not 0 < self.slew <= 1:
+            raise ValueError(f"slew is a fraction in (0, 1], got {self.slew!r}")
+
+    def init(self, groups: tuple[Group, ...]) -> PenaltyState:
+        """State before the first decision."""
+        return PenaltyState({group.name: group.num_units for group in groups})
+
+    def due(self, step: int, total_steps: int) -> bool:
+        """Whether a decision is to be made after this step."""
+        return self.reference.due(step, total_steps)
+
+    def cut(self, state: PenaltyState, keep: Mapping[str, Bool[np.ndarray, " units"]]) -> PenaltyState:
+        """The same state: nothing in it is indexed by unit."""
+        return state
+
+    def decide(
+        self, state: PenaltyState, observation: Observation, cost: Cost, groups: tuple[Group, ...]
+    ) -> tuple[PenaltyState, Plan]:
+        """The next state and the plan. Pure: same arguments, same answer.
+
+        Args:
+            state: from `init`.
+            observation: what is known at this step.
+            cost: predicts spending; names the resource.
+            groups: the groups that may be cut, as they are now.
+        """
+        resource, reading = cost.resource, observation.reading
+        step, total_steps = observation.step, observation.total_steps
+        rate = self.price.absolute(observation.dense[resource])
+        price = rate * self.reference.progress(step, total_steps)
+        problem = problem_with(reading, None, groups)
+        if reading is None or problem or not reading.calibrated:
+            whole = {group.name: np.ones(group.num_units, dtype=bool) for group in groups}
+            why = problem or "no decision: the reading is not in units of the loss, so no price can be set against it"
+            return state, Plan(step, whole, price={resource: price}, reason=why)
+        ladders = {
+            group.name: build_ladder(
+                group,
+                reading.saliency[group.name],
+                dense=state.dense[group.name],
+                floor=group.min_units,
+                max_dropped=math.floor(self.slew * group.num_units),
+                free=np.ones(group.num_units, dtype=bool),
+            )
+            for group in groups
+        }
+        selection = start(cost, ladders, observation.widths, "worth")
+        descend(selection, 0.0, ceiling=price * (1 - self.hysteresis))
+        dropped = sum(int(ladders[name].edges[rung]) for name, rung in selection.rungs.items())
+        landed = self.reference.settled(step, total_steps) and (
+            not dropped or self.reference.final(step, total_steps) or step == total_steps
+        )
+        return state, Plan(
+            step=step,
+            keep={name: ladder.keep(selection.rungs[name]) for name, ladder in ladders.items()},
+            worth={name: ladder.per_unit(selection.worth[name]) for name, ladder in ladders.items()},
+            price={resource: price},
+            landed=landed,
+            reason=_explain(selection, dropped, price, resource, landed),
+        )
+
+
+def _explain(selection: Selection, dropped: int, price: float, resource: str, landed: bool) -> str:
+    """What was dropped at which price."""
+    words = "landed: " if landed else ""
+    if not dropped:
+        return f"{words}nothing earns less than the price of {price:.3g} per {resource}"
+    names = sum(1 for rung in selection.rungs.values() if rung)
+    return (
+        f"{words}dropped {dropped} units of {names} groups that earn less than the price of {price:.3g} per {resource}"
+    )

@@ -1,0 +1,58 @@
+"""A price: what a unit of a resource is worth to the user, in loss."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from setpoint.cost.budget import RESOURCES
+from setpoint.errors import BudgetError
+
+
+@dataclass(frozen=True)
+class Price:
+    """An exchange rate between loss and a resource: no budget, the size follows from it.
+
+    The loop then minimises
+
+        loss + rate * cost(widths) / cost(dense)      with relative=True, the default,
+        loss + rate * cost(widths)                    with relative=False,
+
+    so a block of units stays while its saliency is at least the rate times its saving. A rate of 0.1 says: the whole
+    dense cost is worth 0.1 of loss, hence a unit that costs a hundredth of it must earn 0.001.
+
+    How to pick one: decide what rise in loss you would accept for halving the cost, and double it. With a tariff, take
+    the money that a run costs at dense size, times the loss that you would give for a unit of money.
+
+    Args:
+        rate: loss for the dense cost, or for a unit of the resource; at least 0. At 0 nothing is dropped.
+        of: the resource.
+        relative: whether the rate is for the dense cost.
+
+    Raises:
+        BudgetError: for a rate that is no finite number of at least 0, or an unknown resource.
+
+    >>> Price(0.1, of="flops").absolute(dense=2e9)
+    5e-11
+    """
+
+    rate: float
+    of: str
+    relative: bool = True
+
+    def __post_init__(self) -> None:
+        if self.of not in RESOURCES:
+            raise BudgetError(f"unknown resource {self.of!r}: use one of {', '.join(map(repr, RESOURCES))}")
+        if isinstance(self.rate, bool) or not isinstance(self.rate, (int, float)) or not math.isfinite(self.rate):
+            raise BudgetError(f"a rate is a finite number of at least 0, got {self.rate!r}")
+        if self.rate < 0:
+            raise BudgetError(f"a rate must be at least 0, got {self.rate!r}: it is the loss that the cost is worth")
+
+    @property
+    def resource(self) -> str:
+        """The resource, by the name that a budget gives it."""
+        return self.of
+
+    def absolute(self, dense: float) -> float:
+        """Loss per unit of the resource, given the dense cost in that unit."""
+        return self.rate / dense if self.relative and dense > 0 else float(self.rate)

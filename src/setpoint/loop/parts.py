@@ -1,0 +1,47 @@
+"""Parts: what a loop is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from setpoint.controller.plan import Controller
+from setpoint.cost.budget import Budget
+from setpoint.cost.cost import Cost
+from setpoint.groups.group import Group
+from setpoint.sensor.reading import Sensor
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """What a loop is made of.
+
+    Args:
+        model: the model itself, without wrappers.
+        optimizers: those that train it.
+        copies: modules that are cut alike.
+        groups: what may be pruned, at dense widths.
+        budget: what spending is held to.
+        costs: cost by resource, over the widths of `groups`; always "flops" and "params".
+        controller: makes the plans.
+        sensor: takes the readings.
+        total_steps: optimizer steps of the run.
+        header: the ledger's header.
+        reserve_bytes: host memory for units that may come back, where the controller brings any back; None: no limit.
+    """
+
+    model: nn.Module
+    optimizers: tuple[Optimizer, ...]
+    copies: tuple[nn.Module, ...]
+    groups: tuple[Group, ...]
+    budget: Budget
+    costs: Mapping[str, Cost]
+    controller: Controller[Any]
+    sensor: Sensor[Any]
+    total_steps: int
+    header: Mapping[str, Any]
+    reserve_bytes: int | None = None

@@ -1,0 +1,177 @@
+"""Regrowth: what a loop does so that dropped units can come back: they rest, are probed, return and are eased in."""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+from jaxtyping import Bool, Float64, Int
+from torch import Tensor
+
+from setpoint.actuator.easing import Easing
+from setpoint.actuator.probing import Probing
+from setpoint.actuator.regrow import Grow, regrow, with_units
+from setpoint.actuator.reserve import Reserve
+from setpoint.controller.plan import Plan, Regrowing
+from setpoint.groups.group import Group, widths_of
+from setpoint.loop.accounting import Account
+from setpoint.loop.parts import Parts
+from setpoint.sensor.probe import Probe
+
+_PROBE_SHARE = 0.01
+"""Probing never takes more than this share of all FLOPs spent so far."""
+
+_PROBES = 8
+"""Probed steps that count; older ones were taken of another model."""
+
+_EASE_STEPS = 8
+"""Optimizer steps over which outgoing weights of a unit that came back rise from zero."""
+
+
+class Regrowth:
+    """The reserve of a run, and what is known about the units in it.
+
+    Args:
+        parts: what the loop is made of; its controller brings units back.
+        account: where probing is counted.
+    """
+
+    def __init__(self, parts: Parts, account: Account) -> None:
+        self.reserve = Reserve.of(parts.model, parts.groups, parts.reserve_bytes)
+        self._parts, self._account = parts, account
+        self._model, self._optimizers, self._copies = parts.model, parts.optimizers, parts.copies
+        self._flops = parts.costs["flops"]
+        self._lossless = {group.name for group in parts.groups if group.lossless}
+        self._decisions = 0
+        self._probing: Probing | None = None
+        self._probed: dict[str, Int[np.ndarray, " _units"]] = {}
+        self._recent: deque[dict[str, Float64[np.ndarray, " _units"]]] = deque(maxlen=_PROBES)
+        self._easing: Easing | None = None
+
+    @property
+    def origin(self) -> dict[str, Int[np.ndarray, " _units"]]:
+        """By group, the index that each active unit has in the dense model."""
+        return {name: np.flatnonzero(units) for name, units in self.reserve.active.items()}
+
+    # Probing.
+
+    def begin_probe(self, step: int) -> None:
+        """Have resting units present in the step after this one, if the controller asks and the share allows it."""
+        controller = self._parts.controller
+        if not isinstance(controller, Regrowing) or not controller.probe_due(step, self._parts.total_steps):
+            return
+        units = {name: origins for name, origins in self.reserve.origins().items() if name in self._lossless}
+        account, extra = self._account, self._extra(units)
+        if not units or account.probing_flops + extra > _PROBE_SHARE * account.train_flops:
+            return
+        with account.probing:
+            self._probing, self._probed = Probing(self._model, self.reserve, units), units
+            self._probing.start()
+
+    def end_probe(self, grad_scale: Tensor | None) -> None:
+        """Take the units out and note their gains; the gradients of the step are ready."""
+        probing, self._probing = self._probing, None
+        if probing is None:
+            return
+        with self._account.probing:
+            probing.stop()
+            gains = probing.gains(grad_scale)
+            if gains is not None:
+                self._recent.append({name: self._by_origin(name, values) for name, values in gains.items()})
+        if probing.num_forwards:
+            self._account.probed(self._extra(self._probed))
+
+    def _by_origin(self, name: str, gains: Float64[np.ndarray, " _present"]) -> Float64[np.ndarray, " _units"]:
+        """Gains of the units that were present, NaN for all others of the group."""
+        of_group = np.full(len(self.reserve.active[name]), np.nan)
+        of_group[self._probed[name]] = gains
+        return of_group
+
+    def _extra(self, units: Grow) -> float:
+        """FLOPs that a step takes more with these units present."""
+        wide = {name: int(active.sum()) for name, active in with_units(self.reserve, units).items()}
+        return self._flops.total(wide) - self._flops.total(widths_of(self.reserve.present()))
+
+    def probe(self, step: int) -> Probe | None:
+        """What the last probed steps told of the units that rest now, or None. Called once for each decision."""
+        self._decisions += 1
+        reserve, origins, gain, error = self.reserve, {}, {}, {}
+        for name, units in reserve.origins().items():
+            rows = [each[name][units] for each in self._recent if name in each]
+            seen = np.isfinite(rows).any(0) if rows else np.zeros(len(units), dtype=bool)
+            if seen.any():
+                origins[name] = units[seen]
+                gain[name], error[name] = _mean_and_error(np.array(rows)[:, seen])
+        if not origins:
+            return None
+        rested = {name: self._decisions - reserve.dropped_at[name][units] for name, units in origins.items()}
+        drops = {name: reserve.drops[name][units] for name, units in origins.items()}
+        return Probe(step, origins, gain, error, rested, drops, num_steps=len(self._recent))
+
+    # Drops and returns.
+
+    def rest(self, keep: Mapping[str, Bool[np.ndarray, " _units"]]) -> str:
+        """Take in the units that are about to be dropped; what was let go for them, in words."""
+        self.settle()
+        self.reserve = self.reserve.rest(self._model, self._optimizers, keep, self._copies, when=self._decisions)
+        if not self.reserve.let_go:
+            return ""
+        gone = sum(len(origins) for origins in self.reserve.let_go.values())
+        words = f"the reserve of {self.reserve.limit_bytes:,} bytes is full: {gone} units dropped earlier were let go"
+        warnings.warn(f"{words} for good; reserve_bytes makes room", stacklevel=2)
+        return words
+
+    def grow(
+        self, groups: tuple[Group, ...], plan: Plan
+    ) -> tuple[tuple[Group, ...], dict[str, Bool[np.ndarray, " _units"]]]:
+        """Bring the plan's units back; the groups then, and by group which active units have just come back."""
+        self.settle()
+        groups, self.reserve = regrow(self._model, self._optimizers, groups, self.reserve, plan.grow, self._copies)
+        regrown = {name: np.isin(self.origin[name], units) for name, units in plan.grow.items() if len(units)}
+        self._easing = Easing(self._model, groups, regrown, _EASE_STEPS, self._copies)
+        return groups, regrown
+
+    def ease(self) -> None:
+        """Let weights that are rising rise by one step."""
+        if self._easing is None:
+            return
+        with self._account.probing:
+            if self._easing.step():
+                self._easing = None
+
+    def settle(self) -> None:
+        """Let weights that are rising arrive at once."""
+        if self._easing is not None:
+            self._easing.finish()
+            self._easing = None
+
+    def release(self) -> None:
+        """Nothing comes back any more: give the reserve's memory back."""
+        nothing = {name: np.zeros_like(units) for name, units in self.reserve.resting.items()}
+        self.reserve = replace(self.reserve, tensors={}, resting=nothing)
+
+    def stop(self) -> None:
+        """Leave the model alone: nothing present, nothing rising; may be called again."""
+        if self._probing is not None:
+            self._probing.stop()
+            self._probing = None
+        self.settle()
+
+
+def _mean_and_error(
+    rows: Float64[np.ndarray, "steps units"],
+) -> tuple[Float64[np.ndarray, " units"], Float64[np.ndarray, " units"]]:
+    """Mean over the steps in which a unit was present, and the standard error of it; NaN for a single step.
+
+    >>> _mean_and_error(np.array([[1.0, np.nan], [3.0, 5.0]]))
+    (array([2., 5.]), array([ 1., nan]))
+    """
+    present = np.isfinite(rows)
+    count = present.sum(0)
+    mean = np.where(present, rows, 0.0).sum(0) / count
+    squares = np.where(present, rows - mean, 0.0) ** 2
+    several = np.where(count > 1, count, 2)
+    return mean, np.where(count > 1, np.sqrt(squares.sum(0) / (several - 1) / several), np.nan)

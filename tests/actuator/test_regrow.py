@@ -1,0 +1,358 @@
+"""Regrow and reserve: what was dropped comes back exactly, in any order, and trains on like its masked twin."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import setpoint
+from actuator.hand_made import CASES, masked_step, mlp, residual, some_keep, train_step
+from actuator.test_vanish import MODELS as VANISHING
+from actuator.test_vanish import vanished
+from conformance.test_optimizers import ROWS
+from groups.zoo import MODELS as ZOO
+from setpoint.actuator import regrow as regrow_module
+from setpoint.actuator.optimizer_state import as_sequence, map_tensors
+from setpoint.actuator.shrink import named_tensors, shrink
+from setpoint.actuator.sizes import recorded_sizes
+from setpoint.errors import GroupError
+from setpoint.groups.group import Group, widths_of
+from setpoint.groups.shim import get_call_sizes
+from setpoint.groups.trial import random_keep
+from twin.test_twin import double, groups_of
+
+
+def adamw(model: nn.Module) -> Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=0.01, amsgrad=True)
+
+
+def snapshot(model: nn.Module, optimizer: Any = None) -> list[Any]:
+    """Everything that a regrowth must give back: values, strides, state, sizes and forwards."""
+    tensors = [(name, tensor.detach().clone(), tensor.stride()) for name, tensor in named_tensors(model).items()]
+    states: list[Any] = []
+    for each in as_sequence(optimizer):
+        for name, parameter in model.named_parameters():
+            for key, value in each.state.get(parameter, {}).items():
+                map_tensors(value, lambda v, at, n=name: states.append((n, at, v.clone(), v.stride())) or v, key)
+    sizes = [
+        (name, key, value)
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, int) and not key.startswith("_setpoint")
+    ]
+    calls = [(name, get_call_sizes(module)) for name, module in model.named_modules()]
+    forwards = [(name, "forward" in module.__dict__) for name, module in model.named_modules()]
+    return [tensors, states, sizes, calls, forwards]
+
+
+def assert_same(one: Any, other: Any) -> None:
+    if isinstance(one, Tensor):
+        assert torch.equal(one, other)
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other)
+        for a, b in zip(one, other, strict=True):
+            assert_same(a, b)
+    else:
+        assert one == other
+
+
+def dropped(keep: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: np.flatnonzero(~kept) for name, kept in keep.items()}
+
+
+@pytest.mark.parametrize(("kind", "options"), ROWS)
+def test_shrink_and_regrow_gives_everything_back(kind: type[Optimizer], options: dict[str, Any]) -> None:
+    """Claim: weights, buffers, moments, strides and sizes are bit for bit as before, for every optimizer."""
+    model, inputs, groups = residual()
+    optimizer = kind(model.parameters(), **options)
+    for _ in range(2):
+        train_step(model, optimizer, inputs)
+    before, identities = snapshot(model, optimizer), [id(p) for p in model.parameters()]
+    keep = some_keep(groups)
+    reserve = setpoint.Reserve.of(model, groups).rest(model, optimizer, keep)
+    small = shrink(model, optimizer, groups, keep)
+    again, reserve = setpoint.regrow(model, optimizer, small, reserve, dropped(keep))
+    assert_same(snapshot(model, optimizer), before)
+    assert [id(p) for p in model.parameters()] == identities
+    assert widths_of(again) == widths_of(groups) and reserve.num_bytes == reserve.num_resting == 0
+    train_step(model, optimizer, inputs)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_traced_groups_come_back_too(name: str) -> None:
+    """Claim: with groups found by tracing (shims, heads, shared places), a random cut comes back bit for bit."""
+    build, example = ZOO[name]
+    model, inputs, groups = build().double(), double(example()), groups_of(name)
+    optimizer = adamw(model)
+    keep = random_keep(groups)
+    model.eval()
+    before, want = snapshot(model, optimizer), model(*inputs)
+    reserve = setpoint.Reserve.of(model, groups).rest(model, optimizer, keep)
+    small = shrink(model, optimizer, groups, keep)
+    setpoint.regrow(model, optimizer, small, reserve, dropped(keep))
+    assert_same(snapshot(model, optimizer), before)
+    assert torch.equal(model(*inputs), want)
+
+
+@pytest.mark.parametrize("name", VANISHING)
+def test_a_vanished_block_comes_back(name: str) -> None:
+    """Claim: a branch that lost all its units comes back whole, layers with their own forward, and trains on."""
+    model, example, groups, keep = vanished(name)
+    optimizer = adamw(model)
+    train_step(model, optimizer, example)
+    before = snapshot(model, optimizer)
+    reserve = setpoint.Reserve.of(model, groups).rest(model, optimizer, keep)
+    small = shrink(model, optimizer, groups, keep)
+    assert any(group.num_units == 0 for group in small)
+    train_step(copy.deepcopy(model), torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.0), example)
+    setpoint.regrow(model, optimizer, small, reserve, dropped(keep))
+    assert_same(snapshot(model, optimizer), before)
+    train_step(model, optimizer, example)
+
+
+def fill(
+    model: nn.Module, optimizer: Optimizer, groups: tuple[Group, ...], store: dict[Any, Tensor], active: Any
+) -> None:
+    """A plain model of the reserve: one dense tensor per key, into which the live entries are written."""
+    for key, live in live_tensors(model, optimizer):
+        index = box(key[0], groups, active, store[key].shape)
+        store[key][index] = live.detach()
+
+
+def live_tensors(model: nn.Module, optimizer: Optimizer) -> list[tuple[tuple[str, str], Tensor]]:
+    found: list[tuple[tuple[str, str], Tensor]] = []
+    found += [((name, ""), tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())]
+    for name, parameter in model.named_parameters():
+        for part, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                found.append(((name, part), value))
+    return found
+
+
+def box(name: str, groups: tuple[Group, ...], active: dict[str, np.ndarray], shape: torch.Size) -> tuple[Tensor, ...]:
+    kept = [np.ones(length, bool) for length in shape]
+    for group in groups:
+        for part in group.slices:
+            if part.tensor == name and part.dim is not None:
+                units = part.index
+                kept[part.dim] &= (units < 0) | active[group.name][units]
+    return tuple(torch.from_numpy(i) for i in np.ix_(*(np.flatnonzero(k) for k in kept)))
+
+
+@given(data=st.data(), name=st.sampled_from(sorted(CASES)))
+@settings(max_examples=12, deadline=None)
+def test_any_order_of_drops_and_returns(data: st.DataObject, name: str) -> None:
+    """Claim: after any mixture of drops, returns and training steps every entry, crossing ones of two groups among
+    them, has the value it had when it was last in the model.
+    """
+    torch.manual_seed(0)
+    model, inputs, groups = CASES[name]()
+    optimizer = adamw(model)
+    train_step(model, optimizer, inputs)
+    store = {key: tensor.detach().clone() for key, tensor in live_tensors(model, optimizer)}
+    active = {group.name: np.ones(group.num_units, bool) for group in groups}
+    reserve, now = setpoint.Reserve.of(model, groups), groups
+    for _ in range(data.draw(st.integers(1, 5))):
+        fill(model, optimizer, groups, store, active)
+        if data.draw(st.booleans()):
+            keep = {}
+            for group in now:
+                kept = np.array(data.draw(st.lists(st.booleans(), min_size=group.num_units, max_size=group.num_units)))
+                kept[0] = True
+                keep[group.name] = kept
+                active[group.name][np.flatnonzero(active[group.name])[~kept]] = False
+            reserve = reserve.rest(model, optimizer, keep)
+            now = shrink(model, optimizer, now, keep)
+        else:
+            grow = {
+                each: [int(u) for u in origins if data.draw(st.booleans())]
+                for each, origins in reserve.origins().items()
+            }
+            now, reserve = setpoint.regrow(model, optimizer, now, reserve, grow)
+            for each, origins in grow.items():
+                active[each][origins] = True
+        for key, live in live_tensors(model, optimizer):
+            assert torch.equal(live.detach(), store[key][box(key[0], groups, active, store[key].shape)]), key
+        assert widths_of(now) == {each: int(units.sum()) for each, units in active.items()}
+        model(*inputs)
+        fill(model, optimizer, groups, store, active)
+        train_step(model, optimizer, inputs)
+
+
+@pytest.mark.parametrize("name", ["mlp", "residual", "concat"])
+def test_between_drop_and_return_the_model_trains_like_its_masked_twin(name: str) -> None:
+    """Claim: cut, k steps, return, k steps: outputs and weights equal the twin that was masked for k steps and
+    then got the masked entries and moments back, in fp64 to 1e-10.
+    """
+    model, inputs, groups = CASES[name]()
+    model, inputs = model.double(), tuple(x.double() for x in inputs)
+    optimizer = adamw(model)
+    for _ in range(2):
+        train_step(model, optimizer, inputs)
+    twin = copy.deepcopy(model)
+    of_twin = adamw(twin)
+    of_twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    keep = some_keep(groups)
+    store = {key: tensor.detach().clone() for key, tensor in live_tensors(twin, of_twin)}
+    reserve = setpoint.Reserve.of(model, groups).rest(model, optimizer, keep)
+    small = shrink(model, optimizer, groups, keep)
+    for _ in range(3):
+        one, other = train_step(model, optimizer, inputs), masked_step(twin, of_twin, inputs, groups, keep)
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+    setpoint.regrow(model, optimizer, small, reserve, dropped(keep))
+    for key, tensor in live_tensors(twin, of_twin):
+        index = box(key[0], groups, keep, tensor.shape)
+        trained = tensor.detach()[index].clone()
+        tensor.data.copy_(store[key])
+        tensor.data[index] = trained
+    for _ in range(3):
+        one, other = train_step(model, optimizer, inputs), train_step(twin, of_twin, inputs)
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+    for (key, one), (_, other) in zip(live_tensors(model, optimizer), live_tensors(twin, of_twin), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-10, msg=str(key))
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_copies_come_back_along(averaged: bool) -> None:
+    """Claim: an EMA copy, wrapped or not, gets its own values back, not the model's."""
+    model, inputs, groups = residual()
+    optimizer = adamw(model)
+    ema = torch.optim.swa_utils.AveragedModel(model) if averaged else copy.deepcopy(model)
+    train_step(model, optimizer, inputs)
+    before, keep = snapshot(ema), some_keep(groups)
+    reserve = setpoint.Reserve.of(model, groups).rest(model, optimizer, keep, (ema,))
+    small = shrink(model, optimizer, groups, keep, (ema,))
+    setpoint.regrow(model, optimizer, small, reserve, dropped(keep), (ema,))
+    assert_same(snapshot(ema), before)
+
+
+def test_memory_format_comes_back() -> None:
+    """Claim: channels_last tensors cut to a single channel come back with their old strides."""
+    model, inputs, groups = residual()
+    model = model.to(memory_format=torch.channels_last)
+    optimizer = adamw(model)
+    train_step(model, optimizer, inputs)
+    before = snapshot(model, optimizer)
+    keep = {group.name: np.arange(group.num_units) == 0 for group in groups}
+    reserve = setpoint.Reserve.of(model, groups).rest(model, optimizer, keep)
+    small = shrink(model, optimizer, groups, keep)
+    setpoint.regrow(model, optimizer, small, reserve, dropped(keep))
+    assert_same(snapshot(model, optimizer), before)
+
+
+def test_the_limit_is_kept_and_says_what_it_let_go() -> None:
+    """Claim: a full reserve lets go of what was dropped first, names it, and such units cannot come back."""
+    model, inputs, groups = mlp()
+    optimizer = adamw(model)
+    train_step(model, optimizer, inputs)
+    first = {"first": np.arange(6) != 2}
+    unlimited = setpoint.Reserve.of(model, groups).rest(model, optimizer, first)
+    limit = unlimited.num_bytes + 3
+    reserve = setpoint.Reserve.of(model, groups, limit).rest(model, optimizer, first, when=1)
+    assert reserve.let_go == {} and reserve.num_bytes == unlimited.num_bytes
+    groups = shrink(model, optimizer, groups, first)
+    second = {"first": np.arange(5) != 3}
+    reserve = reserve.rest(model, optimizer, second, when=2)
+    groups = shrink(model, optimizer, groups, second)
+    assert reserve.let_go == {"first": (2,)} and 0 < reserve.num_bytes <= limit
+    assert {name: units.tolist() for name, units in reserve.origins().items()} == {"first": [4]}
+    with pytest.raises(GroupError, match="unit 2 of 'first' does not rest"):
+        setpoint.regrow(model, optimizer, groups, reserve, {"first": [2]})
+    groups, reserve = setpoint.regrow(model, optimizer, groups, reserve, {"first": [4]})
+    assert widths_of(groups) == {"first": 5, "second": 5}
+    train_step(model, optimizer, inputs)
+    nothing = setpoint.Reserve.of(*mlp()[::2], limit_bytes=0)
+    assert nothing.rest(model := mlp()[0], None, first).num_bytes == 0 and model is not None
+
+
+@pytest.mark.parametrize("limit", [-1, True])
+def test_a_limit_is_a_number_of_bytes(limit: Any) -> None:
+    """Claim: a negative limit or a boolean is refused."""
+    model, _, groups = mlp()
+    with pytest.raises(ValueError, match="limit_bytes"):
+        setpoint.Reserve.of(model, groups, limit)
+
+
+def test_what_does_not_fit_is_refused_and_changes_nothing() -> None:
+    """Claim: unknown groups, active units, a cut that the reserve did not see and other sizes raise GroupError."""
+    model, inputs, groups = mlp()
+    optimizer = adamw(model)
+    train_step(model, optimizer, inputs)
+    keep = some_keep(groups)
+    reserve = setpoint.Reserve.of(model, groups).rest(model, optimizer, keep)
+    small = shrink(model, optimizer, groups, keep)
+    before = snapshot(model, optimizer)
+    units = dropped(keep)
+    for grow, words in (
+        ({"third": [0]}, "unknown group"),
+        ({"first": [99]}, "does not rest"),
+        ({"first": [-1]}, "rest"),
+    ):
+        with pytest.raises(GroupError, match=words):
+            setpoint.regrow(model, optimizer, small, reserve, grow)
+    with pytest.raises(GroupError, match="by the reserve's account"):
+        setpoint.regrow(model, optimizer, groups, reserve, units)
+    model[0].out_features += 1
+    with pytest.raises(GroupError, match="out_features"):
+        setpoint.regrow(model, optimizer, small, reserve, units)
+    model[0].out_features -= 1
+    assert_same(snapshot(model, optimizer), before)
+
+
+@pytest.mark.parametrize(
+    ("failing", "call"), [("commit", 0), ("commit", 1), ("check_sizes", 0), ("take", 0), ("take", 3), ("in_format", 1)]
+)
+def test_a_failure_at_any_point_leaves_all_as_it_was(failing: str, call: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: whatever raises, at whichever call, model, moments, sizes and copies are as before, and a retry works."""
+    model, inputs, groups = residual()
+    optimizer = adamw(model)
+    train_step(model, optimizer, inputs)
+    ema, keep = copy.deepcopy(model), some_keep(groups)
+    reserve = setpoint.Reserve.of(model, groups).rest(model, optimizer, keep, (ema,))
+    small = shrink(model, optimizer, groups, keep, (ema,))
+    before = snapshot(model, optimizer), snapshot(ema)
+    calls, real = [], getattr(regrow_module, failing)
+
+    def fail_later(*args: object) -> object:
+        calls.append(args)
+        result = real(*args) if failing == "commit" or len(calls) <= call else None
+        if len(calls) > call:
+            raise MemoryError("out of memory")
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(regrow_module, failing, fail_later)
+        with pytest.raises(MemoryError):
+            setpoint.regrow(model, optimizer, small, reserve, dropped(keep), (ema,))
+    assert_same((snapshot(model, optimizer), snapshot(ema)), before)
+    again, _ = setpoint.regrow(model, optimizer, small, reserve, dropped(keep), (ema,))
+    assert widths_of(again) == widths_of(groups)
+
+
+def test_a_corrected_call_goes_back_to_the_plain_forward() -> None:
+    """Claim: once a module's calls count what they are written for again, its forward is its own and nothing is
+    recorded for them; what was corrected before the reserve began stays corrected.
+    """
+    name = next(each for each in ZOO if any(is_shimmed(each)))
+    build, _ = ZOO[name]
+    model, groups = build(), groups_of(name)
+    keep = random_keep(groups)
+    reserve = setpoint.Reserve.of(model, groups).rest(model, None, keep)
+    small = shrink(model, None, groups, keep)
+    assert any("#" in place for _, place in recorded_sizes(model))
+    later = setpoint.Reserve.of(model, small)
+    setpoint.regrow(model, None, small, reserve, dropped(keep))
+    assert not any("#" in place for _, place in recorded_sizes(model))
+    assert later.corrected and not reserve.corrected
+
+
+def is_shimmed(name: str) -> list[bool]:
+    return ["#" in size.place for group in groups_of(name) for size in group.sizes]

@@ -1,0 +1,401 @@
+"""Regrowth in a loop: units rest, are probed, come back and are eased in, and everything is recorded."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+import setpoint
+from setpoint.controller.plan import Observation, Plan
+from setpoint.controller.priced import PricedController
+from setpoint.errors import LoopError, VerificationError
+from setpoint.sensor.reading import Reading
+
+
+class Net(nn.Module):
+    """A convolutional net with batch norm and a residual block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(2, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12)
+        self.inner = nn.Sequential(nn.Conv2d(12, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 12, 1))
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.stem(x)))
+        return self.head((x + self.inner(x)).mean((2, 3)))
+
+
+def data(seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(16, 2, 6, 6, generator=generator)
+    return x, (x[:, 0].mean((1, 2)) > 0).long() + (x[:, 1, 0, 0] > 0.5).long()
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, first: int = 0) -> list[float]:
+    losses = []
+    for step in range(first, first + steps):
+        x, y = data(step)
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@dataclass(frozen=True)
+class Scripted:
+    """A controller that drops and brings back what it is told to, at the steps that it is told."""
+
+    drop: Mapping[int, Mapping[str, list[int]]]
+    back: Mapping[int, Mapping[str, list[int]]] = field(default_factory=dict)
+    last: int = 30
+    regrow: bool = True
+    seen: list[Observation] = field(default_factory=list)
+
+    def init(self, groups: tuple[setpoint.Group, ...]) -> dict[str, int]:
+        return {group.name: group.num_units for group in groups}
+
+    def due(self, step: int, total_steps: int) -> bool:
+        return step in {*self.drop, *self.back, self.last}
+
+    def probe_due(self, step: int, total_steps: int) -> bool:
+        return any(self.due(each, total_steps) for each in (step + 1, step + 2))
+
+    def decide(self, state: Any, observation: Observation, cost: Any, groups: Any) -> tuple[Any, Plan]:
+        self.seen.append(observation)
+        keep = {group.name: np.ones(group.num_units, bool) for group in groups}
+        for name, units in self.drop.get(observation.step, {}).items():
+            keep[name][units] = False
+        grow = {name: np.array(units) for name, units in self.back.get(observation.step, {}).items()}
+        worth = {name: np.full(len(units), 2.0) for name, units in grow.items()}
+        landed = observation.step == self.last
+        return state, Plan(observation.step, keep, {}, {"params": 1.0}, {}, landed, "as told", grow, worth)
+
+    def cut(self, state: dict[str, int], keep: Mapping[str, np.ndarray]) -> dict[str, int]:
+        return {name: int(keep[name].sum()) for name in state}
+
+    def grow(self, state: dict[str, int], regrown: Mapping[str, np.ndarray]) -> dict[str, int]:
+        return {name: len(regrown[name]) if name in regrown else width for name, width in state.items()}
+
+
+def attach(
+    model: nn.Module, controller: Any, total_steps: int = 40, **options: Any
+) -> tuple[torch.optim.Optimizer, setpoint.Loop]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    budget = setpoint.Budget.fraction(0.9, of="params")
+    settings = {"example": (data(0)[0],), "total_steps": total_steps, "controller": controller, **options}
+    return optimizer, setpoint.attach(model, optimizer, budget, **settings)
+
+
+DROP, BACK = {5: {"inner.0": [1, 4, 9], "stem": [0, 3]}, 10: {"inner.0": [0]}}, {20: {"inner.0": [0, 4], "stem": [3]}}
+
+
+@pytest.fixture
+def dear(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets probing take any share of a run too short to pay for it."""
+    monkeypatch.setattr("setpoint.loop.regrowth._PROBE_SHARE", 1.0)
+
+
+def test_units_rest_are_probed_and_come_back(dear: None) -> None:
+    """Claim: what was dropped comes back at its origin; ledger, explanations, summary, sensor and copies follow."""
+    torch.manual_seed(0)
+    model, controller = Net(), Scripted(DROP, BACK)
+    ema = copy.deepcopy(model)
+    optimizer, loop = attach(model, controller, copies=(ema,))
+    train(model, optimizer, 20)
+    assert loop.widths == {"stem": 11, "inner.0": 14}
+    assert loop.origin["stem"].tolist() == [1, 2, 3, *range(4, 12)]
+    assert loop.origin["inner.0"].tolist() == [0, 2, 3, 4, 5, 6, 7, 8, *range(10, 16)]
+    assert ema.stem.weight.shape == model.stem.weight.shape == (11, 2, 3, 3)
+    entry = loop.ledger[-1]
+    assert entry.grown == {"inner.0": [0, 4], "stem": [3]} and entry.grown_worth["stem"] == [2.0]
+    probe = controller.seen[-1].probe
+    assert probe is not None and probe.origins["inner.0"].tolist() == [0, 1, 4, 9]
+    assert entry.gain["inner.0"] == [probe.gain["inner.0"][0], probe.gain["inner.0"][2]]
+    assert np.isfinite(probe.error["inner.0"]).all() and probe.num_steps <= 8
+    assert probe.rested["inner.0"].tolist() == [1, 2, 2, 2] and set(probe.drops["stem"]) == {1}
+    back, gone = loop.explain("stem", 3), loop.explain("stem", 0)
+    assert back.alive and back.returned == 20 and math.isnan(back.saliency) and "came back at step 20" in str(back)
+    assert not gone.alive and gone.returned is None and gone.step == 5
+    train(model, optimizer, 20, 20)
+    summary = loop.finish()
+    assert summary.landed and math.isfinite(loop.explain("stem", 3).saliency)
+    assert (summary.dropped_units, summary.regrown_units, summary.dropped_again) == (6, 3, 0)
+    assert summary.spent["params"] == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_the_ledger_of_a_regrowing_run_survives_its_file(tmp_path: Any, dear: None) -> None:
+    """Claim: grown units, gains and worths are in the file as they are in the ledger."""
+    model = Net()
+    optimizer, loop = attach(model, Scripted(DROP, BACK))
+    train(model, optimizer, 40)
+    loop.finish()
+    loop.ledger.save(tmp_path / "ledger.jsonl")
+    again = setpoint.Ledger.load(tmp_path / "ledger.jsonl")
+    assert again[2].grown == loop.ledger[2].grown and again[2].gain == loop.ledger[2].gain and again[2].gain
+
+
+def test_probing_is_counted_and_stays_within_its_share() -> None:
+    """Claim: probed steps cost what the flop counter says they cost more, are overhead, and take at most 1 %."""
+    torch.manual_seed(0)
+    model = Net()
+    optimizer, loop = attach(model, Scripted({60: {"inner.0": [1]}, 70: {"stem": [0]}}, {}, last=90), total_steps=100)
+    train(model, optimizer, 63)
+    small = counted(model)
+    before = loop._account.train_flops, loop._account.probed_steps
+    train(model, optimizer, 5, 63)
+    assert loop._account.train_flops - before[0] == pytest.approx(5 * small, rel=1e-3) and before[1] == 0
+    train(model, optimizer, 2, 68)
+    summary_flops, steps = loop._account.probing_flops, loop._account.probed_steps
+    wide = Net()
+    assert steps == 2 and summary_flops == pytest.approx(2 * (counted(wide) - small), rel=1e-3)
+    train(model, optimizer, 30, 70)
+    summary = loop.finish()
+    assert 0 < summary.probing_flops <= 0.01 * summary.train_flops
+    assert summary.overhead_seconds >= summary.probing_seconds > 0
+
+
+def counted(model: nn.Module) -> float:
+    x, y = data(0)
+    with FlopCounterMode(display=False) as counter:
+        nn.functional.cross_entropy(copy.deepcopy(model)(x), y).backward()
+    return float(counter.get_total_flops())
+
+
+def test_a_return_does_not_make_the_loss_jump(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: in the steps after a return the loss on other data moves by less in any one step, as the mean of two
+    seeds, than half of what it jumps by if the same units come back at once.
+    """
+    moved = {1: 0.0, 8: 0.0}
+    for steps, seed in ((1, 0), (8, 0), (1, 1), (8, 1)):
+        monkeypatch.setattr("setpoint.loop.regrowth._EASE_STEPS", steps)
+        torch.manual_seed(seed)
+        model, units = Net(), {"inner.0": list(range(8)), "stem": [0, 3, 5]}
+        optimizer, loop = attach(model, Scripted({20: units}, {80: units}, last=110), 120, verify=False)
+        train(model, optimizer, 79)
+        losses = [elsewhere(model)]
+        for step in range(79, 92):
+            train(model, optimizer, 1, step)
+            losses.append(elsewhere(model))
+        loop.detach()
+        moved[steps] += float(np.abs(np.diff(losses)).max())
+    assert moved[8] < 0.5 * moved[1]
+
+
+def elsewhere(model: nn.Module) -> float:
+    """Mean loss on batches that training never sees, each with its own statistics."""
+    twin, losses = copy.deepcopy(model), []
+    for number in range(8):
+        x, y = data(10_000 + number)
+        with torch.no_grad():
+            losses.append(nn.functional.cross_entropy(twin(x), y).item())
+    return float(np.mean(losses))
+
+
+def test_the_model_is_the_same_right_after_a_return() -> None:
+    """Claim: between a return and the next step outputs equal those before it, in training mode, to 1e-6."""
+    torch.manual_seed(0)
+    model, units = Net(), {"inner.0": [1, 2], "stem": [3]}
+    optimizer, loop = attach(model, Scripted({5: units}))
+    train(model, optimizer, 8)
+    before, regrowth = model(data(99)[0]), loop._regrowth
+    assert regrowth is not None
+    regrowth.grow(loop.groups, Plan(8, {}, grow={name: np.array(each) for name, each in units.items()}))
+    torch.testing.assert_close(model(data(99)[0]), before, rtol=0, atol=1e-6)
+    loop.detach()
+
+
+def test_the_weights_that_rise_arrive_exactly() -> None:
+    """Claim: after easing, outgoing weights are the ones that rested, to rounding, whether step by step or at once."""
+    for steps in (0, 3, 8):
+        torch.manual_seed(0)
+        model = Net()
+        _, loop = attach(model, Scripted({}))
+        regrowth = loop._regrowth
+        assert regrowth is not None
+        before = [tensor.clone() for tensor in model.state_dict().values()]
+        keep = {"inner.0": np.arange(16) > 4, "stem": np.arange(12) != 2}
+        regrowth.rest(keep)
+        groups = setpoint.shrink(model, None, loop.groups, keep)
+        plan = Plan(1, {}, grow={"inner.0": np.arange(5), "stem": np.array([2])})
+        regrowth.grow(groups, plan)
+        for _ in range(steps):
+            regrowth.ease()
+        loop.detach()
+        for one, other in zip(model.state_dict().values(), before, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+def run(seed: int, **options: Any) -> tuple[setpoint.Loop, nn.Module]:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(8, 48), nn.ReLU(), nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 4))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    budget = setpoint.Budget.fraction(0.4, of="flops")
+    x = torch.randn(400, 16, 8)
+    with setpoint.attach(
+        model, optimizer, budget, example=(x[0],), total_steps=400, controller=PricedController(**options)
+    ) as loop:
+        for step in range(400):
+            # The task changes in the middle, so that other units become useful.
+            target = (x[step, :, :4] if step < 150 else x[step, :, 4:]).argmax(1)
+            nn.functional.cross_entropy(model(x[step]), target).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return loop, model
+
+
+def test_a_regrowing_run_lands_within_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: with regrowth the run lands at 70 %, never over the limit after a third; units come back, at most a
+    fifth of those dropped are dropped again, probing keeps within its share; and the same seed makes the same ledger.
+    """
+    monkeypatch.setattr("setpoint.loop.regrowth._PROBE_SHARE", 0.05)  # the run is short
+    first, model = run(0, regrow=True)
+    summary = first.summary
+    assert summary is not None and summary.landed and summary.spent["flops"] <= summary.limit["flops"]
+    assert all(entry.spent["flops"] <= summary.limit["flops"] for entry in first.ledger if entry.step >= 120)
+    assert first.ledger[-1].step == 280 and not first.ledger[-1].grown
+    assert 0 < summary.probing_flops <= 0.05 * summary.train_flops
+    assert summary.regrown_units > 0 and summary.dropped_again <= 0.2 * summary.dropped_units
+    assert summary.final_params == sum(parameter.numel() for parameter in model.parameters())
+    second, other = run(0, regrow=True)
+    assert [(e.dropped, e.grown, e.reason) for e in first.ledger] == [
+        (e.dropped, e.grown, e.reason) for e in second.ledger
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_a_small_reserve_lets_go_and_says_so() -> None:
+    """Claim: with room for next to nothing the run goes on, warns, and names what it let go in the entry."""
+    model = Net()
+    optimizer, loop = attach(model, Scripted({5: {"inner.0": [1, 4]}}), reserve_bytes=100)
+    with pytest.warns(UserWarning, match="reserve of 100 bytes is full"):
+        train(model, optimizer, 10)
+    assert "let go" in loop.ledger[0].reason
+    loop.detach()
+
+
+def test_detaching_in_a_probed_step_leaves_the_shrunk_model() -> None:
+    """Claim: after a detach, or an interrupt, in the middle of a probed forward pass the model is the shrunk one."""
+
+    class Interrupted(Net):
+        stop = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.stop and self.training:
+                raise KeyboardInterrupt
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    model = Interrupted()
+    optimizer, loop = attach(model, Scripted({60: {"inner.0": [1]}}, {}, last=80), 100)
+    train(model, optimizer, 78)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    model.stop = True
+    with pytest.raises(KeyboardInterrupt), loop:
+        train(model, optimizer, 1)
+    assert {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} == shapes
+    assert all(isinstance(parameter, nn.Parameter) for parameter in model.parameters())
+    model.stop = False
+    train(model, optimizer, 2)
+
+
+class Checkpointed(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.stem(x)))
+        return self.head((x + checkpoint(self.inner, x, use_reentrant=False)).mean((2, 3)))
+
+
+def test_what_cannot_be_probed_is_refused_at_attach() -> None:
+    """Claim: compiled models, activation checkpointing and sensors without `grow` are refused, with what to do; the
+    same models are taken without regrowth.
+    """
+    cases: list[tuple[nn.Module, dict[str, Any], type[Exception], str]] = [
+        (torch.compile(Net(), backend="eager"), {}, LoopError, "compiled"),
+        (Checkpointed(), {}, VerificationError, "heckpoint"),
+    ]
+    for model, options, error, words in cases:
+        with pytest.raises(error, match=words) as caught:
+            attach(model, PricedController(regrow=True), **options)
+        assert "regrow=False" in str(caught.value)
+        attach(model, PricedController(), **options)[1].detach()
+
+
+class Dropping(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.stem(x)))
+        x = x + self.inner[3](nn.functional.dropout(self.inner[:3](x), 0.2, self.training))
+        return self.head(x.mean((2, 3)))
+
+
+def test_dropout_that_draws_by_width_is_no_reason_to_refuse() -> None:
+    """Claim: a model whose forward calls dropout itself is taken, and its units are probed."""
+    torch.manual_seed(0)
+    model = Dropping()
+    optimizer, loop = attach(model, Scripted({60: {"inner.0": [1]}}, {}, last=90), total_steps=100)
+    train(model, optimizer, 90)
+    assert loop.finish().probed_steps > 0
+
+
+def test_a_sensor_without_grow_is_refused() -> None:
+    """Claim: a sensor that cannot take units in is refused by name."""
+
+    class Plain:
+        """A Taylor sensor with nothing but the protocol's methods."""
+
+        def __init__(self) -> None:
+            self._inner = setpoint.TaylorSensor(16)
+            for name in ("readable", "init", "update", "flops", "read", "cut"):
+                setattr(self, name, getattr(self._inner, name))
+
+    with pytest.raises(LoopError, match="Plain has no grow"):
+        attach(Net(), PricedController(regrow=True), sensor=Plain())
+
+
+def test_a_taylor_state_begins_anew_for_units_that_came_back() -> None:
+    """Claim: after cut and grow, units that stayed read as before, and one that came back reads as if the sensor
+    had begun with it.
+    """
+    group = setpoint.Group("a", "unit", 3, (setpoint.Slice("weight", 1, "consume", np.arange(3)),))
+    model, sensor = nn.Linear(3, 2, bias=False), setpoint.TaylorSensor(4, window=5)
+    gradients = torch.randn(12, 2, 3)
+
+    def update(state: Any, some: Any, taken: list[int]) -> Any:
+        for gradient in some:
+            model.weight.grad = gradient[:, taken].clone()
+            state = sensor.update(state, (group,), model)
+        return state
+
+    def read(state: Any) -> Reading:
+        return sensor.read(state, (group,), 1)
+
+    whole = update(sensor.init((group,), model), gradients, [0, 1, 2])
+    late = update(sensor.init((group,), model), gradients[8:], [0, 1, 2])
+    state = update(sensor.init((group,), model), gradients[:8], [0, 1, 2])
+    state = sensor.grow(sensor.cut(state, {"a": np.array([True, False, True])}), {"a": np.array([False, True, False])})
+    assert read(state).saliency["a"][1] == 0.0 and read(state).finite()
+    state = update(state, gradients[8:], [0, 1, 2])
+    np.testing.assert_allclose(read(state).saliency["a"][[0, 2]], read(whole).saliency["a"][[0, 2]], rtol=1e-5)
+    np.testing.assert_allclose(read(state).saliency["a"][1], read(late).saliency["a"][1], rtol=1e-5)
+
+
+def test_a_group_without_units_can_be_sensed() -> None:
+    """Claim: a sensor's update and reading go on while a group has no units at all."""
+    group = setpoint.Group("a", "unit", 0, (setpoint.Slice("weight", 1, "consume", np.arange(0)),), min_units=0)
+    model, sensor = nn.Linear(1, 2, bias=False), setpoint.TaylorSensor(4)
+    model.weight = nn.Parameter(torch.zeros(2, 0))
+    model.weight.grad = torch.zeros(2, 0)
+    state = sensor.update(sensor.init((group,), model), (group,), model)
+    assert sensor.read(state, (group,), 1).saliency["a"].shape == (0,)
