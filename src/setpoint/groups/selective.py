@@ -44,9 +44,11 @@ def mark_selective(model: nn.Module, groups: tuple[Group, ...]) -> tuple[Group, 
 
 def selective_layer(model: nn.Module, group: Group) -> tuple[str, Selective] | None:
     """Name and kind of the selective layer whose states a group holds, or None."""
+    if group.kind != "state":
+        return None
     for name, module in model.named_modules():
         kind = selective_kind(module)
-        if kind is not None and group.kind == "state" and _holds_states(group, name, kind):
+        if kind is not None and _holds_states(group, name, kind):
             return name, kind
     return None
 
