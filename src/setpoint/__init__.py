@@ -18,15 +18,20 @@ from setpoint.errors import (
     LoopError,
     OptimizerError,
     SetpointError,
+    StateSpaceError,
     VerificationError,
 )
 from setpoint.groups.group import Group, SizeBinding, Slice
 from setpoint.groups.trace import find_groups
 from setpoint.ledger import Entry, Ledger
 from setpoint.loop import Explanation, Loop, Summary, attach
+from setpoint.sensor.chain import SensorChain
+from setpoint.sensor.hankel import HankelSensor
 from setpoint.sensor.magnitude import MagnitudeSensor
 from setpoint.sensor.reading import Reading, Sensor
+from setpoint.sensor.selective import SelectiveSensor
 from setpoint.sensor.taylor import TaylorSensor
+from setpoint.ssm import StateSpaceLayer
 
 __all__ = [
     "Budget",
@@ -41,6 +46,7 @@ __all__ = [
     "ExportError",
     "Group",
     "GroupError",
+    "HankelSensor",
     "Ledger",
     "Loop",
     "LoopError",
@@ -51,10 +57,14 @@ __all__ = [
     "PricedController",
     "Reading",
     "Reserve",
+    "SelectiveSensor",
     "Sensor",
+    "SensorChain",
     "SetpointError",
     "SizeBinding",
     "Slice",
+    "StateSpaceError",
+    "StateSpaceLayer",
     "Summary",
     "TaylorSensor",
     "VerificationError",

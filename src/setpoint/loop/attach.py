@@ -35,7 +35,10 @@ from setpoint.loop.parts import Parts
 from setpoint.loop.replica import Replica
 from setpoint.loop.target import Target, check_budgets, check_reachable
 from setpoint.meter import StepMeter, Stopwatch
+from setpoint.sensor.chain import SensorChain
+from setpoint.sensor.hankel import HankelSensor
 from setpoint.sensor.reading import Growing, Sensor
+from setpoint.sensor.selective import SelectiveSensor
 from setpoint.sensor.taylor import TaylorSensor
 
 
@@ -73,7 +76,8 @@ def attach(
             or a dict of keyword inputs. FLOPs are counted at this shape.
         total_steps: optimizer steps of the whole run.
         controller: decides what goes and when; by default `PricedController()`.
-        sensor: reads saliencies; by default `TaylorSensor(num_samples)`.
+        sensor: reads saliencies; by default `TaylorSensor(num_samples)`, and `HankelSensor(num_samples)` for the
+            states of state-space layers.
         groups: which groups may be pruned, out of `find_groups(model, example)`; by default all.
         copies: modules with the same tensors to cut alike, such as an EMA copy.
         num_samples: independent samples per optimizer step over ranks and micro-batches; by default
@@ -111,9 +115,11 @@ def attach(
     with watch, untouched_chance(inner):
         budgets = check_budgets(budget)
         optimizers = _check_arguments(inner, optimizer, total_steps)
-        if sensor is None:
-            sensor = TaylorSensor(_num_samples(example) if num_samples is None else num_samples)
         found = trace(inner, example)
+        if sensor is None:
+            sensor = _default_sensor(
+                inner, found.groups, example, _num_samples(example) if num_samples is None else num_samples
+            )
         active, frozen = _select(inner, found, groups, sensor, allow_lossy)
         active, strangers = _in_hand(inner, optimizers, active)
         frozen.update(strangers)
@@ -221,6 +227,14 @@ def _num_samples(example: Example) -> int:
     return max(1, first.shape[0]) if first is not None else 1
 
 
+def _default_sensor(model: nn.Module, groups: tuple[Group, ...], example: Example, num_samples: int) -> Sensor[Any]:
+    """Taylor for units; where there are states, Hankel for them, or averaged Gramians where layers are selective."""
+    units = TaylorSensor(num_samples)
+    for_states: tuple[Sensor[Any], ...] = (HankelSensor(num_samples), SelectiveSensor(example))
+    needed = [sensor for sensor in for_states if sensor.readable(groups, model)]
+    return SensorChain(*needed, units) if needed else units
+
+
 def _select(
     model: nn.Module, found: Trace, wanted: Sequence[Group] | None, sensor: Sensor[Any], allow_lossy: bool
 ) -> tuple[tuple[Group, ...], dict[str, str]]:
@@ -235,7 +249,7 @@ def _select(
                 "use find_groups(model, example) on the model as it is now"
             )
     for group in chosen:
-        if group.kind != "unit":
+        if group.kind == "weight":
             frozen[group.name] = f"its units are of kind {group.kind!r}, which this version does not shrink"
         elif not group.lossless and not allow_lossy:
             frozen[group.name] = "; ".join(group.notes) or "a zeroed unit is not the same as an absent one"

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int
 from torch import Tensor, nn
 
-from setpoint.actuator.shrink import shrink
+from setpoint.actuator.balance import balance_and_shrink
 from setpoint.controller.plan import Observation, Plan, regrows
 from setpoint.cost.budget import amount
 from setpoint.errors import GroupError, LoopError
@@ -266,7 +266,7 @@ class Loop:
         self._overdue = plan is None
         if plan is not None:
             origin, before = self._origin, self.widths
-            regrown, note = self._act(plan, state)
+            regrown, note = self._act(plan, state, reading)
             reason = f"{plan.reason}; {note}" if note else plan.reason
             entry = with_drops(self._entry(reason, plan, before), plan, reading, origin)
             self._ledger.append(with_returns(entry, plan, probe))
@@ -291,7 +291,7 @@ class Loop:
         before, self._skipped = self._skipped, reading.skipped_steps
         return replace(reading, skipped_steps=reading.skipped_steps - before)
 
-    def _act(self, plan: Plan, state: Any) -> tuple[dict[str, Bool[np.ndarray, " _units"]], str]:
+    def _act(self, plan: Plan, state: Any, reading: Reading) -> tuple[dict[str, Bool[np.ndarray, " _units"]], str]:
         """Carry the plan out on everything that is indexed by unit; what has come back, and what is to be said."""
         parts, account, regrowth = self._parts, self._account, self._regrowth
         account.resizing.last_seconds = 0.0
@@ -303,7 +303,9 @@ class Loop:
         with account.resizing:
             if plan.drops():
                 note = regrowth.rest(plan.keep) if regrowth is not None else ""
-                self._groups = shrink(parts.model, parts.optimizers, self._groups, plan.keep, parts.copies)
+                self._groups = balance_and_shrink(
+                    parts.model, parts.optimizers, self._groups, plan.keep, reading.basis, parts.copies
+                )
                 self._sensor_state = parts.sensor.cut(self._sensor_state, plan.keep)
                 self._controller_state = parts.controller.cut(self._controller_state, plan.keep)
                 self._origin = only_kept(self._origin, plan)
