@@ -17,6 +17,7 @@ from groups.zoo import GPT, SeparateAttention
 from setpoint.actuator.mask import mask
 from setpoint.actuator.shrink import shrink
 from setpoint.actuator.verify import failing_groups
+from setpoint.errors import ExportError
 from setpoint.groups.group import Group
 from setpoint.groups.shim import HEADS, set_call_sizes
 from setpoint.groups.trace import find_groups, trace
@@ -384,3 +385,48 @@ def test_a_sum_over_units_that_are_not_zero_is_lossy(name: str) -> None:
             return self.b(SUMS[name](self, self.a(x)))
 
     assert not any(group.lossless for group in find_groups(Sum(), (torch.randn(3, 5),)) if group.name == "a")
+
+
+class AddsZeros(nn.Module):
+    """Writes the batch and the length of its input into a call that also counts units."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.out = nn.Linear(8, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        start = torch.zeros(x.shape[0], x.shape[1], 16, dtype=x.dtype)
+        out: Tensor = self.out(start + self.inner(x).relu())
+        return out
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_sizes_of_the_data_are_not_bound(batch: int) -> None:
+    """A corrected call goes on taking batch and length from its input: other ones than the example's work."""
+    torch.manual_seed(0)
+    model = AddsZeros().double()
+    groups = find_groups(model, (torch.randn(2, 6, 8).double(),))
+    assert ("", "zeros#0[2]") in places(groups) and ("", "zeros#0[0]") not in places(groups)
+    twin, keep = copy.deepcopy(model), random_keep(groups)
+    mask(twin, None, groups, keep)
+    shrink(model, None, groups, keep)
+    x = torch.randn(batch, 5, 8).double()
+    torch.testing.assert_close(model(x), twin(x), rtol=0, atol=1e-12)
+
+
+class RoutedByIndex(nn.Module):
+    """An expert that is given just the rows that chose it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expert, self.out = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        (rows,) = torch.where(x[:, 0] > 0)
+        return x.index_add(0, rows, self.out(self.expert(x[rows]).relu()))
+
+
+def test_a_size_that_depends_on_the_data_is_named() -> None:
+    """A forward whose sizes depend on values cannot be followed, and the error names the operation."""
+    with pytest.raises(ExportError, match="depends on the data"):
+        find_groups(RoutedByIndex(), (torch.randn(6, 8),))

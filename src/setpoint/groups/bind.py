@@ -29,6 +29,9 @@ _STANDARD: tuple[tuple[type[nn.Module], str, str, int], ...] = (
     (nn.PReLU, "num_parameters", "weight", 0),
 )
 
+_WHOLE_CALLS = {"split", "chunk", "slice"}
+"""Calls whose sizes lie along one dim, and say where each other begins."""
+
 
 def bind(draft: Draft) -> tuple[Units, tuple[Group, ...]]:
     """Units whose cut the live forward survives, and their groups with the size bindings that it takes.
@@ -70,7 +73,9 @@ def _places(draft: Draft, calls: Sequence[Call]) -> Places:
     }
     needed = {call for trial in trials for call in trial.needed_calls(places)}
     for call in calls:
-        if (type(draft.model.get_submodule(call.module)), call_of(call)) in needed:
+        # A size that is data (a batch, a length) is the live forward's own: another batch has another one.
+        own = draft.units.among(call.labels) or call_of(call).split("#")[0] in _WHOLE_CALLS
+        if own and (type(draft.model.get_submodule(call.module)), call_of(call)) in needed:
             places[call.module, call.place] = call.labels
     return places
 

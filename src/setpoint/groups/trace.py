@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from setpoint.errors import ExportError
 from setpoint.groups.atoms import Atoms
 from setpoint.groups.bind import bind
 from setpoint.groups.build import OwnDim, build
@@ -274,6 +275,22 @@ def _shape_of(fake: Any) -> Any:
     return None
 
 
+def _check_sizes(node: fx.Node) -> None:
+    """Check that every size of a node's result is known.
+
+    Raises:
+        ExportError: where one depends on the values of the data, such as how many tokens a router sends to an expert.
+    """
+    for each in pytree.tree_leaves(node.meta.get("val")):
+        sizes = each.shape if isinstance(each, torch.Tensor) else ()
+        if any(not isinstance(size, int) for size in sizes):
+            raise ExportError(
+                f"{_module_of(node) or 'model'}: {op_name(node.target)} makes a tensor whose size depends on the data, "
+                "so nothing after it can be followed: give every expert all tokens and weigh them, or leave it to a "
+                "batched product over experts"
+            )
+
+
 def _write_into(walk: Walk, result: Value, tensor: Value) -> None:
     """A result written into a tensor lies in it entry by entry."""
     assert result.shape == tensor.shape, "the result is written into a tensor of another shape"
@@ -293,6 +310,7 @@ def _visit(walk: Walk, node: fx.Node, env: dict[fx.Node, Any], numbers: dict[tup
         if inner is not None:
             return inner
     fake = node.meta.get("val")
+    _check_sizes(node)
     out = _shape_of(fake)
     function = rule_for(node.target)
     if out is None and (walk.unread or not inputs):
