@@ -11,6 +11,7 @@ from setpoint.cost.cost import Cost
 from setpoint.errors import (
     BudgetError,
     CheckpointError,
+    CostError,
     ExampleError,
     ExportError,
     GroupError,
@@ -33,6 +34,7 @@ __all__ = [
     "CheckpointError",
     "Controller",
     "Cost",
+    "CostError",
     "Entry",
     "ExampleError",
     "Explanation",

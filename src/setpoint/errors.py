@@ -43,3 +43,7 @@ class CheckpointError(SetpointError, ValueError):
 
 class ReportError(SetpointError, ValueError):
     """A results folder that is empty, damaged, or written in an unknown format."""
+
+
+class CostError(SetpointError, ValueError):
+    """A cost that cannot be predicted or measured for this model on this device."""
