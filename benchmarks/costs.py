@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -40,15 +41,24 @@ def gpt() -> tuple[nn.Module, torch.optim.Optimizer, tuple[Any, ...]]:
     return model, torch.optim.AdamW(model.parameters(), lr=1e-4), (torch.randint(65, (16, 64)),)
 
 
+def lru() -> tuple[nn.Module, torch.optim.Optimizer, tuple[Any, ...]]:
+    """A sequence classifier of linear recurrent units, 16 sequences of 196 steps."""
+    from setpoint.models.classifier import SequenceClassifier
+
+    model = SequenceClassifier(num_inputs=1, num_classes=10, num_channels=64, num_states=64, num_blocks=2)
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-3), (torch.randn(16, 196, 1),)
+
+
 BUILDS: dict[str, Callable[[], tuple[nn.Module, torch.optim.Optimizer, tuple[Any, ...]]]] = {"cnn": cnn, "gpt": gpt}
+if importlib.util.find_spec("setpoint.models"):
+    BUILDS["lru"] = lru
 
 
 def subject_named(name: str) -> Subject:
     """A model of the list, traced."""
     torch.manual_seed(0)
     model, optimizer, example = BUILDS[name]()
-    groups = tuple(group for group in setpoint.find_groups(model, example) if group.lossless)
-    return Subject(model, optimizer, example, groups)
+    return Subject(model, optimizer, example, setpoint.find_groups(model, example))
 
 
 def random_widths(groups: tuple[setpoint.Group, ...], count: int, seed: int) -> list[Mapping[str, int]]:

@@ -63,10 +63,10 @@ class Entry:
     deciding_seconds: float = 0.0
     resizing_seconds: float = 0.0
     val: float | None = None
+    predicted: Mapping[str, float] = field(default_factory=dict)
     gain: Mapping[str, list[float]] = field(default_factory=dict)
     grown_worth: Mapping[str, list[float]] = field(default_factory=dict)
     probing_seconds: float = 0.0
-    predicted: Mapping[str, float] = field(default_factory=dict)
 
 
 class Ledger:

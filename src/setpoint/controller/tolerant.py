@@ -54,9 +54,9 @@ class TolerantController:
     is halved, so that the search closes in on the tolerance as a bisection would; once it is below `finest`, or when
     the landing is due, the run lands.
 
-    It follows the loss of the run itself: no validation, no dense twin. So it can tell a rise from noise only as well
-    as the decisions lie apart: with a batch loss of standard deviation s and n steps between two decisions, the error is
-    about `2 s / sqrt(n / 2)`. With a tolerance below that, cuts are watched on rather than followed by others.
+    It follows the loss of the run itself: no validation, no dense twin. So it can tell a rise from noise only as
+    well as the decisions lie apart: with a batch loss of standard deviation s and n steps between two decisions, the
+    error is about `2 s / sqrt(n / 2)`. With a tolerance below that, cuts are watched on rather than followed by others.
 
     Args:
         tolerance: what rise is accepted.
@@ -140,7 +140,7 @@ class TolerantController:
         return replace(state, pending=plan.drops()), replace(plan, reason=reason, landed=not plan.drops())
 
     def _verdict(self, state: TolerantState, excess: Excess | None, final: bool) -> str:
-        """ "stay", "back" or "wait"; a cut that nothing is known about when the landing is due goes back."""
+        """One of "stay", "back" and "wait"; a cut that nothing is known about when the landing is due goes back."""
         if excess is None:
             return "back" if final else "wait"
         over = state.used + excess.value - self.tolerance.loss

@@ -50,11 +50,18 @@ class Excess:
         value: mean distance over the window after the cut, in the unit of the loss.
         error: standard error of it.
         foretold: what the trend foretold there.
+        before: value of the trend at the cut.
     """
 
     value: float
     error: float
     foretold: float
+    before: float
+
+    @property
+    def rise(self) -> float:
+        """How far the loss lies above where it was at the cut, whatever would have become of it since."""
+        return self.foretold + self.value - self.before
 
 
 Losses = Float64[np.ndarray, "observed"]
@@ -89,7 +96,7 @@ def fit_trend(steps: Losses, losses: Losses) -> Trend | None:
     return Trend(level, slope, centre, spread, noise, len(x))
 
 
-def excess_over(trend: Trend, steps: Losses, losses: Losses) -> Excess | None:
+def excess_over(trend: Trend, steps: Losses, losses: Losses, *, cut: int) -> Excess | None:
     """How far these losses lie above a trend, or None where there are fewer than eight of them.
 
         value = mean over the bins of (median - trend),    error^2 = noise^2 / bins + trend.error^2.
@@ -98,6 +105,7 @@ def excess_over(trend: Trend, steps: Losses, losses: Losses) -> Excess | None:
         trend: from before the cut.
         steps: optimizer steps after the cut, once the loss has had time to recover.
         losses: observed there.
+        cut: step after which the cut was made.
     """
     binned = _bins(steps, losses)
     if binned is None:
@@ -105,7 +113,8 @@ def excess_over(trend: Trend, steps: Losses, losses: Losses) -> Excess | None:
     x, y = binned
     middle = math.exp(float(x.mean()))
     foretold = trend.at(middle)
-    return Excess(float(y.mean()) - foretold, math.hypot(trend.noise / math.sqrt(len(x)), trend.error(middle)), foretold)
+    error = math.hypot(trend.noise / math.sqrt(len(x)), trend.error(middle))
+    return Excess(float(y.mean()) - foretold, error, foretold, trend.at(cut))
 
 
 def excess_after(steps: Losses, losses: Losses, *, changed: int, cut: int, now: int) -> Excess | None:
@@ -126,7 +135,7 @@ def excess_after(steps: Losses, losses: Losses, *, changed: int, cut: int, now: 
     before = finite & (steps > begin) & (steps <= cut)
     after = finite & (steps > (cut + now) / 2) & (steps <= now)
     trend = fit_trend(steps[before], losses[before])
-    return None if trend is None else excess_over(trend, steps[after], losses[after])
+    return None if trend is None else excess_over(trend, steps[after], losses[after], cut=cut)
 
 
 def _bins(steps: Losses, losses: Losses) -> tuple[Losses, Losses] | None:

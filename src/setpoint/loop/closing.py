@@ -7,13 +7,10 @@ from setpoint.cost.budget import amount
 from setpoint.groups.group import Group, widths_of
 from setpoint.ledger import Ledger
 from setpoint.loop.accounting import Account
-from setpoint.loop.costing import METERED
+from setpoint.loop.metering import METERED
 from setpoint.loop.parts import Parts
 from setpoint.loop.record import drop_counts, return_counts
 from setpoint.loop.summary import Summary, break_even_step
-
-MARGIN = 0.03
-"""How far a metered resource may lie over its limit at the end: what a meter of seconds can tell."""
 
 
 def summarise(
@@ -21,7 +18,6 @@ def summarise(
     account: Account,
     ledger: Ledger,
     groups: tuple[Group, ...],
-    *,
     step: int,
     last: Plan | None,
     gave_way: str,
@@ -35,7 +31,7 @@ def summarise(
         groups: at their present widths.
         step: optimizer steps done.
         last: the last plan, or None before the first.
-        gave_way: which goal lost, in words.
+        gave_way: what was taken back for the sake of the loss, or "".
     """
     widths, dense_widths, total_steps = widths_of(groups), widths_of(parts.groups), parts.total_steps
     spent = {name: cost.total(widths) for name, cost in parts.costs.items()}
@@ -76,7 +72,7 @@ def summarise(
         dropped_again=sum(count > 1 for count in drops.values()),
         limit_run={name: run.limit(total_steps) for name, run in parts.target.runs.items()},
         spent_run={name: account.train_flops for name in parts.target.runs},
-        gave_way=gave_way,
+        gave_way=f"{gave_way}; {'the budget was met' if landed else 'the budget was missed'}" if gave_way else "",
     )
 
 
@@ -106,8 +102,8 @@ def _landing(
             return False, f"{early} at {spent}{heading}, over {amount(limit, resource)}"
     for resource, limit in target.limit.items():
         seen, dense = target.expected(resource, widths), target.expected(resource, dense_widths)
-        over_by = MARGIN if resource in METERED else 1e-12
-        if resource not in target.runs and seen > limit * (1 + over_by):
+        margin = max(1e-12, parts.metering.margin(resource))
+        if resource not in target.runs and seen > limit * (1 + margin):
             over = f"over {limit / dense:.1%}" if resource not in METERED else f"over {amount(limit, resource)}"
             return False, f"{early} at {seen / dense:.1%} of the dense {resource}, {over}"
     if last is not None and last.landed:

@@ -22,13 +22,15 @@ from setpoint.cost.tape import Tape, record
 from setpoint.errors import CostError, SetpointError
 from setpoint.groups.export import Example
 from setpoint.groups.group import Group, widths_of
+from setpoint.loop.metering import METERED
 from setpoint.loop.replica import replica
 from setpoint.meter.energy import EnergyMeter, find_energy_meter
 from setpoint.meter.seconds import Stopwatch
 
-METERED = ("memory", "latency", "energy")
 _LEAST_STEPS, _MOST_STEPS, _ENOUGH_S = 3, 20, 0.3
 _CALIBRATION_LIMIT_S = 20.0
+_WORTH_KEEPING = 0.15
+"""A fit with a larger error was made on a busy machine, and is made again next time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,7 +151,8 @@ def _calibrated(
     if not seconds:
         raise CostError("no training step of a copy of the model fits into memory here: use of='flops' or of='params'")
     fit = fit_steps(cost, seconds)
-    table.keep_fit(cost.key, [fit.contractions, fit.others, fit.constant_s, fit.error])
+    if fit.error < _WORTH_KEEPING:
+        table.keep_fit(cost.key, [fit.contractions, fit.others, fit.constant_s, fit.error])
     return cost.fitted(fit), joules
 
 

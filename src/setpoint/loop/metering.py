@@ -13,6 +13,10 @@ from setpoint.meter.energy import EnergyMeter
 from setpoint.meter.memory import LiveBytes
 from setpoint.meter.seconds import StepMeter
 
+METERED = ("memory", "latency", "energy")
+"""Resources that are measured where there is a meter."""
+_MARGIN = 0.03
+
 
 class Metering:
     """Reads seconds, joules and bytes of the user's own optimizer steps between two cuts.
@@ -45,6 +49,7 @@ class Metering:
         self._steps, self._held, self._device, self._compiled = steps, held, device, compiled
         self._energy = energy if "energy" in self._resources else None
         self._watching: LiveBytes | None = None
+        self._allocating = False
         self._peak: int | None = None
         self._began_j: float | None = self._energy.read_j() if self._energy else None
         self._num_steps = 0
@@ -71,7 +76,8 @@ class Metering:
     def stepped(self) -> None:
         """An optimizer step is done."""
         self._num_steps += 1
-        if self._device.type == "cuda" and "memory" in self._resources:
+        if self._allocating:
+            self._allocating = False
             self._peak = int(torch.cuda.max_memory_allocated(self._device))
         self.stop()
 
@@ -92,6 +98,7 @@ class Metering:
             return
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
+            self._allocating = True
         elif not self._compiled and not _get_current_dispatch_mode_stack():
             self._watching = LiveBytes(self._held())
             self._watching.__enter__()  # type: ignore[no-untyped-call]
@@ -109,6 +116,13 @@ class Metering:
             if now_j is not None and now_j > self._began_j:
                 found["energy"] = (now_j - self._began_j) / self._num_steps
         return found
+
+    def margin(self, resource: str) -> float:
+        """How far spending may lie over a limit, relatively, before a meter of this resource can tell."""
+        if resource not in METERED:
+            return 0.0
+        seconds = self._steps.measured() if resource == "latency" else None
+        return max(_MARGIN, (seconds.high - seconds.low) / 2 / seconds.value if seconds else 0.0)
 
     def vanished(self) -> bool:
         """Whether the energy meter has gone in the middle of the run."""

@@ -74,14 +74,14 @@ class Summary:
     spent: Mapping[str, float]
     break_even_step: int | None
     reason: str
+    metered: Mapping[str, float] = field(default_factory=dict)
+    sources: Mapping[str, str] = field(default_factory=dict)
     probing_seconds: float = 0.0
     probing_flops: float = 0.0
     probed_steps: int = 0
     dropped_units: int = 0
     regrown_units: int = 0
     dropped_again: int = 0
-    metered: Mapping[str, float] = field(default_factory=dict)
-    sources: Mapping[str, str] = field(default_factory=dict)
     limit_run: Mapping[str, float] = field(default_factory=dict)
     spent_run: Mapping[str, float] = field(default_factory=dict)
     gave_way: str = ""

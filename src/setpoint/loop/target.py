@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from setpoint.controller.plan import Observation, Plan
 from setpoint.controller.reference import Reference
 from setpoint.cost.budget import Budget, amount
 from setpoint.cost.cost import Cost
@@ -37,6 +38,8 @@ def check_budgets(budget: Budget | Sequence[Budget]) -> tuple[Budget, ...]:
             )
     if not budgets or len({each.resource for each in budgets}) < len(budgets):
         raise BudgetError(f"give one budget for each resource, and at least one, got {list(budgets)}")
+    if len(budgets) > 1 and any(each.per == "run" for each in budgets):
+        raise BudgetError("a budget per run stands alone in this version: give it without others")
     return budgets
 
 
@@ -71,9 +74,10 @@ def check_reachable(budget: Budget, dense: float, least: float) -> None:
 class Target:
     """What a run is held to.
 
-    Without any budget (`Price`, `Tolerance`) the controller sees the cost of a resource and no limit. With one budget the controller sees that budget's cost; with several, the largest share of a
-    limit that is spent (`JointCost`), whose limit is 1. A fraction is one of the dense cost as predicted
-    until a meter has read the dense model, and of that reading from there on.
+    Without any budget (`Price`, `Tolerance`) the controller sees the cost of a resource and no limit. With one
+    budget it sees that budget's cost; with several, the largest share of a limit that is spent (`JointCost`),
+    whose limit is 1. A fraction is one of the dense cost as predicted until a meter has read the dense model,
+    and of that reading from there on.
 
     Args:
         budgets: at least one, each of another resource.
@@ -144,6 +148,34 @@ class Target:
             present = self._costs[name].total(widths)
             self._limit[name] = run.per_step(step, total_steps, spent=spent, present=present)
 
+    def wait(self, plan: Plan, observation: Observation, *, spent: float, sensing: float) -> int:
+        """Steps by which a landing had better wait, so that the budget of the run is used up; 0 for none.
+
+        Args:
+            plan: that may be a landing.
+            observation: that it was made on.
+            spent: FLOPs so far.
+            sensing: FLOPs of sensing per step.
+        """
+        if not plan.landed or plan.grows():
+            return 0
+        widths = dict(observation.widths)
+        after = widths | {name: int(keep.sum()) for name, keep in plan.keep.items()}
+        step, total_steps = observation.step, observation.total_steps
+        costs = {name: self._costs[name] for name in self.runs}
+        waits = (
+            run.wait(
+                step,
+                total_steps,
+                spent=spent,
+                present=costs[name].total(widths),
+                after=costs[name].total(after),
+                sensing=sensing,
+            )
+            for name, run in self.runs.items()
+        )
+        return min(waits, default=0)
+
     def binding(self, widths: Mapping[str, int]) -> str:
         """Resource of the budget that leads."""
         cost = self.cost
@@ -167,7 +199,7 @@ class Target:
                 ratio = seen[name] / self._costs[name].total(widths)
                 self._factor[name] *= math.exp(trust * math.log(ratio / self._factor[name]))
                 self._anchored.add(name)
-        if len(self.budgets) > 1 and seen:
+        if len(self.budgets) > 1 and self._anchored:  # what no meter reads now is as the readings so far foretell
             shares = [
                 seen.get(name, self._factor[name] * self._costs[name].total(widths)) / limit
                 for name, limit in self._limit.items()

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from setpoint.controller.plan import Controller, Observation, Plan, Regrowing
+from setpoint.controller.tolerant import TolerantController
 from setpoint.controller.trend import Excess, excess_after
+from setpoint.groups.group import Group
+from setpoint.sensor.reading import Growing
 
 _SIGNIFICANT = 4.0
 """Standard errors by which the loss must lie above its trend to have left it."""
 _NOTABLE = 0.10
-"""And by this share of what the trend foretold, at least: every cut costs a little."""
+"""Share by which it must at least have risen over the cut: every cut costs a little."""
+_DECISIONS_LEFT = 2
+"""Decisions that must be to come, so that the budget can still be met."""
 
 
 class LossWatch:
@@ -61,13 +69,47 @@ class LossWatch:
             return None
         return excess_after(self._steps, self._losses, changed=self._changed, cut=self._cut, now=now)
 
+    def can_roll_back(self, sensor: object, controller: object) -> bool:
+        """Whether a cut could be taken back: the loss is told, and sensor and controller take units back in."""
+        return self.watching and isinstance(sensor, Growing) and isinstance(controller, Regrowing)
 
-def left_trend(excess: Excess | None) -> bool:
-    """Whether the loss has left its trend: significantly, and by more than cuts cost as a rule.
+    def roll_back(self, observation: Observation, controller: object, groups: tuple[Group, ...]) -> Plan | None:
+        """The plan that takes the last cut back and drops nothing, or None.
 
-    >>> left_trend(Excess(0.5, error=0.1, foretold=2.0)), left_trend(Excess(0.1, error=0.01, foretold=2.0))
-    (True, False)
+        Once in a run, when the loss has left its trend, and only while there are decisions to come: the budget has the
+        last word. A `TolerantController` judges by itself.
+
+        Args:
+            observation: what is known.
+            controller: says when decisions are made.
+            groups: as they are now.
+        """
+        excess, step, total_steps = observation.excess, observation.step, observation.total_steps
+        if self.gave_way or isinstance(controller, TolerantController) or not isinstance(controller, Controller):
+            return None
+        if excess is None or not left_trend(excess) or not observation.last_dropped:
+            return None
+        if sum(controller.due(each, total_steps) for each in range(step + 1, total_steps)) < _DECISIONS_LEFT:
+            return None
+        self.gave_way = (
+            f"after the cut of step {self._cut} the loss lay {excess.value:.3g} over its trend of "
+            f"{excess.foretold:.3g} (standard error {excess.error:.2g}), so the cut was taken back at step {step}"
+        )
+        warnings.warn(f"{self.gave_way}, and the reference pauses until the next decision", stacklevel=2)
+        whole = {group.name: np.ones(group.num_units, dtype=bool) for group in groups}
+        return Plan(step, whole, reason=f"rolled back: {self.gave_way}", grow=observation.last_dropped)
+
+
+def left_trend(excess: Excess) -> bool:
+    """Whether the loss has left its trend: significantly above it, and well above where it was at the cut.
+
+    The second matters early, where a loss that falls fast and then flattens lies above any line drawn through its fall.
+
+    >>> left_trend(Excess(0.5, error=0.1, foretold=2.0, before=2.0))
+    True
+    >>> left_trend(Excess(0.1, error=0.01, foretold=2.0, before=2.0))
+    False
+    >>> left_trend(Excess(0.5, error=0.1, foretold=1.5, before=2.0))
+    False
     """
-    if excess is None:
-        return False
-    return excess.value > max(_SIGNIFICANT * excess.error, _NOTABLE * abs(excess.foretold))
+    return excess.value > _SIGNIFICANT * excess.error and excess.rise > _NOTABLE * abs(excess.before)
