@@ -9,7 +9,7 @@ from setpoint.ledger import Ledger
 from setpoint.loop.accounting import Account
 from setpoint.loop.metering import METERED
 from setpoint.loop.parts import Parts
-from setpoint.loop.record import drop_counts, return_counts
+from setpoint.loop.record import drop_counts, return_counts, spending
 from setpoint.loop.summary import Summary, break_even_step
 
 
@@ -34,7 +34,7 @@ def summarise(
         gave_way: what was taken back for the sake of the loss, or "".
     """
     widths, dense_widths, total_steps = widths_of(groups), widths_of(parts.groups), parts.total_steps
-    spent = {name: cost.total(widths) for name, cost in parts.costs.items()}
+    spent = spending(parts.costs, widths)
     dense_flops = parts.costs["flops"].total(dense_widths)
     landed, reason = _landing(parts, account, groups, step, last)
     drops = drop_counts(ledger)

@@ -19,20 +19,20 @@ from setpoint.controller.plan import Observation, Plan, regrows
 from setpoint.controller.tolerant import TolerantController
 from setpoint.controller.transfer import transfer
 from setpoint.cost.budget import Budget
-from setpoint.errors import GroupError, LoopError
+from setpoint.errors import LoopError
 from setpoint.groups.group import Group, widths_of
 from setpoint.ledger import Entry, Ledger
 from setpoint.loop.accounting import Account
 from setpoint.loop.change import check_open, with_budget, with_total_steps
 from setpoint.loop.closing import summarise
-from setpoint.loop.explanation import Explanation, explain_drop, last_return
+from setpoint.loop.explanation import Explanation, explain
 from setpoint.loop.hooks import StepHooks
 from setpoint.loop.parts import Parts
 from setpoint.loop.record import (
     entry_of,
-    number,
     only_kept,
     refusal,
+    spending,
     spread,
     waiting,
     with_drops,
@@ -70,7 +70,6 @@ class Loop:
         self._account = account
         self._groups = parts.groups
         self._dense_widths = widths_of(parts.groups)
-        self._dense = {name: cost.total(self._dense_widths) for name, cost in parts.costs.items()}
         self._origin = {group.name: np.arange(group.num_units) for group in parts.groups}
         self._sensor_state = parts.sensor.init(parts.groups, parts.model)
         self._controller_state = parts.controller.init(parts.groups)
@@ -79,7 +78,6 @@ class Loop:
         self._step = 0
         self._skipped = 0
         self._overdue = self._landed = self._finished = False
-        self._observed: dict[str, Tensor | float | None] = {"loss": None, "val": None}
         self._reading: Reading | None = None
         self._plan: Plan | None = None
         self._worth: dict[str, Float64[np.ndarray, " units"]] = {}
@@ -140,11 +138,8 @@ class Loop:
     def budget(self) -> Budget | tuple[Budget, ...]:
         """The budget, or several; none with a `Price` or a `Tolerance`. May be set anew until the landing.
 
-        The change is bumpless: the reference goes on from what a step costs now, down to the new limit.
-
-        Raises:
-            BudgetError: for a budget that cannot be met.
-            LoopError: after the freeze, or where there is no budget to change.
+        The change is bumpless: the reference goes on from what a step costs now, down to the new limit. A
+        `BudgetError` says that it cannot be met, a `LoopError` that it is frozen.
         """
         budgets = self._parts.target.budgets
         return budgets[0] if len(budgets) == 1 else budgets
@@ -156,13 +151,7 @@ class Loop:
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the whole run; may be set anew, and what is left is planned afresh.
-
-        Raises:
-            BudgetError: for a run whose budget could not be met.
-            LoopError: after `finish`.
-            ValueError: for a number that is not above the steps done.
-        """
+        """Optimizer steps of the whole run; may be set anew until `finish`, and what is left is planned afresh."""
         return self._parts.total_steps
 
     @total_steps.setter
@@ -204,15 +193,7 @@ class Loop:
         Raises:
             ValueError: for a tensor of several elements.
         """
-        for name, value in (("loss", loss), ("val", val)):
-            if isinstance(value, Tensor):
-                if value.numel() != 1:
-                    raise ValueError(f"{name} must have one element, got shape {tuple(value.shape)}: take its mean")
-                self._observed[name] = value.detach()
-            elif value is not None:
-                self._observed[name] = float(value)
-        if loss is not None and not self._landed:
-            self._watch.observe(self._step + 1, loss)
+        self._watch.observe(self._step + 1, loss, val, keep=not self._landed)
 
     def explain(self, group: str, origin: int) -> Explanation:
         """What became of a unit, and why.
@@ -224,23 +205,12 @@ class Loop:
         Raises:
             GroupError: for a group that is not pruned here, or a unit that it never had.
         """
-        what = {each.name: each.what for each in self._groups}
-        if group not in what:
-            raise GroupError(f"no group {group!r} is pruned here: use one of {', '.join(what)}")
-        if not 0 <= origin < self._dense_widths[group]:
-            raise GroupError(f"group {group!r} has units 0 to {self._dense_widths[group] - 1}, got {origin}")
+        plan = self._plan
+        entry = (plan.step, plan.reason, self.price) if plan else (None, "", math.nan)
+        saliency = self._reading.saliency if self._reading else {}
         resource = self._parts.target.binding(self.widths)
-        position = np.flatnonzero(self._origin[group] == origin)
-        dropped = explain_drop(self._ledger, group, origin, what[group], resource) if not len(position) else None
-        if dropped is not None:
-            return dropped
-        at = int(position[0])
-        returned, gain = last_return(self._ledger, group, origin)
-        worth = float(self._worth[group][at]) if group in self._worth else math.nan
-        saliency = float(self._reading.saliency[group][at]) if self._reading else math.nan
-        plan, price = self._plan, self.price if self._plan else math.nan
-        step, reason = (plan.step, plan.reason) if plan else (None, "")
-        return Explanation(group, origin, what[group], True, step, saliency, worth, price, reason, returned, gain)
+        groups, origin_of = self._parts.groups, self._origin
+        return explain(self._ledger, groups, origin_of, group, origin, self._worth, saliency, entry, resource)
 
     # How it ends.
 
@@ -385,11 +355,7 @@ class Loop:
             return regrown, note
         with account.resizing:
             if plan.drops():
-                if (
-                    regrowth is None
-                    and not account.resizes
-                    and self._watch.can_roll_back(parts.sensor, parts.controller)
-                ):
+                if regrowth is None and self._watch.can_roll_back(parts.sensor, parts.controller, account.resizes):
                     regrowth = self._regrowth = Regrowth(parts, account)
                 note = regrowth.rest(plan.keep) if regrowth is not None else ""
                 self._groups = shrink(parts.model, parts.optimizers, self._groups, plan.keep, parts.copies)
@@ -413,12 +379,12 @@ class Loop:
             total_steps=self._parts.total_steps,
             widths=self.widths,
             reading=reading,
-            dense=self._dense | self._parts.target.dense,
+            dense=self._parts.target.dense,
             limit=self._parts.target.limits,
-            spent=self._spent(),
+            spent=spending(self._parts.costs, self.widths),
             metered=metered,
-            loss=number(self._observed["loss"]),
-            val=number(self._observed["val"]),
+            loss=self._watch.loss,
+            val=self._watch.val,
             seconds_per_step=self._account.steps.seconds_per_step,
             seconds_per_resize=self._account.resizing.last_seconds if self._account.resizes else None,
             probe=probe,
@@ -426,21 +392,8 @@ class Loop:
             last_dropped=self._regrowth.last_dropped if self._regrowth is not None else {},
         )
 
-    def _spent(self) -> dict[str, float]:
-        widths = self.widths
-        return {name: cost.total(widths) for name, cost in self._parts.costs.items()}
-
     def _entry(self, reason: str, plan: Plan | None, before: Mapping[str, int]) -> Entry:
         """An entry on the present widths; `plan` is the last one, `before` are the widths that the meters read."""
-        return entry_of(
-            self._parts,
-            self._account,
-            self._groups,
-            self._step,
-            plan,
-            before,
-            self._metered,
-            reason=reason,
-            loss=number(self._observed["loss"]),
-            val=number(self._observed["val"]),
-        )
+        parts, account, watch = self._parts, self._account, self._watch
+        entry = entry_of(parts, account, self._groups, self._step, plan, before, self._metered, reason)
+        return replace(entry, loss=watch.loss, val=watch.val)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int, Shaped
 
 from setpoint.controller.plan import Plan
+from setpoint.cost.cost import Cost
 from setpoint.groups.group import Group, widths_of
 from setpoint.ledger import Entry, Ledger
 from setpoint.loop.accounting import Account
@@ -33,6 +33,11 @@ def refusal(reading: Reading) -> str | None:
     return None
 
 
+def spending(costs: Mapping[str, Cost], widths: Mapping[str, int]) -> dict[str, float]:
+    """Predicted cost of a step by resource."""
+    return {name: cost.total(widths) for name, cost in costs.items()}
+
+
 def entry_of(
     parts: Parts,
     account: Account,
@@ -41,10 +46,7 @@ def entry_of(
     plan: Plan | None,
     before: Mapping[str, int],
     metered: Mapping[str, float],
-    *,
     reason: str,
-    loss: float | None,
-    val: float | None,
 ) -> Entry:
     """An entry on the present widths.
 
@@ -57,18 +59,14 @@ def entry_of(
         before: widths that the meters read.
         metered: what they read.
         reason: why.
-        loss: last observed.
-        val: last observed.
     """
     target, widths = parts.target, widths_of(groups)
-    spent = {name: cost.total(widths) for name, cost in parts.costs.items()}
+    spent = spending(parts.costs, widths)
     reference = target.spread(plan.reference, before) if plan else {}
     expected = {name: target.expected(name, widths) for name in reference if name in spent}
     return Entry(
         step=step,
         widths=widths,
-        loss=loss,
-        val=val,
         seconds=account.seconds,
         reason=reason,
         spent=spent,
@@ -162,8 +160,3 @@ def only_kept(
 ) -> dict[str, Shaped[np.ndarray, " kept_units"]]:
     """Values by group of the units that the plan keeps."""
     return {name: of_group[plan.keep[name]] if name in plan.keep else of_group for name, of_group in values.items()}
-
-
-def number(value: Any) -> float | None:
-    """A Python number from a number or a tensor of one element; None stays None."""
-    return None if value is None else float(value)

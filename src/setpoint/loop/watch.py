@@ -20,6 +20,8 @@ _NOTABLE = 0.10
 """Share by which it must at least have risen over the cut: every cut costs a little."""
 _DECISIONS_LEFT = 2
 """Decisions that must be to come, so that the budget can still be met."""
+_MOST_FRESH = 4096
+"""Losses that wait on their device before they are brought to the host at the latest."""
 
 
 class LossWatch:
@@ -29,6 +31,7 @@ class LossWatch:
     """
 
     def __init__(self) -> None:
+        self._last: dict[str, Tensor | float | None] = {"loss": None, "val": None}
         self._fresh: list[tuple[int, Tensor]] = []
         self._steps = np.zeros(0)
         self._losses = np.zeros(0)
@@ -41,10 +44,37 @@ class LossWatch:
         """Whether any loss has been observed."""
         return bool(self._fresh) or len(self._steps) > 0
 
-    def observe(self, step: int, loss: Tensor | float) -> None:
-        """A loss was observed after so many optimizer steps."""
-        value = loss.detach().clone() if isinstance(loss, Tensor) else torch.tensor(float(loss), dtype=torch.float64)
-        self._fresh.append((step, value.reshape(())))
+    @property
+    def loss(self) -> float | None:
+        """The last training loss."""
+        return None if self._last["loss"] is None else float(self._last["loss"])
+
+    @property
+    def val(self) -> float | None:
+        """The last validation loss."""
+        return None if self._last["val"] is None else float(self._last["val"])
+
+    def observe(self, step: int, loss: Tensor | float | None, val: Tensor | float | None, *, keep: bool) -> None:
+        """Take in what is observed at a step.
+
+        Args:
+            step: optimizer steps done, the coming one included.
+            loss: training loss, a number or a tensor of one element.
+            val: validation loss, the same.
+            keep: whether the loss is still to be watched.
+
+        Raises:
+            ValueError: for a tensor of several elements.
+        """
+        for name, value in (("loss", loss), ("val", val)):
+            if isinstance(value, Tensor) and value.numel() != 1:
+                raise ValueError(f"{name} must have one element, got shape {tuple(value.shape)}: take its mean")
+            if value is not None:
+                self._last[name] = value.detach().clone() if isinstance(value, Tensor) else float(value)
+        if loss is not None and keep:
+            self._fresh.append((step, torch.as_tensor(self._last["loss"]).reshape(())))
+            if len(self._fresh) >= _MOST_FRESH:
+                self._gather()
 
     def changed(self, step: int, *, cut: bool) -> None:
         """The model was changed after this step: by a cut, which is to be watched, or by units that came back."""
@@ -59,19 +89,24 @@ class LossWatch:
 
     def excess(self, now: int) -> Excess | None:
         """How far the loss lies above the trend that it had before the last cut, if enough is known."""
-        if self._fresh:
-            steps, losses = zip(*self._fresh, strict=True)
-            self._fresh = []
-            values = torch.stack([each.to(losses[0].device, torch.float64) for each in losses]).cpu().numpy()
-            self._steps = np.concatenate([self._steps, np.array(steps, dtype=np.float64)])
-            self._losses = np.concatenate([self._losses, values])
+        self._gather()
         if self._cut is None:
             return None
         return excess_after(self._steps, self._losses, changed=self._changed, cut=self._cut, now=now)
 
-    def can_roll_back(self, sensor: object, controller: object) -> bool:
-        """Whether a cut could be taken back: the loss is told, and sensor and controller take units back in."""
-        return self.watching and isinstance(sensor, Growing) and isinstance(controller, Regrowing)
+    def _gather(self) -> None:
+        """Bring fresh losses to the host."""
+        if not self._fresh:
+            return
+        steps, losses = zip(*self._fresh, strict=True)
+        self._fresh = []
+        values = torch.stack([each.to(losses[0].device, torch.float64) for each in losses]).cpu().numpy()
+        self._steps = np.concatenate([self._steps, np.array(steps, dtype=np.float64)])
+        self._losses = np.concatenate([self._losses, values])
+
+    def can_roll_back(self, sensor: object, controller: object, resizes: int) -> bool:
+        """Whether the first cut could be taken back: the loss is told, and sensor and controller take units back."""
+        return self.watching and not resizes and isinstance(sensor, Growing) and isinstance(controller, Regrowing)
 
     def roll_back(self, observation: Observation, controller: object, groups: tuple[Group, ...]) -> Plan | None:
         """The plan that takes the last cut back and drops nothing, or None.
