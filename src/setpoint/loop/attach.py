@@ -383,7 +383,10 @@ def _header(
         "groups": {group.name: {"num_units": group.num_units, "what": group.what} for group in groups},
         "frozen": dict(frozen),
         "dense": dict(dense),
-        "limit": {each.resource: each.absolute(dense[each.resource]) for each in budgets},
+        "limit": {each.resource: each.absolute(dense[each.resource]) for each in budgets if each.per == "step"},
+        "limit_run": {
+            each.resource: each.absolute(dense[each.resource] * total_steps) for each in budgets if each.per == "run"
+        },
         "total_steps": total_steps,
         "environment": {
             "python": platform.python_version(),

@@ -83,9 +83,9 @@ def entry_of(
 
 
 def waiting(plan: Plan, until: int) -> Plan:
-    """The plan that drops nothing and says that a landing waits."""
+    """The plan that drops nothing and says that a cut waits."""
     whole = {name: np.ones_like(keep) for name, keep in plan.keep.items()}
-    reason = f"the landing waits until step {until}, so that the budget of the run is used up"
+    reason = f"the last cut waits until step {until}, so that the budget of the run is used up"
     return replace(plan, keep=whole, grow={}, grow_worth={}, landed=False, reason=reason)
 
 

@@ -149,18 +149,20 @@ class Target:
             self._limit[name] = run.per_step(step, total_steps, spent=spent, present=present)
 
     def wait(self, plan: Plan, observation: Observation, *, spent: float, sensing: float) -> int:
-        """Steps by which a landing had better wait, so that the budget of the run is used up; 0 for none.
+        """Steps by which the last cut had better wait, so that the budget of the run is used up; 0 for none.
 
         Args:
-            plan: that may be a landing.
+            plan: that may be the last cut: any from the settle step on.
             observation: that it was made on.
             spent: FLOPs so far.
             sensing: FLOPs of sensing per step.
         """
-        if not plan.landed or plan.grows():
+        if not plan.drops():
             return 0
         widths = dict(observation.widths)
         after = widths | {name: int(keep.sum()) for name, keep in plan.keep.items()}
+        for name, units in plan.grow.items():
+            after[name] += len(units)
         step, total_steps = observation.step, observation.total_steps
         costs = {name: self._costs[name] for name in self.runs}
         waits = (
@@ -173,6 +175,7 @@ class Target:
                 sensing=sensing,
             )
             for name, run in self.runs.items()
+            if run.reference.settled(step, total_steps)
         )
         return min(waits, default=0)
 
