@@ -91,7 +91,10 @@ def test_never_over_and_within_one_percent(
 
 
 @given(
-    fraction=st.floats(0.5, 0.9), change=st.integers(10, 200), factor=st.floats(0.7, 2.0), block=st.sampled_from([1, 16])
+    fraction=st.floats(0.5, 0.9),
+    change=st.integers(10, 200),
+    factor=st.floats(0.7, 2.0),
+    block=st.sampled_from([1, 16]),
 )
 @settings(deadline=None, max_examples=12, derandomize=True)
 def test_a_run_of_another_length_is_replanned(fraction: float, change: int, factor: float, block: int) -> None:

@@ -7,7 +7,7 @@ import platform
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,7 @@ def attach(
     example: Example,
     total_steps: int,
     controller: Controller[Any] | None = None,
-    reference: Reference | Literal["adaptive"] | None = None,
+    reference: Reference | str | None = None,
     sensor: Sensor[Any] | None = None,
     groups: Sequence[Group] | None = None,
     copies: Sequence[nn.Module] = (),

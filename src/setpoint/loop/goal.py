@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 from setpoint.controller.adaptive import AdaptiveController
 from setpoint.controller.penalty import PenaltyController
@@ -17,9 +17,7 @@ from setpoint.cost.tolerance import Tolerance
 from setpoint.errors import BudgetError
 
 
-def controller_for(
-    goal: Price | Tolerance | Sequence[Budget], reference: Reference | Literal["adaptive"] | None
-) -> Controller[Any]:
+def controller_for(goal: Price | Tolerance | Sequence[Budget], reference: Reference | str | None) -> Controller[Any]:
     """The default controller of a goal.
 
     Args:
