@@ -20,7 +20,7 @@ from setpoint.sensor.reading import Reading
 def run(
     tolerance: float, *, error: float = 0.0, total_steps: int = 1000, per_unit: float = 1e-3
 ) -> tuple[list[Plan], float]:
-    """A run on a plant whose loss rises by `per_unit` for each unit that is gone; the plans, and the rise at the end."""
+    """A run whose loss rises by `per_unit` for each unit that is gone; its plans, and the rise at the end."""
     groups, cost = chain(64, 64)
     controller = TolerantController(Tolerance(loss=tolerance))
     state, saliency = controller.init(groups), lognormal(groups)
