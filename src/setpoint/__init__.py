@@ -24,15 +24,20 @@ from setpoint.errors import (
     LoopError,
     OptimizerError,
     SetpointError,
+    StateSpaceError,
     VerificationError,
 )
 from setpoint.groups.group import Group, SizeBinding, Slice
 from setpoint.groups.trace import find_groups
 from setpoint.ledger import Entry, Ledger
 from setpoint.loop import Explanation, Loop, Summary, attach
+from setpoint.sensor.chain import SensorChain
+from setpoint.sensor.hankel import HankelSensor
 from setpoint.sensor.magnitude import MagnitudeSensor
 from setpoint.sensor.reading import Reading, Sensor
+from setpoint.sensor.selective import SelectiveSensor
 from setpoint.sensor.taylor import TaylorSensor
+from setpoint.ssm import StateSpaceLayer
 
 __all__ = [
     "AdaptiveController",
@@ -48,6 +53,7 @@ __all__ = [
     "ExportError",
     "Group",
     "GroupError",
+    "HankelSensor",
     "Ledger",
     "Loop",
     "LoopError",
@@ -61,10 +67,14 @@ __all__ = [
     "Reading",
     "Reference",
     "Reserve",
+    "SelectiveSensor",
     "Sensor",
+    "SensorChain",
     "SetpointError",
     "SizeBinding",
     "Slice",
+    "StateSpaceError",
+    "StateSpaceLayer",
     "Summary",
     "TaylorSensor",
     "Tolerance",

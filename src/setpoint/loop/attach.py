@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import platform
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -34,13 +33,17 @@ from setpoint.loop.chance import untouched_chance
 from setpoint.loop.change import check_runs, reference_of
 from setpoint.loop.costing import Costing, cost_out
 from setpoint.loop.goal import controller_for
+from setpoint.loop.header import header_of
 from setpoint.loop.loop import ATTACHED, Loop
 from setpoint.loop.metering import Metering
 from setpoint.loop.parts import Parts
 from setpoint.loop.replica import Replica
 from setpoint.loop.target import Target, check_budgets, check_reachable
 from setpoint.meter import StepMeter, Stopwatch
+from setpoint.sensor.chain import SensorChain
+from setpoint.sensor.hankel import HankelSensor
 from setpoint.sensor.reading import Growing, Sensor
+from setpoint.sensor.selective import SelectiveSensor
 from setpoint.sensor.taylor import TaylorSensor
 
 
@@ -82,7 +85,8 @@ def attach(
         controller: decides what goes and when; by default `PricedController()` for a budget,
             `PenaltyController(price)` for a price, `TolerantController(tolerance)` for a tolerance.
         reference: when the default controller comes down and decides; "adaptive" leaves dense when readings settle.
-        sensor: reads saliencies; by default `TaylorSensor(num_samples)`.
+        sensor: reads saliencies; by default `TaylorSensor(num_samples)`, and `HankelSensor(num_samples)` for the
+            states of state-space layers.
         groups: which groups may be pruned, out of `find_groups(model, example)`; by default all.
         copies: modules with the same tensors to cut alike, such as an EMA copy.
         num_samples: independent samples per optimizer step over ranks and micro-batches; by default
@@ -125,9 +129,11 @@ def attach(
         elif reference is not None:
             raise ValueError("give the reference to the controller, or leave the controller to attach: not both")
         optimizers = _check_arguments(inner, optimizer, total_steps)
-        if sensor is None:
-            sensor = TaylorSensor(_num_samples(example) if num_samples is None else num_samples)
         found = trace(inner, example)
+        if sensor is None:
+            sensor = _default_sensor(
+                inner, found.groups, example, _num_samples(example) if num_samples is None else num_samples
+            )
         active, frozen = _select(inner, found, groups, sensor, allow_lossy)
         active, strangers = _in_hand(inner, optimizers, active)
         frozen.update(strangers)
@@ -172,7 +178,7 @@ def attach(
             controller=controller,
             sensor=sensor,
             total_steps=total_steps,
-            header=_header(active, frozen, dense, budgets, total_steps, inner)
+            header=header_of(active, frozen, dense, budgets, total_steps, inner)
             | {
                 "modelled": dict(costing.sources),
                 "measured": metering.sources,
@@ -245,6 +251,14 @@ def _num_samples(example: Example) -> int:
     return max(1, first.shape[0]) if first is not None else 1
 
 
+def _default_sensor(model: nn.Module, groups: tuple[Group, ...], example: Example, num_samples: int) -> Sensor[Any]:
+    """Taylor for units; where there are states, Hankel for them, or averaged Gramians where layers are selective."""
+    units = TaylorSensor(num_samples)
+    for_states: tuple[Sensor[Any], ...] = (HankelSensor(num_samples), SelectiveSensor(example))
+    needed = [sensor for sensor in for_states if sensor.readable(groups, model)]
+    return SensorChain(*needed, units) if needed else units
+
+
 def _select(
     model: nn.Module, found: Trace, wanted: Sequence[Group] | None, sensor: Sensor[Any], allow_lossy: bool
 ) -> tuple[tuple[Group, ...], dict[str, str]]:
@@ -259,7 +273,7 @@ def _select(
                 "use find_groups(model, example) on the model as it is now"
             )
     for group in chosen:
-        if group.kind != "unit":
+        if group.kind == "weight":
             frozen[group.name] = f"its units are of kind {group.kind!r}, which this version does not shrink"
         elif not group.lossless and not allow_lossy:
             frozen[group.name] = "; ".join(group.notes) or "a zeroed unit is not the same as an absent one"
@@ -369,30 +383,3 @@ def _restrict(found: Trace, groups: tuple[Group, ...]) -> Trace:
 
     contractions = tuple(replace(each, sizes=tuple(map(restrict, each.sizes))) for each in found.contractions)
     return replace(found, groups=groups, contractions=contractions)
-
-
-def _header(
-    groups: tuple[Group, ...],
-    frozen: Mapping[str, str],
-    dense: Mapping[str, float],
-    budgets: Sequence[Budget],
-    total_steps: int,
-    model: nn.Module,
-) -> dict[str, Any]:
-    return {
-        "groups": {group.name: {"num_units": group.num_units, "what": group.what} for group in groups},
-        "frozen": dict(frozen),
-        "dense": dict(dense),
-        "limit": {each.resource: each.absolute(dense[each.resource]) for each in budgets if each.per == "step"},
-        "limit_run": {
-            each.resource: each.absolute(dense[each.resource] * total_steps) for each in budgets if each.per == "run"
-        },
-        "total_steps": total_steps,
-        "environment": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "platform": platform.platform(),
-            "threads": torch.get_num_threads(),
-            "devices": sorted({str(parameter.device) for parameter in model.parameters()}),
-        },
-    }

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int
 from torch import Tensor, nn
 
-from setpoint.actuator.shrink import shrink
+from setpoint.actuator.balance import balance_and_shrink
 from setpoint.controller.plan import Observation, Plan, regrows
 from setpoint.controller.tolerant import TolerantController
 from setpoint.controller.transfer import transfer
@@ -57,8 +57,8 @@ class Loop:
 
     It works through the optimizers' own hooks: `sensor.update` before a step (in long runs not before each,
     see `sensed_every`), and after it, whenever the controller is due, a reading, a decision, a cut and a
-    ledger entry. After the landing it only
-    counts. Used as a context manager it finishes at the end, and only detaches if there was an exception.
+    ledger entry. After the landing it only counts. Used
+    as a context manager it finishes at the end, and only detaches if there was an exception.
 
     Args:
         parts: what it is made of.
@@ -303,7 +303,7 @@ class Loop:
         self._overdue = plan is None
         if plan is not None:
             origin, before = self._origin, self.widths
-            regrown, note = self._act(plan, state)
+            regrown, note = self._act(plan, state, reading)
             reason = f"{plan.reason}; {note}" if note else plan.reason
             entry = with_drops(self._entry(reason, plan, before), plan, reading, origin)
             self._ledger.append(with_returns(entry, plan, probe))
@@ -344,13 +344,12 @@ class Loop:
         before, self._skipped = self._skipped, reading.skipped_steps
         return replace(reading, skipped_steps=reading.skipped_steps - before)
 
-    def _act(self, plan: Plan, state: Any) -> tuple[dict[str, Bool[np.ndarray, " _units"]], str]:
+    def _act(self, plan: Plan, state: Any, reading: Reading) -> tuple[dict[str, Bool[np.ndarray, " _units"]], str]:
         """Carry the plan out on everything that is indexed by unit; what has come back, and what is to be said."""
         parts, account, regrowth = self._parts, self._account, self._regrowth
         account.resizing.last_seconds = 0.0
         regrown: dict[str, Bool[np.ndarray, " _units"]] = {}
-        note = ""
-        self._controller_state = state
+        self._controller_state, note = state, ""
         if plan.empty():
             return regrown, note
         with account.resizing:
@@ -358,7 +357,9 @@ class Loop:
                 if regrowth is None and self._watch.can_roll_back(parts.sensor, parts.controller, account.resizes):
                     regrowth = self._regrowth = Regrowth(parts, account)
                 note = regrowth.rest(plan.keep) if regrowth is not None else ""
-                self._groups = shrink(parts.model, parts.optimizers, self._groups, plan.keep, parts.copies)
+                self._groups = balance_and_shrink(
+                    parts.model, parts.optimizers, self._groups, plan.keep, reading.basis, parts.copies
+                )
                 self._sensor_state = parts.sensor.cut(self._sensor_state, plan.keep)
                 self._controller_state = parts.controller.cut(self._controller_state, plan.keep)
                 self._origin = only_kept(self._origin, plan)
