@@ -46,7 +46,8 @@ class AdaptiveController:
         rho = corr(rank(saliency now), rank(saliency before)).
 
     Once `rho >= alike`, or at the first decision from `deadline` on, the ramp begins there, and `inner` decides, with
-    the same steps of decisions and the same settle step: a late start means fewer and larger cuts.
+    the same steps of decisions and the same settle step: a late start means fewer and larger cuts. In a run so short
+    that the first decision is to land, it lands.
 
     Args:
         inner: decides once the model may shrink; its reference's warm-up is the earliest start.
@@ -119,22 +120,24 @@ class AdaptiveController:
             return replace(state, inner=inner), plan
         step, total_steps, reading = observation.step, observation.total_steps, observation.reading
         whole = {group.name: np.ones(group.num_units, dtype=bool) for group in groups}
-        reference = {cost.resource: cost.total(observation.widths)}
+        told = {"price": {cost.resource: 0.0}, "reference": {cost.resource: cost.total(observation.widths)}}
         problem = problem_with(reading, None, groups)
         if reading is None or problem:
-            return state, Plan(step, whole, reference=reference, reason=problem)
+            return state, Plan(step, whole, **told, reason=problem)
         rho = agreement(state.before, reading.saliency, across=reading.calibrated) if state.before else None
-        late = step >= self.deadline * total_steps
+        settled = self.reference.settled(step, total_steps)
+        late = settled or step >= self.deadline * total_steps
         words = "this is the first reading" if rho is None else f"rank correlation with the last reading {rho:.2f}"
         if not late and (rho is None or rho < self.alike):
             state = replace(state, before=dict(reading.saliency))
-            return state, Plan(
-                step, whole, reference=reference, reason=f"still dense: {words}, {self.alike:g} is needed"
-            )
+            return state, Plan(step, whole, **told, reason=f"still dense: {words}, {self.alike:g} is needed")
         left = min(step / total_steps, self.reference.settle * (1 - 1e-9))
         why = "readings rank units alike" if rho is not None and rho >= self.alike else "the deadline is here"
+        state = replace(state, before=None, left=left)
+        if settled:
+            return self.decide(state, observation, cost, groups)
         reason = f"the reference leaves dense: {why} ({words})"
-        return replace(state, before=None, left=left), Plan(step, whole, reference=reference, reason=reason)
+        return state, Plan(step, whole, **told, reason=reason)
 
 
 def agreement(before: Saliency, now: Saliency, *, across: bool) -> float:

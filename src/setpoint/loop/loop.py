@@ -47,7 +47,6 @@ from setpoint.sensor.reading import Reading
 
 _FRESH_STEPS = 50
 """Steps that are sensed before a landing is decided again."""
-
 ATTACHED: WeakSet[nn.Module] = WeakSet()
 """Models that a loop is at work on."""
 
@@ -57,8 +56,8 @@ class Loop:
 
     It works through the optimizers' own hooks: `sensor.update` before a step (in long runs not before each,
     see `sensed_every`), and after it, whenever the controller is due, a reading, a decision, a cut and a
-    ledger entry. After the landing it only counts. Used
-    as a context manager it finishes at the end, and only detaches if there was an exception.
+    ledger entry. After the landing it only counts. Used as a context manager it finishes at the end, and only
+    detaches if there was an exception.
 
     Args:
         parts: what it is made of.
