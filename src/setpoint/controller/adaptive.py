@@ -120,24 +120,25 @@ class AdaptiveController:
             return replace(state, inner=inner), plan
         step, total_steps, reading = observation.step, observation.total_steps, observation.reading
         whole = {group.name: np.ones(group.num_units, dtype=bool) for group in groups}
-        told = {"price": {cost.resource: 0.0}, "reference": {cost.resource: cost.total(observation.widths)}}
+        reference = {cost.resource: cost.total(observation.widths)}
+        dense = Plan(step, whole, price={cost.resource: 0.0}, reference=reference)
         problem = problem_with(reading, None, groups)
         if reading is None or problem:
-            return state, Plan(step, whole, **told, reason=problem)
+            return state, replace(dense, reason=problem)
         rho = agreement(state.before, reading.saliency, across=reading.calibrated) if state.before else None
         settled = self.reference.settled(step, total_steps)
         late = settled or step >= self.deadline * total_steps
         words = "this is the first reading" if rho is None else f"rank correlation with the last reading {rho:.2f}"
         if not late and (rho is None or rho < self.alike):
             state = replace(state, before=dict(reading.saliency))
-            return state, Plan(step, whole, **told, reason=f"still dense: {words}, {self.alike:g} is needed")
+            return state, replace(dense, reason=f"still dense: {words}, {self.alike:g} is needed")
         left = min(step / total_steps, self.reference.settle * (1 - 1e-9))
         why = "readings rank units alike" if rho is not None and rho >= self.alike else "the deadline is here"
         state = replace(state, before=None, left=left)
         if settled:
             return self.decide(state, observation, cost, groups)
         reason = f"the reference leaves dense: {why} ({words})"
-        return state, Plan(step, whole, **told, reason=reason)
+        return state, replace(dense, reason=reason)
 
 
 def agreement(before: Saliency, now: Saliency, *, across: bool) -> float:

@@ -54,8 +54,9 @@ class Explanation:
         )
         fate = "is alive" if self.alive else f"was dropped at step {self.step}"
         if self.returned is not None:
-            back = f"came back at step {self.returned}, promising to lower the loss by {_number(self.gain)},"
-            fate = f"{back} and {fate}"
+            known = not math.isnan(self.gain)  # a cut that was taken back for the sake of the loss was not probed
+            promise = f", promising to lower the loss by {_number(self.gain)}," if known else ""
+            fate = f"came back at step {self.returned}{promise} and {fate}"
         when = f", as read at step {self.step}" if self.alive else ""
         return f"{unit} {fate}: {numbers}{when}. {self.reason}".rstrip()
 
