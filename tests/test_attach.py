@@ -69,7 +69,7 @@ class Branching(nn.Module):
         (setpoint.Budget.fraction(0.01, of="memory"), "cannot be reached.*bytes.*Ask for at least"),
         (setpoint.Budget.total(1e-9, of="latency"), r"cannot be reached.* s \(.*Ask for at least"),
         (setpoint.Budget.total(60, of="latency"), r"latency is in seconds.*milliseconds.*Budget\.total\(0\.06"),
-        (setpoint.Budget.fraction(0.5, of="flops", per="run"), "per='run' is not available.*per='step'"),
+        (setpoint.Budget.fraction(0.5, of="params", per="run"), "per run is available of 'flops' only.*per='step'"),
     ],
 )
 def test_refuses_budgets_it_cannot_hold(budget: setpoint.Budget, words: str) -> None:

@@ -4,10 +4,16 @@ from setpoint.actuator.regrow import regrow
 from setpoint.actuator.reserve import Reserve
 from setpoint.actuator.shrink import shrink
 from setpoint.checkpoint import load, save
+from setpoint.controller.adaptive import AdaptiveController
+from setpoint.controller.penalty import PenaltyController
 from setpoint.controller.plan import Controller, Observation, Plan
 from setpoint.controller.priced import PricedController
+from setpoint.controller.reference import Reference
+from setpoint.controller.tolerant import TolerantController
 from setpoint.cost.budget import Budget
 from setpoint.cost.cost import Cost
+from setpoint.cost.price import Price
+from setpoint.cost.tolerance import Tolerance
 from setpoint.errors import (
     BudgetError,
     CheckpointError,
@@ -34,6 +40,7 @@ from setpoint.sensor.taylor import TaylorSensor
 from setpoint.ssm import StateSpaceLayer
 
 __all__ = [
+    "AdaptiveController",
     "Budget",
     "BudgetError",
     "CheckpointError",
@@ -53,9 +60,12 @@ __all__ = [
     "MagnitudeSensor",
     "Observation",
     "OptimizerError",
+    "PenaltyController",
     "Plan",
+    "Price",
     "PricedController",
     "Reading",
+    "Reference",
     "Reserve",
     "SelectiveSensor",
     "Sensor",
@@ -67,6 +77,8 @@ __all__ = [
     "StateSpaceLayer",
     "Summary",
     "TaylorSensor",
+    "Tolerance",
+    "TolerantController",
     "VerificationError",
     "attach",
     "find_groups",

@@ -9,6 +9,7 @@ from typing import Protocol, TypeVar, runtime_checkable
 import numpy as np
 from jaxtyping import Bool, Float64, Int
 
+from setpoint.controller.trend import Excess
 from setpoint.cost.cost import Cost
 from setpoint.groups.group import Group
 from setpoint.sensor.probe import Probe
@@ -33,6 +34,8 @@ class Observation:
         seconds_per_step: smoothed duration of one optimizer step, None before it is known.
         seconds_per_resize: duration of the last resize, None before the first.
         probe: gain of every resting unit, or None if none was taken since the last decision.
+        excess: how far the loss lies above the trend that it had before the last cut, or None if that is not known.
+        last_dropped: by group, origins of the last cut's units, while they can come back.
     """
 
     step: int
@@ -48,6 +51,8 @@ class Observation:
     seconds_per_resize: float | None = None
     val: float | None = None
     probe: Probe | None = None
+    excess: Excess | None = None
+    last_dropped: Mapping[str, Int[np.ndarray, " _units"]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

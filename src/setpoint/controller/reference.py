@@ -77,6 +77,30 @@ class Reference:
             return start + (limit - start) * progress
         return float(start * (limit / start) ** progress)
 
+    def start_through(self, step: int, total_steps: int, *, value: float, limit: float) -> float:
+        """The start from which the reference passes through a value at this step: the inverse of `at`.
+
+        For bumpless transfer: with it the reference goes on from `value` down to a new limit. Where
+        the way down is over, or the value is within the limit, the value itself.
+
+        Args:
+            step: optimizer steps done so far.
+            total_steps: optimizer steps of the whole run.
+            value: cost to pass through.
+            limit: where it comes down to.
+
+        >>> reference = Reference()
+        >>> start = reference.start_through(175, 1000, value=2.0, limit=0.5)
+        >>> [reference.at(step, 1000, start=start, limit=0.5) for step in (175, 300)]
+        [2.0, 0.5]
+        """
+        progress = self.progress(step, total_steps)
+        if progress == 1.0 or value <= limit:
+            return value
+        if self.shape == "linear":
+            return (value - limit * progress) / (1 - progress)
+        return float(limit * (value / limit) ** (1 / (1 - progress)))
+
     def progress(self, step: int, total_steps: int) -> float:
         """How much of the way down is done by this step, from 0 until warm-up ends to 1 from settle on.
 

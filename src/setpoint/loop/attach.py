@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import platform
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -17,18 +16,24 @@ from setpoint.actuator.optimizer_state import check_optimizer, check_trains
 from setpoint.actuator.shrink import named_tensors
 from setpoint.actuator.verify import failing_groups, few_rows, verify_probe
 from setpoint.controller.plan import Controller, regrows
-from setpoint.controller.priced import PricedController, cheapest
+from setpoint.controller.reference import Reference
+from setpoint.controller.selection import cheapest
 from setpoint.cost.budget import Budget
 from setpoint.cost.cost import Cost
 from setpoint.cost.flops import flops_cost
 from setpoint.cost.params import params_cost
+from setpoint.cost.price import Price
+from setpoint.cost.tolerance import Tolerance
 from setpoint.errors import ExampleError, GroupError, LoopError, OptimizerError
 from setpoint.groups.export import Example, inputs_of
 from setpoint.groups.group import Group, Size, widths_of
 from setpoint.groups.trace import Trace, trace
 from setpoint.loop.accounting import Account
 from setpoint.loop.chance import untouched_chance
+from setpoint.loop.change import check_runs, reference_of
 from setpoint.loop.costing import Costing, cost_out
+from setpoint.loop.goal import controller_for
+from setpoint.loop.header import header_of
 from setpoint.loop.loop import ATTACHED, Loop
 from setpoint.loop.metering import Metering
 from setpoint.loop.parts import Parts
@@ -45,11 +50,12 @@ from setpoint.sensor.taylor import TaylorSensor
 def attach(
     model: nn.Module,
     optimizer: Optimizer | Sequence[Optimizer],
-    budget: Budget | Sequence[Budget],
+    budget: Budget | Sequence[Budget] | Price | Tolerance,
     *,
     example: Example,
     total_steps: int,
     controller: Controller[Any] | None = None,
+    reference: Reference | str | None = None,
     sensor: Sensor[Any] | None = None,
     groups: Sequence[Group] | None = None,
     copies: Sequence[nn.Module] = (),
@@ -69,13 +75,16 @@ def attach(
         model: the model; a `torch.compile`d one is fine.
         optimizer: the optimizer that trains it, or several that each step once per training step
             (Setpoint senses before the first of them and acts after the last).
-        budget: what spending per optimizer step is held to; several budgets, each of another resource, are
-            all met. "memory", "latency" and "energy" are learnt on copies of the model, which takes up to a
-            minute the first time; under autocast, call this inside the context that training uses.
+        budget: what spending per optimizer step, or of the whole run, is held to; several budgets, each of another
+            resource, are all met. With a `Price` or a `Tolerance` the size follows from the loss. "memory", "latency"
+            and "energy" are learnt on copies of the model, which takes up to a minute the first time; under
+            autocast, call this inside the context that training uses.
         example: inputs as in training, at the batch shape of one optimizer step: a tuple of positional
             or a dict of keyword inputs. FLOPs are counted at this shape.
         total_steps: optimizer steps of the whole run.
-        controller: decides what goes and when; by default `PricedController()`.
+        controller: decides what goes and when; by default `PricedController()` for a budget,
+            `PenaltyController(price)` for a price, `TolerantController(tolerance)` for a tolerance.
+        reference: when the default controller comes down and decides; "adaptive" leaves dense when readings settle.
         sensor: reads saliencies; by default `TaylorSensor(num_samples)`, and `HankelSensor(num_samples)` for the
             states of state-space layers.
         groups: which groups may be pruned, out of `find_groups(model, example)`; by default all.
@@ -113,7 +122,12 @@ def attach(
     watch = Stopwatch(synchronize=True)
     inner = _unwrap(model)
     with watch, untouched_chance(inner):
-        budgets = check_budgets(budget)
+        goal = budget if isinstance(budget, (Price, Tolerance)) else None
+        budgets = () if isinstance(budget, (Price, Tolerance)) else check_budgets(budget)
+        if controller is None:
+            controller = controller_for(goal or budgets, reference)
+        elif reference is not None:
+            raise ValueError("give the reference to the controller, or leave the controller to attach: not both")
         optimizers = _check_arguments(inner, optimizer, total_steps)
         found = trace(inner, example)
         if sensor is None:
@@ -133,7 +147,14 @@ def attach(
             verification_passes += _check_regrowth(model, inner, example, active, sensor, verify)
         flops = flops_cost(_restrict(found, active))
         costs: dict[str, Cost] = {"flops": flops, "params": params_cost(inner, active)}
-        costing = cost_out(inner, optimizers, example, active, {each.resource for each in budgets}, watts)
+        costing = cost_out(
+            inner,
+            optimizers,
+            example,
+            active,
+            {each.resource for each in (goal,) if each} | {each.resource for each in budgets},
+            watts,
+        )
         costs.update(costing.costs)
         dense = {name: cost.total(widths_of(active)) for name, cost in costs.items()}
         for each in budgets:
@@ -145,13 +166,19 @@ def attach(
             optimizers=optimizers,
             copies=tuple(copies),
             groups=active,
-            target=Target(budgets, costs, widths_of(active)),
+            target=Target(
+                budgets,
+                costs,
+                widths_of(active),
+                reference=reference_of(controller),
+                resource=goal.resource if goal else "flops",
+            ),
             metering=metering,
             costs=costs,
-            controller=_controller(budgets) if controller is None else controller,
+            controller=controller,
             sensor=sensor,
             total_steps=total_steps,
-            header=_header(active, frozen, dense, budgets, total_steps, inner)
+            header=header_of(active, frozen, dense, budgets, total_steps, inner)
             | {
                 "modelled": dict(costing.sources),
                 "measured": metering.sources,
@@ -160,6 +187,7 @@ def attach(
             },
             reserve_bytes=reserve_bytes,
         )
+        check_runs(parts, account, active, 0)
     return Loop(parts, account)
 
 
@@ -180,10 +208,6 @@ def _unwrap(model: nn.Module) -> nn.Module:
     if any(other in parts or inner in set(other.modules()) for other in ATTACHED):
         raise LoopError("this model has a loop already: call finish() or detach() on that loop first")
     return inner
-
-
-def _controller(budgets: Sequence[Budget]) -> PricedController:
-    return PricedController(deadband=min(each.deadband for each in budgets))
 
 
 def _metering(
@@ -359,27 +383,3 @@ def _restrict(found: Trace, groups: tuple[Group, ...]) -> Trace:
 
     contractions = tuple(replace(each, sizes=tuple(map(restrict, each.sizes))) for each in found.contractions)
     return replace(found, groups=groups, contractions=contractions)
-
-
-def _header(
-    groups: tuple[Group, ...],
-    frozen: Mapping[str, str],
-    dense: Mapping[str, float],
-    budgets: Sequence[Budget],
-    total_steps: int,
-    model: nn.Module,
-) -> dict[str, Any]:
-    return {
-        "groups": {group.name: {"num_units": group.num_units, "what": group.what} for group in groups},
-        "frozen": dict(frozen),
-        "dense": dict(dense),
-        "limit": {each.resource: each.absolute(dense[each.resource]) for each in budgets},
-        "total_steps": total_steps,
-        "environment": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "platform": platform.platform(),
-            "threads": torch.get_num_threads(),
-            "devices": sorted({str(parameter.device) for parameter in model.parameters()}),
-        },
-    }

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+from jaxtyping import Float64, Int
+
+from setpoint.errors import GroupError
+from setpoint.groups.group import Group
 from setpoint.ledger import Ledger
 
 
@@ -48,8 +54,9 @@ class Explanation:
         )
         fate = "is alive" if self.alive else f"was dropped at step {self.step}"
         if self.returned is not None:
-            back = f"came back at step {self.returned}, promising to lower the loss by {_number(self.gain)},"
-            fate = f"{back} and {fate}"
+            known = not math.isnan(self.gain)  # a cut that was taken back for the sake of the loss was not probed
+            promise = f", promising to lower the loss by {_number(self.gain)}," if known else ""
+            fate = f"came back at step {self.returned}{promise} and {fate}"
         when = f", as read at step {self.step}" if self.alive else ""
         return f"{unit} {fate}: {numbers}{when}. {self.reason}".rstrip()
 
@@ -106,3 +113,46 @@ def _at(values: list[float], position: int) -> float:
 
 def _number(value: float) -> str:
     return "unknown" if math.isnan(value) else f"{value:.3g}"
+
+
+def explain(
+    ledger: Ledger,
+    groups: tuple[Group, ...],
+    origins: Mapping[str, Int[np.ndarray, " _units"]],
+    group: str,
+    origin: int,
+    worth: Mapping[str, Float64[np.ndarray, " _units"]],
+    saliency: Mapping[str, Float64[np.ndarray, " _units"]],
+    last: tuple[int | None, str, float],
+    resource: str,
+) -> Explanation:
+    """What became of a unit, and why.
+
+    Args:
+        ledger: every decision so far.
+        groups: at dense widths.
+        origins: by group, index that each active unit has in the dense model.
+        group: name of the group.
+        origin: index of the unit in the dense model.
+        worth: at the last decision, of the active units.
+        saliency: in the last reading, of the active units.
+        last: step, reason and price of the last decision.
+        resource: whose price is told.
+
+    Raises:
+        GroupError: for a group that is not pruned here, or a unit that it never had.
+    """
+    found = next((each for each in groups if each.name == group), None)
+    if found is None:
+        raise GroupError(f"no group {group!r} is pruned here: use one of {', '.join(each.name for each in groups)}")
+    if not 0 <= origin < found.num_units:
+        raise GroupError(f"group {group!r} has units 0 to {found.num_units - 1}, got {origin}")
+    position = np.flatnonzero(origins[group] == origin)
+    dropped = explain_drop(ledger, group, origin, found.what, resource) if not len(position) else None
+    if dropped is not None:
+        return dropped
+    at, (step, reason, price) = int(position[0]), last
+    returned, gain = last_return(ledger, group, origin)
+    value = float(worth[group][at]) if group in worth else math.nan
+    read = float(saliency[group][at]) if group in saliency else math.nan
+    return Explanation(group, origin, found.what, True, step, read, value, price, reason, returned, gain)

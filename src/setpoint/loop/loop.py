@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
@@ -16,31 +16,37 @@ from torch import Tensor, nn
 
 from setpoint.actuator.balance import balance_and_shrink
 from setpoint.controller.plan import Observation, Plan, regrows
-from setpoint.cost.budget import amount
-from setpoint.errors import GroupError, LoopError
+from setpoint.controller.tolerant import TolerantController
+from setpoint.controller.transfer import transfer
+from setpoint.cost.budget import Budget
+from setpoint.errors import LoopError
 from setpoint.groups.group import Group, widths_of
 from setpoint.ledger import Entry, Ledger
 from setpoint.loop.accounting import Account
-from setpoint.loop.explanation import Explanation, explain_drop, last_return
+from setpoint.loop.change import check_open, with_budget, with_total_steps
+from setpoint.loop.closing import summarise
+from setpoint.loop.explanation import Explanation, explain
 from setpoint.loop.hooks import StepHooks
-from setpoint.loop.metering import METERED
 from setpoint.loop.parts import Parts
 from setpoint.loop.record import (
-    drop_counts,
-    number,
+    entry_of,
     only_kept,
     refusal,
-    return_counts,
+    spending,
     spread,
+    waiting,
     with_drops,
     with_returns,
 )
 from setpoint.loop.regrowth import Regrowth
 from setpoint.loop.stride import sensed_every
-from setpoint.loop.summary import Summary, break_even_step
+from setpoint.loop.summary import Summary
+from setpoint.loop.watch import LossWatch
 from setpoint.sensor.probe import Probe
 from setpoint.sensor.reading import Reading
 
+_FRESH_STEPS = 50
+"""Steps that are sensed before a landing is decided again."""
 ATTACHED: WeakSet[nn.Module] = WeakSet()
 """Models that a loop is at work on."""
 
@@ -50,8 +56,8 @@ class Loop:
 
     It works through the optimizers' own hooks: `sensor.update` before a step (in long runs not before each,
     see `sensed_every`), and after it, whenever the controller is due, a reading, a decision, a cut and a
-    ledger entry. After the landing it only
-    counts. Used as a context manager it finishes at the end, and only detaches if there was an exception.
+    ledger entry. After the landing it only counts. Used as a context manager it finishes at the end, and only
+    detaches if there was an exception.
 
     Args:
         parts: what it is made of.
@@ -63,7 +69,6 @@ class Loop:
         self._account = account
         self._groups = parts.groups
         self._dense_widths = widths_of(parts.groups)
-        self._dense = {name: cost.total(self._dense_widths) for name, cost in parts.costs.items()}
         self._origin = {group.name: np.arange(group.num_units) for group in parts.groups}
         self._sensor_state = parts.sensor.init(parts.groups, parts.model)
         self._controller_state = parts.controller.init(parts.groups)
@@ -72,12 +77,13 @@ class Loop:
         self._step = 0
         self._skipped = 0
         self._overdue = self._landed = self._finished = False
-        self._observed: dict[str, Tensor | float | None] = {"loss": None, "val": None}
         self._reading: Reading | None = None
         self._plan: Plan | None = None
         self._worth: dict[str, Float64[np.ndarray, " units"]] = {}
         self._summary: Summary | None = None
         self._metered: dict[str, float] = {}
+        self._watch = LossWatch()
+        self._again = 0
         self._regrowth = Regrowth(parts, account) if regrows(parts.controller) else None
         self._hooks = StepHooks(parts.optimizers, self._before_step, self._after_step)
         ATTACHED.add(parts.model)
@@ -127,6 +133,55 @@ class Loop:
         """What `finish` returned, or None before."""
         return self._summary
 
+    @property
+    def budget(self) -> Budget | tuple[Budget, ...]:
+        """The budget, or several; none with a `Price` or a `Tolerance`. May be set anew until the landing.
+
+        The change is bumpless: the reference goes on from what a step costs now, down to the new limit. A
+        `BudgetError` says that it cannot be met, a `LoopError` that it is frozen.
+        """
+        budgets = self._parts.target.budgets
+        return budgets[0] if len(budgets) == 1 else budgets
+
+    @budget.setter
+    def budget(self, budget: Budget | Sequence[Budget]) -> None:
+        check_open(self._parts, self._step, landed=self._landed or self._finished)
+        self._change(with_budget(self._parts, budget, self._account, self._groups, self._step))
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run; may be set anew until `finish`, and what is left is planned afresh."""
+        return self._parts.total_steps
+
+    @total_steps.setter
+    def total_steps(self, total_steps: int) -> None:
+        if self._finished:
+            raise LoopError("the run is finished: total_steps cannot be changed any more")
+        self._change(with_total_steps(self._parts, total_steps, self._account, self._groups, self._step))
+
+    def _change(self, parts: Parts) -> None:
+        """Go on with these parts: without a bump, and without a landing that holds for other ones."""
+        if self._landed and parts.target.runs and self._plan is not None:
+            self._landed, self._plan = False, replace(self._plan, landed=False)
+            self._again = self._step + max(1, min(_FRESH_STEPS, (parts.total_steps - self._step) // 10))
+        self._parts = parts
+        self._replan()
+        cost, limit = parts.target.cost, parts.target.limits
+        if parts.target.budgets:
+            self._controller_state = transfer(
+                parts.controller,
+                self._controller_state,
+                step=self._step,
+                total_steps=parts.total_steps,
+                present=cost.total(self.widths),
+                limit=limit[cost.resource],
+            )
+
+    def _replan(self) -> None:
+        self._parts.target.replan(
+            self._step, self._parts.total_steps, spent=self._account.train_flops, widths=self.widths
+        )
+
     def observe(self, *, loss: Tensor | float | None = None, val: Tensor | float | None = None) -> None:
         """Tell the loop the present loss; it is brought to the host only when a decision is made.
 
@@ -137,13 +192,7 @@ class Loop:
         Raises:
             ValueError: for a tensor of several elements.
         """
-        for name, value in (("loss", loss), ("val", val)):
-            if isinstance(value, Tensor):
-                if value.numel() != 1:
-                    raise ValueError(f"{name} must have one element, got shape {tuple(value.shape)}: take its mean")
-                self._observed[name] = value.detach()
-            elif value is not None:
-                self._observed[name] = float(value)
+        self._watch.observe(self._step + 1, loss, val, keep=not self._landed)
 
     def explain(self, group: str, origin: int) -> Explanation:
         """What became of a unit, and why.
@@ -155,23 +204,12 @@ class Loop:
         Raises:
             GroupError: for a group that is not pruned here, or a unit that it never had.
         """
-        what = {each.name: each.what for each in self._groups}
-        if group not in what:
-            raise GroupError(f"no group {group!r} is pruned here: use one of {', '.join(what)}")
-        if not 0 <= origin < self._dense_widths[group]:
-            raise GroupError(f"group {group!r} has units 0 to {self._dense_widths[group] - 1}, got {origin}")
+        plan = self._plan
+        entry = (plan.step, plan.reason, self.price) if plan else (None, "", math.nan)
+        saliency = self._reading.saliency if self._reading else {}
         resource = self._parts.target.binding(self.widths)
-        position = np.flatnonzero(self._origin[group] == origin)
-        dropped = explain_drop(self._ledger, group, origin, what[group], resource) if not len(position) else None
-        if dropped is not None:
-            return dropped
-        at = int(position[0])
-        returned, gain = last_return(self._ledger, group, origin)
-        worth = float(self._worth[group][at]) if group in self._worth else math.nan
-        saliency = float(self._reading.saliency[group][at]) if self._reading else math.nan
-        plan, price = self._plan, self.price if self._plan else math.nan
-        step, reason = (plan.step, plan.reason) if plan else (None, "")
-        return Explanation(group, origin, what[group], True, step, saliency, worth, price, reason, returned, gain)
+        groups, origin_of = self._parts.groups, self._origin
+        return explain(self._ledger, groups, origin_of, group, origin, self._worth, saliency, entry, resource)
 
     # How it ends.
 
@@ -185,7 +223,9 @@ class Loop:
             raise LoopError("finish() has been called already: its result is in loop.summary")
         self.detach()
         self._finished = True
-        self._summary = self._summarise()
+        self._summary = summarise(
+            self._parts, self._account, self._ledger, self._groups, self._step, self._plan, self._watch.gave_way
+        )
         return self._summary
 
     def detach(self) -> None:
@@ -234,18 +274,18 @@ class Loop:
                 stacklevel=2,
             )
         elif self._step <= total_steps and not self._landed:
-            due = self._parts.controller.due(self._step, total_steps)
+            due = self._parts.controller.due(self._step, total_steps) or self._step == self._again
             if due or self._overdue:
                 self._decide(due)
             if regrowth is not None and not self._landed:
-                regrowth.begin_probe(self._step)
+                regrowth.begin_probe(self._step, total_steps)
         self._begin_step()
 
     def _begin_step(self) -> None:
         """The next step begins: on the clock, unless it is watched for its bytes; with resting units it is not."""
         coming, total_steps = self._step + 1, self._parts.total_steps
         due = coming <= total_steps and self._parts.controller.due(coming, total_steps)
-        self._parts.metering.prepare(due and not (self._landed or self._finished or self._regrowth))
+        self._parts.metering.prepare(due and not (self._landed or self._finished or regrows(self._parts.controller)))
         if not self._parts.metering.watching:
             self._account.steps.begin()
 
@@ -256,13 +296,9 @@ class Loop:
             reading, metered = self._read(), self._meter()
             why_not = refusal(reading)
             if why_not is None:
+                self._replan()
                 probe = self._regrowth.probe(self._step) if self._regrowth is not None else None
-                state, plan = self._parts.controller.decide(
-                    self._controller_state,
-                    self._observation(reading, probe, metered),
-                    self._parts.target.cost,
-                    self._groups,
-                )
+                state, plan = self._planned(self._observation(reading, probe, metered))
         self._overdue = plan is None
         if plan is not None:
             origin, before = self._origin, self.widths
@@ -277,6 +313,22 @@ class Loop:
                 self._regrowth.release()
         elif due and why_not is not None:
             self._ledger.append(self._entry(why_not, self._plan, self.widths))
+
+    def _planned(self, observation: Observation) -> tuple[Any, Plan]:
+        """The controller's next state and plan, unless the loss has left its trend or the landing had better wait."""
+        parts, step = self._parts, self._step
+        if isinstance(parts.controller, TolerantController) and not self._watch.watching:
+            raise LoopError("a Tolerance needs the loss: call loop.observe(loss=...) before every optimizer.step()")
+        back = self._watch.roll_back(observation, parts.controller, self._groups)
+        if back is not None:
+            return self._controller_state, back
+        state, plan = parts.controller.decide(self._controller_state, observation, parts.target.cost, self._groups)
+        sensing = self._sensing_flops / sensed_every(parts.total_steps)
+        wait = parts.target.wait(plan, observation, spent=self._account.train_flops, sensing=sensing)
+        if not wait:
+            return state, plan
+        self._again = step + wait
+        return self._controller_state, waiting(plan, self._again)
 
     def _meter(self) -> dict[str, float]:
         """What the present widths spend by the meters; a joule meter that has gone is replaced by what it foretold."""
@@ -296,12 +348,13 @@ class Loop:
         parts, account, regrowth = self._parts, self._account, self._regrowth
         account.resizing.last_seconds = 0.0
         regrown: dict[str, Bool[np.ndarray, " _units"]] = {}
-        note = ""
-        self._controller_state = state
+        self._controller_state, note = state, ""
         if plan.empty():
             return regrown, note
         with account.resizing:
             if plan.drops():
+                if regrowth is None and self._watch.can_roll_back(parts.sensor, parts.controller, account.resizes):
+                    regrowth = self._regrowth = Regrowth(parts, account)
                 note = regrowth.rest(plan.keep) if regrowth is not None else ""
                 self._groups = balance_and_shrink(
                     parts.model, parts.optimizers, self._groups, plan.keep, reading.basis, parts.copies
@@ -317,6 +370,7 @@ class Loop:
         self._sensing_flops = parts.sensor.flops(self._groups, parts.model)
         account.resized(parts.costs["flops"].total(self.widths))
         parts.metering.cut()
+        self._watch.changed(self._step, cut=plan.drops())
         return regrown, note
 
     def _observation(self, reading: Reading, probe: Probe | None, metered: Mapping[str, float]) -> Observation:
@@ -325,111 +379,21 @@ class Loop:
             total_steps=self._parts.total_steps,
             widths=self.widths,
             reading=reading,
-            dense=self._dense | self._parts.target.dense,
+            dense=self._parts.target.dense,
             limit=self._parts.target.limits,
-            spent=self._spent(),
+            spent=spending(self._parts.costs, self.widths),
             metered=metered,
-            loss=number(self._observed["loss"]),
-            val=number(self._observed["val"]),
+            loss=self._watch.loss,
+            val=self._watch.val,
             seconds_per_step=self._account.steps.seconds_per_step,
             seconds_per_resize=self._account.resizing.last_seconds if self._account.resizes else None,
             probe=probe,
+            excess=self._watch.excess(self._step),
+            last_dropped=self._regrowth.last_dropped if self._regrowth is not None else {},
         )
-
-    def _spent(self) -> dict[str, float]:
-        widths = self.widths
-        return {name: cost.total(widths) for name, cost in self._parts.costs.items()}
 
     def _entry(self, reason: str, plan: Plan | None, before: Mapping[str, int]) -> Entry:
-        """An entry on the present widths; `plan` is the last one, for its price and reference.
-
-        Args:
-            reason: why.
-            plan: the last one.
-            before: widths that the meters read.
-        """
-        account, target, costs = self._account, self._parts.target, self._parts.costs
-        widths, spent = self.widths, self._spent()
-        reference = target.spread(plan.reference, before) if plan else {}
-        expected = {name: target.expected(name, widths) for name in reference if name in spent}
-        return Entry(
-            step=self._step,
-            widths=self.widths,
-            loss=number(self._observed["loss"]),
-            val=number(self._observed["val"]),
-            seconds=account.seconds,
-            reason=reason,
-            spent=spent,
-            metered=dict(self._metered),
-            predicted={name: costs[name].total(before) for name in self._metered},
-            reference=reference,
-            error={name: value / reference[name] - 1.0 for name, value in expected.items() if reference[name] > 0},
-            price=target.spread(plan.price, before, price=True) if plan else {},
-            sensing_seconds=account.new_sensing_seconds(),
-            probing_seconds=account.new_probing_seconds(),
-            deciding_seconds=account.deciding.last_seconds,
-            resizing_seconds=account.resizing.last_seconds if plan is not None and plan.step == self._step else 0.0,
-        )
-
-    # What it came to.
-
-    def _summarise(self) -> Summary:
-        account, spent, steps = self._account, self._spent(), min(self._step, self._parts.total_steps)
-        landed, reason = self._landing(spent, steps)
-        drops = drop_counts(self._ledger)
-        return Summary(
-            landed=landed,
-            steps=self._step,
-            total_steps=self._parts.total_steps,
-            widths=self.widths,
-            dense_widths=dict(self._dense_widths),
-            dense_flops=self._dense["flops"],
-            final_flops=spent["flops"],
-            final_flops_ratio=spent["flops"] / self._dense["flops"] if self._dense["flops"] else 1.0,
-            final_params=self._num_params(),
-            train_flops=account.train_flops,
-            overhead_flops=account.overhead_flops,
-            overhead_flops_ratio=account.overhead_flops / account.train_flops if account.train_flops else 0.0,
-            seconds=account.seconds,
-            overhead_seconds=account.overhead_seconds,
-            attach_seconds=account.attach.seconds,
-            sensing_seconds=account.sensing.seconds,
-            deciding_seconds=account.deciding.seconds,
-            resizing_seconds=account.resizing.seconds,
-            resizes=account.resizes,
-            limit=self._parts.target.limit,
-            spent=spent,
-            metered=self._parts.metering.read(),
-            sources={**self._parts.header["modelled"], **self._parts.metering.sources},
-            break_even_step=break_even_step(account.segments()),
-            reason=reason,
-            probing_seconds=account.probing_seconds,
-            probing_flops=account.probing_flops,
-            probed_steps=account.probed_steps,
-            dropped_units=len(drops),
-            regrown_units=len(return_counts(self._ledger)),
-            dropped_again=sum(count > 1 for count in drops.values()),
-        )
-
-    def _num_params(self) -> int:
-        return sum(parameter.numel() for parameter in self._parts.model.parameters())
-
-    def _landing(self, spent: Mapping[str, float], steps: int) -> tuple[bool, str]:
-        """Whether the run landed, and why or why not."""
-        total_steps, target = self._parts.total_steps, self._parts.target
-        if self._num_params() != spent["params"]:
-            return False, (
-                f"the model has {self._num_params():,} parameters, but its widths account for {spent['params']:,.0f}: "
-                "it was changed by something other than this loop"
-            )
-        early = f"ended after {steps} of {total_steps} steps" if steps < total_steps else "ended"
-        for resource, limit in target.limit.items():
-            seen, dense = target.expected(resource, self.widths), target.expected(resource, self._dense_widths)
-            if seen > limit * (1 + max(1e-12, self._parts.metering.margin(resource))):
-                over = f"over {limit / dense:.1%}" if resource not in METERED else f"over {amount(limit, resource)}"
-                return False, f"{early} at {seen / dense:.1%} of the dense {resource}, {over}"
-        if self._landed and self._plan is not None:
-            return True, f"landed at step {self._plan.step}: {self._plan.reason}"
-        if all(limit >= target.expected(name, self._dense_widths) for name, limit in target.limit.items()):
-            return True, "the dense model is within budget"
-        return False, f"within budget after {steps} of {total_steps} steps, but the last decision was not made"
+        """An entry on the present widths; `plan` is the last one, `before` are the widths that the meters read."""
+        parts, account, watch = self._parts, self._account, self._watch
+        entry = entry_of(parts, account, self._groups, self._step, plan, before, self._metered, reason)
+        return replace(entry, loss=watch.loss, val=watch.val)

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int, Shaped
 
 from setpoint.controller.plan import Plan
+from setpoint.cost.cost import Cost
+from setpoint.groups.group import Group, widths_of
 from setpoint.ledger import Entry, Ledger
+from setpoint.loop.accounting import Account
+from setpoint.loop.parts import Parts
 from setpoint.sensor.probe import Probe
 from setpoint.sensor.reading import Reading
 
@@ -28,6 +31,62 @@ def refusal(reading: Reading) -> str | None:
     if not reading.finite():
         return "no decision: the reading holds NaN or infinite values"
     return None
+
+
+def spending(costs: Mapping[str, Cost], widths: Mapping[str, int]) -> dict[str, float]:
+    """Predicted cost of a step by resource."""
+    return {name: cost.total(widths) for name, cost in costs.items()}
+
+
+def entry_of(
+    parts: Parts,
+    account: Account,
+    groups: tuple[Group, ...],
+    step: int,
+    plan: Plan | None,
+    before: Mapping[str, int],
+    metered: Mapping[str, float],
+    reason: str,
+) -> Entry:
+    """An entry on the present widths.
+
+    Args:
+        parts: what the loop is made of.
+        account: what has been spent.
+        groups: at their present widths.
+        step: optimizer steps done.
+        plan: the last one, for its price and reference.
+        before: widths that the meters read.
+        metered: what they read.
+        reason: why.
+    """
+    target, widths = parts.target, widths_of(groups)
+    spent = spending(parts.costs, widths)
+    reference = target.spread(plan.reference, before) if plan else {}
+    expected = {name: target.expected(name, widths) for name in reference if name in spent}
+    return Entry(
+        step=step,
+        widths=widths,
+        seconds=account.seconds,
+        reason=reason,
+        spent=spent,
+        metered=dict(metered),
+        predicted={name: parts.costs[name].total(before) for name in metered},
+        reference=reference,
+        error={name: value / reference[name] - 1.0 for name, value in expected.items() if reference[name] > 0},
+        price=target.spread(plan.price, before, price=True) if plan else {},
+        sensing_seconds=account.new_sensing_seconds(),
+        probing_seconds=account.new_probing_seconds(),
+        deciding_seconds=account.deciding.last_seconds,
+        resizing_seconds=account.resizing.last_seconds if plan is not None and plan.step == step else 0.0,
+    )
+
+
+def waiting(plan: Plan, until: int) -> Plan:
+    """The plan that drops nothing and says that a cut waits."""
+    whole = {name: np.ones_like(keep) for name, keep in plan.keep.items()}
+    reason = f"the last cut waits until step {until}, so that the budget of the run is used up"
+    return replace(plan, keep=whole, grow={}, grow_worth={}, landed=False, reason=reason)
 
 
 def with_drops(entry: Entry, plan: Plan, reading: Reading, origin: Mapping[str, Int[np.ndarray, " units"]]) -> Entry:
@@ -101,8 +160,3 @@ def only_kept(
 ) -> dict[str, Shaped[np.ndarray, " kept_units"]]:
     """Values by group of the units that the plan keeps."""
     return {name: of_group[plan.keep[name]] if name in plan.keep else of_group for name, of_group in values.items()}
-
-
-def number(value: Any) -> float | None:
-    """A Python number from a number or a tensor of one element; None stays None."""
-    return None if value is None else float(value)

@@ -15,7 +15,8 @@ from setpoint.actuator.easing import Easing
 from setpoint.actuator.probing import Probing
 from setpoint.actuator.regrow import Grow, regrow, with_units
 from setpoint.actuator.reserve import Reserve
-from setpoint.controller.plan import Plan, Regrowing
+from setpoint.controller.plan import Plan, Regrowing, regrows
+from setpoint.controller.tolerant import TolerantController
 from setpoint.groups.group import Group, widths_of
 from setpoint.loop.accounting import Account
 from setpoint.loop.parts import Parts
@@ -50,6 +51,19 @@ class Regrowth:
         self._probed: dict[str, Int[np.ndarray, " _units"]] = {}
         self._recent: deque[dict[str, Float64[np.ndarray, " _units"]]] = deque(maxlen=_PROBES)
         self._easing: Easing | None = None
+        self._last_rest = 0
+        # A controller that brings nothing back of itself needs the last cut only, should the loss ask for it.
+        self._lasting = regrows(parts.controller) and not isinstance(parts.controller, TolerantController)
+
+    @property
+    def last_dropped(self) -> dict[str, Int[np.ndarray, " _units"]]:
+        """By group, origins of the units that the last cut dropped, as far as they rest."""
+        reserve = self.reserve
+        units = {
+            name: np.flatnonzero(resting & (reserve.dropped_at[name] == self._last_rest))
+            for name, resting in reserve.resting.items()
+        }
+        return {name: origins for name, origins in units.items() if len(origins)}
 
     @property
     def origin(self) -> dict[str, Int[np.ndarray, " _units"]]:
@@ -58,10 +72,10 @@ class Regrowth:
 
     # Probing.
 
-    def begin_probe(self, step: int) -> None:
+    def begin_probe(self, step: int, total_steps: int) -> None:
         """Have resting units present in the step after this one, if the controller asks and the share allows it."""
         controller = self._parts.controller
-        if not isinstance(controller, Regrowing) or not controller.probe_due(step, self._parts.total_steps):
+        if not isinstance(controller, Regrowing) or not controller.probe_due(step, total_steps):
             return
         units = {name: origins for name, origins in self.reserve.origins().items() if name in self._lossless}
         account, extra = self._account, self._extra(units)
@@ -116,6 +130,9 @@ class Regrowth:
     def rest(self, keep: Mapping[str, Bool[np.ndarray, " _units"]]) -> str:
         """Take in the units that are about to be dropped; what was let go for them, in words."""
         self.settle()
+        if not self._lasting:
+            self.release()
+        self._last_rest = self._decisions
         self.reserve = self.reserve.rest(self._model, self._optimizers, keep, self._copies, when=self._decisions)
         if not self.reserve.let_go:
             return ""

@@ -46,6 +46,9 @@ class Summary:
         dropped_units: units that were dropped at least once.
         regrown_units: units that came back at least once.
         dropped_again: units that were dropped more than once.
+        limit_run: by resource, what the whole run may spend (`per="run"`); `limit` then is what that left per step.
+        spent_run: by resource of a run budget, what the run has spent, overhead included.
+        gave_way: which goal lost when budget and loss could not both be met; "" if none did.
     """
 
     landed: bool
@@ -79,6 +82,9 @@ class Summary:
     dropped_units: int = 0
     regrown_units: int = 0
     dropped_again: int = 0
+    limit_run: Mapping[str, float] = field(default_factory=dict)
+    spent_run: Mapping[str, float] = field(default_factory=dict)
+    gave_way: str = ""
 
 
 @dataclass(frozen=True)

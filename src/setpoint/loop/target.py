@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from setpoint.controller.plan import Observation, Plan
+from setpoint.controller.reference import Reference
 from setpoint.cost.budget import Budget, amount
 from setpoint.cost.cost import Cost
 from setpoint.cost.joint import JointCost, Share
 from setpoint.errors import BudgetError
+from setpoint.loop.run_budget import RunBudget
 
 _TRUST = 0.6
 """How far the factor of a joint cost follows a new reading, as far as the controller's PI part does."""
@@ -28,10 +31,15 @@ def check_budgets(budget: Budget | Sequence[Budget]) -> tuple[Budget, ...]:
     for each in budgets:
         if not isinstance(each, Budget):
             raise BudgetError(f"budget must be a Budget, got {each!r}: write Budget.fraction(0.5, of='flops')")
-        if each.per != "step":
-            raise BudgetError("per='run' is not available in this version: use per='step', the finished model's cost")
+        if each.per == "run" and each.resource != "flops":
+            raise BudgetError(
+                f"a budget per run is available of 'flops' only, got {each.resource!r}: "
+                "use per='step', the finished model's cost"
+            )
     if not budgets or len({each.resource for each in budgets}) < len(budgets):
         raise BudgetError(f"give one budget for each resource, and at least one, got {list(budgets)}")
+    if len(budgets) > 1 and any(each.per == "run" for each in budgets):
+        raise BudgetError("a budget per run stands alone in this version: give it without others")
     return budgets
 
 
@@ -47,6 +55,8 @@ def check_reachable(budget: Budget, dense: float, least: float) -> None:
         BudgetError: saying what the least is, or what unit is meant.
     """
     limit, resource = budget.absolute(dense), budget.resource
+    if budget.per == "run":
+        return  # RunBudget.check knows what a run spends
     if limit < least:
         raise BudgetError(
             f"a budget of {amount(limit, resource)} ({limit / dense:.1%} of dense) cannot be reached: with every "
@@ -64,28 +74,48 @@ def check_reachable(budget: Budget, dense: float, least: float) -> None:
 class Target:
     """What a run is held to.
 
-    With one budget the controller sees that budget's cost; with several, the largest share of a
-    limit that is spent (`JointCost`), whose limit is 1. A fraction is one of the dense cost as predicted
-    until a meter has read the dense model, and of that reading from there on.
+    Without any budget (`Price`, `Tolerance`) the controller sees the cost of a resource and no limit. With one
+    budget it sees that budget's cost; with several, the largest share of a limit that is spent (`JointCost`),
+    whose limit is 1. A fraction is one of the dense cost as predicted until a meter has read the dense model,
+    and of that reading from there on.
 
     Args:
         budgets: at least one, each of another resource.
         costs: by resource.
         dense_widths: units by group, of the dense model.
+        reference: the controller's, for budgets of a whole run.
+        resource: what is saved where there is no budget.
     """
 
-    def __init__(self, budgets: Sequence[Budget], costs: Mapping[str, Cost], dense_widths: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        budgets: Sequence[Budget],
+        costs: Mapping[str, Cost],
+        dense_widths: Mapping[str, int],
+        *,
+        reference: Reference | None = None,
+        resource: str = "flops",
+    ) -> None:
         self.budgets = tuple(budgets)
+        self._resource = resource
         self._costs = costs
         self._dense_widths = dense_widths
         self._dense = {name: cost.total(dense_widths) for name, cost in costs.items()}
         self._limit = {each.resource: each.absolute(self._dense[each.resource]) for each in budgets}
+        times = reference or Reference()
+        self.runs = {
+            each.resource: RunBudget(each, times, self._dense[each.resource]) for each in budgets if each.per == "run"
+        }
+        for name in self.runs:
+            self._limit[name] = self._dense[name]
         self._factor = {each.resource: 1.0 for each in budgets}
         self._anchored: set[str] = set()
 
     @property
     def cost(self) -> Cost:
         """What the controller is to hold."""
+        if not self.budgets:
+            return self._costs[self._resource]
         if len(self.budgets) == 1:
             return self._costs[self.budgets[0].resource]
         return JointCost([Share(self._costs[name], self._limit[name], self._factor[name]) for name in self._limit])
@@ -103,7 +133,51 @@ class Target:
     @property
     def limits(self) -> dict[str, float]:
         """The limits, with that of what the controller is to hold."""
-        return self.limit if len(self.budgets) == 1 else {**self._limit, "joint": 1.0}
+        return self.limit if len(self.budgets) <= 1 else {**self._limit, "joint": 1.0}
+
+    def replan(self, step: int, total_steps: int, *, spent: float, widths: Mapping[str, int]) -> None:
+        """Find afresh what budgets of the whole run leave for each step.
+
+        Args:
+            step: optimizer steps done.
+            total_steps: of the run.
+            spent: FLOPs so far.
+            widths: present widths.
+        """
+        for name, run in self.runs.items():
+            present = self._costs[name].total(widths)
+            self._limit[name] = run.per_step(step, total_steps, spent=spent, present=present)
+
+    def wait(self, plan: Plan, observation: Observation, *, spent: float, sensing: float) -> int:
+        """Steps by which the last cut had better wait, so that the budget of the run is used up; 0 for none.
+
+        Args:
+            plan: that may be the last cut: any from the settle step on.
+            observation: that it was made on.
+            spent: FLOPs so far.
+            sensing: FLOPs of sensing per step.
+        """
+        if not plan.drops():
+            return 0
+        widths = dict(observation.widths)
+        after = widths | {name: int(keep.sum()) for name, keep in plan.keep.items()}
+        for name, units in plan.grow.items():
+            after[name] += len(units)
+        step, total_steps = observation.step, observation.total_steps
+        costs = {name: self._costs[name] for name in self.runs}
+        waits = (
+            run.wait(
+                step,
+                total_steps,
+                spent=spent,
+                present=costs[name].total(widths),
+                after=costs[name].total(after),
+                sensing=sensing,
+            )
+            for name, run in self.runs.items()
+            if run.reference.settled(step, total_steps)
+        )
+        return min(waits, default=0)
 
     def binding(self, widths: Mapping[str, int]) -> str:
         """Resource of the budget that leads."""

@@ -1,0 +1,190 @@
+"""The tolerant controller: prunes as far as the observed loss stays within a tolerance of its trend."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import final
+
+import numpy as np
+from jaxtyping import Bool
+
+from setpoint.controller.ladder import build_ladder
+from setpoint.controller.plan import Observation, Plan
+from setpoint.controller.reason import problem_with
+from setpoint.controller.reference import Reference
+from setpoint.controller.selection import descend, start
+from setpoint.controller.trend import Excess
+from setpoint.cost.cost import Cost
+from setpoint.cost.tolerance import Tolerance
+from setpoint.groups.group import Group
+
+
+@dataclass(frozen=True)
+class TolerantState:
+    """What the controller remembers between decisions.
+
+    Args:
+        dense: width of each group before any cut.
+        stride: share of the present cost that the next cut takes.
+        used: rise over the trend by the cuts that stay, in the unit of the loss.
+        pending: whether the last cut has not been judged yet.
+    """
+
+    dense: Mapping[str, int]
+    stride: float
+    used: float = 0.0
+    pending: bool = False
+
+
+@final
+@dataclass(frozen=True)
+class TolerantController:
+    """Cuts, watches what the loss makes of it, and goes on, waits, or takes the cut back.
+
+    With `excess` the distance of the loss from its trend before the cut, `error` its standard error (see
+    `excess_after`), and `used` the sum over the cuts that stayed, a cut
+
+        stays          if used + excess + error <= tolerance,
+        is taken back  if used + excess - error >  tolerance,
+        is watched on  in between; when the landing is due the sign of used + excess - tolerance decides.
+
+    A cut takes a share `stride` of the present cost, least worth first. After one that was taken back the stride
+    is halved, so that the search closes in on the tolerance as a bisection would; once it is below `finest`, or when
+    the landing is due, the run lands.
+
+    It follows the loss of the run itself: no validation, no dense twin. So it can tell a rise from noise only as
+    well as the decisions lie apart: with a batch loss of standard deviation s and n steps between two decisions, the
+    error is about `2 s / sqrt(n / 2)`. With a tolerance below that, cuts are watched on rather than followed by others.
+
+    Args:
+        tolerance: what rise is accepted.
+        reference: times of decisions; its ramp has no meaning here.
+        stride: share of the cost that the first cut takes, in (0, 1).
+        finest: stride below which the search ends.
+        slew: largest fraction of a group's units to go at one decision, in (0, 1].
+
+    Raises:
+        ValueError: for a setting out of range.
+    """
+
+    tolerance: Tolerance
+    reference: Reference = field(default_factory=lambda: Reference(settle=0.60, num_cuts=10))
+    stride: float = 0.2
+    finest: float = 0.03
+    slew: float = 0.5
+    regrow: bool = field(default=True, init=False)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.finest <= self.stride < 1:
+            raise ValueError(f"0 < finest <= stride < 1 is needed, got finest={self.finest!r}, stride={self.stride!r}")
+        if not 0 < self.slew <= 1:
+            raise ValueError(f"slew is a fraction in (0, 1], got {self.slew!r}")
+
+    def init(self, groups: tuple[Group, ...]) -> TolerantState:
+        """State before the first decision."""
+        return TolerantState({group.name: group.num_units for group in groups}, self.stride)
+
+    def due(self, step: int, total_steps: int) -> bool:
+        """Whether a decision is to be made after this step."""
+        return self.reference.due(step, total_steps)
+
+    def probe_due(self, step: int, total_steps: int) -> bool:
+        """Never: what comes back is the last cut, whatever its units would contribute."""
+        return False
+
+    def cut(self, state: TolerantState, keep: Mapping[str, Bool[np.ndarray, " units"]]) -> TolerantState:
+        """The same state: nothing in it is indexed by unit."""
+        return state
+
+    def grow(self, state: TolerantState, regrown: Mapping[str, Bool[np.ndarray, " units"]]) -> TolerantState:
+        """The same state: nothing in it is indexed by unit."""
+        return state
+
+    def decide(
+        self, state: TolerantState, observation: Observation, cost: Cost, groups: tuple[Group, ...]
+    ) -> tuple[TolerantState, Plan]:
+        """The next state and the plan. Pure: same arguments, same answer.
+
+        Args:
+            state: from `init` or the last decision.
+            observation: what is known at this step; `excess` and `last_dropped` tell of the last cut.
+            cost: predicts spending; names the resource.
+            groups: the groups that may be cut, as they are now.
+        """
+        whole = {group.name: np.ones(group.num_units, dtype=bool) for group in groups}
+        step = observation.step
+        problem = problem_with(observation.reading, None, groups)
+        if problem:
+            return state, Plan(step, whole, reason=problem)
+        final = self.reference.final(step, observation.total_steps) or step == observation.total_steps
+        words = ""
+        if state.pending:
+            excess = observation.excess
+            verdict = self._verdict(state, excess, final)
+            words = _judged(state, excess, self.tolerance.loss)
+            if verdict == "wait":
+                return state, Plan(step, whole, reason=f"watching the last cut on: {words}")
+            if verdict == "back":
+                state = replace(state, pending=False, stride=state.stride / 2)
+                landed = final or state.stride < self.finest
+                reason = f"{'landed: ' if landed else ''}the last cut is taken back: {words}"
+                return state, Plan(step, whole, landed=landed, reason=reason, grow=observation.last_dropped)
+            assert excess is not None
+            state = replace(state, pending=False, used=max(0.0, state.used + excess.value))
+        if final or state.stride < self.finest:
+            return state, Plan(step, whole, landed=True, reason=f"landed: {words or 'no cut is under way'}")
+        plan = self._cut(state, observation, cost, groups)
+        reason = f"{words}; {plan.reason}" if words else plan.reason
+        return replace(state, pending=plan.drops()), replace(plan, reason=reason, landed=not plan.drops())
+
+    def _verdict(self, state: TolerantState, excess: Excess | None, final: bool) -> str:
+        """One of "stay", "back" and "wait"; a cut that nothing is known about when the landing is due goes back."""
+        if excess is None:
+            return "back" if final else "wait"
+        over = state.used + excess.value - self.tolerance.loss
+        if final:
+            return "back" if over > 0 else "stay"
+        if over - excess.error > 0:
+            return "back"
+        return "stay" if over + excess.error <= 0 else "wait"
+
+    def _cut(self, state: TolerantState, observation: Observation, cost: Cost, groups: tuple[Group, ...]) -> Plan:
+        """The plan that takes the next stride."""
+        reading = observation.reading
+        assert reading is not None
+        ladders = {
+            group.name: build_ladder(
+                group,
+                reading.saliency[group.name],
+                dense=state.dense[group.name],
+                floor=group.min_units,
+                max_dropped=math.floor(self.slew * group.num_units),
+                free=np.ones(group.num_units, dtype=bool),
+            )
+            for group in groups
+        }
+        selection = start(cost, ladders, observation.widths, "worth" if reading.calibrated else "uniform")
+        before = selection.total
+        descend(selection, before * (1 - state.stride))
+        dropped = sum(int(ladders[name].edges[rung]) for name, rung in selection.rungs.items())
+        saved = 1 - selection.total / before
+        reason = f"dropped {dropped} units, {saved:.1%} of the {cost.resource}" if dropped else "landed: nothing can go"
+        return Plan(
+            step=observation.step,
+            keep={name: ladder.keep(selection.rungs[name]) for name, ladder in ladders.items()},
+            worth={name: ladder.per_unit(selection.worth[name]) for name, ladder in ladders.items()},
+            price={cost.resource: selection.highest},
+            reason=reason,
+        )
+
+
+def _judged(state: TolerantState, excess: Excess | None, tolerance: float) -> str:
+    """What is known about the last cut."""
+    if excess is None:
+        return "too few losses were observed around it"
+    return (
+        f"the loss lies {excess.value:+.3g} (standard error {excess.error:.2g}) from its trend before the last cut, "
+        f"{state.used + excess.value:.3g} with those before it, of {tolerance:.3g}"
+    )

@@ -1,0 +1,35 @@
+"""A transfer: what a controller remembers, carried over to another budget or length of the run without a bump."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from setpoint.controller.adaptive import AdaptiveController
+from setpoint.controller.priced import PricedController
+
+
+def transfer(controller: object, state: Any, *, step: int, total_steps: int, present: float, limit: float) -> Any:
+    """The state with which the controller goes on from where the plant is.
+
+    The reference is made to pass through what a step costs now, and comes down from there to the new limit by its
+    settle step, so nothing jumps at the change. The PI part and the price are kept: they are relative.
+
+    Args:
+        controller: the controller.
+        state: its state; that of a controller without a reference is returned as it is.
+        step: optimizer steps done.
+        total_steps: of the run, as it is now.
+        present: predicted cost of a step now.
+        limit: the new one.
+    """
+    if isinstance(controller, AdaptiveController):
+        inner = transfer(
+            controller.after(state), state.inner, step=step, total_steps=total_steps, present=present, limit=limit
+        )
+        return replace(state, inner=inner)
+    if not isinstance(controller, PricedController) or state.start is None:
+        return state
+    value = present * state.feedback.factor()
+    start = controller.reference.start_through(step, total_steps, value=value, limit=limit)
+    return replace(state, start=start)

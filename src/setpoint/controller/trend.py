@@ -1,0 +1,148 @@
+"""A trend: where the observed loss was heading, how noisy it is, and how far it left that line after a cut."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float64
+
+_MOST_BINS = 8
+_LEAST_BINS = 4
+_LEAST_IN_BIN = 2
+
+
+@dataclass(frozen=True)
+class Trend:
+    """A straight line over `x = ln(step)`, which is how a loss that falls by a power of time looks over a short while.
+
+    Args:
+        level: value at `centre`.
+        slope: change for each unit of x.
+        centre: mean of x over the bins.
+        spread: sum of squares of x about the centre.
+        noise: standard deviation of a bin's median about the line.
+        num_bins: how many bins it was fitted to.
+    """
+
+    level: float
+    slope: float
+    centre: float
+    spread: float
+    noise: float
+    num_bins: int
+
+    def at(self, step: float) -> float:
+        """The loss that the trend foretells at this step."""
+        return self.level + self.slope * (math.log(step) - self.centre)
+
+    def error(self, step: float) -> float:
+        """Standard error of `at`: the further from where it was fitted, the larger."""
+        return self.noise * math.sqrt(1 / self.num_bins + (math.log(step) - self.centre) ** 2 / self.spread)
+
+
+@dataclass(frozen=True)
+class Excess:
+    """How far the loss lies above the trend that it had before a cut.
+
+    Args:
+        value: mean distance over the window after the cut, in the unit of the loss.
+        error: standard error of it.
+        foretold: what the trend foretold there.
+        before: value of the trend at the cut.
+    """
+
+    value: float
+    error: float
+    foretold: float
+    before: float
+
+    @property
+    def rise(self) -> float:
+        """How far the loss lies above where it was at the cut, whatever would have become of it since."""
+        return self.foretold + self.value - self.before
+
+
+Losses = Float64[np.ndarray, " _observed"]
+
+
+def fit_trend(steps: Losses, losses: Losses) -> Trend | None:
+    """The trend of these losses, or None where there are fewer than eight.
+
+    The window is split into 4 to 8 bins of equally many losses. The median of each is robust against single outliers;
+    least squares draw the line through them, and
+
+        noise^2 = sum of squared residuals / (bins - 2).
+
+    Args:
+        steps: optimizer steps, ascending, at least 1.
+        losses: observed there.
+
+    >>> steps = np.arange(10.0, 50.0)
+    >>> trend = fit_trend(steps, 3.0 - 0.5 * np.log(steps))
+    >>> abs(trend.at(100) - (3.0 - 0.5 * math.log(100))) < 0.01, trend.noise < 0.001
+    (True, True)
+    """
+    binned = _bins(steps, losses)
+    if binned is None:
+        return None
+    x, y = binned
+    centre, level = float(x.mean()), float(y.mean())
+    spread = float(((x - centre) ** 2).sum())
+    slope = float(((x - centre) * (y - level)).sum()) / spread
+    residual = y - level - slope * (x - centre)
+    noise = math.sqrt(float((residual**2).sum()) / (len(x) - 2))
+    return Trend(level, slope, centre, spread, noise, len(x))
+
+
+def excess_over(trend: Trend, steps: Losses, losses: Losses, *, cut: int) -> Excess | None:
+    """How far these losses lie above a trend, or None where there are fewer than eight of them.
+
+        value = mean over the bins of (median - trend),    error^2 = noise^2 / bins + trend.error^2.
+
+    Args:
+        trend: from before the cut.
+        steps: optimizer steps after the cut, once the loss has had time to recover.
+        losses: observed there.
+        cut: step after which the cut was made.
+    """
+    binned = _bins(steps, losses)
+    if binned is None:
+        return None
+    x, y = binned
+    middle = math.exp(float(x.mean()))
+    foretold = trend.at(middle)
+    error = math.hypot(trend.noise / math.sqrt(len(x)), trend.error(middle))
+    return Excess(float(y.mean()) - foretold, error, foretold, trend.at(cut))
+
+
+def excess_after(steps: Losses, losses: Losses, *, changed: int, cut: int, now: int) -> Excess | None:
+    """The excess of a cut: the second half of what followed it, against what came before it.
+
+    The window before begins a quarter of the way from the last change of the model to the cut, so that recovery from
+    that change is over, and reaches back at most twice as far as the cut is old, so that a line fits.
+
+    Args:
+        steps: at which losses were observed, ascending.
+        losses: the losses; values that are not finite are left out.
+        changed: step of the change before the cut, 0 if there was none.
+        cut: step after which the cut was made.
+        now: present step.
+    """
+    begin = max(changed + (cut - changed) / 4, cut - 2 * (now - cut))
+    finite = np.isfinite(losses) & (steps >= 1)
+    before = finite & (steps > begin) & (steps <= cut)
+    after = finite & (steps > (cut + now) / 2) & (steps <= now)
+    trend = fit_trend(steps[before], losses[before])
+    return None if trend is None else excess_over(trend, steps[after], losses[after], cut=cut)
+
+
+def _bins(steps: Losses, losses: Losses) -> tuple[Losses, Losses] | None:
+    """Mean of ln(step) and median loss of each bin."""
+    num_bins = min(_MOST_BINS, len(losses) // _LEAST_IN_BIN)
+    if num_bins < _LEAST_BINS:
+        return None
+    x = np.array([np.log(part).mean() for part in np.array_split(steps, num_bins)])
+    y = np.array([np.median(part) for part in np.array_split(losses, num_bins)])
+    return x, y

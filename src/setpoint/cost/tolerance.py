@@ -1,0 +1,44 @@
+"""A tolerance: how much loss the user gives for a smaller model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from setpoint.cost.budget import RESOURCES
+from setpoint.errors import BudgetError
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """No budget and no price: prune as far as the observed loss stays within this of its trend.
+
+    Each cut is judged by the loss that `loop.observe(loss=...)` is told: how far it lies above the trend that it had
+    before the cut. What the cuts cost so adds up; a cut that takes the sum beyond the tolerance is taken back.
+
+    Args:
+        loss: highest rise over the trend, in the unit of the loss; at least 0.
+        of: the resource to save.
+
+    Raises:
+        BudgetError: for a loss that is no finite number of at least 0, or an unknown resource.
+
+    >>> Tolerance(loss=0.02)
+    Tolerance(loss=0.02, of='flops')
+    """
+
+    loss: float
+    of: str = "flops"
+
+    def __post_init__(self) -> None:
+        if self.of not in RESOURCES:
+            raise BudgetError(f"unknown resource {self.of!r}: use one of {', '.join(map(repr, RESOURCES))}")
+        if isinstance(self.loss, bool) or not isinstance(self.loss, (int, float)) or not math.isfinite(self.loss):
+            raise BudgetError(f"a tolerance is a finite number of at least 0, got {self.loss!r}")
+        if self.loss < 0:
+            raise BudgetError(f"a tolerance must be at least 0, got {self.loss!r}: it is the rise in loss to accept")
+
+    @property
+    def resource(self) -> str:
+        """The resource, by the name that a budget gives it."""
+        return self.of

@@ -1,0 +1,89 @@
+"""A change: the parts of a run that is given another budget or another length while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from setpoint.controller.reference import Reference
+from setpoint.controller.selection import cheapest
+from setpoint.cost.budget import Budget
+from setpoint.errors import BudgetError, LoopError
+from setpoint.groups.group import Group, widths_of
+from setpoint.loop.accounting import Account
+from setpoint.loop.metering import METERED
+from setpoint.loop.parts import Parts
+from setpoint.loop.target import Target, check_budgets, check_reachable
+
+
+def check_open(parts: Parts, step: int, *, landed: bool) -> None:
+    """Check that the budget may still be changed.
+
+    Raises:
+        LoopError: after the landing or the freeze, or where there is no budget.
+    """
+    if not parts.target.budgets:
+        raise LoopError("this loop follows a Price or a Tolerance: it has no budget to change, attach with a Budget")
+    reference = reference_of(parts.controller)
+    if landed or reference.final(step, parts.total_steps):
+        raise LoopError(
+            f"the budget is frozen at step {step}: it may be changed until the landing, "
+            f"by {reference.land:.0%} of the run at the latest. Finish this loop and attach a new one"
+        )
+
+
+def reference_of(controller: object) -> Reference:
+    """The reference that a controller follows, or the usual one where it has none."""
+    reference = getattr(controller, "reference", None)
+    return reference if isinstance(reference, Reference) else Reference()
+
+
+def with_budget(
+    parts: Parts, budget: Budget | Sequence[Budget], account: Account, groups: tuple[Group, ...], step: int
+) -> Parts:
+    """The parts with another budget.
+
+    Raises:
+        BudgetError: when it cannot be met, or is on a resource that this run does not know.
+    """
+    budgets = check_budgets(budget)
+    metered = {each.resource for each in parts.target.budgets} & set(METERED)
+    for each in budgets:
+        if each.resource not in parts.costs or (each.resource in METERED and each.resource not in metered):
+            raise BudgetError(
+                f"{each.resource!r} was not costed out when this loop was attached: "
+                "change to a budget of 'flops', 'params', or a resource that attach was given"
+            )
+    target = Target(budgets, parts.costs, widths_of(parts.groups), reference=reference_of(parts.controller))
+    for each in budgets:
+        least = cheapest(parts.costs[each.resource], groups)
+        check_reachable(each, parts.costs[each.resource].total(widths_of(parts.groups)), least)
+    changed = replace(parts, target=target)
+    check_runs(changed, account, groups, step)
+    return changed
+
+
+def with_total_steps(parts: Parts, total_steps: int, account: Account, groups: tuple[Group, ...], step: int) -> Parts:
+    """The parts with another length of the run.
+
+    Raises:
+        BudgetError: when the budget of the run could not be met.
+        ValueError: for a number that is not above the steps done.
+    """
+    if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps <= step:
+        raise ValueError(f"total_steps must be an integer above the {step} steps done, got {total_steps!r}")
+    changed = replace(parts, total_steps=total_steps)
+    check_runs(changed, account, groups, step)
+    return changed
+
+
+def check_runs(parts: Parts, account: Account, groups: tuple[Group, ...], step: int) -> None:
+    """Check that budgets of the whole run can be met from here.
+
+    Raises:
+        BudgetError: saying what is spent already, or what the least is.
+    """
+    for name, run in parts.target.runs.items():
+        cost = parts.costs[name]
+        present, least = cost.total(widths_of(groups)), cheapest(cost, groups)
+        run.check(parts.total_steps, step=step, spent=account.train_flops, present=present, cheapest=least)

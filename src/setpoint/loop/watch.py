@@ -1,0 +1,150 @@
+"""A watch over the observed loss: what the last cut did to it, and whether that goes too far."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from setpoint.controller.plan import Controller, Observation, Plan, Regrowing
+from setpoint.controller.tolerant import TolerantController
+from setpoint.controller.trend import Excess, excess_after
+from setpoint.groups.group import Group
+from setpoint.sensor.reading import Growing
+
+_SIGNIFICANT = 4.0
+"""Standard errors by which the loss must lie above its trend to have left it."""
+_NOTABLE = 0.10
+"""Share by which it must at least have risen over the cut: every cut costs a little."""
+_DECISIONS_LEFT = 2
+"""Decisions that must be to come, so that the budget can still be met."""
+_MOST_FRESH = 4096
+"""Losses that wait on their device before they are brought to the host at the latest."""
+
+
+class LossWatch:
+    """The losses that the user has told, and the steps of the last two changes of the model.
+
+    Losses stay on their device until a decision is made; what lies before the change before last is forgotten.
+    """
+
+    def __init__(self) -> None:
+        self._last: dict[str, Tensor | float | None] = {"loss": None, "val": None}
+        self._fresh: list[tuple[int, Tensor]] = []
+        self._steps = np.zeros(0)
+        self._losses = np.zeros(0)
+        self._changed = 0
+        self._cut: int | None = None
+        self.gave_way = ""
+
+    @property
+    def watching(self) -> bool:
+        """Whether any loss has been observed."""
+        return bool(self._fresh) or len(self._steps) > 0
+
+    @property
+    def loss(self) -> float | None:
+        """The last training loss."""
+        return None if self._last["loss"] is None else float(self._last["loss"])
+
+    @property
+    def val(self) -> float | None:
+        """The last validation loss."""
+        return None if self._last["val"] is None else float(self._last["val"])
+
+    def observe(self, step: int, loss: Tensor | float | None, val: Tensor | float | None, *, keep: bool) -> None:
+        """Take in what is observed at a step.
+
+        Args:
+            step: optimizer steps done, the coming one included.
+            loss: training loss, a number or a tensor of one element.
+            val: validation loss, the same.
+            keep: whether the loss is still to be watched.
+
+        Raises:
+            ValueError: for a tensor of several elements.
+        """
+        for name, value in (("loss", loss), ("val", val)):
+            if isinstance(value, Tensor) and value.numel() != 1:
+                raise ValueError(f"{name} must have one element, got shape {tuple(value.shape)}: take its mean")
+            if value is not None:
+                self._last[name] = value.detach().clone() if isinstance(value, Tensor) else float(value)
+        if loss is not None and keep:
+            self._fresh.append((step, torch.as_tensor(self._last["loss"]).reshape(())))
+            if len(self._fresh) >= _MOST_FRESH:
+                self._gather()
+
+    def changed(self, step: int, *, cut: bool) -> None:
+        """The model was changed after this step: by a cut, which is to be watched, or by units that came back."""
+        if self._cut is not None:
+            self._changed = self._cut
+        if cut:
+            self._cut = step
+        else:
+            self._changed, self._cut = step, None
+        recent = self._steps > self._changed
+        self._steps, self._losses = self._steps[recent], self._losses[recent]
+
+    def excess(self, now: int) -> Excess | None:
+        """How far the loss lies above the trend that it had before the last cut, if enough is known."""
+        self._gather()
+        if self._cut is None:
+            return None
+        return excess_after(self._steps, self._losses, changed=self._changed, cut=self._cut, now=now)
+
+    def _gather(self) -> None:
+        """Bring fresh losses to the host."""
+        if not self._fresh:
+            return
+        steps, losses = zip(*self._fresh, strict=True)
+        self._fresh = []
+        values = torch.stack([each.to(losses[0].device, torch.float64) for each in losses]).cpu().numpy()
+        self._steps = np.concatenate([self._steps, np.array(steps, dtype=np.float64)])
+        self._losses = np.concatenate([self._losses, values])
+
+    def can_roll_back(self, sensor: object, controller: object, resizes: int) -> bool:
+        """Whether the first cut could be taken back: the loss is told, and sensor and controller take units back."""
+        return self.watching and not resizes and isinstance(sensor, Growing) and isinstance(controller, Regrowing)
+
+    def roll_back(self, observation: Observation, controller: object, groups: tuple[Group, ...]) -> Plan | None:
+        """The plan that takes the last cut back and drops nothing, or None.
+
+        Once in a run, when the loss has left its trend, and only while there are decisions to come: the budget has the
+        last word. A `TolerantController` judges by itself.
+
+        Args:
+            observation: what is known.
+            controller: says when decisions are made.
+            groups: as they are now.
+        """
+        excess, step, total_steps = observation.excess, observation.step, observation.total_steps
+        if self.gave_way or isinstance(controller, TolerantController) or not isinstance(controller, Controller):
+            return None
+        if excess is None or not left_trend(excess) or not observation.last_dropped:
+            return None
+        if sum(controller.due(each, total_steps) for each in range(step + 1, total_steps)) < _DECISIONS_LEFT:
+            return None
+        self.gave_way = (
+            f"after the cut of step {self._cut} the loss lay {excess.value:.3g} over its trend of "
+            f"{excess.foretold:.3g} (standard error {excess.error:.2g}), so the cut was taken back at step {step}"
+        )
+        warnings.warn(f"{self.gave_way}, and the reference pauses until the next decision", stacklevel=2)
+        whole = {group.name: np.ones(group.num_units, dtype=bool) for group in groups}
+        return Plan(step, whole, reason=f"rolled back: {self.gave_way}", grow=observation.last_dropped)
+
+
+def left_trend(excess: Excess) -> bool:
+    """Whether the loss has left its trend: significantly above it, and well above where it was at the cut.
+
+    The second matters early, where a loss that falls fast and then flattens lies above any line drawn through its fall.
+
+    >>> left_trend(Excess(0.5, error=0.1, foretold=2.0, before=2.0))
+    True
+    >>> left_trend(Excess(0.1, error=0.01, foretold=2.0, before=2.0))
+    False
+    >>> left_trend(Excess(0.5, error=0.1, foretold=1.5, before=2.0))
+    False
+    """
+    return excess.value > _SIGNIFICANT * excess.error and excess.rise > _NOTABLE * abs(excess.before)

@@ -1,0 +1,231 @@
+"""Tests of prices, tolerances, changes in mid-run and the watch over the loss, on small nets that really train."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import setpoint
+from setpoint.errors import BudgetError, LoopError
+
+Change = Callable[[setpoint.Loop, int], None]
+
+
+def net(seed: int = 0, width: int = 64) -> nn.Sequential:
+    """Two hidden layers, of which both can be pruned."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 4))
+
+
+def train(
+    goal: object,
+    total_steps: int = 300,
+    *,
+    change: Change = lambda loop, step: None,
+    observe: bool = True,
+    spoil: Callable[[int], float] = lambda step: 0.0,
+    **settings: object,
+) -> tuple[setpoint.Summary, setpoint.Loop, list[torch.Tensor]]:
+    """Fit a small teacher; `change` is called after every step, `spoil` is added to the loss that is told."""
+    model = net()
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    generator = torch.Generator().manual_seed(1)
+    teacher, x = torch.randn(8, 4, generator=generator), torch.randn(32, 8, generator=generator)
+    loop = setpoint.attach(model, optimizer, goal, example=(x,), total_steps=total_steps, **settings)  # type: ignore[arg-type]
+    step = 0
+    while step < loop.total_steps:
+        x = torch.randn(32, 8, generator=generator)
+        loss = (model(x) - torch.tanh(x @ teacher)).square().mean()
+        if observe:
+            loop.observe(loss=loss + spoil(step))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        change(loop, step)
+    return loop.finish(), loop, [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def test_the_higher_the_rate_the_smaller_the_model() -> None:
+    """Sweeping the rate gives a monotone cost, from the whole model to nearly nothing; each run lands with a reason."""
+    ratios = []
+    for rate in (0.0, 0.003, 0.03, 0.3):
+        summary, loop, _ = train(setpoint.Price(rate, of="flops"))
+        assert summary.landed
+        assert summary.reason.startswith("landed at step")
+        assert not summary.limit
+        assert loop.price == pytest.approx(rate / summary.dense_flops)
+        ratios.append(summary.final_flops_ratio)
+    assert ratios[0] == 1.0
+    assert ratios == sorted(ratios, reverse=True)
+    assert ratios[-1] < 0.5
+
+
+def test_a_rate_of_zero_is_invisible() -> None:
+    """A price of nothing, and a run without any loop, end with the same bits."""
+    _, _, priced = train(setpoint.Price(0.0, of="flops"))
+    _, _, whole = train(setpoint.Budget.fraction(1.0, of="flops"))
+    assert all(torch.equal(one, other) for one, other in zip(priced, whole, strict=True))
+
+
+def test_observing_the_loss_changes_nothing_while_it_keeps_to_its_trend() -> None:
+    """A budget run that is told the loss makes the same cuts, to the same bits, as one that is not."""
+    told, loop, weights = train(setpoint.Budget.fraction(0.5, of="flops"))
+    untold, other, same = train(setpoint.Budget.fraction(0.5, of="flops"), observe=False)
+    assert told.widths == untold.widths
+    assert [entry.dropped for entry in loop.ledger] == [entry.dropped for entry in other.ledger]
+    assert all(torch.equal(one, two) for one, two in zip(weights, same, strict=True))
+    assert told.gave_way == untold.gave_way == ""
+
+
+def test_a_price_that_cannot_be_is_refused() -> None:
+    """Rates below 0, NaN and unknown resources say so."""
+    for rate in (-0.1, float("nan")):
+        with pytest.raises(BudgetError, match="rate"):
+            setpoint.Price(rate, of="flops")
+
+
+def test_a_tolerance_lands_within_it() -> None:
+    """The cuts that stay cost no more than the tolerance by the loop's own account; a wide one prunes more."""
+    narrow, loop, _ = train(setpoint.Tolerance(loss=0.002), 800)
+    wide, _, _ = train(setpoint.Tolerance(loss=0.2), 800)
+    assert narrow.landed
+    assert wide.landed
+    assert wide.final_flops_ratio < narrow.final_flops_ratio
+    assert wide.final_flops_ratio < 0.6
+    assert any(entry.grown for entry in loop.ledger)
+    assert "taken back" in " ".join(entry.reason for entry in loop.ledger)
+
+
+def test_a_tolerance_needs_the_loss() -> None:
+    """Without an observed loss the first decision says what to call, and the model is whole."""
+    with pytest.raises(LoopError, match=r"loop.observe\(loss=...\)"):
+        train(setpoint.Tolerance(loss=0.1), observe=False)
+
+
+def test_a_loss_that_leaves_its_trend_takes_the_last_cut_back_once() -> None:
+    """In budget mode: a jump after a cut brings its units back, with a warning; then the budget has the last word."""
+    cuts: list[int] = []
+
+    def note(loop: setpoint.Loop, step: int) -> None:
+        if not cuts and loop.ledger and loop.ledger[-1].dropped:
+            cuts.append(step)
+
+    with pytest.warns(UserWarning, match="the cut was taken back at step"):
+        summary, loop, _ = train(
+            setpoint.Budget.fraction(0.5, of="flops"),
+            800,
+            change=note,
+            spoil=lambda step: 3.0 if cuts else 0.0,
+            controller=setpoint.PricedController(setpoint.Reference(warmup=0.2, settle=0.6, num_cuts=8)),
+        )
+    back = [entry for entry in loop.ledger if entry.grown]
+    assert len(back) == 1
+    at = [entry.step for entry in loop.ledger].index(back[0].step)
+    taken = next(entry for entry in reversed(list(loop.ledger)[:at]) if entry.dropped)
+    assert {name: sorted(units) for name, units in taken.dropped.items()} == dict(back[0].grown)
+    assert not back[0].dropped
+    assert summary.landed
+    assert "the cut was taken back" in summary.gave_way
+    assert summary.gave_way.endswith("the budget was met")
+
+
+def test_a_change_of_budget_is_bumpless_and_lands() -> None:
+    """The reference goes on from what a step costs at the change, and the run lands on the new budget."""
+    at_change: list[float] = []
+
+    def change(loop: setpoint.Loop, step: int) -> None:
+        if step == 48:
+            at_change.append(loop.ledger[-1].spent["flops"])
+            loop.budget = setpoint.Budget.fraction(0.25, of="flops")
+
+    summary, loop, _ = train(setpoint.Budget.fraction(0.6, of="flops"), change=change)
+    assert summary.landed
+    assert 0.15 < summary.final_flops_ratio <= 0.25
+    following = [entry.reference["flops"] for entry in loop.ledger if entry.step > 48]
+    # Of the 42 steps that are left of the way down, four are gone at the first decision after the change.
+    share = 4 / 42
+    expected = at_change[0] ** (1 - share) * (0.25 * summary.dense_flops) ** share
+    assert following[0] == pytest.approx(expected, rel=0.02)
+    assert all(later <= earlier * (1 + 1e-9) for earlier, later in zip(following, following[1:], strict=False))
+
+
+def test_a_change_to_another_resource_and_to_a_run() -> None:
+    """Half way down the goal may become parameters, or the whole run."""
+
+    def to_params(loop: setpoint.Loop, step: int) -> None:
+        if step == 50:
+            loop.budget = setpoint.Budget.fraction(0.3, of="params")
+
+    summary, _, _ = train(setpoint.Budget.fraction(0.6, of="flops"), change=to_params)
+    assert summary.landed
+    assert summary.spent["params"] <= summary.limit["params"]
+
+    def to_run(loop: setpoint.Loop, step: int) -> None:
+        if step == 50:
+            loop.budget = setpoint.Budget.fraction(0.6, of="flops", per="run")
+
+    summary, _, _ = train(setpoint.Budget.fraction(0.6, of="flops"), change=to_run)
+    assert summary.landed
+    assert 0.99 <= summary.spent_run["flops"] / summary.limit_run["flops"] <= 1 + 1e-12
+
+
+def test_a_budget_is_frozen_after_the_landing() -> None:
+    """After the landing, without a budget, or out of reach, a new one is refused, and the old one stays."""
+
+    def late(loop: setpoint.Loop, step: int) -> None:
+        if step == 200:
+            with pytest.raises(LoopError, match="the budget is frozen at step 200"):
+                loop.budget = setpoint.Budget.fraction(0.25, of="flops")
+        if step == 40:
+            with pytest.raises(BudgetError, match="cannot be reached"):
+                loop.budget = setpoint.Budget.fraction(0.0001, of="flops")
+            with pytest.raises(BudgetError, match="was not costed out"):
+                loop.budget = setpoint.Budget.fraction(0.5, of="latency")
+            with pytest.raises(ValueError, match="above the 40 steps done"):
+                loop.total_steps = 40
+
+    budget = setpoint.Budget.fraction(0.5, of="flops")
+    summary, loop, _ = train(budget, change=late)
+    assert summary.landed
+    assert loop.budget == budget
+
+    def none(loop: setpoint.Loop, step: int) -> None:
+        if step == 40:
+            with pytest.raises(LoopError, match="Price or a Tolerance"):
+                loop.budget = budget
+
+    train(setpoint.Price(0.01, of="flops"), change=none)
+
+
+def test_another_length_moves_the_decisions() -> None:
+    """A run told in the middle that it is twice as long settles at 30 % of its new length."""
+
+    def longer(loop: setpoint.Loop, step: int) -> None:
+        if step == 40:
+            loop.total_steps = 600
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        summary, loop, _ = train(setpoint.Budget.fraction(0.5, of="flops"), change=longer)
+    assert summary.landed
+    assert summary.total_steps == summary.steps == 600
+    assert loop.ledger[-1].step == 180
+    assert summary.final_flops_ratio <= 0.5
+
+
+def test_an_adaptive_reference_by_name() -> None:
+    """`reference="adaptive"` stays dense until readings agree; with a price, or beside a controller, it is refused."""
+    summary, loop, _ = train(setpoint.Budget.fraction(0.5, of="flops"), reference="adaptive")
+    assert summary.landed
+    assert any("leaves dense" in entry.reason for entry in loop.ledger)
+    with pytest.raises(BudgetError, match="adaptive reference comes down to a budget"):
+        train(setpoint.Price(0.1, of="flops"), reference="adaptive")
+    with pytest.raises(ValueError, match="not both"):
+        train(setpoint.Budget.fraction(0.5, of="flops"), reference="adaptive", controller=setpoint.PricedController())
+    with pytest.raises(ValueError, match="got 'linear'"):
+        train(setpoint.Budget.fraction(0.5, of="flops"), reference="linear")

@@ -1,0 +1,232 @@
+"""Tests of budgets of a whole run: on plants in closed form, and on a small net."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import setpoint
+from controller.plants import after, chain, lognormal, observe, residual
+from setpoint.controller.priced import PricedController
+from setpoint.controller.reference import Reference
+from setpoint.cost.budget import Budget
+from setpoint.cost.cost import ProductCost
+from setpoint.errors import BudgetError, LoopError
+from setpoint.groups.group import Group, widths_of
+from setpoint.loop.run_budget import RunBudget
+from setpoint.loop.target import Target
+from setpoint.sensor.reading import Reading
+
+
+def simulate(
+    groups: tuple[Group, ...],
+    cost: ProductCost,
+    budget: Budget,
+    total_steps: int,
+    *,
+    sensing: float = 0.0,
+    extra: float = 0.0,
+    lengths: dict[int, int] | None = None,
+    seed: int = 0,
+) -> tuple[float, float, int]:
+    """What a run spends, its limit, and when it landed (0: never).
+
+    Args:
+        sensing: share of a step's cost that sensing takes until the landing.
+        extra: share by which steps before the landing come out dearer than predicted, at random.
+        lengths: by step, a new length of the run.
+    """
+    controller = PricedController()
+    target = Target((budget,), {"flops": cost}, widths_of(groups), reference=controller.reference)
+    saliency, state = lognormal(groups, seed=seed), controller.init(groups)
+    rng, spent, landed, again, step = np.random.default_rng(seed), 0.0, 0, 0, 0
+    dense = per_step = cost.total(widths_of(groups))
+    while step < total_steps:
+        step += 1
+        spent += per_step * (1.0 if landed else 1 + sensing + extra * rng.random())
+        total_steps = (lengths or {}).get(step, total_steps)
+        if landed or not (controller.due(step, total_steps) or step == again):
+            continue
+        target.replan(step, total_steps, spent=spent, widths=widths_of(groups))
+        reading = Reading(step, saliency, num_samples=64, calibrated=True)
+        limit = target.limit["flops"]
+        seen = observe(groups, cost, limit=limit, dense=dense, reading=reading, step=step, total_steps=total_steps)
+        following, plan = controller.decide(state, seen, cost, groups)
+        wait = target.wait(plan, seen, spent=spent, sensing=sensing * per_step)
+        if wait:
+            again = step + wait
+            continue
+        state = controller.cut(following, plan.keep)
+        saliency = {name: values[plan.keep[name]] for name, values in saliency.items()}
+        groups, landed = after(groups, plan), step if plan.landed else 0
+        per_step = cost.total(widths_of(groups))
+    return spent, target.runs["flops"].limit(total_steps), landed
+
+
+@given(
+    fraction=st.floats(0.35, 0.95),
+    total_steps=st.integers(60, 800),
+    block=st.sampled_from([1, 4, 16, 32]),
+    sensing=st.sampled_from([0.0, 0.002, 0.01]),
+    extra=st.sampled_from([0.0, 0.05]),
+    seed=st.integers(0, 99),
+)
+@settings(deadline=None, max_examples=25, derandomize=True)
+def test_never_over_and_within_one_percent(
+    fraction: float, total_steps: int, block: int, sensing: float, extra: float, seed: int
+) -> None:
+    """Whatever blocks, overhead and surprises: the run's sum is within 1 % of its budget, and never over it."""
+    groups, cost = chain(64, 96, 128, multiple_of=block) if seed % 2 else residual(64, (128, 96), multiple_of=block)
+    budget = Budget.fraction(fraction, of="flops", per="run")
+    spent, limit, landed = simulate(groups, cost, budget, total_steps, sensing=sensing, extra=extra, seed=seed)
+    assert landed
+    assert spent <= limit * (1 + 1e-12)
+    assert spent >= limit * 0.99 - cost.total(widths_of(groups)), (spent / limit, landed)
+
+
+@given(
+    fraction=st.floats(0.5, 0.9),
+    change=st.integers(10, 200),
+    factor=st.floats(0.7, 2.0),
+    block=st.sampled_from([1, 16]),
+)
+@settings(deadline=None, max_examples=12, derandomize=True)
+def test_a_run_of_another_length_is_replanned(fraction: float, change: int, factor: float, block: int) -> None:
+    """A run that is made longer or shorter before its landing still ends within 1 % of its budget, never over."""
+    groups, cost = chain(64, 96, 128, multiple_of=block)
+    budget = Budget.fraction(fraction, of="flops", per="run")
+    spent, limit, landed = simulate(groups, cost, budget, 1000, lengths={change: round(1000 * factor)})
+    assert landed
+    assert 0.99 * limit <= spent <= limit * (1 + 1e-12)
+
+
+def test_coarse_blocks_wait_instead_of_leaving_budget_unused() -> None:
+    """With blocks of a third of the model, landing at once would leave a tenth of the budget; the wait uses it up."""
+    groups, cost = chain(48, multiple_of=16)
+    budget = Budget.fraction(0.6, of="flops", per="run")
+    spent, limit, landed = simulate(groups, cost, budget, 1000)
+    first_chance = next(s for s in range(300, 1000) if Reference().due(s, 1000))
+    assert landed > first_chance
+    assert 0.998 * limit <= spent <= limit
+
+
+def test_wait_is_exact() -> None:
+    """Waiting one step more than `wait` says would go over the budget, waiting as long as it says does not."""
+    run = RunBudget(Budget.total(1000.0, of="flops", per="run"), Reference(), dense=2.0)
+    for spent, present, after_cut, sensing in ((600.0, 1.5, 0.8, 0.0), (500.0, 2.0, 0.5, 0.01)):
+        wait = run.wait(400, 800, spent=spent, present=present, after=after_cut, sensing=sensing)
+
+        def total(steps: int, state: tuple[float, ...] = (spent, present + sensing, after_cut)) -> float:
+            return state[0] + state[1] * steps + state[2] * (400 - steps)
+
+        assert 0 < wait < 399
+        assert total(wait) <= 1000.0 < total(wait + 1)
+
+
+def test_a_budget_that_is_spent_or_cannot_be_met_is_refused() -> None:
+    """The error says what is spent, or the least that the run can do."""
+    run = RunBudget(Budget.fraction(0.5, of="flops", per="run"), Reference(), dense=1.0)
+    with pytest.raises(BudgetError, match="is spent already"):
+        run.check(1000, step=600, spent=600.0, present=0.5, cheapest=0.1)
+    with pytest.raises(BudgetError, match=r"at least Budget.fraction\(0\.\d+, of='flops', per='run'\)"):
+        run.check(1000, step=0, spent=0.0, present=1.0, cheapest=0.6)
+    run.check(1000, step=0, spent=0.0, present=1.0, cheapest=0.1)
+
+
+def net(seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer, torch.Tensor]:
+    """A small net, its optimizer and a batch."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
+    return model, torch.optim.Adam(model.parameters(), lr=3e-3), torch.randn(32, 8)
+
+
+def train(loop: setpoint.Loop, model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, until: int) -> None:
+    """Train up to a step."""
+    while loop.step < until:
+        loss = (model(x) - torch.tanh(x[:, :4])).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("block", [1, 16])
+@pytest.mark.parametrize("fraction", [0.45, 0.7])
+def test_a_real_run_lands_on_its_budget(block: int, fraction: float) -> None:
+    """On a net, with verification and sensing counted: `spent_run` within 1 % of `limit_run`, never over."""
+    model, optimizer, x = net()
+    groups = [replace(group, multiple_of=block) for group in setpoint.find_groups(model, (x,))]
+    budget = setpoint.Budget.fraction(fraction, of="flops", per="run")
+    loop = setpoint.attach(model, optimizer, budget, example=(x,), total_steps=300, groups=groups)
+    train(loop, model, optimizer, x, 300)
+    summary = loop.finish()
+    assert summary.landed, summary.reason
+    assert summary.limit_run["flops"] == pytest.approx(fraction * 300 * summary.dense_flops)
+    assert 0.99 <= summary.spent_run["flops"] / summary.limit_run["flops"] <= 1 + 1e-12
+    assert summary.spent_run["flops"] == summary.train_flops
+
+
+def test_probes_and_regrowth_are_within_the_budget() -> None:
+    """With units coming back the run still ends within 1 % of its budget, probes included."""
+    model, optimizer, x = net()
+    budget = setpoint.Budget.fraction(0.6, of="flops", per="run")
+    controller = setpoint.PricedController(regrow=True)
+    loop = setpoint.attach(model, optimizer, budget, example=(x,), total_steps=300, controller=controller)
+    train(loop, model, optimizer, x, 300)
+    summary = loop.finish()
+    assert summary.probed_steps > 0
+    assert 0.99 <= summary.spent_run["flops"] / summary.limit_run["flops"] <= 1 + 1e-12
+
+
+def test_a_longer_run_lands_anew() -> None:
+    """A total budget whose run is made longer after the landing is met by one more cut; unreachable lengths are not."""
+    model, optimizer, x = net()
+    flops = 0.6 * 300
+    probe = setpoint.attach(model, optimizer, setpoint.Budget.fraction(1.0, of="flops"), example=(x,), total_steps=300)
+    dense = probe.finish().dense_flops
+    budget = setpoint.Budget.total(flops * dense, of="flops", per="run")
+    loop = setpoint.attach(model, optimizer, budget, example=(x,), total_steps=300)
+    train(loop, model, optimizer, x, 200)
+    assert loop.landed
+    with pytest.raises(BudgetError, match="cannot be met"):
+        loop.total_steps = 100_000
+    assert loop.total_steps == 300
+    loop.total_steps = 400
+    train(loop, model, optimizer, x, 400)
+    summary = loop.finish()
+    assert summary.landed, summary.reason
+    assert 0.99 <= summary.spent_run["flops"] / summary.limit_run["flops"] <= 1 + 1e-12
+
+
+def test_only_flops_of_the_run_alone() -> None:
+    """A run budget of another resource, or beside other budgets, is refused in words."""
+    model, optimizer, x = net()
+    flops = setpoint.Budget.fraction(0.5, of="flops", per="run")
+    with pytest.raises(BudgetError, match="of 'flops' only"):
+        setpoint.attach(
+            model, optimizer, setpoint.Budget.fraction(0.5, of="params", per="run"), example=(x,), total_steps=100
+        )
+    with pytest.raises(BudgetError, match="stands alone"):
+        budgets = [flops, setpoint.Budget.fraction(0.5, of="params")]
+        setpoint.attach(model, optimizer, budgets, example=(x,), total_steps=100)
+    with pytest.raises(BudgetError, match="cannot be met"):
+        low = setpoint.Budget.fraction(0.08, of="flops", per="run")
+        setpoint.attach(model, optimizer, low, example=(x,), total_steps=100)
+
+
+def test_an_early_end_under_budget_but_over_its_way_is_said() -> None:
+    """A run that stops before it has landed is within budget so far, and `landed` is False with the reason."""
+    model, optimizer, x = net()
+    budget = setpoint.Budget.fraction(0.5, of="flops", per="run")
+    loop = setpoint.attach(model, optimizer, budget, example=(x,), total_steps=300)
+    train(loop, model, optimizer, x, 30)
+    summary = loop.finish()
+    assert not summary.landed
+    assert "ended after 30 of 300 steps" in summary.reason
+    with pytest.raises(LoopError):
+        loop.total_steps = 400
