@@ -4,6 +4,7 @@ from setpoint.actuator.regrow import regrow
 from setpoint.actuator.reserve import Reserve
 from setpoint.actuator.shrink import shrink
 from setpoint.checkpoint import load, save
+from setpoint.controller.gates import GatedController
 from setpoint.controller.plan import Controller, Observation, Plan
 from setpoint.controller.priced import PricedController
 from setpoint.cost.budget import Budget
@@ -24,6 +25,7 @@ from setpoint.groups.trace import find_groups
 from setpoint.ledger import Entry, Ledger
 from setpoint.loop import Explanation, Loop, Summary, attach
 from setpoint.sensor.magnitude import MagnitudeSensor
+from setpoint.sensor.random import RandomSensor
 from setpoint.sensor.reading import Reading, Sensor
 from setpoint.sensor.taylor import TaylorSensor
 
@@ -37,6 +39,7 @@ __all__ = [
     "ExampleError",
     "Explanation",
     "ExportError",
+    "GatedController",
     "Group",
     "GroupError",
     "Ledger",
@@ -47,6 +50,7 @@ __all__ = [
     "OptimizerError",
     "Plan",
     "PricedController",
+    "RandomSensor",
     "Reading",
     "Reserve",
     "Sensor",

@@ -9,12 +9,14 @@ from torch import nn
 
 from setpoint.groups.group import Group, Slice
 from setpoint.sensor.magnitude import MagnitudeSensor
+from setpoint.sensor.random import RandomSensor
 from setpoint.sensor.reading import Sensor
 from setpoint.sensor.taylor import TaylorSensor
 
 SENSORS = [
     pytest.param(TaylorSensor(8, window=5), id="taylor"),
     pytest.param(MagnitudeSensor(), id="magnitude"),
+    pytest.param(RandomSensor(), id="random"),
 ]
 rows = pytest.mark.parametrize("sensor", SENSORS)
 

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float64, Int
 from torch import Tensor, nn
 
 from setpoint.actuator.shrink import shrink
-from setpoint.controller.plan import Observation, Plan, regrows
+from setpoint.controller.plan import Learning, Observation, Plan, regrows
 from setpoint.errors import GroupError, LoopError
 from setpoint.groups.group import Group, widths_of
 from setpoint.ledger import Entry, Ledger
@@ -249,6 +249,8 @@ class Loop:
                 )
         self._overdue = plan is None
         if plan is not None:
+            if isinstance(self._parts.controller, Learning):
+                self._account.sensed(self._parts.controller.flops(self._groups))
             origin = self._origin
             regrown, note = self._act(plan, state)
             reason = f"{plan.reason}; {note}" if note else plan.reason

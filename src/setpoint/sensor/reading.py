@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -26,6 +26,8 @@ class Reading:
         num_steps: how many optimizer steps went into the reading.
         skipped_steps: steps that were left out because a gradient was NaN or infinite; counted since
             `init` by a sensor, since the last reading in an `Observation`.
+        slope: by group name, mean of the gate's gradient r over the steps, where the sensor reads it.
+        norm: by group name, L2 norm of the unit's outgoing weights, where the sensor knows it.
     """
 
     step: int
@@ -34,6 +36,8 @@ class Reading:
     calibrated: bool = True
     num_steps: int = 0
     skipped_steps: int = 0
+    slope: Mapping[str, Float64[np.ndarray, " units"]] = field(default_factory=dict)
+    norm: Mapping[str, Float64[np.ndarray, " units"]] = field(default_factory=dict)
 
     def finite(self) -> bool:
         """Whether every value is a finite number; a controller makes no decision on any other."""
