@@ -6,25 +6,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Float64
 from torch import Tensor, nn
 
 from setpoint.groups.group import Group
 from setpoint.sensor.reading import Reading
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RandomState:
-    """How many steps have gone by, and how many readings were cut by."""
+    """Each unit's number, how many steps have gone by, and how often units came back."""
 
+    numbers: Mapping[str, Float64[np.ndarray, " _units"]]
     num_steps: int = 0
-    cuts: int = 0
+    num_grown: int = 0
 
 
 class RandomSensor:
     """Uniform random numbers that rank the units of a group, and say nothing about two groups.
 
-    They come from a generator of their own, drawn anew after each cut; the global random state is left alone.
+    A unit keeps its number. Numbers come from a generator of their own; the global random state is left alone.
 
     Args:
         seed: of the generator.
@@ -42,8 +43,9 @@ class RandomSensor:
         return groups
 
     def init(self, groups: tuple[Group, ...], model: nn.Module) -> RandomState:
-        """A state of no steps."""
-        return RandomState()
+        """A number for each unit."""
+        rng = np.random.default_rng(self.seed)
+        return RandomState({group.name: rng.random(group.num_units) for group in groups})
 
     def update(
         self, state: RandomState, groups: tuple[Group, ...], model: nn.Module, grad_scale: Tensor | None = None
@@ -56,21 +58,26 @@ class RandomSensor:
         return 0.0
 
     def read(self, state: RandomState, groups: tuple[Group, ...], step: int) -> Reading:
-        """Random numbers between 0 and 1, the same for the same state.
+        """The units' numbers, between 0 and 1.
 
         Args:
             state: the state so far.
             groups: the active groups.
             step: optimizer steps done, for the record.
         """
-        rng = np.random.default_rng((self.seed, state.cuts))
-        saliency = {group.name: rng.random(group.num_units) for group in groups}
-        return Reading(step, saliency, num_samples=1, calibrated=False, num_steps=state.num_steps)
+        numbers = {group.name: state.numbers[group.name] for group in groups}
+        return Reading(step, numbers, num_samples=1, calibrated=False, num_steps=state.num_steps)
 
     def cut(self, state: RandomState, keep: Mapping[str, Bool[np.ndarray, " units"]]) -> RandomState:
-        """A state whose numbers are new."""
-        return replace(state, cuts=state.cuts + 1)
+        """The numbers of the kept units."""
+        kept = {name: values[keep[name]] if name in keep else values for name, values in state.numbers.items()}
+        return replace(state, numbers=kept)
 
     def grow(self, state: RandomState, regrown: Mapping[str, Bool[np.ndarray, " units"]]) -> RandomState:
-        """The same state: its numbers are drawn for whatever units there are."""
-        return state
+        """The numbers with new ones for the units that have come back."""
+        rng = np.random.default_rng((self.seed, state.num_grown + 1))
+        numbers = dict(state.numbers)
+        for name, came in regrown.items():
+            numbers[name] = rng.random(len(came))
+            numbers[name][~came] = state.numbers[name]
+        return replace(state, numbers=numbers, num_grown=state.num_grown + 1)
