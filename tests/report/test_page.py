@@ -16,6 +16,10 @@ from setpoint.report.page import render, write_page
 from setpoint.report.results import read_results
 
 SECTIONS = (
+    "What it costs",
+    "Headline goals",
+    "All numbers",
+    "Against its rivals",
     "How training went",
     "How the budget was met",
     "Spent against reference",
@@ -64,7 +68,7 @@ def test_the_page_has_every_section(make_results: Any) -> None:
     assert [section for section in SECTIONS if section not in seen.text] == []
     places = {attrs["id"] for tag, attrs in seen.elements if attrs.get("class") == "plot"}
     assert places == set(specs_of(page))
-    assert len(places) == 2 + 2 * 4 + 1  # loss and accuracy, four figures for each run, seconds
+    assert len(places) == 3 + 2 + 2 * 4 + 1  # three costs, loss and accuracy, four figures for each run, seconds
 
 
 def test_the_page_stands_alone(make_results: Any, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -148,19 +148,24 @@ def method_named(name: str) -> Method:
 
 
 def _with_settings(method: Method, name: str, settings: list[str]) -> Method:
-    """The method under its full name with each `key=number` set."""
-    if not settings:
-        return method
-    fields = dataclasses.fields(method)  # type: ignore[arg-type]
-    known = {each.name for each in fields if isinstance(getattr(method, each.name), float)}
-    values: dict[str, float] = {}
+    """The method under its full name with each `key=number` set, in itself or in what prunes for it."""
+    parts: list[Any] = [method] + ([method.prunes] if isinstance(method, PostTraining) else [])
     for setting in settings:
         key, _, value = setting.partition("=")
-        if key not in known:
-            some = ", ".join(f"@{each}=NUMBER" for each in sorted(known)) or "none"
-            raise BenchError(f"unknown setting {key!r} of {method.name}: it has {some}")
+        places = [place for place, part in enumerate(parts) if key in _numbers(part)]
+        if not places:
+            known = sorted(f"@{each}=NUMBER" for part in parts for each in _numbers(part))
+            raise BenchError(f"unknown setting {key!r} of {method.name}: it has {', '.join(known) or 'none'}")
         try:
-            values[key] = float(value)
+            parts[places[0]] = dataclasses.replace(parts[places[0]], **{key: float(value)})
         except ValueError as error:
             raise BenchError(f"the setting {key!r} of {method.name} is a number, got {value!r}") from error
-    return dataclasses.replace(method, name=name, **values)  # type: ignore[type-var]
+    own = {"name": name, "prunes": parts[1]} if len(parts) > 1 else {"name": name}
+    changed: Method = dataclasses.replace(parts[0], **own)
+    return changed if settings else method
+
+
+def _numbers(part: object) -> set[str]:
+    """Names of the settings that are numbers."""
+    fields = dataclasses.fields(part)  # type: ignore[arg-type]
+    return {each.name for each in fields if isinstance(getattr(part, each.name), float)}
