@@ -6,13 +6,14 @@ A CNN (`cifar10-mini`) and a GPT (`shakespeare-mini`) are trained to 40 % of a r
 are; units are left out one by one (their outgoing weights zeroed) and the training loss is measured over the same
 batches, with batch norm in training mode and in float32. Beside it stand the sensor's predictions from
 
-* "running": the training steps before, as a loop reads them;
+* "running": the training steps before, as a loop reads them (a window of 50 steps), and "latest" (of 10);
 * "still": the gradients of the very batches that the losses are measured on, with the weights at rest;
 
 each with the curvature alone and with the slope, and with B = the examples of a batch, or B = its targets (a text has
 many in one example). Of each group at most `--units` are left out, drawn at random; ranks are over those. Then all
-units are dropped that a controller drops for 10 % of the FLOPs, and the sum of their saliencies is set against the
-loss's real increase.
+units are dropped that a controller drops for 10 % of the FLOPs, and the loss's real increase is set against the sum of
+their saliencies, and against the same quadratic along the gate that all of them share, in which units interact: with
+R the sum of their gate gradients in a batch at rest, `-mean(R) + (B var(R) + mean(R)^2) / 2`.
 """
 
 from __future__ import annotations
@@ -103,6 +104,24 @@ def still_state(task: SimpleTask, model: nn.Module, groups: tuple[Group, ...], b
     return state
 
 
+def together(
+    task: SimpleTask, model: nn.Module, groups: tuple[Group, ...], gone: Units, batches: Batches, num_samples: int
+) -> dict[str, float]:
+    """What the gate that these units share predicts for all of them at once, from the weights at rest."""
+    sensor = setpoint.TaylorSensor(1)
+    start = sensor.init(groups, model)
+    sums = []
+    for inputs, targets in batches:
+        model.zero_grad()
+        torch.autograd.backward(task.loss(model, inputs, targets))
+        slope = sensor.read(sensor.update(start, groups, model), groups, 0).slope
+        sums.append(sum(float(slope[name][units].sum()) for name, units in gone.items()))
+    model.zero_grad()
+    mean, variance = float(np.mean(sums)), float(np.var(sums, ddof=1))
+    curvature = (num_samples * variance + mean**2) / 2
+    return {"shared_gate_curvature": curvature, "shared_gate": curvature - mean}
+
+
 def ranks(predicted: Units, measured: Units, chosen: Units) -> dict[str, Any]:
     """Rank correlations within each group and over all units that were left out."""
     pairs = {name: (predicted[name][units], measured[name]) for name, units in chosen.items()}
@@ -119,7 +138,11 @@ def ranks(predicted: Units, measured: Units, chosen: Units) -> dict[str, Any]:
 
 
 def ten_percent(
-    task: SimpleTask, model: nn.Module, groups: tuple[Group, ...], reading: setpoint.Reading, batches: Batches
+    task: SimpleTask,
+    model: nn.Module,
+    groups: tuple[Group, ...],
+    reading: setpoint.Reading,
+    batches: Batches,
 ) -> dict[str, float]:
     """Predicted and real increase of the loss for the units that a controller drops for a tenth of the FLOPs."""
     found = trace(model, task.example())
@@ -134,7 +157,8 @@ def ten_percent(
         real = mean_loss(task, model, batches) - before
     predicted = sum(float(reading.saliency[name][units].sum()) for name, units in gone.items())
     dropped = sum(map(len, gone.values()))
-    return {"units": dropped, "predicted": predicted, "real": real, "predicted_over_real": predicted / real}
+    told = {"units": dropped, "predicted": predicted, "real": real, "predicted_over_real": predicted / real}
+    return told | together(task, model, groups, gone, batches, reading.num_samples)
 
 
 def calibrate(name: str, seed: int, num_batches: int, most: int) -> dict[str, Any]:
@@ -144,12 +168,12 @@ def calibrate(name: str, seed: int, num_batches: int, most: int) -> dict[str, An
     assert isinstance(task, SimpleTask)
     model = task.build(dense_widths(task))
     groups = tuple(group for group in setpoint.find_groups(model, task.example()) if group.lossless)
-    watcher = setpoint.TaylorSensor(1)
-    state = watcher.init(groups, model)
+    watchers = {"running": setpoint.TaylorSensor(1), "latest": setpoint.TaylorSensor(1, window=10)}
+    states = {name: watcher.init(groups, model) for name, watcher in watchers.items()}
 
     def watch() -> None:
-        nonlocal state
-        state = watcher.update(state, groups, model)
+        for each, watcher in watchers.items():
+            states[each] = watcher.update(states[each], groups, model)
 
     train(task, model, seed, watch)
     exact = replace(task, recipe=replace(task.recipe, mixed=False))
@@ -177,7 +201,7 @@ def calibrate(name: str, seed: int, num_batches: int, most: int) -> dict[str, An
         "raised_the_loss": sum(int((values > 0).sum()) for values in measured.values()),
         "variants": {},
     }
-    states = {"running": state, "still": still_state(exact, model, groups, batches)}
+    states["still"] = still_state(exact, model, groups, batches)
     samples = {"examples": len(inputs), **({"targets": targets.numel()} if targets.numel() > len(inputs) else {})}
     for source, seen in states.items():
         for of, count in samples.items():
@@ -221,7 +245,8 @@ def main() -> None:
             print(
                 f"{name}, {variant}: within {numbers['spearman_within_mean']:.2f} (least "
                 f"{numbers['spearman_within_least']:.2f}), whole {numbers['spearman_whole']:.2f}, 10 % cut predicted / "
-                f"real {cut['predicted_over_real']:.2f}"
+                f"real {cut['predicted_over_real']:.2f} (shared gate {cut['shared_gate'] / cut['real']:.2f}, its curvature "
+                f"{cut['shared_gate_curvature'] / cut['real']:.2f}), real {cut['real']:.4f}"
             )
     print(json.dumps({"out": str(arguments.out), "seconds": result["seconds"]}))
 

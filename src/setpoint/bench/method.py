@@ -128,8 +128,8 @@ METHODS: tuple[Method, ...] = (
 )
 """All methods; `filter-first` and `setpoint-first` cut at the start, as makes sense for a pretrained model.
 
-Each `setpoint-...` is Setpoint with one thing changed: how a cut is split over layers (`uniform`; `magnitude` and `random`
-too, since their readings rank within a layer only), when it is made (`first`, `early`, `late`), what ranks
+Each `setpoint-...` is Setpoint with one thing changed: how a cut is split over layers (`uniform`; `magnitude` and
+`random` too, since their readings rank within a layer only), when it is made (`first`, `early`, `late`), what ranks
 units (`gates`, `magnitude`, `random`), whether units come back (`regrow`).
 """
 

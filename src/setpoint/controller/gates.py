@@ -65,10 +65,10 @@ class GatedController:
 
         dJ/dg = r - curvature * (1 - g) + price * saving.
 
-    This vanishes at `g = 1/2` for a unit whose saliency with slope, `curvature / 2 - r`, is just what it costs. So a gate
-    of one half is a worth equal to the price, and `price * saving * g / (1 - g)` goes into the priced
-    controller's selection in place of the saliency. The price is the one that the priced controller finds
-    on the readings as they are; landing, guards and regrowth are its own.
+    This vanishes at `g = 1/2` for a unit whose saliency with slope, `curvature / 2 - r`, is just what it costs. So a
+    gate of one half is a worth equal to the price, and `price * saving * g / (1 - g)` goes into the priced
+    controller's selection in place of the saliency. The price is the one that the priced controller finds on the
+    readings as they are; landing, guards and regrowth are its own.
 
     The network adds to the logit of a gate that starts at `log(worth / price)`: untrained, it decides as the priced
     controller does. It sees of each unit worth / price, r in standard units, the norm of its outgoing
@@ -170,9 +170,7 @@ class GatedController:
         return GatedState(priced, net), replace(plan, reason=f"{plan.reason}; {closed:.0%} of gates below one half")
 
 
-def _units(
-    state: PricedState, observation: Observation, cost: Cost, groups: tuple[Group, ...], price: float
-) -> _Units:
+def _units(state: PricedState, observation: Observation, cost: Cost, groups: tuple[Group, ...], price: float) -> _Units:
     """Everything that the network learns from, at this price."""
     reading, dense = observation.reading, observation.dense[cost.resource]
     assert reading is not None
@@ -209,7 +207,8 @@ def _units(
 
 def _standard(values: Float64[np.ndarray, " units"]) -> Float64[np.ndarray, " units"]:
     """Values less their mean, in standard deviations; 0 where all are alike."""
-    return (values - values.mean()) / max(float(values.std()), 1e-6)
+    standard: Float64[np.ndarray, " units"] = (values - values.mean()) / max(float(values.std()), 1e-6)
+    return standard
 
 
 def _tensor(values: Float64[np.ndarray, " ..."]) -> Tensor:
