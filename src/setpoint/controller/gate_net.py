@@ -56,8 +56,9 @@ class GateNet:
         return sum(each.numel() for each in self.weights)
 
     def logits(self, features: Float[Tensor, "units features"]) -> Float[Tensor, " units"]:
-        """Logit of each unit's gate, within +-30."""
-        return _logits(self.weights, features)
+        """Logit of each unit's gate, within +-30, in float32 whatever mode the user's training is in."""
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            return _logits(self.weights, features)
 
     def trained(
         self,

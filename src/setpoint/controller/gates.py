@@ -160,8 +160,7 @@ class GatedController:
             return replace(state, priced=priced), plan
         units = _units(state.priced, observation, cost, groups, price)
         net = state.net.trained(units.features, units.slope, units.curvature, self.steps, self.learning_rate)
-        with torch.no_grad():
-            logits = net.logits(units.features)
+        logits = net.logits(units.features)
         odds = np.exp(logits.double().numpy())
         by_group = np.split(units.earns * odds, np.cumsum([group.num_units for group in groups]))[:-1]
         gated = replace(reading, saliency={group.name: values for group, values in zip(groups, by_group, strict=True)})
