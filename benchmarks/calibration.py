@@ -2,12 +2,15 @@
 
     python benchmarks/calibration.py --out results/calibration.json
 
+A task that is measured alone (`--task`) takes its place in the file among the others.
+
 A CNN (`cifar10-mini`) and a GPT (`shakespeare-mini`) are trained to 40 % of a run. There the weights stay as they
 are; units are left out one by one (their outgoing weights zeroed) and the training loss is measured over the same
 batches, with batch norm in training mode and in float32. Beside it stand the sensor's predictions from
 
 * "running": the training steps before, as a loop reads them (a window of 50 steps), and "latest" (of 10);
 * "still": the gradients of the very batches that the losses are measured on, with the weights at rest;
+* "elsewhere": the same of as many other batches, which tells how much of it was particular to those;
 
 each with the curvature alone and with the slope, and with B = the examples of a batch, or B = its targets (a text has
 many in one example). Of each group at most `--units` are left out, drawn at random; ranks are over those. Then all
@@ -166,7 +169,7 @@ def ten_percent(
     return told | together(task, model, groups, gone, batches, reading.num_samples)
 
 
-def calibrate(name: str, seed: int, num_batches: int, most: int) -> dict[str, Any]:
+def calibrate(name: str, seed: int, num_samples: int, most: int) -> dict[str, Any]:
     """Everything about one task."""
     torch.manual_seed(seed)
     task = task_named(name, steps=STEPS[name])
@@ -181,6 +184,7 @@ def calibrate(name: str, seed: int, num_batches: int, most: int) -> dict[str, An
             states[each] = watcher.update(states[each], groups, model)
 
     train(task, model, seed, watch)
+    num_batches = -(-num_samples // task.recipe.batch)
     exact = replace(task, recipe=replace(task.recipe, mixed=False))
     model = copy.deepcopy(model)
     batches = list(islice(exact.batches(seed + 1), num_batches))
@@ -207,6 +211,7 @@ def calibrate(name: str, seed: int, num_batches: int, most: int) -> dict[str, An
         "variants": {},
     }
     states["still"] = still_state(exact, model, groups, batches)
+    states["elsewhere"] = still_state(exact, model, groups, list(islice(exact.batches(seed + 2), num_batches)))
     samples = {"examples": len(inputs), **({"targets": targets.numel()} if targets.numel() > len(inputs) else {})}
     for source, seen in states.items():
         for of, count in samples.items():
@@ -226,22 +231,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("results/calibration.json"))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batches", type=int, default=32, help="batches that losses are measured on")
-    parser.add_argument("--units", type=int, default=32, help="units left out of each group, at most")
+    parser.add_argument("--samples", type=int, default=2048, help="examples that losses are measured on")
+    parser.add_argument("--units", type=int, default=24, help="units left out of each group, at most")
     parser.add_argument("--task", choices=sorted(STEPS), action="append", help="only this task")
     arguments = parser.parse_args()
-    start = time.perf_counter()
-    tasks = {
-        name: calibrate(name, arguments.seed, arguments.batches, arguments.units)
-        for name in arguments.task or sorted(STEPS)
-    }
-    result = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seed": arguments.seed,
-        "environment": environment(task_named("cifar10-mini")),
-        "seconds": time.perf_counter() - start,
-        "tasks": tasks,
-    }
+    tasks = {}
+    for name in arguments.task or sorted(STEPS):
+        start = time.perf_counter()
+        found = calibrate(name, arguments.seed, arguments.samples, arguments.units)
+        tasks[name] = {
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seed": arguments.seed,
+            "environment": environment(task_named(name)),
+            "seconds": time.perf_counter() - start,
+            **found,
+        }
+    before = json.loads(arguments.out.read_text(encoding="utf-8"))["tasks"] if arguments.out.exists() else {}
+    result = {"tasks": {**before, **tasks}}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for name, found in tasks.items():
@@ -254,7 +260,7 @@ def main() -> None:
                 f"10 % cut raises the loss by {cut['real']:.4f}, predicted / real {shares[0]:.2f}, by the shared gate "
                 f"{shares[1]:.2f}, by its curvature {shares[2]:.2f}"
             )
-    print(json.dumps({"out": str(arguments.out), "seconds": result["seconds"]}))
+    print(json.dumps({"out": str(arguments.out), "seconds": {name: found["seconds"] for name, found in tasks.items()}}))
 
 
 if __name__ == "__main__":

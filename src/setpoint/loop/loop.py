@@ -257,7 +257,8 @@ class Loop:
             entry = with_drops(self._entry(reason, plan), plan, reading, origin)
             self._ledger.append(with_returns(entry, plan, probe))
             self._worth = spread(only_kept(plan.worth, plan), regrown)
-            self._reading = replace(reading, saliency=spread(only_kept(reading.saliency, plan), regrown))
+            saliency = spread(only_kept(reading.saliency, plan), regrown)
+            self._reading = replace(reading, saliency=saliency, slope={}, norm={})
             self._plan, self._landed = plan, plan.landed
             if self._landed and self._regrowth is not None:
                 self._regrowth.release()
