@@ -190,6 +190,18 @@ def test_inspect_own_model(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "inspect.json").read_text(encoding="utf-8")) == found
 
 
+def test_inspect_spending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --spending a step is timed: its one group holds seconds and bytes, all of it labelled as modelled."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    file = tmp_path / "model.py"
+    file.write_text(OWN_MODEL, encoding="utf-8")
+    found = answer(invoke("inspect", f"{file}:build", "--spending"))["spending"]
+    assert 0 < found["least_seconds"] <= found["seconds"] < 1
+    assert 0 < found["least_memory_bytes"] < found["memory_bytes"]
+    assert [group["name"] for group in found["groups"]] == ["0"]
+    assert all(text.startswith("modelled") for text in found["sources"].values())
+
+
 def test_inspect_writes_nothing_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without --out no file appears; a dict of inputs will do; a shape beside them is an error."""
     monkeypatch.chdir(tmp_path)

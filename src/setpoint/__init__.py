@@ -12,22 +12,28 @@ from setpoint.cost.cost import Cost
 from setpoint.errors import (
     BudgetError,
     CheckpointError,
+    CostError,
     ExampleError,
     ExportError,
     GroupError,
     LoopError,
     OptimizerError,
     SetpointError,
+    StateSpaceError,
     VerificationError,
 )
 from setpoint.groups.group import Group, SizeBinding, Slice
 from setpoint.groups.trace import find_groups
 from setpoint.ledger import Entry, Ledger
 from setpoint.loop import Explanation, Loop, Summary, attach
+from setpoint.sensor.chain import SensorChain
+from setpoint.sensor.hankel import HankelSensor
 from setpoint.sensor.magnitude import MagnitudeSensor
 from setpoint.sensor.random import RandomSensor
 from setpoint.sensor.reading import Reading, Sensor
+from setpoint.sensor.selective import SelectiveSensor
 from setpoint.sensor.taylor import TaylorSensor
+from setpoint.ssm import StateSpaceLayer
 
 __all__ = [
     "Budget",
@@ -35,6 +41,7 @@ __all__ = [
     "CheckpointError",
     "Controller",
     "Cost",
+    "CostError",
     "Entry",
     "ExampleError",
     "Explanation",
@@ -42,6 +49,7 @@ __all__ = [
     "GatedController",
     "Group",
     "GroupError",
+    "HankelSensor",
     "Ledger",
     "Loop",
     "LoopError",
@@ -53,10 +61,14 @@ __all__ = [
     "RandomSensor",
     "Reading",
     "Reserve",
+    "SelectiveSensor",
     "Sensor",
+    "SensorChain",
     "SetpointError",
     "SizeBinding",
     "Slice",
+    "StateSpaceError",
+    "StateSpaceLayer",
     "Summary",
     "TaylorSensor",
     "VerificationError",

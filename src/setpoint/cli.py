@@ -110,6 +110,9 @@ def inspect(
         str | None, typer.Option("--input", help="Shape of the example, with commas; by default the model's usual.")
     ] = None,
     verify: Annotated[bool, typer.Option(help="Try the cuts on a copy of the model, as attach does.")] = True,
+    spending: Annotated[
+        bool, typer.Option("--spending", help="Also time a training step here: seconds and bytes by group.")
+    ] = False,
     suite: Annotated[
         str | None, typer.Option(help="Check a whole family instead: torchvision, timm, transformers or plain.")
     ] = None,
@@ -126,14 +129,14 @@ def inspect(
         if target is not None:
             if models is not None:
                 raise _misuse(f"--models picks from a suite: leave it out to inspect {target}")
-            _inspect(target, None if input is None else tuple(_numbers(input, "--input", int)), verify, out)
+            _inspect(target, None if input is None else tuple(_numbers(input, "--input", int)), verify, out, spending)
         elif suite is not None:
             if input is not None:
                 raise _misuse("--input is for a single model: a suite has inputs of its own")
             _sweep(suite, None if models is None else _names(models, "--models"), workers, out)
 
 
-def _inspect(target: str, shape: tuple[int, ...] | None, verify: bool, out: Path | None) -> None:
+def _inspect(target: str, shape: tuple[int, ...] | None, verify: bool, out: Path | None, spending: bool) -> None:
     """Inspect one model; print its tree, and write its page if there is a folder for it."""
     from dataclasses import asdict
 
@@ -147,6 +150,12 @@ def _inspect(target: str, shape: tuple[int, ...] | None, verify: bool, out: Path
         print(f"{target} is large: read from its shapes alone, no cut was tried on a copy", file=sys.stderr)
     _console().print(inspection_tree(found))
     answer = _finite(asdict(found))
+    if spending:
+        from setpoint.bench import spending as spent
+
+        told = spent.spending(model, example, [group.name for group in found.groups if not group.kept_whole])
+        _console().print(spent.spending_table(told))
+        answer["spending"] = _finite(asdict(told))
     if out is not None:
         _write_json(out / "inspect.json", answer)
         try:

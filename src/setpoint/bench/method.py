@@ -19,6 +19,7 @@ from setpoint.bench.methods.in_training import Setpoint
 from setpoint.bench.methods.post_training import PostTraining
 from setpoint.bench.methods.scratch import Dense, Small, SmallFound, SmallLong
 from setpoint.bench.methods.sparse import Sparse
+from setpoint.bench.methods.states import Compressm, FewStates, Hankel
 from setpoint.bench.methods.torch_pruning import TorchPruning
 from setpoint.bench.results import Result
 from setpoint.bench.task import BenchError, Task
@@ -134,6 +135,10 @@ units (`gates`, `magnitude`, `random`), whether units come back (`regrow`).
 """
 
 
+STATE_METHODS: tuple[Method, ...] = (Hankel(), Compressm(), FewStates())
+"""Methods for tasks on state-space models."""
+
+
 def method_named(name: str) -> Method:
     """The method of that name, with other settings where the name says so: `rigl@density=0.1`.
 
@@ -141,10 +146,10 @@ def method_named(name: str) -> Method:
         BenchError: there is none, or it has no such setting; the message lists those there are.
     """
     base, *settings = name.split("@")
-    for method in METHODS:
+    for method in (*METHODS, *STATE_METHODS):
         if method.name == base:
             return _with_settings(method, name, settings)
-    raise BenchError(f"unknown method {name!r}: use {', '.join(method.name for method in METHODS)}")
+    raise BenchError(f"unknown method {name!r}: use {', '.join(method.name for method in (*METHODS, *STATE_METHODS))}")
 
 
 def _with_settings(method: Method, name: str, settings: list[str]) -> Method:

@@ -147,7 +147,7 @@ def run(
                 needed = {name: done[each] for name, each in needed_cells(cell).items()}
                 worker = Worker(cell, out, needed, threads, make_task)
                 running[worker.pipe] = worker
-            for pipe in multiprocessing.connection.wait(list(running)):
+            for pipe in multiprocessing.connection.wait(list(running)) if running else ():
                 worker = running[pipe]  # type: ignore[index]
                 message = worker.receive()
                 if isinstance(message, Progress):

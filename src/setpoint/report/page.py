@@ -151,7 +151,19 @@ def run(name: str, label: str, record: Record, history: Sequence[Point], *, hidd
         "Blue: worth next to nothing. Orange: a close call.",
     )
     draft += dynamics_section(name, record, history)
-    return draft + Draft(entries_table(record, main[0] if main else None) + "</div>\n")
+    told = "".join(entries_table(record, resource) for resource in main or (None,))
+    return draft + Draft(f"{group_seconds_table(record)}{told}</div>\n")
+
+
+def group_seconds_table(record: Record) -> str:
+    """Where the time of a step goes, folded away; nothing where seconds were not predicted."""
+    found = decisions.seconds_by_group(record)
+    if not found:
+        return ""
+    dense = record.dense.get("latency")
+    lines = [[escape(name), duration(s), percent(s / dense) if dense else NOTHING] for name, s in found]
+    listing = html_table(("group", "predicted seconds that go with it", "of a dense step"), lines)
+    return f"<details><summary>Where the time of a step goes</summary>{listing}</details>\n"
 
 
 def dynamics_section(name: str, record: Record, history: Sequence[Point]) -> Draft:
@@ -184,14 +196,17 @@ def entries_table(record: Record, resource: str | None) -> str:
     if not record.entries:
         return ""
     unit = decisions.UNITS.get(resource or "", resource or "")
+    read = any(entry.metered for entry in record.entries)
     lines = []
     for entry in record.entries:
         lost = ", ".join(f"{name}: {len(origins)}" for name, origins in entry.dropped.items() if origins)
         back = ", ".join(f"{name}: {len(origins)}" for name, origins in entry.grown.items() if origins)
-        spent, held = (values.get(resource or "") for values in (entry.spent, entry.reference))
-        cells = (f"{entry.step:,}", human(spent, unit), human(held, unit), lost or NOTHING, back or NOTHING)
+        each = (entry.spent, entry.reference, entry.predicted, entry.metered)
+        amounts = [human(values.get(resource or ""), unit) for values in each[: 4 if read else 2]]
+        cells = (f"{entry.step:,}", *amounts, lost or NOTHING, back or NOTHING)
         lines.append([escape(cell) for cell in (*cells, entry.reason)])
-    titles = ("step", "spent", "reference", "dropped", "brought back", "reason")
+    meters = ("predicted before", "measured before") if read else ()
+    titles = ("step", "spent", "reference", *meters, "dropped", "brought back", "reason")
     listing = html_table(titles, lines, classes="entries")
     return f'<details><summary>All decisions</summary><div class="scroll">{listing}</div></details>\n'
 

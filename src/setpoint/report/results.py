@@ -56,6 +56,8 @@ class Record:
         limit: the budget by resource.
         total_steps: optimizer steps of the whole run, None if unknown.
         entries: the decisions, in order.
+        sources: by resource, what it was "modelled" and "measured" by.
+        step_seconds: by group, predicted seconds of a dense step that go with the group.
     """
 
     units: Mapping[str, int]
@@ -64,6 +66,8 @@ class Record:
     limit: Mapping[str, float]
     total_steps: int | None
     entries: tuple[Entry, ...]
+    sources: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    step_seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -347,7 +351,19 @@ def read_record(home: Path | None, name: str, remarks: list[str]) -> Record | No
         limit=quantities(header.get("limit")),
         total_steps=whole(header.get("total_steps")),
         entries=tuple(finite(entry) for entry in ledger),
+        sources=sources(header),
+        step_seconds=quantities(header.get("step_seconds")),
     )
+
+
+def sources(header: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """By resource, what it was modelled and measured by."""
+    found: dict[str, tuple[str, ...]] = {}
+    for kind in ("modelled", "measured"):
+        told = header.get(kind)
+        for resource, text in told.items() if isinstance(told, Mapping) else ():
+            found[str(resource)] = (*found.get(str(resource), ()), str(text))
+    return found
 
 
 def finite(entry: Entry) -> Entry:
@@ -355,6 +371,8 @@ def finite(entry: Entry) -> Entry:
     return replace(
         entry,
         spent=quantities(entry.spent),
+        metered=quantities(entry.metered),
+        predicted=quantities(entry.predicted),
         reference=quantities(entry.reference),
         price=quantities(entry.price),
     )

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float64
 
 from setpoint.groups.group import Group
+from setpoint.ssm import Basis
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +29,8 @@ class Reading:
             `init` by a sensor, since the last reading in an `Observation`.
         slope: by group name, mean of the gate's gradient r over the steps, where the sensor reads it.
         norm: by group name, L2 norm of the unit's outgoing weights, where the sensor knows it.
+        basis: by group name, the balanced coordinates that its units are about; the actuator goes there
+            before it cuts.
     """
 
     step: int
@@ -36,8 +39,9 @@ class Reading:
     calibrated: bool = True
     num_steps: int = 0
     skipped_steps: int = 0
-    slope: Mapping[str, Float64[np.ndarray, " units"]] = field(default_factory=dict)
-    norm: Mapping[str, Float64[np.ndarray, " units"]] = field(default_factory=dict)
+    slope: Mapping[str, Float64[np.ndarray, " _units"]] = field(default_factory=dict)
+    norm: Mapping[str, Float64[np.ndarray, " _units"]] = field(default_factory=dict)
+    basis: Mapping[str, Basis] = field(default_factory=dict)
 
     def finite(self) -> bool:
         """Whether every value is a finite number; a controller makes no decision on any other."""
