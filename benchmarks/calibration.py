@@ -107,19 +107,21 @@ def still_state(task: SimpleTask, model: nn.Module, groups: tuple[Group, ...], b
     return state
 
 
-def together(
-    task: SimpleTask, model: nn.Module, groups: tuple[Group, ...], gone: Units, batches: Batches, num_samples: int
-) -> dict[str, float]:
-    """What the gate that these units share predicts for all of them at once, from the weights at rest."""
+def gate_gradients(task: SimpleTask, model: nn.Module, groups: tuple[Group, ...], batches: Batches) -> list[Units]:
+    """Gate gradients r of all units in each batch, with the weights at rest."""
     sensor = setpoint.TaylorSensor(1)
-    start = sensor.init(groups, model)
-    sums = []
+    start, found = sensor.init(groups, model), []
     for inputs, targets in batches:
         model.zero_grad()
         torch.autograd.backward(task.loss(model, inputs, targets))
-        slope = sensor.read(sensor.update(start, groups, model), groups, 0).slope
-        sums.append(sum(float(slope[name][units].sum()) for name, units in gone.items()))
+        found.append(sensor.read(sensor.update(start, groups, model), groups, 0).slope)
     model.zero_grad()
+    return found
+
+
+def together(gradients: Sequence[Units], gone: Units, num_samples: int) -> dict[str, float]:
+    """What the gate that these units share predicts for all of them at once, from the weights at rest."""
+    sums = [sum(float(slope[name][units].sum()) for name, units in gone.items()) for slope in gradients]
     mean, variance = float(np.mean(sums)), float(np.var(sums, ddof=1))
     curvature = (num_samples * variance + mean**2) / 2
     return {"shared_gate_curvature": curvature, "shared_gate": curvature - mean}
@@ -151,8 +153,20 @@ def ten_percent(
     groups: tuple[Group, ...],
     reading: setpoint.Reading,
     batches: Batches,
+    base: float,
+    gradients: Sequence[Units],
 ) -> dict[str, float]:
-    """Predicted and real increase of the loss for the units that a controller drops for a tenth of the FLOPs."""
+    """Predicted and real increase of the loss for the units that a controller drops for a tenth of the FLOPs.
+
+    Args:
+        task: in float32.
+        model: the model.
+        groups: its groups.
+        reading: what the controller decides on.
+        batches: what the loss is measured on.
+        base: mean loss over them, with all units.
+        gradients: gate gradients in each batch.
+    """
     found = trace(model, task.example())
     cost, widths = flops_cost(found), widths_of(found.groups)
     dense = cost.total(widths)
@@ -160,13 +174,12 @@ def ten_percent(
     controller = setpoint.PricedController()
     plan = controller.decide(controller.init(groups), seen, cost, groups)[1]
     gone = {name: np.flatnonzero(~keep) for name, keep in plan.keep.items()}
-    before = mean_loss(task, model, batches)
     with without(model, groups, gone):
-        real = mean_loss(task, model, batches) - before
+        real = mean_loss(task, model, batches) - base
     predicted = sum(float(reading.saliency[name][units].sum()) for name, units in gone.items())
     dropped = sum(map(len, gone.values()))
     told = {"units": dropped, "predicted": predicted, "real": real, "predicted_over_real": predicted / real}
-    return told | together(task, model, groups, gone, batches, reading.num_samples)
+    return told | together(gradients, gone, reading.num_samples)
 
 
 def calibrate(name: str, seed: int, num_samples: int, most: int) -> dict[str, Any]:
@@ -212,6 +225,7 @@ def calibrate(name: str, seed: int, num_samples: int, most: int) -> dict[str, An
     }
     states["still"] = still_state(exact, model, groups, batches)
     states["elsewhere"] = still_state(exact, model, groups, list(islice(exact.batches(seed + 2), num_batches)))
+    gradients = gate_gradients(exact, model, groups, batches)
     samples = {"examples": len(inputs), **({"targets": targets.numel()} if targets.numel() > len(inputs) else {})}
     for source, seen in states.items():
         for of, count in samples.items():
@@ -221,7 +235,7 @@ def calibrate(name: str, seed: int, num_samples: int, most: int) -> dict[str, An
                 variant = f"{source}, B = {of}{', with slope' if slope else ''}"
                 result["variants"][variant] = {
                     **ranks(reading.saliency, measured, chosen),
-                    "ten_percent": ten_percent(exact, model, groups, reading, batches),
+                    "ten_percent": ten_percent(exact, model, groups, reading, batches, base, gradients),
                 }
     return result
 
