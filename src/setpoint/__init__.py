@@ -5,6 +5,7 @@ from setpoint.actuator.reserve import Reserve
 from setpoint.actuator.shrink import shrink
 from setpoint.checkpoint import load, save
 from setpoint.controller.adaptive import AdaptiveController
+from setpoint.controller.gates import GatedController
 from setpoint.controller.penalty import PenaltyController
 from setpoint.controller.plan import Controller, Observation, Plan
 from setpoint.controller.priced import PricedController
@@ -34,6 +35,7 @@ from setpoint.loop import Explanation, Loop, Summary, attach
 from setpoint.sensor.chain import SensorChain
 from setpoint.sensor.hankel import HankelSensor
 from setpoint.sensor.magnitude import MagnitudeSensor
+from setpoint.sensor.random import RandomSensor
 from setpoint.sensor.reading import Reading, Sensor
 from setpoint.sensor.selective import SelectiveSensor
 from setpoint.sensor.taylor import TaylorSensor
@@ -51,6 +53,7 @@ __all__ = [
     "ExampleError",
     "Explanation",
     "ExportError",
+    "GatedController",
     "Group",
     "GroupError",
     "HankelSensor",
@@ -64,6 +67,7 @@ __all__ = [
     "Plan",
     "Price",
     "PricedController",
+    "RandomSensor",
     "Reading",
     "Reference",
     "Reserve",

@@ -13,6 +13,7 @@ from controller.plants import Decision, chain, lognormal, observe, residual, run
 from setpoint.baselines.group_lasso import ReconfiguringController
 from setpoint.baselines.scheduled import ScheduledController
 from setpoint.controller.adaptive import AdaptiveController
+from setpoint.controller.gates import GatedController
 from setpoint.controller.plan import Controller
 from setpoint.controller.priced import PricedController
 from setpoint.controller.reference import Reference
@@ -60,6 +61,8 @@ CONTROLLERS: dict[str, Controller[Any]] = {
     "priced, unguarded": PricedController(slew=1.0, min_density=0.0, dwell=0, hysteresis=0.0, deadband=0.0),
     "priced, regrowing": PricedController(regrow=True),
     "adaptive": AdaptiveController(),
+    "gated": GatedController(),
+    "gated, regrowing": GatedController(PricedController(regrow=True), steps=2),
 }
 PLANTS: dict[str, Callable[[], Plant]] = {
     "one group": lambda: chain(50),

@@ -11,12 +11,14 @@ from setpoint.groups.group import Group, Slice
 from setpoint.sensor.chain import SensorChain
 from setpoint.sensor.hankel import HankelSensor
 from setpoint.sensor.magnitude import MagnitudeSensor
+from setpoint.sensor.random import RandomSensor
 from setpoint.sensor.reading import Sensor
 from setpoint.sensor.taylor import TaylorSensor
 
 SENSORS = [
     pytest.param(TaylorSensor(8, window=5), id="taylor"),
     pytest.param(MagnitudeSensor(), id="magnitude"),
+    pytest.param(RandomSensor(), id="random"),
     pytest.param(SensorChain(HankelSensor(8), TaylorSensor(8, window=5)), id="chain"),
 ]
 rows = pytest.mark.parametrize("sensor", SENSORS)

@@ -235,13 +235,13 @@ def test_many_blocks_are_quick() -> None:
     """200 groups of 4,096 units are decided in well under a second even with run-time type checks on."""
     groups, cost = chain(*([4096] * 200))
     saliency = lognormal(groups)
-    begin = time.perf_counter()
+    begin = time.process_time()
     selection = _start(groups, cost, saliency)
     target = 0.5 * selection.total
     descend(selection, target)
     add_back(selection, target)
     swap(selection, target, 0.01)
-    seconds = time.perf_counter() - begin
+    seconds = time.process_time() - begin
     assert 0.999 * target < selection.total <= target
     assert seconds < 1.5
 

@@ -26,6 +26,10 @@ SECTIONS = (
     "Price of FLOPs",
     "Width of each group",
     "What was dropped when, and why",
+    "Active units of each group",
+    "Every drop and every return, like a spike train",
+    "How long units rested",
+    "The loss around each event",
     "Where the seconds went",
     "Environment",
 )
@@ -68,7 +72,7 @@ def test_the_page_has_every_section(make_results: Any) -> None:
     assert [section for section in SECTIONS if section not in seen.text] == []
     places = {attrs["id"] for tag, attrs in seen.elements if attrs.get("class") == "plot"}
     assert places == set(specs_of(page))
-    assert len(places) == 3 + 2 + 2 * 4 + 1  # three costs, loss and accuracy, four figures for each run, seconds
+    assert len(places) == 3 + 2 + 2 * 8 + 1  # three costs, loss and accuracy, eight figures for each run, seconds
 
 
 def test_the_page_stands_alone(make_results: Any, tmp_path: Path) -> None:

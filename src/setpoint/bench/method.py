@@ -23,9 +23,11 @@ from setpoint.bench.methods.states import Compressm, FewStates, Hankel
 from setpoint.bench.methods.torch_pruning import TorchPruning
 from setpoint.bench.results import Result
 from setpoint.bench.task import BenchError, Task
+from setpoint.controller.gates import GatedController
 from setpoint.controller.priced import PricedController
 from setpoint.controller.reference import Reference
 from setpoint.sensor.magnitude import MagnitudeSensor
+from setpoint.sensor.random import RandomSensor
 
 __all__ = ["METHODS", "Dense", "Method", "Setpoint", "Small", "method_named"]
 
@@ -95,6 +97,7 @@ _MOLCHANOV = "Molchanov et al., Importance estimation for neural network pruning
 _LYM = "Lym et al., PruneTrain, SC 2019"
 _MOCANU = "Mocanu et al., Scalable training with adaptive sparse connectivity, Nature Communications 9, 2018"
 _EVCI = "Evci et al., Rigging the lottery, ICML 2020"
+_MITTAL = "Mittal et al., Studying the plasticity of networks using random pruning, MVA 30, 2019"
 _LEE = "Lee et al., SNIP: single-shot network pruning based on connection sensitivity, ICLR 2019"
 
 METHODS: tuple[Method, ...] = (
@@ -117,8 +120,19 @@ METHODS: tuple[Method, ...] = (
     Setpoint(),
     Setpoint("setpoint-uniform", PricedController(allocation="uniform")),
     Setpoint("setpoint-first", PricedController(Reference(warmup=0.0, settle=0.02, num_cuts=1))),
+    Setpoint("setpoint-early", PricedController(Reference(warmup=0.02, settle=0.1))),
+    Setpoint("setpoint-late", PricedController(Reference(warmup=0.3, settle=0.6))),
+    Setpoint("setpoint-gates", GatedController()),
+    Setpoint("setpoint-regrow", PricedController(regrow=True)),
+    Setpoint("setpoint-magnitude", sensor=MagnitudeSensor),
+    Setpoint("setpoint-random", sensor=RandomSensor, paper=_MITTAL),
 )
-"""All methods; `filter-first` and `setpoint-first` cut at the start, as makes sense for a pretrained model."""
+"""All methods; `filter-first` and `setpoint-first` cut at the start, as makes sense for a pretrained model.
+
+Each `setpoint-...` is Setpoint with one thing changed: how a cut is split over layers (`uniform`; `magnitude` and
+`random` too, since their readings rank within a layer only), when it is made (`first`, `early`, `late`), what ranks
+units (`gates`, `magnitude`, `random`), whether units come back (`regrow`).
+"""
 
 
 STATE_METHODS: tuple[Method, ...] = (Hankel(), Compressm(), FewStates())

@@ -75,6 +75,7 @@ def weight_flops(model: nn.Module, inputs: tuple[Tensor, ...]) -> WeightFlops:
         model: must return one tensor.
         inputs: positional inputs, at the batch shape to count.
 
+    >>> import torch
     >>> flops = weight_flops(nn.Linear(3, 5), (torch.zeros(7, 3),))
     >>> flops.total, flops.at({"weight": 15}), flops.at({"weight": 3})  # no gradient of the input is needed
     (420, 420.0, 84.0)

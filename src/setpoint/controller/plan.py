@@ -143,6 +143,15 @@ class Regrowing(Protocol[State]):
         ...
 
 
+@runtime_checkable
+class Learning(Protocol):
+    """What a controller has in addition that learns by itself."""
+
+    def flops(self, groups: tuple[Group, ...]) -> float:
+        """FLOPs of one decision at most, so that they can be counted as overhead."""
+        ...
+
+
 def regrows(controller: object) -> bool:
     """Whether a controller brings dropped units back."""
     return isinstance(controller, Regrowing) and controller.regrow

@@ -90,7 +90,7 @@ def attach(
         groups: which groups may be pruned, out of `find_groups(model, example)`; by default all.
         copies: modules with the same tensors to cut alike, such as an EMA copy.
         num_samples: independent samples per optimizer step over ranks and micro-batches; by default
-            the leading dim of the example's first tensor.
+            the leading dim of the example's first tensor. Where the loss is a mean over tokens, their number.
         allow_lossy: also prune groups in which a zeroed unit is not the same as an absent one.
         verify: try every group's cut on copies of the model first, and leave alone those that fail.
         watts: power that a training step draws, for an energy budget where no meter reads it.

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float64, Int
 from torch import Tensor, nn
 
 from setpoint.actuator.balance import balance_and_shrink
-from setpoint.controller.plan import Observation, Plan, regrows
+from setpoint.controller.plan import Learning, Observation, Plan, regrows
 from setpoint.controller.tolerant import TolerantController
 from setpoint.controller.transfer import transfer
 from setpoint.cost.budget import Budget
@@ -301,13 +301,16 @@ class Loop:
                 state, plan = self._planned(self._observation(reading, probe, metered))
         self._overdue = plan is None
         if plan is not None:
+            if isinstance(self._parts.controller, Learning):
+                self._account.sensed(self._parts.controller.flops(self._groups))
             origin, before = self._origin, self.widths
             regrown, note = self._act(plan, state, reading)
             reason = f"{plan.reason}; {note}" if note else plan.reason
             entry = with_drops(self._entry(reason, plan, before), plan, reading, origin)
             self._ledger.append(with_returns(entry, plan, probe))
             self._worth = spread(only_kept(plan.worth, plan), regrown)
-            self._reading = replace(reading, saliency=spread(only_kept(reading.saliency, plan), regrown))
+            saliency = spread(only_kept(reading.saliency, plan), regrown)
+            self._reading = replace(reading, saliency=saliency, slope={}, norm={})
             self._plan, self._landed = plan, plan.landed
             if self._landed and self._regrowth is not None:
                 self._regrowth.release()

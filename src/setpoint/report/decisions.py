@@ -290,7 +290,7 @@ def drops(entry: Entry, record: Record, resource: str | None) -> list[Trace]:
             "hovertemplate": f"<b>%{{customdata[0]}}</b> {verb}{told}<extra></extra>",
             "marker": marker,
         }
-        found.append(with_worth(trace, entry, units, rate, factor, unit) if verb == "dropped" else trace)
+        found.append((with_worth if verb == "dropped" else with_gain)(trace, entry, units, rate, factor, unit))
     return found
 
 
@@ -314,6 +314,20 @@ def with_worth(
     if any(ratio is not None for ratio in ratios):
         trace["marker"] |= {"color": ratios, "coloraxis": "coloraxis"}
     return trace
+
+
+def with_gain(
+    trace: Trace, entry: Entry, units: Sequence[tuple[str, int, int]], rate: float | None, factor: float, unit: str
+) -> Trace:
+    """The markers of units brought back with what their probes promised in their texts."""
+    found = []
+    for told, (name, _, place) in zip(trace["customdata"], units, strict=True):
+        worth, gain = nth(entry.grown_worth, name, place), nth(entry.gain, name, place)
+        promised = "unknown" if worth is None else f"{digits(worth * factor)} loss per {unit}"
+        found.append([*told, promised, "unknown" if gain is None else f"{digits(gain)} loss"])
+    head, _, tail = trace["hovertemplate"].partition("</b> brought back")
+    told = "<br>probed worth %{customdata[1]}<br>probed gain %{customdata[2]}"
+    return trace | {"customdata": found, "hovertemplate": f"{head}</b> brought back{told}{tail}"}
 
 
 def nth(values: Mapping[str, Sequence[float]], name: str, place: int) -> float | None:

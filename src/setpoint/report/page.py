@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-from setpoint.report import decisions
+from setpoint.report import decisions, dynamics
 from setpoint.report.comparison import comparison
 from setpoint.report.draft import Draft, document, html_table, pair, place_of, save
 from setpoint.report.figures import PARTS, curves, plotly_script, seconds_by_part, seconds_figure
 from setpoint.report.numbers import NOTHING, duration, human, percent
-from setpoint.report.results import Cell, Record, Results, read_results
+from setpoint.report.results import Cell, Point, Record, Results, read_results
 from setpoint.report.summary import Row, clock_of, series, summary_rows
 
 MOST_RUNS = 12
@@ -102,7 +102,7 @@ def curve_section(name: str, groups: Mapping[str, Sequence[Cell]]) -> Draft:
 def run_section(name: str, groups: Mapping[str, Sequence[Cell]]) -> Draft:
     """How the budget was met, for each run with a ledger; one run is shown at a time."""
     runs = [
-        (f"{label}, seed {cell.seed}" if cell.seed is not None else label, cell.record)
+        (f"{label}, seed {cell.seed}" if cell.seed is not None else label, cell.record, cell.history)
         for label, cells in groups.items()
         for cell in cells
         if cell.record is not None
@@ -110,17 +110,17 @@ def run_section(name: str, groups: Mapping[str, Sequence[Cell]]) -> Draft:
     if not runs:
         return Draft("")
     shown = runs[:MOST_RUNS]
-    options = "".join(f'<option value="{name}-r{i}">{escape(label)}</option>' for i, (label, _) in enumerate(shown))
+    options = "".join(f'<option value="{name}-r{i}">{escape(label)}</option>' for i, (label, *_) in enumerate(shown))
     picker = f'<label class="choice"><span>run</span><select data-runs="{name}">{options}</select></label>\n'
     draft = Draft("<h3>How the budget was met</h3>\n" + (picker if len(shown) > 1 else ""))
-    for place, (label, record) in enumerate(shown):
-        draft += run(f"{name}-r{place}", label, record, hidden=place > 0)
+    for place, (label, record, history) in enumerate(shown):
+        draft += run(f"{name}-r{place}", label, record, history, hidden=place > 0)
     left = len(runs) - len(shown)
     return draft + Draft(f'<p class="caption">{left} more runs are not shown one by one.</p>\n' if left else "")
 
 
-def run(name: str, label: str, record: Record, *, hidden: bool) -> Draft:
-    """The decisions of one run."""
+def run(name: str, label: str, record: Record, history: Sequence[Point], *, hidden: bool) -> Draft:
+    """The decisions of one run, and its dynamics."""
     told = f'<p class="caption"><b>{escape(label)}</b>: {escape(decisions.ledger_line(record))}</p>\n'
     draft = Draft(f'<div class="run" id="{name}"{" hidden" if hidden else ""}>\n{told}')
     main = decisions.resources(record)
@@ -150,6 +150,7 @@ def run(name: str, label: str, record: Record, *, hidden: bool) -> Draft:
         "Each line is a unit; a marker ends it, and tells its worth, saliency, the price and the reason. "
         "Blue: worth next to nothing. Orange: a close call.",
     )
+    draft += dynamics_section(name, record, history)
     told = "".join(entries_table(record, resource) for resource in main or (None,))
     return draft + Draft(f"{group_seconds_table(record)}{told}</div>\n")
 
@@ -163,6 +164,31 @@ def group_seconds_table(record: Record) -> str:
     lines = [[escape(name), duration(s), percent(s / dense) if dense else NOTHING] for name, s in found]
     listing = html_table(("group", "predicted seconds that go with it", "of a dense step"), lines)
     return f"<details><summary>Where the time of a step goes</summary>{listing}</details>\n"
+
+
+def dynamics_section(name: str, record: Record, history: Sequence[Point]) -> Draft:
+    """What came and went, as spikes, and what each event did to the loss."""
+    draft = place_of(
+        f"{name}-active", dynamics.active(record), "Active units of each group", "At every step, after each decision."
+    )
+    draft += place_of(
+        f"{name}-raster",
+        dynamics.raster(record),
+        "Every drop and every return, like a spike train",
+        f"A row for each unit, a tick for each event; below, their number. {dynamics.dynamics_line(record)}",
+    )
+    draft += place_of(
+        f"{name}-rests",
+        dynamics.reserve_lives(record),
+        "How long units rested",
+        "From the step at which a unit was dropped to its return, or to the end of the run.",
+    )
+    return draft + place_of(
+        f"{name}-around",
+        dynamics.loss_around(record, history),
+        "The loss around each event",
+        "Training loss less its mean before. Orange: units were dropped; blue: units came back, too.",
+    )
 
 
 def entries_table(record: Record, resource: str | None) -> str:

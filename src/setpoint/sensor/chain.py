@@ -103,6 +103,8 @@ class SensorChain:
             calibrated=all(each.calibrated for each in readings),
             num_steps=min((each.num_steps for each in readings), default=0),
             skipped_steps=max((each.skipped_steps for each in readings), default=0),
+            slope={name: values for each in readings for name, values in each.slope.items()},
+            norm={name: values for each in readings for name, values in each.norm.items()},
             basis={name: basis for each in readings for name, basis in each.basis.items()},
         )
 

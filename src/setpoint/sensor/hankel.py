@@ -110,7 +110,7 @@ class HankelSensor:
             if len(share) != group.num_units:
                 raise GroupError(f"layer {name!r} has {len(share)} states, but its group {group.num_units} units")
             saliency[group.name] = float(layers.saliency[group.name][0]) * share
-        return replace(layers, saliency=saliency, basis=basis)
+        return replace(layers, saliency=saliency, basis=basis, slope={}, norm={})
 
     def cut(self, state: HankelState, keep: Mapping[str, Bool[np.ndarray, " units"]]) -> HankelState:
         """The same moments: what a layer is worth is not indexed by state."""

@@ -27,6 +27,8 @@ class Reading:
         num_steps: how many optimizer steps went into the reading.
         skipped_steps: steps that were left out because a gradient was NaN or infinite; counted since
             `init` by a sensor, since the last reading in an `Observation`.
+        slope: by group name, mean of the gate's gradient r over the steps, where the sensor reads it.
+        norm: by group name, L2 norm of the unit's outgoing weights, where the sensor knows it.
         basis: by group name, the balanced coordinates that its units are about; the actuator goes there
             before it cuts.
     """
@@ -37,6 +39,8 @@ class Reading:
     calibrated: bool = True
     num_steps: int = 0
     skipped_steps: int = 0
+    slope: Mapping[str, Float64[np.ndarray, " _units"]] = field(default_factory=dict)
+    norm: Mapping[str, Float64[np.ndarray, " _units"]] = field(default_factory=dict)
     basis: Mapping[str, Basis] = field(default_factory=dict)
 
     def finite(self) -> bool:

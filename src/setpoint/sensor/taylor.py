@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor, nn
 
 from setpoint.errors import GroupError
@@ -250,10 +250,13 @@ class TaylorSensor:
         unbiased = np.where(several, variance, 0.0) / np.where(several, 1.0 - shares, 1.0)
         curvature = self.num_samples * unbiased + mean**2
         saliency = np.maximum(0.0, 0.5 * curvature - (mean if self.first_order else 0.0))
-        by_group = np.split(saliency, np.cumsum(state.num_units))[:-1]
+        places = np.cumsum(state.num_units)[:-1]
+        norms = _weight_norms(state) if state.sources is not None else {}
         return Reading(
             step=step,
-            saliency=dict(zip(state.names, by_group, strict=True)),
+            saliency=dict(zip(state.names, np.split(saliency, places), strict=True)),
+            slope=dict(zip(state.names, np.split(mean, places), strict=True)),
+            norm=norms,
             num_samples=self.num_samples,
             calibrated=True,
             num_steps=round(num_steps),
@@ -352,3 +355,18 @@ def _gate_gradients(state: TaylorState, sources: tuple[tuple[Source, ...], ...])
             total = added if total is None else total + added
         parts.append(state.mean.new_zeros(num_units) if total is None else total)
     return torch.cat(parts) if parts else state.mean
+
+
+@torch.no_grad()
+def _weight_norms(state: TaylorState) -> dict[str, Float64[np.ndarray, " units"]]:
+    """L2 norms of the units' outgoing weights, by group; they come to the host together."""
+    assert state.sources is not None
+    parts = []
+    for num_units, of_group in zip(state.num_units, state.sources.by_group, strict=True):
+        total = state.mean.new_zeros(num_units)
+        for source in of_group:
+            weight = source.sums.select(source.weight)
+            total = total + source.sums.add_up(weight.to(state.mean.dtype).square()).to(state.mean)
+        parts.append(total)
+    norms = torch.cat([state.mean.new_zeros(0), *parts]).sqrt().double().cpu().numpy()
+    return dict(zip(state.names, np.split(norms, np.cumsum(state.num_units)[:-1]), strict=True))

@@ -1,0 +1,214 @@
+"""Learned gates: a small network, trained beside the model, says how open the gate of each unit should be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import final
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float64
+from torch import Tensor
+
+from setpoint.controller.gate_net import GateNet
+from setpoint.controller.plan import Observation, Plan
+from setpoint.controller.priced import PricedController, PricedState
+from setpoint.cost.cost import Cost
+from setpoint.groups.group import Group
+
+_TINY = 1e-30
+_FARTHEST = 10.0
+"""No feature is farther from 0."""
+_FEATURES = 11
+
+
+@dataclass(frozen=True, eq=False)
+class GatedState:
+    """What the controller remembers between decisions.
+
+    Args:
+        priced: memory of the priced controller.
+        net: the gate network and its optimizer's memory.
+    """
+
+    priced: PricedState
+    net: GateNet
+
+
+@dataclass(frozen=True, eq=False)
+class _Units:
+    """All units of all groups, one group after the other, as the network sees them.
+
+    Args:
+        features: what the gate depends on.
+        slope: mean gate gradient / what the unit costs.
+        curvature: second derivative of the loss by the gate / what the unit costs.
+        earns: what the unit costs, price x saving: the saliency at which it just pays.
+    """
+
+    features: Tensor
+    slope: Tensor
+    curvature: Tensor
+    earns: Float64[np.ndarray, " units"]
+
+
+@final
+@dataclass(frozen=True)
+class GatedController:
+    """The priced controller with learned gates in place of the saliency.
+
+    A network of a few thousand weights, shared by all units, maps what is known of a unit to its gate g in (0, 1).
+    It is trained on `J = loss + price * cost` by an optimizer of its own. No gate stands in the forward pass: the
+    sensor's readings of the ordinary backward passes hold the gate's gradient at the open gate, r, and the
+    curvature, twice the saliency, and so
+
+        dJ/dg = r - curvature * (1 - g) + price * saving.
+
+    This vanishes at `g = 1/2` for a unit whose saliency with slope, `curvature / 2 - r`, is just what it costs. So a
+    gate of one half is a worth equal to the price, and `price * saving * g / (1 - g)` goes into the priced
+    controller's selection in place of the saliency. The price is the one that the priced controller finds on the
+    readings as they are; landing, guards and regrowth are its own.
+
+    The network adds to the logit of a gate that starts at `log(worth / price)`: untrained, it decides as the priced
+    controller does. It sees of each unit worth / price, r in standard units, the norm of its outgoing
+    weights within the group, saving, depth, kind, density of its group, age, the run's progress and the price.
+    It learns at decisions that drop something, `steps` steps each, from the means over the sensor's window.
+
+    A reading that is not calibrated holds no loss, and no gate can be learned from it: the plan is the priced
+    controller's.
+
+    Args:
+        priced: finds the price, selects and lands.
+        hidden: units of each of the network's two hidden layers.
+        steps: optimizer steps of the network at a decision.
+        learning_rate: of the network.
+        seed: of its first weights.
+
+    Raises:
+        ValueError: for a setting out of range.
+
+    References:
+        Gates learned on loss and cost: Louizos, Welling, Kingma, "Learning sparse neural networks through L0
+        regularization", ICLR 2018; from features by a shared network: Wang et al., "SkipNet", ECCV 2018.
+
+    >>> GatedController().num_weights
+    2977
+    """
+
+    priced: PricedController = field(default_factory=PricedController)
+    hidden: int = 48
+    steps: int = 16
+    learning_rate: float = 0.01
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("hidden", "steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
+        if not 0 < self.learning_rate < 1:
+            raise ValueError(f"learning_rate must be in (0, 1), got {self.learning_rate!r}")
+
+    @property
+    def num_weights(self) -> int:
+        """Numbers that the network learns."""
+        return GateNet.fresh(_FEATURES, self.hidden, self.seed).num_weights
+
+    @property
+    def regrow(self) -> bool:
+        """Whether dropped units may come back."""
+        return self.priced.regrow
+
+    def init(self, groups: tuple[Group, ...]) -> GatedState:
+        """State before the first decision."""
+        return GatedState(self.priced.init(groups), GateNet.fresh(_FEATURES, self.hidden, self.seed))
+
+    def due(self, step: int, total_steps: int) -> bool:
+        """Whether a decision is to be made after this step."""
+        return self.priced.due(step, total_steps)
+
+    def probe_due(self, step: int, total_steps: int) -> bool:
+        """Whether resting units should be present in the step after this one."""
+        return self.priced.probe_due(step, total_steps)
+
+    def cut(self, state: GatedState, keep: Mapping[str, Bool[np.ndarray, " units"]]) -> GatedState:
+        """State of the kept units; nothing in the network is indexed by unit."""
+        return replace(state, priced=self.priced.cut(state.priced, keep))
+
+    def grow(self, state: GatedState, regrown: Mapping[str, Bool[np.ndarray, " units"]]) -> GatedState:
+        """State with the units that have come back."""
+        return replace(state, priced=self.priced.grow(state.priced, regrown))
+
+    def flops(self, groups: tuple[Group, ...]) -> float:
+        """FLOPs of one decision: forward and backward of each step, and a last forward, for all units."""
+        return (6.0 * self.steps + 2.0) * self.num_weights * sum(group.num_units for group in groups)
+
+    def decide(
+        self, state: GatedState, observation: Observation, cost: Cost, groups: tuple[Group, ...]
+    ) -> tuple[GatedState, Plan]:
+        """The next state and the plan. Pure: same arguments, same answer.
+
+        Args:
+            state: from `init` or the last decision, cut like the groups.
+            observation: what is known at this step.
+            cost: predicts spending; names the resource.
+            groups: the groups that may be cut, as they are now.
+        """
+        priced, plan = self.priced.decide(state.priced, observation, cost, groups)
+        reading, price = observation.reading, plan.price[cost.resource]
+        if plan.empty() or price <= 0 or reading is None or not reading.calibrated or self.priced.allocation != "worth":
+            return replace(state, priced=priced), plan
+        units = _units(state.priced, observation, cost, groups, price)
+        net = state.net.trained(units.features, units.slope, units.curvature, self.steps, self.learning_rate)
+        logits = net.logits(units.features)
+        odds = np.exp(logits.double().numpy())
+        by_group = np.split(units.earns * odds, np.cumsum([group.num_units for group in groups]))[:-1]
+        gated = replace(reading, saliency={group.name: values for group, values in zip(groups, by_group, strict=True)})
+        priced, plan = self.priced.decide(state.priced, replace(observation, reading=gated), cost, groups)
+        closed = float((logits < 0).double().mean())
+        return GatedState(priced, net), replace(plan, reason=f"{plan.reason}; {closed:.0%} of gates below one half")
+
+
+def _units(state: PricedState, observation: Observation, cost: Cost, groups: tuple[Group, ...], price: float) -> _Units:
+    """Everything that the network learns from, at this price."""
+    reading, dense = observation.reading, observation.dense[cost.resource]
+    assert reading is not None
+    saliency_sum = sum(float(values.sum()) for values in reading.saliency.values())
+    dearness = np.log((price * dense + _TINY) / (saliency_sum + _TINY))
+    rows: list[Float64[np.ndarray, "units features"]] = []
+    slopes, curvatures, costs = [], [], []
+    for place, group in enumerate(groups):
+        width, block = group.num_units, min(group.multiple_of, group.num_units)
+        saving = max(cost.saving(observation.widths, group.name, block) / block, _TINY * dense)
+        saliency, earns = reading.saliency[group.name], price * saving
+        slope = reading.slope.get(group.name, np.zeros(width))
+        columns = (
+            np.log((saliency + _TINY * earns) / earns),
+            slope / np.sqrt(2.0 * saliency + _TINY),
+            _standard(np.log(reading.norm.get(group.name, np.ones(width)) + _TINY)),
+            np.log(saving * width / dense + _TINY),
+            place / max(1, len(groups) - 1),
+            float(group.what == "channel"),
+            float(group.what == "head"),
+            width / state.dense[group.name],
+            state.age[group.name] / max(1, state.age[group.name].max(initial=0)),
+            observation.step / observation.total_steps,
+            dearness,
+        )
+        rows.append(np.stack(np.broadcast_arrays(np.zeros(width), *columns)[1:], axis=1))
+        slopes.append(slope / earns)
+        curvatures.append(2.0 * saliency / earns)
+        costs.append(np.full(width, earns))
+    features = np.clip(np.concatenate(rows), -_FARTHEST, _FARTHEST)
+    slope, curvature = np.concatenate(slopes), np.concatenate(curvatures)
+    return _Units(_tensor(features), _tensor(slope), _tensor(curvature), np.concatenate(costs))
+
+
+def _standard(values: Float64[np.ndarray, " units"]) -> Float64[np.ndarray, " units"]:
+    """Values less their mean, in standard deviations; 0 where all are alike."""
+    standard: Float64[np.ndarray, " units"] = (values - values.mean()) / max(float(values.std()), 1e-6)
+    return standard
+
+
+def _tensor(values: Float64[np.ndarray, " ..."]) -> Tensor:
+    return torch.from_numpy(np.clip(values, -1e6, 1e6).astype(np.float32))
