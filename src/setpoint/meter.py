@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import deque
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 
 import torch
@@ -91,3 +92,12 @@ class StepMeter:
     def seconds_per_step(self) -> float | None:
         """Median of the recent intervals in seconds, or None before the first."""
         return statistics.median(self._intervals) if self._intervals else None
+
+    def state_dict(self) -> dict[str, list[float]]:
+        """The recent intervals."""
+        return {"intervals": list(self._intervals)}
+
+    def load_state_dict(self, state: Mapping[str, Sequence[float]]) -> None:
+        """Go on with these recent intervals; the step under way is no reading."""
+        self.clear()
+        self._intervals.extend(map(float, state["intervals"]))

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import Any
 from weakref import WeakSet
@@ -34,6 +35,7 @@ from setpoint.loop.record import (
     with_returns,
 )
 from setpoint.loop.regrowth import Regrowth
+from setpoint.loop.state import check_loading, resume, state_of
 from setpoint.loop.stride import sensed_every
 from setpoint.loop.summary import Summary, break_even_step
 from setpoint.sensor.probe import Probe
@@ -78,7 +80,7 @@ class Loop:
         self._worth: dict[str, Float64[np.ndarray, " units"]] = {}
         self._summary: Summary | None = None
         self._regrowth = Regrowth(parts, account) if regrows(parts.controller) else None
-        self._hooks = StepHooks(parts.optimizers, self._before_step, self._after_step)
+        self._hooks = StepHooks(parts.optimizers, self._before_step, self._after_step, partial(check_loading, parts))
         ATTACHED.add(parts.model)
         account.steps.begin()
 
@@ -169,6 +171,32 @@ class Loop:
         plan, price = self._plan, self.price if self._plan else math.nan
         step, reason = (plan.step, plan.reason) if plan else (None, "")
         return Explanation(group, origin, what[group], True, step, saliency, worth, price, reason, returned, gain)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the loop remembers, for `load_state_dict`; model and optimizers are saved beside it.
+
+        It holds tensors, numbers and strings only, so that `torch.load(..., weights_only=True)` reads it.
+
+        Raises:
+            CheckpointError: when a sensor or controller of your own keeps what cannot be stored.
+            LoopError: in the middle of a step.
+        """
+        return state_of(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a state: shrink the dense model and its optimizers as they were, and go on from there.
+
+        Load it before the states of the model, its copies and the optimizers, which then have the right
+        shapes. Everything is checked before anything is changed.
+
+        Args:
+            state: from `state_dict`, of a loop that was attached with the same arguments.
+
+        Raises:
+            CheckpointError: when it is of another model, budget or length of run, or no such state.
+            LoopError: when this loop has made a step already.
+        """
+        resume(self, state)
 
     # How it ends.
 

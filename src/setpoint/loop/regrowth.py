@@ -6,8 +6,10 @@ import warnings
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float64, Int
 from torch import Tensor
 
@@ -19,6 +21,7 @@ from setpoint.controller.plan import Plan, Regrowing
 from setpoint.groups.group import Group, widths_of
 from setpoint.loop.accounting import Account
 from setpoint.loop.parts import Parts
+from setpoint.loop.plain import plain, restored
 from setpoint.sensor.probe import Probe
 
 _PROBE_SHARE = 0.01
@@ -56,6 +59,37 @@ class Regrowth:
         """By group, the index that each active unit has in the dense model."""
         return {name: np.flatnonzero(units) for name, units in self.reserve.active.items()}
 
+    # What is remembered.
+
+    @property
+    def within_step(self) -> bool:
+        """Whether a probed step has begun and not ended."""
+        return self._probing is not None and self._probing.num_forwards > 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything in plain tensors and numbers."""
+        return {
+            "reserve": self.reserve.state_dict(),
+            "decisions": self._decisions,
+            "probing": self._probing is not None,
+            "recent": plain(self._recent, "recent gains"),
+            "easing": None if self._easing is None else self._easing.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], reserve: Reserve) -> None:
+        """Go on where `state_dict` was taken; the model has been cut to the same widths.
+
+        Args:
+            state: from `state_dict`.
+            reserve: the one in it.
+        """
+        self.reserve, self._decisions = reserve, int(state["decisions"])
+        self._recent.extend(restored(each, {}, "recent gains", torch.device("cpu")) for each in state["recent"])
+        if state["easing"] is not None:
+            self._easing = Easing.resumed(self._model, self._copies, state["easing"])
+        if state["probing"]:
+            self._start_probe(self._resting_lossless())
+
     # Probing.
 
     def begin_probe(self, step: int) -> None:
@@ -63,11 +97,16 @@ class Regrowth:
         controller = self._parts.controller
         if not isinstance(controller, Regrowing) or not controller.probe_due(step, self._parts.total_steps):
             return
-        units = {name: origins for name, origins in self.reserve.origins().items() if name in self._lossless}
+        units = self._resting_lossless()
         account, extra = self._account, self._extra(units)
-        if not units or account.probing_flops + extra > _PROBE_SHARE * account.train_flops:
-            return
-        with account.probing:
+        if units and account.probing_flops + extra <= _PROBE_SHARE * account.train_flops:
+            self._start_probe(units)
+
+    def _resting_lossless(self) -> dict[str, Int[np.ndarray, " _units"]]:
+        return {name: origins for name, origins in self.reserve.origins().items() if name in self._lossless}
+
+    def _start_probe(self, units: dict[str, Int[np.ndarray, " _units"]]) -> None:
+        with self._account.probing:
             self._probing, self._probed = Probing(self._model, self.reserve, units), units
             self._probing.start()
 
