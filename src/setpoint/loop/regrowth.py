@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from setpoint.actuator.probing import Probing
 from setpoint.actuator.regrow import Grow, regrow, with_units
 from setpoint.actuator.reserve import Reserve
 from setpoint.controller.plan import Plan, Regrowing
+from setpoint.errors import GroupError
 from setpoint.groups.group import Group, widths_of
 from setpoint.loop.accounting import Account
 from setpoint.loop.parts import Parts
@@ -76,6 +77,28 @@ class Regrowth:
             "easing": None if self._easing is None else self._easing.state_dict(),
         }
 
+    def check(self, state: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> None:
+        """Check that a state fits, all but its reserve, before anything is changed.
+
+        Args:
+            state: from `state_dict`.
+            shapes: of the model's tensors then.
+
+        Raises:
+            GroupError: when it does not.
+        """
+        units = {name: len(active) for name, active in self.reserve.active.items()}
+        for gains in self._gains_of(state):
+            for name, values in gains.items():
+                if values.shape != (units.get(name),):
+                    raise GroupError(f"recent gains of {name!r} are not one per unit")
+        Easing.check(state["easing"], shapes, len(self._copies))
+        int(state["decisions"]), bool(state["probing"])
+
+    @staticmethod
+    def _gains_of(state: Mapping[str, Any]) -> list[dict[str, Float64[np.ndarray, " _units"]]]:
+        return [restored(each, {}, "recent gains", torch.device("cpu")) for each in state["recent"]]
+
     def load_state_dict(self, state: Mapping[str, Any], reserve: Reserve) -> None:
         """Go on where `state_dict` was taken; the model has been cut to the same widths.
 
@@ -84,7 +107,7 @@ class Regrowth:
             reserve: the one in it.
         """
         self.reserve, self._decisions = reserve, int(state["decisions"])
-        self._recent.extend(restored(each, {}, "recent gains", torch.device("cpu")) for each in state["recent"])
+        self._recent.extend(self._gains_of(state))
         if state["easing"] is not None:
             self._easing = Easing.resumed(self._model, self._copies, state["easing"])
         if state["probing"]:

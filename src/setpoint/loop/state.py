@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from setpoint.actuator.cut import cut_groups, plan_cut
-from setpoint.actuator.easing import Easing
 from setpoint.actuator.optimizer_state import check_state
 from setpoint.actuator.reserve import Reserve
 from setpoint.actuator.shrink import named_tensors, shrink
@@ -138,7 +138,8 @@ class _Resumed:
             self._reserve = loop._regrowth.reserve.resumed(state["regrowth"]["reserve"])
             if any((self._reserve.active[name] != kept).any() for name, kept in self._keep.items()):
                 raise CheckpointError("the reserve and the loop disagree about which units are active")
-            Easing.check(state["regrowth"]["easing"], state["shapes"], len(parts.copies))
+            loop._regrowth.check(state["regrowth"], state["shapes"])
+        copy.deepcopy(loop._account).load_state_dict(state["account"])  # a trial
 
     def take_over(self) -> None:
         """Shrink the model and set everything."""
