@@ -1,4 +1,4 @@
-# make demo | coverage-suites | test | check: each builds .venv by itself, and again only when pyproject.toml has changed.
+# make demo | bench-quick | coverage-suites | test | check: each builds .venv by itself, and again only when pyproject.toml has changed.
 #
 # PYTHON=python3.12 picks the interpreter (3.11 or newer). PYTEST="-k twin" passes options to pytest.
 
@@ -7,14 +7,18 @@ PYTEST ?=
 OUT ?= runs/demo
 SUITES ?= plain torchvision timm transformers
 WORKERS ?= 2
+QUICK ?= runs/quick
+QUICK_METHODS ?= dense,small,small-long,cubic,setpoint,gmp,torch-pruning-taylor
 
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo coverage-suites test check clean
+.PHONY: help demo bench-quick coverage-suites test check clean
 
 help:
 	@echo "make demo    train a small CNN to half of its FLOPs and write $(OUT)/report.html"
+	@echo "make bench-quick"
+	@echo "             a reduced comparison on three tasks into $(QUICK), under 25 minutes on 2 cores"
 	@echo "make coverage-suites"
 	@echo "             cut every model of $(SUITES) into results/coverage, WORKERS=$(WORKERS) at a time"
 	@echo "make test    run the tests, the doctests and the blocks of the README"
@@ -23,6 +27,13 @@ help:
 
 demo: $(READY)
 	$(BIN)/setpoint demo --out $(OUT)
+
+# Accuracy first, two runs at a time; then seconds, with nothing beside them. What is done already is not done again.
+bench-quick: $(READY)
+	for task in digits cifar10-mini shakespeare-mini; do \
+		quick="$(BIN)/setpoint bench --task $$task --methods $(QUICK_METHODS) --out $(QUICK)/$$task"; \
+		$$quick --workers $(WORKERS) && $$quick --timing && $(BIN)/setpoint report $(QUICK)/$$task || exit 1; \
+	done
 
 coverage-suites: $(READY)
 	for suite in $(SUITES); do \

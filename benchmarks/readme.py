@@ -3,7 +3,8 @@
     python benchmarks/readme.py            rewrite what stands between the markers
     python benchmarks/readme.py --check    fail if a page does not show what the result files say
 
-A marker is `<!-- results:NAME -->` ... `<!-- end -->`; NAME is a folder of results/, `overhead`, or `coverage`.
+A marker is `<!-- results:NAME -->` ... `<!-- end -->`; NAME is a folder of results/, `tasks` for all folders,
+`goals`, `overhead`, `suites`, `discovery` or `coverage`.
 """
 
 from __future__ import annotations
@@ -14,75 +15,60 @@ import re
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from setpoint.report.goals import GOALS, Goal, goals
+from setpoint.report.markdown import task_text
 from setpoint.report.numbers import duration, human
 from setpoint.report.picture import write_picture
 from setpoint.report.results import read_results
-from setpoint.report.summary import HEADINGS, row_texts, summary_rows
+from setpoint.report.summary import summary_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "coverage.md")
 MARKER = re.compile(r"(<!-- results:(?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-COLUMNS = ("method", "metric", "FLOPs / step", "parameters", "training FLOPs", "training time", "overhead", "landed")
 
 
-def methods_table(folder: Path) -> str:
-    """Table of a results folder, with the lines that say what it was measured on."""
+def methods_table(folder: Path, *, judged: bool = False) -> str:
+    """Tables of a results folder with what they were measured on, and with the headline goals if it is to be judged."""
     results = read_results(folder)
-    (task,) = {cell.task for cell in results.cells}
-    rows = [dict(zip(_distinct(HEADINGS), row_texts(row), strict=True)) for row in summary_rows(results)]
-    lines = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
-    for row in rows:
-        shown = dict(row)
-        for column in ("FLOPs / step", "parameters", "training FLOPs", "training time"):
-            shown[column] = f"{row[column]} ({row[f'of dense {column}']})"
-        shown["metric"] = row["metric"] if row["method"] == "dense" else f"{row['metric']} ({row['to dense']})"
-        lines.append(f"| {' | '.join(shown[column] for column in COLUMNS)} |")
-    lines_of = (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()
-    last = {(cell["method"], cell["budget"], cell["seed"]): cell for cell in map(json.loads, lines_of)}
-    raw = list(last.values())  # a run that was repeated counts once
-    assert len({json.dumps(cell["environment"]) for cell in raw}) == 1, f"{folder}: runs of several environments"
-    seeds = sorted({cell["seed"] for cell in raw})
-    about = raw[0]["environment"]
-    lines += [
-        "",
-        f"Task `{task}`, {max(cell['steps'] for cell in raw)} steps, seed{'s' * (len(seeds) > 1)} "
-        f"{', '.join(map(str, seeds))}, budget "
-        f"{next(cell['budget'] for cell in raw if cell['budget'])} of the dense FLOPs per step; "
-        f"{about['cpu']}, {_threads(about)}, {about['dtype']}, torch {about['torch']}, "
-        f"{raw[-1]['date'][:10]}. {_saved(raw)}In brackets: against dense.",
-    ]
+    rows = summary_rows(results)
+    for task in results.tasks():
+        for threads in {cell.environment.get("threads") for cell in results.of(task)} - {None}:
+            alike = [cell for cell in results.of(task) if cell.environment.get("threads") == threads]
+            assert len({json.dumps(cell.environment) for cell in alike}) == 1, f"{folder}: runs of several environments"
+    return "\n\n".join(
+        task_text(results.of(task), [row for row in rows if row.task == task], judged=judged)
+        for task in results.tasks()
+    )
+
+
+def goals_table() -> str:
+    """The headline goals on every task that has been measured, task by task."""
+    found: dict[str, dict[str, Goal]] = {}
+    for folder in sorted(path.parent for path in RESULTS.glob("*/results.jsonl")):
+        results = read_results(folder)
+        rows = summary_rows(results)
+        for task in results.tasks():
+            mine = [row for row in rows if row.task == task]
+            found[task] = {goal.letter: goal for goal in goals(results.of(task), mine)}
+    lines = [f"| goal | {' | '.join(found)} |", f"|---|{'---|' * len(found)}"]
+    for letter, text, _ in GOALS:
+        lines.append(f"| ({letter}) {text} | {' | '.join(each[letter].verdict for each in found.values())} |")
     return "\n".join(lines)
+
+
+def task_sections() -> str:
+    """A section for every results folder, with its tables."""
+    folders = sorted(path.parent for path in RESULTS.glob("*/results.jsonl"))
+    return "\n\n".join(f"## `{folder.name}`\n\n{methods_table(folder, judged=True)}" for folder in folders)
 
 
 def _threads(environment: dict[str, object]) -> str:
     return f"{environment['threads']} thread{'s' * (environment['threads'] != 1)}"
-
-
-def _saved(raw: list[dict[str, object]]) -> str:
-    """Seconds saved per FLOPs saved by Setpoint, as shares of dense, when all ran with the same seeds."""
-
-    def total(method: str, key: str) -> float:
-        return sum(float(cell[key]) for cell in raw if cell["method"] == method)  # type: ignore[arg-type]
-
-    def seeds(method: str) -> set[object]:
-        return {cell["seed"] for cell in raw if cell["method"] == method}
-
-    if not seeds("dense") or seeds("dense") != seeds("setpoint"):
-        return ""
-    dense = total("dense", "seconds"), total("dense", "train_flops")
-    seconds = 1 - total("setpoint", "seconds") / dense[0]
-    flops = 1 - total("setpoint", "train_flops") / dense[1]
-    return f"Share of seconds saved / share of FLOPs saved over the whole run: {seconds / flops:.2f}. "
-
-
-def _distinct(headings: tuple[str, ...]) -> list[str]:
-    """Headings in which each "of dense" names its column."""
-    return [f"of dense {headings[i - 1]}" if text == "of dense" else text for i, text in enumerate(headings)]
 
 
 def overhead_table() -> str:
@@ -236,14 +222,15 @@ def filled(text: str) -> str:
 
     def fill(match: re.Match[str]) -> str:
         name = match["name"]
-        if name == "suites":
-            table = suites_table(RESULTS / "coverage")
-        elif name == "discovery":
-            table = discovery_table(RESULTS / "discovery.json")
-        elif name == "coverage":
-            table = coverage_table(RESULTS / "coverage" / "torch_pruning.json")
-        else:
-            table = overhead_table() if name == "overhead" else methods_table(RESULTS / name)
+        made: dict[str, Callable[[], str]] = {
+            "suites": lambda: suites_table(RESULTS / "coverage"),
+            "discovery": lambda: discovery_table(RESULTS / "discovery.json"),
+            "coverage": lambda: coverage_table(RESULTS / "coverage" / "torch_pruning.json"),
+            "overhead": overhead_table,
+            "goals": goals_table,
+            "tasks": task_sections,
+        }
+        table = made[name]() if name in made else methods_table(RESULTS / name)
         return f"{match[1]}{table}\n{match[3]}"
 
     return MARKER.sub(fill, text)

@@ -66,9 +66,9 @@ class Branching(nn.Module):
     [
         (setpoint.Budget.fraction(0.001, of="flops"), "cannot be reached.*still needs .*Ask for at least"),
         (setpoint.Budget.total(3, of="params"), "cannot be reached.*params"),
-        (setpoint.Budget.fraction(0.5, of="memory"), "'memory' is not available.*of='flops'"),
-        (setpoint.Budget.fraction(0.5, of="latency"), "'latency' is not available"),
-        (setpoint.Budget.fraction(0.5, of="energy"), "'energy' is not available"),
+        (setpoint.Budget.fraction(0.01, of="memory"), "cannot be reached.*bytes.*Ask for at least"),
+        (setpoint.Budget.total(1e-9, of="latency"), r"cannot be reached.* s \(.*Ask for at least"),
+        (setpoint.Budget.total(60, of="latency"), r"latency is in seconds.*milliseconds.*Budget\.total\(0\.06"),
         (setpoint.Budget.fraction(0.5, of="flops", per="run"), "per='run' is not available.*per='step'"),
     ],
 )

@@ -88,7 +88,7 @@ def test_bench_over_seeds_and_report(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (("bench", "--task", "imagenet"), "digits, mnist, cifar10-mini, cifar10"),
-        (("bench", "--task", "digits", "--methods", "dense,magic"), "dense, small, setpoint"),
+        (("bench", "--task", "digits", "--methods", "dense,magic"), "dense, small, small-long"),
         (("bench", "--task", "digits", "--methods", ","), "--methods is empty"),
         (("bench", "--task", "digits", "--budgets", "half"), "--budgets takes numbers"),
         (("bench", "--task", "digits", "--seeds", "0.5"), "--seeds takes whole numbers"),
@@ -127,11 +127,29 @@ def test_errors_are_one_line(arguments: tuple[str, ...], message: str, tmp_path:
     assert result.stdout == ""
 
 
+def test_out_is_a_file(tmp_path: Path) -> None:
+    """A file where the results folder should be is an error of `bench` and of `report`."""
+    file = tmp_path / "results"
+    file.write_text("mine", encoding="utf-8")
+    for arguments in (("bench", "--task", "digits"), ("report", str(tmp_path))):
+        result = invoke(*arguments, "--out", file)
+        assert result.exit_code == 2
+        assert "is a file: name a folder" in result.stderr
+    assert file.read_text(encoding="utf-8") == "mine"
+
+
+def test_timing_of_nothing(tmp_path: Path) -> None:
+    """Timing needs finished runs, and says how to get them."""
+    result = invoke("bench", "--task", "digits", "--methods", "dense", "--timing", "--out", tmp_path)
+    assert result.exit_code == 2
+    assert "holds none of these runs: run them first" in result.stderr
+
+
 def test_missing_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Without scikit-learn the demo says which extra to install."""
     from setpoint.bench import digits
 
-    digits._splits.cache_clear()
+    digits.splits.cache_clear()
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     result = invoke("demo", "--out", tmp_path)
     assert result.exit_code == 2
@@ -144,7 +162,7 @@ def test_interrupt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("setpoint.bench.runner.run", interrupt)
+    monkeypatch.setattr("setpoint.bench.interleaved.run_interleaved", interrupt)
     result = invoke("demo", "--out", tmp_path)
     assert result.exit_code == 130
     assert "finished runs are kept" in result.stderr
@@ -170,6 +188,18 @@ def test_inspect_own_model(tmp_path: Path) -> None:
     assert "2.weight" in result.stdout
     assert "fewest parameters" in (tmp_path / "out" / "inspect.html").read_text(encoding="utf-8")
     assert json.loads((tmp_path / "out" / "inspect.json").read_text(encoding="utf-8")) == found
+
+
+def test_inspect_spending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --spending a step is timed: its one group holds seconds and bytes, all of it labelled as modelled."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    file = tmp_path / "model.py"
+    file.write_text(OWN_MODEL, encoding="utf-8")
+    found = answer(invoke("inspect", f"{file}:build", "--spending"))["spending"]
+    assert 0 < found["least_seconds"] <= found["seconds"] < 1
+    assert 0 < found["least_memory_bytes"] < found["memory_bytes"]
+    assert [group["name"] for group in found["groups"]] == ["0"]
+    assert all(text.startswith("modelled") for text in found["sources"].values())
 
 
 def test_inspect_writes_nothing_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

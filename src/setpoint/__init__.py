@@ -11,21 +11,27 @@ from setpoint.cost.cost import Cost
 from setpoint.errors import (
     BudgetError,
     CheckpointError,
+    CostError,
     ExampleError,
     ExportError,
     GroupError,
     LoopError,
     OptimizerError,
     SetpointError,
+    StateSpaceError,
     VerificationError,
 )
 from setpoint.groups.group import Group, SizeBinding, Slice
 from setpoint.groups.trace import find_groups
 from setpoint.ledger import Entry, Ledger
 from setpoint.loop import Explanation, Loop, Summary, attach, load_run, save_run
+from setpoint.sensor.chain import SensorChain
+from setpoint.sensor.hankel import HankelSensor
 from setpoint.sensor.magnitude import MagnitudeSensor
 from setpoint.sensor.reading import Reading, Sensor
+from setpoint.sensor.selective import SelectiveSensor
 from setpoint.sensor.taylor import TaylorSensor
+from setpoint.ssm import StateSpaceLayer
 
 __all__ = [
     "Budget",
@@ -33,12 +39,14 @@ __all__ = [
     "CheckpointError",
     "Controller",
     "Cost",
+    "CostError",
     "Entry",
     "ExampleError",
     "Explanation",
     "ExportError",
     "Group",
     "GroupError",
+    "HankelSensor",
     "Ledger",
     "Loop",
     "LoopError",
@@ -49,10 +57,14 @@ __all__ = [
     "PricedController",
     "Reading",
     "Reserve",
+    "SelectiveSensor",
     "Sensor",
+    "SensorChain",
     "SetpointError",
     "SizeBinding",
     "Slice",
+    "StateSpaceError",
+    "StateSpaceLayer",
     "Summary",
     "TaylorSensor",
     "VerificationError",

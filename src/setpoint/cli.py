@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,9 +15,9 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from setpoint.bench.method import Method
-    from setpoint.bench.results import Result
-    from setpoint.bench.task import Split, Task
+    from setpoint.bench.runner import Outcome
+    from setpoint.bench.task import Task
+    from setpoint.bench.training import Cell
 
 app = typer.Typer(
     name="setpoint",
@@ -26,6 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+FAILED = 1
 MISUSE = 2
 INTERRUPTED = 130
 
@@ -49,7 +51,7 @@ def demo(
 @app.command()
 def bench(
     task: Annotated[str, typer.Option(help="digits, cifar10 or shakespeare.")],
-    methods: Annotated[str, typer.Option(help="Any of dense, small, setpoint, with commas.")] = "dense,small,setpoint",
+    methods: Annotated[str, typer.Option(help="Names of methods, with commas.")] = "dense,small,setpoint",
     budgets: Annotated[str, typer.Option(help="Fractions of the dense FLOPs per step, with commas.")] = "0.5",
     seeds: Annotated[str, typer.Option(help="Seeds, with commas.")] = "0",
     epochs: Epochs = None,
@@ -57,8 +59,15 @@ def bench(
     data: Data = None,
     out: Out = None,
     split: Annotated[str, typer.Option(help="What the result is measured on: test, or validation to tune.")] = "test",
+    workers: Annotated[int, typer.Option(help="Runs at a time; they share the processor's threads.", min=1)] = 1,
+    timing: Annotated[
+        bool, typer.Option("--timing", help="Measure what finished runs take, in turns; the machine should be idle.")
+    ] = False,
 ) -> None:
-    """Measure methods side by side on a task, at one or several budgets and seeds."""
+    """Measure methods side by side on a task; what the folder already holds is not run again.
+
+    Each run has a process of its own. One that was interrupted, even killed, goes on with the same command.
+    """
     with _errors_as_messages():
         _bench(
             task,
@@ -70,6 +79,8 @@ def bench(
             steps=steps,
             data=data,
             split=split,
+            workers=workers,
+            timing=timing,
         )
 
 
@@ -78,11 +89,16 @@ def report(
     folder: Annotated[Path, typer.Argument(help="Folder that `bench` or `demo` wrote.", metavar="DIR")],
     out: Out = None,
 ) -> None:
-    """Write report.html from the results in a folder."""
+    """Show the results in a folder as tables, and write them to results.md and report.html."""
+    from setpoint.report.markdown import NAME, write_markdown
+
     with _errors_as_messages():
-        page = _write_page(folder, out)
+        if out is not None:
+            _check_folder(out)
+        text = write_markdown(folder, None if out is None else out / NAME)
+        page = _page_if_possible(folder, out)
         _print_table(folder)
-        _finish({"report": str(page)})
+        _finish({"report": page, "table": str(text)})
 
 
 @app.command()
@@ -94,6 +110,9 @@ def inspect(
         str | None, typer.Option("--input", help="Shape of the example, with commas; by default the model's usual.")
     ] = None,
     verify: Annotated[bool, typer.Option(help="Try the cuts on a copy of the model, as attach does.")] = True,
+    spending: Annotated[
+        bool, typer.Option("--spending", help="Also time a training step here: seconds and bytes by group.")
+    ] = False,
     suite: Annotated[
         str | None, typer.Option(help="Check a whole family instead: torchvision, timm, transformers or plain.")
     ] = None,
@@ -105,19 +124,19 @@ def inspect(
     with _errors_as_messages():
         if (target is None) == (suite is None):
             raise _misuse("name either a model to inspect or a whole family with --suite, such as --suite timm")
-        if out is not None and out.exists() and not out.is_dir():
-            raise _misuse(f"--out {out} is a file: name a folder")
+        if out is not None:
+            _check_folder(out)
         if target is not None:
             if models is not None:
                 raise _misuse(f"--models picks from a suite: leave it out to inspect {target}")
-            _inspect(target, None if input is None else tuple(_numbers(input, "--input", int)), verify, out)
+            _inspect(target, None if input is None else tuple(_numbers(input, "--input", int)), verify, out, spending)
         elif suite is not None:
             if input is not None:
                 raise _misuse("--input is for a single model: a suite has inputs of its own")
             _sweep(suite, None if models is None else _names(models, "--models"), workers, out)
 
 
-def _inspect(target: str, shape: tuple[int, ...] | None, verify: bool, out: Path | None) -> None:
+def _inspect(target: str, shape: tuple[int, ...] | None, verify: bool, out: Path | None, spending: bool) -> None:
     """Inspect one model; print its tree, and write its page if there is a folder for it."""
     from dataclasses import asdict
 
@@ -131,6 +150,12 @@ def _inspect(target: str, shape: tuple[int, ...] | None, verify: bool, out: Path
         print(f"{target} is large: read from its shapes alone, no cut was tried on a copy", file=sys.stderr)
     _console().print(inspection_tree(found))
     answer = _finite(asdict(found))
+    if spending:
+        from setpoint.bench import spending as spent
+
+        told = spent.spending(model, example, [group.name for group in found.groups if not group.kept_whole])
+        _console().print(spent.spending_table(told))
+        answer["spending"] = _finite(asdict(told))
     if out is not None:
         _write_json(out / "inspect.json", answer)
         try:
@@ -170,36 +195,78 @@ def _bench(
     steps: int | None = None,
     data: Path | None = None,
     split: str = "test",
+    workers: int | None = None,
+    timing: bool = False,
 ) -> None:
-    """Run a benchmark, write its page, and print table and JSON."""
+    """Run a benchmark, write its page, and print table and JSON; without `workers` in this process, taking turns."""
+    from dataclasses import asdict
+    from functools import partial
+
     from setpoint.bench.catalogue import task_named
     from setpoint.bench.method import method_named
+    from setpoint.bench.own_function import is_own_function
+    from setpoint.bench.runner import grid
     from setpoint.bench.summary import summarise
-    from setpoint.bench.task import BenchError, split_named
+    from setpoint.bench.task import split_named
     from setpoint.cost.budget import Budget
 
     for budget in budgets:
         Budget.fraction(budget, of="flops")
     chosen = tuple(method_named(name) for name in dict.fromkeys(_names(methods, "--methods")))
     task = task_named(task_name, epochs=epochs, steps=steps, data=data)
-    if out.exists() and not out.is_dir():
-        raise BenchError(f"--out {out} is a file: name a folder")
-    results = _run(task, chosen, budgets, seeds, split_named(split), out)
+    _check_folder(out)
+    cells = grid(task, chosen, dict.fromkeys(budgets), dict.fromkeys(seeds), split_named(split))
+    # A task of the user's own may hold functions that cannot be sent to another process.
+    make = partial(task_named, task_name, epochs=epochs, steps=steps) if is_own_function(task_name) else None
+    outcome = _time(cells, out) if timing else _run(cells, out, workers, make)
+    if not outcome.results:
+        raise _misuse(f"no run could be finished: {outcome.failures[0].cell}: {outcome.failures[0].error}")
     _print_table(out)
-    _finish({**summarise(results), "report": _page_if_possible(out)})
+    answer = {**summarise(outcome.results), "report": _page_if_possible(out)}
+    _finish({**answer, "failures": [asdict(failure) for failure in outcome.failures]})
+    if outcome.failures:
+        raise typer.Exit(FAILED)
 
 
-def _run(
-    task: Task, methods: Sequence[Method], budgets: Sequence[float], seeds: Sequence[int], split: Split, out: Path
-) -> tuple[Result, ...]:
-    """Train all cells under progress bars."""
+def _time(cells: Sequence[Cell], out: Path) -> Outcome:
+    """Measure what the finished runs among these take."""
+    from setpoint.bench.progress import turns_bar
+    from setpoint.bench.runner import Outcome, finished
+    from setpoint.bench.timing import measure
+
+    done = finished(cells, out)
+    if not done:
+        raise _misuse(f"{out} holds none of these runs: run them first, with the same command without --timing")
+    missing = [cell.name for cell in cells if cell not in done]
+    if missing:
+        print(f"not timed, since they are not finished: {', '.join(missing)}", file=sys.stderr)
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load > 1:
+        print(f"the machine is not idle (load average {load:.1f}): these seconds will say little", file=sys.stderr)
+    with turns_bar(f"timing {len(done)} runs of {cells[0].task.name}") as after_turn:
+        measure(done, out, after_turn)
+    return Outcome(tuple(done.values()))
+
+
+def _check_folder(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise _misuse(f"--out {out} is a file: name a folder")
+
+
+def _run(cells: Sequence[Cell], out: Path, workers: int | None, make_task: Callable[[], Task] | None = None) -> Outcome:
+    """Train what the folder does not hold yet, under progress bars."""
+    from setpoint.bench.interleaved import run_interleaved
     from setpoint.bench.progress import ProgressBars
-    from setpoint.bench.runner import grid, run
+    from setpoint.bench.runner import Outcome, finished, run
 
-    cells = grid(task, methods, dict.fromkeys(budgets), dict.fromkeys(seeds), split)
-    print(f"{task.name}: {len(cells)} runs of {task.steps} steps, results in {out}", file=sys.stderr)
-    with ProgressBars(cells) as bars:
-        return run(cells, out, bars)
+    done = finished(cells, out)
+    task = cells[0].task
+    told = f"; {len(done)} of them are there already" if done else ""
+    print(f"{task.name}: {len(cells)} runs of {task.steps} steps, results in {out}{told}", file=sys.stderr)
+    with ProgressBars([cell for cell in cells if cell not in done]) as bars:
+        if workers is None:
+            return Outcome(run_interleaved(cells, out, bars))
+        return run(cells, out, bars, workers=workers, make_task=make_task)
 
 
 def _write_page(folder: Path, out: Path | None) -> Path:
@@ -212,10 +279,10 @@ def _write_page(folder: Path, out: Path | None) -> Path:
     return write_page(folder, out / "report.html")
 
 
-def _page_if_possible(folder: Path) -> str | None:
+def _page_if_possible(folder: Path, out: Path | None = None) -> str | None:
     """The page's path; None where plotly is missing, which must not cost a finished benchmark its numbers."""
     try:
-        return str(_write_page(folder, None))
+        return str(_write_page(folder, out))
     except ImportError as error:
         print(f"no report.html: {error}; then `setpoint report {folder}` writes it", file=sys.stderr)
         return None
@@ -227,7 +294,7 @@ def _print_table(folder: Path) -> None:
     from setpoint.report.results import read_results
 
     console = _console()
-    for table in summary_tables(read_results(folder)):
+    for table in summary_tables(read_results(folder), console.width):
         console.print(table)
 
 
@@ -289,5 +356,5 @@ def _errors_as_messages() -> Iterator[None]:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(MISUSE) from None
     except KeyboardInterrupt:
-        print("interrupted: finished runs are kept; `setpoint report DIR` shows them", file=sys.stderr)
+        print("interrupted: finished runs are kept, and the same command goes on from there", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None

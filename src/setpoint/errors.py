@@ -29,6 +29,10 @@ class GroupError(SetpointError, ValueError):
     """A group, unit or keep vector that does not fit the model."""
 
 
+class StateSpaceError(SetpointError, ValueError):
+    """A state-space layer that is not stable, not finite or not of the form that it should have."""
+
+
 class VerificationError(SetpointError, RuntimeError):
     """A cut that did not behave like its masked twin on a copy, so it was not applied."""
 
@@ -43,3 +47,7 @@ class CheckpointError(SetpointError, ValueError):
 
 class ReportError(SetpointError, ValueError):
     """A results folder that is empty, damaged, or written in an unknown format."""
+
+
+class CostError(SetpointError, ValueError):
+    """A cost that cannot be predicted or measured for this model on this device."""

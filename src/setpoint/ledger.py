@@ -30,8 +30,10 @@ class Entry:
         seconds: wall-clock seconds since attach.
         reason: why, and what was skipped.
         spent: predicted cost per step after the decision.
+        metered: measured cost per step at the widths before the decision, of what a meter reads.
+        predicted: predicted cost at the same widths, of the same resources.
         reference: what the reference allowed.
-        error: spent / reference - 1.
+        error: spent / reference - 1, with spent corrected by what the meters have read so far.
         price: loss per unit of resource.
         saliency: of the dropped units, by group, in the order of `dropped`.
         worth: saliency / saving of the dropped units' blocks, by group, in the order of `dropped`.
@@ -61,6 +63,7 @@ class Entry:
     deciding_seconds: float = 0.0
     resizing_seconds: float = 0.0
     val: float | None = None
+    predicted: Mapping[str, float] = field(default_factory=dict)
     gain: Mapping[str, list[float]] = field(default_factory=dict)
     grown_worth: Mapping[str, list[float]] = field(default_factory=dict)
     probing_seconds: float = 0.0
@@ -74,7 +77,8 @@ class Ledger:
 
     Args:
         header: facts of the run; `attach` writes "groups" (`num_units` and `what` by name), "frozen",
-            "dense" and "limit" (by resource), "total_steps" and "environment".
+            "dense" and "limit" (by resource), "modelled" and "measured" (by resource, by what),
+            "calibration" (relative error of predictions), "step_seconds" (by group), "total_steps" and "environment".
 
     >>> ledger = Ledger({"total_steps": 100})
     >>> ledger.append(Entry(step=10, widths={"conv1": 12}, dropped={"conv1": [3, 7]}))

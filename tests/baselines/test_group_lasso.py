@@ -15,6 +15,7 @@ from setpoint.baselines.group_lasso import (
     lasso_norms,
     lasso_strength,
 )
+from setpoint.controller.plan import Plan
 from setpoint.groups.group import widths_of
 from setpoint.sensor.reading import Reading
 
@@ -58,15 +59,31 @@ def test_strength_gives_the_ratio() -> None:
     assert penalty / (2.0 + penalty) == pytest.approx(0.25)
 
 
-def test_only_units_near_zero_go_before_the_end() -> None:
-    """A reconfiguration drops the units below the threshold and no others."""
+def plan_at(step: int, limit: float, near_zero: int) -> Plan:
+    """The plan when so many units of the second group are near zero and the others all alike."""
     groups, cost = chain(20, 30)
     saliency = {"layer0": np.full(20, 1.0), "layer1": np.full(30, 5.0)}
-    saliency["layer1"][[3, 7]] = 0.2
+    saliency["layer1"][:near_zero] = 0.2
     dense = cost.total(widths_of(groups))
-    reading = Reading(10, saliency, 1, calibrated=False)
-    seen = observe(groups, cost, limit=0.3 * dense, dense=dense, reading=reading, step=10, total_steps=100)
+    reading = Reading(step, saliency, 1, calibrated=False)
+    seen = observe(groups, cost, limit=limit * dense, dense=dense, reading=reading, step=step, total_steps=100)
     controller = ReconfiguringController()
-    _, plan = controller.decide(controller.init(groups), seen, cost, groups)
-    assert plan.keep["layer0"].all() and np.flatnonzero(~plan.keep["layer1"]).tolist() == [3, 7]
+    return controller.decide(controller.init(groups), seen, cost, groups)[1]
+
+
+def test_units_near_zero_go_first() -> None:
+    """What is near zero goes ahead of the ramp, all of it and nothing else, until the limit is met."""
+    plan = plan_at(7, 0.3, near_zero=15)
+    assert plan.keep["layer0"].all() and np.flatnonzero(~plan.keep["layer1"]).tolist() == list(range(15))
     assert not plan.landed
+    plan = plan_at(7, 0.9, near_zero=15)
+    assert plan.landed and 0 < (~plan.keep["layer1"]).sum() < 15
+
+
+def test_ramp_where_nothing_is_near_zero() -> None:
+    """Otherwise the density of both groups comes down in a straight line, to what meets the limit at the end."""
+    half, whole = plan_at(35, 0.3, near_zero=0), plan_at(70, 0.3, near_zero=0)
+    final = [float(whole.keep[name].mean()) for name in ("layer0", "layer1")]
+    middle = [float(half.keep[name].mean()) for name in ("layer0", "layer1")]
+    assert whole.landed and not half.landed
+    assert middle == pytest.approx([(1 + each) / 2 for each in final], abs=0.06)

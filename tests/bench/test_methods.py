@@ -163,6 +163,8 @@ def test_settings_by_name() -> None:
     sparse = method_named("rigl@density=0.1")
     assert sparse.name == "rigl@density=0.1" and not sparse.sized and method_named("rigl").sized
     assert method_named("small-long@learning_rate=0.5").learning_rate == 0.5  # type: ignore[attr-defined]
+    oneshot = method_named("magnitude-oneshot@density=0.1@share=0.5")
+    assert not oneshot.sized and oneshot.share == 0.5 and method_named("magnitude-oneshot").sized  # type: ignore[attr-defined]
     with pytest.raises(BenchError, match=r"unknown setting 'colour' of rigl: it has @density=NUMBER"):
         method_named("rigl@colour=3")
     with pytest.raises(BenchError, match="is a number, got 'much'"):
@@ -183,3 +185,13 @@ def test_learning_rate_and_share_of_fine_tuning() -> None:
     assert course.task.steps == round(0.5 * TASK.steps)
     rates = [task.optimizer(torch.nn.Linear(1, 1)).param_groups[0]["lr"] for task in (course.task, TASK)]
     assert rates[0] == pytest.approx(0.2 * rates[1])
+
+
+@methods
+def test_the_page_names_method_and_source(method: Method) -> None:
+    """docs/methods.md has a row for the method, which ends with its paper."""
+    page = Path(__file__).resolve().parents[2] / "docs" / "methods.md"
+    row = next(
+        line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith(f"| `{method.name}` |")
+    )
+    assert row.split("|")[-2].strip() == method.paper

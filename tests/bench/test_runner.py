@@ -1,8 +1,15 @@
-"""The runner: same results however cells are interleaved, honest counts, and files that survive."""
+"""The runners: same results however cells are run, honest counts, and folders that survive whatever ends a run."""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,35 +17,44 @@ import torch
 from torch import nn
 
 import setpoint
-from setpoint.bench import training
+from bench.fragile import Notes, fragile
+from setpoint.bench import runner, training
+from setpoint.bench.catalogue import task_named
 from setpoint.bench.digits import digits
-from setpoint.bench.method import METHODS, Dense, Method, Setpoint, Small, method_named
+from setpoint.bench.interleaved import run_interleaved
+from setpoint.bench.method import Dense, Method, Setpoint, Small, method_named
 from setpoint.bench.own_random import OwnRandom
-from setpoint.bench.results import FILE, Result
+from setpoint.bench.results import FILE, Result, append_result, load_results
 from setpoint.bench.runner import grid, run
 from setpoint.bench.task import BenchError, dense_widths
 from setpoint.bench.training import Cell, Progress
+from setpoint.bench.worker import LOG
 
 TASK = digits(epochs=3, width=16)
+TINY = digits(epochs=1, width=4)
+STRUCTURED: tuple[Method, ...] = (Dense(), Small(), Setpoint())
 
 
-def ignore(cell: Cell, progress: Progress) -> None:
-    """Report to nobody."""
+def named(method: Method, name: str, needs: tuple[str, ...]) -> Method:
+    """The method under another name, with other needs."""
+    object.__setattr__(method, "name", name)
+    object.__setattr__(method, "needs", needs)
+    return method
 
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Result]]:
     """All methods trained side by side, and the folder they wrote."""
     out = tmp_path_factory.mktemp("together")
-    results = run(grid(TASK, METHODS, [0.5], [0]), out, ignore)
+    results = run_interleaved(grid(TASK, STRUCTURED, [0.5], [0]), out, Notes())
     return out, {result.method: result for result in results}
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+@pytest.mark.parametrize("method", STRUCTURED, ids=lambda method: method.name)
 def test_interleaving_changes_nothing(method: Method, together: tuple[Path, dict[str, Result]], tmp_path: Path) -> None:
     """A method trained alone ends with the very same value, widths and FLOPs as beside the others."""
     torch.manual_seed(123)
-    (alone,) = run(grid(TASK, [method], [0.5], [0]), tmp_path, ignore)
+    (alone,) = run_interleaved(grid(TASK, [method], [0.5], [0]), tmp_path, Notes())
     beside = together[1][method.name]
     for name in ("value", "widths", "final_flops", "train_flops", "final_params", "steps"):
         assert getattr(alone, name) == getattr(beside, name)
@@ -81,32 +97,185 @@ def test_files(together: tuple[Path, dict[str, Result]]) -> None:
 
 
 def test_interruption_keeps_what_is_finished(tmp_path: Path) -> None:
-    """Ctrl-C in the second seed leaves the first seed's result."""
+    """Ctrl-C in the second seed leaves the first seed's result, and the same call does only the rest."""
 
-    def interrupt(cell: Cell, progress: Progress) -> None:
-        if cell.seed == 1:
-            raise KeyboardInterrupt
+    class Interrupting(Notes):
+        def __call__(self, cell: Cell, progress: Progress) -> None:
+            if cell.seed == 1:
+                raise KeyboardInterrupt
 
+    cells = grid(TINY, [Dense()], [0.5], [0, 1])
     with pytest.raises(KeyboardInterrupt):
-        run(grid(digits(epochs=1, width=4), [Dense()], [0.5], [0, 1]), tmp_path, interrupt)
-    assert len((tmp_path / FILE).read_text(encoding="utf-8").splitlines()) == 1
+        run_interleaved(cells, tmp_path, Interrupting())
+    (first,) = load_results(tmp_path)
+    notes = Notes()
+    results = run_interleaved(cells, tmp_path, notes)
+    assert results[0] == first
+    assert [name for name, _ in notes.endings] == ["digits-dense-seed1"]
 
 
 def test_least_advanced_goes_first(tmp_path: Path) -> None:
     """Cells take turns: no cell is ever more than one turn ahead of another of its seed."""
     task, done = digits(epochs=2, width=8), {"dense": 0, "small": 0}
 
-    def watch(cell: Cell, progress: Progress) -> None:
-        done[cell.method.name] = progress.step
-        assert abs(done["dense"] - done["small"]) <= training.STEPS_PER_TURN
+    class Watching(Notes):
+        def __call__(self, cell: Cell, progress: Progress) -> None:
+            done[cell.method.name] = progress.step
+            assert abs(done["dense"] - done["small"]) <= training.STEPS_PER_TURN
 
-    run(grid(task, [Dense(), Small()], [0.5], [0]), tmp_path, watch)
+    run_interleaved(grid(task, [Dense(), Small()], [0.5], [0]), tmp_path, Watching())
     assert set(done.values()) == {task.steps}
+
+
+@pytest.mark.slow
+def test_a_process_each_changes_nothing(together: tuple[Path, dict[str, Result]], tmp_path: Path) -> None:
+    """Cells in processes of their own, two at a time, end with the values of those that took turns in one."""
+    notes = Notes()
+    outcome = run(grid(TASK, STRUCTURED, [0.5], [0]), tmp_path, notes, workers=2)
+    assert [result.method for result in outcome.results] == ["dense", "small", "setpoint"]
+    assert outcome.failures == ()
+    for result in outcome.results:
+        beside = together[1][result.method]
+        for name in ("value", "widths", "final_flops", "train_flops", "steps"):
+            assert getattr(result, name) == getattr(beside, name)
+        assert (result.clock, beside.clock) == ("shared", "interleaved")
+        assert int(result.environment["threads"]) <= max(1, len(os.sched_getaffinity(0)) // 2)
+        steps = [step for name, step in notes.turns if name == result.folder]
+        assert steps == sorted(steps) and steps[-1] == TASK.steps
+    assert not list(tmp_path.glob(f"*/{LOG}"))
+    assert run(grid(TASK, STRUCTURED, [0.5], [0]), tmp_path, Notes()).results == outcome.results
+
+
+@pytest.mark.slow
+def test_a_killed_run_continues(tmp_path: Path) -> None:
+    """After SIGKILL in the middle of the second cell the same command keeps the first and does the second."""
+    command = [sys.executable, "-c", "from setpoint.cli import app; app()"]
+    command += ["bench", "--task", "digits", "--methods", "dense", "--seeds", "0,1", "--epochs", "3"]
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    running = subprocess.Popen(
+        [*command, "--out", str(tmp_path)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=one_thread
+    )
+    partial = tmp_path / "digits-dense-seed1" / f"{training.HISTORY}.partial"
+    deadline = time.monotonic() + 300
+    while not (partial.exists() and partial.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    running.kill()
+    running.wait()
+    path = tmp_path / FILE
+    before = path.read_text(encoding="utf-8")
+    assert [json.loads(line)["seed"] for line in before.splitlines()] == [0]
+    path.write_text(before + before[: len(before) // 2], encoding="utf-8")  # as if the kill had hit the writing
+    done = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True, env=one_thread)
+    assert done.returncode == 0, done.stderr
+    after = path.read_text(encoding="utf-8")
+    assert after.startswith(before)
+    assert [json.loads(line)["seed"] for line in after.splitlines()] == [0, 1]
+    assert "1 of them are there already" in done.stderr
+    assert len(json.loads(done.stdout.splitlines()[-1])["methods"]["dense"]["runs"]) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("way", "message"), [("raise", "RuntimeError: the data broke"), ("die", "its process died (SIGKILL, out of")]
+)
+def test_a_failing_cell_leaves_the_others_alone(way: str, message: str, tmp_path: Path) -> None:
+    """A cell that raises, or whose process dies, is reported with the place of its log; the others are finished."""
+    notes = Notes()
+    outcome = run(grid(fragile(way), [Dense()], [0.5], [1, 0]), tmp_path, notes, workers=2)
+    assert [result.seed for result in outcome.results] == [0]
+    (failure,) = outcome.failures
+    assert failure.cell == "digits-dense-seed1"
+    assert failure.error.startswith(message)
+    assert str(tmp_path / failure.cell / LOG) in failure.error
+    assert way == "die" or "Traceback" in (tmp_path / failure.cell / LOG).read_text(encoding="utf-8")
+    assert sorted(name for name, _ in notes.endings) == ["digits-dense-seed0", "digits-dense-seed1"]
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_the_processes(tmp_path: Path) -> None:
+    """An interrupt stops the process under way at once, and leaves no result of it."""
+    notes = Notes()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(grid(fragile("interrupt", epochs=400), [Dense()], [0.5], [1]), tmp_path, notes)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert load_results(tmp_path) == ()
+    assert all(step < 5000 for _, step in notes.turns)
+
+
+def test_what_is_needed_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A method that needs others brings their cells along: before it, once, with a budget only where they have one."""
+    found, after = named(Small(), "found", ("setpoint",)), named(Small(), "after", ("found", "dense"))
+    monkeypatch.setattr(runner, "method_named", {"setpoint": Setpoint(), "found": found, "dense": Dense()}.__getitem__)
+    cells = grid(TASK, [after, Dense()], [0.5, 0.25], [3])
+    assert [(cell.method.name, cell.budget) for cell in cells] == [
+        *(("setpoint", 0.5), ("found", 0.5), ("dense", None), ("after", 0.5)),
+        *(("setpoint", 0.25), ("found", 0.25), ("after", 0.25)),
+    ]
+
+
+@pytest.mark.slow
+def test_what_needs_a_failed_cell_is_not_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A cell that needs one that has failed fails with its name, at once."""
+    after = named(Dense(), "dense", ("small",))
+    monkeypatch.setattr(runner, "method_named", {"small": Small()}.__getitem__)
+    outcome = run(grid(fragile("raise"), [after], [0.5], [1]), tmp_path, Notes())
+    assert [failure.cell for failure in outcome.failures] == ["digits-small-seed1", "digits-dense-seed1"]
+    assert "needs digits-small-seed1" in outcome.failures[1].error
+
+
+@pytest.mark.slow
+def test_a_task_of_ones_own_is_made_anew_in_the_process(tmp_path: Path) -> None:
+    """A task from a file, whose functions cannot be sent to another process, is trained there all the same."""
+    file = tmp_path / "own.py"
+    file.write_text(
+        "from dataclasses import replace\n"
+        "from setpoint.bench.digits import digits\n"
+        "def make():\n"
+        "    task = digits(epochs=1, width=4)\n"
+        "    return replace(task, criterion=lambda scores, targets: task.criterion(scores, targets))\n",
+        encoding="utf-8",
+    )
+    make_task = partial(task_named, f"{file}:make")
+    outcome = run(grid(make_task(), [Dense()], [0.5], [0]), tmp_path / "out", Notes(), make_task=make_task)
+    assert outcome.failures == ()
+    assert outcome.results[0].steps == 15
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"schema": 3}, "schema 3, this version of Setpoint continues folders of schema 1 and 2: name another folder"),
+        ({"schema": 2, "task": "digits"}, "lacks method, budget"),
+        ([1], "schema None"),
+    ],
+)
+def test_a_folder_of_another_version_is_refused(line: object, message: str, tmp_path: Path) -> None:
+    """Results that this version did not write are neither continued nor overwritten."""
+    text = json.dumps(line) + "\n"
+    (tmp_path / FILE).write_text(text, encoding="utf-8")
+    with pytest.raises(BenchError, match=message):
+        run(grid(TINY, [Dense()], [0.5], [0]), tmp_path, Notes())
+    assert (tmp_path / FILE).read_text(encoding="utf-8") == text
+
+
+def test_runs_of_another_length_or_split_are_refused(together: tuple[Path, dict[str, Result]], tmp_path: Path) -> None:
+    """A folder compares runs of one length and one split, and says which it holds; a method may take more steps."""
+    dense = together[1]["dense"]
+    append_result(tmp_path, dense)
+    with pytest.raises(BenchError, match=f"holds digits runs of {TASK.steps} steps on test; these are 15"):
+        run(grid(TASK.with_epochs(1), [Dense()], [0.5], [0]), tmp_path, Notes())
+    with pytest.raises(BenchError, match="on validation: name another folder"):
+        run(grid(TASK, [Dense()], [0.5], [1], "validation"), tmp_path, Notes())
+    append_result(tmp_path, replace(dense, steps=2 * TASK.steps, task_steps=TASK.steps))
+    assert run(grid(TASK, [Dense()], [0.5], [0]), tmp_path, Notes()).results[0].steps == 2 * TASK.steps
 
 
 def test_grid_trains_dense_once() -> None:
     """Each seed has one dense run and one run per budget of the others; names are unique."""
-    cells = grid(TASK, METHODS, [0.5, 0.25], [0, 1])
+    cells = grid(TASK, STRUCTURED, [0.5, 0.25], [0, 1])
     assert sum(isinstance(cell.method, Dense) for cell in cells) == 2
     assert sum(isinstance(cell.method, Setpoint) for cell in cells) == 4
     assert len({cell.name for cell in cells}) == len(cells) == 10
@@ -114,7 +283,7 @@ def test_grid_trains_dense_once() -> None:
 
 def test_unknown_method_lists_the_known() -> None:
     """An unknown method is an error that lists those there are."""
-    with pytest.raises(BenchError, match="dense, small, setpoint"):
+    with pytest.raises(BenchError, match="dense, small, small-long"):
         method_named("magic")
 
 

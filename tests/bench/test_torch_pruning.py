@@ -63,6 +63,7 @@ def test_cuts_attention(criterion: Criterion, budget: float) -> None:
     assert pruner is not None
     outcome = pruner.finish()
     assert outcome.landed and 0.8 * budget <= step_flops(model, TASK.example()) / dense <= budget
+    assert all(module.training for module in model.modules())
     assert outcome.widths != outcome.dense_widths == dict(zip(outcome.widths, (4, 48, 4, 48), strict=True))
     assert model.get_parameter("wte.weight").shape == (11, 16)
     assert model.get_parameter("wte.weight") is model.get_parameter("lm_head.weight")

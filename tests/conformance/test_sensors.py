@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from setpoint.groups.group import Group, Slice
+from setpoint.sensor.chain import SensorChain
+from setpoint.sensor.hankel import HankelSensor
 from setpoint.sensor.magnitude import MagnitudeSensor
 from setpoint.sensor.reading import Sensor
 from setpoint.sensor.taylor import TaylorSensor
@@ -15,6 +17,7 @@ from setpoint.sensor.taylor import TaylorSensor
 SENSORS = [
     pytest.param(TaylorSensor(8, window=5), id="taylor"),
     pytest.param(MagnitudeSensor(), id="magnitude"),
+    pytest.param(SensorChain(HankelSensor(8), TaylorSensor(8, window=5)), id="chain"),
 ]
 rows = pytest.mark.parametrize("sensor", SENSORS)
 

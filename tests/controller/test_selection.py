@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
@@ -255,3 +256,25 @@ def test_coarse_descent_is_close_to_the_exact_one() -> None:
     exact = _naive(groups, cost, selection.ladders, target)
     best = sum(float(selection.ladders[name].salience[rung]) for name, rung in exact.items())
     assert _dropped(selection) == pytest.approx(best, rel=0.01)
+
+
+class Staircase:
+    """Cost of hardware that pads every width to a multiple of 16: three of four blocks of 4 save nothing."""
+
+    resource = "latency"
+
+    def total(self, widths: Mapping[str, int]) -> float:
+        return float(sum(-(-width // 16) * 16 for width in widths.values()))
+
+    def saving(self, widths: Mapping[str, int], group: str, num_units: int) -> float:
+        return self.total(widths) - self.total({**widths, group: widths[group] - num_units})
+
+
+def test_steps_of_a_staircase_are_found() -> None:
+    """A descent takes as many blocks as reach the next step down, whichever of them saves, and gives back the rest."""
+    groups = (unit_group("wide", 64, multiple_of=4), unit_group("narrow", 64, multiple_of=4))
+    saliency = {"wide": np.linspace(1.0, 2.0, 64), "narrow": np.linspace(5.0, 6.0, 64)}
+    selection = _start(groups, Staircase(), saliency)
+    descend(selection, 96.0)
+    add_back(selection, 96.0)
+    assert selection.widths == {"wide": 32, "narrow": 64} and selection.total == 96.0

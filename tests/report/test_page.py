@@ -16,6 +16,10 @@ from setpoint.report.page import render, write_page
 from setpoint.report.results import read_results
 
 SECTIONS = (
+    "What it costs",
+    "Headline goals",
+    "All numbers",
+    "Against its rivals",
     "How training went",
     "How the budget was met",
     "Spent against reference",
@@ -64,7 +68,7 @@ def test_the_page_has_every_section(make_results: Any) -> None:
     assert [section for section in SECTIONS if section not in seen.text] == []
     places = {attrs["id"] for tag, attrs in seen.elements if attrs.get("class") == "plot"}
     assert places == set(specs_of(page))
-    assert len(places) == 2 + 2 * 4 + 1  # loss and accuracy, four figures for each run, seconds
+    assert len(places) == 3 + 2 + 2 * 4 + 1  # three costs, loss and accuracy, four figures for each run, seconds
 
 
 def test_the_page_stands_alone(make_results: Any, tmp_path: Path) -> None:
@@ -216,3 +220,27 @@ def test_an_empty_folder_is_an_error(tmp_path: Path) -> None:
     """A folder without results is refused, with what to do."""
     with pytest.raises(ReportError, match="setpoint bench --out"):
         write_page(tmp_path)
+
+
+def test_measured_and_predicted_stand_apart(make_results: Any) -> None:
+    """With a meter its readings are markers and columns of their own, and a table says where a step's time goes."""
+    folder = make_results(methods=("setpoint",), seeds=(0,))
+    (path,) = folder.glob("*/ledger.jsonl")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[0] |= {
+        "dense": {"latency": 0.2},
+        "limit": {"latency": 0.1},
+        "modelled": {"latency": "modelled: operations"},
+        "measured": {"latency": "measured: seconds"},
+        "step_seconds": {"stem.conv": 0.05, "head.fc": 0.1},
+    }
+    for line in lines[1:]:
+        line |= {"spent": {"latency": 0.11}, "reference": {"latency": 0.12}, "price": {"latency": 1.0}}
+        line |= {"metered": {"latency": 0.13}, "predicted": {"latency": 0.125}}
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = page_of(folder)
+    measured = next(trace for trace in specs_of(page)["t0-r0-spent-0"]["data"] if trace["name"] == "measured")
+    assert measured["y"] == [0.13] * 8 and measured["hovertext"] == ["predicted 0.125 s"] * 8
+    for words in ("predicted before", "measured before", "0.125 s", "0.13 s", "modelled: operations"):
+        assert words in page
+    assert page.index("head.fc</th><td>100 ms</td><td>50") < page.index("stem.conv</th><td>50 ms</td><td>25")

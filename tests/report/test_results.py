@@ -46,10 +46,10 @@ def test_a_damaged_ledger_is_said(make_results: Any) -> None:
     assert results.remarks[0].startswith("digits setpoint seed 0: its ledger could not be read")
 
 
-@pytest.mark.parametrize("schema", [2, "1", None])
+@pytest.mark.parametrize("schema", [3, "1", None])
 def test_an_unknown_schema_is_refused(make_results: Any, schema: object) -> None:
     """A schema other than ours is an error that names it and what to do."""
-    with pytest.raises(ReportError, match=f"schema {schema!r}.*reads schema 1.*use the version that wrote it"):
+    with pytest.raises(ReportError, match=f"schema {schema!r}.*reads schema 1 and 2.*use the version that wrote it"):
         read_results(make_results(methods=("dense",), seeds=(0,), schema=schema))
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from setpoint.report.results import Cell, Point, Results, read_results
-from setpoint.report.summary import HEADINGS, Row, row_texts, summary_rows
+from setpoint.report.columns import columns, difference_columns, metric_text
+from setpoint.report.results import Cell, Point, Results, Timing, read_results
+from setpoint.report.summary import Row, summary_rows
 
 
 def cells(method: str, values: list[float], **more: Any) -> list[Cell]:
@@ -71,23 +72,68 @@ def test_break_even_is_where_the_clock_falls_behind_dense_for_good() -> None:
 
 
 def test_budgets_of_a_method_are_rows_of_their_own() -> None:
-    """A method at two budgets has two rows, the larger first, named by budget; dense comes first, then small."""
+    """Rows go budget by budget, the larger first, each named by it; dense comes first, then small."""
     found = cells("setpoint", [0.8], budget=0.25) + cells("setpoint", [0.9], budget=0.5)
-    found += cells("small", [0.8], budget=0.5) + cells("dense", [0.95], budget=1.0)
+    found += cells("small", [0.8], budget=0.5, family="small") + cells("dense", [0.95], budget=1.0)
     labels = [row.label for row in summary_rows(Results(tuple(found)))]
-    assert labels == ["dense", "small", "setpoint 0.5", "setpoint 0.25"]
+    assert labels == ["dense", "small 0.5", "setpoint 0.5", "setpoint 0.25"]
+
+
+def test_rivals_are_of_the_same_budget() -> None:
+    """A method is compared with dense, and with the small models at its own budget alone; not with itself."""
+    found = cells("dense", [0.95]) + cells("setpoint", [0.9], budget=0.5) + cells("setpoint", [0.8], budget=0.25)
+    found += cells("small", [0.85], budget=0.5) + cells("small-long", [0.7], budget=0.25)
+    half, quarter = row(found, "setpoint 0.5"), row(found, "setpoint 0.25")
+    assert {name: round(each.mean, 3) for name, each in half.differences.items()} == {"dense": -0.05, "small": 0.05}
+    assert {name: round(each.mean, 3) for name, each in quarter.differences.items()} == {
+        "dense": -0.15,
+        "small-long": 0.1,
+    }
+    assert set(row(found, "small 0.5").differences) == {"dense"}
+    assert row(found, "dense").differences == {}
+
+
+def test_timings_replace_the_clocks_of_the_runs() -> None:
+    """With timings, seconds, overhead and break-even are theirs alone; what was not timed has none."""
+    dense = cells("dense", [0.9], seconds=1.0, train_flops=100.0, timing=Timing(100.0, (99.0, 101.0)))
+    timing = Timing(62.0, own_seconds=2.0, stage_steps=(20, 80), step_seconds=(1.0, 0.5))
+    ours = cells("setpoint", [0.9], seconds=9.0, overhead_seconds=8.0, train_flops=60.0, timing=timing)
+    other = cells("small", [0.9], seconds=1.0)
+    found = row(dense + ours + other, "setpoint")
+    assert (found.clock, found.seconds_ratio, found.overhead_seconds) == ("timed", 0.62, 2.0)
+    assert found.realised == pytest.approx(0.38 / 0.4)
+    assert found.break_even_step == 25  # 2 s of its own, half a second saved by each step after 20
+    assert row(dense + ours + other, "small").seconds is None
+    spread = row(dense + ours + other, "dense").seconds
+    assert spread and spread.deviation == pytest.approx(2**0.5)
+
+
+def test_a_busy_machine_tells_no_break_even_but_the_runs_own() -> None:
+    """Clocks of runs on a shared machine do not compare, so the step is what the run itself saw."""
+    dense = cells("dense", [0.9], clock="shared")
+    assert row(dense + cells("setpoint", [0.9], clock="shared", break_even_step=7), "setpoint").break_even_step == 7
+
+
+def test_masked_models_are_shown_in_theory_and_as_they_are() -> None:
+    """A mask that is counted at half of dense in theory spends all of it in fact."""
+    dense = cells("dense", [0.9], final_flops=10.0, train_flops=100.0)
+    masked = {"theoretical_flops": 5.0, "theoretical_train_flops": 60.0, "density": 0.4}
+    found = row(dense + cells("rigl", [0.9], final_flops=10.0, train_flops=100.0, **masked), "rigl")
+    assert (found.final_flops_ratio, found.theoretical_ratio) == (1.0, 0.5)
+    assert (found.train_flops_ratio, found.theoretical_train_ratio, found.density) == (1.0, 0.6, 0.4)
 
 
 def test_rows_as_texts(make_results: Any) -> None:
-    """A row's texts stand under the headings, in human units."""
+    """A row's texts stand under the headings, in human units; columns that nothing fills are left out."""
     rows = summary_rows(read_results(make_results()))
-    texts = dict(zip(HEADINGS, row_texts(rows[-1]), strict=False))
-    assert all(len(row_texts(row)) == len(HEADINGS) for row in rows)
+    texts = {column.heading: column.text(rows[-1]) for column in columns(rows)}
     assert texts["FLOPs / step"] == "1.2 GFLOP" and texts["landed"] == "2 of 2" and texts["cuts"] == "8"
-    assert texts["to dense"].endswith(" points")
+    assert "energy" not in texts and "FLOPs / step in theory" not in texts
+    assert [column.heading for column in difference_columns(rows)] == ["method", "to dense", "to small"]
+    assert difference_columns(rows)[1].text(rows[-1]).endswith("(n = 2)")
 
 
 def test_a_diverged_run_is_called_so() -> None:
     """A metric that is not a number is said, not shown as a number."""
     found = row(cells("dense", [math.nan], metric="loss"), "dense")
-    assert row_texts(found)[1] == "not a number"
+    assert metric_text(found) == "not a number"

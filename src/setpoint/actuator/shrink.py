@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 
 from setpoint.actuator.cut import Cut, Keep, SizePlace, cut_groups, plan_cut, take
@@ -176,13 +177,19 @@ def check_cuttable(changing: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
             at.setdefault((tensor.device, tensor.data_ptr()), set()).add(id(tensor))
     seen: dict[int, str] = {}
     for name, tensor in changing.items():
-        if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_quantized or tensor.layout != torch.strided:
+        fake = isinstance(tensor, FakeTensor)  # it has a shape and no memory, which a cut can change all the same
+        if (
+            not (fake or type(tensor) in (Tensor, nn.Parameter))
+            or tensor.is_quantized
+            or tensor.layout != torch.strided
+        ):
             kind = type(tensor).__name__
             raise GroupError(f"{name!r} is a {kind} of layout {tensor.layout}, which cannot be cut: freeze its groups")
         if id(tensor) in seen:
             raise GroupError(f"{name!r} and {seen[id(tensor)]!r} are one tensor: name it in slices by one name only")
         seen[id(tensor)] = name
-        sharing = at.get((tensor.device, tensor.data_ptr()), set()) if tensor.device.type != "meta" else set()
+        without_memory = fake or tensor.device.type == "meta"
+        sharing = set() if without_memory else at.get((tensor.device, tensor.data_ptr()), set())
         if len(sharing) > 1:
             raise GroupError(
                 f"{name!r} shares its memory with another tensor of the model: tie them by using one "

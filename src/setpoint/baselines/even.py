@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool
 
 from setpoint.controller.ladder import build_ladder
 from setpoint.controller.plan import Observation, Plan
-from setpoint.controller.selection import add_back, descend, start
+from setpoint.controller.selection import Selection, add_back, descend, start, weigh
 from setpoint.cost.cost import Cost
 from setpoint.groups.group import Group
 
@@ -33,11 +32,11 @@ def even_plan(
     observation: Observation,
     cost: Cost,
     groups: tuple[Group, ...],
-    free: Mapping[str, Bool[np.ndarray, " units"]],
     target: float,
     reason: str,
+    sure: Mapping[str, int] | None = None,
 ) -> Plan:
-    """Drop the least salient free units, block by block from the group of highest density, down to the target.
+    """Drop the least salient units, block by block from the group of highest density, down to the target.
 
     At the target no single dropped block could be given back. It has landed once the cost is within the limit.
 
@@ -46,11 +45,12 @@ def even_plan(
         observation: with a reading of all groups.
         cost: predicts spending.
         groups: the groups as they are now.
-        free: by group, which units may go.
-        target: cost to come down to, as far as free units allow.
+        target: cost to come down to, not below the limit.
         reason: why, for people.
+        sure: by group, how many of its least salient units go whatever the target, until the limit is met.
     """
     assert observation.reading is not None
+    limit = observation.limit[cost.resource]
     ladders = {
         group.name: build_ladder(
             group,
@@ -58,15 +58,18 @@ def even_plan(
             dense=state.dense[group.name],
             floor=0,
             max_dropped=group.num_units,
-            free=free[group.name],
+            free=np.ones(group.num_units, dtype=bool),
         )
         for group in groups
     }
     selection = start(cost, ladders, observation.widths, "uniform")
+    for name, units in (sure or {}).items():
+        _drop_surely(selection, name, units, limit)
+    target = max(limit, min(target, selection.total))
     descend(selection, target)
     if selection.total <= target:
         add_back(selection, target)
-    landed = selection.total <= observation.limit[cost.resource]
+    landed = selection.total <= limit
     dropped = sum(int(ladders[name].edges[rung]) for name, rung in selection.rungs.items())
     return Plan(
         step=observation.step,
@@ -78,12 +81,22 @@ def even_plan(
     )
 
 
+def _drop_surely(selection: Selection, name: str, units: int, limit: float) -> None:
+    """Drop the whole blocks among the group's first `units`, as long as the cost is over the limit."""
+    ladder = selection.ladders[name]
+    while selection.total > limit and selection.rungs[name] < ladder.num_rungs:
+        if ladder.edges[selection.rungs[name] + 1] > units:
+            return
+        weigh(selection, name, 1)
+        selection.move(name, 1)
+        selection.total = selection.cost.total(selection.widths)
+
+
 def even_density(cost: Cost, widths: Mapping[str, int], dense: Mapping[str, int], limit: float) -> float:
     """The density of units, the same in all groups, at which the limit is met; 1 where dense fits."""
 
     def fits(density: float) -> bool:
-        even = {name: max(1, round(density * width)) for name, width in dense.items()}
-        return cost.total({**widths, **even}) <= limit
+        return even_cost(cost, widths, dense, density) <= limit
 
     if fits(1.0):
         return 1.0
@@ -92,3 +105,8 @@ def even_density(cost: Cost, widths: Mapping[str, int], dense: Mapping[str, int]
         middle = (low + high) / 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
+
+
+def even_cost(cost: Cost, widths: Mapping[str, int], dense: Mapping[str, int], density: float) -> float:
+    """What the model costs when every group has this density of units, and at least one unit."""
+    return cost.total({**widths, **{name: max(1, round(density * width)) for name, width in dense.items()}})

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from setpoint.baselines.even import EvenState, even_plan, nothing_dropped
+from setpoint.baselines.even import EvenState, even_cost, even_density, even_plan, nothing_dropped
 from setpoint.controller.plan import Observation, Plan
 from setpoint.controller.reason import problem_with
 from setpoint.cost.cost import Cost
@@ -22,11 +22,12 @@ from setpoint.sensor.unit_sum import UnitSum
 @final
 @dataclass(frozen=True)
 class ReconfiguringController:
-    """At every reconfiguration, units whose norm the lasso has brought near zero go, until the limit is met.
+    """At every reconfiguration, units that the lasso has brought near zero go, and the smallest as a ramp demands.
 
-    "Near zero" is below `threshold` times the largest norm of the group. The paper's training ends wherever
-    its penalty leads; so that it can be held against others at a budget, here no more goes once the limit is met,
-    and the last reconfiguration drops the smallest units, all groups alike, until it is.
+    "Near zero" is below `threshold` times the largest norm of the group. The paper trains long and ends wherever
+    its penalty leads; in short runs hardly a unit comes near zero. So that it can be held against others at a
+    budget, no more goes here once the limit is met, and each reconfiguration drops at least as many of the
+    smallest units, all groups alike, as bring the density down in a straight line to the one that meets the limit.
 
     Args:
         num_reconfigurations: how many there are, evenly spread up to `end`.
@@ -71,7 +72,7 @@ class ReconfiguringController:
     def decide(
         self, state: EvenState, observation: Observation, cost: Cost, groups: tuple[Group, ...]
     ) -> tuple[EvenState, Plan]:
-        """Drop what is near zero; at the last reconfiguration, what is smallest.
+        """Drop what is near zero, and what is smallest as far as the ramp wants it.
 
         Args:
             state: from `init`.
@@ -84,13 +85,19 @@ class ReconfiguringController:
             return state, nothing_dropped(observation, cost, groups, problem)
         assert observation.reading is not None
         norms = observation.reading.saliency
-        last = observation.step >= self._last(observation.total_steps)
-        reason = "the last reconfiguration meets the limit" if last else "reconfiguration: units near zero go"
-        free = {
-            group.name: np.full(group.num_units, last) | (norms[group.name] < self.threshold * norms[group.name].max())
+        limit = observation.limit[cost.resource]
+        progress = min(1.0, observation.step / self._last(observation.total_steps))
+        final = even_density(cost, observation.widths, state.dense, limit)
+        ramp = limit
+        if progress < 1:
+            ramp = even_cost(cost, observation.widths, state.dense, 1.0 - progress * (1.0 - final))
+        near_zero = {
+            group.name: int((norms[group.name] < self.threshold * norms[group.name].max()).sum())
             for group in groups
+            if group.num_units
         }
-        return state, even_plan(state, observation, cost, groups, free, observation.limit[cost.resource], reason)
+        reason = f"reconfiguration: {sum(near_zero.values())} units are near zero"
+        return state, even_plan(state, observation, cost, groups, max(limit, ramp), reason, near_zero)
 
     def _last(self, total_steps: int) -> int:
         return max(1, round(self.end * total_steps))

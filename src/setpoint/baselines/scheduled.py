@@ -9,7 +9,7 @@ from typing import final
 import numpy as np
 from jaxtyping import Bool
 
-from setpoint.baselines.even import EvenState, even_density, even_plan, nothing_dropped
+from setpoint.baselines.even import EvenState, even_cost, even_density, even_plan, nothing_dropped
 from setpoint.baselines.schedule import cubic_density
 from setpoint.controller.plan import Observation, Plan
 from setpoint.controller.reason import problem_with
@@ -88,11 +88,9 @@ class ScheduledController:
         density = cubic_density(progress, final=final)
         target = limit
         if progress < 1:
-            widths = {name: max(1, round(density * width)) for name, width in state.dense.items()}
-            target = max(limit, cost.total({**observation.widths, **widths}))
-        free = {group.name: np.ones(group.num_units, dtype=bool) for group in groups}
+            target = max(limit, even_cost(cost, observation.widths, state.dense, density))
         reason = f"open loop: density {density:.3g} in all groups"
-        return state, even_plan(state, observation, cost, groups, free, target, reason)
+        return state, even_plan(state, observation, cost, groups, target, reason)
 
     def _span(self, total_steps: int) -> tuple[int, int]:
         last = min(max(1, round(self.end * total_steps)), max(1, total_steps))

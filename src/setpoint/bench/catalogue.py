@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from setpoint.bench.cifar10 import cifar10, cifar10_mini, cifar10_resnet18, cifar10_wrn22_2
@@ -13,6 +14,7 @@ from setpoint.bench.mnist import mnist
 from setpoint.bench.own_function import is_own_function, own_function
 from setpoint.bench.shakespeare import shakespeare, shakespeare_10m, shakespeare_mini
 from setpoint.bench.simple_task import SimpleTask
+from setpoint.bench.smnist import scifar, smnist
 from setpoint.bench.task import BenchError, Task
 
 TASKS: Mapping[str, Callable[[Path | None], SimpleTask]] = {
@@ -25,6 +27,12 @@ TASKS: Mapping[str, Callable[[Path | None], SimpleTask]] = {
     "shakespeare-mini": shakespeare_mini,
     "shakespeare": shakespeare,
     "shakespeare-10m": shakespeare_10m,
+    "smnist": smnist,
+    "smnist-196": partial(smnist, length=196),
+    "psmnist": partial(smnist, permuted=True),
+    "psmnist-196": partial(smnist, length=196, permuted=True),
+    "scifar": scifar,
+    "pscifar": partial(scifar, permuted=True),
     "finetune": finetune,
     "finetune-text": finetune_text,
 }

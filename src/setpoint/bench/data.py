@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 from setpoint.bench.task import BenchError
+from setpoint.cost.table import cache_folder as cache_folder
 
 
 def find_data(relative: str, given: Path | None = None) -> Path | None:
@@ -49,13 +49,3 @@ def missing(relative: str, why: str) -> BenchError:
         f"cannot find {relative}: looked in {looked}, then tried to download it: {why}. "
         f"Pass --data DIR or set SETPOINT_DATA to a folder that holds {relative}"
     )
-
-
-def cache_folder() -> Path:
-    """The user's cache folder for Setpoint, by the platform's custom; it need not exist yet."""
-    if sys.platform == "win32":
-        local = os.environ.get("LOCALAPPDATA")
-        return (Path(local) if local else Path.home() / "AppData" / "Local") / "setpoint" / "cache"
-    if sys.platform == "darwin" and not os.environ.get("XDG_CACHE_HOME"):
-        return Path.home() / "Library" / "Caches" / "setpoint"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "setpoint"

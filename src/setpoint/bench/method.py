@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -19,6 +19,7 @@ from setpoint.bench.methods.in_training import Setpoint
 from setpoint.bench.methods.post_training import PostTraining
 from setpoint.bench.methods.scratch import Dense, Small, SmallFound, SmallLong
 from setpoint.bench.methods.sparse import Sparse
+from setpoint.bench.methods.states import Compressm, FewStates, Hankel
 from setpoint.bench.methods.torch_pruning import TorchPruning
 from setpoint.bench.results import Result
 from setpoint.bench.task import BenchError, Task
@@ -120,6 +121,10 @@ METHODS: tuple[Method, ...] = (
 """All methods; `filter-first` and `setpoint-first` cut at the start, as makes sense for a pretrained model."""
 
 
+STATE_METHODS: tuple[Method, ...] = (Hankel(), Compressm(), FewStates())
+"""Methods for tasks on state-space models."""
+
+
 def method_named(name: str) -> Method:
     """The method of that name, with other settings where the name says so: `rigl@density=0.1`.
 
@@ -127,26 +132,31 @@ def method_named(name: str) -> Method:
         BenchError: there is none, or it has no such setting; the message lists those there are.
     """
     base, *settings = name.split("@")
-    for method in METHODS:
+    for method in (*METHODS, *STATE_METHODS):
         if method.name == base:
             return _with_settings(method, name, settings)
-    raise BenchError(f"unknown method {name!r}: use {', '.join(method.name for method in METHODS)}")
+    raise BenchError(f"unknown method {name!r}: use {', '.join(method.name for method in (*METHODS, *STATE_METHODS))}")
 
 
 def _with_settings(method: Method, name: str, settings: list[str]) -> Method:
-    """The method under its full name with each `key=number` set."""
-    if not settings:
-        return method
-    fields = dataclasses.fields(method)  # type: ignore[arg-type]
-    known = {each.name for each in fields if isinstance(getattr(method, each.name), float)}
-    values: dict[str, float] = {}
+    """The method under its full name with each `key=number` set, in itself or in what prunes for it."""
+    parts: list[Any] = [method] + ([method.prunes] if isinstance(method, PostTraining) else [])
     for setting in settings:
         key, _, value = setting.partition("=")
-        if key not in known:
-            some = ", ".join(f"@{each}=NUMBER" for each in sorted(known)) or "none"
-            raise BenchError(f"unknown setting {key!r} of {method.name}: it has {some}")
+        places = [place for place, part in enumerate(parts) if key in _numbers(part)]
+        if not places:
+            known = sorted(f"@{each}=NUMBER" for part in parts for each in _numbers(part))
+            raise BenchError(f"unknown setting {key!r} of {method.name}: it has {', '.join(known) or 'none'}")
         try:
-            values[key] = float(value)
+            parts[places[0]] = dataclasses.replace(parts[places[0]], **{key: float(value)})
         except ValueError as error:
             raise BenchError(f"the setting {key!r} of {method.name} is a number, got {value!r}") from error
-    return dataclasses.replace(method, name=name, **values)  # type: ignore[type-var]
+    own = {"name": name, "prunes": parts[1]} if len(parts) > 1 else {"name": name}
+    changed: Method = dataclasses.replace(parts[0], **own)
+    return changed if settings else method
+
+
+def _numbers(part: object) -> set[str]:
+    """Names of the settings that are numbers."""
+    fields = dataclasses.fields(part)  # type: ignore[arg-type]
+    return {each.name for each in fields if isinstance(getattr(part, each.name), float)}

@@ -1,4 +1,4 @@
-"""Progress bars on stderr: one per cell of a benchmark with loss and score, or one over all models; with time left."""
+"""Progress bars on stderr, with the time left: over the cells of a benchmark, or over the models of a suite."""
 
 from __future__ import annotations
 
@@ -7,23 +7,31 @@ from contextlib import contextmanager
 from types import TracebackType
 
 import rich.progress
+import rich.text
 from rich.console import Console
 
 from setpoint.bench.coverage import Verdict
+from setpoint.bench.results import Result
 from setpoint.bench.training import Cell, Progress
+from setpoint.bench.worker import Failure
+from setpoint.report.numbers import duration
 
 
 class ProgressBars:
-    """A context manager to hand to `run`: called with a cell and its progress, it moves the cell's bar.
+    """The observer that draws: a bar over all cells with the time left, one for each under way, a line for each end.
+
+    Where stderr is no terminal, only the lines appear.
 
     Args:
-        cells: all cells of the benchmark; each gets its bar when its seed begins.
+        cells: all cells of the benchmark that are still to be run.
     """
 
     def __init__(self, cells: Sequence[Cell]) -> None:
         self._bars = _bars()
-        self._several_seeds = len({cell.seed for cell in cells}) > 1
-        self._task_of: dict[Cell, rich.progress.TaskID] = {}
+        self._shares = dict.fromkeys(cells, 0.0)
+        self._all = self._bars.add_task("all", total=float(len(cells)), state="")
+        self._bar_of: dict[Cell, rich.progress.TaskID] = {}
+        self._num_ended = self._num_failed = 0
 
     def __enter__(self) -> ProgressBars:
         self._bars.start()
@@ -35,15 +43,41 @@ class ProgressBars:
         self._bars.stop()
 
     def __call__(self, cell: Cell, progress: Progress) -> None:
-        """Move the cell's bar."""
-        if cell not in self._task_of:
-            self._task_of[cell] = self._bars.add_task(self._label(cell), total=progress.total_steps, state="")
-        self._bars.update(self._task_of[cell], completed=progress.step, state=_state(progress))
+        """Move the cell's bar, and the one over all."""
+        if cell not in self._bar_of:
+            self._bar_of[cell] = self._bars.add_task(cell.name, total=progress.total_steps, state="")
+        self._bars.update(self._bar_of[cell], completed=progress.step, state=_state(progress))
+        self._shares[cell] = progress.step / progress.total_steps
+        self._tell()
 
-    def _label(self, cell: Cell) -> str:
-        budget = "" if cell.budget is None else f" at {cell.budget:g}"
-        seed = f", seed {cell.seed}" if self._several_seeds else ""
-        return f"{cell.method.name}{budget}{seed}"
+    def ended(self, cell: Cell, ending: Result | Failure) -> None:
+        """Take the cell's bar away, and print a line on what it came to."""
+        if cell in self._bar_of:
+            self._bars.remove_task(self._bar_of.pop(cell))
+        self._shares[cell] = 1.0
+        self._num_ended += 1
+        self._num_failed += isinstance(ending, Failure)
+        self._tell()
+        left = self._bars.tasks[0].time_remaining
+        told = f"{self._num_ended} of {len(self._shares)}"
+        told += f", {duration(left)} left" if left else ""
+        style = "red" if isinstance(ending, Failure) else ""
+        text = rich.text.Text(f"{cell.name}: {_ending(ending)} ({told})", style=style)
+        self._bars.console.print(text, soft_wrap=True)
+
+    def _tell(self) -> None:
+        failed = f", {self._num_failed} failed" if self._num_failed else ""
+        self._bars.update(
+            self._all, completed=sum(self._shares.values()), state=f"{self._num_ended} of {len(self._shares)}{failed}"
+        )
+
+
+def _ending(ending: Result | Failure) -> str:
+    """What a cell came to, in words."""
+    if isinstance(ending, Failure):
+        return ending.error
+    value = f"{100 * ending.value:.2f} %" if ending.metric == "accuracy" else f"{ending.value:.4f}"
+    return f"{ending.metric} {value} in {duration(ending.seconds)}"
 
 
 @contextmanager
@@ -61,7 +95,16 @@ def sweep_bar(name: str, total: int) -> Iterator[Callable[[Verdict], None]]:
         yield after
 
 
+@contextmanager
+def turns_bar(name: str) -> Iterator[Callable[[float], None]]:
+    """A bar that is called with the share that is done."""
+    with _bars() as bars:
+        bar = bars.add_task(name, total=1.0, state="")
+        yield lambda share: bars.update(bar, completed=share)
+
+
 def _bars() -> rich.progress.Progress:
+    """Bars whose time left is judged by the last ten minutes: cells differ in pace."""
     return rich.progress.Progress(
         rich.progress.TextColumn("{task.description}"),
         rich.progress.BarColumn(bar_width=24),
@@ -69,6 +112,7 @@ def _bars() -> rich.progress.Progress:
         rich.progress.TimeRemainingColumn(elapsed_when_finished=True),
         rich.progress.TextColumn("{task.fields[state]}"),
         console=Console(stderr=True),
+        speed_estimate_period=600.0,
     )
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
+from typing import Any
 
-SCHEMA = 1
+from setpoint.bench.task import BenchError
+from setpoint.report.results import SCHEMA, SCHEMAS
+
 FILE = "results.jsonl"
 HISTORY = "history.jsonl"
 LEDGER = "ledger.jsonl"
@@ -33,24 +36,27 @@ class Result:
         train_flops: FLOPs of all optimizer steps, overhead included.
         seconds: wall-clock time of training, overhead included, evaluation excluded.
         evaluation_seconds: wall-clock time of evaluation.
-        overhead_seconds: the part of `seconds` that Setpoint spent.
-        overhead_flops: the part of `train_flops` that Setpoint spent.
+        overhead_seconds: the part of `seconds` that the method itself spent beside plain training steps.
+        overhead_flops: the part of `train_flops` that it spent.
         resizes: how many times the model was cut.
         landed: whether it landed within the budget; None where there was nothing to land.
         steps: optimizer steps.
         widths: active units by group at the end.
         dense_widths: the same at the start.
-        dense_flops: FLOPs per step of the model that pruning began with; None where Setpoint took no part.
         environment: what the numbers depend on.
         date: when the cell finished, ISO 8601 in UTC.
         folder: the cell's folder, relative to the results file.
-        theoretical_flops: FLOPs of one step of the finished model if only weights that are not masked cost any;
-            None where no weights are masked. `final_flops` is what is realised on this hardware.
-        theoretical_train_flops: the same for all optimizer steps.
-        density: kept fraction of the weights that may be masked; None where none are.
-        break_even_step: first step at which the seconds saved exceed the overhead; None if never.
-        notes: what a reader must know, such as a search that is not counted.
-        family: what kind of method it is, such as "post-training".
+        dense_flops: FLOPs per step of the model that pruning began with; None where Setpoint took no part.
+        family: what kind of method it is, such as "post-training"; the headline goals go by it.
+        task_steps: optimizer steps of the task's recipe; a method may take more or fewer.
+        clock: "interleaved" where the methods took turns in one process, "shared" where each cell had
+            a process of its own and other work may have shared the machine.
+        theoretical_flops: FLOPs of one step of the finished model if zeros cost nothing; None where there are none.
+        theoretical_train_flops: FLOPs of the run if zeros cost nothing, as the sparse-training literature counts.
+        density: kept fraction of the maskable weights; None where nothing is masked.
+        energy_j: joules of training; None where there is no meter.
+        break_even_step: first step at which the seconds saved exceed the overhead; None if never or unknown.
+        notes: what a reader must know about this run.
         schema: version of this format.
     """
 
@@ -78,21 +84,77 @@ class Result:
     date: str
     folder: str
     dense_flops: float | None = None
+    family: str = ""
+    task_steps: int | None = None
+    clock: str = "interleaved"
     theoretical_flops: float | None = None
     theoretical_train_flops: float | None = None
     density: float | None = None
+    energy_j: float | None = None
     break_even_step: int | None = None
     notes: str = ""
-    family: str = ""
     schema: int = field(default=SCHEMA)
 
 
-def append_result(folder: Path, result: Result) -> None:
-    """Append one result as one line; a line left half-written by an interrupted run is cut off first."""
-    path = folder / FILE
-    if path.exists():
-        content = path.read_bytes()
-        if content and not content.endswith(b"\n"):
-            path.write_bytes(content[: content.rfind(b"\n") + 1])
+def append_line(path: Path, line: Mapping[str, Any]) -> None:
+    """Append one JSON object as one line; a line left half-written by an interrupted run is cut off first."""
+    mend(path)
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(dataclasses.asdict(result)) + "\n")
+        file.write(json.dumps(line) + "\n")
+
+
+def append_result(folder: Path, result: Result) -> None:
+    """Append one result to the results file of a folder."""
+    append_line(folder / FILE, dataclasses.asdict(result))
+
+
+def mend(path: Path) -> None:
+    """Cut off what stands after the last line's end, and nothing else."""
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        content = file.read()
+        end = content.rfind(b"\n") + 1
+        if end < len(content):
+            file.truncate(end)
+
+
+def load_results(folder: Path) -> tuple[Result, ...]:
+    """The finished cells of a folder, in order; none where there is no results file yet.
+
+    A half-written last line is left out. A cell that was repeated counts once, the last time.
+
+    Raises:
+        BenchError: the folder was written by another version of Setpoint, or the file is damaged.
+    """
+    path = folder / FILE
+    if not path.exists():
+        return ()
+    found: dict[tuple[object, ...], Result] = {}
+    *lines, rest = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    del rest  # empty, or half a line after a crash
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            result = _parsed(line, f"line {number} of {path}")
+            key = (result.task, result.method, result.budget, result.seed)
+            found.pop(key, None)
+            found[key] = result
+    return tuple(found.values())
+
+
+def _parsed(line: str, where: str) -> Result:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise BenchError(f"{where} is damaged: delete that line, or name another folder with --out") from error
+    if not isinstance(row, dict) or row.get("schema") not in SCHEMAS:
+        schema = row.get("schema") if isinstance(row, dict) else None
+        raise BenchError(
+            f"{where} has schema {schema!r}, this version of Setpoint continues folders of schema "
+            f"{' and '.join(map(str, SCHEMAS))}: name another folder with --out"
+        )
+    known = {each.name: each for each in dataclasses.fields(Result)}
+    missing = [name for name, each in known.items() if each.default is MISSING and name not in row]
+    if missing:
+        raise BenchError(f"{where} lacks {', '.join(missing)}: delete that line, or name another folder with --out")
+    return Result(**{name: value for name, value in row.items() if name in known})

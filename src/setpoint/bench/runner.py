@@ -1,79 +1,186 @@
-"""The runner: trains the methods of a seed side by side, so that the machine's moods hit all alike."""
+"""The runner: every cell in a process of its own, several at a time, finished ones kept and never done twice."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Sequence
+import multiprocessing.connection
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
-from setpoint.bench.method import Method
-from setpoint.bench.results import FILE, Result, append_result
+from setpoint.bench.method import Method, method_named
+from setpoint.bench.results import FILE, Result, append_result, load_results, mend
 from setpoint.bench.task import BenchError, Split, Task
-from setpoint.bench.training import Cell, Progress, train
+from setpoint.bench.training import Cell, Progress
+from setpoint.bench.worker import Failure, Worker
+
+
+@runtime_checkable
+class Observer(Protocol):
+    """Who is told how the cells get on."""
+
+    def __call__(self, cell: Cell, progress: Progress) -> None:
+        """A cell has done a turn."""
+        ...
+
+    def ended(self, cell: Cell, ending: Result | Failure) -> None:
+        """A cell has ended, well or not."""
+        ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a benchmark came to.
+
+    Args:
+        results: of all finished cells, those of earlier runs too, in the order of the grid.
+        failures: cells that could not be finished, and why.
+    """
+
+    results: tuple[Result, ...]
+    failures: tuple[Failure, ...] = ()
 
 
 def grid(
     task: Task, methods: Iterable[Method], budgets: Iterable[float], seeds: Iterable[int], split: Split = "test"
 ) -> tuple[Cell, ...]:
-    """All cells, seed by seed; a method that no budget changes runs once a seed."""
-    return tuple(
-        Cell(task, method, budget, seed, split)
-        for seed in seeds
+    """All cells, seed by seed, what is needed first; a method that no budget changes runs once a seed.
+
+    A method that needs another one's result brings that one's cell along, whether it was asked for or not.
+    """
+    budgets = tuple(budgets)
+    cells: dict[Cell, None] = {}
+    for seed in seeds:
+        for method in methods:
+            for budget in budgets if method.sized else (None,):
+                for cell in with_needed(Cell(task, method, budget, seed, split)):
+                    cells.setdefault(cell)
+    return tuple(cells)
+
+
+def with_needed(cell: Cell) -> tuple[Cell, ...]:
+    """A cell after all those that it needs, and those that they need."""
+    before = [each for needed in needed_cells(cell).values() for each in with_needed(needed)]
+    return (*dict.fromkeys(before), cell)
+
+
+def needed_cells(cell: Cell) -> dict[str, Cell]:
+    """The cells whose results a cell needs, by method; a method without a budget has one cell for all."""
+    methods = [method_named(name) for name in cell.method.needs]
+    return {
+        method.name: Cell(cell.task, method, cell.budget if method.sized else None, cell.seed, cell.split)
         for method in methods
-        for budget in (budgets if method.sized else (None,))
-    )
+    }
 
 
-def run(cells: Sequence[Cell], out: Path, report: Callable[[Cell, Progress], None]) -> tuple[Result, ...]:
-    """Train all cells; those of one seed take turns of a few steps, the least advanced first.
+def finished(cells: Sequence[Cell], out: Path) -> dict[Cell, Result]:
+    """The results that the folder already holds of these cells.
 
-    Each finished cell is written to `out` at once, so an interruption costs only those under way.
+    Raises:
+        BenchError: the folder is of another version, or holds runs of another length or split of these
+            tasks: a folder compares like with like.
+    """
+    by_key = {(each.task, each.method, each.budget, each.seed): each for each in load_results(out)}
+    for cell in cells:
+        for result in by_key.values():
+            steps = result.steps if result.task_steps is None else result.task_steps
+            if result.task == cell.task.name and (steps, result.split) != (cell.task.steps, cell.split):
+                raise BenchError(
+                    f"{out} holds {result.task} runs of {steps} steps on {result.split}; these are "
+                    f"{cell.task.steps} steps on {cell.split}: name another folder with --out"
+                )
+    keys = {cell: (cell.task.name, cell.method.name, cell.budget, cell.seed) for cell in cells}
+    return {cell: by_key[key] for cell, key in keys.items() if key in by_key}
+
+
+def make_data_ready(cells: Iterable[Cell]) -> None:
+    """Draw one batch of each task, so that missing data are found, and loaded, before any worker starts.
+
+    Raises:
+        BenchError: the data are not there.
+    """
+    for task in dict.fromkeys(cell.task for cell in cells):
+        next(task.batches(seed=0))
+
+
+def run(
+    cells: Sequence[Cell],
+    out: Path,
+    observer: Observer,
+    *,
+    workers: int = 1,
+    make_task: Callable[[], Task] | None = None,
+) -> Outcome:
+    """Train the cells that the folder does not hold yet, each in a fresh process.
+
+    Each finished cell is written to `out` at once, so that whatever ends the run, a kill included,
+    costs only the cells under way, and the same call goes on from there. A cell that fails keeps none
+    of the others from running, but for those that need its result.
 
     Args:
-        cells: what to train.
+        cells: what to train, as `grid` gives them.
         out: folder of the results.
-        report: told about each cell after each of its turns.
+        observer: is told of every turn and every ending.
+        workers: processes at a time; they share the processor's threads evenly.
+        make_task: makes the task of all cells in their processes, for one that cannot be sent there.
+
+    Raises:
+        BenchError: the folder holds other runs, or the data are missing.
     """
     out.mkdir(parents=True, exist_ok=True)
-    _check_comparable(cells, out)
-    results = []
-    for seed in dict.fromkeys(cell.seed for cell in cells):
-        running = {cell: train(cell, out) for cell in cells if cell.seed == seed}
-        done = dict.fromkeys(running, 0.0)
-        try:
-            while running:
-                cell = min(running, key=lambda each: done[each])
-                try:
-                    progress = next(running[cell])
-                except StopIteration as finished:
-                    del running[cell]
-                    append_result(out, finished.value)
-                    results.append(finished.value)
+    mend(out / FILE)
+    done = finished(cells, out)
+    waiting = [cell for cell in cells if cell not in done]
+    make_data_ready(waiting)
+    threads = max(1, _processors() // workers)
+    failures: dict[Cell, Failure] = {}
+    running: dict[multiprocessing.connection.Connection, Worker] = {}
+    try:
+        while waiting or running:
+            for cell, failure in _hopeless(waiting, failures).items():
+                waiting.remove(cell)
+                failures[cell] = failure
+                observer.ended(cell, failure)
+            for cell in _ready(waiting, done)[: workers - len(running)]:
+                waiting.remove(cell)
+                needed = {name: done[each] for name, each in needed_cells(cell).items()}
+                worker = Worker(cell, out, needed, threads, make_task)
+                running[worker.pipe] = worker
+            for pipe in multiprocessing.connection.wait(list(running)) if running else ():
+                worker = running[pipe]  # type: ignore[index]
+                message = worker.receive()
+                if isinstance(message, Progress):
+                    observer(worker.cell, message)
                     continue
-                done[cell] = progress.step / progress.total_steps
-                report(cell, progress)
-        finally:
-            for training in running.values():
-                training.close()
-    return tuple(results)
+                del running[worker.pipe]
+                if isinstance(message, Result):
+                    append_result(out, message)
+                    done[worker.cell] = message
+                else:
+                    failures[worker.cell] = message
+                observer.ended(worker.cell, message)
+    finally:
+        for worker in running.values():
+            worker.stop()
+    return Outcome(tuple(done[cell] for cell in cells if cell in done), tuple(failures.values()))
 
 
-def _check_comparable(cells: Sequence[Cell], out: Path) -> None:
-    """A folder compares runs of one length and split; others would be set against each other silently."""
-    path = out / FILE
-    if not path.exists():
-        return
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue  # half a line after a crash
-        for cell in cells:
-            if row.get("task") == cell.task.name and (row.get("steps"), row.get("split")) != (
-                cell.task.steps,
-                cell.split,
-            ):
-                raise BenchError(
-                    f"{out} holds {cell.task.name} runs of {row.get('steps')} steps on {row.get('split')}; these "
-                    f"are {cell.task.steps} steps on {cell.split}: name another folder with --out"
-                )
+def _ready(waiting: Sequence[Cell], done: Mapping[Cell, Result]) -> list[Cell]:
+    """Cells that miss nothing they need."""
+    return [cell for cell in waiting if all(needed in done for needed in needed_cells(cell).values())]
+
+
+def _hopeless(waiting: Sequence[Cell], failures: Mapping[Cell, Failure]) -> dict[Cell, Failure]:
+    """Cells that need one that has failed, or that needs one that has."""
+    found: dict[Cell, Failure] = {}
+    for cell in waiting:  # in the order of the grid: what is needed comes first
+        for needed in needed_cells(cell).values():
+            if needed in failures or needed in found:
+                found[cell] = Failure(cell.name, f"not run, since it needs {needed.name}, which failed")
+    return found
+
+
+def _processors() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

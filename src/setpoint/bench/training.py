@@ -18,6 +18,7 @@ from setpoint.bench.environment import environment
 from setpoint.bench.method import Method
 from setpoint.bench.own_random import OwnRandom
 from setpoint.bench.results import HISTORY, LEDGER, MODEL, Result
+from setpoint.bench.stages import Stage, hollow, load_stages, save_stages
 from setpoint.bench.task import BenchError, Score, Split, Task, dense_widths
 from setpoint.meter import Stopwatch
 
@@ -83,12 +84,7 @@ def train(cell: Cell, out: Path, needed: Mapping[str, Result] | None = None) -> 
     """
     folder = out / cell.name
     folder.mkdir(parents=True, exist_ok=True)
-    random = OwnRandom(cell.seed)
-    with OwnRandom(cell.seed).drawing():
-        course = _course(cell, needed or {})
-        warm_up(course.task, course.widths)
-    with random.drawing():
-        run = Run(cell, course, random, _earlier(course, out, needed or {}))
+    run = begin(cell, out, needed or {})
     partial = folder / f"{HISTORY}.partial"  # an interrupted repetition leaves the finished run's history alone
     with partial.open("w", encoding="utf-8") as history:
         while run.step < run.task.steps:
@@ -100,10 +96,26 @@ def train(cell: Cell, out: Path, needed: Mapping[str, Result] | None = None) -> 
             history.flush()
             yield Progress(run.step, run.task.steps, run.loss, run.score)
         outcome = run.finish(folder)
+        earlier = load_stages(out / run.earlier.folder) if run.earlier else ()
+        save_stages(folder, (*earlier, *run.stages))
         final = run.judge(cell.split)
         history.write(json.dumps(run.row(cell.split, final)) + "\n")
     partial.replace(folder / HISTORY)
     return run.result(final, outcome)
+
+
+def begin(cell: Cell, out: Path, needed: Mapping[str, Result]) -> Run:
+    """The run of a cell before its first step, after a few warm-up steps of another model of its size.
+
+    Raises:
+        BenchError: as `train` does.
+    """
+    random = OwnRandom(cell.seed)
+    with OwnRandom(cell.seed).drawing():
+        course = _course(cell, needed)
+        warm_up(course.task, course.widths)
+    with random.drawing():
+        return Run(cell, course, random, _earlier(course, out, needed))
 
 
 def _course(cell: Cell, needed: Mapping[str, Result]) -> Course:
@@ -174,6 +186,13 @@ class Run:
         self.flops_per_step = step_flops(self.model, self.task.example())
         self.step, self.flops, self.loss = 0, 0.0, float("nan")
         self.score: Score | None = None
+        self.past_stages: list[Stage] = []
+        self.stage = hollow(self.model)
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The models trained so far, without their weights; the present one last."""
+        return (*self.past_stages, Stage(self.step - sum(each.num_steps for each in self.past_stages), self.stage))
 
     def turn(self, steps: int) -> None:
         """Train some steps by the clock; losses reach the host once, at the end."""
@@ -211,6 +230,8 @@ class Run:
         if self.pruner is not None and self.pruner.widths != self.widths:
             self.widths = dict(self.pruner.widths)
             self.flops_per_step = step_flops(self.model, self.task.example())
+            self.past_stages = list(self.stages)
+            self.stage = hollow(self.model)
 
     def validation_due(self) -> bool:
         """Whether the last turn has passed a step at which to validate, or was the last of all."""

@@ -11,13 +11,15 @@ import numpy as np
 from jaxtyping import Float64
 
 from setpoint.controller.ladder import Ladder, lowest_width
-from setpoint.cost.cost import Cost
+from setpoint.cost.cost import Cost, ProductCost
 from setpoint.groups.group import Group
 
 Allocation = Literal["worth", "uniform"]
 """How a cut is split over groups: by saliency per saving, or so that all groups keep the same density."""
 
 _MAX_PICKS = 2048
+_STAIR = 4
+"""Blocks beyond the next that are looked at for a step down: hardware's steps are at multiples of 16."""
 
 
 @dataclass(eq=False)
@@ -134,11 +136,25 @@ def _descend(selection: Selection, target: float, stride: int, ceiling: float) -
 
 
 def weigh(selection: Selection, name: str, stride: int) -> tuple[float, float, str, int, float] | None:
-    """(worth, share of the group gone afterwards, name, blocks, saving) of the group's next blocks, noted down."""
-    ladder, rung = selection.ladders[name], selection.rungs[name]
-    count = min(stride, ladder.num_rungs - rung)
-    if count == 0:
+    """(worth, share of the group gone afterwards, name, blocks, saving) of the group's next blocks, noted down.
+
+    On a staircase one block may save nothing and the next one all: there as many blocks, up to four more, are
+    weighed together as are worth least.
+    """
+    left = selection.ladders[name].num_rungs - selection.rungs[name]
+    if left == 0:
         return None
+    count = min(stride, left)
+    if isinstance(selection.cost, ProductCost):  # a sum of products has no stairs
+        best = _weighed(selection, name, count)
+    else:
+        best = min(_weighed(selection, name, each) for each in range(count, min(count + _STAIR, left) + 1))
+    selection.worth[name][selection.rungs[name]] = best[0]
+    return best
+
+
+def _weighed(selection: Selection, name: str, count: int) -> tuple[float, float, str, int, float]:
+    ladder, rung = selection.ladders[name], selection.rungs[name]
     size = selection.size(name, rung, count)
     saving = selection.cost.saving(selection.widths, name, size)
     gone = 1.0 - (selection.widths[name] - size) / ladder.dense
@@ -148,7 +164,6 @@ def weigh(selection: Selection, name: str, stride: int) -> tuple[float, float, s
         worth = gone
     else:
         worth = selection.salience(name, rung, count) / saving
-    selection.worth[name][rung] = worth
     return worth, gone, name, count, saving
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -18,7 +19,8 @@ class Budget:
 
     Args:
         resource: "flops" (of one optimizer step, forward and backward, at the example's batch
-            shape) or "params" (number of parameters).
+            shape), "params" (number of parameters), "memory" (peak bytes of a training step), "latency"
+            (seconds per optimizer step on this device) or "energy" (joules per optimizer step).
         limit: the value not to exceed; a fraction of the dense cost when `relative`.
         per: "step" (the finished model's cost per optimizer step).
         relative: whether `limit` is a fraction of the dense cost.
@@ -62,9 +64,28 @@ class Budget:
 
     @classmethod
     def total(cls, limit: float, *, of: str, per: str = "step", deadband: float = 0.01) -> Budget:
-        """An absolute limit in the resource's own unit: FLOPs per optimizer step, or parameters."""
+        """An absolute limit in the resource's own unit: FLOPs, parameters, bytes, seconds, joules.
+
+        >>> Budget.total(0.010, of="latency")  # 10 milliseconds per step
+        Budget(resource='latency', limit=0.01, per='step', relative=False, deadband=0.01)
+        """
         return cls(of, limit, per, False, deadband)
 
     def absolute(self, dense: float) -> float:
         """The limit in the resource's own unit, given the dense cost."""
         return self.limit * dense if self.relative else float(self.limit)
+
+
+UNITS: Mapping[str, str] = {"flops": "FLOPs", "params": "params", "memory": "bytes", "latency": "s", "energy": "J"}
+"""Unit of each resource."""
+
+
+def amount(value: float, resource: str) -> str:
+    """A cost in words, with its unit.
+
+    >>> amount(12345678.0, "flops"), amount(0.01234, "latency")
+    ('12,345,678 flops', '0.0123 s')
+    """
+    if resource in ("latency", "energy"):
+        return f"{value:.3g} {UNITS[resource]}"
+    return f"{value:,.0f} {'bytes' if resource == 'memory' else resource}"

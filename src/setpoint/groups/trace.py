@@ -20,6 +20,7 @@ from setpoint.groups.export import Example, export
 from setpoint.groups.group import Group, Size, widths_of
 from setpoint.groups.product import solve
 from setpoint.groups.rehearsal import Rehearsal
+from setpoint.groups.state import find_states
 from setpoint.groups.walk import Value, Walk, finish, op_name, rule_for
 
 
@@ -82,7 +83,9 @@ def trace(model: nn.Module, example: Example) -> Trace:
         for contract in walk.contracts
     )
     rest = _uncounted(model, example, groups, contractions) if walk.unknown else ()
-    return Trace(groups, contractions + rest, _frozen(walk.atoms))
+    groups, refused = find_states(model, groups)
+    frozen = (*_frozen(walk.atoms), *(Frozen(place, why) for place, why in refused.items()))
+    return Trace(groups, contractions + rest, frozen)
 
 
 def _mark_grouped(walk: Walk) -> None:

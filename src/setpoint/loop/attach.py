@@ -22,23 +22,30 @@ from setpoint.cost.budget import Budget
 from setpoint.cost.cost import Cost
 from setpoint.cost.flops import flops_cost
 from setpoint.cost.params import params_cost
-from setpoint.errors import BudgetError, ExampleError, GroupError, LoopError, OptimizerError
-from setpoint.groups.export import Example
+from setpoint.errors import ExampleError, GroupError, LoopError, OptimizerError
+from setpoint.groups.export import Example, inputs_of
 from setpoint.groups.group import Group, Size, widths_of
 from setpoint.groups.trace import Trace, trace
 from setpoint.loop.accounting import Account
 from setpoint.loop.chance import untouched_chance
+from setpoint.loop.costing import Costing, cost_out
 from setpoint.loop.loop import ATTACHED, Loop
+from setpoint.loop.metering import Metering
 from setpoint.loop.parts import Parts
-from setpoint.meter import Stopwatch
+from setpoint.loop.replica import Replica
+from setpoint.loop.target import Target, check_budgets, check_reachable
+from setpoint.meter import StepMeter, Stopwatch
+from setpoint.sensor.chain import SensorChain
+from setpoint.sensor.hankel import HankelSensor
 from setpoint.sensor.reading import Growing, Sensor
+from setpoint.sensor.selective import SelectiveSensor
 from setpoint.sensor.taylor import TaylorSensor
 
 
 def attach(
     model: nn.Module,
     optimizer: Optimizer | Sequence[Optimizer],
-    budget: Budget,
+    budget: Budget | Sequence[Budget],
     *,
     example: Example,
     total_steps: int,
@@ -49,6 +56,7 @@ def attach(
     num_samples: int | None = None,
     allow_lossy: bool = False,
     verify: bool = True,
+    watts: float | None = None,
     reserve_bytes: int | None = 8 * 2**30,
 ) -> Loop:
     """Hold a model in training to a budget: watch its optimizers, and shrink it in the middle of the run.
@@ -61,23 +69,28 @@ def attach(
         model: the model; a `torch.compile`d one is fine.
         optimizer: the optimizer that trains it, or several that each step once per training step
             (Setpoint senses before the first of them and acts after the last).
-        budget: what spending per optimizer step is held to.
+        budget: what spending per optimizer step is held to; several budgets, each of another resource, are
+            all met. "memory", "latency" and "energy" are learnt on copies of the model, which takes up to a
+            minute the first time; under autocast, call this inside the context that training uses.
         example: inputs as in training, at the batch shape of one optimizer step: a tuple of positional
             or a dict of keyword inputs. FLOPs are counted at this shape.
         total_steps: optimizer steps of the whole run.
         controller: decides what goes and when; by default `PricedController()`.
-        sensor: reads saliencies; by default `TaylorSensor(num_samples)`.
+        sensor: reads saliencies; by default `TaylorSensor(num_samples)`, and `HankelSensor(num_samples)` for the
+            states of state-space layers.
         groups: which groups may be pruned, out of `find_groups(model, example)`; by default all.
         copies: modules with the same tensors to cut alike, such as an EMA copy.
         num_samples: independent samples per optimizer step over ranks and micro-batches; by default
             the leading dim of the example's first tensor.
         allow_lossy: also prune groups in which a zeroed unit is not the same as an absent one.
         verify: try every group's cut on copies of the model first, and leave alone those that fail.
+        watts: power that a training step draws, for an energy budget where no meter reads it.
         reserve_bytes: the most host memory for dropped units that may come back (`PricedController(regrow=True)`);
             beyond it those dropped first are let go, which is said. None: no limit.
 
     Raises:
         BudgetError: for a budget that cannot be reached, or is not available in this version.
+        CostError: for a resource that cannot be predicted or measured here.
         ExampleError: for an example that the model does not accept.
         ExportError: for a model that cannot be exported.
         GroupError: if nothing can be pruned, or `groups` are not the model's.
@@ -100,10 +113,13 @@ def attach(
     watch = Stopwatch(synchronize=True)
     inner = _unwrap(model)
     with watch, untouched_chance(inner):
-        optimizers = _check_arguments(inner, optimizer, budget, total_steps)
-        if sensor is None:
-            sensor = TaylorSensor(_num_samples(example) if num_samples is None else num_samples)
+        budgets = check_budgets(budget)
+        optimizers = _check_arguments(inner, optimizer, total_steps)
         found = trace(inner, example)
+        if sensor is None:
+            sensor = _default_sensor(
+                inner, found.groups, example, _num_samples(example) if num_samples is None else num_samples
+            )
         active, frozen = _select(inner, found, groups, sensor, allow_lossy)
         active, strangers = _in_hand(inner, optimizers, active)
         frozen.update(strangers)
@@ -117,22 +133,34 @@ def attach(
             verification_passes += _check_regrowth(model, inner, example, active, sensor, verify)
         flops = flops_cost(_restrict(found, active))
         costs: dict[str, Cost] = {"flops": flops, "params": params_cost(inner, active)}
+        costing = cost_out(inner, optimizers, example, active, {each.resource for each in budgets}, watts)
+        costs.update(costing.costs)
         dense = {name: cost.total(widths_of(active)) for name, cost in costs.items()}
-        _check_reachable(budget, costs[budget.resource], dense[budget.resource], active)
+        for each in budgets:
+            check_reachable(each, dense[each.resource], cheapest(costs[each.resource], active))
+        account = Account(watch, dense["flops"], verification_passes * dense["flops"])
+        metering = _metering(inner, model, optimizers, example, budgets, account, costing)
         parts = Parts(
             model=inner,
             optimizers=optimizers,
             copies=tuple(copies),
             groups=active,
-            budget=budget,
+            target=Target(budgets, costs, widths_of(active)),
+            metering=metering,
             costs=costs,
-            controller=PricedController(deadband=budget.deadband) if controller is None else controller,
+            controller=_controller(budgets) if controller is None else controller,
             sensor=sensor,
             total_steps=total_steps,
-            header=_header(active, frozen, dense, budget, total_steps, inner),
+            header=_header(active, frozen, dense, budgets, total_steps, inner)
+            | {
+                "modelled": dict(costing.sources),
+                "measured": metering.sources,
+                "calibration": dict(costing.errors),
+                "step_seconds": dict(costing.step_seconds),
+            },
             reserve_bytes=reserve_bytes,
         )
-    return Loop(parts, Account(watch, dense["flops"], verification_passes * dense["flops"]))
+    return Loop(parts, account)
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
@@ -154,20 +182,36 @@ def _unwrap(model: nn.Module) -> nn.Module:
     return inner
 
 
+def _controller(budgets: Sequence[Budget]) -> PricedController:
+    return PricedController(deadband=min(each.deadband for each in budgets))
+
+
+def _metering(
+    inner: nn.Module,
+    model: nn.Module,
+    optimizers: Sequence[Optimizer],
+    example: Example,
+    budgets: Sequence[Budget],
+    account: Account,
+    costing: Costing,
+) -> Metering:
+    """Meters for the resources of the budgets."""
+    resources = {each.resource for each in budgets}
+    if resources & {"latency", "energy"}:
+        account.steps = StepMeter(synchronize=True)
+    args, kwargs = inputs_of(example)
+    live = Replica(inner, tuple(optimizers), args, kwargs)
+    device = next((parameter.device for parameter in inner.parameters()), torch.device("cpu"))
+    compiled = inner is not model or any(module._compiled_call_impl is not None for module in inner.modules())
+    return Metering(resources, account.steps, live.held, device, compiled=compiled, energy=costing.energy)
+
+
 def _check_arguments(
-    model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], budget: Budget, total_steps: int
+    model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], total_steps: int
 ) -> tuple[Optimizer, ...]:
     optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(dict.fromkeys(optimizer))
     if not optimizers or not all(isinstance(each, Optimizer) for each in optimizers):
         raise OptimizerError("optimizer must be a torch.optim.Optimizer or a sequence of them, and at least one")
-    if not isinstance(budget, Budget):
-        raise BudgetError(f"budget must be a Budget, got {budget!r}: write Budget.fraction(0.5, of='flops')")
-    if budget.resource not in ("flops", "params"):
-        raise BudgetError(
-            f"a budget of {budget.resource!r} is not available in this version: use of='flops' or of='params'"
-        )
-    if budget.per != "step":
-        raise BudgetError("per='run' is not available in this version: use per='step', the finished model's cost")
     if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
         raise ValueError(f"total_steps must be a positive integer, got {total_steps!r}")
     check_trains(optimizers, model)
@@ -181,6 +225,14 @@ def _num_samples(example: Example) -> int:
     values = example.values() if isinstance(example, Mapping) else example
     first = next((value for value in values if isinstance(value, Tensor) and value.dim()), None)
     return max(1, first.shape[0]) if first is not None else 1
+
+
+def _default_sensor(model: nn.Module, groups: tuple[Group, ...], example: Example, num_samples: int) -> Sensor[Any]:
+    """Taylor for units; where there are states, Hankel for them, or averaged Gramians where layers are selective."""
+    units = TaylorSensor(num_samples)
+    for_states: tuple[Sensor[Any], ...] = (HankelSensor(num_samples), SelectiveSensor(example))
+    needed = [sensor for sensor in for_states if sensor.readable(groups, model)]
+    return SensorChain(*needed, units) if needed else units
 
 
 def _select(
@@ -197,7 +249,7 @@ def _select(
                 "use find_groups(model, example) on the model as it is now"
             )
     for group in chosen:
-        if group.kind != "unit":
+        if group.kind == "weight":
             frozen[group.name] = f"its units are of kind {group.kind!r}, which this version does not shrink"
         elif not group.lossless and not allow_lossy:
             frozen[group.name] = "; ".join(group.notes) or "a zeroed unit is not the same as an absent one"
@@ -309,21 +361,11 @@ def _restrict(found: Trace, groups: tuple[Group, ...]) -> Trace:
     return replace(found, groups=groups, contractions=contractions)
 
 
-def _check_reachable(budget: Budget, cost: Cost, dense: float, groups: tuple[Group, ...]) -> None:
-    limit, least = budget.absolute(dense), cheapest(cost, groups)
-    if limit < least:
-        raise BudgetError(
-            f"a budget of {limit:,.0f} {budget.resource} ({limit / dense:.1%} of dense) cannot be reached: with every "
-            f"group at its min_units the model still needs {least:,.0f} ({least / dense:.1%}). Ask for at least "
-            f"Budget.fraction({math.ceil(1000 * least / dense) / 1000:g}, of={budget.resource!r})"
-        )
-
-
 def _header(
     groups: tuple[Group, ...],
     frozen: Mapping[str, str],
     dense: Mapping[str, float],
-    budget: Budget,
+    budgets: Sequence[Budget],
     total_steps: int,
     model: nn.Module,
 ) -> dict[str, Any]:
@@ -331,7 +373,7 @@ def _header(
         "groups": {group.name: {"num_units": group.num_units, "what": group.what} for group in groups},
         "frozen": dict(frozen),
         "dense": dict(dense),
-        "limit": {budget.resource: budget.absolute(dense[budget.resource])},
+        "limit": {each.resource: each.absolute(dense[each.resource]) for each in budgets},
         "total_steps": total_steps,
         "environment": {
             "python": platform.python_version(),

@@ -15,14 +15,16 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int
 from torch import Tensor, nn
 
-from setpoint.actuator.shrink import shrink
+from setpoint.actuator.balance import balance_and_shrink
 from setpoint.controller.plan import Observation, Plan, regrows
+from setpoint.cost.budget import amount
 from setpoint.errors import GroupError, LoopError
 from setpoint.groups.group import Group, widths_of
 from setpoint.ledger import Entry, Ledger
 from setpoint.loop.accounting import Account
 from setpoint.loop.explanation import Explanation, explain_drop, last_return
 from setpoint.loop.hooks import StepHooks
+from setpoint.loop.metering import METERED
 from setpoint.loop.parts import Parts
 from setpoint.loop.record import (
     drop_counts,
@@ -62,10 +64,8 @@ class Loop:
         self._parts = parts
         self._account = account
         self._groups = parts.groups
-        self._cost = parts.costs[parts.budget.resource]
         self._dense_widths = widths_of(parts.groups)
         self._dense = {name: cost.total(self._dense_widths) for name, cost in parts.costs.items()}
-        self._limit = {parts.budget.resource: parts.budget.absolute(self._dense[parts.budget.resource])}
         self._origin = {group.name: np.arange(group.num_units) for group in parts.groups}
         self._sensor_state = parts.sensor.init(parts.groups, parts.model)
         self._controller_state = parts.controller.init(parts.groups)
@@ -79,6 +79,7 @@ class Loop:
         self._plan: Plan | None = None
         self._worth: dict[str, Float64[np.ndarray, " units"]] = {}
         self._summary: Summary | None = None
+        self._metered: dict[str, float] = {}
         self._regrowth = Regrowth(parts, account) if regrows(parts.controller) else None
         self._hooks = StepHooks(parts.optimizers, self._before_step, self._after_step, partial(check_loading, parts))
         ATTACHED.add(parts.model)
@@ -108,8 +109,10 @@ class Loop:
 
     @property
     def price(self) -> float:
-        """The budget's present Lagrange multiplier, loss per unit of its resource; 0 before the first decision."""
-        return float(self._plan.price.get(self._parts.budget.resource, 0.0)) if self._plan else 0.0
+        """The Lagrange multiplier of the budget that leads, loss per unit of its resource; 0 before a decision."""
+        target, widths = self._parts.target, self.widths
+        prices = target.spread(self._plan.price, widths, price=True) if self._plan else {}
+        return float(prices.get(target.binding(widths), 0.0))
 
     @property
     def step(self) -> int:
@@ -159,7 +162,7 @@ class Loop:
             raise GroupError(f"no group {group!r} is pruned here: use one of {', '.join(what)}")
         if not 0 <= origin < self._dense_widths[group]:
             raise GroupError(f"group {group!r} has units 0 to {self._dense_widths[group] - 1}, got {origin}")
-        resource = self._parts.budget.resource
+        resource = self._parts.target.binding(self.widths)
         position = np.flatnonzero(self._origin[group] == origin)
         dropped = explain_drop(self._ledger, group, origin, what[group], resource) if not len(position) else None
         if dropped is not None:
@@ -216,6 +219,7 @@ class Loop:
     def detach(self) -> None:
         """Take the hooks away and leave the model as it is; may be called again."""
         self._hooks.remove()
+        self._parts.metering.stop()
         if self._regrowth is not None:
             self._regrowth.stop()
         ATTACHED.discard(self._parts.model)
@@ -247,6 +251,7 @@ class Loop:
     def _after_step(self) -> None:
         self._step += 1
         self._account.stepped()
+        self._parts.metering.stepped()
         regrowth, total_steps = self._regrowth, self._parts.total_steps
         if regrowth is not None:
             regrowth.ease()
@@ -262,25 +267,36 @@ class Loop:
                 self._decide(due)
             if regrowth is not None and not self._landed:
                 regrowth.begin_probe(self._step)
-        self._account.steps.begin()
+        self._begin_step()
+
+    def _begin_step(self) -> None:
+        """The next step begins: on the clock, unless it is watched for its bytes; with resting units it is not."""
+        coming, total_steps = self._step + 1, self._parts.total_steps
+        due = coming <= total_steps and self._parts.controller.due(coming, total_steps)
+        self._parts.metering.prepare(due and not (self._landed or self._finished or self._regrowth))
+        if not self._parts.metering.watching:
+            self._account.steps.begin()
 
     def _decide(self, due: bool) -> None:
         """Read, decide, act and record. After a bad reading, try again at the next step."""
         deciding, plan = self._account.deciding, None
         with deciding:
-            reading = self._read()
+            reading, metered = self._read(), self._meter()
             why_not = refusal(reading)
             if why_not is None:
                 probe = self._regrowth.probe(self._step) if self._regrowth is not None else None
                 state, plan = self._parts.controller.decide(
-                    self._controller_state, self._observation(reading, probe), self._cost, self._groups
+                    self._controller_state,
+                    self._observation(reading, probe, metered),
+                    self._parts.target.cost,
+                    self._groups,
                 )
         self._overdue = plan is None
         if plan is not None:
-            origin = self._origin
-            regrown, note = self._act(plan, state)
+            origin, before = self._origin, self.widths
+            regrown, note = self._act(plan, state, reading)
             reason = f"{plan.reason}; {note}" if note else plan.reason
-            entry = with_drops(self._entry(reason, plan), plan, reading, origin)
+            entry = with_drops(self._entry(reason, plan, before), plan, reading, origin)
             self._ledger.append(with_returns(entry, plan, probe))
             self._worth = spread(only_kept(plan.worth, plan), regrown)
             self._reading = replace(reading, saliency=spread(only_kept(reading.saliency, plan), regrown))
@@ -288,7 +304,14 @@ class Loop:
             if self._landed and self._regrowth is not None:
                 self._regrowth.release()
         elif due and why_not is not None:
-            self._ledger.append(self._entry(why_not, self._plan))
+            self._ledger.append(self._entry(why_not, self._plan, self.widths))
+
+    def _meter(self) -> dict[str, float]:
+        """What the present widths spend by the meters; a joule meter that has gone is replaced by what it foretold."""
+        metering, widths = self._parts.metering, self.widths
+        self._metered = metering.read()
+        modelled = {"energy": self._parts.target.expected("energy", widths)} if metering.vanished() else {}
+        return self._parts.target.read(self._metered, widths) | modelled
 
     def _read(self) -> Reading:
         """A reading whose skipped steps count from the last one."""
@@ -296,7 +319,7 @@ class Loop:
         before, self._skipped = self._skipped, reading.skipped_steps
         return replace(reading, skipped_steps=reading.skipped_steps - before)
 
-    def _act(self, plan: Plan, state: Any) -> tuple[dict[str, Bool[np.ndarray, " _units"]], str]:
+    def _act(self, plan: Plan, state: Any, reading: Reading) -> tuple[dict[str, Bool[np.ndarray, " _units"]], str]:
         """Carry the plan out on everything that is indexed by unit; what has come back, and what is to be said."""
         parts, account, regrowth = self._parts, self._account, self._regrowth
         account.resizing.last_seconds = 0.0
@@ -308,7 +331,9 @@ class Loop:
         with account.resizing:
             if plan.drops():
                 note = regrowth.rest(plan.keep) if regrowth is not None else ""
-                self._groups = shrink(parts.model, parts.optimizers, self._groups, plan.keep, parts.copies)
+                self._groups = balance_and_shrink(
+                    parts.model, parts.optimizers, self._groups, plan.keep, reading.basis, parts.copies
+                )
                 self._sensor_state = parts.sensor.cut(self._sensor_state, plan.keep)
                 self._controller_state = parts.controller.cut(self._controller_state, plan.keep)
                 self._origin = only_kept(self._origin, plan)
@@ -319,17 +344,19 @@ class Loop:
                 self._origin = regrowth.origin
         self._sensing_flops = parts.sensor.flops(self._groups, parts.model)
         account.resized(parts.costs["flops"].total(self.widths))
+        parts.metering.cut()
         return regrown, note
 
-    def _observation(self, reading: Reading, probe: Probe | None) -> Observation:
+    def _observation(self, reading: Reading, probe: Probe | None, metered: Mapping[str, float]) -> Observation:
         return Observation(
             step=self._step,
             total_steps=self._parts.total_steps,
             widths=self.widths,
             reading=reading,
-            dense=self._dense,
-            limit=self._limit,
+            dense=self._dense | self._parts.target.dense,
+            limit=self._parts.target.limits,
             spent=self._spent(),
+            metered=metered,
             loss=number(self._observed["loss"]),
             val=number(self._observed["val"]),
             seconds_per_step=self._account.steps.seconds_per_step,
@@ -341,10 +368,18 @@ class Loop:
         widths = self.widths
         return {name: cost.total(widths) for name, cost in self._parts.costs.items()}
 
-    def _entry(self, reason: str, plan: Plan | None) -> Entry:
-        """An entry on the present widths; `plan` is the last one, for its price and reference."""
-        account, spent = self._account, self._spent()
-        reference = dict(plan.reference) if plan else {}
+    def _entry(self, reason: str, plan: Plan | None, before: Mapping[str, int]) -> Entry:
+        """An entry on the present widths; `plan` is the last one, for its price and reference.
+
+        Args:
+            reason: why.
+            plan: the last one.
+            before: widths that the meters read.
+        """
+        account, target, costs = self._account, self._parts.target, self._parts.costs
+        widths, spent = self.widths, self._spent()
+        reference = target.spread(plan.reference, before) if plan else {}
+        expected = {name: target.expected(name, widths) for name in reference if name in spent}
         return Entry(
             step=self._step,
             widths=self.widths,
@@ -353,9 +388,11 @@ class Loop:
             seconds=account.seconds,
             reason=reason,
             spent=spent,
+            metered=dict(self._metered),
+            predicted={name: costs[name].total(before) for name in self._metered},
             reference=reference,
-            error={name: spent[name] / value - 1.0 for name, value in reference.items() if name in spent and value > 0},
-            price=dict(plan.price) if plan else {},
+            error={name: value / reference[name] - 1.0 for name, value in expected.items() if reference[name] > 0},
+            price=target.spread(plan.price, before, price=True) if plan else {},
             sensing_seconds=account.new_sensing_seconds(),
             probing_seconds=account.new_probing_seconds(),
             deciding_seconds=account.deciding.last_seconds,
@@ -388,8 +425,10 @@ class Loop:
             deciding_seconds=account.deciding.seconds,
             resizing_seconds=account.resizing.seconds,
             resizes=account.resizes,
-            limit=dict(self._limit),
+            limit=self._parts.target.limit,
             spent=spent,
+            metered=self._parts.metering.read(),
+            sources={**self._parts.header["modelled"], **self._parts.metering.sources},
             break_even_step=break_even_step(account.segments()),
             reason=reason,
             probing_seconds=account.probing_seconds,
@@ -405,18 +444,20 @@ class Loop:
 
     def _landing(self, spent: Mapping[str, float], steps: int) -> tuple[bool, str]:
         """Whether the run landed, and why or why not."""
-        resource, total_steps = self._parts.budget.resource, self._parts.total_steps
-        limit, dense = self._limit[resource], self._dense[resource]
+        total_steps, target = self._parts.total_steps, self._parts.target
         if self._num_params() != spent["params"]:
             return False, (
                 f"the model has {self._num_params():,} parameters, but its widths account for {spent['params']:,.0f}: "
                 "it was changed by something other than this loop"
             )
-        if spent[resource] > limit * (1 + 1e-12):
-            early = f"ended after {steps} of {total_steps} steps" if steps < total_steps else "ended"
-            return False, f"{early} at {spent[resource] / dense:.1%} of the dense {resource}, over {limit / dense:.1%}"
+        early = f"ended after {steps} of {total_steps} steps" if steps < total_steps else "ended"
+        for resource, limit in target.limit.items():
+            seen, dense = target.expected(resource, self.widths), target.expected(resource, self._dense_widths)
+            if seen > limit * (1 + max(1e-12, self._parts.metering.margin(resource))):
+                over = f"over {limit / dense:.1%}" if resource not in METERED else f"over {amount(limit, resource)}"
+                return False, f"{early} at {seen / dense:.1%} of the dense {resource}, {over}"
         if self._landed and self._plan is not None:
             return True, f"landed at step {self._plan.step}: {self._plan.reason}"
-        if limit >= dense:
+        if all(limit >= target.expected(name, self._dense_widths) for name, limit in target.limit.items()):
             return True, "the dense model is within budget"
         return False, f"within budget after {steps} of {total_steps} steps, but the last decision was not made"

@@ -10,9 +10,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from setpoint.controller.plan import Controller
-from setpoint.cost.budget import Budget
 from setpoint.cost.cost import Cost
 from setpoint.groups.group import Group
+from setpoint.loop.metering import Metering
+from setpoint.loop.target import Target
 from setpoint.sensor.reading import Sensor
 
 
@@ -25,7 +26,8 @@ class Parts:
         optimizers: those that train it.
         copies: modules that are cut alike.
         groups: what may be pruned, at dense widths.
-        budget: what spending is held to.
+        target: what spending is held to.
+        metering: reads what steps really take.
         costs: cost by resource, over the widths of `groups`; always "flops" and "params".
         controller: makes the plans.
         sensor: takes the readings.
@@ -38,7 +40,8 @@ class Parts:
     optimizers: tuple[Optimizer, ...]
     copies: tuple[nn.Module, ...]
     groups: tuple[Group, ...]
-    budget: Budget
+    target: Target
+    metering: Metering
     costs: Mapping[str, Cost]
     controller: Controller[Any]
     sensor: Sensor[Any]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,9 @@ class Summary:
         resizing_seconds: cutting model and optimizer.
         resizes: number of cuts.
         limit: the budget, by resource, in the resource's own unit.
-        spent: cost of one optimizer step of the finished model, by resource.
+        spent: predicted cost of one optimizer step of the finished model, by resource.
+        metered: the same as measured, by resource; what no meter has read is not there.
+        sources: by resource, what it was "measured" or "modelled" by.
         break_even_step: first step at which the seconds saved exceed the overhead, None if never.
         reason: why it landed or did not.
         probing_seconds: taking resting units in and out, easing them in, and what probed steps took longer.
@@ -69,6 +71,8 @@ class Summary:
     spent: Mapping[str, float]
     break_even_step: int | None
     reason: str
+    metered: Mapping[str, float] = field(default_factory=dict)
+    sources: Mapping[str, str] = field(default_factory=dict)
     probing_seconds: float = 0.0
     probing_flops: float = 0.0
     probed_steps: int = 0

@@ -10,7 +10,7 @@ from setpoint.report.figures import AXES, BLUE, FAINT, GREY, INK, ORANGE, Figure
 from setpoint.report.numbers import digits, human, percent, scale
 from setpoint.report.results import Record
 
-NAMES = {"flops": "FLOPs", "params": "parameters"}
+NAMES = {"flops": "FLOPs", "params": "parameters", "memory": "peak memory", "latency": "seconds", "energy": "energy"}
 UNITS = {"flops": "FLOP", "params": "parameters", "memory": "B", "latency": "s", "energy": "J"}
 BAND = 0.84
 """Share of a group's band that its units fill; the rest is the gap to the next."""
@@ -51,6 +51,7 @@ def spending(record: Record, resource: str) -> Figure:
         line("reference", held, ORANGE, dash="dash", hover=f"%{{y:.4g}} {unit}"),
         line("spent", spent, BLUE, width=2.6, shape="hv", hover=f"%{{y:.4g}} {unit}"),
         cuts(entries, [entry.spent[resource] / factor for entry in entries]),
+        *metered(entries, resource, factor, unit),
     ]
     lines = (("dense", dense, FAINT, "solid"), ("budget", limit, INK, "dot"))
     shapes, notes = [], []
@@ -69,6 +70,29 @@ def spending(record: Record, resource: str) -> Figure:
     shape = layout(f"{unit} per step", shapes=shapes, annotations=notes)
     shape["yaxis"]["rangemode"] = "tozero"
     return Figure(data, shape)
+
+
+def metered(entries: Sequence[Entry], resource: str, factor: float, unit: str) -> list[Trace]:
+    """Markers of what a meter read before each decision, with what was predicted there; none without a meter."""
+    read = [entry for entry in entries if resource in entry.metered]
+    if not read:
+        return []
+    told = [
+        f"predicted {digits(entry.predicted[resource] / factor)} {unit}" if resource in entry.predicted else ""
+        for entry in read
+    ]
+    return [
+        {
+            "type": "scatter",
+            "mode": "markers",
+            "name": "measured",
+            "x": [entry.step for entry in read],
+            "y": [entry.metered[resource] / factor for entry in read],
+            "hovertext": told,
+            "hovertemplate": f"<b>measured</b> at step %{{x:,d}}<br>%{{y:.4g}} {unit}<br>%{{hovertext}}<extra></extra>",
+            "marker": {"symbol": "circle-open", "size": 8, "color": INK},
+        }
+    ]
 
 
 def line(
@@ -310,4 +334,10 @@ def ledger_line(record: Record) -> str:
             told += f"; spends {human(last, UNITS.get(resource, resource))} per step at the end"
             told += f" ({percent(last / dense)} of dense)" if dense else ""
             told += f", budget {human(limit, UNITS.get(resource, resource))}" if limit else ""
+        told += "".join(f"; {NAMES.get(resource, resource)} {text}" for text in record.sources.get(resource, ()))
     return told + f", over {end_of(record):,} {AXES['step']}s."
+
+
+def seconds_by_group(record: Record) -> list[tuple[str, float]]:
+    """Groups by the seconds of a dense step that go when the group alone is cut to its fewest units, most first."""
+    return sorted(record.step_seconds.items(), key=lambda item: -item[1])

@@ -12,7 +12,7 @@ from jaxtyping import Float64
 
 from setpoint.report.numbers import duration, percent, scale
 from setpoint.report.results import Cell, Point
-from setpoint.report.summary import mean
+from setpoint.report.statistics import mean
 
 Trace = dict[str, Any]
 
@@ -35,6 +35,10 @@ DARK = {
 
 AXES = {"step": "optimizer step", "seconds": "training time (s)", "flops": "training FLOPs"}
 MOST_POINTS = 240
+FEW = 6
+"""Up to so many labels, all curves are shown at once and the legend stands above."""
+ALWAYS = ("dense", "small", "small-long", "setpoint")
+"""Methods whose curves are shown even among many."""
 SPLITS = ("validation", "test", "train")
 
 
@@ -140,13 +144,17 @@ def curves(series: Mapping[str, Sequence[Cell]], quantity: str) -> Figure | None
                 told = True
     if not data:
         return None
+    many = len(series) > FEW
+    for trace in data:
+        if many and trace["name"].partition(" ")[0] not in ALWAYS:
+            trace["visible"] = "legendonly"
     largest = max((x for xs in abscissas["flops"] for x in xs if x is not None), default=0.0)
     unit, name = scale(largest, "FLOP")
     abscissas["flops"] = [[None if x is None else x / unit for x in xs] for xs in abscissas["flops"]]
     titles = AXES | {"flops": f"training so far ({name})"}
     return Figure(
         data,
-        layout(title),
+        layout(title) if not many else _below(layout(title, height=340 + 11 * len(series))),
         {axis: (titles[axis], xs) for axis, xs in abscissas.items()},
     )
 
@@ -166,6 +174,13 @@ def curve(label: str, split: str, look: Style, values: Sequence[float | None], s
         "marker": {"color": look.color, "size": 5},
         "hovertemplate": f"<b>{label}</b>, {split}<br>%{{y:.4g}} at %{{x:,.4~g}}<extra></extra>",
     }
+
+
+def _below(shape: dict[str, Any]) -> dict[str, Any]:
+    """The layout with its legend below the plot, where a long one has room."""
+    shape["legend"] |= {"y": -0.18 * 360 / shape["height"], "yanchor": "top", "font": {"size": 11}}
+    shape["margin"] |= {"t": 16}
+    return shape
 
 
 def thin(points: Sequence[Point], quantity: str) -> Float64[np.ndarray, "points 4"]:
@@ -225,6 +240,12 @@ def seconds_figure(series: Mapping[str, Sequence[Cell]]) -> Figure | None:
                 "marker": {"color": colors[part]},
             }
         )
-    shape = layout("", "seconds of the whole run", height=130 + 44 * len(table), barmode="stack", bargap=0.35)
+    shape = layout(
+        "",
+        "seconds of the whole run",
+        height=130 + (44 if len(table) <= 12 else 26) * len(table),
+        barmode="stack",
+        bargap=0.35,
+    )
     shape["yaxis"] |= {"autorange": "reversed", "type": "category"}
     return Figure(data, shape)

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from setpoint.report import figures
+from setpoint.report.draft import Draft, document, html_table, pair, place_of, save
 from setpoint.report.figures import BLUE, FAINT, ORANGE, Figure, plotly_script
 from setpoint.report.names import fold
 from setpoint.report.numbers import NOTHING, human, percent
-from setpoint.report.page import Draft, document, html_table, pair, place_of, save
 
 MODULES = "#e6edf5"
 """Colour of the frames that modules draw around their parts."""

@@ -58,9 +58,10 @@
   });
   document.querySelectorAll(".plot").forEach((place) => resized.observe(place));
   const redraw = (ids) => ids.filter((id) => document.getElementById(id).dataset.drawn).forEach(draw);
-  const paint = () => document.querySelectorAll("[data-color]").forEach((key) => {
-    key.style.background = inScheme(key.dataset.color);
-  });
+  const paint = () => {
+    document.querySelectorAll("[data-color]").forEach((key) => { key.style.background = inScheme(key.dataset.color); });
+    document.querySelectorAll("[data-ink]").forEach((key) => { key.style.color = inScheme(key.dataset.ink); });
+  };
   paint();
   scheme.addEventListener("change", () => { redraw(Object.keys(specs)); paint(); });
   window.addEventListener("beforeprint", () => {

@@ -12,10 +12,16 @@ from typing import Any
 from setpoint.errors import CheckpointError, ReportError
 from setpoint.ledger import Entry, Ledger
 
-SCHEMA = 1
+SCHEMA = 2
+"""The version of the format that is written today."""
+SCHEMAS = (1, 2)
+"""The versions that are read: the second only added keys."""
+KNOWN_FAMILIES = ("dense", "small", "setpoint")
+"""Families whose methods the first version of the format knew by their names alone."""
 RESULTS = "results.jsonl"
 HISTORY = "history.jsonl"
 LEDGER = "ledger.jsonl"
+TIMING = "timing.jsonl"
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,8 @@ class Record:
         limit: the budget by resource.
         total_steps: optimizer steps of the whole run, None if unknown.
         entries: the decisions, in order.
+        sources: by resource, what it was "modelled" and "measured" by.
+        step_seconds: by group, predicted seconds of a dense step that go with the group.
     """
 
     units: Mapping[str, int]
@@ -58,6 +66,29 @@ class Record:
     limit: Mapping[str, float]
     total_steps: int | None
     entries: tuple[Entry, ...]
+    sources: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    step_seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What a run takes on an idle machine, measured apart from the run, in turns with the others.
+
+    Args:
+        seconds: the whole run, everything counted.
+        rounds: what each round of the measurement says, in seconds.
+        own_seconds: the part that the method itself spends beside plain training steps.
+        stage_steps: optimizer steps of each stage of the run.
+        step_seconds: seconds of a step of each stage.
+        load: the machine's load average before the measurement; None where it is unknown.
+    """
+
+    seconds: float
+    rounds: tuple[float, ...] = ()
+    own_seconds: float = 0.0
+    stage_steps: tuple[int, ...] = ()
+    step_seconds: tuple[float, ...] = ()
+    load: float | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +115,17 @@ class Cell:
         dense_widths: units of the dense model, by group.
         environment: versions and hardware, as text.
         date: when the run ended.
+        family: kind of method: "dense", "small", "post-training", "open-loop", "sparse" or "setpoint".
+        steps: optimizer steps of the run.
+        clock: "interleaved" where the methods took turns in one process, "shared" where other work may have
+            shared the machine.
+        theoretical_flops: FLOPs of one step of the finished model if zeros cost nothing; None where nothing is masked.
+        theoretical_train_flops: FLOPs of the run if zeros cost nothing.
+        density: kept fraction of the maskable weights; None where nothing is masked.
+        energy_j: joules of training; None where there is no meter.
+        break_even_step: first step at which the seconds saved exceed the overhead, as the run itself saw it.
+        notes: what a reader must know about the run.
+        timing: what it takes on an idle machine; None where that was not measured.
         history: loss and accuracy over the run.
         record: the ledger, None where there is none.
     """
@@ -107,6 +149,16 @@ class Cell:
     dense_widths: Mapping[str, int] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
     date: str = ""
+    family: str = ""
+    steps: int | None = None
+    clock: str = "interleaved"
+    theoretical_flops: float | None = None
+    theoretical_train_flops: float | None = None
+    density: float | None = None
+    energy_j: float | None = None
+    break_even_step: int | None = None
+    notes: str = ""
+    timing: Timing | None = None
     history: tuple[Point, ...] = ()
     record: Record | None = None
 
@@ -155,9 +207,37 @@ def read_results(folder: Path) -> Results:
         key = (cell.task, cell.method, cell.budget, cell.seed)
         cells.pop(key, None)
         cells[key] = cell
+    for key, timing in read_timings(folder, remarks).items():
+        if key in cells:
+            cells[key] = replace(cells[key], timing=timing)
     if not cells:
         raise ReportError(f"{path} holds no complete result yet: wait for the first run to end")
     return Results(tuple(cells.values()), tuple(remarks))
+
+
+def read_timings(folder: Path, remarks: list[str]) -> dict[tuple[Any, ...], Timing]:
+    """The timings of a folder by task, method, budget and seed; of several the last one counts.
+
+    Raises:
+        ReportError: if one has an unknown schema.
+    """
+    path, found = folder / TIMING, {}
+    for line in read_lines(path, TIMING, remarks) if path.is_file() else ():
+        if line.get("schema") not in SCHEMAS:
+            raise ReportError(f"{path} has schema {line.get('schema')!r}: measure again with `setpoint bench --timing`")
+        if (seconds := number(line.get("seconds"))) is None:
+            continue
+        load = line.get("load")
+        key = (str(line.get("task")), str(line.get("method")), number(line.get("budget")), whole(line.get("seed")))
+        found[key] = Timing(
+            seconds=seconds,
+            rounds=numbers(line.get("rounds")),
+            own_seconds=number(line.get("own_seconds")) or 0.0,
+            stage_steps=tuple(map(int, numbers(line.get("stage_steps")))),
+            step_seconds=numbers(line.get("step_seconds")),
+            load=number(load[0]) if isinstance(load, list) and load else None,
+        )
+    return found
 
 
 def read_lines(path: Path, name: str, remarks: list[str]) -> list[dict[str, Any]]:
@@ -180,9 +260,10 @@ def read_lines(path: Path, name: str, remarks: list[str]) -> list[dict[str, Any]
 
 def read_cell(folder: Path, line: Mapping[str, Any], where: str, remarks: list[str]) -> Cell:
     """One cell from its line of the results file, with its history and ledger."""
-    if line.get("schema") != SCHEMA:
+    if line.get("schema") not in SCHEMAS:
         raise ReportError(
-            f"{where} has schema {line.get('schema')!r}, this version of Setpoint reads schema {SCHEMA}: "
+            f"{where} has schema {line.get('schema')!r}, this version of Setpoint reads schema "
+            f"{' and '.join(map(str, SCHEMAS))}: "
             "use the version that wrote it, or run the benchmark again"
         )
     missing = [key for key in ("task", "method", "value") if key not in line]
@@ -211,6 +292,15 @@ def read_cell(folder: Path, line: Mapping[str, Any], where: str, remarks: list[s
         dense_widths=counts(line.get("dense_widths")),
         environment={str(key): str(value) for key, value in mapping(line.get("environment")).items()},
         date=str(line.get("date", "")),
+        family=str(line.get("family") or (method if method in KNOWN_FAMILIES else "")),
+        steps=whole(line.get("steps")),
+        clock=str(line.get("clock", "interleaved")),
+        theoretical_flops=number(line.get("theoretical_flops")),
+        theoretical_train_flops=number(line.get("theoretical_train_flops")),
+        density=number(line.get("density")),
+        energy_j=number(line.get("energy_j")),
+        break_even_step=whole(line.get("break_even_step")),
+        notes=str(line.get("notes") or ""),
         history=read_history(home, name, remarks),
         record=read_record(home, name, remarks),
     )
@@ -261,7 +351,19 @@ def read_record(home: Path | None, name: str, remarks: list[str]) -> Record | No
         limit=quantities(header.get("limit")),
         total_steps=whole(header.get("total_steps")),
         entries=tuple(finite(entry) for entry in ledger),
+        sources=sources(header),
+        step_seconds=quantities(header.get("step_seconds")),
     )
+
+
+def sources(header: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """By resource, what it was modelled and measured by."""
+    found: dict[str, tuple[str, ...]] = {}
+    for kind in ("modelled", "measured"):
+        told = header.get(kind)
+        for resource, text in told.items() if isinstance(told, Mapping) else ():
+            found[str(resource)] = (*found.get(str(resource), ()), str(text))
+    return found
 
 
 def finite(entry: Entry) -> Entry:
@@ -269,6 +371,8 @@ def finite(entry: Entry) -> Entry:
     return replace(
         entry,
         spent=quantities(entry.spent),
+        metered=quantities(entry.metered),
+        predicted=quantities(entry.predicted),
         reference=quantities(entry.reference),
         price=quantities(entry.price),
     )
@@ -284,6 +388,12 @@ def number(value: Any) -> float | None:
 def whole(value: Any) -> int | None:
     """An integer, or None for anything else."""
     return None if (found := number(value)) is None else int(found)
+
+
+def numbers(value: Any) -> tuple[float, ...]:
+    """The finite numbers of a list; empty for anything else."""
+    items = value if isinstance(value, list) else []
+    return tuple(found for item in items if (found := number(item)) is not None)
 
 
 def mapping(value: Any) -> Mapping[str, Any]:

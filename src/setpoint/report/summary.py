@@ -1,29 +1,26 @@
-"""The summary: one row per task, method and budget, over seeds, beside the dense model."""
+"""The summary: one row per task, method and budget, over seeds, beside its rivals."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Float64
 
-from setpoint.report.numbers import NOTHING, duration, human, percent, signed
 from setpoint.report.results import Cell, Results
+from setpoint.report.statistics import Difference, Estimate, difference, estimate, mean
 
 DENSE = "dense"
-ORDER = (DENSE, "small")
-"""Methods that come first: the dense model, then its honest rival."""
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over seeds and its sample standard deviation, None for a single seed."""
-
-    mean: float
-    deviation: float | None = None
+SETPOINT = "setpoint"
+RIVALS = (DENSE, "small", "small-long")
+"""Methods that all others are compared with, seed by seed: the dense model, and what its user could train instead."""
+FAMILIES = (DENSE, "small", SETPOINT, "open-loop", "post-training", "sparse")
+"""Kinds of methods in the order of the rows."""
+MOST_APART = 0.02
+"""Final FLOPs are called equal up to this share."""
 
 
 @dataclass(frozen=True)
@@ -33,127 +30,176 @@ class Row:
     Args:
         task: name of the task.
         method: name of the method.
+        family: kind of method.
         budget: the fraction asked for, None where there is none.
-        label: the method, with its budget where the task has it at several.
+        label: the method, with its budget where the task has several.
         metric: "accuracy" or "loss".
         split: "test" or "validation": what the metric was measured on.
+        clock: where the seconds come from: "timed", "interleaved" or "shared", see `clock_of`.
         num_seeds: how many runs are behind the row.
         value: the metric.
-        difference: `value` minus the dense model's, paired by seed where both have it.
+        differences: by rival, `value` minus the rival's at the same budget, paired by seed.
         final_flops: FLOPs of one optimizer step of the finished model.
         final_flops_ratio: the same / dense.
+        theoretical_ratio: the same if zeros cost nothing; None where nothing is masked.
         final_params: parameters of the finished model.
         final_params_ratio: the same / dense.
         train_flops: FLOPs of the whole run, overhead included.
         train_flops_ratio: the same / dense.
-        seconds: duration of training, overhead included.
+        theoretical_train_ratio: the same if zeros cost nothing; None where nothing is masked.
+        density: kept fraction of the maskable weights; None where nothing is masked.
+        seconds: duration of training, overhead included; None where others were timed and this was not.
         seconds_ratio: the same / dense.
-        overhead_seconds: part of `seconds` that Setpoint spent: attaching, sensing, deciding, resizing.
-        overhead_flops: part of `train_flops` spent on them.
+        overhead_seconds: part of `seconds` that the method itself spent beside plain training steps.
+        overhead_flops: part of `train_flops` that it spent.
         realised: seconds saved / FLOPs saved, both as shares of the dense run.
         break_even_step: step from which on the run is ahead of the dense run in seconds.
+        energy_j: joules of training, None where there is no meter.
         resizes: mean number of cuts.
         num_landed: how many runs ended within budget, None where there is none to meet.
+        notes: what a reader must know.
     """
 
     task: str
     method: str
+    family: str
     budget: float | None
     label: str
     metric: str
     split: str
+    clock: str
     num_seeds: int
     value: Estimate
-    difference: Estimate | None
+    differences: Mapping[str, Difference]
     final_flops: float | None
     final_flops_ratio: float | None
+    theoretical_ratio: float | None
     final_params: float | None
     final_params_ratio: float | None
     train_flops: float | None
     train_flops_ratio: float | None
+    theoretical_train_ratio: float | None
+    density: float | None
     seconds: Estimate | None
     seconds_ratio: float | None
     overhead_seconds: float | None
     overhead_flops: float | None
     realised: float | None
     break_even_step: float | None
+    energy_j: Estimate | None
     resizes: float | None
     num_landed: int | None
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def difference(self) -> Difference | None:
+        """To the dense model."""
+        return self.differences.get(DENSE)
 
 
 def summary_rows(results: Results) -> tuple[Row, ...]:
-    """One row per task, method and budget: dense first, then the small model, then the rest."""
+    """One row per task, method and budget: dense first, then budget by budget, small models before the rest."""
     rows = []
     for task in results.tasks():
-        cells = results.of(task)
-        dense = tuple(cell for cell in cells if cell.method == DENSE)
-        rows += [summarise(label, members, dense) for label, members in series(cells).items()]
+        groups = series(results.of(task))
+        rows += [summarise(label, groups) for label in groups]
     return tuple(rows)
 
 
 def series(cells: Sequence[Cell]) -> dict[str, tuple[Cell, ...]]:
     """Cells of one task by label, in the order of the rows; what one label holds differs by seed only."""
-    budgets: dict[str, set[float | None]] = {}
-    for cell in cells:
-        budgets.setdefault(cell.method, set()).add(cell.budget)
+    order = list(dict.fromkeys(cell.method for cell in cells))
+    budgets = {cell.budget for cell in cells if cell.method != DENSE and cell.budget is not None}
     found: dict[str, list[Cell]] = {}
 
-    def rank(cell: Cell) -> tuple[int, float]:
-        methods = [*(name for name in ORDER if name in budgets), *(name for name in budgets if name not in ORDER)]
-        return methods.index(cell.method), -(cell.budget or 0.0)
+    def rank(cell: Cell) -> tuple[bool, float, int, int]:
+        family = FAMILIES.index(cell.family) if cell.family in FAMILIES else len(FAMILIES)
+        return cell.method != DENSE, -(cell.budget or 2.0), family, order.index(cell.method)
 
     for cell in sorted(cells, key=rank):
-        several = cell.method != DENSE and len(budgets[cell.method]) > 1
+        several = cell.method != DENSE and len(budgets) > 1
         label = f"{cell.method} {cell.budget:g}" if several and cell.budget is not None else cell.method
         found.setdefault(label, []).append(cell)
     return {label: tuple(members) for label, members in found.items()}
 
 
-def summarise(label: str, cells: tuple[Cell, ...], dense: tuple[Cell, ...]) -> Row:
-    """One row from the runs of one method at one budget."""
-    first = cells[0]
+def rivals_of(cells: Sequence[Cell], groups: Mapping[str, Sequence[Cell]]) -> dict[str, tuple[Cell, ...]]:
+    """By name, the runs of each rival at the same budget; a method is no rival of itself."""
+    found: dict[str, tuple[Cell, ...]] = {}
+    for rival in RIVALS:
+        runs = [cell for members in groups.values() for cell in members if cell.method == rival]
+        same = tuple(cell for cell in runs if rival == DENSE or cell.budget == cells[0].budget)
+        if same and cells[0].method not in (rival, DENSE):
+            found[rival] = same
+    return found
 
-    def both(of: Callable[[Cell], float | None]) -> tuple[float | None, float | None]:
-        value = mean(map(of, cells))
-        return value, ratio(value, mean(map(of, dense)))
 
-    final_flops, final_flops_ratio = both(lambda cell: cell.final_flops)
-    final_params, final_params_ratio = both(lambda cell: cell.final_params)
-    train_flops, train_flops_ratio = both(lambda cell: cell.train_flops)
-    _, seconds_ratio = both(lambda cell: cell.seconds)
+def clock_of(cells: Sequence[Cell]) -> str:
+    """Where the seconds of a task come from.
+
+    "timed": from a measurement apart, on an idle machine; then nothing else counts. "interleaved": from
+    the runs, which took turns in one process. "shared": from runs on a machine that was busy with other work.
+    """
+    if any(cell.timing is not None for cell in cells):
+        return "timed"
+    return "shared" if any(cell.clock == "shared" for cell in cells) else "interleaved"
+
+
+def summarise(label: str, groups: Mapping[str, Sequence[Cell]]) -> Row:
+    """One row, from the runs under its label and all others of the task."""
+    cells = groups[label]
+    everyone = [cell for members in groups.values() for cell in members]
+    dense = tuple(cell for cell in everyone if cell.method == DENSE)
+    first, clock = cells[0], clock_of(everyone)
+
+    def ratio_of(of: Callable[[Cell], float | None], to: Callable[[Cell], float | None]) -> float | None:
+        return ratio(mean(map(of, cells)), mean(map(to, dense)))
+
+    def same(of: Callable[[Cell], float | None]) -> tuple[float | None, float | None]:
+        return mean(map(of, cells)), ratio_of(of, of)
+
+    final_flops, final_flops_ratio = same(lambda cell: cell.final_flops)
+    final_params, final_params_ratio = same(lambda cell: cell.final_params)
+    train_flops, train_flops_ratio = same(lambda cell: cell.train_flops)
+    seconds_ratio = ratio_of(lambda cell: seconds_of(cell, clock), lambda cell: seconds_of(cell, clock))
     landings = [cell.landed for cell in cells if cell.landed is not None]
     is_dense = first.method == DENSE
     return Row(
         task=first.task,
         method=first.method,
+        family=first.family,
         budget=first.budget,
         label=label,
         metric=first.metric,
         split=first.split,
+        clock=clock,
         num_seeds=len(cells),
         value=estimate([cell.value for cell in cells]) or Estimate(math.nan),
-        difference=None if is_dense else difference(cells, dense),
+        differences={
+            name: found
+            for name, rivals in rivals_of(cells, groups).items()
+            if (found := difference(cells, rivals)) is not None
+        },
         final_flops=final_flops,
         final_flops_ratio=final_flops_ratio,
+        theoretical_ratio=ratio_of(lambda cell: cell.theoretical_flops, lambda cell: cell.final_flops),
         final_params=final_params,
         final_params_ratio=final_params_ratio,
         train_flops=train_flops,
         train_flops_ratio=train_flops_ratio,
-        seconds=estimate([cell.seconds for cell in cells if cell.seconds is not None]),
+        theoretical_train_ratio=ratio_of(lambda cell: cell.theoretical_train_flops, lambda cell: cell.train_flops),
+        density=mean(cell.density for cell in cells),
+        seconds=seconds_estimate(cells, clock),
         seconds_ratio=seconds_ratio,
-        overhead_seconds=mean(cell.overhead_seconds for cell in cells),
+        overhead_seconds=mean(overhead_of(cell, clock) for cell in cells),
         overhead_flops=mean(cell.overhead_flops for cell in cells),
         realised=realised(train_flops_ratio, seconds_ratio),
-        break_even_step=None if is_dense else mean(break_even_step(cell, dense) for cell in cells),
+        break_even_step=None if is_dense else mean(break_even_of(cell, dense, clock) for cell in cells),
+        energy_j=estimate([cell.energy_j for cell in cells if cell.energy_j is not None]),
         resizes=mean(cell.resizes for cell in cells),
         num_landed=sum(landings) if landings and not is_dense else None,
+        notes=tuple(dict.fromkeys(cell.notes for cell in cells if cell.notes)),
     )
-
-
-def mean(values: Iterable[float | None]) -> float | None:
-    """Mean of the values that are known, None if none is."""
-    known = [value for value in values if value is not None]
-    return statistics.fmean(known) if known else None
 
 
 def ratio(value: float | None, whole: float | None) -> float | None:
@@ -161,22 +207,26 @@ def ratio(value: float | None, whole: float | None) -> float | None:
     return None if value is None or not whole else value / whole
 
 
-def estimate(values: Sequence[float]) -> Estimate | None:
-    """Mean and sample standard deviation, None without values."""
-    if not values:
-        return None
-    return Estimate(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
+def seconds_of(cell: Cell, clock: str) -> float | None:
+    """Seconds of a run by the task's clock."""
+    if clock == "timed":
+        return None if cell.timing is None else cell.timing.seconds
+    return cell.seconds
 
 
-def difference(cells: Sequence[Cell], dense: Sequence[Cell]) -> Estimate | None:
-    """How far the metric lies from the dense model's: paired by seed, else between the means."""
-    by_seed = {cell.seed: cell.value for cell in dense}
-    pairs = [cell.value - by_seed[cell.seed] for cell in cells if cell.seed in by_seed]
-    if pairs:
-        return estimate(pairs)
-    if not dense:
-        return None
-    return Estimate(statistics.fmean(cell.value for cell in cells) - statistics.fmean(by_seed.values()))
+def overhead_of(cell: Cell, clock: str) -> float | None:
+    """Seconds of a run that the method itself spent, by the task's clock."""
+    if clock == "timed":
+        return None if cell.timing is None else cell.timing.own_seconds
+    return cell.overhead_seconds
+
+
+def seconds_estimate(cells: Sequence[Cell], clock: str) -> Estimate | None:
+    """Mean and spread of the seconds: over seeds, or over the rounds of one timed run."""
+    timed = [cell.timing for cell in cells if cell.timing is not None]
+    if clock == "timed" and len(timed) == 1 and len(timed[0].rounds) > 1:
+        return Estimate(timed[0].seconds, statistics.stdev(timed[0].rounds))
+    return estimate([seconds for cell in cells if (seconds := seconds_of(cell, clock)) is not None])
 
 
 def realised(flops_ratio: float | None, seconds_ratio: float | None) -> float | None:
@@ -184,6 +234,29 @@ def realised(flops_ratio: float | None, seconds_ratio: float | None) -> float | 
     if flops_ratio is None or seconds_ratio is None or flops_ratio > 0.99:
         return None
     return (1 - seconds_ratio) / (1 - flops_ratio)
+
+
+def break_even_of(cell: Cell, dense: Sequence[Cell], clock: str) -> float | None:
+    """First step from which on a run that was cut is ahead of the dense run, by the task's clock; None if never."""
+    if clock == "timed":
+        return None if cell.timing is None else timed_break_even(cell)
+    if clock == "shared":  # only the run itself knows what it saved: the clocks of two runs do not compare
+        return cell.break_even_step
+    return break_even_step(cell, dense)
+
+
+def timed_break_even(cell: Cell) -> float | None:
+    """The same from a timing: when the seconds saved since the first stage exceed the method's own."""
+    assert cell.timing is not None
+    steps, saved, dense = 0, 0.0, next(iter(cell.timing.step_seconds), 0.0)
+    if not cell.timing.own_seconds:
+        return None
+    for num_steps, seconds in zip(cell.timing.stage_steps, cell.timing.step_seconds, strict=True):
+        each, missing = dense - seconds, cell.timing.own_seconds - saved
+        if each > 0 and each * num_steps > missing:
+            return float(steps + int(missing / each) + 1)
+        steps, saved = steps + num_steps, saved + each * num_steps
+    return None
 
 
 def break_even_step(cell: Cell, dense: Sequence[Cell]) -> float | None:
@@ -194,7 +267,7 @@ def break_even_step(cell: Cell, dense: Sequence[Cell]) -> float | None:
     rival = next((other for other in dense if other.seed == cell.seed), dense[0] if dense else None)
     if rival is None or rival is cell:
         return None
-    ours, theirs = clock(cell), clock(rival)
+    ours, theirs = clock_ticks(cell), clock_ticks(rival)
     if len(ours) < 2 or len(theirs) < 2:
         return None
     seconds = np.interp(ours[:, 0], theirs[:, 0], theirs[:, 1], left=np.nan, right=np.nan)
@@ -204,90 +277,7 @@ def break_even_step(cell: Cell, dense: Sequence[Cell]) -> float | None:
     return float(steps[last + 1]) if last + 1 < len(steps) else None
 
 
-def clock(cell: Cell) -> Float64[np.ndarray, "ticks 2"]:
+def clock_ticks(cell: Cell) -> Float64[np.ndarray, "ticks 2"]:
     """Steps and seconds of a run, sorted, one row per step."""
     ticks = {point.step: point.seconds for point in cell.history if point.seconds is not None}
     return np.array(sorted(ticks.items()), dtype=np.float64).reshape(-1, 2)
-
-
-HEADINGS = (
-    "method",
-    "metric",
-    "to dense",
-    "FLOPs / step",
-    "of dense",
-    "parameters",
-    "of dense",
-    "training FLOPs",
-    "of dense",
-    "training time",
-    "of dense",
-    "overhead",
-    "cuts",
-    "landed",
-)
-
-
-def row_texts(row: Row) -> tuple[str, ...]:
-    """A row as texts under `HEADINGS`, for terminals and pages."""
-    return (
-        row.label,
-        metric_text(row),
-        difference_text(row),
-        human(row.final_flops, "FLOP"),
-        percent(row.final_flops_ratio),
-        human(row.final_params),
-        percent(row.final_params_ratio),
-        human(row.train_flops, "FLOP"),
-        percent(row.train_flops_ratio),
-        seconds_text(row),
-        percent(row.seconds_ratio),
-        overhead_text(row),
-        NOTHING if not row.resizes else f"{row.resizes:.1f}".removesuffix(".0"),
-        NOTHING if row.num_landed is None else landed_text(row.num_landed, row.num_seeds),
-    )
-
-
-def metric_text(row: Row) -> str:
-    """The metric with its spread: accuracies in percent, losses as they are."""
-    if not math.isfinite(row.value.mean):
-        return "not a number"
-    factor, decimals, unit = (100.0, 2, " %") if row.metric == "accuracy" else (1.0, 4, "")
-    text = f"{row.value.mean * factor:.{decimals}f}"
-    if row.value.deviation is not None:
-        text += f" ± {row.value.deviation * factor:.{decimals}f}"
-    return text + unit
-
-
-def difference_text(row: Row) -> str:
-    """The difference to dense: accuracies in points (hundredths), losses as they are."""
-    if row.difference is None:
-        return NOTHING
-    factor, decimals, unit = (100.0, 2, " points") if row.metric == "accuracy" else (1.0, 4, "")
-    text = signed(row.difference.mean * factor, decimals)
-    if row.difference.deviation is not None:
-        text += f" ± {row.difference.deviation * factor:.{decimals}f}"
-    return text + unit
-
-
-def seconds_text(row: Row) -> str:
-    """The training time with its spread."""
-    if row.seconds is None:
-        return NOTHING
-    spread = "" if row.seconds.deviation is None else f" ± {duration(row.seconds.deviation)}"
-    return duration(row.seconds.mean) + spread
-
-
-def overhead_text(row: Row) -> str:
-    """The overhead in seconds and as a share of the training time."""
-    if not row.overhead_seconds:
-        return NOTHING
-    share = ratio(row.overhead_seconds, row.seconds.mean if row.seconds else None)
-    return f"{duration(row.overhead_seconds)} ({percent(share)})"
-
-
-def landed_text(num_landed: int, num_runs: int) -> str:
-    """Whether the budget was met: yes, no, or in how many runs."""
-    if num_runs == 1:
-        return "yes" if num_landed else "no"
-    return f"{num_landed} of {num_runs}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float64
 
 from setpoint.groups.group import Group
+from setpoint.ssm import Basis
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +27,8 @@ class Reading:
         num_steps: how many optimizer steps went into the reading.
         skipped_steps: steps that were left out because a gradient was NaN or infinite; counted since
             `init` by a sensor, since the last reading in an `Observation`.
+        basis: by group name, the balanced coordinates that its units are about; the actuator goes there
+            before it cuts.
     """
 
     step: int
@@ -34,6 +37,7 @@ class Reading:
     calibrated: bool = True
     num_steps: int = 0
     skipped_steps: int = 0
+    basis: Mapping[str, Basis] = field(default_factory=dict)
 
     def finite(self) -> bool:
         """Whether every value is a finite number; a controller makes no decision on any other."""

@@ -161,7 +161,7 @@ class TaylorSensor:
             )
         sources = _find_sources(groups, model)
         first = next((source.weight for of_group in sources.by_group for source in of_group), torch.zeros(()))
-        dtype = torch.promote_types(first.dtype, torch.float32)
+        dtype = torch.promote_types(first.real.dtype, torch.float32)
         zeros = torch.zeros(sum(group.num_units for group in groups), dtype=dtype, device=first.device)
         none = torch.zeros((), dtype=dtype, device=first.device)
         names, num_units = tuple(g.name for g in groups), tuple(g.num_units for g in groups)
@@ -331,6 +331,13 @@ def _zero_if_finite(parameters: tuple[nn.Parameter, ...], like: Tensor) -> Tenso
     return 0.0 * total
 
 
+def _product(weight: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    """What each entry adds to its gate's gradient; real and imaginary part of a complex one are weights alike."""
+    if weight.is_complex():
+        return (weight.detach().conj() * gradient).real.to(dtype)
+    return weight * gradient.to(dtype)
+
+
 def _gate_gradients(state: TaylorState, sources: tuple[tuple[Source, ...], ...]) -> Tensor:
     """Gate gradients r of all units: a weight without a gradient in this step did not take part, and adds nothing."""
     parts = []
@@ -341,7 +348,7 @@ def _gate_gradients(state: TaylorState, sources: tuple[tuple[Source, ...], ...])
             if gradient is None:
                 continue
             weight, gradient = source.sums.select(source.weight), source.sums.select(gradient)
-            added = source.sums.add_up(weight * gradient.to(state.mean.dtype)).to(state.mean)
+            added = source.sums.add_up(_product(weight, gradient, state.mean.dtype)).to(state.mean)
             total = added if total is None else total + added
         parts.append(state.mean.new_zeros(num_units) if total is None else total)
     return torch.cat(parts) if parts else state.mean

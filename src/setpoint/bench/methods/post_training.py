@@ -18,6 +18,11 @@ from setpoint.bench.task import Task, dense_widths
 class Prunes(Protocol):
     """The part of a method that prunes: what begins with a model, whatever it was trained on before."""
 
+    @property
+    def sized(self) -> bool:
+        """Whether it goes by the budget."""
+        ...
+
     def begin(
         self, task: Task, model: nn.Module, budget: float, batches: Iterator[tuple[Tensor, Tensor]]
     ) -> tuple[Optimizer, Pruner | None]:
@@ -36,7 +41,6 @@ class PostTraining:
         paper: where it comes from.
         share: steps of fine-tuning, as a share of the task's steps.
         learning_rate: peak of the fine-tuning's schedule, relative to the task's.
-        sized: whether it goes by the budget.
         family: kind of method, for reports.
         needs: the dense run.
     """
@@ -46,9 +50,13 @@ class PostTraining:
     paper: str
     share: float = 0.25
     learning_rate: float = 0.1
-    sized: bool = True
     family: str = "post-training"
     needs: tuple[str, ...] = ("dense",)
+
+    @property
+    def sized(self) -> bool:
+        """Whether it goes by the budget."""
+        return self.prunes.sized
 
     def course(self, task: Task, budget: float, needed: Mapping[str, Result]) -> Course:
         """The trained dense model, and a short schedule at a low learning rate."""

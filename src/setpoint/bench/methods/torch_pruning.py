@@ -27,7 +27,7 @@ from setpoint.groups.trace import find_groups
 from setpoint.meter import Stopwatch
 
 Criterion = Literal["norm", "taylor"]
-SEARCH_STEPS = 8
+SEARCH_STEPS = 7
 
 
 @final
@@ -45,6 +45,7 @@ class TorchPruning:
             group-norm pruner without its own sparse training; "taylor" for `GroupTaylorImportance`, all groups
             ranked together.
         num_batches: batches whose gradients Taylor adds up.
+        sized: always.
 
     References:
         Fang, Ma, Song, Mi, Wang: "DepGraph: Towards Any Structural Pruning", CVPR 2023. Molchanov, Mallya, Tyree,
@@ -53,6 +54,7 @@ class TorchPruning:
 
     criterion: Criterion
     num_batches: int = 10
+    sized: bool = True
 
     def begin(
         self, task: Task, model: nn.Module, budget: float, batches: Iterator[tuple[Tensor, Tensor]]
@@ -90,7 +92,7 @@ class TorchPruning:
         return task.optimizer(model), _AlreadyCut(outcome)
 
     def _ratio(self, model: nn.Module, groups: tuple[Group, ...], example: tuple[Tensor, ...], limit: float) -> float:
-        """The least ratio, to 1/256, whose cut is within the limit."""
+        """A ratio whose cut is within the limit."""
 
         def flops(ratio: float) -> float:
             twin = copy.deepcopy(model)
@@ -101,10 +103,14 @@ class TorchPruning:
 
         if step_flops(model, example) <= limit:
             return 0.0
-        # The library leaves a layer whole rather than take its last unit.
-        low, high = 0.0, _highest(group.num_units for group in groups if group.what != "head")
-        least = flops(high)
-        if least > limit:
+        # The library leaves a layer whole rather than take its last unit, so too high a ratio takes less, not more.
+        cap, low, least = _highest(group.num_units for group in groups if group.what != "head"), 0.0, math.inf
+        for high in (min(cap, 1.0 - 0.5**halvings) for halvings in range(1, 8)):
+            least = min(least, flops(high))
+            if least <= limit:
+                break
+            low = high
+        else:
             dense = step_flops(model, example)
             raise BenchError(
                 f"Torch-Pruning cannot bring this model to {limit / dense:.4g} of the dense FLOPs: the "
@@ -118,6 +124,7 @@ class TorchPruning:
     def _cut(self, model: nn.Module, groups: tuple[Group, ...], example: tuple[Tensor, ...], ratio: float) -> None:
         """Cut by this ratio, in place."""
         library = _library()
+        modes = {module: module.training for module in model.modules()}
         dense = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
         written = {
             piece.tensor.rpartition(".")[0]
@@ -145,6 +152,8 @@ class TorchPruning:
                 prune_head_dims=False,
             )
             pruner.step()
+        for module, training in modes.items():  # it traces in evaluation mode, and leaves the model in it
+            module.training = training
         _bind_sizes(model, groups, dense)
 
 

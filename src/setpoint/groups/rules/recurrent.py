@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from setpoint.groups.rules.contract import contract_dim, num_gradients
 from setpoint.groups.walk import DimLabels, Value, Walk, op_name, rule
 
 aten = torch.ops.aten
@@ -100,3 +101,34 @@ def _cell(walk: Walk, parameters: Sequence[Value], inputs: DimLabels, hidden: Di
     walk.unite(from_hidden.labels[1], hidden, "its first hidden state is data")
     for weight in (from_input, from_hidden):
         walk.contract(positions, list(zip(weight.shape, weight.labels, strict=True)), 2)
+
+
+@rule("setpoint::diagonal_scan")
+def _diagonal_scan(
+    walk: Walk,
+    out: Value,
+    u: Value,
+    a_re: Value,
+    a_im: Value,
+    b_re: Value,
+    b_im: Value,
+    c_re: Value,
+    c_im: Value,
+) -> Value:
+    """States of a diagonal recurrence are written by B, carried by the eigenvalues and read by C."""
+    walk.freeze(u.labels[1], "a recurrence runs over it")
+    for inputs in (b_re, b_im):
+        inner = contract_dim(walk, u, 2, inputs, 1)
+        walk.atoms.mark("produce", inputs.labels[0])
+    for outputs in (c_re, c_im):
+        walk.atoms.mark("consume", outputs.labels[1])
+        walk.atoms.mark("produce", outputs.labels[0])
+    states = b_re.labels[0]
+    for other in (b_im.labels[0], a_re.labels[0], a_im.labels[0], c_re.labels[1], c_im.labels[1]):
+        states = walk.unite(states, other)
+    outer = walk.unite(c_re.labels[0], c_im.labels[0])
+    positions = [(u.shape[0], u.labels[0]), (u.shape[1], None)]
+    # A complex product with a real sequence is two real ones, and so is the real part of a complex one.
+    walk.contract(2, [*positions, (b_re.shape[0], states), (u.shape[2], inner)], num_gradients(u, b_re))
+    walk.contract(2, [*positions, (c_re.shape[0], outer), (b_re.shape[0], states)], 2)
+    return Value(out.shape, (u.labels[0], None, outer))

@@ -1,11 +1,14 @@
-"""The meter: what the hardware really spent; today seconds, from the monotonic clock."""
+"""Seconds: what a block of code or a training step takes, by the monotonic clock."""
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
+import warnings
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 
 import torch
@@ -49,39 +52,91 @@ class Stopwatch:
         self._started = None
 
     def _now(self) -> float:
-        if self._synchronize and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            torch.cuda.synchronize()
-        return time.perf_counter()
+        return _now(self._synchronize)
+
+
+def _now(synchronize: bool) -> float:
+    """The clock, read once the GPU is done if that is wanted and one is in use."""
+    if synchronize and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A median of repeated measurements, and how sure it is.
+
+    Args:
+        value: the median.
+        low: lower end of the 95 % interval of the median.
+        high: its upper end.
+        count: how many measurements.
+    """
+
+    value: float
+    low: float
+    high: float
+    count: int
+
+
+def median_of(values: Sequence[float]) -> Measured:
+    """The median with its 95 % interval, which holds for any distribution.
+
+    The number of n values that lie below the true median is binomial with probability 1/2, so the
+    order statistics `n/2 -+ 1.96 sqrt(n)/2` enclose it. Below six values they are the extremes.
+
+    Args:
+        values: at least one.
+
+    >>> median_of([1.0, 2.0, 3.0, 4.0, 100.0])
+    Measured(value=3.0, low=1.0, high=100.0, count=5)
+    """
+    ordered = sorted(values)
+    count = len(ordered)
+    reach = 1.96 * math.sqrt(count) / 2
+    low = max(0, math.floor(count / 2 - reach))
+    return Measured(statistics.median(ordered), ordered[low], ordered[count - 1 - low], count)
 
 
 class StepMeter:
     """Smoothed seconds per optimizer step: the median of recent intervals between steps.
 
     The median ignores an evaluation or a checkpoint between two steps. An interval without a known
-    beginning is no reading.
+    beginning is no reading, nor is one in which the clock stood still or ran backwards; that is said once.
 
     Args:
         window: number of recent steps that count.
+        synchronize: wait for CUDA, if it is in use, at both ends of each step.
     """
 
-    def __init__(self, window: int = 50) -> None:
+    def __init__(self, window: int = 50, synchronize: bool = False) -> None:
         self._intervals: deque[float] = deque(maxlen=window)
         self._began: float | None = None
+        self._synchronize = synchronize
+        self._warned = False
 
     def begin(self) -> None:
         """Mark the moment from which the next step counts."""
-        self._began = time.perf_counter()
+        self._began = _now(self._synchronize)
 
     def end(self) -> None:
         """Mark the end of the step."""
-        if self._began is not None:
-            self._intervals.append(time.perf_counter() - self._began)
-            self._began = None
+        if self._began is None:
+            return
+        interval = _now(self._synchronize) - self._began
+        self._began = None
+        if interval > 0:
+            self._intervals.append(interval)
+        elif not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"the clock went {-interval:.3g} s backwards within a step: such steps are left out", stacklevel=2
+            )
 
     def extra(self) -> float:
         """End a step of another kind, which is no reading: by how many seconds it was longer than the median."""
         usual, began, self._began = self.seconds_per_step, self._began, None
-        return 0.0 if began is None or usual is None else max(0.0, time.perf_counter() - began - usual)
+        return 0.0 if began is None or usual is None else max(0.0, _now(self._synchronize) - began - usual)
 
     def clear(self) -> None:
         """Forget everything: the steps from here on are of another kind."""
@@ -92,6 +147,10 @@ class StepMeter:
     def seconds_per_step(self) -> float | None:
         """Median of the recent intervals in seconds, or None before the first."""
         return statistics.median(self._intervals) if self._intervals else None
+
+    def measured(self) -> Measured | None:
+        """The median with its 95 % interval, or None before the first step."""
+        return median_of(self._intervals) if self._intervals else None
 
     def state_dict(self) -> dict[str, list[float]]:
         """The recent intervals."""

@@ -1,0 +1,84 @@
+"""Seconds of a training step: predicted from widths, beside what steps of copies took.
+
+    python benchmarks/latency.py --out results/latency.json
+
+The table is timed afresh. Run it on an otherwise idle machine: what else runs is in the seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from costs import BUILDS, Subject, random_widths, subject_named
+
+from setpoint.bench.environment import machine
+from setpoint.loop.costing import cost_out
+from setpoint.loop.replica import replica
+from setpoint.meter.seconds import Stopwatch, median_of
+
+RESULTS = Path(__file__).resolve().parent.parent / "results"
+
+
+def measured(subject: Subject, widths: dict[str, int]) -> dict[str, float]:
+    """Median seconds of steps of a copy at these widths, with the 95 % interval."""
+    watch, times = Stopwatch(synchronize=True), []
+    trained = (subject.optimizer,)
+    with replica(subject.model, trained, subject.example, subject.groups, widths, data=True) as copy:
+        while len(times) < 5 or (len(times) < 30 and watch.seconds < 0.5):
+            with watch:
+                copy.step()
+            times.append(watch.last_seconds)
+    found = median_of(times)
+    return {"measured_s": found.value, "low_s": found.low, "high_s": found.high}
+
+
+def compare(name: str, count: int) -> dict[str, Any]:
+    """Predicted and measured seconds at the dense widths and at random ones."""
+    subject = subject_named(name)
+    began = time.perf_counter()
+    costing = cost_out(subject.model, (subject.optimizer,), subject.example, subject.groups, {"latency"})
+    build_s, cost = time.perf_counter() - began, costing.costs["latency"]
+    rows = [
+        {"predicted_s": cost.total(widths), **measured(subject, dict(widths))}
+        for widths in random_widths(subject.groups, count, seed=1)
+    ]
+    errors = [abs(row["predicted_s"] / row["measured_s"] - 1) for row in rows]
+    return {
+        "build_s": build_s,
+        "calibration_error": costing.errors["latency"],
+        "median_error": statistics.median(errors),
+        "largest_error": max(errors),
+        "rows": rows,
+    }
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=RESULTS / "latency.json")
+    parser.add_argument("--models", default=",".join(BUILDS), help="with commas")
+    parser.add_argument("--count", type=int, default=50, help="random width vectors")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["XDG_CACHE_HOME"] = folder
+        found = {name: compare(name, args.count) for name in args.models.split(",")}
+    answer = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "environment": {**machine(), "threads": torch.get_num_threads()},
+    }
+    args.out.write_text(json.dumps({**answer, "models": found}, indent=1) + "\n", encoding="utf-8")
+    keys = ("median_error", "largest_error", "build_s")
+    print(json.dumps({name: {key: each[key] for key in keys} for name, each in found.items()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,284 @@
+"""Balance: state-space layers turned into balanced coordinates, cut there, and brought back to diagonal form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from setpoint.actuator.cut import Keep, check_keep
+from setpoint.actuator.optimizer_state import Optimizers, as_sequence, map_tensors
+from setpoint.actuator.shrink import named_tensors, shrink
+from setpoint.errors import GroupError
+from setpoint.groups.group import Group
+from setpoint.groups.state import state_layer
+from setpoint.ssm import Basis, DiagonalSystem, Modes, StateSpaceLayer, StateWeights, system
+
+Moments = Literal["carry", "reset", "position"]
+"""What becomes of optimizer state: carried through the change of basis, forgotten, or kept at its old position."""
+
+_SECOND = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"}  # means or sums of squared gradients
+_FIRST = {"exp_avg", "momentum_buffer", "grad_avg"}  # means or sums of gradients
+
+
+def balance_and_shrink(
+    model: nn.Module,
+    optimizer: Optimizers,
+    groups: tuple[Group, ...],
+    keep: Keep,
+    basis: Mapping[str, Basis],
+    copies: Sequence[nn.Module] = (),
+    *,
+    moments: Moments = "carry",
+) -> tuple[Group, ...]:
+    """Shrink a model; state groups that lose units are balanced, truncated and diagonalised on the way.
+
+    For a group in `basis`, `keep` is about the units of that basis. With `BalancedPairs` the layer then holds the
+    balanced truncation of its real map, brought back to modes, so its gain changes by at most twice the sum of
+    the dropped Hankel values. Groups without a basis are cut as they are.
+
+    Optimizer moments of B and C go through the same change of basis: gradients, hence first moments, by the
+    transposed maps, second moments by the squares of their entries, as if entries were independent. Moments of
+    the eigenvalues have no such image, since eigenvalues are no linear function of the old ones: first moments
+    start at 0, second ones (and any other state) at their mean over the layer's states. Copies (an EMA) go through
+    the same change of basis and take over the new eigenvalues, so that modes correspond.
+
+    All or nothing: on any exception model, optimizers and copies are as they were.
+
+    Args:
+        model: the model that `groups` describe.
+        optimizer: one optimizer, a sequence of them, or None.
+        groups: as `find_groups`, or the last cut, returned them.
+        keep: by group name, boolean per active unit, True = stays.
+        basis: by group name, coordinates for the states of its layer as it is now, as `Reading.basis` holds it.
+        copies: further modules with the same tensors to cut alike.
+        moments: "carry" as above; "reset" and "position" are there to compare with.
+
+    Raises:
+        GroupError: as `shrink`, for a basis of a group without balanced coordinates or of another width, or when
+            all of its states are dropped.
+        OptimizerError: as `shrink`.
+        StateSpaceError: when the layer is not stable or not finite.
+    """
+    full = check_keep(groups, keep)
+    with ExitStack() as undo:
+        for group in groups:
+            if group.name in basis and not full[group.name].all():
+                turn = _Turn.of(model, group, full[group.name], basis[group.name])
+                turn.apply(model, as_sequence(optimizer), copies, moments, undo)
+        remaining = shrink(model, optimizer, groups, keep, copies)
+        undo.pop_all()
+    return remaining
+
+
+@dataclass(frozen=True, eq=False)
+class _Turn:
+    """One layer on its way to other coordinates.
+
+    Args:
+        name: of the layer.
+        group: its states.
+        old: its system.
+        modes: what it is reduced to.
+        kept: positions along its states at which the modes will lie; the others are about to be cut.
+    """
+
+    name: str
+    group: Group
+    old: DiagonalSystem
+    modes: Modes
+    kept: Tensor
+
+    @classmethod
+    def of(cls, model: nn.Module, group: Group, keep: np.ndarray, basis: Basis) -> _Turn:
+        name, layer = state_layer(model, group)
+        old = layer.state_space()
+        if not basis.num_units == old.num_states == group.num_units:
+            raise GroupError(
+                f"the basis of group {group.name!r} is for {basis.num_units} states, but it has {group.num_units}: "
+                "use the reading taken at the present widths"
+            )
+        if not keep.any():
+            raise GroupError(f"keep[{group.name!r}] leaves layer {name!r} without states: keep at least one")
+        (inputs, *_) = layer.state_weights().inputs
+        prefix = f"{name}." if name else ""
+        index = next(
+            piece.index for piece in group.slices if piece.tensor == prefix + inputs and piece.role != "consume"
+        )
+        kept = torch.from_numpy(np.flatnonzero(keep[index])).to(old.eigenvalues.device)
+        return cls(name, group, old, basis.modes(old, keep), kept)
+
+    def apply(
+        self,
+        model: nn.Module,
+        optimizers: Sequence[Optimizer],
+        copies: Sequence[nn.Module],
+        moments: Moments,
+        undo: ExitStack,
+    ) -> None:
+        """Write the modes, and what follows them, at the kept positions."""
+        before = _layer(model, self.name).state_weights()
+        self._write(model, self.modes.system, undo)
+        after = _layer(model, self.name).state_weights()
+        for copy in copies:
+            inner = copy if self._tensor_names() <= set(named_tensors(copy)) else copy.get_submodule("module")
+            self._write(inner, self._follow(_layer(inner, self.name).state_space()), undo)
+        if moments == "carry":
+            self._carry(model, optimizers, before, after, undo)
+        elif moments == "reset":
+            for optimizer, parameter in self._held(model, optimizers, self._tensor_names()):
+                undo.callback(optimizer.state.__setitem__, parameter, optimizer.state[parameter])
+                del optimizer.state[parameter]
+
+    def _tensor_names(self) -> set[str]:
+        return {piece.tensor for piece in self.group.slices}
+
+    def _write(self, model: nn.Module, new: DiagonalSystem, undo: ExitStack) -> None:
+        tensors = named_tensors(model)
+        for name in self._tensor_names():
+            undo.callback(partial(_put_back, tensors[name], tensors[name].detach().clone()))
+        old = _layer(model, self.name).state_space()
+        values = old.eigenvalues.detach().to(torch.complex128)
+        inputs = torch.zeros_like(old.inputs, dtype=torch.complex128)
+        outputs = torch.zeros_like(old.outputs, dtype=torch.complex128)
+        _layer(model, self.name).set_state_space(
+            DiagonalSystem(
+                values.index_copy(-1, self.kept, new.eigenvalues),
+                inputs.index_copy(-2, self.kept, new.inputs),
+                outputs.index_copy(-1, self.kept, new.outputs),
+            )
+        )
+
+    def _follow(self, other: DiagonalSystem) -> DiagonalSystem:
+        """A copy's own B and C in the new coordinates, with the new eigenvalues."""
+        inputs = self.modes.reduce @ system.stack_inputs(other.inputs.detach().to(torch.complex128))
+        outputs = system.stack_outputs(other.outputs.detach().to(torch.complex128)) @ self.modes.expand
+        (b_re, b_im), (c_re, c_im) = inputs.chunk(2, -2), outputs.chunk(2, -1)
+        return DiagonalSystem(self.modes.system.eigenvalues, torch.complex(b_re, b_im), torch.complex(c_re, -c_im))
+
+    def _held(
+        self, model: nn.Module, optimizers: Sequence[Optimizer], names: set[str]
+    ) -> Iterator[tuple[Optimizer, nn.Parameter]]:
+        tensors = named_tensors(model)
+        for name in sorted(names):
+            for optimizer in optimizers:
+                parameter = tensors[name]
+                if isinstance(parameter, nn.Parameter) and parameter in optimizer.state:
+                    yield optimizer, parameter
+
+    def _carry(
+        self,
+        model: nn.Module,
+        optimizers: Sequence[Optimizer],
+        before: StateWeights,
+        after: StateWeights,
+        undo: ExitStack,
+    ) -> None:
+        prefix = f"{self.name}." if self.name else ""
+        inputs, outputs = ([prefix + each for each in names] for names in (before.inputs, before.outputs))
+        scale = after.input_scale.to(torch.complex128).index_select(-1, self.kept)
+        gradients_in = _times(scale.conj()) @ self.modes.expand.mT @ _times(1 / before.input_scale.to(scale).conj())
+        states, kept = self.old.num_states, self.modes.system.num_states
+        gradients_out = _mirror(kept, scale.device) @ self.modes.reduce @ _mirror(states, scale.device)
+        dim = self.old.eigenvalues.dim() - 1
+        _turn_state(model, optimizers, inputs, gradients_in, dim, self.kept, undo)
+        _turn_state(model, optimizers, outputs, gradients_out, dim + 1, self.kept, undo)
+        for optimizer, parameter in self._held(model, optimizers, self._tensor_names() - {*inputs, *outputs}):
+            shape = parameter.shape
+
+            def restart(value: Tensor, key: str, shape: torch.Size = shape) -> Tensor:
+                if value.shape != shape:
+                    return value
+                mean = torch.zeros_like(value) if key in _FIRST else value.mean(dim, keepdim=True).expand_as(value)
+                return mean.clone()
+
+            _replace_state(optimizer, parameter, _mapped(optimizer, parameter, restart), undo)
+
+
+def _turn_state(
+    model: nn.Module,
+    optimizers: Sequence[Optimizer],
+    names: Sequence[str],
+    gradients: Float[Tensor, "*batch two_kept two_states"],
+    dim: int,
+    kept: Tensor,
+    undo: ExitStack,
+) -> None:
+    """Send the state of a complex weight, kept in one tensor or two, through the map that its gradients take."""
+    tensors = named_tensors(model)
+    parameters = [tensors[name] for name in names]
+    for optimizer in optimizers:
+        states = [optimizer.state[each] for each in parameters if each in optimizer.state]
+        if len(states) < len(parameters):
+            continue
+        fresh = [dict(state) for state in states]
+        for key, first in states[0].items():
+            values = [state[key] for state in states]
+            if isinstance(first, Tensor) and first.shape == parameters[0].shape and first.numel() > 1:
+                for state, value in zip(fresh, _turned(values, key, gradients, dim, kept), strict=True):
+                    state[key] = value
+        for parameter, state in zip(parameters, fresh, strict=True):
+            _replace_state(optimizer, parameter, state, undo)
+
+
+def _turned(values: list[Tensor], key: str, gradients: Tensor, dim: int, kept: Tensor) -> list[Tensor]:
+    if key not in _FIRST | _SECOND:
+        return [value.mean(dim, keepdim=True).expand_as(value).clone() for value in values]
+    parts = [*values] if len(values) == 2 else [*_parts(values[0])]
+    stacked = torch.cat(parts, dim).double()
+    turning = gradients.square() if key in _SECOND else gradients
+    # States lie along the dim before the last of B, and along the last of C.
+    moved = turning @ stacked if dim == gradients.dim() - 2 else stacked @ turning.mT
+    halves = [
+        torch.zeros_like(part).index_copy(dim, kept, half.to(part.dtype))
+        for part, half in zip(parts, moved.chunk(2, dim), strict=True)
+    ]
+    if len(values) == 2:
+        return halves
+    pairs = torch.stack(halves, -1)
+    return [torch.view_as_complex(pairs) if values[0].is_complex() else pairs]
+
+
+def _parts(value: Tensor) -> tuple[Tensor, ...]:
+    """Real and imaginary part of a complex tensor, or of one that keeps them along a last dim of two."""
+    return (torch.view_as_real(value) if value.is_complex() else value).unbind(-1)
+
+
+def _times(factor: Tensor) -> Tensor:
+    """Multiplication by complex numbers, as a real matrix on stacked real and imaginary parts."""
+    real, imag = torch.diag_embed(factor.real), torch.diag_embed(factor.imag)
+    return torch.cat([torch.cat([real, -imag], -1), torch.cat([imag, real], -1)], -2)
+
+
+def _mirror(states: int, device: torch.device) -> Tensor:
+    """Changes the sign of imaginary parts: the real form of C holds `-Im C`."""
+    ones = torch.ones(states, dtype=torch.float64, device=device)
+    return torch.diag(torch.cat([ones, -ones]))
+
+
+def _mapped(optimizer: Optimizer, parameter: nn.Parameter, function: Any) -> dict[str, Any]:
+    return {key: map_tensors(value, function, key) for key, value in optimizer.state[parameter].items()}
+
+
+def _replace_state(optimizer: Optimizer, parameter: Tensor, state: dict[str, Any], undo: ExitStack) -> None:
+    undo.callback(optimizer.state.__setitem__, parameter, optimizer.state[parameter])
+    optimizer.state[parameter] = state
+
+
+def _put_back(tensor: Tensor, old: Tensor) -> None:
+    with torch.no_grad():
+        tensor.copy_(old)
+
+
+def _layer(model: nn.Module, name: str) -> StateSpaceLayer:
+    layer = model.get_submodule(name)
+    assert isinstance(layer, StateSpaceLayer)
+    return layer

@@ -1,0 +1,103 @@
+"""A spending: what one training step of a model takes on this machine, in bytes and seconds, by group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from rich.table import Table
+from torch import nn
+
+from setpoint.controller.ladder import lowest_width
+from setpoint.groups.export import Example
+from setpoint.groups.group import Group, widths_of
+from setpoint.groups.trace import trace
+from setpoint.loop.costing import cost_out
+from setpoint.report.numbers import duration, human, percent
+
+
+@dataclass(frozen=True)
+class GroupSpending:
+    """What goes with one group.
+
+    Args:
+        name: of the group.
+        seconds: of a dense step that are gone when this group alone is cut to its fewest units.
+        memory_bytes: of the peak that are gone then; 0 where the peak is elsewhere.
+    """
+
+    name: str
+    seconds: float
+    memory_bytes: float
+
+
+@dataclass(frozen=True)
+class Spending:
+    """What one training step takes, as modelled from operations and storages.
+
+    Args:
+        seconds: of a dense step.
+        memory_bytes: at its peak.
+        least_seconds: with every group at its fewest units.
+        least_memory_bytes: at the peak then.
+        error: median relative error of predicted seconds on copies of the model.
+        sources: by resource, what it is modelled by.
+        groups: most seconds first.
+    """
+
+    seconds: float
+    memory_bytes: float
+    least_seconds: float
+    least_memory_bytes: float
+    error: float
+    sources: dict[str, str]
+    groups: tuple[GroupSpending, ...]
+
+
+def spending(model: nn.Module, example: Example, groups: Sequence[str]) -> Spending:
+    """Time and record a training step of a model with AdamW.
+
+    Args:
+        model: left alone.
+        example: a tuple of positional inputs, or a dict of keyword inputs.
+        groups: names of the groups that may be pruned.
+
+    Raises:
+        CostError: if the step cannot be recorded.
+    """
+    found: tuple[Group, ...] = tuple(group for group in trace(model, example).groups if group.name in set(groups))
+    optimizer = torch.optim.AdamW(model.parameters())
+    costing = cost_out(model, (optimizer,), example, found, {"latency", "memory"})
+    latency, memory = costing.costs["latency"], costing.costs["memory"]
+    dense, least = widths_of(found), {group.name: lowest_width(group) for group in found}
+    each = [
+        GroupSpending(
+            group.name,
+            *(cost.saving(dense, group.name, dense[group.name] - least[group.name]) for cost in (latency, memory)),
+        )
+        for group in found
+    ]
+    return Spending(
+        seconds=latency.total(dense),
+        memory_bytes=memory.total(dense),
+        least_seconds=latency.total(least),
+        least_memory_bytes=memory.total(least),
+        error=costing.errors["latency"],
+        sources=dict(costing.sources),
+        groups=tuple(sorted(each, key=lambda one: -one.seconds)),
+    )
+
+
+def spending_table(found: Spending) -> Table:
+    """The spending for a terminal."""
+    title = (
+        f"one training step: {duration(found.seconds)} (at least {duration(found.least_seconds)}), "
+        f"{human(found.memory_bytes, 'B')} at its peak (at least {human(found.least_memory_bytes, 'B')}); "
+        f"modelled, seconds within {percent(found.error)} on copies"
+    )
+    table = Table("group", "seconds that go with it", "of a step", "bytes", "of the peak", title=title)
+    for group in found.groups:
+        shares = percent(group.seconds / found.seconds), percent(group.memory_bytes / found.memory_bytes)
+        table.add_row(group.name, duration(group.seconds), shares[0], human(group.memory_bytes, "B"), shares[1])
+    return table

@@ -1,0 +1,215 @@
+"""Timing: what each finished run takes on an idle machine, from a few steps of each of its stages, taken in turns."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from setpoint.bench.environment import environment
+from setpoint.bench.own_random import OwnRandom
+from setpoint.bench.results import Result, append_line
+from setpoint.bench.runner import needed_cells
+from setpoint.bench.stages import Stage, filled, load_stages
+from setpoint.bench.task import BenchError, Task
+from setpoint.bench.training import Cell, begin
+from setpoint.meter import Stopwatch
+from setpoint.report.results import SCHEMA, TIMING
+
+WARM_UP_STEPS = 2
+STEPS_PER_TURN = 4
+ROUNDS = 5
+
+Shape = tuple[object, ...]
+"""What decides how long a step takes: the shapes of all tensors, and for masked models the cell."""
+Step = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What one run takes, everything counted.
+
+    With n_i the steps of its stage i and s_ir the median seconds of a step of that stage in round r, a
+    round says `sum_i n_i s_ir (1 + own)`, where `own` is the method's own seconds over its plain training
+    seconds as the run itself measured both.
+
+    Args:
+        task: name of the task.
+        method: name of the method.
+        budget: fraction of the dense FLOPs per step; None where the method has none.
+        seed: seed of the run.
+        seconds: the median over the rounds.
+        rounds: what each round says, in seconds; those of all runs belong together.
+        own_seconds: the part that the method itself spends beside plain training steps.
+        stage_steps: optimizer steps of each stage.
+        step_seconds: median seconds of a step of each stage.
+        load: the machine's load average over a minute, before and after; None where it is unknown.
+        environment: what the numbers depend on.
+        date: when it was measured, ISO 8601 in UTC.
+        schema: version of this format.
+    """
+
+    task: str
+    method: str
+    budget: float | None
+    seed: int
+    seconds: float
+    rounds: tuple[float, ...]
+    own_seconds: float
+    stage_steps: tuple[int, ...]
+    step_seconds: tuple[float, ...]
+    load: tuple[float, float] | None
+    environment: Mapping[str, str | int]
+    date: str
+    schema: int = field(default=SCHEMA)
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A kind of step to be timed.
+
+    Args:
+        steps: makes the training that takes such steps.
+        device: where it runs.
+    """
+
+    steps: Callable[[], Step]
+    device: torch.device
+
+
+def measure(
+    done: Mapping[Cell, Result], out: Path, after_turn: Callable[[float], None], *, rounds: int = ROUNDS
+) -> tuple[Timing, ...]:
+    """Time finished runs, and write what they take to `timing.jsonl` in their folder.
+
+    In each round every kind of step is trained for a turn of a few steps, by a model made for it and gone
+    afterwards, so that the machine's moods hit all alike. Equal shapes are timed once for all runs.
+    A masked model is trained as its method trains it, since its steps are more than plain ones.
+
+    Args:
+        done: finished cells and their results.
+        out: the folder that they are in.
+        after_turn: told after each turn which share of all turns is done.
+        rounds: how often every kind of step has its turn.
+
+    Raises:
+        BenchError: a run has left no stages to time.
+    """
+    courses = {cell: _course(cell, result, out, done) for cell, result in done.items()}
+    subjects = {shape: subject for course in courses.values() for _, shape, subject in course}
+    before = _load()
+    seconds: dict[Shape, list[float]] = {shape: [] for shape in subjects}
+    for turn in range(rounds * len(subjects)):
+        # Every other round goes backwards, so that none always follows the same one.
+        order = list(subjects) if turn // len(subjects) % 2 == 0 else list(reversed(subjects))
+        shape = order[turn % len(subjects)]
+        seconds[shape].append(_step_seconds(subjects[shape]))
+        after_turn((turn + 1) / (rounds * len(subjects)))
+    load = None if before is None else (before, _load() or 0.0)
+    timings = tuple(
+        _timing(cell, done[cell], [(steps, seconds[shape]) for steps, shape, _ in course], load)
+        for cell, course in courses.items()
+    )
+    for timing in timings:
+        append_line(out / TIMING, dataclasses.asdict(timing))
+    return timings
+
+
+def _course(cell: Cell, result: Result, out: Path, done: Mapping[Cell, Result]) -> list[tuple[int, Shape, Subject]]:
+    """Steps, shape and kind of each stage of a run."""
+    stages = [stage for stage in load_stages(out / result.folder) if stage.num_steps]
+    if not stages:
+        raise BenchError(f"{out / result.folder} holds no stages to time: delete its line and run the cell again")
+    course = [(stage.num_steps, _shape(stage.model), _plain(cell.task, stage)) for stage in stages]
+    if result.density is not None:
+        needed = {name: done[each] for name, each in needed_cells(cell).items() if each in done}
+        course[-1] = (stages[-1].num_steps, (cell.name,), _masked(cell, out, needed))
+    return course
+
+
+def _shape(model: nn.Module) -> Shape:
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    return tuple((name, tuple(tensor.shape), tensor.stride()) for name, tensor in tensors)
+
+
+def _plain(task: Task, stage: Stage) -> Subject:
+    """Ordinary training steps of a stage's model."""
+
+    def steps() -> Step:
+        model = filled(stage.model, task.device)
+        optimizer, batches = task.optimizer(model), task.batches(seed=0)
+        schedule = task.schedule(optimizer)
+
+        def step() -> None:
+            inputs, targets = next(batches)
+            torch.autograd.backward(task.loss(model, inputs, targets))
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+
+        return step
+
+    return Subject(steps, task.device)
+
+
+def _masked(cell: Cell, out: Path, needed: Mapping[str, Result]) -> Subject:
+    """Steps of the method itself, its masks at work."""
+
+    def steps() -> Step:
+        run = begin(cell, out, needed)
+        return lambda: run.turn(1)
+
+    return Subject(steps, cell.task.device)
+
+
+def _step_seconds(subject: Subject) -> float:
+    """Median seconds of a step, in one turn."""
+    watch, found = Stopwatch(synchronize=True), []
+    with OwnRandom(0).drawing():
+        step = subject.steps()
+        for number in range(WARM_UP_STEPS + STEPS_PER_TURN):
+            with watch:
+                step()
+            if number >= WARM_UP_STEPS:
+                found.append(watch.last_seconds)
+    return statistics.median(found)
+
+
+def _timing(
+    cell: Cell, result: Result, course: Sequence[tuple[int, Sequence[float]]], load: tuple[float, float] | None
+) -> Timing:
+    """One run's timing from the step seconds of its stages, by round."""
+    own = result.overhead_seconds / max(result.seconds - result.overhead_seconds, 1e-9)
+    plain = [
+        sum(steps * each for (steps, _), each in zip(course, by_stage, strict=True)) for by_stage in _by_round(course)
+    ]
+    rounds = tuple(each * (1 + own) for each in plain)
+    return Timing(
+        task=result.task,
+        method=result.method,
+        budget=result.budget,
+        seed=result.seed,
+        seconds=statistics.median(rounds),
+        rounds=rounds,
+        own_seconds=statistics.median(plain) * own,
+        stage_steps=tuple(steps for steps, _ in course),
+        step_seconds=tuple(statistics.median(each) for _, each in course),
+        load=load,
+        environment=environment(cell.task),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _by_round(course: Sequence[tuple[int, Sequence[float]]]) -> Iterator[tuple[float, ...]]:
+    return zip(*(each for _, each in course), strict=True)
+
+
+def _load() -> float | None:
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None

@@ -1,0 +1,106 @@
+"""Lengths: which function of widths a number is, found from its values at several width vectors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from setpoint.groups.group import Group, Size
+
+_MAX_VECTORS = 16
+
+
+def trial_widths(groups: Sequence[Group], seed: int = 0) -> list[dict[str, int]]:
+    """Width vectors that tell all groups apart: the dense one and as many random ones as that takes.
+
+    Two groups are told apart if their widths do not change in proportion. Widths are those that whole blocks
+    reach; a group that no block can leave stays as it is.
+
+    Args:
+        groups: at their dense widths.
+        seed: of the draw.
+
+    >>> [len(trial_widths((Group("a", "unit", 8, ()), Group("b", "unit", 8, ()))))]
+    [4]
+    """
+    generator = np.random.default_rng(seed)
+    vectors = [{group.name: group.num_units for group in groups}]
+    while len(vectors) < _MAX_VECTORS:
+        vectors.append({group.name: int(generator.choice(_reachable(group))) for group in groups})
+        directions = [_direction([vector[group.name] for vector in vectors]) for group in groups]
+        movable = [d for d, group in zip(directions, groups, strict=True) if len(_reachable(group)) > 1]
+        if len(vectors) >= 4 and all(any(d[0]) for d in movable) and len({d[0] for d in movable}) == len(movable):
+            break
+    return vectors
+
+
+def _reachable(group: Group) -> list[int]:
+    """Widths that whole blocks reach, at least 2 where that is possible: at 1 a dim passes by broadcasting."""
+    block, floor = group.multiple_of, max(group.min_units, 1)
+    widths = [group.num_units, *range((group.num_units - 1) // block * block, floor - 1, -block)]
+    above_one = [width for width in widths if width > 1]
+    return above_one if len(above_one) > 1 else widths
+
+
+def _direction(values: Sequence[int]) -> tuple[tuple[int, ...], int]:
+    """How the values change from the first one on: a primitive vector, and its factor."""
+    changes = [value - values[0] for value in values[1:]]
+    factor = math.gcd(*changes) or 1
+    leading = next((change for change in changes if change), 1)
+    factor = factor if leading > 0 else -factor
+    return tuple(change // factor for change in changes), factor
+
+
+class Lengths:
+    """Finds the `Size` behind a number that was seen at several width vectors.
+
+    A number that does not change is a constant; one that changes in proportion to the width of one group
+    follows that group, `constant + per_unit * width`. Sums over several groups are learnt where they are
+    made, by `learn`.
+
+    Args:
+        vectors: widths by group, one mapping for each time the numbers are seen.
+
+    >>> lengths = Lengths([{"a": 8, "b": 8}, {"a": 4, "b": 6}, {"a": 2, "b": 7}])
+    >>> lengths.size((24, 12, 6)), lengths.size((5, 5, 5))
+    (Size(constant=0, parts=(('a', 3),)), Size(constant=5, parts=()))
+    """
+
+    def __init__(self, vectors: Sequence[Mapping[str, int]]) -> None:
+        self._vectors = vectors
+        self._known: dict[tuple[int, ...], Size | None] = {}
+        self._by_direction: dict[tuple[int, ...], tuple[str, int, int]] = {}
+        for name, width in vectors[0].items():
+            direction, factor = _direction([vector[name] for vector in vectors])
+            self._by_direction.setdefault(direction, (name, factor, width))
+
+    def size(self, values: tuple[int, ...]) -> Size | None:
+        """The size that has these values at the vectors, or None if it is of no known form."""
+        if values not in self._known:
+            self._known[values] = self._find(values)
+        return self._known[values]
+
+    def learn(self, pieces: Sequence[Size]) -> None:
+        """A length that is the sum of these may occur from here on."""
+        parts: dict[str, int] = {}
+        for piece in pieces:
+            for name, per_unit in piece.parts:
+                parts[name] = parts.get(name, 0) + per_unit
+        total = Size(sum(piece.constant for piece in pieces), tuple(sorted(parts.items())))
+        values = tuple(total.at(vector) for vector in self._vectors)
+        if self.size(values) is None:
+            self._known[values] = total
+
+    def _find(self, values: tuple[int, ...]) -> Size | None:
+        if len(set(values)) == 1:
+            return Size(values[0])
+        direction, factor = _direction(values)
+        if direction not in self._by_direction:
+            return None
+        name, of_group, width = self._by_direction[direction]
+        if factor % of_group or factor // of_group <= 0:
+            return None
+        per_unit = factor // of_group
+        return Size(values[0] - per_unit * width, ((name, per_unit),))

@@ -1,0 +1,150 @@
+"""A problem: one operation at any widths, as it is timed alone on the device."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_unflatten
+
+from setpoint.cost.tape import Operand, Operation
+from setpoint.groups.group import Group, Size
+
+_CONTRACTIONS = ("conv", "mm", "addmv", "mv", "dot", "linear", "attention", "einsum", "lstm", "gru", "rnn")
+_MAX_AXES = 3
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A length that several dims of a problem follow.
+
+    Args:
+        size: the length as a function of widths.
+        values: what it can become, the dense one first.
+    """
+
+    size: Size
+    values: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """One operation, and the lengths that it follows.
+
+    Args:
+        operation: what is called.
+        axes: the lengths, in the order in which its arguments show them.
+        key: the same for problems that take the same time.
+        contraction: whether time follows the product of the lengths rather than the bytes moved.
+    """
+
+    operation: Operation
+    axes: tuple[Axis, ...]
+    key: str
+    contraction: bool
+
+    @property
+    def dense(self) -> tuple[int, ...]:
+        """The dense value of each axis."""
+        return tuple(axis.values[0] for axis in self.axes)
+
+    def num_bytes(self, values: Sequence[int]) -> float:
+        """Bytes read and written at these values of the axes."""
+        operands = [leaf for leaf in self.operation.leaves if isinstance(leaf, Operand)]
+        return float(sum(self._bytes(operand, values) for operand in (*operands, *self.operation.outputs)))
+
+    def _bytes(self, operand: Operand, values: Sequence[int]) -> int:
+        total = operand.dtype.itemsize
+        for dim, size in enumerate(operand.shape):
+            total *= 1 if dim in operand.expanded else self._length(size, values)
+        return total
+
+    def arguments(self, values: Sequence[int], device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments of the call at these values; every entry is 1/2, and every index 0, which is always valid."""
+        leaves = [self._argument(leaf, values, device) for leaf in self.operation.leaves]
+        args, kwargs = tree_unflatten(leaves, self.operation.spec)
+        return args, kwargs
+
+    def _argument(self, leaf: Any, values: Sequence[int], device: torch.device) -> Any:
+        if isinstance(leaf, Size):
+            return self._length(leaf, values)
+        if not isinstance(leaf, Operand):
+            return leaf
+        shape = [1 if d in leaf.expanded else self._length(s, values) for d, s in enumerate(leaf.shape)]
+        entry = 0.5 if leaf.dtype.is_floating_point or leaf.dtype.is_complex else leaf.dtype == torch.bool
+        made = torch.full([shape[d] for d in leaf.order], entry, dtype=leaf.dtype, device=device)
+        made = made.permute([leaf.order.index(d) for d in range(len(shape))])
+        full = [self._length(size, values) for size in leaf.shape]
+        expanded: Tensor = made.expand(full) if leaf.expanded else made
+        return expanded
+
+    def _length(self, size: Size, values: Sequence[int]) -> int:
+        if not size.parts:
+            return size.constant
+        for axis, value in zip(self.axes, values, strict=True):
+            if axis.size == size:
+                return value
+            if axis.size == _unit(size):
+                return size.parts[0][1] * value
+        raise AssertionError(f"{size} is on no axis")
+
+
+def _unit(size: Size) -> Size:
+    """The length behind a size: the width itself where it is in proportion to one width, else the size."""
+    if size.constant == 0 and len(size.parts) == 1:
+        return Size(0, ((size.parts[0][0], 1),))
+    return size
+
+
+def pose(operation: Operation, groups: Mapping[str, Group]) -> Problem:
+    """The problem that an operation of a tape is.
+
+    Args:
+        operation: as recorded.
+        groups: by name, at dense widths.
+    """
+    sizes = [size for leaf in (*operation.leaves, *operation.outputs) for size in _sizes(leaf) if size.parts]
+    axes = tuple(Axis(unit, _values(unit, groups)) for unit in dict.fromkeys(map(_unit, sizes)))
+    contraction = len(axes) <= _MAX_AXES and any(part in operation.name for part in _CONTRACTIONS)
+    words = [str(operation.target), *(_describe(leaf, axes) for leaf in (*operation.leaves, *operation.outputs))]
+    words += [repr(axis.values) for axis in axes]
+    key = hashlib.sha256("|".join(words).encode()).hexdigest()[:32]
+    return Problem(operation, axes, f"{operation.name}:{key}", contraction)
+
+
+def _sizes(leaf: Any) -> tuple[Size, ...]:
+    if isinstance(leaf, Operand):
+        return leaf.shape
+    return (leaf,) if isinstance(leaf, Size) else ()
+
+
+def _values(size: Size, groups: Mapping[str, Group]) -> tuple[int, ...]:
+    """What a length can become when whole blocks of units go; for sums of widths, in steps of 16."""
+    dense = size.at({name: group.num_units for name, group in groups.items()})
+    if size.constant == 0 and len(size.parts) == 1:
+        group = groups[size.parts[0][0]]
+        block, floor = group.multiple_of, max(group.min_units, 1)
+        return tuple(dict.fromkeys([dense, *range((dense - 1) // block * block, floor - 1, -block)]))
+    least = size.at({name: max(group.min_units, 1) for name, group in groups.items()})
+    return tuple(dict.fromkeys([dense, *range((dense - 1) // 16 * 16, least, -16), least]))
+
+
+def _describe(leaf: Any, axes: Sequence[Axis]) -> str:
+    """The same text for arguments that take the same time, whatever the groups are called."""
+
+    def length(size: Size) -> str:
+        if not size.parts:
+            return str(size.constant)
+        unit = _unit(size)
+        position = next(i for i, axis in enumerate(axes) if axis.size == unit)
+        return f"{size.parts[0][1] if unit != size else 1}*axis{position}"
+
+    if isinstance(leaf, Operand):
+        return f"{[length(size) for size in leaf.shape]}{leaf.order}{leaf.expanded}{leaf.dtype}"
+    if isinstance(leaf, Size):
+        return length(leaf)
+    return "float" if isinstance(leaf, float) else repr(leaf)

@@ -1,0 +1,222 @@
+"""A table: seconds of operations on this device, each timed once and kept in the user's cache folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from setpoint.cost.curve import Curve, Point, points
+from setpoint.cost.problem import Problem
+from setpoint.meter.seconds import Stopwatch
+
+FORMAT = 1
+_ROUNDS = 3
+_LEAST_SECONDS = 1e-3
+_WARNED: set[str] = set()
+
+
+def cache_folder() -> Path:
+    """The user's cache folder for Setpoint, by the platform's custom; it need not exist yet."""
+    if sys.platform == "win32":
+        local = os.environ.get("LOCALAPPDATA")
+        return (Path(local) if local else Path.home() / "AppData" / "Local") / "setpoint" / "cache"
+    if sys.platform == "darwin" and not os.environ.get("XDG_CACHE_HOME"):
+        return Path.home() / "Library" / "Caches" / "setpoint"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "setpoint"
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What timings hold for: they are worth nothing elsewhere.
+
+    Args:
+        device: that the model is on. The types of numbers are part of each problem.
+    """
+    facts: dict[str, Any] = {"torch": torch.__version__, "machine": platform.machine(), "device": device.type}
+    if device.type == "cuda":
+        facts |= {"name": torch.cuda.get_device_name(device), "tf32": torch.backends.cuda.matmul.allow_tf32}
+    else:
+        facts |= {"name": _processor(), "threads": torch.get_num_threads()}
+    return facts
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.node()
+
+
+class Table:
+    """Seconds by problem and point, for one device.
+
+    Args:
+        device: where problems are timed.
+        folder: where the table is kept; the user's cache folder by default.
+    """
+
+    def __init__(self, device: torch.device, folder: Path | None = None) -> None:
+        self.device = device
+        self.environment = environment(device)
+        words = "-".join(str(value) for value in self.environment.values())
+        name = "".join(c if c.isalnum() or c in "-." else "_" for c in words)
+        self.file = (cache_folder() if folder is None else folder) / "latency" / f"{name}.json"
+        self._seconds: dict[str, dict[Point, float]] = {}
+        self._fits: dict[str, list[float]] = {}
+        self._read()
+
+    def _read(self) -> None:
+        """Take over what the file holds, unless it is damaged or was timed elsewhere: then it is timed again."""
+        try:
+            content = json.loads(self.file.read_text(encoding="utf-8"))
+            made_for = content["environment"]
+            timed = {
+                key: {tuple(point): float(seconds) for point, seconds in rows} for key, rows in content["timed"].items()
+            }
+            fits = {key: [float(value) for value in values] for key, values in content.get("fits", {}).items()}
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            warnings.warn(f"the latency table {self.file} is damaged ({error}) and is timed again", stacklevel=4)
+            return
+        if content.get("format") != FORMAT or made_for != self.environment:
+            warnings.warn(
+                f"the latency table {self.file} was timed on {made_for}, and this is {self.environment}: timed again",
+                stacklevel=4,
+            )
+            return
+        self._seconds, self._fits = timed, fits
+
+    def _write(self) -> None:
+        """Replace the file at once; a folder that cannot be written to costs the next run a timing, no more."""
+        timed = {key: [[list(p), s] for p, s in rows.items()] for key, rows in self._seconds.items()}
+        content = {"format": FORMAT, "environment": self.environment, "timed": timed, "fits": self._fits}
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=self.file.parent, delete=False, encoding="utf-8") as file:
+                json.dump(content, file)
+            os.replace(file.name, self.file)
+        except OSError as error:
+            warnings.warn(f"the latency table cannot be kept in {self.file}: {error}", stacklevel=3)
+
+    def fit(self, key: str) -> list[float] | None:
+        """Coefficients that were fitted to whole steps before, or None."""
+        return self._fits.get(key)
+
+    def keep_fit(self, key: str, values: Sequence[float]) -> None:
+        """Keep coefficients for the next run."""
+        self._fits[key] = list(values)
+        self._write()
+
+    def time(self, problems: Sequence[Problem], limit_s: float = 30.0) -> dict[str, Curve | None]:
+        """Curves of these problems by key, timed now unless the table knows them.
+
+        Rounds over all points are repeated up to three times, while they fit into the limit, and the least time
+        of a point counts: what disturbs a measurement only ever adds to it. Where even one round would take
+        longer, fewer points are measured.
+
+        Args:
+            problems: what occurs; those with the same key are timed once.
+            limit_s: seconds to spend, roughly.
+
+        Returns:
+            None for a problem that does not run by itself.
+        """
+        wanted = {problem.key: problem for problem in problems}
+        new = [problem for key, problem in wanted.items() if key not in self._seconds]
+        if new:
+            self._time(new, limit_s)
+            self._write()
+        return {key: self._curve(problem) for key, problem in wanted.items()}
+
+    def _curve(self, problem: Problem) -> Curve | None:
+        seconds = self._seconds[problem.key]
+        return Curve(problem, seconds) if seconds else None
+
+    def _time(self, problems: Sequence[Problem], limit_s: float) -> None:
+        began = time.perf_counter()
+        with _progress("timing operations on this device") as show:
+            first = {}
+            for number, problem in enumerate(problems):
+                first[problem.key] = _seconds(problem, problem.dense, self.device)
+                self._seconds[problem.key] = {}
+                show(0.1 * (number + 1) / len(problems))
+            running = [problem for problem in problems if first[problem.key] is not None]
+            jobs = self._jobs(running, first, limit_s, coarse=False)
+            for number in range(_ROUNDS):
+                for done, (problem, point) in enumerate(jobs):
+                    seconds = _seconds(problem, point, self.device)
+                    before = self._seconds[problem.key].get(point)
+                    if seconds is not None:
+                        self._seconds[problem.key][point] = seconds if before is None else min(seconds, before)
+                    elapsed = time.perf_counter() - began
+                    if number and elapsed > limit_s:
+                        return
+                    show(max(0.1 + 0.9 * (number + done / len(jobs)) / _ROUNDS, min(1.0, elapsed / limit_s)))
+
+    def _jobs(
+        self, problems: Sequence[Problem], first: Mapping[str, float | None], limit_s: float, coarse: bool
+    ) -> list[tuple[Problem, Point]]:
+        jobs = [(problem, point) for problem in problems for point in points(problem, coarse=coarse)]
+        estimate = 0.0
+        for problem, point in jobs:
+            dense = problem.num_bytes(problem.dense) or 1.0
+            estimate += 2 * (first[problem.key] or 0.0) * problem.num_bytes(point) / dense + 2 * _LEAST_SECONDS
+        return self._jobs(problems, first, limit_s, True) if estimate > limit_s and not coarse else jobs
+
+
+def _seconds(problem: Problem, point: Point, device: torch.device) -> float | None:
+    """Seconds of one call, after one that is not counted; None if the operation does not run by itself."""
+    watch = Stopwatch(synchronize=device.type == "cuda")
+    try:
+        args, kwargs = problem.arguments(point, device)
+        with torch.no_grad():
+            with watch:
+                problem.operation.target(*args, **kwargs)
+            calls = max(1, min(50, int(_LEAST_SECONDS / max(watch.last_seconds, 1e-7))))
+            best = float("inf")
+            for _ in range(2):
+                with watch:
+                    for _ in range(calls):
+                        problem.operation.target(*args, **kwargs)
+                best = min(best, watch.last_seconds / calls)
+    except Exception:  # an operation may need arguments that make sense together
+        return None
+    return best if best > 0 else None
+
+
+def seconds_per_byte(curves: Sequence[Curve]) -> float:
+    """Median over operations that move bytes and do little else; for those that could not be timed."""
+    rates = [
+        curve.seconds[curve.problem.dense] / curve.problem.num_bytes(curve.problem.dense)
+        for curve in curves
+        if not curve.problem.contraction and curve.problem.num_bytes(curve.problem.dense) > 1e5
+    ]
+    return statistics.median(rates) if rates else 1e-9
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[Any]:
+    """A progress bar on stderr, where that is a terminal; yields a function of the fraction done."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=1.0)
+        yield lambda fraction: bar.update(task, completed=fraction)

@@ -1,0 +1,257 @@
+"""A tape: every operation of one training step and every storage it makes, with sizes as functions of widths."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import TreeSpec, tree_flatten
+
+from setpoint.cost.lengths import Lengths
+from setpoint.errors import CostError
+from setpoint.groups.group import Size
+from setpoint.groups.walk import op_name
+from setpoint.meter.memory import LiveBytes
+
+
+class Trainee(Protocol):
+    """A model in training that can make one more step."""
+
+    def step(self) -> None:
+        """Forward, backward and optimizer step."""
+        ...
+
+    def held(self) -> Sequence[Tensor]:
+        """Tensors that live between steps: weights, buffers, optimizer state, inputs."""
+        ...
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor that an operation reads.
+
+    Args:
+        shape: its dims.
+        order: dims from the one with the largest stride to the one with the smallest.
+        expanded: dims along which one entry stands for all.
+        dtype: of its entries.
+    """
+
+    shape: tuple[Size, ...]
+    order: tuple[int, ...]
+    expanded: tuple[int, ...]
+    dtype: torch.dtype
+
+    def num_bytes(self, widths: Mapping[str, int]) -> int:
+        """Bytes that it holds at these widths."""
+        total = self.dtype.itemsize
+        for dim, size in enumerate(self.shape):
+            total *= 1 if dim in self.expanded else size.at(widths)
+        return total
+
+
+@dataclass(frozen=True, eq=False)
+class Operation:
+    """One call of an ATen operation.
+
+    Args:
+        target: the operation.
+        leaves: its arguments, flattened: an `Operand`, a `Size` where a number follows widths, or a constant.
+        spec: how they were nested.
+        outputs: tensors that it returned.
+    """
+
+    target: Any
+    leaves: tuple[Any, ...]
+    spec: TreeSpec
+    outputs: tuple[Operand, ...]
+
+    @property
+    def name(self) -> str:
+        """Short name of the operation."""
+        return op_name(self.target)
+
+
+@dataclass(frozen=True, eq=False)
+class Storage:
+    """A piece of memory: its bytes are `itemsize * prod(sizes)`."""
+
+    itemsize: int
+    sizes: tuple[Size, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Tape:
+    """One training step.
+
+    Args:
+        operations: in order; views, which cost nothing, are left out.
+        storages: every storage that was alive in the step.
+        events: (storage, True if made and False if gone), in order.
+        num_calls: operations with the views.
+    """
+
+    operations: tuple[Operation, ...]
+    storages: tuple[Storage, ...]
+    events: tuple[tuple[int, bool], ...]
+    num_calls: int
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """A tensor as it was seen once."""
+
+    shape: tuple[int, ...]
+    order: tuple[int, ...]
+    expanded: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Shape:
+        shape, strides = tuple(map(int, tensor.shape)), tensor.stride() if tensor.layout == torch.strided else ()
+        order = tuple(sorted(range(len(strides)), key=lambda dim: (-strides[dim], dim)))
+        expanded = tuple(d for d, stride in enumerate(strides) if stride == 0 and shape[d] > 1)
+        return cls(shape, order, expanded, tensor.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class _Take:
+    """What was seen at one width vector."""
+
+    calls: list[tuple[Any, tuple[Any, ...], TreeSpec, tuple[_Shape, ...]]]
+    storages: list[tuple[int, _Shape]]
+    events: list[tuple[int, bool]]
+
+
+_COSTLESS = ("_unsafe_view", "_reshape_alias", "lift_fresh", "_local_scalar_dense", "device", "is_pinned")
+
+
+class _Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes every operation, its arguments and what it returned."""
+
+    def __init__(self, calls: list[tuple[Any, tuple[Any, ...], TreeSpec, tuple[_Shape, ...]]]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._noted = calls
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace in ("prim", "profiler"):
+            return func(*args, **kwargs)
+        leaves, spec = tree_flatten((args, kwargs))
+        seen = tuple(_Shape.of(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+        result = func(*args, **kwargs)
+        outputs = tuple(_Shape.of(leaf) for leaf in tree_flatten(result)[0] if isinstance(leaf, Tensor))
+        self._noted.append((func, seen, spec, outputs))
+        return result
+
+
+def _take(trainee: AbstractContextManager[Trainee]) -> _Take:
+    taken = _Take([], [], [])
+
+    def noted(what: str, number: int, tensor: Tensor | None) -> None:
+        taken.events.append((number - 1, what == "made"))
+        if tensor is not None:
+            taken.storages.append((tensor.untyped_storage().nbytes(), _Shape.of(tensor)))
+
+    with trainee as made:
+        held = made.held()
+        gc.collect()  # what an earlier step left in cycles must not go in the middle of this one
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            with LiveBytes(held, noted), _Calls(taken.calls):
+                made.step()
+        finally:
+            if collects:
+                gc.enable()
+    return taken
+
+
+def record(
+    make: Callable[[Mapping[str, int]], AbstractContextManager[Trainee]],
+    vectors: Sequence[Mapping[str, int]],
+) -> Tape:
+    """Record one training step at several widths, and find how each size follows them.
+
+    Args:
+        make: for widths by group, a context that gives a model in training.
+        vectors: widths to record at, as `trial_widths` gives them.
+
+    Raises:
+        CostError: if the step is not the same at all widths, or a size follows widths in no known way.
+    """
+    takes = [_take(make(vector)) for vector in vectors]
+    first = takes[0]
+    for vector, other in zip(vectors[1:], takes[1:], strict=True):
+        if [call[0] for call in other.calls] != [call[0] for call in first.calls] or other.events != first.events:
+            raise CostError(
+                f"the training step makes other operations at widths {dict(vector)} than dense, so its cost is no "
+                "function of widths: hold it to a budget of 'flops' or 'params'"
+            )
+    lengths = Lengths(vectors)
+    operations = tuple(_operation(lengths, [take.calls[i] for take in takes]) for i in range(len(first.calls)))
+    storages = tuple(_storage(lengths, [take.storages[i] for take in takes]) for i in range(len(first.storages)))
+    costly = tuple(each for each in operations if not each.target.is_view and each.name not in _COSTLESS)
+    return Tape(costly, storages, tuple(first.events), len(first.calls))
+
+
+def _operation(
+    lengths: Lengths, seen: Sequence[tuple[Any, tuple[Any, ...], TreeSpec, tuple[_Shape, ...]]]
+) -> Operation:
+    target, leaves, spec, outputs = seen[0]
+    name = op_name(target)
+    made = tuple(_leaf(lengths, [call[1][i] for call in seen], name) for i in range(len(leaves)))
+    if name == "cat":
+        pieces = [leaf for leaf in made if isinstance(leaf, Operand) and leaf.shape]
+        dim = next((leaf for leaf in made if isinstance(leaf, int)), 0)
+        lengths.learn([piece.shape[dim] for piece in pieces])
+    given = tuple(_operand(lengths, [call[3][i] for call in seen], name) for i in range(len(outputs)))
+    return Operation(target, made, spec, given)
+
+
+def _leaf(lengths: Lengths, values: Sequence[Any], name: str) -> Any:
+    if isinstance(values[0], _Shape):
+        return _operand(lengths, values, name)
+    if type(values[0]) is int and len(set(values)) > 1:
+        return _size(lengths, values, name)
+    return values[0]
+
+
+def _operand(lengths: Lengths, values: Sequence[_Shape], name: str) -> Operand:
+    first = values[0]
+    shape = tuple(_size(lengths, sizes, name) for sizes in zip(*(value.shape for value in values), strict=True))
+    return Operand(shape, first.order, first.expanded, first.dtype)
+
+
+def _size(lengths: Lengths, values: Sequence[int], name: str) -> Size:
+    found = lengths.size(tuple(values))
+    if found is None:
+        raise CostError(
+            f"a size in {name!r} follows the widths of several groups in a way that is not known ({list(values)}): "
+            "hold the model to a budget of 'flops' or 'params'"
+        )
+    return found
+
+
+def _storage(lengths: Lengths, seen: Sequence[tuple[int, _Shape]]) -> Storage:
+    """A storage made for a whole tensor follows that tensor's shape; any other follows widths by its length."""
+    whole = all(_numel(shape) * shape.dtype.itemsize == num_bytes for num_bytes, shape in seen)
+    if whole:
+        operand = _operand(lengths, [shape for _, shape in seen], "a tensor")
+        return Storage(operand.dtype.itemsize, operand.shape)
+    return Storage(1, (_size(lengths, [num_bytes for num_bytes, _ in seen], "a storage"),))
+
+
+def _numel(shape: _Shape) -> int:
+    total = 1
+    for size in shape.shape:
+        total *= size
+    return total

@@ -1,0 +1,122 @@
+"""States: the groups that are the states of a layer which can be balanced."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+import numpy as np
+from torch import nn
+
+from setpoint.errors import GroupError
+from setpoint.groups.group import Group, Slice
+from setpoint.groups.selective import mark_selective
+from setpoint.ssm import StateSpaceLayer
+
+
+def find_states(model: nn.Module, groups: tuple[Group, ...]) -> tuple[tuple[Group, ...], dict[str, str]]:
+    """The groups, with those of kind "state" among them; and the layers whose states stay whole, with the reason.
+
+    A group that tracing found is one of states if it is the states of one `StateSpaceLayer` and of
+    nothing else. States that two layers share, or that something outside their layer reads too, cannot be
+    turned into other coordinates: they stay units, to be dropped as they are, and a note says so. Where
+    tracing found nothing, since it does not know the ops of the forward, the group is made from what the layer
+    itself tells; its FLOPs are then constants to the cost, its parameters are not. States of selective layers
+    (Mamba, Mamba-2) are of kind "state" too; they have no balanced coordinates.
+
+    Args:
+        model: the model.
+        groups: its groups, as tracing found them.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, StateSpaceLayer)}
+    places = {name: _places(name, layer) for name, layer in layers.items()}
+    marked = tuple(_marked(group, layers, places) for group in groups)
+    held = {(piece.tensor, piece.dim) for group in marked for piece in group.slices}
+    declared: list[Group] = []
+    refused: dict[str, str] = {}
+    for name, layer in layers.items():
+        if places[name] & held:
+            continue
+        sharing = _sharing(model, name, layers)
+        if sharing:
+            refused[name] = f"its parameters are those of {sharing} too, so its states cannot be balanced"
+        elif layer.state_weights().carried:
+            declared.append(_declared(name, layer, {group.name for group in (*marked, *declared)}))
+        else:
+            refused[name] = (
+                "tracing does not find its states; name all its tensors with an entry for each state in "
+                "StateWeights.carried, and they can be dropped all the same"
+            )
+    return mark_selective(model, (*marked, *declared)), refused
+
+
+def _marked(group: Group, layers: Mapping[str, StateSpaceLayer], places: Mapping[str, set[tuple[str, int]]]) -> Group:
+    held = {(piece.tensor, piece.dim) for piece in group.slices}
+    touched = [name for name in layers if places[name] & held]
+    if not touched:
+        return group
+    (name, *others) = touched
+    inside = all(piece.tensor.startswith(f"{name}." if name else "") for piece in group.slices)
+    whole = places[name] <= held and layers[name].state_space().num_states == group.num_units
+    if others or not inside or not whole:
+        why = f"shared by {' and '.join(touched)}" if others else f"not those of {name or 'the model'} alone"
+        return replace(group, notes=(*group.notes, f"its states are {why}: they are dropped without balancing"))
+    return replace(group, kind="state", what="state", min_units=1, multiple_of=1)
+
+
+def _places(name: str, layer: StateSpaceLayer) -> set[tuple[str, int]]:
+    """Dims of B and C that the states lie along."""
+    weights, batch = layer.state_weights(), layer.state_space().eigenvalues.dim() - 1
+    prefix = f"{name}." if name else ""
+    return {
+        *((prefix + tensor, batch) for tensor in weights.inputs),
+        *((prefix + tensor, batch + 1) for tensor in weights.outputs),
+    }
+
+
+def _sharing(model: nn.Module, name: str, layers: Mapping[str, StateSpaceLayer]) -> str:
+    """Another layer that holds one of this layer's own tensors; "" if there is none."""
+    own = {id(tensor) for tensor in _tensors(layers[name])}
+    others = (other for other in layers if layers[other] is not layers[name])
+    return next((other for other in others if own & {id(tensor) for tensor in _tensors(layers[other])}), "")
+
+
+def _tensors(layer: StateSpaceLayer) -> Iterator[nn.Parameter]:
+    assert isinstance(layer, nn.Module)
+    return layer.parameters()
+
+
+def _declared(name: str, layer: StateSpaceLayer, taken: set[str]) -> Group:
+    """The group of a layer's states, from what it tells of its tensors."""
+    weights, system = layer.state_weights(), layer.state_space()
+    batch, states, prefix = system.eigenvalues.dim() - 1, np.arange(system.num_states), f"{name}." if name else ""
+    slices = (
+        *(Slice(prefix + tensor, batch, "produce", states) for tensor in weights.inputs),
+        # A state is silenced where it is read; an eigenvalue of zero may be no number.
+        *(Slice(prefix + tensor, batch, "carry", states, masked=False) for tensor in weights.carried),
+        *(Slice(prefix + tensor, batch + 1, "consume", states) for tensor in weights.outputs),
+    )
+    unique = next(each for each in (name or "states", f"{prefix}states") if each not in taken)
+    return Group(unique, "state", system.num_states, slices, what="state")
+
+
+def state_layer(model: nn.Module, group: Group) -> tuple[str, StateSpaceLayer]:
+    """The layer whose states a group holds, and its name.
+
+    Args:
+        model: the model.
+        group: one of its groups.
+
+    Raises:
+        GroupError: for a group of another kind, or of another model.
+    """
+    if group.kind != "state":
+        raise GroupError(
+            f"group {group.name!r} is of kind {group.kind!r}, so it has no balanced coordinates: balancing takes the "
+            "states of linear time-invariant layers that have the methods of StateSpaceLayer"
+        )
+    held = {(piece.tensor, piece.dim) for piece in group.slices}
+    for name, module in model.named_modules():
+        if isinstance(module, StateSpaceLayer) and _places(name, module) <= held:
+            return name, module
+    raise GroupError(f"the model has no StateSpaceLayer that holds the states of {group.name!r}: use its own groups")

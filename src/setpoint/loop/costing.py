@@ -1,0 +1,200 @@
+"""Costing: the costs that a run's budgets need, learnt on copies of the model before training."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from setpoint.controller.ladder import lowest_width
+from setpoint.cost.cost import Cost
+from setpoint.cost.energy import EnergyCost, fit_energy
+from setpoint.cost.latency import Fit, LatencyCost, fit_steps
+from setpoint.cost.lengths import trial_widths
+from setpoint.cost.memory import MemoryCost
+from setpoint.cost.table import Table
+from setpoint.cost.tape import Tape, record
+from setpoint.errors import CostError, SetpointError
+from setpoint.groups.export import Example
+from setpoint.groups.group import Group, widths_of
+from setpoint.loop.metering import METERED
+from setpoint.loop.replica import replica
+from setpoint.meter.energy import EnergyMeter, find_energy_meter
+from setpoint.meter.seconds import Stopwatch
+
+_LEAST_STEPS, _MOST_STEPS, _ENOUGH_S = 3, 20, 0.3
+_CALIBRATION_LIMIT_S = 20.0
+_WORTH_KEEPING = 0.15
+"""A fit with a larger error was made on a busy machine, and is made again next time."""
+
+
+@dataclass(frozen=True, eq=False)
+class Costing:
+    """The costs of a run beyond FLOPs and parameters.
+
+    Args:
+        costs: by resource.
+        sources: by resource, "modelled: ..." and from what.
+        errors: by resource, median relative error of the prediction on copies; absent where not known.
+        step_seconds: by group, seconds of a dense step that go when the group alone is cut to its fewest units.
+        energy: the meter of joules, or None.
+    """
+
+    costs: Mapping[str, Cost] = field(default_factory=dict)
+    sources: Mapping[str, str] = field(default_factory=dict)
+    errors: Mapping[str, float] = field(default_factory=dict)
+    step_seconds: Mapping[str, float] = field(default_factory=dict)
+    energy: EnergyMeter | None = None
+
+
+def cost_out(
+    model: nn.Module,
+    optimizers: Sequence[Optimizer],
+    example: Example,
+    groups: tuple[Group, ...],
+    resources: Collection[str],
+    watts: float | None = None,
+) -> Costing:
+    """Build the costs of these resources on copies of the model, which is left alone.
+
+    Args:
+        model: the live model.
+        optimizers: that train it.
+        example: inputs of one step.
+        groups: that may be cut, as they are now.
+        resources: out of "memory", "latency" and "energy".
+        watts: power of a training step, stated by the user for a machine without an energy meter.
+
+    Raises:
+        CostError: if the step cannot be recorded, or joules are asked for and there is nothing to tell them from.
+    """
+    wanted = set(resources) & set(METERED)
+    if not wanted:
+        return Costing()
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    meter, why = find_energy_meter([device]) if "energy" in wanted else (None, "")
+    if "energy" in wanted and meter is None and watts is None:
+        raise CostError(
+            f"there is no meter of energy here ({why}), so no joules can be measured: give attach(..., watts=W) the "
+            "power that a training step draws, and energy is modelled as watts x seconds; or use of='latency'"
+        )
+    tape = _tape(model, optimizers, example, groups)
+    costs: dict[str, Cost] = {}
+    sources, errors = {}, {}
+    if "memory" in wanted:
+        costs["memory"] = MemoryCost(tape)
+        sources["memory"] = "modelled: storages of a recorded step"
+    step_seconds: dict[str, float] = {}
+    if wanted & {"latency", "energy"}:
+        table = Table(device)
+        plain = LatencyCost(tape, groups, table)
+        latency, joules = _calibrated(plain, table, model, optimizers, example, groups, meter)
+        dense = widths_of(groups)
+        step_seconds = {g.name: latency.saving(dense, g.name, g.num_units - lowest_width(g)) for g in groups}
+        errors["latency"] = latency.fit.error
+        sources["latency"] = f"modelled: operations timed on this device, kept in {table.file}"
+        costs["latency"] = latency
+        if "energy" in wanted:
+            stated = EnergyCost(latency, watts) if watts is not None else None
+            fitted = fit_energy(latency, joules, meter.source) if meter is not None and joules else stated
+            if fitted is None:
+                raise CostError("the energy meter gave no reading while copies of the model were trained: give watts=")
+            costs["energy"], sources["energy"] = fitted, fitted.source
+    return Costing(costs, sources, errors, step_seconds, meter)
+
+
+def _tape(model: nn.Module, optimizers: Sequence[Optimizer], example: Example, groups: tuple[Group, ...]) -> Tape:
+    """The recorded step; whatever goes wrong in foreign code becomes one error that says what to do."""
+    try:
+        return record(
+            lambda widths: replica(model, optimizers, example, groups, widths, data=False), trial_widths(groups)
+        )
+    except SetpointError:
+        raise
+    except Exception as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
+        raise CostError(
+            f"a training step cannot be recorded on tensors without data ({type(error).__name__}: {first}): "
+            "hold the model to a budget of 'flops' or 'params'"
+        ) from error
+
+
+def _calibrated(
+    cost: LatencyCost,
+    table: Table,
+    model: nn.Module,
+    optimizers: Sequence[Optimizer],
+    example: Example,
+    groups: tuple[Group, ...],
+    meter: EnergyMeter | None,
+) -> tuple[LatencyCost, list[tuple[Mapping[str, int], float]]]:
+    """The latency tied to whole steps of copies, and their joules where there is a meter."""
+    kept = table.fit(cost.key)
+    if kept is not None and len(kept) == 4 and meter is None:
+        return cost.fitted(Fit(*kept)), []
+    seconds: list[tuple[Mapping[str, int], float]] = []
+    joules: list[tuple[Mapping[str, int], float]] = []
+    began = time.perf_counter()
+    for widths in _spread(groups):
+        if len(seconds) >= 4 and time.perf_counter() - began > _CALIBRATION_LIMIT_S:
+            break
+        taken = _timed(model, optimizers, example, groups, widths, table.device, meter)
+        if taken is not None:
+            seconds.append((widths, taken[0]))
+            if taken[1] is not None:
+                joules.append((widths, taken[1]))
+    if not seconds:
+        raise CostError("no training step of a copy of the model fits into memory here: use of='flops' or of='params'")
+    fit = fit_steps(cost, seconds)
+    if fit.error < _WORTH_KEEPING:
+        table.keep_fit(cost.key, [fit.contractions, fit.others, fit.constant_s, fit.error])
+    return cost.fitted(fit), joules
+
+
+def _spread(groups: tuple[Group, ...]) -> list[dict[str, int]]:
+    """Widths to time whole steps at: dense, even cuts down to the least, and random ones."""
+
+    def even(density: float) -> dict[str, int]:
+        return {
+            g.name: max(lowest_width(g), round(density * g.num_units / g.multiple_of) * g.multiple_of) for g in groups
+        }
+
+    generator = np.random.default_rng(0)
+    lows = {g.name: lowest_width(g) for g in groups}
+    random = [
+        {g.name: int(generator.choice(range(lows[g.name], g.num_units + 1, g.multiple_of))) for g in groups}
+        for _ in range(4)
+    ]
+    return [widths_of(groups), even(0.3), random[0], even(0.6), random[1], lows, *random[2:]]
+
+
+def _timed(
+    model: nn.Module,
+    optimizers: Sequence[Optimizer],
+    example: Example,
+    groups: tuple[Group, ...],
+    widths: Mapping[str, int],
+    device: torch.device,
+    meter: EnergyMeter | None,
+) -> tuple[float, float | None] | None:
+    """Seconds of a step at these widths (of a few), and joules; None if it does not fit into memory."""
+    watch = Stopwatch(synchronize=device.type == "cuda")
+    times: list[float] = []
+    try:
+        with replica(model, optimizers, example, groups, widths, data=True) as copy:
+            before_j = meter.read_j() if meter else None
+            while len(times) < _LEAST_STEPS or (len(times) < _MOST_STEPS and watch.seconds < _ENOUGH_S):
+                with watch:
+                    copy.step()
+                times.append(watch.last_seconds)
+            after_j = meter.read_j() if meter else None
+    except torch.OutOfMemoryError:
+        return None
+    spent_j = None if before_j is None or after_j is None or after_j <= before_j else (after_j - before_j) / len(times)
+    # The lower quartile: what else the machine does only ever makes a step longer.
+    return sorted(times)[len(times) // 4], spent_j

@@ -1,0 +1,134 @@
+"""Metering: what the run's own steps really take, of each resource that a budget is on."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Collection, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode, _get_current_dispatch_mode_stack
+
+from setpoint.meter.energy import EnergyMeter
+from setpoint.meter.memory import LiveBytes
+from setpoint.meter.seconds import StepMeter
+
+METERED = ("memory", "latency", "energy")
+"""Resources that are measured where there is a meter."""
+_MARGIN = 0.03
+
+
+class Metering:
+    """Reads seconds, joules and bytes of the user's own optimizer steps between two cuts.
+
+    Seconds are the median over all steps, joules the mean. Bytes are the peak of one step, the last
+    before a decision: of the allocator on a GPU, of live tensors on the CPU. There the step runs under
+    a dispatch mode, which is slow, so its seconds do not count; compiled code and code under
+    somebody else's mode are left alone and give no reading.
+
+    Args:
+        resources: that a budget is on.
+        steps: the account's meter of seconds.
+        held: gives the tensors that live between steps.
+        device: of the model.
+        compiled: whether the model runs as compiled code.
+        energy: a working meter, or None.
+    """
+
+    def __init__(
+        self,
+        resources: Collection[str],
+        steps: StepMeter,
+        held: Callable[[], Sequence[Tensor]],
+        device: torch.device,
+        *,
+        compiled: bool = False,
+        energy: EnergyMeter | None = None,
+    ) -> None:
+        self._resources = frozenset(resources)
+        self._steps, self._held, self._device, self._compiled = steps, held, device, compiled
+        self._energy = energy if "energy" in self._resources else None
+        self._watching: LiveBytes | None = None
+        self._allocating = False
+        self._peak: int | None = None
+        self._began_j: float | None = self._energy.read_j() if self._energy else None
+        self._num_steps = 0
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """By resource that is metered, what reads it."""
+        found = {}
+        if "latency" in self._resources:
+            found["latency"] = "measured: seconds between optimizer steps"
+        if "memory" in self._resources and self._device.type == "cuda":
+            found["memory"] = "measured: peak of the CUDA allocator in one step"
+        elif "memory" in self._resources and not self._compiled:
+            found["memory"] = "measured: peak of live tensors in one step"
+        if self._energy is not None and self._energy.works:
+            found["energy"] = f"measured: {self._energy.source}"
+        return found
+
+    @property
+    def watching(self) -> bool:
+        """Whether the step that begins now is watched for its bytes, which makes it slow."""
+        return self._watching is not None
+
+    def stepped(self) -> None:
+        """An optimizer step is done."""
+        self._num_steps += 1
+        if self._allocating:
+            self._allocating = False
+            self._peak = int(torch.cuda.max_memory_allocated(self._device))
+        self.stop()
+
+    def stop(self) -> None:
+        """End the watch of a step, if there is one."""
+        live, self._watching = self._watching, None
+        if live is None:
+            return
+        if _get_current_dispatch_mode() is live:
+            live.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            self._peak = live.peak_bytes
+        else:
+            warnings.warn("another dispatch mode began inside a metered step: its bytes were not read", stacklevel=2)
+
+    def prepare(self, due: bool) -> None:
+        """The next step begins; `due` if a decision comes after it."""
+        if not due or "memory" not in self._resources:
+            return
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self._allocating = True
+        elif not self._compiled and not _get_current_dispatch_mode_stack():
+            self._watching = LiveBytes(self._held())
+            self._watching.__enter__()  # type: ignore[no-untyped-call]
+
+    def read(self) -> dict[str, float]:
+        """Readings since the last cut, by resource; what no meter has read is not there."""
+        found: dict[str, float] = {}
+        seconds = self._steps.seconds_per_step
+        if "latency" in self._resources and seconds is not None:
+            found["latency"] = seconds
+        if self._peak is not None:
+            found["memory"] = float(self._peak)
+        if self._energy is not None and self._began_j is not None and self._num_steps:
+            now_j = self._energy.read_j()
+            if now_j is not None and now_j > self._began_j:
+                found["energy"] = (now_j - self._began_j) / self._num_steps
+        return found
+
+    def margin(self, resource: str) -> float:
+        """How far spending may lie over a limit, relatively, before a meter of this resource can tell."""
+        if resource not in METERED:
+            return 0.0
+        seconds = self._steps.measured() if resource == "latency" else None
+        return max(_MARGIN, (seconds.high - seconds.low) / 2 / seconds.value if seconds else 0.0)
+
+    def vanished(self) -> bool:
+        """Whether the energy meter has gone in the middle of the run."""
+        return self._energy is not None and not self._energy.works
+
+    def cut(self) -> None:
+        """The model has changed: forget."""
+        self._peak, self._num_steps = None, 0
+        self._began_j = self._energy.read_j() if self._energy else None

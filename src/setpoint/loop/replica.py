@@ -1,0 +1,133 @@
+"""A replica: a copy of model and optimizers at widths of its own, on which training steps can be tried."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
+
+from setpoint.actuator.shrink import named_tensors, shrink
+from setpoint.groups.export import Example, computed, inputs_of, tensors_of, untouched_attributes
+from setpoint.groups.group import Group
+
+
+@dataclass(frozen=True, eq=False)
+class Replica:
+    """A copy in training.
+
+    Args:
+        model: the copy.
+        optimizers: copies of those that train it.
+        args: positional inputs.
+        kwargs: keyword inputs.
+    """
+
+    model: nn.Module
+    optimizers: tuple[Optimizer, ...]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    def step(self) -> None:
+        """Forward, backward and optimizer step on a loss of its own: the mean square of the outputs.
+
+        The forward runs under the autocast that is active; the rest does not, as in training.
+        """
+        kind = next((p.device.type for p in self.model.parameters()), "cpu")
+        outputs = [out for out in tensors_of(self.model(*self.args, **self.kwargs)) if out.requires_grad]
+        with torch.autocast(kind, enabled=False):
+            loss = sum(_real(out).square().mean() for out in outputs)
+            if isinstance(loss, Tensor):
+                loss.backward()  # type: ignore[no-untyped-call]
+            del outputs, loss
+            for optimizer in self.optimizers:
+                optimizer.step()
+            for optimizer in self.optimizers:
+                optimizer.zero_grad()
+
+    def held(self) -> list[Tensor]:
+        """Tensors that live between steps: weights, buffers, optimizer state, inputs."""
+        state = [optimizer.state for optimizer in self.optimizers]
+        leaves = [*named_tensors(self.model).values(), *pytree.tree_leaves([dict(each) for each in state])]
+        leaves += pytree.tree_leaves((self.args, dict(self.kwargs)))
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def _real(out: Tensor) -> Tensor:
+    return torch.view_as_real(out) if out.is_complex() else out.float()
+
+
+@contextmanager
+def replica(
+    model: nn.Module,
+    optimizers: Sequence[Optimizer],
+    example: Example,
+    groups: tuple[Group, ...],
+    widths: Mapping[str, int],
+    *,
+    data: bool,
+) -> Iterator[Replica]:
+    """A copy of a model in training, cut to these widths; it has made one step, so its optimizer state exists.
+
+    Args:
+        model: the live model, left alone.
+        optimizers: that train it, left alone.
+        example: inputs.
+        groups: of the model, as it is now.
+        widths: of the copy, by group.
+        data: False for a copy whose tensors have shapes but no memory.
+    """
+    keep = {group.name: np.arange(group.num_units) < widths[group.name] for group in groups}
+    with ExitStack() as inside:
+        mode = None if data else FakeTensorMode(allow_non_fake_inputs=True)
+        memo: dict[int, Any] = {key: _copied(tensor, mode) for key, tensor in computed(model).items()}
+        for tensor in (*model.parameters(), *model.buffers(), *_states(optimizers)):
+            if mode is not None and id(tensor) not in memo:
+                memo[id(tensor)] = _copied(tensor, mode)
+        args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: _copied(tensor, mode), inputs_of(example))
+        inside.enter_context(untouched_attributes(model))
+        inside.enter_context(mode or nullcontext())
+        twin, trainers = copy.deepcopy((model, tuple(optimizers)), memo)
+        _strip(twin)
+        if not model.training:
+            twin.train()
+        made = Replica(twin, trainers, args, kwargs)
+        inside.enter_context(torch.enable_grad())
+        for trainer in trainers:
+            trainer.zero_grad()
+        shrink(twin, trainers, groups, keep)
+        made.step()
+        yield made
+
+
+def _states(optimizers: Sequence[Optimizer]) -> list[Tensor]:
+    leaves = pytree.tree_leaves([dict(optimizer.state) for optimizer in optimizers])
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def _copied(tensor: Tensor, mode: FakeTensorMode | None) -> Tensor:
+    """A copy of the tensor, without memory of its own in a fake mode."""
+    if mode is None:
+        return tensor.detach().clone()
+    if tensor.numel() == 1 and not tensor.requires_grad:
+        number = tensor.item()
+        with mode:  # a number that the step may ask for, such as an optimizer's count of steps
+            return torch.tensor(number, dtype=tensor.dtype, device=tensor.device).reshape(tensor.shape)
+    new = mode.from_tensor(tensor.detach())
+    return nn.Parameter(new, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+
+
+def _strip(model: nn.Module) -> None:
+    """Take the user's hooks off; those of torch that compute a weight stay."""
+    for module in model.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
+            for key in [key for key, hook in hooks.items() if not type(hook).__module__.startswith("torch.nn.utils")]:
+                del hooks[key]

@@ -1,0 +1,164 @@
+"""A target: the budgets of a run, and the one cost that the controller is given to hold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from setpoint.cost.budget import Budget, amount
+from setpoint.cost.cost import Cost
+from setpoint.cost.joint import JointCost, Share
+from setpoint.errors import BudgetError
+
+_TRUST = 0.6
+"""How far the factor of a joint cost follows a new reading, as far as the controller's PI part does."""
+
+
+_MILLISECONDS = 50
+"""A latency budget so many times the dense latency is taken for one in milliseconds."""
+
+
+def check_budgets(budget: Budget | Sequence[Budget]) -> tuple[Budget, ...]:
+    """The budgets of a run: at least one, each of another resource.
+
+    Raises:
+        BudgetError: for anything else, or a budget that is not available in this version.
+    """
+    budgets = (budget,) if isinstance(budget, Budget) else tuple(budget)
+    for each in budgets:
+        if not isinstance(each, Budget):
+            raise BudgetError(f"budget must be a Budget, got {each!r}: write Budget.fraction(0.5, of='flops')")
+        if each.per != "step":
+            raise BudgetError("per='run' is not available in this version: use per='step', the finished model's cost")
+    if not budgets or len({each.resource for each in budgets}) < len(budgets):
+        raise BudgetError(f"give one budget for each resource, and at least one, got {list(budgets)}")
+    return budgets
+
+
+def check_reachable(budget: Budget, dense: float, least: float) -> None:
+    """Check that a budget can be met, and that it is in the right unit.
+
+    Args:
+        budget: what is asked for.
+        dense: predicted dense cost.
+        least: predicted cost of the narrowest model.
+
+    Raises:
+        BudgetError: saying what the least is, or what unit is meant.
+    """
+    limit, resource = budget.absolute(dense), budget.resource
+    if limit < least:
+        raise BudgetError(
+            f"a budget of {amount(limit, resource)} ({limit / dense:.1%} of dense) cannot be reached: with every "
+            f"group at its min_units the model still needs {amount(least, resource)} ({least / dense:.1%}). Ask for "
+            f"at least Budget.fraction({math.ceil(1000 * least / dense) / 1000:g}, of={resource!r})"
+        )
+    if resource == "latency" and limit > _MILLISECONDS * dense:
+        raise BudgetError(
+            f"a budget of {limit:g} seconds per step is {limit / dense:,.0f} times what the dense model takes "
+            f"({dense:.3g} s): latency is in seconds. If you mean milliseconds, write "
+            f"Budget.total({limit / 1000:g}, of='latency')"
+        )
+
+
+class Target:
+    """What a run is held to.
+
+    With one budget the controller sees that budget's cost; with several, the largest share of a
+    limit that is spent (`JointCost`), whose limit is 1. A fraction is one of the dense cost as predicted
+    until a meter has read the dense model, and of that reading from there on.
+
+    Args:
+        budgets: at least one, each of another resource.
+        costs: by resource.
+        dense_widths: units by group, of the dense model.
+    """
+
+    def __init__(self, budgets: Sequence[Budget], costs: Mapping[str, Cost], dense_widths: Mapping[str, int]) -> None:
+        self.budgets = tuple(budgets)
+        self._costs = costs
+        self._dense_widths = dense_widths
+        self._dense = {name: cost.total(dense_widths) for name, cost in costs.items()}
+        self._limit = {each.resource: each.absolute(self._dense[each.resource]) for each in budgets}
+        self._factor = {each.resource: 1.0 for each in budgets}
+        self._anchored: set[str] = set()
+
+    @property
+    def cost(self) -> Cost:
+        """What the controller is to hold."""
+        if len(self.budgets) == 1:
+            return self._costs[self.budgets[0].resource]
+        return JointCost([Share(self._costs[name], self._limit[name], self._factor[name]) for name in self._limit])
+
+    @property
+    def dense(self) -> dict[str, float]:
+        """Predicted dense cost by resource, with what the controller is to hold."""
+        return {**self._dense, self.cost.resource: self.cost.total(self._dense_widths)}
+
+    @property
+    def limit(self) -> dict[str, float]:
+        """Limit by resource of each budget, in its own unit."""
+        return dict(self._limit)
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """The limits, with that of what the controller is to hold."""
+        return self.limit if len(self.budgets) == 1 else {**self._limit, "joint": 1.0}
+
+    def binding(self, widths: Mapping[str, int]) -> str:
+        """Resource of the budget that leads."""
+        cost = self.cost
+        return cost.binding(widths).cost.resource if isinstance(cost, JointCost) else cost.resource
+
+    def read(self, metered: Mapping[str, float], widths: Mapping[str, int]) -> dict[str, float]:
+        """Take meter readings at these widths in; returns them with that of what the controller is to hold.
+
+        Args:
+            metered: by resource; only those of a budget count.
+            widths: that were metered.
+        """
+        seen = {name: value for name, value in metered.items() if name in self._limit and value > 0}
+        for budget in self.budgets:
+            name = budget.resource
+            if name in seen and budget.relative and name not in self._anchored and widths == self._dense_widths:
+                self._limit[name] = budget.absolute(seen[name])
+            if name in seen:
+                first = name not in self._anchored
+                trust = 1.0 if first else _TRUST
+                ratio = seen[name] / self._costs[name].total(widths)
+                self._factor[name] *= math.exp(trust * math.log(ratio / self._factor[name]))
+                self._anchored.add(name)
+        if len(self.budgets) > 1 and self._anchored:  # what no meter reads now is as the readings so far foretell
+            shares = [
+                seen.get(name, self._factor[name] * self._costs[name].total(widths)) / limit
+                for name, limit in self._limit.items()
+            ]
+            return {**seen, "joint": max(shares)}
+        return seen
+
+    def expected(self, name: str, widths: Mapping[str, int]) -> float:
+        """Cost that a meter is expected to read at these widths, by the readings so far."""
+        return self._factor.get(name, 1.0) * self._costs[name].total(widths)
+
+    def spread(
+        self, values: Mapping[str, float], widths: Mapping[str, int], *, price: bool = False
+    ) -> dict[str, float]:
+        """By resource of each budget what a plan says of the joint cost; with one budget, as it is.
+
+        A reference in shares is that share of each limit. A price per share is one per unit of the
+        budget that binds; that of a budget with room is 0.
+
+        Args:
+            values: the plan's, by resource.
+            widths: at which the price was found.
+            price: whether they are prices.
+        """
+        cost = self.cost
+        if not isinstance(cost, JointCost) or "joint" not in values:
+            return dict(values)
+        joint = values["joint"]
+        if not price:
+            return {name: joint * limit for name, limit in self._limit.items()}
+        binding = cost.binding(widths)
+        per_unit = joint * binding.factor / binding.limit
+        return {share.cost.resource: per_unit if share is binding else 0.0 for share in cost.shares}

@@ -1,0 +1,212 @@
+"""Joules: energy counters of GPUs (NVML) and processors (RAPL), added up from the moment a meter is made."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import torch
+
+POWERCAP = Path("/sys/class/powercap")
+
+
+@dataclass(frozen=True, eq=False)
+class Counter:
+    """One energy counter of the hardware.
+
+    Args:
+        name: what it counts, for people: "RAPL package-0".
+        read_j: its present value in joules; raises OSError when it cannot be read.
+        range_j: value at which it starts again from 0; None for one that does not wrap.
+    """
+
+    name: str
+    read_j: Callable[[], float]
+    range_j: float | None = None
+
+
+@final
+class EnergyMeter:
+    """Joules spent since the meter was made, over all of its counters.
+
+    A counter with a known range that reads less than before has wrapped. One without a range that runs
+    backwards, or any that reads a negative value or none at all, has vanished: the meter says so once,
+    as a warning, and has no reading from then on. Read it more often than a counter takes to wrap
+    (minutes at least), or a whole turn is missed.
+
+    Args:
+        counters: at least one.
+
+    >>> values = iter([10.0, 13.5, 1.0])
+    >>> meter = EnergyMeter([Counter("recorded", lambda: next(values), range_j=16.0)])
+    >>> meter.read_j(), meter.read_j(), meter.source
+    (3.5, 7.0, 'recorded')
+    """
+
+    def __init__(self, counters: Sequence[Counter]) -> None:
+        assert counters, "a meter without a counter would read 0"
+        self._counters = tuple(counters)
+        self._energy_j = 0.0
+        self._last: list[float] | None = self._read()
+
+    @property
+    def source(self) -> str:
+        """What is counted, for people."""
+        return " + ".join(counter.name for counter in self._counters)
+
+    @property
+    def works(self) -> bool:
+        """Whether there is still something to read."""
+        return self._last is not None
+
+    def read_j(self) -> float | None:
+        """Joules since the meter was made, or None once a counter has vanished."""
+        if self._last is None:
+            return None
+        before, now = self._last, self._read()
+        if now is not None:
+            steps = [*map(_step, self._counters, before, now)]
+            if None in steps:
+                self._vanish(f"from {before} J its counters went back to {now} J")
+                now = None
+            self._energy_j += sum(step for step in steps if step is not None)
+        self._last = now
+        return self._energy_j if now is not None else None
+
+    def _read(self) -> list[float] | None:
+        values = []
+        for counter in self._counters:
+            try:
+                value = counter.read_j()
+            except (OSError, ValueError) as error:
+                self._vanish(f"{counter.name}: {error}")
+                return None
+            if value < 0:
+                self._vanish(f"{counter.name} reads {value:.6g} J, which is negative")
+                return None
+            values.append(value)
+        return values
+
+    def _vanish(self, why: str) -> None:
+        warnings.warn(f"the energy meter has vanished, energy is not measured from here on ({why})", stacklevel=4)
+
+
+def _step(counter: Counter, before: float, after: float) -> float | None:
+    """Joules between two readings of a counter, a wrap counted in; None if it ran backwards."""
+    if after >= before:
+        return after - before
+    if counter.range_j is None or before > counter.range_j:
+        return None
+    return after - before + counter.range_j
+
+
+def rapl_counters(root: Path = POWERCAP) -> tuple[list[Counter], str]:
+    """Counters of the processor packages by RAPL (Intel and AMD), and why there are none.
+
+    Parts of a package ("core", "dram") are not read: the package counts most of them. Nor is "psys", which
+    counts the packages again.
+
+    Args:
+        root: the powercap folder of sysfs.
+    """
+    found, why = [], f"no RAPL domain under {root}"
+    for folder in sorted(root.glob("intel-rapl:*")):
+        if folder.name.count(":") != 1:
+            continue
+        try:
+            name = (folder / "name").read_text().strip()
+            range_j = float((folder / "max_energy_range_uj").read_text()) / 1e6
+            read = _microjoules(folder / "energy_uj")
+            if name.startswith("psys"):
+                continue
+            read()
+        except PermissionError as error:
+            why = f"{error.filename} may be read by root only: give this user read access to it"
+            continue
+        except (OSError, ValueError) as error:
+            why = f"{folder} cannot be read: {error}"
+            continue
+        found.append(Counter(f"RAPL {name}", read, range_j))
+    return found, "" if found else why
+
+
+def _microjoules(file: Path) -> Callable[[], float]:
+    return lambda: float(file.read_text()) / 1e6
+
+
+def nvml_counters(indices: Iterable[int], nvml: Any = None) -> tuple[list[Counter], str]:
+    """Counters of these CUDA devices by NVML, and why there are none.
+
+    Args:
+        indices: of the devices, as CUDA numbers them.
+        nvml: the `pynvml` module; by default the installed one.
+    """
+    if nvml is None:
+        try:
+            import pynvml
+        except ImportError:
+            return [], 'nvidia-ml-py is not installed: pip install "setpoint[energy]"'
+        nvml = pynvml
+    try:
+        nvml.nvmlInit()
+        counters = []
+        for index in indices:
+            handle = nvml.nvmlDeviceGetHandleByUUID(_uuid(index))
+            nvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+            counters.append(Counter(f"NVML GPU {index}", _millijoules(nvml, handle)))
+    except Exception as error:  # NVML raises classes of its own
+        return [], f"NVML: {error}"
+    return counters, "" if counters else "no GPU is in use"
+
+
+def _uuid(index: int) -> str:
+    return f"GPU-{torch.cuda.get_device_properties(index).uuid}"
+
+
+def _millijoules(nvml: Any, handle: Any) -> Callable[[], float]:
+    def read() -> float:
+        try:
+            return float(nvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1e3
+        except Exception as error:
+            raise OSError(str(error)) from error
+
+    return read
+
+
+def find_energy_meter(devices: Iterable[torch.device], root: Path = POWERCAP) -> tuple[EnergyMeter | None, str]:
+    """A meter of what these devices and the processor spend, and why there is none.
+
+    A GPU in use whose counter cannot be read leaves no meter at all: the processor alone would be a
+    part of the energy that looks like the whole.
+
+    Args:
+        devices: where the model is.
+        root: the powercap folder of sysfs.
+    """
+    cuda = sorted({device.index or 0 for device in devices if device.type == "cuda"})
+    counters: list[Counter] = []
+    if cuda:
+        counters, why = nvml_counters(cuda)
+        if not counters:
+            return None, why
+    packages, why = rapl_counters(root)
+    if not packages and not cuda:
+        return None, why
+    return EnergyMeter([*counters, *packages]), ""
+
+
+def idle_watts(meter: EnergyMeter, seconds: float = 1.0) -> float | None:
+    """Power drawn while this process rests, in watts; other work of the machine is in it.
+
+    Args:
+        meter: a working meter.
+        seconds: how long to rest.
+    """
+    began, before = time.perf_counter(), meter.read_j()
+    time.sleep(seconds)
+    after, elapsed = meter.read_j(), time.perf_counter() - began
+    return None if before is None or after is None or elapsed <= 0 else (after - before) / elapsed

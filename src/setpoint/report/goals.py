@@ -1,0 +1,213 @@
+"""The headline goals: what Setpoint sets out to reach beside its rivals, and whether a task's results reach it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from setpoint.report.columns import interval_text
+from setpoint.report.numbers import percent
+from setpoint.report.results import Cell
+from setpoint.report.statistics import Difference, difference
+from setpoint.report.summary import DENSE, MOST_APART, SETPOINT, Row, ratio, series
+
+REACHED, PARTLY, MISSED, UNKNOWN = "reached", "reached where measured", "not reached", "not measured"
+NEAR = {"accuracy": 0.003, "loss": 0.01}
+MOST_SECONDS = {0.5: 0.65, 0.25: 0.5}
+LEAST_REALISED = 0.85
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One goal on one task.
+
+    Args:
+        letter: its letter.
+        text: what is to be reached.
+        verdict: "reached", "reached where measured" (the rest of it was not), "not reached" or "not measured".
+        evidence: the numbers behind the verdict, or what is missing.
+    """
+
+    letter: str
+    text: str
+    verdict: str
+    evidence: str
+
+
+@dataclass(frozen=True)
+class Field:
+    """The rows of one task and the runs behind them, as the goals look at them."""
+
+    rows: Sequence[Row]
+    groups: dict[str, tuple[Cell, ...]]
+
+    def ours(self) -> list[Row]:
+        """Setpoint's rows, the largest budget first."""
+        return [row for row in self.rows if row.method == SETPOINT]
+
+    def at(self, budget: float) -> Row | None:
+        """Setpoint's row at a budget."""
+        return next((row for row in self.ours() if row.budget == budget), None)
+
+    def of(self, budget: float | None, *families: str) -> list[Row]:
+        """Rows of these families at a budget."""
+        return [row for row in self.rows if row.family in families and row.budget == budget]
+
+    def ahead(self, row: Row, rival: Row) -> Difference | None:
+        """How far a row's metric is better than a rival's, seed by seed: above 0 is better."""
+        found = difference(self.groups[row.label], self.groups[rival.label])
+        return None if found is None else better(found, row.metric)
+
+
+def better(found: Difference, metric: str) -> Difference:
+    """A difference of metrics turned so that above 0 is better."""
+    if metric == "accuracy":
+        return found
+    low, high = (None if end is None else -end for end in (found.high, found.low))
+    return Difference(-found.mean, found.num, found.deviation, low, high)
+
+
+def goals(cells: Sequence[Cell], rows: Sequence[Row]) -> tuple[Goal, ...]:
+    """Every goal on one task.
+
+    Args:
+        cells: the runs of the task.
+        rows: their summary.
+    """
+    field = Field(rows, series(cells))
+    return tuple(_judged(letter, text, field, check) for letter, text, check in GOALS)
+
+
+WANTED: Mapping[str, tuple[tuple[str, ...], tuple[float, ...]]] = {
+    "b": (("post-training",), (0.5, 0.25)),
+    "c": (("post-training", "open-loop"), ()),
+}
+"""Families and budgets that a goal speaks of, and so must be there for it to be reached in full."""
+
+
+def _judged(letter: str, text: str, field: Field, check: Callable[[Field], Iterator[Check]]) -> Goal:
+    verdict, evidence = _verdict(check(field))
+    families, budgets = WANTED.get(letter, ((), ()))
+    missing = {*families} - {row.family for row in field.rows}
+    if verdict == REACHED and (missing or {*budgets} - {row.budget for row in field.ours()}):
+        verdict = PARTLY
+    return Goal(letter, text, verdict, evidence)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison that a goal consists of.
+
+    Args:
+        good: whether it is as it should be.
+        margin: by how much; of several the least tells most.
+        text: its numbers.
+    """
+
+    good: bool
+    margin: float
+    text: str
+
+
+FEW = 2
+"""Up to so many comparisons are told one by one."""
+
+
+def _verdict(checks: Iterator[Check]) -> tuple[str, str]:
+    found = sorted(checks, key=lambda check: check.margin)
+    if not found:
+        return UNKNOWN, ""
+    good = sum(check.good for check in found)
+    told = "; ".join(check.text for check in found[: max(FEW, min(len(found) - good, 2 * FEW))])
+    if len(found) > FEW:
+        told = f"{good} of {len(found)}; the narrowest: {told}"
+    return REACHED if good == len(found) else MISSED, told
+
+
+def _near_dense(field: Field) -> Iterator[Check]:
+    row = field.at(0.5)
+    if row is not None and row.difference is not None:
+        ahead = better(row.difference, row.metric).mean + NEAR[row.metric]
+        yield Check(ahead >= 0, ahead, f"{interval_text(row.difference, row.metric)} to dense")
+
+
+def _seconds(field: Field) -> Iterator[Check]:
+    for budget, most in MOST_SECONDS.items():
+        row = field.at(budget)
+        if row is None or row.seconds is None or row.clock == "shared":
+            continue
+        rivals = [rival for rival in field.rows if rival.method == DENSE] + field.of(budget, "post-training")
+        for rival in rivals:
+            share = ratio(row.seconds.mean, rival.seconds.mean if rival.seconds else None)
+            if share is not None:
+                name = f"{rival.method}'s"
+                yield Check(share <= most, most - share, f"{percent(share)} of {name} at {budget:g}")
+
+
+def _better_than_pruned(field: Field) -> Iterator[Check]:
+    for row in field.ours():
+        for rival in field.of(row.budget, "post-training", "open-loop"):
+            if _comparable(row, rival):
+                yield from _compared(field, row, rival, lambda found: found.mean > 0)
+
+
+def _comparable(row: Row, rival: Row) -> bool:
+    """Whether the rival spends as much at the end, or more, or is masked and would in theory."""
+    theirs = rival.final_flops_ratio if rival.theoretical_ratio is None else rival.theoretical_ratio
+    return row.final_flops_ratio is None or theirs is None or theirs >= row.final_flops_ratio - MOST_APART
+
+
+def _better_than_small(field: Field) -> Iterator[Check]:
+    def beyond_spread(found: Difference) -> bool:
+        return found.deviation is not None and found.mean > found.deviation
+
+    for row in field.ours():
+        for rival in field.rows:
+            # A single seed has no spread to exceed.
+            if rival.method == "small" and rival.budget == row.budget and min(row.num_seeds, rival.num_seeds) > 1:
+                yield from _compared(field, row, rival, beyond_spread)
+
+
+def _not_below_long(field: Field) -> Iterator[Check]:
+    for row in field.ours():
+        for rival in field.rows:
+            if rival.method == "small-long" and rival.budget == row.budget:
+                yield from _compared(field, row, rival, lambda found: found.mean >= 0)
+
+
+def _compared(field: Field, row: Row, rival: Row, good: Callable[[Difference], bool]) -> Iterator[Check]:
+    found = field.ahead(row, rival)
+    if found is not None:
+        spread = "" if found.deviation is None else f", spread {_amount(found.deviation, row.metric)}"
+        text = f"{_ahead(found.mean, row.metric)} {rival.label} (n = {found.num}{spread})"
+        yield Check(good(found), found.mean, text)
+
+
+def _ahead(value: float, metric: str) -> str:
+    return f"{_amount(abs(value), metric)} {'better' if value >= 0 else 'worse'} than"
+
+
+def _amount(value: float, metric: str) -> str:
+    return f"{100 * value:.2f} points" if metric == "accuracy" else f"{value:.4f} nats"
+
+
+def _realised(field: Field) -> Iterator[Check]:
+    for row in field.ours():
+        if row.realised is not None and row.clock != "shared":
+            text = f"{row.realised:.2f} at budget {row.budget or 1:g}"
+            yield Check(row.realised >= LEAST_REALISED, row.realised - LEAST_REALISED, text)
+
+
+GOALS: tuple[tuple[str, str, Callable[[Field], Iterator[Check]]], ...] = (
+    ("a", "within 0.3 points (image) or 0.01 nats (language) of dense at budget 0.5", _near_dense),
+    (
+        "b",
+        "at most 0.65 of the training seconds of dense and of each post-training method at budget 0.5, 0.5 at 0.25",
+        _seconds,
+    ),
+    ("c", "better than every post-training and open-loop method at equal final FLOPs", _better_than_pruned),
+    ("d", "better than `small` by more than the spread", _better_than_small),
+    ("e", "not below `small-long`", _not_below_long),
+    ("f", "seconds saved / FLOPs saved at least 0.85", _realised),
+)
+"""The goals by letter."""

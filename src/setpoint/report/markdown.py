@@ -1,0 +1,123 @@
+"""The summary as Markdown: tables of what was reached and spent, differences to the rivals, and the goals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from setpoint.report.columns import CLOCK_NOTES, Column, columns, difference_columns, seeds_text
+from setpoint.report.goals import goals
+from setpoint.report.numbers import NOTHING
+from setpoint.report.results import Cell, Results, read_results
+from setpoint.report.summary import RIVALS, Row, summary_rows
+
+NAME = "results.md"
+MOST_LOAD = 1.0
+"""Load average above which a machine is not called idle."""
+INTERVALS = (
+    "Differences are means over the seeds that both methods have, with 95 % intervals of Student's t from three seeds "
+    "on; bold where the interval excludes 0."
+)
+
+
+def write_markdown(results_dir: Path, out: Path | None = None) -> Path:
+    """Write `results.md` for a results folder.
+
+    Args:
+        results_dir: a folder as docs/results-format.md describes it.
+        out: the file to write; `results.md` in the results folder by default.
+
+    Raises:
+        ReportError: the folder holds no results, or of an unknown schema.
+    """
+    target = results_dir / NAME if out is None else out
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(markdown(read_results(results_dir)), encoding="utf-8")
+    return target
+
+
+def markdown(results: Results) -> str:
+    """All tasks of a folder as one Markdown page."""
+    rows = summary_rows(results)
+    parts = ["# Results"]
+    for task in results.tasks():
+        parts += [f"## {escape(task)}", task_text(results.of(task), [row for row in rows if row.task == task])]
+    if results.remarks:
+        parts += ["## Left out", "\n".join(f"* {escape(remark)}" for remark in results.remarks)]
+    return "\n\n".join(parts) + "\n"
+
+
+def task_text(cells: Sequence[Cell], rows: Sequence[Row], *, judged: bool = True) -> str:
+    """One task: its tables, and what they were measured on.
+
+    Args:
+        cells: its runs.
+        rows: their summary.
+        judged: whether the goals are told too.
+    """
+    parts = [table(columns(rows), rows)]
+    compared = [row for row in rows if row.differences]
+    if compared:
+        unit = " (points)" if rows[0].metric == "accuracy" else ""
+        parts += [f"Differences{unit}:", table(difference_columns(rows), compared)]
+    if judged and any(row.method == "setpoint" for row in rows):
+        parts.append(goals_table(cells, rows))
+    return "\n\n".join([*parts, about(cells, rows)])
+
+
+def table(shown: Sequence[Column], rows: Sequence[Row]) -> str:
+    """A Markdown table; of differences those are bold whose interval excludes 0."""
+    lines = [f"| {' | '.join(column.heading for column in shown)} |", f"|---|{'---:|' * (len(shown) - 1)}"]
+    for row in rows:
+        lines.append(f"| {' | '.join(_cell(column, row) for column in shown)} |")
+    return "\n".join(lines)
+
+
+def _cell(column: Column, row: Row) -> str:
+    text = escape(column.text(row))
+    found = row.differences.get(column.heading.removeprefix("to "))
+    return f"**{text}**" if found is not None and column.heading.startswith("to ") and found.clear else text
+
+
+def goals_table(cells: Sequence[Cell], rows: Sequence[Row]) -> str:
+    """The headline goals of one task."""
+    lines = ["| goal | | measured |", "|---|---|---|"]
+    for goal in goals(cells, rows):
+        lines.append(f"| ({goal.letter}) {goal.text} | {goal.verdict} | {escape(goal.evidence) or NOTHING} |")
+    return "\n".join(lines)
+
+
+def about(cells: Sequence[Cell], rows: Sequence[Row]) -> str:
+    """What the numbers were measured on, and how to read them."""
+    seeds = sorted({cell.seed for cell in cells if cell.seed is not None})
+    steps = max((cell.steps or 0 for cell in cells if cell.method == "dense"), default=0)
+    told = [f"{seeds_text(rows)} a row ({', '.join(map(str, seeds))})"] + [f"{steps} steps"] * bool(steps)
+    values = {
+        key: " or ".join(dict.fromkeys(cell.environment[key] for cell in cells if key in cell.environment))
+        for key in ("cpu", "device", "threads", "dtype", "torch")
+    }
+    told += [values["cpu"]] if values["cpu"] else []
+    told += [values["device"]] if values["device"] not in ("", "cpu") else []
+    told += [f"{values['threads']} thread{'s' * (values['threads'] != '1')}"] if values["threads"] else []
+    told += [values["dtype"]] if values["dtype"] else []
+    told += [f"torch {values['torch']}"] if values["torch"] else []
+    dates = sorted(cell.date[:10] for cell in cells if cell.date)
+    told += dates[-1:]
+    notes = [f"`{row.label}`: {'; '.join(row.notes[:1])}." for row in rows if row.notes]
+    masked = "*In theory*: if zeros cost nothing. " if any(row.theoretical_ratio is not None for row in rows) else ""
+    compared = INTERVALS if any(rival in row.differences for row in rows for rival in RIVALS) else ""
+    load = max((cell.timing.load for cell in cells if cell.timing and cell.timing.load is not None), default=0.0)
+    busy = f"The machine was not idle then: load average {load:.1f}." if load > MOST_LOAD else ""
+    told_of = (
+        f"{'; '.join(map(escape, told))}.",
+        CLOCK_NOTES[rows[0].clock],
+        busy,
+        masked + compared,
+        *map(escape, notes),
+    )
+    return " ".join(filter(None, told_of))
+
+
+def escape(text: str) -> str:
+    """Text for a cell of a Markdown table."""
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")

@@ -1,0 +1,116 @@
+"""The sensor chain: each group is read by the first sensor that can, so that states and units meet in one reading."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool
+from torch import Tensor, nn
+
+from setpoint.groups.group import Group
+from setpoint.sensor.reading import Reading, Sensor
+
+
+@dataclass(frozen=True, eq=False)
+class Link:
+    """One sensor of a chain at work: the names of its groups, and its state."""
+
+    sensor: Sensor[Any]
+    names: frozenset[str]
+    state: Any
+
+    def of(self, groups: tuple[Group, ...]) -> tuple[Group, ...]:
+        """Its groups among all."""
+        return tuple(group for group in groups if group.name in self.names)
+
+
+@dataclass(frozen=True, eq=False)
+class ChainState:
+    """The sensors that have groups to read."""
+
+    links: tuple[Link, ...]
+
+
+class SensorChain:
+    """Hands each group to the first sensor that can read it, and puts their readings together.
+
+    The whole is calibrated if every part is.
+
+    Args:
+        sensors: in the order in which they are asked.
+
+    Raises:
+        ValueError: when there is no sensor.
+
+    >>> from setpoint import HankelSensor, TaylorSensor
+    >>> sensor = SensorChain(HankelSensor(num_samples=32), TaylorSensor(num_samples=32))
+    """
+
+    def __init__(self, *sensors: Sensor[Any]) -> None:
+        if not sensors:
+            raise ValueError("a chain needs at least one sensor")
+        self.sensors = sensors
+
+    def _shares(self, groups: tuple[Group, ...], model: nn.Module) -> list[tuple[Sensor[Any], tuple[Group, ...]]]:
+        shares, left = [], groups
+        for sensor in self.sensors:
+            found = sensor.readable(left, model)
+            names = {group.name for group in found}
+            left = tuple(group for group in left if group.name not in names)
+            shares.append((sensor, found))
+        return shares
+
+    def readable(self, groups: tuple[Group, ...], model: nn.Module) -> tuple[Group, ...]:
+        """The groups that any of the sensors can read, in their order."""
+        names = {group.name for _, found in self._shares(groups, model) for group in found}
+        return tuple(group for group in groups if group.name in names)
+
+    def init(self, groups: tuple[Group, ...], model: nn.Module) -> ChainState:
+        """States before the first step; a sensor without groups is left out."""
+        return ChainState(
+            tuple(
+                Link(sensor, frozenset(group.name for group in found), sensor.init(found, model))
+                for sensor, found in self._shares(groups, model)
+                if found
+            )
+        )
+
+    def update(
+        self, state: ChainState, groups: tuple[Group, ...], model: nn.Module, grad_scale: Tensor | None = None
+    ) -> ChainState:
+        """Take in one optimizer step."""
+        return ChainState(
+            tuple(
+                replace(link, state=link.sensor.update(link.state, link.of(groups), model, grad_scale))
+                for link in state.links
+            )
+        )
+
+    def flops(self, groups: tuple[Group, ...], model: nn.Module) -> float:
+        """FLOPs of one update, all sensors together."""
+        return sum(sensor.flops(found, model) for sensor, found in self._shares(groups, model) if found)
+
+    def read(self, state: ChainState, groups: tuple[Group, ...], step: int) -> Reading:
+        """One reading of all groups."""
+        readings = [link.sensor.read(link.state, link.of(groups), step) for link in state.links]
+        return Reading(
+            step=step,
+            saliency={name: values for each in readings for name, values in each.saliency.items()},
+            num_samples=max((each.num_samples for each in readings), default=1),
+            calibrated=all(each.calibrated for each in readings),
+            num_steps=min((each.num_steps for each in readings), default=0),
+            skipped_steps=max((each.skipped_steps for each in readings), default=0),
+            basis={name: basis for each in readings for name, basis in each.basis.items()},
+        )
+
+    def cut(self, state: ChainState, keep: Mapping[str, Bool[np.ndarray, " units"]]) -> ChainState:
+        """States of the kept units."""
+        return ChainState(
+            tuple(
+                replace(link, state=link.sensor.cut(link.state, {n: k for n, k in keep.items() if n in link.names}))
+                for link in state.links
+            )
+        )

@@ -1,0 +1,145 @@
+"""The Hankel sensor: states ranked by Hankel singular value, weighed by what their layer is worth to the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float64
+from torch import nn
+
+from setpoint.errors import GroupError, StateSpaceError
+from setpoint.groups.group import Group
+from setpoint.groups.state import state_layer
+from setpoint.sensor.reading import Reading
+from setpoint.sensor.taylor import TaylorSensor, TaylorState
+from setpoint.ssm import Balance, BalancedPairs, Basis, balance, check_system
+
+
+@dataclass(frozen=True, eq=False)
+class HankelState:
+    """The model whose live layers are read, and the running moments of each whole layer's gate gradient."""
+
+    model: nn.Module
+    layers: TaylorState
+
+
+class HankelSensor:
+    """Saliency of balanced states.
+
+    Unit i of a group of kind "state" is the i-th pair of states of the layer's real form in *balanced* coordinates,
+    from the largest Hankel singular value down; pairs, since a complex mode is two real states. Its energy is
+    `e_i = sigma_{2i}^2 + sigma_{2i+1}^2` (summed over channels where a layer runs one system for each).
+
+    A Hankel value is no loss: it says how much of a layer's output is at stake, not what that output is
+    good for. The sensor puts one gate on the output of all states of a layer together; its gradient,
+    `r = sum of C * dL/dC`, is the same in all coordinates, so `TaylorSensor` can estimate from it the loss `S` of
+    a layer without its states, in the loss's own unit. That is shared out by energy:
+
+        saliency_i = S * e_i / sum of e
+
+    Within a layer the order is that of the Hankel values whatever the gradients are; across layers, and beside
+    units of other kinds, saliencies can be compared (`Reading.calibrated`). It is an estimate: output error is
+    proportional to energy at best, and to remove all states is a large step for a second-order expansion.
+
+    The reading carries the balancing pair in `Reading.basis`, for the actuator.
+
+    Args:
+        num_samples: independent samples behind each optimizer step's gradient.
+        window: number of recent steps that count, in optimizer steps.
+
+    Raises:
+        ValueError: if either is not a positive integer.
+
+    References:
+        Moore: "Principal component analysis in linear systems", IEEE TAC 26(1), 1981. CompreSSM: "The Curious Case of
+        In-Training Compression of State Space Models", ICLR 2026 (ranking by Hankel values in training).
+    """
+
+    def __init__(self, num_samples: int, window: int = 50) -> None:
+        self.taylor = TaylorSensor(num_samples, window)
+
+    def readable(self, groups: tuple[Group, ...], model: nn.Module) -> tuple[Group, ...]:
+        """The states of `StateSpaceLayer`s whose C gets gradients."""
+        return self.taylor.readable(tuple(group for group in groups if _is_balanceable(model, group)), model)
+
+    def init(self, groups: tuple[Group, ...], model: nn.Module) -> HankelState:
+        """Empty moments.
+
+        Raises:
+            GroupError: for a group that is not of states.
+            StateSpaceError: for a layer that is not stable or not finite.
+        """
+        for group in groups:
+            name, layer = state_layer(model, group)
+            check_system(layer.state_space(), f"layer {name!r}")
+        return HankelState(model, self.taylor.init(_as_one(groups), model))
+
+    def update(
+        self, state: HankelState, groups: tuple[Group, ...], model: nn.Module, grad_scale: torch.Tensor | None = None
+    ) -> HankelState:
+        """Take in the gradients of one optimizer step. No host sync."""
+        return replace(state, layers=self.taylor.update(state.layers, _as_one(groups), model, grad_scale))
+
+    def flops(self, groups: tuple[Group, ...], model: nn.Module) -> float:
+        """FLOPs of one update: a product and a sum for each entry of C."""
+        return self.taylor.flops(_as_one(groups), model)
+
+    def read(self, state: HankelState, groups: tuple[Group, ...], step: int) -> Reading:
+        """Balance every layer; a layer that is not stable or not finite by now reads NaN, so that nothing is decided.
+
+        Args:
+            state: the state so far.
+            groups: the active groups, as in `init`.
+            step: optimizer steps done, for the record.
+        """
+        layers = self.taylor.read(state.layers, _as_one(groups), step)
+        saliency: dict[str, Float64[np.ndarray, " units"]] = {}
+        basis: dict[str, Basis] = {}
+        for group in groups:
+            name, layer = state_layer(state.model, group)
+            try:
+                found = balance(layer.state_space(), f"layer {name!r}")
+            except StateSpaceError:
+                saliency[group.name] = np.full(group.num_units, np.nan)
+                continue
+            basis[group.name] = BalancedPairs(found)
+            share = energy_shares(found)
+            if len(share) != group.num_units:
+                raise GroupError(f"layer {name!r} has {len(share)} states, but its group {group.num_units} units")
+            saliency[group.name] = float(layers.saliency[group.name][0]) * share
+        return replace(layers, saliency=saliency, basis=basis)
+
+    def cut(self, state: HankelState, keep: Mapping[str, Bool[np.ndarray, " units"]]) -> HankelState:
+        """The same moments: what a layer is worth is not indexed by state."""
+        return replace(state, layers=self.taylor.cut(state.layers, {}))
+
+
+def energy_shares(basis: Balance) -> Float64[np.ndarray, " units"]:
+    """Share of each pair of balanced states in the summed squares of the Hankel values; equal where all are 0."""
+    squares = basis.values.square()
+    energy: np.ndarray = squares.reshape(-1, squares.shape[-1] // 2, 2).sum((0, 2)).cpu().numpy()
+    total = float(energy.sum())
+    return energy / total if total > 0 else np.full(len(energy), 1.0 / len(energy))
+
+
+def _is_balanceable(model: nn.Module, group: Group) -> bool:
+    try:
+        state_layer(model, group)
+    except GroupError:
+        return False
+    return True
+
+
+def _as_one(groups: tuple[Group, ...]) -> tuple[Group, ...]:
+    """The same groups with all their units as one."""
+    return tuple(
+        replace(
+            group,
+            num_units=1,
+            slices=tuple(replace(each, index=np.minimum(each.index, 0)) for each in group.slices),
+        )
+        for group in groups
+    )

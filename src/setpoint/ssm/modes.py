@@ -1,0 +1,218 @@
+"""Modes: a balanced truncation brought back to complex diagonal form, with the maps that weights and moments follow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Complex, Float
+from torch import Tensor
+
+from setpoint.errors import StateSpaceError
+from setpoint.ssm.balance import Balance, balance
+from setpoint.ssm.system import DiagonalSystem, real_form
+
+_INSIDE = 1.0 - 1e-9  # largest modulus of a mode that rounding would put on the unit circle
+_WELL_CONDITIONED = 1e6
+_NUDGES = (0.0, 1e-12, 1e-9, 1e-6, 1e-4)  # relative to the dynamics
+
+
+@dataclass(frozen=True, eq=False)
+class Modes:
+    """A reduced diagonal system, and how it comes from the full one: in real form, `b' = reduce b`, `c' = c expand`.
+
+    In real form b is `[Re B; Im B]` and c is `[Re C, -Im C]`. Gradients, hence first moments, go the other way:
+    `g_b' = expand^T g_b` and `g_c' = g_c reduce^T`; second moments go by the squared entries of the same maps.
+
+    Args:
+        system: the reduced system, in complex128.
+        reduce: shape (..., 2 * kept, 2 * states).
+        expand: shape (..., 2 * states, 2 * kept).
+        order: balanced real states that the modes hold (fewest over the batch); what `error_bound` takes.
+        num_fresh: modes that stand in where fewer sufficed (largest over the batch): they are reached, and not
+            heard until training hears them.
+    """
+
+    system: DiagonalSystem
+    reduce: Float[Tensor, "*batch two_kept two_states"]
+    expand: Float[Tensor, "*batch two_states two_kept"]
+    order: int
+    num_fresh: int = 0
+
+
+@runtime_checkable
+class Basis(Protocol):
+    """Coordinates for a layer's states in which units can be dropped one by one."""
+
+    @property
+    def num_units(self) -> int:
+        """How many units there are: as many as modes."""
+        ...
+
+    def modes(self, system: DiagonalSystem, keep: Bool[np.ndarray, " units"]) -> Modes:
+        """The system without the units that `keep` drops, brought back to as many modes as it keeps."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class BalancedPairs:
+    """Balanced coordinates of the real form, two states to a unit: unit i is balanced states 2 i and 2 i + 1.
+
+    Args:
+        balance: the balancing pair.
+    """
+
+    balance: Balance
+
+    @property
+    def num_units(self) -> int:
+        """Half of the real states."""
+        return self.balance.values.shape[-1] // 2
+
+    def modes(self, system: DiagonalSystem, keep: Bool[np.ndarray, " units"]) -> Modes:
+        """The truncation to the kept pairs, whichever they are."""
+        order = np.argsort(~keep, kind="stable")
+        states = torch.from_numpy(np.stack([2 * order, 2 * order + 1], 1).ravel()).to(system.eigenvalues.device)
+        found = self.balance
+        chosen = Balance(found.values[..., states], found.expand[..., :, states], found.reduce[..., states, :])
+        return reduce_modes(system, int(keep.sum()), chosen)
+
+
+def reduce_modes(system: DiagonalSystem, num_modes: int, basis: Balance | None = None) -> Modes:
+    """Balanced truncation of a diagonal system's real map to exactly `num_modes` complex modes.
+
+    The real form is truncated to as many balanced states as `num_modes` modes can hold: a conjugate pair of
+    eigenvalues takes one mode and two states, a real eigenvalue takes a mode for itself. Then it is diagonalised. A
+    truncation with (nearly) repeated eigenvalues has no eigenvectors to speak of, so its dynamics are
+    nudged apart, by at most 1e-4 of their norm. Modes are scaled so that B and C keep the proportion that they
+    have in the full system.
+
+    Args:
+        system: stable and finite.
+        num_modes: from 1 to as many as there are.
+        basis: `balance(system)`, if it is known.
+
+    Raises:
+        StateSpaceError: as `check_system`, or for a number of modes that there is not.
+
+    >>> eigenvalues = torch.tensor([0.9j, 0.5, 0.1])
+    >>> weights = torch.tensor([[1.0], [1.0], [0.0]], dtype=eigenvalues.dtype)
+    >>> modes = reduce_modes(DiagonalSystem(eigenvalues, weights, weights.mT), 2)  # what was 0 goes for nothing
+    >>> modes.system.eigenvalues.abs()
+    tensor([0.9000, 0.5000], dtype=torch.float64)
+    """
+    if not 1 <= num_modes <= system.num_states:
+        raise StateSpaceError(f"num_modes must be from 1 to {system.num_states}, got {num_modes}")
+    basis = balance(system) if basis is None else basis
+    dynamics = basis.reduce @ real_form(system).dynamics.detach().double() @ basis.expand
+    batch, device = system.eigenvalues.shape[:-1], system.eigenvalues.device
+    flat = [part.reshape(-1, *part.shape[len(batch) :]).cpu() for part in (dynamics, basis.expand, basis.reduce)]
+    ranks = (basis.reduce != 0).any(-1).sum(-1).reshape(-1).tolist()
+    found = [_modes(a, t, w, rank, num_modes) for a, t, w, rank in zip(*flat, ranks, strict=True)]
+    eigenvalues, synthesis, analysis = (
+        torch.stack(parts).reshape(*batch, *parts[0].shape).to(device)
+        for parts in zip(*(_pad(each, num_modes) for each in found), strict=True)
+    )
+    order = min(int((each[0].imag > 0).sum()) + each[0].numel() for each in found)
+    num_fresh = num_modes - min(each[0].numel() for each in found)
+    return _assemble(system, eigenvalues, synthesis, analysis, order, num_fresh)
+
+
+_Found = tuple[Tensor, Tensor, Tensor]
+"""Eigenvalues (modes,), what a mode adds to the states (states, modes), what a mode takes from them (modes, states)."""
+
+
+def _modes(dynamics: Tensor, expand: Tensor, reduce: Tensor, rank: int, num_modes: int) -> _Found:
+    """The longest truncation that `num_modes` modes can hold, diagonalised; one mode for each conjugate pair."""
+    most = min(2 * num_modes, rank)
+    for order in range(most, 0, -1):
+        values, vectors = _eigen(dynamics[:order, :order])
+        kept = values.imag >= 0
+        if int(kept.sum()) <= num_modes:
+            twice = torch.where(values.imag[kept] > 0, 2.0, 1.0)
+            analysis = torch.linalg.solve(vectors, reduce[:order].to(vectors.dtype))[kept]
+            synthesis = twice * (expand[:, :order].to(vectors.dtype) @ vectors)[:, kept]
+            return values[kept], synthesis, analysis
+    empty = torch.zeros(0, dtype=torch.complex128)
+    return empty, empty.reshape(len(expand), 0), empty.reshape(0, len(expand))
+
+
+def _eigen(dynamics: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors of a real matrix, nudged until the vectors are well conditioned."""
+    ladder = torch.diag(torch.linspace(-1.0, 1.0, len(dynamics), dtype=dynamics.dtype))
+    norm = torch.linalg.matrix_norm(dynamics).clamp_min(1e-300)
+    best: tuple[float, Tensor, Tensor] | None = None
+    for nudge in _NUDGES:
+        values, vectors = torch.linalg.eig(dynamics + nudge * norm * ladder)
+        condition = float(torch.linalg.cond(vectors))
+        if best is None or condition < best[0]:
+            best = condition, values, vectors
+        if condition <= _WELL_CONDITIONED:
+            break
+    assert best is not None
+    _, values, vectors = best
+    modulus = values.abs()
+    return torch.where(modulus > _INSIDE, values / modulus.clamp_min(1e-300) * _INSIDE, values), vectors
+
+
+def _pad(found: _Found, num_modes: int) -> _Found:
+    """Room for the modes that are missing: eigenvalue NaN, no part in the maps."""
+    eigenvalues, synthesis, analysis = found
+    missing = num_modes - eigenvalues.numel()
+    pad = torch.nn.functional.pad
+    blank = torch.full((missing,), torch.nan, dtype=eigenvalues.dtype)
+    return torch.cat([eigenvalues, blank]), pad(synthesis, (0, missing)), pad(analysis, (0, 0, 0, missing))
+
+
+def _assemble(
+    system: DiagonalSystem, eigenvalues: Tensor, synthesis: Tensor, analysis: Tensor, order: int, num_fresh: int
+) -> Modes:
+    """The reduced system; missing modes are old ones that are no longer heard."""
+    states = system.num_states
+    old_inputs, old_outputs = (part.detach().to(torch.complex128) for part in (system.inputs, system.outputs))
+    missing = eigenvalues.isnan()
+    if num_fresh:
+        fresh = torch.arange(eigenvalues.shape[-1], device=eigenvalues.device)
+        eigenvalues = torch.where(missing, system.eigenvalues.detach().to(torch.complex128)[..., fresh], eigenvalues)
+        own = torch.eye(2 * states, dtype=analysis.dtype, device=analysis.device)
+        picked = own[fresh] + 1j * own[fresh + states]
+        analysis = torch.where(missing[..., None], picked, analysis)
+    real = real_form(DiagonalSystem(system.eigenvalues.detach().to(torch.complex128), old_inputs, old_outputs))
+    inputs, outputs = analysis @ real.inputs.to(analysis.dtype), real.outputs.to(synthesis.dtype) @ synthesis
+    scale = _scale(system, old_inputs, old_outputs, eigenvalues, inputs, outputs)
+    scale = torch.where(missing, 1.0, scale)
+    analysis, synthesis = scale[..., :, None] * analysis, synthesis / scale[..., None, :]
+    return Modes(
+        DiagonalSystem(eigenvalues, scale[..., :, None] * inputs, outputs / scale[..., None, :]),
+        torch.cat([analysis.real, analysis.imag], -2),
+        torch.cat([synthesis.real, -synthesis.imag], -1),
+        order,
+        num_fresh,
+    )
+
+
+def _scale(
+    system: DiagonalSystem,
+    old_inputs: Tensor,
+    old_outputs: Tensor,
+    eigenvalues: Tensor,
+    inputs: Tensor,
+    outputs: Tensor,
+) -> Float[Tensor, "*batch modes"]:
+    """Factor for each mode's B, and divisor for its C, that keeps their usual proportion.
+
+    B is compared as a normalised layer holds it, divided by `sqrt(1 - |eigenvalue|^2)`.
+    """
+
+    def proportion(eigenvalues: Complex[Tensor, "*batch n"], inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
+        room = (1.0 - eigenvalues.abs().square()).clamp_min(1e-12)
+        return inputs.abs().square().sum(-1) / room, outputs.abs().square().sum(-2)
+
+    old_b, old_c = proportion(system.eigenvalues.detach().to(torch.complex128), old_inputs, old_outputs)
+    new_b, new_c = proportion(eigenvalues, inputs, outputs)
+    usual = old_b.mean(-1, keepdim=True) / old_c.mean(-1, keepdim=True).clamp_min(1e-300)
+    ratio = usual * new_c / new_b.clamp_min(1e-300)
+    usable = (new_b > 0) & (new_c > 0) & torch.isfinite(ratio) & (ratio > 0)
+    return torch.where(usable, ratio.clamp(1e-24, 1e24), 1.0) ** 0.25

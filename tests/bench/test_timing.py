@@ -1,0 +1,61 @@
+"""Timing: stages as they were trained, and seconds that add up."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from bench.fragile import Notes
+from setpoint.bench.digits import digits
+from setpoint.bench.interleaved import run_interleaved
+from setpoint.bench.method import Dense, Setpoint, method_named
+from setpoint.bench.runner import finished, grid
+from setpoint.bench.stages import filled, hollow, load_stages
+from setpoint.bench.timing import measure
+from setpoint.report.results import read_results
+
+TASK = digits(epochs=2, width=8)
+
+
+def test_a_hollow_model_keeps_shapes_ties_and_buffers() -> None:
+    """Without weights a model keeps its shapes, strides, tied weights and buffers; filled it trains again."""
+    model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.BatchNorm1d(4), nn.Linear(4, 3), nn.Linear(3, 4, bias=False))
+    model[3].weight = model[0].weight
+    model[1].running_mean.fill_(7.0)
+    empty = hollow(model)
+    assert all(parameter.is_meta for parameter in empty.parameters())
+    assert not any(parameter.is_meta for parameter in model.parameters())
+    full = filled(empty, torch.device("cpu"))
+    assert full[3].weight is full[0].weight
+    assert torch.equal(full[1].running_mean, torch.full((4,), 7.0))
+    full(torch.randn(5, 3)).sum().backward()
+    assert [tuple(p.shape) for p in full.parameters()] == [tuple(p.shape) for p in model.parameters()]
+
+
+def test_runs_are_timed_by_their_stages(tmp_path: Path) -> None:
+    """Each run leaves its stages; its seconds are steps times step seconds, and the method's own beside them."""
+    cells = grid(TASK, [Dense(), Setpoint(), method_named("static")], [0.5], [0])
+    results = run_interleaved(cells, tmp_path, Notes())
+    shares: list[float] = []
+    timings = measure(finished(cells, tmp_path), tmp_path, shares.append, rounds=2)
+    assert shares == sorted(shares) and shares[-1] == 1.0
+    for result, timing in zip(results, timings, strict=True):
+        stages = load_stages(tmp_path / result.folder)
+        assert sum(timing.stage_steps) == result.steps == TASK.steps
+        assert timing.stage_steps == tuple(stage.num_steps for stage in stages if stage.num_steps)
+        assert len(timing.rounds) == 2 and min(timing.rounds) > 0
+        plain = sum(steps * each for steps, each in zip(timing.stage_steps, timing.step_seconds, strict=True))
+        own = result.overhead_seconds / (result.seconds - result.overhead_seconds)
+        assert timing.seconds == pytest.approx(plain * (1 + own))
+    dense, pruned, _ = timings
+    assert (dense.own_seconds, len(dense.stage_steps)) == (0.0, 1)
+    assert pruned.own_seconds > 0 and len(pruned.stage_steps) > 1
+    assert pruned.step_seconds[0] == dense.step_seconds[0]  # equal shapes are timed once
+    read = {cell.method: cell.timing for cell in read_results(tmp_path).cells}
+    assert read["setpoint"] and read["setpoint"].rounds == pruned.rounds
+    assert len((tmp_path / "timing.jsonl").read_text().splitlines()) == 3
+    assert json.loads((tmp_path / "timing.jsonl").read_text().splitlines()[0])["environment"]["torch"]

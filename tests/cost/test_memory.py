@@ -1,0 +1,135 @@
+"""Predicted peak memory equals what the live tensors of the rebuilt model come to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from groups.zoo import MODELS
+from setpoint.bench.models import CharGPT, PlainNet
+from setpoint.cost.cost import Cost
+from setpoint.cost.lengths import trial_widths
+from setpoint.cost.memory import MemoryCost
+from setpoint.cost.tape import record
+from setpoint.errors import CostError
+from setpoint.groups.group import Group, widths_of
+from setpoint.groups.trace import trace
+from setpoint.loop.replica import replica
+from setpoint.meter.memory import peak_bytes
+
+Build = Callable[[], tuple[nn.Module, tuple[Any, ...]]]
+
+
+def cnn() -> tuple[nn.Module, tuple[Any, ...]]:
+    """A plain CNN in channels-last layout, whose activations outweigh its weights."""
+    widths = {f"conv{i}": width for i, width in enumerate((16, 32, 32), start=1)}
+    model = PlainNet(widths, frozenset({1, 2}), channels=3, classes=10).to(memory_format=torch.channels_last)
+    return model, (torch.randn(8, 3, 16, 16).to(memory_format=torch.channels_last),)
+
+
+def gpt() -> tuple[nn.Module, tuple[Any, ...]]:
+    """A GPT of two layers, whose weights and moments outweigh its activations."""
+    widths = {f"layer{i}.{part}": n for i in (1, 2) for part, n in (("heads", 4), ("neurons", 128))}
+    return CharGPT(widths, 65, 16, 64, 16), (torch.randint(65, (2, 16)),)
+
+
+def from_zoo(name: str) -> Build:
+    """A model of the zoo."""
+    return lambda: (MODELS[name][0](), MODELS[name][1]())
+
+
+CASES: dict[str, Build] = {
+    "cnn": cnn,
+    "gpt": gpt,
+    **{name: from_zoo(name) for name in MODELS if name in ("residual cnn", "concat cnn", "separate attention")},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("cnn", torch.optim.SGD), ("gpt", torch.optim.AdamW), *((name, torch.optim.Adam) for name in [*CASES][2:])],
+)
+def test_peak_equals_the_measured_one(name: str, kind: type[torch.optim.Optimizer]) -> None:
+    """At the dense widths and at random ones, the prediction equals the peak of a real step's live tensors."""
+    model, example = CASES[name]()
+    optimizer = kind(model.parameters(), lr=1e-3)
+    groups = trace(model, example).groups
+    cost = MemoryCost(
+        record(lambda widths: replica(model, (optimizer,), example, groups, widths, data=False), trial_widths(groups))
+    )
+    generator = np.random.default_rng(7)
+    random = {g.name: int(generator.integers(max(2, g.min_units), g.num_units + 1)) for g in groups}
+    for widths in (widths_of(groups), random):
+        with replica(model, (optimizer,), example, groups, widths, data=True) as copy:
+            measured = peak_bytes(copy.step, copy.held())
+        assert cost.total(widths) == pytest.approx(measured, rel=1e-3)
+
+
+def test_is_a_cost_that_falls_with_every_group() -> None:
+    """It has the protocol's methods; a saving is a difference of totals, and fewer units never cost more."""
+    model, example = gpt()
+    optimizer = torch.optim.AdamW(model.parameters())
+    groups = trace(model, example).groups
+    cost = MemoryCost(
+        record(lambda widths: replica(model, (optimizer,), example, groups, widths, data=False), trial_widths(groups))
+    )
+    assert isinstance(cost, Cost) and cost.resource == "memory"
+    dense = widths_of(groups)
+    for group in groups:
+        fewer = {**dense, group.name: group.num_units // 2}
+        saving = cost.saving(dense, group.name, group.num_units - group.num_units // 2)
+        assert saving == pytest.approx(cost.total(dense) - cost.total(fewer)) and saving > 0
+    assert cost.saving(dense, "elsewhere", 1) == 0.0
+
+
+def test_replica_leaves_the_model_alone() -> None:
+    """Weights, optimizer state, gradients and hooks of the live model are as before; the copy has none of its hooks."""
+    model, example = cnn()
+    optimizer = torch.optim.AdamW(model.parameters())
+    calls: list[int] = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    model(*example).sum().backward()
+    optimizer.step()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    moments = [optimizer.state[p]["exp_avg"].clone() for p in model.parameters()]
+    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    groups = trace(model, example).groups
+    calls.clear()
+    widths = {group.name: group.min_units for group in groups}
+    for data in (True, False):
+        with replica(model, (optimizer,), example, groups, widths, data=data) as copy:
+            copy.step()
+    assert not calls
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(map(torch.equal, (optimizer.state[p]["exp_avg"] for p in model.parameters()), moments))
+    assert all(map(torch.equal, (p.grad for p in model.parameters() if p.grad is not None), gradients))
+
+
+class Fickle:
+    """A step that makes another operation once it is narrow, or a size that is a product of two widths."""
+
+    def __init__(self, widths: Mapping[str, int], product: bool) -> None:
+        self.widths, self.product = widths, product
+
+    def step(self) -> None:
+        a, b = self.widths["a"], self.widths["b"]
+        x = torch.ones(a * b if self.product else a)
+        if not self.product and a < 32:
+            x + 1
+
+    def held(self) -> list[torch.Tensor]:
+        return []
+
+
+@pytest.mark.parametrize(("product", "why"), [(False, "other operations"), (True, "not known")])
+def test_what_is_no_function_of_widths_is_refused(product: bool, why: str) -> None:
+    """Where other operations run at other widths, or a size is of no known form, nothing is made up."""
+    groups = (Group("a", "unit", 32, ()), Group("b", "unit", 40, ()))
+    with pytest.raises(CostError, match=why):
+        record(lambda widths: nullcontext(Fickle(widths, product)), trial_widths(groups))

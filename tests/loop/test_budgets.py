@@ -1,0 +1,233 @@
+"""Budgets in real units end to end: memory for real, seconds and joules on a recorded clock and meter."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import setpoint
+from setpoint.bench.models import PlainNet
+from setpoint.cost import table as table_file
+from setpoint.cost.problem import Problem
+from setpoint.loop import costing
+from setpoint.meter import seconds as seconds_file
+from setpoint.meter.energy import Counter, EnergyMeter
+from setpoint.meter.memory import peak_bytes
+
+Budget = setpoint.Budget
+
+
+def cnn() -> tuple[nn.Module, torch.optim.Optimizer, Tensor]:
+    """A small CNN whose activations outweigh its weights."""
+    torch.manual_seed(0)
+    model = PlainNet({"conv1": 32, "conv2": 64, "conv3": 64}, frozenset({1, 2}), channels=3, classes=10)
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-3), torch.randn(8, 3, 16, 16)
+
+
+def mlp() -> tuple[nn.Module, torch.optim.Optimizer, Tensor]:
+    """Two hidden layers."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 4))
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-3), torch.randn(8, 16)
+
+
+def train(
+    made: tuple[nn.Module, torch.optim.Optimizer, Tensor],
+    budget: Any,
+    steps: int,
+    each: Callable[[setpoint.Loop], None] = lambda loop: None,
+    **settings: Any,
+) -> setpoint.Loop:
+    """The user's own loop; `each` is called in every step."""
+    model, optimizer, x = made
+    loop = setpoint.attach(model, optimizer, budget, example=(x,), total_steps=steps, **settings)
+    for _ in range(steps):
+        loss = nn.functional.cross_entropy(model(x), torch.zeros(len(x), dtype=torch.long))
+        loss.backward()
+        each(loop)
+        optimizer.step()
+        optimizer.zero_grad()
+    loop.finish()
+    return loop
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Machine]:
+    """A machine whose operations take times in closed form and whose clock the test turns."""
+    made = Machine()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(table_file, "_seconds", lambda problem, point, device: made.operation(problem, point))
+    monkeypatch.setattr(costing, "_timed", lambda *args: made.copy_of_step(args[4], args[6]))
+    monkeypatch.setattr(seconds_file, "_now", lambda synchronize: made.now)
+    yield made
+
+
+class Machine:
+    """Operations cost their bytes, a step 1 ms and the hidden units; the user's own code costs half as much again."""
+
+    def __init__(self) -> None:
+        self.now = self.joules = 0.0
+        self.factor = 1.5
+        self.watts = 30.0
+
+    def operation(self, problem: Problem, point: tuple[int, ...]) -> float:
+        return 1e-9 * problem.num_bytes(point)
+
+    def step_s(self, widths: Mapping[str, int]) -> float:
+        a, b = widths.values()
+        return 1e-3 + 1e-5 * (16 * a + a * b + 4 * b) / 64
+
+    def copy_of_step(self, widths: Mapping[str, int], meter: EnergyMeter | None) -> tuple[float, float | None]:
+        seconds = self.step_s(widths)
+        return seconds, self.watts * seconds if meter else None
+
+    def live(self, loop: setpoint.Loop) -> None:
+        """One of the user's steps goes by."""
+        seconds = self.factor * self.step_s(loop.widths)
+        self.now += seconds
+        self.joules += self.watts * seconds
+
+
+def test_memory_lands_within_the_budget() -> None:
+    """The landed model's own step, measured afresh with the user's loss, is within the budget and near it."""
+    made = cnn()
+    loop = train(made, Budget.fraction(0.6, of="memory"), 60)
+    summary = loop.summary
+    assert summary is not None and summary.landed, summary
+    model, optimizer, x = made
+    held = [*model.parameters(), *model.buffers(), x]
+    held += [value for state in optimizer.state.values() for value in state.values()]
+
+    def step() -> None:
+        nn.functional.cross_entropy(model(x), torch.zeros(len(x), dtype=torch.long)).backward()
+        optimizer.step()
+
+    measured = peak_bytes(step, held)
+    assert 0.85 * summary.limit["memory"] < measured <= 1.01 * summary.limit["memory"]
+    assert summary.metered["memory"] == pytest.approx(measured, rel=0.02)
+    assert summary.sources["memory"].startswith("measured")
+    read = [entry for entry in loop.ledger if "memory" in entry.metered]
+    assert read and all(entry.predicted["memory"] == pytest.approx(entry.metered["memory"], rel=0.1) for entry in read)
+
+
+def test_two_budgets_are_both_met() -> None:
+    """FLOPs at 0.5 and memory at 0.6 in one run: both within, each with a price, and the one that binds has it."""
+    loop = train(cnn(), [Budget.fraction(0.5, of="flops"), Budget.fraction(0.6, of="memory")], 60)
+    summary = loop.summary
+    assert summary is not None and summary.landed, summary
+    assert summary.spent["flops"] <= summary.limit["flops"]
+    assert summary.metered["memory"] <= summary.limit["memory"] * 1.01
+    cut = [entry for entry in loop.ledger if any(entry.dropped.values())]
+    assert cut and all(set(entry.price) == set(entry.reference) == {"flops", "memory"} for entry in cut)
+    assert all(sum(price > 0 for price in entry.price.values()) == 1 for entry in cut)
+
+
+def test_latency_is_held_by_the_meter(machine: Machine) -> None:
+    """Steps take half as long again as copies of them: feedback still lands within the limit, and not far below."""
+    loop = train(mlp(), Budget.fraction(0.6, of="latency"), 120, machine.live)
+    summary = loop.summary
+    assert summary is not None and summary.landed, summary
+    dense = machine.factor * machine.step_s({"a": 256, "b": 256})
+    assert summary.limit["latency"] == pytest.approx(0.6 * dense)  # of the dense model as measured
+    final = machine.factor * machine.step_s(loop.widths)
+    assert 0.9 * summary.limit["latency"] < final <= 1.03 * summary.limit["latency"]
+    assert {"modelled", "measured", "calibration", "step_seconds"} <= set(loop.ledger.header)
+    assert all(seconds > 0 for seconds in loop.ledger.header["step_seconds"].values())
+
+
+def test_an_absolute_latency_is_seconds_per_step(machine: Machine) -> None:
+    """`Budget.total(s, of="latency")` holds the user's own steps to s seconds."""
+    limit = 0.7 * machine.factor * machine.step_s({"a": 256, "b": 256})
+    loop = train(mlp(), Budget.total(limit, of="latency"), 120, machine.live)
+    assert loop.summary is not None and loop.summary.landed, loop.summary
+    assert 0.9 * limit < machine.factor * machine.step_s(loop.widths) <= 1.03 * limit
+
+
+def metered(machine: Machine, monkeypatch: pytest.MonkeyPatch, read_j: Callable[[], float]) -> None:
+    """Give the machine a recorded energy meter."""
+    monkeypatch.setattr(costing, "find_energy_meter", lambda devices: (EnergyMeter([Counter("recorded", read_j)]), ""))
+
+
+def test_energy_on_a_recorded_meter(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Joules per step as metered land within 5 % of the budget, and are labelled as measured."""
+    metered(machine, monkeypatch, lambda: machine.joules)
+    loop = train(mlp(), Budget.fraction(0.6, of="energy"), 120, machine.live)
+    summary = loop.summary
+    assert summary is not None and summary.landed, summary
+    dense = machine.watts * machine.factor * machine.step_s({"a": 256, "b": 256})
+    final = machine.watts * machine.factor * machine.step_s(loop.widths)
+    assert 0.9 * 0.6 * dense < final <= 1.05 * 0.6 * dense
+    assert summary.sources["energy"] == "measured: recorded"
+
+
+def test_a_meter_that_vanishes(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One warning; from then on energy is modelled from what was read, and no entry calls that metered."""
+
+    def read_j() -> float:
+        if machine.now > 0.2:
+            raise OSError("unplugged")
+        return machine.joules
+
+    metered(machine, monkeypatch, read_j)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loop = train(mlp(), Budget.fraction(0.6, of="energy"), 120, machine.live)
+    assert [str(each.message) for each in caught if "vanished" in str(each.message)] and len(caught) == 1
+    summary = loop.summary
+    assert summary is not None and summary.landed and "energy" not in summary.metered, summary
+    assert summary.sources["energy"].startswith("modelled")
+    assert "energy" not in loop.ledger[-1].metered
+
+
+def test_energy_without_a_meter(machine: Machine) -> None:
+    """Without a meter an energy budget needs a stated power, and is labelled as modelled everywhere."""
+    if costing.find_energy_meter([torch.device("cpu")])[0] is not None:
+        pytest.skip("this machine has a meter")
+    with pytest.raises(setpoint.CostError, match=r"no meter of energy.*watts="):
+        train(mlp(), Budget.fraction(0.6, of="energy"), 120)
+    loop = train(mlp(), Budget.fraction(0.6, of="energy"), 120, machine.live, watts=25.0)
+    summary = loop.summary
+    assert summary is not None and summary.landed and not summary.metered, summary
+    assert summary.sources["energy"] == "modelled: stated watts x predicted seconds"
+    assert summary.limit["energy"] == pytest.approx(0.6 * 25.0 * machine.step_s({"a": 256, "b": 256}), rel=0.05)
+
+
+def test_budgets_of_one_resource_twice_are_refused() -> None:
+    """Each resource has one budget, and there is at least one."""
+    for budgets in ([], [Budget.fraction(0.5, of="flops"), Budget.total(1e6, of="flops")]):
+        with pytest.raises(setpoint.BudgetError, match="one budget for each resource"):
+            train(mlp(), budgets, 10)
+
+
+def test_a_metered_step_leaves_training_alone() -> None:
+    """With a memory budget of 1.0 weights are bit-identical to training without Setpoint, metered steps included."""
+    plain, watched = mlp(), mlp()
+    train(watched, Budget.fraction(1.0, of="memory"), 20)
+    model, optimizer, x = plain
+    for _ in range(20):
+        nn.functional.cross_entropy(model(x), torch.zeros(len(x), dtype=torch.long)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(map(torch.equal, model.parameters(), watched[0].parameters()))
+
+
+def test_a_step_under_another_mode_is_not_read() -> None:
+    """A step that the user runs under a dispatch mode of their own gives no bytes, and the mode stays in place."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, optimizer, x = cnn()
+    loop = setpoint.attach(model, optimizer, Budget.fraction(0.6, of="memory"), example=(x,), total_steps=30)
+    for _ in range(30):
+        with FlopCounterMode(display=False) as counter:
+            model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert counter.get_total_flops() > 0
+    assert loop.finish().metered == {}
+    assert loop.summary is not None and loop.summary.landed

@@ -1,0 +1,179 @@
+"""Energy meters on recorded counters and on a sysfs tree made for the test."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from setpoint.meter.energy import (
+    POWERCAP,
+    Counter,
+    EnergyMeter,
+    find_energy_meter,
+    idle_watts,
+    nvml_counters,
+    rapl_counters,
+)
+
+CPU = torch.device("cpu")
+
+
+def recorded(*values: float) -> Callable[[], float]:
+    """A counter's readings, one after the other; then it cannot be read."""
+    left = list(values)
+
+    def read() -> float:
+        if not left:
+            raise OSError("no such device")
+        return left.pop(0)
+
+    return read
+
+
+def domain(root: Path, folder: str, name: str, energy_uj: int, range_uj: int = 1_000_000_000) -> Path:
+    """One powercap folder."""
+    made = root / folder
+    made.mkdir(parents=True)
+    (made / "name").write_text(f"{name}\n")
+    (made / "max_energy_range_uj").write_text(f"{range_uj}\n")
+    (made / "energy_uj").write_text(f"{energy_uj}\n")
+    return made
+
+
+def test_packages_are_added_up_and_their_parts_are_not(tmp_path: Path) -> None:
+    """Two packages are summed; cores, memory and the whole platform would count twice."""
+    first = domain(tmp_path, "intel-rapl:0", "package-0", 1_000_000)
+    core = domain(tmp_path, "intel-rapl:0:0", "core", 1_000_000)
+    second = domain(tmp_path, "intel-rapl:1", "package-1", 5_000_000)
+    psys = domain(tmp_path, "intel-rapl:2", "psys", 5_000_000)
+    meter, why = find_energy_meter([CPU], tmp_path)
+    assert meter is not None and why == "" and meter.source == "RAPL package-0 + RAPL package-1"
+    for folder, more in ((first, 2_500_000), (core, 2_000_000), (second, 5_500_000), (psys, 9_000_000)):
+        (folder / "energy_uj").write_text(str(more))
+    assert meter.read_j() == pytest.approx(1.5 + 0.5)
+
+
+def test_a_counter_wraps_around(tmp_path: Path) -> None:
+    """A RAPL counter that starts again from 0 goes on counting: range - before + after."""
+    folder = domain(tmp_path, "intel-rapl:0", "package-0", 999_000_000)
+    meter, _ = find_energy_meter([CPU], tmp_path)
+    assert meter is not None
+    (folder / "energy_uj").write_text("500000")
+    assert meter.read_j() == pytest.approx(1.5)
+    (folder / "energy_uj").write_text("700000")
+    assert meter.read_j() == pytest.approx(1.7)
+
+
+def test_a_meter_that_vanishes_says_so_once(tmp_path: Path) -> None:
+    """A counter that is gone in the middle of a run is one warning, and from then on no reading."""
+    folder = domain(tmp_path, "intel-rapl:0", "package-0", 1)
+    meter, _ = find_energy_meter([CPU], tmp_path)
+    assert meter is not None and meter.works
+    (folder / "energy_uj").unlink()
+    with pytest.warns(UserWarning, match=r"vanished.*not measured from here on"):
+        assert meter.read_j() is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert meter.read_j() is None and not meter.works
+
+
+@pytest.mark.parametrize("values", [(5.0, 4.0, 6.0), (5.0, -1.0, 6.0)])
+def test_counters_that_run_backwards_are_no_reading(values: tuple[float, ...]) -> None:
+    """A counter without a range that falls, or any that is negative, is never turned into a number."""
+    meter = EnergyMeter([Counter("recorded", recorded(*values))])
+    with pytest.warns(UserWarning, match="vanished"):
+        assert meter.read_j() is None
+    assert meter.read_j() is None
+
+
+def test_garbage_in_a_counter_file_is_no_reading(tmp_path: Path) -> None:
+    """A file that holds no number fails politely, at the start and later."""
+    folder = domain(tmp_path, "intel-rapl:0", "package-0", 1)
+    (folder / "energy_uj").write_text("nonsense")
+    meter, why = find_energy_meter([CPU], tmp_path)
+    assert meter is None and "cannot be read" in why
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read every file")
+def test_unreadable_files_fail_politely(tmp_path: Path) -> None:
+    """A counter that only root may read leaves no meter, and the reason says what to do."""
+    folder = domain(tmp_path, "intel-rapl:0", "package-0", 1)
+    (folder / "energy_uj").chmod(0)
+    meter, why = find_energy_meter([CPU], tmp_path)
+    assert meter is None and "read access" in why
+
+
+def test_unreadable_files_by_any_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same where the test runs as root: reading is refused by hand."""
+    domain(tmp_path, "intel-rapl:0", "package-0", 1)
+    plain = Path.read_text
+
+    def refused(self: Path, *args: Any, **kwargs: Any) -> str:
+        if self.name == "energy_uj":
+            raise PermissionError(13, "Permission denied", str(self))
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "read_text", refused)
+    meter, why = find_energy_meter([CPU], tmp_path)
+    assert meter is None and "may be read by root only" in why
+
+
+def test_no_sensor_is_no_meter(tmp_path: Path) -> None:
+    """Without a powercap folder there is no meter, and the reason names the place."""
+    meter, why = find_energy_meter([CPU], tmp_path / "none")
+    assert meter is None and str(tmp_path) in why
+
+
+class Nvml:
+    """The part of `pynvml` that is used, playing back recorded millijoules."""
+
+    def __init__(self, *values: int) -> None:
+        self.values = list(values)
+
+    def nvmlInit(self) -> None:
+        """Nothing to do."""
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:
+        return uuid
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle: str) -> int:
+        if not self.values:
+            raise RuntimeError("GPU is lost")
+        return self.values.pop(0)
+
+
+def test_gpu_counters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NVML's millijoules become joules; a lost GPU is a vanished meter; a GPU that never answers is none."""
+    monkeypatch.setattr("setpoint.meter.energy._uuid", lambda index: f"GPU-{index}")
+    counters, why = nvml_counters([0], Nvml(1000, 1000, 4500))
+    assert why == "" and counters[0].name == "NVML GPU 0"
+    meter = EnergyMeter(counters)
+    assert meter.read_j() == pytest.approx(3.5)
+    with pytest.warns(UserWarning, match="GPU is lost"):
+        assert meter.read_j() is None
+    assert nvml_counters([0], Nvml()) == ([], "NVML: GPU is lost")
+
+
+def test_idle_power_is_measured() -> None:
+    """Idle power is energy over time while nothing is done, and None without a reading."""
+    watts = idle_watts(EnergyMeter([Counter("recorded", recorded(0.0, 10.0, 11.0))]), seconds=0.02)
+    assert watts is not None and 0 < watts <= 1.0 / 0.02
+    meter = EnergyMeter([Counter("recorded", recorded(0.0))])
+    with pytest.warns(UserWarning, match="vanished"):
+        assert idle_watts(meter, seconds=0.0) is None
+
+
+@pytest.mark.skipif(not rapl_counters()[0], reason=f"no readable counter under {POWERCAP}")
+def test_real_counter_rises() -> None:
+    """Where the machine has a counter, work costs energy."""
+    meter, _ = find_energy_meter([CPU])
+    assert meter is not None
+    for _ in range(20):
+        torch.randn(500, 500) @ torch.randn(500, 500)
+    assert (meter.read_j() or 0.0) > 0.0

@@ -1,0 +1,58 @@
+"""Live bytes count what autograd holds, and nothing that is gone."""
+
+import torch
+from torch import nn
+
+from setpoint.meter.memory import LiveBytes, peak_bytes, resident_bytes
+
+
+def test_peak_of_a_training_step_in_closed_form() -> None:
+    """A linear layer: weight and input, then output, loss and gradients, each alive as long as needed."""
+    layer, x = nn.Linear(64, 32, bias=False), torch.randn(16, 64)
+
+    def step() -> None:
+        layer(x).sum().backward()
+
+    held = [layer.weight, x]
+    with LiveBytes(held) as live:
+        step()
+    weight, inputs, output = 4 * 64 * 32, 4 * 16 * 64, 4 * 16 * 32
+    # Backward: the incoming gradient is a scalar expanded over the output; the weight's gradient comes last.
+    assert live.live_bytes == 2 * weight + inputs
+    assert 2 * weight + inputs <= live.peak_bytes <= 2 * weight + inputs + output + 16
+
+
+def test_saved_activations_count_until_backward() -> None:
+    """What a function saves for backward stays alive after its caller has dropped it."""
+    x = torch.randn(1000, requires_grad=True)
+    with LiveBytes() as live:
+        y = x.exp().sin().sum()
+        assert live.live_bytes == 4000 + 4  # sin saves its input; exp its output, which is the same
+        y.backward()
+    assert live.live_bytes == 4000 + 4  # the gradient of x, and y
+
+
+def test_a_storage_counts_once() -> None:
+    """Views, in-place operations and tensors held twice add nothing."""
+    x = torch.ones(100)
+    with LiveBytes([x, x.view(10, 10)]) as live:
+        x.add_(1)
+        x.view(4, 25).t().mul_(2)
+    assert (live.live_bytes, live.peak_bytes) == (400, 400)
+
+
+def test_events_come_in_order() -> None:
+    """Storages are numbered as they are made and named when they go."""
+    events: list[tuple[str, int]] = []
+    with LiveBytes(noted=lambda what, number, _: events.append((what, number))):
+        a = torch.ones(3)
+        b = a + 1
+        del a
+        b = b + 1
+    assert events == [("made", 1), ("made", 2), ("gone", 1), ("made", 3), ("gone", 2)]
+
+
+def test_peak_bytes_runs_the_code() -> None:
+    """The peak of a function on the CPU is that of its live tensors."""
+    assert peak_bytes(lambda: (torch.ones(50) + 1) * 2) == 3 * 200 - 200
+    assert (resident_bytes() or 10**7) > 10**6

@@ -1,0 +1,89 @@
+"""The goals are reached exactly where the numbers say so."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from setpoint.report.goals import Goal, goals
+from setpoint.report.results import Cell, Results
+from setpoint.report.summary import summary_rows
+
+SEEDS = (0, 1, 2)
+WIGGLE = (0.0, 0.001, -0.001)
+
+
+def runs(method: str, value: float, budget: float | None = 0.5, *, spread: float = 1.0, **more: object) -> list[Cell]:
+    """A run for each seed around a value."""
+    family = {"small-long": "small", "cubic": "open-loop", "taylor": "post-training"}.get(method, method)
+    base = Cell(task="t", method=method, value=value, budget=budget, family=family, final_flops=50.0, train_flops=60.0)
+    cells = [replace(base, seed=seed, value=value + spread * WIGGLE[seed]) for seed in SEEDS]
+    return [replace(cell, **more) for cell in cells]  # type: ignore[arg-type]
+
+
+DENSE = runs("dense", 0.95, None, final_flops=100.0, train_flops=100.0, seconds=100.0)
+OURS = runs("setpoint", 0.948, seconds=64.0)
+
+
+def verdicts(*cells: list[Cell]) -> dict[str, Goal]:
+    """The goals by letter."""
+    found = tuple(cell for each in cells for cell in each)
+    return {goal.letter: goal for goal in goals(found, summary_rows(Results(found)))}
+
+
+@pytest.mark.parametrize(("value", "verdict"), [(0.9471, "reached"), (0.9469, "not reached"), (0.99, "reached")])
+def test_near_dense(value: float, verdict: str) -> None:
+    """0.3 points below dense is near enough, and no more; a loss may be 0.01 nats higher."""
+    assert verdicts(DENSE, runs("setpoint", value))["a"].verdict == verdict
+    dense = runs("dense", 1.5, None, metric="loss")
+    assert verdicts(dense, runs("setpoint", 1.5099, metric="loss"))["a"].verdict == "reached"
+    assert verdicts(dense, runs("setpoint", 1.5101, metric="loss"))["a"].verdict == "not reached"
+
+
+def test_seconds_against_dense_and_post_training() -> None:
+    """0.65 of the seconds of dense and of each post-training method; seconds of a busy machine count as unmeasured."""
+    slow, quick = runs("taylor", 0.9, seconds=120.0), runs("taylor", 0.9, seconds=90.0)
+    assert verdicts(DENSE, OURS, slow)["b"].verdict == "reached where measured"
+    enough = runs("setpoint", 0.9, 0.25, seconds=49.0, final_flops=25.0)
+    assert verdicts(DENSE, OURS, enough, slow)["b"].verdict == "reached"
+    assert verdicts(DENSE, OURS, quick)["b"].verdict == "not reached"
+    assert "71.1 % of taylor's at 0.5" in verdicts(DENSE, OURS, quick)["b"].evidence
+    quarter = runs("setpoint", 0.9, 0.25, seconds=51.0, final_flops=25.0)
+    assert verdicts(DENSE, OURS, quarter)["b"].verdict == "not reached"
+    busy = [replace(cell, clock="shared") for cell in DENSE]
+    assert verdicts(busy, OURS)["b"].verdict == "not measured"
+
+
+def test_better_than_pruned_at_equal_final_flops() -> None:
+    """One better method is enough to miss the goal; one that spends less at the end does not compare."""
+    worse, better = runs("cubic", 0.94), runs("taylor", 0.949)
+    assert verdicts(DENSE, OURS, worse)["c"].verdict == "reached where measured"
+    assert verdicts(DENSE, OURS, worse, runs("taylor", 0.94))["c"].verdict == "reached"
+    missed = verdicts(DENSE, OURS, worse, better)["c"]
+    assert missed.verdict == "not reached"
+    assert "0.10 points worse than taylor" in missed.evidence
+    cheaper = runs("taylor", 0.94, final_flops=20.0)
+    assert verdicts(DENSE, OURS, cheaper)["c"].verdict == "not measured"
+
+
+def test_better_than_small_by_more_than_the_spread() -> None:
+    """The mean paired difference must exceed its own spread; a single seed has none, so nothing is measured."""
+    assert verdicts(OURS, runs("small", 0.94))["d"].verdict == "reached"
+    assert verdicts(OURS, runs("small", 0.947, spread=3.0))["d"].verdict == "not reached"
+    assert verdicts(OURS[:1], runs("small", 0.94)[:1])["d"].verdict == "not measured"
+    lower = runs("setpoint", 1.5, metric="loss")
+    assert verdicts(lower, runs("small", 1.52, metric="loss"))["d"].verdict == "reached"
+
+
+def test_not_below_small_long_and_realised_savings() -> None:
+    """A draw with small-long is enough; 36 % of the seconds for 40 % of the FLOPs are 0.9."""
+    found = verdicts(DENSE, OURS, runs("small-long", 0.948))
+    assert (found["e"].verdict, found["f"].verdict) == ("reached", "reached")
+    assert found["f"].evidence == "0.90 at budget 0.5"
+    assert verdicts(DENSE, OURS, runs("small-long", 0.9481))["e"].verdict == "not reached"
+
+
+def test_what_was_not_run_is_not_measured() -> None:
+    """Without rivals no goal is reached or missed."""
+    assert {goal.verdict for goal in verdicts(OURS).values()} == {"not measured"}

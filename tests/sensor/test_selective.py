@@ -1,0 +1,97 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+import setpoint
+from setpoint.groups.group import Group
+from setpoint.groups.selective import selective_layer
+
+TOKENS = torch.randint(0, 17, (3, 20), generator=torch.Generator().manual_seed(0))
+_SIZES = {"vocab_size": 17, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 8, "expand": 2, "use_cache": False}
+_MAMBA2 = {"num_heads": 4, "head_dim": 8, "n_groups": 1, "chunk_size": 8}
+kinds = pytest.mark.parametrize("kind", ["mamba", "mamba2"])
+
+
+def _model(kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    settings = transformers.AutoConfig.for_model(kind, **_SIZES, **(_MAMBA2 if kind == "mamba2" else {}))
+    model = transformers.AutoModelForCausalLM.from_config(settings)
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def _states(model: nn.Module) -> tuple[Group, ...]:
+    return tuple(group for group in setpoint.find_groups(model, {"input_ids": TOKENS}) if group.kind == "state")
+
+
+def _logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model.eval()(input_ids=TOKENS).logits
+    return found
+
+
+@kinds
+def test_states_are_ranked_by_their_averaged_gramians(kind: str) -> None:
+    """A state that is never read has saliency 0, and the ranking beats the opposite one when half of them go."""
+    model = _model(kind)
+    (group,) = _states(model)
+    assert selective_layer(model, group) == ("backbone.layers.0.mixer", kind)
+    mixer = model.get_submodule("backbone.layers.0.mixer")
+    with torch.no_grad():  # states of very different size
+        spread = torch.logspace(0, -2, 8)
+        if kind == "mamba":
+            mixer.x_proj.weight[-8:] *= spread[:, None] * 20
+            mixer.x_proj.weight[-5] = 0.0
+        else:
+            mixer.in_proj.weight[-12:-4] *= spread[:, None] * 20
+            mixer.in_proj.weight[-9] = 0.0
+            mixer.conv1d.bias[-5] = 0.0
+    sensor = setpoint.SelectiveSensor({"input_ids": TOKENS})
+    assert sensor.readable((group,), model) == (group,)
+    model.train()
+    reading = sensor.read(sensor.init((group,), model), (group,), 1)
+    assert model.training and not reading.calibrated and reading.finite()
+    saliency = reading.saliency[group.name]
+    assert saliency.shape == (8,) and (saliency >= 0).all() and saliency[3] == 0.0
+    want = _logits(model)
+    errors = []
+    for order in (np.argsort(-saliency), np.argsort(saliency)):
+        small = copy.deepcopy(model)
+        keep = np.zeros(8, dtype=bool)
+        keep[order[:4]] = True
+        setpoint.shrink(small, None, (group,), {group.name: keep})
+        errors.append(float((_logits(small) - want).square().mean()))
+    assert errors[0] < 0.1 * errors[1]
+
+
+def test_one_mode_has_the_value_of_its_formula() -> None:
+    """With a constant step size, B, C and input, saliency is (d b u)^2 c^2 / (1 - a^2)^2, summed over channels."""
+    from setpoint.sensor.selective import _Tokens
+
+    ones = torch.ones(5, 2)
+    found = _Tokens(3 * ones, 0.5 * ones, 2 * ones[:, :1], 4 * ones[:, :1], torch.tensor([[-1.0], [-2.0]])).energies()
+    room = [1 - np.exp(-1.0), 1 - np.exp(-2.0)]
+    assert float(found) == pytest.approx(sum((0.5 * 2 * 3) ** 2 * 16 / each**2 for each in room), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_mamba2_is_pruned_to_half_of_its_parameters() -> None:
+    """States and heads go together for one budget, with the default sensors, and the run lands."""
+    model = _model("mamba2")
+    example = {"input_ids": TOKENS}
+    groups = setpoint.find_groups(model, example)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    budget = setpoint.Budget.fraction(0.5, of="params")
+    with setpoint.attach(
+        model, optimizer, budget, example=example, total_steps=30, groups=groups, allow_lossy=True
+    ) as loop:
+        for _ in range(30):
+            model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    (states,) = (group.name for group in groups if group.kind == "state")
+    assert loop.summary is not None and loop.summary.landed and loop.widths[states] < 8

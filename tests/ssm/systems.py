@@ -1,0 +1,47 @@
+"""Random systems for the tests of setpoint.ssm."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from setpoint.ssm import DenseSystem, DiagonalSystem
+
+
+def diagonal(
+    states: int, inputs: int = 2, outputs: int = 3, *, seed: int = 0, least: float = 0.3, most: float = 0.99
+) -> DiagonalSystem:
+    """Eigenvalues in a ring, normalised inputs."""
+    generator = torch.Generator().manual_seed(seed)
+    modulus = least + (most - least) * torch.rand(states, generator=generator, dtype=torch.float64)
+    angle = math.pi * torch.rand(states, generator=generator, dtype=torch.float64)
+    weights = torch.randn(states, inputs, generator=generator, dtype=torch.complex128)
+    return DiagonalSystem(
+        torch.polar(modulus, angle),
+        (1 - modulus.square()).sqrt()[:, None] * weights,
+        torch.randn(outputs, states, generator=generator, dtype=torch.complex128),
+    )
+
+
+def dense(states: int, inputs: int = 2, outputs: int = 3, *, seed: int = 0, radius: float = 0.95) -> DenseSystem:
+    """A random matrix of this spectral radius."""
+    generator = torch.Generator().manual_seed(seed)
+    matrix = torch.randn(states, states, generator=generator, dtype=torch.float64)
+    return DenseSystem(
+        matrix * (radius / torch.linalg.eigvals(matrix).abs().max()),
+        torch.randn(states, inputs, generator=generator, dtype=torch.float64),
+        torch.randn(outputs, states, generator=generator, dtype=torch.float64),
+    )
+
+
+def impulse_response(system: DiagonalSystem, steps: int) -> torch.Tensor:
+    """`Re(C a^t B)` for t = 0, 1, ..., shape (steps, ..., out, in), by running the recurrence."""
+    state, found = system.inputs, []
+    for _ in range(steps):
+        found.append((system.outputs @ state).real)
+        state = system.eigenvalues[..., None] * state
+    return torch.stack(found)
+
+
+ANGLES = torch.linspace(0.0, math.pi, 129, dtype=torch.float64)

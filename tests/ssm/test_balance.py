@@ -1,0 +1,167 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from setpoint.errors import StateSpaceError
+from setpoint.ssm import (
+    DenseSystem,
+    DiagonalSystem,
+    balance,
+    error_bound,
+    gramians,
+    hankel_values,
+    real_form,
+    reduce_modes,
+    transfer,
+    truncate,
+)
+from ssm.systems import ANGLES, dense, diagonal, impulse_response
+
+
+def _error(system: DiagonalSystem | DenseSystem, other: DiagonalSystem | DenseSystem) -> float:
+    angles = ANGLES[:: 1 if system.num_states < 200 else 16]
+    return float(torch.linalg.matrix_norm(transfer(system, angles) - transfer(other, angles), 2).max())
+
+
+@settings(max_examples=20, deadline=None)
+@given(states=st.integers(1, 20), seed=st.integers(0, 10**6))
+def test_balancing_makes_both_gramians_the_values(states: int, seed: int) -> None:
+    """In balanced coordinates both Gramians are diag(values), and the pair is biorthogonal."""
+    for system in (dense(states, seed=seed), diagonal(states, seed=seed)):
+        basis = balance(system)
+        real = real_form(system) if isinstance(system, DiagonalSystem) else system
+        clear = int((basis.values > 1e-6 * basis.values[0]).sum())  # the others are resolved less well
+        expand, reduce = basis.expand[:, :clear], basis.reduce[:clear]
+        both = gramians(real)
+        want = torch.diag(basis.values[:clear])
+        scale = float(basis.values[0])
+        torch.testing.assert_close(reduce @ both.controllability @ reduce.mT, want, atol=1e-6 * scale, rtol=0)
+        torch.testing.assert_close(expand.mT @ both.observability @ expand, want, atol=1e-6 * scale, rtol=0)
+        torch.testing.assert_close(reduce @ expand, torch.eye(clear).double(), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("states", "kept"), [(4, 2), (16, 5), (64, 20), (256, 28), (512, 100)])
+@pytest.mark.parametrize("kind", ["dense", "diagonal"])
+def test_the_error_bound_holds(states: int, kept: int, kind: str) -> None:
+    """H-infinity error of the truncation <= 2 * sum of the dropped values, from 4 to 512 states."""
+    system = dense(states, seed=states) if kind == "dense" else diagonal(states, seed=states)
+    basis = balance(system)
+    small = truncate(system, kept, basis)
+    assert _error(system, small) <= float(error_bound(basis.values, kept)) * (1 + 1e-6) + 1e-6 * float(basis.values[0])
+    assert float(torch.linalg.eigvals(small.dynamics).abs().max()) < 1.0
+
+
+@settings(max_examples=30, deadline=None)
+@given(states=st.integers(4, 48), seed=st.integers(0, 10**6), share=st.floats(0.05, 1.0))
+def test_modes_meet_the_bound_and_any_size(states: int, seed: int, share: float) -> None:
+    """A system in as many modes as asked for, within the bound of the balanced states that it holds."""
+    system = diagonal(states, seed=seed)
+    num_modes = max(1, round(share * states))
+    basis = balance(system)
+    modes = reduce_modes(system, num_modes, basis)
+    assert modes.system.num_states == num_modes and num_modes <= modes.order + modes.num_fresh <= 2 * num_modes
+    assert float(modes.system.eigenvalues.abs().max()) < 1.0
+    bound = float(error_bound(basis.values, modes.order))
+    assert _error(system, modes.system) <= bound * (1 + 1e-6) + 1e-5 * float(basis.values[0])
+
+
+def test_truncation_is_that_of_slicot() -> None:
+    """The reduced transfer function is that of SLICOT's square-root balanced truncation, AB09AD."""
+    slycot = pytest.importorskip("slycot")
+    system = dense(12, 1, 1, seed=5)
+    parts = [part.numpy() for part in (system.dynamics, system.inputs, system.outputs)]
+    order, a, b, c, values = slycot.ab09ad("D", "B", "N", 12, 1, 1, *parts, nr=5)
+    assert order == 5
+    np.testing.assert_allclose(hankel_values(system).numpy(), values, rtol=1e-6, atol=1e-7 * values[0])
+    assert _error(truncate(system, 5), DenseSystem(*map(torch.from_numpy, (a, b, c)))) <= 1e-7 * values[0]
+
+
+@settings(max_examples=20, deadline=None)
+@given(alive=st.integers(1, 6), silent=st.integers(1, 6), seed=st.integers(0, 10**6))
+def test_states_of_value_zero_go_for_nothing(alive: int, silent: int, seed: int) -> None:
+    """Twin: with states that are never heard, or never reached, gone, the impulse response is the same."""
+    system = diagonal(alive + silent, seed=seed)
+    half = alive + (silent + 1) // 2
+    system.inputs[alive:half] = 0.0
+    system.outputs[:, half:] = 0.0
+    small = reduce_modes(system, alive).system
+    want = impulse_response(system, 60)
+    torch.testing.assert_close(impulse_response(small, 60), want, rtol=0, atol=1e-6 * float(want.abs().max()))
+
+
+def test_all_modes_are_the_system_itself() -> None:
+    """Reduced to as many modes as there are, the map is unchanged."""
+    system = diagonal(10, 4, 4)
+    torch.testing.assert_close(impulse_response(reduce_modes(system, 10).system, 50), impulse_response(system, 50))
+
+
+def test_weights_follow_the_maps() -> None:
+    """In real form the reduced B is `reduce b`, the reduced C is `c expand`, and the maps undo each other."""
+    system = diagonal(9, 2, 3, least=0.8)
+    modes = reduce_modes(system, 4)
+    real, small = real_form(system), real_form(modes.system)
+    torch.testing.assert_close(modes.reduce @ real.inputs, small.inputs)
+    torch.testing.assert_close(real.outputs @ modes.expand, small.outputs)
+    pairs = modes.system.eigenvalues.imag > 0
+    both = torch.cat([pairs, pairs])
+    torch.testing.assert_close((modes.reduce @ modes.expand)[both][:, both], torch.eye(int(both.sum())).double())
+
+
+@pytest.mark.parametrize("num_modes", [1, 2, 3])
+def test_repeated_eigenvalues_do_not_break_modes(num_modes: int) -> None:
+    """A chain of three nearly equal filters has nearly defective truncations; modes are finite, stable, in bound."""
+    a = 0.8
+    chain = torch.tensor([[a, 0.0, 0.0], [1.0, a, 0.0], [0.0, 1.0, a]], dtype=torch.float64)
+    values, vectors = torch.linalg.eig(chain + 1e-2 * torch.diag(torch.arange(3.0).double()))
+    inputs = torch.linalg.solve(vectors, torch.eye(3, dtype=vectors.dtype)[:, :1])
+    system = DiagonalSystem(values, inputs, vectors[2:])
+    modes = reduce_modes(system, num_modes)
+    for part in (modes.system.eigenvalues, modes.system.inputs, modes.system.outputs, modes.expand, modes.reduce):
+        assert torch.isfinite(part).all()
+    bound = float(error_bound(hankel_values(system), modes.order))
+    assert _error(system, modes.system) <= bound + 1e-4 * float(hankel_values(system)[0])
+
+
+def test_balancing_the_real_map_beats_balancing_the_complex_one() -> None:
+    """With as many modes, the real map's truncation errs no more on average than that of the complex system."""
+    ratios = []
+    for seed in range(8):
+        system = diagonal(12, 1, 1, seed=seed, least=0.7)
+        complex_error = _error(system, _complex_truncation(system, 4))
+        ratios.append(complex_error / _error(system, reduce_modes(system, 4).system))
+    assert np.mean(np.log(ratios)) > 0
+
+
+def _complex_truncation(system: DiagonalSystem, kept: int) -> DiagonalSystem:
+    """Balanced truncation of x -> C x, as if outputs were complex."""
+    values, inputs, outputs = system.eigenvalues, system.inputs, system.outputs
+    reached = torch.linalg.cholesky(inputs @ inputs.mH / (1 - values[:, None] * values.conj()[None, :]))
+    heard = torch.linalg.cholesky(outputs.mH @ outputs / (1 - values.conj()[:, None] * values[None, :]))
+    left, found, right = torch.linalg.svd(heard.mH @ reached)
+    root = found[:kept].rsqrt().to(values.dtype)
+    expand, reduce = reached @ right.mH[:, :kept] * root, root[:, None] * (left.mH[:kept] @ heard.mH)
+    new, vectors = torch.linalg.eig(reduce @ (values[:, None] * expand))
+    return DiagonalSystem(new, torch.linalg.solve(vectors, reduce @ inputs), outputs @ expand @ vectors)
+
+
+def test_a_batch_is_reduced_member_by_member() -> None:
+    """Independent systems (S4D's channels) each get modes of their own."""
+    parts = [diagonal(6, 1, 1, seed=seed) for seed in range(3)]
+    batch = DiagonalSystem(
+        *(torch.stack([getattr(each, name) for each in parts]) for name in ("eigenvalues", "inputs", "outputs"))
+    )
+    small = reduce_modes(batch, 3).system
+    for position, each in enumerate(parts):
+        want = impulse_response(reduce_modes(each, 3).system, 30)
+        torch.testing.assert_close(impulse_response(small, 30)[:, position], want, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("number", [0, -1, 5])
+def test_impossible_sizes_are_refused(number: int) -> None:
+    """Fewer than one mode, or more than there are."""
+    with pytest.raises(StateSpaceError, match="from 1 to 4"):
+        reduce_modes(diagonal(4), number)
+    with pytest.raises(StateSpaceError, match="from 1 to 4"):
+        truncate(dense(4), number)
