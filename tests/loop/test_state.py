@@ -220,7 +220,7 @@ class Wider(Net):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"budget": 0.8}, "limit"),
+        ({"budget": 0.8}, "budgets"),
         ({"total_steps": 50}, "total_steps"),
         ({"split": True}, "optimizers"),
         ({"model": Wider}, "dense|another model"),
@@ -333,10 +333,10 @@ def test_a_state_in_the_middle_of_a_step_is_refused() -> None:
 
 STORED = {
     "_groups", "_origin", "_sensor_state", "_controller_state", "_ledger", "_step", "_skipped", "_overdue", "_landed",
-    "_observed", "_reading", "_plan", "_worth", "_regrowth", "_account",
+    "_observed", "_metered", "_reading", "_plan", "_worth", "_regrowth", "_account",
 }  # fmt: skip
 GIVEN_AGAIN = {
-    "_parts", "_cost", "_dense_widths", "_dense", "_limit", "_sensing_flops", "_finished", "_summary", "_hooks",
+    "_parts", "_dense_widths", "_dense", "_sensing_flops", "_finished", "_summary", "_hooks",
 }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
@@ -280,6 +281,7 @@ class Loop:
     def _decide(self, due: bool) -> None:
         """Read, decide, act and record. After a bad reading, try again at the next step."""
         deciding, plan = self._account.deciding, None
+        self._overdue = True  # also if anything is raised from here on
         with deciding:
             reading, metered = self._read(), self._meter()
             why_not = refusal(reading)
@@ -291,7 +293,6 @@ class Loop:
                     self._parts.target.cost,
                     self._groups,
                 )
-        self._overdue = plan is None
         if plan is not None:
             origin, before = self._origin, self.widths
             regrown, note = self._act(plan, state, reading)
@@ -300,7 +301,7 @@ class Loop:
             self._ledger.append(with_returns(entry, plan, probe))
             self._worth = spread(only_kept(plan.worth, plan), regrown)
             self._reading = replace(reading, saliency=spread(only_kept(reading.saliency, plan), regrown))
-            self._plan, self._landed = plan, plan.landed
+            self._plan, self._landed, self._overdue = plan, plan.landed, False
             if self._landed and self._regrowth is not None:
                 self._regrowth.release()
         elif due and why_not is not None:
@@ -325,18 +326,18 @@ class Loop:
         account.resizing.last_seconds = 0.0
         regrown: dict[str, Bool[np.ndarray, " _units"]] = {}
         note = ""
-        self._controller_state = state
         if plan.empty():
+            self._controller_state = state
             return regrown, note
         with account.resizing:
-            if plan.drops():
-                note = regrowth.rest(plan.keep) if regrowth is not None else ""
-                self._groups = balance_and_shrink(
-                    parts.model, parts.optimizers, self._groups, plan.keep, reading.basis, parts.copies
-                )
-                self._sensor_state = parts.sensor.cut(self._sensor_state, plan.keep)
-                self._controller_state = parts.controller.cut(self._controller_state, plan.keep)
-                self._origin = only_kept(self._origin, plan)
+            if plan.drops():  # all that can fail comes before the model changes
+                sensed, state = parts.sensor.cut(self._sensor_state, plan.keep), parts.controller.cut(state, plan.keep)
+                with regrowth.resting(plan.keep) if regrowth is not None else nullcontext("") as note:
+                    groups = balance_and_shrink(
+                        parts.model, parts.optimizers, self._groups, plan.keep, reading.basis, parts.copies
+                    )
+                self._groups, self._sensor_state, self._origin = groups, sensed, only_kept(self._origin, plan)
+            self._controller_state = state
             if plan.grows() and regrowth is not None:
                 self._groups, regrown = regrowth.grow(self._groups, plan)
                 self._sensor_state = parts.sensor.grow(self._sensor_state, regrown)  # type: ignore[attr-defined]

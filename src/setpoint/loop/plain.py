@@ -88,6 +88,9 @@ def restored(value: Any, like: Any, where: str, device: torch.device) -> Any:
         if not isinstance(value, dict):
             raise CheckpointError(f"{where} must be a dict, got {_kind(value)}")
         return {key: restored(each, like.get(key), f"{where}[{key!r}]", device) for key, each in value.items()}
+    if isinstance(like, tuple) and like and isinstance(value, tuple) and len(value) == len(like):
+        pairs = enumerate(zip(value, like, strict=True))
+        return tuple(restored(each, other, f"{where}[{number}]", device) for number, (each, other) in pairs)
     return _bare(value, device)
 
 

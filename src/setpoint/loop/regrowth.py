@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -175,16 +176,23 @@ class Regrowth:
 
     # Drops and returns.
 
-    def rest(self, keep: Mapping[str, Bool[np.ndarray, " _units"]]) -> str:
-        """Take in the units that are about to be dropped; what was let go for them, in words."""
+    @contextmanager
+    def resting(self, keep: Mapping[str, Bool[np.ndarray, " _units"]]) -> Iterator[str]:
+        """Take in the units that are dropped inside; what is let go for them, in words. If dropping fails, nothing."""
         self.settle()
-        self.reserve = self.reserve.rest(self._model, self._optimizers, keep, self._copies, when=self._decisions)
-        if not self.reserve.let_go:
-            return ""
-        gone = sum(len(origins) for origins in self.reserve.let_go.values())
-        words = f"the reserve of {self.reserve.limit_bytes:,} bytes is full: {gone} units dropped earlier were let go"
-        warnings.warn(f"{words} for good; reserve_bytes makes room", stacklevel=2)
-        return words
+        before = self.reserve
+        self.reserve = before.rest(self._model, self._optimizers, keep, self._copies, when=self._decisions)
+        let_go, words = self.reserve.let_go, ""
+        if let_go:
+            gone = sum(len(origins) for origins in let_go.values())
+            words = f"the reserve of {before.limit_bytes:,} bytes is full: {gone} units dropped earlier were let go"
+        try:
+            if words:
+                warnings.warn(f"{words} for good; reserve_bytes makes room", stacklevel=3)
+            yield words
+        except BaseException:
+            self.reserve = before
+            raise
 
     def grow(
         self, groups: tuple[Group, ...], plan: Plan

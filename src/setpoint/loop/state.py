@@ -50,7 +50,7 @@ def state_of(loop: Loop) -> dict[str, Any]:
     plan, reading = loop._plan, loop._reading
     return {
         "format": FORMAT,
-        "run": _run(loop._parts, loop._dense, loop._limit),
+        "run": _run(loop._parts, loop._dense),
         "origin": {name: torch.from_numpy(origin.copy()) for name, origin in loop._origin.items()},
         "shapes": {name: tuple(tensor.shape) for name, tensor in named_tensors(loop._parts.model).items()},
         "step": loop._step,
@@ -61,10 +61,13 @@ def state_of(loop: Loop) -> dict[str, Any]:
         "sensor": plain(loop._sensor_state, "the sensor's state"),
         "controller": plain(loop._controller_state, "the controller's state"),
         "plan": None if plan is None else plain(replace(plan, keep={}, worth={}, grow={}, grow_worth={}), "the plan"),
-        "reading": None if reading is None else plain(reading, "the reading"),
+        "reading": None if reading is None else plain(replace(reading, basis={}), "the reading"),
         "worth": plain(loop._worth, "worth"),
         "ledger": [plain(asdict(entry), "the ledger") for entry in loop._ledger],
         "account": loop._account.state_dict(),
+        "metered": dict(loop._metered),
+        "metering": loop._parts.metering.state_dict(),
+        "target": loop._parts.target.state_dict(),
         "regrowth": None if loop._regrowth is None else loop._regrowth.state_dict(),
     }
 
@@ -112,7 +115,7 @@ class _Resumed:
         parts = loop._parts
         if state["format"] != FORMAT:
             raise CheckpointError(f"the state has format {state['format']!r}, this Setpoint reads {FORMAT}")
-        _check_same_run(state["run"], _run(parts, loop._dense, loop._limit))
+        _check_same_run(state["run"], _run(parts, loop._dense))
         self._loop, self._state = loop, state
         self._keep = _keep(parts.groups, state["origin"])
         groups = cut_groups(parts.groups, self._keep)
@@ -140,6 +143,9 @@ class _Resumed:
                 raise CheckpointError("the reserve and the loop disagree about which units are active")
             loop._regrowth.check(state["regrowth"], state["shapes"])
         copy.deepcopy(loop._account).load_state_dict(state["account"])  # a trial
+        copy.copy(parts.target).load_state_dict(state["target"])
+        copy.copy(parts.metering).load_state_dict(state["metering"])
+        self._metered = {str(name): float(value) for name, value in state["metered"].items()}
 
     def take_over(self) -> None:
         """Shrink the model and set everything."""
@@ -158,6 +164,9 @@ class _Resumed:
         for entry in self._entries:
             loop._ledger.append(entry)
         loop._account.load_state_dict(state["account"])
+        parts.target.load_state_dict(state["target"])
+        parts.metering.load_state_dict(state["metering"])
+        loop._metered = self._metered
         if loop._regrowth is not None and self._reserve is not None:
             loop._regrowth.load_state_dict(state["regrowth"], self._reserve)
         loop._account.steps.begin()
@@ -168,12 +177,12 @@ def device_of(parts: Parts) -> torch.device:
     return next((parameter.device for parameter in parts.model.parameters()), torch.device("cpu"))
 
 
-def _run(parts: Parts, dense: Mapping[str, float], limit: Mapping[str, float]) -> dict[str, Any]:
+def _run(parts: Parts, dense: Mapping[str, float]) -> dict[str, Any]:
     """What must be the same in both runs."""
     return {
         "groups": widths_of(parts.groups),
-        "dense": dict(dense),
-        "limit": dict(limit),
+        "dense": {name: dense[name] for name in ("flops", "params")},  # others are fitted to this machine
+        "budgets": [(each.resource, float(each.limit), each.per, each.relative) for each in parts.target.budgets],
         "total_steps": parts.total_steps,
         "optimizers": [type(each).__name__ for each in parts.optimizers],
         "copies": len(parts.copies),
