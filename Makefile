@@ -1,4 +1,4 @@
-# make demo | bench-quick | coverage-suites | test | check: each builds .venv by itself, and again only when pyproject.toml has changed.
+# make demo | bench-quick | coverage-suites | test | soak | check: each builds .venv by itself, and again only when pyproject.toml has changed.
 #
 # PYTHON=python3.12 picks the interpreter (3.11 or newer). PYTEST="-k twin" passes options to pytest.
 
@@ -9,11 +9,13 @@ SUITES ?= plain torchvision timm transformers
 WORKERS ?= 2
 QUICK ?= runs/quick
 QUICK_METHODS ?= dense,small,small-long,cubic,setpoint,gmp,torch-pruning-taylor
+KILLS ?= 50
+RESIZES ?= 2000
 
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo bench-quick coverage-suites test check clean
+.PHONY: help demo bench-quick coverage-suites test soak check clean
 
 help:
 	@echo "make demo    train a small CNN to half of its FLOPs and write $(OUT)/report.html"
@@ -22,6 +24,7 @@ help:
 	@echo "make coverage-suites"
 	@echo "             cut every model of $(SUITES) into results/coverage, WORKERS=$(WORKERS) at a time"
 	@echo "make test    run the tests, the doctests and the blocks of the README"
+	@echo "make soak    kill KILLS=$(KILLS) runs and resize a model RESIZES=$(RESIZES) times: minutes to an hour"
 	@echo "make check   formatting, lint, types and the layers of the imports"
 	@echo "make clean   remove .venv, caches and runs"
 
@@ -42,6 +45,10 @@ coverage-suites: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest $(PYTEST)
+
+soak: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/resized.py --count $(RESIZES)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/killed.py --count $(KILLS)
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -31,7 +31,7 @@ from setpoint.errors import (
 from setpoint.groups.group import Group, SizeBinding, Slice
 from setpoint.groups.trace import find_groups
 from setpoint.ledger import Entry, Ledger
-from setpoint.loop import Explanation, Loop, Summary, attach
+from setpoint.loop import Explanation, Loop, Summary, attach, load_run, save_run
 from setpoint.sensor.chain import SensorChain
 from setpoint.sensor.hankel import HankelSensor
 from setpoint.sensor.magnitude import MagnitudeSensor
@@ -87,7 +87,9 @@ __all__ = [
     "attach",
     "find_groups",
     "load",
+    "load_run",
     "regrow",
     "save",
+    "save_run",
     "shrink",
 ]

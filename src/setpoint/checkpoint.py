@@ -92,12 +92,9 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     pairs = tuple(name for name, tensor in own.items() if tensor.is_complex())
     dense = {name: shape for name, shape in recorded_dense(model).items() if name in own}
     header = _Header(sizes, aliases, pairs, transient, dense)
-    tensors = {name: _to_host(tensor) for name, tensor in own.items()}
-    text = json.dumps({"format": FORMAT, **asdict(header), "sha256": _digest(tensors, header)})
-    try:
-        _write(Path(path), tensors, text)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot write {os.fspath(path)!r}: {error}") from error
+    tensors = {name: to_host(tensor) for name, tensor in own.items()}
+    text = json.dumps({"format": FORMAT, **asdict(header), "sha256": digest(tensors, _words(header))})
+    write_file(Path(path), tensors, {_KEY: text})
 
 
 def load(path: str | os.PathLike[str], into: nn.Module) -> nn.Module:
@@ -169,40 +166,74 @@ def _check_plain(name: str, tensor: Tensor) -> None:
         raise CheckpointError(f"{name!r} is on the meta device and has no data: build the model on a real device")
 
 
-def _to_host(tensor: Tensor) -> Tensor:
+def to_host(tensor: Tensor) -> Tensor:
+    """A contiguous copy in host memory; complex numbers as pairs of reals."""
     whole = tensor.detach().resolve_conj().resolve_neg()
     plain = torch.view_as_real(whole) if whole.is_complex() else whole
     return plain.to("cpu", copy=True).contiguous()
 
 
-def _digest(tensors: Mapping[str, Tensor], header: _Header) -> str:
-    """SHA-256 over the header, then name, dtype, shape and bytes of every tensor in order of names."""
-    digest = hashlib.sha256(json.dumps(asdict(header), sort_keys=True).encode())
+def _words(header: _Header) -> str:
+    return json.dumps(asdict(header), sort_keys=True)
+
+
+def digest(tensors: Mapping[str, Tensor], words: str) -> str:
+    """SHA-256 over the words, then name, dtype, shape and bytes of every tensor in order of names."""
+    total = hashlib.sha256(words.encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         what = [name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
-        digest.update(json.dumps(what).encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+        total.update(json.dumps(what).encode())
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
 
 
-def _write(path: Path, tensors: dict[str, Tensor], text: str) -> None:
-    """Write to a neighbour and rename it, so that no one ever sees half a file."""
+def write_file(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write to a neighbour and rename it, so that no one ever sees half a file.
+
+    A process that is killed meanwhile leaves its neighbour `.NAME.PID.partial` behind.
+
+    Args:
+        path: where to.
+        tensors: by name, contiguous and in host memory.
+        metadata: of the safetensors file.
+
+    Raises:
+        CheckpointError: when it cannot be written; what was there before is still there.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         partial.touch()  # with the rights that the user's other new files get
         mode = partial.stat().st_mode
-        save_file(tensors, partial, metadata={_KEY: text})
+        save_file(tensors, partial, metadata=metadata)
         partial.chmod(mode)
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
+        _sync_folder(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot write {str(path)!r}: {error}") from error
     finally:
-        with suppress(FileNotFoundError):
+        with suppress(OSError):
             partial.unlink()
 
 
-def _read(path: Path) -> tuple[_Header, dict[str, Tensor]]:
+def _sync_folder(folder: Path) -> None:
+    """Have the new name survive a power cut; where folders cannot be opened (Windows), the system sees to it."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def read_file(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a safetensors file.
+
+    Raises:
+        CheckpointError: when it is none, or cannot be read.
+    """
     try:
         with open(path, "rb") as file:
             start = file.read(4)
@@ -210,8 +241,7 @@ def _read(path: Path) -> tuple[_Header, dict[str, Tensor]]:
         raise CheckpointError(f"cannot read {str(path)!r}: {error.strerror}") from error
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         # Only now: the length that opens a whole safetensors file may begin with any byte.
         if start[:1] == b"\x80" or start == b"PK\x03\x04":
@@ -220,6 +250,15 @@ def _read(path: Path) -> tuple[_Header, dict[str, Tensor]]:
                 "code: load it with torch.load(..., weights_only=True) and write it again with setpoint.save"
             ) from error
         raise CheckpointError(f"{str(path)!r} is damaged or not a safetensors file: {error}") from error
+
+
+def damaged(path: Path) -> CheckpointError:
+    """What is raised when a digest does not match."""
+    return CheckpointError(f"{str(path)!r} is damaged: its digest does not match its contents; get it again")
+
+
+def _read(path: Path) -> tuple[_Header, dict[str, Tensor]]:
+    metadata, tensors = read_file(path)
     header = _parse(path, metadata, tensors)
     return header, {
         name: torch.view_as_complex(tensor) if name in header.complex else tensor for name, tensor in tensors.items()
@@ -232,7 +271,6 @@ def _parse(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor
             f"{str(path)!r} is a safetensors file, but setpoint.save did not write it: "
             "load it with safetensors.torch.load_file and model.load_state_dict"
         )
-    damaged = f"{str(path)!r} is damaged: its digest does not match its contents; get it again"
     try:
         text: dict[str, Any] = json.loads(metadata[_KEY])
         version = int(text["format"])
@@ -248,12 +286,12 @@ def _parse(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor
             {name: tuple(shape) for name, shape in text["dense"].items()},
         )
         expected = text["sha256"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(damaged) from error
-    if _digest(tensors, header) != expected:
-        raise CheckpointError(damaged)
+        raise damaged(path) from error
+    if digest(tensors, _words(header)) != expected:
+        raise damaged(path)
     return header
 
 

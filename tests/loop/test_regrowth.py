@@ -228,8 +228,8 @@ def test_the_weights_that_rise_arrive_exactly() -> None:
         assert regrowth is not None
         before = [tensor.clone() for tensor in model.state_dict().values()]
         keep = {"inner.0": np.arange(16) > 4, "stem": np.arange(12) != 2}
-        regrowth.rest(keep)
-        groups = setpoint.shrink(model, None, loop.groups, keep)
+        with regrowth.resting(keep):
+            groups = setpoint.shrink(model, None, loop.groups, keep)
         plan = Plan(1, {}, grow={"inner.0": np.arange(5), "stem": np.array([2])})
         regrowth.grow(groups, plan)
         for _ in range(steps):

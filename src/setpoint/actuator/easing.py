@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +12,29 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from setpoint.actuator.shrink import named_tensors, unwrapped
+from setpoint.errors import GroupError
 from setpoint.groups.group import Group
+
+
+@dataclass(frozen=True, eq=False)
+class _Share:
+    """What one step adds to one tensor.
+
+    Args:
+        module: 0 for the model, else the number of the copy, from 1.
+        name: of the tensor.
+        tensor: itself.
+        dim: the dim along which units lie.
+        entries: of the units that have come back.
+        share: what each step adds to them.
+    """
+
+    module: int
+    name: str
+    tensor: Tensor
+    dim: int
+    entries: Tensor
+    share: Tensor
 
 
 class Easing:
@@ -48,7 +72,6 @@ class Easing:
     ) -> None:
         assert num_steps >= 1
         self._left = num_steps
-        self._shares: list[tuple[Tensor, int, Tensor, Tensor]] = []
         places = [
             (part.tensor, part.dim, np.flatnonzero(np.isin(part.index, np.flatnonzero(regrown[group.name]))))
             for group in groups
@@ -56,16 +79,63 @@ class Easing:
             for part in group.slices
             if part.role == "consume" and part.dim is not None
         ]
-        for module in (model, *unwrapped([name for name, *_ in places], model, copies)):
+        self._shares: list[_Share] = []
+        for number, module in enumerate((model, *unwrapped([name for name, *_ in places], model, copies))):
             tensors = named_tensors(module)
-            for name, dim, entries in places:
-                self._hold(tensors[name], dim, torch.from_numpy(entries).to(tensors[name].device))
+            for name, dim, positions in places:
+                tensor, entries = tensors[name], torch.from_numpy(positions).to(tensors[name].device)
+                with torch.no_grad():
+                    share = tensor.index_select(dim, entries) / num_steps
+                    tensor.index_fill_(dim, entries, 0)
+                self._shares.append(_Share(number, name, tensor, dim, entries, share))
 
-    def _hold(self, tensor: Tensor, dim: int, entries: Tensor) -> None:
-        with torch.no_grad():
-            share = tensor.index_select(dim, entries) / self._left
-            tensor.index_fill_(dim, entries, 0)
-        self._shares.append((tensor, dim, entries, share))
+    def state_dict(self) -> dict[str, Any]:
+        """What is still to come, in plain tensors and numbers."""
+        shares = [
+            {"module": each.module, "tensor": each.name, "dim": each.dim, "entries": each.entries, "share": each.share}
+            for each in self._shares
+        ]
+        return {"left": self._left, "shares": shares}
+
+    @classmethod
+    def resumed(cls, model: nn.Module, copies: Sequence[nn.Module], state: Mapping[str, Any]) -> Easing:
+        """An easing that goes on where `state_dict` was taken; the weights are as they were then.
+
+        Args:
+            model: the model, as wide as it was then.
+            copies: modules that were regrown alike.
+            state: from `state_dict`.
+        """
+        easing = cls(model, (), {}, num_steps=state["left"])
+        modules = (model, *unwrapped([each["tensor"] for each in state["shares"]], model, copies))
+        for each in state["shares"]:
+            tensor = named_tensors(modules[each["module"]])[each["tensor"]]
+            entries, share = each["entries"].to(tensor.device), each["share"].to(tensor.device)
+            easing._shares.append(_Share(each["module"], each["tensor"], tensor, each["dim"], entries, share))
+        return easing
+
+    @staticmethod
+    def check(state: Mapping[str, Any] | None, shapes: Mapping[str, Sequence[int]], num_copies: int) -> None:
+        """Check that a state fits a model, before anything is changed.
+
+        Args:
+            state: from `state_dict`, or None.
+            shapes: of the model's tensors.
+            num_copies: how many copies there are.
+
+        Raises:
+            GroupError: when it does not.
+        """
+        if state is None:
+            return
+        fits = isinstance(state["left"], int) and state["left"] >= 1
+        for each in state["shares"]:
+            shape, entries = list(shapes[each["tensor"]]), each["entries"]
+            inside = not len(entries) or 0 <= int(entries.min()) <= int(entries.max()) < shape[each["dim"]]
+            shape[each["dim"]] = len(entries)
+            fits &= inside and list(each["share"].shape) == shape and 0 <= each["module"] <= num_copies
+        if not fits:
+            raise GroupError("what is still to be added to units that came back does not fit the model")
 
     def step(self) -> bool:
         """Add one share; True when it was the last. Call it after the optimizer's step."""
@@ -78,7 +148,7 @@ class Easing:
 
     def _add(self, count: int) -> bool:
         with torch.no_grad():
-            for tensor, dim, entries, share in self._shares:
-                tensor.index_add_(dim, entries, share, alpha=count)
+            for each in self._shares:
+                each.tensor.index_add_(each.dim, each.entries, each.share, alpha=count)
         self._left -= count
         return self._left == 0

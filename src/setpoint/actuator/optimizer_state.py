@@ -105,6 +105,31 @@ def visit_state(optimizer: Optimizer, parameter: nn.Parameter, function: Callabl
         map_tensors(value, visit, key)
 
 
+def check_state(optimizer: Optimizer, held: Iterable[tuple[str, Tensor, Mapping[str, Any]]]) -> None:
+    """Check that state tensors are as large as their parameters, which PyTorch does not.
+
+    Args:
+        optimizer: for the message.
+        held: name, parameter, and what is remembered or to be remembered of it.
+
+    Raises:
+        OptimizerError: naming the first that does not fit.
+    """
+    for name, parameter, state in held:
+
+        def check(value: Tensor, part: str, name: str = name, parameter: Tensor = parameter) -> Tensor:
+            if value.shape != parameter.shape and value.numel() != 1:
+                raise OptimizerError(
+                    f"{type(optimizer).__name__} would have state[{part!r}] of shape {tuple(value.shape)} for {name!r} "
+                    f"of shape {tuple(parameter.shape)}: build model and optimizer anew, call loop.load_state_dict "
+                    "before optimizer.load_state_dict, and give both the same checkpoint"
+                )
+            return value
+
+        for part, value in state.items():
+            map_tensors(value, check, part)
+
+
 def check_optimizer(optimizer: Optimizer) -> None:
     """Check, by trying it on throwaway tensors, that a smaller parameter trains as its masked twin would.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from setpoint.actuator.cut import Keep, SizePlace, check_keep, cut_groups, in_fo
 from setpoint.actuator.optimizer_state import Optimizers, as_sequence, map_tensors
 from setpoint.actuator.shrink import named_tensors, unwrapped
 from setpoint.actuator.sizes import is_call
+from setpoint.errors import GroupError
 from setpoint.groups.group import Group
 from setpoint.groups.shim import get_call_sizes
 
@@ -162,6 +163,54 @@ class Reserve:
         after = after._within_limit({**{key: rest.values for key, rest in self.tensors.items()}, **sources}, self)
         return after.refilled(self, sources, self.names(dropped) | self.names(after.let_go))
 
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the groups and the limit, in plain tensors, numbers and strings."""
+        by_group = {
+            name: {key: torch.from_numpy(each[name].copy()) for key, each in self._by_group().items()}
+            for name in self.active
+        }
+        tensors = [
+            {"key": tuple(key), "values": rest.values, "shape": tuple(rest.form.shape), "stride": rest.form.stride()}
+            for key, rest in self.tensors.items()
+        ]
+        return {"units": by_group, "tensors": tensors}
+
+    def resumed(self, state: Mapping[str, Any]) -> Reserve:
+        """The reserve that `state_dict` was taken of.
+
+        Args:
+            state: from `state_dict` of a reserve of the same model; `self` is the empty one.
+
+        Raises:
+            GroupError: when it belongs to other groups, or entries are missing.
+        """
+        by_group: dict[str, dict[str, np.ndarray]] = {key: {} for key in self._by_group()}
+        for name, values in state["units"].items():
+            for key, each in values.items():
+                by_group[key][name] = each.numpy().copy()
+        for key, old in self._by_group().items():
+            for name, values in old.items():
+                new = by_group[key].get(name)
+                if new is None or (new.shape, new.dtype) != (values.shape, values.dtype):
+                    raise GroupError(f"the reserve's {key} of group {name!r} is not one {values.dtype} per unit")
+        tensors = {}
+        for each in state["tensors"]:
+            values = each["values"].cpu()
+            form = torch.empty_strided(each["shape"], each["stride"], dtype=values.dtype, device="meta")
+            tensors[Key(*each["key"])] = Rest(values, form)
+        after = replace(self, tensors=tensors, **by_group)  # type: ignore[arg-type]
+        known, live = after._outlines(), after.boxes(after.active)
+        for key, rest in tensors.items():
+            shape = rest.form.shape
+            if key.tensor not in known or any(len(kept) != shape[dim] for dim, kept in known[key.tensor].items()):
+                raise GroupError(f"the reserve holds {key.tensor!r} of shape {tuple(shape)}, which no group has")
+            if rest.values.shape != (count_entries(shape, known[key.tensor]) - count_entries(shape, live[key.tensor]),):
+                raise GroupError(f"the reserve lacks entries of {key.tensor!r}")
+        return after
+
+    def _by_group(self) -> dict[str, Mapping[str, np.ndarray]]:
+        return {key: getattr(self, key) for key in ("active", "resting", "dropped_at", "drops")}
+
     def names(self, units: Mapping[str, Sequence[int] | Int[np.ndarray, " _units"]]) -> frozenset[str]:
         """Names of the tensors in which any of these units lie."""
         some = {name for name, origins in units.items() if len(origins)}
@@ -264,14 +313,15 @@ class Reserve:
     def _need(self, shapes: Mapping[Key, tuple[int, ...]], tensors: Mapping[Key, Tensor]) -> int:
         """Bytes that the resting entries of these tensors take."""
         known, live = self._outlines(), self.boxes(self.active)
-
-        def count(shape: tuple[int, ...], box: Box) -> int:
-            return math.prod(int(box[dim].sum()) if dim in box else length for dim, length in enumerate(shape))
-
         return sum(
-            tensors[key].itemsize * (count(shape, known[key.tensor]) - count(shape, live[key.tensor]))
+            tensors[key].itemsize * (count_entries(shape, known[key.tensor]) - count_entries(shape, live[key.tensor]))
             for key, shape in shapes.items()
         )
+
+
+def count_entries(shape: Sequence[int], box: Box) -> int:
+    """How many entries of a tensor lie in a box."""
+    return math.prod(int(box[dim].sum()) if dim in box else length for dim, length in enumerate(shape))
 
 
 def held(

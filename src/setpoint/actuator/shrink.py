@@ -84,7 +84,7 @@ def shrink(
     """
     cut = plan_cut(groups, keep)
     remaining = cut_groups(groups, keep)
-    copied = unwrapped(cut.dims(), model, copies)
+    copied = unwrapped([name for name, _ in cut.entries], model, copies)
     jobs = [_job(model, cut, as_sequence(optimizer)), *(_job(each, cut, ()) for each in copied)]
     with ExitStack() as undo:
         for job in jobs:

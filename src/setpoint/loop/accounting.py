@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
 
 from setpoint.loop.summary import Segment
 from setpoint.meter import StepMeter, Stopwatch
@@ -97,6 +100,39 @@ class Account:
         """Seconds spent on probing since the last call."""
         before, self._probing_noted = self._probing_noted, self.probing_seconds
         return self.probing_seconds - before
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that was counted so far, in plain numbers."""
+        return {
+            "seconds": self.seconds - self.attach.seconds,
+            "watches": {name: watch.seconds for name, watch in self._watches().items()},
+            "numbers": {name: value for name, value in vars(self).items() if name in self._numbers()},
+            "steps": self.steps.state_dict(),
+            "segments": [asdict(each) for each in self._segments],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on counting where `state_dict` was taken.
+
+        The seconds of attaching again are added; its FLOPs are not, so that no decision depends on an interruption.
+
+        Args:
+            state: from `state_dict`.
+        """
+        self._attached = time.perf_counter() - float(state["seconds"])
+        for name, watch in self._watches().items():
+            watch.seconds += float(state["watches"][name])
+        for name in self._numbers():
+            setattr(self, name, type(getattr(self, name))(state["numbers"][name]))
+        self.steps.load_state_dict(state["steps"])
+        self._segments = [Segment(**each) for each in state["segments"]]
+
+    def _watches(self) -> dict[str, Stopwatch]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, Stopwatch)}
+
+    def _numbers(self) -> list[str]:
+        """Names of the attributes that are counts; `_attached` is a moment, which means nothing to another process."""
+        return [name for name, each in vars(self).items() if isinstance(each, (int, float)) and name != "_attached"]
 
     def _segment(self) -> Segment:
         return Segment(self._steps_in_segment, self.steps.seconds_per_step, self.overhead_seconds)

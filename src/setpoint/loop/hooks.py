@@ -25,6 +25,7 @@ class StepHooks:
         optimizers: the optimizers of one training step.
         before: called with what the gradients are still multiplied by, or None.
         after: called without arguments.
+        loading: called with an optimizer and the state dict that it is about to load.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class StepHooks:
         optimizers: tuple[Optimizer, ...],
         before: Callable[[Tensor | None], None],
         after: Callable[[], None],
+        loading: Callable[[Optimizer, dict[str, Any]], None] | None = None,
     ) -> None:
         self._before = before
         self._after = after
@@ -39,6 +41,13 @@ class StepHooks:
         self._stepped: set[int] = set()
         self._handles = [optimizer.register_step_pre_hook(self._ahead) for optimizer in optimizers]
         self._handles += [optimizer.register_step_post_hook(self._behind) for optimizer in optimizers]
+        if loading is not None:
+            self._handles += [optimizer.register_load_state_dict_pre_hook(loading) for optimizer in optimizers]
+
+    @property
+    def within_step(self) -> bool:
+        """Whether some of the optimizers have stepped and others have not."""
+        return bool(self._stepped)
 
     def remove(self) -> None:
         """Take all hooks away; may be called again."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import Any
 from weakref import WeakSet
@@ -39,6 +41,7 @@ from setpoint.loop.record import (
     with_returns,
 )
 from setpoint.loop.regrowth import Regrowth
+from setpoint.loop.state import check_loading, resume, state_of
 from setpoint.loop.stride import sensed_every
 from setpoint.loop.summary import Summary
 from setpoint.loop.watch import LossWatch
@@ -85,7 +88,7 @@ class Loop:
         self._watch = LossWatch()
         self._again = 0
         self._regrowth = Regrowth(parts, account) if regrows(parts.controller) else None
-        self._hooks = StepHooks(parts.optimizers, self._before_step, self._after_step)
+        self._hooks = StepHooks(parts.optimizers, self._before_step, self._after_step, partial(check_loading, parts))
         ATTACHED.add(parts.model)
         account.steps.begin()
 
@@ -211,6 +214,32 @@ class Loop:
         groups, origin_of = self._parts.groups, self._origin
         return explain(self._ledger, groups, origin_of, group, origin, self._worth, saliency, entry, resource)
 
+    def state_dict(self) -> dict[str, Any]:
+        """All that the loop remembers, for `load_state_dict`; model and optimizers are saved beside it.
+
+        It holds tensors, numbers and strings only, so that `torch.load(..., weights_only=True)` reads it.
+
+        Raises:
+            CheckpointError: when a sensor or controller of your own keeps what cannot be stored.
+            LoopError: in the middle of a step.
+        """
+        return state_of(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a state: shrink the dense model and its optimizers as they were, and go on from there.
+
+        Load it before the states of the model, its copies and the optimizers, which then have the right
+        shapes. Everything is checked before anything is changed.
+
+        Args:
+            state: from `state_dict`, of a loop that was attached with the same arguments.
+
+        Raises:
+            CheckpointError: when it is of another model, budget or length of run, or no such state.
+            LoopError: when this loop has made a step already.
+        """
+        resume(self, state)
+
     # How it ends.
 
     def finish(self) -> Summary:
@@ -292,6 +321,7 @@ class Loop:
     def _decide(self, due: bool) -> None:
         """Read, decide, act and record. After a bad reading, try again at the next step."""
         deciding, plan = self._account.deciding, None
+        self._overdue = True  # also if anything is raised from here on
         with deciding:
             reading, metered = self._read(), self._meter()
             why_not = refusal(reading)
@@ -299,7 +329,6 @@ class Loop:
                 self._replan()
                 probe = self._regrowth.probe(self._step) if self._regrowth is not None else None
                 state, plan = self._planned(self._observation(reading, probe, metered))
-        self._overdue = plan is None
         if plan is not None:
             if isinstance(self._parts.controller, Learning):
                 self._account.sensed(self._parts.controller.flops(self._groups))
@@ -311,7 +340,7 @@ class Loop:
             self._worth = spread(only_kept(plan.worth, plan), regrown)
             saliency = spread(only_kept(reading.saliency, plan), regrown)
             self._reading = replace(reading, saliency=saliency, slope={}, norm={})
-            self._plan, self._landed = plan, plan.landed
+            self._plan, self._landed, self._overdue = plan, plan.landed, False
             if self._landed and self._regrowth is not None:
                 self._regrowth.release()
         elif due and why_not is not None:
@@ -351,20 +380,21 @@ class Loop:
         parts, account, regrowth = self._parts, self._account, self._regrowth
         account.resizing.last_seconds = 0.0
         regrown: dict[str, Bool[np.ndarray, " _units"]] = {}
-        self._controller_state, note = state, ""
+        note = ""
         if plan.empty():
+            self._controller_state = state
             return regrown, note
         with account.resizing:
-            if plan.drops():
+            if plan.drops():  # all that can fail comes before the model changes
                 if regrowth is None and self._watch.can_roll_back(parts.sensor, parts.controller, account.resizes):
                     regrowth = self._regrowth = Regrowth(parts, account)
-                note = regrowth.rest(plan.keep) if regrowth is not None else ""
-                self._groups = balance_and_shrink(
-                    parts.model, parts.optimizers, self._groups, plan.keep, reading.basis, parts.copies
-                )
-                self._sensor_state = parts.sensor.cut(self._sensor_state, plan.keep)
-                self._controller_state = parts.controller.cut(self._controller_state, plan.keep)
-                self._origin = only_kept(self._origin, plan)
+                sensed, state = parts.sensor.cut(self._sensor_state, plan.keep), parts.controller.cut(state, plan.keep)
+                with regrowth.resting(plan.keep) if regrowth is not None else nullcontext("") as note:
+                    groups = balance_and_shrink(
+                        parts.model, parts.optimizers, self._groups, plan.keep, reading.basis, parts.copies
+                    )
+                self._groups, self._sensor_state, self._origin = groups, sensed, only_kept(self._origin, plan)
+            self._controller_state = state
             if plan.grows() and regrowth is not None:
                 self._groups, regrown = regrowth.grow(self._groups, plan)
                 self._sensor_state = parts.sensor.grow(self._sensor_state, regrown)  # type: ignore[attr-defined]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -132,3 +132,15 @@ class Metering:
         """The model has changed: forget."""
         self._peak, self._num_steps = None, 0
         self._began_j = self._energy.read_j() if self._energy else None
+
+    def state_dict(self) -> dict[str, int | None]:
+        """The last peak; joules count anew in another process."""
+        return {"peak": self._peak}
+
+    def load_state_dict(self, state: Mapping[str, int | None]) -> None:
+        """Go on with the last peak.
+
+        Args:
+            state: from `state_dict`.
+        """
+        self._peak = None if state["peak"] is None else int(state["peak"])

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float64, Int
 from torch import Tensor
 
@@ -17,9 +20,11 @@ from setpoint.actuator.regrow import Grow, regrow, with_units
 from setpoint.actuator.reserve import Reserve
 from setpoint.controller.plan import Plan, Regrowing, regrows
 from setpoint.controller.tolerant import TolerantController
+from setpoint.errors import GroupError
 from setpoint.groups.group import Group, widths_of
 from setpoint.loop.accounting import Account
 from setpoint.loop.parts import Parts
+from setpoint.loop.plain import plain, restored
 from setpoint.sensor.probe import Probe
 
 _PROBE_SHARE = 0.01
@@ -70,6 +75,61 @@ class Regrowth:
         """By group, the index that each active unit has in the dense model."""
         return {name: np.flatnonzero(units) for name, units in self.reserve.active.items()}
 
+    # What is remembered.
+
+    @property
+    def within_step(self) -> bool:
+        """Whether a probed step has begun and not ended."""
+        return self._probing is not None and self._probing.num_forwards > 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything in plain tensors and numbers."""
+        return {
+            "reserve": self.reserve.state_dict(),
+            "decisions": self._decisions,
+            "last_rest": self._last_rest,
+            "probing": self._probing is not None,
+            "recent": plain(self._recent, "recent gains"),
+            "easing": None if self._easing is None else self._easing.state_dict(),
+        }
+
+    def check(self, state: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> None:
+        """Check that a state fits, all but its reserve, before anything is changed.
+
+        Args:
+            state: from `state_dict`.
+            shapes: of the model's tensors then.
+
+        Raises:
+            GroupError: when it does not.
+        """
+        units = {name: len(active) for name, active in self.reserve.active.items()}
+        for gains in self._gains_of(state):
+            for name, values in gains.items():
+                if values.shape != (units.get(name),):
+                    raise GroupError(f"recent gains of {name!r} are not one per unit")
+        Easing.check(state["easing"], shapes, len(self._copies))
+        int(state["decisions"]), int(state["last_rest"]), bool(state["probing"])
+
+    @staticmethod
+    def _gains_of(state: Mapping[str, Any]) -> list[dict[str, Float64[np.ndarray, " _units"]]]:
+        return [restored(each, {}, "recent gains", torch.device("cpu")) for each in state["recent"]]
+
+    def load_state_dict(self, state: Mapping[str, Any], reserve: Reserve) -> None:
+        """Go on where `state_dict` was taken; the model has been cut to the same widths.
+
+        Args:
+            state: from `state_dict`.
+            reserve: the one in it.
+        """
+        self.reserve, self._decisions = reserve, int(state["decisions"])
+        self._last_rest = int(state["last_rest"])
+        self._recent.extend(self._gains_of(state))
+        if state["easing"] is not None:
+            self._easing = Easing.resumed(self._model, self._copies, state["easing"])
+        if state["probing"]:
+            self._start_probe(self._resting_lossless())
+
     # Probing.
 
     def begin_probe(self, step: int, total_steps: int) -> None:
@@ -77,11 +137,16 @@ class Regrowth:
         controller = self._parts.controller
         if not isinstance(controller, Regrowing) or not controller.probe_due(step, total_steps):
             return
-        units = {name: origins for name, origins in self.reserve.origins().items() if name in self._lossless}
+        units = self._resting_lossless()
         account, extra = self._account, self._extra(units)
-        if not units or account.probing_flops + extra > _PROBE_SHARE * account.train_flops:
-            return
-        with account.probing:
+        if units and account.probing_flops + extra <= _PROBE_SHARE * account.train_flops:
+            self._start_probe(units)
+
+    def _resting_lossless(self) -> dict[str, Int[np.ndarray, " _units"]]:
+        return {name: origins for name, origins in self.reserve.origins().items() if name in self._lossless}
+
+    def _start_probe(self, units: dict[str, Int[np.ndarray, " _units"]]) -> None:
+        with self._account.probing:
             self._probing, self._probed = Probing(self._model, self.reserve, units), units
             self._probing.start()
 
@@ -127,19 +192,26 @@ class Regrowth:
 
     # Drops and returns.
 
-    def rest(self, keep: Mapping[str, Bool[np.ndarray, " _units"]]) -> str:
-        """Take in the units that are about to be dropped; what was let go for them, in words."""
+    @contextmanager
+    def resting(self, keep: Mapping[str, Bool[np.ndarray, " _units"]]) -> Iterator[str]:
+        """Take in the units that are dropped inside; what is let go for them, in words. If dropping fails, nothing."""
         self.settle()
         if not self._lasting:
             self.release()
+        before, last_rest = self.reserve, self._last_rest
         self._last_rest = self._decisions
-        self.reserve = self.reserve.rest(self._model, self._optimizers, keep, self._copies, when=self._decisions)
-        if not self.reserve.let_go:
-            return ""
-        gone = sum(len(origins) for origins in self.reserve.let_go.values())
-        words = f"the reserve of {self.reserve.limit_bytes:,} bytes is full: {gone} units dropped earlier were let go"
-        warnings.warn(f"{words} for good; reserve_bytes makes room", stacklevel=2)
-        return words
+        self.reserve = before.rest(self._model, self._optimizers, keep, self._copies, when=self._decisions)
+        let_go, words = self.reserve.let_go, ""
+        if let_go:
+            gone = sum(len(origins) for origins in let_go.values())
+            words = f"the reserve of {before.limit_bytes:,} bytes is full: {gone} units dropped earlier were let go"
+        try:
+            if words:
+                warnings.warn(f"{words} for good; reserve_bytes makes room", stacklevel=3)
+            yield words
+        except BaseException:
+            self.reserve, self._last_rest = before, last_rest
+            raise
 
     def grow(
         self, groups: tuple[Group, ...], plan: Plan

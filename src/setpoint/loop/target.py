@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from setpoint.controller.plan import Observation, Plan
 from setpoint.controller.reference import Reference
@@ -209,6 +210,20 @@ class Target:
             ]
             return {**seen, "joint": max(shares)}
         return seen
+
+    def state_dict(self) -> dict[str, Any]:
+        """What meters have told so far, in plain numbers."""
+        return {"limit": dict(self._limit), "factor": dict(self._factor), "anchored": sorted(self._anchored)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with what meters had told by then.
+
+        Args:
+            state: from `state_dict` of a target of the same budgets.
+        """
+        self._limit = {name: float(state["limit"][name]) for name in self._limit}
+        self._factor = {name: float(state["factor"][name]) for name in self._factor}
+        self._anchored = set(map(str, state["anchored"]))
 
     def expected(self, name: str, widths: Mapping[str, int]) -> float:
         """Cost that a meter is expected to read at these widths, by the readings so far."""

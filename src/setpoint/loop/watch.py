@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -93,6 +95,31 @@ class LossWatch:
         if self._cut is None:
             return None
         return excess_after(self._steps, self._losses, changed=self._changed, cut=self._cut, now=now)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything in plain tensors, numbers and strings."""
+        self._gather()
+        return {
+            "loss": self.loss,
+            "val": self.val,
+            "steps": torch.from_numpy(self._steps.copy()),
+            "losses": torch.from_numpy(self._losses.copy()),
+            "changed": self._changed,
+            "cut": self._cut,
+            "gave_way": self.gave_way,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken; nothing is changed if it does not fit."""
+        steps, losses = (state[name].cpu().double().numpy().copy() for name in ("steps", "losses"))
+        if steps.ndim != 1 or steps.shape != losses.shape:
+            raise ValueError("observed losses and their steps are not as many")
+        last = {name: None if state[name] is None else float(state[name]) for name in ("loss", "val")}
+        changed, gave_way = int(state["changed"]), str(state["gave_way"])
+        cut = None if state["cut"] is None else int(state["cut"])
+        self._last, self._fresh = {**last}, []
+        self._steps, self._losses = steps, losses
+        self._changed, self._cut, self.gave_way = changed, cut, gave_way
 
     def _gather(self) -> None:
         """Bring fresh losses to the host."""

@@ -7,7 +7,7 @@ import statistics
 import time
 import warnings
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -151,3 +151,12 @@ class StepMeter:
     def measured(self) -> Measured | None:
         """The median with its 95 % interval, or None before the first step."""
         return median_of(self._intervals) if self._intervals else None
+
+    def state_dict(self) -> dict[str, list[float]]:
+        """The recent intervals."""
+        return {"intervals": list(self._intervals)}
+
+    def load_state_dict(self, state: Mapping[str, Sequence[float]]) -> None:
+        """Go on with these recent intervals; the step under way is no reading."""
+        self.clear()
+        self._intervals.extend(map(float, state["intervals"]))

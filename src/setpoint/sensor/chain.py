@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,8 @@ from setpoint.sensor.reading import Reading, Sensor
 class Link:
     """One sensor of a chain at work: the names of its groups, and its state."""
 
-    sensor: Sensor[Any]
-    names: frozenset[str]
+    sensor: Sensor[Any] = field(metadata={"live": True})
+    names: frozenset[str] = field(metadata={"live": True})
     state: Any
 
     def of(self, groups: tuple[Group, ...]) -> tuple[Group, ...]:

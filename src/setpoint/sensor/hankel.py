@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from setpoint.ssm import Balance, BalancedPairs, Basis, balance, check_system
 class HankelState:
     """The model whose live layers are read, and the running moments of each whole layer's gate gradient."""
 
-    model: nn.Module
+    model: nn.Module = field(metadata={"live": True})
     layers: TaylorState
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from setpoint.sensor.unit_sum import UnitSum
 class MagnitudeState:
     """The model whose live weights are read, and how many steps it has been trained."""
 
-    model: nn.Module
+    model: nn.Module = field(metadata={"live": True})
     num_steps: int = 0
 
 

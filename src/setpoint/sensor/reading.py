@@ -56,7 +56,8 @@ class Sensor(Protocol[State]):
     """Estimates saliency from what an ordinary training step leaves behind.
 
     A sensor holds settings only; what it remembers is its state, whose tensors are indexed by unit
-    so that the actuator can cut them like everything else.
+    so that the actuator can cut them like everything else. `Loop.state_dict` stores it: a dataclass of tensors,
+    arrays and numbers; a field that points at the model is marked by `field(metadata={"live": True})`.
     """
 
     def readable(self, groups: tuple[Group, ...], model: torch.nn.Module) -> tuple[Group, ...]:

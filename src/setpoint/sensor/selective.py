@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from setpoint.sensor.reading import Reading
 class SelectiveState:
     """The model whose live layers are read, and the steps so far."""
 
-    model: nn.Module
+    model: nn.Module = field(metadata={"live": True})
     num_steps: int = 0
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -72,7 +72,7 @@ class TaylorState:
     num_steps: Float[Tensor, ""]
     skipped_steps: Float[Tensor, ""]
     recent: tuple[Float[Tensor, " all_units"], ...] = ()
-    sources: Sources | None = None
+    sources: Sources | None = field(default=None, metadata={"live": True})
 
 
 class TaylorSensor:

@@ -1,0 +1,114 @@
+"""Plain data: what a part remembers, as tensors, numbers and strings that any checkpoint can hold, and back."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from setpoint.errors import CheckpointError
+
+_NUMPY = "numpy"
+
+
+def plain(value: Any, where: str) -> Any:
+    """A value as nested dicts, lists and tuples of tensors, numbers, strings and None.
+
+    Dataclasses become dicts of their fields, without those whose `metadata` says `"live"`: these point at the model,
+    and are found again. NumPy arrays become `{"numpy": tensor}`. Tensors are copied.
+
+    Args:
+        value: of a state.
+        where: what it is, for messages.
+
+    Raises:
+        CheckpointError: for anything else, which no checkpoint could hold without running its code.
+
+    >>> plain({"age": np.array([1, 2])}, "state")
+    {'age': {'numpy': tensor([1, 2])}}
+    """
+    if isinstance(value, np.generic):
+        return value.item()
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
+        return {_NUMPY: torch.from_numpy(value.copy())}
+    if is_dataclass(value) and not isinstance(value, type):
+        kept = [each.name for each in fields(value) if not each.metadata.get("live")]
+        return {name: plain(getattr(value, name), f"{where}.{name}") for name in kept}
+    if isinstance(value, Mapping) and all(isinstance(key, (str, int)) for key in value):
+        return {key: plain(each, f"{where}[{key!r}]") for key, each in value.items()}
+    if isinstance(value, (list, tuple, deque)) and not hasattr(value, "_fields"):
+        items = [plain(each, f"{where}[{number}]") for number, each in enumerate(value)]
+        return tuple(items) if isinstance(value, tuple) else items
+    raise CheckpointError(
+        f"{where} is a {type(value).__name__}, which cannot be stored: keep tensors, arrays, numbers and strings in "
+        'dataclasses, dicts, lists and tuples, or mark the field live with field(metadata={"live": True})'
+    )
+
+
+def restored(value: Any, like: Any, where: str, device: torch.device) -> Any:
+    """The value that `plain` was given.
+
+    Args:
+        value: what `plain` returned.
+        like: a value of the same types and shapes, whose live fields are taken over.
+        where: what it is, for messages.
+        device: of tensors that `like` has no counterpart of.
+
+    Raises:
+        CheckpointError: when it is no such value.
+    """
+    if is_dataclass(like) and not isinstance(like, type):
+        names = {each.name for each in fields(like) if not each.metadata.get("live")}
+        if not isinstance(value, dict) or set(value) != names:
+            raise CheckpointError(f"{where} is not the state of a {type(like).__name__}, got {_kind(value)}")
+        return replace(
+            like,
+            **{name: restored(value[name], getattr(like, name), f"{where}.{name}", device) for name in sorted(names)},
+        )
+    if isinstance(like, np.ndarray):
+        array = _bare(value, device)
+        if not isinstance(array, np.ndarray) or (array.shape, array.dtype) != (like.shape, like.dtype):
+            raise CheckpointError(f"{where} must be an array of {like.dtype} of shape {like.shape}, got {_kind(value)}")
+        return array
+    if isinstance(like, Tensor):
+        if not isinstance(value, Tensor) or (value.shape, value.dtype) != (like.shape, like.dtype):
+            shape = tuple(like.shape)
+            raise CheckpointError(f"{where} must be a tensor of {like.dtype} of shape {shape}, got {_kind(value)}")
+        return value.to(like.device, copy=True)
+    if isinstance(like, Mapping):
+        if not isinstance(value, dict):
+            raise CheckpointError(f"{where} must be a dict, got {_kind(value)}")
+        return {key: restored(each, like.get(key), f"{where}[{key!r}]", device) for key, each in value.items()}
+    if isinstance(like, tuple) and like and isinstance(value, tuple) and len(value) == len(like):
+        pairs = enumerate(zip(value, like, strict=True))
+        return tuple(restored(each, other, f"{where}[{number}]", device) for number, (each, other) in pairs)
+    return _bare(value, device)
+
+
+def _bare(value: Any, device: torch.device) -> Any:
+    """A value of which nothing is known but what it says itself."""
+    if isinstance(value, Tensor):
+        return value.to(device, copy=True)
+    if isinstance(value, dict):
+        if set(value) == {_NUMPY} and isinstance(value[_NUMPY], Tensor):
+            return value[_NUMPY].cpu().numpy().copy()
+        return {key: _bare(each, device) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_bare(each, device) for each in value)
+    return value
+
+
+def _kind(value: Any) -> str:
+    inner = value[_NUMPY] if isinstance(value, dict) and set(value) == {_NUMPY} else value
+    if isinstance(inner, Tensor):
+        return f"{inner.dtype} of shape {tuple(inner.shape)}"
+    return f"a {type(inner).__name__}"

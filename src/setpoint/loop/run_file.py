@@ -1,0 +1,133 @@
+"""A run file: everything that a training run needs to go on, in one file that is never half written."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from setpoint.checkpoint import damaged, digest, read_file, write_file
+from setpoint.errors import CheckpointError
+from setpoint.loop.loop import Loop
+from setpoint.loop.tree import from_tensors, to_tensors
+
+FORMAT = 1
+"""Version of the file format, described in docs/resume.md."""
+
+_KEY = "setpoint_run"
+
+
+def save_run(path: str | os.PathLike[str], **parts: Any) -> None:
+    """Write a training run to one safetensors file with a digest: loop, model, optimizers, and what else is given.
+
+    The write is atomic: under `path` there is either the old file or the whole new one, even if the process is
+    killed or the disk is full. Nothing in the file is ever run as code when it is read.
+
+    Args:
+        path: where to; the folder must exist.
+        parts: by any name, whatever has a `state_dict()` (loop, model, optimizer, scheduler, scaler, averaged copy),
+            and plain data: numbers, strings, tensors, and dicts, lists and tuples of them.
+
+    Raises:
+        CheckpointError: when a part cannot be stored, a loop comes without its model, an optimizer or a copy, or the
+            file cannot be written; the old file is then still there.
+        LoopError: in the middle of a step.
+
+    >>> import tempfile, torch
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_run(f"{folder}/run", model=nn.Linear(2, 3), epoch=4)
+    ...     load_run(f"{folder}/run", model=nn.Linear(2, 3))
+    {'epoch': 4}
+    """
+    _check_complete(parts)
+    states = {name: part.state_dict() for name, part in parts.items() if hasattr(part, "state_dict")}
+    values = {name: part for name, part in parts.items() if name not in states}
+    tensors = to_tensors({"states": states, "values": values})
+    text = json.dumps({"format": FORMAT, "sha256": digest(tensors, str(FORMAT))})
+    write_file(Path(path), tensors, {_KEY: text})
+
+
+def load_run(path: str | os.PathLike[str], **parts: Any) -> dict[str, Any]:
+    """Read a file that `save_run` wrote into freshly built parts, and return the plain data that was saved with them.
+
+    Build model, optimizer and the rest as at the beginning of the run, attach, and load. The loop comes first,
+    whatever the order of the arguments: it shrinks model, optimizers and copies to the widths that they had.
+
+    Args:
+        path: the file.
+        parts: the parts that have a state, by the names under which they were saved.
+
+    Raises:
+        CheckpointError: when there is no such file, it is damaged, of another format or another run, or the parts are
+            not those that were saved. Digest, names and the loop's state are checked before anything is changed.
+    """
+    states, values = _read(Path(path))
+    _check_parts(str(path), states, parts)
+    for name in sorted(states, key=lambda name: not isinstance(parts[name], Loop)):
+        parts[name].load_state_dict(states[name])
+    return values
+
+
+def _check_complete(parts: Mapping[str, Any]) -> None:
+    """Check that every loop comes with the model, optimizers and copies whose tensors it does not store itself."""
+    given = {id(getattr(part, "_orig_mod", part)) for part in parts.values()}
+    for name, part in parts.items():
+        if isinstance(part, Loop):
+            mine = part._parts
+            needs = [("model", mine.model), *(("optimizer", each) for each in mine.optimizers)]
+            for what, needed in (*needs, *(("copy", each) for each in mine.copies)):
+                if id(needed) not in given:
+                    raise CheckpointError(f"{name!r} is of no use without its {what}: save_run(path, {what}=..., ...)")
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    metadata, tensors = read_file(path)
+    if _KEY not in metadata:
+        raise CheckpointError(f"{str(path)!r} was not written by setpoint.save_run: read it with what wrote it")
+    try:
+        header = json.loads(metadata[_KEY])
+        version, expected = header["format"], header["sha256"]
+        if version != FORMAT:
+            raise CheckpointError(f"{str(path)!r} has format {version!r}, this Setpoint reads {FORMAT}")
+        if digest(tensors, str(version)) != expected:
+            raise damaged(path)
+        tree = from_tensors(tensors)
+        return dict(tree["states"]), dict(tree["values"])
+    except (KeyError, TypeError, ValueError, RuntimeError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise damaged(path) from error
+
+
+def _check_parts(path: str, states: Mapping[str, Any], parts: Mapping[str, Any]) -> None:
+    """Check that the parts are those of the file, as far as it can be seen before anything is changed."""
+    if set(states) != set(parts):
+        raise CheckpointError(
+            f"{path!r} holds the states of {_some(states)}, load_run was given {_some(parts)}: give the same parts"
+        )
+    for name, part in parts.items():
+        if isinstance(part, nn.Module):
+            own, saved = set(part.state_dict()), set(states[name])
+            if own != saved:
+                raise CheckpointError(
+                    f"{path!r} was made for another {name}: only the file has {_some(saved - own)}, only the module "
+                    f"has {_some(own - saved)}"
+                )
+        if isinstance(part, Optimizer):
+            own_groups = [len(settings["params"]) for settings in part.param_groups]
+            groups = [len(settings["params"]) for settings in states[name]["param_groups"]]
+            if own_groups != groups:
+                raise CheckpointError(
+                    f"{path!r} was made for another {name}: its parameter groups have {groups} parameters, here "
+                    f"{own_groups}"
+                )
+
+
+def _some(names: Any) -> str:
+    ordered = sorted(names)
+    return ", ".join(map(repr, ordered[:5])) + (f" and {len(ordered) - 5} more" if len(ordered) > 5 else "") or "none"

@@ -1,0 +1,106 @@
+"""A tree: nested plain data as one table of tensors, and back, so that a file without pickles can hold it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from setpoint.checkpoint import to_host
+from setpoint.errors import CheckpointError
+
+TREE = "tree"
+"""Name of the tensor whose bytes are the JSON text of everything that is no tensor."""
+
+_DICTS: dict[str, type[dict[Any, Any]]] = {"dict": dict, "ordered": OrderedDict, "counter": Counter}
+
+
+def to_tensors(value: Any) -> dict[str, Tensor]:
+    """Nested dicts, lists and tuples of tensors, numbers, strings and None as tensors in host memory.
+
+    Tensors that share all of their memory are stored once.
+
+    Args:
+        value: the data; its dicts have keys that are strings or whole numbers.
+
+    Raises:
+        CheckpointError: for anything else.
+
+    >>> sorted(to_tensors({"weight": torch.zeros(2), "step": 3}))
+    ['0', 'tree']
+    """
+    tensors: dict[str, Tensor] = {}
+    known: dict[Any, str] = {}
+
+    def store(tensor: Tensor) -> str:
+        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+        if tensor.numel() and place in known:
+            return known[place]
+        known[place] = str(len(tensors))
+        tensors[known[place]] = to_host(tensor)
+        return known[place]
+
+    def encode(value: Any, where: str) -> Any:
+        if value is None or type(value) in (bool, int, float, str):
+            return value
+        if type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided and not value.is_quantized:
+            if value.is_meta:
+                raise CheckpointError(f"{where} is on the meta device and has no data")
+            return {"tensor": store(value), "stride": value.stride(), "complex": value.is_complex()}
+        if type(value) is list:
+            return [encode(each, f"{where}[{number}]") for number, each in enumerate(value)]
+        if type(value) is tuple:
+            return {"tuple": encode(list(value), where)}
+        if isinstance(value, dict) and all(type(key) in (str, int) for key in value):
+            kind = {OrderedDict: "ordered", Counter: "counter"}.get(type(value), "dict")
+            return {kind: [[key, encode(each, f"{where}[{key!r}]")] for key, each in value.items()]}
+        raise CheckpointError(
+            f"{where or 'this'} is a {type(value).__name__}: a run file holds tensors, numbers, strings, None, "
+            "and dicts, lists and tuples of them"
+        )
+
+    text = json.dumps(encode(value, ""))
+    tensors[TREE] = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+    return tensors
+
+
+def from_tensors(tensors: Mapping[str, Tensor]) -> Any:
+    """The data that `to_tensors` was given; tensors are copies, laid out in memory as they were.
+
+    Args:
+        tensors: what it returned.
+
+    Raises:
+        KeyError, TypeError, ValueError, RuntimeError: when they are something else.
+    """
+
+    def decode(value: Any) -> Any:
+        if isinstance(value, list):
+            return [decode(each) for each in value]
+        if not isinstance(value, dict):
+            return value
+        if "tensor" in value:
+            return laid_out(tensors[value["tensor"]], value["stride"], value["complex"])
+        ((kind, items),) = value.items()
+        if kind == "tuple":
+            return tuple(decode(items))
+        return _DICTS[kind]({key: decode(each) for key, each in items})
+
+    return decode(json.loads(tensors[TREE].numpy().tobytes()))
+
+
+def laid_out(tensor: Tensor, stride: list[int], is_complex: bool) -> Tensor:
+    """A copy of a contiguous tensor with these strides, where they leave no gaps and nothing overlaps."""
+    tensor = torch.view_as_complex(tensor) if is_complex else tensor
+    order = sorted(range(tensor.dim()), key=lambda dim: -stride[dim])
+    dense = tensor.permute(order).contiguous().permute([order.index(dim) for dim in range(tensor.dim())])
+    if list(dense.stride()) == list(stride):
+        return dense.clone() if dense.data_ptr() == tensor.data_ptr() else dense
+    size = 1 + sum((length - 1) * step for length, step in zip(tensor.shape, stride, strict=True))
+    if tensor.numel() and size == tensor.numel() and 0 not in stride:
+        return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype).copy_(tensor)
+    return dense.clone()

@@ -1,0 +1,187 @@
+"""Optimizers, precisions, accumulation, clipping and compiled code: a cut run trains on like a fresh small model.
+
+Rows are pairwise: each value of each setting meets each value of each other one at least once.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import setpoint
+from loop.test_regrowth import Net, Scripted, data
+
+SETTINGS: dict[str, tuple[Any, ...]] = {
+    "optimizer": ("sgd", "adamw", "adamw-foreach", "adamw-fused"),
+    "precision": ("float32", "bfloat16", "float16"),
+    "accumulation": (1, 2),
+    "clip": (None, 0.05),
+    "wrapper": ("plain", "compiled", "channels_last"),
+}
+DROP = {3: {"inner.0": [1, 4, 9], "stem": [0, 3]}}
+
+
+def pairwise() -> list[tuple[Any, ...]]:
+    """Rows in which every pair of values of two settings is; each row takes as many new pairs as it can."""
+    names, rows = list(SETTINGS), list(itertools.product(*SETTINGS.values()))
+
+    def pairs(row: tuple[Any, ...]) -> set[Any]:
+        return set(itertools.combinations(zip(names, row, strict=True), 2))
+
+    missing, chosen = set().union(*map(pairs, rows)), []
+    while missing:
+        best = max(rows, key=lambda row: len(pairs(row) & missing))
+        chosen.append(best)
+        missing -= pairs(best)
+    return chosen
+
+
+def make_optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    others = [{"params": decayed, "weight_decay": 0.1}, {"params": [p for p in model.parameters() if p.dim() < 2]}]
+    if name == "sgd":
+        return torch.optim.SGD(others, lr=0.05, momentum=0.9)
+    forms = {name.partition("-")[2]: True} if "-" in name else {}
+    return torch.optim.AdamW(others, lr=0.01, **forms)
+
+
+class Training:
+    """A user's training loop of these settings."""
+
+    def __init__(self, model: nn.Module, forward: Any, optimizer: torch.optim.Optimizer, row: dict[str, Any]) -> None:
+        self.model, self.forward, self.optimizer, self.row = model, forward, optimizer, row
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=row["precision"] == "float16")  # type: ignore[attr-defined]
+
+    def autocast(self) -> Any:
+        kind = self.row["precision"]
+        return nullcontext() if kind == "float32" else torch.autocast("cpu", getattr(torch, kind))
+
+    def step(self, number: int) -> Tensor:
+        parts = self.row["accumulation"]
+        for part in range(parts):
+            x, y = data(parts * number + part)
+            if self.row["wrapper"] == "channels_last":
+                x = x.to(memory_format=torch.channels_last)
+            with self.autocast():
+                loss = nn.functional.cross_entropy(self.forward(x).float(), y) / parts
+            self.scaler.scale(loss).backward()
+        if self.row["clip"]:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.row["clip"])
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        return loss.detach()
+
+
+@pytest.mark.parametrize("values", pairwise(), ids=lambda row: "-".join(map(str, row)))
+def test_a_cut_run_trains_on_like_a_fresh_small_model(values: tuple[Any, ...], tmp_path: Any) -> None:
+    """Claim: after a cut in the middle of training, losses and weights are bit-equal to those of a small model that was
+    loaded from a file, with an optimizer that was given the state, and without a loop.
+    """
+    row = dict(zip(SETTINGS, values, strict=True))
+    torch.manual_seed(0)
+    model = Net().to(memory_format=torch.channels_last) if row["wrapper"] == "channels_last" else Net()
+    optimizer = make_optimizer(row["optimizer"], model)
+    forward = torch.compile(model, backend="eager") if row["wrapper"] == "compiled" else model
+    loop = setpoint.attach(
+        model,
+        optimizer,
+        setpoint.Budget.fraction(0.9, of="params"),
+        example=(data(0)[0],),
+        total_steps=20,
+        controller=Scripted(DROP, regrow=False),
+        verify=False,
+    )
+    run = Training(model, forward, optimizer, row)
+    for number in range(4):
+        run.step(number)
+    assert loop.widths == {"stem": 10, "inner.0": 13}
+    setpoint.save(model, tmp_path / "small")
+    small = Net().to(memory_format=torch.channels_last) if row["wrapper"] == "channels_last" else Net()
+    setpoint.load(tmp_path / "small", into=small)
+    alone = make_optimizer(row["optimizer"], small)
+    alone.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    other = Training(
+        small, torch.compile(small, backend="eager") if row["wrapper"] == "compiled" else small, alone, row
+    )
+    other.scaler.load_state_dict(run.scaler.state_dict())
+    for number in range(4, 8):
+        assert torch.equal(run.step(number), other.step(number))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), small.parameters(), strict=True))
+    reading = loop._read()
+    assert reading.num_steps == 8 and reading.finite() and reading.skipped_steps == 0
+
+
+def saliencies(kind: str, scale: float, unscale: bool) -> dict[str, np.ndarray]:
+    """What the sensor reads after five steps of a run whose gradients are scaled like this."""
+    torch.manual_seed(0)
+    model = Net()
+    optimizer = make_optimizer(kind, model)
+    loop = setpoint.attach(
+        model,
+        optimizer,
+        setpoint.Budget.fraction(0.9, of="params"),
+        example=(data(0)[0],),
+        total_steps=20,
+        controller=Scripted({}, regrow=False),
+        verify=False,
+    )
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale != 1.0)  # type: ignore[attr-defined]
+    for number in range(5):
+        x, y = data(number)
+        scaler.scale(nn.functional.cross_entropy(model(x), y)).backward()
+        if unscale:
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    return dict(loop._read().saliency)
+
+
+@pytest.mark.parametrize("unscale", [False, True])
+@pytest.mark.parametrize("kind", ["adamw", "adamw-fused"])
+def test_a_grad_scaler_does_not_scale_readings(kind: str, unscale: bool) -> None:
+    """Claim: with a GradScaler of a power of two readings are as without, to rounding; fused optimizers, which see
+    scaled gradients, too.
+    """
+    want, got = saliencies(kind, 1.0, False), saliencies(kind, 2.0**12, unscale)
+    for name in want:
+        np.testing.assert_allclose(got[name], want[name], rtol=1e-4, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adamw-fused"])
+def test_steps_that_a_grad_scaler_skips_make_no_reading(kind: str) -> None:
+    """Claim: a step with infinite gradients is skipped by scaler and sensor alike: it does not count as
+    sensed, and the weights do not move.
+    """
+    model = Net()
+    optimizer = make_optimizer(kind, model)
+    loop = setpoint.attach(
+        model,
+        optimizer,
+        setpoint.Budget.fraction(0.9, of="params"),
+        example=(data(0)[0],),
+        total_steps=20,
+        controller=Scripted({}, regrow=False),
+        verify=False,
+    )
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)  # type: ignore[attr-defined]
+    before = [p.detach().clone() for p in model.parameters()]
+    x, y = data(0)
+    scaler.scale(nn.functional.cross_entropy(model(x), y) * float("inf")).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert loop._read().num_steps == 0
+    scaler.scale(nn.functional.cross_entropy(model(x), y)).backward()
+    scaler.step(optimizer)
+    assert loop._read().num_steps == 1

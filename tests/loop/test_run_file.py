@@ -1,0 +1,274 @@
+"""Run files and checkpoints: whole or not at all, never code, never half loaded."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+import random
+import sys
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import setpoint
+from loop.test_regrowth import BACK, DROP, Net, Scripted, dear
+from loop.test_state import Run, assert_untouched, snapshot, tensors
+from setpoint.errors import CheckpointError
+from setpoint.loop.tree import TREE, from_tensors, to_tensors
+
+__all__ = ["dear"]
+
+
+def run(**options: Any) -> Run:
+    return Run(lambda: Scripted(DROP, BACK), **{"budget": 0.9, "verify": False, **options})
+
+
+def parts(one: Run) -> dict[str, Any]:
+    """All of a run that has a state, the loop last: load_run brings them into order."""
+    named = {"optimizer": one.optimizers[0], "scheduler": one.schedulers[0]}
+    return {"model": one.model, "ema": one.ema, **named, "loop": one.loop}
+
+
+def test_a_run_goes_on_from_a_file(dear: None, tmp_path: Path) -> None:
+    """Claim: what comes after load_run is bit-equal to the uninterrupted run; plain data come back as they were."""
+    whole = run()
+    losses = whole.train(0, 22)
+    random_state = torch.get_rng_state()
+    setpoint.save_run(tmp_path / "run", **parts(whole), losses=losses, rng=random_state, note=("a", None))
+    again = run()
+    rest = setpoint.load_run(tmp_path / "run", **parts(again))
+    assert rest["losses"] == losses and torch.equal(rest["rng"], random_state) and rest["note"] == ("a", None)
+    assert again.train(22, 40) == whole.train(22, 40)
+    assert all(torch.equal(a, b) for a, b in zip(tensors(whole), tensors(again), strict=True))
+
+
+def test_a_tree_comes_back_as_it_was() -> None:
+    """Claim: every kind of value that state dicts hold survives, tensors with their strides and dtypes."""
+    wide = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    value = {
+        "state": OrderedDict({0: {"step": torch.tensor(3.0), "exp_avg": wide}, 7: {}}),
+        "floats": [0.1, -0.0, 1e300, float("inf"), True, None, 2**70],
+        "nested": ({"a": ()}, [[]], "tree"),
+        "milestones": Counter({3: 1, 5: 2}),
+        "dtypes": [torch.zeros(2, dtype=each) for each in (torch.bfloat16, torch.bool, torch.uint8, torch.complex64)],
+        "odd": [
+            torch.randn(6)[::2],
+            torch.zeros(3).expand(2, 3),
+            torch.zeros(0, 3),
+            torch.randn(3, 1, 4).permute(2, 0, 1),
+        ],
+    }
+    again = from_tensors(to_tensors(value))
+
+    def same(a: Any, b: Any) -> bool:
+        if isinstance(a, torch.Tensor):
+            dense = a.stride() == b.stride() or not a.is_contiguous()
+            return a.dtype == b.dtype and torch.equal(a, b) and dense
+        if isinstance(a, dict):
+            return type(a) is type(b) and list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+        if isinstance(a, (list, tuple)):
+            return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+        return type(a) is type(b) and repr(a) == repr(b)
+
+    assert same(value, again) and again["state"][0]["exp_avg"].stride() == wide.stride()
+    assert len(to_tensors({"a": wide, "b": wide})) == 2
+
+
+@pytest.mark.parametrize("value", [{1, 2}, nn.Linear(1, 1), lambda: 0, {("a",): 1}, torch.zeros(2, device="meta")])
+def test_what_a_file_cannot_hold_is_named(value: Any, tmp_path: Path) -> None:
+    """Claim: a value that would need code to come back is refused by its place, and no file is written."""
+    with pytest.raises(CheckpointError, match=r"'values'\]\['extra'\]"):
+        setpoint.save_run(tmp_path / "run", extra={"deep": [value]} if not isinstance(value, nn.Module) else [value])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_loop_without_its_model_is_refused(tmp_path: Path) -> None:
+    """Claim: a loop is not saved without model, optimizer and averaged copy: nobody could resume from that."""
+    one = run()
+    for missing, what in (("model", "model"), ("optimizer", "optimizer"), ("ema", "copy")):
+        with pytest.raises(CheckpointError, match=f"without its {what}"):
+            setpoint.save_run(tmp_path / "run", **{name: part for name, part in parts(one).items() if name != missing})
+
+
+def test_other_parts_than_the_saved_ones_are_refused(tmp_path: Path) -> None:
+    """Claim: missing and further parts, another module, another optimizer: an error each, and nothing is changed."""
+    whole = run()
+    whole.train(0, 12)
+    setpoint.save_run(tmp_path / "run", **parts(whole))
+    again = run()
+    before = snapshot(again)
+    wrong: list[dict[str, Any]] = [
+        {name: part for name, part in parts(again).items() if name != "ema"},
+        {**parts(again), "more": again.schedulers[0]},
+        {**parts(again), "model": nn.Linear(2, 2)},
+        {**parts(again), "optimizer": torch.optim.SGD(nn.Linear(2, 2).parameters())},
+        parts(run(budget=0.8)),
+    ]
+    for each in wrong:
+        with pytest.raises(CheckpointError):
+            setpoint.load_run(tmp_path / "run", **each)
+    with pytest.raises(CheckpointError, match="No such file"):
+        setpoint.load_run(tmp_path / "none", **parts(again))
+    assert_untouched(again, before)
+
+
+# Damaged files.
+
+
+def damages(content: bytes, count: int) -> list[bytes]:
+    """The same content with bytes flipped, overwritten, cut off, left out, put in, or zeroed, in `count` ways."""
+    chance = random.Random(0)
+
+    def flip(at: int) -> bytes:
+        return content[:at] + bytes([content[at] ^ (1 << chance.randrange(8))]) + content[at + 1 :]
+
+    kinds: list[Callable[[int], bytes]] = [
+        flip,
+        lambda at: content[:at],
+        lambda at: content[:at] + content[at + 1 + chance.randrange(16) :],
+        lambda at: content[:at] + chance.randbytes(1 + chance.randrange(16)) + content[at:],
+        lambda at: content[:at] + bytes(min(512, len(content) - at)) + content[at + 512 :],
+        lambda at: chance.randbytes(at),
+    ]
+    found = []
+    while len(found) < count:
+        # Half of them at the start, where the header is.
+        at = chance.randrange(len(content) if len(found) % 2 else min(3000, len(content)))
+        changed = kinds[len(found) // 2 % len(kinds)](at)
+        if changed != content:
+            found.append(changed)
+    return found
+
+
+def test_200_damaged_run_files_are_each_refused(tmp_path: Path) -> None:
+    """Claim: each of 200 damaged files is a CheckpointError, and nothing of it is loaded."""
+    whole = run()
+    whole.train(0, 12)
+    path = tmp_path / "run"
+    setpoint.save_run(path, **parts(whole))
+    again = run()
+    before = snapshot(again)
+    content = path.read_bytes()
+    for changed in damages(content, 200):
+        path.write_bytes(changed)
+        with pytest.raises(CheckpointError):
+            setpoint.load_run(path, **parts(again))
+    assert_untouched(again, before)
+    assert not again.optimizers[0].state and again.schedulers[0].last_epoch == 0
+    path.write_bytes(content)
+    setpoint.load_run(path, **parts(again))
+    assert again.loop.step == 12
+
+
+def test_200_damaged_models_are_each_refused(tmp_path: Path) -> None:
+    """Claim: the same for a model's file."""
+    whole, path = run(), tmp_path / "small.safetensors"
+    whole.train(0, 12)
+    setpoint.save(whole.model, path)
+    again = Net()
+    before = {name: tensor.clone() for name, tensor in again.state_dict().items()}
+    for changed in damages(path.read_bytes(), 200):
+        path.write_bytes(changed)
+        with pytest.raises(CheckpointError):
+            setpoint.load(path, into=again)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in again.state_dict().items())
+
+
+class Bomb:
+    """Makes a file where it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (Path("exploded"),))
+
+
+@pytest.mark.parametrize("dump", [torch.save, pickle.dump])
+def test_a_pickle_is_never_run(dump: Callable[[Any, Any], None], tmp_path: Path, monkeypatch: Any) -> None:
+    """Claim: a file that would run code when unpickled is refused by both readers, and its code does not run."""
+    monkeypatch.chdir(tmp_path)
+    with open(tmp_path / "run", "wb") as file:
+        dump(Bomb(), file)
+    with pytest.raises(CheckpointError, match="pickle"):
+        setpoint.load_run(tmp_path / "run", model=nn.Linear(2, 2))
+    with pytest.raises(CheckpointError, match="pickle"):
+        setpoint.load(tmp_path / "run", into=nn.Linear(2, 2))
+    assert not Path("exploded").exists()
+
+
+def test_a_right_digest_over_nonsense_is_refused(tmp_path: Path) -> None:
+    """Claim: whoever writes another tree under a right digest gets an error, never an object of their choice."""
+    from setpoint.checkpoint import digest, write_file
+
+    path = tmp_path / "run"
+    for text in (
+        '{"os.system": ["true"]}',
+        "[1]",
+        "{",
+        '{"dict": [["states", {"tensor": "9", "stride": [1], "complex": false}]]}',
+    ):
+        table = {TREE: torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)}
+        write_file(path, table, {"setpoint_run": f'{{"format": 1, "sha256": "{digest(table, "1")}"}}'})
+        with pytest.raises(CheckpointError):
+            setpoint.load_run(path)
+
+
+def test_the_readers_tell_their_files_apart(tmp_path: Path) -> None:
+    """Claim: a model's file is no run file and a run file no model's, each is named."""
+    setpoint.save(nn.Linear(2, 2), tmp_path / "model")
+    setpoint.save_run(tmp_path / "run", model=nn.Linear(2, 2))
+    with pytest.raises(CheckpointError, match="save_run"):
+        setpoint.load_run(tmp_path / "model", model=nn.Linear(2, 2))
+    with pytest.raises(CheckpointError, match="did not write"):
+        setpoint.load(tmp_path / "run", into=nn.Linear(2, 2))
+
+
+# A disk that is full.
+
+
+@pytest.mark.parametrize("where", ["save_file", "fsync", "replace"])
+def test_a_full_disk_leaves_the_old_file(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: wherever writing fails, the old file is whole, nothing is left beside it, and training goes on."""
+    one, path = run(), tmp_path / "run"
+    one.train(0, 6)
+    setpoint.save_run(path, **parts(one))
+    old = path.read_bytes()
+    one.train(6, 8)
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("setpoint.checkpoint.save_file" if where == "save_file" else f"os.{where}", full)
+        with pytest.raises(CheckpointError, match="No space left"):
+            setpoint.save_run(path, **parts(one))
+    assert path.read_bytes() == old and [each.name for each in tmp_path.iterdir()] == ["run"]
+    again = run()
+    setpoint.load_run(path, **parts(again))
+    again.train(6, 8)
+    assert again.train(8, 12) == one.train(8, 12)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no limit on the size of files")
+def test_a_file_that_may_not_grow(tmp_path: Path) -> None:
+    """Claim: when the system really refuses further bytes, the old file is whole and nothing is left beside it."""
+    import resource
+
+    model, path = nn.Linear(400, 400), tmp_path / "run"
+    setpoint.save_run(path, model=model)
+    setpoint.save(model, tmp_path / "model")
+    old = [each.read_bytes() for each in sorted(tmp_path.iterdir())]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+        with pytest.raises(CheckpointError, match="cannot write"):
+            setpoint.save_run(path, model=model)
+        with pytest.raises(CheckpointError, match="cannot write"):
+            setpoint.save(model, tmp_path / "model")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [each.read_bytes() for each in sorted(tmp_path.iterdir())] == old
