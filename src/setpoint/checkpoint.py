@@ -184,7 +184,10 @@ def digest(tensors: Mapping[str, Tensor], words: str) -> str:
         tensor = tensors[name]
         what = [name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
         total.update(json.dumps(what).encode())
-        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        flat = tensor.reshape(-1).clone(
+            memory_format=torch.contiguous_format
+        )  # none or one element may have any stride
+        total.update(flat.view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 

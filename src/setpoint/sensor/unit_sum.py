@@ -71,7 +71,7 @@ class UnitSum:
         """
         entries = _entry_sums(values, self.dim or 0)
         if self.table is None:
-            return entries if self.repeat == 1 else entries.view(self.num_units, -1).sum(1)
+            return entries if self.repeat == 1 else entries.view(self.num_units, self.repeat).sum(1)
         return entries.new_zeros(self.num_units + 1).index_add_(0, self.table, entries)[:-1]
 
 
@@ -84,6 +84,6 @@ def _entry_sums(values: Tensor, dim: int) -> Tensor:
     if values.dim() == 1:
         return values
     if 0 < dim < values.dim() - 1 and values.is_contiguous():
-        columns = values.view(math.prod(values.shape[:dim]), -1).sum(0)
-        return columns.view(values.shape[dim], -1).sum(1)
+        before, own, behind = math.prod(values.shape[:dim]), values.shape[dim], math.prod(values.shape[dim + 1 :])
+        return values.view(before, own * behind).sum(0).view(own, behind).sum(1)
     return values.sum([other for other in range(values.dim()) if other != dim])
