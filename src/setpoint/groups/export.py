@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import io
+import logging
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +119,18 @@ def _without_stack_traces() -> Iterator[None]:
         config.do_not_emit_stack_traces = before
 
 
+@contextmanager
+def _without_logs() -> Iterator[None]:
+    """Keep back what torch logs and prints of a forward that cannot be followed: the error says it in a line."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)
+
+
 def export(model: nn.Module, example: Example) -> torch.export.ExportedProgram:
     """The graph of `model(*example)`.
 
@@ -127,8 +141,11 @@ def export(model: nn.Module, example: Example) -> torch.export.ExportedProgram:
     """
     args, kwargs = inputs_of(example)
     check_device(model, example)
-    quiet = warnings.catch_warnings()
-    with untouched_rng(), untouched_attributes(model), _without_stack_traces(), marked_functions(), quiet:
+    with ExitStack() as stack:
+        for each in (untouched_rng(), untouched_attributes(model), _without_stack_traces(), marked_functions()):
+            stack.enter_context(each)
+        stack.enter_context(_without_logs())
+        stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         try:
             return torch.export.export(Forward(model), args, kwargs, strict=False)

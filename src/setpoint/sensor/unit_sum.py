@@ -70,8 +70,9 @@ class UnitSum:
             values: a tensor of the shape that `select` returns.
         """
         entries = _entry_sums(values, self.dim or 0)
-        if self.table is None:
+        if self.repeat is not None:
             return entries if self.repeat == 1 else entries.view(self.num_units, self.repeat).sum(1)
+        assert self.table is not None, "units that do not lie in a row have a table"
         return entries.new_zeros(self.num_units + 1).index_add_(0, self.table, entries)[:-1]
 
 
