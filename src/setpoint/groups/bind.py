@@ -29,8 +29,8 @@ _STANDARD: tuple[tuple[type[nn.Module], str, str, int], ...] = (
     (nn.PReLU, "num_parameters", "weight", 0),
 )
 
-_WHOLE_CALLS = {"split", "chunk", "slice"}
-"""Calls whose sizes lie along one dim, and say where each other begins."""
+_MAKING_CALLS = {"zeros", "ones", "full", "new_zeros", "expand", "repeat", "tile"}
+"""Calls that make dims of their own, of which the graph cannot tell whether they are the model's or the data's."""
 
 
 def bind(draft: Draft) -> tuple[Units, tuple[Group, ...]]:
@@ -73,8 +73,8 @@ def _places(draft: Draft, calls: Sequence[Call]) -> Places:
     }
     needed = {call for trial in trials for call in trial.needed_calls(places)}
     for call in calls:
-        # A size that is data (a batch, a length) is the live forward's own: another batch has another one.
-        own = draft.units.among(call.labels) or call_of(call).split("#")[0] in _WHOLE_CALLS
+        # What a call makes may be as long as the data, and another batch is as long as it is: only units are bound.
+        own = draft.units.among(call.labels) or call_of(call).split("#")[0] not in _MAKING_CALLS
         if own and (type(draft.model.get_submodule(call.module)), call_of(call)) in needed:
             places[call.module, call.place] = call.labels
     return places

@@ -366,7 +366,8 @@ def _weight_norms(state: TaylorState) -> dict[str, Float64[np.ndarray, " units"]
         total = state.mean.new_zeros(num_units)
         for source in of_group:
             weight = source.sums.select(source.weight)
-            total = total + source.sums.add_up(weight.to(state.mean.dtype).square()).to(state.mean)
+            squares = (weight.abs() if weight.is_complex() else weight).to(state.mean.dtype).square()
+            total = total + source.sums.add_up(squares).to(state.mean)
         parts.append(total)
     norms = torch.cat([state.mean.new_zeros(0), *parts]).sqrt().double().cpu().numpy()
     return dict(zip(state.names, np.split(norms, np.cumsum(state.num_units)[:-1]), strict=True))
