@@ -20,7 +20,7 @@ READY := .venv/.ready
 help:
 	@echo "make demo    train a small CNN to half of its FLOPs and write $(OUT)/report.html"
 	@echo "make bench-quick"
-	@echo "             a reduced comparison on three tasks into $(QUICK), under 25 minutes on 2 cores"
+	@echo "             a reduced comparison on three tasks into $(QUICK)"
 	@echo "make coverage-suites"
 	@echo "             cut every model of $(SUITES) into results/coverage, WORKERS=$(WORKERS) at a time"
 	@echo "make test    run the tests, the doctests and the blocks of the README"

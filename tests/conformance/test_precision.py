@@ -120,12 +120,9 @@ def test_a_cut_run_trains_on_like_a_fresh_small_model(values: tuple[Any, ...], t
     assert reading.num_steps == 8 and reading.finite() and reading.skipped_steps == 0
 
 
-def saliencies(kind: str, scale: float, unscale: bool) -> dict[str, np.ndarray]:
-    """What the sensor reads after five steps of a run whose gradients are scaled like this."""
-    torch.manual_seed(0)
-    model = Net()
-    optimizer = make_optimizer(kind, model)
-    loop = setpoint.attach(
+def sensed(model: nn.Module, optimizer: torch.optim.Optimizer) -> setpoint.Loop:
+    """A loop that senses and drops nothing."""
+    return setpoint.attach(
         model,
         optimizer,
         setpoint.Budget.fraction(0.9, of="params"),
@@ -134,6 +131,14 @@ def saliencies(kind: str, scale: float, unscale: bool) -> dict[str, np.ndarray]:
         controller=Scripted({}, regrow=False),
         verify=False,
     )
+
+
+def saliencies(kind: str, scale: float, unscale: bool) -> dict[str, np.ndarray]:
+    """What the sensor reads after five steps of a run whose gradients are scaled like this."""
+    torch.manual_seed(0)
+    model = Net()
+    optimizer = make_optimizer(kind, model)
+    loop = sensed(model, optimizer)
     scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale != 1.0)  # type: ignore[attr-defined]
     for number in range(5):
         x, y = data(number)
@@ -164,15 +169,7 @@ def test_steps_that_a_grad_scaler_skips_make_no_reading(kind: str) -> None:
     """
     model = Net()
     optimizer = make_optimizer(kind, model)
-    loop = setpoint.attach(
-        model,
-        optimizer,
-        setpoint.Budget.fraction(0.9, of="params"),
-        example=(data(0)[0],),
-        total_steps=20,
-        controller=Scripted({}, regrow=False),
-        verify=False,
-    )
+    loop = sensed(model, optimizer)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)  # type: ignore[attr-defined]
     before = [p.detach().clone() for p in model.parameters()]
     x, y = data(0)

@@ -18,7 +18,7 @@ from setpoint.actuator.optimizer_state import Optimizers, as_sequence, map_tenso
 from setpoint.actuator.shrink import named_tensors, unwrapped
 from setpoint.actuator.sizes import is_call
 from setpoint.errors import GroupError
-from setpoint.groups.group import Group
+from setpoint.groups.group import Group, keep_all
 from setpoint.groups.shim import get_call_sizes
 
 Box = Mapping[int, Bool[np.ndarray, " _entries"]]
@@ -104,7 +104,7 @@ class Reserve:
         places = {(size.module, size.place) for group in groups for size in group.sizes if is_call(size.place)}
         return cls(
             groups=groups,
-            active={group.name: np.ones(group.num_units, dtype=bool) for group in groups},
+            active=keep_all(groups),
             resting={group.name: np.zeros(group.num_units, dtype=bool) for group in groups},
             corrected=frozenset(at for at in places if at[1] in get_call_sizes(model.get_submodule(at[0]))),
             limit_bytes=limit_bytes,

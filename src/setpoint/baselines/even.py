@@ -11,7 +11,7 @@ from setpoint.controller.ladder import build_ladder
 from setpoint.controller.plan import Observation, Plan
 from setpoint.controller.selection import Selection, add_back, descend, start, weigh
 from setpoint.cost.cost import Cost
-from setpoint.groups.group import Group
+from setpoint.groups.group import Group, keep_all
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +23,7 @@ class EvenState:
 
 def nothing_dropped(observation: Observation, cost: Cost, groups: tuple[Group, ...], reason: str) -> Plan:
     """The plan that keeps everything and has not landed."""
-    keep = {group.name: np.ones(group.num_units, dtype=bool) for group in groups}
+    keep = keep_all(groups)
     return Plan(observation.step, keep, price={cost.resource: 0.0}, reason=reason)
 
 

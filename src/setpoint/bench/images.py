@@ -62,8 +62,15 @@ class Images:
 
     def _normalised(self, images: Shaped[Tensor, "count channels height width"]) -> Tensor:
         """Raw pixels to zero mean and unit variance per channel, channels innermost."""
-        mean, deviation = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.deviation))
-        return ((images.float() - mean) / deviation).contiguous(memory_format=torch.channels_last)
+        return standardised(images.float(), self.mean, self.deviation).contiguous(memory_format=torch.channels_last)
+
+
+def standardised(
+    images: Float[Tensor, "count channels height width"], mean: tuple[float, ...], deviation: tuple[float, ...]
+) -> Float[Tensor, "count channels height width"]:
+    """Pixels less the mean of their channel, in units of its deviation."""
+    centre, scale = (torch.tensor(values).view(-1, 1, 1) for values in (mean, deviation))
+    return (images - centre) / scale
 
 
 def augment(

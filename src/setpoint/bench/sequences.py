@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from setpoint.bench.images import Splits
+from setpoint.bench.images import Splits, standardised
 from setpoint.bench.task import Dimension, Split
 from setpoint.bench.tensors import shuffled_rows
 from setpoint.models import SequenceClassifier
@@ -101,8 +101,7 @@ class PixelSequences:
 
     def _read(self, images: Shaped[Tensor, "count channels height width"]) -> Float[Tensor, "count steps channels"]:
         """Pixels to zero mean and unit variance per channel, in reading order."""
-        mean, deviation = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.deviation))
-        pixels = (F.avg_pool2d(images.float(), self.pool) - mean) / deviation
+        pixels = standardised(F.avg_pool2d(images.float(), self.pool), self.mean, self.deviation)
         sequence = pixels.flatten(2).mT.contiguous()
         return sequence[:, _order(self.length)] if self.permuted else sequence
 

@@ -14,7 +14,7 @@ from setpoint.controller.priced import PricedController, PricedState
 from setpoint.controller.reason import problem_with
 from setpoint.controller.reference import Reference
 from setpoint.cost.cost import Cost
-from setpoint.groups.group import Group
+from setpoint.groups.group import Group, keep_all
 
 Saliency = Mapping[str, Float64[np.ndarray, " _units"]]
 
@@ -119,7 +119,7 @@ class AdaptiveController:
             inner, plan = self.after(state).decide(state.inner, observation, cost, groups)
             return replace(state, inner=inner), plan
         step, total_steps, reading = observation.step, observation.total_steps, observation.reading
-        whole = {group.name: np.ones(group.num_units, dtype=bool) for group in groups}
+        whole = keep_all(groups)
         reference = {cost.resource: cost.total(observation.widths)}
         dense = Plan(step, whole, price={cost.resource: 0.0}, reference=reference)
         problem = problem_with(reading, None, groups)

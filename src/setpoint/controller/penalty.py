@@ -17,7 +17,7 @@ from setpoint.controller.reference import Reference
 from setpoint.controller.selection import Selection, descend, start
 from setpoint.cost.cost import Cost
 from setpoint.cost.price import Price
-from setpoint.groups.group import Group
+from setpoint.groups.group import Group, keep_all
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class PenaltyController:
         price = rate * self.reference.progress(step, total_steps)
         problem = problem_with(reading, None, groups)
         if reading is None or problem or not reading.calibrated:
-            whole = {group.name: np.ones(group.num_units, dtype=bool) for group in groups}
+            whole = keep_all(groups)
             why = problem or "no decision: the reading is not in units of the loss, so no price can be set against it"
             return state, Plan(step, whole, price={resource: price}, reason=why)
         ladders = {

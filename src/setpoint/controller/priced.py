@@ -29,7 +29,7 @@ from setpoint.controller.selection import (
     uniform_density,
 )
 from setpoint.cost.cost import Cost
-from setpoint.groups.group import Group
+from setpoint.groups.group import Group, keep_all
 from setpoint.sensor.reading import Reading
 
 _BLOCKS_TO_LAND = 2  # blocks of mean size that are left for the last cut to choose from
@@ -214,7 +214,7 @@ class PricedController:
         if metered is None and state.metered:
             problem = "no decision: the meter that was read before is missing"
         if problem:
-            keep = {group.name: np.ones(group.num_units, dtype=bool) for group in groups}
+            keep = keep_all(groups)
             return state, Plan(observation.step, keep, price={cost.resource: state.price}, reason=problem)
         assert observation.reading is not None
         state, aim = self._aim(state, observation, cost, metered)
@@ -299,7 +299,7 @@ class PricedController:
         landed = aim.final and seen <= aim.limit and (aim.settled or aim.metered is None)
         return Plan(
             step=observation.step,
-            keep={group.name: np.ones(group.num_units, dtype=bool) for group in groups},
+            keep=keep_all(groups),
             price={aim.resource: state.price},
             reference={aim.resource: aim.reference},
             landed=landed,

@@ -18,7 +18,7 @@ from setpoint.controller.selection import descend, start
 from setpoint.controller.trend import Excess
 from setpoint.cost.cost import Cost
 from setpoint.cost.tolerance import Tolerance
-from setpoint.groups.group import Group
+from setpoint.groups.group import Group, keep_all
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class TolerantController:
             cost: predicts spending; names the resource.
             groups: the groups that may be cut, as they are now.
         """
-        whole = {group.name: np.ones(group.num_units, dtype=bool) for group in groups}
+        whole = keep_all(groups)
         step = observation.step
         problem = problem_with(observation.reading, None, groups)
         if problem:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from setpoint.groups.build import OwnDim, Units
+from setpoint.groups.group import keep_all
 from setpoint.groups.rehearsal import Rehearsal
 from setpoint.groups.walk import Walk
 
@@ -45,7 +46,7 @@ class Draft:
     @property
     def whole(self) -> dict[str, np.ndarray]:
         """The choice that keeps every unit."""
-        return {group.name: np.ones(group.num_units, dtype=bool) for group in self.units.groups}
+        return keep_all(self.units.groups)
 
     def without(self, names: Iterable[str]) -> Draft:
         """The same draft, but for these groups, which stay."""

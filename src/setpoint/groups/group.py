@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 Role = Literal["produce", "carry", "consume"]
 """What a slice does with its unit: writes it, passes it on elementwise, or reads it out of the group."""
@@ -111,6 +111,11 @@ class Size:
         23
         """
         return self.constant + sum(per_unit * widths[name] for name, per_unit in self.parts)
+
+
+def keep_all(groups: tuple[Group, ...]) -> dict[str, Bool[np.ndarray, " units"]]:
+    """The choice that keeps every unit, by group name."""
+    return {group.name: np.ones(group.num_units, dtype=bool) for group in groups}
 
 
 def widths_of(groups: tuple[Group, ...]) -> dict[str, int]:

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from setpoint.actuator.balance import balance_and_shrink
 from setpoint.controller.plan import Learning, Observation, Plan, regrows
-from setpoint.controller.tolerant import TolerantController
 from setpoint.controller.transfer import transfer
 from setpoint.cost.budget import Budget
 from setpoint.errors import LoopError
@@ -30,13 +29,12 @@ from setpoint.loop.closing import summarise
 from setpoint.loop.explanation import Explanation, explain
 from setpoint.loop.hooks import StepHooks
 from setpoint.loop.parts import Parts
+from setpoint.loop.planning import metered_at, observation_of, planned
 from setpoint.loop.record import (
     entry_of,
     only_kept,
     refusal,
-    spending,
     spread,
-    waiting,
     with_drops,
     with_returns,
 )
@@ -323,12 +321,16 @@ class Loop:
         deciding, plan = self._account.deciding, None
         self._overdue = True  # also if anything is raised from here on
         with deciding:
-            reading, metered = self._read(), self._meter()
+            reading, (self._metered, metered) = self._read(), metered_at(self._parts, self.widths)
             why_not = refusal(reading)
             if why_not is None:
                 self._replan()
                 probe = self._regrowth.probe(self._step) if self._regrowth is not None else None
-                state, plan = self._planned(self._observation(reading, probe, metered))
+                seen, held = self._observation(reading, probe, metered), self._controller_state
+                state, plan, again = planned(
+                    self._parts, self._account, self._watch, self._groups, held, seen, self._sensing_flops
+                )
+                self._again = again or self._again
         if plan is not None:
             if isinstance(self._parts.controller, Learning):
                 self._account.sensed(self._parts.controller.flops(self._groups))
@@ -345,29 +347,6 @@ class Loop:
                 self._regrowth.release()
         elif due and why_not is not None:
             self._ledger.append(self._entry(why_not, self._plan, self.widths))
-
-    def _planned(self, observation: Observation) -> tuple[Any, Plan]:
-        """The controller's next state and plan, unless the loss has left its trend or the landing had better wait."""
-        parts, step = self._parts, self._step
-        if isinstance(parts.controller, TolerantController) and not self._watch.watching:
-            raise LoopError("a Tolerance needs the loss: call loop.observe(loss=...) before every optimizer.step()")
-        back = self._watch.roll_back(observation, parts.controller, self._groups)
-        if back is not None:
-            return self._controller_state, back
-        state, plan = parts.controller.decide(self._controller_state, observation, parts.target.cost, self._groups)
-        sensing = self._sensing_flops / sensed_every(parts.total_steps)
-        wait = parts.target.wait(plan, observation, spent=self._account.train_flops, sensing=sensing)
-        if not wait:
-            return state, plan
-        self._again = step + wait
-        return self._controller_state, waiting(plan, self._again)
-
-    def _meter(self) -> dict[str, float]:
-        """What the present widths spend by the meters; a joule meter that has gone is replaced by what it foretold."""
-        metering, widths = self._parts.metering, self.widths
-        self._metered = metering.read()
-        modelled = {"energy": self._parts.target.expected("energy", widths)} if metering.vanished() else {}
-        return self._parts.target.read(self._metered, widths) | modelled
 
     def _read(self) -> Reading:
         """A reading whose skipped steps count from the last one."""
@@ -407,23 +386,9 @@ class Loop:
         return regrown, note
 
     def _observation(self, reading: Reading, probe: Probe | None, metered: Mapping[str, float]) -> Observation:
-        return Observation(
-            step=self._step,
-            total_steps=self._parts.total_steps,
-            widths=self.widths,
-            reading=reading,
-            dense=self._parts.target.dense,
-            limit=self._parts.target.limits,
-            spent=spending(self._parts.costs, self.widths),
-            metered=metered,
-            loss=self._watch.loss,
-            val=self._watch.val,
-            seconds_per_step=self._account.steps.seconds_per_step,
-            seconds_per_resize=self._account.resizing.last_seconds if self._account.resizes else None,
-            probe=probe,
-            excess=self._watch.excess(self._step),
-            last_dropped=self._regrowth.last_dropped if self._regrowth is not None else {},
-        )
+        seen = observation_of(self._parts, self._account, self._watch, self._groups, self._step)
+        last_dropped = self._regrowth.last_dropped if self._regrowth is not None else {}
+        return replace(seen, reading=reading, probe=probe, metered=metered, last_dropped=last_dropped)
 
     def _entry(self, reason: str, plan: Plan | None, before: Mapping[str, int]) -> Entry:
         """An entry on the present widths; `plan` is the last one, `before` are the widths that the meters read."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from setpoint.controller.plan import Controller, Observation, Plan, Regrowing
 from setpoint.controller.tolerant import TolerantController
 from setpoint.controller.trend import Excess, excess_after
-from setpoint.groups.group import Group
+from setpoint.groups.group import Group, keep_all
 from setpoint.sensor.reading import Growing
 
 _SIGNIFICANT = 4.0
@@ -158,7 +158,7 @@ class LossWatch:
             f"{excess.foretold:.3g} (standard error {excess.error:.2g}), so the cut was taken back at step {step}"
         )
         warnings.warn(f"{self.gave_way}, and the reference pauses until the next decision", stacklevel=2)
-        whole = {group.name: np.ones(group.num_units, dtype=bool) for group in groups}
+        whole = keep_all(groups)
         return Plan(step, whole, reason=f"rolled back: {self.gave_way}", grow=observation.last_dropped)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from setpoint.errors import CheckpointError, ReportError
 from setpoint.ledger import Entry, Ledger
+from setpoint.report.values import counts, mapping, number, numbers, quantities, whole
 
 SCHEMA = 2
 """The version of the format that is written today."""
@@ -202,8 +203,8 @@ def read_results(folder: Path) -> Results:
         raise ReportError(f"no {RESULTS} in {folder}: give the folder that `setpoint bench --out` wrote")
     remarks: list[str] = []
     cells: dict[tuple[Any, ...], Cell] = {}
-    for number, line in enumerate(read_lines(path, RESULTS, remarks), start=1):
-        cell = read_cell(folder, line, f"result {number} of {path}", remarks)
+    for position, line in enumerate(read_lines(path, RESULTS, remarks), start=1):
+        cell = read_cell(folder, line, f"result {position} of {path}", remarks)
         key = (cell.task, cell.method, cell.budget, cell.seed)
         cells.pop(key, None)
         cells[key] = cell
@@ -376,36 +377,3 @@ def finite(entry: Entry) -> Entry:
         reference=quantities(entry.reference),
         price=quantities(entry.price),
     )
-
-
-def number(value: Any) -> float | None:
-    """A finite float, or None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        return None
-    return float(value)
-
-
-def whole(value: Any) -> int | None:
-    """An integer, or None for anything else."""
-    return None if (found := number(value)) is None else int(found)
-
-
-def numbers(value: Any) -> tuple[float, ...]:
-    """The finite numbers of a list; empty for anything else."""
-    items = value if isinstance(value, list) else []
-    return tuple(found for item in items if (found := number(item)) is not None)
-
-
-def mapping(value: Any) -> Mapping[str, Any]:
-    """A JSON object, empty for anything else."""
-    return value if isinstance(value, dict) else {}
-
-
-def counts(value: Any) -> dict[str, int]:
-    """Whole numbers by name; others are left out."""
-    return {str(key): count for key, item in mapping(value).items() if (count := whole(item)) is not None}
-
-
-def quantities(value: Any) -> dict[str, float]:
-    """Finite numbers by name; others are left out."""
-    return {str(key): found for key, item in mapping(value).items() if (found := number(item)) is not None}

@@ -1,0 +1,96 @@
+"""Planning: what is decided at a step, once the loss and the length of the run have had their say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from setpoint.controller.plan import Observation, Plan
+from setpoint.controller.tolerant import TolerantController
+from setpoint.errors import LoopError
+from setpoint.groups.group import Group, widths_of
+from setpoint.loop.accounting import Account
+from setpoint.loop.parts import Parts
+from setpoint.loop.record import spending, waiting
+from setpoint.loop.stride import sensed_every
+from setpoint.loop.watch import LossWatch
+
+
+def observation_of(
+    parts: Parts, account: Account, watch: LossWatch, groups: tuple[Group, ...], step: int
+) -> Observation:
+    """What is known at a step, but for the readings.
+
+    Args:
+        parts: what the loop is made of.
+        account: what has been spent.
+        watch: what was observed of the loss.
+        groups: at their present widths.
+        step: optimizer steps done.
+    """
+    widths = widths_of(groups)
+    return Observation(
+        step=step,
+        total_steps=parts.total_steps,
+        widths=widths,
+        reading=None,
+        dense=parts.target.dense,
+        limit=parts.target.limits,
+        spent=spending(parts.costs, widths),
+        loss=watch.loss,
+        val=watch.val,
+        seconds_per_step=account.steps.seconds_per_step,
+        seconds_per_resize=account.resizing.last_seconds if account.resizes else None,
+        excess=watch.excess(step),
+    )
+
+
+def metered_at(parts: Parts, widths: Mapping[str, int]) -> tuple[dict[str, float], dict[str, float]]:
+    """What meters have read at these widths, and what the controller is told of it.
+
+    A meter of energy that has gone is replaced by what it foretold.
+    """
+    metered = parts.metering.read()
+    modelled = {"energy": parts.target.expected("energy", widths)} if parts.metering.vanished() else {}
+    return metered, parts.target.read(metered, widths) | modelled
+
+
+def planned(
+    parts: Parts,
+    account: Account,
+    watch: LossWatch,
+    groups: tuple[Group, ...],
+    state: Any,
+    observation: Observation,
+    sensing_flops: float,
+) -> tuple[Any, Plan, int | None]:
+    """The controller's next state and plan, unless the loss has left its trend or the landing had better wait.
+
+    Args:
+        parts: what the loop is made of.
+        account: what has been spent.
+        watch: what was observed of the loss.
+        groups: as they are now.
+        state: the controller's.
+        observation: what is known.
+        sensing_flops: of one sensing.
+
+    Returns:
+        State, plan, and the step at which to decide again, if the last cut waits.
+
+    Raises:
+        LoopError: when a tolerance is to be held and no loss was observed.
+    """
+    controller = parts.controller
+    if isinstance(controller, TolerantController) and not watch.watching:
+        raise LoopError("a Tolerance needs the loss: call loop.observe(loss=...) before every optimizer.step()")
+    back = watch.roll_back(observation, controller, groups)
+    if back is not None:
+        return state, back, None
+    after, plan = controller.decide(state, observation, parts.target.cost, groups)
+    sensing = sensing_flops / sensed_every(parts.total_steps)
+    wait = parts.target.wait(plan, observation, spent=account.train_flops, sensing=sensing)
+    if not wait:
+        return after, plan, None
+    again = observation.step + wait
+    return state, waiting(plan, again), again

@@ -1,0 +1,40 @@
+"""Values of a JSON line, read leniently: what is not of the kind asked for is missing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+
+def number(value: Any) -> float | None:
+    """A finite float, or None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def whole(value: Any) -> int | None:
+    """An integer, or None for anything else."""
+    return None if (found := number(value)) is None else int(found)
+
+
+def numbers(value: Any) -> tuple[float, ...]:
+    """The finite numbers of a list; empty for anything else."""
+    items = value if isinstance(value, list) else []
+    return tuple(found for item in items if (found := number(item)) is not None)
+
+
+def mapping(value: Any) -> Mapping[str, Any]:
+    """A JSON object, empty for anything else."""
+    return value if isinstance(value, dict) else {}
+
+
+def counts(value: Any) -> dict[str, int]:
+    """Whole numbers by name; others are left out."""
+    return {str(key): count for key, item in mapping(value).items() if (count := whole(item)) is not None}
+
+
+def quantities(value: Any) -> dict[str, float]:
+    """Finite numbers by name; others are left out."""
+    return {str(key): found for key, item in mapping(value).items() if (found := number(item)) is not None}
