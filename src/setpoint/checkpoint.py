@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from setpoint.actuator.cut import SizePlace, in_format
 from setpoint.actuator.shrink import is_persistent, named_tensors
 from setpoint.actuator.sizes import (
+from setpoint.groups.place import is_call, read_size
     apply_sizes,
     check_sizes,
     is_call,

@@ -21,6 +21,10 @@ class ExportError(SetpointError, RuntimeError):
     """A model whose forward `torch.export` cannot follow; the message names the line."""
 
 
+class PathError(SetpointError, RuntimeError):
+    """A forward that makes other calls than at the example, so that its sizes cannot be corrected by place."""
+
+
 class OptimizerError(SetpointError, ValueError):
     """An optimizer that does not train the model, or whose state cannot follow a resize."""
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from setpoint.actuator.sizes import apply_sizes, check_sizes, read_size, recorded_sizes, write_size
+from setpoint.actuator.sizes import apply_sizes, check_sizes, recorded_sizes
 from setpoint.errors import GroupError
+from setpoint.groups.place import read_size, write_size
 
 
 class Configured(nn.Module):

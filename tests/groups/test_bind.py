@@ -17,7 +17,7 @@ from groups.zoo import GPT, SeparateAttention
 from setpoint.actuator.mask import mask
 from setpoint.actuator.shrink import shrink
 from setpoint.actuator.verify import failing_groups
-from setpoint.errors import ExportError
+from setpoint.errors import ExportError, PathError
 from setpoint.groups.group import Group
 from setpoint.groups.shim import HEADS, set_call_sizes
 from setpoint.groups.trace import find_groups, trace
@@ -26,7 +26,8 @@ from setpoint.groups.walk import _RULES
 
 
 def places(groups: tuple[Group, ...]) -> set[tuple[str, str]]:
-    return {(size.module, size.place) for group in groups for size in group.sizes}
+    """Module and place of every size, without what the code gives there."""
+    return {(size.module, size.place.partition("=")[0]) for group in groups for size in group.sizes}
 
 
 def test_attributes_are_bound_where_they_suffice() -> None:
@@ -430,3 +431,67 @@ def test_a_size_that_depends_on_the_data_is_named() -> None:
     """A forward whose sizes depend on values cannot be followed, and the error names the operation."""
     with pytest.raises(ExportError, match="depends on the data"):
         find_groups(RoutedByIndex(), (torch.randn(6, 8),))
+
+
+class OptionalMask(nn.Module):
+    """Attention whose mask, where there is one, is brought into shape before queries, keys and values are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        batch, length, _ = x.shape
+        if mask is not None:
+            mask = mask.view(batch, 1, 1, length)
+        q, k, v = (part(x).view(batch, length, 4, 4).transpose(1, 2) for part in (self.q, self.k, self.v))
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask)
+        out: Tensor = self.out(y.transpose(1, 2).reshape(batch, length, 16))
+        return out
+
+
+class Swapped(nn.Module):
+    """Takes the halves of its inner units in one order or the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.first, self.second = nn.Linear(8, 16), nn.Linear(8, 4), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor, swapped: bool = False) -> Tensor:
+        y = self.inner(x).tanh()
+        if swapped:
+            b, a = y[:, 8:16], y[:, 0:8]
+        else:
+            a, b = y[:, 0:8], y[:, 8:16]
+        out: Tensor = self.first(a) + 2 * self.second(b)
+        return out
+
+
+@pytest.mark.parametrize("kind", ["mask", "slices"])
+def test_another_path_than_the_example_is_told_and_never_computed_wrongly(kind: str) -> None:
+    """A cut forward that makes other calls than at the example raises PathError; on the example's path it works."""
+    torch.manual_seed(0)
+    model, x = {
+        "mask": (OptionalMask(), torch.randn(2, 5, 16)),
+        "slices": (Swapped(), torch.randn(3, 8)),
+    }[kind]
+    other = torch.ones(2, 5, dtype=torch.bool) if kind == "mask" else True
+    groups = find_groups(model, (x,))
+    shrink(model, None, groups, random_keep(groups))
+    model(x)
+    with pytest.raises(PathError, match="does not take the path of the example"):
+        model(x, other)
+
+
+def test_an_example_with_the_optional_input_takes_its_path() -> None:
+    """With the mask in the example, the cut attention works with one, as its masked twin does."""
+    torch.manual_seed(0)
+    model = OptionalMask().double()
+    x, seen = torch.randn(2, 5, 16).double(), torch.rand(2, 5) < 0.7
+    groups = find_groups(model, {"x": x, "mask": seen})
+    twin, keep = copy.deepcopy(model), random_keep(groups)
+    mask(twin, None, groups, keep)
+    shrink(model, None, groups, keep)
+    torch.testing.assert_close(model(x, seen), twin(x, seen), rtol=0, atol=1e-12)
+    with pytest.raises(RuntimeError):
+        model(x)

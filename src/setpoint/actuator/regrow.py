@@ -25,9 +25,10 @@ from setpoint.actuator.shrink import (
     named_tensors,
     unwrapped,
 )
-from setpoint.actuator.sizes import check_sizes, is_call, read_size
+from setpoint.actuator.sizes import check_sizes
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group
+from setpoint.groups.place import is_call, read_size
 
 Grow = Mapping[str, Sequence[int] | Int[np.ndarray, " _units"]]
 """By group name, origins of the units to bring back."""

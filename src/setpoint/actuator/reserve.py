@@ -16,9 +16,9 @@ from torch.optim import Optimizer
 from setpoint.actuator.cut import Keep, SizePlace, check_keep, cut_groups, in_format, plan_cut
 from setpoint.actuator.optimizer_state import Optimizers, as_sequence, map_tensors
 from setpoint.actuator.shrink import named_tensors, unwrapped
-from setpoint.actuator.sizes import is_call
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group, keep_all
+from setpoint.groups.place import is_call
 from setpoint.groups.shim import get_call_sizes
 
 Box = Mapping[int, Bool[np.ndarray, " _entries"]]

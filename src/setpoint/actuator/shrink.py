@@ -14,10 +14,11 @@ from torch.optim import Optimizer
 
 from setpoint.actuator.cut import Cut, Keep, SizePlace, cut_groups, plan_cut, take
 from setpoint.actuator.optimizer_state import Optimizers, as_sequence, cut_state
-from setpoint.actuator.sizes import apply_sizes, check_sizes, is_call, read_size, record_buffers, record_dense
+from setpoint.actuator.sizes import apply_sizes, check_sizes, record_buffers, record_dense
 from setpoint.actuator.swap import swap
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group
+from setpoint.groups.place import is_call, read_size
 
 
 @dataclass(frozen=True, eq=False)

@@ -72,12 +72,18 @@ def _places(draft: Draft, calls: Sequence[Call]) -> Places:
         if type(draft.model.get_submodule(module)) not in short
     }
     needed = {call for trial in trials for call in trial.needed_calls(places)}
+    written: dict[tuple[type, str], bool] = {}
+    for trial in trials if not any(trial.stops(places) for trial in trials) else ():
+        for key, same in trial.written_calls(places).items():
+            written[key] = written.get(key, True) and same
+    found: Places = {}
     for call in calls:
         # What a call makes may be as long as the data, and another batch is as long as it is: only units are bound.
         own = draft.units.among(call.labels) or call_of(call).split("#")[0] not in _MAKING_CALLS
         if own and (type(draft.model.get_submodule(call.module)), call_of(call)) in needed:
-            places[call.module, call.place] = call.labels
-    return places
+            constant = written.get((type(draft.model.get_submodule(call.module)), call.place), False)
+            found[call.module, f"{call.place}={call.size}" if constant else call.place] = call.labels
+    return places | found
 
 
 def _standard(draft: Draft) -> Places:

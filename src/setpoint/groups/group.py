@@ -56,7 +56,8 @@ class SizeBinding:
         module: qualified name of the module ("" is the root).
         place: an attribute, `"out_channels"` or `"normalized_shape[0]"`; or a call in the module's
             forward, `"view#2[1]"` (size argument 1 of its third `view`), `"split#0[2]"` (size of
-            piece 2 of its first `split`), rewritten by the size shim.
+            piece 2 of its first `split`), rewritten by the size shim. `"view#2[1]=64"` says besides that
+            the code itself always gives 64 there: another size shows that this is another call.
         index: as in `Slice`.
     """
 

@@ -17,8 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from setpoint.errors import PathError
+
 _PIECES = ("sizes", "split_size", "split_size_or_sections", "split_sizes", "chunks")
-_PLACE = re.compile(r"(\w+)#(\d+)\[(\d+)\]")
+_PLACE = re.compile(r"(\w+)#(\d+)\[(\d+)\](?:=(\d+))?")
+
+Sizes = Mapping[int, int]
+"""Sizes of one call, by argument."""
+
+Calls = Mapping[tuple[str, int], Sizes]
+"""Sizes of calls, by function name and number of the call."""
 
 
 def _names() -> dict[Any, str]:
@@ -68,13 +76,19 @@ class CallSizes(TorchFunctionMode):
     """Corrects the sizes of numbered calls while a forward runs.
 
     Args:
-        sizes: by (function name, number of the call, argument), the size that must be there.
-        changed: places where the live size was another one are added to it, if given.
+        sizes: the size that must be there.
+        written: the size that the code itself gives there, where it is known to give always the same.
+        changed: places where the live size was another one are added to it, with that size, if given.
+
+    Raises:
+        PathError: a live size is neither the one that must be there nor the one that the code gave at the example,
+            so that this is another call.
     """
 
-    def __init__(self, sizes: Mapping[tuple[str, int], Mapping[int, int]], changed: set[str] | None = None) -> None:
+    def __init__(self, sizes: Calls, written: Calls | None = None, changed: dict[str, int] | None = None) -> None:
         super().__init__()
         self.sizes = sizes
+        self.written = written or {}
         self.changed = changed
         self.numbers: dict[str, int] = {}
         self.hooks = _saving_hooks()
@@ -103,11 +117,22 @@ class CallSizes(TorchFunctionMode):
             return func(args[0], wanted[0], *args[2:], **kwargs)
         return self._sized(func, name, number, wanted, args, kwargs)
 
-    def _note(self, name: str, number: int, argument: int, live: int, wanted: int) -> None:
+    def _note(self, name: str, number: int, argument: int, live: int, wanted: int, given: int | None = None) -> None:
+        """Note that the live size is another one; `given` is what the code gave, where that is not the live size."""
         if live == wanted:
             return
+        given = live if given is None else given
+        written = self.written.get((name, number), {}).get(argument, given)
+        if name == "slice" and argument not in self.sizes[name, number]:
+            written = 0  # it began with the first unit
+        if given != written:
+            raise PathError(
+                f"{name} number {number} of this forward is given {given} where the code gave {written} when the "
+                f"groups were found, and {wanted} are left: the forward does not take the path of the example. Attach "
+                "with an example that takes the path of training (the same optional inputs, no layer skipped at random)"
+            )
         if self.changed is not None:
-            self.changed.add(f"{name}#{number}[{argument}]")
+            self.changed[f"{name}#{number}[{argument}]"] = given
         elif _saving_hooks() != self.hooks:
             raise RuntimeError(
                 f"{name} inside a checkpoint needs another size than the code gives it, and backward would run that "
@@ -140,9 +165,10 @@ class CallSizes(TorchFunctionMode):
         if wanted is None:
             return item
         start = wanted.get(0, 0)
-        self._note("slice", number, 1, live, wanted[1])
-        if 0 in wanted:
-            self._note("slice", number, 0, first, start)
+        begin, end = item.start or 0, length if item.stop is None else item.stop
+        plain = begin >= 0 and end >= 0  # numbers of the code, not yet clipped to what is left
+        self._note("slice", number, 1, live, wanted[1], int(end - begin) if plain else None)
+        self._note("slice", number, 0, first, start, int(begin) if plain else None)
         return slice(start, start + wanted[1])
 
     def _grouped(self, func: Any, name: str, number: int, wanted: int, args: Any, kwargs: Any) -> Any:
@@ -153,7 +179,7 @@ class CallSizes(TorchFunctionMode):
             return func(*args[:place], wanted, *args[place + 1 :], **kwargs)
         return func(*args, **{**kwargs, "groups": wanted})
 
-    def _sized(self, func: Any, name: str, number: int, wanted: Mapping[int, int], args: Any, kwargs: Any) -> Any:
+    def _sized(self, func: Any, name: str, number: int, wanted: Sizes, args: Any, kwargs: Any) -> Any:
         first = {"zeros": 0, "ones": 0, "full": 0, "unflatten": 2}.get(name, 1)
         if len(args) <= first:
             return func(*args, **kwargs)
@@ -167,7 +193,7 @@ class CallSizes(TorchFunctionMode):
             return func(*args[:first], type(args[first])(sizes), *args[first + 1 :], **kwargs)
         return func(*args[:first], *sizes, **kwargs)
 
-    def _pieces(self, func: Any, name: str, number: int, wanted: Mapping[int, int], args: Any, kwargs: Any) -> Any:
+    def _pieces(self, func: Any, name: str, number: int, wanted: Sizes, args: Any, kwargs: Any) -> Any:
         given: dict[str, Any] = dict(kwargs)
         for key, value in zip(("input", "sizes", "dim"), args, strict=False):
             given[key] = value
@@ -185,8 +211,9 @@ class CallSizes(TorchFunctionMode):
         right = [wanted[piece] for piece in range(len(wanted))]
         if right == live:
             return func(*args, **kwargs)
+        written = None if isinstance(spec, (list, tuple)) else int(spec) if name == "split" else 0
         for piece, size in enumerate(right):
-            self._note(name, number, piece, live[piece] if piece < len(live) else 0, size)
+            self._note(name, number, piece, live[piece] if piece < len(live) else 0, size, written)
         return torch.split(x, right, dim)
 
 
@@ -195,7 +222,7 @@ class SizedForward:
 
     Args:
         module: the module whose forward it stands in for.
-        sizes: by place, such as "view#2[1]", the size that must be there.
+        sizes: by place, such as "view#2[1]" or "view#2[1]=64", the size that must be there.
     """
 
     def __init__(self, module: nn.Module, sizes: dict[str, int]) -> None:
@@ -205,11 +232,11 @@ class SizedForward:
     def resize(self, sizes: dict[str, int]) -> None:
         """Correct these places from now on; a call that has begun but not yet run goes along."""
         self.sizes = sizes
-        self.calls = parse(sizes)
+        self.calls, self.written = parse(sizes)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward of the module's class."""
-        with CallSizes(self.calls):
+        with CallSizes(self.calls, self.written):
             return type(self.module).forward(self.module, *args, **kwargs)
 
 
@@ -310,18 +337,22 @@ class HeadsForward:
         return None if total is None else total.to(q.dtype)
 
 
-def parse(sizes: Mapping[str, int]) -> dict[tuple[str, int], dict[int, int]]:
-    """Sizes by (function name, number of the call) and argument.
+def parse(sizes: Mapping[str, int]) -> tuple[Calls, Calls]:
+    """Sizes that must be there, and those that the code gives where a place says so.
 
-    >>> parse({"view#2[1]": 8})
-    {('view', 2): {1: 8}}
+    >>> parse({"view#2[1]": 8, "view#3[0]=64": 32})
+    ({('view', 2): {1: 8}, ('view', 3): {0: 32}}, {('view', 3): {0: 64}})
     """
     calls: dict[tuple[str, int], dict[int, int]] = {}
+    written: dict[tuple[str, int], dict[int, int]] = {}
     for place, size in sizes.items():
         match = _PLACE.fullmatch(place)
         assert match, f"not a call place: {place}"
-        calls.setdefault((match[1], int(match[2])), {})[int(match[3])] = size
-    return calls
+        call = match[1], int(match[2])
+        calls.setdefault(call, {})[int(match[3])] = size
+        if match[4] is not None:
+            written.setdefault(call, {})[int(match[3])] = int(match[4])
+    return calls, written
 
 
 def set_call_sizes(module: nn.Module, sizes: Mapping[str, int]) -> None:

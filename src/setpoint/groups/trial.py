@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -16,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from setpoint.groups.build import OwnDim, Units
 from setpoint.groups.draft import Draft
 from setpoint.groups.group import Group
+from setpoint.groups.place import write_size
 from setpoint.groups.rehearsal import Rehearsal
 from setpoint.groups.shim import CallSizes, parse, set_call_sizes
 from setpoint.groups.vanish import fit_forward
@@ -26,8 +26,8 @@ Labels = np.ndarray
 Places = dict[tuple[str, str], Labels]
 """Atoms along the dim that a place counts, by (module, place)."""
 
-Wrong = dict[str, set[str]]
-"""Places by module at which the live forward gives another size."""
+Wrong = dict[str, dict[str, int]]
+"""Places by module at which the live forward gives another size, and that size."""
 
 
 def call_of(call: Call) -> str:
@@ -103,7 +103,7 @@ class Trial:
                 wrong = self._wrong({**known, **candidates})
                 for (module, attribute), labels in candidates.items():
                     meant = self._meant(module, len(labels))
-                    if len(wrong.get(module, set()) & meant) < len(before.get(module, set()) & meant):
+                    if len(wrong.get(module, {}).keys() & meant) < len(before.get(module, {}).keys() & meant):
                         places[module, attribute] = labels
         return places
 
@@ -117,6 +117,20 @@ class Trial:
             for module, found in self._wrong(known).items()
             for place in found
         }
+
+    def written_calls(self, known: Places) -> dict[tuple[type, str], bool]:
+        """Of places where the live size is wrong, whether it is the one of the example: a number of the code's own.
+
+        By class and place. One that is right shows nothing: it may be so by accident.
+        """
+        found = self._run(known) or {}
+        shown: dict[tuple[type, str], bool] = {}
+        for call in self.calls:
+            live = found.get(call.module, {}).get(call.place)
+            if live is not None:
+                key = type(self.draft.model.get_submodule(call.module)), call.place
+                shown[key] = shown.get(key, True) and live == call.size
+        return shown
 
     def _meant(self, module: str, size: int) -> set[str]:
         """Places of the module where this size is written."""
@@ -133,7 +147,7 @@ class Trial:
             module = self.draft.model.get_submodule(name)
             if size < 2 or len({self.kept.count(meaning) for meaning in labels}) > 1:
                 continue
-            if not wrong.get(name, set()) & self._meant(name, size):
+            if not wrong.get(name, {}).keys() & self._meant(name, size):
                 continue
             for attribute, value in vars(module).items():
                 if type(value) is int and value == size and (name, attribute) not in known:
@@ -167,7 +181,7 @@ class Watch:
         self.sizes: dict[str, dict[str, int]] = {}
         for call in calls:
             self.sizes.setdefault(call.module, {})[call.place] = kept.count(call.labels)
-        self._found: dict[str, set[str]] = {name: set() for name in self.sizes}
+        self._found: Wrong = {name: {} for name in self.sizes}
 
     def over(self, twin: nn.Module) -> None:
         """Watch the forwards of this copy, and forget what was seen of another."""
@@ -182,10 +196,10 @@ class Watch:
 
 
 def by_module(calls: Sequence[Call]) -> Wrong:
-    """All these places."""
+    """All these places, with the sizes at the example."""
     places: Wrong = {}
     for call in calls:
-        places.setdefault(call.module, set()).add(call.place)
+        places.setdefault(call.module, {})[call.place] = call.size
     return places
 
 
@@ -296,7 +310,7 @@ def _set_places(twin: nn.Module, places: Places, kept: Kept) -> None:
         if "#" in place:
             calls.setdefault(module, {})[place] = kept.count(labels)
         else:
-            set_attribute(twin.get_submodule(module), place, kept.count(labels))
+            write_size(twin.get_submodule(module), place, kept.count(labels))
             fit_forward(twin.get_submodule(module))
     for module, sizes in calls.items():
         set_call_sizes(twin.get_submodule(module), sizes)
@@ -315,7 +329,7 @@ def _as_python_counts(rehearsal: Rehearsal, calls: Sequence[Call]) -> list[Call]
     def prepare(twin: nn.Module) -> None:
         for name in modules:
             live[name] = []
-            twin.get_submodule(name).forward = _Watched(twin.get_submodule(name), {}, set(), live[name])
+            twin.get_submodule(name).forward = _Watched(twin.get_submodule(name), {}, {}, live[name])
 
     try:
         rehearsal.run(prepare)
@@ -337,14 +351,14 @@ class _Watched:
     """A forward that corrects sizes and notes where it had to, and which of its slices took less than all."""
 
     def __init__(
-        self, module: nn.Module, sizes: Mapping[str, int], changed: set[str], narrowing: list[int] | None = None
+        self, module: nn.Module, sizes: Mapping[str, int], changed: dict[str, int], narrowing: list[int] | None = None
     ) -> None:
-        self.module, self.calls, self.changed, self.narrowing = module, parse(sizes), changed, narrowing
+        self.module, self.calls, self.changed, self.narrowing = module, parse(sizes)[0], changed, narrowing
         self.inner = module.__dict__.get("forward")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward under watch."""
-        with CallSizes(self.calls, self.changed) as sizes:
+        with CallSizes(self.calls, changed=self.changed) as sizes:
             try:
                 if self.inner is not None:
                     return self.inner(*args, **kwargs)
@@ -374,22 +388,3 @@ def _cut_shapes(twin: nn.Module, dims: Sequence[OwnDim], kept: Kept) -> None:
                     table[key] = replaced[id(tensor)]
         if isinstance(module, nn.RNNBase):  # it keeps a list of its weights besides
             module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
-
-
-_PLACE = re.compile(r"([\w.]+)(?:\[(\d+)\])?")
-
-
-def set_attribute(module: nn.Module, place: str, size: int) -> None:
-    """Set `"out_channels"`, `"normalized_shape[0]"` or `"config.hidden"` of a module."""
-    match = _PLACE.fullmatch(place)
-    assert match, f"not an attribute place: {place}"
-    owner: Any = module
-    *path, attribute = match[1].split(".")
-    for step in path:
-        owner = getattr(owner, step)
-    if match[2] is None:
-        setattr(owner, attribute, size)
-    else:
-        values = list(getattr(owner, attribute))
-        values[int(match[2])] = size
-        setattr(owner, attribute, type(getattr(owner, attribute))(values))

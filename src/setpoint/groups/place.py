@@ -1,0 +1,69 @@
+"""A place: where in live Python code a size stands, an attribute of a module or a call in its forward."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import nn
+
+from setpoint.errors import GroupError
+
+_STEP = re.compile(r"\.?([^.\[\]]+)|\[(\d+)\]")
+
+
+def is_call(place: str) -> bool:
+    """Whether a place is a call in a module's forward (`"view#2[1]"`), not an attribute."""
+    return "#" in place
+
+
+def read_size(module: nn.Module, place: str) -> int:
+    """The integer at an attribute place: `"out_channels"`, `"normalized_shape[0]"`, `"config.hidden_size"`.
+
+    Raises:
+        GroupError: when there is no such attribute or it is not an integer.
+
+    >>> read_size(nn.LayerNorm(7), "normalized_shape[0]")
+    7
+    """
+    value: Any = module
+    for step in _path(place):
+        try:
+            value = value[step] if isinstance(step, int) else getattr(value, step)
+        except (AttributeError, IndexError, TypeError) as error:
+            raise GroupError(f"{type(module).__name__} has no {place!r}: {error}") from error
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise GroupError(f"{type(module).__name__}.{place} is not an integer but {value!r}")
+    return value
+
+
+def write_size(module: nn.Module, place: str, size: int) -> None:
+    """Set the integer at an attribute place; sequences are replaced by a copy, never changed in place.
+
+    >>> norm = nn.LayerNorm(7)
+    >>> write_size(norm, "normalized_shape[0]", 5)
+    >>> norm.normalized_shape
+    (5,)
+    """
+    _write(module, _path(place), size)
+
+
+def _path(place: str) -> list[str | int]:
+    steps = [int(match[2]) if match[2] else match[1] for match in _STEP.finditer(place)]
+    if "".join(match[0] for match in _STEP.finditer(place)) != place or not steps or isinstance(steps[0], int):
+        raise GroupError(f"{place!r} is not a place: write an attribute such as 'config.sizes[0]'")
+    return steps
+
+
+def _write(owner: Any, path: list[str | int], size: int) -> Any:
+    """Write along the path and return `owner`, or its changed copy where it is a sequence."""
+    step, rest = path[0], path[1:]
+    if isinstance(step, int):
+        items = list(owner)
+        items[step] = _write(items[step], rest, size) if rest else size
+        return items if isinstance(owner, list) else type(owner)(items)
+    old = getattr(owner, step)
+    new = _write(old, rest, size) if rest else size
+    if new is not old:
+        setattr(owner, step, new)
+    return owner
