@@ -19,11 +19,8 @@ from torch import Tensor, nn
 from setpoint.actuator.cut import SizePlace, in_format
 from setpoint.actuator.shrink import is_persistent, named_tensors
 from setpoint.actuator.sizes import (
-from setpoint.groups.place import is_call, read_size
     apply_sizes,
     check_sizes,
-    is_call,
-    read_size,
     record_buffers,
     record_dense,
     recorded_buffers,
@@ -32,6 +29,7 @@ from setpoint.groups.place import is_call, read_size
 )
 from setpoint.actuator.swap import swap
 from setpoint.errors import CheckpointError, GroupError
+from setpoint.groups.place import is_call, read_size
 
 FORMAT = 1
 """Version of the file format, described in docs/checkpoint-format.md."""
