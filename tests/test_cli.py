@@ -103,6 +103,8 @@ def test_bench_over_seeds_and_report(tmp_path: Path) -> None:
         (("inspect",), "either a model to inspect or a whole family"),
         (("inspect", "resnet18", "--suite", "plain"), "either a model to inspect or a whole family"),
         (("inspect", "resnet18", "--models", "unet"), "--models picks from a suite"),
+        (("inspect", "resnet18", "--workers", "2"), "--workers shares out the models of a suite"),
+        (("inspect", "folder/mine.py"), "folder/mine.py:function"),
         (("inspect", "--suite", "plain", "--input", "1,3"), "--input is for a single model"),
         (("inspect", "--suite", "keras"), "torchvision, timm, transformers, plain"),
         (("inspect", "--suite", "plain", "--models", "unett"), "did you mean unet"),

@@ -117,7 +117,9 @@ def inspect(
         str | None, typer.Option(help="Check a whole family instead: torchvision, timm, transformers or plain.")
     ] = None,
     models: Annotated[str | None, typer.Option(help="Which models of the suite, with commas.")] = None,
-    workers: Annotated[int, typer.Option(help="Processes that check models of the suite; 0: this one.", min=0)] = 2,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes that check models of the suite; 0: this one; by default 2.", min=0)
+    ] = None,
     out: Out = None,
 ) -> None:
     """Show a model's groups, what each costs, the cheapest reachable model, and what is frozen and why."""
@@ -129,11 +131,13 @@ def inspect(
         if target is not None:
             if models is not None:
                 raise _misuse(f"--models picks from a suite: leave it out to inspect {target}")
+            if workers is not None:
+                raise _misuse(f"--workers shares out the models of a suite: leave it out to inspect {target}")
             _inspect(target, None if input is None else tuple(_numbers(input, "--input", int)), verify, out, spending)
         elif suite is not None:
             if input is not None:
                 raise _misuse("--input is for a single model: a suite has inputs of its own")
-            _sweep(suite, None if models is None else _names(models, "--models"), workers, out)
+            _sweep(suite, None if models is None else _names(models, "--models"), 2 if workers is None else workers, out)
 
 
 def _inspect(target: str, shape: tuple[int, ...] | None, verify: bool, out: Path | None, spending: bool) -> None:

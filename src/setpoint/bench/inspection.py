@@ -136,6 +136,8 @@ def load_target(target: str, shape: tuple[int, ...] | None = None) -> tuple[nn.M
     """
     if shape is not None and min(shape) < 1:
         raise BenchError(f"sizes of an example are at least 1, got {','.join(map(str, shape))}")
+    if target.endswith(".py"):
+        raise BenchError(f"{target} is a file: name the function in it that returns the model, {target}:function")
     if not is_own_function(target):
         return named_model(target, shape)
     with named_errors(target):

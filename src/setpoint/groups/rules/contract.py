@@ -31,7 +31,7 @@ def contract_dim(walk: Walk, left: Value, left_dim: int, right: Value, right_dim
             walk.atoms.mark("contract", labels)
     if not (left.zero and not walk.copies(a)) and not (right.zero and not walk.copies(b)):
         walk.lossy(a, "a sum runs over it and dropped units are not zero there")
-    return walk.unite(a, b, "summed against data of fixed size")
+    return walk.unite(a, b, "this side of it is summed against data, which has no units")
 
 
 def _measures(left: Value, right: Value) -> bool:
