@@ -137,7 +137,8 @@ def inspect(
         elif suite is not None:
             if input is not None:
                 raise _misuse("--input is for a single model: a suite has inputs of its own")
-            _sweep(suite, None if models is None else _names(models, "--models"), 2 if workers is None else workers, out)
+            chosen = None if models is None else _names(models, "--models")
+            _sweep(suite, chosen, 2 if workers is None else workers, out)
 
 
 def _inspect(target: str, shape: tuple[int, ...] | None, verify: bool, out: Path | None, spending: bool) -> None:
