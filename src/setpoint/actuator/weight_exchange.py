@@ -24,7 +24,7 @@ def exchanged(
         active: weights that may go.
         resting: weights that may come in; not those that have just been dropped.
         scores: saliency of every weight.
-        gradient: of the loss, of every weight; one of zero or NaN brings nothing in.
+        gradient: of the loss, of every weight; one that is zero or not finite brings nothing in.
         share: of the active weights to exchange, rounded down.
         pattern: which exchanges it allows.
 
@@ -35,7 +35,7 @@ def exchanged(
     ([[True, False, False, False]], [[False, False, False, True]])
     """
     size, wanted = gradient.abs(), int(share * int(active.sum()))
-    may = resting & (size > 0)
+    may = resting & (size > 0) & size.isfinite()
     gone, came = torch.zeros_like(active), torch.zeros_like(active)
     if pattern.free:
         count = min(wanted, int(may.sum()))

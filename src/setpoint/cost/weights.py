@@ -43,6 +43,11 @@ class WeightFlops:
         each = (Term(flops / self.sizes[name], (_active(name),)) for name, flops in self.step.items())
         return ProductCost("flops", (fixed, *each))
 
+    def at(self, widths: Mapping[str, int]) -> float:
+        """Theoretical FLOPs of a step with so many active weights."""
+        fixed = self.total - sum(self.step.values())
+        return fixed + sum(self.step[name] * widths[name] / self.sizes[name] for name in self.step)
+
     def dense_gradients(self, widths: Mapping[str, int]) -> float:
         """FLOPs on top of a step that also computes the gradients of weights that are not active."""
         return sum(flops * (1.0 - widths[name] / self.sizes[name]) for name, flops in self.forward.items())

@@ -177,7 +177,9 @@ class _Resumed:
         loop._regrowth = self._regrowth
         if loop._regrowth is not None and self._reserve is not None:
             loop._regrowth.load_state_dict(state["regrowth"], self._reserve)
-        loop._begin_step()
+        if loop._weights is not None:
+            loop._weights.look(not loop._landed and parts.controller.due(loop._step + 1, parts.total_steps))
+        loop._account.steps.begin()
 
 
 def device_of(parts: Parts) -> torch.device:

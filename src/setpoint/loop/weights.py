@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from setpoint.actuator.weight_exchange import exchanged
-from setpoint.actuator.weight_mask import mask_gradients, mask_weights
+from setpoint.actuator.weight_mask import mask_weights
 from setpoint.controller.plan import Plan
 from setpoint.errors import CheckpointError, GroupError
 from setpoint.groups.group import Group, widths_of
@@ -64,6 +64,8 @@ class Weights:
         self._shapes = {name: tuple(mask.shape) for name, mask in self.masks.items()}
         self._handles: dict[str, RemovableHandle] = {}
         self._looking, self._aside = False, dict[str, Tensor]()
+        self._gone: dict[str, Tensor] = {}
+        self._masked: dict[str, tuple[int, int]] = {}
         self._change = Change({}, {}, {})
         self.train_flops = 0.0
         self._step_flops = self._sparsity.flops.total
@@ -103,20 +105,22 @@ class Weights:
         """The next step begins; `due` if a decision comes after it, which may want gradients of masked weights."""
         self._looking, self._aside = due, {}
 
+    @torch.no_grad()
     def before_step(self) -> None:
-        """Mask gradients, whoever set them."""
-        mask_gradients(self._weights, self._held())
+        """Mask the gradients that were set or changed by something other than a backward pass."""
+        for name, gone in self._gone.items():
+            gradient = self._weights[name].grad
+            if gradient is not None and self._masked.get(name) != (id(gradient), gradient._version):
+                gradient.masked_fill_(gone, 0.0)
 
+    @torch.no_grad()
     def after_step(self) -> None:
-        """Mask weights, and count what the step costs in theory."""
-        mask_weights(self._weights, None, self._held())
+        """Mask weights, whatever the optimizer did, and count what the step costs in theory."""
+        for name, gone in self._gone.items():
+            self._weights[name].masked_fill_(gone, 0.0)
         self.train_flops += self._step_flops
         if self._aside:
             self.train_flops += self._sparsity.flops.dense_gradients(self._widths())
-
-    def _held(self) -> dict[str, Tensor]:
-        """Masks of the tensors that have masked weights."""
-        return {name: self.masks[name] for name in self._handles}
 
     def _widths(self) -> dict[str, int]:
         return {name: int(mask.sum()) for name, mask in self.masks.items()}
@@ -126,11 +130,11 @@ class Weights:
         """A gradient was accumulated: mask it, and put aside what an exchange wants to know."""
         if weight.grad is None:
             return
-        mask = self.masks[name]
         if self._looking:
-            resting = weight.grad.detach().masked_fill(mask, 0.0)
+            resting = weight.grad.detach().masked_fill(self.masks[name], 0.0)
             self._aside[name] = self._aside[name] + resting if name in self._aside else resting
-        weight.grad.masked_fill_(~mask, 0.0)
+        weight.grad.masked_fill_(self._gone[name], 0.0)
+        self._masked[name] = (id(weight.grad), weight.grad._version)
 
     # What a decision does.
 
@@ -205,23 +209,25 @@ class Weights:
 
     def _set(self, masks: Mapping[str, Tensor]) -> tuple[Group, ...]:
         self.masks = dict(masks)
-        for name, mask in masks.items():
-            if name not in self._handles and not bool(mask.all()):
+        self._gone = {name: ~mask for name, mask in masks.items() if name in self._gone or not bool(mask.all())}
+        for name in self._gone:
+            if name not in self._handles:
                 hook = partial(self._accumulated, name)
                 weight = self._weights[name]
                 self._handles[name] = weight.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
-        mask_weights(self._weights, self._optimizers, self._held())
+        held = {name: masks[name] for name in self._gone}
+        mask_weights(self._weights, self._optimizers, held)
         for each in self._copies:
-            mask_weights(each, None, {name: mask.to(each[name].device) for name, mask in self._held().items()})
+            mask_weights(each, None, {name: mask.to(each[name].device) for name, mask in held.items()})
         self._aside = {}
-        self._step_flops = self._sparsity.flops.cost().total(self._widths())
+        self._step_flops = self._sparsity.flops.at(self._widths())
         return tuple(with_active(group, masks[group.name].cpu().numpy().reshape(-1)) for group in self._dense)
 
     def stop(self) -> None:
         """Let go: weights stay as they are, and nothing holds them any more."""
         for handle in self._handles.values():
             handle.remove()
-        self._handles = {}
+        self._handles, self._gone = {}, {}
 
     # What is remembered.
 
@@ -268,7 +274,7 @@ class Weights:
             "dense_flops": self._sparsity.flops.total,
             "final_flops": self._sparsity.flops.total,
             "final_flops_ratio": 1.0,
-            "theoretical_flops": self._sparsity.flops.cost().total(widths_of(groups)),
+            "theoretical_flops": self._sparsity.flops.at(widths_of(groups)),
             "theoretical_train_flops": self.train_flops,
             "masked_params": self.num_masked,
             "dropped_units": dropped,
