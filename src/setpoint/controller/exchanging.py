@@ -85,6 +85,8 @@ class ExchangingController:
         reading = observation.reading
         if not share or reading is None or not reading.finite():
             return state, plan
+        if not plan.drops() and cost.total(observation.widths) >= observation.dense[cost.resource]:
+            return state, plan  # all weights are active
         if not any(self.due(later, total_steps) for later in range(step + 1, total_steps + 1)):
             return state, plan  # nothing could land later
         words = f"exchange of up to {share:.1%} of the active weights"

@@ -106,7 +106,7 @@ class WeightTaylorSensor:
         """
         finite = _all_finite(model, grad_scale, state.num_steps)
         first, second = {}, {}
-        decay = torch.where(finite, 1.0 - 1.0 / self.window, 1.0)
+        decay = torch.where(finite, torch.full_like(state.num_steps, 1.0 - 1.0 / self.window), 1.0)
         for name, weight in _weights(groups, model):
             r = torch.zeros_like(state.first[name])
             if weight.grad is not None:
