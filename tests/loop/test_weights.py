@@ -48,7 +48,7 @@ def started(
     """A net on which the pattern fits nearly everywhere, its optimizer, and a loop on its single weights."""
     options.setdefault("controller", few())
     torch.manual_seed(0)
-    model = Net()
+    model = Net().to(memory_format=options.pop("memory_format", torch.contiguous_format))
     optimizer = make(model.parameters())
     loop = setpoint.attach(
         model,
@@ -355,6 +355,27 @@ def test_a_changed_budget_and_the_end() -> None:
     assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
     step(model, optimizer, 41)
     assert any(model.get_parameter(name).detach()[~mask].any() for name, mask in masks.items())
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+def test_the_memory_format_does_not_matter(pattern: str) -> None:
+    """Claim: channels-last tensors get the masks that contiguous ones get from the same gradients, and keep format."""
+    plain, _, one = started(pattern)
+    model, _, other = started(pattern, memory_format=torch.channels_last)
+    weights, optimizers = dict(model.named_parameters()), (one._parts.optimizers[0], other._parts.optimizers[0])
+    for number in range(STEPS):
+        torch.manual_seed(number)
+        for name, parameter in plain.named_parameters():
+            parameter.grad = torch.randn(parameter.shape)
+            weights[name].grad = torch.empty_like(weights[name]).copy_(parameter.grad)
+            for each in (parameter, weights[name]):
+                for hook in (each._post_accumulate_grad_hooks or {}).values():
+                    hook(each)  # as a backward pass would
+        for optimizer in optimizers:
+            optimizer.step()
+    assert all(torch.equal(mask, other.masks[name]) for name, mask in one.masks.items())
+    assert not one.masks["inner.0.weight"].all() and sum(map(sum, (e.num_grown.values() for e in one.ledger))) > 0
+    assert weights["inner.0.weight"].is_contiguous(memory_format=torch.channels_last)
 
 
 def test_weights_that_someone_changes_are_found() -> None:

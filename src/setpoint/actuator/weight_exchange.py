@@ -51,7 +51,7 @@ def exchanged(
 
 def lowest(scores: Float[Tensor, "..."], among: Bool[Tensor, "..."], count: int) -> Bool[Tensor, "..."]:
     """A mask of the `count` lowest scores among these elements, of equal ones the first. Time O(elements)."""
-    mask = torch.zeros_like(among)
+    mask = torch.zeros(among.shape, dtype=torch.bool, device=among.device)  # row-major, whatever `among` is
     if count < 1:
         return mask
     flat = torch.where(among & ~scores.isnan(), scores, torch.inf).flatten()
