@@ -357,6 +357,38 @@ def test_a_changed_budget_and_the_end() -> None:
     assert any(model.get_parameter(name).detach()[~mask].any() for name, mask in masks.items())
 
 
+def test_gradients_that_others_set_are_masked_too() -> None:
+    """Claim: noise added to gradients, in place or as new tensors, after the backward pass reaches no masked weight and
+    none of its moments.
+    """
+    model, optimizer, loop = started()
+    for number in range(STEPS):
+        x, y = data(number)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        for place, parameter in enumerate(model.parameters()):
+            assert parameter.grad is not None
+            noise = torch.randn_like(parameter)
+            parameter.grad = parameter.grad + noise if (number + place) % 2 else parameter.grad.add_(noise)
+        optimizer.step()
+        for name, mask in loop.masks.items():
+            weight = model.get_parameter(name)
+            assert all(not each.detach()[~mask].any() for each in (weight, *shaped(optimizer, weight)))
+    assert loop.finish().masked_params > 0
+
+
+def test_a_plan_that_breaks_the_pattern_changes_nothing() -> None:
+    """Claim: a controller that drops one weight under 2:4 gets an error at that step; the run can go on."""
+    model, optimizer, loop = started("2:4", controller=Scripted({3: {"inner.3.weight": [5]}}, last=20, regrow=False))
+    for number in range(2):
+        step(model, optimizer, number)
+    with pytest.raises(GroupError, match="blocks of 4 in 'inner.3.weight' with different numbers"):
+        step(model, optimizer, 2)
+    assert all(mask.all() for mask in loop.masks.values()) and model.get_parameter("inner.3.weight").detach().all()
+    step(model, optimizer, 3)
+    assert loop.step == 4 and len(loop.ledger) == 1
+
+
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
 def test_the_memory_format_does_not_matter(pattern: str) -> None:
     """Claim: channels-last tensors get the masks that contiguous ones get from the same gradients, and keep format."""

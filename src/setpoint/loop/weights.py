@@ -65,7 +65,7 @@ class Weights:
         self._handles: dict[str, RemovableHandle] = {}
         self._looking, self._aside = False, dict[str, Tensor]()
         self._gone: dict[str, Tensor] = {}
-        self._masked: dict[str, tuple[int, int]] = {}
+        self._masked: dict[str, tuple[Tensor, int]] = {}
         self._change = Change({}, {}, {})
         self.train_flops = 0.0
         self._step_flops = self._sparsity.flops.total
@@ -109,9 +109,10 @@ class Weights:
     def before_step(self) -> None:
         """Mask the gradients that were set or changed by something other than a backward pass."""
         for name, gone in self._gone.items():
-            gradient = self._weights[name].grad
-            if gradient is not None and self._masked.get(name) != (id(gradient), gradient._version):
+            gradient, (known, version) = self._weights[name].grad, self._masked.get(name, (None, -1))
+            if gradient is not None and (gradient is not known or gradient._version != version):
                 gradient.masked_fill_(gone, 0.0)
+        self._masked = {}
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -134,7 +135,7 @@ class Weights:
             resting = weight.grad.detach().masked_fill(self.masks[name], 0.0)
             self._aside[name] = self._aside[name] + resting if name in self._aside else resting
         weight.grad.masked_fill_(self._gone[name], 0.0)
-        self._masked[name] = (id(weight.grad), weight.grad._version)
+        self._masked[name] = (weight.grad, weight.grad._version)
 
     # What a decision does.
 
