@@ -62,7 +62,7 @@ CONTROLLERS: dict[str, Controller[Any]] = {
     "priced, unguarded": PricedController(slew=1.0, min_density=0.0, dwell=0, hysteresis=0.0, deadband=0.0),
     "priced, regrowing": PricedController(regrow=True),
     "adaptive": AdaptiveController(),
-    "exchanging": ExchangingController(),
+    "exchanging": ExchangingController(PricedController(reference=Reference(num_cuts=3))),
     "gated": GatedController(),
     "gated, regrowing": GatedController(PricedController(regrow=True), steps=2),
 }

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import setpoint
-from loop.test_regrowth import Net, Scripted, data
+from loop.test_regrowth import Scripted, data
 from loop.test_state import Run, check_resumes
 from setpoint.bench.weight_flops import weight_flops
 from setpoint.controller.exchanging import ExchangingController
@@ -25,6 +25,22 @@ from setpoint.report.page import entries_table
 from setpoint.report.results import read_record
 
 STEPS = 24
+
+
+class Net(nn.Module):
+    """A convolutional net with batch norm and a residual block, of few weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(2, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.inner = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 1))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.stem(x)))
+        return self.head((x + self.inner(x)).mean((2, 3)))
+
+
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1, foreach=True),
@@ -142,7 +158,7 @@ def test_an_unstructured_budget_is_met_to_a_weight(resource: str, fraction: floa
     assert spent[resource] <= summary.limit[resource] < spent[resource] + cheapest
 
 
-@pytest.mark.parametrize(("pattern", "fraction"), [("2:4", 0.6), ("1:4", 0.5), ("2:3", 0.9), ("4:8", 0.97)])
+@pytest.mark.parametrize(("pattern", "fraction"), [("2:4", 0.75), ("1:4", 0.5), ("3:4", 0.9), ("4:8", 0.75)])
 def test_a_pattern_holds_in_every_block(pattern: str, fraction: float) -> None:
     """Claim: all blocks of M neighbouring inputs keep equally many weights, N at least, after every step; tensors that
     do not divide stay dense; within the budget, and no tensor could have back what it lost at the last cut.
@@ -176,7 +192,7 @@ def test_an_exchange_brings_back_what_the_gradient_asks_for() -> None:
     """Claim: at a decision, `share` of a tensor's active weights go and as many come in, with the value zero: those
     masked so far whose gradients, over both backward passes of the step, are largest; the ledger counts both.
     """
-    half = {"inner.0.weight": list(range(0, 1728, 2))}
+    half = {"inner.0.weight": list(range(0, 576, 2))}
     controller = ExchangingController(Scripted({3: half, 6: {}}, last=20, regrow=False), fraction=0.2)
     model, optimizer, loop = started(controller=controller)
     for number in range(6):
@@ -188,12 +204,12 @@ def test_an_exchange_brings_back_what_the_gradient_asks_for() -> None:
             for each in (model, twin):
                 nn.functional.cross_entropy(each(x), y).backward()
         optimizer.step()
-    after, count = loop.masks["inner.0.weight"], int(controller.share(6, STEPS) * 864)
+    after, count = loop.masks["inner.0.weight"], int(controller.share(6, STEPS) * 288)
     gradient = twin.get_parameter("inner.0.weight").grad
-    assert gradient is not None and int(before.sum()) == 864
+    assert gradient is not None and int(before.sum()) == 288
     largest = gradient.abs().masked_fill(before, -1).flatten().topk(count).indices
     assert sorted((after & ~before).flatten().nonzero().flatten().tolist()) == sorted(largest.tolist())
-    assert int((before & ~after).sum()) == count > 50
+    assert int((before & ~after).sum()) == count > 20
     assert not model.get_parameter("inner.0.weight").detach()[after & ~before].any()
     assert loop.ledger[-1].num_dropped == loop.ledger[-1].num_grown == {"inner.0.weight": count}
 
@@ -205,7 +221,7 @@ def test_resumes_bit_for_bit() -> None:
 
     def start(pattern: str, verify: bool = True) -> Run:
         options = {"granularity": "weight", "pattern": pattern, "groups": find_weights(Net(), pattern)}
-        return Run(few, split=True, budget=0.6, total_steps=STEPS, verify=verify, **options)
+        return Run(few, split=True, model=Net, budget=0.7, total_steps=STEPS, verify=verify, **options)
 
     for pattern, at in (("unstructured", [3, 9, STEPS]), ("2:4", [12])):
         check_resumes(lambda pattern=pattern, **options: start(pattern, **options), at, STEPS)
@@ -256,7 +272,7 @@ def test_everybody_is_told_that_hardware_gets_no_faster(tmp_path: Path) -> None:
         ({"granularity": "unit", "pattern": "2:4"}, GroupError, "add granularity='weight'"),
         ({"pattern": "4:2"}, GroupError, "unknown pattern '4:2'"),
         ({"pattern": "blocks"}, GroupError, "unknown pattern 'blocks'"),
-        ({"pattern": "2:4", "groups": None}, GroupError, r"stem\.weight \(12, 2, 3, 3\).*find_weights\(model, '2:4'\)"),
+        ({"pattern": "2:4", "groups": None}, GroupError, r"stem\.weight \(8, 2, 3, 3\).*find_weights\(model, '2:4'\)"),
         ({"pattern": "2:4", "groups": find_weights(Net())}, GroupError, "is none of find_weights"),
         ({"granularity": "unit", "pattern": None}, GroupError, "holds single weights"),
         ({"budget": setpoint.Budget.fraction(0.5, of="latency")}, BudgetError, "save no latency"),
@@ -379,12 +395,12 @@ def test_gradients_that_others_set_are_masked_too() -> None:
 
 def test_a_plan_that_breaks_the_pattern_changes_nothing() -> None:
     """Claim: a controller that drops one weight under 2:4 gets an error at that step; the run can go on."""
-    model, optimizer, loop = started("2:4", controller=Scripted({3: {"inner.3.weight": [5]}}, last=20, regrow=False))
+    model, optimizer, loop = started("2:4", controller=Scripted({3: {"inner.2.weight": [5]}}, last=20, regrow=False))
     for number in range(2):
         step(model, optimizer, number)
-    with pytest.raises(GroupError, match="blocks of 4 in 'inner.3.weight' with different numbers"):
+    with pytest.raises(GroupError, match="blocks of 4 in 'inner.2.weight' with different numbers"):
         step(model, optimizer, 2)
-    assert all(mask.all() for mask in loop.masks.values()) and model.get_parameter("inner.3.weight").detach().all()
+    assert all(mask.all() for mask in loop.masks.values()) and model.get_parameter("inner.2.weight").detach().all()
     step(model, optimizer, 3)
     assert loop.step == 4 and len(loop.ledger) == 1
 
