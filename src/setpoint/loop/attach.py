@@ -24,11 +24,11 @@ from setpoint.cost.params import params_cost
 from setpoint.cost.price import Price
 from setpoint.cost.tolerance import Tolerance
 from setpoint.errors import ExampleError, GroupError, LoopError, OptimizerError
+from setpoint.groups.chance import untouched_chance
 from setpoint.groups.export import Example, inputs_of
 from setpoint.groups.group import Group, Size, widths_of
 from setpoint.groups.trace import Trace, trace
 from setpoint.loop.accounting import Account
-from setpoint.loop.chance import untouched_chance
 from setpoint.loop.change import check_runs, reference_of
 from setpoint.loop.costing import Costing, cost_out
 from setpoint.loop.goal import controller_for
@@ -150,6 +150,7 @@ def attach(
             sensor = _default_sensor(inner, found.groups, example, samples) if sensor is None else sensor
             active, frozen = _select(inner, found, groups, sensor, allow_lossy)
             material = _unit_material(inner, optimizers, example, found, active, frozen, copies, verify)
+            _warn_of_unreached(inner, found, material.groups)
             if regrows(controller):
                 passes = _check_regrowth(model, inner, example, material.groups, sensor, verify)
                 material = replace(material, passes=material.passes + passes)
@@ -329,7 +330,7 @@ def _verified(
     if failed:
         warnings.warn(
             f"left whole, because cutting them on a copy did not behave like masking them: {', '.join(failed)}",
-            stacklevel=3,
+            stacklevel=4,
         )
     reasons = dict.fromkeys(failed, "cutting it on a copy did not behave like masking it")
     # At most four forward and backward passes vouch for all groups at once; each culprit is found by bisection.
@@ -358,6 +359,19 @@ def _check_regrowth(
     few, share = few_rows(example)
     verify_probe(inner, few, groups)
     return 6 * share
+
+
+def _warn_of_unreached(model: nn.Module, found: Trace, groups: tuple[Group, ...]) -> None:
+    """Tell of weights that the example leaves out and that may read units, which would go while they stay."""
+    lengths = {len(part.index) for group in groups for part in group.slices}
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters() if parameter.requires_grad}
+    stray = [name for name in found.unreached if len(shapes.get(name, ())) > 1 and lengths & set(shapes[name][1:])]
+    if stray:
+        warnings.warn(
+            f"the example does not reach {', '.join(stray[:5])}{' and more' if len(stray) > 5 else ''}: if training "
+            "does, give an example that goes there, since what they read may be cut and they would not follow",
+            stacklevel=3,
+        )
 
 
 def _restrict(found: Trace, groups: tuple[Group, ...]) -> Trace:
