@@ -255,7 +255,10 @@ def test_everybody_is_told_that_hardware_gets_no_faster(tmp_path: Path) -> None:
         step(model, optimizer, number)
     summary = loop.finish()
     words = "dense hardware does not get faster"
-    assert words in summary.sources["flops"] and words in loop.ledger.header["modelled"]["flops"]
+    assert (
+        all(words in summary.sources[name] for name in ("flops", "params"))
+        and words in loop.ledger.header["modelled"]["flops"]
+    )
     assert summary.final_flops == summary.dense_flops and summary.train_flops >= STEPS * summary.dense_flops
     assert summary.theoretical_train_flops is not None and summary.break_even_step is None
     assert STEPS * summary.limit["flops"] < summary.theoretical_train_flops < STEPS * summary.dense_flops

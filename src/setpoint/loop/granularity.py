@@ -25,10 +25,9 @@ from setpoint.loop.parts import Sparsity
 from setpoint.sensor.reading import Sensor
 from setpoint.sensor.weight_taylor import Weighing
 
-THEORY = "modelled: theoretical FLOPs, as if masked weights cost nothing; dense hardware does not get faster"
-_SOURCES = {
-    "flops": THEORY,
-    "params": "modelled: weights that are not masked; a dense tensor holds the others as zeros",
+_SOURCES = {  # what can be saved, and what is said of it
+    "flops": "modelled: theoretical FLOPs, as if masked weights cost nothing; dense hardware does not get faster",
+    "params": "modelled: weights that are not masked; zeros are stored too, and dense hardware does not get faster",
 }
 
 

@@ -360,7 +360,7 @@ def ledger_line(record: Record) -> str:
             told += f", budget {human(limit, UNITS.get(resource, resource))}" if limit else ""
         told += "".join(f"; {NAMES.get(resource, resource)} {text}" for text in record.sources.get(resource, ()))
     if record.pattern:
-        told += f"; masks on single weights ({record.pattern}): dense hardware does not get faster"
+        told += f"; masks on single weights ({record.pattern})"
     return told + f", over {end_of(record):,} {AXES['step']}s."
 
 
