@@ -16,7 +16,7 @@ from setpoint.cost.tolerance import Tolerance
 from setpoint.cost.weights import active_params, weight_flops
 from setpoint.errors import BudgetError, GroupError, LoopError
 from setpoint.groups.export import Example
-from setpoint.groups.group import Group, widths_of
+from setpoint.groups.group import Group
 from setpoint.groups.trace import trace
 from setpoint.groups.weights import Pattern, find_weights, maskable
 from setpoint.loop.costing import Costing
@@ -137,25 +137,15 @@ def weight_material(
 def _chosen(model: nn.Module, pattern: Pattern, wanted: Sequence[Group] | None) -> tuple[Group, ...]:
     fitting = find_weights(model, str(pattern))
     if wanted is not None:
-        widths = widths_of(fitting)
+        known = {_what(group) for group in fitting}
         for group in wanted:
-            same = next((each for each in fitting if each.name == group.name), None)
-            if (
-                group.kind != "weight"
-                or same is None
-                or (group.num_units, group.min_units, group.multiple_of)
-                != (
-                    same.num_units,
-                    same.min_units,
-                    same.multiple_of,
-                )
-            ):
+            if _what(group) not in known:
                 raise GroupError(
                     f"group {group.name!r} is none of find_weights(model, {str(pattern)!r}): with "
                     "granularity='weight', give groups out of that list"
                 )
         names = {group.name for group in wanted}
-        return tuple(group for group in fitting if group.name in names & widths.keys())
+        return tuple(group for group in fitting if group.name in names)
     misfits = {n: tuple(w.shape) for n, w in maskable(model).items() if not pattern.fits(tuple(w.shape))}
     if misfits:
         told = ", ".join(f"{name} {shape}" for name, shape in list(misfits.items())[:5])
@@ -166,3 +156,8 @@ def _chosen(model: nn.Module, pattern: Pattern, wanted: Sequence[Group] | None) 
             f"groups=setpoint.find_weights(model, {str(pattern)!r}), which lists those that fit"
         )
     return fitting
+
+
+def _what(group: Group) -> tuple[str, str, int, int, int]:
+    """What tells a group of one pattern from one of another, or of another model."""
+    return group.name, group.kind, group.num_units, group.min_units, group.multiple_of
