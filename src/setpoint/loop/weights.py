@@ -144,7 +144,7 @@ class Weights:
 
         Args:
             plan: which weights go, and the share that is exchanged.
-            scores: by group, saliency of every weight.
+            scores: by group, saliency of every weight; only an exchange looks at them.
 
         Raises:
             GroupError: for a plan that does not fit the pattern.
@@ -182,7 +182,7 @@ class Weights:
         """
         sensor = parts.sensor
         assert isinstance(sensor, Weighing)
-        change = self.planned(plan, sensor.scores(sensor_state))
+        change = self.planned(plan, sensor.scores(sensor_state) if plan.exchange and self._aside else {})
         sensed = sensor.renew(parts.sensor.cut(sensor_state, plan.keep), change.came)
         held = parts.controller.cut(controller_state, plan.keep)
         self._change = change
