@@ -11,10 +11,25 @@ from torch.optim import Optimizer
 
 from setpoint.controller.plan import Controller
 from setpoint.cost.cost import Cost
+from setpoint.cost.weights import WeightFlops
 from setpoint.groups.group import Group
+from setpoint.groups.weights import Pattern
 from setpoint.loop.metering import Metering
 from setpoint.loop.target import Target
 from setpoint.sensor.reading import Sensor
+
+
+@dataclass(frozen=True, eq=False)
+class Sparsity:
+    """What masks on single weights are held to.
+
+    Args:
+        pattern: that they keep to.
+        flops: of the dense step, by weight tensor.
+    """
+
+    pattern: Pattern
+    flops: WeightFlops
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +49,7 @@ class Parts:
         total_steps: optimizer steps of the run.
         header: the ledger's header.
         reserve_bytes: host memory for units that may come back, where the controller brings any back; None: no limit.
+        sparsity: where units are single weights; None where whole units are cut.
     """
 
     model: nn.Module
@@ -48,3 +64,4 @@ class Parts:
     total_steps: int
     header: Mapping[str, Any]
     reserve_bytes: int | None = None
+    sparsity: Sparsity | None = None
