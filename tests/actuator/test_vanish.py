@@ -142,18 +142,21 @@ class Staying(nn.Module):
         self.stem, self.pooled = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 16, 1)
         self.back, self.head = nn.Conv2d(16, 8, 1), nn.Conv2d(8, 2, 1)
         self.normed = nn.Sequential(nn.Conv2d(8, 12, 1), nn.ReLU(), norm(nn.Conv2d(12, 8, 1)))
+        self.resized = nn.Sequential(nn.Conv2d(8, 10, 1), nn.Upsample(scale_factor=2), nn.Conv2d(10, 8, 2, 2))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
         x = x + self.back(nn.functional.max_pool2d(self.pooled(x).relu(), 3, 1, 1))
+        x = x + self.resized(x)
         out: Tensor = self.head(x + self.normed(x))
         return out
 
 
 def test_a_branch_that_cannot_vanish_says_why() -> None:
-    """Pooling knows no empty tensor, and a weight cannot be divided by a norm of 0: a note, and `min_units` above 0."""
+    """Pooling and resizing know no empty tensor, and no weight is divided by a norm of 0: a note, a least width above 0."""
     groups = {group.name: group for group in find_groups(Staying(), (torch.randn(2, 3, 8, 8),))}
     assert groups["pooled"].min_units > 0 and groups["normed.0"].min_units > 0
     (pooled,), (normed,) = groups["pooled"].notes, groups["normed.0"].notes
     assert pooled.startswith("it cannot vanish: RuntimeError") and "divided by a norm" in normed
-    assert groups["pooled"].lossless and groups["normed.0"].lossless
+    assert groups["resized.0"].min_units > 0 and "resized" in groups["resized.0"].notes[0]
+    assert groups["pooled"].lossless and groups["resized.0"].lossless and groups["normed.0"].lossless

@@ -30,6 +30,9 @@ from setpoint.groups.trace import trace
 TOLERANCE = 1e-10
 """Largest difference from the masked twin, relative to the largest value of the tensor."""
 
+FURTHER = 1e-6
+"""The same after one more training step and further cuts: very narrow batch norms magnify what rounding did by then."""
+
 SEED = 0
 """Of weights, examples, the units that go, and everything that a forward draws."""
 
@@ -76,9 +79,9 @@ def check(name: str, build: Build) -> Verdict:
     The demands: there are groups; the model's own training forward and backward run after the cut; the optimizer
     holds exactly the live parameters and its next step moves every one of them; tied parameters stay tied, frozen
     ones frozen; train mode and hooks are as before; and in float64, with randomised weights, the outputs,
-    the gradients and the weights after a further step equal the masked twin's. So do the outputs after further cuts:
-    in the other of train and eval mode, with the largest group alone at its fewest units, with all of them there,
-    and a training step without the units of every group that may vanish.
+    the gradients and the weights after a further step equal the masked twin's. So do, to `FURTHER`, the outputs after
+    that step and further cuts: in the other of train and eval mode, with the largest group alone at its fewest units,
+    with all of them there, and a training step without the units of every group that may vanish.
 
     Args:
         name: what to call the model.
@@ -157,7 +160,10 @@ def _twin_error(model: nn.Module, example: Any, groups: tuple[Group, ...], keep:
     for name, parameter in small.named_parameters():
         if name in got.gradients and parameter.numel() and torch.equal(parameter, before[name]):
             raise _Failed(f"the optimizer's step did not move {name}")
-    return max([*errors, *_further_errors((small, optimizer), (masked, twin_optimizer), groups, cut, keep, example)])
+    further = max(_further_errors((small, optimizer), (masked, twin_optimizer), groups, cut, keep, example))
+    if not further <= FURTHER:
+        raise _Failed(f"differs from its masked twin by {further:.2g} after further cuts")
+    return max(errors)
 
 
 def _further_errors(

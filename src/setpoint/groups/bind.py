@@ -252,10 +252,14 @@ def _vanishing(draft: Draft, places: Places) -> dict[str, str]:
     """
     units, walk = draft.units, draft.walk
     found = dict.fromkeys(sorted(bypassed(walk, units, walk.inputs, walk.outputs) & draft.lossless), "")
-    measured = walk.atoms.marked("measured")
-    for position, group in enumerate(units.groups):
-        if group.name in found and measured[units.group_of == position].any():
-            found[group.name] = "a weight is divided by a norm over its units, which would be 0"
+    for remark, why in (
+        ("measured", "a weight is divided by a norm over its units, which would be 0"),
+        ("resized", "what is resized needs one channel at least"),
+    ):
+        marked = walk.atoms.marked(remark)
+        for position, group in enumerate(units.groups):
+            if group.name in found and marked[units.group_of == position].any():
+                found[group.name] = why
 
     for call in walk.calls:
         conv = isinstance(draft.model.get_submodule(call.module), nn.modules.conv._ConvNd)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from setpoint.groups.walk import DimLabels, Value, Walk, rule
+from setpoint.groups.walk import DimLabels, Rule, Value, Walk, rule
 
 aten = torch.ops.aten
 
@@ -53,6 +53,21 @@ def _spatial(walk: Walk, out: Any, x: Value, num_spatial: int) -> Any:
     return tuple(labels for _ in out) if isinstance(out, tuple) else labels
 
 
+def _pooled(num_spatial: int) -> Rule:
+    def function(walk: Walk, out: Any, x: Value, *args: Any, **kwargs: Any) -> Any:
+        return _spatial(walk, out, x, num_spatial)
+
+    return function
+
+
+def _resized(num_spatial: int) -> Rule:
+    def function(walk: Walk, out: Any, x: Value, *args: Any, **kwargs: Any) -> Any:
+        walk.atoms.mark("resized", x.labels[-1 - num_spatial])  # without channels it raises, though not without data
+        return _spatial(walk, out, x, num_spatial)
+
+    return function
+
+
 def _register_windows() -> None:
     names = {
         1: "avg_pool1d max_pool1d adaptive_avg_pool1d adaptive_max_pool1d max_pool1d_with_indices lp_pool1d",
@@ -73,10 +88,7 @@ def _register_windows() -> None:
                     continue
                 overloads = (getattr(packet, overload) for overload in packet.overloads() if "out" not in overload)
 
-                def function(walk: Walk, out: Any, x: Value, *args: Any, _n: int = num_spatial, **kw: Any) -> Any:
-                    return _spatial(walk, out, x, _n)
-
-                rule(*overloads)(function)
+                rule(*overloads)(_resized(num_spatial) if table is upsample else _pooled(num_spatial))
 
 
 _register_windows()
