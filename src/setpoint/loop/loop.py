@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
@@ -13,10 +12,9 @@ from typing import Any
 from weakref import WeakSet
 
 import numpy as np
-from jaxtyping import Bool, Float64, Int
+from jaxtyping import Float64, Int
 from torch import Tensor, nn
 
-from setpoint.actuator.balance import balance_and_shrink
 from setpoint.controller.plan import Learning, Observation, Plan, regrows
 from setpoint.controller.transfer import transfer
 from setpoint.cost.budget import Budget
@@ -24,6 +22,8 @@ from setpoint.errors import LoopError
 from setpoint.groups.group import Group, widths_of
 from setpoint.ledger import Entry, Ledger
 from setpoint.loop.accounting import Account
+from setpoint.loop.agreement import decisions, shared_reading, together
+from setpoint.loop.carrying import carry_out
 from setpoint.loop.change import check_open, with_budget, with_total_steps
 from setpoint.loop.closing import summarise
 from setpoint.loop.explanation import Explanation, explain
@@ -43,6 +43,7 @@ from setpoint.loop.state import check_loading, resume, state_of
 from setpoint.loop.stride import sensed_every
 from setpoint.loop.summary import Summary
 from setpoint.loop.watch import LossWatch
+from setpoint.loop.wrapper import check_step
 from setpoint.sensor.probe import Probe
 from setpoint.sensor.reading import Reading
 
@@ -276,6 +277,7 @@ class Loop:
     # What happens at every step.
 
     def _before_step(self, grad_scale: Tensor | None) -> None:
+        check_step(self._parts.model, self._parts.parallel, first=self._account.new_segment)
         if self._regrowth is not None:
             self._regrowth.end_probe(grad_scale)
         total_steps = self._parts.total_steps
@@ -318,24 +320,27 @@ class Loop:
 
     def _decide(self, due: bool) -> None:
         """Read, decide, act and record. After a bad reading, try again at the next step."""
-        deciding, plan = self._account.deciding, None
+        ranks, plan = self._parts.ranks, None
         self._overdue = True  # also if anything is raised from here on
-        with deciding:
-            reading, (self._metered, metered) = self._read(), metered_at(self._parts, self.widths)
+        with self._account.deciding:
+            reading = shared_reading(ranks, self._read, self._watch, self._step)
+            self._metered, metered = metered_at(self._parts, self.widths)
             why_not = refusal(reading)
             if why_not is None:
-                self._replan()
-                probe = self._regrowth.probe(self._step) if self._regrowth is not None else None
-                seen, held = self._observation(reading, probe, metered), self._controller_state
-                state, plan, again = planned(
-                    self._parts, self._account, self._watch, self._groups, held, seen, self._sensing_flops
-                )
+                with together(ranks, f"the plan after step {self._step}") as facts:
+                    self._replan()
+                    probe = self._regrowth.probe(self._step) if self._regrowth is not None else None
+                    seen, held = self._observation(reading, probe, metered), self._controller_state
+                    state, plan, again = planned(
+                        self._parts, self._account, self._watch, self._groups, held, seen, self._sensing_flops
+                    )
+                    facts["plan"] = decisions(plan)
                 self._again = again or self._again
         if plan is not None:
             if isinstance(self._parts.controller, Learning):
                 self._account.sensed(self._parts.controller.flops(self._groups))
             origin, before = self._origin, self.widths
-            regrown, note = self._act(plan, state, reading)
+            regrown, note = carry_out(self, plan, state, reading)
             reason = f"{plan.reason}; {note}" if note else plan.reason
             entry = with_drops(self._entry(reason, plan, before), plan, reading, origin)
             self._ledger.append(with_returns(entry, plan, probe))
@@ -353,37 +358,6 @@ class Loop:
         reading = self._parts.sensor.read(self._sensor_state, self._groups, self._step)
         before, self._skipped = self._skipped, reading.skipped_steps
         return replace(reading, skipped_steps=reading.skipped_steps - before)
-
-    def _act(self, plan: Plan, state: Any, reading: Reading) -> tuple[dict[str, Bool[np.ndarray, " _units"]], str]:
-        """Carry the plan out on everything that is indexed by unit; what has come back, and what is to be said."""
-        parts, account, regrowth = self._parts, self._account, self._regrowth
-        account.resizing.last_seconds = 0.0
-        regrown: dict[str, Bool[np.ndarray, " _units"]] = {}
-        note = ""
-        if plan.empty():
-            self._controller_state = state
-            return regrown, note
-        with account.resizing:
-            if plan.drops():  # all that can fail comes before the model changes
-                if regrowth is None and self._watch.can_roll_back(parts.sensor, parts.controller, account.resizes):
-                    regrowth = self._regrowth = Regrowth(parts, account)
-                sensed, state = parts.sensor.cut(self._sensor_state, plan.keep), parts.controller.cut(state, plan.keep)
-                with regrowth.resting(plan.keep) if regrowth is not None else nullcontext("") as note:
-                    groups = balance_and_shrink(
-                        parts.model, parts.optimizers, self._groups, plan.keep, reading.basis, parts.copies
-                    )
-                self._groups, self._sensor_state, self._origin = groups, sensed, only_kept(self._origin, plan)
-            self._controller_state = state
-            if plan.grows() and regrowth is not None:
-                self._groups, regrown = regrowth.grow(self._groups, plan)
-                self._sensor_state = parts.sensor.grow(self._sensor_state, regrown)  # type: ignore[attr-defined]
-                self._controller_state = parts.controller.grow(self._controller_state, regrown)  # type: ignore[attr-defined]
-                self._origin = regrowth.origin
-        self._sensing_flops = parts.sensor.flops(self._groups, parts.model)
-        account.resized(parts.costs["flops"].total(self.widths))
-        parts.metering.cut()
-        self._watch.changed(self._step, cut=plan.drops())
-        return regrown, note
 
     def _observation(self, reading: Reading, probe: Probe | None, metered: Mapping[str, float]) -> Observation:
         seen = observation_of(self._parts, self._account, self._watch, self._groups, self._step)

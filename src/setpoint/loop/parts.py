@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from setpoint.controller.plan import Controller
 from setpoint.cost.cost import Cost
+from setpoint.distributed import Ranks
 from setpoint.groups.group import Group
 from setpoint.loop.metering import Metering
 from setpoint.loop.target import Target
@@ -34,6 +36,8 @@ class Parts:
         total_steps: optimizer steps of the run.
         header: the ledger's header.
         reserve_bytes: host memory for units that may come back, where the controller brings any back; None: no limit.
+        ranks: the processes that train copies of the model together.
+        parallel: what averages their gradients, where there is any; it must follow every change of sizes.
     """
 
     model: nn.Module
@@ -48,3 +52,5 @@ class Parts:
     total_steps: int
     header: Mapping[str, Any]
     reserve_bytes: int | None = None
+    ranks: Ranks = field(default_factory=Ranks)
+    parallel: DistributedDataParallel | None = None

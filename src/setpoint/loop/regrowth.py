@@ -157,6 +157,8 @@ class Regrowth:
             return
         with self._account.probing:
             probing.stop()
+            if self._parts.ranks.count > 1:
+                probing.share(self._parts.ranks.mean)
             gains = probing.gains(grad_scale)
             if gains is not None:
                 self._recent.append({name: self._by_origin(name, values) for name, values in gains.items()})

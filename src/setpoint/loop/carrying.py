@@ -1,0 +1,77 @@
+"""Carrying out: what a plan changes in a loop, its model, and everything else that is indexed by unit."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Bool
+
+from setpoint.actuator.balance import balance_and_shrink
+from setpoint.actuator.shrink import named_tensors
+from setpoint.controller.plan import Plan
+from setpoint.loop.agreement import together
+from setpoint.loop.record import only_kept
+from setpoint.loop.regrowth import Regrowth
+from setpoint.loop.wrapper import rewrap
+from setpoint.sensor.reading import Reading
+
+if TYPE_CHECKING:
+    from setpoint.loop.loop import Loop
+
+Regrown = dict[str, Bool[np.ndarray, " _units"]]
+
+
+def carry_out(loop: Loop, plan: Plan, state: Any, reading: Reading) -> tuple[Regrown, str]:
+    """Carry a plan out; by group which active units have come back, and what is to be said.
+
+    Args:
+        loop: whose plan it is.
+        plan: the plan.
+        state: the controller's, once the plan is carried out.
+        reading: that the plan was made on.
+
+    Raises:
+        RankError: when another rank could not carry it out.
+    """
+    parts, account = loop._parts, loop._account
+    account.resizing.last_seconds = 0.0
+    if plan.empty():
+        loop._controller_state = state
+        return {}, ""
+    with account.resizing, together(parts.ranks, f"the cut after step {loop._step}") as facts:
+        try:
+            regrown, note = _changed(loop, plan, state, reading)
+        finally:  # also after half of it: gradients of new shapes must not stay unsynchronised
+            if parts.parallel is not None:
+                rewrap(parts.parallel)
+        facts["shapes"] = [tuple(tensor.shape) for tensor in named_tensors(parts.model).values()]
+    loop._sensing_flops = parts.sensor.flops(loop._groups, parts.model)
+    account.resized(parts.costs["flops"].total(loop.widths))
+    parts.metering.cut()
+    loop._watch.changed(loop._step, cut=plan.drops())
+    return regrown, note
+
+
+def _changed(loop: Loop, plan: Plan, state: Any, reading: Reading) -> tuple[Regrown, str]:
+    """Drop what is to go, and bring back what is to come back."""
+    parts, regrowth = loop._parts, loop._regrowth
+    regrown: Regrown = {}
+    note = ""
+    if plan.drops():  # all that can fail comes before the model changes
+        if regrowth is None and loop._watch.can_roll_back(parts.sensor, parts.controller, loop._account.resizes):
+            regrowth = loop._regrowth = Regrowth(parts, loop._account)
+        sensed, state = parts.sensor.cut(loop._sensor_state, plan.keep), parts.controller.cut(state, plan.keep)
+        with regrowth.resting(plan.keep) if regrowth is not None else nullcontext("") as note:
+            groups = balance_and_shrink(
+                parts.model, parts.optimizers, loop._groups, plan.keep, reading.basis, parts.copies
+            )
+        loop._groups, loop._sensor_state, loop._origin = groups, sensed, only_kept(loop._origin, plan)
+    loop._controller_state = state
+    if plan.grows() and regrowth is not None:
+        loop._groups, regrown = regrowth.grow(loop._groups, plan)
+        loop._sensor_state = parts.sensor.grow(loop._sensor_state, regrown)  # type: ignore[attr-defined]
+        loop._controller_state = parts.controller.grow(loop._controller_state, regrown)  # type: ignore[attr-defined]
+        loop._origin = regrowth.origin
+    return regrown, note

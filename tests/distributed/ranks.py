@@ -1,0 +1,376 @@
+"""Checks that several processes make together; each is a function that every rank runs.
+
+python tests/distributed/ranks.py twin:2 twin:4 ...     what to check, and on how many ranks
+"""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel as Parallel
+from torch.optim.swa_utils import AveragedModel
+
+import setpoint
+from setpoint.actuator import shrink as shrink_module
+from setpoint.actuator.mask import mask
+from setpoint.controller.reference import Reference
+
+sys.path.append(str(Path(__file__).parents[1]))
+from loop.test_regrowth import Net, Scripted
+
+TIMEOUT_S = 30
+STEPS = 60
+DROP = {3: {"inner.0": [1, 4, 9], "stem": [0, 3]}, 5: {"inner.0": [0]}}
+
+
+class Sampled(nn.Module):
+    """A net whose norms are per sample, so that a batch may be split over ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(2, 16, 3, padding=1), nn.GroupNorm(8, 16)
+        self.wide, self.mix, self.stream = nn.Conv2d(16, 20, 1), nn.Conv2d(20, 12, 1), nn.LayerNorm(12)
+        self.up, self.down, self.head = nn.Linear(12, 24), nn.Linear(24, 12), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.wide(torch.relu(self.norm(self.stem(x)))))
+        x = self.mix(x).mean((2, 3))
+        return self.head(x + self.down(nn.functional.gelu(self.up(self.stream(x)))))
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    """The global batch of a step."""
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(16, 2, 6, 6, generator=generator, dtype=torch.float64)
+    return x, (x[:, 0].mean((1, 2)) > 0).long() + (x[:, 1, 0, 0] > 0.5).long()
+
+
+def share(step: int) -> tuple[Tensor, Tensor]:
+    """This rank's part of it."""
+    x, y = batch(step)
+    each = len(x) // dist.get_world_size()
+    mine = slice(dist.get_rank() * each, (dist.get_rank() + 1) * each)
+    return x[mine], y[mine]
+
+
+def build(kind: Callable[[], nn.Module] = Sampled) -> nn.Module:
+    torch.manual_seed(0)
+    return kind().double()
+
+
+def regrowing() -> setpoint.PricedController:
+    return setpoint.PricedController(Reference(0.0, 0.6, 0.8, num_cuts=16), regrow=True, dwell=1, min_density=0.0)
+
+
+def attached(model: nn.Module, controller: Any, x: Tensor, **options: Any) -> tuple[Any, setpoint.Loop]:
+    optimizer = options.pop("optimizer", None) or torch.optim.AdamW(model.parameters(), lr=0.01, eps=1e-4)
+    budget = options.pop("budget", setpoint.Budget.fraction(0.5, of="flops"))
+    settings = {"example": (x,), "total_steps": STEPS, "controller": controller, "verify": False, **options}
+    return optimizer, setpoint.attach(model, optimizer, budget, **settings)
+
+
+def train(
+    model: Any, optimizer: Any, loop: Any, steps: range, data: Callable[[int], Any], parts: int = 1
+) -> list[float]:
+    """Losses of the user's own loop; with several parts it accumulates gradients."""
+    losses = []
+    for step in steps:
+        x, y = data(step)
+        losses.append(0.0)
+        for number, (some, labels) in enumerate(zip(x.chunk(parts), y.chunk(parts), strict=True), 1):
+            unsynchronised = isinstance(model, Parallel) and number < parts
+            with model.no_sync() if unsynchronised else nothing():
+                loss = nn.functional.cross_entropy(model(some), labels) / parts
+                loss.backward()
+            losses[-1] += loss.item()
+        if loop is not None:
+            loop.observe(loss=losses[-1])
+        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
+
+
+@contextmanager
+def nothing() -> Iterator[None]:
+    yield
+
+
+def everywhere(value: Any) -> list[Any]:
+    """What each rank has."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def assert_same_everywhere(model: nn.Module, optimizer: Any) -> None:
+    """Weights and optimizer state are the same on all ranks, bit for bit."""
+    tensors = [*model.parameters(), *(v for state in optimizer.state.values() for v in state.values())]
+    all_of_them = everywhere([tensor.detach().numpy().tobytes() for tensor in tensors])
+    assert all(each == all_of_them[0] for each in all_of_them)
+
+
+def story(loop: setpoint.Loop) -> list[Any]:
+    return [(entry.step, entry.dropped, entry.grown) for entry in loop.ledger]
+
+
+# The checks.
+
+
+def twin() -> None:
+    """Losses, plans and weights are those of one process on the same global batches, over cuts and returns."""
+    setpoint.loop.regrowth._PROBE_SHARE = 1.0
+    model = build()
+    wrapper = Parallel(model)
+    optimizer, loop = attached(wrapper, regrowing(), share(0)[0])
+    losses = train(wrapper, optimizer, loop, range(STEPS), share, parts=2)
+    summary = loop.finish()
+    assert_same_everywhere(model, optimizer)
+    assert all(each == story(loop) for each in everywhere(story(loop)))
+    assert summary.landed and summary.resizes >= 10 and summary.regrown_units > 0, summary
+    mean_losses = np.mean(everywhere(losses), 0)
+    alone = build()
+    of_alone, single = attached(alone, regrowing(), batch(0)[0])
+    np.testing.assert_allclose(mean_losses, train(alone, of_alone, single, range(STEPS), batch), rtol=1e-9)
+    single.finish()
+    assert story(single) == story(loop)
+    for a, b in zip(model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+    for ours, theirs in zip(loop.ledger, single.ledger, strict=True):
+        assert ours.loss is not None and abs(ours.loss - theirs.loss) < 1e-9 * abs(theirs.loss)
+        for name, values in theirs.gain.items():
+            np.testing.assert_allclose(ours.gain[name], values, rtol=1e-6)
+
+
+def batch_norm() -> None:
+    """With batch norm, a cut run equals the masked full model in a wrapper of its own, on the same ranks."""
+    model = build(Net)
+    wrapper = Parallel(model)
+    optimizer, loop = attached(wrapper, Scripted(DROP, regrow=False), share(0)[0])
+    groups = loop.groups
+    train(wrapper, optimizer, loop, range(2), share)
+    full = copy.deepcopy(model)
+    of_full = torch.optim.AdamW(full.parameters(), lr=0.01, eps=1e-4)
+    of_full.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    masked = Parallel(full)
+    for step in range(2, 9):
+        kept = {name: np.isin(np.arange(group.num_units), loop.origin[name]) for name, group in _named(groups)}
+        mask(full, of_full, groups, kept)
+        ours = train(wrapper, optimizer, loop, range(step, step + 1), share)
+        theirs = train(
+            masked, _Guarded(of_full, partial(mask, full, of_full, groups, kept)), None, range(step, step + 1), share
+        )
+        np.testing.assert_allclose(ours, theirs, rtol=1e-10)
+    assert loop.widths == {"stem": 10, "inner.0": 12}
+    for a, b in zip(model.buffers(), full.buffers(), strict=True):
+        kept_channels = loop.origin["inner.0" if len(b) == 16 else "stem"] if b.dim() else ...
+        torch.testing.assert_close(a, b[kept_channels], rtol=1e-10, atol=1e-12)
+
+
+def _named(groups: Any) -> list[tuple[str, Any]]:
+    return [(group.name, group) for group in groups]
+
+
+class _Guarded:
+    """An optimizer around whose step something is done."""
+
+    def __init__(self, optimizer: Any, guard: Callable[[], None]) -> None:
+        self.optimizer, self.guard, self.zero_grad = optimizer, guard, optimizer.zero_grad
+
+    def step(self) -> None:
+        self.guard()
+        self.optimizer.step()
+        self.guard()
+
+
+def options() -> None:
+    """Whatever a wrapper was built with goes on after cuts: the same weights as in the plainest wrapper."""
+    calls: list[int] = []
+
+    def user_hook(state: list[int], bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        state.append(bucket.buffer().numel())
+        work = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
+        return work.then(lambda done: done.value()[0] / dist.get_world_size())
+
+    def run(hook: Any = None, compiled: bool = False, to_none: bool = True, **how: Any) -> list[Tensor]:
+        model = build()
+        wrapper = Parallel(model, **how)
+        if callable(hook):
+            wrapper.register_comm_hook(calls, hook)
+        elif hook is not None:
+            wrapper._register_builtin_comm_hook(hook)
+        seen: list[int] = []
+        wrapper.register_forward_hook(lambda *args: seen.append(1))
+        called = torch.compile(wrapper, backend="eager") if compiled else wrapper
+        optimizer, loop = attached(called, Scripted({3: {"up": [1, 5]}, 5: {"up": [0]}}, regrow=False), share(0)[0])
+        for step in range(8):
+            x, y = share(step)
+            nn.functional.cross_entropy(called(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=to_none)
+        assert loop.widths["up"] == 21 and (compiled or len(seen) == 8)
+        assert_same_everywhere(model, optimizer)
+        loop.detach()
+        if hook is not None and not callable(hook):
+            assert str(hook) in wrapper._get_ddp_logging_data()["comm_hook"]
+        return [p.detach() for p in model.parameters()]
+
+    plain = run()
+    built_in = torch._C._distributed_c10d.BuiltinCommHookType.ALLREDUCE
+    rows: list[dict[str, Any]] = [
+        {"static_graph": True},
+        {"gradient_as_bucket_view": True},
+        {"gradient_as_bucket_view": True, "static_graph": True, "to_none": False},
+        {"bucket_cap_mb": 0.0005},
+        {"find_unused_parameters": True},
+        {"hook": user_hook},
+        {"hook": built_in},
+        {"compiled": True},
+    ]
+    for row in rows:
+        for a, b in zip(plain, run(**row), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12, msg=str(row))
+    assert len(set(calls)) >= 3  # the hook was given buckets of three sizes
+
+
+def resume() -> None:
+    """A run on several ranks goes on bit for bit from one file, in freshly built wrappers."""
+    setpoint.loop.regrowth._PROBE_SHARE = 1.0
+
+    def start() -> dict[str, Any]:
+        model = build()
+        wrapper, ema = Parallel(model), AveragedModel(model)
+        optimizer, loop = attached(wrapper, regrowing(), share(0)[0], copies=(ema,))
+        return {"model": wrapper, "optimizer": optimizer, "loop": loop, "ema": ema}
+
+    folder = Path(everywhere(tempfile.mkdtemp())[0])
+    whole = start()
+    called = [whole[name] for name in ("model", "optimizer", "loop")]
+    train(*called, range(25), share)
+    if dist.get_rank() == 0:
+        setpoint.save_run(folder / "run", **whole)
+    dist.barrier()
+    again = start()
+    setpoint.load_run(folder / "run", **again)
+    rest = train(*called, range(25, STEPS), share)
+    assert train(*(again[name] for name in ("model", "optimizer", "loop")), range(25, STEPS), share) == rest
+    assert story(again["loop"]) == story(whole["loop"]) and len(story(whole["loop"])) > 10
+
+
+def disagreement() -> None:
+    """Ranks that do not agree, or of which one fails, all raise, and can still speak with each other."""
+    rank = dist.get_rank()
+
+    def caught(error: type[BaseException], text: str, do: Callable[[], Any]) -> None:
+        try:
+            do()
+        except error as raised:
+            assert text in str(raised), raised
+        else:
+            raise AssertionError(f"no {error.__name__}: {text}")
+        assert everywhere(rank) == [0, 1]
+
+    def start(controller: Any, **settings: Any) -> tuple[Any, Any, setpoint.Loop]:
+        wrapper = Parallel(build())
+        return wrapper, *attached(wrapper, controller, share(0)[0], **settings)
+
+    never = Scripted({}, regrow=False)
+    budget = setpoint.Budget.fraction(0.5 + 0.1 * rank, of="flops")
+    caught(setpoint.RankError, "rank 1 in budgets", lambda: start(never, budget=budget))
+    bad = {"groups": ()} if rank else {}
+    error, text = (
+        (setpoint.GroupError, "nothing") if rank else (setpoint.RankError, "attach failed on rank 1 with Group")
+    )
+    caught(error, text, lambda: start(never, **bad))
+    apart = start(Scripted({3: {"up": [1 + rank]}}, regrow=False))
+    caught(setpoint.RankError, "rank 1 in plan", lambda: train(*apart, range(4), share))
+    assert apart[2].widths["up"] == 24
+    failing = start(Scripted({3: {"up": [1]}}, regrow=False))
+    swap = shrink_module.swap
+
+    def no_memory(*args: Any) -> None:
+        raise MemoryError("of the host")
+
+    shrink_module.swap = no_memory if rank else swap
+    error, text = (
+        (MemoryError, "host") if rank else (setpoint.RankError, "the cut after step 3 failed on rank 1 with Memo")
+    )
+    caught(error, text, lambda: train(*failing, range(4), share))
+    shrink_module.swap = swap
+    assert failing[2].widths["up"] == 23 + rank
+
+
+def lost() -> None:
+    """When a process is gone, the others stop with an error that says so."""
+    wrapper = Parallel(build())
+    optimizer, loop = attached(wrapper, Scripted({3: {"up": [1]}}, regrow=False), share(0)[0])
+    if dist.get_rank() == 1:
+        optimizer.register_step_pre_hook(lambda *args: os._exit(0) if loop.step == 2 else None)
+    try:
+        train(wrapper, optimizer, loop, range(4), share)
+    except setpoint.RankError as error:
+        assert "a rank was lost at the reading after step 3" in str(error)
+        os._exit(0)  # nothing to wait for
+    raise AssertionError("nothing was noticed")
+
+
+# How they are run.
+
+
+def one_rank(name: str, rank: int, count: int, store: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=count, timeout=timedelta(seconds=TIMEOUT_S)
+    )
+    globals()[name]()
+    dist.destroy_process_group()
+
+
+def trial(name: str, rank: int, count: int, store: str) -> None:
+    """One rank in a process of its own, which ends whatever happens."""
+    try:
+        one_rank(name, rank, count, store)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    os._exit(0)
+
+
+def check(name: str, count: int) -> bool:
+    """Whether all ranks came through; none is left behind."""
+    fork = multiprocessing.get_context("fork")  # what this process has imported need not be imported again
+    with tempfile.TemporaryDirectory() as folder:
+        made = [fork.Process(target=trial, args=(name, rank, count, f"{folder}/store")) for rank in range(count)]
+        for each in made:
+            each.start()
+        wait([each.sentinel for each in made], 3 * TIMEOUT_S)
+        for each in made:
+            each.join(2 * TIMEOUT_S)
+        came_through = [each.exitcode for each in made] == [0] * count
+        for each in made:
+            each.kill()
+    return came_through
+
+
+if __name__ == "__main__":
+    setpoint.find_groups(build(), (batch(0)[0],))  # imports the rest; no gradients, which would forbid to fork
+    for asked in sys.argv[1:]:
+        asked_name, _, asked_count = asked.partition(":")
+        print(f"{asked}: {'came through' if check(asked_name, int(asked_count)) else 'failed'}", flush=True)
