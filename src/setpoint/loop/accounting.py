@@ -56,11 +56,6 @@ class Account:
         """Seconds for taking resting units in and out and easing them in, and what probed steps took longer."""
         return self.probing.seconds + self.probed_seconds
 
-    @property
-    def new_segment(self) -> bool:
-        """Whether no step has been made since the last change of sizes, or at all."""
-        return self._steps_in_segment == 0
-
     def sensed(self, flops: float) -> None:
         """Count the FLOPs of one sensing."""
         self.train_flops += flops

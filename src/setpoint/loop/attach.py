@@ -137,8 +137,7 @@ def attach(
             raise ValueError("give the reference to the controller, or leave the controller to attach: not both")
         optimizers = _check_arguments(inner, optimizer, total_steps)
         resources = {each.resource for each in (*budgets, goal) if each}
-        if ranks.count > 1:
-            check_shared(resources, optimizers)
+        check_shared(ranks, resources, optimizers)
         found = trace(inner, example)
         if sensor is None:
             samples = _num_samples(example) * ranks.count if num_samples is None else num_samples

@@ -78,7 +78,7 @@ class Loop:
         self._ledger = Ledger(parts.header)
         self._step = 0
         self._skipped = 0
-        self._overdue = self._landed = self._finished = False
+        self._begun = self._overdue = self._landed = self._finished = False
         self._reading: Reading | None = None
         self._plan: Plan | None = None
         self._worth: dict[str, Float64[np.ndarray, " units"]] = {}
@@ -277,7 +277,8 @@ class Loop:
     # What happens at every step.
 
     def _before_step(self, grad_scale: Tensor | None) -> None:
-        check_step(self._parts.model, self._parts.parallel, first=self._account.new_segment)
+        check_step(self._parts.model, self._parts.parallel, first=not self._begun)
+        self._begun = True
         if self._regrowth is not None:
             self._regrowth.end_probe(grad_scale)
         total_steps = self._parts.total_steps

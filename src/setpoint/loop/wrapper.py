@@ -57,9 +57,10 @@ def unwrap(model: nn.Module) -> Wrapped:
     outer, model = model, unwrapped(model)
     parallel = next((each for each in outer.modules() if isinstance(each, DistributedDataParallel)), None)
     _check_plain(model)
-    if parallel is not None:
+    if parallel is None:
+        check_unwrapped(model)
+    else:
         check_parallel(parallel)
-    check_unwrapped(model, parallel)
     compiled = any(hasattr(each, "_orig_mod") or each._compiled_call_impl is not None for each in outer.modules())
     return Wrapped(model, parallel, compiled)
 
@@ -113,23 +114,23 @@ def check_parallel(parallel: DistributedDataParallel) -> None:
         raise LoopError(f"DistributedDataParallel with {'; '.join(found)} cannot follow a cut: leave that out")
 
 
-def check_unwrapped(model: nn.Module, parallel: DistributedDataParallel | None) -> None:
-    """Check that no `DistributedDataParallel` but the one given is around a model: it would miss a change of sizes.
+def check_unwrapped(model: nn.Module) -> None:
+    """Check that no `DistributedDataParallel` is around a model that was given without one.
 
-    After it, gradients would silently not be averaged any more. Where there are no process groups this costs nothing;
-    elsewhere it looks at all objects of the process, so it is not for every step.
+    It would miss a change of sizes, after which gradients are silently not averaged any more. Where there are no
+    process groups this costs nothing; elsewhere it looks at all objects of the process, so it is not for every step.
 
     Raises:
         LoopError: when there is one.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return
-    for each in gc.get_objects():
-        if issubclass(type(each), DistributedDataParallel) and each is not parallel and model in set(each.modules()):
-            raise LoopError(
-                "this model is wrapped by a DistributedDataParallel that the loop does not know: wrap the model first, "
-                "and give attach the wrapper in place of the model"
-            )
+    found = [each for each in gc.get_objects() if DistributedDataParallel in type(each).__mro__]
+    if any(model in set(each.modules()) for each in found):
+        raise LoopError(
+            "this model is wrapped by a DistributedDataParallel that the loop does not know: wrap the model first, "
+            "and give attach the wrapper in place of the model"
+        )
 
 
 def check_step(model: nn.Module, parallel: DistributedDataParallel | None, first: bool) -> None:
@@ -138,7 +139,7 @@ def check_step(model: nn.Module, parallel: DistributedDataParallel | None, first
     Args:
         model: the model itself.
         parallel: its wrapper.
-        first: whether it is the first step after a change of sizes, or of all.
+        first: whether it is the first step of a loop.
 
     Raises:
         LoopError: inside `join()`, where ranks make different numbers of steps, or where a wrapper came later.
@@ -148,23 +149,24 @@ def check_step(model: nn.Module, parallel: DistributedDataParallel | None, first
             "DistributedDataParallel.join() lets ranks make different numbers of steps, so they could not decide "
             "together: give every rank the same number of batches, as DistributedSampler does (they may differ in size)"
         )
-    if first:
-        check_unwrapped(model, parallel)
+    if parallel is None and first:
+        check_unwrapped(model)
 
 
-def check_shared(resources: Collection[str], optimizers: Sequence[Optimizer]) -> None:
-    """Check that several ranks can follow one plan: that costs are the same on all, and each has all of the state.
+def check_shared(ranks: Ranks, resources: Collection[str], optimizers: Sequence[Optimizer]) -> None:
+    """Check that all ranks can follow one plan: that costs are the same on all, and each has all of the state.
 
     Args:
+        ranks: that train together.
         resources: that a budget or price is on.
         optimizers: that train the model.
 
     Raises:
-        CostError: for a resource that each rank would measure for itself.
+        CostError: for a resource that each of several ranks would measure for itself.
         OptimizerError: for ZeRO.
     """
     measured = sorted(set(resources) & set(METERED))
-    if measured:
+    if measured and ranks.count > 1:
         raise CostError(
             f"a budget of {measured[0]!r} is not available on several ranks in this version, since each would measure "
             "another cost: use a budget of 'flops' or 'params'"
