@@ -76,7 +76,9 @@ class LossWatch:
             if value is not None:
                 self._last[name] = value.detach().clone() if isinstance(value, Tensor) else float(value)
         if loss is not None and keep:
-            self._fresh.append((step, torch.as_tensor(self._last["loss"]).reshape(())))
+            told = self._last["loss"]
+            of_numbers = None if isinstance(told, Tensor) else torch.float64
+            self._fresh.append((step, torch.as_tensor(told, dtype=of_numbers).reshape(())))
             if len(self._fresh) >= _MOST_FRESH:
                 self._gather()
 
