@@ -252,6 +252,29 @@ def options() -> None:
     assert len(set(calls)) >= 3  # the hook was given buckets of three sizes
 
 
+def frozen() -> None:
+    """A layer that is frozen while others are cut, and then trains again, is averaged again, as in one process."""
+    model = build()
+    wrapper = Parallel(model, find_unused_parameters=True)
+    script = Scripted({3: {"up": [1, 5]}, 5: {"up": [0]}}, regrow=False)
+    optimizer, loop = attached(wrapper, script, share(0)[0])
+    alone = build()
+    of_alone, single = attached(alone, script, batch(0)[0])
+    for step in range(8):
+        for each in (model, alone):
+            each.wide.requires_grad_(step not in (2, 3))
+            each.stem.requires_grad_(step < 4)
+        train(wrapper, optimizer, loop, range(step, step + 1), share)
+        train(alone, of_alone, single, range(step, step + 1), batch)
+    assert_same_everywhere(model, optimizer)
+    assert loop.widths == single.widths and loop.widths["up"] == 21
+    for a, b in zip(model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    readings = [each._parts.sensor.read(each._sensor_state, each.groups, 8).saliency for each in (loop, single)]
+    for name, values in readings[0].items():
+        np.testing.assert_allclose(values, readings[1][name], rtol=1e-7)
+
+
 def resume() -> None:
     """A run on several ranks goes on bit for bit from one file, in freshly built wrappers."""
     setpoint.loop.regrowth._PROBE_SHARE = 1.0

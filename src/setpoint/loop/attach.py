@@ -188,7 +188,7 @@ def attach(
             },
             reserve_bytes=reserve_bytes,
             ranks=ranks,
-            parallel=wrapped.parallel,
+            averaging=wrapped.averaging,
         )
         check_runs(parts, account, active, 0)
         facts.update(run_of(parts))

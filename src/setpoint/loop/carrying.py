@@ -44,8 +44,8 @@ def carry_out(loop: Loop, plan: Plan, state: Any, reading: Reading) -> tuple[Reg
         try:
             regrown, note = _changed(loop, plan, state, reading)
         finally:  # also after half of it: gradients of new shapes must not stay unsynchronised
-            if parts.parallel is not None:
-                rewrap(parts.parallel)
+            if parts.averaging is not None:
+                rewrap(parts.averaging)
         facts["shapes"] = [tuple(tensor.shape) for tensor in named_tensors(parts.model).values()]
     loop._sensing_flops = parts.sensor.flops(loop._groups, parts.model)
     account.resized(parts.costs["flops"].total(loop.widths))

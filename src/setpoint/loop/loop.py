@@ -277,7 +277,7 @@ class Loop:
     # What happens at every step.
 
     def _before_step(self, grad_scale: Tensor | None) -> None:
-        check_step(self._parts.model, self._parts.parallel, first=not self._begun)
+        check_step(self._parts.model, self._parts.averaging, first=not self._begun)
         self._begun = True
         if self._regrowth is not None:
             self._regrowth.end_probe(grad_scale)

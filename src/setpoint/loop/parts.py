@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from setpoint.controller.plan import Controller
@@ -16,6 +15,7 @@ from setpoint.distributed import Ranks
 from setpoint.groups.group import Group
 from setpoint.loop.metering import Metering
 from setpoint.loop.target import Target
+from setpoint.loop.wrapper import Averaging
 from setpoint.sensor.reading import Sensor
 
 
@@ -37,7 +37,7 @@ class Parts:
         header: the ledger's header.
         reserve_bytes: host memory for units that may come back, where the controller brings any back; None: no limit.
         ranks: the processes that train copies of the model together.
-        parallel: what averages their gradients, where there is any; it must follow every change of sizes.
+        averaging: what averages their gradients, where there is any; it must follow every change of sizes.
     """
 
     model: nn.Module
@@ -53,4 +53,4 @@ class Parts:
     header: Mapping[str, Any]
     reserve_bytes: int | None = None
     ranks: Ranks = field(default_factory=Ranks)
-    parallel: DistributedDataParallel | None = None
+    averaging: Averaging | None = None

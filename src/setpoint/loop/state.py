@@ -155,8 +155,8 @@ class _Resumed:
         """Shrink the model and set everything."""
         loop, parts, state = self._loop, self._loop._parts, self._state
         loop._groups = shrink(parts.model, parts.optimizers, parts.groups, self._keep, parts.copies)
-        if parts.parallel is not None:
-            rewrap(parts.parallel)
+        if parts.averaging is not None:
+            rewrap(parts.averaging)
         loop._origin = {name: np.flatnonzero(kept) for name, kept in self._keep.items()}
         # What points at the model is found again in the smaller one.
         live, device = parts.sensor.init(loop._groups, parts.model), device_of(parts)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,23 +24,38 @@ _BUILT_IN = "BuiltinCommHookType."
 
 
 @dataclass(frozen=True, eq=False)
+class Averaging:
+    """A `DistributedDataParallel`, and the parameters of which it averages the gradients.
+
+    Args:
+        wrapper: the wrapper.
+        parameters: those that trained when the loop was attached; one that is frozen for a while is still among them.
+    """
+
+    wrapper: DistributedDataParallel
+    parameters: tuple[nn.Parameter, ...]
+
+
+@dataclass(frozen=True, eq=False)
 class Wrapped:
     """A model and what is around it.
 
     Args:
         model: the model itself.
-        parallel: the `DistributedDataParallel` around it, or None.
+        averaging: the `DistributedDataParallel` around it, or None.
         compiled: whether any of it runs as compiled code.
     """
 
     model: nn.Module
-    parallel: DistributedDataParallel | None
+    averaging: Averaging | None
     compiled: bool
 
     @property
     def ranks(self) -> Ranks:
         """The processes that train copies of the model together."""
-        return Ranks() if self.parallel is None else Ranks(self.parallel.process_group, self.parallel.device)
+        if self.averaging is None:
+            return Ranks()
+        return Ranks(self.averaging.wrapper.process_group, self.averaging.wrapper.device)
 
 
 def unwrap(model: nn.Module) -> Wrapped:
@@ -62,7 +78,8 @@ def unwrap(model: nn.Module) -> Wrapped:
     else:
         check_parallel(parallel)
     compiled = any(hasattr(each, "_orig_mod") or each._compiled_call_impl is not None for each in outer.modules())
-    return Wrapped(model, parallel, compiled)
+    trained = tuple(parameter for parameter in model.parameters() if parameter.requires_grad)
+    return Wrapped(model, None if parallel is None else Averaging(parallel, trained), compiled)
 
 
 def unwrapped(part: Any) -> Any:
@@ -133,23 +150,23 @@ def check_unwrapped(model: nn.Module) -> None:
         )
 
 
-def check_step(model: nn.Module, parallel: DistributedDataParallel | None, first: bool) -> None:
+def check_step(model: nn.Module, averaging: Averaging | None, first: bool) -> None:
     """Check before an optimizer step that the ranks can decide together after it.
 
     Args:
         model: the model itself.
-        parallel: its wrapper.
+        averaging: its wrapper.
         first: whether it is the first step of a loop.
 
     Raises:
         LoopError: inside `join()`, where ranks make different numbers of steps, or where a wrapper came later.
     """
-    if parallel is not None and parallel._join_config.enable:
+    if averaging is not None and averaging.wrapper._join_config.enable:
         raise LoopError(
             "DistributedDataParallel.join() lets ranks make different numbers of steps, so they could not decide "
             "together: give every rank the same number of batches, as DistributedSampler does (they may differ in size)"
         )
-    if parallel is None and first:
+    if averaging is None and first:
         check_unwrapped(model)
 
 
@@ -179,7 +196,7 @@ def check_shared(ranks: Ranks, resources: Collection[str], optimizers: Sequence[
             )
 
 
-def rewrap(parallel: DistributedDataParallel) -> None:
+def rewrap(averaging: Averaging) -> None:
     """Let a wrapper average the gradients of a model whose parameters have changed their shapes.
 
     The wrapper is the same object as before, with all that the user has set on it: its hooks, the state of `no_sync`,
@@ -188,18 +205,19 @@ def rewrap(parallel: DistributedDataParallel) -> None:
     is sent: the ranks have cut the same units off the same weights.
 
     Args:
-        parallel: the wrapper, between `optimizer.step()` and the next forward pass.
+        averaging: the wrapper, between `optimizer.step()` and the next forward pass.
 
     Raises:
         LoopError: when its communication hook cannot follow.
     """
-    check_parallel(parallel)
-    wrapper: Any = parallel  # much of it has no types
+    check_parallel(averaging.wrapper)
+    wrapper: Any = averaging.wrapper  # much of it has no types
     built_in = wrapper._get_ddp_logging_data().get("comm_hook", "")
     wrapper._remove_autograd_hooks()
-    parameters, sparse = wrapper._build_params_for_reducer()
-    names = wrapper._build_debug_param_to_name_mapping(parameters)
-    wrapper._ddp_init_helper(parameters, sparse, names, wrapper.static_graph)
+    with _training(averaging.parameters):
+        parameters, sparse = wrapper._build_params_for_reducer()
+        names = wrapper._build_debug_param_to_name_mapping(parameters)
+        wrapper._ddp_init_helper(parameters, sparse, names, wrapper.static_graph)
     wrapper._has_rebuilt_buckets = False
     if wrapper.static_graph:
         wrapper._static_graph_delay_allreduce_enqueued = False
@@ -211,3 +229,16 @@ def rewrap(parallel: DistributedDataParallel) -> None:
     if not hooks and built_in.startswith(_BUILT_IN):
         kind = getattr(torch._C._distributed_c10d.BuiltinCommHookType, built_in.removeprefix(_BUILT_IN))
         wrapper._register_builtin_comm_hook(kind)
+
+
+@contextmanager
+def _training(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Let all of these train, also those that are frozen at the moment."""
+    frozen = [parameter for parameter in parameters if not parameter.requires_grad]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
