@@ -75,7 +75,7 @@ def share(step: int) -> tuple[Tensor, Tensor]:
 
 def build(kind: Callable[[], nn.Module] = Sampled) -> nn.Module:
     torch.manual_seed(0)
-    return kind().double()
+    return kind().double().train()
 
 
 def regrowing(num_cuts: int = 14) -> setpoint.PricedController:
@@ -250,6 +250,35 @@ def options() -> None:
         for a, b in zip(plain, run(**row), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12, msg=str(row))
     assert len(set(calls)) >= 3  # the hook was given buckets of three sizes
+
+
+def vanishing() -> None:
+    """A branch that vanishes as a whole, and comes back in part, leaves the others averaged, as in one process."""
+    setpoint.loop.regrowth._PROBE_SHARE = 1.0
+    every, back = {3: {"inner.0": list(range(16))}}, {6: {"inner.0": [2, 7]}}
+    model = build(Still)
+    wrapper = Parallel(model)
+    optimizer, loop = attached(wrapper, Scripted(every, back), share(0)[0])
+    losses = train(wrapper, optimizer, loop, range(5), share)
+    assert loop.widths["inner.0"] == 0
+    losses += train(wrapper, optimizer, loop, range(5, 9), share)
+    assert loop.widths["inner.0"] == 2
+    assert_same_everywhere(model, optimizer)
+    alone = build(Still)
+    of_alone, single = attached(alone, Scripted(every, back), batch(0)[0])
+    np.testing.assert_allclose(
+        np.mean(everywhere(losses), 0), train(alone, of_alone, single, range(9), batch), rtol=1e-9
+    )
+
+
+class Still(Net):
+    """The net with batch norm that does not look at the batch."""
+
+    def train(self, mode: bool = True) -> Still:
+        super().train(mode)
+        for each in (self.norm, self.inner[1]):
+            each.eval()
+        return self
 
 
 def frozen() -> None:

@@ -15,6 +15,7 @@ CHECKS = {
     "twin:4": "so they are on four ranks",
     "batch_norm:2": "with batch norm a cut run equals its masked twin on the same ranks",
     "options:2": "static_graph, bucket views, unused parameters, hooks, compiled code: all go on after a cut",
+    "vanishing:2": "a branch that vanishes as a whole, and comes back, leaves the others averaged",
     "frozen:2": "a layer that is frozen for a while is averaged again when it trains again",
     "resume:2": "a run goes on bit for bit from one file",
     "disagreement:2": "ranks that do not agree, or of which one fails, all raise",

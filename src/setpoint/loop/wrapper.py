@@ -214,7 +214,7 @@ def rewrap(averaging: Averaging) -> None:
     wrapper: Any = averaging.wrapper  # much of it has no types
     built_in = wrapper._get_ddp_logging_data().get("comm_hook", "")
     wrapper._remove_autograd_hooks()
-    with _training(averaging.parameters):
+    with _with_gradients(averaging):
         parameters, sparse = wrapper._build_params_for_reducer()
         names = wrapper._build_debug_param_to_name_mapping(parameters)
         wrapper._ddp_init_helper(parameters, sparse, names, wrapper.static_graph)
@@ -232,13 +232,17 @@ def rewrap(averaging: Averaging) -> None:
 
 
 @contextmanager
-def _training(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Let all of these train, also those that are frozen at the moment."""
-    frozen = [parameter for parameter in parameters if not parameter.requires_grad]
+def _with_gradients(averaging: Averaging) -> Iterator[None]:
+    """Let exactly those parameters train whose gradients are to be averaged.
+
+    One that is frozen at the moment is among them, one that has no entries left is not: it will have no gradient.
+    """
+    before = [(parameter, parameter.requires_grad) for parameter in averaging.wrapper.module.parameters()]
+    known = set(averaging.parameters)
     try:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
+        for parameter, trains in before:
+            parameter.requires_grad_((trains or parameter in known) and parameter.numel() > 0)
         yield
     finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
+        for parameter, trains in before:
+            parameter.requires_grad_(trains)
