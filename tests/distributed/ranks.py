@@ -73,6 +73,13 @@ def share(step: int) -> tuple[Tensor, Tensor]:
     return x[mine], y[mine]
 
 
+def uneven(step: int) -> tuple[Tensor, Tensor]:
+    """This rank's part, which is smaller in some steps on some ranks."""
+    x, y = share(step)
+    left = len(x) - 3 * (dist.get_rank() * step % 2)
+    return x[:left], y[:left]
+
+
 def build(kind: Callable[[], nn.Module] = Sampled) -> nn.Module:
     torch.manual_seed(0)
     return kind().double().train()
@@ -167,12 +174,12 @@ def twin() -> None:
 
 
 def batch_norm() -> None:
-    """With batch norm, a cut run equals the masked full model in a wrapper of its own, on the same ranks."""
+    """With batch norm and uneven batches, a cut run equals the masked full model on the same ranks."""
     model = build(Net)
     wrapper = Parallel(model)
     optimizer, loop = attached(wrapper, Scripted(DROP, regrow=False), share(0)[0])
     groups = loop.groups
-    train(wrapper, optimizer, loop, range(2), share)
+    train(wrapper, optimizer, loop, range(2), uneven)
     full = copy.deepcopy(model)
     of_full = torch.optim.AdamW(full.parameters(), lr=0.01, eps=1e-4)
     of_full.load_state_dict(copy.deepcopy(optimizer.state_dict()))
@@ -180,9 +187,9 @@ def batch_norm() -> None:
     for step in range(2, 9):
         kept = {name: np.isin(np.arange(group.num_units), loop.origin[name]) for name, group in _named(groups)}
         mask(full, of_full, groups, kept)
-        ours = train(wrapper, optimizer, loop, range(step, step + 1), share)
+        ours = train(wrapper, optimizer, loop, range(step, step + 1), uneven)
         theirs = train(
-            masked, _Guarded(of_full, partial(mask, full, of_full, groups, kept)), None, range(step, step + 1), share
+            masked, _Guarded(of_full, partial(mask, full, of_full, groups, kept)), None, range(step, step + 1), uneven
         )
         np.testing.assert_allclose(ours, theirs, rtol=1e-10)
     assert loop.widths == {"stem": 10, "inner.0": 12}
@@ -369,6 +376,21 @@ def disagreement() -> None:
     caught(error, text, lambda: train(*failing, range(4), share))
     shrink_module.swap = swap
     assert failing[2].widths["up"] == 23 + rank
+
+
+def late() -> None:
+    """A rank that does not come is waited for as long as its process group says, and no longer."""
+    impatient = dist.new_group(timeout=timedelta(seconds=1))
+    wrapper = Parallel(build(), process_group=impatient)
+    optimizer, loop = attached(wrapper, Scripted({2: {"up": [1]}}, regrow=False), share(0)[0])
+    if dist.get_rank() == 1:
+        optimizer.register_step_pre_hook(lambda *args: time.sleep(3) if loop.step == 1 else None)
+    try:
+        train(wrapper, optimizer, loop, range(3), share)
+    except setpoint.RankError as error:
+        assert "a rank was lost at the reading after step 2, or has not come to it in time" in str(error)
+    else:
+        raise AssertionError("nobody was missed")
 
 
 def lost() -> None:

@@ -13,13 +13,14 @@ SCRIPT = Path(__file__).with_name("ranks.py")
 CHECKS = {
     "twin:2": "losses, plans and weights are those of one process on the same global batches, over ten resizes",
     "twin:4": "so they are on four ranks",
-    "batch_norm:2": "with batch norm a cut run equals its masked twin on the same ranks",
+    "batch_norm:2": "with batch norm and uneven batches a cut run equals its masked twin on the same ranks",
     "options:2": "static_graph, bucket views, unused parameters, hooks, compiled code: all go on after a cut",
     "vanishing:2": "a branch that vanishes as a whole, and comes back, leaves the others averaged",
     "frozen:2": "a layer that is frozen for a while is averaged again when it trains again",
     "resume:2": "a run goes on bit for bit from one file",
     "disagreement:2": "ranks that do not agree, or of which one fails, all raise",
     "refusals:2": "what cannot follow a cut is refused by name",
+    "late:2": "a rank that does not come is waited for as long as the process group says",
     "lost:2": "when a process is gone, the others stop with an error",
 }
 
