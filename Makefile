@@ -1,9 +1,10 @@
 # make demo | bench-quick | coverage-suites | test | soak | check: each builds .venv by itself, and again only when pyproject.toml has changed.
 #
-# PYTHON=python3.12 picks the interpreter (3.11 or newer). PYTEST="-k twin" passes options to pytest.
+# PYTHON=python3.12 picks the interpreter (3.11 or newer). PYTEST="-k twin" passes options to pytest, JOBS=4 runs it in as many processes.
 
 PYTHON ?= python3
 PYTEST ?=
+JOBS ?= 2
 OUT ?= runs/demo
 SUITES ?= plain torchvision timm transformers
 WORKERS ?= 2
@@ -44,7 +45,7 @@ coverage-suites: $(READY)
 	done
 
 test: $(READY)
-	$(BIN)/python -m pytest $(PYTEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST)
 
 soak: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/resized.py --count $(RESIZES)

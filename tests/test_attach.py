@@ -299,3 +299,26 @@ def test_a_budget_must_make_sense(limit: float) -> None:
         setpoint.Budget.fraction(limit, of="flops")
     with pytest.raises(setpoint.BudgetError, match="unknown resource"):
         setpoint.Budget.fraction(0.5, of="patience")
+
+
+class TwoHeads(nn.Module):
+    """Two heads on one trunk, one of which runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 2), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor, second: bool = False) -> Tensor:
+        y = self.trunk(x).relu()
+        out: Tensor = self.second(y) if second else self.first(y)
+        return out
+
+
+def test_weights_that_the_example_leaves_out_are_named() -> None:
+    """A head that reads prunable units but is not reached draws a warning with its name."""
+    model = TwoHeads()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.warns(UserWarning, match=r"does not reach second\.weight"):
+        setpoint.attach(
+            model, optimizer, setpoint.Budget.fraction(0.5, of="flops"), example=(torch.randn(4, 8),), total_steps=9
+        ).finish()

@@ -50,12 +50,13 @@ def demo(
 
 @app.command()
 def bench(
-    task: Annotated[str, typer.Option(help="digits, cifar10 or shakespeare.")],
+    task: Annotated[str, typer.Option(help="digits, cifar10, ...: a wrong one lists all; or own.py:function.")],
     methods: Annotated[str, typer.Option(help="Names of methods, with commas.")] = "dense,small,setpoint",
     budgets: Annotated[str, typer.Option(help="Fractions of the dense FLOPs per step, with commas.")] = "0.5",
     seeds: Annotated[str, typer.Option(help="Seeds, with commas.")] = "0",
     epochs: Epochs = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps, for text.")] = None,
+    length: Annotated[int | None, typer.Option(help="Steps of a sequence: smnist has 784, and 196 pooled.")] = None,
     data: Data = None,
     out: Out = None,
     split: Annotated[str, typer.Option(help="What the result is measured on: test, or validation to tune.")] = "test",
@@ -70,7 +71,7 @@ def bench(
     """
     with _errors_as_messages():
         _bench(
-            task,
+            task if length is None else f"{task}-{length}".removesuffix("-784"),
             methods,
             _numbers(budgets, "--budgets", float),
             _numbers(seeds, "--seeds", int),

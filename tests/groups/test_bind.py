@@ -17,7 +17,7 @@ from groups.zoo import GPT, SeparateAttention
 from setpoint.actuator.mask import mask
 from setpoint.actuator.shrink import shrink
 from setpoint.actuator.verify import failing_groups
-from setpoint.errors import ExportError, PathError
+from setpoint.errors import ExampleError, ExportError, PathError
 from setpoint.groups.group import Group
 from setpoint.groups.shim import HEADS, set_call_sizes
 from setpoint.groups.trace import find_groups, trace
@@ -495,3 +495,147 @@ def test_an_example_with_the_optional_input_takes_its_path() -> None:
     torch.testing.assert_close(model(x, seen), twin(x, seen), rtol=0, atol=1e-12)
     with pytest.raises(RuntimeError):
         model(x)
+
+
+class Modal(nn.Module):
+    """Heads by a size worked out, with a call ahead of theirs in one of train and eval mode only."""
+
+    def __init__(self, only: str, merge: str) -> None:
+        super().__init__()
+        self.only, self.merge = only, merge
+        self.qkv, self.out, self.aux = nn.Linear(32, 96), nn.Linear(32, 32), nn.Linear(32, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, C = x.shape
+        extra = self.aux(x.reshape(B * T, C)).sum() if self.training == (self.only == "train") else 0
+        q, k, v = self.qkv(x).reshape(B, T, 3, C // 8, -1).permute(2, 0, 3, 1, 4)
+        y = ((q @ k.transpose(-1, -2)) * 8**-0.5).softmax(-1) @ v
+        y = y.transpose(1, 2)
+        y = y.flatten(2) if self.merge == "flatten" else y.reshape(B, T, -1)
+        out: Tensor = x + self.out(y) + extra
+        return out
+
+
+@pytest.mark.parametrize("merge", ["flatten", "reshape"])
+@pytest.mark.parametrize("only", ["train", "eval"])
+def test_a_call_of_one_mode_only_ahead_of_a_corrected_one_freezes(only: str, merge: str) -> None:
+    """Where train and eval mode number a corrected call otherwise, its units stay, and the reason says so."""
+    traced = trace(Modal(only, merge), (torch.randn(2, 5, 32),))
+    assert "qkv" not in {group.name for group in traced.groups}
+    assert any(frozen.place == "qkv" and "no fixed place" in frozen.reason for frozen in traced.frozen)
+
+
+class Ahead(nn.Module):
+    """Torch's attention, then heads of its own by an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = 4
+        self.first = nn.MultiheadAttention(24, 3, batch_first=True, add_bias_kv=True, add_zero_attn=True)
+        self.qkv, self.out = nn.Linear(24, 96), nn.Linear(32, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x, x, x, need_weights=False)[0]
+        q, k, v = (
+            part.reshape(len(x), x.shape[1], self.heads, -1).transpose(1, 2) for part in self.qkv(x).chunk(3, -1)
+        )
+        y = (q @ k.transpose(-1, -2) * 8**-0.5).softmax(-1) @ v
+        out: Tensor = x + self.out(y.transpose(1, 2).flatten(2))
+        return out
+
+
+def test_calls_inside_torchs_attention_are_not_counted_around_it() -> None:
+    """Heads behind an nn.MultiheadAttention follow a cut, before and after that attention was cut itself."""
+    torch.manual_seed(0)
+    model, x = Ahead().double(), torch.randn(2, 5, 24).double()
+    twin = copy.deepcopy(model)
+    for seed in range(2):
+        groups = find_groups(model, (x,))
+        assert {group.num_units for group in groups} == ({3, 4} if seed == 0 else {2, 3})
+        keep = {group.name: np.arange(group.num_units) > 0 for group in groups}
+        if seed == 0:
+            mask(twin, None, groups, keep)
+        else:
+            twin = copy.deepcopy(model)
+            mask(twin, None, groups, keep)
+        shrink(model, None, groups, keep)
+        torch.testing.assert_close(model(x), twin(x), rtol=0, atol=1e-12)
+
+
+NUMBERS = {
+    "as_tensor": lambda y: torch.as_tensor(y.shape[1]),
+    "new_tensor": lambda y: y.new_tensor(y.shape[1]),
+    "full": lambda y: torch.full((1,), y.shape[1]),
+    "new_full": lambda y: y.new_full((1,), y.shape[1]),
+    "clamp": lambda y: y.sum(1, keepdim=True).clamp(max=y.shape[1] - 12),
+}
+
+
+class Numbered(nn.Module):
+    """Multiplies by a number that is worked out from the live size."""
+
+    def __init__(self, number: Any) -> None:
+        super().__init__()
+        self.a, self.b, self.number = nn.Linear(5, 12), nn.Linear(12, 2), number
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        out: Tensor = self.b(y * self.number(y))
+        return out
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_tensors_made_of_a_size_freeze_it(name: str) -> None:
+    """A size that becomes a number to compute with keeps its units, whichever function makes the tensor."""
+    assert find_groups(Numbered(NUMBERS[name]), (torch.randn(3, 5),)) == ()
+
+
+class Answer:
+    """A plain object with results."""
+
+    def __init__(self, logits: Tensor, features: Tensor) -> None:
+        self.logits, self.features = logits, features
+
+
+class Answering(nn.Module):
+    """Gives out its inner units in an object that torch does not know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 12), nn.Linear(12, 2)
+
+    def forward(self, x: Tensor) -> Answer:
+        y = self.a(x).tanh()
+        return Answer(self.b(y), y)
+
+
+def test_outputs_in_plain_objects_stay_whole() -> None:
+    """Tensors in attributes of whatever the model returns are outputs like others."""
+    traced = trace(Answering(), (torch.randn(3, 5),))
+    assert traced.groups == ()
+    assert any("reaches the model's output" in frozen.reason for frozen in traced.frozen)
+
+
+def test_lazy_layers_must_have_run() -> None:
+    """A model whose weights have no shape yet is told what to do."""
+    with pytest.raises(ExampleError, match=r"run model\(\*example\) once"):
+        find_groups(nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 2)), (torch.randn(3, 5),))
+
+
+def test_finding_groups_leaves_all_chance_alone() -> None:
+    """NumPy's and torch's generators go on as if nothing had drawn from them (the type checks draw from Python's)."""
+
+    class Skips(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            chance = np.random.random() + torch.rand(()) * 0  # noqa: NPY002
+            out: Tensor = super().forward(x) * chance
+            return out
+
+    def state() -> tuple[list[int], list[int]]:
+        return np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
+
+    np.random.seed(3)  # noqa: NPY002
+    model = Skips(nn.Linear(5, 8), nn.Linear(8, 2))
+    before = state()
+    find_groups(model, (torch.ones(3, 5),))
+    assert state() == before

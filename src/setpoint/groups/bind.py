@@ -13,8 +13,18 @@ from torch import nn
 from setpoint.groups.build import Units
 from setpoint.groups.draft import Draft
 from setpoint.groups.group import Group, SizeBinding
-from setpoint.groups.shim import HEADS
-from setpoint.groups.trial import Kept, Outcome, Places, Trial, call_of, dense_outcome, outcome_of, random_keep
+from setpoint.groups.shim import HEADS, get_call_sizes
+from setpoint.groups.trial import (
+    Kept,
+    Outcome,
+    Places,
+    Trial,
+    call_of,
+    dense_outcome,
+    lost_in_other_mode,
+    outcome_of,
+    random_keep,
+)
 from setpoint.groups.vanish import bypassed, empty
 from setpoint.groups.walk import Call
 
@@ -38,16 +48,33 @@ def bind(draft: Draft) -> tuple[Units, tuple[Group, ...]]:
 
     Groups with which a copy without data does not run, or returns other shapes, are frozen, by name.
     """
-    dense, calls = dense_outcome(draft, _heads(draft), _calls_that_follow_units(draft, draft.walk.calls))
+    dense, calls, lost = dense_outcome(draft, _heads(draft), _calls_that_follow_units(draft, draft.walk.calls))
+    failing = _counted(draft, lost, "")
     while True:
-        places = _places(draft, _calls_that_follow_units(draft, calls))
-        failing = _failing(draft, places, dense)
-        if not failing:
-            staying = _vanishing(draft, places)
-            return draft.units, tuple(_vanished(group, staying) for group in _with_sizes(draft, places))
         for name, why in failing.items():
             draft.walk.atoms.frozen.append((np.zeros(1, dtype=np.int64), name, f"with fewer units {why}"))
         draft = draft.without(failing)
+        places = _places(draft, _calls_that_follow_units(draft, calls))
+        corrected = {(module, place.partition("=")[0]) for module, place in places if "#" in place}
+        placed = [call for call in calls if (call.module, call.place) in corrected]
+        mode = "eval" if draft.model.training else "train"
+        failing = _counted(draft, lost_in_other_mode(draft, placed), f" in {mode} mode") if placed else {}
+        failing = failing or _failing(draft, places, dense)
+        if not failing:
+            staying = _vanishing(draft, places)
+            return draft.units, tuple(_vanished(group, staying) for group in _with_sizes(draft, places))
+
+
+def _counted(draft: Draft, calls: Sequence[Call], when: str) -> dict[str, str]:
+    """Groups whose units these calls count, of which no number tells the place in the code; and why they stay."""
+    return {
+        draft.units.groups[position].name: (
+            f"a size given to {call_of(call).split('#')[0]} by {call.module or 'the model'} would be wrong, and that "
+            f"call has no fixed place in the forward{when}"
+        )
+        for call in calls
+        for position in draft.units.among(call.labels)
+    }
 
 
 def _places(draft: Draft, calls: Sequence[Call]) -> Places:
@@ -122,10 +149,11 @@ def _heads(draft: Draft) -> Places:
         if not any(draft.units.among(labels) for labels in inside.values()):
             continue
         labels = inside.get((f"{prefix}out_proj.weight", 1), np.zeros(module.embed_dim, dtype=np.int64))
-        heads = labels.reshape(module.num_heads, -1)
+        num_heads = get_call_sizes(module).get(HEADS, module.num_heads)
+        heads = labels.reshape(num_heads, -1)
         roots = draft.walk.atoms.find(heads)
         whole = (roots == roots[:, :1]).all()
-        places[name, HEADS] = heads[:, 0] if whole else np.zeros(module.num_heads, dtype=np.int64)
+        places[name, HEADS] = heads[:, 0] if whole else np.zeros(num_heads, dtype=np.int64)
     return places
 
 
@@ -202,7 +230,7 @@ class _OtherMode:
             return None
         if self._dense is None:
             whole = Kept(self.draft.units, self.draft.whole)
-            self._dense = outcome_of(self.draft, self.places, whole, other_mode=True)
+            self._dense = outcome_of(self.draft, {}, whole, other_mode=True)
         if self._dense.error or (not turned.error and turned.shapes == self._dense.shapes):
             return None
         mode = "eval" if self.draft.model.training else "train"

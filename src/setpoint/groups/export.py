@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stderr
 from pathlib import Path
+from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from setpoint.errors import ExampleError, ExportError
+from setpoint.groups.chance import untouched_chance
 from setpoint.groups.custom import marked_functions
 
 Example = Any
@@ -40,7 +42,7 @@ class Forward(nn.Module):
 
 
 def tensors_of(output: Any) -> Iterator[torch.Tensor]:
-    """Every tensor inside tuples, lists, mappings and dataclasses, in order."""
+    """Every tensor inside tuples, lists, mappings, dataclasses and the attributes of other objects, in order."""
     if isinstance(output, torch.Tensor):
         yield output
     elif isinstance(output, Mapping):
@@ -52,6 +54,10 @@ def tensors_of(output: Any) -> Iterator[torch.Tensor]:
     elif dataclasses.is_dataclass(output) and not isinstance(output, type):
         for field in dataclasses.fields(output):
             yield from tensors_of(getattr(output, field.name))
+    elif not isinstance(output, (type, nn.Module, ModuleType, FunctionType, BuiltinFunctionType)):
+        for value in getattr(output, "__dict__", {}).values():
+            if value is not output:
+                yield from tensors_of(value)
 
 
 def inputs_of(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -97,14 +103,6 @@ def computed(model: nn.Module) -> dict[int, Any]:
 
 
 @contextmanager
-def untouched_rng() -> Iterator[None]:
-    """Leave the global random state as it was."""
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices):
-        yield
-
-
-@contextmanager
 def _without_stack_traces() -> Iterator[None]:
     """Spare the exporter looking up the source lines of every op, a fifth of its time, which nothing here reads."""
     config: Any = torch.fx.config
@@ -141,8 +139,11 @@ def export(model: nn.Module, example: Example) -> torch.export.ExportedProgram:
     """
     args, kwargs = inputs_of(example)
     check_device(model, example)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if isinstance(tensor, (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)):
+            raise ExampleError(f"{name} is lazy and has no shape yet: run model(*example) once before")
     with ExitStack() as stack:
-        for each in (untouched_rng(), untouched_attributes(model), _without_stack_traces(), marked_functions()):
+        for each in (untouched_chance(model), untouched_attributes(model), _without_stack_traces(), marked_functions()):
             stack.enter_context(each)
         stack.enter_context(_without_logs())
         stack.enter_context(warnings.catch_warnings())

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from setpoint.groups.export import Example, computed, inputs_of, tensors_of, untouched_rng
+from setpoint.groups.chance import untouched_chance
+from setpoint.groups.export import Example, computed, inputs_of, tensors_of
 
 
 def _as_it_is(twin: nn.Module) -> None:
@@ -68,7 +69,7 @@ class Rehearsal:
     def _run(self, kind: Any, prepare: Callable[[nn.Module], None], other_mode: bool) -> tuple[torch.Size, ...]:
         twin = copy.deepcopy(self.model, {**self._tensors(kind), **_hook_tables(self.model)})
         args, kwargs = pytree.tree_map_only(torch.Tensor, lambda x: _stand_in(x, kind), inputs_of(self.example))
-        with kind or nullcontext(), untouched_rng():
+        with kind or nullcontext(), untouched_chance(self.model):
             if other_mode:
                 twin.train(not self.model.training)
             prepare(twin)

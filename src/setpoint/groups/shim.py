@@ -66,6 +66,11 @@ def _saving_hooks() -> Any:
     return torch._C._autograd._top_saved_tensors_default_hooks(True), torch.is_grad_enabled()
 
 
+_OTHER_PATH = (
+    "the forward does not take the path of the example. Attach with an example that takes the path of training (the "
+    "same optional inputs, no layer skipped at random)"
+)
+
 _INDEXING = {torch.Tensor.__getitem__, torch.Tensor.__setitem__}
 
 NAMES = _names()
@@ -128,8 +133,7 @@ class CallSizes(TorchFunctionMode):
         if given != written:
             raise PathError(
                 f"{name} number {number} of this forward is given {given} where the code gave {written} when the "
-                f"groups were found, and {wanted} are left: the forward does not take the path of the example. Attach "
-                "with an example that takes the path of training (the same optional inputs, no layer skipped at random)"
+                f"groups were found, and {wanted} are left: {_OTHER_PATH}"
             )
         if self.changed is not None:
             self.changed[f"{name}#{number}[{argument}]"] = given
@@ -186,6 +190,8 @@ class CallSizes(TorchFunctionMode):
         packed = isinstance(args[first], (tuple, list))
         sizes = list(args[first] if packed else args[first:])
         for argument, size in wanted.items():
+            if argument >= len(sizes):
+                raise PathError(f"{name} number {number} of this forward has {len(sizes)} sizes: {_OTHER_PATH}")
             if sizes[argument] != -1:
                 self._note(name, number, argument, int(sizes[argument]), size)
                 sizes[argument] = size
@@ -240,6 +246,8 @@ class SizedForward:
             return type(self.module).forward(self.module, *args, **kwargs)
 
 
+_VIEW = torch.ops.aten.view.default
+
 HEADS = "heads#0[0]"
 """The place of the number of heads of an `nn.MultiheadAttention`."""
 
@@ -248,7 +256,8 @@ class HeadsForward:
     """The forward of an `nn.MultiheadAttention` that has fewer heads than its embedding has room for.
 
     Torch's own insists on `num_heads * head_dim == embed_dim`. This one is told the number of heads, and scales as
-    the whole module does; everything else is as documented for `nn.MultiheadAttention`.
+    the whole module does; everything else is as documented for `nn.MultiheadAttention`. The modules around it count
+    the calls that they see, and of torch's own they see none: so it makes none of those that are counted.
 
     Args:
         module: the attention module.
@@ -302,16 +311,16 @@ class HeadsForward:
         module, num_heads = self.module, self.sizes[HEADS]
         packed = module.in_proj_weight
         separate = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
-        weights = separate if packed is None else packed.chunk(3)
-        biases = (None,) * 3 if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
+        weights = separate if packed is None else packed.tensor_split(3)
+        biases = (None,) * 3 if module.in_proj_bias is None else module.in_proj_bias.tensor_split(3)
         results: list[Tensor] = []
         for x, weight, bias, extra in zip(inputs, weights, biases, (None, module.bias_k, module.bias_v), strict=True):
             y = F.linear(x, weight, bias)
             if extra is not None:
-                y = torch.cat([y, extra.expand(len(y), -1, -1)], 1)
-            y = y.view(*y.shape[:2], num_heads, y.shape[2] // max(num_heads, 1)).transpose(1, 2)
+                y = torch.cat([y, extra.broadcast_to(len(y), *extra.shape[1:])], 1)
+            y = _VIEW(y, [*y.shape[:2], num_heads, y.shape[2] // max(num_heads, 1)]).transpose(1, 2)
             if module.add_zero_attn and len(results) > 0:
-                y = torch.cat([y, y.new_zeros(*y.shape[:2], 1, y.shape[3])], 2)
+                y = F.pad(y, (0, 0, 0, 1))
             results.append(y)
         return results
 
@@ -331,7 +340,7 @@ class HeadsForward:
             if of_keys:
                 added = (added if batched else added.unsqueeze(0))[:, None, None, :]
             elif added.dim() == 3:
-                added = added.view(len(q), -1, *added.shape[1:])
+                added = _VIEW(added, [len(q), -1, *added.shape[1:]])
             added = F.pad(added, (0, k.shape[-2] - added.shape[-1]))
             total = added if total is None else total + added
         return None if total is None else total.to(q.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from setpoint.errors import ExportError
 from setpoint.groups.atoms import Atoms
 from setpoint.groups.bind import bind
 from setpoint.groups.build import OwnDim, build
+from setpoint.groups.chance import untouched_chance
 from setpoint.groups.count import forward_flops
 from setpoint.groups.draft import Draft
 from setpoint.groups.export import Example, export
@@ -57,15 +58,21 @@ class Frozen:
 
 @dataclass(frozen=True)
 class Trace:
-    """What tracing a model yields: groups, contractions, and what was frozen, by name."""
+    """What tracing a model yields: groups, contractions, what was frozen, and parameters that the example left out."""
 
     groups: tuple[Group, ...]
     contractions: tuple[Contraction, ...]
     frozen: tuple[Frozen, ...]
+    unreached: tuple[str, ...] = ()
 
 
 def trace(model: nn.Module, example: Example) -> Trace:
     """Export `model` on `example`: groups as `find_groups` gives them, with what they cost and what is frozen."""
+    with untouched_chance(model):
+        return _trace(model, example)
+
+
+def _trace(model: nn.Module, example: Example) -> Trace:
     program = export(model, example)
     walk, dims = _walk(model, program)
     solve(walk.atoms, walk.products)
@@ -86,7 +93,15 @@ def trace(model: nn.Module, example: Example) -> Trace:
     rest = _uncounted(model, example, groups, contractions) if walk.unknown else ()
     groups, refused = find_states(model, groups)
     frozen = (*_frozen(walk.atoms), *(Frozen(place, why) for place, why in refused.items()))
-    return Trace(groups, contractions + rest, frozen)
+    return Trace(groups, contractions + rest, frozen, tuple(_unreached(program)))
+
+
+def _unreached(program: Any) -> Iterator[str]:
+    """Names of parameters that no op reads."""
+    targets = program.graph_signature.inputs_to_parameters
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and not node.users and node.name in targets:
+            yield targets[node.name].removeprefix("model.")
 
 
 def _mark_grouped(walk: Walk) -> None:
@@ -145,7 +160,7 @@ def _walk(model: nn.Module, program: Any) -> tuple[Walk, list[OwnDim]]:
     # Registering the rules looks up hundreds of ops, which `import setpoint` need not wait for.
     import setpoint.groups.rules  # noqa: F401
 
-    walk = Walk()
+    walk = Walk(opaque=frozenset(_attentions(model)))
     dims: list[OwnDim] = []
     env: dict[fx.Node, Any] = {}
     specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs if hasattr(spec.arg, "name")}
@@ -158,6 +173,13 @@ def _walk(model: nn.Module, program: Any) -> tuple[Walk, list[OwnDim]]:
     for value in walk.outputs:
         walk.freeze_all(value, "it reaches the model's output")
     return walk, dims
+
+
+def _attentions(model: nn.Module) -> Iterator[str]:
+    """Names of modules with the forward of torch's attention, or the one that stands in for it."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward:
+            yield name
 
 
 def _run(walk: Walk, graph: fx.GraphModule, env: dict[fx.Node, Any], numbers: dict[tuple[str, str], int]) -> Any:
@@ -216,12 +238,17 @@ def _plain_path(path: str) -> str:
 
 
 def _count_call(walk: Walk, node: fx.Node, numbers: dict[tuple[str, str], int]) -> None:
-    """Number the call within the running forward of its module, calls of submodules included."""
+    """Number the call within the running forward of its module, calls of submodules included.
+
+    Not those of torch's attention, which Python code around it sees as a single call.
+    """
     if op_name(node.target) == "slice" and node.meta["val"].shape == node.all_input_nodes[0].meta["val"].shape:
         return  # Python leaves out slices of everything
     name = {"split_with_sizes": "split", "_unsafe_view": "view"}.get(op_name(node.target), op_name(node.target))
-    keys = list((node.meta.get("nn_module_stack") or {"": ("", None)}).keys())
-    for key in keys:
+    stack = node.meta.get("nn_module_stack") or {"": ("", None)}
+    keys = list(stack)
+    opaque = [place for place, (path, _) in enumerate(stack.values()) if _plain_path(path) in walk.opaque]
+    for key in keys[opaque[-1] if opaque else 0 :]:
         numbers[key, name] = numbers.get((key, name), 0) + 1
     walk.call_index = numbers[keys[-1], name] - 1 if keys else 0
 

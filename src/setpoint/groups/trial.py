@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import zip_longest
 from typing import Any
 
@@ -241,8 +242,8 @@ def outcome_of(
     return Outcome(shapes, tuple(notes.numbers), hash(tuple(notes.code)))
 
 
-def dense_outcome(draft: Draft, places: Places, calls: Sequence[Call]) -> tuple[Outcome, list[Call]]:
-    """The forward of the whole model, and those of the calls that it shows to be numbered as it runs them.
+def dense_outcome(draft: Draft, places: Places, calls: Sequence[Call]) -> tuple[Outcome, list[Call], list[Call]]:
+    """The forward of the whole model; calls that it shows to be numbered as it runs them; and all others.
 
     Args:
         draft: what can be dropped.
@@ -256,10 +257,26 @@ def dense_outcome(draft: Draft, places: Places, calls: Sequence[Call]) -> tuple[
     untrusted = by_module(calls) if outcome.error else watch.wrong
     if untrusted:  # something was corrected: that was not the model's own forward
         outcome = outcome_of(draft, places, kept)
-    return outcome, [call for call in calls if call.module not in untrusted]
+    return (
+        outcome,
+        [call for call in calls if call.module not in untrusted],
+        [call for call in calls if call.module in untrusted and not outcome.error],
+    )
 
 
-_ARITHMETIC = {"tensor", "mul", "mul_", "div", "div_", "true_divide", "add", "sub", "pow", "floor_divide"}
+def lost_in_other_mode(draft: Draft, calls: Sequence[Call]) -> list[Call]:
+    """Calls that have other numbers in the other of train and eval mode than in the model's own."""
+    kept = Kept(draft.units, draft.whole)
+    watch = Watch(calls, kept)
+    outcome = outcome_of(draft, {}, kept, other_mode=True, watch=watch)
+    if outcome.error and outcome_of(draft, {}, kept, other_mode=True).error:
+        return []  # even as it is, the model does not run in that mode
+    return [call for call in calls if outcome.error or call.module in watch.wrong]
+
+
+_ARITHMETIC = {"tensor", "as_tensor", "new_tensor", "full", "new_full", "full_like", "fill_", "masked_fill", "where"}
+_ARITHMETIC |= {"clamp", "clamp_", "clamp_min", "clamp_max", "maximum", "minimum"}
+_ARITHMETIC |= {"mul", "mul_", "div", "div_", "true_divide", "add", "sub", "pow", "floor_divide"}
 _ARITHMETIC |= {f"__{side}{name}__" for side in ("", "r", "i") for name in ("mul", "truediv", "add", "sub", "pow")}
 """Functions in which a whole number is no size but something to compute with."""
 
@@ -360,12 +377,15 @@ class _Watched:
         """Run the forward under watch."""
         with CallSizes(self.calls, changed=self.changed) as sizes:
             try:
-                if self.inner is not None:
-                    return self.inner(*args, **kwargs)
-                return type(self.module).forward(self.module, *args, **kwargs)
+                inner = self.inner or partial(type(self.module).forward, self.module)
+                result = inner(*args, **kwargs)
             finally:
                 if self.narrowing is not None:
                     self.narrowing[:] = sizes.narrowing
+        for (name, number), wanted in self.calls.items():
+            if number >= sizes.numbers.get(name, 0):  # it was never made
+                self.changed |= {f"{name}#{number}[{argument}]": 0 for argument in wanted}
+        return result
 
 
 def _cut_shapes(twin: nn.Module, dims: Sequence[OwnDim], kept: Kept) -> None:

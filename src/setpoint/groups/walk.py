@@ -83,6 +83,7 @@ class Walk:
         node: the node being visited.
         module: qualified name of the module whose own forward holds the node.
         alike_atoms: atoms of dims whose entries are copies or constants.
+        opaque: modules of which Python code around them sees a single call.
         unread: whether nothing reads the node, so that its values do not matter.
     """
 
@@ -101,6 +102,7 @@ class Walk:
     unread: bool = False
     alike_atoms: set[int] = field(default_factory=set)
     call_index: int = 0
+    opaque: frozenset[str] = frozenset()
 
     @property
     def where(self) -> str:

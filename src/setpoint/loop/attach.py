@@ -25,12 +25,12 @@ from setpoint.cost.params import params_cost
 from setpoint.cost.price import Price
 from setpoint.cost.tolerance import Tolerance
 from setpoint.errors import ExampleError, GroupError, LoopError, OptimizerError
+from setpoint.groups.chance import untouched_chance
 from setpoint.groups.export import Example, inputs_of
 from setpoint.groups.group import Group, Size, widths_of
 from setpoint.groups.trace import Trace, trace
 from setpoint.loop.accounting import Account
 from setpoint.loop.agreement import together
-from setpoint.loop.chance import untouched_chance
 from setpoint.loop.change import check_runs, reference_of
 from setpoint.loop.costing import Costing, cost_out
 from setpoint.loop.goal import controller_for
@@ -151,6 +151,7 @@ def attach(
             active, failed, verification_passes = _verified(inner, example, active)
             frozen.update(failed)
         _check_some(active, frozen)
+        _warn_of_unreached(inner, found, active)
         if regrows(controller):
             verification_passes += _check_regrowth(wrapped, example, active, sensor, verify)
         flops = flops_cost(_restrict(found, active))
@@ -356,6 +357,19 @@ def _check_regrowth(
     few, share = few_rows(example)
     verify_probe(wrapped.model, few, groups)
     return 6 * share
+
+
+def _warn_of_unreached(model: nn.Module, found: Trace, groups: tuple[Group, ...]) -> None:
+    """Tell of weights that the example leaves out and that may read units, which would go while they stay."""
+    lengths = {len(part.index) for group in groups for part in group.slices}
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters() if parameter.requires_grad}
+    stray = [name for name in found.unreached if len(shapes.get(name, ())) > 1 and lengths & set(shapes[name][1:])]
+    if stray:
+        warnings.warn(
+            f"the example does not reach {', '.join(stray[:5])}{' and more' if len(stray) > 5 else ''}: if training "
+            "does, give an example that goes there, since what they read may be cut and they would not follow",
+            stacklevel=3,
+        )
 
 
 def _check_some(groups: tuple[Group, ...], frozen: Mapping[str, str]) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from setpoint.groups.walk import DimLabels, Value, Walk, rule
@@ -32,6 +34,17 @@ _ZERO_BREAKING = """
     threshold_ bitwise_not bitwise_or
     floor_divide remainder fmod atan2 lerp addcmul addcdiv erfc hypot bernoulli bernoulli_ angle polar
 """.split()  # noqa: SIM905
+
+
+# Ops that keep zero or not as the numbers say that they are given after their tensor, such as a power by its exponent.
+_ZERO_KEEPING_BY_NUMBER: dict[str, Callable[..., bool]] = {
+    "pow": lambda exponent: isinstance(exponent, (int, float)) and exponent > 0,
+    "clamp_min": lambda low: isinstance(low, (int, float)) and low <= 0,
+    "clamp_max": lambda high: isinstance(high, (int, float)) and high >= 0,
+    "masked_fill": lambda where, value: isinstance(value, (int, float)) and value == 0,
+    "where": lambda x, other: all(part == 0 if isinstance(part, (int, float)) else part.zero for part in (x, other)),
+}
+_ZERO_KEEPING_BY_NUMBER |= {f"{name}_": keeps for name, keeps in _ZERO_KEEPING_BY_NUMBER.items()}
 
 
 def unite_broadcast(walk: Walk, values: Sequence[Value], ndim: int) -> tuple[DimLabels, ...]:
@@ -72,6 +85,10 @@ def _elementwise(walk: Walk, out: Value, args: Sequence[Any], zero_keeping: bool
         zero = len(spanning) == len(values) and all(value.zero for value in values) and not numbers
     elif name in ("hardtanh", "hardtanh_") and args[1:] and not args[1] <= 0 <= args[2]:
         zero = False
+    elif name in _ZERO_KEEPING_BY_NUMBER and isinstance(args[0], Value) and len(args) > 1:
+        first = name == "where" or (args[0] in spanning and args[0].zero)  # of `where`, that is the condition
+        others = all(value in spanning for value in values[1:]) or name != "where"
+        zero = first and others and _ZERO_KEEPING_BY_NUMBER[name](*args[1:])
     else:
         zero = zero_keeping and len(spanning) == len(values) and all(value.zero for value in values)
     return Value(out.shape, result.labels, zero=zero)
@@ -95,6 +112,23 @@ for _name in _ZERO_KEEPING:
     _register(_name, True)
 for _name in _ZERO_BREAKING:
     _register(_name, False)
+
+
+@rule(aten.clamp.default, aten.clamp_.default)
+def _clamp(walk: Walk, out: Value, x: Value, min: float | None = None, max: float | None = None) -> Value:
+    """Zero stays zero between bounds that hold it."""
+    return Value(out.shape, x.labels, zero=x.zero and (min is None or min <= 0) and (max is None or max >= 0))
+
+
+@rule(aten.mse_loss.default, aten.l1_loss.default, aten.smooth_l1_loss.default, aten.huber_loss.default)
+def _distance(walk: Walk, out: Value, x: Value, y: Value, reduction: int = 1, *args: Any) -> Value:
+    """Entry by entry, where zeros are no distance apart; then a mean (1) or a sum (2) over all of it."""
+    each = _elementwise(walk, Value(np.broadcast_shapes(x.shape, y.shape), ()), (x, y), True, "sub")
+    for labels in each.labels if reduction else ():
+        if reduction == 1 or not each.zero:
+            walk.lossy(labels, "a mean runs over it" if reduction == 1 else "a sum runs over what is not zero there")
+        walk.atoms.mark("summed", labels)
+    return replace(each, labels=() if reduction else each.labels)
 
 
 @rule(aten.broadcast_tensors.default)

@@ -21,6 +21,17 @@ def _embedding(walk: Walk, out: Value, weight: Value, indices: Value, *args: Any
     return Value(out.shape, (*(None,) * indices.ndim, weight.labels[1]), zero=weight.zero)
 
 
+@rule(aten.embedding_bag.padding_idx, aten.embedding_bag.default)
+@rule(aten._embedding_bag.default, aten._embedding_bag_forward_only.default)
+def _embedding_bag(walk: Walk, out: tuple[Value, ...], weight: Value, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+    """Sums, means or maxima of rows that data chooses; columns are features."""
+    walk.freeze(weight.labels[0], "its rows are chosen by data")
+    walk.atoms.mark("produce", weight.labels[1])
+    walk.atoms.mark("embedding", weight.labels[1])
+    bags = Value(out[0].shape, (None, weight.labels[1]), zero=weight.zero)
+    return bags, *((None,) * part.ndim for part in out[1:])
+
+
 @rule(aten.index.Tensor)
 def _index(walk: Walk, out: Value, x: Value, indices: Sequence[Value | None]) -> Value:
     """Indexed dims are chosen by data; others pass. Results of several indices stand where the first was.

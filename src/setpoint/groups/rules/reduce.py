@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ def _mean(walk: Walk, out: Any, x: Value, dim: Any = None, *args: Any, **kwargs:
     """A mean divides by the number of entries, so an absent entry is not a zero one."""
     packet = walk.node.target.overloadpacket if walk.node is not None else None  # type: ignore[union-attr]
     if packet is aten.norm:
+        order = 2 if dim is None else dim
+        x = x if order >= 0 else replace(x, zero=False)  # a negative power of zero
         dim, args = (args[0], args[1:]) if args else (None, ())
     keepdim = bool(kwargs.get("keepdim", args[-1] if args and isinstance(args[-1], bool) else False))
     dims = _dims(x, dim)
@@ -52,8 +55,10 @@ def _sum_over(walk: Walk, x: Value, dim: int) -> None:
 def _sum(walk: Walk, out: Value, x: Value, *args: Any, **kwargs: Any) -> tuple[DimLabels, ...]:
     """A sum of zeros is the sum without them."""
     norm = walk.node is not None and walk.node.target is aten.linalg_vector_norm.default
+    order = kwargs.get("ord", args[0] if args else 2) if norm else 1
     if norm:
         args = args[1:]
+    x = x if order >= 0 else replace(x, zero=False)  # a negative power of zero
     dims = _dims(x, kwargs.get("dim", args[0] if args else None))
     for d in dims:
         _sum_over(walk, x, d)
