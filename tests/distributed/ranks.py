@@ -173,6 +173,22 @@ def twin() -> None:
             np.testing.assert_allclose(ours.gain[name], values, rtol=1e-6)
 
 
+def goals() -> None:
+    """What decides by the observed loss, or learns while it decides, makes the plans that it makes in one process."""
+
+    def followed(goal: Any, controller: Any, steps: int, called: Any, data: Callable[[int], Any]) -> list[Any]:
+        optimizer, loop = attached(called, controller, data(0)[0], total_steps=steps, budget=goal)
+        train(called, optimizer, loop, range(steps), data)
+        assert loop.finish().resizes > 2
+        return story(loop)
+
+    half = setpoint.Budget.fraction(0.5, of="flops")
+    for goal, controller, steps in ((setpoint.Tolerance(0.5), None, 120), (half, setpoint.GatedController(), 40)):
+        together = followed(goal, controller, steps, Parallel(build()), share)
+        if dist.get_rank() == 0:
+            assert together == followed(goal, controller, steps, build(), batch)
+
+
 def batch_norm() -> None:
     """With batch norm and uneven batches, a cut run equals the masked full model on the same ranks."""
     model = build(Net)

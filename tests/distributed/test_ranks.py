@@ -13,6 +13,7 @@ SCRIPT = Path(__file__).with_name("ranks.py")
 CHECKS = {
     "twin:2": "losses, plans and weights are those of one process on the same global batches, over ten resizes",
     "twin:4": "so they are on four ranks",
+    "goals:2": "so are the plans of a tolerance of the loss, and of learned gates",
     "batch_norm:2": "with batch norm and uneven batches a cut run equals its masked twin on the same ranks",
     "options:2": "static_graph, bucket views, unused parameters, hooks, compiled code: all go on after a cut",
     "vanishing:2": "a branch that vanishes as a whole, and comes back, leaves the others averaged",
