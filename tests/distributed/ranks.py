@@ -379,19 +379,24 @@ def disagreement() -> None:
     apart = start(Scripted({3: {"up": [1 + rank]}}, regrow=False))
     caught(setpoint.RankError, "rank 1 in plan", lambda: train(*apart, range(4), share))
     assert apart[2].widths["up"] == 24
-    failing = start(Scripted({3: {"up": [1]}}, regrow=False))
+    failing = start(Scripted({3: {"up": [1, 4]}, 6: {"up": [0]}}, {9: {"up": [1]}}))
+    train(*failing, range(5), share)
     swap = shrink_module.swap
 
     def no_memory(*args: Any) -> None:
         raise MemoryError("of the host")
 
-    shrink_module.swap = no_memory if rank else swap
-    error, text = (
-        (MemoryError, "host") if rank else (setpoint.RankError, "the cut after step 3 failed on rank 1 with Memo")
-    )
-    caught(error, text, lambda: train(*failing, range(4), share))
-    shrink_module.swap = swap
-    assert failing[2].widths["up"] == 23 + rank
+    for step in (6, 9):  # a cut, and a return
+        shrink_module.swap = no_memory if rank else swap
+        text = "host" if rank else f"the cut after step {step} failed on rank 1 with MemoryError: of the host"
+        steps = range(step - 1, step)
+        caught(MemoryError if rank else setpoint.RankError, text, lambda steps=steps: train(*failing, steps, share))
+        shrink_module.swap = swap
+        assert failing[2].widths["up"] == failing[0].module.up.out_features == 22
+        failing[1].zero_grad()
+        train(*failing, range(step, step + 2), share)  # on all ranks it is as it was, and goes on
+        assert_same_everywhere(failing[0].module, failing[1])
+    assert failing[2]._regrowth.reserve.resting["up"].nonzero()[0].tolist() == [1, 4]
 
 
 def late() -> None:

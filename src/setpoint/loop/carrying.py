@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -33,17 +34,23 @@ def carry_out(loop: Loop, plan: Plan, state: Any, reading: Reading) -> tuple[Reg
         reading: that the plan was made on.
 
     Raises:
-        RankError: when another rank could not carry it out.
+        RankError: when another rank could not carry it out; this one is then as it was, too.
     """
     parts, account = loop._parts, loop._account
     account.resizing.last_seconds = 0.0
     if plan.empty():
         loop._controller_state = state
         return {}, ""
-    with account.resizing, together(parts.ranks, f"the cut after step {loop._step}") as facts:
+    what = f"the cut after step {loop._step}"
+
+    def agreed() -> None:
+        with together(parts.ranks, what):
+            pass
+
+    with account.resizing, together(parts.ranks, what) as facts:
         try:
-            regrown, note = _changed(loop, plan, state, reading)
-        finally:  # also after half of it: gradients of new shapes must not stay unsynchronised
+            regrown, note = _changed(loop, plan, state, reading, agreed)
+        finally:  # also after half of it, and after shapes came and went: gradients must not stay unsynchronised
             if parts.averaging is not None:
                 rewrap(parts.averaging)
         facts["shapes"] = [tuple(tensor.shape) for tensor in named_tensors(parts.model).values()]
@@ -54,8 +61,8 @@ def carry_out(loop: Loop, plan: Plan, state: Any, reading: Reading) -> tuple[Reg
     return regrown, note
 
 
-def _changed(loop: Loop, plan: Plan, state: Any, reading: Reading) -> tuple[Regrown, str]:
-    """Drop what is to go, and bring back what is to come back."""
+def _changed(loop: Loop, plan: Plan, state: Any, reading: Reading, agreed: Callable[[], None]) -> tuple[Regrown, str]:
+    """Drop what is to go, and bring back what is to come back; each is undone if `agreed` raises."""
     parts, regrowth = loop._parts, loop._regrowth
     regrown: Regrown = {}
     note = ""
@@ -65,12 +72,12 @@ def _changed(loop: Loop, plan: Plan, state: Any, reading: Reading) -> tuple[Regr
         sensed, state = parts.sensor.cut(loop._sensor_state, plan.keep), parts.controller.cut(state, plan.keep)
         with regrowth.resting(plan.keep) if regrowth is not None else nullcontext("") as note:
             groups = balance_and_shrink(
-                parts.model, parts.optimizers, loop._groups, plan.keep, reading.basis, parts.copies
+                parts.model, parts.optimizers, loop._groups, plan.keep, reading.basis, parts.copies, agreed=agreed
             )
         loop._groups, loop._sensor_state, loop._origin = groups, sensed, only_kept(loop._origin, plan)
     loop._controller_state = state
     if plan.grows() and regrowth is not None:
-        loop._groups, regrown = regrowth.grow(loop._groups, plan)
+        loop._groups, regrown = regrowth.grow(loop._groups, plan, agreed)
         loop._sensor_state = parts.sensor.grow(loop._sensor_state, regrown)  # type: ignore[attr-defined]
         loop._controller_state = parts.controller.grow(loop._controller_state, regrown)  # type: ignore[attr-defined]
         loop._origin = regrowth.origin
