@@ -430,7 +430,7 @@ def lost() -> None:
 
 def refusals() -> None:
     """What cannot follow a cut is refused by name, before or at the first step."""
-    from torch.distributed.optim import ZeroRedundancyOptimizer  # warns of its own past
+    from torch.distributed.optim import ZeroRedundancyOptimizer, _apply_optimizer_in_backward  # which warns at import
 
     never, x = Scripted({}, regrow=False), share(0)[0]
 
@@ -449,6 +449,13 @@ def refusals() -> None:
     squared = PowerSGDState(None, matrix_approximation_rank=1)
     wrapper.register_comm_hook(squared, powerSGD_hook)
     refused("PowerSGD", wrapper)
+    delayed = build()
+    hooked = {"param_to_hook_all_reduce": delayed.head.weight}
+    delaying = [("head.bias", delayed.head.bias)]
+    refused("delay_all_reduce", Parallel(delayed, delay_all_reduce_named_params=delaying, **hooked))
+    behind = build()
+    _apply_optimizer_in_backward(torch.optim.SGD, behind.head.parameters(), {"lr": 0.1})
+    refused("optimizers in the backward pass", Parallel(behind))
     part = build()
     part.head = Parallel(part.head)
     refused("wrap the whole model", part)
