@@ -142,12 +142,19 @@ def check_unwrapped(model: nn.Module) -> None:
     """
     if not (dist.is_available() and dist.is_initialized()):
         return
-    found = [each for each in gc.get_objects() if DistributedDataParallel in type(each).__mro__]
-    if any(model in set(each.modules()) for each in found):
+    if not _is_wrapped(model):
+        return
+    gc.collect()  # a wrapper that nobody has any more does no harm
+    if _is_wrapped(model):
         raise LoopError(
             "this model is wrapped by a DistributedDataParallel that the loop does not know: wrap the model first, "
             "and give attach the wrapper in place of the model"
         )
+
+
+def _is_wrapped(model: nn.Module) -> bool:
+    found = [each for each in gc.get_objects() if DistributedDataParallel in type(each).__mro__]
+    return any(model in set(each.modules()) for each in found)
 
 
 def check_step(model: nn.Module, averaging: Averaging | None, first: bool) -> None:
