@@ -76,6 +76,9 @@ _INDEXING = {torch.Tensor.__getitem__, torch.Tensor.__setitem__}
 NAMES = _names()
 """Torch functions whose sizes can be corrected, and the name each goes by in a place."""
 
+COUNTED = {*NAMES.values(), "slice"}
+"""Names of the calls that are numbered as they are made."""
+
 
 class CallSizes(TorchFunctionMode):
     """Corrects the sizes of numbered calls while a forward runs.

@@ -18,7 +18,7 @@ from setpoint.groups.draft import Draft
 from setpoint.groups.group import Group
 from setpoint.groups.place import write_size
 from setpoint.groups.rehearsal import Rehearsal
-from setpoint.groups.shim import CallSizes, parse, set_call_sizes
+from setpoint.groups.shim import COUNTED, CallSizes, parse, set_call_sizes
 from setpoint.groups.vanish import fit_forward
 from setpoint.groups.walk import Call
 
@@ -383,7 +383,7 @@ class _Watched:
                 if self.narrowing is not None:
                     self.narrowing[:] = sizes.narrowing
         for (name, number), wanted in self.calls.items():
-            if number >= sizes.numbers.get(name, 0):  # it was never made
+            if name in COUNTED and number >= sizes.numbers.get(name, 0):  # it was never made
                 self.changed |= {f"{name}#{number}[{argument}]": 0 for argument in wanted}
         return result
 
