@@ -61,6 +61,8 @@ def twin() -> None:
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
     for ours, theirs in zip(loop.ledger, single.ledger, strict=True):
         assert ours.loss is not None and abs(ours.loss - theirs.loss) < 1e-9 * abs(theirs.loss)
+        for name, values in theirs.saliency.items():
+            np.testing.assert_allclose(ours.saliency[name], values, rtol=1e-6)
         for name, values in theirs.gain.items():
             np.testing.assert_allclose(ours.gain[name], values, rtol=1e-6)
 
