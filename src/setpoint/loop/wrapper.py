@@ -173,6 +173,8 @@ def check_step(model: nn.Module, averaging: Averaging | None, first: bool) -> No
             "DistributedDataParallel.join() lets ranks make different numbers of steps, so they could not decide "
             "together: give every rank the same number of batches, as DistributedSampler does (they may differ in size)"
         )
+    if first:
+        _check_plain(model)
     if averaging is None and first:
         check_unwrapped(model)
 
