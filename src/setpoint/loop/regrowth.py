@@ -216,7 +216,7 @@ class Regrowth:
             raise
 
     def grow(
-        self, groups: tuple[Group, ...], plan: Plan, agreed: Callable[[], None]
+        self, groups: tuple[Group, ...], plan: Plan, agreed: Callable[[], None] = lambda: None
     ) -> tuple[tuple[Group, ...], dict[str, Bool[np.ndarray, " _units"]]]:
         """Bring the plan's units back; the groups then, and by group which active units have just come back.
 
