@@ -5,6 +5,7 @@ from setpoint.actuator.reserve import Reserve
 from setpoint.actuator.shrink import shrink
 from setpoint.checkpoint import load, save
 from setpoint.controller.adaptive import AdaptiveController
+from setpoint.controller.exchanging import ExchangingController
 from setpoint.controller.gates import GatedController
 from setpoint.controller.penalty import PenaltyController
 from setpoint.controller.plan import Controller, Observation, Plan
@@ -32,6 +33,7 @@ from setpoint.errors import (
 )
 from setpoint.groups.group import Group, SizeBinding, Slice
 from setpoint.groups.trace import find_groups
+from setpoint.groups.weights import find_weights
 from setpoint.ledger import Entry, Ledger
 from setpoint.loop import Explanation, Loop, Summary, attach, load_run, save_run
 from setpoint.sensor.chain import SensorChain
@@ -41,6 +43,7 @@ from setpoint.sensor.random import RandomSensor
 from setpoint.sensor.reading import Reading, Sensor
 from setpoint.sensor.selective import SelectiveSensor
 from setpoint.sensor.taylor import TaylorSensor
+from setpoint.sensor.weight_taylor import WeightTaylorSensor
 from setpoint.ssm import StateSpaceLayer
 
 __all__ = [
@@ -53,6 +56,7 @@ __all__ = [
     "CostError",
     "Entry",
     "ExampleError",
+    "ExchangingController",
     "Explanation",
     "ExportError",
     "GatedController",
@@ -88,8 +92,10 @@ __all__ = [
     "Tolerance",
     "TolerantController",
     "VerificationError",
+    "WeightTaylorSensor",
     "attach",
     "find_groups",
+    "find_weights",
     "load",
     "load_run",
     "regrow",

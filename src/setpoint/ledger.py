@@ -43,6 +43,8 @@ class Entry:
         gain: probed gain of the units brought back, by group, in the order of `grown`.
         grown_worth: gain / cost of their blocks, by group, in the order of `grown`.
         probing_seconds: time spent on probing since the last entry.
+        num_dropped: where units are single weights, how many went, by group; they are not listed one by one.
+        num_grown: likewise, how many came in.
     """
 
     step: int
@@ -67,6 +69,8 @@ class Entry:
     gain: Mapping[str, list[float]] = field(default_factory=dict)
     grown_worth: Mapping[str, list[float]] = field(default_factory=dict)
     probing_seconds: float = 0.0
+    num_dropped: Mapping[str, int] = field(default_factory=dict)
+    num_grown: Mapping[str, int] = field(default_factory=dict)
 
 
 class Ledger:
@@ -77,6 +81,7 @@ class Ledger:
 
     Args:
         header: facts of the run; `attach` writes "groups" (`num_units` and `what` by name), "frozen",
+            "pattern" (where single weights are masked),
             "dense" and "limit" (by resource), "modelled" and "measured" (by resource, by what),
             "calibration" (relative error of predictions), "step_seconds" (by group), "total_steps" and "environment".
 

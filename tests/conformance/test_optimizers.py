@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from actuator.hand_made import kept_only, masked_step, mlp, mlp_model, residual, some_keep, train_step
 from setpoint.actuator.optimizer_state import check_optimizer, check_trains
 from setpoint.actuator.shrink import named_tensors, shrink
+from setpoint.actuator.weight_mask import mask_gradients, mask_weights
 from setpoint.errors import OptimizerError
 
 SETTINGS: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
@@ -94,6 +95,59 @@ def test_after_a_cut_the_optimizer_goes_on_as_on_a_fresh_small_model(
     for _ in range(5):
         assert torch.equal(train_step(model, optimizer, inputs), train_step(fresh, fresh_optimizer, inputs))
     assert all(torch.equal(one, other) for one, other in zip(model.parameters(), fresh.parameters(), strict=True))
+
+
+class Without(nn.Module):
+    """A linear layer in which masked weights do not exist: its active ones are one vector, zeros stand in their places.
+
+    Args:
+        weight: of the layer.
+        mask: True = active.
+    """
+
+    def __init__(self, weight: torch.Tensor, mask: torch.Tensor) -> None:
+        super().__init__()
+        self.active, self.mask = nn.Parameter(weight[mask].clone()), mask
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = torch.zeros(self.mask.shape, dtype=x.dtype).masked_scatter(self.mask, self.active)
+        return nn.functional.linear(x, weight)
+
+
+@pytest.mark.parametrize(("kind", "settings"), ROWS)
+def test_masked_weights_train_as_if_they_did_not_exist(kind: type[Optimizer], settings: dict[str, Any]) -> None:
+    """Claim: after a mask, active weights and their moments are those of a layer without the masked ones, in fp64 to
+    1e-10 over 5 further steps; the masked ones stay exactly zero.
+    """
+    torch.manual_seed(0)
+    layer, mask = nn.Linear(6, 5, bias=False).double(), torch.rand(5, 6) < 0.5
+    optimizer = kind(layer.parameters(), **settings)
+
+    def steps(model: nn.Module, trained: Optimizer, seed: int) -> None:
+        trained.zero_grad()
+        x = torch.randn(8, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        model(x).square().mean().backward()
+        if model is layer and seed > 1:
+            mask_gradients({"weight": layer.weight}, {"weight": mask})
+        trained.step()
+
+    steps(layer, optimizer, 0), steps(layer, optimizer, 1)
+    mask_weights({"weight": layer.weight}, optimizer, {"weight": mask})
+    twin = Without(layer.weight.detach(), mask)
+    twin_optimizer = kind(twin.parameters(), **settings)
+    state = copy.deepcopy(optimizer.state_dict())
+    state["state"] = {
+        at: {k: v[mask] if isinstance(v, torch.Tensor) and v.shape == mask.shape else v for k, v in values.items()}
+        for at, values in state["state"].items()
+    }
+    twin_optimizer.load_state_dict(state)
+    for seed in range(2, 7):
+        steps(layer, optimizer, seed), steps(twin, twin_optimizer, seed)
+        assert not layer.weight.detach()[~mask].any()
+    torch.testing.assert_close(layer.weight.detach()[mask], twin.active.detach(), rtol=0, atol=1e-10)
+    for key, value in optimizer.state[layer.weight].items():
+        if isinstance(value, torch.Tensor) and value.dim():
+            torch.testing.assert_close(value[mask], twin_optimizer.state[twin.active][key], rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize(("kind", "settings"), ROWS)

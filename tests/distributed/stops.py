@@ -128,6 +128,7 @@ def refusals() -> None:
     behind = build()
     _apply_optimizer_in_backward(torch.optim.SGD, behind.head.parameters(), {"lr": 0.1})
     refused("optimizers in the backward pass", Parallel(behind))
+    refused("single weights", Parallel(build()), granularity="weight")
     part = build()
     part.head = Parallel(part.head)
     refused("wrap the whole model", part)

@@ -23,11 +23,12 @@ class Looped:
     def __init__(self, loop: Loop, notes: str = "") -> None:
         self.loop = loop
         self.notes = notes
+        self._masked = "pattern" in loop.ledger.header
 
     @property
     def widths(self) -> Mapping[str, int]:
-        """Active units by group."""
-        return self.loop.widths
+        """Active units by group; none where single weights are masked, since the model keeps its size."""
+        return {} if self._masked else self.loop.widths
 
     def observe(self, loss: Tensor) -> None:
         """Hand the loss on."""
@@ -46,6 +47,9 @@ class Looped:
             resizes=summary.resizes,
             landed=summary.landed,
             break_even_step=summary.break_even_step,
+            density=sum(summary.widths.values()) / sum(summary.dense_widths.values()) if self._masked else None,
+            theoretical_flops=summary.theoretical_flops,
+            theoretical_train_flops=summary.theoretical_train_flops,
             notes=self.notes,
             ledger=self.loop.ledger,
         )

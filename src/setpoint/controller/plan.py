@@ -71,6 +71,7 @@ class Plan:
         reason: why, for people.
         grow: by group name, origins of the units that come back from the reserve, ascending.
         grow_worth: by group name, in that order: probed gain of the unit's block / what the block costs.
+        exchange: where units are single weights, share of each group's active ones that makes room for others.
     """
 
     step: int
@@ -82,6 +83,7 @@ class Plan:
     reason: str = ""
     grow: Mapping[str, Int[np.ndarray, " _units"]] = field(default_factory=dict)
     grow_worth: Mapping[str, Float64[np.ndarray, " _units"]] = field(default_factory=dict)
+    exchange: float = 0.0
 
     def drops(self) -> bool:
         """True when any unit is dropped."""
@@ -93,7 +95,7 @@ class Plan:
 
     def empty(self) -> bool:
         """True when no unit is dropped and none comes back."""
-        return not self.drops() and not self.grows()
+        return not self.drops() and not self.grows() and not self.exchange
 
 
 State = TypeVar("State")

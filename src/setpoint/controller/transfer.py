@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from setpoint.controller.adaptive import AdaptiveController
+from setpoint.controller.exchanging import ExchangingController
 from setpoint.controller.priced import PricedController
 
 
@@ -28,6 +29,8 @@ def transfer(controller: object, state: Any, *, step: int, total_steps: int, pre
             controller.after(state), state.inner, step=step, total_steps=total_steps, present=present, limit=limit
         )
         return replace(state, inner=inner)
+    if isinstance(controller, ExchangingController):
+        return transfer(controller.inner, state, step=step, total_steps=total_steps, present=present, limit=limit)
     if not isinstance(controller, PricedController) or state.start is None:
         return state
     value = present * state.feedback.factor()

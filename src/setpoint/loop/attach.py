@@ -13,13 +13,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from setpoint.actuator.optimizer_state import check_optimizer, check_trains
-from setpoint.actuator.shrink import named_tensors
 from setpoint.actuator.verify import failing_groups, few_rows, verify_probe
+from setpoint.controller.exchanging import ExchangingController
 from setpoint.controller.plan import Controller, regrows
 from setpoint.controller.reference import Reference
 from setpoint.controller.selection import cheapest
 from setpoint.cost.budget import Budget
-from setpoint.cost.cost import Cost
 from setpoint.cost.flops import flops_cost
 from setpoint.cost.params import params_cost
 from setpoint.cost.price import Price
@@ -34,8 +33,10 @@ from setpoint.loop.agreement import together
 from setpoint.loop.change import check_runs, reference_of
 from setpoint.loop.costing import Costing, cost_out
 from setpoint.loop.goal import controller_for
+from setpoint.loop.granularity import check_run, pattern_for, weight_material
 from setpoint.loop.header import header_of
 from setpoint.loop.loop import ATTACHED, Loop
+from setpoint.loop.material import Material, check_copies, check_some, in_hand
 from setpoint.loop.metering import Metering
 from setpoint.loop.parts import Parts
 from setpoint.loop.replica import Replica
@@ -48,6 +49,7 @@ from setpoint.sensor.hankel import HankelSensor
 from setpoint.sensor.reading import Growing, Sensor
 from setpoint.sensor.selective import SelectiveSensor
 from setpoint.sensor.taylor import TaylorSensor
+from setpoint.sensor.weight_taylor import WeightTaylorSensor
 
 
 def attach(
@@ -67,6 +69,8 @@ def attach(
     verify: bool = True,
     watts: float | None = None,
     reserve_bytes: int | None = 8 * 2**30,
+    granularity: str = "unit",
+    pattern: str | None = None,
 ) -> Loop:
     """Hold a model in training to a budget: watch its optimizers, and shrink it in the middle of the run.
 
@@ -101,6 +105,11 @@ def attach(
         watts: power that a training step draws, for an energy budget where no meter reads it.
         reserve_bytes: the most host memory for dropped units that may come back (`PricedController(regrow=True)`);
             beyond it those dropped first are let go, which is said. None: no limit.
+        granularity: "unit" cuts channels, heads, neurons and states out of the model; "weight" masks single weights of
+            linear layers and convolutions, which saves FLOPs and parameters in theory only: dense hardware does not
+            get faster. Then `groups` are out of `find_weights(model, pattern)`, and the controller is by default
+            an `ExchangingController` around the one named above, the sensor a `WeightTaylorSensor(num_samples)`.
+        pattern: of single weights: "unstructured" (the default) or "N:M", such as "2:4", by whole tensors.
 
     Raises:
         BudgetError: for a budget that cannot be reached, or is not available in this version.
@@ -131,37 +140,41 @@ def attach(
         _check_free(inner)
         goal = budget if isinstance(budget, (Price, Tolerance)) else None
         budgets = () if isinstance(budget, (Price, Tolerance)) else check_budgets(budget)
+        form = pattern_for(granularity, pattern)
         if controller is None:
             controller = controller_for(goal or budgets, reference)
+            controller = controller if form is None else ExchangingController(controller)
         elif reference is not None:
             raise ValueError("give the reference to the controller, or leave the controller to attach: not both")
         optimizers = _check_arguments(inner, optimizer, total_steps)
         resources = {each.resource for each in (*budgets, goal) if each}
         check_shared(ranks, resources, optimizers)
-        found = trace(inner, example)
-        if sensor is None:
-            samples = _num_samples(example) * ranks.count if num_samples is None else num_samples
-            sensor = _default_sensor(inner, found.groups, example, samples)
-        active, frozen = _select(inner, found, groups, sensor, allow_lossy, alone=ranks.count == 1)
-        active, strangers = _in_hand(inner, optimizers, active)
-        frozen.update(strangers)
-        _check_copies(inner, active, copies)
-        verification_passes = 0.0
-        if verify:
-            active, failed, verification_passes = _verified(inner, example, active)
-            frozen.update(failed)
-        _check_some(active, frozen)
-        _warn_of_unreached(inner, found, active)
-        if regrows(controller):
-            verification_passes += _check_regrowth(wrapped, example, active, sensor, verify)
-        flops = flops_cost(_restrict(found, active))
-        costs: dict[str, Cost] = {"flops": flops, "params": params_cost(inner, active)}
-        costing = cost_out(inner, optimizers, example, active, resources, watts)
-        costs.update(costing.costs)
+        samples = _num_samples(example) * ranks.count if num_samples is None else num_samples
+        if form is not None:
+            if wrapped.averaging is not None:
+                raise LoopError(
+                    "single weights are not masked inside DistributedDataParallel in this version: train in one "
+                    "process, or leave granularity at whole units"
+                )
+            sensor = WeightTaylorSensor(samples) if sensor is None else sensor
+            check_run(goal, budgets, controller, sensor)
+            material = weight_material(inner, optimizers, example, form, groups, copies, sensor)
+        else:
+            found = trace(inner, example)
+            sensor = _default_sensor(inner, found.groups, example, samples) if sensor is None else sensor
+            active, frozen = _select(inner, found, groups, sensor, allow_lossy, alone=ranks.count == 1)
+            material = _unit_material(inner, optimizers, example, found, active, frozen, copies, verify)
+            _warn_of_unreached(inner, found, material.groups)
+            if regrows(controller):
+                passes = _check_regrowth(wrapped, example, material.groups, sensor, verify)
+                material = replace(material, passes=material.passes + passes)
+            costing = cost_out(inner, optimizers, example, material.groups, resources, watts)
+            material = replace(material, costs={**material.costs, **costing.costs}, costing=costing)
+        active, costs, costing = material.groups, material.costs, material.costing
         dense = {name: cost.total(widths_of(active)) for name, cost in costs.items()}
         for each in budgets:
             check_reachable(each, dense[each.resource], cheapest(costs[each.resource], active))
-        account = Account(watch, dense["flops"], verification_passes * dense["flops"])
+        account = Account(watch, dense["flops"], material.passes * dense["flops"])
         metering = _metering(wrapped, optimizers, example, budgets, account, costing)
         parts = Parts(
             model=inner,
@@ -180,16 +193,18 @@ def attach(
             controller=controller,
             sensor=sensor,
             total_steps=total_steps,
-            header=header_of(active, frozen, dense, budgets, total_steps, inner)
+            header=header_of(active, material.frozen, dense, budgets, total_steps, inner)
             | {
                 "modelled": dict(costing.sources),
                 "measured": metering.sources,
                 "calibration": dict(costing.errors),
                 "step_seconds": dict(costing.step_seconds),
-            },
+            }
+            | ({} if form is None else {"pattern": str(form)}),
             reserve_bytes=reserve_bytes,
             ranks=ranks,
             averaging=wrapped.averaging,
+            sparsity=material.sparsity,
         )
         check_runs(parts, account, active, 0)
         facts.update(run_of(parts))
@@ -258,15 +273,15 @@ def _select(
     chosen = found.groups if wanted is None else tuple(wanted)
     widths = widths_of(found.groups)
     for group in chosen:
+        if group.kind == "weight":
+            raise GroupError(f"group {group.name!r} holds single weights: add granularity='weight'")
         if widths.get(group.name) != group.num_units:
             raise GroupError(
                 f"group {group.name!r} with {group.num_units} units is not one of this model's: "
                 "use find_groups(model, example) on the model as it is now"
             )
     for group in chosen:
-        if group.kind == "weight":
-            frozen[group.name] = f"its units are of kind {group.kind!r}, which this version does not shrink"
-        elif group.kind == "state" and not alone:
+        if group.kind == "state" and not alone:
             frozen[group.name] = (
                 "states are not cut on several ranks in this version: each would balance them by itself"
             )
@@ -282,34 +297,27 @@ def _select(
     return readable, frozen
 
 
-def _in_hand(
-    model: nn.Module, optimizers: Sequence[Optimizer], groups: tuple[Group, ...]
-) -> tuple[tuple[Group, ...], dict[str, str]]:
-    """The groups whose trained tensors are all in these optimizers; another one would not survive a cut of them."""
-    held = {id(p) for each in optimizers for settings in each.param_groups for p in settings["params"]}
-    trained = {name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held}
-    strangers = {
-        group.name: f"{piece.tensor} is trained, but by none of the given optimizers: pass them all"
-        for group in groups
-        for piece in group.slices
-        if piece.tensor in trained
-    }
-    return tuple(group for group in groups if group.name not in strangers), strangers
-
-
-def _check_copies(model: nn.Module, groups: tuple[Group, ...], copies: Sequence[nn.Module]) -> None:
-    """A copy must hold every tensor that will be cut, in the same shape."""
-    own = named_tensors(model)
-    for number, each in enumerate(copies):
-        if not isinstance(each, nn.Module):
-            raise GroupError(f"copies[{number}] must be a torch.nn.Module, got {type(each).__name__}")
-        theirs = {name.removeprefix("module."): tensor for name, tensor in named_tensors(each).items()}
-        for name in dict.fromkeys(piece.tensor for group in groups for piece in group.slices):
-            if name not in theirs or theirs[name].shape != own[name].shape:
-                raise GroupError(
-                    f"copies[{number}] ({type(each).__name__}) is no copy of the model: it has no {name!r} of shape "
-                    f"{tuple(own[name].shape)}; pass a deepcopy or an AveragedModel of the model"
-                )
+def _unit_material(
+    model: nn.Module,
+    optimizers: Sequence[Optimizer],
+    example: Example,
+    found: Trace,
+    groups: tuple[Group, ...],
+    frozen: dict[str, str],
+    copies: Sequence[nn.Module],
+    verify: bool,
+) -> Material:
+    """What may be cut, of the groups that were chosen, with FLOPs and parameters."""
+    active, strangers = in_hand(model, optimizers, groups)
+    frozen = frozen | strangers
+    check_copies(model, active, copies)
+    passes = 0.0
+    if verify:
+        active, failed, passes = _verified(model, example, active)
+        frozen |= failed
+    check_some(active, frozen)
+    costs = {"flops": flops_cost(_restrict(found, active)), "params": params_cost(model, active)}
+    return Material(active, frozen, costs, passes)
 
 
 def _verified(
@@ -328,7 +336,7 @@ def _verified(
     if failed:
         warnings.warn(
             f"left whole, because cutting them on a copy did not behave like masking them: {', '.join(failed)}",
-            stacklevel=3,
+            stacklevel=4,
         )
     reasons = dict.fromkeys(failed, "cutting it on a copy did not behave like masking it")
     # At most four forward and backward passes vouch for all groups at once; each culprit is found by bisection.
@@ -370,14 +378,6 @@ def _warn_of_unreached(model: nn.Module, found: Trace, groups: tuple[Group, ...]
             "does, give an example that goes there, since what they read may be cut and they would not follow",
             stacklevel=3,
         )
-
-
-def _check_some(groups: tuple[Group, ...], frozen: Mapping[str, str]) -> None:
-    if groups:
-        return
-    reasons = [f"{place}: {reason}" for place, reason in list(frozen.items())[:8]]
-    more = f"; and {len(frozen) - 8} more" if len(frozen) > 8 else ""
-    raise GroupError(f"nothing in this model can be pruned. Left whole: {'; '.join(reasons) or 'no dim at all'}{more}")
 
 
 def _restrict(found: Trace, groups: tuple[Group, ...]) -> Trace:

@@ -11,6 +11,7 @@ from setpoint.cost.budget import Budget
 from setpoint.errors import BudgetError, LoopError
 from setpoint.groups.group import Group, widths_of
 from setpoint.loop.accounting import Account
+from setpoint.loop.granularity import check_resources
 from setpoint.loop.metering import METERED
 from setpoint.loop.parts import Parts
 from setpoint.loop.target import Target, check_budgets, check_reachable
@@ -47,6 +48,8 @@ def with_budget(
         BudgetError: when it cannot be met, or is on a resource that this run does not know.
     """
     budgets = check_budgets(budget)
+    if parts.sparsity is not None:
+        check_resources(budgets)
     metered = {each.resource for each in parts.target.budgets} & set(METERED)
     for each in budgets:
         if each.resource not in parts.costs or (each.resource in METERED and each.resource not in metered):

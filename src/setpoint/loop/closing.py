@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from setpoint.controller.plan import Plan
 from setpoint.cost.budget import amount
 from setpoint.groups.group import Group, widths_of
@@ -11,6 +13,7 @@ from setpoint.loop.metering import METERED
 from setpoint.loop.parts import Parts
 from setpoint.loop.record import drop_counts, return_counts, spending
 from setpoint.loop.summary import Summary, break_even_step
+from setpoint.loop.weights import Weights
 
 
 def summarise(
@@ -21,6 +24,7 @@ def summarise(
     step: int,
     last: Plan | None,
     gave_way: str,
+    weights: Weights | None = None,
 ) -> Summary:
     """The summary of a run.
 
@@ -32,13 +36,14 @@ def summarise(
         step: optimizer steps done.
         last: the last plan, or None before the first.
         gave_way: what was taken back for the sake of the loss, or "".
+        weights: the masks, where units are single weights.
     """
     widths, dense_widths, total_steps = widths_of(groups), widths_of(parts.groups), parts.total_steps
     spent = spending(parts.costs, widths)
     dense_flops = parts.costs["flops"].total(dense_widths)
-    landed, reason = _landing(parts, account, groups, step, last)
+    landed, reason = _landing(parts, account, groups, step, last, weights)
     drops = drop_counts(ledger)
-    return Summary(
+    summary = Summary(
         landed=landed,
         steps=step,
         total_steps=total_steps,
@@ -47,7 +52,7 @@ def summarise(
         dense_flops=dense_flops,
         final_flops=spent["flops"],
         final_flops_ratio=spent["flops"] / dense_flops if dense_flops else 1.0,
-        final_params=_num_params(parts),
+        final_params=_num_params(parts, weights),
         train_flops=account.train_flops,
         overhead_flops=account.overhead_flops,
         overhead_flops_ratio=account.overhead_flops / account.train_flops if account.train_flops else 0.0,
@@ -74,19 +79,24 @@ def summarise(
         spent_run={name: account.train_flops for name in parts.target.runs},
         gave_way=f"{gave_way}; {'the budget was met' if landed else 'the budget was missed'}" if gave_way else "",
     )
+    return summary if weights is None else replace(summary, **weights.numbers(groups))
 
 
-def _num_params(parts: Parts) -> int:
-    return sum(parameter.numel() for parameter in parts.model.parameters())
+def _num_params(parts: Parts, weights: Weights | None) -> int:
+    masked = 0 if weights is None else weights.num_masked
+    return sum(parameter.numel() for parameter in parts.model.parameters()) - masked
 
 
 def _landing(
-    parts: Parts, account: Account, groups: tuple[Group, ...], step: int, last: Plan | None
+    parts: Parts, account: Account, groups: tuple[Group, ...], step: int, last: Plan | None, weights: Weights | None
 ) -> tuple[bool, str]:
     """Whether the run landed, and why or why not."""
     total_steps, target, widths = parts.total_steps, parts.target, widths_of(groups)
     steps, dense_widths = min(step, total_steps), widths_of(parts.groups)
-    num_params, accounted = _num_params(parts), parts.costs["params"].total(widths)
+    broken = "" if weights is None else weights.broken()
+    if broken:
+        return False, f"masked weights of {broken!r} are not zero: something other than this loop changed them"
+    num_params, accounted = _num_params(parts, weights), parts.costs["params"].total(widths)
     if num_params != accounted:
         return False, (
             f"the model has {num_params:,} parameters, but its widths account for {accounted:,.0f}: "

@@ -12,37 +12,31 @@ from typing import Any
 from weakref import WeakSet
 
 import numpy as np
-from jaxtyping import Float64, Int
+from jaxtyping import Bool, Float64, Int
 from torch import Tensor, nn
 
 from setpoint.controller.plan import Learning, Observation, Plan, regrows
 from setpoint.controller.transfer import transfer
 from setpoint.cost.budget import Budget
-from setpoint.errors import LoopError
+from setpoint.errors import GroupError, LoopError
 from setpoint.groups.group import Group, widths_of
 from setpoint.ledger import Entry, Ledger
 from setpoint.loop.accounting import Account
+from setpoint.loop.acting import act
 from setpoint.loop.agreement import decisions, shared_reading, together
-from setpoint.loop.carrying import carry_out
 from setpoint.loop.change import check_open, with_budget, with_total_steps
 from setpoint.loop.closing import summarise
 from setpoint.loop.explanation import Explanation, explain
 from setpoint.loop.hooks import StepHooks
 from setpoint.loop.parts import Parts
 from setpoint.loop.planning import metered_at, observation_of, planned
-from setpoint.loop.record import (
-    entry_of,
-    only_kept,
-    refusal,
-    spread,
-    with_drops,
-    with_returns,
-)
+from setpoint.loop.record import entry_of, only_kept, refusal, spread, with_drops, with_returns
 from setpoint.loop.regrowth import Regrowth
 from setpoint.loop.state import check_loading, resume, state_of
 from setpoint.loop.stride import sensed_every
 from setpoint.loop.summary import Summary
 from setpoint.loop.watch import LossWatch
+from setpoint.loop.weights import Weights
 from setpoint.loop.wrapper import check_step
 from setpoint.sensor.probe import Probe
 from setpoint.sensor.reading import Reading
@@ -71,7 +65,8 @@ class Loop:
         self._account = account
         self._groups = parts.groups
         self._dense_widths = widths_of(parts.groups)
-        self._origin = {group.name: np.arange(group.num_units) for group in parts.groups}
+        self._weights = Weights(parts) if parts.sparsity is not None else None
+        self._origin = {g.name: np.arange(g.num_units) for g in parts.groups if self._weights is None}
         self._sensor_state = parts.sensor.init(parts.groups, parts.model)
         self._controller_state = parts.controller.init(parts.groups)
         self._sensing_flops = parts.sensor.flops(parts.groups, parts.model)
@@ -111,7 +106,14 @@ class Loop:
     @property
     def origin(self) -> dict[str, Int[np.ndarray, " units"]]:
         """By group, the index that each active unit has in the dense model."""
+        if self._weights is not None:
+            return self._weights.origin
         return {name: origin.copy() for name, origin in self._origin.items()}
+
+    @property
+    def masks(self) -> dict[str, Bool[Tensor, "..."]]:
+        """By name of each masked weight tensor, True = active; empty where whole units are cut."""
+        return {} if self._weights is None else {name: mask.clone() for name, mask in self._weights.masks.items()}
 
     @property
     def price(self) -> float:
@@ -204,8 +206,10 @@ class Loop:
             origin: index of the unit in the dense model.
 
         Raises:
-            GroupError: for a group that is not pruned here, or a unit that it never had.
+            GroupError: for a group that is not pruned here, or a unit that it never had; for single weights.
         """
+        if self._weights is not None:
+            raise GroupError("single weights are counted, not listed: see loop.masks and num_dropped in loop.ledger")
         plan = self._plan
         entry = (plan.step, plan.reason, self.price) if plan else (None, "", math.nan)
         saliency = self._reading.saliency if self._reading else {}
@@ -252,7 +256,14 @@ class Loop:
         self.detach()
         self._finished = True
         self._summary = summarise(
-            self._parts, self._account, self._ledger, self._groups, self._step, self._plan, self._watch.gave_way
+            self._parts,
+            self._account,
+            self._ledger,
+            self._groups,
+            self._step,
+            self._plan,
+            self._watch.gave_way,
+            self._weights,
         )
         return self._summary
 
@@ -262,6 +273,8 @@ class Loop:
         self._parts.metering.stop()
         if self._regrowth is not None:
             self._regrowth.stop()
+        if self._weights is not None:
+            self._weights.stop()
         ATTACHED.discard(self._parts.model)
 
     def __enter__(self) -> Loop:
@@ -281,6 +294,11 @@ class Loop:
         self._begun = True
         if self._regrowth is not None:
             self._regrowth.end_probe(grad_scale)
+        self._sense(grad_scale)
+        if self._weights is not None:
+            self._weights.before_step()
+
+    def _sense(self, grad_scale: Tensor | None) -> None:
         total_steps = self._parts.total_steps
         if self._landed or self._step >= total_steps or self._step % sensed_every(total_steps):
             return
@@ -297,6 +315,8 @@ class Loop:
         regrowth, total_steps = self._regrowth, self._parts.total_steps
         if regrowth is not None:
             regrowth.ease()
+        if self._weights is not None:
+            self._weights.after_step()
         if self._step == total_steps + 1:
             warnings.warn(
                 f"attach was told total_steps={total_steps}, and this is step {self._step}: training goes on, "
@@ -315,6 +335,8 @@ class Loop:
         """The next step begins: on the clock, unless it is watched for its bytes; with resting units it is not."""
         coming, total_steps = self._step + 1, self._parts.total_steps
         due = coming <= total_steps and self._parts.controller.due(coming, total_steps)
+        if self._weights is not None:
+            self._weights.look(due and not self._landed)
         self._parts.metering.prepare(due and not (self._landed or self._finished or regrows(self._parts.controller)))
         if not self._parts.metering.watching:
             self._account.steps.begin()
@@ -341,13 +363,16 @@ class Loop:
             if isinstance(self._parts.controller, Learning):
                 self._account.sensed(self._parts.controller.flops(self._groups))
             origin, before = self._origin, self.widths
-            regrown, note = carry_out(self, plan, state, reading)
+            regrown, note = act(self, plan, state, reading)
             reason = f"{plan.reason}; {note}" if note else plan.reason
-            entry = with_drops(self._entry(reason, plan, before), plan, reading, origin)
-            self._ledger.append(with_returns(entry, plan, probe))
-            self._worth = spread(only_kept(plan.worth, plan), regrown)
-            saliency = spread(only_kept(reading.saliency, plan), regrown)
-            self._reading = replace(reading, saliency=saliency, slope={}, norm={})
+            entry = self._entry(reason, plan, before)
+            if self._weights is not None:
+                self._ledger.append(self._weights.told(entry))
+            else:
+                self._ledger.append(with_returns(with_drops(entry, plan, reading, origin), plan, probe))
+                self._worth = spread(only_kept(plan.worth, plan), regrown)
+                saliency = spread(only_kept(reading.saliency, plan), regrown)
+                self._reading = replace(reading, saliency=saliency, slope={}, norm={})
             self._plan, self._landed, self._overdue = plan, plan.landed, False
             if self._landed and self._regrowth is not None:
                 self._regrowth.release()
@@ -357,6 +382,8 @@ class Loop:
     def _read(self) -> Reading:
         """A reading whose skipped steps count from the last one."""
         reading = self._parts.sensor.read(self._sensor_state, self._groups, self._step)
+        if self._weights is not None:
+            reading = self._weights.patterned(reading, self._groups)
         before, self._skipped = self._skipped, reading.skipped_steps
         return replace(reading, skipped_steps=reading.skipped_steps - before)
 

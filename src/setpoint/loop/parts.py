@@ -11,12 +11,27 @@ from torch.optim import Optimizer
 
 from setpoint.controller.plan import Controller
 from setpoint.cost.cost import Cost
+from setpoint.cost.weights import WeightFlops
 from setpoint.distributed import Ranks
 from setpoint.groups.group import Group
+from setpoint.groups.weights import Pattern
 from setpoint.loop.metering import Metering
 from setpoint.loop.target import Target
 from setpoint.loop.wrapper import Averaging
 from setpoint.sensor.reading import Sensor
+
+
+@dataclass(frozen=True, eq=False)
+class Sparsity:
+    """What masks on single weights are held to.
+
+    Args:
+        pattern: that they keep to.
+        flops: of the dense step, by weight tensor.
+    """
+
+    pattern: Pattern
+    flops: WeightFlops
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +53,7 @@ class Parts:
         reserve_bytes: host memory for units that may come back, where the controller brings any back; None: no limit.
         ranks: the processes that train copies of the model together.
         averaging: what averages their gradients, where there is any; it must follow every change of sizes.
+        sparsity: where units are single weights; None where whole units are cut.
     """
 
     model: nn.Module
@@ -54,3 +70,4 @@ class Parts:
     reserve_bytes: int | None = None
     ranks: Ranks = field(default_factory=Ranks)
     averaging: Averaging | None = None
+    sparsity: Sparsity | None = None

@@ -71,7 +71,7 @@ def state_of(loop: Loop) -> dict[str, Any]:
         "metering": loop._parts.metering.state_dict(),
         "target": loop._parts.target.state_dict(),
         "regrowth": None if loop._regrowth is None else loop._regrowth.state_dict(),
-    }
+    } | ({} if loop._weights is None else {"weights": loop._weights.state_dict()})
 
 
 def resume(loop: Loop, state: Mapping[str, Any]) -> None:
@@ -119,8 +119,9 @@ class _Resumed:
             raise CheckpointError(f"the state has format {state['format']!r}, this Setpoint reads {FORMAT}")
         _check_same_run(state["run"], run_of(parts))
         self._loop, self._state = loop, state
-        self._keep = _keep(parts.groups, state["origin"])
-        groups = cut_groups(parts.groups, self._keep)
+        weights = loop._weights
+        self._keep = _keep(parts.groups, state["origin"]) if weights is None else {}
+        groups = cut_groups(parts.groups, self._keep) if weights is None else weights.check(state["weights"])
         _check_shapes(parts, self._keep, state["shapes"])
         for optimizer in parts.optimizers:
             _check_own_state(parts, optimizer)
@@ -154,7 +155,10 @@ class _Resumed:
     def take_over(self) -> None:
         """Shrink the model and set everything."""
         loop, parts, state = self._loop, self._loop._parts, self._state
-        loop._groups = shrink(parts.model, parts.optimizers, parts.groups, self._keep, parts.copies)
+        if loop._weights is not None:
+            loop._groups = loop._weights.load_state_dict(state["weights"])
+        else:
+            loop._groups = shrink(parts.model, parts.optimizers, parts.groups, self._keep, parts.copies)
         if parts.averaging is not None:
             rewrap(parts.averaging)
         loop._origin = {name: np.flatnonzero(kept) for name, kept in self._keep.items()}
@@ -176,6 +180,8 @@ class _Resumed:
         loop._regrowth = self._regrowth
         if loop._regrowth is not None and self._reserve is not None:
             loop._regrowth.load_state_dict(state["regrowth"], self._reserve)
+        if loop._weights is not None:
+            loop._weights.look(not loop._landed and parts.controller.due(loop._step + 1, parts.total_steps))
         loop._account.steps.begin()
 
 
@@ -187,7 +193,7 @@ def device_of(parts: Parts) -> torch.device:
 def run_of(parts: Parts) -> dict[str, Any]:
     """What must be the same in two runs of which one goes on with the other, and on all ranks of one run."""
     dense = parts.target.dense
-    return {
+    return ({} if parts.sparsity is None else {"pattern": str(parts.sparsity.pattern)}) | {
         "groups": widths_of(parts.groups),
         "dense": {name: dense[name] for name in ("flops", "params")},  # others are fitted to this machine
         "budgets": [(each.resource, float(each.limit), each.per, each.relative) for each in parts.target.budgets],
@@ -201,10 +207,10 @@ def run_of(parts: Parts) -> dict[str, Any]:
 
 def _check_same_run(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     for name, value in own.items():
-        if saved[name] != value:
+        if saved.get(name) != value:
             raise CheckpointError(
-                f"the state is of another run: its {name} are {_short(saved[name], value)}, here they are "
-                f"{_short(value, saved[name])}: {_AGAIN}"
+                f"the state is of another run: its {name} are {_short(saved.get(name), value)}, here they are "
+                f"{_short(value, saved.get(name))}: {_AGAIN}"
             )
 
 

@@ -23,7 +23,7 @@ class Summary:
         dense_flops: FLOPs of one optimizer step of the dense model.
         final_flops: FLOPs of one optimizer step of the finished model.
         final_flops_ratio: `final_flops / dense_flops`.
-        final_params: parameters of the finished model.
+        final_params: parameters of the finished model, masked ones not counted.
         train_flops: FLOPs of the whole run, overhead included.
         overhead_flops: FLOPs of verification, sensing and probing.
         overhead_flops_ratio: `overhead_flops / train_flops`.
@@ -35,7 +35,8 @@ class Summary:
         resizing_seconds: cutting model and optimizer.
         resizes: number of cuts.
         limit: the budget, by resource, in the resource's own unit.
-        spent: predicted cost of one optimizer step of the finished model, by resource.
+        spent: predicted cost of one optimizer step of the finished model, by resource; in theory, where single weights
+            are masked.
         metered: the same as measured, by resource; what no meter has read is not there.
         sources: by resource, what it was "measured" or "modelled" by.
         break_even_step: first step at which the seconds saved exceed the overhead, None if never.
@@ -49,6 +50,10 @@ class Summary:
         limit_run: by resource, what the whole run may spend (`per="run"`); `limit` then is what that left per step.
         spent_run: by resource of a run budget, what the run has spent, overhead included.
         gave_way: which goal lost when budget and loss could not both be met; "" if none did.
+        theoretical_flops: FLOPs of one optimizer step of the finished model if masked weights cost nothing; None where
+            whole units are cut. Dense hardware does not get faster: `final_flops` is what it computes.
+        theoretical_train_flops: the same for the whole run, with the gradients of masked weights where they were read.
+        masked_params: parameters that are masked.
     """
 
     landed: bool
@@ -85,6 +90,9 @@ class Summary:
     limit_run: Mapping[str, float] = field(default_factory=dict)
     spent_run: Mapping[str, float] = field(default_factory=dict)
     gave_way: str = ""
+    theoretical_flops: float | None = None
+    theoretical_train_flops: float | None = None
+    masked_params: int = 0
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,17 @@ def end_of(record: Record) -> int:
 
 def dropped(entry: Entry) -> int:
     """How many units the entry dropped."""
-    return sum(map(len, entry.dropped.values()))
+    return sum(num_dropped(entry).values())
+
+
+def num_dropped(entry: Entry) -> dict[str, int]:
+    """How many units the entry dropped, by group; single weights are counted, not listed."""
+    return {name: len(origins) for name, origins in entry.dropped.items() if origins} | dict(entry.num_dropped)
+
+
+def num_grown(entry: Entry) -> dict[str, int]:
+    """How many units the entry brought back, by group."""
+    return {name: len(origins) for name, origins in entry.grown.items() if origins} | dict(entry.num_grown)
 
 
 def spending(record: Record, resource: str) -> Figure:
@@ -154,7 +164,7 @@ def first_widths(record: Record) -> dict[str, int]:
     found = dict(record.units)
     for entry in record.entries[:1]:
         for name, width in entry.widths.items():
-            lost = len(entry.dropped.get(name, ())) - len(entry.grown.get(name, ()))
+            lost = num_dropped(entry).get(name, 0) - num_grown(entry).get(name, 0)
             found.setdefault(name, width + lost)
     return found
 
@@ -211,13 +221,13 @@ def rows(labels: Sequence[str], offset: float) -> dict[str, object]:
 
 
 def timeline(record: Record, resource: str | None) -> Figure | None:
-    """When each unit was dropped or brought back, and why; None without groups.
+    """When each unit was dropped or brought back, and why; None without groups, or where single weights were masked.
 
     Every unit is a line from its first step to the step it was dropped at, at its origin within the
     band of its group. A marker's colour is worth / price: how clear the decision was.
     """
     dense = first_widths(record)
-    if not dense:
+    if not dense or record.pattern:
         return None
     height = 120 + max(34, min(64, 900 // len(dense))) * len(dense)
     bands = {name: place for place, name in enumerate(dense)}
@@ -349,6 +359,8 @@ def ledger_line(record: Record) -> str:
             told += f" ({percent(last / dense)} of dense)" if dense else ""
             told += f", budget {human(limit, UNITS.get(resource, resource))}" if limit else ""
         told += "".join(f"; {NAMES.get(resource, resource)} {text}" for text in record.sources.get(resource, ()))
+    if record.pattern:
+        told += f"; masks on single weights ({record.pattern})"
     return told + f", over {end_of(record):,} {AXES['step']}s."
 
 

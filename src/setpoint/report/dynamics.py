@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from setpoint.report.decisions import dropped, end_of, first_widths, height_of, line, rows, short
+from setpoint.report.decisions import dropped, end_of, first_widths, height_of, line, num_grown, rows, short
 from setpoint.report.figures import BLUE, GREY, INK, ORANGE, OTHERS, Figure, Trace, escape, layout
 from setpoint.report.numbers import digits
 from setpoint.report.results import Point, Record
@@ -155,10 +155,10 @@ def loss_around(record: Record, history: Sequence[Point]) -> Figure | None:
     every: dict[int, list[float]] = {}
     width = reach / 8
     for entry in record.entries:
-        num_grown = sum(map(len, entry.grown.values()))
+        back = sum(num_grown(entry).values())
         before = [loss for step, loss in zip(steps, losses, strict=True) if entry.step - reach < step <= entry.step]
         after = [loss for step, loss in zip(steps, losses, strict=True) if entry.step < step <= entry.step + reach]
-        if not (dropped(entry) or num_grown) or len(before) < 2 or len(after) < 2:
+        if not (dropped(entry) or back) or len(before) < 2 or len(after) < 2:
             continue
         base = statistics.fmean(before)
         by_bin: dict[int, list[float]] = {}
@@ -168,8 +168,8 @@ def loss_around(record: Record, history: Sequence[Point]) -> Figure | None:
         points = [((place - 0.5) * width, statistics.fmean(values)) for place, values in sorted(by_bin.items())]
         for place, values in by_bin.items():
             every.setdefault(place, []).append(statistics.fmean(values))
-        told = f"step {entry.step:,}: {dropped(entry):,} dropped, {num_grown:,} back"
-        data.append(line(told, points, ORANGE if not num_grown else BLUE, width=1.0) | {"opacity": 0.5})
+        told = f"step {entry.step:,}: {dropped(entry):,} dropped, {back:,} back"
+        data.append(line(told, points, ORANGE if not back else BLUE, width=1.0) | {"opacity": 0.5})
     if not data:
         return None
     means = [((place - 0.5) * width, statistics.fmean(values)) for place, values in sorted(every.items())]

@@ -199,8 +199,8 @@ def entries_table(record: Record, resource: str | None) -> str:
     read = any(entry.metered for entry in record.entries)
     lines = []
     for entry in record.entries:
-        lost = ", ".join(f"{name}: {len(origins)}" for name, origins in entry.dropped.items() if origins)
-        back = ", ".join(f"{name}: {len(origins)}" for name, origins in entry.grown.items() if origins)
+        lost = ", ".join(f"{name}: {count}" for name, count in decisions.num_dropped(entry).items())
+        back = ", ".join(f"{name}: {count}" for name, count in decisions.num_grown(entry).items())
         each = (entry.spent, entry.reference, entry.predicted, entry.metered)
         amounts = [human(values.get(resource or ""), unit) for values in each[: 4 if read else 2]]
         cells = (f"{entry.step:,}", *amounts, lost or NOTHING, back or NOTHING)

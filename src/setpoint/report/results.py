@@ -59,6 +59,7 @@ class Record:
         entries: the decisions, in order.
         sources: by resource, what it was "modelled" and "measured" by.
         step_seconds: by group, predicted seconds of a dense step that go with the group.
+        pattern: of the masks, where units are single weights; "" where whole units were cut.
     """
 
     units: Mapping[str, int]
@@ -69,6 +70,7 @@ class Record:
     entries: tuple[Entry, ...]
     sources: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     step_seconds: Mapping[str, float] = field(default_factory=dict)
+    pattern: str = ""
 
 
 @dataclass(frozen=True)
@@ -354,6 +356,7 @@ def read_record(home: Path | None, name: str, remarks: list[str]) -> Record | No
         entries=tuple(finite(entry) for entry in ledger),
         sources=sources(header),
         step_seconds=quantities(header.get("step_seconds")),
+        pattern=str(header.get("pattern", "")),
     )
 
 

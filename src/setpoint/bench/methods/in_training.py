@@ -1,4 +1,4 @@
-"""Methods that prune whole units of the dense model while it trains, through a Setpoint loop."""
+"""Methods that prune the dense model while it trains, whole units or single weights, through a Setpoint loop."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ class Setpoint:
         lasso: share of a group-lasso penalty in the first step's loss; 0 for none.
         paper: where the variant comes from.
         family: kind of method, for reports.
+        granularity: "unit", or "weight" for masks on single weights, whose *theoretical* FLOPs meet the budget.
         sized: always.
         needs: nothing.
     """
@@ -41,6 +42,7 @@ class Setpoint:
     lasso: float = 0.0
     paper: str = ""
     family: str = "setpoint"
+    granularity: str = "unit"
     sized: bool = True
     needs: tuple[str, ...] = ()
 
@@ -61,5 +63,6 @@ class Setpoint:
             total_steps=task.steps,
             controller=self.controller,
             sensor=None if self.sensor is None else self.sensor(),
+            granularity=self.granularity,
         )
         return optimizer, LassoLooped(loop, model, optimizer, self.lasso) if self.lasso else Looped(loop)

@@ -1,4 +1,4 @@
-"""Carrying out: what a plan changes in a loop, its model, and everything else that is indexed by unit."""
+"""Acting: a plan carried out on everything that is indexed by unit, or on the masks of single weights."""
 
 from __future__ import annotations
 
@@ -21,26 +21,39 @@ from setpoint.sensor.reading import Reading
 if TYPE_CHECKING:
     from setpoint.loop.loop import Loop
 
-Regrown = dict[str, Bool[np.ndarray, " _units"]]
 
-
-def carry_out(loop: Loop, plan: Plan, state: Any, reading: Reading) -> tuple[Regrown, str]:
-    """Carry a plan out; by group which active units have come back, and what is to be said.
+def act(loop: Loop, plan: Plan, state: Any, reading: Reading) -> tuple[dict[str, Bool[np.ndarray, " _units"]], str]:
+    """Carry a plan out; all that can fail comes before the model changes.
 
     Args:
-        loop: whose plan it is.
-        plan: the plan.
-        state: the controller's, once the plan is carried out.
+        loop: whose model, optimizers and memory follow.
+        plan: what goes and what comes back.
+        state: the controller's next state, before the plan is carried out.
         reading: that the plan was made on.
 
+    Returns:
+        By group, which of the units active now have come back; and what is to be said.
+
     Raises:
-        RankError: when another rank could not carry it out; this one is then as it was, too.
+        RankError: when another rank could not; this one is then as it was, too.
     """
-    parts, account = loop._parts, loop._account
-    account.resizing.last_seconds = 0.0
+    loop._account.resizing.last_seconds = 0.0
     if plan.empty():
         loop._controller_state = state
         return {}, ""
+    if loop._weights is None:
+        return _act_on_units(loop, plan, state, reading)
+    with loop._account.resizing:
+        held = loop._weights.acted(plan, loop._parts, loop._sensor_state, state)
+    loop._groups, loop._sensor_state, loop._controller_state = held
+    loop._watch.changed(loop._step, cut=plan.drops())
+    return {}, ""
+
+
+def _act_on_units(
+    loop: Loop, plan: Plan, state: Any, reading: Reading
+) -> tuple[dict[str, Bool[np.ndarray, " _units"]], str]:
+    parts, account = loop._parts, loop._account
     what = f"the cut after step {loop._step}"
 
     def agreed() -> None:
@@ -61,12 +74,14 @@ def carry_out(loop: Loop, plan: Plan, state: Any, reading: Reading) -> tuple[Reg
     return regrown, note
 
 
-def _changed(loop: Loop, plan: Plan, state: Any, reading: Reading, agreed: Callable[[], None]) -> tuple[Regrown, str]:
+def _changed(
+    loop: Loop, plan: Plan, state: Any, reading: Reading, agreed: Callable[[], None]
+) -> tuple[dict[str, Bool[np.ndarray, " _units"]], str]:
     """Drop what is to go, and bring back what is to come back; each is undone if `agreed` raises."""
     parts, regrowth = loop._parts, loop._regrowth
-    regrown: Regrown = {}
+    regrown: dict[str, Bool[np.ndarray, " _units"]] = {}
     note = ""
-    if plan.drops():  # all that can fail comes before the model changes
+    if plan.drops():
         if regrowth is None and loop._watch.can_roll_back(parts.sensor, parts.controller, loop._account.resizes):
             regrowth = loop._regrowth = Regrowth(parts, loop._account)
         sensed, state = parts.sensor.cut(loop._sensor_state, plan.keep), parts.controller.cut(state, plan.keep)

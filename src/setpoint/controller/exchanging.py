@@ -1,0 +1,99 @@
+"""The exchanging controller: another one says how many weights stay, and some of the weakest make room for others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, final
+
+import numpy as np
+from jaxtyping import Bool
+
+from setpoint.controller.plan import Controller, Observation, Plan
+from setpoint.controller.priced import PricedController
+from setpoint.controller.reference import Reference
+from setpoint.cost.cost import Cost
+from setpoint.groups.group import Group
+
+
+@final
+@dataclass(frozen=True)
+class ExchangingController:
+    """The default for single weights. `inner` drops by worth and price; then, at the same decision,
+
+        share = fraction / 2 * (1 + cos(pi * step / end))
+
+    of each tensor's active weights, the least salient, go, and as many come in with the value zero: those not
+    active so far whose gradients were largest in this step. That costs nothing, so price and budget do not see it.
+    Exchanges go on at the decisions of `inner` until `end`, even if it has landed by then; after that the run lands.
+
+    Args:
+        inner: says when decisions are made and how many weights of each tensor stay; it brings nothing back itself.
+        fraction: share of the active weights exchanged at the beginning, in [0, 1); 0 for none.
+        end: fraction of the run after which nothing is exchanged, in (0, 1].
+
+    Raises:
+        ValueError: for a setting out of range.
+
+    References:
+        Evci, Gale, Menick, Castro, Elsen: "Rigging the Lottery: Making All Tickets Winners", ICML 2020, for growth by
+        gradient and the cosine; there magnitude says what goes, and the density is fixed from the start.
+
+    >>> [round(ExchangingController().share(step, 100), 4) for step in (0, 35, 70)]
+    [0.3, 0.15, 0.0]
+    """
+
+    inner: Controller[Any] = field(default_factory=PricedController)
+    fraction: float = 0.3
+    end: float = 0.7
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.fraction < 1 and 0 < self.end <= 1):
+            raise ValueError(f"an exchange needs 0 <= fraction < 1 and 0 < end <= 1, got {self!r}")
+
+    @property
+    def reference(self) -> Reference:
+        """That of the inner controller, or the usual one."""
+        found = getattr(self.inner, "reference", None)
+        return found if isinstance(found, Reference) else Reference()
+
+    def init(self, groups: tuple[Group, ...]) -> Any:
+        """State of the inner controller; there is no other."""
+        return self.inner.init(groups)
+
+    def due(self, step: int, total_steps: int) -> bool:
+        """Whether the inner controller decides after this step."""
+        return self.inner.due(step, total_steps)
+
+    def cut(self, state: Any, keep: Mapping[str, Bool[np.ndarray, " units"]]) -> Any:
+        """State of as many units as the plan kept."""
+        return self.inner.cut(state, keep)
+
+    def decide(self, state: Any, observation: Observation, cost: Cost, groups: tuple[Group, ...]) -> tuple[Any, Plan]:
+        """The next state and the plan. Pure: same arguments, same answer.
+
+        Args:
+            state: from `init` or the last decision.
+            observation: what is known at this step.
+            cost: predicts spending; names the resource.
+            groups: the groups that may be cut, as they are now.
+        """
+        step, total_steps = observation.step, observation.total_steps
+        state, plan = self.inner.decide(state, observation, cost, groups)
+        share = self.share(step, total_steps)
+        reading = observation.reading
+        if not share or reading is None or not reading.finite():
+            return state, plan
+        if not plan.drops() and cost.total(observation.widths) >= observation.dense[cost.resource]:
+            return state, plan  # all weights are active
+        if not any(self.due(later, total_steps) for later in range(step + 1, total_steps + 1)):
+            return state, plan  # nothing could land later
+        words = f"exchange of up to {share:.1%} of the active weights"
+        reason = plan.reason.removeprefix("landed: ")
+        return state, replace(plan, exchange=share, landed=False, reason=f"{reason}; {words}")
+
+    def share(self, step: int, total_steps: int) -> float:
+        """Share of the active weights that is exchanged at this step."""
+        last = max(1, round(self.end * total_steps))
+        return self.fraction / 2 * (1 + math.cos(math.pi * step / last)) if step < last else 0.0

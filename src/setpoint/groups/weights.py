@@ -1,0 +1,176 @@
+"""Weight groups: the single weights of linear layers and convolutions as units, free or in N:M patterns."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, replace
+from typing import TypeVar, final
+
+import numpy as np
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
+
+from setpoint.errors import GroupError
+from setpoint.groups.group import Group, Slice
+
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""Layers whose weights can be units."""
+
+Array = TypeVar("Array", Tensor, np.ndarray)
+
+
+@final
+@dataclass(frozen=True)
+class Pattern:
+    """Which weights of a tensor may go together: of every `block` neighbours along dim 1 at least `kept` stay.
+
+    Dim 1 holds the inputs: what a product sums over, as hardware wants it. Blocks of one weight, of which none need
+    stay, are no pattern: weights go one by one.
+
+    Args:
+        kept: N of N:M.
+        block: M of N:M.
+    """
+
+    kept: int = 0
+    block: int = 1
+
+    @classmethod
+    def named(cls, name: str) -> Pattern:
+        """The pattern of a name.
+
+        Args:
+            name: "unstructured", or "N:M" with 0 < N < M, such as "2:4".
+
+        Raises:
+            GroupError: for any other name.
+
+        >>> Pattern.named("2:4"), Pattern.named("unstructured").free
+        (Pattern(kept=2, block=4), True)
+        """
+        if name == "unstructured":
+            return cls()
+        found = re.fullmatch(r"([1-9]\d{0,3}):([1-9]\d{0,3})", name) if isinstance(name, str) else None
+        if found is None or int(found[1]) >= int(found[2]):
+            raise GroupError(
+                f"unknown pattern {name!r}: use 'unstructured', or 'N:M' with 0 < N < M, such as '2:4' "
+                "(of every 4 neighbouring inputs 2 weights stay)"
+            )
+        return cls(int(found[1]), int(found[2]))
+
+    def __str__(self) -> str:
+        return "unstructured" if self.free else f"{self.kept}:{self.block}"
+
+    @property
+    def free(self) -> bool:
+        """Whether weights go one by one."""
+        return self.block == 1
+
+    @property
+    def stride(self) -> int:
+        """Weights that every block loses at a time: as many as lead from dense to the pattern in equal strides.
+
+        >>> [Pattern.named(name).stride for name in ("2:4", "1:4", "2:8")]
+        [2, 1, 2]
+        """
+        return math.gcd(self.block - self.kept, self.block)
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether a weight of this shape divides into blocks."""
+        return shape[1] % self.block == 0
+
+    def blocks(self, values: Array) -> Array:
+        """A view in which the weights of a block lie along the last dim.
+
+        Args:
+            values: contiguous, of the weight's shape.
+        """
+        shape = (values.shape[0], values.shape[1] // self.block, self.block, math.prod(values.shape[2:]))
+        if isinstance(values, Tensor):
+            return values.view(shape).movedim(2, -1)
+        return np.moveaxis(values.reshape(shape), 2, -1)
+
+
+def find_weights(model: nn.Module, pattern: str = "unstructured") -> tuple[Group, ...]:
+    """The weights of linear layers and convolutions, each tensor a group whose units are its single weights.
+
+    Left out are tensors that are not trained, are shared with a layer of another kind (a tied embedding), or do not
+    divide into the pattern's blocks. Biases, norms and embeddings are never among them.
+
+    Args:
+        model: the model.
+        pattern: "unstructured" or "N:M", as for `attach`.
+
+    Raises:
+        GroupError: for an unknown pattern.
+
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    >>> [(group.name, group.num_units, group.what) for group in find_weights(net, "2:4")]
+    [('2.weight', 576, 'weight')]
+    """
+    form = Pattern.named(pattern)
+    weights = maskable(model)
+    return tuple(_group(name, weight, form) for name, weight in weights.items() if form.fits(tuple(weight.shape)))
+
+
+def maskable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """By name, the trained weights of linear layers and convolutions that no layer of another kind shares."""
+    others = {
+        id(parameter)
+        for module in model.modules()
+        if not isinstance(module, LAYERS)
+        for parameter in module.parameters(recurse=False)
+    }
+    owned = {id(module.weight) for module in model.modules() if isinstance(module, LAYERS)}
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if id(parameter) in owned and parameter.requires_grad and id(parameter) not in others and parameter.numel()
+    }
+
+
+def owners(model: nn.Module) -> dict[str, str]:
+    """By name of a linear layer or convolution, the name of its weight among the model's parameters."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {
+        name: names[id(module.weight)]
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, LAYERS) and id(module.weight) in names
+    }
+
+
+def _group(name: str, weight: nn.Parameter, pattern: Pattern) -> Group:
+    size = weight.numel()
+    index = np.arange(size, dtype=np.int32 if size < 2**31 else np.int64)
+    return Group(
+        name=name,
+        kind="weight",
+        num_units=size,
+        slices=(Slice(name, None, "consume", index),),
+        min_units=1 if pattern.free else size * pattern.kept // pattern.block,
+        multiple_of=1 if pattern.free else size * pattern.stride // pattern.block,
+        what="weight",
+    )
+
+
+def with_active(group: Group, active: Bool[np.ndarray, " elements"]) -> Group:
+    """A weight group whose units are these elements of its tensor, in row-major order."""
+    (place,) = group.slices
+    index = np.full(active.size, -1, dtype=place.index.dtype)
+    count = int(active.sum())
+    index[active] = np.arange(count, dtype=index.dtype)
+    return replace(group, num_units=count, slices=(replace(place, index=index),))
+
+
+def active_of(group: Group) -> Bool[np.ndarray, " elements"]:
+    """Which elements of a weight group's tensor are units, in row-major order."""
+    (place,) = group.slices
+    active: Bool[np.ndarray, " elements"] = place.index >= 0
+    return active
+
+
+def as_mask(group: Group, weight: Tensor) -> Bool[Tensor, "..."]:
+    """The active units of a weight group as a mask of the weight's shape, on its device."""
+    return torch.from_numpy(active_of(group)).to(weight.device).view(weight.shape)

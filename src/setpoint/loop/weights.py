@@ -1,0 +1,290 @@
+"""Weights: what a loop does where its units are single weights: masks that are set, held and exchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from setpoint.actuator.weight_exchange import exchanged
+from setpoint.actuator.weight_mask import mask_weights
+from setpoint.controller.plan import Plan
+from setpoint.errors import CheckpointError, GroupError
+from setpoint.groups.group import Group, widths_of
+from setpoint.groups.weights import as_mask, with_active
+from setpoint.ledger import Entry
+from setpoint.loop.parts import Parts
+from setpoint.sensor.patterned import patterned
+from setpoint.sensor.reading import Reading
+from setpoint.sensor.weight_taylor import Weighing
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """What a plan does to masks.
+
+    Args:
+        masks: by group, True = active from here on.
+        went: by group, weights that go.
+        came: by group, weights that come in, with the value zero.
+    """
+
+    masks: Mapping[str, Bool[Tensor, "..."]]
+    went: Mapping[str, Bool[Tensor, "..."]]
+    came: Mapping[str, Bool[Tensor, "..."]]
+
+
+class Weights:
+    """The masks of a run.
+
+    A masked weight is zero, and so are its gradient and what optimizers remember of it: gradients are masked as they
+    are accumulated, so that clipping sees what a model frozen by hand would show, and once more ahead of the step.
+    In a step before an exchange the gradients of masked weights are put aside first.
+
+    Args:
+        parts: what the loop is made of; its groups are weight groups.
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        assert parts.sparsity is not None
+        self._sparsity, self._pattern, self._optimizers = parts.sparsity, parts.sparsity.pattern, parts.optimizers
+        self._dense = parts.groups
+        names = [group.name for group in parts.groups]
+        self._weights = {name: parts.model.get_parameter(name) for name in names}
+        self._copies = [_parameters(each, names) for each in parts.copies]
+        self.masks = {group.name: as_mask(group, self._weights[group.name]) for group in parts.groups}
+        self._num_dropped = {name: torch.zeros_like(mask, dtype=torch.uint8) for name, mask in self.masks.items()}
+        self._shapes = {name: tuple(mask.shape) for name, mask in self.masks.items()}
+        self._handles: dict[str, RemovableHandle] = {}
+        self._looking, self._aside = False, dict[str, Tensor]()
+        self._gone: dict[str, Tensor] = {}
+        self._masked: dict[str, tuple[Tensor, int]] = {}
+        self._change = Change({}, {}, {})
+        self.train_flops = 0.0
+        self._step_flops = self._sparsity.flops.total
+
+    # What is known.
+
+    @property
+    def origin(self) -> dict[str, Int[np.ndarray, " _units"]]:
+        """By group, the position of each active weight in its tensor, in row-major order."""
+        return {name: np.flatnonzero(mask.cpu().numpy()) for name, mask in self.masks.items()}
+
+    @property
+    def num_masked(self) -> int:
+        """How many weights are masked."""
+        return sum(mask.numel() - int(mask.sum()) for mask in self.masks.values())
+
+    def counts(self) -> tuple[int, int, int]:
+        """How many weights were dropped at least once, came back at least once, and were dropped more than once."""
+        dropped = back = again = 0
+        for name, times in self._num_dropped.items():
+            dropped += int((times > 0).sum())
+            back += int((times > (~self.masks[name]).to(torch.uint8)).sum())
+            again += int((times > 1).sum())
+        return dropped, back, again
+
+    def broken(self) -> str:
+        """The first tensor in which a masked weight is not zero, or ""."""
+        return next((n for n, mask in self.masks.items() if bool(self._weights[n].masked_fill(mask, 0.0).any())), "")
+
+    def patterned(self, reading: Reading, groups: tuple[Group, ...]) -> Reading:
+        """The reading with saliencies as the pattern has them."""
+        return patterned(reading, groups, self._shapes, self._pattern)
+
+    # What happens at every step.
+
+    def look(self, due: bool) -> None:
+        """The next step begins; `due` if a decision comes after it, which may want gradients of masked weights."""
+        self._looking, self._aside = due, {}
+
+    @torch.no_grad()
+    def before_step(self) -> None:
+        """Mask the gradients that were set or changed by something other than a backward pass."""
+        for name, gone in self._gone.items():
+            gradient, (known, version) = self._weights[name].grad, self._masked.get(name, (None, -1))
+            if gradient is not None and (gradient is not known or gradient._version != version):
+                gradient.masked_fill_(gone, 0.0)
+        self._masked = {}
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Mask weights, whatever the optimizer did, and count what the step costs in theory."""
+        for name, gone in self._gone.items():
+            self._weights[name].masked_fill_(gone, 0.0)
+        self.train_flops += self._step_flops
+        if self._aside:
+            self.train_flops += self._sparsity.flops.dense_gradients(self._widths())
+
+    def _widths(self) -> dict[str, int]:
+        return {name: int(mask.sum()) for name, mask in self.masks.items()}
+
+    @torch.no_grad()
+    def _accumulated(self, name: str, weight: Tensor) -> None:
+        """A gradient was accumulated: mask it, and put aside what an exchange wants to know."""
+        if weight.grad is None:
+            return
+        if self._looking:
+            resting = weight.grad.detach().masked_fill(self.masks[name], 0.0)
+            self._aside[name] = self._aside[name] + resting if name in self._aside else resting
+        weight.grad.masked_fill_(self._gone[name], 0.0)
+        self._masked[name] = (weight.grad, weight.grad._version)
+
+    # What a decision does.
+
+    def planned(self, plan: Plan, scores: Mapping[str, Float[Tensor, "..."]]) -> Change:
+        """What a plan does to masks; nothing is changed yet.
+
+        Args:
+            plan: which weights go, and the share that is exchanged.
+            scores: by group, saliency of every weight; only an exchange looks at them.
+
+        Raises:
+            GroupError: for a plan that does not fit the pattern.
+        """
+        masks, all_went, all_came = {}, {}, {}
+        for name, before in self.masks.items():
+            kept = before.clone()
+            keep = plan.keep.get(name)
+            if keep is not None and not keep.all():
+                at = before.view(-1).nonzero().flatten()[torch.from_numpy(~keep).to(before.device)]
+                kept.view(-1)[at] = False
+            self._check(name, kept)
+            went, came = before & ~kept, torch.zeros_like(before)
+            if plan.exchange and name in self._aside:
+                out, came = exchanged(kept, ~before, scores[name], self._aside[name], plan.exchange, self._pattern)
+                went |= out
+            masks[name], all_went[name], all_came[name] = (before & ~went) | came, went, came
+        return Change(masks, all_went, all_came)
+
+    def _check(self, name: str, mask: Tensor) -> None:
+        per_block = self._pattern.blocks(mask).sum(-1)
+        if not self._pattern.free and bool((per_block != per_block.flatten()[0]).any()):
+            raise GroupError(
+                f"the plan leaves blocks of {self._pattern.block} in {name!r} with different numbers of weights: under "
+                f"the pattern {self._pattern} a controller must drop the least salient weights, in whole `multiple_of`"
+            )
+
+    def acted(
+        self, plan: Plan, parts: Parts, sensor_state: Any, controller_state: Any
+    ) -> tuple[tuple[Group, ...], Any, Any]:
+        """Carry a plan out; all that can fail comes before anything changes.
+
+        Returns:
+            The groups at their new masks, and the states of sensor and controller.
+        """
+        sensor = parts.sensor
+        assert isinstance(sensor, Weighing)
+        change = self.planned(plan, sensor.scores(sensor_state) if plan.exchange and self._aside else {})
+        sensed = sensor.renew(parts.sensor.cut(sensor_state, plan.keep), change.came)
+        held = parts.controller.cut(controller_state, plan.keep)
+        self._change = change
+        return self.carry_out(change), sensed, held
+
+    def told(self, entry: Entry) -> Entry:
+        """The entry with how many weights went and came since the last one."""
+        change, self._change = self._change, Change({}, {}, {})
+        went, came = (
+            {name: count for name, mask in each.items() if (count := int(mask.sum()))}
+            for each in (change.went, change.came)
+        )
+        return replace(entry, num_dropped=went, num_grown=came)
+
+    def carry_out(self, change: Change) -> tuple[Group, ...]:
+        """Set the masks; what goes is zero from here on, with gradient and moments, in copies too.
+
+        Returns:
+            The groups of the weights that are active now.
+        """
+        for name, went in change.went.items():
+            times = self._num_dropped[name]
+            self._num_dropped[name] = times + (went & (times < 255)).to(torch.uint8)
+        return self._set(change.masks)
+
+    def _set(self, masks: Mapping[str, Tensor]) -> tuple[Group, ...]:
+        self.masks = dict(masks)
+        self._gone = {name: ~mask for name, mask in masks.items() if name in self._gone or not bool(mask.all())}
+        for name in self._gone:
+            if name not in self._handles:
+                hook = partial(self._accumulated, name)
+                weight = self._weights[name]
+                self._handles[name] = weight.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+        held = {name: masks[name] for name in self._gone}
+        mask_weights(self._weights, self._optimizers, held)
+        for each in self._copies:
+            mask_weights(each, None, {name: mask.to(each[name].device) for name, mask in held.items()})
+        self._aside = {}
+        self._step_flops = self._sparsity.flops.at(self._widths())
+        return tuple(with_active(group, masks[group.name].cpu().numpy().reshape(-1)) for group in self._dense)
+
+    def stop(self) -> None:
+        """Let go: weights stay as they are, and nothing holds them any more."""
+        for handle in self._handles.values():
+            handle.remove()
+        self._handles, self._gone = {}, {}
+
+    # What is remembered.
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything in plain tensors and numbers."""
+        return {
+            "masks": {name: mask.cpu().clone() for name, mask in self.masks.items()},
+            "num_dropped": {name: times.cpu().clone() for name, times in self._num_dropped.items()},
+            "train_flops": self.train_flops,
+        }
+
+    def check(self, state: Mapping[str, Any]) -> tuple[Group, ...]:
+        """Check that a state fits, before anything is changed; returns the groups at its masks.
+
+        Raises:
+            CheckpointError: when it does not.
+        """
+        float(state["train_flops"])
+        for name, dtype in (("masks", torch.bool), ("num_dropped", torch.uint8)):
+            tensors = state[name]
+            shapes = {key: tuple(each.shape) for key, each in tensors.items() if each.dtype == dtype}
+            if shapes != self._shapes:
+                raise CheckpointError(f"the {name} of the state are not one for each weight of this model")
+        masks: Mapping[str, Tensor] = state["masks"]
+        for group in self._dense:
+            if int(masks[group.name].sum()) < group.min_units:
+                raise CheckpointError(f"the mask of {group.name!r} leaves fewer weights than {self._pattern} allows")
+            self._check(group.name, masks[group.name].contiguous())
+        return tuple(with_active(group, masks[group.name].cpu().numpy().reshape(-1)) for group in self._dense)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> tuple[Group, ...]:
+        """Set the masks of a state that was checked; returns the groups at them."""
+        devices = {name: mask.device for name, mask in self.masks.items()}
+        times = state["num_dropped"]
+        self._num_dropped = {name: times[name].to(device, copy=True) for name, device in devices.items()}
+        self.train_flops = float(state["train_flops"])
+        masks = state["masks"]
+        return self._set({name: masks[name].to(device, copy=True).contiguous() for name, device in devices.items()})
+
+    def numbers(self, groups: tuple[Group, ...]) -> dict[str, Any]:
+        """What a summary says of single weights."""
+        dropped, back, again = self.counts()
+        return {
+            "dense_flops": self._sparsity.flops.total,
+            "final_flops": self._sparsity.flops.total,
+            "final_flops_ratio": 1.0,
+            "theoretical_flops": self._sparsity.flops.at(widths_of(groups)),
+            "theoretical_train_flops": self.train_flops,
+            "masked_params": self.num_masked,
+            "dropped_units": dropped,
+            "regrown_units": back,
+            "dropped_again": again,
+        }
+
+
+def _parameters(copy: nn.Module, names: list[str]) -> dict[str, nn.Parameter]:
+    """The parameters of a copy by their names in the model."""
+    own = {name.removeprefix("module."): each for name, each in copy.named_parameters(remove_duplicate=False)}
+    return {name: own[name] for name in names}

@@ -1,0 +1,204 @@
+"""The weight Taylor sensor: what each single weight contributes to the loss, from w * dL/dw at every step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from setpoint.groups.group import Group
+from setpoint.groups.weights import active_of
+from setpoint.sensor.reading import Reading
+
+State = TypeVar("State")
+
+
+@runtime_checkable
+class Weighing(Protocol[State]):
+    """What a sensor has in addition that reads single weights."""
+
+    def scores(self, state: State) -> Mapping[str, Float[Tensor, "..."]]:
+        """By tensor name, the saliency of every element; of those that are not active it means nothing."""
+        ...
+
+    def renew(self, state: State, fresh: Mapping[str, Bool[Tensor, "..."]]) -> State:
+        """State in which nothing is known of these weights, by tensor name: they have just come back."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class WeightTaylorState:
+    """Weighted sums of `r = w * dL/dw` over the steps so far, a step's weight being `decay^age`.
+
+    Args:
+        first: by tensor name, sum of r.
+        second: by tensor name, sum of r^2.
+        since: by tensor name, steps that had been taken in when the weight came back; 0 for one that never left.
+        num_steps: steps taken in (0-dim, so that counting needs no host sync).
+        skipped_steps: steps left out because a gradient was NaN or infinite.
+        model: whose gradients are read.
+    """
+
+    first: Mapping[str, Float[Tensor, "..."]]
+    second: Mapping[str, Float[Tensor, "..."]]
+    since: Mapping[str, Float[Tensor, "..."]]
+    num_steps: Float[Tensor, ""]
+    skipped_steps: Float[Tensor, ""]
+    model: nn.Module = field(metadata={"live": True})
+
+
+class WeightTaylorSensor:
+    """The estimate of `TaylorSensor` with each weight as its own gate: `r = w * dL/dw`.
+
+    With mean and variance of r over recent steps and B samples behind each step's gradient,
+
+        saliency = 1/2 (B var(r) + mean(r)^2),
+
+    the expected loss increase when the weight becomes zero, by the Fisher diagonal. A weight that came back is
+    judged by the steps since then. The state has three numbers for each weight.
+
+    Args:
+        num_samples: independent samples behind each optimizer step's gradient (B).
+        window: number of recent steps that count.
+
+    Raises:
+        ValueError: if either is not a positive integer.
+
+    References:
+        LeCun, Denker, Solla: "Optimal Brain Damage", NIPS 1990. Theis, Korshunova, Tejani, Huszar: "Faster gaze
+        prediction with dense networks and Fisher pruning", arXiv 1801.05787, 2018.
+    """
+
+    def __init__(self, num_samples: int, window: int = 50) -> None:
+        for name, value in (("num_samples", num_samples), ("window", window)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        self.num_samples = num_samples
+        self.window = window
+
+    def readable(self, groups: tuple[Group, ...], model: nn.Module) -> tuple[Group, ...]:
+        """The groups of single weights."""
+        return tuple(group for group in groups if group.kind == "weight")
+
+    def init(self, groups: tuple[Group, ...], model: nn.Module) -> WeightTaylorState:
+        """Nothing seen yet."""
+        zeros = {name: torch.zeros_like(weight, dtype=_wide(weight)) for name, weight in _weights(groups, model)}
+        dtype, device = _common(zeros)
+        none = torch.zeros((), dtype=dtype, device=device)
+        return WeightTaylorState(zeros, dict(zeros), dict(zeros), none, none, model)
+
+    @torch.no_grad()
+    def update(
+        self, state: WeightTaylorState, groups: tuple[Group, ...], model: nn.Module, grad_scale: Tensor | None = None
+    ) -> WeightTaylorState:
+        """Take in the gradients of one optimizer step. No host sync.
+
+        Args:
+            state: the state so far.
+            groups: the active groups.
+            model: the model, gradients ready, weights not yet moved.
+            grad_scale: what the gradients are still multiplied by, or None; NaN leaves the step out.
+        """
+        finite = _all_finite(model, grad_scale, state.num_steps)
+        first, second = {}, {}
+        decay = torch.where(finite, torch.full_like(state.num_steps, 1.0 - 1.0 / self.window), 1.0)
+        for name, weight in _weights(groups, model):
+            r = torch.zeros_like(state.first[name])
+            if weight.grad is not None:
+                gradient = weight.grad.to(r.dtype)
+                gradient = gradient if grad_scale is None else gradient / grad_scale
+                r = weight.detach() * torch.where(finite, gradient, 0.0)
+            here = decay.to(r)
+            first[name] = state.first[name] * here + r
+            second[name] = torch.addcmul(state.second[name] * here, r, r)
+        taken = finite.to(state.num_steps)
+        return replace(
+            state,
+            first=first,
+            second=second,
+            num_steps=state.num_steps + taken,
+            skipped_steps=state.skipped_steps + (1.0 - taken),
+        )
+
+    def flops(self, groups: tuple[Group, ...], model: nn.Module) -> float:
+        """FLOPs of one update: six for each weight that is read, one for every other gradient, which is checked."""
+        read = sum(weight.numel() for _, weight in _weights(groups, model))
+        return 5.0 * read + sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+    @torch.no_grad()
+    def scores(self, state: WeightTaylorState) -> dict[str, Float[Tensor, "..."]]:
+        """By tensor name, the saliency of every element; with fewer than two steps the variance counts as zero."""
+        decay, found = 1.0 - 1.0 / self.window, {}
+        for name, first in state.first.items():
+            # Sums of the weights of the steps since the weight came, and of their squares: geometric series.
+            seen = state.num_steps.to(first) - state.since[name]
+            weight = (1.0 - torch.pow(decay, seen)) / (1.0 - decay) if decay else (seen > 0).to(first)
+            squares = (1.0 - torch.pow(decay**2, seen)) / (1.0 - decay**2) if decay else weight
+            weight = weight.clamp_min(1e-30)
+            mean = first / weight
+            variance = (state.second[name] / weight - mean.square()).clamp_min(0.0)
+            rest = 1.0 - squares / weight.square()  # 1 - 1/n where steps count alike
+            variance = torch.where(seen >= 2.0, variance / rest.clamp_min(1e-12), 0.0)
+            found[name] = 0.5 * (self.num_samples * variance + mean.square())
+        return found
+
+    def read(self, state: WeightTaylorState, groups: tuple[Group, ...], step: int) -> Reading:
+        """Saliency of all active weights.
+
+        Args:
+            state: the state so far.
+            groups: the active groups.
+            step: optimizer steps done, for the record.
+        """
+        scores = self.scores(state)
+        saliency = {}
+        for group in groups:
+            values = scores[group.slices[0].tensor].reshape(-1).double().cpu().numpy()
+            saliency[group.name] = values[active_of(group)]
+        taken, skipped = (round(float(each)) for each in (state.num_steps, state.skipped_steps))
+        return Reading(step, saliency, self.num_samples, num_steps=taken, skipped_steps=skipped)
+
+    def cut(self, state: WeightTaylorState, keep: Mapping[str, Bool[np.ndarray, " units"]]) -> WeightTaylorState:
+        """The same state: it has the shapes of the tensors, which stay."""
+        return state
+
+    def renew(self, state: WeightTaylorState, fresh: Mapping[str, Bool[Tensor, "..."]]) -> WeightTaylorState:
+        """State in which nothing has been seen of these weights yet."""
+        first, second, since = dict(state.first), dict(state.second), dict(state.since)
+        for name, came in fresh.items():
+            first[name] = first[name].masked_fill(came, 0.0)
+            second[name] = second[name].masked_fill(came, 0.0)
+            since[name] = torch.where(came, state.num_steps.to(since[name]), since[name])
+        return replace(state, first=first, second=second, since=since)
+
+
+def _weights(groups: tuple[Group, ...], model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(group.slices[0].tensor, model.get_parameter(group.slices[0].tensor)) for group in groups]
+
+
+def _wide(weight: Tensor) -> torch.dtype:
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+def _common(tensors: Mapping[str, Tensor]) -> tuple[Any, Any]:
+    first = next(iter(tensors.values()), torch.zeros(()))
+    return first.dtype, first.device
+
+
+def _all_finite(model: nn.Module, grad_scale: Tensor | None, like: Tensor) -> Bool[Tensor, ""]:
+    """Whether all gradients of this step are finite numbers, on the device."""
+    total = torch.zeros_like(like)
+    for parameter in model.parameters():
+        gradient = parameter.grad
+        if parameter.requires_grad and gradient is not None:
+            gradient = gradient.coalesce().values() if gradient.is_sparse else gradient
+            gradient = torch.view_as_real(gradient) if gradient.is_complex() else gradient
+            total = total + gradient.sum(dtype=like.dtype).to(like.device)
+    if grad_scale is not None:
+        total = total / grad_scale.to(like)
+    return torch.isfinite(total)
