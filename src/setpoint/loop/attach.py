@@ -370,7 +370,9 @@ def _check_regrowth(
 def _warn_of_unreached(model: nn.Module, found: Trace, groups: tuple[Group, ...]) -> None:
     """Tell of weights that the example leaves out and that may read units, which would go while they stay."""
     lengths = {len(part.index) for group in groups for part in group.slices}
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters() if parameter.requires_grad}
+    # A tied weight has several names, and is reached by any of them.
+    reached = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name not in found.unreached}
+    shapes = {name: p.shape for name, p in model.named_parameters() if p.requires_grad and id(p) not in reached}
     stray = [name for name in found.unreached if len(shapes.get(name, ())) > 1 and lengths & set(shapes[name][1:])]
     if stray:
         warnings.warn(
