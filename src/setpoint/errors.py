@@ -55,3 +55,7 @@ class ReportError(SetpointError, ValueError):
 
 class CostError(SetpointError, ValueError):
     """A cost that cannot be predicted or measured for this model on this device."""
+
+
+class RankError(SetpointError, RuntimeError):
+    """Processes that train one model together and do not agree, or of which one has failed or is lost."""

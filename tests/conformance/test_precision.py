@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import copy
 import itertools
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import setpoint
 from loop.test_regrowth import Net, Scripted, data
@@ -23,7 +26,7 @@ SETTINGS: dict[str, tuple[Any, ...]] = {
     "precision": ("float32", "bfloat16", "float16"),
     "accumulation": (1, 2),
     "clip": (None, 0.05),
-    "wrapper": ("plain", "compiled", "channels_last"),
+    "wrapper": ("plain", "compiled", "channels_last", "parallel"),
 }
 DROP = {3: {"inner.0": [1, 4, 9], "stem": [0, 3]}}
 
@@ -69,9 +72,11 @@ class Training:
             x, y = data(parts * number + part)
             if self.row["wrapper"] == "channels_last":
                 x = x.to(memory_format=torch.channels_last)
-            with self.autocast():
-                loss = nn.functional.cross_entropy(self.forward(x).float(), y) / parts
-            self.scaler.scale(loss).backward()
+            last = part == parts - 1 or not isinstance(self.forward, DistributedDataParallel)
+            with nullcontext() if last else self.forward.no_sync():
+                with self.autocast():
+                    loss = nn.functional.cross_entropy(self.forward(x).float(), y) / parts
+                self.scaler.scale(loss).backward()
         if self.row["clip"]:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.row["clip"])
@@ -81,8 +86,21 @@ class Training:
         return loss.detach()
 
 
+@contextmanager
+def called_through(model: nn.Module, wrapper: str, folder: Path) -> Iterator[Any]:
+    """The model as the user calls it; the process group of a parallel one has one process."""
+    if wrapper == "parallel":
+        torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        try:
+            yield DistributedDataParallel(model, gradient_as_bucket_view=True)
+        finally:
+            torch.distributed.destroy_process_group()
+    else:
+        yield torch.compile(model, backend="eager") if wrapper == "compiled" else model
+
+
 @pytest.mark.parametrize("values", pairwise(), ids=lambda row: "-".join(map(str, row)))
-def test_a_cut_run_trains_on_like_a_fresh_small_model(values: tuple[Any, ...], tmp_path: Any) -> None:
+def test_a_cut_run_trains_on_like_a_fresh_small_model(values: tuple[Any, ...], tmp_path: Path) -> None:
     """Claim: after a cut in the middle of training, losses and weights are bit-equal to those of a small model that was
     loaded from a file, with an optimizer that was given the state, and without a loop.
     """
@@ -90,34 +108,39 @@ def test_a_cut_run_trains_on_like_a_fresh_small_model(values: tuple[Any, ...], t
     torch.manual_seed(0)
     model = Net().to(memory_format=torch.channels_last) if row["wrapper"] == "channels_last" else Net()
     optimizer = make_optimizer(row["optimizer"], model)
-    forward = torch.compile(model, backend="eager") if row["wrapper"] == "compiled" else model
-    loop = setpoint.attach(
-        model,
-        optimizer,
-        setpoint.Budget.fraction(0.9, of="params"),
-        example=(data(0)[0],),
-        total_steps=20,
-        controller=Scripted(DROP, regrow=False),
-        verify=False,
-    )
-    run = Training(model, forward, optimizer, row)
-    for number in range(4):
-        run.step(number)
-    assert loop.widths == {"stem": 10, "inner.0": 13}
-    setpoint.save(model, tmp_path / "small")
+    with called_through(model, row["wrapper"], tmp_path) as forward:
+        loop = setpoint.attach(
+            forward,
+            optimizer,
+            setpoint.Budget.fraction(0.9, of="params"),
+            example=(data(0)[0],),
+            total_steps=20,
+            controller=Scripted(DROP, regrow=False),
+            verify=False,
+        )
+        run = Training(model, forward, optimizer, row)
+        for number in range(4):
+            run.step(number)
+        assert loop.widths == {"stem": 10, "inner.0": 13}
+        check_goes_on(run, row, tmp_path)
+        reading = loop._read()
+        assert reading.num_steps == 8 and reading.finite() and reading.skipped_steps == 0
+        loop.detach()
+
+
+def check_goes_on(run: Training, row: dict[str, Any], folder: Path) -> None:
+    """Four more steps beside a small model of its own that is called plainly, or compiled."""
+    setpoint.save(run.model, folder / "small")
     small = Net().to(memory_format=torch.channels_last) if row["wrapper"] == "channels_last" else Net()
-    setpoint.load(tmp_path / "small", into=small)
+    setpoint.load(folder / "small", into=small)
     alone = make_optimizer(row["optimizer"], small)
-    alone.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    other = Training(
-        small, torch.compile(small, backend="eager") if row["wrapper"] == "compiled" else small, alone, row
-    )
+    alone.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
+    forward = torch.compile(small, backend="eager") if row["wrapper"] == "compiled" else small
+    other = Training(small, forward, alone, row)
     other.scaler.load_state_dict(run.scaler.state_dict())
     for number in range(4, 8):
         assert torch.equal(run.step(number), other.step(number))
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), small.parameters(), strict=True))
-    reading = loop._read()
-    assert reading.num_steps == 8 and reading.finite() and reading.skipped_steps == 0
+    assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), small.parameters(), strict=True))
 
 
 def sensed(model: nn.Module, optimizer: torch.optim.Optimizer) -> setpoint.Loop:

@@ -131,10 +131,13 @@ def test_a_run_goes_on_from_its_file_when_a_return_finds_no_memory(
         named |= {f"scheduler{number}": each for number, each in enumerate(one.schedulers)}
         return {**named, "model": one.model, "ema": one.ema, "loop": one.loop}
 
+    def full(*args: Any, **options: Any) -> None:
+        raise MemoryError("full")
+
     run.train(0, 18)
     setpoint.save_run(tmp_path / "run", **parts(run))
     with monkeypatch.context() as patch:
-        patch.setattr("setpoint.loop.regrowth.regrow", lambda *args: (_ for _ in ()).throw(MemoryError("full")))
+        patch.setattr("setpoint.loop.regrowth.regrow", full)
         with pytest.raises(MemoryError):
             run.train(18, 40)
     again = start()

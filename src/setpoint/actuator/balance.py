@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -38,6 +38,7 @@ def balance_and_shrink(
     copies: Sequence[nn.Module] = (),
     *,
     moments: Moments = "carry",
+    agreed: Callable[[], None] = lambda: None,
 ) -> tuple[Group, ...]:
     """Shrink a model; state groups that lose units are balanced, truncated and diagonalised on the way.
 
@@ -61,6 +62,7 @@ def balance_and_shrink(
         basis: by group name, coordinates for the states of its layer as it is now, as `Reading.basis` holds it.
         copies: further modules with the same tensors to cut alike.
         moments: "carry" as above; "reset" and "position" are there to compare with.
+        agreed: as `shrink`.
 
     Raises:
         GroupError: as `shrink`, for a basis of a group without balanced coordinates or of another width, or when
@@ -74,7 +76,7 @@ def balance_and_shrink(
             if group.name in basis and not full[group.name].all():
                 turn = _Turn.of(model, group, full[group.name], basis[group.name])
                 turn.apply(model, as_sequence(optimizer), copies, moments, undo)
-        remaining = shrink(model, optimizer, groups, keep, copies)
+        remaining = shrink(model, optimizer, groups, keep, copies, agreed=agreed)
         undo.pop_all()
     return remaining
 

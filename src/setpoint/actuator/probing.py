@@ -105,6 +105,35 @@ class Probing:
         self._handles = []
         self._restore()
 
+    def share(self, mean: Callable[[Float64[np.ndarray, " n"]], Float64[np.ndarray, " n"]]) -> None:
+        """Take the mean over ranks for what this one has seen of its own samples; what it has not seen counts as zero.
+
+        Gains are linear in gradients, so their mean is the gain for the loss of all samples; and the gradients that
+        are there before the step are compared with the mean of those that came.
+
+        Args:
+            mean: over ranks, of as many numbers on each; every rank calls this, in every probed step.
+        """
+        units = {group.name: group.num_units for group in self._groups}
+        shapes: dict[Any, Any] = {id(p): p.shape for p in self._sentinels} | {
+            each: (units[each],) for each in self._came
+        }
+        seen: dict[Any, Tensor] = {**self._as_they_came, **self._gains}
+        own = {key: seen.get(key, torch.zeros(shape, dtype=torch.float64)) for key, shape in shapes.items()}
+        there = np.array([key in seen for key in own], np.float64)
+        anywhere, *means = np.split(
+            mean(np.concatenate([there, *(each.cpu().numpy().ravel() for each in own.values())])),
+            np.cumsum([len(own), *(each.numel() for each in own.values())])[:-1],
+        )
+        device = next((p.device for p in self._sentinels), None)
+        found = {
+            key: torch.from_numpy(values).view(shapes[key]).to(device)
+            for key, values, share in zip(own, means, anywhere, strict=True)
+            if share
+        }
+        self._as_they_came = {key: each for key, each in found.items() if key not in self._came}
+        self._gains = {key: each for key, each in found.items() if key in self._came}
+
     def gains(self, grad_scale: Tensor | None = None) -> dict[str, Float64[np.ndarray, " present"]] | None:
         """Gain of each present unit, in the order of their origins; None if there was no backward pass or a NaN in it.
 

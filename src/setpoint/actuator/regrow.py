@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -41,6 +41,8 @@ def regrow(
     reserve: Reserve,
     grow: Grow,
     copies: Sequence[nn.Module] = (),
+    *,
+    agreed: Callable[[], None] = lambda: None,
 ) -> tuple[tuple[Group, ...], Reserve]:
     """Bring units back from the reserve, and return the groups as they are then and the reserve without them.
 
@@ -60,6 +62,7 @@ def regrow(
         reserve: where the units rest.
         grow: by group name, origins of the units to bring back.
         copies: further modules, the ones that `Reserve.rest` was given.
+        agreed: as `shrink`.
 
     Raises:
         GroupError: when a unit does not rest in the reserve, or the reserve does not fit groups, model or a copy.
@@ -96,6 +99,7 @@ def regrow(
         for job in jobs:
             commit(job, undo)
         torch.clear_autocast_cache()
+        agreed()
         undo.pop_all()  # nothing failed: forget the way back
     return after.present(), after
 

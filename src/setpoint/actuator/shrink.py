@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +41,13 @@ class Job:
 
 
 def shrink(
-    model: nn.Module, optimizer: Optimizers, groups: tuple[Group, ...], keep: Keep, copies: Sequence[nn.Module] = ()
+    model: nn.Module,
+    optimizer: Optimizers,
+    groups: tuple[Group, ...],
+    keep: Keep,
+    copies: Sequence[nn.Module] = (),
+    *,
+    agreed: Callable[[], None] = lambda: None,
 ) -> tuple[Group, ...]:
     """Remove the units that `keep` drops from a model in training, and return the groups that remain.
 
@@ -61,6 +67,8 @@ def shrink(
         keep: by group name, boolean per active unit, True = stays; groups that lose nothing may be absent.
         copies: further modules with the same tensors to cut alike, such as an EMA copy; names may have
             the prefix `"module."` that `torch.optim.swa_utils.AveragedModel` gives them.
+        agreed: called when all is done and can still be put back, which it is if this raises: other ranks may have
+            failed.
 
     Raises:
         GroupError: when `keep` does not fit the groups, the groups do not fit the model or a copy, or a
@@ -91,6 +99,7 @@ def shrink(
         for job in jobs:
             commit(job, undo)
         torch.clear_autocast_cache()
+        agreed()
         undo.pop_all()  # nothing failed: forget the way back
     return remaining
 

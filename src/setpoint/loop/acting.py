@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -9,9 +10,12 @@ import numpy as np
 from jaxtyping import Bool
 
 from setpoint.actuator.balance import balance_and_shrink
+from setpoint.actuator.shrink import named_tensors
 from setpoint.controller.plan import Plan
+from setpoint.loop.agreement import together
 from setpoint.loop.record import only_kept
 from setpoint.loop.regrowth import Regrowth
+from setpoint.loop.wrapper import rewrap
 from setpoint.sensor.reading import Reading
 
 if TYPE_CHECKING:
@@ -29,6 +33,9 @@ def act(loop: Loop, plan: Plan, state: Any, reading: Reading) -> tuple[dict[str,
 
     Returns:
         By group, which of the units active now have come back; and what is to be said.
+
+    Raises:
+        RankError: when another rank could not; this one is then as it was, too.
     """
     loop._account.resizing.last_seconds = 0.0
     if plan.empty():
@@ -46,27 +53,47 @@ def act(loop: Loop, plan: Plan, state: Any, reading: Reading) -> tuple[dict[str,
 def _act_on_units(
     loop: Loop, plan: Plan, state: Any, reading: Reading
 ) -> tuple[dict[str, Bool[np.ndarray, " _units"]], str]:
-    parts, account, regrowth = loop._parts, loop._account, loop._regrowth
-    regrown: dict[str, Bool[np.ndarray, " _units"]] = {}
-    note = ""
-    with account.resizing:
-        if plan.drops():
-            if regrowth is None and loop._watch.can_roll_back(parts.sensor, parts.controller, account.resizes):
-                regrowth = loop._regrowth = Regrowth(parts, account)
-            sensed, state = parts.sensor.cut(loop._sensor_state, plan.keep), parts.controller.cut(state, plan.keep)
-            with regrowth.resting(plan.keep) if regrowth is not None else nullcontext("") as note:
-                groups = balance_and_shrink(
-                    parts.model, parts.optimizers, loop._groups, plan.keep, reading.basis, parts.copies
-                )
-            loop._groups, loop._sensor_state, loop._origin = groups, sensed, only_kept(loop._origin, plan)
-        loop._controller_state = state
-        if plan.grows() and regrowth is not None:
-            loop._groups, regrown = regrowth.grow(loop._groups, plan)
-            loop._sensor_state = parts.sensor.grow(loop._sensor_state, regrown)  # type: ignore[attr-defined]
-            loop._controller_state = parts.controller.grow(loop._controller_state, regrown)  # type: ignore[attr-defined]
-            loop._origin = regrowth.origin
+    parts, account = loop._parts, loop._account
+    what = f"the cut after step {loop._step}"
+
+    def agreed() -> None:
+        with together(parts.ranks, what):
+            pass
+
+    with account.resizing, together(parts.ranks, what) as facts:
+        try:
+            regrown, note = _changed(loop, plan, state, reading, agreed)
+        finally:  # also after half of it, and after shapes came and went: gradients must not stay unsynchronised
+            if parts.averaging is not None:
+                rewrap(parts.averaging)
+        facts["shapes"] = [tuple(tensor.shape) for tensor in named_tensors(parts.model).values()]
     loop._sensing_flops = parts.sensor.flops(loop._groups, parts.model)
     account.resized(parts.costs["flops"].total(loop.widths))
     parts.metering.cut()
     loop._watch.changed(loop._step, cut=plan.drops())
+    return regrown, note
+
+
+def _changed(
+    loop: Loop, plan: Plan, state: Any, reading: Reading, agreed: Callable[[], None]
+) -> tuple[dict[str, Bool[np.ndarray, " _units"]], str]:
+    """Drop what is to go, and bring back what is to come back; each is undone if `agreed` raises."""
+    parts, regrowth = loop._parts, loop._regrowth
+    regrown: dict[str, Bool[np.ndarray, " _units"]] = {}
+    note = ""
+    if plan.drops():
+        if regrowth is None and loop._watch.can_roll_back(parts.sensor, parts.controller, loop._account.resizes):
+            regrowth = loop._regrowth = Regrowth(parts, loop._account)
+        sensed, state = parts.sensor.cut(loop._sensor_state, plan.keep), parts.controller.cut(state, plan.keep)
+        with regrowth.resting(plan.keep) if regrowth is not None else nullcontext("") as note:
+            groups = balance_and_shrink(
+                parts.model, parts.optimizers, loop._groups, plan.keep, reading.basis, parts.copies, agreed=agreed
+            )
+        loop._groups, loop._sensor_state, loop._origin = groups, sensed, only_kept(loop._origin, plan)
+    loop._controller_state = state
+    if plan.grows() and regrowth is not None:
+        loop._groups, regrown = regrowth.grow(loop._groups, plan, agreed)
+        loop._sensor_state = parts.sensor.grow(loop._sensor_state, regrown)  # type: ignore[attr-defined]
+        loop._controller_state = parts.controller.grow(loop._controller_state, regrown)  # type: ignore[attr-defined]
+        loop._origin = regrowth.origin
     return regrown, note

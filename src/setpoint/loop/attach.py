@@ -29,6 +29,7 @@ from setpoint.groups.export import Example, inputs_of
 from setpoint.groups.group import Group, Size, widths_of
 from setpoint.groups.trace import Trace, trace
 from setpoint.loop.accounting import Account
+from setpoint.loop.agreement import together
 from setpoint.loop.change import check_runs, reference_of
 from setpoint.loop.costing import Costing, cost_out
 from setpoint.loop.goal import controller_for
@@ -39,7 +40,9 @@ from setpoint.loop.material import Material, check_copies, check_some, in_hand
 from setpoint.loop.metering import Metering
 from setpoint.loop.parts import Parts
 from setpoint.loop.replica import Replica
+from setpoint.loop.state import run_of
 from setpoint.loop.target import Target, check_budgets, check_reachable
+from setpoint.loop.wrapper import Wrapped, check_shared, unwrap
 from setpoint.meter import StepMeter, Stopwatch
 from setpoint.sensor.chain import SensorChain
 from setpoint.sensor.hankel import HankelSensor
@@ -76,14 +79,15 @@ def attach(
     function raises, model and optimizers are as they were.
 
     Args:
-        model: the model; a `torch.compile`d one is fine.
+        model: the model; a `torch.compile`d one is fine, and so is one in `DistributedDataParallel`: give the
+            wrapper, on every rank.
         optimizer: the optimizer that trains it, or several that each step once per training step
             (Setpoint senses before the first of them and acts after the last).
         budget: what spending per optimizer step, or of the whole run, is held to; several budgets, each of another
             resource, are all met. With a `Price` or a `Tolerance` the size follows from the loss. "memory", "latency"
             and "energy" are learnt on copies of the model, which takes up to a minute the first time; under
             autocast, call this inside the context that training uses.
-        example: inputs as in training, at the batch shape of one optimizer step: a tuple of positional
+        example: inputs as in training, at the batch shape of one optimizer step on one rank: a tuple of positional
             or a dict of keyword inputs. FLOPs are counted at this shape.
         total_steps: optimizer steps of the whole run.
         controller: decides what goes and when; by default `PricedController()` for a budget,
@@ -94,7 +98,8 @@ def attach(
         groups: which groups may be pruned, out of `find_groups(model, example)`; by default all.
         copies: modules with the same tensors to cut alike, such as an EMA copy.
         num_samples: independent samples per optimizer step over ranks and micro-batches; by default
-            the leading dim of the example's first tensor. Where the loss is a mean over tokens, their number.
+            the leading dim of the example's first tensor times the ranks. Where the loss is a mean over tokens, their
+            number.
         allow_lossy: also prune groups in which a zeroed unit is not the same as an absent one.
         verify: try every group's cut on copies of the model first, and leave alone those that fail.
         watts: power that a training step draws, for an energy budget where no meter reads it.
@@ -112,8 +117,9 @@ def attach(
         ExampleError: for an example that the model does not accept.
         ExportError: for a model that cannot be exported.
         GroupError: if nothing can be pruned, or `groups` are not the model's.
-        LoopError: if the model is attached already, or wrapped for distributed training; if units are to come
-            back, but the model is compiled or the sensor cannot take them in.
+        LoopError: if the model is attached already, or sharded or wrapped in a way that cannot follow a cut; if units
+            are to come back, but the model is compiled or the sensor cannot take them in.
+        RankError: when ranks do not agree on the arguments, or another one has failed.
         OptimizerError: for an optimizer that trains none of the model, or cannot follow a cut.
         ValueError: for `total_steps` or `num_samples` that are not positive integers.
 
@@ -128,9 +134,10 @@ def attach(
     >>> loop.summary.landed, loop.summary.spent["params"] <= loop.summary.limit["params"]
     (True, True)
     """
-    watch = Stopwatch(synchronize=True)
-    inner = _unwrap(model)
-    with watch, untouched_chance(inner):
+    watch, wrapped = Stopwatch(synchronize=True), unwrap(model)
+    inner, ranks = wrapped.model, wrapped.ranks
+    with watch, untouched_chance(inner), together(ranks, "attach") as facts:
+        _check_free(inner)
         goal = budget if isinstance(budget, (Price, Tolerance)) else None
         budgets = () if isinstance(budget, (Price, Tolerance)) else check_budgets(budget)
         form = pattern_for(granularity, pattern)
@@ -140,21 +147,27 @@ def attach(
         elif reference is not None:
             raise ValueError("give the reference to the controller, or leave the controller to attach: not both")
         optimizers = _check_arguments(inner, optimizer, total_steps)
-        samples = _num_samples(example) if num_samples is None else num_samples
+        resources = {each.resource for each in (*budgets, goal) if each}
+        check_shared(ranks, resources, optimizers)
+        samples = _num_samples(example) * ranks.count if num_samples is None else num_samples
         if form is not None:
+            if wrapped.averaging is not None:
+                raise LoopError(
+                    "single weights are not masked inside DistributedDataParallel in this version: train in one "
+                    "process, or leave granularity at whole units"
+                )
             sensor = WeightTaylorSensor(samples) if sensor is None else sensor
             check_run(goal, budgets, controller, sensor)
             material = weight_material(inner, optimizers, example, form, groups, copies, sensor)
         else:
             found = trace(inner, example)
             sensor = _default_sensor(inner, found.groups, example, samples) if sensor is None else sensor
-            active, frozen = _select(inner, found, groups, sensor, allow_lossy)
+            active, frozen = _select(inner, found, groups, sensor, allow_lossy, alone=ranks.count == 1)
             material = _unit_material(inner, optimizers, example, found, active, frozen, copies, verify)
             _warn_of_unreached(inner, found, material.groups)
             if regrows(controller):
-                passes = _check_regrowth(model, inner, example, material.groups, sensor, verify)
+                passes = _check_regrowth(wrapped, example, material.groups, sensor, verify)
                 material = replace(material, passes=material.passes + passes)
-            resources = {each.resource for each in ((goal,) if goal else budgets)}
             costing = cost_out(inner, optimizers, example, material.groups, resources, watts)
             material = replace(material, costs={**material.costs, **costing.costs}, costing=costing)
         active, costs, costing = material.groups, material.costs, material.costing
@@ -162,7 +175,7 @@ def attach(
         for each in budgets:
             check_reachable(each, dense[each.resource], cheapest(costs[each.resource], active))
         account = Account(watch, dense["flops"], material.passes * dense["flops"])
-        metering = _metering(inner, model, optimizers, example, budgets, account, costing)
+        metering = _metering(wrapped, optimizers, example, budgets, account, costing)
         parts = Parts(
             model=inner,
             optimizers=optimizers,
@@ -189,34 +202,24 @@ def attach(
             }
             | ({} if form is None else {"pattern": str(form)}),
             reserve_bytes=reserve_bytes,
+            ranks=ranks,
+            averaging=wrapped.averaging,
             sparsity=material.sparsity,
         )
         check_runs(parts, account, active, 0)
+        facts.update(run_of(parts))
     return Loop(parts, account)
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
-    """The model itself: out of torch.compile's wrapper; wrappers for several devices are refused."""
-    if not isinstance(model, nn.Module):
-        raise LoopError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    inner = getattr(model, "_orig_mod", model)
-    wrappers = {"DistributedDataParallel", "FullyShardedDataParallel", "DataParallel"}
-    for module in inner.modules():
-        name = next((kind.__name__ for kind in type(module).__mro__ if kind.__name__ in wrappers), None)
-        if name is not None or any(hasattr(p, "device_mesh") for p in module.parameters(recurse=False)):
-            raise LoopError(
-                f"{name or 'a model of DTensors (FSDP2)'} is not supported by this version of Setpoint: "
-                "train on one device, and attach to the plain module before any wrapping"
-            )
-    parts = set(inner.modules())
-    if any(other in parts or inner in set(other.modules()) for other in ATTACHED):
+def _check_free(model: nn.Module) -> None:
+    """Check that no loop is at work on the model or any part of it."""
+    parts = set(model.modules())
+    if any(other in parts or model in set(other.modules()) for other in ATTACHED):
         raise LoopError("this model has a loop already: call finish() or detach() on that loop first")
-    return inner
 
 
 def _metering(
-    inner: nn.Module,
-    model: nn.Module,
+    wrapped: Wrapped,
     optimizers: Sequence[Optimizer],
     example: Example,
     budgets: Sequence[Budget],
@@ -228,10 +231,9 @@ def _metering(
     if resources & {"latency", "energy"}:
         account.steps = StepMeter(synchronize=True)
     args, kwargs = inputs_of(example)
-    live = Replica(inner, tuple(optimizers), args, kwargs)
-    device = next((parameter.device for parameter in inner.parameters()), torch.device("cpu"))
-    compiled = inner is not model or any(module._compiled_call_impl is not None for module in inner.modules())
-    return Metering(resources, account.steps, live.held, device, compiled=compiled, energy=costing.energy)
+    live = Replica(wrapped.model, tuple(optimizers), args, kwargs)
+    device = next((parameter.device for parameter in wrapped.model.parameters()), torch.device("cpu"))
+    return Metering(resources, account.steps, live.held, device, compiled=wrapped.compiled, energy=costing.energy)
 
 
 def _check_arguments(
@@ -264,7 +266,7 @@ def _default_sensor(model: nn.Module, groups: tuple[Group, ...], example: Exampl
 
 
 def _select(
-    model: nn.Module, found: Trace, wanted: Sequence[Group] | None, sensor: Sensor[Any], allow_lossy: bool
+    model: nn.Module, found: Trace, wanted: Sequence[Group] | None, sensor: Sensor[Any], allow_lossy: bool, alone: bool
 ) -> tuple[tuple[Group, ...], dict[str, str]]:
     """The groups to prune, and why the others are left alone, by name."""
     frozen = {each.place: each.reason for each in found.frozen}
@@ -279,7 +281,11 @@ def _select(
                 "use find_groups(model, example) on the model as it is now"
             )
     for group in chosen:
-        if not group.lossless and not allow_lossy:
+        if group.kind == "state" and not alone:
+            frozen[group.name] = (
+                "states are not cut on several ranks in this version: each would balance them by itself"
+            )
+        elif not group.lossless and not allow_lossy:
             frozen[group.name] = "; ".join(group.notes) or "a zeroed unit is not the same as an absent one"
             frozen[group.name] += " (allow_lossy=True prunes it all the same)"
     open_groups = tuple(group for group in chosen if group.name not in frozen)
@@ -339,7 +345,7 @@ def _verified(
 
 
 def _check_regrowth(
-    model: nn.Module, inner: nn.Module, example: Example, groups: tuple[Group, ...], sensor: Sensor[Any], verify: bool
+    wrapped: Wrapped, example: Example, groups: tuple[Group, ...], sensor: Sensor[Any], verify: bool
 ) -> float:
     """Check that units can be probed and come back in this model; the passes that took.
 
@@ -350,21 +356,23 @@ def _check_regrowth(
     instead = "attach with PricedController(regrow=False)"
     if not isinstance(sensor, Growing):
         raise LoopError(f"{type(sensor).__name__} has no grow(), so units cannot come back: add it, or {instead}")
-    if model is not inner or any(hasattr(module, "_orig_mod") for module in inner.modules()):
+    if wrapped.compiled:
         raise LoopError(
             f"resting units cannot be present in compiled code: attach to the model uncompiled, or {instead}"
         )
     if not verify:
         return 0.0
     few, share = few_rows(example)
-    verify_probe(inner, few, groups)
+    verify_probe(wrapped.model, few, groups)
     return 6 * share
 
 
 def _warn_of_unreached(model: nn.Module, found: Trace, groups: tuple[Group, ...]) -> None:
     """Tell of weights that the example leaves out and that may read units, which would go while they stay."""
     lengths = {len(part.index) for group in groups for part in group.slices}
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters() if parameter.requires_grad}
+    # A tied weight has several names, and is reached by any of them.
+    reached = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name not in found.unreached}
+    shapes = {name: p.shape for name, p in model.named_parameters() if p.requires_grad and id(p) not in reached}
     stray = [name for name in found.unreached if len(shapes.get(name, ())) > 1 and lengths & set(shapes[name][1:])]
     if stray:
         warnings.warn(

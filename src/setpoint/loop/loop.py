@@ -23,26 +23,21 @@ from setpoint.groups.group import Group, widths_of
 from setpoint.ledger import Entry, Ledger
 from setpoint.loop.accounting import Account
 from setpoint.loop.acting import act
+from setpoint.loop.agreement import decisions, shared_reading, together
 from setpoint.loop.change import check_open, with_budget, with_total_steps
 from setpoint.loop.closing import summarise
 from setpoint.loop.explanation import Explanation, explain
 from setpoint.loop.hooks import StepHooks
 from setpoint.loop.parts import Parts
 from setpoint.loop.planning import metered_at, observation_of, planned
-from setpoint.loop.record import (
-    entry_of,
-    only_kept,
-    refusal,
-    spread,
-    with_drops,
-    with_returns,
-)
+from setpoint.loop.record import entry_of, only_kept, refusal, spread, with_drops, with_returns
 from setpoint.loop.regrowth import Regrowth
 from setpoint.loop.state import check_loading, resume, state_of
 from setpoint.loop.stride import sensed_every
 from setpoint.loop.summary import Summary
 from setpoint.loop.watch import LossWatch
 from setpoint.loop.weights import Weights
+from setpoint.loop.wrapper import check_step
 from setpoint.sensor.probe import Probe
 from setpoint.sensor.reading import Reading
 
@@ -78,7 +73,7 @@ class Loop:
         self._ledger = Ledger(parts.header)
         self._step = 0
         self._skipped = 0
-        self._overdue = self._landed = self._finished = False
+        self._begun = self._overdue = self._landed = self._finished = False
         self._reading: Reading | None = None
         self._plan: Plan | None = None
         self._worth: dict[str, Float64[np.ndarray, " units"]] = {}
@@ -295,6 +290,8 @@ class Loop:
     # What happens at every step.
 
     def _before_step(self, grad_scale: Tensor | None) -> None:
+        check_step(self._parts.model, self._parts.averaging, first=not self._begun)
+        self._begun = True
         if self._regrowth is not None:
             self._regrowth.end_probe(grad_scale)
         self._sense(grad_scale)
@@ -346,18 +343,21 @@ class Loop:
 
     def _decide(self, due: bool) -> None:
         """Read, decide, act and record. After a bad reading, try again at the next step."""
-        deciding, plan = self._account.deciding, None
+        ranks, plan = self._parts.ranks, None
         self._overdue = True  # also if anything is raised from here on
-        with deciding:
-            reading, (self._metered, metered) = self._read(), metered_at(self._parts, self.widths)
+        with self._account.deciding:
+            reading = shared_reading(ranks, self._read, self._watch, self._step)
+            self._metered, metered = metered_at(self._parts, self.widths)
             why_not = refusal(reading)
             if why_not is None:
-                self._replan()
-                probe = self._regrowth.probe(self._step) if self._regrowth is not None else None
-                seen, held = self._observation(reading, probe, metered), self._controller_state
-                state, plan, again = planned(
-                    self._parts, self._account, self._watch, self._groups, held, seen, self._sensing_flops
-                )
+                with together(ranks, f"the plan after step {self._step}") as facts:
+                    self._replan()
+                    probe = self._regrowth.probe(self._step) if self._regrowth is not None else None
+                    seen, held = self._observation(reading, probe, metered), self._controller_state
+                    state, plan, again = planned(
+                        self._parts, self._account, self._watch, self._groups, held, seen, self._sensing_flops
+                    )
+                    facts["plan"] = decisions(plan)
                 self._again = again or self._again
         if plan is not None:
             if isinstance(self._parts.controller, Learning):

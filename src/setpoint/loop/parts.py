@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -12,10 +12,12 @@ from torch.optim import Optimizer
 from setpoint.controller.plan import Controller
 from setpoint.cost.cost import Cost
 from setpoint.cost.weights import WeightFlops
+from setpoint.distributed import Ranks
 from setpoint.groups.group import Group
 from setpoint.groups.weights import Pattern
 from setpoint.loop.metering import Metering
 from setpoint.loop.target import Target
+from setpoint.loop.wrapper import Averaging
 from setpoint.sensor.reading import Sensor
 
 
@@ -49,6 +51,8 @@ class Parts:
         total_steps: optimizer steps of the run.
         header: the ledger's header.
         reserve_bytes: host memory for units that may come back, where the controller brings any back; None: no limit.
+        ranks: the processes that train copies of the model together.
+        averaging: what averages their gradients, where there is any; it must follow every change of sizes.
         sparsity: where units are single weights; None where whole units are cut.
     """
 
@@ -64,4 +68,6 @@ class Parts:
     total_steps: int
     header: Mapping[str, Any]
     reserve_bytes: int | None = None
+    ranks: Ranks = field(default_factory=Ranks)
+    averaging: Averaging | None = None
     sparsity: Sparsity | None = None

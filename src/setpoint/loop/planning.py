@@ -29,6 +29,7 @@ def observation_of(
         step: optimizer steps done.
     """
     widths = widths_of(groups)
+    alone = parts.ranks.count == 1  # each rank has a clock of its own, and all must decide alike
     return Observation(
         step=step,
         total_steps=parts.total_steps,
@@ -39,8 +40,8 @@ def observation_of(
         spent=spending(parts.costs, widths),
         loss=watch.loss,
         val=watch.val,
-        seconds_per_step=account.steps.seconds_per_step,
-        seconds_per_resize=account.resizing.last_seconds if account.resizes else None,
+        seconds_per_step=account.steps.seconds_per_step if alone else None,
+        seconds_per_resize=account.resizing.last_seconds if account.resizes and alone else None,
         excess=watch.excess(step),
     )
 

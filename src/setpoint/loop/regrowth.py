@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -157,6 +157,8 @@ class Regrowth:
             return
         with self._account.probing:
             probing.stop()
+            if self._parts.ranks.count > 1:
+                probing.share(self._parts.ranks.mean)
             gains = probing.gains(grad_scale)
             if gains is not None:
                 self._recent.append({name: self._by_origin(name, values) for name, values in gains.items()})
@@ -214,11 +216,16 @@ class Regrowth:
             raise
 
     def grow(
-        self, groups: tuple[Group, ...], plan: Plan
+        self, groups: tuple[Group, ...], plan: Plan, agreed: Callable[[], None] = lambda: None
     ) -> tuple[tuple[Group, ...], dict[str, Bool[np.ndarray, " _units"]]]:
-        """Bring the plan's units back; the groups then, and by group which active units have just come back."""
+        """Bring the plan's units back; the groups then, and by group which active units have just come back.
+
+        If `agreed` raises, they stay where they were.
+        """
         self.settle()
-        groups, self.reserve = regrow(self._model, self._optimizers, groups, self.reserve, plan.grow, self._copies)
+        groups, self.reserve = regrow(
+            self._model, self._optimizers, groups, self.reserve, plan.grow, self._copies, agreed=agreed
+        )
         regrown = {name: np.isin(self.origin[name], units) for name, units in plan.grow.items() if len(units)}
         self._easing = Easing(self._model, groups, regrown, _EASE_STEPS, self._copies)
         return groups, regrown

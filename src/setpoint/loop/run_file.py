@@ -15,6 +15,7 @@ from setpoint.checkpoint import damaged, digest, read_file, write_file
 from setpoint.errors import CheckpointError
 from setpoint.loop.loop import Loop
 from setpoint.loop.tree import from_tensors, to_tensors
+from setpoint.loop.wrapper import unwrapped
 
 FORMAT = 1
 """Version of the file format, described in docs/resume.md."""
@@ -75,7 +76,7 @@ def load_run(path: str | os.PathLike[str], **parts: Any) -> dict[str, Any]:
 
 def _check_complete(parts: Mapping[str, Any]) -> None:
     """Check that every loop comes with the model, optimizers and copies whose tensors it does not store itself."""
-    given = {id(getattr(part, "_orig_mod", part)) for part in parts.values()}
+    given = {id(unwrapped(part)) for part in parts.values()}
     for name, part in parts.items():
         if isinstance(part, Loop):
             mine = part._parts

@@ -24,6 +24,7 @@ from setpoint.loop.parts import Parts
 from setpoint.loop.plain import plain, restored
 from setpoint.loop.regrowth import Regrowth
 from setpoint.loop.watch import LossWatch
+from setpoint.loop.wrapper import rewrap
 from setpoint.sensor.reading import Reading
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def state_of(loop: Loop) -> dict[str, Any]:
     plan, reading = loop._plan, loop._reading
     return {
         "format": FORMAT,
-        "run": _run(loop._parts),
+        "run": run_of(loop._parts),
         "origin": {name: torch.from_numpy(origin.copy()) for name, origin in loop._origin.items()},
         "shapes": {name: tuple(tensor.shape) for name, tensor in named_tensors(loop._parts.model).items()},
         "step": loop._step,
@@ -116,7 +117,7 @@ class _Resumed:
         parts = loop._parts
         if state["format"] != FORMAT:
             raise CheckpointError(f"the state has format {state['format']!r}, this Setpoint reads {FORMAT}")
-        _check_same_run(state["run"], _run(parts))
+        _check_same_run(state["run"], run_of(parts))
         self._loop, self._state = loop, state
         weights = loop._weights
         self._keep = _keep(parts.groups, state["origin"]) if weights is None else {}
@@ -158,6 +159,8 @@ class _Resumed:
             loop._groups = loop._weights.load_state_dict(state["weights"])
         else:
             loop._groups = shrink(parts.model, parts.optimizers, parts.groups, self._keep, parts.copies)
+        if parts.averaging is not None:
+            rewrap(parts.averaging)
         loop._origin = {name: np.flatnonzero(kept) for name, kept in self._keep.items()}
         # What points at the model is found again in the smaller one.
         live, device = parts.sensor.init(loop._groups, parts.model), device_of(parts)
@@ -187,8 +190,8 @@ def device_of(parts: Parts) -> torch.device:
     return next((parameter.device for parameter in parts.model.parameters()), torch.device("cpu"))
 
 
-def _run(parts: Parts) -> dict[str, Any]:
-    """What must be the same in both runs."""
+def run_of(parts: Parts) -> dict[str, Any]:
+    """What must be the same in two runs of which one goes on with the other, and on all ranks of one run."""
     dense = parts.target.dense
     return ({} if parts.sparsity is None else {"pattern": str(parts.sparsity.pattern)}) | {
         "groups": widths_of(parts.groups),

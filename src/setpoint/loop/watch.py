@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float64
 from torch import Tensor
 
 from setpoint.controller.plan import Controller, Observation, Plan, Regrowing
@@ -39,6 +40,7 @@ class LossWatch:
         self._losses = np.zeros(0)
         self._changed = 0
         self._cut: int | None = None
+        self._shared = 0
         self.gave_way = ""
 
     @property
@@ -74,7 +76,9 @@ class LossWatch:
             if value is not None:
                 self._last[name] = value.detach().clone() if isinstance(value, Tensor) else float(value)
         if loss is not None and keep:
-            self._fresh.append((step, torch.as_tensor(self._last["loss"]).reshape(())))
+            told = self._last["loss"]
+            of_numbers = None if isinstance(told, Tensor) else torch.float64
+            self._fresh.append((step, torch.as_tensor(told, dtype=of_numbers).reshape(())))
             if len(self._fresh) >= _MOST_FRESH:
                 self._gather()
 
@@ -106,6 +110,7 @@ class LossWatch:
             "losses": torch.from_numpy(self._losses.copy()),
             "changed": self._changed,
             "cut": self._cut,
+            "shared": self._shared,
             "gave_way": self.gave_way,
         }
 
@@ -115,11 +120,44 @@ class LossWatch:
         if steps.ndim != 1 or steps.shape != losses.shape:
             raise ValueError("observed losses and their steps are not as many")
         last = {name: None if state[name] is None else float(state[name]) for name in ("loss", "val")}
-        changed, gave_way = int(state["changed"]), str(state["gave_way"])
+        changed, shared, gave_way = int(state["changed"]), int(state.get("shared", 0)), str(state["gave_way"])
         cut = None if state["cut"] is None else int(state["cut"])
         self._last, self._fresh = {**last}, []
         self._steps, self._losses = steps, losses
-        self._changed, self._cut, self.gave_way = changed, cut, gave_way
+        self._changed, self._cut, self._shared, self.gave_way = changed, cut, shared, gave_way
+
+    def unshared(self, step: int) -> Float64[np.ndarray, " n"]:
+        """What this rank alone was told up to a step: numbers whose mean over ranks `share` takes.
+
+        The last loss and validation loss, each as value and 1, or 0 and 0 where there is none; then, of each step since
+        the ranks last shared what they knew, the sum of its losses, and then how many those were.
+
+        Args:
+            step: optimizer steps done; on all ranks the same.
+        """
+        self._gather()
+        last = [(0.0, 0.0) if value is None else (float(value), 1.0) for value in self._last.values()]
+        new = (self._steps > self._shared) & (self._steps <= step)
+        at, length = self._steps[new].astype(np.int64) - self._shared - 1, step - self._shared
+        sums, counts = np.bincount(at, self._losses[new], length), np.bincount(at, minlength=length)
+        return np.concatenate([np.ravel(last), sums, counts]).astype(np.float64)
+
+    def share(self, step: int, means: Float64[np.ndarray, " n"]) -> None:
+        """From here on know of the steps up to this one what all ranks together know: one mean loss for each.
+
+        Args:
+            step: that `unshared` was given.
+            means: over ranks, of what it returned.
+        """
+        for name, (value, told) in zip(self._last, means[:4].reshape(2, 2), strict=True):
+            if told:
+                self._last[name] = float(value / told)
+        sums, counts = np.split(means[4:], 2)
+        told_at = np.flatnonzero(counts)
+        before, later = self._steps <= self._shared, self._steps > step
+        steps = [self._steps[before], self._shared + 1.0 + told_at, self._steps[later]]
+        losses = [self._losses[before], sums[told_at] / counts[told_at], self._losses[later]]
+        self._steps, self._losses, self._shared = np.concatenate(steps), np.concatenate(losses), step
 
     def _gather(self) -> None:
         """Bring fresh losses to the host."""

@@ -108,7 +108,8 @@ class TaylorSensor:
 
     Mean and variance are exponentially weighted with decay `1 - 1/window`, without start-up bias, and
     kept in float32 (float64 for float64 models) whatever the model's own precision. A step in which
-    any gradient is NaN or infinite is left out as a whole and counted.
+    any gradient is NaN or infinite is left out as a whole and counted. While outgoing weights of a group are
+    frozen in the middle of a run, nothing is seen of its units, and what was seen before stands.
 
     Args:
         num_samples: independent samples behind each optimizer step's gradient (B), over ranks and
@@ -184,6 +185,10 @@ class TaylorSensor:
         gate_gradient = _gate_gradients(state, sources.by_group) + _zero_if_finite(sources.others, state.mean)
         if grad_scale is not None:
             gate_gradient = gate_gradient / grad_scale
+        trains = [all(source.weight.requires_grad for source in of_group) for of_group in sources.by_group]
+        if not all(trains):
+            seen = torch.from_numpy(np.repeat(trains, state.num_units)).to(gate_gradient.device)
+            return self._folded(replace(self.fold(state), recent=(gate_gradient,), sources=sources), seen)
         state = replace(state, recent=(*state.recent, gate_gradient), sources=sources)
         return state if len(state.recent) < _FOLD_AT else self.fold(state)
 
@@ -195,15 +200,20 @@ class TaylorSensor:
         newer set's share of the weight, `m = m1 + s (m2 - m1)` and
         `v = (1 - s) v1 + s v2 + s (1 - s) (m2 - m1)^2`.
         """
-        if not state.recent:
-            return state
+        return self._folded(state) if state.recent else state
+
+    def _folded(self, state: TaylorState, seen: Bool[Tensor, " all_units"] | None = None) -> TaylorState:
+        """The recent steps in the moments, but only of the units that were seen in them, if not all were."""
         steps, decay = torch.stack(state.recent), 1.0 - 1.0 / self.window
         finite = torch.isfinite(steps.sum(1))
         steps = torch.where(finite[:, None], steps, 0.0)
         taken = finite.to(steps.dtype)
         count = taken.sum()
         weights = (taken * torch.pow(decay, count - taken.cumsum(0)))[:, None]
-        new_weight, ageing = weights.sum(), torch.pow(decay, count)
+        new_weight, new_squares, ageing = weights.sum(), weights.square().sum(), torch.pow(decay, count)
+        if seen is not None:
+            weights, ageing = weights * seen, torch.where(seen, ageing, 1.0)
+            new_weight, new_squares = weights.sum(0), weights.square().sum(0)
         weight = state.weight * ageing + new_weight
         share = new_weight / weight.clamp_min(_TINY)
         per_step = weights / new_weight.clamp_min(_TINY)
@@ -215,7 +225,7 @@ class TaylorSensor:
             mean=state.mean + share * apart,
             variance=(1.0 - share) * (state.variance + share * apart.square()) + share * new_variance,
             weight=weight,
-            squares=state.squares * ageing.square() + weights.square().sum(),
+            squares=state.squares * ageing.square() + new_squares,
             num_steps=state.num_steps + count,
             skipped_steps=state.skipped_steps + (len(state.recent) - count),
             recent=(),

@@ -1,0 +1,245 @@
+"""Checks that ranks see alike, decide alike and cut alike; each is a function that every rank runs."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel as Parallel
+from torch.optim.swa_utils import AveragedModel
+
+import setpoint
+from distributed.training import (
+    STEPS,
+    assert_same_everywhere,
+    attached,
+    batch,
+    build,
+    everywhere,
+    regrowing,
+    share,
+    story,
+    train,
+    uneven,
+)
+from loop.test_regrowth import Net, Scripted
+from setpoint.actuator.mask import mask
+
+DROP = {3: {"inner.0": [1, 4, 9], "stem": [0, 3]}, 5: {"inner.0": [0]}}
+
+
+def twin() -> None:
+    """Losses, plans and weights are those of one process on the same global batches, over cuts and returns."""
+    setpoint.loop.regrowth._PROBE_SHARE = 1.0
+    steps, cuts = (STEPS, 14) if dist.get_world_size() == 2 else (20, 7)
+    model = build()
+    wrapper = Parallel(model)
+    optimizer, loop = attached(wrapper, regrowing(cuts), share(0)[0], total_steps=steps)
+    losses = train(wrapper, optimizer, loop, range(steps), share, parts=2)
+    summary = loop.finish()
+    assert_same_everywhere(model, optimizer)
+    assert all(each == story(loop) for each in everywhere(story(loop)))
+    assert summary.landed and summary.resizes >= 0.7 * cuts and summary.regrown_units > 0, summary
+    mean_losses = np.mean(everywhere(losses), 0)
+    if dist.get_rank() > 0:
+        return
+    alone = build()
+    of_alone, single = attached(alone, regrowing(cuts), batch(0)[0], total_steps=steps)
+    np.testing.assert_allclose(mean_losses, train(alone, of_alone, single, range(steps), batch), rtol=1e-9)
+    np.testing.assert_allclose(loop._watch._losses, single._watch._losses, rtol=1e-9)
+    single.finish()
+    assert story(single) == story(loop)
+    for a, b in zip(model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+    for ours, theirs in zip(loop.ledger, single.ledger, strict=True):
+        assert ours.loss is not None and abs(ours.loss - theirs.loss) < 1e-9 * abs(theirs.loss)
+        for name, values in theirs.saliency.items():
+            np.testing.assert_allclose(ours.saliency[name], values, rtol=1e-6)
+        for name, values in theirs.gain.items():
+            np.testing.assert_allclose(ours.gain[name], values, rtol=1e-6)
+
+
+def goals() -> None:
+    """What decides by the observed loss, or learns while it decides, makes the plans that it makes in one process."""
+
+    def followed(goal: Any, controller: Any, steps: int, called: Any, data: Callable[[int], Any]) -> list[Any]:
+        optimizer, loop = attached(called, controller, data(0)[0], total_steps=steps, budget=goal)
+        train(called, optimizer, loop, range(steps), data)
+        assert loop.finish().resizes > 2
+        return story(loop)
+
+    half = setpoint.Budget.fraction(0.5, of="flops")
+    for goal, controller, steps in ((setpoint.Tolerance(0.5), None, 120), (half, setpoint.GatedController(), 40)):
+        together = followed(goal, controller, steps, Parallel(build()), share)
+        if dist.get_rank() == 0:
+            assert together == followed(goal, controller, steps, build(), batch)
+
+
+def batch_norm() -> None:
+    """With batch norm and uneven batches, a cut run equals the masked full model on the same ranks."""
+    model = build(Net)
+    wrapper = Parallel(model)
+    optimizer, loop = attached(wrapper, Scripted(DROP, regrow=False), share(0)[0])
+    groups = loop.groups
+    train(wrapper, optimizer, loop, range(2), uneven)
+    full = copy.deepcopy(model)
+    of_full = torch.optim.AdamW(full.parameters(), lr=0.01, eps=1e-4)
+    of_full.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    masked = Parallel(full)
+    for step in range(2, 9):
+        kept = {name: np.isin(np.arange(group.num_units), loop.origin[name]) for name, group in _named(groups)}
+        mask(full, of_full, groups, kept)
+        ours = train(wrapper, optimizer, loop, range(step, step + 1), uneven)
+        theirs = train(
+            masked, _Guarded(of_full, partial(mask, full, of_full, groups, kept)), None, range(step, step + 1), uneven
+        )
+        np.testing.assert_allclose(ours, theirs, rtol=1e-10)
+    assert loop.widths == {"stem": 10, "inner.0": 12}
+    for a, b in zip(model.buffers(), full.buffers(), strict=True):
+        kept_channels = loop.origin["inner.0" if len(b) == 16 else "stem"] if b.dim() else ...
+        torch.testing.assert_close(a, b[kept_channels], rtol=1e-10, atol=1e-12)
+
+
+def _named(groups: Any) -> list[tuple[str, Any]]:
+    return [(group.name, group) for group in groups]
+
+
+class _Guarded:
+    """An optimizer around whose step something is done."""
+
+    def __init__(self, optimizer: Any, guard: Callable[[], None]) -> None:
+        self.optimizer, self.guard, self.zero_grad = optimizer, guard, optimizer.zero_grad
+
+    def step(self) -> None:
+        self.guard()
+        self.optimizer.step()
+        self.guard()
+
+
+def options() -> None:
+    """Whatever a wrapper was built with goes on after cuts: the same weights as in the plainest wrapper."""
+    calls: list[int] = []
+
+    def user_hook(state, bucket):  # type: ignore[no-untyped-def]  # a wrapper takes no annotation that is a string
+        state.append(bucket.buffer().numel())
+        work = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
+        return work.then(lambda done: done.value()[0] / dist.get_world_size())
+
+    def run(hook: Any = None, compiled: bool = False, to_none: bool = True, **how: Any) -> list[Tensor]:
+        model = build()
+        wrapper = Parallel(model, **how)
+        if callable(hook):
+            wrapper.register_comm_hook(calls, hook)
+        elif hook is not None:
+            wrapper._register_builtin_comm_hook(hook)
+        seen: list[int] = []
+        wrapper.register_forward_hook(lambda *args: seen.append(1))
+        called = torch.compile(wrapper, backend="eager") if compiled else wrapper
+        optimizer, loop = attached(called, Scripted({3: {"up": [1, 5]}, 5: {"up": [0]}}, regrow=False), share(0)[0])
+        for step in range(8):
+            x, y = share(step)
+            nn.functional.cross_entropy(called(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=to_none)
+        assert loop.widths["up"] == 21 and (compiled or len(seen) == 8)
+        assert_same_everywhere(model, optimizer)
+        loop.detach()
+        if hook is not None and not callable(hook):
+            assert str(hook) in wrapper._get_ddp_logging_data()["comm_hook"]
+        return [p.detach() for p in model.parameters()]
+
+    plain = run()
+    built_in = torch._C._distributed_c10d.BuiltinCommHookType.ALLREDUCE
+    rows: list[dict[str, Any]] = [
+        {"hook": user_hook, "static_graph": True, "gradient_as_bucket_view": True, "to_none": False},
+        {"hook": built_in, "find_unused_parameters": True, "bucket_cap_mb": 0.0005},
+        {"compiled": True, "gradient_as_bucket_view": True},
+    ]
+    for row in rows:
+        for a, b in zip(plain, run(**row), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12, msg=str(row))
+    assert len(set(calls)) >= 3  # the hook was given buckets of three sizes
+
+
+def vanishing() -> None:
+    """A branch that vanishes as a whole, and comes back in part, leaves the others averaged, as in one process."""
+    setpoint.loop.regrowth._PROBE_SHARE = 1.0
+    every, back = {3: {"inner.0": list(range(16))}}, {6: {"inner.0": [2, 7]}}
+    model = build(Still)
+    wrapper = Parallel(model)
+    optimizer, loop = attached(wrapper, Scripted(every, back), share(0)[0])
+    losses = train(wrapper, optimizer, loop, range(5), share)
+    assert loop.widths["inner.0"] == 0
+    losses += train(wrapper, optimizer, loop, range(5, 9), share)
+    assert loop.widths["inner.0"] == 2
+    assert_same_everywhere(model, optimizer)
+    alone = build(Still)
+    of_alone, single = attached(alone, Scripted(every, back), batch(0)[0])
+    np.testing.assert_allclose(
+        np.mean(everywhere(losses), 0), train(alone, of_alone, single, range(9), batch), rtol=1e-9
+    )
+
+
+class Still(Net):
+    """The net with batch norm that does not look at the batch."""
+
+    def train(self, mode: bool = True) -> Still:
+        super().train(mode)
+        for each in (self.norm, self.inner[1]):
+            each.eval()
+        return self
+
+
+def frozen() -> None:
+    """A layer that is frozen while others are cut, and then trains again, is averaged again, as in one process."""
+    model = build()
+    wrapper = Parallel(model, find_unused_parameters=True)
+    script = Scripted({3: {"up": [1, 5]}, 5: {"up": [0]}}, regrow=False)
+    optimizer, loop = attached(wrapper, script, share(0)[0])
+    alone = build()
+    of_alone, single = attached(alone, script, batch(0)[0])
+    for step in range(8):
+        for each in (model, alone):
+            each.wide.requires_grad_(step not in (2, 3))
+            each.stem.requires_grad_(step < 4)
+        train(wrapper, optimizer, loop, range(step, step + 1), share)
+        train(alone, of_alone, single, range(step, step + 1), batch)
+    assert_same_everywhere(model, optimizer)
+    assert loop.widths == single.widths and loop.widths["up"] == 21
+    for a, b in zip(model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    readings = [each._parts.sensor.read(each._sensor_state, each.groups, 8).saliency for each in (loop, single)]
+    for name, values in readings[0].items():
+        np.testing.assert_allclose(values, readings[1][name], rtol=1e-7)
+
+
+def resume() -> None:
+    """A run on several ranks goes on bit for bit from one file, in freshly built wrappers."""
+    setpoint.loop.regrowth._PROBE_SHARE = 1.0
+
+    def start() -> dict[str, Any]:
+        model = build()
+        wrapper, ema = Parallel(model), AveragedModel(model)
+        optimizer, loop = attached(wrapper, regrowing(), share(0)[0], copies=(ema,))
+        return {"model": wrapper, "optimizer": optimizer, "loop": loop, "ema": ema}
+
+    folder = Path(everywhere(tempfile.mkdtemp())[0])
+    whole = start()
+    called = [whole[name] for name in ("model", "optimizer", "loop")]
+    train(*called, range(18), share)
+    if dist.get_rank() == 0:
+        setpoint.save_run(folder / "run", **whole)
+    dist.barrier()
+    again = start()
+    setpoint.load_run(folder / "run", **again)
+    rest = train(*called, range(18, STEPS), share)
+    assert train(*(again[name] for name in ("model", "optimizer", "loop")), range(18, STEPS), share) == rest
+    assert story(again["loop"]) == story(whole["loop"]) and len(story(whole["loop"])) > 10

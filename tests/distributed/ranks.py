@@ -1,0 +1,73 @@
+"""Lets several processes make checks together.
+
+python tests/distributed/ranks.py twin:2 twin:4 ...     what to check, and on how many ranks
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+import traceback
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import setpoint
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from distributed import checks, stops, training
+
+TIMEOUT_S, LIMIT_S = 30, 300
+
+
+def one_rank(names: list[str], rank: int, count: int, store: str) -> None:
+    """All checks on one rank, in one group, one after the other."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=count, timeout=timedelta(seconds=TIMEOUT_S)
+    )
+    for name in names:
+        getattr(stops if hasattr(stops, name) else checks, name)()
+        if name != "lost":
+            dist.barrier()
+        if rank == 0:
+            print(f"{name}:{count} came through", flush=True)
+
+
+def in_own_process(*arguments: Any) -> None:
+    """One rank in a process of its own, which ends whatever happens."""
+    try:
+        one_rank(*arguments)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    os._exit(0)
+
+
+def run(count: int, names: list[str]) -> None:
+    """Let so many ranks make these checks; none of them is left behind."""
+    fork = multiprocessing.get_context("fork")  # what this process has imported need not be imported again
+    with tempfile.TemporaryDirectory() as folder:
+        made = [fork.Process(target=in_own_process, args=(names, rank, count, f"{folder}/s")) for rank in range(count)]
+        for each in made:
+            each.start()
+        until = time.monotonic() + LIMIT_S
+        for each in made:
+            each.join(max(0.0, until - time.monotonic()))
+            each.kill()
+
+
+if __name__ == "__main__":
+    setpoint.find_groups(
+        training.build(), (training.batch(0)[0],)
+    )  # imports the rest; no gradients, which would forbid to fork
+    asked = [each.split(":") for each in sys.argv[1:]]
+    for ranks in sorted({int(count) for _, count in asked}):
+        run(ranks, [name for name, count in asked if int(count) == ranks])

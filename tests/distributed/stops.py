@@ -1,0 +1,164 @@
+"""Checks that ranks stop together, with an error that says why; each is a function that every rank runs."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
+from torch.distributed.algorithms.join import Join
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel as Parallel
+
+import setpoint
+from distributed.training import assert_same_everywhere, attached, build, everywhere, share, train
+from loop.test_regrowth import Scripted
+from setpoint.actuator import shrink as shrink_module
+
+
+def disagreement() -> None:
+    """Ranks that do not agree, or of which one fails, all raise, and can still speak with each other."""
+    rank = dist.get_rank()
+
+    def caught(error: type[BaseException], text: str, do: Callable[[], Any]) -> None:
+        try:
+            do()
+        except error as raised:
+            assert text in str(raised), raised
+        else:
+            raise AssertionError(f"no {error.__name__}: {text}")
+        assert everywhere(rank) == [0, 1]
+
+    def start(controller: Any, **settings: Any) -> tuple[Any, Any, setpoint.Loop]:
+        wrapper = Parallel(build())
+        return wrapper, *attached(wrapper, controller, share(0)[0], **settings)
+
+    never = Scripted({}, regrow=False)
+    budget = setpoint.Budget.fraction(0.5 + 0.1 * rank, of="flops")
+    caught(setpoint.RankError, "rank 1 in budgets", lambda: start(never, budget=budget))
+    bad = {"groups": ()} if rank else {}
+    error, text = (
+        (setpoint.GroupError, "nothing") if rank else (setpoint.RankError, "attach failed on rank 1 with Group")
+    )
+    caught(error, text, lambda: start(never, **bad))
+    apart = start(Scripted({3: {"up": [1 + rank]}}, regrow=False))
+    caught(setpoint.RankError, "rank 1 in plan", lambda: train(*apart, range(4), share))
+    assert apart[2].widths["up"] == 24
+    failing = start(Scripted({3: {"up": [1, 4]}, 6: {"up": [0]}}, {9: {"up": [1]}}))
+    train(*failing, range(5), share)
+    swap = shrink_module.swap
+
+    def no_memory(*args: Any) -> None:
+        raise MemoryError("of the host")
+
+    for step in (6, 9):  # a cut, and a return
+        shrink_module.swap = no_memory if rank else swap
+        text = "host" if rank else f"the cut after step {step} failed on rank 1 with MemoryError: of the host"
+        steps = range(step - 1, step)
+        caught(MemoryError if rank else setpoint.RankError, text, lambda steps=steps: train(*failing, steps, share))
+        shrink_module.swap = swap
+        assert failing[2].widths["up"] == failing[0].module.up.out_features == 22
+        failing[1].zero_grad()
+        train(*failing, range(step, step + 2), share)  # on all ranks it is as it was, and goes on
+        assert_same_everywhere(failing[0].module, failing[1])
+    assert failing[2]._regrowth.reserve.resting["up"].nonzero()[0].tolist() == [1, 4]
+
+
+def late() -> None:
+    """A rank that does not come is waited for as long as its process group says, and no longer."""
+    impatient = dist.new_group(timeout=timedelta(seconds=1))
+    wrapper = Parallel(build(), process_group=impatient)
+    optimizer, loop = attached(wrapper, Scripted({2: {"up": [1]}}, regrow=False), share(0)[0])
+    if dist.get_rank() == 1:
+        optimizer.register_step_pre_hook(lambda *args: time.sleep(3) if loop.step == 1 else None)
+    try:
+        train(wrapper, optimizer, loop, range(3), share)
+    except setpoint.RankError as error:
+        assert "a rank was lost at the reading after step 2, or has not come to it in time" in str(error)
+    else:
+        raise AssertionError("nobody was missed")
+
+
+def lost() -> None:
+    """When a process is gone, the others stop with an error that says so."""
+    wrapper = Parallel(build())
+    optimizer, loop = attached(wrapper, Scripted({3: {"up": [1]}}, regrow=False), share(0)[0])
+    if dist.get_rank() == 1:
+        optimizer.register_step_pre_hook(lambda *args: os._exit(0) if loop.step == 2 else None)
+    try:
+        train(wrapper, optimizer, loop, range(4), share)
+    except setpoint.RankError as error:
+        assert "a rank was lost at the reading after step 3" in str(error)
+    else:
+        raise AssertionError("nothing was noticed")
+
+
+def refusals() -> None:
+    """What cannot follow a cut is refused by name, before or at the first step."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer, _apply_optimizer_in_backward  # which warns at import
+
+    never, x = Scripted({}, regrow=False), share(0)[0]
+
+    def refused(text: str, model: nn.Module, error: type[Exception] = setpoint.LoopError, **settings: Any) -> None:
+        try:
+            attached(model, never, x, **settings)
+        except error as raised:
+            assert text in str(raised), raised
+        else:
+            raise AssertionError(text)
+
+    inner = build()
+    wrapper = Parallel(inner)
+    refused("give attach the wrapper", inner)
+    refused("give attach the wrapper", inner.head)
+    squared = PowerSGDState(None, matrix_approximation_rank=1)
+    wrapper.register_comm_hook(squared, powerSGD_hook)
+    refused("PowerSGD", wrapper)
+    delayed = build()
+    hooked = {"param_to_hook_all_reduce": delayed.head.weight}
+    delaying = [("head.bias", delayed.head.bias)]
+    refused("delay_all_reduce", Parallel(delayed, delay_all_reduce_named_params=delaying, **hooked))
+    behind = build()
+    _apply_optimizer_in_backward(torch.optim.SGD, behind.head.parameters(), {"lr": 0.1})
+    refused("optimizers in the backward pass", Parallel(behind))
+    refused("single weights", Parallel(build()), granularity="weight")
+    part = build()
+    part.head = Parallel(part.head)
+    refused("wrap the whole model", part)
+    sharded = build()
+    fully_shard(sharded, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    refused("fully_shard (FSDP2)", sharded)
+    shared = Parallel(build())
+    zero = ZeroRedundancyOptimizer(shared.parameters(), torch.optim.SGD, lr=0.1)
+    refused("ZeroRedundancyOptimizer", shared, setpoint.OptimizerError, optimizer=zero)
+    if dist.get_world_size() > 1:
+        memory = setpoint.Budget.fraction(0.5, of="memory")
+        refused("'memory' is not available on several ranks", Parallel(build()), setpoint.CostError, budget=memory)
+
+    def stops(text: str, model: nn.Module, optimizer: Any, loop: Any) -> None:
+        try:
+            train(model, optimizer, loop, range(1), share)
+        except setpoint.LoopError as raised:
+            assert text in str(raised), raised
+        else:
+            raise AssertionError(text)
+
+    later = build()
+    optimizer, loop = attached(later, never, x)
+    stops("wrap the model first", Parallel(later), optimizer, loop)
+    later = build()
+    optimizer, loop = attached(later, never, x)
+    fully_shard(later, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    stops("fully_shard (FSDP2)", later, optimizer, loop)
+    joined = Parallel(build())
+    optimizer, loop = attached(joined, never, x)
+    context = Join([joined])
+    stops("join()", joined, optimizer, loop)
+    del context

@@ -1,0 +1,43 @@
+"""Several ranks: they see alike, decide alike and cut alike, or all stop with an error."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("ranks.py")
+CHECKS = {
+    "twin:2": "losses, plans and weights are those of one process on the same global batches, over ten resizes",
+    "twin:4": "so they are on four ranks",
+    "goals:2": "so are the plans of a tolerance of the loss, and of learned gates",
+    "batch_norm:2": "with batch norm and uneven batches a cut run equals its masked twin on the same ranks",
+    "options:2": "static_graph, bucket views, unused parameters, hooks, compiled code: all go on after a cut",
+    "vanishing:2": "a branch that vanishes as a whole, and comes back, leaves the others averaged",
+    "frozen:2": "a layer that is frozen for a while is averaged again when it trains again",
+    "resume:2": "a run goes on bit for bit from one file",
+    "disagreement:2": "ranks that do not agree, or of which one fails, all raise",
+    "refusals:2": "what cannot follow a cut is refused by name",
+    "late:2": "a rank that does not come is waited for as long as the process group says",
+    "lost:2": "when a process is gone, the others stop with an error",
+}
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there is no fork and no gloo")
+
+
+@pytest.fixture(scope="module")
+def said() -> str:
+    """What one process said that let ranks make all the checks, one after the other; it imports everything once."""
+    command = [sys.executable, "-W", "ignore", str(SCRIPT), *CHECKS]
+    settings = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=settings)
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_ranks(check: str, said: str) -> None:
+    """Claim: what `CHECKS` and the check's own docstring say."""
+    assert f"{check} came through\n" in said, said
