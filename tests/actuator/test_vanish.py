@@ -153,7 +153,7 @@ class Staying(nn.Module):
 
 
 def test_a_branch_that_cannot_vanish_says_why() -> None:
-    """Pooling and resizing know no empty tensor, and no weight is divided by a norm of 0: a note, a least width above 0."""
+    """Pooling and resizing know no empty tensor, no weight is divided by a norm of 0: a note, a least width above 0."""
     groups = {group.name: group for group in find_groups(Staying(), (torch.randn(2, 3, 8, 8),))}
     assert groups["pooled"].min_units > 0 and groups["normed.0"].min_units > 0
     (pooled,), (normed,) = groups["pooled"].notes, groups["normed.0"].notes

@@ -127,7 +127,10 @@ def halves(groups: tuple[Group, ...]) -> dict[str, np.ndarray]:
 
 
 def _twin_error(model: nn.Module, example: Any, groups: tuple[Group, ...], keep: Keep) -> float:
-    """Largest relative difference between the cut model and its masked twin, over one more training step."""
+    """Largest relative difference between the cut model and its masked twin, over one more training step.
+
+    What further cuts add counts by its share of `FURTHER`.
+    """
     small, example = _in_float64(randomised_copy(model, groups), example)
     _without_chance(small)
     frozen = _freeze_one(small, groups)
@@ -160,10 +163,8 @@ def _twin_error(model: nn.Module, example: Any, groups: tuple[Group, ...], keep:
     for name, parameter in small.named_parameters():
         if name in got.gradients and parameter.numel() and torch.equal(parameter, before[name]):
             raise _Failed(f"the optimizer's step did not move {name}")
-    further = max(_further_errors((small, optimizer), (masked, twin_optimizer), groups, cut, keep, example))
-    if not further <= FURTHER:
-        raise _Failed(f"differs from its masked twin by {further:.2g} after further cuts")
-    return max(errors)
+    further = _further_errors((small, optimizer), (masked, twin_optimizer), groups, cut, keep, example)
+    return max([*errors, *(error * TOLERANCE / FURTHER for error in further)])
 
 
 def _further_errors(
