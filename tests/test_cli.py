@@ -39,6 +39,14 @@ def small_digits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(catalogue.TASKS, "digits", lambda data: digits(epochs=2, width=16))
 
 
+def test_python_runs_the_package() -> None:
+    """`python -m setpoint` is the same command line: it inspects a model, and its errors end with exit code 2."""
+    here = [sys.executable, "-m", "setpoint"]
+    listed = subprocess.run([*here, "--help"], capture_output=True, text=True, timeout=120, check=True)
+    assert "Usage: setpoint" in listed.stdout and "inspect" in listed.stdout
+    assert subprocess.run([*here, "nonsense"], capture_output=True, timeout=120, check=False).returncode == 2
+
+
 def invoke(*arguments: str | Path) -> Result:
     """Run the command line in this process."""
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
