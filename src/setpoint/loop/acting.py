@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +12,9 @@ from jaxtyping import Bool
 from setpoint.actuator.balance import balance_and_shrink
 from setpoint.actuator.shrink import named_tensors
 from setpoint.controller.plan import Plan
+from setpoint.groups.group import Group
 from setpoint.loop.agreement import together
+from setpoint.loop.parts import Parts
 from setpoint.loop.record import only_kept
 from setpoint.loop.regrowth import Regrowth
 from setpoint.loop.wrapper import rewrap
@@ -56,13 +58,14 @@ def _act_on_units(
     parts, account = loop._parts, loop._account
     what = f"the cut after step {loop._step}"
 
-    def agreed() -> None:
+    def agree() -> None:
         with together(parts.ranks, what):
             pass
 
     with account.resizing, together(parts.ranks, what) as facts:
         try:
-            regrown, note = _changed(loop, plan, state, reading, agreed)
+            with in_full(parts, changing(loop._groups, plan), agree) as agreed:
+                regrown, note = _changed(loop, plan, state, reading, agreed)
         finally:  # also after half of it, and after shapes came and went: gradients must not stay unsynchronised
             if parts.averaging is not None:
                 rewrap(parts.averaging)
@@ -72,6 +75,22 @@ def _act_on_units(
     parts.metering.cut()
     loop._watch.changed(loop._step, cut=plan.drops())
     return regrown, note
+
+
+def changing(groups: tuple[Group, ...], plan: Plan) -> set[str]:
+    """Names of the tensors in which units lie of the groups that lose or get some."""
+    some = {name for name, kept in plan.keep.items() if not kept.all()}
+    some |= {name for name, units in plan.grow.items() if len(units)}
+    return {part.tensor for group in groups if group.name in some for part in group.slices}
+
+
+def in_full(
+    parts: Parts, names: Collection[str], agree: Callable[[], None]
+) -> AbstractContextManager[Callable[[], None]]:
+    """Inside, these tensors can change their shape, and do so for good when what is yielded is called."""
+    if parts.sharding is None:
+        return nullcontext(agree)
+    return parts.sharding.gathered(names, parts.optimizers, agree)
 
 
 def _changed(

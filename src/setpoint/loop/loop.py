@@ -290,7 +290,8 @@ class Loop:
     # What happens at every step.
 
     def _before_step(self, grad_scale: Tensor | None) -> None:
-        check_step(self._parts.model, self._parts.averaging, first=not self._begun)
+        parts = self._parts
+        check_step(parts.model, parts.averaging, parts.sharding, first=not self._begun)
         self._begun = True
         if self._regrowth is not None:
             self._regrowth.end_probe(grad_scale)
