@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -64,11 +64,13 @@ def _act_on_units(
 
     with account.resizing, together(parts.ranks, what) as facts:
         try:
-            with in_full(parts, changing(loop._groups, plan), agree) as agreed:
+            with in_full(parts, tensors_of(loop._groups, changing(plan)), agree) as agreed:
                 regrown, note = _changed(loop, plan, state, reading, agreed)
         finally:  # also after half of it, and after shapes came and went: gradients must not stay unsynchronised
             if parts.averaging is not None:
                 rewrap(parts.averaging)
+        some = changing(plan)
+        loop._recompiling.follow(parts.model, [each for each in loop._groups if each.name in some])
         facts["shapes"] = [tuple(tensor.shape) for tensor in named_tensors(parts.model).values()]
     loop._sensing_flops = parts.sensor.flops(loop._groups, parts.model)
     account.resized(parts.costs["flops"].total(loop.widths))
@@ -77,11 +79,16 @@ def _act_on_units(
     return regrown, note
 
 
-def changing(groups: tuple[Group, ...], plan: Plan) -> set[str]:
-    """Names of the tensors in which units lie of the groups that lose or get some."""
-    some = {name for name, kept in plan.keep.items() if not kept.all()}
-    some |= {name for name, units in plan.grow.items() if len(units)}
-    return {part.tensor for group in groups if group.name in some for part in group.slices}
+def changing(plan: Plan) -> set[str]:
+    """Names of the groups that lose units or get some."""
+    return {name for name, kept in plan.keep.items() if not kept.all()} | {
+        n for n, units in plan.grow.items() if len(units)
+    }
+
+
+def tensors_of(groups: Iterable[Group], names: Collection[str]) -> set[str]:
+    """Names of the tensors in which units of these groups lie."""
+    return {part.tensor for group in groups if group.name in names for part in group.slices}
 
 
 def in_full(

@@ -6,7 +6,7 @@ import gc
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,9 @@ from setpoint.actuator.sharding import Sharding
 from setpoint.distributed import Ranks, is_sharded, is_spread
 from setpoint.errors import CostError, LoopError, OptimizerError
 from setpoint.loop.metering import METERED
+
+if TYPE_CHECKING:
+    from setpoint.loop.parts import Parts
 
 _REFUSED = ("FullyShardedDataParallel", "DataParallel")
 _BUILT_IN = "BuiltinCommHookType."
@@ -170,25 +173,24 @@ def _is_wrapped(model: nn.Module) -> bool:
     return any(model in set(each.modules()) for each in found)
 
 
-def check_step(model: nn.Module, averaging: Averaging | None, sharding: Sharding | None, first: bool) -> None:
+def check_step(parts: Parts, first: bool) -> None:
     """Check before an optimizer step that the ranks can decide together after it.
 
     Args:
-        model: the model itself.
-        averaging: its wrapper.
-        sharding: how it is spread over ranks.
+        parts: what the loop is made of.
         first: whether it is the first step of a loop.
 
     Raises:
         LoopError: inside `join()`, where ranks make different numbers of steps, or where a wrapper came later.
     """
+    model, averaging = parts.model, parts.averaging
     if averaging is not None and averaging.wrapper._join_config.enable:
         raise LoopError(
             "DistributedDataParallel.join() lets ranks make different numbers of steps, so they could not decide "
             "together: give every rank the same number of batches, as DistributedSampler does (they may differ in size)"
         )
-    if sharding is not None:
-        sharding.reshard()
+    if parts.sharding is not None:
+        parts.sharding.reshard()
     elif first and _check_plain(model):
         raise LoopError("fully_shard (FSDP2) was called on the model after attach: call it first, and attach then")
     if averaging is None and first:
