@@ -106,13 +106,22 @@ def whole_tensor(tensor: Tensor) -> Tensor:
 
 
 def rows(tensor: Tensor) -> slice:
-    """Which entries of the first dim this rank's part has: as `fully_shard` splits it, in equal parts but the last."""
-    if not is_spread(tensor):
-        return slice(0, tensor.shape[0] if tensor.dim() else 1)
-    mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
-    length, count, rank = tensor.shape[0], mesh.size(), mesh.get_local_rank()
-    each = -(-length // count)
-    return slice(min(rank * each, length), min((rank + 1) * each, length))
+    """Which entries of the first dim this rank's part of a tensor has."""
+    if is_spread(tensor):
+        return rows_of(tensor.shape[0], tensor.device_mesh)  # type: ignore[attr-defined]
+    return slice(0, tensor.shape[0] if tensor.dim() else 1)
+
+
+def rows_of(length: int, mesh: Any) -> slice:
+    """Which of so many entries `fully_shard` gives to this rank: equal parts in order, but for the last ones.
+
+    Args:
+        length: how many there are.
+        mesh: the ranks, a `DeviceMesh` of one dim.
+    """
+    each = -(-length // mesh.size())
+    first = mesh.get_local_rank() * each
+    return slice(min(first, length), min(first + each, length))
 
 
 def ranks_of(tensors: Iterable[Tensor]) -> Ranks:

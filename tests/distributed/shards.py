@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import pickle
+import shutil
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +24,9 @@ from distributed.training import STEPS, Sampled, attached, batch, build, everywh
 from loop.test_regrowth import Scripted
 from setpoint.actuator import sharding
 from setpoint.actuator import shrink as shrink_module
+from setpoint.distributed import Ranks
+from setpoint.loop import run_folder
+from setpoint.loop.tree import to_tensors
 
 HALF = setpoint.Budget.fraction(0.5, of="flops")
 DROP = {3: {"up": [1, 5], "stem": [4]}, 5: {"up": [0], "wide": [7]}}
@@ -211,6 +217,97 @@ def sharded_whole() -> None:
     optimizer.zero_grad()
     train(model, optimizer, loop, range(3, 6), share)
     assert loop.widths["inner.0"] == 2
+
+
+def sharded_resume() -> None:
+    """A run goes on bit for bit in freshly built sharded models, from a folder that each rank has written its part of,
+    while units rest and rise, with what each rank had for itself.
+    """
+    setpoint.loop.regrowth._PROBE_SHARE = 1.0
+
+    def start() -> dict[str, Any]:
+        model, ema = sharded(build()), sharded(build())
+        optimizer, loop = attached(model, regrowing(), share(0)[0], copies=(ema,))
+        return {"model": model, "optimizer": optimizer, "loop": loop, "ema": ema}
+
+    def go(parts: dict[str, Any], steps: range) -> list[float]:
+        return train(*(parts[name] for name in ("model", "optimizer", "loop")), steps, share)
+
+    folder = Path(everywhere(tempfile.mkdtemp())[0])
+    run = start()
+    for step in (7, 18):
+        go(run, range(run["loop"].step, step))
+        assert run["loop"]._regrowth.reserve.num_resting
+        setpoint.save_run(folder / f"{step}", **run, mine=f"of rank {dist.get_rank()}")
+    caught(setpoint.CheckpointError, "a folder of its own", lambda: setpoint.save_run(folder / "18", **run))
+    rest = go(run, range(18, 28))
+    for step in (7, 18):
+        again = start()
+        assert setpoint.load_run(folder / f"{step}", **again) == {"mine": f"of rank {dist.get_rank()}"}
+        assert again["loop"].step == step
+        assert go(again, range(step, 28))[-len(rest) :] == rest
+        assert story(again["loop"]) == story(run["loop"]) and len(story(run["loop"])) > 10
+        for name in ("model", "ema"):
+            for a, b in zip(again[name].parameters(), run[name].parameters(), strict=True):
+                assert torch.equal(a.to_local(), b.to_local())
+
+
+class Harmful:
+    """Leaves a trace when it is unpickled."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.trace,)
+
+
+def sharded_damage() -> None:
+    """A folder of which a byte is changed, or a file is cut short, is a clear error on all ranks, or is read as it was
+    where the byte means nothing; what is no description of a checkpoint is not unpickled; another number of ranks may
+    read what these have written.
+    """
+    folder = Path(everywhere(tempfile.mkdtemp())[0])
+    model = sharded(build())
+    optimizer, loop = attached(model, Scripted(DROP), share(0)[0])
+    train(model, optimizer, loop, range(4), share)
+    setpoint.save_run(folder / "run", model=model, optimizer=optimizer, loop=loop)
+    ranks, mesh = run_folder.spread_over({"model": model})
+
+    def read(name: str) -> dict[str, Any]:
+        spread: dict[str, Tensor] = {}
+        plain = to_tensors(run_folder.read_folder(folder / name, ranks, mesh), spread)
+        return {key: whole(value).contiguous().numpy().tobytes() for key, value in {**plain, **spread}.items()}
+
+    rng, whole_run, harmless = np.random.default_rng(0), read("run"), 0
+    files = sorted(each.name for each in (folder / "run").iterdir())
+    assert files == [".metadata", "__0_0.distcp", "__1_0.distcp"]
+    for number in range(18):
+        file, at, short = files[number % 3], rng.random(), number >= 15
+        if dist.get_rank() == 0:
+            shutil.copytree(folder / "run", folder / f"{number}")
+            contents = bytearray((folder / f"{number}" / file).read_bytes())
+            position = int(at * len(contents))
+            contents[position] ^= 255
+            (folder / f"{number}" / file).write_bytes(contents[:position] if short else contents)
+        dist.barrier()
+        try:
+            found = read(f"{number}")
+        except (setpoint.CheckpointError, setpoint.RankError):
+            continue
+        assert found == whole_run
+        harmless += 1
+    assert harmless < 9, harmless
+    if dist.get_rank() == 0:
+        (folder / "0" / ".metadata").write_bytes(pickle.dumps(Harmful(folder / "trace")))
+    dist.barrier()
+    caught(setpoint.CheckpointError, "does not belong there", lambda: read("0"))
+    assert not (folder / "trace").exists()
+    caught(setpoint.CheckpointError, "call fully_shard", lambda: setpoint.load_run(folder / "run", model=build()))
+    alone = init_device_mesh("cpu", (dist.get_world_size(), 1), mesh_dim_names=("apart", "alone"))["alone"]
+    tree = run_folder.read_folder(folder / "run", Ranks(alone.get_group()), alone)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(tree["states"]["model"][name].to_local(), parameter.full_tensor())
 
 
 def sharded_copies() -> None:

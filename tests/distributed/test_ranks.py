@@ -23,6 +23,8 @@ CHECKS = {
     "sharded_options:2": "fully_shard: resharding, mixed precision, recomputing, compiled code, hooks go on",
     "sharded_invisible:2": "fully_shard: with a budget of 1.0 it trains bit for bit as without Setpoint",
     "sharded_failures:2": "fully_shard: a cut or a return that fails on one rank is put back on all",
+    "sharded_resume:2": "fully_shard: a run goes on bit for bit from a folder that all ranks have written",
+    "sharded_damage:2": "fully_shard: a damaged folder is an error on all ranks, and nothing in it is run",
     "sharded_copies:2": "fully_shard: sharded and whole copies of the model are cut and regrown alike",
     "sharded_whole:2": "fully_shard: no group vanishes as a whole",
     "sharded_refusals:2": "fully_shard: what cannot follow a cut is refused by name",
