@@ -25,7 +25,7 @@ help:
 	@echo "make coverage-suites"
 	@echo "             cut every model of $(SUITES) into results/coverage, WORKERS=$(WORKERS) at a time"
 	@echo "make test    run the tests, the doctests and the blocks of the README"
-	@echo "make soak    kill KILLS=$(KILLS) runs and resize a model RESIZES=$(RESIZES) times: minutes to an hour"
+	@echo "make soak    kill KILLS=$(KILLS) runs and resize a model RESIZES=$(RESIZES) times, 4 ranks: minutes to an hour"
 	@echo "make check   formatting, lint, types and the layers of the imports"
 	@echo "make clean   remove .venv, caches and runs"
 
@@ -50,6 +50,7 @@ test: $(READY)
 soak: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/resized.py --count $(RESIZES)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/killed.py --count $(KILLS)
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tests/distributed/ranks.py sharded_twin:4
 
 check: $(READY)
 	$(BIN)/ruff format --check .

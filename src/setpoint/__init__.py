@@ -2,6 +2,7 @@
 
 from setpoint.actuator.regrow import regrow
 from setpoint.actuator.reserve import Reserve
+from setpoint.actuator.sharding import whole
 from setpoint.actuator.shrink import shrink
 from setpoint.checkpoint import load, save
 from setpoint.controller.adaptive import AdaptiveController
@@ -102,4 +103,5 @@ __all__ = [
     "save",
     "save_run",
     "shrink",
+    "whole",
 ]

@@ -1,7 +1,8 @@
-"""The ranks that train copies of one model together: the mean over them, and what each has to say."""
+"""The ranks that train one model together: mean and sum over them, what each has to say, and which part each has."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, final
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from jaxtyping import Float64
+from torch import Tensor, nn
 
 _MESSAGE_BYTES = 1024
 """Length of a message; each rank sends as much, so that nobody has to know how long the others' are."""
@@ -17,9 +19,9 @@ _MESSAGE_BYTES = 1024
 @final
 @dataclass(frozen=True, eq=False)
 class Ranks:
-    """The processes of a process group, each with a copy of the model; a process that trains alone has no group.
+    """The processes of a group, each with a copy or a shard of the model; a process that trains alone has no group.
 
-    Both methods are collective: every rank calls them, in the same order. A rank that is lost makes them raise a
+    All methods are collective: every rank calls them, in the same order. A rank that is lost makes them raise a
     `RuntimeError` on the others, at once or when the time-out of the group is over.
 
     Args:
@@ -56,6 +58,18 @@ class Ranks:
         mean: np.ndarray = total.cpu().numpy() / self.count
         return mean
 
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over ranks of each entry, by one all-reduce; on all ranks the same to the last bit.
+
+        Args:
+            values: of one shape on every rank.
+        """
+        if self.count == 1:
+            return values
+        total = values.to(self.device, copy=True)
+        dist.all_reduce(total, group=self.group)
+        return total.to(values.device)
+
     def hear(self, message: str) -> list[str]:
         """What every rank says, in the order of ranks; a message is cut to 1024 bytes.
 
@@ -69,3 +83,50 @@ class Ranks:
         heard = [torch.empty_like(own) for _ in range(self.count)]
         dist.all_gather(heard, own, group=self.group)
         return [bytes(each.cpu().numpy()).rstrip(b"\0").decode(errors="ignore") for each in heard]
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether `fully_shard` was called on this module."""
+    return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
+
+
+def is_spread(tensor: Tensor) -> bool:
+    """Whether a tensor lies on several ranks in parts: a DTensor."""
+    return hasattr(tensor, "device_mesh")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor that lies on several, without a copy; any other tensor as it is."""
+    return tensor.to_local() if is_spread(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """All of a tensor that lies on several ranks, of which each must ask; any other tensor as it is."""
+    return tensor.full_tensor() if is_spread(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def rows(tensor: Tensor) -> slice:
+    """Which entries of the first dim this rank's part of a tensor has."""
+    if is_spread(tensor):
+        return rows_of(tensor.shape[0], tensor.device_mesh)  # type: ignore[attr-defined]
+    return slice(0, tensor.shape[0] if tensor.dim() else 1)
+
+
+def rows_of(length: int, mesh: Any) -> slice:
+    """Which of so many entries `fully_shard` gives to this rank: equal parts in order, but for the last ones.
+
+    Args:
+        length: how many there are.
+        mesh: the ranks, a `DeviceMesh` of one dim.
+    """
+    each = -(-length // mesh.size())
+    first = mesh.get_local_rank() * each
+    return slice(min(first, length), min(first + each, length))
+
+
+def ranks_of(tensors: Iterable[Tensor]) -> Ranks:
+    """The ranks over which the first of these tensors that is spread lies; this process alone where none is."""
+    for each in tensors:
+        if is_spread(each):
+            return Ranks(each.device_mesh.get_group(), local(each.detach()).device)  # type: ignore[attr-defined]
+    return Ranks()

@@ -43,6 +43,8 @@ class Entry:
         gain: probed gain of the units brought back, by group, in the order of `grown`.
         grown_worth: gain / cost of their blocks, by group, in the order of `grown`.
         probing_seconds: time spent on probing since the last entry.
+        recompiles: how often compiled code was compiled again since the last entry, after the first cut.
+        recompiling_seconds: time that took.
         num_dropped: where units are single weights, how many went, by group; they are not listed one by one.
         num_grown: likewise, how many came in.
     """
@@ -69,6 +71,8 @@ class Entry:
     gain: Mapping[str, list[float]] = field(default_factory=dict)
     grown_worth: Mapping[str, list[float]] = field(default_factory=dict)
     probing_seconds: float = 0.0
+    recompiles: int = 0
+    recompiling_seconds: float = 0.0
     num_dropped: Mapping[str, int] = field(default_factory=dict)
     num_grown: Mapping[str, int] = field(default_factory=dict)
 

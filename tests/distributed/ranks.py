@@ -21,7 +21,7 @@ import torch.distributed as dist
 import setpoint
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from distributed import checks, stops, training
+from distributed import checks, shards, stops, training
 
 TIMEOUT_S, LIMIT_S = 30, 300
 
@@ -33,7 +33,7 @@ def one_rank(names: list[str], rank: int, count: int, store: str) -> None:
         "gloo", init_method=f"file://{store}", rank=rank, world_size=count, timeout=timedelta(seconds=TIMEOUT_S)
     )
     for name in names:
-        getattr(stops if hasattr(stops, name) else checks, name)()
+        next(getattr(each, name) for each in (stops, checks, shards) if hasattr(each, name))()
         if name != "lost":
             dist.barrier()
         if rank == 0:
@@ -51,8 +51,8 @@ def in_own_process(*arguments: Any) -> None:
     os._exit(0)
 
 
-def run(count: int, names: list[str]) -> None:
-    """Let so many ranks make these checks; none of them is left behind."""
+def run(count: int, names: list[str]) -> bool:
+    """Let so many ranks make these checks; none of them is left behind. Whether all came through."""
     fork = multiprocessing.get_context("fork")  # what this process has imported need not be imported again
     with tempfile.TemporaryDirectory() as folder:
         made = [fork.Process(target=in_own_process, args=(names, rank, count, f"{folder}/s")) for rank in range(count)]
@@ -62,6 +62,8 @@ def run(count: int, names: list[str]) -> None:
         for each in made:
             each.join(max(0.0, until - time.monotonic()))
             each.kill()
+            each.join()
+        return not any(each.exitcode for each in made)
 
 
 if __name__ == "__main__":
@@ -69,5 +71,6 @@ if __name__ == "__main__":
         training.build(), (training.batch(0)[0],)
     )  # imports the rest; no gradients, which would forbid to fork
     asked = [each.split(":") for each in sys.argv[1:]]
-    for ranks in sorted({int(count) for _, count in asked}):
-        run(ranks, [name for name, count in asked if int(count) == ranks])
+    counts = sorted({int(count) for _, count in asked})
+    came_through = [run(ranks, [name for name, count in asked if int(count) == ranks]) for ranks in counts]
+    sys.exit(0 if all(came_through) else 1)

@@ -13,8 +13,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.distributed.algorithms.join import Join
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel as Parallel
 
 import setpoint
@@ -132,9 +130,6 @@ def refusals() -> None:
     part = build()
     part.head = Parallel(part.head)
     refused("wrap the whole model", part)
-    sharded = build()
-    fully_shard(sharded, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
-    refused("fully_shard (FSDP2)", sharded)
     shared = Parallel(build())
     zero = ZeroRedundancyOptimizer(shared.parameters(), torch.optim.SGD, lr=0.1)
     refused("ZeroRedundancyOptimizer", shared, setpoint.OptimizerError, optimizer=zero)
@@ -153,10 +148,6 @@ def refusals() -> None:
     later = build()
     optimizer, loop = attached(later, never, x)
     stops("wrap the model first", Parallel(later), optimizer, loop)
-    later = build()
-    optimizer, loop = attached(later, never, x)
-    fully_shard(later, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
-    stops("fully_shard (FSDP2)", later, optimizer, loop)
     joined = Parallel(build())
     optimizer, loop = attached(joined, never, x)
     context = Join([joined])

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel as Parallel
 
 import setpoint
@@ -80,6 +81,8 @@ def train(
         losses.append(0.0)
         for number, (some, labels) in enumerate(zip(x.chunk(parts), y.chunk(parts), strict=True), 1):
             unsynchronised = isinstance(model, Parallel) and number < parts
+            if isinstance(model, FSDPModule):
+                model.set_requires_gradient_sync(number == parts)
             with model.no_sync() if unsynchronised else nothing():
                 loss = nn.functional.cross_entropy(model(some), labels) / parts
                 loss.backward()

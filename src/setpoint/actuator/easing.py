@@ -12,6 +12,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from setpoint.actuator.shrink import named_tensors, unwrapped
+from setpoint.distributed import is_spread, local, rows
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group
 
@@ -22,19 +23,31 @@ class _Share:
 
     Args:
         module: 0 for the model, else the number of the copy, from 1.
-        name: of the tensor.
-        tensor: itself.
+        holder: that module.
+        name: of the tensor in it.
         dim: the dim along which units lie.
         entries: of the units that have come back.
         share: what each step adds to them.
     """
 
     module: int
+    holder: nn.Module
     name: str
-    tensor: Tensor
     dim: int
     entries: Tensor
     share: Tensor
+
+    def add(self, count: int) -> None:
+        """Give so many shares, of a tensor that lies on several ranks to this rank's part of it."""
+        owner, _, key = self.name.rpartition(".")
+        tensor: Tensor = getattr(self.holder.get_submodule(owner), key)
+        mine, entries, share = rows(tensor), self.entries, self.share
+        if is_spread(tensor) and self.dim == 0:
+            here = (entries >= mine.start) & (entries < mine.stop)
+            entries, share = entries[here] - mine.start, share[here]
+        elif is_spread(tensor):
+            share = share[mine]
+        local(tensor).index_add_(self.dim, entries, share, alpha=count)
 
 
 class Easing:
@@ -87,7 +100,7 @@ class Easing:
                 with torch.no_grad():
                     share = tensor.index_select(dim, entries) / num_steps
                     tensor.index_fill_(dim, entries, 0)
-                self._shares.append(_Share(number, name, tensor, dim, entries, share))
+                self._shares.append(_Share(number, module, name, dim, entries, share))
 
     def state_dict(self) -> dict[str, Any]:
         """What is still to come, in plain tensors and numbers."""
@@ -109,9 +122,10 @@ class Easing:
         easing = cls(model, (), {}, num_steps=state["left"])
         modules = (model, *unwrapped([each["tensor"] for each in state["shares"]], model, copies))
         for each in state["shares"]:
-            tensor = named_tensors(modules[each["module"]])[each["tensor"]]
-            entries, share = each["entries"].to(tensor.device), each["share"].to(tensor.device)
-            easing._shares.append(_Share(each["module"], each["tensor"], tensor, each["dim"], entries, share))
+            module = modules[each["module"]]
+            device = named_tensors(module)[each["tensor"]].device
+            entries, share = each["entries"].to(device), each["share"].to(device)
+            easing._shares.append(_Share(each["module"], module, each["tensor"], each["dim"], entries, share))
         return easing
 
     @staticmethod
@@ -149,6 +163,6 @@ class Easing:
     def _add(self, count: int) -> bool:
         with torch.no_grad():
             for each in self._shares:
-                each.tensor.index_add_(each.dim, each.entries, each.share, alpha=count)
+                each.add(count)
         self._left -= count
         return self._left == 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from setpoint.actuator.cut import SizePlace, cut_groups
+from setpoint.actuator.piece import brackets
 from setpoint.actuator.regrow import Grow, enlarge, new_sizes, with_units
 from setpoint.actuator.reserve import Key, Reserve, corner
 from setpoint.actuator.shrink import named_tensors
 from setpoint.actuator.sizes import apply_sizes
+from setpoint.distributed import is_spread, whole_tensor
 from setpoint.groups.group import Group
 from setpoint.groups.vanish import EmptyForward
 from setpoint.sensor.unit_sum import UnitSum
@@ -59,6 +61,9 @@ class Probing:
     backward pass would give another scale than the sensor's: the factor is found by comparing the
     gradients of the smallest parameters as they came with what is there before the step.
 
+    Where `fully_shard` has spread the model over ranks, a parameter is exchanged while it is whole on each of them,
+    which is from just before to just after the forward pass of its module.
+
     An interrupt in the middle of a forward pass leaves wide tensors in place until `stop`.
 
     Args:
@@ -81,7 +86,11 @@ class Probing:
         tables: list[dict[str, Any]] = []
         for module in model.modules():
             tables += [module._parameters, module._buffers]
-        self._places = [(t, key, tensor) for t in tables for key, tensor in t.items() if id(tensor) in self._wide]
+        places = [(t, key, tensor) for t in tables for key, tensor in t.items() if id(tensor) in self._wide]
+        self._places = [each for each in places if not is_spread(each[2])]
+        self._brackets = brackets(model)
+        self._whole: dict[nn.Module, list[tuple[dict[str, Any], str, Tensor]]] = {}
+        self._watched: set[int] = set()
         self._sizes = _counts(model, reserve, active, grow)
         self._gains: dict[str, Tensor] = {}
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.numel()]
@@ -95,8 +104,13 @@ class Probing:
         self._handles = [
             register_module_forward_pre_hook(self._ahead),
             register_module_forward_hook(self._behind, always_call=True),
-            *(p.register_hook(partial(self._watch, id(p))) for p in self._sentinels),  # type: ignore[no-untyped-call]
+            *(p.register_hook(partial(self._watch, id(p))) for p in self._sentinels if not is_spread(p)),  # type: ignore[no-untyped-call]
         ]
+        for module, parameters in self._brackets:
+            self._handles += [
+                module.register_forward_pre_hook(partial(self._whole_begins, parameters)),
+                module.register_forward_hook(self._whole_ends, prepend=True, always_call=True),
+            ]
 
     def stop(self) -> None:
         """They no longer are; may be called again."""
@@ -145,7 +159,7 @@ class Probing:
         seen = [(came, p.grad) for p in self._sentinels if (came := self._as_they_came.get(id(p))) is not None]
         if not seen or not self._gains:
             return None
-        products = [(came * now.double()).sum() for came, now in seen if now is not None]
+        products = [(came * whole_tensor(now).double()).sum() for came, now in seen if now is not None]
         factor = sum(products) / torch.stack([came.square().sum() for came, _ in seen]).sum()
         factor = factor if grad_scale is None else factor / grad_scale
         found = {}
@@ -186,7 +200,30 @@ class Probing:
         if module is self._model:
             self._restore()
 
+    def _whole_begins(
+        self, parameters: Sequence[tuple[dict[str, Any], str, Tensor]], module: nn.Module, _: Any
+    ) -> None:
+        """A module's parameters are whole from now on: put the wide ones in their place."""
+        if self._undo is None:
+            return
+        sentinels = {id(each) for each in self._sentinels}
+        for table, key, parameter in parameters:
+            live = table[key]
+            if id(parameter) in sentinels and id(live) not in self._watched:
+                self._watched.add(id(live))
+                self._handles.append(live.register_hook(partial(self._watch, id(parameter))))
+            if id(parameter) in self._wide:
+                self._whole.setdefault(module, []).append((table, key, live))
+                table[key] = self._filled(self._wide[id(parameter)], live)
+
+    def _whole_ends(self, module: nn.Module, *_: Any) -> None:
+        """They no longer are: put the live ones back."""
+        for table, key, live in self._whole.pop(module, []):
+            table[key] = live
+
     def _restore(self) -> None:
+        for module in tuple(self._whole):
+            self._whole_ends(module)
         undo, self._undo = self._undo, None
         if undo is not None:
             undo.close()
@@ -198,10 +235,12 @@ class Probing:
                 tensor.copy_(wide[self._wide[id(tensor)].index])
 
     def _fill(self, tensor: Tensor) -> Tensor:
-        wide = self._wide[id(tensor)]
+        return self._filled(self._wide[id(tensor)], tensor)
+
+    def _filled(self, wide: _Wide, tensor: Tensor) -> Tensor:
         if tensor.requires_grad:
             return _Embed.apply(tensor, wide.base, wide.index, partial(self._note, wide))  # type: ignore[no-any-return, no-untyped-call]
-        filled = wide.base.clone()
+        filled = wide.base.to(tensor.dtype, copy=True)
         filled[wide.index] = tensor
         return filled
 
@@ -225,7 +264,7 @@ class _Embed(torch.autograd.Function):
         ctx: Any, live: Tensor, base: Tensor, index: tuple[Tensor, ...], note: Callable[[Tensor], None]
     ) -> Tensor:
         ctx.index, ctx.note = index, note
-        wide = base.clone()
+        wide = base.to(live.dtype, copy=True)  # which a mixed-precision policy may have chosen
         wide[index] = live.detach()
         return wide
 
@@ -246,7 +285,9 @@ def _widened(
     found = []
     for name in sorted(names):
         tensor = tensors[name]
-        base = enlarge(reserve, Key("model", name), tensor, known[name], live[name], larger[name])
+        # What is live is filled in later; so a tensor that lies on several ranks need not be asked for.
+        like = torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device) if is_spread(tensor) else tensor
+        base = enlarge(reserve, Key("model", name), like, known[name], live[name], larger[name])
         weights = []
         for group in groups:
             for part in group.slices if group.name in came else ():

@@ -11,7 +11,8 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from setpoint.errors import ExportError
+from setpoint.distributed import is_sharded
+from setpoint.errors import ExportError, LoopError
 from setpoint.groups.atoms import Atoms
 from setpoint.groups.bind import bind
 from setpoint.groups.build import OwnDim, build
@@ -68,6 +69,11 @@ class Trace:
 
 def trace(model: nn.Module, example: Example) -> Trace:
     """Export `model` on `example`: groups as `find_groups` gives them, with what they cost and what is frozen."""
+    if any(map(is_sharded, model.modules())):
+        raise LoopError(
+            "groups are found in a whole model: call find_groups before fully_shard, or inside `with "
+            "setpoint.whole(model):` on every rank"
+        )
     with untouched_chance(model):
         return _trace(model, example)
 
@@ -140,6 +146,7 @@ def find_groups(model: nn.Module, example: Example) -> tuple[Group, ...]:
     Raises:
         ExampleError: the model does not accept the example.
         ExportError: the forward cannot be exported; the message names the line.
+        LoopError: `fully_shard` has spread the model over ranks.
 
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> [(group.name, group.num_units, group.what) for group in find_groups(model, (torch.zeros(1, 4),))]

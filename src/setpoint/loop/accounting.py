@@ -30,6 +30,8 @@ class Account:
         self.probing_flops = 0.0
         self.probed_steps = 0
         self._probed = False
+        self.recompiles = 0
+        self.recompiling_seconds = 0.0
         self.step_flops = step_flops
         self.train_flops = verification_flops
         self.overhead_flops = verification_flops
@@ -37,7 +39,8 @@ class Account:
         self.steps = StepMeter()
         self._segments: list[Segment] = []
         self._steps_in_segment = 0
-        self._sensing_noted = self._probing_noted = 0.0
+        self._sensing_noted = self._probing_noted = self._recompiling_noted = 0.0
+        self._recompiles_noted = 0
         self._attached = time.perf_counter()
 
     @property
@@ -49,7 +52,7 @@ class Account:
     def overhead_seconds(self) -> float:
         """Setpoint's own seconds so far."""
         watches = (self.attach, self.sensing, self.deciding, self.resizing)
-        return sum(watch.seconds for watch in watches) + self.probing_seconds
+        return sum(watch.seconds for watch in watches) + self.probing_seconds + self.recompiling_seconds
 
     @property
     def probing_seconds(self) -> float:
@@ -68,6 +71,11 @@ class Account:
         self.probing_flops += flops
         self.probed_steps += 1
         self._probed = True
+
+    def recompiled(self, seconds: float, count: int = 1) -> None:
+        """Count what was compiled again because sizes had changed."""
+        self.recompiles += count
+        self.recompiling_seconds += seconds
 
     def stepped(self) -> None:
         """Count one optimizer step at the present widths."""
@@ -100,6 +108,12 @@ class Account:
         """Seconds spent on probing since the last call."""
         before, self._probing_noted = self._probing_noted, self.probing_seconds
         return self.probing_seconds - before
+
+    def new_recompiles(self) -> tuple[int, float]:
+        """How often code was compiled again since the last call, and the seconds."""
+        count, seconds = self.recompiles - self._recompiles_noted, self.recompiling_seconds - self._recompiling_noted
+        self._recompiles_noted, self._recompiling_noted = self.recompiles, self.recompiling_seconds
+        return count, seconds
 
     def state_dict(self) -> dict[str, Any]:
         """All that was counted so far, in plain numbers."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +12,9 @@ from jaxtyping import Bool
 from setpoint.actuator.balance import balance_and_shrink
 from setpoint.actuator.shrink import named_tensors
 from setpoint.controller.plan import Plan
+from setpoint.groups.group import Group
 from setpoint.loop.agreement import together
+from setpoint.loop.parts import Parts
 from setpoint.loop.record import only_kept
 from setpoint.loop.regrowth import Regrowth
 from setpoint.loop.wrapper import rewrap
@@ -56,22 +58,46 @@ def _act_on_units(
     parts, account = loop._parts, loop._account
     what = f"the cut after step {loop._step}"
 
-    def agreed() -> None:
+    def agree() -> None:
         with together(parts.ranks, what):
             pass
 
     with account.resizing, together(parts.ranks, what) as facts:
         try:
-            regrown, note = _changed(loop, plan, state, reading, agreed)
+            with in_full(parts, tensors_of(loop._groups, changing(plan)), agree) as agreed:
+                regrown, note = _changed(loop, plan, state, reading, agreed)
         finally:  # also after half of it, and after shapes came and went: gradients must not stay unsynchronised
             if parts.averaging is not None:
                 rewrap(parts.averaging)
+        some = changing(plan)
+        loop._recompiling.follow(parts.model, [each for each in loop._groups if each.name in some])
         facts["shapes"] = [tuple(tensor.shape) for tensor in named_tensors(parts.model).values()]
     loop._sensing_flops = parts.sensor.flops(loop._groups, parts.model)
     account.resized(parts.costs["flops"].total(loop.widths))
     parts.metering.cut()
     loop._watch.changed(loop._step, cut=plan.drops())
     return regrown, note
+
+
+def changing(plan: Plan) -> set[str]:
+    """Names of the groups that lose units or get some."""
+    return {name for name, kept in plan.keep.items() if not kept.all()} | {
+        n for n, units in plan.grow.items() if len(units)
+    }
+
+
+def tensors_of(groups: Iterable[Group], names: Collection[str]) -> set[str]:
+    """Names of the tensors in which units of these groups lie."""
+    return {part.tensor for group in groups if group.name in names for part in group.slices}
+
+
+def in_full(
+    parts: Parts, names: Collection[str], agree: Callable[[], None]
+) -> AbstractContextManager[Callable[[], None]]:
+    """Inside, these tensors can change their shape, and do so for good when what is yielded is called."""
+    if parts.sharding is None:
+        return nullcontext(agree)
+    return parts.sharding.gathered(names, parts.optimizers, agree)
 
 
 def _changed(

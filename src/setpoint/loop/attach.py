@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from setpoint.actuator.optimizer_state import check_optimizer, check_trains
+from setpoint.actuator.optimizer_state import as_sequence, check_optimizer, check_trains
 from setpoint.actuator.verify import failing_groups, few_rows, verify_probe
 from setpoint.controller.exchanging import ExchangingController
 from setpoint.controller.plan import Controller, regrows
@@ -42,7 +43,7 @@ from setpoint.loop.parts import Parts
 from setpoint.loop.replica import Replica
 from setpoint.loop.state import run_of
 from setpoint.loop.target import Target, check_budgets, check_reachable
-from setpoint.loop.wrapper import Wrapped, check_shared, unwrap
+from setpoint.loop.wrapper import Wrapped, check_reads, check_shared, unwrap
 from setpoint.meter import StepMeter, Stopwatch
 from setpoint.sensor.chain import SensorChain
 from setpoint.sensor.hankel import HankelSensor
@@ -80,7 +81,7 @@ def attach(
 
     Args:
         model: the model; a `torch.compile`d one is fine, and so is one in `DistributedDataParallel`: give the
-            wrapper, on every rank.
+            wrapper, on every rank; and one that `fully_shard` has spread over ranks.
         optimizer: the optimizer that trains it, or several that each step once per training step
             (Setpoint senses before the first of them and acts after the last).
         budget: what spending per optimizer step, or of the whole run, is held to; several budgets, each of another
@@ -134,9 +135,10 @@ def attach(
     >>> loop.summary.landed, loop.summary.spent["params"] <= loop.summary.limit["params"]
     (True, True)
     """
-    watch, wrapped = Stopwatch(synchronize=True), unwrap(model)
-    inner, ranks = wrapped.model, wrapped.ranks
-    with watch, untouched_chance(inner), together(ranks, "attach") as facts:
+    watch, wrapped = Stopwatch(synchronize=True), unwrap(model, copies)
+    inner, ranks, sharding = wrapped.model, wrapped.ranks, wrapped.sharding
+    plain = nullcontext() if sharding is None else sharding.whole(as_sequence(optimizer))
+    with watch, plain, untouched_chance(inner), together(ranks, "attach") as facts:
         _check_free(inner)
         goal = budget if isinstance(budget, (Price, Tolerance)) else None
         budgets = () if isinstance(budget, (Price, Tolerance)) else check_budgets(budget)
@@ -148,21 +150,26 @@ def attach(
             raise ValueError("give the reference to the controller, or leave the controller to attach: not both")
         optimizers = _check_arguments(inner, optimizer, total_steps)
         resources = {each.resource for each in (*budgets, goal) if each}
-        check_shared(ranks, resources, optimizers)
+        check_shared(wrapped, resources, optimizers)
         samples = _num_samples(example) * ranks.count if num_samples is None else num_samples
         if form is not None:
-            if wrapped.averaging is not None:
+            if wrapped.averaging is not None or sharding is not None:
                 raise LoopError(
-                    "single weights are not masked inside DistributedDataParallel in this version: train in one "
-                    "process, or leave granularity at whole units"
+                    "single weights are not masked inside DistributedDataParallel or fully_shard in this version: "
+                    "train in one process, or leave granularity at whole units"
                 )
             sensor = WeightTaylorSensor(samples) if sensor is None else sensor
             check_run(goal, budgets, controller, sensor)
             material = weight_material(inner, optimizers, example, form, groups, copies, sensor)
         else:
             found = trace(inner, example)
-            sensor = _default_sensor(inner, found.groups, example, samples) if sensor is None else sensor
-            active, frozen = _select(inner, found, groups, sensor, allow_lossy, alone=ranks.count == 1)
+            alone = ranks.count == 1 and sharding is None
+            if sensor is None:
+                sensor = _default_sensor(inner, found.groups, example, samples) if alone else TaylorSensor(samples)
+            check_reads(wrapped, sensor)
+            active, frozen = _select(inner, found, groups, sensor, allow_lossy, alone)
+            if sharding is not None:  # FSDP takes no parameter without entries, so no group may vanish
+                active = tuple(replace(each, min_units=max(each.min_units, each.multiple_of)) for each in active)
             material = _unit_material(inner, optimizers, example, found, active, frozen, copies, verify)
             _warn_of_unreached(inner, found, material.groups)
             if regrows(controller):
@@ -204,6 +211,7 @@ def attach(
             reserve_bytes=reserve_bytes,
             ranks=ranks,
             averaging=wrapped.averaging,
+            sharding=sharding,
             sparsity=material.sparsity,
         )
         check_runs(parts, account, active, 0)

@@ -75,6 +75,8 @@ def summarise(
         dropped_units=len(drops),
         regrown_units=len(return_counts(ledger)),
         dropped_again=sum(count > 1 for count in drops.values()),
+        recompiles=account.recompiles,
+        recompiling_seconds=account.recompiling_seconds,
         limit_run={name: run.limit(total_steps) for name, run in parts.target.runs.items()},
         spent_run={name: account.train_flops for name in parts.target.runs},
         gave_way=f"{gave_way}; {'the budget was met' if landed else 'the budget was missed'}" if gave_way else "",

@@ -30,6 +30,7 @@ from setpoint.loop.explanation import Explanation, explain
 from setpoint.loop.hooks import StepHooks
 from setpoint.loop.parts import Parts
 from setpoint.loop.planning import metered_at, observation_of, planned
+from setpoint.loop.recompiling import Recompiling
 from setpoint.loop.record import entry_of, only_kept, refusal, spread, with_drops, with_returns
 from setpoint.loop.regrowth import Regrowth
 from setpoint.loop.state import check_loading, resume, state_of
@@ -71,8 +72,7 @@ class Loop:
         self._controller_state = parts.controller.init(parts.groups)
         self._sensing_flops = parts.sensor.flops(parts.groups, parts.model)
         self._ledger = Ledger(parts.header)
-        self._step = 0
-        self._skipped = 0
+        self._step = self._skipped = self._again = 0
         self._begun = self._overdue = self._landed = self._finished = False
         self._reading: Reading | None = None
         self._plan: Plan | None = None
@@ -80,8 +80,8 @@ class Loop:
         self._summary: Summary | None = None
         self._metered: dict[str, float] = {}
         self._watch = LossWatch()
-        self._again = 0
         self._regrowth = Regrowth(parts, account) if regrows(parts.controller) else None
+        self._recompiling = Recompiling(account, len(parts.groups))
         self._hooks = StepHooks(parts.optimizers, self._before_step, self._after_step, partial(check_loading, parts))
         ATTACHED.add(parts.model)
         account.steps.begin()
@@ -271,6 +271,7 @@ class Loop:
         """Take the hooks away and leave the model as it is; may be called again."""
         self._hooks.remove()
         self._parts.metering.stop()
+        self._recompiling.stop()
         if self._regrowth is not None:
             self._regrowth.stop()
         if self._weights is not None:
@@ -290,7 +291,7 @@ class Loop:
     # What happens at every step.
 
     def _before_step(self, grad_scale: Tensor | None) -> None:
-        check_step(self._parts.model, self._parts.averaging, first=not self._begun)
+        check_step(self._parts, first=not self._begun)
         self._begun = True
         if self._regrowth is not None:
             self._regrowth.end_probe(grad_scale)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from setpoint.actuator.sharding import Sharding
 from setpoint.controller.plan import Controller
 from setpoint.cost.cost import Cost
 from setpoint.cost.weights import WeightFlops
@@ -51,8 +52,9 @@ class Parts:
         total_steps: optimizer steps of the run.
         header: the ledger's header.
         reserve_bytes: host memory for units that may come back, where the controller brings any back; None: no limit.
-        ranks: the processes that train copies of the model together.
+        ranks: the processes that train the model together.
         averaging: what averages their gradients, where there is any; it must follow every change of sizes.
+        sharding: how the model is spread over them, where it is; it must be gathered for every change of sizes.
         sparsity: where units are single weights; None where whole units are cut.
     """
 
@@ -70,4 +72,5 @@ class Parts:
     reserve_bytes: int | None = None
     ranks: Ranks = field(default_factory=Ranks)
     averaging: Averaging | None = None
+    sharding: Sharding | None = None
     sparsity: Sparsity | None = None

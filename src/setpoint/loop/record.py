@@ -63,6 +63,7 @@ def entry_of(
     target, widths = parts.target, widths_of(groups)
     spent = spending(parts.costs, widths)
     reference = target.spread(plan.reference, before) if plan else {}
+    recompiles, recompiling_seconds = account.new_recompiles()
     expected = {name: target.expected(name, widths) for name in reference if name in spent}
     return Entry(
         step=step,
@@ -77,6 +78,8 @@ def entry_of(
         price=target.spread(plan.price, before, price=True) if plan else {},
         sensing_seconds=account.new_sensing_seconds(),
         probing_seconds=account.new_probing_seconds(),
+        recompiles=recompiles,
+        recompiling_seconds=recompiling_seconds,
         deciding_seconds=account.deciding.last_seconds,
         resizing_seconds=account.resizing.last_seconds if plan is not None and plan.step == step else 0.0,
     )

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float64, Int
 from torch import Tensor
 
+from setpoint.actuator.cut import cut_groups
 from setpoint.actuator.easing import Easing
 from setpoint.actuator.probing import Probing
 from setpoint.actuator.regrow import Grow, regrow, with_units
@@ -223,11 +224,18 @@ class Regrowth:
         If `agreed` raises, they stay where they were.
         """
         self.settle()
+        active = with_units(self.reserve, plan.grow)
+        regrown = {n: np.isin(np.flatnonzero(active[n]), units) for n, units in plan.grow.items() if len(units)}
+        larger, rising = cut_groups(self.reserve.groups, active), []
+
+        def rise() -> None:
+            rising.append(Easing(self._model, larger, regrown, _EASE_STEPS, self._copies))
+            agreed()
+
         groups, self.reserve = regrow(
-            self._model, self._optimizers, groups, self.reserve, plan.grow, self._copies, agreed=agreed
+            self._model, self._optimizers, groups, self.reserve, plan.grow, self._copies, agreed=rise
         )
-        regrown = {name: np.isin(self.origin[name], units) for name, units in plan.grow.items() if len(units)}
-        self._easing = Easing(self._model, groups, regrown, _EASE_STEPS, self._copies)
+        (self._easing,) = rising
         return groups, regrown
 
     def ease(self) -> None:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from setpoint.checkpoint import damaged, digest, read_file, write_file
 from setpoint.errors import CheckpointError
 from setpoint.loop.loop import Loop
+from setpoint.loop.run_folder import read_folder, spread_over, write_folder
 from setpoint.loop.tree import from_tensors, to_tensors
 from setpoint.loop.wrapper import unwrapped
 
@@ -25,6 +26,9 @@ _KEY = "setpoint_run"
 
 def save_run(path: str | os.PathLike[str], **parts: Any) -> None:
     """Write a training run to one safetensors file with a digest: loop, model, optimizers, and what else is given.
+
+    Where a model among the parts is spread over ranks by `fully_shard`, all ranks call this, and `path` is a folder
+    that does not exist yet: `torch.distributed.checkpoint` writes each rank's parts, and plain data of each rank.
 
     The write is atomic: under `path` there is either the old file or the whole new one, even if the process is
     killed or the disk is full. Nothing in the file is ever run as code when it is read.
@@ -48,6 +52,10 @@ def save_run(path: str | os.PathLike[str], **parts: Any) -> None:
     _check_complete(parts)
     states = {name: part.state_dict() for name, part in parts.items() if hasattr(part, "state_dict")}
     values = {name: part for name, part in parts.items() if name not in states}
+    ranks, mesh = spread_over(parts)
+    if mesh is not None:
+        write_folder(Path(path), {"states": states, "values": values}, ranks)
+        return
     tensors = to_tensors({"states": states, "values": values})
     text = json.dumps({"format": FORMAT, "sha256": digest(tensors, str(FORMAT))})
     write_file(Path(path), tensors, {_KEY: text})
@@ -59,15 +67,26 @@ def load_run(path: str | os.PathLike[str], **parts: Any) -> dict[str, Any]:
     Build model, optimizer and the rest as at the beginning of the run, attach, and load. The loop comes first,
     whatever the order of the arguments: it shrinks model, optimizers and copies to the widths that they had.
 
+    A folder of a sharded run is read by all ranks, of which there may be more or fewer than when it was saved.
+
     Args:
-        path: the file.
+        path: the file or folder.
         parts: the parts that have a state, by the names under which they were saved.
 
     Raises:
         CheckpointError: when there is no such file, it is damaged, of another format or another run, or the parts are
             not those that were saved. Digest, names and the loop's state are checked before anything is changed.
     """
-    states, values = _read(Path(path))
+    ranks, mesh = spread_over(parts)
+    if mesh is not None:
+        tree = read_folder(Path(path), ranks, mesh)
+        states, values = dict(tree["states"]), dict(tree["values"])
+    elif Path(path).is_dir():
+        raise CheckpointError(
+            f"{str(path)!r} is the folder of a sharded run: call fully_shard on the model, on every rank"
+        )
+    else:
+        states, values = _read(Path(path))
     _check_parts(str(path), states, parts)
     for name in sorted(states, key=lambda name: not isinstance(parts[name], Loop)):
         parts[name].load_state_dict(states[name])

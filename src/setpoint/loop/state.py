@@ -20,6 +20,7 @@ from setpoint.controller.plan import Plan
 from setpoint.errors import CheckpointError, LoopError, OptimizerError
 from setpoint.groups.group import Group, widths_of
 from setpoint.ledger import Entry
+from setpoint.loop.acting import in_full
 from setpoint.loop.parts import Parts
 from setpoint.loop.plain import plain, restored
 from setpoint.loop.regrowth import Regrowth
@@ -158,7 +159,10 @@ class _Resumed:
         if loop._weights is not None:
             loop._groups = loop._weights.load_state_dict(state["weights"])
         else:
-            loop._groups = shrink(parts.model, parts.optimizers, parts.groups, self._keep, parts.copies)
+            cut = {part.tensor for group in parts.groups for part in group.slices}
+            with in_full(parts, cut, lambda: None) as done:
+                groups, keep = parts.groups, self._keep
+                loop._groups = shrink(parts.model, parts.optimizers, groups, keep, parts.copies, agreed=done)
         if parts.averaging is not None:
             rewrap(parts.averaging)
         loop._origin = {name: np.flatnonzero(kept) for name, kept in self._keep.items()}

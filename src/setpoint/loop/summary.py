@@ -28,7 +28,7 @@ class Summary:
         overhead_flops: FLOPs of verification, sensing and probing.
         overhead_flops_ratio: `overhead_flops / train_flops`.
         seconds: wall-clock seconds from attach to finish, attach included.
-        overhead_seconds: the sum of the four that follow and `probing_seconds`.
+        overhead_seconds: the sum of the four that follow, `probing_seconds` and `recompiling_seconds`.
         attach_seconds: tracing and verification.
         sensing_seconds: reading gradients before each step.
         deciding_seconds: readings and decisions.
@@ -54,6 +54,8 @@ class Summary:
             whole units are cut. Dense hardware does not get faster: `final_flops` is what it computes.
         theoretical_train_flops: the same for the whole run, with the gradients of masked weights where they were read.
         masked_params: parameters that are masked.
+        recompiles: how often compiled code was compiled again after the first cut.
+        recompiling_seconds: time that took.
     """
 
     landed: bool
@@ -93,6 +95,8 @@ class Summary:
     theoretical_flops: float | None = None
     theoretical_train_flops: float | None = None
     masked_params: int = 0
+    recompiles: int = 0
+    recompiling_seconds: float = 0.0
 
 
 @dataclass(frozen=True)

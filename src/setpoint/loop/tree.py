@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from setpoint.checkpoint import to_host
+from setpoint.distributed import is_spread
 from setpoint.errors import CheckpointError
 
 TREE = "tree"
@@ -19,13 +20,14 @@ TREE = "tree"
 _DICTS: dict[str, type[dict[Any, Any]]] = {"dict": dict, "ordered": OrderedDict, "counter": Counter}
 
 
-def to_tensors(value: Any) -> dict[str, Tensor]:
+def to_tensors(value: Any, spread: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
     """Nested dicts, lists and tuples of tensors, numbers, strings and None as tensors in host memory.
 
     Tensors that share all of their memory are stored once.
 
     Args:
         value: the data; its dicts have keys that are strings or whole numbers.
+        spread: takes in the tensors that lie on several ranks, by where they are in the data; None: there may be none.
 
     Raises:
         CheckpointError: for anything else.
@@ -51,6 +53,9 @@ def to_tensors(value: Any) -> dict[str, Tensor]:
             if value.is_meta:
                 raise CheckpointError(f"{where} is on the meta device and has no data")
             return {"tensor": store(value), "stride": value.stride(), "complex": value.is_complex()}
+        if spread is not None and isinstance(value, Tensor) and is_spread(value):
+            spread[where] = value
+            return {"spread": where}
         if type(value) is list:
             return [encode(each, f"{where}[{number}]") for number, each in enumerate(value)]
         if type(value) is tuple:
@@ -72,7 +77,7 @@ def from_tensors(tensors: Mapping[str, Tensor]) -> Any:
     """The data that `to_tensors` was given; tensors are copies, laid out in memory as they were.
 
     Args:
-        tensors: what it returned.
+        tensors: what it returned, with what it put into `spread`.
 
     Raises:
         KeyError, TypeError, ValueError, RuntimeError: when they are something else.
@@ -85,6 +90,8 @@ def from_tensors(tensors: Mapping[str, Tensor]) -> Any:
             return value
         if "tensor" in value:
             return laid_out(tensors[value["tensor"]], value["stride"], value["complex"])
+        if "spread" in value:
+            return tensors[value["spread"]]
         ((kind, items),) = value.items()
         if kind == "tuple":
             return tuple(decode(items))

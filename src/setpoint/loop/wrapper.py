@@ -1,4 +1,4 @@
-"""A wrapper: what a model is called through, and how `DistributedDataParallel` follows when its sizes change."""
+"""A wrapper: what is around a model, and how `DistributedDataParallel` follows when its sizes change."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import gc
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -14,9 +14,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from setpoint.distributed import Ranks
+from setpoint.actuator.sharding import Sharding
+from setpoint.distributed import Ranks, is_sharded, is_spread
 from setpoint.errors import CostError, LoopError, OptimizerError
 from setpoint.loop.metering import METERED
+
+if TYPE_CHECKING:
+    from setpoint.loop.parts import Parts
 
 _REFUSED = ("FullyShardedDataParallel", "DataParallel")
 _BUILT_IN = "BuiltinCommHookType."
@@ -44,25 +48,30 @@ class Wrapped:
         model: the model itself.
         averaging: the `DistributedDataParallel` around it, or None.
         compiled: whether any of it runs as compiled code.
+        sharding: how `fully_shard` has spread it over ranks, or None.
     """
 
     model: nn.Module
     averaging: Averaging | None
     compiled: bool
+    sharding: Sharding | None = None
 
     @property
     def ranks(self) -> Ranks:
-        """The processes that train copies of the model together."""
+        """The processes that train the model together."""
+        if self.sharding is not None:
+            return self.sharding.ranks
         if self.averaging is None:
             return Ranks()
         return Ranks(self.averaging.wrapper.process_group, self.averaging.wrapper.device)
 
 
-def unwrap(model: nn.Module) -> Wrapped:
+def unwrap(model: nn.Module, copies: Sequence[nn.Module] = ()) -> Wrapped:
     """The model itself, out of `torch.compile` and `DistributedDataParallel` in any order.
 
     Args:
         model: as the user calls it.
+        copies: modules with the same tensors.
 
     Raises:
         LoopError: for what is no module, for any other wrapper for several devices, and for a model that is wrapped,
@@ -72,14 +81,17 @@ def unwrap(model: nn.Module) -> Wrapped:
         raise LoopError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     outer, model = model, unwrapped(model)
     parallel = next((each for each in outer.modules() if isinstance(each, DistributedDataParallel)), None)
-    _check_plain(model)
+    spread = _check_plain(model)
+    if spread and parallel is not None:
+        raise LoopError("fully_shard inside DistributedDataParallel is not supported: use one of the two")
     if parallel is None:
         check_unwrapped(model)
     else:
         check_parallel(parallel)
     compiled = any(hasattr(each, "_orig_mod") or each._compiled_call_impl is not None for each in outer.modules())
     trained = tuple(parameter for parameter in model.parameters() if parameter.requires_grad)
-    return Wrapped(model, None if parallel is None else Averaging(parallel, trained), compiled)
+    averaging = None if parallel is None else Averaging(parallel, trained)
+    return Wrapped(model, averaging, compiled, Sharding.of(model, copies) if spread else None)
 
 
 def unwrapped(part: Any) -> Any:
@@ -91,23 +103,27 @@ def unwrapped(part: Any) -> Any:
         part = inside
 
 
-def _check_plain(model: nn.Module) -> None:
-    """Check that no part of the model is spread over devices or processes by itself."""
+def _check_plain(model: nn.Module) -> bool:
+    """Check that no part of the model is spread over ranks in a way that cannot be followed; whether any is at all."""
     for module in model.modules():
         kinds = [kind.__name__ for kind in type(module).__mro__]
         if isinstance(module, DistributedDataParallel):
             raise LoopError(
                 "a part of the model is wrapped by DistributedDataParallel: wrap the whole model, and attach to that"
             )
-        sharded = "FSDPModule" in kinds or any(hasattr(p, "device_mesh") for p in module.parameters(recurse=False))
-        name = next(
-            (kind for kind in kinds if kind in _REFUSED), "fully_shard (FSDP2), or any DTensor," if sharded else ""
-        )
+        name = next((kind for kind in kinds if kind in _REFUSED), "")
         if name:
             raise LoopError(
-                f"{name} is not supported by this version of Setpoint: train in one process, or wrap the whole model "
-                "in torch.nn.parallel.DistributedDataParallel, and attach to that"
+                f"{name} is not supported by this version of Setpoint: train in one process, wrap the whole model in "
+                "torch.nn.parallel.DistributedDataParallel and attach to that, or call fully_shard on it"
             )
+    spread = any(is_sharded(module) for module in model.modules())
+    if not spread and any(map(is_spread, model.parameters())):
+        raise LoopError(
+            "a DTensor is not supported by this version of Setpoint, unless fully_shard (FSDP2) has made it of a plain "
+            "parameter"
+        )
+    return spread
 
 
 def check_parallel(parallel: DistributedDataParallel) -> None:
@@ -157,33 +173,35 @@ def _is_wrapped(model: nn.Module) -> bool:
     return any(model in set(each.modules()) for each in found)
 
 
-def check_step(model: nn.Module, averaging: Averaging | None, first: bool) -> None:
+def check_step(parts: Parts, first: bool) -> None:
     """Check before an optimizer step that the ranks can decide together after it.
 
     Args:
-        model: the model itself.
-        averaging: its wrapper.
+        parts: what the loop is made of.
         first: whether it is the first step of a loop.
 
     Raises:
         LoopError: inside `join()`, where ranks make different numbers of steps, or where a wrapper came later.
     """
+    model, averaging = parts.model, parts.averaging
     if averaging is not None and averaging.wrapper._join_config.enable:
         raise LoopError(
             "DistributedDataParallel.join() lets ranks make different numbers of steps, so they could not decide "
             "together: give every rank the same number of batches, as DistributedSampler does (they may differ in size)"
         )
-    if first:
-        _check_plain(model)
+    if parts.sharding is not None:
+        parts.sharding.reshard()
+    elif first and _check_plain(model):
+        raise LoopError("fully_shard (FSDP2) was called on the model after attach: call it first, and attach then")
     if averaging is None and first:
         check_unwrapped(model)
 
 
-def check_shared(ranks: Ranks, resources: Collection[str], optimizers: Sequence[Optimizer]) -> None:
+def check_shared(wrapped: Wrapped, resources: Collection[str], optimizers: Sequence[Optimizer]) -> None:
     """Check that all ranks can follow one plan: that costs are the same on all, and each has all of the state.
 
     Args:
-        ranks: that train together.
+        wrapped: what they train together.
         resources: that a budget or price is on.
         optimizers: that train the model.
 
@@ -192,7 +210,7 @@ def check_shared(ranks: Ranks, resources: Collection[str], optimizers: Sequence[
         OptimizerError: for ZeRO.
     """
     measured = sorted(set(resources) & set(METERED))
-    if measured and ranks.count > 1:
+    if measured and (wrapped.ranks.count > 1 or wrapped.sharding is not None):
         raise CostError(
             f"a budget of {measured[0]!r} is not available on several ranks in this version, since each would measure "
             "another cost: use a budget of 'flops' or 'params'"
@@ -203,6 +221,19 @@ def check_shared(ranks: Ranks, resources: Collection[str], optimizers: Sequence[
                 "ZeroRedundancyOptimizer keeps its state in parts on several ranks, which this version cannot cut: "
                 "use the optimizer itself"
             )
+
+
+def check_reads(wrapped: Wrapped, sensor: object) -> None:
+    """Check that a sensor says that it reads weights of which each rank has a part, where that is so.
+
+    Raises:
+        LoopError: when it does not.
+    """
+    if wrapped.sharding is not None and not getattr(sensor, "reads_shards", False):
+        raise LoopError(
+            f"{type(sensor).__name__} does not say that it can read a model that fully_shard has spread over ranks: "
+            "use TaylorSensor, or set reads_shards = True on a sensor that adds up what each rank has"
+        )
 
 
 def rewrap(averaging: Averaging) -> None:

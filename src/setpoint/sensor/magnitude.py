@@ -10,9 +10,10 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
+from setpoint.distributed import local, ranks_of
 from setpoint.groups.group import Group
 from setpoint.sensor.reading import Reading
-from setpoint.sensor.unit_sum import UnitSum
+from setpoint.sensor.unit_sum import UnitSum, part_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +34,8 @@ class MagnitudeSensor:
     References:
         Li, Kadav, Durdanovic, Samet, Graf: "Pruning Filters for Efficient ConvNets", ICLR 2017.
     """
+
+    reads_shards = True
 
     def readable(self, groups: tuple[Group, ...], model: nn.Module) -> tuple[Group, ...]:
         """The groups that have incoming weights."""
@@ -65,17 +68,18 @@ class MagnitudeSensor:
             **dict(state.model.named_buffers(remove_duplicate=False)),
             **dict(state.model.named_parameters(remove_duplicate=False)),
         }
-        saliency = {}
+        squares = {group.name: torch.zeros(group.num_units, dtype=torch.float64) for group in groups}
         for group in groups:
-            squares = np.zeros(group.num_units)
             for place in group.slices:
                 if place.role == "produce":
-                    weight = tensors[place.tensor].detach()
-                    sums = UnitSum.of(place, group.num_units, weight.device)
+                    weight = local(tensors[place.tensor].detach())
+                    sums = UnitSum.of(part_of(place, tensors[place.tensor]), group.num_units, weight.device)
                     values = sums.select(weight)
                     wide = values.to(torch.promote_types(values.dtype, torch.float32))
-                    squares += sums.add_up(wide.square()).double().cpu().numpy()
-            saliency[group.name] = np.sqrt(squares)
+                    squares[group.name] += sums.add_up(wide.square()).double().cpu()
+        total = ranks_of(tensors.values()).total(torch.cat([torch.zeros(0, dtype=torch.float64), *squares.values()]))
+        parts = np.split(total.sqrt().numpy(), np.cumsum([group.num_units for group in groups])[:-1])
+        saliency = dict(zip(squares, parts, strict=True)) if groups else {}
         return Reading(step, saliency, num_samples=1, calibrated=False, num_steps=state.num_steps)
 
     def cut(self, state: MagnitudeState, keep: Mapping[str, Bool[np.ndarray, " units"]]) -> MagnitudeState:

@@ -35,6 +35,8 @@ class RandomSensor:
         random pruning", Machine Vision and Applications 30, 2019: random choice as the rival to beat.
     """
 
+    reads_shards = True
+
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
 

@@ -10,10 +10,11 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor, nn
 
+from setpoint.distributed import Ranks, local, ranks_of
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group, Slice
 from setpoint.sensor.reading import Reading
-from setpoint.sensor.unit_sum import UnitSum
+from setpoint.sensor.unit_sum import UnitSum, num_entries, part_of
 
 _FOLD_AT = 16
 """Steps that are folded into the moments at a time."""
@@ -24,10 +25,11 @@ _TINY = 1e-30
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """One outgoing weight of a group and how its entries add up by unit."""
+    """One outgoing weight of a group, how its entries on this rank add up by unit, and how many are read on all."""
 
     weight: nn.Parameter
     sums: UnitSum
+    num_read: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,10 +39,12 @@ class Sources:
     Args:
         by_group: the outgoing weights of each group.
         others: all other trained parameters, whose gradients must be finite for the step to count.
+        ranks: that they are spread over in parts, if they are.
     """
 
     by_group: tuple[tuple[Source, ...], ...]
     others: tuple[nn.Parameter, ...]
+    ranks: Ranks = field(default_factory=Ranks)
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,8 +112,10 @@ class TaylorSensor:
 
     Mean and variance are exponentially weighted with decay `1 - 1/window`, without start-up bias, and
     kept in float32 (float64 for float64 models) whatever the model's own precision. A step in which
-    any gradient is NaN or infinite is left out as a whole and counted. While outgoing weights of a group are
-    frozen in the middle of a run, nothing is seen of its units, and what was seen before stands.
+    any gradient is NaN or infinite is left out as a whole and counted. Where weights lie on several ranks in
+    parts, each rank adds up its own part, and one sum over ranks in each step makes r of all units exact. While
+    outgoing weights of a group are frozen in the middle of a run, nothing is seen of its units, and what was
+    seen before stands.
 
     Args:
         num_samples: independent samples behind each optimizer step's gradient (B), over ranks and
@@ -125,6 +131,8 @@ class TaylorSensor:
         CVPR 2019. LeCun, Denker, Solla: "Optimal Brain Damage", NIPS 1990. Theis, Korshunova, Tejani,
         Huszar: "Faster gaze prediction with dense networks and Fisher pruning", arXiv 1801.05787, 2018.
     """
+
+    reads_shards = True
 
     def __init__(self, num_samples: int, window: int = 50, first_order: bool = False) -> None:
         for name, value in (("num_samples", num_samples), ("window", window)):
@@ -183,6 +191,7 @@ class TaylorSensor:
         """
         sources = state.sources if state.sources is not None else _find_sources(groups, model)
         gate_gradient = _gate_gradients(state, sources.by_group) + _zero_if_finite(sources.others, state.mean)
+        gate_gradient = sources.ranks.total(gate_gradient)
         if grad_scale is not None:
             gate_gradient = gate_gradient / grad_scale
         trains = [all(source.weight.requires_grad for source in of_group) for of_group in sources.by_group]
@@ -235,11 +244,11 @@ class TaylorSensor:
         """FLOPs of one update.
 
         A multiplication and an addition per outgoing weight and one more for the moments; an addition for
-        every gradient that is only checked.
+        every gradient that is only checked. Of weights that lie on several ranks, each rank's even share.
         """
         sources = _find_sources(groups, model)
-        read = sum(each.sums.select(each.weight).numel() for of_group in sources.by_group for each in of_group)
-        return 3.0 * read + float(sum(parameter.numel() for parameter in sources.others))
+        read = sum(each.num_read for of_group in sources.by_group for each in of_group)
+        return (3.0 * read + sum(parameter.numel() for parameter in sources.others)) / sources.ranks.count
 
     def read(self, state: TaylorState, groups: tuple[Group, ...], step: int) -> Reading:
         """Saliency of all units; with fewer than two steps the variance counts as zero.
@@ -321,23 +330,22 @@ def _find_sources(groups: tuple[Group, ...], model: nn.Module) -> Sources:
 
     def source(place: Slice, num_units: int) -> Source:
         weight = parameters[place.tensor]
-        return Source(weight, UnitSum.of(place, num_units, weight.device))
+        sums = UnitSum.of(part_of(place, weight), num_units, local(weight.detach()).device)
+        return Source(weight, sums, num_entries(place, weight))
 
     by_group = tuple(
         tuple(source(place, group.num_units) for place in group.slices if place.role == "consume") for group in groups
     )
-    whole = {
-        id(each.weight) for of_group in by_group for each in of_group if each.sums.select(each.weight) is each.weight
-    }
+    whole = {id(each.weight) for of_group in by_group for each in of_group if each.num_read == each.weight.numel()}
     others = tuple(p for p in model.parameters() if p.requires_grad and id(p) not in whole)
-    return Sources(by_group, others)
+    return Sources(by_group, others, ranks_of(parameters.values()))
 
 
 def _zero_if_finite(parameters: tuple[nn.Parameter, ...], like: Tensor) -> Tensor:
     """0 if every gradient is finite, else NaN; no host sync. A sum is the cheapest thing that a NaN survives."""
     total = like.new_zeros(())
     for parameter in parameters:
-        gradient = parameter.grad
+        gradient = None if parameter.grad is None else local(parameter.grad)
         if gradient is not None and gradient.layout == torch.strided:
             real = torch.view_as_real(gradient) if gradient.is_complex() else gradient
             total = total + real.sum(dtype=like.dtype).to(like.device)
@@ -357,10 +365,9 @@ def _gate_gradients(state: TaylorState, sources: tuple[tuple[Source, ...], ...])
     for num_units, of_group in zip(state.num_units, sources, strict=True):
         total: Tensor | None = None
         for source in of_group:
-            gradient = source.weight.grad
-            if gradient is None:
+            if source.weight.grad is None:
                 continue
-            weight, gradient = source.sums.select(source.weight), source.sums.select(gradient)
+            weight, gradient = (source.sums.select(local(each)) for each in (source.weight, source.weight.grad))
             added = source.sums.add_up(_product(weight, gradient, state.mean.dtype)).to(state.mean)
             total = added if total is None else total + added
         parts.append(state.mean.new_zeros(num_units) if total is None else total)
@@ -375,9 +382,10 @@ def _weight_norms(state: TaylorState) -> dict[str, Float64[np.ndarray, " units"]
     for num_units, of_group in zip(state.num_units, state.sources.by_group, strict=True):
         total = state.mean.new_zeros(num_units)
         for source in of_group:
-            weight = source.sums.select(source.weight)
+            weight = source.sums.select(local(source.weight))
             squares = (weight.abs() if weight.is_complex() else weight).to(state.mean.dtype).square()
             total = total + source.sums.add_up(squares).to(state.mean)
         parts.append(total)
-    norms = torch.cat([state.mean.new_zeros(0), *parts]).sqrt().double().cpu().numpy()
+    total = state.sources.ranks.total(torch.cat([state.mean.new_zeros(0), *parts]))
+    norms = total.sqrt().double().cpu().numpy()
     return dict(zip(state.names, np.split(norms, np.cumsum(state.num_units)[:-1]), strict=True))

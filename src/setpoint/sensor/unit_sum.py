@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from setpoint.distributed import is_spread, rows
 from setpoint.groups.group import Slice
 
 
@@ -74,6 +75,18 @@ class UnitSum:
             return entries if self.repeat == 1 else entries.view(self.num_units, self.repeat).sum(1)
         assert self.table is not None, "units that do not lie in a row have a table"
         return entries.new_zeros(self.num_units + 1).index_add_(0, self.table, entries)[:-1]
+
+
+def part_of(place: Slice, tensor: Tensor) -> Slice:
+    """The slice in this rank's part of a tensor that lies on several; in any other tensor as it is."""
+    return replace(place, index=place.index[rows(tensor)]) if is_spread(tensor) and place.dim == 0 else place
+
+
+def num_entries(place: Slice, tensor: Tensor) -> int:
+    """How many entries of the tensor `UnitSum.select` takes, on all ranks together."""
+    used = np.flatnonzero(place.index >= 0)
+    length = int(used[-1] - used[0]) + 1 if len(used) else 0
+    return length * (tensor.numel() // len(place.index)) if len(place.index) else 0
 
 
 def _entry_sums(values: Tensor, dim: int) -> Tensor:

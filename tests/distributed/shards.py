@@ -1,0 +1,365 @@
+"""Checks of models that `fully_shard` has spread over ranks; each is a function that every rank runs."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
+from torch.utils.checkpoint import checkpoint
+
+import setpoint
+from distributed.checks import Still
+from distributed.training import STEPS, Sampled, attached, batch, build, everywhere, regrowing, share, story, train
+from loop.test_regrowth import Scripted
+from setpoint.actuator import sharding
+from setpoint.actuator import shrink as shrink_module
+from setpoint.distributed import Ranks
+from setpoint.loop import run_folder
+from setpoint.loop.tree import to_tensors
+
+HALF = setpoint.Budget.fraction(0.5, of="flops")
+DROP = {3: {"up": [1, 5], "stem": [4]}, 5: {"up": [0], "wide": [7]}}
+
+
+def sharded(model: nn.Module, **settings: Any) -> nn.Module:
+    """A model of which some modules are communicated by themselves, and the rest together."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    parts = (model.wide, model.up, [model.mix, model.stream]) if isinstance(model, Sampled) else (model.inner,)
+    for part in parts:
+        fully_shard(part, mesh=mesh, **settings)
+    return fully_shard(model, mesh=mesh, **settings)
+
+
+def whole(tensor: Any) -> Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def contents(model: nn.Module, optimizer: Any) -> list[Tensor]:
+    """All weights and moments, whole."""
+    tensors = [*model.parameters(), *(v for p in model.parameters() for v in optimizer.state[p].values())]
+    return [whole(tensor.detach()).clone() for tensor in tensors]
+
+
+def caught(error: type[BaseException], text: str, do: Callable[[], Any]) -> None:
+    try:
+        do()
+    except error as raised:
+        assert text in str(raised), raised
+    else:
+        raise AssertionError(f"no {error.__name__}: {text}")
+
+
+def sharded_twin() -> None:
+    """Losses, plans, weights and moments are those of one process on the same batches, over cuts and returns."""
+    setpoint.loop.regrowth._PROBE_SHARE = 1.0
+    steps, cuts = (STEPS, 14) if dist.get_world_size() == 2 else (20, 7)
+    model = sharded(build())
+    optimizer, loop = attached(model, regrowing(cuts), share(0)[0], total_steps=steps)
+    parameters = list(model.parameters())
+    losses = train(model, optimizer, loop, range(steps), share, parts=2)
+    summary = loop.finish()
+    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+    assert all(each == story(loop) for each in everywhere(story(loop)))
+    assert summary.landed and summary.resizes >= 0.7 * cuts and summary.regrown_units > 0, summary
+    mean_losses, found = np.mean(everywhere(losses), 0), contents(model, optimizer)
+    if dist.get_rank() > 0:
+        return
+    alone = build()
+    of_alone, single = attached(alone, regrowing(cuts), batch(0)[0], total_steps=steps)
+    np.testing.assert_allclose(mean_losses, train(alone, of_alone, single, range(steps), batch), rtol=1e-9)
+    single.finish()
+    assert story(single) == story(loop)
+    for a, b in zip(found, contents(alone, of_alone), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-10)
+    for ours, theirs in zip(loop.ledger, single.ledger, strict=True):
+        for name, values in theirs.saliency.items():
+            np.testing.assert_allclose(ours.saliency[name], values, rtol=1e-6)
+        for name, values in theirs.gain.items():
+            np.testing.assert_allclose(ours.gain[name], values, rtol=1e-6)
+
+
+class Recomputed(Sampled):
+    """The net that keeps no activations of some layers, but computes them again."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.stem(x)))
+        x = self.mix(torch.relu(checkpoint(self.wide, x, use_reentrant=False))).mean((2, 3))
+        up = checkpoint(self.up, self.stream(x), use_reentrant=False)
+        return self.head(x + self.down(nn.functional.gelu(up)))
+
+
+def sharded_options() -> None:
+    """However it was sharded: after cuts it trains on, bit for bit, like the small model sharded afresh that way; hooks
+    on parameters, and modules, go on as well.
+    """
+    setpoint.loop.regrowth._PROBE_SHARE = 0.0  # what is computed again would miss the resting units
+    low = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    _goes_on_like_a_fresh_one(Sampled, reshard_after_forward=False)
+    _goes_on_like_a_fresh_one(Sampled, momentum=True, dtype=torch.bfloat16, reshard_after_forward=True, mp_policy=low)
+    _goes_on_like_a_fresh_one(Recomputed)
+    _goes_on_like_a_fresh_one(Sampled, compiled=True)
+
+
+def _goes_on_like_a_fresh_one(
+    kind: type[nn.Module],
+    momentum: bool = False,
+    compiled: bool = False,
+    dtype: torch.dtype = torch.float64,
+    **settings: Any,
+) -> None:
+    def make(model: nn.Module) -> tuple[nn.Module, Any, Any]:
+        model = sharded(model, **settings)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, eps=1e-4)
+        if momentum:
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        return model, optimizer, torch.compile(model, backend="eager") if compiled else model
+
+    folder = everywhere(tempfile.mkdtemp())[0]
+    model, optimizer, called = make(build(kind))
+    _, loop = attached(called, Scripted(DROP, regrow=False), share(0)[0], optimizer=optimizer)
+    seen: set[Any] = set()
+    model.up.register_forward_pre_hook(lambda module, *_: seen.add((module.weight.dtype, *module.weight.shape)))
+    model.up.weight.register_post_accumulate_grad_hook(lambda p: seen.add(tuple(p.grad.shape)))
+    train(called, optimizer, loop, range(6), share)
+    assert loop.widths == {"stem": 7, "wide": 19, "up": 21}, loop.widths
+    assert {(dtype, n, 12) for n in (24, 22, 21)} | {(n, 12) for n in (24, 22, 21)} == seen
+    assert np.isfinite(loop._read().saliency["up"]).all() and loop._read().saliency["up"].min() > 0
+    loop.detach()
+    with setpoint.whole(model):
+        if dist.get_rank() == 0:
+            setpoint.save(model, f"{folder}/small")
+    dist.barrier()
+    fresh, other, called_fresh = make(setpoint.load(f"{folder}/small", into=build(kind)))
+    for a, b in zip(model.parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(a.to_local(), b.to_local())
+        other.state[b] = {key: value.clone() for key, value in optimizer.state[a].items()}
+    ours = train(called, optimizer, None, range(6, 9), share)
+    assert ours == train(called_fresh, other, None, range(6, 9), share)
+    assert all(torch.equal(a, b) for a, b in zip(contents(model, optimizer), contents(fresh, other), strict=True))
+
+
+def sharded_invisible() -> None:
+    """With a budget of 1.0 it trains bit for bit as without; the model may be called in between."""
+
+    def run(attach: bool) -> tuple[list[float], list[Tensor]]:
+        model = sharded(build())
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        whole_budget = setpoint.Budget.fraction(1.0, of="flops")
+        loop = attached(model, None, share(0)[0], optimizer=optimizer, budget=whole_budget)[1] if attach else None
+        losses = []
+        for step in range(4):
+            losses += train(model, optimizer, loop, range(step, step + 1), share)
+            with torch.no_grad():
+                losses.append(model(share(9)[0]).sum().item())
+        return losses, contents(model, optimizer)
+
+    (losses, tensors), (expected, others) = run(True), run(False)
+    assert losses == expected and all(torch.equal(a, b) for a, b in zip(tensors, others, strict=True))
+
+
+def sharded_failures() -> None:
+    """A cut or a return that fails on one rank, wherever, is put back on all, to the last bit, and the run goes on."""
+    rank = dist.get_rank()
+    model = sharded(build())
+    script = Scripted({3: {"up": [1, 4]}, 6: {"up": [0]}, 9: {"up": [2]}}, {12: {"up": [1]}, 14: {"up": [4]}})
+    optimizer, loop = attached(model, script, share(0)[0])
+    run = (model, optimizer, loop)
+    train(*run, range(5), share)
+
+    def no_memory(*args: Any) -> None:
+        raise MemoryError("of the host")
+
+    for step, (where, name) in {
+        6: (shrink_module, "swap"),
+        9: (sharding, "_sharded_anew"),
+        12: (shrink_module, "swap"),
+        14: (sharding, "_sharded_anew"),
+    }.items():
+        before: list[Tensor] = []
+        handle = optimizer.register_step_post_hook(lambda *_, seen=before: seen.extend(contents(model, optimizer)))
+        list_of_hooks = optimizer._optimizer_step_post_hooks
+        list_of_hooks.move_to_end(handle.id, last=False)
+        train(*run, range(loop.step, step - 1), share)
+        before.clear()
+        works = getattr(where, name)
+        setattr(where, name, no_memory if rank else works)
+        text = "host" if rank else f"the cut after step {step} failed on rank 1 with MemoryError: of the host"
+        error = MemoryError if rank else setpoint.RankError
+        caught(error, text, lambda step=step: train(*run, range(step - 1, step), share))
+        setattr(where, name, works)
+        handle.remove()
+        after = contents(model, optimizer)
+        assert loop.widths["up"] == model.up.out_features == 22 and len(before) == len(after)
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        optimizer.zero_grad()
+    assert loop._regrowth.reserve.resting["up"].nonzero()[0].tolist() == [1, 4]
+    assert np.isfinite(train(*run, range(14, 16), share)).all()
+    loop.detach()
+
+
+def sharded_whole() -> None:
+    """A branch that could vanish as a whole keeps a block, since FSDP takes no parameter without entries."""
+    every = {3: {"inner.0": list(range(16))}, 5: {"inner.0": list(range(14))}}
+    model = sharded(build(Still))
+    optimizer, loop = attached(model, Scripted(every, regrow=False), share(0)[0])
+    caught(setpoint.GroupError, "min_units is 2", lambda: train(model, optimizer, loop, range(4), share))
+    optimizer.zero_grad()
+    train(model, optimizer, loop, range(3, 6), share)
+    assert loop.widths["inner.0"] == 2
+
+
+def sharded_resume() -> None:
+    """A run goes on bit for bit in freshly built sharded models, from a folder that each rank has written its part of,
+    while units rest and rise, with what each rank had for itself.
+    """
+    setpoint.loop.regrowth._PROBE_SHARE = 1.0
+
+    def start() -> dict[str, Any]:
+        model, ema = sharded(build()), sharded(build())
+        optimizer, loop = attached(model, regrowing(), share(0)[0], copies=(ema,))
+        return {"model": model, "optimizer": optimizer, "loop": loop, "ema": ema}
+
+    def go(parts: dict[str, Any], steps: range) -> list[float]:
+        return train(*(parts[name] for name in ("model", "optimizer", "loop")), steps, share)
+
+    folder = Path(everywhere(tempfile.mkdtemp())[0])
+    run = start()
+    for step in (7, 18):
+        go(run, range(run["loop"].step, step))
+        assert run["loop"]._regrowth.reserve.num_resting
+        setpoint.save_run(folder / f"{step}", **run, mine=f"of rank {dist.get_rank()}")
+    caught(setpoint.CheckpointError, "a folder of its own", lambda: setpoint.save_run(folder / "18", **run))
+    rest = go(run, range(18, 28))
+    for step in (7, 18):
+        again = start()
+        assert setpoint.load_run(folder / f"{step}", **again) == {"mine": f"of rank {dist.get_rank()}"}
+        assert again["loop"].step == step
+        assert go(again, range(step, 28))[-len(rest) :] == rest
+        assert story(again["loop"]) == story(run["loop"]) and len(story(run["loop"])) > 10
+        for name in ("model", "ema"):
+            for a, b in zip(again[name].parameters(), run[name].parameters(), strict=True):
+                assert torch.equal(a.to_local(), b.to_local())
+
+
+class Harmful:
+    """Leaves a trace when it is unpickled."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.trace,)
+
+
+def sharded_damage() -> None:
+    """A folder of which a byte is changed, or a file is cut short, is a clear error on all ranks, or is read as it was
+    where the byte means nothing; what is no description of a checkpoint is not unpickled; another number of ranks may
+    read what these have written.
+    """
+    folder = Path(everywhere(tempfile.mkdtemp())[0])
+    model = sharded(build())
+    optimizer, loop = attached(model, Scripted(DROP), share(0)[0])
+    train(model, optimizer, loop, range(4), share)
+    setpoint.save_run(folder / "run", model=model, optimizer=optimizer, loop=loop)
+    ranks, mesh = run_folder.spread_over({"model": model})
+
+    def read(name: str) -> dict[str, Any]:
+        spread: dict[str, Tensor] = {}
+        plain = to_tensors(run_folder.read_folder(folder / name, ranks, mesh), spread)
+        return {key: whole(value).contiguous().numpy().tobytes() for key, value in {**plain, **spread}.items()}
+
+    rng, whole_run, harmless = np.random.default_rng(0), read("run"), 0
+    files = sorted(each.name for each in (folder / "run").iterdir())
+    assert files == [".metadata", "__0_0.distcp", "__1_0.distcp"]
+    for number in range(18):
+        file, at, short = files[number % 3], rng.random(), number >= 15
+        if dist.get_rank() == 0:
+            shutil.copytree(folder / "run", folder / f"{number}")
+            contents = bytearray((folder / f"{number}" / file).read_bytes())
+            position = int(at * len(contents))
+            contents[position] ^= 255
+            (folder / f"{number}" / file).write_bytes(contents[:position] if short else contents)
+        dist.barrier()
+        try:
+            found = read(f"{number}")
+        except (setpoint.CheckpointError, setpoint.RankError):
+            continue
+        assert found == whole_run
+        harmless += 1
+    assert harmless < 9, harmless
+    if dist.get_rank() == 0:
+        (folder / "0" / ".metadata").write_bytes(pickle.dumps(Harmful(folder / "trace")))
+    dist.barrier()
+    caught(setpoint.CheckpointError, "does not belong there", lambda: read("0"))
+    assert not (folder / "trace").exists()
+    caught(setpoint.CheckpointError, "call fully_shard", lambda: setpoint.load_run(folder / "run", model=build()))
+    alone = init_device_mesh("cpu", (dist.get_world_size(), 1), mesh_dim_names=("apart", "alone"))["alone"]
+    tree = run_folder.read_folder(folder / "run", Ranks(alone.get_group()), alone)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(tree["states"]["model"][name].to_local(), parameter.full_tensor())
+
+
+def sharded_copies() -> None:
+    """Copies of the model are cut and regrown alike, whether they are sharded or whole."""
+    setpoint.loop.regrowth._PROBE_SHARE = 1.0
+    model, apart, together = sharded(build()), sharded(build()), build()
+    script = Scripted({3: {"up": [1, 5], "wide": [0, 2]}}, {6: {"up": [5]}})
+    optimizer, loop = attached(model, script, share(0)[0], copies=(apart, together))
+    train(model, optimizer, loop, range(8), share)
+    assert loop.widths["up"] == 23 and together.up.weight.shape == (23, 12)
+    assert not torch.equal(together.down.weight, build().down.weight[:, [n for n in range(24) if n != 1]])  # it rises
+    loop.detach()
+    torch.testing.assert_close(together.down.weight, build().down.weight[:, [n for n in range(24) if n != 1]])
+    for a, b in zip(apart.parameters(), together.parameters(), strict=True):
+        assert torch.equal(whole(a), b)
+    torch.testing.assert_close(apart(batch(0)[0]), together(batch(0)[0]))
+
+
+def sharded_refusals() -> None:
+    """What cannot follow a cut is refused by name, before or at the first step, on all ranks."""
+    never, x = Scripted({}, regrow=False), share(0)[0]
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+
+    def refused(text: str, model: nn.Module, **settings: Any) -> None:
+        caught(settings.pop("error", setpoint.LoopError), text, lambda: attached(model, never, x, **settings))
+
+    refused("offload_policy", sharded(build(), offload_policy=CPUOffloadPolicy(pin_memory=False)))
+    refused("shard_placement_fn", sharded(build(), shard_placement_fn=lambda p: Shard(1) if p.dim() == 2 else None))
+    square = init_device_mesh("cpu", (1, dist.get_world_size()), mesh_dim_names=("copies", "shards"))
+    refused("mesh of several dims", fully_shard(build(), mesh=square))
+    part = build()
+    fully_shard(part.up, mesh=mesh)
+    refused("stem.weight outside of it", part)
+    refused("single weights", sharded(build()), granularity="weight")
+    memory = setpoint.Budget.fraction(0.5, of="memory")
+    refused("'memory' is not available", sharded(build()), error=setpoint.CostError, budget=memory)
+
+    class Blind(setpoint.MagnitudeSensor):
+        reads_shards = False
+
+    refused("Blind does not say that it can read", sharded(build()), sensor=Blind())
+    later = build()
+    optimizer, loop = attached(later, never, x)
+    sharded(later)
+    caught(
+        setpoint.LoopError,
+        "was called on the model after attach",
+        lambda: train(later, optimizer, loop, range(1), share),
+    )
+    spread = sharded(build())
+    caught(setpoint.LoopError, "find_groups before", lambda: setpoint.find_groups(spread, (x,)))
+    with setpoint.whole(spread):
+        groups = setpoint.find_groups(spread, (x,))
+    assert [each.name for each in groups] == ["stem", "wide", "mix", "up"]
+    caught(setpoint.CheckpointError, "inside `with setpoint.whole(model):`", lambda: setpoint.save(spread, "nowhere"))
