@@ -26,16 +26,19 @@ def _attach(
     return setpoint.attach(model, optimizer, budget, example=example, total_steps=total_steps, groups=_states(model))
 
 
-def _train(model: nn.Module, loop: setpoint.Loop, optimizer: torch.optim.Optimizer, steps: int) -> None:
-    generator = torch.Generator().manual_seed(5)
+def _train(model: nn.Module, loop: setpoint.Loop, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
+    """Losses of the steps."""
+    generator, losses = torch.Generator().manual_seed(5), []
     for _ in range(steps):
         x = torch.randn(16, 12, 1, generator=generator)
         target = (x.sum((1, 2)) > 0).long() + (x[:, 0, 0] > 0.8).long()
         loss = nn.functional.cross_entropy(model(x), target)
         loss.backward()
+        loop.observe(loss=loss)
         optimizer.step()
         optimizer.zero_grad()
-        loop.observe(loss=loss)
+        losses.append(loss.item())
+    return losses
 
 
 @pytest.mark.parametrize(("resource", "fraction"), [("flops", 0.4), ("params", 0.5)])
@@ -60,6 +63,21 @@ def test_states_are_pruned_to_a_budget(resource: str, fraction: float, tmp_path:
     )
     x = torch.randn(3, 12, 1)
     assert torch.equal(again(x), model(x))
+
+
+def test_the_loss_right_after_each_truncation_is_recorded() -> None:
+    """Each cut's entry holds the loss of the step before and of the step after it; the summary holds the final one."""
+    torch.manual_seed(0)
+    model = SequenceClassifier(1, 3, num_channels=4, num_states=16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    with _attach(model, optimizer, setpoint.Budget.fraction(0.5, of="flops"), 60) as loop:
+        losses = _train(model, loop, optimizer, 60)
+    assert loop.summary is not None and loop.summary.final_loss == pytest.approx(losses[-1])
+    cuts = [entry for entry in loop.ledger if entry.dropped]
+    assert len(cuts) >= 2 and loop.ledger[-1] is cuts[-1] and loop.landed
+    for entry in loop.ledger:
+        assert entry.loss == pytest.approx(losses[entry.step - 1])
+        assert entry.loss_after == (pytest.approx(losses[entry.step]) if entry.dropped else None)
 
 
 def test_an_exact_number_of_states_can_be_asked_for() -> None:

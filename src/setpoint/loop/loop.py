@@ -91,6 +91,7 @@ class Loop:
     @property
     def ledger(self) -> Ledger:
         """Every decision so far."""
+        self._watch.complete(self._ledger)
         return self._ledger
 
     @property
@@ -187,7 +188,9 @@ class Loop:
         )
 
     def observe(self, *, loss: Tensor | float | None = None, val: Tensor | float | None = None) -> None:
-        """Tell the loop the present loss; it is brought to the host only when a decision is made.
+        """Tell the loop the loss of the coming step; it is brought to the host only when a decision is made.
+
+        Call it before `optimizer.step()`: then the loss right after a cut is that of the smaller model.
 
         Args:
             loss: training loss, a number or a tensor of one element.
@@ -255,15 +258,10 @@ class Loop:
             raise LoopError("finish() has been called already: its result is in loop.summary")
         self.detach()
         self._finished = True
+        self._watch.complete(self._ledger)
+        parts, account, watch = self._parts, self._account, self._watch
         self._summary = summarise(
-            self._parts,
-            self._account,
-            self._ledger,
-            self._groups,
-            self._step,
-            self._plan,
-            self._watch.gave_way,
-            self._weights,
+            parts, account, self._ledger, self._groups, self._step, self._plan, watch, self._weights
         )
         return self._summary
 
@@ -347,6 +345,7 @@ class Loop:
         self._overdue = True  # also if anything is raised from here on
         with self._account.deciding:
             reading = shared_reading(ranks, self._read, self._watch, self._step)
+            self._watch.complete(self._ledger)
             self._metered, metered = metered_at(self._parts, self.widths)
             why_not = refusal(reading)
             if why_not is None:

@@ -54,6 +54,7 @@ class Summary:
             whole units are cut. Dense hardware does not get faster: `final_flops` is what it computes.
         theoretical_train_flops: the same for the whole run, with the gradients of masked weights where they were read.
         masked_params: parameters that are masked.
+        final_loss: last observed loss; the losses right after each cut stand in the ledger (`Entry.loss_after`).
     """
 
     landed: bool
@@ -93,6 +94,7 @@ class Summary:
     theoretical_flops: float | None = None
     theoretical_train_flops: float | None = None
     masked_params: int = 0
+    final_loss: float | None = None
 
 
 @dataclass(frozen=True)
