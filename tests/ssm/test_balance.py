@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from setpoint.errors import StateSpaceError
 from setpoint.ssm import (
+    BalancedPairs,
     DenseSystem,
     DiagonalSystem,
     balance,
@@ -165,3 +166,22 @@ def test_impossible_sizes_are_refused(number: int) -> None:
         reduce_modes(diagonal(4), number)
     with pytest.raises(StateSpaceError, match="from 1 to 4"):
         truncate(dense(4), number)
+
+
+def test_states_are_followed_into_another_system() -> None:
+    """In a system's own coordinates its Hankel values come back; where modes are apart, what is done to the output of
+    one of them is done to the value of that one.
+    """
+    system = diagonal(12)
+    basis = BalancedPairs(balance(system))
+    pairs = basis.balance.values.reshape(-1, 2).square().sum(1).sqrt().numpy()
+    np.testing.assert_allclose(basis.followed(system), pairs, rtol=1e-5, atol=1e-6 * pairs[0])
+    eigenvalues, own = torch.tensor([0.95j, 0.85j, 0.6j, 0.2j]), torch.eye(4, dtype=torch.complex128)
+    heard = own * torch.tensor([1.0, 1.0, 1.0, 0.01])
+    eigenvalues = eigenvalues.to(own.dtype)
+    apart = BalancedPairs(balance(DiagonalSystem(eigenvalues, own, heard)))
+    before = apart.followed(DiagonalSystem(eigenvalues, own, heard))
+    after = apart.followed(DiagonalSystem(eigenvalues, own, own))
+    np.testing.assert_allclose(after / before, [1, 1, 1, 100], rtol=1e-6)
+    with pytest.raises(StateSpaceError, match="not stable"):
+        apart.followed(DiagonalSystem(eigenvalues / 0.9, own, own))

@@ -30,6 +30,7 @@ from setpoint.loop.explanation import Explanation, explain
 from setpoint.loop.hooks import StepHooks
 from setpoint.loop.parts import Parts
 from setpoint.loop.planning import metered_at, observation_of, planned
+from setpoint.loop.ranking import Ranking
 from setpoint.loop.record import entry_of, only_kept, refusal, spread, with_drops, with_returns
 from setpoint.loop.regrowth import Regrowth
 from setpoint.loop.state import check_loading, resume, state_of
@@ -79,7 +80,7 @@ class Loop:
         self._worth: dict[str, Float64[np.ndarray, " units"]] = {}
         self._summary: Summary | None = None
         self._metered: dict[str, float] = {}
-        self._watch = LossWatch()
+        self._watch, self._ranking = LossWatch(), Ranking()
         self._again = 0
         self._regrowth = Regrowth(parts, account) if regrows(parts.controller) else None
         self._hooks = StepHooks(parts.optimizers, self._before_step, self._after_step, partial(check_loading, parts))
@@ -341,7 +342,7 @@ class Loop:
 
     def _decide(self, due: bool) -> None:
         """Read, decide, act and record. After a bad reading, try again at the next step."""
-        ranks, plan = self._parts.ranks, None
+        ranks, plan, alike = self._parts.ranks, None, {}
         self._overdue = True  # also if anything is raised from here on
         with self._account.deciding:
             reading = shared_reading(ranks, self._read, self._watch, self._step)
@@ -349,6 +350,8 @@ class Loop:
             self._metered, metered = metered_at(self._parts, self.widths)
             why_not = refusal(reading)
             if why_not is None:
+                if self._weights is None:
+                    alike = self._ranking.correlations(self._reading, reading, self._groups, self._parts.model)
                 with together(ranks, f"the plan after step {self._step}") as facts:
                     self._replan()
                     probe = self._regrowth.probe(self._step) if self._regrowth is not None else None
@@ -368,10 +371,12 @@ class Loop:
             if self._weights is not None:
                 self._ledger.append(self._weights.told(entry))
             else:
-                self._ledger.append(with_returns(with_drops(entry, plan, reading, origin), plan, probe))
+                entry = with_returns(with_drops(entry, plan, reading, origin), plan, probe)
+                self._ledger.append(replace(entry, rank_correlation=alike))
                 self._worth = spread(only_kept(plan.worth, plan), regrown)
                 saliency = spread(only_kept(reading.saliency, plan), regrown)
                 self._reading = replace(reading, saliency=saliency, slope={}, norm={})
+                self._ranking.note(self._reading, self._groups, self._parts.model)
             self._plan, self._landed, self._overdue = plan, plan.landed, False
             if self._landed and self._regrowth is not None:
                 self._regrowth.release()
