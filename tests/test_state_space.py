@@ -123,14 +123,19 @@ def test_a_budget_below_one_state_is_refused() -> None:
     assert model.blocks[0].lru.nu_log.shape == (8,)
 
 
-def test_an_unstable_layer_is_refused() -> None:
-    """A layer whose eigenvalues are no numbers is refused by name at attach."""
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [("theta_log", torch.nan, r"blocks.0.lru.*NaN"), ("nu_log", -60.0, r"blocks.0.lru.*not stable: 1 of 8")],
+)
+def test_an_unstable_layer_is_refused(name: str, value: float, message: str) -> None:
+    """A layer whose eigenvalues are no numbers, or on the unit circle, is refused by name; nothing is changed."""
     model = SequenceClassifier(1, 3, num_channels=4, num_states=8)
     with torch.no_grad():
-        model.blocks[0].lru.theta_log[3] = torch.nan
+        getattr(model.blocks[0].lru, name)[3] = value
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # verification sees the NaN as well
-        with pytest.raises(setpoint.StateSpaceError, match=r"blocks.0.lru.*NaN"):
+        with pytest.raises(setpoint.StateSpaceError, match=message):
             setpoint.attach(
                 model,
                 torch.optim.AdamW(model.parameters()),
@@ -139,6 +144,26 @@ def test_an_unstable_layer_is_refused() -> None:
                 total_steps=10,
                 verify=False,
             )
+    for key, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, before[key], rtol=0, atol=0, equal_nan=True)
+
+
+def test_states_that_become_unstable_are_left_alone() -> None:
+    """In mid-run: no decision is made while the layer is unstable, the ledger says why; once it is sound, it is cut."""
+    torch.manual_seed(0)
+    model = SequenceClassifier(1, 3, num_channels=4, num_states=16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    with _attach(model, optimizer, setpoint.Budget.fraction(0.5, of="params"), 60) as loop:
+        place = model.blocks[0].lru.nu_log
+        sound = place.detach()[3].clone()
+        for step in range(60):
+            with torch.no_grad():
+                place[3 if len(place) > 3 else 0] = -60.0 if step < 30 else sound
+            _train(model, loop, optimizer, 1)
+            assert loop.widths["blocks.0.lru"] == 16 or step >= 30
+    refused = [entry for entry in loop.ledger if entry.step <= 30]
+    assert refused and all("no decision: the reading holds NaN" in entry.reason for entry in refused)
+    assert loop.summary is not None and loop.summary.landed
 
 
 class _Shared(nn.Module):
@@ -161,6 +186,26 @@ def test_shared_states_are_units() -> None:
     groups = setpoint.find_groups(_Shared(), (torch.randn(2, 12, 1),))
     (shared,) = (group for group in groups if group.num_units == 8)
     assert shared.kind == "unit" and "shared by one and two: they are dropped without balancing" in shared.notes[0]
+
+
+def test_a_foreign_layer_that_shares_parameters_stays_whole() -> None:
+    """Where tracing cannot follow two layers that share a tensor, their states stay whole, and a reason is told."""
+
+    class Pair(S5Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.other = type(self.layer)(4, 12)
+            self.other.s5.seq.Lambda = self.layer.s5.seq.Lambda
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.encoder(x)
+            logits: Tensor = self.head((self.layer(hidden) + self.other(hidden)).mean(1))
+            return logits
+
+    found = trace(Pair(), (torch.randn(2, 12, 1),))
+    assert all(group.kind != "state" for group in found.groups)
+    reasons = {each.place: each.reason for each in found.frozen}
+    assert "parameters are those of other" in reasons["layer"] and "parameters are those of layer" in reasons["other"]
 
 
 def test_a_foreign_layer_joins_by_three_methods() -> None:
@@ -205,3 +250,18 @@ def test_worth_goes_across_layers() -> None:
         _train(model, loop, optimizer, 60)
     assert loop.widths["blocks.1.lru"] < loop.widths["blocks.0.lru"]
     assert np.isfinite(loop.price) and loop.price > 0
+
+
+def _resting_model(controller: object, total_steps: int) -> tuple[nn.Module, torch.optim.Optimizer, setpoint.Loop]:
+    torch.manual_seed(0)
+    model = SequenceClassifier(1, 3, num_channels=4, num_states=16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    budget, example = setpoint.Budget.fraction(0.5, of="params"), (torch.randn(16, 12, 1),)
+    settings = {"example": example, "total_steps": total_steps, "groups": _states(model), "verify": False}
+    return model, optimizer, setpoint.attach(model, optimizer, budget, controller=controller, **settings)  # type: ignore[arg-type]
+
+
+def _of_layer(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The tensors with an entry for each state, and their moments, as they are."""
+    held = [p for name, p in model.blocks[0].lru.named_parameters() if name != "D"]
+    return [each.detach().clone() for p in held for each in (p, optimizer.state[p]["exp_avg"])]

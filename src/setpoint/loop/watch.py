@@ -16,7 +16,7 @@ from setpoint.controller.tolerant import TolerantController
 from setpoint.controller.trend import Excess, excess_after
 from setpoint.groups.group import Group, keep_all
 from setpoint.ledger import Ledger
-from setpoint.sensor.reading import Growing
+from setpoint.sensor.chain import takes_back
 
 _SIGNIFICANT = 4.0
 """Standard errors by which the loss must lie above its trend to have left it."""
@@ -188,7 +188,7 @@ class LossWatch:
 
     def can_roll_back(self, sensor: object, controller: object, resizes: int) -> bool:
         """Whether the first cut could be taken back: the loss is told, and sensor and controller take units back."""
-        return self.watching and not resizes and isinstance(sensor, Growing) and isinstance(controller, Regrowing)
+        return self.watching and not resizes and takes_back(sensor) and isinstance(controller, Regrowing)
 
     def roll_back(self, observation: Observation, controller: object, groups: tuple[Group, ...]) -> Plan | None:
         """The plan that takes the last cut back and drops nothing, or None.
@@ -214,7 +214,8 @@ class LossWatch:
         )
         warnings.warn(f"{self.gave_way}, and the reference pauses until the next decision", stacklevel=2)
         whole = keep_all(groups)
-        return Plan(step, whole, reason=f"rolled back: {self.gave_way}", grow=observation.last_dropped)
+        reason = f"rolled back: {self.gave_way}"
+        return Plan(step, whole, reason=reason, grow=observation.last_dropped, undoes=True)
 
 
 def left_trend(excess: Excess) -> bool:
