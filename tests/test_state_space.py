@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 import setpoint
 from pypi_s5 import S5Classifier
+from setpoint.actuator.balance import balance_and_shrink
 from setpoint.groups.trace import trace
 from setpoint.models import LRU, SequenceClassifier
+from setpoint.ssm import BalancedPairs, balance
 
 
 def _states(model: nn.Module) -> tuple[setpoint.Group, ...]:
@@ -235,6 +237,30 @@ def test_a_layer_that_tells_too_little_stays_whole() -> None:
     found = trace(Silent(), (torch.randn(2, 12, 1),))
     assert all(group.kind != "state" for group in found.groups)
     assert any(each.place == "layer" and "StateWeights.carried" in each.reason for each in found.frozen)
+
+
+def test_truncations_cost_no_recompilation() -> None:
+    """With sizes of parameters free, a compiled model compiles once more at the first cut, and never again."""
+    torch.manual_seed(0)
+    model = SequenceClassifier(1, 3, num_channels=4, num_states=16)
+    x = torch.randn(4, 12, 1)
+    compiled: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        compiled.append(len(inputs))
+        return graph
+
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(force_parameter_static_shapes=False):
+        fast, groups, counts = torch.compile(model, backend=backend), _states(model), []
+        for kept in (16, 12, 9, 5, 2):
+            basis = {groups[0].name: BalancedPairs(balance(model.blocks[0].lru.state_space()))}
+            keep = {groups[0].name: np.arange(groups[0].num_units) < kept}
+            groups = balance_and_shrink(model, None, groups, keep, basis)
+            torch.testing.assert_close(fast(x), model(x))
+            counts.append(len(compiled))
+    torch._dynamo.reset()
+    assert counts == [1, 2, 2, 2, 2]
 
 
 def test_worth_goes_across_layers() -> None:
