@@ -1,10 +1,10 @@
-"""Writes the tables and pictures of README.md, docs/results.md and docs/coverage.md from the committed result files.
+"""Writes the tables and pictures of README.md and of pages in docs/ from the committed result files.
 
     python benchmarks/readme.py            rewrite what stands between the markers
     python benchmarks/readme.py --check    fail if a page does not show what the result files say
 
 A marker is `<!-- results:NAME -->` ... `<!-- end -->`; NAME is a folder of results/, `tasks` for all folders,
-`goals`, `overhead`, `suites`, `discovery` or `coverage`.
+`goals`, `overhead`, `suites`, `discovery`, `coverage`, `moments` or `mamba2`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import re
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,12 @@ from setpoint.report.markdown import task_text
 from setpoint.report.numbers import duration, human
 from setpoint.report.picture import write_picture
 from setpoint.report.results import read_results
+from setpoint.report.statistics import paired
 from setpoint.report.summary import summary_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "coverage.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("results.md", "coverage.md", "state-space.md")))
 MARKER = re.compile(r"(<!-- results:(?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -212,6 +213,34 @@ def _share(values: Iterable[bool | None]) -> str:
     return f"{sum(known)} / {len(known)}" if known else "–"
 
 
+def moments_table(path: Path) -> str:
+    """The loss after a cut of states, by what becomes of the optimizer's moments, paired with carrying them."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    after = [f"after {steps}" for steps in data["after"][1:]]
+    lines = [f"| states | moments | before | right after | {' | '.join(after)} |", f"|{'---|' * (4 + len(after))}"]
+    found: dict[tuple[int, str], dict[int, dict[str, Any]]] = {}
+    for run in data["runs"]:
+        found.setdefault((run["kept"], run["way"]), {})[run["seed"]] = run
+    for (kept, way), runs in found.items():
+        carried, cells = found[kept, "carry"], []
+        for place in range(len(data["after"])):
+            told = f"{statistics.fmean(run['after'][place] for run in runs.values()):.3f}"
+            if way != "carry":
+                told += f" ({_told([r['after'][place] - carried[s]['after'][place] for s, r in runs.items()])})"
+            cells.append(told)
+        before = statistics.fmean(run["before"] for run in runs.values())
+        lines.append(f"| {data['states']} to {kept} | {way} | {before:.3f} | {' | '.join(cells)} |")
+    seeds = len({run["seed"] for run in data["runs"]})
+    lines += ["", f"Means over {seeds} seeds; in parentheses the paired difference to `carry` with its 95 % interval."]
+    return "\n".join(lines)
+
+
+def _told(pairs: Sequence[float]) -> str:
+    """Mean of paired differences and half of the 95 % interval about it."""
+    found = paired(pairs)
+    return f"{found.mean:+.3f}" + ("" if found.high is None else f" ± {found.high - found.mean:.3f}")
+
+
 def _code(text: str) -> str:
     """Text of an error as a span of code."""
     return f"`{text.replace('`', chr(39))}`"
@@ -227,6 +256,7 @@ def filled(text: str) -> str:
             "discovery": lambda: discovery_table(RESULTS / "discovery.json"),
             "coverage": lambda: coverage_table(RESULTS / "coverage" / "torch_pruning.json"),
             "overhead": overhead_table,
+            "moments": lambda: moments_table(RESULTS / "moments.json"),
             "goals": goals_table,
             "tasks": task_sections,
         }

@@ -1,4 +1,4 @@
-"""State-space models: a training step by number of states, one reduction, and what moments do after a cut.
+"""State-space models: a training step by number of states, and one reduction beside a step of a large layer.
 
     python benchmarks/ssm.py --out results/ssm.json
 
@@ -17,15 +17,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
-from setpoint.actuator.balance import balance_and_shrink
 from setpoint.bench.environment import machine
-from setpoint.groups.trace import find_groups
 from setpoint.models import LRU, SequenceClassifier
-from setpoint.ssm import BalancedPairs, balance, reduce_modes
+from setpoint.ssm import balance, reduce_modes
 
 REFERENCE = {(784, 256): 1.55, (784, 28): 0.151, (196, 256): 0.331, (196, 28): 0.019}
 BATCH, CHANNELS, ROUNDS = 50, 8, 7
@@ -100,50 +97,10 @@ def reduction(states: int = 384, channels: int = 512, kept: int = 64, length: in
     }
 
 
-def patterns(generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Noise with a sine of one of ten frequencies in it, and which one it is."""
-    y = torch.randint(0, 10, (BATCH,), generator=generator)
-    phase = 6.3 * torch.rand(BATCH, 1, generator=generator)
-    wave = torch.sin(torch.arange(64) * (0.2 + 0.1 * y[:, None]) + phase)
-    return (0.7 * wave + torch.randn(BATCH, 64, generator=generator)).unsqueeze(-1), y
-
-
-def after_a_cut(moments: Any, seed: int, *, before: int = 300, after: int = 100, kept: int = 12) -> dict[str, Any]:
-    """Training loss around a cut from 96 states in the middle of a run."""
-    torch.manual_seed(seed)
-    model = SequenceClassifier(1, 10, num_channels=CHANNELS, num_states=96)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
-    generator = torch.Generator().manual_seed(seed)
-    losses = []
-    for number in range(before + after):
-        if number == before:
-            groups = tuple(g for g in find_groups(model, (torch.randn(BATCH, 64, 1),)) if g.kind == "state")
-            basis = {"blocks.0.lru": BalancedPairs(balance(model.blocks[0].lru.state_space()))}
-            keep = {"blocks.0.lru": np.arange(96) < kept}
-            balance_and_shrink(model, optimizer, groups, keep, basis, moments=moments)
-        x, y = patterns(generator)
-        loss = F.cross_entropy(model(x), y)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    mean = statistics.fmean
-    return {
-        "moments": moments,
-        "seed": seed,
-        "before": mean(losses[before - 20 : before]),
-        "first": losses[before],
-        "next_10": mean(losses[before + 1 : before + 11]),
-        "highest": max(losses[before : before + 20]),
-        "last_20": mean(losses[-20:]),
-    }
-
-
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="where to write the record")
-    parser.add_argument("--seeds", type=int, default=5)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     record = {
@@ -151,9 +108,6 @@ def main() -> None:
         "environment": {**machine(), "threads": 1},
         "training_steps": steps(),
         "reduction": reduction(),
-        "after_a_cut": [
-            after_a_cut(moments, seed) for seed in range(arguments.seeds) for moments in ("carry", "reset", "position")
-        ],
     }
     text = json.dumps(record)
     if arguments.out is not None:

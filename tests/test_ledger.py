@@ -103,3 +103,14 @@ def test_reads_files_of_later_versions(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
     path.write_text('{"ledger": 1}\n{"step": 3, "widths": {"a": 1}, "mood": "good"}\n')
     assert Ledger.load(path)[0] == Entry(step=3, widths={"a": 1})
+
+
+def test_a_loss_after_is_noted_once(tmp_path: Path) -> None:
+    """What the last change did to the loss is noted at that entry, once, and survives the file."""
+    ledger = _ledger()
+    ledger.append(Entry(step=30, widths={"conv": 2}, reason="rests"))
+    ledger.complete(1.75)
+    ledger.complete(9.0)
+    assert [entry.loss_after for entry in ledger] == [None, 1.75, None]
+    ledger.save(tmp_path / "ledger.jsonl")
+    assert Ledger.load(tmp_path / "ledger.jsonl")[1].loss_after == 1.75

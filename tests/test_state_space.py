@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 import setpoint
 from pypi_s5 import S5Classifier
+from setpoint.actuator.balance import balance_and_shrink
 from setpoint.groups.trace import trace
 from setpoint.models import LRU, SequenceClassifier
+from setpoint.ssm import BalancedPairs, balance
 
 
 def _states(model: nn.Module) -> tuple[setpoint.Group, ...]:
@@ -26,16 +28,19 @@ def _attach(
     return setpoint.attach(model, optimizer, budget, example=example, total_steps=total_steps, groups=_states(model))
 
 
-def _train(model: nn.Module, loop: setpoint.Loop, optimizer: torch.optim.Optimizer, steps: int) -> None:
-    generator = torch.Generator().manual_seed(5)
+def _train(model: nn.Module, loop: setpoint.Loop, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
+    """Losses of the steps."""
+    generator, losses = torch.Generator().manual_seed(5), []
     for _ in range(steps):
         x = torch.randn(16, 12, 1, generator=generator)
         target = (x.sum((1, 2)) > 0).long() + (x[:, 0, 0] > 0.8).long()
         loss = nn.functional.cross_entropy(model(x), target)
         loss.backward()
+        loop.observe(loss=loss)
         optimizer.step()
         optimizer.zero_grad()
-        loop.observe(loss=loss)
+        losses.append(loss.item())
+    return losses
 
 
 @pytest.mark.parametrize(("resource", "fraction"), [("flops", 0.4), ("params", 0.5)])
@@ -60,6 +65,36 @@ def test_states_are_pruned_to_a_budget(resource: str, fraction: float, tmp_path:
     )
     x = torch.randn(3, 12, 1)
     assert torch.equal(again(x), model(x))
+
+
+def test_the_loss_right_after_each_truncation_is_recorded() -> None:
+    """Each cut's entry holds the loss of the step before and of the step after it; the summary holds the final one."""
+    torch.manual_seed(0)
+    model = SequenceClassifier(1, 3, num_channels=4, num_states=16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    with _attach(model, optimizer, setpoint.Budget.fraction(0.5, of="flops"), 60) as loop:
+        losses = _train(model, loop, optimizer, 60)
+    assert loop.summary is not None and loop.summary.final_loss == pytest.approx(losses[-1])
+    cuts = [entry for entry in loop.ledger if entry.dropped]
+    assert len(cuts) >= 2 and loop.ledger[-1] is cuts[-1] and loop.landed
+    for entry in loop.ledger:
+        assert entry.loss == pytest.approx(losses[entry.step - 1])
+        assert entry.loss_after == (pytest.approx(losses[entry.step]) if entry.dropped else None)
+
+
+def test_the_stability_of_the_ranking_is_recorded() -> None:
+    """While nothing is trained the states of the last reading rank as they did; training at a high rate mixes them."""
+    stability = {}
+    for rate in (0.0, 0.03):
+        torch.manual_seed(0)
+        model = SequenceClassifier(1, 3, num_channels=4, num_states=16)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
+        with _attach(model, optimizer, setpoint.Budget.fraction(0.5, of="flops"), 60) as loop:
+            _train(model, loop, optimizer, 60)
+        first, *later = (entry.rank_correlation for entry in loop.ledger)
+        assert not first and len(later) >= 3  # there is nothing to compare the first reading with
+        stability[rate] = [rho["blocks.0.lru"] for rho in later]
+    assert min(stability[0.0]) > 0.999 and 0.5 < min(stability[0.03]) < 0.995
 
 
 def test_an_exact_number_of_states_can_be_asked_for() -> None:
@@ -90,14 +125,19 @@ def test_a_budget_below_one_state_is_refused() -> None:
     assert model.blocks[0].lru.nu_log.shape == (8,)
 
 
-def test_an_unstable_layer_is_refused() -> None:
-    """A layer whose eigenvalues are no numbers is refused by name at attach."""
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [("theta_log", torch.nan, r"blocks.0.lru.*NaN"), ("nu_log", -60.0, r"blocks.0.lru.*not stable: 1 of 8")],
+)
+def test_an_unstable_layer_is_refused(name: str, value: float, message: str) -> None:
+    """A layer whose eigenvalues are no numbers, or on the unit circle, is refused by name; nothing is changed."""
     model = SequenceClassifier(1, 3, num_channels=4, num_states=8)
     with torch.no_grad():
-        model.blocks[0].lru.theta_log[3] = torch.nan
+        getattr(model.blocks[0].lru, name)[3] = value
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # verification sees the NaN as well
-        with pytest.raises(setpoint.StateSpaceError, match=r"blocks.0.lru.*NaN"):
+        with pytest.raises(setpoint.StateSpaceError, match=message):
             setpoint.attach(
                 model,
                 torch.optim.AdamW(model.parameters()),
@@ -106,6 +146,26 @@ def test_an_unstable_layer_is_refused() -> None:
                 total_steps=10,
                 verify=False,
             )
+    for key, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, before[key], rtol=0, atol=0, equal_nan=True)
+
+
+def test_states_that_become_unstable_are_left_alone() -> None:
+    """In mid-run: no decision is made while the layer is unstable, the ledger says why; once it is sound, it is cut."""
+    torch.manual_seed(0)
+    model = SequenceClassifier(1, 3, num_channels=4, num_states=16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    with _attach(model, optimizer, setpoint.Budget.fraction(0.5, of="params"), 60) as loop:
+        place = model.blocks[0].lru.nu_log
+        sound = place.detach()[3].clone()
+        for step in range(60):
+            with torch.no_grad():
+                place[3 if len(place) > 3 else 0] = -60.0 if step < 30 else sound
+            _train(model, loop, optimizer, 1)
+            assert loop.widths["blocks.0.lru"] == 16 or step >= 30
+    refused = [entry for entry in loop.ledger if entry.step <= 30]
+    assert refused and all("no decision: the reading holds NaN" in entry.reason for entry in refused)
+    assert loop.summary is not None and loop.summary.landed
 
 
 class _Shared(nn.Module):
@@ -128,6 +188,26 @@ def test_shared_states_are_units() -> None:
     groups = setpoint.find_groups(_Shared(), (torch.randn(2, 12, 1),))
     (shared,) = (group for group in groups if group.num_units == 8)
     assert shared.kind == "unit" and "shared by one and two: they are dropped without balancing" in shared.notes[0]
+
+
+def test_a_foreign_layer_that_shares_parameters_stays_whole() -> None:
+    """Where tracing cannot follow two layers that share a tensor, their states stay whole, and a reason is told."""
+
+    class Pair(S5Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.other = type(self.layer)(4, 12)
+            self.other.s5.seq.Lambda = self.layer.s5.seq.Lambda
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.encoder(x)
+            logits: Tensor = self.head((self.layer(hidden) + self.other(hidden)).mean(1))
+            return logits
+
+    found = trace(Pair(), (torch.randn(2, 12, 1),))
+    assert all(group.kind != "state" for group in found.groups)
+    reasons = {each.place: each.reason for each in found.frozen}
+    assert "parameters are those of other" in reasons["layer"] and "parameters are those of layer" in reasons["other"]
 
 
 def test_a_foreign_layer_joins_by_three_methods() -> None:
@@ -159,6 +239,30 @@ def test_a_layer_that_tells_too_little_stays_whole() -> None:
     assert any(each.place == "layer" and "StateWeights.carried" in each.reason for each in found.frozen)
 
 
+def test_truncations_cost_no_recompilation() -> None:
+    """With sizes of parameters free, a compiled model compiles once more at the first cut, and never again."""
+    torch.manual_seed(0)
+    model = SequenceClassifier(1, 3, num_channels=4, num_states=16)
+    x = torch.randn(4, 12, 1)
+    compiled: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        compiled.append(len(inputs))
+        return graph
+
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(force_parameter_static_shapes=False):
+        fast, groups, counts = torch.compile(model, backend=backend), _states(model), []
+        for kept in (16, 12, 9, 5, 2):
+            basis = {groups[0].name: BalancedPairs(balance(model.blocks[0].lru.state_space()))}
+            keep = {groups[0].name: np.arange(groups[0].num_units) < kept}
+            groups = balance_and_shrink(model, None, groups, keep, basis)
+            torch.testing.assert_close(fast(x), model(x))
+            counts.append(len(compiled))
+    torch._dynamo.reset()
+    assert counts == [1, 2, 2, 2, 2]
+
+
 def test_worth_goes_across_layers() -> None:
     """With a budget over two layers, one of which does nothing for the loss, that one gives its states."""
     torch.manual_seed(0)
@@ -172,3 +276,18 @@ def test_worth_goes_across_layers() -> None:
         _train(model, loop, optimizer, 60)
     assert loop.widths["blocks.1.lru"] < loop.widths["blocks.0.lru"]
     assert np.isfinite(loop.price) and loop.price > 0
+
+
+def _resting_model(controller: object, total_steps: int) -> tuple[nn.Module, torch.optim.Optimizer, setpoint.Loop]:
+    torch.manual_seed(0)
+    model = SequenceClassifier(1, 3, num_channels=4, num_states=16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    budget, example = setpoint.Budget.fraction(0.5, of="params"), (torch.randn(16, 12, 1),)
+    settings = {"example": example, "total_steps": total_steps, "groups": _states(model), "verify": False}
+    return model, optimizer, setpoint.attach(model, optimizer, budget, controller=controller, **settings)  # type: ignore[arg-type]
+
+
+def _of_layer(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The tensors with an entry for each state, and their moments, as they are."""
+    held = [p for name, p in model.blocks[0].lru.named_parameters() if name != "D"]
+    return [each.detach().clone() for p in held for each in (p, optimizer.state[p]["exp_avg"])]

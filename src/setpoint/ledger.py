@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -47,6 +47,10 @@ class Entry:
         recompiling_seconds: time that took.
         num_dropped: where units are single weights, how many went, by group; they are not listed one by one.
         num_grown: likewise, how many came in.
+        loss_after: where the decision changed the model, loss of the first step with the changed model; None until it
+            has been observed.
+        rank_correlation: Spearman's, of the reading with the last one, by group, over the units that are in both;
+            for balanced states, of the Hankel values that the states of the last reading had then and now.
     """
 
     step: int
@@ -75,12 +79,20 @@ class Entry:
     recompiling_seconds: float = 0.0
     num_dropped: Mapping[str, int] = field(default_factory=dict)
     num_grown: Mapping[str, int] = field(default_factory=dict)
+    loss_after: float | None = None
+    rank_correlation: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def changed(self) -> bool:
+        """Whether the decision dropped anything or brought anything back."""
+        return any((*self.dropped.values(), *self.grown.values(), *self.num_dropped.values(), *self.num_grown.values()))
 
 
 class Ledger:
     """All entries of a run, in order, and a header that says what the run was.
 
-    A ledger grows only at its end. Its file is JSON Lines: first the header, then one entry a line;
+    A ledger grows only at its end. What a decision did to the loss shows one step later: `complete` notes it, once.
+    Its file is JSON Lines: first the header, then one entry a line;
     numbers that JSON does not know (NaN, infinity) are written as null.
 
     Args:
@@ -108,6 +120,19 @@ class Ledger:
         if self._entries and entry.step < self._entries[-1].step:
             raise ValueError(f"a ledger is in order of steps: got step {entry.step} after {self._entries[-1].step}")
         self._entries.append(entry)
+
+    def complete(self, loss_after: float) -> None:
+        """Note the loss right after the last decision that changed the model, unless it has been noted.
+
+        >>> ledger = Ledger()
+        >>> ledger.append(Entry(step=10, widths={"conv1": 12}, dropped={"conv1": [3, 7]}, loss=0.5))
+        >>> ledger.complete(loss_after=0.7)
+        >>> ledger[-1].loss, ledger[-1].loss_after
+        (0.5, 0.7)
+        """
+        place = next((place for place in reversed(range(len(self))) if self._entries[place].changed), None)
+        if place is not None and self._entries[place].loss_after is None:
+            self._entries[place] = replace(self._entries[place], loss_after=loss_after)
 
     def __len__(self) -> int:
         return len(self._entries)

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from pypi_s5 import S5Classifier
-from setpoint.actuator.balance import balance_and_shrink
-from setpoint.actuator.shrink import named_tensors
+from setpoint.actuator.balance import balance_and_shrink, turned
+from setpoint.actuator.regrow import regrow
+from setpoint.actuator.reserve import Reserve
+from setpoint.actuator.shrink import named_tensors, shrink
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group
 from setpoint.groups.state import state_layer
@@ -155,6 +157,47 @@ def test_without_a_basis_states_are_cut_as_they_are() -> None:
     group, _ = _states(model)
     balance_and_shrink(model, None, (group,), _first(group, 4), {})
     assert torch.equal(model.blocks[0].lru.B_re, kept)
+
+
+@pytest.mark.parametrize("kind", ["lru", "s5"])
+def test_states_come_back_with_their_moments(kind: str) -> None:
+    """Twin: states dropped, trained without, brought back and trained on are those of the full model whose dropped
+    modes are silenced meanwhile, and then heard again with the weights and moments that they had.
+    """
+    torch.manual_seed(0)
+    model: nn.Module = _lru() if kind == "lru" else S5Classifier(states=9)
+    x, tolerance = (X, 1e-10) if kind == "lru" else (X.float(), 1e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(3):
+        _step(model, optimizer, x)
+    group, basis = _states(model, x)
+    reserve, keep = Reserve.of(model, (group,)), _first(group, 4)
+    with turned(model, optimizer, (group,), keep, {group.name: basis}, rest=True):
+        twin, other = copy.deepcopy((model, optimizer))
+        reserve = reserve.rest(model, optimizer, keep)
+        groups = shrink(model, optimizer, (group,), keep)
+    resting = copy.deepcopy((twin.state_dict(), other.state_dict()["state"]))
+    for _ in range(3):
+        _step(model, optimizer, x)
+        for piece in group.slices:
+            if piece.role == "consume":
+                named_tensors(twin)[piece.tensor].data.index_fill_(piece.dim, torch.arange(4, 9), 0.0)
+        _step(twin, other, x)
+    groups, reserve = regrow(model, optimizer, groups, reserve, {group.name: np.arange(4, 9)})
+    for number, (name, parameter) in enumerate(twin.named_parameters()):
+        for piece in group.slices:
+            if piece.tensor == name:
+                gone = torch.arange(4, 9)
+                parameter.data.index_copy_(piece.dim, gone, resting[0][name].index_select(piece.dim, gone))
+                for key in ("exp_avg", "exp_avg_sq"):
+                    moment = resting[1][number][key].index_select(piece.dim, gone)
+                    other.state[parameter][key].index_copy_(piece.dim, gone, moment)
+    for _ in range(3):
+        _step(model, optimizer, x)
+        _step(twin, other, x)
+    assert groups[0].num_units == 9 and not reserve.tensors
+    for one, two in zip(_snapshot(model, optimizer), _snapshot(twin, other), strict=True):
+        torch.testing.assert_close(one, two, rtol=tolerance, atol=tolerance)
 
 
 def _snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:

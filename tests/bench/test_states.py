@@ -13,6 +13,7 @@ from setpoint.bench.simple_task import SimpleTask
 from setpoint.bench.task import BenchError
 from setpoint.bench.tensors import Tensors
 from setpoint.bench.training import Cell, train
+from setpoint.errors import BudgetError
 
 
 def _splits(folder: Path | None) -> dict[str, tuple[Tensor, Tensor]]:
@@ -44,6 +45,14 @@ def test_methods_drop_states_and_nothing_else(tmp_path: Path) -> None:
     course = FewStates(states=5.0).course(TASK, 1.0, {})
     model = TASK.build(course.widths)
     assert isinstance(model, nn.Module) and sum(p.shape[0] == 5 for p in model.parameters()) == 5
+
+
+def test_less_than_one_state_is_refused() -> None:
+    """An exact number that rounds to no state cannot be met, which is said before anything is trained."""
+    method = method_named("hankel@states=0.3")
+    model = TASK.build(method.course(TASK, 1.0, {}).widths)
+    with pytest.raises(BudgetError, match="cannot be reached"):
+        method.begin(TASK, model, 1.0, iter(()))
 
 
 def test_tasks_without_states_are_refused() -> None:

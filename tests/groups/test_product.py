@@ -39,6 +39,19 @@ def test_a_contracted_factor_loses() -> None:
     assert (atoms.find(second) == 0).all() and (atoms.find(first) != 0).all()
 
 
+def test_copies_lose_unless_they_have_met_entries_of_their_own() -> None:
+    """A larger factor that is made of copies loses; one whose copies met a parameter's entries one by one is those."""
+    atoms, copies, second, product = make(5, 3)
+    atoms.mark("alike", copies)
+    solve(atoms, [product])
+    assert (atoms.find(copies) == 0).all() and (atoms.find(second) != 0).all()
+    atoms, copies, second, product = make(5, 3)
+    atoms.mark("alike", copies)
+    atoms.unite(copies, atoms.fresh(5))
+    solve(atoms, [product])
+    assert (atoms.find(second) == 0).all() and (atoms.find(copies) != 0).all()
+
+
 def test_a_settled_product_decides_the_next() -> None:
     """Heads chosen for q (its head size is frozen) are chosen for v as well, though its head size is larger."""
     atoms, heads, size, q = make()

@@ -7,8 +7,13 @@ import transformers
 from torch import Tensor, nn
 
 import setpoint
+from setpoint.actuator.balance import balance_and_shrink
+from setpoint.errors import GroupError
 from setpoint.groups.group import Group
 from setpoint.groups.selective import selective_layer
+from setpoint.models import LRU
+from setpoint.sensor.hankel import HankelSensor
+from setpoint.ssm import BalancedPairs, balance
 
 TOKENS = torch.randint(0, 17, (3, 20), generator=torch.Generator().manual_seed(0))
 _SIZES = {"vocab_size": 17, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 8, "expand": 2, "use_cache": False}
@@ -76,6 +81,26 @@ def test_one_mode_has_the_value_of_its_formula() -> None:
     found = _Tokens(3 * ones, 0.5 * ones, 2 * ones[:, :1], 4 * ones[:, :1], torch.tensor([[-1.0], [-2.0]])).energies()
     room = [1 - np.exp(-1.0), 1 - np.exp(-2.0)]
     assert float(found) == pytest.approx(sum((0.5 * 2 * 3) ** 2 * 16 / each**2 for each in room), rel=1e-5)
+
+
+@kinds
+def test_selective_states_have_no_balanced_coordinates(kind: str) -> None:
+    """Handed to the path of linear time-invariant layers they are refused, with what to use; nothing is changed."""
+    model = _model(kind)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    (states,) = _states(model)
+    with pytest.raises(GroupError, match=r"mixer' are selective.*SelectiveSensor"):
+        HankelSensor(num_samples=3).init((states,), model)
+    basis = {states.name: BalancedPairs(balance(LRU(2, states.num_units).state_space()))}
+    with pytest.raises(GroupError, match="no balanced coordinates"):
+        balance_and_shrink(model, None, (states,), {states.name: np.arange(states.num_units) < 4}, basis)
+    optimizer = torch.optim.AdamW(model.parameters())
+    example, budget = {"input_ids": TOKENS}, setpoint.Budget.fraction(0.9, of="params")
+    with pytest.raises(GroupError, match=r"HankelSensor cannot read it \(it ranks no states of this kind\)"):
+        setpoint.attach(
+            model, optimizer, budget, example=example, total_steps=9, groups=(states,), sensor=HankelSensor(3)
+        )
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.slow

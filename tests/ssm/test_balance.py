@@ -6,14 +6,17 @@ from hypothesis import strategies as st
 
 from setpoint.errors import StateSpaceError
 from setpoint.ssm import (
+    BalancedPairs,
     DenseSystem,
     DiagonalSystem,
     balance,
+    beside,
     error_bound,
     gramians,
     hankel_values,
     real_form,
     reduce_modes,
+    residual_modes,
     transfer,
     truncate,
 )
@@ -165,3 +168,39 @@ def test_impossible_sizes_are_refused(number: int) -> None:
         reduce_modes(diagonal(4), number)
     with pytest.raises(StateSpaceError, match="from 1 to 4"):
         truncate(dense(4), number)
+
+
+def test_states_are_followed_into_another_system() -> None:
+    """In a system's own coordinates its Hankel values come back; where modes are apart, what is done to the output of
+    one of them is done to the value of that one.
+    """
+    system = diagonal(12)
+    basis = BalancedPairs(balance(system))
+    pairs = basis.balance.values.reshape(-1, 2).square().sum(1).sqrt().numpy()
+    np.testing.assert_allclose(basis.followed(system), pairs, rtol=1e-5, atol=1e-6 * pairs[0])
+    eigenvalues, own = torch.tensor([0.95j, 0.85j, 0.6j, 0.2j]), torch.eye(4, dtype=torch.complex128)
+    heard = own * torch.tensor([1.0, 1.0, 1.0, 0.01])
+    eigenvalues = eigenvalues.to(own.dtype)
+    apart = BalancedPairs(balance(DiagonalSystem(eigenvalues, own, heard)))
+    before = apart.followed(DiagonalSystem(eigenvalues, own, heard))
+    after = apart.followed(DiagonalSystem(eigenvalues, own, own))
+    np.testing.assert_allclose(after / before, [1, 1, 1, 100], rtol=1e-6)
+    with pytest.raises(StateSpaceError, match="not stable"):
+        apart.followed(DiagonalSystem(eigenvalues / 0.9, own, own))
+
+
+def test_what_a_reduction_loses_comes_back_as_modes() -> None:
+    """Beside the reduced system, as many modes as were dropped give the full map back: exactly where the dropped modes
+    have channels of their own, and else with an error far below that of the reduction. The maps give the same weights.
+    """
+    own = torch.eye(5, dtype=torch.complex128)
+    values = torch.tensor([0.95j, 0.9j, 0.3j, 0.2 + 0.1j, 0.1j], dtype=torch.complex128)
+    for system, kept, share in ((DiagonalSystem(values, own, own), 2, 1e-5), (diagonal(48, 4, 4), 16, 0.5)):
+        modes = reduce_modes(system, kept)
+        rest = residual_modes(system, modes, system.num_states - kept)
+        whole = beside(modes, rest)
+        assert whole.system.num_states == system.num_states
+        assert _error(system, whole.system) < share * _error(system, modes.system)
+        real, small = real_form(system), real_form(whole.system)
+        torch.testing.assert_close(whole.reduce @ real.inputs, small.inputs, rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(real.outputs @ whole.expand, small.outputs, rtol=1e-6, atol=1e-8)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from setpoint.actuator.shrink import named_tensors, shrink
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group
 from setpoint.groups.state import state_layer
-from setpoint.ssm import Basis, DiagonalSystem, Modes, StateSpaceLayer, StateWeights, system
+from setpoint.ssm import Basis, DiagonalSystem, Modes, StateSpaceLayer, StateWeights, beside, residual_modes, system
 
 Moments = Literal["carry", "reset", "position"]
 """What becomes of optimizer state: carried through the change of basis, forgotten, or kept at its old position."""
@@ -38,19 +38,8 @@ def balance_and_shrink(
     copies: Sequence[nn.Module] = (),
     *,
     moments: Moments = "carry",
-    agreed: Callable[[], None] = lambda: None,
 ) -> tuple[Group, ...]:
     """Shrink a model; state groups that lose units are balanced, truncated and diagonalised on the way.
-
-    For a group in `basis`, `keep` is about the units of that basis. With `BalancedPairs` the layer then holds the
-    balanced truncation of its real map, brought back to modes, so its gain changes by at most twice the sum of
-    the dropped Hankel values. Groups without a basis are cut as they are.
-
-    Optimizer moments of B and C go through the same change of basis: gradients, hence first moments, by the
-    transposed maps, second moments by the squares of their entries, as if entries were independent. Moments of
-    the eigenvalues have no such image, since eigenvalues are no linear function of the old ones: first moments
-    start at 0, second ones (and any other state) at their mean over the layer's states. Copies (an EMA) go through
-    the same change of basis and take over the new eigenvalues, so that modes correspond.
 
     All or nothing: on any exception model, optimizers and copies are as they were.
 
@@ -59,26 +48,71 @@ def balance_and_shrink(
         optimizer: one optimizer, a sequence of them, or None.
         groups: as `find_groups`, or the last cut, returned them.
         keep: by group name, boolean per active unit, True = stays.
-        basis: by group name, coordinates for the states of its layer as it is now, as `Reading.basis` holds it.
+        basis: as `turned`.
         copies: further modules with the same tensors to cut alike.
-        moments: "carry" as above; "reset" and "position" are there to compare with.
-        agreed: as `shrink`.
+        moments: as `turned`.
 
     Raises:
-        GroupError: as `shrink`, for a basis of a group without balanced coordinates or of another width, or when
-            all of its states are dropped.
+        GroupError: as `shrink` and `turned`.
         OptimizerError: as `shrink`.
+        StateSpaceError: when the layer is not stable or not finite.
+    """
+    with turned(model, optimizer, groups, keep, basis, copies, moments=moments):
+        return shrink(model, optimizer, groups, keep, copies)
+
+
+@contextmanager
+def turned(
+    model: nn.Module,
+    optimizer: Optimizers,
+    groups: tuple[Group, ...],
+    keep: Keep,
+    basis: Mapping[str, Basis],
+    copies: Sequence[nn.Module] = (),
+    *,
+    moments: Moments = "carry",
+    rest: bool = False,
+) -> Iterator[None]:
+    """State groups that are about to lose units, in coordinates in which they can; `shrink` with this `keep` inside.
+
+    For a group in `basis`, `keep` is about the units of that basis. With `BalancedPairs` the kept units then hold the
+    balanced truncation of the layer's real map, brought back to modes, so its gain changes by at most twice the sum of
+    the dropped Hankel values. Groups without a basis are left as they are.
+
+    With `rest` the units that go hold what the truncation loses, as modes of their own (`residual_modes`), so that they
+    can rest in a reserve and come back; without, nothing.
+
+    Optimizer moments of B and C go through the same change of basis: gradients, hence first moments, by the
+    transposed maps, second moments by the squares of their entries, as if entries were independent. Moments of
+    the eigenvalues have no such image, since eigenvalues are no linear function of the old ones: first moments
+    start at 0, second ones (and any other state) at their mean over the layer's states. Copies (an EMA) go through
+    the same change of basis and take over the new eigenvalues, so that modes correspond.
+
+    On any exception, inside too, model, optimizers and copies are as they were.
+
+    Args:
+        model: the model that `groups` describe.
+        optimizer: one optimizer, a sequence of them, or None.
+        groups: as `find_groups`, or the last cut, returned them.
+        keep: by group name, boolean per active unit, True = stays.
+        basis: by group name, coordinates for the states of its layer as it is now, as `Reading.basis` holds it.
+        copies: further modules with the same tensors.
+        moments: "carry" as above; "reset" and "position" are there to compare with.
+        rest: whether units that go are to hold what is lost.
+
+    Raises:
+        GroupError: for a basis of a group without balanced coordinates or of another width, or when all of its states
+            are dropped.
         StateSpaceError: when the layer is not stable or not finite.
     """
     full = check_keep(groups, keep)
     with ExitStack() as undo:
         for group in groups:
             if group.name in basis and not full[group.name].all():
-                turn = _Turn.of(model, group, full[group.name], basis[group.name])
+                turn = _Turn.of(model, group, full[group.name], basis[group.name], rest=rest)
                 turn.apply(model, as_sequence(optimizer), copies, moments, undo)
-        remaining = shrink(model, optimizer, groups, keep, copies, agreed=agreed)
+        yield
         undo.pop_all()
-    return remaining
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,18 +123,18 @@ class _Turn:
         name: of the layer.
         group: its states.
         old: its system.
-        modes: what it is reduced to.
-        kept: positions along its states at which the modes will lie; the others are about to be cut.
+        modes: what it is reduced to, with what that loses where this is to rest.
+        places: positions along its states at which the modes will lie; what is elsewhere is about to be cut.
     """
 
     name: str
     group: Group
     old: DiagonalSystem
     modes: Modes
-    kept: Tensor
+    places: Tensor
 
     @classmethod
-    def of(cls, model: nn.Module, group: Group, keep: np.ndarray, basis: Basis) -> _Turn:
+    def of(cls, model: nn.Module, group: Group, keep: np.ndarray, basis: Basis, *, rest: bool) -> _Turn:
         name, layer = state_layer(model, group)
         old = layer.state_space()
         if not basis.num_units == old.num_states == group.num_units:
@@ -115,8 +149,11 @@ class _Turn:
         index = next(
             piece.index for piece in group.slices if piece.tensor == prefix + inputs and piece.role != "consume"
         )
-        kept = torch.from_numpy(np.flatnonzero(keep[index])).to(old.eigenvalues.device)
-        return cls(name, group, old, basis.modes(old, keep), kept)
+        modes, places = basis.modes(old, keep), [np.flatnonzero(keep[index])]
+        if rest:
+            modes = beside(modes, residual_modes(old, modes, int((~keep).sum())))
+            places.append(np.flatnonzero(~keep[index]))
+        return cls(name, group, old, modes, torch.from_numpy(np.concatenate(places)).to(old.eigenvalues.device))
 
     def apply(
         self,
@@ -126,7 +163,7 @@ class _Turn:
         moments: Moments,
         undo: ExitStack,
     ) -> None:
-        """Write the modes, and what follows them, at the kept positions."""
+        """Write the modes, and what follows them, at their places."""
         before = _layer(model, self.name).state_weights()
         self._write(model, self.modes.system, undo)
         after = _layer(model, self.name).state_weights()
@@ -153,9 +190,9 @@ class _Turn:
         outputs = torch.zeros_like(old.outputs, dtype=torch.complex128)
         _layer(model, self.name).set_state_space(
             DiagonalSystem(
-                values.index_copy(-1, self.kept, new.eigenvalues),
-                inputs.index_copy(-2, self.kept, new.inputs),
-                outputs.index_copy(-1, self.kept, new.outputs),
+                values.index_copy(-1, self.places, new.eigenvalues),
+                inputs.index_copy(-2, self.places, new.inputs),
+                outputs.index_copy(-1, self.places, new.outputs),
             )
         )
 
@@ -186,13 +223,13 @@ class _Turn:
     ) -> None:
         prefix = f"{self.name}." if self.name else ""
         inputs, outputs = ([prefix + each for each in names] for names in (before.inputs, before.outputs))
-        scale = after.input_scale.to(torch.complex128).index_select(-1, self.kept)
+        scale = after.input_scale.to(torch.complex128).index_select(-1, self.places)
         gradients_in = _times(scale.conj()) @ self.modes.expand.mT @ _times(1 / before.input_scale.to(scale).conj())
         states, kept = self.old.num_states, self.modes.system.num_states
         gradients_out = _mirror(kept, scale.device) @ self.modes.reduce @ _mirror(states, scale.device)
         dim = self.old.eigenvalues.dim() - 1
-        _turn_state(model, optimizers, inputs, gradients_in, dim, self.kept, undo)
-        _turn_state(model, optimizers, outputs, gradients_out, dim + 1, self.kept, undo)
+        _turn_state(model, optimizers, inputs, gradients_in, dim, self.places, undo)
+        _turn_state(model, optimizers, outputs, gradients_out, dim + 1, self.places, undo)
         for optimizer, parameter in self._held(model, optimizers, self._tensor_names() - {*inputs, *outputs}):
             shape = parameter.shape
 

@@ -46,13 +46,10 @@ class ComplexBalance:
     @classmethod
     def of(cls, system: DiagonalSystem) -> ComplexBalance:
         """Balance `x -> C x`, by the square-root method on factors of the two complex Gramians."""
-        values = system.eigenvalues.to(torch.complex128)
-        inputs, outputs = system.inputs.to(values), system.outputs.to(values)
-        apart = 1.0 - values[:, None] * values.conj()[None, :]
-        reached, heard = _factor(inputs @ inputs.mH / apart), _factor(outputs.mH @ outputs / apart.conj())
+        reached, heard = (_factor(each) for each in _gramians(system))
         left, found, right = torch.linalg.svd(heard.mH @ reached)
         floor = torch.finfo(found.dtype).eps * len(found) * found[0]
-        root = torch.where(found > floor, found.clamp_min(_TINY).rsqrt(), 0.0).to(values.dtype)
+        root = torch.where(found > floor, found.clamp_min(_TINY).rsqrt(), 0.0).to(reached.dtype)
         return cls(found, reached @ right.mH * root, root[:, None] * (left.mH @ heard.mH))
 
     @property
@@ -73,6 +70,31 @@ class ComplexBalance:
             _real(synthesis),
             order=2 * len(kept),
         )
+
+    def again(self, system: DiagonalSystem) -> ComplexBalance:
+        """The balanced coordinates of another system."""
+        return ComplexBalance.of(system)
+
+    def followed(self, system: DiagonalSystem) -> Float64[np.ndarray, " units"]:
+        """How strongly each state of these coordinates is reached and heard in another system.
+
+        Raises:
+            StateSpaceError: when that is not stable or not finite.
+        """
+        check_system(system)
+        reached, heard = _gramians(system)
+        strength = (self.reduce @ reached * self.reduce.conj()).sum(1).real
+        weight = (self.expand.conj() * (heard @ self.expand)).sum(0).real
+        values: np.ndarray = (strength * weight).clamp_min(0.0).sqrt().cpu().numpy()
+        return values
+
+
+def _gramians(system: DiagonalSystem) -> tuple[Complex[Tensor, "states states"], Complex[Tensor, "states states"]]:
+    """Both Gramians of the complex system."""
+    values = system.eigenvalues.to(torch.complex128)
+    inputs, outputs = system.inputs.to(values), system.outputs.to(values)
+    apart = 1.0 - values[:, None] * values.conj()[None, :]
+    return inputs @ inputs.mH / apart, outputs.mH @ outputs / apart.conj()
 
 
 def _factor(gramian: Tensor) -> Tensor:

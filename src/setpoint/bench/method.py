@@ -137,7 +137,7 @@ in theory).
 """
 
 
-STATE_METHODS: tuple[Method, ...] = (Hankel(), Compressm(), FewStates())
+STATE_METHODS: tuple[Method, ...] = (Hankel(), Hankel("hankel-regrow", regrow=True), Compressm(), FewStates())
 """Methods for tasks on state-space models."""
 
 

@@ -156,12 +156,16 @@ def agreement(before: Saliency, now: Saliency, *, across: bool) -> float:
     """
     names = sorted(now)
     if across:
-        return _correlation(np.concatenate([before[n] for n in names]), np.concatenate([now[n] for n in names]))
-    return float(np.mean([_correlation(before[n], now[n]) for n in names]))
+        return rank_correlation(np.concatenate([before[n] for n in names]), np.concatenate([now[n] for n in names]))
+    return float(np.mean([rank_correlation(before[n], now[n]) for n in names]))
 
 
-def _correlation(one: Float64[np.ndarray, " units"], other: Float64[np.ndarray, " units"]) -> float:
-    """Spearman's; units that are equal share their mean rank, and where all are equal it is 1."""
+def rank_correlation(one: Float64[np.ndarray, " units"], other: Float64[np.ndarray, " units"]) -> float:
+    """Spearman's; units that are equal share their mean rank, and where all are equal it is 1.
+
+    >>> round(rank_correlation(np.array([1.0, 2.0, 3.0]), np.array([1.0, 30.0, 20.0])), 3)
+    0.5
+    """
     ranks = [_ranks(one), _ranks(other)]
     x, y = (each - each.mean() for each in ranks)
     scale = float(np.sqrt((x**2).sum() * (y**2).sum()))

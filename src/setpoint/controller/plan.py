@@ -71,6 +71,7 @@ class Plan:
         reason: why, for people.
         grow: by group name, origins of the units that come back from the reserve, ascending.
         grow_worth: by group name, in that order: probed gain of the unit's block / what the block costs.
+        undoes: whether `grow` takes the whole last cut back, since the loss did not stand it.
         exchange: where units are single weights, share of each group's active ones that makes room for others.
     """
 
@@ -84,6 +85,7 @@ class Plan:
     grow: Mapping[str, Int[np.ndarray, " _units"]] = field(default_factory=dict)
     grow_worth: Mapping[str, Float64[np.ndarray, " _units"]] = field(default_factory=dict)
     exchange: float = 0.0
+    undoes: bool = False
 
     def drops(self) -> bool:
         """True when any unit is dropped."""

@@ -386,7 +386,10 @@ class PricedController:
 def _ladders(
     state: PricedState, reading: Reading, groups: tuple[Group, ...], slew: float, floor: float, dwell: int
 ) -> dict[str, Ladder]:
-    """Ladders of all groups, by name, at these guards."""
+    """Ladders of all groups, by name, at these guards.
+
+    Units of a group that is read in coordinates of its own are new at each reading: none of them has an age.
+    """
     return {
         group.name: build_ladder(
             group,
@@ -394,7 +397,7 @@ def _ladders(
             dense=state.dense[group.name],
             floor=math.ceil(floor * state.dense[group.name]),
             max_dropped=math.floor(slew * group.num_units),
-            free=state.age[group.name] >= dwell,
+            free=(state.age[group.name] >= dwell) | (group.name in reading.basis),
         )
         for group in groups
     }

@@ -130,7 +130,8 @@ class TolerantController:
                 state = replace(state, pending=False, stride=state.stride / 2)
                 landed = final or state.stride < self.finest
                 reason = f"{'landed: ' if landed else ''}the last cut is taken back: {words}"
-                return state, Plan(step, whole, landed=landed, reason=reason, grow=observation.last_dropped)
+                back = Plan(step, whole, landed=landed, reason=reason, grow=observation.last_dropped, undoes=True)
+                return state, back
             assert excess is not None
             state = replace(state, pending=False, used=max(0.0, state.used + excess.value))
         if final or state.stride < self.finest:

@@ -40,9 +40,9 @@ def solve(atoms: Atoms, products: Sequence[Product]) -> None:
     settled one may decide others; the number of rounds does not grow with the model's depth.
     """
     pending = _settle_forced(atoms, list(products))
-    copies = atoms.marked("alike")
     while pending:
         normed, contracted = _normed(atoms, products), atoms.marked_class("contract")
+        copies = _copies(atoms)
         reasons = [_reasons(atoms, product, copies, normed, contracted) for product in pending]
         chosen = _clear_choices(reasons)
         if not chosen:
@@ -100,6 +100,13 @@ def _free_axes(atoms: Atoms, product: Product) -> list[int]:
         for axis, factor in enumerate(product.factors)
         if len(np.unique(roots := atoms.find(factor))) > 1 and (roots != 0).any()
     ]
+
+
+def _copies(atoms: Atoms) -> np.ndarray:
+    """Boolean per atom: whether its class is of copies only; copies that met entries of their own are those entries."""
+    everyone = atoms.find(np.arange(len(atoms)))
+    of_class: np.ndarray = ~np.isin(everyone, everyone[~atoms.marked("alike")])
+    return of_class
 
 
 def _normed(atoms: Atoms, products: Sequence[Product]) -> np.ndarray:

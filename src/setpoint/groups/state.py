@@ -10,7 +10,7 @@ from torch import nn
 
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group, Slice
-from setpoint.groups.selective import mark_selective
+from setpoint.groups.selective import mark_selective, selective_layer
 from setpoint.ssm import StateSpaceLayer
 
 
@@ -119,4 +119,10 @@ def state_layer(model: nn.Module, group: Group) -> tuple[str, StateSpaceLayer]:
     for name, module in model.named_modules():
         if isinstance(module, StateSpaceLayer) and _places(name, module) <= held:
             return name, module
+    selective = selective_layer(model, group)
+    if selective is not None:
+        raise GroupError(
+            f"the states of {selective[0]!r} are selective: their dynamics depend on the input, so they have no Hankel "
+            "values and no balanced coordinates: rank them by SelectiveSensor, and drop them as they are"
+        )
     raise GroupError(f"the model has no StateSpaceLayer that holds the states of {group.name!r}: use its own groups")

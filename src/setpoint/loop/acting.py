@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Bool
 
-from setpoint.actuator.balance import balance_and_shrink
-from setpoint.actuator.shrink import named_tensors
+from setpoint.actuator.balance import turned
+from setpoint.actuator.shrink import named_tensors, shrink
 from setpoint.controller.plan import Plan
 from setpoint.groups.group import Group
 from setpoint.loop.agreement import together
@@ -111,10 +111,15 @@ def _changed(
         if regrowth is None and loop._watch.can_roll_back(parts.sensor, parts.controller, loop._account.resizes):
             regrowth = loop._regrowth = Regrowth(parts, loop._account)
         sensed, state = parts.sensor.cut(loop._sensor_state, plan.keep), parts.controller.cut(state, plan.keep)
-        with regrowth.resting(plan.keep) if regrowth is not None else nullcontext("") as note:
-            groups = balance_and_shrink(
-                parts.model, parts.optimizers, loop._groups, plan.keep, reading.basis, parts.copies, agreed=agreed
-            )
+        whole = regrowth.as_it_is(loop._groups, plan, reading.basis) if regrowth is not None else {}
+        what = (parts.model, parts.optimizers, loop._groups, plan.keep)
+        with (
+            turned(*what, reading.basis, parts.copies, rest=regrowth is not None and regrowth.lasting),
+            regrowth.resting(plan.keep) if regrowth is not None else nullcontext("") as note,
+        ):
+            groups = shrink(*what, parts.copies, agreed=agreed)
+        if regrowth is not None:
+            regrowth.last_cut(whole)
         loop._groups, loop._sensor_state, loop._origin = groups, sensed, only_kept(loop._origin, plan)
     loop._controller_state = state
     if plan.grows() and regrowth is not None:

@@ -45,9 +45,9 @@ from setpoint.loop.state import run_of
 from setpoint.loop.target import Target, check_budgets, check_reachable
 from setpoint.loop.wrapper import Wrapped, check_reads, check_shared, unwrap
 from setpoint.meter import StepMeter, Stopwatch
-from setpoint.sensor.chain import SensorChain
+from setpoint.sensor.chain import SensorChain, takes_back
 from setpoint.sensor.hankel import HankelSensor
-from setpoint.sensor.reading import Growing, Sensor
+from setpoint.sensor.reading import Sensor
 from setpoint.sensor.selective import SelectiveSensor
 from setpoint.sensor.taylor import TaylorSensor
 from setpoint.sensor.weight_taylor import WeightTaylorSensor
@@ -301,7 +301,8 @@ def _select(
     names = {group.name for group in readable}
     for group in open_groups:
         if group.name not in names:
-            frozen[group.name] = f"{type(sensor).__name__} cannot read it (its weights get no gradient)"
+            why = "it ranks no states of this kind" if group.kind == "state" else "its weights get no gradient"
+            frozen[group.name] = f"{type(sensor).__name__} cannot read it ({why})"
     return readable, frozen
 
 
@@ -362,7 +363,7 @@ def _check_regrowth(
         VerificationError: when a probed step on a copy is not the shrunk model's step.
     """
     instead = "attach with PricedController(regrow=False)"
-    if not isinstance(sensor, Growing):
+    if not takes_back(sensor):
         raise LoopError(f"{type(sensor).__name__} has no grow(), so units cannot come back: add it, or {instead}")
     if wrapped.compiled:
         raise LoopError(

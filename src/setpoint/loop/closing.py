@@ -13,6 +13,7 @@ from setpoint.loop.metering import METERED
 from setpoint.loop.parts import Parts
 from setpoint.loop.record import drop_counts, return_counts, spending
 from setpoint.loop.summary import Summary, break_even_step
+from setpoint.loop.watch import LossWatch
 from setpoint.loop.weights import Weights
 
 
@@ -23,7 +24,7 @@ def summarise(
     groups: tuple[Group, ...],
     step: int,
     last: Plan | None,
-    gave_way: str,
+    watch: LossWatch,
     weights: Weights | None = None,
 ) -> Summary:
     """The summary of a run.
@@ -35,9 +36,10 @@ def summarise(
         groups: at their present widths.
         step: optimizer steps done.
         last: the last plan, or None before the first.
-        gave_way: what was taken back for the sake of the loss, or "".
+        watch: what was observed of the loss, and what was taken back for its sake.
         weights: the masks, where units are single weights.
     """
+    gave_way = watch.gave_way
     widths, dense_widths, total_steps = widths_of(groups), widths_of(parts.groups), parts.total_steps
     spent = spending(parts.costs, widths)
     dense_flops = parts.costs["flops"].total(dense_widths)
@@ -80,6 +82,7 @@ def summarise(
         limit_run={name: run.limit(total_steps) for name, run in parts.target.runs.items()},
         spent_run={name: account.train_flops for name in parts.target.runs},
         gave_way=f"{gave_way}; {'the budget was met' if landed else 'the budget was missed'}" if gave_way else "",
+        final_loss=watch.loss,
     )
     return summary if weights is None else replace(summary, **weights.numbers(groups))
 

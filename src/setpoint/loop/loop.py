@@ -30,6 +30,7 @@ from setpoint.loop.explanation import Explanation, explain
 from setpoint.loop.hooks import StepHooks
 from setpoint.loop.parts import Parts
 from setpoint.loop.planning import metered_at, observation_of, planned
+from setpoint.loop.ranking import Ranking
 from setpoint.loop.recompiling import Recompiling
 from setpoint.loop.record import entry_of, only_kept, refusal, spread, with_drops, with_returns
 from setpoint.loop.regrowth import Regrowth
@@ -79,7 +80,7 @@ class Loop:
         self._worth: dict[str, Float64[np.ndarray, " units"]] = {}
         self._summary: Summary | None = None
         self._metered: dict[str, float] = {}
-        self._watch = LossWatch()
+        self._watch, self._ranking = LossWatch(), Ranking()
         self._regrowth = Regrowth(parts, account) if regrows(parts.controller) else None
         self._recompiling = Recompiling(account, len(parts.groups))
         self._hooks = StepHooks(parts.optimizers, self._before_step, self._after_step, partial(check_loading, parts))
@@ -91,6 +92,7 @@ class Loop:
     @property
     def ledger(self) -> Ledger:
         """Every decision so far."""
+        self._watch.complete(self._ledger)
         return self._ledger
 
     @property
@@ -187,7 +189,9 @@ class Loop:
         )
 
     def observe(self, *, loss: Tensor | float | None = None, val: Tensor | float | None = None) -> None:
-        """Tell the loop the present loss; it is brought to the host only when a decision is made.
+        """Tell the loop the loss of the coming step; it is brought to the host only when a decision is made.
+
+        Call it before `optimizer.step()`: then the loss right after a cut is that of the smaller model.
 
         Args:
             loss: training loss, a number or a tensor of one element.
@@ -255,15 +259,10 @@ class Loop:
             raise LoopError("finish() has been called already: its result is in loop.summary")
         self.detach()
         self._finished = True
+        self._watch.complete(self._ledger)
+        parts, account, watch = self._parts, self._account, self._watch
         self._summary = summarise(
-            self._parts,
-            self._account,
-            self._ledger,
-            self._groups,
-            self._step,
-            self._plan,
-            self._watch.gave_way,
-            self._weights,
+            parts, account, self._ledger, self._groups, self._step, self._plan, watch, self._weights
         )
         return self._summary
 
@@ -344,13 +343,16 @@ class Loop:
 
     def _decide(self, due: bool) -> None:
         """Read, decide, act and record. After a bad reading, try again at the next step."""
-        ranks, plan = self._parts.ranks, None
+        ranks, plan, alike = self._parts.ranks, None, {}
         self._overdue = True  # also if anything is raised from here on
         with self._account.deciding:
             reading = shared_reading(ranks, self._read, self._watch, self._step)
+            self._watch.complete(self._ledger)
             self._metered, metered = metered_at(self._parts, self.widths)
             why_not = refusal(reading)
             if why_not is None:
+                if self._weights is None:
+                    alike = self._ranking.correlations(self._reading, reading, self._groups, self._parts.model)
                 with together(ranks, f"the plan after step {self._step}") as facts:
                     self._replan()
                     probe = self._regrowth.probe(self._step) if self._regrowth is not None else None
@@ -370,10 +372,12 @@ class Loop:
             if self._weights is not None:
                 self._ledger.append(self._weights.told(entry))
             else:
-                self._ledger.append(with_returns(with_drops(entry, plan, reading, origin), plan, probe))
+                entry = with_returns(with_drops(entry, plan, reading, origin), plan, probe)
+                self._ledger.append(replace(entry, rank_correlation=alike))
                 self._worth = spread(only_kept(plan.worth, plan), regrown)
                 saliency = spread(only_kept(reading.saliency, plan), regrown)
                 self._reading = replace(reading, saliency=saliency, slope={}, norm={})
+                self._ranking.note(self._reading, self._groups, self._parts.model)
             self._plan, self._landed, self._overdue = plan, plan.landed, False
             if self._landed and self._regrowth is not None:
                 self._regrowth.release()

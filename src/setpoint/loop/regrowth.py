@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -18,7 +18,7 @@ from setpoint.actuator.cut import cut_groups
 from setpoint.actuator.easing import Easing
 from setpoint.actuator.probing import Probing
 from setpoint.actuator.regrow import Grow, regrow, with_units
-from setpoint.actuator.reserve import Reserve
+from setpoint.actuator.reserve import Key, Reserve, held
 from setpoint.controller.plan import Plan, Regrowing, regrows
 from setpoint.controller.tolerant import TolerantController
 from setpoint.errors import GroupError
@@ -27,6 +27,9 @@ from setpoint.loop.accounting import Account
 from setpoint.loop.parts import Parts
 from setpoint.loop.plain import plain, restored
 from setpoint.sensor.probe import Probe
+
+Whole = dict[str, dict[Key, Tensor]]
+"""By group, the tensors of a layer as it was before the last cut."""
 
 _PROBE_SHARE = 0.01
 """Probing never takes more than this share of all FLOPs spent so far."""
@@ -58,8 +61,9 @@ class Regrowth:
         self._recent: deque[dict[str, Float64[np.ndarray, " _units"]]] = deque(maxlen=_PROBES)
         self._easing: Easing | None = None
         self._last_rest = 0
+        self._whole: Whole = {}
         # A controller that brings nothing back of itself needs the last cut only, should the loss ask for it.
-        self._lasting = regrows(parts.controller) and not isinstance(parts.controller, TolerantController)
+        self.lasting = regrows(parts.controller) and not isinstance(parts.controller, TolerantController)
 
     @property
     def last_dropped(self) -> dict[str, Int[np.ndarray, " _units"]]:
@@ -89,6 +93,7 @@ class Regrowth:
             "reserve": self.reserve.state_dict(),
             "decisions": self._decisions,
             "last_rest": self._last_rest,
+            "whole": {name: [(*key, value) for key, value in each.items()] for name, each in self._whole.items()},
             "probing": self._probing is not None,
             "recent": plain(self._recent, "recent gains"),
             "easing": None if self._easing is None else self._easing.state_dict(),
@@ -111,6 +116,7 @@ class Regrowth:
                     raise GroupError(f"recent gains of {name!r} are not one per unit")
         Easing.check(state["easing"], shapes, len(self._copies))
         int(state["decisions"]), int(state["last_rest"]), bool(state["probing"])
+        _whole(state["whole"])
 
     @staticmethod
     def _gains_of(state: Mapping[str, Any]) -> list[dict[str, Float64[np.ndarray, " _units"]]]:
@@ -124,7 +130,7 @@ class Regrowth:
             reserve: the one in it.
         """
         self.reserve, self._decisions = reserve, int(state["decisions"])
-        self._last_rest = int(state["last_rest"])
+        self._last_rest, self._whole = int(state["last_rest"]), _whole(state["whole"])
         self._recent.extend(self._gains_of(state))
         if state["easing"] is not None:
             self._easing = Easing.resumed(self._model, self._copies, state["easing"])
@@ -195,11 +201,35 @@ class Regrowth:
 
     # Drops and returns.
 
+    def as_it_is(self, groups: tuple[Group, ...], plan: Plan, turned: Iterable[str]) -> Whole:
+        """Layers whose states are about to be turned and cut, as they are: nothing less takes such a cut back.
+
+        Args:
+            groups: as they are now.
+            plan: what goes.
+            turned: names of the groups that have coordinates to be turned into.
+        """
+        self.settle()
+        cut = [group for group in groups if group.name in turned and not plan.keep[group.name].all()]
+        return {
+            group.name: {
+                key: tensor.detach().clone()
+                for key, tensor in held(
+                    self._model, self._optimizers, self._copies, frozenset(piece.tensor for piece in group.slices)
+                )
+            }
+            for group in cut
+        }
+
+    def last_cut(self, whole: Whole) -> None:
+        """A cut was made; `whole` is what `as_it_is` returned before it."""
+        self._whole = whole
+
     @contextmanager
     def resting(self, keep: Mapping[str, Bool[np.ndarray, " _units"]]) -> Iterator[str]:
         """Take in the units that are dropped inside; what is let go for them, in words. If dropping fails, nothing."""
         self.settle()
-        if not self._lasting:
+        if not self.lasting:
             self.release()
         before, last_rest = self.reserve, self._last_rest
         self._last_rest = self._decisions
@@ -221,22 +251,40 @@ class Regrowth:
     ) -> tuple[tuple[Group, ...], dict[str, Bool[np.ndarray, " _units"]]]:
         """Bring the plan's units back; the groups then, and by group which active units have just come back.
 
-        If `agreed` raises, they stay where they were.
+        A plan that undoes the last cut puts layers whose states were turned back as they were, to the bit; all
+        other units are eased in. If `agreed` raises, they stay where they were.
         """
         self.settle()
         active = with_units(self.reserve, plan.grow)
         regrown = {n: np.isin(np.flatnonzero(active[n]), units) for n, units in plan.grow.items() if len(units)}
-        larger, rising = cut_groups(self.reserve.groups, active), []
+        larger = cut_groups(self.reserve.groups, active)
 
-        def rise() -> None:
-            rising.append(Easing(self._model, larger, regrown, _EASE_STEPS, self._copies))
+        def rise() -> None:  # while the tensors of a sharded model are whole
+            back = {name for name in self._whole if self._put_back(name)} if plan.undoes else set()
+            rising = {name: units for name, units in regrown.items() if name not in back}
+            self._easing = Easing(self._model, larger, rising, _EASE_STEPS, self._copies) if rising else None
             agreed()
 
-        groups, self.reserve = regrow(
-            self._model, self._optimizers, groups, self.reserve, plan.grow, self._copies, agreed=rise
-        )
-        (self._easing,) = rising
+        try:
+            groups, self.reserve = regrow(
+                self._model, self._optimizers, groups, self.reserve, plan.grow, self._copies, agreed=rise
+            )
+        except BaseException:
+            self._easing = None
+            raise
         return groups, regrown
+
+    def _put_back(self, name: str) -> bool:
+        """Put a layer back as it was before the last cut, if nothing else about its shape has changed since."""
+        whole = self._whole[name]
+        names = frozenset(key.tensor for key in whole)
+        live = {key: each for key, each in held(self._model, self._optimizers, self._copies, names) if key in whole}
+        if any(key not in live or live[key].shape != value.shape for key, value in whole.items()):
+            return False
+        with torch.no_grad():
+            for key, value in whole.items():
+                live[key].copy_(value)
+        return True
 
     def ease(self) -> None:
         """Let weights that are rising rise by one step."""
@@ -255,7 +303,7 @@ class Regrowth:
     def release(self) -> None:
         """Nothing comes back any more: give the reserve's memory back."""
         nothing = {name: np.zeros_like(units) for name, units in self.reserve.resting.items()}
-        self.reserve = replace(self.reserve, tensors={}, resting=nothing)
+        self.reserve, self._whole = replace(self.reserve, tensors={}, resting=nothing), {}
 
     def stop(self) -> None:
         """Leave the model alone: nothing present, nothing rising; may be called again."""
@@ -263,6 +311,14 @@ class Regrowth:
             self._probing.stop()
             self._probing = None
         self.settle()
+
+
+def _whole(state: Mapping[str, Sequence[Sequence[Any]]]) -> Whole:
+    """Layers as they were, from a loop's state."""
+    return {
+        str(name): {Key(str(holder), str(tensor), str(part)): value.clone() for holder, tensor, part, value in each}
+        for name, each in state.items()
+    }
 
 
 def _mean_and_error(

@@ -23,6 +23,7 @@ from setpoint.ledger import Entry
 from setpoint.loop.acting import in_full
 from setpoint.loop.parts import Parts
 from setpoint.loop.plain import plain, restored
+from setpoint.loop.ranking import Ranking
 from setpoint.loop.regrowth import Regrowth
 from setpoint.loop.watch import LossWatch
 from setpoint.loop.wrapper import rewrap
@@ -65,6 +66,7 @@ def state_of(loop: Loop) -> dict[str, Any]:
         "controller": plain(loop._controller_state, "the controller's state"),
         "plan": None if plan is None else plain(replace(plan, keep={}, worth={}, grow={}, grow_worth={}), "the plan"),
         "reading": None if reading is None else plain(replace(reading, basis={}), "the reading"),
+        "ranking": loop._ranking.state_dict(),
         "worth": plain(loop._worth, "worth"),
         "ledger": [plain(asdict(entry), "the ledger") for entry in loop._ledger],
         "account": loop._account.state_dict(),
@@ -138,6 +140,7 @@ class _Resumed:
         self._numbers = {f"_{name}": int(state[name]) for name in ("step", "skipped", "again")}
         self._numbers |= {f"_{name}": bool(state[name]) for name in ("overdue", "landed")}
         LossWatch().load_state_dict(state["watch"])  # a trial
+        Ranking().load_state_dict(state["ranking"], device)
         self._regrowth, self._reserve = loop._regrowth, None
         if state["regrowth"] is None and self._regrowth is not None:
             raise CheckpointError(f"units come back in one of the two runs only: {_AGAIN}")
@@ -173,6 +176,7 @@ class _Resumed:
         loop._sensing_flops = parts.sensor.flops(loop._groups, parts.model)
         loop._plan, loop._reading, loop._worth = self._plan, self._reading, self._worth
         loop._watch.load_state_dict(state["watch"])
+        loop._ranking.load_state_dict(state["ranking"], device)
         for name, value in self._numbers.items():
             setattr(loop, name, value)
         for entry in self._entries:

@@ -56,6 +56,7 @@ class Summary:
         masked_params: parameters that are masked.
         recompiles: how often compiled code was compiled again after the first cut.
         recompiling_seconds: time that took.
+        final_loss: last observed loss; the losses right after each cut stand in the ledger (`Entry.loss_after`).
     """
 
     landed: bool
@@ -97,6 +98,7 @@ class Summary:
     masked_params: int = 0
     recompiles: int = 0
     recompiling_seconds: float = 0.0
+    final_loss: float | None = None
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from setpoint.controller.plan import Controller, Observation, Plan, Regrowing
 from setpoint.controller.tolerant import TolerantController
 from setpoint.controller.trend import Excess, excess_after
 from setpoint.groups.group import Group, keep_all
-from setpoint.sensor.reading import Growing
+from setpoint.ledger import Ledger
+from setpoint.sensor.chain import takes_back
 
 _SIGNIFICANT = 4.0
 """Standard errors by which the loss must lie above its trend to have left it."""
@@ -65,7 +66,7 @@ class LossWatch:
             step: optimizer steps done, the coming one included.
             loss: training loss, a number or a tensor of one element.
             val: validation loss, the same.
-            keep: whether the loss is still to be watched.
+            keep: whether the loss is still to be watched; that of the first step after a change is kept anyway.
 
         Raises:
             ValueError: for a tensor of several elements.
@@ -75,7 +76,7 @@ class LossWatch:
                 raise ValueError(f"{name} must have one element, got shape {tuple(value.shape)}: take its mean")
             if value is not None:
                 self._last[name] = value.detach().clone() if isinstance(value, Tensor) else float(value)
-        if loss is not None and keep:
+        if loss is not None and (keep or self._first_after(step)):
             told = self._last["loss"]
             of_numbers = None if isinstance(told, Tensor) else torch.float64
             self._fresh.append((step, torch.as_tensor(told, dtype=of_numbers).reshape(())))
@@ -93,12 +94,28 @@ class LossWatch:
         recent = self._steps > self._changed
         self._steps, self._losses = self._steps[recent], self._losses[recent]
 
+    @property
+    def _last_change(self) -> int:
+        return self._changed if self._cut is None else self._cut
+
+    def _first_after(self, step: int) -> bool:
+        """Whether a step is the first after the last change of which a loss is told."""
+        last = self._fresh[-1][0] if self._fresh else int(self._steps[-1]) if len(self._steps) else 0
+        return self._last_change > 0 and (last <= self._last_change or step == last == self._last_change + 1)
+
     def excess(self, now: int) -> Excess | None:
         """How far the loss lies above the trend that it had before the last cut, if enough is known."""
         self._gather()
         if self._cut is None:
             return None
         return excess_after(self._steps, self._losses, changed=self._changed, cut=self._cut, now=now)
+
+    def complete(self, ledger: Ledger) -> None:
+        """Note in the ledger what the last change of the model did to the loss, once that has been observed."""
+        self._gather()
+        after = self._steps > self._last_change
+        if self._last_change and after.any():
+            ledger.complete(float(self._losses[self._steps == self._steps[after].min()].mean()))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything in plain tensors, numbers and strings."""
@@ -171,7 +188,7 @@ class LossWatch:
 
     def can_roll_back(self, sensor: object, controller: object, resizes: int) -> bool:
         """Whether the first cut could be taken back: the loss is told, and sensor and controller take units back."""
-        return self.watching and not resizes and isinstance(sensor, Growing) and isinstance(controller, Regrowing)
+        return self.watching and not resizes and takes_back(sensor) and isinstance(controller, Regrowing)
 
     def roll_back(self, observation: Observation, controller: object, groups: tuple[Group, ...]) -> Plan | None:
         """The plan that takes the last cut back and drops nothing, or None.
@@ -197,7 +214,8 @@ class LossWatch:
         )
         warnings.warn(f"{self.gave_way}, and the reference pauses until the next decision", stacklevel=2)
         whole = keep_all(groups)
-        return Plan(step, whole, reason=f"rolled back: {self.gave_way}", grow=observation.last_dropped)
+        reason = f"rolled back: {self.gave_way}"
+        return Plan(step, whole, reason=reason, grow=observation.last_dropped, undoes=True)
 
 
 def left_trend(excess: Excess) -> bool:

@@ -10,7 +10,7 @@ from setpoint.report import decisions, dynamics
 from setpoint.report.comparison import comparison
 from setpoint.report.draft import Draft, document, html_table, pair, place_of, save
 from setpoint.report.figures import PARTS, curves, plotly_script, seconds_by_part, seconds_figure
-from setpoint.report.numbers import NOTHING, duration, human, percent
+from setpoint.report.numbers import NOTHING, digits, duration, human, percent
 from setpoint.report.results import Cell, Point, Record, Results, read_results
 from setpoint.report.summary import Row, clock_of, series, summary_rows
 
@@ -151,7 +151,7 @@ def run(name: str, label: str, record: Record, history: Sequence[Point], *, hidd
         "Blue: worth next to nothing. Orange: a close call.",
     )
     draft += dynamics_section(name, record, history)
-    told = "".join(entries_table(record, resource) for resource in main or (None,))
+    told = "".join(entries_table(record, resource, history) for resource in main or (None,))
     return draft + Draft(f"{group_seconds_table(record)}{told}</div>\n")
 
 
@@ -170,6 +170,13 @@ def dynamics_section(name: str, record: Record, history: Sequence[Point]) -> Dra
     """What came and went, as spikes, and what each event did to the loss."""
     draft = place_of(
         f"{name}-active", dynamics.active(record), "Active units of each group", "At every step, after each decision."
+    )
+    draft += place_of(
+        f"{name}-ranking",
+        dynamics.ranking(record),
+        "How stable the ranking is",
+        "Spearman's rank correlation of each reading with the last one; of balanced states, of the Hankel values that "
+        "the states of the last reading had then and have now. Early and high: units can go early.",
     )
     draft += place_of(
         f"{name}-raster",
@@ -191,8 +198,8 @@ def dynamics_section(name: str, record: Record, history: Sequence[Point]) -> Dra
     )
 
 
-def entries_table(record: Record, resource: str | None) -> str:
-    """All decisions as a table, folded away."""
+def entries_table(record: Record, resource: str | None, history: Sequence[Point]) -> str:
+    """All decisions as a table, folded away, with the loss right before and after each beside the final one."""
     if not record.entries:
         return ""
     unit = decisions.UNITS.get(resource or "", resource or "")
@@ -203,10 +210,15 @@ def entries_table(record: Record, resource: str | None) -> str:
         back = ", ".join(f"{name}: {count}" for name, count in decisions.num_grown(entry).items())
         each = (entry.spent, entry.reference, entry.predicted, entry.metered)
         amounts = [human(values.get(resource or ""), unit) for values in each[: 4 if read else 2]]
-        cells = (f"{entry.step:,}", *amounts, lost or NOTHING, back or NOTHING)
+        losses = tuple(NOTHING if loss is None else digits(loss) for loss in (entry.loss, entry.loss_after))
+        cells = (f"{entry.step:,}", *amounts, lost or NOTHING, back or NOTHING, *losses)
         lines.append([escape(cell) for cell in (*cells, entry.reason)])
     meters = ("predicted before", "measured before") if read else ()
-    titles = ("step", "spent", "reference", *meters, "dropped", "brought back", "reason")
+    titles = ("step", "spent", "reference", *meters, "dropped", "brought back", "loss before", "right after", "reason")
+    final = max(((p.step, p.loss) for p in history if p.split == "train" and p.loss is not None), default=None)
+    if final is not None:
+        blank = [NOTHING] * (len(titles) - 4)
+        lines.append([f"{final[0]:,}", *blank, digits(final[1]), NOTHING, "the end of the run"])
     listing = html_table(titles, lines, classes="entries")
     return f'<details><summary>All decisions</summary><div class="scroll">{listing}</div></details>\n'
 

@@ -11,7 +11,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from setpoint.groups.group import Group
-from setpoint.sensor.reading import Reading, Sensor
+from setpoint.sensor.reading import Growing, Reading, Sensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,3 +116,23 @@ class SensorChain:
                 for link in state.links
             )
         )
+
+    def grow(self, state: ChainState, regrown: Mapping[str, Bool[np.ndarray, " units"]]) -> ChainState:
+        """States with the units that have come back.
+
+        Raises:
+            TypeError: when one of the sensors takes no units back (`takes_back` says so beforehand).
+        """
+        links = []
+        for link in state.links:
+            if not isinstance(link.sensor, Growing):
+                raise TypeError(f"{type(link.sensor).__name__} has no grow()")
+            came = {name: units for name, units in regrown.items() if name in link.names}
+            links.append(replace(link, state=link.sensor.grow(link.state, came)))
+        return ChainState(tuple(links))
+
+
+def takes_back(sensor: object) -> bool:
+    """Whether units that a sensor reads may come back; of a chain, whether all of its sensors say so."""
+    parts = sensor.sensors if isinstance(sensor, SensorChain) else (sensor,)
+    return all(isinstance(each, Growing) for each in parts)

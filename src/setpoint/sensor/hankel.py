@@ -116,6 +116,10 @@ class HankelSensor:
         """The same moments: what a layer is worth is not indexed by state."""
         return replace(state, layers=self.taylor.cut(state.layers, {}))
 
+    def grow(self, state: HankelState, regrown: Mapping[str, Bool[np.ndarray, " units"]]) -> HankelState:
+        """The same moments, likewise."""
+        return state
+
 
 def energy_shares(basis: Balance) -> Float64[np.ndarray, " units"]:
     """Share of each pair of balanced states in the summed squares of the Hankel values; equal where all are 0."""

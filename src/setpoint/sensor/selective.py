@@ -116,6 +116,10 @@ class SelectiveSensor:
         """The same state: the live layers have been cut already."""
         return state
 
+    def grow(self, state: SelectiveState, regrown: Mapping[str, Bool[np.ndarray, " units"]]) -> SelectiveState:
+        """The same state, likewise."""
+        return state
+
 
 @dataclass(frozen=True, eq=False)
 class _Tokens:

@@ -3,7 +3,7 @@
 from setpoint.ssm.balance import Balance, balance, error_bound, hankel_values, truncate
 from setpoint.ssm.gramian import Gramians, gramian_factors, gramians
 from setpoint.ssm.layer import StateSpaceLayer, StateWeights
-from setpoint.ssm.modes import BalancedPairs, Basis, Modes, reduce_modes
+from setpoint.ssm.modes import BalancedPairs, Basis, Modes, beside, reduce_modes, residual_modes
 from setpoint.ssm.system import DenseSystem, DiagonalSystem, check_system, real_form, transfer
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "StateSpaceLayer",
     "StateWeights",
     "balance",
+    "beside",
     "check_system",
     "error_bound",
     "gramian_factors",
@@ -24,6 +25,7 @@ __all__ = [
     "hankel_values",
     "real_form",
     "reduce_modes",
+    "residual_modes",
     "transfer",
     "truncate",
 ]

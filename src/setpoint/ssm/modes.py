@@ -7,12 +7,13 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Complex, Float
+from jaxtyping import Bool, Complex, Float, Float64
 from torch import Tensor
 
 from setpoint.errors import StateSpaceError
 from setpoint.ssm.balance import Balance, balance
-from setpoint.ssm.system import DiagonalSystem, real_form
+from setpoint.ssm.gramian import gramians
+from setpoint.ssm.system import DiagonalSystem, check_system, real_form
 
 _INSIDE = 1.0 - 1e-9  # largest modulus of a mode that rounding would put on the unit circle
 _WELL_CONDITIONED = 1e6
@@ -55,6 +56,14 @@ class Basis(Protocol):
         """The system without the units that `keep` drops, brought back to as many modes as it keeps."""
         ...
 
+    def again(self, system: DiagonalSystem) -> Basis:
+        """Coordinates of the same kind for another system."""
+        ...
+
+    def followed(self, system: DiagonalSystem) -> Float64[np.ndarray, " units"]:
+        """What Hankel value each unit of these coordinates has in another system with as many states."""
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class BalancedPairs:
@@ -78,6 +87,30 @@ class BalancedPairs:
         found = self.balance
         chosen = Balance(found.values[..., states], found.expand[..., :, states], found.reduce[..., states, :])
         return reduce_modes(system, int(keep.sum()), chosen)
+
+    def again(self, system: DiagonalSystem) -> BalancedPairs:
+        """The system's own balanced pairs."""
+        return BalancedPairs(balance(system))
+
+    def followed(self, system: DiagonalSystem) -> Float64[np.ndarray, " units"]:
+        """How strongly each pair is reached and heard in a system that is another one by now.
+
+        With the Gramians P and Q of that system, W = `reduce` and T = `expand` of these coordinates,
+
+            value_i^2 = (W P W^T)_ii (T^T Q T)_ii,
+
+        which is the i-th squared Hankel value if the system is the one that was balanced. A pair's is the sum of two.
+
+        Raises:
+            StateSpaceError: when the other system is not stable or not finite.
+        """
+        check_system(system)
+        found = gramians(system)
+        reached = ((self.balance.reduce @ found.controllability) * self.balance.reduce).sum(-1)
+        heard = ((found.observability @ self.balance.expand) * self.balance.expand).sum(-2)
+        energy = (reached * heard).clamp_min(0.0).reshape(-1, self.num_units, 2).sum((0, 2))
+        values: np.ndarray = energy.sqrt().cpu().numpy()
+        return values
 
 
 def reduce_modes(system: DiagonalSystem, num_modes: int, basis: Balance | None = None) -> Modes:
@@ -216,3 +249,53 @@ def _scale(
     ratio = usual * new_c / new_b.clamp_min(1e-300)
     usable = (new_b > 0) & (new_c > 0) & torch.isfinite(ratio) & (ratio > 0)
     return torch.where(usable, ratio.clamp(1e-24, 1e24), 1.0) ** 0.25
+
+
+def residual_modes(system: DiagonalSystem, modes: Modes, num_modes: int) -> Modes:
+    """What a reduction has lost, as modes of its own: put beside the reduced system they come back near the full one.
+
+    The difference of the two is a system with as many modes as both have together; this is its balanced truncation. The
+    maps are those from the full system: with `W` and `T` those from the difference, `reduce = W [I; R]` and
+    `expand = [I, -X] T` for the maps R and X of the reduction.
+
+    Args:
+        system: the full one.
+        modes: its reduction.
+        num_modes: from 1 to as many as both have together.
+
+    Raises:
+        StateSpaceError: as `reduce_modes`.
+    """
+    small = modes.system
+    difference = DiagonalSystem(
+        torch.cat([system.eigenvalues.detach().to(small.eigenvalues), small.eigenvalues], -1),
+        torch.cat([system.inputs.detach().to(small.inputs), small.inputs], -2),
+        torch.cat([system.outputs.detach().to(small.outputs), -small.outputs], -1),
+    )
+    found = reduce_modes(difference, num_modes)
+    own = torch.eye(2 * system.num_states, dtype=modes.reduce.dtype, device=modes.reduce.device)
+    own = own.expand(*modes.reduce.shape[:-2], *own.shape)
+    both = _interleaved(own, modes.reduce, -2), _interleaved(own, -modes.expand, -1)
+    return Modes(found.system, found.reduce @ both[0], both[1] @ found.expand, found.order, found.num_fresh)
+
+
+def beside(first: Modes, second: Modes) -> Modes:
+    """Two sets of modes of one system, as one: their outputs are added."""
+    one, other = first.system, second.system
+    return Modes(
+        DiagonalSystem(
+            torch.cat([one.eigenvalues, other.eigenvalues], -1),
+            torch.cat([one.inputs, other.inputs], -2),
+            torch.cat([one.outputs, other.outputs], -1),
+        ),
+        _interleaved(first.reduce, second.reduce, -2),
+        _interleaved(first.expand, second.expand, -1),
+        first.order + second.order,
+        first.num_fresh + second.num_fresh,
+    )
+
+
+def _interleaved(first: Tensor, second: Tensor, dim: int) -> Tensor:
+    """Both in real form along a dim: the real parts of both, then the imaginary parts of both."""
+    halves = zip(first.chunk(2, dim), second.chunk(2, dim), strict=True)
+    return torch.cat([part for pair in halves for part in pair], dim)

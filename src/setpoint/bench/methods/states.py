@@ -28,10 +28,12 @@ class Hankel:
 
     Args:
         states: mean number of states of a layer at the end; 0: whatever meets the budget.
+        regrow: whether modes that a truncation lost may come back.
     """
 
     name: str = "hankel"
     states: float = 0.0
+    regrow: bool = False
     family: str = "setpoint"
     sized: bool = True
     paper: str = ""
@@ -50,7 +52,15 @@ class Hankel:
         if self.states:
             least = params_cost(model, groups).total({group.name: round(self.states) for group in groups})
             limit = setpoint.Budget.total(least, of="params")
-        loop = setpoint.attach(model, optimizer, limit, example=task.example(), total_steps=task.steps, groups=groups)
+        loop = setpoint.attach(
+            model,
+            optimizer,
+            limit,
+            example=task.example(),
+            total_steps=task.steps,
+            groups=groups,
+            controller=setpoint.PricedController(regrow=self.regrow),
+        )
         return optimizer, Looped(loop)
 
 
