@@ -11,6 +11,7 @@ from setpoint.ledger import Ledger
 from setpoint.loop.accounting import Account
 from setpoint.loop.metering import METERED
 from setpoint.loop.parts import Parts
+from setpoint.loop.planning import time_inference
 from setpoint.loop.record import drop_counts, return_counts, spending
 from setpoint.loop.summary import Summary, break_even_step
 from setpoint.loop.weights import Weights
@@ -39,6 +40,9 @@ def summarise(
         weights: the masks, where units are single weights.
     """
     widths, dense_widths, total_steps = widths_of(groups), widths_of(parts.groups), parts.total_steps
+    if "inference" not in parts.metering.read():  # the last decision has cut
+        with account.deciding:
+            time_inference(parts, account, widths)
     spent = spending(parts.costs, widths)
     dense_flops = parts.costs["flops"].total(dense_widths)
     landed, reason = _landing(parts, account, groups, step, last, weights)

@@ -347,7 +347,7 @@ class Loop:
         self._overdue = True  # also if anything is raised from here on
         with self._account.deciding:
             reading = shared_reading(ranks, self._read, self._watch, self._step)
-            self._metered, metered = metered_at(self._parts, self.widths)
+            self._metered, metered = metered_at(self._parts, self._account, self.widths)
             why_not = refusal(reading)
             if why_not is None:
                 with together(ranks, f"the plan after step {self._step}") as facts:

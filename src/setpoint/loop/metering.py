@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode, _get_current_dispatch_mode_stack
 
+from setpoint.loop.inference import Inference
 from setpoint.meter.energy import EnergyMeter
 from setpoint.meter.memory import LiveBytes
-from setpoint.meter.seconds import StepMeter
+from setpoint.meter.seconds import Measured, StepMeter
 
-METERED = ("memory", "latency", "energy")
+METERED = ("memory", "latency", "inference", "energy")
 """Resources that are measured where there is a meter."""
 _MARGIN = 0.03
 
@@ -24,7 +25,8 @@ class Metering:
     Seconds are the median over all steps, joules the mean. Bytes are the peak of one step, the last
     before a decision: of the allocator on a GPU, of live tensors on the CPU. There the step runs under
     a dispatch mode, which is slow, so its seconds do not count; compiled code and code under
-    somebody else's mode are left alone and give no reading.
+    somebody else's mode are left alone and give no reading. Seconds of inference are the median over a few forward
+    passes of the model itself, made before each decision.
 
     Args:
         resources: that a budget is on.
@@ -33,6 +35,7 @@ class Metering:
         device: of the model.
         compiled: whether the model runs as compiled code.
         energy: a working meter, or None.
+        inference: the model on the batch that it is to answer in time, or None.
     """
 
     def __init__(
@@ -44,10 +47,13 @@ class Metering:
         *,
         compiled: bool = False,
         energy: EnergyMeter | None = None,
+        inference: Inference | None = None,
     ) -> None:
         self._resources = frozenset(resources)
         self._steps, self._held, self._device, self._compiled = steps, held, device, compiled
         self._energy = energy if "energy" in self._resources else None
+        self._inference = inference if "inference" in self._resources else None
+        self._pass_seconds: Measured | None = None
         self._watching: LiveBytes | None = None
         self._allocating = False
         self._peak: int | None = None
@@ -60,6 +66,8 @@ class Metering:
         found = {}
         if "latency" in self._resources:
             found["latency"] = "measured: seconds between optimizer steps"
+        if self._inference is not None:
+            found["inference"] = "measured: seconds of the model's own forward in eval mode"
         if "memory" in self._resources and self._device.type == "cuda":
             found["memory"] = "measured: peak of the CUDA allocator in one step"
         elif "memory" in self._resources and not self._compiled:
@@ -103,12 +111,21 @@ class Metering:
             self._watching = LiveBytes(self._held())
             self._watching.__enter__()  # type: ignore[no-untyped-call]
 
+    def time_inference(self) -> int:
+        """Time forward passes of the model, if that is metered; returns how many were made."""
+        if self._inference is None or _get_current_dispatch_mode_stack():  # under somebody else's mode
+            return 0
+        self._pass_seconds, passes = self._inference.timed()
+        return passes
+
     def read(self) -> dict[str, float]:
         """Readings since the last cut, by resource; what no meter has read is not there."""
         found: dict[str, float] = {}
         seconds = self._steps.seconds_per_step
         if "latency" in self._resources and seconds is not None:
             found["latency"] = seconds
+        if self._pass_seconds is not None:
+            found["inference"] = self._pass_seconds.value
         if self._peak is not None:
             found["memory"] = float(self._peak)
         if self._energy is not None and self._began_j is not None and self._num_steps:
@@ -121,7 +138,7 @@ class Metering:
         """How far spending may lie over a limit, relatively, before a meter of this resource can tell."""
         if resource not in METERED:
             return 0.0
-        seconds = self._steps.measured() if resource == "latency" else None
+        seconds = {"latency": self._steps.measured(), "inference": self._pass_seconds}.get(resource)
         return max(_MARGIN, (seconds.high - seconds.low) / 2 / seconds.value if seconds else 0.0)
 
     def vanished(self) -> bool:
@@ -130,7 +147,7 @@ class Metering:
 
     def cut(self) -> None:
         """The model has changed: forget."""
-        self._peak, self._num_steps = None, 0
+        self._peak, self._pass_seconds, self._num_steps = None, None, 0
         self._began_j = self._energy.read_j() if self._energy else None
 
     def state_dict(self) -> dict[str, int | None]:

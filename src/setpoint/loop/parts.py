@@ -54,6 +54,7 @@ class Parts:
         ranks: the processes that train copies of the model together.
         averaging: what averages their gradients, where there is any; it must follow every change of sizes.
         sparsity: where units are single weights; None where whole units are cut.
+        pass_flops: FLOPs of one forward pass of the inference that is metered, None where none is.
     """
 
     model: nn.Module
@@ -71,3 +72,4 @@ class Parts:
     ranks: Ranks = field(default_factory=Ranks)
     averaging: Averaging | None = None
     sparsity: Sparsity | None = None
+    pass_flops: Cost | None = None

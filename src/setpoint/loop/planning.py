@@ -46,14 +46,22 @@ def observation_of(
     )
 
 
-def metered_at(parts: Parts, widths: Mapping[str, int]) -> tuple[dict[str, float], dict[str, float]]:
-    """What meters have read at these widths, and what the controller is told of it.
+def metered_at(parts: Parts, account: Account, widths: Mapping[str, int]) -> tuple[dict[str, float], dict[str, float]]:
+    """What meters read at these widths, and what the controller is told of it.
 
     A meter of energy that has gone is replaced by what it foretold.
     """
+    time_inference(parts, account, widths)
     metered = parts.metering.read()
     modelled = {"energy": parts.target.expected("energy", widths)} if parts.metering.vanished() else {}
     return metered, parts.target.read(metered, widths) | modelled
+
+
+def time_inference(parts: Parts, account: Account, widths: Mapping[str, int]) -> None:
+    """Time forward passes of the model now, if inference is metered; the account counts their FLOPs."""
+    passes = parts.metering.time_inference()
+    if passes and parts.pass_flops is not None:
+        account.sensed(passes * parts.pass_flops.total(widths))
 
 
 def planned(

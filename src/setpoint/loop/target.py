@@ -8,7 +8,7 @@ from typing import Any
 
 from setpoint.controller.plan import Observation, Plan
 from setpoint.controller.reference import Reference
-from setpoint.cost.budget import Budget, amount
+from setpoint.cost.budget import IN_SECONDS, Budget, amount
 from setpoint.cost.cost import Cost
 from setpoint.cost.joint import JointCost, Share
 from setpoint.errors import BudgetError
@@ -64,11 +64,11 @@ def check_reachable(budget: Budget, dense: float, least: float) -> None:
             f"group at its min_units the model still needs {amount(least, resource)} ({least / dense:.1%}). Ask for "
             f"at least Budget.fraction({math.ceil(1000 * least / dense) / 1000:g}, of={resource!r})"
         )
-    if resource == "latency" and limit > _MILLISECONDS * dense:
+    if resource in IN_SECONDS and limit > _MILLISECONDS * dense:
         raise BudgetError(
-            f"a budget of {limit:g} seconds per step is {limit / dense:,.0f} times what the dense model takes "
-            f"({dense:.3g} s): latency is in seconds. If you mean milliseconds, write "
-            f"Budget.total({limit / 1000:g}, of='latency')"
+            f"a budget of {limit:g} seconds per {'step' if resource == 'latency' else 'inference'} is "
+            f"{limit / dense:,.0f} times what the dense model takes ({dense:.3g} s): {resource!r} is in seconds. "
+            f"If you mean milliseconds, write Budget.total({limit / 1000:g}, of={resource!r})"
         )
 
 
@@ -109,7 +109,7 @@ class Target:
         }
         for name in self.runs:
             self._limit[name] = self._dense[name]
-        self._factor = {each.resource: 1.0 for each in budgets}
+        self._factor = dict.fromkeys([each.resource for each in budgets] or [resource], 1.0)
         self._anchored: set[str] = set()
 
     @property
@@ -189,20 +189,21 @@ class Target:
         """Take meter readings at these widths in; returns them with that of what the controller is to hold.
 
         Args:
-            metered: by resource; only those of a budget count.
+            metered: by resource; only those of a budget, price or tolerance count. All of the dense cost is what the
+                dense model spends, however a meter wavers: a fraction of 1 is left to the prediction.
             widths: that were metered.
         """
-        seen = {name: value for name, value in metered.items() if name in self._limit and value > 0}
-        for budget in self.budgets:
-            name = budget.resource
-            if name in seen and budget.relative and name not in self._anchored and widths == self._dense_widths:
-                self._limit[name] = budget.absolute(seen[name])
-            if name in seen:
-                first = name not in self._anchored
-                trust = 1.0 if first else _TRUST
-                ratio = seen[name] / self._costs[name].total(widths)
-                self._factor[name] *= math.exp(trust * math.log(ratio / self._factor[name]))
-                self._anchored.add(name)
+        whole = {each.resource for each in self.budgets if each.relative and each.limit == 1 and each.per == "step"}
+        seen = {name: value for name, value in metered.items() if name in self._factor and value > 0}
+        seen = {name: value for name, value in seen.items() if name not in whole}
+        relative = {each.resource: each for each in self.budgets if each.relative}
+        for name, value in seen.items():
+            first = name not in self._anchored
+            if first and name in relative and widths == self._dense_widths:
+                self._limit[name] = relative[name].absolute(value)
+            ratio = value / self._costs[name].total(widths)
+            self._factor[name] *= math.exp((1.0 if first else _TRUST) * math.log(ratio / self._factor[name]))
+            self._anchored.add(name)
         if len(self.budgets) > 1 and self._anchored:  # what no meter reads now is as the readings so far foretell
             shares = [
                 seen.get(name, self._factor[name] * self._costs[name].total(widths)) / limit

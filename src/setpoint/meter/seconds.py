@@ -130,7 +130,8 @@ class StepMeter:
         elif not self._warned:
             self._warned = True
             warnings.warn(
-                f"the clock went {-interval:.3g} s backwards within a step: such steps are left out", stacklevel=2
+                f"the clock stood still or ran backwards within a step ({interval:+.3g} s): such steps are left out",
+                stacklevel=2,
             )
 
     def extra(self) -> float:
