@@ -23,7 +23,8 @@ class Budget:
             (seconds per optimizer step on this device), "inference" (seconds of one forward pass in eval mode, without
             autograd, on this device) or "energy" (joules per optimizer step).
         limit: the value not to exceed; a fraction of the dense cost when `relative`.
-        per: "step" (the finished model's cost per optimizer step).
+        per: "step" (the finished model's cost per optimizer step), or "run": what the whole run spends, overhead
+            included, for "flops", "latency" (seconds from attach to the last step) and "energy".
         relative: whether `limit` is a fraction of the dense cost.
         deadband: relative error below which the controller rests.
 
@@ -88,6 +89,8 @@ UNITS: Mapping[str, str] = {
 """Unit of each resource."""
 IN_SECONDS = ("latency", "inference")
 """Resources that are told by the clock."""
+MILLISECONDS = 50
+"""A budget of seconds so many times the dense cost is taken for one in milliseconds."""
 
 
 def amount(value: float, resource: str) -> str:

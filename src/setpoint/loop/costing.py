@@ -206,5 +206,6 @@ def _timed(
     except torch.OutOfMemoryError:
         return None
     spent_j = None if before_j is None or after_j is None or after_j <= before_j else (after_j - before_j) / len(times)
+    read = sorted(seconds for seconds in times if seconds > 0)  # 0 where the clock ran backwards
     # The lower quartile: what else the machine does only ever makes a step longer.
-    return sorted(times)[len(times) // 4], spent_j
+    return (read[len(read) // 4], spent_j) if read else None

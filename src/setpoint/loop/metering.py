@@ -57,7 +57,8 @@ class Metering:
         self._watching: LiveBytes | None = None
         self._allocating = False
         self._peak: int | None = None
-        self._began_j: float | None = self._energy.read_j() if self._energy else None
+        self._began_j: float | None = None
+        self._earlier_j: float | None = 0.0
         self._num_steps = 0
 
     @property
@@ -84,6 +85,8 @@ class Metering:
     def stepped(self) -> None:
         """An optimizer step is done."""
         self._num_steps += 1
+        if self._began_j is None and self._energy is not None:  # what came before the first step is not a step's
+            self._began_j, self._num_steps = self._energy.read_j(), 0
         if self._allocating:
             self._allocating = False
             self._peak = int(torch.cuda.max_memory_allocated(self._device))
@@ -141,6 +144,11 @@ class Metering:
         seconds = {"latency": self._steps.measured(), "inference": self._pass_seconds}.get(resource)
         return max(_MARGIN, (seconds.high - seconds.low) / 2 / seconds.value if seconds else 0.0)
 
+    def run_j(self) -> float | None:
+        """Joules of the run so far, with those of processes that it ran in before; None if they are not known."""
+        now_j = self._energy.read_j() if self._energy else None
+        return None if now_j is None or self._earlier_j is None else self._earlier_j + now_j
+
     def vanished(self) -> bool:
         """Whether the energy meter has gone in the middle of the run."""
         return self._energy is not None and not self._energy.works
@@ -150,14 +158,15 @@ class Metering:
         self._peak, self._pass_seconds, self._num_steps = None, None, 0
         self._began_j = self._energy.read_j() if self._energy else None
 
-    def state_dict(self) -> dict[str, int | None]:
-        """The last peak; joules count anew in another process."""
-        return {"peak": self._peak}
+    def state_dict(self) -> dict[str, float | None]:
+        """The last peak, and the joules of the run; those of a step count anew in another process."""
+        return {"peak": self._peak, "run_j": self.run_j()}
 
-    def load_state_dict(self, state: Mapping[str, int | None]) -> None:
-        """Go on with the last peak.
+    def load_state_dict(self, state: Mapping[str, float | None]) -> None:
+        """Go on with the last peak and the joules of the run.
 
         Args:
             state: from `state_dict`.
         """
         self._peak = None if state["peak"] is None else int(state["peak"])
+        self._earlier_j = None if state["run_j"] is None else float(state["run_j"])

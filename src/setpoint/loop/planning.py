@@ -12,6 +12,7 @@ from setpoint.groups.group import Group, widths_of
 from setpoint.loop.accounting import Account
 from setpoint.loop.parts import Parts
 from setpoint.loop.record import spending, waiting
+from setpoint.loop.run_spending import committed
 from setpoint.loop.stride import sensed_every
 from setpoint.loop.watch import LossWatch
 
@@ -98,7 +99,7 @@ def planned(
         return state, back, None
     after, plan = controller.decide(state, observation, parts.target.cost, groups)
     sensing = sensing_flops / sensed_every(parts.total_steps)
-    wait = parts.target.wait(plan, observation, spent=account.train_flops, sensing=sensing)
+    wait = parts.target.wait(plan, observation, spent=committed(parts, account, observation.step), sensing=sensing)
     if not wait:
         return after, plan, None
     again = observation.step + wait
