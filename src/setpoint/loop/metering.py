@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 
@@ -17,6 +18,8 @@ from setpoint.meter.seconds import Measured, StepMeter
 METERED = ("memory", "latency", "inference", "energy")
 """Resources that are measured where there is a meter."""
 _MARGIN = 0.03
+_LOOK_S = 10.0
+"""Seconds between two looks at the energy counters; at kilowatts the quickest take minutes to wrap."""
 
 
 class Metering:
@@ -57,6 +60,8 @@ class Metering:
         self._watching: LiveBytes | None = None
         self._allocating = False
         self._peak: int | None = None
+        self._missed: set[str] = set()
+        self._looked: float | None = None
         self._began_j: float | None = None
         self._earlier_j: float | None = 0.0
         self._num_steps = 0
@@ -87,10 +92,20 @@ class Metering:
         self._num_steps += 1
         if self._began_j is None and self._energy is not None:  # what came before the first step is not a step's
             self._began_j, self._num_steps = self._energy.read_j(), 0
+        self._look()
         if self._allocating:
             self._allocating = False
             self._peak = int(torch.cuda.max_memory_allocated(self._device))
         self.stop()
+
+    def _look(self) -> None:
+        """Read the energy counters every few seconds: one that wraps twice between two readings loses a turn."""
+        if self._energy is None:
+            return
+        now = time.monotonic()
+        if self._looked is None or not 0 <= now - self._looked < _LOOK_S:
+            self._looked = now
+            self._energy.read_j()
 
     def stop(self) -> None:
         """End the watch of a step, if there is one."""
@@ -148,6 +163,16 @@ class Metering:
         """Joules of the run so far, with those of processes that it ran in before; None if they are not known."""
         now_j = self._energy.read_j() if self._energy else None
         return None if now_j is None or self._earlier_j is None else self._earlier_j + now_j
+
+    def miss(self, resources: Collection[str]) -> None:
+        """Say once of each of these that it was metered before and is not now; an energy meter says so itself."""
+        for name in sorted(set(resources) - self._missed - {"energy"}):
+            warnings.warn(
+                f"{name} is not measured any more (is there another dispatch mode?): from here on it is modelled from "
+                "what was read before, until it is measured again",
+                stacklevel=2,
+            )
+        self._missed.update(resources)
 
     def vanished(self) -> bool:
         """Whether the energy meter has gone in the middle of the run."""

@@ -132,6 +132,11 @@ class Target:
         return {**self._dense, self.cost.resource: self.cost.total(self._dense_widths)}
 
     @property
+    def metered(self) -> frozenset[str]:
+        """Resources that a meter has read so far."""
+        return frozenset(self._metered_dense)
+
+    @property
     def limit(self) -> dict[str, float]:
         """Limit by resource of each budget, in its own unit."""
         return dict(self._limit)
