@@ -69,7 +69,7 @@ class Branching(nn.Module):
         (setpoint.Budget.fraction(0.01, of="memory"), "cannot be reached.*bytes.*Ask for at least"),
         (setpoint.Budget.total(1e-9, of="latency"), r"cannot be reached.* s \(.*Ask for at least"),
         (setpoint.Budget.total(60, of="latency"), r"latency is in seconds.*milliseconds.*Budget\.total\(0\.06"),
-        (setpoint.Budget.fraction(0.5, of="params", per="run"), "per run is available of 'flops' only.*per='step'"),
+        (setpoint.Budget.fraction(0.5, of="params", per="run"), "no budget per run of 'params'.*per='step'"),
     ],
 )
 def test_refuses_budgets_it_cannot_hold(budget: setpoint.Budget, words: str) -> None:
@@ -226,7 +226,7 @@ def test_groups_that_fail_verification_are_left_whole(monkeypatch: pytest.Monkey
     model = _mlp()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     names = [group.name for group in setpoint.find_groups(model, (torch.zeros(4, 6),))]
-    monkeypatch.setattr(sys.modules["setpoint.loop.attach"], "failing_groups", lambda *_: (names[0],))
+    monkeypatch.setattr(sys.modules["setpoint.loop.material"], "failing_groups", lambda *_: (names[0],))
     budget = setpoint.Budget.fraction(0.9, of="flops")
     with pytest.warns(UserWarning, match=f"left whole.*: {names[0]}") as warned:
         loop = _attach(model, optimizer, budget)

@@ -211,6 +211,7 @@ def test_inspect_spending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     found = answer(invoke("inspect", f"{file}:build", "--spending"))["spending"]
     assert 0 < found["least_seconds"] <= found["seconds"] < 1
     assert 0 < found["least_memory_bytes"] < found["memory_bytes"]
+    assert 0 < found["least_inference_seconds"] <= found["inference_seconds"] < found["seconds"]
     assert [group["name"] for group in found["groups"]] == ["0"]
     assert all(text.startswith("modelled") for text in found["sources"].values())
 

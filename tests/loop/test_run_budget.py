@@ -53,12 +53,12 @@ def simulate(
         total_steps = (lengths or {}).get(step, total_steps)
         if landed or not (controller.due(step, total_steps) or step == again):
             continue
-        target.replan(step, total_steps, spent=spent, widths=widths_of(groups))
+        target.replan(step, total_steps, spent={"flops": spent}, widths=widths_of(groups))
         reading = Reading(step, saliency, num_samples=64, calibrated=True)
         limit = target.limit["flops"]
         seen = observe(groups, cost, limit=limit, dense=dense, reading=reading, step=step, total_steps=total_steps)
         following, plan = controller.decide(state, seen, cost, groups)
-        wait = target.wait(plan, seen, spent=spent, sensing=sensing * per_step)
+        wait = target.wait(plan, seen, spent={"flops": spent}, sensing=sensing * per_step)
         if wait:
             again = step + wait
             continue
@@ -203,11 +203,11 @@ def test_a_longer_run_lands_anew() -> None:
     assert 0.99 <= summary.spent_run["flops"] / summary.limit_run["flops"] <= 1 + 1e-12
 
 
-def test_only_flops_of_the_run_alone() -> None:
-    """A run budget of another resource, or beside other budgets, is refused in words."""
+def test_only_what_a_run_spends_and_alone() -> None:
+    """A run budget of what no run spends, or beside other budgets, is refused in words."""
     model, optimizer, x = net()
     flops = setpoint.Budget.fraction(0.5, of="flops", per="run")
-    with pytest.raises(BudgetError, match="of 'flops' only"):
+    with pytest.raises(BudgetError, match="no budget per run of 'params'"):
         setpoint.attach(
             model, optimizer, setpoint.Budget.fraction(0.5, of="params", per="run"), example=(x,), total_steps=100
         )

@@ -97,3 +97,18 @@ def test_interval_of_the_median_covers_it() -> None:
         (found := median_of(generator.exponential(1.0, 50).tolist())).low <= np.log(2) <= found.high for _ in range(500)
     )
     assert 0.92 < hits / 500 <= 0.99
+
+
+def test_a_stopwatch_leaves_out_a_clock_that_runs_backwards(clock: Clock) -> None:
+    """A block in which the clock jumps back adds nothing, which is said once; laps follow each other without a gap."""
+    watch = Stopwatch()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with watch:
+            for seconds in (2, -100, -3, 4):
+                clock.now += seconds
+                watch.lap()
+            clock.now += 1
+            assert watch.seconds == 6 and watch.seconds_so_far == 7
+    assert watch.seconds == watch.seconds_so_far == 7
+    assert len(caught) == 1 and "that time is left out" in str(caught[0].message)

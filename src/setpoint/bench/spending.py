@@ -34,13 +34,15 @@ class GroupSpending:
 
 @dataclass(frozen=True)
 class Spending:
-    """What one training step takes, as modelled from operations and storages.
+    """What one training step takes, and one inference, as modelled from operations and storages.
 
     Args:
         seconds: of a dense step.
         memory_bytes: at its peak.
+        inference_seconds: of a forward pass of the dense model in eval mode, at the example's batch size.
         least_seconds: with every group at its fewest units.
         least_memory_bytes: at the peak then.
+        least_inference_seconds: of a forward pass then.
         error: median relative error of predicted seconds on copies of the model.
         sources: by resource, what it is modelled by.
         groups: most seconds first.
@@ -48,8 +50,10 @@ class Spending:
 
     seconds: float
     memory_bytes: float
+    inference_seconds: float
     least_seconds: float
     least_memory_bytes: float
+    least_inference_seconds: float
     error: float
     sources: dict[str, str]
     groups: tuple[GroupSpending, ...]
@@ -68,8 +72,8 @@ def spending(model: nn.Module, example: Example, groups: Sequence[str]) -> Spend
     """
     found: tuple[Group, ...] = tuple(group for group in trace(model, example).groups if group.name in set(groups))
     optimizer = torch.optim.AdamW(model.parameters())
-    costing = cost_out(model, (optimizer,), example, found, {"latency", "memory"})
-    latency, memory = costing.costs["latency"], costing.costs["memory"]
+    costing = cost_out(model, (optimizer,), example, found, {"latency", "memory", "inference"})
+    latency, memory, inference = (costing.costs[name] for name in ("latency", "memory", "inference"))
     dense, least = widths_of(found), {group.name: lowest_width(group) for group in found}
     each = [
         GroupSpending(
@@ -81,8 +85,10 @@ def spending(model: nn.Module, example: Example, groups: Sequence[str]) -> Spend
     return Spending(
         seconds=latency.total(dense),
         memory_bytes=memory.total(dense),
+        inference_seconds=inference.total(dense),
         least_seconds=latency.total(least),
         least_memory_bytes=memory.total(least),
+        least_inference_seconds=inference.total(least),
         error=costing.errors["latency"],
         sources=dict(costing.sources),
         groups=tuple(sorted(each, key=lambda one: -one.seconds)),
@@ -94,7 +100,8 @@ def spending_table(found: Spending) -> Table:
     title = (
         f"one training step: {duration(found.seconds)} (at least {duration(found.least_seconds)}), "
         f"{human(found.memory_bytes, 'B')} at its peak (at least {human(found.least_memory_bytes, 'B')}); "
-        f"modelled, seconds within {percent(found.error)} on copies"
+        f"one inference: {duration(found.inference_seconds)} (at least {duration(found.least_inference_seconds)}); "
+        f"modelled, seconds of a step within {percent(found.error)} on copies"
     )
     table = Table("group", "seconds that go with it", "of a step", "bytes", "of the peak", title=title)
     for group in found.groups:

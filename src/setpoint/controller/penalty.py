@@ -46,6 +46,9 @@ class PenaltyController:
 
         price(step) = rate * clip((step - warmup) / (settle - warmup), 0, 1).
 
+    A rate for a unit of the resource is one for a unit as metered: where a meter reads `m` and the prediction is `p`,
+    it is set against predicted savings as `price * m / p`. A rate for the dense cost needs no such correction.
+
     From settle on the first decision that finds nothing to drop lands, at the latest the one at `land`.
 
     A reading that is not calibrated has no loss in it and cannot be set against a price: it makes no decision.
@@ -119,7 +122,9 @@ class PenaltyController:
             for group in groups
         }
         selection = start(cost, ladders, observation.widths, "worth")
-        descend(selection, 0.0, ceiling=price * (1 - self.hysteresis))
+        metered = None if self.price.relative else observation.metered.get(resource)
+        correction = 1.0 if metered is None else metered / selection.total
+        descend(selection, 0.0, ceiling=correction * price * (1 - self.hysteresis))
         dropped = sum(int(ladders[name].edges[rung]) for name, rung in selection.rungs.items())
         landed = self.reference.settled(step, total_steps) and (
             not dropped or self.reference.final(step, total_steps) or step == total_steps

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from setpoint.errors import BudgetError
 
-Resource = Literal["flops", "params", "memory", "latency", "energy"]
+Resource = Literal["flops", "params", "memory", "latency", "inference", "energy"]
 RESOURCES: tuple[str, ...] = get_args(Resource)
 
 
@@ -20,9 +20,11 @@ class Budget:
     Args:
         resource: "flops" (of one optimizer step, forward and backward, at the example's batch
             shape), "params" (number of parameters), "memory" (peak bytes of a training step), "latency"
-            (seconds per optimizer step on this device) or "energy" (joules per optimizer step).
+            (seconds per optimizer step on this device), "inference" (seconds of one forward pass in eval mode, without
+            autograd, on this device) or "energy" (joules per optimizer step).
         limit: the value not to exceed; a fraction of the dense cost when `relative`.
-        per: "step" (the finished model's cost per optimizer step).
+        per: "step" (the finished model's cost per optimizer step), or "run": what the whole run spends, overhead
+            included, for "flops", "latency" (seconds from attach to the last step) and "energy".
         relative: whether `limit` is a fraction of the dense cost.
         deadband: relative error below which the controller rests.
 
@@ -76,8 +78,19 @@ class Budget:
         return self.limit * dense if self.relative else float(self.limit)
 
 
-UNITS: Mapping[str, str] = {"flops": "FLOPs", "params": "params", "memory": "bytes", "latency": "s", "energy": "J"}
+UNITS: Mapping[str, str] = {
+    "flops": "FLOPs",
+    "params": "params",
+    "memory": "bytes",
+    "latency": "s",
+    "inference": "s",
+    "energy": "J",
+}
 """Unit of each resource."""
+IN_SECONDS = ("latency", "inference")
+"""Resources that are told by the clock."""
+MILLISECONDS = 50
+"""A budget of seconds so many times the dense cost is taken for one in milliseconds."""
 
 
 def amount(value: float, resource: str) -> str:
@@ -86,6 +99,6 @@ def amount(value: float, resource: str) -> str:
     >>> amount(12345678.0, "flops"), amount(0.01234, "latency")
     ('12,345,678 flops', '0.0123 s')
     """
-    if resource in ("latency", "energy"):
+    if UNITS[resource] in ("s", "J"):
         return f"{value:.3g} {UNITS[resource]}"
     return f"{value:,.0f} {'bytes' if resource == 'memory' else resource}"

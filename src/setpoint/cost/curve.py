@@ -105,12 +105,18 @@ class Curve:
         return base * float(np.prod(relative)) * crossing
 
     def _by_bytes(self, values: Point) -> float:
-        known = sorted((self.problem.num_bytes(point), seconds) for point, seconds in self.seconds.items())
-        x, y = np.array(known).T
+        x, y = self._seconds_by_bytes
         num_bytes = self.problem.num_bytes(values)
         if num_bytes > x[-1]:
             return float(y[-1] * num_bytes / x[-1])
         return float(np.interp(num_bytes, x, y))
+
+    @cached_property
+    def _seconds_by_bytes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Bytes moved at each measured point, in order, and the seconds there."""
+        known = sorted((self.problem.num_bytes(point), seconds) for point, seconds in self.seconds.items())
+        x, y = np.array(known).T
+        return x, y
 
     def _along(self, place: int, value: int) -> float:
         """The profile along one axis."""

@@ -1,4 +1,4 @@
-"""Seconds of one training step on this device, as a pure function of widths.
+"""Seconds of one training step, or of one forward pass, on this device, as a pure function of widths.
 
 Every operation of the step is timed alone, once, at the lengths that can occur (`Table`), and whole
 steps at a few widths tie the sum to what a step really takes:
@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Final
+from typing import Literal
 
 import numpy as np
 
@@ -55,18 +55,25 @@ class _Bundle:
 
 
 class LatencyCost:
-    """Seconds of one training step.
+    """Seconds of one training step, or of one forward pass.
 
     Args:
         tape: the step.
         groups: what may be cut, at dense widths.
         table: timings on this device; what it lacks is timed now.
         fit: ties the sum to whole steps.
+        resource: "latency" of a training step, "inference" of a forward pass.
     """
 
-    resource: Final = "latency"
-
-    def __init__(self, tape: Tape, groups: Sequence[Group], table: Table, fit: Fit | None = None) -> None:
+    def __init__(
+        self,
+        tape: Tape,
+        groups: Sequence[Group],
+        table: Table,
+        fit: Fit | None = None,
+        resource: Literal["latency", "inference"] = "latency",
+    ) -> None:
+        self.resource: str = resource
         by_name = {group.name: group for group in groups}
         problems = [pose(operation, by_name) for operation in tape.operations]
         curves = table.time(problems)

@@ -193,10 +193,10 @@ def _seconds(problem: Problem, point: Point, device: torch.device) -> float | No
                 with watch:
                     for _ in range(calls):
                         problem.operation.target(*args, **kwargs)
-                best = min(best, watch.last_seconds / calls)
+                best = min(best, watch.last_seconds / calls or best)  # 0 where the clock ran backwards
     except Exception:  # an operation may need arguments that make sense together
         return None
-    return best if best > 0 else None
+    return best if best < float("inf") else None
 
 
 def seconds_per_byte(curves: Sequence[Curve]) -> float:

@@ -26,6 +26,7 @@ class Account:
         self.deciding = Stopwatch(synchronize=True)
         self.resizing = Stopwatch(synchronize=True)
         self.probing = Stopwatch()
+        self.running = Stopwatch()
         self.probed_seconds = 0.0
         self.probing_flops = 0.0
         self.probed_steps = 0
@@ -36,17 +37,33 @@ class Account:
         self.train_flops = verification_flops
         self.overhead_flops = verification_flops
         self.resizes = 0
+        self.run_j = self.step_j = 0.0
         self.steps = StepMeter()
         self._segments: list[Segment] = []
         self._steps_in_segment = 0
-        self._sensing_noted = self._probing_noted = self._recompiling_noted = 0.0
-        self._recompiles_noted = 0
+        self._sensing_noted = self._probing_noted = self._recompiling_noted = self._users_noted = 0.0
+        self._extra_seconds = 0.0
+        self._recompiles_noted = self._num_steps = 0
         self._attached = time.perf_counter()
 
     @property
     def seconds(self) -> float:
         """Wall-clock seconds since attach began."""
         return time.perf_counter() - self._attached + self.attach.seconds
+
+    @property
+    def run_seconds(self) -> float:
+        """Wall-clock seconds since attach began, up to the end of the last optimizer step."""
+        return self.attach.seconds_so_far + self.running.seconds
+
+    @property
+    def extra_seconds_per_step(self) -> float:
+        """Mean over the run of what steps take beyond their median, as evaluations between them do."""
+        return max(0.0, self._extra_seconds / self._num_steps) if self._num_steps else 0.0
+
+    @property
+    def _users_seconds(self) -> float:
+        return self.running.seconds - self.deciding.seconds - self.resizing.seconds
 
     @property
     def overhead_seconds(self) -> float:
@@ -77,6 +94,11 @@ class Account:
         self.recompiles += count
         self.recompiling_seconds += seconds
 
+    def begin(self) -> None:
+        """The first step begins."""
+        self.running.__enter__()
+        self.steps.begin()
+
     def stepped(self) -> None:
         """Count one optimizer step at the present widths."""
         if self._probed:
@@ -84,8 +106,14 @@ class Account:
             self._probed = False
         else:
             self.steps.end()
+        self.running.lap()
         self.train_flops += self.step_flops
+        self.run_j += self.step_j
         self._steps_in_segment += 1
+        self._num_steps += 1
+        before, self._users_noted = self._users_noted, self._users_seconds
+        usual = self.steps.seconds_per_step
+        self._extra_seconds += 0.0 if usual is None else self._users_noted - before - usual
 
     def resized(self, step_flops: float) -> None:
         """Begin a new segment: from here on a step has these FLOPs."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -14,20 +13,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from setpoint.actuator.optimizer_state import as_sequence, check_optimizer, check_trains
-from setpoint.actuator.verify import failing_groups, few_rows, verify_probe
+from setpoint.actuator.verify import few_rows, verify_probe
 from setpoint.controller.exchanging import ExchangingController
 from setpoint.controller.plan import Controller, regrows
 from setpoint.controller.reference import Reference
 from setpoint.controller.selection import cheapest
 from setpoint.cost.budget import Budget
-from setpoint.cost.flops import flops_cost
-from setpoint.cost.params import params_cost
+from setpoint.cost.flops import forward_flops
 from setpoint.cost.price import Price
 from setpoint.cost.tolerance import Tolerance
-from setpoint.errors import ExampleError, GroupError, LoopError, OptimizerError
+from setpoint.errors import BudgetError, GroupError, LoopError, OptimizerError
 from setpoint.groups.chance import untouched_chance
 from setpoint.groups.export import Example, inputs_of
-from setpoint.groups.group import Group, Size, widths_of
+from setpoint.groups.group import Group, widths_of
 from setpoint.groups.trace import Trace, trace
 from setpoint.loop.accounting import Account
 from setpoint.loop.agreement import together
@@ -36,8 +34,9 @@ from setpoint.loop.costing import Costing, cost_out
 from setpoint.loop.goal import controller_for
 from setpoint.loop.granularity import check_run, pattern_for, weight_material
 from setpoint.loop.header import header_of
+from setpoint.loop.inference import Inference
 from setpoint.loop.loop import ATTACHED, Loop
-from setpoint.loop.material import Material, check_copies, check_some, in_hand
+from setpoint.loop.material import restricted, unit_material
 from setpoint.loop.metering import Metering
 from setpoint.loop.parts import Parts
 from setpoint.loop.replica import Replica
@@ -69,6 +68,7 @@ def attach(
     allow_lossy: bool = False,
     verify: bool = True,
     watts: float | None = None,
+    inference_example: Example | None = None,
     reserve_bytes: int | None = 8 * 2**30,
     granularity: str = "unit",
     pattern: str | None = None,
@@ -85,9 +85,9 @@ def attach(
         optimizer: the optimizer that trains it, or several that each step once per training step
             (Setpoint senses before the first of them and acts after the last).
         budget: what spending per optimizer step, or of the whole run, is held to; several budgets, each of another
-            resource, are all met. With a `Price` or a `Tolerance` the size follows from the loss. "memory", "latency"
-            and "energy" are learnt on copies of the model, which takes up to a minute the first time; under
-            autocast, call this inside the context that training uses.
+            resource, are all met. With a `Price` or a `Tolerance` the size follows from the loss. "memory", "latency",
+            "inference" and "energy" are learnt on copies of the model, which takes up to a minute the first time;
+            under autocast, call this inside the context that training uses.
         example: inputs as in training, at the batch shape of one optimizer step on one rank: a tuple of positional
             or a dict of keyword inputs. FLOPs are counted at this shape.
         total_steps: optimizer steps of the whole run.
@@ -104,6 +104,8 @@ def attach(
         allow_lossy: also prune groups in which a zeroed unit is not the same as an absent one.
         verify: try every group's cut on copies of the model first, and leave alone those that fail.
         watts: power that a training step draws, for an energy budget where no meter reads it.
+        inference_example: inputs, at the batch size that counts, of the inference that a budget of "inference" is on;
+            by default the example.
         reserve_bytes: the most host memory for dropped units that may come back (`PricedController(regrow=True)`);
             beyond it those dropped first are let go, which is said. None: no limit.
         granularity: "unit" cuts channels, heads, neurons and states out of the model; "weight" masks single weights of
@@ -151,6 +153,8 @@ def attach(
         optimizers = _check_arguments(inner, optimizer, total_steps)
         resources = {each.resource for each in (*budgets, goal) if each}
         check_shared(wrapped, resources, optimizers)
+        if inference_example is not None and "inference" not in resources:
+            raise BudgetError("inference_example is for a budget of 'inference': add one, or leave the example out")
         samples = _num_samples(example) * ranks.count if num_samples is None else num_samples
         if form is not None:
             if wrapped.averaging is not None or sharding is not None:
@@ -170,19 +174,26 @@ def attach(
             active, frozen = _select(inner, found, groups, sensor, allow_lossy, alone)
             if sharding is not None:  # FSDP takes no parameter without entries, so no group may vanish
                 active = tuple(replace(each, min_units=max(each.min_units, each.multiple_of)) for each in active)
-            material = _unit_material(inner, optimizers, example, found, active, frozen, copies, verify)
+            material = unit_material(inner, optimizers, example, found, active, frozen, copies, verify)
             _warn_of_unreached(inner, found, material.groups)
             if regrows(controller):
                 passes = _check_regrowth(wrapped, example, material.groups, sensor, verify)
                 material = replace(material, passes=material.passes + passes)
-            costing = cost_out(inner, optimizers, example, material.groups, resources, watts)
-            material = replace(material, costs={**material.costs, **costing.costs}, costing=costing)
+            costing = cost_out(inner, optimizers, example, material.groups, resources, watts, inference_example)
+            share = _num_samples(example if inference_example is None else inference_example) / _num_samples(example)
+            material = replace(
+                material,
+                costs={**material.costs, **costing.costs},
+                costing=costing,
+                pass_flops=forward_flops(restricted(found, material.groups), share),
+            )
         active, costs, costing = material.groups, material.costs, material.costing
         dense = {name: cost.total(widths_of(active)) for name, cost in costs.items()}
         for each in budgets:
             check_reachable(each, dense[each.resource], cheapest(costs[each.resource], active))
         account = Account(watch, dense["flops"], material.passes * dense["flops"])
-        metering = _metering(wrapped, optimizers, example, budgets, account, costing)
+        answered = example if inference_example is None else inference_example
+        metering = _metering(wrapped, optimizers, example, answered, resources, account, costing)
         parts = Parts(
             model=inner,
             optimizers=optimizers,
@@ -213,6 +224,7 @@ def attach(
             averaging=wrapped.averaging,
             sharding=sharding,
             sparsity=material.sparsity,
+            pass_flops=material.pass_flops,
         )
         check_runs(parts, account, active, 0)
         facts.update(run_of(parts))
@@ -230,18 +242,27 @@ def _metering(
     wrapped: Wrapped,
     optimizers: Sequence[Optimizer],
     example: Example,
-    budgets: Sequence[Budget],
+    answered: Example,
+    resources: set[str],
     account: Account,
     costing: Costing,
 ) -> Metering:
-    """Meters for the resources of the budgets."""
-    resources = {each.resource for each in budgets}
+    """Meters for the resources that budgets, a price or a tolerance are on."""
     if resources & {"latency", "energy"}:
         account.steps = StepMeter(synchronize=True)
     args, kwargs = inputs_of(example)
     live = Replica(wrapped.model, tuple(optimizers), args, kwargs)
     device = next((parameter.device for parameter in wrapped.model.parameters()), torch.device("cpu"))
-    return Metering(resources, account.steps, live.held, device, compiled=wrapped.compiled, energy=costing.energy)
+    inference = Inference.of(wrapped.model, answered) if "inference" in resources else None
+    return Metering(
+        resources,
+        account.steps,
+        live.held,
+        device,
+        compiled=wrapped.compiled,
+        energy=costing.energy,
+        inference=inference,
+    )
 
 
 def _check_arguments(
@@ -306,53 +327,6 @@ def _select(
     return readable, frozen
 
 
-def _unit_material(
-    model: nn.Module,
-    optimizers: Sequence[Optimizer],
-    example: Example,
-    found: Trace,
-    groups: tuple[Group, ...],
-    frozen: dict[str, str],
-    copies: Sequence[nn.Module],
-    verify: bool,
-) -> Material:
-    """What may be cut, of the groups that were chosen, with FLOPs and parameters."""
-    active, strangers = in_hand(model, optimizers, groups)
-    frozen = frozen | strangers
-    check_copies(model, active, copies)
-    passes = 0.0
-    if verify:
-        active, failed, passes = _verified(model, example, active)
-        frozen |= failed
-    check_some(active, frozen)
-    costs = {"flops": flops_cost(_restrict(found, active)), "params": params_cost(model, active)}
-    return Material(active, frozen, costs, passes)
-
-
-def _verified(
-    model: nn.Module, example: Example, groups: tuple[Group, ...]
-) -> tuple[tuple[Group, ...], dict[str, str], float]:
-    """The groups that behave like their masked twins, why the others do not, and the passes that took."""
-    if not groups:
-        return groups, {}, 0.0
-    few, share = few_rows(example)
-    try:
-        failed = failing_groups(model, few, groups)
-    except ExampleError:
-        if share == 1.0:
-            raise
-        share, failed = 1.0, failing_groups(model, example, groups)
-    if failed:
-        warnings.warn(
-            f"left whole, because cutting them on a copy did not behave like masking them: {', '.join(failed)}",
-            stacklevel=4,
-        )
-    reasons = dict.fromkeys(failed, "cutting it on a copy did not behave like masking it")
-    # At most four forward and backward passes vouch for all groups at once; each culprit is found by bisection.
-    passes = 4 + 2 * len(failed) * (2 + math.ceil(math.log2(len(groups))))
-    return tuple(group for group in groups if group.name not in reasons), reasons, share * passes
-
-
 def _check_regrowth(
     wrapped: Wrapped, example: Example, groups: tuple[Group, ...], sensor: Sensor[Any], verify: bool
 ) -> float:
@@ -389,16 +363,3 @@ def _warn_of_unreached(model: nn.Module, found: Trace, groups: tuple[Group, ...]
             "does, give an example that goes there, since what they read may be cut and they would not follow",
             stacklevel=3,
         )
-
-
-def _restrict(found: Trace, groups: tuple[Group, ...]) -> Trace:
-    """The trace over the widths of these groups only; the widths of all others become constants."""
-    active = {group.name for group in groups}
-    fixed = {group.name: group.num_units for group in found.groups if group.name not in active}
-
-    def restrict(size: Size) -> Size:
-        constant = size.constant + sum(each * fixed[name] for name, each in size.parts if name in fixed)
-        return Size(constant, tuple(part for part in size.parts if part[0] in active))
-
-    contractions = tuple(replace(each, sizes=tuple(map(restrict, each.sizes))) for each in found.contractions)
-    return replace(found, groups=groups, contractions=contractions)

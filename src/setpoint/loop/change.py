@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from setpoint.controller.reference import Reference
 from setpoint.controller.selection import cheapest
+from setpoint.controller.transfer import transfer
 from setpoint.cost.budget import Budget
 from setpoint.errors import BudgetError, LoopError
 from setpoint.groups.group import Group, widths_of
@@ -14,7 +16,15 @@ from setpoint.loop.accounting import Account
 from setpoint.loop.granularity import check_resources
 from setpoint.loop.metering import METERED
 from setpoint.loop.parts import Parts
+from setpoint.loop.planning import metered_at
+from setpoint.loop.run_spending import forecast, read_joules, replan, spent_so_far
 from setpoint.loop.target import Target, check_budgets, check_reachable
+
+if TYPE_CHECKING:
+    from setpoint.loop.loop import Loop
+
+_FRESH_STEPS = 50
+"""Steps that are sensed before a landing is decided again."""
 
 
 def check_open(parts: Parts, step: int, *, landed: bool) -> None:
@@ -58,9 +68,13 @@ def with_budget(
                 "change to a budget of 'flops', 'params', or a resource that attach was given"
             )
     target = Target(budgets, parts.costs, widths_of(parts.groups), reference=reference_of(parts.controller))
+    target.learn(parts.target)
     for each in budgets:
-        least = cheapest(parts.costs[each.resource], groups)
-        check_reachable(each, parts.costs[each.resource].total(widths_of(parts.groups)), least)
+        dense, least = (
+            target.expected(each.resource, widths_of(parts.groups)),
+            cheapest(parts.costs[each.resource], groups),
+        )
+        check_reachable(each, dense, least * dense / parts.costs[each.resource].total(widths_of(parts.groups)))
     changed = replace(parts, target=target)
     check_runs(changed, account, groups, step)
     return changed
@@ -86,7 +100,57 @@ def check_runs(parts: Parts, account: Account, groups: tuple[Group, ...], step: 
     Raises:
         BudgetError: saying what is spent already, or what the least is.
     """
+    widths = widths_of(groups)
+    read_joules(parts, account, widths)
+    spent = spent_so_far(parts, account)
     for name, run in parts.target.runs.items():
-        cost = parts.costs[name]
-        present, least = cost.total(widths_of(groups)), cheapest(cost, groups)
-        run.check(parts.total_steps, step=step, spent=account.train_flops, present=present, cheapest=least)
+        present = parts.target.expected(name, widths)
+        least = present * cheapest(parts.costs[name], groups) / parts.costs[name].total(widths)
+        run.check(parts.total_steps, step=step, spent=spent[name], present=present, cheapest=least)
+
+
+def go_on_with(loop: Loop, parts: Parts) -> None:
+    """Let a loop go on with these parts: without a bump, and without a landing that holds for other ones.
+
+    Args:
+        loop: that runs.
+        parts: from `with_budget` or `with_total_steps`.
+    """
+    loop._parts = parts
+    if loop._landed and parts.target.runs:
+        _reopen(loop)
+    replan(parts, loop._account, loop._step, loop.widths)
+    cost, limit = parts.target.cost, parts.target.limits
+    if parts.target.budgets:
+        loop._controller_state = transfer(
+            parts.controller,
+            loop._controller_state,
+            step=loop._step,
+            total_steps=parts.total_steps,
+            present=cost.total(loop.widths),
+            limit=limit[cost.resource],
+        )
+
+
+def reopen_if_over(loop: Loop) -> None:
+    """After a landing, where a decision would be due: decide again if meters say that the run will be over its budget.
+
+    Args:
+        loop: that has landed.
+    """
+    parts, account, step = loop._parts, loop._account, loop._step
+    if not parts.target.runs.keys() & set(METERED) or not parts.controller.due(step, parts.total_steps):
+        return
+    with account.deciding:
+        metered_at(parts, account, loop.widths)
+        replan(parts, account, step, loop.widths)
+        coming = forecast(parts, account, step, loop.widths)
+    if any(coming[name] > run.limit(parts.total_steps) for name, run in parts.target.runs.items()):
+        _reopen(loop)
+
+
+def _reopen(loop: Loop) -> None:
+    """Take a landing back, and decide again once some fresh steps have been sensed."""
+    if loop._plan is not None:
+        loop._landed, loop._plan = False, replace(loop._plan, landed=False)
+        loop._again = loop._step + max(1, min(_FRESH_STEPS, (loop._parts.total_steps - loop._step) // 10))

@@ -11,7 +11,9 @@ from setpoint.ledger import Ledger
 from setpoint.loop.accounting import Account
 from setpoint.loop.metering import METERED
 from setpoint.loop.parts import Parts
+from setpoint.loop.planning import time_inference
 from setpoint.loop.record import drop_counts, return_counts, spending
+from setpoint.loop.run_spending import read_joules, spent_so_far
 from setpoint.loop.summary import Summary, break_even_step
 from setpoint.loop.watch import LossWatch
 from setpoint.loop.weights import Weights
@@ -41,6 +43,11 @@ def summarise(
     """
     gave_way = watch.gave_way
     widths, dense_widths, total_steps = widths_of(groups), widths_of(parts.groups), parts.total_steps
+    if "inference" not in parts.metering.read():  # the last decision has cut
+        with account.deciding:
+            time_inference(parts, account, widths)
+    if step < total_steps:
+        read_joules(parts, account, widths)
     spent = spending(parts.costs, widths)
     dense_flops = parts.costs["flops"].total(dense_widths)
     landed, reason = _landing(parts, account, groups, step, last, weights)
@@ -80,7 +87,7 @@ def summarise(
         recompiles=account.recompiles,
         recompiling_seconds=account.recompiling_seconds,
         limit_run={name: run.limit(total_steps) for name, run in parts.target.runs.items()},
-        spent_run={name: account.train_flops for name in parts.target.runs},
+        spent_run=spent_so_far(parts, account),
         gave_way=f"{gave_way}; {'the budget was met' if landed else 'the budget was missed'}" if gave_way else "",
         final_loss=watch.loss,
     )
@@ -108,11 +115,12 @@ def _landing(
             "it was changed by something other than this loop"
         )
     early = f"ended after {steps} of {total_steps} steps" if steps < total_steps else "ended"
+    spent_run = spent_so_far(parts, account)
     for resource, run in target.runs.items():
-        rest = parts.costs[resource].total(widths) * (total_steps - steps)
+        rest = target.expected(resource, widths) * (total_steps - steps)
         limit = run.limit(total_steps)
-        if account.train_flops + rest > limit * (1 + 1e-12):
-            spent = f"{amount(account.train_flops, resource)} for the run"
+        if spent_run[resource] + rest > limit * (1 + 1e-12):
+            spent = f"{amount(spent_run[resource], resource)} for the run"
             heading = f", and {amount(rest, resource)} to go" if rest else ""
             return False, f"{early} at {spent}{heading}, over {amount(limit, resource)}"
     for resource, limit in target.limit.items():
@@ -122,7 +130,8 @@ def _landing(
             over = f"over {limit / dense:.1%}" if resource not in METERED else f"over {amount(limit, resource)}"
             return False, f"{early} at {seen / dense:.1%} of the dense {resource}, {over}"
     if last is not None and last.landed:
-        return True, f"landed at step {last.step}: {last.reason}"
+        gone = "; the energy meter has vanished since: joules are modelled" if parts.metering.vanished() else ""
+        return True, f"landed at step {last.step}: {last.reason}{gone}"
     if target.budgets and all(limit >= target.expected(name, dense_widths) for name, limit in target.limit.items()):
         return True, "the dense model is within budget"
     within = "within budget" if target.budgets else early

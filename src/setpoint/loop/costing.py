@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,10 +20,11 @@ from setpoint.cost.latency import Fit, LatencyCost, fit_steps
 from setpoint.cost.lengths import trial_widths
 from setpoint.cost.memory import MemoryCost
 from setpoint.cost.table import Table
-from setpoint.cost.tape import Tape, record
+from setpoint.cost.tape import Tape, Trainee, record
 from setpoint.errors import CostError, SetpointError
 from setpoint.groups.export import Example
 from setpoint.groups.group import Group, widths_of
+from setpoint.loop.inference import inference_replica
 from setpoint.loop.metering import METERED
 from setpoint.loop.replica import replica
 from setpoint.meter.energy import EnergyMeter, find_energy_meter
@@ -31,6 +34,9 @@ _LEAST_STEPS, _MOST_STEPS, _ENOUGH_S = 3, 20, 0.3
 _CALIBRATION_LIMIT_S = 20.0
 _WORTH_KEEPING = 0.15
 """A fit with a larger error was made on a busy machine, and is made again next time."""
+
+Make = Callable[..., AbstractContextManager[Trainee]]
+"""Called with widths by group and `data`, False for a copy whose tensors have no memory; gives that copy."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +65,7 @@ def cost_out(
     groups: tuple[Group, ...],
     resources: Collection[str],
     watts: float | None = None,
+    inference_example: Example | None = None,
 ) -> Costing:
     """Build the costs of these resources on copies of the model, which is left alone.
 
@@ -67,8 +74,9 @@ def cost_out(
         optimizers: that train it.
         example: inputs of one step.
         groups: that may be cut, as they are now.
-        resources: out of "memory", "latency" and "energy".
+        resources: out of "memory", "latency", "inference" and "energy".
         watts: power of a training step, stated by the user for a machine without an energy meter.
+        inference_example: inputs of one inference; by default those of one step.
 
     Raises:
         CostError: if the step cannot be recorded, or joules are asked for and there is nothing to tell them from.
@@ -83,55 +91,63 @@ def cost_out(
             f"there is no meter of energy here ({why}), so no joules can be measured: give attach(..., watts=W) the "
             "power that a training step draws, and energy is modelled as watts x seconds; or use of='latency'"
         )
-    tape = _tape(model, optimizers, example, groups)
     costs: dict[str, Cost] = {}
-    sources, errors = {}, {}
-    if "memory" in wanted:
-        costs["memory"] = MemoryCost(tape)
-        sources["memory"] = "modelled: storages of a recorded step"
+    sources: dict[str, str] = {}
+    errors: dict[str, float] = {}
     step_seconds: dict[str, float] = {}
-    if wanted & {"latency", "energy"}:
-        table = Table(device)
-        plain = LatencyCost(tape, groups, table)
-        latency, joules = _calibrated(plain, table, model, optimizers, example, groups, meter)
-        dense = widths_of(groups)
-        step_seconds = {g.name: latency.saving(dense, g.name, g.num_units - lowest_width(g)) for g in groups}
-        errors["latency"] = latency.fit.error
-        sources["latency"] = f"modelled: operations timed on this device, kept in {table.file}"
-        costs["latency"] = latency
-        if "energy" in wanted:
-            stated = EnergyCost(latency, watts) if watts is not None else None
-            fitted = fit_energy(latency, joules, meter.source) if meter is not None and joules else stated
-            if fitted is None:
-                raise CostError("the energy meter gave no reading while copies of the model were trained: give watts=")
-            costs["energy"], sources["energy"] = fitted, fitted.source
+    table = Table(device) if wanted & {"latency", "inference", "energy"} else None
+    if wanted & {"memory", "latency", "energy"}:
+        make = partial(replica, model, optimizers, example, groups)
+        tape = _tape(make, groups)
+        if "memory" in wanted:
+            costs["memory"] = MemoryCost(tape)
+            sources["memory"] = "modelled: storages of a recorded step"
+        if table is not None and wanted & {"latency", "energy"}:
+            latency, joules = _calibrated(LatencyCost(tape, groups, table), table, make, groups, meter)
+            dense = widths_of(groups)
+            step_seconds = {g.name: latency.saving(dense, g.name, g.num_units - lowest_width(g)) for g in groups}
+            costs["latency"] = latency
+            if "energy" in wanted:
+                costs["energy"] = energy = _energy(latency, watts, joules, meter)
+                sources["energy"] = energy.source
+    if table is not None and "inference" in wanted:
+        answer = partial(inference_replica, model, example if inference_example is None else inference_example, groups)
+        passing = LatencyCost(_tape(answer, groups), groups, table, resource="inference")
+        costs["inference"] = _calibrated(passing, table, answer, groups, None)[0]
+    for name, cost in costs.items():
+        if isinstance(cost, LatencyCost) and table is not None:
+            errors[name] = cost.fit.error
+            sources[name] = f"modelled: operations timed on this device, kept in {table.file}"
     return Costing(costs, sources, errors, step_seconds, meter)
 
 
-def _tape(model: nn.Module, optimizers: Sequence[Optimizer], example: Example, groups: tuple[Group, ...]) -> Tape:
+def _energy(
+    latency: Cost, watts: float | None, joules: list[tuple[Mapping[str, int], float]], meter: EnergyMeter | None
+) -> EnergyCost:
+    """Joules by a fit to metered steps, or by the watts that the user states."""
+    if meter is not None and joules:
+        return fit_energy(latency, joules, meter.source)
+    if watts is None:
+        raise CostError("the energy meter gave no reading while copies of the model were trained: give watts=")
+    return EnergyCost(latency, watts)
+
+
+def _tape(make: Make, groups: tuple[Group, ...]) -> Tape:
     """The recorded step; whatever goes wrong in foreign code becomes one error that says what to do."""
     try:
-        return record(
-            lambda widths: replica(model, optimizers, example, groups, widths, data=False), trial_widths(groups)
-        )
+        return record(partial(make, data=False), trial_widths(groups))
     except SetpointError:
         raise
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
         raise CostError(
-            f"a training step cannot be recorded on tensors without data ({type(error).__name__}: {first}): "
+            f"a step cannot be recorded on tensors without data ({type(error).__name__}: {first}): "
             "hold the model to a budget of 'flops' or 'params'"
         ) from error
 
 
 def _calibrated(
-    cost: LatencyCost,
-    table: Table,
-    model: nn.Module,
-    optimizers: Sequence[Optimizer],
-    example: Example,
-    groups: tuple[Group, ...],
-    meter: EnergyMeter | None,
+    cost: LatencyCost, table: Table, make: Make, groups: tuple[Group, ...], meter: EnergyMeter | None
 ) -> tuple[LatencyCost, list[tuple[Mapping[str, int], float]]]:
     """The latency tied to whole steps of copies, and their joules where there is a meter."""
     kept = table.fit(cost.key)
@@ -143,13 +159,13 @@ def _calibrated(
     for widths in _spread(groups):
         if len(seconds) >= 4 and time.perf_counter() - began > _CALIBRATION_LIMIT_S:
             break
-        taken = _timed(model, optimizers, example, groups, widths, table.device, meter)
+        taken = _timed(make, widths, table.device, meter)
         if taken is not None:
             seconds.append((widths, taken[0]))
             if taken[1] is not None:
                 joules.append((widths, taken[1]))
     if not seconds:
-        raise CostError("no training step of a copy of the model fits into memory here: use of='flops' or of='params'")
+        raise CostError("no step of a copy of the model fits into memory here: use of='flops' or of='params'")
     fit = fit_steps(cost, seconds)
     if fit.error < _WORTH_KEEPING:
         table.keep_fit(cost.key, [fit.contractions, fit.others, fit.constant_s, fit.error])
@@ -174,19 +190,13 @@ def _spread(groups: tuple[Group, ...]) -> list[dict[str, int]]:
 
 
 def _timed(
-    model: nn.Module,
-    optimizers: Sequence[Optimizer],
-    example: Example,
-    groups: tuple[Group, ...],
-    widths: Mapping[str, int],
-    device: torch.device,
-    meter: EnergyMeter | None,
+    make: Make, widths: Mapping[str, int], device: torch.device, meter: EnergyMeter | None
 ) -> tuple[float, float | None] | None:
     """Seconds of a step at these widths (of a few), and joules; None if it does not fit into memory."""
     watch = Stopwatch(synchronize=device.type == "cuda")
     times: list[float] = []
     try:
-        with replica(model, optimizers, example, groups, widths, data=True) as copy:
+        with make(widths, data=True) as copy:
             before_j = meter.read_j() if meter else None
             while len(times) < _LEAST_STEPS or (len(times) < _MOST_STEPS and watch.seconds < _ENOUGH_S):
                 with watch:
@@ -196,5 +206,6 @@ def _timed(
     except torch.OutOfMemoryError:
         return None
     spent_j = None if before_j is None or after_j is None or after_j <= before_j else (after_j - before_j) / len(times)
+    read = sorted(seconds for seconds in times if seconds > 0)  # 0 where the clock ran backwards
     # The lower quartile: what else the machine does only ever makes a step longer.
-    return sorted(times)[len(times) // 4], spent_j
+    return (read[len(read) // 4], spent_j) if read else None

@@ -16,7 +16,6 @@ from jaxtyping import Bool, Float64, Int
 from torch import Tensor, nn
 
 from setpoint.controller.plan import Learning, Observation, Plan, regrows
-from setpoint.controller.transfer import transfer
 from setpoint.cost.budget import Budget
 from setpoint.errors import GroupError, LoopError
 from setpoint.groups.group import Group, widths_of
@@ -24,7 +23,7 @@ from setpoint.ledger import Entry, Ledger
 from setpoint.loop.accounting import Account
 from setpoint.loop.acting import act
 from setpoint.loop.agreement import decisions, shared_reading, together
-from setpoint.loop.change import check_open, with_budget, with_total_steps
+from setpoint.loop.change import check_open, go_on_with, reopen_if_over, with_budget, with_total_steps
 from setpoint.loop.closing import summarise
 from setpoint.loop.explanation import Explanation, explain
 from setpoint.loop.hooks import StepHooks
@@ -34,6 +33,7 @@ from setpoint.loop.ranking import Ranking
 from setpoint.loop.recompiling import Recompiling
 from setpoint.loop.record import entry_of, only_kept, refusal, spread, with_drops, with_returns
 from setpoint.loop.regrowth import Regrowth
+from setpoint.loop.run_spending import read_joules, replan
 from setpoint.loop.state import check_loading, resume, state_of
 from setpoint.loop.stride import sensed_every
 from setpoint.loop.summary import Summary
@@ -43,8 +43,6 @@ from setpoint.loop.wrapper import check_step
 from setpoint.sensor.probe import Probe
 from setpoint.sensor.reading import Reading
 
-_FRESH_STEPS = 50
-"""Steps that are sensed before a landing is decided again."""
 ATTACHED: WeakSet[nn.Module] = WeakSet()
 """Models that a loop is at work on."""
 
@@ -85,7 +83,7 @@ class Loop:
         self._recompiling = Recompiling(account, len(parts.groups))
         self._hooks = StepHooks(parts.optimizers, self._before_step, self._after_step, partial(check_loading, parts))
         ATTACHED.add(parts.model)
-        account.steps.begin()
+        account.begin()
 
     # What the user may ask.
 
@@ -152,7 +150,7 @@ class Loop:
     @budget.setter
     def budget(self, budget: Budget | Sequence[Budget]) -> None:
         check_open(self._parts, self._step, landed=self._landed or self._finished)
-        self._change(with_budget(self._parts, budget, self._account, self._groups, self._step))
+        go_on_with(self, with_budget(self._parts, budget, self._account, self._groups, self._step))
 
     @property
     def total_steps(self) -> int:
@@ -163,30 +161,7 @@ class Loop:
     def total_steps(self, total_steps: int) -> None:
         if self._finished:
             raise LoopError("the run is finished: total_steps cannot be changed any more")
-        self._change(with_total_steps(self._parts, total_steps, self._account, self._groups, self._step))
-
-    def _change(self, parts: Parts) -> None:
-        """Go on with these parts: without a bump, and without a landing that holds for other ones."""
-        if self._landed and parts.target.runs and self._plan is not None:
-            self._landed, self._plan = False, replace(self._plan, landed=False)
-            self._again = self._step + max(1, min(_FRESH_STEPS, (parts.total_steps - self._step) // 10))
-        self._parts = parts
-        self._replan()
-        cost, limit = parts.target.cost, parts.target.limits
-        if parts.target.budgets:
-            self._controller_state = transfer(
-                parts.controller,
-                self._controller_state,
-                step=self._step,
-                total_steps=parts.total_steps,
-                present=cost.total(self.widths),
-                limit=limit[cost.resource],
-            )
-
-    def _replan(self) -> None:
-        self._parts.target.replan(
-            self._step, self._parts.total_steps, spent=self._account.train_flops, widths=self.widths
-        )
+        go_on_with(self, with_total_steps(self._parts, total_steps, self._account, self._groups, self._step))
 
     def observe(self, *, loss: Tensor | float | None = None, val: Tensor | float | None = None) -> None:
         """Tell the loop the loss of the coming step; it is brought to the host only when a decision is made.
@@ -329,6 +304,10 @@ class Loop:
                 self._decide(due)
             if regrowth is not None and not self._landed:
                 regrowth.begin_probe(self._step, total_steps)
+        elif self._step < total_steps:
+            reopen_if_over(self)
+        else:
+            read_joules(self._parts, self._account, self.widths)
         self._begin_step()
 
     def _begin_step(self) -> None:
@@ -348,13 +327,13 @@ class Loop:
         with self._account.deciding:
             reading = shared_reading(ranks, self._read, self._watch, self._step)
             self._watch.complete(self._ledger)
-            self._metered, metered = metered_at(self._parts, self.widths)
+            self._metered, metered = metered_at(self._parts, self._account, self.widths)
             why_not = refusal(reading)
             if why_not is None:
                 if self._weights is None:
                     alike = self._ranking.correlations(self._reading, reading, self._groups, self._parts.model)
                 with together(ranks, f"the plan after step {self._step}") as facts:
-                    self._replan()
+                    replan(self._parts, self._account, self._step, self.widths)
                     probe = self._regrowth.probe(self._step) if self._regrowth is not None else None
                     seen, held = self._observation(reading, probe, metered), self._controller_state
                     state, plan, again = planned(
@@ -378,6 +357,7 @@ class Loop:
                 saliency = spread(only_kept(reading.saliency, plan), regrown)
                 self._reading = replace(reading, saliency=saliency, slope={}, norm={})
                 self._ranking.note(self._reading, self._groups, self._parts.model)
+            read_joules(self._parts, self._account, self.widths)
             self._plan, self._landed, self._overdue = plan, plan.landed, False
             if self._landed and self._regrowth is not None:
                 self._regrowth.release()

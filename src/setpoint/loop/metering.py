@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 
@@ -9,13 +10,16 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode, _get_current_dispatch_mode_stack
 
+from setpoint.loop.inference import Inference
 from setpoint.meter.energy import EnergyMeter
 from setpoint.meter.memory import LiveBytes
-from setpoint.meter.seconds import StepMeter
+from setpoint.meter.seconds import Measured, StepMeter
 
-METERED = ("memory", "latency", "energy")
+METERED = ("memory", "latency", "inference", "energy")
 """Resources that are measured where there is a meter."""
 _MARGIN = 0.03
+_LOOK_S = 10.0
+"""Seconds between two looks at the energy counters; at kilowatts the quickest take minutes to wrap."""
 
 
 class Metering:
@@ -24,7 +28,8 @@ class Metering:
     Seconds are the median over all steps, joules the mean. Bytes are the peak of one step, the last
     before a decision: of the allocator on a GPU, of live tensors on the CPU. There the step runs under
     a dispatch mode, which is slow, so its seconds do not count; compiled code and code under
-    somebody else's mode are left alone and give no reading.
+    somebody else's mode are left alone and give no reading. Seconds of inference are the median over a few forward
+    passes of the model itself, made before each decision.
 
     Args:
         resources: that a budget is on.
@@ -33,6 +38,7 @@ class Metering:
         device: of the model.
         compiled: whether the model runs as compiled code.
         energy: a working meter, or None.
+        inference: the model on the batch that it is to answer in time, or None.
     """
 
     def __init__(
@@ -44,14 +50,20 @@ class Metering:
         *,
         compiled: bool = False,
         energy: EnergyMeter | None = None,
+        inference: Inference | None = None,
     ) -> None:
         self._resources = frozenset(resources)
         self._steps, self._held, self._device, self._compiled = steps, held, device, compiled
         self._energy = energy if "energy" in self._resources else None
+        self._inference = inference if "inference" in self._resources else None
+        self._pass_seconds: Measured | None = None
         self._watching: LiveBytes | None = None
         self._allocating = False
         self._peak: int | None = None
-        self._began_j: float | None = self._energy.read_j() if self._energy else None
+        self._missed: set[str] = set()
+        self._looked: float | None = None
+        self._began_j: float | None = None
+        self._earlier_j: float | None = 0.0
         self._num_steps = 0
 
     @property
@@ -60,6 +72,8 @@ class Metering:
         found = {}
         if "latency" in self._resources:
             found["latency"] = "measured: seconds between optimizer steps"
+        if self._inference is not None:
+            found["inference"] = "measured: seconds of the model's own forward in eval mode"
         if "memory" in self._resources and self._device.type == "cuda":
             found["memory"] = "measured: peak of the CUDA allocator in one step"
         elif "memory" in self._resources and not self._compiled:
@@ -76,10 +90,22 @@ class Metering:
     def stepped(self) -> None:
         """An optimizer step is done."""
         self._num_steps += 1
+        if self._began_j is None and self._energy is not None:  # what came before the first step is not a step's
+            self._began_j, self._num_steps = self._energy.read_j(), 0
+        self._look()
         if self._allocating:
             self._allocating = False
             self._peak = int(torch.cuda.max_memory_allocated(self._device))
         self.stop()
+
+    def _look(self) -> None:
+        """Read the energy counters every few seconds: one that wraps twice between two readings loses a turn."""
+        if self._energy is None:
+            return
+        now = time.monotonic()
+        if self._looked is None or not 0 <= now - self._looked < _LOOK_S:
+            self._looked = now
+            self._energy.read_j()
 
     def stop(self) -> None:
         """End the watch of a step, if there is one."""
@@ -103,12 +129,21 @@ class Metering:
             self._watching = LiveBytes(self._held())
             self._watching.__enter__()  # type: ignore[no-untyped-call]
 
+    def time_inference(self) -> int:
+        """Time forward passes of the model, if that is metered; returns how many were made."""
+        if self._inference is None or _get_current_dispatch_mode_stack():  # under somebody else's mode
+            return 0
+        self._pass_seconds, passes = self._inference.timed()
+        return passes
+
     def read(self) -> dict[str, float]:
         """Readings since the last cut, by resource; what no meter has read is not there."""
         found: dict[str, float] = {}
         seconds = self._steps.seconds_per_step
         if "latency" in self._resources and seconds is not None:
             found["latency"] = seconds
+        if self._pass_seconds is not None:
+            found["inference"] = self._pass_seconds.value
         if self._peak is not None:
             found["memory"] = float(self._peak)
         if self._energy is not None and self._began_j is not None and self._num_steps:
@@ -121,8 +156,23 @@ class Metering:
         """How far spending may lie over a limit, relatively, before a meter of this resource can tell."""
         if resource not in METERED:
             return 0.0
-        seconds = self._steps.measured() if resource == "latency" else None
+        seconds = {"latency": self._steps.measured(), "inference": self._pass_seconds}.get(resource)
         return max(_MARGIN, (seconds.high - seconds.low) / 2 / seconds.value if seconds else 0.0)
+
+    def run_j(self) -> float | None:
+        """Joules of the run so far, with those of processes that it ran in before; None if they are not known."""
+        now_j = self._energy.read_j() if self._energy else None
+        return None if now_j is None or self._earlier_j is None else self._earlier_j + now_j
+
+    def miss(self, resources: Collection[str]) -> None:
+        """Say once of each of these that it was metered before and is not now; an energy meter says so itself."""
+        for name in sorted(set(resources) - self._missed - {"energy"}):
+            warnings.warn(
+                f"{name} is not measured any more (is there another dispatch mode?): from here on it is modelled from "
+                "what was read before, until it is measured again",
+                stacklevel=2,
+            )
+        self._missed.update(resources)
 
     def vanished(self) -> bool:
         """Whether the energy meter has gone in the middle of the run."""
@@ -130,17 +180,18 @@ class Metering:
 
     def cut(self) -> None:
         """The model has changed: forget."""
-        self._peak, self._num_steps = None, 0
+        self._peak, self._pass_seconds, self._num_steps = None, None, 0
         self._began_j = self._energy.read_j() if self._energy else None
 
-    def state_dict(self) -> dict[str, int | None]:
-        """The last peak; joules count anew in another process."""
-        return {"peak": self._peak}
+    def state_dict(self) -> dict[str, float | None]:
+        """The last peak, and the joules of the run; those of a step count anew in another process."""
+        return {"peak": self._peak, "run_j": self.run_j()}
 
-    def load_state_dict(self, state: Mapping[str, int | None]) -> None:
-        """Go on with the last peak.
+    def load_state_dict(self, state: Mapping[str, float | None]) -> None:
+        """Go on with the last peak and the joules of the run.
 
         Args:
             state: from `state_dict`.
         """
         self._peak = None if state["peak"] is None else int(state["peak"])
+        self._earlier_j = None if state["run_j"] is None else float(state["run_j"])

@@ -56,6 +56,7 @@ class Parts:
         averaging: what averages their gradients, where there is any; it must follow every change of sizes.
         sharding: how the model is spread over them, where it is; it must be gathered for every change of sizes.
         sparsity: where units are single weights; None where whole units are cut.
+        pass_flops: FLOPs of one forward pass of the inference that is metered, None where none is.
     """
 
     model: nn.Module
@@ -74,3 +75,4 @@ class Parts:
     averaging: Averaging | None = None
     sharding: Sharding | None = None
     sparsity: Sparsity | None = None
+    pass_flops: Cost | None = None

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from setpoint.controller.ladder import lowest_width
 from setpoint.controller.plan import Observation, Plan
 from setpoint.controller.tolerant import TolerantController
+from setpoint.cost.budget import amount
 from setpoint.errors import LoopError
 from setpoint.groups.group import Group, widths_of
 from setpoint.loop.accounting import Account
 from setpoint.loop.parts import Parts
 from setpoint.loop.record import spending, waiting
+from setpoint.loop.run_spending import committed
 from setpoint.loop.stride import sensed_every
 from setpoint.loop.watch import LossWatch
 
@@ -46,14 +50,40 @@ def observation_of(
     )
 
 
-def metered_at(parts: Parts, widths: Mapping[str, int]) -> tuple[dict[str, float], dict[str, float]]:
-    """What meters have read at these widths, and what the controller is told of it.
+def metered_at(parts: Parts, account: Account, widths: Mapping[str, int]) -> tuple[dict[str, float], dict[str, float]]:
+    """What meters read at these widths, and what the controller is told of it.
 
-    A meter of energy that has gone is replaced by what it foretold.
+    A reading that is missing, of what was read before, is replaced by what it foretold, and that is said once.
     """
-    metered = parts.metering.read()
-    modelled = {"energy": parts.target.expected("energy", widths)} if parts.metering.vanished() else {}
-    return metered, parts.target.read(metered, widths) | modelled
+    time_inference(parts, account, widths)
+    target, metered = parts.target, parts.metering.read()
+    before = target.metered
+    told = target.read(metered, widths)
+    for name in sorted(target.metered - before):
+        _warn_if_out_of_reach(parts, name, metered[name], widths)
+    missing = before - metered.keys() - {"latency"}  # of which there is none before the first whole step after a cut
+    parts.metering.miss(missing)
+    return metered, told | {name: target.expected(name, widths) for name in missing}
+
+
+def _warn_if_out_of_reach(parts: Parts, name: str, seen: float, widths: Mapping[str, int]) -> None:
+    """Say so if a budget that could be met by prediction cannot be by the first reading."""
+    limit = parts.target.limit.get(name)
+    least = parts.target.expected(name, {group.name: lowest_width(group) for group in parts.groups})
+    if limit is not None and name not in parts.target.runs and limit < least:
+        warnings.warn(
+            f"the budget of {amount(limit, name)} cannot be met: the meter reads {amount(seen, name)} where "
+            f"{amount(parts.costs[name].total(widths), name)} was predicted, and the narrowest model would still take "
+            f"about {amount(least, name)}",
+            stacklevel=2,
+        )
+
+
+def time_inference(parts: Parts, account: Account, widths: Mapping[str, int]) -> None:
+    """Time forward passes of the model now, if inference is metered; the account counts their FLOPs."""
+    passes = parts.metering.time_inference()
+    if passes and parts.pass_flops is not None:
+        account.sensed(passes * parts.pass_flops.total(widths))
 
 
 def planned(
@@ -90,7 +120,7 @@ def planned(
         return state, back, None
     after, plan = controller.decide(state, observation, parts.target.cost, groups)
     sensing = sensing_flops / sensed_every(parts.total_steps)
-    wait = parts.target.wait(plan, observation, spent=account.train_flops, sensing=sensing)
+    wait = parts.target.wait(plan, observation, spent=committed(parts, account, observation.step), sensing=sensing)
     if not wait:
         return after, plan, None
     again = observation.step + wait

@@ -77,6 +77,25 @@ def replica(
 ) -> Iterator[Replica]:
     """A copy of a model in training, cut to these widths; it has made one step, so its optimizer state exists.
 
+    Args: those of `fresh_replica`.
+    """
+    with fresh_replica(model, optimizers, example, groups, widths, data=data) as made:
+        made.step()
+        yield made
+
+
+@contextmanager
+def fresh_replica(
+    model: nn.Module,
+    optimizers: Sequence[Optimizer],
+    example: Example,
+    groups: tuple[Group, ...],
+    widths: Mapping[str, int],
+    *,
+    data: bool,
+) -> Iterator[Replica]:
+    """A copy of a model in training, cut to these widths, before its first step.
+
     Args:
         model: the live model, left alone.
         optimizers: that train it, left alone.
@@ -104,7 +123,6 @@ def replica(
         for trainer in trainers:
             trainer.zero_grad()
         shrink(twin, trainers, groups, keep)
-        made.step()
         yield made
 
 
@@ -128,6 +146,12 @@ def _copied(tensor: Tensor, mode: FakeTensorMode | None) -> Tensor:
 def _strip(model: nn.Module) -> None:
     """Take the user's hooks off; those of torch that compute a weight stay."""
     for module in model.modules():
-        for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
-            for key in [key for key, hook in hooks.items() if not type(hook).__module__.startswith("torch.nn.utils")]:
+        for hooks, users in users_hooks(module):
+            for key in users:
                 del hooks[key]
+
+
+def users_hooks(module: nn.Module) -> Iterator[tuple[dict[int, Any], list[int]]]:
+    """A module's tables of hooks, each with the keys of those that are the user's own; torch's compute a weight."""
+    for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
+        yield hooks, [key for key, hook in hooks.items() if not type(hook).__module__.startswith("torch.nn.utils")]

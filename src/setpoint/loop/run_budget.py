@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from setpoint.controller.horizon import least_run, step_limit
 from setpoint.controller.reference import Reference
-from setpoint.cost.budget import Budget, amount
+from setpoint.cost.budget import IN_SECONDS, MILLISECONDS, Budget, amount
 from setpoint.errors import BudgetError
 
 _UNUSED = 0.002
@@ -31,17 +31,20 @@ class RunBudget:
 
         floor(unused / (p + sensing - c)) steps,
 
-    which uses up what is left but for less than the saving of one step.
+    which uses up what is left but for less than the saving of one step. Where a meter tells what is spent, all of this
+    aims at `(1 - margin) * limit`, so that the run is not over when its last steps waver.
 
     Args:
         budget: the user's, `per="run"`.
         reference: when decisions are made.
         dense: cost of a step of the dense model.
+        margin: share of the budget that is left for a meter that wavers.
     """
 
     budget: Budget
     reference: Reference
     dense: float
+    margin: float = 0.0
 
     def limit(self, total_steps: int) -> float:
         """What a run of so many steps may spend; a fraction is one of the dense run."""
@@ -63,6 +66,11 @@ class RunBudget:
         limit, resource = self.limit(total_steps), self.budget.resource
         dense_run = self.dense * total_steps
         words = f"a budget of {amount(limit, resource)} for the run ({limit / dense_run:.1%} of a dense one)"
+        if resource in IN_SECONDS and limit > MILLISECONDS * dense_run:
+            raise BudgetError(
+                f"{words} is {limit / dense_run:,.0f} times what a dense run takes ({dense_run:.3g} s): it is in "
+                f"seconds. If you mean milliseconds, write Budget.total({limit / 1000:g}, of={resource!r}, per='run')"
+            )
         if spent >= limit:
             raise BudgetError(f"{words} is spent already: {amount(spent, resource)} went before step {step + 1}")
         dense_until = next((s for s in range(step + 1, total_steps + 1) if self.reference.due(s, total_steps)), None)
@@ -80,8 +88,10 @@ class RunBudget:
 
     def per_step(self, step: int, total_steps: int, *, spent: float, present: float) -> float:
         """The limit per step that the rest of the run can be held to."""
-        rest = self.limit(total_steps) - spent
+        rest = (1 - self.margin) * self.limit(total_steps) - spent
         found = step_limit(self.reference, step, total_steps, rest=rest, start=self.dense, present=present)
+        if self.reference.settled(step, total_steps) and step < total_steps:
+            found = min(found, rest / (total_steps - step))
         return max(found, _FLOOR * self.dense)
 
     def wait(
@@ -101,7 +111,7 @@ class RunBudget:
         >>> run.wait(60, 110, spent=60.0, present=1.0, after=0.6)  # 30 for 50 steps, 10 left: 25 steps more at 1.0
         25
         """
-        limit = self.limit(total_steps)
+        limit = (1 - self.margin) * self.limit(total_steps)
         unused = limit - spent - after * (total_steps - step)
         saving = present + sensing - after
         if unused <= _UNUSED * limit or present <= after:

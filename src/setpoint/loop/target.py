@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from setpoint.controller.plan import Observation, Plan
 from setpoint.controller.reference import Reference
-from setpoint.cost.budget import Budget, amount
+from setpoint.cost.budget import IN_SECONDS, MILLISECONDS, Budget, amount
 from setpoint.cost.cost import Cost
 from setpoint.cost.joint import JointCost, Share
 from setpoint.errors import BudgetError
+from setpoint.loop.metering import METERED
 from setpoint.loop.run_budget import RunBudget
 
 _TRUST = 0.6
 """How far the factor of a joint cost follows a new reading, as far as the controller's PI part does."""
-
-
-_MILLISECONDS = 50
-"""A latency budget so many times the dense latency is taken for one in milliseconds."""
+_WAVER = 0.003
+"""Share of a run budget that is left where a meter tells what is spent."""
 
 
 def check_budgets(budget: Budget | Sequence[Budget]) -> tuple[Budget, ...]:
@@ -32,10 +32,10 @@ def check_budgets(budget: Budget | Sequence[Budget]) -> tuple[Budget, ...]:
     for each in budgets:
         if not isinstance(each, Budget):
             raise BudgetError(f"budget must be a Budget, got {each!r}: write Budget.fraction(0.5, of='flops')")
-        if each.per == "run" and each.resource != "flops":
+        if each.per == "run" and each.resource not in ("flops", "latency", "energy"):
             raise BudgetError(
-                f"a budget per run is available of 'flops' only, got {each.resource!r}: "
-                "use per='step', the finished model's cost"
+                f"a run spends 'flops', seconds ('latency') and 'energy', there is no budget per run of "
+                f"{each.resource!r}: use per='step', the finished model's cost"
             )
     if not budgets or len({each.resource for each in budgets}) < len(budgets):
         raise BudgetError(f"give one budget for each resource, and at least one, got {list(budgets)}")
@@ -64,11 +64,11 @@ def check_reachable(budget: Budget, dense: float, least: float) -> None:
             f"group at its min_units the model still needs {amount(least, resource)} ({least / dense:.1%}). Ask for "
             f"at least Budget.fraction({math.ceil(1000 * least / dense) / 1000:g}, of={resource!r})"
         )
-    if resource == "latency" and limit > _MILLISECONDS * dense:
+    if resource in IN_SECONDS and limit > MILLISECONDS * dense:
         raise BudgetError(
-            f"a budget of {limit:g} seconds per step is {limit / dense:,.0f} times what the dense model takes "
-            f"({dense:.3g} s): latency is in seconds. If you mean milliseconds, write "
-            f"Budget.total({limit / 1000:g}, of='latency')"
+            f"a budget of {limit:g} seconds per {'step' if resource == 'latency' else 'inference'} is "
+            f"{limit / dense:,.0f} times what the dense model takes ({dense:.3g} s): {resource} is in seconds. "
+            f"If you mean milliseconds, write Budget.total({limit / 1000:g}, of={resource!r})"
         )
 
 
@@ -105,12 +105,17 @@ class Target:
         self._limit = {each.resource: each.absolute(self._dense[each.resource]) for each in budgets}
         times = reference or Reference()
         self.runs = {
-            each.resource: RunBudget(each, times, self._dense[each.resource]) for each in budgets if each.per == "run"
+            each.resource: RunBudget(
+                each, times, self._dense[each.resource], _WAVER if each.resource in METERED else 0.0
+            )
+            for each in budgets
+            if each.per == "run"
         }
         for name in self.runs:
             self._limit[name] = self._dense[name]
-        self._factor = {each.resource: 1.0 for each in budgets}
-        self._anchored: set[str] = set()
+        self._factor = dict.fromkeys([each.resource for each in budgets] or [resource], 1.0)
+        self._metered_dense: dict[str, float] = {}
+        self._whole = {each.resource for each in budgets if each.relative and each.limit == 1 and each.per == "step"}
 
     @property
     def cost(self) -> Cost:
@@ -127,6 +132,11 @@ class Target:
         return {**self._dense, self.cost.resource: self.cost.total(self._dense_widths)}
 
     @property
+    def metered(self) -> frozenset[str]:
+        """Resources that a meter has read so far."""
+        return frozenset(self._metered_dense)
+
+    @property
     def limit(self) -> dict[str, float]:
         """Limit by resource of each budget, in its own unit."""
         return dict(self._limit)
@@ -136,27 +146,28 @@ class Target:
         """The limits, with that of what the controller is to hold."""
         return self.limit if len(self.budgets) <= 1 else {**self._limit, "joint": 1.0}
 
-    def replan(self, step: int, total_steps: int, *, spent: float, widths: Mapping[str, int]) -> None:
+    def replan(self, step: int, total_steps: int, *, spent: Mapping[str, float], widths: Mapping[str, int]) -> None:
         """Find afresh what budgets of the whole run leave for each step.
 
         Args:
             step: optimizer steps done.
             total_steps: of the run.
-            spent: FLOPs so far.
+            spent: so far, by resource.
             widths: present widths.
         """
         for name, run in self.runs.items():
-            present = self._costs[name].total(widths)
-            self._limit[name] = run.per_step(step, total_steps, spent=spent, present=present)
+            present = self.expected(name, widths)
+            limit = run.per_step(step, total_steps, spent=spent[name], present=present)
+            self._limit[name] = limit if step < total_steps else max(limit, present)  # then a cut saves nothing
 
-    def wait(self, plan: Plan, observation: Observation, *, spent: float, sensing: float) -> int:
+    def wait(self, plan: Plan, observation: Observation, *, spent: Mapping[str, float], sensing: float) -> int:
         """Steps by which the last cut had better wait, so that the budget of the run is used up; 0 for none.
 
         Args:
             plan: that may be the last cut: any from the settle step on.
             observation: that it was made on.
-            spent: FLOPs so far.
-            sensing: FLOPs of sensing per step.
+            spent: so far, by resource.
+            sensing: FLOPs of sensing per step; what a meter reads has it in it.
         """
         if not plan.drops():
             return 0
@@ -165,15 +176,14 @@ class Target:
         for name, units in plan.grow.items():
             after[name] += len(units)
         step, total_steps = observation.step, observation.total_steps
-        costs = {name: self._costs[name] for name in self.runs}
         waits = (
             run.wait(
                 step,
                 total_steps,
-                spent=spent,
-                present=costs[name].total(widths),
-                after=costs[name].total(after),
-                sensing=sensing,
+                spent=spent[name],
+                present=self.expected(name, widths),
+                after=self.expected(name, after),
+                sensing=sensing if name == "flops" else 0.0,
             )
             for name, run in self.runs.items()
             if run.reference.settled(step, total_steps)
@@ -189,21 +199,19 @@ class Target:
         """Take meter readings at these widths in; returns them with that of what the controller is to hold.
 
         Args:
-            metered: by resource; only those of a budget count.
+            metered: by resource; only those of a budget, price or tolerance count. All of the dense cost is what the
+                dense model spends, however a meter wavers: a fraction of 1 is left to the prediction.
             widths: that were metered.
         """
-        seen = {name: value for name, value in metered.items() if name in self._limit and value > 0}
-        for budget in self.budgets:
-            name = budget.resource
-            if name in seen and budget.relative and name not in self._anchored and widths == self._dense_widths:
-                self._limit[name] = budget.absolute(seen[name])
-            if name in seen:
-                first = name not in self._anchored
-                trust = 1.0 if first else _TRUST
-                ratio = seen[name] / self._costs[name].total(widths)
-                self._factor[name] *= math.exp(trust * math.log(ratio / self._factor[name]))
-                self._anchored.add(name)
-        if len(self.budgets) > 1 and self._anchored:  # what no meter reads now is as the readings so far foretell
+        held = self._factor.keys() - self._whole
+        seen = {name: value for name, value in metered.items() if name in held and value > 0}
+        for name, value in seen.items():
+            first, ratio = name not in self._metered_dense, value / self._costs[name].total(widths)
+            if first:
+                self._anchor(name, ratio * self._dense[name], at_dense=widths == self._dense_widths)
+            trust = 1.0 if first or name in self.runs else _TRUST
+            self._factor[name] *= math.exp(trust * math.log(ratio / self._factor[name]))
+        if len(self.budgets) > 1 and self._metered_dense:  # what no meter reads now is as the readings so far foretell
             shares = [
                 seen.get(name, self._factor[name] * self._costs[name].total(widths)) / limit
                 for name, limit in self._limit.items()
@@ -211,9 +219,28 @@ class Target:
             return {**seen, "joint": max(shares)}
         return seen
 
+    def _anchor(self, name: str, dense: float, *, at_dense: bool) -> None:
+        """From here on the dense cost is what a meter has told of it; a fraction only once it has read that model."""
+        self._metered_dense[name] = dense
+        if name in self.runs:
+            self.runs[name] = replace(self.runs[name], dense=dense)
+        for each in self.budgets:
+            if each.resource == name and each.relative and each.per == "step" and at_dense:
+                self._limit[name] = each.absolute(dense)
+
+    def learn(self, other: Target) -> None:
+        """Go on with what meters have told another target of the same run.
+
+        Args:
+            other: of other budgets.
+        """
+        for name in (self._factor.keys() & other._metered_dense.keys()) - self._whole:
+            self._factor[name] = other._factor[name]
+            self._anchor(name, other._metered_dense[name], at_dense=True)
+
     def state_dict(self) -> dict[str, Any]:
         """What meters have told so far, in plain numbers."""
-        return {"limit": dict(self._limit), "factor": dict(self._factor), "anchored": sorted(self._anchored)}
+        return {"limit": dict(self._limit), "factor": dict(self._factor), "dense": dict(self._metered_dense)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with what meters had told by then.
@@ -223,7 +250,10 @@ class Target:
         """
         self._limit = {name: float(state["limit"][name]) for name in self._limit}
         self._factor = {name: float(state["factor"][name]) for name in self._factor}
-        self._anchored = set(map(str, state["anchored"]))
+        self._metered_dense = {str(name): float(value) for name, value in state["dense"].items()}
+        self.runs = {
+            name: replace(run, dense=self._metered_dense.get(name, run.dense)) for name, run in self.runs.items()
+        }
 
     def expected(self, name: str, widths: Mapping[str, int]) -> float:
         """Cost that a meter is expected to read at these widths, by the readings so far."""

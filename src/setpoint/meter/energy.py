@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -34,7 +35,7 @@ class EnergyMeter:
     """Joules spent since the meter was made, over all of its counters.
 
     A counter with a known range that reads less than before has wrapped. One without a range that runs
-    backwards, or any that reads a negative value or none at all, has vanished: the meter says so once,
+    backwards, or any that reads a negative value or no number, has vanished: the meter says so once,
     as a warning, and has no reading from then on. Read it more often than a counter takes to wrap
     (minutes at least), or a whole turn is missed.
 
@@ -85,8 +86,8 @@ class EnergyMeter:
             except (OSError, ValueError) as error:
                 self._vanish(f"{counter.name}: {error}")
                 return None
-            if value < 0:
-                self._vanish(f"{counter.name} reads {value:.6g} J, which is negative")
+            if not 0 <= value < math.inf:
+                self._vanish(f"{counter.name} reads {value:.6g} J, which is no energy")
                 return None
             values.append(value)
         return values

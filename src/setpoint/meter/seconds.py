@@ -15,7 +15,7 @@ import torch
 
 
 class Stopwatch:
-    """Adds up the wall-clock seconds spent inside `with` blocks.
+    """Adds up the wall-clock seconds spent inside `with` blocks; one in which the clock ran backwards adds nothing.
 
     A GPU works behind the host's back: without `synchronize` only the host's time is seen; with it,
     each block first waits for work queued earlier (which is not counted) and ends when its own is done.
@@ -35,6 +35,7 @@ class Stopwatch:
         self.last_seconds = 0.0
         self._synchronize = synchronize
         self._started: float | None = None
+        self._warned = False
 
     def __enter__(self) -> Stopwatch:
         """Start."""
@@ -47,9 +48,27 @@ class Stopwatch:
     ) -> None:
         """Stop and add."""
         assert self._started is not None
-        self.last_seconds = self._now() - self._started
-        self.seconds += self.last_seconds
+        self._add(self._now() - self._started)
         self._started = None
+
+    def lap(self) -> None:
+        """Stop, add, and start again at the same moment."""
+        assert self._started is not None
+        now = self._now()
+        self._add(now - self._started)
+        self._started = now
+
+    @property
+    def seconds_so_far(self) -> float:
+        """Seconds of all blocks, the one under way included."""
+        return self.seconds + (0.0 if self._started is None else max(0.0, self._now() - self._started))
+
+    def _add(self, elapsed: float) -> None:
+        if elapsed < 0 and not self._warned:
+            self._warned = True
+            warnings.warn(f"the clock ran {-elapsed:.3g} s backwards: that time is left out", stacklevel=3)
+        self.last_seconds = max(0.0, elapsed)
+        self.seconds += self.last_seconds
 
     def _now(self) -> float:
         return _now(self._synchronize)
@@ -101,8 +120,9 @@ def median_of(values: Sequence[float]) -> Measured:
 class StepMeter:
     """Smoothed seconds per optimizer step: the median of recent intervals between steps.
 
-    The median ignores an evaluation or a checkpoint between two steps. An interval without a known
-    beginning is no reading, nor is one in which the clock stood still or ran backwards; that is said once.
+    The median ignores an evaluation or a checkpoint between two steps, and the lower one does so even of two. An
+    interval without a known beginning is no reading, nor is one in which the clock stood still or ran backwards; that
+    is said once.
 
     Args:
         window: number of recent steps that count.
@@ -130,7 +150,8 @@ class StepMeter:
         elif not self._warned:
             self._warned = True
             warnings.warn(
-                f"the clock went {-interval:.3g} s backwards within a step: such steps are left out", stacklevel=2
+                f"the clock stood still or ran backwards within a step ({interval:+.3g} s): such steps are left out",
+                stacklevel=2,
             )
 
     def extra(self) -> float:
@@ -146,7 +167,7 @@ class StepMeter:
     @property
     def seconds_per_step(self) -> float | None:
         """Median of the recent intervals in seconds, or None before the first."""
-        return statistics.median(self._intervals) if self._intervals else None
+        return statistics.median_low(self._intervals) if self._intervals else None
 
     def measured(self) -> Measured | None:
         """The median with its 95 % interval, or None before the first step."""

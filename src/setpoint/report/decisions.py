@@ -10,8 +10,17 @@ from setpoint.report.figures import AXES, BLUE, FAINT, GREY, INK, ORANGE, Figure
 from setpoint.report.numbers import digits, human, percent, scale
 from setpoint.report.results import Record
 
-NAMES = {"flops": "FLOPs", "params": "parameters", "memory": "peak memory", "latency": "seconds", "energy": "energy"}
-UNITS = {"flops": "FLOP", "params": "parameters", "memory": "B", "latency": "s", "energy": "J"}
+NAMES = {
+    "flops": "FLOPs",
+    "params": "parameters",
+    "memory": "peak memory",
+    "latency": "seconds",
+    "inference": "seconds of inference",
+    "energy": "energy",
+}
+UNITS = {"flops": "FLOP", "params": "parameters", "memory": "B", "latency": "s", "inference": "s", "energy": "J"}
+PER = {"inference": "forward pass", "params": "model"}
+"""What spending is counted per, where it is not a training step."""
 BAND = 0.84
 """Share of a group's band that its units fill; the rest is the gap to the next."""
 
@@ -77,7 +86,7 @@ def spending(record: Record, resource: str) -> Figure:
                 {"xref": "paper", "x": 1, "y": y, "text": text, "showarrow": False}
                 | {"xanchor": "right", "yanchor": "bottom", "font": {"size": 11}}
             )
-    shape = layout(f"{unit} per step", shapes=shapes, annotations=notes)
+    shape = layout(f"{unit} per {PER.get(resource, 'step')}", shapes=shapes, annotations=notes)
     shape["yaxis"]["rangemode"] = "tozero"
     return Figure(data, shape)
 
@@ -355,7 +364,7 @@ def ledger_line(record: Record) -> str:
         last = next((entry.spent[resource] for entry in reversed(record.entries) if resource in entry.spent), None)
         dense, limit = record.dense.get(resource), record.limit.get(resource)
         if last is not None:
-            told += f"; spends {human(last, UNITS.get(resource, resource))} per step at the end"
+            told += f"; spends {human(last, UNITS.get(resource, resource))} per {PER.get(resource, 'step')} at the end"
             told += f" ({percent(last / dense)} of dense)" if dense else ""
             told += f", budget {human(limit, UNITS.get(resource, resource))}" if limit else ""
         told += "".join(f"; {NAMES.get(resource, resource)} {text}" for text in record.sources.get(resource, ()))

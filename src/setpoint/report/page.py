@@ -128,7 +128,8 @@ def run(name: str, label: str, record: Record, history: Sequence[Point], *, hidd
         draft += place_of(
             f"{name}-spent-{len(draft.figures)}",
             decisions.spending(record, resource),
-            f"Spent against reference: {decisions.NAMES.get(resource, resource)} per step",
+            f"Spent against reference: {decisions.NAMES.get(resource, resource)} per "
+            f"{decisions.PER.get(resource, 'step')}",
             "The reference leads from the dense cost to the budget; a triangle is a cut, and its text tells why.",
         )
         draft += place_of(

@@ -1,0 +1,77 @@
+"""The spending of a run: what it has spent so far of each resource that a budget of the whole run is on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from setpoint.loop.accounting import Account
+from setpoint.loop.parts import Parts
+
+
+def spent_so_far(parts: Parts, account: Account) -> dict[str, float]:
+    """By resource of a run budget, what has been spent from the call of `attach` to the last optimizer step.
+
+    Overhead is included: FLOPs as they are counted, seconds by the clock, joules by the meter at its last reading and
+    as predicted from there on. Joules that no meter reads are predicted throughout.
+
+    Args:
+        parts: what the loop is made of.
+        account: what has been spent.
+    """
+    found = {"flops": account.train_flops, "latency": account.run_seconds, "energy": account.run_j}
+    return {name: found[name] for name in parts.target.runs}
+
+
+def committed(parts: Parts, account: Account, step: int) -> dict[str, float]:
+    """By resource of a run budget, what has been spent, and what will be besides optimizer steps.
+
+    Of seconds that is what the user's own code has taken between steps so far, step for step.
+
+    Args:
+        parts: what the loop is made of.
+        account: what has been spent.
+        step: optimizer steps done.
+    """
+    besides = {"latency": max(0, parts.total_steps - step) * account.extra_seconds_per_step}
+    return {name: value + besides.get(name, 0.0) for name, value in spent_so_far(parts, account).items()}
+
+
+def read_joules(parts: Parts, account: Account, widths: Mapping[str, int]) -> None:
+    """Set the account's joules to what the meter reads now, and those of a step to come to what is expected.
+
+    Args:
+        parts: what the loop is made of.
+        account: what has been spent.
+        widths: present widths.
+    """
+    if "energy" in parts.target.runs:
+        run_j = parts.metering.run_j()
+        account.run_j = account.run_j if run_j is None else run_j
+        account.step_j = parts.target.expected("energy", widths)
+
+
+def replan(parts: Parts, account: Account, step: int, widths: Mapping[str, int]) -> None:
+    """Find afresh what budgets of the whole run leave for each step to come.
+
+    Args:
+        parts: what the loop is made of.
+        account: what has been spent.
+        step: optimizer steps done.
+        widths: present widths.
+    """
+    read_joules(parts, account, widths)
+    parts.target.replan(step, parts.total_steps, spent=committed(parts, account, step), widths=widths)
+
+
+def forecast(parts: Parts, account: Account, step: int, widths: Mapping[str, int]) -> dict[str, float]:
+    """By resource of a run budget, what the run will have spent at its end if the model stays as it is.
+
+    Args:
+        parts: what the loop is made of.
+        account: what has been spent.
+        step: optimizer steps done.
+        widths: present widths.
+    """
+    left = max(0, parts.total_steps - step)
+    spent = committed(parts, account, step)
+    return {name: value + left * parts.target.expected(name, widths) for name, value in spent.items()}

@@ -1,0 +1,146 @@
+"""Clocks, counters and tables that are not what they should be: an error or one warning, and no wrong number."""
+
+from __future__ import annotations
+
+import json
+import time
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import setpoint
+from loop.test_budgets import Machine, cnn, machine, mlp, train
+from setpoint.cost.table import Table
+from setpoint.loop import costing
+from setpoint.loop.metering import Metering
+from setpoint.meter import StepMeter
+from setpoint.meter.energy import Counter, EnergyMeter
+
+Budget = setpoint.Budget
+DENSE = {"a": 256, "b": 256}
+__all__ = ["machine"]
+
+
+def told(run: Callable[[], setpoint.Loop]) -> tuple[setpoint.Loop, list[str]]:
+    """What a run warns of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loop = run()
+    return loop, [str(each.message) for each in caught]
+
+
+@pytest.mark.parametrize("jump", [-50.0, 5000.0])
+def test_a_clock_that_jumps(machine: Machine, jump: float) -> None:
+    """A jump back is one warning and left out, one ahead is outvoted: the budget is met by the steps as they are."""
+
+    def live(loop: setpoint.Loop) -> None:
+        machine.live(loop)
+        if loop.step in (15, 40):
+            machine.now += jump
+
+    loop, words = told(lambda: train(mlp(), Budget.fraction(0.6, of="latency"), 60, live))
+    assert len([each for each in words if "backwards within a step" in each]) == (jump < 0)
+    assert loop.summary is not None and loop.summary.landed
+    dense = machine.factor * machine.step_s(DENSE)
+    assert loop.summary.limit["latency"] == pytest.approx(0.6 * dense)
+    assert 0.5 * dense < machine.factor * machine.step_s(loop.widths) <= 1.03 * 0.6 * dense
+
+
+def test_a_clock_that_jumps_back_in_a_run(machine: Machine) -> None:
+    """The seconds of a run leave a jump back out: what is reported is what its steps have taken, but for one step."""
+
+    def live(loop: setpoint.Loop) -> None:
+        machine.live(loop)
+        if loop.step == 15:
+            machine.now -= 50.0
+
+    loop, words = told(lambda: train(mlp(), Budget.fraction(0.7, of="latency", per="run"), 60, live))
+    assert len([each for each in words if "that time is left out" in each]) == 1
+    assert loop.summary is not None
+    assert loop.summary.spent_run["latency"] == pytest.approx(machine.now + 50.0, rel=0.03)
+
+
+def test_a_counter_that_wraps(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A counter that starts again from 0 every seven joules still holds a run to its joules."""
+    counter = Counter("recorded", lambda: machine.joules % 7.0, range_j=7.0)
+    monkeypatch.setattr(costing, "find_energy_meter", lambda devices: (EnergyMeter([counter]), ""))
+    loop = train(mlp(), Budget.fraction(0.7, of="energy", per="run"), 60, machine.live)
+    assert loop.summary is not None and loop.summary.landed, loop.summary
+    assert machine.joules > 14.0
+    assert loop.summary.spent_run["energy"] == pytest.approx(machine.joules)
+
+
+def test_counters_are_looked_at_between_decisions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However far apart decisions are, a counter that wraps every minute loses no turn."""
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    counter = Counter("recorded", lambda: (100.0 * clock[0]) % 6000.0, range_j=6000.0)
+    meter = EnergyMeter([counter])
+    metering = Metering({"energy"}, StepMeter(), list, torch.device("cpu"), energy=meter)
+    metering.stepped()
+    for _ in range(3600):
+        clock[0] += 1.0
+        metering.stepped()
+    assert metering.read()["energy"] == pytest.approx(100.0)
+    assert metering.run_j() == pytest.approx(360_000.0)
+
+
+@pytest.mark.parametrize("bad", [-1.0, float("nan")])
+def test_a_counter_that_reads_nonsense(machine: Machine, monkeypatch: pytest.MonkeyPatch, bad: float) -> None:
+    """A negative reading, or none that is a number, in the middle of a run is one warning and a modelled number."""
+    counter = Counter("recorded", lambda: machine.joules if machine.now < 0.4 else bad, range_j=1000.0)
+    monkeypatch.setattr(costing, "find_energy_meter", lambda devices: (EnergyMeter([counter]), ""))
+    loop, words = told(lambda: train(mlp(), Budget.fraction(0.6, of="energy"), 60, machine.live))
+    assert len(words) == 1 and "vanished" in words[0]
+    summary = loop.summary
+    assert summary is not None and summary.landed and "energy" not in summary.metered
+    assert summary.sources["energy"].startswith("modelled")
+    final = machine.watts * machine.factor * machine.step_s(loop.widths)
+    assert final <= 1.05 * summary.limit["energy"]
+
+
+def test_bytes_that_are_read_no_more() -> None:
+    """A user's dispatch mode from the middle of the run on is said once, and the run lands on what was read before."""
+
+    def run() -> setpoint.Loop:
+        model, optimizer, x = cnn()
+        loop = setpoint.attach(model, optimizer, Budget.fraction(0.6, of="memory"), example=(x,), total_steps=30)
+        for step in range(30):
+            with FlopCounterMode(display=False) if step > 5 else warnings.catch_warnings():
+                model(x).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        loop.finish()
+        return loop
+
+    loop, words = told(run)
+    assert sum("memory is not measured any more" in each for each in words) == 1
+    assert all("dispatch mode" in each for each in words)
+    assert loop.summary is not None and loop.summary.landed, loop.summary
+
+
+def test_a_budget_that_only_the_meter_shows_to_be_out_of_reach(machine: Machine) -> None:
+    """Within reach by prediction, out of it by the clock: one warning says the least, and the run has not landed."""
+    limit, machine.factor = 1.5 * machine.step_s({"a": 8, "b": 8}), 10.0
+    loop, words = told(lambda: train(mlp(), Budget.total(limit, of="latency"), 30, machine.live))
+    least = f"{10 * machine.step_s({'a': 8, 'b': 8}):.2g}"
+    assert len(words) == 1 and f"the narrowest model would still take about {least[:4]}" in words[0], words
+    assert loop.summary is not None and not loop.summary.landed
+
+
+def test_a_table_of_another_device(machine: Machine) -> None:
+    """`attach` times a table from another processor anew, says so once, and keeps none of its numbers."""
+    train(mlp(), Budget.fraction(0.7, of="latency"), 20, machine.live)
+    file = Table(torch.device("cpu")).file
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content["environment"]["name"] = "another processor"
+    content["timed"] = {key: [[point, 1e3] for point, _ in rows] for key, rows in content["timed"].items()}
+    content["fits"] = {key: [1e3] * len(values) for key, values in content["fits"].items()}
+    file.write_text(json.dumps(content), encoding="utf-8")
+    loop, words = told(lambda: train(mlp(), Budget.fraction(0.7, of="latency"), 20, machine.live))
+    assert len(words) == 1 and "another processor" in words[0] and "timed again" in words[0]
+    assert loop.ledger[0].predicted["latency"] < 1.0
+    assert json.loads(file.read_text(encoding="utf-8"))["environment"] == Table(torch.device("cpu")).environment

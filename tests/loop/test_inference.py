@@ -1,0 +1,230 @@
+"""Seconds of inference as a budget: predicted, read from the model itself, held, and invisible."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import setpoint
+from loop.test_budgets import Machine, machine, train
+from setpoint.groups.group import widths_of
+from setpoint.loop.costing import cost_out
+from setpoint.loop.inference import Inference, inference_replica
+from setpoint.meter import seconds as seconds_file
+
+Budget = setpoint.Budget
+__all__ = ["machine"]
+
+
+class Answering(nn.Module):
+    """Two hidden layers; a forward pass in eval mode turns the machine's clock, half as long again as a copy's."""
+
+    def __init__(self, turn: Callable[[Answering], None]) -> None:
+        super().__init__()
+        self.turn = turn
+        self.layers = nn.Sequential(nn.Linear(16, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits."""
+        if not self.training:
+            self.turn(self)
+        out: Tensor = self.layers(x)
+        return out
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Units of both hidden layers."""
+        return {name: len(self.layers[place].bias) for name, place in (("a", 0), ("b", 2))}
+
+
+def answering(machine: Machine) -> tuple[nn.Module, torch.optim.Optimizer, Tensor]:
+    """A model on this machine, with optimizer and batch."""
+
+    def turn(model: Answering) -> None:
+        machine.now += machine.factor * machine.pass_s(model.widths)
+
+    model = Answering(turn)
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-3), torch.randn(8, 16)
+
+
+@pytest.mark.parametrize("relative", [True, False])
+def test_inference_is_held_by_the_meter(machine: Machine, relative: bool) -> None:
+    """A pass takes half as long again as on a copy: feedback lands within the limit, and not far below it."""
+    dense = machine.factor * machine.pass_s({"a": 256, "b": 256})
+    budget = Budget.fraction(0.6, of="inference") if relative else Budget.total(0.6 * dense, of="inference")
+    made = answering(machine)
+    loop = train(made, budget, 60, machine.live, inference_example=(torch.randn(2, 16),))
+    summary = loop.summary
+    assert summary is not None and summary.landed, summary
+    assert summary.limit["inference"] == pytest.approx(0.6 * dense)
+    final = machine.factor * machine.pass_s(loop.widths)
+    assert 0.9 * 0.6 * dense < final <= 1.03 * 0.6 * dense
+    assert summary.metered["inference"] == pytest.approx(final)
+    assert summary.sources["inference"].startswith("measured")
+    assert loop.ledger.header["modelled"]["inference"].startswith("modelled")
+    read = [entry for entry in loop.ledger if "inference" in entry.metered]
+    assert read and all("inference" in entry.predicted for entry in read)
+
+
+def test_passes_are_overhead(machine: Machine) -> None:
+    """FLOPs of the timed passes are in `overhead_flops`, those of two samples of a batch of eight as a quarter."""
+    made = answering(machine)
+    loop = train(made, Budget.fraction(1.0, of="inference"), 20, machine.live, inference_example=(torch.randn(2, 16),))
+    alone = train(answering(machine), Budget.fraction(1.0, of="flops"), 20, machine.live)
+    assert loop.summary is not None and alone.summary is not None
+    one_pass = 2 * 2 * (16 * 256 + 256 * 256 + 256 * 4)
+    read = loop.summary.overhead_flops - alone.summary.overhead_flops
+    assert read > 0 and read % one_pass == 0
+    assert loop.summary.deciding_seconds > alone.summary.deciding_seconds
+
+
+def test_prediction_is_of_a_forward_pass_in_eval_mode(machine: Machine) -> None:
+    """The tape holds a forward pass only, of the batch that is asked for, without dropout."""
+    model = nn.Sequential(nn.Linear(16, 64), nn.Dropout(0.5), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
+    optimizer, example = torch.optim.SGD(model.parameters(), lr=0.1), (torch.randn(8, 16),)
+    groups = setpoint.find_groups(model, example)
+    with inference_replica(model, (torch.randn(3, 16),), groups, widths_of(groups), data=True) as made:
+        assert not any(module.training for module in made.model.modules()) and made.held()[-1].shape == (3, 16)
+        with torch.profiler.profile() as seen:
+            made.step()
+    names = {event.name for event in seen.events()}
+    assert "aten::addmm" in names and not any("bernoulli" in name or "backward" in name for name in names)
+    assert all(module.training for module in model.modules())
+    costing = cost_out(model, (optimizer,), example, groups, {"inference"}, inference_example=(torch.randn(3, 16),))
+    cost, dense, name = costing.costs["inference"], widths_of(groups), groups[0].name
+    assert cost.resource == "inference" and set(costing.costs) == {"inference"}
+    assert cost.total(dense) == pytest.approx(machine.pass_s(dense), rel=0.2)
+    assert cost.saving(dense, name, 32) == pytest.approx(cost.total(dense) - cost.total({**dense, name: 32}))
+
+
+class Untidy(nn.Module):
+    """A model whose forward leaves traces, also in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        first = nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3)
+        self.layers = nn.Sequential(*first, nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
+        self.register_buffer("seen", torch.zeros(()))
+        self.register_buffer("last", torch.zeros(3))
+        self.modes: list[bool] = []
+
+    def train(self, mode: bool = True) -> Untidy:
+        """Note each call."""
+        self.modes.append(mode)
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits with noise; counts its calls and keeps its output."""
+        out: Tensor = self.layers(x) + 0.01 * torch.randn(3)
+        self.seen += 1
+        self.last = out.detach().mean(0)
+        self.kept = out
+        return out
+
+
+def trained(held: bool) -> dict[str, Any]:
+    """Everything that 20 steps leave behind."""
+    torch.manual_seed(3)
+    np.random.seed(3)
+    model, calls = Untidy(), []
+    model.layers[1].eval()
+    model.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    loop = None
+    if held:
+        budget = Budget.fraction(1.0, of="inference")
+        loop = setpoint.attach(model, optimizer, budget, example=(torch.ones(8, 6),), total_steps=20)
+        calls.clear()
+    for _ in range(20):
+        nn.functional.cross_entropy(model(torch.randn(8, 6)), torch.randint(0, 3, (8,))).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    if loop is not None:
+        summary = loop.finish()
+        assert summary.landed and summary.resizes == 0 and summary.metered["inference"] > 0
+    return {
+        "tensors": dict(model.state_dict()),
+        "optimizer": optimizer.state_dict(),
+        "modes": [module.training for module in model.modules()],
+        "calls": len(calls),
+        "told": model.modes,
+        "drawn": (torch.get_rng_state(), float(np.random.random())),  # the tests' argument checks draw from `random`
+    }
+
+
+def test_a_budget_of_one_trains_bit_identically(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Timed passes leave weights, buffers, moments, modes, hooks and the random generators as they are without."""
+    monkeypatch.setattr(seconds_file, "_now", lambda synchronize: time.perf_counter())
+    alone, held = trained(False), trained(True)
+    for what in alone:
+        assert equal(alone[what], held[what]), what
+
+
+def test_a_timed_pass_undoes_what_a_forward_does() -> None:
+    """Buffers that are written to or replaced, attributes, modes and the order of hooks are as before, also after an
+    error in the forward.
+    """
+    model = Untidy()
+    model.layers[1].eval()
+    hooks = [model.layers[0].register_forward_hook(lambda *_: None) for _ in range(3)]
+    model(torch.randn(8, 6))
+    before, last, kept = copy.deepcopy(model.state_dict()), model.last, model.kept
+    modes = [module.training for module in model.modules()]
+    measured, passes = Inference.of(model, (torch.randn(4, 6),)).timed()
+    assert measured is not None and measured.value > 0 and passes == measured.count + 1 >= 6
+    with pytest.raises(RuntimeError, match="shapes"):
+        Inference.of(model, (torch.randn(4, 7),)).timed()
+    assert model.last is last and model.kept is kept and equal(before, dict(model.state_dict()))
+    assert modes == [module.training for module in model.modules()]
+    assert list(model.layers[0]._forward_hooks) == [handle.id for handle in hooks]
+
+
+def test_a_pass_runs_under_the_autocast_of_attach() -> None:
+    """The type of numbers is that of the context in which the budget was given, wherever the pass is timed."""
+    model, seen = nn.Linear(4, 4), []
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = Inference.of(model, (torch.randn(2, 4),))
+    model.forward = lambda x: seen.append(nn.functional.linear(x, model.weight).dtype)  # type: ignore[method-assign]
+    cast.step()
+    Inference.of(model, (torch.randn(2, 4),)).step()
+    assert seen == [torch.bfloat16, torch.float32] and not torch.is_autocast_enabled("cpu")
+
+
+def test_training_within_autocast_keeps_its_gradients() -> None:
+    """A pass in the middle of a user's autocast leaves no weights behind that were cast without a gradient."""
+    model, x = nn.Linear(4, 4), torch.randn(2, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        Inference.of(model, (x,)).timed()
+        model(x).sum().backward()
+    assert model.weight.grad is not None
+
+
+def test_milliseconds_given_as_seconds(machine: Machine) -> None:
+    """A budget of inference that can only be in milliseconds is refused with the same one in seconds."""
+    made = answering(machine)
+    with pytest.raises(setpoint.BudgetError, match=r"seconds per inference.*Budget.total\(0.002, of='inference'\)"):
+        train(made, Budget.total(2.0, of="inference"), 20)
+
+
+def test_an_example_without_such_a_budget_is_refused(machine: Machine) -> None:
+    """An inference example that nothing would use is an error, not a surprise."""
+    with pytest.raises(setpoint.BudgetError, match="add one, or leave the example out"):
+        train(answering(machine), Budget.fraction(0.5, of="flops"), 20, inference_example=(torch.randn(1, 16),))
+
+
+def equal(one: Any, other: Any) -> bool:
+    """Whether nested data are the same to the last bit."""
+    if isinstance(one, Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return bool(one == other)
