@@ -3,6 +3,7 @@
 import warnings
 from pathlib import Path
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -239,8 +240,9 @@ def test_a_layer_that_tells_too_little_stays_whole() -> None:
     assert any(each.place == "layer" and "StateWeights.carried" in each.reason for each in found.frozen)
 
 
-def test_truncations_cost_no_recompilation() -> None:
+def test_truncations_cost_no_recompilation(monkeypatch: pytest.MonkeyPatch) -> None:
     """With sizes of parameters free, a compiled model compiles once more at the first cut, and never again."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # its checks are code that is compiled too
     torch.manual_seed(0)
     model = SequenceClassifier(1, 3, num_channels=4, num_states=16)
     x = torch.randn(4, 12, 1)
