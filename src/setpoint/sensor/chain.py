@@ -11,7 +11,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from setpoint.groups.group import Group
-from setpoint.sensor.reading import Reading, Sensor
+from setpoint.sensor.reading import Hooking, Reading, Sensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,3 +116,15 @@ class SensorChain:
                 for link in state.links
             )
         )
+
+    def forget(self, state: ChainState) -> None:
+        """Steps that are not taken in are forgotten by the sensors that read through hooks."""
+        for link in state.links:
+            if isinstance(link.sensor, Hooking):
+                link.sensor.forget(link.state)
+
+    def release(self, state: ChainState) -> None:
+        """Hooks of all sensors are taken off."""
+        for link in state.links:
+            if isinstance(link.sensor, Hooking):
+                link.sensor.release(link.state)
