@@ -1,4 +1,4 @@
-# make demo | bench-quick | coverage-suites | test | soak | check: each builds .venv by itself, and again only when pyproject.toml has changed.
+# make demo | bench-quick | coverage-suites | test | soak | nightly | check: each builds .venv by itself, and again only when pyproject.toml has changed.
 #
 # PYTHON=python3.12 picks the interpreter (3.11 or newer). PYTEST="-k twin" passes options to pytest, JOBS=4 runs it in as many processes.
 
@@ -16,7 +16,7 @@ RESIZES ?= 2000
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo bench-quick coverage-suites test soak check clean
+.PHONY: help demo bench-quick coverage-suites test soak nightly check clean
 
 help:
 	@echo "make demo    train a small CNN to half of its FLOPs and write $(OUT)/report.html"
@@ -26,6 +26,7 @@ help:
 	@echo "             cut every model of $(SUITES) into results/coverage, WORKERS=$(WORKERS) at a time"
 	@echo "make test    run the tests, the doctests and the blocks of the README"
 	@echo "make soak    kill KILLS=$(KILLS) runs and resize a model RESIZES=$(RESIZES) times, 4 ranks: minutes to an hour"
+	@echo "make nightly every set-up of training on 1 and 2 ranks, and what needs an accelerator: an hour"
 	@echo "make check   formatting, lint, types and the layers of the imports"
 	@echo "make clean   remove .venv, caches and runs"
 
@@ -51,6 +52,10 @@ soak: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/resized.py --count $(RESIZES)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/killed.py --count $(KILLS)
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tests/distributed/ranks.py sharded_twin:4
+
+nightly: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tests/distributed/ranks.py matrix:1 matrix:2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m gpu -rs
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -212,7 +212,8 @@ def test_only_the_given_groups_are_pruned() -> None:
 def test_frozen_outgoing_weights_keep_their_group_whole() -> None:
     """A group that the sensor cannot read is left out, and the ledger's header says why."""
     model = _mlp()
-    model[2].weight.requires_grad_(False)
+    for frozen in (model[0].weight, model[0].bias, model[2].weight):  # so that no gradient comes to the units either
+        frozen.requires_grad_(False)
     optimizer = torch.optim.SGD([each for each in model.parameters() if each.requires_grad], 0.1)
     loop = _attach(model, optimizer, setpoint.Budget.fraction(0.9, of="flops"))
     read = {each.tensor for group in loop.groups for each in group.slices if each.role == "consume"}

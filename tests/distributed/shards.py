@@ -127,7 +127,7 @@ def _goes_on_like_a_fresh_one(
 
     folder = everywhere(tempfile.mkdtemp())[0]
     model, optimizer, called = make(build(kind))
-    _, loop = attached(called, Scripted(DROP, regrow=False), share(0)[0], optimizer=optimizer)
+    _, loop = attached(called, Scripted(DROP, regrow=False), share(0)[0], optimizer=optimizer, verify=True)
     seen: set[Any] = set()
     model.up.register_forward_pre_hook(lambda module, *_: seen.add((module.weight.dtype, *module.weight.shape)))
     model.up.weight.register_post_accumulate_grad_hook(lambda p: seen.add(tuple(p.grad.shape)))
@@ -238,6 +238,8 @@ def sharded_resume() -> None:
     for step in (7, 18):
         go(run, range(run["loop"].step, step))
         assert run["loop"]._regrowth.reserve.num_resting
+        with torch.no_grad():
+            run["model"](share(0)[0])  # which leaves some of it whole
         setpoint.save_run(folder / f"{step}", **run, mine=f"of rank {dist.get_rank()}")
     caught(setpoint.CheckpointError, "a folder of its own", lambda: setpoint.save_run(folder / "18", **run))
     rest = go(run, range(18, 28))
@@ -315,7 +317,7 @@ def sharded_copies() -> None:
     setpoint.loop.regrowth._PROBE_SHARE = 1.0
     model, apart, together = sharded(build()), sharded(build()), build()
     script = Scripted({3: {"up": [1, 5], "wide": [0, 2]}}, {6: {"up": [5]}})
-    optimizer, loop = attached(model, script, share(0)[0], copies=(apart, together))
+    optimizer, loop = attached(model, script, share(0)[0], copies=(apart, together), verify=True)
     train(model, optimizer, loop, range(8), share)
     assert loop.widths["up"] == 23 and together.up.weight.shape == (23, 12)
     assert not torch.equal(together.down.weight, build().down.weight[:, [n for n in range(24) if n != 1]])  # it rises

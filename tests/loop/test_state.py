@@ -337,7 +337,7 @@ STORED = {
     "_metered", "_reading", "_plan", "_worth", "_regrowth", "_account", "_weights",
 }  # fmt: skip
 GIVEN_AGAIN = {
-    "_parts", "_dense_widths", "_sensing_flops", "_finished", "_summary", "_hooks", "_begun",
+    "_parts", "_dense_widths", "_sensing_flops", "_finished", "_summary", "_hooks", "_begun", "_recompiling",
 }  # fmt: skip
 
 

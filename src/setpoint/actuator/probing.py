@@ -20,13 +20,11 @@ from setpoint.actuator.regrow import Grow, enlarge, new_sizes, with_units
 from setpoint.actuator.reserve import Key, Reserve, corner
 from setpoint.actuator.shrink import named_tensors
 from setpoint.actuator.sizes import apply_sizes
-from setpoint.distributed import is_spread, whole_tensor
+from setpoint.distributed import is_spread
 from setpoint.groups.group import Group
 from setpoint.groups.vanish import EmptyForward
+from setpoint.sensor.sentinel import Sentinels
 from setpoint.sensor.unit_sum import UnitSum
-
-_NUM_SENTINELS = 3
-"""Parameters by which the scale of gradients is recognised; one alone might not take part in a step."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,12 +88,9 @@ class Probing:
         self._places = [each for each in places if not is_spread(each[2])]
         self._brackets = brackets(model)
         self._whole: dict[nn.Module, list[tuple[dict[str, Any], str, Tensor]]] = {}
-        self._watched: set[int] = set()
         self._sizes = _counts(model, reserve, active, grow)
         self._gains: dict[str, Tensor] = {}
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.numel()]
-        self._sentinels = sorted(trained, key=lambda parameter: parameter.numel())[:_NUM_SENTINELS]
-        self._as_they_came: dict[int, Tensor] = {}
+        self._sentinels = Sentinels(model.parameters())
         self._undo: ExitStack | None = None
         self._handles: list[Any] = []
 
@@ -104,8 +99,8 @@ class Probing:
         self._handles = [
             register_module_forward_pre_hook(self._ahead),
             register_module_forward_hook(self._behind, always_call=True),
-            *(p.register_hook(partial(self._watch, id(p))) for p in self._sentinels if not is_spread(p)),  # type: ignore[no-untyped-call]
         ]
+        self._sentinels.start()
         for module, parameters in self._brackets:
             self._handles += [
                 module.register_forward_pre_hook(partial(self._whole_begins, parameters)),
@@ -117,6 +112,7 @@ class Probing:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._sentinels.stop()
         self._restore()
 
     def share(self, mean: Callable[[Float64[np.ndarray, " n"]], Float64[np.ndarray, " n"]]) -> None:
@@ -129,23 +125,23 @@ class Probing:
             mean: over ranks, of as many numbers on each; every rank calls this, in every probed step.
         """
         units = {group.name: group.num_units for group in self._groups}
-        shapes: dict[Any, Any] = {id(p): p.shape for p in self._sentinels} | {
+        shapes: dict[Any, Any] = {id(p): p.shape for p in self._sentinels.parameters} | {
             each: (units[each],) for each in self._came
         }
-        seen: dict[Any, Tensor] = {**self._as_they_came, **self._gains}
+        seen: dict[Any, Tensor] = {**self._sentinels.came, **self._gains}
         own = {key: seen.get(key, torch.zeros(shape, dtype=torch.float64)) for key, shape in shapes.items()}
         there = np.array([key in seen for key in own], np.float64)
         anywhere, *means = np.split(
             mean(np.concatenate([there, *(each.cpu().numpy().ravel() for each in own.values())])),
             np.cumsum([len(own), *(each.numel() for each in own.values())])[:-1],
         )
-        device = next((p.device for p in self._sentinels), None)
+        device = next((p.device for p in self._sentinels.parameters), None)
         found = {
             key: torch.from_numpy(values).view(shapes[key]).to(device)
             for key, values, share in zip(own, means, anywhere, strict=True)
             if share
         }
-        self._as_they_came = {key: each for key, each in found.items() if key not in self._came}
+        self._sentinels.came = {key: each for key, each in found.items() if key not in self._came}
         self._gains = {key: each for key, each in found.items() if key in self._came}
 
     def gains(self, grad_scale: Tensor | None = None) -> dict[str, Float64[np.ndarray, " present"]] | None:
@@ -156,11 +152,9 @@ class Probing:
         Args:
             grad_scale: what the gradients are still multiplied by (a fused optimizer under a GradScaler), or None.
         """
-        seen = [(came, p.grad) for p in self._sentinels if (came := self._as_they_came.get(id(p))) is not None]
-        if not seen or not self._gains:
+        factor = self._sentinels.factor()
+        if factor is None or not self._gains:
             return None
-        products = [(came * whole_tensor(now).double()).sum() for came, now in seen if now is not None]
-        factor = sum(products) / torch.stack([came.square().sum() for came, _ in seen]).sum()
         factor = factor if grad_scale is None else factor / grad_scale
         found = {}
         for name, came_back in self._came.items():
@@ -206,12 +200,11 @@ class Probing:
         """A module's parameters are whole from now on: put the wide ones in their place."""
         if self._undo is None:
             return
-        sentinels = {id(each) for each in self._sentinels}
+        sentinels = {id(each): each for each in self._sentinels.parameters}
         for table, key, parameter in parameters:
             live = table[key]
-            if id(parameter) in sentinels and id(live) not in self._watched:
-                self._watched.add(id(live))
-                self._handles.append(live.register_hook(partial(self._watch, id(parameter))))
+            if id(parameter) in sentinels:
+                self._sentinels.watch(sentinels[id(parameter)], live)
             if id(parameter) in self._wide:
                 self._whole.setdefault(module, []).append((table, key, live))
                 table[key] = self._filled(self._wide[id(parameter)], live)
@@ -249,11 +242,6 @@ class Probing:
         for name, weights, sums in wide.weights:
             lost = sums.add_up(sums.select(weights) * sums.select(gradient).to(weights.dtype)).double()
             self._gains[name] = -lost if name not in self._gains else self._gains[name] - lost
-
-    def _watch(self, number: int, gradient: Tensor) -> None:
-        """Take in the gradient of a sentinel, before anything scales it."""
-        came = gradient.detach().to(torch.float64, copy=True)  # clipping works in place
-        self._as_they_came[number] = came if number not in self._as_they_came else self._as_they_came[number] + came
 
 
 class _Embed(torch.autograd.Function):

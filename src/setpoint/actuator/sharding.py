@@ -71,7 +71,7 @@ class Sharding:
             optimizers: that train it.
             agreed: called by what is yielded, when all that can fail is done.
         """
-        whole = _Whole(self._pieces(names), optimizers, self.ranks)
+        whole = _Whole(self._pieces(names), optimizers)
         kept: list[_Spread] = []
 
         def spread() -> None:
@@ -135,8 +135,8 @@ def _named(module: nn.Module, names: Collection[str], copied: bool) -> set[int]:
 class _Whole:
     """Parameters and their optimizer state, gathered from all ranks."""
 
-    def __init__(self, pieces: Sequence[Piece], optimizers: Sequence[Optimizer], ranks: Ranks) -> None:
-        self.pieces, self.ranks = pieces, ranks
+    def __init__(self, pieces: Sequence[Piece], optimizers: Sequence[Optimizer]) -> None:
+        self.pieces = pieces
         self.optimizers = [each for each in optimizers if isinstance(each, Optimizer)]
         self.plain = [nn.Parameter(_own(p.parameter), p.parameter.requires_grad) for p in pieces]
         self.states = [

@@ -40,15 +40,14 @@ from setpoint.loop.material import restricted, unit_material
 from setpoint.loop.metering import Metering
 from setpoint.loop.parts import Parts
 from setpoint.loop.replica import Replica
+from setpoint.loop.sensing import default_sensor
 from setpoint.loop.state import run_of
 from setpoint.loop.target import Target, check_budgets, check_reachable
 from setpoint.loop.wrapper import Wrapped, check_reads, check_shared, unwrap
 from setpoint.meter import StepMeter, Stopwatch
-from setpoint.sensor.chain import SensorChain, takes_back
-from setpoint.sensor.hankel import HankelSensor
-from setpoint.sensor.reading import Sensor
-from setpoint.sensor.selective import SelectiveSensor
-from setpoint.sensor.taylor import TaylorSensor
+from setpoint.sensor.chain import takes_back
+from setpoint.sensor.reading import Hooking, Sensor
+from setpoint.sensor.tap import tappable
 from setpoint.sensor.weight_taylor import WeightTaylorSensor
 
 
@@ -167,11 +166,10 @@ def attach(
             material = weight_material(inner, optimizers, example, form, groups, copies, sensor)
         else:
             found = trace(inner, example)
-            alone = ranks.count == 1 and sharding is None
             if sensor is None:
-                sensor = _default_sensor(inner, found.groups, example, samples) if alone else TaylorSensor(samples)
+                sensor = default_sensor(wrapped, found.groups, example, samples)
             check_reads(wrapped, sensor)
-            active, frozen = _select(inner, found, groups, sensor, allow_lossy, alone)
+            active, frozen = _select(wrapped, found, groups, sensor, allow_lossy)
             if sharding is not None:  # FSDP takes no parameter without entries, so no group may vanish
                 active = tuple(replace(each, min_units=max(each.min_units, each.multiple_of)) for each in active)
             material = unit_material(inner, optimizers, example, found, active, frozen, copies, verify)
@@ -286,18 +284,11 @@ def _num_samples(example: Example) -> int:
     return max(1, first.shape[0]) if first is not None else 1
 
 
-def _default_sensor(model: nn.Module, groups: tuple[Group, ...], example: Example, num_samples: int) -> Sensor[Any]:
-    """Taylor for units; where there are states, Hankel for them, or averaged Gramians where layers are selective."""
-    units = TaylorSensor(num_samples)
-    for_states: tuple[Sensor[Any], ...] = (HankelSensor(num_samples), SelectiveSensor(example))
-    needed = [sensor for sensor in for_states if sensor.readable(groups, model)]
-    return SensorChain(*needed, units) if needed else units
-
-
 def _select(
-    model: nn.Module, found: Trace, wanted: Sequence[Group] | None, sensor: Sensor[Any], allow_lossy: bool, alone: bool
+    wrapped: Wrapped, found: Trace, wanted: Sequence[Group] | None, sensor: Sensor[Any], allow_lossy: bool
 ) -> tuple[tuple[Group, ...], dict[str, str]]:
     """The groups to prune, and why the others are left alone, by name."""
+    model, alone = wrapped.model, wrapped.alone
     frozen = {each.place: each.reason for each in found.frozen}
     chosen = found.groups if wanted is None else tuple(wanted)
     widths = widths_of(found.groups)
@@ -318,6 +309,10 @@ def _select(
             frozen[group.name] = "; ".join(group.notes) or "a zeroed unit is not the same as an absent one"
             frozen[group.name] += " (allow_lossy=True prunes it all the same)"
     open_groups = tuple(group for group in chosen if group.name not in frozen)
+    hooked = {group.name for group in open_groups if isinstance(sensor, Hooking) and tappable(group, model)}
+    if not alone or wrapped.compiled:
+        frozen |= dict.fromkeys(hooked, "frozen outgoing weights are not read on several ranks, or in compiled code")
+        open_groups = tuple(group for group in open_groups if group.name not in hooked)
     readable = sensor.readable(open_groups, model)
     names = {group.name for group in readable}
     for group in open_groups:

@@ -34,8 +34,8 @@ from setpoint.loop.recompiling import Recompiling
 from setpoint.loop.record import entry_of, only_kept, refusal, spread, with_drops, with_returns
 from setpoint.loop.regrowth import Regrowth
 from setpoint.loop.run_spending import read_joules, replan
+from setpoint.loop.sensing import release, sense
 from setpoint.loop.state import check_loading, resume, state_of
-from setpoint.loop.stride import sensed_every
 from setpoint.loop.summary import Summary
 from setpoint.loop.watch import LossWatch
 from setpoint.loop.weights import Weights
@@ -244,6 +244,7 @@ class Loop:
     def detach(self) -> None:
         """Take the hooks away and leave the model as it is; may be called again."""
         self._hooks.remove()
+        release(self)
         self._parts.metering.stop()
         self._recompiling.stop()
         if self._regrowth is not None:
@@ -269,19 +270,9 @@ class Loop:
         self._begun = True
         if self._regrowth is not None:
             self._regrowth.end_probe(grad_scale)
-        self._sense(grad_scale)
+        sense(self, grad_scale)
         if self._weights is not None:
             self._weights.before_step()
-
-    def _sense(self, grad_scale: Tensor | None) -> None:
-        total_steps = self._parts.total_steps
-        if self._landed or self._step >= total_steps or self._step % sensed_every(total_steps):
-            return
-        with self._account.sensing:
-            self._sensor_state = self._parts.sensor.update(
-                self._sensor_state, self._groups, self._parts.model, grad_scale
-            )
-        self._account.sensed(self._sensing_flops)
 
     def _after_step(self) -> None:
         self._step += 1

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from setpoint.checkpoint import damaged, digest
-from setpoint.distributed import Ranks, is_spread, local, ranks_of, rows_of
+from setpoint.distributed import Ranks, is_sharded, is_spread, local, ranks_of, rows_of
 from setpoint.errors import CheckpointError
 from setpoint.loop.agreement import together
 from setpoint.loop.tree import from_tensors, to_tensors
@@ -43,7 +43,11 @@ _METADATA = {
 
 def spread_over(parts: Mapping[str, Any]) -> tuple[Ranks, Any]:
     """The ranks over which any model among the parts is spread, and their mesh; this process alone, and None."""
-    tensors = [each for part in parts.values() if isinstance(part, nn.Module) for each in part.parameters()]
+    models = [part for part in parts.values() if isinstance(part, nn.Module)]
+    for module in (each for model in models for each in model.modules()):
+        if is_sharded(module):
+            module.reshard()  # type: ignore[operator]  # after a forward pass some parameters are whole
+    tensors = [each for model in models for each in model.parameters()]
     spread = [each for each in tensors if is_spread(each)]
     return ranks_of(spread), spread[0].device_mesh if spread else None  # type: ignore[attr-defined]
 

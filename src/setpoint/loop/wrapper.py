@@ -57,6 +57,11 @@ class Wrapped:
     sharding: Sharding | None = None
 
     @property
+    def alone(self) -> bool:
+        """Whether one process has all of the model and its gradients."""
+        return self.ranks.count == 1 and self.sharding is None
+
+    @property
     def ranks(self) -> Ranks:
         """The processes that train the model together."""
         if self.sharding is not None:

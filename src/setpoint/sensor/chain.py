@@ -11,7 +11,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from setpoint.groups.group import Group
-from setpoint.sensor.reading import Growing, Reading, Sensor
+from setpoint.sensor.reading import Growing, Hooking, Reading, Sensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,6 +130,18 @@ class SensorChain:
             came = {name: units for name, units in regrown.items() if name in link.names}
             links.append(replace(link, state=link.sensor.grow(link.state, came)))
         return ChainState(tuple(links))
+
+    def forget(self, state: ChainState) -> None:
+        """Steps that are not taken in are forgotten by the sensors that read through hooks."""
+        for link in state.links:
+            if isinstance(link.sensor, Hooking):
+                link.sensor.forget(link.state)
+
+    def release(self, state: ChainState) -> None:
+        """Hooks of all sensors are taken off."""
+        for link in state.links:
+            if isinstance(link.sensor, Hooking):
+                link.sensor.release(link.state)
 
 
 def takes_back(sensor: object) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -99,4 +99,17 @@ class Growing(Protocol[State]):
 
         `regrown` is by group, one boolean per unit active now, True = has just come back.
         """
+        ...
+
+
+@runtime_checkable
+class Hooking(Protocol):
+    """What a sensor has in addition that reads through hooks on the model."""
+
+    def forget(self, state: Any) -> None:
+        """A step passes that is not taken in: what hooks have seen of it does not count."""
+        ...
+
+    def release(self, state: Any) -> None:
+        """Take the hooks off the model."""
         ...

@@ -10,41 +10,19 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor, nn
 
-from setpoint.distributed import Ranks, local, ranks_of
-from setpoint.errors import GroupError
-from setpoint.groups.group import Group, Slice
+from setpoint.distributed import local
+from setpoint.errors import GroupError, LoopError
+from setpoint.groups.group import Group
 from setpoint.sensor.reading import Reading
-from setpoint.sensor.unit_sum import UnitSum, num_entries, part_of
+from setpoint.sensor.sentinel import Sentinels
+from setpoint.sensor.source import Source, Sources, find_sources, zero_if_finite
+from setpoint.sensor.tap import Tap, tappable
 
 _FOLD_AT = 16
 """Steps that are folded into the moments at a time."""
 
 _TINY = 1e-30
 """Keeps a division by a weight of zero, which then counts for nothing, from making NaN."""
-
-
-@dataclass(frozen=True, eq=False)
-class Source:
-    """One outgoing weight of a group, how its entries on this rank add up by unit, and how many are read on all."""
-
-    weight: nn.Parameter
-    sums: UnitSum
-    num_read: int
-
-
-@dataclass(frozen=True, eq=False)
-class Sources:
-    """Whose gradients an update reads.
-
-    Args:
-        by_group: the outgoing weights of each group.
-        others: all other trained parameters, whose gradients must be finite for the step to count.
-        ranks: that they are spread over in parts, if they are.
-    """
-
-    by_group: tuple[tuple[Source, ...], ...]
-    others: tuple[nn.Parameter, ...]
-    ranks: Ranks = field(default_factory=Ranks)
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +43,8 @@ class TaylorState:
         skipped_steps: steps left out because a gradient was NaN or infinite.
         recent: r of the steps that are not folded yet, the latest last.
         sources: whose gradients are read, found at the first update after `init` or `cut`.
+        tapped: names of the outgoing weights that were frozen at `init`, whose inputs are read.
+        sentinels: by which it is seen how those readings are to be scaled, if there are any.
     """
 
     names: tuple[str, ...]
@@ -77,6 +57,8 @@ class TaylorState:
     skipped_steps: Float[Tensor, ""]
     recent: tuple[Float[Tensor, " all_units"], ...] = ()
     sources: Sources | None = field(default=None, metadata={"live": True})
+    tapped: frozenset[str] = field(default=frozenset(), metadata={"live": True})
+    sentinels: Sentinels | None = field(default=None, metadata={"live": True})
 
 
 class TaylorSensor:
@@ -117,6 +99,10 @@ class TaylorSensor:
     outgoing weights of a group are frozen in the middle of a run, nothing is seen of its units, and what was
     seen before stands.
 
+    *Weights that are frozen from the beginning* (the base of a low-rank adapter). They have no gradient; but the
+    gate may as well scale what the layer is given, so `r = sum of x * dL/dx over the unit's inputs x of that layer`,
+    which a hook on the layer reads in the backward pass (`Tap`). Inputs of these layers are kept in memory until then.
+
     Args:
         num_samples: independent samples behind each optimizer step's gradient (B), over ranks and
             micro-batches.
@@ -143,7 +129,10 @@ class TaylorSensor:
         self.first_order = first_order
 
     def readable(self, groups: tuple[Group, ...], model: nn.Module) -> tuple[Group, ...]:
-        """The groups whose outgoing weights all get gradients; r of any other would be a part of the truth.
+        """The groups of which every outgoing weight is trained, or its layer's input can be read instead.
+
+        The r of any other would be a part of the truth. A frozen weight can be read past where it is that of a plain
+        `nn.Linear` or `nn.Conv1d`, `2d`, `3d` without groups, and a trained weight writes the units.
 
         Incoming ("produce") weights are no substitute: before a normalisation their sum of w * dL/dw
         is zero, and through a curved activation it has the wrong size or sign.
@@ -151,8 +140,9 @@ class TaylorSensor:
         parameters = dict(model.named_parameters(remove_duplicate=False))
 
         def trained(group: Group) -> bool:
-            outgoing = [place.tensor for place in group.slices if place.role == "consume"]
-            return bool(outgoing) and all(name in parameters and parameters[name].requires_grad for name in outgoing)
+            outgoing = {place.tensor for place in group.slices if place.role == "consume"} - tappable(group, model)
+            some = any(place.role == "consume" for place in group.slices)
+            return some and all(name in parameters and parameters[name].requires_grad for name in outgoing)
 
         return tuple(group for group in groups if trained(group))
 
@@ -168,13 +158,17 @@ class TaylorSensor:
                 f"groups {unreadable} have outgoing weights without gradients, so the Taylor sensor cannot read "
                 "them: leave them out (TaylorSensor.readable picks the others) or use another sensor"
             )
-        sources = _find_sources(groups, model)
+        tapped = frozenset[str]().union(*(tappable(group, model) for group in groups))
+        sources, sentinels = find_sources(groups, model, tapped), None
+        if tapped:
+            sentinels = Sentinels(model.parameters())
+            sentinels.start()
         first = next((source.weight for of_group in sources.by_group for source in of_group), torch.zeros(()))
         dtype = torch.promote_types(first.real.dtype, torch.float32)
         zeros = torch.zeros(sum(group.num_units for group in groups), dtype=dtype, device=first.device)
         none = torch.zeros((), dtype=dtype, device=first.device)
         names, num_units = tuple(g.name for g in groups), tuple(g.num_units for g in groups)
-        return TaylorState(names, num_units, zeros, zeros, zeros, zeros, none, none, (), sources)
+        return TaylorState(names, num_units, zeros, zeros, zeros, zeros, none, none, (), sources, tapped, sentinels)
 
     @torch.no_grad()
     def update(
@@ -189,12 +183,14 @@ class TaylorSensor:
             grad_scale: what the gradients are still multiplied by (a fused optimizer under a
                 GradScaler), or None; NaN leaves the step out.
         """
-        sources = state.sources if state.sources is not None else _find_sources(groups, model)
-        gate_gradient = _gate_gradients(state, sources.by_group) + _zero_if_finite(sources.others, state.mean)
+        sources = state.sources if state.sources is not None else find_sources(groups, model, state.tapped)
+        trains = [all(source.seen() for source in of_group) for of_group in sources.by_group]
+        gate_gradient = _gate_gradients(state, sources.by_group) + zero_if_finite(sources.others, state.mean)
         gate_gradient = sources.ranks.total(gate_gradient)
+        if state.sentinels is not None:
+            state.sentinels.forget()
         if grad_scale is not None:
             gate_gradient = gate_gradient / grad_scale
-        trains = [all(source.weight.requires_grad for source in of_group) for of_group in sources.by_group]
         if not all(trains):
             seen = torch.from_numpy(np.repeat(trains, state.num_units)).to(gate_gradient.device)
             return self._folded(replace(self.fold(state), recent=(gate_gradient,), sources=sources), seen)
@@ -240,13 +236,35 @@ class TaylorSensor:
             recent=(),
         )
 
+    def forget(self, state: TaylorState) -> None:
+        """A step passes that is not taken in: what hooks have seen of it does not count.
+
+        Args:
+            state: the state so far.
+        """
+        for tap in _taps(state):
+            tap.take()
+        if state.sentinels is not None:
+            state.sentinels.forget()
+
+    def release(self, state: TaylorState) -> None:
+        """Take the hooks off the model; nothing is read through them any more.
+
+        Args:
+            state: the state so far.
+        """
+        for tap in _taps(state):
+            tap.stop()
+        if state.sentinels is not None:
+            state.sentinels.stop()
+
     def flops(self, groups: tuple[Group, ...], model: nn.Module) -> float:
         """FLOPs of one update.
 
         A multiplication and an addition per outgoing weight and one more for the moments; an addition for
         every gradient that is only checked. Of weights that lie on several ranks, each rank's even share.
         """
-        sources = _find_sources(groups, model)
+        sources = find_sources(groups, model)
         read = sum(each.num_read for of_group in sources.by_group for each in of_group)
         return (3.0 * read + sum(parameter.numel() for parameter in sources.others)) / sources.ranks.count
 
@@ -257,12 +275,16 @@ class TaylorSensor:
             state: the state so far.
             groups: the active groups, as in `init`.
             step: optimizer steps done, for the record.
+
+        Raises:
+            LoopError: when nothing was ever seen of a group whose outgoing weights are frozen.
         """
         state = self.fold(state)
         facts = torch.stack([state.num_steps, state.skipped_steps])
         values = torch.cat([facts, state.mean, state.variance, state.weight, state.squares]).double().cpu().numpy()
         num_steps, skipped = (float(value) for value in values[:2])
         mean, variance, weight, squares = np.split(values[2:], 4)
+        _check_seen(state, num_steps, weight)
         # The weighted variance of n steps is too small by 1 - (sum of squares of their shares); 1 - 1/n if equal.
         shares = squares / np.maximum(weight, _TINY) ** 2
         several = (weight > 0) & (shares < 1.0)
@@ -324,53 +346,33 @@ class TaylorSensor:
         )
 
 
-def _find_sources(groups: tuple[Group, ...], model: nn.Module) -> Sources:
-    """Outgoing weights of each group, with their index tables on the device, and all other trained parameters."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-
-    def source(place: Slice, num_units: int) -> Source:
-        weight = parameters[place.tensor]
-        sums = UnitSum.of(part_of(place, weight), num_units, local(weight.detach()).device)
-        return Source(weight, sums, num_entries(place, weight))
-
-    by_group = tuple(
-        tuple(source(place, group.num_units) for place in group.slices if place.role == "consume") for group in groups
-    )
-    whole = {id(each.weight) for of_group in by_group for each in of_group if each.num_read == each.weight.numel()}
-    others = tuple(p for p in model.parameters() if p.requires_grad and id(p) not in whole)
-    return Sources(by_group, others, ranks_of(parameters.values()))
+def _taps(state: TaylorState) -> list[Tap]:
+    by_group = () if state.sources is None else state.sources.by_group
+    return [source.tap for of_group in by_group for source in of_group if source.tap is not None]
 
 
-def _zero_if_finite(parameters: tuple[nn.Parameter, ...], like: Tensor) -> Tensor:
-    """0 if every gradient is finite, else NaN; no host sync. A sum is the cheapest thing that a NaN survives."""
-    total = like.new_zeros(())
-    for parameter in parameters:
-        gradient = None if parameter.grad is None else local(parameter.grad)
-        if gradient is not None and gradient.layout == torch.strided:
-            real = torch.view_as_real(gradient) if gradient.is_complex() else gradient
-            total = total + real.sum(dtype=like.dtype).to(like.device)
-    return 0.0 * total
-
-
-def _product(weight: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor:
-    """What each entry adds to its gate's gradient; real and imaginary part of a complex one are weights alike."""
-    if weight.is_complex():
-        return (weight.detach().conj() * gradient).real.to(dtype)
-    return weight * gradient.to(dtype)
+def _check_seen(state: TaylorState, num_steps: float, weight: Float64[np.ndarray, " all_units"]) -> None:
+    """Check that hooks have seen something of each group that they are to read, once steps were taken in."""
+    if not state.tapped or not num_steps or state.sources is None:
+        return
+    places = np.split(weight, np.cumsum(state.num_units)[:-1])
+    for name, of_group, weights in zip(state.names, state.sources.by_group, places, strict=True):
+        if any(source.tap is not None for source in of_group) and len(weights) and not weights.any():
+            raise LoopError(
+                f"nothing was seen of group {name!r}, whose outgoing weights are frozen: no gradient comes through its "
+                "layer, or the layer is not called as a module, or it runs as compiled code. Leave the group out "
+                "(groups=...), or train the weights"
+            )
 
 
 def _gate_gradients(state: TaylorState, sources: tuple[tuple[Source, ...], ...]) -> Tensor:
     """Gate gradients r of all units: a weight without a gradient in this step did not take part, and adds nothing."""
+    scale = None if state.sentinels is None else state.sentinels.factor()
     parts = []
     for num_units, of_group in zip(state.num_units, sources, strict=True):
-        total: Tensor | None = None
-        for source in of_group:
-            if source.weight.grad is None:
-                continue
-            weight, gradient = (source.sums.select(local(each)) for each in (source.weight, source.weight.grad))
-            added = source.sums.add_up(_product(weight, gradient, state.mean.dtype)).to(state.mean)
-            total = added if total is None else total + added
-        parts.append(state.mean.new_zeros(num_units) if total is None else total)
+        added = [each.gate_gradient(state.mean, scale) for each in of_group]
+        there = [each for each in added if each is not None]
+        parts.append(sum(there[1:], there[0]) if there else state.mean.new_zeros(num_units))
     return torch.cat(parts) if parts else state.mean
 
 

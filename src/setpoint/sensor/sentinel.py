@@ -1,0 +1,83 @@
+"""Sentinels: parameters by which it is seen what becomes of gradients between the backward pass and the step."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from setpoint.distributed import is_spread, whole_tensor
+
+_COUNT = 3
+"""One alone might not take part in a step."""
+
+
+class Sentinels:
+    """The smallest trained parameters: their gradients as they come, beside what is there before the step.
+
+    What is read during the backward pass is of another scale than what is read before the step if gradients are
+    clipped, unscaled or averaged in between. With `g` the gradients as they came and `h` those that are there, all
+    of them in a row, the scale is `(g . h) / (g . g)`.
+
+    Args:
+        parameters: of the model.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        trained = [parameter for parameter in parameters if parameter.requires_grad and parameter.numel()]
+        self.parameters = sorted(trained, key=lambda parameter: parameter.numel())[:_COUNT]
+        self.came: dict[int, Tensor] = {}
+        """Sums of the gradients that came, by identity of the parameter."""
+        self._watched: set[int] = set()
+        self._handles: list[Any] = []
+
+    def start(self) -> None:
+        """Watch all that do not lie on several ranks, which have no gradients of their own in a backward pass."""
+        for parameter in self.parameters:
+            if not is_spread(parameter):
+                self.watch(parameter, parameter)
+
+    def watch(self, parameter: nn.Parameter, leaf: Tensor) -> None:
+        """Take in the gradients of a tensor.
+
+        Args:
+            parameter: one of the sentinels.
+            leaf: itself, or what is in its place in the forward pass.
+        """
+        if id(leaf) in self._watched:
+            return
+        self._watched.add(id(leaf))
+        me, number = weakref.ref(self), id(parameter)
+
+        def note(gradient: Tensor) -> None:
+            sentinels = me()
+            if sentinels is not None:
+                came = gradient.detach().to(torch.float64, copy=True)  # clipping works in place
+                before = sentinels.came.get(number)
+                sentinels.came[number] = came if before is None else before + came
+
+        handle = leaf.register_hook(note)  # type: ignore[no-untyped-call]
+        self._handles.append(handle)
+        weakref.finalize(self, handle.remove)
+
+    def stop(self) -> None:
+        """Watch no longer; may be called again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._watched = [], set()
+
+    def forget(self) -> None:
+        """What came so far was of another step."""
+        self.came = {}
+
+    def factor(self) -> Tensor | None:
+        """The scale of the gradients that are there, beside those that came; None if none came."""
+        seen = [(came, p.grad) for p in self.parameters if (came := self.came.get(id(p))) is not None]
+        if not seen:
+            return None
+        products = [(came * whole_tensor(now).double()).sum() for came, now in seen if now is not None]
+        squares = torch.stack([came.square().sum() for came, _ in seen])
+        return sum(products, torch.zeros_like(squares[0])) / squares.sum()

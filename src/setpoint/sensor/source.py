@@ -1,0 +1,107 @@
+"""A source: an outgoing weight, and what its gradient, or its layer's input, tells of the gates of its units."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from setpoint.distributed import Ranks, local, ranks_of
+from setpoint.groups.group import Group, Slice
+from setpoint.sensor.tap import Tap
+from setpoint.sensor.unit_sum import UnitSum, num_entries, part_of
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """One outgoing weight of a group.
+
+    Args:
+        weight: itself.
+        sums: how its entries on this rank add up by unit.
+        num_read: how many entries are read, on all ranks.
+        tap: what reads the layer's input in place of a frozen weight, if anything does.
+        channels: how what it reads adds up by unit.
+    """
+
+    weight: nn.Parameter
+    sums: UnitSum
+    num_read: int
+    tap: Tap | None = None
+    channels: UnitSum | None = None
+
+    def seen(self) -> bool:
+        """Whether there is something to read in this step."""
+        return self.weight.requires_grad or (self.tap is not None and self.tap.seen)
+
+    def gate_gradient(self, like: Tensor, scale: Tensor | None) -> Float[Tensor, " units"] | None:
+        """What this weight adds to the gate's gradient of each unit in this step; None if it did not take part.
+
+        Args:
+            like: of the device and dtype wanted.
+            scale: of the gradients that are there, beside those that came in the backward pass; None if none came.
+        """
+        if not self.weight.requires_grad and self.tap is not None and self.channels is not None:
+            read = self.tap.take()
+            if read is None or scale is None:
+                return None
+            return self.channels.add_up(self.channels.select(read)).to(like) * scale.to(like)
+        if self.weight.grad is None:
+            return None
+        weight, gradient = (self.sums.select(local(each)) for each in (self.weight, self.weight.grad))
+        return self.sums.add_up(_product(weight, gradient, like.dtype)).to(like)
+
+
+@dataclass(frozen=True, eq=False)
+class Sources:
+    """Whose gradients an update reads.
+
+    Args:
+        by_group: the outgoing weights of each group.
+        others: all other trained parameters, whose gradients must be finite for the step to count.
+        ranks: that they are spread over in parts, if they are.
+    """
+
+    by_group: tuple[tuple[Source, ...], ...]
+    others: tuple[nn.Parameter, ...]
+    ranks: Ranks = field(default_factory=Ranks)
+
+
+def find_sources(groups: tuple[Group, ...], model: nn.Module, tapped: frozenset[str] = frozenset()) -> Sources:
+    """Outgoing weights of each group, with their index tables on the device, and all other trained parameters."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+
+    def source(place: Slice, num_units: int) -> Source:
+        weight = parameters[place.tensor]
+        sums = UnitSum.of(part_of(place, weight), num_units, local(weight.detach()).device)
+        if place.tensor not in tapped:
+            return Source(weight, sums, num_entries(place, weight))
+        channels = UnitSum.of(replace(place, dim=0), num_units, weight.device)
+        return Source(weight, sums, num_entries(place, weight), Tap(place, model), channels)
+
+    by_group = tuple(
+        tuple(source(place, group.num_units) for place in group.slices if place.role == "consume") for group in groups
+    )
+    whole = {id(each.weight) for of_group in by_group for each in of_group if each.num_read == each.weight.numel()}
+    others = tuple(p for p in model.parameters() if p.requires_grad and id(p) not in whole)
+    return Sources(by_group, others, ranks_of(parameters.values()))
+
+
+def zero_if_finite(parameters: tuple[nn.Parameter, ...], like: Tensor) -> Tensor:
+    """0 if every gradient is finite, else NaN; no host sync. A sum is the cheapest thing that a NaN survives."""
+    total = like.new_zeros(())
+    for parameter in parameters:
+        gradient = None if parameter.grad is None else local(parameter.grad)
+        if gradient is not None and gradient.layout == torch.strided:
+            real = torch.view_as_real(gradient) if gradient.is_complex() else gradient
+            total = total + real.sum(dtype=like.dtype).to(like.device)
+    return 0.0 * total
+
+
+def _product(weight: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    """What each entry adds to its gate's gradient; real and imaginary part of a complex one are weights alike."""
+    if weight.is_complex():
+        return (weight.detach().conj() * gradient).real.to(dtype)
+    return weight * gradient.to(dtype)

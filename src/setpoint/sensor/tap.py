@@ -1,0 +1,108 @@
+"""A tap: what a frozen weight's inputs contribute to the loss, read from activations and their gradients."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from setpoint.groups.group import Group, Slice
+
+_TAPPED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""Layers whose weight has their input's channels, which have a dim of their own in the input, along its dim 1."""
+
+
+def tappable(group: Group, model: nn.Module) -> frozenset[str]:
+    """Names of the frozen outgoing weights of a group that can be read by taps.
+
+    The units must be written by a trained weight, so that gradients reach them at all.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    writers = [place.tensor for place in group.slices if place.role != "consume"]
+    if not any(name in parameters and parameters[name].requires_grad for name in writers):
+        return frozenset()
+    frozen = [
+        place
+        for place in group.slices
+        if place.role == "consume" and place.tensor in parameters and not parameters[place.tensor].requires_grad
+    ]
+    return frozenset(place.tensor for place in frozen if _layer(place, model) is not None)
+
+
+def _layer(place: Slice, model: nn.Module) -> nn.Module | None:
+    """The layer that a frozen weight belongs to, if its input can be tapped."""
+    owner, _, key = place.tensor.rpartition(".")
+    layer = model.get_submodule(owner)
+    plain = type(layer) in _TAPPED and getattr(layer, "groups", 1) == 1
+    return layer if plain and key == "weight" and place.dim == 1 else None
+
+
+class Tap:
+    """Sums `x * dL/dx` over everything but the channels of a layer's input x, as the layer itself passes it on.
+
+    With `y = W x` the sum is what `sum over o of W[o, u] dL/dW[o, u]` would be if W were trained, for every channel
+    u: both are `dL/dg` of a gate g on it. It is taken in the backward pass, for one multiplication of the
+    activations; they are kept in memory until then. Nothing is seen in compiled code.
+
+    Args:
+        place: the slice of the frozen weight.
+        model: whose it is.
+    """
+
+    def __init__(self, place: Slice, model: nn.Module) -> None:
+        self._total: Tensor | None = None
+        layer = _layer(place, model)
+        assert layer is not None, "a weight that is tapped is tappable"
+        me = weakref.ref(self)
+
+        def ahead(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            tap = me()
+            if tap is None or torch.compiler.is_compiling() or not args or not isinstance(args[0], Tensor):
+                return None
+            if not (torch.is_grad_enabled() and args[0].requires_grad) or layer.weight.requires_grad:
+                return None
+            channels = args[0].dim() - layer.weight.dim() + 1  # type: ignore[operator]
+            return (_Passed.apply(args[0], channels, tap.note), *args[1:])  # type: ignore[no-untyped-call]
+
+        self._handle = layer.register_forward_pre_hook(ahead)
+        weakref.finalize(self, self._handle.remove)
+
+    @property
+    def seen(self) -> bool:
+        """Whether there was a backward pass since the last reading."""
+        return self._total is not None
+
+    def note(self, summed: Tensor) -> None:
+        """Take in the sums of one backward pass."""
+        self._total = summed if self._total is None else self._total + summed
+
+    def take(self) -> Tensor | None:
+        """The sums since the last reading, by channel of the input; None if there were none."""
+        total, self._total = self._total, None
+        return total
+
+    def stop(self) -> None:
+        """Take the hook away; may be called again."""
+        self._handle.remove()
+
+
+class _Passed(torch.autograd.Function):
+    """A tensor as it is; in the backward pass the sums of what it contributes go to `note`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, channels: int, note: Callable[[Tensor], None]) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.channels, ctx.note = channels, note
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        wide = torch.promote_types(x.dtype, torch.float32)
+        others = [dim for dim in range(x.dim()) if dim != ctx.channels]
+        product = x.detach().to(wide) * gradient.detach().to(wide)
+        ctx.note(product.sum(others) if others else product)
+        return gradient, None, None

@@ -1,0 +1,54 @@
+"""Set-ups of training: optimizers, precisions, accumulation, compilers and wrappers; `make nightly` has all of them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from matrix.rows import AXES, Row, every_row, goes_on_like_a_fresh_one, pairwise
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform == "win32", reason="there is no gloo"),
+    pytest.mark.filterwarnings("ignore"),  # of PyTorch, about one rank, and what compilers think of it
+]
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """This process alone, as a group."""
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    store = Path(tmp_path_factory.mktemp("group"), "store")
+    dist.init_process_group(backend, init_method=f"file://{store}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_every_two_values_meet() -> None:
+    """Claim: the slice has every pair of values of two axes, in less than a tenth of all rows."""
+    rows, axes = pairwise(), list(AXES)
+    for number, one in enumerate(axes):
+        for other in axes[number + 1 :]:
+            met = {(getattr(row, one), getattr(row, other)) for row in rows}
+            assert len(met) == len(AXES[one]) * len(AXES[other])
+    assert len(rows) * 10 < len(list(every_row()))
+
+
+@pytest.mark.parametrize("row", pairwise(), ids=str)
+def test_a_cut_run_goes_on_like_a_fresh_small_one(row: Row, one_rank: None) -> None:
+    """Claim: after two cuts a run goes on, bit for bit, like a fresh small model in the same set-up that was given the
+    states of weights, moments and scaler.
+    """
+    goes_on_like_a_fresh_one(row)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
+@pytest.mark.parametrize("row", [Row(**{**vars(row), "device": "cuda"}) for row in pairwise()], ids=str)
+def test_so_does_one_on_an_accelerator(row: Row, one_rank: None) -> None:
+    """Claim: so it does on an accelerator."""
+    goes_on_like_a_fresh_one(row)
