@@ -235,6 +235,33 @@ def moments_table(path: Path) -> str:
     return "\n".join(lines)
 
 
+def mamba2_table(path: Path) -> str:
+    """Test loss of Mamba-2 at half the cost, by what chose the states and heads that went."""
+    if not path.exists():
+        return "Not measured yet."
+    data = json.loads(path.read_text(encoding="utf-8"))
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for run in data["runs"]:
+        found.setdefault(run["way"], {})[run["seed"]] = run
+    lines = [
+        "| which go | FLOPs of a step | loss right after the last cut | test loss | paired difference to ranking |",
+        f"|{'---|' * 5}",
+    ]
+    for way, runs in found.items():
+        mean = statistics.fmean
+        after = f"{mean(r['right_after'][-1] for r in runs.values()):.3f}" if way != "dense" else "–"
+        apart = _told([r["loss"] - found["ranking"][seed]["loss"] for seed, r in runs.items()])
+        share = f"{mean(r['flops_ratio'] for r in runs.values()):.1%}"
+        loss = f"{mean(r['loss'] for r in runs.values()):.3f}"
+        lines.append(f"| {way} | {share} | {after} | {loss} | {apart if way != 'ranking' else '–'} |")
+    seeds = len(found["ranking"])
+    lines += [
+        "",
+        f"Means over {seeds} seeds of {data['steps']} steps, differences with their 95 % interval; losses in nats.",
+    ]
+    return "\n".join(lines)
+
+
 def _told(pairs: Sequence[float]) -> str:
     """Mean of paired differences and half of the 95 % interval about it."""
     found = paired(pairs)
@@ -256,6 +283,7 @@ def filled(text: str) -> str:
             "discovery": lambda: discovery_table(RESULTS / "discovery.json"),
             "coverage": lambda: coverage_table(RESULTS / "coverage" / "torch_pruning.json"),
             "overhead": overhead_table,
+            "mamba2": lambda: mamba2_table(RESULTS / "mamba2.json"),
             "moments": lambda: moments_table(RESULTS / "moments.json"),
             "goals": goals_table,
             "tasks": task_sections,
