@@ -351,7 +351,8 @@ class Loop:
                 with together(ranks, f"the plan after step {self._step}") as facts:
                     self._replan()
                     probe = self._regrowth.probe(self._step) if self._regrowth is not None else None
-                    seen, held = self._observation(reading, probe, metered), self._controller_state
+                    seen = replace(self._observation(reading, probe, metered), rank_correlation=alike)
+                    held = self._controller_state
                     state, plan, again = planned(
                         self._parts, self._account, self._watch, self._groups, held, seen, self._sensing_flops
                     )
