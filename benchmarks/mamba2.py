@@ -135,16 +135,19 @@ def main() -> None:
     """Run, print and write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, help="folder that holds karpathy/tiny_shakespeare")
-    parser.add_argument("--out", type=Path, help="where to write the record")
+    parser.add_argument("--out", type=Path, help="where to write the record; runs that it holds already are kept")
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    known = json.loads(arguments.out.read_text())["runs"] if arguments.out and arguments.out.exists() else []
+    done = {(each["way"], each["seed"]) for each in known}
+    cells = [(way, seed) for seed in range(arguments.seeds) for way in WAYS]
     record = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "environment": {**machine(), "threads": 1},
         "steps": STEPS,
         "settings": SETTINGS,
-        "runs": [run(way, seed, arguments.data) for seed in range(arguments.seeds) for way in WAYS],
+        "runs": [*known, *(run(*cell, arguments.data) for cell in cells if cell not in done)],
     }
     if arguments.out is not None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,7 @@
     python benchmarks/readme.py --check    fail if a page does not show what the result files say
 
 A marker is `<!-- results:NAME -->` ... `<!-- end -->`; NAME is a folder of results/, `tasks` for all folders,
-`goals`, `overhead`, `suites`, `discovery`, `coverage`, `moments` or `mamba2`.
+`goals`, `overhead`, `suites`, `discovery`, `coverage`, `moments`, `state-regrowth` or `mamba2`.
 """
 
 from __future__ import annotations
@@ -235,6 +235,48 @@ def moments_table(path: Path) -> str:
     return "\n".join(lines)
 
 
+def state_regrowth_table(path: Path) -> str:
+    """Loss of runs without and with regrowth of states."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    without, back = ({r["seed"]: r for r in data["runs"] if r["regrow"] == wanted} for wanted in (False, True))
+    lines = ["| regrowth | FLOPs of the run | states that came back | loss | difference |", "|---|---|---|---|---|"]
+    for name, runs in (("off", without), ("on", back)):
+        apart = _told([run["loss"] - without[seed]["loss"] for seed, run in runs.items()]) if runs is back else "–"
+        share = statistics.fmean(run["train_flops"] / without[seed]["train_flops"] for seed, run in runs.items())
+        came = statistics.fmean(run["regrown_units"] for run in runs.values())
+        loss = statistics.fmean(run["loss"] for run in runs.values())
+        lines.append(f"| {name} | {share:.1%} | {came:.1f} | {loss:.3f} | {apart} |")
+    about = f"Means over {len(back)} seeds of {data['steps']} steps; the difference is paired, with its 95 % interval."
+    return "\n".join([*lines, "", about])
+
+
+def mamba2_table(path: Path) -> str:
+    """Test loss of Mamba-2 at half the cost, by what chose the states and heads that went."""
+    if not path.exists():
+        return "Not measured yet."
+    data = json.loads(path.read_text(encoding="utf-8"))
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for run in data["runs"]:
+        found.setdefault(run["way"], {})[run["seed"]] = run
+    lines = [
+        "| which go | FLOPs of a step | loss right after the last cut | test loss | paired difference to ranking |",
+        f"|{'---|' * 5}",
+    ]
+    for way, runs in found.items():
+        mean = statistics.fmean
+        after = f"{mean(r['right_after'][-1] for r in runs.values()):.3f}" if way != "dense" else "–"
+        apart = _told([r["loss"] - found["ranking"][seed]["loss"] for seed, r in runs.items()])
+        share = f"{mean(r['flops_ratio'] for r in runs.values()):.1%}"
+        loss = f"{mean(r['loss'] for r in runs.values()):.3f}"
+        lines.append(f"| {way} | {share} | {after} | {loss} | {apart if way != 'ranking' else '–'} |")
+    seeds = len(found["ranking"])
+    lines += [
+        "",
+        f"Means over {seeds} seeds of {data['steps']} steps, differences with their 95 % interval; losses in nats.",
+    ]
+    return "\n".join(lines)
+
+
 def _told(pairs: Sequence[float]) -> str:
     """Mean of paired differences and half of the 95 % interval about it."""
     found = paired(pairs)
@@ -256,6 +298,8 @@ def filled(text: str) -> str:
             "discovery": lambda: discovery_table(RESULTS / "discovery.json"),
             "coverage": lambda: coverage_table(RESULTS / "coverage" / "torch_pruning.json"),
             "overhead": overhead_table,
+            "state-regrowth": lambda: state_regrowth_table(RESULTS / "state-regrowth.json"),
+            "mamba2": lambda: mamba2_table(RESULTS / "mamba2.json"),
             "moments": lambda: moments_table(RESULTS / "moments.json"),
             "goals": goals_table,
             "tasks": task_sections,

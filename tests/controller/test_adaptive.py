@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 from scipy.stats import spearmanr
 
 from controller.plants import after, chain, lognormal, observe
@@ -12,10 +15,18 @@ from setpoint.controller.plan import Plan
 from setpoint.controller.priced import PricedController
 from setpoint.groups.group import widths_of
 from setpoint.sensor.reading import Reading
+from setpoint.ssm import BalancedPairs, DiagonalSystem, balance
+
+SYSTEM = DiagonalSystem(*(torch.full(shape, 0.5j, dtype=torch.complex128) for shape in ((1,), (1, 1), (1, 1))))
 
 
-def run(controller: AdaptiveController | PricedController, noise: float) -> tuple[list[Plan], float]:
-    """A run at half the cost whose saliencies are multiplied by fresh noise at each reading."""
+def run(
+    controller: AdaptiveController | PricedController, noise: float, followed: float | None = None
+) -> tuple[list[Plan], float]:
+    """A run at half the cost whose saliencies are multiplied by fresh noise at each reading.
+
+    With `followed` the units are in coordinates of their own, and that is what the last reading's rank like by now.
+    """
     groups, cost = chain(64, 64, 64)
     dense = cost.total(widths_of(groups))
     state, saliency, rng, plans = controller.init(groups), lognormal(groups), np.random.default_rng(0), []
@@ -23,8 +34,10 @@ def run(controller: AdaptiveController | PricedController, noise: float) -> tupl
         if not controller.due(step, 1000):
             continue
         noisy = {name: values * np.exp(noise * rng.standard_normal(len(values))) for name, values in saliency.items()}
-        reading = Reading(step, noisy, num_samples=64, calibrated=True)
+        basis = {} if followed is None else dict.fromkeys(noisy, BalancedPairs(balance(SYSTEM)))
+        reading = Reading(step, noisy, num_samples=64, calibrated=True, basis=basis)
         seen = observe(groups, cost, limit=dense / 2, dense=dense, reading=reading, step=step, total_steps=1000)
+        seen = replace(seen, rank_correlation=dict.fromkeys(basis, followed))
         state, plan = controller.decide(state, seen, cost, groups)
         state = controller.cut(state, plan.keep)
         saliency = {name: values[plan.keep[name]] for name, values in saliency.items()}
@@ -54,6 +67,13 @@ def test_settled_readings_let_go_at_once_and_noisy_ones_at_the_deadline() -> Non
         assert plans[-1].landed
         assert plans[-1].step == 300
         assert 0.48 < spent <= 0.5
+
+
+def test_states_in_coordinates_of_their_own_are_judged_by_what_was_followed() -> None:
+    """Such readings are in order by definition; that says nothing, and what the last one's states rank like does."""
+    for followed, when in ((0.2, "the deadline is here"), (0.99, "readings rank units alike")):
+        plans, _ = run(AdaptiveController(), noise=0.0, followed=followed)
+        assert when in next(plan.reason for plan in plans if "leaves dense" in plan.reason)
 
 
 def test_the_fixed_reference_cuts_earlier() -> None:

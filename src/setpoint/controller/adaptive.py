@@ -15,6 +15,7 @@ from setpoint.controller.reason import problem_with
 from setpoint.controller.reference import Reference
 from setpoint.cost.cost import Cost
 from setpoint.groups.group import Group, keep_all
+from setpoint.sensor.reading import Reading
 
 Saliency = Mapping[str, Float64[np.ndarray, " _units"]]
 
@@ -125,7 +126,7 @@ class AdaptiveController:
         problem = problem_with(reading, None, groups)
         if reading is None or problem:
             return state, replace(dense, reason=problem)
-        rho = agreement(state.before, reading.saliency, across=reading.calibrated) if state.before else None
+        rho = _stability(state.before, reading, observation.rank_correlation) if state.before else None
         settled = self.reference.settled(step, total_steps)
         late = settled or step >= self.deadline * total_steps
         words = "this is the first reading" if rho is None else f"rank correlation with the last reading {rho:.2f}"
@@ -139,6 +140,13 @@ class AdaptiveController:
             return self.decide(state, observation, cost, groups)
         reason = f"the reference leaves dense: {why} ({words})"
         return state, replace(dense, reason=reason)
+
+
+def _stability(before: Saliency, reading: Reading, followed: Mapping[str, float]) -> float:
+    """Rank correlation with the last reading; of units and of balanced states, the lesser one."""
+    own = {name: values for name, values in reading.saliency.items() if name not in reading.basis}
+    found = [followed[name] for name in reading.basis if name in followed]
+    return min([*found, *([agreement(before, own, across=reading.calibrated)] if own else [])], default=1.0)
 
 
 def agreement(before: Saliency, now: Saliency, *, across: bool) -> float:

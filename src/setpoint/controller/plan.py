@@ -36,6 +36,8 @@ class Observation:
         probe: gain of every resting unit, or None if none was taken since the last decision.
         excess: how far the loss lies above the trend that it had before the last cut, or None if that is not known.
         last_dropped: by group, origins of the last cut's units, while they can come back.
+        rank_correlation: of the reading with the last one, by group; of balanced states, which are in order in every
+            reading, of the values that the states of the last reading had then and have now.
     """
 
     step: int
@@ -53,6 +55,7 @@ class Observation:
     probe: Probe | None = None
     excess: Excess | None = None
     last_dropped: Mapping[str, Int[np.ndarray, " _units"]] = field(default_factory=dict)
+    rank_correlation: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

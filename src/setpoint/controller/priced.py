@@ -386,10 +386,7 @@ class PricedController:
 def _ladders(
     state: PricedState, reading: Reading, groups: tuple[Group, ...], slew: float, floor: float, dwell: int
 ) -> dict[str, Ladder]:
-    """Ladders of all groups, by name, at these guards.
-
-    Units of a group that is read in coordinates of its own are new at each reading: none of them has an age.
-    """
+    """Ladders of all groups, by name, at these guards; units that each reading makes anew have no age."""
     return {
         group.name: build_ladder(
             group,

@@ -164,9 +164,7 @@ class Loop:
         go_on_with(self, with_total_steps(self._parts, total_steps, self._account, self._groups, self._step))
 
     def observe(self, *, loss: Tensor | float | None = None, val: Tensor | float | None = None) -> None:
-        """Tell the loop the loss of the coming step; it is brought to the host only when a decision is made.
-
-        Call it before `optimizer.step()`: then the loss right after a cut is that of the smaller model.
+        """Tell the loop the loss of the coming step, before `optimizer.step()`; it comes to the host only when needed.
 
         Args:
             loss: training loss, a number or a tensor of one element.
@@ -235,10 +233,8 @@ class Loop:
         self.detach()
         self._finished = True
         self._watch.complete(self._ledger)
-        parts, account, watch = self._parts, self._account, self._watch
-        self._summary = summarise(
-            parts, account, self._ledger, self._groups, self._step, self._plan, watch, self._weights
-        )
+        known = (self._parts, self._account, self._ledger, self._groups, self._step, self._plan, self._watch)
+        self._summary = summarise(*known, self._weights)
         return self._summary
 
     def detach(self) -> None:
@@ -326,7 +322,8 @@ class Loop:
                 with together(ranks, f"the plan after step {self._step}") as facts:
                     replan(self._parts, self._account, self._step, self.widths)
                     probe = self._regrowth.probe(self._step) if self._regrowth is not None else None
-                    seen, held = self._observation(reading, probe, metered), self._controller_state
+                    seen = replace(self._observation(reading, probe, metered), rank_correlation=alike)
+                    held = self._controller_state
                     state, plan, again = planned(
                         self._parts, self._account, self._watch, self._groups, held, seen, self._sensing_flops
                     )
@@ -342,8 +339,8 @@ class Loop:
             if self._weights is not None:
                 self._ledger.append(self._weights.told(entry))
             else:
-                entry = with_returns(with_drops(entry, plan, reading, origin), plan, probe)
-                self._ledger.append(replace(entry, rank_correlation=alike))
+                entry = replace(entry, rank_correlation=alike)
+                self._ledger.append(with_returns(with_drops(entry, plan, reading, origin), plan, probe))
                 self._worth = spread(only_kept(plan.worth, plan), regrown)
                 saliency = spread(only_kept(reading.saliency, plan), regrown)
                 self._reading = replace(reading, saliency=saliency, slope={}, norm={})

@@ -11,13 +11,12 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Complex, Float
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 _PARTS = "Tensor u, Tensor a_re, Tensor a_im, Tensor b_re, Tensor b_im, Tensor c_re, Tensor c_im"
-_BLOCK_BYTES = 2**20  # states of one block of a scan on a CPU: about what its cache holds
+_BLOCK_BYTES = 2**19  # states of one block of a scan on a CPU: three such blocks lie in its cache
 
 
 def diagonal_scan(
@@ -50,10 +49,11 @@ def _scan(u: Tensor, a_re: Tensor, a_im: Tensor, b_re: Tensor, b_im: Tensor, c_r
     run = _Run(u, a_re, a_im, b_re, b_im, c_re, c_im)
     y = run.u.new_empty(*run.u.shape[:2], c_re.shape[0])
     before: Tensor | None = None
+    room = run.room()
     for block in run.blocks:
-        x = run.states(block, before)
+        x = run.states(block, before, room)
         before = x[-1].clone()
-        y[block] = F.linear(_pairs(x), run.outward)
+        torch.mm(_rows(x), run.outward.mT, out=y[block].flatten(0, 1))
     return y.transpose(0, 1).to(u.dtype).contiguous()
 
 
@@ -73,15 +73,18 @@ def _scan_backward(
     grad_u, grad_a = torch.empty_like(run.u), torch.zeros_like(run.a)
     grad_in, grad_out = torch.zeros_like(run.inward), torch.zeros_like(run.outward)
     after: Tensor | None = None
-    for block, before in zip(reversed(run.blocks), reversed(run.seams()), strict=True):
-        x = run.states(block, before)
-        s = _complex(F.linear(g[block], run.outward.mT))
+    rooms = [run.room() for _ in range(3)]
+    for block, before in zip(reversed(run.blocks), reversed(run.seams(rooms[0])), strict=True):
+        x, s, product = (room[: block.stop - block.start] for room in rooms)
+        run.states(block, before, x)
+        torch.mm(g[block].flatten(0, 1), run.outward, out=_rows(s))
         recur(s, run.a.conj().resolve_conj(), after, backwards=True)
         after = s[0].clone()
-        grad_out.addmm_(g[block].flatten(0, 1).mT, _pairs(x).flatten(0, 1))
-        grad_in.addmm_(_pairs(s).flatten(0, 1).mT, run.u[block].flatten(0, 1))
-        grad_u[block] = F.linear(_pairs(s), run.inward.mT)
-        grad_a += (s[1:] * x[:-1].conj()).sum((0, 1))
+        grad_out.addmm_(g[block].flatten(0, 1).mT, _rows(x))
+        grad_in.addmm_(_rows(s).mT, run.u[block].flatten(0, 1))
+        torch.mm(_rows(s), run.inward, out=grad_u[block].flatten(0, 1))
+        torch.view_as_real(x)[..., 1].neg_()  # x is its own conjugate from here on
+        grad_a += torch.mul(s[1:], x[:-1], out=product[1:]).sum((0, 1))
         if before is not None:
             grad_a += (s[0] * before.conj()).sum(0)
     grad_b, grad_c = grad_in.view(-1, 2, grad_in.shape[1]), grad_out.view(len(grad_out), -1, 2)
@@ -113,19 +116,28 @@ class _Run:
         steps, batch = self.u.shape[:2]
         per_step = 2 * batch * self.a.numel() * self.u.element_size()
         length = steps if u.is_cuda else min(steps, max(8, _BLOCK_BYTES // max(1, per_step)))
-        self.blocks = [slice(start, start + length) for start in range(0, steps, max(1, length))]
+        starts = range(0, steps, max(1, length))
+        self.blocks = [slice(start, min(start + length, steps)) for start in starts]
 
-    def states(self, block: slice, before: Tensor | None) -> Complex[Tensor, "block_steps batch states"]:
-        """States of one block of steps, from the state before it."""
-        x = _complex(F.linear(self.u[block], self.inward))
+    def room(self) -> Complex[Tensor, "most_steps batch states"]:
+        """Memory for the states of the longest block, for each block in turn: taking it anew costs more than a pass."""
+        steps = max((block.stop - block.start for block in self.blocks), default=0)
+        return torch.empty(steps, self.u.shape[1], self.a.numel(), dtype=self.a.dtype, device=self.a.device)
+
+    def states(
+        self, block: slice, before: Tensor | None, room: Complex[Tensor, "some_steps batch states"]
+    ) -> Complex[Tensor, "block_steps batch states"]:
+        """States of one block of steps, from the state before it, at the beginning of the room."""
+        x = room[: block.stop - block.start]
+        torch.mm(self.u[block].flatten(0, 1), self.inward.mT, out=_rows(x))
         recur(x, self.a, before)
         return x
 
-    def seams(self) -> list[Tensor | None]:
+    def seams(self, room: Complex[Tensor, "most_steps batch states"]) -> list[Tensor | None]:
         """The state before each block."""
         found: list[Tensor | None] = [None]
         for block in self.blocks[:-1]:
-            found.append(self.states(block, found[-1])[-1].clone())
+            found.append(self.states(block, found[-1], room)[-1].clone())
         return found[: len(self.blocks)]
 
 
@@ -178,12 +190,9 @@ def _recur_by_rows(x: Tensor, a: Tensor, backwards: bool) -> None:
         here.addcmul_(a, earlier)
 
 
-def _complex(pairs: Tensor) -> Tensor:
-    return torch.view_as_complex(pairs.view(*pairs.shape[:-1], -1, 2))
-
-
-def _pairs(x: Tensor) -> Tensor:
-    return torch.view_as_real(x).flatten(-2)
+def _rows(x: Tensor) -> Tensor:
+    """The same memory as real numbers: a row for each step and sample, real and imaginary parts side by side."""
+    return torch.view_as_real(x).flatten(0, 1).flatten(1)
 
 
 @_scan.register_fake
