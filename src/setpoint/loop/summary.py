@@ -39,6 +39,8 @@ class Summary:
             are masked.
         metered: the same as measured, by resource; what no meter has read is not there.
         sources: by resource, what it was "measured" or "modelled" by.
+        resident_bytes: largest resident set of the process so far, for information: nothing is held to it; None where
+            the system does not tell.
         break_even_step: first step at which the seconds saved exceed the overhead, None if never.
         reason: why it landed or did not.
         probing_seconds: taking resting units in and out, easing them in, and what probed steps took longer.
@@ -93,6 +95,7 @@ class Summary:
     theoretical_flops: float | None = None
     theoretical_train_flops: float | None = None
     masked_params: int = 0
+    resident_bytes: int | None = None
 
 
 @dataclass(frozen=True)
