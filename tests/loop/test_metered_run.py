@@ -94,6 +94,19 @@ def test_what_comes_otherwise_is_made_up_for(
     assert ended(loop, "latency") > 0.96
 
 
+def test_a_machine_that_becomes_far_too_slow(machine: Machine) -> None:
+    """A budget that cannot be met any more is one warning with the least, and the run has not landed."""
+
+    def live(loop: setpoint.Loop) -> None:
+        machine.factor = 1.5 if loop.step < STEPS // 3 else 30.0
+        machine.live(loop)
+
+    with pytest.warns(UserWarning, match=r"cannot be met any more.*narrowest model it would come to") as caught:
+        loop = train(mlp(), Budget.fraction(0.7, of="latency", per="run"), STEPS, live)
+    assert len(caught) == 1
+    assert loop.summary is not None and not loop.summary.landed and "over" in loop.summary.reason
+
+
 def test_a_meter_that_vanishes(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     """One warning; joules go on as predicted from what was read, within the budget, and are labelled as modelled."""
     gone: list[float] = []
