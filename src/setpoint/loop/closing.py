@@ -75,7 +75,7 @@ def summarise(
         spent=spent,
         metered=parts.metering.read(),
         sources={**parts.header["modelled"], **parts.metering.sources},
-        resident_bytes=resident_bytes(),
+        resident_bytes=resident_bytes() if "memory" in parts.costs else None,
         break_even_step=break_even_step(account.segments()),
         reason=reason,
         probing_seconds=account.probing_seconds,
