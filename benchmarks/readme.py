@@ -192,15 +192,16 @@ def discovery_table(path: Path) -> str:
 
 
 def predictions_table(latency: Path, memory: Path) -> str:
-    """How far predicted seconds and bytes of a step are from measured ones."""
+    """How far predicted seconds and bytes are from measured ones."""
     lines = ["| what | model | median error | largest error | widths | time to build |", f"|{'---|' * 6}"]
     about = []
-    for what, path in (("seconds", latency), ("bytes", memory)):
+    parts = (("seconds of a step", latency, "models"), ("of an inference", latency, "inference"))
+    for what, path, part in (*parts, ("bytes of a step", memory, "models")):
         if not path.exists():
             continue
         data = json.loads(path.read_text(encoding="utf-8"))
         about.append(f"{what}: {data['environment']['cpu']}, {_threads(data['environment'])}, {data['date'][:10]}")
-        for name, row in data["models"].items():
+        for name, row in data[part].items():
             errors = f"{row['median_error']:.1%} | {row['largest_error']:.1%} | {len(row['rows'])}"
             lines.append(f"| {what} | {name} | {errors} | {duration(row['build_s']) if 'build_s' in row else '–'} |")
     return "\n".join([*lines, "", f"{'; '.join(about)}."]) if about else "Not measured yet."

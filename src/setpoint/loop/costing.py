@@ -33,7 +33,7 @@ from setpoint.meter.energy import EnergyMeter, find_energy_meter, idle_watts
 from setpoint.meter.memory import peak_bytes
 from setpoint.meter.seconds import Stopwatch
 
-_LEAST_STEPS, _MOST_STEPS, _ENOUGH_S = 3, 20, 0.3
+_LEAST_STEPS, _MOST_STEPS, _ENOUGH_S = 3, 50, 0.3
 _CALIBRATION_LIMIT_S = 20.0
 _WORTH_KEEPING = 0.15
 """A fit with a larger error was made on a busy machine, and is made again next time."""
