@@ -1,4 +1,4 @@
-"""Seconds of a training step: predicted from widths, beside what steps of copies took.
+"""Seconds of a training step and of an inference: predicted from widths, beside what those of copies took.
 
     python benchmarks/latency.py --out results/latency.json
 
@@ -14,6 +14,7 @@ import statistics
 import tempfile
 import time
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +22,18 @@ import torch
 from costs import BUILDS, Subject, random_widths, subject_named
 
 from setpoint.bench.environment import machine
-from setpoint.loop.costing import cost_out
+from setpoint.loop.costing import Make, cost_out
+from setpoint.loop.inference import inference_replica
 from setpoint.loop.replica import replica
 from setpoint.meter.seconds import Stopwatch, median_of
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 
 
-def measured(subject: Subject, widths: dict[str, int]) -> dict[str, float]:
+def measured(make: Make, widths: dict[str, int]) -> dict[str, float]:
     """Median seconds of steps of a copy at these widths, with the 95 % interval."""
     watch, times = Stopwatch(synchronize=True), []
-    trained = (subject.optimizer,)
-    with replica(subject.model, trained, subject.example, subject.groups, widths, data=True) as copy:
+    with make(widths, data=True) as copy:
         while len(times) < 5 or (len(times) < 30 and watch.seconds < 0.5):
             with watch:
                 copy.step()
@@ -41,20 +42,27 @@ def measured(subject: Subject, widths: dict[str, int]) -> dict[str, float]:
     return {"measured_s": found.value, "low_s": found.low, "high_s": found.high}
 
 
-def compare(name: str, count: int) -> dict[str, Any]:
+def made(subject: Subject, resource: str) -> Make:
+    """What makes copies that are trained, or that answer."""
+    if resource == "inference":
+        return partial(inference_replica, subject.model, subject.example, subject.groups)
+    return partial(replica, subject.model, (subject.optimizer,), subject.example, subject.groups)
+
+
+def compare(name: str, count: int, resource: str) -> dict[str, Any]:
     """Predicted and measured seconds at the dense widths and at random ones."""
     subject = subject_named(name)
     began = time.perf_counter()
-    costing = cost_out(subject.model, (subject.optimizer,), subject.example, subject.groups, {"latency"})
-    build_s, cost = time.perf_counter() - began, costing.costs["latency"]
+    costing = cost_out(subject.model, (subject.optimizer,), subject.example, subject.groups, {resource})
+    build_s, cost = time.perf_counter() - began, costing.costs[resource]
     rows = [
-        {"predicted_s": cost.total(widths), **measured(subject, dict(widths))}
+        {"predicted_s": cost.total(widths), **measured(made(subject, resource), dict(widths))}
         for widths in random_widths(subject.groups, count, seed=1)
     ]
     errors = [abs(row["predicted_s"] / row["measured_s"] - 1) for row in rows]
     return {
         "build_s": build_s,
-        "calibration_error": costing.errors["latency"],
+        "calibration_error": costing.errors.get(resource),
         "median_error": statistics.median(errors),
         "largest_error": max(errors),
         "rows": rows,
@@ -70,14 +78,20 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XDG_CACHE_HOME"] = folder
-        found = {name: compare(name, args.count) for name in args.models.split(",")}
+        found, answered = (
+            {name: compare(name, args.count, resource) for name in args.models.split(",")}
+            for resource in ("latency", "inference")
+        )
     answer = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "environment": {**machine(), "threads": torch.get_num_threads()},
     }
-    args.out.write_text(json.dumps({**answer, "models": found}, indent=1) + "\n", encoding="utf-8")
+    args.out.write_text(
+        json.dumps({**answer, "models": found, "inference": answered}, indent=1) + "\n", encoding="utf-8"
+    )
     keys = ("median_error", "largest_error", "build_s")
-    print(json.dumps({name: {key: each[key] for key in keys} for name, each in found.items()}))
+    for part in (found, answered):
+        print(json.dumps({name: {key: each[key] for key in keys} for name, each in part.items()}))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
     python benchmarks/readme.py --check    fail if a page does not show what the result files say
 
 A marker is `<!-- results:NAME -->` ... `<!-- end -->`; NAME is a folder of results/, `tasks` for all folders,
-`goals`, `overhead`, `suites`, `discovery`, `coverage`, `moments`, `state-regrowth` or `mamba2`.
+`goals`, `overhead`, `suites`, `discovery`, `coverage`, `moments`, `state-regrowth`, `mamba2`, `predictions` or
+`real-budgets`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from setpoint.report.summary import summary_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("results.md", "coverage.md", "state-space.md")))
+_DOCS = ("results.md", "coverage.md", "state-space.md", "budgets.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in _DOCS))
 MARKER = re.compile(r"(<!-- results:(?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -192,6 +194,67 @@ def discovery_table(path: Path) -> str:
     return "\n".join([*lines, "", f"{about['cpu']}, {_threads(about)}, torch {about['torch']}, {data['date'][:10]}."])
 
 
+def predictions_table(latency: Path, memory: Path) -> str:
+    """How far predicted seconds and bytes are from measured ones."""
+    lines = ["| what | model | median error | largest error | widths | time to build |", f"|{'---|' * 6}"]
+    about = []
+    parts = (("seconds of a step", latency, "models"), ("of an inference", latency, "inference"))
+    for what, path, part in (*parts, ("bytes of a step", memory, "models")):
+        if not path.exists():
+            continue
+        data = json.loads(path.read_text(encoding="utf-8"))
+        about.append(f"{what}: {data['environment']['cpu']}, {_threads(data['environment'])}, {data['date'][:10]}")
+        for name, row in data[part].items():
+            errors = f"{row['median_error']:.1%} | {row['largest_error']:.1%} | {len(row['rows'])}"
+            lines.append(f"| {what} | {name} | {errors} | {duration(row['build_s']) if 'build_s' in row else '–'} |")
+    return "\n".join([*lines, "", f"{'; '.join(about)}."]) if about else "Not measured yet."
+
+
+def real_budgets_table(path: Path) -> str:
+    """Accuracy at equal measured latency, a later larger batch that fits, and two budgets at once."""
+    if not path.exists():
+        return "Not measured yet."
+    data = json.loads(path.read_text(encoding="utf-8"))
+    lines = ["| what | measured |", "|---|---|"]
+    if "latency" in data:
+        found = data["latency"]
+        accuracy = [statistics.fmean(each) for each in zip(*_pairs(found["rows"]), strict=True)]
+        half = "" if found["half_interval"] is None else f" ± {found['half_interval']:.2%}"
+        inside = sum(row["between"] for row in found["rows"])
+        lines += [
+            f"| `latency` at {found['fraction']:g} of dense beside `flops` at the same measured seconds, "
+            f"{len(found['rows'])} seeds ({inside} within the range of the FLOPs runs) | {accuracy[0]:.2%} and "
+            f"{accuracy[1]:.2%}: {found['mean_difference']:+.2%}{half} |",
+            f"| the largest metered latency over its limit | {found['over_budget']:+.1%} |",
+        ]
+    if "fits" in data:
+        found = data["fits"]
+        lines.append(
+            f"| a batch of {found['larger_batch']} within {human(found['limit_bytes'], 'B')}, after training with "
+            f"{found['batch']} | dense {human(found['dense_bytes'], 'B')}: {_fit(found['dense_fits'])}; cut "
+            f"{human(found['cut_bytes'], 'B')}: {_fit(found['cut_fits'])} |"
+        )
+    if "two" in data:
+        found = data["two"]
+        limits = " and ".join(f"`{name}` {value:g}" for name, value in found["limits"].items())
+        lines.append(
+            f"| {limits} in one run: spent and metered over the limit | {found['flops_over_limit']:+.1%} and "
+            f"{found['memory_over_limit']:+.1%}, {'landed' if found['landed'] else 'not landed'} |"
+        )
+    about = data["environment"]
+    told = f"Task `{data['task']}`, {data['steps']} steps. {about['cpu']}, {_threads(about)}, {data['date'][:10]}."
+    return "\n".join([*lines, "", told])
+
+
+def _pairs(rows: Iterable[dict[str, Any]]) -> list[tuple[float, float]]:
+    """Accuracy of the latency budget and of FLOPs budgets at its seconds, by seed."""
+    return [(row["latency"]["accuracy"], row["flops_accuracy"]) for row in rows]
+
+
+def _fit(fits: bool) -> str:
+    return "fits" if fits else "does not fit"
+
+
 def _coverage_row(suite: str, library: str, records: list[dict[str, Any]]) -> str:
     outcomes = [record[library] for record in records]
     seconds = [each["seconds"] for each in outcomes if each["seconds"] is not None]
@@ -301,6 +364,8 @@ def filled(text: str) -> str:
             "state-regrowth": lambda: state_regrowth_table(RESULTS / "state-regrowth.json"),
             "mamba2": lambda: mamba2_table(RESULTS / "mamba2.json"),
             "moments": lambda: moments_table(RESULTS / "moments.json"),
+            "predictions": lambda: predictions_table(RESULTS / "latency.json", RESULTS / "memory.json"),
+            "real-budgets": lambda: real_budgets_table(RESULTS / "real_budgets.json"),
             "goals": goals_table,
             "tasks": task_sections,
         }

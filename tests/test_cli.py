@@ -208,7 +208,9 @@ def test_inspect_spending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     file = tmp_path / "model.py"
     file.write_text(OWN_MODEL, encoding="utf-8")
-    found = answer(invoke("inspect", f"{file}:build", "--spending"))["spending"]
+    told = invoke("inspect", f"{file}:build", "--spending")
+    found = answer(told)["spending"]
+    assert found["energy"].startswith(("measured: ", "not measured: ")) and found["energy"][:12] in told.stdout
     assert 0 < found["least_seconds"] <= found["seconds"] < 1
     assert 0 < found["least_memory_bytes"] < found["memory_bytes"]
     assert 0 < found["least_inference_seconds"] <= found["inference_seconds"] < found["seconds"]

@@ -99,7 +99,8 @@ class Ledger:
         header: facts of the run; `attach` writes "groups" (`num_units` and `what` by name), "frozen",
             "pattern" (where single weights are masked),
             "dense" and "limit" (by resource), "modelled" and "measured" (by resource, by what),
-            "calibration" (relative error of predictions), "step_seconds" (by group), "total_steps" and "environment".
+            "calibration" (relative error of predictions), "step_seconds" (by group), "idle_watts" (measured, where
+            there is an energy budget and a meter), "total_steps" and "environment".
 
     >>> ledger = Ledger({"total_steps": 100})
     >>> ledger.append(Entry(step=10, widths={"conv1": 12}, dropped={"conv1": [3, 7]}))

@@ -12,9 +12,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import setpoint
-from loop.test_budgets import Machine, cnn, machine, mlp, train
+from loop.test_budgets import Machine, cnn, machine, metered, mlp, train
 from setpoint.cost.table import Table
-from setpoint.loop import costing
 from setpoint.loop.metering import Metering
 from setpoint.meter import StepMeter
 from setpoint.meter.energy import Counter, EnergyMeter
@@ -65,8 +64,7 @@ def test_a_clock_that_jumps_back_in_a_run(machine: Machine) -> None:
 
 def test_a_counter_that_wraps(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     """A counter that starts again from 0 every seven joules still holds a run to its joules."""
-    counter = Counter("recorded", lambda: machine.joules % 7.0, range_j=7.0)
-    monkeypatch.setattr(costing, "find_energy_meter", lambda devices: (EnergyMeter([counter]), ""))
+    metered(machine, monkeypatch, lambda: machine.joules % 7.0, range_j=7.0)
     loop = train(mlp(), Budget.fraction(0.7, of="energy", per="run"), 60, machine.live)
     assert loop.summary is not None and loop.summary.landed, loop.summary
     assert machine.joules > 14.0
@@ -91,8 +89,7 @@ def test_counters_are_looked_at_between_decisions(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("bad", [-1.0, float("nan")])
 def test_a_counter_that_reads_nonsense(machine: Machine, monkeypatch: pytest.MonkeyPatch, bad: float) -> None:
     """A negative reading, or none that is a number, in the middle of a run is one warning and a modelled number."""
-    counter = Counter("recorded", lambda: machine.joules if machine.now < 0.4 else bad, range_j=1000.0)
-    monkeypatch.setattr(costing, "find_energy_meter", lambda devices: (EnergyMeter([counter]), ""))
+    metered(machine, monkeypatch, lambda: machine.joules if machine.now < 0.4 else bad, range_j=1000.0)
     loop, words = told(lambda: train(mlp(), Budget.fraction(0.6, of="energy"), 60, machine.live))
     assert len(words) == 1 and "vanished" in words[0]
     summary = loop.summary

@@ -131,6 +131,8 @@ def test_memory_lands_within_the_budget() -> None:
     assert 0.85 * summary.limit["memory"] < measured <= 1.01 * summary.limit["memory"]
     assert summary.metered["memory"] == pytest.approx(measured, rel=0.02)
     assert summary.sources["memory"].startswith("measured")
+    assert loop.ledger.header["calibration"]["memory"] < 0.1
+    assert summary.resident_bytes is None or summary.resident_bytes > measured
     read = [entry for entry in loop.ledger if "memory" in entry.metered]
     assert read and all(entry.predicted["memory"] == pytest.approx(entry.metered["memory"], rel=0.1) for entry in read)
 
@@ -168,9 +170,13 @@ def test_an_absolute_latency_is_seconds_per_step(machine: Machine) -> None:
     assert 0.9 * limit < machine.factor * machine.step_s(loop.widths) <= 1.03 * limit
 
 
-def metered(machine: Machine, monkeypatch: pytest.MonkeyPatch, read_j: Callable[[], float]) -> None:
-    """Give the machine a recorded energy meter."""
-    monkeypatch.setattr(costing, "find_energy_meter", lambda devices: (EnergyMeter([Counter("recorded", read_j)]), ""))
+def metered(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, read_j: Callable[[], float], range_j: float | None = None
+) -> None:
+    """Give the machine a recorded energy meter, and a power at rest."""
+    monkeypatch.setattr(costing, "idle_watts", lambda meter: 12.0)
+    counter = Counter("recorded", read_j, range_j)
+    monkeypatch.setattr(costing, "find_energy_meter", lambda devices: (EnergyMeter([counter]), ""))
 
 
 def test_energy_on_a_recorded_meter(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,6 +189,8 @@ def test_energy_on_a_recorded_meter(machine: Machine, monkeypatch: pytest.Monkey
     final = machine.watts * machine.factor * machine.step_s(loop.widths)
     assert 0.9 * 0.6 * dense < final <= 1.05 * 0.6 * dense
     assert summary.sources["energy"] == "measured: recorded"
+    assert loop.ledger.header["idle_watts"] == 12.0  # apart from the joules, which hold it
+    assert loop.ledger.header["calibration"]["energy"] < 0.1
 
 
 def test_a_meter_that_vanishes(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:

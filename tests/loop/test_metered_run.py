@@ -30,14 +30,13 @@ def ended(loop: setpoint.Loop, resource: str) -> float:
     return share
 
 
-@pytest.mark.parametrize("fraction", [0.5, 0.8])
-def test_seconds_of_a_run(machine: Machine, fraction: float) -> None:
+def test_seconds_of_a_run(machine: Machine) -> None:
     """Steps take half as long again as copies: the run ends within 1 % of its seconds, and not over, by the clock."""
-    loop = train(mlp(), Budget.fraction(fraction, of="latency", per="run"), STEPS, machine.live)
+    loop = train(mlp(), Budget.fraction(0.5, of="latency", per="run"), STEPS, machine.live)
     assert ended(loop, "latency") > 0.99
     assert loop.summary is not None and loop.summary.spent_run["latency"] == pytest.approx(machine.now)
     dense = machine.factor * machine.step_s(DENSE)
-    assert loop.summary.limit_run["latency"] == pytest.approx(fraction * STEPS * dense)
+    assert loop.summary.limit_run["latency"] == pytest.approx(0.5 * STEPS * dense)
     assert loop.summary.sources["latency"].startswith("measured")
 
 
@@ -92,6 +91,19 @@ def test_what_comes_otherwise_is_made_up_for(
     limit = 0.6 * STEPS * machine.factor * machine.step_s(DENSE)
     loop = train(mlp(), Budget.total(limit, of="latency", per="run"), STEPS, live(machine))
     assert ended(loop, "latency") > 0.96
+
+
+def test_a_machine_that_becomes_far_too_slow(machine: Machine) -> None:
+    """A budget that cannot be met any more is one warning with the least, and the run has not landed."""
+
+    def live(loop: setpoint.Loop) -> None:
+        machine.factor = 1.5 if loop.step < STEPS // 3 else 30.0
+        machine.live(loop)
+
+    with pytest.warns(UserWarning, match=r"cannot be met any more.*narrowest model it would come to") as caught:
+        loop = train(mlp(), Budget.fraction(0.7, of="latency", per="run"), STEPS, live)
+    assert len(caught) == 1
+    assert loop.summary is not None and not loop.summary.landed and "over" in loop.summary.reason
 
 
 def test_a_meter_that_vanishes(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -237,6 +237,8 @@ def test_measured_and_predicted_stand_apart(make_results: Any) -> None:
         "modelled": {"latency": "modelled: operations"},
         "measured": {"latency": "measured: seconds"},
         "step_seconds": {"stem.conv": 0.05, "head.fc": 0.1},
+        "calibration": {"latency": 0.04, "inference": 0.02},
+        "limit_run": {"latency": 50.0},
     }
     for line in lines[1:]:
         line |= {"spent": {"latency": 0.11}, "reference": {"latency": 0.12}, "price": {"latency": 1.0}}
@@ -247,4 +249,5 @@ def test_measured_and_predicted_stand_apart(make_results: Any) -> None:
     assert measured["y"] == [0.13] * 8 and measured["hovertext"] == ["predicted 0.125 s"] * 8
     for words in ("predicted before", "measured before", "0.125 s", "0.13 s", "modelled: operations"):
         assert words in page
+    assert "budget of the whole run 50 s" in page and "within 4.00 % of copies of the model" in page
     assert page.index("head.fc</th><td>100 ms</td><td>50") < page.index("stem.conv</th><td>50 ms</td><td>25")

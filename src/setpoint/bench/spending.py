@@ -14,6 +14,7 @@ from setpoint.groups.export import Example
 from setpoint.groups.group import Group, widths_of
 from setpoint.groups.trace import trace
 from setpoint.loop.costing import cost_out
+from setpoint.meter.energy import find_energy_meter, idle_watts
 from setpoint.report.numbers import duration, human, percent
 
 
@@ -46,6 +47,8 @@ class Spending:
         error: median relative error of predicted seconds on copies of the model.
         sources: by resource, what it is modelled by.
         groups: most seconds first.
+        idle_watts: power drawn while this process rests, as measured; None without a meter of energy.
+        energy: what measures energy here, or why nothing does.
     """
 
     seconds: float
@@ -57,6 +60,8 @@ class Spending:
     error: float
     sources: dict[str, str]
     groups: tuple[GroupSpending, ...]
+    idle_watts: float | None
+    energy: str
 
 
 def spending(model: nn.Module, example: Example, groups: Sequence[str]) -> Spending:
@@ -82,6 +87,7 @@ def spending(model: nn.Module, example: Example, groups: Sequence[str]) -> Spend
         )
         for group in found
     ]
+    meter, why = find_energy_meter([parameter.device for parameter in model.parameters()])
     return Spending(
         seconds=latency.total(dense),
         memory_bytes=memory.total(dense),
@@ -92,6 +98,8 @@ def spending(model: nn.Module, example: Example, groups: Sequence[str]) -> Spend
         error=costing.errors["latency"],
         sources=dict(costing.sources),
         groups=tuple(sorted(each, key=lambda one: -one.seconds)),
+        idle_watts=idle_watts(meter) if meter is not None else None,
+        energy=f"measured: {meter.source}" if meter is not None else f"not measured: {why}",
     )
 
 
@@ -103,7 +111,9 @@ def spending_table(found: Spending) -> Table:
         f"one inference: {duration(found.inference_seconds)} (at least {duration(found.least_inference_seconds)}); "
         f"modelled, seconds of a step within {percent(found.error)} on copies"
     )
+    idle = "" if found.idle_watts is None else f", {found.idle_watts:.3g} W at rest"
     table = Table("group", "seconds that go with it", "of a step", "bytes", "of the peak", title=title)
+    table.caption = f"energy {found.energy}{idle}"
     for group in found.groups:
         shares = percent(group.seconds / found.seconds), percent(group.memory_bytes / found.memory_bytes)
         table.add_row(group.name, duration(group.seconds), shares[0], human(group.memory_bytes, "B"), shares[1])

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+from jaxtyping import Float64
 
 from setpoint.cost.cost import Cost
 from setpoint.errors import CostError
@@ -27,12 +28,14 @@ class EnergyCost:
         watts: power drawn during a step.
         constant_j: joules of a step that no second accounts for.
         source: where the figures are from, for people.
+        error: median relative error over steps that the fit did not see; NaN if there were none.
     """
 
     latency: Cost
     watts: float
     constant_j: float = 0.0
     source: str = "modelled: stated watts x predicted seconds"
+    error: float = float("nan")
     resource: Final = "energy"
 
     def __post_init__(self) -> None:
@@ -63,9 +66,21 @@ def fit_energy(latency: Cost, steps: Sequence[tuple[Mapping[str, int], float]], 
     if not len(joules) or not (np.isfinite(joules) & (joules > 0)).all():
         raise CostError(f"metered steps need joules above 0, got {joules.tolist()} from {source}: meter longer steps")
     seconds = np.array([latency.total(widths) for widths, _ in steps])
+    watts, constant_j = _fitted(seconds, joules)
+    errors = []
+    for left_out in range(len(steps) if len(steps) > 3 else 0):
+        rest = np.arange(len(steps)) != left_out
+        slope, constant = _fitted(seconds[rest], joules[rest])
+        errors.append(abs(slope * seconds[left_out] + constant - joules[left_out]) / joules[left_out])
+    error = float(np.median(errors)) if errors else float("nan")
+    return EnergyCost(latency, watts, constant_j, f"modelled: fit to steps metered by {source}", error)
+
+
+def _fitted(seconds: Float64[np.ndarray, " n"], joules: Float64[np.ndarray, " n"]) -> tuple[float, float]:
+    """Watts and constant joules; through 0 where the line would not be one of a machine."""
     rows = np.stack([seconds / joules, 1.0 / joules], axis=1)
     watts, constant_j = np.linalg.lstsq(rows, np.ones(len(joules)), rcond=None)[0]
     if len(joules) < 3 or watts <= 0 or constant_j < 0:
         ratio = seconds / joules
-        watts, constant_j = float(ratio.sum() / (ratio**2).sum()), 0.0
-    return EnergyCost(latency, float(watts), float(constant_j), f"modelled: fit to steps metered by {source}")
+        return float(ratio.sum() / (ratio**2).sum()), 0.0
+    return float(watts), float(constant_j)

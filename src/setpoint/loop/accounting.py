@@ -39,6 +39,7 @@ class Account:
         self.resizes = 0
         self.run_j = self.step_j = 0.0
         self.steps = StepMeter()
+        self.said: set[str] = set()
         self._segments: list[Segment] = []
         self._steps_in_segment = 0
         self._sensing_noted = self._probing_noted = self._recompiling_noted = self._users_noted = 0.0

@@ -216,6 +216,7 @@ def attach(
                 "calibration": dict(costing.errors),
                 "step_seconds": dict(costing.step_seconds),
             }
+            | ({} if costing.idle_watts is None else {"idle_watts": costing.idle_watts})
             | ({} if form is None else {"pattern": str(form)}),
             reserve_bytes=reserve_bytes,
             ranks=ranks,

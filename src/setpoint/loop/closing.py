@@ -17,6 +17,7 @@ from setpoint.loop.run_spending import read_joules, spent_so_far
 from setpoint.loop.summary import Summary, break_even_step
 from setpoint.loop.watch import LossWatch
 from setpoint.loop.weights import Weights
+from setpoint.meter.memory import resident_bytes
 
 
 def summarise(
@@ -76,6 +77,7 @@ def summarise(
         spent=spent,
         metered=parts.metering.read(),
         sources={**parts.header["modelled"], **parts.metering.sources},
+        resident_bytes=resident_bytes() if "memory" in parts.costs else None,
         break_even_step=break_even_step(account.segments()),
         reason=reason,
         probing_seconds=account.probing_seconds,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -27,10 +29,11 @@ from setpoint.groups.group import Group, widths_of
 from setpoint.loop.inference import inference_replica
 from setpoint.loop.metering import METERED
 from setpoint.loop.replica import replica
-from setpoint.meter.energy import EnergyMeter, find_energy_meter
+from setpoint.meter.energy import EnergyMeter, find_energy_meter, idle_watts
+from setpoint.meter.memory import peak_bytes
 from setpoint.meter.seconds import Stopwatch
 
-_LEAST_STEPS, _MOST_STEPS, _ENOUGH_S = 3, 20, 0.3
+_LEAST_STEPS, _MOST_STEPS, _ENOUGH_S = 3, 50, 0.3
 _CALIBRATION_LIMIT_S = 20.0
 _WORTH_KEEPING = 0.15
 """A fit with a larger error was made on a busy machine, and is made again next time."""
@@ -49,6 +52,7 @@ class Costing:
         errors: by resource, median relative error of the prediction on copies; absent where not known.
         step_seconds: by group, seconds of a dense step that go when the group alone is cut to its fewest units.
         energy: the meter of joules, or None.
+        idle_watts: power drawn while this process rests, as measured; None where joules are not asked for or metered.
     """
 
     costs: Mapping[str, Cost] = field(default_factory=dict)
@@ -56,6 +60,7 @@ class Costing:
     errors: Mapping[str, float] = field(default_factory=dict)
     step_seconds: Mapping[str, float] = field(default_factory=dict)
     energy: EnergyMeter | None = None
+    idle_watts: float | None = None
 
 
 def cost_out(
@@ -100,7 +105,9 @@ def cost_out(
         make = partial(replica, model, optimizers, example, groups)
         tape = _tape(make, groups)
         if "memory" in wanted:
-            costs["memory"] = MemoryCost(tape)
+            costs["memory"] = memory = MemoryCost(tape)
+            if device.type == "cpu":  # the allocator of a GPU counts the live model, too
+                errors["memory"] = _memory_error(memory, make, groups)
             sources["memory"] = "modelled: storages of a recorded step"
         if table is not None and wanted & {"latency", "energy"}:
             latency, joules = _calibrated(LatencyCost(tape, groups, table), table, make, groups, meter)
@@ -109,7 +116,7 @@ def cost_out(
             costs["latency"] = latency
             if "energy" in wanted:
                 costs["energy"] = energy = _energy(latency, watts, joules, meter)
-                sources["energy"] = energy.source
+                sources["energy"], errors["energy"] = energy.source, energy.error
     if table is not None and "inference" in wanted:
         answer = partial(inference_replica, model, example if inference_example is None else inference_example, groups)
         passing = LatencyCost(_tape(answer, groups), groups, table, resource="inference")
@@ -118,7 +125,17 @@ def cost_out(
         if isinstance(cost, LatencyCost) and table is not None:
             errors[name] = cost.fit.error
             sources[name] = f"modelled: operations timed on this device, kept in {table.file}"
-    return Costing(costs, sources, errors, step_seconds, meter)
+    errors = {name: error for name, error in errors.items() if math.isfinite(error)}
+    return Costing(costs, sources, errors, step_seconds, meter, idle_watts(meter) if meter is not None else None)
+
+
+def _memory_error(cost: MemoryCost, make: Make, groups: tuple[Group, ...]) -> float:
+    """Median relative error of predicted bytes against those of steps of two copies at random widths."""
+    errors = []
+    for widths in _spread(groups)[2::2][:2]:
+        with make(widths, data=True) as copy:
+            errors.append(abs(cost.total(widths) / peak_bytes(copy.step, copy.held()) - 1.0))
+    return statistics.median(errors)
 
 
 def _energy(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 
+from setpoint.controller.ladder import lowest_width
+from setpoint.cost.budget import amount
 from setpoint.loop.accounting import Account
 from setpoint.loop.parts import Parts
 
@@ -51,7 +54,7 @@ def read_joules(parts: Parts, account: Account, widths: Mapping[str, int]) -> No
 
 
 def replan(parts: Parts, account: Account, step: int, widths: Mapping[str, int]) -> None:
-    """Find afresh what budgets of the whole run leave for each step to come.
+    """Find afresh what budgets of the whole run leave for each step to come; one that cannot be met is warned of once.
 
     Args:
         parts: what the loop is made of.
@@ -61,16 +64,27 @@ def replan(parts: Parts, account: Account, step: int, widths: Mapping[str, int])
     """
     read_joules(parts, account, widths)
     parts.target.replan(step, parts.total_steps, spent=committed(parts, account, step), widths=widths)
+    least = forecast(parts, account, step, {group.name: lowest_width(group) for group in parts.groups})
+    for name, run in parts.target.runs.items():
+        limit = run.limit(parts.total_steps)
+        if 0 < step < parts.total_steps and least[name] > limit and name not in account.said:
+            account.said.add(name)
+            spent = spent_so_far(parts, account)[name]
+            warnings.warn(
+                f"the budget of {amount(limit, name)} for the run cannot be met any more: {amount(spent, name)} went "
+                f"by step {step}, and with the narrowest model it would come to {amount(least[name], name)}",
+                stacklevel=2,
+            )
 
 
 def forecast(parts: Parts, account: Account, step: int, widths: Mapping[str, int]) -> dict[str, float]:
-    """By resource of a run budget, what the run will have spent at its end if the model stays as it is.
+    """By resource of a run budget, what the run will have spent at its end if the model has these widths from now on.
 
     Args:
         parts: what the loop is made of.
         account: what has been spent.
         step: optimizer steps done.
-        widths: present widths.
+        widths: by group.
     """
     left = max(0, parts.total_steps - step)
     spent = committed(parts, account, step)

@@ -39,6 +39,8 @@ class Summary:
             are masked.
         metered: the same as measured, by resource; what no meter has read is not there.
         sources: by resource, what it was "measured" or "modelled" by.
+        resident_bytes: largest resident set of the process so far, for information: nothing is held to it; None
+            without a goal of memory, or where the system does not tell.
         break_even_step: first step at which the seconds saved exceed the overhead, None if never.
         reason: why it landed or did not.
         probing_seconds: taking resting units in and out, easing them in, and what probed steps took longer.
@@ -99,6 +101,7 @@ class Summary:
     recompiles: int = 0
     recompiling_seconds: float = 0.0
     final_loss: float | None = None
+    resident_bytes: int | None = None
 
 
 @dataclass(frozen=True)

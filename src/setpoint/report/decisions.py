@@ -27,7 +27,9 @@ BAND = 0.84
 
 def resources(record: Record) -> tuple[str, ...]:
     """The resources under a budget; without a header, those with a reference."""
-    return tuple(record.limit) or tuple(dict.fromkeys(name for entry in record.entries for name in entry.reference))
+    return tuple(dict.fromkeys((*record.limit, *record.limit_run))) or tuple(
+        dict.fromkeys(name for entry in record.entries for name in entry.reference)
+    )
 
 
 def unit_of(resource: str | None) -> str:
@@ -367,7 +369,11 @@ def ledger_line(record: Record) -> str:
             told += f"; spends {human(last, UNITS.get(resource, resource))} per {PER.get(resource, 'step')} at the end"
             told += f" ({percent(last / dense)} of dense)" if dense else ""
             told += f", budget {human(limit, UNITS.get(resource, resource))}" if limit else ""
+        whole = record.limit_run.get(resource)
+        told += f", budget of the whole run {human(whole, UNITS.get(resource, resource))}" if whole else ""
         told += "".join(f"; {NAMES.get(resource, resource)} {text}" for text in record.sources.get(resource, ()))
+        off = record.calibration.get(resource)
+        told += f", within {percent(off)} of copies of the model" if off is not None else ""
     if record.pattern:
         told += f"; masks on single weights ({record.pattern})"
     return told + f", over {end_of(record):,} {AXES['step']}s."

@@ -59,6 +59,8 @@ class Record:
         entries: the decisions, in order.
         sources: by resource, what it was "modelled" and "measured" by.
         step_seconds: by group, predicted seconds of a dense step that go with the group.
+        calibration: by resource, relative error of the prediction on copies of the model.
+        limit_run: the budget of the whole run by resource.
         pattern: of the masks, where units are single weights; "" where whole units were cut.
     """
 
@@ -71,6 +73,8 @@ class Record:
     sources: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     step_seconds: Mapping[str, float] = field(default_factory=dict)
     pattern: str = ""
+    calibration: Mapping[str, float] = field(default_factory=dict)
+    limit_run: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -357,6 +361,8 @@ def read_record(home: Path | None, name: str, remarks: list[str]) -> Record | No
         sources=sources(header),
         step_seconds=quantities(header.get("step_seconds")),
         pattern=str(header.get("pattern", "")),
+        calibration=quantities(header.get("calibration")),
+        limit_run=quantities(header.get("limit_run")),
     )
 
 
