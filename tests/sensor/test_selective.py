@@ -83,6 +83,19 @@ def test_one_mode_has_the_value_of_its_formula() -> None:
     assert float(found) == pytest.approx(sum((0.5 * 2 * 3) ** 2 * 16 / each**2 for each in room), rel=1e-5)
 
 
+def test_heads_of_mamba2_go_one_by_one() -> None:
+    """Where there are more heads than channels in each, heads are the units: with their step size, rate and skip."""
+    torch.manual_seed(0)
+    settings = transformers.Mamba2Config(**_SIZES, num_heads=8, head_dim=4, n_groups=1, chunk_size=8)
+    model = transformers.Mamba2ForCausalLM(settings)
+    groups = setpoint.find_groups(model, {"input_ids": TOKENS})
+    (heads,) = (group for group in groups if group.what == "head")
+    setpoint.shrink(model, None, groups, {heads.name: np.arange(8) % 4 > 0})
+    mixer = model.backbone.layers[0].mixer
+    assert mixer.A_log.shape == mixer.dt_bias.shape == mixer.D.shape == (6,)
+    assert mixer.out_proj.weight.shape == (16, 24) and torch.isfinite(_logits(model)).all()
+
+
 @kinds
 def test_selective_states_have_no_balanced_coordinates(kind: str) -> None:
     """Handed to the path of linear time-invariant layers they are refused, with what to use; nothing is changed."""
