@@ -258,3 +258,32 @@ def test_a_step_under_another_mode_is_not_read() -> None:
         assert counter.get_total_flops() > 0
     assert loop.finish().metered == {}
     assert loop.summary is not None and loop.summary.landed
+
+
+def test_all_of_the_dense_seconds_cut_nothing(machine: Machine) -> None:
+    """A latency budget of 1.0 is the dense model, however the clock wavers: no cut, and it lands."""
+
+    def live(loop: setpoint.Loop) -> None:
+        machine.factor = 1.5 + 0.3 * (loop.step % 7 - 3)
+        machine.live(loop)
+
+    loop = train(mlp(), Budget.fraction(1.0, of="latency"), 40, live)
+    summary = loop.summary
+    assert summary is not None and summary.landed and summary.resizes == 0, summary
+    assert summary.metered["latency"] > 0
+
+
+def test_a_changed_budget_keeps_what_the_meter_has_told(machine: Machine) -> None:
+    """Another fraction in the middle of the run is one of the dense model as measured, and is met by the meter."""
+
+    def live(loop: setpoint.Loop) -> None:
+        machine.live(loop)
+        if loop.step == 10:
+            loop.budget = Budget.fraction(0.7, of="latency")
+
+    loop = train(mlp(), Budget.fraction(0.9, of="latency"), 60, live)
+    limit = 0.7 * machine.factor * machine.step_s({"a": 256, "b": 256})
+    summary = loop.summary
+    assert summary is not None and summary.landed, summary
+    assert summary.limit["latency"] == pytest.approx(limit)
+    assert 0.85 * limit < machine.factor * machine.step_s(loop.widths) <= 1.03 * limit
