@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters
 
 import setpoint
 from loop.test_regrowth import Scripted
+from setpoint.loop import recompiling
 
 FLAGS = (
     "force_parameter_static_shapes",
@@ -30,6 +31,8 @@ DROP: dict[int, dict[str, list[int]]] = {
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
     """Nothing is compiled before or after."""
+    for holder in tuple(recompiling._holders):  # loops of other tests that were never finished
+        recompiling._release(holder)
     dynamo.reset()
     counters.clear()
     yield

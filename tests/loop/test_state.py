@@ -346,4 +346,4 @@ def test_nothing_that_a_loop_remembers_is_forgotten() -> None:
     run = Run(lambda: Scripted(DROP, BACK), budget=0.9, verify=False)
     assert set(vars(run.loop)) == STORED | GIVEN_AGAIN
     account = set(vars(run.loop._account)) - set(run.loop._account._numbers()) - set(run.loop._account._watches())
-    assert account == {"steps", "_segments", "_attached"}
+    assert account == {"steps", "_segments", "_attached", "said"}
