@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -19,15 +20,6 @@ CHECKS = {
     "vanishing:2": "a branch that vanishes as a whole, and comes back, leaves the others averaged",
     "frozen:2": "a layer that is frozen for a while is averaged again when it trains again",
     "resume:2": "a run goes on bit for bit from one file",
-    "sharded_twin:2": "fully_shard: losses, plans, weights and moments are those of one process, over ten resizes",
-    "sharded_options:2": "fully_shard: resharding, mixed precision, recomputing, compiled code, hooks go on",
-    "sharded_invisible:2": "fully_shard: with a budget of 1.0 it trains bit for bit as without Setpoint",
-    "sharded_failures:2": "fully_shard: a cut or a return that fails on one rank is put back on all",
-    "sharded_resume:2": "fully_shard: a run goes on bit for bit from a folder that all ranks have written",
-    "sharded_damage:2": "fully_shard: a damaged folder is an error on all ranks, and nothing in it is run",
-    "sharded_copies:2": "fully_shard: sharded and whole copies of the model are cut and regrown alike",
-    "sharded_whole:2": "fully_shard: no group vanishes as a whole",
-    "sharded_refusals:2": "fully_shard: what cannot follow a cut is refused by name",
     "disagreement:2": "ranks that do not agree, or of which one fails, all raise",
     "refusals:2": "what cannot follow a cut is refused by name",
     "late:2": "a rank that does not come is waited for as long as the process group says",
@@ -40,7 +32,12 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there is no for
 @pytest.fixture(scope="module")
 def said() -> str:
     """What one process said that let ranks make all the checks, one after the other; it imports everything once."""
-    command = [sys.executable, "-W", "ignore", str(SCRIPT), *CHECKS]
+    return told_by(CHECKS)
+
+
+def told_by(checks: Iterable[str]) -> str:
+    """What is said where ranks make these checks."""
+    command = [sys.executable, "-W", "ignore", str(SCRIPT), *checks]
     settings = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=settings)
     return done.stdout + done.stderr

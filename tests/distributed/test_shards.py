@@ -1,0 +1,35 @@
+"""Models that `fully_shard` has spread over ranks: read, cut, regrown, saved and resumed as in one process."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from distributed.test_ranks import told_by
+
+CHECKS = {
+    "sharded_twin:2": "losses, plans, weights and moments are those of one process, over ten resizes",
+    "sharded_options:2": "resharding, mixed precision, recomputing, compiled code, hooks go on",
+    "sharded_invisible:2": "with a budget of 1.0 it trains bit for bit as without Setpoint",
+    "sharded_failures:2": "a cut or a return that fails on one rank is put back on all",
+    "sharded_resume:2": "a run goes on bit for bit from a folder that all ranks have written",
+    "sharded_damage:2": "a damaged folder is an error on all ranks, and nothing in it is run",
+    "sharded_copies:2": "sharded and whole copies of the model are cut and regrown alike",
+    "sharded_whole:2": "no group vanishes as a whole",
+    "sharded_refusals:2": "what cannot follow a cut is refused by name",
+}
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there is no fork and no gloo")
+
+
+@pytest.fixture(scope="module")
+def said() -> str:
+    """What ranks said that made all the checks, one after the other."""
+    return told_by(CHECKS)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_shards(check: str, said: str) -> None:
+    """Claim: what `CHECKS` and the check's own docstring say."""
+    assert f"{check} came through\n" in said, said
