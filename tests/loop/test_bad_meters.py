@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.flop_counter import FlopCounterMode
 
 import setpoint
@@ -100,7 +101,10 @@ def test_a_counter_that_reads_nonsense(machine: Machine, monkeypatch: pytest.Mon
 
 
 def test_bytes_that_are_read_no_more() -> None:
-    """A user's dispatch mode from the middle of the run on is said once, and the run lands on what was read before."""
+    """A user's dispatch mode from the middle of the run on is said once, and the run lands on what was read before.
+
+    The meter's own mode does not stay behind it.
+    """
 
     def run() -> setpoint.Loop:
         model, optimizer, x = cnn()
@@ -116,6 +120,7 @@ def test_bytes_that_are_read_no_more() -> None:
     loop, words = told(run)
     assert sum("memory is not measured any more" in each for each in words) == 1
     assert all("dispatch mode" in each for each in words)
+    assert not _get_current_dispatch_mode_stack()
     assert loop.summary is not None and loop.summary.landed, loop.summary
 
 

@@ -8,7 +8,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode, _get_current_dispatch_mode_stack
+from torch.utils._python_dispatch import (
+    _get_current_dispatch_mode,
+    _get_current_dispatch_mode_stack,
+    _pop_mode,
+    _push_mode,
+)
 
 from setpoint.loop.inference import Inference
 from setpoint.meter.energy import EnergyMeter
@@ -115,8 +120,15 @@ class Metering:
         if _get_current_dispatch_mode() is live:
             live.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             self._peak = live.peak_bytes
-        else:
-            warnings.warn("another dispatch mode began inside a metered step: its bytes were not read", stacklevel=2)
+            return
+        warnings.warn("another dispatch mode began inside a metered step: its bytes were not read", stacklevel=2)
+        if live in _get_current_dispatch_mode_stack():  # taken out from under the others, which stay
+            above = []
+            while _get_current_dispatch_mode() is not live:
+                above.append(_pop_mode())
+            live.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            for mode in reversed(above):
+                _push_mode(mode)
 
     def prepare(self, due: bool) -> None:
         """The next step begins; `due` if a decision comes after it."""
