@@ -8,20 +8,17 @@ The table is timed afresh. Run it on an otherwise idle machine: what else runs i
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import tempfile
 import time
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from costs import BUILDS, Subject, random_widths, subject_named
+from record import keep
 
-from setpoint.bench.environment import machine
 from setpoint.loop.costing import Make, cost_out
 from setpoint.loop.inference import inference_replica
 from setpoint.loop.replica import replica
@@ -82,16 +79,12 @@ def main() -> None:
             {name: compare(name, args.count, resource) for name in args.models.split(",")}
             for resource in ("latency", "inference")
         )
-    answer = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "environment": {**machine(), "threads": torch.get_num_threads()},
+    parts, keys = {"models": found, "inference": answered}, ("median_error", "largest_error", "build_s")
+    shown = {
+        part: {name: {key: each[key] for key in keys} for name, each in models.items()}
+        for part, models in parts.items()
     }
-    args.out.write_text(
-        json.dumps({**answer, "models": found, "inference": answered}, indent=1) + "\n", encoding="utf-8"
-    )
-    keys = ("median_error", "largest_error", "build_s")
-    for part in (found, answered):
-        print(json.dumps({name: {key: each[key] for key in keys} for name, each in part.items()}))
+    keep(parts, args.out, shown)
 
 
 if __name__ == "__main__":

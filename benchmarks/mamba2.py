@@ -13,17 +13,16 @@ import argparse
 import json
 import time
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import transformers
+from record import keep
 from torch import Tensor, nn
 
 import setpoint
-from setpoint.bench.environment import machine
 from setpoint.bench.shakespeare import splits
 from setpoint.sensor.chain import SensorChain
 from setpoint.sensor.random import RandomSensor
@@ -142,17 +141,12 @@ def main() -> None:
     known = json.loads(arguments.out.read_text())["runs"] if arguments.out and arguments.out.exists() else []
     done = {(each["way"], each["seed"]) for each in known}
     cells = [(way, seed) for seed in range(arguments.seeds) for way in WAYS]
-    record = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "environment": {**machine(), "threads": 1},
+    found = {
         "steps": STEPS,
         "settings": SETTINGS,
         "runs": [*known, *(run(*cell, arguments.data) for cell in cells if cell not in done)],
     }
-    if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(record))
+    keep(found, arguments.out)
 
 
 if __name__ == "__main__":

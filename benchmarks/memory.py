@@ -8,16 +8,13 @@ Needs no idle machine: bytes do not depend on what else runs.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 from costs import BUILDS, Subject, random_widths, subject_named
+from record import keep
 
-from setpoint.bench.environment import machine
 from setpoint.loop.costing import cost_out
 from setpoint.loop.replica import replica
 from setpoint.meter.memory import peak_bytes
@@ -52,16 +49,8 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=50, help="random width vectors")
     args = parser.parse_args()
     found = {name: compare(name, args.count) for name in args.models.split(",")}
-    answer = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "environment": {**machine(), "threads": torch.get_num_threads()},
-    }
-    args.out.write_text(json.dumps({**answer, "models": found}, indent=1) + "\n", encoding="utf-8")
-    print(
-        json.dumps(
-            {name: {key: each[key] for key in ("median_error", "largest_error")} for name, each in found.items()}
-        )
-    )
+    shown = {name: {key: each[key] for key in ("median_error", "largest_error")} for name, each in found.items()}
+    keep({"models": found}, args.out, shown)
 
 
 if __name__ == "__main__":

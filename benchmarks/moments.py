@@ -16,19 +16,17 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from record import keep
 from torch import Tensor
 
 from setpoint.actuator.balance import balance_and_shrink
-from setpoint.bench.environment import machine
 from setpoint.groups.trace import find_groups
 from setpoint.models import SequenceClassifier
 from setpoint.ssm import BalancedPairs, balance
@@ -103,18 +101,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    record = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "environment": {**machine(), "threads": 1},
+    found = {
         "states": STATES,
         "steps": STEPS,
         "after": AFTER,
         "runs": [run for seed in range(arguments.seeds) for run in runs(seed)],
     }
-    if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(record))
+    keep(found, arguments.out)
 
 
 if __name__ == "__main__":

@@ -162,7 +162,7 @@ def suites_table(folder: Path) -> str:
     about: dict[str, Any] = {}
     for name in ("torchvision", "timm", "transformers", "plain"):
         data = json.loads((folder / f"suite-{name}.json").read_text(encoding="utf-8"))
-        about = {**data["environment"], "date": data["date"], "seed": data["seed"]}
+        about = {**data["environment"], **{key: data[key] for key in ("date", "seed", "workers")}}
         largest = max(each["error"] for each in data["models"] if each["passed"])
         lines.append(
             f"| {name} | {data['passed']} / {data['total']} ({data['passed'] / data['total']:.1%}) | "
@@ -172,7 +172,8 @@ def suites_table(folder: Path) -> str:
         failures += [f"* {name} `{each['model']}`: {_code(each['reason'])}" for each in data["failures"]]
     lines += ["", "Not passed:" if failures else "All passed.", *([""] * bool(failures)), *failures, ""]
     lines.append(
-        f"{about['cpu']}, {_threads(about)} a model, two at a time, seed {about['seed']}, torch {about['torch']}, "
+        f"{about['cpu']}, {_threads(about)} a model, {about['workers']} at a time, seed {about['seed']}, torch "
+        f"{about['torch']}, "
         f"{about['date'][:10]}."
     )
     return "\n".join(lines)
@@ -190,8 +191,7 @@ def discovery_table(path: Path) -> str:
             f"{duration(row['seconds_median'])} | {1000 * row['seconds_median'] / row['ops']:.2f} | "
             f"{row['peak_growth_in_models']:.2f} |"
         )
-    about = data["environment"]
-    return "\n".join([*lines, "", f"{about['cpu']}, {_threads(about)}, torch {about['torch']}, {data['date'][:10]}."])
+    return "\n".join([*lines, "", _made_on(data)])
 
 
 def predictions_table(latency: Path, memory: Path) -> str:
@@ -203,11 +203,11 @@ def predictions_table(latency: Path, memory: Path) -> str:
         if not path.exists():
             continue
         data = json.loads(path.read_text(encoding="utf-8"))
-        about.append(f"{what}: {data['environment']['cpu']}, {_threads(data['environment'])}, {data['date'][:10]}")
+        about.append(f"{what}: {_made_on(data)}")
         for name, row in data[part].items():
             errors = f"{row['median_error']:.1%} | {row['largest_error']:.1%} | {len(row['rows'])}"
             lines.append(f"| {what} | {name} | {errors} | {duration(row['build_s']) if 'build_s' in row else '–'} |")
-    return "\n".join([*lines, "", f"{'; '.join(about)}."]) if about else "Not measured yet."
+    return "\n".join([*lines, "", f"{' '.join(about)}"]) if about else "Not measured yet."
 
 
 def real_budgets_table(path: Path) -> str:
@@ -241,9 +241,7 @@ def real_budgets_table(path: Path) -> str:
             f"| {limits} in one run: spent and metered over the limit | {found['flops_over_limit']:+.1%} and "
             f"{found['memory_over_limit']:+.1%}, {'landed' if found['landed'] else 'not landed'} |"
         )
-    about = data["environment"]
-    told = f"Task `{data['task']}`, {data['steps']} steps. {about['cpu']}, {_threads(about)}, {data['date'][:10]}."
-    return "\n".join([*lines, "", told])
+    return "\n".join([*lines, "", f"Task `{data['task']}`, {data['steps']} steps. {_made_on(data)}"])
 
 
 def _pairs(rows: Iterable[dict[str, Any]]) -> list[tuple[float, float]]:
@@ -293,9 +291,8 @@ def moments_table(path: Path) -> str:
             cells.append(told)
         before = statistics.fmean(run["before"] for run in runs.values())
         lines.append(f"| {data['states']} to {kept} | {way} | {before:.3f} | {' | '.join(cells)} |")
-    seeds = len({run["seed"] for run in data["runs"]})
-    lines += ["", f"Means over {seeds} seeds; in parentheses the paired difference to `carry` with its 95 % interval."]
-    return "\n".join(lines)
+    told = f"Means over {_seeds(data)}; in parentheses the paired difference to `carry` with its 95 % interval."
+    return "\n".join([*lines, "", f"{told} {_made_on(data)}"])
 
 
 def state_regrowth_table(path: Path) -> str:
@@ -309,14 +306,12 @@ def state_regrowth_table(path: Path) -> str:
         came = statistics.fmean(run["regrown_units"] for run in runs.values())
         loss = statistics.fmean(run["loss"] for run in runs.values())
         lines.append(f"| {name} | {share:.1%} | {came:.1f} | {loss:.3f} | {apart} |")
-    about = f"Means over {len(back)} seeds of {data['steps']} steps; the difference is paired, with its 95 % interval."
-    return "\n".join([*lines, "", about])
+    told = f"Means over {_seeds(data)} of {data['steps']} steps; the difference is paired, with its 95 % interval."
+    return "\n".join([*lines, "", f"{told} {_made_on(data)}"])
 
 
 def mamba2_table(path: Path) -> str:
     """Test loss of Mamba-2 at half the cost, by what chose the states and heads that went."""
-    if not path.exists():
-        return "Not measured yet."
     data = json.loads(path.read_text(encoding="utf-8"))
     found: dict[str, dict[int, dict[str, Any]]] = {}
     for run in data["runs"]:
@@ -332,12 +327,20 @@ def mamba2_table(path: Path) -> str:
         share = f"{mean(r['flops_ratio'] for r in runs.values()):.1%}"
         loss = f"{mean(r['loss'] for r in runs.values()):.3f}"
         lines.append(f"| {way} | {share} | {after} | {loss} | {apart if way != 'ranking' else '–'} |")
-    seeds = len(found["ranking"])
-    lines += [
-        "",
-        f"Means over {seeds} seeds of {data['steps']} steps, differences with their 95 % interval; losses in nats.",
-    ]
-    return "\n".join(lines)
+    told = f"Means over {_seeds(data)} of {data['steps']} steps, differences with their 95 % interval; losses in nats."
+    return "\n".join([*lines, "", f"{told} {_made_on(data)}"])
+
+
+def _seeds(data: dict[str, Any]) -> str:
+    """How many seeds there are, and which."""
+    seeds = sorted({run["seed"] for run in data["runs"]})
+    return f"{len(seeds)} seeds ({', '.join(map(str, seeds))})"
+
+
+def _made_on(data: dict[str, Any]) -> str:
+    """On what, and when."""
+    about = data["environment"]
+    return f"{about['cpu']}, {_threads(about)}, torch {about['torch']}, {data['date'][:10]}."
 
 
 def _told(pairs: Sequence[float]) -> str:

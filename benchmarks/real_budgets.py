@@ -15,25 +15,21 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import math
-import statistics
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from record import keep
 from torch import Tensor, nn
 
 import setpoint
 from setpoint.bench.catalogue import task_named
-from setpoint.bench.environment import machine
 from setpoint.bench.task import Task, dense_widths
 from setpoint.meter.memory import peak_bytes
 from setpoint.meter.seconds import Stopwatch, median_of
-from setpoint.report.statistics import t_quantile
+from setpoint.report.statistics import paired
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 FLOPS = (0.8, 0.6, 0.45, 0.3, 0.2)
@@ -118,12 +114,12 @@ def latency(task: Task, seeds: Sequence[int], fraction: float, rounds: int) -> d
             }
         )
     gains = [row["difference"] for row in rows]
-    half = t_quantile(0.975, len(gains) - 1) * statistics.stdev(gains) / math.sqrt(len(gains)) if gains[1:] else None
+    found = paired(gains)
     return {
         "fraction": fraction,
         "rows": rows,
-        "mean_difference": statistics.fmean(gains),
-        "half_interval": half,
+        "mean_difference": found.mean,
+        "half_interval": None if found.high is None else found.high - found.mean,
         "over_budget": max(row["latency"]["metered"] / row["latency"]["limit"] - 1 for row in rows),
     }
 
@@ -205,15 +201,8 @@ def main() -> None:
         "two": lambda: two(task),
     }
     found = {name: parts[name]() for name in args.parts.split(",")}
-    answer = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "environment": {**machine(), "threads": torch.get_num_threads()},
-        "task": task.name,
-        "steps": task.steps,
-    }
-    args.out.write_text(json.dumps({**answer, **found}, indent=1) + "\n", encoding="utf-8")
     short = {name: {key: value for key, value in each.items() if key != "rows"} for name, each in found.items()}
-    print(json.dumps(short))
+    keep({"task": task.name, "steps": task.steps, **found}, args.out, short)
 
 
 if __name__ == "__main__":

@@ -9,18 +9,16 @@ this project is developed on: batch 50, 8 channels.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from record import keep
 
-from setpoint.bench.environment import machine
 from setpoint.models import LRU, SequenceClassifier
 from setpoint.ssm import balance, reduce_modes
 
@@ -103,17 +101,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where to write the record")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    record = {
-        "at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "environment": {**machine(), "threads": 1},
-        "training_steps": steps(),
-        "reduction": reduction(),
-    }
-    text = json.dumps(record)
-    if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(text + "\n", encoding="utf-8")
-    print(text)
+    keep({"training_steps": steps(), "reduction": reduction()}, arguments.out)
 
 
 if __name__ == "__main__":

@@ -9,17 +9,14 @@ states are pruned in training until a step takes 0.35 of the FLOPs.
 from __future__ import annotations
 
 import argparse
-import json
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from moments import BATCH, LENGTH, RATE, loss_elsewhere, patterns
+from moments import BATCH, LENGTH, RATE, loss_elsewhere, patterns, train
+from record import keep
 
 import setpoint
-from setpoint.bench.environment import machine
 from setpoint.models import SequenceClassifier
 
 STATES, STEPS, BUDGET = 64, 500, 0.35
@@ -40,12 +37,7 @@ def run(seed: int, *, regrow: bool) -> dict[str, Any]:
         groups=tuple(group for group in setpoint.find_groups(model, example) if group.kind == "state"),
         controller=setpoint.PricedController(regrow=regrow),
     )
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(STEPS):
-        x, y = patterns(generator, BATCH)
-        F.cross_entropy(model(x), y).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    train(model, optimizer, seed, STEPS)
     summary = loop.finish()
     return {
         "seed": seed,
@@ -63,22 +55,17 @@ def main() -> None:
     """Run, print and write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="where to write the record")
-    parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--seeds", type=int, default=5)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    record = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "environment": {**machine(), "threads": 1},
+    found = {
         "states": STATES,
         "steps": STEPS,
         "length": LENGTH,
         "budget": BUDGET,
         "runs": [run(seed, regrow=regrow) for seed in range(arguments.seeds) for regrow in (False, True)],
     }
-    if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(record))
+    keep(found, arguments.out)
 
 
 if __name__ == "__main__":

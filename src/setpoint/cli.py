@@ -181,7 +181,7 @@ def _sweep(suite: str, models: Sequence[str] | None, workers: int, out: Path | N
         verdicts = sweep(suite, models, workers=workers, after=after)
     _console().print(suite_table(suite, verdicts))
     if out is not None:
-        _write_json(out / f"suite-{suite}.json", record(suite, verdicts))
+        _write_json(out / f"suite-{suite}.json", record(suite, verdicts, workers))
     _finish(summary(suite, verdicts))
 
 

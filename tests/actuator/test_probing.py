@@ -19,7 +19,7 @@ from groups.zoo import MODELS as ZOO
 from setpoint.actuator.probing import Probing
 from setpoint.actuator.reserve import Reserve
 from setpoint.actuator.shrink import named_tensors, shrink
-from setpoint.groups.trial import random_keep
+from setpoint.groups.kept import random_keep
 from twin.test_twin import double, groups_of
 
 

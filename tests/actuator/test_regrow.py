@@ -25,8 +25,8 @@ from setpoint.actuator.shrink import named_tensors, shrink
 from setpoint.actuator.sizes import recorded_sizes
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group, widths_of
+from setpoint.groups.kept import random_keep
 from setpoint.groups.shim import get_call_sizes
-from setpoint.groups.trial import random_keep
 from twin.test_twin import double, groups_of
 
 

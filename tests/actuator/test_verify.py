@@ -13,8 +13,8 @@ from actuator.hand_made import CASES, Case, Residual, group, mlp, residual, some
 from setpoint.actuator.verify import failing_groups, verify
 from setpoint.errors import ExampleError, VerificationError
 from setpoint.groups.group import Group
+from setpoint.groups.kept import random_keep
 from setpoint.groups.trace import find_groups
-from setpoint.groups.trial import random_keep
 
 
 @pytest.mark.parametrize("name", list(CASES))

@@ -16,8 +16,8 @@ from setpoint.actuator.shrink import shrink
 from setpoint.cost.flops import flops_cost
 from setpoint.cost.params import params_cost
 from setpoint.groups.group import widths_of
+from setpoint.groups.kept import random_keep
 from setpoint.groups.trace import trace
-from setpoint.groups.trial import random_keep
 
 
 def count(model: nn.Module, example: tuple[torch.Tensor, ...]) -> int:

@@ -19,9 +19,9 @@ from setpoint.actuator.shrink import shrink
 from setpoint.actuator.verify import failing_groups
 from setpoint.errors import ExampleError, ExportError, PathError
 from setpoint.groups.group import Group
+from setpoint.groups.kept import random_keep
 from setpoint.groups.shim import HEADS, set_call_sizes
 from setpoint.groups.trace import find_groups, trace
-from setpoint.groups.trial import random_keep
 from setpoint.groups.walk import _RULES
 
 

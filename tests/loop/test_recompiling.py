@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +14,6 @@ from torch._dynamo.utils import counters
 
 import setpoint
 from loop.test_regrowth import Scripted
-from setpoint.loop import recompiling
 
 FLAGS = (
     "force_parameter_static_shapes",
@@ -31,8 +31,7 @@ DROP: dict[int, dict[str, list[int]]] = {
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
     """Nothing is compiled before or after."""
-    for holder in tuple(recompiling._holders):  # loops of other tests that were never finished
-        recompiling._release(holder)
+    gc.collect()  # loops of other tests that were never finished
     dynamo.reset()
     counters.clear()
     yield
@@ -152,6 +151,20 @@ def test_settings_are_left_alone_where_nothing_is_compiled() -> None:
     first.detach()
     assert flags()[:3] == [False, False, True]
     second.detach()
+    assert flags() == before
+
+
+@pytest.mark.parametrize("end", ["reset", "dropped"])
+def test_settings_are_put_back_however_a_loop_ends(end: str) -> None:
+    """Claim: settings are put back also where `torch._dynamo.reset()` has forgotten the loop, or nobody ended it."""
+    before = flags()
+    *_, loop = run(mlp(), (8, 6), {3: {"0": [1]}}, compiled="before", steps=5)
+    assert flags() != before
+    dynamo.reset()
+    if end == "reset":
+        loop.finish()
+    del loop, _
+    gc.collect()
     assert flags() == before
 
 

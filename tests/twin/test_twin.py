@@ -18,8 +18,8 @@ from setpoint.actuator.mask import mask
 from setpoint.actuator.shrink import shrink
 from setpoint.checkpoint import load, save
 from setpoint.groups.group import Group
+from setpoint.groups.kept import random_keep
 from setpoint.groups.trace import find_groups
-from setpoint.groups.trial import random_keep
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.05),

@@ -23,7 +23,7 @@ from setpoint.actuator.shrink import named_tensors, shrink
 from setpoint.errors import ExampleError, VerificationError
 from setpoint.groups.export import Example, computed, inputs_of, tensors_of
 from setpoint.groups.group import Group
-from setpoint.groups.trial import random_keep
+from setpoint.groups.kept import random_keep
 
 _FEW = 8  # samples that a verification looks at
 

@@ -150,8 +150,8 @@ def summary(name: str, verdicts: Sequence[Verdict]) -> dict[str, Any]:
     }
 
 
-def record(name: str, verdicts: Sequence[Verdict]) -> dict[str, Any]:
-    """The summary of a sweep with every verdict, the environment and the date."""
+def record(name: str, verdicts: Sequence[Verdict], workers: int) -> dict[str, Any]:
+    """The summary of a sweep with every verdict, how many models were at work at a time, environment and date."""
     about: dict[str, Any] = machine()
     if name != "plain":
         about[name] = package_version(name)
@@ -159,6 +159,7 @@ def record(name: str, verdicts: Sequence[Verdict]) -> dict[str, Any]:
         **summary(name, verdicts),
         "models": [asdict(verdict) for verdict in verdicts],
         "seed": SEED,
+        "workers": workers,
         "environment": {**about, "threads": 1, "dtype": "float64"},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }

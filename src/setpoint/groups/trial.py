@@ -13,16 +13,14 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from setpoint.groups.build import OwnDim, Units
+from setpoint.groups.build import OwnDim
 from setpoint.groups.draft import Draft
-from setpoint.groups.group import Group
+from setpoint.groups.kept import Kept, Labels
 from setpoint.groups.place import write_size
 from setpoint.groups.rehearsal import Rehearsal
 from setpoint.groups.shim import COUNTED, CallSizes, parse, set_call_sizes
 from setpoint.groups.vanish import fit_forward
 from setpoint.groups.walk import Call
-
-Labels = np.ndarray
 
 Places = dict[tuple[str, str], Labels]
 """Atoms along the dim that a place counts, by (module, place)."""
@@ -34,42 +32,6 @@ Wrong = dict[str, dict[str, int]]
 def call_of(call: Call) -> str:
     """The call that a place belongs to: "view#2" of "view#2[1]"."""
     return call.place.split("[", 1)[0]
-
-
-def random_keep(groups: Sequence[Group], seed: int = 0) -> dict[str, np.ndarray]:
-    """A random choice of every group's units, of unequal widths where possible, the same for the same seed.
-
-    Equal widths would hide a size that follows the wrong group, and a width of 1 passes by broadcasting.
-    """
-    generator = np.random.default_rng(seed)
-    used: set[int] = set()
-    keep = {}
-    for group in groups:
-        low = max(group.min_units, min(2, group.num_units - 1), 0)
-        fitting = range(low, group.num_units)
-        if group.only_blocks:
-            fitting = range(-(-low // group.multiple_of) * group.multiple_of, group.num_units, group.multiple_of)
-        widths = [width for width in fitting if width not in used]
-        width = int(generator.choice(widths or fitting)) if fitting else group.num_units
-        used.add(width)
-        kept = np.zeros(group.num_units, dtype=bool)
-        kept[generator.permutation(group.num_units)[:width]] = True
-        keep[group.name] = kept
-    return keep
-
-
-class Kept:
-    """Which atoms survive a choice of units."""
-
-    def __init__(self, units: Units, keep: Mapping[str, np.ndarray]) -> None:
-        first = np.cumsum([0, *(group.num_units for group in units.groups)])
-        flat = np.concatenate([*(keep[group.name] for group in units.groups), [True]])  # the last one: always there
-        unit = first[np.maximum(units.group_of, 0)] + units.unit_of
-        self.alive: np.ndarray = flat[np.where(units.group_of >= 0, unit, len(flat) - 1)]
-
-    def count(self, labels: Labels) -> int:
-        """Number of surviving entries."""
-        return int(self.alive[labels].sum())
 
 
 class Trial:

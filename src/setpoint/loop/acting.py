@@ -55,7 +55,7 @@ def act(loop: Loop, plan: Plan, state: Any, reading: Reading) -> tuple[dict[str,
 def _act_on_units(
     loop: Loop, plan: Plan, state: Any, reading: Reading
 ) -> tuple[dict[str, Bool[np.ndarray, " _units"]], str]:
-    parts, account = loop._parts, loop._account
+    parts, account, some = loop._parts, loop._account, changing(plan)
     what = f"the cut after step {loop._step}"
 
     def agree() -> None:
@@ -64,12 +64,11 @@ def _act_on_units(
 
     with account.resizing, together(parts.ranks, what) as facts:
         try:
-            with in_full(parts, tensors_of(loop._groups, changing(plan)), agree) as agreed:
+            with in_full(parts, tensors_of(loop._groups, some), agree) as agreed:
                 regrown, note = _changed(loop, plan, state, reading, agreed)
         finally:  # also after half of it, and after shapes came and went: gradients must not stay unsynchronised
             if parts.averaging is not None:
                 rewrap(parts.averaging)
-        some = changing(plan)
         loop._recompiling.follow(parts.model, [each for each in loop._groups if each.name in some])
         facts["shapes"] = [tuple(tensor.shape) for tensor in named_tensors(parts.model).values()]
     loop._sensing_flops = parts.sensor.flops(loop._groups, parts.model)

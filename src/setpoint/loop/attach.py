@@ -154,6 +154,7 @@ def attach(
         check_shared(wrapped, resources, optimizers)
         if inference_example is not None and "inference" not in resources:
             raise BudgetError("inference_example is for a budget of 'inference': add one, or leave the example out")
+        answered = example if inference_example is None else inference_example
         samples = _num_samples(example) * ranks.count if num_samples is None else num_samples
         if form is not None:
             if wrapped.averaging is not None or sharding is not None:
@@ -177,20 +178,16 @@ def attach(
             if regrows(controller):
                 passes = _check_regrowth(wrapped, example, material.groups, sensor, verify)
                 material = replace(material, passes=material.passes + passes)
-            costing = cost_out(inner, optimizers, example, material.groups, resources, watts, inference_example)
-            share = _num_samples(example if inference_example is None else inference_example) / _num_samples(example)
-            material = replace(
-                material,
-                costs={**material.costs, **costing.costs},
-                costing=costing,
-                pass_flops=forward_flops(restricted(found, material.groups), share),
-            )
+            costing = cost_out(inner, optimizers, example, material.groups, resources, watts, answered)
+            material = replace(material, costs={**material.costs, **costing.costs}, costing=costing)
+            if "inference" in resources:
+                share = _num_samples(answered) / _num_samples(example)
+                material = replace(material, pass_flops=forward_flops(restricted(found, material.groups), share))
         active, costs, costing = material.groups, material.costs, material.costing
         dense = {name: cost.total(widths_of(active)) for name, cost in costs.items()}
         for each in budgets:
             check_reachable(each, dense[each.resource], cheapest(costs[each.resource], active))
         account = Account(watch, dense["flops"], material.passes * dense["flops"])
-        answered = example if inference_example is None else inference_example
         metering = _metering(wrapped, optimizers, example, answered, resources, account, costing)
         parts = Parts(
             model=inner,

@@ -70,11 +70,9 @@ def with_budget(
     target = Target(budgets, parts.costs, widths_of(parts.groups), reference=reference_of(parts.controller))
     target.learn(parts.target)
     for each in budgets:
-        dense, least = (
-            target.expected(each.resource, widths_of(parts.groups)),
-            cheapest(parts.costs[each.resource], groups),
-        )
-        check_reachable(each, dense, least * dense / parts.costs[each.resource].total(widths_of(parts.groups)))
+        cost, widths = parts.costs[each.resource], widths_of(parts.groups)
+        dense = target.expected(each.resource, widths)
+        check_reachable(each, dense, cheapest(cost, groups) * dense / cost.total(widths))
     changed = replace(parts, target=target)
     check_runs(changed, account, groups, step)
     return changed

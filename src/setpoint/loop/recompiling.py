@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable
+import weakref
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor, nn
@@ -37,7 +39,7 @@ class Recompiling:
     the code compiles once more after a group's first cut, and not after its later ones. Where an operation takes a
     size as a number that Dynamo can only hold constant, such as the number of groups of a group norm, it compiles
     after each cut of that group. The settings hold for the whole process; when the last loop that needs them
-    ends, they are put back.
+    ends, or is dropped without an end, they are put back.
 
     What is compiled again after the first cut is taken for the cut's doing, as it cannot be told from what a batch of
     another size would have made necessary.
@@ -49,9 +51,7 @@ class Recompiling:
 
     def __init__(self, account: Account, num_groups: int) -> None:
         self._account, self._num_groups = account, num_groups
-        self._counting = False
-        self._began: float | None = None
-        self._handler: Any = None
+        self._end: weakref.finalize[..., Any] | None = None
 
     def follow(self, model: nn.Module, groups: Iterable[Group]) -> None:
         """Have compiled code follow the widths of these groups; called once they have changed, or are about to.
@@ -61,13 +61,11 @@ class Recompiling:
             groups: that change.
         """
         from torch._dynamo import maybe_mark_dynamic
-        from torch._dynamo.callback import callback_handler
         from torch._dynamo.utils import counters
 
-        if not self._counting:
-            self._counting, self._handler = True, callback_handler
-            callback_handler.register_start_callback(self._begin)
-            callback_handler.register_end_callback(self._end)
+        if self._end is None:
+            self._end = weakref.finalize(self, _stop, *_counting(self._account), id(self))
+            self._end.atexit = False
         if not counters["stats"]["unique_graphs"]:
             return
         _hold(id(self), self._num_groups)
@@ -79,21 +77,38 @@ class Recompiling:
 
     def stop(self) -> None:
         """Count no longer, and give Dynamo its settings back; may be called again."""
-        if self._handler is not None:
-            self._handler.remove_start_callback(self._begin)
-            self._handler.remove_end_callback(self._end)
-            self._handler = None
-        _release(id(self))
+        if self._end is not None:
+            self._end()
 
-    def _begin(self, _: Any) -> None:
-        self._began = time.perf_counter()
 
-    def _end(self, what: Any) -> None:
-        began, self._began = self._began, None
+def _counting(account: Account) -> tuple[Callable[[Any], None], Callable[[Any], None]]:
+    """What Dynamo calls when it begins and ends to compile, from now on."""
+    from torch._dynamo.callback import callback_handler
+
+    began: list[float] = []
+
+    def begin(_: Any) -> None:
+        began[:] = [time.perf_counter()]
+
+    def end(what: Any) -> None:
         number = re.search(r"\d+/(\d+)", str(what.compile_id))  # of the piece of code, and how often it was compiled
-        if began is not None and number is not None and int(number[1]) > 0:
+        if began and number is not None and int(number[1]) > 0:
             first = what.callback_trigger.name == "DYNAMO"  # the backward pass may be compiled by itself later
-            self._account.recompiled(time.perf_counter() - began, count=1 if first else 0)
+            account.recompiled(time.perf_counter() - began[0], count=1 if first else 0)
+        began.clear()
+
+    callback_handler.register_start_callback(begin)
+    callback_handler.register_end_callback(end)
+    return begin, end
+
+
+def _stop(begin: Callable[[Any], None], end: Callable[[Any], None], holder: int) -> None:
+    from torch._dynamo.callback import callback_handler
+
+    with suppress(ValueError):  # `torch._dynamo.reset()` has forgotten them
+        callback_handler.remove_start_callback(begin)
+        callback_handler.remove_end_callback(end)
+    _release(holder)
 
 
 def _hold(holder: int, num_groups: int) -> None:
