@@ -4,7 +4,7 @@
     python benchmarks/readme.py --check    fail if a page does not show what the result files say
 
 A marker is `<!-- results:NAME -->` ... `<!-- end -->`; NAME is a folder of results/, `tasks` for all folders,
-`goals`, `overhead`, `suites`, `discovery`, `coverage`, `moments`, `state-regrowth`, `mamba2`, `predictions` or
+`goals`, `overhead`, `suites`, `discovery`, `coverage`, `moments`, `state-regrowth`, `mamba2`, `ssm`, `predictions` or
 `real-budgets`.
 """
 
@@ -203,11 +203,11 @@ def predictions_table(latency: Path, memory: Path) -> str:
         if not path.exists():
             continue
         data = json.loads(path.read_text(encoding="utf-8"))
-        about.append(f"{what}: {_made_on(data)}")
+        about.append(_made_on(data))
         for name, row in data[part].items():
             errors = f"{row['median_error']:.1%} | {row['largest_error']:.1%} | {len(row['rows'])}"
             lines.append(f"| {what} | {name} | {errors} | {duration(row['build_s']) if 'build_s' in row else '–'} |")
-    return "\n".join([*lines, "", f"{' '.join(about)}"]) if about else "Not measured yet."
+    return "\n".join([*lines, "", " ".join(dict.fromkeys(about))]) if about else "Not measured yet."
 
 
 def real_budgets_table(path: Path) -> str:
@@ -331,6 +331,22 @@ def mamba2_table(path: Path) -> str:
     return "\n".join([*lines, "", f"{told} {_made_on(data)}"])
 
 
+def ssm_table(path: Path) -> str:
+    """Seconds of a training step by length and states, and of one reduction."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    lines = ["| what | processor time | reference | times as fast |", "|---|---|---|---|"]
+    for row in data["training_steps"]:
+        lines.append(
+            f"| a step over {row['steps']} inputs, {row['states']} states | {duration(row['seconds_median'])} | "
+            f"{duration(row['reference_seconds'])} | {row['times_faster']:.1f} |"
+        )
+    found = data["reduction"]
+    layer = f"{found['states']} states with {found['channels']} channels"
+    for what, seconds in (("one reduction", found["reduction_seconds"]), ("a step", found["step_seconds"])):
+        lines.append(f"| {what} of {layer} | {duration(statistics.median(seconds))} | – | – |")
+    return "\n".join([*lines, "", _made_on(data)])
+
+
 def _seeds(data: dict[str, Any]) -> str:
     """How many seeds there are, and which."""
     seeds = sorted({run["seed"] for run in data["runs"]})
@@ -366,6 +382,7 @@ def filled(text: str) -> str:
             "overhead": overhead_table,
             "state-regrowth": lambda: state_regrowth_table(RESULTS / "state-regrowth.json"),
             "mamba2": lambda: mamba2_table(RESULTS / "mamba2.json"),
+            "ssm": lambda: ssm_table(RESULTS / "ssm.json"),
             "moments": lambda: moments_table(RESULTS / "moments.json"),
             "predictions": lambda: predictions_table(RESULTS / "latency.json", RESULTS / "memory.json"),
             "real-budgets": lambda: real_budgets_table(RESULTS / "real_budgets.json"),

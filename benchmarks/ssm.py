@@ -2,8 +2,8 @@
 
     python benchmarks/ssm.py --out results/ssm.json
 
-On one thread, in processor seconds. The reference is CompreSSM's JAX code on one core of the two-core CPU that
-this project is developed on: batch 50, 8 channels.
+On one thread, in processor seconds: batch 50, 8 channels. The reference is CompreSSM's JAX code, measured on one core
+of another machine.
 """
 
 from __future__ import annotations
