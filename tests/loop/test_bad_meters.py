@@ -133,6 +133,78 @@ def test_a_budget_that_only_the_meter_shows_to_be_out_of_reach(machine: Machine)
     assert loop.summary is not None and not loop.summary.landed
 
 
+def test_a_budget_below_what_does_not_shrink(machine: Machine) -> None:
+    """Where most of a step is the user's own code, cutting stops once that shows: one warning, and no ruined model."""
+    machine.factor = 1.0
+
+    def live(loop: setpoint.Loop) -> None:
+        machine.live(loop)
+        machine.now += 0.03
+
+    loop, words = told(lambda: train(mlp(), Budget.fraction(0.6, of="latency"), 120, live))
+    summary = loop.summary
+    assert len(words) == 1 and "does not shrink with the model" in words[0], words
+    assert summary is not None and not summary.landed
+    dense, final = (machine.step_s(widths) + 0.03 for widths in (DENSE, loop.widths))
+    assert summary.limit["latency"] == pytest.approx(0.6 * dense)
+    assert f"ended at {final / dense:.1%} of the dense latency, over" in summary.reason
+    assert min(loop.widths.values()) >= 100, loop.widths
+
+
+def test_a_constant_part_that_leaves_room(machine: Machine) -> None:
+    """Where the user's own code leaves room, the budget is met by what does shrink, without a warning."""
+    machine.factor = 1.0
+
+    def live(loop: setpoint.Loop) -> None:
+        machine.live(loop)
+        machine.now += 0.004
+
+    loop, words = told(lambda: train(mlp(), Budget.fraction(0.6, of="latency"), 120, live))
+    assert not words and loop.summary is not None and loop.summary.landed, (words, loop.summary)
+    dense, final = (machine.step_s(widths) + 0.004 for widths in (DENSE, loop.widths))
+    assert 0.5 * dense < final <= 1.03 * 0.6 * dense
+
+
+def test_a_machine_that_slows_down_after_the_landing(machine: Machine) -> None:
+    """A model that landed and is over its budget at the end by the clock has not landed, and the reason says since."""
+
+    def live(loop: setpoint.Loop) -> None:
+        machine.factor = 1.5 if loop.step < 93 else 6.0
+        machine.live(loop)
+
+    reference = setpoint.Reference(0.05, 0.3, 0.3)
+    early = setpoint.PricedController(reference)  # decides at steps 64, 92 and 120 once it has landed
+    loop, _ = told(lambda: train(mlp(), Budget.fraction(0.6, of="latency"), 120, live, controller=early))
+    summary = loop.summary
+    assert summary is not None and summary.metered["latency"] > summary.limit["latency"]
+    assert not summary.landed and "but since then ended at" in summary.reason, summary.reason
+
+
+def test_a_counter_that_never_moves(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A counter that stands still reads nothing, and what is modelled in its place is not called measured."""
+    metered(machine, monkeypatch, lambda: 5.0)
+    loop, _ = told(lambda: train(mlp(), Budget.fraction(0.6, of="energy"), 60, machine.live))
+    assert loop.summary is not None and not loop.summary.metered
+    assert loop.summary.sources["energy"].startswith("modelled")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), 0.0, -1.0])
+@pytest.mark.parametrize("part", ["timed", "fits"])
+def test_a_table_with_damaged_values(machine: Machine, part: str, bad: float) -> None:
+    """Times and fits in the file that cannot be ones are said once, and timed again."""
+    train(mlp(), Budget.fraction(0.7, of="latency"), 20, machine.live)
+    file = Table(torch.device("cpu")).file
+    content = json.loads(file.read_text(encoding="utf-8"))
+    if part == "timed":
+        content["timed"] = {key: [[point, bad] for point, _ in rows] for key, rows in content["timed"].items()}
+    else:
+        content["fits"] = {key: [bad] * len(values) for key, values in content["fits"].items()}
+    file.write_text(json.dumps(content), encoding="utf-8")
+    loop, words = told(lambda: train(mlp(), Budget.fraction(0.7, of="latency"), 20, machine.live))
+    assert len(words) == 1 and "is damaged" in words[0], words
+    assert loop.summary is not None and loop.summary.landed
+
+
 def test_a_table_of_another_device(machine: Machine) -> None:
     """`attach` times a table from another processor anew, says so once, and keeps none of its numbers."""
     train(mlp(), Budget.fraction(0.7, of="latency"), 20, machine.live)

@@ -221,8 +221,41 @@ def test_energy_without_a_meter(machine: Machine) -> None:
     loop = train(mlp(), Budget.fraction(0.6, of="energy"), 120, machine.live, watts=25.0)
     summary = loop.summary
     assert summary is not None and summary.landed and not summary.metered, summary
-    assert summary.sources["energy"] == "modelled: stated watts x predicted seconds"
-    assert summary.limit["energy"] == pytest.approx(0.6 * 25.0 * machine.step_s({"a": 256, "b": 256}), rel=0.05)
+    assert summary.sources["energy"] == "modelled: stated watts x seconds"
+    dense_s = machine.factor * machine.step_s({"a": 256, "b": 256})
+    assert summary.limit["energy"] == pytest.approx(0.6 * 25.0 * dense_s, rel=0.05)
+    assert machine.factor * machine.step_s(loop.widths) <= 1.03 * 0.6 * dense_s
+
+
+def test_stated_watts_count_all_seconds_of_a_run(machine: Machine) -> None:
+    """A run held to joules by stated watts has spent those times its seconds, loading data included, and is within."""
+    if costing.find_energy_meter([torch.device("cpu")])[0] is not None:
+        pytest.skip("this machine has a meter")
+
+    def live(loop: setpoint.Loop) -> None:
+        machine.live(loop)
+        machine.now += 0.01
+
+    run_s = 120 * (0.01 + machine.factor * machine.step_s({"a": 256, "b": 256}))
+    budget = Budget.total(0.8 * 25.0 * run_s, of="energy", per="run")
+    loop = train(mlp(), budget, 120, live, watts=25.0)
+    summary = loop.summary
+    assert summary is not None and summary.landed and summary.sources["energy"].startswith("modelled"), summary
+    assert summary.spent_run["energy"] == pytest.approx(25.0 * machine.now, rel=0.03)
+    assert 0.9 * budget.limit < summary.spent_run["energy"] <= budget.limit
+
+
+@pytest.mark.parametrize("watts", [True, 0.0, -1.0, float("nan"), float("inf")])
+def test_watts_that_are_no_power(watts: Any) -> None:
+    """Stated watts are a finite number above 0."""
+    with pytest.raises(setpoint.BudgetError, match="watts is the power"):
+        train(mlp(), Budget.fraction(0.6, of="energy"), 10, watts=watts)
+
+
+def test_watts_that_nobody_asks_for() -> None:
+    """Watts beside a budget of something else are refused, not ignored."""
+    with pytest.raises(setpoint.BudgetError, match="leave watts out"):
+        train(mlp(), Budget.fraction(0.6, of="flops"), 10, watts=30.0)
 
 
 def test_budgets_of_one_resource_twice_are_refused() -> None:

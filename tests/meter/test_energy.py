@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -47,16 +48,26 @@ def domain(root: Path, folder: str, name: str, energy_uj: int, range_uj: int = 1
 
 
 def test_packages_are_added_up_and_their_parts_are_not(tmp_path: Path) -> None:
-    """Two packages are summed; cores, memory and the whole platform would count twice."""
+    """Two packages and the memory beside one are summed; cores and the whole platform would count twice."""
     first = domain(tmp_path, "intel-rapl:0", "package-0", 1_000_000)
     core = domain(tmp_path, "intel-rapl:0:0", "core", 1_000_000)
     second = domain(tmp_path, "intel-rapl:1", "package-1", 5_000_000)
+    dram = domain(tmp_path, "intel-rapl:1:0", "dram", 0)
     psys = domain(tmp_path, "intel-rapl:2", "psys", 5_000_000)
     meter, why = find_energy_meter([CPU], tmp_path)
-    assert meter is not None and why == "" and meter.source == "RAPL package-0 + RAPL package-1"
-    for folder, more in ((first, 2_500_000), (core, 2_000_000), (second, 5_500_000), (psys, 9_000_000)):
+    assert meter is not None and why == "" and meter.source == "RAPL package-0 + RAPL package-1 + RAPL dram-1"
+    spent = ((first, 2_500_000), (core, 2_000_000), (second, 5_500_000), (dram, 250_000), (psys, 9_000_000))
+    for folder, more in spent:
         (folder / "energy_uj").write_text(str(more))
-    assert meter.read_j() == pytest.approx(1.5 + 0.5)
+    assert meter.read_j() == pytest.approx(1.5 + 0.5 + 0.25)
+
+
+def test_part_of_the_packages_is_no_meter(tmp_path: Path) -> None:
+    """One package that cannot be read leaves no meter: the others would look like the whole."""
+    domain(tmp_path, "intel-rapl:0", "package-0", 1)
+    (domain(tmp_path, "intel-rapl:1", "package-1", 1) / "energy_uj").write_text("nonsense")
+    meter, why = find_energy_meter([CPU], tmp_path)
+    assert meter is None and "intel-rapl:1 cannot be read" in why
 
 
 def test_a_counter_wraps_around(tmp_path: Path) -> None:
@@ -90,6 +101,28 @@ def test_counters_that_run_backwards_are_no_reading(values: tuple[float, ...]) -
     with pytest.warns(UserWarning, match="vanished"):
         assert meter.read_j() is None
     assert meter.read_j() is None
+
+
+@pytest.mark.parametrize("values", [(110.0, 109.9), (100.0, 5.0), (10.0, 1e12), (10.0, 200_000.0)])
+def test_what_no_device_could_have_spent_is_no_reading(values: tuple[float, ...]) -> None:
+    """A small step back is no wrap, and a leap no second's work: the meter vanishes and no number is made of it."""
+    meter = EnergyMeter([Counter("recorded", recorded(100.0, *values), range_j=262_143.0)])
+    with pytest.warns(UserWarning, match=r"vanished.*counters went from"):
+        assert [meter.read_j() for _ in values][-1] is None
+    assert not meter.works
+
+
+def test_a_counter_that_stands_still_is_no_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every device spends something: a counter that has not moved for two seconds has vanished."""
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    meter = EnergyMeter([Counter("recorded", lambda: min(clock[0], 3.0))])
+    for seconds in (1.0, 2.0, 3.0, 4.0):
+        clock[0] = seconds
+        assert meter.read_j() == min(seconds, 3.0)
+    clock[0] = 5.0
+    with pytest.warns(UserWarning, match=r"stood still at \[3.0\] J for 2.0 s"):
+        assert meter.read_j() is None
 
 
 def test_garbage_in_a_counter_file_is_no_reading(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ class Budget:
                 f"a fraction must be at most 1, got {self.limit!r}: 1.0 is the dense model; "
                 f"for an absolute limit use Budget.total({self.limit!r}, of={self.resource!r})"
             )
-        if not 0 <= self.deadband < 1:
+        if isinstance(self.deadband, bool) or not isinstance(self.deadband, (int, float)) or not 0 <= self.deadband < 1:
             raise BudgetError(f"deadband is a relative error in [0, 1), got {self.deadband!r}")
 
     @classmethod

@@ -28,14 +28,16 @@ class EnergyCost:
         watts: power drawn during a step.
         constant_j: joules of a step that no second accounts for.
         source: where the figures are from, for people.
+        stated: whether the watts are the user's, so that seconds are all that can be measured of a step.
         error: median relative error over steps that the fit did not see; NaN if there were none.
     """
 
     latency: Cost
     watts: float
     constant_j: float = 0.0
-    source: str = "modelled: stated watts x predicted seconds"
+    source: str = "modelled: stated watts x seconds"
     error: float = float("nan")
+    stated: bool = False
     resource: Final = "energy"
 
     def __post_init__(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -88,6 +89,12 @@ class Table:
                 key: {tuple(point): float(seconds) for point, seconds in rows} for key, rows in content["timed"].items()
             }
             fits = {key: [float(value) for value in values] for key, values in content.get("fits", {}).items()}
+            if not all(0 < seconds < math.inf for rows in timed.values() for seconds in rows.values()):
+                raise ValueError("it holds times that are no seconds")
+            if not all(0 <= value < math.inf for values in fits.values() for value in values):
+                raise ValueError("it holds a fit that is no numbers")
+            if not all(sum(values[:-1]) > 0 for values in fits.values()):
+                raise ValueError("it holds a fit of nothing")
         except FileNotFoundError:
             return
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -154,6 +155,7 @@ def attach(
         check_shared(wrapped, resources, optimizers)
         if inference_example is not None and "inference" not in resources:
             raise BudgetError("inference_example is for a budget of 'inference': add one, or leave the example out")
+        _check_watts(watts, resources)
         answered = example if inference_example is None else inference_example
         samples = _num_samples(example) * ranks.count if num_samples is None else num_samples
         if form is not None:
@@ -225,6 +227,16 @@ def attach(
         check_runs(parts, account, active, 0)
         facts.update(run_of(parts))
     return Loop(parts, account)
+
+
+def _check_watts(watts: float | None, resources: set[str]) -> None:
+    """Check that stated watts are a power, and that somebody asks for joules."""
+    if watts is None:
+        return
+    if isinstance(watts, bool) or not isinstance(watts, (int, float)) or not 0 < watts < math.inf:
+        raise BudgetError(f"watts is the power that a training step draws, a finite number above 0, got {watts!r}")
+    if "energy" not in resources:
+        raise BudgetError("watts is for a budget or a price of 'energy': add one, or leave watts out")
 
 
 def _check_free(model: nn.Module) -> None:

@@ -76,7 +76,7 @@ def summarise(
         limit=parts.target.limit,
         spent=spent,
         metered=parts.metering.read(),
-        sources={**parts.header["modelled"], **parts.metering.sources},
+        sources={**parts.header["modelled"], **_measured(parts)},
         resident_bytes=resident_bytes() if "memory" in parts.costs else None,
         break_even_step=break_even_step(account.segments()),
         reason=reason,
@@ -94,6 +94,12 @@ def summarise(
         final_loss=watch.loss,
     )
     return summary if weights is None else replace(summary, **weights.numbers(groups))
+
+
+def _measured(parts: Parts) -> dict[str, str]:
+    """By resource that a meter has really read, what reads it; one that has vanished reads nothing."""
+    known = parts.target.metered | parts.metering.read().keys()
+    return {name: source for name, source in parts.metering.sources.items() if name in known}
 
 
 def _num_params(parts: Parts, weights: Weights | None) -> int:
@@ -126,11 +132,14 @@ def _landing(
             heading = f", and {amount(rest, resource)} to go" if rest else ""
             return False, f"{early} at {spent}{heading}, over {amount(limit, resource)}"
     for resource, limit in target.limit.items():
-        seen, dense = target.expected(resource, widths), target.expected(resource, dense_widths)
+        seen, dense = target.expected(resource, widths), target.dense_cost(resource)
+        if resource in target.metered:
+            seen = parts.metering.settled().get(resource, seen)
         margin = max(1e-12, parts.metering.margin(resource))
         if resource not in target.runs and seen > limit * (1 + margin):
             over = f"over {limit / dense:.1%}" if resource not in METERED else f"over {amount(limit, resource)}"
-            return False, f"{early} at {seen / dense:.1%} of the dense {resource}, {over}"
+            slower = f"landed at step {last.step}, but since then " if last is not None and last.landed else ""
+            return False, f"{slower}{early} at {seen / dense:.1%} of the dense {resource}, {over}"
     if last is not None and last.landed:
         gone = "; the energy meter has vanished since: joules are modelled" if parts.metering.vanished() else ""
         return True, f"landed at step {last.step}: {last.reason}{gone}"

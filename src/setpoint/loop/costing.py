@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -96,6 +97,8 @@ def cost_out(
             f"there is no meter of energy here ({why}), so no joules can be measured: give attach(..., watts=W) the "
             "power that a training step draws, and energy is modelled as watts x seconds; or use of='latency'"
         )
+    if meter is not None and watts is not None:
+        warnings.warn(f"joules are measured by {meter.source}: the {watts:g} stated watts are left aside", stacklevel=4)
     costs: dict[str, Cost] = {}
     sources: dict[str, str] = {}
     errors: dict[str, float] = {}
@@ -146,7 +149,7 @@ def _energy(
         return fit_energy(latency, joules, meter.source)
     if watts is None:
         raise CostError("the energy meter gave no reading while copies of the model were trained: give watts=")
-    return EnergyCost(latency, watts)
+    return EnergyCost(latency, watts, stated=True)
 
 
 def _tape(make: Make, groups: tuple[Group, ...]) -> Tape:

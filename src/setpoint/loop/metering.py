@@ -23,6 +23,8 @@ from setpoint.meter.seconds import Measured, StepMeter
 METERED = ("memory", "latency", "inference", "energy")
 """Resources that are measured where there is a meter."""
 _MARGIN = 0.03
+_ENOUGH = 10
+"""Steps behind a reading, before the end of a run is judged by it."""
 _LOOK_S = 10.0
 """Seconds between two looks at the energy counters; at kilowatts the quickest take minutes to wrap."""
 
@@ -118,7 +120,7 @@ class Metering:
         if live is None:
             return
         if _get_current_dispatch_mode() is live:
-            live.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            live.__exit__(None, None, None)
             self._peak = live.peak_bytes
             return
         warnings.warn("another dispatch mode began inside a metered step: its bytes were not read", stacklevel=2)
@@ -126,7 +128,7 @@ class Metering:
             above = []
             while _get_current_dispatch_mode() is not live:
                 above.append(_pop_mode())
-            live.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            live.__exit__(None, None, None)
             for mode in reversed(above):
                 _push_mode(mode)
 
@@ -163,6 +165,12 @@ class Metering:
             if now_j is not None and now_j > self._began_j:
                 found["energy"] = (now_j - self._began_j) / self._num_steps
         return found
+
+    def settled(self) -> dict[str, float]:
+        """The readings that enough steps are behind to be held against a limit."""
+        seconds = self._steps.measured()
+        enough = {"latency": seconds is not None and seconds.count >= _ENOUGH, "energy": self._num_steps >= _ENOUGH}
+        return {name: value for name, value in self.read().items() if enough.get(name, True)}
 
     def margin(self, resource: str) -> float:
         """How far spending may lie over a limit, relatively, before a meter of this resource can tell."""

@@ -15,7 +15,7 @@ from setpoint.groups.group import Group, widths_of
 from setpoint.loop.accounting import Account
 from setpoint.loop.parts import Parts
 from setpoint.loop.record import spending, waiting
-from setpoint.loop.run_spending import committed
+from setpoint.loop.run_spending import committed, stated_watts
 from setpoint.loop.stride import sensed_every
 from setpoint.loop.watch import LossWatch
 
@@ -53,14 +53,21 @@ def observation_of(
 def metered_at(parts: Parts, account: Account, widths: Mapping[str, int]) -> tuple[dict[str, float], dict[str, float]]:
     """What meters read at these widths, and what the controller is told of it.
 
-    A reading that is missing, of what was read before, is replaced by what it foretold, and that is said once.
+    A reading that is missing, of what was read before, is replaced by what it foretold, and that is said once. Where
+    joules are the user's watts times seconds, the controller is told of those seconds.
     """
     time_inference(parts, account, widths)
     target, metered = parts.target, parts.metering.read()
-    before = target.metered
-    told = target.read(metered, widths)
+    before, known = target.metered, dict(metered)
+    watts, seconds = stated_watts(parts), account.steps.seconds_per_step
+    if watts is not None and seconds is not None:
+        known["energy"] = watts * seconds
+    told = target.read(known, widths)
+    narrowest = {group.name: lowest_width(group) for group in parts.groups}
     for name in sorted(target.metered - before):
-        _warn_if_out_of_reach(parts, name, metered[name], widths)
+        _warn_if_out_of_reach(parts, name, known[name], widths)
+    for name in target.out_of_reach(known, widths, narrowest):
+        _warn_and_hold(parts, name, known[name], widths, narrowest)
     missing = before - metered.keys() - {"latency"}  # of which there is none before the first whole step after a cut
     parts.metering.miss(missing)
     return metered, told | {name: target.expected(name, widths) for name in missing}
@@ -77,6 +84,20 @@ def _warn_if_out_of_reach(parts: Parts, name: str, seen: float, widths: Mapping[
             f"about {amount(least, name)}",
             stacklevel=2,
         )
+
+
+def _warn_and_hold(
+    parts: Parts, name: str, seen: float, widths: Mapping[str, int], narrowest: Mapping[str, int]
+) -> None:
+    """Say that a budget is out of reach by what cuts have saved, and hold what is there: more would save too little."""
+    limit, least = parts.target.limit[name], parts.target.least(name, seen, widths, narrowest)
+    parts.target.hold(name, seen)
+    warnings.warn(
+        f"the budget of {amount(limit, name)} cannot be met: of the {amount(seen, name)} that the meter reads too much "
+        f"does not shrink with the model (loading data, say), and by what cuts have saved so far the narrowest "
+        f"model would still take about {amount(least, name)}. Nothing more is cut for it",
+        stacklevel=2,
+    )
 
 
 def time_inference(parts: Parts, account: Account, widths: Mapping[str, int]) -> None:

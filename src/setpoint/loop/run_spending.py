@@ -7,35 +7,46 @@ from collections.abc import Mapping
 
 from setpoint.controller.ladder import lowest_width
 from setpoint.cost.budget import amount
+from setpoint.cost.energy import EnergyCost
 from setpoint.loop.accounting import Account
 from setpoint.loop.parts import Parts
+
+
+def stated_watts(parts: Parts) -> float | None:
+    """The power that the user has stated, where joules are this times seconds; else None."""
+    energy = parts.costs.get("energy")
+    return energy.watts if isinstance(energy, EnergyCost) and energy.stated else None
 
 
 def spent_so_far(parts: Parts, account: Account) -> dict[str, float]:
     """By resource of a run budget, what has been spent from the call of `attach` to the last optimizer step.
 
     Overhead is included: FLOPs as they are counted, seconds by the clock, joules by the meter at its last reading and
-    as predicted from there on. Joules that no meter reads are predicted throughout.
+    as predicted from there on. Joules by the user's watts are those times the seconds of the run.
 
     Args:
         parts: what the loop is made of.
         account: what has been spent.
     """
-    found = {"flops": account.train_flops, "latency": account.run_seconds, "energy": account.run_j}
+    watts = stated_watts(parts)
+    run_j = account.run_j if watts is None else watts * account.run_seconds
+    found = {"flops": account.train_flops, "latency": account.run_seconds, "energy": run_j}
     return {name: found[name] for name in parts.target.runs}
 
 
 def committed(parts: Parts, account: Account, step: int) -> dict[str, float]:
     """By resource of a run budget, what has been spent, and what will be besides optimizer steps.
 
-    Of seconds that is what the user's own code has taken between steps so far, step for step.
+    Of seconds that is what the user's own code has taken between steps so far, step for step; of joules, where they are
+    watts times seconds, likewise.
 
     Args:
         parts: what the loop is made of.
         account: what has been spent.
         step: optimizer steps done.
     """
-    besides = {"latency": max(0, parts.total_steps - step) * account.extra_seconds_per_step}
+    seconds = max(0, parts.total_steps - step) * account.extra_seconds_per_step
+    besides = {"latency": seconds, "energy": seconds * (stated_watts(parts) or 0.0)}
     return {name: value + besides.get(name, 0.0) for name, value in spent_so_far(parts, account).items()}
 
 

@@ -18,6 +18,8 @@ from setpoint.loop.run_budget import RunBudget
 
 _TRUST = 0.6
 """How far the factor of a joint cost follows a new reading, as far as the controller's PI part does."""
+_SLACK = 0.03
+"""How far a reading may rise above what is held in place of a limit out of reach, before anything is cut for it."""
 _WAVER = 0.003
 """Share of a run budget that is left where a meter tells what is spent."""
 
@@ -115,6 +117,9 @@ class Target:
             self._limit[name] = self._dense[name]
         self._factor = dict.fromkeys([each.resource for each in budgets] or [resource], 1.0)
         self._metered_dense: dict[str, float] = {}
+        self._first: dict[str, tuple[float, float]] = {}
+        self._doubts: dict[str, int] = {}
+        self._asked: dict[str, float] = {}
         self._whole = {each.resource for each in budgets if each.relative and each.limit == 1 and each.per == "step"}
 
     @property
@@ -139,12 +144,16 @@ class Target:
     @property
     def limit(self) -> dict[str, float]:
         """Limit by resource of each budget, in its own unit."""
-        return dict(self._limit)
+        return {**self._limit, **self._asked}
 
     @property
     def limits(self) -> dict[str, float]:
-        """The limits, with that of what the controller is to hold."""
-        return self.limit if len(self.budgets) <= 1 else {**self._limit, "joint": 1.0}
+        """What the controller is to hold: the limits, but what is there where one is out of reach."""
+        return dict(self._limit) if len(self.budgets) <= 1 else {**self._limit, "joint": 1.0}
+
+    def dense_cost(self, name: str) -> float:
+        """Dense cost of a resource, by the first reading where a meter has read it."""
+        return self._metered_dense.get(name, self._dense[name])
 
     def replan(self, step: int, total_steps: int, *, spent: Mapping[str, float], widths: Mapping[str, int]) -> None:
         """Find afresh what budgets of the whole run leave for each step.
@@ -208,6 +217,7 @@ class Target:
         for name, value in seen.items():
             first, ratio = name not in self._metered_dense, value / self._costs[name].total(widths)
             if first:
+                self._first[name] = (self._costs[name].total(widths), value)
                 self._anchor(name, ratio * self._dense[name], at_dense=widths == self._dense_widths)
             trust = 1.0 if first or name in self.runs else _TRUST
             self._factor[name] *= math.exp(trust * math.log(ratio / self._factor[name]))
@@ -218,6 +228,61 @@ class Target:
             ]
             return {**seen, "joint": max(shares)}
         return seen
+
+    def least(self, name: str, seen: float, widths: Mapping[str, int], narrowest: Mapping[str, int]) -> float:
+        """What the narrowest model would take by what cuts have saved, if anything that they have not saved stays.
+
+        With the first reading `m0` at the predicted cost `p0` and the present `m` at `p`, what shrinks does so by
+        `(m0 - m) / (p0 - p)` for each unit of predicted cost.
+
+        Args:
+            name: of the resource.
+            seen: the present reading.
+            widths: that it was read at.
+            narrowest: widths of the narrowest model.
+        """
+        (predicted, first), now = self._first[name], self._costs[name].total(widths)
+        slope = max(0.0, first - seen) / (predicted - now)
+        return seen - slope * (now - self._costs[name].total(narrowest))
+
+    def out_of_reach(
+        self, metered: Mapping[str, float], widths: Mapping[str, int], narrowest: Mapping[str, int]
+    ) -> list[str]:
+        """Resources whose budget, as two readings in a row tell, no cut can meet.
+
+        That is so where cuts that should have saved a tenth or more have saved less than half of that, and what is
+        left to save (`least`) does not lead down to the limit.
+
+        Args:
+            metered: the present readings.
+            widths: that they were read at.
+            narrowest: widths of the narrowest model.
+        """
+        found = []
+        for name, limit in self._limit.items():
+            if name not in metered or name not in self._first or name in self.runs or name in self._asked:
+                continue
+            (predicted, first), now = self._first[name], self._costs[name].total(widths)
+            doubtful = (
+                metered[name] > limit
+                and now <= 0.9 * predicted
+                and 1 - metered[name] / first < 0.5 * (1 - now / predicted)
+                and self.least(name, metered[name], widths, narrowest) > limit
+            )
+            self._doubts[name] = self._doubts.get(name, 0) + 1 if doubtful else 0
+            if self._doubts[name] >= 2:
+                found.append(name)
+        return found
+
+    def hold(self, name: str, seen: float) -> None:
+        """Have the controller hold what a meter reads now, since the limit is out of reach; it stays the one asked for.
+
+        Args:
+            name: of the resource.
+            seen: the reading.
+        """
+        self._asked[name] = self._limit[name]
+        self._limit[name] = seen * (1 + _SLACK)
 
     def _anchor(self, name: str, dense: float, *, at_dense: bool) -> None:
         """From here on the dense cost is what a meter has told of it; a fraction only once it has read that model."""
@@ -240,7 +305,14 @@ class Target:
 
     def state_dict(self) -> dict[str, Any]:
         """What meters have told so far, in plain numbers."""
-        return {"limit": dict(self._limit), "factor": dict(self._factor), "dense": dict(self._metered_dense)}
+        return {
+            "limit": dict(self._limit),
+            "factor": dict(self._factor),
+            "dense": dict(self._metered_dense),
+            "first": {name: list(pair) for name, pair in self._first.items()},
+            "doubts": dict(self._doubts),
+            "asked": dict(self._asked),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with what meters had told by then.
@@ -251,6 +323,9 @@ class Target:
         self._limit = {name: float(state["limit"][name]) for name in self._limit}
         self._factor = {name: float(state["factor"][name]) for name in self._factor}
         self._metered_dense = {str(name): float(value) for name, value in state["dense"].items()}
+        self._first = {str(name): (float(p), float(m)) for name, (p, m) in state.get("first", {}).items()}
+        self._doubts = {str(name): int(count) for name, count in state.get("doubts", {}).items()}
+        self._asked = {str(name): float(value) for name, value in state.get("asked", {}).items()}
         self.runs = {
             name: replace(run, dense=self._metered_dense.get(name, run.dense)) for name, run in self.runs.items()
         }

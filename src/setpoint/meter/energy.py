@@ -13,6 +13,8 @@ from typing import Any, final
 import torch
 
 POWERCAP = Path("/sys/class/powercap")
+_MOST_WATTS = 1e5
+_STILL_S = 2.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,10 +36,11 @@ class Counter:
 class EnergyMeter:
     """Joules spent since the meter was made, over all of its counters.
 
-    A counter with a known range that reads less than before has wrapped. One without a range that runs
-    backwards, or any that reads a negative value or no number, has vanished: the meter says so once,
-    as a warning, and has no reading from then on. Read it more often than a counter takes to wrap
-    (minutes at least), or a whole turn is missed.
+    A counter with a known range that reads less than before has wrapped. One that runs backwards without having
+    wrapped, jumps ahead by more than a hundred kilowatts could explain, stands still for two seconds, or reads a
+    negative value or no number, has vanished: the meter says so once, as a warning, and has no reading from then on.
+    Read it more often than a counter takes for half a turn (a minute at least), or a turn is missed: a step back
+    by less than half of the range is no wrap.
 
     Args:
         counters: at least one.
@@ -53,6 +56,8 @@ class EnergyMeter:
         self._counters = tuple(counters)
         self._energy_j = 0.0
         self._last: list[float] | None = self._read()
+        self._read_at = time.monotonic()
+        self._moved_at = [self._read_at] * len(self._counters)
 
     @property
     def source(self) -> str:
@@ -68,13 +73,20 @@ class EnergyMeter:
         """Joules since the meter was made, or None once a counter has vanished."""
         if self._last is None:
             return None
-        before, now = self._last, self._read()
+        before, now, at = self._last, self._read(), time.monotonic()
         if now is not None:
-            steps = [*map(_step, self._counters, before, now)]
+            elapsed_s, self._read_at = max(0.0, at - self._read_at), at
+            steps = [_step(*each, elapsed_s) for each in zip(self._counters, before, now, strict=True)]
+            self._moved_at = [at if step else moved for step, moved in zip(steps, self._moved_at, strict=True)]
+            still_s = max(at - moved for moved in self._moved_at)
             if None in steps:
-                self._vanish(f"from {before} J its counters went back to {now} J")
+                self._vanish(f"its counters went from {before} to {now} J in {elapsed_s:.2g} s")
                 now = None
-            self._energy_j += sum(step for step in steps if step is not None)
+            elif still_s >= _STILL_S:
+                self._vanish(f"a counter has stood still at {now} J for {still_s:.1f} s")
+                now = None
+            else:
+                self._energy_j += sum(step for step in steps if step is not None)
         self._last = now
         return self._energy_j if now is not None else None
 
@@ -96,42 +108,43 @@ class EnergyMeter:
         warnings.warn(f"the energy meter has vanished, energy is not measured from here on ({why})", stacklevel=4)
 
 
-def _step(counter: Counter, before: float, after: float) -> float | None:
-    """Joules between two readings of a counter, a wrap counted in; None if it ran backwards."""
-    if after >= before:
-        return after - before
-    if counter.range_j is None or before > counter.range_j:
-        return None
-    return after - before + counter.range_j
+def _step(counter: Counter, before: float, after: float, elapsed_s: float) -> float | None:
+    """Joules between two readings of a counter, a wrap counted in; None if no device could have spent them."""
+    range_j = math.inf if counter.range_j is None else counter.range_j
+    step_j = after - before if after >= before else after - before + range_j
+    return step_j if max(before, after) <= range_j and step_j <= min(range_j / 2, _most_j(elapsed_s)) else None
+
+
+def _most_j(elapsed_s: float) -> float:
+    """More than any one device spends in that time; a counter is seldom newer than a second."""
+    return _MOST_WATTS * max(1.0, elapsed_s)
 
 
 def rapl_counters(root: Path = POWERCAP) -> tuple[list[Counter], str]:
-    """Counters of the processor packages by RAPL (Intel and AMD), and why there are none.
+    """Counters of the processor packages and their memory by RAPL (Intel and AMD), and why there are none.
 
-    Parts of a package ("core", "dram") are not read: the package counts most of them. Nor is "psys", which
-    counts the packages again.
+    Of the parts of a package only "dram" is read, which the package does not count (Intel SDM, volume 3, "RAPL
+    domains"); "core" and "uncore" are in it, and "psys" counts everything again. If one of the counters cannot be
+    read there is none at all: a part of the energy would look like the whole.
 
     Args:
         root: the powercap folder of sysfs.
     """
     found, why = [], f"no RAPL domain under {root}"
     for folder in sorted(root.glob("intel-rapl:*")):
-        if folder.name.count(":") != 1:
-            continue
         try:
             name = (folder / "name").read_text().strip()
+            part = folder.name.count(":") > 1
+            if name.startswith("psys") or (part and name != "dram"):
+                continue
             range_j = float((folder / "max_energy_range_uj").read_text()) / 1e6
             read = _microjoules(folder / "energy_uj")
-            if name.startswith("psys"):
-                continue
             read()
         except PermissionError as error:
-            why = f"{error.filename} may be read by root only: give this user read access to it"
-            continue
+            return [], f"{error.filename} may be read by root only: give this user read access to it"
         except (OSError, ValueError) as error:
-            why = f"{folder} cannot be read: {error}"
-            continue
-        found.append(Counter(f"RAPL {name}", read, range_j))
+            return [], f"{folder} cannot be read: {error}"
+        found.append(Counter(f"RAPL dram-{folder.name.split(':')[1]}" if part else f"RAPL {name}", read, range_j))
     return found, "" if found else why
 
 

@@ -51,6 +51,11 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._see(leaf)
         return result
 
+    def __exit__(self, *ending: Any) -> None:
+        """Note nothing any more: what goes after the end, whenever it is collected, is not the code's doing."""
+        self._noted = None
+        super().__exit__(*ending)  # type: ignore[no-untyped-call]
+
     def _see(self, tensor: Tensor) -> None:
         """Count the tensor's storage, if it is a new one or has grown."""
         if tensor.layout != torch.strided:
