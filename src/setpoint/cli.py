@@ -87,15 +87,24 @@ def bench(
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="Folder that `bench` or `demo` wrote.", metavar="DIR")],
+    folder: Annotated[
+        Path, typer.Argument(help="Folder that `bench` or `demo` wrote, or a ledger's file.", metavar="DIR|FILE")
+    ],
     out: Out = None,
 ) -> None:
-    """Show the results in a folder as tables, and write them to results.md and report.html."""
+    """Show the results in a folder as tables, and write them to results.md and report.html.
+
+    Of a ledger that a run of your own saved, by `loop.ledger.save("run.jsonl")`, show what was decided and spent, and
+    write run.html.
+    """
     from setpoint.report.markdown import NAME, write_markdown
 
     with _errors_as_messages():
         if out is not None:
             _check_folder(out)
+        if folder.is_file():
+            _report_ledger(folder, out)
+            return
         text = write_markdown(folder, None if out is None else out / NAME)
         page = _page_if_possible(folder, out)
         _print_table(folder)
@@ -183,6 +192,24 @@ def _sweep(suite: str, models: Sequence[str] | None, workers: int, out: Path | N
     if out is not None:
         _write_json(out / f"suite-{suite}.json", record(suite, verdicts, workers))
     _finish(summary(suite, verdicts))
+
+
+def _report_ledger(file: Path, out: Path | None) -> None:
+    """Tables and page of one ledger."""
+    from setpoint.report.decisions import ledger_line
+    from setpoint.report.ledger_page import ledger_tables, read_ledger, write_ledger_page
+
+    record, console = read_ledger(file), _console()
+    for table in ledger_tables(record):
+        console.print(table)
+    told = ledger_line(record)
+    console.print(told, soft_wrap=True, markup=False, highlight=False)
+    try:
+        page = str(write_ledger_page(file, None if out is None else out / file.with_suffix(".html").name))
+    except ImportError as error:
+        print(f"no page: {error}", file=sys.stderr)
+        page = None
+    _finish({"report": page, "ledger": told})
 
 
 def _write_json(path: Path, answer: dict[str, Any]) -> None:

@@ -29,11 +29,11 @@ class Entry:
         val: last observed validation loss.
         seconds: wall-clock seconds since attach.
         reason: why, and what was skipped.
-        spent: predicted cost per step after the decision.
+        spent: cost per step after the decision, as predicted, and corrected by what meters have read so far.
         metered: measured cost per step at the widths before the decision, of what a meter reads.
         predicted: predicted cost at the same widths, of the same resources.
         reference: what the reference allowed.
-        error: spent / reference - 1, with spent corrected by what the meters have read so far.
+        error: spent / reference - 1.
         price: loss per unit of resource.
         saliency: of the dropped units, by group, in the order of `dropped`.
         worth: saliency / saving of the dropped units' blocks, by group, in the order of `dropped`.
@@ -51,6 +51,8 @@ class Entry:
             has been observed.
         rank_correlation: Spearman's, of the reading with the last one, by group, over the units that are in both;
             for balanced states, of the Hankel values that the states of the last reading had then and now.
+        limit: the budget per step by resource; a fraction is one of what a meter has read of the dense model.
+        spent_run: of budgets of the whole run, what it has spent so far.
     """
 
     step: int
@@ -81,6 +83,8 @@ class Entry:
     num_grown: Mapping[str, int] = field(default_factory=dict)
     loss_after: float | None = None
     rank_correlation: Mapping[str, float] = field(default_factory=dict)
+    limit: Mapping[str, float] = field(default_factory=dict)
+    spent_run: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def changed(self) -> bool:

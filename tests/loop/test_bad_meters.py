@@ -151,6 +151,19 @@ def test_a_budget_below_what_does_not_shrink(machine: Machine) -> None:
     assert min(loop.widths.values()) >= 100, loop.widths
 
 
+def test_a_slow_start(machine: Machine) -> None:
+    """A fraction is one of the dense model's last reading: first steps that take five times as long buy nothing."""
+
+    def live(loop: setpoint.Loop) -> None:
+        machine.factor = 5.0 if loop.step < 12 else 1.0
+        machine.live(loop)
+
+    loop, _ = told(lambda: train(mlp(), Budget.fraction(0.6, of="latency"), 200, live))
+    summary = loop.summary
+    assert summary is not None and summary.landed, summary
+    assert machine.step_s(loop.widths) <= 1.03 * 0.6 * machine.step_s(DENSE)
+
+
 def test_a_constant_part_that_leaves_room(machine: Machine) -> None:
     """Where the user's own code leaves room, the budget is met by what does shrink, without a warning."""
     machine.factor = 1.0

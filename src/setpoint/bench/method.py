@@ -125,6 +125,8 @@ METHODS: tuple[Method, ...] = (
     Setpoint("setpoint-gates", GatedController()),
     Setpoint("setpoint-regrow", PricedController(regrow=True)),
     Setpoint("setpoint-weights", granularity="weight", paper=_EVCI, family="sparse"),
+    Setpoint("setpoint-latency", resource="latency"),
+    Setpoint("setpoint-memory", resource="memory"),
     Setpoint("setpoint-magnitude", sensor=MagnitudeSensor),
     Setpoint("setpoint-random", sensor=RandomSensor, paper=_MITTAL),
 )
@@ -132,8 +134,8 @@ METHODS: tuple[Method, ...] = (
 
 Each `setpoint-...` is Setpoint with one thing changed: how a cut is split over layers (`uniform`; `magnitude` and
 `random` too, since their readings rank within a layer only), when it is made (`first`, `early`, `late`), what ranks
-units (`gates`, `magnitude`, `random`), whether units come back (`regrow`), or what is pruned (`weights`: single ones,
-in theory).
+units (`gates`, `magnitude`, `random`), whether units come back (`regrow`), what is pruned (`weights`: single ones,
+in theory), or what the budget is on (`latency`, `memory`).
 """
 
 

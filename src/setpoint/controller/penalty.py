@@ -12,7 +12,7 @@ from jaxtyping import Bool
 
 from setpoint.controller.ladder import build_ladder
 from setpoint.controller.plan import Observation, Plan
-from setpoint.controller.reason import problem_with
+from setpoint.controller.reason import per, problem_with
 from setpoint.controller.reference import Reference
 from setpoint.controller.selection import Selection, descend, start
 from setpoint.cost.cost import Cost
@@ -143,8 +143,8 @@ def _explain(selection: Selection, dropped: int, price: float, resource: str, la
     """What was dropped at which price."""
     words = "landed: " if landed else ""
     if not dropped:
-        return f"{words}nothing earns less than the price of {price:.3g} per {resource}"
+        return f"{words}nothing earns less than the price of {price:.3g} {per(resource)}"
     names = sum(1 for rung in selection.rungs.values() if rung)
     return (
-        f"{words}dropped {dropped} units of {names} groups that earn less than the price of {price:.3g} per {resource}"
+        f"{words}dropped {dropped} units of {names} groups that earn less than the price of {price:.3g} {per(resource)}"
     )

@@ -6,6 +6,7 @@ import math
 
 from setpoint.controller.offer import Offer
 from setpoint.controller.selection import Selection, regained
+from setpoint.cost.budget import UNIT
 from setpoint.groups.group import Group
 from setpoint.sensor.reading import Reading
 
@@ -51,7 +52,7 @@ def explain_cut(selection: Selection, price: float, resource: str, target: float
     off = selection.total / target - 1
     if not dropped:
         return f"nothing dropped, predicted cost stays {percent(off)} from the target{_brake(selection)}"
-    words = f"dropped {sum(dropped.values())} units of {len(dropped)} groups at a price of {price:.3g} per {resource}"
+    words = f"dropped {sum(dropped.values())} units of {len(dropped)} groups at a price of {price:.3g} {per(resource)}"
     if off > 0:
         return f"{words}; predicted cost stays {percent(off)} from the target{_brake(selection)}"
     words = f"{'landed: ' if landed else ''}{words}; predicted cost is {percent(off)} from the target"
@@ -59,6 +60,15 @@ def explain_cut(selection: Selection, price: float, resource: str, target: float
         finest = min(regained(selection, name) for name in dropped)
         words += f", as the smallest block to give back costs {percent(finest / target)}"
     return words
+
+
+def per(resource: str) -> str:
+    """What a price of a resource is for, in words.
+
+    >>> per("latency"), per("joint")
+    ('for each s', 'for all of the leading budget')
+    """
+    return "for all of the leading budget" if resource == "joint" else f"for each {UNIT.get(resource, resource)}"
 
 
 def explain_growth(offers: list[Offer]) -> str:

@@ -87,6 +87,8 @@ UNITS: Mapping[str, str] = {
     "energy": "J",
 }
 """Unit of each resource."""
+UNIT: Mapping[str, str] = {**UNITS, "flops": "FLOP", "params": "parameter", "memory": "byte"}
+"""One of it, in words."""
 IN_SECONDS = ("latency", "inference")
 """Resources that are told by the clock."""
 MILLISECONDS = 50

@@ -12,7 +12,7 @@ from setpoint.groups.group import Group, Size
 _MAX_VECTORS = 16
 
 
-def trial_widths(groups: Sequence[Group], seed: int = 0) -> list[dict[str, int]]:
+def trial_widths(groups: Sequence[Group], seed: int = 0, *, dense: bool = True) -> list[dict[str, int]]:
     """Width vectors that tell all groups apart: the dense one and as many random ones as that takes.
 
     Two groups are told apart if their widths do not change in proportion. Widths are those that whole blocks
@@ -21,16 +21,20 @@ def trial_widths(groups: Sequence[Group], seed: int = 0) -> list[dict[str, int]]
     Args:
         groups: at their dense widths.
         seed: of the draw.
+        dense: whether any group is ever left whole; without, all are cut that can be, in the first vector by one block.
 
     >>> [len(trial_widths((Group("a", "unit", 8, ()), Group("b", "unit", 8, ()))))]
     [4]
     """
     generator = np.random.default_rng(seed)
-    vectors = [{group.name: group.num_units for group in groups}]
+    reach = {group.name: _reachable(group) for group in groups}
+    if not dense:
+        reach = {name: widths[1:] if len(widths) > 2 else widths for name, widths in reach.items()}
+    vectors = [{name: widths[0] for name, widths in reach.items()}]
     while len(vectors) < _MAX_VECTORS:
-        vectors.append({group.name: int(generator.choice(_reachable(group))) for group in groups})
+        vectors.append({name: int(generator.choice(widths)) for name, widths in reach.items()})
         directions = [_direction([vector[group.name] for vector in vectors]) for group in groups]
-        movable = [d for d, group in zip(directions, groups, strict=True) if len(_reachable(group)) > 1]
+        movable = [d for d, group in zip(directions, groups, strict=True) if len(reach[group.name]) > 1]
         if len(vectors) >= 4 and all(any(d[0]) for d in movable) and len({d[0] for d in movable}) == len(movable):
             break
     return vectors

@@ -3,9 +3,11 @@
 Weights, buffers, gradients, optimizer state, inputs, what autograd saves and what the step makes on
 its way, each storage from where it is made to where nothing holds it any more:
 
-    total(widths) = max over moments of the step of (sum of the bytes alive then) + workspace.
+    total(widths) = max over moments of the step of the sum of the bytes alive then.
 
-The bytes of a storage are a product of widths, so this is a maximum of sums of products.
+The bytes of a storage are a product of widths, so this is a maximum of sums of products. What kernels allocate inside
+themselves is in no storage: on a GPU the allocator's reading has it, and feedback corrects the prediction by that; on
+the CPU nothing tells it.
 """
 
 from __future__ import annotations
@@ -25,13 +27,11 @@ class MemoryCost:
 
     Args:
         tape: the step.
-        workspace_bytes: what kernels allocate inside themselves, by measurement; 0 where it does not show.
     """
 
     resource: Final = "memory"
 
-    def __init__(self, tape: Tape, workspace_bytes: float = 0.0) -> None:
-        self.workspace_bytes = workspace_bytes
+    def __init__(self, tape: Tape) -> None:
         monomials: dict[tuple[Size, ...], int] = {}
         factors = np.zeros(len(tape.storages))
         columns = np.zeros(len(tape.storages), dtype=np.int64)
@@ -46,7 +46,7 @@ class MemoryCost:
 
     def total(self, widths: Mapping[str, int]) -> float:
         """Peak bytes at these widths."""
-        return float((self._alive @ self._products.at(widths)).max()) + self.workspace_bytes
+        return float((self._alive @ self._products.at(widths)).max())
 
     def saving(self, widths: Mapping[str, int], group: str, num_units: int) -> float:
         """`total(widths) - total(widths with num_units fewer units in group)`."""

@@ -12,7 +12,7 @@ from setpoint.loop.accounting import Account
 from setpoint.loop.metering import METERED
 from setpoint.loop.parts import Parts
 from setpoint.loop.planning import time_inference
-from setpoint.loop.record import drop_counts, return_counts, spending
+from setpoint.loop.record import drop_counts, return_counts
 from setpoint.loop.run_spending import read_joules, spent_so_far
 from setpoint.loop.summary import Summary, break_even_step
 from setpoint.loop.watch import LossWatch
@@ -49,7 +49,7 @@ def summarise(
             time_inference(parts, account, widths)
     if step < total_steps:
         read_joules(parts, account, widths)
-    spent = spending(parts.costs, widths)
+    spent = {name: parts.target.expected(name, widths) for name in parts.costs}
     dense_flops = parts.costs["flops"].total(dense_widths)
     landed, reason = _landing(parts, account, groups, step, last, weights)
     drops = drop_counts(ledger)

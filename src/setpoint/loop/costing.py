@@ -153,9 +153,19 @@ def _energy(
 
 
 def _tape(make: Make, groups: tuple[Group, ...]) -> Tape:
-    """The recorded step; whatever goes wrong in foreign code becomes one error that says what to do."""
+    """The recorded step; whatever goes wrong in foreign code becomes one error that says what to do.
+
+    Some modules (`nn.MultiheadAttention`) take another way through PyTorch as soon as they are cut. Then the step
+    is that of a model in which everything is.
+    """
     try:
-        return record(partial(make, data=False), trial_widths(groups))
+        try:
+            return record(partial(make, data=False), trial_widths(groups))
+        except CostError as error:
+            try:
+                return record(partial(make, data=False), trial_widths(groups, dense=False))
+            except CostError:
+                raise error from None
     except SetpointError:
         raise
     except Exception as error:

@@ -15,6 +15,7 @@ from setpoint.groups.group import Group, widths_of
 from setpoint.ledger import Entry, Ledger
 from setpoint.loop.accounting import Account
 from setpoint.loop.parts import Parts
+from setpoint.loop.run_spending import spent_so_far
 from setpoint.sensor.probe import Probe
 from setpoint.sensor.reading import Reading
 
@@ -61,10 +62,9 @@ def entry_of(
         reason: why.
     """
     target, widths = parts.target, widths_of(groups)
-    spent = spending(parts.costs, widths)
+    spent = {name: target.expected(name, widths) for name in parts.costs}
     reference = target.spread(plan.reference, before) if plan else {}
     recompiles, recompiling_seconds = account.new_recompiles()
-    expected = {name: target.expected(name, widths) for name in reference if name in spent}
     return Entry(
         step=step,
         widths=widths,
@@ -74,7 +74,9 @@ def entry_of(
         metered=dict(metered),
         predicted={name: parts.costs[name].total(before) for name in metered},
         reference=reference,
-        error={name: value / reference[name] - 1.0 for name, value in expected.items() if reference[name] > 0},
+        limit=target.limit,
+        spent_run=spent_so_far(parts, account),
+        error={name: spent[name] / value - 1.0 for name, value in reference.items() if name in spent and value > 0},
         price=target.spread(plan.price, before, price=True) if plan else {},
         sensing_seconds=account.new_sensing_seconds(),
         probing_seconds=account.new_probing_seconds(),

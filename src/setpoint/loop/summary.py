@@ -35,8 +35,8 @@ class Summary:
         resizing_seconds: cutting model and optimizer.
         resizes: number of cuts.
         limit: the budget, by resource, in the resource's own unit.
-        spent: predicted cost of one optimizer step of the finished model, by resource; in theory, where single weights
-            are masked.
+        spent: cost of one optimizer step of the finished model by resource, as predicted, and corrected by what meters
+            have read so far; in theory, where single weights are masked.
         metered: the same as measured, by resource; what no meter has read is not there.
         sources: by resource, what it was "measured" or "modelled" by.
         resident_bytes: largest resident set of the process so far, for information: nothing is held to it; None

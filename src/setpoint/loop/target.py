@@ -80,7 +80,7 @@ class Target:
     Without any budget (`Price`, `Tolerance`) the controller sees the cost of a resource and no limit. With one
     budget it sees that budget's cost; with several, the largest share of a limit that is spent (`JointCost`),
     whose limit is 1. A fraction is one of the dense cost as predicted until a meter has read the dense model,
-    and of that reading from there on.
+    and of the last reading of that model from there on.
 
     Args:
         budgets: at least one, each of another resource.
@@ -216,9 +216,10 @@ class Target:
         seen = {name: value for name, value in metered.items() if name in held and value > 0}
         for name, value in seen.items():
             first, ratio = name not in self._metered_dense, value / self._costs[name].total(widths)
-            if first:
+            at_dense = widths == self._dense_widths
+            if first or at_dense:  # the first steps of a run are slow, so the last reading of the dense model counts
                 self._first[name] = (self._costs[name].total(widths), value)
-                self._anchor(name, ratio * self._dense[name], at_dense=widths == self._dense_widths)
+                self._anchor(name, ratio * self._dense[name], at_dense=at_dense)
             trust = 1.0 if first or name in self.runs else _TRUST
             self._factor[name] *= math.exp(trust * math.log(ratio / self._factor[name]))
         if len(self.budgets) > 1 and self._metered_dense:  # what no meter reads now is as the readings so far foretell

@@ -26,10 +26,27 @@ BAND = 0.84
 
 
 def resources(record: Record) -> tuple[str, ...]:
-    """The resources under a budget; without a header, those with a reference."""
+    """The resources under a budget; without one, those with a reference or a price."""
     return tuple(dict.fromkeys((*record.limit, *record.limit_run))) or tuple(
-        dict.fromkeys(name for entry in record.entries for name in entry.reference)
+        dict.fromkeys(name for entry in record.entries for name in (*entry.reference, *entry.price))
     )
+
+
+def dense_of(record: Record, resource: str) -> float | None:
+    """Dense cost per step: as predicted, or what the first reading of a meter makes of that."""
+    dense = record.dense.get(resource)
+    for entry in record.entries:
+        if dense is not None and resource in entry.metered and entry.predicted.get(resource):
+            return dense * entry.metered[resource] / entry.predicted[resource]
+    return dense
+
+
+def limit_of(record: Record, resource: str) -> float | None:
+    """The budget per step, as it was at the last decision; None where there is none, or one of the whole run."""
+    if resource in record.limit_run:
+        return None
+    told = [entry.limit[resource] for entry in record.entries if resource in entry.limit]
+    return told[-1] if told else record.limit.get(resource)
 
 
 def unit_of(resource: str | None) -> str:
@@ -59,7 +76,7 @@ def num_grown(entry: Entry) -> dict[str, int]:
 
 def spending(record: Record, resource: str) -> Figure:
     """Spent against reference, with the dense cost, the budget and the cuts."""
-    dense, limit = record.dense.get(resource), record.limit.get(resource)
+    dense, limit = dense_of(record, resource), limit_of(record, resource)
     entries = [entry for entry in record.entries if resource in entry.spent]
     top = max([dense or 0.0, *(entry.spent[resource] for entry in entries)])
     factor, unit = scale(top, unit_of(resource))
@@ -364,16 +381,25 @@ def ledger_line(record: Record) -> str:
     told = f"{len(record.entries)} decisions, {len(made)} cuts, {sum(map(dropped, made)):,} units dropped"
     for resource in resources(record):
         last = next((entry.spent[resource] for entry in reversed(record.entries) if resource in entry.spent), None)
-        dense, limit = record.dense.get(resource), record.limit.get(resource)
+        dense, limit = dense_of(record, resource), limit_of(record, resource)
         if last is not None:
             told += f"; spends {human(last, UNITS.get(resource, resource))} per {PER.get(resource, 'step')} at the end"
             told += f" ({percent(last / dense)} of dense)" if dense else ""
             told += f", budget {human(limit, UNITS.get(resource, resource))}" if limit else ""
+        read = next((e.metered[resource] for e in reversed(record.entries) if resource in e.metered), None)
+        told += f", {human(read, UNITS.get(resource, resource))} by the meter's last reading" if read else ""
         whole = record.limit_run.get(resource)
-        told += f", budget of the whole run {human(whole, UNITS.get(resource, resource))}" if whole else ""
+        so_far = [(e.step, e.spent_run[resource]) for e in record.entries if resource in e.spent_run]
+        if whole:
+            told += f", budget of the whole run {human(whole, UNITS.get(resource, resource))}"
+        if whole and so_far:
+            step, amount = so_far[-1]
+            told += f", of which {human(amount, UNITS.get(resource, resource))} went by step {step:,}"
         told += "".join(f"; {NAMES.get(resource, resource)} {text}" for text in record.sources.get(resource, ()))
         off = record.calibration.get(resource)
-        told += f", within {percent(off)} of copies of the model" if off is not None else ""
+        told += f"; predictions within {percent(off)} of copies of the model" if off is not None else ""
+    if record.idle_watts is not None:
+        told += f"; power at rest {digits(record.idle_watts)} W, measured apart and part of the joules"
     if record.pattern:
         told += f"; masks on single weights ({record.pattern})"
     return told + f", over {end_of(record):,} {AXES['step']}s."

@@ -61,6 +61,7 @@ class Record:
         step_seconds: by group, predicted seconds of a dense step that go with the group.
         calibration: by resource, relative error of the prediction on copies of the model.
         limit_run: the budget of the whole run by resource.
+        idle_watts: power drawn at rest, as measured; None where it was not.
         pattern: of the masks, where units are single weights; "" where whole units were cut.
     """
 
@@ -75,6 +76,7 @@ class Record:
     pattern: str = ""
     calibration: Mapping[str, float] = field(default_factory=dict)
     limit_run: Mapping[str, float] = field(default_factory=dict)
+    idle_watts: float | None = None
 
 
 @dataclass(frozen=True)
@@ -349,6 +351,11 @@ def read_record(home: Path | None, name: str, remarks: list[str]) -> Record | No
     except CheckpointError as error:
         remarks.append(f"{name}: its ledger could not be read, so its decisions are missing: {error}")
         return None
+    return record_of(ledger)
+
+
+def record_of(ledger: Ledger) -> Record:
+    """A ledger as a report reads it, whatever its header lacks."""
     header = ledger.header
     groups = {str(key): mapping(value) for key, value in mapping(header.get("groups")).items()}
     return Record(
@@ -363,6 +370,7 @@ def read_record(home: Path | None, name: str, remarks: list[str]) -> Record | No
         pattern=str(header.get("pattern", "")),
         calibration=quantities(header.get("calibration")),
         limit_run=quantities(header.get("limit_run")),
+        idle_watts=quantities({"idle": header.get("idle_watts")}).get("idle"),
     )
 
 
@@ -385,4 +393,6 @@ def finite(entry: Entry) -> Entry:
         predicted=quantities(entry.predicted),
         reference=quantities(entry.reference),
         price=quantities(entry.price),
+        limit=quantities(entry.limit),
+        spent_run=quantities(entry.spent_run),
     )

@@ -31,6 +31,7 @@ class Setpoint:
         lasso: share of a group-lasso penalty in the first step's loss; 0 for none.
         paper: where the variant comes from.
         family: kind of method, for reports.
+        resource: what the budget is a fraction of the dense model's, per step.
         granularity: "unit", or "weight" for masks on single weights, whose *theoretical* FLOPs meet the budget.
         sized: always.
         needs: nothing.
@@ -43,6 +44,7 @@ class Setpoint:
     paper: str = ""
     family: str = "setpoint"
     granularity: str = "unit"
+    resource: str = "flops"
     sized: bool = True
     needs: tuple[str, ...] = ()
 
@@ -53,12 +55,12 @@ class Setpoint:
     def begin(
         self, task: Task, model: nn.Module, budget: float, batches: Iterator[tuple[Tensor, Tensor]]
     ) -> tuple[Optimizer, Pruner | None]:
-        """A loop with a FLOPs budget."""
+        """A loop with a budget."""
         optimizer = task.optimizer(model)
         loop = setpoint.attach(
             model,
             optimizer,
-            setpoint.Budget.fraction(budget, of="flops"),
+            setpoint.Budget.fraction(budget, of=self.resource),
             example=task.example(),
             total_steps=task.steps,
             controller=self.controller,

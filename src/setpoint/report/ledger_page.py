@@ -1,0 +1,79 @@
+"""The page and the tables of one ledger: what a run of the user's own decided, spent and foretold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from html import escape
+from pathlib import Path
+
+from rich.markup import escape as plain
+from rich.table import Table
+
+from setpoint.errors import CheckpointError, ReportError
+from setpoint.ledger import Ledger
+from setpoint.report import decisions
+from setpoint.report.draft import Draft, document, save
+from setpoint.report.figures import plotly_script
+from setpoint.report.numbers import NOTHING, duration, human
+from setpoint.report.page import run
+from setpoint.report.results import Record, record_of
+
+
+def read_ledger(file: Path) -> Record:
+    """The record that a ledger's file holds.
+
+    Args:
+        file: as `loop.ledger.save(file)` wrote it.
+
+    Raises:
+        ReportError: if it cannot be read, or is no ledger.
+    """
+    try:
+        return record_of(Ledger.load(file))
+    except (OSError, CheckpointError) as error:
+        raise ReportError(
+            f"{file} is no ledger that can be read ({error}): write one with loop.ledger.save()"
+        ) from error
+
+
+def write_ledger_page(file: Path, out: Path | None = None) -> Path:
+    """Write the report of one ledger.
+
+    Args:
+        file: the ledger's.
+        out: the file to write; by default the ledger's name with `.html`.
+
+    Raises:
+        ReportError: if the ledger cannot be read.
+        ModuleNotFoundError: if plotly is not installed.
+    """
+    record = read_ledger(file)
+    head = f"<header><h1>Setpoint <span>report</span></h1><p>{escape(file.name)}</p></header>\n<section>\n"
+    body = Draft(head) + run("run", file.stem, record, (), hidden=False) + Draft("</section>\n")
+    return save(document(file.stem, body, plotly_script()), file.with_suffix(".html") if out is None else out)
+
+
+def ledger_tables(record: Record) -> Iterator[Table]:
+    """For each resource its decisions, spent beside reference and predicted beside measured; then seconds by group."""
+    for resource in decisions.resources(record) or (None,):
+        unit = decisions.UNITS.get(resource or "", resource or "")
+        read = any((resource or "") in entry.metered for entry in record.entries)
+        titles = ["step", "spent", "reference", *(["predicted before", "measured before"] if read else []), "dropped"]
+        name = decisions.NAMES.get(resource or "", resource or "decisions")
+        table = Table(title=f"{name} per {decisions.PER.get(resource or '', 'step')}", title_justify="left")
+        for title in (*titles, "reason"):
+            table.add_column(title, justify="left" if title == "reason" else "right", no_wrap=title != "reason")
+        for entry in record.entries:
+            each = (entry.spent, entry.reference, entry.predicted, entry.metered)[: 4 if read else 2]
+            amounts = [human(values.get(resource or ""), unit) for values in each]
+            lost = decisions.dropped(entry)
+            table.add_row(f"{entry.step:,}", *amounts, f"{lost:,}" if lost else NOTHING, plain(entry.reason))
+        yield table
+    groups = decisions.seconds_by_group(record)
+    if groups:
+        table = Table(title="where the time of a dense step goes", title_justify="left")
+        table.add_column("group")
+        table.add_column("goes with the group, as predicted", justify="right")
+        for name, seconds in groups:
+            table.add_row(plain(name), duration(seconds))
+        yield table
