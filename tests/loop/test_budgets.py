@@ -320,3 +320,13 @@ def test_a_changed_budget_keeps_what_the_meter_has_told(machine: Machine) -> Non
     assert summary is not None and summary.landed, summary
     assert summary.limit["latency"] == pytest.approx(limit)
     assert 0.85 * limit < machine.factor * machine.step_s(loop.widths) <= 1.03 * limit
+
+
+def test_attention_that_takes_another_way_once_cut() -> None:
+    """`nn.TransformerEncoder` makes other operations once a head is gone; its costs follow widths all the same."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+    model = nn.Sequential(nn.TransformerEncoder(layer, 1), nn.Flatten(), nn.Linear(32 * 8, 4))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    loop = train((model, optimizer, torch.randn(8, 8, 32)), Budget.fraction(0.8, of="memory"), 40)
+    assert loop.summary is not None and loop.summary.landed and loop.summary.resizes > 0, loop.summary

@@ -1,0 +1,81 @@
+"""The report of one ledger: tables and a page for a run of the user's own."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+import setpoint
+from loop.test_budgets import Machine, machine, mlp, train
+from setpoint.cli import app
+from setpoint.errors import ReportError
+from setpoint.report.decisions import dense_of, ledger_line, limit_of, resources
+from setpoint.report.ledger_page import ledger_tables, read_ledger, write_ledger_page
+from setpoint.report.results import Record
+
+__all__ = ["machine"]
+
+
+def record_of_run(machine: Machine, budget: object, folder: Path) -> tuple[setpoint.Loop, Record]:
+    """A run under that budget, and its ledger as it comes back from the file."""
+    loop = train(mlp(), budget, 120, machine.live)
+    loop.ledger.save(folder / "run.jsonl")
+    return loop, read_ledger(folder / "run.jsonl")
+
+
+def shown(record: Record) -> str:
+    """The tables as text."""
+    console = Console(width=200, record=True, file=io.StringIO())
+    for table in ledger_tables(record):
+        console.print(table)
+    return console.export_text()
+
+
+def test_spending_and_reference_are_in_one_unit(machine: Machine, tmp_path: Path) -> None:
+    """Where a meter reads half as much again as predicted, dense, budget, spent and reference are all as metered."""
+    loop, record = record_of_run(machine, setpoint.Budget.fraction(0.6, of="latency"), tmp_path)
+    dense = machine.factor * machine.step_s({"a": 256, "b": 256})
+    assert dense_of(record, "latency") == pytest.approx(dense)
+    assert limit_of(record, "latency") == pytest.approx(0.6 * dense)
+    last = record.entries[-1]
+    assert last.spent["latency"] == pytest.approx(machine.factor * machine.step_s(loop.widths), rel=0.02)
+    assert last.error["latency"] == pytest.approx(last.spent["latency"] / last.reference["latency"] - 1)
+    assert "predictions within" in ledger_line(record) and "by the meter's last reading" in ledger_line(record)
+    text = shown(record)
+    assert "predicted before" in text and "measured before" in text and "where the time of a dense step goes" in text
+
+
+def test_what_a_run_budget_has_spent_is_told(machine: Machine, tmp_path: Path) -> None:
+    """Of a budget of the whole run the page says how much of it went by when."""
+    _, record = record_of_run(machine, setpoint.Budget.fraction(0.7, of="latency", per="run"), tmp_path)
+    assert limit_of(record, "latency") is None and "of which" in ledger_line(record)
+
+
+def test_a_run_under_a_price_is_shown(machine: Machine, tmp_path: Path) -> None:
+    """A run without a budget has a price, and its resource is shown by that."""
+    loop, record = record_of_run(machine, setpoint.Price(30.0, of="latency"), tmp_path)
+    assert resources(record) == ("latency",) and "seconds per step" in shown(record)
+    assert any("for each s" in entry.reason for entry in loop.ledger)
+
+
+def test_the_command(machine: Machine, tmp_path: Path) -> None:
+    """`setpoint report FILE` prints the tables and one JSON object, and writes the page beside the ledger."""
+    record_of_run(machine, setpoint.Budget.fraction(0.6, of="latency"), tmp_path)
+    result = CliRunner().invoke(app, ["report", str(tmp_path / "run.jsonl")])
+    assert result.exit_code == 0, result.output
+    answer = json.loads(result.stdout.splitlines()[-1])
+    page = Path(answer["report"])
+    assert page == tmp_path / "run.html" and "Spent against reference" in page.read_text(encoding="utf-8")
+
+
+def test_a_file_that_is_no_ledger(tmp_path: Path) -> None:
+    """Anything else is an error that says how a ledger is written, and leaves no page."""
+    (tmp_path / "notes.jsonl").write_text("not json\n", encoding="utf-8")
+    with pytest.raises(ReportError, match=r"loop\.ledger\.save"):
+        write_ledger_page(tmp_path / "notes.jsonl")
+    assert not (tmp_path / "notes.html").exists()
