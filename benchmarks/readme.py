@@ -196,7 +196,10 @@ def discovery_table(path: Path) -> str:
 
 def predictions_table(latency: Path, memory: Path) -> str:
     """How far predicted seconds and bytes are from measured ones."""
-    lines = ["| what | model | median error | largest error | widths | time to build |", f"|{'---|' * 6}"]
+    lines = [
+        "| what | model | median error | within 10 % | largest error | mean error, signed | widths | time to build |",
+        f"|{'---|' * 8}",
+    ]
     about = []
     parts = (("seconds of a step", latency, "models"), ("of an inference", latency, "inference"))
     for what, path, part in (*parts, ("bytes of a step", memory, "models")):
@@ -205,9 +208,20 @@ def predictions_table(latency: Path, memory: Path) -> str:
         data = json.loads(path.read_text(encoding="utf-8"))
         about.append(_made_on(data))
         for name, row in data[part].items():
-            errors = f"{row['median_error']:.1%} | {row['largest_error']:.1%} | {len(row['rows'])}"
+            signed = [_signed_error(each) for each in row["rows"]]
+            near = statistics.fmean(abs(error) <= 0.1 for error in signed)
+            errors = (
+                f"{row['median_error']:.1%} | {near:.0%} of widths | {row['largest_error']:.1%} | "
+                f"{statistics.fmean(signed):+.1%} | {len(row['rows'])}"
+            )
             lines.append(f"| {what} | {name} | {errors} | {duration(row['build_s']) if 'build_s' in row else '–'} |")
     return "\n".join([*lines, "", " ".join(dict.fromkeys(about))]) if about else "Not measured yet."
+
+
+def _signed_error(row: dict[str, float]) -> float:
+    """Prediction over measurement, less 1."""
+    unit = "s" if "measured_s" in row else "bytes"
+    return row[f"predicted_{unit}"] / row[f"measured_{unit}"] - 1
 
 
 def real_budgets_table(path: Path) -> str:
@@ -225,7 +239,10 @@ def real_budgets_table(path: Path) -> str:
             f"| `latency` at {found['fraction']:g} of dense beside `flops` at the same measured seconds, "
             f"{len(found['rows'])} seeds ({inside} within the range of the FLOPs runs) | {accuracy[0]:.2%} and "
             f"{accuracy[1]:.2%}: {found['mean_difference']:+.2%}{half} |",
-            f"| the largest metered latency over its limit | {found['over_budget']:+.1%} |",
+            f"| the largest metered latency over its limit, at landing | {found['over_budget']:+.1%} |",
+            "| the same models timed once more after training, by seed | "
+            + ", ".join(f"{row['latency']['step_s'] / row['latency']['limit'] - 1:+.1%}" for row in found["rows"])
+            + " |",
         ]
     if "fits" in data:
         found = data["fits"]
