@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+import setpoint
 from actuator.hand_made import kept_only, masked_step, mlp, mlp_model, residual, some_keep, train_step
+from setpoint.actuator.mask import mask
+from setpoint.actuator.muon import shape_factor
 from setpoint.actuator.optimizer_state import check_optimizer, check_trains
 from setpoint.actuator.shrink import named_tensors, shrink
 from setpoint.actuator.weight_mask import mask_gradients, mask_weights
@@ -95,6 +99,123 @@ def test_after_a_cut_the_optimizer_goes_on_as_on_a_fresh_small_model(
     for _ in range(5):
         assert torch.equal(train_step(model, optimizer, inputs), train_step(fresh, fresh_optimizer, inputs))
     assert all(torch.equal(one, other) for one, other in zip(model.parameters(), fresh.parameters(), strict=True))
+
+
+MUONS = [
+    pytest.param({"adjust_lr_fn": how, "weight_decay": decay}, id=f"{how}-{decay}")
+    for how in (None, "original", "match_rms_adamw")
+    for decay in (0.0, 0.1)
+]
+
+
+def muon_and_adamw(model: nn.Module, settings: dict[str, Any]) -> tuple[torch.optim.Muon, torch.optim.AdamW]:
+    """Muon for the hidden matrices, each in a group of its own, and AdamW for the rest."""
+    hidden = [parameter for name, parameter in model.named_parameters() if name in ("0.weight", "2.weight")]
+    rest = [parameter for name, parameter in model.named_parameters() if name not in ("0.weight", "2.weight")]
+    muon = torch.optim.Muon([{"params": [each]} for each in hidden], lr=0.05, **settings)
+    return muon, torch.optim.AdamW(rest, lr=0.01)
+
+
+def step_both(
+    model: nn.Module, both: tuple[Optimizer, ...], inputs: tuple[torch.Tensor, ...], mask: Callable[[], None]
+) -> None:
+    """One step of all optimizers; `mask` is called before it, between gradients and step, and after it."""
+    mask()
+    for each in both:
+        each.zero_grad()
+    model(*inputs).square().mean().backward()
+    mask()
+    for each in both:
+        each.step()
+    mask()
+
+
+def mask_all(
+    model: nn.Module, optimizers: tuple[Optimizer, ...], groups: tuple[setpoint.Group, ...], keep: dict[str, Any]
+) -> None:
+    """Zeros for what is dropped, in weights, gradients and the states of all optimizers."""
+    for each in optimizers:
+        mask(model, each, groups, keep)
+
+
+@pytest.mark.parametrize("settings", MUONS)
+def test_muon_goes_on_as_on_the_masked_twin_of_its_new_shape(settings: dict[str, Any]) -> None:
+    """Claim: weights and momenta follow the masked twin whose learning rate has the factor of the cut shape, to the
+    bfloat16 that Muon computes in; without the factor they do not.
+    """
+    model, inputs, groups = mlp()
+    both = muon_and_adamw(model, settings)
+    for _ in range(2):
+        step_both(model, both, inputs, lambda: None)
+    keep = some_keep(groups)
+    twins = []
+    for fitted in (True, False):
+        twin = copy.deepcopy(model)
+        two = muon_and_adamw(twin, settings)
+        for one, other in zip(two, both, strict=True):
+            one.load_state_dict(copy.deepcopy(other.state_dict()))
+        twins.append((twin, two, fitted))
+    before = [parameter.shape for parameter in model.parameters() if parameter.dim() == 2][:2]
+    shrink(model, both, groups, keep)
+    after = [parameter.shape for parameter in model.parameters() if parameter.dim() == 2][:2]
+    assert before != after
+    for _ in range(4):
+        step_both(model, both, inputs, lambda: None)
+    for twin, two, fitted in twins:
+        for group, old, new in zip(two[0].param_groups, before, after, strict=True):
+            ratio = shape_factor(group, new) / shape_factor(group, old) if fitted else 1.0
+            group["lr"] *= ratio
+            group["weight_decay"] /= ratio
+        for _ in range(4):
+            step_both(twin, two, inputs, partial(mask_all, twin, two, groups, keep))
+        whole = named_tensors(twin)
+        off = max(
+            float((tensor - kept_only(whole[name], name, groups, keep)).detach().abs().max())
+            for name, tensor in named_tensors(model).items()
+        )
+        assert off < 5e-3 if fitted else off > 1e-2, (fitted, off)
+
+
+@pytest.mark.parametrize("settings", MUONS)
+def test_muon_goes_on_as_on_a_fresh_small_model(settings: dict[str, Any]) -> None:
+    """Claim: after a cut Muon's steps are bit-equal to those on a small model that was never cut, loaded with its
+    slices.
+    """
+    model, inputs, groups = mlp()
+    both = muon_and_adamw(model, settings)
+    for _ in range(2):
+        step_both(model, both, inputs, lambda: None)
+    keep = some_keep(groups)
+    shrink(model, both, groups, keep)
+    fresh = mlp_model(*(int(keep[each.name].sum()) for each in groups))
+    fresh.load_state_dict(model.state_dict())
+    others = muon_and_adamw(fresh, settings)
+    for one, other in zip(others, both, strict=True):
+        one.load_state_dict(copy.deepcopy(other.state_dict()))
+    for _ in range(5):
+        step_both(model, both, inputs, lambda: None)
+        step_both(fresh, others, inputs, lambda: None)
+    assert all(torch.equal(one, other) for one, other in zip(model.parameters(), fresh.parameters(), strict=True))
+
+
+def test_muon_in_a_run() -> None:
+    """Claim: Muon and AdamW train one model under one loop, which lands, and units come back with their momenta."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3))
+    both = muon_and_adamw(model, {})
+    inputs, targets = torch.randn(32, 8), torch.randint(3, (32,))
+    controller = setpoint.PricedController(regrow=True)
+    budget = setpoint.Budget.fraction(0.5, of="flops")
+    loop = setpoint.attach(model, both, budget, example=(inputs,), total_steps=60, controller=controller)
+    for _ in range(60):
+        nn.functional.cross_entropy(model(inputs), targets).backward()
+        for each in both:
+            each.step()
+            each.zero_grad()
+    summary = loop.finish()
+    assert summary.landed and summary.resizes > 0, summary
+    for parameter in (model[0].weight, model[2].weight):
+        assert both[0].state[parameter]["momentum_buffer"].shape == parameter.shape
 
 
 class Without(nn.Module):
@@ -196,8 +317,6 @@ class Factored(torch.optim.SGD):
     [
         (torch.optim.Adafactor, {}, "Adafactor keeps state"),
         (torch.optim.LBFGS, {}, "LBFGS keeps state"),
-        (torch.optim.Muon, {"lr": 0.01}, "Muon cannot follow a cut: its update depends on the tensor's shape"),
-        (torch.optim.Muon, {"adjust_lr_fn": "match_rms_adamw"}, "Muon cannot follow a cut"),
         (Scaled, {"lr": 0.0}, "Scaled cannot follow a cut"),
         (Noisy, {"lr": 0.1}, "Noisy cannot follow a cut"),
         (Factored, {"lr": 0.1}, "Factored keeps state"),

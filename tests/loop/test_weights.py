@@ -437,3 +437,15 @@ def test_weights_that_someone_changes_are_found() -> None:
         model.get_parameter("inner.0.weight").fill_(1.0)
     summary = loop.finish()
     assert not summary.landed and "'inner.0.weight' are not zero" in summary.reason
+
+
+def test_muon_is_no_optimizer_for_single_weights() -> None:
+    """Claim: matrices that Muon trains are left whole by name, since its step mixes all weights of a matrix."""
+    model = nn.Sequential(nn.Linear(8, 16, bias=False), nn.ReLU(), nn.Linear(16, 4, bias=False))
+    muon, rest = torch.optim.Muon([model[0].weight], lr=0.01), torch.optim.AdamW([model[2].weight])
+    budget = setpoint.Budget.fraction(0.8, of="params")
+    x = torch.randn(4, 8)
+    loop = setpoint.attach(model, (muon, rest), budget, example=(x,), total_steps=10, granularity="weight")
+    assert list(loop.widths) == ["2.weight"]
+    assert "Muon steps by the whole matrix" in loop.ledger.header["frozen"]["0.weight"]
+    loop.detach()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from setpoint.actuator.cut import take
+from setpoint.actuator.muon import shape_factor, steps_by_matrix
 from setpoint.actuator.swap import swap
 from setpoint.errors import OptimizerError
 
@@ -136,8 +137,9 @@ def check_optimizer(optimizer: Optimizer) -> None:
     For every distinct setting in `param_groups`, an optimizer of the same class and settings takes one
     step on random parameters of shapes (6, 4) and (6,) in float64. Then one copy is cut and another is
     masked, both take three more steps with the same gradients, and the kept entries must agree to 1e-9.
-    An update that depends on the tensor's shape (Muon), or state of another shape (Adafactor, L-BFGS,
-    Shampoo, quantised moments), shows up here whatever the class is called.
+    An update that depends on the tensor's shape, or state of another shape (Adafactor, L-BFGS,
+    Shampoo, quantised moments), shows up here whatever the class is called. PyTorch's Muon is compared with the twin
+    that `steps_by_matrix` describes, to the bfloat16 that it computes in.
 
     A class that cannot be built or stepped this way (further constructor arguments, sparse gradients only) is
     let through; what remains then is the check of shapes when its state is cut. The global random number
@@ -171,6 +173,7 @@ def _settings(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _DIMS = {0: np.array([0, 2, 3, 5]), 1: np.array([0, 1, 3])}
+_BFLOAT16_STEPS = 1e-3  # a twentieth of what three trial steps change
 _SHAPES = (((6, 4), (6,)), ((6, 4),), ((6,),))  # Muon takes matrices only, others vectors only
 
 Trial = tuple[Optimizer, list[nn.Parameter]]
@@ -178,7 +181,7 @@ Trial = tuple[Optimizer, list[nn.Parameter]]
 
 def _try_out(kind: type[Optimizer], settings: Mapping[str, Any], device: torch.device) -> None:
     dtype = torch.float32 if device.type == "mps" else torch.float64
-    tolerance = 1e-9 if dtype == torch.float64 else 1e-4
+    tolerance = _BFLOAT16_STEPS if steps_by_matrix(kind) else 1e-9 if dtype == torch.float64 else 1e-4
     for shapes in _SHAPES:
         generator = torch.Generator().manual_seed(0)
         draws = [[torch.randn(shape, generator=generator, dtype=dtype).to(device) for shape in shapes] for _ in "12345"]
@@ -187,11 +190,14 @@ def _try_out(kind: type[Optimizer], settings: Mapping[str, Any], device: torch.d
         except Exception:  # whatever a foreign class raises, it means that it cannot be tried out on these shapes
             continue
         _cut(*small)
+        if steps_by_matrix(kind):
+            _refit(masked[0], settings)
         for gradients in draws[2:]:
             _masked_step(*masked, gradients)
             _step(small[0], small[1], [take(gradient, _dims(gradient)) for gradient in gradients])
         for whole, part in zip(masked[1], small[1], strict=True):
-            if not torch.allclose(take(whole, _dims(whole)), part.detach(), rtol=tolerance, atol=tolerance):
+            relative = 0.0 if steps_by_matrix(kind) else tolerance
+            if not torch.allclose(take(whole, _dims(whole)), part.detach(), rtol=relative, atol=tolerance):
                 raise OptimizerError(
                     f"{kind.__name__} cannot follow a cut: its update depends on the tensor's shape (or on chance), "
                     f"so a smaller tensor would train differently: {INSTEAD}"
@@ -227,6 +233,14 @@ def _cut(optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
             swap(parameter, take(parameter, _dims(parameter)), undo)
             undo.pop_all()
         optimizer.state[parameter] = state
+
+
+def _refit(optimizer: Optimizer, settings: Mapping[str, Any]) -> None:
+    """Give the masked twin of a matrix that Muon trains the factor of the cut shape, and leave its decay alone."""
+    ratio = shape_factor(settings, [len(_DIMS[dim]) for dim in (0, 1)]) / shape_factor(settings, _SHAPES[1][0])
+    for group in optimizer.param_groups:
+        group["lr"] *= ratio
+        group["weight_decay"] /= ratio
 
 
 def _masked_step(optimizer: Optimizer, parameters: list[nn.Parameter], gradients: list[Tensor]) -> None:

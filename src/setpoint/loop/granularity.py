@@ -8,6 +8,8 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from setpoint.actuator.muon import steps_by_matrix
+from setpoint.actuator.shrink import named_tensors
 from setpoint.controller.plan import Controller, regrows
 from setpoint.controller.tolerant import TolerantController
 from setpoint.cost.budget import Budget
@@ -120,6 +122,16 @@ def weight_material(
     """
     groups = _chosen(model, pattern, wanted)
     groups, frozen = in_hand(model, optimizers, groups)
+    mixed = {
+        id(p) for each in optimizers if steps_by_matrix(type(each)) for g in each.param_groups for p in g["params"]
+    }
+    tensors = named_tensors(model)
+    frozen |= {
+        group.name: "Muon steps by the whole matrix, in which a single weight that is masked has no twin"
+        for group in groups
+        if any(id(tensors[piece.tensor]) in mixed for piece in group.slices)
+    }
+    groups = tuple(group for group in groups if group.name not in frozen)
     readable = sensor.readable(groups, model)
     frozen |= {g.name: f"{type(sensor).__name__} cannot read it" for g in groups if g not in readable}
     check_copies(model, readable, copies)
