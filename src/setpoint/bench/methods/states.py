@@ -15,6 +15,7 @@ from setpoint.bench.course import Course, Pruner
 from setpoint.bench.looped import Looped
 from setpoint.bench.results import Result
 from setpoint.bench.task import BenchError, Task, dense_widths
+from setpoint.controller.reference import Reference
 from setpoint.cost.params import params_cost
 from setpoint.groups.group import Group
 
@@ -28,11 +29,13 @@ class Hankel:
 
     Args:
         states: mean number of states of a layer at the end; 0: whatever meets the budget.
+        settle: share of the run by which the last states are gone; the first go from a fifth of that on.
         regrow: whether modes that a truncation lost may come back.
     """
 
     name: str = "hankel"
     states: float = 0.0
+    settle: float = 0.3
     regrow: bool = False
     family: str = "setpoint"
     sized: bool = True
@@ -59,9 +62,13 @@ class Hankel:
             example=task.example(),
             total_steps=task.steps,
             groups=groups,
-            controller=setpoint.PricedController(regrow=self.regrow),
+            controller=setpoint.PricedController(self._reference(), regrow=self.regrow),
         )
         return optimizer, Looped(loop)
+
+    def _reference(self) -> Reference:
+        """The usual one, earlier or later."""
+        return Reference() if self.settle == Reference().settle else Reference(self.settle / 5, self.settle)
 
 
 @final
