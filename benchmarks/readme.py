@@ -4,7 +4,7 @@
     python benchmarks/readme.py --check    fail if a page does not show what the result files say
 
 A marker is `<!-- results:NAME -->` ... `<!-- end -->`; NAME is a folder of results/, `tasks` for all folders,
-`goals`, `overhead`, `suites`, `discovery`, `coverage`, `moments`, `state-regrowth`, `mamba2`, `ssm`, `predictions` or
+`goals`, `headline`, `overhead`, `suites`, `discovery`, `coverage`, `moments`, `state-regrowth`, `mamba2`, `ssm`, `predictions` or
 `real-budgets`.
 """
 
@@ -20,13 +20,14 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from setpoint.report.columns import difference_text, metric_text
 from setpoint.report.goals import GOALS, Goal, goals
 from setpoint.report.markdown import task_text
-from setpoint.report.numbers import duration, human
+from setpoint.report.numbers import duration, human, percent
 from setpoint.report.picture import write_picture
 from setpoint.report.results import read_results
 from setpoint.report.statistics import paired
-from setpoint.report.summary import summary_rows
+from setpoint.report.summary import Row, summary_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
@@ -62,6 +63,46 @@ def goals_table() -> str:
     for letter, text, _ in GOALS:
         lines.append(f"| ({letter}) {text} | {' | '.join(each[letter].verdict for each in found.values())} |")
     return "\n".join(lines)
+
+
+HEADLINES = ("small", "small-long")
+
+
+def headline_table() -> str:
+    """Setpoint on every task at every budget, beside dense, small models, and the best that is pruned after training."""
+    lines = [
+        "| task | FLOPs of dense | dense | `small` | `small-long` | best pruned after training | **Setpoint** | its training "
+        "FLOPs | its training time | to `small` | to `small-long` |",
+        f"|---|{'---:|' * 10}",
+    ]
+    for folder in sorted(path.parent for path in RESULTS.glob("*/results.jsonl")):
+        results = read_results(folder)
+        rows = summary_rows(results)
+        for task in results.tasks():
+            mine = [row for row in rows if row.task == task]
+            dense = next((metric_text(row) for row in mine if row.method == "dense"), "–")
+            for ours in (row for row in mine if row.method == "setpoint"):
+                beside = {row.method: row for row in mine if row.budget == ours.budget}
+                after = [row for row in beside.values() if row.family == "post-training" and row.density is None]
+                best = sorted(after, key=lambda row: row.value.mean, reverse=ours.metric == "accuracy")[:1]
+                rivals = [metric_text(beside[name]) if name in beside else "–" for name in HEADLINES]
+                told = [f"{metric_text(row)} (`{row.method}`, {percent(row.train_flops_ratio)})" for row in best] or [
+                    "–"
+                ]
+                apart = [
+                    f"**{difference_text(ours, name)}**" if _clear(ours, name) else difference_text(ours, name)
+                    for name in HEADLINES
+                ]
+                time = "–" if ours.clock == "shared" else percent(ours.seconds_ratio)
+                spent = (percent(ours.train_flops_ratio), time)
+                cells = (task, percent(ours.budget), dense, *rivals, *told, f"**{metric_text(ours)}**", *spent, *apart)
+                lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _clear(row: Row, rival: str) -> bool:
+    """Whether the interval of the difference excludes 0."""
+    return rival in row.differences and row.differences[rival].clear
 
 
 def task_sections() -> str:
@@ -404,6 +445,7 @@ def filled(text: str) -> str:
             "predictions": lambda: predictions_table(RESULTS / "latency.json", RESULTS / "memory.json"),
             "real-budgets": lambda: real_budgets_table(RESULTS / "real_budgets.json"),
             "goals": goals_table,
+            "headline": headline_table,
             "tasks": task_sections,
         }
         table = made[name]() if name in made else methods_table(RESULTS / name)
