@@ -4,8 +4,8 @@
     python benchmarks/readme.py --check    fail if a page does not show what the result files say
 
 A marker is `<!-- results:NAME -->` ... `<!-- end -->`; NAME is a folder of results/, `tasks` for all folders,
-`goals`, `headline`, `overhead`, `suites`, `discovery`, `coverage`, `moments`, `state-regrowth`, `mamba2`, `ssm`, `predictions` or
-`real-budgets`.
+`goals`, `headline`, `overhead`, `suites`, `discovery`, `coverage`, `moments`, `state-regrowth`, `mamba2`, `ssm`,
+`predictions` or `real-budgets`.
 """
 
 from __future__ import annotations
@@ -69,10 +69,10 @@ HEADLINES = ("small", "small-long")
 
 
 def headline_table() -> str:
-    """Setpoint on every task at every budget, beside dense, small models, and the best that is pruned after training."""
+    """Setpoint on every task at every budget, beside dense, small, and the best that is pruned after training."""
     lines = [
-        "| task | FLOPs of dense | dense | `small` | `small-long` | best pruned after training | **Setpoint** | its training "
-        "FLOPs | its training time | to `small` | to `small-long` |",
+        "| task | FLOPs of dense | dense | `small` | `small-long` | best pruned after training | **Setpoint** | "
+        "its training FLOPs | its training time | to `small` | to `small-long` |",
         f"|---|{'---:|' * 10}",
     ]
     for folder in sorted(path.parent for path in RESULTS.glob("*/results.jsonl")):
@@ -86,16 +86,23 @@ def headline_table() -> str:
                 after = [row for row in beside.values() if row.family == "post-training" and row.density is None]
                 best = sorted(after, key=lambda row: row.value.mean, reverse=ours.metric == "accuracy")[:1]
                 rivals = [metric_text(beside[name]) if name in beside else "–" for name in HEADLINES]
-                told = [f"{metric_text(row)} (`{row.method}`, {percent(row.train_flops_ratio)})" for row in best] or [
-                    "–"
-                ]
+                told = [f"{metric_text(row)} (`{row.method}`, {percent(row.train_flops_ratio)})" for row in best]
                 apart = [
                     f"**{difference_text(ours, name)}**" if _clear(ours, name) else difference_text(ours, name)
                     for name in HEADLINES
                 ]
                 time = "–" if ours.clock == "shared" else percent(ours.seconds_ratio)
                 spent = (percent(ours.train_flops_ratio), time)
-                cells = (task, percent(ours.budget), dense, *rivals, *told, f"**{metric_text(ours)}**", *spent, *apart)
+                cells = (
+                    task,
+                    percent(ours.budget),
+                    dense,
+                    *rivals,
+                    *(told or ["–"]),
+                    f"**{metric_text(ours)}**",
+                    *spent,
+                    *apart,
+                )
                 lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
