@@ -5,7 +5,7 @@
 
 A marker is `<!-- results:NAME -->` ... `<!-- end -->`; NAME is a folder of results/, `tasks` for all folders,
 `goals`, `headline`, `overhead`, `suites`, `discovery`, `coverage`, `moments`, `state-regrowth`, `mamba2`, `ssm`,
-`predictions` or `real-budgets`.
+`predictions`, `distributed`, `compiled` or `real-budgets`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from setpoint.report.summary import Row, summary_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
-_DOCS = ("results.md", "coverage.md", "state-space.md", "budgets.md")
+_DOCS = ("results.md", "coverage.md", "state-space.md", "budgets.md", "distributed.md", "how-it-works.md")
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in _DOCS))
 MARKER = re.compile(r"(<!-- results:(?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -309,6 +309,58 @@ def real_budgets_table(path: Path) -> str:
     return "\n".join([*lines, "", f"Task `{data['task']}`, {data['steps']} steps. {_made_on(data)}"])
 
 
+def distributed_table(path: Path) -> str:
+    """What ranks tell each other at a decision, and a resize, beside a step, by number of ranks; and a run's share."""
+    if not path.exists():
+        return "Not measured yet."
+    data = json.loads(path.read_text(encoding="utf-8"))
+    lines = [
+        "| model | ranks | step | reading | plan | both, in steps | new reducer | resize, in steps | both, of a run of "
+        f"{RUN_STEPS:,} steps |",
+        f"|---|{'---:|' * 8}",
+    ]
+    for count, models in data["ranks"].items():
+        for name, row in models.items():
+            told = [duration(row[key]) for key in ("step_seconds", "reading_seconds", "plan_seconds")]
+            share = row["decisions"] * row["decision_in_steps"] / RUN_STEPS
+            lines.append(
+                f"| {name} | {count} | {' | '.join(told)} | {row['decision_in_steps']:.3f} | "
+                f"{duration(row['rewrap_seconds'])} | {row['resize_in_steps']:.2f} | {share:.3%} |"
+            )
+    cores = data["environment"]["cores"]
+    note = (
+        f"{cores} cores: with more ranks than that, processes wait for each other's time, and rows say little about it."
+    )
+    return "\n".join([*lines, "", f"{note} {_made_on(data)}"])
+
+
+RUN_STEPS = 1000
+
+
+def compiled_table(path: Path) -> str:
+    """Whole runs with and without torch.compile, dense and pruned."""
+    if not path.exists():
+        return "Not measured yet."
+    data = json.loads(path.read_text(encoding="utf-8"))
+    lines = [
+        "| task | run | whole run | first step | step at first | step at the end | cuts | compiled again | for |",
+        f"|---|---|{'---:|' * 7}",
+    ]
+    for task, runs in data["runs"].items():
+        for name, rounds in runs.items():
+            middle = {key: statistics.median(row[key] for row in rounds) for key in rounds[0] if key != "landed"}
+            ends = [row["seconds"] for row in rounds]
+            keys = ("first_step_seconds", "dense_step_seconds", "last_step_seconds")
+            again = f"{middle['recompiles']:g} | {duration(middle['recompile_seconds'])}"
+            lines.append(
+                f"| {task}, {data['steps'][task]:,} steps | {name} | {duration(middle['seconds'])} "
+                f"({duration(min(ends))} to {duration(max(ends))}) | "
+                f"{' | '.join(duration(middle[key]) for key in keys)} | {middle['resizes']:g} | "
+                f"{again if middle['recompiles'] else '– | –'} |"
+            )
+    return "\n".join([*lines, "", f"Medians of {len(rounds)} rounds. {_made_on(data)}"])
+
+
 def _pairs(rows: Iterable[dict[str, Any]]) -> list[tuple[float, float]]:
     """Accuracy of the latency budget and of FLOPs budgets at its seconds, by seed."""
     return [(row["latency"]["accuracy"], row["flops_accuracy"]) for row in rows]
@@ -451,6 +503,8 @@ def filled(text: str) -> str:
             "moments": lambda: moments_table(RESULTS / "moments.json"),
             "predictions": lambda: predictions_table(RESULTS / "latency.json", RESULTS / "memory.json"),
             "real-budgets": lambda: real_budgets_table(RESULTS / "real_budgets.json"),
+            "distributed": lambda: distributed_table(RESULTS / "distributed.json"),
+            "compiled": lambda: compiled_table(RESULTS / "compiled.json"),
             "goals": goals_table,
             "headline": headline_table,
             "tasks": task_sections,
