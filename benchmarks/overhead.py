@@ -163,7 +163,7 @@ def main() -> None:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "seed": 0,
         "environment": environment(task_named("digits")),
-        "sensing": {name: sensing(name, arguments.rounds) for name in ("cifar10", "shakespeare")},
+        "sensing": {name: sensing(name, arguments.rounds) for name in ("cifar10-mini", "shakespeare-mini")},
         "resnet50": resizing(),
         "import": importing(),
     }

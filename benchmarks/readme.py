@@ -5,7 +5,7 @@
 
 A marker is `<!-- results:NAME -->` ... `<!-- end -->`; NAME is a folder of results/, `tasks` for all folders,
 `goals`, `headline`, `overhead`, `suites`, `discovery`, `coverage`, `moments`, `state-regrowth`, `mamba2`, `ssm`,
-`predictions`, `distributed`, `compiled` or `real-budgets`.
+`predictions`, `distributed`, `compiled`, `states` or `real-budgets`.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from setpoint.report.columns import difference_text, metric_text
+from setpoint.report.columns import difference_text, interval_text, metric_text, seconds_text
 from setpoint.report.goals import GOALS, Goal, goals
-from setpoint.report.markdown import task_text
+from setpoint.report.markdown import about, task_text
 from setpoint.report.numbers import duration, human, percent
 from setpoint.report.picture import write_picture
 from setpoint.report.results import read_results
-from setpoint.report.statistics import paired
-from setpoint.report.summary import Row, summary_rows
+from setpoint.report.statistics import difference, paired
+from setpoint.report.summary import Row, series, summary_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
@@ -464,6 +464,28 @@ def ssm_table(path: Path) -> str:
     return "\n".join([*lines, "", _made_on(data)])
 
 
+def states_table(folder: Path) -> str:
+    """Accuracy, states and seconds of the methods that drop states, and how far Setpoint's is ahead, seed by seed."""
+    if not (folder / "results.jsonl").exists():
+        return "Not measured yet."
+    results = read_results(folder)
+    rows = summary_rows(results)
+    ours = next(row for row in rows if row.method.startswith("hankel"))
+    by_label = series(results.cells)
+    lines = ["| method | accuracy on test | states | whole run | Setpoint (`hankel`) ahead by |", f"|---|{'---:|' * 4}"]
+    for row in rows:
+        cells = by_label[row.label]
+        states = sorted({width for cell in cells for width in cell.widths.values()})
+        told = f"{states[0]}" if len(states) == 1 else f"{states[0]} to {states[-1]}"
+        apart = None if row is ours else difference(by_label[ours.label], cells)
+        time = (
+            "busy machine" if row.clock == "shared" else f"{seconds_text(row)}, {percent(row.seconds_ratio)} of dense"
+        )
+        ahead = "–" if apart is None else interval_text(apart, row.metric)
+        lines.append(f"| `{row.method}` | {metric_text(row)} | {told} | {time} | {ahead} |")
+    return "\n".join([*lines, "", about(results.cells, rows)])
+
+
 def _seeds(data: dict[str, Any]) -> str:
     """How many seeds there are, and which."""
     seeds = sorted({run["seed"] for run in data["runs"]})
@@ -505,6 +527,7 @@ def filled(text: str) -> str:
             "real-budgets": lambda: real_budgets_table(RESULTS / "real_budgets.json"),
             "distributed": lambda: distributed_table(RESULTS / "distributed.json"),
             "compiled": lambda: compiled_table(RESULTS / "compiled.json"),
+            "states": lambda: states_table(RESULTS / "smnist-196"),
             "goals": goals_table,
             "headline": headline_table,
             "tasks": task_sections,
