@@ -5,7 +5,7 @@
 
 A marker is `<!-- results:NAME -->` ... `<!-- end -->`; NAME is a folder of results/, `tasks` for all folders,
 `goals`, `headline`, `overhead`, `suites`, `discovery`, `coverage`, `moments`, `state-regrowth`, `mamba2`, `ssm`,
-`predictions`, `distributed`, `compiled`, `states` or `real-budgets`.
+`predictions`, `distributed`, `compiled`, `states`, `ablation` or `real-budgets`.
 """
 
 from __future__ import annotations
@@ -486,6 +486,29 @@ def states_table(folder: Path) -> str:
     return "\n".join([*lines, "", about(results.cells, rows)])
 
 
+def ablation_table(path: Path) -> str:
+    """Setpoint with one thing changed, on validation data, beside the default by seed."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    lines = ["| task | FLOPs | method | on validation | training FLOPs of the default's | to `setpoint` | seeds |"]
+    lines.append(f"|---|---:|---|{'---:|' * 4}")
+    found: dict[tuple[str, float], dict[str, dict[int, dict[str, Any]]]] = {}
+    for row in data["rows"]:
+        found.setdefault((row["task"], row["budget"]), {}).setdefault(row["method"], {})[row["seed"]] = row
+    for (task, budget), methods in found.items():
+        default = methods["setpoint"]
+        for method, by_seed in methods.items():
+            metric, seeds = by_seed[min(by_seed)]["metric"], sorted(by_seed.keys() & default.keys())
+            scale = 100 if metric == "accuracy" else 1
+            value = statistics.fmean(row["value"] for row in by_seed.values())
+            told = f"{value:.2%}".replace("%", " %") if metric == "accuracy" else f"{value:.4f}"
+            flops = statistics.fmean(by_seed[seed]["train_flops"] / default[seed]["train_flops"] for seed in seeds)
+            apart = _told([scale * (by_seed[seed]["value"] - default[seed]["value"]) for seed in seeds])
+            ahead = "–" if method == "setpoint" else apart
+            cells = (task, percent(budget), f"`{method}`", told, f"{flops:.2f}", ahead, f"{len(by_seed)}")
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", _made_on(data)])
+
+
 def _seeds(data: dict[str, Any]) -> str:
     """How many seeds there are, and which."""
     seeds = sorted({run["seed"] for run in data["runs"]})
@@ -528,6 +551,7 @@ def filled(text: str) -> str:
             "distributed": lambda: distributed_table(RESULTS / "distributed.json"),
             "compiled": lambda: compiled_table(RESULTS / "compiled.json"),
             "states": lambda: states_table(RESULTS / "smnist-196"),
+            "ablation": lambda: ablation_table(RESULTS / "ablation.json"),
             "goals": goals_table,
             "headline": headline_table,
             "tasks": task_sections,

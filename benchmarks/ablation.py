@@ -1,0 +1,60 @@
+"""Setpoint with one thing changed, on validation data: what its defaults are chosen by.
+
+    python benchmarks/ablation.py --task cifar10-mini --seeds 0,1 --data DIR --out results/ablation.json
+
+Runs that the folder already holds are not run again, and rows of other tasks in the file are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from record import keep
+
+from setpoint.bench.catalogue import task_named
+from setpoint.bench.method import method_named
+from setpoint.bench.progress import ProgressBars
+from setpoint.bench.results import Result
+from setpoint.bench.runner import finished, grid, run
+
+VARIANTS = ("small", "setpoint", "setpoint-uniform", "setpoint-early", "setpoint-late")
+
+
+def row_of(result: Result) -> dict[str, Any]:
+    """What the file keeps of a run."""
+    names = ("task", "method", "budget", "seed", "metric", "value", "split", "train_flops", "final_flops", "date")
+    return {name: getattr(result, name) for name in names}
+
+
+def main() -> None:
+    """Run what is missing, and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", default="cifar10-mini")
+    parser.add_argument("--variants", default=",".join(VARIANTS), help="methods, with commas")
+    parser.add_argument("--budgets", default="0.5,0.25", help="with commas")
+    parser.add_argument("--seeds", default="0,1", help="with commas")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--data", type=Path, default=None, help="folder that holds the data")
+    parser.add_argument("--folder", type=Path, default=Path("runs/ablation"), help="of the runs")
+    parser.add_argument("--out", type=Path, default=None)
+    args = parser.parse_args()
+    task = task_named(args.task, data=args.data)
+    methods = tuple(method_named(name) for name in args.variants.split(","))
+    budgets, seeds = map(float, args.budgets.split(",")), map(int, args.seeds.split(","))
+    cells = grid(task, methods, dict.fromkeys(budgets), dict.fromkeys(seeds), "validation")
+    done = finished(cells, args.folder)
+    with ProgressBars([cell for cell in cells if cell not in done]) as bars:
+        outcome = run(cells, args.folder, bars, workers=args.workers)
+    rows = [row_of(result) for result in outcome.results]
+    if args.out is not None and args.out.exists():
+        made = {(row["task"], row["method"], row["budget"], row["seed"]) for row in rows}
+        old = json.loads(args.out.read_text(encoding="utf-8"))["rows"]
+        rows = [row for row in old if (row["task"], row["method"], row["budget"], row["seed"]) not in made] + rows
+    keep({"rows": rows}, args.out, shown={"rows": len(rows)})
+
+
+if __name__ == "__main__":
+    main()
