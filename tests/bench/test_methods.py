@@ -14,12 +14,13 @@ import setpoint
 from setpoint.bench.counter import step_flops
 from setpoint.bench.digits import digits
 from setpoint.bench.found import found_widths
-from setpoint.bench.method import METHODS, Method, method_named
+from setpoint.bench.method import METHODS, Method, Setpoint, method_named
 from setpoint.bench.methods.scratch import SmallFound
 from setpoint.bench.results import MODEL, Result
 from setpoint.bench.task import BenchError, dense_widths
 from setpoint.bench.training import Cell, train
 from setpoint.bench.weight_flops import weight_flops
+from setpoint.ledger import Ledger
 
 TASK = digits(epochs=1, width=16)
 BUDGET = 0.5
@@ -195,3 +196,18 @@ def test_the_page_names_method_and_source(method: Method) -> None:
         line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith(f"| `{method.name}` |")
     )
     assert row.split("|")[-2].strip() == method.paper
+
+
+def test_a_budget_of_bytes(tmp_path: Path) -> None:
+    """`setpoint-memory` ends within half of the dense model's peak bytes, as metered."""
+    result = finish(method_named("setpoint-memory"), tmp_path, {}, budget=0.6)
+    ledger = Ledger.load(tmp_path / result.folder / "ledger.jsonl")
+    assert result.landed and result.resizes > 0
+    last = ledger[-1]
+    assert last.spent["memory"] <= 1.01 * last.limit["memory"]
+
+
+def test_a_budget_of_seconds_is_a_method() -> None:
+    """`setpoint-latency` is known by name and holds the seconds of a step."""
+    method = method_named("setpoint-latency")
+    assert isinstance(method, Setpoint) and method.resource == "latency"

@@ -125,8 +125,6 @@ METHODS: tuple[Method, ...] = (
     Setpoint("setpoint-gates", GatedController()),
     Setpoint("setpoint-regrow", PricedController(regrow=True)),
     Setpoint("setpoint-weights", granularity="weight", paper=_EVCI, family="sparse"),
-    Setpoint("setpoint-latency", resource="latency"),
-    Setpoint("setpoint-memory", resource="memory"),
     Setpoint("setpoint-magnitude", sensor=MagnitudeSensor),
     Setpoint("setpoint-random", sensor=RandomSensor, paper=_MITTAL),
 )
@@ -134,11 +132,16 @@ METHODS: tuple[Method, ...] = (
 
 Each `setpoint-...` is Setpoint with one thing changed: how a cut is split over layers (`uniform`; `magnitude` and
 `random` too, since their readings rank within a layer only), when it is made (`first`, `early`, `late`), what ranks
-units (`gates`, `magnitude`, `random`), whether units come back (`regrow`), what is pruned (`weights`: single ones,
-in theory), or what the budget is on (`latency`, `memory`).
+units (`gates`, `magnitude`, `random`), whether units come back (`regrow`), or what is pruned (`weights`: single ones,
+in theory).
 """
 
 
+RESOURCE_METHODS: tuple[Method, ...] = (
+    Setpoint("setpoint-latency", resource="latency"),
+    Setpoint("setpoint-memory", resource="memory"),
+)
+"""Setpoint with a budget on seconds or peak bytes of a step: how many FLOPs are left is another matter."""
 STATE_METHODS: tuple[Method, ...] = (Hankel(), Hankel("hankel-regrow", regrow=True), Compressm(), FewStates())
 """Methods for tasks on state-space models."""
 
@@ -150,10 +153,11 @@ def method_named(name: str) -> Method:
         BenchError: there is none, or it has no such setting; the message lists those there are.
     """
     base, *settings = name.split("@")
-    for method in (*METHODS, *STATE_METHODS):
+    everything = (*METHODS, *RESOURCE_METHODS, *STATE_METHODS)
+    for method in everything:
         if method.name == base:
             return _with_settings(method, name, settings)
-    raise BenchError(f"unknown method {name!r}: use {', '.join(method.name for method in (*METHODS, *STATE_METHODS))}")
+    raise BenchError(f"unknown method {name!r}: use {', '.join(method.name for method in everything)}")
 
 
 def _with_settings(method: Method, name: str, settings: list[str]) -> Method:

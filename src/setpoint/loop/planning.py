@@ -66,11 +66,19 @@ def metered_at(parts: Parts, account: Account, widths: Mapping[str, int]) -> tup
     narrowest = {group.name: lowest_width(group) for group in parts.groups}
     for name in sorted(target.metered - before):
         _warn_if_out_of_reach(parts, name, known[name], widths)
-    for name in target.out_of_reach(known, widths, narrowest):
-        _warn_and_hold(parts, name, known[name], widths, narrowest)
+    sure = _at_best(account, known, watts)
+    for name in target.out_of_reach(sure, widths, narrowest):
+        _warn_and_hold(parts, name, sure[name], widths, narrowest)
     missing = before - metered.keys() - {"latency"}  # of which there is none before the first whole step after a cut
     parts.metering.miss(missing)
     return metered, told | {name: target.expected(name, widths) for name in missing}
+
+
+def _at_best(account: Account, known: Mapping[str, float], watts: float | None) -> dict[str, float]:
+    """The readings, with the quickest step in place of the usual one: others may have an evaluation in them."""
+    quickest = account.steps.quickest_seconds
+    told = {"latency": quickest} | ({} if watts is None else {"energy": quickest and watts * quickest})
+    return {name: value for name, value in {**known, **told}.items() if value is not None and name in known}
 
 
 def _warn_if_out_of_reach(parts: Parts, name: str, seen: float, widths: Mapping[str, int]) -> None:

@@ -255,7 +255,7 @@ class Target:
         left to save (`least`) does not lead down to the limit.
 
         Args:
-            metered: the present readings.
+            metered: the present readings, none of them longer than it has to be.
             widths: that they were read at.
             narrowest: widths of the narrowest model.
         """

@@ -169,6 +169,11 @@ class StepMeter:
         """Median of the recent intervals in seconds, or None before the first."""
         return statistics.median_low(self._intervals) if self._intervals else None
 
+    @property
+    def quickest_seconds(self) -> float | None:
+        """The shortest of the recent intervals: what a step takes with nothing beside it; None before the third."""
+        return min(self._intervals) if len(self._intervals) >= 3 else None
+
     def measured(self) -> Measured | None:
         """The median with its 95 % interval, or None before the first step."""
         return median_of(self._intervals) if self._intervals else None
