@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -9,17 +10,24 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from setpoint.distributed import local
+
+Mark = tuple["weakref.ref[Tensor]", int] | None
+
 
 class StepHooks:
     """Watches optimizers through their own hooks; a step is done when each of them has stepped.
 
     `before` is called ahead of the first optimizer's update, when all gradients are expected to be
-    ready; `after` when the last one has moved its weights. An optimizer that steps twice in between
-    counts once. If the first optimizer is given a closure, `before` is called behind it, since
-    that is where the gradients come from.
+    ready; `after` when the last one has moved its weights. If the first optimizer is given a closure, `before` is
+    called behind it, since that is where the gradients come from.
 
     Under a GradScaler with several optimizers, call `scaler.unscale_` for all of them before the
-    first steps: the scale of the others' gradients cannot be seen from there.
+    first steps: the scale of the others' gradients cannot be seen from there. A step in which the scaler lets some
+    optimizers step and skips others is not counted, no more than one in which it skips all. It has ended when one
+    that has stepped is about to step again, or one that comes before those that have stepped, by the order of the
+    last whole step; before there was any, when gradients of the others are not finite. One that stepped before and
+    has gradients that are not finite now is not part of this step.
 
     Args:
         optimizers: the optimizers of one training step.
@@ -37,8 +45,10 @@ class StepHooks:
     ) -> None:
         self._before = before
         self._after = after
-        self._waiting_for = {id(optimizer) for optimizer in optimizers}
-        self._stepped: set[int] = set()
+        self._optimizers = {id(optimizer): optimizer for optimizer in optimizers}
+        self._order: list[int] = []
+        self._took: dict[int, Mark] = {}
+        self._stepped: list[int] = []
         self._handles = [optimizer.register_step_pre_hook(self._ahead) for optimizer in optimizers]
         self._handles += [optimizer.register_step_post_hook(self._behind) for optimizer in optimizers]
         if loading is not None:
@@ -46,8 +56,9 @@ class StepHooks:
 
     @property
     def within_step(self) -> bool:
-        """Whether some of the optimizers have stepped and others have not."""
-        return bool(self._stepped)
+        """Whether some of the optimizers have stepped and others have yet to, with gradients that they can take."""
+        left = [each for number, each in self._optimizers.items() if number not in self._stepped]
+        return bool(self._stepped) and any(_has_gradients(each) and not _overflowed(each) for each in left)
 
     def remove(self) -> None:
         """Take all hooks away; may be called again."""
@@ -58,7 +69,11 @@ class StepHooks:
     def _ahead(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if self._stepped or not self._handles:
+        if not self._handles:
+            return None
+        if self._stepped and self._ends_by(id(optimizer)):
+            self._stepped.clear()
+        if self._stepped:
             return None
         if callable(kwargs.get("closure")):
             return args, {**kwargs, "closure": self._behind_closure(optimizer, kwargs["closure"])}
@@ -78,10 +93,54 @@ class StepHooks:
     def _behind(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._handles:
             return
-        self._stepped.add(id(optimizer))
-        if self._stepped == self._waiting_for:
+        self._stepped.append(id(optimizer))
+        self._took[id(optimizer)] = _mark(optimizer)
+        left = [each for number, each in self._optimizers.items() if number not in self._stepped]
+        if not left and any(map(self._is_stale, self._optimizers)):
             self._stepped.clear()
+        elif not left:
+            self._order, self._stepped = self._stepped, []
             self._after()
+        elif not self._order and any(map(_overflowed, left)):
+            self._stepped.clear()
+
+    def _is_stale(self, number: int) -> bool:
+        """Whether an optimizer stepped in an iteration before this one, in which its gradients have overflowed."""
+        optimizer, took = self._optimizers[number], self._took[number]
+        now = _mark(optimizer)
+        same = took is not None and now is not None and took[0]() is now[0]() and took[1] == now[1]
+        return not same and _overflowed(optimizer)
+
+    def _ends_by(self, number: int) -> bool:
+        """Whether the step that is under way has ended, as this optimizer begins another."""
+        if number in self._stepped:
+            return True
+        return bool(self._order) and all(self._order.index(number) < self._order.index(each) for each in self._stepped)
+
+
+def _mark(optimizer: Optimizer) -> Mark:
+    """Its first gradient and how often that was written to: the same again if there was no backward pass between."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                return weakref.ref(parameter.grad), parameter.grad._version
+    return None
+
+
+def _has_gradients(optimizer: Optimizer) -> bool:
+    return any(parameter.grad is not None for group in optimizer.param_groups for parameter in group["params"])
+
+
+def _overflowed(optimizer: Optimizer) -> bool:
+    """Whether any of its gradients is not finite, so that a GradScaler skips it."""
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return not all(bool(torch.isfinite(_values(gradient)).all()) for gradient in gradients)
+
+
+def _values(gradient: Tensor) -> Tensor:
+    """The entries of a gradient that is stored, be it sparse or spread over ranks."""
+    dense = gradient.coalesce().values() if gradient.is_sparse else gradient
+    return local(dense)
 
 
 def _grad_scale(optimizer: Optimizer) -> Tensor | None:
