@@ -114,11 +114,35 @@ def scaled(model: nn.Module, optimizer: Any, loss: Callable[[int], Tensor]) -> N
     optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("do", [plain, accumulated, scaled])
+def discarded(model: nn.Module, optimizer: Any, loss: Callable[[int], Tensor]) -> None:
+    (50 * loss(1)).backward()  # a batch that is thrown away, as a scaler does with one that overflows
+    optimizer.zero_grad()
+    plain(model, optimizer, loss)
+
+
+def discarded_by_zeros(model: nn.Module, optimizer: Any, loss: Callable[[int], Tensor]) -> None:
+    (50 * loss(1)).backward()
+    optimizer.zero_grad(set_to_none=False)
+    loss(0).backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=False)
+
+
+def looked_at(model: nn.Module, optimizer: Any, loss: Callable[[int], Tensor]) -> None:
+    total = loss(0)
+    largest = max((p for p in model.parameters() if p.requires_grad), key=lambda parameter: parameter.numel())
+    torch.autograd.grad(50 * total, largest, retain_graph=True)  # to look at, not to train by
+    total.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("do", [plain, accumulated, scaled, discarded, discarded_by_zeros, looked_at])
 @pytest.mark.parametrize("case", CASES)
 def test_readings_are_those_of_trained_weights(case: str, do: Callable[..., None]) -> None:
     """Claim: slope and saliency of all units are those of the same model with the same weights trained, to rounding,
-    with evaluations in between, accumulated gradients, and gradients that are scaled after the backward pass.
+    with evaluations in between, accumulated gradients, gradients that are scaled after the backward pass, batches that
+    are thrown away, and gradients that are only looked at.
     """
     frozen, trained = gates(case, True, do), gates(case, False, do)
     for part, by_group in trained.items():

@@ -9,10 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from setpoint.distributed import is_spread, whole_tensor
+from setpoint.distributed import is_spread, local, whole_tensor
 
 _COUNT = 3
 """One alone might not take part in a step."""
+
+
+def graph_task() -> int:
+    """Number of the backward pass that is under way, as `torch.autograd.graph` counts them; -1 outside of any."""
+    number: int = torch._C._current_graph_task_id()
+    return number
 
 
 class Sentinels:
@@ -31,6 +37,8 @@ class Sentinels:
         self.parameters = sorted(trained, key=lambda parameter: parameter.numel())[:_COUNT]
         self.came: dict[int, Tensor] = {}
         """Sums of the gradients that came, by identity of the parameter."""
+        self.tasks: set[int] = set()
+        """Backward passes in which they came."""
         self._watched: set[int] = set()
         self._handles: list[Any] = []
 
@@ -56,7 +64,10 @@ class Sentinels:
             sentinels = me()
             if sentinels is not None:
                 came = gradient.detach().to(torch.float64, copy=True)  # clipping works in place
-                before = sentinels.came.get(number)
+                # Gradients that have been discarded do not come again: the hook runs ahead of the accumulation.
+                discarded = leaf is parameter and not _has_gradient(parameter)
+                before = None if discarded else sentinels.came.get(number)
+                sentinels.tasks.add(graph_task())
                 sentinels.came[number] = came if before is None else before + came
 
         handle = leaf.register_hook(note)  # type: ignore[no-untyped-call]
@@ -71,7 +82,11 @@ class Sentinels:
 
     def forget(self) -> None:
         """What came so far was of another step."""
-        self.came = {}
+        self.came, self.tasks = {}, set()
+
+    def any_gradient(self) -> bool:
+        """Whether any of them has a gradient that is not zero."""
+        return any(map(_has_gradient, self.parameters))
 
     def factor(self) -> Tensor | None:
         """The scale of the gradients that are there, beside those that came; None if none came."""
@@ -81,3 +96,7 @@ class Sentinels:
         products = [(came * whole_tensor(now).double()).sum() for came, now in seen if now is not None]
         squares = torch.stack([came.square().sum() for came, _ in seen])
         return sum(products, torch.zeros_like(squares[0])) / squares.sum()
+
+
+def _has_gradient(parameter: nn.Parameter) -> bool:
+    return parameter.grad is not None and bool(local(parameter.grad).any())

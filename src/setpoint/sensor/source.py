@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from setpoint.distributed import Ranks, local, ranks_of
 from setpoint.groups.group import Group, Slice
+from setpoint.sensor.sentinel import Sentinels
 from setpoint.sensor.tap import Tap
 from setpoint.sensor.unit_sum import UnitSum, num_entries, part_of
 
@@ -69,17 +70,22 @@ class Sources:
     ranks: Ranks = field(default_factory=Ranks)
 
 
-def find_sources(groups: tuple[Group, ...], model: nn.Module, tapped: frozenset[str] = frozenset()) -> Sources:
+def find_sources(
+    groups: tuple[Group, ...],
+    model: nn.Module,
+    tapped: frozenset[str] = frozenset(),
+    sentinels: Sentinels | None = None,
+) -> Sources:
     """Outgoing weights of each group, with their index tables on the device, and all other trained parameters."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
 
     def source(place: Slice, num_units: int) -> Source:
         weight = parameters[place.tensor]
         sums = UnitSum.of(part_of(place, weight), num_units, local(weight.detach()).device)
-        if place.tensor not in tapped:
+        if sentinels is None or place.tensor not in tapped:
             return Source(weight, sums, num_entries(place, weight))
         channels = UnitSum.of(replace(place, dim=0), num_units, weight.device)
-        return Source(weight, sums, num_entries(place, weight), Tap(place, model), channels)
+        return Source(weight, sums, num_entries(place, weight), Tap(place, model, sentinels), channels)
 
     by_group = tuple(
         tuple(source(place, group.num_units) for place in group.slices if place.role == "consume") for group in groups

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from setpoint.groups.group import Group, Slice
+from setpoint.sensor.sentinel import Sentinels, graph_task
 
 _TAPPED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """Layers whose weight has their input's channels, which have a dim of their own in the input, along its dim 1."""
@@ -47,13 +48,19 @@ class Tap:
     u: both are `dL/dg` of a gate g on it. It is taken in the backward pass, for one multiplication of the
     activations; they are kept in memory until then. Nothing is seen in compiled code.
 
+    What backward passes have brought adds up like gradients, and like them it is gone when they are: a forward pass
+    before which no trained weight has a gradient begins anew. Where there is a choice, only those backward passes
+    count in which weights got gradients too: `torch.autograd.grad` for a penalty is none.
+
     Args:
         place: the slice of the frozen weight.
         model: whose it is.
+        sentinels: trained weights of the model, whose gradients are looked at.
     """
 
-    def __init__(self, place: Slice, model: nn.Module) -> None:
-        self._total: Tensor | None = None
+    def __init__(self, place: Slice, model: nn.Module, sentinels: Sentinels) -> None:
+        self._totals: dict[int, Tensor] = {}
+        self._sentinels = sentinels
         layer = _layer(place, model)
         assert layer is not None, "a weight that is tapped is tappable"
         me = weakref.ref(self)
@@ -64,6 +71,8 @@ class Tap:
                 return None
             if not (torch.is_grad_enabled() and args[0].requires_grad) or layer.weight.requires_grad:
                 return None
+            if tap._totals and not sentinels.any_gradient():
+                tap._totals = {}
             channels = args[0].dim() - layer.weight.dim() + 1  # type: ignore[operator]
             return (_Passed.apply(args[0], channels, tap.note), *args[1:])  # type: ignore[no-untyped-call]
 
@@ -73,16 +82,19 @@ class Tap:
     @property
     def seen(self) -> bool:
         """Whether there was a backward pass since the last reading."""
-        return self._total is not None
+        return bool(self._totals)
 
     def note(self, summed: Tensor) -> None:
         """Take in the sums of one backward pass."""
-        self._total = summed if self._total is None else self._total + summed
+        task = graph_task()
+        before = self._totals.get(task)
+        self._totals[task] = summed if before is None else before + summed
 
     def take(self) -> Tensor | None:
         """The sums since the last reading, by channel of the input; None if there were none."""
-        total, self._total = self._total, None
-        return total
+        totals, self._totals = self._totals, {}
+        counted = [total for task, total in totals.items() if task in self._sentinels.tasks] or [*totals.values()]
+        return sum(counted[1:], counted[0]) if counted else None
 
     def stop(self) -> None:
         """Take the hook away; may be called again."""

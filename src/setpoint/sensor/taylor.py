@@ -159,10 +159,10 @@ class TaylorSensor:
                 "them: leave them out (TaylorSensor.readable picks the others) or use another sensor"
             )
         tapped = frozenset[str]().union(*(tappable(group, model) for group in groups))
-        sources, sentinels = find_sources(groups, model, tapped), None
-        if tapped:
-            sentinels = Sentinels(model.parameters())
+        sentinels = Sentinels(model.parameters()) if tapped else None
+        if sentinels is not None:
             sentinels.start()
+        sources = find_sources(groups, model, tapped, sentinels)
         first = next((source.weight for of_group in sources.by_group for source in of_group), torch.zeros(()))
         dtype = torch.promote_types(first.real.dtype, torch.float32)
         zeros = torch.zeros(sum(group.num_units for group in groups), dtype=dtype, device=first.device)
@@ -183,7 +183,9 @@ class TaylorSensor:
             grad_scale: what the gradients are still multiplied by (a fused optimizer under a
                 GradScaler), or None; NaN leaves the step out.
         """
-        sources = state.sources if state.sources is not None else find_sources(groups, model, state.tapped)
+        sources = (
+            state.sources if state.sources is not None else find_sources(groups, model, state.tapped, state.sentinels)
+        )
         trains = [all(source.seen() for source in of_group) for of_group in sources.by_group]
         gate_gradient = _gate_gradients(state, sources.by_group) + zero_if_finite(sources.others, state.mean)
         gate_gradient = sources.ranks.total(gate_gradient)
