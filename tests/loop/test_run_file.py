@@ -272,3 +272,61 @@ def test_a_file_that_may_not_grow(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [each.read_bytes() for each in sorted(tmp_path.iterdir())] == old
+
+
+def beside(one: Run, **more: Any) -> dict[str, Any]:
+    """The parts of a run with a scaler, another model and another optimizer beside the loop."""
+    torch.manual_seed(3)
+    side = more.pop("side", None) or nn.Linear(2, 3)
+    trains = more.pop("trains", torch.optim.AdamW)(side.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", enabled=more.pop("enabled", True))
+    side(torch.randn(4, 2)).sum().backward()
+    trains.step()
+    return {**parts(one), "side": side, "trains": trains, "scaler": scaler}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"enabled": False}, "scaler does not take"),
+        ({"side": nn.Linear(2, 4)}, "side does not take"),
+    ],
+)
+def test_parts_of_no_loop_that_do_not_fit(dear: None, tmp_path: Path, wrong: dict[str, Any], words: str) -> None:
+    """Claim: a scaler or a model beside the loop that cannot take its state is named, and nothing at all is changed."""
+    whole = run()
+    whole.train(0, 12)
+    setpoint.save_run(tmp_path / "run", **beside(whole))
+    again = run()
+    given = beside(again, **wrong)
+    before, side = snapshot(again), [p.clone() for p in given["side"].parameters()]
+    with pytest.raises(CheckpointError, match=words):
+        setpoint.load_run(tmp_path / "run", **given)
+    assert_untouched(again, before)
+    assert all(map(torch.equal, side, given["side"].parameters()))
+
+
+def test_without_a_loop_a_model_of_another_size_is_refused(tmp_path: Path) -> None:
+    """Claim: a run file without a loop is loaded whole or not at all, too."""
+    model = nn.Linear(2, 4)
+    setpoint.save_run(tmp_path / "run", model=model, note=1)
+    other = nn.Linear(2, 3)
+    before = [p.clone() for p in other.parameters()]
+    with pytest.raises(CheckpointError, match="model does not take"):
+        setpoint.load_run(tmp_path / "run", model=other)
+    assert all(map(torch.equal, before, other.parameters()))
+
+
+def test_optimizer_state_of_weights_that_are_never_cut_is_checked_too() -> None:
+    """Claim: a moment of another size than its weight is refused by name, whether or not a group cuts that weight."""
+    one = run()
+    one.train(0, 6)
+    cut = {place.tensor for group in one.loop._parts.groups for place in group.slices}
+    names = [name for name, _ in one.model.named_parameters()]
+    number = next(place for place, name in enumerate(names) if name not in cut)
+    state = one.optimizers[0].state_dict()
+    moment = next(key for key, value in state["state"][number].items() if torch.is_tensor(value) and value.dim())
+    shape = [size + 1 for size in state["state"][number][moment].shape]
+    state["state"][number][moment] = torch.zeros(shape)
+    with pytest.raises(setpoint.OptimizerError, match=names[number]):
+        one.optimizers[0].load_state_dict(state)

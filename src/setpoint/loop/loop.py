@@ -27,6 +27,7 @@ from setpoint.loop.change import check_open, go_on_with, reopen_if_over, with_bu
 from setpoint.loop.closing import summarise
 from setpoint.loop.explanation import Explanation, explain
 from setpoint.loop.hooks import StepHooks
+from setpoint.loop.interrupt import uninterrupted
 from setpoint.loop.parts import Parts
 from setpoint.loop.planning import metered_at, observation_of, planned
 from setpoint.loop.ranking import Ranking
@@ -262,6 +263,14 @@ class Loop:
     # What happens at every step.
 
     def _before_step(self, grad_scale: Tensor | None) -> None:
+        with uninterrupted():
+            self._ahead_of_step(grad_scale)
+
+    def _after_step(self) -> None:
+        with uninterrupted():
+            self._behind_step()
+
+    def _ahead_of_step(self, grad_scale: Tensor | None) -> None:
         check_step(self._parts, first=not self._begun)
         self._begun = True
         if self._regrowth is not None:
@@ -270,7 +279,7 @@ class Loop:
         if self._weights is not None:
             self._weights.before_step()
 
-    def _after_step(self) -> None:
+    def _behind_step(self) -> None:
         self._step += 1
         self._account.stepped()
         self._parts.metering.stepped()

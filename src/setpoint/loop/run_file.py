@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from setpoint.checkpoint import damaged, digest, read_file, write_file
@@ -64,8 +65,10 @@ def save_run(path: str | os.PathLike[str], **parts: Any) -> None:
 def load_run(path: str | os.PathLike[str], **parts: Any) -> dict[str, Any]:
     """Read a file that `save_run` wrote into freshly built parts, and return the plain data that was saved with them.
 
-    Build model, optimizer and the rest as at the beginning of the run, attach, and load. The loop comes first,
-    whatever the order of the arguments: it shrinks model, optimizers and copies to the widths that they had.
+    Build model, optimizer and the rest as at the beginning of the run, attach, and load. What belongs to no loop
+    (schedulers, a scaler, another model) comes first, whatever the order of the arguments; if one of them does not take
+    its state, those that did are put back. Then comes the loop, which shrinks model, optimizers and copies to the
+    widths that they had, and then these.
 
     A folder of a sharded run is read by all ranks, of which there may be more or fewer than when it was saved.
 
@@ -75,7 +78,7 @@ def load_run(path: str | os.PathLike[str], **parts: Any) -> dict[str, Any]:
 
     Raises:
         CheckpointError: when there is no such file, it is damaged, of another format or another run, or the parts are
-            not those that were saved. Digest, names and the loop's state are checked before anything is changed.
+            not those that were saved. Digest, names, sizes and the loop's state are checked before anything is changed.
     """
     ranks, mesh = spread_over(parts)
     if mesh is not None:
@@ -88,9 +91,42 @@ def load_run(path: str | os.PathLike[str], **parts: Any) -> dict[str, Any]:
     else:
         states, values = _read(Path(path))
     _check_parts(str(path), states, parts)
-    for name in sorted(states, key=lambda name: not isinstance(parts[name], Loop)):
+    attached = _attached(parts)
+    strangers = [name for name in states if id(unwrapped(parts[name])) not in attached]
+    _load_all_or_none(str(path), {name: (parts[name], states[name]) for name in strangers})
+    for name in sorted(states.keys() - set(strangers), key=lambda name: not isinstance(parts[name], Loop)):
         parts[name].load_state_dict(states[name])
     return values
+
+
+def _attached(parts: Mapping[str, Any]) -> set[int]:
+    """Identities of the loops, and of the models, optimizers and copies that belong to them."""
+    loops = [part for part in parts.values() if isinstance(part, Loop)]
+    theirs = [each for loop in loops for each in (loop._parts.model, *loop._parts.optimizers, *loop._parts.copies)]
+    return {id(each) for each in (*loops, *theirs)}
+
+
+def _load_all_or_none(path: str, loads: Mapping[str, tuple[Any, Any]]) -> None:
+    """Have each part load its state; if one does not take it, put all back and say which.
+
+    Raises:
+        CheckpointError: naming that part.
+    """
+    before: list[tuple[Any, Any]] = []
+    for name, (part, state) in loads.items():
+        before.append((part, copy.deepcopy(part.state_dict())))
+        try:
+            if type(part).__name__ == "GradScaler" and part.is_enabled() != bool(state):
+                raise ValueError("one of them is enabled and the other is not")
+            part.load_state_dict(state)
+        except Exception as error:
+            for each, own in reversed(before):
+                if own or isinstance(each, nn.Module):
+                    each.load_state_dict(own)
+            raise CheckpointError(
+                f"{path!r}: {name} does not take the state that was saved under its name, and nothing was changed "
+                f"({type(error).__name__}: {' '.join(str(error).split())})"
+            ) from error
 
 
 def _check_complete(parts: Mapping[str, Any]) -> None:
@@ -130,8 +166,14 @@ def _check_parts(path: str, states: Mapping[str, Any], parts: Mapping[str, Any])
         raise CheckpointError(
             f"{path!r} holds the states of {_some(states)}, load_run was given {_some(parts)}: give the same parts"
         )
+    cut = {
+        id(part._parts.model): {place.tensor for group in part._parts.groups for place in group.slices}
+        for part in parts.values()
+        if isinstance(part, Loop)
+    }
     for name, part in parts.items():
         if isinstance(part, nn.Module):
+            _check_sizes(path, name, part, states[name], cut=cut.get(id(unwrapped(part))))
             own, saved = set(part.state_dict()), set(states[name])
             if own != saved:
                 raise CheckpointError(
@@ -146,6 +188,19 @@ def _check_parts(path: str, states: Mapping[str, Any], parts: Mapping[str, Any])
                     f"{path!r} was made for another {name}: its parameter groups have {groups} parameters, here "
                     f"{own_groups}"
                 )
+
+
+def _check_sizes(path: str, name: str, module: nn.Module, saved: Mapping[str, Any], cut: set[str] | None) -> None:
+    """Check that tensors which no loop cuts have the sizes of those that were saved; a wrapper's names are its own."""
+    if cut is None or module is not unwrapped(module):
+        return
+    for key, tensor in module.state_dict().items():
+        other = saved.get(key)
+        if key not in cut and isinstance(tensor, Tensor) and isinstance(other, Tensor) and tensor.shape != other.shape:
+            raise CheckpointError(
+                f"{path!r} was made for another {name}: {key!r} has shape {tuple(other.shape)} there and "
+                f"{tuple(tensor.shape)} here"
+            )
 
 
 def _some(names: Any) -> str:

@@ -45,11 +45,12 @@ def state_of(loop: Loop) -> dict[str, Any]:
         loop: between two optimizer steps.
 
     Raises:
-        LoopError: in the middle of a step.
+        LoopError: in the middle of a step, or when model and loop do not agree on its sizes.
         CheckpointError: when sensor or controller keep something that cannot be stored.
     """
     if loop._hooks.within_step or (loop._regrowth is not None and loop._regrowth.within_step):
         raise LoopError("a checkpoint in the middle of a step cannot be resumed: take it after optimizer.step()")
+    _check_whole(loop)
     plan, reading = loop._plan, loop._reading
     return {
         "format": FORMAT,
@@ -75,6 +76,22 @@ def state_of(loop: Loop) -> dict[str, Any]:
         "target": loop._parts.target.state_dict(),
         "regrowth": None if loop._regrowth is None else loop._regrowth.state_dict(),
     } | ({} if loop._weights is None else {"weights": loop._weights.state_dict()})
+
+
+def _check_whole(loop: Loop) -> None:
+    """Check that the model is as wide as the loop has it: a checkpoint of anything else could not be resumed."""
+    tensors: Mapping[str, Tensor] = named_tensors(loop._parts.model)
+    for group in loop._groups:
+        wide = all(
+            place.dim is None or place.index.size == tensors[place.tensor].shape[place.dim]
+            for place in group.slices
+            if place.tensor in tensors
+        )
+        if not wide or len(loop._origin[group.name]) != group.num_units:
+            raise LoopError(
+                f"group {group.name!r} has {group.num_units} units by this loop, but the model is of another size: a "
+                "change was broken off, or something else changed the model. Go on from the last checkpoint"
+            )
 
 
 def resume(loop: Loop, state: Mapping[str, Any]) -> None:
@@ -279,7 +296,8 @@ def check_loading(parts: Parts, optimizer: Optimizer, saved: Mapping[str, Any]) 
         OptimizerError: when it is not.
     """
     cut = {part.tensor for group in parts.groups for part in group.slices}
-    names = {id(p): name for name, p in parts.model.named_parameters(remove_duplicate=False) if name in cut}
+    every = {id(p): name for name, p in parts.model.named_parameters(remove_duplicate=False)}
+    names = {number: name for number, name in every.items() if name in cut}
     parameters = [parameter for settings in optimizer.param_groups for parameter in settings["params"]]
     numbers = [each for settings in saved["param_groups"] for each in settings["params"]]
     check_state(
@@ -290,3 +308,16 @@ def check_loading(parts: Parts, optimizer: Optimizer, saved: Mapping[str, Any]) 
             if id(parameter) in names
         ],
     )
+    check_state(
+        optimizer,
+        [
+            (every[id(parameter)], parameter, _alike(saved["state"].get(each, {}), parameter))
+            for parameter, each in zip(parameters, numbers, strict=False)
+            if id(parameter) in every.keys() - names.keys()
+        ],
+    )
+
+
+def _alike(state: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:
+    """Of the state of a parameter that is never cut, what has as many dims: rows and columns may be kept apart."""
+    return {key: value for key, value in state.items() if isinstance(value, Tensor) and value.dim() == parameter.dim()}
