@@ -299,3 +299,11 @@ def test_a_dense_model_can_be_saved_too(tmp_path: Path) -> None:
     model, inputs, _ = tied()
     save(model, tmp_path / "dense.safetensors")
     assert torch.equal(load(tmp_path / "dense.safetensors", into=Tied())(*inputs), model(*inputs))
+
+
+def test_a_compiled_model_is_saved_as_the_model_it_wraps(tmp_path: Path) -> None:
+    """The wrapper of `torch.compile` is looked through: the file loads into the plain model."""
+    model = nn.Linear(3, 2)
+    save(torch.compile(model, backend="eager"), tmp_path / "model")
+    again = load(tmp_path / "model", into=nn.Linear(3, 2))
+    assert torch.equal(again.weight, model.weight)

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from setpoint.actuator.cut import SizePlace, in_format
 from setpoint.actuator.shrink import is_persistent, named_tensors
@@ -64,7 +65,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Stored are all parameters and persistent buffers, tied ones once, and the sizes that cuts have set
     in the model's code. The write is atomic: under `path` there is either the old file or the whole
-    new one. Save the plain model, not its DistributedDataParallel or compiled wrapper.
+    new one. A wrapper of `torch.compile` or `DistributedDataParallel` is looked through.
 
     Args:
         model: the model.
@@ -80,6 +81,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     ...     load(f"{folder}/small.safetensors", into=nn.Linear(2, 3))
     Linear(in_features=2, out_features=3, bias=True)
     """
+    while (inner := _inside(model)) is not model:
+        model = inner
     _refuse_extra_state(model)
     transient = recorded_buffers(model)
     own, aliases = _stored(model, transient)
@@ -127,6 +130,15 @@ def load(path: str | os.PathLike[str], into: nn.Module) -> nn.Module:
         record_dense(into, header.dense, undo)
         undo.pop_all()
     return into
+
+
+def _inside(model: nn.Module) -> nn.Module:
+    """What a wrapper holds; a model that is none, itself."""
+    if isinstance(model, DistributedDataParallel):
+        inner: nn.Module = model.module
+        return inner
+    compiled = getattr(model, "_orig_mod", None)  # its class lives in torch._dynamo, which takes a second to import
+    return compiled if isinstance(compiled, nn.Module) else model
 
 
 def _stored(model: nn.Module, transient: Iterable[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
