@@ -91,3 +91,25 @@ def test_a_run_goes_on_after_one_optimizer_was_skipped() -> None:
         loop.state_dict()
     summary = loop.finish()
     assert summary.landed and summary.steps == 40, summary
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's own, while it traces its optimizer
+def test_a_compiled_optimizer_step_decides_like_a_plain_one() -> None:
+    """Claim: `torch.compile(optimizer.step)`, made ahead of `attach`, leaves the loop out of what it compiles."""
+    ends = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 3))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
+        x = torch.randn(16, 8)
+        budget = setpoint.Budget.fraction(0.5, of="params")
+        loop = setpoint.attach(model, optimizer, budget, example=(x,), total_steps=20)
+        for _ in range(20):
+            model(x).square().mean().backward()
+            step()
+            optimizer.zero_grad()
+        summary = loop.finish()
+        assert summary.landed and summary.resizes > 0, summary
+        ends.append(summary.widths)
+    assert ends[0] == ends[1]

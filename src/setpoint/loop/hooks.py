@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -49,8 +50,9 @@ class StepHooks:
         self._order: list[int] = []
         self._took: dict[int, Mark] = {}
         self._stepped: list[int] = []
-        self._handles = [optimizer.register_step_pre_hook(self._ahead) for optimizer in optimizers]
-        self._handles += [optimizer.register_step_post_hook(self._behind) for optimizer in optimizers]
+        ahead, behind = _not_compiled(self._ahead), _not_compiled(self._behind)
+        self._handles = [optimizer.register_step_pre_hook(ahead) for optimizer in optimizers]
+        self._handles += [optimizer.register_step_post_hook(behind) for optimizer in optimizers]
         if loading is not None:
             self._handles += [optimizer.register_load_state_dict_pre_hook(loading) for optimizer in optimizers]
 
@@ -116,6 +118,14 @@ class StepHooks:
         if number in self._stepped:
             return True
         return bool(self._order) and all(self._order.index(number) < self._order.index(each) for each in self._stepped)
+
+
+def _not_compiled(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """The hook, left out of what `torch.compile(optimizer.step)` traces; Dynamo is not imported for it."""
+    if "torch._dynamo" not in sys.modules:
+        return hook
+    left_out: Callable[..., Any] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
+    return left_out
 
 
 def _mark(optimizer: Optimizer) -> Mark:
