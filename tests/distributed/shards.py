@@ -283,7 +283,8 @@ def sharded_damage() -> None:
 
     rng, whole_run, harmless = np.random.default_rng(0), read("run"), 0
     files = sorted(each.name for each in (folder / "run").iterdir())
-    assert files == [".metadata", "__0_0.distcp", "__1_0.distcp"]
+    assert files == [".metadata", "__0_0.distcp", "__1_0.distcp", "sha256.json"]
+    alone = init_device_mesh("cpu", (dist.get_world_size(), 1), mesh_dim_names=("apart", "alone"))["alone"]
     for number in range(18):
         file, at, short = files[number % 3], rng.random(), number >= 15
         if dist.get_rank() == 0:
@@ -292,6 +293,14 @@ def sharded_damage() -> None:
             position = int(at * len(contents))
             contents[position] ^= 255
             (folder / f"{number}" / file).write_bytes(contents[:position] if short else contents)
+        dist.barrier()
+        if file.endswith(".distcp"):  # on another number of ranks whole files are checked, so nothing is harmless
+            one = Ranks(alone.get_group())
+            caught(
+                setpoint.CheckpointError,
+                "",
+                lambda n=number, one=one: run_folder.read_folder(folder / f"{n}", one, alone),
+            )
         dist.barrier()
         try:
             found = read(f"{number}")
@@ -306,7 +315,6 @@ def sharded_damage() -> None:
     caught(setpoint.CheckpointError, "does not belong there", lambda: read("0"))
     assert not (folder / "trace").exists()
     caught(setpoint.CheckpointError, "call fully_shard", lambda: setpoint.load_run(folder / "run", model=build()))
-    alone = init_device_mesh("cpu", (dist.get_world_size(), 1), mesh_dim_names=("apart", "alone"))["alone"]
     tree = run_folder.read_folder(folder / "run", Ranks(alone.get_group()), alone)
     for name, parameter in model.named_parameters():
         assert torch.equal(tree["states"]["model"][name].to_local(), parameter.full_tensor())

@@ -41,6 +41,9 @@ _METADATA = {
 """What the description that PyTorch writes of a checkpoint, which is a pickle, may be made of."""
 
 
+_SUMS = "sha256.json"
+
+
 def spread_over(parts: Mapping[str, Any]) -> tuple[Ranks, Any]:
     """The ranks over which any model among the parts is spread, and their mesh; this process alone, and None."""
     models = [part for part in parts.values() if isinstance(part, nn.Module)]
@@ -57,8 +60,8 @@ def write_folder(path: Path, tree: Any, ranks: Ranks) -> None:
 
     Of a sharded tensor each rank writes its part. Every other tensor has the digest of its contents for a name,
     so that it is written once where ranks have the same, and ranks may have different ones. Each rank has an
-    index of its own: the names of its tensors, and the digests of its parts. The folder is written beside its
-    place and renamed when it is whole.
+    index of its own: the names of its tensors, and the digests of its parts. The first rank adds the digests of all
+    files. The folder is written beside its place and renamed when it is whole.
 
     Args:
         path: of the folder, which must not exist yet, the same on all ranks.
@@ -92,6 +95,8 @@ def write_folder(path: Path, tree: Any, ranks: Ranks) -> None:
             raise CheckpointError(f"cannot write {str(path)!r}: {error}") from error
     with together(ranks, f"the end of saving {path.name!r}"):
         if ranks.own == 0:
+            sums = {file.name: _sha256_of(file) for file in sorted(partial.glob("*.distcp"))}
+            (partial / _SUMS).write_text(json.dumps(sums), encoding="utf-8")
             os.rename(partial, path)
 
 
@@ -129,12 +134,31 @@ def read_folder(path: Path, ranks: Ranks, mesh: Any) -> dict[str, Any]:
     with together(ranks, f"loading {path.name!r}"):
         plain = {number: found[name] for number, name in index["plain"].items()}
         spread = {name: found[name] for name in index["parts"]}
-        same = int(own[2]) == ranks.count  # else the parts are others
+        same = int(own[2]) == ranks.count  # else the parts are others, and only whole files can be checked
+        if not same:
+            _check_files(path, ranks)
         if any(_sha256(plain[number]) != name for number, name in index["plain"].items()):
             raise damaged(path)
         if same and _parts(spread) != index["parts"]:
             raise damaged(path)
         return dict(from_tensors(plain | spread))
+
+
+def _check_files(path: Path, ranks: Ranks) -> None:
+    """Check the digests of all files, shared out among the ranks."""
+    try:
+        sums = json.loads((path / _SUMS).read_text(encoding="utf-8"))
+        mine = sorted(sums)[ranks.own :: ranks.count]
+        whole = all(_sha256_of(path / name) == sums[name] for name in mine)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise damaged(path) from error
+    if not whole or {file.name for file in path.glob("*.distcp")} != set(sums):
+        raise damaged(path)
+
+
+def _sha256_of(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _loaded(path: Path, reader: Any, tensors: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
