@@ -91,12 +91,12 @@ def main() -> None:
     args = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for name, steps in TASKS.items():
+    lengths = {name: max(20, round(args.share * steps)) for name, steps in TASKS.items()}
+    for name, length in lengths.items():
         found[name] = {run: [] for run in RUNS}
         for seed in range(args.rounds):
             for run, (compiled, pruned) in RUNS.items():
                 ours, theirs = context.Pipe(duplex=False)
-                length = max(20, round(args.share * steps))
                 order = (theirs, torch.get_num_threads(), name, compiled, pruned, length, seed, args.data)
                 process = context.Process(target=_in_process, args=order)
                 process.start()
@@ -104,7 +104,7 @@ def main() -> None:
                 found[name][run].append(ours.recv())
                 process.join()
                 print(name, run, seed, found[name][run][-1], flush=True)
-    keep({"budget": BUDGET, "steps": TASKS, "runs": found}, args.out, shown={"tasks": list(found)})
+    keep({"budget": BUDGET, "steps": lengths, "runs": found}, args.out, shown={"tasks": list(found)})
 
 
 if __name__ == "__main__":

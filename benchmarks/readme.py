@@ -315,14 +315,14 @@ def distributed_table(path: Path) -> str:
         return "Not measured yet."
     data = json.loads(path.read_text(encoding="utf-8"))
     lines = [
-        "| model | ranks | step | reading | plan | both, in steps | new reducer | resize, in steps | both, of a run of "
-        f"{RUN_STEPS:,} steps |",
+        "| model | ranks | step | reading | plan | both, in steps | new reducer | resize, in steps | "
+        f"{RUN_DECISIONS} decisions, of a run of {RUN_STEPS:,} steps |",
         f"|---|{'---:|' * 8}",
     ]
     for count, models in data["ranks"].items():
         for name, row in models.items():
             told = [duration(row[key]) for key in ("step_seconds", "reading_seconds", "plan_seconds")]
-            share = row["decisions"] * row["decision_in_steps"] / RUN_STEPS
+            share = RUN_DECISIONS * row["decision_in_steps"] / RUN_STEPS
             lines.append(
                 f"| {name} | {count} | {' | '.join(told)} | {row['decision_in_steps']:.3f} | "
                 f"{duration(row['rewrap_seconds'])} | {row['resize_in_steps']:.2f} | {share:.3%} |"
@@ -334,7 +334,7 @@ def distributed_table(path: Path) -> str:
     return "\n".join([*lines, "", f"{note} {_made_on(data)}"])
 
 
-RUN_STEPS = 1000
+RUN_STEPS, RUN_DECISIONS = 1000, 15
 
 
 def compiled_table(path: Path) -> str:
