@@ -81,7 +81,7 @@ def state_of(loop: Loop) -> dict[str, Any]:
 def _check_whole(loop: Loop) -> None:
     """Check that the model is as wide as the loop has it: a checkpoint of anything else could not be resumed."""
     tensors: Mapping[str, Tensor] = named_tensors(loop._parts.model)
-    for group in loop._groups:
+    for group in loop._groups if loop._weights is None else ():  # masks leave sizes alone
         wide = all(
             place.dim is None or place.index.size == tensors[place.tensor].shape[place.dim]
             for place in group.slices
