@@ -15,7 +15,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from setpoint.actuator.cut import SizePlace, in_format
 from setpoint.actuator.shrink import is_persistent, named_tensors
@@ -29,6 +28,7 @@ from setpoint.actuator.sizes import (
     recorded_sizes,
 )
 from setpoint.actuator.swap import swap
+from setpoint.distributed import unwrapped
 from setpoint.errors import CheckpointError, GroupError
 from setpoint.groups.place import is_call, read_size
 
@@ -81,8 +81,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     ...     load(f"{folder}/small.safetensors", into=nn.Linear(2, 3))
     Linear(in_features=2, out_features=3, bias=True)
     """
-    while (inner := _inside(model)) is not model:
-        model = inner
+    model = unwrapped(model)
     _refuse_extra_state(model)
     transient = recorded_buffers(model)
     own, aliases = _stored(model, transient)
@@ -130,15 +129,6 @@ def load(path: str | os.PathLike[str], into: nn.Module) -> nn.Module:
         record_dense(into, header.dense, undo)
         undo.pop_all()
     return into
-
-
-def _inside(model: nn.Module) -> nn.Module:
-    """What a wrapper holds; a model that is none, itself."""
-    if isinstance(model, DistributedDataParallel):
-        inner: nn.Module = model.module
-        return inner
-    compiled = getattr(model, "_orig_mod", None)  # its class lives in torch._dynamo, which takes a second to import
-    return compiled if isinstance(compiled, nn.Module) else model
 
 
 def _stored(model: nn.Module, transient: Iterable[str]) -> tuple[dict[str, Tensor], dict[str, str]]:

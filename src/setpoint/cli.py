@@ -196,8 +196,8 @@ def _sweep(suite: str, models: Sequence[str] | None, workers: int, out: Path | N
 
 def _report_ledger(file: Path, out: Path | None) -> None:
     """Tables and page of one ledger."""
-    from setpoint.report.decisions import ledger_line
     from setpoint.report.ledger_page import ledger_tables, read_ledger, write_ledger_page
+    from setpoint.report.resources import ledger_line
 
     record, console = read_ledger(file), _console()
     for table in ledger_tables(record):

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Float64
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 _MESSAGE_BYTES = 1024
 """Length of a message; each rank sends as much, so that nobody has to know how long the others' are."""
@@ -130,3 +131,12 @@ def ranks_of(tensors: Iterable[Tensor]) -> Ranks:
         if is_spread(each):
             return Ranks(each.device_mesh.get_group(), local(each.detach()).device)  # type: ignore[attr-defined]
     return Ranks()
+
+
+def unwrapped(part: Any) -> Any:
+    """A model out of `torch.compile` and `DistributedDataParallel`; anything else as it is."""
+    while True:
+        inside = part.module if isinstance(part, DistributedDataParallel) else getattr(part, "_orig_mod", None)
+        if not isinstance(inside, nn.Module):
+            return part
+        part = inside

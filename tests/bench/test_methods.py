@@ -199,7 +199,7 @@ def test_the_page_names_method_and_source(method: Method) -> None:
 
 
 def test_a_budget_of_bytes(tmp_path: Path) -> None:
-    """`setpoint-memory` ends within half of the dense model's peak bytes, as metered."""
+    """`setpoint-memory` ends within the share of the dense model's peak bytes that was asked for, as metered."""
     result = finish(method_named("setpoint-memory"), tmp_path, {}, budget=0.6)
     ledger = Ledger.load(tmp_path / result.folder / "ledger.jsonl")
     assert result.landed and result.resizes > 0

@@ -133,15 +133,20 @@ def test_a_budget_that_only_the_meter_shows_to_be_out_of_reach(machine: Machine)
     assert loop.summary is not None and not loop.summary.landed
 
 
-def test_a_budget_below_what_does_not_shrink(machine: Machine) -> None:
-    """Where most of a step is the user's own code, cutting stops once that shows: one warning, and no ruined model."""
+def beside(machine: Machine, seconds: float) -> Callable[[setpoint.Loop], None]:
+    """The user's steps on a machine that predictions are exact for, with so many seconds for loading data."""
     machine.factor = 1.0
 
     def live(loop: setpoint.Loop) -> None:
         machine.live(loop)
-        machine.now += 0.03
+        machine.now += seconds
 
-    loop, words = told(lambda: train(mlp(), Budget.fraction(0.6, of="latency"), 120, live))
+    return live
+
+
+def test_a_budget_below_what_does_not_shrink(machine: Machine) -> None:
+    """Where most of a step is the user's own code, cutting stops once that shows: one warning, and no ruined model."""
+    loop, words = told(lambda: train(mlp(), Budget.fraction(0.6, of="latency"), 120, beside(machine, 0.03)))
     summary = loop.summary
     assert len(words) == 1 and "does not shrink with the model" in words[0], words
     assert summary is not None and not summary.landed
@@ -166,13 +171,7 @@ def test_a_slow_start(machine: Machine) -> None:
 
 def test_a_constant_part_that_leaves_room(machine: Machine) -> None:
     """Where the user's own code leaves room, the budget is met by what does shrink, without a warning."""
-    machine.factor = 1.0
-
-    def live(loop: setpoint.Loop) -> None:
-        machine.live(loop)
-        machine.now += 0.004
-
-    loop, words = told(lambda: train(mlp(), Budget.fraction(0.6, of="latency"), 120, live))
+    loop, words = told(lambda: train(mlp(), Budget.fraction(0.6, of="latency"), 120, beside(machine, 0.004)))
     assert not words and loop.summary is not None and loop.summary.landed, (words, loop.summary)
     dense, final = (machine.step_s(widths) + 0.004 for widths in (DENSE, loop.widths))
     assert 0.5 * dense < final <= 1.03 * 0.6 * dense

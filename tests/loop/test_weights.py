@@ -20,8 +20,9 @@ from setpoint.bench.weight_flops import weight_flops
 from setpoint.controller.exchanging import ExchangingController
 from setpoint.errors import BudgetError, CheckpointError, GroupError, LoopError, OptimizerError, SetpointError
 from setpoint.groups.weights import Pattern, find_weights
-from setpoint.report.decisions import ledger_line, timeline
+from setpoint.report.decisions import timeline
 from setpoint.report.page import entries_table
+from setpoint.report.resources import ledger_line
 from setpoint.report.results import read_record
 
 STEPS = 24

@@ -52,11 +52,12 @@ def test_packages_are_added_up_and_their_parts_are_not(tmp_path: Path) -> None:
     first = domain(tmp_path, "intel-rapl:0", "package-0", 1_000_000)
     core = domain(tmp_path, "intel-rapl:0:0", "core", 1_000_000)
     second = domain(tmp_path, "intel-rapl:1", "package-1", 5_000_000)
-    dram = domain(tmp_path, "intel-rapl:1:0", "dram", 0)
+    dram = domain(tmp_path, "intel-rapl:1:0", "dram", 1_000_000)
+    domain(tmp_path, "intel-rapl:0:1", "dram", 0)  # named by the processor, never counted
     psys = domain(tmp_path, "intel-rapl:2", "psys", 5_000_000)
     meter, why = find_energy_meter([CPU], tmp_path)
     assert meter is not None and why == "" and meter.source == "RAPL package-0 + RAPL package-1 + RAPL dram-1"
-    spent = ((first, 2_500_000), (core, 2_000_000), (second, 5_500_000), (dram, 250_000), (psys, 9_000_000))
+    spent = ((first, 2_500_000), (core, 2_000_000), (second, 5_500_000), (dram, 1_250_000), (psys, 9_000_000))
     for folder, more in spent:
         (folder / "energy_uj").write_text(str(more))
     assert meter.read_j() == pytest.approx(1.5 + 0.5 + 0.25)

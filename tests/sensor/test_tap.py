@@ -128,6 +128,14 @@ def discarded_by_zeros(model: nn.Module, optimizer: Any, loss: Callable[[int], T
     optimizer.zero_grad(set_to_none=False)
 
 
+def discarded_late(model: nn.Module, optimizer: Any, loss: Callable[[int], Tensor]) -> None:
+    for factor in (50, 1):  # gradients are cleared between forward and backward pass, and only the last are stepped by
+        total = factor * loss(0)
+        optimizer.zero_grad()
+        total.backward()
+    optimizer.step()
+
+
 def looked_at(model: nn.Module, optimizer: Any, loss: Callable[[int], Tensor]) -> None:
     total = loss(0)
     largest = max((p for p in model.parameters() if p.requires_grad), key=lambda parameter: parameter.numel())
@@ -137,7 +145,7 @@ def looked_at(model: nn.Module, optimizer: Any, loss: Callable[[int], Tensor]) -
     optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("do", [plain, accumulated, scaled, discarded, discarded_by_zeros, looked_at])
+@pytest.mark.parametrize("do", [plain, accumulated, scaled, discarded, discarded_by_zeros, discarded_late, looked_at])
 @pytest.mark.parametrize("case", CASES)
 def test_readings_are_those_of_trained_weights(case: str, do: Callable[..., None]) -> None:
     """Claim: slope and saliency of all units are those of the same model with the same weights trained, to rounding,

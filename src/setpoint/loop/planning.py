@@ -69,7 +69,7 @@ def metered_at(parts: Parts, account: Account, widths: Mapping[str, int]) -> tup
     sure = _at_best(account, known, watts)
     for name in target.out_of_reach(sure, widths, narrowest):
         _warn_and_hold(parts, name, sure[name], widths, narrowest)
-    missing = before - metered.keys() - {"latency"}  # of which there is none before the first whole step after a cut
+    missing = before - known.keys() - {"latency"}  # of which there is none before the first whole step after a cut
     parts.metering.miss(missing)
     return metered, told | {name: target.expected(name, widths) for name in missing}
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from setpoint.checkpoint import damaged, digest, read_file, write_file
+from setpoint.distributed import unwrapped
 from setpoint.errors import CheckpointError
 from setpoint.loop.loop import Loop
 from setpoint.loop.run_folder import read_folder, spread_over, write_folder
 from setpoint.loop.tree import from_tensors, to_tensors
-from setpoint.loop.wrapper import unwrapped
 
 FORMAT = 1
 """Version of the file format, described in docs/resume.md."""
@@ -94,7 +94,8 @@ def load_run(path: str | os.PathLike[str], **parts: Any) -> dict[str, Any]:
     attached = _attached(parts)
     strangers = [name for name in states if id(unwrapped(parts[name])) not in attached]
     _load_all_or_none(str(path), {name: (parts[name], states[name]) for name in strangers})
-    for name in sorted(states.keys() - set(strangers), key=lambda name: not isinstance(parts[name], Loop)):
+    ours = [name for name in states if name not in strangers]  # in one order on all ranks
+    for name in sorted(ours, key=lambda name: not isinstance(parts[name], Loop)):
         parts[name].load_state_dict(states[name])
     return values
 

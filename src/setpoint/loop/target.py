@@ -152,7 +152,7 @@ class Target:
         return dict(self._limit) if len(self.budgets) <= 1 else {**self._limit, "joint": 1.0}
 
     def dense_cost(self, name: str) -> float:
-        """Dense cost of a resource, by the first reading where a meter has read it."""
+        """Dense cost of a resource, by the last reading of the dense model where a meter has read it."""
         return self._metered_dense.get(name, self._dense[name])
 
     def replan(self, step: int, total_steps: int, *, spent: Mapping[str, float], widths: Mapping[str, int]) -> None:
@@ -302,6 +302,7 @@ class Target:
         """
         for name in (self._factor.keys() & other._metered_dense.keys()) - self._whole:
             self._factor[name] = other._factor[name]
+            self._first[name] = other._first[name]
             self._anchor(name, other._metered_dense[name], at_dense=True)
 
     def state_dict(self) -> dict[str, Any]:

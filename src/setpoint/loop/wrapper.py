@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from setpoint.actuator.sharding import Sharding
-from setpoint.distributed import Ranks, is_sharded, is_spread
+from setpoint.distributed import Ranks, is_sharded, is_spread, unwrapped
 from setpoint.errors import CostError, LoopError, OptimizerError
 from setpoint.loop.metering import METERED
 
@@ -97,15 +97,6 @@ def unwrap(model: nn.Module, copies: Sequence[nn.Module] = ()) -> Wrapped:
     trained = tuple(parameter for parameter in model.parameters() if parameter.requires_grad)
     averaging = None if parallel is None else Averaging(parallel, trained)
     return Wrapped(model, averaging, compiled, Sharding.of(model, copies) if spread else None)
-
-
-def unwrapped(part: Any) -> Any:
-    """A model out of `torch.compile` and `DistributedDataParallel`; anything else as it is."""
-    while True:
-        inside = part.module if isinstance(part, DistributedDataParallel) else getattr(part, "_orig_mod", None)
-        if not isinstance(inside, nn.Module):
-            return part
-        part = inside
 
 
 def _check_plain(model: nn.Module) -> bool:

@@ -139,7 +139,8 @@ def rapl_counters(root: Path = POWERCAP) -> tuple[list[Counter], str]:
                 continue
             range_j = float((folder / "max_energy_range_uj").read_text()) / 1e6
             read = _microjoules(folder / "energy_uj")
-            read()
+            if not read() and part:  # a domain that the processor names and does not count
+                continue
         except PermissionError as error:
             return [], f"{error.filename} may be read by root only: give this user read access to it"
         except (OSError, ValueError) as error:

@@ -6,67 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 
 from setpoint.ledger import Entry
-from setpoint.report.figures import AXES, BLUE, FAINT, GREY, INK, ORANGE, Figure, Trace, escape, layout
-from setpoint.report.numbers import digits, human, percent, scale
+from setpoint.report.figures import BLUE, FAINT, GREY, INK, ORANGE, Figure, Trace, escape, layout
+from setpoint.report.numbers import digits, scale
+from setpoint.report.resources import PER, dense_of, dropped, end_of, limit_of, num_dropped, unit_of
 from setpoint.report.results import Record
 
-NAMES = {
-    "flops": "FLOPs",
-    "params": "parameters",
-    "memory": "peak memory",
-    "latency": "seconds",
-    "inference": "seconds of inference",
-    "energy": "energy",
-}
-UNITS = {"flops": "FLOP", "params": "parameters", "memory": "B", "latency": "s", "inference": "s", "energy": "J"}
-PER = {"inference": "forward pass", "params": "model"}
-"""What spending is counted per, where it is not a training step."""
 BAND = 0.84
 """Share of a group's band that its units fill; the rest is the gap to the next."""
-
-
-def resources(record: Record) -> tuple[str, ...]:
-    """The resources under a budget; without one, those with a reference or a price."""
-    return tuple(dict.fromkeys((*record.limit, *record.limit_run))) or tuple(
-        dict.fromkeys(name for entry in record.entries for name in (*entry.reference, *entry.price))
-    )
-
-
-def dense_of(record: Record, resource: str) -> float | None:
-    """Dense cost per step: as predicted, or what the first reading of a meter makes of that."""
-    dense = record.dense.get(resource)
-    for entry in record.entries:
-        if dense is not None and resource in entry.metered and entry.predicted.get(resource):
-            return dense * entry.metered[resource] / entry.predicted[resource]
-    return dense
-
-
-def limit_of(record: Record, resource: str) -> float | None:
-    """The budget per step, as it was at the last decision; None where there is none, or one of the whole run."""
-    if resource in record.limit_run:
-        return None
-    told = [entry.limit[resource] for entry in record.entries if resource in entry.limit]
-    return told[-1] if told else record.limit.get(resource)
-
-
-def unit_of(resource: str | None) -> str:
-    """The unit of a resource, ready for a label; the name itself where it is unknown."""
-    return UNITS.get(resource or "", escape(resource or ""))
-
-
-def end_of(record: Record) -> int:
-    """Last step of the run."""
-    return record.total_steps or max((entry.step for entry in record.entries), default=1)
-
-
-def dropped(entry: Entry) -> int:
-    """How many units the entry dropped."""
-    return sum(num_dropped(entry).values())
-
-
-def num_dropped(entry: Entry) -> dict[str, int]:
-    """How many units the entry dropped, by group; single weights are counted, not listed."""
-    return {name: len(origins) for name, origins in entry.dropped.items() if origins} | dict(entry.num_dropped)
 
 
 def num_grown(entry: Entry) -> dict[str, int]:
@@ -373,38 +319,3 @@ def nth(values: Mapping[str, Sequence[float]], name: str, place: int) -> float |
     found = values.get(name, ())
     value = found[place] if place < len(found) else None
     return value if isinstance(value, (int, float)) and math.isfinite(value) else None
-
-
-def ledger_line(record: Record) -> str:
-    """One sentence about a ledger."""
-    made = [entry for entry in record.entries if dropped(entry)]
-    told = f"{len(record.entries)} decisions, {len(made)} cuts, {sum(map(dropped, made)):,} units dropped"
-    for resource in resources(record):
-        last = next((entry.spent[resource] for entry in reversed(record.entries) if resource in entry.spent), None)
-        dense, limit = dense_of(record, resource), limit_of(record, resource)
-        if last is not None:
-            told += f"; spends {human(last, UNITS.get(resource, resource))} per {PER.get(resource, 'step')} at the end"
-            told += f" ({percent(last / dense)} of dense)" if dense else ""
-            told += f", budget {human(limit, UNITS.get(resource, resource))}" if limit else ""
-        read = next((e.metered[resource] for e in reversed(record.entries) if resource in e.metered), None)
-        told += f", {human(read, UNITS.get(resource, resource))} by the meter's last reading" if read else ""
-        whole = record.limit_run.get(resource)
-        so_far = [(e.step, e.spent_run[resource]) for e in record.entries if resource in e.spent_run]
-        if whole:
-            told += f", budget of the whole run {human(whole, UNITS.get(resource, resource))}"
-        if whole and so_far:
-            step, amount = so_far[-1]
-            told += f", of which {human(amount, UNITS.get(resource, resource))} went by step {step:,}"
-        told += "".join(f"; {NAMES.get(resource, resource)} {text}" for text in record.sources.get(resource, ()))
-        off = record.calibration.get(resource)
-        told += f"; predictions within {percent(off)} of copies of the model" if off is not None else ""
-    if record.idle_watts is not None:
-        told += f"; power at rest {digits(record.idle_watts)} W, measured apart and part of the joules"
-    if record.pattern:
-        told += f"; masks on single weights ({record.pattern})"
-    return told + f", over {end_of(record):,} {AXES['step']}s."
-
-
-def seconds_by_group(record: Record) -> list[tuple[str, float]]:
-    """Groups by the seconds of a dense step that go when the group alone is cut to its fewest units, most first."""
-    return sorted(record.step_seconds.items(), key=lambda item: -item[1])

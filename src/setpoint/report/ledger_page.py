@@ -11,7 +11,7 @@ from rich.table import Table
 
 from setpoint.errors import CheckpointError, ReportError
 from setpoint.ledger import Ledger
-from setpoint.report import decisions
+from setpoint.report import resources
 from setpoint.report.draft import Draft, document, save
 from setpoint.report.figures import plotly_script
 from setpoint.report.numbers import NOTHING, duration, human
@@ -55,21 +55,21 @@ def write_ledger_page(file: Path, out: Path | None = None) -> Path:
 
 def ledger_tables(record: Record) -> Iterator[Table]:
     """For each resource its decisions, spent beside reference and predicted beside measured; then seconds by group."""
-    for resource in decisions.resources(record) or (None,):
-        unit = decisions.UNITS.get(resource or "", resource or "")
+    for resource in resources.resources(record) or (None,):
+        unit = resources.UNITS.get(resource or "", resource or "")
         read = any((resource or "") in entry.metered for entry in record.entries)
         titles = ["step", "spent", "reference", *(["predicted before", "measured before"] if read else []), "dropped"]
-        name = decisions.NAMES.get(resource or "", resource or "decisions")
-        table = Table(title=f"{name} per {decisions.PER.get(resource or '', 'step')}", title_justify="left")
+        name = resources.NAMES.get(resource or "", resource or "decisions")
+        table = Table(title=f"{name} per {resources.PER.get(resource or '', 'step')}", title_justify="left")
         for title in (*titles, "reason"):
             table.add_column(title, justify="left" if title == "reason" else "right", no_wrap=title != "reason")
         for entry in record.entries:
             each = (entry.spent, entry.reference, entry.predicted, entry.metered)[: 4 if read else 2]
             amounts = [human(values.get(resource or ""), unit) for values in each]
-            lost = decisions.dropped(entry)
+            lost = resources.dropped(entry)
             table.add_row(f"{entry.step:,}", *amounts, f"{lost:,}" if lost else NOTHING, plain(entry.reason))
         yield table
-    groups = decisions.seconds_by_group(record)
+    groups = resources.seconds_by_group(record)
     if groups:
         table = Table(title="where the time of a dense step goes", title_justify="left")
         table.add_column("group")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-from setpoint.report import decisions, dynamics
+from setpoint.report import decisions, dynamics, resources
 from setpoint.report.comparison import comparison
 from setpoint.report.draft import Draft, document, html_table, pair, place_of, save
 from setpoint.report.figures import PARTS, curves, plotly_script, seconds_by_part, seconds_figure
@@ -121,21 +121,21 @@ def run_section(name: str, groups: Mapping[str, Sequence[Cell]]) -> Draft:
 
 def run(name: str, label: str, record: Record, history: Sequence[Point], *, hidden: bool) -> Draft:
     """The decisions of one run, and its dynamics."""
-    told = f'<p class="caption"><b>{escape(label)}</b>: {escape(decisions.ledger_line(record))}</p>\n'
+    told = f'<p class="caption"><b>{escape(label)}</b>: {escape(resources.ledger_line(record))}</p>\n'
     draft = Draft(f'<div class="run" id="{name}"{" hidden" if hidden else ""}>\n{told}')
-    main = decisions.resources(record)
+    main = resources.resources(record)
     for resource in main:
         draft += place_of(
             f"{name}-spent-{len(draft.figures)}",
             decisions.spending(record, resource),
-            f"Spent against reference: {decisions.NAMES.get(resource, resource)} per "
-            f"{decisions.PER.get(resource, 'step')}",
+            f"Spent against reference: {resources.NAMES.get(resource, resource)} per "
+            f"{resources.PER.get(resource, 'step')}",
             "The reference leads from the dense cost to the budget; a triangle is a cut, and its text tells why.",
         )
         draft += place_of(
             f"{name}-price-{len(draft.figures)}",
             decisions.price(record, resource),
-            f"Price of {decisions.NAMES.get(resource, resource)}",
+            f"Price of {resources.NAMES.get(resource, resource)}",
             "Loss per unit of resource: a unit stays while its worth is at least the price.",
         )
     draft += place_of(
@@ -158,7 +158,7 @@ def run(name: str, label: str, record: Record, history: Sequence[Point], *, hidd
 
 def group_seconds_table(record: Record) -> str:
     """Where the time of a step goes, folded away; nothing where seconds were not predicted."""
-    found = decisions.seconds_by_group(record)
+    found = resources.seconds_by_group(record)
     if not found:
         return ""
     dense = record.dense.get("latency")
@@ -203,11 +203,11 @@ def entries_table(record: Record, resource: str | None, history: Sequence[Point]
     """All decisions as a table, folded away, with the loss right before and after each beside the final one."""
     if not record.entries:
         return ""
-    unit = decisions.UNITS.get(resource or "", resource or "")
+    unit = resources.UNITS.get(resource or "", resource or "")
     read = any(entry.metered for entry in record.entries)
     lines = []
     for entry in record.entries:
-        lost = ", ".join(f"{name}: {count}" for name, count in decisions.num_dropped(entry).items())
+        lost = ", ".join(f"{name}: {count}" for name, count in resources.num_dropped(entry).items())
         back = ", ".join(f"{name}: {count}" for name, count in decisions.num_grown(entry).items())
         each = (entry.spent, entry.reference, entry.predicted, entry.metered)
         amounts = [human(values.get(resource or ""), unit) for values in each[: 4 if read else 2]]

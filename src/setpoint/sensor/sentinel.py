@@ -37,8 +37,7 @@ class Sentinels:
         self.parameters = sorted(trained, key=lambda parameter: parameter.numel())[:_COUNT]
         self.came: dict[int, Tensor] = {}
         """Sums of the gradients that came, by identity of the parameter."""
-        self.tasks: set[int] = set()
-        """Backward passes in which they came."""
+        self._tasks: dict[int, set[int]] = {}
         self._watched: set[int] = set()
         self._handles: list[Any] = []
 
@@ -67,8 +66,9 @@ class Sentinels:
                 # Gradients that have been discarded do not come again: the hook runs ahead of the accumulation.
                 discarded = leaf is parameter and not _has_gradient(parameter)
                 before = None if discarded else sentinels.came.get(number)
-                sentinels.tasks.add(graph_task())
                 sentinels.came[number] = came if before is None else before + came
+                passes = set() if before is None else sentinels._tasks.get(number, set())
+                sentinels._tasks[number] = passes | {graph_task()}
 
         handle = leaf.register_hook(note)  # type: ignore[no-untyped-call]
         self._handles.append(handle)
@@ -82,7 +82,13 @@ class Sentinels:
 
     def forget(self) -> None:
         """What came so far was of another step."""
-        self.came, self.tasks = {}, set()
+        self.came, self._tasks = {}, {}
+
+    @property
+    def tasks(self) -> set[int]:
+        """Backward passes of which there are gradients."""
+        there = [self._tasks.get(id(p), set()) for p in self.parameters if p.grad is not None]
+        return set[int]().union(*there)
 
     def any_gradient(self) -> bool:
         """Whether any of them has a gradient that is not zero."""
