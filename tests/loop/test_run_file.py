@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -48,6 +49,29 @@ def test_a_run_goes_on_from_a_file(dear: None, tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(tensors(whole), tensors(again), strict=True))
 
 
+@pytest.mark.parametrize("through", ["save_run", "torch.save"])
+def test_chance_goes_on(through: str, dear: None, tmp_path: Path) -> None:
+    """Claim: after a resume PyTorch, NumPy and Python draw what they would have drawn in the uninterrupted run."""
+
+    def draws() -> tuple[Any, ...]:
+        # Python's generator is asked for the second half of a pair only: the type checker of the tests draws from it.
+        return torch.rand(3).tolist(), np.random.standard_normal(3).tolist(), random.gauss(0, 1)
+
+    one, again = run(), run()
+    one.train(0, 3)
+    np.random.standard_normal(), random.gauss(0, 1)  # leaves each with half a pair in hand
+    if through == "save_run":
+        setpoint.save_run(tmp_path / "run", **parts(one))
+    else:
+        torch.save(one.loop.state_dict(), tmp_path / "run")
+    expected = draws()
+    if through == "save_run":
+        setpoint.load_run(tmp_path / "run", **parts(again))
+    else:
+        again.loop.load_state_dict(torch.load(tmp_path / "run", weights_only=True))
+    assert draws() == expected
+
+
 def test_a_tree_comes_back_as_it_was() -> None:
     """Claim: every kind of value that state dicts hold survives, tensors with their strides and dtypes."""
     wide = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
@@ -56,6 +80,7 @@ def test_a_tree_comes_back_as_it_was() -> None:
         "floats": [0.1, -0.0, 1e300, float("inf"), True, None, 2**70],
         "nested": ({"a": ()}, [[]], "tree"),
         "milestones": Counter({3: 1, 5: 2}),
+        "arrays": [np.arange(6, dtype=np.uint32).reshape(2, 3), np.zeros((0, 2)), np.array(1.5, dtype=np.float32)],
         "dtypes": [torch.zeros(2, dtype=each) for each in (torch.bfloat16, torch.bool, torch.uint8, torch.complex64)],
         "odd": [
             torch.randn(6)[::2],
@@ -70,12 +95,15 @@ def test_a_tree_comes_back_as_it_was() -> None:
         if isinstance(a, torch.Tensor):
             dense = a.stride() == b.stride() or not a.is_contiguous()
             return a.dtype == b.dtype and torch.equal(a, b) and dense
+        if isinstance(a, np.ndarray):
+            return isinstance(b, np.ndarray) and a.dtype == b.dtype and a.shape == b.shape and np.array_equal(a, b)
         if isinstance(a, dict):
             return type(a) is type(b) and list(a) == list(b) and all(same(a[key], b[key]) for key in a)
         if isinstance(a, (list, tuple)):
             return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
         return type(a) is type(b) and repr(a) == repr(b)
 
+    assert repr(from_tensors(to_tensors([np.float64(0.1), np.int64(3), np.bool_(True)]))) == "[0.1, 3, True]"
     assert same(value, again) and again["state"][0]["exp_avg"].stride() == wide.stride()
     assert len(to_tensors({"a": wide, "b": wide})) == 2
 

@@ -198,7 +198,8 @@ class Loop:
     def state_dict(self) -> dict[str, Any]:
         """All that the loop remembers, for `load_state_dict`; model and optimizers are saved beside it.
 
-        It holds tensors, numbers and strings only, so that `torch.load(..., weights_only=True)` reads it.
+        It holds tensors, numbers and strings only, so that `torch.load(..., weights_only=True)` reads it. The states of
+        PyTorch's, NumPy's and Python's global random generators are among them.
 
         Raises:
             CheckpointError: when a sensor or controller of your own keeps what cannot be stored.
@@ -210,7 +211,8 @@ class Loop:
         """Take over a state: shrink the dense model and its optimizers as they were, and go on from there.
 
         Load it before the states of the model, its copies and the optimizers, which then have the right
-        shapes. Everything is checked before anything is changed.
+        shapes. Everything is checked before anything is changed. The global random generators go on from where they
+        were, too.
 
         Args:
             state: from `state_dict`, of a loop that was attached with the same arguments.

@@ -37,7 +37,7 @@ def save_run(path: str | os.PathLike[str], **parts: Any) -> None:
     Args:
         path: where to; the folder must exist.
         parts: by any name, whatever has a `state_dict()` (loop, model, optimizer, scheduler, scaler, averaged copy),
-            and plain data: numbers, strings, tensors, and dicts, lists and tuples of them.
+            and plain data: numbers, strings, tensors, arrays, and dicts, lists and tuples of them.
 
     Raises:
         CheckpointError: when a part cannot be stored, a loop comes without its model, an optimizer or a copy, or the

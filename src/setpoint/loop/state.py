@@ -18,6 +18,7 @@ from setpoint.actuator.optimizer_state import check_state
 from setpoint.actuator.shrink import named_tensors, shrink
 from setpoint.controller.plan import Plan
 from setpoint.errors import CheckpointError, LoopError, OptimizerError
+from setpoint.groups.chance import chance_state, check_chance_state, set_chance_state
 from setpoint.groups.group import Group, widths_of
 from setpoint.ledger import Entry
 from setpoint.loop.acting import in_full
@@ -75,6 +76,7 @@ def state_of(loop: Loop) -> dict[str, Any]:
         "metering": loop._parts.metering.state_dict(),
         "target": loop._parts.target.state_dict(),
         "regrowth": None if loop._regrowth is None else loop._regrowth.state_dict(),
+        "chance": chance_state(),
     } | ({} if loop._weights is None else {"weights": loop._weights.state_dict()})
 
 
@@ -171,6 +173,7 @@ class _Resumed:
         copy.deepcopy(loop._account).load_state_dict(state["account"])  # a trial
         copy.copy(parts.target).load_state_dict(state["target"])
         copy.copy(parts.metering).load_state_dict(state["metering"])
+        check_chance_state(state["chance"])
         self._metered = {str(name): float(value) for name, value in state["metered"].items()}
 
     def take_over(self) -> None:
@@ -208,6 +211,7 @@ class _Resumed:
         if loop._weights is not None:
             loop._weights.look(not loop._landed and parts.controller.due(loop._step + 1, parts.total_steps))
         loop._account.steps.begin()
+        set_chance_state(state["chance"])
 
 
 def device_of(parts: Parts) -> torch.device:

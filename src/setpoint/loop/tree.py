@@ -7,6 +7,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,9 +22,9 @@ _DICTS: dict[str, type[dict[Any, Any]]] = {"dict": dict, "ordered": OrderedDict,
 
 
 def to_tensors(value: Any, spread: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """Nested dicts, lists and tuples of tensors, numbers, strings and None as tensors in host memory.
+    """Nested dicts, lists and tuples of tensors, arrays, numbers, strings and None as tensors in host memory.
 
-    Tensors that share all of their memory are stored once.
+    Tensors that share all of their memory are stored once. NumPy's numbers become Python's.
 
     Args:
         value: the data; its dicts have keys that are strings or whole numbers.
@@ -49,6 +50,10 @@ def to_tensors(value: Any, spread: dict[str, Tensor] | None = None) -> dict[str,
     def encode(value: Any, where: str) -> Any:
         if value is None or type(value) in (bool, int, float, str):
             return value
+        if isinstance(value, np.generic) and type(value.item()) in (bool, int, float, str):
+            return value.item()
+        if isinstance(value, np.ndarray) and value.dtype.kind in "biufc" and value.dtype.isnative:
+            return {"array": encode(torch.from_numpy(value.copy()), where)}
         if type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided and not value.is_quantized:
             if value.is_meta:
                 raise CheckpointError(f"{where} is on the meta device and has no data")
@@ -64,8 +69,8 @@ def to_tensors(value: Any, spread: dict[str, Tensor] | None = None) -> dict[str,
             kind = {OrderedDict: "ordered", Counter: "counter"}.get(type(value), "dict")
             return {kind: [[key, encode(each, f"{where}[{key!r}]")] for key, each in value.items()]}
         raise CheckpointError(
-            f"{where or 'this'} is a {type(value).__name__}: a run file holds tensors, numbers, strings, None, "
-            "and dicts, lists and tuples of them"
+            f"{where or 'this'} is a {type(value).__name__}: a run file holds tensors, arrays and numbers, strings, "
+            "None, and dicts, lists and tuples of them"
         )
 
     text = json.dumps(encode(value, ""))
@@ -95,6 +100,8 @@ def from_tensors(tensors: Mapping[str, Tensor]) -> Any:
         ((kind, items),) = value.items()
         if kind == "tuple":
             return tuple(decode(items))
+        if kind == "array":
+            return decode(items).numpy()
         return _DICTS[kind]({key: decode(each) for key, each in items})
 
     return decode(json.loads(tensors[TREE].numpy().tobytes()))
