@@ -221,6 +221,27 @@ def frozen() -> None:
         np.testing.assert_allclose(values, readings[1][name], rtol=1e-7)
 
 
+def adapters() -> None:
+    """Outgoing weights that are frozen from the beginning are read through hooks, as in one process, over a cut."""
+    readings, models = [], []
+    for alone in (False, True):
+        model = build()
+        for layer in (model.mix, model.down):
+            layer.weight.requires_grad_(False)
+        called, data = (model, batch) if alone else (Parallel(model), share)
+        script = Scripted({5: {"up": [1, 5], "wide": [0, 3]}}, regrow=False)
+        optimizer, loop = attached(called, script, data(0)[0])
+        train(called, optimizer, loop, range(8), data, parts=2)
+        assert loop.widths == {**loop.widths, "up": 22, "wide": 18}, loop.ledger.header["frozen"]
+        readings.append(loop._read())
+        models.append(model)
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    for name, values in readings[0].saliency.items():
+        np.testing.assert_allclose(values, readings[1].saliency[name], rtol=1e-7)
+        np.testing.assert_allclose(readings[0].slope[name], readings[1].slope[name], rtol=1e-7)
+
+
 def resume() -> None:
     """A run on several ranks goes on bit for bit from one file, in freshly built wrappers."""
     setpoint.loop.regrowth._PROBE_SHARE = 1.0

@@ -152,7 +152,7 @@ class Probing:
         Args:
             grad_scale: what the gradients are still multiplied by (a fused optimizer under a GradScaler), or None.
         """
-        factor = self._sentinels.factor()
+        factor = self._sentinels.factor(self._sentinels.gradients())
         if factor is None or not self._gains:
             return None
         factor = factor if grad_scale is None else factor / grad_scale

@@ -41,7 +41,7 @@ from setpoint.loop.material import restricted, unit_material
 from setpoint.loop.metering import Metering
 from setpoint.loop.parts import Parts
 from setpoint.loop.replica import Replica
-from setpoint.loop.sensing import default_sensor
+from setpoint.loop.sensing import default_sensor, over_ranks
 from setpoint.loop.state import run_of
 from setpoint.loop.target import Target, check_budgets, check_reachable
 from setpoint.loop.wrapper import Wrapped, check_reads, check_shared, unwrap
@@ -49,6 +49,7 @@ from setpoint.meter import StepMeter, Stopwatch
 from setpoint.sensor.chain import takes_back
 from setpoint.sensor.reading import Hooking, Sensor
 from setpoint.sensor.tap import tappable
+from setpoint.sensor.taylor import TaylorSensor
 from setpoint.sensor.weight_taylor import WeightTaylorSensor
 
 
@@ -172,6 +173,7 @@ def attach(
             if sensor is None:
                 sensor = default_sensor(wrapped, found.groups, example, samples)
             check_reads(wrapped, sensor)
+            sensor = over_ranks(sensor, wrapped)
             active, frozen = _select(wrapped, found, groups, sensor, allow_lossy)
             if sharding is not None:  # FSDP takes no parameter without entries, so no group may vanish
                 active = tuple(replace(each, min_units=max(each.min_units, each.multiple_of)) for each in active)
@@ -320,8 +322,8 @@ def _select(
             frozen[group.name] += " (allow_lossy=True prunes it all the same)"
     open_groups = tuple(group for group in chosen if group.name not in frozen)
     hooked = {group.name for group in open_groups if isinstance(sensor, Hooking) and tappable(group, model)}
-    if not alone or wrapped.compiled:
-        frozen |= dict.fromkeys(hooked, "frozen outgoing weights are not read on several ranks, or in compiled code")
+    if wrapped.sharding is not None or wrapped.compiled or (not alone and not isinstance(sensor, TaylorSensor)):
+        frozen |= dict.fromkeys(hooked, "frozen outgoing weights are not read in sharded models or in compiled code")
         open_groups = tuple(group for group in open_groups if group.name not in hooked)
     readable = sensor.readable(open_groups, model)
     names = {group.name for group in readable}

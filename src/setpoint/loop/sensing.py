@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -26,6 +27,15 @@ def default_sensor(wrapped: Wrapped, groups: tuple[Group, ...], example: Example
     for_states: tuple[Sensor[Any], ...] = (HankelSensor(num_samples), SelectiveSensor(example))
     needed = [sensor for sensor in for_states if wrapped.alone and sensor.readable(groups, wrapped.model)]
     return SensorChain(*needed, units) if needed else units
+
+
+def over_ranks(sensor: Sensor[Any], wrapped: Wrapped) -> Sensor[Any]:
+    """The sensor, told over which ranks `DistributedDataParallel` averages gradients, where it can use that."""
+    if wrapped.averaging is None or not isinstance(sensor, TaylorSensor):
+        return sensor
+    told = copy.copy(sensor)
+    told.ranks = wrapped.ranks
+    return told
 
 
 def sense(loop: Loop, grad_scale: Tensor | None) -> None:

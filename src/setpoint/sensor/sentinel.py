@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ class Sentinels:
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
-        trained = [parameter for parameter in parameters if parameter.requires_grad and parameter.numel()]
+        trained = [each for each in parameters if each.requires_grad and each.numel() and not each.is_complex()]
         self.parameters = sorted(trained, key=lambda parameter: parameter.numel())[:_COUNT]
         self.came: dict[int, Tensor] = {}
         """Sums of the gradients that came, by identity of the parameter."""
@@ -94,14 +94,33 @@ class Sentinels:
         """Whether any of them has a gradient that is not zero."""
         return any(map(_has_gradient, self.parameters))
 
-    def factor(self) -> Tensor | None:
-        """The scale of the gradients that are there, beside those that came; None if none came."""
-        seen = [(came, p.grad) for p in self.parameters if (came := self.came.get(id(p))) is not None]
-        if not seen:
+    def gradients(self) -> Tensor | None:
+        """The gradients that came, all in a row, 0 where none did; None if none came at all."""
+        return self._row([self.came.get(id(each)) for each in self.parameters]) if self.came else None
+
+    def nothing(self) -> Tensor:
+        """As many zeros."""
+        return self._row([None for _ in self.parameters])
+
+    def factor(self, came: Tensor | None) -> Tensor | None:
+        """The scale of the gradients that are there, beside those that came; None if none came.
+
+        Args:
+            came: what `gradients` returned, or its mean over ranks where gradients are averaged.
+        """
+        if came is None:
             return None
-        products = [(came * whole_tensor(now).double()).sum() for came, now in seen if now is not None]
-        squares = torch.stack([came.square().sum() for came, _ in seen])
-        return sum(products, torch.zeros_like(squares[0])) / squares.sum()
+        now = self._row([None if each.grad is None else whole_tensor(each.grad) for each in self.parameters])
+        return (came * now).sum() / came.square().sum()
+
+    def _row(self, gradients: Sequence[Tensor | None]) -> Tensor:
+        """One gradient or none of each parameter as a row of numbers, on the device of the first parameter."""
+        device = local(self.parameters[0].detach()).device if self.parameters else None
+        row = [torch.zeros(0, dtype=torch.float64, device=device)]
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            values = torch.zeros(parameter.numel()) if gradient is None else gradient.detach().flatten()
+            row.append(values.to(device, torch.float64))
+        return torch.cat(row)
 
 
 def _has_gradient(parameter: nn.Parameter) -> bool:

@@ -37,22 +37,27 @@ class Source:
         """Whether there is something to read in this step."""
         return self.weight.requires_grad or (self.tap is not None and self.tap.seen)
 
-    def gate_gradient(self, like: Tensor, scale: Tensor | None) -> Float[Tensor, " units"] | None:
-        """What this weight adds to the gate's gradient of each unit in this step; None if it did not take part.
+    def gate_gradient(self, like: Tensor) -> Float[Tensor, " units"] | None:
+        """What the weight's gradient adds to the gate's gradient of each unit in this step; None if it has none.
 
         Args:
             like: of the device and dtype wanted.
-            scale: of the gradients that are there, beside those that came in the backward pass; None if none came.
         """
-        if not self.weight.requires_grad and self.tap is not None and self.channels is not None:
-            read = self.tap.take()
-            if read is None or scale is None:
-                return None
-            return self.channels.add_up(self.channels.select(read)).to(like) * scale.to(like)
-        if self.weight.grad is None:
+        if self.weight.grad is None or (self.tap is not None and not self.weight.requires_grad):
             return None
         weight, gradient = (self.sums.select(local(each)) for each in (self.weight, self.weight.grad))
         return self.sums.add_up(_product(weight, gradient, like.dtype)).to(like)
+
+    def tapped(self, like: Tensor) -> Float[Tensor, " units"] | None:
+        """What the tap has read in this step, by unit, in the scale of gradients as they came; None if nothing.
+
+        Args:
+            like: of the device and dtype wanted.
+        """
+        if self.weight.requires_grad or self.tap is None or self.channels is None:
+            return None
+        read = self.tap.take()
+        return None if read is None else self.channels.add_up(self.channels.select(read)).to(like)
 
 
 @dataclass(frozen=True, eq=False)

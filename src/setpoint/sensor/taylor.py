@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor, nn
 
-from setpoint.distributed import local
+from setpoint.distributed import Ranks, local
 from setpoint.errors import GroupError, LoopError
 from setpoint.groups.group import Group
 from setpoint.sensor.reading import Reading
@@ -102,12 +102,15 @@ class TaylorSensor:
     *Weights that are frozen from the beginning* (the base of a low-rank adapter). They have no gradient; but the
     gate may as well scale what the layer is given, so `r = sum of x * dL/dx over the unit's inputs x of that layer`,
     which a hook on the layer reads in the backward pass (`Tap`). Inputs of these layers are kept in memory until then.
+    Where `DistributedDataParallel` averages gradients, each rank reads those of its own samples, and one small
+    all-reduce at each update takes the mean over `ranks`, as the wrapper does of gradients.
 
     Args:
         num_samples: independent samples behind each optimizer step's gradient (B), over ranks and
             micro-batches.
         window: number of recent steps that count, in optimizer steps.
         first_order: whether the slope counts too.
+        ranks: over which gradients are averaged, where what hooks read is to be averaged too.
 
     Raises:
         ValueError: if either is not a positive integer.
@@ -120,13 +123,16 @@ class TaylorSensor:
 
     reads_shards = True
 
-    def __init__(self, num_samples: int, window: int = 50, first_order: bool = False) -> None:
+    def __init__(
+        self, num_samples: int, window: int = 50, first_order: bool = False, ranks: Ranks | None = None
+    ) -> None:
         for name, value in (("num_samples", num_samples), ("window", window)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
         self.num_samples = num_samples
         self.window = window
         self.first_order = first_order
+        self.ranks = Ranks() if ranks is None else ranks
 
     def readable(self, groups: tuple[Group, ...], model: nn.Module) -> tuple[Group, ...]:
         """The groups of which every outgoing weight is trained, or its layer's input can be read instead.
@@ -189,6 +195,8 @@ class TaylorSensor:
         trains = [all(source.seen() for source in of_group) for of_group in sources.by_group]
         gate_gradient = _gate_gradients(state, sources.by_group) + zero_if_finite(sources.others, state.mean)
         gate_gradient = sources.ranks.total(gate_gradient)
+        if state.sentinels is not None:
+            gate_gradient = gate_gradient + _tapped_gradients(state, sources.by_group, state.sentinels, self.ranks)
         if state.sentinels is not None:
             state.sentinels.forget()
         if grad_scale is not None:
@@ -369,13 +377,38 @@ def _check_seen(state: TaylorState, num_steps: float, weight: Float64[np.ndarray
 
 def _gate_gradients(state: TaylorState, sources: tuple[tuple[Source, ...], ...]) -> Tensor:
     """Gate gradients r of all units: a weight without a gradient in this step did not take part, and adds nothing."""
-    scale = None if state.sentinels is None else state.sentinels.factor()
-    parts = []
-    for num_units, of_group in zip(state.num_units, sources, strict=True):
-        added = [each.gate_gradient(state.mean, scale) for each in of_group]
-        there = [each for each in added if each is not None]
-        parts.append(sum(there[1:], there[0]) if there else state.mean.new_zeros(num_units))
-    return torch.cat(parts) if parts else state.mean
+    parts = [
+        _added_up([source.gate_gradient(state.mean) for source in of_group], num_units, state.mean)
+        for num_units, of_group in zip(state.num_units, sources, strict=True)
+    ]
+    return torch.cat([state.mean.new_zeros(0), *parts])
+
+
+def _tapped_gradients(
+    state: TaylorState, sources: tuple[tuple[Source, ...], ...], sentinels: Sentinels, ranks: Ranks
+) -> Tensor:
+    """What taps add to the gate gradients, in the scale of the gradients that are there now.
+
+    Where there are several ranks all of them call this, in the same steps; if no gradient came on any of them it is NaN,
+    so that the step is left out: none could tell by itself.
+    """
+    parts = [
+        _added_up([source.tapped(state.mean) for source in of_group], num_units, state.mean)
+        for num_units, of_group in zip(state.num_units, sources, strict=True)
+    ]
+    read, came = torch.cat([state.mean.new_zeros(0), *parts]), sentinels.gradients()
+    if ranks.count > 1:
+        came = sentinels.nothing() if came is None else came
+        mean = ranks.total(torch.cat([read.double(), came])) / ranks.count
+        read, came = mean[: len(read)].to(read), mean[len(read) :]
+    factor = sentinels.factor(came)
+    return torch.zeros_like(read) if factor is None else read * factor.to(read)
+
+
+def _added_up(found: list[Tensor | None], num_units: int, like: Tensor) -> Tensor:
+    """The sum by unit of what there is."""
+    there = [each for each in found if each is not None]
+    return sum(there[1:], there[0]) if there else like.new_zeros(num_units)
 
 
 @torch.no_grad()
