@@ -389,8 +389,8 @@ def _tapped_gradients(
 ) -> Tensor:
     """What taps add to the gate gradients, in the scale of the gradients that are there now.
 
-    Where there are several ranks all of them call this, in the same steps; if no gradient came on any of them it is NaN,
-    so that the step is left out: none could tell by itself.
+    Where there are several ranks all of them call this, in the same steps; if no gradient came on any of them it is
+    NaN, so that the step is left out: none could tell by itself.
     """
     parts = [
         _added_up([source.tapped(state.mean) for source in of_group], num_units, state.mean)
