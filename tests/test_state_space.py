@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -237,6 +238,19 @@ def test_a_layer_that_tells_too_little_stays_whole() -> None:
     found = trace(Silent(), (torch.randn(2, 12, 1),))
     assert all(group.kind != "state" for group in found.groups)
     assert any(each.place == "layer" and "StateWeights.carried" in each.reason for each in found.frozen)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "words"), [(("nowhere",), "'nowhere' .* not there"), (("nu_log", "B_im"), r"shape \(8,\)")]
+)
+def test_a_layer_that_tells_wrongly_is_refused(inputs: tuple[str, ...], words: str) -> None:
+    """A layer whose B is not where it says, or has no entry for each state there, is refused by name."""
+    model = SequenceClassifier(1, 3, num_channels=4, num_states=8)
+    layer = model.blocks[0].lru
+    tell = layer.state_weights
+    layer.state_weights = lambda: replace(tell(), inputs=inputs)
+    with pytest.raises(setpoint.StateSpaceError, match=words):
+        setpoint.find_groups(model, (torch.randn(2, 12, 1),))
 
 
 _COMPILED = """

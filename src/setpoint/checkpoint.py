@@ -265,7 +265,9 @@ def _read(path: Path) -> tuple[_Header, dict[str, Tensor]]:
     metadata, tensors = read_file(path)
     header = _parse(path, metadata, tensors)
     return header, {
-        name: torch.view_as_complex(tensor) if name in header.complex else tensor for name, tensor in tensors.items()
+        # What is read from a file may lie at an address that suits its reals only: a copy suits pairs of them too.
+        name: torch.view_as_complex(tensor.clone()) if name in header.complex else tensor
+        for name, tensor in tensors.items()
     }
 
 

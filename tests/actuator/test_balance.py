@@ -13,6 +13,7 @@ from setpoint.actuator.balance import balance_and_shrink, turned
 from setpoint.actuator.regrow import regrow
 from setpoint.actuator.reserve import Reserve
 from setpoint.actuator.shrink import named_tensors, shrink
+from setpoint.baselines.compressm import ComplexBalance
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group
 from setpoint.groups.state import state_layer
@@ -88,6 +89,32 @@ def test_first_moments_are_gradients_in_the_new_coordinates(kind: str) -> None:
             scale = float(parameter.grad.abs().max())
             tolerance = 1e-6 if kind == "lru" else 2e-3
             torch.testing.assert_close(buffers[name], parameter.grad, rtol=0, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize(("coordinates", "kept"), [("real", 6), ("complex", 4)])
+def test_first_moments_follow_modes_that_the_layer_mirrors(coordinates: str, kept: int) -> None:
+    """A layer that puts the mirror image of a mode in its place has the gradients of that: of modes below the axis, as
+    complex coordinates give them, and of old modes that fill up where fewer states have a value than are kept.
+    """
+    model = _lru(silent=5)
+    layer = model.blocks[0].lru
+    with torch.no_grad():
+        layer.theta_log[:3] = torch.tensor([4.0, 5.0, 6.0]).log()  # below the real axis
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
+    _step(model, optimizer)
+    group, basis = _states(model)
+    chosen: Any = basis if coordinates == "real" else ComplexBalance.of(layer.state_space())
+    want = model(X).detach()
+    balance_and_shrink(model, optimizer, (group,), _first(group, kept), {group.name: chosen})
+    torch.testing.assert_close(model(X), want, rtol=1e-7, atol=1e-7)
+    buffers = {
+        name: optimizer.state[getattr(layer, name)]["momentum_buffer"] for name in ("B_re", "B_im", "C_re", "C_im")
+    }
+    carried = {name: buffer.clone() for name, buffer in buffers.items()}
+    _step(model, optimizer)
+    for name, buffer in carried.items():
+        gradient = getattr(layer, name).grad
+        torch.testing.assert_close(buffer, gradient, rtol=0, atol=1e-6 * float(gradient.abs().max()))
 
 
 def test_second_moments_stay_positive_and_of_their_size() -> None:

@@ -88,6 +88,7 @@ def test_a_tree_comes_back_as_it_was() -> None:
             torch.zeros(0, 3),
             torch.randn(3, 1, 4).permute(2, 0, 1),
         ],
+        "wide": [torch.randn(11, dtype=torch.complex128), torch.randn(1, dtype=torch.float64)],
     }
     again = from_tensors(to_tensors(value))
 

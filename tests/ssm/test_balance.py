@@ -1,3 +1,8 @@
+import subprocess
+import sys
+from dataclasses import replace
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 import torch
@@ -159,6 +164,59 @@ def test_a_batch_is_reduced_member_by_member() -> None:
     for position, each in enumerate(parts):
         want = impulse_response(reduce_modes(each, 3).system, 30)
         torch.testing.assert_close(impulse_response(small, 30)[:, position], want, rtol=1e-6, atol=1e-9)
+
+
+def test_real_eigenvalues_take_a_mode_each() -> None:
+    """Of a system whose eigenvalues are real as many states are kept as modes were asked for, as near as the bound
+    says; which are so many is found in a few steps, not one by one.
+    """
+    values = torch.linspace(0.3, 0.99, 192, dtype=torch.float64).to(torch.complex128)
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(192, 8, dtype=torch.float64, generator=generator).to(values)
+    system, calls = DiagonalSystem(values, weights, weights.mT), 0
+    found = torch.linalg.eigvals
+
+    def counted(matrix: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return found(matrix)
+
+    with patch.object(torch.linalg, "eigvals", counted):
+        modes = reduce_modes(system, 20)
+    assert modes.order == 20 and calls <= 10
+    assert _error(system, modes.system) <= float(error_bound(hankel_values(system), 20))
+
+
+def test_what_is_not_resolved_counts_as_that_much() -> None:
+    """A Hankel value that is lost in rounding is no 0: the bound holds where nothing but such values are dropped."""
+    system = dense(64, 1, 1)
+    values = hankel_values(system)
+    assert values[63] < 1e-8 * values[0]
+    assert _error(system, truncate(system, 63)) <= float(error_bound(values, 63))
+    assert float(error_bound(torch.tensor([1.0, 0.0]), 1)) == 0.0
+
+
+def test_modes_near_the_circle_stay_there() -> None:
+    """An eigenvalue nearer to the unit circle than rounding elsewhere is kept as it is."""
+    values = torch.tensor([1 - 1e-9, 0.5j, 0.3, 0.1j], dtype=torch.complex128)
+    weights = torch.ones(4, 2, dtype=torch.complex128)
+    system = DiagonalSystem(values, weights, weights.mT)
+    kept = reduce_modes(system, 3).system
+    assert float(abs(kept.eigenvalues.abs().max() - (1 - 1e-9))) < 1e-12
+
+
+def test_only_systems_are_balanced() -> None:
+    """A module is refused by its type; in a process of its own, since here types are checked at every call."""
+    code = "import torch, setpoint.ssm; setpoint.ssm.balance(torch.nn.Linear(2, 2))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "StateSpaceError: the system is a Linear: give a linear time-invariant" in done.stderr
+
+
+def test_weights_without_finite_gramians_are_refused() -> None:
+    """B so large that its square is infinite."""
+    system = diagonal(4)
+    with pytest.raises(StateSpaceError, match="so large"):
+        balance(replace(system, inputs=system.inputs * 1e200))
 
 
 @pytest.mark.parametrize("number", [0, -1, 5])

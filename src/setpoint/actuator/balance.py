@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -166,6 +166,51 @@ class _Turn:
         """Write the modes, and what follows them, at their places."""
         before = _layer(model, self.name).state_weights()
         self._write(model, self.modes.system, undo)
+        taken = replace(self, modes=self._as_taken(model))
+        taken._let_follow(model, optimizers, copies, moments, before, undo)
+
+    def _as_taken(self, model: nn.Module) -> Modes:
+        """The modes as the layer has them now: it may have put the mirror images of some in their place.
+
+        The real part that is heard is the same of both. With `s` = -1 for a mirrored mode, the rows of `reduce` and the
+        columns of `expand` that belong to imaginary parts are multiplied by it.
+        """
+        new, now = self.modes.system, _layer(model, self.name).state_space()
+        eigenvalues = now.eigenvalues.index_select(-1, self.places).to(new.eigenvalues)
+        inputs = now.inputs.index_select(-2, self.places).to(new.inputs)
+        outputs = now.outputs.index_select(-1, self.places).to(new.outputs)
+
+        def apart(values: Tensor, b: Tensor, c: Tensor) -> Tensor:
+            """How far each mode is from what the layer holds."""
+            far: Tensor = (values - eigenvalues).abs().square() + (b - inputs).abs().square().sum(-1)
+            return far + (c - outputs).abs().square().sum(-2)
+
+        plain = apart(new.eigenvalues, new.inputs, new.outputs)
+        mirrored = apart(new.eigenvalues.conj(), new.inputs.conj(), new.outputs.conj()) < plain
+        sign = torch.where(mirrored, -1.0, 1.0).to(self.modes.reduce)
+        signs = torch.cat([torch.ones_like(sign), sign], -1)
+        mirror_in, mirror_out = mirrored[..., :, None], mirrored[..., None, :]
+        return replace(
+            self.modes,
+            system=DiagonalSystem(
+                torch.where(mirrored, new.eigenvalues.conj(), new.eigenvalues),
+                torch.where(mirror_in, new.inputs.conj(), new.inputs),
+                torch.where(mirror_out, new.outputs.conj(), new.outputs),
+            ),
+            reduce=signs[..., :, None] * self.modes.reduce,
+            expand=self.modes.expand * signs[..., None, :],
+        )
+
+    def _let_follow(
+        self,
+        model: nn.Module,
+        optimizers: Sequence[Optimizer],
+        copies: Sequence[nn.Module],
+        moments: Moments,
+        before: StateWeights,
+        undo: ExitStack,
+    ) -> None:
+        """Copies and optimizer state after the model."""
         after = _layer(model, self.name).state_weights()
         for copy in copies:
             inner = copy if self._tensor_names() <= set(named_tensors(copy)) else copy.get_submodule("module")

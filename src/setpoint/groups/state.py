@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from operator import attrgetter
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
-from setpoint.errors import GroupError
+from setpoint.errors import GroupError, StateSpaceError
 from setpoint.groups.group import Group, Slice
 from setpoint.groups.selective import mark_selective, selective_layer
 from setpoint.ssm import StateSpaceLayer
@@ -27,8 +28,13 @@ def find_states(model: nn.Module, groups: tuple[Group, ...]) -> tuple[tuple[Grou
     Args:
         model: the model.
         groups: its groups, as tracing found them.
+
+    Raises:
+        StateSpaceError: for a layer whose weights are not where it says, or do not fit its system.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, StateSpaceLayer)}
+    for name, layer in layers.items():
+        _check_weights(name, layer)
     places = {name: _places(name, layer) for name, layer in layers.items()}
     marked = tuple(_marked(group, layers, places) for group in groups)
     held = {(piece.tensor, piece.dim) for group in marked for piece in group.slices}
@@ -62,6 +68,25 @@ def _marked(group: Group, layers: Mapping[str, StateSpaceLayer], places: Mapping
         why = f"shared by {' and '.join(touched)}" if others else f"not those of {name or 'the model'} alone"
         return replace(group, notes=(*group.notes, f"its states are {why}: they are dropped without balancing"))
     return replace(group, kind="state", what="state", min_units=1, multiple_of=1)
+
+
+def _check_weights(name: str, layer: StateSpaceLayer) -> None:
+    """Check that B and C are where the layer says, with an entry for each state along the right dim."""
+    weights, system = layer.state_weights(), layer.state_space()
+    batch = system.eigenvalues.dim() - 1
+    matrices = [("inputs", batch, 2, weights.inputs), ("outputs", batch + 1, 2, weights.outputs)]
+    for what, dim, dims, names in (*matrices, ("carried", batch, 1, weights.carried)):
+        for tensor in names:
+            try:
+                found = attrgetter(tensor)(layer)
+            except AttributeError:
+                found = None
+            if not isinstance(found, Tensor) or found.dim() < batch + dims or found.shape[dim] != system.num_states:
+                there = f"of shape {tuple(found.shape)}" if isinstance(found, Tensor) else "not there"
+                raise StateSpaceError(
+                    f"layer {name!r} names {tensor!r} among the {what} of state_weights(), and it is {there}: it must "
+                    f"be a tensor with the {system.num_states} states of state_space() along dim {dim}"
+                )
 
 
 def _places(name: str, layer: StateSpaceLayer) -> set[tuple[str, int]]:

@@ -327,9 +327,16 @@ def _select(
         open_groups = tuple(group for group in open_groups if group.name not in hooked)
     readable = sensor.readable(open_groups, model)
     names = {group.name for group in readable}
+    parameters = list(model.named_parameters(remove_duplicate=False))
     for group in open_groups:
         if group.name not in names:
-            why = "it ranks no states of this kind" if group.kind == "state" else "its weights get no gradient"
+            outgoing = {place.tensor for place in group.slices if place.role == "consume"}
+            trained = any(p.requires_grad for name, p in parameters if name in outgoing)
+            why = (
+                f"it ranks no {group.kind}s like these"
+                if trained or group.kind == "state"
+                else "its weights get no gradient"
+            )
             frozen[group.name] = f"{type(sensor).__name__} cannot read it ({why})"
     return readable, frozen
 

@@ -109,7 +109,8 @@ def from_tensors(tensors: Mapping[str, Tensor]) -> Any:
 
 def laid_out(tensor: Tensor, stride: list[int], is_complex: bool) -> Tensor:
     """A copy of a contiguous tensor with these strides, where they leave no gaps and nothing overlaps."""
-    tensor = torch.view_as_complex(tensor) if is_complex else tensor
+    # What is read from a file may lie at an address that suits its reals only: a copy suits pairs of them too.
+    tensor = torch.view_as_complex(tensor.clone()) if is_complex else tensor
     order = sorted(range(tensor.dim()), key=lambda dim: -stride[dim])
     dense = tensor.permute(order).contiguous().permute([order.index(dim) for dim in range(tensor.dim())])
     if list(dense.stride()) == list(stride):

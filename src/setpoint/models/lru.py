@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from setpoint.models.scan import diagonal_scan
 from setpoint.ssm import DiagonalSystem, StateWeights
 
-_LEAST_TURN = 0.01  # angle of a real eigenvalue, as a fraction of its decay per step: log(0) would freeze it
+_LEAST_TURN = 1e-3  # angle of a real eigenvalue, as a fraction of its decay per step: log(0) would freeze it
 _DECAY = (1e-12, 30.0)  # -log of the modulus: what its double logarithm can hold
 
 
@@ -97,7 +97,7 @@ class LRU(nn.Module):
         """Take over a system with as many states; `gamma` starts again at `sqrt(1 - |a|^2)`.
 
         A mode below the real axis is replaced by its mirror image, whose real part is the same. An eigenvalue that is
-        real and positive is turned by a hundredth of its decay.
+        real and positive is turned by a thousandth of its decay, which changes the gain of its mode by a millionth.
         """
         below = system.eigenvalues.imag < 0
         values, inputs, outputs = (

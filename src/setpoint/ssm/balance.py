@@ -12,6 +12,9 @@ from setpoint.errors import StateSpaceError
 from setpoint.ssm.gramian import gramian_factors
 from setpoint.ssm.system import DenseSystem, DiagonalSystem, System, check_system, real_form
 
+_RESOLVED = 1e-8
+"""The least Hankel value that is resolved, as a fraction of the largest."""
+
 
 @dataclass(frozen=True, eq=False)
 class Balance:
@@ -118,6 +121,8 @@ def truncate(system: System, num_states: int, basis: Balance | None = None) -> D
 def error_bound(values: Float[Tensor, "*batch states"], num_states: int) -> Float[Tensor, "*batch"]:
     """Twice the sum of the dropped Hankel values: the largest error of the truncation's gain at any frequency.
 
+    A value below 1e-8 of the largest, which is the least that is resolved, counts as that much; 0 counts as 0.
+
     Args:
         values: Hankel singular values, descending.
         num_states: how many are kept.
@@ -125,4 +130,5 @@ def error_bound(values: Float[Tensor, "*batch states"], num_states: int) -> Floa
     References:
         Al-Saggaf, Franklin: "An error bound for a discrete reduced order model", IEEE TAC 32(9), 1987.
     """
-    return 2.0 * values[..., num_states:].sum(-1)
+    dropped = values[..., num_states:]
+    return 2.0 * torch.where(dropped > 0, torch.maximum(dropped, _RESOLVED * values[..., :1]), 0.0).sum(-1)

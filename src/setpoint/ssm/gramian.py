@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from setpoint.errors import StateSpaceError
 from setpoint.ssm.system import DiagonalSystem, System
 
 
@@ -38,6 +39,9 @@ def gramians(system: System) -> Gramians:
     Args:
         system: stable and finite, as `check_system` makes sure.
 
+    Raises:
+        StateSpaceError: for B or C so large that they are not finite.
+
     >>> from setpoint.ssm import DenseSystem
     >>> half = DenseSystem(torch.tensor([[0.5]]), torch.ones(1, 1), torch.ones(1, 1))
     >>> round(gramians(half).controllability.item(), 6)  # 1 / (1 - 0.25)
@@ -46,7 +50,7 @@ def gramians(system: System) -> Gramians:
     if isinstance(system, DiagonalSystem):
         return _diagonal_gramians(system)
     reached, heard = gramian_factors(system)
-    return Gramians(reached @ reached.mT, heard @ heard.mT)
+    return Gramians(_finite(reached @ reached.mT), _finite(heard @ heard.mT))
 
 
 def gramian_factors(
@@ -58,13 +62,16 @@ def gramian_factors(
 
     Args:
         system: stable and finite, as `check_system` makes sure.
+
+    Raises:
+        StateSpaceError: for B or C so large that the Gramians are not finite.
     """
     if isinstance(system, DiagonalSystem):
         both = _diagonal_gramians(system)
         return _factor(both.controllability), _factor(both.observability)
     dynamics = system.dynamics.detach().double()
     inputs, outputs = system.inputs.detach().double(), system.outputs.detach().double()
-    return _doubled(dynamics, inputs), _doubled(dynamics.mT, outputs.mT)
+    return _finite(_doubled(dynamics, inputs)), _finite(_doubled(dynamics.mT, outputs.mT))
 
 
 def _diagonal_gramians(system: DiagonalSystem) -> Gramians:
@@ -78,7 +85,13 @@ def _diagonal_gramians(system: DiagonalSystem) -> Gramians:
     controllability = _blocks(total.real, -difference.imag, total.imag, difference.real)
     total, difference = heard + heard_pseudo, heard - heard_pseudo
     observability = _blocks(total.real, -total.imag, difference.imag, difference.real)
-    return Gramians(controllability, observability)
+    return Gramians(_finite(controllability), _finite(observability))
+
+
+def _finite(gramian: Tensor) -> Tensor:
+    if not bool(torch.isfinite(gramian).all()):
+        raise StateSpaceError("B or C is so large that a Gramian is not finite: the states cannot be ranked")
+    return gramian
 
 
 def _blocks(upper_left: Tensor, upper_right: Tensor, lower_left: Tensor, lower_right: Tensor) -> Tensor:

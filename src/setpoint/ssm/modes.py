@@ -15,7 +15,6 @@ from setpoint.ssm.balance import Balance, balance
 from setpoint.ssm.gramian import gramians
 from setpoint.ssm.system import DiagonalSystem, check_system, real_form
 
-_INSIDE = 1.0 - 1e-9  # largest modulus of a mode that rounding would put on the unit circle
 _WELL_CONDITIONED = 1e6
 _NUDGES = (0.0, 1e-12, 1e-9, 1e-6, 1e-4)  # relative to the dynamics
 
@@ -143,7 +142,11 @@ def reduce_modes(system: DiagonalSystem, num_modes: int, basis: Balance | None =
     batch, device = system.eigenvalues.shape[:-1], system.eigenvalues.device
     flat = [part.reshape(-1, *part.shape[len(batch) :]).cpu() for part in (dynamics, basis.expand, basis.reduce)]
     ranks = (basis.reduce != 0).any(-1).sum(-1).reshape(-1).tolist()
-    found = [_modes(a, t, w, rank, num_modes) for a, t, w, rank in zip(*flat, ranks, strict=True)]
+    # A mode that rounding would put on the circle or outside goes no further out than the full system's outermost.
+    outermost = system.eigenvalues.detach().to(torch.complex128).abs().amax(-1).reshape(-1).tolist()
+    found = [
+        _modes(a, t, w, rank, most, num_modes) for a, t, w, rank, most in zip(*flat, ranks, outermost, strict=True)
+    ]
     eigenvalues, synthesis, analysis = (
         torch.stack(parts).reshape(*batch, *parts[0].shape).to(device)
         for parts in zip(*(_pad(each, num_modes) for each in found), strict=True)
@@ -157,23 +160,29 @@ _Found = tuple[Tensor, Tensor, Tensor]
 """Eigenvalues (modes,), what a mode adds to the states (states, modes), what a mode takes from them (modes, states)."""
 
 
-def _modes(dynamics: Tensor, expand: Tensor, reduce: Tensor, rank: int, num_modes: int) -> _Found:
+def _modes(dynamics: Tensor, expand: Tensor, reduce: Tensor, rank: int, outermost: float, num_modes: int) -> _Found:
     """The longest truncation that `num_modes` modes can hold, diagonalised; one mode for each conjugate pair."""
-    most = min(2 * num_modes, rank)
-    for order in range(most, 0, -1):
-        values, vectors = _eigen(dynamics[:order, :order])
+    order = min(2 * num_modes, rank)
+    while order > 0:
+        # A state less is a mode less at most, so as many too many modes are as many steps down.
+        too_many = int((torch.linalg.eigvals(dynamics[:order, :order]).imag >= 0).sum()) - num_modes
+        if too_many > 0:
+            order -= too_many
+            continue
+        values, vectors = _eigen(dynamics[:order, :order], outermost)
         kept = values.imag >= 0
         if int(kept.sum()) <= num_modes:
             twice = torch.where(values.imag[kept] > 0, 2.0, 1.0)
             analysis = torch.linalg.solve(vectors, reduce[:order].to(vectors.dtype))[kept]
             synthesis = twice * (expand[:, :order].to(vectors.dtype) @ vectors)[:, kept]
             return values[kept], synthesis, analysis
+        order -= 1
     empty = torch.zeros(0, dtype=torch.complex128)
     return empty, empty.reshape(len(expand), 0), empty.reshape(0, len(expand))
 
 
-def _eigen(dynamics: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and eigenvectors of a real matrix, nudged until the vectors are well conditioned."""
+def _eigen(dynamics: Tensor, outermost: float) -> tuple[Tensor, Tensor]:
+    """Eigenvalues inside the unit circle and eigenvectors of a real matrix, nudged until these are well conditioned."""
     ladder = torch.diag(torch.linspace(-1.0, 1.0, len(dynamics), dtype=dynamics.dtype))
     norm = torch.linalg.matrix_norm(dynamics).clamp_min(1e-300)
     best: tuple[float, Tensor, Tensor] | None = None
@@ -187,7 +196,7 @@ def _eigen(dynamics: Tensor) -> tuple[Tensor, Tensor]:
     assert best is not None
     _, values, vectors = best
     modulus = values.abs()
-    return torch.where(modulus > _INSIDE, values / modulus.clamp_min(1e-300) * _INSIDE, values), vectors
+    return torch.where(modulus >= 1.0, values / modulus.clamp_min(1e-300) * outermost, values), vectors
 
 
 def _pad(found: _Found, num_modes: int) -> _Found:

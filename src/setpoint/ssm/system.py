@@ -67,9 +67,14 @@ def check_system(system: System, what: str = "the system") -> None:
         what: what to call it in messages.
 
     Raises:
-        StateSpaceError: for shapes that do not fit, values that are NaN or infinite, or an eigenvalue on or
-            outside the unit circle.
+        StateSpaceError: for anything else than a system, shapes that do not fit, values that are NaN or infinite,
+            or an eigenvalue on or outside the unit circle.
     """
+    if not isinstance(system, (DiagonalSystem, DenseSystem)):
+        raise StateSpaceError(
+            f"{what} is a {type(system).__name__}: give a linear time-invariant DiagonalSystem or DenseSystem, such as "
+            "a StateSpaceLayer's state_space(). A selective layer (Mamba) has no such system: see SelectiveSensor"
+        )
     _check_shapes(system, what)
     parts = {"B": system.inputs, "C": system.outputs}
     if isinstance(system, DiagonalSystem):
