@@ -221,6 +221,52 @@ def frozen() -> None:
         np.testing.assert_allclose(values, readings[1][name], rtol=1e-7)
 
 
+def join() -> None:
+    """Inside `join()` ranks that have run out of batches count the steps of the others, and a cut that falls due then
+    waits until all are back; weights are those of one process that has the same gradients.
+    """
+    drops = {"up": [1, 5]}, {"up": [0], "wide": [7, 9]}
+    model = build()
+    wrapper = Parallel(model)
+    descent = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    class DueAtFive(Scripted):
+        def due(self, step: int, total_steps: int) -> bool:
+            return step in (3, 5)
+
+    script = DueAtFive({3: drops[0], 6: drops[1]}, regrow=False)
+    optimizer, loop = attached(wrapper, script, share(0)[0], optimizer=descent, total_steps=12)
+    for epoch in range(2):
+        with wrapper.join():
+            for step in range(6 * epoch, 6 * epoch + (6 if dist.get_rank() == 0 else 4)):
+                x, y = share(step)
+                nn.functional.cross_entropy(wrapper(x), y).backward()
+                if step == 1:  # as if a GradScaler had left the step out
+                    optimizer.zero_grad()
+                    continue
+                optimizer.step()
+                optimizer.zero_grad()
+        assert loop.step == 6 * epoch + 5
+    summary = loop.finish()
+    assert [entry.step for entry in loop.ledger if entry.dropped] == [3, 6] and summary.resizes == 2
+    assert_same_everywhere(model, optimizer)
+    alone = build()
+    of_alone = torch.optim.SGD(alone.parameters(), lr=0.1)
+    late = Scripted({3: drops[0], 6: drops[1]}, regrow=False)
+    _, single = attached(alone, late, batch(0)[0], optimizer=of_alone, total_steps=12)
+    for step in range(12):
+        x, y = batch(step)
+        parts = list(zip(x.chunk(dist.get_world_size()), y.chunk(dist.get_world_size()), strict=True))
+        there = parts if step % 6 < 4 else parts[:1]
+        losses = [nn.functional.cross_entropy(alone(some), labels) for some, labels in there]
+        sum(losses, torch.zeros(())).div(dist.get_world_size()).backward()
+        if step != 1:
+            of_alone.step()
+        of_alone.zero_grad()
+    for a, b in zip(model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
 def adapters() -> None:
     """Outgoing weights that are frozen from the beginning are read through hooks, as in one process, over a cut."""
     readings, models = [], []

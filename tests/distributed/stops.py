@@ -149,7 +149,17 @@ def refusals() -> None:
     optimizer, loop = attached(later, never, x)
     stops("wrap the model first", Parallel(later), optimizer, loop)
     joined = Parallel(build())
-    optimizer, loop = attached(joined, never, x)
     context = Join([joined])
-    stops("join()", joined, optimizer, loop)
+    optimizer, loop = attached(joined, never, x)
+    stops("entered before attach", joined, optimizer, loop)
     del context
+    joined = Parallel(build())
+    optimizer, loop = attached(joined, Scripted({}), x)
+    with Join([joined]):
+        stops("units cannot come back", joined, optimizer, loop)
+        try:
+            loop.finish()
+        except setpoint.LoopError as raised:
+            assert "inside join()" in str(raised)
+        else:
+            raise AssertionError("finished inside join()")

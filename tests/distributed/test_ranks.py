@@ -19,6 +19,7 @@ CHECKS = {
     "options:2": "static_graph, bucket views, unused parameters, hooks, compiled code: all go on after a cut",
     "vanishing:2": "a branch that vanishes as a whole, and comes back, leaves the others averaged",
     "frozen:2": "a layer that is frozen for a while is averaged again when it trains again",
+    "join:2": "ranks that have run out of batches inside join() go along with the others",
     "adapters:2": "what frozen outgoing weights are given is read by hooks as in one process",
     "resume:2": "a run goes on bit for bit from one file",
     "disagreement:2": "ranks that do not agree, or of which one fails, all raise",

@@ -28,6 +28,7 @@ from setpoint.loop.closing import summarise
 from setpoint.loop.explanation import Explanation, explain
 from setpoint.loop.hooks import StepHooks
 from setpoint.loop.interrupt import uninterrupted
+from setpoint.loop.joining import Joining
 from setpoint.loop.parts import Parts
 from setpoint.loop.planning import metered_at, observation_of, planned
 from setpoint.loop.ranking import Ranking
@@ -81,6 +82,8 @@ class Loop:
         self._metered: dict[str, float] = {}
         self._watch, self._ranking = LossWatch(), Ranking()
         self._regrowth = Regrowth(parts, account) if regrows(parts.controller) else None
+        averaging = parts.averaging
+        self._joining = None if averaging is None else Joining(averaging, parts.ranks, self._after_missed_step)
         self._recompiling = Recompiling(account, len(parts.groups))
         self._hooks = StepHooks(parts.optimizers, self._before_step, self._after_step, partial(check_loading, parts))
         ATTACHED.add(parts.model)
@@ -229,10 +232,12 @@ class Loop:
         """Check the landing, detach, and say what the run came to.
 
         Raises:
-            LoopError: when it has been called before.
+            LoopError: when it has been called before, or inside `DistributedDataParallel.join()`.
         """
         if self._finished:
             raise LoopError("finish() has been called already: its result is in loop.summary")
+        if self._joining is not None and self._joining.inside:
+            raise LoopError("finish() inside join(): ranks that have run out of batches would not know. Leave it first")
         self.detach()
         self._finished = True
         self._watch.complete(self._ledger)
@@ -246,6 +251,8 @@ class Loop:
         release(self)
         self._parts.metering.stop()
         self._recompiling.stop()
+        if self._joining is not None:
+            self._joining.stop()
         if self._regrowth is not None:
             self._regrowth.stop()
         if self._weights is not None:
@@ -272,8 +279,14 @@ class Loop:
         with uninterrupted():
             self._behind_step()
 
+    def _after_missed_step(self) -> None:
+        with uninterrupted():
+            self._behind_step(absent=True)
+
     def _ahead_of_step(self, grad_scale: Tensor | None) -> None:
         check_step(self._parts, first=not self._begun)
+        if self._joining is not None:
+            self._joining.check(self._parts.controller, bool(getattr(self._sensor_state, "tapped", ())))
         self._begun = True
         if self._regrowth is not None:
             self._regrowth.end_probe(grad_scale)
@@ -281,7 +294,8 @@ class Loop:
         if self._weights is not None:
             self._weights.before_step()
 
-    def _behind_step(self) -> None:
+    def _behind_step(self, absent: bool = False) -> None:
+        all_made = self._joining is None or self._joining.all_made(absent)
         self._step += 1
         self._account.stepped()
         self._parts.metering.stepped()
@@ -298,8 +312,9 @@ class Loop:
             )
         elif self._step <= total_steps and not self._landed:
             due = self._parts.controller.due(self._step, total_steps) or self._step == self._again
-            if due or self._overdue:
+            if (due or self._overdue) and all_made:
                 self._decide(due)
+            self._overdue = self._overdue or due and not all_made
             if regrowth is not None and not self._landed:
                 regrowth.begin_probe(self._step, total_steps)
         elif self._step < total_steps:

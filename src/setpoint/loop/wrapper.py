@@ -170,27 +170,21 @@ def _is_wrapped(model: nn.Module) -> bool:
 
 
 def check_step(parts: Parts, first: bool) -> None:
-    """Check before an optimizer step that the ranks can decide together after it.
+    """Check before an optimizer step that the wrapper is the one that the loop knows.
 
     Args:
         parts: what the loop is made of.
         first: whether it is the first step of a loop.
 
     Raises:
-        LoopError: inside `join()`, where ranks make different numbers of steps, or where a wrapper came later.
+        LoopError: where a wrapper came later.
     """
-    model, averaging = parts.model, parts.averaging
-    if averaging is not None and averaging.wrapper._join_config.enable:
-        raise LoopError(
-            "DistributedDataParallel.join() lets ranks make different numbers of steps, so they could not decide "
-            "together: give every rank the same number of batches, as DistributedSampler does (they may differ in size)"
-        )
     if parts.sharding is not None:
         parts.sharding.reshard()
-    elif first and _check_plain(model):
+    elif first and _check_plain(parts.model):
         raise LoopError("fully_shard (FSDP2) was called on the model after attach: call it first, and attach then")
-    if averaging is None and first:
-        check_unwrapped(model)
+    if parts.averaging is None and first:
+        check_unwrapped(parts.model)
 
 
 def check_shared(wrapped: Wrapped, resources: Collection[str], optimizers: Sequence[Optimizer]) -> None:
