@@ -71,6 +71,30 @@ class Ranks:
         dist.all_reduce(total, group=self.group)
         return total.to(values.device)
 
+    def part(self, length: int) -> slice:
+        """Which of so many entries this rank has where they are shared out: equal parts in order but for the last ones.
+
+        Args:
+            length: how many there are.
+        """
+        each = -(-length // self.count)
+        first = self.own * each
+        return slice(min(first, length), min(first + each, length))
+
+    def joined(self, part: Tensor, length: int) -> Tensor:
+        """All entries of which each rank has its `part`, by one all-gather; on the device of the part.
+
+        Args:
+            part: of this rank, of one dim.
+            length: how many entries there are.
+        """
+        if self.count == 1:
+            return part
+        own = torch.nn.functional.pad(part.to(self.device), (0, -(-length // self.count) - len(part)))
+        found = [torch.empty_like(own) for _ in range(self.count)]
+        dist.all_gather(found, own, group=self.group)
+        return torch.cat(found)[:length].to(part.device)
+
     def hear(self, message: str) -> list[str]:
         """What every rank says, in the order of ranks; a message is cut to 1024 bytes.
 
@@ -120,9 +144,23 @@ def rows_of(length: int, mesh: Any) -> slice:
         length: how many there are.
         mesh: the ranks, a `DeviceMesh` of one dim.
     """
-    each = -(-length // mesh.size())
-    first = mesh.get_local_rank() * each
-    return slice(min(first, length), min(first + each, length))
+    return Ranks(mesh.get_group()).part(length)
+
+
+def spread_out(part: Tensor, shape: tuple[int, ...], mesh: Any) -> Tensor:
+    """A DTensor that lies on the ranks of a mesh along its first dim, out of this rank's part of it.
+
+    Args:
+        part: as `rows_of` says.
+        shape: of all of it.
+        mesh: a `DeviceMesh` of one dim.
+    """
+    from torch.distributed.tensor import DTensor, Shard
+
+    stride = torch.empty(shape, device="meta").stride()
+    placed = part.to(mesh.device_type)
+    made: Tensor = DTensor.from_local(placed, mesh, [Shard(0)], run_check=False, shape=torch.Size(shape), stride=stride)
+    return made
 
 
 def ranks_of(tensors: Iterable[Tensor]) -> Ranks:

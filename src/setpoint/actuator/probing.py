@@ -267,6 +267,7 @@ def _widened(
 ) -> list[_Wide]:
     """Every tensor in which present units lie."""
     tensors, names = named_tensors(model), reserve.names(grow)
+    reserve = reserve.gathered(names)
     active = with_units(reserve, grow)
     live, larger = reserve.boxes(reserve.active), reserve.boxes(active)
     known = reserve.boxes({name: units | reserve.resting[name] for name, units in reserve.active.items()})

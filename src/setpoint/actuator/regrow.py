@@ -87,6 +87,7 @@ def regrow(
     resting = {name: units & ~active[name] for name, units in reserve.resting.items()}
     after = replace(reserve, active=active, resting=resting, let_go={})
     names = reserve.names(grow)
+    reserve = reserve.gathered(names)
     modules = [(model, "model", as_sequence(optimizer))]
     modules += [(each, f"copy {number}", ()) for number, each in enumerate(unwrapped(sorted(names), model, copies))]
     sizes = new_sizes(model, reserve, active, grow)

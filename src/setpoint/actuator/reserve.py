@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from setpoint.actuator.cut import Keep, SizePlace, check_keep, cut_groups, in_format, plan_cut
 from setpoint.actuator.optimizer_state import Optimizers, as_sequence, map_tensors
 from setpoint.actuator.shrink import named_tensors, unwrapped
+from setpoint.distributed import Ranks, is_spread, local, spread_out
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group, keep_all
 from setpoint.groups.place import is_call
@@ -44,12 +45,15 @@ class Rest:
     """The resting entries of one tensor.
 
     Args:
-        values: the entries, in row-major order of the tensor before any cut, in host memory.
+        values: the entries, in row-major order of the tensor before any cut, in host memory; this rank's part of them
+            where the reserve is shared out.
         form: shape and strides of the tensor before any cut, without data.
+        count: how many entries there are, on all ranks.
     """
 
-    values: Shaped[Tensor, " resting"]
+    values: Shaped[Tensor, " part_of_resting"]
     form: Tensor
+    count: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +79,8 @@ class Reserve:
         dropped_at: by group and unit, when it was last dropped, in whatever the caller counts.
         drops: by group and unit, how often it was dropped.
         let_go: by group, origins of the units that the last `rest` let go to stay within the limit.
+        mesh: the ranks among which the entries are shared out in equal parts, as `fully_shard` does it with
+            parameters; then all of them do everything together. None: all entries are here.
     """
 
     groups: tuple[Group, ...]
@@ -86,15 +92,19 @@ class Reserve:
     dropped_at: Mapping[str, Int[np.ndarray, " units"]] = field(default_factory=dict)
     drops: Mapping[str, Int[np.ndarray, " units"]] = field(default_factory=dict)
     let_go: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    mesh: Any = None
 
     @classmethod
-    def of(cls, model: nn.Module, groups: tuple[Group, ...], limit_bytes: int | None = None) -> Reserve:
+    def of(
+        cls, model: nn.Module, groups: tuple[Group, ...], limit_bytes: int | None = None, mesh: Any = None
+    ) -> Reserve:
         """The empty reserve of a model, before any cut that it is to remember.
 
         Args:
             model: the model that `groups` describe.
             groups: its groups as they are now.
-            limit_bytes: the most that resting entries may take, in bytes; None: no limit.
+            limit_bytes: the most that resting entries may take, in bytes on each rank; None: no limit.
+            mesh: a `DeviceMesh` of one dim among whose ranks they are shared out; None: this process has all.
 
         Raises:
             ValueError: for a limit that is not a number of bytes.
@@ -110,11 +120,17 @@ class Reserve:
             limit_bytes=limit_bytes,
             dropped_at={group.name: np.full(group.num_units, -1) for group in groups},
             drops={group.name: np.zeros(group.num_units, dtype=np.int64) for group in groups},
+            mesh=mesh,
         )
 
     @property
+    def ranks(self) -> Ranks:
+        """The ranks among which entries are shared out."""
+        return Ranks() if self.mesh is None else Ranks(self.mesh.get_group(), torch.device(self.mesh.device_type))
+
+    @property
     def num_bytes(self) -> int:
-        """What the resting entries take in host memory."""
+        """What the resting entries take in host memory, on this rank."""
         return sum(rest.values.numel() * rest.values.itemsize for rest in self.tensors.values())
 
     @property
@@ -161,16 +177,24 @@ class Reserve:
         after = replace(self, active=active, resting=resting, dropped_at=dropped_at, drops=drops, let_go={})
         sources = dict(held(model, optimizer, copies, self.names(dropped)))
         after = after._within_limit({**{key: rest.values for key, rest in self.tensors.items()}, **sources}, self)
-        return after.refilled(self, sources, self.names(dropped) | self.names(after.let_go))
+        names = self.names(dropped) | self.names(after.let_go)
+        return after.refilled(self.gathered(names), sources, names)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the groups and the limit, in plain tensors, numbers and strings."""
+        """Everything but the groups and the limit, in tensors, numbers and strings; entries that are shared out are
+        DTensors.
+        """
         by_group = {
             name: {key: torch.from_numpy(each[name].copy()) for key, each in self._by_group().items()}
             for name in self.active
         }
         tensors = [
-            {"key": tuple(key), "values": rest.values, "shape": tuple(rest.form.shape), "stride": rest.form.stride()}
+            {
+                "key": tuple(key),
+                "values": rest.values if self.mesh is None else spread_out(rest.values, (rest.count,), self.mesh),
+                "shape": tuple(rest.form.shape),
+                "stride": rest.form.stride(),
+            }
             for key, rest in self.tensors.items()
         ]
         return {"units": by_group, "tensors": tensors}
@@ -195,16 +219,19 @@ class Reserve:
                     raise GroupError(f"the reserve's {key} of group {name!r} is not one {values.dtype} per unit")
         tensors = {}
         for each in state["tensors"]:
-            values = each["values"].cpu()
+            count = len(each["values"])
+            values = local(each["values"]).cpu()
+            if not is_spread(each["values"]):
+                values = values[self.ranks.part(count)].clone()
             form = torch.empty_strided(each["shape"], each["stride"], dtype=values.dtype, device="meta")
-            tensors[Key(*each["key"])] = Rest(values, form)
+            tensors[Key(*each["key"])] = Rest(values, form, count)
         after = replace(self, tensors=tensors, **by_group)  # type: ignore[arg-type]
         known, live = after._outlines(), after.boxes(after.active)
         for key, rest in tensors.items():
             shape = rest.form.shape
             if key.tensor not in known or any(len(kept) != shape[dim] for dim, kept in known[key.tensor].items()):
                 raise GroupError(f"the reserve holds {key.tensor!r} of shape {tuple(shape)}, which no group has")
-            if rest.values.shape != (count_entries(shape, known[key.tensor]) - count_entries(shape, live[key.tensor]),):
+            if rest.count != count_entries(shape, known[key.tensor]) - count_entries(shape, live[key.tensor]):
                 raise GroupError(f"the reserve lacks entries of {key.tensor!r}")
         return after
 
@@ -232,7 +259,7 @@ class Reserve:
         """This reserve with the entries that its units ask for.
 
         Args:
-            before: the reserve from which the entries of these tensors are taken.
+            before: the reserve, `gathered`, from which the entries of these tensors are taken.
             sources: live tensors, which hold the units that were active in `before`.
             names: the tensors whose resting entries change.
         """
@@ -249,11 +276,28 @@ class Reserve:
             values = whole[resting_entries(whole.shape, wanted[name], mine[name])]
             tensors.pop(key, None)
             if values.numel():
-                tensors[key] = Rest(values, form)
+                part = values if self.mesh is None else values[self.ranks.part(len(values))].clone()
+                tensors[key] = Rest(part, form, len(values))
         return replace(self, tensors=tensors)
+
+    def gathered(self, names: Collection[str]) -> Reserve:
+        """The reserve with all entries of these tensors here, if they are shared out: every rank calls this.
+
+        All that ranks send is sent here, so that nobody waits for one that fails at what it does with them.
+
+        Args:
+            names: of tensors; the entries of no other are in it.
+        """
+        if self.mesh is None:
+            return self
+        wanted = {key: rest for key, rest in sorted(self.tensors.items()) if key.tensor in names}
+        whole = {key: replace(rest, values=self.ranks.joined(rest.values, rest.count)) for key, rest in wanted.items()}
+        return replace(self, tensors=whole, mesh=None)
 
     def whole(self, key: Key, like: Tensor | None, known: Box, live: Box) -> tuple[Tensor, Tensor]:
         """A tensor as large as before any cut, in host memory, and its form; zero where nothing rests.
+
+        Of a reserve that is shared out, `gathered` has it.
 
         Args:
             key: whose.
@@ -311,12 +355,13 @@ class Reserve:
         }
 
     def _need(self, shapes: Mapping[Key, tuple[int, ...]], tensors: Mapping[Key, Tensor]) -> int:
-        """Bytes that the resting entries of these tensors take."""
-        known, live = self._outlines(), self.boxes(self.active)
-        return sum(
-            tensors[key].itemsize * (count_entries(shape, known[key.tensor]) - count_entries(shape, live[key.tensor]))
+        """Bytes that the resting entries of these tensors take, on each rank."""
+        known, live, ranks = self._outlines(), self.boxes(self.active), self.ranks.count
+        counts = {
+            key: count_entries(shape, known[key.tensor]) - count_entries(shape, live[key.tensor])
             for key, shape in shapes.items()
-        )
+        }
+        return sum(tensors[key].itemsize * -(-count // ranks) for key, count in counts.items())
 
 
 def count_entries(shape: Sequence[int], box: Box) -> int:

@@ -29,11 +29,13 @@ class Sharding:
         model: sharded.
         copies: of it, sharded or not.
         ranks: that it is spread over.
+        mesh: of these ranks.
     """
 
     model: nn.Module
     copies: tuple[nn.Module, ...]
     ranks: Ranks
+    mesh: Any
 
     @classmethod
     def of(cls, model: nn.Module, copies: Sequence[nn.Module] = ()) -> Sharding:
@@ -45,7 +47,7 @@ class Sharding:
         found = [piece for module in (model, *copies) for piece in pieces_of(module)]
         check_pieces(model, found)
         mesh = found[0].fsdp.mesh_info.mesh
-        return cls(model, tuple(copies), Ranks(mesh.get_group(), found[0].fsdp.device))
+        return cls(model, tuple(copies), Ranks(mesh.get_group(), found[0].fsdp.device), mesh)
 
     def reshard(self) -> None:
         """Let the modules have their own shards, as after a backward pass, also where a forward pass came last."""

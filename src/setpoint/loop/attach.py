@@ -107,8 +107,8 @@ def attach(
         watts: power that a training step draws, for an energy budget where no meter reads it.
         inference_example: inputs, at the batch size that counts, of the inference that a budget of "inference" is on;
             by default the example.
-        reserve_bytes: the most host memory for dropped units that may come back (`PricedController(regrow=True)`);
-            beyond it those dropped first are let go, which is said. None: no limit.
+        reserve_bytes: the most host memory, on each rank, for dropped units that may come back
+            (`PricedController(regrow=True)`); beyond it those dropped first are let go, which is said. None: no limit.
         granularity: "unit" cuts channels, heads, neurons and states out of the model; "weight" masks single weights of
             linear layers and convolutions, which saves FLOPs and parameters in theory only: dense hardware does not
             get faster. Then `groups` are out of `find_weights(model, pattern)`, and the controller is by default

@@ -50,7 +50,8 @@ class Regrowth:
     """
 
     def __init__(self, parts: Parts, account: Account) -> None:
-        self.reserve = Reserve.of(parts.model, parts.groups, parts.reserve_bytes)
+        mesh = None if parts.sharding is None else parts.sharding.mesh
+        self.reserve = Reserve.of(parts.model, parts.groups, parts.reserve_bytes, mesh)
         self._parts, self._account = parts, account
         self._model, self._optimizers, self._copies = parts.model, parts.optimizers, parts.copies
         self._flops = parts.costs["flops"]

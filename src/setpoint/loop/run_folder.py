@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from setpoint.checkpoint import damaged, digest
-from setpoint.distributed import Ranks, is_sharded, is_spread, local, ranks_of, rows_of
+from setpoint.distributed import Ranks, is_sharded, is_spread, local, ranks_of, rows_of, spread_out
 from setpoint.errors import CheckpointError
 from setpoint.loop.agreement import together
 from setpoint.loop.tree import from_tensors, to_tensors
@@ -218,9 +218,6 @@ def _parts(spread: Mapping[str, Tensor]) -> dict[str, str]:
 
 def _empty(size: Any, mesh: Any) -> Tensor:
     """A tensor of this size, spread over the mesh."""
-    from torch.distributed.tensor import DTensor, Shard
-
     form = torch.empty(size.size, dtype=size.properties.dtype, device="meta")
     mine = torch.zeros_like(form[rows_of(len(form), mesh)], device=mesh.device_type)
-    made: Tensor = DTensor.from_local(mine, mesh, [Shard(0)], run_check=False, shape=form.shape, stride=form.stride())
-    return made
+    return spread_out(mine, tuple(form.shape), mesh)
