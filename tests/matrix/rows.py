@@ -22,7 +22,7 @@ import setpoint
 from loop.test_regrowth import Scripted
 
 DROP = {2: {"up": [1, 5]}, 4: {"up": [0], "wide": [7, 9]}}
-WIDTHS, STEPS, OVERFLOW = {"wide": 18, "up": 21}, 8, 2
+WIDTHS, STEPS, OVERFLOW = {"wide": 18, "up": 21}, 8, 4
 
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], list[torch.optim.Optimizer]]] = {
     "adamw": lambda parameters: [torch.optim.AdamW(parameters, lr=0.01, eps=1e-4)],
