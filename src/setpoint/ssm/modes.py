@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -164,39 +165,47 @@ def _modes(dynamics: Tensor, expand: Tensor, reduce: Tensor, rank: int, outermos
     """The longest truncation that `num_modes` modes can hold, diagonalised; one mode for each conjugate pair."""
     order = min(2 * num_modes, rank)
     while order > 0:
-        # A state less is a mode less at most, so as many too many modes are as many steps down.
-        too_many = int((torch.linalg.eigvals(dynamics[:order, :order]).imag >= 0).sum()) - num_modes
-        if too_many > 0:
-            order -= too_many
+        found = _eigen(dynamics[:order, :order], num_modes)
+        if isinstance(found, int):  # a state less is a mode less at most
+            order -= found
             continue
-        values, vectors = _eigen(dynamics[:order, :order], outermost)
+        values, vectors, inverse = found
         kept = values.imag >= 0
-        if int(kept.sum()) <= num_modes:
-            twice = torch.where(values.imag[kept] > 0, 2.0, 1.0)
-            analysis = torch.linalg.solve(vectors, reduce[:order].to(vectors.dtype))[kept]
-            synthesis = twice * (expand[:, :order].to(vectors.dtype) @ vectors)[:, kept]
-            return values[kept], synthesis, analysis
-        order -= 1
+        twice = torch.where(values.imag[kept] > 0, 2.0, 1.0)
+        analysis = (inverse @ reduce[:order].to(inverse.dtype))[kept]
+        synthesis = twice * (expand[:, :order].to(vectors.dtype) @ vectors)[:, kept]
+        modulus = values.abs()
+        inside = torch.where(modulus >= 1.0, values / modulus.clamp_min(1e-300) * outermost, values)
+        return inside[kept], synthesis, analysis
     empty = torch.zeros(0, dtype=torch.complex128)
     return empty, empty.reshape(len(expand), 0), empty.reshape(0, len(expand))
 
 
-def _eigen(dynamics: Tensor, outermost: float) -> tuple[Tensor, Tensor]:
-    """Eigenvalues inside the unit circle and eigenvectors of a real matrix, nudged until these are well conditioned."""
+def _eigen(dynamics: Tensor, num_modes: int) -> tuple[Tensor, Tensor, Tensor] | int:
+    """Eigenvalues, eigenvectors and their inverse, of a real matrix that is nudged until these are well conditioned.
+
+    If that makes more modes than there may be, how many too many.
+    """
     ladder = torch.diag(torch.linspace(-1.0, 1.0, len(dynamics), dtype=dynamics.dtype))
     norm = torch.linalg.matrix_norm(dynamics).clamp_min(1e-300)
-    best: tuple[float, Tensor, Tensor] | None = None
+    best: tuple[float, Tensor, Tensor, Tensor] | None = None
     for nudge in _NUDGES:
         values, vectors = torch.linalg.eig(dynamics + nudge * norm * ladder)
-        condition = float(torch.linalg.cond(vectors))
+        too_many = int((values.imag >= 0).sum()) - num_modes
+        if too_many > 0:
+            return too_many
+        inverse, singular = torch.linalg.inv_ex(vectors)
+        # At most so many times the condition in the 2-norm as there are states.
+        condition = float(torch.linalg.matrix_norm(vectors) * torch.linalg.matrix_norm(inverse))
+        if bool(singular) or not math.isfinite(condition):
+            continue
         if best is None or condition < best[0]:
-            best = condition, values, vectors
-        if condition <= _WELL_CONDITIONED:
+            best = condition, values, vectors, inverse
+        if condition <= _WELL_CONDITIONED * len(dynamics):
             break
-    assert best is not None
-    _, values, vectors = best
-    modulus = values.abs()
-    return torch.where(modulus >= 1.0, values / modulus.clamp_min(1e-300) * outermost, values), vectors
+    if best is None:
+        raise StateSpaceError("the dynamics of a truncation have no eigenvectors, however they are nudged")
+    return best[1:]
 
 
 def _pad(found: _Found, num_modes: int) -> _Found:
