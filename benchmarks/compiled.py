@@ -14,6 +14,7 @@ import os
 import statistics
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from record import keep
 
 import setpoint
 from setpoint.bench.catalogue import task_named
+from setpoint.bench.simple_task import SimpleTask
 from setpoint.bench.task import dense_widths
 
 RUNS = {
@@ -30,13 +32,17 @@ RUNS = {
     "compiled, dense": (True, False),
     "compiled, pruned": (True, True),
 }
-TASKS = {"cifar10-mini": 1200, "shakespeare-mini": 600}
+TASKS = {"cifar10-mini": 1200, "shakespeare-mini": 600, "shakespeare-mini, batch 2": 6000}
 BUDGET = 0.25
 
 
 def trained(name: str, compiled: bool, pruned: bool, steps: int, seed: int, data: Path | None) -> dict[str, Any]:
     """One run: its seconds in all, of its first step and of a step at its end, and what was compiled again."""
+    name, _, batch = name.partition(", batch ")
     task = task_named(name, data=data).with_steps(steps)
+    if batch:
+        assert isinstance(task, SimpleTask)
+        task = replace(task, recipe=replace(task.recipe, batch=int(batch)))
     torch.manual_seed(seed)
     model = task.build(dense_widths(task))
     batches = task.batches(seed=seed)

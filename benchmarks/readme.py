@@ -5,7 +5,7 @@
 
 A marker is `<!-- results:NAME -->` ... `<!-- end -->`; NAME is a folder of results/, `tasks` for all folders,
 `goals`, `headline`, `overhead`, `suites`, `discovery`, `coverage`, `moments`, `state-regrowth`, `mamba2`, `ssm`,
-`predictions`, `distributed`, `compiled`, `states`, `ablation` or `real-budgets`.
+`predictions`, `distributed`, `compiled`, `soak`, `states`, `ablation` or `real-budgets`.
 """
 
 from __future__ import annotations
@@ -337,6 +337,18 @@ def distributed_table(path: Path) -> str:
 RUN_STEPS, RUN_DECISIONS = 1000, 15
 
 
+def soak_table(path: Path) -> str:
+    """What long checks said at their end."""
+    if not path.exists():
+        return "Not run yet."
+    data = json.loads(path.read_text(encoding="utf-8"))
+    lines = ["| check | outcome | said | for |", "|---|---|---|---:|"]
+    for name, each in data["checks"].items():
+        outcome = "passed" if each["passed"] else "**failed**"
+        lines.append(f"| {name} | {outcome} | {each['said']} | {duration(each['seconds'])} |")
+    return "\n".join([*lines, "", _made_on(data)])
+
+
 def compiled_table(path: Path) -> str:
     """Whole runs with and without torch.compile, dense and pruned."""
     if not path.exists():
@@ -550,6 +562,7 @@ def filled(text: str) -> str:
             "predictions": lambda: predictions_table(RESULTS / "latency.json", RESULTS / "memory.json"),
             "real-budgets": lambda: real_budgets_table(RESULTS / "real_budgets.json"),
             "distributed": lambda: distributed_table(RESULTS / "distributed.json"),
+            "soak": lambda: soak_table(RESULTS / "soak.json"),
             "compiled": lambda: compiled_table(RESULTS / "compiled.json"),
             "states": lambda: states_table(RESULTS / "smnist-196"),
             "ablation": lambda: ablation_table(RESULTS / "ablation.json"),
