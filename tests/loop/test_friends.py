@@ -150,3 +150,48 @@ def test_a_layer_that_is_frozen_for_a_while_is_not_taken_for_worthless() -> None
         optimizer.zero_grad()
     assert loop.finish().landed and loop.widths["0"] > 6
     assert kept.requires_grad and not torch.equal(kept[:1], before[:1, : kept.shape[1]])
+
+
+@pytest.mark.parametrize("name", ["weight_norm", "spectral_norm"])
+def test_parametrized_weights_go_on_after_a_cut(name: str, tmp_path: Path) -> None:
+    """Claim: after cuts a model with parametrized weights trains on bit for bit like a fresh small one that was given
+    its weights and moments.
+    """
+    wrap = getattr(nn.utils.parametrizations, name)
+
+    def parametrized() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(wrap(nn.Linear(6, 24)), nn.ReLU(), wrap(nn.Linear(24, 24)), nn.GELU(), nn.Linear(24, 3))
+
+    def go(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> list[float]:
+        losses = []
+        for step in steps:
+            x = torch.randn(8, 6, generator=torch.Generator().manual_seed(step))
+            loss = nn.functional.cross_entropy(model(x), (x[:, 0] > 0).long())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return losses
+
+    model = parametrized()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    budget = setpoint.Budget.fraction(0.5, of="flops")
+    loop = setpoint.attach(model, optimizer, budget, example=(torch.zeros(8, 6),), total_steps=40)
+    go(model, optimizer, range(30))
+    assert loop.landed and len(loop.widths) == 2
+    setpoint.save(model, tmp_path / "small")
+    fresh = setpoint.load(tmp_path / "small", into=parametrized())
+    again = torch.optim.AdamW(fresh.parameters(), lr=0.01)
+    for ours, theirs in zip(model.parameters(), fresh.parameters(), strict=True):
+        again.state[theirs] = {key: value.clone() for key, value in optimizer.state[ours].items()}
+    assert go(model, optimizer, range(30, 36)) == go(fresh, again, range(30, 36))
+
+
+def test_orthogonal_weights_that_read_units_are_left_whole_by_name() -> None:
+    """Claim: an orthogonal weight mixes the units that it reads, so they stay, and the error says where and why."""
+    wrap = nn.utils.parametrizations.orthogonal
+    model = nn.Sequential(wrap(nn.Linear(6, 24)), nn.ReLU(), wrap(nn.Linear(24, 24)))
+    optimizer, budget = torch.optim.AdamW(model.parameters()), setpoint.Budget.fraction(0.5, of="flops")
+    with pytest.raises(setpoint.GroupError, match=r"2\.parametrizations\.weight"):
+        setpoint.attach(model, optimizer, budget, example=(torch.zeros(8, 6),), total_steps=40)

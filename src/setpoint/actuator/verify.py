@@ -110,7 +110,8 @@ def verify_probe(model: nn.Module, example: Example, groups: tuple[Group, ...]) 
     if why:
         raise VerificationError(
             f"with resting units present, a step of a copy was not the shrunk model's step: {why}. Activation "
-            "checkpointing does this, since it runs forward passes again; attach with PricedController(regrow=False)"
+            "checkpointing does this, since it runs forward passes again, and so does what norms a weight as a whole "
+            "(spectral_norm); attach with PricedController(regrow=False)"
         )
 
 
