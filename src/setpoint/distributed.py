@@ -115,6 +115,15 @@ def is_sharded(module: nn.Module) -> bool:
     return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
 
 
+def plain_kind(module: nn.Module) -> type[nn.Module]:
+    """The class of a module as it was before `fully_shard`."""
+    kinds = type(module).__mro__
+    plain: type[nn.Module] = kinds[0]
+    if is_sharded(module):
+        plain = kinds[[kind.__name__ for kind in kinds].index("FSDPModule") + 1]
+    return plain
+
+
 def is_spread(tensor: Tensor) -> bool:
     """Whether a tensor lies on several ranks in parts: a DTensor."""
     return hasattr(tensor, "device_mesh")

@@ -208,6 +208,28 @@ def sharded_failures() -> None:
     loop.detach()
 
 
+def sharded_adapters() -> None:
+    """Outgoing weights that are frozen from the beginning are read through hooks, as in one process, over a cut."""
+    readings, found = [], []
+    for alone in (False, True):
+        model = build()
+        for layer in (model.mix, model.down):
+            layer.weight.requires_grad_(False)
+        called, data = (model, batch) if alone else (sharded(model), share)
+        script = Scripted({5: {"up": [1, 5], "wide": [0, 3]}}, regrow=False)
+        optimizer, loop = attached(called, script, data(0)[0])
+        train(called, optimizer, loop, range(8), data, parts=2)
+        assert loop.widths == {**loop.widths, "up": 22, "wide": 18}, loop.ledger.header["frozen"]
+        readings.append(loop._read())
+        found.append([whole(each.detach()) for each in model.parameters()])
+        loop.detach()
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    for name, values in readings[0].saliency.items():
+        np.testing.assert_allclose(values, readings[1].saliency[name], rtol=1e-7)
+        np.testing.assert_allclose(readings[0].slope[name], readings[1].slope[name], rtol=1e-7)
+
+
 def sharded_whole() -> None:
     """A branch that could vanish as a whole keeps a block, since FSDP takes no parameter without entries."""
     every = {3: {"inner.0": list(range(16))}, 5: {"inner.0": list(range(14))}}

@@ -16,6 +16,7 @@ CHECKS = {
     "sharded_resume:2": "a run goes on bit for bit from a folder that all ranks have written",
     "sharded_damage:2": "a damaged folder is an error on all ranks, and nothing in it is run",
     "sharded_copies:2": "sharded and whole copies of the model are cut and regrown alike",
+    "sharded_adapters:2": "what frozen outgoing weights are given is read by hooks as in one process",
     "sharded_whole:2": "no group vanishes as a whole",
     "sharded_refusals:2": "what cannot follow a cut is refused by name",
 }

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from setpoint.actuator.optimizer_state import map_tensors
 from setpoint.actuator.piece import Piece, check_pieces, groups_of, pieces_of, states_of
-from setpoint.distributed import Ranks, is_sharded, local, rows, whole_tensor
+from setpoint.distributed import Ranks, is_sharded, local, plain_kind, rows, whole_tensor
 
 Agreed = Callable[[], None]
 
@@ -289,6 +289,5 @@ def _plain(model: nn.Module, undo: ExitStack) -> None:
         for mark in [mark for mark in marks if mark in module.__dict__]:
             undo.callback(module.__dict__.__setitem__, mark, module.__dict__.pop(mark))
         if is_sharded(module):
-            kinds = type(module).__mro__
             undo.callback(setattr, module, "__class__", type(module))
-            module.__class__ = kinds[[kind.__name__ for kind in kinds].index("FSDPModule") + 1]
+            module.__class__ = plain_kind(module)

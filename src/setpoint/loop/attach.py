@@ -322,8 +322,8 @@ def _select(
             frozen[group.name] += " (allow_lossy=True prunes it all the same)"
     open_groups = tuple(group for group in chosen if group.name not in frozen)
     hooked = {group.name for group in open_groups if isinstance(sensor, Hooking) and tappable(group, model)}
-    if wrapped.sharding is not None or wrapped.compiled or (not alone and not isinstance(sensor, TaylorSensor)):
-        frozen |= dict.fromkeys(hooked, "frozen outgoing weights are not read in sharded models or in compiled code")
+    if wrapped.compiled or (not alone and not isinstance(sensor, TaylorSensor)):
+        frozen |= dict.fromkeys(hooked, "frozen outgoing weights are not read in compiled code")
         open_groups = tuple(group for group in open_groups if group.name not in hooked)
     readable = sensor.readable(open_groups, model)
     names = {group.name for group in readable}

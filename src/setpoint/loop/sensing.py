@@ -30,8 +30,8 @@ def default_sensor(wrapped: Wrapped, groups: tuple[Group, ...], example: Example
 
 
 def over_ranks(sensor: Sensor[Any], wrapped: Wrapped) -> Sensor[Any]:
-    """The sensor, told over which ranks `DistributedDataParallel` averages gradients, where it can use that."""
-    if wrapped.averaging is None or not isinstance(sensor, TaylorSensor):
+    """The sensor, told over which ranks gradients are averaged, where it can use that."""
+    if wrapped.alone or not isinstance(sensor, TaylorSensor):
         return sensor
     told = copy.copy(sensor)
     told.ranks = wrapped.ranks

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -28,24 +28,45 @@ class Sentinels:
     clipped, unscaled or averaged in between. With `g` the gradients as they came and `h` those that are there, all
     of them in a row, the scale is `(g . h) / (g . g)`.
 
+    Where `fully_shard` has spread a parameter over ranks, what has gradients in a backward pass is the whole one that
+    its module has in its place from the forward pass on; gradients that are discarded are not told from others there.
+
     Args:
         parameters: of the model.
+        model: in whose forward passes parameters that lie on several ranks are looked for, if they are to be.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter], model: nn.Module | None = None) -> None:
+        self._model = model
         trained = [each for each in parameters if each.requires_grad and each.numel() and not each.is_complex()]
         self.parameters = sorted(trained, key=lambda parameter: parameter.numel())[:_COUNT]
         self.came: dict[int, Tensor] = {}
         """Sums of the gradients that came, by identity of the parameter."""
         self._tasks: dict[int, set[int]] = {}
-        self._watched: set[int] = set()
+        self._watched: dict[int, weakref.ref[Tensor]] = {}
         self._handles: list[Any] = []
 
     def start(self) -> None:
-        """Watch all that do not lie on several ranks, which have no gradients of their own in a backward pass."""
+        """Watch all of them; those that lie on several ranks where a model is given."""
         for parameter in self.parameters:
             if not is_spread(parameter):
                 self.watch(parameter, parameter)
+        modules = () if self._model is None else self._model.modules()
+        for module in modules:
+            for name, parameter in module.named_parameters(recurse=False):
+                if is_spread(parameter) and any(parameter is each for each in self.parameters):
+                    self._handles.append(module.register_forward_pre_hook(self._looking_for(parameter, name)))
+
+    def _looking_for(self, parameter: nn.Parameter, name: str) -> Callable[[nn.Module, Any], None]:
+        """A hook that watches what is in the place of a parameter, which is whole by now."""
+        me = weakref.ref(self)
+
+        def look(module: nn.Module, args: Any) -> None:
+            sentinels, live = me(), module._parameters.get(name)
+            if sentinels is not None and live is not None and not is_spread(live) and live.requires_grad:
+                sentinels.watch(parameter, live)
+
+        return look
 
     def watch(self, parameter: nn.Parameter, leaf: Tensor) -> None:
         """Take in the gradients of a tensor.
@@ -54,9 +75,10 @@ class Sentinels:
             parameter: one of the sentinels.
             leaf: itself, or what is in its place in the forward pass.
         """
-        if id(leaf) in self._watched:
+        before = self._watched.get(id(leaf))
+        if before is not None and before() is leaf:
             return
-        self._watched.add(id(leaf))
+        self._watched[id(leaf)] = weakref.ref(leaf)
         me, number = weakref.ref(self), id(parameter)
 
         def note(gradient: Tensor) -> None:
@@ -78,7 +100,7 @@ class Sentinels:
         """Watch no longer; may be called again."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._watched = [], set()
+        self._handles, self._watched = [], {}
 
     def forget(self) -> None:
         """What came so far was of another step."""
@@ -91,8 +113,11 @@ class Sentinels:
         return set[int]().union(*there)
 
     def any_gradient(self) -> bool:
-        """Whether any of them has a gradient that is not zero."""
-        return any(map(_has_gradient, self.parameters))
+        """Whether any of them has, or may have, a gradient that is not zero.
+
+        Parts of a parameter have theirs only when ranks have been averaged, which accumulation puts off.
+        """
+        return any(is_spread(each) or _has_gradient(each) for each in self.parameters)
 
     def gradients(self) -> Tensor | None:
         """The gradients that came, all in a row, 0 where none did; None if none came at all."""

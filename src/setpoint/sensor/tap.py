@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from setpoint.distributed import plain_kind
 from setpoint.groups.group import Group, Slice
 from setpoint.sensor.sentinel import Sentinels, graph_task
 
@@ -37,7 +38,7 @@ def _layer(place: Slice, model: nn.Module) -> nn.Module | None:
     """The layer that a frozen weight belongs to, if its input can be tapped."""
     owner, _, key = place.tensor.rpartition(".")
     layer = model.get_submodule(owner)
-    plain = type(layer) in _TAPPED and getattr(layer, "groups", 1) == 1
+    plain = plain_kind(layer) in _TAPPED and getattr(layer, "groups", 1) == 1
     return layer if plain and key == "weight" and place.dim == 1 else None
 
 

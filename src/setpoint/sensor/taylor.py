@@ -102,8 +102,8 @@ class TaylorSensor:
     *Weights that are frozen from the beginning* (the base of a low-rank adapter). They have no gradient; but the
     gate may as well scale what the layer is given, so `r = sum of x * dL/dx over the unit's inputs x of that layer`,
     which a hook on the layer reads in the backward pass (`Tap`). Inputs of these layers are kept in memory until then.
-    Where `DistributedDataParallel` averages gradients, each rank reads those of its own samples, and one small
-    all-reduce at each update takes the mean over `ranks`, as the wrapper does of gradients.
+    Where gradients are averaged over ranks, each rank reads those of its own samples, and one small all-reduce at each
+    update takes the mean over `ranks`, as `DistributedDataParallel` or `fully_shard` does of gradients.
 
     Args:
         num_samples: independent samples behind each optimizer step's gradient (B), over ranks and
@@ -165,7 +165,7 @@ class TaylorSensor:
                 "them: leave them out (TaylorSensor.readable picks the others) or use another sensor"
             )
         tapped = frozenset[str]().union(*(tappable(group, model) for group in groups))
-        sentinels = Sentinels(model.parameters()) if tapped else None
+        sentinels = Sentinels(model.parameters(), model) if tapped else None
         if sentinels is not None:
             sentinels.start()
         sources = find_sources(groups, model, tapped, sentinels)
