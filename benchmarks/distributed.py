@@ -23,6 +23,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from costs import BUILDS
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import setpoint
@@ -51,11 +54,24 @@ def median(function: Callable[[], Any], repeats: int) -> float:
     return float(slowest)
 
 
-def measured(name: str) -> dict[str, Any]:
-    """All numbers of one model on the ranks of this group."""
+def wrapped(name: str, wrapper: str) -> tuple[nn.Module, torch.optim.Optimizer, Any]:
+    """A model in its wrapper, with optimizer and example; sharded by its children, and children of lists."""
     torch.manual_seed(0)
     inner, optimizer, example = BUILDS[name]()
-    model = DistributedDataParallel(inner)
+    if wrapper == "ddp":
+        return DistributedDataParallel(inner), optimizer, example
+    inner.to(memory_format=torch.contiguous_format)  # which FSDP insists on
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    lists = [child for child in inner.modules() if isinstance(child, (nn.ModuleList, nn.Sequential))]
+    for part in [each for child in lists for each in child if any(True for _ in each.parameters())]:
+        fully_shard(part, mesh=mesh)
+    fully_shard(inner, mesh=mesh)
+    return inner, type(optimizer)(inner.parameters(), lr=optimizer.defaults["lr"]), example
+
+
+def measured(name: str, wrapper: str) -> dict[str, Any]:
+    """All numbers of one model on the ranks of this group."""
+    model, optimizer, example = wrapped(name, wrapper)
     controller = setpoint.PricedController(Reference(0.4, 0.8, 0.9, num_cuts=CUTS))
     budget = setpoint.Budget.fraction(0.5, of="flops")
     loop = setpoint.attach(model, optimizer, budget, example=example, total_steps=STEPS, controller=controller)
@@ -78,9 +94,10 @@ def measured(name: str) -> dict[str, Any]:
 
     shared_s = median(lambda: shared_reading(ranks, lambda: reading, loop._watch, loop.step), REPEATS)
     agreed_s = median(agree, REPEATS)
-    averaging = loop._parts.averaging
-    assert averaging is not None
-    rewrap_s = median(lambda: rewrap(averaging), 10)
+    averaging, sharded = loop._parts.averaging, loop._parts.sharding is not None
+    rewrap_s = 0.0 if averaging is None else median(lambda: rewrap(averaging), 10)
+    units = torch.zeros(sum(group.num_units for group in loop.groups))
+    sensed_s = median(lambda: ranks.total(units), REPEATS) if sharded else 0.0
     while loop.step < STEPS:
         step()
     decisions, summary = len(loop.ledger), loop.finish()
@@ -91,6 +108,7 @@ def measured(name: str) -> dict[str, Any]:
         "reading_seconds": shared_s,
         "plan_seconds": agreed_s,
         "decision_in_steps": (shared_s + agreed_s) / step_s,
+        "sensing_seconds": sensed_s,
         "rewrap_seconds": rewrap_s,
         "resizes": summary.resizes,
         "resize_seconds": summary.resizing_seconds / max(1, summary.resizes),
@@ -103,7 +121,7 @@ def on_rank(rank: int, count: int, names: list[str], folder: str) -> None:
     """Measure on one rank; the first writes what was found."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store-{count}", rank=rank, world_size=count)
-    found = {name: measured(name) for name in names}
+    found = {f"{name}, {wrapper}": measured(name, wrapper) for wrapper in ("ddp", "fsdp") for name in names}
     if rank == 0:
         Path(folder, f"{count}.json").write_text(json.dumps(found), encoding="utf-8")
     dist.destroy_process_group()

@@ -315,17 +315,19 @@ def distributed_table(path: Path) -> str:
         return "Not measured yet."
     data = json.loads(path.read_text(encoding="utf-8"))
     lines = [
-        "| model | ranks | step | reading | plan | both, in steps | new reducer | resize, in steps | "
-        f"{RUN_DECISIONS} decisions, of a run of {RUN_STEPS:,} steps |",
-        f"|---|{'---:|' * 8}",
+        "| model | ranks | step | sums at each step read | reading | plan | both, in steps | new reducer | "
+        f"resize, in steps | {RUN_DECISIONS} decisions, of a run of {RUN_STEPS:,} steps |",
+        f"|---|{'---:|' * 9}",
     ]
     for count, models in data["ranks"].items():
         for name, row in models.items():
-            told = [duration(row[key]) for key in ("step_seconds", "reading_seconds", "plan_seconds")]
+            keys = ("step_seconds", "sensing_seconds", "reading_seconds", "plan_seconds")
+            told = [duration(row[key]) if row.get(key) else "–" for key in keys]
             share = RUN_DECISIONS * row["decision_in_steps"] / RUN_STEPS
             lines.append(
                 f"| {name} | {count} | {' | '.join(told)} | {row['decision_in_steps']:.3f} | "
-                f"{duration(row['rewrap_seconds'])} | {row['resize_in_steps']:.2f} | {share:.3%} |"
+                f"{duration(row['rewrap_seconds']) if row['rewrap_seconds'] else '–'} | {row['resize_in_steps']:.2f} | "
+                f"{share:.3%} |"
             )
     cores = data["environment"]["cores"]
     note = (
