@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 import setpoint
 from distributed.checks import Still
 from distributed.training import STEPS, Sampled, attached, batch, build, everywhere, regrowing, share, story, train
-from loop.test_regrowth import Scripted
+from loop.test_regrowth import Net, Scripted
 from setpoint.actuator import sharding
 from setpoint.actuator import shrink as shrink_module
 from setpoint.distributed import Ranks
@@ -228,6 +228,30 @@ def sharded_adapters() -> None:
     for name, values in readings[0].saliency.items():
         np.testing.assert_allclose(values, readings[1].saliency[name], rtol=1e-7)
         np.testing.assert_allclose(readings[0].slope[name], readings[1].slope[name], rtol=1e-7)
+
+
+def sharded_buffers() -> None:
+    """Running statistics, which each rank has of its own, rest and come back on the rank whose they are."""
+    setpoint.loop.regrowth._PROBE_SHARE = 1.0
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model = fully_shard(build(Net), mesh=mesh)
+    units = [1, 4, 9]
+
+    def data(step: int) -> tuple[Tensor, Tensor]:
+        x, y = share(step)
+        return x * (1 + dist.get_rank()), y
+
+    optimizer, loop = attached(model, Scripted({3: {"inner.0": units}}, {6: {"inner.0": units}}), data(0)[0])
+    statistics = model.inner[1].running_mean  # type: ignore[index, union-attr]
+    train(model, optimizer, loop, range(2), data)
+    seen: list[Tensor] = []
+    handle = optimizer.register_step_pre_hook(lambda *_: seen.append(statistics.clone()))
+    train(model, optimizer, loop, range(2, 6), data)
+    handle.remove()
+    loop.detach()
+    assert len(seen[-1]) == len(statistics) - len(units)
+    torch.testing.assert_close(statistics[units], seen[0][units], rtol=0, atol=0)
+    assert len({tuple(each) for each in everywhere(statistics[units].tolist())}) == dist.get_world_size()
 
 
 def sharded_whole() -> None:

@@ -109,6 +109,18 @@ def test_a_tree_comes_back_as_it_was() -> None:
     assert len(to_tensors({"a": wide, "b": wide})) == 2
 
 
+def test_views_of_one_memory_are_told_apart() -> None:
+    """Claim: a conjugate or negated view is not taken for the tensor whose memory it shares; odd arrays are refused."""
+    x = torch.randn(3, dtype=torch.complex64)
+    value = {"x": x, "conjugate": x.conj(), "imag": x.imag, "negated": x.conj().imag, "again": x}
+    again = from_tensors(to_tensors(value))
+    assert all(torch.equal(again[name], each) for name, each in value.items())
+    assert from_tensors(to_tensors(np.arange(6)[::-1])).tolist() == [5, 4, 3, 2, 1, 0]
+    for odd in (np.ma.masked_array([1, 2], [0, 1]), np.arange(3, dtype=">i4"), np.array(["a"])):
+        with pytest.raises(CheckpointError, match=f"of {odd.dtype}"):
+            to_tensors(odd)
+
+
 @pytest.mark.parametrize("value", [{1, 2}, nn.Linear(1, 1), lambda: 0, {("a",): 1}, torch.zeros(2, device="meta")])
 def test_what_a_file_cannot_hold_is_named(value: Any, tmp_path: Path) -> None:
     """Claim: a value that would need code to come back is refused by its place, and no file is written."""

@@ -81,6 +81,7 @@ class Reserve:
         let_go: by group, origins of the units that the last `rest` let go to stay within the limit.
         mesh: the ranks among which the entries are shared out in equal parts, as `fully_shard` does it with
             parameters; then all of them do everything together. None: all entries are here.
+        own: names of tensors that ranks have of their own, as they have buffers, which are not shared out.
     """
 
     groups: tuple[Group, ...]
@@ -93,6 +94,7 @@ class Reserve:
     drops: Mapping[str, Int[np.ndarray, " units"]] = field(default_factory=dict)
     let_go: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     mesh: Any = None
+    own: frozenset[str] = frozenset()
 
     @classmethod
     def of(
@@ -121,6 +123,7 @@ class Reserve:
             dropped_at={group.name: np.full(group.num_units, -1) for group in groups},
             drops={group.name: np.zeros(group.num_units, dtype=np.int64) for group in groups},
             mesh=mesh,
+            own=frozenset(name for name, _ in model.named_buffers(remove_duplicate=False)),
         )
 
     @property
@@ -137,6 +140,10 @@ class Reserve:
     def num_resting(self) -> int:
         """How many units rest here."""
         return sum(int(units.sum()) for units in self.resting.values())
+
+    def shares(self, name: str) -> bool:
+        """Whether the entries of a tensor are shared out."""
+        return self.mesh is not None and name not in self.own
 
     def present(self) -> tuple[Group, ...]:
         """The groups as they are in the model now."""
@@ -191,7 +198,7 @@ class Reserve:
         tensors = [
             {
                 "key": tuple(key),
-                "values": rest.values if self.mesh is None else spread_out(rest.values, (rest.count,), self.mesh),
+                "values": spread_out(rest.values, (rest.count,), self.mesh) if self.shares(key.tensor) else rest.values,
                 "shape": tuple(rest.form.shape),
                 "stride": rest.form.stride(),
             }
@@ -219,12 +226,12 @@ class Reserve:
                     raise GroupError(f"the reserve's {key} of group {name!r} is not one {values.dtype} per unit")
         tensors = {}
         for each in state["tensors"]:
-            count = len(each["values"])
+            key, count = Key(*each["key"]), len(each["values"])
             values = local(each["values"]).cpu()
-            if not is_spread(each["values"]):
+            if self.shares(key.tensor) and not is_spread(each["values"]):
                 values = values[self.ranks.part(count)].clone()
             form = torch.empty_strided(each["shape"], each["stride"], dtype=values.dtype, device="meta")
-            tensors[Key(*each["key"])] = Rest(values, form, count)
+            tensors[key] = Rest(values, form, count)
         after = replace(self, tensors=tensors, **by_group)  # type: ignore[arg-type]
         known, live = after._outlines(), after.boxes(after.active)
         for key, rest in tensors.items():
@@ -276,7 +283,7 @@ class Reserve:
             values = whole[resting_entries(whole.shape, wanted[name], mine[name])]
             tensors.pop(key, None)
             if values.numel():
-                part = values if self.mesh is None else values[self.ranks.part(len(values))].clone()
+                part = values[self.ranks.part(len(values))].clone() if self.shares(name) else values
                 tensors[key] = Rest(part, form, len(values))
         return replace(self, tensors=tensors)
 
@@ -291,7 +298,10 @@ class Reserve:
         if self.mesh is None:
             return self
         wanted = {key: rest for key, rest in sorted(self.tensors.items()) if key.tensor in names}
-        whole = {key: replace(rest, values=self.ranks.joined(rest.values, rest.count)) for key, rest in wanted.items()}
+        whole = {
+            key: replace(rest, values=self.ranks.joined(rest.values, rest.count)) if self.shares(key.tensor) else rest
+            for key, rest in wanted.items()
+        }
         return replace(self, tensors=whole, mesh=None)
 
     def whole(self, key: Key, like: Tensor | None, known: Box, live: Box) -> tuple[Tensor, Tensor]:
@@ -361,7 +371,10 @@ class Reserve:
             key: count_entries(shape, known[key.tensor]) - count_entries(shape, live[key.tensor])
             for key, shape in shapes.items()
         }
-        return sum(tensors[key].itemsize * -(-count // ranks) for key, count in counts.items())
+        return sum(
+            tensors[key].itemsize * (-(-count // ranks) if self.shares(key.tensor) else count)
+            for key, count in counts.items()
+        )
 
 
 def count_entries(shape: Sequence[int], box: Box) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,7 @@ def untouched_chance(model: nn.Module) -> Iterator[None]:
         model: on whose devices PyTorch's generators are kept, besides the host's.
     """
     devices = {parameter.device for parameter in model.parameters()}
-    python, numpy = random.getstate(), np.random.get_state()
+    python, numpy = random.getstate(), np.random.get_state(legacy=False)
     with torch.random.fork_rng([device for device in devices if device.type == "cuda"]):
         try:
             yield
@@ -31,11 +31,10 @@ def untouched_chance(model: nn.Module) -> Iterator[None]:
 
 def chance_state() -> dict[str, Any]:
     """States of PyTorch's, NumPy's and Python's global generators, of GPUs too, in tensors, numbers and strings."""
-    name, keys, *rest = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],  # type: ignore[no-untyped-call]
-        "numpy": (name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest),
+        "numpy": _mapped(np.random.get_state(legacy=False), np.ndarray, torch.from_numpy),
         "python": random.getstate(),
     }
 
@@ -47,10 +46,13 @@ def check_chance_state(state: Mapping[str, Any]) -> None:
         KeyError, TypeError, ValueError, RuntimeError: for what is no state.
     """
     torch.Generator().set_state(state["torch"].cpu())
-    np.random.RandomState().set_state(_for_numpy(state["numpy"]))
     random.Random().setstate(_nested(state["python"]))
-    if state["numpy"][1].shape != chance_state()["numpy"][1].shape:  # NumPy takes a longer one
-        raise ValueError(f"the state of NumPy's generator has shape {tuple(state['numpy'][1].shape)}")
+    numpy = _mapped(state["numpy"], Tensor, _array)
+    generator = np.random.RandomState(getattr(np.random, numpy["bit_generator"])())
+    like = generator.get_state(legacy=False)
+    if _shapes(numpy) != _shapes(like):  # NumPy takes longer ones
+        raise ValueError(f"the state of NumPy's generator has the parts {_shapes(numpy)}, not {_shapes(like)}")
+    generator.set_state(numpy)
     if not all(isinstance(each, Tensor) for each in state["cuda"]):
         raise TypeError("the state of a GPU's generator is a tensor")
 
@@ -60,13 +62,28 @@ def set_chance_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"].cpu())
     for device, each in enumerate(state["cuda"][: torch.cuda.device_count()]):
         torch.cuda.set_rng_state(each.cpu(), device)
-    np.random.set_state(_for_numpy(state["numpy"]))
+    numpy = _mapped(state["numpy"], Tensor, _array)
+    if np.random.get_state(legacy=False)["bit_generator"] != numpy["bit_generator"]:
+        np.random.set_bit_generator(getattr(np.random, numpy["bit_generator"])())  # type: ignore[attr-defined]
+    np.random.set_state(numpy)
     random.setstate(_nested(state["python"]))
 
 
-def _for_numpy(state: Sequence[Any]) -> tuple[Any, ...]:
-    name, keys, *rest = state
-    return name, keys.cpu().numpy().astype(np.uint32), *rest
+def _array(tensor: Tensor) -> np.ndarray:
+    found: np.ndarray = tensor.cpu().numpy()
+    return found
+
+
+def _mapped(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
+    """A nested dict with everything of a kind replaced."""
+    if isinstance(value, Mapping):
+        return {key: _mapped(each, kind, function) for key, each in value.items()}
+    return function(value.copy() if isinstance(value, np.ndarray) else value) if isinstance(value, kind) else value
+
+
+def _shapes(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Names, and shapes of arrays."""
+    return {key: _shapes(each) if isinstance(each, Mapping) else np.shape(each) for key, each in value.items()}
 
 
 def _nested(state: Sequence[Any]) -> tuple[Any, ...]:

@@ -76,7 +76,7 @@ def state_of(loop: Loop) -> dict[str, Any]:
         "metering": loop._parts.metering.state_dict(),
         "target": loop._parts.target.state_dict(),
         "regrowth": None if loop._regrowth is None else loop._regrowth.state_dict(),
-        "chance": chance_state(),
+        "chance": {"rank": loop._parts.ranks.own, **chance_state()},
     } | ({} if loop._weights is None else {"weights": loop._weights.state_dict()})
 
 
@@ -211,7 +211,8 @@ class _Resumed:
         if loop._weights is not None:
             loop._weights.look(not loop._landed and parts.controller.due(loop._step + 1, parts.total_steps))
         loop._account.steps.begin()
-        set_chance_state(state["chance"])
+        if int(state["chance"]["rank"]) == parts.ranks.own:  # ranks that all drew the same would be no several draws
+            set_chance_state(state["chance"])
 
 
 def device_of(parts: Parts) -> torch.device:

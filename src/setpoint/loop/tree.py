@@ -20,6 +20,13 @@ TREE = "tree"
 
 _DICTS: dict[str, type[dict[Any, Any]]] = {"dict": dict, "ordered": OrderedDict, "counter": Counter}
 
+_ARRAYS = {
+    "bool",
+    *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)),
+    *("float16", "float32", "float64", "complex64", "complex128"),
+}
+"""Kinds of NumPy arrays that have a counterpart in PyTorch."""
+
 
 def to_tensors(value: Any, spread: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
     """Nested dicts, lists and tuples of tensors, arrays, numbers, strings and None as tensors in host memory.
@@ -38,12 +45,15 @@ def to_tensors(value: Any, spread: dict[str, Tensor] | None = None) -> dict[str,
     """
     tensors: dict[str, Tensor] = {}
     known: dict[Any, str] = {}
+    alive: list[Tensor] = []  # so that no address is given out twice
 
     def store(tensor: Tensor) -> str:
-        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+        layout = (tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.is_conj(), tensor.is_neg())
+        place = (tensor.device, tensor.data_ptr(), layout)
         if tensor.numel() and place in known:
             return known[place]
         known[place] = str(len(tensors))
+        alive.append(tensor)
         tensors[known[place]] = to_host(tensor)
         return known[place]
 
@@ -52,8 +62,8 @@ def to_tensors(value: Any, spread: dict[str, Tensor] | None = None) -> dict[str,
             return value
         if isinstance(value, np.generic) and type(value.item()) in (bool, int, float, str):
             return value.item()
-        if isinstance(value, np.ndarray) and value.dtype.kind in "biufc" and value.dtype.isnative:
-            return {"array": encode(torch.from_numpy(value.copy()), where)}
+        if type(value) is np.ndarray and value.dtype.name in _ARRAYS and value.dtype.isnative:
+            return {"array": encode(torch.from_numpy(np.array(value, order="C")), where)}
         if type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided and not value.is_quantized:
             if value.is_meta:
                 raise CheckpointError(f"{where} is on the meta device and has no data")
@@ -68,9 +78,10 @@ def to_tensors(value: Any, spread: dict[str, Tensor] | None = None) -> dict[str,
         if isinstance(value, dict) and all(type(key) in (str, int) for key in value):
             kind = {OrderedDict: "ordered", Counter: "counter"}.get(type(value), "dict")
             return {kind: [[key, encode(each, f"{where}[{key!r}]")] for key, each in value.items()]}
+        kind = f"{type(value).__name__} of {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
         raise CheckpointError(
-            f"{where or 'this'} is a {type(value).__name__}: a run file holds tensors, arrays and numbers, strings, "
-            "None, and dicts, lists and tuples of them"
+            f"{where or 'this'} is a {kind}: a run file holds tensors, plain arrays of numbers, "
+            "numbers, strings, None, and dicts, lists and tuples of them"
         )
 
     text = json.dumps(encode(value, ""))
