@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import pickle
 import shutil
 import tempfile
@@ -335,8 +337,8 @@ def sharded_damage() -> None:
     files = sorted(each.name for each in (folder / "run").iterdir())
     assert files == [".metadata", "__0_0.distcp", "__1_0.distcp", "sha256.json"]
     alone = init_device_mesh("cpu", (dist.get_world_size(), 1), mesh_dim_names=("apart", "alone"))["alone"]
-    for number in range(18):
-        file, at, short = files[number % 3], rng.random(), number >= 15
+    for number in range(20):
+        file, at, short = files[number % 4], rng.random(), number >= 16
         if dist.get_rank() == 0:
             shutil.copytree(folder / "run", folder / f"{number}")
             contents = bytearray((folder / f"{number}" / file).read_bytes())
@@ -356,11 +358,14 @@ def sharded_damage() -> None:
             found = read(f"{number}")
         except (setpoint.CheckpointError, setpoint.RankError):
             continue
-        assert found == whole_run
+        assert found == whole_run and file != ".metadata"
         harmless += 1
     assert harmless < 9, harmless
     if dist.get_rank() == 0:
-        (folder / "0" / ".metadata").write_bytes(pickle.dumps(Harmful(folder / "trace")))
+        harmful, sums = pickle.dumps(Harmful(folder / "trace")), json.loads((folder / "run" / files[-1]).read_text())
+        (folder / "0" / ".metadata").write_bytes(harmful)
+        sums[".metadata"] = hashlib.sha256(harmful).hexdigest()
+        (folder / "0" / files[-1]).write_text(json.dumps(sums))
     dist.barrier()
     caught(setpoint.CheckpointError, "does not belong there", lambda: read("0"))
     assert not (folder / "trace").exists()

@@ -95,7 +95,7 @@ def write_folder(path: Path, tree: Any, ranks: Ranks) -> None:
             raise CheckpointError(f"cannot write {str(path)!r}: {error}") from error
     with together(ranks, f"the end of saving {path.name!r}"):
         if ranks.own == 0:
-            sums = {file.name: _sha256_of(file) for file in sorted(partial.glob("*.distcp"))}
+            sums = {file.name: _sha256_of(file) for file in sorted(partial.iterdir())}
             (partial / _SUMS).write_text(json.dumps(sums), encoding="utf-8")
             os.rename(partial, path)
 
@@ -115,7 +115,8 @@ def read_folder(path: Path, ranks: Ranks, mesh: Any) -> dict[str, Any]:
         RankError: when another rank cannot read it.
     """
     with together(ranks, f"loading {path.name!r}"):
-        reader, sizes = _described(path)
+        sums = _sums(path)
+        reader, sizes = _described(path, sums)
         indices = {match[1]: match for match in map(_INDEX.fullmatch, sizes) if match}
         own = indices.get(str(ranks.own)) or indices.get("0")
         if own is None:
@@ -126,6 +127,8 @@ def read_folder(path: Path, ranks: Ranks, mesh: Any) -> dict[str, Any]:
         if hashlib.sha256(text).hexdigest() != own[3]:
             raise damaged(path)
         index = json.loads(text)
+        if not {*index["plain"].values(), *index["parts"]} <= set(sizes):
+            raise damaged(path)
         wanted = {
             name: torch.empty(sizes[name].size, dtype=sizes[name].properties.dtype) for name in index["plain"].values()
         }
@@ -136,7 +139,7 @@ def read_folder(path: Path, ranks: Ranks, mesh: Any) -> dict[str, Any]:
         spread = {name: found[name] for name in index["parts"]}
         same = int(own[2]) == ranks.count  # else the parts are others, and only whole files can be checked
         if not same:
-            _check_files(path, ranks)
+            _check_files(path, ranks, sums)
         if any(_sha256(plain[number]) != name for number, name in index["plain"].items()):
             raise damaged(path)
         if same and _parts(spread) != index["parts"]:
@@ -144,15 +147,24 @@ def read_folder(path: Path, ranks: Ranks, mesh: Any) -> dict[str, Any]:
         return dict(from_tensors(plain | spread))
 
 
-def _check_files(path: Path, ranks: Ranks) -> None:
-    """Check the digests of all files, shared out among the ranks."""
+def _sums(path: Path) -> dict[str, str]:
+    """The digests of all files."""
     try:
         sums = json.loads((path / _SUMS).read_text(encoding="utf-8"))
-        mine = sorted(sums)[ranks.own :: ranks.count]
-        whole = all(_sha256_of(path / name) == sums[name] for name in mine)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        return {str(name): str(each) for name, each in sums.items()}
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{str(path)!r} is not a folder that setpoint.save_run wrote, or damaged: {error}"
+        ) from error
+
+
+def _check_files(path: Path, ranks: Ranks, sums: Mapping[str, str]) -> None:
+    """Check the digests of all files, shared out among the ranks."""
+    try:
+        whole = all(_sha256_of(path / name) == sums[name] for name in sorted(sums)[ranks.own :: ranks.count])
+    except OSError as error:
         raise damaged(path) from error
-    if not whole or {file.name for file in path.glob("*.distcp")} != set(sums):
+    if not whole or {file.name for file in path.iterdir()} != {*sums, _SUMS}:
         raise damaged(path)
 
 
@@ -174,8 +186,11 @@ def _loaded(path: Path, reader: Any, tensors: dict[str, Tensor], ranks: Ranks) -
     return tensors
 
 
-def _described(path: Path) -> tuple[Any, dict[str, Any]]:
-    """What reads the folder, and what it says that it holds; nothing in it is run as code."""
+def _described(path: Path, sums: Mapping[str, str]) -> tuple[Any, dict[str, Any]]:
+    """What reads the folder, and what it says that it holds; nothing in it is run as code.
+
+    Its digest is looked at first: a pickle with a byte changed may ask for memory without end.
+    """
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -185,6 +200,8 @@ def _described(path: Path) -> tuple[Any, dict[str, Any]]:
                 return _Restricted(file).load()
 
     try:
+        if _sha256_of(path / ".metadata") != sums[".metadata"]:
+            raise ValueError("the digest of its description does not match")
         reader = Reader(path)
         sizes = reader.read_metadata().state_dict_metadata
         if not all(isinstance(each, TensorStorageMetadata) for each in sizes.values()):
