@@ -31,7 +31,7 @@ from setpoint.report.summary import Row, series, summary_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
-_DOCS = ("results.md", "coverage.md", "state-space.md", "budgets.md", "distributed.md", "how-it-works.md")
+_DOCS = ("results.md", "coverage.md", "state-space.md", "budgets.md", "distributed.md", "how-it-works.md", "resume.md")
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in _DOCS))
 MARKER = re.compile(r"(<!-- results:(?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import tempfile
+import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -267,6 +269,61 @@ def join() -> None:
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
+def join_ends() -> None:
+    """A context ends well with micro-batches that no step follows, by an exception, and with the loop detached inside:
+    weights are the same on all ranks. What was due and never made is told.
+    """
+
+    def pass_of(wrapper: nn.Module, step: int) -> None:
+        x, y = share(step)
+        nn.functional.cross_entropy(wrapper(x), y).backward()
+
+    def start(script: Any, total_steps: int = 12) -> tuple[Any, Any, Any]:
+        model = Parallel(build())
+        descent = torch.optim.SGD(model.parameters(), lr=0.1)
+        return model, *attached(model, script, share(0)[0], optimizer=descent, total_steps=total_steps)
+
+    longest = dist.get_rank() == 0
+    model, optimizer, loop = start(Scripted({2: {"up": [1]}}, regrow=False))
+    with model.join():  # two passes a step; the short rank makes a step of its last one, the long one has one left over
+        for step in range(7 if longest else 3):
+            pass_of(model, step)
+            if step % 2 or (step == 2 and not longest):
+                optimizer.step()
+                optimizer.zero_grad()
+    assert loop.step == 3 and loop.widths["up"] == 24
+    assert_same_everywhere(model.module, optimizer)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        loop.finish()
+    assert any("never back" in str(each.message) for each in said)
+    model, optimizer, loop = start(Scripted({5: {"up": [1]}}, regrow=False))
+    with suppress(RuntimeError), model.join(throw_on_early_termination=True):
+        for step in range(4 if longest else 2):
+            pass_of(model, step)
+            optimizer.step()
+            optimizer.zero_grad()
+    optimizer.zero_grad()
+    for step in range(4):
+        pass_of(model, step)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loop.widths["up"] == 23 and loop.step == 6
+    assert_same_everywhere(model.module, optimizer)
+    loop.finish()
+    model, optimizer, loop = start(Scripted({2: {"up": [1]}}, regrow=False))
+    with model.join():
+        for step in range(5 if longest else 3):
+            pass_of(model, step)
+            optimizer.step()
+            optimizer.zero_grad()
+            if step == 3:
+                loop.detach()
+    loop.detach()
+    assert loop.widths["up"] == 23 and "join_hook" not in vars(model)
+    assert_same_everywhere(model.module, optimizer)
+
+
 def adapters() -> None:
     """Outgoing weights that are frozen from the beginning are read through hooks, as in one process, over a cut."""
     readings, models = [], []
@@ -286,6 +343,39 @@ def adapters() -> None:
     for name, values in readings[0].saliency.items():
         np.testing.assert_allclose(values, readings[1].saliency[name], rtol=1e-7)
         np.testing.assert_allclose(readings[0].slope[name], readings[1].slope[name], rtol=1e-7)
+
+
+class Branched(nn.Module):
+    """A net with a branch that may be left out, whose outgoing weight is frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain, self.up, self.down, self.taken = nn.Linear(8, 4), nn.Linear(8, 16), nn.Linear(16, 4), True
+        self.down.weight.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.plain(x)
+        return y + self.down(torch.relu(self.up(x))) if self.taken else y
+
+
+def branches() -> None:
+    """What hooks read is that of all ranks where a branch runs on one of them only; the others do not stop the run, nor
+    does one step that leaves it out everywhere.
+    """
+    model = build(Branched)
+    wrapper = Parallel(model, find_unused_parameters=True)
+    x = torch.randn(8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(dist.get_rank()))
+    sensor = setpoint.SensorChain(setpoint.TaylorSensor(16))
+    optimizer, loop = attached(wrapper, Scripted({6: {"up": [1, 5]}}, regrow=False), x, sensor=sensor)
+    for step in range(8):
+        model.taken = dist.get_rank() == 0 and step != 2
+        nn.functional.cross_entropy(wrapper(x), (x[:, 0] > 0).long()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loop.widths["up"] == 14 and loop._read().saliency["up"].max() > 0
+    assert_same_everywhere(model, optimizer)
+    everyones = everywhere(loop._read().saliency["up"].tolist())
+    assert all(each == everyones[0] for each in everyones)
 
 
 def resume() -> None:

@@ -157,9 +157,7 @@ def refusals() -> None:
     optimizer, loop = attached(joined, Scripted({}), x)
     with Join([joined]):
         stops("units cannot come back", joined, optimizer, loop)
-        try:
-            loop.finish()
-        except setpoint.LoopError as raised:
-            assert "inside join()" in str(raised)
-        else:
-            raise AssertionError("finished inside join()")
+    static = Parallel(build(), static_graph=True)
+    optimizer, loop = attached(static, never, x)
+    with Join([static]):
+        stops("static_graph", static, optimizer, loop)

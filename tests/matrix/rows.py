@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch._dynamo as dynamo
 import torch.distributed as dist
@@ -214,6 +215,7 @@ def goes_on_like_a_fresh_one(row: Row) -> None:
     assert loop.step == 5
     reading = loop._read()
     assert reading.finite() and max(values.max() for values in reading.saliency.values()) > 0
+    _of_the_right_size(row, reading, begun)
     assert loop.widths == WIDTHS, (str(row), loop.widths)
     loop.detach()
     with tempfile.TemporaryDirectory() as folder, setpoint.whole(run.model):
@@ -228,6 +230,23 @@ def goes_on_like_a_fresh_one(row: Row) -> None:
     if exact:
         with setpoint.whole(run.model), setpoint.whole(small):
             assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), small.parameters(), strict=True))
+
+
+def _of_the_right_size(row: Row, reading: setpoint.Reading, begun: int) -> None:
+    """A reading is what it is in a plain run on the same batches: there is no factor of a scale or of ranks in it."""
+    plain = Row(row.optimizer, "fp32" if row.precision != "fp64" else "fp64", 1, "no", "none", device=row.device)
+    run = Run(plain, build(plain))
+    settings = {"example": (batch(plain, 0)[0],), "total_steps": 40, "verify": False}
+    budget = setpoint.Budget.fraction(0.5, of="flops")
+    loop = setpoint.attach(run.called, run.optimizers, budget, controller=Scripted(DROP, regrow=False), **settings)
+    for step in range(begun):
+        run.train(range(step, step + (step != OVERFLOW or not row.is_scaled)))
+    theirs = loop._read()
+    loop.detach()
+    for name, values in reading.saliency.items():
+        several = dist.is_initialized() and dist.get_world_size() > 1  # then their batches are others
+        ratio = values.sum() / theirs.saliency[name].sum()
+        assert abs(np.log(ratio)) < (1.5 if several else 0.1), (str(row), name, ratio)
 
 
 def matrix() -> None:

@@ -41,7 +41,7 @@ from setpoint.loop.material import restricted, unit_material
 from setpoint.loop.metering import Metering
 from setpoint.loop.parts import Parts
 from setpoint.loop.replica import Replica
-from setpoint.loop.sensing import default_sensor, over_ranks
+from setpoint.loop.sensing import averages_hooks, default_sensor, over_ranks
 from setpoint.loop.state import run_of
 from setpoint.loop.target import Target, check_budgets, check_reachable
 from setpoint.loop.wrapper import Wrapped, check_reads, check_shared, unwrap
@@ -49,7 +49,6 @@ from setpoint.meter import StepMeter, Stopwatch
 from setpoint.sensor.chain import takes_back
 from setpoint.sensor.reading import Hooking, Sensor
 from setpoint.sensor.tap import tappable
-from setpoint.sensor.taylor import TaylorSensor
 from setpoint.sensor.weight_taylor import WeightTaylorSensor
 
 
@@ -322,8 +321,9 @@ def _select(
             frozen[group.name] += " (allow_lossy=True prunes it all the same)"
     open_groups = tuple(group for group in chosen if group.name not in frozen)
     hooked = {group.name for group in open_groups if isinstance(sensor, Hooking) and tappable(group, model)}
-    if wrapped.compiled or (not alone and not isinstance(sensor, TaylorSensor)):
-        frozen |= dict.fromkeys(hooked, "frozen outgoing weights are not read in compiled code")
+    if wrapped.compiled or not (alone or averages_hooks(sensor)):
+        where = "in compiled code" if wrapped.compiled else f"on several ranks by {type(sensor).__name__}"
+        frozen |= dict.fromkeys(hooked, f"frozen outgoing weights are not read {where}")
         open_groups = tuple(group for group in open_groups if group.name not in hooked)
     readable = sensor.readable(open_groups, model)
     names = {group.name for group in readable}

@@ -36,7 +36,7 @@ from setpoint.loop.recompiling import Recompiling
 from setpoint.loop.record import entry_of, only_kept, refusal, spread, with_drops, with_returns
 from setpoint.loop.regrowth import Regrowth
 from setpoint.loop.run_spending import read_joules, replan
-from setpoint.loop.sensing import release, sense
+from setpoint.loop.sensing import reads_by_hooks, release, sense
 from setpoint.loop.state import check_loading, resume, state_of
 from setpoint.loop.summary import Summary
 from setpoint.loop.watch import LossWatch
@@ -74,7 +74,7 @@ class Loop:
         self._sensing_flops = parts.sensor.flops(parts.groups, parts.model)
         self._ledger = Ledger(parts.header)
         self._step = self._skipped = self._again = 0
-        self._begun = self._overdue = self._landed = self._finished = False
+        self._begun = self._overdue = self._waits = self._landed = self._finished = False
         self._reading: Reading | None = None
         self._plan: Plan | None = None
         self._worth: dict[str, Float64[np.ndarray, " units"]] = {}
@@ -82,8 +82,8 @@ class Loop:
         self._metered: dict[str, float] = {}
         self._watch, self._ranking = LossWatch(), Ranking()
         self._regrowth = Regrowth(parts, account) if regrows(parts.controller) else None
-        averaging = parts.averaging
-        self._joining = None if averaging is None else Joining(averaging, parts.ranks, self._after_missed_step)
+        averaging, steps = parts.averaging, lambda: self._step
+        self._joining = None if averaging is None else Joining(averaging, parts.ranks, steps, self._after_missed_step)
         self._recompiling = Recompiling(account, len(parts.groups))
         self._hooks = StepHooks(parts.optimizers, self._before_step, self._after_step, partial(check_loading, parts))
         ATTACHED.add(parts.model)
@@ -232,14 +232,18 @@ class Loop:
         """Check the landing, detach, and say what the run came to.
 
         Raises:
-            LoopError: when it has been called before, or inside `DistributedDataParallel.join()`.
+            LoopError: when it has been called before.
         """
         if self._finished:
             raise LoopError("finish() has been called already: its result is in loop.summary")
-        if self._joining is not None and self._joining.inside:
-            raise LoopError("finish() inside join(): ranks that have run out of batches would not know. Leave it first")
         self.detach()
         self._finished = True
+        if self._waits and not self._landed:
+            warnings.warn(
+                "decisions were due while ranks had run out of batches inside join(), and all were never back: the run "
+                "has not landed. Use one join() for each epoch, and ranks of about as many batches",
+                stacklevel=2,
+            )
         self._watch.complete(self._ledger)
         known = (self._parts, self._account, self._ledger, self._groups, self._step, self._plan, self._watch)
         self._summary = summarise(*known, self._weights)
@@ -277,16 +281,16 @@ class Loop:
 
     def _after_step(self) -> None:
         with uninterrupted():
-            self._behind_step()
+            self._behind_step(self._joining is None or self._joining.all_made())
 
     def _after_missed_step(self) -> None:
         with uninterrupted():
-            self._behind_step(absent=True)
+            self._behind_step(all_made=False)
 
     def _ahead_of_step(self, grad_scale: Tensor | None) -> None:
         check_step(self._parts, first=not self._begun)
         if self._joining is not None:
-            self._joining.check(self._parts.controller, bool(getattr(self._sensor_state, "tapped", ())))
+            self._joining.check(self._parts.controller, reads_by_hooks(self._sensor_state))
         self._begun = True
         if self._regrowth is not None:
             self._regrowth.end_probe(grad_scale)
@@ -294,8 +298,7 @@ class Loop:
         if self._weights is not None:
             self._weights.before_step()
 
-    def _behind_step(self, absent: bool = False) -> None:
-        all_made = self._joining is None or self._joining.all_made(absent)
+    def _behind_step(self, all_made: bool) -> None:
         self._step += 1
         self._account.stepped()
         self._parts.metering.stepped()
@@ -314,7 +317,8 @@ class Loop:
             due = self._parts.controller.due(self._step, total_steps) or self._step == self._again
             if (due or self._overdue) and all_made:
                 self._decide(due)
-            self._overdue = self._overdue or due and not all_made
+            self._waits = self._waits or due and not all_made
+            self._overdue = self._overdue or self._waits
             if regrowth is not None and not self._landed:
                 regrowth.begin_probe(self._step, total_steps)
         elif self._step < total_steps:
@@ -336,7 +340,7 @@ class Loop:
     def _decide(self, due: bool) -> None:
         """Read, decide, act and record. After a bad reading, try again at the next step."""
         ranks, plan, alike = self._parts.ranks, None, {}
-        self._overdue = True  # also if anything is raised from here on
+        self._overdue, self._waits = True, False  # also if anything is raised from here on
         with self._account.deciding:
             reading = shared_reading(ranks, self._read, self._watch, self._step)
             self._watch.complete(self._ledger)

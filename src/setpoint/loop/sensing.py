@@ -31,11 +31,27 @@ def default_sensor(wrapped: Wrapped, groups: tuple[Group, ...], example: Example
 
 def over_ranks(sensor: Sensor[Any], wrapped: Wrapped) -> Sensor[Any]:
     """The sensor, told over which ranks gradients are averaged, where it can use that."""
-    if wrapped.alone or not isinstance(sensor, TaylorSensor):
+    if wrapped.alone:
+        return sensor
+    if isinstance(sensor, SensorChain):
+        return SensorChain(*(over_ranks(each, wrapped) for each in sensor.sensors))
+    if not isinstance(sensor, TaylorSensor):
         return sensor
     told = copy.copy(sensor)
     told.ranks = wrapped.ranks
     return told
+
+
+def averages_hooks(sensor: Sensor[Any]) -> bool:
+    """Whether what the sensor reads by hooks can be averaged over ranks."""
+    if isinstance(sensor, SensorChain):
+        return all(averages_hooks(each) for each in sensor.sensors if isinstance(each, Hooking))
+    return isinstance(sensor, TaylorSensor)
+
+
+def reads_by_hooks(state: Any) -> bool:
+    """Whether a sensor, by its state, reads frozen weights by hooks."""
+    return bool(getattr(state, "tapped", ())) or any(reads_by_hooks(each.state) for each in getattr(state, "links", ()))
 
 
 def sense(loop: Loop, grad_scale: Tensor | None) -> None:

@@ -192,7 +192,12 @@ class TaylorSensor:
         sources = (
             state.sources if state.sources is not None else find_sources(groups, model, state.tapped, state.sentinels)
         )
-        trains = [all(source.seen() for source in of_group) for of_group in sources.by_group]
+        # A rank cannot know what others have seen: where it is shared, what nobody has seen counts as zero.
+        shared = self.ranks.count > 1
+        trains = [
+            all(source.seen() or (shared and source.tap is not None) for source in of_group)
+            for of_group in sources.by_group
+        ]
         gate_gradient = _gate_gradients(state, sources.by_group) + zero_if_finite(sources.others, state.mean)
         gate_gradient = sources.ranks.total(gate_gradient)
         if state.sentinels is not None:
@@ -294,7 +299,8 @@ class TaylorSensor:
         values = torch.cat([facts, state.mean, state.variance, state.weight, state.squares]).double().cpu().numpy()
         num_steps, skipped = (float(value) for value in values[:2])
         mean, variance, weight, squares = np.split(values[2:], 4)
-        _check_seen(state, num_steps, weight)
+        # Where readings are shared, a step counts that nobody saw anything in.
+        _check_seen(state, num_steps, weight > 0 if self.ranks.count == 1 else (mean != 0) | (variance != 0))
         # The weighted variance of n steps is too small by 1 - (sum of squares of their shares); 1 - 1/n if equal.
         shares = squares / np.maximum(weight, _TINY) ** 2
         several = (weight > 0) & (shares < 1.0)
@@ -361,13 +367,13 @@ def _taps(state: TaylorState) -> list[Tap]:
     return [source.tap for of_group in by_group for source in of_group if source.tap is not None]
 
 
-def _check_seen(state: TaylorState, num_steps: float, weight: Float64[np.ndarray, " all_units"]) -> None:
+def _check_seen(state: TaylorState, num_steps: float, seen: Bool[np.ndarray, " all_units"]) -> None:
     """Check that hooks have seen something of each group that they are to read, once steps were taken in."""
     if not state.tapped or not num_steps or state.sources is None:
         return
-    places = np.split(weight, np.cumsum(state.num_units)[:-1])
-    for name, of_group, weights in zip(state.names, state.sources.by_group, places, strict=True):
-        if any(source.tap is not None for source in of_group) and len(weights) and not weights.any():
+    places = np.split(seen, np.cumsum(state.num_units)[:-1])
+    for name, of_group, of_units in zip(state.names, state.sources.by_group, places, strict=True):
+        if any(source.tap is not None for source in of_group) and len(of_units) and not of_units.any():
             raise LoopError(
                 f"nothing was seen of group {name!r}, whose outgoing weights are frozen: no gradient comes through its "
                 "layer, or the layer is not called as a module, or it runs as compiled code. Leave the group out "
