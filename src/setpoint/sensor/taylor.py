@@ -192,8 +192,9 @@ class TaylorSensor:
         sources = (
             state.sources if state.sources is not None else find_sources(groups, model, state.tapped, state.sentinels)
         )
-        # A rank cannot know what others have seen: where it is shared, what nobody has seen counts as zero.
-        shared = self.ranks.count > 1
+        # A rank cannot know what others have seen: where it is shared, what nobody has seen counts as zero, unless it
+        # could not be seen, since what reads it has only just been put there.
+        shared = self.ranks.count > 1 and state.sources is not None
         trains = [
             all(source.seen() or (shared and source.tap is not None) for source in of_group)
             for of_group in sources.by_group
