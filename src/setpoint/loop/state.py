@@ -61,6 +61,7 @@ def state_of(loop: Loop) -> dict[str, Any]:
         "step": loop._step,
         "skipped": loop._skipped,
         "overdue": loop._overdue,
+        "waits": loop._waits,
         "landed": loop._landed,
         "again": loop._again,
         "watch": loop._watch.state_dict(),
@@ -157,7 +158,7 @@ class _Resumed:
         self._worth = restored(state["worth"], {}, "worth", device)
         self._entries = [Entry(**entry) for entry in state["ledger"]]
         self._numbers = {f"_{name}": int(state[name]) for name in ("step", "skipped", "again")}
-        self._numbers |= {f"_{name}": bool(state[name]) for name in ("overdue", "landed")}
+        self._numbers |= {f"_{name}": bool(state[name]) for name in ("overdue", "waits", "landed")}
         LossWatch().load_state_dict(state["watch"])  # a trial
         Ranking().load_state_dict(state["ranking"], device)
         self._regrowth, self._reserve = loop._regrowth, None
