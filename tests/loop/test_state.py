@@ -333,11 +333,12 @@ def test_a_state_in_the_middle_of_a_step_is_refused() -> None:
 
 STORED = {
     "_again", "_watch", "_ranking",
-    "_groups", "_origin", "_sensor_state", "_controller_state", "_ledger", "_step", "_skipped", "_overdue", "_waits", "_landed",
-    "_metered", "_reading", "_plan", "_worth", "_regrowth", "_account", "_weights",
+    "_groups", "_origin", "_sensor_state", "_controller_state", "_ledger", "_step", "_skipped", "_overdue",
+    "_waits", "_landed", "_metered", "_reading", "_plan", "_worth", "_regrowth", "_account", "_weights",
 }  # fmt: skip
 GIVEN_AGAIN = {
-    "_parts", "_dense_widths", "_sensing_flops", "_finished", "_summary", "_hooks", "_joining", "_begun", "_recompiling",
+    "_parts", "_dense_widths", "_sensing_flops", "_finished", "_summary", "_hooks", "_joining", "_begun",
+    "_recompiling",
 }  # fmt: skip
 
 
