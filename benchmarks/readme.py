@@ -501,9 +501,11 @@ def states_table(folder: Path) -> str:
         time = (
             "busy machine" if row.clock == "shared" else f"{seconds_text(row)}, {percent(row.seconds_ratio)} of dense"
         )
-        ahead = [
-            "–" if row is each else interval_text(difference(by_label[each.label], cells), row.metric) for each in ours
-        ]
+        ahead = []
+        for each in ours:
+            apart = difference(by_label[each.label], cells)
+            text = interval_text(apart, row.metric)
+            ahead.append("–" if row is each else f"**{text}**" if apart.clear else text)
         lines.append(f"| `{row.method}` | {metric_text(row)} | {told} | {time} | {' | '.join(ahead)} |")
     return "\n".join([*lines, "", about(results.cells, rows)])
 
