@@ -25,8 +25,8 @@ help:
 	@echo "make coverage-suites"
 	@echo "             cut every model of $(SUITES) into results/coverage, WORKERS=$(WORKERS) at a time"
 	@echo "make test    run the tests, the doctests and the blocks of the README"
-	@echo "make soak    kill KILLS=$(KILLS) runs and resize a model RESIZES=$(RESIZES) times, 4 ranks: minutes to an hour"
-	@echo "make nightly every set-up of training on 1 and 2 ranks, and what needs an accelerator: an hour"
+	@echo "make soak    kill KILLS=$(KILLS) runs and resize a model RESIZES=$(RESIZES) times, 4 ranks: some ten minutes"
+	@echo "make nightly every set-up of training on 1 and 2 ranks, and what needs an accelerator: a quarter of an hour"
 	@echo "make check   formatting, lint, types and the layers of the imports"
 	@echo "make clean   remove .venv, caches and runs"
 
@@ -49,12 +49,10 @@ test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST)
 
 soak: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/resized.py --count $(RESIZES)
-	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/killed.py --count $(KILLS)
-	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tests/distributed/ranks.py sharded_twin:4
+	$(BIN)/python benchmarks/soak.py --resizes $(RESIZES) --kills $(KILLS) --only resized killed "four ranks"
 
 nightly: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tests/distributed/ranks.py matrix:1 matrix:2
+	$(BIN)/python benchmarks/soak.py --only "matrix on 1 rank" "matrix on 2 ranks"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m gpu -rs
 
 check: $(READY)

@@ -337,6 +337,8 @@ def distributed_table(path: Path) -> str:
 
 
 RUN_STEPS, RUN_DECISIONS = 1000, 15
+PICTURED = ("dense", "small", "small 0.5", "small-long 0.5", "setpoint", "setpoint 0.5", "torch-pruning-norm 0.5")
+"""Lines of the pictures: as many as a legend has room for."""
 
 
 def soak_table(path: Path) -> str:
@@ -344,10 +346,10 @@ def soak_table(path: Path) -> str:
     if not path.exists():
         return "Not run yet."
     data = json.loads(path.read_text(encoding="utf-8"))
-    lines = ["| check | outcome | said | for |", "|---|---|---|---:|"]
+    lines = ["| check | outcome | said | for | on |", "|---|---|---|---:|---|"]
     for name, each in data["checks"].items():
         outcome = "passed" if each["passed"] else "**failed**"
-        lines.append(f"| {name} | {outcome} | {each['said']} | {duration(each['seconds'])} |")
+        lines.append(f"| {name} | {outcome} | {each['said']} | {duration(each['seconds'])} | {each['date'][:10]} |")
     return "\n".join([*lines, "", _made_on(data)])
 
 
@@ -603,7 +605,7 @@ def main() -> None:
         sys.exit(f"{', '.join(stale)} not as the result files say: run python benchmarks/readme.py")
     if not check:
         for folder in sorted(path.parent for path in RESULTS.glob("*/results.jsonl")):
-            write_picture(folder, ROOT / "docs" / "pictures" / f"{folder.name}.svg")
+            write_picture(folder, ROOT / "docs" / "pictures" / f"{folder.name}.svg", labels=PICTURED)
 
 
 if __name__ == "__main__":

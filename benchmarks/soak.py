@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,8 @@ def outcome(command: list[str]) -> dict[str, Any]:
     said = lines[-1] if lines else ""
     if not passed:
         print(done.stdout[-2000:], done.stderr[-4000:], file=sys.stderr)
-    return {"passed": passed, "said": said, "lines": len(lines), "seconds": time.perf_counter() - begun}
+    seconds, date = time.perf_counter() - begun, datetime.now(UTC).isoformat(timespec="seconds")
+    return {"passed": passed, "said": said, "seconds": seconds, "date": date}
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -36,25 +36,28 @@ class Panel:
     height: float = 210.0
 
 
-def write_picture(results_dir: Path, out: Path, task: str | None = None) -> Path:
+def write_picture(results_dir: Path, out: Path, task: str | None = None, labels: Collection[str] | None = None) -> Path:
     """Draw one task of a results folder: loss or accuracy against seconds, and FLOPs per step over steps.
 
     Args:
         results_dir: a folder as docs/results-format.md describes it.
         out: the SVG file to write.
         task: which task; the first one by default.
+        labels: of the lines to draw, such as "dense" and "small 0.5", of those that there are; all by default.
 
     Returns:
         The file written. It follows the reader's light or dark scheme.
 
     Raises:
-        ReportError: if the folder cannot be read, lacks the task, or holds no history of it.
+        ReportError: if the folder cannot be read, lacks the task or all labels, or holds no history of it.
     """
     results = read_results(results_dir)
     name = results.tasks()[0] if task is None else task
     if name not in results.tasks():
         raise ReportError(f"no task {name!r} in {results_dir}: it holds {', '.join(results.tasks())}")
-    groups = {label: cells[0] for label, cells in series(results.of(name)).items()}
+    groups = {label: cells[0] for label, cells in series(results.of(name)).items() if labels is None or label in labels}
+    if not groups:
+        raise ReportError(f"none of {', '.join(labels or ())} is among the results of {name!r} in {results_dir}")
     metric = next(iter(groups.values())).metric
     learning = {label: line for label, cell in groups.items() if (line := learning_line(cell, metric))}
     if not learning:

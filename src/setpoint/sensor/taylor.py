@@ -203,7 +203,6 @@ class TaylorSensor:
         gate_gradient = sources.ranks.total(gate_gradient)
         if state.sentinels is not None:
             gate_gradient = gate_gradient + _tapped_gradients(state, sources.by_group, state.sentinels, self.ranks)
-        if state.sentinels is not None:
             state.sentinels.forget()
         if grad_scale is not None:
             gate_gradient = gate_gradient / grad_scale
