@@ -247,7 +247,7 @@ def test_probes_come_before_decisions_that_may_use_them() -> None:
     """Claim: resting units are present in the `probe_steps` steps up to each decision before the freeze, no other."""
     present = {step + 1 for step in range(1000) if REGROWING.probe_due(step, 1000)}
     due = [step for step in range(1, 1001) if REGROWING.due(step, 1000) and step < 700]
-    assert present == {step - back for step in due for back in range(4)}
+    assert present == {step - back for step in due for back in range(REGROWING.probe_steps)}
     assert isinstance(REGROWING, Regrowing)
 
 
@@ -268,3 +268,21 @@ def test_bad_settings(bad: dict[str, int]) -> None:
     """Claim: settings out of range raise ValueError."""
     with pytest.raises(ValueError, match="at least"):
         PricedController(**bad)  # type: ignore[arg-type]
+
+
+def test_a_reference_that_rises_is_followed_up() -> None:
+    """Claim: with a dip spending goes down to it by settle, and comes up to the limit by land as units come back, never
+    over the reference; the same controller without regrowth is refused.
+    """
+    groups, cost = chain(24, 40, 32)
+    reference = Reference(settle=0.2, dip=0.6)
+    decisions = run(PricedController(reference, regrow=True), groups, cost, wandering(groups, 3), fraction=0.5)
+    lowest = min(decisions, key=lambda decision: decision.after)
+    assert lowest.step == 80 and 0.5 * lowest.limit < lowest.after <= 0.6 * lowest.limit
+    for decision in decisions:
+        if decision.step >= 80:
+            assert decision.after <= reference.at(decision.step, 400, start=2 * decision.limit, limit=decision.limit)
+            assert decision.after >= decision.before or decision.step == 80
+    assert decisions[-1].plan.landed and 0.95 * decisions[-1].limit < decisions[-1].after <= decisions[-1].limit
+    with pytest.raises(ValueError, match="regrow=True"):
+        PricedController(reference)

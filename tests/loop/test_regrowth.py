@@ -100,7 +100,10 @@ def attach(
     return optimizer, setpoint.attach(model, optimizer, budget, **settings)
 
 
-DROP, BACK = {5: {"inner.0": [1, 4, 9], "stem": [0, 3]}, 10: {"inner.0": [0]}}, {20: {"inner.0": [0, 4], "stem": [3]}}
+DROP, BACK = (
+    {5: {"inner.0": [1, 4, 9], "stem": [0, 3]}, 10: {"inner.0": [0]}},
+    {15: {}, 20: {"inner.0": [0, 4], "stem": [3]}},
+)
 
 
 @pytest.fixture
@@ -126,7 +129,7 @@ def test_units_rest_are_probed_and_come_back(dear: None) -> None:
     assert probe is not None and probe.origins["inner.0"].tolist() == [0, 1, 4, 9]
     assert entry.gain["inner.0"] == [probe.gain["inner.0"][0], probe.gain["inner.0"][2]]
     assert np.isfinite(probe.error["inner.0"]).all() and probe.num_steps <= 8
-    assert probe.rested["inner.0"].tolist() == [1, 2, 2, 2] and set(probe.drops["stem"]) == {1}
+    assert probe.rested["inner.0"].tolist() == [2, 3, 3, 3] and set(probe.drops["stem"]) == {1}
     back, gone = loop.explain("stem", 3), loop.explain("stem", 0)
     assert back.alive and back.returned == 20 and math.isnan(back.saliency) and "came back at step 20" in str(back)
     assert not gone.alive and gone.returned is None and gone.step == 5
@@ -145,14 +148,16 @@ def test_the_ledger_of_a_regrowing_run_survives_its_file(tmp_path: Any, dear: No
     loop.finish()
     loop.ledger.save(tmp_path / "ledger.jsonl")
     again = setpoint.Ledger.load(tmp_path / "ledger.jsonl")
-    assert again[2].grown == loop.ledger[2].grown and again[2].gain == loop.ledger[2].gain and again[2].gain
+    assert again[3].grown == loop.ledger[3].grown and again[3].gain == loop.ledger[3].gain and again[3].gain
 
 
 def test_probing_is_counted_and_stays_within_its_share() -> None:
     """Claim: probed steps cost what the flop counter says they cost more, are overhead, and take at most 1 %."""
     torch.manual_seed(0)
     model = Net()
-    optimizer, loop = attach(model, Scripted({60: {"inner.0": [1]}, 70: {"stem": [0]}}, {}, last=90), total_steps=100)
+    optimizer, loop = attach(
+        model, Scripted({60: {"inner.0": [1]}, 70: {"stem": [0]}}, {65: {}}, last=90), total_steps=100
+    )
     train(model, optimizer, 63)
     small = counted(model)
     before = loop._account.train_flops, loop._account.probed_steps
@@ -344,7 +349,7 @@ def test_dropout_that_draws_by_width_is_no_reason_to_refuse() -> None:
     """Claim: a model whose forward calls dropout itself is taken, and its units are probed."""
     torch.manual_seed(0)
     model = Dropping()
-    optimizer, loop = attach(model, Scripted({60: {"inner.0": [1]}}, {}, last=90), total_steps=100)
+    optimizer, loop = attach(model, Scripted({60: {"inner.0": [1]}}, {65: {}}, last=90), total_steps=100)
     train(model, optimizer, 90)
     assert loop.finish().probed_steps > 0
 

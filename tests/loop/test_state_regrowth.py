@@ -82,7 +82,7 @@ def test_lost_modes_are_probed_come_back_and_are_eased_in(dear: None) -> None:
     """
     systems: list[Any] = []
     run = Run(
-        Scripted({10: {LAYER: GONE}}, {30: {LAYER: GONE}}, last=60),
+        Scripted({10: {LAYER: GONE}}, {20: {}, 30: {LAYER: GONE}}, last=60),
         60,
         lambda model, optimizer: systems.append(model.get_submodule(LAYER)(u).detach()),
     )

@@ -23,6 +23,7 @@ from setpoint.bench.methods.states import Compressm, FewStates, Hankel
 from setpoint.bench.methods.torch_pruning import TorchPruning
 from setpoint.bench.results import Result
 from setpoint.bench.task import BenchError, Task
+from setpoint.controller.adaptive import AdaptiveController
 from setpoint.controller.gates import GatedController
 from setpoint.controller.priced import PricedController
 from setpoint.controller.reference import Reference
@@ -137,6 +138,22 @@ in theory).
 """
 
 
+ABLATION_METHODS: tuple[Method, ...] = (
+    Setpoint("cubic-taylor", ScheduledController(), paper=_ZHU, family="open-loop"),
+    Setpoint("setpoint-few", PricedController(Reference(num_cuts=2))),
+    Setpoint("setpoint-many", PricedController(Reference(num_cuts=32))),
+    Setpoint("setpoint-adaptive", AdaptiveController()),
+    Setpoint("setpoint-rising", PricedController(Reference(settle=0.15, dip=0.6), regrow=True)),
+    Setpoint("setpoint-vanish", PricedController(min_density=0.0)),
+    Setpoint("setpoint-level", PricedController(min_density=0.7)),
+    Setpoint("setpoint-rewarm", rewarm=0.01),
+)
+"""More of Setpoint with one thing changed, for `benchmarks/ablation.py`.
+
+An open loop with Setpoint's own saliency (`cubic-taylor`); few or many cuts; a reference that leaves dense when
+readings agree, or that dips below the limit and rises to it as units come back; groups that may vanish whole (`vanish`)
+or must stay near a uniform cut (`level`); a learning rate that warms up again after each cut.
+"""
 RESOURCE_METHODS: tuple[Method, ...] = (
     Setpoint("setpoint-latency", resource="latency"),
     Setpoint("setpoint-memory", resource="memory"),
@@ -153,7 +170,7 @@ def method_named(name: str) -> Method:
         BenchError: there is none, or it has no such setting; the message lists those there are.
     """
     base, *settings = name.split("@")
-    everything = (*METHODS, *RESOURCE_METHODS, *STATE_METHODS)
+    everything = (*METHODS, *ABLATION_METHODS, *RESOURCE_METHODS, *STATE_METHODS)
     for method in everything:
         if method.name == base:
             return _with_settings(method, name, settings)

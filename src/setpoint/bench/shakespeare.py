@@ -80,8 +80,8 @@ def shakespeare_mini(data: Path | None = None) -> SimpleTask:
     Args:
         data: folder that holds `karpathy/tiny_shakespeare`, or None for the usual places.
     """
-    recipe = _recipe(steps=500, batch=32, learning_rate=3e-3)
-    return _task("shakespeare-mini", GPTFamily(layers=3, heads=6, window=64, head_dim=32), recipe, data)
+    recipe = _recipe(steps=2000, batch=16, learning_rate=3e-3)
+    return _task("shakespeare-mini", GPTFamily(layers=3, heads=4, window=64, head_dim=32), recipe, data)
 
 
 def shakespeare_10m(data: Path | None = None) -> SimpleTask:

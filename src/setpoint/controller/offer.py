@@ -38,6 +38,7 @@ def offers_of(
     dwell: int,
     returns: int,
     slew: float,
+    sure: bool = True,
 ) -> list[Offer]:
     """Whole blocks of resting units that are sure to gain, the worthiest first.
 
@@ -53,6 +54,7 @@ def offers_of(
         dwell: decisions that a unit rests at least.
         returns: how often a unit may come back in a run.
         slew: largest fraction of a group's units to come back at one decision; one block always may.
+        sure: False to offer by the gain itself, for room that would be left empty otherwise.
 
     >>> from setpoint.cost.cost import ProductCost, Term
     >>> from setpoint.groups.group import Size
@@ -69,8 +71,8 @@ def offers_of(
         name, block = group.name, group.multiple_of
         if name not in probe.gain or group.num_units % block:
             continue
-        gain, origins = probe.gain[name] - probe.error[name], probe.origins[name]
-        may = (gain > 0) & (probe.rested[name] >= dwell) & (probe.drops[name] <= returns)
+        gain, origins = probe.gain[name] - (probe.error[name] if sure else 0.0), probe.origins[name]
+        may = ((gain > 0) | (not sure)) & (probe.rested[name] >= dwell) & (probe.drops[name] <= returns)
         order = [int(at) for at in np.argsort(-gain, kind="stable") if may[at]]
         most = max(1, math.floor(slew * group.num_units) // block)
         worth = math.inf
@@ -78,7 +80,7 @@ def offers_of(
             chosen = np.array(order[number * block : (number + 1) * block])
             wider = {**widths, name: group.num_units + (number + 1) * block}
             saving = cost.saving(wider, name, block)
-            if saving <= 0:
+            if saving <= 0 or gain[chosen].sum() <= 0:
                 break
             worth = min(worth, float(gain[chosen].sum()) / saving)
             found.append((-worth, name, number, Offer(name, np.sort(origins[chosen]), worth)))

@@ -109,10 +109,11 @@ class PricedController:
         probed worth = summed (gain - its standard error) / what the block costs  >  price * (1 + hysteresis),
 
     with the price at which the others pay for it: what comes back is counted first, then the rest is dropped
-    until the target is met, which does not rise. As many blocks come back, the worthiest first, as still
-    beat the price that this leads to. A unit rests for `dwell` decisions before, stays for as many after, and comes
-    back `returns` times at most. From `reference.land` on nothing comes back; until then the controller holds the
-    limit but has not landed. Off by default: it has not been shown yet that it pays.
+    until the target is met. As many blocks come back, the worthiest first, as still beat the price that this leads
+    to. A unit rests for `dwell` decisions before, stays for as many after, and comes back `returns` times at most.
+    From `reference.land` on nothing comes back; until then the controller holds the limit but has not landed. Where
+    the reference rises (`Reference(dip=0.6)`), room is left for what comes back: blocks for which no other has to go
+    beat a price of 0, and the standard error is not taken off. Off by default: it has not been shown that it pays.
 
     The defaults for `slew` and `min_density` guard against a whole layer being cut on one noisy reading.
     A group never ends below `min_density` times the density that would meet the limit if all groups had
@@ -167,6 +168,10 @@ class PricedController:
             raise ValueError(f"min_density is a fraction in [0, 1], got {self.min_density!r}")
         if self.allocation not in ("worth", "uniform"):
             raise ValueError(f"allocation must be 'worth' or 'uniform', got {self.allocation!r}")
+        if self.reference.dip < 1 and not self.regrow:
+            raise ValueError(
+                f"a reference that rises (dip={self.reference.dip!r}) needs units that come back: set regrow=True"
+            )
 
     def init(self, groups: tuple[Group, ...]) -> PricedState:
         """State before the first decision."""
@@ -246,6 +251,8 @@ class PricedController:
             chosen = offers[:middle]
             selection, note = self._select(state, observation, cost, groups, aim, chosen)
             price = self._price(state, selection) * (1 + self.hysteresis)
+            if self._rising(aim) and not any(selection.rungs.values()):
+                price = 0.0  # nobody has to go for them
             if selection.total <= paid and chosen[-1].worth > price and not (aim.settled and note):
                 best, low = (selection, note, chosen), middle
             else:
@@ -260,7 +267,12 @@ class PricedController:
         if aim.final or probe is None or reading is None or not reading.calibrated or self.allocation != "worth":
             return []
         settings = {"dwell": self.dwell, "returns": self.returns}
-        return offers_of(probe, cost, observation.widths, groups, slew=self.slew, **settings)
+        sure = not self._rising(aim)
+        return offers_of(probe, cost, observation.widths, groups, slew=self.slew, sure=sure, **settings)
+
+    def _rising(self, aim: _Aim) -> bool:
+        """Whether the reference has gone below the limit and comes up again."""
+        return aim.settled and self.reference.dip < 1
 
     def _price(self, state: PricedState, selection: Selection) -> float:
         """The worth at which dropping stops, or the last price where nothing is dropped."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -34,8 +33,8 @@ Whole = dict[str, dict[Key, Tensor]]
 _PROBE_SHARE = 0.01
 """Probing never takes more than this share of all FLOPs spent so far."""
 
-_PROBES = 8
-"""Probed steps that count; older ones were taken of another model."""
+_PROBES = 4
+"""Probed steps before a decision that what may be spent is to last for."""
 
 _EASE_STEPS = 8
 """Optimizer steps over which outgoing weights of a unit that came back rise from zero."""
@@ -58,10 +57,10 @@ class Regrowth:
         self._lossless = {group.name for group in parts.groups if group.lossless}
         self._decisions = 0
         self._probing: Probing | None = None
-        self._probed: dict[str, Int[np.ndarray, " _units"]] = {}
-        self._recent: deque[dict[str, Float64[np.ndarray, " _units"]]] = deque(maxlen=_PROBES)
+        self._chosen: dict[str, Int[np.ndarray, " _units"]] = {}
+        self._recent: list[dict[str, Float64[np.ndarray, " _units"]]] = []
         self._easing: Easing | None = None
-        self._last_rest = 0
+        self._last_rest = self._turn = 0
         self._whole: Whole = {}
         # A controller that brings nothing back of itself needs the last cut only, should the loss ask for it.
         self.lasting = regrows(parts.controller) and not isinstance(parts.controller, TolerantController)
@@ -97,6 +96,8 @@ class Regrowth:
             "whole": {name: [(*key, value) for key, value in each.items()] for name, each in self._whole.items()},
             "probing": self._probing is not None,
             "recent": plain(self._recent, "recent gains"),
+            "chosen": plain(self._chosen, "units to probe"),
+            "turn": self._turn,
             "easing": None if self._easing is None else self._easing.state_dict(),
         }
 
@@ -115,8 +116,15 @@ class Regrowth:
             for name, values in gains.items():
                 if values.shape != (units.get(name),):
                     raise GroupError(f"recent gains of {name!r} are not one per unit")
+        for name, origins in _chosen(state).items():
+            if (
+                origins.ndim != 1
+                or origins.dtype.kind != "i"
+                or not np.isin(origins, np.arange(units.get(name, 0))).all()
+            ):
+                raise GroupError(f"units to probe of {name!r} are not units of that group")
         Easing.check(state["easing"], shapes, len(self._copies))
-        int(state["decisions"]), int(state["last_rest"]), bool(state["probing"])
+        int(state["decisions"]), int(state["last_rest"]), int(state["turn"]), bool(state["probing"])
         _whole(state["whole"])
 
     @staticmethod
@@ -131,12 +139,14 @@ class Regrowth:
             reserve: the one in it.
         """
         self.reserve, self._decisions = reserve, int(state["decisions"])
-        self._last_rest, self._whole = int(state["last_rest"]), _whole(state["whole"])
+        self._last_rest, self._turn = int(state["last_rest"]), int(state["turn"])
+        self._whole = _whole(state["whole"])
         self._recent.extend(self._gains_of(state))
+        self._chosen = {name: origins[reserve.resting[name][origins]] for name, origins in _chosen(state).items()}
         if state["easing"] is not None:
             self._easing = Easing.resumed(self._model, self._copies, state["easing"])
         if state["probing"]:
-            self._start_probe(self._resting_lossless())
+            self._start_probe()
 
     # Probing.
 
@@ -145,17 +155,49 @@ class Regrowth:
         controller = self._parts.controller
         if not isinstance(controller, Regrowing) or not controller.probe_due(step, total_steps):
             return
-        units = self._resting_lossless()
-        account, extra = self._account, self._extra(units)
-        if units and account.probing_flops + extra <= _PROBE_SHARE * account.train_flops:
-            self._start_probe(units)
+        self._chosen = self._chosen or self._affordable()
+        account, extra = self._account, self._extra(self._chosen)
+        if self._chosen and account.probing_flops + extra <= _PROBE_SHARE * account.train_flops:
+            self._start_probe()
 
-    def _resting_lossless(self) -> dict[str, Int[np.ndarray, " _units"]]:
-        return {name: origins for name, origins in self.reserve.origins().items() if name in self._lossless}
+    def _affordable(self) -> dict[str, Int[np.ndarray, " _units"]]:
+        """Units that can be present in a few steps for what may be spent on probing by now.
 
-    def _start_probe(self, units: dict[str, Int[np.ndarray, " _units"]]) -> None:
+        Groups have their turns in order, each with as many blocks as are paid for; one that is too dear yet is saved
+        up for.
+        """
+        allowance = _PROBE_SHARE * self._account.train_flops - self._account.probing_flops
+        groups, found = self._parts.groups, dict[str, Int[np.ndarray, " _units"]]()
+        for _ in groups:
+            group = groups[self._turn % len(groups)]
+            order = self._candidates(group) if group.name in self._lossless else np.array([], dtype=np.int64)
+            num_blocks = -(-len(order) // group.multiple_of)
+            while num_blocks:
+                most = num_blocks * group.multiple_of
+                units = np.roll(order, -most * (self._decisions - self._last_rest))[:most]
+                more = {**found, group.name: np.sort(units)}
+                if _PROBES * self._extra(more) <= allowance:
+                    found = more
+                    break
+                num_blocks //= 2
+            if len(order) and not num_blocks:
+                break
+            self._turn += 1
+        return found
+
+    def _candidates(self, group: Group) -> Int[np.ndarray, " _units"]:
+        """Resting units of a group in the order in which they are probed: those dropped last first.
+
+        Units of the last cut are left out: brought back at the next decision they would flutter. While nothing is
+        dropped, each decision moves on to units that were dropped before, and begins again at the end.
+        """
+        dropped_at = self.reserve.dropped_at[group.name]
+        resting = np.flatnonzero(self.reserve.resting[group.name] & (dropped_at < self._decisions))
+        return resting[np.argsort(-dropped_at[resting], kind="stable")]
+
+    def _start_probe(self) -> None:
         with self._account.probing:
-            self._probing, self._probed = Probing(self._model, self.reserve, units), units
+            self._probing = Probing(self._model, self.reserve, self._chosen)
             self._probing.start()
 
     def end_probe(self, grad_scale: Tensor | None) -> None:
@@ -171,12 +213,12 @@ class Regrowth:
             if gains is not None:
                 self._recent.append({name: self._by_origin(name, values) for name, values in gains.items()})
         if probing.num_forwards:
-            self._account.probed(self._extra(self._probed))
+            self._account.probed(self._extra(self._chosen))
 
     def _by_origin(self, name: str, gains: Float64[np.ndarray, " _present"]) -> Float64[np.ndarray, " _units"]:
         """Gains of the units that were present, NaN for all others of the group."""
         of_group = np.full(len(self.reserve.active[name]), np.nan)
-        of_group[self._probed[name]] = gains
+        of_group[self._chosen[name]] = gains
         return of_group
 
     def _extra(self, units: Grow) -> float:
@@ -185,7 +227,7 @@ class Regrowth:
         return self._flops.total(wide) - self._flops.total(widths_of(self.reserve.present()))
 
     def probe(self, step: int) -> Probe | None:
-        """What the last probed steps told of the units that rest now, or None. Called once for each decision."""
+        """What steps probed since the last decision tell of units that rest, or None. Called once for each decision."""
         self._decisions += 1
         reserve, origins, gain, error = self.reserve, {}, {}, {}
         for name, units in reserve.origins().items():
@@ -194,11 +236,13 @@ class Regrowth:
             if seen.any():
                 origins[name] = units[seen]
                 gain[name], error[name] = _mean_and_error(np.array(rows)[:, seen])
+        num_steps = len(self._recent)
+        self._recent, self._chosen = [], {}
         if not origins:
             return None
         rested = {name: self._decisions - reserve.dropped_at[name][units] for name, units in origins.items()}
         drops = {name: reserve.drops[name][units] for name, units in origins.items()}
-        return Probe(step, origins, gain, error, rested, drops, num_steps=len(self._recent))
+        return Probe(step, origins, gain, error, rested, drops, num_steps=num_steps)
 
     # Drops and returns.
 
@@ -232,6 +276,7 @@ class Regrowth:
         self.settle()
         if not self.lasting:
             self.release()
+        self._chosen = {}
         before, last_rest = self.reserve, self._last_rest
         self._last_rest = self._decisions
         self.reserve = before.rest(self._model, self._optimizers, keep, self._copies, when=self._decisions)
@@ -256,6 +301,7 @@ class Regrowth:
         other units are eased in. If `agreed` raises, they stay where they were.
         """
         self.settle()
+        self._chosen = {}
         active = with_units(self.reserve, plan.grow)
         regrown = {n: np.isin(np.flatnonzero(active[n]), units) for n, units in plan.grow.items() if len(units)}
         larger = cut_groups(self.reserve.groups, active)
@@ -312,6 +358,12 @@ class Regrowth:
             self._probing.stop()
             self._probing = None
         self.settle()
+
+
+def _chosen(state: Mapping[str, Any]) -> dict[str, Int[np.ndarray, " _units"]]:
+    """Units to probe, from a loop's state."""
+    found = restored(state["chosen"], {}, "units to probe", torch.device("cpu"))
+    return {str(name): np.asarray(origins) for name, origins in found.items()}
 
 
 def _whole(state: Mapping[str, Sequence[Sequence[Any]]]) -> Whole:

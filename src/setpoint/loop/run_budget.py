@@ -61,8 +61,10 @@ class RunBudget:
             cheapest: cost of a step of the narrowest model.
 
         Raises:
-            BudgetError: saying what is spent already, or what the least is.
+            BudgetError: saying what is spent already, or what the least is; or for a reference that rises.
         """
+        if self.reference.dip < 1:
+            raise BudgetError("a budget for the whole run is planned downwards: it needs a reference without a dip")
         limit, resource = self.limit(total_steps), self.budget.resource
         dense_run = self.dense * total_steps
         words = f"a budget of {amount(limit, resource)} for the run ({limit / dense_run:.1%} of a dense one)"

@@ -14,6 +14,7 @@ from setpoint.bench.course import Course, Pruner
 from setpoint.bench.lasso import LassoLooped
 from setpoint.bench.looped import Looped
 from setpoint.bench.results import Result
+from setpoint.bench.rewarm import RewarmedLooped
 from setpoint.bench.task import Task, dense_widths
 from setpoint.controller.plan import Controller
 from setpoint.sensor.reading import Sensor
@@ -29,6 +30,7 @@ class Setpoint:
         controller: decides what goes and when; None for Setpoint's own.
         sensor: makes what takes the readings; None for Setpoint's own.
         lasso: share of a group-lasso penalty in the first step's loss; 0 for none.
+        rewarm: share of the run over which the learning rate rises again after each cut; 0 for none.
         paper: where the variant comes from.
         family: kind of method, for reports.
         resource: what the budget is a fraction of the dense model's, per step.
@@ -41,6 +43,7 @@ class Setpoint:
     controller: Controller[Any] | None = None
     sensor: Callable[[], Sensor[Any]] | None = None
     lasso: float = 0.0
+    rewarm: float = 0.0
     paper: str = ""
     family: str = "setpoint"
     granularity: str = "unit"
@@ -67,4 +70,8 @@ class Setpoint:
             sensor=None if self.sensor is None else self.sensor(),
             granularity=self.granularity,
         )
-        return optimizer, LassoLooped(loop, model, optimizer, self.lasso) if self.lasso else Looped(loop)
+        if self.lasso:
+            return optimizer, LassoLooped(loop, model, optimizer, self.lasso)
+        if self.rewarm:
+            return optimizer, RewarmedLooped(loop, optimizer, max(1, round(self.rewarm * task.steps)))
+        return optimizer, Looped(loop)
