@@ -28,9 +28,12 @@ def train(
     change: Change = lambda loop, step: None,
     observe: bool = True,
     spoil: Callable[[int], float] = lambda step: 0.0,
+    lose: Callable[[int], float] = lambda step: 1.0,
     **settings: object,
 ) -> tuple[setpoint.Summary, setpoint.Loop, list[torch.Tensor]]:
-    """Fit a small teacher; `change` is called after every step, `spoil` is added to the loss that is told."""
+    """Fit a small teacher; `change` is called after every step, `spoil` is added to the loss that is told, and `lose`
+    multiplies the one that is trained.
+    """
     model = net()
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     generator = torch.Generator().manual_seed(1)
@@ -42,7 +45,7 @@ def train(
         loss = (model(x) - torch.tanh(x @ teacher)).square().mean()
         if observe:
             loop.observe(loss=loss + spoil(step))
-        loss.backward()
+        (loss * lose(step)).backward()
         optimizer.step()
         optimizer.zero_grad()
         step += 1
@@ -132,6 +135,90 @@ def test_a_loss_that_leaves_its_trend_takes_the_last_cut_back_once() -> None:
     assert summary.landed
     assert "the cut was taken back" in summary.gave_way
     assert summary.gave_way.endswith("the budget was met")
+
+
+WATCHED = setpoint.PricedController(setpoint.Reference(warmup=0.2, settle=0.6, num_cuts=8))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"reserve_bytes": 0, "controller": WATCHED},
+        {"granularity": "weight", "controller": setpoint.ExchangingController(WATCHED)},
+    ],
+    ids=["full reserve", "single weights"],
+)
+@pytest.mark.filterwarnings("ignore:the reserve of")
+def test_a_cut_that_cannot_be_taken_back_says_so(settings: dict[str, object]) -> None:
+    """In budget mode, where what went does not rest, the reference pauses, a warning says why; the budget is met."""
+    cuts: list[int] = []
+
+    def note(loop: setpoint.Loop, step: int) -> None:
+        if not cuts and loop.ledger and loop.ledger[-1].reason.startswith("dropped"):
+            cuts.append(step)
+
+    with pytest.warns(UserWarning, match="does not rest whole in a reserve, and the reference pauses"):
+        summary, loop, _ = train(
+            setpoint.Budget.fraction(0.5, of="flops"),
+            800,
+            change=note,
+            spoil=lambda step: 3.0 if cuts else 0.0,
+            **settings,
+        )
+    (paused,) = (entry for entry in loop.ledger if entry.reason.startswith("paused"))
+    assert not paused.dropped and not paused.grown and paused.step < loop.ledger[-1].step
+    assert summary.landed and summary.gave_way.endswith("the budget was met")
+
+
+@pytest.mark.filterwarnings("ignore:the reserve of")
+def test_a_tolerance_without_a_reserve_cuts_no_further() -> None:
+    """A cut beyond the tolerance that does not rest stays, is the last one, and is said to stay."""
+    summary, loop, _ = train(
+        setpoint.Tolerance(loss=0.05), 800, spoil=lambda step: 3.0 if step >= 100 else 0.0, reserve_bytes=0
+    )
+    last = loop.ledger[-1]
+    assert summary.landed and last.reason.startswith("landed: the last cut stays")
+    assert not last.grown and not any(entry.grown for entry in loop.ledger)
+    assert [entry.step for entry in loop.ledger if entry.dropped][-1] < last.step
+    assert dict(last.widths) == summary.widths
+
+
+@pytest.mark.parametrize("total_steps", [300, 600, 3000])
+def test_nothing_is_decided_on_a_model_that_has_diverged(total_steps: int) -> None:
+    """Once gradients are NaN no decision is made, whether every step is read or every fourth."""
+    summary, loop, _ = train(
+        setpoint.Budget.fraction(0.5, of="flops"),
+        total_steps,
+        observe=False,
+        lose=lambda step: float("nan") if step >= 0.04 * total_steps else 1.0,
+    )
+    assert not summary.landed and not any(entry.dropped for entry in loop.ledger)
+    assert {"NaN" in entry.reason for entry in loop.ledger} == {True}
+
+
+@pytest.mark.parametrize(
+    ("goal", "controller"),
+    [
+        (setpoint.Price(0.1, of="flops"), setpoint.PricedController()),
+        (setpoint.Price(0.1, of="flops"), setpoint.GatedController()),
+        (setpoint.Price(0.1, of="flops"), setpoint.PenaltyController(setpoint.Price(0.2, of="flops"))),
+        (setpoint.Tolerance(0.1), setpoint.AdaptiveController()),
+        (setpoint.Budget.fraction(0.5, of="flops"), setpoint.PenaltyController(setpoint.Price(0.2, of="flops"))),
+        (setpoint.Budget.fraction(0.5, of="flops"), setpoint.TolerantController(setpoint.Tolerance(0.1))),
+    ],
+    ids=str,
+)
+def test_a_controller_of_another_goal_is_refused(goal: object, controller: object) -> None:
+    """A price, a tolerance or a budget beside a controller that pursues something else is refused at attach."""
+    with pytest.raises(BudgetError, match=r"holds a budget|pursues"):
+        train(goal, controller=controller)
+
+
+@pytest.mark.parametrize("reserve_bytes", [-1, True])
+def test_a_reserve_of_no_size_is_refused(reserve_bytes: object) -> None:
+    """At attach, by the argument's name."""
+    with pytest.raises(ValueError, match="reserve_bytes"):
+        train(setpoint.Budget.fraction(0.5, of="flops"), reserve_bytes=reserve_bytes)
 
 
 def test_a_change_of_budget_is_bumpless_and_lands() -> None:

@@ -47,7 +47,7 @@ class TolerantController:
     `excess_after`), and `used` the sum over the cuts that stayed, a cut
 
         stays          if used + excess + error <= tolerance,
-        is taken back  if used + excess - error >  tolerance,
+        is taken back  if used + excess - error >  tolerance, or, where it does not rest whole, stays as the last,
         is watched on  in between; when the landing is due the sign of used + excess - tolerance decides.
 
     A cut takes a share `stride` of the present cost, least worth first. After one that was taken back the stride
@@ -126,6 +126,9 @@ class TolerantController:
             words = _judged(state, excess, self.tolerance.loss)
             if verdict == "wait":
                 return state, Plan(step, whole, reason=f"watching the last cut on: {words}")
+            if verdict == "back" and not observation.last_dropped:
+                lost = "the last cut stays, since it does not rest whole in the reserve (reserve_bytes)"
+                return replace(state, pending=False), Plan(step, whole, landed=True, reason=f"landed: {lost}: {words}")
             if verdict == "back":
                 state = replace(state, pending=False, stride=state.stride / 2)
                 landed = final or state.stride < self.finest

@@ -32,7 +32,7 @@ from setpoint.loop.accounting import Account
 from setpoint.loop.agreement import together
 from setpoint.loop.change import check_runs, reference_of
 from setpoint.loop.costing import Costing, cost_out
-from setpoint.loop.goal import controller_for
+from setpoint.loop.goal import check_goal, controller_for
 from setpoint.loop.granularity import check_run, pattern_for, weight_material
 from setpoint.loop.header import header_of
 from setpoint.loop.inference import Inference
@@ -148,8 +148,12 @@ def attach(
         if controller is None:
             controller = controller_for(goal or budgets, reference)
             controller = controller if form is None else ExchangingController(controller)
-        elif reference is not None:
-            raise ValueError("give the reference to the controller, or leave the controller to attach: not both")
+        else:
+            if reference is not None:
+                raise ValueError("give the reference to the controller, or leave the controller to attach: not both")
+            check_goal(goal, controller)
+        if reserve_bytes is not None and (type(reserve_bytes) is not int or reserve_bytes < 0):
+            raise ValueError(f"reserve_bytes is a whole number of bytes, at least 0, or None; got {reserve_bytes!r}")
         optimizers = _check_arguments(inner, optimizer, total_steps)
         resources = {each.resource for each in (*budgets, goal) if each}
         check_shared(wrapped, resources, optimizers)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from setpoint.controller.adaptive import AdaptiveController
+from setpoint.controller.gates import GatedController
 from setpoint.controller.penalty import PenaltyController
 from setpoint.controller.plan import Controller
 from setpoint.controller.priced import PricedController
@@ -15,6 +16,32 @@ from setpoint.cost.budget import Budget
 from setpoint.cost.price import Price
 from setpoint.cost.tolerance import Tolerance
 from setpoint.errors import BudgetError
+
+
+def check_goal(goal: Price | Tolerance | None, controller: Controller[Any]) -> None:
+    """Check that a controller of Setpoint's own pursues this goal.
+
+    Args:
+        goal: a price or a tolerance, None for budgets.
+        controller: that the user gave.
+
+    Raises:
+        BudgetError: for one that pursues another.
+    """
+    inner = getattr(controller, "inner", controller)
+    own = {PenaltyController: "price", TolerantController: "tolerance"}.get(type(inner))
+    if own is None:
+        if goal is not None and isinstance(inner, (PricedController, AdaptiveController, GatedController)):
+            raise BudgetError(
+                f"{type(inner).__name__} holds a budget, not a {type(goal).__name__}: give attach a Budget, or leave "
+                "the controller to it"
+            )
+        return
+    held = getattr(inner, own)
+    if held != goal:
+        raise BudgetError(
+            f"this {type(inner).__name__} pursues {held!r}: give the same to attach, got {goal or 'budgets'}"
+        )
 
 
 def controller_for(goal: Price | Tolerance | Sequence[Budget], reference: Reference | str | None) -> Controller[Any]:

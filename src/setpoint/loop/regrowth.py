@@ -67,12 +67,14 @@ class Regrowth:
 
     @property
     def last_dropped(self) -> dict[str, Int[np.ndarray, " _units"]]:
-        """By group, origins of the units that the last cut dropped, as far as they rest."""
+        """By group, origins of the units that the last cut dropped; none once some of them were let go."""
         reserve = self.reserve
-        units = {
-            name: np.flatnonzero(resting & (reserve.dropped_at[name] == self._last_rest))
-            for name, resting in reserve.resting.items()
+        gone = {
+            name: ~active & (reserve.dropped_at[name] == self._last_rest) for name, active in reserve.active.items()
         }
+        if any((gone[name] & ~resting).any() for name, resting in reserve.resting.items()):
+            return {}
+        units = {name: np.flatnonzero(each) for name, each in gone.items()}
         return {name: origins for name, origins in units.items() if len(origins)}
 
     @property

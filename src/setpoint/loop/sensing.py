@@ -57,6 +57,8 @@ def reads_by_hooks(state: Any) -> bool:
 def sense(loop: Loop, grad_scale: Tensor | None) -> None:
     """Take in the step under way, if it is one of those that are read; after the landing none is.
 
+    While a decision waits for a reading without NaN every step is read: one that is left out would hide the next NaN.
+
     Args:
         loop: whose sensor reads; the gradients of the step are ready.
         grad_scale: what they are still multiplied by, or None.
@@ -65,7 +67,7 @@ def sense(loop: Loop, grad_scale: Tensor | None) -> None:
     if loop._landed or loop._step >= total_steps:
         release(loop)
         return
-    if loop._step % sensed_every(total_steps):
+    if loop._step % sensed_every(total_steps) and not loop._overdue:
         if isinstance(sensor, Hooking):
             sensor.forget(loop._sensor_state)
         return

@@ -30,7 +30,7 @@ def check_budgets(budget: Budget | Sequence[Budget]) -> tuple[Budget, ...]:
     Raises:
         BudgetError: for anything else, or a budget that is not available in this version.
     """
-    budgets = (budget,) if isinstance(budget, Budget) else tuple(budget)
+    budgets = tuple(budget) if isinstance(budget, (list, tuple)) else (budget,)
     for each in budgets:
         if not isinstance(each, Budget):
             raise BudgetError(f"budget must be a Budget, got {each!r}: write Budget.fraction(0.5, of='flops')")

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from setpoint.controller.exchanging import ExchangingController
 from setpoint.controller.plan import Controller, Observation, Plan, Regrowing
 from setpoint.controller.tolerant import TolerantController
 from setpoint.controller.trend import Excess, excess_after
@@ -191,10 +192,11 @@ class LossWatch:
         return self.watching and not resizes and takes_back(sensor) and isinstance(controller, Regrowing)
 
     def roll_back(self, observation: Observation, controller: object, groups: tuple[Group, ...]) -> Plan | None:
-        """The plan that takes the last cut back and drops nothing, or None.
+        """The plan that takes the last cut back, as far as it rests, and drops nothing; or None.
 
         Once in a run, when the loss has left its trend, and only while there are decisions to come: the budget has the
-        last word. A `TolerantController` judges by itself.
+        last word. A `TolerantController` judges by itself, and a controller that cannot take units back, nor exchange
+        weights, follows its own schedule.
 
         Args:
             observation: what is known.
@@ -204,18 +206,22 @@ class LossWatch:
         excess, step, total_steps = observation.excess, observation.step, observation.total_steps
         if self.gave_way or isinstance(controller, TolerantController) or not isinstance(controller, Controller):
             return None
-        if excess is None or not left_trend(excess) or not observation.last_dropped:
+        able = any(isinstance(controller, kind) for kind in (Regrowing, ExchangingController))
+        if excess is None or not left_trend(excess) or not able:
             return None
         if sum(controller.due(each, total_steps) for each in range(step + 1, total_steps)) < _DECISIONS_LEFT:
             return None
+        back = observation.last_dropped
+        done = f"so the cut was taken back at step {step}" if back else "and what went does not rest whole in a reserve"
         self.gave_way = (
             f"after the cut of step {self._cut} the loss lay {excess.value:.3g} over its trend of "
-            f"{excess.foretold:.3g} (standard error {excess.error:.2g}), so the cut was taken back at step {step}"
+            f"{excess.foretold:.3g} (standard error {excess.error:.2g}), {done}"
         )
         warnings.warn(f"{self.gave_way}, and the reference pauses until the next decision", stacklevel=2)
         whole = keep_all(groups)
-        reason = f"rolled back: {self.gave_way}"
-        return Plan(step, whole, reason=reason, grow=observation.last_dropped, undoes=True)
+        return Plan(
+            step, whole, reason=f"{'rolled back' if back else 'paused'}: {self.gave_way}", grow=back, undoes=bool(back)
+        )
 
 
 def left_trend(excess: Excess) -> bool:
