@@ -2,6 +2,7 @@
 
 from setpoint.actuator.regrow import regrow
 from setpoint.actuator.reserve import Reserve
+from setpoint.actuator.semi_structured import to_semi_structured
 from setpoint.actuator.sharding import whole
 from setpoint.actuator.shrink import shrink
 from setpoint.checkpoint import load, save
@@ -21,6 +22,7 @@ from setpoint.errors import (
     BudgetError,
     CheckpointError,
     CostError,
+    DeviceError,
     ExampleError,
     ExportError,
     GroupError,
@@ -69,6 +71,7 @@ __all__ = [
     "LoopError",
     "MagnitudeSensor",
     "Observation",
+    "DeviceError",
     "OptimizerError",
     "PathError",
     "PenaltyController",
@@ -103,5 +106,6 @@ __all__ = [
     "save",
     "save_run",
     "shrink",
+    "to_semi_structured",
     "whole",
 ]
