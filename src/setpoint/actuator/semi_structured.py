@@ -32,15 +32,14 @@ def to_semi_structured(model: nn.Module) -> dict[str, str]:
     References:
         Mishra et al., "Accelerating sparse deep neural networks", arXiv 2104.08378.
     """
-    layers = {
-        name: layer for name, layer in model.named_modules() if isinstance(getattr(layer, "weight", None), nn.Parameter)
-    }
+    modules = dict(model.named_modules())
+    layers = {name: each for name, each in modules.items() if isinstance(getattr(each, "weight", None), nn.Parameter)}
     devices = {layer.weight.device for layer in layers.values() if isinstance(layer, nn.Linear)}
     for device in sorted(devices, key=str):
         if device.type != "cuda" or torch.cuda.get_device_capability(device) < _CAPABILITY:
             raise DeviceError(
-                f"sparse tensor cores are a matter of NVIDIA GPUs of compute capability {_CAPABILITY[0]}.{_CAPABILITY[1]} "
-                f"(Ampere) and later, and the model is on {device}: the 2:4 pattern saves nothing there"
+                f"only NVIDIA GPUs of compute capability {'.'.join(map(str, _CAPABILITY))} (Ampere) and later have sparse "
+                f"tensor cores, and the model is on {device}: the 2:4 pattern saves nothing there"
             )
     dense = {name: why for name, layer in layers.items() if (why := why_dense(layer))}
     for name, layer in layers.items():
@@ -74,7 +73,7 @@ def why_dense(layer: nn.Module) -> str:
     weight = layer.weight.detach()
     if weight.shape[1] % 4:
         return f"its {weight.shape[1]} inputs do not divide by 4"
-    active = (weight != 0).unflatten(1, (-1, 4)).sum(2)
+    active = (weight != 0).reshape(len(weight), -1, 4).sum(2)
     if (active <= 2).all():
         return ""
     row = int((active > 2).any(1).nonzero()[0])
