@@ -38,8 +38,8 @@ def to_semi_structured(model: nn.Module) -> dict[str, str]:
     for device in sorted(devices, key=str):
         if device.type != "cuda" or torch.cuda.get_device_capability(device) < _CAPABILITY:
             raise DeviceError(
-                f"only NVIDIA GPUs of compute capability {'.'.join(map(str, _CAPABILITY))} (Ampere) and later have sparse "
-                f"tensor cores, and the model is on {device}: the 2:4 pattern saves nothing there"
+                f"only NVIDIA GPUs of compute capability {'.'.join(map(str, _CAPABILITY))} (Ampere) and later have "
+                f"sparse tensor cores, and the model is on {device}: the 2:4 pattern saves nothing there"
             )
     dense = {name: why for name, layer in layers.items() if (why := why_dense(layer))}
     for name, layer in layers.items():
