@@ -50,7 +50,7 @@ from setpoint.groups.trace import trace
 
 POINT = 0.4
 CUT = 0.9
-STEPS = {"cifar10-mini": 1500, "shakespeare-mini": 500}
+STEPS = {"cifar10-mini": 1500, "shakespeare-mini": 2000}
 Batches = Sequence[tuple[Tensor, Tensor]]
 Units = Mapping[str, np.ndarray]
 

@@ -5,7 +5,7 @@
 
 A marker is `<!-- results:NAME -->` ... `<!-- end -->`; NAME is a folder of results/, `tasks` for all folders,
 `goals`, `headline`, `overhead`, `suites`, `discovery`, `coverage`, `moments`, `state-regrowth`, `mamba2`, `ssm`,
-`predictions`, `distributed`, `compiled`, `soak`, `states`, `ablation` or `real-budgets`.
+`predictions`, `distributed`, `compiled`, `soak`, `states`, `ablation`, `calibration` or `real-budgets`.
 """
 
 from __future__ import annotations
@@ -535,6 +535,29 @@ def ablation_table(path: Path) -> str:
     return "\n".join([*lines, "", _made_on(data)])
 
 
+def calibration_table(path: Path) -> str:
+    """How predicted and measured loss increases agree, as a loop reads and with weights at rest, beside the aims."""
+    lines = [
+        "| task | read | ranks within groups, mean (least) | over the whole model | 10 % cut: predicted / real |",
+        f"|---|---|{'---:|' * 3}",
+    ]
+    tasks = json.loads(path.read_text(encoding="utf-8"))["tasks"]
+    for name, found in tasks.items():
+        unit = "targets" if "running, B = targets" in found["variants"] else "examples"
+        for words, key in (("in training, curvature (the default)", "running"), ("at rest, with slope", "still")):
+            variant = found["variants"][f"{key}, B = {unit}" + (", with slope" if key == "still" else "")]
+            within = f"{variant['spearman_within_mean']:.2f} ({variant['spearman_within_least']:.2f})"
+            ratio = f"{variant['ten_percent']['predicted_over_real']:.2f}"
+            lines.append(f"| {name} | {words} | {within} | {variant['spearman_whole']:.2f} | {ratio} |")
+    lines.append("| aim | | at least 0.80 | at least 0.70 | 0.5 to 2 |")
+    about = "; ".join(
+        f"{name}: {found['samples']:,} examples, {found['targets']:,} targets, {found['environment']['cpu']}, "
+        f"{found['date'][:10]}"
+        for name, found in tasks.items()
+    )
+    return "\n".join([*lines, "", f"{about}."])
+
+
 def _seeds(data: dict[str, Any]) -> str:
     """How many seeds there are, and which."""
     seeds = sorted({run["seed"] for run in data["runs"]})
@@ -578,6 +601,7 @@ def filled(text: str) -> str:
             "soak": lambda: soak_table(RESULTS / "soak.json"),
             "compiled": lambda: compiled_table(RESULTS / "compiled.json"),
             "states": lambda: states_table(RESULTS / "smnist-196"),
+            "calibration": lambda: calibration_table(RESULTS / "calibration.json"),
             "ablation": lambda: ablation_table(RESULTS / "ablation.json"),
             "goals": goals_table,
             "headline": headline_table,

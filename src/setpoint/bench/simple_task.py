@@ -72,6 +72,8 @@ class SimpleTask:
         training_criterion: the same for training; by default `criterion`.
         metric: which field of a score is reported; accuracy is the share of targets with the highest score.
         device: where model and batches lie.
+        scratch_learning_rate: peak for models that start from fresh weights, relative to the recipe's, which is for the
+            dense model; other than 1 where that starts from trained ones.
 
     >>> import torch
     >>> from setpoint.bench.family import ByFactor
@@ -95,6 +97,7 @@ class SimpleTask:
     training_criterion: Criterion | None = None
     metric: Metric = "accuracy"
     device: torch.device = field(default_factory=best_device)
+    scratch_learning_rate: float = 1.0
 
     @property
     def dimensions(self) -> Mapping[str, Dimension]:
@@ -138,6 +141,10 @@ class SimpleTask:
     def with_learning_rate_factor(self, factor: float) -> SimpleTask:
         """The same task at a learning rate `factor` times as high."""
         return replace(self, recipe=replace(self.recipe, learning_rate=factor * self.recipe.learning_rate))
+
+    def from_scratch(self) -> SimpleTask:
+        """The same task with the learning rate for fresh weights."""
+        return self.with_learning_rate_factor(self.scratch_learning_rate)
 
     def build(self, widths: Mapping[str, int], device: torch.device | None = None) -> nn.Module:
         """A fresh model of these widths, initialised from the global random state."""

@@ -95,6 +95,10 @@ class Task(Protocol):
         """The same task at a learning rate `factor` times as high."""
         ...
 
+    def from_scratch(self) -> Task:
+        """The same task with the learning rate for fresh weights, where its dense model starts from trained ones."""
+        ...
+
     def build(self, widths: Mapping[str, int], device: torch.device | None = None) -> nn.Module:
         """A fresh model of these widths, initialised from the global random state.
 

@@ -54,7 +54,7 @@ class Small:
 
     def course(self, task: Task, budget: float, needed: Mapping[str, Result]) -> Course:
         """Widths scaled by one factor to the budget."""
-        return Course(task, small_widths(task, budget))
+        return Course(task.from_scratch(), small_widths(task, budget))
 
     def begin(self, task: Task, model: nn.Module, budget: float, batches: Iterator[tuple[Tensor, Tensor]]) -> Begun:
         """Nothing but the optimizer."""
@@ -90,7 +90,8 @@ class SmallLong:
         widths = small_widths(task, budget)
         per_step = step_flops(task.build(widths, torch.device("meta")), task.example())
         steps = max(1, round(needed["setpoint"].train_flops / per_step))
-        return Course(task.with_steps(steps).with_learning_rate_factor(self.learning_rate), widths)
+        longer = task.from_scratch().with_steps(steps)
+        return Course(longer.with_learning_rate_factor(self.learning_rate), widths)
 
     def begin(self, task: Task, model: nn.Module, budget: float, batches: Iterator[tuple[Tensor, Tensor]]) -> Begun:
         """Nothing but the optimizer."""
@@ -115,7 +116,9 @@ class SmallFound:
     def course(self, task: Task, budget: float, needed: Mapping[str, Result]) -> Course:
         """Setpoint's final widths, freshly initialised."""
         widths = found_widths(task, needed["setpoint"].widths)
-        return Course(task, widths, notes="the search for its widths, a whole Setpoint run, is not counted")
+        return Course(
+            task.from_scratch(), widths, notes="the search for its widths, a whole Setpoint run, is not counted"
+        )
 
     def begin(self, task: Task, model: nn.Module, budget: float, batches: Iterator[tuple[Tensor, Tensor]]) -> Begun:
         """Nothing but the optimizer."""
