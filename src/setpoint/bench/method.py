@@ -142,6 +142,7 @@ ABLATION_METHODS: tuple[Method, ...] = (
     Setpoint("cubic-taylor", ScheduledController(), paper=_ZHU, family="open-loop"),
     Setpoint("setpoint-few", PricedController(Reference(num_cuts=2))),
     Setpoint("setpoint-many", PricedController(Reference(num_cuts=32))),
+    Setpoint("setpoint-steep", PricedController(Reference(warmup=0.13, settle=0.17))),
     Setpoint("setpoint-adaptive", AdaptiveController()),
     Setpoint("setpoint-rising", PricedController(Reference(settle=0.15, dip=0.6), regrow=True)),
     Setpoint("setpoint-vanish", PricedController(min_density=0.0)),
