@@ -20,6 +20,7 @@ from actuator.test_vanish import vanished
 from conformance.test_optimizers import ROWS
 from groups.zoo import MODELS as ZOO
 from setpoint.actuator import regrow as regrow_module
+from setpoint.actuator.mask import mask
 from setpoint.actuator.optimizer_state import as_sequence, map_tensors
 from setpoint.actuator.shrink import named_tensors, shrink
 from setpoint.actuator.sizes import recorded_sizes
@@ -100,6 +101,89 @@ def test_traced_groups_come_back_too(name: str) -> None:
     setpoint.regrow(model, optimizer, small, reserve, dropped(keep))
     assert_same(snapshot(model, optimizer), before)
     assert torch.equal(model(*inputs), want)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("name", ZOO)
+def test_a_partial_return_is_a_smaller_cut(name: str, which: int) -> None:
+    """Claim: where every other group comes back whole and of the rest half of the units, the model is bit for bit, in
+    sizes, corrected calls, recorded places and outputs, the one that was cut to these units at once.
+    """
+    build, example = ZOO[name]
+    model, inputs, groups = build().double(), double(example()), groups_of(name)
+    model.eval()
+    twin = copy.deepcopy(model)
+    keep = random_keep(groups)
+    gone = dropped(keep)
+    back = {each: gone[each] if at % 2 == which else gone[each][::2] for at, each in enumerate(sorted(gone))}
+    after = {each: kept | np.isin(np.arange(len(kept)), back[each]) for each, kept in keep.items()}
+    reserve = setpoint.Reserve.of(model, groups).rest(model, None, keep)
+    small = shrink(model, None, groups, keep)
+    again, _ = setpoint.regrow(model, None, small, reserve, back)
+    shrink(twin, None, groups, after)
+    assert widths_of(again) == {each: int(kept.sum()) for each, kept in after.items()}
+    assert_same(snapshot(model), snapshot(twin))
+    assert recorded_calls(model) == recorded_calls(twin)
+    assert_same(model(*inputs), twin(*inputs))
+
+
+def recorded_calls(model: nn.Module) -> dict[Any, int]:
+    return {at: size for at, size in recorded_sizes(model).items() if "#" in at[1]}
+
+
+class Attending(nn.Module):
+    """Torch's attention in a residual stream whose width can be cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.attend = nn.Linear(8, 32), nn.MultiheadAttention(32, 4, batch_first=True)
+        self.inner, self.head = nn.Linear(32, 32), nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.embed(x)
+        y = y + self.attend(y, y, y)[0]
+        return self.head(y + torch.relu(self.inner(y)))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("gone", "back"),
+    [
+        ({"embed": 8}, {"embed": 4}),
+        ({"embed": 8, "attend": 1}, {"embed": 4, "attend": 1}),
+        ({"embed": 8, "attend": 1}, {"embed": 8}),
+        ({"embed": 8, "attend": 2}, {"attend": 1}),
+        ({"embed": 8, "attend": 2}, {"attend": 2}),
+        ({"embed": 8, "attend": 2}, {"embed": 8, "attend": 2}),
+    ],
+)
+def test_attention_of_part_of_its_width_runs(gone: dict[str, int], back: dict[str, int], training: bool) -> None:
+    """Claim: with some of the dropped heads and entries of the embedding back, torch's attention gives the outputs of
+    the twin in which the others are masked, in fp64 to 1e-13, and so after a further cut; it has its own
+    forward again once all are there.
+    """
+    torch.manual_seed(0)
+    model, x = Attending().double().train(training), torch.randn(3, 5, 8, dtype=torch.float64)
+    groups = setpoint.find_groups(model, (x,))
+    dense = copy.deepcopy(model)
+
+    def check(active: dict[str, np.ndarray]) -> None:
+        twin = copy.deepcopy(dense)
+        mask(twin, None, groups, active)
+        torch.testing.assert_close(model(x), twin(x), rtol=0, atol=1e-13)
+
+    keep = {group.name: np.arange(group.num_units) >= gone.get(group.name, 0) for group in groups}
+    reserve = setpoint.Reserve.of(model, groups).rest(model, None, keep)
+    now = shrink(model, None, groups, keep)
+    now, reserve = setpoint.regrow(model, None, now, reserve, {name: range(n) for name, n in back.items()})
+    check(dict(reserve.active))
+    assert ("forward" in model.attend.__dict__) == any(not units.all() for units in reserve.active.values())
+    keep = {"embed": np.arange(now[0].num_units) != 2}
+    reserve = reserve.rest(model, None, keep)
+    now = shrink(model, None, now, keep)
+    check(dict(reserve.active))
+    setpoint.regrow(model, None, now, reserve, reserve.origins())
+    assert "forward" not in model.attend.__dict__
 
 
 @pytest.mark.parametrize("name", VANISHING)

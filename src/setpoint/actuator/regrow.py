@@ -210,11 +210,13 @@ def new_sizes(
     """
     some = {name for name, origins in grow.items() if len(origins)}
     places = {(size.module, size.place) for group in reserve.groups if group.name in some for size in group.sizes}
-    before, after = plan_cut(reserve.groups, reserve.active).sizes, plan_cut(reserve.groups, active).sizes
+    before, final = plan_cut(reserve.groups, reserve.active).sizes, plan_cut(reserve.groups, active)
+    after = final.sizes
     calls = {call_of(at) for at in places if is_call(at[1])}  # all sizes of a call go together
     places |= {at for at in after if is_call(at[1]) and call_of(at) in calls}
     check_sizes(model, places)
-    cut = {call_of(at) for at in after if not after[at].all() or at in reserve.corrected}
+    # A forward may work the size of a call out of any group that it touches, even where the size itself is whole.
+    cut = {call_of(at) for at in after if at in final.following or at in reserve.corrected}
     found: dict[SizePlace, int | None] = {}
     for at in sorted(places):
         name, place = at
