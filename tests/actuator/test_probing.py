@@ -195,6 +195,72 @@ def test_a_gradient_scaler_is_seen_through() -> None:
             np.testing.assert_allclose(other[name], values, rtol=1e-9, atol=1e-15)
 
 
+def overflow(model: nn.Module, inputs: tuple[Tensor, ...], optimizer: torch.optim.Optimizer) -> None:
+    """A step that a GradScaler skips."""
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(loss_of(model(*inputs)) * torch.inf).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+
+
+def foreign(model: nn.Module, inputs: tuple[Tensor, ...], optimizer: torch.optim.Optimizer) -> None:
+    """A backward pass of another loss, whose gradients are set to zero."""
+    (1000 * model(*inputs)).square().mean().backward()
+    optimizer.zero_grad(set_to_none=False)
+
+
+def penalty(model: nn.Module, inputs: tuple[Tensor, ...], optimizer: torch.optim.Optimizer) -> None:
+    """Gradients that never lie in the parameters."""
+    torch.autograd.grad(model(*inputs).square().sum(), list(model.parameters()), allow_unused=True)
+
+
+def of_others(model: nn.Module, inputs: tuple[Tensor, ...], optimizer: torch.optim.Optimizer) -> None:
+    """A backward pass, and then one of a loss that the model's outputs are not part of, which is thrown away too."""
+    foreign(model, inputs, optimizer)
+    sum(each.square().sum() for each in model.parameters()).backward()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("before", [overflow, foreign, penalty, of_others])
+@pytest.mark.parametrize("name", ["mlp", "residual", "attention"])
+def test_what_counts_is_what_lies_in_the_gradients(name: str, before: Any) -> None:
+    """Claim: gains are the same to the bit after a step that a GradScaler skipped, and after backward passes whose
+    gradients were thrown away or never accumulated, be it before the own backward pass or between micro-batches.
+    """
+    model, inputs, reserve = cut(name)
+    model.eval()  # running statistics stay as they are
+    optimizer, read = torch.optim.SGD(model.parameters(), lr=0.0), []
+    for others in (None, before):
+        optimizer.zero_grad()
+        probing = Probing(model, reserve, reserve.origins(), in_training=False)
+        probing.start()
+        if others is not None:
+            others(model, inputs, optimizer)
+        loss_of(model(*inputs)).backward()
+        if others is penalty:
+            others(model, inputs, optimizer)
+        loss_of(model(*(2 * x if x.is_floating_point() else x for x in inputs))).backward()
+        probing.stop()
+        read.append(probing.gains())
+        assert not any(p._backward_hooks or p._post_accumulate_grad_hooks for p in model.parameters())
+    for group, values in read[0].items():
+        assert values.any() and np.array_equal(values, read[1][group])
+
+
+def test_what_was_thrown_away_last_is_no_reading() -> None:
+    """Claim: a step whose gradients were all thrown away, or come from elsewhere than the probed passes, reads None."""
+    model, inputs, reserve = cut("mlp")
+    probing = Probing(model, reserve, reserve.origins())
+    probing.start()
+    loss_of(model(*inputs)).backward()
+    model.zero_grad()
+    assert probing.gains() is None
+    sum(each.square().sum() for each in model.parameters()).backward()
+    assert probing.gains() is None
+    probing.stop()
+
+
 def test_an_exception_in_the_forward_pass_leaves_the_shrunk_model() -> None:
     """Claim: after a forward that raises, tensors and sizes are the shrunk model's, and it runs."""
     model, inputs, reserve = cut("residual")

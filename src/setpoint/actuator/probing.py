@@ -23,6 +23,7 @@ from setpoint.actuator.sizes import apply_sizes
 from setpoint.distributed import is_spread
 from setpoint.groups.group import Group
 from setpoint.groups.vanish import EmptyForward
+from setpoint.sensor.accumulated import RunningSum
 from setpoint.sensor.sentinel import Sentinels
 from setpoint.sensor.unit_sum import UnitSum
 
@@ -89,7 +90,8 @@ class Probing:
         self._brackets = brackets(model)
         self._whole: dict[nn.Module, list[tuple[dict[str, Any], str, Tensor]]] = {}
         self._sizes = _counts(model, reserve, active, grow)
-        self._gains: dict[str, Tensor] = {}
+        self._gains: dict[tuple[int, str], RunningSum] = {}
+        self._means: dict[str, Tensor] | None = None
         self._sentinels = Sentinels(model.parameters())
         self._undo: ExitStack | None = None
         self._handles: list[Any] = []
@@ -113,6 +115,8 @@ class Probing:
             handle.remove()
         self._handles = []
         self._sentinels.stop()
+        for total in self._gains.values():
+            total.stop()
         self._restore()
 
     def share(self, mean: Callable[[Float64[np.ndarray, " n"]], Float64[np.ndarray, " n"]]) -> None:
@@ -128,7 +132,7 @@ class Probing:
         shapes: dict[Any, Any] = {id(p): p.shape for p in self._sentinels.parameters} | {
             each: (units[each],) for each in self._came
         }
-        seen: dict[Any, Tensor] = {**self._sentinels.came, **self._gains}
+        seen: dict[Any, Tensor] = {**self._sentinels.left(), **self._totals()}
         own = {key: seen.get(key, torch.zeros(shape, dtype=torch.float64)) for key, shape in shapes.items()}
         there = np.array([key in seen for key in own], np.float64)
         anywhere, *means = np.split(
@@ -142,27 +146,39 @@ class Probing:
             if share
         }
         self._sentinels.came = {key: each for key, each in found.items() if key not in self._came}
-        self._gains = {key: each for key, each in found.items() if key in self._came}
+        self._means = {key: each for key, each in found.items() if key in self._came}
 
     def gains(self, grad_scale: Tensor | None = None) -> dict[str, Float64[np.ndarray, " present"]] | None:
         """Gain of each present unit, in the order of their origins; None if there was no backward pass or a NaN in it.
 
-        Call it when all gradients of the step are ready, before the optimizer moves the weights.
+        Call it when all gradients of the step are ready, before the optimizer moves the weights. Those backward passes
+        count whose gradients are still there: none whose gradients were thrown away, as a GradScaler's user does after
+        a step that was skipped.
 
         Args:
             grad_scale: what the gradients are still multiplied by (a fused optimizer under a GradScaler), or None.
         """
         factor = self._sentinels.factor(self._sentinels.gradients())
-        if factor is None or not self._gains:
+        gains = self._totals() if self._means is None else self._means
+        if factor is None or not gains:
             return None
         factor = factor if grad_scale is None else factor / grad_scale
         found = {}
         for name, came_back in self._came.items():
-            total = self._gains.get(name)
+            total = gains.get(name)
             values = np.zeros(len(came_back)) if total is None else (factor * total).cpu().numpy()[came_back]
             if not np.isfinite(values).all():
                 return None
             found[name] = values
+        return found
+
+    def _totals(self) -> dict[str, Tensor]:
+        """By group, the gains that counted backward passes have brought, over all weights."""
+        found: dict[str, Tensor] = {}
+        for (_, name), gain in self._gains.items():
+            total = gain.total()
+            if total is not None:
+                found[name] = found[name] + total if name in found else total
         return found
 
     def _ahead(self, module: nn.Module, args: Any) -> None:
@@ -232,6 +248,9 @@ class Probing:
 
     def _filled(self, wide: _Wide, tensor: Tensor) -> Tensor:
         if tensor.requires_grad:
+            for name, *_ in wide.weights:
+                if (id(wide.live), name) not in self._gains:
+                    self._gains[id(wide.live), name] = RunningSum(wide.live)
             return _Embed.apply(tensor, wide.base, wide.index, partial(self._note, wide))  # type: ignore[no-any-return, no-untyped-call]
         filled = wide.base.to(tensor.dtype, copy=True)
         filled[wide.index] = tensor
@@ -241,7 +260,7 @@ class Probing:
         """Take in the gradient of a wide parameter."""
         for name, weights, sums in wide.weights:
             lost = sums.add_up(sums.select(weights) * sums.select(gradient).to(weights.dtype)).double()
-            self._gains[name] = -lost if name not in self._gains else self._gains[name] - lost
+            self._gains[id(wide.live), name].bring(-lost)
 
 
 class _Embed(torch.autograd.Function):

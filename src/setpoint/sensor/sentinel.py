@@ -42,6 +42,7 @@ class Sentinels:
         self.parameters = sorted(trained, key=lambda parameter: parameter.numel())[:_COUNT]
         self.came: dict[int, Tensor] = {}
         """Sums of the gradients that came, by identity of the parameter."""
+        self._arriving: dict[int, Tensor] = {}
         self._tasks: dict[int, set[int]] = {}
         self._watched: dict[int, weakref.ref[Tensor]] = {}
         self._handles: list[Any] = []
@@ -81,20 +82,29 @@ class Sentinels:
         self._watched[id(leaf)] = weakref.ref(leaf)
         me, number = weakref.ref(self), id(parameter)
 
-        def note(gradient: Tensor) -> None:
+        def arriving(gradient: Tensor) -> None:
             sentinels = me()
             if sentinels is not None:
-                came = gradient.detach().to(torch.float64, copy=True)  # clipping works in place
                 # Gradients that have been discarded do not come again: the hook runs ahead of the accumulation.
-                discarded = leaf is parameter and not _has_gradient(parameter)
-                before = None if discarded else sentinels.came.get(number)
-                sentinels.came[number] = came if before is None else before + came
-                passes = set() if before is None else sentinels._tasks.get(number, set())
-                sentinels._tasks[number] = passes | {graph_task()}
+                if leaf is parameter and not _has_gradient(parameter):
+                    sentinels.came.pop(number, None)
+                    sentinels._tasks.pop(number, None)
+                sentinels._arriving[number] = gradient.detach().to(torch.float64, copy=True)  # clipping works in place
 
-        handle = leaf.register_hook(note)  # type: ignore[no-untyped-call]
-        self._handles.append(handle)
-        weakref.finalize(self, handle.remove)
+        def arrived(_: Tensor) -> None:
+            """It was accumulated; `torch.autograd.grad` accumulates nothing."""
+            sentinels = me()
+            if sentinels is not None and number in sentinels._arriving:
+                came, before = sentinels._arriving.pop(number), sentinels.came.get(number)
+                sentinels.came[number] = came if before is None else before + came
+                sentinels._tasks[number] = sentinels._tasks.get(number, set()) | {graph_task()}
+
+        for handle in (
+            leaf.register_hook(arriving),  # type: ignore[no-untyped-call]
+            leaf.register_post_accumulate_grad_hook(arrived),  # type: ignore[no-untyped-call]
+        ):
+            self._handles.append(handle)
+            weakref.finalize(self, handle.remove)
 
     def stop(self) -> None:
         """Watch no longer; may be called again."""
@@ -119,9 +129,21 @@ class Sentinels:
         """
         return any(is_spread(each) or _has_gradient(each) for each in self.parameters)
 
+    def left(self) -> dict[int, Tensor]:
+        """Of the gradients that came, those of parameters that still have one; all zero where it was set to zero."""
+        found = {}
+        for each in self.parameters:
+            came = self.came.get(id(each))
+            if came is not None and is_spread(each):
+                found[id(each)] = came
+            elif came is not None and each.grad is not None:
+                found[id(each)] = torch.where(each.grad.any(), came, 0.0)  # no host sync
+        return found
+
     def gradients(self) -> Tensor | None:
-        """The gradients that came, all in a row, 0 where none did; None if none came at all."""
-        return self._row([self.came.get(id(each)) for each in self.parameters]) if self.came else None
+        """The gradients that came and are left, all in a row, 0 where none is; None if none is left at all."""
+        left = self.left()
+        return self._row([left.get(id(each)) for each in self.parameters]) if left else None
 
     def nothing(self) -> Tensor:
         """As many zeros."""
