@@ -221,7 +221,8 @@ def test_a_reserve_of_no_size_is_refused(reserve_bytes: object) -> None:
         train(setpoint.Budget.fraction(0.5, of="flops"), reserve_bytes=reserve_bytes)
 
 
-def test_a_change_of_budget_is_bumpless_and_lands() -> None:
+@pytest.mark.parametrize("controller", [setpoint.PricedController(), setpoint.GatedController()])
+def test_a_change_of_budget_is_bumpless_and_lands(controller: object) -> None:
     """The reference goes on from what a step costs at the change, and the run lands on the new budget."""
     at_change: list[float] = []
 
@@ -230,7 +231,7 @@ def test_a_change_of_budget_is_bumpless_and_lands() -> None:
             at_change.append(loop.ledger[-1].spent["flops"])
             loop.budget = setpoint.Budget.fraction(0.25, of="flops")
 
-    summary, loop, _ = train(setpoint.Budget.fraction(0.6, of="flops"), change=change)
+    summary, loop, _ = train(setpoint.Budget.fraction(0.6, of="flops"), change=change, controller=controller)
     assert summary.landed
     assert 0.15 < summary.final_flops_ratio <= 0.25
     following = [entry.reference["flops"] for entry in loop.ledger if entry.step > 48]
@@ -239,6 +240,21 @@ def test_a_change_of_budget_is_bumpless_and_lands() -> None:
     expected = at_change[0] ** (1 - share) * (0.25 * summary.dense_flops) ** share
     assert following[0] == pytest.approx(expected, rel=0.02)
     assert all(later <= earlier * (1 + 1e-9) for earlier, later in zip(following, following[1:], strict=False))
+
+
+@pytest.mark.parametrize("kind", [lambda inner: inner, setpoint.GatedController])
+def test_a_budget_is_open_until_the_land_of_its_own_reference(kind: Callable[[object], object]) -> None:
+    """With units that may come back until 90 % of the run, a new budget at 80 % of it is taken and met."""
+    inner = setpoint.PricedController(setpoint.Reference(settle=0.6, land=0.9), regrow=True)
+
+    def change(loop: setpoint.Loop, step: int) -> None:
+        if step == 240:
+            loop.budget = setpoint.Budget.fraction(0.2, of="flops")
+
+    goal = setpoint.Budget.fraction(0.6, of="flops")
+    summary, _, _ = train(goal, change=change, observe=False, controller=kind(inner))
+    assert summary.landed, summary.reason
+    assert summary.final_flops_ratio <= 0.2
 
 
 def test_a_change_to_another_resource_and_to_a_run() -> None:

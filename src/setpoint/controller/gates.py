@@ -14,6 +14,7 @@ from torch import Tensor
 from setpoint.controller.gate_net import GateNet
 from setpoint.controller.plan import Observation, Plan
 from setpoint.controller.priced import PricedController, PricedState
+from setpoint.controller.reference import Reference
 from setpoint.cost.cost import Cost
 from setpoint.groups.group import Group
 
@@ -113,6 +114,11 @@ class GatedController:
     def num_weights(self) -> int:
         """Numbers that the network learns."""
         return GateNet.fresh(_FEATURES, self.hidden, self.seed).num_weights
+
+    @property
+    def reference(self) -> Reference:
+        """Trajectory and times of decisions."""
+        return self.priced.reference
 
     @property
     def regrow(self) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 from setpoint.controller.adaptive import AdaptiveController
 from setpoint.controller.exchanging import ExchangingController
+from setpoint.controller.gates import GatedController
 from setpoint.controller.priced import PricedController
 
 
@@ -31,6 +32,11 @@ def transfer(controller: object, state: Any, *, step: int, total_steps: int, pre
         return replace(state, inner=inner)
     if isinstance(controller, ExchangingController):
         return transfer(controller.inner, state, step=step, total_steps=total_steps, present=present, limit=limit)
+    if isinstance(controller, GatedController):
+        priced = transfer(
+            controller.priced, state.priced, step=step, total_steps=total_steps, present=present, limit=limit
+        )
+        return replace(state, priced=priced)
     if not isinstance(controller, PricedController) or state.start is None:
         return state
     value = present * state.feedback.factor()
