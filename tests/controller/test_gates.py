@@ -15,6 +15,7 @@ from setpoint.controller.plan import Learning, Plan
 from setpoint.controller.priced import PricedController
 from setpoint.cost.cost import Cost
 from setpoint.groups.group import Group, widths_of
+from setpoint.sensor.probe import Probe
 from setpoint.sensor.reading import Reading
 
 
@@ -94,6 +95,42 @@ def test_another_seed_begins_elsewhere() -> None:
     """First weights follow from the seed alone."""
     one, same, other = (GateNet.fresh(4, 8, seed) for seed in (0, 0, 1))
     assert torch.equal(one.weights[0], same.weights[0]) and not torch.equal(one.weights[0], other.weights[0])
+
+
+@pytest.mark.parametrize("block", [1, 4])
+def test_price_and_worth_are_in_loss_per_unit(block: int) -> None:
+    """However gates are trained: the price is the priced controller's, the worth of what goes its saliency / saving."""
+    groups, cost = chain(40, multiple_of=block)
+    reading = Reading(1, lognormal(groups), 1, slope={"layer0": np.where(np.arange(40) % 2 == 0, 0.5, -0.5)})
+    gated, plain = (decide(each, reading, groups, cost) for each in (GatedController(steps=200), PricedController()))
+    gone = ~gated.keep["layer0"]
+    assert not np.array_equal(gated.keep["layer0"], plain.keep["layer0"])
+    assert gated.price == plain.price
+    saving = cost.saving({"layer0": 40}, "layer0", block)  # of one layer all blocks save the same
+    summed = reading.saliency["layer0"][gone].sum()
+    assert gated.worth["layer0"][gone].sum() / block == pytest.approx(summed / saving, rel=1e-9)
+    if block == 1:
+        assert gated.worth["layer0"][gone] == pytest.approx(reading.saliency["layer0"][gone] / saving, rel=1e-9)
+
+
+def test_what_comes_back_is_the_priced_controllers() -> None:
+    """The same units come back, of the same worth, as without gates: what was probed is set against the real price."""
+    groups, cost = chain(24, 40)
+    reading, two = Reading(1, lognormal(groups), 1), np.array([50, 51])
+    error, many = {"layer1": np.zeros(2)}, {"layer1": np.full(2, 9)}
+    dense, gains = cost.total(widths_of(groups)), np.geomspace(0.03, 30.0, 13)
+    for gain in gains:
+        probe = Probe(
+            1, {"layer1": two}, {"layer1": np.array([gain, gain / 3])}, error, many, {"layer1": np.ones(2, int)}
+        )
+        seen = observe(groups, cost, limit=0.5 * dense, dense=dense, reading=reading, step=20, total_steps=100)
+        plans = []
+        for controller in (PricedController(regrow=True), GatedController(PricedController(regrow=True), steps=100)):
+            plans.append(controller.decide(controller.init(groups), replace(seen, probe=probe), cost, groups)[1])
+        plain, gated = plans
+        assert {n: list(v) for n, v in plain.grow.items()} == {n: list(v) for n, v in gated.grow.items()}
+        assert {n: list(v) for n, v in plain.grow_worth.items()} == {n: list(v) for n, v in gated.grow_worth.items()}
+        assert plain.price == gated.price
 
 
 def test_its_flops_are_those_of_its_products() -> None:

@@ -69,7 +69,8 @@ class GatedController:
     This vanishes at `g = 1/2` for a unit whose saliency with slope, `curvature / 2 - r`, is just what it costs. So a
     gate of one half is a worth equal to the price, and `price * saving * g / (1 - g)` goes into the priced
     controller's selection in place of the saliency. The price is the one that the priced controller finds on the
-    readings as they are; landing, guards and regrowth are its own.
+    readings as they are, and what is said of a unit's worth is by its reading; landing, guards and regrowth are the
+    priced controller's own.
 
     The network adds to the logit of a gate that starts at `log(worth / price)`: untrained, it decides as the priced
     controller does. It sees of each unit worth / price, r in standard units, the norm of its outgoing
@@ -162,15 +163,21 @@ class GatedController:
         """
         priced, plan = self.priced.decide(state.priced, observation, cost, groups)
         reading, price = observation.reading, plan.price[cost.resource]
-        if plan.empty() or price <= 0 or reading is None or not reading.calibrated or self.priced.allocation != "worth":
+        if (
+            not plan.drops()
+            or price <= 0
+            or reading is None
+            or not reading.calibrated
+            or self.priced.allocation != "worth"
+        ):
             return replace(state, priced=priced), plan
         units = _units(state.priced, observation, cost, groups, price)
         net = state.net.trained(units.features, units.slope, units.curvature, self.steps, self.learning_rate)
         logits = net.logits(units.features)
         odds = np.exp(logits.double().numpy())
         by_group = np.split(units.earns * odds, np.cumsum([group.num_units for group in groups]))[:-1]
-        gated = replace(reading, saliency={group.name: values for group, values in zip(groups, by_group, strict=True)})
-        priced, plan = self.priced.decide(state.priced, replace(observation, reading=gated), cost, groups)
+        gated = {group.name: values for group, values in zip(groups, by_group, strict=True)}
+        plan = self.priced.reordered(state.priced, plan, observation, cost, groups, gated)
         closed = float((logits < 0).double().mean())
         return GatedState(priced, net), replace(plan, reason=f"{plan.reason}; {closed:.0%} of gates below one half")
 

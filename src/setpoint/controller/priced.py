@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import final
 
 import numpy as np
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Float64, Int64
 
 from setpoint.controller.exchange import swap, trade
 from setpoint.controller.ladder import Ladder, build_ladder
@@ -27,6 +27,7 @@ from setpoint.controller.selection import (
     marginal_worth,
     start,
     uniform_density,
+    worth_by,
 )
 from setpoint.cost.cost import Cost
 from setpoint.groups.group import Group, keep_all
@@ -232,6 +233,41 @@ class PricedController:
         selection, note, offers = exchange
         state = replace(state, age=age, price=self._price(state, selection))
         return state, self._cut(state, observation, aim, selection, note, offers)
+
+    def reordered(
+        self,
+        state: PricedState,
+        plan: Plan,
+        observation: Observation,
+        cost: Cost,
+        groups: tuple[Group, ...],
+        saliency: Mapping[str, Float64[np.ndarray, " _units"]],
+    ) -> Plan:
+        """A plan with another choice of what goes: in the order of these saliencies in place of the reading's.
+
+        Price, what comes back and where spending goes are the plan's, and so are the guards. Worth is that of the
+        reading's saliencies.
+
+        Args:
+            state: that the plan was made from.
+            plan: from `decide` on the same observation.
+            observation: what is known at this step.
+            cost: predicts spending; names the resource.
+            groups: the groups that may be cut, as they are now.
+            saliency: by group, of every active unit.
+        """
+        reading = observation.reading
+        assert reading is not None
+        state, aim = self._aim(state, observation, cost, observation.metered.get(cost.resource))
+        offers = [
+            offer
+            for offer in self._offers(observation, cost, groups, aim)
+            if np.isin(offer.origins, plan.grow.get(offer.name, [])).all()
+        ]
+        seen = replace(observation, reading=replace(reading, saliency=saliency))
+        selection, note = self._select(state, seen, cost, groups, aim, offers)
+        selection.worth = {name: worth_by(selection, name, reading.saliency[name]) for name in selection.ladders}
+        return self._cut(replace(state, price=plan.price[cost.resource]), observation, aim, selection, note, offers)
 
     def _exchange(
         self, state: PricedState, observation: Observation, cost: Cost, groups: tuple[Group, ...], aim: _Aim

@@ -34,6 +34,7 @@ class Selection:
         rungs: rungs gone down, by group name.
         total: predicted cost at these widths.
         worth: by group name and rung, the worth at which the block was last weighed; NaN before.
+        saving: by group name and rung, what the block saved then, an even share where several were weighed together.
         highest: highest worth among the blocks taken on the way down.
     """
 
@@ -44,6 +45,7 @@ class Selection:
     rungs: dict[str, int]
     total: float
     worth: dict[str, Float64[np.ndarray, " rungs"]]
+    saving: dict[str, Float64[np.ndarray, " rungs"]]
     highest: float = 0.0
 
     def size(self, name: str, rung: int, count: int = 1) -> int:
@@ -75,6 +77,7 @@ def start(cost: Cost, ladders: Mapping[str, Ladder], widths: Mapping[str, int], 
         rungs=dict.fromkeys(ladders, 0),
         total=cost.total(widths),
         worth={name: np.full(ladder.num_rungs, np.nan) for name, ladder in ladders.items()},
+        saving={name: np.full(ladder.num_rungs, np.nan) for name, ladder in ladders.items()},
     )
 
 
@@ -124,7 +127,8 @@ def _descend(selection: Selection, target: float, stride: int, ceiling: float) -
             break
         if worth >= ceiling:
             break
-        selection.worth[name][selection.rungs[name] : selection.rungs[name] + count] = worth
+        taken = slice(selection.rungs[name], selection.rungs[name] + count)
+        selection.worth[name][taken], selection.saving[name][taken] = worth, saving / count
         selection.highest = max(selection.highest, worth)
         selection.move(name, count)
         selection.total -= saving
@@ -150,6 +154,7 @@ def weigh(selection: Selection, name: str, stride: int) -> tuple[float, float, s
     else:
         best = min(_weighed(selection, name, each) for each in range(count, min(count + _STAIR, left) + 1))
     selection.worth[name][selection.rungs[name]] = best[0]
+    selection.saving[name][selection.rungs[name]] = best[4] / best[3]
     return best
 
 
@@ -207,6 +212,21 @@ def regained(selection: Selection, name: str) -> float:
 def marginal_worth(selection: Selection) -> float:
     """Highest worth among the dropped blocks; 0 where none is dropped."""
     return max((float(selection.worth[n][:rung].max()) for n, rung in selection.rungs.items() if rung), default=0.0)
+
+
+def worth_by(selection: Selection, name: str, saliency: Float64[np.ndarray, " units"]) -> Float64[np.ndarray, " rungs"]:
+    """Worth of a group's blocks by another saliency than the one that they were chosen by; NaN where none was weighed.
+
+    Args:
+        selection: where blocks were weighed.
+        name: of the group.
+        saliency: of its units.
+    """
+    ladder, saving = selection.ladders[name], selection.saving[name]
+    summed = np.concatenate([[0.0], np.cumsum(np.maximum(saliency[ladder.order], 0.0))])[ladder.edges]
+    worth = np.full(ladder.num_rungs, np.inf)
+    np.divide(np.diff(summed), saving, out=worth, where=~(saving <= 0))
+    return worth
 
 
 def block_savings(selection: Selection) -> float:
