@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+from jaxtyping import Float64
 
-from setpoint.controller.ladder import build_ladder
+from setpoint.controller.ladder import Ladder, build_ladder
 from setpoint.controller.plan import Observation, Plan
-from setpoint.controller.selection import Selection, add_back, descend, start, weigh
+from setpoint.controller.selection import Selection, add_back, block_savings, descend, start, weigh
 from setpoint.cost.cost import Cost
 from setpoint.groups.group import Group, keep_all
+
+BLOCKS_TO_LAND = 2
+"""Blocks of mean size that are left for the landing to choose from, where it is not known what it will drop."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,11 +38,15 @@ def even_plan(
     groups: tuple[Group, ...],
     target: float,
     reason: str,
+    *,
+    floor: Mapping[str, int] | None = None,
     sure: Mapping[str, int] | None = None,
 ) -> Plan:
     """Drop the least salient units, block by block from the group of highest density, down to the target.
 
-    At the target no single dropped block could be given back. It has landed once the cost is within the limit.
+    At the target no single dropped block could be given back. It has landed once the cost is within the limit; a
+    target above it leaves something to drop for the landing: blocks down to `floor`, or without a floor two blocks of
+    mean size.
 
     Args:
         state: dense widths.
@@ -47,24 +55,17 @@ def even_plan(
         groups: the groups as they are now.
         target: cost to come down to, not below the limit.
         reason: why, for people.
+        floor: widths to land on, if they are known; no group goes below.
         sure: by group, how many of its least salient units go whatever the target, until the limit is met.
     """
     assert observation.reading is not None
     limit = observation.limit[cost.resource]
-    ladders = {
-        group.name: build_ladder(
-            group,
-            observation.reading.saliency[group.name],
-            dense=state.dense[group.name],
-            floor=0,
-            max_dropped=group.num_units,
-            free=np.ones(group.num_units, dtype=bool),
-        )
-        for group in groups
-    }
+    ladders = _ladders(state.dense, groups, observation.reading.saliency, floor or {})
     selection = start(cost, ladders, observation.widths, "uniform")
     for name, units in (sure or {}).items():
         _drop_surely(selection, name, units, limit)
+    if target > limit and selection.total > limit and floor is None:
+        target = max(target, limit + BLOCKS_TO_LAND * block_savings(selection))
     target = max(limit, min(target, selection.total))
     descend(selection, target)
     if selection.total <= target:
@@ -79,6 +80,47 @@ def even_plan(
         landed=landed,
         reason=f"{'landed: ' if landed else ''}{reason}; dropped {dropped} units",
     )
+
+
+def _ladders(
+    dense: Mapping[str, int],
+    groups: tuple[Group, ...],
+    saliency: Mapping[str, Float64[np.ndarray, " units"]],
+    floor: Mapping[str, int],
+) -> dict[str, Ladder]:
+    """Ladders of all groups, by name; any unit may go."""
+    return {
+        group.name: build_ladder(
+            group,
+            saliency[group.name],
+            dense=dense[group.name],
+            floor=floor.get(group.name, 0),
+            max_dropped=group.num_units,
+            free=np.ones(group.num_units, dtype=bool),
+        )
+        for group in groups
+    }
+
+
+def landing_widths(
+    cost: Cost, widths: Mapping[str, int], dense: Mapping[str, int], groups: tuple[Group, ...], limit: float
+) -> dict[str, int]:
+    """The widths at which an even cut of the dense model meets the limit, and no single block can be given back.
+
+    Args:
+        cost: predicts spending.
+        widths: present widths, those of groups that are not cut included.
+        dense: width of each group before any cut.
+        groups: the groups as they are now.
+        limit: highest allowed cost.
+    """
+    whole = tuple(replace(group, num_units=dense[group.name]) for group in groups)
+    ladders = _ladders(dense, whole, {group.name: np.zeros(group.num_units) for group in whole}, {})
+    selection = start(cost, ladders, {**widths, **{group.name: group.num_units for group in whole}}, "uniform")
+    descend(selection, limit)
+    if selection.total <= limit:
+        add_back(selection, limit)
+    return {group.name: selection.widths[group.name] for group in groups}
 
 
 def _drop_surely(selection: Selection, name: str, units: int, limit: float) -> None:

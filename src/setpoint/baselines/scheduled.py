@@ -9,7 +9,14 @@ from typing import final
 import numpy as np
 from jaxtyping import Bool
 
-from setpoint.baselines.even import EvenState, even_cost, even_density, even_plan, nothing_dropped
+from setpoint.baselines.even import (
+    EvenState,
+    even_cost,
+    even_density,
+    even_plan,
+    landing_widths,
+    nothing_dropped,
+)
 from setpoint.baselines.schedule import cubic_density
 from setpoint.controller.plan import Observation, Plan
 from setpoint.controller.reason import problem_with
@@ -24,7 +31,8 @@ class ScheduledController:
 
     Within a group the least salient units go. Nothing is read but saliencies: spending neither speeds it up nor
     slows it down. This is what schedule-driven libraries of structured pruning do, fasterai among them, with
-    blocks and a landing on the limit as everywhere in Setpoint. With `begin = end = 0` it is a one-shot cut
+    blocks and a landing on the limit as everywhere in Setpoint: no group goes below the width at which it lands, and
+    once landed no single block could be given back. With `begin = end = 0` it is a one-shot cut
     after the first step.
 
     Args:
@@ -90,7 +98,8 @@ class ScheduledController:
         if progress < 1:
             target = max(limit, even_cost(cost, observation.widths, state.dense, density))
         reason = f"open loop: density {density:.3g} in all groups"
-        return state, even_plan(state, observation, cost, groups, target, reason)
+        floor = landing_widths(cost, observation.widths, state.dense, groups, limit)
+        return state, even_plan(state, observation, cost, groups, target, reason, floor=floor)
 
     def _span(self, total_steps: int) -> tuple[int, int]:
         last = min(max(1, round(self.end * total_steps)), max(1, total_steps))
