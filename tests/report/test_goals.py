@@ -56,7 +56,7 @@ def test_seconds_against_dense_and_post_training() -> None:
 
 
 def test_better_than_pruned_at_equal_final_flops() -> None:
-    """One better method is enough to miss the goal; one that spends less at the end does not compare."""
+    """One better method is enough to miss the goal; one that spends less at the end and is worse does not compare."""
     worse, better = runs("cubic", 0.94), runs("taylor", 0.949)
     assert verdicts(DENSE, OURS, worse)["c"].verdict == "reached where measured"
     assert verdicts(DENSE, OURS, worse, runs("taylor", 0.94))["c"].verdict == "reached"
@@ -65,6 +65,14 @@ def test_better_than_pruned_at_equal_final_flops() -> None:
     assert "0.10 points worse than taylor" in missed.evidence
     cheaper = runs("taylor", 0.94, final_flops=20.0)
     assert verdicts(DENSE, OURS, cheaper)["c"].verdict == "not measured"
+
+
+@pytest.mark.parametrize("value", [0.948, 0.95])
+def test_a_cheaper_rival_that_is_as_good_counts(value: float) -> None:
+    """A method that spends less at the end and is not worse than Setpoint misses the goal."""
+    cheaper, worse = runs("cubic", value, final_flops=45.0), runs("taylor", 0.94)
+    found = verdicts(DENSE, OURS, cheaper, worse)["c"]
+    assert found.verdict == "not reached" and "cubic" in found.evidence
 
 
 def test_better_than_small_by_more_than_the_spread() -> None:

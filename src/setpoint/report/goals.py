@@ -147,12 +147,16 @@ def _seconds(field: Field) -> Iterator[Check]:
 def _better_than_pruned(field: Field) -> Iterator[Check]:
     for row in field.ours():
         for rival in field.of(row.budget, "post-training", "open-loop"):
-            if _comparable(row, rival):
+            found = field.ahead(row, rival)
+            if _comparable(row, rival) or (found is not None and found.mean <= 0):
                 yield from _compared(field, row, rival, lambda found: found.mean > 0)
 
 
 def _comparable(row: Row, rival: Row) -> bool:
-    """Whether the rival spends as much at the end, or more, or is masked and would in theory."""
+    """Whether the rival spends as much at the end, or more, or is masked and would in theory.
+
+    One that spends less and is worse says nothing, and is left out; one that spends less and is as good counts.
+    """
     theirs = rival.final_flops_ratio if rival.theoretical_ratio is None else rival.theoretical_ratio
     return row.final_flops_ratio is None or theirs is None or theirs >= row.final_flops_ratio - MOST_APART
 
