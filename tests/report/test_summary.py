@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from setpoint.report.columns import columns, difference_columns, metric_text
+from setpoint.report.columns import break_even_text, columns, difference_columns, metric_text
 from setpoint.report.results import Cell, Point, Results, Timing, read_results
 from setpoint.report.summary import Row, summary_rows
 
@@ -106,6 +106,31 @@ def test_timings_replace_the_clocks_of_the_runs() -> None:
     assert row(dense + ours + other, "small").seconds is None
     spread = row(dense + ours + other, "dense").seconds
     assert spread and spread.deviation == pytest.approx(2**0.5)
+
+
+def test_what_begins_with_a_dense_run_is_never_ahead_of_it() -> None:
+    """A post-training run saves seconds only after the dense run has ended, so it is at no step ahead of that."""
+    dense = cells("dense", [0.9], timing=Timing(100.0, stage_steps=(100,), step_seconds=(1.0,)), clock="shared")
+    timing = Timing(127.0, own_seconds=2.0, stage_steps=(100, 50), step_seconds=(1.0, 0.5))
+    later = cells("taylor", [0.9], family="post-training", timing=timing, break_even_step=4, clock="shared")
+    assert row(dense + later, "taylor").break_even_step is None
+    unnamed = [dataclasses.replace(cell, family="") for cell in later]
+    assert row(dense + unnamed, "taylor").break_even_step is None
+    busy = [dataclasses.replace(cell, timing=None) for cell in dense + later]
+    assert row(busy, "taylor").break_even_step is None
+
+
+def test_runs_that_never_were_ahead_are_told() -> None:
+    """The step is a mean over the runs that were ahead of dense at last, and the text says how many that is."""
+    dense = cells("dense", [0.9], clock="shared")
+    ours = [
+        dataclasses.replace(cell, break_even_step=step)
+        for cell, step in zip(cells("setpoint", [0.9] * 3, clock="shared"), (100, None, 166), strict=True)
+    ]
+    found = row(dense + ours, "setpoint")
+    assert (found.break_even_step, break_even_text(found)) == (133, "133 (2 of 3)")
+    assert break_even_text(row(dense + ours[:1], "setpoint")) == "100"
+    assert break_even_text(row(dense + ours[1:2], "setpoint")) == "–"
 
 
 def test_a_busy_machine_tells_no_break_even_but_the_runs_own() -> None:

@@ -134,8 +134,11 @@ def overhead_text(row: Row) -> str:
 
 
 def break_even_text(row: Row) -> str:
-    """The step from which on it is ahead of dense."""
-    return NOTHING if row.break_even_step is None else f"{row.break_even_step:,.0f}"
+    """The step from which on it is ahead of dense, and how many of the runs ever are where not all are."""
+    if row.break_even_step is None:
+        return NOTHING
+    told = "" if row.num_ahead == row.num_clocked else f" ({row.num_ahead} of {row.num_clocked})"
+    return f"{row.break_even_step:,.0f}{told}"
 
 
 def landed_text(row: Row) -> str:

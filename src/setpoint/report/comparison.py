@@ -39,7 +39,8 @@ included; evaluation is left out.</dd>
 <dt>Overhead</dt><dd>The part of the training time that was the method's own: attaching (tracing the model, trying cuts
 on a copy), sensing, deciding, resizing, masking.</dd>
 <dt>Time saved / FLOPs saved</dt><dd>Both as shares of the dense run; 1 means that every FLOP saved was time saved.</dd>
-<dt>Ahead from step</dt><dd>From this step on the run had taken less time than the dense run.</dd>
+<dt>Ahead from step</dt><dd>From this step on the run had taken less time than the dense run; in brackets how
+many runs ever had, where not all had.</dd>
 <dt>±</dt><dd>Sample standard deviation over seeds; of a training time measured in rounds, over the rounds.</dd>
 <dt>[ , ]</dt><dd>95 % interval of a mean difference over the seeds that both methods have (Student's t), from three
 seeds on. Bold where it excludes 0.</dd>

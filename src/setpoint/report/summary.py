@@ -53,7 +53,9 @@ class Row:
         overhead_seconds: part of `seconds` that the method itself spent beside plain training steps.
         overhead_flops: part of `train_flops` that it spent.
         realised: seconds saved / FLOPs saved, both as shares of the dense run.
-        break_even_step: step from which on the run is ahead of the dense run in seconds.
+        break_even_step: step from which on a run is ahead of the dense run in seconds: the mean over those that are.
+        num_ahead: how many runs are ahead of the dense run from some step on.
+        num_clocked: how many runs could be, since their seconds count by the task's clock.
         energy_j: joules of training, None where there is no meter.
         resizes: mean number of cuts.
         num_landed: how many runs ended within budget, None where there is none to meet.
@@ -86,6 +88,8 @@ class Row:
     overhead_flops: float | None
     realised: float | None
     break_even_step: float | None
+    num_ahead: int
+    num_clocked: int
     energy_j: Estimate | None
     resizes: float | None
     num_landed: int | None
@@ -164,6 +168,7 @@ def summarise(label: str, groups: Mapping[str, Sequence[Cell]]) -> Row:
     seconds_ratio = ratio_of(lambda cell: seconds_of(cell, clock), lambda cell: seconds_of(cell, clock))
     landings = [cell.landed for cell in cells if cell.landed is not None]
     is_dense = first.method == DENSE
+    ahead = [] if is_dense else [break_even_of(cell, dense, clock) for cell in cells]
     return Row(
         task=first.task,
         method=first.method,
@@ -194,7 +199,9 @@ def summarise(label: str, groups: Mapping[str, Sequence[Cell]]) -> Row:
         overhead_seconds=mean(overhead_of(cell, clock) for cell in cells),
         overhead_flops=mean(cell.overhead_flops for cell in cells),
         realised=realised(train_flops_ratio, seconds_ratio),
-        break_even_step=None if is_dense else mean(break_even_of(cell, dense, clock) for cell in cells),
+        break_even_step=mean(ahead),
+        num_ahead=sum(step is not None for step in ahead),
+        num_clocked=sum(cell.timing is not None for cell in cells) if clock == "timed" else len(cells),
         energy_j=estimate([cell.energy_j for cell in cells if cell.energy_j is not None]),
         resizes=mean(cell.resizes for cell in cells),
         num_landed=sum(landings) if landings and not is_dense else None,
@@ -237,24 +244,34 @@ def realised(flops_ratio: float | None, seconds_ratio: float | None) -> float | 
 
 
 def break_even_of(cell: Cell, dense: Sequence[Cell], clock: str) -> float | None:
-    """First step from which on a run that was cut is ahead of the dense run, by the task's clock; None if never."""
+    """First step from which on a run that was cut is ahead of the dense run, by the task's clock; None if never.
+
+    What begins with a whole dense run is never ahead of it.
+    """
+    if cell.family == "post-training":
+        return None
     if clock == "timed":
-        return None if cell.timing is None else timed_break_even(cell)
+        return None if cell.timing is None else timed_break_even(cell, dense)
     if clock == "shared":  # only the run itself knows what it saved: the clocks of two runs do not compare
         return cell.break_even_step
     return break_even_step(cell, dense)
 
 
-def timed_break_even(cell: Cell) -> float | None:
-    """The same from a timing: when the seconds saved since the first stage exceed the method's own."""
+def timed_break_even(cell: Cell, rivals: Sequence[Cell]) -> float | None:
+    """The same from a timing: when the seconds saved since the first stage exceed the method's own.
+
+    It counts only up to the last step of the dense run, as far as that was timed.
+    """
     assert cell.timing is not None
+    last = max((sum(rival.timing.stage_steps) for rival in rivals if rival.timing), default=0) or math.inf
     steps, saved, dense = 0, 0.0, next(iter(cell.timing.step_seconds), 0.0)
     if not cell.timing.own_seconds:
         return None
     for num_steps, seconds in zip(cell.timing.stage_steps, cell.timing.step_seconds, strict=True):
         each, missing = dense - seconds, cell.timing.own_seconds - saved
         if each > 0 and each * num_steps > missing:
-            return float(steps + int(missing / each) + 1)
+            found = float(steps + int(missing / each) + 1)
+            return found if found <= last else None
         steps, saved = steps + num_steps, saved + each * num_steps
     return None
 
