@@ -108,6 +108,37 @@ def test_timings_replace_the_clocks_of_the_runs() -> None:
     assert spread and spread.deviation == pytest.approx(2**0.5)
 
 
+def test_equal_shapes_that_are_timed_once_have_no_spread() -> None:
+    """Where all seeds share one measurement their seconds have no ±, nor where only the method's own share differs."""
+    timing = Timing(100.0, (99.0, 101.0), stage_steps=(100,), step_seconds=(1.0,))
+    dense = row(cells("dense", [0.9, 0.8], timing=timing), "dense").seconds
+    assert dense and (dense.mean, dense.deviation) == (100.0, None)
+    own = [
+        dataclasses.replace(cell, timing=dataclasses.replace(timing, seconds=100.0 + cell.seed, own_seconds=cell.seed))
+        for cell in cells("cubic", [0.9, 0.8])
+    ]
+    found = row(own, "cubic").seconds
+    assert found and (found.mean, found.deviation) == (100.5, None)
+    apart = [
+        dataclasses.replace(cell, timing=dataclasses.replace(cell.timing, step_seconds=(cell.seed,))) for cell in own
+    ]
+    found = row(apart, "cubic").seconds
+    assert found and found.deviation == pytest.approx(0.5**0.5)
+
+
+def test_savings_are_of_the_runs_that_were_timed() -> None:
+    """Seconds saved / FLOPs saved takes both from the same runs where not every seed was timed."""
+    dense = cells("dense", [0.9, 0.9], train_flops=100.0, timing=Timing(100.0))
+    first, second = cells("setpoint", [0.9, 0.9])
+    ours = [
+        dataclasses.replace(first, train_flops=60.0, timing=Timing(64.0)),
+        dataclasses.replace(second, train_flops=80.0),
+    ]
+    found = row(dense + ours, "setpoint")
+    assert found.train_flops_ratio == 0.7
+    assert found.realised == pytest.approx(0.36 / 0.4)
+
+
 def test_what_begins_with_a_dense_run_is_never_ahead_of_it() -> None:
     """A post-training run saves seconds only after the dense run has ended, so it is at no step ahead of that."""
     dense = cells("dense", [0.9], timing=Timing(100.0, stage_steps=(100,), step_seconds=(1.0,)), clock="shared")

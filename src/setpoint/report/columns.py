@@ -34,7 +34,8 @@ CLOCKS = {
 }
 CLOCK_NOTES = {
     "timed": "Training times are from a measurement apart, in turns on one machine: a few steps of each stage of each "
-    "run, times its steps, and the method's own work.",
+    "run, times its steps, and the method's own work. Equal shapes are timed once for all seeds: where all seeds "
+    "have the same, the time has no ±.",
     "interleaved": "Training times are the runs' own; they took turns of a few steps in one process.",
     "shared": "Training times are the runs' own, on a machine that was busy with other work at the same time: they do "
     "not compare. `setpoint bench --timing` measures them.",

@@ -41,7 +41,8 @@ on a copy), sensing, deciding, resizing, masking.</dd>
 <dt>Time saved / FLOPs saved</dt><dd>Both as shares of the dense run; 1 means that every FLOP saved was time saved.</dd>
 <dt>Ahead from step</dt><dd>From this step on the run had taken less time than the dense run; in brackets how
 many runs ever had, where not all had.</dd>
-<dt>±</dt><dd>Sample standard deviation over seeds; of a training time measured in rounds, over the rounds.</dd>
+<dt>±</dt><dd>Sample standard deviation over seeds; of a single run that was timed, over the rounds of the
+measurement. Equal shapes are timed once for all seeds: where all seeds have the same, the training time has none.</dd>
 <dt>[ , ]</dt><dd>95 % interval of a mean difference over the seeds that both methods have (Student's t), from three
 seeds on. Bold where it excludes 0.</dd>
 </dl>

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from setpoint.report.columns import CLOCK_NOTES, Column, columns, difference_columns, seeds_text
@@ -92,15 +92,7 @@ def about(cells: Sequence[Cell], rows: Sequence[Row]) -> str:
     seeds = sorted({cell.seed for cell in cells if cell.seed is not None})
     steps = max((cell.steps or 0 for cell in cells if cell.method == "dense"), default=0)
     told = [f"{seeds_text(rows)} a row ({', '.join(map(str, seeds))})"] + [f"{steps} steps"] * bool(steps)
-    values = {
-        key: " or ".join(dict.fromkeys(cell.environment[key] for cell in cells if key in cell.environment))
-        for key in ("cpu", "device", "threads", "dtype", "torch")
-    }
-    told += [values["cpu"]] if values["cpu"] else []
-    told += [values["device"]] if values["device"] not in ("", "cpu") else []
-    told += [f"{values['threads']} thread{'s' * (values['threads'] != '1')}"] if values["threads"] else []
-    told += [values["dtype"]] if values["dtype"] else []
-    told += [f"torch {values['torch']}"] if values["torch"] else []
+    told += _machine([cell.environment for cell in cells], [cell.timing.environment for cell in cells if cell.timing])
     dates = sorted(cell.date[:10] for cell in cells if cell.date)
     told += dates[-1:]
     notes = [f"`{row.label}`: {'; '.join(row.notes[:1])}." for row in rows if row.notes]
@@ -116,6 +108,24 @@ def about(cells: Sequence[Cell], rows: Sequence[Row]) -> str:
         *map(escape, notes),
     )
     return " ".join(filter(None, told_of))
+
+
+def _machine(runs: Sequence[Mapping[str, str]], timings: Sequence[Mapping[str, str]]) -> list[str]:
+    """What the runs ran on, and in brackets what they were timed on where that is something else."""
+    told = []
+    for key in ("cpu", "device", "threads", "dtype", "torch"):
+        ran, timed = (_value(key, environments) for environments in (runs, timings))
+        if ran and not (key == "device" and ran == "cpu"):
+            told.append(f"{ran} (timed: {timed})" if timed not in ("", ran) else ran)
+    return told
+
+
+def _value(key: str, environments: Sequence[Mapping[str, str]]) -> str:
+    """The values of one part of the environment, "" if it is not known."""
+    value = " or ".join(dict.fromkeys(each[key] for each in environments if key in each))
+    if key == "threads" and value:
+        return f"{value} thread{'s' * (value != '1')}"
+    return f"torch {value}" if key == "torch" and value else value
 
 
 def escape(text: str) -> str:

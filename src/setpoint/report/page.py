@@ -256,13 +256,19 @@ def remarks(found: Sequence[str]) -> str:
 
 
 def environment(cells: Sequence[Cell]) -> str:
-    """What the runs ran on; where runs differ, every value is told."""
+    """What the runs ran on, and were timed on where that differs; where runs differ, every value is told."""
     values: dict[str, list[str]] = {}
     for cell in cells:
-        for key, value in cell.environment.items():
+        timed = (
+            {} if cell.timing is None else {f"{key}, timed": value for key, value in cell.timing.environment.items()}
+        )
+        for key, value in {**cell.environment, **timed}.items():
             known = values.setdefault(key, [])
             known += [value] if value not in known else []
     if not values:
         return ""
+    same = [key for key in values if key.endswith(", timed") and values[key] == values.get(key.removesuffix(", timed"))]
+    for key in same:
+        del values[key]
     lines = [[escape(key), "<br>".join(map(escape, found))] for key, found in values.items()]
     return f'<section><h2>Environment</h2><div class="scroll">{html_table(("what", "value"), lines)}</div></section>\n'

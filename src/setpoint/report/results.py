@@ -11,7 +11,7 @@ from typing import Any
 
 from setpoint.errors import CheckpointError, ReportError
 from setpoint.ledger import Entry, Ledger
-from setpoint.report.values import counts, mapping, number, numbers, quantities, whole
+from setpoint.report.values import counts, mapping, number, numbers, quantities, texts, whole
 
 SCHEMA = 2
 """The version of the format that is written today."""
@@ -90,6 +90,7 @@ class Timing:
         stage_steps: optimizer steps of each stage of the run.
         step_seconds: seconds of a step of each stage.
         load: the machine's load average before the measurement; None where it is unknown.
+        environment: what it was measured on.
     """
 
     seconds: float
@@ -98,6 +99,7 @@ class Timing:
     stage_steps: tuple[int, ...] = ()
     step_seconds: tuple[float, ...] = ()
     load: float | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -245,6 +247,7 @@ def read_timings(folder: Path, remarks: list[str]) -> dict[tuple[Any, ...], Timi
             stage_steps=tuple(map(int, numbers(line.get("stage_steps")))),
             step_seconds=numbers(line.get("step_seconds")),
             load=number(load[0]) if isinstance(load, list) and load else None,
+            environment=texts(line.get("environment")),
         )
     return found
 
@@ -299,7 +302,7 @@ def read_cell(folder: Path, line: Mapping[str, Any], where: str, remarks: list[s
         landed=line["landed"] if isinstance(line.get("landed"), bool) else None,
         widths=counts(line.get("widths")),
         dense_widths=counts(line.get("dense_widths")),
-        environment={str(key): str(value) for key, value in mapping(line.get("environment")).items()},
+        environment=texts(line.get("environment")),
         date=str(line.get("date", "")),
         family=str(line.get("family") or (method if method in KNOWN_FAMILIES else "")),
         steps=whole(line.get("steps")),

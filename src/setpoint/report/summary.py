@@ -164,6 +164,11 @@ def summarise(label: str, groups: Mapping[str, Sequence[Cell]]) -> Row:
 
     final_flops, final_flops_ratio = same(lambda cell: cell.final_flops)
     final_params, final_params_ratio = same(lambda cell: cell.final_params)
+
+    def clocked_flops(cell: Cell) -> float | None:
+        """Only of runs whose seconds count, so that both are of the same runs."""
+        return None if seconds_of(cell, clock) is None else cell.train_flops
+
     train_flops, train_flops_ratio = same(lambda cell: cell.train_flops)
     seconds_ratio = ratio_of(lambda cell: seconds_of(cell, clock), lambda cell: seconds_of(cell, clock))
     landings = [cell.landed for cell in cells if cell.landed is not None]
@@ -198,7 +203,7 @@ def summarise(label: str, groups: Mapping[str, Sequence[Cell]]) -> Row:
         seconds_ratio=seconds_ratio,
         overhead_seconds=mean(overhead_of(cell, clock) for cell in cells),
         overhead_flops=mean(cell.overhead_flops for cell in cells),
-        realised=realised(train_flops_ratio, seconds_ratio),
+        realised=realised(ratio_of(clocked_flops, clocked_flops), seconds_ratio),
         break_even_step=mean(ahead),
         num_ahead=sum(step is not None for step in ahead),
         num_clocked=sum(cell.timing is not None for cell in cells) if clock == "timed" else len(cells),
@@ -229,11 +234,16 @@ def overhead_of(cell: Cell, clock: str) -> float | None:
 
 
 def seconds_estimate(cells: Sequence[Cell], clock: str) -> Estimate | None:
-    """Mean and spread of the seconds: over seeds, or over the rounds of one timed run."""
+    """Mean and spread of the seconds: over seeds, or over the rounds of one timed run.
+
+    Equal shapes are timed once for all seeds: where all of them have the same, that says nothing of their spread.
+    """
     timed = [cell.timing for cell in cells if cell.timing is not None]
     if clock == "timed" and len(timed) == 1 and len(timed[0].rounds) > 1:
         return Estimate(timed[0].seconds, statistics.stdev(timed[0].rounds))
-    return estimate([seconds for cell in cells if (seconds := seconds_of(cell, clock)) is not None])
+    found = estimate([seconds for cell in cells if (seconds := seconds_of(cell, clock)) is not None])
+    measured = {timing.step_seconds or timing.seconds for timing in timed}
+    return Estimate(found.mean) if found and clock == "timed" and len(measured) == 1 else found
 
 
 def realised(flops_ratio: float | None, seconds_ratio: float | None) -> float | None:

@@ -30,6 +30,11 @@ def mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def texts(value: Any) -> dict[str, str]:
+    """Texts by name, of whatever stands there."""
+    return {str(key): str(item) for key, item in mapping(value).items()}
+
+
 def counts(value: Any) -> dict[str, int]:
     """Whole numbers by name; others are left out."""
     return {str(key): count for key, item in mapping(value).items() if (count := whole(item)) is not None}
