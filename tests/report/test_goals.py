@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from setpoint.report.goals import Goal, goals
-from setpoint.report.results import Cell, Results
+from setpoint.report.results import Cell, Results, Timing
 from setpoint.report.summary import summary_rows
 
 SEEDS = (0, 1, 2)
@@ -53,6 +53,19 @@ def test_seconds_against_dense_and_post_training() -> None:
     assert verdicts(DENSE, OURS, quarter)["b"].verdict == "not reached"
     busy = [replace(cell, clock="shared") for cell in DENSE]
     assert verdicts(busy, OURS)["b"].verdict == "not measured"
+
+
+def test_seconds_need_every_method_timed() -> None:
+    """Where others of the task were timed, a post-training method that was not leaves the goal unmeasured."""
+    dense, slow = (runs(*each, timing=Timing(120.0)) for each in (("dense", 0.95, None), ("taylor", 0.9)))
+    ours = runs("setpoint", 0.9, timing=Timing(64.0))
+    quarter = runs("setpoint", 0.9, 0.25, timing=Timing(49.0))
+    assert verdicts(dense, ours, quarter, slow)["b"].verdict == "reached"
+    untimed = runs("magnitude", 0.9, family="post-training", seconds=99.0)
+    found = verdicts(dense, ours, quarter, slow, runs("taylor", 0.9, 0.25, seconds=99.0), untimed)["b"]
+    assert found.verdict == "not measured" and found.evidence.startswith("magnitude 0.5, taylor 0.25 untimed; ")
+    quick = runs("taylor", 0.9, timing=Timing(90.0))
+    assert verdicts(dense, ours, quick, untimed)["b"].verdict == "not reached"
 
 
 def test_better_than_pruned_at_equal_final_flops() -> None:

@@ -91,6 +91,9 @@ def _judged(letter: str, text: str, field: Field, check: Callable[[Field], Itera
     missing = {*families} - {row.family for row in field.rows}
     if verdict == REACHED and (missing or {*budgets} - {row.budget for row in field.ours()}):
         verdict = PARTLY
+    untimed = _untimed(field) if check is _seconds and verdict != MISSED else []
+    if untimed:
+        verdict, evidence = UNKNOWN, "; ".join(filter(None, (f"{', '.join(untimed)} untimed", evidence)))
     return Goal(letter, text, verdict, evidence)
 
 
@@ -131,13 +134,28 @@ def _near_dense(field: Field) -> Iterator[Check]:
         yield Check(ahead >= 0, ahead, f"{interval_text(row.difference, row.metric)} to dense")
 
 
+def _clocked(field: Field, budget: float) -> list[Row]:
+    """Those whose seconds Setpoint's are held against at a budget: dense, and post-training methods."""
+    return [rival for rival in field.rows if rival.method == DENSE] + field.of(budget, "post-training")
+
+
+def _untimed(field: Field) -> list[str]:
+    """Labels of what goal (b) speaks of and was not timed, though others of the task were."""
+    spoken = [
+        row
+        for budget in MOST_SECONDS
+        if (ours := field.at(budget)) is not None
+        for row in (ours, *_clocked(field, budget))
+    ]
+    return list(dict.fromkeys(row.label for row in spoken if row.seconds is None))
+
+
 def _seconds(field: Field) -> Iterator[Check]:
     for budget, most in MOST_SECONDS.items():
         row = field.at(budget)
         if row is None or row.seconds is None or row.clock == "shared":
             continue
-        rivals = [rival for rival in field.rows if rival.method == DENSE] + field.of(budget, "post-training")
-        for rival in rivals:
+        for rival in _clocked(field, budget):
             share = ratio(row.seconds.mean, rival.seconds.mean if rival.seconds else None)
             if share is not None:
                 name = f"{rival.method}'s"
