@@ -18,6 +18,7 @@ from setpoint.bench.characters import Characters
 from setpoint.bench.counter import step_flops
 from setpoint.bench.digits import digits
 from setpoint.bench.images import Images, Splits
+from setpoint.bench.methods.scratch import Dense, Small
 from setpoint.bench.recipe import Recipe
 from setpoint.bench.sizing import small_widths
 from setpoint.bench.task import BenchError, Task, dense_widths, split_named
@@ -383,3 +384,13 @@ def test_length_in_either_unit() -> None:
     """Steps and epochs both set the length of a task that knows passes."""
     assert task_named("digits", steps=5).steps == 5
     assert task_named("mnist", epochs=2).steps == 2 * (54_000 // 128)
+
+
+def test_models_from_scratch_have_a_learning_rate_of_their_own() -> None:
+    """Claim: where the dense model starts from trained weights, small ones train at the rate for fresh weights."""
+    task = task_named("finetune")
+    peak = task.optimizer(task.build(dense_widths(task), torch.device("meta"))).param_groups[0]["lr"]
+    course = Small().course(task, 0.5, {})
+    model = course.task.build(course.widths, torch.device("meta"))
+    assert course.task.optimizer(model).param_groups[0]["lr"] == 4 * peak
+    assert Dense().course(task, 1.0, {}).task == task

@@ -84,7 +84,14 @@ def finetune(data: Path | None = None) -> SimpleTask:
     family = PretrainedFamily(replace(cifar10.MINI, classes=len(FOUR)), PRETRAINED)
     images = _images(splits_four, NUM_TRAIN, data)
     recipe = Recipe(steps=pretraining().steps // 5, learning_rate=0.05, fall="linear", mixed=True)
-    return SimpleTask("finetune", family, images, recipe, training_criterion=smoothed_cross_entropy)
+    return SimpleTask(
+        "finetune",
+        family,
+        images,
+        recipe,
+        training_criterion=smoothed_cross_entropy,
+        scratch_learning_rate=4.0,  # the peak that the checkpoint was trained at
+    )
 
 
 def _images(load: Callable[[Path | None], Splits], num_train: int, data: Path | None) -> Images:

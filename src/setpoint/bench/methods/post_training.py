@@ -35,6 +35,10 @@ class Prunes(Protocol):
 class PostTraining:
     """Goes on from the finished dense run of the same seed; its steps, FLOPs and seconds count as this method's.
 
+    The schedule is the task's own, compressed, with its peak: fine-tuning at the low rate at which training ended
+    recovers less (learning-rate rewinding: Renda, Frankle, Carbin, "Comparing rewinding and fine-tuning in neural
+    network pruning", ICLR 2020).
+
     Args:
         name: name on the command line and in result files.
         prunes: what prunes the trained model.
@@ -49,7 +53,7 @@ class PostTraining:
     prunes: Prunes
     paper: str
     share: float = 0.25
-    learning_rate: float = 0.1
+    learning_rate: float = 1.0
     family: str = "post-training"
     needs: tuple[str, ...] = ("dense",)
 
@@ -59,7 +63,7 @@ class PostTraining:
         return self.prunes.sized
 
     def course(self, task: Task, budget: float, needed: Mapping[str, Result]) -> Course:
-        """The trained dense model, and a short schedule at a low learning rate."""
+        """The trained dense model, and a short schedule."""
         steps = max(1, round(self.share * task.steps))
         short = task.with_steps(steps).with_learning_rate_factor(self.learning_rate)
         return Course(short, dense_widths(task), goes_on_from="dense")
