@@ -215,6 +215,72 @@ def test_an_exchange_brings_back_what_the_gradient_asks_for() -> None:
     assert loop.ledger[-1].num_dropped == loop.ledger[-1].num_grown == {"inner.0.weight": count}
 
 
+def foreign(model: nn.Module, optimizer: torch.optim.Optimizer, number: int) -> None:
+    """The backward pass of another loss, whose gradients are thrown away."""
+    (1000 * model(data(number + 100)[0])).square().mean().backward()
+    optimizer.zero_grad(set_to_none=number % 2 == 0)
+
+
+def overflow(model: nn.Module, optimizer: torch.optim.Optimizer, number: int) -> None:
+    """A step that a GradScaler skips."""
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(model(data(number)[0]).sum() * torch.inf).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("others", [foreign, overflow])
+def test_gradients_that_were_thrown_away_exchange_nothing(others: Any) -> None:
+    """Claim: with a backward pass ahead of each step whose gradients are thrown away, or a step that a GradScaler
+    skips, a run exchanges the same weights, and ends with the same ones to the bit.
+    """
+    runs = []
+    for extra in (None, others):
+        model, optimizer, loop = started()
+        for number in range(STEPS):
+            if extra is not None:
+                extra(model, optimizer, number)
+            step(model, optimizer, number)
+        runs.append((model, loop))
+        assert loop.finish().regrown_units > 0
+    (model, loop), (other, of_other) = runs
+    assert [entry.num_grown for entry in loop.ledger] == [entry.num_grown for entry in of_other.ledger]
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+def turns(parameters: Any) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
+    """One optimizer for all but the head, and one for the head."""
+    *body, weight, bias = parameters
+    return torch.optim.SGD(body, lr=0.1, momentum=0.9), torch.optim.SGD([weight, bias], lr=0.1, momentum=0.9)
+
+
+def test_gradients_that_come_between_two_optimizers_exchange_nothing() -> None:
+    """Claim: where two optimizers step in turns, what another loss adds to gradients once the first one has stepped
+    changes no mask.
+    """
+    runs = []
+    for extra in (False, True):
+        model, optimizers, loop = started(make=turns)
+        for number in range(STEPS):
+            x, y = data(number)
+            model.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizers[0].step()
+            if extra:
+                gradients = [parameter.grad.clone() for parameter in model.head.parameters()]
+                foreign(model, optimizers[0], number)
+                (1000 * model(data(number + 50)[0])).square().mean().backward()
+                for parameter, gradient in zip(model.head.parameters(), gradients, strict=True):
+                    parameter.grad = gradient
+            optimizers[1].step()
+        runs.append(loop.masks)
+        assert loop.finish().regrown_units > 0
+    for name, mask in runs[0].items():
+        assert torch.equal(mask, runs[1][name])
+
+
 def test_resumes_bit_for_bit() -> None:
     """Claim: losses, weights, moments, averaged copy, masks, ledger and Summary are those of the uninterrupted run,
     from before the first mask, just ahead of an exchange, between decisions and after the landing.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from setpoint.groups.group import Group, widths_of
 from setpoint.groups.weights import as_mask, with_active
 from setpoint.ledger import Entry
 from setpoint.loop.parts import Parts
+from setpoint.sensor.accumulated import Accumulated
 from setpoint.sensor.patterned import patterned
 from setpoint.sensor.reading import Reading
 from setpoint.sensor.weight_taylor import Weighing
@@ -46,7 +48,8 @@ class Weights:
 
     A masked weight is zero, and so are its gradient and what optimizers remember of it: gradients are masked as they
     are accumulated, so that clipping sees what a model frozen by hand would show, and once more ahead of the step.
-    In a step before an exchange the gradients of masked weights are put aside first.
+    In a step before an exchange the gradients of masked weights are put aside first. What was put aside goes when the
+    gradients that it came with are thrown away, and what counts is what is there when the first optimizer steps.
 
     Args:
         parts: what the loop is made of; its groups are weight groups.
@@ -62,10 +65,10 @@ class Weights:
         self.masks = {group.name: as_mask(group, self._weights[group.name]) for group in parts.groups}
         self._num_dropped = {name: torch.zeros_like(mask, dtype=torch.uint8) for name, mask in self.masks.items()}
         self._shapes = {name: tuple(mask.shape) for name, mask in self.masks.items()}
-        self._handles: dict[str, RemovableHandle] = {}
-        self._looking, self._aside = False, dict[str, Tensor]()
+        self._handles: dict[str, tuple[RemovableHandle, RemovableHandle]] = {}
+        self._looking, self._aside, self._ready = False, dict[str, Tensor](), dict[str, Tensor]()
         self._gone: dict[str, Tensor] = {}
-        self._masked: dict[str, tuple[Tensor, int]] = {}
+        self._masked: dict[str, Accumulated] = {}
         self._change = Change({}, {}, {})
         self.train_flops = 0.0
         self._step_flops = self._sparsity.flops.total
@@ -103,16 +106,17 @@ class Weights:
 
     def look(self, due: bool) -> None:
         """The next step begins; `due` if a decision comes after it, which may want gradients of masked weights."""
-        self._looking, self._aside = due, {}
+        self._looking, self._aside, self._ready = due, {}, {}
 
     @torch.no_grad()
     def before_step(self) -> None:
         """Mask the gradients that were set or changed by something other than a backward pass."""
         for name, gone in self._gone.items():
-            gradient, (known, version) = self._weights[name].grad, self._masked.get(name, (None, -1))
-            if gradient is not None and (gradient is not known or gradient._version != version):
+            self._forget_discarded(name)
+            gradient, masked = self._weights[name].grad, self._masked.get(name)
+            if gradient is not None and not (masked and masked.untouched):
                 gradient.masked_fill_(gone, 0.0)
-        self._masked = {}
+        self._masked, self._ready = {}, dict(self._aside)
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -120,11 +124,21 @@ class Weights:
         for name, gone in self._gone.items():
             self._weights[name].masked_fill_(gone, 0.0)
         self.train_flops += self._step_flops
-        if self._aside:
+        if self._resting:
             self.train_flops += self._sparsity.flops.dense_gradients(self._widths())
+
+    @property
+    def _resting(self) -> dict[str, Tensor]:
+        """Gradients of masked weights, where some were put aside; an optimizer that steps late may add its own."""
+        return {**self._aside, **self._ready}
 
     def _widths(self) -> dict[str, int]:
         return {name: int(mask.sum()) for name, mask in self.masks.items()}
+
+    def _forget_discarded(self, name: str, _: Tensor | None = None) -> None:
+        """A gradient is about to be accumulated, or used: what was put aside goes if the gradients before are gone."""
+        if name in self._aside and (self._masked.get(name) or Accumulated(self._weights[name])).discarded:
+            del self._aside[name]
 
     @torch.no_grad()
     def _accumulated(self, name: str, weight: Tensor) -> None:
@@ -135,7 +149,8 @@ class Weights:
             resting = weight.grad.detach().masked_fill(self.masks[name], 0.0)
             self._aside[name] = self._aside[name] + resting if name in self._aside else resting
         weight.grad.masked_fill_(self._gone[name], 0.0)
-        self._masked[name] = (weight.grad, weight.grad._version)
+        masked = self._masked[name] = Accumulated(weight)
+        masked.note()
 
     # What a decision does.
 
@@ -149,7 +164,7 @@ class Weights:
         Raises:
             GroupError: for a plan that does not fit the pattern.
         """
-        masks, all_went, all_came = {}, {}, {}
+        masks, all_went, all_came, resting = {}, {}, {}, self._resting
         for name, before in self.masks.items():
             kept = before.clone()
             keep = plan.keep.get(name)
@@ -158,8 +173,8 @@ class Weights:
                 kept.view(-1)[at] = False
             self._check(name, kept)
             went, came = before & ~kept, torch.zeros_like(before)
-            if plan.exchange and name in self._aside:
-                out, came = exchanged(kept, ~before, scores[name], self._aside[name], plan.exchange, self._pattern)
+            if plan.exchange and name in resting:
+                out, came = exchanged(kept, ~before, scores[name], resting[name], plan.exchange, self._pattern)
                 went |= out
             masks[name], all_went[name], all_came[name] = (before & ~went) | came, went, came
         return Change(masks, all_went, all_came)
@@ -182,7 +197,7 @@ class Weights:
         """
         sensor = parts.sensor
         assert isinstance(sensor, Weighing)
-        change = self.planned(plan, sensor.scores(sensor_state) if plan.exchange and self._aside else {})
+        change = self.planned(plan, sensor.scores(sensor_state) if plan.exchange and self._resting else {})
         sensed = sensor.renew(parts.sensor.cut(sensor_state, plan.keep), change.came)
         held = parts.controller.cut(controller_state, plan.keep)
         self._change = change
@@ -213,20 +228,23 @@ class Weights:
         self._gone = {name: ~mask for name, mask in masks.items() if name in self._gone or not bool(mask.all())}
         for name in self._gone:
             if name not in self._handles:
-                hook = partial(self._accumulated, name)
+                ahead, behind = partial(self._forget_discarded, name), partial(self._accumulated, name)
                 weight = self._weights[name]
-                self._handles[name] = weight.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+                self._handles[name] = (
+                    weight.register_hook(ahead),  # type: ignore[no-untyped-call]
+                    weight.register_post_accumulate_grad_hook(behind),  # type: ignore[no-untyped-call]
+                )
         held = {name: masks[name] for name in self._gone}
         mask_weights(self._weights, self._optimizers, held)
         for each in self._copies:
             mask_weights(each, None, {name: mask.to(each[name].device) for name, mask in held.items()})
-        self._aside = {}
+        self._aside, self._ready = {}, {}
         self._step_flops = self._sparsity.flops.at(self._widths())
         return tuple(with_active(group, masks[group.name].cpu().numpy().reshape(-1)) for group in self._dense)
 
     def stop(self) -> None:
         """Let go: weights stay as they are, and nothing holds them any more."""
-        for handle in self._handles.values():
+        for handle in chain.from_iterable(self._handles.values()):
             handle.remove()
         self._handles, self._gone = {}, {}
 
