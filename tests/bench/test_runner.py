@@ -29,6 +29,7 @@ from setpoint.bench.runner import grid, run
 from setpoint.bench.task import BenchError, dense_widths
 from setpoint.bench.training import Cell, Progress
 from setpoint.bench.worker import LOG
+from setpoint.ledger import Ledger
 
 TASK = digits(epochs=3, width=16)
 TINY = digits(epochs=1, width=4)
@@ -279,6 +280,23 @@ def test_grid_trains_dense_once() -> None:
     assert sum(isinstance(cell.method, Dense) for cell in cells) == 2
     assert sum(isinstance(cell.method, Setpoint) for cell in cells) == 4
     assert len({cell.name for cell in cells}) == len(cells) == 10
+
+
+def test_random_choices_follow_the_seed(tmp_path: Path) -> None:
+    """`setpoint-random` drops other units in every seed, and the same ones when a seed is run again."""
+
+    def dropped(out: Path, seed: int) -> dict[str, set[int]]:
+        (result,) = run_interleaved(grid(TINY, [method_named("setpoint-random")], [0.5], [seed]), out, Notes())
+        found: dict[str, set[int]] = {}
+        for entry in Ledger.load(out / result.folder / training.LEDGER):
+            for name, units in entry.dropped.items():
+                found.setdefault(name, set()).update(units)
+        return found
+
+    first, second, again = dropped(tmp_path, 0), dropped(tmp_path, 1), dropped(tmp_path / "again", 0)
+    assert first == again
+    assert {name: len(units) for name, units in first.items()} == {name: len(units) for name, units in second.items()}
+    assert first != second
 
 
 def test_unknown_method_lists_the_known() -> None:

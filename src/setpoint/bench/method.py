@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -89,6 +90,11 @@ class Method(Protocol):
         ...
 
 
+def _random_sensor() -> RandomSensor:
+    """One that chooses by the cell's own random state, so that every seed has other units to go."""
+    return RandomSensor(seed=int(torch.randint(2**31, ())))
+
+
 _AT_ONCE = ScheduledController(begin=0.0, end=0.0, num_cuts=1)
 _HAN = "Han et al., Learning both weights and connections for efficient neural networks, NIPS 2015"
 _LI = "Li et al., Pruning filters for efficient ConvNets, ICLR 2017"
@@ -127,7 +133,7 @@ METHODS: tuple[Method, ...] = (
     Setpoint("setpoint-regrow", PricedController(regrow=True)),
     Setpoint("setpoint-weights", granularity="weight", paper=_EVCI, family="sparse"),
     Setpoint("setpoint-magnitude", sensor=MagnitudeSensor),
-    Setpoint("setpoint-random", sensor=RandomSensor, paper=_MITTAL),
+    Setpoint("setpoint-random", sensor=_random_sensor, paper=_MITTAL),
 )
 """All methods; `filter-first` and `setpoint-first` cut at the start, as makes sense for a pretrained model.
 
