@@ -22,6 +22,7 @@ from controller.plants import (
     unit_group,
 )
 from setpoint.controller.plan import Plan
+from setpoint.controller.price import Gains
 from setpoint.controller.priced import PricedController, PricedState, cheapest
 from setpoint.cost.cost import Cost, ProductCost, Term
 from setpoint.groups.group import Group, Size, widths_of
@@ -395,3 +396,15 @@ def test_bad_settings(settings: dict[str, object]) -> None:
     """Settings out of range are refused."""
     with pytest.raises((ValueError, TypeError)):
         PricedController(**settings)  # type: ignore[arg-type]
+
+
+def test_without_a_meter_feedback_has_nothing_to_correct() -> None:
+    """Claim: where cost is counted and not metered (FLOPs, parameters) the gains change no plan: prediction is exact."""
+    groups, cost = chain(64, 48, 64)
+    for seed in range(3):
+        told = []
+        for gains in (Gains(), Gains(kp=0.0, ki=1e-9), Gains(kp=0.0, ki=1.0)):
+            decisions = run(PricedController(gains=gains), groups, cost, lognormal(groups, seed=seed), fraction=0.3)
+            kept = [{name: keep.tolist() for name, keep in each.plan.keep.items()} for each in decisions]
+            told.append((kept, [each.plan.price for each in decisions]))
+        assert told[0] == told[1] == told[2]
