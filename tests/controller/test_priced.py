@@ -399,7 +399,7 @@ def test_bad_settings(settings: dict[str, object]) -> None:
 
 
 def test_without_a_meter_feedback_has_nothing_to_correct() -> None:
-    """Claim: where cost is counted and not metered (FLOPs, parameters) the gains change no plan: prediction is exact."""
+    """Claim: where cost is counted, not metered (FLOPs, parameters), the gains change no plan: prediction is exact."""
     groups, cost = chain(64, 48, 64)
     for seed in range(3):
         told = []
