@@ -272,6 +272,30 @@ def test_masked_weights_train_as_if_they_did_not_exist(kind: type[Optimizer], se
 
 
 @pytest.mark.parametrize(("kind", "settings"), ROWS)
+def test_of_a_masked_weight_nothing_is_remembered(kind: type[Optimizer], settings: dict[str, Any]) -> None:
+    """Claim: after a mask and further steps the state of masked weights is, to the bit, that of weights of zero which
+    had gradients of zero from the beginning, so one that comes in starts as they would.
+    """
+    torch.manual_seed(0)
+    layer, mask = nn.Linear(6, 5, bias=False).double(), torch.rand(5, 6) < 0.5
+    fresh = nn.Linear(6, 5, bias=False).double()
+    nn.init.zeros_(fresh.weight)
+    optimizer, other = kind(layer.parameters(), **settings), kind(fresh.parameters(), **settings)
+    for number in range(6):
+        optimizer.zero_grad()
+        layer(torch.randn(8, 6, dtype=torch.float64)).square().mean().backward()
+        if number == 3:
+            mask_weights({"weight": layer.weight}, optimizer, {"weight": mask})
+        elif number > 3:
+            mask_gradients({"weight": layer.weight}, {"weight": mask})
+        fresh.weight.grad = torch.zeros_like(fresh.weight)
+        optimizer.step(), other.step()
+    for key, value in optimizer.state[layer.weight].items():
+        if isinstance(value, torch.Tensor) and value.dim():
+            assert torch.equal(value[~mask], other.state[fresh.weight][key][~mask]), key
+
+
+@pytest.mark.parametrize(("kind", "settings"), ROWS)
 def test_the_battery_passes_the_check_at_attach(kind: type[Optimizer], settings: dict[str, Any]) -> None:
     """Claim: the check lets every supported optimizer through, draws no random number and leaves no state behind."""
     optimizer = kind(mlp_model().parameters(), **settings)

@@ -215,6 +215,22 @@ def test_an_exchange_brings_back_what_the_gradient_asks_for() -> None:
     assert loop.ledger[-1].num_dropped == loop.ledger[-1].num_grown == {"inner.0.weight": count}
 
 
+def test_weights_that_come_in_begin_with_the_first_step_size_of_rprop() -> None:
+    """Claim: a weight that an exchange brings in under Rprop is as far from zero as `lr` after the next step."""
+    rate = 2.0**-7
+    model, optimizer, loop = started(make=lambda p: torch.optim.Rprop(p, lr=rate))
+    came, num_came = {name: torch.zeros_like(mask) for name, mask in loop.masks.items()}, 0
+    for number in range(STEPS):
+        before = loop.masks
+        step(model, optimizer, number)
+        for name, new in came.items():
+            moved = model.get_parameter(name).detach()[new & loop.masks[name]].abs()
+            assert ((moved == rate) | (moved == 0)).all()
+            num_came += int((moved == rate).sum())
+        came = {name: mask & ~before[name] for name, mask in loop.masks.items()}
+    assert num_came > 20
+
+
 def foreign(model: nn.Module, optimizer: torch.optim.Optimizer, number: int) -> None:
     """The backward pass of another loss, whose gradients are thrown away."""
     (1000 * model(data(number + 100)[0])).square().mean().backward()

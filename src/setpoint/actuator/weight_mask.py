@@ -1,4 +1,4 @@
-"""A weight mask: single weights that are not active, set to zero in place with their gradients and moments."""
+"""A weight mask: single weights that are not active, set to zero in place with gradients, moments as at the start."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from setpoint.actuator.optimizer_state import Optimizers, as_sequence, visit_sta
 def mask_weights(
     weights: Mapping[str, nn.Parameter], optimizer: Optimizers, masks: Mapping[str, Bool[Tensor, "..."]]
 ) -> None:
-    """Zero every weight that is not active, and what the optimizer remembers of it.
+    """Zero every weight that is not active; the optimizer remembers nothing of it, as of one that it has never moved.
 
     An optimizer that treats every entry alike then keeps it at zero, as long as its gradient is zero too:
-    call `mask_gradients` ahead of each step.
+    call `mask_gradients` ahead of each step. What it remembers is zero too, but for what begins at another value: the
+    step sizes of Rprop, and the sums of Adagrad where an `initial_accumulator_value` is given.
 
     Args:
         weights: parameters by name.
@@ -31,14 +32,22 @@ def mask_weights(
     [[False, True]]
     """
     for name, mask in masks.items():
-        _zero_at(~mask, weights[name], optimizer)
+        _begin_at(~mask, weights[name], optimizer)
     mask_gradients(weights, masks)
 
 
-def _zero_at(gone: Tensor, weight: nn.Parameter, optimizer: Optimizers) -> None:
+_BEGINNINGS = ((torch.optim.Rprop, "step_size", "lr"), (torch.optim.Adagrad, "sum", "initial_accumulator_value"))
+"""Optimizers with a state that does not begin at zero, its name, and the setting that it begins with."""
+
+
+def _begin_at(gone: Tensor, weight: nn.Parameter, optimizer: Optimizers) -> None:
     weight.masked_fill_(gone, 0.0)
     for each in as_sequence(optimizer):
         visit_state(each, weight, lambda moment: moment.masked_fill_(gone, 0.0))
+        for kind, part, setting in _BEGINNINGS:
+            if isinstance(each, kind) and part in each.state.get(weight, {}):
+                group = next(group for group in each.param_groups if any(weight is one for one in group["params"]))
+                each.state[weight][part].masked_fill_(gone, float(group.get(setting, 0.0)))
 
 
 @torch.no_grad()

@@ -46,8 +46,8 @@ class Change:
 class Weights:
     """The masks of a run.
 
-    A masked weight is zero, and so are its gradient and what optimizers remember of it: gradients are masked as they
-    are accumulated, so that clipping sees what a model frozen by hand would show, and once more ahead of the step.
+    A masked weight is zero, and so is its gradient; optimizers remember nothing of it. Gradients are masked as they are
+    accumulated, so that clipping sees what a model frozen by hand would show, and once more ahead of the step.
     In a step before an exchange the gradients of masked weights are put aside first. What was put aside goes when the
     gradients that it came with are thrown away, and what counts is what is there when the first optimizer steps.
 
