@@ -158,6 +158,14 @@ def test_timing_of_nothing(tmp_path: Path) -> None:
     assert "holds none of these runs: run them first" in result.stderr
 
 
+def test_timing_answers_with_what_it_measured(tmp_path: Path) -> None:
+    """After `--timing` the seconds of the last line are those that were just measured, not the runs' own."""
+    command = ("bench", "--task", "digits", "--methods", "dense", "--epochs", "1", "--out", tmp_path)
+    ran = answer(invoke(*command))["methods"]["dense"]["seconds"]
+    timed = answer(invoke(*command, "--timing"))["methods"]["dense"]["seconds"]
+    assert timed == json.loads((tmp_path / "timing.jsonl").read_text())["seconds"] != ran
+
+
 def test_missing_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Without scikit-learn the demo says which extra to install."""
     from setpoint.bench import digits

@@ -262,7 +262,9 @@ def _bench(
 
 
 def _time(cells: Sequence[Cell], out: Path) -> Outcome:
-    """Measure what the finished runs among these take."""
+    """Measure what the finished runs among these take; their results come with the seconds that were measured."""
+    from dataclasses import replace
+
     from setpoint.bench.progress import turns_bar
     from setpoint.bench.runner import Outcome, finished
     from setpoint.bench.timing import measure
@@ -277,8 +279,13 @@ def _time(cells: Sequence[Cell], out: Path) -> Outcome:
     if load > 1:
         print(f"the machine is not idle (load average {load:.1f}): these seconds will say little", file=sys.stderr)
     with turns_bar(f"timing {len(done)} runs of {cells[0].task.name}") as after_turn:
-        measure(done, out, after_turn)
-    return Outcome(tuple(done.values()))
+        timings = measure(done, out, after_turn)
+    return Outcome(
+        tuple(
+            replace(result, seconds=timing.seconds, overhead_seconds=timing.own_seconds)
+            for result, timing in zip(done.values(), timings, strict=True)
+        )
+    )
 
 
 def _check_folder(out: Path) -> None:
