@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -30,6 +31,7 @@ from setpoint.bench.task import BenchError, dense_widths
 from setpoint.bench.training import Cell, Progress
 from setpoint.bench.worker import LOG
 from setpoint.ledger import Ledger
+from setpoint.meter.energy import Counter, EnergyMeter, find_energy_meter
 
 TASK = digits(epochs=3, width=16)
 TINY = digits(epochs=1, width=4)
@@ -297,6 +299,20 @@ def test_random_choices_follow_the_seed(tmp_path: Path) -> None:
     assert first == again
     assert {name: len(units) for name, units in first.items()} == {name: len(units) for name, units in second.items()}
     assert first != second
+
+
+def test_energy_is_read_while_training_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is a meter, joules of the training blocks add up, an earlier run's included; else there are none."""
+    (without,) = run_interleaved(grid(TINY, [Dense()], [0.5], [1]), tmp_path, Notes())
+    assert (without.energy_j is None) == (find_energy_meter([torch.device("cpu")])[0] is None)
+    readings = itertools.count(1.0)  # a joule from one reading to the next
+    monkeypatch.setattr(
+        training, "find_energy_meter", lambda devices: (EnergyMeter([Counter("made up", lambda: next(readings))]), "")
+    )
+    cells = grid(TINY, [Dense(), method_named("magnitude-oneshot")], [0.5], [0])
+    dense, later = run_interleaved(cells, tmp_path, Notes())
+    assert dense.energy_j == 3  # it began, and trained 10 and 5 steps
+    assert later.energy_j is not None and later.energy_j > 3 + 1
 
 
 def test_unknown_method_lists_the_known() -> None:

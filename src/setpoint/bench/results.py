@@ -54,7 +54,7 @@ class Result:
         theoretical_flops: FLOPs of one step of the finished model if zeros cost nothing; None where there are none.
         theoretical_train_flops: FLOPs of the run if zeros cost nothing, as the sparse-training literature counts.
         density: kept fraction of the maskable weights; None where nothing is masked.
-        energy_j: joules of training; None where there is no meter.
+        energy_j: joules of training, other work of the machine in that time included; None where there is no meter.
         break_even_step: first step at which the seconds saved exceed the overhead; None if never or unknown.
         notes: what a reader must know about this run.
         schema: version of this format.

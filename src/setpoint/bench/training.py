@@ -15,12 +15,14 @@ import setpoint
 from setpoint.bench.counter import step_flops
 from setpoint.bench.course import Course, Outcome
 from setpoint.bench.environment import environment
+from setpoint.bench.joules import Joules
 from setpoint.bench.method import Method
 from setpoint.bench.own_random import OwnRandom
 from setpoint.bench.results import HISTORY, LEDGER, MODEL, Result
 from setpoint.bench.stages import Stage, hollow, load_stages, save_stages
 from setpoint.bench.task import BenchError, Score, Split, Task, dense_widths
 from setpoint.meter import Stopwatch
+from setpoint.meter.energy import find_energy_meter
 
 STEPS_PER_TURN = 10
 WARM_UP_STEPS = 3
@@ -175,11 +177,12 @@ class Run:
         self.cell, self.course, self.task, self.random = cell, course, course.task, random
         self.earlier = None if earlier is None else earlier.result
         self.training, self.evaluation = Stopwatch(synchronize=True), Stopwatch(synchronize=True)
+        self.energy = Joules(find_energy_meter([self.task.device])[0])
         self.model: nn.Module = self.task.build(course.widths)
         if earlier is not None:
             setpoint.load(earlier.model, into=self.model)
         self.batches = self.task.batches(cell.seed)
-        with self.training:
+        with self.energy, self.training:
             self.optimizer, self.pruner = cell.method.begin(self.task, self.model, cell.budget or 1.0, self.batches)
         self.schedule = self.task.schedule(self.optimizer)
         self.widths = dict(course.widths if self.pruner is None else self.pruner.widths)
@@ -199,7 +202,7 @@ class Run:
         losses: list[Tensor] = []
         with self.random.drawing():
             while len(losses) < steps:
-                with self.training:
+                with self.energy, self.training:
                     self._train(steps, losses)
                 self._count_anew()
         self.loss = float(torch.stack(losses).mean())
@@ -262,13 +265,18 @@ class Run:
         """End the pruner's work by the clock, and keep its ledger and the model."""
         outcome = Outcome(widths=self.widths, dense_widths=dense_widths(self.task))
         if self.pruner is not None:
-            with self.random.drawing(), self.training:
+            with self.random.drawing(), self.energy, self.training:
                 outcome = self.pruner.finish()
         self.flops_per_step = step_flops(self.model, self.task.example())
         if outcome.ledger is not None:
             outcome.ledger.save(folder / LEDGER)
         setpoint.save(self.model, folder / MODEL)
         return outcome
+
+    def _energy_j(self) -> float | None:
+        """Joules of the run, those of the run that it went on from included; None where a part is unknown."""
+        earlier = 0.0 if self.earlier is None else self.earlier.energy_j
+        return None if earlier is None or self.energy.energy_j is None else self.energy.energy_j + earlier
 
     def result(self, final: Score, outcome: Outcome) -> Result:
         """The finished cell."""
@@ -305,6 +313,7 @@ class Run:
             theoretical_flops=outcome.theoretical_flops,
             theoretical_train_flops=None if theoretical is None else theoretical + earlier_flops,
             density=outcome.density,
+            energy_j=self._energy_j(),
             break_even_step=outcome.break_even_step,
             notes="; ".join(filter(None, (self.course.notes, outcome.notes))),
         )
