@@ -26,7 +26,8 @@ from setpoint.bench.interleaved import run_interleaved
 from setpoint.bench.method import Dense, Method, Setpoint, Small, method_named
 from setpoint.bench.own_random import OwnRandom
 from setpoint.bench.results import FILE, Result, append_result, load_results
-from setpoint.bench.runner import grid, run
+from setpoint.bench.runner import finished, grid, run
+from setpoint.bench.simple_task import SimpleTask
 from setpoint.bench.task import BenchError, dense_widths
 from setpoint.bench.training import Cell, Progress
 from setpoint.bench.worker import LOG
@@ -51,6 +52,13 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     out = tmp_path_factory.mktemp("together")
     results = run_interleaved(grid(TASK, STRUCTURED, [0.5], [0]), out, Notes())
     return out, {result.method: result for result in results}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """The dense run of the tiny task."""
+    (result,) = run_interleaved(grid(TINY, [Dense()], [0.5], [0]), tmp_path_factory.mktemp("tiny"), Notes())
+    return result
 
 
 @pytest.mark.parametrize("method", STRUCTURED, ids=lambda method: method.name)
@@ -274,6 +282,30 @@ def test_runs_of_another_length_or_split_are_refused(together: tuple[Path, dict[
         run(grid(TASK, [Dense()], [0.5], [1], "validation"), tmp_path, Notes())
     append_result(tmp_path, replace(dense, steps=2 * TASK.steps, task_steps=TASK.steps))
     assert run(grid(TASK, [Dense()], [0.5], [0]), tmp_path, Notes()).results[0].steps == 2 * TASK.steps
+
+
+def changed(what: str) -> SimpleTask:
+    """The tiny task with something else about it."""
+    others = digits(epochs=1, width=8)
+    changes: dict[str, dict[str, object]] = {
+        "learning rate": {"recipe": replace(TINY.recipe, learning_rate=0.05)},
+        "model": {"family": others.family},
+        "data": {"data": replace(TINY.data, shift=0, mean=(8.0,))},  # type: ignore[type-var]
+        "loss": {"training_criterion": None},
+    }
+    return replace(TINY, **changes[what])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("what", ["learning rate", "model", "data", "loss"])
+def test_a_changed_task_is_refused(what: str, tiny: Result, tmp_path: Path) -> None:
+    """A folder does not mix runs of a task before and after a change; the same task, and rows that say nothing, go."""
+    append_result(tmp_path, tiny)
+    cells = grid(changed(what), [Dense()], [0.5], [0])
+    with pytest.raises(BenchError, match="a task digits with another model, recipe or data.*name another folder"):
+        finished(cells, tmp_path)
+    assert len(finished(grid(digits(epochs=1, width=4), [Dense()], [0.5], [0]), tmp_path)) == 1
+    append_result(tmp_path, replace(tiny, fingerprint=""))
+    assert len(finished(cells, tmp_path)) == 1
 
 
 def test_grid_trains_dense_once() -> None:

@@ -57,6 +57,7 @@ class Result:
         energy_j: joules of training, other work of the machine in that time included; None where there is no meter.
         break_even_step: first step at which the seconds saved exceed the overhead; None if never or unknown.
         notes: what a reader must know about this run.
+        fingerprint: of the task: its dense model, recipe and data; "" in rows of versions that knew none.
         schema: version of this format.
     """
 
@@ -93,6 +94,7 @@ class Result:
     energy_j: float | None = None
     break_even_step: int | None = None
     notes: str = ""
+    fingerprint: str = ""
     schema: int = field(default=SCHEMA)
 
 

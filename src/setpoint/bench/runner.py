@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from setpoint.bench.fingerprint import fingerprint
 from setpoint.bench.method import Method, method_named
 from setpoint.bench.results import FILE, Result, append_result, load_results, mend
 from setpoint.bench.task import BenchError, Split, Task
@@ -79,7 +80,7 @@ def finished(cells: Sequence[Cell], out: Path) -> dict[Cell, Result]:
 
     Raises:
         BenchError: the folder is of another version, or holds runs of another length or split of these
-            tasks: a folder compares like with like.
+            tasks, or of tasks of their names with another model, recipe or data: a folder compares like with like.
     """
     by_key = {(each.task, each.method, each.budget, each.seed): each for each in load_results(out)}
     for cell in cells:
@@ -90,6 +91,13 @@ def finished(cells: Sequence[Cell], out: Path) -> dict[Cell, Result]:
                     f"{out} holds {result.task} runs of {steps} steps on {result.split}; these are "
                     f"{cell.task.steps} steps on {cell.split}: name another folder with --out"
                 )
+    for task in dict.fromkeys(cell.task for cell in cells):
+        known = {each.fingerprint for each in by_key.values() if each.task == task.name and each.fingerprint}
+        if known - ({fingerprint(task)} if known else set()):
+            raise BenchError(
+                f"{out} holds runs of a task {task.name} with another model, recipe or data than it has now, and they "
+                "would not compare: name another folder with --out, or change the task back"
+            )
     keys = {cell: (cell.task.name, cell.method.name, cell.budget, cell.seed) for cell in cells}
     return {cell: by_key[key] for cell, key in keys.items() if key in by_key}
 

@@ -15,6 +15,7 @@ import setpoint
 from setpoint.bench.counter import step_flops
 from setpoint.bench.course import Course, Outcome
 from setpoint.bench.environment import environment
+from setpoint.bench.fingerprint import fingerprint
 from setpoint.bench.joules import Joules
 from setpoint.bench.method import Method
 from setpoint.bench.own_random import OwnRandom
@@ -315,5 +316,6 @@ class Run:
             density=outcome.density,
             energy_j=self._energy_j(),
             break_even_step=outcome.break_even_step,
+            fingerprint=fingerprint(self.cell.task),
             notes="; ".join(filter(None, (self.course.notes, outcome.notes))),
         )
