@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import pickle
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import setpoint
 from setpoint.bench import cifar10, finetune, finetune_text, mnist, shakespeare
@@ -20,6 +22,7 @@ from setpoint.bench.digits import digits
 from setpoint.bench.images import Images, Splits
 from setpoint.bench.methods.scratch import Dense, Small
 from setpoint.bench.recipe import Recipe
+from setpoint.bench.simple_task import SimpleTask
 from setpoint.bench.sizing import small_widths
 from setpoint.bench.task import BenchError, Task, dense_widths, split_named
 from setpoint.bench.tensors import Tensors
@@ -215,6 +218,15 @@ def test_plays_follow_their_openings() -> None:
     assert finetune_text.labelled_speeches(text) == ([speech, speech], [0, 0])
     openings = "\n\n".join(f"{opening}\n{speech}" for opening in finetune_text.OPENINGS.values())
     assert finetune_text.labelled_speeches(openings)[1] == list(range(1, 9))
+
+
+def test_losses_are_nats_where_they_are_cross_entropies() -> None:
+    """The losses of Setpoint's own tasks are in nats; a squared error has no such unit."""
+    made = [task_named(name) for name in TASKS]
+    losses = [task for task in made if isinstance(task, SimpleTask) and task.metric == "loss"]
+    assert losses and {task.unit for task in losses} == {"nats"}
+    assert replace(losses[0], criterion=F.cross_entropy).unit == "nats"
+    assert replace(losses[0], criterion=F.mse_loss).unit == ""
 
 
 def test_stretched_task() -> None:

@@ -41,6 +41,17 @@ def test_near_dense(value: float, verdict: str) -> None:
     assert verdicts(dense, runs("setpoint", 1.5101, metric="loss"))["a"].verdict == "not reached"
 
 
+def test_a_loss_of_another_kind_is_no_nats() -> None:
+    """A squared error is not judged by 0.01 nats, nor called so; it is compared with rivals all the same."""
+    ours, dense, small = (
+        runs(name, value, budget, metric="loss", unit="")
+        for name, value, budget in (("setpoint", 3.0, 0.5), ("dense", 3.005, None), ("small", 3.5, 0.5))
+    )
+    found = verdicts(ours, dense, small)
+    assert found["a"].verdict == "not measured"
+    assert found["d"].verdict == "reached" and "nats" not in found["d"].evidence
+
+
 def test_seconds_against_dense_and_post_training() -> None:
     """0.65 of the seconds of dense and of each post-training method; seconds of a busy machine count as unmeasured."""
     slow, quick = runs("taylor", 0.9, seconds=120.0), runs("taylor", 0.9, seconds=90.0)

@@ -27,7 +27,7 @@ class Result:
         method: name of the method.
         budget: fraction of the dense FLOPs per step; None where the method has none.
         seed: seed of weights, data order and augmentation.
-        metric: "accuracy" or "loss" (nats).
+        metric: "accuracy" or "loss".
         value: the metric on `split`, after the last step.
         split: "test" or "validation".
         final_flops: FLOPs of one optimizer step of the finished model, by the independent counter.
@@ -57,6 +57,8 @@ class Result:
         energy_j: joules of training, other work of the machine in that time included; None where there is no meter.
         break_even_step: first step at which the seconds saved exceed the overhead; None if never or unknown.
         notes: what a reader must know about this run.
+        unit: of a loss: "nats" where it is known to be a cross-entropy, else ""; None in rows of versions that knew
+            cross-entropies only.
         fingerprint: of the task: its dense model, recipe and data; "" in rows of versions that knew none.
         schema: version of this format.
     """
@@ -94,6 +96,7 @@ class Result:
     energy_j: float | None = None
     break_even_step: int | None = None
     notes: str = ""
+    unit: str | None = None
     fingerprint: str = ""
     schema: int = field(default=SCHEMA)
 

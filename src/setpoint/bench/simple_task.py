@@ -105,6 +105,12 @@ class SimpleTask:
         return self.family.dimensions
 
     @property
+    def unit(self) -> str:
+        """Unit of the loss: "nats" where the criterion is known to be a cross-entropy, else ""."""
+        known = (cross_entropy, smoothed_cross_entropy, F.cross_entropy, F.nll_loss)
+        return "nats" if self.criterion in known or isinstance(self.criterion, nn.CrossEntropyLoss) else ""
+
+    @property
     def steps(self) -> int:
         """Optimizer steps of one run."""
         return self.recipe.steps

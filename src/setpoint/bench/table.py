@@ -30,7 +30,7 @@ def summary_tables(results: Results, width: int) -> tuple[Table, ...]:
         tables.append(_fitting(f"{task}: {counted}", columns(rows), rows, width))
         compared = [row for row in rows if row.differences]
         if compared:
-            unit = "points" if rows[0].metric == "accuracy" else "nats"
+            unit = "points" if rows[0].metric == "accuracy" else rows[0].unit or rows[0].metric
             title = f"{task}: paired differences ({unit})"
             tables.append(_fitting(title, difference_columns(rows), compared, width))
         if any(row.method == SETPOINT for row in rows):

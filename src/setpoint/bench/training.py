@@ -316,6 +316,7 @@ class Run:
             density=outcome.density,
             energy_j=self._energy_j(),
             break_even_step=outcome.break_even_step,
+            unit=getattr(self.task, "unit", "nats"),  # what a task of another class calls a loss is in nats
             fingerprint=fingerprint(self.cell.task),
             notes="; ".join(filter(None, (self.course.notes, outcome.notes))),
         )

@@ -158,7 +158,8 @@ def differences(rows: Sequence[Row]) -> str:
             text = escape(column.text(row))
             cells.append(f"<b>{text}</b>" if found is not None and found.clear else text)
         lines.append(cells)
-    unit = "points of accuracy: more is better" if rows[0].metric == "accuracy" else "nats of loss: less is better"
+    loss = f"{rows[0].unit} of loss".removeprefix(" of ")
+    unit = "points of accuracy: more is better" if rows[0].metric == "accuracy" else f"{loss}: less is better"
     return (
         f"<h3>Against its rivals</h3>\n"
         f'<div class="scroll">{html_table([column.heading for column in shown], lines, classes="summary")}</div>\n'

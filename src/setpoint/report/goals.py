@@ -129,7 +129,8 @@ def _verdict(checks: Iterator[Check]) -> tuple[str, str]:
 
 def _near_dense(field: Field) -> Iterator[Check]:
     row = field.at(0.5)
-    if row is not None and row.difference is not None:
+    # A loss that is no cross-entropy has a scale of its own: 0.01 of it may be anything.
+    if row is not None and row.difference is not None and (row.metric == "accuracy" or row.unit == "nats"):
         ahead = better(row.difference, row.metric).mean + NEAR[row.metric]
         yield Check(ahead >= 0, ahead, f"{interval_text(row.difference, row.metric)} to dense")
 
@@ -200,17 +201,17 @@ def _not_below_long(field: Field) -> Iterator[Check]:
 def _compared(field: Field, row: Row, rival: Row, good: Callable[[Difference], bool]) -> Iterator[Check]:
     found = field.ahead(row, rival)
     if found is not None:
-        spread = "" if found.deviation is None else f", spread {_amount(found.deviation, row.metric)}"
-        text = f"{_ahead(found.mean, row.metric)} {rival.label} (n = {found.num}{spread})"
+        spread = "" if found.deviation is None else f", spread {_amount(found.deviation, row)}"
+        text = f"{_ahead(found.mean, row)} {rival.label} (n = {found.num}{spread})"
         yield Check(good(found), found.mean, text)
 
 
-def _ahead(value: float, metric: str) -> str:
-    return f"{_amount(abs(value), metric)} {'better' if value >= 0 else 'worse'} than"
+def _ahead(value: float, row: Row) -> str:
+    return f"{_amount(abs(value), row)} {'better' if value >= 0 else 'worse'} than"
 
 
-def _amount(value: float, metric: str) -> str:
-    return f"{100 * value:.2f} points" if metric == "accuracy" else f"{value:.4f} nats"
+def _amount(value: float, row: Row) -> str:
+    return f"{100 * value:.2f} points" if row.metric == "accuracy" else f"{value:.4f} {row.unit}".rstrip()
 
 
 def _realised(field: Field) -> Iterator[Check]:

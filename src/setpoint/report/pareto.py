@@ -93,7 +93,8 @@ def pareto(rows: Sequence[Row], expense: Expense) -> Figure:
         if of_method:
             data.append(_trace(method, of_method, factor, budgets, marks[method]))
             data[-1]["hovertext"] = [_hover(row, cost, expense) for row, cost in of_method]
-    title = "accuracy (%)" if rows[0].metric == "accuracy" else "loss (nats)"
+    loss = f"loss ({rows[0].unit})" if rows[0].unit else "loss"
+    title = "accuracy (%)" if rows[0].metric == "accuracy" else loss
     shape = layout(title, f"{expense.title} ({unit})", height=400)
     shape["showlegend"] = False  # one legend for all figures stands above them
     shape["margin"] |= {"t": 16}

@@ -136,6 +136,7 @@ class Cell:
         energy_j: joules of training; None where there is no meter.
         break_even_step: first step at which the seconds saved exceed the overhead, as the run itself saw it.
         notes: what a reader must know about the run.
+        unit: of a loss: "nats" where it is a cross-entropy, else "".
         timing: what it takes on an idle machine; None where that was not measured.
         history: loss and accuracy over the run.
         record: the ledger, None where there is none.
@@ -169,6 +170,7 @@ class Cell:
     energy_j: float | None = None
     break_even_step: int | None = None
     notes: str = ""
+    unit: str = "nats"
     timing: Timing | None = None
     history: tuple[Point, ...] = ()
     record: Record | None = None
@@ -313,6 +315,7 @@ def read_cell(folder: Path, line: Mapping[str, Any], where: str, remarks: list[s
         energy_j=number(line.get("energy_j")),
         break_even_step=whole(line.get("break_even_step")),
         notes=str(line.get("notes") or ""),
+        unit=str(line["unit"]) if isinstance(line.get("unit"), str) else "nats",
         history=read_history(home, name, remarks),
         record=read_record(home, name, remarks),
     )

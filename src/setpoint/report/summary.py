@@ -34,6 +34,7 @@ class Row:
         budget: the fraction asked for, None where there is none.
         label: the method, with its budget where the task has several.
         metric: "accuracy" or "loss".
+        unit: of a loss: "nats" where it is a cross-entropy, else "".
         split: "test" or "validation": what the metric was measured on.
         clock: where the seconds come from: "timed", "interleaved" or "shared", see `clock_of`.
         num_seeds: how many runs are behind the row.
@@ -68,6 +69,7 @@ class Row:
     budget: float | None
     label: str
     metric: str
+    unit: str
     split: str
     clock: str
     num_seeds: int
@@ -181,6 +183,7 @@ def summarise(label: str, groups: Mapping[str, Sequence[Cell]]) -> Row:
         budget=first.budget,
         label=label,
         metric=first.metric,
+        unit=first.unit,
         split=first.split,
         clock=clock,
         num_seeds=len(cells),
