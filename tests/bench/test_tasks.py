@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import pickle
+import random
+import sys
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -188,6 +191,13 @@ def test_own_task(own: str) -> None:
     score = task.evaluate(model, "validation")
     assert score.accuracy is None
     assert score.loss > 0
+
+
+def test_own_task_in_a_file_called_like_a_module(tmp_path: Path) -> None:
+    """A file may be called like a standard module: that module stays what it is."""
+    (tmp_path / "random.py").write_text(OWN_TASK, encoding="utf-8")
+    assert task_named(f"{tmp_path / 'random.py'}:points").name == "points"
+    assert sys.modules["random"] is random and importlib.import_module("random").random() < 1
 
 
 @pytest.mark.parametrize(

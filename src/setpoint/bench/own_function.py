@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 import traceback
@@ -25,6 +26,8 @@ def is_own_function(target: str) -> bool:
 def own_function(target: str) -> Callable[[], Any]:
     """The function of a Python file; modules beside the file can be imported by it.
 
+    The file is loaded under a name of its own, so that it may be called like any module there is.
+
     Raises:
         BenchError: there is no such file, or it has no such function.
     """
@@ -32,10 +35,12 @@ def own_function(target: str) -> Callable[[], Any]:
     path = Path(file)
     if not path.is_file():
         raise BenchError(f"no file {path}: give an existing Python file as module.py:function")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(f"own_{path.stem}", path)
     assert spec is not None and spec.loader is not None, "a .py file always has a loader"
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and pickle look their module up there
+    if path.stem in sys.stdlib_module_names:
+        importlib.import_module(path.stem)  # before the file's folder hides it
     sys.path.insert(0, str(path.resolve().parent))
     try:
         spec.loader.exec_module(module)
