@@ -347,6 +347,21 @@ def test_energy_is_read_while_training_runs(tmp_path: Path, monkeypatch: pytest.
     assert later.energy_j is not None and later.energy_j > 3 + 1
 
 
+def test_budgets_that_differ_a_little_have_folders_of_their_own() -> None:
+    """Any two budgets have names of their own; round ones keep their short names."""
+    names = [cell.name for cell in grid(TASK, [Setpoint()], [0.3333333, 0.3333334, 0.5, 1.0], [0])]
+    assert names == [f"digits-setpoint-{text}-seed0" for text in ("0.3333333", "0.3333334", "0.5", "1")]
+
+
+@pytest.mark.parametrize("value", ["1", "-0.1", "nan", "2"])
+def test_a_lasso_that_is_no_share_is_refused(value: str) -> None:
+    """A penalty that is the whole loss or more, or none of it, is an error that says what it may be."""
+    with pytest.raises(BenchError, match="lasso is the penalty's share of the loss, at least 0 and below 1, got"):
+        method_named(f"prunetrain@lasso={value}")
+    with pytest.raises(BenchError, match="is a number, got 'much'"):
+        method_named("prunetrain@lasso=much")
+
+
 def test_unknown_method_lists_the_known() -> None:
     """An unknown method is an error that lists those there are."""
     with pytest.raises(BenchError, match="dense, small, small-long"):

@@ -79,6 +79,12 @@ def test_budgets_of_a_method_are_rows_of_their_own() -> None:
     assert labels == ["dense", "small 0.5", "setpoint 0.5", "setpoint 0.25"]
 
 
+def test_budgets_that_differ_a_little_are_rows_of_their_own() -> None:
+    """Two budgets are two rows, however near they are."""
+    found = cells("setpoint", [0.8], budget=0.3333333) + cells("setpoint", [0.9], budget=0.3333334)
+    assert [row.num_seeds for row in summary_rows(Results(tuple(found)))] == [1, 1]
+
+
 def test_rivals_are_of_the_same_budget() -> None:
     """A method is compared with dense, and with the small models at its own budget alone; not with itself."""
     found = cells("dense", [0.95]) + cells("setpoint", [0.9], budget=0.5) + cells("setpoint", [0.8], budget=0.25)

@@ -194,9 +194,13 @@ def _with_settings(method: Method, name: str, settings: list[str]) -> Method:
             known = sorted(f"@{each}=NUMBER" for part in parts for each in _numbers(part))
             raise BenchError(f"unknown setting {key!r} of {method.name}: it has {', '.join(known) or 'none'}")
         try:
-            parts[places[0]] = dataclasses.replace(parts[places[0]], **{key: float(value)})
+            number = float(value)
         except ValueError as error:
             raise BenchError(f"the setting {key!r} of {method.name} is a number, got {value!r}") from error
+        try:
+            parts[places[0]] = dataclasses.replace(parts[places[0]], **{key: number})
+        except ValueError as error:
+            raise BenchError(f"{name} cannot be: {error}") from error
     own = {"name": name, "prunes": parts[1]} if len(parts) > 1 else {"name": name}
     changed: Method = dataclasses.replace(parts[0], **own)
     return changed if settings else method

@@ -24,6 +24,7 @@ from setpoint.bench.stages import Stage, hollow, load_stages, save_stages
 from setpoint.bench.task import BenchError, Score, Split, Task, dense_widths
 from setpoint.meter import Stopwatch
 from setpoint.meter.energy import find_energy_meter
+from setpoint.report.numbers import exact
 
 STEPS_PER_TURN = 10
 WARM_UP_STEPS = 3
@@ -50,7 +51,7 @@ class Cell:
     @property
     def name(self) -> str:
         """Name of the cell, and of its folder."""
-        budget = "" if self.budget is None else f"-{self.budget:g}"
+        budget = "" if self.budget is None else f"-{exact(self.budget)}"
         return f"{self.task.name}-{self.method.name}{budget}-seed{self.seed}"
 
 

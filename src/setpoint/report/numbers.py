@@ -21,6 +21,15 @@ def scale(largest: float, unit: str) -> tuple[float, str]:
     return 1.0, unit
 
 
+def exact(value: float) -> str:
+    """A number in as many digits as tell it from every other.
+
+    >>> exact(0.25), exact(1.0), exact(1 / 3)
+    ('0.25', '1', '0.3333333333333333')
+    """
+    return repr(float(value)).removesuffix(".0")
+
+
 def human(value: float | None, unit: str = "") -> str:
     """A count with three digits, a prefix and a unit.
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Float64
 
+from setpoint.report.numbers import exact
 from setpoint.report.results import Cell, Results
 from setpoint.report.statistics import Difference, Estimate, difference, estimate, mean
 
@@ -124,7 +125,7 @@ def series(cells: Sequence[Cell]) -> dict[str, tuple[Cell, ...]]:
 
     for cell in sorted(cells, key=rank):
         several = cell.method != DENSE and len(budgets) > 1
-        label = f"{cell.method} {cell.budget:g}" if several and cell.budget is not None else cell.method
+        label = f"{cell.method} {exact(cell.budget)}" if several and cell.budget is not None else cell.method
         found.setdefault(label, []).append(cell)
     return {label: tuple(members) for label, members in found.items()}
 

@@ -15,7 +15,7 @@ from setpoint.bench.lasso import LassoLooped
 from setpoint.bench.looped import Looped
 from setpoint.bench.results import Result
 from setpoint.bench.rewarm import RewarmedLooped
-from setpoint.bench.task import Task, dense_widths
+from setpoint.bench.task import BenchError, Task, dense_widths
 from setpoint.controller.plan import Controller
 from setpoint.sensor.reading import Sensor
 
@@ -29,7 +29,7 @@ class Setpoint:
         name: name on the command line and in result files.
         controller: decides what goes and when; None for Setpoint's own.
         sensor: makes what takes the readings; None for Setpoint's own.
-        lasso: share of a group-lasso penalty in the first step's loss; 0 for none.
+        lasso: share of a group-lasso penalty in the first step's loss, below 1; 0 for none.
         rewarm: share of the run over which the learning rate rises again after each cut; 0 for none.
         paper: where the variant comes from.
         family: kind of method, for reports.
@@ -37,6 +37,9 @@ class Setpoint:
         granularity: "unit", or "weight" for masks on single weights, whose *theoretical* FLOPs meet the budget.
         sized: always.
         needs: nothing.
+
+    Raises:
+        BenchError: the lasso or the rewarming is no share.
     """
 
     name: str = "setpoint"
@@ -50,6 +53,12 @@ class Setpoint:
     resource: str = "flops"
     sized: bool = True
     needs: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.lasso < 1:
+            raise BenchError(f"lasso is the penalty's share of the loss, at least 0 and below 1, got {self.lasso:g}")
+        if not 0 <= self.rewarm <= 1:
+            raise BenchError(f"rewarm is a share of the run, from 0 to 1, got {self.rewarm:g}")
 
     def course(self, task: Task, budget: float, needed: Mapping[str, Result]) -> Course:
         """The dense widths."""
