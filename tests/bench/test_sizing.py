@@ -54,6 +54,17 @@ def test_unreachable_budget() -> None:
         fit_widths({"a": Dimension(64, 4), "b": Dimension(64, 4)}, lambda widths: widths["a"] * widths["b"], 15)
 
 
+def test_unreachable_budget_of_a_task() -> None:
+    """For a task the error names the least budget as a fraction, and that one can be met."""
+    task = digits(width=8)
+    with pytest.raises(BenchError, match="ask for at least that budget") as found:
+        small_widths(task, 0.001)
+    least = float(str(found.value).split("narrowest costs ")[1].split()[0])
+    widths = small_widths(task, least)
+    costs = [step_flops(task.build(each, META), task.example()) for each in (widths, dense_widths(task))]
+    assert costs[0] <= least * costs[1]
+
+
 def test_sizing_draws_no_random_numbers() -> None:
     """Sizing leaves the global random state as it was."""
     state = torch.get_rng_state()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 
 import torch
 
@@ -20,14 +21,28 @@ def small_widths(task: Task, budget: float) -> dict[str, int]:
         budget: fraction of the dense model's FLOPs per optimizer step.
 
     Raises:
-        BenchError: even the narrowest model costs more.
+        BenchError: even the narrowest model costs more; the message says what share of the dense one.
     """
     example = task.example()
 
     def cost(widths: Mapping[str, int]) -> float:
         return float(step_flops(task.build(widths, torch.device("meta")), example))
 
-    return fit_widths(task.dimensions, cost, budget * cost(dense_widths(task)))
+    dense, least = cost(dense_widths(task)), cost(scaled_widths(task.dimensions, 0.0))
+    if least > budget * dense:
+        raise BenchError(
+            f"no model of {task.name} meets a budget of {budget:g}: the narrowest costs "
+            f"{math.ceil(1e4 * least / dense) / 1e4:g} of the dense one; ask for at least that budget"
+        )
+    return fit_widths(task.dimensions, cost, budget * dense)
+
+
+def scaled_widths(dimensions: Mapping[str, Dimension], factor: float) -> dict[str, int]:
+    """Every width scaled by a factor, rounded down to whole blocks, of which one at least is left."""
+    return {
+        name: min(d.dense, max(1, int(d.dense * factor / d.multiple_of)) * d.multiple_of)
+        for name, d in dimensions.items()
+    }
 
 
 def fit_widths(
@@ -49,13 +64,7 @@ def fit_widths(
     >>> fit_widths({"a": Dimension(100), "b": Dimension(10)}, lambda w: w["a"] * w["b"], 500)
     {'a': 71, 'b': 7}
     """
-
-    def scaled(factor: float) -> dict[str, int]:
-        return {
-            name: min(d.dense, max(1, int(d.dense * factor / d.multiple_of)) * d.multiple_of)
-            for name, d in dimensions.items()
-        }
-
+    scaled = partial(scaled_widths, dimensions)
     if cost(scaled(0.0)) > limit:
         raise BenchError(f"the narrowest model costs {cost(scaled(0.0)):.4g}, over the limit of {limit:.4g}")
     low, high = 0.0, 1.0
