@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from setpoint.bench.results import load_results
+from setpoint.bench.task import BenchError
 from setpoint.errors import ReportError
 from setpoint.report.results import read_results
 
@@ -34,6 +36,18 @@ def test_a_half_written_line_is_left_out_and_said(make_results: Any) -> None:
     assert len(results.cells[0].history) == 510
     assert results.cells[0].record and len(results.cells[0].record.entries) == 8
     assert "line 2 of results.jsonl is not a complete JSON object and was left out" in results.remarks
+
+
+def test_a_damaged_result_is_refused(make_results: Any) -> None:
+    """A line of the results that is broken and not the last is an error for the report as it is for `bench`."""
+    folder = make_results(methods=("dense", "setpoint"), seeds=(0,))
+    path = folder / "results.jsonl"
+    first, second = path.read_text().splitlines()
+    path.write_text(f"{first[:40]}\n{second}\n")
+    with pytest.raises(ReportError, match="line 1 of .*results.jsonl is damaged: delete that line"):
+        read_results(folder)
+    with pytest.raises(BenchError, match="line 1 of .*results.jsonl is damaged: delete that line"):
+        load_results(folder)
 
 
 def test_a_damaged_ledger_is_said(make_results: Any) -> None:

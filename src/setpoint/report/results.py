@@ -200,14 +200,14 @@ class Results:
 def read_results(folder: Path) -> Results:
     """Read a results folder.
 
-    A half-written line, as a run that was interrupted leaves it, is left out and remarked upon; so
+    A half-written last line, as a run that was interrupted leaves it, is left out and remarked upon; so
     are missing histories and ledgers.
 
     Args:
         folder: holds `results.jsonl` and the cells' folders (see docs/results-format.md).
 
     Raises:
-        ReportError: if there is no results file or no result in it, or if one has an unknown schema
+        ReportError: if there is no results file or no result in it, or if one is damaged, has an unknown schema
             or lacks what every result has.
     """
     path = folder / RESULTS
@@ -215,7 +215,7 @@ def read_results(folder: Path) -> Results:
         raise ReportError(f"no {RESULTS} in {folder}: give the folder that `setpoint bench --out` wrote")
     remarks: list[str] = []
     cells: dict[tuple[Any, ...], Cell] = {}
-    for position, line in enumerate(read_lines(path, RESULTS, remarks), start=1):
+    for position, line in enumerate(read_lines(path, RESULTS, remarks, whole=True), start=1):
         cell = read_cell(folder, line, f"result {position} of {path}", remarks)
         key = (cell.task, cell.method, cell.budget, cell.seed)
         cells.pop(key, None)
@@ -254,8 +254,18 @@ def read_timings(folder: Path, remarks: list[str]) -> dict[tuple[Any, ...], Timi
     return found
 
 
-def read_lines(path: Path, name: str, remarks: list[str]) -> list[dict[str, Any]]:
-    """The JSON objects of a file, one per line; incomplete lines are left out and remarked upon."""
+def read_lines(path: Path, name: str, remarks: list[str], *, whole: bool = False) -> list[dict[str, Any]]:
+    """The JSON objects of a file, one per line; incomplete lines are left out and remarked upon.
+
+    Args:
+        path: the file.
+        name: its name for people.
+        remarks: where to remark.
+        whole: whether only a last line without an end may be incomplete, as an interruption leaves it.
+
+    Raises:
+        ReportError: another line of a whole file is incomplete.
+    """
     found = []
     with path.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, start=1):
@@ -267,6 +277,8 @@ def read_lines(path: Path, name: str, remarks: list[str]) -> list[dict[str, Any]
                 value = None
             if isinstance(value, dict):
                 found.append(value)
+            elif whole and line.endswith("\n"):
+                raise ReportError(f"line {number} of {path} is damaged: delete that line and run its cell again")
             else:
                 remarks.append(f"line {number} of {name} is not a complete JSON object and was left out")
     return found
