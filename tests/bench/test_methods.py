@@ -9,17 +9,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import setpoint
 from setpoint.bench.counter import step_flops
 from setpoint.bench.digits import digits
+from setpoint.bench.family import ByFactor, ByWidths
 from setpoint.bench.found import found_widths
 from setpoint.bench.method import METHODS, Method, Setpoint, method_named
 from setpoint.bench.methods.scratch import SmallFound
+from setpoint.bench.recipe import Recipe
 from setpoint.bench.results import MODEL, Result
-from setpoint.bench.task import BenchError, dense_widths
+from setpoint.bench.simple_task import SimpleTask
+from setpoint.bench.task import BenchError, Dimension, dense_widths
+from setpoint.bench.tensors import Tensors
 from setpoint.bench.training import Cell, train
 from setpoint.bench.weight_flops import weight_flops
+from setpoint.groups.trace import find_groups
 from setpoint.ledger import Ledger
 
 TASK = digits(epochs=1, width=16)
@@ -137,6 +143,23 @@ def test_small_found_refuses_what_it_cannot_build(runs: Runs) -> None:
     """A group that no dimension sets is an error that names it."""
     with pytest.raises(BenchError, match="no dimension for the width of mystery"):
         found_widths(TASK, {"mystery": 3})
+
+
+def test_small_found_on_a_task_of_ones_own() -> None:
+    """A family with a name for each width can be built as wide as it was pruned; one by a factor says what to do."""
+
+    def net(first: int, second: int) -> nn.Module:
+        return nn.Sequential(nn.Linear(2, first), nn.ReLU(), nn.Linear(first, second), nn.ReLU(), nn.Linear(second, 2))
+
+    inputs = torch.zeros(20, 2), torch.zeros(20).long()
+    data, recipe = Tensors(train=inputs, test=inputs), Recipe(steps=1, batch=4)
+    named = {"first": Dimension(32), "second": Dimension(32)}
+    task = SimpleTask("own", ByWidths(named, lambda widths: net(widths["first"], widths["second"])), data, recipe)
+    groups = [group.name for group in find_groups(task.build(dense_widths(task)), task.example())]
+    assert found_widths(task, dict(zip(groups, (20, 7), strict=True))) == {"first": 20, "second": 7}
+    factor = SimpleTask("own", ByFactor(lambda factor: net(round(32 * factor), round(32 * factor))), data, recipe)
+    with pytest.raises(BenchError, match="no dimension for the width of .*ByWidths in place of ByFactor"):
+        found_widths(factor, dict(zip(groups, (20, 7), strict=True)))
 
 
 def test_needs_are_said(tmp_path: Path) -> None:

@@ -41,7 +41,8 @@ def found_widths(task: Task, widths: Mapping[str, int]) -> dict[str, int]:
     if unset:
         raise BenchError(
             f"{task.name} has no dimension for the width of {', '.join(sorted(unset))}: a model of these widths cannot "
-            "be built from scratch, so small-found has nothing to train; leave it out of --methods"
+            "be built from scratch, so small-found has nothing to train; leave it out of --methods, or give the task a "
+            "family with a dimension for each width (a task of your own: ByWidths in place of ByFactor)"
         )
     return built
 
