@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from setpoint.controller.horizon import least_run, step_limit
+from setpoint.controller.horizon import least_run, most_per_step, step_limit
 from setpoint.controller.reference import Reference
 
 
@@ -57,4 +57,23 @@ def test_the_least_run_is_dense_until_the_first_decision() -> None:
     """No run spends less than the dense steps before the first decision and the cheapest model after it."""
     reference = Reference()
     first = min(step for step in range(1, 1001) if reference.due(step, 1000))
-    assert least_run(reference, 1000, start=2.0, cheapest=0.5) == 2.0 * first + 0.5 * (1000 - first)
+    assert least_run(reference, 0, 1000, present=2.0, cheapest=0.5) == 2.0 * first + 0.5 * (1000 - first)
+
+
+@given(st.integers(30, 3000), st.integers(1, 16), st.floats(0.01, 0.9), st.floats(1.0, 1.2), st.data())
+@settings(deadline=None, max_examples=50)
+def test_a_run_that_keeps_to_the_most_is_never_over(
+    total_steps: int, num_cuts: int, cheapest: float, room: float, data: st.DataObject
+) -> None:
+    """From the least on: whatever decisions do within the most, there is always a next one, and the sum is met."""
+    reference = Reference(num_cuts=num_cuts)
+    budget = room * least_run(reference, 0, total_steps, present=1.0, cheapest=cheapest)
+    spent, cost = 0.0, 1.0
+    for step in range(1, total_steps + 1):
+        spent += cost
+        if reference.due(step, total_steps) and step < total_steps:
+            most = most_per_step(reference, step, total_steps, rest=budget - spent, cheapest=cheapest)
+            assert most >= cheapest * (1 - 1e-9)
+            lowest, highest = min(cheapest, most), min(cost, most)
+            cost = lowest + data.draw(st.sampled_from([0.0, 0.5, 1.0])) * (max(highest, lowest) - lowest)
+    assert spent <= budget * (1 + 1e-9)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from torch import nn
 
 import setpoint
 from controller.plants import after, chain, lognormal, observe, residual
+from setpoint.controller.gates import GatedController
 from setpoint.controller.priced import PricedController
 from setpoint.controller.reference import Reference
 from setpoint.cost.budget import Budget
@@ -132,11 +135,29 @@ def test_wait_is_exact() -> None:
 def test_a_budget_that_is_spent_or_cannot_be_met_is_refused() -> None:
     """The error says what is spent, or the least that the run can do."""
     run = RunBudget(Budget.fraction(0.5, of="flops", per="run"), Reference(), dense=1.0)
-    with pytest.raises(BudgetError, match="is spent already"):
+    with pytest.raises(BudgetError, match=r"is spent already: .* by step 600.*at least Budget.fraction\(0\.\d+, of="):
         run.check(1000, step=600, spent=600.0, present=0.5, cheapest=0.1)
     with pytest.raises(BudgetError, match=r"at least Budget.fraction\(0\.\d+, of='flops', per='run'\)"):
         run.check(1000, step=0, spent=0.0, present=1.0, cheapest=0.6)
     run.check(1000, step=0, spent=0.0, present=1.0, cheapest=0.1)
+
+
+def test_a_most_that_the_guards_would_miss_lifts_them() -> None:
+    """On the way down slew limit and ramp hold where they leave a step within the most, and give way elsewhere."""
+    groups, cost = chain(64, 64)
+    dense, controller = cost.total(widths_of(groups)), PricedController()
+    reading = Reading(81, lognormal(groups), num_samples=64, calibrated=True)
+    seen = observe(groups, cost, limit=0.3 * dense, dense=dense, reading=reading, step=81, total_steps=1000)
+    plain = after(groups, controller.decide(controller.init(groups), seen, cost, groups)[1])
+    for share in (0.95, 0.5, 0.1, 0.001):
+        bound = replace(seen, most={"flops": share * dense})
+        cut = after(groups, controller.decide(controller.init(groups), bound, cost, groups)[1])
+        if share == 0.95:
+            assert widths_of(cut) == widths_of(plain)
+        elif share == 0.001:
+            assert [group.num_units for group in cut] == [1, 1]
+        else:
+            assert 0.9 * share * dense < cost.total(widths_of(cut)) <= share * dense
 
 
 def net(seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer, torch.Tensor]:
@@ -169,6 +190,91 @@ def test_a_real_run_lands_on_its_budget(block: int, fraction: float) -> None:
     assert summary.limit_run["flops"] == pytest.approx(fraction * 300 * summary.dense_flops)
     assert 0.99 <= summary.spent_run["flops"] / summary.limit_run["flops"] <= 1 + 1e-12
     assert summary.spent_run["flops"] == summary.train_flops
+
+
+LATE = Reference(warmup=0.3, settle=0.6, land=0.9)
+CONTROLLERS: dict[str, dict[str, Any]] = {
+    "priced": {},
+    "adaptive": {"reference": "adaptive"},
+    "late": {"reference": LATE},
+    "two cuts": {"reference": Reference(num_cuts=2)},
+    "regrowing": {"controller": PricedController(regrow=True)},
+    "gated": {"controller": GatedController()},
+    "gated late": {"controller": GatedController(PricedController(LATE))},
+}
+
+
+@pytest.mark.parametrize("total_steps", [30, 300])
+@pytest.mark.parametrize("name", CONTROLLERS)
+def test_the_least_that_is_advised_is_met(name: str, total_steps: int) -> None:
+    """A budget that cannot be met is refused with a least, as rounded, that the run then meets; one below it is not."""
+    settings, batch = CONTROLLERS[name], 512 if "gated" in name else 32
+    model, optimizer, x = net()
+    x = torch.randn(batch, 8)
+    with pytest.raises(BudgetError, match="cannot be met|is spent already") as refused:
+        low = Budget.fraction(0.03, of="flops", per="run")
+        setpoint.attach(model, optimizer, low, example=(x,), total_steps=total_steps, **settings)
+    advice = re.search(r"Ask for at least Budget\.fraction\(([\d.]+), of='flops', per='run'\)$", str(refused.value))
+    assert advice is not None
+    least = float(advice[1])
+    for fraction in (least, 1.1 * least):
+        model, optimizer, x = net()
+        x = torch.randn(batch, 8)
+        budget = Budget.fraction(fraction, of="flops", per="run")
+        loop = setpoint.attach(model, optimizer, budget, example=(x,), total_steps=total_steps, **settings)
+        train(loop, model, optimizer, x, total_steps)
+        summary = loop.finish()
+        assert summary.landed, summary.reason
+        assert summary.spent_run["flops"] <= summary.limit_run["flops"] * (1 + 1e-12)
+        assert summary.limit_run["flops"] < 1.3 * summary.spent_run["flops"]
+    model, optimizer, x = net()
+    with pytest.raises(BudgetError, match="cannot be met"):
+        low = Budget.fraction(least - 0.002, of="flops", per="run")
+        setpoint.attach(model, optimizer, low, example=(torch.randn(batch, 8),), total_steps=total_steps, **settings)
+
+
+@pytest.mark.parametrize("fraction", [0.3, 0.6])
+@pytest.mark.parametrize("name", ["gated", "gated late"])
+def test_what_gates_learn_is_planned_for(name: str, fraction: float) -> None:
+    """FLOPs of learning, those of the landing included, are in the budget: the run ends within 1 % of it, not over."""
+    model, optimizer, _ = net()
+    x, budget = torch.randn(2048, 8), Budget.fraction(fraction, of="flops", per="run")
+    controller = CONTROLLERS[name]["controller"]
+    if name == "gated late" and fraction == 0.3:
+        fraction, budget = 0.5, Budget.fraction(0.5, of="flops", per="run")
+    loop = setpoint.attach(model, optimizer, budget, example=(x,), total_steps=300, controller=controller)
+    train(loop, model, optimizer, x, 300)
+    summary = loop.finish()
+    assert summary.landed, summary.reason
+    assert summary.overhead_flops > controller.flops(loop.groups)
+    assert 0.99 <= summary.spent_run["flops"] / summary.limit_run["flops"] <= 1 + 1e-12
+
+
+def test_gates_that_do_not_learn_cost_nothing() -> None:
+    """Where nothing is dropped the network does not run, and its FLOPs are not counted."""
+    spent = []
+    for controller in (PricedController(), GatedController()):
+        model, optimizer, x = net()
+        budget = Budget.fraction(1.0, of="flops")
+        loop = setpoint.attach(model, optimizer, budget, example=(x,), total_steps=100, controller=controller)
+        train(loop, model, optimizer, x, 100)
+        spent.append(loop.finish().overhead_flops)
+    assert spent[0] == spent[1]
+
+
+def test_advice_is_one_that_a_budget_takes() -> None:
+    """Where verification alone is more than a dense run spends, the least is told as a total; it is met."""
+    model, optimizer, x = net()
+    with pytest.raises(BudgetError, match=r"at least Budget\.total\([\d.e+]+, of='flops', per='run'\)") as refused:
+        low = Budget.fraction(0.5, of="flops", per="run")
+        setpoint.attach(model, optimizer, low, example=(x,), total_steps=2)
+    least = float(str(refused.value).split("Budget.total(")[1].split(",")[0])
+    budget = Budget.total(least, of="flops", per="run")
+    loop = setpoint.attach(model, optimizer, budget, example=(x,), total_steps=2)
+    train(loop, model, optimizer, x, 2)
+    summary = loop.finish()
+    assert summary.landed, summary.reason
+    assert 0.9 < summary.spent_run["flops"] / summary.limit_run["flops"] <= 1 + 1e-12
 
 
 def test_probes_and_regrowth_are_within_the_budget() -> None:

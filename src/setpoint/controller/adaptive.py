@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import final
@@ -48,7 +49,8 @@ class AdaptiveController:
 
     Once `rho >= alike`, or at the first decision from `deadline` on, the ramp begins there, and `inner` decides, with
     the same steps of decisions and the same settle step: a late start means fewer and larger cuts. In a run so short
-    that the first decision is to land, it lands.
+    that the first decision is to land, it lands. Where a budget of the whole run would be missed by staying dense until
+    the next decision, `inner` decides at once.
 
     Args:
         inner: decides once the model may shrink; its reference's warm-up is the earliest start.
@@ -128,7 +130,9 @@ class AdaptiveController:
             return state, replace(dense, reason=problem)
         rho = _stability(state.before, reading, observation.rank_correlation) if state.before else None
         settled = self.reference.settled(step, total_steps)
-        late = settled or step >= self.deadline * total_steps
+        metered = observation.metered.get(cost.resource, reference[cost.resource])
+        pressed = metered > observation.most.get(cost.resource, math.inf)
+        late = settled or pressed or step >= self.deadline * total_steps
         words = "this is the first reading" if rho is None else f"rank correlation with the last reading {rho:.2f}"
         if not late and (rho is None or rho < self.alike):
             state = replace(state, before=dict(reading.saliency))
@@ -136,7 +140,7 @@ class AdaptiveController:
         left = min(step / total_steps, self.reference.settle * (1 - 1e-9))
         why = "readings rank units alike" if rho is not None and rho >= self.alike else "the deadline is here"
         state = replace(state, before=None, left=left)
-        if settled:
+        if settled or pressed:
             return self.decide(state, observation, cost, groups)
         reason = f"the reference leaves dense: {why} ({words})"
         return state, replace(dense, reason=reason)

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float64
 from torch import Tensor
 
 from setpoint.controller.gate_net import GateNet
+from setpoint.controller.ladder import lowest_width
 from setpoint.controller.plan import Observation, Plan
 from setpoint.controller.priced import PricedController, PricedState
 from setpoint.controller.reference import Reference
@@ -147,7 +148,9 @@ class GatedController:
         return replace(state, priced=self.priced.grow(state.priced, regrown))
 
     def flops(self, groups: tuple[Group, ...]) -> float:
-        """FLOPs of one decision: forward and backward of each step, and a last forward, for all units."""
+        """FLOPs of a decision that drops: forward and backward of each step, and a last forward, for all units."""
+        if all(lowest_width(group) == group.num_units for group in groups):
+            return 0.0
         return (6.0 * self.steps + 2.0) * self.num_weights * sum(group.num_units for group in groups)
 
     def decide(
@@ -179,7 +182,8 @@ class GatedController:
         gated = {group.name: values for group, values in zip(groups, by_group, strict=True)}
         plan = self.priced.reordered(state.priced, plan, observation, cost, groups, gated)
         closed = float((logits < 0).double().mean())
-        return GatedState(priced, net), replace(plan, reason=f"{plan.reason}; {closed:.0%} of gates below one half")
+        reason = f"{plan.reason}; {closed:.0%} of gates below one half"
+        return GatedState(priced, net), replace(plan, reason=reason, flops=self.flops(groups))
 
 
 def _units(state: PricedState, observation: Observation, cost: Cost, groups: tuple[Group, ...], price: float) -> _Units:

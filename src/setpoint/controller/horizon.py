@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from setpoint.controller.reference import Reference
 
 _BISECTIONS = 60
@@ -54,14 +56,42 @@ def step_limit(
     return low
 
 
-def least_run(reference: Reference, total_steps: int, *, start: float, cheapest: float) -> float:
-    """The least that a run can spend: dense until the first decision, and from there on the cheapest model.
+def next_decision(reference: Reference, step: int, total_steps: int) -> int:
+    """The step of the next decision, or the end of the run where none is to come."""
+    return next((s for s in range(step + 1, total_steps + 1) if reference.due(s, total_steps)), total_steps)
+
+
+def least_run(reference: Reference, step: int, total_steps: int, *, present: float, cheapest: float) -> float:
+    """The least that the rest of a run can spend: the present model until the next decision, then the cheapest one.
 
     Args:
         reference: when decisions are made.
+        step: optimizer steps done.
         total_steps: of the whole run.
-        start: cost of a step of the dense model.
+        present: cost of a step now.
         cheapest: cost of a step of the cheapest model.
     """
-    first = next((s for s in range(1, total_steps + 1) if reference.due(s, total_steps)), total_steps)
-    return start * first + cheapest * (total_steps - first)
+    coming = next_decision(reference, step, total_steps)
+    return present * (coming - step) + cheapest * (total_steps - coming)
+
+
+def most_per_step(reference: Reference, step: int, total_steps: int, *, rest: float, cheapest: float) -> float:
+    """The most that a step may cost until the next decision, so that the cheapest model from there on spends the rest.
+
+    Where each decision keeps to it, the next one can: a run whose rest is at least `least_run` before its first
+    decision is never over its budget.
+
+    Args:
+        reference: when decisions are made.
+        step: the decision that is to be made now, in optimizer steps done.
+        total_steps: of the whole run.
+        rest: what is left to spend on the steps to come.
+        cheapest: cost of a step of the cheapest model.
+
+    >>> round(most_per_step(Reference(), 300, 1000, rest=200.0, cheapest=0.25), 3)  # decisions at 300 and 331
+    1.044
+    """
+    coming = next_decision(reference, step, total_steps)
+    if coming == step:
+        return math.inf
+    return (rest - cheapest * (total_steps - coming)) / (coming - step)

@@ -36,6 +36,8 @@ class Observation:
         probe: gain of every resting unit, or None if none was taken since the last decision.
         excess: how far the loss lies above the trend that it had before the last cut, or None if that is not known.
         last_dropped: by group, origins of the last cut's units, while they can come back.
+        most: by resource of a budget for the whole run, what a step may cost until the next decision at the most: with
+            more, not even the narrowest model would meet the budget from there on.
         rank_correlation: of the reading with the last one, by group; of balanced states, which are in order in every
             reading, of the values that the states of the last reading had then and have now.
     """
@@ -56,6 +58,7 @@ class Observation:
     excess: Excess | None = None
     last_dropped: Mapping[str, Int[np.ndarray, " _units"]] = field(default_factory=dict)
     rank_correlation: Mapping[str, float] = field(default_factory=dict)
+    most: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +77,7 @@ class Plan:
         reason: why, for people.
         grow: by group name, origins of the units that come back from the reserve, ascending.
         grow_worth: by group name, in that order: probed gain of the unit's block / what the block costs.
+        flops: that the controller has spent on learning for this decision.
         undoes: whether `grow` takes the whole last cut back, since the loss did not stand it.
         exchange: where units are single weights, share of each group's active ones that makes room for others.
     """
@@ -88,6 +92,7 @@ class Plan:
     grow: Mapping[str, Int[np.ndarray, " _units"]] = field(default_factory=dict)
     grow_worth: Mapping[str, Float64[np.ndarray, " _units"]] = field(default_factory=dict)
     exchange: float = 0.0
+    flops: float = 0.0
     undoes: bool = False
 
     def drops(self) -> bool:
@@ -155,7 +160,7 @@ class Learning(Protocol):
     """What a controller has in addition that learns by itself."""
 
     def flops(self, groups: tuple[Group, ...]) -> float:
-        """FLOPs of one decision at most, so that they can be counted as overhead."""
+        """FLOPs that one decision spends on learning at most, to be planned for; `Plan.flops` is what it has spent."""
         ...
 
 

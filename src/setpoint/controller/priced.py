@@ -73,6 +73,7 @@ class _Aim:
     metered: float | None
     settled: bool
     final: bool
+    most: float = math.inf
 
 
 @final
@@ -93,6 +94,9 @@ class PricedController:
     finer one come nearer still: predicted cost ends below the target by less than the smallest block
     that was dropped. Where blocks are coarse, cuts on the way down stop two blocks above the limit, so
     that the last one can choose a combination that comes near.
+
+    A budget of the whole run bounds what a step may cost until the next decision (`Observation.most`): where the
+    reference or a guard would leave more, they give way, on the way down as well.
 
     From `settle` on every decision tries to land: within the limit, never over. Guards that would make it
     miss are lifted there, one after the other: first the slew limit, then the density floor and the dwell;
@@ -280,7 +284,7 @@ class PricedController:
         offers = self._offers(observation, cost, groups, aim)
         best: tuple[Selection, str, list[Offer]] | None = None
         # On the way down a cut may stop above the target, but what comes back must not make it dearer than it is.
-        paid = aim.target if aim.settled else max(aim.target, aim.spent)
+        paid = min(aim.target if aim.settled else max(aim.target, aim.spent), aim.most)
         low, high = 0, len(offers)
         while low < high:
             middle = (low + high + 1) // 2
@@ -332,11 +336,14 @@ class PricedController:
         if metered is None and settled:
             target = min(target, limit)
         final = not self.regrow or self.reference.final(observation.step, observation.total_steps)
-        aim = _Aim(resource, limit, reference, target, spent, metered, settled, final)
+        most = observation.most.get(resource, math.inf) / ratio
+        aim = _Aim(resource, limit, reference, min(target, most), spent, metered, settled, final, most)
         return replace(state, start=start, feedback=feedback, metered=metered is not None), aim
 
     def _rests(self, aim: _Aim) -> bool:
         """Whether spending is where it should be: within the limit at the end, within the dead-band on the way."""
+        if aim.spent > aim.most:
+            return False
         if aim.settled and aim.metered is not None:
             return aim.metered <= aim.limit or aim.spent <= aim.target
         return aim.spent <= aim.target * (1 if aim.settled else 1 + self.deadband)
@@ -377,14 +384,16 @@ class PricedController:
         if not aim.settled:
             selection = nothing(self.slew, self.min_density, self.dwell)
             target = max(aim.target, landing + _BLOCKS_TO_LAND * block_savings(selection))
-            self._descend(selection, target, land=False)
-            return selection, "what is left to drop is left for the landing" if target > aim.target else ""
+            self._descend(selection, min(target, aim.most), land=False)
+            if selection.total <= aim.most:
+                return selection, "what is left to drop is left for the landing" if target > aim.target else ""
+        goal = aim.target if aim.settled else aim.most
         selection, lifted = nothing(self.slew, self.min_density, self.dwell), ""
-        if not self._descend(selection, aim.target, land=True):
+        if not self._descend(selection, goal, land=True):
             selection, lifted = nothing(1.0, self.min_density, self.dwell), "slew limit lifted"
-            if not self._descend(selection, aim.target, land=True):
+            if not self._descend(selection, goal, land=True):
                 unguarded = nothing(1.0, 0.0, 0)
-                if self._descend(unguarded, aim.target, land=True):
+                if self._descend(unguarded, goal, land=True) or aim.most < math.inf:
                     selection, lifted = unguarded, "slew limit, density floor and dwell lifted"
         return selection, lifted and f"{lifted}, or the limit would have been missed"
 

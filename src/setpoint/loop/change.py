@@ -17,7 +17,13 @@ from setpoint.loop.granularity import check_resources
 from setpoint.loop.metering import METERED
 from setpoint.loop.parts import Parts
 from setpoint.loop.planning import metered_at
-from setpoint.loop.run_spending import forecast, read_joules, replan, spent_so_far
+from setpoint.loop.run_spending import (
+    forecast,
+    overhead_to_come,
+    read_joules,
+    replan,
+    spent_so_far,
+)
 from setpoint.loop.target import Target, check_budgets, check_reachable
 
 if TYPE_CHECKING:
@@ -104,7 +110,11 @@ def check_runs(parts: Parts, account: Account, groups: tuple[Group, ...], step: 
     for name, run in parts.target.runs.items():
         present = parts.target.expected(name, widths)
         least = present * cheapest(parts.costs[name], groups) / parts.costs[name].total(widths)
-        run.check(parts.total_steps, step=step, spent=spent[name], present=present, cheapest=least)
+        besides = 0.0
+        if name == "flops":
+            sensing = parts.sensor.flops(groups, parts.model)
+            besides = overhead_to_come(parts, step, widths, sensing)
+        run.check(parts.total_steps, step=step, spent=spent[name], present=present, cheapest=least, besides=besides)
 
 
 def go_on_with(loop: Loop, parts: Parts) -> None:

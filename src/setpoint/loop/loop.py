@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int
 from torch import Tensor, nn
 
-from setpoint.controller.plan import Learning, Observation, Plan, regrows
+from setpoint.controller.plan import Observation, Plan, regrows
 from setpoint.cost.budget import Budget
 from setpoint.errors import GroupError, LoopError
 from setpoint.groups.group import Group, widths_of
@@ -35,7 +35,7 @@ from setpoint.loop.ranking import Ranking
 from setpoint.loop.recompiling import Recompiling
 from setpoint.loop.record import entry_of, only_kept, refusal, spread, with_drops, with_returns
 from setpoint.loop.regrowth import Regrowth
-from setpoint.loop.run_spending import read_joules, replan
+from setpoint.loop.run_spending import read_joules, replan, spare_flops
 from setpoint.loop.sensing import reads_by_hooks, release, sense
 from setpoint.loop.state import check_loading, resume, state_of
 from setpoint.loop.summary import Summary
@@ -320,7 +320,8 @@ class Loop:
             self._waits = self._waits or due and not all_made
             self._overdue = self._overdue or self._waits
             if regrowth is not None and not self._landed:
-                regrowth.begin_probe(self._step, total_steps)
+                spare = spare_flops(self._parts, self._account, self._step, self.widths, self._sensing_flops)
+                regrowth.begin_probe(self._step, total_steps, spare)
         elif self._step < total_steps:
             reopen_if_over(self)
         else:
@@ -360,8 +361,7 @@ class Loop:
                     facts["plan"] = decisions(plan)
                 self._again = again or self._again
         if plan is not None:
-            if isinstance(self._parts.controller, Learning):
-                self._account.sensed(self._parts.controller.flops(self._groups))
+            self._account.sensed(plan.flops)
             origin, before = self._origin, self.widths
             regrown, note = act(self, plan, state, reading)
             reason = f"{plan.reason}; {note}" if note else plan.reason

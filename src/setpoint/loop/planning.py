@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from setpoint.controller.ladder import lowest_width
@@ -15,7 +16,7 @@ from setpoint.groups.group import Group, widths_of
 from setpoint.loop.accounting import Account
 from setpoint.loop.parts import Parts
 from setpoint.loop.record import spending, waiting
-from setpoint.loop.run_spending import committed, stated_watts
+from setpoint.loop.run_spending import committed, learning_flops, most_per_step, overhead_to_come, stated_watts
 from setpoint.loop.stride import sensed_every
 from setpoint.loop.watch import LossWatch
 
@@ -144,13 +145,21 @@ def planned(
     controller = parts.controller
     if isinstance(controller, TolerantController) and not watch.watching:
         raise LoopError("a Tolerance needs the loss: call loop.observe(loss=...) before every optimizer.step()")
-    back = watch.roll_back(observation, controller, groups)
+    step, widths = observation.step, observation.widths
+    most = most_per_step(parts, account, step, widths, sensing_flops)
+    wider = {name: width + len(observation.last_dropped.get(name, ())) for name, width in widths.items()}
+    affordable = all(parts.target.expected(name, wider) <= value for name, value in most.items())
+    back = watch.roll_back(observation, controller, groups) if affordable else None
     if back is not None:
         return state, back, None
+    observation = replace(observation, most=most)
     after, plan = controller.decide(state, observation, parts.target.cost, groups)
     sensing = sensing_flops / sensed_every(parts.total_steps)
-    wait = parts.target.wait(plan, observation, spent=committed(parts, account, observation.step), sensing=sensing)
+    spent, deciding = committed(parts, account, step, widths), learning_flops(parts, widths)
+    later = {"flops": 0.0 if plan.landed else overhead_to_come(parts, step, widths, sensing_flops)}
+    spent = {name: value + later.get(name, 0.0) for name, value in spent.items()}
+    wait = parts.target.wait(plan, observation, spent=spent, sensing=sensing, deciding=deciding)
     if not wait:
         return after, plan, None
-    again = observation.step + wait
+    again = step + wait
     return state, waiting(plan, again), again

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -152,14 +153,24 @@ class Regrowth:
 
     # Probing.
 
-    def begin_probe(self, step: int, total_steps: int) -> None:
-        """Have resting units present in the step after this one, if the controller asks and the share allows it."""
+    def begin_probe(self, step: int, total_steps: int, spare_flops: float = math.inf) -> None:
+        """Have resting units present in the step after this one, if the controller asks and the share allows it.
+
+        Args:
+            step: optimizer steps done.
+            total_steps: of the run.
+            spare_flops: that a budget of the run leaves for it.
+        """
         controller = self._parts.controller
         if not isinstance(controller, Regrowing) or not controller.probe_due(step, total_steps):
             return
         self._chosen = self._chosen or self._affordable()
         account, extra = self._account, self._extra(self._chosen)
-        if self._chosen and account.probing_flops + extra <= _PROBE_SHARE * account.train_flops:
+        if (
+            self._chosen
+            and account.probing_flops + extra <= _PROBE_SHARE * account.train_flops
+            and extra <= spare_flops
+        ):
             self._start_probe()
 
     def _affordable(self) -> dict[str, Int[np.ndarray, " _units"]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from setpoint.controller.horizon import least_run, step_limit
+from setpoint.controller.horizon import least_run, most_per_step, next_decision, step_limit
 from setpoint.controller.reference import Reference
 from setpoint.cost.budget import IN_SECONDS, MILLISECONDS, Budget, amount
 from setpoint.errors import BudgetError
@@ -50,7 +50,9 @@ class RunBudget:
         """What a run of so many steps may spend; a fraction is one of the dense run."""
         return self.budget.absolute(self.dense * total_steps)
 
-    def check(self, total_steps: int, *, step: int, spent: float, present: float, cheapest: float) -> None:
+    def check(
+        self, total_steps: int, *, step: int, spent: float, present: float, cheapest: float, besides: float = 0.0
+    ) -> None:
         """Check that the budget can still be met.
 
         Args:
@@ -59,9 +61,10 @@ class RunBudget:
             spent: so far.
             present: cost of a step now.
             cheapest: cost of a step of the narrowest model.
+            besides: what is spent besides steps from here on.
 
         Raises:
-            BudgetError: saying what is spent already, or what the least is; or for a reference that rises.
+            BudgetError: saying what the least is, and what is spent already; or for a reference that rises.
         """
         if self.reference.dip < 1:
             raise BudgetError("a budget for the whole run is planned downwards: it needs a reference without a dip")
@@ -73,20 +76,32 @@ class RunBudget:
                 f"{words} is {limit / dense_run:,.0f} times what a dense run takes ({dense_run:.3g} s): it is in "
                 f"seconds. If you mean milliseconds, write Budget.total({limit / 1000:g}, of={resource!r}, per='run')"
             )
-        if spent >= limit:
-            raise BudgetError(f"{words} is spent already: {amount(spent, resource)} went before step {step + 1}")
-        dense_until = next((s for s in range(step + 1, total_steps + 1) if self.reference.due(s, total_steps)), None)
-        least = spent + least_run(self.reference, total_steps, start=present, cheapest=cheapest)
-        if step:
-            until = total_steps if dense_until is None else dense_until
-            least = spent + present * (until - step) + cheapest * (total_steps - until)
-        if limit < least:
+        least = spent + besides + least_run(self.reference, step, total_steps, present=present, cheapest=cheapest)
+        if limit * (1 - self.margin) < least:
+            least /= 1 - self.margin
             fraction = math.ceil(1000 * least / dense_run) / 1000
+            ask = f"fraction({fraction:g}" if fraction <= 1 else f"total({_rounded_up(least):g}"
+            cut = next_decision(self.reference, step, total_steps)
+            why = f"cannot be met: with a cut down to the narrowest model after step {cut}, the first that there can be"
+            if spent >= limit:
+                why = f"is spent already: {amount(spent, resource)} went by step {step}. Cut to the narrowest model"
             raise BudgetError(
-                f"{words} cannot be met: with the first cut down to the narrowest model the run still spends "
-                f"{amount(least, resource)} ({least / dense_run:.1%}). "
-                f"Ask for at least Budget.fraction({fraction:g}, of={resource!r}, per='run')"
+                f"{words} {why}, the run spends {amount(least, resource)} ({least / dense_run:.1%}). "
+                f"Ask for at least Budget.{ask}, of={resource!r}, per='run')"
             )
+
+    def most(self, step: int, total_steps: int, *, spent: float, cheapest: float, besides: float) -> float:
+        """The most that a step may cost until the next decision, so that the budget can still be met from there on.
+
+        Args:
+            step: optimizer steps done.
+            total_steps: of the run.
+            spent: so far.
+            cheapest: cost of a step of the narrowest model.
+            besides: what is spent besides steps from here on.
+        """
+        rest = (1 - self.margin) * self.limit(total_steps) - spent - besides
+        return most_per_step(self.reference, step, total_steps, rest=rest, cheapest=cheapest)
 
     def per_step(self, step: int, total_steps: int, *, spent: float, present: float) -> float:
         """The limit per step that the rest of the run can be held to."""
@@ -97,7 +112,15 @@ class RunBudget:
         return max(found, _FLOOR * self.dense)
 
     def wait(
-        self, step: int, total_steps: int, *, spent: float, present: float, after: float, sensing: float = 0.0
+        self,
+        step: int,
+        total_steps: int,
+        *,
+        spent: float,
+        present: float,
+        after: float,
+        sensing: float = 0.0,
+        deciding: float = 0.0,
     ) -> int:
         """Steps by which a landing had better wait, 0 for none.
 
@@ -108,6 +131,7 @@ class RunBudget:
             present: cost of a step now.
             after: cost of a step after the landing.
             sensing: cost of sensing per step, until the landing.
+            deciding: what each further decision costs, those that are due until then included.
 
         >>> run = RunBudget(Budget.total(100.0, of="flops", per="run"), Reference(), dense=1.0)
         >>> run.wait(60, 110, spent=60.0, present=1.0, after=0.6)  # 30 for 50 steps, 10 left: 25 steps more at 1.0
@@ -118,4 +142,21 @@ class RunBudget:
         saving = present + sensing - after
         if unused <= _UNUSED * limit or present <= after:
             return 0
-        return max(0, min(math.floor(unused / saving), total_steps - 1 - step))
+        most = total_steps - 1 - step
+
+        def steps(left: float) -> int:
+            return max(0, min(math.floor(left / saving), most))
+
+        until = step + steps(unused)
+        decisions = 1 + sum(self.reference.due(each, total_steps) for each in range(step + 1, until))
+        return steps(unused - sensing - deciding * decisions) if deciding else steps(unused)
+
+
+def _rounded_up(value: float) -> float:
+    """A number of three digits that is not below.
+
+    >>> _rounded_up(1234.0), _rounded_up(0.0099701)
+    (1240.0, 0.00998)
+    """
+    unit = 10.0 ** (math.floor(math.log10(value)) - 2)
+    return float(f"{math.ceil(value / unit) * unit:.3g}")

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 
+from setpoint.controller.horizon import next_decision
 from setpoint.controller.ladder import lowest_width
+from setpoint.controller.plan import Learning, regrows
 from setpoint.cost.budget import amount
 from setpoint.cost.energy import EnergyCost
 from setpoint.loop.accounting import Account
 from setpoint.loop.parts import Parts
+from setpoint.loop.stride import sensed_every
 
 
 def stated_watts(parts: Parts) -> float | None:
@@ -34,20 +39,100 @@ def spent_so_far(parts: Parts, account: Account) -> dict[str, float]:
     return {name: found[name] for name in parts.target.runs}
 
 
-def committed(parts: Parts, account: Account, step: int) -> dict[str, float]:
+def committed(parts: Parts, account: Account, step: int, widths: Mapping[str, int]) -> dict[str, float]:
     """By resource of a run budget, what has been spent, and what will be besides optimizer steps.
 
-    Of seconds that is what the user's own code has taken between steps so far, step for step; of joules, where they are
-    watts times seconds, likewise.
+    Of FLOPs that is what a controller that learns spends on the decision at hand. Of seconds it is what the user's own
+    code has taken between steps so far, step for step; of joules, where they are watts times seconds, likewise.
 
     Args:
         parts: what the loop is made of.
         account: what has been spent.
         step: optimizer steps done.
+        widths: that the decision is made at.
     """
     seconds = max(0, parts.total_steps - step) * account.extra_seconds_per_step
-    besides = {"latency": seconds, "energy": seconds * (stated_watts(parts) or 0.0)}
+    learning = learning_flops(parts, widths)
+    besides = {"flops": learning, "latency": seconds, "energy": seconds * (stated_watts(parts) or 0.0)}
     return {name: value + besides.get(name, 0.0) for name, value in spent_so_far(parts, account).items()}
+
+
+def narrowest(parts: Parts) -> dict[str, int]:
+    """Widths of the narrowest model."""
+    return {group.name: lowest_width(group) for group in parts.groups}
+
+
+def learning_flops(parts: Parts, widths: Mapping[str, int]) -> float:
+    """FLOPs that one decision at these widths spends on learning at the most; 0 where the controller does not learn."""
+    if not isinstance(parts.controller, Learning):
+        return 0.0
+    return parts.controller.flops(tuple(replace(group, num_units=widths[group.name]) for group in parts.groups))
+
+
+def overhead_to_come(parts: Parts, step: int, widths: Mapping[str, int], sensing_flops: float) -> float:
+    """FLOPs that go besides steps from here to the landing at the latest: on sensing, and on one more decision.
+
+    After one that spends more than is left the narrowest model is all that a budget of the run allows, and for that
+    nothing is learned. Where a decision can land, nothing goes any more.
+
+    Args:
+        parts: what the loop is made of.
+        step: optimizer steps done.
+        widths: present widths.
+        sensing_flops: of one sensing.
+    """
+    if "flops" not in parts.target.runs:
+        return 0.0
+    reference, total_steps = parts.target.runs["flops"].reference, parts.total_steps
+
+    def lands(at: int) -> bool:
+        open_still = regrows(parts.controller) and not reference.final(at, total_steps)
+        return reference.settled(at, total_steps) and not open_still
+
+    if lands(step):
+        return 0.0
+    due = (at for at in range(step + 1, total_steps) if reference.due(at, total_steps))
+    landing = next((at for at in due if lands(at)), total_steps)
+    num_sensed = -(-(landing - step) // sensed_every(total_steps))
+    return num_sensed * sensing_flops + learning_flops(parts, widths)
+
+
+def most_per_step(
+    parts: Parts, account: Account, step: int, widths: Mapping[str, int], sensing_flops: float
+) -> dict[str, float]:
+    """By resource of a run budget, the most that a step may cost from this decision to the next.
+
+    Args:
+        parts: what the loop is made of.
+        account: what has been spent.
+        step: optimizer steps done.
+        widths: present widths.
+        sensing_flops: of one sensing.
+    """
+    return parts.target.most(
+        step,
+        parts.total_steps,
+        spent=committed(parts, account, step, widths),
+        narrowest=narrowest(parts),
+        besides=overhead_to_come(parts, step, widths, sensing_flops),
+    )
+
+
+def spare_flops(parts: Parts, account: Account, step: int, widths: Mapping[str, int], sensing_flops: float) -> float:
+    """FLOPs that a budget of the run has left for other things than steps at present widths, until the next decision.
+
+    Args:
+        parts: what the loop is made of.
+        account: what has been spent.
+        step: optimizer steps done.
+        widths: present widths.
+        sensing_flops: of one sensing.
+    """
+    if "flops" not in parts.target.runs or step >= parts.total_steps:
+        return math.inf
+    most = most_per_step(parts, account, step, widths, sensing_flops)["flops"]
+    coming = next_decision(parts.target.runs["flops"].reference, step, parts.total_steps)
+    return (most - parts.target.expected("flops", widths)) * (coming - step)
 
 
 def read_joules(parts: Parts, account: Account, widths: Mapping[str, int]) -> None:
@@ -74,8 +159,8 @@ def replan(parts: Parts, account: Account, step: int, widths: Mapping[str, int])
         widths: present widths.
     """
     read_joules(parts, account, widths)
-    parts.target.replan(step, parts.total_steps, spent=committed(parts, account, step), widths=widths)
-    least = forecast(parts, account, step, {group.name: lowest_width(group) for group in parts.groups})
+    parts.target.replan(step, parts.total_steps, spent=committed(parts, account, step, widths), widths=widths)
+    least = forecast(parts, account, step, narrowest(parts))
     for name, run in parts.target.runs.items():
         limit = run.limit(parts.total_steps)
         if 0 < step < parts.total_steps and least[name] > limit and name not in account.said:
@@ -98,5 +183,5 @@ def forecast(parts: Parts, account: Account, step: int, widths: Mapping[str, int
         widths: by group.
     """
     left = max(0, parts.total_steps - step)
-    spent = committed(parts, account, step)
+    spent = committed(parts, account, step, widths)
     return {name: value + left * parts.target.expected(name, widths) for name, value in spent.items()}

@@ -169,14 +169,46 @@ class Target:
             limit = run.per_step(step, total_steps, spent=spent[name], present=present)
             self._limit[name] = limit if step < total_steps else max(limit, present)  # then a cut saves nothing
 
-    def wait(self, plan: Plan, observation: Observation, *, spent: Mapping[str, float], sensing: float) -> int:
+    def most(
+        self, step: int, total_steps: int, *, spent: Mapping[str, float], narrowest: Mapping[str, int], besides: float
+    ) -> dict[str, float]:
+        """By resource of budgets of the whole run, the most that a step may cost until the next decision.
+
+        Args:
+            step: optimizer steps done.
+            total_steps: of the run.
+            spent: so far, by resource.
+            narrowest: widths of the narrowest model.
+            besides: FLOPs that are spent besides steps from here on; what a meter reads has them in it.
+        """
+        return {
+            name: run.most(
+                step,
+                total_steps,
+                spent=spent[name],
+                cheapest=self.expected(name, narrowest),
+                besides=besides if name == "flops" else 0.0,
+            )
+            for name, run in self.runs.items()
+        }
+
+    def wait(
+        self,
+        plan: Plan,
+        observation: Observation,
+        *,
+        spent: Mapping[str, float],
+        sensing: float,
+        deciding: float = 0.0,
+    ) -> int:
         """Steps by which the last cut had better wait, so that the budget of the run is used up; 0 for none.
 
         Args:
-            plan: that may be the last cut: any from the settle step on.
+            plan: that may be the last cut: one that lands, and any from the settle step on.
             observation: that it was made on.
             spent: so far, by resource.
             sensing: FLOPs of sensing per step; what a meter reads has it in it.
+            deciding: FLOPs of each further decision, likewise.
         """
         if not plan.drops():
             return 0
@@ -193,9 +225,10 @@ class Target:
                 present=self.expected(name, widths),
                 after=self.expected(name, after),
                 sensing=sensing if name == "flops" else 0.0,
+                deciding=deciding if name == "flops" else 0.0,
             )
             for name, run in self.runs.items()
-            if run.reference.settled(step, total_steps)
+            if plan.landed or run.reference.settled(step, total_steps)
         )
         return min(waits, default=0)
 
