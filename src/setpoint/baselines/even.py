@@ -10,12 +10,9 @@ from jaxtyping import Float64
 
 from setpoint.controller.ladder import Ladder, build_ladder
 from setpoint.controller.plan import Observation, Plan
-from setpoint.controller.selection import Selection, add_back, block_savings, descend, start, weigh
+from setpoint.controller.selection import Selection, add_back, descend, start, weigh
 from setpoint.cost.cost import Cost
-from setpoint.groups.group import Group, keep_all
-
-BLOCKS_TO_LAND = 2
-"""Blocks of mean size that are left for the landing to choose from, where it is not known what it will drop."""
+from setpoint.groups.group import Group, keep_all, widths_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,15 +35,13 @@ def even_plan(
     groups: tuple[Group, ...],
     target: float,
     reason: str,
-    *,
-    floor: Mapping[str, int] | None = None,
     sure: Mapping[str, int] | None = None,
 ) -> Plan:
     """Drop the least salient units, block by block from the group of highest density, down to the target.
 
-    At the target no single dropped block could be given back. It has landed once the cost is within the limit; a
-    target above it leaves something to drop for the landing: blocks down to `floor`, or without a floor two blocks of
-    mean size.
+    At the target no single dropped block could be given back. No group goes below the width at which it is to land,
+    so that a coarse block on the way down does not cost more than the limit demands. It has landed once the cost is
+    within the limit.
 
     Args:
         state: dense widths.
@@ -55,17 +50,17 @@ def even_plan(
         groups: the groups as they are now.
         target: cost to come down to, not below the limit.
         reason: why, for people.
-        floor: widths to land on, if they are known; no group goes below.
         sure: by group, how many of its least salient units go whatever the target, until the limit is met.
     """
     assert observation.reading is not None
-    limit = observation.limit[cost.resource]
-    ladders = _ladders(state.dense, groups, observation.reading.saliency, floor or {})
+    limit, saliency = observation.limit[cost.resource], observation.reading.saliency
+    free = _ladders(state.dense, groups, saliency, {})
+    most = {name: width - _whole(free[name], (sure or {}).get(name, 0)) for name, width in widths_of(groups).items()}
+    floor = landing_widths(cost, {**observation.widths, **most}, state.dense, groups, limit)
+    ladders = _ladders(state.dense, groups, saliency, floor)
     selection = start(cost, ladders, observation.widths, "uniform")
     for name, units in (sure or {}).items():
         _drop_surely(selection, name, units, limit)
-    if target > limit and selection.total > limit and floor is None:
-        target = max(target, limit + BLOCKS_TO_LAND * block_savings(selection))
     target = max(limit, min(target, selection.total))
     descend(selection, target)
     if selection.total <= target:
@@ -107,20 +102,32 @@ def landing_widths(
 ) -> dict[str, int]:
     """The widths at which an even cut of the dense model meets the limit, and no single block can be given back.
 
+    A group that is narrower already than it would be then stays as it is, and leaves more to the others.
+
     Args:
         cost: predicts spending.
-        widths: present widths, those of groups that are not cut included.
+        widths: widths that no group is to exceed, those of groups that are not cut included.
         dense: width of each group before any cut.
-        groups: the groups as they are now.
+        groups: the groups that may be cut.
         limit: highest allowed cost.
     """
-    whole = tuple(replace(group, num_units=dense[group.name]) for group in groups)
-    ladders = _ladders(dense, whole, {group.name: np.zeros(group.num_units) for group in whole}, {})
-    selection = start(cost, ladders, {**widths, **{group.name: group.num_units for group in whole}}, "uniform")
-    descend(selection, limit)
-    if selection.total <= limit:
-        add_back(selection, limit)
-    return {group.name: selection.widths[group.name] for group in groups}
+    narrow: set[str] = set()
+    while True:
+        whole = tuple(replace(group, num_units=dense[group.name]) for group in groups if group.name not in narrow)
+        ladders = _ladders(dense, whole, {group.name: np.zeros(group.num_units) for group in whole}, {})
+        selection = start(cost, ladders, {**widths, **widths_of(whole)}, "uniform")
+        descend(selection, limit)
+        if selection.total <= limit:
+            add_back(selection, limit)
+        narrower = {name for name, width in selection.widths.items() if widths[name] < width}
+        if not narrower:
+            return {group.name: selection.widths[group.name] for group in groups}
+        narrow |= narrower
+
+
+def _whole(ladder: Ladder, units: int) -> int:
+    """Units in the whole blocks among the first `units`."""
+    return int(ladder.edges[ladder.edges <= units][-1])
 
 
 def _drop_surely(selection: Selection, name: str, units: int, limit: float) -> None:

@@ -97,7 +97,7 @@ class ReconfiguringController:
             if group.num_units
         }
         reason = f"reconfiguration: {sum(near_zero.values())} units are near zero"
-        return state, even_plan(state, observation, cost, groups, max(limit, ramp), reason, sure=near_zero)
+        return state, even_plan(state, observation, cost, groups, max(limit, ramp), reason, near_zero)
 
     def _last(self, total_steps: int) -> int:
         return max(1, round(self.end * total_steps))

@@ -9,14 +9,7 @@ from typing import final
 import numpy as np
 from jaxtyping import Bool
 
-from setpoint.baselines.even import (
-    EvenState,
-    even_cost,
-    even_density,
-    even_plan,
-    landing_widths,
-    nothing_dropped,
-)
+from setpoint.baselines.even import EvenState, even_cost, even_density, even_plan, nothing_dropped
 from setpoint.baselines.schedule import cubic_density
 from setpoint.controller.plan import Observation, Plan
 from setpoint.controller.reason import problem_with
@@ -98,8 +91,7 @@ class ScheduledController:
         if progress < 1:
             target = max(limit, even_cost(cost, observation.widths, state.dense, density))
         reason = f"open loop: density {density:.3g} in all groups"
-        floor = landing_widths(cost, observation.widths, state.dense, groups, limit)
-        return state, even_plan(state, observation, cost, groups, target, reason, floor=floor)
+        return state, even_plan(state, observation, cost, groups, target, reason)
 
     def _span(self, total_steps: int) -> tuple[int, int]:
         last = min(max(1, round(self.end * total_steps)), max(1, total_steps))
