@@ -71,9 +71,9 @@ def test_ctrl_c_in_a_probed_forward(dear: None) -> None:
     done over; after that the model is the narrow one, whole.
     """
     run = start()
-    run.train(0, 9)
+    run.train(0, 14)
     before = copied(run)
-    forward_with(run, 9, KeyboardInterrupt())
+    forward_with(run, 14, KeyboardInterrupt())
     with pytest.raises(setpoint.LoopError, match="middle of a step"):
         run.loop.state_dict()
     run.loop.detach()

@@ -89,7 +89,7 @@ def most_per_step(reference: Reference, step: int, total_steps: int, *, rest: fl
         cheapest: cost of a step of the cheapest model.
 
     >>> round(most_per_step(Reference(), 300, 1000, rest=200.0, cheapest=0.25), 3)  # decisions at 300 and 331
-    1.044
+    1.056
     """
     coming = next_decision(reference, step, total_steps)
     if coming == step:

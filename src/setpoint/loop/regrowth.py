@@ -32,7 +32,7 @@ Whole = dict[str, dict[Key, Tensor]]
 """By group, the tensors of a layer as it was before the last cut."""
 
 _PROBE_SHARE = 0.01
-"""Probing never takes more than this share of all FLOPs spent so far."""
+"""Probing never takes more than this share of the FLOPs of the steps so far."""
 
 _PROBES = 4
 """Probed steps before a decision that what may be spent is to last for."""
@@ -165,13 +165,13 @@ class Regrowth:
         if not isinstance(controller, Regrowing) or not controller.probe_due(step, total_steps):
             return
         self._chosen = self._chosen or self._affordable()
-        account, extra = self._account, self._extra(self._chosen)
-        if (
-            self._chosen
-            and account.probing_flops + extra <= _PROBE_SHARE * account.train_flops
-            and extra <= spare_flops
-        ):
+        if self._chosen and self._extra(self._chosen) <= min(self._allowance(), spare_flops):
             self._start_probe()
+
+    def _allowance(self) -> float:
+        """FLOPs that may go into probing by now: a share of those of the steps, less what it has taken."""
+        account = self._account
+        return _PROBE_SHARE * (account.train_flops - account.overhead_flops) - account.probing_flops
 
     def _affordable(self) -> dict[str, Int[np.ndarray, " _units"]]:
         """Units that can be present in a few steps for what may be spent on probing by now.
@@ -179,8 +179,8 @@ class Regrowth:
         Groups have their turns in order, each with as many blocks as are paid for; one that is too dear yet is saved
         up for.
         """
-        allowance = _PROBE_SHARE * self._account.train_flops - self._account.probing_flops
-        groups, found = self._parts.groups, dict[str, Int[np.ndarray, " _units"]]()
+        allowance, groups = self._allowance(), self._parts.groups
+        found = dict[str, Int[np.ndarray, " _units"]]()
         for _ in groups:
             group = groups[self._turn % len(groups)]
             order = self._candidates(group) if group.name in self._lossless else np.array([], dtype=np.int64)
