@@ -37,7 +37,9 @@ class Panel:
 
 
 def write_picture(results_dir: Path, out: Path, task: str | None = None, labels: Collection[str] | None = None) -> Path:
-    """Draw one task of a results folder: loss or accuracy against seconds, and FLOPs per step over steps.
+    """Draw one task of a results folder: loss or accuracy against training FLOPs, and FLOPs per step over steps.
+
+    FLOPs are counted, whatever else the machine did; the seconds in a run's history are those of its own clock.
 
     Args:
         results_dir: a folder as docs/results-format.md describes it.
@@ -66,7 +68,9 @@ def write_picture(results_dir: Path, out: Path, task: str | None = None, labels:
         )
     spending = {label: line for label, cell in groups.items() if (line := spending_line(cell))}
     factor, unit = scale(max((y for line in spending.values() for _, y in line), default=1.0), "FLOP")
-    panels = [Panel(52, f"{metric}{' (%)' if metric == 'accuracy' else ''}", "training time (s)", learning)]
+    counted, counts = scale(max(x for line in learning.values() for x, _ in line), "FLOP")
+    learned = {label: [(x / counted, y) for x, y in line] for label, line in learning.items()}
+    panels = [Panel(52, f"{metric}{' (%)' if metric == 'accuracy' else ''}", f"training {counts}", learned)]
     if spending:
         scaled = {label: [(x, y / factor) for x, y in line] for label, line in spending.items()}
         panels.append(Panel(492, f"{unit} per step", "optimizer step", scaled, from_zero=True))
@@ -76,13 +80,13 @@ def write_picture(results_dir: Path, out: Path, task: str | None = None, labels:
 
 
 def learning_line(cell: Cell, metric: str) -> Line:
-    """The metric against seconds: on validation data where there is any, else in training."""
+    """The metric against training FLOPs: on validation data where there is any, else in training."""
     factor = 100.0 if metric == "accuracy" else 1.0
     for split in ("validation", "test", "train"):
         found = [
-            (point.seconds, value * factor)
+            (point.flops, value * factor)
             for point in cell.history
-            if point.split == split and point.seconds is not None and (value := getattr(point, metric)) is not None
+            if point.split == split and point.flops is not None and (value := getattr(point, metric)) is not None
         ]
         if found:
             return found
