@@ -109,7 +109,8 @@ def test_every_width_can_be_pruned(name: str) -> None:
     groups = setpoint.find_groups(dense, (inputs[:2].to("meta"),))
     found = sorted(group.num_units for group in groups if group.lossless)
     assert found == sorted(dimension.dense for dimension in task.dimensions.values())
-    assert step_flops(thin, (inputs[:2],)) < 0.15 * step_flops(dense, (inputs[:2],))
+    fixed = 0.12 if name == "shakespeare-mini" else 0.1  # its embeddings and classifier are much of so small a GPT
+    assert step_flops(thin, (inputs[:2],)) < fixed * step_flops(dense, (inputs[:2],))
 
 
 @pytest.mark.parametrize("name", ["finetune", "finetune-text"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -110,20 +111,24 @@ def test_a_tolerance_needs_the_loss() -> None:
         train(setpoint.Tolerance(loss=0.1), observe=False)
 
 
-def test_a_loss_that_leaves_its_trend_takes_the_last_cut_back_once() -> None:
-    """In budget mode: a jump after a cut brings its units back, with a warning; then the budget has the last word."""
+def jump_after_a_cut() -> dict[str, Any]:
+    """Arguments of `train` by which the loss that is told is higher by 3 from the first cut on."""
     cuts: list[int] = []
 
     def note(loop: setpoint.Loop, step: int) -> None:
-        if not cuts and loop.ledger and loop.ledger[-1].dropped:
+        if not cuts and loop.ledger and loop.ledger[-1].reason.startswith("dropped"):
             cuts.append(step)
 
+    return {"change": note, "spoil": lambda step: 3.0 if cuts else 0.0}
+
+
+def test_a_loss_that_leaves_its_trend_takes_the_last_cut_back_once() -> None:
+    """In budget mode: a jump after a cut brings its units back, with a warning; then the budget has the last word."""
     with pytest.warns(UserWarning, match="the cut was taken back at step"):
         summary, loop, _ = train(
             setpoint.Budget.fraction(0.5, of="flops"),
             800,
-            change=note,
-            spoil=lambda step: 3.0 if cuts else 0.0,
+            **jump_after_a_cut(),
             controller=setpoint.PricedController(setpoint.Reference(warmup=0.2, settle=0.6, num_cuts=8)),
         )
     back = [entry for entry in loop.ledger if entry.grown]
@@ -151,18 +156,11 @@ WATCHED = setpoint.PricedController(setpoint.Reference(warmup=0.2, settle=0.6, n
 @pytest.mark.filterwarnings("ignore:the reserve of")
 def test_a_cut_that_cannot_be_taken_back_says_so(settings: dict[str, object]) -> None:
     """In budget mode, where what went does not rest, the reference pauses, a warning says why; the budget is met."""
-    cuts: list[int] = []
-
-    def note(loop: setpoint.Loop, step: int) -> None:
-        if not cuts and loop.ledger and loop.ledger[-1].reason.startswith("dropped"):
-            cuts.append(step)
-
     with pytest.warns(UserWarning, match="does not rest whole in a reserve, and the reference pauses"):
         summary, loop, _ = train(
             setpoint.Budget.fraction(0.5, of="flops"),
             800,
-            change=note,
-            spoil=lambda step: 3.0 if cuts else 0.0,
+            **jump_after_a_cut(),
             **settings,
         )
     (paused,) = (entry for entry in loop.ledger if entry.reason.startswith("paused"))

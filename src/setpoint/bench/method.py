@@ -161,6 +161,8 @@ An open loop with Setpoint's own saliency (`cubic-taylor`); few or many cuts; a 
 readings agree, or that dips below the limit and rises to it as units come back; groups that may vanish whole (`vanish`)
 or must stay near a uniform cut (`level`); a learning rate that warms up again after each cut.
 """
+
+
 RESOURCE_METHODS: tuple[Method, ...] = (
     Setpoint("setpoint-latency", resource="latency"),
     Setpoint("setpoint-memory", resource="memory"),

@@ -320,8 +320,11 @@ class Loop:
             self._waits = self._waits or due and not all_made
             self._overdue = self._overdue or self._waits
             if regrowth is not None and not self._landed:
-                spare = spare_flops(self._parts, self._account, self._step, self.widths, self._sensing_flops)
-                regrowth.begin_probe(self._step, total_steps, spare)
+                regrowth.begin_probe(
+                    self._step,
+                    total_steps,
+                    lambda: spare_flops(self._parts, self._account, self._step, self.widths, self._sensing_flops),
+                )
         elif self._step < total_steps:
             reopen_if_over(self)
         else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -153,19 +152,20 @@ class Regrowth:
 
     # Probing.
 
-    def begin_probe(self, step: int, total_steps: int, spare_flops: float = math.inf) -> None:
+    def begin_probe(self, step: int, total_steps: int, spare_flops: Callable[[], float]) -> None:
         """Have resting units present in the step after this one, if the controller asks and the share allows it.
 
         Args:
             step: optimizer steps done.
             total_steps: of the run.
-            spare_flops: that a budget of the run leaves for it.
+            spare_flops: tells how many FLOPs a budget of the run leaves for it; asked only where there is a probe.
         """
         controller = self._parts.controller
         if not isinstance(controller, Regrowing) or not controller.probe_due(step, total_steps):
             return
         self._chosen = self._chosen or self._affordable()
-        if self._chosen and self._extra(self._chosen) <= min(self._allowance(), spare_flops):
+        extra = self._extra(self._chosen)
+        if self._chosen and extra <= self._allowance() and extra <= spare_flops():
             self._start_probe()
 
     def _allowance(self) -> float:
