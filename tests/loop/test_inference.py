@@ -73,6 +73,29 @@ def test_inference_is_held_by_the_meter(machine: Machine, relative: bool) -> Non
     assert read and all("inference" in entry.predicted for entry in read)
 
 
+def test_a_busy_machine_does_not_end_the_cuts(machine: Machine) -> None:
+    """Something else that slows most passes of two decisions is no reason to give a budget up: the quick ones tell."""
+    dense, passes = machine.factor * machine.pass_s({"a": 256, "b": 256}), 0
+
+    def turn(model: Answering) -> None:
+        nonlocal passes
+        passes += 1
+        busy = 1 < cuts <= 3 and passes % 4
+        machine.now += dense * 1.2 if busy else machine.factor * machine.pass_s(model.widths)
+
+    model, cuts = Answering(turn), 0
+    made = model, torch.optim.AdamW(model.parameters(), lr=1e-3), torch.randn(8, 16)
+
+    def live(loop: setpoint.Loop) -> None:
+        nonlocal cuts
+        cuts = sum(1 for entry in loop.ledger if entry.dropped)
+        machine.live(loop)
+
+    loop = train(made, Budget.fraction(0.5, of="inference"), 100, live, inference_example=(torch.randn(2, 16),))
+    assert loop.summary is not None and loop.summary.landed, loop.summary
+    assert machine.factor * machine.pass_s(loop.widths) <= 1.03 * 0.5 * dense
+
+
 def test_passes_are_overhead(machine: Machine) -> None:
     """FLOPs of the timed passes are in `overhead_flops`, those of two samples of a batch of eight as a quarter."""
     made = answering(machine)

@@ -166,6 +166,11 @@ class Metering:
                 found["energy"] = (now_j - self._began_j) / self._num_steps
         return found
 
+    @property
+    def quickest_inference(self) -> float | None:
+        """Seconds of the shortest of the last forward passes, or None where there were none."""
+        return None if self._pass_seconds is None else self._pass_seconds.least
+
     def settled(self) -> dict[str, float]:
         """The readings that enough steps are behind to be held against a limit."""
         seconds = self._steps.measured()

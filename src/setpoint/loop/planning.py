@@ -67,7 +67,7 @@ def metered_at(parts: Parts, account: Account, widths: Mapping[str, int]) -> tup
     narrowest = {group.name: lowest_width(group) for group in parts.groups}
     for name in sorted(target.metered - before):
         _warn_if_out_of_reach(parts, name, known[name], widths)
-    sure = _at_best(account, known, watts)
+    sure = _at_best(parts, account, known, watts)
     for name in target.out_of_reach(sure, widths, narrowest):
         _warn_and_hold(parts, name, sure[name], widths, narrowest)
     missing = before - known.keys() - {"latency"}  # of which there is none before the first whole step after a cut
@@ -75,10 +75,14 @@ def metered_at(parts: Parts, account: Account, widths: Mapping[str, int]) -> tup
     return metered, told | {name: target.expected(name, widths) for name in missing}
 
 
-def _at_best(account: Account, known: Mapping[str, float], watts: float | None) -> dict[str, float]:
-    """The readings, with the quickest step in place of the usual one: others may have an evaluation in them."""
+def _at_best(parts: Parts, account: Account, known: Mapping[str, float], watts: float | None) -> dict[str, float]:
+    """The readings, with the quickest step and pass in place of the usual ones.
+
+    Others may have an evaluation in them, or something else on the machine beside them.
+    """
     quickest = account.steps.quickest_seconds
-    told = {"latency": quickest} | ({} if watts is None else {"energy": quickest and watts * quickest})
+    told = {"latency": quickest, "inference": parts.metering.quickest_inference}
+    told |= {} if watts is None else {"energy": quickest and watts * quickest}
     return {name: value for name, value in {**known, **told}.items() if value is not None and name in known}
 
 
