@@ -25,8 +25,7 @@ import argparse
 import copy
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import islice
@@ -41,6 +40,7 @@ from torch import Tensor, nn
 import setpoint
 from setpoint.bench.catalogue import task_named
 from setpoint.bench.environment import environment
+from setpoint.bench.silenced import without
 from setpoint.bench.simple_task import SimpleTask
 from setpoint.bench.task import dense_widths
 from setpoint.controller.plan import Observation
@@ -65,28 +65,6 @@ def train(task: SimpleTask, model: nn.Module, seed: int, watch: Callable[[], Non
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-
-
-@contextmanager
-def without(model: nn.Module, groups: Sequence[Group], units: Units) -> Iterator[None]:
-    """The model with these units' outgoing weights at zero."""
-    tensors, before = dict(model.named_parameters(remove_duplicate=False)), {}
-    with torch.no_grad():
-        for group in groups:
-            gone = np.asarray(units.get(group.name, ()), dtype=np.int64)
-            for place in group.slices if len(gone) else ():
-                if place.role == "consume":
-                    weight = tensors[place.tensor]
-                    before.setdefault(place.tensor, weight.clone())
-                    entries = torch.from_numpy(np.flatnonzero(np.isin(place.index, gone)))
-                    assert place.dim is not None
-                    weight.index_fill_(place.dim, entries, 0.0)
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for name, weight in before.items():
-                tensors[name].copy_(weight)
 
 
 @torch.no_grad()

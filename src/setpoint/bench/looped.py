@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import final
+from typing import Protocol, final, runtime_checkable
 
 from torch import Tensor
 
 from setpoint.bench.course import Outcome
 from setpoint.loop import Loop
+
+
+@runtime_checkable
+class Companion(Protocol):
+    """What acts on the same training beside a loop, through hooks of its own."""
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of its own so far, those of the steps of training aside."""
+        ...
+
+    def observe(self, loss: Tensor) -> None:
+        """Told the loss of each step, with gradients ready and before the optimizer moves."""
+        ...
+
+    def remove(self) -> None:
+        """Take its hooks away."""
+        ...
 
 
 @final
@@ -17,11 +35,13 @@ class Looped:
 
     Args:
         loop: attached to the model.
+        companion: what acts beside it, if anything.
         notes: what a reader of the result must know.
     """
 
-    def __init__(self, loop: Loop, notes: str = "") -> None:
+    def __init__(self, loop: Loop, companion: Companion | None = None, notes: str = "") -> None:
         self.loop = loop
+        self.companion = companion
         self.notes = notes
         self._masked = "pattern" in loop.ledger.header
 
@@ -32,17 +52,23 @@ class Looped:
 
     def observe(self, loss: Tensor) -> None:
         """Hand the loss on."""
+        if self.companion is not None:
+            self.companion.observe(loss)
         self.loop.observe(loss=loss)
 
     def finish(self) -> Outcome:
         """Finish the loop; its summary in a benchmark's words."""
+        beside = 0.0
+        if self.companion is not None:
+            self.companion.remove()
+            beside = self.companion.flops
         summary = self.loop.finish()
         return Outcome(
             widths=dict(summary.widths),
             dense_widths=dict(summary.dense_widths),
             dense_flops=float(summary.dense_flops),
             claimed_flops=float(summary.final_flops),
-            overhead_flops=float(summary.overhead_flops),
+            overhead_flops=float(summary.overhead_flops) + beside,
             overhead_seconds=float(summary.overhead_seconds),
             resizes=summary.resizes,
             landed=summary.landed,

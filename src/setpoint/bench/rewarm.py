@@ -1,22 +1,19 @@
-"""A loop whose learning rate warms up again after each cut."""
+"""Rewarming beside a loop: after each cut the learning rate warms up again."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import final
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-from setpoint.bench.course import Outcome
-from setpoint.bench.looped import Looped
 from setpoint.loop import Loop
 from setpoint.loop.hooks import StepHooks
 
 
 @final
-class RewarmedLooped:
-    """The pruner that is a loop; after each cut the learning rate rises again to the schedule's, in a straight line.
+class Rewarming:
+    """After each cut the learning rate rises again to the schedule's, in a straight line.
 
     Args:
         loop: attached to the model.
@@ -24,28 +21,23 @@ class RewarmedLooped:
         steps: over which the learning rate rises.
     """
 
+    flops = 0.0
+
     def __init__(self, loop: Loop, optimizer: Optimizer, steps: int) -> None:
-        self.looped, self.optimizer, self.steps = Looped(loop), optimizer, steps
-        self.seen, self.since, self.rates = dict(self.widths), steps, list[float]()
+        self.loop, self.optimizer, self.steps = loop, optimizer, steps
+        self.seen, self.since, self.rates = dict(loop.widths), steps, list[float]()
         self.hooks = StepHooks((optimizer,), self._before_step, self._after_step)
 
-    @property
-    def widths(self) -> Mapping[str, int]:
-        """Active units by group."""
-        return self.looped.widths
-
     def observe(self, loss: Tensor) -> None:
-        """Hand the loss on."""
-        self.looped.observe(loss)
+        """Of no interest here."""
 
-    def finish(self) -> Outcome:
-        """Take the hooks away and finish the loop."""
+    def remove(self) -> None:
+        """Take the hooks away."""
         self.hooks.remove()
-        return self.looped.finish()
 
     def _before_step(self, grad_scale: Tensor | None) -> None:
-        if self.widths != self.seen:
-            self.seen, self.since = dict(self.widths), 0
+        if self.loop.widths != self.seen:
+            self.seen, self.since = dict(self.loop.widths), 0
         share = min(1.0, (self.since + 1) / (self.steps + 1))
         self.since += 1
         self.rates = [group["lr"] for group in self.optimizer.param_groups]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, final
 
 from torch import Tensor, nn
@@ -11,10 +12,15 @@ from torch.optim import Optimizer
 
 import setpoint
 from setpoint.bench.course import Course, Pruner
-from setpoint.bench.lasso import LassoLooped
-from setpoint.bench.looped import Looped
+from setpoint.bench.distillation import Distillation
+from setpoint.bench.fading import Fading
+from setpoint.bench.lasso import Lasso
+from setpoint.bench.leave_outs import LeaveOuts
+from setpoint.bench.looped import Companion, Looped
 from setpoint.bench.results import Result
-from setpoint.bench.rewarm import RewarmedLooped
+from setpoint.bench.revised import RevisedController
+from setpoint.bench.rewarm import Rewarming
+from setpoint.bench.switch_offs import SwitchOffs
 from setpoint.bench.task import BenchError, Task, dense_widths
 from setpoint.controller.plan import Controller
 from setpoint.sensor.reading import Sensor
@@ -31,6 +37,10 @@ class Setpoint:
         sensor: makes what takes the readings; None for Setpoint's own.
         lasso: share of a group-lasso penalty in the first step's loss, below 1; 0 for none.
         rewarm: share of the run over which the learning rate rises again after each cut; 0 for none.
+        distill: weight of the distillation from the model's own dense average after the first cut, below 1; 0 for none.
+        switch_off: share of the units that are silent in a step, at random, until the loop has landed; 0 for none.
+        leave_outs: batches on which a plan's units are left out to calibrate saliency across groups; 0 for none.
+        fade: whether the units that are likely to go next fade until then.
         paper: where the variant comes from.
         family: kind of method, for reports.
         resource: what the budget is a fraction of the dense model's, per step.
@@ -47,6 +57,10 @@ class Setpoint:
     sensor: Callable[[], Sensor[Any]] | None = None
     lasso: float = 0.0
     rewarm: float = 0.0
+    distill: float = 0.0
+    switch_off: float = 0.0
+    leave_outs: int = 0
+    fade: bool = False
     paper: str = ""
     family: str = "setpoint"
     granularity: str = "unit"
@@ -59,6 +73,10 @@ class Setpoint:
             raise BenchError(f"lasso is the penalty's share of the loss, at least 0 and below 1, got {self.lasso:g}")
         if not 0 <= self.rewarm <= 1:
             raise BenchError(f"rewarm is a share of the run, from 0 to 1, got {self.rewarm:g}")
+        if not 0 <= self.distill < 1:
+            raise BenchError(f"distill is a weight, at least 0 and below 1, got {self.distill:g}")
+        if not 0 <= self.switch_off < 1:
+            raise BenchError(f"switch_off is a share of the units, at least 0 and below 1, got {self.switch_off:g}")
 
     def course(self, task: Task, budget: float, needed: Mapping[str, Result]) -> Course:
         """The dense widths."""
@@ -69,18 +87,31 @@ class Setpoint:
     ) -> tuple[Optimizer, Pruner | None]:
         """A loop with a budget."""
         optimizer = task.optimizer(model)
+        controller, fading = self.controller, Fading(model, optimizer) if self.fade else None
+        if fading is not None:
+            controller = RevisedController(fading)
+        elif self.leave_outs:
+            controller = RevisedController(LeaveOuts(task, model, list(islice(batches, self.leave_outs))))
         loop = setpoint.attach(
             model,
             optimizer,
             setpoint.Budget.fraction(budget, of=self.resource),
             example=task.example(),
             total_steps=task.steps,
-            controller=self.controller,
+            controller=controller,
             sensor=None if self.sensor is None else self.sensor(),
             granularity=self.granularity,
         )
+        return optimizer, Looped(loop, fading.beside(loop) if fading else self._companion(task, model, optimizer, loop))
+
+    def _companion(self, task: Task, model: nn.Module, optimizer: Optimizer, loop: setpoint.Loop) -> Companion | None:
+        """What acts beside the loop."""
         if self.lasso:
-            return optimizer, LassoLooped(loop, model, optimizer, self.lasso)
+            return Lasso(loop, model, optimizer, self.lasso)
         if self.rewarm:
-            return optimizer, RewarmedLooped(loop, optimizer, max(1, round(self.rewarm * task.steps)))
-        return optimizer, Looped(loop)
+            return Rewarming(loop, optimizer, max(1, round(self.rewarm * task.steps)))
+        if self.distill:
+            return Distillation(loop, model, optimizer, task, self.distill)
+        if self.switch_off:
+            return SwitchOffs(loop, model, optimizer, self.switch_off)
+        return None
