@@ -17,16 +17,21 @@ from record import keep
 from setpoint.bench.catalogue import task_named
 from setpoint.bench.method import method_named
 from setpoint.bench.progress import ProgressBars
-from setpoint.bench.results import Result
+from setpoint.bench.results import LEDGER, Result
 from setpoint.bench.runner import finished, grid, run
+from setpoint.ledger import Ledger
 
 VARIANTS = ("small", "setpoint", "setpoint-uniform", "setpoint-early", "setpoint-late")
 
 
-def row_of(result: Result) -> dict[str, Any]:
-    """What the file keeps of a run."""
+def row_of(result: Result, folder: Path) -> dict[str, Any]:
+    """What the file keeps of a run; `held` is what a meter read last, as a share of the limit by resource."""
     names = ("task", "method", "budget", "seed", "metric", "value", "split", "train_flops", "final_flops", "date")
-    return {name: getattr(result, name) for name in names}
+    path, held = folder / result.folder / LEDGER, {}
+    if path.exists():
+        last = Ledger.load(path)[-1]
+        held = {name: value / last.limit[name] for name, value in last.metered.items() if name in last.limit}
+    return {name: getattr(result, name) for name in names} | ({"held": held} if held else {})
 
 
 def main() -> None:
@@ -48,7 +53,7 @@ def main() -> None:
     done = finished(cells, args.folder)
     with ProgressBars([cell for cell in cells if cell not in done]) as bars:
         outcome = run(cells, args.folder, bars, workers=args.workers)
-    rows = [row_of(result) for result in outcome.results]
+    rows = [row_of(result, args.folder) for result in outcome.results]
     if args.out is not None and args.out.exists():
         made = {(row["task"], row["method"], row["budget"], row["seed"]) for row in rows}
         old = json.loads(args.out.read_text(encoding="utf-8"))["rows"]

@@ -519,7 +519,8 @@ def ablation_table(path: Path) -> str:
     lines.append(f"|---|---:|---|{'---:|' * 4}")
     found: dict[tuple[str, float], dict[str, dict[int, dict[str, Any]]]] = {}
     for row in data["rows"]:
-        found.setdefault((row["task"], row["budget"]), {}).setdefault(row["method"], {})[row["seed"]] = row
+        if "held" not in row:
+            found.setdefault((row["task"], row["budget"]), {}).setdefault(row["method"], {})[row["seed"]] = row
     for (task, budget), methods in found.items():
         default = methods["setpoint"]
         for method, by_seed in methods.items():
@@ -533,6 +534,24 @@ def ablation_table(path: Path) -> str:
             cells = (task, percent(budget), f"`{method}`", told, f"{flops:.2f}", ahead, f"{len(by_seed)}")
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", _made_on(data)])
+
+
+def feedback_table(path: Path) -> str:
+    """A budget of memory with feedback and without: what is metered at the end, and what comes of it."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    lines = ["| task | peak memory | method | metered at the end, of the limit | on validation | seeds |"]
+    lines.append(f"|---|---:|---|{'---:|' * 3}")
+    found: dict[tuple[str, float, str], list[dict[str, Any]]] = {}
+    for row in data["rows"]:
+        if "held" in row:
+            found.setdefault((row["task"], row["budget"], row["method"]), []).append(row)
+    for (task, budget, method), rows in found.items():
+        held = [row["held"]["memory"] for row in rows]
+        value = statistics.fmean(row["value"] for row in rows)
+        told = f"{value:.2%}".replace("%", " %") if rows[0]["metric"] == "accuracy" else f"{value:.4f}"
+        share = percent(held[0]) if len(held) == 1 else f"{percent(min(held))} to {percent(max(held))}"
+        lines.append(f"| {task} | {percent(budget)} | `{method}` | {share} | {told} | {len(rows)} |")
+    return "\n".join(lines)
 
 
 def calibration_table(path: Path) -> str:
@@ -603,6 +622,7 @@ def filled(text: str) -> str:
             "states": lambda: states_table(RESULTS / "smnist-196"),
             "calibration": lambda: calibration_table(RESULTS / "calibration.json"),
             "ablation": lambda: ablation_table(RESULTS / "ablation.json"),
+            "feedback": lambda: feedback_table(RESULTS / "ablation.json"),
             "goals": goals_table,
             "headline": headline_table,
             "tasks": task_sections,

@@ -46,9 +46,10 @@ def train(
     budget: Any,
     steps: int,
     each: Callable[[setpoint.Loop], None] = lambda loop: None,
+    after: Callable[[], None] = lambda: None,
     **settings: Any,
 ) -> setpoint.Loop:
-    """The user's own loop; `each` is called in every step."""
+    """The user's own loop; `each` is called in every step, `after` behind it."""
     model, optimizer, x = made
     loop = setpoint.attach(model, optimizer, budget, example=(x,), total_steps=steps, **settings)
     for _ in range(steps):
@@ -57,6 +58,7 @@ def train(
         each(loop)
         optimizer.step()
         optimizer.zero_grad()
+        after()
     loop.finish()
     return loop
 
@@ -135,6 +137,23 @@ def test_memory_lands_within_the_budget() -> None:
     assert summary.resident_bytes is None or summary.resident_bytes > measured
     read = [entry for entry in loop.ledger if "memory" in entry.metered]
     assert read and all(entry.predicted["memory"] == pytest.approx(entry.metered["memory"], rel=0.1) for entry in read)
+
+
+def test_an_evaluation_between_steps_is_no_memory_of_a_step() -> None:
+    """Validation on a batch sixteen times as large after every step changes no reading and no decision."""
+    made = cnn()
+    model, _, x = made
+
+    def validate() -> None:
+        model.eval()
+        with torch.no_grad():
+            model(x.repeat(16, 1, 1, 1))
+        model.train()
+
+    alone = train(cnn(), Budget.fraction(0.6, of="memory"), 40)
+    beside = train(made, Budget.fraction(0.6, of="memory"), 40, after=validate)
+    assert beside.widths == alone.widths and any(entry.metered for entry in alone.ledger)
+    assert [entry.metered for entry in beside.ledger] == [entry.metered for entry in alone.ledger]
 
 
 def test_two_budgets_are_both_met() -> None:

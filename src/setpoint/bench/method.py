@@ -26,6 +26,7 @@ from setpoint.bench.results import Result
 from setpoint.bench.task import BenchError, Task
 from setpoint.controller.adaptive import AdaptiveController
 from setpoint.controller.gates import GatedController
+from setpoint.controller.price import Gains
 from setpoint.controller.priced import PricedController
 from setpoint.controller.reference import Reference
 from setpoint.sensor.magnitude import MagnitudeSensor
@@ -172,8 +173,12 @@ calibrated by measured losses (`leave-outs`); outgoing weights that fade before 
 RESOURCE_METHODS: tuple[Method, ...] = (
     Setpoint("setpoint-latency", resource="latency"),
     Setpoint("setpoint-memory", resource="memory"),
+    Setpoint("setpoint-memory-open", PricedController(gains=Gains(kp=0.0, ki=1e-9)), resource="memory"),
 )
-"""Setpoint with a budget on seconds or peak bytes of a step: how many FLOPs are left is another matter."""
+"""Setpoint with a budget on seconds or peak bytes of a step: how many FLOPs are left is another matter.
+
+`setpoint-memory-open` follows the reference by what the meter read of the dense model alone: its feedback is off.
+"""
 STATE_METHODS: tuple[Method, ...] = (Hankel(), Hankel("hankel-regrow", regrow=True), Compressm(), FewStates())
 """Methods for tasks on state-space models."""
 

@@ -272,6 +272,7 @@ def _metering(
         account.steps,
         live.held,
         device,
+        model=wrapped.model,
         compiled=wrapped.compiled,
         energy=costing.energy,
         inference=inference,

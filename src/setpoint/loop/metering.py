@@ -7,13 +7,15 @@ import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._python_dispatch import (
     _get_current_dispatch_mode,
     _get_current_dispatch_mode_stack,
     _pop_mode,
     _push_mode,
 )
+from torch.utils.hooks import RemovableHandle
 
 from setpoint.loop.inference import Inference
 from setpoint.meter.energy import EnergyMeter
@@ -35,14 +37,16 @@ class Metering:
     Seconds are the median over all steps, joules the mean. Bytes are the peak of one step, the last
     before a decision: of the allocator on a GPU, of live tensors on the CPU. There the step runs under
     a dispatch mode, which is slow, so its seconds do not count; compiled code and code under
-    somebody else's mode are left alone and give no reading. Seconds of inference are the median over a few forward
-    passes of the model itself, made before each decision.
+    somebody else's mode are left alone and give no reading. What goes on between two steps, such as an
+    evaluation, is left out: the peak counts from the model's first call in training mode with gradients.
+    Seconds of inference are the median over a few forward passes of the model itself, made before each decision.
 
     Args:
         resources: that a budget is on.
         steps: the account's meter of seconds.
         held: gives the tensors that live between steps.
         device: of the model.
+        model: whose first call in training begins the step.
         compiled: whether the model runs as compiled code.
         energy: a working meter, or None.
         inference: the model on the batch that it is to answer in time, or None.
@@ -55,17 +59,19 @@ class Metering:
         held: Callable[[], Sequence[Tensor]],
         device: torch.device,
         *,
+        model: nn.Module | None = None,
         compiled: bool = False,
         energy: EnergyMeter | None = None,
         inference: Inference | None = None,
     ) -> None:
-        self._resources = frozenset(resources)
+        self._resources, self._model = frozenset(resources), model
         self._steps, self._held, self._device, self._compiled = steps, held, device, compiled
         self._energy = energy if "energy" in self._resources else None
         self._inference = inference if "inference" in self._resources else None
         self._pass_seconds: Measured | None = None
         self._watching: LiveBytes | None = None
         self._allocating = False
+        self._beginning: RemovableHandle | None = None
         self._peak: int | None = None
         self._missed: set[str] = set()
         self._looked: float | None = None
@@ -116,6 +122,7 @@ class Metering:
 
     def stop(self) -> None:
         """End the watch of a step, if there is one."""
+        self._begun()
         live, self._watching = self._watching, None
         if live is None:
             return
@@ -142,6 +149,24 @@ class Metering:
         elif not self._compiled and not _get_current_dispatch_mode_stack():
             self._watching = LiveBytes(self._held())
             self._watching.__enter__()  # type: ignore[no-untyped-call]
+        if self._model is not None and not self._compiled and (self._allocating or self._watching is not None):
+            # A hook of all modules, since one on the model would be copied and stored with it.
+            self._beginning = register_module_forward_pre_hook(self._first_call)
+
+    def _first_call(self, model: nn.Module, args: object) -> None:
+        """The step itself begins: an evaluation since the last one is no part of it."""
+        if model is not self._model or not (model.training and torch.is_grad_enabled()):
+            return
+        self._begun()
+        if self._allocating:
+            torch.cuda.reset_peak_memory_stats(self._device)
+        elif self._watching is not None:
+            self._watching.peak_bytes = self._watching.live_bytes
+
+    def _begun(self) -> None:
+        handle, self._beginning = self._beginning, None
+        if handle is not None:
+            handle.remove()
 
     def time_inference(self) -> int:
         """Time forward passes of the model, if that is metered; returns how many were made."""
