@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -100,3 +102,14 @@ def test_settings_out_of_range(settings: dict[str, float]) -> None:
     """A correlation beyond 1, or a deadline before the warm-up or after settle, is refused."""
     with pytest.raises(ValueError, match="got"):
         AdaptiveController(**settings)
+
+
+def test_it_hands_over_to_a_priced_controller_only() -> None:
+    """Any other inner controller is refused when it is given, not in the middle of training.
+
+    In another process: here the types of arguments are checked before.
+    """
+    code = "import setpoint; setpoint.AdaptiveController(setpoint.GatedController())"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert "ValueError: the adaptive controller hands over to a PricedController, got GatedController" in ended.stderr

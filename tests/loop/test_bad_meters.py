@@ -118,7 +118,7 @@ def test_bytes_that_are_read_no_more() -> None:
         return loop
 
     loop, words = told(run)
-    assert sum("memory is not measured any more" in each for each in words) == 1
+    assert sum("memory is not measured now" in each for each in words) == 1
     assert all("dispatch mode" in each for each in words)
     assert not _get_current_dispatch_mode_stack()
     assert loop.summary is not None and loop.summary.landed, loop.summary

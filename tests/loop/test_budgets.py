@@ -156,6 +156,71 @@ def test_an_evaluation_between_steps_is_no_memory_of_a_step() -> None:
     assert [entry.metered for entry in beside.ledger] == [entry.metered for entry in alone.ledger]
 
 
+def by_parts(model: nn.Module, x: Tensor) -> Tensor:
+    """The model's answer, each layer called by itself."""
+    for layer in model:  # type: ignore[attr-defined]
+        x = layer(x)
+    return x
+
+
+@pytest.mark.parametrize("way", ["by parts", "forward", "eval mode"])
+def test_a_step_begins_however_the_model_is_called(way: str) -> None:
+    """By its parts, by `forward`, or in eval mode: an evaluation between steps is no part of the step."""
+    call = {"by parts": by_parts, "forward": lambda model, x: model.forward(x)}.get(way, lambda model, x: model(x))
+    found = []
+    for validated in (False, True):
+        model, optimizer, x = mlp()
+        model.train(way != "eval mode")
+        half = Budget.fraction(0.5, of="memory")
+        loop = setpoint.attach(model, optimizer, half, example=(x,), total_steps=40)
+        for _ in range(40):
+            nn.functional.cross_entropy(call(model, x), torch.zeros(8, dtype=torch.long)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if validated:
+                with torch.no_grad():
+                    call(model.eval(), x.repeat(500, 1))
+                model.train(way != "eval mode")
+        loop.finish()
+        found.append([entry.metered for entry in loop.ledger])
+    assert found[0] == found[1] and any(found[0])
+
+
+def test_memory_is_metered_where_units_come_back() -> None:
+    """A step of three passes holds more than the example's one: with a reserve too, steps between probes tell."""
+    model, optimizer, x = mlp()
+    controller = setpoint.PricedController(regrow=True)
+    limit = Budget.total(700_000, of="memory")
+    loop = setpoint.attach(model, optimizer, limit, example=(x,), total_steps=200, controller=controller)
+
+    def step() -> None:
+        sum(model(x + shift).square().mean() for shift in range(3)).backward()  # type: ignore[union-attr]
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(200):
+        step()
+    summary = loop.finish()
+    held = [*model.parameters(), *(value for state in optimizer.state.values() for value in state.values())]
+    assert summary.landed and summary.probed_steps > 0 and peak_bytes(step, [*held, x]) <= 1.01 * 700_000
+    assert summary.metered["memory"] <= 700_000 and summary.sources["memory"].startswith("measured")
+
+
+def test_a_second_loop_that_cannot_be_metered_says_so() -> None:
+    """Of two loops on memory in one process one is metered at a time: the other says once that it is modelled."""
+    first, second = mlp(), mlp()
+    half = Budget.fraction(0.5, of="memory")
+    with pytest.warns(UserWarning, match="memory is not measured now .*second loop") as caught:
+        loops = [setpoint.attach(*made[:2], half, example=made[2:], total_steps=40) for made in (first, second)]
+        for _ in range(40):
+            for model, optimizer, x in (first, second):
+                model(x).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        summaries = [loop.finish() for loop in loops]
+    assert len(caught) == 1 and all(summary.landed for summary in summaries)
+
+
 def test_two_budgets_are_both_met() -> None:
     """FLOPs at 0.5 and memory at 0.6 in one run: both within, each with a price, and the one that binds has it."""
     loop = train(cnn(), [Budget.fraction(0.5, of="flops"), Budget.fraction(0.6, of="memory")], 60)

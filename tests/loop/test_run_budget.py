@@ -309,6 +309,50 @@ def test_a_longer_run_lands_anew() -> None:
     assert 0.99 <= summary.spent_run["flops"] / summary.limit_run["flops"] <= 1 + 1e-12
 
 
+@pytest.mark.parametrize("above", [0.0, 0.004])
+@pytest.mark.parametrize("at", [155, 165, 185])
+def test_a_budget_that_is_lowered_near_the_least_is_met(at: int, above: float) -> None:
+    """Lowered between two decisions to the least that is advised, or just above, the run lands and is never over.
+
+    The batch is so small that sensing, until the next decision, is a seventh of a step.
+    """
+
+    def lowered(fraction: float) -> setpoint.Summary:
+        model, optimizer, _ = net()
+        x = torch.randn(2, 8)
+        dense = Budget.fraction(0.6, of="flops", per="run")
+        loop = setpoint.attach(model, optimizer, dense, example=(x,), total_steps=500)
+        train(loop, model, optimizer, x, at)
+        loop.budget = Budget.fraction(fraction, of="flops", per="run")
+        train(loop, model, optimizer, x, 500)
+        return loop.finish()
+
+    with pytest.raises(BudgetError, match="Ask for at least") as refused:
+        lowered(0.01)
+    advice = re.search(r"Ask for at least Budget\.fraction\(([\d.]+),", str(refused.value))
+    assert advice is not None
+    summary = lowered(float(advice[1]) + above)
+    assert summary.landed, summary.reason
+    assert 0.97 <= summary.spent_run["flops"] / summary.limit_run["flops"] <= 1 + 1e-12
+
+
+@pytest.mark.parametrize("batch", [2, 32, 512])
+def test_gates_take_their_share_and_no_more(batch: int) -> None:
+    """Learning takes at most 1 % of the FLOPs of the steps, however small the model; else the plan is the priced one."""
+    widths = []
+    for controller in (GatedController(), PricedController()):
+        model, optimizer, _ = net()
+        x, budget = torch.randn(batch, 8), Budget.fraction(0.5, of="flops")
+        loop = setpoint.attach(model, optimizer, budget, example=(x,), total_steps=200, controller=controller)
+        train(loop, model, optimizer, x, 200)
+        summary = loop.finish()
+        widths.append((summary.widths, summary.overhead_flops, summary.train_flops))
+    (gated, with_gates, flops), (priced, without, _) = widths
+    assert with_gates - without <= 0.0101 * flops
+    assert with_gates > without or gated == priced
+    assert (batch == 512) == (with_gates > without)
+
+
 def test_only_what_a_run_spends_and_alone() -> None:
     """A run budget of what no run spends, or beside other budgets, is refused in words."""
     model, optimizer, x = net()

@@ -66,6 +66,8 @@ class AdaptiveController:
     deadline: float = 0.15
 
     def __post_init__(self) -> None:
+        if not isinstance(self.inner, PricedController):
+            raise ValueError(f"the adaptive controller hands over to a PricedController, got {self.inner!r}")
         if not -1 <= self.alike <= 1:
             raise ValueError(f"alike is a correlation in [-1, 1], got {self.alike!r}")
         if not self.inner.reference.warmup <= self.deadline < self.inner.reference.settle:

@@ -76,7 +76,9 @@ class GatedController:
     The network adds to the logit of a gate that starts at `log(worth / price)`: untrained, it decides as the priced
     controller does. It sees of each unit worth / price, r in standard units, the norm of its outgoing
     weights within the group, saving, depth, kind, density of its group, age, the run's progress and the price.
-    It learns at decisions that drop something, `steps` steps each, from the means over the sensor's window.
+    It learns at decisions that drop something, from the means over the sensor's window: `steps` steps each, or as many
+    as 1 % of the FLOPs of the optimizer steps so far pay for (`Observation.learning_flops`). Where that is less than
+    one, as on a model so small that its steps are cheaper than the network's, the plan is the priced controller's.
 
     A reading that is not calibrated holds no loss, and no gate can be learned from it: the plan is the priced
     controller's.
@@ -151,7 +153,7 @@ class GatedController:
         """FLOPs of a decision that drops: forward and backward of each step, and a last forward, for all units."""
         if all(lowest_width(group) == group.num_units for group in groups):
             return 0.0
-        return (6.0 * self.steps + 2.0) * self.num_weights * sum(group.num_units for group in groups)
+        return self._flops(self.steps, groups)
 
     def decide(
         self, state: GatedState, observation: Observation, cost: Cost, groups: tuple[Group, ...]
@@ -174,8 +176,12 @@ class GatedController:
             or self.priced.allocation != "worth"
         ):
             return replace(state, priced=priced), plan
+        steps = self._affordable(observation.learning_flops, groups)
+        if steps < 1:
+            note = f"{plan.reason}; no gates, since learning them would take more than its share of FLOPs"
+            return replace(state, priced=priced), replace(plan, reason=note)
         units = _units(state.priced, observation, cost, groups, price)
-        net = state.net.trained(units.features, units.slope, units.curvature, self.steps, self.learning_rate)
+        net = state.net.trained(units.features, units.slope, units.curvature, steps, self.learning_rate)
         logits = net.logits(units.features)
         odds = np.exp(logits.double().numpy())
         by_group = np.split(units.earns * odds, np.cumsum([group.num_units for group in groups]))[:-1]
@@ -183,7 +189,16 @@ class GatedController:
         plan = self.priced.reordered(state.priced, plan, observation, cost, groups, gated)
         closed = float((logits < 0).double().mean())
         reason = f"{plan.reason}; {closed:.0%} of gates below one half"
-        return GatedState(priced, net), replace(plan, reason=reason, flops=self.flops(groups))
+        return GatedState(priced, net), replace(plan, reason=reason, flops=self._flops(steps, groups))
+
+    def _flops(self, steps: int, groups: tuple[Group, ...]) -> float:
+        """FLOPs of so many steps of the network on all units, forward and backward, and of a last forward."""
+        return (6.0 * steps + 2.0) * self.num_weights * sum(group.num_units for group in groups)
+
+    def _affordable(self, flops: float, groups: tuple[Group, ...]) -> int:
+        """Steps of the network that so many FLOPs pay for, at most `steps`."""
+        paid = (flops / (self.num_weights * sum(group.num_units for group in groups)) - 2.0) / 6.0
+        return int(min(float(self.steps), max(0.0, paid)))
 
 
 def _units(state: PricedState, observation: Observation, cost: Cost, groups: tuple[Group, ...], price: float) -> _Units:

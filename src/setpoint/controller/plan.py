@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar, runtime_checkable
@@ -40,6 +41,7 @@ class Observation:
             more, not even the narrowest model would meet the budget from there on.
         rank_correlation: of the reading with the last one, by group; of balanced states, which are in order in every
             reading, of the values that the states of the last reading had then and have now.
+        learning_flops: what a controller that learns may spend on it at this decision, in FLOPs.
     """
 
     step: int
@@ -59,6 +61,7 @@ class Observation:
     last_dropped: Mapping[str, Int[np.ndarray, " _units"]] = field(default_factory=dict)
     rank_correlation: Mapping[str, float] = field(default_factory=dict)
     most: Mapping[str, float] = field(default_factory=dict)
+    learning_flops: float = math.inf
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,7 +28,7 @@ class Account:
         self.probing = Stopwatch()
         self.running = Stopwatch()
         self.probed_seconds = 0.0
-        self.probing_flops = 0.0
+        self.probing_flops = self.learning_flops = 0.0
         self.probed_steps = 0
         self._probed = False
         self.recompiles = 0
@@ -81,6 +81,11 @@ class Account:
         """Count the FLOPs of one sensing."""
         self.train_flops += flops
         self.overhead_flops += flops
+
+    def learned(self, flops: float) -> None:
+        """Count the FLOPs that a controller has spent on learning."""
+        self.sensed(flops)
+        self.learning_flops += flops
 
     def probed(self, flops: float) -> None:
         """Count the FLOPs that resting units add to the step under way; its duration is no ordinary step's."""

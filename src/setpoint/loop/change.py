@@ -113,7 +113,7 @@ def check_runs(parts: Parts, account: Account, groups: tuple[Group, ...], step: 
         besides = 0.0
         if name == "flops":
             sensing = parts.sensor.flops(groups, parts.model)
-            besides = overhead_to_come(parts, step, widths, sensing)
+            besides = overhead_to_come(parts, account, step, widths, sensing, deciding=False)
         run.check(parts.total_steps, step=step, spent=spent[name], present=present, cheapest=least, besides=besides)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int
 from torch import Tensor, nn
 
-from setpoint.controller.plan import Observation, Plan, regrows
+from setpoint.controller.plan import Observation, Plan, Regrowing, regrows
 from setpoint.cost.budget import Budget
 from setpoint.errors import GroupError, LoopError
 from setpoint.groups.group import Group, widths_of
@@ -319,7 +319,7 @@ class Loop:
                 self._decide(due)
             self._waits = self._waits or due and not all_made
             self._overdue = self._overdue or self._waits
-            if regrowth is not None and not self._landed:
+            if regrowth is not None and not (self._landed or self._parts.metering.peak_wanted):
                 regrowth.begin_probe(
                     self._step,
                     total_steps,
@@ -337,9 +337,17 @@ class Loop:
         due = coming <= total_steps and self._parts.controller.due(coming, total_steps)
         if self._weights is not None:
             self._weights.look(due and not self._landed)
-        self._parts.metering.prepare(due and not (self._landed or self._finished or regrows(self._parts.controller)))
+        self._parts.metering.prepare(self._watched(coming, due) and not (self._landed or self._finished))
         if not self._parts.metering.watching:
             self._account.steps.begin()
+
+    def _watched(self, coming: int, due: bool) -> bool:
+        """Whether a coming step should be watched for its bytes: the last without resting units before a decision."""
+        controller, total_steps = self._parts.controller, self._parts.total_steps
+        if self._regrowth is None or not isinstance(controller, Regrowing) or not regrows(controller):
+            return due
+        ahead = coming <= total_steps and controller.probe_due(coming, total_steps)
+        return (due or ahead) and not self._regrowth.probing and self._parts.metering.peak_wanted
 
     def _decide(self, due: bool) -> None:
         """Read, decide, act and record. After a bad reading, try again at the next step."""
@@ -364,7 +372,7 @@ class Loop:
                     facts["plan"] = decisions(plan)
                 self._again = again or self._again
         if plan is not None:
-            self._account.sensed(plan.flops)
+            self._account.learned(plan.flops)
             origin, before = self._origin, self.widths
             regrown, note = act(self, plan, state, reading)
             reason = f"{plan.reason}; {note}" if note else plan.reason

@@ -38,7 +38,8 @@ class Metering:
     before a decision: of the allocator on a GPU, of live tensors on the CPU. There the step runs under
     a dispatch mode, which is slow, so its seconds do not count; compiled code and code under
     somebody else's mode are left alone and give no reading. What goes on between two steps, such as an
-    evaluation, is left out: the peak counts from the model's first call in training mode with gradients.
+    evaluation, is left out: the peak counts from the first call of the model or a part of it with gradients, in the
+    mode, training or not, that the model was in when the last step ended.
     Seconds of inference are the median over a few forward passes of the model itself, made before each decision.
 
     Args:
@@ -72,6 +73,7 @@ class Metering:
         self._watching: LiveBytes | None = None
         self._allocating = False
         self._beginning: RemovableHandle | None = None
+        self._mode, self._modules = True, frozenset[int]()
         self._peak: int | None = None
         self._missed: set[str] = set()
         self._looked: float | None = None
@@ -94,6 +96,11 @@ class Metering:
         if self._energy is not None and self._energy.works:
             found["energy"] = f"measured: {self._energy.source}"
         return found
+
+    @property
+    def peak_wanted(self) -> bool:
+        """Whether a step's bytes can be read, and none has been since the last cut."""
+        return "memory" in self.sources and "memory" not in self._missed and self._peak is None
 
     @property
     def watching(self) -> bool:
@@ -149,13 +156,18 @@ class Metering:
         elif not self._compiled and not _get_current_dispatch_mode_stack():
             self._watching = LiveBytes(self._held())
             self._watching.__enter__()  # type: ignore[no-untyped-call]
+        elif not self._compiled:
+            self.miss({"memory"})
         if self._model is not None and not self._compiled and (self._allocating or self._watching is not None):
+            self._mode = self._model.training
+            self._modules = frozenset(map(id, self._model.modules()))
             # A hook of all modules, since one on the model would be copied and stored with it.
             self._beginning = register_module_forward_pre_hook(self._first_call)
 
-    def _first_call(self, model: nn.Module, args: object) -> None:
+    def _first_call(self, module: nn.Module, args: object) -> None:
         """The step itself begins: an evaluation since the last one is no part of it."""
-        if model is not self._model or not (model.training and torch.is_grad_enabled()):
+        assert self._model is not None
+        if id(module) not in self._modules or self._model.training != self._mode or not torch.is_grad_enabled():
             return
         self._begun()
         if self._allocating:
@@ -215,11 +227,11 @@ class Metering:
         return None if now_j is None or self._earlier_j is None else self._earlier_j + now_j
 
     def miss(self, resources: Collection[str]) -> None:
-        """Say once of each of these that it was metered before and is not now; an energy meter says so itself."""
+        """Say once of each of these that it is not metered now; an energy meter says so itself."""
         for name in sorted(set(resources) - self._missed - {"energy"}):
             warnings.warn(
-                f"{name} is not measured any more (is there another dispatch mode?): from here on it is modelled from "
-                "what was read before, until it is measured again",
+                f"{name} is not measured now (is there another dispatch mode, as of a second loop?): it is modelled, "
+                "from what was read before if anything was, until it is measured again",
                 stacklevel=2,
             )
         self._missed.update(resources)

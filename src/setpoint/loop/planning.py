@@ -16,7 +16,14 @@ from setpoint.groups.group import Group, widths_of
 from setpoint.loop.accounting import Account
 from setpoint.loop.parts import Parts
 from setpoint.loop.record import spending, waiting
-from setpoint.loop.run_spending import committed, learning_flops, most_per_step, overhead_to_come, stated_watts
+from setpoint.loop.run_spending import (
+    committed,
+    learning_allowance,
+    learning_flops,
+    most_per_step,
+    overhead_to_come,
+    stated_watts,
+)
 from setpoint.loop.stride import sensed_every
 from setpoint.loop.watch import LossWatch
 
@@ -48,6 +55,7 @@ def observation_of(
         seconds_per_step=account.steps.seconds_per_step if alone else None,
         seconds_per_resize=account.resizing.last_seconds if account.resizes and alone else None,
         excess=watch.excess(step),
+        learning_flops=learning_allowance(account),
     )
 
 
@@ -158,10 +166,12 @@ def planned(
         return state, back, None
     observation = replace(observation, most=most)
     after, plan = controller.decide(state, observation, parts.target.cost, groups)
-    sensing = sensing_flops / sensed_every(parts.total_steps)
-    spent, deciding = committed(parts, account, step, widths), learning_flops(parts, widths)
-    later = {"flops": 0.0 if plan.landed else overhead_to_come(parts, step, widths, sensing_flops)}
-    spent = {name: value + later.get(name, 0.0) for name, value in spent.items()}
+    every = sensed_every(parts.total_steps)
+    sensing = sensing_flops / every
+    spent, deciding = committed(parts, account, step, widths), learning_flops(parts, account, step, widths)
+    later = 0.0 if plan.landed else overhead_to_come(parts, account, step, widths, sensing_flops, deciding=False)
+    later += sensing_flops if every > 1 else 0.0  # of the few steps that it waits more than their share may be sensed
+    spent = {name: value + (later if name == "flops" else 0.0) for name, value in spent.items()}
     wait = parts.target.wait(plan, observation, spent=spent, sensing=sensing, deciding=deciding)
     if not wait:
         return after, plan, None

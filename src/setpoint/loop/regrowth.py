@@ -152,6 +152,11 @@ class Regrowth:
 
     # Probing.
 
+    @property
+    def probing(self) -> bool:
+        """Whether resting units are present in the step under way."""
+        return self._probing is not None
+
     def begin_probe(self, step: int, total_steps: int, spare_flops: Callable[[], float]) -> None:
         """Have resting units present in the step after this one, if the controller asks and the share allows it.
 

@@ -16,6 +16,9 @@ from setpoint.loop.accounting import Account
 from setpoint.loop.parts import Parts
 from setpoint.loop.stride import sensed_every
 
+_LEARNING_SHARE = 0.01
+"""A controller that learns never takes more than this share of the FLOPs of the steps so far."""
+
 
 def stated_watts(parts: Parts) -> float | None:
     """The power that the user has stated, where joules are this times seconds; else None."""
@@ -52,7 +55,7 @@ def committed(parts: Parts, account: Account, step: int, widths: Mapping[str, in
         widths: that the decision is made at.
     """
     seconds = max(0, parts.total_steps - step) * account.extra_seconds_per_step
-    learning = learning_flops(parts, widths)
+    learning = learning_flops(parts, account, step, widths)
     besides = {"flops": learning, "latency": seconds, "energy": seconds * (stated_watts(parts) or 0.0)}
     return {name: value + besides.get(name, 0.0) for name, value in spent_so_far(parts, account).items()}
 
@@ -62,24 +65,43 @@ def narrowest(parts: Parts) -> dict[str, int]:
     return {group.name: lowest_width(group) for group in parts.groups}
 
 
-def learning_flops(parts: Parts, widths: Mapping[str, int]) -> float:
-    """FLOPs that one decision at these widths spends on learning at the most; 0 where the controller does not learn."""
+def learning_allowance(account: Account, num_steps: int = 0) -> float:
+    """FLOPs that may go into learning by now, or so many steps from now: a share of those of the steps, less what went.
+
+    Args:
+        account: what has been spent.
+        num_steps: more steps at the present cost.
+    """
+    steps = account.train_flops - account.overhead_flops + num_steps * account.step_flops
+    return max(0.0, _LEARNING_SHARE * steps - account.learning_flops)
+
+
+def learning_flops(parts: Parts, account: Account, step: int, widths: Mapping[str, int]) -> float:
+    """FLOPs that one decision at these widths, at this step or later, spends on learning at the most.
+
+    0 where the controller does not learn.
+    """
     if not isinstance(parts.controller, Learning):
         return 0.0
-    return parts.controller.flops(tuple(replace(group, num_units=widths[group.name]) for group in parts.groups))
+    wanted = parts.controller.flops(tuple(replace(group, num_units=widths[group.name]) for group in parts.groups))
+    return min(wanted, learning_allowance(account, max(0, parts.total_steps - step)))
 
 
-def overhead_to_come(parts: Parts, step: int, widths: Mapping[str, int], sensing_flops: float) -> float:
+def overhead_to_come(
+    parts: Parts, account: Account, step: int, widths: Mapping[str, int], sensing_flops: float, *, deciding: bool
+) -> float:
     """FLOPs that go besides steps from here to the landing at the latest: on sensing, and on one more decision.
 
     After one that spends more than is left the narrowest model is all that a budget of the run allows, and for that
-    nothing is learned. Where a decision can land, nothing goes any more.
+    nothing is learned. At a decision that can land, nothing goes any more.
 
     Args:
         parts: what the loop is made of.
+        account: what has been spent.
         step: optimizer steps done.
         widths: present widths.
         sensing_flops: of one sensing.
+        deciding: whether a decision is being made at this step; else the next is still to come.
     """
     if "flops" not in parts.target.runs:
         return 0.0
@@ -89,12 +111,12 @@ def overhead_to_come(parts: Parts, step: int, widths: Mapping[str, int], sensing
         open_still = regrows(parts.controller) and not reference.final(at, total_steps)
         return reference.settled(at, total_steps) and not open_still
 
-    if lands(step):
+    if deciding and lands(step):
         return 0.0
     due = (at for at in range(step + 1, total_steps) if reference.due(at, total_steps))
     landing = next((at for at in due if lands(at)), total_steps)
     num_sensed = -(-(landing - step) // sensed_every(total_steps))
-    return num_sensed * sensing_flops + learning_flops(parts, widths)
+    return num_sensed * sensing_flops + learning_flops(parts, account, step, widths)
 
 
 def most_per_step(
@@ -114,7 +136,7 @@ def most_per_step(
         parts.total_steps,
         spent=committed(parts, account, step, widths),
         narrowest=narrowest(parts),
-        besides=overhead_to_come(parts, step, widths, sensing_flops),
+        besides=overhead_to_come(parts, account, step, widths, sensing_flops, deciding=True),
     )
 
 
