@@ -338,7 +338,7 @@ def test_a_budget_that_is_lowered_near_the_least_is_met(at: int, above: float) -
 
 @pytest.mark.parametrize("batch", [2, 32, 512])
 def test_gates_take_their_share_and_no_more(batch: int) -> None:
-    """Learning takes at most 1 % of the FLOPs of the steps, however small the model; else the plan is the priced one."""
+    """Learning takes at most 1 % of the FLOPs of the steps, however small the model; else the plan is the priced."""
     widths = []
     for controller in (GatedController(), PricedController()):
         model, optimizer, _ = net()
