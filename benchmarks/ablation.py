@@ -25,13 +25,19 @@ VARIANTS = ("small", "setpoint", "setpoint-uniform", "setpoint-early", "setpoint
 
 
 def row_of(result: Result, folder: Path) -> dict[str, Any]:
-    """What the file keeps of a run; `held` is what a meter read last, as a share of the limit by resource."""
+    """What the file keeps of a run.
+
+    `grown` is how many units came back; `held` is what a meter read last, as a share of the limit by resource.
+    """
     names = ("task", "method", "budget", "seed", "metric", "value", "split", "train_flops", "final_flops", "date")
-    path, held = folder / result.folder / LEDGER, {}
-    if path.exists():
-        last = Ledger.load(path)[-1]
-        held = {name: value / last.limit[name] for name, value in last.metered.items() if name in last.limit}
-    return {name: getattr(result, name) for name in names} | ({"held": held} if held else {})
+    row, path = {name: getattr(result, name) for name in names}, folder / result.folder / LEDGER
+    if not path.exists():
+        return row
+    ledger = Ledger.load(path)
+    last, grown = ledger[-1], sum(len(units) for entry in ledger for units in entry.grown.values())
+    held = {name: value / last.limit[name] for name, value in last.metered.items() if name in last.limit}
+    row |= {"overhead_flops": result.overhead_flops, "grown": grown}
+    return row | ({"held": held} if held else {})
 
 
 def main() -> None:

@@ -31,7 +31,16 @@ from setpoint.report.summary import Row, series, summary_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
-_DOCS = ("results.md", "coverage.md", "state-space.md", "budgets.md", "distributed.md", "how-it-works.md", "resume.md")
+_DOCS = (
+    "results.md",
+    "coverage.md",
+    "state-space.md",
+    "budgets.md",
+    "distributed.md",
+    "how-it-works.md",
+    "price.md",
+    "resume.md",
+)
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in _DOCS))
 MARKER = re.compile(r"(<!-- results:(?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -515,8 +524,11 @@ def states_table(folder: Path) -> str:
 def ablation_table(path: Path) -> str:
     """Setpoint with one thing changed, on validation data, beside the default by seed."""
     data = json.loads(path.read_text(encoding="utf-8"))
-    lines = ["| task | FLOPs | method | on validation | training FLOPs of the default's | to `setpoint` | seeds |"]
-    lines.append(f"|---|---:|---|{'---:|' * 4}")
+    lines = [
+        "| task | FLOPs | method | on validation | training FLOPs of the default's | Setpoint's own | units back | "
+        "to `setpoint` | seeds |"
+    ]
+    lines.append(f"|---|---:|---|{'---:|' * 6}")
     found: dict[tuple[str, float], dict[str, dict[int, dict[str, Any]]]] = {}
     for row in data["rows"]:
         if "held" not in row:
@@ -531,7 +543,11 @@ def ablation_table(path: Path) -> str:
             flops = statistics.fmean(by_seed[seed]["train_flops"] / default[seed]["train_flops"] for seed in seeds)
             apart = _told([scale * (by_seed[seed]["value"] - default[seed]["value"]) for seed in seeds])
             ahead = "–" if method == "setpoint" else apart
-            cells = (task, percent(budget), f"`{method}`", told, f"{flops:.2f}", ahead, f"{len(by_seed)}")
+            noted = [row for row in by_seed.values() if "grown" in row]
+            shares = [row["overhead_flops"] / row["train_flops"] for row in noted]
+            own = percent(statistics.fmean(shares)) if shares else "–"
+            back = f"{statistics.fmean(row['grown'] for row in noted):.0f}" if noted else "–"
+            cells = (task, percent(budget), f"`{method}`", told, f"{flops:.2f}", own, back, ahead, f"{len(by_seed)}")
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", _made_on(data)])
 
@@ -552,6 +568,25 @@ def feedback_table(path: Path) -> str:
         share = percent(held[0]) if len(held) == 1 else f"{percent(min(held))} to {percent(max(held))}"
         lines.append(f"| {task} | {percent(budget)} | `{method}` | {share} | {told} | {len(rows)} |")
     return "\n".join(lines)
+
+
+def price_table(path: Path) -> str:
+    """What each rate came to: cost and what it costs, mean over seeds."""
+    lines = ["| task | rate | FLOPs / step of dense | training FLOPs of dense | on validation | seeds |"]
+    lines.append(f"|---|{'---:|' * 5}")
+    data = json.loads(path.read_text(encoding="utf-8"))
+    found: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for row in data["rows"]:
+        found.setdefault((row["task"], row["rate"]), []).append(row)
+    for (task, rate), rows in found.items():
+        keys = ("flops_ratio", "train_flops_ratio", "value")
+        mean = {key: statistics.fmean(row[key] for row in rows) for key in keys}
+        ratios = [row["flops_ratio"] for row in rows]
+        width = "" if len(rows) == 1 else f" ({percent(min(ratios))} to {percent(max(ratios))})"
+        value = f"{mean['value']:.2%}".replace("%", " %") if rows[0]["metric"] == "accuracy" else f"{mean['value']:.4f}"
+        cells = (task, f"{rate:g}", percent(mean["flops_ratio"]) + width, percent(mean["train_flops_ratio"]), value)
+        lines.append(f"| {' | '.join(cells)} | {len(rows)} |")
+    return "\n".join([*lines, "", _made_on(data)])
 
 
 def calibration_table(path: Path) -> str:
@@ -622,6 +657,7 @@ def filled(text: str) -> str:
             "states": lambda: states_table(RESULTS / "smnist-196"),
             "calibration": lambda: calibration_table(RESULTS / "calibration.json"),
             "ablation": lambda: ablation_table(RESULTS / "ablation.json"),
+            "price": lambda: price_table(RESULTS / "price.json"),
             "feedback": lambda: feedback_table(RESULTS / "ablation.json"),
             "goals": goals_table,
             "headline": headline_table,
