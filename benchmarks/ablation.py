@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ VARIANTS = ("small", "setpoint", "setpoint-uniform", "setpoint-early", "setpoint
 def row_of(result: Result, folder: Path) -> dict[str, Any]:
     """What the file keeps of a run.
 
-    `grown` is how many units came back; `held` is what a meter read last, as a share of the limit by resource.
+    `grown` is how many units came back, `dropped_again` how many of those went again; `held` is what a meter read last, as a share of the limit by resource.
     """
     names = ("task", "method", "budget", "seed", "metric", "value", "split", "train_flops", "final_flops", "date")
     row, path = {name: getattr(result, name) for name in names}, folder / result.folder / LEDGER
@@ -35,8 +36,10 @@ def row_of(result: Result, folder: Path) -> dict[str, Any]:
         return row
     ledger = Ledger.load(path)
     last, grown = ledger[-1], sum(len(units) for entry in ledger for units in entry.grown.values())
+    drops = Counter((name, unit) for entry in ledger for name, units in entry.dropped.items() for unit in units)
+    again = sum(count > 1 for count in drops.values())
     held = {name: value / last.limit[name] for name, value in last.metered.items() if name in last.limit}
-    row |= {"overhead_flops": result.overhead_flops, "grown": grown}
+    row |= {"overhead_flops": result.overhead_flops, "grown": grown, "dropped_again": again}
     return row | ({"held": held} if held else {})
 
 

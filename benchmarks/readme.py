@@ -525,7 +525,7 @@ def ablation_table(path: Path) -> str:
     """Setpoint with one thing changed, on validation data, beside the default by seed."""
     data = json.loads(path.read_text(encoding="utf-8"))
     lines = [
-        "| task | FLOPs | method | on validation | training FLOPs of the default's | Setpoint's own | units back | "
+        "| task | FLOPs | method | on validation | training FLOPs of the default's | Setpoint's own | units back (gone again) | "
         "to `setpoint` | seeds |"
     ]
     lines.append(f"|---|---:|---|{'---:|' * 6}")
@@ -546,8 +546,19 @@ def ablation_table(path: Path) -> str:
             noted = [row for row in by_seed.values() if "grown" in row]
             shares = [row["overhead_flops"] / row["train_flops"] for row in noted]
             own = percent(statistics.fmean(shares)) if shares else "–"
-            back = f"{statistics.fmean(row['grown'] for row in noted):.0f}" if noted else "–"
-            cells = (task, percent(budget), f"`{method}`", told, f"{flops:.2f}", own, back, ahead, f"{len(by_seed)}")
+            back, again = (sum(row[key] for row in noted) for key in ("grown", "dropped_again"))
+            told_back = f"{back / len(noted):.0f} ({again / len(noted):.1f})" if back else "0" if noted else "–"
+            cells = (
+                task,
+                percent(budget),
+                f"`{method}`",
+                told,
+                f"{flops:.2f}",
+                own,
+                told_back,
+                ahead,
+                f"{len(by_seed)}",
+            )
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", _made_on(data)])
 
@@ -568,6 +579,23 @@ def feedback_table(path: Path) -> str:
         share = percent(held[0]) if len(held) == 1 else f"{percent(min(held))} to {percent(max(held))}"
         lines.append(f"| {task} | {percent(budget)} | `{method}` | {share} | {told} | {len(rows)} |")
     return "\n".join(lines)
+
+
+def returns_table(path: Path) -> str:
+    """How far the loss rises within eight steps of a return, beside what it does without one."""
+    lines = ["| task | units | nothing comes back | all at once | eased in over eight steps | seeds |"]
+    lines.append(f"|---|{'---:|' * 5}")
+    data = json.loads(path.read_text(encoding="utf-8"))
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in data["rows"]:
+        found.setdefault(row["task"], []).append(row)
+    for task, rows in found.items():
+        rises = [
+            f"{statistics.fmean(rise):+.4f} ({min(rise):+.4f} to {max(rise):+.4f})"
+            for rise in ([max(row[key]) - row["before"] for row in rows] for key in ("none", "at_once", "eased"))
+        ]
+        lines.append(f"| {task} | {rows[0]['units']} | {' | '.join(rises)} | {len(rows)} |")
+    return "\n".join([*lines, "", _made_on(data)])
 
 
 def price_table(path: Path) -> str:
@@ -657,6 +685,7 @@ def filled(text: str) -> str:
             "states": lambda: states_table(RESULTS / "smnist-196"),
             "calibration": lambda: calibration_table(RESULTS / "calibration.json"),
             "ablation": lambda: ablation_table(RESULTS / "ablation.json"),
+            "returns": lambda: returns_table(RESULTS / "returns.json"),
             "price": lambda: price_table(RESULTS / "price.json"),
             "feedback": lambda: feedback_table(RESULTS / "ablation.json"),
             "goals": goals_table,
