@@ -28,7 +28,8 @@ VARIANTS = ("small", "setpoint", "setpoint-uniform", "setpoint-early", "setpoint
 def row_of(result: Result, folder: Path) -> dict[str, Any]:
     """What the file keeps of a run.
 
-    `grown` is how many units came back, `dropped_again` how many of those went again; `held` is what a meter read last, as a share of the limit by resource.
+    `grown` is how many units came back, `dropped_again` how many of those went again; `held` is what a meter read
+    last, as a share of the limit by resource.
     """
     names = ("task", "method", "budget", "seed", "metric", "value", "split", "train_flops", "final_flops", "date")
     row, path = {name: getattr(result, name) for name in names}, folder / result.folder / LEDGER

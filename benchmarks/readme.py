@@ -525,8 +525,8 @@ def ablation_table(path: Path) -> str:
     """Setpoint with one thing changed, on validation data, beside the default by seed."""
     data = json.loads(path.read_text(encoding="utf-8"))
     lines = [
-        "| task | FLOPs | method | on validation | training FLOPs of the default's | Setpoint's own | units back (gone again) | "
-        "to `setpoint` | seeds |"
+        "| task | FLOPs | method | on validation | training FLOPs of the default's | Setpoint's own | "
+        "units back (gone again) | to `setpoint` | seeds |"
     ]
     lines.append(f"|---|---:|---|{'---:|' * 6}")
     found: dict[tuple[str, float], dict[str, dict[int, dict[str, Any]]]] = {}
