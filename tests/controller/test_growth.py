@@ -263,6 +263,25 @@ def test_what_is_not_sure_is_not_offered() -> None:
         assert len(offers) == offered
 
 
+def test_no_more_is_offered_than_the_sensor_will_read() -> None:
+    """Claim: a unit is worth its sure gain or the saliency (B s^2 + m^2) / 2 foretold by the probed steps, whichever is
+    less: what would go again for want of curvature is not brought back; a gain seen once foretells nothing.
+    """
+    groups, cost = chain(8, 8)
+    units, one, widths = np.arange(3), np.ones(3, int), {"layer0": 5, "layer1": 8}
+    told = {"layer0": np.array([0.2, 1.0, np.nan])}
+    some = (9, {"layer0": units}, {"layer0": np.ones(3)}, {"layer0": 0.5 * told["layer0"]})
+    probe = Probe(*some, {"layer0": 9 * one}, {"layer0": one}, num_steps=4, deviation=told)
+    np.testing.assert_allclose(probe.foretold("layer0", 10), [0.7, 5.5, np.nan])
+    settings = {"dwell": 0, "returns": 1, "slew": 1.0, "num_samples": 10}
+    offers = offers_of(probe, cost, widths, groups, **settings)
+    saving = cost.saving({"layer0": 6, "layer1": 8}, "layer0", 1)
+    assert [(offer.origins.tolist(), round(offer.worth * saving, 6)) for offer in offers] == [([0], 0.7), ([1], 0.5)]
+    rising = offers_of(probe, cost, widths, groups, sure=False, **settings)
+    assert sorted(offer.origins.tolist() for offer in rising) == [[0], [1], [2]]
+    assert np.isinf(Probe(*some, {"layer0": one}, {"layer0": one}).foretold("layer0", 10)).all()
+
+
 @pytest.mark.parametrize("bad", [{"probe_steps": 0}, {"returns": -1}])
 def test_bad_settings(bad: dict[str, int]) -> None:
     """Claim: settings out of range raise ValueError."""

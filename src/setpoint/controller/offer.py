@@ -39,10 +39,12 @@ def offers_of(
     returns: int,
     slew: float,
     sure: bool = True,
+    num_samples: int = 1,
 ) -> list[Offer]:
-    """Whole blocks of resting units that are sure to gain, the worthiest first.
+    """Whole blocks of resting units that are sure to gain and to stay, the worthiest first.
 
-    A unit's sure gain is its gain less the standard error; where that is unknown it is not offered. Within a group
+    A unit's sure gain is its gain less the standard error, and at most the saliency that it will be read to have: one
+    that gained more would go again for want of it. Where the error is unknown it is not offered. Within a group
     units come in the order of their sure gain. A unit is left out that has rested for fewer decisions
     than `dwell`, or has come back `returns` times before.
 
@@ -55,6 +57,7 @@ def offers_of(
         returns: how often a unit may come back in a run.
         slew: largest fraction of a group's units to come back at one decision; one block always may.
         sure: False to offer by the gain itself, for room that would be left empty otherwise.
+        num_samples: independent samples behind the gradient of a step.
 
     >>> from setpoint.cost.cost import ProductCost, Term
     >>> from setpoint.groups.group import Size
@@ -72,6 +75,8 @@ def offers_of(
         if name not in probe.gain or group.num_units % block:
             continue
         gain, origins = probe.gain[name] - (probe.error[name] if sure else 0.0), probe.origins[name]
+        foretold = probe.foretold(name, num_samples)
+        gain = np.minimum(gain, foretold) if sure else np.fmin(gain, foretold)
         may = ((gain > 0) | (not sure)) & (probe.rested[name] >= dwell) & (probe.drops[name] <= returns)
         order = [int(at) for at in np.argsort(-gain, kind="stable") if may[at]]
         most = max(1, math.floor(slew * group.num_units) // block)

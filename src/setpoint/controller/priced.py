@@ -111,11 +111,13 @@ class PricedController:
     With `regrow=True` dropped units rest in a reserve and are probed before a decision. A block of
     them comes back where
 
-        probed worth = summed (gain - its standard error) / what the block costs  >  price * (1 + hysteresis),
+        probed worth = summed min(gain - its standard error, foretold saliency) / what the block costs
+                     > price * (1 + hysteresis),
 
     with the price at which the others pay for it: what comes back is counted first, then the rest is dropped
-    until the target is met. As many blocks come back, the worthiest first, as still beat the price that this leads
-    to. A unit rests for `dwell` decisions before, stays for as many after, and comes back `returns` times at most.
+    until the target is met. Foretold is what the sensor will read of a unit once it is back: by that it would go
+    again. As many blocks come back, the worthiest first, as still beat the price that this leads to. A unit rests for
+    `dwell` decisions before, stays for as many after, and comes back `returns` times at most.
     From `reference.land` on nothing comes back; until then the controller holds the limit but has not landed. Where
     the reference rises (`Reference(dip=0.6)`), room is left for what comes back: blocks for which no other has to go
     beat a price of 0, and the standard error is not taken off. Off by default: it has not been shown that it pays.
@@ -306,7 +308,7 @@ class PricedController:
         reading, probe = observation.reading, observation.probe
         if aim.final or probe is None or reading is None or not reading.calibrated or self.allocation != "worth":
             return []
-        settings = {"dwell": self.dwell, "returns": self.returns}
+        settings = {"dwell": self.dwell, "returns": self.returns, "num_samples": reading.num_samples}
         sure = not self._rising(aim)
         return offers_of(probe, cost, observation.widths, groups, slew=self.slew, sure=sure, **settings)
 

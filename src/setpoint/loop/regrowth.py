@@ -247,20 +247,21 @@ class Regrowth:
     def probe(self, step: int) -> Probe | None:
         """What steps probed since the last decision tell of units that rest, or None. Called once for each decision."""
         self._decisions += 1
-        reserve, origins, gain, error = self.reserve, {}, {}, {}
+        reserve, origins, gain, error, deviation = self.reserve, {}, {}, {}, {}
         for name, units in reserve.origins().items():
             rows = [each[name][units] for each in self._recent if name in each]
             seen = np.isfinite(rows).any(0) if rows else np.zeros(len(units), dtype=bool)
             if seen.any():
                 origins[name] = units[seen]
-                gain[name], error[name] = _mean_and_error(np.array(rows)[:, seen])
+                gain[name], deviation[name], count = _mean_and_deviation(np.array(rows)[:, seen])
+                error[name] = deviation[name] / np.sqrt(count)
         num_steps = len(self._recent)
         self._recent, self._chosen = [], {}
         if not origins:
             return None
         rested = {name: self._decisions - reserve.dropped_at[name][units] for name, units in origins.items()}
         drops = {name: reserve.drops[name][units] for name, units in origins.items()}
-        return Probe(step, origins, gain, error, rested, drops, num_steps=num_steps)
+        return Probe(step, origins, gain, error, rested, drops, num_steps=num_steps, deviation=deviation)
 
     # Drops and returns.
 
@@ -392,17 +393,16 @@ def _whole(state: Mapping[str, Sequence[Sequence[Any]]]) -> Whole:
     }
 
 
-def _mean_and_error(
+def _mean_and_deviation(
     rows: Float64[np.ndarray, "steps units"],
-) -> tuple[Float64[np.ndarray, " units"], Float64[np.ndarray, " units"]]:
-    """Mean over the steps in which a unit was present, and the standard error of it; NaN for a single step.
+) -> tuple[Float64[np.ndarray, " units"], Float64[np.ndarray, " units"], Int[np.ndarray, " units"]]:
+    """Mean over the steps in which a unit was present, their sample deviation (NaN for a single one) and number.
 
-    >>> _mean_and_error(np.array([[1.0, np.nan], [3.0, 5.0]]))
-    (array([2., 5.]), array([ 1., nan]))
+    >>> _mean_and_deviation(np.array([[1.0, np.nan], [3.0, 5.0]]))
+    (array([2., 5.]), array([1.41421356,        nan]), array([2, 1]))
     """
     present = np.isfinite(rows)
     count = present.sum(0)
     mean = np.where(present, rows, 0.0).sum(0) / count
     squares = np.where(present, rows - mean, 0.0) ** 2
-    several = np.where(count > 1, count, 2)
-    return mean, np.where(count > 1, np.sqrt(squares.sum(0) / (several - 1) / several), np.nan)
+    return mean, np.where(count > 1, np.sqrt(squares.sum(0) / np.maximum(count - 1, 1)), np.nan), count

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Float64, Int
@@ -21,6 +21,10 @@ class Probe:
     A few steps tell this only roughly, and whoever picks the largest of many rough numbers picks luck. So decisions go
     by `gain - error`.
 
+    Once back, a unit stays or goes by what the sensor reads of it, which is its curvature. The steps tell that too:
+    with B samples behind a step, gate gradients -gain of mean m and deviation s foretell the saliency
+    (B s^2 + m^2) / 2.
+
     Args:
         step: optimizer steps done when it was taken.
         origins: by group, the units that were probed.
@@ -29,6 +33,8 @@ class Probe:
         rested: by group, in that order, decisions since the unit was dropped.
         drops: by group, in that order, how often the unit has been dropped so far.
         num_steps: how many they are.
+        deviation: by group, in that order, standard deviation of the gain in one step; NaN as for the error. Where it
+            is not told, nothing is foretold of the saliency.
     """
 
     step: int
@@ -38,3 +44,15 @@ class Probe:
     rested: Mapping[str, Int[np.ndarray, " _resting"]]
     drops: Mapping[str, Int[np.ndarray, " _resting"]]
     num_steps: int = 1
+    deviation: Mapping[str, Float64[np.ndarray, " _resting"]] = field(default_factory=dict)
+
+    def foretold(self, name: str, num_samples: int) -> Float64[np.ndarray, " _resting"]:
+        """Saliency that the sensor will read of the units of a group once they are back; infinite where not told.
+
+        Args:
+            name: of the group.
+            num_samples: independent samples behind the gradient of a step.
+        """
+        gain = self.gain[name]
+        deviation = self.deviation.get(name)
+        return np.full(len(gain), np.inf) if deviation is None else 0.5 * (num_samples * deviation**2 + gain**2)
