@@ -120,7 +120,7 @@ class PricedController:
     `dwell` decisions before, stays for as many after, and comes back `returns` times at most.
     From `reference.land` on nothing comes back; until then the controller holds the limit but has not landed. Where
     the reference rises (`Reference(dip=0.6)`), room is left for what comes back: blocks for which no other has to go
-    beat a price of 0, and the standard error is not taken off. Off by default: it has not been shown that it pays.
+    beat a price of 0, and the standard error is not taken off. Off by default: it has been measured to be no better.
 
     The defaults for `slew` and `min_density` guard against a whole layer being cut on one noisy reading.
     A group never ends below `min_density` times the density that would meet the limit if all groups had
