@@ -5,7 +5,8 @@
 
 A marker is `<!-- results:NAME -->` ... `<!-- end -->`; NAME is a folder of results/, `tasks` for all folders,
 `goals`, `headline`, `overhead`, `suites`, `discovery`, `coverage`, `moments`, `state-regrowth`, `mamba2`, `ssm`,
-`predictions`, `distributed`, `compiled`, `soak`, `states`, `ablation`, `calibration` or `real-budgets`.
+`predictions`, `distributed`, `compiled`, `soak`, `states`, `ablation`, `feedback`, `price`, `returns`, `calibration` or
+`real-budgets`.
 """
 
 from __future__ import annotations
@@ -583,16 +584,18 @@ def feedback_table(path: Path) -> str:
 
 def returns_table(path: Path) -> str:
     """How far the loss rises within eight steps of a return, beside what it does without one."""
-    lines = ["| task | units | nothing comes back | all at once | eased in over eight steps | seeds |"]
-    lines.append(f"|---|{'---:|' * 5}")
+    lines = ["| task | units | nothing comes back | all at once | the same before a step | eased in | seeds |"]
+    lines.append(f"|---|{'---:|' * 6}")
     data = json.loads(path.read_text(encoding="utf-8"))
     found: dict[str, list[dict[str, Any]]] = {}
     for row in data["rows"]:
         found.setdefault(row["task"], []).append(row)
     for task, rows in found.items():
+        told = {key: [max(row[key][1:]) - row["before"] for row in rows] for key in ("none", "at_once", "eased")}
+        told["first"] = [row["at_once"][0] - row["before"] for row in rows]
         rises = [
-            f"{statistics.fmean(rise):+.4f} ({min(rise):+.4f} to {max(rise):+.4f})"
-            for rise in ([max(row[key]) - row["before"] for row in rows] for key in ("none", "at_once", "eased"))
+            f"{statistics.fmean(told[key]):+.4f} ({min(told[key]):+.4f} to {max(told[key]):+.4f})"
+            for key in ("none", "at_once", "first", "eased")
         ]
         lines.append(f"| {task} | {rows[0]['units']} | {' | '.join(rises)} | {len(rows)} |")
     return "\n".join([*lines, "", _made_on(data)])

@@ -115,7 +115,7 @@ def main() -> None:
     rows = []
     for seed in map(int, args.seeds.split(",")):
         rows.append({"task": task.name, **measured(task, seed)})
-        told = {key: f"{max(rows[-1][key]) - rows[-1]['before']:+.4f}" for key in ("none", "at_once", "eased")}
+        told = {key: f"{max(rows[-1][key][1:]) - rows[-1]['before']:+.4f}" for key in ("none", "at_once", "eased")}
         print(f"seed {seed}: {rows[-1]['before']:.4f}, highest in eight steps: {told}", flush=True)
     old = json.loads(args.out.read_text(encoding="utf-8"))["rows"] if args.out and args.out.exists() else []
     kept = [row for row in old if row["task"] != task.name]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import setpoint
 from setpoint.bench.models import PlainNet
@@ -204,6 +207,48 @@ def test_memory_is_metered_where_units_come_back() -> None:
     held = [*model.parameters(), *(value for state in optimizer.state.values() for value in state.values())]
     assert summary.landed and summary.probed_steps > 0 and peak_bytes(step, [*held, x]) <= 1.01 * 700_000
     assert summary.metered["memory"] <= 700_000 and summary.sources["memory"].startswith("measured")
+
+
+def test_bytes_are_read_again_after_a_miss_beside_a_reserve() -> None:
+    """Under somebody's dispatch mode steps are not metered, which is said; once that ends they are, reserve or not."""
+    for regrow in (False, True):
+        model, optimizer, x = mlp()
+        controller = setpoint.PricedController(regrow=regrow)
+        budget = Budget.fraction(0.6, of="memory")
+        loop = setpoint.attach(model, optimizer, budget, example=(x,), total_steps=200, controller=controller)
+
+        def steps(count: int, made: Any = (model, optimizer, x)) -> None:
+            for _ in range(count):
+                made[0](made[2]).square().mean().backward()
+                made[1].step()
+                made[1].zero_grad()
+
+        with pytest.warns(UserWarning, match="memory is not measured now"), FlopCounterMode(display=False):
+            steps(40)
+        steps(160)
+        summary = loop.finish()
+        assert not any(entry.metered for entry in loop.ledger if entry.step <= 40)
+        assert summary.landed and summary.metered["memory"] <= summary.limit["memory"]
+
+
+def test_a_model_can_be_stored_and_copied_while_a_step_is_awaited() -> None:
+    """What waits for a step's first call is neither stored nor copied with the model, and nothing of it is left."""
+    found = []
+    for copied in (False, True):
+        model, optimizer, x = mlp()
+        half = Budget.fraction(0.5, of="memory")
+        loop = setpoint.attach(model, optimizer, half, example=(x,), total_steps=40)
+        for _ in range(40):
+            model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if copied:
+                for twin in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+                    twin(x)
+        loop.finish()
+        found.append([entry.metered for entry in loop.ledger])
+        assert not any(each._forward_pre_hooks for each in model.modules())
+    assert [set(each) for each in found[0]] == [set(each) for each in found[1]]
 
 
 def test_a_second_loop_that_cannot_be_metered_says_so() -> None:

@@ -233,6 +233,17 @@ def test_the_least_that_is_advised_is_met(name: str, total_steps: int) -> None:
         setpoint.attach(model, optimizer, low, example=(torch.randn(batch, 8),), total_steps=total_steps, **settings)
 
 
+@pytest.mark.parametrize("batch", [2, 32, 512])
+def test_gates_that_cannot_afford_to_learn_leave_nothing_unused(batch: int) -> None:
+    """However much of their learning the share pays for, a run budget is used up to 1 % and never over."""
+    model, optimizer, _ = net()
+    x, budget = torch.randn(batch, 8), Budget.fraction(0.6, of="flops", per="run")
+    loop = setpoint.attach(model, optimizer, budget, example=(x,), total_steps=300, controller=GatedController())
+    train(loop, model, optimizer, x, 300)
+    summary = loop.finish()
+    assert summary.landed and 0.99 <= summary.spent_run["flops"] / summary.limit_run["flops"] <= 1 + 1e-12
+
+
 @pytest.mark.parametrize("fraction", [0.3, 0.6])
 @pytest.mark.parametrize("name", ["gated", "gated late"])
 def test_what_gates_learn_is_planned_for(name: str, fraction: float) -> None:

@@ -49,7 +49,8 @@ class SwitchOffs:
         self.places = []
 
     def remove(self) -> None:
-        """Take the hooks away."""
+        """Take the hooks away, with all units back."""
+        self.silent.close()
         self.hooks.remove()
         self.handle.remove()
 

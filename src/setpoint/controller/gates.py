@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import final
@@ -149,11 +150,14 @@ class GatedController:
         """State with the units that have come back."""
         return replace(state, priced=self.priced.grow(state.priced, regrown))
 
-    def flops(self, groups: tuple[Group, ...]) -> float:
-        """FLOPs of a decision that drops: forward and backward of each step, and a last forward, for all units."""
+    def flops(self, groups: tuple[Group, ...], allowance: float = math.inf) -> float:
+        """FLOPs of a decision that drops: forward and backward of each step that the allowance pays for, and a last
+        forward, for all units; 0 where it pays for none.
+        """
         if all(lowest_width(group) == group.num_units for group in groups):
             return 0.0
-        return self._flops(self.steps, groups)
+        steps = self._affordable(allowance, groups)
+        return self._flops(steps, groups) if steps else 0.0
 
     def decide(
         self, state: GatedState, observation: Observation, cost: Cost, groups: tuple[Group, ...]

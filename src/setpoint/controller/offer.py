@@ -56,7 +56,8 @@ def offers_of(
         dwell: decisions that a unit rests at least.
         returns: how often a unit may come back in a run.
         slew: largest fraction of a group's units to come back at one decision; one block always may.
-        sure: False to offer by the gain itself, for room that would be left empty otherwise.
+        sure: False to take no error off the gain, for room that would be left empty otherwise; a unit that was present
+            in one step only is then offered by its gain.
         num_samples: independent samples behind the gradient of a step.
 
     >>> from setpoint.cost.cost import ProductCost, Term

@@ -162,8 +162,8 @@ class Regrowing(Protocol[State]):
 class Learning(Protocol):
     """What a controller has in addition that learns by itself."""
 
-    def flops(self, groups: tuple[Group, ...]) -> float:
-        """FLOPs that one decision spends on learning at most, to be planned for; `Plan.flops` is what it has spent."""
+    def flops(self, groups: tuple[Group, ...], allowance: float = math.inf) -> float:
+        """FLOPs, within the allowance, that one decision spends on learning at most; `Plan.flops` is what it has."""
         ...
 
 

@@ -347,7 +347,7 @@ class Loop:
         if self._regrowth is None or not isinstance(controller, Regrowing) or not regrows(controller):
             return due
         ahead = coming <= total_steps and controller.probe_due(coming, total_steps)
-        return (due or ahead) and not self._regrowth.probing and self._parts.metering.peak_wanted
+        return (due or ahead) and not self._regrowth.probing and not self._parts.metering.peak_known
 
     def _decide(self, due: bool) -> None:
         """Read, decide, act and record. After a bad reading, try again at the next step."""

@@ -8,7 +8,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._python_dispatch import (
     _get_current_dispatch_mode,
     _get_current_dispatch_mode_stack,
@@ -29,6 +28,20 @@ _ENOUGH = 10
 """Steps behind a reading, before the end of a run is judged by it."""
 _LOOK_S = 10.0
 """Seconds between two looks at the energy counters; at kilowatts the quickest take minutes to wrap."""
+
+
+class _FirstCall:
+    """The hook that tells a meter of a call; one that was copied or stored with the model tells nobody."""
+
+    def __init__(self, metering: Metering | None = None) -> None:
+        self._metering = metering
+
+    def __call__(self, module: nn.Module, args: object) -> None:
+        if self._metering is not None:
+            self._metering.first_call()
+
+    def __reduce__(self) -> tuple[type[_FirstCall], tuple[()]]:
+        return _FirstCall, ()
 
 
 class Metering:
@@ -72,10 +85,11 @@ class Metering:
         self._pass_seconds: Measured | None = None
         self._watching: LiveBytes | None = None
         self._allocating = False
-        self._beginning: RemovableHandle | None = None
-        self._mode, self._modules = True, frozenset[int]()
+        self._beginning: list[RemovableHandle] = []
+        self._mode = True
         self._peak: int | None = None
         self._missed: set[str] = set()
+        self._blocked = False
         self._looked: float | None = None
         self._began_j: float | None = None
         self._earlier_j: float | None = 0.0
@@ -100,7 +114,12 @@ class Metering:
     @property
     def peak_wanted(self) -> bool:
         """Whether a step's bytes can be read, and none has been since the last cut."""
-        return "memory" in self.sources and "memory" not in self._missed and self._peak is None
+        return "memory" in self.sources and not self._blocked and self._peak is None
+
+    @property
+    def peak_known(self) -> bool:
+        """Whether a step's bytes have been read since the last cut."""
+        return self._peak is not None
 
     @property
     def watching(self) -> bool:
@@ -135,8 +154,9 @@ class Metering:
             return
         if _get_current_dispatch_mode() is live:
             live.__exit__(None, None, None)
-            self._peak = live.peak_bytes
+            self._peak, self._blocked = live.peak_bytes, False
             return
+        self._blocked = True
         warnings.warn("another dispatch mode began inside a metered step: its bytes were not read", stacklevel=2)
         if live in _get_current_dispatch_mode_stack():  # taken out from under the others, which stay
             above = []
@@ -157,17 +177,16 @@ class Metering:
             self._watching = LiveBytes(self._held())
             self._watching.__enter__()  # type: ignore[no-untyped-call]
         elif not self._compiled:
+            self._blocked = True
             self.miss({"memory"})
         if self._model is not None and not self._compiled and (self._allocating or self._watching is not None):
             self._mode = self._model.training
-            self._modules = frozenset(map(id, self._model.modules()))
-            # A hook of all modules, since one on the model would be copied and stored with it.
-            self._beginning = register_module_forward_pre_hook(self._first_call)
+            hook = _FirstCall(self)
+            self._beginning = [each.register_forward_pre_hook(hook) for each in self._model.modules()]
 
-    def _first_call(self, module: nn.Module, args: object) -> None:
-        """The step itself begins: an evaluation since the last one is no part of it."""
-        assert self._model is not None
-        if id(module) not in self._modules or self._model.training != self._mode or not torch.is_grad_enabled():
+    def first_call(self) -> None:
+        """The model or a part of it is called; with gradients the step itself begins, and what was before goes."""
+        if self._model is None or self._model.training != self._mode or not torch.is_grad_enabled():
             return
         self._begun()
         if self._allocating:
@@ -176,8 +195,8 @@ class Metering:
             self._watching.peak_bytes = self._watching.live_bytes
 
     def _begun(self) -> None:
-        handle, self._beginning = self._beginning, None
-        if handle is not None:
+        handles, self._beginning = self._beginning, []
+        for handle in handles:
             handle.remove()
 
     def time_inference(self) -> int:
@@ -247,7 +266,7 @@ class Metering:
 
     def state_dict(self) -> dict[str, float | None]:
         """The last peak, and the joules of the run; those of a step count anew in another process."""
-        return {"peak": self._peak, "run_j": self.run_j()}
+        return {"peak": self._peak, "run_j": self.run_j(), "blocked": float(self._blocked)}
 
     def load_state_dict(self, state: Mapping[str, float | None]) -> None:
         """Go on with the last peak and the joules of the run.
@@ -256,4 +275,5 @@ class Metering:
             state: from `state_dict`.
         """
         self._peak = None if state["peak"] is None else int(state["peak"])
+        self._blocked = bool(state["blocked"])
         self._earlier_j = None if state["run_j"] is None else float(state["run_j"])

@@ -55,7 +55,7 @@ def committed(parts: Parts, account: Account, step: int, widths: Mapping[str, in
         widths: that the decision is made at.
     """
     seconds = max(0, parts.total_steps - step) * account.extra_seconds_per_step
-    learning = learning_flops(parts, account, step, widths)
+    learning = learning_flops(parts, account, widths)
     besides = {"flops": learning, "latency": seconds, "energy": seconds * (stated_watts(parts) or 0.0)}
     return {name: value + besides.get(name, 0.0) for name, value in spent_so_far(parts, account).items()}
 
@@ -76,15 +76,15 @@ def learning_allowance(account: Account, num_steps: int = 0) -> float:
     return max(0.0, _LEARNING_SHARE * steps - account.learning_flops)
 
 
-def learning_flops(parts: Parts, account: Account, step: int, widths: Mapping[str, int]) -> float:
-    """FLOPs that one decision at these widths, at this step or later, spends on learning at the most.
+def learning_flops(parts: Parts, account: Account, widths: Mapping[str, int], num_steps: int = 0) -> float:
+    """FLOPs that a decision at these widths spends on learning at the most, now or so many steps from now.
 
     0 where the controller does not learn.
     """
     if not isinstance(parts.controller, Learning):
         return 0.0
-    wanted = parts.controller.flops(tuple(replace(group, num_units=widths[group.name]) for group in parts.groups))
-    return min(wanted, learning_allowance(account, max(0, parts.total_steps - step)))
+    groups = tuple(replace(group, num_units=widths[group.name]) for group in parts.groups)
+    return parts.controller.flops(groups, learning_allowance(account, num_steps))
 
 
 def overhead_to_come(
@@ -116,11 +116,17 @@ def overhead_to_come(
     due = (at for at in range(step + 1, total_steps) if reference.due(at, total_steps))
     landing = next((at for at in due if lands(at)), total_steps)
     num_sensed = -(-(landing - step) // sensed_every(total_steps))
-    return num_sensed * sensing_flops + learning_flops(parts, account, step, widths)
+    return num_sensed * sensing_flops + learning_flops(parts, account, widths, landing - step)
 
 
 def most_per_step(
-    parts: Parts, account: Account, step: int, widths: Mapping[str, int], sensing_flops: float
+    parts: Parts,
+    account: Account,
+    step: int,
+    widths: Mapping[str, int],
+    sensing_flops: float,
+    *,
+    deciding: bool = True,
 ) -> dict[str, float]:
     """By resource of a run budget, the most that a step may cost from this decision to the next.
 
@@ -130,13 +136,14 @@ def most_per_step(
         step: optimizer steps done.
         widths: present widths.
         sensing_flops: of one sensing.
+        deciding: whether a decision is being made at this step.
     """
     return parts.target.most(
         step,
         parts.total_steps,
         spent=committed(parts, account, step, widths),
         narrowest=narrowest(parts),
-        besides=overhead_to_come(parts, account, step, widths, sensing_flops, deciding=True),
+        besides=overhead_to_come(parts, account, step, widths, sensing_flops, deciding=deciding),
     )
 
 
@@ -152,7 +159,7 @@ def spare_flops(parts: Parts, account: Account, step: int, widths: Mapping[str, 
     """
     if "flops" not in parts.target.runs or step >= parts.total_steps:
         return math.inf
-    most = most_per_step(parts, account, step, widths, sensing_flops)["flops"]
+    most = most_per_step(parts, account, step, widths, sensing_flops, deciding=False)["flops"]
     coming = next_decision(parts.target.runs["flops"].reference, step, parts.total_steps)
     return (most - parts.target.expected("flops", widths)) * (coming - step)
 
