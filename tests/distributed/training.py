@@ -61,7 +61,9 @@ def build(kind: Callable[[], nn.Module] = Sampled) -> nn.Module:
 
 
 def regrowing(num_cuts: int = 14) -> setpoint.PricedController:
-    return setpoint.PricedController(Reference(0.0, 0.7, 0.8, num_cuts=num_cuts), regrow=True, dwell=1, min_density=0.0)
+    """Comes down to three quarters of the limit and rises again as units come back."""
+    reference = Reference(0.0, 0.5, 0.8, num_cuts=num_cuts, dip=0.75)
+    return setpoint.PricedController(reference, regrow=True, dwell=1, min_density=0.0)
 
 
 def attached(model: nn.Module, controller: Any, x: Tensor, **options: Any) -> tuple[Any, setpoint.Loop]:
