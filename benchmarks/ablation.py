@@ -32,7 +32,9 @@ def row_of(result: Result, folder: Path) -> dict[str, Any]:
     last, as a share of the limit by resource.
     """
     names = ("task", "method", "budget", "seed", "metric", "value", "split", "train_flops", "final_flops", "date")
-    row, path = {name: getattr(result, name) for name in names}, folder / result.folder / LEDGER
+    row: dict[str, Any] = {name: getattr(result, name) for name in names}
+    row |= {name: result.environment[name] for name in ("cpu", "threads", "torch")}
+    path = folder / result.folder / LEDGER
     if not path.exists():
         return row
     ledger = Ledger.load(path)

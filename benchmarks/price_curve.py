@@ -9,13 +9,12 @@ are kept.
 from __future__ import annotations
 
 import argparse
-import json
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from record import keep
+from record import keep_rows
 
 import setpoint
 from setpoint.bench.catalogue import task_named
@@ -71,9 +70,7 @@ def main() -> None:
                 f"rate {rate:g}, seed {seed}: {row['value']:.4f} at {row['flops_ratio']:.1%} of the FLOPs", flush=True
             )
             rows.append({"task": task.name, **row})
-    old = json.loads(args.out.read_text(encoding="utf-8"))["rows"] if args.out and args.out.exists() else []
-    kept = [row for row in old if row["task"] != task.name]
-    keep({"rows": kept + rows}, args.out, shown={"rows": len(rows)})
+    keep_rows(rows, args.out)
 
 
 if __name__ == "__main__":

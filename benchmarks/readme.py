@@ -561,7 +561,7 @@ def ablation_table(path: Path) -> str:
                 f"{len(by_seed)}",
             )
             lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", _made_on(data)])
+    return "\n".join([*lines, "", _rows_made_on(data["rows"])])
 
 
 def feedback_table(path: Path) -> str:
@@ -579,7 +579,7 @@ def feedback_table(path: Path) -> str:
         told = f"{value:.2%}".replace("%", " %") if rows[0]["metric"] == "accuracy" else f"{value:.4f}"
         share = percent(held[0]) if len(held) == 1 else f"{percent(min(held))} to {percent(max(held))}"
         lines.append(f"| {task} | {percent(budget)} | `{method}` | {share} | {told} | {len(rows)} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", _rows_made_on([row for row in data["rows"] if "held" in row])])
 
 
 def returns_table(path: Path) -> str:
@@ -659,6 +659,14 @@ def _told(pairs: Sequence[float]) -> str:
     """Mean of paired differences and half of the 95 % interval about it."""
     found = paired(pairs)
     return f"{found.mean:+.3f}" + ("" if found.high is None else f" ± {found.high - found.mean:.3f}")
+
+
+def _rows_made_on(rows: Sequence[dict[str, Any]]) -> str:
+    """On what, and when, where each row tells for itself."""
+    found: dict[str, set[str]] = {}
+    for row in rows:
+        found.setdefault(f"{row['cpu']}, {_threads(row)}, torch {row['torch']}", set()).add(row["date"][:10])
+    return "; ".join(f"{machine}, {' and '.join(sorted(dates))}" for machine, dates in found.items()) + "."
 
 
 def _code(text: str) -> str:

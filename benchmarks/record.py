@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -30,3 +30,11 @@ def keep(found: Mapping[str, Any], out: Path | None, shown: Mapping[str, Any] | 
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(record if shown is None else shown))
+
+
+def keep_rows(rows: Sequence[Mapping[str, Any]], out: Path | None) -> None:
+    """Write a record of rows, each with its task; rows of other tasks that the file holds stay."""
+    old = json.loads(out.read_text(encoding="utf-8"))["rows"] if out is not None and out.exists() else []
+    measured = {row["task"] for row in rows}
+    kept = [row for row in old if row["task"] not in measured]
+    keep({"rows": [*kept, *rows]}, out, shown={"rows": len(rows)})

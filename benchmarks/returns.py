@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from record import keep
+from record import keep_rows
 from torch import Tensor, nn
 
 import setpoint
@@ -117,9 +116,7 @@ def main() -> None:
         rows.append({"task": task.name, **measured(task, seed)})
         told = {key: f"{max(rows[-1][key][1:]) - rows[-1]['before']:+.4f}" for key in ("none", "at_once", "eased")}
         print(f"seed {seed}: {rows[-1]['before']:.4f}, highest in eight steps: {told}", flush=True)
-    old = json.loads(args.out.read_text(encoding="utf-8"))["rows"] if args.out and args.out.exists() else []
-    kept = [row for row in old if row["task"] != task.name]
-    keep({"rows": kept + rows}, args.out, shown={"rows": len(rows)})
+    keep_rows(rows, args.out)
 
 
 if __name__ == "__main__":

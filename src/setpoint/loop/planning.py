@@ -166,13 +166,10 @@ def planned(
         return state, back, None
     observation = replace(observation, most=most)
     after, plan = controller.decide(state, observation, parts.target.cost, groups)
-    every = sensed_every(parts.total_steps)
-    sensing = sensing_flops / every
+    every, deciding = sensed_every(parts.total_steps), learning_flops(parts, account, widths)
+    growth = learning_flops(parts, account, widths, num_steps=1) - deciding  # of what learning may take, per step
+    sensing = sensing_flops / every + growth
     spent = committed(parts, account, step, widths)
-    deciding = learning_flops(parts, account, widths)
-    sensing += (
-        learning_flops(parts, account, widths, 1) - deciding
-    )  # what a learning controller may spend grows by a step
     later = 0.0 if plan.landed else overhead_to_come(parts, account, step, widths, sensing_flops, deciding=False)
     later += sensing_flops if every > 1 else 0.0  # of the few steps that it waits more than their share may be sensed
     spent = {name: value + (later if name == "flops" else 0.0) for name, value in spent.items()}
