@@ -4,9 +4,9 @@
     python benchmarks/readme.py --check    fail if a page does not show what the result files say
 
 A marker is `<!-- results:NAME -->` ... `<!-- end -->`; NAME is a folder of results/, `tasks` for all folders,
-`goals`, `headline`, `overhead`, `suites`, `discovery`, `coverage`, `moments`, `state-regrowth`, `mamba2`, `ssm`,
-`predictions`, `distributed`, `compiled`, `soak`, `states`, `ablation`, `feedback`, `price`, `returns`, `calibration` or
-`real-budgets`.
+`goals`, `headline`, `sparse`, `overhead`, `suites`, `discovery`, `coverage`, `moments`, `state-regrowth`,
+`mamba2`, `ssm`, `predictions`, `distributed`, `compiled`, `soak`, `states`, `ablation`, `feedback`, `price`,
+`returns`, `calibration` or `real-budgets`.
 """
 
 from __future__ import annotations
@@ -50,10 +50,11 @@ def methods_table(folder: Path, *, judged: bool = False) -> str:
     """Tables of a results folder with what they were measured on, and with the headline goals if it is to be judged."""
     results = read_results(folder)
     rows = summary_rows(results)
-    for task in results.tasks():
-        for threads in {cell.environment.get("threads") for cell in results.of(task)} - {None}:
-            alike = [cell for cell in results.of(task) if cell.environment.get("threads") == threads]
-            assert len({json.dumps(cell.environment) for cell in alike}) == 1, f"{folder}: runs of several environments"
+    for task in results.tasks():  # seconds compare on one machine only; what was learnt, with one version and precision
+        timed = {json.dumps(cell.timing.environment) for cell in results.of(task) if cell.timing}
+        assert len(timed) <= 1, f"{folder}: timed on several machines"
+        ran = {tuple(cell.environment.get(key) for key in ("torch", "dtype")) for cell in results.of(task)}
+        assert len(ran) == 1, f"{folder}: runs of several versions: {ran}"
     return "\n\n".join(
         task_text(results.of(task), [row for row in rows if row.task == task], judged=judged)
         for task in results.tasks()
@@ -522,6 +523,25 @@ def states_table(folder: Path) -> str:
     return "\n".join([*lines, "", about(results.cells, rows)])
 
 
+def sparse_table(folder: Path, density: str = "0.1") -> str:
+    """Methods at one density of the weights, beside the static mask and one-shot pruning, by seed."""
+    results = read_results(folder)
+    by_label = series([cell for cell in results.cells if cell.method.endswith(f"@density={density}")])
+    rows = [row for row in summary_rows(results) if row.method in by_label]
+    rivals = {name: by_label[f"{name}@density={density}"] for name in ("static", "set", "magnitude-oneshot")}
+    told = ("accuracy on test", "density", "FLOPs / step in theory", "training FLOPs in theory")
+    lines = [f"| method | {' | '.join((*told, *(f'to `{name}`' for name in rivals)))} |", f"|---|{'---:|' * 7}"]
+    for row in rows:
+        shares = [percent(share) for share in (row.density, row.theoretical_ratio, row.theoretical_train_ratio)]
+        apart = []
+        for cells in rivals.values():
+            found = difference(by_label[row.method], cells)
+            text = interval_text(found, row.metric)
+            apart.append("–" if cells is by_label[row.method] else f"**{text}**" if found.clear else text)
+        lines.append(f"| `{row.method.split('@')[0]}` | {metric_text(row)} | {' | '.join((*shares, *apart))} |")
+    return "\n".join(lines)
+
+
 def ablation_table(path: Path) -> str:
     """Setpoint with one thing changed, on validation data, beside the default by seed."""
     data = json.loads(path.read_text(encoding="utf-8"))
@@ -699,6 +719,7 @@ def filled(text: str) -> str:
             "returns": lambda: returns_table(RESULTS / "returns.json"),
             "price": lambda: price_table(RESULTS / "price.json"),
             "feedback": lambda: feedback_table(RESULTS / "ablation.json"),
+            "sparse": lambda: sparse_table(RESULTS / "cifar10-mini"),
             "goals": goals_table,
             "headline": headline_table,
             "tasks": task_sections,

@@ -292,11 +292,12 @@ def changed(what: str) -> SimpleTask:
         "model": {"family": others.family},
         "data": {"data": replace(TINY.data, shift=0, mean=(8.0,))},  # type: ignore[type-var]
         "loss": {"training_criterion": None},
+        "fresh weights": {"scratch_learning_rate": 2.0},
     }
     return replace(TINY, **changes[what])  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("what", ["learning rate", "model", "data", "loss"])
+@pytest.mark.parametrize("what", ["learning rate", "model", "data", "loss", "fresh weights"])
 def test_a_changed_task_is_refused(what: str, tiny: Result, tmp_path: Path) -> None:
     """A folder does not mix runs of a task before and after a change; the same task, and rows that say nothing, go."""
     append_result(tmp_path, tiny)

@@ -83,6 +83,16 @@ def test_the_machine_of_the_timing_is_told(make_results: Any) -> None:
         assert told in markdown(read_results(folder))
 
 
+def test_rows_of_another_machine_are_named(make_results: Any) -> None:
+    """Where rows ran on several processors, those that did not run on the usual one are named, one label once."""
+    folder = make_results(seeds=(0, 1), methods=("dense", "small"))
+    assert "On " not in markdown(read_results(folder))
+    make_results(seeds=(0, 1), methods=("setpoint",), environment={"torch": "2.13.0", "cpu": "Other CPU", "threads": 2})
+    text = markdown(read_results(folder))
+    assert "Example CPU or Other CPU" in text
+    assert "On Other CPU: `setpoint`." in text and text.count("On ") == 1
+
+
 def test_timings_of_another_version_are_refused(make_results: Any) -> None:
     """A timing with an unknown schema is an error that says what to do."""
     folder = make_results(seeds=(0,))

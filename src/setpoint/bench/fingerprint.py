@@ -20,8 +20,9 @@ from setpoint.bench.task import Task, dense_widths
 def fingerprint(task: Task) -> str:
     """Sixteen hexadecimal digits that change with the dense model, the recipe and the data; not with steps or device.
 
-    Of the model its modules and shapes count, of functions their names, of the data the first training batch: whole
-    numbers one by one, others by shape, and mean and deviation to a few digits, in which machines agree.
+    Of the model its modules and shapes count, of the recipe also what it does with fresh weights, of functions their
+    names, of the data the first training batch: whole numbers one by one, others by shape, and mean and deviation to
+    a few digits, in which machines agree.
 
     Args:
         task: to be told from others of its name; its data are read.
@@ -31,14 +32,19 @@ def fingerprint(task: Task) -> str:
     """
     with OwnRandom(0).drawing():
         model = task.build(dense_widths(task), torch.device("meta"))
-        optimizer = task.optimizer(model)
+        optimizers = [task.optimizer(model)]
+        if (scratch := task.from_scratch()) != task:
+            optimizers.append(scratch.optimizer(model))
         inputs, targets = next(task.batches(seed=0))
     parts = [
         re.sub(r" at 0x[0-9a-f]+", "", str(model)),
         *(f"{name} {tuple(each.shape)}" for name, each in model.named_parameters()),
     ]
-    parts += [type(optimizer).__name__]
-    parts += [str({key: value for key, value in each.items() if key != "params"}) for each in optimizer.param_groups]
+    for optimizer in optimizers:
+        parts += [type(optimizer).__name__]
+        parts += [
+            str({key: value for key, value in each.items() if key != "params"}) for each in optimizer.param_groups
+        ]
     parts += [_batch(inputs), _batch(targets), task.metric]
     if isinstance(task, SimpleTask):
         recipe = [(each.name, getattr(task.recipe, each.name)) for each in fields(task.recipe) if each.name != "steps"]

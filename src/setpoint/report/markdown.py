@@ -9,7 +9,7 @@ from setpoint.report.columns import CLOCK_NOTES, Column, columns, difference_col
 from setpoint.report.goals import goals
 from setpoint.report.numbers import NOTHING
 from setpoint.report.results import Cell, Results, read_results
-from setpoint.report.summary import RIVALS, Row, summary_rows
+from setpoint.report.summary import RIVALS, Row, series, summary_rows
 
 NAME = "results.md"
 MOST_LOAD = 1.0
@@ -104,6 +104,7 @@ def about(cells: Sequence[Cell], rows: Sequence[Row]) -> str:
         f"{'; '.join(map(escape, told))}.",
         CLOCK_NOTES[rows[0].clock],
         busy,
+        _other_machines(cells),
         masked + compared,
         *map(escape, notes),
     )
@@ -118,6 +119,17 @@ def _machine(runs: Sequence[Mapping[str, str]], timings: Sequence[Mapping[str, s
         if ran and not (key == "device" and ran == "cpu"):
             told.append(f"{ran} (timed: {timed})" if timed not in ("", ran) else ran)
     return told
+
+
+def _other_machines(cells: Sequence[Cell]) -> str:
+    """Which rows ran on another processor than most did, "" where all ran on one."""
+    labels: dict[str, dict[str, None]] = {}
+    for label, runs in series(cells).items():
+        for cell in runs:
+            labels.setdefault(cell.environment.get("cpu", "a processor not known"), {})[label] = None
+    usual, *others = sorted(labels, key=lambda cpu: -len(labels[cpu])) or [""]
+    told = (f"On {escape(cpu)}: {', '.join(f'`{escape(label)}`' for label in labels[cpu])}" for cpu in others)
+    return "".join(f"{each}. " for each in told).rstrip()
 
 
 def _value(key: str, environments: Sequence[Mapping[str, str]]) -> str:
