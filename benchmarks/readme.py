@@ -130,7 +130,7 @@ def task_sections() -> str:
 
 
 def _threads(environment: dict[str, object]) -> str:
-    return f"{environment['threads']} thread{'s' * (environment['threads'] != 1)}"
+    return f"{environment['threads']} thread{'s' * (str(environment['threads']) != '1')}"
 
 
 def overhead_table() -> str:
@@ -526,7 +526,8 @@ def states_table(folder: Path) -> str:
 def sparse_table(folder: Path, density: str = "0.1") -> str:
     """Methods at one density of the weights, beside the static mask and one-shot pruning, by seed."""
     results = read_results(folder)
-    by_label = series([cell for cell in results.cells if cell.method.endswith(f"@density={density}")])
+    cells = [cell for cell in results.cells if cell.method.endswith(f"@density={density}")]
+    by_label = series(cells)
     rows = [row for row in summary_rows(results) if row.method in by_label]
     rivals = {name: by_label[f"{name}@density={density}"] for name in ("static", "set", "magnitude-oneshot")}
     told = ("accuracy on test", "density", "FLOPs / step in theory", "training FLOPs in theory")
@@ -534,12 +535,14 @@ def sparse_table(folder: Path, density: str = "0.1") -> str:
     for row in rows:
         shares = [percent(share) for share in (row.density, row.theoretical_ratio, row.theoretical_train_ratio)]
         apart = []
-        for cells in rivals.values():
-            found = difference(by_label[row.method], cells)
+        for rival in rivals.values():
+            found = difference(by_label[row.method], rival)
             text = interval_text(found, row.metric)
-            apart.append("–" if cells is by_label[row.method] else f"**{text}**" if found.clear else text)
+            apart.append("–" if rival is by_label[row.method] else f"**{text}**" if found.clear else text)
         lines.append(f"| `{row.method.split('@')[0]}` | {metric_text(row)} | {' | '.join((*shares, *apart))} |")
-    return "\n".join(lines)
+    seeds = ", ".join(map(str, sorted({cell.seed for cell in cells})))
+    machine = _rows_made_on([{**cell.environment, "date": cell.date} for cell in cells])
+    return "\n".join([*lines, "", f"Seeds {seeds}, differences with 95 % intervals; {machine}"])
 
 
 def ablation_table(path: Path) -> str:

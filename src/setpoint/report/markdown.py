@@ -127,9 +127,8 @@ def _other_machines(cells: Sequence[Cell]) -> str:
     for label, runs in series(cells).items():
         for cell in runs:
             labels.setdefault(cell.environment.get("cpu", "a processor not known"), {})[label] = None
-    usual, *others = sorted(labels, key=lambda cpu: -len(labels[cpu])) or [""]
-    told = (f"On {escape(cpu)}: {', '.join(f'`{escape(label)}`' for label in labels[cpu])}" for cpu in others)
-    return "".join(f"{each}. " for each in told).rstrip()
+    others = sorted(labels, key=lambda cpu: -len(labels[cpu]))[1:]
+    return " ".join(f"On {escape(cpu)}: {', '.join(f'`{escape(each)}`' for each in labels[cpu])}." for cpu in others)
 
 
 def _value(key: str, environments: Sequence[Mapping[str, str]]) -> str:

@@ -79,13 +79,13 @@ def duration(seconds: float | None) -> str:
 def percent(share: float | None) -> str:
     """A share in percent.
 
-    >>> percent(0.4983), percent(0.0049), percent(None)
-    ('49.8 %', '0.49 %', '–')
+    >>> percent(0.4983), percent(0.09999), percent(0.0049), percent(None)
+    ('49.8 %', '10.0 %', '0.49 %', '–')
     """
     if share is None or not math.isfinite(share):
         return NOTHING
     value = share * 100
-    return f"{value:.{0 if abs(value) >= 99.95 else 1 if abs(value) >= 10 else 2}f} %".replace("-", MINUS)
+    return f"{value:.{0 if abs(value) >= 99.95 else 1 if abs(value) >= 9.995 else 2}f} %".replace("-", MINUS)
 
 
 def signed(value: float | None, decimals: int) -> str:
