@@ -33,7 +33,7 @@ help:
 demo: $(READY)
 	$(BIN)/setpoint demo --out $(OUT)
 
-# Accuracy first, two runs at a time; then seconds, with nothing beside them. What is done already is not done again.
+# Accuracy first, two runs at a time; then seconds, with nothing beside them. Runs that are done are not done again.
 bench-quick: $(READY)
 	for task in digits cifar10-mini shakespeare-mini; do \
 		quick="$(BIN)/setpoint bench --task $$task --methods $(QUICK_METHODS) --out $(QUICK)/$$task"; \

@@ -18,7 +18,9 @@ from setpoint.bench.counter import forward_flops
 from setpoint.bench.digits import digits
 from setpoint.bench.distillation import Distillation
 from setpoint.bench.fading import Fading
+from setpoint.bench.lasso import Lasso
 from setpoint.bench.leave_outs import LeaveOuts
+from setpoint.bench.looped import Looped
 from setpoint.bench.method import ABLATION_METHODS, Setpoint, method_named
 from setpoint.bench.revised import RevisedController
 from setpoint.bench.silenced import outgoing, without
@@ -85,6 +87,23 @@ def test_variants_meet_the_budget(method: Setpoint, tmp_path: Path) -> None:
     least = 0.28 if method.name == "setpoint-rising" else 0.42
     assert result.landed and least * result.dense_flops < result.final_flops <= 0.5 * result.dense_flops
     assert np.isfinite(result.value)
+
+
+def test_the_penalty_is_timed_as_the_method_s_own() -> None:
+    """The lasso's seconds grow with every step that it takes part in, and end up in the outcome's overhead."""
+    stage = Stage()
+    loop = stage.attach()
+    lasso = Lasso(loop, stage.model, stage.optimizer, 0.2)
+    looped, told = Looped(loop, lasso), 0.0
+    for _ in range(3):
+        loss = TASK.loss(stage.model, *next(stage.batches))
+        torch.autograd.backward(loss)
+        looped.observe(loss)
+        stage.optimizer.step()
+        assert lasso.seconds > told
+        told = lasso.seconds
+    outcome = looped.finish()
+    assert outcome.overhead_seconds == pytest.approx(loop.summary.overhead_seconds + told)
 
 
 def test_distillation_is_the_gradient_of_its_loss() -> None:

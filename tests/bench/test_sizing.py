@@ -14,19 +14,19 @@ from setpoint.bench.task import BenchError, Dimension, dense_widths
 META = torch.device("meta")
 
 
+@pytest.mark.parametrize("budget", [0.5, 0.25])
 @pytest.mark.parametrize(
-    ("name", "budget"),
-    [("digits", 0.25), ("digits", 0.5), ("cifar10", 0.25), ("cifar10", 0.75), ("shakespeare", 0.5)],
+    "name", ["digits", "mnist", "cifar10-mini", "cifar10", "shakespeare-mini", "shakespeare", "smnist-196"]
 )
 def test_small_meets_the_budget(name: str, budget: float) -> None:
-    """The small model costs at most the budget, and at most 3 % less, on every task."""
+    """The small model costs at most the budget, and at most 2 % less, on every task that is measured."""
     task = task_named(name)
     widths = small_widths(task, budget)
     dense = step_flops(task.build(dense_widths(task), META), task.example())
     small = step_flops(task.build(widths, META), task.example())
-    assert 0.97 * budget <= small / dense <= budget
+    assert 0.98 * budget <= small / dense <= budget
     shares = [widths[name] / dimension.dense for name, dimension in task.dimensions.items()]
-    assert max(shares) - min(shares) < 0.2
+    assert max(shares) - min(shares) < 0.35
 
 
 def test_budget_of_one_is_dense() -> None:

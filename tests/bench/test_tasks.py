@@ -341,6 +341,31 @@ def test_missing_data(name: str, tmp_path: Path) -> None:
         next(task_named(name, data=tmp_path).batches(0))
 
 
+def test_a_data_folder_without_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that lacks a split is an error that says where to get it, even where a download was kept before."""
+    source, _ = IMAGE_SETS["cifar10"]
+    folder = tmp_path / source.folder
+    folder.mkdir(parents=True)
+    monkeypatch.setattr("setpoint.bench.image_set.cache_folder", lambda: tmp_path)
+    (tmp_path / "cifar10-hub.npz").write_bytes(b"kept before")
+    for present, absent in (((), "train"), (("train",), "test")):
+        for split in present:
+            (folder / f"{split}-00000-of-00001.parquet").touch()
+        with pytest.raises(BenchError, match=rf"no {absent}-\*\.parquet in .*put the files of https://.*cifar10"):
+            source.arrays(tmp_path)
+
+
+def test_a_download_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a data folder and without the package that downloads, the error says where it looked and what to do."""
+    source, _ = IMAGE_SETS["mnist"]
+    monkeypatch.delenv("SETPOINT_DATA", raising=False)
+    monkeypatch.setattr("setpoint.bench.data.usual_folders", lambda: (tmp_path / "shared",))
+    monkeypatch.setattr("setpoint.bench.image_set.cache_folder", lambda: tmp_path)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(BenchError, match=r"looked in .*shared.*pip install \"setpoint\[bench\]\".*SETPOINT_DATA"):
+        source.arrays(None)
+
+
 def test_missing_data_by_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The environment variable names the folder too, and the error names the variable."""
     monkeypatch.setenv("SETPOINT_DATA", str(tmp_path))

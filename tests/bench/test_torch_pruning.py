@@ -74,6 +74,17 @@ def test_cuts_attention(criterion: Criterion, budget: float) -> None:
         optimizer.zero_grad()
 
 
+def test_heads_stop_where_one_layer_would_lose_all() -> None:
+    """A layer all of whose heads matter least keeps them in the library's ranking; then heads are cut by less."""
+    model = TASK.build(WIDTHS)
+    with torch.no_grad():
+        model.get_parameter("layers.0.attn.c_proj.weight").mul_(1e-3)
+    _, pruner = TorchPruning("taylor").begin(TASK, model, 0.3, TASK.batches(0))
+    assert pruner is not None
+    outcome = pruner.finish()
+    assert outcome.landed and "of heads at most" in outcome.notes
+
+
 def test_taking_apart_changes_nothing() -> None:
     """With fused layers taken apart the model does what it did; put together again it is what it was."""
     model = TASK.build(WIDTHS)

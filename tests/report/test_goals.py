@@ -6,17 +6,19 @@ from dataclasses import replace
 
 import pytest
 
-from setpoint.report.goals import Goal, goals
+from setpoint.bench.method import METHODS
+from setpoint.report.goals import OPEN_LOOPS, PRUNED_AFTER, Goal, goals
 from setpoint.report.results import Cell, Results, Timing
 from setpoint.report.summary import summary_rows
 
+FAMILY_OF = {**dict.fromkeys(PRUNED_AFTER, "post-training"), **dict.fromkeys(OPEN_LOOPS, "open-loop")}
 SEEDS = (0, 1, 2)
 WIGGLE = (0.0, 0.001, -0.001)
 
 
 def runs(method: str, value: float, budget: float | None = 0.5, *, spread: float = 1.0, **more: object) -> list[Cell]:
     """A run for each seed around a value."""
-    family = {"small-long": "small", "cubic": "open-loop", "taylor": "post-training"}.get(method, method)
+    family = {**FAMILY_OF, "small-long": "small", "taylor": "post-training"}.get(method, method)
     base = Cell(task="t", method=method, value=value, budget=budget, family=family, final_flops=50.0, train_flops=60.0)
     cells = [replace(base, seed=seed, value=value + spread * WIGGLE[seed]) for seed in SEEDS]
     return [replace(cell, **more) for cell in cells]  # type: ignore[arg-type]
@@ -26,10 +28,21 @@ DENSE = runs("dense", 0.95, None, final_flops=100.0, train_flops=100.0, seconds=
 OURS = runs("setpoint", 0.948, seconds=64.0)
 
 
+def everyone(value: float, budget: float | None = 0.5, *, but: str = "", **more: object) -> list[Cell]:
+    """A run for each seed of every method that a goal speaks of."""
+    return [cell for name in FAMILY_OF if name != but for cell in runs(name, value, budget, **more)]
+
+
 def verdicts(*cells: list[Cell]) -> dict[str, Goal]:
     """The goals by letter."""
     found = tuple(cell for each in cells for cell in each)
     return {goal.letter: goal for goal in goals(found, summary_rows(Results(found)))}
+
+
+def test_the_methods_that_goals_speak_of_are_those_of_the_benchmark() -> None:
+    """Every method of these kinds is spoken of, by its name."""
+    for family, names in (("post-training", PRUNED_AFTER), ("open-loop", OPEN_LOOPS)):
+        assert {method.name for method in METHODS if method.family == family} == set(names)
 
 
 @pytest.mark.parametrize(("value", "verdict"), [(0.9471, "reached"), (0.9469, "not reached"), (0.99, "reached")])
@@ -54,10 +67,10 @@ def test_a_loss_of_another_kind_is_no_nats() -> None:
 
 def test_seconds_against_dense_and_post_training() -> None:
     """0.65 of the seconds of dense and of each post-training method; seconds of a busy machine count as unmeasured."""
-    slow, quick = runs("taylor", 0.9, seconds=120.0), runs("taylor", 0.9, seconds=90.0)
+    slow, quick = everyone(0.9, seconds=120.0), runs("taylor", 0.9, seconds=90.0)
     assert verdicts(DENSE, OURS, slow)["b"].verdict == "reached where measured"
     enough = runs("setpoint", 0.9, 0.25, seconds=49.0, final_flops=25.0)
-    assert verdicts(DENSE, OURS, enough, slow)["b"].verdict == "reached"
+    assert verdicts(DENSE, OURS, enough, slow, everyone(0.9, 0.25, seconds=99.0))["b"].verdict == "reached"
     assert verdicts(DENSE, OURS, quick)["b"].verdict == "not reached"
     assert "71.1 % of taylor's at 0.5" in verdicts(DENSE, OURS, quick)["b"].evidence
     quarter = runs("setpoint", 0.9, 0.25, seconds=51.0, final_flops=25.0)
@@ -68,9 +81,10 @@ def test_seconds_against_dense_and_post_training() -> None:
 
 def test_seconds_need_every_method_timed() -> None:
     """Where others of the task were timed, a post-training method that was not leaves the goal unmeasured."""
-    dense, slow = (runs(*each, timing=Timing(120.0)) for each in (("dense", 0.95, None), ("taylor", 0.9)))
+    dense, slow = runs("dense", 0.95, None, timing=Timing(120.0)), everyone(0.9, timing=Timing(120.0))
     ours = runs("setpoint", 0.9, timing=Timing(64.0))
     quarter = runs("setpoint", 0.9, 0.25, timing=Timing(49.0))
+    slow += everyone(0.9, 0.25, timing=Timing(120.0))
     assert verdicts(dense, ours, quarter, slow)["b"].verdict == "reached"
     untimed = runs("magnitude", 0.9, family="post-training", seconds=99.0)
     found = verdicts(dense, ours, quarter, slow, runs("taylor", 0.9, 0.25, seconds=99.0), untimed)["b"]
@@ -83,7 +97,9 @@ def test_better_than_pruned_at_equal_final_flops() -> None:
     """One better method is enough to miss the goal; one that spends less at the end and is worse does not compare."""
     worse, better = runs("cubic", 0.94), runs("taylor", 0.949)
     assert verdicts(DENSE, OURS, worse)["c"].verdict == "reached where measured"
-    assert verdicts(DENSE, OURS, worse, runs("taylor", 0.94))["c"].verdict == "reached"
+    assert verdicts(DENSE, OURS, everyone(0.94))["c"].verdict == "reached"
+    found = verdicts(DENSE, OURS, everyone(0.94, but="prunetrain"))["c"]
+    assert found.verdict == "reached where measured" and found.evidence.endswith("; not run: prunetrain 0.5")
     missed = verdicts(DENSE, OURS, worse, better)["c"]
     assert missed.verdict == "not reached"
     assert "0.10 points worse than taylor" in missed.evidence
@@ -114,6 +130,22 @@ def test_not_below_small_long_and_realised_savings() -> None:
     assert (found["e"].verdict, found["f"].verdict) == ("reached", "reached")
     assert found["f"].evidence == "0.90 at budget 0.5"
     assert verdicts(DENSE, OURS, runs("small-long", 0.9481))["e"].verdict == "not reached"
+
+
+def test_within_the_error_is_undecided() -> None:
+    """An interval that holds both answers decides nothing, nor do fewer than three seeds."""
+    wide = runs("setpoint", 0.948, spread=5.0)
+    found = verdicts(DENSE, wide, runs("small-long", 0.9481), everyone(0.947))
+    assert {found[letter].verdict for letter in "ace"} == {"undecided"}
+    assert "0.10 points better than cubic (n = 3, spread 0.40 points, [−0.89, +1.09])" in found["c"].evidence
+    found = verdicts(DENSE[:2], OURS[:2], runs("small-long", 0.9), runs("cubic", 0.9))
+    assert {found[letter].verdict for letter in "ace"} == {"undecided"}
+
+
+def test_a_miss_beside_what_is_undecided_is_a_miss() -> None:
+    """One clear miss is enough."""
+    found = verdicts(DENSE, OURS, runs("cubic", 0.96), runs("prunetrain", 0.947, spread=5.0))["c"]
+    assert found.verdict == "not reached"
 
 
 def test_what_was_not_run_is_not_measured() -> None:

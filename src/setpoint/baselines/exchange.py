@@ -51,8 +51,8 @@ class Exchange:
     """At every update the smallest active weights of each tensor make room for as many others.
 
     With `k = cosine_fraction(step) * active weights` rounded down, the k active weights of least magnitude go and
-    k others come in with the value zero: random ones in SET, those of the largest `|dL/dw|` in RigL. What has
-    just gone may not come in at the same update. The number of active weights never changes.
+    k come in with the value zero: random ones in SET, those of the largest `|dL/dw|` in RigL. What has just gone may
+    come in again, and then keeps its value. The number of active weights never changes.
     The update precedes the optimizer's step on the same batch (the papers' pseudocode leaves that step out).
 
     Args:
@@ -104,10 +104,10 @@ class Exchange:
     def _exchanged(self, sight: Sight, name: str, share: float, generator: torch.Generator) -> Tensor:
         weight, mask = sight.weights[name], sight.masks[name]
         active = int(mask.sum())
-        count = min(int(share * active), mask.numel() - active)
+        count = int(share * active)
         stays = highest(weight.abs().masked_fill(~mask, -1.0), active - count)
         if self.growth == "gradient":
             scores = sight.gradients[name].abs()
         else:
             scores = torch.rand(weight.shape, generator=generator).to(weight.device)
-        return stays | highest(scores.masked_fill(mask, -1.0), count)
+        return stays | highest(scores.masked_fill(stays, -1.0), count)

@@ -39,6 +39,8 @@ class Distillation:
         Tarvainen and Valpola, "Mean teachers are better role models", NIPS 2017.
     """
 
+    seconds = 0.0
+
     def __init__(self, loop: Loop, model: nn.Module, optimizer: Optimizer, task: Task, weight: float) -> None:
         self.loop, self.model, self.weight = loop, model, weight
         self.dense, self.steps, self.flops = dict(loop.widths), 0, 0.0

@@ -38,7 +38,7 @@ class Fading:
         regularization", ICLR 2021.
     """
 
-    flops = 0.0
+    flops = seconds = 0.0
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
         self.model, self.optimizer = model, optimizer

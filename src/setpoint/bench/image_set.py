@@ -61,7 +61,7 @@ class ImageSet:
     def arrays(self, data: Path | None) -> Mapping[str, np.ndarray]:
         """Decoded images and labels, from the user's cache folder if they are there."""
         folder = find_data(self.folder, data)
-        files = [] if folder is None else sorted(folder.glob("*.parquet"))
+        files = [] if folder is None else self._files(folder)
         sizes = "-".join(str(file.stat().st_size) for file in files) or "hub"
         cached = cache_folder() / f"{self.name}-{sizes}.npz"
         if cached.exists():
@@ -76,6 +76,18 @@ class ImageSet:
             np.savez(file, **arrays)
         os.replace(file.name, cached)
         return arrays
+
+    def _files(self, folder: Path) -> list[Path]:
+        """The parquet files of a folder, which holds both splits."""
+        files = sorted(folder.glob("*.parquet"))
+        for split in ("train", "test"):
+            if not any(file.name.startswith(f"{split}-") for file in files):
+                raise BenchError(
+                    f"no {split}-*.parquet in {folder}: put the files of "
+                    f"https://huggingface.co/datasets/{self.repository}/tree/main/data there, or name no folder that "
+                    f"has {self.folder}, then they are downloaded"
+                )
+        return files
 
     def _decoded(
         self, rows: Iterable[tuple[bytes, int]]
@@ -98,10 +110,7 @@ class ImageSet:
             parquet: Any = import_module("pyarrow.parquet")
         except ImportError as error:
             raise self._lacks("pyarrow") from error
-        files = sorted(folder.glob(f"{split}-*.parquet"))
-        if not files:
-            raise BenchError(f"no {split}-*.parquet in {folder}")
-        for file in files:
+        for file in sorted(folder.glob(f"{split}-*.parquet")):
             table = parquet.read_table(file)
             for image, label in zip(table[self.column].to_pylist(), table["label"].to_pylist(), strict=True):
                 yield image["bytes"], label
@@ -111,7 +120,7 @@ class ImageSet:
         try:
             import datasets
         except ImportError as error:
-            raise self._lacks("datasets") from error
+            raise missing(self.folder, str(self._lacks("datasets"))) from error
         try:
             rows: Any = datasets.load_dataset(self.repository, split=split)
         except (OSError, RuntimeError, ValueError) as error:

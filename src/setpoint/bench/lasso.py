@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from setpoint.baselines.group_lasso import add_lasso_gradient, lasso_norms, lasso_strength
 from setpoint.loop import Loop
 from setpoint.loop.hooks import StepHooks
+from setpoint.meter import Stopwatch
 
 
 @final
@@ -29,7 +30,13 @@ class Lasso:
         self.loop, self.model, self.ratio = loop, model, ratio
         self.loss: Tensor | None = None
         self.strength: Tensor | None = None
+        self.watch = Stopwatch(synchronize=True)
         self.hooks = StepHooks((optimizer,), self._before_step, lambda: None)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds that the penalty has taken."""
+        return self.watch.seconds
 
     def observe(self, loss: Tensor) -> None:
         """Remember the loss."""
@@ -42,7 +49,8 @@ class Lasso:
     def _before_step(self, grad_scale: Tensor | None) -> None:
         if self.loop.landed:
             return
-        if self.strength is None:
-            assert self.loss is not None, "observe() comes before the optimizer's step"
-            self.strength = lasso_strength(self.loss, lasso_norms(self.model, self.loop.groups), self.ratio)
-        add_lasso_gradient(self.model, self.loop.groups, self.strength)
+        with self.watch:
+            if self.strength is None:
+                assert self.loss is not None, "observe() comes before the optimizer's step"
+                self.strength = lasso_strength(self.loss, lasso_norms(self.model, self.loop.groups), self.ratio)
+            add_lasso_gradient(self.model, self.loop.groups, self.strength)

@@ -20,6 +20,11 @@ class Companion(Protocol):
         """FLOPs of its own so far, those of the steps of training aside."""
         ...
 
+    @property
+    def seconds(self) -> float:
+        """Seconds of its own so far; 0 where its work cannot be told from that of the steps."""
+        ...
+
     def observe(self, loss: Tensor) -> None:
         """Told the loss of each step, with gradients ready and before the optimizer moves."""
         ...
@@ -58,18 +63,18 @@ class Looped:
 
     def finish(self) -> Outcome:
         """Finish the loop; its summary in a benchmark's words."""
-        beside = 0.0
+        flops = seconds = 0.0
         if self.companion is not None:
             self.companion.remove()
-            beside = self.companion.flops
+            flops, seconds = self.companion.flops, self.companion.seconds
         summary = self.loop.finish()
         return Outcome(
             widths=dict(summary.widths),
             dense_widths=dict(summary.dense_widths),
             dense_flops=float(summary.dense_flops),
             claimed_flops=float(summary.final_flops),
-            overhead_flops=float(summary.overhead_flops) + beside,
-            overhead_seconds=float(summary.overhead_seconds),
+            overhead_flops=float(summary.overhead_flops) + flops,
+            overhead_seconds=float(summary.overhead_seconds) + seconds,
             resizes=summary.resizes,
             landed=summary.landed,
             break_even_step=summary.break_even_step,

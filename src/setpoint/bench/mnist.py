@@ -23,7 +23,7 @@ def mnist(data: Path | None = None) -> SimpleTask:
     Args:
         data: folder that holds `ylecun/mnist`, or None for the usual places.
     """
-    family = PlainFamily((32, 32, 64, 64), frozenset({1, 2, 4}), inputs=1)
+    family = PlainFamily((32, 32, 64, 64), frozenset({1, 2, 4}), inputs=1, block=4)
     images = Images(splits, (1, 28, 28), NUM_TRAIN, mean=(33.3,), deviation=(78.6,), shift=2, folder=data)
     recipe = Recipe(steps=1, learning_rate=0.2, mixed=True)
     return SimpleTask("mnist", family, images, recipe, training_criterion=smoothed_cross_entropy).with_epochs(3)

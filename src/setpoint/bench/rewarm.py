@@ -21,7 +21,7 @@ class Rewarming:
         steps: over which the learning rate rises.
     """
 
-    flops = 0.0
+    flops = seconds = 0.0
 
     def __init__(self, loop: Loop, optimizer: Optimizer, steps: int) -> None:
         self.loop, self.optimizer, self.steps = loop, optimizer, steps

@@ -31,7 +31,7 @@ class SwitchOffs:
         2019: units that may go are made to be missed less.
     """
 
-    flops = 0.0
+    flops = seconds = 0.0
 
     def __init__(self, loop: Loop, model: nn.Module, optimizer: Optimizer, share: float) -> None:
         self.loop, self.model, self.share = loop, model, share

@@ -9,12 +9,15 @@ from setpoint.report.columns import interval_text
 from setpoint.report.numbers import percent
 from setpoint.report.results import Cell
 from setpoint.report.statistics import Difference, difference
-from setpoint.report.summary import DENSE, MOST_APART, SETPOINT, Row, ratio, series
+from setpoint.report.summary import DENSE, SETPOINT, Row, ratio, series
 
-REACHED, PARTLY, MISSED, UNKNOWN = "reached", "reached where measured", "not reached", "not measured"
+REACHED, PARTLY, MISSED = "reached", "reached where measured", "not reached"
+UNDECIDED, UNKNOWN = "undecided", "not measured"
 NEAR = {"accuracy": 0.003, "loss": 0.01}
 MOST_SECONDS = {0.5: 0.65, 0.25: 0.5}
 LEAST_REALISED = 0.85
+MOST_APART = 0.02
+"""Final FLOPs are called equal up to this share."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,8 @@ class Goal:
     Args:
         letter: its letter.
         text: what is to be reached.
-        verdict: "reached", "reached where measured" (the rest of it was not), "not reached" or "not measured".
+        verdict: "reached"; "reached where measured", the rest of it was not; "not reached"; "undecided", where an
+            interval holds both, or fewer than three seeds have none; or "not measured".
         evidence: the numbers behind the verdict, or what is missing.
     """
 
@@ -78,23 +82,39 @@ def goals(cells: Sequence[Cell], rows: Sequence[Row]) -> tuple[Goal, ...]:
     return tuple(_judged(letter, text, field, check) for letter, text, check in GOALS)
 
 
-WANTED: Mapping[str, tuple[tuple[str, ...], tuple[float, ...]]] = {
-    "b": (("post-training",), (0.5, 0.25)),
-    "c": (("post-training", "open-loop"), ()),
-}
-"""Families and budgets that a goal speaks of, and so must be there for it to be reached in full."""
+PRUNED_AFTER = ("magnitude-oneshot", "filter-oneshot", "torch-pruning-norm", "torch-pruning-taylor")
+OPEN_LOOPS = ("filter-first", "cubic", "prunetrain")
+WANTED: Mapping[str, tuple[str, ...]] = {"b": PRUNED_AFTER, "c": (*PRUNED_AFTER, *OPEN_LOOPS)}
+"""Methods that a goal speaks of, and so must be there beside each of Setpoint's rows for it to be reached in full."""
 
 
 def _judged(letter: str, text: str, field: Field, check: Callable[[Field], Iterator[Check]]) -> Goal:
     verdict, evidence = _verdict(check(field))
-    families, budgets = WANTED.get(letter, ((), ()))
-    missing = {*families} - {row.family for row in field.rows}
-    if verdict == REACHED and (missing or {*budgets} - {row.budget for row in field.ours()}):
-        verdict = PARTLY
     untimed = _untimed(field) if check is _seconds and verdict != MISSED else []
     if untimed:
-        verdict, evidence = UNKNOWN, "; ".join(filter(None, (f"{', '.join(untimed)} untimed", evidence)))
+        return Goal(letter, text, UNKNOWN, _joined(f"{', '.join(untimed)} untimed", evidence))
+    absent = _absent(field, letter)
+    if verdict == REACHED and absent:
+        return Goal(letter, text, PARTLY, _joined(evidence, f"not run: {', '.join(absent)}"))
     return Goal(letter, text, verdict, evidence)
+
+
+def _absent(field: Field, letter: str) -> list[str]:
+    """What a goal speaks of and was not run, by method and budget."""
+    ours = field.ours()
+    absent = [
+        f"{method} {row.budget:g}" if row.budget is not None else method
+        for row in ours
+        for method in WANTED.get(letter, ())
+        if not any(rival.method == method for rival in field.rows if rival.budget == row.budget)
+    ]
+    if letter == "b":
+        absent += [f"{SETPOINT} {budget:g}" for budget in MOST_SECONDS if field.at(budget) is None]
+    return absent
+
+
+def _joined(*parts: str) -> str:
+    return "; ".join(filter(None, parts))
 
 
 @dataclass(frozen=True)
@@ -102,12 +122,12 @@ class Check:
     """One comparison that a goal consists of.
 
     Args:
-        good: whether it is as it should be.
+        good: whether it is as it should be; None where the runs are too few, or too far apart, to say.
         margin: by how much; of several the least tells most.
         text: its numbers.
     """
 
-    good: bool
+    good: bool | None
     margin: float
     text: str
 
@@ -120,19 +140,36 @@ def _verdict(checks: Iterator[Check]) -> tuple[str, str]:
     found = sorted(checks, key=lambda check: check.margin)
     if not found:
         return UNKNOWN, ""
-    good = sum(check.good for check in found)
+    good = sum(check.good is True for check in found)
     told = "; ".join(check.text for check in found[: max(FEW, min(len(found) - good, 2 * FEW))])
     if len(found) > FEW:
         told = f"{good} of {len(found)}; the narrowest: {told}"
-    return REACHED if good == len(found) else MISSED, told
+    if any(check.good is False for check in found):
+        return MISSED, told
+    return REACHED if good == len(found) else UNDECIDED, told
+
+
+def _above(found: Difference, bound: float) -> bool | None:
+    """Whether a difference is above a bound, with all of its interval; None where that lies on both sides."""
+    if found.low is None or found.high is None:
+        return None
+    return True if found.low >= bound else False if found.high < bound else None
+
+
+def _better(found: Difference) -> bool | None:
+    """The same for a difference that is to be above 0, not at it."""
+    if found.low is None or found.high is None:
+        return None
+    return True if found.low > 0 else False if found.high <= 0 else None
 
 
 def _near_dense(field: Field) -> Iterator[Check]:
     row = field.at(0.5)
     # A loss that is no cross-entropy has a scale of its own: 0.01 of it may be anything.
     if row is not None and row.difference is not None and (row.metric == "accuracy" or row.unit == "nats"):
-        ahead = better(row.difference, row.metric).mean + NEAR[row.metric]
-        yield Check(ahead >= 0, ahead, f"{interval_text(row.difference, row.metric)} to dense")
+        found, bound = better(row.difference, row.metric), -NEAR[row.metric]
+        text = f"{interval_text(row.difference, row.metric)} to dense"
+        yield Check(_above(found, bound), found.mean - bound, text)
 
 
 def _clocked(field: Field, budget: float) -> list[Row]:
@@ -168,7 +205,7 @@ def _better_than_pruned(field: Field) -> Iterator[Check]:
         for rival in field.of(row.budget, "post-training", "open-loop"):
             found = field.ahead(row, rival)
             if _comparable(row, rival) or (found is not None and found.mean <= 0):
-                yield from _compared(field, row, rival, lambda found: found.mean > 0)
+                yield from _compared(field, row, rival, _better)
 
 
 def _comparable(row: Row, rival: Row) -> bool:
@@ -177,7 +214,7 @@ def _comparable(row: Row, rival: Row) -> bool:
     One that spends less and is worse says nothing, and is left out; one that spends less and is as good counts.
     """
     theirs = rival.final_flops_ratio if rival.theoretical_ratio is None else rival.theoretical_ratio
-    return row.final_flops_ratio is None or theirs is None or theirs >= row.final_flops_ratio - MOST_APART
+    return row.final_flops_ratio is None or theirs is None or theirs >= row.final_flops_ratio * (1 - MOST_APART)
 
 
 def _better_than_small(field: Field) -> Iterator[Check]:
@@ -195,15 +232,19 @@ def _not_below_long(field: Field) -> Iterator[Check]:
     for row in field.ours():
         for rival in field.rows:
             if rival.method == "small-long" and rival.budget == row.budget:
-                yield from _compared(field, row, rival, lambda found: found.mean >= 0)
+                yield from _compared(field, row, rival, lambda found: _above(found, 0.0))
 
 
-def _compared(field: Field, row: Row, rival: Row, good: Callable[[Difference], bool]) -> Iterator[Check]:
+def _compared(field: Field, row: Row, rival: Row, good: Callable[[Difference], bool | None]) -> Iterator[Check]:
     found = field.ahead(row, rival)
     if found is not None:
         spread = "" if found.deviation is None else f", spread {_amount(found.deviation, row)}"
-        text = f"{_ahead(found.mean, row)} {rival.label} (n = {found.num}{spread})"
+        text = f"{_ahead(found.mean, row)} {rival.label} (n = {found.num}{spread}{_interval(found, row.metric)})"
         yield Check(good(found), found.mean, text)
+
+
+def _interval(found: Difference, metric: str) -> str:
+    return f", {interval_text(found, metric).partition(' ')[2]}" if found.low is not None else ""
 
 
 def _ahead(value: float, row: Row) -> str:

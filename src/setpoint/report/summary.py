@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,8 +21,6 @@ RIVALS = (DENSE, "small", "small-long")
 """Methods that all others are compared with, seed by seed: the dense model, and what its user could train instead."""
 FAMILIES = (DENSE, "small", SETPOINT, "open-loop", "post-training", "sparse")
 """Kinds of methods in the order of the rows."""
-MOST_APART = 0.02
-"""Final FLOPs are called equal up to this share."""
 
 
 @dataclass(frozen=True)
@@ -214,8 +213,22 @@ def summarise(label: str, groups: Mapping[str, Sequence[Cell]]) -> Row:
         energy_j=estimate([cell.energy_j for cell in cells if cell.energy_j is not None]),
         resizes=mean(cell.resizes for cell in cells),
         num_landed=sum(landings) if landings and not is_dense else None,
-        notes=tuple(dict.fromkeys(cell.notes for cell in cells if cell.notes)),
+        notes=merged([cell.notes for cell in cells if cell.notes]),
     )
+
+
+def merged(notes: Sequence[str]) -> tuple[str, ...]:
+    """Different notes once each; those that differ in one decimal fraction as one note with its range.
+
+    >>> merged(["pruning ratio 0.49", "pruning ratio 0.52", "pruning ratio 0.5"])
+    ('pruning ratio 0.49 to 0.52',)
+    """
+    different = tuple(dict.fromkeys(notes))
+    parts = [re.split(r"(\d+\.\d+)", note) for note in different]
+    if len(parts) > 1 and all(len(each) == 3 and each[::2] == parts[0][::2] for each in parts):
+        numbers = sorted((each[1] for each in parts), key=float)
+        return (f"{parts[0][0]}{numbers[0]} to {numbers[-1]}{parts[0][2]}",)
+    return different
 
 
 def ratio(value: float | None, whole: float | None) -> float | None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any, Literal, final
 
@@ -28,6 +29,8 @@ from setpoint.meter import Stopwatch
 
 Criterion = Literal["norm", "taylor"]
 SEARCH_STEPS = 7
+MOST_AT_ONCE = 0.9
+"""Above this ratio it is tried whether less does where heads are cut by less."""
 
 
 @final
@@ -74,9 +77,9 @@ class TorchPruning:
                 for inputs, targets in islice(batches, self.num_batches):
                     torch.autograd.backward(task.loss(model, inputs, targets))
                 calibration = self.num_batches * dense_flops
-            ratio = self._ratio(model, groups, example, budget * dense_flops)
+            ratio, most_heads = self._ratios(model, groups, example, budget * dense_flops)
             if ratio:
-                self._cut(model, groups, example, ratio)
+                self._cut(model, groups, example, ratio, most_heads)
             model.zero_grad(set_to_none=True)
         final = float(step_flops(model, example))
         outcome = Outcome(
@@ -87,42 +90,65 @@ class TorchPruning:
             overhead_seconds=watch.seconds,
             resizes=1,
             landed=final <= budget * dense_flops,
-            notes=f"pruning ratio {ratio:.4f}",
+            notes=f"pruning ratio {ratio:.4f}" + (f", of heads at most {most_heads:.2f}" if most_heads < 1 else ""),
         )
         return task.optimizer(model), _AlreadyCut(outcome)
 
-    def _ratio(self, model: nn.Module, groups: tuple[Group, ...], example: tuple[Tensor, ...], limit: float) -> float:
-        """A ratio whose cut is within the limit."""
+    def _ratios(
+        self, model: nn.Module, groups: tuple[Group, ...], example: tuple[Tensor, ...], limit: float
+    ) -> tuple[float, float]:
+        """A ratio whose cut is within the limit, and the most that heads are cut by: 1 where that is no less."""
 
-        def flops(ratio: float) -> float:
+        def flops(ratio: float, most_heads: float) -> float:
             twin = copy.deepcopy(model)
             for own, original in zip(twin.parameters(), model.parameters(), strict=True):
                 own.grad = original.grad
-            self._cut(twin, groups, example, ratio)
+            self._cut(twin, groups, example, ratio, most_heads)
             return float(step_flops(twin, example))
 
-        if step_flops(model, example) <= limit:
-            return 0.0
+        dense = step_flops(model, example)
+        if dense <= limit:
+            return 0.0, 1.0
+        cap, least = _highest(group.num_units for group in groups if group.what != "head"), math.inf
+        fewest = min((group.num_units for group in groups if group.what == "head"), default=0)
+        found = []
         # The library leaves a layer whole rather than take its last unit, so too high a ratio takes less, not more.
-        cap, low, least = _highest(group.num_units for group in groups if group.what != "head"), 0.0, math.inf
-        for high in (min(cap, 1.0 - 0.5**halvings) for halvings in range(1, 8)):
-            least = min(least, flops(high))
-            if least <= limit:
+        # Of a few heads that are ranked over all layers that happens soon: then they stop, and the rest goes on.
+        for most_heads in (1.0, *(gone / fewest for gone in range(fewest - 2, -1, -1))):
+            low = 0.0
+            for high in (min(cap, 1.0 - 0.5**halvings) for halvings in range(1, 8)):
+                reached = flops(high, most_heads)
+                least = min(least, reached)
+                if reached <= limit:
+                    found.append((self._bisected(partial(flops, most_heads=most_heads), low, high, limit), most_heads))
+                    break
+                low = high
+            if found and found[-1][0] <= MOST_AT_ONCE:
                 break
-            low = high
-        else:
-            dense = step_flops(model, example)
+        if not found:
             raise BenchError(
                 f"Torch-Pruning cannot bring this model to {limit / dense:.4g} of the dense FLOPs: the "
                 f"least it reaches is {least / dense:.4g}; ask for at least that budget"
             )
+        return min(found)
+
+    @staticmethod
+    def _bisected(flops: Callable[[float], float], low: float, high: float, limit: float) -> float:
+        """A ratio between one that is too low and one that meets the limit, and that meets it."""
         for _ in range(SEARCH_STEPS):
             middle = (low + high) / 2
             low, high = (low, middle) if flops(middle) <= limit else (middle, high)
         return high
 
-    def _cut(self, model: nn.Module, groups: tuple[Group, ...], example: tuple[Tensor, ...], ratio: float) -> None:
-        """Cut by this ratio, in place."""
+    def _cut(
+        self,
+        model: nn.Module,
+        groups: tuple[Group, ...],
+        example: tuple[Tensor, ...],
+        ratio: float,
+        most_heads: float,
+    ) -> None:
+        """Cut by this ratio, heads by no more than theirs, in place."""
         library = _library()
         modes = {module: module.training for module in model.modules()}
         dense = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
@@ -145,7 +171,7 @@ class TorchPruning:
                 global_pruning=not norm,
                 pruning_ratio=ratio,
                 max_pruning_ratio=1.0 if norm else 0.9,
-                head_pruning_ratio=_head_ratio(ratio, heads.values(), whole=norm),
+                head_pruning_ratio=min(most_heads, _head_ratio(ratio, heads.values(), whole=norm)),
                 ignored_layers=closed,
                 num_heads=heads,
                 prune_num_heads=True,
