@@ -306,6 +306,14 @@ def test_digits_are_learnt() -> None:
     assert model.training
 
 
+def test_text_is_scored_whole() -> None:
+    """Each character of a split but the first is a target once, up to less than a window at the end."""
+    text = torch.arange(64 * 5 + 20)
+    data = Characters(lambda folder: {"test": text}, 65, 64)
+    inputs, targets = data.split("test")
+    assert torch.equal(inputs.flatten(), text[: 64 * 5]) and torch.equal(targets.flatten(), text[1 : 64 * 5 + 1])
+
+
 def test_score_is_the_mean_over_all_windows(data: Path) -> None:
     """The score of a text task is the mean loss over its evaluation windows, and no accuracy."""
     task = task_named("shakespeare-mini", data=data)

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from setpoint.bench.task import Split
 
-NUM_WINDOWS = 256
-
 
 @dataclass(frozen=True)
 class Characters:
@@ -49,9 +47,9 @@ class Characters:
             yield self._windows(text, torch.randint(len(text) - self.window, (batch,), generator=generator))
 
     def split(self, split: Split) -> tuple[Tensor, Tensor]:
-        """Windows spread evenly over the split."""
+        """All of the split, window by window; what is left over at its end is less than one."""
         text = self.load(self.folder)[split]
-        return self._windows(text, torch.linspace(0, len(text) - self.window - 1, NUM_WINDOWS).long())
+        return self._windows(text, torch.arange(0, len(text) - self.window, self.window))
 
     def _windows(self, text: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
         """Inputs and next-character targets of the windows that begin at `starts`."""
