@@ -149,15 +149,15 @@ def _verdict(checks: Iterator[Check]) -> tuple[str, str]:
     return REACHED if good == len(found) else UNDECIDED, told
 
 
-def _above(found: Difference, bound: float) -> bool | None:
-    """Whether a difference is above a bound, with all of its interval; None where that lies on both sides."""
+def _not_below(found: Difference, bound: float) -> bool | None:
+    """Whether a difference is at a bound or above, with all of its interval; None where that lies on both sides."""
     if found.low is None or found.high is None:
         return None
     return True if found.low >= bound else False if found.high < bound else None
 
 
-def _better(found: Difference) -> bool | None:
-    """The same for a difference that is to be above 0, not at it."""
+def _above_zero(found: Difference) -> bool | None:
+    """Whether it is above 0, with all of its interval."""
     if found.low is None or found.high is None:
         return None
     return True if found.low > 0 else False if found.high <= 0 else None
@@ -169,7 +169,7 @@ def _near_dense(field: Field) -> Iterator[Check]:
     if row is not None and row.difference is not None and (row.metric == "accuracy" or row.unit == "nats"):
         found, bound = better(row.difference, row.metric), -NEAR[row.metric]
         text = f"{interval_text(row.difference, row.metric)} to dense"
-        yield Check(_above(found, bound), found.mean - bound, text)
+        yield Check(_not_below(found, bound), found.mean - bound, text)
 
 
 def _clocked(field: Field, budget: float) -> list[Row]:
@@ -205,7 +205,7 @@ def _better_than_pruned(field: Field) -> Iterator[Check]:
         for rival in field.of(row.budget, "post-training", "open-loop"):
             found = field.ahead(row, rival)
             if _comparable(row, rival) or (found is not None and found.mean <= 0):
-                yield from _compared(field, row, rival, _better)
+                yield from _compared(field, row, rival, _above_zero)
 
 
 def _comparable(row: Row, rival: Row) -> bool:
@@ -232,7 +232,7 @@ def _not_below_long(field: Field) -> Iterator[Check]:
     for row in field.ours():
         for rival in field.rows:
             if rival.method == "small-long" and rival.budget == row.budget:
-                yield from _compared(field, row, rival, lambda found: _above(found, 0.0))
+                yield from _compared(field, row, rival, lambda found: _not_below(found, 0.0))
 
 
 def _compared(field: Field, row: Row, rival: Row, good: Callable[[Difference], bool | None]) -> Iterator[Check]:
