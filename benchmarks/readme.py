@@ -4,7 +4,7 @@
     python benchmarks/readme.py --check    fail if a page does not show what the result files say
 
 A marker is `<!-- results:NAME -->` ... `<!-- end -->`; NAME is a folder of results/, `tasks` for all folders,
-`goals`, `headline`, `sparse`, `overhead`, `suites`, `discovery`, `coverage`, `moments`, `state-regrowth`,
+`goals`, `headline`, `validation`, `sparse`, `overhead`, `suites`, `discovery`, `coverage`, `moments`, `state-regrowth`,
 `mamba2`, `ssm`, `predictions`, `distributed`, `compiled`, `soak`, `states`, `ablation`, `feedback`, `price`,
 `returns`, `calibration` or `real-budgets`.
 """
@@ -26,7 +26,7 @@ from setpoint.report.goals import GOALS, Goal, goals
 from setpoint.report.markdown import about, task_text
 from setpoint.report.numbers import duration, human, percent
 from setpoint.report.picture import write_picture
-from setpoint.report.results import read_results
+from setpoint.report.results import Cell, read_results
 from setpoint.report.statistics import difference, paired
 from setpoint.report.summary import Row, series, summary_rows
 
@@ -549,6 +549,41 @@ def sparse_table(folder: Path, density: str = "0.1") -> str:
     return "\n".join([*lines, "", f"Seeds {seeds}, differences with 95 % intervals; {machine}"])
 
 
+def validation_table() -> str:
+    """How far Setpoint lies from its rivals on the validation data at the end of each run, by seed, beside the test."""
+    names = ("dense", *HEADLINES)
+    lines = [
+        f"| task | FLOPs | data | {' | '.join(f'to `{name}`' for name in names)} |",
+        "|---|---:|---|---:|---:|---:|",
+    ]
+    for folder in sorted(path.parent for path in RESULTS.glob("*/results.jsonl")):
+        results = read_results(folder)
+        groups = series(results.cells)
+        for ours in (cells for cells in groups.values() if cells[0].method == "setpoint"):
+            rivals = [
+                [cell for cell in results.cells if cell.method == name and cell.budget in (None, ours[0].budget)]
+                for name in names
+            ]
+            for split, of in (("validation", _last_validation), ("test", lambda cell: cell.value)):
+                apart = [difference(ours, rival, of) for rival in rivals]
+                texts = [
+                    "–"
+                    if each is None
+                    else f"**{interval_text(each, ours[0].metric)}**"
+                    if each.clear
+                    else interval_text(each, ours[0].metric)
+                    for each in apart
+                ]
+                lines.append(f"| {ours[0].task} | {percent(ours[0].budget)} | {split} | {' | '.join(texts)} |")
+    return "\n".join([*lines, "", "Seeds and machines are those of the tables below."])
+
+
+def _last_validation(cell: Cell) -> float | None:
+    """The metric on the validation data at the end of a run."""
+    points = [point for point in cell.history if point.split == "validation"]
+    return None if not points else points[-1].accuracy if cell.metric == "accuracy" else points[-1].loss
+
+
 def ablation_table(path: Path) -> str:
     """Setpoint with one thing changed, on validation data, beside the default by seed."""
     data = json.loads(path.read_text(encoding="utf-8"))
@@ -728,6 +763,7 @@ def filled(text: str) -> str:
             "feedback": lambda: feedback_table(RESULTS / "ablation.json"),
             "sparse": lambda: sparse_table(RESULTS / "cifar10-mini"),
             "goals": goals_table,
+            "validation": validation_table,
             "headline": headline_table,
             "tasks": task_sections,
         }
