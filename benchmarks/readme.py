@@ -82,7 +82,7 @@ HEADLINES = ("small", "small-long")
 def headline_table() -> str:
     """Setpoint on every task at every budget, beside dense, small, and the best that is pruned after training."""
     lines = [
-        "| task | FLOPs of dense | dense | `small` | `small-long` | best pruned after training | Setpoint | "
+        "| task | FLOPs of dense | dense | `small` | `small-long` | best with units cut after training | Setpoint | "
         "its training FLOPs | its training time | to `small` | to `small-long` |",
         f"|---|{'---:|' * 10}",
     ]

@@ -151,6 +151,25 @@ def test_out_is_a_file(tmp_path: Path) -> None:
     assert file.read_text(encoding="utf-8") == "mine"
 
 
+def test_a_file_of_a_results_folder_is_no_ledger(tmp_path: Path) -> None:
+    """`report` of a folder's own file says which folder to give."""
+    file = tmp_path / "results.jsonl"
+    file.write_text("{}\n", encoding="utf-8")
+    result = invoke("report", file)
+    assert result.exit_code == 2
+    assert f"give the folder, {tmp_path}" in result.stderr
+
+
+@pytest.mark.slow
+def test_a_bench_whose_runs_all_fail_answers_all_the_same(tmp_path: Path) -> None:
+    """Where no run could be finished, the last line names each failure, and the exit code is 1."""
+    result = invoke(*("bench", "--task", "digits", "--methods", "rigl@density=2", "--epochs", "1", "--out", tmp_path))
+    assert result.exit_code == 1
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert [each["cell"] for each in found["failures"]] == ["digits-rigl@density=2-seed0"]
+    assert "failed: digits-rigl" in result.stderr
+
+
 def test_timing_of_nothing(tmp_path: Path) -> None:
     """Timing needs finished runs, and says how to get them."""
     result = invoke("bench", "--task", "digits", "--methods", "dense", "--timing", "--out", tmp_path)

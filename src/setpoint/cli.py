@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -55,7 +56,7 @@ def bench(
     budgets: Annotated[str, typer.Option(help="Fractions of the dense FLOPs per step, with commas.")] = "0.5",
     seeds: Annotated[str, typer.Option(help="Seeds, with commas.")] = "0",
     epochs: Epochs = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps, for text.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps, in place of passes.")] = None,
     length: Annotated[int | None, typer.Option(help="Steps of a sequence: smnist has 784, and 196 pooled.")] = None,
     data: Data = None,
     out: Out = None,
@@ -75,7 +76,7 @@ def bench(
             methods,
             _numbers(budgets, "--budgets", float),
             _numbers(seeds, "--seeds", int),
-            out or Path(f"runs/{task}"),
+            out or Path("runs") / re.sub(r"[^\w.+@-]+", "-", task),
             epochs=epochs,
             steps=steps,
             data=data,
@@ -98,11 +99,14 @@ def report(
     write run.html.
     """
     from setpoint.report.markdown import NAME, write_markdown
+    from setpoint.report.results import RESULTS, TIMING
 
     with _errors_as_messages():
         if out is not None:
             _check_folder(out)
         if folder.is_file():
+            if folder.name in (RESULTS, TIMING):
+                raise _misuse(f"{folder} is one file of a results folder: give the folder, {folder.parent}")
             _report_ledger(folder, out)
             return
         text = write_markdown(folder, None if out is None else out / NAME)
@@ -164,13 +168,13 @@ def _inspect(target: str, shape: tuple[int, ...] | None, verify: bool, out: Path
     if verify and not found.verified:
         print(f"{target} is large: read from its shapes alone, no cut was tried on a copy", file=sys.stderr)
     _console().print(inspection_tree(found))
-    answer = _finite(asdict(found))
+    answer = asdict(found)
     if spending:
         from setpoint.bench import spending as spent
 
         told = spent.spending(model, example, [group.name for group in found.groups if not group.kept_whole])
         _console().print(spent.spending_table(told))
-        answer["spending"] = _finite(asdict(told))
+        answer["spending"] = asdict(told)
     if out is not None:
         _write_json(out / "inspect.json", answer)
         try:
@@ -213,8 +217,10 @@ def _report_ledger(file: Path, out: Path | None) -> None:
 
 
 def _write_json(path: Path, answer: dict[str, Any]) -> None:
+    from setpoint.report.values import finite
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_finite(answer), indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(finite(answer), indent=2) + "\n", encoding="utf-8")
 
 
 def _bench(
@@ -252,12 +258,14 @@ def _bench(
     # A task of the user's own may hold functions that cannot be sent to another process.
     make = partial(task_named, task_name, epochs=epochs, steps=steps) if is_own_function(task_name) else None
     outcome = _time(cells, out) if timing else _run(cells, out, workers, make)
-    if not outcome.results:
-        raise _misuse(f"no run could be finished: {outcome.failures[0].cell}: {outcome.failures[0].error}")
-    _print_table(out)
-    answer = {**summarise(outcome.results), "report": _page_if_possible(out)}
+    answer: dict[str, Any] = {"report": None}
+    if outcome.results:
+        _print_table(out)
+        answer = {**summarise(outcome.results), "report": _page_if_possible(out)}
     _finish({**answer, "failures": [asdict(failure) for failure in outcome.failures]})
     if outcome.failures:
+        for failure in outcome.failures:
+            print(f"failed: {failure.cell}: {failure.error}", file=sys.stderr)
         raise typer.Exit(FAILED)
 
 
@@ -267,11 +275,13 @@ def _time(cells: Sequence[Cell], out: Path) -> Outcome:
 
     from setpoint.bench.progress import turns_bar
     from setpoint.bench.runner import Outcome, finished
-    from setpoint.bench.timing import measure
+    from setpoint.bench.timing import measure, with_timed
 
-    done = finished(cells, out)
+    done = finished(with_timed(cells, out), out)
     if not done:
         raise _misuse(f"{out} holds none of these runs: run them first, with the same command without --timing")
+    if len(done) > sum(cell in done for cell in cells):
+        print("runs that were timed before are timed again: seconds compare within one measurement", file=sys.stderr)
     missing = [cell.name for cell in cells if cell not in done]
     if missing:
         print(f"not timed, since they are not finished: {', '.join(missing)}", file=sys.stderr)
@@ -347,19 +357,10 @@ def _console() -> Console:
 
 def _finish(answer: dict[str, Any]) -> None:
     """The last line of stdout."""
-    sys.stdout.write(json.dumps(_finite(answer)) + "\n")
+    from setpoint.report.values import finite
+
+    sys.stdout.write(json.dumps(finite(answer)) + "\n")
     sys.stdout.flush()
-
-
-def _finite(value: Any) -> Any:
-    """The same without NaN and infinities, which JSON does not know."""
-    if isinstance(value, float):
-        return value if abs(value) < float("inf") else None
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(each) for each in value]
-    return value
 
 
 def _names(text: str, option: str) -> list[str]:

@@ -145,6 +145,20 @@ def test_small_found_refuses_what_it_cannot_build(runs: Runs) -> None:
         found_widths(TASK, {"mystery": 3})
 
 
+def test_small_found_asks_only_for_widths_that_can_be_built() -> None:
+    """A dimension in steps of four is tried a step narrower: its model may exist at no width between."""
+
+    def net(width: int) -> nn.Module:
+        assert width % 4 == 0
+        return nn.Sequential(nn.Linear(2, width), nn.ReLU(), nn.Linear(width, 2))
+
+    inputs = torch.zeros(20, 2), torch.zeros(20).long()
+    family = ByWidths({"width": Dimension(16, 4)}, lambda widths: net(widths["width"]))
+    task = SimpleTask("own", family, Tensors(train=inputs, test=inputs), Recipe(steps=1, batch=4))
+    (group,) = find_groups(task.build(dense_widths(task)), task.example())
+    assert found_widths(task, {group.name: 8}) == {"width": 8}
+
+
 def test_small_found_on_a_task_of_ones_own() -> None:
     """A family with a name for each width can be built as wide as it was pruned; one by a factor says what to do."""
 

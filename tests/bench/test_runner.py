@@ -22,13 +22,17 @@ from bench.fragile import Notes, fragile
 from setpoint.bench import runner, training
 from setpoint.bench.catalogue import task_named
 from setpoint.bench.digits import digits
+from setpoint.bench.family import ByFactor
+from setpoint.bench.fingerprint import fingerprint
 from setpoint.bench.interleaved import run_interleaved
 from setpoint.bench.method import Dense, Method, Setpoint, Small, method_named
 from setpoint.bench.own_random import OwnRandom
+from setpoint.bench.recipe import Recipe
 from setpoint.bench.results import FILE, Result, append_result, load_results
 from setpoint.bench.runner import finished, grid, run
 from setpoint.bench.simple_task import SimpleTask
 from setpoint.bench.task import BenchError, dense_widths
+from setpoint.bench.tensors import Tensors
 from setpoint.bench.training import Cell, Progress
 from setpoint.bench.worker import LOG
 from setpoint.ledger import Ledger
@@ -255,6 +259,48 @@ def test_a_task_of_ones_own_is_made_anew_in_the_process(tmp_path: Path) -> None:
     assert outcome.results[0].steps == 15
 
 
+@pytest.mark.slow
+def test_a_task_that_comes_out_different_every_time_is_refused(tmp_path: Path) -> None:
+    """Runs whose data were drawn anew do not compare: they fail, and the error says what to seed."""
+    file = tmp_path / "own.py"
+    file.write_text(
+        "import time, torch\n"
+        "from setpoint.bench.family import ByFactor\n"
+        "from setpoint.bench.recipe import Recipe\n"
+        "from setpoint.bench.simple_task import SimpleTask\n"
+        "from setpoint.bench.tensors import Tensors\n"
+        "def make():\n"
+        "    torch.manual_seed(time.time_ns())\n"
+        "    points = torch.randn(40, 2), torch.zeros(40).long()\n"
+        "    return SimpleTask('drawn', ByFactor(lambda _: torch.nn.Linear(2, 2)), Tensors(points, points),\n"
+        "                      Recipe(steps=2, batch=4))\n",
+        encoding="utf-8",
+    )
+    make_task = partial(task_named, f"{file}:make")
+    outcome = run(grid(make_task(), [Dense()], [0.5], [0]), tmp_path / "out", Notes(), make_task=make_task)
+    assert outcome.results == ()
+    assert "drawn is made anew for every run, and its data or model came out different" in outcome.failures[0].error
+
+
+def test_another_test_set_is_another_task() -> None:
+    """Of tensors that a user gives, what they are judged on counts too."""
+    inputs, labels = torch.randn(40, 2), torch.randint(2, (40,))
+
+    def told(test: torch.Tensor) -> str:
+        data = Tensors(train=(inputs, labels), test=(inputs, test))
+        return fingerprint(SimpleTask("own", ByFactor(lambda _: torch.nn.Linear(2, 2)), data, Recipe(steps=1, batch=4)))
+
+    assert told(labels) == told(labels.clone()) != told(1 - labels)
+
+
+def test_nothing_goes_on_from_a_run_that_diverged(together: tuple[Path, dict[str, Result]], tmp_path: Path) -> None:
+    """A method that continues another one's model says that it diverged, and does not prune what is not a number."""
+    needed = {"dense": replace(together[1]["dense"], value=float("nan"))}
+    cell = Cell(TASK, method_named("filter-oneshot"), 0.5, 0)
+    with pytest.raises(BenchError, match=r"dense diverged in its training \(nan\)"):
+        next(training.train(cell, tmp_path, needed))
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -293,11 +339,12 @@ def changed(what: str) -> SimpleTask:
         "data": {"data": replace(TINY.data, shift=0, mean=(8.0,))},  # type: ignore[type-var]
         "loss": {"training_criterion": None},
         "fresh weights": {"scratch_learning_rate": 2.0},
+        "scoring": {"mirrored": True},
     }
     return replace(TINY, **changes[what])  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("what", ["learning rate", "model", "data", "loss", "fresh weights"])
+@pytest.mark.parametrize("what", ["learning rate", "model", "data", "loss", "fresh weights", "scoring"])
 def test_a_changed_task_is_refused(what: str, tiny: Result, tmp_path: Path) -> None:
     """A folder does not mix runs of a task before and after a change; the same task, and rows that say nothing, go."""
     append_result(tmp_path, tiny)

@@ -6,6 +6,7 @@ import importlib
 import io
 import pickle
 import random
+import subprocess
 import sys
 from dataclasses import replace
 from itertools import islice
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import setpoint
 from setpoint.bench import cifar10, finetune, finetune_text, mnist, shakespeare
@@ -22,13 +24,17 @@ from setpoint.bench.catalogue import TASKS, task_named
 from setpoint.bench.characters import Characters
 from setpoint.bench.counter import step_flops
 from setpoint.bench.digits import digits
+from setpoint.bench.family import ByFactor
+from setpoint.bench.found import found_widths
 from setpoint.bench.images import Images, Splits
 from setpoint.bench.methods.scratch import Dense, Small
+from setpoint.bench.models import Patches
 from setpoint.bench.recipe import Recipe
 from setpoint.bench.simple_task import SimpleTask
 from setpoint.bench.sizing import small_widths
 from setpoint.bench.task import BenchError, Task, dense_widths, split_named
 from setpoint.bench.tensors import Tensors
+from setpoint.groups.trace import find_groups
 
 TEXT = "".join(f"HAMLET:\nTo be, or not to be: that is question {number}.\n\n" for number in range(200))
 NUM_IMAGES = 400
@@ -152,6 +158,7 @@ def test_finetuning_shares_no_image_with_pretraining(data: Path) -> None:
 
 
 OWN_TASK = """
+from dataclasses import replace
 import torch
 from torch import nn
 from setpoint.bench.family import ByWidths
@@ -170,6 +177,12 @@ def points():
 
 def number():
     return 3
+
+def raises():
+    return points().missing
+
+def elsewhere():
+    return replace(points(), name="../../elsewhere")
 """
 
 
@@ -207,6 +220,8 @@ def test_own_task_in_a_file_called_like_a_module(tmp_path: Path) -> None:
         ("number", None, "returned int: return a .*SimpleTask"),
         ("missing", None, "no function 'missing'"),
         ("points", Path("data"), "finds its data itself"),
+        ("raises", None, r"raises raised AttributeError: .*missing.* \(at own.py:\d+"),
+        ("elsewhere", None, "a task named '../../elsewhere' cannot be part of a folder's name"),
     ],
 )
 def test_own_task_that_cannot_be(own: str, function: str, data: Path | None, message: str) -> None:
@@ -238,6 +253,49 @@ def test_losses_are_nats_where_they_are_cross_entropies() -> None:
     assert losses and {task.unit for task in losses} == {"nats"}
     assert replace(losses[0], criterion=F.cross_entropy).unit == "nats"
     assert replace(losses[0], criterion=F.mse_loss).unit == ""
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\\b", "c:d", "two words", "ä"])
+def test_a_task_is_named_so_that_its_folders_stay_where_they_belong(name: str) -> None:
+    """A name that leads to another folder, or that some system cannot name a folder, is refused."""
+    with pytest.raises(BenchError, match="cannot be part of a folder's name: use letters"):
+        replace(digits(epochs=1), name=name)
+    assert replace(digits(epochs=1), name="my-task_2.0").name == "my-task_2.0"
+
+
+def test_what_cannot_be_scored_is_said() -> None:
+    """A split without examples, and a share of right answers among numbers, are errors."""
+    inputs, numbers = torch.randn(20, 2), torch.randn(20, 1)
+    family, recipe = ByFactor(lambda _: nn.Linear(2, 1)), Recipe(steps=1)
+    task = SimpleTask("line", family, Tensors((inputs, numbers), (inputs, numbers)), recipe, F.mse_loss)
+    model = nn.Linear(2, 1)
+    with pytest.raises(BenchError, match='targets that are no classes: give it metric="loss"'):
+        task.evaluate(model, "test")
+    assert replace(task, metric="loss").evaluate(model, "test").accuracy is None
+    empty = replace(task, metric="loss", data=Tensors((inputs, numbers), (inputs[:0], numbers[:0])))
+    with pytest.raises(BenchError, match="the test split of line is empty"):
+        empty.evaluate(model, "test")
+
+
+@pytest.mark.slow
+def test_words_that_there_are_not() -> None:
+    """A rule, a fall or a metric of another name lists those there are, for a user without a type checker."""
+    code = """
+from setpoint.bench.digits import digits
+from setpoint.bench.recipe import Recipe
+from dataclasses import replace
+for make in (lambda: Recipe(1, rule="adam"), lambda: Recipe(1, fall="steep"), lambda: replace(digits(1), metric="mse")):
+    try:
+        make()
+    except ValueError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [
+        "unknown rule 'adam': use sgd or adamw",
+        "unknown fall 'steep': use cosine or linear",
+        "unknown metric 'mse': use accuracy or loss",
+    ]
 
 
 def test_stretched_task() -> None:
@@ -404,6 +462,54 @@ def test_shifted_images_move_by_whole_pixels() -> None:
     assert batch.shape == images.shape
     assert set(rows.tolist()) == {2, 3, 4}
     assert set(columns.tolist()) == {1, 2, 3, 5, 6, 7}
+
+
+def test_mirrored_scoring_does_not_see_left_and_right() -> None:
+    """A model that reads the left half scores an image and its mirror alike, by the mean of both; trained as before."""
+    generator = torch.Generator().manual_seed(0)
+    images, labels = torch.randn(40, 1, 4, 4, generator=generator), torch.randint(2, (40,), generator=generator)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
+    with torch.no_grad():
+        model[1].weight.view(2, 4, 4)[:, :, 2:] = 0
+
+    def scored(test: torch.Tensor, *, mirrored: bool) -> SimpleTask:
+        data = Tensors(train=(images, labels), test=(test, labels))
+        return SimpleTask("halves", ByFactor(lambda _: model), data, Recipe(steps=1), mirrored=mirrored)
+
+    plain, other = (scored(each, mirrored=False) for each in (images, images.flip(3)))
+    once, twice = (scored(each, mirrored=True) for each in (images, images.flip(3)))
+    assert plain.evaluate(model, "test").loss != pytest.approx(other.evaluate(model, "test").loss)
+    assert once.evaluate(model, "test").loss == pytest.approx(twice.evaluate(model, "test").loss)
+    with torch.no_grad():
+        mean = (model(images) + model(images.flip(3))) / 2
+    assert once.evaluate(model, "test").loss == pytest.approx(float(F.cross_entropy(mean, labels)))
+    assert torch.equal(once.loss(model, images, labels), plain.loss(model, images, labels))
+
+
+def test_patches_are_a_rotation_that_whitens() -> None:
+    """The filters are orthonormal, lowest frequency first; what they see in smooth images is far less correlated."""
+    patches = Patches(27)
+    torch.testing.assert_close(patches.filters.flatten(1) @ patches.filters.flatten(1).T, torch.eye(27))
+    torch.testing.assert_close(patches.filters[0], torch.full((3, 3, 3), 27**-0.5))
+    noise = torch.randn(64, 3, 20, 20, generator=torch.Generator().manual_seed(0))
+    smooth = F.avg_pool2d(noise, 5, stride=1) + noise.mean(1, keepdim=True)[..., 2:-2, 2:-2]
+    coefficients = patches(smooth)[..., 1:-1, 1:-1]
+
+    def correlation(rows: torch.Tensor) -> float:
+        return float((torch.corrcoef(rows) - torch.eye(27)).abs().mean())
+
+    pixels = F.unfold(smooth, 3).transpose(0, 1).flatten(1)
+    assert correlation(coefficients.transpose(0, 1).flatten(1)) < 0.5 * correlation(pixels)
+    torch.testing.assert_close(Patches(9).filters, patches.filters[:9])
+
+
+def test_fixed_patches_are_a_width_of_the_family() -> None:
+    """Coefficients that no trained weight writes can be cut, and built anew at the width that was found."""
+    task = task_named("cifar10")
+    groups = find_groups(task.build(dense_widths(task)), task.example())
+    (patches,) = (group for group in groups if group.num_units == 27)
+    widths = {group.name: group.num_units for group in groups} | {patches.name: 12}
+    assert found_widths(task, widths) == dense_widths(task) | {"patches": 12}
 
 
 def test_every_image_once_per_epoch() -> None:

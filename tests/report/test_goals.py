@@ -105,6 +105,8 @@ def test_better_than_pruned_at_equal_final_flops() -> None:
     assert "0.10 points worse than taylor" in missed.evidence
     cheaper = runs("taylor", 0.94, final_flops=20.0)
     assert verdicts(DENSE, OURS, cheaper)["c"].verdict == "not measured"
+    assert verdicts(DENSE, OURS, runs("taylor", 0.94, final_flops=49.1))["c"].verdict == "reached where measured"
+    assert verdicts(DENSE, OURS, runs("taylor", 0.94, final_flops=48.9))["c"].verdict == "not measured"  # 2 % less
 
 
 @pytest.mark.parametrize("value", [0.948, 0.95])
@@ -130,6 +132,8 @@ def test_not_below_small_long_and_realised_savings() -> None:
     assert (found["e"].verdict, found["f"].verdict) == ("reached", "reached")
     assert found["f"].evidence == "0.90 at budget 0.5"
     assert verdicts(DENSE, OURS, runs("small-long", 0.9481))["e"].verdict == "not reached"
+    busy = [[replace(cell, clock="shared") for cell in cells] for cells in (DENSE, OURS)]
+    assert verdicts(*busy)["f"].verdict == "not measured"
 
 
 def test_within_the_error_is_undecided() -> None:

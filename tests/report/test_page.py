@@ -147,6 +147,32 @@ def test_a_single_cell_is_enough(make_results: Any) -> None:
     assert "How the budget was met" not in seen.text
 
 
+def test_a_page_with_a_run_that_diverged(make_results: Any) -> None:
+    """A metric that is not a number, or missing, stands there as unknown; the page is drawn."""
+    folder = make_results(seeds=(0,))
+    path = folder / "results.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line, value in zip(lines, (float("nan"), None), strict=False):
+        line["value"] = value
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "NaN" not in json.dumps(specs_of(page_of(folder)))
+
+
+def test_a_busy_machine_is_told(make_results: Any) -> None:
+    """Where the seconds were measured on a machine at other work, the page says so, as the table does."""
+    folder = make_results(seeds=(0,))
+    lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    timed = [{key: line[key] for key in ("task", "method", "budget", "seed", "schema", "seconds")} for line in lines]
+
+    def timings(load: float) -> str:
+        text = "".join(json.dumps({**line, "load": [load, load]}) + "\n" for line in timed)
+        (folder / "timing.jsonl").write_text(text)
+        return Elements(page_of(folder)).text
+
+    assert "not idle then: load average 1.7" in timings(1.7)
+    assert "not idle" not in timings(0.4)
+
+
 def test_a_missing_ledger_and_history_are_survived(make_results: Any) -> None:
     """Without ledgers and histories the summary remains, and the page says what is missing."""
     folder = make_results(seeds=(0,))

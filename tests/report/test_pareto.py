@@ -44,8 +44,8 @@ def test_each_method_has_a_mark_with_its_spread() -> None:
     assert ours["marker"]["symbol"] == ["circle", "circle-open"]
     assert ours["error_y"]["array"] == pytest.approx([100 * 0.002 / 2**0.5] * 2)
     assert sorted(trace["name"] for trace in figure.data[1:]) == ["dense", "setpoint", "small"]
-    others = [Cell("t", f"m{place}", 0.5, family="sparse", budget=0.5, train_flops=1.0) for place in range(8)]
-    assert len(set(marks_of(rows("accuracy", *others)).values())) == 3 + 8
+    others = [Cell("t", f"m{place}", 0.5, family="sparse", budget=0.5, train_flops=1.0) for place in range(11)]
+    assert len(set(marks_of(rows("accuracy", *others)).values())) == 3 + 11
 
 
 def test_unknown_expenses_have_no_figure() -> None:
@@ -57,6 +57,15 @@ def test_unknown_expenses_have_no_figure() -> None:
     assert [each.name for each in expenses(rows("accuracy", *metered))] == ["train", "final", "energy"]
 
 
+def test_a_run_that_diverged_has_no_mark() -> None:
+    """A metric that is not a number is on no figure, and keeps no other from being drawn."""
+    lost = Cell("t", "rigl", float("nan"), family="sparse", budget=0.5, seed=0, train_flops=90.0)
+    found = rows("accuracy", lost)
+    figure = pareto(found, expenses(found)[0])
+    assert "rigl" not in [trace["name"] for trace in figure.data]
+    assert figure.data[0]["x"] == [25.0, 50.0, 60.0, 100.0]
+
+
 def test_masked_models_cost_what_they_would_in_theory() -> None:
     """The FLOPs of a masked model are those in theory; without dense to compare with, those that it spends."""
     masked = Cell(
@@ -65,3 +74,4 @@ def test_masked_models_cost_what_they_would_in_theory() -> None:
     found = rows("accuracy", masked)
     train = expenses(found)[0]
     assert next(trace for trace in pareto(found, train).data if trace["name"] == "rigl")["x"] == pytest.approx([55.0])
+    assert 55.0 not in pareto(found, train).data[0]["x"]  # nobody spends that: it is not on the front

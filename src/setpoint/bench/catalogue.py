@@ -11,11 +11,11 @@ from setpoint.bench.digits import digits
 from setpoint.bench.finetune import finetune
 from setpoint.bench.finetune_text import finetune_text
 from setpoint.bench.mnist import mnist
-from setpoint.bench.own_function import is_own_function, own_function
+from setpoint.bench.own_function import is_own_function, named_errors, own_function
 from setpoint.bench.shakespeare import shakespeare, shakespeare_10m, shakespeare_mini
 from setpoint.bench.simple_task import SimpleTask
 from setpoint.bench.smnist import scifar, smnist
-from setpoint.bench.task import BenchError, Task
+from setpoint.bench.task import PLAIN, BenchError, Task, fits_a_folder
 
 TASKS: Mapping[str, Callable[[Path | None], SimpleTask]] = {
     "digits": lambda data: digits(),  # embedded in scikit-learn
@@ -73,7 +73,10 @@ def _task(name: str, data: Path | None) -> Task:
         raise BenchError(f"unknown task {name!r}: use {', '.join(TASKS)}, or your own as module.py:function")
     if data is not None:
         raise BenchError(f"--data is for the tasks that come with Setpoint: {name} finds its data itself")
-    task = own_function(name)()
+    with named_errors(name):
+        task = own_function(name)()
     if not isinstance(task, Task):
         raise BenchError(f"{name} returned {type(task).__name__}: return a setpoint.bench.simple_task.SimpleTask")
+    if not fits_a_folder(task.name):
+        raise BenchError(f"{name} returned a task named {task.name!r}, which cannot name a folder: {PLAIN}")
     return task

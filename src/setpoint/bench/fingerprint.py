@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import fields
 from functools import cache
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -14,7 +15,8 @@ from torch import Tensor
 from setpoint.bench.characters import Characters
 from setpoint.bench.own_random import OwnRandom
 from setpoint.bench.simple_task import SimpleTask
-from setpoint.bench.task import Task, dense_widths
+from setpoint.bench.task import Split, Task, dense_widths
+from setpoint.bench.tensors import Tensors
 
 
 @cache
@@ -22,8 +24,8 @@ def fingerprint(task: Task) -> str:
     """Sixteen hexadecimal digits that change with the dense model, the recipe and the data; not with steps or device.
 
     Of the model its modules and shapes count, of the recipe also what it does with fresh weights, of functions their
-    names, of the data the first training batch: whole numbers one by one, others by shape, and mean and deviation to
-    a few digits, in which machines agree.
+    names, of the data the first training batch, and of tensors also what they are judged on: whole numbers one by one,
+    others by shape, and mean and deviation to a few digits, in which machines agree.
 
     Args:
         task: to be told from others of its name; its data are read.
@@ -51,6 +53,10 @@ def fingerprint(task: Task) -> str:
         recipe = [(each.name, getattr(task.recipe, each.name)) for each in fields(task.recipe) if each.name != "steps"]
         if isinstance(task.data, Characters):
             parts.append("scored on whole splits")  # rows from before were scored on 256 windows
+        if isinstance(task.data, Tensors):
+            parts += [_batch(each) for split in get_args(Split) for each in task.data.split(split)]
+        if task.mirrored:
+            parts.append("scored with mirror images")
         parts += [str(recipe), _name(task.criterion), _name(task.training_criterion or task.criterion)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 

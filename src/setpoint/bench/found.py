@@ -16,7 +16,7 @@ def found_widths(task: Task, widths: Mapping[str, int]) -> dict[str, int]:
     """The task's widths at which its model is as wide as the groups.
 
     A group belongs to the dimension with which its tensors change their lengths: each dimension is tried one
-    unit narrower on a model without data.
+    step narrower on a model without data.
 
     Args:
         task: whose model to build.
@@ -29,10 +29,11 @@ def found_widths(task: Task, widths: Mapping[str, int]) -> dict[str, int]:
     lengths = _lengths(task, dense_widths(task))
     built = dense_widths(task)
     unset = {name for name, width in widths.items() if name not in groups or width != groups[name].num_units}
-    for name, dense in dense_widths(task).items():
-        if dense < 2:
+    for name, dimension in task.dimensions.items():
+        dense, step = dimension.dense, dimension.multiple_of
+        if dense <= step:
             continue
-        narrower = _lengths(task, {**dense_widths(task), name: dense - 1})
+        narrower = _lengths(task, {**dense_widths(task), name: dense - step})
         changed = {place for place, length in lengths.items() if narrower.get(place) != length}
         for each in sorted(unset & groups.keys()):
             if _places(groups[each]) <= changed and groups[each].num_units == dense:
@@ -48,15 +49,12 @@ def found_widths(task: Task, widths: Mapping[str, int]) -> dict[str, int]:
 
 
 def _lengths(task: Task, widths: Mapping[str, int]) -> dict[Place, int]:
-    """Length of every dim of every parameter of a model of these widths."""
+    """Length of every dim of every parameter and buffer of a model of these widths."""
     model: nn.Module = task.build(widths, torch.device("meta"))
-    return {
-        (name, dim): length
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        for dim, length in enumerate(parameter.shape)
-    }
+    tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    return {(name, dim): length for name, tensor in tensors for dim, length in enumerate(tensor.shape)}
 
 
 def _places(group: Group) -> set[Place]:
-    """Where the group's units are written or read by weights."""
+    """Where the group's units are written or read by weights, trained or fixed."""
     return {(piece.tensor, piece.dim) for piece in group.slices if piece.role != "carry" and piece.dim is not None}

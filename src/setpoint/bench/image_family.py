@@ -102,23 +102,24 @@ class WideFamily:
 
 @dataclass(frozen=True)
 class ShortFamily:
-    """Residual networks of eight convolutions for short runs.
+    """Residual networks of seven convolutions for short runs on colour images.
 
     Args:
-        channels: dense widths of the stem and of the three stages; the blocks inside are as wide as their stages.
+        channels: dense widths of the three stages; the blocks inside are as wide as their stages.
     """
 
-    channels: tuple[int, int, int, int]
+    channels: tuple[int, int, int]
 
     @property
     def dimensions(self) -> Mapping[str, Dimension]:
-        """Stem, residual stream of each stage, and the inside of both blocks."""
-        stem, first, second, third = (Dimension(width, 8) for width in self.channels)
-        return {"stem": stem, "stage1": first, "block1": first, "stage2": second, "stage3": third, "block3": third}
+        """Coefficients of the patches, residual stream of each stage, and the inside of both blocks."""
+        first, second, third = (Dimension(width, 8) for width in self.channels)
+        stages = {"stage1": first, "block1": first, "stage2": second, "stage3": third, "block3": third}
+        return {"patches": Dimension(27), **stages}
 
     def build(self, widths: Mapping[str, int]) -> nn.Module:
         """The network of these widths."""
-        return channels_last(ShortResidualNet(widths, channels=3, classes=10))
+        return channels_last(ShortResidualNet(widths, classes=10))
 
 
 def _stages(channels: tuple[int, ...], blocks: tuple[int, ...], block: int) -> dict[str, Dimension]:

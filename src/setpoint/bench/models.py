@@ -110,24 +110,52 @@ class ShortBlock(nn.Module):
         return out
 
 
-class ShortResidualNet(nn.Module):
-    """Residual network of eight convolutions for short runs, after Page's ResNet-9 (DAWNBench, 2018).
+class Patches(nn.Module):
+    """Each pixel's 3x3 patch in the cosine basis of colour, height and width, each coefficient at unit variance: fixed.
 
-    Stem; convolution and pool; residual block; twice convolution and pool; residual block; global max pool;
+    The principal components of small patches of photographs are close to this basis, so what comes out is nearly
+    white. After the whitened patches of Page, "How to train your ResNet" (2018).
+
+    Args:
+        width: how many of the 27 coefficients, from the lowest frequencies on.
+    """
+
+    filters: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        place, frequency = torch.arange(3) + 0.5, torch.arange(3.0)
+        cosines = F.normalize(torch.cos(torch.pi / 3 * frequency[:, None] * place))
+        products = torch.einsum("ai,bj,ck->abcijk", cosines, cosines, cosines).reshape(27, 3, 3, 3)
+        by_frequency = torch.cartesian_prod(frequency, frequency, frequency).sum(1).argsort(stable=True)
+        self.register_buffer("filters", products[by_frequency[:width]])
+        # Fine detail is mostly noise: the eps keeps small what varies little.
+        self.norm = nn.BatchNorm2d(width, eps=0.01, affine=False)
+
+    def forward(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch coefficients height width"]:
+        """The coefficients of the patch around each pixel."""
+        out: Tensor = self.norm(F.conv2d(x, self.filters, padding=1))
+        return out
+
+
+class ShortResidualNet(nn.Module):
+    """Residual network of seven convolutions for short runs, after Page's ResNet-9 (DAWNBench, 2018).
+
+    Fixed patches; convolution and pool; residual block; twice convolution and pool; residual block; global max pool;
     classifier, whose scores are damped to a fifth.
 
     Args:
-        widths: channels of `"stem"`, `"stage1"`, `"stage2"`, `"stage3"`, and the inner ones of `"block1"`, `"block3"`.
-        channels: channels of the input.
+        widths: coefficients of `"patches"`, channels of `"stage1"`, `"stage2"`, `"stage3"`, and the inner ones of
+            `"block1"`, `"block3"`.
         classes: number of classes.
     """
 
-    def __init__(self, widths: Mapping[str, int], channels: int, classes: int) -> None:
+    def __init__(self, widths: Mapping[str, int], classes: int) -> None:
         super().__init__()
-        stem, first, second, third = (widths[name] for name in ("stem", "stage1", "stage2", "stage3"))
+        first, second, third = (widths[name] for name in ("stage1", "stage2", "stage3"))
         self.features = nn.Sequential(
-            nn.Sequential(*_convolution(channels, stem)),
-            nn.Sequential(*_convolution(stem, first, pool=True)),
+            Patches(widths["patches"]),
+            nn.Sequential(*_convolution(widths["patches"], first, pool=True)),
             ShortBlock(first, widths["block1"]),
             nn.Sequential(*_convolution(first, second, pool=True)),
             nn.Sequential(*_convolution(second, third, pool=True)),
@@ -135,7 +163,7 @@ class ShortResidualNet(nn.Module):
         )
         self.head = nn.Linear(third, classes)
 
-    def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
+    def forward(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch classes"]:
         """Class scores."""
         scores: Tensor = 0.2 * self.head(self.features(x).amax((2, 3)))
         return scores

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import nn
@@ -47,6 +47,9 @@ class Recipe:
     num_validations: int = 10
 
     def __post_init__(self) -> None:
+        for what, value, known in (("rule", self.rule, get_args(Rule)), ("fall", self.fall, get_args(Fall))):
+            if value not in known:
+                raise BenchError(f"unknown {what} {value!r}: use {' or '.join(known)}")
         if self.steps < 1 or self.batch < 1:
             raise BenchError(f"a recipe needs at least 1 step and 1 example, got {self.steps} and {self.batch}")
         if not 0 < self.learning_rate < math.inf:

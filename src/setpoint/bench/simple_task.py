@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import Protocol, final, runtime_checkable
+from typing import Protocol, final, get_args, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from setpoint.bench.device import autocast, best_device, product_dtype
 from setpoint.bench.family import Family
 from setpoint.bench.recipe import Recipe
-from setpoint.bench.task import BenchError, Dimension, Metric, Score, Split
+from setpoint.bench.task import PLAIN, BenchError, Dimension, Metric, Score, Split, fits_a_folder
 
 EVALUATION_BATCH = 500
 Criterion = Callable[[Tensor, Tensor], Tensor]
@@ -74,6 +74,8 @@ class SimpleTask:
         device: where model and batches lie.
         scratch_learning_rate: peak for models that start from fresh weights, relative to the recipe's, which is for the
             dense model; other than 1 where that starts from trained ones.
+        mirrored: whether an image is judged by the mean of the scores of itself and its mirror image; training is
+            as it is without.
 
     >>> import torch
     >>> from setpoint.bench.family import ByFactor
@@ -98,6 +100,13 @@ class SimpleTask:
     metric: Metric = "accuracy"
     device: torch.device = field(default_factory=best_device)
     scratch_learning_rate: float = 1.0
+    mirrored: bool = False
+
+    def __post_init__(self) -> None:
+        if not fits_a_folder(self.name):
+            raise BenchError(f"a task named {self.name!r} cannot be part of a folder's name: {PLAIN}")
+        if self.metric not in get_args(Metric):
+            raise BenchError(f"unknown metric {self.metric!r}: use {' or '.join(get_args(Metric))}")
 
     @property
     def dimensions(self) -> Mapping[str, Dimension]:
@@ -194,12 +203,19 @@ class SimpleTask:
     def evaluate(self, model: nn.Module, split: Split) -> Score:
         """Mean criterion over a split and, if that is the metric, accuracy; the model's mode is restored."""
         inputs, targets = self.data.split(split)
+        if not len(targets):
+            raise BenchError(f"the {split} split of {self.name} is empty: there is nothing to score")
+        if self.metric == "accuracy" and targets.is_floating_point():
+            raise BenchError(f'{self.name} has targets that are no classes: give it metric="loss"')
         training = model.training
         model.eval()
         loss, right = 0.0, 0
         try:
             for x, y in zip(torch.split(inputs, EVALUATION_BATCH), torch.split(targets, EVALUATION_BATCH), strict=True):
-                scores, y = self.scores(model, x.to(self.device)), y.to(self.device)
+                x, y = x.to(self.device), y.to(self.device)
+                scores = self.scores(model, x)
+                if self.mirrored:
+                    scores = (scores + self.scores(model, x.flip(-1))) / 2
                 loss += float(self.criterion(scores, y)) * len(y)
                 if self.metric == "accuracy":
                     right += int((scores.argmax(-1) == y).sum())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args, runtime_checkable
@@ -138,6 +139,18 @@ class Task(Protocol):
 def dense_widths(task: Task) -> dict[str, int]:
     """Widths of the task's dense model."""
     return {name: dimension.dense for name, dimension in task.dimensions.items()}
+
+
+PLAIN = "use letters, digits and . _ - + @, not only dots"
+
+
+def fits_a_folder(name: str) -> bool:
+    """Whether a name can be part of a folder's name on every system, and leads nowhere else.
+
+    >>> fits_a_folder("my-task.2"), fits_a_folder("../other"), fits_a_folder("a b")
+    (True, False, False)
+    """
+    return re.fullmatch(r"[\w.+@-]*[\w+@-][\w.+@-]*", name, re.ASCII) is not None
 
 
 def split_named(name: str) -> Split:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Generator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -130,6 +131,9 @@ def _course(cell: Cell, needed: Mapping[str, Result]) -> Course:
             f"{cell.method.name} needs a finished run of {', '.join(missing)} with the same task, budget and seed: "
             f"run --methods {','.join((*missing, cell.method.name))}"
         )
+    for name in cell.method.needs:
+        if not math.isfinite(needed[name].value):
+            raise BenchError(f"{name} diverged in its training ({needed[name].value}): nothing can go on from it")
     return cell.method.course(cell.task, cell.budget or 1.0, needed)
 
 

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import torch
 
+from setpoint.bench.fingerprint import fingerprint
 from setpoint.bench.method import Method
 from setpoint.bench.results import Result
-from setpoint.bench.task import Split, Task
+from setpoint.bench.task import BenchError, Split, Task
 from setpoint.bench.training import Cell, Progress, train
 from setpoint.errors import SetpointError
 
@@ -63,7 +64,8 @@ class Worker:
         self.cell, self._log = cell, out / cell.name / LOG
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe(duplex=False)
-        order = _Order(make_task or cell.task, cell.method, cell.budget, cell.seed, cell.split)
+        known = "" if make_task is None else fingerprint(cell.task)
+        order = _Order(make_task or cell.task, cell.method, cell.budget, cell.seed, cell.split, known)
         self._process = context.Process(
             target=_train,
             args=(order, cell.name, out, dict(needed), threads, theirs),
@@ -79,7 +81,8 @@ class Worker:
             message: Progress | Result | Failure = self.pipe.recv()
         except EOFError:
             self._process.join()
-            message = Failure(self.cell.name, f"its process died ({_ending(self._process.exitcode)}); see {self._log}")
+            told = f"; see {self._log}" if self._log.exists() and self._log.stat().st_size else ""
+            message = Failure(self.cell.name, f"its process died ({_ending(self._process.exitcode)}){told}")
         if not isinstance(message, Progress):
             self.stop()
         return message
@@ -101,17 +104,27 @@ class Worker:
 
 @dataclass(frozen=True)
 class _Order:
-    """A cell on its way to another process, with its task or with what makes it."""
+    """A cell on its way to another process, with its task or with what makes it, and then the task's fingerprint."""
 
     task: Task | Callable[[], Task]
     method: Method
     budget: float | None
     seed: int
     split: Split
+    fingerprint: str
 
     def cell(self) -> Cell:
-        """The cell again."""
+        """The cell again.
+
+        Raises:
+            BenchError: the task was made anew and is another one.
+        """
         task = self.task if isinstance(self.task, Task) else self.task()
+        if self.fingerprint and fingerprint(task) != self.fingerprint:
+            raise BenchError(
+                f"{task.name} is made anew for every run, and its data or model came out different: draw whatever is "
+                "random in it from a generator with a seed of its own"
+            )
         return Cell(task, self.method, self.budget, self.seed, self.split)
 
 

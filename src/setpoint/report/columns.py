@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from setpoint.report.numbers import NOTHING, duration, human, percent, signed
+from setpoint.report.results import Cell
 from setpoint.report.statistics import Difference, Estimate
 from setpoint.report.summary import DENSE, RIVALS, Row, ratio
 
@@ -40,6 +41,14 @@ CLOCK_NOTES = {
     "shared": "Training times are the runs' own, on a machine that was busy with other work at the same time: they do "
     "not compare. `setpoint bench --timing` measures them.",
 }
+MOST_LOAD = 1.0
+
+
+def clock_note(cells: Sequence[Cell], clock: str) -> str:
+    """Where the seconds come from, and what else the machine was at."""
+    load = max((cell.timing.load for cell in cells if cell.timing and cell.timing.load is not None), default=0.0)
+    busy = f" The machine was not idle then: load average {load:.1f}." if load > MOST_LOAD else ""
+    return f"{CLOCK_NOTES[clock]}{busy}"
 
 
 def columns(rows: Sequence[Row]) -> tuple[Column, ...]:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from html import escape
 
 from setpoint.report.columns import (
-    CLOCK_NOTES,
     CLOCKS,
     break_even_text,
+    clock_note,
     difference_columns,
     interval_text,
     landed_text,
@@ -26,7 +26,7 @@ from setpoint.report.summary import DENSE, SETPOINT, Row
 
 GLYPHS = {
     **{"circle": "●", "square": "■", "diamond": "◆", "triangle-up": "▲", "triangle-down": "▼"},
-    **{"pentagon": "⬟", "star": "★", "hexagon": "⬢"},
+    **{"pentagon": "⬟", "star": "★", "hexagon": "⬢", "cross": "✚", "x": "✖", "bowtie": "⧓"},
 }
 
 NOTES = """
@@ -57,8 +57,8 @@ def comparison(name: str, cells: Sequence[Cell], rows: Sequence[Row]) -> Draft:
         cells: the runs of the task.
         rows: their summary.
     """
-    draft = Draft(headline(rows) + cards(rows)) + costs(name, rows)
-    return draft + Draft(goal_list(cells, rows) + table(rows) + differences(rows))
+    draft = Draft(headline(rows) + cards(rows)) + costs(name, cells, rows)
+    return draft + Draft(goal_list(cells, rows) + table(cells, rows) + differences(rows))
 
 
 def headline(rows: Sequence[Row]) -> str:
@@ -101,7 +101,7 @@ def cards(rows: Sequence[Row]) -> str:
     return f'<ul class="cards">{items}</ul>\n'
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(cells: Sequence[Cell], rows: Sequence[Row]) -> str:
     """The summary table of a task."""
     first = rows[0]
     titles = (
@@ -110,7 +110,8 @@ def table(rows: Sequence[Row]) -> str:
     )
     lines = [[pair(text) if isinstance(text, str) else pair(*text) for text in texts(row)] for row in rows]
     notes = "".join(f"<li><b>{escape(row.label)}</b>: {escape(note)}</li>" for row in rows for note in row.notes[:1])
-    caption = f"Each row is over {seeds_text(rows)}; small figures are shares of dense. {CLOCK_NOTES[first.clock]}"
+    caption = f"Each row is over {seeds_text(rows)}; small figures are shares of dense. "
+    caption += clock_note(cells, first.clock)
     return (
         f'<h3>All numbers</h3>\n<div class="scroll">{html_table(titles, lines, classes="summary")}</div>\n'
         f'<p class="caption">{escape(caption).replace("`setpoint bench --timing`", CODE)}</p>\n'
@@ -184,7 +185,7 @@ def goal_list(cells: Sequence[Cell], rows: Sequence[Row]) -> str:
     return f'<h3>Headline goals</h3>\n<div class="scroll">{listing}</div>\n'
 
 
-def costs(name: str, rows: Sequence[Row]) -> Draft:
+def costs(name: str, cells: Sequence[Cell], rows: Sequence[Row]) -> Draft:
     """The metric against what it cost, one figure for each expense."""
     found = expenses(rows)
     if not found or len(rows) < 2:
@@ -196,8 +197,8 @@ def costs(name: str, rows: Sequence[Row]) -> Draft:
     draft = Draft(f'<h3>What it costs</h3>\n<ul class="legend">{keys}</ul>\n<div class="two">')
     for expense in found:
         theory = any(row.theoretical_ratio is not None for row in rows) and expense.unit == "FLOP"
-        note = "Masked models: in theory. " if theory else ""
-        note += CLOCK_NOTES[rows[0].clock] if expense.unit == "s" else ""
+        note = "Masked models: in theory, and not on the line. " if theory else ""
+        note += clock_note(cells, rows[0].clock) if expense.unit == "s" else ""
         caption = f"Full marks: the largest budget. Bars: ± over seeds. Line: the front. {note}"
         draft += place_of(
             f"{name}-pareto-{expense.name}",

@@ -12,6 +12,7 @@ from typing import Any
 
 from setpoint.report.figures import DARK, Figure
 from setpoint.report.numbers import NOTHING
+from setpoint.report.values import finite
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ def document(title: str, body: Draft, script: str) -> str:
 
 
 def inert(value: Any) -> str:
-    """JSON that can stand inside a script element, whatever names it holds."""
-    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    """JSON that can stand inside a script element, whatever names it holds; what is not finite is a gap."""
+    text = json.dumps(finite(value), allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 

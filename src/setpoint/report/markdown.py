@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from setpoint.report.columns import CLOCK_NOTES, Column, columns, difference_columns, seeds_text
+from setpoint.report.columns import Column, clock_note, columns, difference_columns, seeds_text
 from setpoint.report.goals import goals
 from setpoint.report.numbers import NOTHING
 from setpoint.report.results import Cell, Results, read_results
 from setpoint.report.summary import RIVALS, Row, series, summary_rows
 
 NAME = "results.md"
-MOST_LOAD = 1.0
 """Load average above which a machine is not called idle."""
 INTERVALS = (
     "Differences are means over the seeds that both methods have, with 95 % intervals of Student's t from three seeds "
@@ -98,12 +97,9 @@ def about(cells: Sequence[Cell], rows: Sequence[Row]) -> str:
     notes = [f"`{row.label}`: {'; '.join(row.notes[:1])}." for row in rows if row.notes]
     masked = "*In theory*: if zeros cost nothing. " if any(row.theoretical_ratio is not None for row in rows) else ""
     compared = INTERVALS if any(rival in row.differences for row in rows for rival in RIVALS) else ""
-    load = max((cell.timing.load for cell in cells if cell.timing and cell.timing.load is not None), default=0.0)
-    busy = f"The machine was not idle then: load average {load:.1f}." if load > MOST_LOAD else ""
     told_of = (
         f"{'; '.join(map(escape, told))}.",
-        CLOCK_NOTES[rows[0].clock],
-        busy,
+        clock_note(cells, rows[0].clock),
         _other_machines(cells),
         masked + compared,
         *map(escape, notes),

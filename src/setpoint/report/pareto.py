@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,10 @@ COLORS = {
     "sparse": OTHERS[2],
 }
 """A family's colour; methods of a family differ by their mark."""
-MARKS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "pentagon", "star", "hexagon")
+MARKS = (
+    *("circle", "square", "diamond", "triangle-up", "triangle-down", "pentagon"),
+    *("star", "hexagon", "cross", "x", "bowtie"),
+)
 
 
 @dataclass(frozen=True)
@@ -73,20 +77,27 @@ def expenses(rows: Sequence[Row]) -> tuple[Expense, ...]:
         ),
         Expense("energy", "energy of training", "J", lambda row: row.energy_j),
     )
-    return tuple(each for each in all_of_them if sum(each.of(row) is not None for row in rows) > 1)
+    return tuple(each for each in all_of_them if len(_known(rows, each)) > 1)
+
+
+def _known(rows: Sequence[Row], expense: Expense) -> list[tuple[Row, Estimate]]:
+    """Rows and what they cost, where both that and the metric are numbers: a run that diverged has no place."""
+    costs = [(row, expense.of(row)) for row in rows if math.isfinite(row.value.mean)]
+    return [(row, cost) for row, cost in costs if cost is not None and math.isfinite(cost.mean)]
 
 
 def pareto(rows: Sequence[Row], expense: Expense) -> Figure:
     """The metric against an expense: a mark per method and budget with its spread over seeds, and the front.
 
     Marks are full at the largest budget and open at smaller ones; the line joins what no other mark beats in both
-    the metric and the expense.
+    the metric and the expense. FLOPs in theory are spent by nobody, so masked models are not on it there.
     """
-    known = [(row, cost) for row in rows if (cost := expense.of(row)) is not None]
+    known = _known(rows, expense)
+    spent = [(row, cost) for row, cost in known if row.theoretical_ratio is None or expense.unit != "FLOP"]
     factor, unit = (1.0, "s") if expense.unit == "s" else scale(max(cost.mean for _, cost in known), expense.unit)
     budgets = sorted({row.budget for row in rows if row.budget is not None and row.method != DENSE}, reverse=True)
     marks = marks_of(rows)
-    data: list[Trace] = [front_line(known, factor)]
+    data: list[Trace] = [front_line(spent, factor)]
     names = dict.fromkeys(row.method for row in rows)
     for method in sorted(names, key=lambda name: name == SETPOINT):  # Setpoint's marks lie on top
         of_method = [(row, cost) for row, cost in known if row.method == method]
@@ -169,7 +180,7 @@ def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 def front_line(known: Sequence[tuple[Row, Estimate]], factor: float) -> Trace:
     """The front as a staircase."""
-    sign = 1.0 if known[0][0].metric == "accuracy" else -1.0
+    sign = 1.0 if any(row.metric == "accuracy" for row, _ in known) else -1.0
     best = front([(cost.mean / factor, sign * row.value.mean * _factor(row)) for row, cost in known])
     return {
         "type": "scatter",

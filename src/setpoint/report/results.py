@@ -237,7 +237,9 @@ def read_timings(folder: Path, remarks: list[str]) -> dict[tuple[Any, ...], Timi
     path, found = folder / TIMING, {}
     for line in read_lines(path, TIMING, remarks) if path.is_file() else ():
         if line.get("schema") not in SCHEMAS:
-            raise ReportError(f"{path} has schema {line.get('schema')!r}: measure again with `setpoint bench --timing`")
+            raise ReportError(
+                f"{path} has schema {line.get('schema')!r}: delete it, and measure again with `setpoint bench --timing`"
+            )
         if (seconds := number(line.get("seconds"))) is None:
             continue
         load = line.get("load")

@@ -43,3 +43,18 @@ def counts(value: Any) -> dict[str, int]:
 def quantities(value: Any) -> dict[str, float]:
     """Finite numbers by name; others are left out."""
     return {str(key): found for key, item in mapping(value).items() if (found := number(item)) is not None}
+
+
+def finite(value: Any) -> Any:
+    """The same without NaN and infinities, which JSON does not know.
+
+    >>> finite({"loss": float("nan"), "widths": (1.0, 2)})
+    {'loss': None, 'widths': [1.0, 2]}
+    """
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(each) for each in value]
+    return value

@@ -65,7 +65,7 @@ class TorchPruning:
         """Cut the model, and make an optimizer for what is left.
 
         Raises:
-            BenchError: the library is not installed, or no ratio meets the budget.
+            BenchError: the library is not installed or fails on this model, or no ratio meets the budget.
         """
         watch = Stopwatch(synchronize=True)
         with watch:
@@ -164,20 +164,25 @@ class TorchPruning:
         # The library cannot see inside of fused attention, so it traces the written-out form.
         with taken_apart(model, groups) as heads, warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
             warnings.simplefilter("ignore")
-            pruner = library.pruner.BasePruner(
-                model,
-                example,
-                importance=importance.GroupMagnitudeImportance(p=2) if norm else importance.GroupTaylorImportance(),
-                global_pruning=not norm,
-                pruning_ratio=ratio,
-                max_pruning_ratio=1.0 if norm else 0.9,
-                head_pruning_ratio=min(most_heads, _head_ratio(ratio, heads.values(), whole=norm)),
-                ignored_layers=closed,
-                num_heads=heads,
-                prune_num_heads=True,
-                prune_head_dims=False,
-            )
-            pruner.step()
+            try:
+                library.pruner.BasePruner(
+                    model,
+                    example,
+                    importance=importance.GroupMagnitudeImportance(p=2) if norm else importance.GroupTaylorImportance(),
+                    global_pruning=not norm,
+                    pruning_ratio=ratio,
+                    max_pruning_ratio=1.0 if norm else 0.9,
+                    head_pruning_ratio=min(most_heads, _head_ratio(ratio, heads.values(), whole=norm)),
+                    ignored_layers=closed,
+                    num_heads=heads,
+                    prune_num_heads=True,
+                    prune_head_dims=False,
+                ).step()
+            except Exception as error:  # what it raises on a model that it does not follow is anything
+                raise BenchError(
+                    f"the library Torch-Pruning fails on this model ({type(error).__name__}: {error}): leave its "
+                    "methods out of --methods"
+                ) from error
         for module, training in modes.items():  # it traces in evaluation mode, and leaves the model in it
             module.training = training
         _bind_sizes(model, groups, dense)
