@@ -194,15 +194,16 @@ def test_a_killed_run_continues(tmp_path: Path) -> None:
     ("way", "message"), [("raise", "RuntimeError: the data broke"), ("die", "its process died (SIGKILL, out of")]
 )
 def test_a_failing_cell_leaves_the_others_alone(way: str, message: str, tmp_path: Path) -> None:
-    """A cell that raises, or whose process dies, is reported with the place of its log; the others are finished."""
+    """A cell that raises, or whose process dies, is reported, with its log where it has one; the others are finished."""
     notes = Notes()
     outcome = run(grid(fragile(way), [Dense()], [0.5], [1, 0]), tmp_path, notes, workers=2)
     assert [result.seed for result in outcome.results] == [0]
     (failure,) = outcome.failures
     assert failure.cell == "digits-dense-seed1"
     assert failure.error.startswith(message)
-    assert str(tmp_path / failure.cell / LOG) in failure.error
-    assert way == "die" or "Traceback" in (tmp_path / failure.cell / LOG).read_text(encoding="utf-8")
+    log = tmp_path / failure.cell / LOG
+    assert (str(log) in failure.error) == log.exists() == (way == "raise")
+    assert way == "die" or "Traceback" in log.read_text(encoding="utf-8")
     assert sorted(name for name, _ in notes.endings) == ["digits-dense-seed0", "digits-dense-seed1"]
 
 
