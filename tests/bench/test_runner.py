@@ -194,7 +194,7 @@ def test_a_killed_run_continues(tmp_path: Path) -> None:
     ("way", "message"), [("raise", "RuntimeError: the data broke"), ("die", "its process died (SIGKILL, out of")]
 )
 def test_a_failing_cell_leaves_the_others_alone(way: str, message: str, tmp_path: Path) -> None:
-    """A cell that raises, or whose process dies, is reported, with its log where it has one; the others are finished."""
+    """A cell that raises, or whose process dies, is reported, with its log if there is one; others are finished."""
     notes = Notes()
     outcome = run(grid(fragile(way), [Dense()], [0.5], [1, 0]), tmp_path, notes, workers=2)
     assert [result.seed for result in outcome.results] == [0]
