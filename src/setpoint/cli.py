@@ -264,8 +264,6 @@ def _bench(
         answer = {**summarise(outcome.results), "report": _page_if_possible(out)}
     _finish({**answer, "failures": [asdict(failure) for failure in outcome.failures]})
     if outcome.failures:
-        for failure in outcome.failures:
-            print(f"failed: {failure.cell}: {failure.error}", file=sys.stderr)
         raise typer.Exit(FAILED)
 
 

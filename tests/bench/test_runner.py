@@ -29,7 +29,7 @@ from setpoint.bench.method import Dense, Method, Setpoint, Small, method_named
 from setpoint.bench.own_random import OwnRandom
 from setpoint.bench.recipe import Recipe
 from setpoint.bench.results import FILE, Result, append_result, load_results
-from setpoint.bench.runner import finished, grid, run
+from setpoint.bench.runner import Outcome, finished, grid, run
 from setpoint.bench.simple_task import SimpleTask
 from setpoint.bench.task import BenchError, dense_widths
 from setpoint.bench.tensors import Tensors
@@ -242,6 +242,12 @@ def test_what_needs_a_failed_cell_is_not_run(monkeypatch: pytest.MonkeyPatch, tm
     assert "needs digits-small-seed1" in outcome.failures[1].error
 
 
+def trained_anew(file: Path) -> Outcome:
+    """What becomes of the dense run of the task that a file's function `make` returns."""
+    make_task = partial(task_named, f"{file}:make")
+    return run(grid(make_task(), [Dense()], [0.5], [0]), file.parent / "out", Notes(), make_task=make_task)
+
+
 @pytest.mark.slow
 def test_a_task_of_ones_own_is_made_anew_in_the_process(tmp_path: Path) -> None:
     """A task from a file, whose functions cannot be sent to another process, is trained there all the same."""
@@ -254,8 +260,7 @@ def test_a_task_of_ones_own_is_made_anew_in_the_process(tmp_path: Path) -> None:
         "    return replace(task, criterion=lambda scores, targets: task.criterion(scores, targets))\n",
         encoding="utf-8",
     )
-    make_task = partial(task_named, f"{file}:make")
-    outcome = run(grid(make_task(), [Dense()], [0.5], [0]), tmp_path / "out", Notes(), make_task=make_task)
+    outcome = trained_anew(file)
     assert outcome.failures == ()
     assert outcome.results[0].steps == 15
 
@@ -277,8 +282,7 @@ def test_a_task_that_comes_out_different_every_time_is_refused(tmp_path: Path) -
         "                      Recipe(steps=2, batch=4))\n",
         encoding="utf-8",
     )
-    make_task = partial(task_named, f"{file}:make")
-    outcome = run(grid(make_task(), [Dense()], [0.5], [0]), tmp_path / "out", Notes(), make_task=make_task)
+    outcome = trained_anew(file)
     assert outcome.results == ()
     assert "drawn is made anew for every run, and its data or model came out different" in outcome.failures[0].error
 

@@ -15,9 +15,8 @@ from setpoint.bench.interleaved import run_interleaved
 from setpoint.bench.method import Dense, Setpoint, method_named
 from setpoint.bench.runner import finished, grid
 from setpoint.bench.stages import filled, hollow, load_stages
-from setpoint.bench.task import BenchError
 from setpoint.bench.timing import measure, with_timed
-from setpoint.report.results import read_results
+from setpoint.report.results import ReportError, read_results
 
 TASK = digits(epochs=2, width=8)
 
@@ -66,13 +65,13 @@ def test_what_was_timed_before_is_timed_again(tmp_path: Path) -> None:
     """Seconds of two measurements do not compare: the cells of the first join the second; others' tasks do not."""
     dense, small = (grid(TASK, [method_named(name)], [0.5], [0]) for name in ("dense", "small"))
     lines = [
-        {"task": TASK.name, "method": "dense", "budget": None, "seed": 0, "schema": 2},
-        {"task": "other", "method": "gmp", "budget": 0.5, "seed": 0, "schema": 2},
+        {"task": TASK.name, "method": "dense", "budget": None, "seed": 0, "seconds": 1.0, "schema": 2},
+        {"task": "other", "method": "gmp", "budget": 0.5, "seed": 0, "seconds": 1.0, "schema": 2},
     ]
     path = tmp_path / "timing.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"task": "half')
     assert with_timed(small, tmp_path) == (*small, *dense)
     assert with_timed(dense, tmp_path) == dense
     path.write_text(json.dumps({**lines[0], "schema": 9}) + "\n")
-    with pytest.raises(BenchError, match=r"timing.jsonl has schema 9: delete it"):
+    with pytest.raises(ReportError, match=r"timing.jsonl has schema 9: delete it"):
         with_timed(small, tmp_path)

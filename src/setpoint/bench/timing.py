@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,13 +16,13 @@ from torch import nn
 from setpoint.bench.environment import environment
 from setpoint.bench.method import method_named
 from setpoint.bench.own_random import OwnRandom
-from setpoint.bench.results import Result, append_line, mend
+from setpoint.bench.results import Result, append_line
 from setpoint.bench.runner import needed_cells
 from setpoint.bench.stages import Stage, filled, load_stages
 from setpoint.bench.task import BenchError, Task
 from setpoint.bench.training import Cell, begin
 from setpoint.meter import Stopwatch
-from setpoint.report.results import SCHEMA, SCHEMAS, TIMING
+from setpoint.report.results import SCHEMA, TIMING, read_timings
 
 WARM_UP_STEPS = 2
 STEPS_PER_TURN = 4
@@ -90,18 +89,13 @@ def with_timed(cells: Sequence[Cell], out: Path) -> tuple[Cell, ...]:
     """The cells, and those of their task that the folder holds seconds of: only what took turns can be compared.
 
     Raises:
-        BenchError: the folder's timings are of another version.
+        ReportError: the folder's timings are of another version.
     """
-    path, task, split = out / TIMING, cells[0].task, cells[0].split
-    mend(path)
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-    for line in lines:
-        if line.get("schema") not in SCHEMAS:
-            raise BenchError(f"{path} has schema {line.get('schema')!r}: delete it, and measure again")
+    task, split = cells[0].task, cells[0].split
     before = (
-        Cell(task, method_named(line["method"]), line["budget"], line["seed"], split)
-        for line in lines
-        if line["task"] == task.name
+        Cell(task, method_named(method), budget, seed, split)
+        for name, method, budget, seed in read_timings(out, [])
+        if name == task.name
     )
     return tuple(dict.fromkeys((*cells, *before)))
 
