@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import setpoint
 from setpoint.bench import cifar10, finetune, finetune_text, mnist, shakespeare
@@ -28,7 +29,7 @@ from setpoint.bench.family import ByFactor
 from setpoint.bench.found import found_widths
 from setpoint.bench.images import Images, Splits
 from setpoint.bench.methods.scratch import Dense, Small
-from setpoint.bench.models import Patches
+from setpoint.bench.models import Patches, causal_attention
 from setpoint.bench.recipe import Recipe
 from setpoint.bench.simple_task import SimpleTask
 from setpoint.bench.sizing import small_widths
@@ -380,6 +381,20 @@ def test_score_is_the_mean_over_all_windows(data: Path) -> None:
     score = task.evaluate(model, "validation")
     assert score.accuracy is None
     assert score.loss == pytest.approx(float(task.loss(model, inputs, targets).detach()), rel=1e-2)
+
+
+def test_attention_is_the_fused_kernels() -> None:
+    """The attention of the GPT gives what PyTorch's fused kernel gives, forward and backward, and no FLOP more."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 16, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    ours, fused = causal_attention(q, k, v), F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    weights = torch.randn_like(ours)
+    gradients = [torch.autograd.grad((each * weights).sum(), (q, k, v)) for each in (ours, fused)]
+    assert torch.allclose(ours, fused, rtol=0, atol=1e-12)
+    assert all(torch.allclose(*pair, rtol=0, atol=1e-12) for pair in zip(*gradients, strict=True))
+    with FlopCounterMode(display=False) as counter:
+        causal_attention(q, k, v).sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * (2 * 2 * 3 * 16 * 16 * 8)
 
 
 def test_targets_follow_inputs(data: Path) -> None:

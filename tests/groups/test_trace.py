@@ -42,6 +42,13 @@ def test_convolution_batch_norm_and_flatten() -> None:
     assert all(group.lossless for group in groups.values())
 
 
+def test_a_group_prints_in_a_few_lines() -> None:
+    """A group's text names its places and leaves their index tables out, which may have thousands of entries."""
+    group = by_name(find_groups(PlainCNN(), images()))["features.4"]
+    assert all(piece.tensor in repr(group) for piece in group.slices)
+    assert len(repr(group)) < 120 * (2 + len(group.slices) + len(group.sizes))
+
+
 def test_residual_sum_couples_both_sides() -> None:
     """What is added together is dropped together; the inner channels of a block are free."""
     groups = by_name(find_groups(ResidualCNN(), images()))

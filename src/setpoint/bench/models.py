@@ -244,10 +244,23 @@ class CausalSelfAttention(nn.Module):
         q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
         k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        y = y.transpose(1, 2).contiguous().view(B, T, C)
+        y = causal_attention(q, k, v).transpose(1, 2).contiguous().view(B, T, C)
         out: Tensor = self.c_proj(y)
         return out
+
+
+def causal_attention(
+    q: Float[Tensor, "batch head time dim"],
+    k: Float[Tensor, "batch head time dim"],
+    v: Float[Tensor, "batch head time dim"],
+) -> Float[Tensor, "batch head time dim"]:
+    """`softmax(q k' / sqrt(dim)) v`, where each position sees itself and those before it."""
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    # On a processor the backward pass of the fused kernel takes far longer than that of plain products.
+    later = torch.ones(q.size(2), q.size(2), dtype=torch.bool).triu(1)
+    scores = (q * q.size(3) ** -0.5) @ k.transpose(2, 3)
+    return scores.masked_fill(later, -torch.inf).softmax(-1) @ v
 
 
 class Layer(nn.Module):

@@ -41,7 +41,7 @@ class Slice:
     tensor: str
     dim: int | None
     role: Role
-    index: Int[np.ndarray, " entries"]
+    index: Int[np.ndarray, " entries"] = field(repr=False)
     masked: bool = True
 
 
@@ -63,7 +63,7 @@ class SizeBinding:
 
     module: str
     place: str
-    index: Int[np.ndarray, " entries"]
+    index: Int[np.ndarray, " entries"] = field(repr=False)
 
 
 @dataclass(frozen=True, eq=False)
