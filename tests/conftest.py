@@ -10,6 +10,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+from typechecker import leave_nested_functions
+
+leave_nested_functions()
 settings.register_profile("setpoint", derandomize=True, deadline=None, max_examples=50)
 settings.load_profile("setpoint")
 

@@ -7,6 +7,7 @@ import pytest
 from jaxtyping import TypeCheckError
 
 from setpoint.groups.group import Slice
+from setpoint.groups.walk import rule
 from setpoint.report.numbers import digits
 
 
@@ -21,3 +22,9 @@ def test_an_int_may_stand_for_a_float() -> None:
     assert digits(3) == "3"
     with pytest.raises(TypeCheckError):
         digits("3")  # type: ignore[arg-type]
+
+
+def test_nested_functions_are_left() -> None:
+    """A function that a function defines runs as it is written, one of a module is wrapped."""
+    assert hasattr(rule, "__wrapped__")
+    assert not hasattr(rule(), "__wrapped__")

@@ -260,7 +260,8 @@ def causal_attention(
     # On a processor the backward pass of the fused kernel takes far longer than that of plain products.
     later = torch.ones(q.size(2), q.size(2), dtype=torch.bool).triu(1)
     scores = (q * q.size(3) ** -0.5) @ k.transpose(2, 3)
-    return scores.masked_fill(later, -torch.inf).softmax(-1) @ v
+    gathered: Tensor = scores.masked_fill(later, -torch.inf).softmax(-1) @ v
+    return gathered
 
 
 class Layer(nn.Module):
