@@ -24,6 +24,7 @@ from setpoint.bench.catalogue import task_named
 from setpoint.bench.digits import digits
 from setpoint.bench.family import ByFactor
 from setpoint.bench.fingerprint import fingerprint
+from setpoint.bench.images import ten_views
 from setpoint.bench.interleaved import run_interleaved
 from setpoint.bench.method import Dense, Method, Setpoint, Small, method_named
 from setpoint.bench.own_random import OwnRandom
@@ -344,7 +345,7 @@ def changed(what: str) -> SimpleTask:
         "data": {"data": replace(TINY.data, shift=0, mean=(8.0,))},  # type: ignore[type-var]
         "loss": {"training_criterion": None},
         "fresh weights": {"scratch_learning_rate": 2.0},
-        "scoring": {"mirrored": True},
+        "scoring": {"views": ten_views},
     }
     return replace(TINY, **changes[what])  # type: ignore[arg-type]
 

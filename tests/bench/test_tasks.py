@@ -27,11 +27,11 @@ from setpoint.bench.counter import step_flops
 from setpoint.bench.digits import digits
 from setpoint.bench.family import ByFactor
 from setpoint.bench.found import found_widths
-from setpoint.bench.images import Images, Splits
+from setpoint.bench.images import Images, Splits, ten_views
 from setpoint.bench.methods.scratch import Dense, Small
 from setpoint.bench.models import Patches, causal_attention
 from setpoint.bench.recipe import Recipe
-from setpoint.bench.simple_task import SimpleTask
+from setpoint.bench.simple_task import SimpleTask, Views
 from setpoint.bench.sizing import small_widths
 from setpoint.bench.task import BenchError, Task, dense_widths, split_named
 from setpoint.bench.tensors import Tensors
@@ -479,20 +479,30 @@ def test_shifted_images_move_by_whole_pixels() -> None:
     assert set(columns.tolist()) == {1, 2, 3, 5, 6, 7}
 
 
-def test_mirrored_scoring_does_not_see_left_and_right() -> None:
-    """A model that reads the left half scores an image and its mirror alike, by the mean of both; trained as before."""
+def test_ten_views() -> None:
+    """An image, its four diagonal neighbours by a pixel, what enters mirrored from beside it, and all five mirrored."""
+    image = torch.arange(16.0).view(1, 1, 4, 4)
+    views = [view.flatten().int().tolist() for view in ten_views(image)]
+    assert len(views) == len({tuple(view) for view in views}) == 10
+    assert views[0] == list(range(16))
+    assert views[1] == [3, 2, 1, 0, 7, 6, 5, 4, 11, 10, 9, 8, 15, 14, 13, 12]
+    assert [5, 4, 5, 6, 1, 0, 1, 2, 5, 4, 5, 6, 9, 8, 9, 10] in views  # down and to the right
+
+
+def test_scores_of_views_do_not_see_left_and_right() -> None:
+    """A model that reads the left half judges an image and its mirror alike, by the mean of both; without views not."""
     generator = torch.Generator().manual_seed(0)
     images, labels = torch.randn(40, 1, 4, 4, generator=generator), torch.randint(2, (40,), generator=generator)
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
     with torch.no_grad():
         model[1].weight.view(2, 4, 4)[:, :, 2:] = 0
 
-    def scored(test: torch.Tensor, *, mirrored: bool) -> SimpleTask:
+    def scored(test: torch.Tensor, **views: Views) -> SimpleTask:
         data = Tensors(train=(images, labels), test=(test, labels))
-        return SimpleTask("halves", ByFactor(lambda _: model), data, Recipe(steps=1), mirrored=mirrored)
+        return SimpleTask("halves", ByFactor(lambda _: model), data, Recipe(steps=1), **views)
 
-    plain, other = (scored(each, mirrored=False) for each in (images, images.flip(3)))
-    once, twice = (scored(each, mirrored=True) for each in (images, images.flip(3)))
+    plain, other = (scored(each) for each in (images, images.flip(3)))
+    once, twice = (scored(each, views=lambda x: (x, x.flip(3))) for each in (images, images.flip(3)))
     assert plain.evaluate(model, "test").loss != pytest.approx(other.evaluate(model, "test").loss)
     assert once.evaluate(model, "test").loss == pytest.approx(twice.evaluate(model, "test").loss)
     with torch.no_grad():

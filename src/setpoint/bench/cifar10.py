@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from setpoint.bench.family import Family
 from setpoint.bench.image_family import PlainFamily, ResidualFamily, ShortFamily, WideFamily
 from setpoint.bench.image_set import ImageSet
-from setpoint.bench.images import Images, Splits
+from setpoint.bench.images import Images, Splits, ten_views
 from setpoint.bench.recipe import Recipe
 from setpoint.bench.simple_task import SimpleTask, smoothed_cross_entropy
 
@@ -26,14 +27,15 @@ def cifar10(data: Path | None = None) -> SimpleTask:
     """45,000 images train, 5,000 validate and 10,000 test; sixteen passes of a residual network of seven convolutions.
 
     Krizhevsky, "Learning multiple layers of features from tiny images" (2009); the recipe, learning rate up and
-    down in straight lines, mirrored and shifted images, whitened patches, scores of an image and its mirror image
-    together, is after Page, "How to train your ResNet" (2018).
+    down in straight lines, mirrored and shifted images, whitened patches, and judgement by several views of each
+    image, is after Page, "How to train your ResNet" (2018).
 
     Args:
         data: folder that holds `uoft-cs/cifar10`, or None for the usual places.
     """
-    recipe = Recipe(steps=1, learning_rate=0.2, fall="linear", mixed=True)
-    return _task("cifar10", ShortFamily((64, 192, 256)), recipe, data, shift=2, mirrored=True).with_epochs(16)
+    recipe = Recipe(steps=1, learning_rate=0.2, fall="linear", mixed=True, num_validations=5)
+    task = _task("cifar10", ShortFamily((64, 192, 256)), recipe, data, shift=2).with_epochs(16)
+    return replace(task, views=ten_views)
 
 
 def cifar10_wrn22_2(data: Path | None = None) -> SimpleTask:
@@ -71,12 +73,10 @@ def cifar10_mini(data: Path | None = None) -> SimpleTask:
     return task.with_epochs(10)
 
 
-def _task(
-    name: str, family: Family, recipe: Recipe, data: Path | None, shift: int = 4, *, mirrored: bool = False
-) -> SimpleTask:
+def _task(name: str, family: Family, recipe: Recipe, data: Path | None, shift: int = 4) -> SimpleTask:
     """A task on the images at full size."""
     images = Images(splits, (3, 32, 32), NUM_TRAIN, MEAN, DEVIATION, shift, flip=True, folder=data)
-    return SimpleTask(name, family, images, recipe, training_criterion=smoothed_cross_entropy, mirrored=mirrored)
+    return SimpleTask(name, family, images, recipe, training_criterion=smoothed_cross_entropy)
 
 
 @lru_cache(maxsize=1)

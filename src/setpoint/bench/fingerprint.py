@@ -14,7 +14,7 @@ from torch import Tensor
 
 from setpoint.bench.characters import Characters
 from setpoint.bench.own_random import OwnRandom
-from setpoint.bench.simple_task import SimpleTask
+from setpoint.bench.simple_task import SimpleTask, unaltered
 from setpoint.bench.task import Split, Task, dense_widths
 from setpoint.bench.tensors import Tensors
 
@@ -55,8 +55,8 @@ def fingerprint(task: Task) -> str:
             parts.append("scored on whole splits")  # rows from before were scored on 256 windows
         if isinstance(task.data, Tensors):
             parts += [_batch(each) for split in get_args(Split) for each in task.data.split(split)]
-        if task.mirrored:
-            parts.append("scored with mirror images")
+        if task.views is not unaltered:
+            parts.append(f"scored in views {_name(task.views)}")
         parts += [str(recipe), _name(task.criterion), _name(task.training_criterion or task.criterion)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,6 +96,17 @@ def augment(
     one = torch.arange(count)[:, None, None]
     window = padded.permute(0, 2, 3, 1)[one, rows[:, :, None], columns[:, None, :]]
     return window.permute(0, 3, 1, 2)
+
+
+def ten_views(images: Shaped[Tensor, "batch channels height width"]) -> Sequence[Tensor]:
+    """The images, the same shifted by a pixel in both directions at once, four ways, and the mirror images of all.
+
+    What enters the frame mirrors what is beside it. More views than in Page, "How to train your ResNet" (2018).
+    """
+    height, width = images.shape[-2:]
+    padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
+    shifted = [padded[..., y : y + height, x : x + width] for y, x in ((1, 1), (0, 0), (0, 2), (2, 0), (2, 2))]
+    return [view.contiguous(memory_format=torch.channels_last) for each in shifted for view in (each, each.flip(-1))]
 
 
 def channels_last(module: nn.Module) -> nn.Module:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Protocol, final, get_args, runtime_checkable
@@ -19,6 +19,7 @@ from setpoint.bench.task import PLAIN, BenchError, Dimension, Metric, Score, Spl
 
 EVALUATION_BATCH = 500
 Criterion = Callable[[Tensor, Tensor], Tensor]
+Views = Callable[[Tensor], Sequence[Tensor]]
 
 
 @runtime_checkable
@@ -43,6 +44,11 @@ class Data(Protocol):
     def split(self, split: Split) -> tuple[Tensor, Tensor]:
         """All inputs and targets of a split that no training batch is drawn from."""
         ...
+
+
+def unaltered(inputs: Tensor) -> Sequence[Tensor]:
+    """The inputs, in the one view that there is of them."""
+    return (inputs,)
 
 
 def cross_entropy(scores: Shaped[Tensor, "... classes"], targets: Shaped[Tensor, " ..."]) -> Tensor:
@@ -74,8 +80,8 @@ class SimpleTask:
         device: where model and batches lie.
         scratch_learning_rate: peak for models that start from fresh weights, relative to the recipe's, which is for the
             dense model; other than 1 where that starts from trained ones.
-        mirrored: whether an image is judged by the mean of the scores of itself and its mirror image; training is
-            as it is without.
+        views: makes of a batch of inputs the batches of which the mean score judges them, such as images and their
+            mirror images; training is as it is without.
 
     >>> import torch
     >>> from setpoint.bench.family import ByFactor
@@ -100,7 +106,7 @@ class SimpleTask:
     metric: Metric = "accuracy"
     device: torch.device = field(default_factory=best_device)
     scratch_learning_rate: float = 1.0
-    mirrored: bool = False
+    views: Views = unaltered
 
     def __post_init__(self) -> None:
         if not fits_a_folder(self.name):
@@ -213,9 +219,7 @@ class SimpleTask:
         try:
             for x, y in zip(torch.split(inputs, EVALUATION_BATCH), torch.split(targets, EVALUATION_BATCH), strict=True):
                 x, y = x.to(self.device), y.to(self.device)
-                scores = self.scores(model, x)
-                if self.mirrored:
-                    scores = (scores + self.scores(model, x.flip(-1))) / 2
+                scores = torch.stack([self.scores(model, view) for view in self.views(x)]).mean(0)
                 loss += float(self.criterion(scores, y)) * len(y)
                 if self.metric == "accuracy":
                     right += int((scores.argmax(-1) == y).sum())
