@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from setpoint.bench.counter import step_flops
 from setpoint.bench.digits import digits
 from setpoint.bench.family import ByFactor, ByWidths
 from setpoint.bench.found import found_widths
+from setpoint.bench.image_family import ShortFamily
 from setpoint.bench.method import METHODS, Method, Setpoint, method_named
 from setpoint.bench.methods.scratch import SmallFound
 from setpoint.bench.recipe import Recipe
@@ -100,6 +102,28 @@ def test_is_a_value_with_a_source(method: Method) -> None:
     ours = method.family == "setpoint" or method.name in ("dense", "small", "small-long")
     assert ours or method.paper
     assert set(method.needs) <= {each.name for each in METHODS}
+
+
+@pytest.mark.parametrize("name", [each.name for each in METHODS if each.family not in ("dense", "small")])
+def test_follows_fixed_filters(name: str) -> None:
+    """A network that begins with filters that are not trained, the task `cifar10`'s, is brought to the budget as well."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(96, 3, 16, 16, generator=generator), torch.randint(10, (96,), generator=generator)
+    recipe = Recipe(steps=12, batch=8)
+    task = SimpleTask("filters", ShortFamily((16, 16, 24)), Tensors(train=noise, test=noise), recipe)
+    model, batches = task.build(dense_widths(task)), task.batches(0)
+    dense = step_flops(model, task.example())
+    optimizer, pruner = method_named(name).begin(task, model, BUDGET, batches)
+    assert pruner is not None
+    for inputs, targets in islice(batches, task.steps):
+        loss = task.loss(model, inputs, targets)
+        torch.autograd.backward(loss)
+        pruner.observe(loss.detach())
+        optimizer.step()
+        optimizer.zero_grad()
+    outcome = pruner.finish()
+    assert outcome.landed and outcome.widths != outcome.dense_widths
+    assert outcome.theoretical_flops is not None or step_flops(model, task.example()) <= BUDGET * dense
 
 
 def test_post_training_counts_the_dense_run(runs: Runs) -> None:

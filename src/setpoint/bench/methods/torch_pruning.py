@@ -214,8 +214,8 @@ def _library() -> Any:
 
 
 def _widths(model: nn.Module, groups: tuple[Group, ...]) -> dict[str, int]:
-    """Units that each group still has, read off the length of the first weight that writes them."""
-    tensors = dict(model.named_parameters(remove_duplicate=False))
+    """Units that each group still has, read off the length of the first weight, or fixed filters, that write them."""
+    tensors = named_tensors(model)
     widths = {}
     for group in groups:
         piece = next(piece for piece in group.slices if piece.role == "produce" and piece.dim is not None)
