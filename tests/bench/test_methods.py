@@ -106,7 +106,7 @@ def test_is_a_value_with_a_source(method: Method) -> None:
 
 @pytest.mark.parametrize("name", [each.name for each in METHODS if each.family not in ("dense", "small")])
 def test_follows_fixed_filters(name: str) -> None:
-    """A network that begins with filters that are not trained, the task `cifar10`'s, is brought to the budget as well."""
+    """A network that begins with fixed filters, as `cifar10`'s does, is brought to the budget too."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(96, 3, 16, 16, generator=generator), torch.randint(10, (96,), generator=generator)
     recipe = Recipe(steps=12, batch=8)
