@@ -303,7 +303,7 @@ def test_stretched_task() -> None:
     """A stretched task has its schedule stretched, its learning rate scaled, and as many validations."""
     task = task_named("cifar10").with_steps(100).with_learning_rate_factor(0.5)
     assert task.steps == 100
-    assert task.steps_per_validation == 10
+    assert task.steps_per_validation == 20
     optimizer = task.optimizer(task.build(narrow(task)))
     schedule, rates = task.schedule(optimizer), []
     for _ in range(100):
