@@ -1,4 +1,4 @@
-"""Writes the tables and pictures of README.md and of pages in docs/ from the committed result files.
+"""Writes the tables and the picture of README.md and of pages in docs/ from the committed result files.
 
     python benchmarks/readme.py            rewrite what stands between the markers
     python benchmarks/readme.py --check    fail if a page does not show what the result files say
@@ -353,7 +353,7 @@ def distributed_table(path: Path) -> str:
 
 RUN_STEPS, RUN_DECISIONS = 1000, 15
 PICTURED = ("dense", "small", "small 0.5", "small-long 0.5", "setpoint", "setpoint 0.5", "torch-pruning-norm 0.5")
-"""Lines of the pictures: as many as a legend has room for."""
+"""Lines of the picture: as many as a legend has room for."""
 
 
 def soak_table(path: Path) -> str:
@@ -788,8 +788,7 @@ def main() -> None:
     if check and stale:
         sys.exit(f"{', '.join(stale)} not as the result files say: run python benchmarks/readme.py")
     if not check:
-        for folder in sorted(path.parent for path in RESULTS.glob("*/results.jsonl")):
-            write_picture(folder, ROOT / "docs" / "pictures" / f"{folder.name}.svg", labels=PICTURED)
+        write_picture(RESULTS / "finetune", ROOT / "docs" / "pictures" / "finetune.svg", labels=PICTURED)
 
 
 if __name__ == "__main__":

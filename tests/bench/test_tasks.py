@@ -480,7 +480,7 @@ def test_shifted_images_move_by_whole_pixels() -> None:
 
 
 def test_ten_views() -> None:
-    """An image, its four diagonal neighbours by a pixel, what enters mirrored from beside it, and all five mirrored."""
+    """The image, its four diagonal shifts by a pixel with reflected edges, and the mirror images of all five."""
     image = torch.arange(16.0).view(1, 1, 4, 4)
     views = [view.flatten().int().tolist() for view in ten_views(image)]
     assert len(views) == len({tuple(view) for view in views}) == 10
