@@ -72,7 +72,7 @@ def bench(
     """
     with _errors_as_messages():
         _bench(
-            task if length is None else f"{task}-{length}".removesuffix("-784"),
+            _task_of(task, length),
             methods,
             _numbers(budgets, "--budgets", float),
             _numbers(seeds, "--seeds", int),
@@ -84,6 +84,15 @@ def bench(
             workers=workers,
             timing=timing,
         )
+
+
+def _task_of(task: str, length: int | None) -> str:
+    """The name of a task of sequences of this length."""
+    if length is None:
+        return task
+    if task not in ("smnist", "psmnist") or length not in (196, 784):
+        raise _misuse(f"--length is 784 or 196, of smnist and psmnist: got {length} for {task}")
+    return task if length == 784 else f"{task}-{length}"
 
 
 @app.command()
@@ -272,6 +281,7 @@ def _time(cells: Sequence[Cell], out: Path) -> Outcome:
     from dataclasses import replace
 
     from setpoint.bench.progress import turns_bar
+    from setpoint.bench.results import held
     from setpoint.bench.runner import Outcome, finished
     from setpoint.bench.timing import measure, with_timed
 
@@ -286,7 +296,7 @@ def _time(cells: Sequence[Cell], out: Path) -> Outcome:
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     if load > 1:
         print(f"the machine is not idle (load average {load:.1f}): these seconds will say little", file=sys.stderr)
-    with turns_bar(f"timing {len(done)} runs of {cells[0].task.name}") as after_turn:
+    with held(out), turns_bar(f"timing {len(done)} runs of {cells[0].task.name}") as after_turn:
         timings = measure(done, out, after_turn)
     return Outcome(
         tuple(
@@ -305,13 +315,14 @@ def _run(cells: Sequence[Cell], out: Path, workers: int | None, make_task: Calla
     """Train what the folder does not hold yet, under progress bars."""
     from setpoint.bench.interleaved import run_interleaved
     from setpoint.bench.progress import ProgressBars
+    from setpoint.bench.results import held
     from setpoint.bench.runner import Outcome, finished, run
 
     done = finished(cells, out)
     task = cells[0].task
     told = f"; {len(done)} of them are there already" if done else ""
     print(f"{task.name}: {len(cells)} runs of {task.steps} steps, results in {out}{told}", file=sys.stderr)
-    with ProgressBars([cell for cell in cells if cell not in done]) as bars:
+    with held(out), ProgressBars([cell for cell in cells if cell not in done]) as bars:
         if workers is None:
             return Outcome(run_interleaved(cells, out, bars))
         return run(cells, out, bars, workers=workers, make_task=make_task)

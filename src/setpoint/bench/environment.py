@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
+import setpoint
 from setpoint.bench.task import Task
 
 
@@ -27,9 +30,19 @@ def machine() -> dict[str, str | int]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "setpoint": package_version("setpoint"),
+        "code": code_version(),
         "platform": platform.platform(),
         "cpu": _processor(),
     }
+
+
+@cache
+def code_version() -> str:
+    """Sixteen hexadecimal digits that change with Setpoint's source files, whatever the version says."""
+    folder = Path(setpoint.__file__).parent
+    files = sorted(folder.rglob("*.py"), key=lambda path: path.relative_to(folder).as_posix())
+    told = (path.relative_to(folder).as_posix().encode() + path.read_bytes().replace(b"\r\n", b"\n") for path in files)
+    return hashlib.sha256(b"\0".join(told)).hexdigest()[:16]
 
 
 def package_version(package: str) -> str:

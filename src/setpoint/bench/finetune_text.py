@@ -65,9 +65,10 @@ class PlayClassifier(nn.Module):
 
 @dataclass(frozen=True)
 class SentenceFamily:
-    """Sentence encoders with a classifier; the dense one starts from the trained weights, a narrower one from scratch.
+    """Sentence encoders with a classifier; every tensor that has the shape of a trained one starts from it.
 
-    Word and position embeddings are not trained. Wang et al., "MiniLM: deep self-attention distillation", NeurIPS 2020.
+    So a narrower encoder has the trained embeddings and norms, and fresh heads and neurons. Embeddings are not trained.
+    Wang et al., "MiniLM: deep self-attention distillation", NeurIPS 2020.
     """
 
     @property
@@ -82,9 +83,10 @@ class SentenceFamily:
     def build(self, widths: Mapping[str, int]) -> nn.Module:
         """The classifier of these heads and neurons."""
         encoder = _encoder(widths)
-        dense = all(widths[name] == dimension.dense for name, dimension in self.dimensions.items())
-        if dense and not next(encoder.parameters()).is_meta:
-            encoder.load_state_dict(load_file(_package() / "model.safetensors"), strict=False)
+        if not next(encoder.parameters()).is_meta:
+            own, trained = encoder.state_dict(), load_file(_package() / "model.safetensors")
+            fitting = {name: each for name, each in trained.items() if name in own and own[name].shape == each.shape}
+            encoder.load_state_dict(fitting, strict=False)
         encoder.get_submodule("embeddings").requires_grad_(False)
         return PlayClassifier(encoder)
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from setpoint.bench.task import BenchError
 from setpoint.report.results import SCHEMA, SCHEMAS
@@ -16,6 +20,7 @@ FILE = "results.jsonl"
 HISTORY = "history.jsonl"
 LEDGER = "ledger.jsonl"
 MODEL = "model.safetensors"
+LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,33 @@ class Result:
     schema: int = field(default=SCHEMA)
 
 
+MAY_BE_NULL = ("budget", "claimed_flops", "landed")
+"""Required keys of a row that may be `null`."""
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Make the folder, and keep other processes from writing into it until the end.
+
+    Raises:
+        BenchError: the folder cannot be made, or another process is at work in it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / LOCK, timeout=0)
+        lock.acquire()
+    except Timeout as error:
+        raise BenchError(
+            f"another setpoint bench is at work in {folder}: wait for it, or name another --out"
+        ) from error
+    except OSError as error:
+        raise BenchError(f"--out {folder} cannot be written: {error.strerror or error}") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def append_line(path: Path, line: Mapping[str, Any]) -> None:
     """Append one JSON object as one line; a line left half-written by an interrupted run is cut off first."""
     mend(path)
@@ -114,14 +146,24 @@ def append_result(folder: Path, result: Result) -> None:
 
 
 def mend(path: Path) -> None:
-    """Cut off what stands after the last line's end, and nothing else."""
+    """End a whole last line that lacks its end; cut off half a line after the last line's end."""
     if not path.exists():
         return
     with path.open("rb+") as file:
         content = file.read()
         end = content.rfind(b"\n") + 1
-        if end < len(content):
+        if _is_whole(content[end:]):
+            file.write(b"\n")
+        elif end < len(content):
             file.truncate(end)
+
+
+def _is_whole(line: bytes) -> bool:
+    """Whether a line is a JSON object, or the half that a crash left of one."""
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
 
 
 def load_results(folder: Path) -> tuple[Result, ...]:
@@ -137,7 +179,8 @@ def load_results(folder: Path) -> tuple[Result, ...]:
         return ()
     found: dict[tuple[object, ...], Result] = {}
     *lines, rest = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    del rest  # empty, or half a line after a crash
+    if _is_whole(rest.encode()):  # else it is empty, or half a line after a crash
+        lines.append(rest)
     for number, line in enumerate(lines, start=1):
         if line.strip():
             result = _parsed(line, f"line {number} of {path}")
@@ -159,7 +202,13 @@ def _parsed(line: str, where: str) -> Result:
             f"{' and '.join(map(str, SCHEMAS))}: name another folder with --out"
         )
     known = {each.name: each for each in dataclasses.fields(Result)}
-    missing = [name for name, each in known.items() if each.default is MISSING and name not in row]
+    if "value" in row and row["value"] is None:  # how others write what is no number
+        row["value"] = math.nan
+    missing = [
+        name
+        for name, each in known.items()
+        if each.default is MISSING and (name not in row or (row[name] is None and name not in MAY_BE_NULL))
+    ]
     if missing:
         raise BenchError(f"{where} lacks {', '.join(missing)}: delete that line, or name another folder with --out")
     return Result(**{name: value for name, value in row.items() if name in known})

@@ -16,7 +16,7 @@ from torch import nn
 from setpoint.bench.environment import environment
 from setpoint.bench.method import method_named
 from setpoint.bench.own_random import OwnRandom
-from setpoint.bench.results import Result, append_line
+from setpoint.bench.results import FILE, Result, append_line
 from setpoint.bench.runner import needed_cells
 from setpoint.bench.stages import Stage, filled, load_stages
 from setpoint.bench.task import BenchError, Task
@@ -38,8 +38,8 @@ class Timing:
     """What one run takes, everything counted.
 
     With n_i the steps of its stage i and s_ir the median seconds of a step of that stage in round r, a
-    round says `sum_i n_i s_ir (1 + own)`, where `own` is the method's own seconds over its plain training
-    seconds as the run itself measured both.
+    round says `sum_i n_i s_ir + own`, where `own` is the method's own seconds as the run itself measured them. Most of
+    them go to tracing and planning, which more threads than the run had hardly shorten.
 
     Args:
         task: name of the task.
@@ -142,7 +142,10 @@ def _course(cell: Cell, result: Result, out: Path, done: Mapping[Cell, Result]) 
     """Steps, shape and kind of each stage of a run."""
     stages = [stage for stage in load_stages(out / result.folder) if stage.num_steps]
     if not stages:
-        raise BenchError(f"{out / result.folder} holds no stages to time: delete its line and run the cell again")
+        raise BenchError(
+            f"{out / result.folder} holds no stages to time: delete its line from {FILE} and run the cell again; models "
+            "of a class that only a function sees, or that hold a lambda, leave none: move these to the top of the file"
+        )
     course = [(stage.num_steps, _shape(stage.model), _plain(cell.task, stage)) for stage in stages]
     if result.density is not None:
         needed = {name: done[each] for name, each in needed_cells(cell).items() if each in done}
@@ -202,11 +205,10 @@ def _timing(
     cell: Cell, result: Result, course: Sequence[tuple[int, Sequence[float]]], load: tuple[float, float] | None
 ) -> Timing:
     """One run's timing from the step seconds of its stages, by round."""
-    own = result.overhead_seconds / max(result.seconds - result.overhead_seconds, 1e-9)
-    plain = [
+    plain = (
         sum(steps * each for (steps, _), each in zip(course, by_stage, strict=True)) for by_stage in _by_round(course)
-    ]
-    rounds = tuple(each * (1 + own) for each in plain)
+    )
+    rounds = tuple(each + result.overhead_seconds for each in plain)
     return Timing(
         task=result.task,
         method=result.method,
@@ -214,7 +216,7 @@ def _timing(
         seed=result.seed,
         seconds=statistics.median(rounds),
         rounds=rounds,
-        own_seconds=statistics.median(plain) * own,
+        own_seconds=result.overhead_seconds,
         stage_steps=tuple(steps for steps, _ in course),
         step_seconds=tuple(statistics.median(each) for _, each in course),
         load=load,

@@ -20,7 +20,7 @@ from setpoint.bench.fingerprint import fingerprint
 from setpoint.bench.joules import Joules
 from setpoint.bench.method import Method
 from setpoint.bench.own_random import OwnRandom
-from setpoint.bench.results import HISTORY, LEDGER, MODEL, Result
+from setpoint.bench.results import FILE, HISTORY, LEDGER, MODEL, Result
 from setpoint.bench.stages import Stage, hollow, load_stages, save_stages
 from setpoint.bench.task import BenchError, Score, Split, Task, dense_widths
 from setpoint.meter import Stopwatch
@@ -152,7 +152,8 @@ def _earlier(course: Course, out: Path, needed: Mapping[str, Result]) -> Earlier
     path = out / result.folder / MODEL
     if not path.exists():
         raise BenchError(
-            f"{path} is missing, the trained model of {course.goes_on_from}: run that method again into {out}"
+            f"{path} is missing, the trained model of {course.goes_on_from}: delete that run's line from "
+            f"{out / FILE} and run the method again into {out}"
         )
     return Earlier(result, path)
 

@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from setpoint.report.numbers import NOTHING, duration, human, percent, signed
+from setpoint.report.numbers import MINUS, NOTHING, duration, human, percent, signed
 from setpoint.report.results import Cell
-from setpoint.report.statistics import Difference, Estimate
+from setpoint.report.statistics import Difference, Estimate, Share
 from setpoint.report.summary import DENSE, RIVALS, Row, ratio
 
 
@@ -35,8 +35,8 @@ CLOCKS = {
 }
 CLOCK_NOTES = {
     "timed": "Training times are from a measurement apart, in turns on one machine: a few steps of each stage of each "
-    "run, times its steps, and the method's own work. Equal shapes are timed once for all seeds: where all seeds "
-    "have the same, the time has no ±.",
+    "run, times its steps, and the method's own work as the run measured it. Time of dense: the median over the rounds "
+    "of that measurement, and the least and the largest.",
     "interleaved": "Training times are the runs' own; they took turns of a few steps in one process.",
     "shared": "Training times are the runs' own, on a machine that was busy with other work at the same time: they do "
     "not compare. `setpoint bench --timing` measures them.",
@@ -65,9 +65,9 @@ def columns(rows: Sequence[Row]) -> tuple[Column, ...]:
         Column(f"training FLOPs {OF_DENSE}", lambda row: percent(row.train_flops_ratio)),
         Column(f"training FLOPs {IN_THEORY}", lambda row: percent(row.theoretical_train_ratio), 3),
         Column(clock, seconds_text, 1),
-        Column(f"time {OF_DENSE}", lambda row: percent(row.seconds_ratio)),
+        Column(f"time {OF_DENSE}", lambda row: share_text(row.seconds_share)),
         Column("overhead", overhead_text, 6),
-        Column("s / FLOPs saved", lambda row: NOTHING if row.realised is None else f"{row.realised:.2f}", 4),
+        Column("s / FLOPs saved", realised_text, 4),
         Column("ahead from step", break_even_text, 7),
         Column("energy", energy_text, 5),
         Column("cuts", lambda row: NOTHING if not row.resizes else f"{row.resizes:.1f}".removesuffix(".0"), 10),
@@ -121,6 +121,28 @@ def interval_text(found: Difference, metric: str) -> str:
 def seconds_text(row: Row) -> str:
     """The training time with its spread."""
     return quantity_text(row.seconds, duration)
+
+
+def share_text(share: Share | None) -> str:
+    """A share of dense seconds with the least and the largest of the rounds.
+
+    >>> share_text(Share(0.629, 0.61, 0.68))
+    '62.9 % (61.0 to 68.0)'
+    """
+    if share is None:
+        return NOTHING
+    text = percent(share.value)
+    return text if share.low == share.high else f"{text} ({100 * share.low:.1f} to {100 * share.high:.1f})"
+
+
+def realised_text(row: Row) -> str:
+    """Seconds saved / FLOPs saved with the least and the largest of the rounds."""
+    if row.realised is None:
+        return NOTHING
+    value, low, high = (
+        f"{each:.2f}".replace("-", MINUS) for each in (row.realised.value, row.realised.low, row.realised.high)
+    )
+    return value if low == high else f"{value} ({low} to {high})"
 
 
 def energy_text(row: Row) -> str:

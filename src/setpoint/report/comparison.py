@@ -14,8 +14,10 @@ from setpoint.report.columns import (
     landed_text,
     metric_text,
     overhead_text,
+    realised_text,
     seconds_text,
     seeds_text,
+    share_text,
 )
 from setpoint.report.draft import Draft, html_table, pair, place_of
 from setpoint.report.goals import goals
@@ -41,8 +43,9 @@ on a copy), sensing, deciding, resizing, masking.</dd>
 <dt>Time saved / FLOPs saved</dt><dd>Both as shares of the dense run; 1 means that every FLOP saved was time saved.</dd>
 <dt>Ahead from step</dt><dd>From this step on the run had taken less time than the dense run; in brackets how
 many runs ever had, where not all had.</dd>
-<dt>±</dt><dd>Sample standard deviation over seeds; of a single run that was timed, over the rounds of the
-measurement. Equal shapes are timed once for all seeds: where all seeds have the same, the training time has none.</dd>
+<dt>±</dt><dd>Sample standard deviation over seeds; of seconds that were timed, over the rounds of the measurement.</dd>
+<dt>( to )</dt><dd>Least and largest of the rounds. In each round all runs were measured next to each other, so shares
+of dense are taken round by round; told is the median.</dd>
 <dt>[ , ]</dt><dd>95 % interval of a mean difference over the seeds that both methods have (Student's t), from three
 seeds on. Bold where it excludes 0.</dd>
 </dl>
@@ -131,9 +134,9 @@ def texts(row: Row) -> tuple[str | tuple[str, ...], ...]:
         (human(row.final_flops, "FLOP"), percent(row.final_flops_ratio), in_theory(row.theoretical_ratio)),
         (human(row.final_params), percent(row.final_params_ratio)),
         (human(row.train_flops, "FLOP"), percent(row.train_flops_ratio), in_theory(row.theoretical_train_ratio)),
-        (seconds_text(row), percent(row.seconds_ratio)),
+        (seconds_text(row), share_text(row.seconds_share)),
         overhead_text(row),
-        NOTHING if row.realised is None else digits(row.realised),
+        realised_text(row),
         break_even_text(row),
         NOTHING if not row.resizes else digits(row.resizes),
         landed_text(row),

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from setpoint.report.columns import interval_text
-from setpoint.report.numbers import percent
+from setpoint.report.columns import interval_text, realised_text, share_text
 from setpoint.report.results import Cell
-from setpoint.report.statistics import Difference, difference
-from setpoint.report.summary import DENSE, SETPOINT, Row, ratio, series
+from setpoint.report.statistics import Difference, difference, shared
+from setpoint.report.summary import DENSE, SETPOINT, Row, rounds_of, series
 
 REACHED, PARTLY, MISSED = "reached", "reached where measured", "not reached"
 UNDECIDED, UNKNOWN = "undecided", "not measured"
@@ -194,10 +193,11 @@ def _seconds(field: Field) -> Iterator[Check]:
         if row is None or row.seconds is None or row.clock == "shared":
             continue
         for rival in _clocked(field, budget):
-            share = ratio(row.seconds.mean, rival.seconds.mean if rival.seconds else None)
+            ours, theirs = (rounds_of(field.groups[each.label], row.clock) for each in (row, rival))
+            share = shared(ours, theirs)
             if share is not None:
-                name = f"{rival.method}'s"
-                yield Check(share <= most, most - share, f"{percent(share)} of {name} at {budget:g}")
+                text = f"{share_text(share)} of {rival.method}'s at {budget:g}"
+                yield Check(share.at_most(most), most - share.value, text)
 
 
 def _better_than_pruned(field: Field) -> Iterator[Check]:
@@ -218,8 +218,10 @@ def _comparable(row: Row, rival: Row) -> bool:
 
 
 def _better_than_small(field: Field) -> Iterator[Check]:
-    def beyond_spread(found: Difference) -> bool:
-        return found.deviation is not None and found.mean > found.deviation
+    def beyond_spread(found: Difference) -> bool | None:
+        if found.deviation is None or found.mean <= found.deviation:
+            return False
+        return _above_zero(found)
 
     for row in field.ours():
         for rival in field.rows:
@@ -258,8 +260,8 @@ def _amount(value: float, row: Row) -> str:
 def _realised(field: Field) -> Iterator[Check]:
     for row in field.ours():
         if row.realised is not None and row.clock != "shared":
-            text = f"{row.realised:.2f} at budget {row.budget or 1:g}"
-            yield Check(row.realised >= LEAST_REALISED, row.realised - LEAST_REALISED, text)
+            text = f"{realised_text(row)} at budget {row.budget or 1:g}"
+            yield Check(row.realised.at_least(LEAST_REALISED), row.realised.value - LEAST_REALISED, text)
 
 
 GOALS: tuple[tuple[str, str, Callable[[Field], Iterator[Check]]], ...] = (

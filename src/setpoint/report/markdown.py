@@ -93,7 +93,7 @@ def about(cells: Sequence[Cell], rows: Sequence[Row]) -> str:
     told = [f"{seeds_text(rows)} a row ({', '.join(map(str, seeds))})"] + [f"{steps} steps"] * bool(steps)
     told += _machine([cell.environment for cell in cells], [cell.timing.environment for cell in cells if cell.timing])
     dates = sorted(cell.date[:10] for cell in cells if cell.date)
-    told += dates[-1:]
+    told += [" to ".join(dict.fromkeys((dates[0], dates[-1])))] if dates else []
     notes = [f"`{row.label}`: {'; '.join(row.notes[:1])}." for row in rows if row.notes]
     masked = "*In theory*: if zeros cost nothing. " if any(row.theoretical_ratio is not None for row in rows) else ""
     compared = INTERVALS if any(rival in row.differences for row in rows for rival in RIVALS) else ""
@@ -101,6 +101,7 @@ def about(cells: Sequence[Cell], rows: Sequence[Row]) -> str:
         f"{'; '.join(map(escape, told))}.",
         clock_note(cells, rows[0].clock),
         _other_machines(cells),
+        _versions(cells),
         masked + compared,
         *map(escape, notes),
     )
@@ -125,6 +126,18 @@ def _other_machines(cells: Sequence[Cell]) -> str:
             labels.setdefault(cell.environment.get("cpu", "a processor not known"), {})[label] = None
     others = sorted(labels, key=lambda cpu: -len(labels[cpu]))[1:]
     return " ".join(f"On {escape(cpu)}: {', '.join(f'`{escape(each)}`' for each in labels[cpu])}." for cpu in others)
+
+
+def _versions(cells: Sequence[Cell]) -> str:
+    """By how many versions of the code the runs were made, as far as they tell; "" where by one."""
+    codes = [cell.environment.get("code", "") for cell in cells]
+    num_untold, known = codes.count(""), set(codes) - {""}
+    told = [f"{num_untold} of {len(codes)} runs do not tell by which code they were made"] * bool(num_untold)
+    told += [f"{'the others were' if num_untold else 'the runs were'} made by {len(known)} versions of the code"] * (
+        len(known) > 1
+    )
+    text = "; ".join(told)
+    return f"{text[0].upper()}{text[1:]}." if text else ""
 
 
 def _value(key: str, environments: Sequence[Mapping[str, str]]) -> str:

@@ -25,6 +25,31 @@ class Estimate:
 
 
 @dataclass(frozen=True)
+class Share:
+    """A share that was measured in rounds: their median, and the least and the largest of them.
+
+    The largest and the least of five rounds hold the true median with a probability of 94 %.
+
+    Args:
+        value: the median.
+        low: the least.
+        high: the largest.
+    """
+
+    value: float
+    low: float
+    high: float
+
+    def at_most(self, bound: float) -> bool | None:
+        """Whether all rounds are at a bound or below; None where they lie on both sides."""
+        return True if self.high <= bound else False if self.low > bound else None
+
+    def at_least(self, bound: float) -> bool | None:
+        """Whether all rounds are at a bound or above; None where they lie on both sides."""
+        return True if self.low >= bound else False if self.high < bound else None
+
+
+@dataclass(frozen=True)
 class Difference:
     """How far a metric lies from a rival's: the mean over seeds that both have of the differences in each seed.
 
@@ -49,6 +74,18 @@ class Difference:
     def clear(self) -> bool:
         """Whether the interval excludes 0."""
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+
+
+def shared(parts: Sequence[float], wholes: Sequence[float]) -> Share | None:
+    """What part is of a whole, round by round; of the medians where rounds do not belong together; None without rounds.
+
+    >>> shared([1.0, 2.0, 3.3], [2.0, 4.0, 6.0])
+    Share(value=0.5, low=0.5, high=0.5499999999999999)
+    """
+    if parts and wholes and len(parts) != len(wholes):
+        parts, wholes = [statistics.median(parts)], [statistics.median(wholes)]
+    found = [part / whole for part, whole in zip(parts, wholes, strict=False) if whole]
+    return Share(statistics.median(found), min(found), max(found)) if found else None
 
 
 def mean(values: Iterable[float | None]) -> float | None:

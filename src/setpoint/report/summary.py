@@ -13,7 +13,7 @@ from jaxtyping import Float64
 
 from setpoint.report.numbers import exact
 from setpoint.report.results import Cell, Results
-from setpoint.report.statistics import Difference, Estimate, difference, estimate, mean
+from setpoint.report.statistics import Difference, Estimate, Share, difference, estimate, mean, shared
 
 DENSE = "dense"
 SETPOINT = "setpoint"
@@ -50,10 +50,10 @@ class Row:
         theoretical_train_ratio: the same if zeros cost nothing; None where nothing is masked.
         density: kept fraction of the maskable weights; None where nothing is masked.
         seconds: duration of training, overhead included; None where others were timed and this was not.
-        seconds_ratio: the same / dense.
+        seconds_share: the same / dense, with the least and the largest of the rounds of their measurement.
         overhead_seconds: part of `seconds` that the method itself spent beside plain training steps.
         overhead_flops: part of `train_flops` that it spent.
-        realised: seconds saved / FLOPs saved, both as shares of the dense run.
+        realised: seconds saved / FLOPs saved, both as shares of the dense run, likewise.
         break_even_step: step from which on a run is ahead of the dense run in seconds: the mean over those that are.
         num_ahead: how many runs are ahead of the dense run from some step on.
         num_clocked: how many runs could be, since their seconds count by the task's clock.
@@ -85,10 +85,10 @@ class Row:
     theoretical_train_ratio: float | None
     density: float | None
     seconds: Estimate | None
-    seconds_ratio: float | None
+    seconds_share: Share | None
     overhead_seconds: float | None
     overhead_flops: float | None
-    realised: float | None
+    realised: Share | None
     break_even_step: float | None
     num_ahead: int
     num_clocked: int
@@ -101,6 +101,11 @@ class Row:
     def difference(self) -> Difference | None:
         """To the dense model."""
         return self.differences.get(DENSE)
+
+    @property
+    def seconds_ratio(self) -> float | None:
+        """`seconds` / dense: the median over the rounds of their measurement."""
+        return None if self.seconds_share is None else self.seconds_share.value
 
 
 def summary_rows(results: Results) -> tuple[Row, ...]:
@@ -172,7 +177,7 @@ def summarise(label: str, groups: Mapping[str, Sequence[Cell]]) -> Row:
         return None if seconds_of(cell, clock) is None else cell.train_flops
 
     train_flops, train_flops_ratio = same(lambda cell: cell.train_flops)
-    seconds_ratio = ratio_of(lambda cell: seconds_of(cell, clock), lambda cell: seconds_of(cell, clock))
+    seconds_share = shared(rounds_of(cells, clock), rounds_of(dense, clock))
     landings = [cell.landed for cell in cells if cell.landed is not None]
     is_dense = first.method == DENSE
     ahead = [] if is_dense else [break_even_of(cell, dense, clock) for cell in cells]
@@ -203,10 +208,10 @@ def summarise(label: str, groups: Mapping[str, Sequence[Cell]]) -> Row:
         theoretical_train_ratio=ratio_of(lambda cell: cell.theoretical_train_flops, lambda cell: cell.train_flops),
         density=mean(cell.density for cell in cells),
         seconds=seconds_estimate(cells, clock),
-        seconds_ratio=seconds_ratio,
+        seconds_share=seconds_share,
         overhead_seconds=mean(overhead_of(cell, clock) for cell in cells),
         overhead_flops=mean(cell.overhead_flops for cell in cells),
-        realised=realised(ratio_of(clocked_flops, clocked_flops), seconds_ratio),
+        realised=realised(ratio_of(clocked_flops, clocked_flops), seconds_share),
         break_even_step=mean(ahead),
         num_ahead=sum(step is not None for step in ahead),
         num_clocked=sum(cell.timing is not None for cell in cells) if clock == "timed" else len(cells),
@@ -250,24 +255,33 @@ def overhead_of(cell: Cell, clock: str) -> float | None:
     return cell.overhead_seconds
 
 
+def rounds_of(cells: Sequence[Cell], clock: str) -> tuple[float, ...]:
+    """Mean seconds of the runs in each round of their measurement; by another clock, one round: what the runs took."""
+    if clock == "timed":
+        timed = [cell.timing.rounds or (cell.timing.seconds,) for cell in cells if cell.timing is not None]
+        if len(set(map(len, timed))) > 1:
+            return (statistics.fmean(map(statistics.median, timed)),)
+        return tuple(map(statistics.fmean, zip(*timed, strict=True)))
+    seconds = mean(cell.seconds for cell in cells)
+    return () if seconds is None else (seconds,)
+
+
 def seconds_estimate(cells: Sequence[Cell], clock: str) -> Estimate | None:
-    """Mean and spread of the seconds: over seeds, or over the rounds of one timed run.
-
-    Equal shapes are timed once for all seeds: where all of them have the same, that says nothing of their spread.
-    """
-    timed = [cell.timing for cell in cells if cell.timing is not None]
-    if clock == "timed" and len(timed) == 1 and len(timed[0].rounds) > 1:
-        return Estimate(timed[0].seconds, statistics.stdev(timed[0].rounds))
-    found = estimate([seconds for cell in cells if (seconds := seconds_of(cell, clock)) is not None])
-    measured = {timing.step_seconds or timing.seconds for timing in timed}
-    return Estimate(found.mean) if found and clock == "timed" and len(measured) == 1 else found
+    """Seconds and their spread: median and spread of rounds where they were timed, else mean and spread of runs."""
+    if clock == "timed":
+        rounds = rounds_of(cells, clock)
+        if not rounds:
+            return None
+        return Estimate(statistics.median(rounds), statistics.stdev(rounds) if len(rounds) > 1 else None)
+    return estimate([cell.seconds for cell in cells if cell.seconds is not None])
 
 
-def realised(flops_ratio: float | None, seconds_ratio: float | None) -> float | None:
-    """Seconds saved / FLOPs saved; None where no FLOPs were saved to speak of."""
-    if flops_ratio is None or seconds_ratio is None or flops_ratio > 0.99:
+def realised(flops_ratio: float | None, seconds: Share | None) -> Share | None:
+    """Seconds saved / FLOPs saved, round by round; None where no FLOPs were saved to speak of."""
+    if flops_ratio is None or seconds is None or flops_ratio > 0.99:
         return None
-    return (1 - seconds_ratio) / (1 - flops_ratio)
+    saved = [(1 - each) / (1 - flops_ratio) for each in (seconds.value, seconds.high, seconds.low)]
+    return Share(*saved)
 
 
 def break_even_of(cell: Cell, dense: Sequence[Cell], clock: str) -> float | None:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from setpoint.bench.course import Course, Pruner
 from setpoint.bench.results import Result
-from setpoint.bench.task import Task, dense_widths
+from setpoint.bench.task import BenchError, Task, dense_widths
 
 
 @runtime_checkable
@@ -56,6 +56,10 @@ class PostTraining:
     learning_rate: float = 1.0
     family: str = "post-training"
     needs: tuple[str, ...] = ("dense",)
+
+    def __post_init__(self) -> None:
+        if not self.share > 0:
+            raise BenchError(f"share is that of the task's steps, above 0, got {self.share:g}")
 
     @property
     def sized(self) -> bool:

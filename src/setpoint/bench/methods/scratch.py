@@ -24,9 +24,19 @@ Begun = tuple[Optimizer, Pruner | None]
 @final
 @dataclass(frozen=True)
 class Dense:
-    """The full model, trained as it is: what pruning is measured against."""
+    """The full model, trained as it is: what pruning is measured against.
+
+    Args:
+        name: name on the command line and in result files.
+        learning_rate: peak of the schedule, relative to the task's.
+        family: kind of method, for reports.
+        sized: never.
+        paper: none.
+        needs: nothing.
+    """
 
     name: str = "dense"
+    learning_rate: float = 1.0
     family: str = "dense"
     sized: bool = False
     paper: str = ""
@@ -34,7 +44,7 @@ class Dense:
 
     def course(self, task: Task, budget: float, needed: Mapping[str, Result]) -> Course:
         """The dense widths."""
-        return Course(task, dense_widths(task))
+        return Course(task.with_learning_rate_factor(self.learning_rate), dense_widths(task))
 
     def begin(self, task: Task, model: nn.Module, budget: float, batches: Iterator[tuple[Tensor, Tensor]]) -> Begun:
         """Nothing but the optimizer."""
@@ -44,9 +54,19 @@ class Dense:
 @final
 @dataclass(frozen=True)
 class Small:
-    """A uniformly narrower model trained from scratch at the budget: the honest rival of pruning."""
+    """A uniformly narrower model trained from scratch at the budget: the honest rival of pruning.
+
+    Args:
+        name: name on the command line and in result files.
+        learning_rate: peak of the schedule, relative to the task's for fresh weights.
+        family: kind of method, for reports.
+        sized: always.
+        paper: none.
+        needs: nothing.
+    """
 
     name: str = "small"
+    learning_rate: float = 1.0
     family: str = "small"
     sized: bool = True
     paper: str = ""
@@ -54,7 +74,7 @@ class Small:
 
     def course(self, task: Task, budget: float, needed: Mapping[str, Result]) -> Course:
         """Widths scaled by one factor to the budget."""
-        return Course(task.from_scratch(), small_widths(task, budget))
+        return Course(task.from_scratch().with_learning_rate_factor(self.learning_rate), small_widths(task, budget))
 
     def begin(self, task: Task, model: nn.Module, budget: float, batches: Iterator[tuple[Tensor, Tensor]]) -> Begun:
         """Nothing but the optimizer."""

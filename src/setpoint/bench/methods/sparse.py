@@ -13,7 +13,7 @@ from setpoint.baselines.rule import Rule
 from setpoint.bench.course import Course, Pruner
 from setpoint.bench.masked import Masked
 from setpoint.bench.results import Result
-from setpoint.bench.task import Task, dense_widths
+from setpoint.bench.task import BenchError, Task, dense_widths
 
 
 @final
@@ -36,6 +36,10 @@ class Sparse:
     density: float = 0.0
     family: str = "sparse"
     needs: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.density <= 1:
+            raise BenchError(f"density is a share of the weights, up to 1, got {self.density:g}")
 
     @property
     def sized(self) -> bool:

@@ -38,9 +38,13 @@ class Hankel:
     settle: float = 0.3
     regrow: bool = False
     family: str = "setpoint"
-    sized: bool = True
     paper: str = ""
     needs: tuple[str, ...] = ()
+
+    @property
+    def sized(self) -> bool:
+        """Unless it has a number of states of its own."""
+        return not self.states
 
     def course(self, task: Task, budget: float, needed: Mapping[str, Result]) -> Course:
         """The dense widths."""
@@ -86,6 +90,12 @@ class Compressm:
     sized: bool = False
     paper: str = CHAHINE
     needs: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 0 < self.tolerance < 1:
+            raise BenchError(
+                f"tolerance is a share of the summed Hankel values, between 0 and 1, got {self.tolerance:g}"
+            )
 
     def course(self, task: Task, budget: float, needed: Mapping[str, Result]) -> Course:
         """The dense widths."""
