@@ -9,9 +9,10 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import final
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ from setpoint.bench.recipe import Recipe
 from setpoint.bench.results import FILE, Result, append_result, load_results
 from setpoint.bench.runner import Outcome, finished, grid, run
 from setpoint.bench.simple_task import SimpleTask
-from setpoint.bench.task import BenchError, dense_widths
+from setpoint.bench.task import BenchError, Split, dense_widths
 from setpoint.bench.tensors import Tensors
 from setpoint.bench.training import Cell, Progress
 from setpoint.bench.worker import LOG
@@ -110,6 +111,42 @@ def test_files(together: tuple[Path, dict[str, Result]]) -> None:
     assert (folder / training.LEDGER).stat().st_size > 0
     model = setpoint.load(folder / training.MODEL, into=TASK.build(dense_widths(TASK)))
     assert TASK.evaluate(model, "test").accuracy == pytest.approx(results["setpoint"].value)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Told(Tensors):
+    """Data that tell what is asked of them."""
+
+    asked: list[str] = field(default_factory=list)
+
+    def split(self, split: Split) -> tuple[torch.Tensor, torch.Tensor]:
+        """All of a split."""
+        self.asked.append(split)
+        return super().split(split)
+
+
+def test_the_test_set_is_read_once_and_last(tmp_path: Path) -> None:
+    """Whatever a method does, it is scored on the test set once, when it has ended; in tuning never."""
+    points = torch.rand(100, 4, generator=torch.Generator().manual_seed(0))
+    labels = (points.sum(1) > 2).long()
+    data = Told(train=(points[:80], labels[:80]), test=(points[80:], labels[80:]))
+
+    def build(factor: float) -> nn.Module:
+        width = max(1, round(16 * factor))
+        return nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 2))
+
+    recipe = Recipe(steps=20, batch=16, num_validations=4)
+    task = SimpleTask("told", ByFactor(build), data, recipe, device=torch.device("cpu"))
+    names = ("dense", "small", "setpoint", "cubic", "rigl", "filter-oneshot", "small-long")
+    for split, last in (("test", ["test"]), ("validation", [])):
+        out = tmp_path / split
+        for cell in grid(task, [method_named(name) for name in names], [0.5], [0], split):
+            data.asked.clear()
+            run_interleaved([cell], out, Notes())
+            asked = [each for each in data.asked if each != "validation"]
+            assert asked == last and data.asked[-1] == split, cell.name
+            assert "validation" in data.asked, cell.name
 
 
 def test_interruption_keeps_what_is_finished(tmp_path: Path) -> None:

