@@ -26,7 +26,7 @@ from setpoint.report.goals import GOALS, Goal, goals
 from setpoint.report.markdown import about, task_text
 from setpoint.report.numbers import duration, human, percent
 from setpoint.report.picture import write_picture
-from setpoint.report.results import Cell, read_results
+from setpoint.report.results import Cell, Results, read_results
 from setpoint.report.statistics import difference, paired
 from setpoint.report.summary import Row, series, summary_rows
 
@@ -549,6 +549,34 @@ def sparse_table(folder: Path, density: str = "0.1") -> str:
     return "\n".join([*lines, "", f"Seeds {seeds}, differences with 95 % intervals; {machine}"])
 
 
+def tuning_table() -> str:
+    """The metric on validation data by learning rate, from the sweeps in results/tuning."""
+    folders = sorted(path.parent for path in RESULTS.glob("tuning/*/results.jsonl"))
+    cells = [cell for folder in folders for cell in read_results(folder).cells]
+    rates = sorted({_rate(cell) for cell in cells})
+    lines = [
+        f"| task | method | FLOPs | {' | '.join(f'{rate:g} x' for rate in rates)} |",
+        f"|---|---|---:|{'---:|' * len(rates)}",
+    ]
+    found: dict[tuple[str, str, float | None], dict[float, list[Cell]]] = {}
+    for cell in cells:
+        key = (cell.task, cell.method.partition("@")[0], cell.budget)
+        found.setdefault(key, {}).setdefault(_rate(cell), []).append(cell)
+    for (task, method, budget), by_rate in found.items():
+        row = {rate: next(iter(summary_rows(Results(tuple(runs))))) for rate, runs in by_rate.items()}
+        texts = [metric_text(row[rate]) if rate in row else "–" for rate in rates]
+        lines.append(f"| {task} | `{method}` | {percent(budget or 1.0)} | {' | '.join(texts)} |")
+    seeds = ", ".join(map(str, sorted({cell.seed for cell in cells if cell.seed is not None})))
+    machine = _rows_made_on([{**cell.environment, "date": cell.date} for cell in cells])
+    return "\n".join([*lines, "", f"Seeds {seeds}; {machine}"])
+
+
+def _rate(cell: Cell) -> float:
+    """The learning rate of a run of a sweep, relative to its method's."""
+    found = re.search(r"@learning_rate=([\d.]+)", cell.method)
+    return float(found[1]) if found else 1.0
+
+
 def validation_table() -> str:
     """How far Setpoint lies from its rivals on the validation data at the end of each run, by seed, beside the test."""
     names = ("dense", *HEADLINES)
@@ -761,6 +789,7 @@ def filled(text: str) -> str:
             "returns": lambda: returns_table(RESULTS / "returns.json"),
             "price": lambda: price_table(RESULTS / "price.json"),
             "feedback": lambda: feedback_table(RESULTS / "ablation.json"),
+            "tuning": tuning_table,
             "sparse": lambda: sparse_table(RESULTS / "cifar10-mini"),
             "goals": goals_table,
             "validation": validation_table,

@@ -160,7 +160,7 @@ def finetune_text(data: Path | None = None) -> SimpleTask:
     recipe = Recipe(
         steps=300, batch=32, rule="adamw", learning_rate=2e-4, weight_decay=0.01, warm_up=0.1, fall="linear", mixed=True
     )
-    return SimpleTask("finetune-text", SentenceFamily(), Speeches(data), recipe)
+    return SimpleTask("finetune-text", SentenceFamily(), Speeches(data), recipe, scratch_learning_rate=4.0)
 
 
 @lru_cache(maxsize=1)

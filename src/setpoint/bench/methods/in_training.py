@@ -41,6 +41,7 @@ class Setpoint:
         switch_off: share of the units that are silent in a step, at random, until the loop has landed; 0 for none.
         leave_outs: batches on which a plan's units are left out to calibrate saliency across groups; 0 for none.
         fade: whether the units that are likely to go next fade until then.
+        learning_rate: peak of the schedule, relative to the task's.
         paper: where the variant comes from.
         family: kind of method, for reports.
         resource: what the budget is a fraction of the dense model's, per step.
@@ -61,6 +62,7 @@ class Setpoint:
     switch_off: float = 0.0
     leave_outs: int = 0
     fade: bool = False
+    learning_rate: float = 1.0
     paper: str = ""
     family: str = "setpoint"
     granularity: str = "unit"
@@ -80,7 +82,7 @@ class Setpoint:
 
     def course(self, task: Task, budget: float, needed: Mapping[str, Result]) -> Course:
         """The dense widths."""
-        return Course(task, dense_widths(task))
+        return Course(task.with_learning_rate_factor(self.learning_rate), dense_widths(task))
 
     def begin(
         self, task: Task, model: nn.Module, budget: float, batches: Iterator[tuple[Tensor, Tensor]]
