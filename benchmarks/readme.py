@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
 _DOCS = (
     "results.md",
+    "tasks.md",
     "coverage.md",
     "state-space.md",
     "budgets.md",
