@@ -103,7 +103,7 @@ def test_bench_over_seeds_and_report(tmp_path: Path) -> None:
         (("bench", "--task", "digits", "--budgets", "1.5"), "at most 1"),
         (("bench", "--task", "digits", "--budgets", "0.5,0"), "above 0"),
         (("bench", "--task", "cifar10", "--data", "/nowhere"), "/nowhere"),
-        (("bench", "--task", "smnist", "--length", "100"), "unknown task 'smnist-100': use"),
+        (("bench", "--task", "smnist", "--length", "100"), "--length is 784 or 196, of smnist and psmnist: got 100"),
         (("bench", "--task", "smnist", "--length", "196", "--data", "/nowhere"), "/nowhere"),
         (("bench", "--task", "psmnist", "--length", "784", "--data", "/nowhere"), "/nowhere"),
         (("bench", "--task", "shakespeare", "--data", "/nowhere"), "/nowhere"),
@@ -163,11 +163,13 @@ def test_a_file_of_a_results_folder_is_no_ledger(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_bench_whose_runs_all_fail_answers_all_the_same(tmp_path: Path) -> None:
     """Where no run could be finished, the last line names each failure, and the exit code is 1."""
-    result = invoke(*("bench", "--task", "digits", "--methods", "rigl@density=2", "--epochs", "1", "--out", tmp_path))
+    result = invoke(
+        *("bench", "--task", "digits", "--methods", "small", "--budgets", "1e-4", "--epochs", "1", "--out", tmp_path)
+    )
     assert result.exit_code == 1
     found = json.loads(result.stdout.splitlines()[-1])
-    assert [each["cell"] for each in found["failures"]] == ["digits-rigl@density=2-seed0"]
-    assert result.stderr.count("digits-rigl@density=2-seed0") == 1
+    assert [each["cell"] for each in found["failures"]] == ["digits-small-0.0001-seed0"]
+    assert result.stderr.count("digits-small-0.0001-seed0") == 1
 
 
 def test_timing_of_nothing(tmp_path: Path) -> None:

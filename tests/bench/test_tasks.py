@@ -123,7 +123,7 @@ def test_every_width_can_be_pruned(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["finetune", "finetune-text"])
 def test_dense_models_start_from_the_checkpoint(name: str) -> None:
-    """With different random states, dense models differ in their classifier alone, narrower ones everywhere."""
+    """With other random states, dense models differ in their classifier alone, narrower ones in all but embeddings."""
     task = task_named(name)
 
     def shared(widths: dict[str, int]) -> dict[str, bool]:
@@ -135,7 +135,7 @@ def test_dense_models_start_from_the_checkpoint(name: str) -> None:
 
     dense, thin = shared(dense_widths(task)), shared(narrow(task))
     assert [key for key, same in dense.items() if not same] == ["classifier.weight"]
-    assert not any(thin.values())
+    assert all("embeddings" in key for key, same in thin.items() if same)
 
 
 def test_sentence_encoder_is_that_of_transformers() -> None:
