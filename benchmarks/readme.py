@@ -569,7 +569,7 @@ def tuning_table() -> str:
         lines.append(f"| {task} | `{method}` | {percent(budget or 1.0)} | {' | '.join(texts)} |")
     seeds = ", ".join(map(str, sorted({cell.seed for cell in cells if cell.seed is not None})))
     machine = _rows_made_on([{**cell.environment, "date": cell.date} for cell in cells])
-    return "\n".join([*lines, "", f"Seeds {seeds}; {machine}"])
+    return "\n".join([*lines, "", f"Seed{'s' * (',' in seeds)} {seeds}; {machine}"])
 
 
 def _rate(cell: Cell) -> float:

@@ -72,27 +72,19 @@ def bench(
     """
     with _errors_as_messages():
         _bench(
-            _task_of(task, length),
+            task,
             methods,
             _numbers(budgets, "--budgets", float),
             _numbers(seeds, "--seeds", int),
             out or Path("runs") / re.sub(r"[^\w.+@-]+", "-", task),
             epochs=epochs,
             steps=steps,
+            length=length,
             data=data,
             split=split,
             workers=workers,
             timing=timing,
         )
-
-
-def _task_of(task: str, length: int | None) -> str:
-    """The name of a task of sequences of this length."""
-    if length is None:
-        return task
-    if task not in ("smnist", "psmnist") or length not in (196, 784):
-        raise _misuse(f"--length is 784 or 196, of smnist and psmnist: got {length} for {task}")
-    return task if length == 784 else f"{task}-{length}"
 
 
 @app.command()
@@ -241,6 +233,7 @@ def _bench(
     *,
     epochs: int | None = None,
     steps: int | None = None,
+    length: int | None = None,
     data: Path | None = None,
     split: str = "test",
     workers: int | None = None,
@@ -250,7 +243,7 @@ def _bench(
     from dataclasses import asdict
     from functools import partial
 
-    from setpoint.bench.catalogue import task_named
+    from setpoint.bench.catalogue import task_named, with_length
     from setpoint.bench.method import method_named
     from setpoint.bench.own_function import is_own_function
     from setpoint.bench.runner import grid
@@ -261,7 +254,7 @@ def _bench(
     for budget in budgets:
         Budget.fraction(budget, of="flops")
     chosen = tuple(method_named(name) for name in dict.fromkeys(_names(methods, "--methods")))
-    task = task_named(task_name, epochs=epochs, steps=steps, data=data)
+    task = task_named(with_length(task_name, length), epochs=epochs, steps=steps, data=data)
     _check_folder(out)
     cells = grid(task, chosen, dict.fromkeys(budgets), dict.fromkeys(seeds), split_named(split))
     # A task of the user's own may hold functions that cannot be sent to another process.

@@ -86,7 +86,7 @@ def test_budgets_that_differ_a_little_are_rows_of_their_own() -> None:
 
 
 def test_rivals_are_of_the_same_budget() -> None:
-    """A method is compared with dense, and with the small models at its own budget alone; not with itself."""
+    """A method is compared with dense, and with small models and Setpoint at its budget alone; not with itself."""
     found = cells("dense", [0.95]) + cells("setpoint", [0.9], budget=0.5) + cells("setpoint", [0.8], budget=0.25)
     found += cells("small", [0.85], budget=0.5) + cells("small-long", [0.7], budget=0.25)
     half, quarter = row(found, "setpoint 0.5"), row(found, "setpoint 0.25")
@@ -95,7 +95,7 @@ def test_rivals_are_of_the_same_budget() -> None:
         "dense": -0.15,
         "small-long": 0.1,
     }
-    assert set(row(found, "small 0.5").differences) == {"dense"}
+    assert set(row(found, "small 0.5").differences) == {"dense", "setpoint"}
     assert row(found, "dense").differences == {}
 
 
@@ -194,7 +194,9 @@ def test_rows_as_texts(make_results: Any) -> None:
     texts = {column.heading: column.text(rows[-1]) for column in columns(rows)}
     assert texts["FLOPs / step"] == "1.2 GFLOP" and texts["landed"] == "2 of 2" and texts["cuts"] == "8"
     assert "energy" not in texts and "FLOPs / step in theory" not in texts
-    assert [column.heading for column in difference_columns(rows)] == ["method", "to dense", "to small"]
+    assert [column.heading for column in difference_columns(rows)] == [
+        *("method", "to dense", "to small", "to setpoint")
+    ]
     assert difference_columns(rows)[1].text(rows[-1]).endswith("(n = 2)")
 
 

@@ -38,8 +38,8 @@ class Timing:
     """What one run takes, everything counted.
 
     With n_i the steps of its stage i and s_ir the median seconds of a step of that stage in round r, a
-    round says `sum_i n_i s_ir + own`, where `own` is the method's own seconds as the run itself measured them. Most of
-    them go to tracing and planning, which more threads than the run had hardly shorten.
+    round says `sum_i n_i s_ir + own`, where `own` is the method's own seconds as the run itself measured them,
+    at its own number of threads.
 
     Args:
         task: name of the task.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from setpoint.report.columns import interval_text, realised_text, share_text
 from setpoint.report.results import Cell
-from setpoint.report.statistics import Difference, difference, shared
+from setpoint.report.statistics import Difference, difference, share_of
 from setpoint.report.summary import DENSE, SETPOINT, Row, rounds_of, series
 
 REACHED, PARTLY, MISSED = "reached", "reached where measured", "not reached"
@@ -194,7 +194,7 @@ def _seconds(field: Field) -> Iterator[Check]:
             continue
         for rival in _clocked(field, budget):
             ours, theirs = (rounds_of(field.groups[each.label], row.clock) for each in (row, rival))
-            share = shared(ours, theirs)
+            share = share_of(ours, theirs)
             if share is not None:
                 text = f"{share_text(share)} of {rival.method}'s at {budget:g}"
                 yield Check(share.at_most(most), most - share.value, text)

@@ -76,10 +76,10 @@ class Difference:
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 
-def shared(parts: Sequence[float], wholes: Sequence[float]) -> Share | None:
+def share_of(parts: Sequence[float], wholes: Sequence[float]) -> Share | None:
     """What part is of a whole, round by round; of the medians where rounds do not belong together; None without rounds.
 
-    >>> shared([1.0, 2.0, 3.3], [2.0, 4.0, 6.0])
+    >>> share_of([1.0, 2.0, 3.3], [2.0, 4.0, 6.0])
     Share(value=0.5, low=0.5, high=0.5499999999999999)
     """
     if parts and wholes and len(parts) != len(wholes):

@@ -13,12 +13,12 @@ from jaxtyping import Float64
 
 from setpoint.report.numbers import exact
 from setpoint.report.results import Cell, Results
-from setpoint.report.statistics import Difference, Estimate, Share, difference, estimate, mean, shared
+from setpoint.report.statistics import Difference, Estimate, Share, difference, estimate, mean, share_of
 
 DENSE = "dense"
 SETPOINT = "setpoint"
-RIVALS = (DENSE, "small", "small-long")
-"""Methods that all others are compared with, seed by seed: the dense model, and what its user could train instead."""
+RIVALS = (DENSE, "small", "small-long", SETPOINT)
+"""Methods that all others are compared with, seed by seed: dense, what its user could train instead, and Setpoint."""
 FAMILIES = (DENSE, "small", SETPOINT, "open-loop", "post-training", "sparse")
 """Kinds of methods in the order of the rows."""
 
@@ -177,7 +177,7 @@ def summarise(label: str, groups: Mapping[str, Sequence[Cell]]) -> Row:
         return None if seconds_of(cell, clock) is None else cell.train_flops
 
     train_flops, train_flops_ratio = same(lambda cell: cell.train_flops)
-    seconds_share = shared(rounds_of(cells, clock), rounds_of(dense, clock))
+    seconds_share = share_of(rounds_of(cells, clock), rounds_of(dense, clock))
     landings = [cell.landed for cell in cells if cell.landed is not None]
     is_dense = first.method == DENSE
     ahead = [] if is_dense else [break_even_of(cell, dense, clock) for cell in cells]
