@@ -14,6 +14,7 @@ from setpoint.baselines.group_lasso import (
     add_lasso_gradient,
     lasso_norms,
     lasso_strength,
+    shrink_by_lasso,
 )
 from setpoint.controller.plan import Plan
 from setpoint.groups.group import widths_of
@@ -50,6 +51,22 @@ def test_gradient_is_that_of_the_norms() -> None:
     for weight, gradient in zip(weights, expected, strict=True):
         torch.testing.assert_close(weight.grad, 1.0 + gradient, rtol=1e-4, atol=1e-6)
     assert torch.equal(model.conv1.bias.grad, torch.ones(6))
+
+
+def test_shrinking_is_the_proximal_step() -> None:
+    """Each unit's part loses learning rate x strength of its norm, and is zero where it had no more than that."""
+    model = Net()
+    groups = setpoint.find_groups(model, (torch.randn(2, 2, 6, 6),))
+    first = {group.name: group for group in groups}["conv1"]
+    with torch.no_grad():
+        model.conv1.weight[2] *= 1e-3
+    before, head = model.conv1.weight.detach().clone(), model.head.weight.detach().clone()
+    shrink_by_lasso(model, (first,), torch.tensor(0.3), {id(model.conv1.weight): 0.1})
+    norms, left = before.flatten(1).norm(dim=1), model.conv1.weight.flatten(1).norm(dim=1)
+    torch.testing.assert_close(left, (norms - 0.03).clamp_min(0), atol=1e-6, rtol=1e-5)
+    assert float(left[2].detach()) == 0 and bool((left[:2] > 0).all())
+    torch.testing.assert_close(model.conv1.weight[0] / left[0], before[0] / norms[0])
+    assert torch.equal(model.head.weight, head)
 
 
 def test_strength_gives_the_ratio() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import setpoint
+from setpoint.baselines.group_lasso import lasso_norms
 from setpoint.bench.counter import forward_flops
 from setpoint.bench.digits import digits
 from setpoint.bench.distillation import Distillation
@@ -104,6 +105,32 @@ def test_the_penalty_is_timed_as_the_method_s_own() -> None:
         told = lasso.seconds
     outcome = looped.finish()
     assert outcome.overhead_seconds == pytest.approx(loop.summary.overhead_seconds + told)
+
+
+@pytest.mark.parametrize("rule", ["sgd", "adamw"])
+def test_the_penalty_joins_the_gradient_under_sgd_alone(rule: str) -> None:
+    """Under AdamW gradients stay those of the loss, and units shrink beside the optimizer."""
+    task = replace(TASK, recipe=replace(TASK.recipe, rule=rule, weight_decay=0.0))
+    model = task.build(dense_widths(task))
+    optimizer = task.optimizer(model)
+    loop = setpoint.attach(
+        model, optimizer, setpoint.Budget.fraction(0.5, of="flops"), example=task.example(), total_steps=50
+    )
+    lasso = Lasso(loop, model, optimizer, 0.5)
+    loss = task.loss(model, *next(task.batches(0)))
+    torch.autograd.backward(loss)
+    lasso.observe(loss)
+    told = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+    twin = copy.deepcopy(model)
+    alone = task.optimizer(twin)
+    for mine, its in zip(twin.parameters(), model.parameters(), strict=True):
+        mine.grad = None if its.grad is None else its.grad.clone()
+    alone.step()
+    optimizer.step()
+    now = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    same = all(torch.equal(one, other) for one, other in zip(told, now, strict=True))
+    assert same == (rule == "adamw")
+    assert float(lasso_norms(model, loop.groups)) < float(lasso_norms(twin, loop.groups))
 
 
 def test_distillation_is_the_gradient_of_its_loss() -> None:

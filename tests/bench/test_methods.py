@@ -161,6 +161,9 @@ def test_small_found_has_setpoints_widths(runs: Runs) -> None:
     assert [p.shape for p in built.parameters()] == [p.shape for p in pruned.parameters()]
     assert results["small-found"].final_flops == results["setpoint"].final_flops
     assert "not counted" in results["small-found"].notes
+    long = results["small-found-long"]
+    assert long.final_flops == results["setpoint"].final_flops and long.steps > results["small-found"].steps
+    assert abs(long.train_flops - results["setpoint"].train_flops) <= long.final_flops / 2
 
 
 def test_small_found_refuses_what_it_cannot_build(runs: Runs) -> None:

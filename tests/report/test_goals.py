@@ -105,6 +105,9 @@ def test_better_than_pruned_at_equal_final_flops() -> None:
     assert "0.10 points worse than taylor" in missed.evidence
     cheaper = runs("taylor", 0.94, final_flops=20.0)
     assert verdicts(DENSE, OURS, cheaper)["c"].verdict == "not measured"
+    found = verdicts(DENSE, OURS, everyone(0.94, but="cubic"), runs("cubic", 0.94, final_flops=45.0))["c"]
+    assert found.verdict == "reached where measured"
+    assert found.evidence.endswith("; left out, worse but over 2.00 % cheaper: cubic")
     assert verdicts(DENSE, OURS, runs("taylor", 0.94, final_flops=49.1))["c"].verdict == "reached where measured"
     assert verdicts(DENSE, OURS, runs("taylor", 0.94, final_flops=48.9))["c"].verdict == "not measured"  # 2 % less
 

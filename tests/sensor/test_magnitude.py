@@ -29,6 +29,24 @@ def test_is_the_norm_of_all_incoming_weights() -> None:
     assert (reading.step, reading.calibrated) == (3, False)
 
 
+def test_fixed_filters_are_judged_by_who_reads_them() -> None:
+    """Units that only a buffer writes are ranked by the trained weights that read them; trained writers come first."""
+    model = nn.ModuleDict({"fixed": nn.Module(), "trained": nn.Linear(2, 3), "reads": nn.Linear(3, 4)})
+    model["fixed"].register_buffer("filters", torch.ones(3, 5))
+    index = np.arange(3)
+    fixed, reads = Slice("fixed.filters", 0, "produce", index), Slice("reads.weight", 1, "consume", index)
+    sensor = MagnitudeSensor()
+    for places, want in (
+        ((fixed, reads), model["reads"].weight.norm(dim=0)),
+        ((fixed, Slice("trained.weight", 0, "produce", index), reads), model["trained"].weight.norm(dim=1)),
+    ):
+        group = Group("patches", "unit", 3, places)
+        assert sensor.readable((group,), model) == (group,)
+        reading = sensor.read(sensor.init((group,), model), (group,), 1)
+        np.testing.assert_allclose(reading.saliency["patches"], want.detach().numpy(), rtol=1e-6)
+    assert not sensor.readable((Group("patches", "unit", 3, (fixed,)),), model)
+
+
 def test_reads_the_weights_of_now() -> None:
     """A reading follows the live weights, also after they were cut."""
     model = nn.Linear(2, 3)

@@ -130,14 +130,33 @@ def add_lasso_gradient(model: nn.Module, groups: tuple[Group, ...], strength: Te
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for group, place in _places(parameters, groups):
         weight = parameters[place.tensor]
-        if weight.grad is None:
-            continue
-        assert place.dim is not None
-        scale = strength / _norms(weight, place, group).clamp_min(1e-12)
-        by_entry = torch.cat([scale, scale.new_zeros(1)])[torch.from_numpy(place.index).to(weight.device)]
-        shape = [1] * weight.dim()
-        shape[place.dim] = -1
-        weight.grad += weight * by_entry.view(shape).to(weight.dtype)
+        if weight.grad is not None:
+            scale = strength / _norms(weight, place, group).clamp_min(1e-12)
+            weight.grad += weight * _by_entry(scale, place, weight)
+
+
+@torch.no_grad()
+def shrink_by_lasso(
+    model: nn.Module, groups: tuple[Group, ...], strength: Tensor, learning_rates: Mapping[int, float]
+) -> None:
+    """Shrink the norm of each unit's part by `learning rate * strength`, to zero at most.
+
+    The proximal step of the penalty (Parikh and Boyd, "Proximal algorithms", 2014, section 6.5.4), beside the
+    optimizer as decoupled weight decay is.
+
+    Args:
+        model: the model, whose weights have just been moved.
+        groups: its groups, as they are now.
+        strength: weight of the penalty in the loss (lambda).
+        learning_rates: of each parameter, by its `id`; one that has none stays.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for group, place in _places(parameters, groups):
+        weight = parameters[place.tensor]
+        if id(weight) in learning_rates:
+            step = learning_rates[id(weight)] * strength
+            scale = (step / _norms(weight, place, group).clamp_min(1e-12)).clamp_max(1.0)
+            weight.sub_(weight * _by_entry(scale, place, weight))
 
 
 def _places(parameters: Mapping[str, nn.Parameter], groups: tuple[Group, ...]) -> list[tuple[Group, Slice]]:
@@ -149,6 +168,15 @@ def _places(parameters: Mapping[str, nn.Parameter], groups: tuple[Group, ...]) -
         if place.role != "carry" and place.dim is not None and place.tensor in parameters
         if parameters[place.tensor].dim() > 1 and group.num_units
     ]
+
+
+def _by_entry(scale: Tensor, place: Slice, weight: Tensor) -> Tensor:
+    """One number a unit as a factor of the weight, 0 where no unit's entries are."""
+    assert place.dim is not None
+    shape = [1] * weight.dim()
+    shape[place.dim] = -1
+    index = torch.from_numpy(place.index).to(weight.device)
+    return torch.cat([scale, scale.new_zeros(1)])[index].view(shape).to(weight.dtype)
 
 
 def _norms(weight: Tensor, place: Slice, group: Group) -> Tensor:

@@ -113,6 +113,7 @@ METHODS: tuple[Method, ...] = (
     Small(),
     SmallLong(),
     SmallFound(),
+    SmallFound("small-found-long", long=True),
     PostTraining("magnitude-oneshot", Sparse("masks", OneShot(), _HAN), _HAN),
     PostTraining("filter-oneshot", Setpoint(controller=_AT_ONCE, sensor=MagnitudeSensor), _LI),
     PostTraining("torch-pruning-norm", TorchPruning("norm"), _FANG),

@@ -131,6 +131,12 @@ class SimpleTask:
         return self.recipe.steps
 
     @property
+    def num_samples(self) -> int:
+        """Classes to tell in one training batch; examples, where targets are no classes."""
+        _, targets = next(self.data.batches(self.recipe.batch, seed=0))
+        return len(targets) if targets.is_floating_point() else targets.numel()
+
+    @property
     def steps_per_validation(self) -> int:
         """Optimizer steps between two looks at the validation data."""
         return self.recipe.steps_per_validation

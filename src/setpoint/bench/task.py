@@ -79,6 +79,11 @@ class Task(Protocol):
         ...
 
     @property
+    def num_samples(self) -> int:
+        """Samples whose mean loss a step's gradient is of: images of a batch, or all tokens of its windows."""
+        ...
+
+    @property
     def steps_per_validation(self) -> int:
         """Optimizer steps between two looks at the validation data."""
         ...

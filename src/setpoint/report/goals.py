@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from setpoint.report.columns import interval_text, realised_text, share_text
+from setpoint.report.numbers import percent
 from setpoint.report.results import Cell
 from setpoint.report.statistics import Difference, difference, share_of
 from setpoint.report.summary import DENSE, SETPOINT, Row, rounds_of, series
@@ -92,10 +93,15 @@ def _judged(letter: str, text: str, field: Field, check: Callable[[Field], Itera
     untimed = _untimed(field) if check is _seconds and verdict != MISSED else []
     if untimed:
         return Goal(letter, text, UNKNOWN, _joined(f"{', '.join(untimed)} untimed", evidence))
-    absent = _absent(field, letter)
-    if verdict == REACHED and absent:
-        return Goal(letter, text, PARTLY, _joined(evidence, f"not run: {', '.join(absent)}"))
-    return Goal(letter, text, verdict, evidence)
+    absent, cheaper = _absent(field, letter), _cheaper(field) if check is _better_than_pruned else []
+    if verdict == REACHED and (absent or cheaper):
+        missing = f"not run: {', '.join(absent)}" if absent else ""
+        return Goal(letter, text, PARTLY, _joined(evidence, missing, _told(cheaper)))
+    return Goal(letter, text, verdict, _joined(evidence, _told(cheaper)))
+
+
+def _told(cheaper: Sequence[str]) -> str:
+    return f"left out, worse but over {percent(MOST_APART)} cheaper: {', '.join(cheaper)}" if cheaper else ""
 
 
 def _absent(field: Field, letter: str) -> list[str]:
@@ -203,9 +209,24 @@ def _seconds(field: Field) -> Iterator[Check]:
 def _better_than_pruned(field: Field) -> Iterator[Check]:
     for row in field.ours():
         for rival in field.of(row.budget, "post-training", "open-loop"):
-            found = field.ahead(row, rival)
-            if _comparable(row, rival) or (found is not None and found.mean <= 0):
+            if _counts(field, row, rival):
                 yield from _compared(field, row, rival, _above_zero)
+
+
+def _cheaper(field: Field) -> list[str]:
+    """Rivals that are worse and spend less at the end, with which nothing is compared."""
+    return [
+        rival.label
+        for row in field.ours()
+        for rival in field.of(row.budget, "post-training", "open-loop")
+        if not _counts(field, row, rival)
+    ]
+
+
+def _counts(field: Field, row: Row, rival: Row) -> bool:
+    """Whether the rival is comparable, or better in spite of spending less."""
+    found = field.ahead(row, rival)
+    return _comparable(row, rival) or (found is not None and found.mean <= 0)
 
 
 def _comparable(row: Row, rival: Row) -> bool:

@@ -11,7 +11,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from setpoint.distributed import local, ranks_of
-from setpoint.groups.group import Group
+from setpoint.groups.group import Group, Slice
 from setpoint.sensor.reading import Reading
 from setpoint.sensor.unit_sum import UnitSum, part_of
 
@@ -27,9 +27,10 @@ class MagnitudeState:
 class MagnitudeSensor:
     """L2 norm of all incoming ("produce") weights of a unit.
 
-    `saliency_u = sqrt(sum of w^2 over the weights that write unit u)`. It ranks the units of one group
-    and says nothing about two groups (`Reading.calibrated` is False). Filter norms as a criterion
-    are due to Li et al. (who use L1).
+    `saliency_u = sqrt(sum of w^2 over the trained weights that write unit u)`; where nothing trained writes the group
+    (fixed filters, whose norms say nothing of what the model made of them), over those that read it. It ranks the units
+    of one group and says nothing about two groups (`Reading.calibrated` is False). Filter norms as a criterion are due
+    to Li et al. (who use L1).
 
     References:
         Li, Kadav, Durdanovic, Samet, Graf: "Pruning Filters for Efficient ConvNets", ICLR 2017.
@@ -38,8 +39,8 @@ class MagnitudeSensor:
     reads_shards = True
 
     def readable(self, groups: tuple[Group, ...], model: nn.Module) -> tuple[Group, ...]:
-        """The groups that have incoming weights."""
-        return tuple(group for group in groups if any(place.role == "produce" for place in group.slices))
+        """The groups that trained weights write or read."""
+        return tuple(group for group in groups if _judged_by(group, _parameters(model)))
 
     def init(self, groups: tuple[Group, ...], model: nn.Module) -> MagnitudeState:
         """A state that looks at the model."""
@@ -64,19 +65,15 @@ class MagnitudeSensor:
             groups: the active groups.
             step: optimizer steps done, for the record.
         """
-        tensors = {
-            **dict(state.model.named_buffers(remove_duplicate=False)),
-            **dict(state.model.named_parameters(remove_duplicate=False)),
-        }
+        tensors = _parameters(state.model)
         squares = {group.name: torch.zeros(group.num_units, dtype=torch.float64) for group in groups}
         for group in groups:
-            for place in group.slices:
-                if place.role == "produce":
-                    weight = local(tensors[place.tensor].detach())
-                    sums = UnitSum.of(part_of(place, tensors[place.tensor]), group.num_units, weight.device)
-                    values = sums.select(weight)
-                    wide = values.to(torch.promote_types(values.dtype, torch.float32))
-                    squares[group.name] += sums.add_up(wide.square()).double().cpu()
+            for place in _judged_by(group, tensors):
+                weight = local(tensors[place.tensor].detach())
+                sums = UnitSum.of(part_of(place, tensors[place.tensor]), group.num_units, weight.device)
+                values = sums.select(weight)
+                wide = values.to(torch.promote_types(values.dtype, torch.float32))
+                squares[group.name] += sums.add_up(wide.square()).double().cpu()
         total = ranks_of(tensors.values()).total(torch.cat([torch.zeros(0, dtype=torch.float64), *squares.values()]))
         parts = np.split(total.sqrt().numpy(), np.cumsum([group.num_units for group in groups])[:-1])
         saliency = dict(zip(squares, parts, strict=True)) if groups else {}
@@ -89,3 +86,16 @@ class MagnitudeSensor:
     def grow(self, state: MagnitudeState, regrown: Mapping[str, Bool[np.ndarray, " units"]]) -> MagnitudeState:
         """The same state: the live weights have come back already."""
         return state
+
+
+def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return dict(model.named_parameters(remove_duplicate=False))
+
+
+def _judged_by(group: Group, parameters: Mapping[str, nn.Parameter]) -> tuple[Slice, ...]:
+    """The trained weights that write the group, or else those that read it."""
+    for role in ("produce", "consume"):
+        places = tuple(place for place in group.slices if place.role == role and place.tensor in parameters)
+        if places:
+            return places
+    return ()

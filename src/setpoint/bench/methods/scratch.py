@@ -108,9 +108,7 @@ class SmallLong:
     def course(self, task: Task, budget: float, needed: Mapping[str, Result]) -> Course:
         """Small widths and a longer schedule."""
         widths = small_widths(task, budget)
-        per_step = step_flops(task.build(widths, torch.device("meta")), task.example())
-        steps = max(1, round(needed["setpoint"].train_flops / per_step))
-        longer = task.from_scratch().with_steps(steps)
+        longer = task.from_scratch().with_steps(_affordable_steps(task, widths, needed["setpoint"]))
         return Course(longer.with_learning_rate_factor(self.learning_rate), widths)
 
     def begin(self, task: Task, model: nn.Module, budget: float, batches: Iterator[tuple[Tensor, Tensor]]) -> Begun:
@@ -123,11 +121,22 @@ class SmallLong:
 class SmallFound:
     """A model trained from scratch at the widths that Setpoint found: are its weights worth something, or its widths?
 
+    Either for the steps of the task, or, if `long`, for as many as Setpoint's training FLOPs pay for.
+
+    Args:
+        name: name on the command line and in result files.
+        long: which of the two.
+        family: kind of method, for reports.
+        sized: always.
+        paper: where it comes from.
+        needs: the run whose widths it takes.
+
     References:
         Liu, Sun, Zhou, Huang, Darrell: "Rethinking the value of network pruning", ICLR 2019.
     """
 
     name: str = "small-found"
+    long: bool = False
     family: str = "small"
     sized: bool = True
     paper: str = "Liu et al., Rethinking the value of network pruning, ICLR 2019"
@@ -135,11 +144,17 @@ class SmallFound:
 
     def course(self, task: Task, budget: float, needed: Mapping[str, Result]) -> Course:
         """Setpoint's final widths, freshly initialised."""
-        widths = found_widths(task, needed["setpoint"].widths)
-        return Course(
-            task.from_scratch(), widths, notes="the search for its widths, a whole Setpoint run, is not counted"
-        )
+        widths, scratch = found_widths(task, needed["setpoint"].widths), task.from_scratch()
+        if self.long:
+            scratch = scratch.with_steps(_affordable_steps(task, widths, needed["setpoint"]))
+        return Course(scratch, widths, notes="the search for its widths, a whole Setpoint run, is not counted")
 
     def begin(self, task: Task, model: nn.Module, budget: float, batches: Iterator[tuple[Tensor, Tensor]]) -> Begun:
         """Nothing but the optimizer."""
         return task.optimizer(model), None
+
+
+def _affordable_steps(task: Task, widths: Mapping[str, int], spent: Result) -> int:
+    """Steps of a model of these widths that cost what another run has spent in training."""
+    per_step = step_flops(task.build(widths, torch.device("meta")), task.example())
+    return max(1, round(spent.train_flops / per_step))

@@ -31,12 +31,16 @@ Criterion = Literal["norm", "taylor"]
 SEARCH_STEPS = 7
 MOST_AT_ONCE = 0.9
 """Above this ratio it is tried whether less does where heads are cut by less."""
+NEAR_ENOUGH = 0.99
+"""Below this share of the limit it is tried whether more is left where heads are cut by less."""
 
 
 @final
 @dataclass(frozen=True)
 class TorchPruning:
-    """One cut by `BasePruner`, at the largest pruning ratio that meets the budget, found by bisection on copies.
+    """One cut by `BasePruner`, at the ratio that comes closest to the budget from below, found on copies.
+
+    The search is free; the cut and what it is ranked by count.
 
     The library chooses, couples and cuts; it is told what its documentation asks the user for: which layers to
     leave alone (those whose outputs no lossless group of Setpoint's holds, so that both prune the same dims), the
@@ -68,16 +72,16 @@ class TorchPruning:
             BenchError: the library is not installed or fails on this model, or no ratio meets the budget.
         """
         watch = Stopwatch(synchronize=True)
+        example, calibration = task.example(), 0.0
+        dense_flops = float(step_flops(model, example))
         with watch:
-            example = task.example()
-            dense_flops = float(step_flops(model, example))
             groups = tuple(group for group in find_groups(model, example) if group.lossless)
-            calibration = 0.0
             if self.criterion == "taylor":
                 for inputs, targets in islice(batches, self.num_batches):
                     torch.autograd.backward(task.loss(model, inputs, targets))
                 calibration = self.num_batches * dense_flops
-            ratio, most_heads = self._ratios(model, groups, example, budget * dense_flops)
+        ratio, most_heads = self._ratios(model, groups, example, budget * dense_flops)
+        with watch:
             if ratio:
                 self._cut(model, groups, example, ratio, most_heads)
             model.zero_grad(set_to_none=True)
@@ -97,7 +101,7 @@ class TorchPruning:
     def _ratios(
         self, model: nn.Module, groups: tuple[Group, ...], example: tuple[Tensor, ...], limit: float
     ) -> tuple[float, float]:
-        """A ratio whose cut is within the limit, and the most that heads are cut by: 1 where that is no less."""
+        """The ratio whose cut costs most within the limit, and the most that heads are cut by: 1 where no less."""
 
         def flops(ratio: float, most_heads: float) -> float:
             twin = copy.deepcopy(model)
@@ -111,26 +115,30 @@ class TorchPruning:
             return 0.0, 1.0
         cap, least = _highest(group.num_units for group in groups if group.what != "head"), math.inf
         fewest = min((group.num_units for group in groups if group.what == "head"), default=0)
-        found = []
+        found: list[tuple[bool, float, float, float]] = []
+        caps = sorted({gone for quarter in range(4) if (gone := quarter * fewest // 4) <= fewest - 2}, reverse=True)
         # The library leaves a layer whole rather than take its last unit, so too high a ratio takes less, not more.
-        # Of a few heads that are ranked over all layers that happens soon: then they stop, and the rest goes on.
-        for most_heads in (1.0, *(gone / fewest for gone in range(fewest - 2, -1, -1))):
+        # Of a few heads that are ranked over all layers that happens soon: so it is tried where they stop, and the rest
+        # goes on. A head is a large block, too: where many go the cut may end far below the limit.
+        for most_heads in (1.0, *(gone / fewest for gone in caps)):
             low = 0.0
             for high in (min(cap, 1.0 - 0.5**halvings) for halvings in range(1, 8)):
                 reached = flops(high, most_heads)
                 least = min(least, reached)
                 if reached <= limit:
-                    found.append((self._bisected(partial(flops, most_heads=most_heads), low, high, limit), most_heads))
+                    ratio = self._bisected(partial(flops, most_heads=most_heads), low, high, limit)
+                    found.append((ratio <= MOST_AT_ONCE, flops(ratio, most_heads), -ratio, most_heads))
                     break
                 low = high
-            if found and found[-1][0] <= MOST_AT_ONCE:
+            if found and found[-1][0] and found[-1][1] >= NEAR_ENOUGH * limit:
                 break
         if not found:
             raise BenchError(
                 f"Torch-Pruning cannot bring this model to {limit / dense:.4g} of the dense FLOPs: the "
                 f"least it reaches is {least / dense:.4g}; ask for at least that budget"
             )
-        return min(found)
+        *_, ratio, most_heads = max(found)
+        return -ratio, most_heads
 
     @staticmethod
     def _bisected(flops: Callable[[float], float], low: float, high: float, limit: float) -> float:
