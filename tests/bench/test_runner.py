@@ -381,12 +381,13 @@ def changed(what: str) -> SimpleTask:
         "data": {"data": replace(TINY.data, shift=0, mean=(8.0,))},  # type: ignore[type-var]
         "loss": {"training_criterion": None},
         "fresh weights": {"scratch_learning_rate": 2.0},
+        "found widths": {"found_learning_rate": 0.5},
         "scoring": {"views": ten_views},
     }
     return replace(TINY, **changes[what])  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("what", ["learning rate", "model", "data", "loss", "fresh weights", "scoring"])
+@pytest.mark.parametrize("what", ["learning rate", "model", "data", "loss", "fresh weights", "found widths", "scoring"])
 def test_a_changed_task_is_refused(what: str, tiny: Result, tmp_path: Path) -> None:
     """A folder does not mix runs of a task before and after a change; the same task, and rows that say nothing, go."""
     append_result(tmp_path, tiny)

@@ -116,9 +116,9 @@ def test_every_width_can_be_pruned(name: str) -> None:
     (inputs,) = task.example()
     groups = setpoint.find_groups(dense, (inputs[:2].to("meta"),))
     found = sorted(group.num_units for group in groups if group.lossless)
-    assert found == sorted(dimension.dense for dimension in task.dimensions.values())
-    fixed = 0.12 if name == "shakespeare-mini" else 0.1  # its embeddings and classifier are much of so small a GPT
-    assert step_flops(thin, (inputs[:2],)) < fixed * step_flops(dense, (inputs[:2],))
+    prunable = [dimension.dense for each, dimension in task.dimensions.items() if each != "n_embd"]
+    assert found == sorted(prunable)  # only models from scratch have a narrower residual stream
+    assert step_flops(thin, (inputs[:2],)) < 0.1 * step_flops(dense, (inputs[:2],))
 
 
 @pytest.mark.parametrize("name", ["finetune", "finetune-text"])
@@ -628,3 +628,19 @@ def test_models_from_scratch_have_a_learning_rate_of_their_own() -> None:
     model = course.task.build(course.widths, torch.device("meta"))
     assert course.task.optimizer(model).param_groups[0]["lr"] == 4 * peak
     assert Dense().course(task, 1.0, {}).task == task
+    mini = replace(task_named("shakespeare-mini"), scratch_learning_rate=2.0, found_learning_rate=0.5)
+    rates = [each.recipe.learning_rate for each in (mini, mini.from_scratch(), mini.from_scratch(found=True))]
+    assert rates[1] == 2 * rates[0] and rates[2] == rates[0] / 2
+
+
+@pytest.mark.parametrize(("budget", "n_embd"), [(0.5, 88), (0.25, 56)])
+def test_small_gpts_are_narrow_throughout(budget: float, n_embd: int) -> None:
+    """A small GPT has a narrower residual stream too; one of found widths has the dense one."""
+    task = task_named("shakespeare-mini")
+    widths = small_widths(task, budget)
+    assert widths["n_embd"] == n_embd
+    assert all(width < task.dimensions[name].dense for name, width in widths.items())
+    dense = task.build(dense_widths(task))
+    heads = {g.name: g.num_units // 2 for g in setpoint.find_groups(dense, task.example()) if g.what == "head"}
+    found = found_widths(task, heads)
+    assert found["n_embd"] == 128 and found["layer1.heads"] == 2

@@ -27,11 +27,11 @@ VOCABULARY = 65
 
 @dataclass(frozen=True)
 class GPTFamily:
-    """Character GPTs; heads and neurons of each layer are free, the residual stream keeps its size.
+    """Character GPTs; heads and neurons of each layer are free, and the residual stream, which only `small` narrows.
 
     Args:
         layers: number of layers.
-        heads: dense number of heads; neurons are four times the residual stream.
+        heads: dense number of heads; together they are as wide as the residual stream, and neurons four times.
         window: longest context, in characters.
         head_dim: features of each head.
         dropout: share of what each layer adds that is dropped in training.
@@ -45,21 +45,22 @@ class GPTFamily:
 
     @property
     def n_embd(self) -> int:
-        """Features of the residual stream."""
+        """Features of the dense residual stream."""
         return self.heads * self.head_dim
 
     @property
     def dimensions(self) -> Mapping[str, Dimension]:
-        """Heads and neurons of each layer."""
-        dimensions = {}
+        """The residual stream, and heads and neurons of each layer."""
+        dimensions = {"n_embd": Dimension(self.n_embd, 8)}
         for layer in range(1, self.layers + 1):
             dimensions[f"layer{layer}.heads"] = Dimension(self.heads)
             dimensions[f"layer{layer}.neurons"] = Dimension(4 * self.n_embd, 8)
         return dimensions
 
     def build(self, widths: Mapping[str, int]) -> nn.Module:
-        """The GPT of these heads and neurons."""
-        return CharGPT(widths, VOCABULARY, self.window, self.n_embd, self.head_dim, self.dropout)
+        """The GPT of these widths."""
+        of_layers = {name: width for name, width in widths.items() if name != "n_embd"}
+        return CharGPT(of_layers, VOCABULARY, self.window, widths["n_embd"], self.head_dim, self.dropout)
 
 
 def shakespeare(data: Path | None = None) -> SimpleTask:

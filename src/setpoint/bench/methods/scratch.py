@@ -144,7 +144,7 @@ class SmallFound:
 
     def course(self, task: Task, budget: float, needed: Mapping[str, Result]) -> Course:
         """Setpoint's final widths, freshly initialised."""
-        widths, scratch = found_widths(task, needed["setpoint"].widths), task.from_scratch()
+        widths, scratch = found_widths(task, needed["setpoint"].widths), task.from_scratch(found=True)
         if self.long:
             scratch = scratch.with_steps(_affordable_steps(task, widths, needed["setpoint"]))
         return Course(scratch, widths, notes="the search for its widths, a whole Setpoint run, is not counted")
