@@ -442,12 +442,12 @@ def test_targets_follow_inputs(data: Path) -> None:
 
 def test_samples_behind_a_gradient(data: Path) -> None:
     """Every character of a batch counts, every image, and every example whose target is no class."""
-    assert task_named("shakespeare", data=data).num_samples == 32 * 128
-    assert task_named("digits").num_samples == 64
+    assert task_named("shakespeare", data=data).num_samples() == 32 * 128
+    assert task_named("digits").num_samples() == 64
     points = torch.zeros(20, 2), torch.zeros(20, 3)
     family = ByFactor(lambda factor: nn.Linear(2, 3))
     task = SimpleTask("own", family, Tensors(train=points, test=points), Recipe(steps=1, batch=4), metric="loss")
-    assert task.num_samples == 4
+    assert task.num_samples() == 4
 
 
 @pytest.mark.parametrize("name", IMAGE_SETS)

@@ -132,7 +132,6 @@ class SimpleTask:
         """Optimizer steps of one run."""
         return self.recipe.steps
 
-    @property
     def num_samples(self) -> int:
         """Classes to tell in one training batch; examples, where targets are no classes."""
         _, targets = next(self.data.batches(self.recipe.batch, seed=0))

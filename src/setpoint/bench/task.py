@@ -78,7 +78,6 @@ class Task(Protocol):
         """Optimizer steps of one run."""
         ...
 
-    @property
     def num_samples(self) -> int:
         """Samples whose mean loss a step's gradient is of: images of a batch, or all tokens of its windows."""
         ...

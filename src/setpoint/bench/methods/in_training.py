@@ -102,7 +102,7 @@ class Setpoint:
             total_steps=task.steps,
             controller=controller,
             sensor=None if self.sensor is None else self.sensor(),
-            num_samples=task.num_samples,
+            num_samples=task.num_samples(),
             granularity=self.granularity,
         )
         return optimizer, Looped(loop, fading.beside(loop) if fading else self._companion(task, model, optimizer, loop))
