@@ -563,7 +563,7 @@ def tuning_table() -> str:
     for cell in cells:
         key = (cell.task, cell.method.partition("@")[0], cell.budget)
         found.setdefault(key, {}).setdefault(_rate(cell), []).append(cell)
-    for (task, method, budget), by_rate in found.items():
+    for (task, method, budget), by_rate in sorted(found.items(), key=lambda each: (*each[0][:2], -(each[0][2] or 1))):
         row = {rate: next(iter(summary_rows(Results(tuple(runs))))) for rate, runs in by_rate.items()}
         texts = [metric_text(row[rate]) if rate in row else "–" for rate in rates]
         lines.append(f"| {task} | `{method}` | {percent(budget or 1.0)} | {' | '.join(texts)} |")
