@@ -553,16 +553,18 @@ def sparse_table(folder: Path, density: str = "0.1") -> str:
 def tuning_table() -> str:
     """The metric on validation data by learning rate, from the sweeps in results/tuning."""
     folders = sorted(path.parent for path in RESULTS.glob("tuning/*/results.jsonl"))
-    cells = [cell for folder in folders for cell in read_results(folder).cells]
+    by_folder = {folder.name: read_results(folder).cells for folder in folders}
+    cells = [cell for of_folder in by_folder.values() for cell in of_folder]
     rates = sorted({_rate(cell) for cell in cells})
     lines = [
         f"| task | method | FLOPs | {' | '.join(f'{rate:g} x' for rate in rates)} |",
         f"|---|---|---:|{'---:|' * len(rates)}",
     ]
     found: dict[tuple[str, str, float | None], dict[float, list[Cell]]] = {}
-    for cell in cells:
-        key = (cell.task, cell.method.partition("@")[0], cell.budget)
-        found.setdefault(key, {}).setdefault(_rate(cell), []).append(cell)
+    for name, of_folder in by_folder.items():
+        for cell in of_folder:
+            key = (name, cell.method.partition("@")[0], cell.budget)
+            found.setdefault(key, {}).setdefault(_rate(cell), []).append(cell)
     for (task, method, budget), by_rate in sorted(found.items(), key=lambda each: (*each[0][:2], -(each[0][2] or 1))):
         row = {rate: next(iter(summary_rows(Results(tuple(runs))))) for rate, runs in by_rate.items()}
         texts = [metric_text(row[rate]) if rate in row else "–" for rate in rates]
