@@ -605,6 +605,12 @@ def test_unknown_names_list_the_known() -> None:
         split_named("train")
 
 
+def test_a_folder_for_digits(tmp_path: Path) -> None:
+    """A data folder for a task that reads none is an error, since another data set may have been meant."""
+    with pytest.raises(BenchError, match="the digits come with scikit-learn"):
+        task_named("digits", data=tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "epochs", "steps"), [("shakespeare", 1, None), ("digits", 1, 5), ("digits", 0, None), ("mnist", None, 0)]
 )

@@ -17,8 +17,15 @@ from setpoint.bench.simple_task import SimpleTask
 from setpoint.bench.smnist import scifar, smnist
 from setpoint.bench.task import PLAIN, BenchError, Task, fits_a_folder
 
+
+def _digits(data: Path | None) -> SimpleTask:
+    if data is not None:
+        raise BenchError("--data is for tasks that read a folder: the digits come with scikit-learn")
+    return digits()
+
+
 TASKS: Mapping[str, Callable[[Path | None], SimpleTask]] = {
-    "digits": lambda data: digits(),  # embedded in scikit-learn
+    "digits": _digits,
     "mnist": mnist,
     "cifar10-mini": cifar10_mini,
     "cifar10": cifar10,
