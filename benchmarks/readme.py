@@ -27,7 +27,7 @@ from setpoint.report.markdown import about, task_text
 from setpoint.report.numbers import duration, human, percent
 from setpoint.report.picture import write_picture
 from setpoint.report.results import Cell, Results, read_results
-from setpoint.report.statistics import difference, paired
+from setpoint.report.statistics import Difference, difference, paired
 from setpoint.report.summary import Row, series, summary_rows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,7 +83,7 @@ HEADLINES = ("small", "small-long")
 def headline_table() -> str:
     """Setpoint on every task at every budget, beside dense, small, and the best that is pruned after training."""
     lines = [
-        "| task | FLOPs of dense | dense | `small` | `small-long` | best with units cut after training | Setpoint | "
+        "| task | budget | dense | `small` | `small-long` | best with units cut after training | Setpoint | "
         "its training FLOPs | its training time | to `small` | to `small-long` |",
         f"|---|{'---:|' * 10}",
     ]
@@ -587,26 +587,38 @@ def validation_table() -> str:
         f"| task | FLOPs | data | {' | '.join(f'to `{name}`' for name in names)} |",
         "|---|---:|---|---:|---:|---:|",
     ]
+    others = ["| task | FLOPs | to | validation | test |", "|---|---:|---|---:|---:|"]
     for folder in sorted(path.parent for path in RESULTS.glob("*/results.jsonl")):
-        results = read_results(folder)
-        groups = series(results.cells)
+        groups = series(read_results(folder).cells)
         for ours in (cells for cells in groups.values() if cells[0].method == "setpoint"):
-            rivals = [
-                [cell for cell in results.cells if cell.method == name and cell.budget in (None, ours[0].budget)]
-                for name in names
-            ]
-            for split, of in (("validation", _last_validation), ("test", lambda cell: cell.value)):
-                apart = [difference(ours, rival, of) for rival in rivals]
-                texts = [
-                    "–"
-                    if each is None
-                    else f"**{interval_text(each, ours[0].metric)}**"
-                    if each.clear
-                    else interval_text(each, ours[0].metric)
-                    for each in apart
-                ]
-                lines.append(f"| {ours[0].task} | {percent(ours[0].budget)} | {split} | {' | '.join(texts)} |")
-    return "\n".join([*lines, "", "Seeds and machines are those of the tables below."])
+            task, share, metric = ours[0].task, percent(ours[0].budget), ours[0].metric
+            rivals = {
+                cells[0].method: cells
+                for cells in groups.values()
+                if cells[0].budget in (None, ours[0].budget) and "@density" not in cells[0].method
+            }
+            found = {
+                name: [difference(ours, cells, of) for of in (_last_validation, lambda cell: cell.value)]
+                for name, cells in rivals.items()
+            }
+            for number, split in enumerate(("validation", "test")):
+                texts = [_marked(found[name][number], metric) if name in found else "–" for name in names]
+                lines.append(f"| {task} | {share} | {split} | {' | '.join(texts)} |")
+            for name, (validation, test) in found.items():
+                if name not in (*names, "setpoint") and validation and test and validation.clear != test.clear:
+                    others.append(
+                        f"| {task} | {share} | `{name}` | {_marked(validation, metric)} | {_marked(test, metric)} |"
+                    )
+    told = "Of the other methods, those for which one interval excludes 0 and the other does not:"
+    return "\n".join([*lines, "", told, "", *others, "", "Seeds and machines are those of the tables below."])
+
+
+def _marked(found: Difference | None, metric: str) -> str:
+    """A difference with its interval, bold where that excludes 0."""
+    if found is None:
+        return "–"
+    text = interval_text(found, metric)
+    return f"**{text}**" if found.clear else text
 
 
 def _last_validation(cell: Cell) -> float | None:

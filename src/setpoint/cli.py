@@ -306,6 +306,7 @@ def _check_folder(out: Path) -> None:
 
 def _run(cells: Sequence[Cell], out: Path, workers: int | None, make_task: Callable[[], Task] | None = None) -> Outcome:
     """Train what the folder does not hold yet, under progress bars."""
+    from setpoint.bench.environment import code_version
     from setpoint.bench.interleaved import run_interleaved
     from setpoint.bench.progress import ProgressBars
     from setpoint.bench.results import held
@@ -313,7 +314,9 @@ def _run(cells: Sequence[Cell], out: Path, workers: int | None, make_task: Calla
 
     done = finished(cells, out)
     task = cells[0].task
+    other = sum(result.environment.get("code") != code_version() for result in done.values())
     told = f"; {len(done)} of them are there already" if done else ""
+    told += f", {other} made by other code than today's" if other else ""
     print(f"{task.name}: {len(cells)} runs of {task.steps} steps, results in {out}{told}", file=sys.stderr)
     with held(out), ProgressBars([cell for cell in cells if cell not in done]) as bars:
         if workers is None:

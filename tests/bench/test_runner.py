@@ -222,7 +222,7 @@ def test_a_killed_run_continues(tmp_path: Path) -> None:
     after = path.read_text(encoding="utf-8")
     assert after.startswith(before)
     assert [json.loads(line)["seed"] for line in after.splitlines()] == [0, 1]
-    assert "1 of them are there already" in done.stderr
+    assert "1 of them are there already" in done.stderr and "other code" not in done.stderr
     assert len(json.loads(done.stdout.splitlines()[-1])["methods"]["dense"]["runs"]) == 2
 
 
@@ -333,6 +333,18 @@ def test_another_test_set_is_another_task() -> None:
         return fingerprint(SimpleTask("own", ByFactor(lambda _: torch.nn.Linear(2, 2)), data, Recipe(steps=1, batch=4)))
 
     assert told(labels) == told(labels.clone()) != told(1 - labels)
+
+
+def test_what_goes_on_from_a_newer_run_is_run_again(tiny: Result, tmp_path: Path) -> None:
+    """A run that went on from another one is finished while that one is there and as old: else both are made anew."""
+    cells = grid(TINY, [method_named("magnitude-oneshot")], [0.5], [0])
+    pruned = replace(tiny, method="magnitude-oneshot", budget=0.5, date="2026-11-02T00:00:00+00:00")
+    append_result(tmp_path, pruned)
+    assert not finished(cells, tmp_path)
+    append_result(tmp_path, replace(tiny, date="2026-11-01T00:00:00+00:00"))
+    assert [cell.method.name for cell in finished(cells, tmp_path)] == ["dense", "magnitude-oneshot"]
+    append_result(tmp_path, replace(tiny, date="2026-11-03T00:00:00+00:00"))
+    assert [cell.method.name for cell in finished(cells, tmp_path)] == ["dense"]
 
 
 def test_nothing_goes_on_from_a_run_that_diverged(together: tuple[Path, dict[str, Result]], tmp_path: Path) -> None:

@@ -102,12 +102,14 @@ def test_better_than_pruned_at_equal_final_flops() -> None:
     assert found.verdict == "reached where measured" and found.evidence.endswith("; not run: prunetrain 0.5")
     missed = verdicts(DENSE, OURS, worse, better)["c"]
     assert missed.verdict == "not reached"
-    assert "0.10 points worse than taylor" in missed.evidence
+    assert (
+        "0.10 points worse than taylor" in missed.evidence and "; not run: magnitude-oneshot 0.5, " in missed.evidence
+    )
     cheaper = runs("taylor", 0.94, final_flops=20.0)
     assert verdicts(DENSE, OURS, cheaper)["c"].verdict == "not measured"
     found = verdicts(DENSE, OURS, everyone(0.94, but="cubic"), runs("cubic", 0.94, final_flops=45.0))["c"]
     assert found.verdict == "reached where measured"
-    assert found.evidence.endswith("; left out, worse but over 2.00 % cheaper: cubic")
+    assert found.evidence.endswith("; left out, clearly worse but over 2.00 % cheaper: cubic")
     assert verdicts(DENSE, OURS, runs("taylor", 0.94, final_flops=49.1))["c"].verdict == "reached where measured"
     assert verdicts(DENSE, OURS, runs("taylor", 0.94, final_flops=48.9))["c"].verdict == "not measured"  # 2 % less
 
@@ -118,12 +120,16 @@ def test_a_cheaper_rival_that_is_as_good_counts(value: float) -> None:
     cheaper, worse = runs("cubic", value, final_flops=45.0), runs("taylor", 0.94)
     found = verdicts(DENSE, OURS, cheaper, worse)["c"]
     assert found.verdict == "not reached" and "cubic" in found.evidence
+    unclear = verdicts(DENSE, OURS, runs("cubic", 0.947, spread=3.0, final_flops=45.0), worse)["c"]
+    assert unclear.verdict == "undecided" and "cubic" in unclear.evidence
 
 
 def test_better_than_small_by_more_than_the_spread() -> None:
     """The mean paired difference must exceed its own spread; a single seed has none, so nothing is measured."""
     assert verdicts(OURS, runs("small", 0.94))["d"].verdict == "reached"
-    assert verdicts(OURS, runs("small", 0.947, spread=3.0))["d"].verdict == "not reached"
+    assert verdicts(OURS, runs("small", 0.949))["d"].verdict == "not reached"
+    assert verdicts(OURS, runs("small", 0.947, spread=3.0))["d"].verdict == "undecided"  # 0.1 points, spread 0.2
+    assert verdicts(OURS[:2], runs("small", 0.94)[:2])["d"].verdict == "undecided"  # two seeds have no interval
     assert verdicts(OURS[:1], runs("small", 0.94)[:1])["d"].verdict == "not measured"
     lower = runs("setpoint", 1.5, metric="loss")
     assert verdicts(lower, runs("small", 1.52, metric="loss"))["d"].verdict == "reached"
@@ -135,7 +141,7 @@ def test_not_below_small_long_and_realised_savings() -> None:
     """A draw with small-long is enough; 36 % of the seconds for 40 % of the FLOPs are 0.9."""
     found = verdicts(DENSE, OURS, runs("small-long", 0.948))
     assert (found["e"].verdict, found["f"].verdict) == ("reached", "reached")
-    assert found["f"].evidence == "0.90 at budget 0.5"
+    assert found["f"].evidence == "0.900 at budget 0.5"
     assert verdicts(DENSE, OURS, runs("small-long", 0.9481))["e"].verdict == "not reached"
     busy = [[replace(cell, clock="shared") for cell in cells] for cells in (DENSE, OURS)]
     assert verdicts(*busy)["f"].verdict == "not measured"

@@ -124,7 +124,9 @@ def test_shares_are_taken_round_by_round() -> None:
     assert found.seconds and (found.seconds.mean, found.seconds.deviation) == (66.0, pytest.approx(36.68, abs=0.01))
     told = {column.heading: column.text(found) for column in columns([found])}
     assert told["time of dense"] == "55.0 % (50.0 to 60.0)"
-    assert told["s / FLOPs saved"] == "0.90 (0.80 to 1.00)"
+    assert told["s / FLOPs saved"] == "0.900 (0.800 to 1.000)"
+    shared = {column.heading for column in columns([replace(found, clock="shared")])}
+    assert not shared & {"time of dense", "s / FLOPs saved"}
 
 
 def test_a_round_is_the_mean_over_seeds() -> None:

@@ -76,7 +76,7 @@ def needed_cells(cell: Cell) -> dict[str, Cell]:
 
 
 def finished(cells: Sequence[Cell], out: Path) -> dict[Cell, Result]:
-    """The results that the folder already holds of these cells.
+    """The results that the folder already holds of these cells, but for what goes on from a run that is gone or newer.
 
     Raises:
         BenchError: the folder is of another version, or holds runs of another length or split of these
@@ -98,8 +98,19 @@ def finished(cells: Sequence[Cell], out: Path) -> dict[Cell, Result]:
                 f"{out} holds runs of a task {task.name} with another model, recipe or data than it has now, and they "
                 "would not compare: name another folder with --out, or change the task back"
             )
-    keys = {cell: (cell.task.name, cell.method.name, cell.budget, cell.seed) for cell in cells}
-    return {cell: by_key[key] for cell, key in keys.items() if key in by_key}
+    return {cell: by_key[_key(cell)] for cell in cells if _up_to_date(cell, by_key)}
+
+
+def _key(cell: Cell) -> tuple[str, str, float | None, int]:
+    return cell.task.name, cell.method.name, cell.budget, cell.seed
+
+
+def _up_to_date(cell: Cell, by_key: Mapping[tuple[str, str, float | None, int], Result]) -> bool:
+    """Whether it is there, and was made from what it needs as that is now: a run trained anew outdates what went on."""
+    found = by_key.get(_key(cell))
+    return found is not None and all(
+        _up_to_date(each, by_key) and by_key[_key(each)].date <= found.date for each in needed_cells(cell).values()
+    )
 
 
 def make_data_ready(cells: Iterable[Cell]) -> None:

@@ -23,6 +23,7 @@ from setpoint.bench.task import BenchError, Task
 from setpoint.bench.training import Cell, begin
 from setpoint.meter import Stopwatch
 from setpoint.report.results import SCHEMA, TIMING, read_timings
+from setpoint.report.summary import DENSE
 
 WARM_UP_STEPS = 2
 STEPS_PER_TURN = 4
@@ -30,6 +31,7 @@ ROUNDS = 5
 
 Shape = tuple[object, ...]
 """What decides how long a step takes: the shapes of all tensors, and for masked models the cell."""
+AGAIN: Shape = ("dense again",)
 Step = Callable[[], None]
 
 
@@ -52,6 +54,8 @@ class Timing:
         stage_steps: optimizer steps of each stage.
         step_seconds: median seconds of a step of each stage.
         load: the machine's load average over a minute, before and after; None where it is unknown.
+        control: what the dense model's first steps took when timed twice in a round, by the first time; none where it
+            is not among the runs. It should be 1: how far it is not is how far shares can be believed.
         environment: what the numbers depend on.
         date: when it was measured, ISO 8601 in UTC.
         schema: version of this format.
@@ -67,6 +71,7 @@ class Timing:
     stage_steps: tuple[int, ...]
     step_seconds: tuple[float, ...]
     load: tuple[float, float] | None
+    control: tuple[float, ...]
     environment: Mapping[str, str | int]
     date: str
     schema: int = field(default=SCHEMA)
@@ -108,6 +113,7 @@ def measure(
     In each round every kind of step is trained for a turn of a few steps, by a model made for it and gone
     afterwards, so that the machine's moods hit all alike. Equal shapes are timed once for all runs.
     A masked model is trained as its method trains it, since its steps are more than plain ones.
+    The dense model is timed twice, as a control.
 
     Args:
         done: finished cells and their results.
@@ -120,6 +126,9 @@ def measure(
     """
     courses = {cell: _course(cell, result, out, done) for cell, result in done.items()}
     subjects = {shape: subject for course in courses.values() for _, shape, subject in course}
+    dense = next((course[0][1] for cell, course in courses.items() if cell.method.name == DENSE), None)
+    if dense is not None:
+        subjects[AGAIN] = subjects[dense]
     before = _load()
     seconds: dict[Shape, list[float]] = {shape: [] for shape in subjects}
     for turn in range(rounds * len(subjects)):
@@ -129,8 +138,9 @@ def measure(
         seconds[shape].append(_step_seconds(subjects[shape]))
         after_turn((turn + 1) / (rounds * len(subjects)))
     load = None if before is None else (before, _load() or 0.0)
+    control = () if dense is None else tuple(b / a for a, b in zip(seconds[dense], seconds[AGAIN], strict=True))
     timings = tuple(
-        _timing(cell, done[cell], [(steps, seconds[shape]) for steps, shape, _ in course], load)
+        _timing(cell, done[cell], [(steps, seconds[shape]) for steps, shape, _ in course], load, control)
         for cell, course in courses.items()
     )
     for timing in timings:
@@ -202,7 +212,11 @@ def _step_seconds(subject: Subject) -> float:
 
 
 def _timing(
-    cell: Cell, result: Result, course: Sequence[tuple[int, Sequence[float]]], load: tuple[float, float] | None
+    cell: Cell,
+    result: Result,
+    course: Sequence[tuple[int, Sequence[float]]],
+    load: tuple[float, float] | None,
+    control: tuple[float, ...],
 ) -> Timing:
     """One run's timing from the step seconds of its stages, by round."""
     plain = (
@@ -220,6 +234,7 @@ def _timing(
         stage_steps=tuple(steps for steps, _ in course),
         step_seconds=tuple(statistics.median(each) for _, each in course),
         load=load,
+        control=control,
         environment=environment(cell.task),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
     )

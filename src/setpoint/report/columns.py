@@ -41,14 +41,22 @@ CLOCK_NOTES = {
     "shared": "Training times are the runs' own, on a machine that was busy with other work at the same time: they do "
     "not compare. `setpoint bench --timing` measures them.",
 }
-MOST_LOAD = 1.0
+SHARED = "shared"
+"""Clocks that do not compare."""
+MOST_LOAD = 0.3
+"""Above it, averaged over the minute before, a machine is called busy."""
 
 
 def clock_note(cells: Sequence[Cell], clock: str) -> str:
     """Where the seconds come from, and what else the machine was at."""
     load = max((cell.timing.load for cell in cells if cell.timing and cell.timing.load is not None), default=0.0)
     busy = f" The machine was not idle then: load average {load:.1f}." if load > MOST_LOAD else ""
-    return f"{CLOCK_NOTES[clock]}{busy}"
+    control = [each for cell in cells if cell.timing for each in cell.timing.control]
+    told = ""
+    if control:
+        told = " Timed a second time in the same rounds, steps of the dense model took "
+        told += f"{min(control):.2f} to {max(control):.2f} of the first time: shares are that uncertain."
+    return f"{CLOCK_NOTES[clock]}{busy}{told}"
 
 
 def columns(rows: Sequence[Row]) -> tuple[Column, ...]:
@@ -65,7 +73,7 @@ def columns(rows: Sequence[Row]) -> tuple[Column, ...]:
         Column(f"training FLOPs {OF_DENSE}", lambda row: percent(row.train_flops_ratio)),
         Column(f"training FLOPs {IN_THEORY}", lambda row: percent(row.theoretical_train_ratio), 3),
         Column(clock, seconds_text, 1),
-        Column(f"time {OF_DENSE}", lambda row: share_text(row.seconds_share)),
+        Column(f"time {OF_DENSE}", lambda row: NOTHING if row.clock == SHARED else share_text(row.seconds_share)),
         Column("overhead", overhead_text, 6),
         Column("s / FLOPs saved", realised_text, 4),
         Column("ahead from step", break_even_text, 7),
@@ -137,10 +145,10 @@ def share_text(share: Share | None) -> str:
 
 def realised_text(row: Row) -> str:
     """Seconds saved / FLOPs saved with the least and the largest of the rounds."""
-    if row.realised is None:
+    if row.realised is None or row.clock == SHARED:
         return NOTHING
     value, low, high = (
-        f"{each:.2f}".replace("-", MINUS) for each in (row.realised.value, row.realised.low, row.realised.high)
+        f"{each:.3f}".replace("-", MINUS) for each in (row.realised.value, row.realised.low, row.realised.high)
     )
     return value if low == high else f"{value} ({low} to {high})"
 

@@ -94,14 +94,15 @@ def _judged(letter: str, text: str, field: Field, check: Callable[[Field], Itera
     if untimed:
         return Goal(letter, text, UNKNOWN, _joined(f"{', '.join(untimed)} untimed", evidence))
     absent, cheaper = _absent(field, letter), _cheaper(field) if check is _better_than_pruned else []
-    if verdict == REACHED and (absent or cheaper):
-        missing = f"not run: {', '.join(absent)}" if absent else ""
-        return Goal(letter, text, PARTLY, _joined(evidence, missing, _told(cheaper)))
-    return Goal(letter, text, verdict, _joined(evidence, _told(cheaper)))
+    if verdict == UNKNOWN:
+        return Goal(letter, text, verdict, evidence)
+    verdict = PARTLY if verdict == REACHED and (absent or cheaper) else verdict
+    missing = f"not run: {', '.join(absent)}" if absent else ""
+    return Goal(letter, text, verdict, _joined(evidence, missing, _told(cheaper)))
 
 
 def _told(cheaper: Sequence[str]) -> str:
-    return f"left out, worse but over {percent(MOST_APART)} cheaper: {', '.join(cheaper)}" if cheaper else ""
+    return f"left out, clearly worse but over {percent(MOST_APART)} cheaper: {', '.join(cheaper)}" if cheaper else ""
 
 
 def _absent(field: Field, letter: str) -> list[str]:
@@ -214,7 +215,7 @@ def _better_than_pruned(field: Field) -> Iterator[Check]:
 
 
 def _cheaper(field: Field) -> list[str]:
-    """Rivals that are worse and spend less at the end, with which nothing is compared."""
+    """Rivals that are clearly worse and spend less at the end, with which nothing is compared."""
     return [
         rival.label
         for row in field.ours()
@@ -224,15 +225,15 @@ def _cheaper(field: Field) -> list[str]:
 
 
 def _counts(field: Field, row: Row, rival: Row) -> bool:
-    """Whether the rival is comparable, or better in spite of spending less."""
+    """Whether the rival is comparable, or in spite of spending less not clearly worse."""
     found = field.ahead(row, rival)
-    return _comparable(row, rival) or (found is not None and found.mean <= 0)
+    return _comparable(row, rival) or (found is not None and _above_zero(found) is not True)
 
 
 def _comparable(row: Row, rival: Row) -> bool:
     """Whether the rival spends as much at the end, or more, or is masked and would in theory.
 
-    One that spends less and is worse says nothing, and is left out; one that spends less and is as good counts.
+    One that spends less and is clearly worse says nothing, and is left out; one that spends less and is as good counts.
     """
     theirs = rival.final_flops_ratio if rival.theoretical_ratio is None else rival.theoretical_ratio
     return row.final_flops_ratio is None or theirs is None or theirs >= row.final_flops_ratio * (1 - MOST_APART)
@@ -240,9 +241,11 @@ def _comparable(row: Row, rival: Row) -> bool:
 
 def _better_than_small(field: Field) -> Iterator[Check]:
     def beyond_spread(found: Difference) -> bool | None:
-        if found.deviation is None or found.mean <= found.deviation:
-            return False
-        return _above_zero(found)
+        if found.deviation is None or found.low is None or found.high is None:
+            return None
+        if found.low > 0 and found.mean > found.deviation:
+            return True
+        return False if found.high <= max(0.0, found.deviation) else None
 
     for row in field.ours():
         for rival in field.rows:
@@ -292,7 +295,11 @@ GOALS: tuple[tuple[str, str, Callable[[Field], Iterator[Check]]], ...] = (
         "at most 0.65 of the training seconds of dense and of each post-training method at budget 0.5, 0.5 at 0.25",
         _seconds,
     ),
-    ("c", "better than every post-training and open-loop method at equal final FLOPs", _better_than_pruned),
+    (
+        "c",
+        "better than every post-training method and open-loop structured one at equal final FLOPs",
+        _better_than_pruned,
+    ),
     ("d", "better than `small` by more than the spread", _better_than_small),
     ("e", "not below `small-long`", _not_below_long),
     ("f", "seconds saved / FLOPs saved at least 0.85", _realised),

@@ -90,6 +90,7 @@ class Timing:
         stage_steps: optimizer steps of each stage of the run.
         step_seconds: seconds of a step of each stage.
         load: the machine's load average before the measurement; None where it is unknown.
+        control: seconds of the dense model's steps by those of the same steps, timed a second time, by round.
         environment: what it was measured on.
     """
 
@@ -99,6 +100,7 @@ class Timing:
     stage_steps: tuple[int, ...] = ()
     step_seconds: tuple[float, ...] = ()
     load: float | None = None
+    control: tuple[float, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -251,6 +253,7 @@ def read_timings(folder: Path, remarks: list[str]) -> dict[tuple[Any, ...], Timi
             stage_steps=tuple(map(int, numbers(line.get("stage_steps")))),
             step_seconds=numbers(line.get("step_seconds")),
             load=number(load[0]) if isinstance(load, list) and load else None,
+            control=numbers(line.get("control")),
             environment=texts(line.get("environment")),
         )
     return found
