@@ -187,6 +187,16 @@ def test_timing_answers_with_what_it_measured(tmp_path: Path) -> None:
     assert timed == json.loads((tmp_path / "timing.jsonl").read_text())["seconds"] != ran
 
 
+def test_runs_of_other_code_are_told(tmp_path: Path) -> None:
+    """A folder's finished runs are kept, and how many of them another version of the code has made is said."""
+    command = ("bench", "--task", "digits", "--methods", "dense", "--epochs", "1", "--out", tmp_path)
+    assert "there already" not in invoke(*command).stderr
+    path = tmp_path / "results.jsonl"
+    row = json.loads(path.read_text())
+    path.write_text(json.dumps({**row, "environment": {**row["environment"], "code": "0" * 16}}) + "\n")
+    assert "1 of them are there already, 1 made by other code" in invoke(*command).stderr
+
+
 def test_missing_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Without scikit-learn the demo says which extra to install."""
     from setpoint.bench import digits
