@@ -78,7 +78,7 @@ def narrow(task: Task) -> dict[str, int]:
 @pytest.mark.parametrize("name", TASKS)
 def test_task(name: str, data: Path) -> None:
     """Batches fit the model and its example, one seed gives the same batches and weights, and a score comes out."""
-    task = task_named(name, data=data)
+    task = task_named(name, data=None if name == "digits" else data)
     torch.manual_seed(3)
     model = task.build(narrow(task))
     torch.manual_seed(3)
