@@ -21,14 +21,14 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from setpoint.report.columns import difference_text, interval_text, metric_text, seconds_text
+from setpoint.report.columns import interval_text, metric_text, seconds_text
 from setpoint.report.goals import GOALS, Goal, goals
 from setpoint.report.markdown import about, task_text
 from setpoint.report.numbers import duration, human, percent
 from setpoint.report.picture import write_picture
 from setpoint.report.results import Cell, Results, read_results
 from setpoint.report.statistics import Difference, difference, paired
-from setpoint.report.summary import Row, series, summary_rows
+from setpoint.report.summary import series, summary_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
@@ -103,12 +103,8 @@ def headline_table() -> str:
                 best = sorted(after, key=lambda row: row.value.mean, reverse=ours.metric == "accuracy")[:1]
                 rivals = [metric_text(beside[name]) if name in beside else "–" for name in HEADLINES]
                 told = [f"{metric_text(row)} (`{row.method}`, {percent(row.train_flops_ratio)})" for row in best]
-                apart = [
-                    f"**{difference_text(ours, name)}**" if _clear(ours, name) else difference_text(ours, name)
-                    for name in HEADLINES
-                ]
-                time = "–" if ours.clock == "shared" else percent(ours.seconds_ratio)
-                spent = (percent(ours.train_flops_ratio), time)
+                apart = [_marked(ours.differences.get(name), ours.metric) for name in HEADLINES]
+                spent = (percent(ours.train_flops_ratio), percent(ours.seconds_ratio))
                 cells = (
                     task,
                     percent(ours.budget),
@@ -121,11 +117,6 @@ def headline_table() -> str:
                 )
                 lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def _clear(row: Row, rival: str) -> bool:
-    """Whether the interval of the difference excludes 0."""
-    return rival in row.differences and row.differences[rival].clear
 
 
 def task_sections() -> str:
@@ -521,9 +512,7 @@ def states_table(folder: Path) -> str:
         )
         ahead = []
         for each in ours:
-            apart = difference(by_label[each.label], cells)
-            text = interval_text(apart, row.metric)
-            ahead.append("–" if row is each else f"**{text}**" if apart.clear else text)
+            ahead.append("–" if row is each else _marked(difference(by_label[each.label], cells), row.metric))
         lines.append(f"| `{row.method}` | {metric_text(row)} | {told} | {time} | {' | '.join(ahead)} |")
     return "\n".join([*lines, "", about(results.cells, rows)])
 
@@ -541,9 +530,8 @@ def sparse_table(folder: Path, density: str = "0.1") -> str:
         shares = [percent(share) for share in (row.density, row.theoretical_ratio, row.theoretical_train_ratio)]
         apart = []
         for rival in rivals.values():
-            found = difference(by_label[row.method], rival)
-            text = interval_text(found, row.metric)
-            apart.append("–" if rival is by_label[row.method] else f"**{text}**" if found.clear else text)
+            ours = by_label[row.method]
+            apart.append("–" if rival is ours else _marked(difference(ours, rival), row.metric))
         lines.append(f"| `{row.method.split('@')[0]}` | {metric_text(row)} | {' | '.join((*shares, *apart))} |")
     seeds = ", ".join(map(str, sorted({cell.seed for cell in cells})))
     machine = _rows_made_on([{**cell.environment, "date": cell.date} for cell in cells])

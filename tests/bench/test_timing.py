@@ -56,7 +56,7 @@ def test_runs_are_timed_by_their_stages(tmp_path: Path) -> None:
     assert pruned.step_seconds[0] == dense.step_seconds[0]  # equal shapes are timed once
     read = {cell.method: cell.timing for cell in read_results(tmp_path).cells}
     assert read["setpoint"] and read["setpoint"].rounds == pruned.rounds
-    assert len(dense.control) == 2 and min(dense.control) > 0  # dense timed twice in each round
+    assert len(dense.control) == 2 and set(dense.control) != {1.0}  # dense is timed twice in each round
     assert read["setpoint"].control == pruned.control == dense.control
     assert len((tmp_path / "timing.jsonl").read_text().splitlines()) == 3
     assert json.loads((tmp_path / "timing.jsonl").read_text().splitlines()[0])["environment"]["torch"]

@@ -125,8 +125,15 @@ def test_shares_are_taken_round_by_round() -> None:
     told = {column.heading: column.text(found) for column in columns([found])}
     assert told["time of dense"] == "55.0 % (50.0 to 60.0)"
     assert told["s / FLOPs saved"] == "0.900 (0.800 to 1.000)"
-    shared = {column.heading for column in columns([replace(found, clock="shared")])}
-    assert not shared & {"time of dense", "s / FLOPs saved"}
+
+
+@pytest.mark.parametrize(("clock", "share"), [("interleaved", 0.5), ("shared", None)])
+def test_clocks_that_do_not_compare_give_no_share(clock: str, share: float | None) -> None:
+    """Seconds of a busy machine are told, but neither their share of dense nor what was saved by them."""
+    dense = cells("dense", [0.9], train_flops=100.0, seconds=20.0, clock=clock)
+    found = row(dense + cells("setpoint", [0.9], train_flops=50.0, seconds=10.0, clock=clock), "setpoint")
+    assert found.seconds and found.seconds.mean == 10.0
+    assert found.seconds_ratio == share and (found.realised is None) == (share is None)
 
 
 def test_a_round_is_the_mean_over_seeds() -> None:

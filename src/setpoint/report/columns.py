@@ -41,8 +41,6 @@ CLOCK_NOTES = {
     "shared": "Training times are the runs' own, on a machine that was busy with other work at the same time: they do "
     "not compare. `setpoint bench --timing` measures them.",
 }
-SHARED = "shared"
-"""Clocks that do not compare."""
 MOST_LOAD = 0.3
 """Above it, averaged over the minute before, a machine is called busy."""
 
@@ -73,7 +71,7 @@ def columns(rows: Sequence[Row]) -> tuple[Column, ...]:
         Column(f"training FLOPs {OF_DENSE}", lambda row: percent(row.train_flops_ratio)),
         Column(f"training FLOPs {IN_THEORY}", lambda row: percent(row.theoretical_train_ratio), 3),
         Column(clock, seconds_text, 1),
-        Column(f"time {OF_DENSE}", lambda row: NOTHING if row.clock == SHARED else share_text(row.seconds_share)),
+        Column(f"time {OF_DENSE}", lambda row: share_text(row.seconds_share)),
         Column("overhead", overhead_text, 6),
         Column("s / FLOPs saved", realised_text, 4),
         Column("ahead from step", break_even_text, 7),
@@ -145,7 +143,7 @@ def share_text(share: Share | None) -> str:
 
 def realised_text(row: Row) -> str:
     """Seconds saved / FLOPs saved with the least and the largest of the rounds."""
-    if row.realised is None or row.clock == SHARED:
+    if row.realised is None:
         return NOTHING
     value, low, high = (
         f"{each:.3f}".replace("-", MINUS) for each in (row.realised.value, row.realised.low, row.realised.high)

@@ -75,7 +75,7 @@ def headline(rows: Sequence[Row]) -> str:
         if row.difference:
             unit = " points" if row.metric == "accuracy" else ""
             text += f", {interval_text(row.difference, row.metric)}{unit} to dense"
-        timed = row.seconds_ratio is not None and row.clock != "shared"
+        timed = row.seconds_ratio is not None
         told.append(text + (f", in {percent(row.seconds_ratio)} of its training time." if timed else "."))
     for row in rows:
         if row.method == "small" and told:

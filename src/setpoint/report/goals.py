@@ -245,7 +245,7 @@ def _better_than_small(field: Field) -> Iterator[Check]:
             return None
         if found.low > 0 and found.mean > found.deviation:
             return True
-        return False if found.high <= max(0.0, found.deviation) else None
+        return False if found.high <= found.deviation else None
 
     for row in field.ours():
         for rival in field.rows:
@@ -283,7 +283,7 @@ def _amount(value: float, row: Row) -> str:
 
 def _realised(field: Field) -> Iterator[Check]:
     for row in field.ours():
-        if row.realised is not None and row.clock != "shared":
+        if row.realised is not None:
             text = f"{realised_text(row)} at budget {row.budget or 1:g}"
             yield Check(row.realised.at_least(LEAST_REALISED), row.realised.value - LEAST_REALISED, text)
 

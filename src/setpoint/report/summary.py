@@ -177,7 +177,7 @@ def summarise(label: str, groups: Mapping[str, Sequence[Cell]]) -> Row:
         return None if seconds_of(cell, clock) is None else cell.train_flops
 
     train_flops, train_flops_ratio = same(lambda cell: cell.train_flops)
-    seconds_share = share_of(rounds_of(cells, clock), rounds_of(dense, clock))
+    seconds_share = None if clock == "shared" else share_of(rounds_of(cells, clock), rounds_of(dense, clock))
     landings = [cell.landed for cell in cells if cell.landed is not None]
     is_dense = first.method == DENSE
     ahead = [] if is_dense else [break_even_of(cell, dense, clock) for cell in cells]
