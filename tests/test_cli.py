@@ -180,11 +180,15 @@ def test_timing_of_nothing(tmp_path: Path) -> None:
 
 
 def test_timing_answers_with_what_it_measured(tmp_path: Path) -> None:
-    """After `--timing` the seconds of the last line are those that were just measured, not the runs' own."""
-    command = ("bench", "--task", "digits", "--methods", "dense", "--epochs", "1", "--out", tmp_path)
-    ran = answer(invoke(*command))["methods"]["dense"]["seconds"]
-    timed = answer(invoke(*command, "--timing"))["methods"]["dense"]["seconds"]
-    assert timed == json.loads((tmp_path / "timing.jsonl").read_text())["seconds"] != ran
+    """After `--timing` the last line's seconds are those just measured, not the runs' own, with their shares."""
+    command = ("bench", "--task", "digits", "--methods", "dense,small", "--epochs", "1", "--out", tmp_path)
+    ran = answer(invoke(*command, "--workers", "1"))["methods"]
+    assert "seconds_ratio" not in ran["small"]
+    timed = answer(invoke(*command, "--timing"))["methods"]
+    rows = [json.loads(line) for line in (tmp_path / "timing.jsonl").read_text().splitlines()]
+    assert [timed[row["method"]]["seconds"] for row in rows] == [row["seconds"] for row in rows]
+    assert timed["dense"]["seconds"] != ran["dense"]["seconds"]
+    assert timed["small"]["seconds_ratio"] == pytest.approx(timed["small"]["seconds"] / timed["dense"]["seconds"])
 
 
 def test_runs_of_other_code_are_told(tmp_path: Path) -> None:

@@ -277,6 +277,7 @@ def _time(cells: Sequence[Cell], out: Path) -> Outcome:
     from setpoint.bench.results import held
     from setpoint.bench.runner import Outcome, finished
     from setpoint.bench.timing import measure, with_timed
+    from setpoint.report.columns import MOST_LOAD
 
     done = finished(with_timed(cells, out), out)
     if not done:
@@ -287,13 +288,13 @@ def _time(cells: Sequence[Cell], out: Path) -> Outcome:
     if missing:
         print(f"not timed, since they are not finished: {', '.join(missing)}", file=sys.stderr)
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    if load > 1:
-        print(f"the machine is not idle (load average {load:.1f}): these seconds will say little", file=sys.stderr)
+    if load > MOST_LOAD:
+        print(f"the machine is not idle (load average {load:.1f}): these seconds may mislead", file=sys.stderr)
     with held(out), turns_bar(f"timing {len(done)} runs of {cells[0].task.name}") as after_turn:
         timings = measure(done, out, after_turn)
     return Outcome(
         tuple(
-            replace(result, seconds=timing.seconds, overhead_seconds=timing.own_seconds)
+            replace(result, seconds=timing.seconds, overhead_seconds=timing.own_seconds, clock="interleaved")
             for result, timing in zip(done.values(), timings, strict=True)
         )
     )

@@ -120,6 +120,13 @@ def test_ratios_are_to_dense() -> None:
     assert pruned["counter_agrees"] is True
 
 
+def test_shares_of_seconds_need_clocks_that_compare() -> None:
+    """No share of seconds is told of cells that had a process each, beside others; all else is."""
+    pruned = summarise([DENSE, replace(PRUNED, clock="shared")])["methods"]["setpoint"]
+    assert not {"seconds_ratio", "seconds_saved_per_flops_saved"} & set(pruned)
+    assert pruned["train_flops_ratio"] == pytest.approx(0.6)
+
+
 def test_seeds_are_averaged() -> None:
     """Several seeds give means and the runs beside them; what fails in one seed fails in the mean."""
     again = [replace(DENSE, seed=1, value=1.0), replace(PRUNED, seed=1, value=0.9, landed=False, claimed_flops=7.0)]

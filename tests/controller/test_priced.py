@@ -21,6 +21,7 @@ from controller.plants import (
     run,
     unit_group,
 )
+from setpoint.baselines.scheduled import ScheduledController
 from setpoint.controller.plan import Plan
 from setpoint.controller.price import Gains
 from setpoint.controller.priced import PricedController, PricedState, cheapest
@@ -300,6 +301,27 @@ def test_uncalibrated_reading_thins_groups_alike() -> None:
     last = run(PricedController(), groups, cost, saliency, fraction=0.4, calibrated=False)[-1]
     densities = [group.num_units / dense.num_units for group, dense in zip(last.groups, groups, strict=True)]
     assert last.plan.landed and max(densities) - min(densities) < 0.06
+
+
+@pytest.mark.parametrize("fraction", [0.7, 0.5, 0.25])
+def test_an_even_cut_stays_even_in_coarse_blocks(fraction: float) -> None:
+    """Where groups are thinned alike, no two densities lie more than a block of each group apart at any decision, and
+    the run lands on the widths of an open loop's even cut: coming nearer to the budget is not worth a layer.
+    """
+    _, cost = chain(32, 64, 64, 128, 128, 128, coefficients=(64.0, 64.0, 16.0, 16.0, 4.0, 4.0, 1.0))
+    blocks = {32: 4, 64: 8, 128: 16}
+    groups = tuple(
+        unit_group(f"layer{i}", width, multiple_of=blocks[width]) for i, width in enumerate((32, 64, 64, 128, 128, 128))
+    )
+    ends = []
+    for controller in (PricedController(), ScheduledController()):
+        decisions = run(controller, groups, cost, lognormal(groups), fraction=fraction, calibrated=False)
+        for decision in decisions:
+            densities = [now.num_units / dense.num_units for now, dense in zip(decision.groups, groups, strict=True)]
+            assert max(densities) - min(densities) <= 2 / 8
+        assert decisions[-1].plan.landed
+        ends.append(widths_of(decisions[-1].groups))
+    assert ends[0] == ends[1]
 
 
 def test_calibrated_reading_spares_the_salient_group() -> None:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import numpy as np
-from jaxtyping import Float64
-
-from setpoint.controller.ladder import Ladder, build_ladder
+from setpoint.controller.ladder import Ladder
+from setpoint.controller.landing import free_ladders, landing_widths
 from setpoint.controller.plan import Observation, Plan
 from setpoint.controller.selection import Selection, add_back, descend, start, weigh
 from setpoint.cost.cost import Cost
@@ -54,10 +52,10 @@ def even_plan(
     """
     assert observation.reading is not None
     limit, saliency = observation.limit[cost.resource], observation.reading.saliency
-    free = _ladders(state.dense, groups, saliency, {})
+    free = free_ladders(state.dense, groups, saliency, {})
     most = {name: width - _whole(free[name], (sure or {}).get(name, 0)) for name, width in widths_of(groups).items()}
     floor = landing_widths(cost, {**observation.widths, **most}, state.dense, groups, limit)
-    ladders = _ladders(state.dense, groups, saliency, floor)
+    ladders = free_ladders(state.dense, groups, saliency, floor)
     selection = start(cost, ladders, observation.widths, "uniform")
     for name, units in (sure or {}).items():
         _drop_surely(selection, name, units, limit)
@@ -75,54 +73,6 @@ def even_plan(
         landed=landed,
         reason=f"{'landed: ' if landed else ''}{reason}; dropped {dropped} units",
     )
-
-
-def _ladders(
-    dense: Mapping[str, int],
-    groups: tuple[Group, ...],
-    saliency: Mapping[str, Float64[np.ndarray, " units"]],
-    floor: Mapping[str, int],
-) -> dict[str, Ladder]:
-    """Ladders of all groups, by name; any unit may go."""
-    return {
-        group.name: build_ladder(
-            group,
-            saliency[group.name],
-            dense=dense[group.name],
-            floor=floor.get(group.name, 0),
-            max_dropped=group.num_units,
-            free=np.ones(group.num_units, dtype=bool),
-        )
-        for group in groups
-    }
-
-
-def landing_widths(
-    cost: Cost, widths: Mapping[str, int], dense: Mapping[str, int], groups: tuple[Group, ...], limit: float
-) -> dict[str, int]:
-    """The widths at which an even cut of the dense model meets the limit, and no single block can be given back.
-
-    A group that is narrower already than it would be then stays as it is, and leaves more to the others.
-
-    Args:
-        cost: predicts spending.
-        widths: widths that no group is to exceed, those of groups that are not cut included.
-        dense: width of each group before any cut.
-        groups: the groups that may be cut.
-        limit: highest allowed cost.
-    """
-    narrow: set[str] = set()
-    while True:
-        whole = tuple(replace(group, num_units=dense[group.name]) for group in groups if group.name not in narrow)
-        ladders = _ladders(dense, whole, {group.name: np.zeros(group.num_units) for group in whole}, {})
-        selection = start(cost, ladders, {**widths, **widths_of(whole)}, "uniform")
-        descend(selection, limit)
-        if selection.total <= limit:
-            add_back(selection, limit)
-        narrower = {name for name, width in selection.widths.items() if widths[name] < width}
-        if not narrower:
-            return {group.name: selection.widths[group.name] for group in groups}
-        narrow |= narrower
 
 
 def _whole(ladder: Ladder, units: int) -> int:

@@ -59,9 +59,10 @@ def _numbers(run: Result, dense: Result | None) -> dict[str, Any]:
     if dense is not None and run is not dense:
         numbers["final_flops_ratio"] = run.final_flops / dense.final_flops
         numbers["train_flops_ratio"] = run.train_flops / dense.train_flops
-        numbers["seconds_ratio"] = run.seconds / dense.seconds
-        saved = 1 - numbers["train_flops_ratio"]
-        numbers["seconds_saved_per_flops_saved"] = (1 - numbers["seconds_ratio"]) / saved if saved > 0.01 else None
+        if "shared" not in (run.clock, dense.clock):  # clocks of cells that ran beside others do not compare
+            numbers["seconds_ratio"] = run.seconds / dense.seconds
+            saved = 1 - numbers["train_flops_ratio"]
+            numbers["seconds_saved_per_flops_saved"] = (1 - numbers["seconds_ratio"]) / saved if saved > 0.01 else None
     if run.landed is not None:
         numbers["landed"] = run.landed
         numbers["resizes"] = run.resizes

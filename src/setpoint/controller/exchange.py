@@ -48,10 +48,9 @@ def _swap_once(selection: Selection, target: float, price: float) -> bool:
     rise = gains[:, None] - losses[None, :]
     allowed = (rise > 0) & (rise <= (target - selection.total) * (1 + 1e-9))
     allowed &= np.array(back)[:, None] != np.array(out)[None, :]
-    if selection.allocation == "worth":
-        kept = np.array([selection.salience(name, selection.rungs[name] - 1) for name in back])
-        lost = np.array([selection.salience(name, selection.rungs[name]) for name in out])
-        allowed &= lost[None, :] - kept[:, None] <= price * rise
+    kept = np.array([selection.salience(name, selection.rungs[name] - 1) for name in back])
+    lost = np.array([selection.salience(name, selection.rungs[name]) for name in out])
+    allowed &= lost[None, :] - kept[:, None] <= price * rise
     pairs = sorted(np.argwhere(allowed).tolist(), key=lambda p: (-rise[p[0], p[1]], back[p[0]], out[p[1]]))
     return any(_swap_pair(selection, back[i], out[j], target) for i, j in pairs[:_SWAP_CANDIDATES])
 
@@ -152,7 +151,6 @@ def _drop_one_or_two(
 ) -> None:
     """Complete a half-made trade (cost, saliency lost, given back, dropped) by one block or, if not enough, two."""
     total, lost, up, down = so_far
-    by_worth = selection.allocation == "worth"
     for place, name in enumerate(out):
         rung = selection.rungs[name]
         if rung == selection.ladders[name].num_rungs:
@@ -160,8 +158,8 @@ def _drop_one_or_two(
         cost = total - selection.cost.saving(selection.widths, name, selection.size(name, rung))
         loss = lost + selection.salience(name, rung)
         if selection.total < cost <= target:
-            price = _PREMIUM * selection.highest if by_worth else 1.0
-            found.append(((loss if by_worth else 0.0) - price * (cost - selection.total), up, (*down, name)))
+            price = _PREMIUM * selection.highest
+            found.append((loss - price * (cost - selection.total), up, (*down, name)))
         elif cost > target and not down:
             selection.move(name, 1)
             _drop_one_or_two(selection, out[place:], target, (cost, loss, up, (name,)), found)

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float64, Int64
 
 from setpoint.controller.exchange import swap, trade
 from setpoint.controller.ladder import Ladder, build_ladder
+from setpoint.controller.landing import landing_widths
 from setpoint.controller.offer import Offer, offers_of, together, widened
 from setpoint.controller.plan import Observation, Plan
 from setpoint.controller.price import Feedback, Gains
@@ -106,7 +107,9 @@ class PricedController:
     With a reading that is not calibrated, saliencies of different groups cannot be compared. Then
     `allocation="uniform"` is used: blocks are ranked by the share of the group that would be gone, which
     keeps the densities of all groups alike, and within a group by saliency. (Dividing by a group's mean
-    saliency instead would starve groups whose saliencies are alike.) Worth and price are then shares.
+    saliency instead would starve groups whose saliencies are alike.) Worth and price are then shares. Nothing is
+    swapped, and no group goes below the width at which an even cut lands, so that coarse blocks on the way down do
+    not cost more than the limit demands.
 
     With `regrow=True` dropped units rest in a reserve and are probed before a decision. A block of
     them comes back where
@@ -373,28 +376,32 @@ class PricedController:
         offers: list[Offer],
     ) -> tuple[Selection, str]:
         """Choose what goes if these come back: on the way down, or landing with guards lifted that would miss."""
+        reading = observation.reading
+        assert reading is not None
         landing = aim.limit / state.feedback.factor()
-        density = uniform_density(cost, observation.widths, state.dense, groups, landing)
+        goal = aim.target if aim.settled else aim.most
+        allocation = self.allocation if reading.calibrated else "uniform"
+        if allocation == "uniform":
+            floor = landing_widths(cost, observation.widths, state.dense, groups, min(landing, goal))
+        else:
+            density = uniform_density(cost, observation.widths, state.dense, groups, landing) * self.min_density
+            floor = {name: math.ceil(density * width) for name, width in state.dense.items()}
 
-        def nothing(slew: float, min_density: float, dwell: int) -> Selection:
-            reading = observation.reading
-            assert reading is not None
-            ladders = _ladders(state, reading, groups, slew, min_density * density, dwell)
-            allocation = self.allocation if reading.calibrated else "uniform"
+        def nothing(slew: float, floor: Mapping[str, int], dwell: int) -> Selection:
+            ladders = _ladders(state, reading, groups, slew, floor, dwell)
             return start(cost, ladders, widened(observation.widths, offers), allocation)
 
         if not aim.settled:
-            selection = nothing(self.slew, self.min_density, self.dwell)
+            selection = nothing(self.slew, floor, self.dwell)
             target = max(aim.target, landing + _BLOCKS_TO_LAND * block_savings(selection))
             self._descend(selection, min(target, aim.most), land=False)
             if selection.total <= aim.most:
                 return selection, "what is left to drop is left for the landing" if target > aim.target else ""
-        goal = aim.target if aim.settled else aim.most
-        selection, lifted = nothing(self.slew, self.min_density, self.dwell), ""
+        selection, lifted = nothing(self.slew, floor, self.dwell), ""
         if not self._descend(selection, goal, land=True):
-            selection, lifted = nothing(1.0, self.min_density, self.dwell), "slew limit lifted"
+            selection, lifted = nothing(1.0, floor, self.dwell), "slew limit lifted"
             if not self._descend(selection, goal, land=True):
-                unguarded = nothing(1.0, 0.0, 0)
+                unguarded = nothing(1.0, {}, 0)
                 if self._descend(unguarded, goal, land=True) or aim.most < math.inf:
                     selection, lifted = unguarded, "slew limit, density floor and dwell lifted"
         return selection, lifted and f"{lifted}, or the limit would have been missed"
@@ -405,9 +412,10 @@ class PricedController:
         if selection.total > target:
             return False
         add_back(selection, target)
-        swap(selection, target, self.deadband)
-        if land:
-            trade(selection, target, self.deadband)
+        if selection.allocation == "worth":  # exchanges by saliency would undo an even cut
+            swap(selection, target, self.deadband)
+            if land:
+                trade(selection, target, self.deadband)
         return True
 
     def _cut(
@@ -443,7 +451,12 @@ class PricedController:
 
 
 def _ladders(
-    state: PricedState, reading: Reading, groups: tuple[Group, ...], slew: float, floor: float, dwell: int
+    state: PricedState,
+    reading: Reading,
+    groups: tuple[Group, ...],
+    slew: float,
+    floor: Mapping[str, int],
+    dwell: int,
 ) -> dict[str, Ladder]:
     """Ladders of all groups, by name, at these guards; units that each reading makes anew have no age."""
     return {
@@ -451,7 +464,7 @@ def _ladders(
             group,
             reading.saliency[group.name],
             dense=state.dense[group.name],
-            floor=math.ceil(floor * state.dense[group.name]),
+            floor=floor.get(group.name, 0),
             max_dropped=math.floor(slew * group.num_units),
             free=(state.age[group.name] >= dwell) | (group.name in reading.basis),
         )

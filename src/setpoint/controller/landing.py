@@ -1,0 +1,62 @@
+"""The landing of an even cut: the widths at which groups of one density meet the limit, in whole blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+from jaxtyping import Float64
+
+from setpoint.controller.ladder import Ladder, build_ladder
+from setpoint.controller.selection import add_back, descend, start
+from setpoint.cost.cost import Cost
+from setpoint.groups.group import Group, widths_of
+
+
+def free_ladders(
+    dense: Mapping[str, int],
+    groups: tuple[Group, ...],
+    saliency: Mapping[str, Float64[np.ndarray, " units"]],
+    floor: Mapping[str, int],
+) -> dict[str, Ladder]:
+    """Ladders of all groups, by name; any unit may go."""
+    return {
+        group.name: build_ladder(
+            group,
+            saliency[group.name],
+            dense=dense[group.name],
+            floor=floor.get(group.name, 0),
+            max_dropped=group.num_units,
+            free=np.ones(group.num_units, dtype=bool),
+        )
+        for group in groups
+    }
+
+
+def landing_widths(
+    cost: Cost, widths: Mapping[str, int], dense: Mapping[str, int], groups: tuple[Group, ...], limit: float
+) -> dict[str, int]:
+    """The widths at which an even cut of the dense model meets the limit, and no single block can be given back.
+
+    A group that is narrower already than it would be then stays as it is, and leaves more to the others.
+
+    Args:
+        cost: predicts spending.
+        widths: widths that no group is to exceed, those of groups that are not cut included.
+        dense: width of each group before any cut.
+        groups: the groups that may be cut.
+        limit: highest allowed cost.
+    """
+    narrow: set[str] = set()
+    while True:
+        whole = tuple(replace(group, num_units=dense[group.name]) for group in groups if group.name not in narrow)
+        ladders = free_ladders(dense, whole, {group.name: np.zeros(group.num_units) for group in whole}, {})
+        selection = start(cost, ladders, {**widths, **widths_of(whole)}, "uniform")
+        descend(selection, limit)
+        if selection.total <= limit:
+            add_back(selection, limit)
+        narrower = {name for name, width in selection.widths.items() if widths[name] < width}
+        if not narrower:
+            return {group.name: selection.widths[group.name] for group in groups}
+        narrow |= narrower
