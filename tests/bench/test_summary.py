@@ -122,9 +122,12 @@ def test_ratios_are_to_dense() -> None:
 
 def test_shares_of_seconds_need_clocks_that_compare() -> None:
     """No share of seconds is told of cells that had a process each, beside others; all else is."""
-    pruned = summarise([DENSE, replace(PRUNED, clock="shared")])["methods"]["setpoint"]
-    assert not {"seconds_ratio", "seconds_saved_per_flops_saved"} & set(pruned)
-    assert pruned["train_flops_ratio"] == pytest.approx(0.6)
+    shared = replace(PRUNED, clock="shared")
+    seconds = [replace(DENSE, seed=1), replace(PRUNED, seed=1)]
+    for runs in ([DENSE, shared], [DENSE, shared, *seconds], [DENSE, PRUNED, seconds[0], replace(shared, seed=1)]):
+        pruned = summarise(runs)["methods"]["setpoint"]
+        assert not {"seconds_ratio", "seconds_saved_per_flops_saved"} & set(pruned)
+        assert pruned["train_flops_ratio"] == pytest.approx(0.6)
 
 
 def test_seeds_are_averaged() -> None:

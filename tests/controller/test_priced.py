@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,9 +23,10 @@ from controller.plants import (
     unit_group,
 )
 from setpoint.baselines.scheduled import ScheduledController
-from setpoint.controller.plan import Plan
+from setpoint.controller.plan import Controller, Plan
 from setpoint.controller.price import Gains
 from setpoint.controller.priced import PricedController, PricedState, cheapest
+from setpoint.controller.selection import uniform_density
 from setpoint.cost.cost import Cost, ProductCost, Term
 from setpoint.groups.group import Group, Size, widths_of
 from setpoint.sensor.reading import Reading
@@ -303,25 +305,44 @@ def test_uncalibrated_reading_thins_groups_alike() -> None:
     assert last.plan.landed and max(densities) - min(densities) < 0.06
 
 
-@pytest.mark.parametrize("fraction", [0.7, 0.5, 0.25])
-def test_an_even_cut_stays_even_in_coarse_blocks(fraction: float) -> None:
-    """Where groups are thinned alike, no two densities lie more than a block of each group apart at any decision, and
-    the run lands on the widths of an open loop's even cut: coming nearer to the budget is not worth a layer.
+WIDTHS = (32, 64, 64, 128, 128, 128)
+EVEN_PLANTS = {
+    "image": (
+        tuple(unit_group(f"layer{i}", width, multiple_of=width // 8) for i, width in enumerate(WIDTHS)),
+        chain(*WIDTHS, coefficients=(64.0, 64.0, 16.0, 16.0, 4.0, 4.0, 1.0))[1],
+    ),
+    "cheap end": chain(64, 64, 64, 64, multiple_of=8, coefficients=(1.0, 64.0, 64.0, 1.0, 0.01)),
+    "coarse": chain(32, 64, 128, multiple_of=16),
+}
+
+
+@pytest.mark.parametrize("metered", [False, True])
+@pytest.mark.parametrize("controller", [PricedController(), ScheduledController()], ids=["closed loop", "cubic"])
+@pytest.mark.parametrize("name", EVEN_PLANTS)
+def test_an_even_cut_starves_no_group(name: str, controller: Controller[Any], metered: bool) -> None:
+    """Where groups are thinned alike, none is at any decision further below the even density that meets the limit than
+    the coarsest block: coming nearer to the budget is not worth a layer.
     """
-    _, cost = chain(32, 64, 64, 128, 128, 128, coefficients=(64.0, 64.0, 16.0, 16.0, 4.0, 4.0, 1.0))
-    blocks = {32: 4, 64: 8, 128: 16}
-    groups = tuple(
-        unit_group(f"layer{i}", width, multiple_of=blocks[width]) for i, width in enumerate((32, 64, 64, 128, 128, 128))
-    )
-    ends = []
-    for controller in (PricedController(), ScheduledController()):
-        decisions = run(controller, groups, cost, lognormal(groups), fraction=fraction, calibrated=False)
+    groups, cost = EVEN_PLANTS[name]
+    dense = widths_of(groups)
+    coarsest = max(group.multiple_of / group.num_units for group in groups)
+    meter = (lambda step, predicted: predicted) if metered else None
+    for fraction in (0.8, 0.5, 0.25):
+        limit = fraction * cost.total(dense)
+        even = uniform_density(cost, dense, dense, groups, 0.99 * limit)
+        decisions = run(controller, groups, cost, lognormal(groups), fraction=fraction, calibrated=False, meter=meter)
         for decision in decisions:
+            assert min(group.num_units / dense[group.name] for group in decision.groups) >= even - coarsest - 0.02
+        assert decisions[-1].plan.landed and decisions[-1].predicted <= limit
+
+
+def test_an_even_cut_stays_even_in_coarse_blocks() -> None:
+    """Where no group is much cheaper than the others, densities lie within two blocks of each other all the way."""
+    groups, cost = EVEN_PLANTS["image"]
+    for fraction in (0.8, 0.5, 0.25):
+        for decision in run(PricedController(), groups, cost, lognormal(groups), fraction=fraction, calibrated=False):
             densities = [now.num_units / dense.num_units for now, dense in zip(decision.groups, groups, strict=True)]
             assert max(densities) - min(densities) <= 2 / 8
-        assert decisions[-1].plan.landed
-        ends.append(widths_of(decisions[-1].groups))
-    assert ends[0] == ends[1]
 
 
 def test_calibrated_reading_spares_the_salient_group() -> None:

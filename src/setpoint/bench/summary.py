@@ -81,7 +81,7 @@ def _mean(runs: list[dict[str, Any]]) -> dict[str, Any]:
     means: dict[str, Any] = {}
     for key in runs[0]:
         values = [run[key] for run in runs if run.get(key) is not None]
-        if key == "seed":
+        if key == "seed" or any(key not in run for run in runs):
             continue
         if not values:
             means[key] = None

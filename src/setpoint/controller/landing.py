@@ -39,6 +39,8 @@ def landing_widths(
 ) -> dict[str, int]:
     """The widths at which an even cut of the dense model meets the limit, and no single block can be given back.
 
+    No density lies further below the one that would meet the limit in single units than the coarsest block; one above
+    it is what the rest of the limit pays for, often in a group that costs little.
     A group that is narrower already than it would be then stays as it is, and leaves more to the others.
 
     Args:

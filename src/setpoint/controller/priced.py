@@ -90,11 +90,11 @@ class PricedController:
     again after each pick, until predicted cost meets the target, is the greedy solution of
     `min loss + price * cost`; the price is the worth at which it stops, divided by `1 - hysteresis`, so
     that every dropped block has `worth <= price * (1 - hysteresis)`. The target is the reference
-    corrected by feedback (`Gains`); without a meter the prediction is exact and so is the stop. At every
-    stop no single dropped block can be given back within the target, and swaps of a coarse block for a
-    finer one come nearer still: predicted cost ends below the target by less than the smallest block
-    that was dropped. Where blocks are coarse, cuts on the way down stop two blocks above the limit, so
-    that the last one can choose a combination that comes near.
+    corrected by feedback (`Gains`); without a meter the prediction is exact and so is the stop. At every stop
+    no single dropped block can be given back within the target: predicted cost ends below it by less than the
+    smallest block that was dropped. Swaps of a coarse block for a finer one come nearer still. Where blocks
+    are coarse, cuts on the way down stop two blocks above the limit, so that the last one can choose a
+    combination that comes near.
 
     A budget of the whole run bounds what a step may cost until the next decision (`Observation.most`): where the
     reference or a guard would leave more, they give way, on the way down as well.
@@ -108,8 +108,9 @@ class PricedController:
     `allocation="uniform"` is used: blocks are ranked by the share of the group that would be gone, which
     keeps the densities of all groups alike, and within a group by saliency. (Dividing by a group's mean
     saliency instead would starve groups whose saliencies are alike.) Worth and price are then shares. Nothing is
-    swapped, and no group goes below the width at which an even cut lands, so that coarse blocks on the way down do
-    not cost more than the limit demands.
+    swapped, and unless guards are lifted no group goes below the width at which an even cut lands, so that coarse
+    blocks on the way down do not cost more than the limit demands: no density ends further below the even one than
+    the coarsest block, and only groups that cost little, to which the rest of the budget goes, lie above it.
 
     With `regrow=True` dropped units rest in a reserve and are probed before a decision. A block of
     them comes back where

@@ -176,7 +176,8 @@ def add_back(selection: Selection, target: float) -> None:
     """Give back blocks, the worthiest first, until no single one fits under the target any more.
 
     What remains below the target is then less than the saving of every block that was dropped and
-    could be given back: the undershoot is bounded by the cheapest of them.
+    could be given back: the undershoot is bounded by the cheapest of them. With uniform allocation groups take turns,
+    the narrowest first.
     """
     fits = True
     while fits:
@@ -187,6 +188,8 @@ def add_back(selection: Selection, target: float) -> None:
         ):
             while selection.rungs[name] and _give_back(selection, name, target):
                 fits = True
+                if selection.allocation == "uniform":
+                    break
 
 
 def _give_back(selection: Selection, name: str, target: float) -> bool:
