@@ -80,9 +80,9 @@ def _mean(runs: list[dict[str, Any]]) -> dict[str, Any]:
         return {key: value for key, value in runs[0].items() if key != "seed"}
     means: dict[str, Any] = {}
     for key in runs[0]:
-        values = [run[key] for run in runs if run.get(key) is not None]
         if key == "seed" or any(key not in run for run in runs):
             continue
+        values = [run[key] for run in runs if run[key] is not None]
         if not values:
             means[key] = None
         elif all(isinstance(value, bool) for value in values):
