@@ -23,10 +23,10 @@ from controller.plants import (
     unit_group,
 )
 from setpoint.baselines.scheduled import ScheduledController
+from setpoint.controller.landing import even_density
 from setpoint.controller.plan import Controller, Plan
 from setpoint.controller.price import Gains
 from setpoint.controller.priced import PricedController, PricedState, cheapest
-from setpoint.controller.selection import uniform_density
 from setpoint.cost.cost import Cost, ProductCost, Term
 from setpoint.groups.group import Group, Size, widths_of
 from setpoint.sensor.reading import Reading
@@ -329,7 +329,7 @@ def test_an_even_cut_starves_no_group(name: str, controller: Controller[Any], me
     meter = (lambda step, predicted: predicted) if metered else None
     for fraction in (0.8, 0.5, 0.25):
         limit = fraction * cost.total(dense)
-        even = uniform_density(cost, dense, dense, groups, 0.99 * limit)
+        even = even_density(cost, dense, dense, groups, 0.99 * limit)
         decisions = run(controller, groups, cost, lognormal(groups), fraction=fraction, calibrated=False, meter=meter)
         for decision in decisions:
             assert min(group.num_units / dense[group.name] for group in decision.groups) >= even - coarsest

@@ -89,23 +89,3 @@ def _drop_surely(selection: Selection, name: str, units: int, limit: float) -> N
         weigh(selection, name, 1)
         selection.move(name, 1)
         selection.total = selection.cost.total(selection.widths)
-
-
-def even_density(cost: Cost, widths: Mapping[str, int], dense: Mapping[str, int], limit: float) -> float:
-    """The density of units, the same in all groups, at which the limit is met; 1 where dense fits."""
-
-    def fits(density: float) -> bool:
-        return even_cost(cost, widths, dense, density) <= limit
-
-    if fits(1.0):
-        return 1.0
-    low, high = 0.0, 1.0
-    for _ in range(20):
-        middle = (low + high) / 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
-
-
-def even_cost(cost: Cost, widths: Mapping[str, int], dense: Mapping[str, int], density: float) -> float:
-    """What the model costs when every group has this density of units, and at least one unit."""
-    return cost.total({**widths, **{name: max(1, round(density * width)) for name, width in dense.items()}})

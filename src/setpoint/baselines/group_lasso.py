@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from setpoint.baselines.even import EvenState, even_cost, even_density, even_plan, nothing_dropped
+from setpoint.baselines.even import EvenState, even_plan, nothing_dropped
+from setpoint.controller.landing import even_cost, even_density
 from setpoint.controller.plan import Observation, Plan
 from setpoint.controller.reason import problem_with
 from setpoint.cost.cost import Cost
@@ -87,10 +88,10 @@ class ReconfiguringController:
         norms = observation.reading.saliency
         limit = observation.limit[cost.resource]
         progress = min(1.0, observation.step / self._last(observation.total_steps))
-        final = even_density(cost, observation.widths, state.dense, limit)
+        final = even_density(cost, observation.widths, state.dense, groups, limit)
         ramp = limit
         if progress < 1:
-            ramp = even_cost(cost, observation.widths, state.dense, 1.0 - progress * (1.0 - final))
+            ramp = even_cost(cost, observation.widths, state.dense, groups, 1.0 - progress * (1.0 - final))
         near_zero = {
             group.name: int((norms[group.name] < self.threshold * norms[group.name].max()).sum())
             for group in groups

@@ -9,8 +9,9 @@ from typing import final
 import numpy as np
 from jaxtyping import Bool
 
-from setpoint.baselines.even import EvenState, even_cost, even_density, even_plan, nothing_dropped
+from setpoint.baselines.even import EvenState, even_plan, nothing_dropped
 from setpoint.baselines.schedule import cubic_density
+from setpoint.controller.landing import even_cost, even_density
 from setpoint.controller.plan import Observation, Plan
 from setpoint.controller.reason import problem_with
 from setpoint.cost.cost import Cost
@@ -85,11 +86,11 @@ class ScheduledController:
         first, last = self._span(observation.total_steps)
         progress = (observation.step - first) / (last - first)
         limit = observation.limit[cost.resource]
-        final = even_density(cost, observation.widths, state.dense, limit)
+        final = even_density(cost, observation.widths, state.dense, groups, limit)
         density = cubic_density(progress, final=final)
         target = limit
         if progress < 1:
-            target = max(limit, even_cost(cost, observation.widths, state.dense, density))
+            target = max(limit, even_cost(cost, observation.widths, state.dense, groups, density))
         reason = f"open loop: density {density:.3g} in all groups"
         return state, even_plan(state, observation, cost, groups, target, reason)
 

@@ -1,4 +1,4 @@
-"""The landing of an even cut: the widths at which groups of one density meet the limit, in whole blocks."""
+"""The landing of an even cut: the density, the same in all groups, that meets the limit, and its whole blocks."""
 
 from __future__ import annotations
 
@@ -12,6 +12,43 @@ from setpoint.controller.ladder import Ladder, build_ladder
 from setpoint.controller.selection import add_back, descend, start
 from setpoint.cost.cost import Cost
 from setpoint.groups.group import Group, widths_of
+
+
+def even_cost(
+    cost: Cost, widths: Mapping[str, int], dense: Mapping[str, int], groups: tuple[Group, ...], density: float
+) -> float:
+    """What the model costs when every group has this density of units, and `min_units` at least.
+
+    Args:
+        cost: predicts spending.
+        widths: present widths, those of groups that are not cut included.
+        dense: width of each group before any cut.
+        groups: the groups that may be cut.
+        density: of units, in [0, 1].
+    """
+    even = {group.name: max(group.min_units, round(density * dense[group.name])) for group in groups}
+    return cost.total({**widths, **even})
+
+
+def even_density(
+    cost: Cost, widths: Mapping[str, int], dense: Mapping[str, int], groups: tuple[Group, ...], limit: float
+) -> float:
+    """The highest density of units, the same in all groups, at which the limit is met; 0 where none meets it.
+
+    Args:
+        cost: predicts spending.
+        widths: present widths, those of groups that are not cut included.
+        dense: width of each group before any cut.
+        groups: the groups that may be cut.
+        limit: highest allowed cost.
+    """
+    low, high = 0.0, 1.0
+    if even_cost(cost, widths, dense, groups, high) <= limit:
+        return high
+    for _ in range(20):
+        middle = (low + high) / 2
+        low, high = (middle, high) if even_cost(cost, widths, dense, groups, middle) <= limit else (low, middle)
+    return low
 
 
 def free_ladders(

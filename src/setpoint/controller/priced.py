@@ -10,9 +10,10 @@ from typing import final
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
 
+from setpoint.controller.aim import Aim, take_aim
 from setpoint.controller.exchange import swap, trade
-from setpoint.controller.ladder import Ladder, build_ladder
-from setpoint.controller.landing import landing_widths
+from setpoint.controller.guards import NO_GUARDS, Guards
+from setpoint.controller.landing import even_density, landing_widths
 from setpoint.controller.offer import Offer, offers_of, together, widened
 from setpoint.controller.plan import Observation, Plan
 from setpoint.controller.price import Feedback, Gains
@@ -27,12 +28,10 @@ from setpoint.controller.selection import (
     descend,
     marginal_worth,
     start,
-    uniform_density,
     worth_by,
 )
 from setpoint.cost.cost import Cost
 from setpoint.groups.group import Group, keep_all
-from setpoint.sensor.reading import Reading
 
 _BLOCKS_TO_LAND = 2  # blocks of mean size that are left for the last cut to choose from
 
@@ -60,21 +59,6 @@ class PricedState:
     feedback: Feedback = field(default_factory=Feedback)
     price: float = 0.0
     metered: bool = False
-
-
-@dataclass(frozen=True)
-class _Aim:
-    """Where one decision is heading, all but `limit` and `reference` in predicted cost."""
-
-    resource: str
-    limit: float
-    reference: float
-    target: float
-    spent: float
-    metered: float | None
-    settled: bool
-    final: bool
-    most: float = math.inf
 
 
 @final
@@ -233,15 +217,16 @@ class PricedController:
             keep = keep_all(groups)
             return state, Plan(observation.step, keep, price={cost.resource: state.price}, reason=problem)
         assert observation.reading is not None
-        state, aim = self._aim(state, observation, cost, metered)
+        aim = self._aim(state, observation, cost)
         age = {name: np.minimum(values + 1, self.dwell) for name, values in state.age.items()}
         exchange = self._exchange(state, observation, cost, groups, aim)
+        state = replace(state, start=aim.start, feedback=aim.feedback, metered=metered is not None, age=age)
         if exchange is None:
-            price = 0.0 if (state.start or 0.0) <= aim.limit and aim.spent <= aim.target else state.price
-            state = replace(state, age=age, price=price)
+            price = 0.0 if aim.start <= aim.limit and aim.spent <= aim.target else state.price
+            state = replace(state, price=price)
             return state, self._rest(state, observation, aim, groups)
         selection, note, offers = exchange
-        state = replace(state, age=age, price=self._price(state, selection))
+        state = replace(state, price=self._price(state, selection))
         return state, self._cut(state, observation, aim, selection, note, offers)
 
     def reordered(
@@ -268,96 +253,103 @@ class PricedController:
         """
         reading = observation.reading
         assert reading is not None
-        state, aim = self._aim(state, observation, cost, observation.metered.get(cost.resource))
+        aim = self._aim(state, observation, cost)
+        guards = self._guards(state, observation, cost, groups, aim)
         offers = [
             offer
-            for offer in self._offers(observation, cost, groups, aim)
+            for offer in self._offers(observation, cost, groups)
             if np.isin(offer.origins, plan.grow.get(offer.name, [])).all()
         ]
         seen = replace(observation, reading=replace(reading, saliency=saliency))
-        selection, note = self._select(state, seen, cost, groups, aim, offers)
+        selection, note = self._select(state, seen, cost, groups, aim, guards, offers)
         selection.worth = {name: worth_by(selection, name, reading.saliency[name]) for name in selection.ladders}
         return self._cut(replace(state, price=plan.price[cost.resource]), observation, aim, selection, note, offers)
 
     def _exchange(
-        self, state: PricedState, observation: Observation, cost: Cost, groups: tuple[Group, ...], aim: _Aim
+        self, state: PricedState, observation: Observation, cost: Cost, groups: tuple[Group, ...], aim: Aim
     ) -> tuple[Selection, str, list[Offer]] | None:
         """What goes, and what comes back for it; None where spending is right and nothing comes back.
 
         The more blocks come back, the higher the price that pays for them and the lower the worth of the last one,
         so the largest number that still beats the price is found by bisection.
         """
-        offers = self._offers(observation, cost, groups, aim)
+        offers = self._offers(observation, cost, groups)
+        if not offers and aim.rests(self.deadband):
+            return None
+        guards = self._guards(state, observation, cost, groups, aim)
         best: tuple[Selection, str, list[Offer]] | None = None
-        # On the way down a cut may stop above the target, but what comes back must not make it dearer than it is.
-        paid = min(aim.target if aim.settled else max(aim.target, aim.spent), aim.most)
         low, high = 0, len(offers)
         while low < high:
             middle = (low + high + 1) // 2
             chosen = offers[:middle]
-            selection, note = self._select(state, observation, cost, groups, aim, chosen)
+            selection, note = self._select(state, observation, cost, groups, aim, guards, chosen)
             price = self._price(state, selection) * (1 + self.hysteresis)
-            if self._rising(aim) and not any(selection.rungs.values()):
+            if self._rising(observation) and not any(selection.rungs.values()):
                 price = 0.0  # nobody has to go for them
-            if selection.total <= paid and chosen[-1].worth > price and not (aim.settled and note):
+            if selection.total <= aim.paid and chosen[-1].worth > price and not (aim.settled and note):
                 best, low = (selection, note, chosen), middle
             else:
                 high = middle - 1
-        if best is None and not self._rests(aim):
-            best = (*self._select(state, observation, cost, groups, aim, []), [])
+        if best is None and not aim.rests(self.deadband):
+            best = (*self._select(state, observation, cost, groups, aim, guards, []), [])
         return best
 
-    def _offers(self, observation: Observation, cost: Cost, groups: tuple[Group, ...], aim: _Aim) -> list[Offer]:
+    def _offers(self, observation: Observation, cost: Cost, groups: tuple[Group, ...]) -> list[Offer]:
         """Blocks that may come back; none late, without a probe, or where saliencies cannot be compared with gains."""
         reading, probe = observation.reading, observation.probe
-        if aim.final or probe is None or reading is None or not reading.calibrated or self.allocation != "worth":
+        if self._final(observation) or probe is None or reading is None or not reading.calibrated:
+            return []
+        if self.allocation != "worth":
             return []
         settings = {"dwell": self.dwell, "returns": self.returns, "num_samples": reading.num_samples}
-        sure = not self._rising(aim)
+        sure = not self._rising(observation)
         return offers_of(probe, cost, observation.widths, groups, slew=self.slew, sure=sure, **settings)
 
-    def _rising(self, aim: _Aim) -> bool:
+    def _final(self, observation: Observation) -> bool:
+        """Whether nothing comes back from this step on."""
+        return not self.regrow or self.reference.final(observation.step, observation.total_steps)
+
+    def _rising(self, observation: Observation) -> bool:
         """Whether the reference has gone below the limit and comes up again."""
-        return aim.settled and self.reference.dip < 1
+        return self.reference.dip < 1 and self.reference.settled(observation.step, observation.total_steps)
 
     def _price(self, state: PricedState, selection: Selection) -> float:
         """The worth at which dropping stops, or the last price where nothing is dropped."""
         return marginal_worth(selection) / (1 - self.hysteresis) if any(selection.rungs.values()) else state.price
 
-    def _aim(
-        self, state: PricedState, observation: Observation, cost: Cost, metered: float | None
-    ) -> tuple[PricedState, _Aim]:
-        """Update the feedback and place the target."""
-        resource = cost.resource
-        limit, spent = observation.limit[resource], cost.total(observation.widths)
-        ratio = 1.0 if metered is None else metered / spent
-        start = observation.dense[resource] * ratio if state.start is None else state.start
-        error = state.feedback.error(metered=ratio, predicted=1.0)
-        feedback = state.feedback.updated(error, self.gains, self.deadband)
-        settled = self.reference.settled(observation.step, observation.total_steps)
-        reference = self.reference.at(observation.step, observation.total_steps, start=start, limit=limit)
-        target = reference / feedback.factor()
-        if metered is not None and reference == limit:
-            target *= 1 - self.deadband / 2
-        if metered is None and settled:
-            target = min(target, limit)
-        final = not self.regrow or self.reference.final(observation.step, observation.total_steps)
-        most = observation.most.get(resource, math.inf) / ratio
-        aim = _Aim(resource, limit, reference, min(target, most), spent, metered, settled, final, most)
-        return replace(state, start=start, feedback=feedback, metered=metered is not None), aim
+    def _aim(self, state: PricedState, observation: Observation, cost: Cost) -> Aim:
+        """Where this decision is heading."""
+        return take_aim(
+            observation,
+            cost,
+            reference=self.reference,
+            gains=self.gains,
+            deadband=self.deadband,
+            start=state.start,
+            feedback=state.feedback,
+        )
 
-    def _rests(self, aim: _Aim) -> bool:
-        """Whether spending is where it should be: within the limit at the end, within the dead-band on the way."""
-        if aim.spent > aim.most:
-            return False
-        if aim.settled and aim.metered is not None:
-            return aim.metered <= aim.limit or aim.spent <= aim.target
-        return aim.spent <= aim.target * (1 if aim.settled else 1 + self.deadband)
+    def _guards(
+        self, state: PricedState, observation: Observation, cost: Cost, groups: tuple[Group, ...], aim: Aim
+    ) -> Guards:
+        """What this decision must leave: a share of an even cut's densities, or, where cuts are even, all of them."""
+        if self._allocation(observation) == "uniform":
+            limit = min(aim.landing, aim.goal)
+            floor = landing_widths(cost, observation.widths, state.dense, groups, limit)
+        else:
+            density = even_density(cost, observation.widths, state.dense, groups, aim.landing) * self.min_density
+            floor = {name: math.ceil(density * width) for name, width in state.dense.items()}
+        return Guards(self.slew, floor, self.dwell)
 
-    def _rest(self, state: PricedState, observation: Observation, aim: _Aim, groups: tuple[Group, ...]) -> Plan:
+    def _allocation(self, observation: Observation) -> Allocation:
+        """How this reading's cut is split over groups."""
+        calibrated = observation.reading is not None and observation.reading.calibrated
+        return self.allocation if calibrated else "uniform"
+
+    def _rest(self, state: PricedState, observation: Observation, aim: Aim, groups: tuple[Group, ...]) -> Plan:
         """The plan that drops nothing."""
         seen = aim.spent if aim.metered is None else aim.metered
-        landed = aim.final and seen <= aim.limit and (aim.settled or aim.metered is None)
+        landed = self._final(observation) and seen <= aim.limit and (aim.settled or aim.metered is None)
         return Plan(
             step=observation.step,
             keep=keep_all(groups),
@@ -373,37 +365,30 @@ class PricedController:
         observation: Observation,
         cost: Cost,
         groups: tuple[Group, ...],
-        aim: _Aim,
+        aim: Aim,
+        guards: Guards,
         offers: list[Offer],
     ) -> tuple[Selection, str]:
         """Choose what goes if these come back: on the way down, or landing with guards lifted that would miss."""
-        reading = observation.reading
+        reading, allocation = observation.reading, self._allocation(observation)
         assert reading is not None
-        landing = aim.limit / state.feedback.factor()
-        goal = aim.target if aim.settled else aim.most
-        allocation = self.allocation if reading.calibrated else "uniform"
-        if allocation == "uniform":
-            floor = landing_widths(cost, observation.widths, state.dense, groups, min(landing, goal))
-        else:
-            density = uniform_density(cost, observation.widths, state.dense, groups, landing) * self.min_density
-            floor = {name: math.ceil(density * width) for name, width in state.dense.items()}
 
-        def nothing(slew: float, floor: Mapping[str, int], dwell: int) -> Selection:
-            ladders = _ladders(state, reading, groups, slew, floor, dwell)
+        def nothing(guards: Guards) -> Selection:
+            ladders = guards.ladders(groups, reading, state.dense, state.age)
             return start(cost, ladders, widened(observation.widths, offers), allocation)
 
         if not aim.settled:
-            selection = nothing(self.slew, floor, self.dwell)
-            target = max(aim.target, landing + _BLOCKS_TO_LAND * block_savings(selection))
+            selection = nothing(guards)
+            target = max(aim.target, aim.landing + _BLOCKS_TO_LAND * block_savings(selection))
             self._descend(selection, min(target, aim.most), land=False)
             if selection.total <= aim.most:
                 return selection, "what is left to drop is left for the landing" if target > aim.target else ""
-        selection, lifted = nothing(self.slew, floor, self.dwell), ""
-        if not self._descend(selection, goal, land=True):
-            selection, lifted = nothing(1.0, floor, self.dwell), "slew limit lifted"
-            if not self._descend(selection, goal, land=True):
-                unguarded = nothing(1.0, {}, 0)
-                if self._descend(unguarded, goal, land=True) or aim.most < math.inf:
+        selection, lifted = nothing(guards), ""
+        if not self._descend(selection, aim.goal, land=True):
+            selection, lifted = nothing(guards.without_slew()), "slew limit lifted"
+            if not self._descend(selection, aim.goal, land=True):
+                unguarded = nothing(NO_GUARDS)
+                if self._descend(unguarded, aim.goal, land=True) or aim.most < math.inf:
                     selection, lifted = unguarded, "slew limit, density floor and dwell lifted"
         return selection, lifted and f"{lifted}, or the limit would have been missed"
 
@@ -423,14 +408,14 @@ class PricedController:
         self,
         state: PricedState,
         observation: Observation,
-        aim: _Aim,
+        aim: Aim,
         selection: Selection,
         note: str,
         offers: list[Offer],
     ) -> Plan:
         """The plan that drops what was selected and brings back what was offered."""
         ladders = selection.ladders
-        landed = aim.final and aim.metered is None and selection.total <= aim.limit
+        landed = self._final(observation) and aim.metered is None and selection.total <= aim.limit
         reason = explain_cut(selection, state.price, aim.resource, aim.target, landed, self.deadband)
         grow = together(offers)
         worth = {(offer.name, int(unit)): offer.worth for offer in offers for unit in offer.origins}
@@ -449,25 +434,3 @@ class PricedController:
             grow=grow,
             grow_worth={name: np.array([worth[name, int(unit)] for unit in units]) for name, units in grow.items()},
         )
-
-
-def _ladders(
-    state: PricedState,
-    reading: Reading,
-    groups: tuple[Group, ...],
-    slew: float,
-    floor: Mapping[str, int],
-    dwell: int,
-) -> dict[str, Ladder]:
-    """Ladders of all groups, by name, at these guards; units that each reading makes anew have no age."""
-    return {
-        group.name: build_ladder(
-            group,
-            reading.saliency[group.name],
-            dense=state.dense[group.name],
-            floor=floor.get(group.name, 0),
-            max_dropped=math.floor(slew * group.num_units),
-            free=(state.age[group.name] >= dwell) | (group.name in reading.basis),
-        )
-        for group in groups
-    }

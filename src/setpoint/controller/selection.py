@@ -247,18 +247,3 @@ def cheapest(cost: Cost, groups: tuple[Group, ...]) -> float:
         groups: groups that may be cut.
     """
     return cost.total({group.name: lowest_width(group) for group in groups})
-
-
-def uniform_density(
-    cost: Cost, widths: Mapping[str, int], dense: Mapping[str, int], groups: tuple[Group, ...], limit: float
-) -> float:
-    """The density of units, the same in all groups, at which the limit is met; 1 where dense fits."""
-    low, high = 0.0, 1.0
-    for _ in range(16):
-        density = (low + high) / 2
-        even = {group.name: max(group.min_units, round(density * dense[group.name])) for group in groups}
-        if cost.total({**widths, **even}) <= limit:
-            low = density
-        else:
-            high = density
-    return high
