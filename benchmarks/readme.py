@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from setpoint.report.columns import interval_text, metric_text, seconds_text
+from setpoint.report.folder import read_results
 from setpoint.report.goals import GOALS, Goal, goals
 from setpoint.report.markdown import about, task_text
 from setpoint.report.numbers import duration, human, percent
 from setpoint.report.picture import write_picture
-from setpoint.report.results import Cell, Results, read_results
+from setpoint.report.results import Cell, Results
 from setpoint.report.statistics import Difference, difference, paired
 from setpoint.report.summary import series, summary_rows
 

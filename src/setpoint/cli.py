@@ -99,8 +99,8 @@ def report(
     Of a ledger that a run of your own saved, by `loop.ledger.save("run.jsonl")`, show what was decided and spent, and
     write run.html.
     """
+    from setpoint.report.folder import RESULTS, TIMING
     from setpoint.report.markdown import NAME, write_markdown
-    from setpoint.report.results import RESULTS, TIMING
 
     with _errors_as_messages():
         if out is not None:
@@ -347,7 +347,7 @@ def _page_if_possible(folder: Path, out: Path | None = None) -> str | None:
 def _print_table(folder: Path) -> None:
     """The summary of all results in the folder, on stdout."""
     from setpoint.bench.table import summary_tables
-    from setpoint.report.results import read_results
+    from setpoint.report.folder import read_results
 
     console = _console()
     for table in summary_tables(read_results(folder), console.width):

@@ -12,7 +12,7 @@ import pytest
 from setpoint.bench.results import FILE, Result, append_result, held, load_results, mend
 from setpoint.bench.summary import summarise
 from setpoint.bench.task import BenchError
-from setpoint.report.results import read_results
+from setpoint.report.folder import read_results
 
 DENSE = Result(
     task="digits",

@@ -16,7 +16,8 @@ from setpoint.bench.method import Dense, Setpoint, method_named
 from setpoint.bench.runner import finished, grid
 from setpoint.bench.stages import filled, hollow, load_stages
 from setpoint.bench.timing import measure, with_timed
-from setpoint.report.results import ReportError, read_results
+from setpoint.errors import ReportError
+from setpoint.report.folder import read_results
 
 TASK = digits(epochs=2, width=8)
 

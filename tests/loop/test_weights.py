@@ -21,9 +21,9 @@ from setpoint.controller.exchanging import ExchangingController
 from setpoint.errors import BudgetError, CheckpointError, GroupError, LoopError, OptimizerError, SetpointError
 from setpoint.groups.weights import Pattern, find_weights
 from setpoint.report.decisions import timeline
+from setpoint.report.folder import read_record
 from setpoint.report.page import entries_table
 from setpoint.report.resources import ledger_line
-from setpoint.report.results import read_record
 
 STEPS = 24
 

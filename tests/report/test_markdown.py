@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from setpoint.errors import ReportError
+from setpoint.report.folder import read_results
 from setpoint.report.markdown import markdown, write_markdown
-from setpoint.report.results import read_results
 
 
 def set_values(folder: Path, values: dict[str, float]) -> None:

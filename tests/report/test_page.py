@@ -12,8 +12,8 @@ import pytest
 
 from setpoint.errors import ReportError
 from setpoint.report import figures
+from setpoint.report.folder import read_results
 from setpoint.report.page import render, write_page
-from setpoint.report.results import read_results
 
 SECTIONS = (
     "What it costs",

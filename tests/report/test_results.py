@@ -11,7 +11,7 @@ import pytest
 from setpoint.bench.results import load_results
 from setpoint.bench.task import BenchError
 from setpoint.errors import ReportError
-from setpoint.report.results import read_results
+from setpoint.report.folder import read_results
 
 
 def test_cells_are_read_as_written(make_results: Any) -> None:

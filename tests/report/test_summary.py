@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from setpoint.report.columns import break_even_text, columns, difference_columns, metric_text
-from setpoint.report.results import Cell, Point, Results, Timing, read_results
+from setpoint.report.folder import read_results
+from setpoint.report.results import Cell, Point, Results, Timing
 from setpoint.report.summary import Row, summary_rows
 
 

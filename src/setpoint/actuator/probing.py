@@ -14,10 +14,11 @@ from jaxtyping import Float64
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
+from setpoint.actuator.box import corner
 from setpoint.actuator.cut import SizePlace, cut_groups
 from setpoint.actuator.piece import brackets
 from setpoint.actuator.regrow import Grow, enlarge, new_sizes, with_units
-from setpoint.actuator.reserve import Key, Reserve, corner
+from setpoint.actuator.reserve import Key, Reserve
 from setpoint.actuator.shrink import named_tensors
 from setpoint.actuator.sizes import apply_sizes
 from setpoint.distributed import is_spread

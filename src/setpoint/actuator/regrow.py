@@ -12,9 +12,10 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
+from setpoint.actuator.box import Box, write
 from setpoint.actuator.cut import SizePlace, in_format, plan_cut, take
 from setpoint.actuator.optimizer_state import Optimizers, as_sequence, map_tensors
-from setpoint.actuator.reserve import Box, Key, Reserve, write
+from setpoint.actuator.reserve import Key, Reserve
 from setpoint.actuator.shrink import (
     Change,
     Job,

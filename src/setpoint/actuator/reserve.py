@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ from jaxtyping import Bool, Int, Shaped
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from setpoint.actuator.box import Box, count_entries, resting_entries, write
 from setpoint.actuator.cut import Keep, SizePlace, check_keep, cut_groups, in_format, plan_cut
 from setpoint.actuator.optimizer_state import Optimizers, as_sequence, map_tensors
 from setpoint.actuator.shrink import named_tensors, unwrapped
@@ -21,9 +21,6 @@ from setpoint.errors import GroupError
 from setpoint.groups.group import Group, keep_all
 from setpoint.groups.place import is_call
 from setpoint.groups.shim import get_call_sizes
-
-Box = Mapping[int, Bool[np.ndarray, " _entries"]]
-"""By dim of a tensor before any cut, which entries are in it; dims that hold no units are whole."""
 
 
 class Key(NamedTuple):
@@ -377,11 +374,6 @@ class Reserve:
         )
 
 
-def count_entries(shape: Sequence[int], box: Box) -> int:
-    """How many entries of a tensor lie in a box."""
-    return math.prod(int(box[dim].sum()) if dim in box else length for dim, length in enumerate(shape))
-
-
 def held(
     model: nn.Module, optimizer: Optimizers, copies: Sequence[nn.Module], names: frozenset[str]
 ) -> Iterator[tuple[Key, Tensor]]:
@@ -416,33 +408,3 @@ def _state(optimizer: Optimizer, tensor: Tensor) -> list[tuple[str, Tensor]]:
     for key, value in optimizer.state.get(tensor, {}).items():
         map_tensors(value, note, key)
     return found
-
-
-def resting_entries(shape: Sequence[int], known: Box, live: Box) -> Bool[Tensor, " *shape"]:
-    """True at each entry whose units are all known, but not all of them active."""
-    return _inside(shape, known) & ~_inside(shape, live)
-
-
-def _inside(shape: Sequence[int], box: Box) -> Bool[Tensor, " *shape"]:
-    inside = torch.ones(tuple(shape), dtype=torch.bool)
-    for dim, kept in box.items():
-        inside &= torch.from_numpy(kept).view([-1 if each == dim else 1 for each in range(len(shape))])
-    return inside
-
-
-def write(tensor: Shaped[Tensor, " *shape"], box: Box, values: Shaped[Tensor, " *small"]) -> None:
-    """Fill the entries of a box, in place, with a tensor of the box's shape.
-
-    >>> tensor = torch.zeros(2, 3)
-    >>> write(tensor, {1: np.array([True, False, True])}, torch.ones(2, 2))
-    >>> tensor.tolist()
-    [[1.0, 0.0, 1.0], [1.0, 0.0, 1.0]]
-    """
-    with torch.no_grad():
-        tensor[corner(tensor, box)] = values
-
-
-def corner(tensor: Tensor, box: Box) -> tuple[Tensor, ...]:
-    """The index of a box's entries in a tensor."""
-    positions = [np.flatnonzero(box[dim]) if dim in box else np.arange(n) for dim, n in enumerate(tensor.shape)]
-    return tuple(torch.from_numpy(each).to(tensor.device) for each in np.ix_(*positions))

@@ -14,7 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from setpoint.bench.task import BenchError
-from setpoint.report.results import SCHEMA, SCHEMAS
+from setpoint.report.folder import SCHEMA, SCHEMAS
 
 FILE = "results.jsonl"
 HISTORY = "history.jsonl"

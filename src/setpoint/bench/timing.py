@@ -22,7 +22,7 @@ from setpoint.bench.stages import Stage, filled, load_stages
 from setpoint.bench.task import BenchError, Task
 from setpoint.bench.training import Cell, begin
 from setpoint.meter import Stopwatch
-from setpoint.report.results import SCHEMA, TIMING, read_timings
+from setpoint.report.folder import SCHEMA, TIMING, read_timings
 from setpoint.report.summary import DENSE
 
 WARM_UP_STEPS = 2

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from setpoint.report.columns import Column, clock_note, columns, difference_columns, seeds_text
+from setpoint.report.folder import read_results
 from setpoint.report.goals import goals
 from setpoint.report.numbers import NOTHING
-from setpoint.report.results import Cell, Results, read_results
+from setpoint.report.results import Cell, Results
 from setpoint.report.summary import RIVALS, Row, series, summary_rows
 
 NAME = "results.md"

@@ -10,8 +10,9 @@ from setpoint.report import decisions, dynamics, resources
 from setpoint.report.comparison import comparison
 from setpoint.report.draft import Draft, document, html_table, pair, place_of, save
 from setpoint.report.figures import PARTS, curves, plotly_script, seconds_by_part, seconds_figure
+from setpoint.report.folder import read_results
 from setpoint.report.numbers import NOTHING, digits, duration, human, percent
-from setpoint.report.results import Cell, Point, Record, Results, read_results
+from setpoint.report.results import Cell, Point, Record, Results
 from setpoint.report.summary import Row, clock_of, series, summary_rows
 
 MOST_RUNS = 12

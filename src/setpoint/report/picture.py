@@ -11,8 +11,9 @@ import numpy as np
 
 from setpoint.errors import ReportError
 from setpoint.report.figures import DARK, Style, styles
+from setpoint.report.folder import read_results
 from setpoint.report.numbers import digits, scale
-from setpoint.report.results import Cell, read_results
+from setpoint.report.results import Cell
 from setpoint.report.summary import series
 
 WIDTH, HEIGHT = 880, 330
