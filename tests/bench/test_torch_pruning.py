@@ -85,6 +85,22 @@ def test_heads_stop_where_one_layer_would_lose_all() -> None:
     assert outcome.landed and "of heads at most" in outcome.notes
 
 
+def test_heads_stop_one_before_a_layer_would_lose_all() -> None:
+    """Where the sixth head to go is the last one of its layer, the library leaves that layer whole: then five go, and
+    meet a budget that four would miss.
+    """
+    torch.manual_seed(0)
+    model = TASK.build(WIDTHS)
+    with torch.no_grad():  # two heads of the second layer matter less than all of the first, and two more
+        least = torch.tensor([1e-3, 1e-2, 1.0, 1.0]).repeat_interleave(4)
+        model.get_parameter("layers.1.attn.c_proj.weight").mul_(least)
+    _, pruner = TorchPruning("taylor").begin(TASK, model, 0.25, TASK.batches(0))
+    assert pruner is not None
+    outcome = pruner.finish()
+    heads = [outcome.widths[name] for name, dense in outcome.dense_widths.items() if dense == 4]
+    assert outcome.landed and heads == [1, 2]
+
+
 def test_taking_apart_changes_nothing() -> None:
     """With fused layers taken apart the model does what it did; put together again it is what it was."""
     model = TASK.build(WIDTHS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +29,10 @@ from setpoint.meter import Stopwatch
 
 Criterion = Literal["norm", "taylor"]
 SEARCH_STEPS = 7
+COARSE = tuple(1.0 - 0.5**halvings for halvings in range(1, 8))
+"""The ratios that are tried first."""
+FINE = (0.5, 0.6, 0.7, 0.75, 0.8, 0.825, 0.85, 0.875, 0.9, 0.925, 0.95, 0.975)
+"""Those that are tried where none of them meets the budget."""
 MOST_AT_ONCE = 0.9
 """Above this ratio it is tried whether less does where heads are cut by less."""
 NEAR_ENOUGH = 0.99
@@ -102,51 +106,55 @@ class TorchPruning:
         self, model: nn.Module, groups: tuple[Group, ...], example: tuple[Tensor, ...], limit: float
     ) -> tuple[float, float]:
         """The ratio whose cut costs most within the limit, and the most that heads are cut by: 1 where no less."""
+        tried: list[float] = []
 
         def flops(ratio: float, most_heads: float) -> float:
             twin = copy.deepcopy(model)
             for own, original in zip(twin.parameters(), model.parameters(), strict=True):
                 own.grad = original.grad
             self._cut(twin, groups, example, ratio, most_heads)
-            return float(step_flops(twin, example))
+            tried.append(float(step_flops(twin, example)))
+            return tried[-1]
+
+        def best(caps: Iterable[float], ratios: Iterable[float]) -> tuple[bool, float, float, float] | None:
+            found = []
+            for most_heads in caps:
+                ratio = self._met((min(highest, each) for each in ratios), partial(flops, most_heads=most_heads), limit)
+                if ratio is not None:
+                    found.append((ratio <= MOST_AT_ONCE, flops(ratio, most_heads), -ratio, most_heads))
+                    if found[-1][0] and found[-1][1] >= NEAR_ENOUGH * limit:
+                        break
+            return max(found, default=None)
 
         dense = step_flops(model, example)
         if dense <= limit:
             return 0.0, 1.0
-        cap, least = _highest(group.num_units for group in groups if group.what != "head"), math.inf
-        fewest = min((group.num_units for group in groups if group.what == "head"), default=0)
-        found: list[tuple[bool, float, float, float]] = []
-        caps = sorted({gone for quarter in range(4) if (gone := quarter * fewest // 4) <= fewest - 2}, reverse=True)
+        highest = _highest(group.num_units for group in groups if group.what != "head")
+        heads = [group.num_units for group in groups if group.what == "head"]
         # The library leaves a layer whole rather than take its last unit, so too high a ratio takes less, not more.
         # Of a few heads that are ranked over all layers that happens soon: so it is tried where they stop, and the rest
         # goes on. A head is a large block, too: where many go the cut may end far below the limit.
-        for most_heads in (1.0, *(gone / fewest for gone in caps)):
-            low = 0.0
-            for high in (min(cap, 1.0 - 0.5**halvings) for halvings in range(1, 8)):
-                reached = flops(high, most_heads)
-                least = min(least, reached)
-                if reached <= limit:
-                    ratio = self._bisected(partial(flops, most_heads=most_heads), low, high, limit)
-                    found.append((ratio <= MOST_AT_ONCE, flops(ratio, most_heads), -ratio, most_heads))
-                    break
-                low = high
-            if found and found[-1][0] and found[-1][1] >= NEAR_ENOUGH * limit:
-                break
-        if not found:
+        found = best(_quarters(heads), COARSE) or best(_singly(heads), FINE)
+        if found is None:
             raise BenchError(
                 f"Torch-Pruning cannot bring this model to {limit / dense:.4g} of the dense FLOPs: the "
-                f"least it reaches is {least / dense:.4g}; ask for at least that budget"
+                f"least it reaches is {min(tried) / dense:.4g}; ask for at least that budget"
             )
-        *_, ratio, most_heads = max(found)
+        *_, ratio, most_heads = found
         return -ratio, most_heads
 
     @staticmethod
-    def _bisected(flops: Callable[[float], float], low: float, high: float, limit: float) -> float:
-        """A ratio between one that is too low and one that meets the limit, and that meets it."""
-        for _ in range(SEARCH_STEPS):
-            middle = (low + high) / 2
-            low, high = (low, middle) if flops(middle) <= limit else (middle, high)
-        return high
+    def _met(ratios: Iterable[float], flops: Callable[[float], float], limit: float) -> float | None:
+        """The lowest ratio that meets the limit, between the first of these that does and the one before it."""
+        low = 0.0
+        for high in ratios:
+            if flops(high) <= limit:
+                for _ in range(SEARCH_STEPS):
+                    middle = (low + high) / 2
+                    low, high = (low, middle) if flops(middle) <= limit else (middle, high)
+                return high
+            low = high
+        return None
 
     def _cut(
         self,
@@ -199,6 +207,18 @@ class TorchPruning:
 def _highest(units: Iterable[int]) -> float:
     """The highest ratio that leaves a unit in each layer, give or take rounding."""
     return max(0.0, 1.0 - 1.0 / min(units, default=1000) - 1e-6)
+
+
+def _quarters(heads: Sequence[int]) -> list[float]:
+    """The most that heads are cut by, from no limit down to none by quarters of a layer's."""
+    fewest = min(heads, default=0)
+    caps = sorted({gone for quarter in range(4) if (gone := quarter * fewest // 4) <= fewest - 2}, reverse=True)
+    return [1.0, *(gone / fewest for gone in caps)]
+
+
+def _singly(heads: Sequence[int]) -> list[float]:
+    """The same from one head left in each layer down to none, one by one: they are ranked over all layers."""
+    return [gone / sum(heads) for gone in range(sum(heads) - len(heads), 0, -1)]
 
 
 def _head_ratio(ratio: float, heads: Collection[int], *, whole: bool) -> float:
