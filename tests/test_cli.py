@@ -151,6 +151,25 @@ def test_out_is_a_file(tmp_path: Path) -> None:
     assert file.read_text(encoding="utf-8") == "mine"
 
 
+def test_a_report_that_cannot_be_written_names_the_folder(tmp_path: Path) -> None:
+    """A folder that cannot be made is named in words."""
+    row = {"schema": 2, "task": "mine", "method": "dense", "value": 0.5}
+    (tmp_path / "results.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    (tmp_path / "file").touch()
+    folder = tmp_path / "file" / "folder"
+    result = invoke("report", tmp_path, "--out", folder)
+    assert result.exit_code == 2
+    assert f"error: {folder} cannot be read or written: " in result.stderr
+
+
+def test_missing_data_cost_nothing(tmp_path: Path) -> None:
+    """Where the data are missing no run is announced and no folder made; the error says whose they are."""
+    result = invoke("bench", "--task", "mnist", "--data", tmp_path, "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: no ylecun/mnist") and "datasets/ylecun/mnist" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_file_of_a_results_folder_is_no_ledger(tmp_path: Path) -> None:
     """`report` of a folder's own file says which folder to give."""
     file = tmp_path / "results.jsonl"

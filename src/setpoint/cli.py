@@ -311,14 +311,16 @@ def _run(cells: Sequence[Cell], out: Path, workers: int | None, make_task: Calla
     from setpoint.bench.interleaved import run_interleaved
     from setpoint.bench.progress import ProgressBars
     from setpoint.bench.results import held
-    from setpoint.bench.runner import Outcome, finished, run
+    from setpoint.bench.runner import Outcome, finished, make_data_ready, run
 
     done = finished(cells, out)
+    make_data_ready(cell for cell in cells if cell not in done)
     task = cells[0].task
     other = sum(result.environment.get("code") != code_version() for result in done.values())
     told = f"; {len(done)} of them are there already" if done else ""
     told += f", {other} made by other code than today's" if other else ""
-    print(f"{task.name}: {len(cells)} runs of {task.steps} steps, results in {out}{told}", file=sys.stderr)
+    runs = "1 run" if len(cells) == 1 else f"{len(cells)} runs"
+    print(f"{task.name}: {runs} of {task.steps} steps, results in {out}{told}", file=sys.stderr)
     with held(out), ProgressBars([cell for cell in cells if cell not in done]) as bars:
         if workers is None:
             return Outcome(run_interleaved(cells, out, bars))
@@ -400,7 +402,9 @@ def _errors_as_messages() -> Iterator[None]:
     try:
         yield
     except (SetpointError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        path = error.filename if isinstance(error, OSError) else None
+        told = f"{path} cannot be read or written: {error.strerror}" if path else str(error)  # type: ignore[union-attr]
+        print(f"error: {told}", file=sys.stderr)
         raise typer.Exit(MISUSE) from None
     except KeyboardInterrupt:
         print("interrupted: finished runs are kept, and the same command goes on from there", file=sys.stderr)

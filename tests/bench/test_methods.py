@@ -234,6 +234,9 @@ def test_settings_by_name() -> None:
         method_named("rigl@colour=3")
     with pytest.raises(BenchError, match="is a number, got 'much'"):
         method_named("rigl@density=much")
+    for rate in ("0", "-1", "nan", "inf"):
+        with pytest.raises(BenchError, match=f"relative to the task's and above 0, got {rate}"):
+            method_named(f"small-long@learning_rate={rate}")
     with pytest.raises(BenchError, match="dense, small, small-long"):
         method_named("magic")
 

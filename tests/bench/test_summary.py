@@ -118,6 +118,7 @@ def test_ratios_are_to_dense() -> None:
     assert pruned["overhead_flops_ratio"] == pytest.approx(0.01)
     assert pruned["landed"] is True
     assert pruned["counter_agrees"] is True
+    assert "counter_agrees" not in summarise([DENSE, replace(PRUNED, claimed_flops=None)])["methods"]["setpoint"]
 
 
 def test_shares_of_seconds_need_clocks_that_compare() -> None:

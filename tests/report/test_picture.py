@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -10,7 +11,8 @@ from xml.etree import ElementTree
 import pytest
 
 from setpoint.errors import ReportError
-from setpoint.report.picture import write_picture
+from setpoint.report.folder import read_results
+from setpoint.report.picture import learning_line, mean_line, write_picture
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -56,3 +58,17 @@ def test_no_history_no_picture(make_results: Any, tmp_path: Path) -> None:
     next(folder.glob("*/history.jsonl")).unlink()
     with pytest.raises(ReportError, match=r"needs history\.jsonl"):
         write_picture(folder, tmp_path / "picture.svg")
+
+
+def test_a_line_is_the_mean_over_seeds(make_results: Any, tmp_path: Path) -> None:
+    """With a second seed that was judged after the same steps, dense's line goes through the means of both."""
+    folder = make_results(methods=("dense",), seeds=(0, 1))
+    cells = read_results(folder).cells
+    points = [[point for point in cell.history if point.split == "validation"] for cell in cells]
+    drawn = mean_line(cells, "accuracy", "validation")
+    assert len(drawn) == len(points[0]) > 1
+    for (_, value), first, second in zip(drawn, *points, strict=True):
+        assert value == pytest.approx(50 * (first.accuracy + second.accuracy))
+    assert mean_line([cells[0], replace(cells[1], history=())], "accuracy", "validation") == learning_line(
+        cells[0], "accuracy", "validation"
+    )

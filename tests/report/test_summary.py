@@ -11,7 +11,7 @@ import pytest
 from setpoint.report.columns import break_even_text, columns, difference_columns, metric_text
 from setpoint.report.folder import read_results
 from setpoint.report.results import Cell, Point, Results, Timing
-from setpoint.report.summary import Row, summary_rows
+from setpoint.report.summary import Row, merged, summary_rows
 
 
 def cells(method: str, values: list[float], **more: Any) -> list[Cell]:
@@ -214,3 +214,11 @@ def test_a_diverged_run_is_called_so() -> None:
     """A metric that is not a number is said, not shown as a number."""
     found = row(cells("dense", [math.nan], metric="loss"), "dense")
     assert metric_text(found) == "not a number"
+
+
+def test_notes_that_differ_in_numbers_are_one() -> None:
+    """Each number of such notes becomes a range of its own; notes that differ in words stay apart."""
+    notes = ["pruning ratio 0.93, of heads at most 0.50", "pruning ratio 0.82, of heads at most 0.67"]
+    assert merged(notes) == ("pruning ratio 0.82 to 0.93, of heads at most 0.50 to 0.67",)
+    assert merged([*notes, "pruning ratio 0.5"]) == (*notes, "pruning ratio 0.5")
+    assert merged(["landed late", "landed late", "rate 0.5"]) == ("landed late", "rate 0.5")

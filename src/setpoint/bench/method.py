@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -211,6 +212,8 @@ def _with_settings(method: Method, name: str, settings: list[str]) -> Method:
             number = float(value)
         except ValueError as error:
             raise BenchError(f"the setting {key!r} of {method.name} is a number, got {value!r}") from error
+        if key == "learning_rate" and not 0 < number < math.inf:
+            raise BenchError(f"{name} cannot be: a learning rate is relative to the task's and above 0, got {value}")
         try:
             parts[places[0]] = dataclasses.replace(parts[places[0]], **{key: number})
         except ValueError as error:

@@ -70,7 +70,8 @@ def _numbers(run: Result, dense: Result | None) -> dict[str, Any]:
         numbers["overhead_seconds_ratio"] = run.overhead_seconds / run.seconds
         numbers["overhead_flops"] = run.overhead_flops
         numbers["overhead_flops_ratio"] = run.overhead_flops / run.train_flops
-        numbers["counter_agrees"] = run.claimed_flops == run.final_flops
+        if run.claimed_flops is not None:
+            numbers["counter_agrees"] = run.claimed_flops == run.final_flops
     return numbers
 
 

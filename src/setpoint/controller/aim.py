@@ -87,11 +87,8 @@ def take_aim(
         feedback: what the PI part remembers.
     """
     resource, step, total_steps = cost.resource, observation.step, observation.total_steps
-    limit, spent, metered = (
-        observation.limit[resource],
-        cost.total(observation.widths),
-        observation.metered.get(resource),
-    )
+    limit, metered = observation.limit[resource], observation.metered.get(resource)
+    spent = cost.total(observation.widths)
     ratio = 1.0 if metered is None else metered / spent
     start = observation.dense[resource] * ratio if start is None else start
     feedback = feedback.updated(feedback.error(metered=ratio, predicted=1.0), gains, deadband)

@@ -112,7 +112,7 @@ def table(cells: Sequence[Cell], rows: Sequence[Row]) -> str:
         *(CLOCKS[first.clock], "overhead", "time saved / FLOPs saved", "ahead from step", "cuts", "in budget"),
     )
     lines = [[pair(text) if isinstance(text, str) else pair(*text) for text in texts(row)] for row in rows]
-    notes = "".join(f"<li><b>{escape(row.label)}</b>: {escape(note)}</li>" for row in rows for note in row.notes[:1])
+    notes = "".join(f"<li><b>{escape(row.label)}</b>: {escape(note)}</li>" for row in rows for note in row.notes)
     caption = f"Each row is over {seeds_text(rows)}; small figures are shares of dense. "
     caption += clock_note(cells, first.clock)
     return (

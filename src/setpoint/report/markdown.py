@@ -95,7 +95,7 @@ def about(cells: Sequence[Cell], rows: Sequence[Row]) -> str:
     told += _machine([cell.environment for cell in cells], [cell.timing.environment for cell in cells if cell.timing])
     dates = sorted(cell.date[:10] for cell in cells if cell.date)
     told += [" to ".join(dict.fromkeys((dates[0], dates[-1])))] if dates else []
-    notes = [f"`{row.label}`: {'; '.join(row.notes[:1])}." for row in rows if row.notes]
+    notes = [f"`{row.label}`: {'; '.join(row.notes)}." for row in rows if row.notes]
     masked = "*In theory*: if zeros cost nothing. " if any(row.theoretical_ratio is not None for row in rows) else ""
     compared = INTERVALS if any(rival in row.differences for row in rows for rival in RIVALS) else ""
     told_of = (

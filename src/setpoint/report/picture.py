@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 
@@ -40,7 +41,9 @@ class Panel:
 def write_picture(results_dir: Path, out: Path, task: str | None = None, labels: Collection[str] | None = None) -> Path:
     """Draw one task of a results folder: loss or accuracy against training FLOPs, and FLOPs per step over steps.
 
-    FLOPs are counted, whatever else the machine did; the seconds in a run's history are those of its own clock.
+    A line is the mean over a method's runs where all were judged after the same steps, else the first one's; FLOPs per
+    step are those of the first run. FLOPs are counted, whatever else the machine did; the seconds in a run's history
+    are those of its own clock.
 
     Args:
         results_dir: a folder as docs/results-format.md describes it.
@@ -58,20 +61,22 @@ def write_picture(results_dir: Path, out: Path, task: str | None = None, labels:
     name = results.tasks()[0] if task is None else task
     if name not in results.tasks():
         raise ReportError(f"no task {name!r} in {results_dir}: it holds {', '.join(results.tasks())}")
-    groups = {label: cells[0] for label, cells in series(results.of(name)).items() if labels is None or label in labels}
+    groups = {label: cells for label, cells in series(results.of(name)).items() if labels is None or label in labels}
     if not groups:
         raise ReportError(f"none of {', '.join(labels or ())} is among the results of {name!r} in {results_dir}")
-    metric = next(iter(groups.values())).metric
-    learning = {label: line for label, cell in groups.items() if (line := learning_line(cell, metric))}
+    metric = next(iter(groups.values()))[0].metric
+    split = next((split for split in ("validation", "test", "train") if any_at(groups, split)), "train")
+    learning = {label: line for label, cells in groups.items() if (line := mean_line(cells, metric, split))}
     if not learning:
         raise ReportError(
             f"no history of {name!r} in {results_dir}: a picture needs history.jsonl in the cells' folders"
         )
-    spending = {label: line for label, cell in groups.items() if (line := spending_line(cell))}
+    spending = {label: line for label, cells in groups.items() if (line := spending_line(cells[0]))}
     factor, unit = scale(max((y for line in spending.values() for _, y in line), default=1.0), "FLOP")
     counted, counts = scale(max(x for line in learning.values() for x, _ in line), "FLOP")
     learned = {label: [(x / counted, y) for x, y in line] for label, line in learning.items()}
-    panels = [Panel(52, f"{metric}{' (%)' if metric == 'accuracy' else ''}", f"training {counts}", learned)]
+    data = f"{metric} {'in training' if split == 'train' else f'on {split} data'}"
+    panels = [Panel(52, f"{data}{' (%)' if metric == 'accuracy' else ''}", f"training {counts}", learned)]
     if spending:
         scaled = {label: [(x, y / factor) for x, y in line] for label, line in spending.items()}
         panels.append(Panel(492, f"{unit} per step", "optimizer step", scaled, from_zero=True))
@@ -80,22 +85,34 @@ def write_picture(results_dir: Path, out: Path, task: str | None = None, labels:
     return out
 
 
-def learning_line(cell: Cell, metric: str) -> Line:
-    """The metric against training FLOPs: on validation data where there is any, else in training."""
+def any_at(groups: Mapping[str, Sequence[Cell]], split: str) -> bool:
+    """Whether any run was judged on this split as it trained."""
+    return any(point.split == split for cells in groups.values() for cell in cells for point in cell.history)
+
+
+def mean_line(cells: Sequence[Cell], metric: str, split: str) -> Line:
+    """The metric against training FLOPs, as a mean over the runs if all were judged after the same steps."""
+    lines = [learning_line(cell, metric, split) for cell in cells]
+    steps = [[point.step for point in cell.history if point.split == split] for cell in cells]
+    if any(each != steps[0] for each in steps) or any(len(line) != len(lines[0]) for line in lines):
+        return lines[0]
+    return [(fmean(x for x, _ in points), fmean(y for _, y in points)) for points in zip(*lines, strict=True)]
+
+
+def learning_line(cell: Cell, metric: str, split: str) -> Line:
+    """The metric of one run against training FLOPs."""
     factor = 100.0 if metric == "accuracy" else 1.0
-    for split in ("validation", "test", "train"):
-        found = [
-            (point.flops, value * factor)
-            for point in cell.history
-            if point.split == split and point.flops is not None and (value := getattr(point, metric)) is not None
-        ]
-        if found:
-            return found
-    return []
+    return [
+        (point.flops, value * factor)
+        for point in cell.history
+        if point.split == split and point.flops is not None and (value := getattr(point, metric)) is not None
+    ]
 
 
 def spending_line(cell: Cell) -> Line:
-    """FLOPs per step over steps: in stairs from the ledger, or level without one."""
+    """FLOPs per step over steps: in stairs from the ledger, or level; none where a dense run came before."""
+    if cell.family == "post-training":
+        return []
     end = max((point.step for point in cell.history), default=0.0)
     record = cell.record
     if record is not None and "flops" in record.dense:
@@ -129,7 +146,7 @@ def drawing(task: str, panels: Sequence[Panel], labels: Sequence[str]) -> str:
     for label in labels:
         parts.append(f'<path d="M{x:.0f} 18h26" {stroke(look[label], colors)}/>')
         parts.append(f'<text x="{x + 32:.0f}" y="22">{escape(label)}</text>')
-        x += 56 + 7 * len(label)
+        x += 44 + 6.8 * len(label)
     parts += [text for panel in panels for text in plot(panel, look, colors)]
     return "\n".join([*parts, "</svg>"]) + "\n"
 

@@ -223,17 +223,18 @@ def summarise(label: str, groups: Mapping[str, Sequence[Cell]]) -> Row:
 
 
 def merged(notes: Sequence[str]) -> tuple[str, ...]:
-    """Different notes once each; those that differ in one decimal fraction as one note with its range.
+    """Different notes once each; where they differ in decimal fractions alone, one note with their ranges.
 
     >>> merged(["pruning ratio 0.49", "pruning ratio 0.52", "pruning ratio 0.5"])
     ('pruning ratio 0.49 to 0.52',)
     """
     different = tuple(dict.fromkeys(notes))
     parts = [re.split(r"(\d+\.\d+)", note) for note in different]
-    if len(parts) > 1 and all(len(each) == 3 and each[::2] == parts[0][::2] for each in parts):
-        numbers = sorted((each[1] for each in parts), key=float)
-        return (f"{parts[0][0]}{numbers[0]} to {numbers[-1]}{parts[0][2]}",)
-    return different
+    if len(parts) < 2 or any(each[::2] != parts[0][::2] for each in parts):
+        return different
+    columns = [sorted(set(column), key=float) for column in list(zip(*parts, strict=True))[1::2]]
+    ranges = [" to ".join(dict.fromkeys((column[0], column[-1]))) for column in columns]
+    return ("".join(text + number for text, number in zip(parts[0][::2], [*ranges, ""], strict=True)),)
 
 
 def ratio(value: float | None, whole: float | None) -> float | None:

@@ -33,8 +33,8 @@ COARSE = tuple(1.0 - 0.5**halvings for halvings in range(1, 8))
 """The ratios that are tried first."""
 FINE = (0.5, 0.6, 0.7, 0.75, 0.8, 0.825, 0.85, 0.875, 0.9, 0.925, 0.95, 0.975)
 """Those that are tried where none of them meets the budget."""
-MOST_AT_ONCE = 0.9
-"""Above this ratio it is tried whether less does where heads are cut by less."""
+LEAST_OF_A_LAYER = 0.1
+"""Where a layer keeps less than this it is tried whether it keeps more where heads are cut by less."""
 NEAR_ENOUGH = 0.99
 """Below this share of the limit it is tried whether more is left where heads are cut by less."""
 
@@ -44,7 +44,7 @@ NEAR_ENOUGH = 0.99
 class TorchPruning:
     """One cut by `BasePruner`, at the ratio that comes closest to the budget from below, found on copies.
 
-    The search is free; the cut and what it is ranked by count.
+    The search is free, and so is finding out which layers to leave alone; the cut and what it is ranked by count.
 
     The library chooses, couples and cuts; it is told what its documentation asks the user for: which layers to
     leave alone (those whose outputs no lossless group of Setpoint's holds, so that both prune the same dims), the
@@ -78,8 +78,8 @@ class TorchPruning:
         watch = Stopwatch(synchronize=True)
         example, calibration = task.example(), 0.0
         dense_flops = float(step_flops(model, example))
+        groups = tuple(group for group in find_groups(model, example) if group.lossless)
         with watch:
-            groups = tuple(group for group in find_groups(model, example) if group.lossless)
             if self.criterion == "taylor":
                 for inputs, targets in islice(batches, self.num_batches):
                     torch.autograd.backward(task.loss(model, inputs, targets))
@@ -108,21 +108,27 @@ class TorchPruning:
         """The ratio whose cut costs most within the limit, and the most that heads are cut by: 1 where no less."""
         tried: list[float] = []
 
-        def flops(ratio: float, most_heads: float) -> float:
+        def cut(ratio: float, most_heads: float) -> tuple[float, float]:
             twin = copy.deepcopy(model)
             for own, original in zip(twin.parameters(), model.parameters(), strict=True):
                 own.grad = original.grad
             self._cut(twin, groups, example, ratio, most_heads)
             tried.append(float(step_flops(twin, example)))
-            return tried[-1]
+            widths = _widths(twin, groups)
+            least = min((widths[each.name] / each.num_units for each in groups), default=1.0)
+            return tried[-1], min(LEAST_OF_A_LAYER, round(least, 2))
 
-        def best(caps: Iterable[float], ratios: Iterable[float]) -> tuple[bool, float, float, float] | None:
+        def flops(ratio: float, most_heads: float) -> float:
+            return cut(ratio, most_heads)[0]
+
+        def best(caps: Iterable[float], ratios: Iterable[float]) -> tuple[float, float, float, float] | None:
             found = []
             for most_heads in caps:
                 ratio = self._met((min(highest, each) for each in ratios), partial(flops, most_heads=most_heads), limit)
                 if ratio is not None:
-                    found.append((ratio <= MOST_AT_ONCE, flops(ratio, most_heads), -ratio, most_heads))
-                    if found[-1][0] and found[-1][1] >= NEAR_ENOUGH * limit:
+                    left, least = cut(ratio, most_heads)
+                    found.append((least, left, -ratio, most_heads))
+                    if least >= LEAST_OF_A_LAYER and left >= NEAR_ENOUGH * limit:
                         break
             return max(found, default=None)
 
@@ -134,7 +140,11 @@ class TorchPruning:
         # The library leaves a layer whole rather than take its last unit, so too high a ratio takes less, not more.
         # Of a few heads that are ranked over all layers that happens soon: so it is tried where they stop, and the rest
         # goes on. A head is a large block, too: where many go the cut may end far below the limit.
-        found = best(_quarters(heads), COARSE) or best(_singly(heads), FINE)
+        # Ranked over all layers neurons go from one first, too: its `max_pruning_ratio` bounds what a layer has lost
+        # before a cut, not what the cut leaves.
+        found = best(_quarters(heads), COARSE)
+        if found is None or found[0] < LEAST_OF_A_LAYER:
+            found = max(filter(None, (found, best(_singly(heads), FINE))), default=None)
         if found is None:
             raise BenchError(
                 f"Torch-Pruning cannot bring this model to {limit / dense:.4g} of the dense FLOPs: the "
