@@ -102,7 +102,7 @@ def test_heads_stop_one_before_a_layer_would_lose_all() -> None:
 
 
 def test_heads_stop_where_a_layer_would_lose_nearly_all_of_its_neurons() -> None:
-    """Where heads by quarters leave a layer less than a tenth of its neurons, heads one by one leave each layer more."""
+    """Where heads by quarters leave a layer less than a tenth of its neurons, heads one by one leave it more."""
     torch.manual_seed(0)
     model = TASK.build(WIDTHS)
     with torch.no_grad():
