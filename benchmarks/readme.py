@@ -825,7 +825,7 @@ def main() -> None:
                 page.write_text(filled(text), encoding="utf-8")
     with TemporaryDirectory() as folder:
         drawn = write_picture(RESULTS / "finetune", Path(folder) / PICTURE.name, labels=PICTURED)
-        if drawn.read_bytes() != PICTURE.read_bytes():
+        if drawn.read_text(encoding="utf-8") != PICTURE.read_text(encoding="utf-8"):
             stale.append(PICTURE.name)
             if not check:
                 PICTURE.write_bytes(drawn.read_bytes())

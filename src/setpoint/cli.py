@@ -402,8 +402,9 @@ def _errors_as_messages() -> Iterator[None]:
     try:
         yield
     except (SetpointError, OSError, ImportError) as error:
-        path = error.filename if isinstance(error, OSError) else None
-        told = f"{path} cannot be read or written: {error.strerror}" if path else str(error)  # type: ignore[union-attr]
+        told = str(error)
+        if isinstance(error, OSError) and error.filename:
+            told = f"{error.filename} cannot be read or written: {error.strerror}"
         print(f"error: {told}", file=sys.stderr)
         raise typer.Exit(MISUSE) from None
     except KeyboardInterrupt:

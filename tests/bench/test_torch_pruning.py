@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterator
+from importlib import import_module
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from torch import Tensor, nn
 
 import setpoint
 from setpoint.bench.counter import step_flops
+from setpoint.bench.environment import LIBRARIES, environment
 from setpoint.bench.methods.fused import taken_apart
 from setpoint.bench.methods.torch_pruning import Criterion, TorchPruning
 from setpoint.bench.models import CharGPT
@@ -112,6 +116,14 @@ def test_heads_stop_where_a_layer_would_lose_nearly_all_of_its_neurons() -> None
     outcome = pruner.finish()
     kept = {name: outcome.widths[name] / dense for name, dense in outcome.dense_widths.items()}
     assert outcome.landed and min(kept.values()) >= 0.1
+
+
+def test_a_run_tells_the_librarys_version() -> None:
+    """Once Torch-Pruning has been used, its version is part of the environment; of what was not, nothing is told."""
+    import_module("torch_pruning")
+    found = environment(TASK)
+    assert found["torch-pruning"] == version("torch-pruning")
+    assert all((package in found) == (module in sys.modules) for module, package in LIBRARIES.items())
 
 
 def test_taking_apart_changes_nothing() -> None:
