@@ -1,0 +1,181 @@
+"""Tables on seconds and bytes: Setpoint's own, and budgets of them; and on long checks."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from setpoint.report.numbers import duration, human
+from tables.words import made_on, threads_text
+
+
+def overhead_table(path: Path) -> str:
+    """Setpoint's own cost."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    lines = ["| what | measured |", "|---|---|"]
+    for name, row in data["sensing"].items():
+        low, high = row["slowdown_quartiles"]
+        often = "each step" if row["sensed_every"] == 1 else f"one step in {row['sensed_every']}"
+        lines.append(
+            f"| sensing in {often}, share of a dense `{name}` step ({duration(row['step_seconds'])}) | median "
+            f"{row['sensing_share_median']:.2%}, mean {row['sensing_share_mean']:.2%} "
+            f"(step with / without: {row['slowdown_median']:+.2%}, quartiles {low:+.2%} to {high:+.2%}) |"
+        )
+    resnet = data["resnet50"]
+    lines += [
+        f"| `find_groups(resnet50)`, best of {len(resnet['find_groups_seconds'])} | "
+        f"{min(resnet['find_groups_seconds']):.2f} s |",
+        f"| resize of ResNet-50 with AdamW state | {resnet['resize_seconds']:.2f} s, "
+        f"{resnet['resize_in_steps']:.2f} of a training step at batch {resnet['batch']} |",
+        f"| `import setpoint` beside `import torch` | {data['import']['added_seconds_median']:+.2f} s |",
+        "",
+        f"{data['environment']['cpu']}, {threads_text(data['environment'])}, seed {data['seed']}, torch "
+        f"{data['environment']['torch']}, {data['date'][:10]}.",
+    ]
+    return "\n".join(lines)
+
+
+def predictions_table(latency: Path, memory: Path) -> str:
+    """How far predicted seconds and bytes are from measured ones."""
+    lines = [
+        "| what | model | median error | within 10 % | largest error | mean error, signed | widths | time to build |",
+        f"|{'---|' * 8}",
+    ]
+    about = []
+    parts = (("seconds of a step", latency, "models"), ("of an inference", latency, "inference"))
+    for what, path, part in (*parts, ("bytes of a step", memory, "models")):
+        if not path.exists():
+            continue
+        data = json.loads(path.read_text(encoding="utf-8"))
+        about.append(made_on(data))
+        for name, row in data[part].items():
+            signed = [_signed_error(each) for each in row["rows"]]
+            near = statistics.fmean(abs(error) <= 0.1 for error in signed)
+            errors = (
+                f"{row['median_error']:.1%} | {near:.0%} of widths | {row['largest_error']:.1%} | "
+                f"{statistics.fmean(signed):+.1%} | {len(row['rows'])}"
+            )
+            lines.append(f"| {what} | {name} | {errors} | {duration(row['build_s']) if 'build_s' in row else '–'} |")
+    return "\n".join([*lines, "", " ".join(dict.fromkeys(about))]) if about else "Not measured yet."
+
+
+def _signed_error(row: dict[str, float]) -> float:
+    """Prediction over measurement, less 1."""
+    unit = "s" if "measured_s" in row else "bytes"
+    return row[f"predicted_{unit}"] / row[f"measured_{unit}"] - 1
+
+
+def real_budgets_table(path: Path) -> str:
+    """Accuracy at equal measured latency, a later larger batch that fits, and two budgets at once."""
+    if not path.exists():
+        return "Not measured yet."
+    data = json.loads(path.read_text(encoding="utf-8"))
+    lines = ["| what | measured |", "|---|---|"]
+    if "latency" in data:
+        found = data["latency"]
+        accuracy = [statistics.fmean(each) for each in zip(*_pairs(found["rows"]), strict=True)]
+        half = "" if found["half_interval"] is None else f" ± {found['half_interval']:.2%}"
+        inside = sum(row["between"] for row in found["rows"])
+        lines += [
+            f"| `latency` at {found['fraction']:g} of dense beside `flops` at the same measured seconds, "
+            f"{len(found['rows'])} seeds ({inside} within the range of the FLOPs runs) | {accuracy[0]:.2%} and "
+            f"{accuracy[1]:.2%}: {found['mean_difference']:+.2%}{half} |",
+            f"| the largest metered latency over its limit, at landing | {found['over_budget']:+.1%} |",
+            "| the same models timed once more after training, by seed | "
+            + ", ".join(f"{row['latency']['step_s'] / row['latency']['limit'] - 1:+.1%}" for row in found["rows"])
+            + " |",
+        ]
+    if "fits" in data:
+        found = data["fits"]
+        lines.append(
+            f"| a batch of {found['larger_batch']} within {human(found['limit_bytes'], 'B')}, after training with "
+            f"{found['batch']} | dense {human(found['dense_bytes'], 'B')}: {_fit(found['dense_fits'])}; cut "
+            f"{human(found['cut_bytes'], 'B')}: {_fit(found['cut_fits'])} |"
+        )
+    if "two" in data:
+        found = data["two"]
+        limits = " and ".join(f"`{name}` {value:g}" for name, value in found["limits"].items())
+        lines.append(
+            f"| {limits} in one run: spent and metered over the limit | {found['flops_over_limit']:+.1%} and "
+            f"{found['memory_over_limit']:+.1%}, {'landed' if found['landed'] else 'not landed'} |"
+        )
+    return "\n".join([*lines, "", f"Task `{data['task']}`, {data['steps']} steps. {made_on(data)}"])
+
+
+def _pairs(rows: Iterable[dict[str, Any]]) -> list[tuple[float, float]]:
+    """Accuracy of the latency budget and of FLOPs budgets at its seconds, by seed."""
+    return [(row["latency"]["accuracy"], row["flops_accuracy"]) for row in rows]
+
+
+def _fit(fits: bool) -> str:
+    return "fits" if fits else "does not fit"
+
+
+RUN_STEPS, RUN_DECISIONS = 1000, 15
+
+
+def distributed_table(path: Path) -> str:
+    """What ranks tell each other at a decision, and a resize, beside a step, by number of ranks; and a run's share."""
+    if not path.exists():
+        return "Not measured yet."
+    data = json.loads(path.read_text(encoding="utf-8"))
+    lines = [
+        "| model | ranks | step | sums at each step read | reading | plan | both, in steps | new reducer | "
+        f"resize, in steps | {RUN_DECISIONS} decisions, of a run of {RUN_STEPS:,} steps |",
+        f"|---|{'---:|' * 9}",
+    ]
+    for count, models in data["ranks"].items():
+        for name, row in models.items():
+            keys = ("step_seconds", "sensing_seconds", "reading_seconds", "plan_seconds")
+            told = [duration(row[key]) if row.get(key) else "–" for key in keys]
+            share = RUN_DECISIONS * row["decision_in_steps"] / RUN_STEPS
+            lines.append(
+                f"| {name} | {count} | {' | '.join(told)} | {row['decision_in_steps']:.3f} | "
+                f"{duration(row['rewrap_seconds']) if row['rewrap_seconds'] else '–'} | {row['resize_in_steps']:.2f} | "
+                f"{share:.3%} |"
+            )
+    cores = data["environment"]["cores"]
+    note = (
+        f"{cores} cores: with more ranks than that, processes wait for each other's time, and rows say little about it."
+    )
+    return "\n".join([*lines, "", f"{note} {made_on(data)}"])
+
+
+def soak_table(path: Path) -> str:
+    """What long checks said at their end."""
+    if not path.exists():
+        return "Not run yet."
+    data = json.loads(path.read_text(encoding="utf-8"))
+    lines = ["| check | outcome | said | for | on |", "|---|---|---|---:|---|"]
+    for name, each in data["checks"].items():
+        outcome = "passed" if each["passed"] else "**failed**"
+        lines.append(f"| {name} | {outcome} | {each['said']} | {duration(each['seconds'])} | {each['date'][:10]} |")
+    return "\n".join([*lines, "", made_on(data)])
+
+
+def compiled_table(path: Path) -> str:
+    """Whole runs with and without torch.compile, dense and pruned."""
+    if not path.exists():
+        return "Not measured yet."
+    data = json.loads(path.read_text(encoding="utf-8"))
+    lines = [
+        "| task | run | whole run | first step | step at first | step at the end | cuts | compiled again | for |",
+        f"|---|---|{'---:|' * 7}",
+    ]
+    for task, runs in data["runs"].items():
+        for name, rounds in runs.items():
+            middle = {key: statistics.median(row[key] for row in rounds) for key in rounds[0] if key != "landed"}
+            ends = [row["seconds"] for row in rounds]
+            apart = f" ({duration(min(ends))} to {duration(max(ends))})" if len(ends) > 1 else ""
+            keys = ("first_step_seconds", "dense_step_seconds", "last_step_seconds")
+            again = f"{middle['recompiles']:g} | {duration(middle['recompile_seconds'])}"
+            lines.append(
+                f"| {task}, {data['steps'][task]:,} steps | {name} | {duration(middle['seconds'])}{apart} | "
+                f"{' | '.join(duration(middle[key]) for key in keys)} | {middle['resizes']:g} | "
+                f"{again if middle['recompiles'] else '– | –'} |"
+            )
+    how = f"Medians of {len(rounds)} rounds" if len(rounds) > 1 else "One run each"
+    return "\n".join([*lines, "", f"{how}. {made_on(data)}"])

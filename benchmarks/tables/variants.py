@@ -1,0 +1,132 @@
+"""Tables on Setpoint with one thing changed, on prices, and on what its readings are worth."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from setpoint.report.numbers import percent
+from tables.words import difference_text, made_on, rows_made_on
+
+
+def ablation_table(path: Path) -> str:
+    """Setpoint with one thing changed, on validation data, beside the default by seed."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    lines = [
+        "| task | FLOPs | method | on validation | training FLOPs of the default's | Setpoint's own | "
+        "units back (gone again) | to `setpoint` | seeds |"
+    ]
+    lines.append(f"|---|---:|---|{'---:|' * 6}")
+    found: dict[tuple[str, float], dict[str, dict[int, dict[str, Any]]]] = {}
+    for row in data["rows"]:
+        if "held" not in row:
+            found.setdefault((row["task"], row["budget"]), {}).setdefault(row["method"], {})[row["seed"]] = row
+    for (task, budget), methods in found.items():
+        default = methods["setpoint"]
+        for method, by_seed in methods.items():
+            metric, seeds = by_seed[min(by_seed)]["metric"], sorted(by_seed.keys() & default.keys())
+            scale = 100 if metric == "accuracy" else 1
+            value = statistics.fmean(row["value"] for row in by_seed.values())
+            told = f"{value:.2%}".replace("%", " %") if metric == "accuracy" else f"{value:.4f}"
+            flops = statistics.fmean(by_seed[seed]["train_flops"] / default[seed]["train_flops"] for seed in seeds)
+            apart = difference_text([scale * (by_seed[seed]["value"] - default[seed]["value"]) for seed in seeds])
+            ahead = "–" if method == "setpoint" else apart
+            noted = [row for row in by_seed.values() if "grown" in row]
+            shares = [row["overhead_flops"] / row["train_flops"] for row in noted]
+            own = percent(statistics.fmean(shares)) if shares else "–"
+            back, again = (sum(row[key] for row in noted) for key in ("grown", "dropped_again"))
+            told_back = f"{back / len(noted):.0f} ({again / len(noted):.1f})" if back else "0" if noted else "–"
+            cells = (
+                task,
+                percent(budget),
+                f"`{method}`",
+                told,
+                f"{flops:.2f}",
+                own,
+                told_back,
+                ahead,
+                f"{len(by_seed)}",
+            )
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", rows_made_on(data["rows"])])
+
+
+def feedback_table(path: Path) -> str:
+    """A budget of memory with feedback and without: what is metered at the end, and what comes of it."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    lines = ["| task | peak memory | method | metered at the end, of the limit | on validation | seeds |"]
+    lines.append(f"|---|---:|---|{'---:|' * 3}")
+    found: dict[tuple[str, float, str], list[dict[str, Any]]] = {}
+    for row in data["rows"]:
+        if "held" in row:
+            found.setdefault((row["task"], row["budget"], row["method"]), []).append(row)
+    for (task, budget, method), rows in found.items():
+        held = [row["held"]["memory"] for row in rows]
+        value = statistics.fmean(row["value"] for row in rows)
+        told = f"{value:.2%}".replace("%", " %") if rows[0]["metric"] == "accuracy" else f"{value:.4f}"
+        share = percent(held[0]) if len(held) == 1 else f"{percent(min(held))} to {percent(max(held))}"
+        lines.append(f"| {task} | {percent(budget)} | `{method}` | {share} | {told} | {len(rows)} |")
+    return "\n".join([*lines, "", rows_made_on([row for row in data["rows"] if "held" in row])])
+
+
+def returns_table(path: Path) -> str:
+    """How far the loss rises within eight steps of a return, beside what it does without one."""
+    lines = ["| task | units | nothing comes back | all at once | the same before a step | eased in | seeds |"]
+    lines.append(f"|---|{'---:|' * 6}")
+    data = json.loads(path.read_text(encoding="utf-8"))
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in data["rows"]:
+        found.setdefault(row["task"], []).append(row)
+    for task, rows in found.items():
+        told = {key: [max(row[key][1:]) - row["before"] for row in rows] for key in ("none", "at_once", "eased")}
+        told["first"] = [row["at_once"][0] - row["before"] for row in rows]
+        rises = [
+            f"{statistics.fmean(told[key]):+.4f} ({min(told[key]):+.4f} to {max(told[key]):+.4f})"
+            for key in ("none", "at_once", "first", "eased")
+        ]
+        lines.append(f"| {task} | {rows[0]['units']} | {' | '.join(rises)} | {len(rows)} |")
+    return "\n".join([*lines, "", made_on(data)])
+
+
+def price_table(path: Path) -> str:
+    """What each rate came to: cost and what it costs, mean over seeds."""
+    lines = ["| task | rate | FLOPs / step of dense | training FLOPs of dense | on validation | seeds |"]
+    lines.append(f"|---|{'---:|' * 5}")
+    data = json.loads(path.read_text(encoding="utf-8"))
+    found: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for row in data["rows"]:
+        found.setdefault((row["task"], row["rate"]), []).append(row)
+    for (task, rate), rows in found.items():
+        keys = ("flops_ratio", "train_flops_ratio", "value")
+        mean = {key: statistics.fmean(row[key] for row in rows) for key in keys}
+        ratios = [row["flops_ratio"] for row in rows]
+        width = "" if len(rows) == 1 else f" ({percent(min(ratios))} to {percent(max(ratios))})"
+        value = f"{mean['value']:.2%}".replace("%", " %") if rows[0]["metric"] == "accuracy" else f"{mean['value']:.4f}"
+        cells = (task, f"{rate:g}", percent(mean["flops_ratio"]) + width, percent(mean["train_flops_ratio"]), value)
+        lines.append(f"| {' | '.join(cells)} | {len(rows)} |")
+    return "\n".join([*lines, "", made_on(data)])
+
+
+def calibration_table(path: Path) -> str:
+    """How predicted and measured loss increases agree, as a loop reads and with weights at rest, beside the aims."""
+    lines = [
+        "| task | read | ranks within groups, mean (least) | over the whole model | 10 % cut: predicted / real |",
+        f"|---|---|{'---:|' * 3}",
+    ]
+    tasks = json.loads(path.read_text(encoding="utf-8"))["tasks"]
+    for name, found in tasks.items():
+        unit = "targets" if "running, B = targets" in found["variants"] else "examples"
+        for words, key in (("in training, curvature (the default)", "running"), ("at rest, with slope", "still")):
+            variant = found["variants"][f"{key}, B = {unit}" + (", with slope" if key == "still" else "")]
+            within = f"{variant['spearman_within_mean']:.2f} ({variant['spearman_within_least']:.2f})"
+            ratio = f"{variant['ten_percent']['predicted_over_real']:.2f}"
+            lines.append(f"| {name} | {words} | {within} | {variant['spearman_whole']:.2f} | {ratio} |")
+    lines.append("| aim | | at least 0.80 | at least 0.70 | 0.5 to 2 |")
+    about = "; ".join(
+        f"{name}: {found['samples']:,} examples, {found['targets']:,} targets, {found['environment']['cpu']}, "
+        f"{found['date'][:10]}"
+        for name, found in tasks.items()
+    )
+    return "\n".join([*lines, "", f"{about}."])
