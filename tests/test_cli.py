@@ -210,6 +210,43 @@ def test_timing_answers_with_what_it_measured(tmp_path: Path) -> None:
     assert timed["small"]["seconds_ratio"] == pytest.approx(timed["small"]["seconds"] / timed["dense"]["seconds"])
 
 
+OWN_METHODS = """
+from dataclasses import dataclass
+from setpoint.bench.method import Setpoint
+from setpoint.bench.methods.sparse import Sparse
+from setpoint.baselines.exchange import Static
+from setpoint.baselines.scheduled import ScheduledController
+
+class Late(ScheduledController):  # its class is in this file: another process cannot know it
+    pass
+
+def late():
+    return Setpoint("late", Late(begin=0.5, end=0.6, num_cuts=1), family="mine")
+
+def masked():
+    return Sparse("masked", Static(), "")
+"""
+
+
+@pytest.mark.slow
+def test_bench_with_methods_of_ones_own(tmp_path: Path) -> None:
+    """Methods from a file are trained in processes of their own, told and timed by the names that they have."""
+    file = tmp_path / "own.py"
+    file.write_text(OWN_METHODS, encoding="utf-8")
+    methods = f"dense,{file}:late,{file}:masked"
+    command = ("bench", "--task", "digits", "--methods", methods, "--epochs", "1", "--out", tmp_path / "out")
+    found = answer(invoke(*command))
+    assert found["failures"] == [] and set(found["methods"]) == {"dense", "late", "masked"}
+    assert found["methods"]["late"]["final_flops_ratio"] <= 0.5
+    assert set(answer(invoke(*command, "--timing"))["methods"]) == {"dense", "late", "masked"}
+    table = invoke("report", tmp_path / "out")
+    assert table.exit_code == 0 and "masked" in table.stdout
+    without = invoke("bench", "--task", "digits", "--epochs", "1", "--out", tmp_path / "out", "--timing")
+    assert (
+        without.exit_code == 2 and "holds seconds of late, and only what is timed together compares" in without.stderr
+    )
+
+
 def test_runs_of_other_code_are_told(tmp_path: Path) -> None:
     """A folder's finished runs are kept, and how many of them another version of the code has made is said."""
     command = ("bench", "--task", "digits", "--methods", "dense", "--epochs", "1", "--out", tmp_path)
@@ -237,7 +274,7 @@ def test_interrupt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("setpoint.bench.interleaved.run_interleaved", interrupt)
+    monkeypatch.setattr("setpoint.bench.terminal.run_interleaved", interrupt)
     result = invoke("demo", "--out", tmp_path)
     assert result.exit_code == 130
     assert "finished runs are kept" in result.stderr

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,9 +15,6 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from setpoint.bench.runner import Outcome
-    from setpoint.bench.task import Task
-    from setpoint.bench.training import Cell
 
 app = typer.Typer(
     name="setpoint",
@@ -52,7 +48,9 @@ def demo(
 @app.command()
 def bench(
     task: Annotated[str, typer.Option(help="digits, cifar10, ...: a wrong one lists all; or own.py:function.")],
-    methods: Annotated[str, typer.Option(help="Names of methods, with commas.")] = "dense,small,setpoint",
+    methods: Annotated[
+        str, typer.Option(help="Names of methods, or own.py:function, with commas.")
+    ] = "dense,small,setpoint",
     budgets: Annotated[str, typer.Option(help="Fractions of the dense FLOPs per step, with commas.")] = "0.5",
     seeds: Annotated[str, typer.Option(help="Seeds, with commas.")] = "0",
     epochs: Epochs = None,
@@ -249,17 +247,21 @@ def _bench(
     from setpoint.bench.runner import grid
     from setpoint.bench.summary import summarise
     from setpoint.bench.task import split_named
+    from setpoint.bench.terminal import time_cells, train_cells
     from setpoint.cost.budget import Budget
 
     for budget in budgets:
         Budget.fraction(budget, of="flops")
-    chosen = tuple(method_named(name) for name in dict.fromkeys(_names(methods, "--methods")))
+    chosen = {name: method_named(name) for name in _names(methods, "--methods")}
+    if len({method.name for method in chosen.values()}) < len(chosen):
+        raise _misuse(f"--methods {methods}: two of these have the same name")
     task = task_named(with_length(task_name, length), epochs=epochs, steps=steps, data=data)
     _check_folder(out)
-    cells = grid(task, chosen, dict.fromkeys(budgets), dict.fromkeys(seeds), split_named(split))
-    # A task of the user's own may hold functions that cannot be sent to another process.
+    cells = grid(task, chosen.values(), dict.fromkeys(budgets), dict.fromkeys(seeds), split_named(split))
+    # What is the user's own may hold functions that cannot be sent to another process: it is made there anew.
     make = partial(task_named, task_name, epochs=epochs, steps=steps) if is_own_function(task_name) else None
-    outcome = _time(cells, out) if timing else _run(cells, out, workers, make)
+    own = {method.name: partial(method_named, name) for name, method in chosen.items() if is_own_function(name)}
+    outcome = time_cells(cells, out) if timing else train_cells(cells, out, workers, make, own)
     answer: dict[str, Any] = {"report": None}
     if outcome.results:
         _print_table(out)
@@ -269,62 +271,9 @@ def _bench(
         raise typer.Exit(FAILED)
 
 
-def _time(cells: Sequence[Cell], out: Path) -> Outcome:
-    """Measure what the finished runs among these take; their results come with the seconds that were measured."""
-    from dataclasses import replace
-
-    from setpoint.bench.progress import turns_bar
-    from setpoint.bench.results import held
-    from setpoint.bench.runner import Outcome, finished
-    from setpoint.bench.timing import measure, with_timed
-    from setpoint.report.columns import MOST_LOAD
-
-    done = finished(with_timed(cells, out), out)
-    if not done:
-        raise _misuse(f"{out} holds none of these runs: run them first, with the same command without --timing")
-    if len(done) > sum(cell in done for cell in cells):
-        print("runs that were timed before are timed again: seconds compare within one measurement", file=sys.stderr)
-    missing = [cell.name for cell in cells if cell not in done]
-    if missing:
-        print(f"not timed, since they are not finished: {', '.join(missing)}", file=sys.stderr)
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    if load > MOST_LOAD:
-        print(f"the machine is not idle (load average {load:.1f}): these seconds may mislead", file=sys.stderr)
-    with held(out), turns_bar(f"timing {len(done)} runs of {cells[0].task.name}") as after_turn:
-        timings = measure(done, out, after_turn)
-    return Outcome(
-        tuple(
-            replace(result, seconds=timing.seconds, overhead_seconds=timing.own_seconds, clock="interleaved")
-            for result, timing in zip(done.values(), timings, strict=True)
-        )
-    )
-
-
 def _check_folder(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise _misuse(f"--out {out} is a file: name a folder")
-
-
-def _run(cells: Sequence[Cell], out: Path, workers: int | None, make_task: Callable[[], Task] | None = None) -> Outcome:
-    """Train what the folder does not hold yet, under progress bars."""
-    from setpoint.bench.environment import code_version
-    from setpoint.bench.interleaved import run_interleaved
-    from setpoint.bench.progress import ProgressBars
-    from setpoint.bench.results import held
-    from setpoint.bench.runner import Outcome, finished, make_data_ready, run
-
-    done = finished(cells, out)
-    make_data_ready(cell for cell in cells if cell not in done)
-    task = cells[0].task
-    other = sum(result.environment.get("code") != code_version() for result in done.values())
-    told = f"; {len(done)} of them are there already" if done else ""
-    told += f", {other} made by other code than today's" if other else ""
-    runs = "1 run" if len(cells) == 1 else f"{len(cells)} runs"
-    print(f"{task.name}: {runs} of {task.steps} steps, results in {out}{told}", file=sys.stderr)
-    with held(out), ProgressBars([cell for cell in cells if cell not in done]) as bars:
-        if workers is None:
-            return Outcome(run_interleaved(cells, out, bars))
-        return run(cells, out, bars, workers=workers, make_task=make_task)
 
 
 def _write_page(folder: Path, out: Path | None) -> Path:

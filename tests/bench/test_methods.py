@@ -241,6 +241,23 @@ def test_settings_by_name() -> None:
         method_named("magic")
 
 
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("None", "make returned NoneType, which has no .*begin, course.*: return a method"),
+        ("Setpoint('a b')", "named 'a b', which cannot name a folder"),
+        ("Setpoint('cubic')", "named cubic, which Setpoint has: give it another name"),
+        ("Setpoint(lasso=2.0)", "lasso is the penalty's share"),
+        ("1 / 0", r"make raised ZeroDivisionError: division by zero \(at own.py:2"),
+    ],
+)
+def test_own_method_that_cannot_be(body: str, message: str, tmp_path: Path) -> None:
+    """What a function of the user's own returns must be a method with a name that is free and can name a folder."""
+    (tmp_path / "own.py").write_text(f"from setpoint.bench.method import Setpoint\ndef make(): return {body}\n")
+    with pytest.raises(BenchError, match=message):
+        method_named(f"{tmp_path / 'own.py'}:make")
+
+
 def test_density_in_place_of_a_budget(tmp_path: Path) -> None:
     """A tenth of the weights is what stays, to 0.1 %."""
     result = finish(method_named("set@density=0.1"), tmp_path, {})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -23,8 +23,9 @@ from setpoint.bench.methods.scratch import Dense, Small, SmallFound, SmallLong
 from setpoint.bench.methods.sparse import Sparse
 from setpoint.bench.methods.states import Compressm, FewStates, Hankel
 from setpoint.bench.methods.torch_pruning import TorchPruning
+from setpoint.bench.own_function import is_own_function, named_errors, own_function
 from setpoint.bench.results import Result
-from setpoint.bench.task import BenchError, Task
+from setpoint.bench.task import PLAIN, BenchError, Task, fits_a_folder
 from setpoint.controller.adaptive import AdaptiveController
 from setpoint.controller.gates import GatedController
 from setpoint.controller.price import Gains
@@ -90,6 +91,9 @@ class Method(Protocol):
             batches: training batches, for a method that looks at some before it begins.
         """
         ...
+
+
+_MEMBERS = ("name", "sized", "family", "paper", "needs", "course", "begin")
 
 
 def _random_sensor() -> RandomSensor:
@@ -186,17 +190,40 @@ STATE_METHODS: tuple[Method, ...] = (Hankel(), Hankel("hankel-regrow", regrow=Tr
 
 
 def method_named(name: str) -> Method:
-    """The method of that name, with other settings where the name says so: `rigl@density=0.1`.
+    """The method of that name, with other settings where the name says so: `rigl@density=0.1`; or the user's own.
+
+    Args:
+        name: that of a method, or `module.py:function` for a function that takes nothing and returns one.
 
     Raises:
         BenchError: there is none, or it has no such setting; the message lists those there are.
     """
-    base, *settings = name.split("@")
     everything = (*METHODS, *ABLATION_METHODS, *RESOURCE_METHODS, *STATE_METHODS)
+    if is_own_function(name):
+        return _own_method(name, {method.name for method in everything})
+    base, *settings = name.split("@")
     for method in everything:
         if method.name == base:
             return _with_settings(method, name, settings)
-    raise BenchError(f"unknown method {name!r}: use {', '.join(method.name for method in everything)}")
+    listed = ", ".join(method.name for method in everything)
+    raise BenchError(f"unknown method {name!r}: use {listed}, or your own as module.py:function")
+
+
+def _own_method(target: str, taken: Collection[str]) -> Method:
+    """What a function of the user's own returns, if it is a method with a name that is free and can name a folder."""
+    with named_errors(target):
+        method = own_function(target)()
+    if not isinstance(method, Method):
+        missing = sorted(each for each in _MEMBERS if not hasattr(method, each))
+        raise BenchError(
+            f"{target} returned {type(method).__name__}, which has no {', '.join(missing)}: return a method, such as "
+            "setpoint.bench.method.Setpoint"
+        )
+    if not fits_a_folder(method.name):
+        raise BenchError(f"{target} returned a method named {method.name!r}, which cannot name a folder: {PLAIN}")
+    if method.name in taken:
+        raise BenchError(f"{target} returned a method named {method.name}, which Setpoint has: give it another name")
+    return method
 
 
 def _with_settings(method: Method, name: str, settings: list[str]) -> Method:

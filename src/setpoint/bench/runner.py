@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol, runtime_checkable
 
 from setpoint.bench.fingerprint import fingerprint
@@ -130,6 +131,7 @@ def run(
     *,
     workers: int = 1,
     make_task: Callable[[], Task] | None = None,
+    make_methods: Mapping[str, Callable[[], Method]] = MappingProxyType({}),
 ) -> Outcome:
     """Train the cells that the folder does not hold yet, each in a fresh process.
 
@@ -143,6 +145,7 @@ def run(
         observer: is told of every turn and every ending.
         workers: processes at a time; they share the processor's threads evenly.
         make_task: makes the task of all cells in their processes, for one that cannot be sent there.
+        make_methods: makes methods there, by name, for those that cannot.
 
     Raises:
         BenchError: the folder holds other runs, or the data are missing.
@@ -164,7 +167,7 @@ def run(
             for cell in _ready(waiting, done)[: workers - len(running)]:
                 waiting.remove(cell)
                 needed = {name: done[each] for name, each in needed_cells(cell).items()}
-                worker = Worker(cell, out, needed, threads, make_task)
+                worker = Worker(cell, out, needed, threads, make_task, make_methods.get(cell.method.name))
                 running[worker.pipe] = worker
             for pipe in multiprocessing.connection.wait(list(running)) if running else ():
                 worker = running[pipe]  # type: ignore[index]

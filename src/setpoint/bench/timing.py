@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from setpoint.bench.environment import environment
-from setpoint.bench.method import method_named
+from setpoint.bench.method import Method, method_named
 from setpoint.bench.own_random import OwnRandom
 from setpoint.bench.results import FILE, Result, append_line
 from setpoint.bench.runner import needed_cells
@@ -94,11 +94,23 @@ def with_timed(cells: Sequence[Cell], out: Path) -> tuple[Cell, ...]:
     """The cells, and those of their task that the folder holds seconds of: only what took turns can be compared.
 
     Raises:
+        BenchError: the folder holds seconds of a method of the user's own that is not among the cells.
         ReportError: the folder's timings are of another version.
     """
     task, split = cells[0].task, cells[0].split
+    known = {cell.method.name: cell.method for cell in cells}
+
+    def named(method: str) -> Method:
+        try:
+            return known.get(method) or method_named(method)
+        except BenchError as error:
+            raise BenchError(
+                f"{out} holds seconds of {method}, and only what is timed together compares: name it among the "
+                "methods, as module.py:function"
+            ) from error
+
     before = (
-        Cell(task, method_named(method), budget, seed, split)
+        Cell(task, named(method), budget, seed, split)
         for name, method, budget, seed in read_timings(out, [])
         if name == task.name
     )

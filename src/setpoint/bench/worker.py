@@ -51,6 +51,7 @@ class Worker:
         needed: results that the cell needs, by method.
         threads: processor threads that it may use.
         make_task: makes the cell's task there; None where it can be sent.
+        make_method: the same of its method.
     """
 
     def __init__(
@@ -60,12 +61,13 @@ class Worker:
         needed: Mapping[str, Result],
         threads: int,
         make_task: Callable[[], Task] | None = None,
+        make_method: Callable[[], Method] | None = None,
     ) -> None:
         self.cell, self._log = cell, out / cell.name / LOG
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe(duplex=False)
         known = "" if make_task is None else fingerprint(cell.task)
-        order = _Order(make_task or cell.task, cell.method, cell.budget, cell.seed, cell.split, known)
+        order = _Order(make_task or cell.task, make_method or cell.method, cell.budget, cell.seed, cell.split, known)
         self._process = context.Process(
             target=_train,
             args=(order, cell.name, out, dict(needed), threads, theirs),
@@ -104,10 +106,10 @@ class Worker:
 
 @dataclass(frozen=True)
 class _Order:
-    """A cell on its way to another process, with its task or with what makes it, and then the task's fingerprint."""
+    """A cell on its way to another process: its task and method or what makes them, and a made task's fingerprint."""
 
     task: Task | Callable[[], Task]
-    method: Method
+    method: Method | Callable[[], Method]
     budget: float | None
     seed: int
     split: Split
@@ -125,7 +127,8 @@ class _Order:
                 f"{task.name} is made anew for every run, and its data or model came out different: draw whatever is "
                 "random in it from a generator with a seed of its own"
             )
-        return Cell(task, self.method, self.budget, self.seed, self.split)
+        method = self.method if isinstance(self.method, Method) else self.method()
+        return Cell(task, method, self.budget, self.seed, self.split)
 
 
 def _train(order: _Order, name: str, out: Path, needed: Mapping[str, Result], threads: int, pipe: Connection) -> None:
