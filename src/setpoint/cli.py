@@ -252,15 +252,15 @@ def _bench(
 
     for budget in budgets:
         Budget.fraction(budget, of="flops")
+    task = task_named(with_length(task_name, length), epochs=epochs, steps=steps, data=data)
     chosen = {name: method_named(name) for name in _names(methods, "--methods")}
     if len({method.name for method in chosen.values()}) < len(chosen):
         raise _misuse(f"--methods {methods}: two of these have the same name")
-    task = task_named(with_length(task_name, length), epochs=epochs, steps=steps, data=data)
     _check_folder(out)
     cells = grid(task, chosen.values(), dict.fromkeys(budgets), dict.fromkeys(seeds), split_named(split))
     # What is the user's own may hold functions that cannot be sent to another process: it is made there anew.
     make = partial(task_named, task_name, epochs=epochs, steps=steps) if is_own_function(task_name) else None
-    own = {method.name: partial(method_named, name) for name, method in chosen.items() if is_own_function(name)}
+    own = {method.name: name for name, method in chosen.items() if is_own_function(name)}
     outcome = time_cells(cells, out) if timing else train_cells(cells, out, workers, make, own)
     answer: dict[str, Any] = {"report": None}
     if outcome.results:

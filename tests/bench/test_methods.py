@@ -244,18 +244,36 @@ def test_settings_by_name() -> None:
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("None", "make returned NoneType, which has no .*begin, course.*: return a method"),
-        ("Setpoint('a b')", "named 'a b', which cannot name a folder"),
-        ("Setpoint('cubic')", "named cubic, which Setpoint has: give it another name"),
+        ("None", "make returned NoneType, which has no name, sized, .*begin: return a"),
+        ("Setpoint('a b')", "Setpoint with the name 'a b', which cannot name a folder"),
+        ("Setpoint(5)", "Setpoint with the name 5, which cannot name a folder"),
+        ("Setpoint('cubic')", "Setpoint with the name cubic, which a method of Setpoint's has: give it another"),
+        ("Setpoint('mine', needs='dense')", "Setpoint that needs 'dense': give names of methods in a tuple"),
+        ("Setpoint('mine', needs=('magic',))", "unknown method 'magic'"),
+        ("Loose()", "Loose, which cannot be compared by its values: make it a frozen dataclass"),
         ("Setpoint(lasso=2.0)", "lasso is the penalty's share"),
-        ("1 / 0", r"make raised ZeroDivisionError: division by zero \(at own.py:2"),
+        ("1 / 0", r"make raised ZeroDivisionError: division by zero \(at own.py:5"),
     ],
 )
 def test_own_method_that_cannot_be(body: str, message: str, tmp_path: Path) -> None:
     """What a function of the user's own returns must be a method with a name that is free and can name a folder."""
-    (tmp_path / "own.py").write_text(f"from setpoint.bench.method import Setpoint\ndef make(): return {body}\n")
+    text = f"""from setpoint.bench.method import Setpoint
+class Loose:
+    name, sized, family, paper, needs, course, begin, __hash__ = "loose", True, "", "", (), print, print, None
+def make():
+    return {body}
+def takes(size):
+    return None
+"""
+    (tmp_path / "own.py").write_text(text, encoding="utf-8")
     with pytest.raises(BenchError, match=message):
         method_named(f"{tmp_path / 'own.py'}:make")
+    with pytest.raises(BenchError, match="takes must take nothing, since it is called with nothing: .*size"):
+        method_named(f"{tmp_path / 'own.py'}:takes")
+    with pytest.raises(
+        BenchError, match="has no function 'make@lasso=0.1': only methods of Setpoint's own have settings"
+    ):
+        method_named(f"{tmp_path / 'own.py'}:make@lasso=0.1")
 
 
 def test_density_in_place_of_a_budget(tmp_path: Path) -> None:

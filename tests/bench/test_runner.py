@@ -303,6 +303,35 @@ def test_a_task_of_ones_own_is_made_anew_in_the_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_task_and_method_of_ones_own_in_one_file(tmp_path: Path) -> None:
+    """A file that makes the task and a method is loaded once, so that the model's class is found and can be timed."""
+    file = tmp_path / "own.py"
+    file.write_text(
+        "import torch\n"
+        "from setpoint.bench.family import ByFactor\n"
+        "from setpoint.bench.method import Setpoint\n"
+        "from setpoint.bench.recipe import Recipe\n"
+        "from setpoint.bench.simple_task import SimpleTask\n"
+        "from setpoint.bench.tensors import Tensors\n"
+        "class Net(torch.nn.Sequential):\n"
+        "    pass\n"
+        "def build(_):\n"
+        "    return Net(torch.nn.Linear(2, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))\n"
+        "def task():\n"
+        "    points = torch.linspace(-1, 1, 80).view(40, 2), torch.zeros(40).long()\n"
+        "    return SimpleTask('own', ByFactor(build), Tensors(points, points), Recipe(steps=2, batch=4))\n"
+        "def method():\n"
+        "    return Setpoint('mine')\n",
+        encoding="utf-8",
+    )
+    make_task, method = partial(task_named, f"{file}:task"), method_named(f"{file}:method")
+    cells, own = grid(make_task(), [method], [1.0], [0]), {method.name: f"{file}:method"}
+    outcome = run(cells, tmp_path / "out", Notes(), make_task=make_task, own_methods=own)
+    assert outcome.failures == ()
+    assert (tmp_path / "out" / cells[0].name / "stages.pt").exists()
+
+
+@pytest.mark.slow
 def test_a_task_that_comes_out_different_every_time_is_refused(tmp_path: Path) -> None:
     """Runs whose data were drawn anew do not compare: they fail, and the error says what to seed."""
     file = tmp_path / "own.py"

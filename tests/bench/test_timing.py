@@ -63,6 +63,17 @@ def test_runs_are_timed_by_their_stages(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "timing.jsonl").read_text().splitlines()[0])["environment"]["torch"]
 
 
+def test_the_dense_model_counts_by_the_mean_of_its_two_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What all others are divided by is measured twice in a round; the ratio of the two is the control."""
+    cells = grid(TASK, [Dense()], [0.5], [0])
+    run_interleaved(cells, tmp_path, Notes())
+    turns = iter([1.0, 3.0, 8.0, 2.0])  # the second round goes backwards
+    monkeypatch.setattr("setpoint.bench.timing._step_seconds", lambda _: next(turns))
+    (found,) = measure(finished(cells, tmp_path), tmp_path, lambda _: None, rounds=2)
+    assert found.control == (3.0, 4.0)
+    assert found.rounds == (2.0 * TASK.steps, 5.0 * TASK.steps)
+
+
 def test_what_was_timed_before_is_timed_again(tmp_path: Path) -> None:
     """Seconds of two measurements do not compare: the cells of the first join the second; others' tasks do not."""
     dense, small = (grid(TASK, [method_named(name)], [0.5], [0]) for name in ("dense", "small"))

@@ -73,6 +73,22 @@ def test_clocks_are_told_apart(make_results: Any) -> None:
     assert "| small |" in text and "| – |" in next(line for line in text.splitlines() if line.startswith("| small |"))
 
 
+def test_a_run_made_again_loses_its_old_seconds(make_results: Any) -> None:
+    """Seconds that were measured before their run was made anew are of another run: they are left out and told."""
+    folder = make_results(seeds=(0,), methods=("dense",))
+    line = {"schema": 2, "task": "digits", "method": "dense", "budget": 1.0, "seed": 0, "seconds": 9.0}
+    (made,) = read_results(folder).cells
+    for date, remarks in (
+        ("9999", ()),
+        ("1970", ("dense of seed 0 was run again after it was timed: its seconds are left out",)),
+    ):
+        (folder / "timing.jsonl").write_text(json.dumps({**line, "date": date}) + "\n")
+        found = read_results(folder)
+        assert found.remarks == remarks
+        assert (found.cells[0].timing is None) == bool(remarks)
+    assert made.date
+
+
 def test_the_machine_of_the_timing_is_told(make_results: Any) -> None:
     """Where the runs were timed with other threads than they ran with, the line below the tables says both."""
     folder = make_results(seeds=(0,), methods=("dense",))

@@ -53,7 +53,10 @@ class Method(Protocol):
 
     @property
     def family(self) -> str:
-        """Kind of method: "dense", "small", "post-training", "open-loop", "sparse" or "setpoint"."""
+        """Kind of method: "dense", "small", "post-training", "open-loop", "sparse" or "setpoint", or any other word.
+
+        Methods that are pruned after training, or in an open loop, are rivals by which goals are judged.
+        """
         ...
 
     @property
@@ -63,7 +66,7 @@ class Method(Protocol):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """Methods whose cell of the same task, budget and seed must be finished first."""
+        """Setpoint's methods whose cell of the same task, budget and seed must be finished first."""
         ...
 
     def course(self, task: Task, budget: float, needed: Mapping[str, Result]) -> Course:
@@ -212,17 +215,21 @@ def method_named(name: str) -> Method:
 def _own_method(target: str, taken: Collection[str]) -> Method:
     """What a function of the user's own returns, if it is a method with a name that is free and can name a folder."""
     with named_errors(target):
-        method = own_function(target)()
-    if not isinstance(method, Method):
-        missing = sorted(each for each in _MEMBERS if not hasattr(method, each))
-        raise BenchError(
-            f"{target} returned {type(method).__name__}, which has no {', '.join(missing)}: return a method, such as "
-            "setpoint.bench.method.Setpoint"
-        )
-    if not fits_a_folder(method.name):
-        raise BenchError(f"{target} returned a method named {method.name!r}, which cannot name a folder: {PLAIN}")
-    if method.name in taken:
-        raise BenchError(f"{target} returned a method named {method.name}, which Setpoint has: give it another name")
+        made: Any = own_function(target)()
+    returned = f"{target} returned {type(made).__name__}"
+    if missing := [each for each in _MEMBERS if not hasattr(made, each)]:
+        raise BenchError(f"{returned}, which has no {', '.join(missing)}: return a setpoint.bench.method.Method")
+    if made.__hash__ is None:
+        raise BenchError(f"{returned}, which cannot be compared by its values: make it a frozen dataclass")
+    if not isinstance(made.name, str) or not fits_a_folder(made.name):
+        raise BenchError(f"{returned} with the name {made.name!r}, which cannot name a folder: {PLAIN}")
+    if made.name in taken:
+        raise BenchError(f"{returned} with the name {made.name}, which a method of Setpoint's has: give it another")
+    if not isinstance(made.needs, tuple):
+        raise BenchError(f"{returned} that needs {made.needs!r}: give names of methods in a tuple")
+    for name in made.needs:
+        method_named(name)
+    method: Method = made
     return method
 
 

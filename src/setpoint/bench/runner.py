@@ -131,7 +131,7 @@ def run(
     *,
     workers: int = 1,
     make_task: Callable[[], Task] | None = None,
-    make_methods: Mapping[str, Callable[[], Method]] = MappingProxyType({}),
+    own_methods: Mapping[str, str] = MappingProxyType({}),
 ) -> Outcome:
     """Train the cells that the folder does not hold yet, each in a fresh process.
 
@@ -145,7 +145,7 @@ def run(
         observer: is told of every turn and every ending.
         workers: processes at a time; they share the processor's threads evenly.
         make_task: makes the task of all cells in their processes, for one that cannot be sent there.
-        make_methods: makes methods there, by name, for those that cannot.
+        own_methods: `module.py:function` of methods that the user's own files make, by their names; it is made there.
 
     Raises:
         BenchError: the folder holds other runs, or the data are missing.
@@ -167,7 +167,7 @@ def run(
             for cell in _ready(waiting, done)[: workers - len(running)]:
                 waiting.remove(cell)
                 needed = {name: done[each] for name, each in needed_cells(cell).items()}
-                worker = Worker(cell, out, needed, threads, make_task, make_methods.get(cell.method.name))
+                worker = Worker(cell, out, needed, threads, make_task, own_methods.get(cell.method.name))
                 running[worker.pipe] = worker
             for pipe in multiprocessing.connection.wait(list(running)) if running else ():
                 worker = running[pipe]  # type: ignore[index]

@@ -10,13 +10,14 @@ from pathlib import Path
 
 from setpoint.bench.environment import code_version
 from setpoint.bench.interleaved import run_interleaved
-from setpoint.bench.method import Method
+from setpoint.bench.own_function import source_hash
 from setpoint.bench.progress import ProgressBars, turns_bar
 from setpoint.bench.results import held
 from setpoint.bench.runner import Outcome, finished, make_data_ready, run
 from setpoint.bench.task import BenchError, Task
 from setpoint.bench.timing import measure, with_timed
 from setpoint.bench.training import Cell
+from setpoint.bench.worker import METHOD_FILE
 from setpoint.report.columns import MOST_LOAD
 
 
@@ -25,7 +26,7 @@ def train_cells(
     out: Path,
     workers: int | None,
     make_task: Callable[[], Task] | None,
-    make_methods: Mapping[str, Callable[[], Method]],
+    own_methods: Mapping[str, str],
 ) -> Outcome:
     """Train what the folder does not hold yet, under progress bars."""
     done = finished(cells, out)
@@ -34,12 +35,16 @@ def train_cells(
     other = sum(result.environment.get("code") != code_version() for result in done.values())
     told = f"; {len(done)} of them are there already" if done else ""
     told += f", {other} made by other code than today's" if other else ""
+    for name, target in own_methods.items():
+        mine = [result for result in done.values() if result.method == name]
+        changed = sum(result.environment.get(METHOD_FILE) != source_hash(target) for result in mine)
+        told += f", {changed} of {name} by another version of its file" if changed else ""
     runs = "1 run" if len(cells) == 1 else f"{len(cells)} runs"
     print(f"{task.name}: {runs} of {task.steps} steps, results in {out}{told}", file=sys.stderr)
     with held(out), ProgressBars([cell for cell in cells if cell not in done]) as bars:
         if workers is None:
             return Outcome(run_interleaved(cells, out, bars))
-        return run(cells, out, bars, workers=workers, make_task=make_task, make_methods=make_methods)
+        return run(cells, out, bars, workers=workers, make_task=make_task, own_methods=own_methods)
 
 
 def time_cells(cells: Sequence[Cell], out: Path) -> Outcome:

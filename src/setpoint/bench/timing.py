@@ -54,8 +54,8 @@ class Timing:
         stage_steps: optimizer steps of each stage.
         step_seconds: median seconds of a step of each stage.
         load: the machine's load average over a minute, before and after; None where it is unknown.
-        control: what the dense model's first steps took when timed twice in a round, by the first time; none where it
-            is not among the runs. It should be 1: how far it is not is how far shares can be believed.
+        control: what the dense model's first steps took in the second of their two turns in a round, by the first;
+            none where it is not among the runs. It should be 1: how far it is not is how far shares can be believed.
         environment: what the numbers depend on.
         date: when it was measured, ISO 8601 in UTC.
         schema: version of this format.
@@ -106,7 +106,7 @@ def with_timed(cells: Sequence[Cell], out: Path) -> tuple[Cell, ...]:
         except BenchError as error:
             raise BenchError(
                 f"{out} holds seconds of {method}, and only what is timed together compares: name it among the "
-                "methods, as module.py:function"
+                f"methods, as module.py:function, or delete its lines from {TIMING}"
             ) from error
 
     before = (
@@ -125,7 +125,8 @@ def measure(
     In each round every kind of step is trained for a turn of a few steps, by a model made for it and gone
     afterwards, so that the machine's moods hit all alike. Equal shapes are timed once for all runs.
     A masked model is trained as its method trains it, since its steps are more than plain ones.
-    The dense model is timed twice, as a control.
+    The dense model, by which all others are divided, has two turns a round: their mean counts, and how far they are
+    apart is the control.
 
     Args:
         done: finished cells and their results.
@@ -150,7 +151,11 @@ def measure(
         seconds[shape].append(_step_seconds(subjects[shape]))
         after_turn((turn + 1) / (rounds * len(subjects)))
     load = None if before is None else (before, _load() or 0.0)
-    control = () if dense is None else tuple(b / a for a, b in zip(seconds[dense], seconds[AGAIN], strict=True))
+    control: tuple[float, ...] = ()
+    if dense is not None:
+        twice = list(zip(seconds[dense], seconds[AGAIN], strict=True))
+        control = tuple(again / once for once, again in twice)
+        seconds[dense] = [statistics.fmean(each) for each in twice]
     timings = tuple(
         _timing(cell, done[cell], [(steps, seconds[shape]) for steps, shape, _ in course], load, control)
         for cell, course in courses.items()

@@ -16,13 +16,16 @@ from pathlib import Path
 import torch
 
 from setpoint.bench.fingerprint import fingerprint
-from setpoint.bench.method import Method
+from setpoint.bench.method import Method, method_named
+from setpoint.bench.own_function import source_hash
 from setpoint.bench.results import Result
 from setpoint.bench.task import BenchError, Split, Task
 from setpoint.bench.training import Cell, Progress, train
 from setpoint.errors import SetpointError
 
 LOG = "log.txt"
+METHOD_FILE = "method_file"
+"""Where a result's environment holds what tells the file of the user's own that made its method from other versions."""
 _PATIENCE_S = 5.0
 
 
@@ -51,7 +54,7 @@ class Worker:
         needed: results that the cell needs, by method.
         threads: processor threads that it may use.
         make_task: makes the cell's task there; None where it can be sent.
-        make_method: the same of its method.
+        own_method: `module.py:function` that makes its method there; None where it can be sent.
     """
 
     def __init__(
@@ -61,16 +64,17 @@ class Worker:
         needed: Mapping[str, Result],
         threads: int,
         make_task: Callable[[], Task] | None = None,
-        make_method: Callable[[], Method] | None = None,
+        own_method: str | None = None,
     ) -> None:
         self.cell, self._log = cell, out / cell.name / LOG
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe(duplex=False)
         known = "" if make_task is None else fingerprint(cell.task)
-        order = _Order(make_task or cell.task, make_method or cell.method, cell.budget, cell.seed, cell.split, known)
+        method = own_method or cell.method
+        order = _Order(cell.name, make_task or cell.task, method, cell.budget, cell.seed, cell.split, known)
         self._process = context.Process(
             target=_train,
-            args=(order, cell.name, out, dict(needed), threads, theirs),
+            args=(order, out, dict(needed), threads, theirs),
             daemon=True,
             name=cell.name,
         )
@@ -108,8 +112,9 @@ class Worker:
 class _Order:
     """A cell on its way to another process: its task and method or what makes them, and a made task's fingerprint."""
 
+    name: str
     task: Task | Callable[[], Task]
-    method: Method | Callable[[], Method]
+    method: Method | str
     budget: float | None
     seed: int
     split: Split
@@ -119,7 +124,7 @@ class _Order:
         """The cell again.
 
         Raises:
-            BenchError: the task was made anew and is another one.
+            BenchError: the task or the method was made anew and is another one.
         """
         task = self.task if isinstance(self.task, Task) else self.task()
         if self.fingerprint and fingerprint(task) != self.fingerprint:
@@ -127,13 +132,21 @@ class _Order:
                 f"{task.name} is made anew for every run, and its data or model came out different: draw whatever is "
                 "random in it from a generator with a seed of its own"
             )
-        method = self.method if isinstance(self.method, Method) else self.method()
-        return Cell(task, method, self.budget, self.seed, self.split)
+        method = method_named(self.method) if isinstance(self.method, str) else self.method
+        cell = Cell(task, method, self.budget, self.seed, self.split)
+        if cell.name != self.name:
+            raise BenchError(f"what makes {self.name} was changed meanwhile and makes {cell.name}: start again")
+        return cell
+
+    def environment(self) -> dict[str, str | int]:
+        """What is known of the run's making beyond its environment: the version of the file that made its method."""
+        return {METHOD_FILE: source_hash(self.method)} if isinstance(self.method, str) else {}
 
 
-def _train(order: _Order, name: str, out: Path, needed: Mapping[str, Result], threads: int, pipe: Connection) -> None:
+def _train(order: _Order, out: Path, needed: Mapping[str, Result], threads: int, pipe: Connection) -> None:
     """Train the cell in this process, and send what there is to tell."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    name = order.name
     log = out / name / LOG
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w", encoding="utf-8") as file:
@@ -142,7 +155,9 @@ def _train(order: _Order, name: str, out: Path, needed: Mapping[str, Result], th
     torch.set_num_threads(max(1, min(threads, torch.get_num_threads())))
     with suppress(BrokenPipeError):  # nobody is left to hear it
         try:
-            pipe.send(_result(order.cell(), out, needed, pipe))
+            more = order.environment()
+            result = _result(order.cell(), out, needed, pipe)
+            pipe.send(replace(result, environment={**result.environment, **more}))
         except BrokenPipeError:
             raise
         except SetpointError as error:

@@ -52,8 +52,8 @@ def clock_note(cells: Sequence[Cell], clock: str) -> str:
     control = [each for cell in cells if cell.timing for each in cell.timing.control]
     told = ""
     if control:
-        told = " Timed a second time in the same rounds, steps of the dense model took "
-        told += f"{min(control):.2f} to {max(control):.2f} of the first time: shares are that uncertain."
+        told = " In a second turn in the same rounds, steps of the dense model took "
+        told += f"{min(control):.2f} to {max(control):.2f} of the first: shares are that uncertain."
     return f"{CLOCK_NOTES[clock]}{busy}{told}"
 
 

@@ -201,8 +201,10 @@ def costs(name: str, cells: Sequence[Cell], rows: Sequence[Row]) -> Draft:
     for expense in found:
         theory = any(row.theoretical_ratio is not None for row in rows) and expense.unit == "FLOP"
         note = "Masked models: in theory, and not on the line. " if theory else ""
+        timed = expense.unit == "s" and rows[0].clock == "timed"
         note += clock_note(cells, rows[0].clock) if expense.unit == "s" else ""
-        caption = f"Full marks: the largest budget. Bars: ± over seeds. Line: the front. {note}"
+        bars = "± over seeds, of seconds over the rounds of their measurement" if timed else "± over seeds"
+        caption = f"Full marks: the largest budget. Bars: {bars}. Line: the front. {note}"
         draft += place_of(
             f"{name}-pareto-{expense.name}",
             pareto(rows, expense),

@@ -50,7 +50,9 @@ def read_results(folder: Path) -> Results:
         cells.pop(key, None)
         cells[key] = cell
     for key, timing in read_timings(folder, remarks).items():
-        if key in cells:
+        if key in cells and timing.date and timing.date < cells[key].date:
+            remarks.append(f"{key[1]} of seed {key[3]} was run again after it was timed: its seconds are left out")
+        elif key in cells:
             cells[key] = replace(cells[key], timing=timing)
     if not cells:
         raise ReportError(f"{path} holds no complete result yet: wait for the first run to end")
@@ -82,6 +84,7 @@ def read_timings(folder: Path, remarks: list[str]) -> dict[tuple[Any, ...], Timi
             load=number(load[0]) if isinstance(load, list) and load else None,
             control=numbers(line.get("control")),
             environment=texts(line.get("environment")),
+            date=str(line.get("date") or ""),
         )
     return found
 

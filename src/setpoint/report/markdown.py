@@ -13,7 +13,6 @@ from setpoint.report.results import Cell, Results
 from setpoint.report.summary import RIVALS, Row, series, summary_rows
 
 NAME = "results.md"
-"""Load average above which a machine is not called idle."""
 INTERVALS = (
     "Differences are means over the seeds that both methods have, with 95 % intervals of Student's t from three seeds "
     "on; bold where the interval excludes 0."

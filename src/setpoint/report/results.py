@@ -75,6 +75,7 @@ class Timing:
         load: the machine's load average before the measurement; None where it is unknown.
         control: seconds of the dense model's steps by those of the same steps, timed a second time, by round.
         environment: what it was measured on.
+        date: when, ISO 8601 in UTC.
     """
 
     seconds: float
@@ -85,6 +86,7 @@ class Timing:
     load: float | None = None
     control: tuple[float, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
+    date: str = ""
 
 
 @dataclass(frozen=True)
