@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 
-from setpoint.report.columns import metric_text
+from setpoint.report.columns import metric_text, share_text
 from setpoint.report.folder import read_results
 from setpoint.report.goals import GOALS, Goal, goals
 from setpoint.report.markdown import task_text
@@ -80,7 +80,7 @@ def headline_table(root: Path) -> str:
                 rivals = [metric_text(beside[name]) if name in beside else "–" for name in HEADLINES]
                 told = [f"{metric_text(row)} (`{row.method}`, {percent(row.train_flops_ratio)})" for row in best]
                 apart = [marked(ours.differences.get(name), ours.metric) for name in HEADLINES]
-                spent = (percent(ours.train_flops_ratio), percent(ours.seconds_ratio))
+                spent = (percent(ours.train_flops_ratio), share_text(ours.seconds_share))
                 cells = (
                     task,
                     percent(ours.budget),
