@@ -250,7 +250,7 @@ def test_settings_by_name() -> None:
         ("Setpoint('cubic')", "Setpoint with the name cubic, which a method of Setpoint's has: give it another"),
         ("Bare('mine', needs='dense')", "Bare that needs 'dense': give names of methods in a tuple"),
         ("Bare('mine', needs=('magic',))", "unknown method 'magic'"),
-        ("Loose()", "Loose, which cannot be compared by its values: make it a frozen dataclass"),
+        ("Loose()", "Loose, which is no value: make it a frozen dataclass without lists"),
         ("Setpoint(lasso=2.0)", "lasso is the penalty's share"),
         ("1 / 0", r"make raised ZeroDivisionError: division by zero \(at own.py:9"),
     ],

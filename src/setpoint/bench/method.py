@@ -219,8 +219,10 @@ def _own_method(target: str, taken: Collection[str]) -> Method:
     returned = f"{target} returned {type(made).__name__}"
     if missing := [each for each in _MEMBERS if not hasattr(made, each)]:
         raise BenchError(f"{returned}, which has no {', '.join(missing)}: return a setpoint.bench.method.Method")
-    if made.__hash__ is None:
-        raise BenchError(f"{returned}, which cannot be compared by its values: make it a frozen dataclass")
+    try:
+        hash(made)
+    except TypeError as error:
+        raise BenchError(f"{returned}, which is no value: make it a frozen dataclass without lists ({error})") from None
     if not isinstance(made.name, str) or not fits_a_folder(made.name):
         raise BenchError(f"{returned} with the name {made.name!r}, which cannot name a folder: {PLAIN}")
     if made.name in taken:
