@@ -16,6 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from tables.costs import (
+    bench_quick_table,
     compiled_table,
     distributed_table,
     overhead_table,
@@ -80,6 +81,7 @@ def filled(text: str) -> str:
             "real-budgets": lambda: real_budgets_table(RESULTS / "real_budgets.json"),
             "distributed": lambda: distributed_table(RESULTS / "distributed.json"),
             "soak": lambda: soak_table(RESULTS / "soak.json"),
+            "bench-quick": lambda: bench_quick_table(RESULTS / "bench-quick.json"),
             "compiled": lambda: compiled_table(RESULTS / "compiled.json"),
             "states": lambda: states_table(RESULTS / "smnist-196"),
             "calibration": lambda: calibration_table(RESULTS / "calibration.json"),

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from setpoint.report.numbers import duration, human
+from setpoint.report.numbers import NOTHING, duration, human
 from tables.words import made_on, threads_text
 
 
@@ -154,6 +154,25 @@ def soak_table(path: Path) -> str:
         outcome = "passed" if each["passed"] else "**failed**"
         lines.append(f"| {name} | {outcome} | {each['said']} | {duration(each['seconds'])} | {each['date'][:10]} |")
     return "\n".join([*lines, "", made_on(data)])
+
+
+def bench_quick_table(path: Path) -> str:
+    """How long `make bench-quick` takes, and how many of its runs end as the committed ones do."""
+    if not path.exists():
+        return "Not measured yet."
+    data = json.loads(path.read_text(encoding="utf-8"))
+    lines = ["| task | runs | of them committed | with the committed value | largest difference |", f"|---|{'---:|' * 4}"]
+    for task, each in data["tasks"].items():
+        counts = " | ".join(str(each[key]) for key in ("runs", "committed", "same"))
+        lines.append(f"| {task} | {counts} | {_apart(each['largest_difference'], each['metric'])} |")
+    return "\n".join([*lines, "", f"All of it took {duration(data['seconds'])}. {made_on(data)}"])
+
+
+def _apart(difference: float | None, metric: str) -> str:
+    """A difference without a sign: in points of accuracy, or in nats."""
+    if difference is None:
+        return NOTHING
+    return f"{100 * difference:.2f} points" if metric == "accuracy" else f"{difference:.4f} nats"
 
 
 def compiled_table(path: Path) -> str:
