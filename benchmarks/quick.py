@@ -1,6 +1,6 @@
 """`make bench-quick` from start to end: how long it takes, and whether its runs come out as the committed ones.
 
-    python benchmarks/quick.py --out results/bench-quick.json
+python benchmarks/quick.py --out results/bench-quick.json
 """
 
 from __future__ import annotations

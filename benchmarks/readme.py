@@ -30,6 +30,7 @@ from tables.methods import (
     goals_table,
     headline_table,
     methods_table,
+    seconds_table,
     sparse_table,
     task_sections,
     tuning_table,
@@ -95,6 +96,7 @@ def filled(text: str) -> str:
             "validation": lambda: validation_table(RESULTS),
             "ahead": lambda: ahead_table(RESULTS),
             "ahead-validation": lambda: ahead_table(RESULTS, split="validation"),
+            "seconds": lambda: seconds_table(RESULTS),
             "headline": lambda: headline_table(RESULTS),
             "tasks": lambda: task_sections(RESULTS),
         }

@@ -161,7 +161,10 @@ def bench_quick_table(path: Path) -> str:
     if not path.exists():
         return "Not measured yet."
     data = json.loads(path.read_text(encoding="utf-8"))
-    lines = ["| task | runs | of them committed | with the committed value | largest difference |", f"|---|{'---:|' * 4}"]
+    lines = [
+        "| task | runs | of them committed | with the committed value | largest difference |",
+        f"|---|{'---:|' * 4}",
+    ]
     for task, each in data["tasks"].items():
         counts = " | ".join(str(each[key]) for key in ("runs", "committed", "same"))
         lines.append(f"| {task} | {counts} | {_apart(each['largest_difference'], each['metric'])} |")

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from setpoint.report.columns import metric_text, share_text
 from setpoint.report.folder import read_results
-from setpoint.report.goals import GOALS, Goal, goals
+from setpoint.report.goals import GOALS, MOST_APART, Goal, goals
 from setpoint.report.markdown import task_text
-from setpoint.report.numbers import percent, signed
+from setpoint.report.numbers import NOTHING, percent, signed
 from setpoint.report.results import Cell, Results
-from setpoint.report.statistics import Difference, difference
-from setpoint.report.summary import FAMILIES, series, summary_rows
+from setpoint.report.statistics import Difference, difference, mean, share_of
+from setpoint.report.summary import FAMILIES, clock_of, rounds_of, series, summary_rows
 from tables.words import marked, rows_made_on
 
 
@@ -68,7 +69,7 @@ def headline_table(root: Path) -> str:
         rows = summary_rows(results)
         for task in results.tasks():
             mine = [row for row in rows if row.task == task]
-            dense = next((metric_text(row) for row in mine if row.method == "dense"), "–")
+            dense = next((metric_text(row) for row in mine if row.method == "dense"), NOTHING)
             for ours in (row for row in mine if row.method == "setpoint"):
                 beside = {row.method: row for row in mine if row.budget == ours.budget}
                 after = [
@@ -77,7 +78,7 @@ def headline_table(root: Path) -> str:
                     if row.family == "post-training" and row.density is None and row.num_seeds >= ours.num_seeds
                 ]
                 best = sorted(after, key=lambda row: row.value.mean, reverse=ours.metric == "accuracy")[:1]
-                rivals = [metric_text(beside[name]) if name in beside else "–" for name in HEADLINES]
+                rivals = [metric_text(beside[name]) if name in beside else NOTHING for name in HEADLINES]
                 told = [f"{metric_text(row)} (`{row.method}`, {percent(row.train_flops_ratio)})" for row in best]
                 apart = [marked(ours.differences.get(name), ours.metric) for name in HEADLINES]
                 spent = (percent(ours.train_flops_ratio), share_text(ours.seconds_share))
@@ -86,7 +87,7 @@ def headline_table(root: Path) -> str:
                     percent(ours.budget),
                     dense,
                     *rivals,
-                    *(told or ["–"]),
+                    *(told or [NOTHING]),
                     metric_text(ours),
                     *spent,
                     *apart,
@@ -98,6 +99,30 @@ def headline_table(root: Path) -> str:
 def ahead_table(root: Path, *, split: str = "test") -> str:
     """How far Setpoint is ahead of every method at the same budget, by seed: one row a method, one column a task."""
     of = (lambda cell: cell.value) if split == "test" else _last_validation
+
+    def entry(ours: Sequence[Cell], theirs: Sequence[Cell]) -> str:
+        return _ahead(difference(ours, theirs, of), ours[0].metric) + _cost_mark(ours, theirs)
+
+    return _matrix(root, "`setpoint` ahead of", entry)
+
+
+def seconds_table(root: Path) -> str:
+    """Setpoint's training seconds / those of every method at the same budget, in the same form."""
+
+    def entry(ours: Sequence[Cell], theirs: Sequence[Cell]) -> str:
+        if clock_of([*ours, *theirs]) != "timed":
+            return NOTHING
+        found = share_of(rounds_of(ours, "timed"), rounds_of(theirs, "timed"))
+        if found is None:
+            return NOTHING
+        text = f"{found.value:.2f}"
+        return f"**{text}**" if found.low > 1 or found.high < 1 else text
+
+    return _matrix(root, "seconds of `setpoint` / of", entry)
+
+
+def _matrix(root: Path, heading: str, entry: Callable[[Sequence[Cell], Sequence[Cell]], str]) -> str:
+    """Setpoint beside every method at the same budget: one row a method, one column a task and budget."""
     columns: list[str] = []
     rows: dict[tuple[int, str], dict[str, str]] = {}
     for folder in _folders(root):
@@ -109,18 +134,28 @@ def ahead_table(root: Path, *, split: str = "test") -> str:
                 first = cells[0]
                 if first.budget in (None, budget) and "@" not in first.method and cells is not ours:
                     key = (FAMILIES.index(first.family), first.method)
-                    rows.setdefault(key, {})[columns[-1]] = _ahead(difference(ours, cells, of), first.metric)
-    lines = [f"| `setpoint` ahead of | {' | '.join(columns)} |", f"|---|{'---:|' * len(columns)}"]
+                    rows.setdefault(key, {})[columns[-1]] = entry(ours, cells)
+    used = [column for column in columns if any(each.get(column, NOTHING) != NOTHING for each in rows.values())]
+    lines = [f"| {heading} | {' | '.join(used)} |", f"|---|{'---:|' * len(used)}"]
     for _, method in sorted(rows, key=lambda key: key[0]):
         texts = next(found for (_, name), found in rows.items() if name == method)
-        lines.append(f"| `{method}` | {' | '.join(texts.get(column, '–') for column in columns)} |")
+        lines.append(f"| `{method}` | {' | '.join(texts.get(column, NOTHING) for column in used)} |")
     return "\n".join(lines)
+
+
+def _cost_mark(ours: Sequence[Cell], theirs: Sequence[Cell]) -> str:
+    """Where a rival at the same budget ends more than 2 % cheaper, or dearer: by the FLOPs that its budget is of."""
+    if theirs[0].budget is None:
+        return ""
+    mine, other = (mean(cell.theoretical_flops or cell.final_flops for cell in cells) for cells in (ours, theirs))
+    apart = (other or 0.0) / (mine or 1.0) - 1
+    return "" if abs(apart) <= MOST_APART else " ↓" if apart < 0 else " ↑"
 
 
 def _ahead(found: Difference | None, metric: str) -> str:
     """By how much, better is positive: bold where the 95 % interval excludes 0, in parentheses where there is none."""
     if found is None:
-        return "–"
+        return NOTHING
     text = signed(100 * found.mean, 2) if metric == "accuracy" else signed(-found.mean, 3)
     return f"**{text}**" if found.clear else text if found.low is not None else f"({text})"
 
@@ -163,7 +198,7 @@ def sparse_table(folder: Path, density: str = "0.1") -> str:
         apart = []
         for rival in rivals.values():
             ours = by_label[row.method]
-            apart.append("–" if rival is ours else marked(difference(ours, rival), row.metric))
+            apart.append(NOTHING if rival is ours else marked(difference(ours, rival), row.metric))
         lines.append(f"| `{row.method.split('@')[0]}` | {metric_text(row)} | {' | '.join((*shares, *apart))} |")
     seeds = ", ".join(map(str, sorted({cell.seed for cell in cells})))
     machine = rows_made_on([{**cell.environment, "date": cell.date} for cell in cells])
@@ -187,7 +222,7 @@ def tuning_table(root: Path) -> str:
             found.setdefault(key, {}).setdefault(_rate(cell), []).append(cell)
     for (task, method, budget), by_rate in sorted(found.items(), key=lambda each: (*each[0][:2], -(each[0][2] or 1))):
         row = {rate: next(iter(summary_rows(Results(tuple(runs))))) for rate, runs in by_rate.items()}
-        texts = [metric_text(row[rate]) if rate in row else "–" for rate in rates]
+        texts = [metric_text(row[rate]) if rate in row else NOTHING for rate in rates]
         lines.append(f"| {task} | `{method}` | {percent(budget or 1.0)} | {' | '.join(texts)} |")
     seeds = ", ".join(map(str, sorted({cell.seed for cell in cells if cell.seed is not None})))
     machine = rows_made_on([{**cell.environment, "date": cell.date} for cell in cells])

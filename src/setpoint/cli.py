@@ -265,7 +265,7 @@ def _bench(
     answer: dict[str, Any] = {"report": None}
     if outcome.results:
         _print_table(out)
-        answer = {**summarise(outcome.results), "report": _page_if_possible(out)}
+        answer = {**summarise(outcome.results, outcome.rounds), "report": _page_if_possible(out)}
     _finish({**answer, "failures": [asdict(failure) for failure in outcome.failures]})
     if outcome.failures:
         raise typer.Exit(FAILED)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,10 @@ from torch import Tensor, nn
 import setpoint
 from setpoint.actuator.mask import mask
 from setpoint.actuator.shrink import shrink
+from setpoint.bench.counter import step_flops
+from setpoint.cost.flops import flops_cost
 from setpoint.groups.group import Group
-from setpoint.groups.trace import find_groups
+from setpoint.groups.trace import find_groups, trace
 from setpoint.groups.vanish import EmptyForward
 
 Example = tuple[Tensor, ...]
@@ -103,6 +106,32 @@ def test_a_branch_without_units_equals_its_masked_twin(name: str) -> None:
             torch.testing.assert_close(parameter, whole[key], rtol=0, atol=1e-10)
         else:
             assert parameter.numel() == 0
+
+
+def test_a_branch_without_units_costs_what_the_counter_sees() -> None:
+    """The FLOPs that the cost tells equal those counted operation by operation: what replaces a layer does none."""
+    model, example, groups, keep = vanished("inverted")
+    cost = flops_cost(trace(model, example))
+    shrink(model, None, groups, keep)
+    widths = {name: int(mask.sum()) for name, mask in keep.items()}
+    assert widths["blocks.1.0"] == 0
+    assert cost.total(widths) == step_flops(model, example)
+
+
+@pytest.mark.parametrize(("stride", "padding"), [(1, "same"), *product((1, 2, 3), (0, 2, "valid"))])
+@pytest.mark.parametrize("dim", [1, 2, 3])
+def test_a_layer_without_channels_gives_the_positions_of_one_that_has_some(
+    dim: int, stride: int, padding: int | str
+) -> None:
+    """For each padding, stride and dilation, and for transposed convolutions, shapes agree but for the channels."""
+    plain = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dim - 1]
+    transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[dim - 1]
+    x = torch.zeros(2, 1, *(9, 10, 11)[:dim])
+    layers: list[nn.modules.conv._ConvNd] = [plain(1, 1, 3, stride, padding, dilation=2)]
+    if isinstance(padding, int):
+        layers.append(transposed(1, 1, 3, stride, padding, output_padding=stride - 1, dilation=2))
+    for layer in layers:
+        assert EmptyForward(layer)(x).shape == layer(x).shape
 
 
 def test_copies_pickles_and_files_of_a_vanished_branch_run(tmp_path: Path) -> None:

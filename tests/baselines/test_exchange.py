@@ -88,7 +88,18 @@ def test_an_almost_full_mask_keeps_its_density() -> None:
     assert all(counts(masks) == target(0.95).counts for _, masks in history)
 
 
-@pytest.mark.parametrize("settings", [{"fraction": 0.0}, {"period": 0}, {"end": 1.5}])
+def test_a_period_that_is_set_holds_in_short_runs_too() -> None:
+    """Without one, updates are 100 steps apart, or a fortieth of the run; one that is set is kept as it is."""
+
+    def steps(rule: Exchange, total: int) -> list[int]:
+        return [step for step in range(total) if rule.due(step, total)]
+
+    assert steps(Exchange("random"), 8000)[:2] == [100, 200]
+    assert steps(Exchange("random"), 400)[:2] == [10, 20]
+    assert steps(Exchange("random", period=100), 400) == [100, 200]
+
+
+@pytest.mark.parametrize("settings", [{"fraction": 0.0}, {"period": -1}, {"end": 1.5}])
 def test_settings_out_of_range(settings: dict[str, object]) -> None:
     """They are errors."""
     with pytest.raises(ValueError, match="exchange needs"):

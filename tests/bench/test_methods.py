@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 import setpoint
+from setpoint.baselines.exchange import Exchange
+from setpoint.baselines.scheduled import ScheduledController
 from setpoint.bench.counter import step_flops
 from setpoint.bench.digits import digits
 from setpoint.bench.family import ByFactor, ByWidths
@@ -230,7 +232,14 @@ def test_settings_by_name() -> None:
     assert method_named("small-long@learning_rate=0.5").learning_rate == 0.5  # type: ignore[attr-defined]
     oneshot = method_named("magnitude-oneshot@density=0.1@share=0.5")
     assert not oneshot.sized and oneshot.share == 0.5 and method_named("magnitude-oneshot").sized  # type: ignore[attr-defined]
-    with pytest.raises(BenchError, match=r"unknown setting 'colour' of rigl: it has @density=NUMBER"):
+    assert method_named("rigl@period=200").rule == Exchange("gradient", period=200)  # type: ignore[attr-defined]
+    assert method_named("cubic@end=0.3").controller == ScheduledController(end=0.3)  # type: ignore[attr-defined]
+    assert method_named("setpoint-early@settle=0.2").controller.reference.settle == 0.2  # type: ignore[attr-defined]
+    with pytest.raises(BenchError, match="is a whole number, got '2.5'"):
+        method_named("rigl@period=2.5")
+    with pytest.raises(BenchError, match="gmp@end=7 cannot be"):
+        method_named("gmp@end=7")
+    with pytest.raises(BenchError, match=r"unknown setting 'colour' of rigl: it has @density=NUMBER, @end=NUMBER"):
         method_named("rigl@colour=3")
     with pytest.raises(BenchError, match="is a number, got 'much'"):
         method_named("rigl@density=much")

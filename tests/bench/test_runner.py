@@ -494,6 +494,12 @@ def test_a_lasso_that_is_no_share_is_refused(value: str) -> None:
         method_named("prunetrain@lasso=much")
 
 
+def test_a_seed_below_zero_is_refused() -> None:
+    """It would name a folder that reads like another seed's."""
+    with pytest.raises(BenchError, match="a seed is 0 or above, got -1"):
+        grid(TASK, [Setpoint()], [0.5], [0, -1])
+
+
 def test_unknown_method_lists_the_known() -> None:
     """An unknown method is an error that lists those there are."""
     with pytest.raises(BenchError, match="dense, small, small-long"):

@@ -121,6 +121,18 @@ def test_ratios_are_to_dense() -> None:
     assert "counter_agrees" not in summarise([DENSE, replace(PRUNED, claimed_flops=None)])["methods"]["setpoint"]
 
 
+def test_shares_of_seconds_go_round_by_round() -> None:
+    """A timed share is the median over rounds of the ratio of means over seeds, as in the tables."""
+    again = [replace(DENSE, seed=1), replace(PRUNED, seed=1)]
+    rounds = [(8.0, 10.0, 20.0), (4.0, 9.0, 5.0), (8.0, 30.0, 20.0), (8.0, 1.0, 5.0)]
+    one = summarise([DENSE, PRUNED], rounds[:2])["methods"]["setpoint"]
+    assert one["seconds_ratio"] == 0.5  # of 0.5, 0.9 and 0.25
+    two = summarise([DENSE, PRUNED, *again], rounds)["methods"]["setpoint"]
+    assert two["seconds_ratio"] == 0.25  # of 12/16, 10/40 and 10/40
+    assert two["seconds_saved_per_flops_saved"] == pytest.approx(0.75 / 0.4)
+    assert [run["seconds_ratio"] for run in two["runs"]] == [0.5, 0.25]
+
+
 def test_shares_of_seconds_need_clocks_that_compare() -> None:
     """No share of seconds is told of cells that had a process each, beside others; all else is."""
     shared = replace(PRUNED, clock="shared")

@@ -58,7 +58,7 @@ class Exchange:
     Args:
         growth: "random" for SET, "gradient" for RigL.
         fraction: share of the active weights exchanged at the beginning (alpha).
-        period: optimizer steps between updates (delta T), shortened in runs of fewer than 40 periods.
+        period: optimizer steps between updates (delta T); 0 for 100, or a fortieth of the run where that is less.
         end: fraction of the run after which masks stay (T_end).
         allocation: how the density is spread over tensors.
 
@@ -72,13 +72,13 @@ class Exchange:
 
     growth: Growth
     fraction: float = 0.3
-    period: int = 100
+    period: int = 0
     end: float = 0.75
     allocation: Allocation = "erk"
 
     def __post_init__(self) -> None:
-        if not (0 < self.fraction < 1 and self.period >= 1 and 0 < self.end <= 1):
-            raise ValueError(f"exchange needs 0 < fraction < 1, period >= 1 and 0 < end <= 1, got {self!r}")
+        if not (0 < self.fraction < 1 and self.period >= 0 and 0 < self.end <= 1):
+            raise ValueError(f"exchange needs 0 < fraction < 1, period >= 0 and 0 < end <= 1, got {self!r}")
         if self.growth not in ("random", "gradient"):
             raise ValueError(f"growth must be 'random' or 'gradient', got {self.growth!r}")
 
@@ -93,7 +93,7 @@ class Exchange:
 
     def due(self, step: int, total_steps: int) -> bool:
         """Every period until the end of the exchange."""
-        period = max(1, min(self.period, total_steps // 40))
+        period = self.period or max(1, min(100, total_steps // 40))
         return 0 < step < round(self.end * total_steps) and step % period == 0
 
     def update(self, sight: Sight, target: Target, generator: torch.Generator) -> Masks:

@@ -208,8 +208,16 @@ def method_named(name: str) -> Method:
     for method in everything:
         if method.name == base:
             return _with_settings(method, name, settings)
-    listed = ", ".join(method.name for method in everything)
-    raise BenchError(f"unknown method {name!r}: use {listed}, or your own as module.py:function")
+    listed = "; ".join(
+        f"{what}{', '.join(method.name for method in methods)}"
+        for what, methods in (
+            ("use ", METHODS),
+            ("for budgets on other resources ", RESOURCE_METHODS),
+            ("for state-space models ", STATE_METHODS),
+            ("for benchmarks/ablation.py ", ABLATION_METHODS),
+        )
+    )
+    raise BenchError(f"unknown method {name!r}: {listed}; or your own as module.py:function")
 
 
 def _own_method(target: str, taken: Collection[str]) -> Method:
@@ -236,30 +244,48 @@ def _own_method(target: str, taken: Collection[str]) -> Method:
 
 
 def _with_settings(method: Method, name: str, settings: list[str]) -> Method:
-    """The method under its full name with each `key=number` set, in itself or in what prunes for it."""
-    parts: list[Any] = [method] + ([method.prunes] if isinstance(method, PostTraining) else [])
+    """The method under its full name with each `key=number` set, in itself or in what it prunes by."""
+    changed: Any = method
     for setting in settings:
         key, _, value = setting.partition("=")
-        places = [place for place, part in enumerate(parts) if key in _numbers(part)]
-        if not places:
-            known = sorted(f"@{each}=NUMBER" for part in parts for each in _numbers(part))
-            raise BenchError(f"unknown setting {key!r} of {method.name}: it has {', '.join(known) or 'none'}")
+        known = _numbers(changed)
+        if key not in known:
+            listed = ", ".join(f"@{each}=NUMBER" for each in sorted(known))
+            raise BenchError(f"unknown setting {key!r} of {method.name}: it has {listed or 'none'}")
+        path, kind = known[key]
         try:
-            number = float(value)
+            number = kind(value)
         except ValueError as error:
-            raise BenchError(f"the setting {key!r} of {method.name} is a number, got {value!r}") from error
+            whole = "whole " if kind is int else ""
+            raise BenchError(f"the setting {key!r} of {method.name} is a {whole}number, got {value!r}") from error
         if key == "learning_rate" and not 0 < number < math.inf:
             raise BenchError(f"{name} cannot be: a learning rate is relative to the task's and above 0, got {value}")
         try:
-            parts[places[0]] = dataclasses.replace(parts[places[0]], **{key: number})
+            changed = _replaced(changed, path, number)
         except ValueError as error:
             raise BenchError(f"{name} cannot be: {error}") from error
-    own = {"name": name, "prunes": parts[1]} if len(parts) > 1 else {"name": name}
-    changed: Method = dataclasses.replace(parts[0], **own)
-    return changed if settings else method
+    if not settings:
+        return method
+    named: Method = _replaced(changed, ("name",), name)
+    return named
 
 
-def _numbers(part: object) -> set[str]:
-    """Names of the settings that are numbers."""
-    fields = dataclasses.fields(part)  # type: ignore[arg-type]
-    return {each.name for each in fields if isinstance(getattr(part, each.name), float)}
+def _numbers(value: Any) -> dict[str, tuple[tuple[str, ...], type[int] | type[float]]]:
+    """The settings that are numbers: by name the attributes that lead there, and its type; those outside hide inner."""
+    found: dict[str, tuple[tuple[str, ...], type[int] | type[float]]] = {}
+    for each in dataclasses.fields(value):
+        inner = getattr(value, each.name)
+        if type(inner) in (int, float):
+            found[each.name] = (each.name,), type(inner)
+    for each in dataclasses.fields(value):
+        inner = getattr(value, each.name)
+        if dataclasses.is_dataclass(inner):
+            for key, (path, kind) in _numbers(inner).items():
+                found.setdefault(key, ((each.name, *path), kind))
+    return found
+
+
+def _replaced(value: Any, path: tuple[str, ...], new: object) -> Any:
+    """A copy with another value at the end of a path of attributes."""
+    first, *rest = path
+    return dataclasses.replace(value, **{first: _replaced(getattr(value, first), tuple(rest), new) if rest else new})

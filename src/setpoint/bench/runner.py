@@ -38,10 +38,12 @@ class Outcome:
     Args:
         results: of all finished cells, those of earlier runs too, in the order of the grid.
         failures: cells that could not be finished, and why.
+        rounds: of each result, what each round of a timing says, in seconds; none where nothing was timed.
     """
 
     results: tuple[Result, ...]
     failures: tuple[Failure, ...] = ()
+    rounds: tuple[tuple[float, ...], ...] = ()
 
 
 def grid(
@@ -50,10 +52,15 @@ def grid(
     """All cells, seed by seed, what is needed first; a method that no budget changes runs once a seed.
 
     A method that needs another one's result brings that one's cell along, whether it was asked for or not.
+
+    Raises:
+        BenchError: for a seed below 0.
     """
     budgets = tuple(budgets)
     cells: dict[Cell, None] = {}
     for seed in seeds:
+        if seed < 0:
+            raise BenchError(f"a seed is 0 or above, got {seed}")
         for method in methods:
             for budget in budgets if method.sized else (None,):
                 for cell in with_needed(Cell(task, method, budget, seed, split)):

@@ -66,5 +66,6 @@ def time_cells(cells: Sequence[Cell], out: Path) -> Outcome:
         tuple(
             replace(result, seconds=timing.seconds, overhead_seconds=timing.own_seconds, clock="interleaved")
             for result, timing in zip(done.values(), timings, strict=True)
-        )
+        ),
+        rounds=tuple(timing.rounds for timing in timings),
     )

@@ -11,15 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from setpoint.groups.build import Units
 from setpoint.groups.walk import Value, Walk
-
-_CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-_TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
 def bypassed(walk: Walk, units: Units, inputs: Sequence[Value], outputs: Sequence[Value]) -> set[str]:
@@ -88,16 +83,15 @@ class EmptyForward:
         return y if module.bias is None else y + module.bias.view(-1, *(1,) * num_spatial)
 
 
-def _positions(module: nn.modules.conv._ConvNd, space: Sequence[int]) -> torch.Size:
-    """Spatial shape of the output, from a convolution without data."""
-    inputs = torch.empty((1, 1, *space), device="meta")
-    kernel = torch.empty((1, 1, *module.kernel_size), device="meta")
-    options: dict[str, Any] = {"stride": module.stride, "padding": module.padding, "dilation": module.dilation}
+def _positions(module: nn.modules.conv._ConvNd, space: Sequence[int]) -> tuple[int, ...]:
+    """Spatial shape of the output, by the formulas of PyTorch's documentation: no counter of operations sees one."""
+    if module.padding == "same":  # then the stride is 1
+        return tuple(space)
+    padding = (0,) * len(space) if isinstance(module.padding, str) else module.padding
+    sizes = zip(space, module.kernel_size, module.stride, padding, module.dilation, module.output_padding, strict=True)
     if module.transposed:
-        y = _TRANSPOSED[len(space)](inputs, kernel, output_padding=module.output_padding, **options)
-    else:
-        y = _CONVOLUTIONS[len(space)](inputs, kernel, **options)
-    return y.shape[2:]
+        return tuple((n - 1) * s - 2 * p + d * (k - 1) + more + 1 for n, k, s, p, d, more in sizes)
+    return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d, _ in sizes)
 
 
 def fit_forward(module: nn.Module) -> None:

@@ -41,7 +41,7 @@ CLOCK_NOTES = {
     "shared": "Training times are the runs' own, on a machine that was busy with other work at the same time: they do "
     "not compare. `setpoint bench --timing` measures them.",
 }
-MOST_LOAD = 0.3
+MOST_LOAD = 0.5
 """Above it, averaged over the minute before, a machine is called busy."""
 
 
@@ -54,7 +54,15 @@ def clock_note(cells: Sequence[Cell], clock: str) -> str:
     if control:
         told = " In a second turn in the same rounds, steps of the dense model took "
         told += f"{min(control):.2f} to {max(control):.2f} of the first: shares are that uncertain."
-    return f"{CLOCK_NOTES[clock]}{busy}{told}"
+    return f"{CLOCK_NOTES[clock]}{_timed_seeds(cells)}{busy}{told}"
+
+
+def _timed_seeds(cells: Sequence[Cell]) -> str:
+    """Whose seconds they are, where some seeds were not timed."""
+    timed = {cell.seed for cell in cells if cell.timing and cell.seed is not None}
+    if not timed or timed == {cell.seed for cell in cells if cell.seed is not None}:
+        return ""
+    return f" Timed: seed{'s' * (len(timed) > 1)} {', '.join(map(str, sorted(timed)))}."
 
 
 def columns(rows: Sequence[Row]) -> tuple[Column, ...]:

@@ -113,7 +113,7 @@ def read_lines(path: Path, name: str, remarks: list[str], *, whole: bool = False
             if isinstance(value, dict):
                 found.append(value)
             elif whole and line.endswith("\n"):
-                raise ReportError(f"line {number} of {path} is damaged: delete that line and run its cell again")
+                raise ReportError(f"line {number} of {path} is damaged: delete that line; its run can be done again")
             else:
                 remarks.append(f"line {number} of {name} is not a complete JSON object and was left out")
     return found
