@@ -35,8 +35,8 @@ CLOCKS = {
 }
 CLOCK_NOTES = {
     "timed": "Training times are from a measurement apart, in turns on one machine: a few steps of each stage of each "
-    "run, times its steps, and the method's own work as the run measured it. Time of dense: the median over the rounds "
-    "of that measurement, and the least and the largest.",
+    "run, times its steps, and the method's own work as the run measured it. Time of dense: the median, the least and "
+    "the largest of the shares in each round, to which median times need not divide.",
     "interleaved": "Training times are the runs' own; they took turns of a few steps in one process.",
     "shared": "Training times are the runs' own, on a machine that was busy with other work at the same time: they do "
     "not compare. `setpoint bench --timing` measures them.",
