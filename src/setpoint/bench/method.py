@@ -279,7 +279,7 @@ def _numbers(value: Any) -> dict[str, tuple[tuple[str, ...], type[int] | type[fl
             found[each.name] = (each.name,), type(inner)
     for each in dataclasses.fields(value):
         inner = getattr(value, each.name)
-        if dataclasses.is_dataclass(inner):
+        if dataclasses.is_dataclass(inner) and not isinstance(inner, type):
             for key, (path, kind) in _numbers(inner).items():
                 found.setdefault(key, ((each.name, *path), kind))
     return found

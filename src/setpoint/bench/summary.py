@@ -58,16 +58,14 @@ def _at(budget: float | None, runs: Sequence[Run]) -> dict[str, Any]:
 
 def _seconds_saved(runs: Sequence[Run], dense: Sequence[Run], train_flops_ratio: float) -> dict[str, float | None]:
     """The share of the dense model's seconds, and seconds saved / FLOPs saved."""
-    ours, whole = (
-        tuple(map(statistics.fmean, zip(*(rounds for _, rounds in each), strict=True))) for each in (runs, dense)
-    )
-    share, saved = share_of(ours, whole), 1 - train_flops_ratio
+    share, saved = share_of(_mean_rounds(runs), _mean_rounds(dense)), 1 - train_flops_ratio
     assert share is not None, "a run takes seconds"
     ratio = (1 - share.value) / saved if saved > 0.01 else None
     return {"seconds_ratio": share.value, "seconds_saved_per_flops_saved": ratio}
 
 
 def _mean_rounds(runs: Sequence[Run]) -> tuple[float, ...]:
+    """Mean seconds of the runs in each round."""
     return tuple(map(statistics.fmean, zip(*(rounds for _, rounds in runs), strict=True)))
 
 
