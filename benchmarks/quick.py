@@ -6,7 +6,6 @@ python benchmarks/quick.py --out results/bench-quick.json
 from __future__ import annotations
 
 import argparse
-import math
 import subprocess
 import time
 from pathlib import Path
@@ -28,16 +27,18 @@ def compared(fresh: tuple[Result, ...], committed: tuple[Result, ...]) -> dict[s
         committed: those of results/.
 
     Returns:
-        Numbers of runs, and the largest difference, in the metric's own unit (a fraction, or nats).
+        Numbers of runs, the largest difference, in the metric's own unit (a fraction, or nats), and which runs differ.
     """
     known = {_key(each): each.value for each in committed}
-    apart = [abs(each.value - known[_key(each)]) for each in fresh if _key(each) in known]
+    apart = {each.folder: abs(each.value - known[_key(each)]) for each in fresh if _key(each) in known}
+    other = [name for name, difference in apart.items() if difference > 1e-9]
     return {
         "metric": fresh[0].metric,
         "runs": len(fresh),
         "committed": len(apart),
-        "same": sum(math.isclose(each, 0.0, abs_tol=1e-9) for each in apart),
-        "largest_difference": max(apart, default=None),
+        "same": len(apart) - len(other),
+        "largest_difference": max(apart.values(), default=None),
+        "other": other,
     }
 
 

@@ -15,7 +15,7 @@ from setpoint.report.numbers import NOTHING, percent, signed
 from setpoint.report.results import Cell, Results
 from setpoint.report.statistics import Difference, difference, mean, share_of
 from setpoint.report.summary import FAMILIES, clock_of, rounds_of, series, summary_rows
-from tables.words import marked, rows_made_on
+from tables.words import made_on, marked, rows_made_on
 
 
 def methods_table(folder: Path, *, judged: bool = False) -> str:
@@ -203,6 +203,18 @@ def sparse_table(folder: Path, density: str = "0.1") -> str:
     seeds = ", ".join(map(str, sorted({cell.seed for cell in cells})))
     machine = rows_made_on([{**cell.environment, "date": cell.date} for cell in cells])
     return "\n".join([*lines, "", f"Seeds {seeds}, differences with 95 % intervals; {machine}"])
+
+
+def snip_table(path: Path, folder: Path) -> str:
+    """What SNIP keeps of the weights for queries, keys and values in each layer of the GPT, and how its runs end."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    ends = {(cell.budget, cell.seed): cell.value for cell in read_results(folder).cells if cell.method == "snip"}
+    lines = ["| FLOPs in theory | seed | queries | keys | values | loss on test |", f"|---|{'---:|' * 5}"]
+    for row in data["rows"]:
+        parts = [", ".join(f"{number:,}" for number in row[part]) for part in ("queries", "keys", "values")]
+        end = ends[row["budget"], row["seed"]]
+        lines.append(f"| {percent(row['budget'])} | {row['seed']} | {' | '.join(parts)} | {end:.4f} |")
+    return "\n".join([*lines, "", f"Of {data['rows'][0]['of']:,} weights each. {made_on(data)}"])
 
 
 def tuning_table(root: Path) -> str:

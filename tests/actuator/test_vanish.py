@@ -119,17 +119,24 @@ def test_a_branch_without_units_costs_what_the_counter_sees() -> None:
 
 
 @pytest.mark.parametrize(("stride", "padding"), [(1, "same"), *product((1, 2, 3), (0, 2, "valid"))])
+@pytest.mark.parametrize("dilation", [1, 2])
 @pytest.mark.parametrize("dim", [1, 2, 3])
 def test_a_layer_without_channels_gives_the_positions_of_one_that_has_some(
-    dim: int, stride: int, padding: int | str
+    dim: int, dilation: int, stride: int, padding: int | str
 ) -> None:
-    """For each padding, stride and dilation, and for transposed convolutions, shapes agree but for the channels."""
+    """For each padding, stride and dilation, and for transposed convolutions, shapes agree but for the channels.
+
+    Kernels, and strides and paddings that are numbers, differ from dim to dim.
+    """
     plain = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dim - 1]
     transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[dim - 1]
-    x = torch.zeros(2, 1, *(9, 10, 11)[:dim])
-    layers: list[nn.modules.conv._ConvNd] = [plain(1, 1, 3, stride, padding, dilation=2)]
-    if isinstance(padding, int):
-        layers.append(transposed(1, 1, 3, stride, padding, output_padding=stride - 1, dilation=2))
+    x = torch.zeros(2, 1, *(9, 12, 14)[:dim])
+    kernel, steps = (3, 5, 7)[:dim], (stride, stride, 1)[:dim]
+    around = padding if isinstance(padding, str) else (padding, 1, 0)[:dim]
+    layers: list[nn.modules.conv._ConvNd] = [plain(1, 1, kernel, steps, around, dilation)]
+    if not isinstance(around, str):
+        more = tuple(step - 1 for step in steps)
+        layers.append(transposed(1, 1, kernel, steps, around, more, dilation=dilation))
     for layer in layers:
         assert EmptyForward(layer)(x).shape == layer(x).shape
 

@@ -244,11 +244,13 @@ def _own_method(target: str, taken: Collection[str]) -> Method:
 
 
 def _with_settings(method: Method, name: str, settings: list[str]) -> Method:
-    """The method under its full name with each `key=number` set, in itself or in what it prunes by."""
-    changed: Any = method
+    """The method under its full name with all `key=number` set, in itself or in what it prunes by."""
+    if not settings:
+        return method
+    known = _numbers(method)
+    wanted: dict[tuple[str, ...], object] = {("name",): name}
     for setting in settings:
         key, _, value = setting.partition("=")
-        known = _numbers(changed)
         if key not in known:
             listed = ", ".join(f"@{each}=NUMBER" for each in sorted(known))
             raise BenchError(f"unknown setting {key!r} of {method.name}: it has {listed or 'none'}")
@@ -260,14 +262,12 @@ def _with_settings(method: Method, name: str, settings: list[str]) -> Method:
             raise BenchError(f"the setting {key!r} of {method.name} is a {whole}number, got {value!r}") from error
         if key == "learning_rate" and not 0 < number < math.inf:
             raise BenchError(f"{name} cannot be: a learning rate is relative to the task's and above 0, got {value}")
-        try:
-            changed = _replaced(changed, path, number)
-        except ValueError as error:
-            raise BenchError(f"{name} cannot be: {error}") from error
-    if not settings:
-        return method
-    named: Method = _replaced(changed, ("name",), name)
-    return named
+        wanted[path] = number
+    try:
+        changed: Method = _replaced(method, wanted)
+    except ValueError as error:
+        raise BenchError(f"{name} cannot be: {error}") from error
+    return changed
 
 
 def _numbers(value: Any) -> dict[str, tuple[tuple[str, ...], type[int] | type[float]]]:
@@ -285,7 +285,12 @@ def _numbers(value: Any) -> dict[str, tuple[tuple[str, ...], type[int] | type[fl
     return found
 
 
-def _replaced(value: Any, path: tuple[str, ...], new: object) -> Any:
-    """A copy with another value at the end of a path of attributes."""
-    first, *rest = path
-    return dataclasses.replace(value, **{first: _replaced(getattr(value, first), tuple(rest), new) if rest else new})
+def _replaced(value: Any, wanted: Mapping[tuple[str, ...], object]) -> Any:
+    """A copy with other values at the ends of paths of attributes, each part of it made once."""
+    direct = {path[0]: new for path, new in wanted.items() if len(path) == 1}
+    inner: dict[str, dict[tuple[str, ...], object]] = {}
+    for (first, *rest), new in wanted.items():
+        if rest:
+            inner.setdefault(first, {})[tuple(rest)] = new
+    parts = {first: _replaced(getattr(value, first), rest) for first, rest in inner.items()}
+    return dataclasses.replace(value, **direct, **parts)

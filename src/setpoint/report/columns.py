@@ -47,8 +47,11 @@ MOST_LOAD = 0.5
 
 def clock_note(cells: Sequence[Cell], clock: str) -> str:
     """Where the seconds come from, and what else the machine was at."""
-    load = max((cell.timing.load for cell in cells if cell.timing and cell.timing.load is not None), default=0.0)
-    busy = f" The machine was not idle then: load average {load:.1f}." if load > MOST_LOAD else ""
+    loads = [cell.timing.load for cell in cells if cell.timing and cell.timing.load is not None]
+    busy = ""
+    if loads:
+        told = "The machine was not idle then" if max(loads) > MOST_LOAD else "Just before, the machine was idle"
+        busy = f" {told}: load average {max(loads):.2f}."
     control = [each for cell in cells if cell.timing for each in cell.timing.control]
     told = ""
     if control:

@@ -28,7 +28,8 @@ class Estimate:
 class Share:
     """A share that was measured in rounds: their median, and the least and the largest of them.
 
-    The largest and the least of five rounds hold the true median with a probability of 94 %.
+    The largest and the least of five rounds hold the true median with a probability of 94 % if rounds are independent;
+    a machine that changes its pace for minutes makes them less so.
 
     Args:
         value: the median.

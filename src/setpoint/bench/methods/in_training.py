@@ -79,6 +79,8 @@ class Setpoint:
             raise BenchError(f"distill is a weight, at least 0 and below 1, got {self.distill:g}")
         if not 0 <= self.switch_off < 1:
             raise BenchError(f"switch_off is a share of the units, at least 0 and below 1, got {self.switch_off:g}")
+        if self.leave_outs < 0:
+            raise BenchError(f"leave_outs is a number of batches, got {self.leave_outs}")
 
     def course(self, task: Task, budget: float, needed: Mapping[str, Result]) -> Course:
         """The dense widths."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol, final, runtime_checkable
@@ -58,8 +59,8 @@ class PostTraining:
     needs: tuple[str, ...] = ("dense",)
 
     def __post_init__(self) -> None:
-        if not self.share > 0:
-            raise BenchError(f"share is that of the task's steps, above 0, got {self.share:g}")
+        if not 0 < self.share < math.inf:
+            raise BenchError(f"share is that of the task's steps, above 0 and finite, got {self.share:g}")
 
     @property
     def sized(self) -> bool:

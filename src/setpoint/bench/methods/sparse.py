@@ -26,6 +26,7 @@ class Sparse:
         rule: chooses the active weights.
         paper: where it comes from.
         density: kept fraction of the maskable weights in place of a budget; 0 to go by the budget.
+        learning_rate: peak of the schedule, relative to the task's.
         family: kind of method, for reports.
         needs: nothing.
     """
@@ -34,6 +35,7 @@ class Sparse:
     rule: Rule
     paper: str
     density: float = 0.0
+    learning_rate: float = 1.0
     family: str = "sparse"
     needs: tuple[str, ...] = ()
 
@@ -48,7 +50,7 @@ class Sparse:
 
     def course(self, task: Task, budget: float, needed: Mapping[str, Result]) -> Course:
         """The dense widths."""
-        return Course(task, dense_widths(task))
+        return Course(task.with_learning_rate_factor(self.learning_rate), dense_widths(task))
 
     def begin(
         self, task: Task, model: nn.Module, budget: float, batches: Iterator[tuple[Tensor, Tensor]]
