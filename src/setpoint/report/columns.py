@@ -50,8 +50,8 @@ def clock_note(cells: Sequence[Cell], clock: str) -> str:
     loads = [cell.timing.load for cell in cells if cell.timing and cell.timing.load is not None]
     busy = ""
     if loads:
-        told = "The machine was not idle then" if max(loads) > MOST_LOAD else "Just before, the machine was idle"
-        busy = f" {told}: load average {max(loads):.2f}."
+        state = "The machine was not idle then" if max(loads) > MOST_LOAD else "Just before, the machine was idle"
+        busy = f" {state}: load average {max(loads):.2f}."
     control = [each for cell in cells if cell.timing for each in cell.timing.control]
     told = ""
     if control:
