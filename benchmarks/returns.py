@@ -23,9 +23,9 @@ from record import keep_rows
 from torch import Tensor, nn
 
 import setpoint
-from setpoint.actuator.easing import Easing
 from setpoint.bench.catalogue import task_named
 from setpoint.bench.task import Task, dense_widths
+from setpoint.regrowth.easing import Easing
 
 SHARE, NUM_BATCHES, EASE_STEPS = 0.25, 8, 8
 Batches = Iterator[tuple[Tensor, Tensor]]

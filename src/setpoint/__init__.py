@@ -1,13 +1,9 @@
 """Setpoint: prune PyTorch models while they train, to a budget held by a feedback controller."""
 
-from setpoint.actuator.regrow import regrow
-from setpoint.actuator.reserve import Reserve
-from setpoint.actuator.semi_structured import to_semi_structured
 from setpoint.actuator.sharding import whole
 from setpoint.actuator.shrink import shrink
 from setpoint.checkpoint import load, save
 from setpoint.controller.adaptive import AdaptiveController
-from setpoint.controller.exchanging import ExchangingController
 from setpoint.controller.gates import GatedController
 from setpoint.controller.penalty import PenaltyController
 from setpoint.controller.plan import Controller, Observation, Plan
@@ -36,9 +32,10 @@ from setpoint.errors import (
 )
 from setpoint.groups.group import Group, SizeBinding, Slice
 from setpoint.groups.trace import find_groups
-from setpoint.groups.weights import find_weights
 from setpoint.ledger import Entry, Ledger
 from setpoint.loop import Explanation, Loop, Summary, attach, load_run, save_run
+from setpoint.regrowth.regrow import regrow
+from setpoint.regrowth.reserve import Reserve
 from setpoint.sensor.chain import SensorChain
 from setpoint.sensor.hankel import HankelSensor
 from setpoint.sensor.magnitude import MagnitudeSensor
@@ -46,8 +43,11 @@ from setpoint.sensor.random import RandomSensor
 from setpoint.sensor.reading import Reading, Sensor
 from setpoint.sensor.selective import SelectiveSensor
 from setpoint.sensor.taylor import TaylorSensor
-from setpoint.sensor.weight_taylor import WeightTaylorSensor
 from setpoint.ssm import StateSpaceLayer
+from setpoint.weights.exchanging import ExchangingController
+from setpoint.weights.find import find_weights
+from setpoint.weights.semi_structured import to_semi_structured
+from setpoint.weights.taylor import WeightTaylorSensor
 
 __all__ = [
     "AdaptiveController",

@@ -16,10 +16,10 @@ from actuator.test_regrow import adamw, assert_same, snapshot
 from actuator.test_vanish import MODELS as VANISHING
 from actuator.test_vanish import vanished
 from groups.zoo import MODELS as ZOO
-from setpoint.actuator.probing import Probing
-from setpoint.actuator.reserve import Reserve
 from setpoint.actuator.shrink import named_tensors, shrink
 from setpoint.groups.kept import random_keep
+from setpoint.regrowth.probing import Probing
+from setpoint.regrowth.reserve import Reserve
 from twin.test_twin import double, groups_of
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import setpoint
-from setpoint.actuator.semi_structured import why_dense
+from setpoint.weights.semi_structured import why_dense
 
 
 def in_pattern(layer: nn.Linear) -> nn.Linear:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from setpoint.actuator.weight_exchange import exchanged, lowest
-from setpoint.groups.weights import Pattern
+from setpoint.weights.exchange import exchanged, lowest
+from setpoint.weights.find import Pattern
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -13,7 +13,6 @@ from controller.plants import Decision, chain, lognormal, observe, residual, run
 from setpoint.baselines.group_lasso import ReconfiguringController
 from setpoint.baselines.scheduled import ScheduledController
 from setpoint.controller.adaptive import AdaptiveController
-from setpoint.controller.exchanging import ExchangingController
 from setpoint.controller.gates import GatedController
 from setpoint.controller.plan import Controller
 from setpoint.controller.priced import PricedController
@@ -21,6 +20,7 @@ from setpoint.controller.reference import Reference
 from setpoint.cost.cost import Cost, ProductCost, Term
 from setpoint.groups.group import Group, Size, widths_of
 from setpoint.sensor.reading import Reading
+from setpoint.weights.exchanging import ExchangingController
 
 Plant = tuple[tuple[Group, ...], Cost]
 

@@ -17,8 +17,8 @@ from setpoint.actuator.mask import mask
 from setpoint.actuator.muon import shape_factor
 from setpoint.actuator.optimizer_state import check_optimizer, check_trains
 from setpoint.actuator.shrink import named_tensors, shrink
-from setpoint.actuator.weight_mask import mask_gradients, mask_weights
 from setpoint.errors import OptimizerError
+from setpoint.weights.mask import mask_gradients, mask_weights
 
 SETTINGS: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
     "sgd": (torch.optim.SGD, {"lr": 0.1}),

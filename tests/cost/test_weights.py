@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from setpoint.bench.weight_flops import weight_flops as counted
-from setpoint.cost.weights import active_params, weight_flops
 from setpoint.groups.group import widths_of
 from setpoint.groups.trace import trace
-from setpoint.groups.weights import find_weights
+from setpoint.weights.cost import active_params, weight_flops
+from setpoint.weights.find import find_weights
 
 
 class Twice(nn.Module):

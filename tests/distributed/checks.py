@@ -40,7 +40,7 @@ DROP = {3: {"inner.0": [1, 4, 9], "stem": [0, 3]}, 5: {"inner.0": [0]}}
 
 def twin() -> None:
     """Losses, plans and weights are those of one process on the same global batches, over cuts and returns."""
-    setpoint.loop.regrowth._PROBE_SHARE = 1.0
+    setpoint.regrowth.regrowing._PROBE_SHARE = 1.0
     steps, cuts = (STEPS, 14) if dist.get_world_size() == 2 else (20, 7)
     model = build()
     wrapper = Parallel(model)
@@ -173,7 +173,7 @@ def options() -> None:
 
 def vanishing() -> None:
     """A branch that vanishes as a whole, and comes back in part, leaves the others averaged, as in one process."""
-    setpoint.loop.regrowth._PROBE_SHARE = 1.0
+    setpoint.regrowth.regrowing._PROBE_SHARE = 1.0
     every, back = {3: {"inner.0": list(range(16))}}, {6: {"inner.0": [2, 7]}}
     model = build(Still)
     wrapper = Parallel(model)
@@ -380,7 +380,7 @@ def branches() -> None:
 
 def resume() -> None:
     """A run on several ranks goes on bit for bit from one file, in freshly built wrappers."""
-    setpoint.loop.regrowth._PROBE_SHARE = 1.0
+    setpoint.regrowth.regrowing._PROBE_SHARE = 1.0
 
     def start() -> dict[str, Any]:
         model = build()

@@ -64,7 +64,7 @@ def caught(error: type[BaseException], text: str, do: Callable[[], Any]) -> None
 
 def sharded_twin() -> None:
     """Losses, plans, weights and moments are those of one process on the same batches, over cuts and returns."""
-    setpoint.loop.regrowth._PROBE_SHARE = 1.0
+    setpoint.regrowth.regrowing._PROBE_SHARE = 1.0
     steps, cuts = (STEPS, 14) if dist.get_world_size() == 2 else (20, 7)
     model = sharded(build())
     optimizer, loop = attached(model, regrowing(cuts), share(0)[0], total_steps=steps)
@@ -105,7 +105,7 @@ def sharded_options() -> None:
     """However it was sharded: after cuts it trains on, bit for bit, like the small model sharded afresh that way; hooks
     on parameters, and modules, go on as well.
     """
-    setpoint.loop.regrowth._PROBE_SHARE = 0.0  # what is computed again would miss the resting units
+    setpoint.regrowth.regrowing._PROBE_SHARE = 0.0  # what is computed again would miss the resting units
     low = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     _goes_on_like_a_fresh_one(Sampled, reshard_after_forward=False)
     _goes_on_like_a_fresh_one(Sampled, momentum=True, dtype=torch.bfloat16, reshard_after_forward=True, mp_policy=low)
@@ -234,7 +234,7 @@ def sharded_adapters() -> None:
 
 def sharded_buffers() -> None:
     """Running statistics, which each rank has of its own, rest and come back on the rank whose they are."""
-    setpoint.loop.regrowth._PROBE_SHARE = 1.0
+    setpoint.regrowth.regrowing._PROBE_SHARE = 1.0
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     model = fully_shard(build(Net), mesh=mesh)
     units = [1, 4, 9]
@@ -271,7 +271,7 @@ def sharded_resume() -> None:
     """A run goes on bit for bit in freshly built sharded models, from a folder that each rank has written its part of,
     while units rest and rise, with what each rank had for itself.
     """
-    setpoint.loop.regrowth._PROBE_SHARE = 1.0
+    setpoint.regrowth.regrowing._PROBE_SHARE = 1.0
 
     def start() -> dict[str, Any]:
         model, ema = sharded(build()), sharded(build())
@@ -377,7 +377,7 @@ def sharded_damage() -> None:
 
 def sharded_copies() -> None:
     """Copies of the model are cut and regrown alike, whether they are sharded or whole."""
-    setpoint.loop.regrowth._PROBE_SHARE = 1.0
+    setpoint.regrowth.regrowing._PROBE_SHARE = 1.0
     model, apart, together = sharded(build()), sharded(build()), build()
     script = Scripted({3: {"up": [1, 5], "wide": [0, 2]}}, {6: {"up": [5]}})
     optimizer, loop = attached(model, script, share(0)[0], copies=(apart, together), verify=True)

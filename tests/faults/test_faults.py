@@ -108,7 +108,7 @@ def test_a_resize_that_is_interrupted(
     with pytest.raises(type(error)):
         run.train(step - 1, step)
     monkeypatch.undo()
-    monkeypatch.setattr("setpoint.loop.regrowth._PROBE_SHARE", 1.0)
+    monkeypatch.setattr("setpoint.regrowth.regrowing._PROBE_SHARE", 1.0)
     assert left[0] == 0 and run.loop.widths == widths
     shapes = {name: tuple(tensor.shape) for name, tensor in run.model.named_parameters()}
     assert shapes == {name[7:]: tuple(tensor.shape) for name, tensor in run.ema.named_parameters()}
@@ -137,7 +137,7 @@ def test_a_run_goes_on_from_its_file_when_a_return_finds_no_memory(
     run.train(0, 18)
     setpoint.save_run(tmp_path / "run", **parts(run))
     with monkeypatch.context() as patch:
-        patch.setattr("setpoint.loop.regrowth.regrow", full)
+        patch.setattr("setpoint.regrowth.regrowing.regrow", full)
         with pytest.raises(MemoryError):
             run.train(18, 40)
     again = start()

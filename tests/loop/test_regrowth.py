@@ -110,7 +110,7 @@ DROP, BACK = (
 @pytest.fixture
 def dear(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets probing take any share of a run too short to pay for it."""
-    monkeypatch.setattr("setpoint.loop.regrowth._PROBE_SHARE", 1.0)
+    monkeypatch.setattr("setpoint.regrowth.regrowing._PROBE_SHARE", 1.0)
 
 
 def test_units_rest_are_probed_and_come_back(dear: None) -> None:
@@ -187,7 +187,7 @@ def test_a_return_does_not_make_the_loss_jump(monkeypatch: pytest.MonkeyPatch) -
     """
     moved = {1: 0.0, 8: 0.0}
     for steps, seed in ((1, 0), (8, 0), (1, 1), (8, 1)):
-        monkeypatch.setattr("setpoint.loop.regrowth._EASE_STEPS", steps)
+        monkeypatch.setattr("setpoint.regrowth.regrowing._EASE_STEPS", steps)
         torch.manual_seed(seed)
         model, units = Net(), {"inner.0": list(range(8)), "stem": [0, 3, 5]}
         optimizer, loop = attach(model, Scripted({20: units}, {80: units}, last=110), 120, verify=False)
@@ -268,7 +268,7 @@ def test_a_regrowing_run_lands_within_its_budget(monkeypatch: pytest.MonkeyPatch
     share; where the reference rises units come back; over all runs at most a tenth of those dropped are dropped again;
     and the same seed makes the same ledger.
     """
-    monkeypatch.setattr("setpoint.loop.regrowth._PROBE_SHARE", 0.05)  # the run is short
+    monkeypatch.setattr("setpoint.regrowth.regrowing._PROBE_SHARE", 0.05)  # the run is short
     rising = Reference(settle=0.15, dip=0.6)
     runs = [run(0, regrow=True, reference=rising), *(run(seed, regrow=True) for seed in range(3))]
     summaries = [loop.summary for loop, _ in runs if loop.summary is not None]
@@ -306,7 +306,7 @@ class Misled:
 
 def test_units_that_went_by_mistake_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """Claim: useful units that a wrong reading has dropped come back under the budget, in every seed, and stay."""
-    monkeypatch.setattr("setpoint.loop.regrowth._PROBE_SHARE", 0.05)  # the run is short
+    monkeypatch.setattr("setpoint.regrowth.regrowing._PROBE_SHARE", 0.05)  # the run is short
     regrown = again = 0
     for seed in range(3):
         torch.manual_seed(seed)

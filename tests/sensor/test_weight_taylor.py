@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from setpoint.groups.group import Group, widths_of
-from setpoint.groups.weights import Pattern, active_of, find_weights, with_active
-from setpoint.sensor.patterned import patterned
 from setpoint.sensor.reading import Reading
 from setpoint.sensor.taylor import TaylorSensor
-from setpoint.sensor.weight_taylor import Weighing, WeightTaylorSensor
+from setpoint.weights.find import Pattern, active_of, find_weights, with_active
+from setpoint.weights.patterned import patterned
+from setpoint.weights.taylor import Weighing, WeightTaylorSensor
 
 
 def model_and_groups() -> tuple[nn.Module, tuple[Group, ...]]:

@@ -17,13 +17,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from setpoint.actuator.cut import Cut, Keep, check_keep, plan_cut, take
 from setpoint.actuator.mask import mask
-from setpoint.actuator.probing import Probing
-from setpoint.actuator.reserve import Reserve
 from setpoint.actuator.shrink import named_tensors, shrink
 from setpoint.errors import ExampleError, VerificationError
 from setpoint.groups.export import Example, computed, inputs_of, tensors_of
 from setpoint.groups.group import Group
 from setpoint.groups.kept import random_keep
+from setpoint.regrowth.probing import Probing
+from setpoint.regrowth.reserve import Reserve
 
 _FEW = 8  # samples that a verification looks at
 

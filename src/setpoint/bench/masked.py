@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from setpoint.actuator.optimizer_state import check_optimizer
-from setpoint.actuator.weight_mask import mask_gradients, mask_weights
 from setpoint.baselines.erk import erk_densities
 from setpoint.baselines.rule import Allocation, Masks, Rule, Sight, Target
 from setpoint.bench.course import Outcome
@@ -18,6 +17,7 @@ from setpoint.bench.task import BenchError
 from setpoint.bench.weight_flops import WeightFlops, maskable_weights, weight_flops
 from setpoint.loop.hooks import StepHooks
 from setpoint.meter import Stopwatch
+from setpoint.weights.mask import mask_gradients, mask_weights
 
 
 @final

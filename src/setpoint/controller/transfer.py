@@ -6,9 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 from setpoint.controller.adaptive import AdaptiveController
-from setpoint.controller.exchanging import ExchangingController
 from setpoint.controller.gates import GatedController
 from setpoint.controller.priced import PricedController
+from setpoint.weights.exchanging import ExchangingController
 
 
 def transfer(controller: object, state: Any, *, step: int, total_steps: int, present: float, limit: float) -> Any:

@@ -16,8 +16,8 @@ from setpoint.groups.group import Group
 from setpoint.loop.agreement import together
 from setpoint.loop.parts import Parts
 from setpoint.loop.record import only_kept
-from setpoint.loop.regrowth import Regrowth
 from setpoint.loop.wrapper import rewrap
+from setpoint.regrowth.regrowing import Regrowth
 from setpoint.sensor.reading import Reading
 
 if TYPE_CHECKING:

@@ -15,7 +15,6 @@ from torch.optim import Optimizer
 
 from setpoint.actuator.optimizer_state import as_sequence, check_optimizer, check_trains
 from setpoint.actuator.verify import few_rows, verify_probe
-from setpoint.controller.exchanging import ExchangingController
 from setpoint.controller.plan import Controller, regrows
 from setpoint.controller.reference import Reference
 from setpoint.controller.selection import cheapest
@@ -33,7 +32,6 @@ from setpoint.loop.agreement import together
 from setpoint.loop.change import check_runs, reference_of
 from setpoint.loop.costing import Costing, cost_out
 from setpoint.loop.goal import check_goal, controller_for
-from setpoint.loop.granularity import check_run, pattern_for, weight_material
 from setpoint.loop.header import header_of
 from setpoint.loop.inference import Inference
 from setpoint.loop.loop import ATTACHED, Loop
@@ -49,7 +47,9 @@ from setpoint.meter import StepMeter, Stopwatch
 from setpoint.sensor.chain import takes_back
 from setpoint.sensor.reading import Hooking, Sensor
 from setpoint.sensor.tap import tappable
-from setpoint.sensor.weight_taylor import WeightTaylorSensor
+from setpoint.weights.exchanging import ExchangingController
+from setpoint.weights.material import check_run, pattern_for, weight_material
+from setpoint.weights.taylor import WeightTaylorSensor
 
 
 def attach(

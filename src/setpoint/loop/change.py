@@ -13,7 +13,6 @@ from setpoint.cost.budget import Budget
 from setpoint.errors import BudgetError, LoopError
 from setpoint.groups.group import Group, widths_of
 from setpoint.loop.accounting import Account
-from setpoint.loop.granularity import check_resources
 from setpoint.loop.metering import METERED
 from setpoint.loop.parts import Parts
 from setpoint.loop.planning import metered_at
@@ -25,6 +24,7 @@ from setpoint.loop.run_spending import (
     spent_so_far,
 )
 from setpoint.loop.target import Target, check_budgets, check_reachable
+from setpoint.weights.material import check_resources
 
 if TYPE_CHECKING:
     from setpoint.loop.loop import Loop

@@ -16,8 +16,8 @@ from setpoint.loop.record import drop_counts, return_counts
 from setpoint.loop.run_spending import read_joules, spent_so_far
 from setpoint.loop.summary import Summary, break_even_step
 from setpoint.loop.watch import LossWatch
-from setpoint.loop.weights import Weights
 from setpoint.meter.memory import resident_bytes
+from setpoint.weights.masking import Weights
 
 
 def summarise(

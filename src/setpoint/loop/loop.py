@@ -34,16 +34,16 @@ from setpoint.loop.planning import metered_at, observation_of, planned
 from setpoint.loop.ranking import Ranking
 from setpoint.loop.recompiling import Recompiling
 from setpoint.loop.record import entry_of, only_kept, refusal, spread, with_drops, with_returns
-from setpoint.loop.regrowth import Regrowth
 from setpoint.loop.run_spending import read_joules, replan, spare_flops
 from setpoint.loop.sensing import reads_by_hooks, release, sense
 from setpoint.loop.state import check_loading, resume, state_of
 from setpoint.loop.summary import Summary
 from setpoint.loop.watch import LossWatch
-from setpoint.loop.weights import Weights
 from setpoint.loop.wrapper import check_step
+from setpoint.regrowth.regrowing import Regrowth
 from setpoint.sensor.probe import Probe
 from setpoint.sensor.reading import Reading
+from setpoint.weights.masking import Weights
 
 ATTACHED: WeakSet[nn.Module] = WeakSet()
 """Models that a loop is at work on."""

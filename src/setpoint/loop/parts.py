@@ -12,14 +12,14 @@ from torch.optim import Optimizer
 from setpoint.actuator.sharding import Sharding
 from setpoint.controller.plan import Controller
 from setpoint.cost.cost import Cost
-from setpoint.cost.weights import WeightFlops
 from setpoint.distributed import Ranks
 from setpoint.groups.group import Group
-from setpoint.groups.weights import Pattern
 from setpoint.loop.metering import Metering
 from setpoint.loop.target import Target
 from setpoint.loop.wrapper import Averaging
 from setpoint.sensor.reading import Sensor
+from setpoint.weights.cost import WeightFlops
+from setpoint.weights.find import Pattern
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,9 +25,9 @@ from setpoint.loop.acting import in_full
 from setpoint.loop.parts import Parts
 from setpoint.loop.plain import plain, restored
 from setpoint.loop.ranking import Ranking
-from setpoint.loop.regrowth import Regrowth
 from setpoint.loop.watch import LossWatch
 from setpoint.loop.wrapper import rewrap
+from setpoint.regrowth.regrowing import Regrowth
 from setpoint.sensor.reading import Reading
 
 if TYPE_CHECKING:

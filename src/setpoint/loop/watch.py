@@ -11,13 +11,13 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from setpoint.controller.exchanging import ExchangingController
 from setpoint.controller.plan import Controller, Observation, Plan, Regrowing
 from setpoint.controller.tolerant import TolerantController
 from setpoint.controller.trend import Excess, excess_after
 from setpoint.groups.group import Group, keep_all
 from setpoint.ledger import Ledger
 from setpoint.sensor.chain import takes_back
+from setpoint.weights.exchanging import ExchangingController
 
 _SIGNIFICANT = 4.0
 """Standard errors by which the loss must lie above its trend to have left it."""

@@ -12,10 +12,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
-from setpoint.actuator.box import Box, write
 from setpoint.actuator.cut import SizePlace, in_format, plan_cut, take
 from setpoint.actuator.optimizer_state import Optimizers, as_sequence, map_tensors
-from setpoint.actuator.reserve import Key, Reserve
 from setpoint.actuator.shrink import (
     Change,
     Job,
@@ -30,6 +28,8 @@ from setpoint.actuator.sizes import check_sizes
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group
 from setpoint.groups.place import is_call, read_size
+from setpoint.regrowth.box import Box, write
+from setpoint.regrowth.reserve import Key, Reserve
 
 Grow = Mapping[str, Sequence[int] | Int[np.ndarray, " _units"]]
 """By group name, origins of the units to bring back."""

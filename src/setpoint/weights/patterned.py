@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import Float64
 
 from setpoint.groups.group import Group
-from setpoint.groups.weights import Pattern, active_of
 from setpoint.sensor.reading import Reading
+from setpoint.weights.find import Pattern, active_of
 
 
 def patterned(

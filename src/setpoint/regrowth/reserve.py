@@ -12,7 +12,6 @@ from jaxtyping import Bool, Int, Shaped
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from setpoint.actuator.box import Box, count_entries, resting_entries, write
 from setpoint.actuator.cut import Keep, SizePlace, check_keep, cut_groups, in_format, plan_cut
 from setpoint.actuator.optimizer_state import Optimizers, as_sequence, map_tensors
 from setpoint.actuator.shrink import named_tensors, unwrapped
@@ -21,6 +20,7 @@ from setpoint.errors import GroupError
 from setpoint.groups.group import Group, keep_all
 from setpoint.groups.place import is_call
 from setpoint.groups.shim import get_call_sizes
+from setpoint.regrowth.box import Box, count_entries, resting_entries, write
 
 
 class Key(NamedTuple):

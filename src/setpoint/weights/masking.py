@@ -14,18 +14,18 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from setpoint.actuator.weight_exchange import exchanged
-from setpoint.actuator.weight_mask import mask_weights
 from setpoint.controller.plan import Plan
 from setpoint.errors import CheckpointError, GroupError
 from setpoint.groups.group import Group, widths_of
-from setpoint.groups.weights import as_mask, with_active
 from setpoint.ledger import Entry
 from setpoint.loop.parts import Parts
 from setpoint.sensor.accumulated import Accumulated
-from setpoint.sensor.patterned import patterned
 from setpoint.sensor.reading import Reading
-from setpoint.sensor.weight_taylor import Weighing
+from setpoint.weights.exchange import exchanged
+from setpoint.weights.find import as_mask, with_active
+from setpoint.weights.mask import mask_weights
+from setpoint.weights.patterned import patterned
+from setpoint.weights.taylor import Weighing
 
 
 @dataclass(frozen=True, eq=False)

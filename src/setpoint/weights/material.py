@@ -15,17 +15,17 @@ from setpoint.controller.tolerant import TolerantController
 from setpoint.cost.budget import Budget
 from setpoint.cost.price import Price
 from setpoint.cost.tolerance import Tolerance
-from setpoint.cost.weights import active_params, weight_flops
 from setpoint.errors import BudgetError, GroupError, LoopError
 from setpoint.groups.export import Example
 from setpoint.groups.group import Group
 from setpoint.groups.trace import trace
-from setpoint.groups.weights import Pattern, find_weights, maskable
 from setpoint.loop.costing import Costing
 from setpoint.loop.material import Material, check_copies, check_some, in_hand
 from setpoint.loop.parts import Sparsity
 from setpoint.sensor.reading import Sensor
-from setpoint.sensor.weight_taylor import Weighing
+from setpoint.weights.cost import active_params, weight_flops
+from setpoint.weights.find import Pattern, find_weights, maskable
+from setpoint.weights.taylor import Weighing
 
 _SOURCES = {  # what can be saved, and what is said of it
     "flops": "modelled: theoretical FLOPs, as if masked weights cost nothing; dense hardware does not get faster",

@@ -11,7 +11,7 @@ from torch import nn
 from setpoint.cost.cost import ProductCost, Term
 from setpoint.groups.group import Group, Size, widths_of
 from setpoint.groups.trace import Trace
-from setpoint.groups.weights import owners
+from setpoint.weights.find import owners
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,8 +12,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from setpoint.groups.group import Group
-from setpoint.groups.weights import active_of
 from setpoint.sensor.reading import Reading
+from setpoint.weights.find import active_of
 
 State = TypeVar("State")
 

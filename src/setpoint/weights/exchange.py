@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from setpoint.groups.weights import Pattern
+from setpoint.weights.find import Pattern
 
 
 @torch.no_grad()

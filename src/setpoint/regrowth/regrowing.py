@@ -14,10 +14,6 @@ from jaxtyping import Bool, Float64, Int
 from torch import Tensor
 
 from setpoint.actuator.cut import cut_groups
-from setpoint.actuator.easing import Easing
-from setpoint.actuator.probing import Probing
-from setpoint.actuator.regrow import Grow, regrow, with_units
-from setpoint.actuator.reserve import Key, Reserve, held
 from setpoint.controller.plan import Plan, Regrowing, regrows
 from setpoint.controller.tolerant import TolerantController
 from setpoint.errors import GroupError
@@ -25,6 +21,10 @@ from setpoint.groups.group import Group, widths_of
 from setpoint.loop.accounting import Account
 from setpoint.loop.parts import Parts
 from setpoint.loop.plain import plain, restored
+from setpoint.regrowth.easing import Easing
+from setpoint.regrowth.probing import Probing
+from setpoint.regrowth.regrow import Grow, regrow, with_units
+from setpoint.regrowth.reserve import Key, Reserve, held
 from setpoint.sensor.probe import Probe
 
 Whole = dict[str, dict[Key, Tensor]]

@@ -1,0 +1,1 @@
+"""Masks on single weights: a leaf, which only `setpoint.attach` knows."""
