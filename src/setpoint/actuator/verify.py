@@ -22,8 +22,6 @@ from setpoint.errors import ExampleError, VerificationError
 from setpoint.groups.export import Example, computed, inputs_of, tensors_of
 from setpoint.groups.group import Group
 from setpoint.groups.kept import random_keep
-from setpoint.regrowth.probing import Probing
-from setpoint.regrowth.reserve import Reserve
 
 _FEW = 8  # samples that a verification looks at
 
@@ -50,7 +48,7 @@ def verify(model: nn.Module, example: Example, groups: tuple[Group, ...], keep: 
         ExampleError: when the model itself does not run on the example.
         GroupError: when `keep` does not fit the groups.
     """
-    trial = _Trial.of(model, example, groups, keep)
+    trial = Trial.of(model, example, groups, keep)
     failed = next(trial.failing(), None)
     if failed is not None:
         name, why = failed
@@ -73,50 +71,11 @@ def failing_groups(model: nn.Module, example: Example, groups: tuple[Group, ...]
     Raises:
         ExampleError: when the model itself does not run on the example.
     """
-    return tuple(name for name, _ in _Trial.of(model, example, groups, None).failing())
-
-
-def verify_probe(model: nn.Module, example: Example, groups: tuple[Group, ...]) -> None:
-    """Check on copies of the model that a step with resting units present is the shrunk model's own step.
-
-    What runs parts of the forward pass again in the backward pass (activation checkpointing) fails here, since the
-    units are present in the forward pass only. Groups that are not lossless are left out, as in a run.
-
-    Args:
-        model: the live model, left alone.
-        example: inputs that it accepts.
-        groups: the model's groups.
-
-    Raises:
-        VerificationError: when the steps differ.
-        ExampleError: when the model itself does not run on the example.
-    """
-    trial = _Trial.of(model, example, groups, None)
-    exact = {group.name for group in groups if group.lossless}
-    keep = {name: kept for name, kept in trial.keep.items() if name in exact}
-    small = copy.deepcopy(trial.model, computed(trial.model))  # in eval mode if it draws random numbers in training
-    reserve = Reserve.of(small, groups).rest(small, None, keep)
-    shrink(small, None, groups, keep)
-    probed = copy.deepcopy(small, computed(small))
-    probing = Probing(probed, reserve, reserve.origins(), in_training=False)
-    why: str | None
-    try:
-        probing.start()
-        why = trial._run(small).difference(trial._run(probed), trial.tolerance)
-    except Exception as error:  # a foreign forward or backward pass may raise anything
-        why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    finally:
-        probing.stop()
-    if why:
-        raise VerificationError(
-            f"with resting units present, a step of a copy was not the shrunk model's step: {why}. Activation "
-            "checkpointing does this, since it runs forward passes again, and so does what norms a weight as a whole "
-            "(spectral_norm); attach with PricedController(regrow=False)"
-        )
+    return tuple(name for name, _ in Trial.of(model, example, groups, None).failing())
 
 
 @dataclass(frozen=True, eq=False)
-class _Trial:
+class Trial:
     """The randomised copy on which cuts are tried, and the cut to try."""
 
     model: nn.Module
@@ -127,7 +86,7 @@ class _Trial:
     tolerance: float
 
     @classmethod
-    def of(cls, model: nn.Module, example: Example, groups: tuple[Group, ...], keep: Keep | None) -> _Trial:
+    def of(cls, model: nn.Module, example: Example, groups: tuple[Group, ...], keep: Keep | None) -> Trial:
         keep = random_keep(groups) if keep is None else check_keep(groups, keep)
         args, kwargs = tree_map(_lively, inputs_of(example))
         trial = cls(randomised_copy(model, groups), args, kwargs, groups, keep, 0.0)
@@ -140,13 +99,13 @@ class _Trial:
         for each in (wide, trial):  # float64 if the model runs in it, else its own dtypes
             with _Narrowest() as narrowest:
                 try:
-                    first = each._run(each.model)
+                    first = each.run(each.model)
                 except Exception as error:  # anything may go wrong in a foreign forward
                     failure = error
                     continue
             tolerance = _TOLERANCE[narrowest.bits]
             if first.drew and first.difference(
-                each._run(copy.deepcopy(each.model, computed(each.model)), seed=1), tolerance
+                each.run(copy.deepcopy(each.model, computed(each.model)), seed=1), tolerance
             ):
                 each.model.eval()  # random in spite of dropout being off: compare where it is not
             return replace(each, tolerance=tolerance)
@@ -181,16 +140,17 @@ class _Trial:
         small = copy.deepcopy(self.model, computed(self.model))
         try:
             shrink(small, None, self.groups, keep)
-            got = self._run(small)
+            got = self.run(small)
         except Exception as error:  # a wrong size shows up as any exception in the model's own code
             return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         del small
         masked = copy.deepcopy(self.model, computed(self.model))
         mask(masked, None, self.groups, keep)
-        want = self._run(masked).cut(plan_cut(self.groups, keep))
+        want = self.run(masked).cut(plan_cut(self.groups, keep))
         return want.difference(got, self.tolerance if by_value else float("inf"))
 
-    def _run(self, model: nn.Module, seed: int = 0) -> _Outcome:
+    def run(self, model: nn.Module, seed: int = 0) -> Outcome:
+        """One forward and backward pass of a copy on the example, with chance seeded."""
         devices = {tensor.device for tensor in named_tensors(model).values()}
         with _private_chance(devices, seed) as drawn, torch.enable_grad():
             outputs = [leaf for leaf in tensors_of(model(*self.args, **self.kwargs)) if _is_float(leaf)]
@@ -203,11 +163,11 @@ class _Trial:
         for parameter in model.parameters():
             parameter.grad = None
         buffers = {name: each.clone() for name, each in model.named_buffers() if _is_float(each)}
-        return _Outcome([output.detach() for output in outputs], gradients, buffers, drew)
+        return Outcome([output.detach() for output in outputs], gradients, buffers, drew)
 
 
 @dataclass(frozen=True, eq=False)
-class _Outcome:
+class Outcome:
     """What one forward and backward pass left behind, and whether it drew random numbers."""
 
     outputs: list[Tensor]
@@ -215,14 +175,14 @@ class _Outcome:
     buffers: dict[str, Tensor]
     drew: bool
 
-    def cut(self, cut: Cut) -> _Outcome:
+    def cut(self, cut: Cut) -> Outcome:
         """The kept entries only."""
         dims = cut.dims()
         gradients = {name: take(tensor, dims.get(name, {})) for name, tensor in self.gradients.items()}
         buffers = {name: take(tensor, dims.get(name, {})) for name, tensor in self.buffers.items()}
-        return _Outcome(self.outputs, gradients, buffers, self.drew)
+        return Outcome(self.outputs, gradients, buffers, self.drew)
 
-    def difference(self, other: _Outcome, tolerance: float) -> str | None:
+    def difference(self, other: Outcome, tolerance: float) -> str | None:
         """What differs by more than `tolerance` times the largest value of that tensor, or None."""
         if len(self.outputs) != len(other.outputs):
             return f"{len(other.outputs)} outputs instead of {len(self.outputs)}"

@@ -51,12 +51,14 @@ class Excess:
         error: standard error of it.
         foretold: what the trend foretold there.
         before: value of the trend at the cut.
+        cut: the step of the cut.
     """
 
     value: float
     error: float
     foretold: float
     before: float
+    cut: int = 0
 
     @property
     def rise(self) -> float:

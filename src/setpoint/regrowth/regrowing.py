@@ -1,4 +1,4 @@
-"""Regrowth: what a loop does so that dropped units can come back: they rest, are probed, return and are eased in."""
+"""Regrowing: an actuator that cuts, and brings units back: they rest, are probed, return and are eased in."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -14,18 +14,19 @@ from jaxtyping import Bool, Float64, Int
 from torch import Tensor
 
 from setpoint.actuator.cut import cut_groups
-from setpoint.controller.plan import Plan, Regrowing, regrows
-from setpoint.controller.tolerant import TolerantController
-from setpoint.errors import GroupError
+from setpoint.checkpoint.plain import plain, restored
+from setpoint.controller.plan import Plan, Regrowing as Controller
+from setpoint.errors import CheckpointError, GroupError
+from setpoint.groups.follow import Change
 from setpoint.groups.group import Group, widths_of
-from setpoint.loop.accounting import Account
-from setpoint.loop.parts import Parts
-from setpoint.loop.plain import plain, restored
+from setpoint.loop.cutting import Cutting, Origins, changing
 from setpoint.regrowth.easing import Easing
 from setpoint.regrowth.probing import Probing
 from setpoint.regrowth.regrow import Grow, regrow, with_units
 from setpoint.regrowth.reserve import Key, Reserve, held
 from setpoint.sensor.probe import Probe
+from setpoint.sensor.reading import Reading
+from setpoint.spending.spending import Spending
 
 Whole = dict[str, dict[Key, Tensor]]
 """By group, the tensors of a layer as it was before the last cut."""
@@ -40,21 +41,33 @@ _EASE_STEPS = 8
 """Optimizer steps over which outgoing weights of a unit that came back rise from zero."""
 
 
-class Regrowth:
-    """The reserve of a run, and what is known about the units in it.
+@final
+class Regrowing:
+    """Cuts like `Cutting`; what goes rests in a reserve, is probed and may come back. It changes at every step.
 
     Args:
-        parts: what the loop is made of; its controller brings units back.
-        account: where probing is counted.
+        cutting: makes the cuts; its model is dense.
+        controller: says when resting units are probed.
+        spending: where probing is counted, and whose costs say what it takes.
+        reserve_bytes: the most host memory, on each rank, for units that may come back; None: no limit.
+        lasting: whether units rest until they are let go; False: the last cut's only, should the loss ask for it.
     """
 
-    def __init__(self, parts: Parts, account: Account) -> None:
-        mesh = None if parts.sharding is None else parts.sharding.mesh
-        self.reserve = Reserve.of(parts.model, parts.groups, parts.reserve_bytes, mesh)
-        self._parts, self._account = parts, account
-        self._model, self._optimizers, self._copies = parts.model, parts.optimizers, parts.copies
-        self._flops = parts.costs["flops"]
-        self._lossless = {group.name for group in parts.groups if group.lossless}
+    def __init__(
+        self,
+        cutting: Cutting,
+        controller: Controller[Any],
+        spending: Spending,
+        reserve_bytes: int | None,
+        *,
+        lasting: bool,
+    ) -> None:
+        host = cutting.host
+        self.reserve = Reserve.of(host.model, cutting.dense, reserve_bytes, host.mesh)
+        self.lasting = lasting
+        self._cutting, self._controller, self._spending = cutting, controller, spending
+        self._model, self._optimizers, self._copies = host.model, host.optimizers, host.copies
+        self._lossless = {group.name for group in cutting.dense if group.lossless}
         self._decisions = 0
         self._probing: Probing | None = None
         self._chosen: dict[str, Int[np.ndarray, " _units"]] = {}
@@ -62,8 +75,61 @@ class Regrowth:
         self._easing: Easing | None = None
         self._last_rest = self._turn = 0
         self._whole: Whole = {}
-        # A controller that brings nothing back of itself needs the last cut only, should the loss ask for it.
-        self.lasting = regrows(parts.controller) and not isinstance(parts.controller, TolerantController)
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The groups at their present widths."""
+        return self._cutting.groups
+
+    @property
+    def origin(self) -> Origins:
+        """By group, the index that each active unit has in the dense model."""
+        return self._cutting.origin
+
+    # What happens at every step.
+
+    def before_step(self, grad_scale: Tensor | None) -> None:
+        """Take probed units out and note their gains."""
+        self._end_probe(grad_scale)
+
+    def after_step(self) -> None:
+        """Let weights that are rising rise by one step."""
+        if self._easing is None:
+            return
+        with self._spending.probing:
+            if self._easing.step():
+                self._easing = None
+
+    def prepare(self, step: int, *, due: bool, open_still: bool) -> bool:
+        """Have resting units present in the coming step, if the controller asks and what may be spent allows it."""
+        total_steps, spending = self._spending.total_steps, self._spending
+        if open_still and not spending.peak_wanted and self._controller.probe_due(step, total_steps):
+            self._begin_probe(step)
+        if not self._controller.regrow:
+            return due
+        # The memory of a step with resting units is not the model's own: the last one before them is watched.
+        ahead = step + 1 <= total_steps and self._controller.probe_due(step + 1, total_steps)
+        return (due or ahead) and self._probing is None and not spending.peak_known
+
+    def extras(self, step: int) -> Mapping[str, Any]:
+        """What probes told of units that rest, and which units the last cut dropped."""
+        return {"probe": self._probe(step), "last_dropped": self.last_dropped}
+
+    def act(self, plan: Plan, reading: Reading) -> Change:
+        """Drop what is to go, then bring back what is to come back; each is undone if other ranks could not."""
+        with self._cutting.host.resizable(f"the cut after step {plan.step}", changing(plan, self.groups)) as agreed:
+            change, cutting = Change(), self._cutting
+            if plan.drops():
+                whole = self._as_it_is(plan, reading.basis)
+                with (
+                    cutting.coordinates(cutting.host, self.groups, plan, reading, rest=self.lasting),
+                    self._resting(plan.keep) as note,
+                ):
+                    change = replace(cutting.drop(plan, agreed), note=note)
+                self._whole = whole
+            if plan.grows():
+                change = replace(change, regrown=self._grow(plan, agreed))
+            return change
 
     @property
     def last_dropped(self) -> dict[str, Int[np.ndarray, " _units"]]:
@@ -77,11 +143,6 @@ class Regrowth:
         units = {name: np.flatnonzero(each) for name, each in gone.items()}
         return {name: origins for name, origins in units.items() if len(origins)}
 
-    @property
-    def origin(self) -> dict[str, Int[np.ndarray, " _units"]]:
-        """By group, the index that each active unit has in the dense model."""
-        return {name: np.flatnonzero(units) for name, units in self.reserve.active.items()}
-
     # What is remembered.
 
     @property
@@ -92,6 +153,8 @@ class Regrowth:
     def state_dict(self) -> dict[str, Any]:
         """Everything in plain tensors and numbers."""
         return {
+            **self._cutting.state_dict(),
+            "kind": "regrowing",
             "reserve": self.reserve.state_dict(),
             "decisions": self._decisions,
             "last_rest": self._last_rest,
@@ -103,47 +166,39 @@ class Regrowth:
             "easing": None if self._easing is None else self._easing.state_dict(),
         }
 
-    def check(self, state: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> None:
-        """Check that a state fits, all but its reserve, before anything is changed.
-
-        Args:
-            state: from `state_dict`.
-            shapes: of the model's tensors then.
-
-        Raises:
-            GroupError: when it does not.
-        """
-        units = {name: len(active) for name, active in self.reserve.active.items()}
-        for gains in self._gains_of(state):
+    def check(self, state: Mapping[str, Any]) -> tuple[Group, ...]:
+        """The groups at the widths of the state."""
+        if state["kind"] == "cutting":
+            raise CheckpointError(
+                "units come back in one of the two runs only: build the model anew, dense, and attach with the "
+                "arguments of the run that is to go on"
+            )
+        groups, keep = self._cutting.check(state), self._cutting.kept(state)
+        reserve = self.reserve.resumed(state["reserve"])
+        if any((reserve.active[name] != kept).any() for name, kept in keep.items()):
+            raise CheckpointError("the reserve and the loop disagree about which units are active")
+        units = {name: len(active) for name, active in reserve.active.items()}
+        for gains in _gains(state):
             for name, values in gains.items():
                 if values.shape != (units.get(name),):
                     raise GroupError(f"recent gains of {name!r} are not one per unit")
         for name, origins in _chosen(state).items():
-            if (
-                origins.ndim != 1
-                or origins.dtype.kind != "i"
-                or not np.isin(origins, np.arange(units.get(name, 0))).all()
-            ):
+            inside = np.isin(origins, np.arange(units.get(name, 0))).all()
+            if origins.ndim != 1 or origins.dtype.kind != "i" or not inside:
                 raise GroupError(f"units to probe of {name!r} are not units of that group")
-        Easing.check(state["easing"], shapes, len(self._copies))
+        Easing.check(state["easing"], state["shapes"], len(self._copies))
         int(state["decisions"]), int(state["last_rest"]), int(state["turn"]), bool(state["probing"])
         _whole(state["whole"])
+        return groups
 
-    @staticmethod
-    def _gains_of(state: Mapping[str, Any]) -> list[dict[str, Float64[np.ndarray, " _units"]]]:
-        return [restored(each, {}, "recent gains", torch.device("cpu")) for each in state["recent"]]
-
-    def load_state_dict(self, state: Mapping[str, Any], reserve: Reserve) -> None:
-        """Go on where `state_dict` was taken; the model has been cut to the same widths.
-
-        Args:
-            state: from `state_dict`.
-            reserve: the one in it.
-        """
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Cut the dense model to the units of the state, and go on with its reserve."""
+        reserve = self.reserve.resumed(state["reserve"])  # asks the dense model
+        self._cutting.load_state_dict(state)
         self.reserve, self._decisions = reserve, int(state["decisions"])
         self._last_rest, self._turn = int(state["last_rest"]), int(state["turn"])
         self._whole = _whole(state["whole"])
-        self._recent.extend(self._gains_of(state))
+        self._recent.extend(_gains(state))
         self._chosen = {name: origins[reserve.resting[name][origins]] for name, origins in _chosen(state).items()}
         if state["easing"] is not None:
             self._easing = Easing.resumed(self._model, self._copies, state["easing"])
@@ -152,31 +207,17 @@ class Regrowth:
 
     # Probing.
 
-    @property
-    def probing(self) -> bool:
-        """Whether resting units are present in the step under way."""
-        return self._probing is not None
-
-    def begin_probe(self, step: int, total_steps: int, spare_flops: Callable[[], float]) -> None:
-        """Have resting units present in the step after this one, if the controller asks and the share allows it.
-
-        Args:
-            step: optimizer steps done.
-            total_steps: of the run.
-            spare_flops: tells how many FLOPs a budget of the run leaves for it; asked only where there is a probe.
-        """
-        controller = self._parts.controller
-        if not isinstance(controller, Regrowing) or not controller.probe_due(step, total_steps):
-            return
+    def _begin_probe(self, step: int) -> None:
+        """Have resting units present in the step after this one, if there are any and a share of the FLOPs pays."""
+        spending = self._spending
         self._chosen = self._chosen or self._affordable()
         extra = self._extra(self._chosen)
-        if self._chosen and extra <= self._allowance() and extra <= spare_flops():
+        if self._chosen and extra <= self._allowance() and extra <= spending.spare_flops(step, widths_of(self.groups)):
             self._start_probe()
 
     def _allowance(self) -> float:
         """FLOPs that may go into probing by now: a share of those of the steps, less what it has taken."""
-        account = self._account
-        return _PROBE_SHARE * (account.train_flops - account.overhead_flops) - account.probing_flops
+        return self._spending.share_left(_PROBE_SHARE, self._spending.probing_flops)
 
     def _affordable(self) -> dict[str, Int[np.ndarray, " _units"]]:
         """Units that can be present in a few steps for what may be spent on probing by now.
@@ -184,7 +225,7 @@ class Regrowth:
         Groups have their turns in order, each with as many blocks as are paid for; one that is too dear yet is saved
         up for.
         """
-        allowance, groups = self._allowance(), self._parts.groups
+        allowance, groups = self._allowance(), self._cutting.dense
         found = dict[str, Int[np.ndarray, " _units"]]()
         for _ in groups:
             group = groups[self._turn % len(groups)]
@@ -214,24 +255,25 @@ class Regrowth:
         return resting[np.argsort(-dropped_at[resting], kind="stable")]
 
     def _start_probe(self) -> None:
-        with self._account.probing:
+        with self._spending.probing:
             self._probing = Probing(self._model, self.reserve, self._chosen)
             self._probing.start()
 
-    def end_probe(self, grad_scale: Tensor | None) -> None:
+    def _end_probe(self, grad_scale: Tensor | None) -> None:
         """Take the units out and note their gains; the gradients of the step are ready."""
         probing, self._probing = self._probing, None
         if probing is None:
             return
-        with self._account.probing:
+        with self._spending.probing:
             probing.stop()
-            if self._parts.ranks.count > 1:
-                probing.share(self._parts.ranks.mean)
+            ranks = self._cutting.host.ranks
+            if ranks.count > 1:
+                probing.share(ranks.mean)
             gains = probing.gains(grad_scale)
             if gains is not None:
                 self._recent.append({name: self._by_origin(name, values) for name, values in gains.items()})
         if probing.num_forwards:
-            self._account.probed(self._extra(self._chosen))
+            self._spending.probed(self._extra(self._chosen))
 
     def _by_origin(self, name: str, gains: Float64[np.ndarray, " _present"]) -> Float64[np.ndarray, " _units"]:
         """Gains of the units that were present, NaN for all others of the group."""
@@ -242,9 +284,10 @@ class Regrowth:
     def _extra(self, units: Grow) -> float:
         """FLOPs that a step takes more with these units present."""
         wide = {name: int(active.sum()) for name, active in with_units(self.reserve, units).items()}
-        return self._flops.total(wide) - self._flops.total(widths_of(self.reserve.present()))
+        flops = self._spending.costs["flops"]
+        return flops.total(wide) - flops.total(widths_of(self.reserve.present()))
 
-    def probe(self, step: int) -> Probe | None:
+    def _probe(self, step: int) -> Probe | None:
         """What steps probed since the last decision tell of units that rest, or None. Called once for each decision."""
         self._decisions += 1
         reserve, origins, gain, error, deviation = self.reserve, {}, {}, {}, {}
@@ -265,7 +308,7 @@ class Regrowth:
 
     # Drops and returns.
 
-    def as_it_is(self, groups: tuple[Group, ...], plan: Plan, turned: Iterable[str]) -> Whole:
+    def _as_it_is(self, plan: Plan, turned: Iterable[str]) -> Whole:
         """Layers whose states are about to be turned and cut, as they are: nothing less takes such a cut back.
 
         Args:
@@ -273,8 +316,8 @@ class Regrowth:
             plan: what goes.
             turned: names of the groups that have coordinates to be turned into.
         """
-        self.settle()
-        cut = [group for group in groups if group.name in turned and not plan.keep[group.name].all()]
+        self._settle()
+        cut = [group for group in self.groups if group.name in turned and not plan.keep[group.name].all()]
         return {
             group.name: {
                 key: tensor.detach().clone()
@@ -285,14 +328,10 @@ class Regrowth:
             for group in cut
         }
 
-    def last_cut(self, whole: Whole) -> None:
-        """A cut was made; `whole` is what `as_it_is` returned before it."""
-        self._whole = whole
-
     @contextmanager
-    def resting(self, keep: Mapping[str, Bool[np.ndarray, " _units"]]) -> Iterator[str]:
+    def _resting(self, keep: Mapping[str, Bool[np.ndarray, " _units"]]) -> Iterator[str]:
         """Take in the units that are dropped inside; what is let go for them, in words. If dropping fails, nothing."""
-        self.settle()
+        self._settle()
         if not self.lasting:
             self.release()
         self._chosen = {}
@@ -311,15 +350,13 @@ class Regrowth:
             self.reserve, self._last_rest = before, last_rest
             raise
 
-    def grow(
-        self, groups: tuple[Group, ...], plan: Plan, agreed: Callable[[], None] = lambda: None
-    ) -> tuple[tuple[Group, ...], dict[str, Bool[np.ndarray, " _units"]]]:
-        """Bring the plan's units back; the groups then, and by group which active units have just come back.
+    def _grow(self, plan: Plan, agreed: Callable[[], None]) -> dict[str, Bool[np.ndarray, " _units"]]:
+        """Bring the plan's units back; by group which active units have just come back.
 
         A plan that undoes the last cut puts layers whose states were turned back as they were, to the bit; all
         other units are eased in. If `agreed` raises, they stay where they were.
         """
-        self.settle()
+        self._settle()
         self._chosen = {}
         active = with_units(self.reserve, plan.grow)
         regrown = {n: np.isin(np.flatnonzero(active[n]), units) for n, units in plan.grow.items() if len(units)}
@@ -333,12 +370,13 @@ class Regrowth:
 
         try:
             groups, self.reserve = regrow(
-                self._model, self._optimizers, groups, self.reserve, plan.grow, self._copies, agreed=rise
+                self._model, self._optimizers, self.groups, self.reserve, plan.grow, self._copies, agreed=rise
             )
         except BaseException:
             self._easing = None
             raise
-        return groups, regrown
+        self._cutting.take_over(groups, {name: np.flatnonzero(units) for name, units in self.reserve.active.items()})
+        return regrown
 
     def _put_back(self, name: str) -> bool:
         """Put a layer back as it was before the last cut, if nothing else about its shape has changed since."""
@@ -352,15 +390,7 @@ class Regrowth:
                 live[key].copy_(value)
         return True
 
-    def ease(self) -> None:
-        """Let weights that are rising rise by one step."""
-        if self._easing is None:
-            return
-        with self._account.probing:
-            if self._easing.step():
-                self._easing = None
-
-    def settle(self) -> None:
+    def _settle(self) -> None:
         """Let weights that are rising arrive at once."""
         if self._easing is not None:
             self._easing.finish()
@@ -376,7 +406,12 @@ class Regrowth:
         if self._probing is not None:
             self._probing.stop()
             self._probing = None
-        self.settle()
+        self._settle()
+
+
+def _gains(state: Mapping[str, Any]) -> list[dict[str, Float64[np.ndarray, " _units"]]]:
+    """Gains of probed steps, from a loop's state."""
+    return [restored(each, {}, "recent gains", torch.device("cpu")) for each in state["recent"]]
 
 
 def _chosen(state: Mapping[str, Any]) -> dict[str, Int[np.ndarray, " _units"]]:

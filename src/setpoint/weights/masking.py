@@ -1,12 +1,12 @@
-"""Weights: what a loop does where its units are single weights: masks that are set, held and exchanged."""
+"""Masking: the actuator where units are single weights: masks that are set, held and exchanged."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -16,20 +16,19 @@ from torch.utils.hooks import RemovableHandle
 
 from setpoint.controller.plan import Plan
 from setpoint.errors import CheckpointError, GroupError
+from setpoint.groups.follow import Change
 from setpoint.groups.group import Group, widths_of
-from setpoint.ledger import Entry
-from setpoint.loop.parts import Parts
+from setpoint.host.host import Host
 from setpoint.sensor.accumulated import Accumulated
 from setpoint.sensor.reading import Reading
+from setpoint.weights.cost import WeightFlops
 from setpoint.weights.exchange import exchanged
-from setpoint.weights.find import as_mask, with_active
+from setpoint.weights.find import Pattern, as_mask, with_active
 from setpoint.weights.mask import mask_weights
-from setpoint.weights.patterned import patterned
-from setpoint.weights.taylor import Weighing
 
 
 @dataclass(frozen=True, eq=False)
-class Change:
+class Exchange:
     """What a plan does to masks.
 
     Args:
@@ -43,8 +42,9 @@ class Change:
     came: Mapping[str, Bool[Tensor, "..."]]
 
 
-class Weights:
-    """The masks of a run.
+@final
+class Masking:
+    """The masks of a run; they change at each decision.
 
     A masked weight is zero, and so is its gradient; optimizers remember nothing of it. Gradients are masked as they are
     accumulated, so that clipping sees what a model frozen by hand would show, and once more ahead of the step.
@@ -52,26 +52,28 @@ class Weights:
     gradients that it came with are thrown away, and what counts is what is there when the first optimizer steps.
 
     Args:
-        parts: what the loop is made of; its groups are weight groups.
+        host: holds the model.
+        groups: of single weights, all active.
+        pattern: that masks keep to.
+        flops: of the dense step, by weight tensor.
     """
 
-    def __init__(self, parts: Parts) -> None:
-        assert parts.sparsity is not None
-        self._sparsity, self._pattern, self._optimizers = parts.sparsity, parts.sparsity.pattern, parts.optimizers
-        self._dense = parts.groups
-        names = [group.name for group in parts.groups]
-        self._weights = {name: parts.model.get_parameter(name) for name in names}
-        self._copies = [_parameters(each, names) for each in parts.copies]
-        self.masks = {group.name: as_mask(group, self._weights[group.name]) for group in parts.groups}
+    def __init__(self, host: Host, groups: tuple[Group, ...], pattern: Pattern, flops: WeightFlops) -> None:
+        self._flops, self._pattern, self._optimizers = flops, pattern, host.optimizers
+        self._dense = self.groups = groups
+        self.within_step = False
+        names = [group.name for group in groups]
+        self._weights = {name: host.model.get_parameter(name) for name in names}
+        self._copies = [_parameters(each, names) for each in host.copies]
+        self.masks = {group.name: as_mask(group, self._weights[group.name]) for group in groups}
         self._num_dropped = {name: torch.zeros_like(mask, dtype=torch.uint8) for name, mask in self.masks.items()}
         self._shapes = {name: tuple(mask.shape) for name, mask in self.masks.items()}
         self._handles: dict[str, tuple[RemovableHandle, RemovableHandle]] = {}
         self._looking, self._aside, self._ready = False, dict[str, Tensor](), dict[str, Tensor]()
         self._gone: dict[str, Tensor] = {}
         self._masked: dict[str, Accumulated] = {}
-        self._change = Change({}, {}, {})
         self.train_flops = 0.0
-        self._step_flops = self._sparsity.flops.total
+        self._step_flops = flops.total
 
     # What is known.
 
@@ -98,18 +100,19 @@ class Weights:
         """The first tensor in which a masked weight is not zero, or ""."""
         return next((n for n, mask in self.masks.items() if bool(self._weights[n].masked_fill(mask, 0.0).any())), "")
 
-    def patterned(self, reading: Reading, groups: tuple[Group, ...]) -> Reading:
-        """The reading with saliencies as the pattern has them."""
-        return patterned(reading, groups, self._shapes, self._pattern)
-
     # What happens at every step.
 
-    def look(self, due: bool) -> None:
-        """The next step begins; `due` if a decision comes after it, which may want gradients of masked weights."""
-        self._looking, self._aside, self._ready = due, {}, {}
+    def prepare(self, step: int, *, due: bool, open_still: bool) -> bool:
+        """The next step begins; where a decision comes after it, it may want gradients of masked weights."""
+        self._looking, self._aside, self._ready = due and open_still, {}, {}
+        return due
+
+    def extras(self, step: int) -> Mapping[str, Any]:
+        """Nothing is known besides."""
+        return {}
 
     @torch.no_grad()
-    def before_step(self) -> None:
+    def before_step(self, grad_scale: Tensor | None) -> None:
         """Mask the gradients that were set or changed by something other than a backward pass."""
         for name, gone in self._gone.items():
             self._forget_discarded(name)
@@ -125,7 +128,7 @@ class Weights:
             self._weights[name].masked_fill_(gone, 0.0)
         self.train_flops += self._step_flops
         if self._resting:
-            self.train_flops += self._sparsity.flops.dense_gradients(self._widths())
+            self.train_flops += self._flops.dense_gradients(self._widths())
 
     @property
     def _resting(self) -> dict[str, Tensor]:
@@ -154,7 +157,7 @@ class Weights:
 
     # What a decision does.
 
-    def planned(self, plan: Plan, scores: Mapping[str, Float[Tensor, "..."]]) -> Change:
+    def planned(self, plan: Plan, scores: Mapping[str, Float[Tensor, "..."]]) -> Exchange:
         """What a plan does to masks; nothing is changed yet.
 
         Args:
@@ -177,7 +180,7 @@ class Weights:
                 out, came = exchanged(kept, ~before, scores[name], resting[name], plan.exchange, self._pattern)
                 went |= out
             masks[name], all_went[name], all_came[name] = (before & ~went) | came, went, came
-        return Change(masks, all_went, all_came)
+        return Exchange(masks, all_went, all_came)
 
     def _check(self, name: str, mask: Tensor) -> None:
         per_block = self._pattern.blocks(mask).sum(-1)
@@ -187,32 +190,20 @@ class Weights:
                 f"the pattern {self._pattern} a controller must drop the least salient weights, in whole `multiple_of`"
             )
 
-    def acted(
-        self, plan: Plan, parts: Parts, sensor_state: Any, controller_state: Any
-    ) -> tuple[tuple[Group, ...], Any, Any]:
-        """Carry a plan out; all that can fail comes before anything changes.
-
-        Returns:
-            The groups at their new masks, and the states of sensor and controller.
-        """
-        sensor = parts.sensor
-        assert isinstance(sensor, Weighing)
-        change = self.planned(plan, sensor.scores(sensor_state) if plan.exchange and self._resting else {})
-        sensed = sensor.renew(parts.sensor.cut(sensor_state, plan.keep), change.came)
-        held = parts.controller.cut(controller_state, plan.keep)
-        self._change = change
-        return self.carry_out(change), sensed, held
-
-    def told(self, entry: Entry) -> Entry:
-        """The entry with how many weights went and came since the last one."""
-        change, self._change = self._change, Change({}, {}, {})
+    def act(self, plan: Plan, reading: Reading) -> Change:
+        """Carry a plan out; all that can fail comes before anything changes."""
+        change = self.planned(plan, reading.scores() if plan.exchange and self._resting else {})
+        self.groups = self.carry_out(change)
         went, came = (
             {name: count for name, mask in each.items() if (count := int(mask.sum()))}
             for each in (change.went, change.came)
         )
-        return replace(entry, num_dropped=went, num_grown=came)
+        return Change(keep=plan.keep, came=change.came, num_dropped=went, num_grown=came)
 
-    def carry_out(self, change: Change) -> tuple[Group, ...]:
+    def release(self) -> None:
+        """Nothing was kept: masks hold until the end."""
+
+    def carry_out(self, change: Exchange) -> tuple[Group, ...]:
         """Set the masks; what goes is zero from here on, with gradient and moments, in copies too.
 
         Returns:
@@ -239,7 +230,7 @@ class Weights:
         for each in self._copies:
             mask_weights(each, None, {name: mask.to(each[name].device) for name, mask in held.items()})
         self._aside, self._ready = {}, {}
-        self._step_flops = self._sparsity.flops.at(self._widths())
+        self._step_flops = self._flops.at(self._widths())
         return tuple(with_active(group, masks[group.name].cpu().numpy().reshape(-1)) for group in self._dense)
 
     def stop(self) -> None:
@@ -253,6 +244,7 @@ class Weights:
     def state_dict(self) -> dict[str, Any]:
         """Everything in plain tensors and numbers."""
         return {
+            "kind": "masking",
             "masks": {name: mask.cpu().clone() for name, mask in self.masks.items()},
             "num_dropped": {name: times.cpu().clone() for name, times in self._num_dropped.items()},
             "train_flops": self.train_flops,
@@ -277,23 +269,23 @@ class Weights:
             self._check(group.name, masks[group.name].contiguous())
         return tuple(with_active(group, masks[group.name].cpu().numpy().reshape(-1)) for group in self._dense)
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> tuple[Group, ...]:
-        """Set the masks of a state that was checked; returns the groups at them."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Set the masks of a state that was checked."""
         devices = {name: mask.device for name, mask in self.masks.items()}
         times = state["num_dropped"]
         self._num_dropped = {name: times[name].to(device, copy=True) for name, device in devices.items()}
         self.train_flops = float(state["train_flops"])
         masks = state["masks"]
-        return self._set({name: masks[name].to(device, copy=True).contiguous() for name, device in devices.items()})
+        self.groups = self._set({name: masks[name].to(device, copy=True).contiguous() for name, device in devices.items()})
 
     def numbers(self, groups: tuple[Group, ...]) -> dict[str, Any]:
         """What a summary says of single weights."""
         dropped, back, again = self.counts()
         return {
-            "dense_flops": self._sparsity.flops.total,
-            "final_flops": self._sparsity.flops.total,
+            "dense_flops": self._flops.total,
+            "final_flops": self._flops.total,
             "final_flops_ratio": 1.0,
-            "theoretical_flops": self._sparsity.flops.at(widths_of(groups)),
+            "theoretical_flops": self._flops.at(widths_of(groups)),
             "theoretical_train_flops": self.train_flops,
             "masked_params": self.num_masked,
             "dropped_units": dropped,

@@ -1,9 +1,9 @@
-"""A watch over the observed loss: what the last cut did to it, and whether that goes too far."""
+"""Losses: what the user has observed of the loss, and what the last cut did to it."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,25 +11,14 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from setpoint.controller.plan import Controller, Observation, Plan, Regrowing
-from setpoint.controller.tolerant import TolerantController
 from setpoint.controller.trend import Excess, excess_after
-from setpoint.groups.group import Group, keep_all
 from setpoint.ledger import Ledger
-from setpoint.sensor.chain import takes_back
-from setpoint.weights.exchanging import ExchangingController
 
-_SIGNIFICANT = 4.0
-"""Standard errors by which the loss must lie above its trend to have left it."""
-_NOTABLE = 0.10
-"""Share by which it must at least have risen over the cut: every cut costs a little."""
-_DECISIONS_LEFT = 2
-"""Decisions that must be to come, so that the budget can still be met."""
 _MOST_FRESH = 4096
 """Losses that wait on their device before they are brought to the host at the latest."""
 
 
-class LossWatch:
+class Losses:
     """The losses that the user has told, and the steps of the last two changes of the model.
 
     Losses stay on their device until a decision is made; what lies before the change before last is forgotten.
@@ -43,7 +32,6 @@ class LossWatch:
         self._changed = 0
         self._cut: int | None = None
         self._shared = 0
-        self.gave_way = ""
 
     @property
     def watching(self) -> bool:
@@ -109,7 +97,8 @@ class LossWatch:
         self._gather()
         if self._cut is None:
             return None
-        return excess_after(self._steps, self._losses, changed=self._changed, cut=self._cut, now=now)
+        found = excess_after(self._steps, self._losses, changed=self._changed, cut=self._cut, now=now)
+        return None if found is None else replace(found, cut=self._cut)
 
     def complete(self, ledger: Ledger) -> None:
         """Note in the ledger what the last change of the model did to the loss, once that has been observed."""
@@ -129,8 +118,11 @@ class LossWatch:
             "changed": self._changed,
             "cut": self._cut,
             "shared": self._shared,
-            "gave_way": self.gave_way,
         }
+
+    def check(self, state: Mapping[str, Any]) -> None:
+        """Check a state before anything is changed."""
+        type(self)().load_state_dict(state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken; nothing is changed if it does not fit."""
@@ -138,11 +130,11 @@ class LossWatch:
         if steps.ndim != 1 or steps.shape != losses.shape:
             raise ValueError("observed losses and their steps are not as many")
         last = {name: None if state[name] is None else float(state[name]) for name in ("loss", "val")}
-        changed, shared, gave_way = int(state["changed"]), int(state.get("shared", 0)), str(state["gave_way"])
+        changed, shared = int(state["changed"]), int(state["shared"])
         cut = None if state["cut"] is None else int(state["cut"])
         self._last, self._fresh = {**last}, []
         self._steps, self._losses = steps, losses
-        self._changed, self._cut, self._shared, self.gave_way = changed, cut, shared, gave_way
+        self._changed, self._cut, self._shared = changed, cut, shared
 
     def unshared(self, step: int) -> Float64[np.ndarray, " n"]:
         """What this rank alone was told up to a step: numbers whose mean over ranks `share` takes.
@@ -186,54 +178,3 @@ class LossWatch:
         values = torch.stack([each.to(losses[0].device, torch.float64) for each in losses]).cpu().numpy()
         self._steps = np.concatenate([self._steps, np.array(steps, dtype=np.float64)])
         self._losses = np.concatenate([self._losses, values])
-
-    def can_roll_back(self, sensor: object, controller: object, resizes: int) -> bool:
-        """Whether the first cut could be taken back: the loss is told, and sensor and controller take units back."""
-        return self.watching and not resizes and takes_back(sensor) and isinstance(controller, Regrowing)
-
-    def roll_back(self, observation: Observation, controller: object, groups: tuple[Group, ...]) -> Plan | None:
-        """The plan that takes the last cut back, as far as it rests, and drops nothing; or None.
-
-        Once in a run, when the loss has left its trend, and only while there are decisions to come: the budget has the
-        last word. A `TolerantController` judges by itself, and a controller that cannot take units back, nor exchange
-        weights, follows its own schedule.
-
-        Args:
-            observation: what is known.
-            controller: says when decisions are made.
-            groups: as they are now.
-        """
-        excess, step, total_steps = observation.excess, observation.step, observation.total_steps
-        if self.gave_way or isinstance(controller, TolerantController) or not isinstance(controller, Controller):
-            return None
-        able = any(isinstance(controller, kind) for kind in (Regrowing, ExchangingController))
-        if excess is None or not left_trend(excess) or not able:
-            return None
-        if sum(controller.due(each, total_steps) for each in range(step + 1, total_steps)) < _DECISIONS_LEFT:
-            return None
-        back = observation.last_dropped
-        done = f"so the cut was taken back at step {step}" if back else "and what went does not rest whole in a reserve"
-        self.gave_way = (
-            f"after the cut of step {self._cut} the loss lay {excess.value:.3g} over its trend of "
-            f"{excess.foretold:.3g} (standard error {excess.error:.2g}), {done}"
-        )
-        warnings.warn(f"{self.gave_way}, and the reference pauses until the next decision", stacklevel=2)
-        whole = keep_all(groups)
-        return Plan(
-            step, whole, reason=f"{'rolled back' if back else 'paused'}: {self.gave_way}", grow=back, undoes=bool(back)
-        )
-
-
-def left_trend(excess: Excess) -> bool:
-    """Whether the loss has left its trend: significantly above it, and well above where it was at the cut.
-
-    The second matters early, where a loss that falls fast and then flattens lies above any line drawn through its fall.
-
-    >>> left_trend(Excess(0.5, error=0.1, foretold=2.0, before=2.0))
-    True
-    >>> left_trend(Excess(0.1, error=0.01, foretold=2.0, before=2.0))
-    False
-    >>> left_trend(Excess(0.5, error=0.1, foretold=1.5, before=2.0))
-    False
-    """
-    return excess.value > _SIGNIFICANT * excess.error and excess.rise > _NOTABLE * abs(excess.before)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from setpoint.checkpoint import to_host
+from setpoint.checkpoint.model_file import to_host
 from setpoint.distributed import is_spread
 from setpoint.errors import CheckpointError
 

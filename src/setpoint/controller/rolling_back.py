@@ -1,0 +1,98 @@
+"""Rolling back: another controller decides, and a cut that the loss did not stand is taken back, once in a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+from setpoint.controller.plan import Controller, Observation, Plan, Regrowing, regrows
+from setpoint.controller.trend import Excess
+from setpoint.cost.cost import Cost
+from setpoint.groups.group import Group, keep_all
+
+_SIGNIFICANT = 4.0
+"""Standard errors by which the loss must lie above its trend to have left it."""
+_NOTABLE = 0.10
+"""Share by which it must at least have risen over the cut: every cut costs a little."""
+_DECISIONS_LEFT = 2
+"""Decisions that must be to come, so that the budget can still be met."""
+
+
+@dataclass(frozen=True, eq=False)
+class RollBackState:
+    """The inner controller's state, and whether a cut has been taken back, or the reference has paused, already."""
+
+    inner: Any
+    gave_way: bool = False
+
+
+@final
+@dataclass(frozen=True)
+class RollingBack:
+    """When the loss has left its trend, the last cut comes back and nothing is dropped until the next decision.
+
+    Once in a run, and only while there are decisions to come: the budget has the last word. Where the last cut's units
+    do not rest whole in a reserve, the reference pauses, and nothing comes back.
+
+    Args:
+        inner: decides otherwise.
+    """
+
+    inner: Controller[Any]
+
+    @property
+    def regrow(self) -> bool:
+        """Whether the inner controller brings units back by itself."""
+        return regrows(self.inner)
+
+    def init(self, groups: tuple[Group, ...]) -> RollBackState:
+        """State before the first decision."""
+        return RollBackState(self.inner.init(groups))
+
+    def due(self, step: int, total_steps: int) -> bool:
+        """Whether the inner controller decides after this step."""
+        return self.inner.due(step, total_steps)
+
+    def decide(
+        self, state: RollBackState, observation: Observation, cost: Cost, groups: tuple[Group, ...]
+    ) -> tuple[RollBackState, Plan]:
+        """The inner controller's plan, or the one that takes the last cut back."""
+        back = None if state.gave_way else self._back(observation, cost, groups)
+        if back is not None:
+            return replace(state, gave_way=True), back
+        inner, plan = self.inner.decide(state.inner, observation, cost, groups)
+        return replace(state, inner=inner), plan
+
+    def _back(self, observation: Observation, cost: Cost, groups: tuple[Group, ...]) -> Plan | None:
+        excess, step, total_steps = observation.excess, observation.step, observation.total_steps
+        able = isinstance(self.inner, Regrowing) or getattr(self.inner, "pauses", False)
+        if excess is None or not left_trend(excess) or not able:
+            return None
+        if sum(self.due(each, total_steps) for each in range(step + 1, total_steps)) < _DECISIONS_LEFT:
+            return None
+        back, widths = observation.last_dropped, observation.widths
+        wider = {name: width + len(back.get(name, ())) for name, width in widths.items()}
+        if not observation.affordable(cost.total(wider) / cost.total(widths)):
+            return None
+        done = f"so the cut was taken back at step {step}" if back else "and what went does not rest whole in a reserve"
+        why = (
+            f"after the cut of step {excess.cut} the loss lay {excess.value:.3g} over its trend of "
+            f"{excess.foretold:.3g} (standard error {excess.error:.2g}), {done}"
+        )
+        reason = f"{'rolled back' if back else 'paused'}: {why}"
+        return Plan(step, keep_all(groups), reason=reason, grow=back, undoes=bool(back), gave_way=why)
+
+
+def left_trend(excess: Excess) -> bool:
+    """Whether the loss has left its trend: significantly above it, and well above where it was at the cut.
+
+    The second matters early, where a loss that falls fast and then flattens lies above any line drawn through its fall.
+
+    >>> left_trend(Excess(0.5, error=0.1, foretold=2.0, before=2.0))
+    True
+    >>> left_trend(Excess(0.1, error=0.01, foretold=2.0, before=2.0))
+    False
+    >>> left_trend(Excess(0.5, error=0.1, foretold=1.5, before=2.0))
+    False
+    """
+    return excess.value > _SIGNIFICANT * excess.error and excess.rise > _NOTABLE * abs(excess.before)

@@ -1,0 +1,234 @@
+"""Cutting: the actuator that removes units from a live model; and the protocol of all that act on a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol, final
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from setpoint.actuator.cut import cut_groups, plan_cut
+from setpoint.actuator.shrink import named_tensors, shrink
+from setpoint.controller.plan import Plan
+from setpoint.errors import CheckpointError, LoopError
+from setpoint.groups.follow import Change
+from setpoint.groups.group import Group
+from setpoint.host.host import Host
+from setpoint.sensor.reading import Reading
+
+
+
+class Coordinates(Protocol):
+    """Where units lie when they are cut; states, say, in the balanced coordinates that the reading is about."""
+
+    def __call__(
+        self, host: Host, groups: tuple[Group, ...], plan: Plan, reading: Reading, *, rest: bool
+    ) -> AbstractContextManager[None]:
+        """Inside, the plan can be carried out; with `rest`, units that go hold what is lost, to come back with it."""
+        ...
+
+
+Origins = Mapping[str, Int[np.ndarray, " _units"]]
+"""By group, the index that each active unit has in the dense model."""
+
+
+class Actuator(Protocol):
+    """Carries plans out on everything that is indexed by unit. It changes: its groups follow each plan."""
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The groups that may be pruned, at their present widths."""
+        ...
+
+    @property
+    def origin(self) -> Origins:
+        """By group, the index that each active unit has in the dense model."""
+        ...
+
+    @property
+    def within_step(self) -> bool:
+        """Whether a step has begun that a checkpoint would break off."""
+        ...
+
+    def before_step(self, grad_scale: Tensor | None) -> None:
+        """The gradients of a step are ready; `grad_scale` is what they are still multiplied by, or None."""
+        ...
+
+    def after_step(self) -> None:
+        """The optimizers have moved the weights."""
+        ...
+
+    def prepare(self, step: int, *, due: bool, open_still: bool) -> bool:
+        """The step after `step` begins; `due` if a decision may come after it, `open_still` before the last one.
+
+        Returns whether it is the ordinary step whose memory a meter should watch.
+        """
+        ...
+
+    def extras(self, step: int) -> Mapping[str, Any]:
+        """What the controller is to know besides: fields of the observation. Called once for each decision."""
+        ...
+
+    def act(self, plan: Plan, reading: Reading) -> Change:
+        """Carry a plan out on all ranks, or on none; whatever it raises, everything is as it was."""
+        ...
+
+    def release(self) -> None:
+        """The last decision is made: give back what was kept for further ones."""
+        ...
+
+    def stop(self) -> None:
+        """Leave the model alone from here on; may be called again."""
+        ...
+
+    def check(self, state: Mapping[str, Any]) -> tuple[Group, ...]:
+        """The groups that a state would lead to; a `CheckpointError` if it does not fit. Nothing is changed."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything in plain tensors, numbers and strings."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Bring the dense model to a state that was checked."""
+        ...
+
+
+def same_coordinates(
+    host: Host, groups: tuple[Group, ...], plan: Plan, reading: Reading, *, rest: bool
+) -> AbstractContextManager[None]:
+    """Units stay where they are: so it is with channels, heads and neurons."""
+    return nullcontext()
+
+
+def changing(plan: Plan, groups: Iterable[Group]) -> list[Group]:
+    """The groups that lose units or get some back."""
+    lose = {name for name, kept in plan.keep.items() if not kept.all()}
+    gain = {name for name, units in plan.grow.items() if len(units)}
+    return [group for group in groups if group.name in lose | gain]
+
+
+@final
+class Cutting:
+    """Removes units for good: weights, buffers, sizes and optimizer state. It changes with each cut.
+
+    Args:
+        host: holds the model.
+        groups: at dense widths.
+        coordinates: in which a cut is made.
+    """
+
+    def __init__(self, host: Host, groups: tuple[Group, ...], coordinates: Coordinates = same_coordinates) -> None:
+        self.host, self.coordinates = host, coordinates
+        self.dense, self.groups = groups, groups
+        self.origin: dict[str, Int[np.ndarray, " _units"]] = {g.name: np.arange(g.num_units) for g in groups}
+        self.within_step = False
+
+    def before_step(self, grad_scale: Tensor | None) -> None:
+        """Nothing is to be done."""
+
+    def after_step(self) -> None:
+        """Nothing is to be done."""
+
+    def prepare(self, step: int, *, due: bool, open_still: bool) -> bool:
+        """Every step before a decision is an ordinary one."""
+        return due
+
+    def extras(self, step: int) -> Mapping[str, Any]:
+        """Nothing is known besides."""
+        return {}
+
+    def act(self, plan: Plan, reading: Reading) -> Change:
+        """Cut what the plan drops."""
+        host, some = self.host, changing(plan, self.groups)
+        with (
+            host.resizable(f"the cut after step {plan.step}", some) as agreed,
+            self.coordinates(host, self.groups, plan, reading, rest=False),
+        ):
+            return self.drop(plan, agreed)
+
+    def drop(self, plan: Plan, agreed: Callable[[], None]) -> Change:
+        """Cut what the plan drops, where the host lets tensors change their shape; `agreed` makes it last."""
+        host = self.host
+        self.groups = shrink(host.model, host.optimizers, self.groups, plan.keep, host.copies, agreed=agreed)
+        self.origin = {name: units[plan.keep[name]] if name in plan.keep else units for name, units in self.origin.items()}
+        return Change(keep=plan.keep)
+
+    def take_over(self, groups: tuple[Group, ...], origin: Origins) -> None:
+        """Units came back by other hands: know of them."""
+        self.groups, self.origin = groups, dict(origin)
+
+    def release(self) -> None:
+        """Nothing was kept."""
+
+    def stop(self) -> None:
+        """Nothing is held."""
+
+    # What is remembered.
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which units are active, and the sizes of all tensors.
+
+        Raises:
+            LoopError: when the model is of another size than the groups say.
+        """
+        tensors = named_tensors(self.host.model)
+        for group in self.groups:
+            wide = all(
+                place.dim is None or place.index.size == tensors[place.tensor].shape[place.dim]
+                for place in group.slices
+                if place.tensor in tensors
+            )
+            if not wide or len(self.origin[group.name]) != group.num_units:
+                raise LoopError(
+                    f"group {group.name!r} has {group.num_units} units by this loop, but the model is of another size: "
+                    "a change was broken off, or something else changed the model. Go on from the last checkpoint"
+                )
+        return {
+            "kind": "cutting",
+            "origin": {name: torch.from_numpy(origin.copy()) for name, origin in self.origin.items()},
+            "shapes": {name: tuple(tensor.shape) for name, tensor in tensors.items()},
+        }
+
+    def check(self, state: Mapping[str, Any]) -> tuple[Group, ...]:
+        """The groups at the widths of the state."""
+        keep = self.kept(state)
+        left = plan_cut(self.dense, keep).entries
+        own = {}
+        for name, tensor in named_tensors(self.host.model).items():
+            cut = {dim: int(left[name, dim].sum()) for dim in range(tensor.dim()) if (name, dim) in left}
+            own[name] = tuple(cut.get(dim, length) for dim, length in enumerate(tensor.shape))
+        theirs = {name: tuple(shape) for name, shape in state["shapes"].items()}
+        if theirs != own:
+            differing = sorted(name for name in {*own, *theirs} if own.get(name) != theirs.get(name))
+            raise CheckpointError(
+                f"the state is of another model: its tensors are {_some(theirs, differing)}, the ones of this model, "
+                f"cut to the same widths, would be {_some(own, differing)}"
+            )
+        return cut_groups(self.dense, keep)
+
+    def kept(self, state: Mapping[str, Any]) -> dict[str, Bool[np.ndarray, " _units"]]:
+        """By group, which units of the dense model a state has active."""
+        keep = {}
+        for group in self.dense:
+            origin = state["origin"][group.name].cpu().numpy()
+            if len(origin) and not (origin[0] >= 0 and (np.diff(origin) > 0).all() and origin[-1] < group.num_units):
+                raise CheckpointError(f"the origins of group {group.name!r} are not {group.num_units} units in order")
+            keep[group.name] = np.isin(np.arange(group.num_units), origin)
+        return keep
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Cut the dense model to the units of the state."""
+        keep, host = self.kept(state), self.host
+        with host.resizable("the resumption", self.dense) as agreed:
+            self.groups = shrink(host.model, host.optimizers, self.dense, keep, host.copies, agreed=agreed)
+        self.origin = {name: np.flatnonzero(kept) for name, kept in keep.items()}
+
+
+def _some(shapes: Mapping[str, tuple[int, ...]], names: list[str]) -> str:
+    text = repr({name: shapes[name] for name in names if name in shapes})
+    return text if len(text) <= 120 else f"{text[:120]}..."

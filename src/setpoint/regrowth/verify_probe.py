@@ -1,0 +1,54 @@
+"""Verify a probe: is a step with resting units present the shrunk model's own step? Tried on copies."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import nn
+
+from setpoint.actuator.shrink import shrink
+from setpoint.actuator.verify import Trial
+from setpoint.errors import VerificationError
+from setpoint.groups.export import Example, computed
+from setpoint.groups.group import Group
+from setpoint.regrowth.probing import Probing
+from setpoint.regrowth.reserve import Reserve
+
+
+def verify_probe(model: nn.Module, example: Example, groups: tuple[Group, ...]) -> None:
+    """Check on copies of the model that a step with resting units present is the shrunk model's own step.
+
+    What runs parts of the forward pass again in the backward pass (activation checkpointing) fails here, since the
+    units are present in the forward pass only. Groups that are not lossless are left out, as in a run.
+
+    Args:
+        model: the live model, left alone.
+        example: inputs that it accepts.
+        groups: the model's groups.
+
+    Raises:
+        VerificationError: when the steps differ.
+        ExampleError: when the model itself does not run on the example.
+    """
+    trial = Trial.of(model, example, groups, None)
+    exact = {group.name for group in groups if group.lossless}
+    keep = {name: kept for name, kept in trial.keep.items() if name in exact}
+    small = copy.deepcopy(trial.model, computed(trial.model))  # in eval mode if it draws random numbers in training
+    reserve = Reserve.of(small, groups).rest(small, None, keep)
+    shrink(small, None, groups, keep)
+    probed = copy.deepcopy(small, computed(small))
+    probing = Probing(probed, reserve, reserve.origins(), in_training=False)
+    why: str | None
+    try:
+        probing.start()
+        why = trial.run(small).difference(trial.run(probed), trial.tolerance)
+    except Exception as error:  # a foreign forward or backward pass may raise anything
+        why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    finally:
+        probing.stop()
+    if why:
+        raise VerificationError(
+            f"with resting units present, a step of a copy was not the shrunk model's step: {why}. Activation "
+            "checkpointing does this, since it runs forward passes again, and so does what norms a weight as a whole "
+            "(spectral_norm); attach with PricedController(regrow=False)"
+        )
