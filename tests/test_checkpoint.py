@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import setpoint.checkpoint as checkpoint
+import setpoint.checkpoint.model_file as checkpoint
 from actuator.hand_made import CASES, Tied, group, mlp, mlp_model, residual, some_keep, tied, train_step
 from setpoint.actuator.shrink import named_tensors, shrink
 from setpoint.checkpoint import load, save

@@ -28,7 +28,7 @@ from setpoint.actuator import sharding
 from setpoint.actuator import shrink as shrink_module
 from setpoint.distributed import Ranks
 from setpoint.loop import run_folder
-from setpoint.loop.tree import to_tensors
+from setpoint.checkpoint.tree import to_tensors
 
 HALF = setpoint.Budget.fraction(0.5, of="flops")
 DROP = {3: {"up": [1, 5], "stem": [4]}, 5: {"up": [0], "wide": [7]}}

@@ -22,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import setpoint
 import setpoint.actuator.shrink
-import setpoint.checkpoint
+import setpoint.checkpoint.model_file
 from setpoint.controller.reference import Reference
 
 STEPS, EVERY = 60, 3
@@ -99,7 +99,7 @@ def child(folder: Path, kind: str, chance: random.Random) -> None:
         setpoint.actuator.shrink.swap = killed_at(setpoint.actuator.shrink.swap, number, left)
     if kind == "inside a save":
         os.fsync, os.replace = killed_at(os.fsync, number, left), killed_at(os.replace, number, left)
-        setpoint.checkpoint.save_file = killed_at(setpoint.checkpoint.save_file, number, left)
+        setpoint.checkpoint.model_file.save_file = killed_at(setpoint.checkpoint.model_file.save_file, number, left)
     train(folder, at_step=lambda step: kill() if kind == "between steps" and step == stop else None)
 
 

@@ -21,7 +21,7 @@ import setpoint
 from loop.test_regrowth import BACK, DROP, Net, Scripted, dear
 from loop.test_state import Run, assert_untouched, snapshot, tensors
 from setpoint.errors import CheckpointError
-from setpoint.loop.tree import TREE, from_tensors, to_tensors
+from setpoint.checkpoint.tree import TREE, from_tensors, to_tensors
 
 __all__ = ["dear"]
 
@@ -284,7 +284,7 @@ def test_a_full_disk_leaves_the_old_file(where: str, tmp_path: Path, monkeypatch
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr("setpoint.checkpoint.save_file" if where == "save_file" else f"os.{where}", full)
+        patch.setattr("setpoint.checkpoint.model_file.save_file" if where == "save_file" else f"os.{where}", full)
         with pytest.raises(CheckpointError, match="No space left"):
             setpoint.save_run(path, **parts(one))
     assert path.read_bytes() == old and [each.name for each in tmp_path.iterdir()] == ["run"]

@@ -17,7 +17,7 @@ from setpoint.distributed import unwrapped
 from setpoint.errors import CheckpointError
 from setpoint.loop.loop import Loop
 from setpoint.loop.run_folder import read_folder, spread_over, write_folder
-from setpoint.loop.tree import from_tensors, to_tensors
+from setpoint.checkpoint.tree import from_tensors, to_tensors
 
 FORMAT = 1
 """Version of the file format, described in docs/resume.md."""

@@ -23,7 +23,7 @@ from setpoint.groups.group import Group, widths_of
 from setpoint.ledger import Entry
 from setpoint.loop.acting import in_full
 from setpoint.loop.parts import Parts
-from setpoint.loop.plain import plain, restored
+from setpoint.checkpoint.plain import plain, restored
 from setpoint.loop.ranking import Ranking
 from setpoint.loop.watch import LossWatch
 from setpoint.loop.wrapper import rewrap
