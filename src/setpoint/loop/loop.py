@@ -2,139 +2,134 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, final
 from weakref import WeakSet
 
 import numpy as np
-from jaxtyping import Bool, Float64, Int
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
-from setpoint.controller.plan import Observation, Plan, Regrowing, regrows
+from setpoint.controller.plan import Controller, Transferring, regrows
 from setpoint.cost.budget import Budget
-from setpoint.errors import GroupError, LoopError
+from setpoint.errors import LoopError
+from setpoint.groups.follow import Change, follow
 from setpoint.groups.group import Group, widths_of
-from setpoint.ledger import Entry, Ledger
-from setpoint.loop.accounting import Account
-from setpoint.loop.acting import act
-from setpoint.loop.agreement import decisions, shared_reading, together
-from setpoint.loop.change import check_open, go_on_with, reopen_if_over, with_budget, with_total_steps
-from setpoint.loop.closing import summarise
-from setpoint.loop.explanation import Explanation, explain
+from setpoint.host.host import Host
+from setpoint.ledger import Ledger
+from setpoint.loop.cutting import Actuator
+from setpoint.loop.explain import Explanation, explain
 from setpoint.loop.hooks import StepHooks
 from setpoint.loop.interrupt import uninterrupted
-from setpoint.loop.joining import Joining
-from setpoint.loop.parts import Parts
-from setpoint.loop.planning import metered_at, observation_of, planned
-from setpoint.loop.ranking import Ranking
-from setpoint.loop.recompiling import Recompiling
-from setpoint.loop.record import entry_of, only_kept, refusal, spread, with_drops, with_returns
-from setpoint.loop.run_spending import read_joules, replan, spare_flops
-from setpoint.loop.sensing import reads_by_hooks, release, sense
-from setpoint.loop.state import check_loading, resume, state_of
-from setpoint.loop.summary import Summary
-from setpoint.loop.watch import LossWatch
-from setpoint.loop.wrapper import check_step
-from setpoint.regrowth.regrowing import Regrowth
-from setpoint.sensor.probe import Probe
-from setpoint.sensor.reading import Reading
-from setpoint.weights.masking import Weights
+from setpoint.loop.losses import Losses
+from setpoint.loop.progress import Progress
+from setpoint.loop.record import decisions, recorded, refusal
+from setpoint.loop.resume import check_loading, resume, state_of
+from setpoint.loop.summary import Summary, summarise
+from setpoint.sensor.reading import Hooking, Reading, Sensor
+from setpoint.sensor.stride import sensed_every
+from setpoint.spending.spending import Spending
 
 ATTACHED: WeakSet[nn.Module] = WeakSet()
 """Models that a loop is at work on."""
+_FRESH_STEPS = 50
+"""Steps that are sensed before a last decision is made again."""
 
 
+@final
 class Loop:
-    """The running control loop; `attach` makes one.
+    """The running control loop, which changes at every step; `setpoint.attach` makes one.
 
-    It works through the optimizers' own hooks: `sensor.update` before a step (in long runs not before each,
-    see `sensed_every`), and after it, whenever the controller is due, a reading, a decision, a cut and a
-    ledger entry. After the landing it only counts. Used as a context manager it finishes at the end, and only
-    detaches if there was an exception.
+    It works through the optimizers' own hooks: the sensor reads before a step (in long runs not before each, see
+    `sensed_every`), and after it, whenever the controller is due, come a reading, a plan, a change and a ledger entry.
+    After the last decision it only counts. Used as a context manager it finishes at the end, and only detaches if there
+    was an exception.
 
     Args:
-        parts: what it is made of.
-        account: what has been spent so far.
+        host: holds model, optimizers and copies.
+        sensor: takes the readings.
+        controller: makes the plans.
+        actuator: carries them out.
+        spending: what the run may spend and has spent.
+        header: of the ledger.
+        revocable: gives an actuator that can take its first cut back, for the one that is given to it; called where
+            losses are observed.
     """
 
-    def __init__(self, parts: Parts, account: Account) -> None:
-        self._parts = parts
-        self._account = account
-        self._groups = parts.groups
-        self._dense_widths = widths_of(parts.groups)
-        self._weights = Weights(parts) if parts.sparsity is not None else None
-        self._origin = {g.name: np.arange(g.num_units) for g in parts.groups if self._weights is None}
-        self._sensor_state = parts.sensor.init(parts.groups, parts.model)
-        self._controller_state = parts.controller.init(parts.groups)
-        self._sensing_flops = parts.sensor.flops(parts.groups, parts.model)
-        self._ledger = Ledger(parts.header)
-        self._step = self._skipped = self._again = 0
-        self._begun = self._overdue = self._waits = self._landed = self._finished = False
-        self._reading: Reading | None = None
-        self._plan: Plan | None = None
-        self._worth: dict[str, Float64[np.ndarray, " units"]] = {}
+    def __init__(
+        self,
+        host: Host,
+        sensor: Sensor[Any],
+        controller: Controller[Any],
+        actuator: Actuator,
+        spending: Spending,
+        header: Mapping[str, Any],
+        revocable: Callable[[Actuator], Actuator] = lambda actuator: actuator,
+    ) -> None:
+        self._host, self._sensor, self._controller, self._spending = host, sensor, controller, spending
+        self._actuator, self._revocable = actuator, revocable
+        self._dense = actuator.groups
+        self._losses, self._ledger = Losses(), Ledger(header)
+        self._sensor_state = sensor.init(self._dense, host.model)
+        self._controller_state = controller.init(self._dense)
+        self._now = Progress()
+        self._begun = self._finished = False
         self._summary: Summary | None = None
-        self._metered: dict[str, float] = {}
-        self._watch, self._ranking = LossWatch(), Ranking()
-        self._regrowth = Regrowth(parts, account) if regrows(parts.controller) else None
-        averaging, steps = parts.averaging, lambda: self._step
-        self._joining = None if averaging is None else Joining(averaging, parts.ranks, steps, self._after_missed_step)
-        self._recompiling = Recompiling(account, len(parts.groups))
-        self._hooks = StepHooks(parts.optimizers, self._before_step, self._after_step, partial(check_loading, parts))
-        ATTACHED.add(parts.model)
-        account.begin()
+        host.begin(steps=lambda: self.step, missed=self._after_missed_step, recompiled=spending.recompiled)
+        self._hooks = StepHooks(host.optimizers, self._before_step, self._after_step, self._before_loading)
+        ATTACHED.add(host.model)
+        spending.begin()
 
     # What the user may ask.
 
     @property
     def ledger(self) -> Ledger:
         """Every decision so far."""
-        self._watch.complete(self._ledger)
+        self._losses.complete(self._ledger)
         return self._ledger
 
     @property
     def groups(self) -> tuple[Group, ...]:
         """The groups that may be pruned, at their present widths."""
-        return self._groups
+        return self._actuator.groups
 
     @property
     def widths(self) -> dict[str, int]:
         """Active units by group."""
-        return widths_of(self._groups)
+        return widths_of(self.groups)
+
+    @property
+    def dense_widths(self) -> dict[str, int]:
+        """Units by group of the dense model."""
+        return widths_of(self._dense)
 
     @property
     def origin(self) -> dict[str, Int[np.ndarray, " units"]]:
         """By group, the index that each active unit has in the dense model."""
-        if self._weights is not None:
-            return self._weights.origin
-        return {name: origin.copy() for name, origin in self._origin.items()}
+        return {name: units.copy() for name, units in self._actuator.origin.items()}
 
     @property
     def masks(self) -> dict[str, Bool[Tensor, "..."]]:
         """By name of each masked weight tensor, True = active; empty where whole units are cut."""
-        return {} if self._weights is None else {name: mask.clone() for name, mask in self._weights.masks.items()}
+        return {name: mask.clone() for name, mask in self._actuator.masks.items()}
 
     @property
     def price(self) -> float:
         """The Lagrange multiplier of the budget that leads, loss per unit of its resource; 0 before a decision."""
-        target, widths = self._parts.target, self.widths
-        prices = target.spread(self._plan.price, widths, price=True) if self._plan else {}
-        return float(prices.get(target.binding(widths), 0.0))
+        return self._spending.price(self._now.plan, self.widths)
 
     @property
     def step(self) -> int:
         """Optimizer steps done."""
-        return self._step
+        return self._now.step
 
     @property
     def landed(self) -> bool:
         """Whether the last decision has been made."""
-        return self._landed
+        return self._now.landed
 
     @property
     def summary(self) -> Summary | None:
@@ -143,29 +138,31 @@ class Loop:
 
     @property
     def budget(self) -> Budget | tuple[Budget, ...]:
-        """The budget, or several; none with a `Price` or a `Tolerance`. May be set anew until the landing.
+        """The budget, or several; none with a `Price` or a `Tolerance`. May be set anew until the last decision.
 
         The change is bumpless: the reference goes on from what a step costs now, down to the new limit. A
         `BudgetError` says that it cannot be met, a `LoopError` that it is frozen.
         """
-        budgets = self._parts.target.budgets
+        budgets = self._spending.budgets
         return budgets[0] if len(budgets) == 1 else budgets
 
     @budget.setter
     def budget(self, budget: Budget | Sequence[Budget]) -> None:
-        check_open(self._parts, self._step, landed=self._landed or self._finished)
-        go_on_with(self, with_budget(self._parts, budget, self._account, self._groups, self._step))
+        self._spending.check_open(self.step, landed=self.landed or self._finished)
+        self._spending.set_budget(budget, self.groups, self.step)
+        self._go_on()
 
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run; may be set anew until `finish`, and what is left is planned afresh."""
-        return self._parts.total_steps
+        return self._spending.total_steps
 
     @total_steps.setter
     def total_steps(self, total_steps: int) -> None:
         if self._finished:
             raise LoopError("the run is finished: total_steps cannot be changed any more")
-        go_on_with(self, with_total_steps(self._parts, total_steps, self._account, self._groups, self._step))
+        self._spending.set_total_steps(total_steps, self.groups, self.step)
+        self._go_on()
 
     def observe(self, *, loss: Tensor | float | None = None, val: Tensor | float | None = None) -> None:
         """Tell the loop the loss of the coming step, before `optimizer.step()`; it comes to the host only when needed.
@@ -177,7 +174,11 @@ class Loop:
         Raises:
             ValueError: for a tensor of several elements.
         """
-        self._watch.observe(self._step + 1, loss, val, keep=not self._landed)
+        self._losses.observe(self.step + 1, loss, val, keep=not self.landed)
+
+    def reading(self) -> Reading:
+        """What the sensor reads now, on this rank; nothing is decided on it."""
+        return self._sensor.read(self._sensor_state, self.groups, self.step)
 
     def explain(self, group: str, origin: int) -> Explanation:
         """What became of a unit, and why.
@@ -189,14 +190,8 @@ class Loop:
         Raises:
             GroupError: for a group that is not pruned here, or a unit that it never had; for single weights.
         """
-        if self._weights is not None:
-            raise GroupError("single weights are counted, not listed: see loop.masks and num_dropped in loop.ledger")
-        plan = self._plan
-        entry = (plan.step, plan.reason, self.price) if plan else (None, "", math.nan)
-        saliency = self._reading.saliency if self._reading else {}
-        resource = self._parts.target.binding(self.widths)
-        groups, origin_of = self._parts.groups, self._origin
-        return explain(self._ledger, groups, origin_of, group, origin, self._worth, saliency, entry, resource)
+        resource = self._spending.binding(self.widths)
+        return explain(self._now, self._ledger, self._dense, self._actuator, group, origin, self.price, resource)
 
     def state_dict(self) -> dict[str, Any]:
         """All that the loop remembers, for `load_state_dict`; model and optimizers are saved beside it.
@@ -229,7 +224,7 @@ class Loop:
     # How it ends.
 
     def finish(self) -> Summary:
-        """Check the landing, detach, and say what the run came to.
+        """Check whether the budget is met, detach, and say what the run came to.
 
         Raises:
             LoopError: when it has been called before.
@@ -238,30 +233,22 @@ class Loop:
             raise LoopError("finish() has been called already: its result is in loop.summary")
         self.detach()
         self._finished = True
-        if self._waits and not self._landed:
+        if self._now.waits and not self.landed:
             warnings.warn(
                 "decisions were due while ranks had run out of batches inside join(), and all were never back: the run "
                 "has not landed. Use one join() for each epoch, and ranks of about as many batches",
                 stacklevel=2,
             )
-        self._watch.complete(self._ledger)
-        known = (self._parts, self._account, self._ledger, self._groups, self._step, self._plan, self._watch)
-        self._summary = summarise(*known, self._weights)
+        self._summary = summarise(self._now, self._spending, self.ledger, self._actuator, self._losses)
         return self._summary
 
     def detach(self) -> None:
         """Take the hooks away and leave the model as it is; may be called again."""
         self._hooks.remove()
-        release(self)
-        self._parts.metering.stop()
-        self._recompiling.stop()
-        if self._joining is not None:
-            self._joining.stop()
-        if self._regrowth is not None:
-            self._regrowth.stop()
-        if self._weights is not None:
-            self._weights.stop()
-        ATTACHED.discard(self._parts.model)
+        self._release()
+        for part in (self._spending, self._host, self._actuator):
+            part.stop()
+        ATTACHED.discard(self._host.model)
 
     def __enter__(self) -> Loop:
         return self
@@ -277,137 +264,145 @@ class Loop:
 
     def _before_step(self, grad_scale: Tensor | None) -> None:
         with uninterrupted():
-            self._ahead_of_step(grad_scale)
+            by_hooks = isinstance(self._sensor, Hooking) and self._sensor.hooked(self._sensor_state)
+            self._host.before_step(first=not self._begun, regrows=regrows(self._controller), by_hooks=by_hooks)
+            self._begun = True
+            self._actuator.before_step(grad_scale)
+            self._sense(grad_scale)
 
-    def _after_step(self) -> None:
-        with uninterrupted():
-            self._behind_step(self._joining is None or self._joining.all_made())
+    def _sense(self, grad_scale: Tensor | None) -> None:
+        """Take in the step under way, if it is one of those that are read; after the last decision none is.
 
-    def _after_missed_step(self) -> None:
-        with uninterrupted():
-            self._behind_step(all_made=False)
-
-    def _ahead_of_step(self, grad_scale: Tensor | None) -> None:
-        check_step(self._parts, first=not self._begun)
-        if self._joining is not None:
-            self._joining.check(self._parts.controller, reads_by_hooks(self._sensor_state))
-        self._begun = True
-        if self._regrowth is not None:
-            self._regrowth.end_probe(grad_scale)
-        sense(self, grad_scale)
-        if self._weights is not None:
-            self._weights.before_step()
-
-    def _behind_step(self, all_made: bool) -> None:
-        self._step += 1
-        self._account.stepped()
-        self._parts.metering.stepped()
-        regrowth, total_steps = self._regrowth, self._parts.total_steps
-        if regrowth is not None:
-            regrowth.ease()
-        if self._weights is not None:
-            self._weights.after_step()
-        if self._step == total_steps + 1:
-            warnings.warn(
-                f"attach was told total_steps={total_steps}, and this is step {self._step}: training goes on, "
-                "but Setpoint makes no more decisions",
-                stacklevel=2,
-            )
-        elif self._step <= total_steps and not self._landed:
-            due = self._parts.controller.due(self._step, total_steps) or self._step == self._again
-            if (due or self._overdue) and all_made:
-                self._decide(due)
-            self._waits = self._waits or due and not all_made
-            self._overdue = self._overdue or self._waits
-            if regrowth is not None and not (self._landed or self._parts.metering.peak_wanted):
-                regrowth.begin_probe(
-                    self._step,
-                    total_steps,
-                    lambda: spare_flops(self._parts, self._account, self._step, self.widths, self._sensing_flops),
-                )
-        elif self._step < total_steps:
-            reopen_if_over(self)
+        While a decision waits for a reading without NaN every step is read: one that is left out would hide the next.
+        """
+        total_steps = self.total_steps
+        if self.landed or self.step >= total_steps:
+            self._release()
+        elif self.step % sensed_every(total_steps) and not self._now.overdue:
+            if isinstance(self._sensor, Hooking):
+                self._sensor.forget(self._sensor_state)
         else:
-            read_joules(self._parts, self._account, self.widths)
-        self._begin_step()
+            with self._spending.sensing:
+                self._sensor_state = self._sensor.update(
+                    self._sensor_state, self.groups, self._host.model, grad_scale
+                )
+            self._spending.sensed()
+
+    def _release(self) -> None:
+        """Take off the model what a sensor reads through."""
+        if isinstance(self._sensor, Hooking):
+            self._sensor.release(self._sensor_state)
+
+    def _after_step(self, made: bool = True) -> None:
+        with uninterrupted():
+            made = made and self._host.complete()
+            self._now = now = replace(self._now, step=self.step + 1)
+            self._spending.stepped()
+            self._actuator.after_step()
+            step, total_steps = now.step, self.total_steps
+            if step == total_steps + 1:
+                warnings.warn(
+                    f"attach was told total_steps={total_steps}, and this is step {step}: training goes on, "
+                    "but Setpoint makes no more decisions",
+                    stacklevel=2,
+                )
+            elif step <= total_steps and not now.landed:
+                due = self._controller.due(step, total_steps) or step == now.again
+                if (due or now.overdue) and made:
+                    self._decide(due)
+                waits = self._now.waits or due and not made
+                self._now = replace(self._now, waits=waits, overdue=self._now.overdue or waits)
+            elif step < total_steps:
+                self._reopen_if_over()
+            else:
+                self._spending.read_joules(self.widths)
+            self._begin_step()
 
     def _begin_step(self) -> None:
-        """The next step begins: on the clock, unless it is watched for its bytes; with resting units it is not."""
-        coming, total_steps = self._step + 1, self._parts.total_steps
-        due = coming <= total_steps and self._parts.controller.due(coming, total_steps)
-        if self._weights is not None:
-            self._weights.look(due and not self._landed)
-        self._parts.metering.prepare(self._watched(coming, due) and not (self._landed or self._finished))
-        if not self._parts.metering.watching:
-            self._account.steps.begin()
-
-    def _watched(self, coming: int, due: bool) -> bool:
-        """Whether a coming step should be watched for its bytes: the last without resting units before a decision."""
-        controller, total_steps = self._parts.controller, self._parts.total_steps
-        if self._regrowth is None or not isinstance(controller, Regrowing) or not regrows(controller):
-            return due
-        ahead = coming <= total_steps and controller.probe_due(coming, total_steps)
-        return (due or ahead) and not self._regrowth.probing and not self._parts.metering.peak_known
+        """The next step begins."""
+        step, total_steps = self.step, self.total_steps
+        due = step + 1 <= total_steps and self._controller.due(step + 1, total_steps)
+        open_still = step <= total_steps and not (self.landed or self._finished)
+        self._spending.prepare(self._actuator.prepare(step, due=due, open_still=open_still) and open_still)
 
     def _decide(self, due: bool) -> None:
-        """Read, decide, act and record. After a bad reading, try again at the next step."""
-        ranks, plan, alike = self._parts.ranks, None, {}
-        self._overdue, self._waits = True, False  # also if anything is raised from here on
-        with self._account.deciding:
-            reading = shared_reading(ranks, self._read, self._watch, self._step)
-            self._watch.complete(self._ledger)
-            self._metered, metered = metered_at(self._parts, self._account, self.widths)
-            why_not = refusal(reading)
-            if why_not is None:
-                if self._weights is None:
-                    alike = self._ranking.correlations(self._reading, reading, self._groups, self._parts.model)
-                with together(ranks, f"the plan after step {self._step}") as facts:
-                    replan(self._parts, self._account, self._step, self.widths)
-                    probe = self._regrowth.probe(self._step) if self._regrowth is not None else None
-                    seen = replace(self._observation(reading, probe, metered), rank_correlation=alike)
-                    held = self._controller_state
-                    state, plan, again = planned(
-                        self._parts, self._account, self._watch, self._groups, held, seen, self._sensing_flops
+        """Read, decide, act, and record; after a bad reading, try again at the next step."""
+        self._now = now = replace(self._now, overdue=True, waits=False)  # also if anything is raised from here on
+        step, before, spending, problem = now.step, self.widths, self._spending, ""
+        with spending.deciding:
+            reading = self._host.mean(self._read, self._losses, step)
+            self._losses.complete(self._ledger)
+            metered = spending.read(before)
+            problem = refusal(reading)
+            if not problem:
+                with self._host.together(f"the plan after step {step}") as facts:
+                    observation = spending.observation(step, self.groups, reading, metered, self._losses)
+                    observation = replace(observation, **self._actuator.extras(step))
+                    state, plan = self._controller.decide(
+                        self._controller_state, observation, spending.cost, self.groups
                     )
                     facts["plan"] = decisions(plan)
-                self._again = again or self._again
-        if plan is not None:
-            self._account.learned(plan.flops)
-            origin, before = self._origin, self.widths
-            regrown, note = act(self, plan, state, reading)
-            reason = f"{plan.reason}; {note}" if note else plan.reason
-            entry = self._entry(reason, plan, before)
-            if self._weights is not None:
-                self._ledger.append(self._weights.told(entry))
-            else:
-                entry = replace(entry, rank_correlation=alike)
-                self._ledger.append(with_returns(with_drops(entry, plan, reading, origin), plan, probe))
-                self._worth = spread(only_kept(plan.worth, plan), regrown)
-                saliency = spread(only_kept(reading.saliency, plan), regrown)
-                self._reading = replace(reading, saliency=saliency, slope={}, norm={})
-                self._ranking.note(self._reading, self._groups, self._parts.model)
-            read_joules(self._parts, self._account, self.widths)
-            self._plan, self._landed, self._overdue = plan, plan.landed, False
-            if self._landed and self._regrowth is not None:
-                self._regrowth.release()
-        elif due and why_not is not None:
-            self._ledger.append(self._entry(why_not, self._plan, self.widths))
+        if problem:
+            if due:
+                self._ledger.append(spending.entry(step, now.plan, before, before, self._losses, problem))
+            return
+        spending.learned(plan.flops)
+        change = Change()
+        if plan.drops() and self._losses.watching and not spending.resizes:
+            self._actuator = self._revocable(self._actuator)
+        if not plan.empty():
+            smaller = Change(keep=plan.keep)  # followed first: whatever can fail comes before the model changes
+            states = follow(self._sensor_state, smaller), follow(state, smaller)
+            with spending.resizing:
+                change = self._actuator.act(plan, reading)
+            larger = replace(change, keep={})
+            self._sensor_state, state = follow(states[0], larger), follow(states[1], larger)
+            self._losses.changed(step, cut=plan.drops())
+            if self._actuator.resizes:
+                spending.resized(self.groups, self._sensor.flops(self.groups, self._host.model))
+        self._controller_state = state
+        self._ledger.append(
+            recorded(spending.entry(step, plan, self.widths, before, self._losses, plan.reason), plan, change, reading, observation.probe)
+        )
+        spending.read_joules(self.widths)
+        self._now = replace(self._now.decided(plan, reading, change), again=plan.again or now.again)
+        if plan.gave_way:
+            warnings.warn(f"{plan.gave_way}, and the reference pauses until the next decision", stacklevel=2)
+        if plan.landed:
+            self._actuator.release()
 
     def _read(self) -> Reading:
         """A reading whose skipped steps count from the last one."""
-        reading = self._parts.sensor.read(self._sensor_state, self._groups, self._step)
-        if self._weights is not None:
-            reading = self._weights.patterned(reading, self._groups)
-        before, self._skipped = self._skipped, reading.skipped_steps
+        reading, before = self.reading(), self._now.skipped
+        self._now = replace(self._now, skipped=reading.skipped_steps)
         return replace(reading, skipped_steps=reading.skipped_steps - before)
 
-    def _observation(self, reading: Reading, probe: Probe | None, metered: Mapping[str, float]) -> Observation:
-        seen = observation_of(self._parts, self._account, self._watch, self._groups, self._step)
-        last_dropped = self._regrowth.last_dropped if self._regrowth is not None else {}
-        return replace(seen, reading=reading, probe=probe, metered=metered, last_dropped=last_dropped)
+    # What changes a run's goal.
 
-    def _entry(self, reason: str, plan: Plan | None, before: Mapping[str, int]) -> Entry:
-        """An entry on the present widths; `plan` is the last one, `before` are the widths that the meters read."""
-        parts, account, watch = self._parts, self._account, self._watch
-        entry = entry_of(parts, account, self._groups, self._step, plan, before, self._metered, reason)
-        return replace(entry, loss=watch.loss, val=watch.val)
+    def _go_on(self) -> None:
+        """Go on with another budget or length: without a bump, and without a last decision that held for other ones."""
+        spending = self._spending
+        if self.landed and spending.runs:
+            self._reopen()
+        spending.replan(self.step, self.widths)
+        cost = spending.cost
+        if spending.budgets and isinstance(self._controller, Transferring):
+            self._controller_state = self._controller.transferred(
+                self._controller_state,
+                step=self.step,
+                total_steps=self.total_steps,
+                present=cost.total(self.widths),
+                limit=spending.limits[cost.resource],
+            )
+
+    def _reopen_if_over(self) -> None:
+        """Where a decision would be due: decide again if meters say that the run will be over its budget."""
+        if self._controller.due(self.step, self.total_steps) and self._spending.over(self.step, self.widths):
+            self._reopen()
+
+    def _reopen(self) -> None:
+        """Take the last decision back, and decide again once some fresh steps have been sensed."""
+        plan = self._now.plan
+        if plan is not None:
+            fresh = max(1, min(_FRESH_STEPS, (self.total_steps - self.step) // 10))
+            self._now = replace(self._now, landed=False, plan=replace(plan, landed=False), again=self.step + fresh)

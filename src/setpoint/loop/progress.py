@@ -1,0 +1,43 @@
+"""Progress: where a run is, as one value that a checkpoint can hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from setpoint.checkpoint.plain import plain, restored
+from setpoint.controller.plan import Plan
+from setpoint.groups.follow import ByUnit, Saliency
+
+
+@dataclass(frozen=True, eq=False)
+class Progress:
+    """Where a run is; every step and every decision makes a new one.
+
+    Args:
+        step: optimizer steps done.
+        skipped: steps that the sensor had left out by the last reading.
+        again: a step at which to decide besides those of the controller; 0 for none.
+        overdue: a decision is due and could not be made.
+        waits: it was due while ranks had run out of batches.
+        landed: the last decision has been made.
+        plan: the last one, without what it says of single units.
+        read_at: step of the last reading that was decided on, None before.
+        saliency: in that reading, of the units that are active now.
+        worth: at the last decision, likewise.
+        gave_way: which goal lost when budget and loss could not both be met; "" if none did.
+    """
+
+    step: int = 0
+    skipped: int = 0
+    again: int = 0
+    overdue: bool = False
+    waits: bool = False
+    landed: bool = False
+    plan: Plan | None = None
+    saliency: Saliency = field(default_factory=dict)
+    worth: Saliency = field(default_factory=dict)
+    gave_way: str = ""
