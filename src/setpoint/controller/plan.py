@@ -83,6 +83,8 @@ class Plan:
         flops: that the controller has spent on learning for this decision.
         undoes: whether `grow` takes the whole last cut back, since the loss did not stand it.
         exchange: where units are single weights, share of each group's active ones that makes room for others.
+        again: a step at which to decide besides those of the controller; 0 for none.
+        gave_way: which goal lost, where budget and loss cannot both be met; "" otherwise.
     """
 
     step: int
@@ -97,6 +99,8 @@ class Plan:
     exchange: float = 0.0
     flops: float = 0.0
     undoes: bool = False
+    again: int = 0
+    gave_way: str = ""
 
     def drops(self) -> bool:
         """True when any unit is dropped."""

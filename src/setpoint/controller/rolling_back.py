@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, final
 
-from setpoint.controller.plan import Controller, Observation, Plan, Regrowing, regrows
+from setpoint.controller.plan import Controller, Observation, Plan, Regrowing, Transferring, regrows
 from setpoint.controller.trend import Excess
 from setpoint.cost.cost import Cost
 from setpoint.groups.group import Group, keep_all
@@ -53,6 +53,15 @@ class RollingBack:
         """Whether the inner controller decides after this step."""
         return self.inner.due(step, total_steps)
 
+    def transferred(
+        self, state: RollBackState, *, step: int, total_steps: int, present: float, limit: float
+    ) -> RollBackState:
+        """The inner controller's state for another budget."""
+        if not isinstance(self.inner, Transferring):
+            return state
+        inner = self.inner.transferred(state.inner, step=step, total_steps=total_steps, present=present, limit=limit)
+        return replace(state, inner=inner)
+
     def decide(
         self, state: RollBackState, observation: Observation, cost: Cost, groups: tuple[Group, ...]
     ) -> tuple[RollBackState, Plan]:
@@ -72,7 +81,8 @@ class RollingBack:
             return None
         back, widths = observation.last_dropped, observation.widths
         wider = {name: width + len(back.get(name, ())) for name, width in widths.items()}
-        if not observation.affordable(cost.total(wider) / cost.total(widths)):
+        expected = {name: rest.factor * cost.total(wider) for name, rest in observation.rest.items()}
+        if any(expected[name] > most for name, most in observation.most.items()):
             return None
         done = f"so the cut was taken back at step {step}" if back else "and what went does not rest whole in a reserve"
         why = (

@@ -49,6 +49,14 @@ class Actuator(Protocol):
         """By group, the index that each active unit has in the dense model."""
         ...
 
+    by_unit: bool
+    """Whether units are cut and listed one by one; False where single weights are masked and counted."""
+
+    @property
+    def masks(self) -> Mapping[str, Bool[Tensor, "..."]]:
+        """By name of each masked weight tensor, True = active; empty where whole units are cut."""
+        ...
+
     @property
     def within_step(self) -> bool:
         """Whether a step has begun that a checkpoint would break off."""
@@ -75,6 +83,14 @@ class Actuator(Protocol):
 
     def act(self, plan: Plan, reading: Reading) -> Change:
         """Carry a plan out on all ranks, or on none; whatever it raises, everything is as it was."""
+        ...
+
+    def broken(self) -> str:
+        """The first tensor in which something that was masked is not zero; "" if none."""
+        ...
+
+    def totals(self) -> Mapping[str, Any]:
+        """What a summary says besides, by name of its fields."""
         ...
 
     def release(self) -> None:
@@ -126,7 +142,8 @@ class Cutting:
         self.host, self.coordinates = host, coordinates
         self.dense, self.groups = groups, groups
         self.origin: dict[str, Int[np.ndarray, " _units"]] = {g.name: np.arange(g.num_units) for g in groups}
-        self.within_step = False
+        self.by_unit, self.within_step = True, False
+        self.masks: Mapping[str, Bool[Tensor, "..."]] = {}
 
     def before_step(self, grad_scale: Tensor | None) -> None:
         """Nothing is to be done."""
@@ -161,6 +178,14 @@ class Cutting:
     def take_over(self, groups: tuple[Group, ...], origin: Origins) -> None:
         """Units came back by other hands: know of them."""
         self.groups, self.origin = groups, dict(origin)
+
+    def broken(self) -> str:
+        """Nothing is masked."""
+        return ""
+
+    def totals(self) -> Mapping[str, Any]:
+        """Nothing is said besides."""
+        return {}
 
     def release(self) -> None:
         """Nothing was kept."""

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float64, Int
 
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group
 from setpoint.ledger import Ledger
+from setpoint.loop.cutting import Origins
+from setpoint.loop.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -116,43 +116,41 @@ def _number(value: float) -> str:
 
 
 def explain(
+    now: Progress,
     ledger: Ledger,
-    groups: tuple[Group, ...],
-    origins: Mapping[str, Int[np.ndarray, " _units"]],
+    dense: tuple[Group, ...],
+    origins: Origins,
     group: str,
     origin: int,
-    worth: Mapping[str, Float64[np.ndarray, " _units"]],
-    saliency: Mapping[str, Float64[np.ndarray, " _units"]],
-    last: tuple[int | None, str, float],
+    price: float,
     resource: str,
 ) -> Explanation:
     """What became of a unit, and why.
 
     Args:
+        now: where the run is.
         ledger: every decision so far.
-        groups: at dense widths.
+        dense: the groups at dense widths.
         origins: by group, index that each active unit has in the dense model.
         group: name of the group.
         origin: index of the unit in the dense model.
-        worth: at the last decision, of the active units.
-        saliency: in the last reading, of the active units.
-        last: step, reason and price of the last decision.
-        resource: whose price is told.
+        price: at the last decision.
+        resource: whose price it is.
 
     Raises:
         GroupError: for a group that is not pruned here, or a unit that it never had.
     """
-    found = next((each for each in groups if each.name == group), None)
+    found = next((each for each in dense if each.name == group), None)
     if found is None:
-        raise GroupError(f"no group {group!r} is pruned here: use one of {', '.join(each.name for each in groups)}")
+        raise GroupError(f"no group {group!r} is pruned here: use one of {', '.join(each.name for each in dense)}")
     if not 0 <= origin < found.num_units:
         raise GroupError(f"group {group!r} has units 0 to {found.num_units - 1}, got {origin}")
     position = np.flatnonzero(origins[group] == origin)
     dropped = explain_drop(ledger, group, origin, found.what, resource) if not len(position) else None
     if dropped is not None:
         return dropped
-    at, (step, reason, price) = int(position[0]), last
     returned, gain = last_return(ledger, group, origin)
-    value = float(worth[group][at]) if group in worth else math.nan
-    read = float(saliency[group][at]) if group in saliency else math.nan
+    at, plan = int(position[0]), now.plan
+    value, read = (float(each[group][at]) if group in each else math.nan for each in (now.worth, now.saliency))
+    step, reason, price = (plan.step, plan.reason, price) if plan else (None, "", math.nan)
     return Explanation(group, origin, found.what, True, step, read, value, price, reason, returned, gain)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import Any, final
 from weakref import WeakSet
@@ -13,13 +14,15 @@ import numpy as np
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
-from setpoint.controller.plan import Controller, Transferring, regrows
+from setpoint.checkpoint.plain import plain, restored
+from setpoint.controller.plan import Controller, Plan, Transferring, regrows
 from setpoint.cost.budget import Budget
-from setpoint.errors import LoopError
+from setpoint.errors import CheckpointError, GroupError, LoopError
+from setpoint.groups.chance import chance_state, check_chance_state, set_chance_state
 from setpoint.groups.follow import Change, follow
 from setpoint.groups.group import Group, widths_of
 from setpoint.host.host import Host
-from setpoint.ledger import Ledger
+from setpoint.ledger import Entry, Ledger
 from setpoint.loop.cutting import Actuator
 from setpoint.loop.explain import Explanation, explain
 from setpoint.loop.hooks import StepHooks
@@ -27,7 +30,7 @@ from setpoint.loop.interrupt import uninterrupted
 from setpoint.loop.losses import Losses
 from setpoint.loop.progress import Progress
 from setpoint.loop.record import decisions, recorded, refusal
-from setpoint.loop.resume import check_loading, resume, state_of
+from setpoint.loop.resume import AGAIN, FORMAT, Part, check_format, check_loading, check_optimizers, check_same_run
 from setpoint.loop.summary import Summary, summarise
 from setpoint.sensor.reading import Hooking, Reading, Sensor
 from setpoint.sensor.stride import sensed_every
@@ -55,6 +58,7 @@ class Loop:
         actuator: carries them out.
         spending: what the run may spend and has spent.
         header: of the ledger.
+        run: what must be the same in a run that goes on with this one's state.
         revocable: gives an actuator that can take its first cut back, for the one that is given to it; called where
             losses are observed.
     """
@@ -67,19 +71,22 @@ class Loop:
         actuator: Actuator,
         spending: Spending,
         header: Mapping[str, Any],
+        run: Mapping[str, Any],
         revocable: Callable[[Actuator], Actuator] = lambda actuator: actuator,
     ) -> None:
         self._host, self._sensor, self._controller, self._spending = host, sensor, controller, spending
         self._actuator, self._revocable = actuator, revocable
-        self._dense = actuator.groups
+        self._dense, self._run = actuator.groups, run
         self._losses, self._ledger = Losses(), Ledger(header)
         self._sensor_state = sensor.init(self._dense, host.model)
         self._controller_state = controller.init(self._dense)
         self._now = Progress()
         self._begun = self._finished = False
         self._summary: Summary | None = None
-        host.begin(steps=lambda: self.step, missed=self._after_missed_step, recompiled=spending.recompiled)
-        self._hooks = StepHooks(host.optimizers, self._before_step, self._after_step, self._before_loading)
+        host.begin(steps=lambda: self.step, missed=self._after_missed_step, recompiled=spending.recompiled, num_groups=len(self._dense))
+        self._hooks = StepHooks(
+            host.optimizers, self._before_step, self._after_step, partial(check_loading, host, self._dense)
+        )
         ATTACHED.add(host.model)
         spending.begin()
 
@@ -149,7 +156,7 @@ class Loop:
     @budget.setter
     def budget(self, budget: Budget | Sequence[Budget]) -> None:
         self._spending.check_open(self.step, landed=self.landed or self._finished)
-        self._spending.set_budget(budget, self.groups, self.step)
+        self._spending.take(self._spending.with_budget(budget, self.groups, self.step))
         self._go_on()
 
     @property
@@ -161,7 +168,7 @@ class Loop:
     def total_steps(self, total_steps: int) -> None:
         if self._finished:
             raise LoopError("the run is finished: total_steps cannot be changed any more")
-        self._spending.set_total_steps(total_steps, self.groups, self.step)
+        self._spending.take(self._spending.with_total_steps(total_steps, self.groups, self.step))
         self._go_on()
 
     def observe(self, *, loss: Tensor | float | None = None, val: Tensor | float | None = None) -> None:
@@ -190,8 +197,10 @@ class Loop:
         Raises:
             GroupError: for a group that is not pruned here, or a unit that it never had; for single weights.
         """
-        resource = self._spending.binding(self.widths)
-        return explain(self._now, self._ledger, self._dense, self._actuator, group, origin, self.price, resource)
+        if not self._actuator.by_unit:
+            raise GroupError("single weights are counted, not listed: see loop.masks and num_dropped in loop.ledger")
+        resource, origins = self._spending.binding(self.widths), self._actuator.origin
+        return explain(self._now, self._ledger, self._dense, origins, group, origin, self.price, resource)
 
     def state_dict(self) -> dict[str, Any]:
         """All that the loop remembers, for `load_state_dict`; model and optimizers are saved beside it.
@@ -203,7 +212,25 @@ class Loop:
             CheckpointError: when a sensor or controller of your own keeps what cannot be stored.
             LoopError: in the middle of a step.
         """
-        return state_of(self)
+        if self._hooks.within_step or self._actuator.within_step:
+            raise LoopError("a checkpoint in the middle of a step cannot be resumed: take it after optimizer.step()")
+        return {
+            "format": FORMAT,
+            "run": self._facts(),
+            "now": self._now.state_dict(),
+            "sensor": plain(self._sensor_state, "the sensor's state"),
+            "controller": plain(self._controller_state, "the controller's state"),
+            **{name: part.state_dict() for name, part in self._parts(self._actuator).items()},
+            "chance": {"rank": self._host.ranks.own, **chance_state()},
+        }
+
+    def _parts(self, actuator: Actuator) -> dict[str, Part]:
+        """What remembers something by itself."""
+        return {"actuator": actuator, "losses": self._losses, "ledger": self._ledger, "spending": self._spending}
+
+    def _facts(self) -> dict[str, Any]:
+        """What must be the same in two runs of which one goes on with the other."""
+        return {**self._run, **self._spending.facts()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a state: shrink the dense model and its optimizers as they were, and go on from there.
@@ -219,7 +246,47 @@ class Loop:
             CheckpointError: when it is of another model, budget or length of run, or no such state.
             LoopError: when this loop has made a step already.
         """
-        resume(self, state)
+        if self.step or len(self._ledger) or self._finished:
+            raise LoopError(
+                f"only a freshly attached loop can take over a state, this one is at step {self.step}: {AGAIN}"
+            )
+        try:
+            actuator, now, controller_state = self._checked(state)
+        except CheckpointError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+            raise CheckpointError(
+                f"this is not a state that loop.state_dict() returned, or a damaged one: {error!r}"
+            ) from error
+        self._actuator, self._now, self._controller_state = actuator, now, controller_state
+        for name, part in self._parts(actuator).items():
+            part.load_state_dict(state[name])
+        # What points at the model is found again in the smaller one.
+        live = self._sensor.init(self.groups, self._host.model)
+        self._sensor_state = restored(state["sensor"], live, "the sensor's state", self._host.device)
+        self._spending.sensing_flops = self._sensor.flops(self.groups, self._host.model)
+        self._begin_step()
+        if int(state["chance"]["rank"]) == self._host.ranks.own:  # ranks that all drew the same were no several draws
+            set_chance_state(state["chance"])
+
+    def _checked(self, state: Mapping[str, Any]) -> tuple[Actuator, Progress, Any]:
+        """What a state leads to; nothing is changed yet."""
+        check_format(state)
+        check_same_run(state["run"], self._facts())
+        check_optimizers(self._host)
+        actuator, device = self._actuator, self._host.device
+        if state["actuator"]["kind"] == "regrowing":
+            actuator = self._revocable(actuator)
+        parts = self._parts(actuator)
+        groups = actuator.check(state["actuator"])
+        for name in ("losses", "ledger", "spending"):
+            parts[name].check(state[name])
+        restored(state["sensor"], self._sensor.init(groups, self._host.model), "the sensor's state", device)
+        controller_state = restored(
+            state["controller"], self._controller.init(groups), "the controller's state", device
+        )
+        check_chance_state(state["chance"])
+        return actuator, Progress.of(state["now"]), controller_state
 
     # How it ends.
 
@@ -239,7 +306,11 @@ class Loop:
                 "has not landed. Use one join() for each epoch, and ranks of about as many batches",
                 stacklevel=2,
             )
-        self._summary = summarise(self._now, self._spending, self.ledger, self._actuator, self._losses)
+        masked = sum(int((~mask).sum()) for mask in self._actuator.masks.values())
+        num_params = sum(parameter.numel() for parameter in self._host.model.parameters()) - masked
+        self._summary = summarise(
+            self._now, self._spending, self.ledger, self._actuator, num_params, self.dense_widths, self._losses
+        )
         return self._summary
 
     def detach(self) -> None:
@@ -332,22 +403,24 @@ class Loop:
         with spending.deciding:
             reading = self._host.mean(self._read, self._losses, step)
             self._losses.complete(self._ledger)
-            metered = spending.read(before)
+            spending.metered(before)
             problem = refusal(reading)
             if not problem:
                 with self._host.together(f"the plan after step {step}") as facts:
-                    observation = spending.observation(step, self.groups, reading, metered, self._losses)
-                    observation = replace(observation, **self._actuator.extras(step))
+                    observation = spending.observation(
+                        step, self.groups, reading, self._losses, **self._actuator.extras(step)
+                    )
                     state, plan = self._controller.decide(
                         self._controller_state, observation, spending.cost, self.groups
                     )
                     facts["plan"] = decisions(plan)
         if problem:
             if due:
-                self._ledger.append(spending.entry(step, now.plan, before, before, self._losses, problem))
+                self._ledger.append(self._entry(now.plan, before, problem))
             return
         spending.learned(plan.flops)
-        change = Change()
+        spending.resizing.last_seconds = 0.0
+        change, origin = Change(), self._actuator.origin
         if plan.drops() and self._losses.watching and not spending.resizes:
             self._actuator = self._revocable(self._actuator)
         if not plan.empty():
@@ -358,18 +431,22 @@ class Loop:
             larger = replace(change, keep={})
             self._sensor_state, state = follow(states[0], larger), follow(states[1], larger)
             self._losses.changed(step, cut=plan.drops())
-            if self._actuator.resizes:
+            if self._actuator.by_unit:
                 spending.resized(self.groups, self._sensor.flops(self.groups, self._host.model))
         self._controller_state = state
-        self._ledger.append(
-            recorded(spending.entry(step, plan, self.widths, before, self._losses, plan.reason), plan, change, reading, observation.probe)
-        )
+        entry = self._entry(plan, before, plan.reason)
+        self._ledger.append(recorded(entry, plan, change, reading, origin, observation.probe))
         spending.read_joules(self.widths)
         self._now = replace(self._now.decided(plan, reading, change), again=plan.again or now.again)
         if plan.gave_way:
             warnings.warn(f"{plan.gave_way}, and the reference pauses until the next decision", stacklevel=2)
         if plan.landed:
             self._actuator.release()
+
+    def _entry(self, plan: Plan | None, before: Mapping[str, int], reason: str) -> Entry:
+        """An entry on the present widths; `plan` is the last one, `before` are the widths that the meters read."""
+        entry = self._spending.entry(self.step, plan, self.groups, before, reason)
+        return replace(entry, loss=self._losses.loss, val=self._losses.val)
 
     def _read(self) -> Reading:
         """A reading whose skipped steps count from the last one."""
@@ -382,7 +459,7 @@ class Loop:
     def _go_on(self) -> None:
         """Go on with another budget or length: without a bump, and without a last decision that held for other ones."""
         spending = self._spending
-        if self.landed and spending.runs:
+        if self.landed and spending.limit_run:
             self._reopen()
         spending.replan(self.step, self.widths)
         cost = spending.cost

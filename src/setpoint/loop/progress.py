@@ -10,7 +10,8 @@ import torch
 
 from setpoint.checkpoint.plain import plain, restored
 from setpoint.controller.plan import Plan
-from setpoint.groups.follow import ByUnit, Saliency
+from setpoint.groups.follow import ByUnit, Change, follow
+from setpoint.sensor.reading import Reading
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +26,6 @@ class Progress:
         waits: it was due while ranks had run out of batches.
         landed: the last decision has been made.
         plan: the last one, without what it says of single units.
-        read_at: step of the last reading that was decided on, None before.
         saliency: in that reading, of the units that are active now.
         worth: at the last decision, likewise.
         gave_way: which goal lost when budget and loss could not both be met; "" if none did.
@@ -41,3 +41,27 @@ class Progress:
     saliency: Saliency = field(default_factory=dict)
     worth: Saliency = field(default_factory=dict)
     gave_way: str = ""
+
+    def decided(self, plan: Plan, reading: Reading, change: Change) -> Progress:
+        """After a decision: what is known of the units that are active now; NaN for those that have just come back."""
+        seen = replace(self, saliency=reading.saliency, worth=plan.worth)
+        return replace(
+            follow(seen, change),
+            plan=replace(plan, keep={}, worth={}, grow={}, grow_worth={}),
+            landed=plan.landed,
+            overdue=False,
+            gave_way=plan.gave_way or self.gave_way,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything in plain tensors, numbers and strings."""
+        state: dict[str, Any] = plain(self, "the run's progress")
+        return state
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> Progress:
+        """The progress that `state_dict` was taken of."""
+        like = cls(plan=None if state["plan"] is None else Plan(0, {}))
+        found: Progress = restored(state, like, "the run's progress", torch.device("cpu"))
+        counts = {name: int(getattr(found, name)) for name in ("step", "skipped", "again")}
+        return replace(found, **counts, **{name: bool(getattr(found, name)) for name in ("overdue", "waits", "landed")})

@@ -1,137 +1,71 @@
-"""A record: what the ledger says about a reading and a plan."""
+"""Record: what the ledger says about a reading, a plan, and what was done."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float64, Int, Shaped
 
 from setpoint.controller.plan import Plan
-from setpoint.cost.cost import Cost
-from setpoint.groups.group import Group, widths_of
+from setpoint.groups.follow import Change
 from setpoint.ledger import Entry, Ledger
-from setpoint.loop.accounting import Account
-from setpoint.loop.parts import Parts
-from setpoint.loop.run_spending import spent_so_far
+from setpoint.loop.cutting import Origins
 from setpoint.sensor.probe import Probe
 from setpoint.sensor.reading import Reading
 
 
-def refusal(reading: Reading) -> str | None:
-    """Why no decision can be made on this reading, or None if one can.
-
-    Args:
-        reading: a reading whose `skipped_steps` counts from the last reading.
-    """
+def refusal(reading: Reading) -> str:
+    """Why no decision can be made on a reading whose skipped steps count from the last one; "" if one can."""
     if reading.skipped_steps:
         steps = "1 step" if reading.skipped_steps == 1 else f"{reading.skipped_steps} steps"
         return f"no decision: NaN or infinite gradients in {steps} since the last reading"
     if not reading.finite():
         return "no decision: the reading holds NaN or infinite values"
-    return None
+    return ""
 
 
-def spending(costs: Mapping[str, Cost], widths: Mapping[str, int]) -> dict[str, float]:
-    """Predicted cost of a step by resource."""
-    return {name: cost.total(widths) for name, cost in costs.items()}
+def decisions(plan: Plan) -> list[Any]:
+    """All that a plan decides, in plain values of which the same ones look alike."""
+    keep = [(name, np.flatnonzero(~kept).tolist()) for name, kept in sorted(plan.keep.items())]
+    grow = [(name, units.tolist()) for name, units in sorted(plan.grow.items()) if len(units)]
+    return [plan.step, plan.landed, keep, grow]
 
 
-def entry_of(
-    parts: Parts,
-    account: Account,
-    groups: tuple[Group, ...],
-    step: int,
-    plan: Plan | None,
-    before: Mapping[str, int],
-    metered: Mapping[str, float],
-    reason: str,
-) -> Entry:
-    """An entry on the present widths.
-
-    Args:
-        parts: what the loop is made of.
-        account: what has been spent.
-        groups: at their present widths.
-        step: optimizer steps done.
-        plan: the last one, for its price and reference.
-        before: widths that the meters read.
-        metered: what they read.
-        reason: why.
-    """
-    target, widths = parts.target, widths_of(groups)
-    spent = {name: target.expected(name, widths) for name in parts.costs}
-    reference = target.spread(plan.reference, before) if plan else {}
-    recompiles, recompiling_seconds = account.new_recompiles()
-    return Entry(
-        step=step,
-        widths=widths,
-        seconds=account.seconds,
-        reason=reason,
-        spent=spent,
-        metered=dict(metered),
-        predicted={name: parts.costs[name].total(before) for name in metered},
-        reference=reference,
-        limit=target.limit,
-        spent_run=spent_so_far(parts, account),
-        error={name: spent[name] / value - 1.0 for name, value in reference.items() if name in spent and value > 0},
-        price=target.spread(plan.price, before, price=True) if plan else {},
-        sensing_seconds=account.new_sensing_seconds(),
-        probing_seconds=account.new_probing_seconds(),
-        recompiles=recompiles,
-        recompiling_seconds=recompiling_seconds,
-        deciding_seconds=account.deciding.last_seconds,
-        resizing_seconds=account.resizing.last_seconds if plan is not None and plan.step == step else 0.0,
-    )
-
-
-def waiting(plan: Plan, until: int) -> Plan:
-    """The plan that drops nothing and says that a cut waits."""
-    whole = {name: np.ones_like(keep) for name, keep in plan.keep.items()}
-    reason = f"the last cut waits until step {until}, so that the budget of the run is used up"
-    return replace(plan, keep=whole, grow={}, grow_worth={}, landed=False, reason=reason)
-
-
-def with_drops(entry: Entry, plan: Plan, reading: Reading, origin: Mapping[str, Int[np.ndarray, " units"]]) -> Entry:
-    """The entry with what the plan drops, by origin, and what is known about it.
+def recorded(entry: Entry, plan: Plan, change: Change, reading: Reading, origin: Origins, probe: Probe | None) -> Entry:
+    """The entry with what was dropped and what came back, by origin, and what is known about it.
 
     Args:
         entry: the entry so far.
-        plan: the plan.
-        reading: the reading it was made on.
+        plan: that was carried out.
+        change: what that did; single weights are counted, not listed.
+        reading: that the plan was made on.
         origin: by group, original index of each unit that was active before the plan.
+        probe: that the plan was made on.
     """
-    dropped: dict[str, list[int]] = {}
-    saliency: dict[str, list[float]] = {}
-    worth: dict[str, list[float]] = {}
-    for name, keep in plan.keep.items():
-        if keep.all():
-            continue
-        dropped[name] = [int(unit) for unit in origin[name][~keep]]
-        saliency[name] = [float(value) for value in reading.saliency[name][~keep]]
-        if name in plan.worth:
-            worth[name] = [float(value) for value in plan.worth[name][~keep]]
-    return replace(entry, dropped=dropped, saliency=saliency, worth=worth)
-
-
-def with_returns(entry: Entry, plan: Plan, probe: Probe | None) -> Entry:
-    """The entry with what the plan brings back, and what its probe told.
-
-    Args:
-        entry: the entry so far.
-        plan: the plan.
-        probe: what the plan was made on.
-    """
+    if change.note:
+        entry = replace(entry, reason=f"{entry.reason}; {change.note}")
+    if change.counted:
+        return replace(entry, num_dropped=change.num_dropped, num_grown=change.num_grown)
+    gone = {name: ~keep for name, keep in plan.keep.items() if not keep.all()}
     grown = {name: [int(unit) for unit in units] for name, units in plan.grow.items() if len(units)}
     gain: dict[str, list[float]] = {}
     for name, units in grown.items():
         if probe is not None and name in probe.gain:
             known = dict(zip(probe.origins[name].tolist(), probe.gain[name].tolist(), strict=True))
             gain[name] = [known.get(unit, np.nan) for unit in units]
-    worth = {name: [float(each) for each in values] for name, values in plan.grow_worth.items() if name in grown}
-    return replace(entry, grown=grown, gain=gain, grown_worth=worth)
+    return replace(
+        entry,
+        dropped={name: [int(unit) for unit in origin[name][out]] for name, out in gone.items()},
+        saliency={name: [float(value) for value in reading.saliency[name][out]] for name, out in gone.items()},
+        worth={
+            name: [float(value) for value in plan.worth[name][out]] for name, out in gone.items() if name in plan.worth
+        },
+        grown=grown,
+        gain=gain,
+        grown_worth={name: [float(each) for each in values] for name, values in plan.grow_worth.items() if name in grown},
+    )
 
 
 def drop_counts(ledger: Ledger) -> Counter[tuple[str, int]]:
@@ -142,26 +76,3 @@ def drop_counts(ledger: Ledger) -> Counter[tuple[str, int]]:
 def return_counts(ledger: Ledger) -> Counter[tuple[str, int]]:
     """How often each unit came back, by group and origin."""
     return Counter((name, unit) for entry in ledger for name, units in entry.grown.items() for unit in units)
-
-
-def spread(
-    values: Mapping[str, Float64[np.ndarray, " _before"]], regrown: Mapping[str, Bool[np.ndarray, " _units"]]
-) -> dict[str, Float64[np.ndarray, " _units"]]:
-    """Values by group with NaN for the units that have come back.
-
-    >>> spread({"a": np.array([1.0, 2.0])}, {"a": np.array([False, True, False])})["a"].tolist()
-    [1.0, nan, 2.0]
-    """
-    result = dict(values)
-    for name, came in regrown.items():
-        if name in result:
-            result[name] = np.full(len(came), np.nan)
-            result[name][~came] = values[name]
-    return result
-
-
-def only_kept(
-    values: Mapping[str, Shaped[np.ndarray, " units"]], plan: Plan
-) -> dict[str, Shaped[np.ndarray, " kept_units"]]:
-    """Values by group of the units that the plan keeps."""
-    return {name: of_group[plan.keep[name]] if name in plan.keep else of_group for name, of_group in values.items()}

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from setpoint.groups.group import widths_of
+from setpoint.ledger import Ledger
+from setpoint.loop.cutting import Actuator
+from setpoint.loop.losses import Losses
+from setpoint.loop.progress import Progress
+from setpoint.loop.record import drop_counts, return_counts
+from setpoint.spending.spending import Spending
 
 
 @dataclass(frozen=True)
@@ -104,46 +112,56 @@ class Summary:
     resident_bytes: int | None = None
 
 
-@dataclass(frozen=True)
-class Segment:
-    """A stretch of the run between two cuts.
+def summarise(
+    now: Progress,
+    spending: Spending,
+    ledger: Ledger,
+    actuator: Actuator,
+    num_params: int,
+    dense_widths: Mapping[str, int],
+    losses: Losses,
+) -> Summary:
+    """The summary of a run.
 
     Args:
-        num_steps: optimizer steps in it.
-        seconds_per_step: median duration of a step, None if no step was timed.
-        overhead_seconds: Setpoint's own seconds from attach to the end of the segment.
+        now: where it ended.
+        spending: what it has spent.
+        ledger: every decision.
+        actuator: what was cut.
+        num_params: parameters of the finished model, masked ones not counted.
+        dense_widths: units by group, of the dense model.
+        losses: what was observed of the loss.
     """
+    widths = widths_of(actuator.groups)
+    totals = spending.totals(now.step, widths)
+    landed, reason = _verdict(now, spending, actuator, num_params, widths)
+    drops, gave_way = drop_counts(ledger), now.gave_way
+    summary = Summary(
+        **totals,
+        landed=landed,
+        reason=reason,
+        widths=widths,
+        dense_widths=dense_widths,
+        final_params=num_params,
+        dropped_units=len(drops),
+        regrown_units=len(return_counts(ledger)),
+        dropped_again=sum(count > 1 for count in drops.values()),
+        gave_way=f"{gave_way}; {'the budget was met' if landed else 'the budget was missed'}" if gave_way else "",
+        final_loss=losses.loss,
+    )
+    return replace(summary, **actuator.totals())
 
-    num_steps: int
-    seconds_per_step: float | None
-    overhead_seconds: float
 
-
-def break_even_step(segments: Iterable[Segment]) -> int | None:
-    """First step at which the accumulated seconds saved exceed the overhead so far.
-
-    With s_0 the seconds per step before the first cut and s_k those of segment k, each step of
-    segment k saves `s_0 - s_k`. The overhead is taken at the end of the segment, and a segment without
-    a timed step saves nothing.
-
-    Args:
-        segments: the stretches of the run, in order; the first is the dense one.
-
-    >>> dense, small = Segment(10, 1.0, 2.0), Segment(10, 0.5, 2.0)
-    >>> break_even_step([dense, small])  # each step saves half a second: 5 steps exceed 2 s
-    15
-    """
-    steps, saved, dense = 0, 0.0, None
-    for number, segment in enumerate(segments):
-        if number == 0:
-            dense = segment.seconds_per_step
-        elif dense is not None and segment.seconds_per_step is not None:
-            per_step = dense - segment.seconds_per_step
-            reached = saved + per_step * segment.num_steps
-            if saved > segment.overhead_seconds:
-                return steps + 1
-            if per_step > 0 and reached > segment.overhead_seconds:
-                return steps + int((segment.overhead_seconds - saved) / per_step) + 1
-            saved = reached
-        steps += segment.num_steps
-    return None
+def _verdict(
+    now: Progress, spending: Spending, actuator: Actuator, num_params: int, widths: Mapping[str, int]
+) -> tuple[bool, str]:
+    """Whether the run landed, and why or why not."""
+    broken, accounted = actuator.broken(), spending.costs["params"].total(widths)
+    if broken:
+        return False, f"masked weights of {broken!r} are not zero: something other than this loop changed them"
+    if num_params != accounted:
+        return False, (
+            f"the model has {num_params:,} parameters, but its widths account for {accounted:,.0f}: "
+            "it was changed by something other than this loop"
+        )
+    return spending.verdict(now.step, widths, now.plan)

@@ -43,7 +43,27 @@ class Exchange:
 
 
 @final
+@dataclass(frozen=True)
 class Masking:
+    """`attach(actuator=Masking("2:4"))`: single weights of linear layers and convolutions are masked.
+
+    That saves FLOPs and parameters in theory only: dense hardware does not get faster.
+
+    Args:
+        pattern: "unstructured" or "N:M", such as "2:4", by whole tensors.
+
+    Raises:
+        GroupError: for an unknown pattern.
+    """
+
+    pattern: str = "unstructured"
+
+    def __post_init__(self) -> None:
+        Pattern.named(self.pattern)
+
+
+@final
+class Masks:
     """The masks of a run; they change at each decision.
 
     A masked weight is zero, and so is its gradient; optimizers remember nothing of it. Gradients are masked as they are
@@ -61,7 +81,7 @@ class Masking:
     def __init__(self, host: Host, groups: tuple[Group, ...], pattern: Pattern, flops: WeightFlops) -> None:
         self._flops, self._pattern, self._optimizers = flops, pattern, host.optimizers
         self._dense = self.groups = groups
-        self.within_step = False
+        self.by_unit, self.within_step = False, False
         names = [group.name for group in groups]
         self._weights = {name: host.model.get_parameter(name) for name in names}
         self._copies = [_parameters(each, names) for each in host.copies]
@@ -198,7 +218,7 @@ class Masking:
             {name: count for name, mask in each.items() if (count := int(mask.sum()))}
             for each in (change.went, change.came)
         )
-        return Change(keep=plan.keep, came=change.came, num_dropped=went, num_grown=came)
+        return Change(keep=plan.keep, came=change.came, counted=True, num_dropped=went, num_grown=came)
 
     def release(self) -> None:
         """Nothing was kept: masks hold until the end."""
@@ -278,14 +298,14 @@ class Masking:
         masks = state["masks"]
         self.groups = self._set({name: masks[name].to(device, copy=True).contiguous() for name, device in devices.items()})
 
-    def numbers(self, groups: tuple[Group, ...]) -> dict[str, Any]:
+    def totals(self) -> dict[str, Any]:
         """What a summary says of single weights."""
         dropped, back, again = self.counts()
         return {
             "dense_flops": self._flops.total,
             "final_flops": self._flops.total,
             "final_flops_ratio": 1.0,
-            "theoretical_flops": self._flops.at(widths_of(groups)),
+            "theoretical_flops": self._flops.at(widths_of(self.groups)),
             "theoretical_train_flops": self.train_flops,
             "masked_params": self.num_masked,
             "dropped_units": dropped,
