@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -31,6 +31,7 @@ class Reading:
         norm: by group name, L2 norm of the unit's outgoing weights, where the sensor knows it.
         basis: by group name, the balanced coordinates that its units are about; the actuator goes there
             before it cuts.
+        scores: where units are single weights, gives by tensor name the saliency of every element.
     """
 
     step: int
@@ -42,6 +43,7 @@ class Reading:
     slope: Mapping[str, Float64[np.ndarray, " _units"]] = field(default_factory=dict)
     norm: Mapping[str, Float64[np.ndarray, " _units"]] = field(default_factory=dict)
     basis: Mapping[str, Basis] = field(default_factory=dict)
+    scores: Callable[[], Mapping[str, torch.Tensor]] = dict
 
     def finite(self) -> bool:
         """Whether every value is a finite number; a controller makes no decision on any other."""

@@ -1,16 +1,66 @@
-"""A patterned reading: saliencies of single weights, so that the least salient go as an N:M pattern lets them."""
+"""Patterned readings: saliencies of single weights, so that the least salient go as an N:M pattern lets them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, final
 
 import numpy as np
 from jaxtyping import Float64
+from torch import Tensor, nn
 
 from setpoint.groups.group import Group
-from setpoint.sensor.reading import Reading
+from setpoint.sensor.reading import Reading, Sensor
 from setpoint.weights.find import Pattern, active_of
+from setpoint.weights.taylor import Weighing
+
+
+@final
+class Patterned:
+    """A sensor of single weights whose readings keep to a pattern.
+
+    Args:
+        inner: reads.
+        pattern: N:M, or free.
+    """
+
+    def __init__(self, inner: Sensor[Any], pattern: Pattern) -> None:
+        self._inner, self._pattern = inner, pattern
+
+    def readable(self, groups: tuple[Group, ...], model: nn.Module) -> tuple[Group, ...]:
+        """What the inner sensor can read."""
+        return self._inner.readable(groups, model)
+
+    def init(self, groups: tuple[Group, ...], model: nn.Module) -> PatternedState:
+        """The inner sensor's state."""
+        shapes = {group.name: tuple(model.get_parameter(group.name).shape) for group in groups}
+        return PatternedState(self._inner.init(groups, model), shapes)
+
+    def update(
+        self, state: PatternedState, groups: tuple[Group, ...], model: nn.Module, grad_scale: Tensor | None = None
+    ) -> PatternedState:
+        """Take in one optimizer step."""
+        return replace(state, inner=self._inner.update(state.inner, groups, model, grad_scale))
+
+    def flops(self, groups: tuple[Group, ...], model: nn.Module) -> float:
+        """FLOPs of one update."""
+        return self._inner.flops(groups, model)
+
+    def read(self, state: PatternedState, groups: tuple[Group, ...], step: int) -> Reading:
+        """Saliencies as the pattern has them; scores are the inner sensor's own."""
+        reading = self._inner.read(state.inner, groups, step)
+        scores = partial(self._inner.scores, state.inner) if isinstance(self._inner, Weighing) else reading.scores
+        return replace(patterned(reading, groups, state.shapes, self._pattern), scores=scores)
+
+
+@dataclass(frozen=True, eq=False)
+class PatternedState:
+    """The inner sensor's state, and the shapes of the weight tensors by group."""
+
+    inner: Any
+    shapes: Mapping[str, tuple[int, ...]] = field(metadata={"live": True})
 
 
 def patterned(

@@ -1,4 +1,4 @@
-"""Granularity: whether whole units are cut or single weights masked, and what a run on single weights may ask for."""
+"""Candidates: the single weights that may be masked, and what a run on single weights may ask for."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch import nn
-from torch.optim import Optimizer
 
 from setpoint.actuator.muon import steps_by_matrix
 from setpoint.actuator.shrink import named_tensors
 from setpoint.controller.plan import Controller, regrows
-from setpoint.controller.tolerant import TolerantController
 from setpoint.cost.budget import Budget
 from setpoint.cost.price import Price
 from setpoint.cost.tolerance import Tolerance
@@ -19,37 +17,18 @@ from setpoint.errors import BudgetError, GroupError, LoopError
 from setpoint.groups.export import Example
 from setpoint.groups.group import Group
 from setpoint.groups.trace import trace
-from setpoint.loop.costing import Costing
-from setpoint.loop.material import Material, check_copies, check_some, in_hand
-from setpoint.loop.parts import Sparsity
+from setpoint.host.host import Host
+from setpoint.loop.candidates import Candidates, check_copies, check_some, in_hand
 from setpoint.sensor.reading import Sensor
 from setpoint.weights.cost import active_params, weight_flops
 from setpoint.weights.find import Pattern, find_weights, maskable
+from setpoint.weights.masking import Masks
 from setpoint.weights.taylor import Weighing
 
 _SOURCES = {  # what can be saved, and what is said of it
     "flops": "modelled: theoretical FLOPs, as if masked weights cost nothing; dense hardware does not get faster",
     "params": "modelled: weights that are not masked; zeros are stored too, and dense hardware does not get faster",
 }
-
-
-def pattern_for(granularity: str, pattern: str | None) -> Pattern | None:
-    """The pattern that masks keep to, or None where whole units are cut.
-
-    Args:
-        granularity: "unit" or "weight".
-        pattern: "unstructured" or "N:M"; None for the former.
-
-    Raises:
-        GroupError: for an unknown granularity or pattern, or a pattern for whole units.
-    """
-    if granularity == "weight":
-        return Pattern.named("unstructured" if pattern is None else pattern)
-    if granularity != "unit":
-        raise GroupError(f"unknown granularity {granularity!r}: use 'unit' (channels, heads, neurons) or 'weight'")
-    if pattern is not None:
-        raise GroupError(f"pattern={pattern!r} is for single weights: add granularity='weight', or leave it out")
-    return None
 
 
 def check_resources(budgets: Collection[Budget]) -> None:
@@ -62,12 +41,12 @@ def check_resources(budgets: Collection[Budget]) -> None:
         if each.resource not in _SOURCES:
             raise BudgetError(
                 f"masks on single weights save no {each.resource}: zeros are stored and multiplied like other numbers. "
-                "Hold them to of='params' or to of='flops' (in theory), or cut whole units with granularity='unit'"
+                "Hold them to of='params' or to of='flops' (in theory), or leave the actuator to attach, which cuts whole units"
             )
         if each.per == "run":
             raise BudgetError(
                 "masks on single weights save FLOPs in theory only, so a budget for what the whole run spends cannot "
-                "be met by them: use per='step', or granularity='unit'"
+                "be met by them: use per='step', or leave the actuator to attach, which cuts whole units"
             )
 
 
@@ -80,7 +59,7 @@ def check_run(
         BudgetError: for a resource that masks do not save, or a tolerance.
         LoopError: for a controller or a sensor of whole units.
     """
-    if isinstance(goal, Tolerance) or isinstance(controller, TolerantController):
+    if isinstance(goal, Tolerance):
         raise BudgetError(
             "a Tolerance takes cuts back through the reserve, which holds no single weights: give a Budget or a Price"
         )
@@ -96,34 +75,27 @@ def check_run(
         )
 
 
-def weight_material(
-    model: nn.Module,
-    optimizers: Sequence[Optimizer],
-    example: Example,
-    pattern: Pattern,
-    wanted: Sequence[Group] | None,
-    copies: Sequence[nn.Module],
-    sensor: Sensor[Any],
-) -> Material:
-    """What may be masked: nothing is tried out, since a mask is exact on any model.
+def weight_candidates(
+    host: Host, example: Example, pattern: str, wanted: Sequence[Group] | None, sensor: Sensor[Any]
+) -> tuple[Candidates, Masks]:
+    """What may be masked, and the masks: nothing is tried out, since a mask is exact on any model.
 
     Args:
-        model: the model.
-        optimizers: that train it.
+        host: holds the model.
         example: inputs of one step.
         pattern: that masks keep to.
         wanted: out of `find_weights(model, pattern)`; None for every linear and convolutional weight.
-        copies: to mask alike.
         sensor: takes the readings.
 
     Raises:
         GroupError: when a weight does not divide into the pattern's blocks, `wanted` are not the model's, or
             nothing is left.
     """
-    groups = _chosen(model, pattern, wanted)
-    groups, frozen = in_hand(model, optimizers, groups)
+    model = host.model
+    groups = _chosen(model, Pattern.named(pattern), wanted)
+    groups, frozen = in_hand(host, groups)
     mixed = {
-        id(p) for each in optimizers if steps_by_matrix(type(each)) for g in each.param_groups for p in g["params"]
+        id(p) for each in host.optimizers if steps_by_matrix(type(each)) for g in each.param_groups for p in g["params"]
     }
     tensors = named_tensors(model)
     frozen |= {
@@ -134,16 +106,12 @@ def weight_material(
     groups = tuple(group for group in groups if group.name not in frozen)
     readable = sensor.readable(groups, model)
     frozen |= {g.name: f"{type(sensor).__name__} cannot read it" for g in groups if g not in readable}
-    check_copies(model, readable, copies)
+    check_copies(host, readable)
     check_some(readable, frozen or {"weights": "no linear layer or convolution is trained"})
     flops = weight_flops(model, trace(model, example), readable)
-    return Material(
-        readable,
-        frozen,
-        {"flops": flops.cost(), "params": active_params(model, readable)},
-        costing=Costing(sources=_SOURCES),
-        sparsity=Sparsity(pattern, flops),
-    )
+    costs = {"flops": flops.cost(), "params": active_params(model, readable)}
+    found = Candidates(readable, frozen, costs, sources=_SOURCES, header={"pattern": pattern})
+    return found, Masks(host, readable, Pattern.named(pattern), flops)
 
 
 def _chosen(model: nn.Module, pattern: Pattern, wanted: Sequence[Group] | None) -> tuple[Group, ...]:
@@ -154,7 +122,7 @@ def _chosen(model: nn.Module, pattern: Pattern, wanted: Sequence[Group] | None) 
             if _what(group) not in known:
                 raise GroupError(
                     f"group {group.name!r} is none of find_weights(model, {str(pattern)!r}): with "
-                    "granularity='weight', give groups out of that list"
+                    "actuator=Masking(...), give groups out of that list"
                 )
         names = {group.name for group in wanted}
         return tuple(group for group in fitting if group.name in names)

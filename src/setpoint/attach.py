@@ -1,0 +1,282 @@
+"""Attach: check what is given, choose the parts, and put a loop on the optimizers' hooks. It alone knows the leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from setpoint.actuator.optimizer_state import check_optimizer, check_trains
+from setpoint.actuator.verify import few_rows
+from setpoint.controller.plan import Controller, Learning, regrows
+from setpoint.controller.reference import Reference
+from setpoint.controller.rolling_back import RollingBack
+from setpoint.controller.selection import cheapest
+from setpoint.controller.using_up import UsingUp
+from setpoint.cost.budget import METERED, Budget
+from setpoint.cost.flops import forward_flops
+from setpoint.cost.price import Price
+from setpoint.cost.tolerance import Tolerance
+from setpoint.errors import LoopError
+from setpoint.groups.chance import untouched_chance
+from setpoint.groups.export import Example
+from setpoint.groups.follow import check_follows
+from setpoint.groups.group import Group, widths_of
+from setpoint.groups.trace import Trace, trace
+from setpoint.host.host import Host, host_of
+from setpoint.host.refuse import check_reads, check_shared
+from setpoint.loop.candidates import Candidates, restricted, unit_candidates
+from setpoint.loop.cutting import Actuator, Coordinates, Cutting, same_coordinates
+from setpoint.loop.goal import check_goal, controller_for
+from setpoint.loop.header import header_of
+from setpoint.loop.loop import ATTACHED, Loop
+from setpoint.sensor.chain import takes_back
+from setpoint.sensor.reading import Sensor
+from setpoint.sensor.taylor import TaylorSensor
+from setpoint.spending.account import Account
+from setpoint.spending.meter import Meter
+from setpoint.spending.seconds import Stopwatch
+from setpoint.spending.spending import Spending
+from setpoint.spending.target import Target, check_budgets, check_reachable
+
+if TYPE_CHECKING:
+    from setpoint.regrowth.regrowing import Regrowing
+    from setpoint.weights.masking import Masking
+
+
+def attach(
+    model: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer],
+    budget: Budget | Sequence[Budget] | Price | Tolerance,
+    *,
+    example: Example,
+    total_steps: int,
+    controller: Controller[Any] | None = None,
+    sensor: Sensor[Any] | None = None,
+    actuator: Masking | Regrowing | None = None,
+    groups: Sequence[Group] | None = None,
+    copies: Sequence[nn.Module] = (),
+    allow_lossy: bool = False,
+    verify: bool = True,
+) -> Loop:
+    """Hold a model in training to a budget: watch its optimizers, and shrink it in the middle of the run.
+
+    The user's training loop stays as it is. Setpoint senses before each optimizer step and acts after it. Until it
+    drops a unit, training is bit-identical to training without it. Whatever this raises, everything is as it was.
+
+    Args:
+        model: as the training loop calls it: compiled, in `DistributedDataParallel` or with `fully_shard`, too.
+        optimizer: the one that trains it, or several that each step once per training step.
+        budget: of one resource or several; with a `Price` or a `Tolerance` the size follows from the loss.
+        example: inputs as in training, at the batch shape of one optimizer step on one rank: a tuple or a dict.
+        total_steps: optimizer steps of the whole run.
+        controller: decides what is dropped and when; by default what the budget, price or tolerance asks for.
+        sensor: reads saliencies; by default Taylor's, for as many samples as the example has rows on all ranks.
+        actuator: by default units are cut for good; `Regrowing()` brings some back, `Masking("2:4")` masks weights.
+        groups: which may be pruned, out of `find_groups(model, example)`; by default all.
+        copies: modules with the same tensors to cut alike, such as an EMA copy.
+        allow_lossy: also prune groups in which a zeroed unit is not the same as an absent one.
+        verify: try every group's cut on copies of the model first, and leave alone those that fail.
+
+    Raises:
+        SetpointError: of the kind that names what is wrong, such as `BudgetError` for a budget out of reach,
+            `ExampleError`, `ExportError`, `GroupError`, `LoopError`, `OptimizerError` and `RankError`.
+        ValueError: for a setting out of range.
+
+    >>> model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2))
+    >>> optimizer, x = torch.optim.SGD(model.parameters(), lr=0.1), torch.randn(8, 4)
+    >>> with attach(model, optimizer, Budget.fraction(0.5, of="params"), example=(x,), total_steps=50) as loop:
+    ...     for _ in range(50):
+    ...         model(x).square().mean().backward()
+    ...         optimizer.step()
+    ...         optimizer.zero_grad()
+    >>> loop.summary.landed, loop.summary.spent["params"] <= loop.summary.limit["params"]
+    (True, True)
+    """
+    clock, host = Stopwatch(synchronize=True), host_of(model, optimizer, copies)
+    with clock, host.whole(), untouched_chance(host.model), host.together("attach") as facts:
+        wish = _wish(host, budget, controller, sensor, actuator, total_steps)
+        choose = _choose_weights if wish.masking else _choose_units
+        sensor, found = choose(host, wish, example, sensor, groups, allow_lossy, verify)
+        spending = _spending(host, wish, found, example, sensor, total_steps, clock)
+        run = {
+            **({"pattern": wish.masking} if wish.masking else {}),
+            "groups": widths_of(found.groups),
+            "optimizers": [type(each).__name__ for each in host.optimizers],
+            "copies": len(host.copies),
+            "sensor": type(sensor).__name__,
+            "controller": type(wish.controller).__name__,
+        }
+        facts.update({**run, **spending.facts()})
+    header = header_of(found.groups, found.frozen, spending.header, host.model) | found.header
+    cutting, revocable = _actuators(host, wish, found, sensor, spending)
+    return Loop(host, sensor, wish.guarded(), cutting, spending, header, run, revocable)
+
+
+@dataclass(frozen=True, eq=False)
+class _Wish:
+    """What the user wants, checked.
+
+    Args:
+        goal: a price or a tolerance, None where there are budgets.
+        budgets: each of another resource.
+        controller: pursues it.
+        masking: the pattern of masks on single weights, "" where whole units are cut.
+        reserve_bytes: host memory for units that may come back; None: no limit.
+    """
+
+    goal: Price | Tolerance | None
+    budgets: tuple[Budget, ...]
+    controller: Controller[Any]
+    masking: str = ""
+    reserve_bytes: int | None = 8 * 2**30
+
+    @property
+    def goals(self) -> tuple[Budget | Price | Tolerance, ...]:
+        """Budgets, or the price or tolerance."""
+        return self.budgets if self.goal is None else (self.goal,)
+
+    @property
+    def schedule(self) -> Reference:
+        """When decisions are made."""
+        schedule = getattr(self.controller, "reference", None)
+        return schedule if isinstance(schedule, Reference) else Reference()
+
+    @property
+    def revocable(self) -> bool:
+        """Whether a cut that the loss does not stand is taken back, or at least followed by a pause."""
+        able = isinstance(self.controller, Returning) or getattr(self.controller, "pauses", False)
+        return able and not isinstance(self.goal, Tolerance)  # a tolerance judges by itself
+
+    def guarded(self) -> Controller[Any]:
+        """The controller, which uses up a run's budget and gives way to the loss once."""
+        using_up = UsingUp(self.controller)
+        return RollingBack(using_up) if self.revocable else using_up
+
+
+def _wish(
+    host: Host,
+    budget: Budget | Sequence[Budget] | Price | Tolerance,
+    controller: Controller[Any] | None,
+    sensor: Sensor[Any] | None,
+    actuator: Masking | Regrowing | None,
+    total_steps: int,
+) -> _Wish:
+    """Check what is wanted, and whether host and optimizers can give it."""
+    parts = set(host.model.modules())
+    if any(other in parts or host.model in set(other.modules()) for other in ATTACHED):
+        raise LoopError("this model has a loop already: call finish() or detach() on that loop first")
+    goal = budget if isinstance(budget, (Price, Tolerance)) else None
+    budgets = () if isinstance(budget, (Price, Tolerance)) else check_budgets(budget)
+    if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
+        raise ValueError(f"total_steps must be a positive integer, got {total_steps!r}")
+    settings = {name: getattr(actuator, name) for name in ("pattern", "reserve_bytes") if hasattr(actuator, name)}
+    if actuator is not None and not settings:
+        raise LoopError(f"actuator is Masking(...) or Regrowing(...), or None to cut units for good; got {actuator!r}")
+    if controller is None:
+        controller = controller_for(goal or budgets, regrow="reserve_bytes" in settings)
+        if "pattern" in settings:
+            from setpoint.weights.exchanging import ExchangingController
+
+            controller = ExchangingController(controller)
+    else:
+        check_goal(goal, controller)
+    for part in (controller, sensor):
+        check_follows(part)
+    check_trains(host.optimizers, host.model)
+    for each in host.optimizers:
+        check_optimizer(each)
+    wish = _Wish(goal, budgets, controller, settings.get("pattern", ""), settings.get("reserve_bytes", 8 * 2**30))
+    check_shared(host, {each.resource for each in wish.goals})
+    return wish
+
+
+Chosen = tuple[Sensor[Any], Candidates]
+
+
+def _choose_weights(
+    host: Host,
+    wish: _Wish,
+    example: Example,
+    sensor: Sensor[Any] | None,
+    groups: Sequence[Group] | None,
+    allow_lossy: bool,
+    verify: bool,
+) -> Chosen:
+    """Single weights that may be masked; nothing is tried out, since a mask is exact on any model."""
+    from setpoint.weights.candidates import check_run, weight_candidates
+    from setpoint.weights.taylor import WeightTaylorSensor
+
+    if not host.alone or host.wrapper:
+        raise LoopError(
+            "single weights are not masked inside DistributedDataParallel or fully_shard in this version: "
+            "train in one process, or leave the actuator to attach, which cuts whole units"
+        )
+    sensor = WeightTaylorSensor(_num_samples(example)) if sensor is None else sensor
+    check_run(wish.goal, wish.budgets, wish.controller, sensor)
+    return weight_candidates(host, example, wish.masking, groups, sensor)
+
+
+def _choose_units(
+    host: Host,
+    wish: _Wish,
+    example: Example,
+    sensor: Sensor[Any] | None,
+    groups: Sequence[Group] | None,
+    allow_lossy: bool,
+    verify: bool,
+) -> Chosen:
+    """Units that may be cut."""
+    trace_ = trace(host.model, example)
+    sensor = _sensor(host, trace_.groups, example) if sensor is None else sensor
+    check_reads(host, sensor)
+    sensor = sensor.over(host.ranks) if isinstance(sensor, Shared) and not host.alone else sensor
+    found = unit_candidates(host, trace_, example, sensor, groups, allow_lossy=allow_lossy, verify=verify)
+    if regrows(wish.controller):
+        passes = _check_regrowth(host, example, found.groups, sensor, verify)
+        found = replace(found, passes=found.passes + passes)
+    return sensor, found
+
+
+def _sensor(host: Host, groups: tuple[Group, ...], example: Example) -> Sensor[Any]:
+    """Taylor for units; states have sensors of their own."""
+    num_samples = _num_samples(example) * host.ranks.count
+    if host.alone and any(group.kind == "state" for group in groups):
+        from setpoint.states import sensor_for
+
+        return sensor_for(groups, host.model, example, num_samples)
+    return TaylorSensor(num_samples)
+
+
+def _num_samples(example: Example) -> int:
+    """Leading dim of the example's first tensor; 1 if it has none."""
+    values = example.values() if isinstance(example, Mapping) else example
+    first = next((value for value in values if isinstance(value, Tensor) and value.dim()), None)
+    return max(1, first.shape[0]) if first is not None else 1
+
+
+def _check_regrowth(host: Host, example: Example, groups: tuple[Group, ...], sensor: Sensor[Any], verify: bool) -> float:
+    """Check that units can be probed and come back in this model; the passes that took.
+
+    Raises:
+        LoopError: when they cannot.
+        VerificationError: when a probed step on a copy is not the shrunk model's step.
+    """
+    from setpoint.regrowth.verify_probe import verify_probe
+
+    instead = "attach with PricedController(regrow=False)"
+    if not takes_back(sensor):
+        raise LoopError(f"{type(sensor).__name__} says that its units cannot come back: use another, or {instead}")
+    if host.compiled:
+        raise LoopError(
+            f"resting units cannot be present in compiled code: attach to the model uncompiled, or {instead}"
+        )
+    if not verify:
+        return 0.0
+    few, share = few_rows(example)
+    verify_probe(host.model, few, groups)
+    return 6 * share

@@ -1,0 +1,220 @@
+"""Candidates: what of a model may be pruned, and what it costs in FLOPs and parameters."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
+
+from setpoint.actuator.shrink import named_tensors
+from setpoint.actuator.verify import failing_groups, few_rows
+from setpoint.cost.cost import Cost
+from setpoint.cost.flops import flops_cost
+from setpoint.cost.params import params_cost
+from setpoint.errors import ExampleError, GroupError
+from setpoint.groups.export import Example
+from setpoint.groups.group import Group, Size
+from setpoint.groups.trace import Trace
+from setpoint.host.host import Host
+from setpoint.sensor.reading import Hooking, Sensor
+from setpoint.sensor.tap import tappable
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """What may be pruned.
+
+    Args:
+        groups: at dense widths.
+        frozen: by name or place, why it is left whole.
+        costs: by resource, over the widths of `groups`.
+        passes: training steps' worth of FLOPs that it took to find out.
+        sources: by resource, what its cost was modelled by.
+        header: what a ledger says of it besides.
+    """
+
+    groups: tuple[Group, ...]
+    frozen: Mapping[str, str]
+    costs: Mapping[str, Cost]
+    passes: float = 0.0
+    sources: Mapping[str, str] = field(default_factory=dict)
+    header: Mapping[str, Any] = field(default_factory=dict)
+
+
+def in_hand(host: Host, groups: tuple[Group, ...]) -> tuple[tuple[Group, ...], dict[str, str]]:
+    """The groups whose trained tensors are all in these optimizers; another one would not survive a cut of them."""
+    held = {id(p) for each in host.optimizers for settings in each.param_groups for p in settings["params"]}
+    trained = {name for name, p in host.model.named_parameters() if p.requires_grad and id(p) not in held}
+    strangers = {
+        group.name: f"{piece.tensor} is trained, but by none of the given optimizers: pass them all"
+        for group in groups
+        for piece in group.slices
+        if piece.tensor in trained
+    }
+    return tuple(group for group in groups if group.name not in strangers), strangers
+
+
+def check_copies(host: Host, groups: tuple[Group, ...]) -> None:
+    """A copy must hold every tensor that will be cut, in the same shape."""
+    own = named_tensors(host.model)
+    for number, each in enumerate(host.copies):
+        if not isinstance(each, nn.Module):
+            raise GroupError(f"copies[{number}] must be a torch.nn.Module, got {type(each).__name__}")
+        theirs = {name.removeprefix("module."): tensor for name, tensor in named_tensors(each).items()}
+        for name in dict.fromkeys(piece.tensor for group in groups for piece in group.slices):
+            if name not in theirs or theirs[name].shape != own[name].shape:
+                raise GroupError(
+                    f"copies[{number}] ({type(each).__name__}) is no copy of the model: it has no {name!r} of shape "
+                    f"{tuple(own[name].shape)}; pass a deepcopy or an AveragedModel of the model"
+                )
+
+
+def check_some(groups: tuple[Group, ...], frozen: Mapping[str, str]) -> None:
+    """Check that there is anything to prune."""
+    if groups:
+        return
+    reasons = [f"{place}: {reason}" for place, reason in list(frozen.items())[:8]]
+    more = f"; and {len(frozen) - 8} more" if len(frozen) > 8 else ""
+    raise GroupError(f"nothing in this model can be pruned. Left whole: {'; '.join(reasons) or 'no dim at all'}{more}")
+
+
+def unit_candidates(
+    host: Host,
+    found: Trace,
+    example: Example,
+    sensor: Sensor[Any],
+    wanted: Sequence[Group] | None,
+    *,
+    allow_lossy: bool,
+    verify: bool,
+) -> Candidates:
+    """The units that may be cut, and why others are left whole.
+
+    Args:
+        host: holds the model.
+        found: all its groups.
+        example: inputs of one step.
+        sensor: that is to read them.
+        wanted: out of these groups; None for all.
+        allow_lossy: also those in which a zeroed unit is not the same as an absent one.
+        verify: try every cut on copies of the model.
+
+    Raises:
+        GroupError: when `wanted` are not the model's groups, or nothing is left.
+    """
+    groups, frozen = _select(host, found, wanted, sensor, allow_lossy)
+    if host.mesh is not None:  # FSDP takes no parameter without entries, so no group may vanish
+        groups = tuple(replace(each, min_units=max(each.min_units, each.multiple_of)) for each in groups)
+    active, strangers = in_hand(host, groups)
+    frozen |= strangers
+    check_copies(host, active)
+    passes = 0.0
+    if verify:
+        active, failed, passes = _verified(host.model, example, active)
+        frozen |= failed
+    check_some(active, frozen)
+    costs = {"flops": flops_cost(restricted(found, active)), "params": params_cost(host.model, active)}
+    _warn_of_unreached(host.model, found, active)
+    return Candidates(active, frozen, costs, passes)
+
+
+def _select(
+    host: Host, found: Trace, wanted: Sequence[Group] | None, sensor: Sensor[Any], allow_lossy: bool
+) -> tuple[tuple[Group, ...], dict[str, str]]:
+    """The groups to prune, and why the others are left alone, by name."""
+    model, alone = host.model, host.alone
+    frozen = {each.place: each.reason for each in found.frozen}
+    chosen = found.groups if wanted is None else tuple(wanted)
+    widths = widths_of(found.groups)
+    for group in chosen:
+        if group.kind == "weight":
+            raise GroupError(f"group {group.name!r} holds single weights: add actuator=Masking()")
+        if widths.get(group.name) != group.num_units:
+            raise GroupError(
+                f"group {group.name!r} with {group.num_units} units is not one of this model's: "
+                "use find_groups(model, example) on the model as it is now"
+            )
+    for group in chosen:
+        if group.kind == "state" and not alone:
+            frozen[group.name] = (
+                "states are not cut on several ranks in this version: each would balance them by itself"
+            )
+        elif not group.lossless and not allow_lossy:
+            frozen[group.name] = "; ".join(group.notes) or "a zeroed unit is not the same as an absent one"
+            frozen[group.name] += " (allow_lossy=True prunes it all the same)"
+    open_groups = tuple(group for group in chosen if group.name not in frozen)
+    hooked = {group.name for group in open_groups if isinstance(sensor, Hooking) and tappable(group, model)}
+    if host.compiled or not (alone or getattr(sensor, "averages_hooks", False)):
+        where = "in compiled code" if host.compiled else f"on several ranks by {type(sensor).__name__}"
+        frozen |= dict.fromkeys(hooked, f"frozen outgoing weights are not read {where}")
+        open_groups = tuple(group for group in open_groups if group.name not in hooked)
+    readable = sensor.readable(open_groups, model)
+    names = {group.name for group in readable}
+    parameters = list(model.named_parameters(remove_duplicate=False))
+    for group in open_groups:
+        if group.name not in names:
+            outgoing = {place.tensor for place in group.slices if place.role == "consume"}
+            trained = any(p.requires_grad for name, p in parameters if name in outgoing)
+            why = (
+                f"it ranks no {group.kind}s like these"
+                if trained or group.kind == "state"
+                else "its weights get no gradient"
+            )
+            frozen[group.name] = f"{type(sensor).__name__} cannot read it ({why})"
+    return readable, frozen
+
+
+def _verified(
+    model: nn.Module, example: Example, groups: tuple[Group, ...]
+) -> tuple[tuple[Group, ...], dict[str, str], float]:
+    """The groups that behave like their masked twins, why the others do not, and the passes that took."""
+    if not groups:
+        return groups, {}, 0.0
+    few, share = few_rows(example)
+    try:
+        failed = failing_groups(model, few, groups)
+    except ExampleError:
+        if share == 1.0:
+            raise
+        share, failed = 1.0, failing_groups(model, example, groups)
+    if failed:
+        warnings.warn(
+            f"left whole, because cutting them on a copy did not behave like masking them: {', '.join(failed)}",
+            stacklevel=4,
+        )
+    reasons = dict.fromkeys(failed, "cutting it on a copy did not behave like masking it")
+    # At most four forward and backward passes vouch for all groups at once; each culprit is found by bisection.
+    passes = 4 + 2 * len(failed) * (2 + math.ceil(math.log2(len(groups))))
+    return tuple(group for group in groups if group.name not in reasons), reasons, share * passes
+
+
+def restricted(found: Trace, groups: tuple[Group, ...]) -> Trace:
+    """The trace over the widths of these groups only; the widths of all others become constants."""
+    active = {group.name for group in groups}
+    fixed = {group.name: group.num_units for group in found.groups if group.name not in active}
+
+    def restrict(size: Size) -> Size:
+        constant = size.constant + sum(each * fixed[name] for name, each in size.parts if name in fixed)
+        return Size(constant, tuple(part for part in size.parts if part[0] in active))
+
+    contractions = tuple(replace(each, sizes=tuple(map(restrict, each.sizes))) for each in found.contractions)
+    return replace(found, groups=groups, contractions=contractions)
+
+
+def _warn_of_unreached(model: nn.Module, found: Trace, groups: tuple[Group, ...]) -> None:
+    """Tell of weights that the example leaves out and that may read units, which would go while they stay."""
+    lengths = {len(part.index) for group in groups for part in group.slices}
+    # A tied weight has several names, and is reached by any of them.
+    reached = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name not in found.unreached}
+    shapes = {name: p.shape for name, p in model.named_parameters() if p.requires_grad and id(p) not in reached}
+    stray = [name for name in found.unreached if len(shapes.get(name, ())) > 1 and lengths & set(shapes[name][1:])]
+    if stray:
+        warnings.warn(
+            f"the example does not reach {', '.join(stray[:5])}{' and more' if len(stray) > 5 else ''}: if training "
+            "does, give an example that goes there, since what they read may be cut and they would not follow",
+            stacklevel=4,
+        )
