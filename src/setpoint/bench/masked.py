@@ -17,7 +17,7 @@ from setpoint.bench.course import Outcome
 from setpoint.bench.task import BenchError
 from setpoint.bench.weight_flops import WeightFlops, maskable_weights, weight_flops
 from setpoint.loop.hooks import StepHooks
-from setpoint.meter import Stopwatch
+from setpoint.spending.seconds import Stopwatch
 
 
 @final

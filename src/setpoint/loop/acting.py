@@ -39,13 +39,13 @@ def act(loop: Loop, plan: Plan, state: Any, reading: Reading) -> tuple[dict[str,
     Raises:
         RankError: when another rank could not; this one is then as it was, too.
     """
-    loop._account.resizing.last_seconds = 0.0
+    loop._spending.resizing.last_seconds = 0.0
     if plan.empty():
         loop._controller_state = state
         return {}, ""
     if loop._weights is None:
         return _act_on_units(loop, plan, state, reading)
-    with loop._account.resizing:
+    with loop._spending.resizing:
         held = loop._weights.acted(plan, loop._parts, loop._sensor_state, state)
     loop._groups, loop._sensor_state, loop._controller_state = held
     loop._watch.changed(loop._step, cut=plan.drops())
@@ -55,14 +55,14 @@ def act(loop: Loop, plan: Plan, state: Any, reading: Reading) -> tuple[dict[str,
 def _act_on_units(
     loop: Loop, plan: Plan, state: Any, reading: Reading
 ) -> tuple[dict[str, Bool[np.ndarray, " _units"]], str]:
-    parts, account, some = loop._parts, loop._account, changing(plan)
+    parts, spending, some = loop._parts, loop._spending, changing(plan)
     what = f"the cut after step {loop._step}"
 
     def agree() -> None:
         with together(parts.ranks, what):
             pass
 
-    with account.resizing, together(parts.ranks, what) as facts:
+    with spending.resizing, together(parts.ranks, what) as facts:
         try:
             with in_full(parts, tensors_of(loop._groups, some), agree) as agreed:
                 regrown, note = _changed(loop, plan, state, reading, agreed)
@@ -71,9 +71,7 @@ def _act_on_units(
                 rewrap(parts.averaging)
         loop._recompiling.follow(parts.model, [each for each in loop._groups if each.name in some])
         facts["shapes"] = [tuple(tensor.shape) for tensor in named_tensors(parts.model).values()]
-    loop._sensing_flops = parts.sensor.flops(loop._groups, parts.model)
-    account.resized(parts.costs["flops"].total(loop.widths))
-    parts.metering.cut()
+    spending.resized(loop._groups, parts.sensor.flops(loop._groups, parts.model))
     loop._watch.changed(loop._step, cut=plan.drops())
     return regrown, note
 
@@ -107,8 +105,9 @@ def _changed(
     regrown: dict[str, Bool[np.ndarray, " _units"]] = {}
     note = ""
     if plan.drops():
-        if regrowth is None and loop._watch.can_roll_back(parts.sensor, parts.controller, loop._account.resizes):
-            regrowth = loop._regrowth = Regrowth(parts, loop._account)
+        account = loop._spending.account
+        if regrowth is None and loop._watch.can_roll_back(parts.sensor, parts.controller, account.resizes):
+            regrowth = loop._regrowth = Regrowth(parts, account)
         sensed, state = parts.sensor.cut(loop._sensor_state, plan.keep), parts.controller.cut(state, plan.keep)
         whole = regrowth.as_it_is(loop._groups, plan, reading.basis) if regrowth is not None else {}
         what = (parts.model, parts.optimizers, loop._groups, plan.keep)

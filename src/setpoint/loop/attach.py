@@ -2,54 +2,50 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from setpoint.actuator.optimizer_state import as_sequence, check_optimizer, check_trains
 from setpoint.actuator.verify import few_rows, verify_probe
 from setpoint.controller.exchanging import ExchangingController
-from setpoint.controller.plan import Controller, regrows
+from setpoint.controller.plan import Controller, Learning, regrows
 from setpoint.controller.reference import Reference
 from setpoint.controller.selection import cheapest
-from setpoint.cost.budget import Budget
+from setpoint.cost.budget import METERED, Budget
 from setpoint.cost.flops import forward_flops
 from setpoint.cost.price import Price
 from setpoint.cost.tolerance import Tolerance
-from setpoint.errors import BudgetError, GroupError, LoopError, OptimizerError
+from setpoint.errors import GroupError, LoopError, OptimizerError
 from setpoint.groups.chance import untouched_chance
-from setpoint.groups.export import Example, inputs_of
+from setpoint.groups.export import Example
 from setpoint.groups.group import Group, widths_of
 from setpoint.groups.trace import Trace, trace
-from setpoint.loop.accounting import Account
 from setpoint.loop.agreement import together
-from setpoint.loop.change import check_runs, reference_of
-from setpoint.loop.costing import Costing, cost_out
+from setpoint.loop.change import reference_of
 from setpoint.loop.goal import check_goal, controller_for
-from setpoint.loop.granularity import check_run, pattern_for, weight_material
+from setpoint.loop.granularity import check_resources, check_run, pattern_for, weight_material
 from setpoint.loop.header import header_of
-from setpoint.loop.inference import Inference
 from setpoint.loop.loop import ATTACHED, Loop
 from setpoint.loop.material import restricted, unit_material
-from setpoint.loop.metering import Metering
 from setpoint.loop.parts import Parts
-from setpoint.loop.replica import Replica
 from setpoint.loop.sensing import averages_hooks, default_sensor, over_ranks
 from setpoint.loop.state import run_of
-from setpoint.loop.target import Target, check_budgets, check_reachable
 from setpoint.loop.wrapper import Wrapped, check_reads, check_shared, unwrap
-from setpoint.meter import StepMeter, Stopwatch
 from setpoint.sensor.chain import takes_back
 from setpoint.sensor.reading import Hooking, Sensor
 from setpoint.sensor.tap import tappable
 from setpoint.sensor.weight_taylor import WeightTaylorSensor
+from setpoint.spending.account import Account
+from setpoint.spending.meter import Meter
+from setpoint.spending.seconds import Stopwatch
+from setpoint.spending.spending import Spending
+from setpoint.spending.target import Target, check_budgets, check_reachable
 
 
 def attach(
@@ -67,8 +63,6 @@ def attach(
     num_samples: int | None = None,
     allow_lossy: bool = False,
     verify: bool = True,
-    watts: float | None = None,
-    inference_example: Example | None = None,
     reserve_bytes: int | None = 8 * 2**30,
     granularity: str = "unit",
     pattern: str | None = None,
@@ -103,9 +97,6 @@ def attach(
             number.
         allow_lossy: also prune groups in which a zeroed unit is not the same as an absent one.
         verify: try every group's cut on copies of the model first, and leave alone those that fail.
-        watts: power that a training step draws, for an energy budget where no meter reads it.
-        inference_example: inputs, at the batch size that counts, of the inference that a budget of "inference" is on;
-            by default the example.
         reserve_bytes: the most host memory, on each rank, for dropped units that may come back
             (`PricedController(regrow=True)`); beyond it those dropped first are let go, which is said. None: no limit.
         granularity: "unit" cuts channels, heads, neurons and states out of the model; "weight" masks single weights of
@@ -157,10 +148,12 @@ def attach(
         optimizers = _check_arguments(inner, optimizer, total_steps)
         resources = {each.resource for each in (*budgets, goal) if each}
         check_shared(wrapped, resources, optimizers)
-        if inference_example is not None and "inference" not in resources:
-            raise BudgetError("inference_example is for a budget of 'inference': add one, or leave the example out")
-        _check_watts(watts, resources)
-        answered = example if inference_example is None else inference_example
+        goals = [each for each in (*budgets, goal) if each is not None]
+        resource, times = (goal.resource if goal else "flops"), reference_of(controller)
+        measured = resources & set(METERED)
+        watts = next((each.watts for each in goals if each.watts is not None), None)
+        answered = next((each.example for each in goals if each.example is not None), example)
+        meter, told = Meter(), dict[str, Any](calibration={}, step_seconds={})
         samples = _num_samples(example) * ranks.count if num_samples is None else num_samples
         if form is not None:
             if wrapped.averaging is not None or sharding is not None:
@@ -185,63 +178,70 @@ def attach(
             if regrows(controller):
                 passes = _check_regrowth(wrapped, example, material.groups, sensor, verify)
                 material = replace(material, passes=material.passes + passes)
-            costing = cost_out(inner, optimizers, example, material.groups, resources, watts, answered)
-            material = replace(material, costs={**material.costs, **costing.costs}, costing=costing)
-            if "inference" in resources:
-                share = _num_samples(answered) / _num_samples(example)
-                material = replace(material, pass_flops=forward_flops(restricted(found, material.groups), share))
-        active, costs, costing = material.groups, material.costs, material.costing
+            if measured:
+                from setpoint.resources.costing import cost_out
+                from setpoint.resources.metering import meter_for
+
+                costing = cost_out(inner, optimizers, example, material.groups, measured, watts, answered)
+                material = replace(material, costs={**material.costs, **costing.costs}, sources=costing.sources)
+                pass_flops, told = None, costing.header
+                if "inference" in measured:
+                    share = _num_samples(answered) / _num_samples(example)
+                    pass_flops = forward_flops(restricted(found, material.groups), share)
+                meter = metering = meter_for(
+                    costing,
+                    inner,
+                    optimizers,
+                    example,
+                    measured,
+                    compiled=wrapped.compiled,
+                    answered=answered,
+                    pass_flops=pass_flops,
+                )
+        active, costs = material.groups, material.costs
         dense = {name: cost.total(widths_of(active)) for name, cost in costs.items()}
         for each in budgets:
             check_reachable(each, dense[each.resource], cheapest(costs[each.resource], active))
-        account = Account(watch, dense["flops"], material.passes * dense["flops"])
-        metering = _metering(wrapped, optimizers, example, answered, resources, account, costing)
+        target = Target(budgets, costs, widths_of(active), times, resource)
+        if measured:
+            from setpoint.resources.target import MeteredTarget
+
+            target = MeteredTarget(budgets, costs, active, metering, times, resource)
+        spending = Spending(
+            target,
+            costs,
+            active,
+            total_steps=total_steps,
+            schedule=times,
+            sensing_flops=sensor.flops(active, inner),
+            account=Account(watch, meter.steps, dense["flops"], material.passes * dense["flops"]),
+            meter=meter,
+            alone=ranks.count == 1,
+            regrows=regrows(controller),
+            learning=controller if isinstance(controller, Learning) else None,
+            modelled=material.sources,
+            check=check_resources if form is not None else lambda budgets: None,
+        )
         parts = Parts(
             model=inner,
             optimizers=optimizers,
             copies=tuple(copies),
             groups=active,
-            target=Target(
-                budgets,
-                costs,
-                widths_of(active),
-                reference=reference_of(controller),
-                resource=goal.resource if goal else "flops",
-            ),
-            metering=metering,
             costs=costs,
             controller=controller,
             sensor=sensor,
-            total_steps=total_steps,
-            header=header_of(active, material.frozen, dense, budgets, total_steps, inner)
-            | {
-                "modelled": dict(costing.sources),
-                "measured": metering.sources,
-                "calibration": dict(costing.errors),
-                "step_seconds": dict(costing.step_seconds),
-            }
-            | ({} if costing.idle_watts is None else {"idle_watts": costing.idle_watts})
+            header=header_of(active, material.frozen, spending.header, inner)
+            | told
             | ({} if form is None else {"pattern": str(form)}),
             reserve_bytes=reserve_bytes,
             ranks=ranks,
             averaging=wrapped.averaging,
             sharding=sharding,
             sparsity=material.sparsity,
-            pass_flops=material.pass_flops,
         )
-        check_runs(parts, account, active, 0)
-        facts.update(run_of(parts))
-    return Loop(parts, account)
-
-
-def _check_watts(watts: float | None, resources: set[str]) -> None:
-    """Check that stated watts are a power, and that somebody asks for joules."""
-    if watts is None:
-        return
-    if isinstance(watts, bool) or not isinstance(watts, (int, float)) or not 0 < watts < math.inf:
-        raise BudgetError(f"watts is the power that a training step draws, a finite number above 0, got {watts!r}")
-    if "energy" not in resources:
-        raise BudgetError("watts is for a budget or a price of 'energy': add one, or leave watts out")
+        spending.check_runs(active, 0)
+        facts.update(run_of(parts, spending))
+    return Loop(parts, spending)
 
 
 def _check_free(model: nn.Module) -> None:
@@ -249,34 +249,6 @@ def _check_free(model: nn.Module) -> None:
     parts = set(model.modules())
     if any(other in parts or model in set(other.modules()) for other in ATTACHED):
         raise LoopError("this model has a loop already: call finish() or detach() on that loop first")
-
-
-def _metering(
-    wrapped: Wrapped,
-    optimizers: Sequence[Optimizer],
-    example: Example,
-    answered: Example,
-    resources: set[str],
-    account: Account,
-    costing: Costing,
-) -> Metering:
-    """Meters for the resources that budgets, a price or a tolerance are on."""
-    if resources & {"latency", "energy"}:
-        account.steps = StepMeter(synchronize=True)
-    args, kwargs = inputs_of(example)
-    live = Replica(wrapped.model, tuple(optimizers), args, kwargs)
-    device = next((parameter.device for parameter in wrapped.model.parameters()), torch.device("cpu"))
-    inference = Inference.of(wrapped.model, answered) if "inference" in resources else None
-    return Metering(
-        resources,
-        account.steps,
-        live.held,
-        device,
-        model=wrapped.model,
-        compiled=wrapped.compiled,
-        energy=costing.energy,
-        inference=inference,
-    )
 
 
 def _check_arguments(

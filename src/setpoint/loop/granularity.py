@@ -21,7 +21,6 @@ from setpoint.groups.export import Example
 from setpoint.groups.group import Group
 from setpoint.groups.trace import trace
 from setpoint.groups.weights import Pattern, find_weights, maskable
-from setpoint.loop.costing import Costing
 from setpoint.loop.material import Material, check_copies, check_some, in_hand
 from setpoint.loop.parts import Sparsity
 from setpoint.sensor.reading import Sensor
@@ -141,7 +140,7 @@ def weight_material(
         readable,
         frozen,
         {"flops": flops.cost(), "params": active_params(model, readable)},
-        costing=Costing(sources=_SOURCES),
+        sources=_SOURCES,
         sparsity=Sparsity(pattern, flops),
     )
 

@@ -20,22 +20,20 @@ from setpoint.cost.budget import Budget
 from setpoint.errors import GroupError, LoopError
 from setpoint.groups.group import Group, widths_of
 from setpoint.ledger import Entry, Ledger
-from setpoint.loop.accounting import Account
 from setpoint.loop.acting import act
 from setpoint.loop.agreement import decisions, shared_reading, together
-from setpoint.loop.change import check_open, go_on_with, reopen_if_over, with_budget, with_total_steps
+from setpoint.loop.change import go_on_with, reopen_if_over
 from setpoint.loop.closing import summarise
 from setpoint.loop.explanation import Explanation, explain
 from setpoint.loop.hooks import StepHooks
 from setpoint.loop.interrupt import uninterrupted
 from setpoint.loop.joining import Joining
 from setpoint.loop.parts import Parts
-from setpoint.loop.planning import metered_at, observation_of, planned
+from setpoint.loop.planning import planned
 from setpoint.loop.ranking import Ranking
 from setpoint.loop.recompiling import Recompiling
-from setpoint.loop.record import entry_of, only_kept, refusal, spread, with_drops, with_returns
+from setpoint.loop.record import only_kept, refusal, spread, with_drops, with_returns
 from setpoint.loop.regrowth import Regrowth
-from setpoint.loop.run_spending import read_joules, replan, spare_flops
 from setpoint.loop.sensing import reads_by_hooks, release, sense
 from setpoint.loop.state import check_loading, resume, state_of
 from setpoint.loop.summary import Summary
@@ -44,6 +42,7 @@ from setpoint.loop.weights import Weights
 from setpoint.loop.wrapper import check_step
 from setpoint.sensor.probe import Probe
 from setpoint.sensor.reading import Reading
+from setpoint.spending.spending import Spending
 
 ATTACHED: WeakSet[nn.Module] = WeakSet()
 """Models that a loop is at work on."""
@@ -59,19 +58,18 @@ class Loop:
 
     Args:
         parts: what it is made of.
-        account: what has been spent so far.
+        spending: what it is held to, and what has been spent so far.
     """
 
-    def __init__(self, parts: Parts, account: Account) -> None:
+    def __init__(self, parts: Parts, spending: Spending) -> None:
         self._parts = parts
-        self._account = account
+        self._spending = spending
         self._groups = parts.groups
         self._dense_widths = widths_of(parts.groups)
         self._weights = Weights(parts) if parts.sparsity is not None else None
         self._origin = {g.name: np.arange(g.num_units) for g in parts.groups if self._weights is None}
         self._sensor_state = parts.sensor.init(parts.groups, parts.model)
         self._controller_state = parts.controller.init(parts.groups)
-        self._sensing_flops = parts.sensor.flops(parts.groups, parts.model)
         self._ledger = Ledger(parts.header)
         self._step = self._skipped = self._again = 0
         self._begun = self._overdue = self._waits = self._landed = self._finished = False
@@ -79,15 +77,14 @@ class Loop:
         self._plan: Plan | None = None
         self._worth: dict[str, Float64[np.ndarray, " units"]] = {}
         self._summary: Summary | None = None
-        self._metered: dict[str, float] = {}
         self._watch, self._ranking = LossWatch(), Ranking()
-        self._regrowth = Regrowth(parts, account) if regrows(parts.controller) else None
+        self._regrowth = Regrowth(parts, spending.account) if regrows(parts.controller) else None
         averaging, steps = parts.averaging, lambda: self._step
         self._joining = None if averaging is None else Joining(averaging, parts.ranks, steps, self._after_missed_step)
-        self._recompiling = Recompiling(account, len(parts.groups))
+        self._recompiling = Recompiling(spending.account, len(parts.groups))
         self._hooks = StepHooks(parts.optimizers, self._before_step, self._after_step, partial(check_loading, parts))
         ATTACHED.add(parts.model)
-        account.begin()
+        spending.begin()
 
     # What the user may ask.
 
@@ -122,8 +119,8 @@ class Loop:
     @property
     def price(self) -> float:
         """The Lagrange multiplier of the budget that leads, loss per unit of its resource; 0 before a decision."""
-        target, widths = self._parts.target, self.widths
-        prices = target.spread(self._plan.price, widths, price=True) if self._plan else {}
+        target, widths = self._spending.target, self.widths
+        prices = target.prices(self._plan.price, widths) if self._plan else {}
         return float(prices.get(target.binding(widths), 0.0))
 
     @property
@@ -148,24 +145,24 @@ class Loop:
         The change is bumpless: the reference goes on from what a step costs now, down to the new limit. A
         `BudgetError` says that it cannot be met, a `LoopError` that it is frozen.
         """
-        budgets = self._parts.target.budgets
+        budgets = self._spending.budgets
         return budgets[0] if len(budgets) == 1 else budgets
 
     @budget.setter
     def budget(self, budget: Budget | Sequence[Budget]) -> None:
-        check_open(self._parts, self._step, landed=self._landed or self._finished)
-        go_on_with(self, with_budget(self._parts, budget, self._account, self._groups, self._step))
+        self._spending.check_open(self._step, landed=self._landed or self._finished)
+        go_on_with(self, self._spending.with_budget(budget, self._groups, self._step))
 
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run; may be set anew until `finish`, and what is left is planned afresh."""
-        return self._parts.total_steps
+        return self._spending.total_steps
 
     @total_steps.setter
     def total_steps(self, total_steps: int) -> None:
         if self._finished:
             raise LoopError("the run is finished: total_steps cannot be changed any more")
-        go_on_with(self, with_total_steps(self._parts, total_steps, self._account, self._groups, self._step))
+        go_on_with(self, self._spending.with_total_steps(total_steps, self._groups, self._step))
 
     def observe(self, *, loss: Tensor | float | None = None, val: Tensor | float | None = None) -> None:
         """Tell the loop the loss of the coming step, before `optimizer.step()`; it comes to the host only when needed.
@@ -194,7 +191,7 @@ class Loop:
         plan = self._plan
         entry = (plan.step, plan.reason, self.price) if plan else (None, "", math.nan)
         saliency = self._reading.saliency if self._reading else {}
-        resource = self._parts.target.binding(self.widths)
+        resource = self._spending.target.binding(self.widths)
         groups, origin_of = self._parts.groups, self._origin
         return explain(self._ledger, groups, origin_of, group, origin, self._worth, saliency, entry, resource)
 
@@ -245,7 +242,7 @@ class Loop:
                 stacklevel=2,
             )
         self._watch.complete(self._ledger)
-        known = (self._parts, self._account, self._ledger, self._groups, self._step, self._plan, self._watch)
+        known = (self._parts, self._spending, self._ledger, self._groups, self._step, self._plan, self._watch)
         self._summary = summarise(*known, self._weights)
         return self._summary
 
@@ -253,7 +250,7 @@ class Loop:
         """Take the hooks away and leave the model as it is; may be called again."""
         self._hooks.remove()
         release(self)
-        self._parts.metering.stop()
+        self._spending.meter.stop()
         self._recompiling.stop()
         if self._joining is not None:
             self._joining.stop()
@@ -300,9 +297,8 @@ class Loop:
 
     def _behind_step(self, all_made: bool) -> None:
         self._step += 1
-        self._account.stepped()
-        self._parts.metering.stepped()
-        regrowth, total_steps = self._regrowth, self._parts.total_steps
+        self._spending.stepped()
+        regrowth, total_steps = self._regrowth, self.total_steps
         if regrowth is not None:
             regrowth.ease()
         if self._weights is not None:
@@ -319,60 +315,55 @@ class Loop:
                 self._decide(due)
             self._waits = self._waits or due and not all_made
             self._overdue = self._overdue or self._waits
-            if regrowth is not None and not (self._landed or self._parts.metering.peak_wanted):
+            if regrowth is not None and not (self._landed or self._spending.meter.peak_wanted):
                 regrowth.begin_probe(
                     self._step,
                     total_steps,
-                    lambda: spare_flops(self._parts, self._account, self._step, self.widths, self._sensing_flops),
+                    lambda: self._spending.spare_flops(self._step, self.widths),
                 )
         elif self._step < total_steps:
             reopen_if_over(self)
         else:
-            read_joules(self._parts, self._account, self.widths)
+            self._spending.read_joules(self.widths)
         self._begin_step()
 
     def _begin_step(self) -> None:
         """The next step begins: on the clock, unless it is watched for its bytes; with resting units it is not."""
-        coming, total_steps = self._step + 1, self._parts.total_steps
+        coming, total_steps = self._step + 1, self.total_steps
         due = coming <= total_steps and self._parts.controller.due(coming, total_steps)
         if self._weights is not None:
             self._weights.look(due and not self._landed)
-        self._parts.metering.prepare(self._watched(coming, due) and not (self._landed or self._finished))
-        if not self._parts.metering.watching:
-            self._account.steps.begin()
+        self._spending.prepare(self._watched(coming, due) and not (self._landed or self._finished))
 
     def _watched(self, coming: int, due: bool) -> bool:
         """Whether a coming step should be watched for its bytes: the last without resting units before a decision."""
-        controller, total_steps = self._parts.controller, self._parts.total_steps
+        controller, total_steps = self._parts.controller, self.total_steps
         if self._regrowth is None or not isinstance(controller, Regrowing) or not regrows(controller):
             return due
         ahead = coming <= total_steps and controller.probe_due(coming, total_steps)
-        return (due or ahead) and not self._regrowth.probing and not self._parts.metering.peak_known
+        return (due or ahead) and not self._regrowth.probing and not self._spending.meter.peak_known
 
     def _decide(self, due: bool) -> None:
         """Read, decide, act and record. After a bad reading, try again at the next step."""
         ranks, plan, alike = self._parts.ranks, None, {}
         self._overdue, self._waits = True, False  # also if anything is raised from here on
-        with self._account.deciding:
+        with self._spending.deciding:
             reading = shared_reading(ranks, self._read, self._watch, self._step)
             self._watch.complete(self._ledger)
-            self._metered, metered = metered_at(self._parts, self._account, self.widths)
+            self._spending.metered(self.widths)
             why_not = refusal(reading)
             if why_not is None:
                 if self._weights is None:
                     alike = self._ranking.correlations(self._reading, reading, self._groups, self._parts.model)
                 with together(ranks, f"the plan after step {self._step}") as facts:
-                    replan(self._parts, self._account, self._step, self.widths)
                     probe = self._regrowth.probe(self._step) if self._regrowth is not None else None
-                    seen = replace(self._observation(reading, probe, metered), rank_correlation=alike)
+                    seen = self._observation(reading, probe, alike)
                     held = self._controller_state
-                    state, plan, again = planned(
-                        self._parts, self._account, self._watch, self._groups, held, seen, self._sensing_flops
-                    )
+                    state, plan, again = planned(self._parts, self._spending, self._watch, self._groups, held, seen)
                     facts["plan"] = decisions(plan)
                 self._again = again or self._again
         if plan is not None:
-            self._account.learned(plan.flops)
+            self._spending.learned(plan.flops)
             origin, before = self._origin, self.widths
             regrown, note = act(self, plan, state, reading)
             reason = f"{plan.reason}; {note}" if note else plan.reason
@@ -386,7 +377,7 @@ class Loop:
                 saliency = spread(only_kept(reading.saliency, plan), regrown)
                 self._reading = replace(reading, saliency=saliency, slope={}, norm={})
                 self._ranking.note(self._reading, self._groups, self._parts.model)
-            read_joules(self._parts, self._account, self.widths)
+            self._spending.read_joules(self.widths)
             self._plan, self._landed, self._overdue = plan, plan.landed, False
             if self._landed and self._regrowth is not None:
                 self._regrowth.release()
@@ -401,13 +392,12 @@ class Loop:
         before, self._skipped = self._skipped, reading.skipped_steps
         return replace(reading, skipped_steps=reading.skipped_steps - before)
 
-    def _observation(self, reading: Reading, probe: Probe | None, metered: Mapping[str, float]) -> Observation:
-        seen = observation_of(self._parts, self._account, self._watch, self._groups, self._step)
+    def _observation(self, reading: Reading, probe: Probe | None, alike: Mapping[str, float]) -> Observation:
         last_dropped = self._regrowth.last_dropped if self._regrowth is not None else {}
-        return replace(seen, reading=reading, probe=probe, metered=metered, last_dropped=last_dropped)
+        known = {"probe": probe, "last_dropped": last_dropped, "rank_correlation": alike}
+        return self._spending.observation(self._step, self._groups, reading, self._watch, **known)
 
     def _entry(self, reason: str, plan: Plan | None, before: Mapping[str, int]) -> Entry:
         """An entry on the present widths; `plan` is the last one, `before` are the widths that the meters read."""
-        parts, account, watch = self._parts, self._account, self._watch
-        entry = entry_of(parts, account, self._groups, self._step, plan, before, self._metered, reason)
-        return replace(entry, loss=watch.loss, val=watch.val)
+        entry = self._spending.entry(self._step, plan, self._groups, before, reason)
+        return replace(entry, loss=self._watch.loss, val=self._watch.val)

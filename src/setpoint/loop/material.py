@@ -19,7 +19,6 @@ from setpoint.errors import ExampleError, GroupError
 from setpoint.groups.export import Example
 from setpoint.groups.group import Group, Size
 from setpoint.groups.trace import Trace
-from setpoint.loop.costing import Costing
 from setpoint.loop.parts import Sparsity
 
 
@@ -32,18 +31,16 @@ class Material:
         frozen: by name or place, why it is left whole.
         costs: by resource, over the widths of `groups`.
         passes: training steps' worth of FLOPs that it took to find out.
-        costing: how costs beyond FLOPs and parameters were found.
+        sources: by resource, what its cost was modelled by.
         sparsity: what single weights are held to, None for whole units.
-        pass_flops: FLOPs of one forward pass; None where that is not asked for.
     """
 
     groups: tuple[Group, ...]
     frozen: Mapping[str, str]
     costs: Mapping[str, Cost]
     passes: float = 0.0
-    costing: Costing = field(default_factory=Costing)
+    sources: Mapping[str, str] = field(default_factory=dict)
     sparsity: Sparsity | None = None
-    pass_flops: Cost | None = None
 
 
 def in_hand(

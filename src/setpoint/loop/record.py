@@ -10,12 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int, Shaped
 
 from setpoint.controller.plan import Plan
-from setpoint.cost.cost import Cost
-from setpoint.groups.group import Group, widths_of
 from setpoint.ledger import Entry, Ledger
-from setpoint.loop.accounting import Account
-from setpoint.loop.parts import Parts
-from setpoint.loop.run_spending import spent_so_far
 from setpoint.sensor.probe import Probe
 from setpoint.sensor.reading import Reading
 
@@ -32,59 +27,6 @@ def refusal(reading: Reading) -> str | None:
     if not reading.finite():
         return "no decision: the reading holds NaN or infinite values"
     return None
-
-
-def spending(costs: Mapping[str, Cost], widths: Mapping[str, int]) -> dict[str, float]:
-    """Predicted cost of a step by resource."""
-    return {name: cost.total(widths) for name, cost in costs.items()}
-
-
-def entry_of(
-    parts: Parts,
-    account: Account,
-    groups: tuple[Group, ...],
-    step: int,
-    plan: Plan | None,
-    before: Mapping[str, int],
-    metered: Mapping[str, float],
-    reason: str,
-) -> Entry:
-    """An entry on the present widths.
-
-    Args:
-        parts: what the loop is made of.
-        account: what has been spent.
-        groups: at their present widths.
-        step: optimizer steps done.
-        plan: the last one, for its price and reference.
-        before: widths that the meters read.
-        metered: what they read.
-        reason: why.
-    """
-    target, widths = parts.target, widths_of(groups)
-    spent = {name: target.expected(name, widths) for name in parts.costs}
-    reference = target.spread(plan.reference, before) if plan else {}
-    recompiles, recompiling_seconds = account.new_recompiles()
-    return Entry(
-        step=step,
-        widths=widths,
-        seconds=account.seconds,
-        reason=reason,
-        spent=spent,
-        metered=dict(metered),
-        predicted={name: parts.costs[name].total(before) for name in metered},
-        reference=reference,
-        limit=target.limit,
-        spent_run=spent_so_far(parts, account),
-        error={name: spent[name] / value - 1.0 for name, value in reference.items() if name in spent and value > 0},
-        price=target.spread(plan.price, before, price=True) if plan else {},
-        sensing_seconds=account.new_sensing_seconds(),
-        probing_seconds=account.new_probing_seconds(),
-        recompiles=recompiles,
-        recompiling_seconds=recompiling_seconds,
-        deciding_seconds=account.deciding.last_seconds,
-        resizing_seconds=account.resizing.last_seconds if plan is not None and plan.step == step else 0.0,
-    )
 
 
 def waiting(plan: Plan, until: int) -> Plan:

@@ -22,10 +22,10 @@ from setpoint.controller.plan import Plan, Regrowing, regrows
 from setpoint.controller.tolerant import TolerantController
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group, widths_of
-from setpoint.loop.accounting import Account
 from setpoint.loop.parts import Parts
 from setpoint.loop.plain import plain, restored
 from setpoint.sensor.probe import Probe
+from setpoint.spending.account import Account
 
 Whole = dict[str, dict[Key, Tensor]]
 """By group, the tensors of a layer as it was before the last cut."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
@@ -29,6 +28,7 @@ from setpoint.loop.regrowth import Regrowth
 from setpoint.loop.watch import LossWatch
 from setpoint.loop.wrapper import rewrap
 from setpoint.sensor.reading import Reading
+from setpoint.spending.spending import Spending
 
 if TYPE_CHECKING:
     from setpoint.loop.loop import Loop
@@ -55,7 +55,7 @@ def state_of(loop: Loop) -> dict[str, Any]:
     plan, reading = loop._plan, loop._reading
     return {
         "format": FORMAT,
-        "run": run_of(loop._parts),
+        "run": run_of(loop._parts, loop._spending),
         "origin": {name: torch.from_numpy(origin.copy()) for name, origin in loop._origin.items()},
         "shapes": {name: tuple(tensor.shape) for name, tensor in named_tensors(loop._parts.model).items()},
         "step": loop._step,
@@ -72,10 +72,7 @@ def state_of(loop: Loop) -> dict[str, Any]:
         "ranking": loop._ranking.state_dict(),
         "worth": plain(loop._worth, "worth"),
         "ledger": [plain(asdict(entry), "the ledger") for entry in loop._ledger],
-        "account": loop._account.state_dict(),
-        "metered": dict(loop._metered),
-        "metering": loop._parts.metering.state_dict(),
-        "target": loop._parts.target.state_dict(),
+        **loop._spending.state_dict(),
         "regrowth": None if loop._regrowth is None else loop._regrowth.state_dict(),
         "chance": {"rank": loop._parts.ranks.own, **chance_state()},
     } | ({} if loop._weights is None else {"weights": loop._weights.state_dict()})
@@ -140,7 +137,7 @@ class _Resumed:
         parts = loop._parts
         if state["format"] != FORMAT:
             raise CheckpointError(f"the state has format {state['format']!r}, this Setpoint reads {FORMAT}")
-        _check_same_run(state["run"], run_of(parts))
+        _check_same_run(state["run"], run_of(parts, loop._spending))
         self._loop, self._state = loop, state
         weights = loop._weights
         self._keep = _keep(parts.groups, state["origin"]) if weights is None else {}
@@ -166,16 +163,13 @@ class _Resumed:
             raise CheckpointError(f"units come back in one of the two runs only: {_AGAIN}")
         if state["regrowth"] is not None:
             # Where only the loss may ask for units back, the reserve begins with the first cut.
-            self._regrowth = self._regrowth or Regrowth(parts, loop._account)
+            self._regrowth = self._regrowth or Regrowth(parts, loop._spending.account)
             self._reserve = self._regrowth.reserve.resumed(state["regrowth"]["reserve"])
             if any((self._reserve.active[name] != kept).any() for name, kept in self._keep.items()):
                 raise CheckpointError("the reserve and the loop disagree about which units are active")
             self._regrowth.check(state["regrowth"], state["shapes"])
-        copy.deepcopy(loop._account).load_state_dict(state["account"])  # a trial
-        copy.copy(parts.target).load_state_dict(state["target"])
-        copy.copy(parts.metering).load_state_dict(state["metering"])
+        loop._spending.check(state)
         check_chance_state(state["chance"])
-        self._metered = {str(name): float(value) for name, value in state["metered"].items()}
 
     def take_over(self) -> None:
         """Shrink the model and set everything."""
@@ -194,7 +188,6 @@ class _Resumed:
         live, device = parts.sensor.init(loop._groups, parts.model), device_of(parts)
         loop._sensor_state = restored(state["sensor"], live, "the sensor's state", device)
         loop._controller_state = self._controller_state
-        loop._sensing_flops = parts.sensor.flops(loop._groups, parts.model)
         loop._plan, loop._reading, loop._worth = self._plan, self._reading, self._worth
         loop._watch.load_state_dict(state["watch"])
         loop._ranking.load_state_dict(state["ranking"], device)
@@ -202,16 +195,13 @@ class _Resumed:
             setattr(loop, name, value)
         for entry in self._entries:
             loop._ledger.append(entry)
-        loop._account.load_state_dict(state["account"])
-        parts.target.load_state_dict(state["target"])
-        parts.metering.load_state_dict(state["metering"])
-        loop._metered = self._metered
+        loop._spending.load_state_dict(state, parts.sensor.flops(loop._groups, parts.model))
         loop._regrowth = self._regrowth
         if loop._regrowth is not None and self._reserve is not None:
             loop._regrowth.load_state_dict(state["regrowth"], self._reserve)
         if loop._weights is not None:
-            loop._weights.look(not loop._landed and parts.controller.due(loop._step + 1, parts.total_steps))
-        loop._account.steps.begin()
+            loop._weights.look(not loop._landed and parts.controller.due(loop._step + 1, loop.total_steps))
+        loop._spending.prepare(due=False)
         if int(state["chance"]["rank"]) == parts.ranks.own:  # ranks that all drew the same would be no several draws
             set_chance_state(state["chance"])
 
@@ -221,14 +211,14 @@ def device_of(parts: Parts) -> torch.device:
     return next((parameter.device for parameter in parts.model.parameters()), torch.device("cpu"))
 
 
-def run_of(parts: Parts) -> dict[str, Any]:
+def run_of(parts: Parts, spending: Spending) -> dict[str, Any]:
     """What must be the same in two runs of which one goes on with the other, and on all ranks of one run."""
-    dense = parts.target.dense
+    dense = spending.target.dense
     return ({} if parts.sparsity is None else {"pattern": str(parts.sparsity.pattern)}) | {
         "groups": widths_of(parts.groups),
         "dense": {name: dense[name] for name in ("flops", "params")},  # others are fitted to this machine
-        "budgets": [(each.resource, float(each.limit), each.per, each.relative) for each in parts.target.budgets],
-        "total_steps": parts.total_steps,
+        "budgets": [(each.resource, float(each.limit), each.per, each.relative) for each in spending.budgets],
+        "total_steps": spending.total_steps,
         "optimizers": [type(each).__name__ for each in parts.optimizers],
         "copies": len(parts.copies),
         "sensor": type(parts.sensor).__name__,

@@ -1,92 +1,39 @@
-"""A target: the budgets of a run, and the one cost that the controller is given to hold."""
+"""A metered target: what a run is held to, corrected by what meters read, and what they say is out of reach."""
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from setpoint.controller.plan import Observation, Plan
+from setpoint.controller.ladder import lowest_width
 from setpoint.controller.reference import Reference
-from setpoint.cost.budget import IN_SECONDS, MILLISECONDS, Budget, amount
+from setpoint.cost.budget import Budget, amount
 from setpoint.cost.cost import Cost
-from setpoint.cost.joint import JointCost, Share
-from setpoint.errors import BudgetError
-from setpoint.loop.metering import METERED
-from setpoint.loop.run_budget import RunBudget
+from setpoint.groups.group import Group, widths_of
+from setpoint.resources.metering import Metering
+from setpoint.spending.target import Target
 
 _TRUST = 0.6
 """How far the factor of a joint cost follows a new reading, as far as the controller's PI part does."""
 _SLACK = 0.03
 """How far a reading may rise above what is held in place of a limit out of reach, before anything is cut for it."""
-_WAVER = 0.003
-"""Share of a run budget that is left where a meter tells what is spent."""
 
 
-def check_budgets(budget: Budget | Sequence[Budget]) -> tuple[Budget, ...]:
-    """The budgets of a run: at least one, each of another resource.
+class MeteredTarget(Target):
+    """What a run is held to, where a meter reads some of it.
 
-    Raises:
-        BudgetError: for anything else, or a budget that is not available in this version.
-    """
-    budgets = tuple(budget) if isinstance(budget, (list, tuple)) else (budget,)
-    for each in budgets:
-        if not isinstance(each, Budget):
-            raise BudgetError(f"budget must be a Budget, got {each!r}: write Budget.fraction(0.5, of='flops')")
-        if each.per == "run" and each.resource not in ("flops", "latency", "energy"):
-            raise BudgetError(
-                f"a run spends 'flops', seconds ('latency') and 'energy', there is no budget per run of "
-                f"{each.resource!r}: use per='step', the finished model's cost"
-            )
-    if not budgets or len({each.resource for each in budgets}) < len(budgets):
-        raise BudgetError(f"give one budget for each resource, and at least one, got {list(budgets)}")
-    if len(budgets) > 1 and any(each.per == "run" for each in budgets):
-        raise BudgetError("a budget per run stands alone in this version: give it without others")
-    return budgets
-
-
-def check_reachable(budget: Budget, dense: float, least: float) -> None:
-    """Check that a budget can be met, and that it is in the right unit.
+    A fraction is one of the dense cost as predicted until the meter has read the dense model, and of the last reading
+    of that model from there on.
 
     Args:
-        budget: what is asked for.
-        dense: predicted dense cost.
-        least: predicted cost of the narrowest model.
-
-    Raises:
-        BudgetError: saying what the least is, or what unit is meant.
-    """
-    limit, resource = budget.absolute(dense), budget.resource
-    if budget.per == "run":
-        return  # RunBudget.check knows what a run spends
-    if limit < least:
-        raise BudgetError(
-            f"a budget of {amount(limit, resource)} ({limit / dense:.1%} of dense) cannot be reached: with every "
-            f"group at its min_units the model still needs {amount(least, resource)} ({least / dense:.1%}). Ask for "
-            f"at least Budget.fraction({math.ceil(1000 * least / dense) / 1000:g}, of={resource!r})"
-        )
-    if resource in IN_SECONDS and limit > MILLISECONDS * dense:
-        raise BudgetError(
-            f"a budget of {limit:g} seconds per {'step' if resource == 'latency' else 'inference'} is "
-            f"{limit / dense:,.0f} times what the dense model takes ({dense:.3g} s): {resource} is in seconds. "
-            f"If you mean milliseconds, write Budget.total({limit / 1000:g}, of={resource!r})"
-        )
-
-
-class Target:
-    """What a run is held to.
-
-    Without any budget (`Price`, `Tolerance`) the controller sees the cost of a resource and no limit. With one
-    budget it sees that budget's cost; with several, the largest share of a limit that is spent (`JointCost`),
-    whose limit is 1. A fraction is one of the dense cost as predicted until a meter has read the dense model,
-    and of the last reading of that model from there on.
-
-    Args:
-        budgets: at least one, each of another resource.
+        budgets: each of another resource; none where a price or a tolerance is followed.
         costs: by resource.
-        dense_widths: units by group, of the dense model.
-        reference: the controller's, for budgets of a whole run.
+        groups: of the dense model.
+        meter: that reads.
+        schedule: when decisions are made, for budgets of a whole run.
         resource: what is saved where there is no budget.
     """
 
@@ -94,27 +41,14 @@ class Target:
         self,
         budgets: Sequence[Budget],
         costs: Mapping[str, Cost],
-        dense_widths: Mapping[str, int],
-        *,
-        reference: Reference | None = None,
+        groups: tuple[Group, ...],
+        meter: Metering,
+        schedule: Reference,
         resource: str = "flops",
     ) -> None:
-        self.budgets = tuple(budgets)
-        self._resource = resource
-        self._costs = costs
-        self._dense_widths = dense_widths
-        self._dense = {name: cost.total(dense_widths) for name, cost in costs.items()}
-        self._limit = {each.resource: each.absolute(self._dense[each.resource]) for each in budgets}
-        times = reference or Reference()
-        self.runs = {
-            each.resource: RunBudget(
-                each, times, self._dense[each.resource], _WAVER if each.resource in METERED else 0.0
-            )
-            for each in budgets
-            if each.per == "run"
-        }
-        for name in self.runs:
-            self._limit[name] = self._dense[name]
+        super().__init__(budgets, costs, widths_of(groups), schedule, resource)
+        self._meter, self._groups = meter, groups
+        self._narrowest = {group.name: lowest_width(group) for group in groups}
         self._factor = dict.fromkeys([each.resource for each in budgets] or [resource], 1.0)
         self._metered_dense: dict[str, float] = {}
         self._first: dict[str, tuple[float, float]] = {}
@@ -122,128 +56,61 @@ class Target:
         self._asked: dict[str, float] = {}
         self._whole = {each.resource for each in budgets if each.relative and each.limit == 1 and each.per == "step"}
 
-    @property
-    def cost(self) -> Cost:
-        """What the controller is to hold."""
-        if not self.budgets:
-            return self._costs[self._resource]
-        if len(self.budgets) == 1:
-            return self._costs[self.budgets[0].resource]
-        return JointCost([Share(self._costs[name], self._limit[name], self._factor[name]) for name in self._limit])
+    def anew(self, budgets: Sequence[Budget]) -> MeteredTarget:
+        """The same of other budgets, with what meters have told so far."""
+        other = MeteredTarget(budgets, self._costs, self._groups, self._meter, self._schedule, self._resource)
+        other._learn(self._factor, self._first, self._metered_dense)
+        return other
+
+    def _learn(
+        self, factor: Mapping[str, float], first: Mapping[str, tuple[float, float]], dense: Mapping[str, float]
+    ) -> None:
+        for name in (self._factor.keys() & dense.keys()) - self._whole:
+            self._factor[name] = factor[name]
+            self._first[name] = first[name]
+            self._anchor(name, dense[name], at_dense=True)
 
     @property
-    def dense(self) -> dict[str, float]:
-        """Predicted dense cost by resource, with what the controller is to hold."""
-        return {**self._dense, self.cost.resource: self.cost.total(self._dense_widths)}
+    def limit(self) -> dict[str, float]:
+        """Limit by resource of each budget, in its own unit, as it was asked for."""
+        return {**self._limit, **self._asked}
+
+    def factor(self, name: str) -> float:
+        """Cost of a resource as metered / as predicted."""
+        return self._factor.get(name, 1.0)
 
     @property
     def metered(self) -> frozenset[str]:
         """Resources that a meter has read so far."""
         return frozenset(self._metered_dense)
 
-    @property
-    def limit(self) -> dict[str, float]:
-        """Limit by resource of each budget, in its own unit."""
-        return {**self._limit, **self._asked}
-
-    @property
-    def limits(self) -> dict[str, float]:
-        """What the controller is to hold: the limits, but what is there where one is out of reach."""
-        return dict(self._limit) if len(self.budgets) <= 1 else {**self._limit, "joint": 1.0}
-
     def dense_cost(self, name: str) -> float:
         """Dense cost of a resource, by the last reading of the dense model where a meter has read it."""
         return self._metered_dense.get(name, self._dense[name])
 
-    def replan(self, step: int, total_steps: int, *, spent: Mapping[str, float], widths: Mapping[str, int]) -> None:
-        """Find afresh what budgets of the whole run leave for each step.
+    def take_in(self, widths: Mapping[str, int]) -> tuple[dict[str, float], dict[str, float]]:
+        """What meters read at these widths, and what the controller is told of it.
 
-        Args:
-            step: optimizer steps done.
-            total_steps: of the run.
-            spent: so far, by resource.
-            widths: present widths.
+        A reading that is missing, of what was read before, is replaced by what it foretold, and that is said once.
+        Where joules are the user's watts times seconds, the controller is told of those seconds.
         """
-        for name, run in self.runs.items():
-            present = self.expected(name, widths)
-            limit = run.per_step(step, total_steps, spent=spent[name], present=present)
-            self._limit[name] = limit if step < total_steps else max(limit, present)  # then a cut saves nothing
+        readings = self._meter.read()
+        before, known = self.metered, {**readings, **self._meter.stated_j()}
+        told = self._follow(known, widths)
+        for name in sorted(self.metered - before):
+            self._warn_if_out_of_reach(name, known[name], widths)
+        sure = self._meter.at_best(known)
+        for name in self._out_of_reach(sure, widths):
+            self._warn_and_hold(name, sure[name], widths)
+        missing = before - known.keys() - {"latency"}  # of which there is none before the first whole step after a cut
+        self._meter.miss(missing)
+        return readings, told | {name: self.expected(name, widths) for name in missing}
 
-    def most(
-        self, step: int, total_steps: int, *, spent: Mapping[str, float], narrowest: Mapping[str, int], besides: float
-    ) -> dict[str, float]:
-        """By resource of budgets of the whole run, the most that a step may cost until the next decision.
+    def _follow(self, metered: Mapping[str, float], widths: Mapping[str, int]) -> dict[str, float]:
+        """Take readings at these widths in; returns them with that of what the controller is to hold.
 
-        Args:
-            step: optimizer steps done.
-            total_steps: of the run.
-            spent: so far, by resource.
-            narrowest: widths of the narrowest model.
-            besides: FLOPs that are spent besides steps from here on; what a meter reads has them in it.
-        """
-        return {
-            name: run.most(
-                step,
-                total_steps,
-                spent=spent[name],
-                cheapest=self.expected(name, narrowest),
-                besides=besides if name == "flops" else 0.0,
-            )
-            for name, run in self.runs.items()
-        }
-
-    def wait(
-        self,
-        plan: Plan,
-        observation: Observation,
-        *,
-        spent: Mapping[str, float],
-        sensing: float,
-        deciding: float = 0.0,
-    ) -> int:
-        """Steps by which the last cut had better wait, so that the budget of the run is used up; 0 for none.
-
-        Args:
-            plan: that may be the last cut: one that lands, and any from the settle step on.
-            observation: that it was made on.
-            spent: so far, by resource.
-            sensing: FLOPs of sensing per step; what a meter reads has it in it.
-            deciding: FLOPs of each further decision, likewise.
-        """
-        if not plan.drops():
-            return 0
-        widths = dict(observation.widths)
-        after = widths | {name: int(keep.sum()) for name, keep in plan.keep.items()}
-        for name, units in plan.grow.items():
-            after[name] += len(units)
-        step, total_steps = observation.step, observation.total_steps
-        waits = (
-            run.wait(
-                step,
-                total_steps,
-                spent=spent[name],
-                present=self.expected(name, widths),
-                after=self.expected(name, after),
-                sensing=sensing if name == "flops" else 0.0,
-                deciding=deciding if name == "flops" else 0.0,
-            )
-            for name, run in self.runs.items()
-            if plan.landed or run.reference.settled(step, total_steps)
-        )
-        return min(waits, default=0)
-
-    def binding(self, widths: Mapping[str, int]) -> str:
-        """Resource of the budget that leads."""
-        cost = self.cost
-        return cost.binding(widths).cost.resource if isinstance(cost, JointCost) else cost.resource
-
-    def read(self, metered: Mapping[str, float], widths: Mapping[str, int]) -> dict[str, float]:
-        """Take meter readings at these widths in; returns them with that of what the controller is to hold.
-
-        Args:
-            metered: by resource; only those of a budget, price or tolerance count. All of the dense cost is what the
-                dense model spends, however a meter wavers: a fraction of 1 is left to the prediction.
-            widths: that were metered.
+        Only readings of a budget, price or tolerance count. All of the dense cost is what the dense model spends,
+        however a meter wavers: a fraction of 1 is left to the prediction.
         """
         held = self._factor.keys() - self._whole
         seen = {name: value for name, value in metered.items() if name in held and value > 0}
@@ -263,34 +130,43 @@ class Target:
             return {**seen, "joint": max(shares)}
         return seen
 
-    def least(self, name: str, seen: float, widths: Mapping[str, int], narrowest: Mapping[str, int]) -> float:
+    def _anchor(self, name: str, dense: float, *, at_dense: bool) -> None:
+        """From here on the dense cost is what a meter has told of it; a fraction only once it has read that model."""
+        self._metered_dense[name] = dense
+        if name in self.runs:
+            self.runs[name] = replace(self.runs[name], dense=dense)
+        for each in self.budgets:
+            if each.resource == name and each.relative and each.per == "step" and at_dense:
+                self._limit[name] = each.absolute(dense)
+
+    # What is out of reach.
+
+    def _warn_if_out_of_reach(self, name: str, seen: float, widths: Mapping[str, int]) -> None:
+        """Warn of a budget that could be met by prediction and cannot be by the first reading."""
+        limit, least = self.limit.get(name), self.expected(name, self._narrowest)
+        if limit is not None and name not in self.runs and limit < least:
+            warnings.warn(
+                f"the budget of {amount(limit, name)} cannot be met: the meter reads {amount(seen, name)} where "
+                f"{amount(self._costs[name].total(widths), name)} was predicted, and the narrowest model would still "
+                f"take about {amount(least, name)}",
+                stacklevel=2,
+            )
+
+    def _least(self, name: str, seen: float, widths: Mapping[str, int]) -> float:
         """What the narrowest model would take by what cuts have saved, if anything that they have not saved stays.
 
         With the first reading `m0` at the predicted cost `p0` and the present `m` at `p`, what shrinks does so by
         `(m0 - m) / (p0 - p)` for each unit of predicted cost.
-
-        Args:
-            name: of the resource.
-            seen: the present reading.
-            widths: that it was read at.
-            narrowest: widths of the narrowest model.
         """
         (predicted, first), now = self._first[name], self._costs[name].total(widths)
         slope = max(0.0, first - seen) / (predicted - now)
-        return seen - slope * (now - self._costs[name].total(narrowest))
+        return seen - slope * (now - self._costs[name].total(self._narrowest))
 
-    def out_of_reach(
-        self, metered: Mapping[str, float], widths: Mapping[str, int], narrowest: Mapping[str, int]
-    ) -> list[str]:
+    def _out_of_reach(self, metered: Mapping[str, float], widths: Mapping[str, int]) -> list[str]:
         """Resources whose budget, as two readings in a row tell, no cut can meet.
 
         That is so where cuts that should have saved a tenth or more have saved less than half of that, and what is
-        left to save (`least`) does not lead down to the limit.
-
-        Args:
-            metered: the present readings, none of them longer than it has to be.
-            widths: that they were read at.
-            narrowest: widths of the narrowest model.
+        left to save (`_least`) does not lead down to the limit.
         """
         found = []
         for name, limit in self._limit.items():
@@ -301,47 +177,31 @@ class Target:
                 metered[name] > limit
                 and now <= 0.9 * predicted
                 and 1 - metered[name] / first < 0.5 * (1 - now / predicted)
-                and self.least(name, metered[name], widths, narrowest) > limit
+                and self._least(name, metered[name], widths) > limit
             )
             self._doubts[name] = self._doubts.get(name, 0) + 1 if doubtful else 0
             if self._doubts[name] >= 2:
                 found.append(name)
         return found
 
-    def hold(self, name: str, seen: float) -> None:
-        """Have the controller hold what a meter reads now, since the limit is out of reach; it stays the one asked for.
-
-        Args:
-            name: of the resource.
-            seen: the reading.
-        """
+    def _warn_and_hold(self, name: str, seen: float, widths: Mapping[str, int]) -> None:
+        """Have the controller hold what is there in place of a limit out of reach: more would save too little."""
+        limit, least = self.limit[name], self._least(name, seen, widths)
         self._asked[name] = self._limit[name]
         self._limit[name] = seen * (1 + _SLACK)
+        warnings.warn(
+            f"the budget of {amount(limit, name)} cannot be met: of the {amount(seen, name)} that the meter reads too "
+            "much does not shrink with the model (loading data, say), and by what cuts have saved so far the narrowest "
+            f"model would still take about {amount(least, name)}. Nothing more is cut for it",
+            stacklevel=2,
+        )
 
-    def _anchor(self, name: str, dense: float, *, at_dense: bool) -> None:
-        """From here on the dense cost is what a meter has told of it; a fraction only once it has read that model."""
-        self._metered_dense[name] = dense
-        if name in self.runs:
-            self.runs[name] = replace(self.runs[name], dense=dense)
-        for each in self.budgets:
-            if each.resource == name and each.relative and each.per == "step" and at_dense:
-                self._limit[name] = each.absolute(dense)
-
-    def learn(self, other: Target) -> None:
-        """Go on with what meters have told another target of the same run.
-
-        Args:
-            other: of other budgets.
-        """
-        for name in (self._factor.keys() & other._metered_dense.keys()) - self._whole:
-            self._factor[name] = other._factor[name]
-            self._first[name] = other._first[name]
-            self._anchor(name, other._metered_dense[name], at_dense=True)
+    # What is remembered.
 
     def state_dict(self) -> dict[str, Any]:
-        """What meters have told so far, in plain numbers."""
+        """Limits, and what meters have told so far, in plain numbers."""
         return {
-            "limit": dict(self._limit),
+            **super().state_dict(),
             "factor": dict(self._factor),
             "dense": dict(self._metered_dense),
             "first": {name: list(pair) for name, pair in self._first.items()},
@@ -355,7 +215,7 @@ class Target:
         Args:
             state: from `state_dict` of a target of the same budgets.
         """
-        self._limit = {name: float(state["limit"][name]) for name in self._limit}
+        super().load_state_dict(state)
         self._factor = {name: float(state["factor"][name]) for name in self._factor}
         self._metered_dense = {str(name): float(value) for name, value in state["dense"].items()}
         self._first = {str(name): (float(p), float(m)) for name, (p, m) in state.get("first", {}).items()}
@@ -364,30 +224,3 @@ class Target:
         self.runs = {
             name: replace(run, dense=self._metered_dense.get(name, run.dense)) for name, run in self.runs.items()
         }
-
-    def expected(self, name: str, widths: Mapping[str, int]) -> float:
-        """Cost that a meter is expected to read at these widths, by the readings so far."""
-        return self._factor.get(name, 1.0) * self._costs[name].total(widths)
-
-    def spread(
-        self, values: Mapping[str, float], widths: Mapping[str, int], *, price: bool = False
-    ) -> dict[str, float]:
-        """By resource of each budget what a plan says of the joint cost; with one budget, as it is.
-
-        A reference in shares is that share of each limit. A price per share is one per unit of the
-        budget that binds; that of a budget with room is 0.
-
-        Args:
-            values: the plan's, by resource.
-            widths: at which the price was found.
-            price: whether they are prices.
-        """
-        cost = self.cost
-        if not isinstance(cost, JointCost) or "joint" not in values:
-            return dict(values)
-        joint = values["joint"]
-        if not price:
-            return {name: joint * limit for name, limit in self._limit.items()}
-        binding = cost.binding(widths)
-        per_unit = joint * binding.factor / binding.limit
-        return {share.cost.resource: per_unit if share is binding else 0.0 for share in cost.shares}
