@@ -19,10 +19,10 @@ from typing import Any
 from costs import BUILDS, Subject, random_widths, subject_named
 from record import keep
 
-from setpoint.loop.costing import Make, cost_out
-from setpoint.loop.inference import inference_replica
-from setpoint.loop.replica import replica
-from setpoint.meter.seconds import Stopwatch, median_of
+from setpoint.resources.costing import Make, cost_out
+from setpoint.resources.inference import inference_replica
+from setpoint.resources.replica import replica
+from setpoint.spending.seconds import Stopwatch, median_of
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 

@@ -15,9 +15,9 @@ from typing import Any
 from costs import BUILDS, Subject, random_widths, subject_named
 from record import keep
 
-from setpoint.loop.costing import cost_out
-from setpoint.loop.replica import replica
-from setpoint.meter.memory import peak_bytes
+from setpoint.resources.costing import cost_out
+from setpoint.resources.live_bytes import peak_bytes
+from setpoint.resources.replica import replica
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 

@@ -28,7 +28,7 @@ from setpoint.bench.catalogue import task_named
 from setpoint.bench.environment import environment
 from setpoint.bench.task import Task
 from setpoint.groups.kept import random_keep
-from setpoint.loop.stride import sensed_every
+from setpoint.sensor.stride import sensed_every
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import setpoint
 from setpoint.controller.plan import Observation, Plan
-from setpoint.loop.summary import Segment, break_even_step
+from setpoint.spending.break_even import Segment, break_even_step
 
 
 def _mlp(width: int = 24) -> nn.Module:
@@ -119,7 +119,7 @@ def test_lands_within_the_budget(build: Callable[[], nn.Module], of: str) -> Non
     assert summary.final_params == summary.spent["params"] == counted["params"]
     assert summary.limit == {of: 0.5 * dense[of]}
     assert summary.spent[of] <= summary.limit[of]
-    cost = loop._parts.target.cost
+    cost = loop._spending.cost
     for group in loop.groups:
         wider = {**summary.widths, group.name: group.num_units + group.multiple_of}
         if wider[group.name] <= summary.dense_widths[group.name]:

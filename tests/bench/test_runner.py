@@ -38,7 +38,7 @@ from setpoint.bench.tensors import Tensors
 from setpoint.bench.training import Cell, Progress
 from setpoint.bench.worker import LOG
 from setpoint.ledger import Ledger
-from setpoint.meter.energy import Counter, EnergyMeter, find_energy_meter
+from setpoint.resources.joules import Counter, EnergyMeter, find_energy_meter
 
 TASK = digits(epochs=3, width=16)
 TINY = digits(epochs=1, width=4)

@@ -12,19 +12,19 @@ import pytest
 import torch
 from torch import nn
 
-from setpoint.cost import table as table_file
 from setpoint.cost.cost import Cost
-from setpoint.cost.curve import Curve, points
-from setpoint.cost.energy import EnergyCost, fit_energy
-from setpoint.cost.latency import Fit, LatencyCost, fit_steps
-from setpoint.cost.lengths import trial_widths
-from setpoint.cost.problem import Problem, pose
-from setpoint.cost.table import Table
-from setpoint.cost.tape import Tape, record
 from setpoint.errors import CostError
 from setpoint.groups.group import Group, widths_of
 from setpoint.groups.trace import trace
-from setpoint.loop.replica import replica
+from setpoint.resources import table as table_file
+from setpoint.resources.curve import Curve, points
+from setpoint.resources.energy import EnergyCost, fit_energy
+from setpoint.resources.latency import Fit, LatencyCost, fit_steps
+from setpoint.resources.lengths import trial_widths
+from setpoint.resources.problem import Problem, pose
+from setpoint.resources.replica import replica
+from setpoint.resources.table import Table
+from setpoint.resources.tape import Tape, record
 
 CPU = torch.device("cpu")
 

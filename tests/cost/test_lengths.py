@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from setpoint.cost.lengths import Lengths, trial_widths
 from setpoint.groups.group import Group, Size
+from setpoint.resources.lengths import Lengths, trial_widths
 
 
 def groups_of(*sizes: int, multiple_of: int = 1) -> tuple[Group, ...]:

@@ -14,14 +14,14 @@ from torch import nn
 from groups.zoo import MODELS
 from setpoint.bench.models import CharGPT, PlainNet
 from setpoint.cost.cost import Cost
-from setpoint.cost.lengths import trial_widths
-from setpoint.cost.memory import MemoryCost
-from setpoint.cost.tape import record
 from setpoint.errors import CostError
 from setpoint.groups.group import Group, widths_of
 from setpoint.groups.trace import trace
-from setpoint.loop.replica import replica
-from setpoint.meter.memory import peak_bytes
+from setpoint.resources.lengths import trial_widths
+from setpoint.resources.live_bytes import peak_bytes
+from setpoint.resources.memory import MemoryCost
+from setpoint.resources.replica import replica
+from setpoint.resources.tape import record
 
 Build = Callable[[], tuple[nn.Module, tuple[Any, ...]]]
 

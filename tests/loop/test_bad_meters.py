@@ -14,10 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import setpoint
 from loop.test_budgets import Machine, cnn, machine, metered, mlp, train
-from setpoint.cost.table import Table
-from setpoint.loop.metering import Metering
-from setpoint.meter import StepMeter
-from setpoint.meter.energy import Counter, EnergyMeter
+from setpoint.resources.joules import Counter, EnergyMeter
+from setpoint.resources.metering import Metering
+from setpoint.resources.table import Table
 
 Budget = setpoint.Budget
 DENSE = {"a": 256, "b": 256}
@@ -78,7 +77,7 @@ def test_counters_are_looked_at_between_decisions(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     counter = Counter("recorded", lambda: (100.0 * clock[0]) % 6000.0, range_j=6000.0)
     meter = EnergyMeter([counter])
-    metering = Metering({"energy"}, StepMeter(), list, torch.device("cpu"), energy=meter)
+    metering = Metering({"energy"}, list, torch.device("cpu"), energy=meter)
     metering.stepped()
     for _ in range(3600):
         clock[0] += 1.0

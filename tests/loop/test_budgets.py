@@ -16,14 +16,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import setpoint
 from setpoint.bench.models import PlainNet
-from setpoint.cost import table as table_file
-from setpoint.cost.problem import Problem
-from setpoint.cost.tape import Tape
-from setpoint.loop import costing
-from setpoint.loop.inference import inference_replica
-from setpoint.meter import seconds as seconds_file
-from setpoint.meter.energy import Counter, EnergyMeter
-from setpoint.meter.memory import peak_bytes
+from setpoint.resources import costing
+from setpoint.resources import table as table_file
+from setpoint.resources.inference import inference_replica
+from setpoint.resources.joules import Counter, EnergyMeter
+from setpoint.resources.live_bytes import peak_bytes
+from setpoint.resources.problem import Problem
+from setpoint.resources.tape import Tape
+from setpoint.spending import seconds as seconds_file
 
 Budget = setpoint.Budget
 TAPES: dict[str, Tape] = {}
@@ -347,7 +347,7 @@ def test_energy_without_a_meter(machine: Machine) -> None:
         pytest.skip("this machine has a meter")
     with pytest.raises(setpoint.CostError, match=r"no meter of energy.*watts="):
         train(mlp(), Budget.fraction(0.6, of="energy"), 120)
-    loop = train(mlp(), Budget.fraction(0.6, of="energy"), 120, machine.live, watts=25.0)
+    loop = train(mlp(), Budget.fraction(0.6, of="energy", watts=25.0), 120, machine.live)
     summary = loop.summary
     assert summary is not None and summary.landed and not summary.metered, summary
     assert summary.sources["energy"] == "modelled: stated watts x seconds"
@@ -366,8 +366,8 @@ def test_stated_watts_count_all_seconds_of_a_run(machine: Machine) -> None:
         machine.now += 0.01
 
     run_s = 120 * (0.01 + machine.factor * machine.step_s({"a": 256, "b": 256}))
-    budget = Budget.total(0.8 * 25.0 * run_s, of="energy", per="run")
-    loop = train(mlp(), budget, 120, live, watts=25.0)
+    budget = Budget.total(0.8 * 25.0 * run_s, of="energy", per="run", watts=25.0)
+    loop = train(mlp(), budget, 120, live)
     summary = loop.summary
     assert summary is not None and summary.landed and summary.sources["energy"].startswith("modelled"), summary
     assert summary.spent_run["energy"] == pytest.approx(25.0 * machine.now, rel=0.03)
@@ -378,13 +378,17 @@ def test_stated_watts_count_all_seconds_of_a_run(machine: Machine) -> None:
 def test_watts_that_are_no_power(watts: Any) -> None:
     """Stated watts are a finite number above 0."""
     with pytest.raises(setpoint.BudgetError, match="watts is the power"):
-        train(mlp(), Budget.fraction(0.6, of="energy"), 10, watts=watts)
+        Budget.fraction(0.6, of="energy", watts=watts)
+    with pytest.raises(setpoint.BudgetError, match="watts is the power"):
+        setpoint.Price(0.1, of="energy", watts=watts)
 
 
 def test_watts_that_nobody_asks_for() -> None:
-    """Watts beside a budget of something else are refused, not ignored."""
+    """Watts on a budget of something else are refused, not ignored."""
     with pytest.raises(setpoint.BudgetError, match="leave watts out"):
-        train(mlp(), Budget.fraction(0.6, of="flops"), 10, watts=30.0)
+        Budget.fraction(0.6, of="flops", watts=30.0)
+    with pytest.raises(setpoint.BudgetError, match="leave watts out"):
+        setpoint.Price(0.1, of="latency", watts=30.0)
 
 
 def test_budgets_of_one_resource_twice_are_refused() -> None:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 import setpoint
 from loop.test_budgets import Machine, machine, train
 from setpoint.groups.group import widths_of
-from setpoint.loop.costing import cost_out
-from setpoint.loop.inference import Inference, inference_replica
-from setpoint.meter import seconds as seconds_file
+from setpoint.resources.costing import cost_out
+from setpoint.resources.inference import Inference, inference_replica
+from setpoint.spending import seconds as seconds_file
 
 Budget = setpoint.Budget
 __all__ = ["machine"]
@@ -58,9 +58,9 @@ def answering(machine: Machine) -> tuple[nn.Module, torch.optim.Optimizer, Tenso
 def test_inference_is_held_by_the_meter(machine: Machine, relative: bool) -> None:
     """A pass takes half as long again as on a copy: feedback lands within the limit, and not far below it."""
     dense = machine.factor * machine.pass_s({"a": 256, "b": 256})
-    budget = Budget.fraction(0.6, of="inference") if relative else Budget.total(0.6 * dense, of="inference")
-    made = answering(machine)
-    loop = train(made, budget, 60, machine.live, inference_example=(torch.randn(2, 16),))
+    make, limit = (Budget.fraction, 0.6) if relative else (Budget.total, 0.6 * dense)
+    budget, made = make(limit, of="inference", example=(torch.randn(2, 16),)), answering(machine)
+    loop = train(made, budget, 60, machine.live)
     summary = loop.summary
     assert summary is not None and summary.landed, summary
     assert summary.limit["inference"] == pytest.approx(0.6 * dense)
@@ -91,7 +91,7 @@ def test_a_busy_machine_does_not_end_the_cuts(machine: Machine) -> None:
         cuts = sum(1 for entry in loop.ledger if entry.dropped)
         machine.live(loop)
 
-    loop = train(made, Budget.fraction(0.5, of="inference"), 100, live, inference_example=(torch.randn(2, 16),))
+    loop = train(made, Budget.fraction(0.5, of="inference", example=(torch.randn(2, 16),)), 100, live)
     assert loop.summary is not None and loop.summary.landed, loop.summary
     assert machine.factor * machine.pass_s(loop.widths) <= 1.03 * 0.5 * dense
 
@@ -99,7 +99,7 @@ def test_a_busy_machine_does_not_end_the_cuts(machine: Machine) -> None:
 def test_passes_are_overhead(machine: Machine) -> None:
     """FLOPs of the timed passes are in `overhead_flops`, those of two samples of a batch of eight as a quarter."""
     made = answering(machine)
-    loop = train(made, Budget.fraction(1.0, of="inference"), 20, machine.live, inference_example=(torch.randn(2, 16),))
+    loop = train(made, Budget.fraction(1.0, of="inference", example=(torch.randn(2, 16),)), 20, machine.live)
     alone = train(answering(machine), Budget.fraction(1.0, of="flops"), 20, machine.live)
     assert loop.summary is not None and alone.summary is not None
     one_pass = 2 * 2 * (16 * 256 + 256 * 256 + 256 * 4)
@@ -236,10 +236,12 @@ def test_milliseconds_given_as_seconds(machine: Machine) -> None:
         train(made, Budget.total(2.0, of="inference"), 20)
 
 
-def test_an_example_without_such_a_budget_is_refused(machine: Machine) -> None:
+def test_an_example_without_such_a_budget_is_refused() -> None:
     """An inference example that nothing would use is an error, not a surprise."""
     with pytest.raises(setpoint.BudgetError, match="add one, or leave the example out"):
-        train(answering(machine), Budget.fraction(0.5, of="flops"), 20, inference_example=(torch.randn(1, 16),))
+        Budget.fraction(0.5, of="flops", example=(torch.randn(1, 16),))
+    with pytest.raises(setpoint.BudgetError, match="add one, or leave the example out"):
+        setpoint.Price(0.1, of="flops", example=(torch.randn(1, 16),))
 
 
 def equal(one: Any, other: Any) -> bool:

@@ -13,7 +13,7 @@ from torch import nn
 
 import setpoint
 from loop.test_budgets import Machine, machine, metered, mlp, train
-from setpoint.loop import costing
+from setpoint.resources import costing
 
 Budget = setpoint.Budget
 DENSE = {"a": 256, "b": 256}
@@ -132,7 +132,7 @@ def test_stated_watts(machine: Machine) -> None:
     """Without a meter a run is held to joules as predicted from the user's figure, and says that they are modelled."""
     if costing.find_energy_meter([torch.device("cpu")])[0] is not None:
         pytest.skip("this machine has a meter")
-    loop = train(mlp(), Budget.fraction(0.6, of="energy", per="run"), STEPS, machine.live, watts=25.0)
+    loop = train(mlp(), Budget.fraction(0.6, of="energy", per="run", watts=25.0), STEPS, machine.live)
     assert ended(loop, "energy") > 0.99
     assert loop.summary is not None and loop.summary.sources["energy"].startswith("modelled: stated watts")
 

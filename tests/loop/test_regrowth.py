@@ -161,11 +161,11 @@ def test_probing_is_counted_and_stays_within_its_share() -> None:
     )
     train(model, optimizer, 63)
     small = counted(model)
-    before = loop._account.train_flops, loop._account.probed_steps
+    before = loop._spending.account.train_flops, loop._spending.account.probed_steps
     train(model, optimizer, 5, 63)
-    assert loop._account.train_flops - before[0] == pytest.approx(5 * small, rel=1e-3) and before[1] == 0
+    assert loop._spending.account.train_flops - before[0] == pytest.approx(5 * small, rel=1e-3) and before[1] == 0
     train(model, optimizer, 2, 68)
-    summary_flops, steps = loop._account.probing_flops, loop._account.probed_steps
+    summary_flops, steps = loop._spending.account.probing_flops, loop._spending.account.probed_steps
     wide = Net()
     assert steps == 2 and summary_flops == pytest.approx(2 * (counted(wide) - small), rel=1e-3)
     train(model, optimizer, 30, 70)

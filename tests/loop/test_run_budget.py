@@ -16,15 +16,16 @@ from torch import nn
 import setpoint
 from controller.plants import after, chain, lognormal, observe, residual
 from setpoint.controller.gates import GatedController
+from setpoint.controller.horizon import RunRest
 from setpoint.controller.priced import PricedController
 from setpoint.controller.reference import Reference
 from setpoint.cost.budget import Budget
 from setpoint.cost.cost import ProductCost
 from setpoint.errors import BudgetError, LoopError
 from setpoint.groups.group import Group, widths_of
-from setpoint.loop.run_budget import RunBudget
-from setpoint.loop.target import Target
 from setpoint.sensor.reading import Reading
+from setpoint.spending.run_budget import RunBudget
+from setpoint.spending.target import Target
 
 
 def simulate(
@@ -46,7 +47,7 @@ def simulate(
         lengths: by step, a new length of the run.
     """
     controller = PricedController()
-    target = Target((budget,), {"flops": cost}, widths_of(groups), reference=controller.reference)
+    target = Target((budget,), {"flops": cost}, widths_of(groups), controller.reference)
     saliency, state = lognormal(groups, seed=seed), controller.init(groups)
     rng, spent, landed, again, step = np.random.default_rng(seed), 0.0, 0, 0, 0
     dense = per_step = cost.total(widths_of(groups))
@@ -61,7 +62,9 @@ def simulate(
         limit = target.limit["flops"]
         seen = observe(groups, cost, limit=limit, dense=dense, reading=reading, step=step, total_steps=total_steps)
         following, plan = controller.decide(state, seen, cost, groups)
-        wait = target.wait(plan, seen, spent={"flops": spent}, sensing=sensing * per_step)
+        rest = RunRest(target.runs["flops"].limit(total_steps), spent, controller.reference, sensing=sensing * per_step)
+        cheaper = cost.total(widths_of(after(groups, plan)))
+        wait = rest.wait(step, total_steps, lands=plan.landed, present=per_step, after=cheaper)
         if wait:
             again = step + wait
             continue
@@ -121,9 +124,9 @@ def test_coarse_blocks_wait_instead_of_leaving_budget_unused() -> None:
 
 def test_wait_is_exact() -> None:
     """Waiting one step more than `wait` says would go over the budget, waiting as long as it says does not."""
-    run = RunBudget(Budget.total(1000.0, of="flops", per="run"), Reference(), dense=2.0)
     for spent, present, after_cut, sensing in ((600.0, 1.5, 0.8, 0.0), (500.0, 2.0, 0.5, 0.01)):
-        wait = run.wait(400, 800, spent=spent, present=present, after=after_cut, sensing=sensing)
+        rest = RunRest(1000.0, spent, Reference(), sensing=sensing)
+        wait = rest.wait(400, 800, lands=True, present=present, after=after_cut)
 
         def total(steps: int, state: tuple[float, ...] = (spent, present + sensing, after_cut)) -> float:
             return state[0] + state[1] * steps + state[2] * (400 - steps)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from setpoint.meter.energy import (
+from setpoint.resources.joules import (
     POWERCAP,
     Counter,
     EnergyMeter,
@@ -184,7 +184,7 @@ class Nvml:
 
 def test_gpu_counters(monkeypatch: pytest.MonkeyPatch) -> None:
     """NVML's millijoules become joules; a lost GPU is a vanished meter; a GPU that never answers is none."""
-    monkeypatch.setattr("setpoint.meter.energy._uuid", lambda index: f"GPU-{index}")
+    monkeypatch.setattr("setpoint.resources.joules._uuid", lambda index: f"GPU-{index}")
     counters, why = nvml_counters([0], Nvml(1000, 1000, 4500))
     assert why == "" and counters[0].name == "NVML GPU 0"
     meter = EnergyMeter(counters)

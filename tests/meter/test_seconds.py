@@ -6,8 +6,7 @@ import warnings
 import numpy as np
 import pytest
 
-from setpoint.meter import StepMeter, Stopwatch
-from setpoint.meter.seconds import median_of
+from setpoint.spending.seconds import StepMeter, Stopwatch, median_of
 
 
 class Clock:

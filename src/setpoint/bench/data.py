@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from setpoint.bench.task import BenchError
-from setpoint.cost.table import cache_folder as cache_folder
+from setpoint.resources.table import cache_folder as cache_folder
 
 
 def find_data(relative: str, given: Path | None = None) -> Path | None:

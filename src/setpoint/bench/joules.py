@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import final
 
-from setpoint.meter.energy import EnergyMeter
+from setpoint.resources.joules import EnergyMeter
 
 
 @final

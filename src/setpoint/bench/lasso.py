@@ -10,7 +10,7 @@ from torch.optim import SGD, Optimizer
 from setpoint.baselines.group_lasso import add_lasso_gradient, lasso_norms, lasso_strength, shrink_by_lasso
 from setpoint.loop import Loop
 from setpoint.loop.hooks import StepHooks
-from setpoint.meter import Stopwatch
+from setpoint.spending.seconds import Stopwatch
 
 
 @final

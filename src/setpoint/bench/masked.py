@@ -16,7 +16,7 @@ from setpoint.bench.course import Outcome
 from setpoint.bench.task import BenchError
 from setpoint.bench.weight_flops import WeightFlops, maskable_weights, weight_flops
 from setpoint.loop.hooks import StepHooks
-from setpoint.meter import Stopwatch
+from setpoint.spending.seconds import Stopwatch
 from setpoint.weights.mask import mask_gradients, mask_weights
 
 

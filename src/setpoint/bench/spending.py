@@ -13,9 +13,9 @@ from setpoint.controller.ladder import lowest_width
 from setpoint.groups.export import Example
 from setpoint.groups.group import Group, widths_of
 from setpoint.groups.trace import trace
-from setpoint.loop.costing import cost_out
-from setpoint.meter.energy import find_energy_meter, idle_watts
 from setpoint.report.numbers import duration, human, percent
+from setpoint.resources.costing import cost_out
+from setpoint.resources.joules import find_energy_meter, idle_watts
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ from setpoint.bench.runner import needed_cells
 from setpoint.bench.stages import Stage, filled, load_stages
 from setpoint.bench.task import BenchError, Task
 from setpoint.bench.training import Cell, begin
-from setpoint.meter import Stopwatch
 from setpoint.report.folder import SCHEMA, TIMING, read_timings
 from setpoint.report.summary import DENSE
+from setpoint.spending.seconds import Stopwatch
 
 WARM_UP_STEPS = 2
 STEPS_PER_TURN = 4

@@ -23,9 +23,9 @@ from setpoint.bench.own_random import OwnRandom
 from setpoint.bench.results import FILE, HISTORY, LEDGER, MODEL, Result
 from setpoint.bench.stages import Stage, hollow, load_stages, save_stages
 from setpoint.bench.task import BenchError, Score, Split, Task, dense_widths
-from setpoint.meter import Stopwatch
-from setpoint.meter.energy import find_energy_meter
 from setpoint.report.numbers import exact
+from setpoint.resources.joules import find_energy_meter
+from setpoint.spending.seconds import Stopwatch
 
 STEPS_PER_TURN = 10
 WARM_UP_STEPS = 3

@@ -3,10 +3,82 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from setpoint.controller.reference import Reference
 
 _BISECTIONS = 60
+_UNUSED = 0.002
+"""Share of the budget that a last cut may leave unused without waiting."""
+
+
+@dataclass(frozen=True)
+class RunRest:
+    """What is left of the budget of a run when a decision is made, and what else it is spent on.
+
+    A last cut at step s to the cost c per step fixes the rest of the run, and
+
+        unused = (1 - margin) * limit - spent - c * (total_steps - s)
+
+    is known exactly. Blocks may be so coarse that it is a good part of the budget. Then the last cut had better wait,
+    at the present cost p and with sensing going on at `sensing` per step, for
+
+        floor(unused / (p + sensing - c)) steps,
+
+    which uses up what is left but for less than the saving of one step.
+
+    Args:
+        limit: what the whole run may spend.
+        spent: so far, and on learning at this decision.
+        schedule: when decisions are made.
+        margin: share of the limit that is left for a meter that wavers.
+        ahead: spent besides, whatever is decided: what sensing takes beyond its share while a cut waits.
+        later: spent besides, if this decision is not the last: on sensing and on deciding again.
+        sensing: cost of sensing per step, until the last cut.
+        deciding: what each further decision costs.
+        factor: cost of a step as metered / as predicted; 1 without a meter.
+    """
+
+    limit: float
+    spent: float
+    schedule: Reference
+    margin: float = 0.0
+    ahead: float = 0.0
+    later: float = 0.0
+    sensing: float = 0.0
+    deciding: float = 0.0
+    factor: float = 1.0
+
+    def wait(self, step: int, total_steps: int, *, lands: bool, present: float, after: float) -> int:
+        """Steps by which a cut that may be the last had better wait, 0 for none.
+
+        Args:
+            step: optimizer steps done.
+            total_steps: of the run.
+            lands: whether the plan is the last; any may be from the settle step on.
+            present: cost of a step now.
+            after: cost of a step after the cut.
+
+        >>> rest = RunRest(limit=100.0, spent=60.0, schedule=Reference())
+        >>> rest.wait(60, 110, lands=True, present=1.0, after=0.6)  # 30 for 50 steps, 10 left: 25 steps more at 1.0
+        25
+        """
+        if not lands and not self.schedule.settled(step, total_steps):
+            return 0
+        limit = (1 - self.margin) * self.limit
+        spent = self.spent + ((0.0 if lands else self.later) + self.ahead)
+        unused = limit - spent - after * (total_steps - step)
+        saving = present + self.sensing - after
+        if unused <= _UNUSED * limit or present <= after:
+            return 0
+        most = total_steps - 1 - step
+
+        def steps(left: float) -> int:
+            return max(0, min(math.floor(left / saving), most))
+
+        until = step + steps(unused)
+        decisions = 1 + sum(self.schedule.due(each, total_steps) for each in range(step + 1, until))
+        return steps(unused - self.sensing - self.deciding * decisions) if self.deciding else steps(unused)
 
 
 def step_limit(

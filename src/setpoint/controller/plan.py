@@ -10,6 +10,7 @@ from typing import Protocol, TypeVar, runtime_checkable
 import numpy as np
 from jaxtyping import Bool, Float64, Int
 
+from setpoint.controller.horizon import RunRest
 from setpoint.controller.trend import Excess
 from setpoint.cost.cost import Cost
 from setpoint.groups.group import Group
@@ -39,6 +40,7 @@ class Observation:
         last_dropped: by group, origins of the last cut's units, while they can come back.
         most: by resource of a budget for the whole run, what a step may cost until the next decision at the most: with
             more, not even the narrowest model would meet the budget from there on.
+        rest: by resource of a budget for the whole run, what is left of it, and what else it is spent on.
         rank_correlation: of the reading with the last one, by group; of balanced states, which are in order in every
             reading, of the values that the states of the last reading had then and have now.
         learning_flops: what a controller that learns may spend on it at this decision, in FLOPs.
@@ -61,6 +63,7 @@ class Observation:
     last_dropped: Mapping[str, Int[np.ndarray, " _units"]] = field(default_factory=dict)
     rank_correlation: Mapping[str, float] = field(default_factory=dict)
     most: Mapping[str, float] = field(default_factory=dict)
+    rest: Mapping[str, RunRest] = field(default_factory=dict)
     learning_flops: float = math.inf
 
 

@@ -4,13 +4,40 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
 
 from setpoint.errors import BudgetError
 
 Resource = Literal["flops", "params", "memory", "latency", "inference", "energy"]
 RESOURCES: tuple[str, ...] = get_args(Resource)
+METERED = ("memory", "latency", "inference", "energy")
+"""Resources that are measured where there is a meter."""
+
+
+def check_means(resource: str, watts: float | None, example: Any) -> None:
+    """Check what a goal says of how its resource is measured.
+
+    Args:
+        resource: that the goal is on.
+        watts: power of a training step, stated by the user; None where a meter is to read it.
+        example: inputs of one inference; None for those of one step.
+
+    Raises:
+        BudgetError: for watts that are no power, and for what another resource has no use for.
+    """
+    if watts is not None:
+        if isinstance(watts, bool) or not isinstance(watts, (int, float)) or not 0 < watts < math.inf:
+            raise BudgetError(f"watts is the power that a training step draws, a finite number above 0, got {watts!r}")
+        if resource != "energy":
+            raise BudgetError(
+                f"watts is for a budget or a price of 'energy', got one of {resource!r}: add one, or leave watts out"
+            )
+    if example is not None and resource != "inference":
+        raise BudgetError(
+            f"example is for a budget or a price of 'inference', got one of {resource!r}: add one, or leave the "
+            "example out"
+        )
 
 
 @dataclass(frozen=True)
@@ -27,10 +54,13 @@ class Budget:
             included, for "flops", "latency" (seconds from attach to the last step) and "energy".
         relative: whether `limit` is a fraction of the dense cost.
         deadband: relative error below which the controller rests.
+        watts: power that a training step draws, for a budget of "energy" where no meter reads it.
+        example: inputs, at the batch size that counts, of the inference that a budget of "inference" is on; by default
+            the example that `attach` is given.
 
     Raises:
-        BudgetError: for a limit that is not a positive finite number, a fraction over 1, or an
-            unknown resource.
+        BudgetError: for a limit that is not a positive finite number, a fraction over 1, an unknown resource, watts
+            that are no power, or watts or an example that the resource has no use for.
 
     >>> Budget.fraction(0.5, of="flops").limit
     0.5
@@ -41,6 +71,8 @@ class Budget:
     per: str = "step"
     relative: bool = False
     deadband: float = 0.01
+    watts: float | None = field(default=None, repr=False)
+    example: Any = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.resource not in RESOURCES:
@@ -58,20 +90,39 @@ class Budget:
             )
         if isinstance(self.deadband, bool) or not isinstance(self.deadband, (int, float)) or not 0 <= self.deadband < 1:
             raise BudgetError(f"deadband is a relative error in [0, 1), got {self.deadband!r}")
+        check_means(self.resource, self.watts, self.example)
 
     @classmethod
-    def fraction(cls, fraction: float, *, of: str, per: str = "step", deadband: float = 0.01) -> Budget:
+    def fraction(
+        cls,
+        fraction: float,
+        *,
+        of: str,
+        per: str = "step",
+        deadband: float = 0.01,
+        watts: float | None = None,
+        example: Any = None,
+    ) -> Budget:
         """A fraction of what the dense model spends."""
-        return cls(of, fraction, per, True, deadband)
+        return cls(of, fraction, per, True, deadband, watts, example)
 
     @classmethod
-    def total(cls, limit: float, *, of: str, per: str = "step", deadband: float = 0.01) -> Budget:
+    def total(
+        cls,
+        limit: float,
+        *,
+        of: str,
+        per: str = "step",
+        deadband: float = 0.01,
+        watts: float | None = None,
+        example: Any = None,
+    ) -> Budget:
         """An absolute limit in the resource's own unit: FLOPs, parameters, bytes, seconds, joules.
 
         >>> Budget.total(0.010, of="latency")  # 10 milliseconds per step
         Budget(resource='latency', limit=0.01, per='step', relative=False, deadband=0.01)
         """
-        return cls(of, limit, per, False, deadband)
+        return cls(of, limit, per, False, deadband, watts, example)
 
     def absolute(self, dense: float) -> float:
         """The limit in the resource's own unit, given the dense cost."""

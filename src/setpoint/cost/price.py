@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
-from setpoint.cost.budget import RESOURCES
+from setpoint.cost.budget import RESOURCES, check_means
 from setpoint.errors import BudgetError
 
 
@@ -28,9 +29,12 @@ class Price:
         rate: loss for the dense cost, or for a unit of the resource; at least 0. At 0 nothing is dropped.
         of: the resource.
         relative: whether the rate is for the dense cost.
+        watts: power that a training step draws, for "energy" where no meter reads it.
+        example: inputs of one inference, for "inference"; by default the example that `attach` is given.
 
     Raises:
-        BudgetError: for a rate that is no finite number of at least 0, or an unknown resource.
+        BudgetError: for a rate that is no finite number of at least 0, or an unknown resource; for watts or an example
+            that a budget would refuse.
 
     >>> Price(0.1, of="flops").absolute(dense=2e9)
     5e-11
@@ -39,6 +43,8 @@ class Price:
     rate: float
     of: str
     relative: bool = True
+    watts: float | None = field(default=None, repr=False)
+    example: Any = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.of not in RESOURCES:
@@ -47,6 +53,7 @@ class Price:
             raise BudgetError(f"a rate is a finite number of at least 0, got {self.rate!r}")
         if self.rate < 0:
             raise BudgetError(f"a rate must be at least 0, got {self.rate!r}: it is the loss that the cost is worth")
+        check_means(self.of, self.watts, self.example)
 
     @property
     def resource(self) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
-from setpoint.cost.budget import RESOURCES
+from setpoint.cost.budget import RESOURCES, check_means
 from setpoint.errors import BudgetError
 
 
@@ -19,9 +20,12 @@ class Tolerance:
     Args:
         loss: highest rise over the trend, in the unit of the loss; at least 0.
         of: the resource to save.
+        watts: power that a training step draws, for "energy" where no meter reads it.
+        example: inputs of one inference, for "inference"; by default the example that `attach` is given.
 
     Raises:
-        BudgetError: for a loss that is no finite number of at least 0, or an unknown resource.
+        BudgetError: for a loss that is no finite number of at least 0, or an unknown resource; for watts or an example
+            that a budget would refuse.
 
     >>> Tolerance(loss=0.02)
     Tolerance(loss=0.02, of='flops')
@@ -29,6 +33,8 @@ class Tolerance:
 
     loss: float
     of: str = "flops"
+    watts: float | None = field(default=None, repr=False)
+    example: Any = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.of not in RESOURCES:
@@ -37,6 +43,7 @@ class Tolerance:
             raise BudgetError(f"a tolerance is a finite number of at least 0, got {self.loss!r}")
         if self.loss < 0:
             raise BudgetError(f"a tolerance must be at least 0, got {self.loss!r}: it is the rise in loss to accept")
+        check_means(self.of, self.watts, self.example)
 
     @property
     def resource(self) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from setpoint.actuator.shrink import named_tensors
 from setpoint.distributed import is_spread
 from setpoint.groups.group import Group
-from setpoint.loop.accounting import Account
+from setpoint.spending.account import Account
 
 _FLAGS = {
     "force_parameter_static_shapes": False,

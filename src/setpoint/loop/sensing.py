@@ -9,12 +9,12 @@ from torch import Tensor
 
 from setpoint.groups.export import Example
 from setpoint.groups.group import Group
-from setpoint.loop.stride import sensed_every
 from setpoint.loop.wrapper import Wrapped
 from setpoint.sensor.chain import SensorChain
 from setpoint.sensor.hankel import HankelSensor
 from setpoint.sensor.reading import Hooking, Sensor
 from setpoint.sensor.selective import SelectiveSensor
+from setpoint.sensor.stride import sensed_every
 from setpoint.sensor.taylor import TaylorSensor
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def sense(loop: Loop, grad_scale: Tensor | None) -> None:
         loop: whose sensor reads; the gradients of the step are ready.
         grad_scale: what they are still multiplied by, or None.
     """
-    sensor, total_steps = loop._parts.sensor, loop._parts.total_steps
+    sensor, total_steps = loop._parts.sensor, loop.total_steps
     if loop._landed or loop._step >= total_steps:
         release(loop)
         return
@@ -71,9 +71,9 @@ def sense(loop: Loop, grad_scale: Tensor | None) -> None:
         if isinstance(sensor, Hooking):
             sensor.forget(loop._sensor_state)
         return
-    with loop._account.sensing:
+    with loop._spending.sensing:
         loop._sensor_state = sensor.update(loop._sensor_state, loop._groups, loop._parts.model, grad_scale)
-    loop._account.sensed(loop._sensing_flops)
+    loop._spending.sensed()
 
 
 def release(loop: Loop) -> None:

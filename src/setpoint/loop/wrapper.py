@@ -15,9 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from setpoint.actuator.sharding import Sharding
+from setpoint.cost.budget import METERED
 from setpoint.distributed import Ranks, is_sharded, is_spread, unwrapped
 from setpoint.errors import CostError, LoopError, OptimizerError
-from setpoint.loop.metering import METERED
 
 if TYPE_CHECKING:
     from setpoint.loop.parts import Parts

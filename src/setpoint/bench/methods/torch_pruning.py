@@ -25,7 +25,7 @@ from setpoint.bench.methods.fused import taken_apart
 from setpoint.bench.task import BenchError, Task
 from setpoint.groups.group import Group, widths_of
 from setpoint.groups.trace import find_groups
-from setpoint.meter import Stopwatch
+from setpoint.spending.seconds import Stopwatch
 
 Criterion = Literal["norm", "taylor"]
 SEARCH_STEPS = 7

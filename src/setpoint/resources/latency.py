@@ -21,11 +21,11 @@ from typing import Literal
 
 import numpy as np
 
-from setpoint.cost.curve import Curve
-from setpoint.cost.problem import Problem, pose
-from setpoint.cost.table import Table, seconds_per_byte
-from setpoint.cost.tape import Tape
 from setpoint.groups.group import Group, Size
+from setpoint.resources.curve import Curve
+from setpoint.resources.problem import Problem, pose
+from setpoint.resources.table import Table, seconds_per_byte
+from setpoint.resources.tape import Tape
 
 
 @dataclass(frozen=True)

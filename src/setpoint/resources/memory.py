@@ -18,8 +18,8 @@ from typing import Final
 import numpy as np
 from jaxtyping import Float64
 
-from setpoint.cost.tape import Tape
 from setpoint.groups.group import Size
+from setpoint.resources.tape import Tape
 
 
 class MemoryCost:

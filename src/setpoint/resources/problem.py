@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_unflatten
 
-from setpoint.cost.tape import Operand, Operation
 from setpoint.groups.group import Group, Size
+from setpoint.resources.tape import Operand, Operation
 
 _CONTRACTIONS = ("conv", "mm", "addmv", "mv", "dot", "linear", "attention", "einsum", "lstm", "gru", "rnn")
 _MAX_AXES = 3

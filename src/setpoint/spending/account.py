@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from setpoint.loop.summary import Segment
-from setpoint.meter import StepMeter, Stopwatch
+from setpoint.spending.break_even import Segment
+from setpoint.spending.seconds import StepMeter, Stopwatch
 
 
 class Account:
@@ -16,11 +16,12 @@ class Account:
 
     Args:
         attach: the stopwatch that has run since `attach` was called.
+        steps: tells how long a step takes.
         step_flops: FLOPs of one optimizer step of the dense model.
         verification_flops: FLOPs spent on verifying the groups.
     """
 
-    def __init__(self, attach: Stopwatch, step_flops: float, verification_flops: float) -> None:
+    def __init__(self, attach: Stopwatch, steps: StepMeter, step_flops: float, verification_flops: float) -> None:
         self.attach = attach
         self.sensing = Stopwatch()
         self.deciding = Stopwatch(synchronize=True)
@@ -38,8 +39,7 @@ class Account:
         self.overhead_flops = verification_flops
         self.resizes = 0
         self.run_j = self.step_j = 0.0
-        self.steps = StepMeter()
-        self.said: set[str] = set()
+        self.steps = steps
         self._segments: list[Segment] = []
         self._steps_in_segment = 0
         self._sensing_noted = self._probing_noted = self._recompiling_noted = self._users_noted = 0.0

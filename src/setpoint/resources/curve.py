@@ -10,7 +10,7 @@ from itertools import combinations, product
 
 import numpy as np
 
-from setpoint.cost.problem import Axis, Problem
+from setpoint.resources.problem import Axis, Problem
 
 Point = tuple[int, ...]
 """A value for each axis."""

@@ -10,8 +10,6 @@ from setpoint.controller.reference import Reference
 from setpoint.cost.budget import IN_SECONDS, MILLISECONDS, Budget, amount
 from setpoint.errors import BudgetError
 
-_UNUSED = 0.002
-"""Share of the budget that a landing may leave unused without waiting."""
 _FLOOR = 1e-3
 """The least limit per step, as a share of dense: where nothing is left every block goes, and the summary says so."""
 
@@ -20,29 +18,20 @@ _FLOOR = 1e-3
 class RunBudget:
     """A budget on everything that a run spends, verification, sensing and probing included.
 
-    Before each decision the limit per step is found afresh from what the account has really spent
-    (`step_limit`), so whatever came out dearer or cheaper than planned is made up for by the steps to come. A landing
-    at step s with the cost c per step fixes the rest of the run, and
-
-        unused = limit - spent - c * (total_steps - s)
-
-    is known exactly. Blocks may be so coarse that it is a good part of the budget. Then the last cut waits, at the
-    present cost p and with sensing going on at `sensing` per step, for
-
-        floor(unused / (p + sensing - c)) steps,
-
-    which uses up what is left but for less than the saving of one step. Where a meter tells what is spent, all of this
-    aims at `(1 - margin) * limit`, so that the run is not over when its last steps waver.
+    Before each decision the limit per step is found afresh from what the account has really spent (`step_limit`), so
+    whatever came out dearer or cheaper than planned is made up for by the steps to come; what a last cut would leave
+    unused is waited off (`RunRest`). Where a meter tells what is spent, all of this aims at `(1 - margin) * limit`, so
+    that the run is not over when its last steps waver.
 
     Args:
         budget: the user's, `per="run"`.
-        reference: when decisions are made.
+        schedule: when decisions are made.
         dense: cost of a step of the dense model.
         margin: share of the budget that is left for a meter that wavers.
     """
 
     budget: Budget
-    reference: Reference
+    schedule: Reference
     dense: float
     margin: float = 0.0
 
@@ -66,7 +55,7 @@ class RunBudget:
         Raises:
             BudgetError: saying what the least is, and what is spent already; or for a reference that rises.
         """
-        if self.reference.dip < 1:
+        if self.schedule.dip < 1:
             raise BudgetError("a budget for the whole run is planned downwards: it needs a reference without a dip")
         limit, resource = self.limit(total_steps), self.budget.resource
         dense_run = self.dense * total_steps
@@ -76,12 +65,12 @@ class RunBudget:
                 f"{words} is {limit / dense_run:,.0f} times what a dense run takes ({dense_run:.3g} s): it is in "
                 f"seconds. If you mean milliseconds, write Budget.total({limit / 1000:g}, of={resource!r}, per='run')"
             )
-        least = spent + besides + least_run(self.reference, step, total_steps, present=present, cheapest=cheapest)
+        least = spent + besides + least_run(self.schedule, step, total_steps, present=present, cheapest=cheapest)
         if limit * (1 - self.margin) < least:
             least /= 1 - self.margin
             fraction = math.ceil(1000 * least / dense_run) / 1000
             ask = f"fraction({fraction:g}" if fraction <= 1 else f"total({_rounded_up(least):g}"
-            cut = next_decision(self.reference, step, total_steps)
+            cut = next_decision(self.schedule, step, total_steps)
             why = f"cannot be met: with a cut down to the narrowest model after step {cut}, the first that there can be"
             if spent >= limit:
                 why = f"is spent already: {amount(spent, resource)} went by step {step}. Cut to the narrowest model"
@@ -101,55 +90,15 @@ class RunBudget:
             besides: what is spent besides steps from here on.
         """
         rest = (1 - self.margin) * self.limit(total_steps) - spent - besides
-        return most_per_step(self.reference, step, total_steps, rest=rest, cheapest=cheapest)
+        return most_per_step(self.schedule, step, total_steps, rest=rest, cheapest=cheapest)
 
     def per_step(self, step: int, total_steps: int, *, spent: float, present: float) -> float:
         """The limit per step that the rest of the run can be held to."""
         rest = (1 - self.margin) * self.limit(total_steps) - spent
-        found = step_limit(self.reference, step, total_steps, rest=rest, start=self.dense, present=present)
-        if self.reference.settled(step, total_steps) and step < total_steps:
+        found = step_limit(self.schedule, step, total_steps, rest=rest, start=self.dense, present=present)
+        if self.schedule.settled(step, total_steps) and step < total_steps:
             found = min(found, rest / (total_steps - step))
         return max(found, _FLOOR * self.dense)
-
-    def wait(
-        self,
-        step: int,
-        total_steps: int,
-        *,
-        spent: float,
-        present: float,
-        after: float,
-        sensing: float = 0.0,
-        deciding: float = 0.0,
-    ) -> int:
-        """Steps by which a landing had better wait, 0 for none.
-
-        Args:
-            step: optimizer steps done.
-            total_steps: of the run.
-            spent: so far.
-            present: cost of a step now.
-            after: cost of a step after the landing.
-            sensing: cost of sensing per step, until the landing.
-            deciding: what each further decision costs, those that are due until then included.
-
-        >>> run = RunBudget(Budget.total(100.0, of="flops", per="run"), Reference(), dense=1.0)
-        >>> run.wait(60, 110, spent=60.0, present=1.0, after=0.6)  # 30 for 50 steps, 10 left: 25 steps more at 1.0
-        25
-        """
-        limit = (1 - self.margin) * self.limit(total_steps)
-        unused = limit - spent - after * (total_steps - step)
-        saving = present + sensing - after
-        if unused <= _UNUSED * limit or present <= after:
-            return 0
-        most = total_steps - 1 - step
-
-        def steps(left: float) -> int:
-            return max(0, min(math.floor(left / saving), most))
-
-        until = step + steps(unused)
-        decisions = 1 + sum(self.reference.due(each, total_steps) for each in range(step + 1, until))
-        return steps(unused - sensing - deciding * decisions) if deciding else steps(unused)
 
 
 def _rounded_up(value: float) -> float:

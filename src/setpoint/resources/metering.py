@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils._python_dispatch import (
     _get_current_dispatch_mode,
     _get_current_dispatch_mode_stack,
@@ -16,13 +17,17 @@ from torch.utils._python_dispatch import (
 )
 from torch.utils.hooks import RemovableHandle
 
-from setpoint.loop.inference import Inference
-from setpoint.meter.energy import EnergyMeter
-from setpoint.meter.memory import LiveBytes
-from setpoint.meter.seconds import Measured, StepMeter
+from setpoint.cost.budget import METERED
+from setpoint.cost.cost import Cost
+from setpoint.groups.export import Example, inputs_of
+from setpoint.resources.costing import Costing
+from setpoint.resources.inference import Inference
+from setpoint.resources.joules import EnergyMeter
+from setpoint.resources.live_bytes import LiveBytes, resident_bytes
+from setpoint.resources.replica import Replica
+from setpoint.spending.meter import Meter
+from setpoint.spending.seconds import Measured, StepMeter
 
-METERED = ("memory", "latency", "inference", "energy")
-"""Resources that are measured where there is a meter."""
 _MARGIN = 0.03
 _ENOUGH = 10
 """Steps behind a reading, before the end of a run is judged by it."""
@@ -44,7 +49,7 @@ class _FirstCall:
         return _FirstCall, ()
 
 
-class Metering:
+class Metering(Meter):
     """Reads seconds, joules and bytes of the user's own optimizer steps between two cuts.
 
     Seconds are the median over all steps, joules the mean. Bytes are the peak of one step, the last
@@ -57,19 +62,19 @@ class Metering:
 
     Args:
         resources: that a budget is on.
-        steps: the account's meter of seconds.
         held: gives the tensors that live between steps.
         device: of the model.
         model: whose first call in training begins the step.
         compiled: whether the model runs as compiled code.
         energy: a working meter, or None.
         inference: the model on the batch that it is to answer in time, or None.
+        pass_flops: FLOPs of one forward pass of it, None where none is timed.
+        watts: power that the user has stated, where joules are this times seconds; else 0.
     """
 
     def __init__(
         self,
         resources: Collection[str],
-        steps: StepMeter,
         held: Callable[[], Sequence[Tensor]],
         device: torch.device,
         *,
@@ -77,9 +82,13 @@ class Metering:
         compiled: bool = False,
         energy: EnergyMeter | None = None,
         inference: Inference | None = None,
+        pass_flops: Cost | None = None,
+        watts: float = 0.0,
     ) -> None:
+        super().__init__(StepMeter(synchronize=bool({"latency", "energy"} & set(resources))))
         self._resources, self._model = frozenset(resources), model
-        self._steps, self._held, self._device, self._compiled = steps, held, device, compiled
+        self._held, self._device, self._compiled = held, device, compiled
+        self._pass_flops, self.watts = pass_flops, watts
         self._energy = energy if "energy" in self._resources else None
         self._inference = inference if "inference" in self._resources else None
         self._pass_seconds: Measured | None = None
@@ -199,17 +208,17 @@ class Metering:
         for handle in handles:
             handle.remove()
 
-    def time_inference(self) -> int:
-        """Time forward passes of the model, if that is metered; returns how many were made."""
+    def time_inference(self, widths: Mapping[str, int]) -> float:
+        """Time forward passes of the model now, if inference is metered; returns the FLOPs that this took."""
         if self._inference is None or _get_current_dispatch_mode_stack():  # under somebody else's mode
-            return 0
+            return 0.0
         self._pass_seconds, passes = self._inference.timed()
-        return passes
+        return 0.0 if self._pass_flops is None else passes * self._pass_flops.total(widths)
 
     def read(self) -> dict[str, float]:
         """Readings since the last cut, by resource; what no meter has read is not there."""
         found: dict[str, float] = {}
-        seconds = self._steps.seconds_per_step
+        seconds = self.steps.seconds_per_step
         if "latency" in self._resources and seconds is not None:
             found["latency"] = seconds
         if self._pass_seconds is not None:
@@ -222,14 +231,25 @@ class Metering:
                 found["energy"] = (now_j - self._began_j) / self._num_steps
         return found
 
-    @property
-    def quickest_inference(self) -> float | None:
-        """Seconds of the shortest of the last forward passes, or None where there were none."""
-        return None if self._pass_seconds is None else self._pass_seconds.least
+    def stated_j(self) -> dict[str, float]:
+        """Joules of a step where they are the user's watts times seconds, once those are known."""
+        seconds = self.steps.seconds_per_step
+        return {} if not self.watts or seconds is None else {"energy": self.watts * seconds}
+
+    def at_best(self, known: Mapping[str, float]) -> dict[str, float]:
+        """The readings, with the quickest step and pass in place of the usual ones.
+
+        Others may have an evaluation in them, or something else on the machine beside them.
+        """
+        quickest = self.steps.quickest_seconds
+        passing = None if self._pass_seconds is None else self._pass_seconds.least
+        found: dict[str, float | None] = {"latency": quickest, "inference": passing}
+        found |= {"energy": quickest and self.watts * quickest} if self.watts else {}
+        return {name: value for name, value in {**known, **found}.items() if value is not None and name in known}
 
     def settled(self) -> dict[str, float]:
         """The readings that enough steps are behind to be held against a limit."""
-        seconds = self._steps.measured()
+        seconds = self.steps.measured()
         enough = {"latency": seconds is not None and seconds.count >= _ENOUGH, "energy": self._num_steps >= _ENOUGH}
         return {name: value for name, value in self.read().items() if enough.get(name, True)}
 
@@ -237,7 +257,7 @@ class Metering:
         """How far spending may lie over a limit, relatively, before a meter of this resource can tell."""
         if resource not in METERED:
             return 0.0
-        seconds = {"latency": self._steps.measured(), "inference": self._pass_seconds}.get(resource)
+        seconds = {"latency": self.steps.measured(), "inference": self._pass_seconds}.get(resource)
         return max(_MARGIN, (seconds.high - seconds.low) / 2 / seconds.value if seconds else 0.0)
 
     def run_j(self) -> float | None:
@@ -255,9 +275,14 @@ class Metering:
             )
         self._missed.update(resources)
 
+    @property
     def vanished(self) -> bool:
         """Whether the energy meter has gone in the middle of the run."""
         return self._energy is not None and not self._energy.works
+
+    def resident_bytes(self) -> int | None:
+        """Largest resident set of the process so far, where memory is of interest."""
+        return resident_bytes() if "memory" in self._resources else None
 
     def cut(self) -> None:
         """The model has changed: forget."""
@@ -277,3 +302,41 @@ class Metering:
         self._peak = None if state["peak"] is None else int(state["peak"])
         self._blocked = bool(state["blocked"])
         self._earlier_j = None if state["run_j"] is None else float(state["run_j"])
+
+
+def meter_for(
+    costing: Costing,
+    model: nn.Module,
+    optimizers: Sequence[Optimizer],
+    example: Example,
+    resources: Collection[str],
+    *,
+    compiled: bool,
+    answered: Example,
+    pass_flops: Cost | None,
+) -> Metering:
+    """The meter of a run whose resources have been costed out.
+
+    Args:
+        costing: of these resources.
+        model: the live model.
+        optimizers: that train it.
+        example: inputs of one step.
+        resources: that a budget, price or tolerance is on.
+        compiled: whether the model runs as compiled code.
+        answered: inputs of one inference.
+        pass_flops: FLOPs of that, None where none is metered.
+    """
+    args, kwargs = inputs_of(example)
+    live = Replica(model, tuple(optimizers), args, kwargs)
+    return Metering(
+        resources,
+        live.held,
+        next((parameter.device for parameter in model.parameters()), torch.device("cpu")),
+        model=model,
+        compiled=compiled,
+        energy=costing.energy,
+        inference=Inference.of(model, answered) if "inference" in resources else None,
+        pass_flops=pass_flops,
+        watts=costing.stated_watts,
+    )

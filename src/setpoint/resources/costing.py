@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,22 +18,22 @@ from torch import nn
 from torch.optim import Optimizer
 
 from setpoint.controller.ladder import lowest_width
+from setpoint.cost.budget import METERED
 from setpoint.cost.cost import Cost
-from setpoint.cost.energy import EnergyCost, fit_energy
-from setpoint.cost.latency import Fit, LatencyCost, fit_steps
-from setpoint.cost.lengths import trial_widths
-from setpoint.cost.memory import MemoryCost
-from setpoint.cost.table import Table
-from setpoint.cost.tape import Tape, Trainee, record
 from setpoint.errors import CostError, SetpointError
 from setpoint.groups.export import Example
 from setpoint.groups.group import Group, widths_of
-from setpoint.loop.inference import inference_replica
-from setpoint.loop.metering import METERED
-from setpoint.loop.replica import replica
-from setpoint.meter.energy import EnergyMeter, find_energy_meter, idle_watts
-from setpoint.meter.memory import peak_bytes
-from setpoint.meter.seconds import Stopwatch
+from setpoint.resources.energy import EnergyCost, fit_energy
+from setpoint.resources.inference import inference_replica
+from setpoint.resources.joules import EnergyMeter, find_energy_meter, idle_watts
+from setpoint.resources.latency import Fit, LatencyCost, fit_steps
+from setpoint.resources.lengths import trial_widths
+from setpoint.resources.live_bytes import peak_bytes
+from setpoint.resources.memory import MemoryCost
+from setpoint.resources.replica import replica
+from setpoint.resources.table import Table
+from setpoint.resources.tape import Tape, Trainee, record
+from setpoint.spending.seconds import Stopwatch
 
 _LEAST_STEPS, _MOST_STEPS, _ENOUGH_S = 3, 50, 0.3
 _CALIBRATION_LIMIT_S = 20.0
@@ -62,6 +63,18 @@ class Costing:
     step_seconds: Mapping[str, float] = field(default_factory=dict)
     energy: EnergyMeter | None = None
     idle_watts: float | None = None
+
+    @property
+    def header(self) -> dict[str, Any]:
+        """What a ledger says of it."""
+        told = {"calibration": dict(self.errors), "step_seconds": dict(self.step_seconds)}
+        return told if self.idle_watts is None else {**told, "idle_watts": self.idle_watts}
+
+    @property
+    def stated_watts(self) -> float:
+        """The power that the user has stated, where joules are this times seconds; else 0."""
+        energy = self.costs.get("energy")
+        return energy.watts if isinstance(energy, EnergyCost) and energy.stated else 0.0
 
 
 def cost_out(
@@ -94,8 +107,9 @@ def cost_out(
     meter, why = find_energy_meter([device]) if "energy" in wanted else (None, "")
     if "energy" in wanted and meter is None and watts is None:
         raise CostError(
-            f"there is no meter of energy here ({why}), so no joules can be measured: give attach(..., watts=W) the "
-            "power that a training step draws, and energy is modelled as watts x seconds; or use of='latency'"
+            f"there is no meter of energy here ({why}), so no joules can be measured: give the budget the power that a "
+            "training step draws, as in Budget.fraction(0.5, of='energy', watts=W), and energy is modelled as watts x "
+            "seconds; or use of='latency'"
         )
     if meter is not None and watts is not None:
         warnings.warn(f"joules are measured by {meter.source}: the {watts:g} stated watts are left aside", stacklevel=4)

@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten
 
-from setpoint.cost.lengths import Lengths
 from setpoint.errors import CostError
 from setpoint.groups.group import Size
 from setpoint.groups.walk import op_name
-from setpoint.meter.memory import LiveBytes
+from setpoint.resources.lengths import Lengths
+from setpoint.resources.live_bytes import LiveBytes
 
 
 class Trainee(Protocol):

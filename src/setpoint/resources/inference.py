@@ -15,8 +15,8 @@ from setpoint.actuator.shrink import named_tensors
 from setpoint.groups.chance import untouched_chance
 from setpoint.groups.export import Example, inputs_of, untouched_attributes
 from setpoint.groups.group import Group
-from setpoint.loop.replica import fresh_replica, users_hooks
-from setpoint.meter.seconds import Measured, Stopwatch, median_of
+from setpoint.resources.replica import fresh_replica, users_hooks
+from setpoint.spending.seconds import Measured, Stopwatch, median_of
 
 _LEAST_PASSES, _MOST_PASSES, _ENOUGH_S = 5, 30, 0.2
 

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from setpoint.cost.curve import Curve, Point, points
-from setpoint.cost.problem import Problem
-from setpoint.meter.seconds import Stopwatch
+from setpoint.resources.curve import Curve, Point, points
+from setpoint.resources.problem import Problem
+from setpoint.spending.seconds import Stopwatch
 
 FORMAT = 1
 _ROUNDS = 3
