@@ -23,7 +23,7 @@ from setpoint.cost.price import Price
 from setpoint.cost.tolerance import Tolerance
 from setpoint.errors import LoopError
 from setpoint.groups.chance import untouched_chance
-from setpoint.groups.export import Example
+from setpoint.groups.export import Example, num_samples
 from setpoint.groups.follow import check_follows
 from setpoint.groups.group import Group, widths_of
 from setpoint.groups.trace import Trace, trace
@@ -100,21 +100,23 @@ def attach(
     clock, host = Stopwatch(synchronize=True), host_of(model, optimizer, copies)
     with clock, host.whole(), untouched_chance(host.model), host.together("attach") as facts:
         wish = _wish(host, budget, controller, sensor, actuator, total_steps)
-        choose = _choose_weights if wish.masking else _choose_units
-        sensor, found = choose(host, wish, example, sensor, groups, allow_lossy, verify)
-        spending = _spending(host, wish, found, example, sensor, total_steps, clock)
+        if wish.masking:
+            parts = _weights(host, wish, example, sensor, groups)
+        else:
+            parts = _units(host, wish, example, sensor, groups, allow_lossy, verify)
+        spending, found = _spending(host, wish, parts, total_steps, clock), parts.found
         run = {
             **({"pattern": wish.masking} if wish.masking else {}),
             "groups": widths_of(found.groups),
             "optimizers": [type(each).__name__ for each in host.optimizers],
             "copies": len(host.copies),
-            "sensor": type(sensor).__name__,
+            "sensor": parts.name,
             "controller": type(wish.controller).__name__,
         }
         facts.update({**run, **spending.facts()})
     header = header_of(found.groups, found.frozen, spending.header, host.model) | found.header
-    cutting, revocable = _actuators(host, wish, found, sensor, spending)
-    return Loop(host, sensor, wish.guarded(), cutting, spending, header, run, revocable)
+    actuator, revocable = parts.actuator(spending), partial(parts.revocable, spending)
+    return Loop(host, parts.sensor, wish.guarded(), actuator, spending, header, run, revocable)
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,6 +143,11 @@ class _Wish:
         return self.budgets if self.goal is None else (self.goal,)
 
     @property
+    def resource(self) -> str:
+        """What is saved where there is no budget."""
+        return self.goal.resource if self.goal else "flops"
+
+    @property
     def schedule(self) -> Reference:
         """When decisions are made."""
         schedule = getattr(self.controller, "reference", None)
@@ -156,6 +163,31 @@ class _Wish:
         """The controller, which uses up a run's budget and gives way to the loss once."""
         using_up = UsingUp(self.controller)
         return RollingBack(using_up) if self.revocable else using_up
+
+
+def _spending(host: Host, wish: _Wish, parts: _Parts, total_steps: int, clock: Stopwatch) -> Spending:
+    """What the run may spend; a budget that cannot be met is refused."""
+    found, controller = parts.found, wish.controller
+    dense = {name: cost.total(widths_of(found.groups)) for name, cost in found.costs.items()}
+    for each in wish.budgets:
+        check_reachable(each, dense[each.resource], cheapest(found.costs[each.resource], found.groups))
+    spending = Spending(
+        parts.target,
+        found.costs,
+        found.groups,
+        total_steps=total_steps,
+        schedule=wish.schedule,
+        sensing_flops=parts.sensor.flops(found.groups, host.model),
+        account=Account(clock, parts.meter.steps, dense["flops"], found.passes * dense["flops"]),
+        meter=parts.meter,
+        alone=host.ranks.count == 1,
+        regrows=regrows(controller),
+        learning=controller if isinstance(controller, Learning) else None,
+        modelled=found.sources,
+        check=parts.check,
+    )
+    spending.check_runs(found.groups, 0)
+    return spending
 
 
 def _wish(
@@ -195,33 +227,58 @@ def _wish(
     return wish
 
 
-Chosen = tuple[Sensor[Any], Candidates]
+@dataclass(frozen=True, eq=False)
+class _Parts:
+    """What a run is made of, as far as it depends on what a unit is.
+
+    Args:
+        sensor: reads saliencies; `name` is what the user knows it by.
+        found: what may be pruned.
+        actuator: carries plans out.
+        revocable: makes it one that can take its first cut back.
+        meter: reads what steps take.
+        target: what spending is held to.
+    """
+
+    sensor: Sensor[Any]
+    name: str
+    found: Candidates
+    actuator: Callable[[Spending], Actuator]
+    meter: Meter
+    target: Target
+    revocable: Callable[[Spending, Actuator], Actuator] = lambda spending, actuator: actuator
+    check: Callable[[Sequence[Budget]], None] = lambda budgets: None
 
 
-def _choose_weights(
-    host: Host,
-    wish: _Wish,
-    example: Example,
-    sensor: Sensor[Any] | None,
-    groups: Sequence[Group] | None,
-    allow_lossy: bool,
-    verify: bool,
-) -> Chosen:
-    """Single weights that may be masked; nothing is tried out, since a mask is exact on any model."""
-    from setpoint.weights.candidates import check_run, weight_candidates
+def _weights(
+    host: Host, wish: _Wish, example: Example, sensor: Sensor[Any] | None, groups: Sequence[Group] | None
+) -> _Parts:
+    """Single weights are masked; nothing is tried out, since a mask is exact on any model."""
+    from setpoint.weights.candidates import check_resources, check_run, weight_candidates
+    from setpoint.weights.find import Pattern
+    from setpoint.weights.patterned import Patterned
     from setpoint.weights.taylor import WeightTaylorSensor
 
-    if not host.alone or host.wrapper:
+    if host.wrapper:
         raise LoopError(
             "single weights are not masked inside DistributedDataParallel or fully_shard in this version: "
             "train in one process, or leave the actuator to attach, which cuts whole units"
         )
-    sensor = WeightTaylorSensor(_num_samples(example)) if sensor is None else sensor
-    check_run(wish.goal, wish.budgets, wish.controller, sensor)
-    return weight_candidates(host, example, wish.masking, groups, sensor)
+    inner = WeightTaylorSensor(num_samples(example)) if sensor is None else sensor
+    check_run(wish.goal, wish.budgets, wish.controller, inner)
+    found, masks = weight_candidates(host, example, wish.masking, groups, inner)
+    return _Parts(
+        Patterned(inner, Pattern.named(wish.masking)),
+        type(inner).__name__,
+        found,
+        lambda spending: masks,
+        Meter(),
+        Target(wish.budgets, found.costs, widths_of(found.groups), wish.schedule, wish.resource),
+        check=check_resources,
+    )
 
 
-def _choose_units(
+def _units(
     host: Host,
     wish: _Wish,
     example: Example,
@@ -229,34 +286,59 @@ def _choose_units(
     groups: Sequence[Group] | None,
     allow_lossy: bool,
     verify: bool,
-) -> Chosen:
-    """Units that may be cut."""
-    trace_ = trace(host.model, example)
-    sensor = _sensor(host, trace_.groups, example) if sensor is None else sensor
+) -> _Parts:
+    """Units are cut."""
+    traced = trace(host.model, example)
+    sensor = _sensor(host, traced.groups, example) if sensor is None else sensor
     check_reads(host, sensor)
     sensor = sensor.over(host.ranks) if isinstance(sensor, Shared) and not host.alone else sensor
-    found = unit_candidates(host, trace_, example, sensor, groups, allow_lossy=allow_lossy, verify=verify)
+    found = unit_candidates(host, traced, example, sensor, groups, allow_lossy=allow_lossy, verify=verify)
     if regrows(wish.controller):
         passes = _check_regrowth(host, example, found.groups, sensor, verify)
         found = replace(found, passes=found.passes + passes)
-    return sensor, found
+    meter = Meter()
+    if {each.resource for each in wish.goals} & set(METERED):
+        from setpoint.resources.learn import learn
+
+        learnt = learn(host, example, traced, found.groups, wish.goals)
+        meter, costs = learnt.meter, {**found.costs, **learnt.costs}
+        found = replace(found, costs=costs, sources=learnt.sources, header=learnt.header)
+        target = learnt.target(wish.budgets, costs, wish.schedule, wish.resource)
+    else:
+        found = replace(found, header={"calibration": {}, "step_seconds": {}})
+        target = Target(wish.budgets, found.costs, widths_of(found.groups), wish.schedule, wish.resource)
+    coordinates: Coordinates = same_coordinates
+    if any(group.kind == "state" for group in found.groups):
+        from setpoint.states.balance import balanced as coordinates
+    cutting = Cutting(host, found.groups, coordinates)
+
+    def regrowth(spending: Spending, actuator: Actuator) -> Actuator:
+        from setpoint.regrowth.regrowing import Regrowth
+
+        lasting = regrows(wish.controller) and not isinstance(wish.goal, Tolerance)
+        return Regrowth(cutting, wish.controller, spending, wish.reserve_bytes, lasting=lasting)
+
+    comes_back = isinstance(wish.controller, Returning) and takes_back(sensor)
+    at_once = regrows(wish.controller)
+    return _Parts(
+        sensor,
+        type(sensor).__name__,
+        found,
+        (lambda spending: regrowth(spending, cutting)) if at_once else (lambda spending: cutting),
+        meter,
+        target,
+        revocable=regrowth if comes_back and not at_once else lambda spending, actuator: actuator,
+    )
 
 
 def _sensor(host: Host, groups: tuple[Group, ...], example: Example) -> Sensor[Any]:
     """Taylor for units; states have sensors of their own."""
-    num_samples = _num_samples(example) * host.ranks.count
+    samples = num_samples(example) * host.ranks.count
     if host.alone and any(group.kind == "state" for group in groups):
         from setpoint.states import sensor_for
 
-        return sensor_for(groups, host.model, example, num_samples)
-    return TaylorSensor(num_samples)
-
-
-def _num_samples(example: Example) -> int:
-    """Leading dim of the example's first tensor; 1 if it has none."""
-    values = example.values() if isinstance(example, Mapping) else example
-    first = next((value for value in values if isinstance(value, Tensor) and value.dim()), None)
-    return max(1, first.shape[0]) if first is not None else 1
+        return sensor_for(groups, host.model, example, samples)
+    return TaylorSensor(samples)
 
 
 def _check_regrowth(host: Host, example: Example, groups: tuple[Group, ...], sensor: Sensor[Any], verify: bool) -> float:

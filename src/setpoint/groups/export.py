@@ -60,6 +60,13 @@ def tensors_of(output: Any) -> Iterator[torch.Tensor]:
                 yield from tensors_of(value)
 
 
+def num_samples(example: Example) -> int:
+    """Leading dim of the example's first tensor; 1 if it has none."""
+    values = example.values() if isinstance(example, Mapping) else example
+    first = next((value for value in values if isinstance(value, Tensor) and value.dim()), None)
+    return max(1, first.shape[0]) if first is not None else 1
+
+
 def inputs_of(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword inputs of an example."""
     if isinstance(example, Mapping):

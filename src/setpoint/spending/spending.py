@@ -108,6 +108,53 @@ class Spending:
         return self.target.cost
 
     @property
+    def limits(self) -> dict[str, float]:
+        """What the controller is to hold, by resource."""
+        return self.target.limits
+
+    @property
+    def resizes(self) -> int:
+        """How often the model has changed its widths."""
+        return self.account.resizes
+
+    @property
+    def probing_flops(self) -> float:
+        """FLOPs that resting units have added to steps."""
+        return self.account.probing_flops
+
+    @property
+    def peak_wanted(self) -> bool:
+        """Whether a step's bytes can be read, and none has been since the last cut."""
+        return self.meter.peak_wanted
+
+    @property
+    def peak_known(self) -> bool:
+        """Whether a step's bytes have been read since the last cut."""
+        return self.meter.peak_known
+
+    def facts(self) -> dict[str, Any]:
+        """What must be the same in two runs of which one goes on with the other, and on all ranks of one run."""
+        dense = self.target.dense
+        return {
+            "dense": {name: dense[name] for name in ("flops", "params")},  # others are fitted to this machine
+            "budgets": [(each.resource, float(each.limit), each.per, each.relative) for each in self.budgets],
+            "total_steps": self.total_steps,
+        }
+
+    def binding(self, widths: Mapping[str, int]) -> str:
+        """Resource of the budget that leads."""
+        return self.target.binding(widths)
+
+    def price(self, plan: Plan | None, widths: Mapping[str, int]) -> float:
+        """Price of a plan for a unit of the budget that leads; 0 without one."""
+        prices = self.target.prices(plan.price, widths) if plan else {}
+        return float(prices.get(self.binding(widths), 0.0))
+
+    def share_left(self, share: float, used: float) -> float:
+        """What is left of a share of the steps' FLOPs so far, of which some have been used."""
+        return share * (self.account.train_flops - self.account.overhead_flops) - used
+
+    @property
     def header(self) -> dict[str, Any]:
         """What a ledger says of spending before its first entry."""
         dense = {name: cost.total(self._dense_widths) for name, cost in self.costs.items()}
@@ -159,6 +206,10 @@ class Spending:
         self.meter.prepare(due)
         if not self.meter.watching:
             self.meter.steps.begin()
+
+    def stop(self) -> None:
+        """End what watches a step; may be called again."""
+        self.meter.stop()
 
     # What is known at a decision.
 
@@ -375,6 +426,10 @@ class Spending:
                 f"by {self.schedule.land:.0%} of the run at the latest. Finish this loop and attach a new one"
             )
 
+    def take(self, other: Spending) -> None:
+        """Go on with the budgets and the length of another one of the same run."""
+        self.target, self.total_steps = other.target, other.total_steps
+
     def with_budget(self, budget: Budget | Sequence[Budget], groups: tuple[Group, ...], step: int) -> Spending:
         """The same run with another budget.
 
@@ -564,17 +619,15 @@ class Spending:
         trial = copy.copy(self)
         trial.account, trial.target = copy.deepcopy(self.account), copy.copy(self.target)
         trial.meter = copy.copy(self.meter)
-        trial.load_state_dict(state, 0.0)
+        trial.load_state_dict(state)
 
-    def load_state_dict(self, state: Mapping[str, Any], sensing_flops: float) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken.
 
         Args:
             state: from `state_dict`.
-            sensing_flops: of one sensing at the widths of then.
         """
         self.account.load_state_dict(state["account"])
         self.target.load_state_dict(state["target"])
         self.meter.load_state_dict(state["metering"])
         self.readings = {str(name): float(value) for name, value in state["metered"].items()}
-        self.sensing_flops = sensing_flops
