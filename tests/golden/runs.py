@@ -21,6 +21,7 @@ import setpoint
 from golden.models import GPT, ResNet, Sampled, mlp
 from setpoint.models import SequenceClassifier
 from setpoint.sensor.reading import Reading
+from setpoint.weights.masking import Masking
 
 HALF = setpoint.Budget.fraction(0.5, of="flops")
 
@@ -238,8 +239,7 @@ def two_four() -> Training:
         example=(images(0)[0],),
         total_steps=60,
         groups=setpoint.find_weights(model, "2:4"),
-        granularity="weight",
-        pattern="2:4",
+        actuator=Masking("2:4"),
     )
     return Training(model, (optimizer,), loop, losses, 60)
 

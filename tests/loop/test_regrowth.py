@@ -20,6 +20,7 @@ from setpoint.controller.plan import Observation, Plan
 from setpoint.controller.priced import PricedController
 from setpoint.controller.reference import Reference
 from setpoint.errors import LoopError, VerificationError
+from setpoint.regrowth.regrowing import Regrowing
 from setpoint.sensor.reading import Reading
 
 
@@ -161,11 +162,11 @@ def test_probing_is_counted_and_stays_within_its_share() -> None:
     )
     train(model, optimizer, 63)
     small = counted(model)
-    before = loop._spending.account.train_flops, loop._spending.account.probed_steps
+    before = loop.spending.account.train_flops, loop.spending.account.probed_steps
     train(model, optimizer, 5, 63)
-    assert loop._spending.account.train_flops - before[0] == pytest.approx(5 * small, rel=1e-3) and before[1] == 0
+    assert loop.spending.account.train_flops - before[0] == pytest.approx(5 * small, rel=1e-3) and before[1] == 0
     train(model, optimizer, 2, 68)
-    summary_flops, steps = loop._spending.account.probing_flops, loop._spending.account.probed_steps
+    summary_flops, steps = loop.spending.account.probing_flops, loop.spending.account.probed_steps
     wide = Net()
     assert steps == 2 and summary_flops == pytest.approx(2 * (counted(wide) - small), rel=1e-3)
     train(model, optimizer, 30, 70)
@@ -217,7 +218,7 @@ def test_the_model_is_the_same_right_after_a_return() -> None:
     model, units = Net(), {"inner.0": [1, 2], "stem": [3]}
     optimizer, loop = attach(model, Scripted({5: units}))
     train(model, optimizer, 8)
-    before, regrowth = model(data(99)[0]), loop._regrowth
+    before, regrowth = model(data(99)[0]), loop.actuator
     assert regrowth is not None
     regrowth.grow(loop.groups, Plan(8, {}, grow={name: np.array(each) for name, each in units.items()}))
     torch.testing.assert_close(model(data(99)[0]), before, rtol=0, atol=1e-6)
@@ -230,7 +231,7 @@ def test_the_weights_that_rise_arrive_exactly() -> None:
         torch.manual_seed(0)
         model = Net()
         _, loop = attach(model, Scripted({}))
-        regrowth = loop._regrowth
+        regrowth = loop.actuator
         assert regrowth is not None
         before = [tensor.clone() for tensor in model.state_dict().values()]
         keep = {"inner.0": np.arange(16) > 4, "stem": np.arange(12) != 2}
@@ -334,7 +335,7 @@ def test_units_that_went_by_mistake_come_back(monkeypatch: pytest.MonkeyPatch) -
 def test_a_small_reserve_lets_go_and_says_so() -> None:
     """Claim: with room for next to nothing the run goes on, warns, and names what it let go in the entry."""
     model = Net()
-    optimizer, loop = attach(model, Scripted({5: {"inner.0": [1, 4]}}), reserve_bytes=100)
+    optimizer, loop = attach(model, Scripted({5: {"inner.0": [1, 4]}}), actuator=Regrowing(reserve_bytes=100))
     with pytest.warns(UserWarning, match="reserve of 100 bytes is full"):
         train(model, optimizer, 10)
     assert "let go" in loop.ledger[0].reason

@@ -351,5 +351,5 @@ def test_nothing_that_a_loop_remembers_is_forgotten() -> None:
     """Claim: every attribute of a loop is stored, or follows from the arguments of attach: a new one must be sorted."""
     run = Run(lambda: Scripted(DROP, BACK), budget=0.9, verify=False)
     assert set(vars(run.loop)) == STORED | GIVEN_AGAIN
-    account = run.loop._spending.account
+    account = run.loop.spending.account
     assert set(vars(account)) - set(account._numbers()) - set(account._watches()) == {"steps", "_segments", "_attached"}
