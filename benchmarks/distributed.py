@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 import setpoint
 from setpoint.bench.environment import machine
 from setpoint.controller.reference import Reference
-from setpoint.loop.agreement import shared_reading, together
+from setpoint.host.together import shared_reading, together
 from setpoint.loop.wrapper import rewrap
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"

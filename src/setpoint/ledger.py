@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, overload
 
+from setpoint.checkpoint.plain import plain
 from setpoint.errors import CheckpointError
 
 FORMAT = 1
@@ -138,6 +139,20 @@ class Ledger:
         place = next((place for place in reversed(range(len(self))) if self._entries[place].changed), None)
         if place is not None and self._entries[place].loss_after is None:
             self._entries[place] = replace(self._entries[place], loss_after=loss_after)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All entries, in plain tensors, numbers and strings."""
+        return {"entries": [plain(asdict(entry), "the ledger") for entry in self._entries]}
+
+    def check(self, state: Mapping[str, Any]) -> None:
+        """Check that a state holds entries."""
+        for entry in state["entries"]:
+            Entry(**entry)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take the entries of a state in behind those that are there."""
+        for entry in state["entries"]:
+            self.append(Entry(**entry))
 
     def __len__(self) -> int:
         return len(self._entries)

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import setpoint
+import setpoint.regrowth.regrowing
 from golden.models import GPT, ResNet, Sampled, mlp
 from setpoint.models import SequenceClassifier
 from setpoint.sensor.reading import Reading
@@ -184,8 +185,8 @@ class Misled:
 
 def regrowth() -> Training:
     """Useful units that a wrong reading has dropped are probed and come back."""
-    assert hasattr(setpoint.loop.regrowth, "_PROBE_SHARE"), "say here where the share of probing stands now"
-    setpoint.loop.regrowth._PROBE_SHARE = 0.05  # the run is too short to pay for probing out of one percent
+    assert hasattr(setpoint.regrowth.regrowing, "_PROBE_SHARE"), "say here where the share of probing stands now"
+    setpoint.regrowth.regrowing._PROBE_SHARE = 0.05  # the run is too short to pay for probing out of one percent
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 48), nn.ReLU(), nn.Linear(48, 4)).double()
     optimizer = adamw(model)

@@ -174,6 +174,15 @@ class Learning(Protocol):
         ...
 
 
+@runtime_checkable
+class Transferring(Protocol[State]):
+    """What a controller has in addition whose state is carried over to another budget or length of the run."""
+
+    def transferred(self, state: State, *, step: int, total_steps: int, present: float, limit: float) -> State:
+        """The state with which it goes on from what a step costs now."""
+        ...
+
+
 def regrows(controller: object) -> bool:
     """Whether a controller brings dropped units back."""
     return isinstance(controller, Regrowing) and controller.regrow

@@ -44,7 +44,7 @@ def check_goal(goal: Price | Tolerance | None, controller: Controller[Any]) -> N
         )
 
 
-def controller_for(goal: Price | Tolerance | Sequence[Budget], reference: Reference | str | None) -> Controller[Any]:
+def controller_for(goal: Price | Tolerance | Sequence[Budget], *, regrow: bool, reference=None) -> Controller[Any]:
     """The default controller of a goal.
 
     Args:
@@ -64,5 +64,5 @@ def controller_for(goal: Price | Tolerance | Sequence[Budget], reference: Refere
         return PenaltyController(goal, times or Reference())
     if isinstance(goal, Tolerance):
         return TolerantController(goal) if times is None else TolerantController(goal, times)
-    priced = PricedController(times or Reference(), deadband=min(each.deadband for each in goal))
+    priced = PricedController(times or Reference(), deadband=min(each.deadband for each in goal), regrow=regrow)
     return AdaptiveController(priced) if reference == "adaptive" else priced

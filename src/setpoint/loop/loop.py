@@ -15,11 +15,11 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from setpoint.checkpoint.plain import plain, restored
-from setpoint.controller.plan import Controller, Plan, Transferring, regrows
+from setpoint.controller.plan import Controller, Plan, Transferring
 from setpoint.cost.budget import Budget
 from setpoint.errors import CheckpointError, GroupError, LoopError
 from setpoint.groups.chance import chance_state, check_chance_state, set_chance_state
-from setpoint.groups.follow import Change, follow
+from setpoint.groups.follow import Change, follow_by
 from setpoint.groups.group import Group, widths_of
 from setpoint.host.host import Host
 from setpoint.ledger import Entry, Ledger
@@ -80,10 +80,11 @@ class Loop:
         self.losses, self._ledger = Losses(), Ledger(header)
         self._sensor_state = sensor.init(self._dense, host.model)
         self._controller_state = controller.init(self._dense)
+        spending.sensing_flops = sensor.flops(self._dense, host.model)  # attach saw an unsharded model
         self._now = Progress()
         self._begun = self._finished = False
         self._summary: Summary | None = None
-        host.begin(steps=lambda: self.step, missed=self._after_missed_step, recompiled=spending.recompiled, num_groups=len(self._dense))
+        host.begin(steps=lambda: self.step, missed=partial(self._after_step, False), recompiled=spending.recompiled, num_groups=len(self._dense))
         self._hooks = StepHooks(
             host.optimizers, self._before_step, self._after_step, partial(check_loading, host, self._dense)
         )
@@ -336,7 +337,8 @@ class Loop:
     def _before_step(self, grad_scale: Tensor | None) -> None:
         with uninterrupted():
             by_hooks = isinstance(self.sensor, Hooking) and self.sensor.hooked(self._sensor_state)
-            self.host.before_step(first=not self._begun, regrows=regrows(self.controller), by_hooks=by_hooks)
+            brings_back = self.actuator.brings_back
+            self.host.before_step(first=not self._begun, regrows=brings_back, by_hooks=by_hooks)
             self._begun = True
             self.actuator.before_step(grad_scale)
             self._sense(grad_scale)
@@ -425,11 +427,12 @@ class Loop:
             self.actuator = self._revocable(self.actuator)
         if not plan.empty():
             smaller = Change(keep=plan.keep)  # followed first: whatever can fail comes before the model changes
-            states = follow(self._sensor_state, smaller), follow(state, smaller)
+            states = follow_by(self.sensor, self._sensor_state, smaller), follow_by(self.controller, state, smaller)
             with spending.resizing:
                 change = self.actuator.act(plan, reading)
             larger = replace(change, keep={})
-            self._sensor_state, state = follow(states[0], larger), follow(states[1], larger)
+            self._sensor_state = follow_by(self.sensor, states[0], larger)
+            state = follow_by(self.controller, states[1], larger)
             self.losses.changed(step, cut=plan.drops())
             if self.actuator.by_unit:
                 spending.resized(self.groups, self.sensor.flops(self.groups, self.host.model))

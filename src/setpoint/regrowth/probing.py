@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from setpoint.actuator.cut import SizePlace, cut_groups
-from setpoint.actuator.piece import brackets
 from setpoint.actuator.shrink import named_tensors
 from setpoint.actuator.sizes import apply_sizes
 from setpoint.distributed import is_spread
 from setpoint.groups.group import Group
 from setpoint.groups.vanish import EmptyForward
+from setpoint.host.piece import brackets
 from setpoint.regrowth.box import corner
 from setpoint.regrowth.regrow import Grow, enlarge, new_sizes, with_units
 from setpoint.regrowth.reserve import Key, Reserve

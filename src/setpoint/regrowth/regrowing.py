@@ -88,7 +88,7 @@ class Regrowth:
     ) -> None:
         host = cutting.host
         self.reserve = Reserve.of(host.model, cutting.dense, reserve_bytes, host.mesh)
-        self.lasting = lasting
+        self.lasting, self.brings_back = lasting, controller.regrow
         self._cutting, self._controller, self._spending = cutting, controller, spending
         self._model, self._optimizers, self._copies = host.model, host.optimizers, host.copies
         self._lossless = {group.name for group in cutting.dense if group.lossless}
