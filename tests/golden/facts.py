@@ -108,7 +108,7 @@ def facts_of(loop: setpoint.Loop, models: Mapping[str, nn.Module], digits: int) 
     """
     ledger, summary = loop.ledger, loop.summary
     sections = {
-        "header": read(ledger.header, HEADER),
+        "header": {"digits": digits, **read(ledger.header, HEADER)},
         "plan": {
             "entries": [read(entry, PLAN) for entry in ledger],
             **read(summary, SUMMARY_PLAN),
