@@ -316,6 +316,20 @@ def two_optimizers() -> Training:
     return Training(model, optimizers, loop, losses, 60, copies=(copy,))
 
 
+def compiled() -> Training:
+    """A model in torch.compile, whose code is made again after cuts."""
+    torch.manual_seed(0)
+    model = torch.compile(mlp(8, 32, 4).double(), backend="eager")
+    optimizer = adamw(model)
+
+    def losses(step: int) -> list[Tensor]:
+        x = vectors(step)
+        return [F.cross_entropy(model(x), x[:, :4].argmax(1))]
+
+    loop = setpoint.attach(model, optimizer, HALF, example=(vectors(0),), total_steps=40)
+    return Training(model, (optimizer,), loop, losses, 40)
+
+
 # On two ranks.
 
 
@@ -334,8 +348,8 @@ def on_ranks(model: nn.Module, **settings: Any) -> Training:
         x, y = share(step)
         return [F.cross_entropy(model(x), y)]
 
-    loop = setpoint.attach(model, optimizer, HALF, example=(share(0)[0],), total_steps=50, **settings)
-    return Training(model, (optimizer,), loop, losses, 50, told)
+    loop = setpoint.attach(model, optimizer, HALF, example=(share(0)[0],), total_steps=30, **settings)
+    return Training(model, (optimizer,), loop, losses, 30, told)
 
 
 def ddp() -> Training:
@@ -370,6 +384,7 @@ ALONE: dict[str, Callable[[], Training]] = {
         tolerance,
         taken_back,
         two_optimizers,
+        compiled,
     )
 }
 RESUMED = ("readme", "regrowth", "two_four", "tolerance", "two_optimizers")
