@@ -70,6 +70,7 @@ class Loop:
         self._origin = {g.name: np.arange(g.num_units) for g in parts.groups if self._weights is None}
         self._sensor_state = parts.sensor.init(parts.groups, parts.model)
         self._controller_state = parts.controller.init(parts.groups)
+        spending.sensing_flops = parts.sensor.flops(parts.groups, parts.model)  # as the model is held from here on
         self._ledger = Ledger(parts.header)
         self._step = self._skipped = self._again = 0
         self._begun = self._overdue = self._waits = self._landed = self._finished = False
