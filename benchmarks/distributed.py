@@ -31,8 +31,8 @@ from torch.nn.parallel import DistributedDataParallel
 import setpoint
 from setpoint.bench.environment import machine
 from setpoint.controller.reference import Reference
-from setpoint.loop.agreement import shared_reading, together
-from setpoint.loop.wrapper import rewrap
+from setpoint.host.ddp import rewrap
+from setpoint.host.together import shared_reading, together
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 STEPS, CUTS, PLAIN_STEPS, REPEATS = 24, 6, 8, 50

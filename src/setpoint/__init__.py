@@ -3,7 +3,6 @@
 from setpoint.actuator.regrow import regrow
 from setpoint.actuator.reserve import Reserve
 from setpoint.actuator.semi_structured import to_semi_structured
-from setpoint.actuator.sharding import whole
 from setpoint.actuator.shrink import shrink
 from setpoint.checkpoint import load, save
 from setpoint.controller.adaptive import AdaptiveController
@@ -37,6 +36,7 @@ from setpoint.errors import (
 from setpoint.groups.group import Group, SizeBinding, Slice
 from setpoint.groups.trace import find_groups
 from setpoint.groups.weights import find_weights
+from setpoint.host.fsdp import whole
 from setpoint.ledger import Entry, Ledger
 from setpoint.loop import Explanation, Loop, Summary, attach, load_run, save_run
 from setpoint.sensor.chain import SensorChain

@@ -16,7 +16,6 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from setpoint.actuator.box import corner
 from setpoint.actuator.cut import SizePlace, cut_groups
-from setpoint.actuator.piece import brackets
 from setpoint.actuator.regrow import Grow, enlarge, new_sizes, with_units
 from setpoint.actuator.reserve import Key, Reserve
 from setpoint.actuator.shrink import named_tensors
@@ -24,6 +23,7 @@ from setpoint.actuator.sizes import apply_sizes
 from setpoint.distributed import is_spread
 from setpoint.groups.group import Group
 from setpoint.groups.vanish import EmptyForward
+from setpoint.host.piece import brackets
 from setpoint.sensor.accumulated import RunningSum
 from setpoint.sensor.sentinel import Sentinels
 from setpoint.sensor.unit_sum import UnitSum

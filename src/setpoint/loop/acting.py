@@ -13,11 +13,11 @@ from setpoint.actuator.balance import turned
 from setpoint.actuator.shrink import named_tensors, shrink
 from setpoint.controller.plan import Plan
 from setpoint.groups.group import Group
-from setpoint.loop.agreement import together
+from setpoint.host.ddp import rewrap
+from setpoint.host.together import together
 from setpoint.loop.parts import Parts
 from setpoint.loop.record import only_kept
 from setpoint.loop.regrowth import Regrowth
-from setpoint.loop.wrapper import rewrap
 from setpoint.sensor.reading import Reading
 
 if TYPE_CHECKING:

@@ -28,8 +28,9 @@ from setpoint.groups.chance import untouched_chance
 from setpoint.groups.export import Example, inputs_of
 from setpoint.groups.group import Group, widths_of
 from setpoint.groups.trace import Trace, trace
+from setpoint.host.ddp import Wrapped, check_reads, check_shared, unwrap
+from setpoint.host.together import together
 from setpoint.loop.accounting import Account
-from setpoint.loop.agreement import together
 from setpoint.loop.change import check_runs, reference_of
 from setpoint.loop.costing import Costing, cost_out
 from setpoint.loop.goal import check_goal, controller_for
@@ -44,7 +45,6 @@ from setpoint.loop.replica import Replica
 from setpoint.loop.sensing import averages_hooks, default_sensor, over_ranks
 from setpoint.loop.state import run_of
 from setpoint.loop.target import Target, check_budgets, check_reachable
-from setpoint.loop.wrapper import Wrapped, check_reads, check_shared, unwrap
 from setpoint.meter import StepMeter, Stopwatch
 from setpoint.sensor.chain import takes_back
 from setpoint.sensor.reading import Hooking, Sensor

@@ -19,20 +19,21 @@ from setpoint.controller.plan import Observation, Plan, Regrowing, regrows
 from setpoint.cost.budget import Budget
 from setpoint.errors import GroupError, LoopError
 from setpoint.groups.group import Group, widths_of
+from setpoint.host.compiled import Recompiling
+from setpoint.host.ddp import check_step
+from setpoint.host.join import Joining
+from setpoint.host.together import decisions, shared_reading, together
 from setpoint.ledger import Entry, Ledger
 from setpoint.loop.accounting import Account
 from setpoint.loop.acting import act
-from setpoint.loop.agreement import decisions, shared_reading, together
 from setpoint.loop.change import check_open, go_on_with, reopen_if_over, with_budget, with_total_steps
 from setpoint.loop.closing import summarise
 from setpoint.loop.explanation import Explanation, explain
 from setpoint.loop.hooks import StepHooks
 from setpoint.loop.interrupt import uninterrupted
-from setpoint.loop.joining import Joining
 from setpoint.loop.parts import Parts
 from setpoint.loop.planning import metered_at, observation_of, planned
 from setpoint.loop.ranking import Ranking
-from setpoint.loop.recompiling import Recompiling
 from setpoint.loop.record import entry_of, only_kept, refusal, spread, with_drops, with_returns
 from setpoint.loop.regrowth import Regrowth
 from setpoint.loop.run_spending import read_joules, replan, spare_flops
@@ -41,7 +42,6 @@ from setpoint.loop.state import check_loading, resume, state_of
 from setpoint.loop.summary import Summary
 from setpoint.loop.watch import LossWatch
 from setpoint.loop.weights import Weights
-from setpoint.loop.wrapper import check_step
 from setpoint.sensor.probe import Probe
 from setpoint.sensor.reading import Reading
 

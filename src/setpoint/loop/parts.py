@@ -9,16 +9,16 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from setpoint.actuator.sharding import Sharding
 from setpoint.controller.plan import Controller
 from setpoint.cost.cost import Cost
 from setpoint.cost.weights import WeightFlops
 from setpoint.distributed import Ranks
 from setpoint.groups.group import Group
 from setpoint.groups.weights import Pattern
+from setpoint.host.ddp import Averaging
+from setpoint.host.fsdp import Sharding
 from setpoint.loop.metering import Metering
 from setpoint.loop.target import Target
-from setpoint.loop.wrapper import Averaging
 from setpoint.sensor.reading import Sensor
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from setpoint.groups.export import Example
 from setpoint.groups.group import Group
+from setpoint.host.ddp import Wrapped
 from setpoint.loop.stride import sensed_every
-from setpoint.loop.wrapper import Wrapped
 from setpoint.sensor.chain import SensorChain
 from setpoint.sensor.hankel import HankelSensor
 from setpoint.sensor.reading import Hooking, Sensor

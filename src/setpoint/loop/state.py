@@ -20,6 +20,7 @@ from setpoint.controller.plan import Plan
 from setpoint.errors import CheckpointError, LoopError, OptimizerError
 from setpoint.groups.chance import chance_state, check_chance_state, set_chance_state
 from setpoint.groups.group import Group, widths_of
+from setpoint.host.ddp import rewrap
 from setpoint.ledger import Entry
 from setpoint.loop.acting import in_full
 from setpoint.loop.parts import Parts
@@ -27,7 +28,6 @@ from setpoint.loop.plain import plain, restored
 from setpoint.loop.ranking import Ranking
 from setpoint.loop.regrowth import Regrowth
 from setpoint.loop.watch import LossWatch
-from setpoint.loop.wrapper import rewrap
 from setpoint.sensor.reading import Reading
 
 if TYPE_CHECKING:

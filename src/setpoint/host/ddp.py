@@ -14,9 +14,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from setpoint.actuator.sharding import Sharding
 from setpoint.distributed import Ranks, is_sharded, is_spread, unwrapped
 from setpoint.errors import CostError, LoopError, OptimizerError
+from setpoint.host.fsdp import Sharding
 from setpoint.loop.metering import METERED
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from setpoint.controller.plan import regrows
 from setpoint.distributed import Ranks
 from setpoint.errors import LoopError
-from setpoint.loop.wrapper import Averaging
+from setpoint.host.ddp import Averaging
 
 
 class Joining:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from setpoint.actuator.optimizer_state import map_tensors
-from setpoint.actuator.piece import Piece, check_pieces, groups_of, pieces_of, states_of
 from setpoint.distributed import Ranks, is_sharded, local, plain_kind, rows, whole_tensor
+from setpoint.host.piece import Piece, check_pieces, groups_of, pieces_of, states_of
 
 Agreed = Callable[[], None]
 
