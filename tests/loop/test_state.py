@@ -342,8 +342,7 @@ STORED = {
     "_waits", "_landed", "_metered", "_reading", "_plan", "_worth", "_regrowth", "_account", "_weights",
 }  # fmt: skip
 GIVEN_AGAIN = {
-    "_parts", "_dense_widths", "_sensing_flops", "_finished", "_summary", "_hooks", "_joining", "_begun",
-    "_recompiling",
+    "_parts", "_dense_widths", "_sensing_flops", "_finished", "_summary", "_hooks", "_begun",
 }  # fmt: skip
 
 

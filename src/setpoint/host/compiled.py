@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from setpoint.actuator.shrink import named_tensors
 from setpoint.distributed import is_spread
 from setpoint.groups.group import Group
-from setpoint.loop.accounting import Account
+
+Recompiled = Callable[[float, int], None]
 
 _FLAGS = {
     "force_parameter_static_shapes": False,
@@ -45,12 +46,12 @@ class Recompiling:
     another size would have made necessary.
 
     Args:
-        account: where it is counted.
+        recompiled: told the seconds of each, and 1 if it counts, or 0; it must not hold what holds this object.
         num_groups: how many groups there are.
     """
 
-    def __init__(self, account: Account, num_groups: int) -> None:
-        self._account, self._num_groups = account, num_groups
+    def __init__(self, recompiled: Recompiled, num_groups: int) -> None:
+        self._recompiled, self._num_groups = recompiled, num_groups
         self._end: weakref.finalize[..., Any] | None = None
 
     def follow(self, model: nn.Module, groups: Iterable[Group]) -> None:
@@ -64,7 +65,7 @@ class Recompiling:
         from torch._dynamo.utils import counters
 
         if self._end is None:
-            self._end = weakref.finalize(self, _stop, *_counting(self._account), id(self))
+            self._end = weakref.finalize(self, _stop, *_counting(self._recompiled), id(self))
             self._end.atexit = False
         if not counters["stats"]["unique_graphs"]:
             return
@@ -81,7 +82,7 @@ class Recompiling:
             self._end()
 
 
-def _counting(account: Account) -> tuple[Callable[[Any], None], Callable[[Any], None]]:
+def _counting(recompiled: Recompiled) -> tuple[Callable[[Any], None], Callable[[Any], None]]:
     """What Dynamo calls when it begins and ends to compile, from now on."""
     from torch._dynamo.callback import callback_handler
 
@@ -94,7 +95,7 @@ def _counting(account: Account) -> tuple[Callable[[Any], None], Callable[[Any], 
         number = re.search(r"\d+/(\d+)", str(what.compile_id))  # of the piece of code, and how often it was compiled
         if began and number is not None and int(number[1]) > 0:
             first = what.callback_trigger.name == "DYNAMO"  # the backward pass may be compiled by itself later
-            account.recompiled(time.perf_counter() - began[0], count=1 if first else 0)
+            recompiled(time.perf_counter() - began[0], 1 if first else 0)
         began.clear()
 
     callback_handler.register_start_callback(begin)

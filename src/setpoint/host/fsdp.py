@@ -1,9 +1,9 @@
-"""Sharding: a model that `fully_shard` has spread over ranks, whole for a while, and spread again at its new shapes."""
+"""`fully_shard`: a model spread over ranks, whole for a while, and spread again at its new shapes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,14 +12,14 @@ from torch.optim import Optimizer
 
 from setpoint.actuator.optimizer_state import map_tensors
 from setpoint.distributed import Ranks, is_sharded, local, plain_kind, rows, whole_tensor
+from setpoint.groups.group import Group
+from setpoint.host.local import Agreed, Local
 from setpoint.host.piece import Piece, check_pieces, groups_of, pieces_of, states_of
+from setpoint.host.refuse import check_unwrapped
 
-Agreed = Callable[[], None]
 
-
-@dataclass(frozen=True, eq=False)
-class Sharding:
-    """The sharded parameters of a model, all over one mesh of ranks.
+class FSDP(Local):
+    """A `Host` of ranks over which `fully_shard` has spread the model, all over one mesh.
 
     FSDP's modules, groups, hooks and settings (mixed precision, resharding, prefetching, communication) stay the
     same objects through a change of sizes. Only what it keeps of a parameter is made anew where its shape
@@ -27,41 +27,46 @@ class Sharding:
 
     Args:
         model: sharded.
-        copies: of it, sharded or not.
-        ranks: that it is spread over.
-        mesh: of these ranks.
+        optimizers: those that really step.
+        copies: of the model, sharded or not.
+        compiled: whether any of it is compiled already.
+
+    Raises:
+        LoopError: naming what cannot follow a change of sizes.
     """
 
-    model: nn.Module
-    copies: tuple[nn.Module, ...]
-    ranks: Ranks
-    mesh: Any
+    wrapper = "fully_shard"
 
-    @classmethod
-    def of(cls, model: nn.Module, copies: Sequence[nn.Module] = ()) -> Sharding:
-        """The sharding of a model.
-
-        Raises:
-            LoopError: naming what cannot follow a change of sizes.
-        """
+    def __init__(
+        self, model: nn.Module, optimizers: Sequence[Optimizer], copies: Sequence[nn.Module], *, compiled: bool = False
+    ) -> None:
+        super().__init__(model, optimizers, copies, compiled=compiled)
         found = [piece for module in (model, *copies) for piece in pieces_of(module)]
         check_pieces(model, found)
-        mesh = found[0].fsdp.mesh_info.mesh
-        return cls(model, tuple(copies), Ranks(mesh.get_group(), found[0].fsdp.device), mesh)
+        self.mesh = found[0].fsdp.mesh_info.mesh
+        self._device = found[0].fsdp.device
 
-    def reshard(self) -> None:
+    @property
+    def ranks(self) -> Ranks:
+        """Those of the mesh."""
+        return Ranks(self.mesh.get_group(), self._device)
+
+    @property
+    def alone(self) -> bool:
+        """Not even a single rank has plain tensors."""
+        return False
+
+    def before_step(self, *, first: bool, regrows: bool, by_hooks: bool) -> None:
         """Let the modules have their own shards, as after a backward pass, also where a forward pass came last."""
-        for module in self.model.modules():
-            if is_sharded(module):
-                module.reshard()  # type: ignore[operator]
+        _reshard(self.model)
+        if first:
+            check_unwrapped(self.model)
+
+    def _open(self, groups: tuple[Group, ...], agree: Agreed) -> AbstractContextManager[Agreed]:
+        return self._gathered({part.tensor for group in groups for part in group.slices}, agree)
 
     @contextmanager
-    def gathered(
-        self,
-        names: Collection[str] | None,
-        optimizers: Sequence[Optimizer] = (),
-        agreed: Agreed = lambda: None,
-    ) -> Iterator[Agreed]:
+    def _gathered(self, names: Collection[str] | None, agreed: Agreed) -> Iterator[Agreed]:
         """Inside, the named parameters and their optimizer state are whole, plain and free to change their shape.
 
         Every rank has all of them for as long as that. At the end modules and optimizers hold the same sharded
@@ -70,10 +75,9 @@ class Sharding:
 
         Args:
             names: of parameters of the model, or None for all.
-            optimizers: that train it.
             agreed: called by what is yielded, when all that can fail is done.
         """
-        whole = _Whole(self._pieces(names), optimizers)
+        whole = _Whole(self._pieces(names), self.optimizers)
         kept: list[_Spread] = []
 
         def spread() -> None:
@@ -91,20 +95,24 @@ class Sharding:
     def _pieces(self, names: Collection[str] | None) -> list[Piece]:
         found = []
         for number, module in enumerate((self.model, *self.copies)):
-            for inner in module.modules():
-                if is_sharded(inner):
-                    inner.reshard()  # type: ignore[operator]
+            _reshard(module)
             wanted = None if names is None else _named(module, names, copied=number > 0)
             found += [each for each in pieces_of(module) if wanted is None or id(each.parameter) in wanted]
         return found
 
     @contextmanager
-    def whole(self, optimizers: Sequence[Optimizer] = ()) -> Iterator[None]:
+    def whole(self) -> Iterator[None]:
         """Inside, model and copies are plain modules that know nothing of FSDP, and can be run, copied and exported."""
-        with self.gathered(None, optimizers), ExitStack() as undo:
+        with self._gathered(None, lambda: None), ExitStack() as undo:
             for module in (self.model, *self.copies):
                 _plain(module, undo)
             yield
+
+
+def _reshard(model: nn.Module) -> None:
+    for module in model.modules():
+        if is_sharded(module):
+            module.reshard()  # type: ignore[operator]
 
 
 @contextmanager
@@ -123,7 +131,7 @@ def whole(model: nn.Module) -> Iterator[nn.Module]:
     if not any(is_sharded(module) for module in model.modules()):
         yield model
         return
-    with Sharding.of(model).whole():
+    with FSDP(model, (), ()).whole():
         yield model
 
 
@@ -139,7 +147,7 @@ class _Whole:
 
     def __init__(self, pieces: Sequence[Piece], optimizers: Sequence[Optimizer]) -> None:
         self.pieces = pieces
-        self.optimizers = [each for each in optimizers if isinstance(each, Optimizer)]
+        self.optimizers = optimizers
         self.plain = [nn.Parameter(_own(p.parameter), p.parameter.requires_grad) for p in pieces]
         self.states = [
             {

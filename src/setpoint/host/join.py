@@ -10,10 +10,8 @@ from torch import Tensor
 from torch.distributed.algorithms.join import JoinHook
 from torch.utils import _pytree as pytree
 
-from setpoint.controller.plan import regrows
 from setpoint.distributed import Ranks
 from setpoint.errors import LoopError
-from setpoint.host.ddp import Averaging
 
 
 class Joining:
@@ -29,16 +27,14 @@ class Joining:
     The all-reduce goes on until the context ends, also when the loop is finished or detached within it.
 
     Args:
-        averaging: the wrapper.
+        wrapper: the `DistributedDataParallel`.
         ranks: its processes.
         steps: how many steps the loop has counted.
         missed: called for each step that this rank has missed.
     """
 
-    def __init__(
-        self, averaging: Averaging, ranks: Ranks, steps: Callable[[], int], missed: Callable[[], None]
-    ) -> None:
-        self._wrapper: Any = averaging.wrapper
+    def __init__(self, wrapper: Any, ranks: Ranks, steps: Callable[[], int], missed: Callable[[], None]) -> None:
+        self._wrapper = wrapper
         self._ranks, self._steps, self._missed = ranks, steps, missed
         self._open = self._stopped = False
         self._all_there, self._passes, self._usual = True, 0, 0
@@ -55,12 +51,12 @@ class Joining:
         """Whether a context may be open; on all ranks alike."""
         return self._open and self._enabled
 
-    def check(self, controller: object, by_hooks: bool) -> None:
+    def check(self, *, regrows: bool, by_hooks: bool) -> None:
         """Check before a step that the ranks can go along with each other.
 
         Args:
-            controller: of the loop.
-            by_hooks: whether its sensor reads frozen weights, which takes a message of its own.
+            regrows: whether units come back.
+            by_hooks: whether the sensor reads frozen weights, which takes a message of its own.
 
         Raises:
             LoopError: in a context that was opened before the loop was attached; where what ranks send in a step
@@ -73,7 +69,7 @@ class Joining:
             )
         if not self._inside:
             return
-        if regrows(controller):
+        if regrows:
             raise LoopError("inside join() units cannot come back: attach with PricedController(regrow=False)")
         if by_hooks:
             raise LoopError(
@@ -112,7 +108,7 @@ class Joining:
         self._open, self._all_there, self._passes, self._usual = True, True, 0, 0
         if self._handle is None:
             self._handle = self._wrapper.register_forward_hook(self._after_forward)
-        return _Absent(own, self)
+        return _Absent(own, self._missing, self._closed)
 
     def _after_forward(self, wrapper: Any, args: Any, output: Any) -> None:
         if not (self._inside and torch.is_grad_enabled() and wrapper.require_backward_grad_sync):
@@ -138,6 +134,11 @@ class Joining:
     def _count(self, own: int) -> int:
         return round(self._ranks.total(torch.tensor([own], dtype=torch.float64)).item())
 
+    def _missing(self) -> None:
+        """The others have made a forward pass, and go on to a backward pass without this rank."""
+        if self._wrapper.require_forward_param_sync:  # by now: whether they average the gradients
+            self._count(0)
+
     def _closed(self) -> None:
         """All ranks have run out of batches."""
         self._open = False
@@ -154,19 +155,19 @@ class _Absent(JoinHook):
 
     Args:
         own: what PyTorch does there.
-        joining: of the loop.
+        missing: called for each forward pass of the others.
+        closed: called when all have run out.
     """
 
-    def __init__(self, own: JoinHook, joining: Joining) -> None:
-        self._own, self._joining = own, joining
+    def __init__(self, own: JoinHook, missing: Callable[[], None], closed: Callable[[], None]) -> None:
+        self._own, self._missing, self._closed = own, missing, closed
 
     def main_hook(self) -> None:
         """For each forward pass of the others."""
         self._own.main_hook()
-        if self._joining._wrapper.require_forward_param_sync:  # by now: whether they average the gradients
-            self._joining._count(0)
+        self._missing()
 
     def post_hook(self, is_last_joiner: bool) -> None:
         """When all have run out."""
         self._own.post_hook(is_last_joiner)
-        self._joining._closed()
+        self._closed()

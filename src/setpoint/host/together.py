@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float64
@@ -15,11 +15,23 @@ from jaxtyping import Float64
 from setpoint.controller.plan import Plan
 from setpoint.distributed import Ranks
 from setpoint.errors import RankError
-from setpoint.loop.watch import LossWatch
 from setpoint.sensor.reading import Reading
 
 _FAILED = "failed "
 _LATER = "the run goes on from its last checkpoint"
+
+
+@runtime_checkable
+class SharedLosses(Protocol):
+    """Losses that each rank was told for itself, until they are shared."""
+
+    def unshared(self, step: int) -> Float64[np.ndarray, " n"]:
+        """What this rank alone was told up to a step, as numbers whose mean over ranks `share` takes."""
+        ...
+
+    def share(self, step: int, means: Float64[np.ndarray, " n"]) -> None:
+        """From here on know what all ranks together know."""
+        ...
 
 
 @contextmanager
@@ -88,7 +100,7 @@ def decisions(plan: Plan) -> list[Any]:
     return [plan.step, plan.landed, keep, grow]
 
 
-def shared_reading(ranks: Ranks, read: Callable[[], Reading], watch: LossWatch, step: int) -> Reading:
+def shared_reading(ranks: Ranks, read: Callable[[], Reading], losses: SharedLosses, step: int) -> Reading:
     """The reading that all ranks decide on, and the observed losses with it: means over ranks, by one all-reduce.
 
     `DistributedDataParallel` has averaged the gradients before a sensor sees them, and a gate's gradient is linear
@@ -104,7 +116,7 @@ def shared_reading(ranks: Ranks, read: Callable[[], Reading], watch: LossWatch, 
     Args:
         ranks: that decide.
         read: takes this rank's reading.
-        watch: what was observed of the loss; it holds the means afterwards.
+        losses: what was observed; they are the means afterwards.
         step: optimizer steps done.
 
     Raises:
@@ -117,17 +129,17 @@ def shared_reading(ranks: Ranks, read: Callable[[], Reading], watch: LossWatch, 
             return reading
         values = [getattr(reading, part)[name] for part, name in _places(reading)]
         counts = np.array([reading.skipped_steps, reading.num_steps], dtype=np.float64)
-        losses = watch.unshared(step)
+        told = losses.unshared(step)
         facts["units"] = [(part, name, len(getattr(reading, part)[name])) for part, name in _places(reading)]
-        facts["step"] = (step, reading.step, reading.calibrated, len(losses))
+        facts["step"] = (step, reading.step, reading.calibrated, len(told))
     try:
-        mean = ranks.mean(np.concatenate([losses, counts, *values]))
+        mean = ranks.mean(np.concatenate([told, counts, *values]))
     except RuntimeError as error:
         raise RankError(f"a rank was lost at {what}: {_LATER}") from error
-    watch.share(step, mean[: len(losses)])
-    skipped, taken = mean[len(losses) : len(losses) + 2]
+    losses.share(step, mean[: len(told)])
+    skipped, taken = mean[len(told) : len(told) + 2]
     return replace(
-        _with_values(reading, mean[len(losses) + 2 :]), skipped_steps=math.ceil(skipped), num_steps=math.floor(taken)
+        _with_values(reading, mean[len(told) + 2 :]), skipped_steps=math.ceil(skipped), num_steps=math.floor(taken)
     )
 
 

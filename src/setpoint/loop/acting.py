@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Bool
 
 from setpoint.actuator.balance import turned
-from setpoint.actuator.shrink import named_tensors, shrink
+from setpoint.actuator.shrink import shrink
 from setpoint.controller.plan import Plan
-from setpoint.groups.group import Group
-from setpoint.host.ddp import rewrap
-from setpoint.host.together import together
-from setpoint.loop.parts import Parts
 from setpoint.loop.record import only_kept
 from setpoint.loop.regrowth import Regrowth
 from setpoint.sensor.reading import Reading
@@ -56,21 +52,9 @@ def _act_on_units(
     loop: Loop, plan: Plan, state: Any, reading: Reading
 ) -> tuple[dict[str, Bool[np.ndarray, " _units"]], str]:
     parts, account, some = loop._parts, loop._account, changing(plan)
-    what = f"the cut after step {loop._step}"
-
-    def agree() -> None:
-        with together(parts.ranks, what):
-            pass
-
-    with account.resizing, together(parts.ranks, what) as facts:
-        try:
-            with in_full(parts, tensors_of(loop._groups, some), agree) as agreed:
-                regrown, note = _changed(loop, plan, state, reading, agreed)
-        finally:  # also after half of it, and after shapes came and went: gradients must not stay unsynchronised
-            if parts.averaging is not None:
-                rewrap(parts.averaging)
-        loop._recompiling.follow(parts.model, [each for each in loop._groups if each.name in some])
-        facts["shapes"] = [tuple(tensor.shape) for tensor in named_tensors(parts.model).values()]
+    groups = [each for each in loop._groups if each.name in some]
+    with account.resizing, parts.host.resizable(f"the cut after step {loop._step}", groups) as agreed:
+        regrown, note = _changed(loop, plan, state, reading, agreed)
     loop._sensing_flops = parts.sensor.flops(loop._groups, parts.model)
     account.resized(parts.costs["flops"].total(loop.widths))
     parts.metering.cut()
@@ -83,20 +67,6 @@ def changing(plan: Plan) -> set[str]:
     return {name for name, kept in plan.keep.items() if not kept.all()} | {
         n for n, units in plan.grow.items() if len(units)
     }
-
-
-def tensors_of(groups: Iterable[Group], names: Collection[str]) -> set[str]:
-    """Names of the tensors in which units of these groups lie."""
-    return {part.tensor for group in groups if group.name in names for part in group.slices}
-
-
-def in_full(
-    parts: Parts, names: Collection[str], agree: Callable[[], None]
-) -> AbstractContextManager[Callable[[], None]]:
-    """Inside, these tensors can change their shape, and do so for good when what is yielded is called."""
-    if parts.sharding is None:
-        return nullcontext(agree)
-    return parts.sharding.gathered(names, parts.optimizers, agree)
 
 
 def _changed(

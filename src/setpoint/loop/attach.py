@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from setpoint.actuator.optimizer_state import as_sequence, check_optimizer, check_trains
+from setpoint.actuator.optimizer_state import check_optimizer, check_trains
 from setpoint.actuator.verify import few_rows, verify_probe
 from setpoint.controller.exchanging import ExchangingController
 from setpoint.controller.plan import Controller, regrows
@@ -23,13 +22,12 @@ from setpoint.cost.budget import Budget
 from setpoint.cost.flops import forward_flops
 from setpoint.cost.price import Price
 from setpoint.cost.tolerance import Tolerance
-from setpoint.errors import BudgetError, GroupError, LoopError, OptimizerError
+from setpoint.errors import BudgetError, CostError, GroupError, LoopError
 from setpoint.groups.chance import untouched_chance
 from setpoint.groups.export import Example, inputs_of
 from setpoint.groups.group import Group, widths_of
 from setpoint.groups.trace import Trace, trace
-from setpoint.host.ddp import Wrapped, check_reads, check_shared, unwrap
-from setpoint.host.together import together
+from setpoint.host.host import Host, host_of
 from setpoint.loop.accounting import Account
 from setpoint.loop.change import check_runs, reference_of
 from setpoint.loop.costing import Costing, cost_out
@@ -39,7 +37,7 @@ from setpoint.loop.header import header_of
 from setpoint.loop.inference import Inference
 from setpoint.loop.loop import ATTACHED, Loop
 from setpoint.loop.material import restricted, unit_material
-from setpoint.loop.metering import Metering
+from setpoint.loop.metering import METERED, Metering
 from setpoint.loop.parts import Parts
 from setpoint.loop.replica import Replica
 from setpoint.loop.sensing import averages_hooks, default_sensor, over_ranks
@@ -137,10 +135,9 @@ def attach(
     >>> loop.summary.landed, loop.summary.spent["params"] <= loop.summary.limit["params"]
     (True, True)
     """
-    watch, wrapped = Stopwatch(synchronize=True), unwrap(model, copies)
-    inner, ranks, sharding = wrapped.model, wrapped.ranks, wrapped.sharding
-    plain = nullcontext() if sharding is None else sharding.whole(as_sequence(optimizer))
-    with watch, plain, untouched_chance(inner), together(ranks, "attach") as facts:
+    watch, host = Stopwatch(synchronize=True), host_of(model, optimizer, copies)
+    inner, optimizers = host.model, host.optimizers
+    with watch, host.whole(), untouched_chance(inner), host.together("attach") as facts:
         _check_free(inner)
         goal = budget if isinstance(budget, (Price, Tolerance)) else None
         budgets = () if isinstance(budget, (Price, Tolerance)) else check_budgets(budget)
@@ -154,16 +151,16 @@ def attach(
             check_goal(goal, controller)
         if reserve_bytes is not None and (type(reserve_bytes) is not int or reserve_bytes < 0):
             raise ValueError(f"reserve_bytes is a whole number of bytes, at least 0, or None; got {reserve_bytes!r}")
-        optimizers = _check_arguments(inner, optimizer, total_steps)
+        _check_arguments(inner, optimizers, total_steps)
         resources = {each.resource for each in (*budgets, goal) if each}
-        check_shared(wrapped, resources, optimizers)
+        _check_shared(host, resources)
         if inference_example is not None and "inference" not in resources:
             raise BudgetError("inference_example is for a budget of 'inference': add one, or leave the example out")
         _check_watts(watts, resources)
         answered = example if inference_example is None else inference_example
-        samples = _num_samples(example) * ranks.count if num_samples is None else num_samples
+        samples = _num_samples(example) * host.ranks.count if num_samples is None else num_samples
         if form is not None:
-            if wrapped.averaging is not None or sharding is not None:
+            if host.wrapper:
                 raise LoopError(
                     "single weights are not masked inside DistributedDataParallel or fully_shard in this version: "
                     "train in one process, or leave granularity at whole units"
@@ -174,16 +171,16 @@ def attach(
         else:
             found = trace(inner, example)
             if sensor is None:
-                sensor = default_sensor(wrapped, found.groups, example, samples)
-            check_reads(wrapped, sensor)
-            sensor = over_ranks(sensor, wrapped)
-            active, frozen = _select(wrapped, found, groups, sensor, allow_lossy)
-            if sharding is not None:  # FSDP takes no parameter without entries, so no group may vanish
+                sensor = default_sensor(host, found.groups, example, samples)
+            _check_reads(host, sensor)
+            sensor = over_ranks(sensor, host)
+            active, frozen = _select(host, found, groups, sensor, allow_lossy)
+            if host.mesh is not None:  # FSDP takes no parameter without entries, so no group may vanish
                 active = tuple(replace(each, min_units=max(each.min_units, each.multiple_of)) for each in active)
             material = unit_material(inner, optimizers, example, found, active, frozen, copies, verify)
             _warn_of_unreached(inner, found, material.groups)
             if regrows(controller):
-                passes = _check_regrowth(wrapped, example, material.groups, sensor, verify)
+                passes = _check_regrowth(host, example, material.groups, sensor, verify)
                 material = replace(material, passes=material.passes + passes)
             costing = cost_out(inner, optimizers, example, material.groups, resources, watts, answered)
             material = replace(material, costs={**material.costs, **costing.costs}, costing=costing)
@@ -195,11 +192,9 @@ def attach(
         for each in budgets:
             check_reachable(each, dense[each.resource], cheapest(costs[each.resource], active))
         account = Account(watch, dense["flops"], material.passes * dense["flops"])
-        metering = _metering(wrapped, optimizers, example, answered, resources, account, costing)
+        metering = _metering(host, optimizers, example, answered, resources, account, costing)
         parts = Parts(
-            model=inner,
-            optimizers=optimizers,
-            copies=tuple(copies),
+            host=host,
             groups=active,
             target=Target(
                 budgets,
@@ -223,9 +218,6 @@ def attach(
             | ({} if costing.idle_watts is None else {"idle_watts": costing.idle_watts})
             | ({} if form is None else {"pattern": str(form)}),
             reserve_bytes=reserve_bytes,
-            ranks=ranks,
-            averaging=wrapped.averaging,
-            sharding=sharding,
             sparsity=material.sparsity,
             pass_flops=material.pass_flops,
         )
@@ -252,7 +244,7 @@ def _check_free(model: nn.Module) -> None:
 
 
 def _metering(
-    wrapped: Wrapped,
+    host: Host,
     optimizers: Sequence[Optimizer],
     example: Example,
     answered: Example,
@@ -264,33 +256,46 @@ def _metering(
     if resources & {"latency", "energy"}:
         account.steps = StepMeter(synchronize=True)
     args, kwargs = inputs_of(example)
-    live = Replica(wrapped.model, tuple(optimizers), args, kwargs)
-    device = next((parameter.device for parameter in wrapped.model.parameters()), torch.device("cpu"))
-    inference = Inference.of(wrapped.model, answered) if "inference" in resources else None
+    live = Replica(host.model, tuple(optimizers), args, kwargs)
+    device = next((parameter.device for parameter in host.model.parameters()), torch.device("cpu"))
+    inference = Inference.of(host.model, answered) if "inference" in resources else None
     return Metering(
         resources,
         account.steps,
         live.held,
         device,
-        model=wrapped.model,
-        compiled=wrapped.compiled,
+        model=host.model,
+        compiled=host.compiled,
         energy=costing.energy,
         inference=inference,
     )
 
 
-def _check_arguments(
-    model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], total_steps: int
-) -> tuple[Optimizer, ...]:
-    optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(dict.fromkeys(optimizer))
-    if not optimizers or not all(isinstance(each, Optimizer) for each in optimizers):
-        raise OptimizerError("optimizer must be a torch.optim.Optimizer or a sequence of them, and at least one")
+def _check_arguments(model: nn.Module, optimizers: Sequence[Optimizer], total_steps: int) -> None:
     if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
         raise ValueError(f"total_steps must be a positive integer, got {total_steps!r}")
     check_trains(optimizers, model)
     for each in optimizers:
         check_optimizer(each)
-    return optimizers
+
+
+def _check_shared(host: Host, resources: set[str]) -> None:
+    """Check that costs are the same on all ranks, so that they can follow one plan."""
+    measured = sorted(resources & set(METERED))
+    if measured and not host.alone:
+        raise CostError(
+            f"a budget of {measured[0]!r} is not available on several ranks in this version, since each would measure "
+            "another cost: use a budget of 'flops' or 'params'"
+        )
+
+
+def _check_reads(host: Host, sensor: Sensor[Any]) -> None:
+    """Check that a sensor says that it reads weights of which each rank has a part, where that is so."""
+    if host.mesh is not None and not getattr(sensor, "reads_shards", False):
+        raise LoopError(
+            f"{type(sensor).__name__} does not say that it can read a model that fully_shard has spread over ranks: "
+            "use TaylorSensor, or set reads_shards = True on a sensor that adds up what each rank has"
+        )
 
 
 def _num_samples(example: Example) -> int:
@@ -301,10 +306,10 @@ def _num_samples(example: Example) -> int:
 
 
 def _select(
-    wrapped: Wrapped, found: Trace, wanted: Sequence[Group] | None, sensor: Sensor[Any], allow_lossy: bool
+    host: Host, found: Trace, wanted: Sequence[Group] | None, sensor: Sensor[Any], allow_lossy: bool
 ) -> tuple[tuple[Group, ...], dict[str, str]]:
     """The groups to prune, and why the others are left alone, by name."""
-    model, alone = wrapped.model, wrapped.alone
+    model, alone = host.model, host.alone
     frozen = {each.place: each.reason for each in found.frozen}
     chosen = found.groups if wanted is None else tuple(wanted)
     widths = widths_of(found.groups)
@@ -326,8 +331,8 @@ def _select(
             frozen[group.name] += " (allow_lossy=True prunes it all the same)"
     open_groups = tuple(group for group in chosen if group.name not in frozen)
     hooked = {group.name for group in open_groups if isinstance(sensor, Hooking) and tappable(group, model)}
-    if wrapped.compiled or not (alone or averages_hooks(sensor)):
-        where = "in compiled code" if wrapped.compiled else f"on several ranks by {type(sensor).__name__}"
+    if host.compiled or not (alone or averages_hooks(sensor)):
+        where = "in compiled code" if host.compiled else f"on several ranks by {type(sensor).__name__}"
         frozen |= dict.fromkeys(hooked, f"frozen outgoing weights are not read {where}")
         open_groups = tuple(group for group in open_groups if group.name not in hooked)
     readable = sensor.readable(open_groups, model)
@@ -347,7 +352,7 @@ def _select(
 
 
 def _check_regrowth(
-    wrapped: Wrapped, example: Example, groups: tuple[Group, ...], sensor: Sensor[Any], verify: bool
+    host: Host, example: Example, groups: tuple[Group, ...], sensor: Sensor[Any], verify: bool
 ) -> float:
     """Check that units can be probed and come back in this model; the passes that took.
 
@@ -358,14 +363,14 @@ def _check_regrowth(
     instead = "attach with PricedController(regrow=False)"
     if not takes_back(sensor):
         raise LoopError(f"{type(sensor).__name__} has no grow(), so units cannot come back: add it, or {instead}")
-    if wrapped.compiled:
+    if host.compiled:
         raise LoopError(
             f"resting units cannot be present in compiled code: attach to the model uncompiled, or {instead}"
         )
     if not verify:
         return 0.0
     few, share = few_rows(example)
-    verify_probe(wrapped.model, few, groups)
+    verify_probe(host.model, few, groups)
     return 6 * share
 
 

@@ -19,10 +19,7 @@ from setpoint.controller.plan import Observation, Plan, Regrowing, regrows
 from setpoint.cost.budget import Budget
 from setpoint.errors import GroupError, LoopError
 from setpoint.groups.group import Group, widths_of
-from setpoint.host.compiled import Recompiling
-from setpoint.host.ddp import check_step
-from setpoint.host.join import Joining
-from setpoint.host.together import decisions, shared_reading, together
+from setpoint.host.together import decisions
 from setpoint.ledger import Entry, Ledger
 from setpoint.loop.accounting import Account
 from setpoint.loop.acting import act
@@ -82,9 +79,12 @@ class Loop:
         self._metered: dict[str, float] = {}
         self._watch, self._ranking = LossWatch(), Ranking()
         self._regrowth = Regrowth(parts, account) if regrows(parts.controller) else None
-        averaging, steps = parts.averaging, lambda: self._step
-        self._joining = None if averaging is None else Joining(averaging, parts.ranks, steps, self._after_missed_step)
-        self._recompiling = Recompiling(account, len(parts.groups))
+        parts.host.begin(
+            steps=lambda: self._step,
+            missed=self._after_missed_step,
+            recompiled=account.recompiled,
+            num_groups=len(parts.groups),
+        )
         self._hooks = StepHooks(parts.optimizers, self._before_step, self._after_step, partial(check_loading, parts))
         ATTACHED.add(parts.model)
         account.begin()
@@ -254,9 +254,7 @@ class Loop:
         self._hooks.remove()
         release(self)
         self._parts.metering.stop()
-        self._recompiling.stop()
-        if self._joining is not None:
-            self._joining.stop()
+        self._parts.host.stop()
         if self._regrowth is not None:
             self._regrowth.stop()
         if self._weights is not None:
@@ -281,16 +279,18 @@ class Loop:
 
     def _after_step(self) -> None:
         with uninterrupted():
-            self._behind_step(self._joining is None or self._joining.all_made())
+            self._behind_step(self._parts.host.complete())
 
     def _after_missed_step(self) -> None:
         with uninterrupted():
             self._behind_step(all_made=False)
 
     def _ahead_of_step(self, grad_scale: Tensor | None) -> None:
-        check_step(self._parts, first=not self._begun)
-        if self._joining is not None:
-            self._joining.check(self._parts.controller, reads_by_hooks(self._sensor_state))
+        self._parts.host.before_step(
+            first=not self._begun,
+            regrows=regrows(self._parts.controller),
+            by_hooks=reads_by_hooks(self._sensor_state),
+        )
         self._begun = True
         if self._regrowth is not None:
             self._regrowth.end_probe(grad_scale)
@@ -351,17 +351,17 @@ class Loop:
 
     def _decide(self, due: bool) -> None:
         """Read, decide, act and record. After a bad reading, try again at the next step."""
-        ranks, plan, alike = self._parts.ranks, None, {}
+        host, plan, alike = self._parts.host, None, {}
         self._overdue, self._waits = True, False  # also if anything is raised from here on
         with self._account.deciding:
-            reading = shared_reading(ranks, self._read, self._watch, self._step)
+            reading = host.mean(self._read, self._watch, self._step)
             self._watch.complete(self._ledger)
             self._metered, metered = metered_at(self._parts, self._account, self.widths)
             why_not = refusal(reading)
             if why_not is None:
                 if self._weights is None:
                     alike = self._ranking.correlations(self._reading, reading, self._groups, self._parts.model)
-                with together(ranks, f"the plan after step {self._step}") as facts:
+                with host.together(f"the plan after step {self._step}") as facts:
                     replan(self._parts, self._account, self._step, self.widths)
                     probe = self._regrowth.probe(self._step) if self._regrowth is not None else None
                     seen = replace(self._observation(reading, probe, metered), rank_correlation=alike)

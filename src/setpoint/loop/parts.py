@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -15,8 +15,7 @@ from setpoint.cost.weights import WeightFlops
 from setpoint.distributed import Ranks
 from setpoint.groups.group import Group
 from setpoint.groups.weights import Pattern
-from setpoint.host.ddp import Averaging
-from setpoint.host.fsdp import Sharding
+from setpoint.host.host import Host
 from setpoint.loop.metering import Metering
 from setpoint.loop.target import Target
 from setpoint.sensor.reading import Sensor
@@ -40,9 +39,7 @@ class Parts:
     """What a loop is made of.
 
     Args:
-        model: the model itself, without wrappers.
-        optimizers: those that train it.
-        copies: modules that are cut alike.
+        host: how the model is held.
         groups: what may be pruned, at dense widths.
         target: what spending is held to.
         metering: reads what steps really take.
@@ -52,16 +49,11 @@ class Parts:
         total_steps: optimizer steps of the run.
         header: the ledger's header.
         reserve_bytes: host memory for units that may come back, where the controller brings any back; None: no limit.
-        ranks: the processes that train the model together.
-        averaging: what averages their gradients, where there is any; it must follow every change of sizes.
-        sharding: how the model is spread over them, where it is; it must be gathered for every change of sizes.
         sparsity: where units are single weights; None where whole units are cut.
         pass_flops: FLOPs of one forward pass of the inference that is metered, None where none is.
     """
 
-    model: nn.Module
-    optimizers: tuple[Optimizer, ...]
-    copies: tuple[nn.Module, ...]
+    host: Host
     groups: tuple[Group, ...]
     target: Target
     metering: Metering
@@ -71,8 +63,25 @@ class Parts:
     total_steps: int
     header: Mapping[str, Any]
     reserve_bytes: int | None = None
-    ranks: Ranks = field(default_factory=Ranks)
-    averaging: Averaging | None = None
-    sharding: Sharding | None = None
     sparsity: Sparsity | None = None
     pass_flops: Cost | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        """The model itself, without wrappers."""
+        return self.host.model
+
+    @property
+    def optimizers(self) -> tuple[Optimizer, ...]:
+        """Those that train it."""
+        return self.host.optimizers
+
+    @property
+    def copies(self) -> tuple[nn.Module, ...]:
+        """Modules that are cut alike."""
+        return self.host.copies
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that train the model together."""
+        return self.host.ranks

@@ -22,6 +22,7 @@ from setpoint.controller.plan import Plan, Regrowing, regrows
 from setpoint.controller.tolerant import TolerantController
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group, widths_of
+from setpoint.host.piece import brackets
 from setpoint.loop.accounting import Account
 from setpoint.loop.parts import Parts
 from setpoint.loop.plain import plain, restored
@@ -49,8 +50,7 @@ class Regrowth:
     """
 
     def __init__(self, parts: Parts, account: Account) -> None:
-        mesh = None if parts.sharding is None else parts.sharding.mesh
-        self.reserve = Reserve.of(parts.model, parts.groups, parts.reserve_bytes, mesh)
+        self.reserve = Reserve.of(parts.model, parts.groups, parts.reserve_bytes, parts.host.mesh)
         self._parts, self._account = parts, account
         self._model, self._optimizers, self._copies = parts.model, parts.optimizers, parts.copies
         self._flops = parts.costs["flops"]
@@ -215,7 +215,7 @@ class Regrowth:
 
     def _start_probe(self) -> None:
         with self._account.probing:
-            self._probing = Probing(self._model, self.reserve, self._chosen)
+            self._probing = Probing(self._model, self.reserve, self._chosen, brackets=brackets(self._model))
             self._probing.start()
 
     def end_probe(self, grad_scale: Tensor | None) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from setpoint.groups.export import Example
 from setpoint.groups.group import Group
-from setpoint.host.ddp import Wrapped
+from setpoint.host.host import Host
 from setpoint.loop.stride import sensed_every
 from setpoint.sensor.chain import SensorChain
 from setpoint.sensor.hankel import HankelSensor
@@ -21,24 +21,24 @@ if TYPE_CHECKING:
     from setpoint.loop.loop import Loop
 
 
-def default_sensor(wrapped: Wrapped, groups: tuple[Group, ...], example: Example, num_samples: int) -> Sensor[Any]:
+def default_sensor(host: Host, groups: tuple[Group, ...], example: Example, num_samples: int) -> Sensor[Any]:
     """Taylor for units; where there are states, Hankel for them, or averaged Gramians where layers are selective."""
     units = TaylorSensor(num_samples)
     for_states: tuple[Sensor[Any], ...] = (HankelSensor(num_samples), SelectiveSensor(example))
-    needed = [sensor for sensor in for_states if wrapped.alone and sensor.readable(groups, wrapped.model)]
+    needed = [sensor for sensor in for_states if host.alone and sensor.readable(groups, host.model)]
     return SensorChain(*needed, units) if needed else units
 
 
-def over_ranks(sensor: Sensor[Any], wrapped: Wrapped) -> Sensor[Any]:
+def over_ranks(sensor: Sensor[Any], host: Host) -> Sensor[Any]:
     """The sensor, told over which ranks gradients are averaged, where it can use that."""
-    if wrapped.alone:
+    if host.alone:
         return sensor
     if isinstance(sensor, SensorChain):
-        return SensorChain(*(over_ranks(each, wrapped) for each in sensor.sensors))
+        return SensorChain(*(over_ranks(each, host) for each in sensor.sensors))
     if not isinstance(sensor, TaylorSensor):
         return sensor
     told = copy.copy(sensor)
-    told.ranks = wrapped.ranks
+    told.ranks = host.ranks
     return told
 
 

@@ -20,9 +20,7 @@ from setpoint.controller.plan import Plan
 from setpoint.errors import CheckpointError, LoopError, OptimizerError
 from setpoint.groups.chance import chance_state, check_chance_state, set_chance_state
 from setpoint.groups.group import Group, widths_of
-from setpoint.host.ddp import rewrap
 from setpoint.ledger import Entry
-from setpoint.loop.acting import in_full
 from setpoint.loop.parts import Parts
 from setpoint.loop.plain import plain, restored
 from setpoint.loop.ranking import Ranking
@@ -183,12 +181,9 @@ class _Resumed:
         if loop._weights is not None:
             loop._groups = loop._weights.load_state_dict(state["weights"])
         else:
-            cut = {part.tensor for group in parts.groups for part in group.slices}
-            with in_full(parts, cut, lambda: None) as done:
-                groups, keep = parts.groups, self._keep
+            groups, keep = parts.groups, self._keep
+            with parts.host.resizable("loading the state of the loop", groups) as done:
                 loop._groups = shrink(parts.model, parts.optimizers, groups, keep, parts.copies, agreed=done)
-        if parts.averaging is not None:
-            rewrap(parts.averaging)
         loop._origin = {name: np.flatnonzero(kept) for name, kept in self._keep.items()}
         # What points at the model is found again in the smaller one.
         live, device = parts.sensor.init(loop._groups, parts.model), device_of(parts)
