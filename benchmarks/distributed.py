@@ -31,8 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 import setpoint
 from setpoint.bench.environment import machine
 from setpoint.controller.reference import Reference
-from setpoint.host.together import shared_reading, together
-from setpoint.loop.wrapper import rewrap
+from setpoint.host.ddp import rewrap
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 STEPS, CUTS, PLAIN_STEPS, REPEATS = 24, 6, 8, 50
@@ -86,18 +85,18 @@ def measured(name: str, wrapper: str) -> dict[str, Any]:
         step()
     step_s = statistics.median(seconds(step) for _ in range(PLAIN_STEPS))  # no decision falls into these
     assert not len(loop.ledger), "a decision fell into the timed steps"
-    ranks, reading = loop._parts.ranks, loop._read()
+    host, reading = loop._parts.host, loop._read()
 
     def agree() -> None:
-        with together(ranks, "a plan") as facts:
+        with host.together("a plan") as facts:
             facts["plan"] = 0
 
-    shared_s = median(lambda: shared_reading(ranks, lambda: reading, loop._watch, loop.step), REPEATS)
+    shared_s = median(lambda: host.mean(lambda: reading, loop._watch, loop.step), REPEATS)
     agreed_s = median(agree, REPEATS)
-    averaging, sharded = loop._parts.averaging, loop._parts.sharding is not None
-    rewrap_s = 0.0 if averaging is None else median(lambda: rewrap(averaging), 10)
+    trained = [parameter for parameter in host.model.parameters() if parameter.requires_grad]
+    rewrap_s = median(lambda: rewrap(model, trained), 10) if wrapper == "ddp" else 0.0
     units = torch.zeros(sum(group.num_units for group in loop.groups))
-    sensed_s = median(lambda: ranks.total(units), REPEATS) if sharded else 0.0
+    sensed_s = median(lambda: host.ranks.total(units), REPEATS) if host.mesh is not None else 0.0
     while loop.step < STEPS:
         step()
     decisions, summary = len(loop.ledger), loop.finish()

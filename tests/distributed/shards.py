@@ -24,10 +24,10 @@ import setpoint
 from distributed.checks import Still
 from distributed.training import STEPS, Sampled, attached, batch, build, everywhere, regrowing, share, story, train
 from loop.test_regrowth import Net, Scripted
-from setpoint.actuator import sharding
 from setpoint.actuator import shrink as shrink_module
 from setpoint.checkpoint.tree import to_tensors
 from setpoint.distributed import Ranks
+from setpoint.host import fsdp as sharding
 from setpoint.loop import run_folder
 from setpoint.weights.masking import Masking
 

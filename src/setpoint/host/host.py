@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -42,6 +43,11 @@ class Host(Protocol):
     @property
     def ranks(self) -> Ranks:
         """The processes that train the model together."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
         ...
 
     @property

@@ -410,7 +410,7 @@ class Loop:
             if not problem:
                 with self.host.together(f"the plan after step {step}") as facts:
                     observation = spending.observation(
-                        step, self.groups, reading, self.losses, **self.actuator.extras(step)
+                        step, self.groups, reading, **self.losses.known(step), **self.actuator.extras(step)
                     )
                     state, plan = self.controller.decide(
                         self._controller_state, observation, spending.cost, self.groups

@@ -16,6 +16,7 @@ from setpoint.checkpoint import damaged, digest, read_file, write_file
 from setpoint.checkpoint.tree import from_tensors, to_tensors
 from setpoint.distributed import unwrapped
 from setpoint.errors import CheckpointError
+from setpoint.host.optimizers import real_optimizer
 from setpoint.loop.loop import Loop
 from setpoint.loop.run_folder import read_folder, spread_over, write_folder
 
@@ -92,12 +93,17 @@ def load_run(path: str | os.PathLike[str], **parts: Any) -> dict[str, Any]:
         states, values = _read(Path(path))
     _check_parts(str(path), states, parts)
     attached = _attached(parts)
-    strangers = [name for name in states if id(unwrapped(parts[name])) not in attached]
+    strangers = [name for name in states if id(_bare(parts[name])) not in attached]
     _load_all_or_none(str(path), {name: (parts[name], states[name]) for name in strangers})
     ours = [name for name in states if name not in strangers]  # in one order on all ranks
     for name in sorted(ours, key=lambda name: not isinstance(parts[name], Loop)):
         parts[name].load_state_dict(states[name])
     return values
+
+
+def _bare(part: Any) -> Any:
+    """A model or an optimizer out of its wrappers."""
+    return unwrapped(part) if isinstance(part, nn.Module) else real_optimizer(part)
 
 
 def _attached(parts: Mapping[str, Any]) -> set[int]:
@@ -132,7 +138,7 @@ def _load_all_or_none(path: str, loads: Mapping[str, tuple[Any, Any]]) -> None:
 
 def _check_complete(parts: Mapping[str, Any]) -> None:
     """Check that every loop comes with the model, optimizers and copies whose tensors it does not store itself."""
-    given = {id(unwrapped(part)) for part in parts.values()}
+    given = {id(_bare(part)) for part in parts.values()}
     for name, part in parts.items():
         if isinstance(part, Loop):
             mine = part.host
