@@ -6,7 +6,6 @@ from setpoint.actuator.semi_structured import to_semi_structured
 from setpoint.actuator.sharding import whole
 from setpoint.actuator.shrink import shrink
 from setpoint.checkpoint import load, save
-from setpoint.controller.adaptive import AdaptiveController
 from setpoint.controller.exchanging import ExchangingController
 from setpoint.controller.gates import GatedController
 from setpoint.controller.penalty import PenaltyController
@@ -50,7 +49,6 @@ from setpoint.sensor.weight_taylor import WeightTaylorSensor
 from setpoint.ssm import StateSpaceLayer
 
 __all__ = [
-    "AdaptiveController",
     "Budget",
     "BudgetError",
     "CheckpointError",

@@ -200,7 +200,7 @@ def test_nothing_is_decided_on_a_model_that_has_diverged(total_steps: int) -> No
         (setpoint.Price(0.1, of="flops"), setpoint.PricedController()),
         (setpoint.Price(0.1, of="flops"), setpoint.GatedController()),
         (setpoint.Price(0.1, of="flops"), setpoint.PenaltyController(setpoint.Price(0.2, of="flops"))),
-        (setpoint.Tolerance(0.1), setpoint.AdaptiveController()),
+        (setpoint.Tolerance(0.1), setpoint.PricedController()),
         (setpoint.Budget.fraction(0.5, of="flops"), setpoint.PenaltyController(setpoint.Price(0.2, of="flops"))),
         (setpoint.Budget.fraction(0.5, of="flops"), setpoint.TolerantController(setpoint.Tolerance(0.1))),
     ],
@@ -319,14 +319,10 @@ def test_another_length_moves_the_decisions() -> None:
     assert summary.final_flops_ratio <= 0.5
 
 
-def test_an_adaptive_reference_by_name() -> None:
-    """`reference="adaptive"` stays dense until readings agree; with a price, or beside a controller, it is refused."""
-    summary, loop, _ = train(setpoint.Budget.fraction(0.5, of="flops"), reference="adaptive")
-    assert summary.landed
-    assert any("leaves dense" in entry.reason for entry in loop.ledger)
-    with pytest.raises(BudgetError, match="adaptive reference comes down to a budget"):
-        train(setpoint.Price(0.1, of="flops"), reference="adaptive")
+def test_a_reference_that_is_none_is_refused() -> None:
+    """Beside a controller, or as a word, a reference is refused."""
+    budget = setpoint.Budget.fraction(0.5, of="flops")
     with pytest.raises(ValueError, match="not both"):
-        train(setpoint.Budget.fraction(0.5, of="flops"), reference="adaptive", controller=setpoint.PricedController())
+        train(budget, reference=setpoint.Reference(), controller=setpoint.PricedController())
     with pytest.raises(ValueError, match="got 'linear'"):
-        train(setpoint.Budget.fraction(0.5, of="flops"), reference="linear")
+        train(budget, reference="linear")

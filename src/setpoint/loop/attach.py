@@ -60,7 +60,7 @@ def attach(
     example: Example,
     total_steps: int,
     controller: Controller[Any] | None = None,
-    reference: Reference | str | None = None,
+    reference: Reference | None = None,
     sensor: Sensor[Any] | None = None,
     groups: Sequence[Group] | None = None,
     copies: Sequence[nn.Module] = (),
@@ -93,7 +93,7 @@ def attach(
         total_steps: optimizer steps of the whole run.
         controller: decides what goes and when; by default `PricedController()` for a budget,
             `PenaltyController(price)` for a price, `TolerantController(tolerance)` for a tolerance.
-        reference: when the default controller comes down and decides; "adaptive" leaves dense when readings settle.
+        reference: when the default controller comes down and decides.
         sensor: reads saliencies; by default `TaylorSensor(num_samples)`, and `HankelSensor(num_samples)` for the
             states of state-space layers.
         groups: which groups may be pruned, out of `find_groups(model, example)`; by default all.

@@ -31,7 +31,6 @@ from setpoint.loop.interrupt import uninterrupted
 from setpoint.loop.joining import Joining
 from setpoint.loop.parts import Parts
 from setpoint.loop.planning import metered_at, observation_of, planned
-from setpoint.loop.ranking import Ranking
 from setpoint.loop.recompiling import Recompiling
 from setpoint.loop.record import entry_of, only_kept, refusal, spread, with_drops, with_returns
 from setpoint.loop.regrowth import Regrowth
@@ -80,7 +79,7 @@ class Loop:
         self._worth: dict[str, Float64[np.ndarray, " units"]] = {}
         self._summary: Summary | None = None
         self._metered: dict[str, float] = {}
-        self._watch, self._ranking = LossWatch(), Ranking()
+        self._watch = LossWatch()
         self._regrowth = Regrowth(parts, account) if regrows(parts.controller) else None
         averaging, steps = parts.averaging, lambda: self._step
         self._joining = None if averaging is None else Joining(averaging, parts.ranks, steps, self._after_missed_step)
@@ -351,7 +350,7 @@ class Loop:
 
     def _decide(self, due: bool) -> None:
         """Read, decide, act and record. After a bad reading, try again at the next step."""
-        ranks, plan, alike = self._parts.ranks, None, {}
+        ranks, plan = self._parts.ranks, None
         self._overdue, self._waits = True, False  # also if anything is raised from here on
         with self._account.deciding:
             reading = shared_reading(ranks, self._read, self._watch, self._step)
@@ -359,12 +358,10 @@ class Loop:
             self._metered, metered = metered_at(self._parts, self._account, self.widths)
             why_not = refusal(reading)
             if why_not is None:
-                if self._weights is None:
-                    alike = self._ranking.correlations(self._reading, reading, self._groups, self._parts.model)
                 with together(ranks, f"the plan after step {self._step}") as facts:
                     replan(self._parts, self._account, self._step, self.widths)
                     probe = self._regrowth.probe(self._step) if self._regrowth is not None else None
-                    seen = replace(self._observation(reading, probe, metered), rank_correlation=alike)
+                    seen = self._observation(reading, probe, metered)
                     held = self._controller_state
                     state, plan, again = planned(
                         self._parts, self._account, self._watch, self._groups, held, seen, self._sensing_flops
@@ -380,12 +377,10 @@ class Loop:
             if self._weights is not None:
                 self._ledger.append(self._weights.told(entry))
             else:
-                entry = replace(entry, rank_correlation=alike)
                 self._ledger.append(with_returns(with_drops(entry, plan, reading, origin), plan, probe))
                 self._worth = spread(only_kept(plan.worth, plan), regrown)
                 saliency = spread(only_kept(reading.saliency, plan), regrown)
                 self._reading = replace(reading, saliency=saliency, slope={}, norm={})
-                self._ranking.note(self._reading, self._groups, self._parts.model)
             read_joules(self._parts, self._account, self.widths)
             self._plan, self._landed, self._overdue = plan, plan.landed, False
             if self._landed and self._regrowth is not None:

@@ -24,7 +24,6 @@ from setpoint.ledger import Entry
 from setpoint.loop.acting import in_full
 from setpoint.loop.parts import Parts
 from setpoint.loop.plain import plain, restored
-from setpoint.loop.ranking import Ranking
 from setpoint.loop.regrowth import Regrowth
 from setpoint.loop.watch import LossWatch
 from setpoint.loop.wrapper import rewrap
@@ -35,6 +34,9 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 """Version of the state's form, its entry "format"."""
+
+_GONE = {"rank_correlation"}
+"""Numbers that ledgers in older states hold, and no entry any more."""
 
 _AGAIN = "build the model anew, dense, and attach with the arguments of the run that is to go on"
 
@@ -69,7 +71,6 @@ def state_of(loop: Loop) -> dict[str, Any]:
         "controller": plain(loop._controller_state, "the controller's state"),
         "plan": None if plan is None else plain(replace(plan, keep={}, worth={}, grow={}, grow_worth={}), "the plan"),
         "reading": None if reading is None else plain(replace(reading, basis={}), "the reading"),
-        "ranking": loop._ranking.state_dict(),
         "worth": plain(loop._worth, "worth"),
         "ledger": [plain(asdict(entry), "the ledger") for entry in loop._ledger],
         "account": loop._account.state_dict(),
@@ -156,11 +157,10 @@ class _Resumed:
         self._plan = None if plan is None else restored(plan, Plan(0, {}), "the plan", device)
         self._reading = None if reading is None else restored(reading, Reading(0, {}, 1), "the reading", device)
         self._worth = restored(state["worth"], {}, "worth", device)
-        self._entries = [Entry(**entry) for entry in state["ledger"]]
+        self._entries = [Entry(**{k: v for k, v in entry.items() if k not in _GONE}) for entry in state["ledger"]]
         self._numbers = {f"_{name}": int(state[name]) for name in ("step", "skipped", "again")}
         self._numbers |= {f"_{name}": bool(state[name]) for name in ("overdue", "waits", "landed")}
         LossWatch().load_state_dict(state["watch"])  # a trial
-        Ranking().load_state_dict(state["ranking"], device)
         self._regrowth, self._reserve = loop._regrowth, None
         if state["regrowth"] is None and self._regrowth is not None:
             raise CheckpointError(f"units come back in one of the two runs only: {_AGAIN}")
@@ -197,7 +197,6 @@ class _Resumed:
         loop._sensing_flops = parts.sensor.flops(loop._groups, parts.model)
         loop._plan, loop._reading, loop._worth = self._plan, self._reading, self._worth
         loop._watch.load_state_dict(state["watch"])
-        loop._ranking.load_state_dict(state["ranking"], device)
         for name, value in self._numbers.items():
             setattr(loop, name, value)
         for entry in self._entries:
