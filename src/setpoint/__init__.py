@@ -3,7 +3,6 @@
 from setpoint.actuator.shrink import shrink
 from setpoint.attach import attach
 from setpoint.checkpoint import load, save
-from setpoint.controller.adaptive import AdaptiveController
 from setpoint.controller.gates import GatedController
 from setpoint.controller.penalty import PenaltyController
 from setpoint.controller.plan import Controller, Observation, Plan
@@ -54,7 +53,6 @@ from setpoint.weights.semi_structured import to_semi_structured
 from setpoint.weights.taylor import WeightTaylorSensor
 
 __all__ = [
-    "AdaptiveController",
     "Budget",
     "BudgetError",
     "CheckpointError",

@@ -50,8 +50,6 @@ class Entry:
         num_grown: likewise, how many came in.
         loss_after: where the decision changed the model, loss of the first step with the changed model; None until it
             has been observed.
-        rank_correlation: Spearman's, of the reading with the last one, by group, over the units that are in both;
-            for balanced states, of the Hankel values that the states of the last reading had then and now.
         limit: the budget per step by resource; a fraction is one of what a meter has read of the dense model.
         spent_run: of budgets of the whole run, what it has spent so far.
     """
@@ -83,7 +81,6 @@ class Entry:
     num_dropped: Mapping[str, int] = field(default_factory=dict)
     num_grown: Mapping[str, int] = field(default_factory=dict)
     loss_after: float | None = None
-    rank_correlation: Mapping[str, float] = field(default_factory=dict)
     limit: Mapping[str, float] = field(default_factory=dict)
     spent_run: Mapping[str, float] = field(default_factory=dict)
 

@@ -202,7 +202,7 @@ def test_nothing_is_decided_on_a_model_that_has_diverged(total_steps: int) -> No
         (setpoint.Price(0.1, of="flops"), setpoint.PricedController()),
         (setpoint.Price(0.1, of="flops"), setpoint.GatedController()),
         (setpoint.Price(0.1, of="flops"), setpoint.PenaltyController(setpoint.Price(0.2, of="flops"))),
-        (setpoint.Tolerance(0.1), setpoint.AdaptiveController()),
+        (setpoint.Tolerance(0.1), setpoint.PricedController()),
         (setpoint.Budget.fraction(0.5, of="flops"), setpoint.PenaltyController(setpoint.Price(0.2, of="flops"))),
         (setpoint.Budget.fraction(0.5, of="flops"), setpoint.TolerantController(setpoint.Tolerance(0.1))),
     ],

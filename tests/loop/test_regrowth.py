@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import setpoint
+from controller.returning import Returning
 from setpoint.controller.plan import Observation, Plan
 from setpoint.controller.priced import PricedController
 from setpoint.controller.reference import Reference
@@ -246,15 +247,13 @@ def test_the_weights_that_rise_arrive_exactly() -> None:
             torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
 
 
-def run(seed: int, **options: Any) -> tuple[setpoint.Loop, nn.Module]:
+def run(seed: int, controller: Any) -> tuple[setpoint.Loop, nn.Module]:
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(8, 48), nn.ReLU(), nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 4))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     budget = setpoint.Budget.fraction(0.4, of="flops")
     x = torch.randn(400, 16, 8)
-    with setpoint.attach(
-        model, optimizer, budget, example=(x[0],), total_steps=400, controller=PricedController(**options)
-    ) as loop:
+    with setpoint.attach(model, optimizer, budget, example=(x[0],), total_steps=400, controller=controller) as loop:
         for step in range(400):
             # The task changes in the middle, so that other units become useful.
             target = (x[step, :, :4] if step < 150 else x[step, :, 4:]).argmax(1)
@@ -266,12 +265,12 @@ def run(seed: int, **options: Any) -> tuple[setpoint.Loop, nn.Module]:
 
 def test_a_regrowing_run_lands_within_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """Claim: with regrowth every run lands at 70 %, never over the limit after a third, and probing keeps within its
-    share; where the reference rises units come back; over all runs at most a tenth of those dropped are dropped again;
+    share; where there is room units come back; over all runs at most a tenth of those dropped are dropped again;
     and the same seed makes the same ledger.
     """
     monkeypatch.setattr("setpoint.regrowth.regrowing._PROBE_SHARE", 0.05)  # the run is short
-    rising = Reference(settle=0.15, dip=0.6)
-    runs = [run(0, regrow=True, reference=rising), *(run(seed, regrow=True) for seed in range(3))]
+    rising = Returning(PricedController(Reference(settle=0.15), regrow=True), share=0.6)
+    runs = [run(0, rising), *(run(seed, PricedController(regrow=True)) for seed in range(3))]
     summaries = [loop.summary for loop, _ in runs if loop.summary is not None]
     for (loop, model), summary in zip(runs, summaries, strict=True):
         assert summary.landed and summary.spent["flops"] <= summary.limit["flops"]
@@ -282,7 +281,7 @@ def test_a_regrowing_run_lands_within_its_budget(monkeypatch: pytest.MonkeyPatch
     assert summaries[0].regrown_units > 0
     assert sum(each.dropped_again for each in summaries) <= 0.1 * sum(each.dropped_units for each in summaries)
     first, model = runs[0]
-    second, other = run(0, regrow=True, reference=rising)
+    second, other = run(0, rising)
     assert [(e.dropped, e.grown, e.reason) for e in first.ledger] == [
         (e.dropped, e.grown, e.reason) for e in second.ledger
     ]

@@ -337,7 +337,7 @@ def test_a_state_in_the_middle_of_a_step_is_refused() -> None:
 
 
 STORED = {
-    "_again", "_watch", "_ranking",
+    "_again", "_watch",
     "_groups", "_origin", "_sensor_state", "_controller_state", "_ledger", "_step", "_skipped", "_overdue",
     "_waits", "_landed", "_metered", "_reading", "_plan", "_worth", "_regrowth", "_account", "_weights",
 }  # fmt: skip

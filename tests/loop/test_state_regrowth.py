@@ -126,7 +126,6 @@ def test_a_run_with_resting_states_resumes(controller: str, dear: None) -> None:
         assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True))
         for one, two in zip(whole.loop.ledger, again.loop.ledger, strict=True):
             assert (one.widths, one.loss_after, one.grown) == (two.widths, two.loss_after, two.grown)
-            assert one.rank_correlation == two.rank_correlation
 
 
 def _file(state: Any) -> Any:

@@ -26,7 +26,6 @@ from setpoint.bench.methods.torch_pruning import TorchPruning
 from setpoint.bench.own_function import is_own_function, named_errors, own_function
 from setpoint.bench.results import Result
 from setpoint.bench.task import PLAIN, BenchError, Task, fits_a_folder
-from setpoint.controller.adaptive import AdaptiveController
 from setpoint.controller.gates import GatedController
 from setpoint.controller.price import Gains
 from setpoint.controller.priced import PricedController
@@ -159,8 +158,6 @@ ABLATION_METHODS: tuple[Method, ...] = (
     Setpoint("setpoint-few", PricedController(Reference(num_cuts=2))),
     Setpoint("setpoint-many", PricedController(Reference(num_cuts=32))),
     Setpoint("setpoint-steep", PricedController(Reference(warmup=0.13, settle=0.17))),
-    Setpoint("setpoint-adaptive", AdaptiveController()),
-    Setpoint("setpoint-rising", PricedController(Reference(settle=0.15, dip=0.6), regrow=True)),
     Setpoint("setpoint-vanish", PricedController(min_density=0.0)),
     Setpoint("setpoint-level", PricedController(min_density=0.7)),
     Setpoint("setpoint-rewarm", rewarm=0.01),
@@ -171,8 +168,7 @@ ABLATION_METHODS: tuple[Method, ...] = (
 )
 """More of Setpoint with one thing changed, for `benchmarks/ablation.py`.
 
-An open loop with Setpoint's own saliency (`cubic-taylor`); few or many cuts; a reference that leaves dense when
-readings agree, or that dips below the limit and rises to it as units come back; groups that may vanish whole
+An open loop with Setpoint's own saliency (`cubic-taylor`); few or many cuts; groups that may vanish whole
 (`vanish`) or must stay near a uniform cut (`level`); a learning rate that warms up again after each cut (`rewarm`); a
 dense average of the model's own as the teacher (`distilled`); units that are silent at random (`switch-offs`); saliency
 calibrated by measured losses (`leave-outs`); outgoing weights that fade before they go (`fading`).

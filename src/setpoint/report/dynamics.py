@@ -70,25 +70,6 @@ def active(record: Record) -> Figure | None:
     return Figure(data, shape)
 
 
-def ranking(record: Record) -> Figure | None:
-    """How far each reading ranks the units of a group as the last one did; None without two readings."""
-    found: dict[str, list[tuple[float, float]]] = {}
-    for entry in record.entries:
-        for name, rho in entry.rank_correlation.items():
-            found.setdefault(name, []).append((entry.step, rho))
-    if not found:
-        return None
-    data = []
-    for place, (name, points) in enumerate(found.items()):
-        dash = DASHES[place // len(COLORS) % len(DASHES)]
-        data.append(line(short(name), points, COLORS[place % len(COLORS)], dash=dash) | {"mode": "lines+markers"})
-    shape = layout("rank correlation", height=300)
-    lowest = min(rho for points in found.values() for _, rho in points)
-    shape["yaxis"]["range"] = [min(0.0, lowest - 0.05), 1.03]
-    shape["xaxis"]["range"] = [0, end_of(record)]
-    return Figure(data, shape)
-
-
 def raster(record: Record) -> Figure | None:
     """A raster of all events, like a spike train: a row for each unit, a tick for each drop and each return.
 
