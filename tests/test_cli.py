@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from setpoint.bench import catalogue
-from setpoint.bench.digits import digits
 from setpoint.cli import app
-from setpoint.report.folder import read_results
-from setpoint.report.summary import summary_rows
+from setpoint_bench import catalogue
+from setpoint_bench.report.folder import read_results
+from setpoint_bench.report.summary import summary_rows
+from setpoint_bench.tasks.digits import digits
 
 OWN_MODEL = """
 import torch
@@ -215,10 +215,10 @@ def test_timing_answers_with_what_it_measured(tmp_path: Path) -> None:
 
 OWN_METHODS = """
 from dataclasses import dataclass
-from setpoint.bench.method import Setpoint
-from setpoint.bench.methods.sparse import Sparse
-from setpoint.baselines.exchange import Static
-from setpoint.baselines.scheduled import ScheduledController
+from setpoint_bench.method import Setpoint
+from setpoint_bench.methods.sparse import Sparse
+from setpoint_bench.baselines.exchange import Static
+from setpoint_bench.baselines.scheduled import ScheduledController
 
 class Late(ScheduledController):  # its class is in this file: another process cannot know it
     pass
@@ -267,7 +267,7 @@ def test_runs_of_other_code_are_told(tmp_path: Path) -> None:
 
 def test_missing_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Without scikit-learn the demo says which extra to install."""
-    from setpoint.bench import digits
+    from setpoint_bench.tasks import digits
 
     digits.splits.cache_clear()
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
@@ -282,7 +282,7 @@ def test_interrupt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("setpoint.bench.terminal.run_interleaved", interrupt)
+    monkeypatch.setattr("setpoint_bench.terminal.run_interleaved", interrupt)
     result = invoke("demo", "--out", tmp_path)
     assert result.exit_code == 130
     assert "finished runs are kept" in result.stderr
@@ -381,7 +381,7 @@ def test_help_is_light() -> None:
     code = (
         "import sys\nfrom setpoint.cli import app\n"
         "try:\n    app(['--help'])\nexcept SystemExit as end:\n    assert not end.code\n"
-        "print([name for name in sys.modules if name.startswith(('setpoint.bench', 'setpoint.report', 'plotly'))])"
+        "print([name for name in sys.modules if name.startswith(('setpoint_bench', 'setpoint.report', 'plotly'))])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -33,7 +33,7 @@ OPTIONAL = (
     "torchvision",
     "transformers",
 )
-LATE = ("torch.export._trace", "torch._inductor.compile_fx", "setpoint.bench", "setpoint.cli", "setpoint.report")
+LATE = ("torch.export._trace", "torch._inductor.compile_fx", "setpoint_bench", "setpoint.cli", "setpoint.report")
 """Heavy modules, ours or torch's, that nobody needs before they use them."""
 
 PROBE = """

@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 
 from controller.plants import Decision, chain, lognormal, observe, residual, run, unit_group
-from setpoint.baselines.group_lasso import ReconfiguringController
-from setpoint.baselines.scheduled import ScheduledController
 from setpoint.controller.adaptive import AdaptiveController
 from setpoint.controller.exchanging import ExchangingController
 from setpoint.controller.gates import GatedController
@@ -21,6 +19,8 @@ from setpoint.controller.reference import Reference
 from setpoint.cost.cost import Cost, ProductCost, Term
 from setpoint.groups.group import Group, Size, widths_of
 from setpoint.sensor.reading import Reading
+from setpoint_bench.baselines.group_lasso import ReconfiguringController
+from setpoint_bench.baselines.scheduled import ScheduledController
 
 Plant = tuple[tuple[Group, ...], Cost]
 

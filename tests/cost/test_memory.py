@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from groups.zoo import MODELS
-from setpoint.bench.models import CharGPT, PlainNet
 from setpoint.cost.cost import Cost
 from setpoint.cost.lengths import trial_widths
 from setpoint.cost.memory import MemoryCost
@@ -22,6 +21,7 @@ from setpoint.groups.group import Group, widths_of
 from setpoint.groups.trace import trace
 from setpoint.loop.replica import replica
 from setpoint.meter.memory import peak_bytes
+from setpoint_bench.networks import CharGPT, PlainNet
 
 Build = Callable[[], tuple[nn.Module, tuple[Any, ...]]]
 

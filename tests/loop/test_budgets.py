@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import setpoint
-from setpoint.bench.models import PlainNet
 from setpoint.cost import table as table_file
 from setpoint.cost.problem import Problem
 from setpoint.cost.tape import Tape
@@ -24,6 +23,7 @@ from setpoint.loop.inference import inference_replica
 from setpoint.meter import seconds as seconds_file
 from setpoint.meter.energy import Counter, EnergyMeter
 from setpoint.meter.memory import peak_bytes
+from setpoint_bench.networks import PlainNet
 
 Budget = setpoint.Budget
 TAPES: dict[str, Tape] = {}
