@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import setpoint
+from setpoint.errors import UsageError
 from setpoint.groups.trace import find_groups
 from setpoint.ledger import Ledger
 from setpoint_bench.baselines.exchange import Exchange
@@ -286,12 +287,12 @@ def takes(size):
     return None
 """
     (tmp_path / "own.py").write_text(text, encoding="utf-8")
-    with pytest.raises(BenchError, match=message):
+    with pytest.raises(UsageError, match=message):
         method_named(f"{tmp_path / 'own.py'}:make")
-    with pytest.raises(BenchError, match="takes must take nothing, since it is called with nothing: .*size"):
+    with pytest.raises(UsageError, match="takes must take nothing, since it is called with nothing: .*size"):
         method_named(f"{tmp_path / 'own.py'}:takes")
     with pytest.raises(
-        BenchError, match="has no function 'make@lasso=0.1': only methods of Setpoint's own have settings"
+        UsageError, match="has no function 'make@lasso=0.1': only methods of Setpoint's own have settings"
     ):
         method_named(f"{tmp_path / 'own.py'}:make@lasso=0.1")
 

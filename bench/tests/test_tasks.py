@@ -8,6 +8,7 @@ import pickle
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -20,8 +21,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import setpoint
+import setpoint_bench.tasks as tasks_folder
+from setpoint.errors import UsageError
 from setpoint.groups.trace import find_groups
-from setpoint_bench.catalogue import TASKS, task_named
+from setpoint_bench.catalogue import task_named, tasks
 from setpoint_bench.characters import Characters
 from setpoint_bench.counter import step_flops
 from setpoint_bench.family import ByFactor
@@ -75,7 +78,7 @@ def narrow(task: Task) -> dict[str, int]:
     return {name: dimension.multiple_of for name, dimension in task.dimensions.items()}
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", tasks())
 def test_task(name: str, data: Path) -> None:
     """Batches fit the model and its example, one seed gives the same batches and weights, and a score comes out."""
     task = task_named(name, data=None if name == "digits" else data)
@@ -95,7 +98,7 @@ def test_task(name: str, data: Path) -> None:
     assert len(task.optimizer(model).state_dict()["param_groups"][0]["params"]) > 0
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", tasks())
 def test_task_is_a_value(name: str) -> None:
     """Equal tasks are equal and have equal hashes, survive pickling, and differ once stretched."""
     task = task_named(name)
@@ -209,6 +212,52 @@ def test_own_task(own: str) -> None:
     assert score.loss > 0
 
 
+CATALOGUED = """
+from setpoint_bench.catalogue import task
+from own import points
+
+@task("dots")
+@task("few-dots", steps=3)
+def dots(data=None, steps=None):
+    return points() if steps is None else points().with_steps(steps)
+"""
+
+
+@pytest.fixture
+def folder(own: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder of a file with tasks, which the catalogue searches too."""
+    place = Path(own).parent
+    monkeypatch.syspath_prepend(str(place))
+    monkeypatch.setattr(tasks_folder, "__path__", [*tasks_folder.__path__, str(place / "more")])
+    (place / "more").mkdir()
+    tasks.cache_clear()
+    yield place / "more"
+    tasks.cache_clear()
+    for name in [each for each in sys.modules if each == "own" or each.startswith("setpoint_bench.tasks.own_")]:
+        del sys.modules[name]
+
+
+def test_a_file_in_the_folder_is_a_task(folder: Path) -> None:
+    """A file in the folder of tasks is all that a new task needs; one function may carry several names."""
+    (folder / "own_dots.py").write_text(CATALOGUED, encoding="utf-8")
+    assert {"dots", "few-dots", "digits"} <= tasks().keys()
+    assert task_named("few-dots").steps == 3 and task_named("dots").steps > 3
+
+
+def test_a_name_is_given_once(folder: Path) -> None:
+    """A task that is called like one of another file is an error."""
+    (folder / "own_twice.py").write_text(CATALOGUED.replace("few-dots", "digits"), encoding="utf-8")
+    with pytest.raises(BenchError, match="has a task digits, which another file has too"):
+        tasks()
+
+
+def test_a_task_with_a_name_is_still_ones_own(own: str) -> None:
+    """A decorated function of the user's own file is named by file and function, like any other."""
+    path = Path(own).with_name("mine.py")
+    path.write_text(CATALOGUED, encoding="utf-8")
+    assert task_named(f"{path}:dots", steps=5).steps == 5
+
+
 def test_own_task_in_a_file_called_like_a_module(tmp_path: Path) -> None:
     """A file may be called like a standard module: that module stays what it is."""
     (tmp_path / "random.py").write_text(OWN_TASK, encoding="utf-8")
@@ -228,7 +277,7 @@ def test_own_task_in_a_file_called_like_a_module(tmp_path: Path) -> None:
 )
 def test_own_task_that_cannot_be(own: str, function: str, data: Path | None, message: str) -> None:
     """A function that is not there or returns no task, or a data folder for it, is an error that says so."""
-    with pytest.raises(BenchError, match=message):
+    with pytest.raises(UsageError, match=message):
         task_named(f"{own}:{function}", data=data)
 
 
@@ -250,7 +299,7 @@ def test_plays_follow_their_openings() -> None:
 
 def test_losses_are_nats_where_they_are_cross_entropies() -> None:
     """The losses of Setpoint's own tasks are in nats; a squared error has no such unit."""
-    made = [task_named(name) for name in TASKS]
+    made = [task_named(name) for name in tasks()]
     losses = [task for task in made if isinstance(task, SimpleTask) and task.metric == "loss"]
     assert losses and {task.unit for task in losses} == {"nats"}
     assert replace(losses[0], criterion=F.cross_entropy).unit == "nats"
@@ -490,7 +539,7 @@ def test_a_download_without_its_package(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("setpoint_bench.data.usual_folders", lambda: (tmp_path / "shared",))
     monkeypatch.setattr("setpoint_bench.image_set.cache_folder", lambda: tmp_path)
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(BenchError, match=r"looked in .*shared.*pip install \"setpoint\[bench\]\".*SETPOINT_DATA"):
+    with pytest.raises(BenchError, match=r"looked in .*shared.*pip install setpoint-bench.*SETPOINT_DATA"):
         source.arrays(None)
 
 
@@ -599,7 +648,7 @@ def test_batch_larger_than_the_data() -> None:
 
 def test_unknown_names_list_the_known() -> None:
     """An unknown task or split is an error that lists those there are."""
-    with pytest.raises(BenchError, match=", ".join(TASKS)):
+    with pytest.raises(BenchError, match=", ".join(tasks())):
         task_named("imagenet")
     with pytest.raises(BenchError, match="validation or test"):
         split_named("train")

@@ -1,48 +1,63 @@
-"""The tasks by name, with their length and data chosen on the command line."""
+"""The catalogue: every task by name, from the files of `setpoint_bench.tasks` or a file of the user's own."""
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
+from importlib import import_module
 from pathlib import Path
+from typing import Any, TypeVar
 
+import setpoint_bench.tasks
 from setpoint.report.own_function import is_own_function, named_errors, own_function
 from setpoint_bench.simple_task import SimpleTask
 from setpoint_bench.task import PLAIN, BenchError, Task, fits_a_folder
-from setpoint_bench.tasks.cifar10 import cifar10, cifar10_mini, cifar10_resnet18, cifar10_wrn22_2
-from setpoint_bench.tasks.digits import digits
-from setpoint_bench.tasks.finetune import finetune
-from setpoint_bench.tasks.finetune_text import finetune_text
-from setpoint_bench.tasks.mnist import mnist
-from setpoint_bench.tasks.shakespeare import shakespeare, shakespeare_10m, shakespeare_mini
-from setpoint_bench.tasks.smnist import scifar, smnist
+
+MakeTask = Callable[[Path | None], Task]
+"""Makes a task at its own length, on the data in a folder or in the usual places."""
+
+M = TypeVar("M", bound=Callable[..., Task])
+_MADE: dict[tuple[str, str], MakeTask] = {}
+"""What the decorator saw, by module and name of the task."""
 
 
-def _digits(data: Path | None) -> SimpleTask:
-    if data is not None:
-        raise BenchError("--data is for tasks that read a folder: the digits come with scikit-learn")
-    return digits()
+def task(name: str, **settings: Any) -> Callable[[M], M]:
+    """Decorate a function that makes a task: the catalogue then has it under this name.
+
+    The file in the folder of `setpoint_bench.tasks` is all that a new task needs. One function may carry several
+    names, each with settings of its own.
+
+    Args:
+        name: on the command line and in result files.
+        settings: further arguments of the function.
+    """
+
+    def register(make: M) -> M:
+        _MADE[make.__module__, name] = partial(make, **settings)
+        return make
+
+    return register
 
 
-TASKS: Mapping[str, Callable[[Path | None], SimpleTask]] = {
-    "digits": _digits,
-    "mnist": mnist,
-    "cifar10-mini": cifar10_mini,
-    "cifar10": cifar10,
-    "cifar10-wrn22-2": cifar10_wrn22_2,
-    "cifar10-resnet18": cifar10_resnet18,
-    "shakespeare-mini": shakespeare_mini,
-    "shakespeare": shakespeare,
-    "shakespeare-10m": shakespeare_10m,
-    "smnist": smnist,
-    "smnist-196": partial(smnist, length=196),
-    "psmnist": partial(smnist, permuted=True),
-    "psmnist-196": partial(smnist, length=196, permuted=True),
-    "scifar": scifar,
-    "pscifar": partial(scifar, permuted=True),
-    "finetune": finetune,
-    "finetune-text": finetune_text,
-}
+@cache
+def tasks() -> dict[str, MakeTask]:
+    """The tasks that come with the benchmark, by name.
+
+    Raises:
+        BenchError: two files have a task of one name.
+    """
+    folder = setpoint_bench.tasks
+    found: dict[str, MakeTask] = {}
+    for each in pkgutil.iter_modules(folder.__path__, f"{folder.__name__}."):
+        import_module(each.name)
+        for (module, name), make in _MADE.items():
+            if module != each.name:
+                continue
+            if name in found:
+                raise BenchError(f"{module} has a task {name}, which another file has too: give it another name")
+            found[name] = make
+    return dict(sorted(found.items()))
 
 
 def with_length(name: str, length: int | None) -> str:
@@ -57,7 +72,7 @@ def with_length(name: str, length: int | None) -> str:
     if length is None:
         return name
     found = name if length == 784 else f"{name}-{length}"
-    if f"{name}-196" not in TASKS or found not in TASKS:
+    if f"{name}-196" not in tasks() or found not in tasks():
         raise BenchError(f"--length is 784 or 196, of smnist and psmnist: got {length} for {name}")
     return found
 
@@ -66,7 +81,7 @@ def task_named(name: str, *, epochs: int | None = None, steps: int | None = None
     """The task of that name, or the user's own.
 
     Args:
-        name: one of `TASKS`, or `module.py:function` for a function that takes nothing and returns a task.
+        name: one of `tasks()`, or `module.py:function` for a function that takes nothing and returns a task.
         epochs: passes over the data, where the data have passes; None for the task's own choice.
         steps: optimizer steps; None for the task's own choice.
         data: folder that holds the data; None for the usual places.
@@ -79,28 +94,29 @@ def task_named(name: str, *, epochs: int | None = None, steps: int | None = None
             raise BenchError(f"{option} must be at least 1, got {value}")
     if epochs is not None and steps is not None:
         raise BenchError("a run is as long as --epochs or as --steps says: give one of them")
-    task = _task(name, data)
+    usual = _usual(name, data)
     if steps is not None:
-        return task.with_steps(steps)
+        return usual.with_steps(steps)
     if epochs is None:
-        return task
-    if not isinstance(task, SimpleTask):
-        raise BenchError(f"{task.name} has no epochs: give its length as --steps N")
-    return task.with_epochs(epochs)
+        return usual
+    if not isinstance(usual, SimpleTask):
+        raise BenchError(f"{usual.name} has no epochs: give its length as --steps N")
+    return usual.with_epochs(epochs)
 
 
-def _task(name: str, data: Path | None) -> Task:
+def _usual(name: str, data: Path | None) -> Task:
     """The task at its own length."""
-    if name in TASKS:
-        return TASKS[name](data)
+    known: Mapping[str, MakeTask] = tasks()
+    if name in known:
+        return known[name](data)
     if not is_own_function(name):
-        raise BenchError(f"unknown task {name!r}: use {', '.join(TASKS)}, or your own as module.py:function")
+        raise BenchError(f"unknown task {name!r}: use {', '.join(known)}, or your own as module.py:function")
     if data is not None:
         raise BenchError(f"--data is for the tasks that come with Setpoint: {name} finds its data itself")
     with named_errors(name):
-        task = own_function(name)()
-    if not isinstance(task, Task):
-        raise BenchError(f"{name} returned {type(task).__name__}: return a setpoint_bench.simple_task.SimpleTask")
-    if not fits_a_folder(task.name):
-        raise BenchError(f"{name} returned a task named {task.name!r}, which cannot name a folder: {PLAIN}")
-    return task
+        made = own_function(name)()
+    if not isinstance(made, Task):
+        raise BenchError(f"{name} returned {type(made).__name__}: return a setpoint_bench.simple_task.SimpleTask")
+    if not fits_a_folder(made.name):
+        raise BenchError(f"{name} returned a task named {made.name!r}, which cannot name a folder: {PLAIN}")
+    return made

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor
 
+from setpoint_bench.catalogue import task
 from setpoint_bench.family import Family
 from setpoint_bench.image_family import PlainFamily, ResidualFamily, ShortFamily, WideFamily
 from setpoint_bench.image_set import ImageSet
@@ -23,6 +24,7 @@ DEVIATION = (63.0, 62.1, 66.7)
 MINI = PlainFamily((32, 64, 64, 128, 128, 128), frozenset({1, 3, 5}))
 
 
+@task("cifar10")
 def cifar10(data: Path | None = None) -> SimpleTask:
     """45,000 images train, 5,000 validate and 10,000 test; sixteen passes of a residual network of seven convolutions.
 
@@ -34,10 +36,11 @@ def cifar10(data: Path | None = None) -> SimpleTask:
         data: folder that holds `uoft-cs/cifar10`, or None for the usual places.
     """
     recipe = Recipe(steps=1, learning_rate=0.2, fall="linear", mixed=True, num_validations=5)
-    task = _task("cifar10", ShortFamily((64, 192, 256)), recipe, data, shift=2).with_epochs(16)
-    return replace(task, views=ten_views)
+    made = _task("cifar10", ShortFamily((64, 192, 256)), recipe, data, shift=2).with_epochs(16)
+    return replace(made, views=ten_views)
 
 
+@task("cifar10-wrn22-2")
 def cifar10_wrn22_2(data: Path | None = None) -> SimpleTask:
     """The same images and a WRN-22-2 in 200 passes, for a GPU.
 
@@ -50,6 +53,7 @@ def cifar10_wrn22_2(data: Path | None = None) -> SimpleTask:
     return _task("cifar10-wrn22-2", WideFamily(depth=22, widening=2), recipe, data).with_epochs(200)
 
 
+@task("cifar10-resnet18")
 def cifar10_resnet18(data: Path | None = None) -> SimpleTask:
     """The same images and a ResNet-18 in 100 passes, for a GPU.
 
@@ -61,6 +65,7 @@ def cifar10_resnet18(data: Path | None = None) -> SimpleTask:
     return _task("cifar10-resnet18", family, recipe, data).with_epochs(100)
 
 
+@task("cifar10-mini")
 def cifar10_mini(data: Path | None = None) -> SimpleTask:
     """The same images at 16x16 and six convolutions, for runs of a minute or two.
 
@@ -69,8 +74,8 @@ def cifar10_mini(data: Path | None = None) -> SimpleTask:
     """
     images = Images(splits_16, (3, 16, 16), NUM_TRAIN, MEAN, DEVIATION, shift=1, flip=True, folder=data)
     recipe = Recipe(steps=1, learning_rate=0.1, fall="linear", mixed=True)
-    task = SimpleTask("cifar10-mini", MINI, images, recipe, training_criterion=smoothed_cross_entropy)
-    return task.with_epochs(10)
+    made = SimpleTask("cifar10-mini", MINI, images, recipe, training_criterion=smoothed_cross_entropy)
+    return made.with_epochs(10)
 
 
 def _task(name: str, family: Family, recipe: Recipe, data: Path | None, shift: int = 4) -> SimpleTask:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from setpoint_bench.catalogue import task
 from setpoint_bench.image_family import ResidualFamily
 from setpoint_bench.images import Images, Splits
 from setpoint_bench.recipe import Recipe
@@ -29,10 +30,22 @@ def digits(epochs: int = 40, width: int = 64) -> SimpleTask:
     family = ResidualFamily((width, 2 * width), (2, 2), inputs=1, block=8 if width >= 64 else 4)
     data = Images(splits, (1, 8, 8), NUM_TRAIN, mean=(0.0,), deviation=(16.0,), shift=1)
     recipe = Recipe(steps=1, batch=64, learning_rate=0.1, warm_up=0.1, num_validations=20)
-    task = SimpleTask(
+    made = SimpleTask(
         "digits", family, data, recipe, training_criterion=smoothed_cross_entropy, device=torch.device("cpu")
     )
-    return task.with_epochs(epochs)
+    return made.with_epochs(epochs)
+
+
+@task("digits")
+def usual_digits(data: Path | None = None) -> SimpleTask:
+    """The task at its own length and width.
+
+    Raises:
+        BenchError: a folder was named, where there is nothing to read.
+    """
+    if data is not None:
+        raise BenchError("--data is for tasks that read a folder: the digits come with scikit-learn")
+    return digits()
 
 
 @lru_cache(maxsize=1)

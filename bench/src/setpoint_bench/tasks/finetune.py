@@ -10,6 +10,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from setpoint_bench.catalogue import task
 from setpoint_bench.image_family import PlainFamily
 from setpoint_bench.images import Images, Splits, classes_only
 from setpoint_bench.recipe import Recipe
@@ -69,10 +70,11 @@ def pretraining(data: Path | None = None) -> SimpleTask:
     images = _images(splits_six, NUM_SIX, data)
     recipe = Recipe(steps=1, learning_rate=0.2, fall="linear", mixed=True)
     family = replace(cifar10.MINI, classes=len(SIX))
-    task = SimpleTask("pretraining", family, images, recipe, training_criterion=smoothed_cross_entropy)
-    return task.with_epochs(8)
+    made = SimpleTask("pretraining", family, images, recipe, training_criterion=smoothed_cross_entropy)
+    return made.with_epochs(8)
 
 
+@task("finetune")
 def finetune(data: Path | None = None) -> SimpleTask:
     """2,000 frogs, horses, ships and trucks train, those in CIFAR-10's validation tenth validate, 4,000 test.
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from setpoint.report.zoo import bert_encoder
+from setpoint_bench.catalogue import task
 from setpoint_bench.images import Splits
 from setpoint_bench.recipe import Recipe
 from setpoint_bench.simple_task import SimpleTask
@@ -151,6 +152,7 @@ class Speeches:
         return speeches(self.folder)[split]
 
 
+@task("finetune-text")
 def finetune_text(data: Path | None = None) -> SimpleTask:
     """Speeches of at least eight words: a fixed fifth tests, a fixed tenth of the rest validates.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from pathlib import Path
 
+from setpoint_bench.catalogue import task
 from setpoint_bench.image_family import PlainFamily
 from setpoint_bench.image_set import ImageSet
 from setpoint_bench.images import Images, Splits
@@ -15,6 +16,7 @@ MNIST = ImageSet("ylecun/mnist", column="image", mode="L")
 NUM_TRAIN = 54_000
 
 
+@task("mnist")
 def mnist(data: Path | None = None) -> SimpleTask:
     """54,000 images train, 6,000 validate and 10,000 test; three passes.
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from setpoint_bench.catalogue import task
 from setpoint_bench.characters import Characters
 from setpoint_bench.data import cache_folder, find_data, missing
 from setpoint_bench.networks import CharGPT
@@ -63,6 +64,7 @@ class GPTFamily:
         return CharGPT(of_layers, VOCABULARY, self.window, widths["n_embd"], self.head_dim, self.dropout)
 
 
+@task("shakespeare")
 def shakespeare(data: Path | None = None) -> SimpleTask:
     """1,115,394 characters: by convention the last tenth tests; the last tenth before it validates.
 
@@ -72,10 +74,11 @@ def shakespeare(data: Path | None = None) -> SimpleTask:
         data: folder that holds `karpathy/tiny_shakespeare`, or None for the usual places.
     """
     recipe = _recipe(steps=2400, batch=32, learning_rate=3e-3)
-    task = _task("shakespeare", GPTFamily(layers=4, heads=6, window=128, head_dim=32), recipe, data)
-    return replace(task, scratch_learning_rate=1.5, found_learning_rate=1.0)  # docs/tasks.md, "What was tuned"
+    made = _task("shakespeare", GPTFamily(layers=4, heads=6, window=128, head_dim=32), recipe, data)
+    return replace(made, scratch_learning_rate=1.5, found_learning_rate=1.0)  # docs/tasks.md, "What was tuned"
 
 
+@task("shakespeare-mini")
 def shakespeare_mini(data: Path | None = None) -> SimpleTask:
     """The same text and a small GPT, for runs of a minute or two.
 
@@ -83,10 +86,11 @@ def shakespeare_mini(data: Path | None = None) -> SimpleTask:
         data: folder that holds `karpathy/tiny_shakespeare`, or None for the usual places.
     """
     recipe = _recipe(steps=2000, batch=16, learning_rate=6e-3)
-    task = _task("shakespeare-mini", GPTFamily(layers=3, heads=4, window=64, head_dim=32), recipe, data)
-    return replace(task, scratch_learning_rate=1.5, found_learning_rate=0.5)  # docs/tasks.md, "What was tuned"
+    made = _task("shakespeare-mini", GPTFamily(layers=3, heads=4, window=64, head_dim=32), recipe, data)
+    return replace(made, scratch_learning_rate=1.5, found_learning_rate=0.5)  # docs/tasks.md, "What was tuned"
 
 
+@task("shakespeare-10m")
 def shakespeare_10m(data: Path | None = None) -> SimpleTask:
     """The same text and nanoGPT's model of ten million parameters for a GPU, with its length and dropout.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from setpoint_bench.catalogue import task
 from setpoint_bench.recipe import Recipe
 from setpoint_bench.sequences import PixelSequences, SequenceFamily
 from setpoint_bench.simple_task import SimpleTask
@@ -13,6 +14,10 @@ _MNIST = SequenceFamily(inputs=1, channels=8, states=256)
 _CIFAR = SequenceFamily(inputs=3, channels=64, states=384, blocks=2)
 
 
+@task("smnist")
+@task("smnist-196", length=196)
+@task("psmnist", permuted=True)
+@task("psmnist-196", length=196, permuted=True)
 def smnist(data: Path | None = None, *, length: int = 784, permuted: bool = False) -> SimpleTask:
     """MNIST as sequences of 784 pixels, or of 196 averages of four; one recurrent block of 256 states, three passes.
 
@@ -32,6 +37,8 @@ def smnist(data: Path | None = None, *, length: int = 784, permuted: bool = Fals
     return SimpleTask(name, _MNIST, images, recipe).with_epochs(3)
 
 
+@task("scifar")
+@task("pscifar", permuted=True)
 def scifar(data: Path | None = None, *, permuted: bool = False) -> SimpleTask:
     """CIFAR-10 as sequences of 1,024 coloured pixels; two recurrent blocks of 384 states, ten passes, for a GPU.
 
