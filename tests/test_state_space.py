@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import setpoint
 from pypi_s5 import S5Classifier
 from setpoint.groups.trace import trace
-from setpoint.models import LRU, SequenceClassifier
+from setpoint_bench.models import LRU, SequenceClassifier
 
 
 def _states(model: nn.Module) -> tuple[setpoint.Group, ...]:
@@ -243,7 +243,7 @@ import numpy as np
 import torch
 import setpoint
 from setpoint.actuator.balance import balance_and_shrink
-from setpoint.models import SequenceClassifier
+from setpoint_bench.models import SequenceClassifier
 from setpoint.ssm import BalancedPairs, balance
 
 torch.manual_seed(0)

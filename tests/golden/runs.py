@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from setpoint.models import SequenceClassifier
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -20,7 +21,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import setpoint
 import setpoint.regrowth.regrowing
 from golden.models import GPT, ResNet, Sampled, mlp
-from setpoint.models import SequenceClassifier
 from setpoint.sensor.reading import Reading
 from setpoint.weights.masking import Masking
 

@@ -17,11 +17,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import setpoint
 from conformance.test_optimizers import ROWS
 from loop.test_regrowth import BACK, DROP, Net, Scripted, data, dear
-from setpoint.baselines.scheduled import ScheduledController
 from setpoint.controller.penalty import PenaltyController
 from setpoint.controller.priced import PricedController
 from setpoint.cost.price import Price
 from setpoint.errors import CheckpointError, LoopError, OptimizerError
+from setpoint_bench.baselines.scheduled import ScheduledController
 
 __all__ = ["dear"]
 STEPS = 40

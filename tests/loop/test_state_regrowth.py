@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import setpoint
 from loop.test_regrowth import Scripted, dear
-from setpoint.models import SequenceClassifier
+from setpoint_bench.models import SequenceClassifier
 
 __all__ = ["dear"]  # a fixture of the tests below
 LAYER = "blocks.0.lru"

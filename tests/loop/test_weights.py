@@ -16,15 +16,15 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import setpoint
 from loop.test_regrowth import Scripted, data
 from loop.test_state import Run, check_resumes
-from setpoint.bench.weight_flops import weight_flops
 from setpoint.errors import BudgetError, CheckpointError, GroupError, LoopError, OptimizerError, SetpointError
 from setpoint.report.decisions import timeline
-from setpoint.report.folder import read_record
-from setpoint.report.page import entries_table
 from setpoint.report.resources import ledger_line
+from setpoint.report.run import entries_table
 from setpoint.weights.exchanging import ExchangingController
 from setpoint.weights.find import Pattern, find_weights
 from setpoint.weights.masking import Masking
+from setpoint_bench.report.folder import read_record
+from setpoint_bench.weight_flops import weight_flops
 
 STEPS = 24
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from setpoint.ledger import Entry
 from setpoint.report import dynamics
-from setpoint.report.results import Point, Record
+from setpoint.report.record import Point, Record
 
 RECORD = Record(
     units={"a": 4, "b": 3},

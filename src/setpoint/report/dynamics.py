@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from setpoint.report.decisions import first_widths, height_of, line, num_grown, rows, short
 from setpoint.report.figures import BLUE, GREY, INK, ORANGE, OTHERS, Figure, Trace, escape, layout
 from setpoint.report.numbers import digits
+from setpoint.report.record import Point, Record
 from setpoint.report.resources import dropped, end_of
-from setpoint.report.results import Point, Record
 
 COLORS = (BLUE, ORANGE, *OTHERS, GREY)
 DASHES = ("solid", "dash", "dot", "dashdot")
