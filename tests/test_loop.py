@@ -98,9 +98,6 @@ class Script:
         last = observation.step >= max(self.drops)
         return state + 1, Plan(observation.step, keep, {}, price, reference, landed=last, reason="as the script says")
 
-    def cut(self, state: int, keep: Any) -> int:
-        return state
-
 
 @pytest.mark.parametrize("build", [_mlp, Residual])
 @pytest.mark.parametrize("of", ["flops", "params"])

@@ -319,10 +319,8 @@ def test_another_length_moves_the_decisions() -> None:
     assert summary.final_flops_ratio <= 0.5
 
 
-def test_a_reference_that_is_none_is_refused() -> None:
-    """Beside a controller, or as a word, a reference is refused."""
+def test_a_reference_beside_a_controller_is_refused() -> None:
+    """A controller brings its own reference."""
     budget = setpoint.Budget.fraction(0.5, of="flops")
     with pytest.raises(ValueError, match="not both"):
         train(budget, reference=setpoint.Reference(), controller=setpoint.PricedController())
-    with pytest.raises(ValueError, match="got 'linear'"):
-        train(budget, reference="linear")

@@ -21,6 +21,7 @@ from setpoint.controller.reference import Reference
 from setpoint.cost.budget import Budget
 from setpoint.cost.cost import ProductCost
 from setpoint.errors import BudgetError, LoopError
+from setpoint.groups.follow import Change, follow
 from setpoint.groups.group import Group, widths_of
 from setpoint.loop.run_budget import RunBudget
 from setpoint.loop.target import Target
@@ -65,7 +66,7 @@ def simulate(
         if wait:
             again = step + wait
             continue
-        state = controller.cut(following, plan.keep)
+        state = follow(following, Change(keep=plan.keep))
         saliency = {name: values[plan.keep[name]] for name, values in saliency.items()}
         groups, landed = after(groups, plan), step if plan.landed else 0
         per_step = cost.total(widths_of(groups))

@@ -9,7 +9,6 @@ x -> C x, where Setpoint's own method takes the real map. Optimizer moments foll
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import final
 
@@ -119,6 +118,8 @@ class LiveModel:
 class ComplexHankelSensor:
     """Hankel values of the complex system of each layer; not comparable across layers."""
 
+    returns = False
+
     def readable(self, groups: tuple[Group, ...], model: nn.Module) -> tuple[Group, ...]:
         """Groups of states; of layers that run one system for all channels."""
         return tuple(group for group in groups if group.kind == "state")
@@ -163,10 +164,6 @@ class ComplexHankelSensor:
             found = ComplexBalance.of(system)
             saliency[group.name], basis[group.name] = found.values.cpu().numpy(), found
         return Reading(step, saliency, num_samples=1, calibrated=False, num_steps=state.num_steps, basis=basis)
-
-    def cut(self, state: LiveModel, keep: Mapping[str, Bool[np.ndarray, " units"]]) -> LiveModel:
-        """The same state: the live layers have been cut already."""
-        return state
 
 
 @final
@@ -218,9 +215,6 @@ class ToleranceController:
             landed=observation.step >= last,
             reason=reason if going else "no layer would lose a twentieth of its states",
         )
-
-    def cut(self, state: None, keep: Mapping[str, Bool[np.ndarray, " units"]]) -> None:
-        """Nothing is indexed by unit."""
 
     def _checks(self, total_steps: int) -> set[int]:
         last = self.window * total_steps

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, final
-
-import numpy as np
-from jaxtyping import Bool
 
 from setpoint.controller.plan import Controller, Observation, Plan
 from setpoint.controller.priced import PricedController
@@ -65,10 +61,6 @@ class ExchangingController:
     def due(self, step: int, total_steps: int) -> bool:
         """Whether the inner controller decides after this step."""
         return self.inner.due(step, total_steps)
-
-    def cut(self, state: Any, keep: Mapping[str, Bool[np.ndarray, " units"]]) -> Any:
-        """State of as many units as the plan kept."""
-        return self.inner.cut(state, keep)
 
     def decide(self, state: Any, observation: Observation, cost: Cost, groups: tuple[Group, ...]) -> tuple[Any, Plan]:
         """The next state and the plan. Pure: same arguments, same answer.

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import final
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float64
+from jaxtyping import Float64
 from torch import Tensor
 
 from setpoint.controller.gate_net import GateNet
@@ -141,14 +140,6 @@ class GatedController:
     def probe_due(self, step: int, total_steps: int) -> bool:
         """Whether resting units should be present in the step after this one."""
         return self.priced.probe_due(step, total_steps)
-
-    def cut(self, state: GatedState, keep: Mapping[str, Bool[np.ndarray, " units"]]) -> GatedState:
-        """State of the kept units; nothing in the network is indexed by unit."""
-        return replace(state, priced=self.priced.cut(state.priced, keep))
-
-    def grow(self, state: GatedState, regrown: Mapping[str, Bool[np.ndarray, " units"]]) -> GatedState:
-        """State with the units that have come back."""
-        return replace(state, priced=self.priced.grow(state.priced, regrown))
 
     def flops(self, groups: tuple[Group, ...], allowance: float = math.inf) -> float:
         """FLOPs of a decision that drops: forward and backward of each step that the allowance pays for, and a last

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import final
 
 import numpy as np
-from jaxtyping import Bool
 
 from setpoint.controller.ladder import build_ladder
 from setpoint.controller.plan import Observation, Plan
@@ -85,10 +84,6 @@ class PenaltyController:
     def due(self, step: int, total_steps: int) -> bool:
         """Whether a decision is to be made after this step."""
         return self.reference.due(step, total_steps)
-
-    def cut(self, state: PenaltyState, keep: Mapping[str, Bool[np.ndarray, " units"]]) -> PenaltyState:
-        """The same state: nothing in it is indexed by unit."""
-        return state
 
     def decide(
         self, state: PenaltyState, observation: Observation, cost: Cost, groups: tuple[Group, ...]

@@ -116,7 +116,7 @@ class Controller(Protocol[State]):
     """Turns an observation and its own state into a plan. Closed loop and baselines alike."""
 
     def init(self, groups: tuple[Group, ...]) -> State:
-        """State before the first decision; arrays in it are indexed by active unit."""
+        """State before the first decision; what has an entry for each active unit is annotated `ByUnit[...]`."""
         ...
 
     def due(self, step: int, total_steps: int) -> bool:
@@ -129,13 +129,9 @@ class Controller(Protocol[State]):
         """The next state and the plan. Pure: same arguments, same answer."""
         ...
 
-    def cut(self, state: State, keep: Mapping[str, Bool[np.ndarray, " units"]]) -> State:
-        """State of the kept units, after the plan has been carried out."""
-        ...
-
 
 @runtime_checkable
-class Regrowing(Protocol[State]):
+class Regrowing(Protocol):
     """What a controller has in addition that brings dropped units back."""
 
     @property
@@ -145,13 +141,6 @@ class Regrowing(Protocol[State]):
 
     def probe_due(self, step: int, total_steps: int) -> bool:
         """Whether resting units should be present in the step after this one, to be read."""
-        ...
-
-    def grow(self, state: State, regrown: Mapping[str, Bool[np.ndarray, " units"]]) -> State:
-        """State with the units that have come back, after the plan has been carried out.
-
-        `regrown` is by group, one boolean per unit active now, True = has just come back.
-        """
         ...
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import final
 
 import numpy as np
-from jaxtyping import Bool, Float64, Int64
+from jaxtyping import Float64, Int64
 
 from setpoint.controller.aim import Aim, take_aim
 from setpoint.controller.exchange import swap, trade
@@ -31,6 +31,7 @@ from setpoint.controller.selection import (
     worth_by,
 )
 from setpoint.cost.cost import Cost
+from setpoint.groups.follow import ByUnit
 from setpoint.groups.group import Group, keep_all
 
 _BLOCKS_TO_LAND = 2  # blocks of mean size that are left for the last cut to choose from
@@ -54,7 +55,7 @@ class PricedState:
     """
 
     dense: Mapping[str, int]
-    age: Mapping[str, Int64[np.ndarray, " units"]]
+    age: Mapping[str, ByUnit[Int64[np.ndarray, " units"]]]
     start: float | None = None
     feedback: Feedback = field(default_factory=Feedback)
     price: float = 0.0
@@ -179,19 +180,6 @@ class PricedController:
         coming = range(step + 1, step + 1 + self.probe_steps)
         usable = (self.due(each, total_steps) and not self.reference.final(each, total_steps) for each in coming)
         return self.regrow and any(usable)
-
-    def grow(self, state: PricedState, regrown: Mapping[str, Bool[np.ndarray, " units"]]) -> PricedState:
-        """State with the units that have come back, which are of age 0."""
-        age = dict(state.age)
-        for name, came in regrown.items():
-            age[name] = np.zeros(len(came), dtype=np.int64)
-            age[name][~came] = state.age[name]
-        return replace(state, age=age)
-
-    def cut(self, state: PricedState, keep: Mapping[str, Bool[np.ndarray, " units"]]) -> PricedState:
-        """State of the kept units, after the plan has been carried out."""
-        age = {name: values[keep[name]] if name in keep else values for name, values in state.age.items()}
-        return replace(state, age=age)
 
     def decide(
         self, state: PricedState, observation: Observation, cost: Cost, groups: tuple[Group, ...]

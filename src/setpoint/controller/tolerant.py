@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from typing import final
 
 import numpy as np
-from jaxtyping import Bool
 
 from setpoint.controller.ladder import build_ladder
 from setpoint.controller.plan import Observation, Plan
@@ -93,14 +92,6 @@ class TolerantController:
     def probe_due(self, step: int, total_steps: int) -> bool:
         """Never: what comes back is the last cut, whatever its units would contribute."""
         return False
-
-    def cut(self, state: TolerantState, keep: Mapping[str, Bool[np.ndarray, " units"]]) -> TolerantState:
-        """The same state: nothing in it is indexed by unit."""
-        return state
-
-    def grow(self, state: TolerantState, regrown: Mapping[str, Bool[np.ndarray, " units"]]) -> TolerantState:
-        """The same state: nothing in it is indexed by unit."""
-        return state
 
     def decide(
         self, state: TolerantState, observation: Observation, cost: Cost, groups: tuple[Group, ...]

@@ -12,6 +12,7 @@ from jaxtyping import Bool
 from setpoint.actuator.balance import turned
 from setpoint.actuator.shrink import named_tensors, shrink
 from setpoint.controller.plan import Plan
+from setpoint.groups.follow import Change, follow
 from setpoint.groups.group import Group
 from setpoint.loop.agreement import together
 from setpoint.loop.parts import Parts
@@ -109,7 +110,8 @@ def _changed(
     if plan.drops():
         if regrowth is None and loop._watch.can_roll_back(parts.sensor, parts.controller, loop._account.resizes):
             regrowth = loop._regrowth = Regrowth(parts, loop._account)
-        sensed, state = parts.sensor.cut(loop._sensor_state, plan.keep), parts.controller.cut(state, plan.keep)
+        change = Change(keep=plan.keep)
+        sensed, state = follow(loop._sensor_state, change), follow(state, change)
         whole = regrowth.as_it_is(loop._groups, plan, reading.basis) if regrowth is not None else {}
         what = (parts.model, parts.optimizers, loop._groups, plan.keep)
         with (
@@ -123,7 +125,9 @@ def _changed(
     loop._controller_state = state
     if plan.grows() and regrowth is not None:
         loop._groups, regrown = regrowth.grow(loop._groups, plan, agreed)
-        loop._sensor_state = parts.sensor.grow(loop._sensor_state, regrown)  # type: ignore[attr-defined]
-        loop._controller_state = parts.controller.grow(loop._controller_state, regrown)  # type: ignore[attr-defined]
+        change = Change(regrown=regrown)
+        loop._sensor_state, loop._controller_state = (
+            follow(each, change) for each in (loop._sensor_state, loop._controller_state)
+        )
         loop._origin = regrowth.origin
     return regrown, note

@@ -26,6 +26,7 @@ from setpoint.cost.tolerance import Tolerance
 from setpoint.errors import BudgetError, GroupError, LoopError, OptimizerError
 from setpoint.groups.chance import untouched_chance
 from setpoint.groups.export import Example, inputs_of
+from setpoint.groups.follow import check_states
 from setpoint.groups.group import Group, widths_of
 from setpoint.groups.trace import Trace, trace
 from setpoint.loop.accounting import Account
@@ -46,8 +47,7 @@ from setpoint.loop.state import run_of
 from setpoint.loop.target import Target, check_budgets, check_reachable
 from setpoint.loop.wrapper import Wrapped, check_reads, check_shared, unwrap
 from setpoint.meter import StepMeter, Stopwatch
-from setpoint.sensor.chain import takes_back
-from setpoint.sensor.reading import Hooking, Sensor
+from setpoint.sensor.reading import Hooking, Sensor, takes_back
 from setpoint.sensor.tap import tappable
 from setpoint.sensor.weight_taylor import WeightTaylorSensor
 
@@ -152,6 +152,7 @@ def attach(
             if reference is not None:
                 raise ValueError("give the reference to the controller, or leave the controller to attach: not both")
             check_goal(goal, controller)
+        check_states(controller, *(() if sensor is None else (sensor,)))
         if reserve_bytes is not None and (type(reserve_bytes) is not int or reserve_bytes < 0):
             raise ValueError(f"reserve_bytes is a whole number of bytes, at least 0, or None; got {reserve_bytes!r}")
         optimizers = _check_arguments(inner, optimizer, total_steps)
@@ -357,7 +358,7 @@ def _check_regrowth(
     """
     instead = "attach with PricedController(regrow=False)"
     if not takes_back(sensor):
-        raise LoopError(f"{type(sensor).__name__} has no grow(), so units cannot come back: add it, or {instead}")
+        raise LoopError(f"{type(sensor).__name__} says returns = False, so units cannot come back: {instead}")
     if wrapped.compiled:
         raise LoopError(
             f"resting units cannot be present in compiled code: attach to the model uncompiled, or {instead}"

@@ -17,7 +17,7 @@ from setpoint.controller.tolerant import TolerantController
 from setpoint.controller.trend import Excess, excess_after
 from setpoint.groups.group import Group, keep_all
 from setpoint.ledger import Ledger
-from setpoint.sensor.chain import takes_back
+from setpoint.sensor.reading import takes_back
 
 _SIGNIFICANT = 4.0
 """Standard errors by which the loss must lie above its trend to have left it."""

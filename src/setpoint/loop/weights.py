@@ -18,6 +18,8 @@ from setpoint.actuator.weight_exchange import exchanged
 from setpoint.actuator.weight_mask import mask_weights
 from setpoint.controller.plan import Plan
 from setpoint.errors import CheckpointError, GroupError
+from setpoint.groups import follow as following
+from setpoint.groups.follow import follow
 from setpoint.groups.group import Group, widths_of
 from setpoint.groups.weights import as_mask, with_active
 from setpoint.ledger import Entry
@@ -198,8 +200,8 @@ class Weights:
         sensor = parts.sensor
         assert isinstance(sensor, Weighing)
         change = self.planned(plan, sensor.scores(sensor_state) if plan.exchange and self._resting else {})
-        sensed = sensor.renew(parts.sensor.cut(sensor_state, plan.keep), change.came)
-        held = parts.controller.cut(controller_state, plan.keep)
+        units = following.Change(keep=plan.keep, came=change.came)
+        sensed, held = follow(sensor_state, units), follow(controller_state, units)
         self._change = change
         return self.carry_out(change), sensed, held
 
