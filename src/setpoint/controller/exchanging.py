@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any, final
 
-from setpoint.controller.plan import Controller, Observation, Plan
+from setpoint.controller.plan import Controller, Observation, Plan, Transferring
 from setpoint.controller.priced import PricedController
 from setpoint.controller.reference import Reference
 from setpoint.cost.cost import Cost
@@ -61,6 +61,13 @@ class ExchangingController:
     def due(self, step: int, total_steps: int) -> bool:
         """Whether the inner controller decides after this step."""
         return self.inner.due(step, total_steps)
+
+    def transferred(self, state: Any, *, step: int, total_steps: int, present: float, limit: float) -> Any:
+        """The inner controller's state, carried over if that has something to carry over."""
+        if not isinstance(self.inner, Transferring):
+            return state
+        at = {"step": step, "total_steps": total_steps}
+        return self.inner.transferred(state, **at, present=present, limit=limit)
 
     def decide(self, state: Any, observation: Observation, cost: Cost, groups: tuple[Group, ...]) -> tuple[Any, Plan]:
         """The next state and the plan. Pure: same arguments, same answer.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from setpoint.controller.gate_net import GateNet
 from setpoint.controller.ladder import lowest_width
-from setpoint.controller.plan import Observation, Plan
+from setpoint.controller.plan import Goal, Observation, Plan
 from setpoint.controller.priced import PricedController, PricedState
 from setpoint.controller.reference import Reference
 from setpoint.cost.cost import Cost
@@ -129,6 +129,11 @@ class GatedController:
         """Whether dropped units may come back."""
         return self.priced.regrow
 
+    @property
+    def goal(self) -> Goal:
+        """Budgets."""
+        return "budget"
+
     def init(self, groups: tuple[Group, ...]) -> GatedState:
         """State before the first decision."""
         return GatedState(self.priced.init(groups), GateNet.fresh(_FEATURES, self.hidden, self.seed))
@@ -140,6 +145,13 @@ class GatedController:
     def probe_due(self, step: int, total_steps: int) -> bool:
         """Whether resting units should be present in the step after this one."""
         return self.priced.probe_due(step, total_steps)
+
+    def transferred(
+        self, state: GatedState, *, step: int, total_steps: int, present: float, limit: float
+    ) -> GatedState:
+        """The state with the priced controller's carried over; the network has nothing to do with the budget."""
+        at = {"step": step, "total_steps": total_steps}
+        return replace(state, priced=self.priced.transferred(state.priced, **at, present=present, limit=limit))
 
     def flops(self, groups: tuple[Group, ...], allowance: float = math.inf) -> float:
         """FLOPs of a decision that drops: forward and backward of each step that the allowance pays for, and a last

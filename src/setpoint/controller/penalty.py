@@ -10,7 +10,7 @@ from typing import final
 import numpy as np
 
 from setpoint.controller.ladder import build_ladder
-from setpoint.controller.plan import Observation, Plan
+from setpoint.controller.plan import Goal, Observation, Plan
 from setpoint.controller.reason import per, problem_with
 from setpoint.controller.reference import Reference
 from setpoint.controller.selection import Selection, descend, start
@@ -76,6 +76,11 @@ class PenaltyController:
             raise ValueError(f"hysteresis is a fraction in [0, 1), got {self.hysteresis!r}")
         if not 0 < self.slew <= 1:
             raise ValueError(f"slew is a fraction in (0, 1], got {self.slew!r}")
+
+    @property
+    def goal(self) -> Goal:
+        """The price."""
+        return self.price
 
     def init(self, groups: tuple[Group, ...]) -> PenaltyState:
         """State before the first decision."""

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int
 
 from setpoint.controller.trend import Excess
 from setpoint.cost.cost import Cost
+from setpoint.cost.price import Price
+from setpoint.cost.tolerance import Tolerance
 from setpoint.groups.group import Group
 from setpoint.sensor.probe import Probe
 from setpoint.sensor.reading import Reading
@@ -150,6 +152,37 @@ class Learning(Protocol):
 
     def flops(self, groups: tuple[Group, ...], allowance: float = math.inf) -> float:
         """FLOPs, within the allowance, that one decision spends on learning at most; `Plan.flops` is what it has."""
+        ...
+
+
+@runtime_checkable
+class Transferring(Protocol[State]):
+    """What a controller has in addition whose memory belongs to one budget and one length of the run."""
+
+    def transferred(self, state: State, *, step: int, total_steps: int, present: float, limit: float) -> State:
+        """The state with which it goes on without a bump when either changes in the middle of the run.
+
+        Args:
+            state: its state.
+            step: optimizer steps done.
+            total_steps: of the run, as it is now.
+            present: predicted cost of a step now.
+            limit: the new one.
+        """
+        ...
+
+
+Goal = Price | Tolerance | Literal["budget"]
+"""What a controller pursues."""
+
+
+@runtime_checkable
+class Pursuing(Protocol):
+    """What a controller has in addition that pursues one goal, and cannot be given another by `attach`."""
+
+    @property
+    def goal(self) -> Goal:
+        """The price or tolerance that it was made with, or "budget" for whatever budgets it is given."""
         ...
 
 

@@ -15,7 +15,7 @@ from setpoint.controller.exchange import swap, trade
 from setpoint.controller.guards import NO_GUARDS, Guards
 from setpoint.controller.landing import even_density, landing_widths
 from setpoint.controller.offer import Offer, offers_of, together, widened
-from setpoint.controller.plan import Observation, Plan
+from setpoint.controller.plan import Goal, Observation, Plan
 from setpoint.controller.price import Feedback, Gains
 from setpoint.controller.reason import explain_cut, explain_growth, explain_rest, percent, problem_with
 from setpoint.controller.reference import Reference
@@ -164,6 +164,11 @@ class PricedController:
         if self.allocation not in ("worth", "uniform"):
             raise ValueError(f"allocation must be 'worth' or 'uniform', got {self.allocation!r}")
 
+    @property
+    def goal(self) -> Goal:
+        """Budgets."""
+        return "budget"
+
     def init(self, groups: tuple[Group, ...]) -> PricedState:
         """State before the first decision."""
         return PricedState(
@@ -211,6 +216,18 @@ class PricedController:
         selection, note, offers = exchange
         state = replace(state, price=self._price(state, selection))
         return state, self._cut(state, observation, aim, selection, note, offers)
+
+    def transferred(
+        self, state: PricedState, *, step: int, total_steps: int, present: float, limit: float
+    ) -> PricedState:
+        """The state whose reference passes through what a step costs now, and comes down from there to the new limit.
+
+        The PI part and the price are kept: they are relative.
+        """
+        if state.start is None:
+            return state
+        value = present * state.feedback.factor()
+        return replace(state, start=self.reference.start_through(step, total_steps, value=value, limit=limit))
 
     def reordered(
         self,

@@ -10,7 +10,7 @@ from typing import final
 import numpy as np
 
 from setpoint.controller.ladder import build_ladder
-from setpoint.controller.plan import Observation, Plan
+from setpoint.controller.plan import Goal, Observation, Plan
 from setpoint.controller.reason import problem_with
 from setpoint.controller.reference import Reference
 from setpoint.controller.selection import descend, start
@@ -80,6 +80,11 @@ class TolerantController:
             raise ValueError(f"0 < finest <= stride < 1 is needed, got finest={self.finest!r}, stride={self.stride!r}")
         if not 0 < self.slew <= 1:
             raise ValueError(f"slew is a fraction in (0, 1], got {self.slew!r}")
+
+    @property
+    def goal(self) -> Goal:
+        """The tolerance."""
+        return self.tolerance
 
     def init(self, groups: tuple[Group, ...]) -> TolerantState:
         """State before the first decision."""

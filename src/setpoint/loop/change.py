@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from setpoint.controller.plan import Transferring
 from setpoint.controller.reference import Reference
 from setpoint.controller.selection import cheapest
-from setpoint.controller.transfer import transfer
 from setpoint.cost.budget import Budget
 from setpoint.errors import BudgetError, LoopError
 from setpoint.groups.group import Group, widths_of
@@ -129,9 +129,8 @@ def go_on_with(loop: Loop, parts: Parts) -> None:
         _reopen(loop)
     replan(parts, loop._account, loop._step, loop.widths)
     cost, limit = parts.target.cost, parts.target.limits
-    if parts.target.budgets:
-        loop._controller_state = transfer(
-            parts.controller,
+    if parts.target.budgets and isinstance(parts.controller, Transferring):
+        loop._controller_state = parts.controller.transferred(
             loop._controller_state,
             step=loop._step,
             total_steps=parts.total_steps,
