@@ -26,10 +26,10 @@ import torch.nn.functional as F
 from record import keep
 from torch import Tensor
 
-from setpoint.actuator.balance import balance_and_shrink
 from setpoint.groups.trace import find_groups
 from setpoint.models import SequenceClassifier
-from setpoint.ssm import BalancedPairs, balance
+from setpoint.states import BalancedPairs, balance
+from setpoint.states.turn import balance_and_shrink
 
 WAYS = ("carry", "reset", "position", "first")
 AFTER = (0, 1, 5, 20, 100)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from record import keep
 
 from setpoint.models import LRU, SequenceClassifier
-from setpoint.ssm import balance, reduce_modes
+from setpoint.states import balance, reduce_modes
 
 REFERENCE = {(784, 256): 1.55, (784, 28): 0.151, (196, 256): 0.331, (196, 28): 0.019}
 BATCH, CHANNELS, ROUNDS = 50, 8, 7

@@ -242,9 +242,9 @@ _COMPILED = """
 import numpy as np
 import torch
 import setpoint
-from setpoint.actuator.balance import balance_and_shrink
+from setpoint.states.turn import balance_and_shrink
 from setpoint.models import SequenceClassifier
-from setpoint.ssm import BalancedPairs, balance
+from setpoint.states import BalancedPairs, balance
 
 torch.manual_seed(0)
 torch._dynamo.config.force_parameter_static_shapes = False

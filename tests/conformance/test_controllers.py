@@ -13,11 +13,11 @@ from controller.plants import Decision, chain, lognormal, observe, residual, run
 from setpoint.baselines.group_lasso import ReconfiguringController
 from setpoint.baselines.scheduled import ScheduledController
 from setpoint.controller.exchanging import ExchangingController
-from setpoint.controller.gates import GatedController
 from setpoint.controller.plan import Controller
 from setpoint.controller.priced import PricedController
 from setpoint.controller.reference import Reference
 from setpoint.cost.cost import Cost, ProductCost, Term
+from setpoint.gates.gated import GatedController
 from setpoint.groups.group import Group, Size, widths_of
 from setpoint.sensor.reading import Reading
 

@@ -15,12 +15,12 @@ from torch import nn
 
 import setpoint
 from controller.plants import after, chain, lognormal, observe, residual
-from setpoint.controller.gates import GatedController
 from setpoint.controller.priced import PricedController
 from setpoint.controller.reference import Reference
 from setpoint.cost.budget import Budget
 from setpoint.cost.cost import ProductCost
 from setpoint.errors import BudgetError, LoopError
+from setpoint.gates.gated import GatedController
 from setpoint.groups.follow import Change, follow
 from setpoint.groups.group import Group, widths_of
 from setpoint.loop.run_budget import RunBudget

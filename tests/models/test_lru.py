@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from setpoint.models import LRU
-from setpoint.ssm import DiagonalSystem, StateSpaceLayer, check_system
+from setpoint.states import DiagonalSystem, StateSpaceLayer, check_system
 
 
 def _layer(states: int = 12) -> LRU:

@@ -7,13 +7,13 @@ import transformers
 from torch import Tensor, nn
 
 import setpoint
-from setpoint.actuator.balance import balance_and_shrink
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group
 from setpoint.groups.selective import selective_layer
 from setpoint.models import LRU
-from setpoint.sensor.hankel import HankelSensor
-from setpoint.ssm import BalancedPairs, balance
+from setpoint.states import BalancedPairs, balance
+from setpoint.states.hankel import HankelSensor
+from setpoint.states.turn import balance_and_shrink
 
 TOKENS = torch.randint(0, 17, (3, 20), generator=torch.Generator().manual_seed(0))
 _SIZES = {"vocab_size": 17, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 8, "expand": 2, "use_cache": False}
@@ -75,7 +75,7 @@ def test_states_are_ranked_by_their_averaged_gramians(kind: str) -> None:
 
 def test_one_mode_has_the_value_of_its_formula() -> None:
     """With a constant step size, B, C and input, saliency is (d b u)^2 c^2 / (1 - a^2)^2, summed over channels."""
-    from setpoint.sensor.selective import _Tokens
+    from setpoint.states.selective import _Tokens
 
     ones = torch.ones(5, 2)
     found = _Tokens(3 * ones, 0.5 * ones, 2 * ones[:, :1], 4 * ones[:, :1], torch.tensor([[-1.0], [-2.0]])).energies()

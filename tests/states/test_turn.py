@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from pypi_s5 import S5Classifier
-from setpoint.actuator.balance import balance_and_shrink, turned
 from setpoint.actuator.regrow import regrow
 from setpoint.actuator.reserve import Reserve
 from setpoint.actuator.shrink import named_tensors, shrink
@@ -19,7 +18,8 @@ from setpoint.groups.group import Group
 from setpoint.groups.state import state_layer
 from setpoint.groups.trace import find_groups
 from setpoint.models import SequenceClassifier
-from setpoint.ssm import BalancedPairs, balance
+from setpoint.states import BalancedPairs, balance
+from setpoint.states.turn import balance_and_shrink, turned
 
 X = torch.randn(5, 14, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
 
@@ -273,7 +273,7 @@ def test_a_failing_cut_is_rolled_back() -> None:
     group, basis = _states(model)
     before = _snapshot(model, optimizer)
     with (
-        patch("setpoint.actuator.balance.shrink", side_effect=RuntimeError("no memory")),
+        patch("setpoint.states.turn.shrink", side_effect=RuntimeError("no memory")),
         pytest.raises(RuntimeError, match="no memory"),
     ):
         balance_and_shrink(model, optimizer, (group,), _first(group, 4), {group.name: basis})

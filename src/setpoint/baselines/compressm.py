@@ -23,7 +23,7 @@ from setpoint.errors import GroupError, StateSpaceError
 from setpoint.groups.group import Group
 from setpoint.groups.state import state_layer
 from setpoint.sensor.reading import Reading
-from setpoint.ssm import Basis, DiagonalSystem, Modes, check_system
+from setpoint.states import Basis, DiagonalSystem, Modes, check_system
 
 _TINY = 1e-300
 
@@ -69,23 +69,6 @@ class ComplexBalance:
             _real(synthesis),
             order=2 * len(kept),
         )
-
-    def again(self, system: DiagonalSystem) -> ComplexBalance:
-        """The balanced coordinates of another system."""
-        return ComplexBalance.of(system)
-
-    def followed(self, system: DiagonalSystem) -> Float64[np.ndarray, " units"]:
-        """How strongly each state of these coordinates is reached and heard in another system.
-
-        Raises:
-            StateSpaceError: when that is not stable or not finite.
-        """
-        check_system(system)
-        reached, heard = _gramians(system)
-        strength = (self.reduce @ reached * self.reduce.conj()).sum(1).real
-        weight = (self.expand.conj() * (heard @ self.expand)).sum(0).real
-        values: np.ndarray = (strength * weight).clamp_min(0.0).sqrt().cpu().numpy()
-        return values
 
 
 def _gramians(system: DiagonalSystem) -> tuple[Complex[Tensor, "states states"], Complex[Tensor, "states states"]]:

@@ -26,10 +26,10 @@ from setpoint.bench.methods.torch_pruning import TorchPruning
 from setpoint.bench.own_function import is_own_function, named_errors, own_function
 from setpoint.bench.results import Result
 from setpoint.bench.task import PLAIN, BenchError, Task, fits_a_folder
-from setpoint.controller.gates import GatedController
 from setpoint.controller.price import Gains
 from setpoint.controller.priced import PricedController
 from setpoint.controller.reference import Reference
+from setpoint.gates.gated import GatedController
 from setpoint.sensor.magnitude import MagnitudeSensor
 from setpoint.sensor.random import RandomSensor
 

@@ -11,12 +11,12 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from setpoint.controller.gate_net import GateNet
 from setpoint.controller.ladder import lowest_width
 from setpoint.controller.plan import Goal, Observation, Plan
 from setpoint.controller.priced import PricedController, PricedState
 from setpoint.controller.reference import Reference
 from setpoint.cost.cost import Cost
+from setpoint.gates.net import GateNet
 from setpoint.groups.group import Group
 
 _TINY = 1e-30

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Bool
 
-from setpoint.actuator.balance import turned
 from setpoint.actuator.shrink import named_tensors, shrink
 from setpoint.controller.plan import Plan
 from setpoint.groups.follow import Change, follow
@@ -20,6 +19,7 @@ from setpoint.loop.record import only_kept
 from setpoint.loop.regrowth import Regrowth
 from setpoint.loop.wrapper import rewrap
 from setpoint.sensor.reading import Reading
+from setpoint.states.turn import turned
 
 if TYPE_CHECKING:
     from setpoint.loop.loop import Loop

@@ -12,10 +12,10 @@ from setpoint.groups.group import Group
 from setpoint.loop.stride import sensed_every
 from setpoint.loop.wrapper import Wrapped
 from setpoint.sensor.chain import SensorChain
-from setpoint.sensor.hankel import HankelSensor
 from setpoint.sensor.reading import Hooking, Sensor
-from setpoint.sensor.selective import SelectiveSensor
 from setpoint.sensor.taylor import TaylorSensor
+from setpoint.states.hankel import HankelSensor
+from setpoint.states.selective import SelectiveSensor
 
 if TYPE_CHECKING:
     from setpoint.loop.loop import Loop

@@ -9,11 +9,25 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float64
+from jaxtyping import Bool, Float64
 
 from setpoint.groups.follow import ByUnit, fresh
 from setpoint.groups.group import Group
-from setpoint.ssm import Basis
+from setpoint.groups.state_space import DiagonalSystem
+
+
+@runtime_checkable
+class Basis(Protocol):
+    """Coordinates for a layer's states in which units can be dropped one by one."""
+
+    @property
+    def num_units(self) -> int:
+        """How many units there are: as many as modes."""
+        ...
+
+    def modes(self, system: DiagonalSystem, keep: Bool[np.ndarray, " units"]) -> Any:
+        """The system without the units that `keep` drops, brought back to as many modes as it keeps."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,10 +1,11 @@
-"""Linear state-space systems: Gramians, Hankel singular values, balanced truncation."""
+"""Linear state-space systems: Gramians, Hankel singular values, balanced truncation; their states read and turned."""
 
-from setpoint.ssm.balance import Balance, balance, error_bound, hankel_values, truncate
-from setpoint.ssm.gramian import Gramians, gramian_factors, gramians
-from setpoint.ssm.layer import StateSpaceLayer, StateWeights
-from setpoint.ssm.modes import BalancedPairs, Basis, Modes, beside, reduce_modes, residual_modes
-from setpoint.ssm.system import DenseSystem, DiagonalSystem, check_system, real_form, transfer
+from setpoint.groups.state_space import DiagonalSystem, StateSpaceLayer, StateWeights
+from setpoint.sensor.reading import Basis
+from setpoint.states.balance import Balance, balance, error_bound, hankel_values, truncate
+from setpoint.states.gramian import Gramians, gramian_factors, gramians
+from setpoint.states.modes import BalancedPairs, Modes, beside, reduce_modes, residual_modes
+from setpoint.states.system import DenseSystem, check_system, real_form, transfer
 
 __all__ = [
     "Balance",

@@ -13,9 +13,11 @@ from setpoint.errors import GroupError, StateSpaceError
 from setpoint.groups.follow import of_groups
 from setpoint.groups.group import Group
 from setpoint.groups.state import state_layer
-from setpoint.sensor.reading import Reading
+from setpoint.sensor.reading import Basis, Reading
 from setpoint.sensor.taylor import TaylorSensor, TaylorState
-from setpoint.ssm import Balance, BalancedPairs, Basis, balance, check_system
+from setpoint.states.balance import Balance, balance
+from setpoint.states.modes import BalancedPairs
+from setpoint.states.system import check_system
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,7 +20,10 @@ from setpoint.actuator.shrink import named_tensors, shrink
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group
 from setpoint.groups.state import state_layer
-from setpoint.ssm import Basis, DiagonalSystem, Modes, StateSpaceLayer, StateWeights, beside, residual_modes, system
+from setpoint.groups.state_space import DiagonalSystem, StateSpaceLayer, StateWeights
+from setpoint.sensor.reading import Basis
+from setpoint.states.modes import Modes, beside, residual_modes
+from setpoint.states.system import stack_inputs, stack_outputs
 
 Moments = Literal["carry", "reset", "position"]
 """What becomes of optimizer state: carried through the change of basis, forgotten, or kept at its old position."""
@@ -243,8 +246,8 @@ class _Turn:
 
     def _follow(self, other: DiagonalSystem) -> DiagonalSystem:
         """A copy's own B and C in the new coordinates, with the new eigenvalues."""
-        inputs = self.modes.reduce @ system.stack_inputs(other.inputs.detach().to(torch.complex128))
-        outputs = system.stack_outputs(other.outputs.detach().to(torch.complex128)) @ self.modes.expand
+        inputs = self.modes.reduce @ stack_inputs(other.inputs.detach().to(torch.complex128))
+        outputs = stack_outputs(other.outputs.detach().to(torch.complex128)) @ self.modes.expand
         (b_re, b_im), (c_re, c_im) = inputs.chunk(2, -2), outputs.chunk(2, -1)
         return DiagonalSystem(self.modes.system.eigenvalues, torch.complex(b_re, b_im), torch.complex(c_re, -c_im))
 
