@@ -9,6 +9,7 @@ import numpy as np
 
 import setpoint
 from setpoint.controller.plan import Observation, Plan
+from setpoint.groups.group import Group
 
 
 class Returning:
@@ -29,7 +30,7 @@ class Returning:
         return getattr(self.inner, name)
 
     def decide(
-        self, state: Any, observation: Observation, cost: Any, groups: tuple[setpoint.Group, ...]
+        self, state: Any, observation: Observation, cost: Any, groups: tuple[Group, ...]
     ) -> tuple[Any, Plan]:
         at, limit = (observation.step, observation.total_steps), observation.limit[cost.resource]
         if not self.inner.reference.settled(observation.step - 1, observation.total_steps):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import setpoint
 from loop.test_regrowth import Scripted
+from setpoint.errors import OptimizerError
 
 
 class Accelerated(torch.optim.Optimizer):
@@ -197,5 +198,5 @@ def test_an_optimizer_and_its_wrapper_are_one() -> None:
 def test_what_would_not_follow_is_refused(wrap: Callable[[torch.optim.Optimizer], Any], words: str) -> None:
     """Claim: a wrapper that is no mere wrapper is refused by name, whatever is around it."""
     model = nn.Sequential(nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 3))
-    with pytest.raises(setpoint.OptimizerError, match=words):
+    with pytest.raises(OptimizerError, match=words):
         attached(model, wrap(torch.optim.SGD(model.parameters(), lr=0.01)))

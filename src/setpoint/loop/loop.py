@@ -19,7 +19,7 @@ from setpoint.controller.plan import Controller, Plan, Transferring
 from setpoint.cost.budget import Budget
 from setpoint.errors import CheckpointError, GroupError, LoopError
 from setpoint.groups.chance import chance_state, check_chance_state, set_chance_state
-from setpoint.groups.follow import Change, follow_by
+from setpoint.groups.follow import Change, follow
 from setpoint.groups.group import Group, widths_of
 from setpoint.host.host import Host
 from setpoint.ledger import Entry, Ledger
@@ -427,12 +427,11 @@ class Loop:
             self.actuator = self._revocable(self.actuator)
         if not plan.empty():
             smaller = Change(keep=plan.keep)  # followed first: whatever can fail comes before the model changes
-            states = follow_by(self.sensor, self._sensor_state, smaller), follow_by(self.controller, state, smaller)
+            states = follow(self._sensor_state, smaller), follow(state, smaller)
             with spending.resizing:
                 change = self.actuator.act(plan, reading)
             larger = replace(change, keep={})
-            self._sensor_state = follow_by(self.sensor, states[0], larger)
-            state = follow_by(self.controller, states[1], larger)
+            self._sensor_state, state = follow(states[0], larger), follow(states[1], larger)
             self.losses.changed(step, cut=plan.drops())
             if self.actuator.by_unit:
                 spending.resized(self.groups, self.sensor.flops(self.groups, self.host.model))

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from jaxtyping import Bool
 from torch import Tensor, nn
 
 from setpoint.distributed import local, ranks_of
@@ -78,14 +77,6 @@ class MagnitudeSensor:
         parts = np.split(total.sqrt().numpy(), np.cumsum([group.num_units for group in groups])[:-1])
         saliency = dict(zip(squares, parts, strict=True)) if groups else {}
         return Reading(step, saliency, num_samples=1, calibrated=False, num_steps=state.num_steps)
-
-    def cut(self, state: MagnitudeState, keep: Mapping[str, Bool[np.ndarray, " units"]]) -> MagnitudeState:
-        """The same state: the live weights have been cut already."""
-        return state
-
-    def grow(self, state: MagnitudeState, regrown: Mapping[str, Bool[np.ndarray, " units"]]) -> MagnitudeState:
-        """The same state: the live weights have come back already."""
-        return state
 
 
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
