@@ -362,7 +362,9 @@ def _check_reads(host: Host, sensor: Sensor[Any]) -> None:
         )
 
 
-def _check_regrowth(host: Host, example: Example, groups: tuple[Group, ...], sensor: Sensor[Any], verify: bool) -> float:
+def _check_regrowth(
+    host: Host, example: Example, groups: tuple[Group, ...], sensor: Sensor[Any], verify: bool
+) -> float:
     """Check that units can be probed and come back in this model; the passes that took.
 
     Raises:

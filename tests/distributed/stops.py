@@ -44,9 +44,7 @@ def disagreement() -> None:
     budget = setpoint.Budget.fraction(0.5 + 0.1 * rank, of="flops")
     caught(RankError, "rank 1 in budgets", lambda: start(never, budget=budget))
     bad = {"groups": ()} if rank else {}
-    error, text = (
-        (GroupError, "nothing") if rank else (RankError, "attach failed on rank 1 with Group")
-    )
+    error, text = (GroupError, "nothing") if rank else (RankError, "attach failed on rank 1 with Group")
     caught(error, text, lambda: start(never, **bad))
     apart = start(Scripted({3: {"up": [1 + rank]}}, regrow=False))
     caught(RankError, "rank 1 in plan", lambda: train(*apart, range(4), share))

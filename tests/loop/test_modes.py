@@ -178,7 +178,10 @@ def test_a_cut_that_cannot_be_taken_back_says_so(settings: dict[str, object]) ->
 def test_a_tolerance_without_a_reserve_cuts_no_further() -> None:
     """A cut beyond the tolerance that does not rest stays, is the last one, and is said to stay."""
     summary, loop, _ = train(
-        setpoint.Tolerance(loss=0.05), 800, spoil=lambda step: 3.0 if step >= 100 else 0.0, actuator=Regrowing(reserve_bytes=0)
+        setpoint.Tolerance(loss=0.05),
+        800,
+        spoil=lambda step: 3.0 if step >= 100 else 0.0,
+        actuator=Regrowing(reserve_bytes=0),
     )
     last = loop.ledger[-1]
     assert summary.landed and last.reason.startswith("landed: the last cut stays")

@@ -356,7 +356,11 @@ def test_everybody_is_told_that_hardware_gets_no_faster(tmp_path: Path) -> None:
     ("options", "error", "words"),
     [
         ({"actuator": "2:4"}, LoopError, r"actuator is Masking\(...\) or Regrowing\(...\)"),
-        ({"actuator": Masking("2:4"), "groups": None}, GroupError, r"stem\.weight \(8, 2, 3, 3\).*find_weights\(model, '2:4'\)"),
+        (
+            {"actuator": Masking("2:4"), "groups": None},
+            GroupError,
+            r"stem\.weight \(8, 2, 3, 3\).*find_weights\(model, '2:4'\)",
+        ),
         ({"actuator": Masking("2:4"), "groups": find_weights(Net())}, GroupError, "is none of find_weights"),
         ({"actuator": None}, GroupError, "holds single weights"),
         ({"budget": setpoint.Budget.fraction(0.5, of="latency")}, BudgetError, "save no latency"),

@@ -84,7 +84,12 @@ class Loop:
         self._now = Progress()
         self._begun = self._finished = False
         self._summary: Summary | None = None
-        host.begin(steps=lambda: self.step, missed=partial(self._after_step, False), recompiled=spending.recompiled, num_groups=len(self._dense))
+        host.begin(
+            steps=lambda: self.step,
+            missed=partial(self._after_step, False),
+            recompiled=spending.recompiled,
+            num_groups=len(self._dense),
+        )
         self._hooks = StepHooks(
             host.optimizers, self._before_step, self._after_step, partial(check_loading, host, self._dense)
         )
@@ -283,9 +288,7 @@ class Loop:
         for name in ("losses", "ledger", "spending"):
             parts[name].check(state[name])
         restored(state["sensor"], self.sensor.init(groups, self.host.model), "the sensor's state", device)
-        controller_state = restored(
-            state["controller"], self.controller.init(groups), "the controller's state", device
-        )
+        controller_state = restored(state["controller"], self.controller.init(groups), "the controller's state", device)
         check_chance_state(state["chance"])
         return actuator, Progress.of(state["now"]), controller_state
 
@@ -356,9 +359,7 @@ class Loop:
                 self.sensor.forget(self._sensor_state)
         else:
             with self.spending.sensing:
-                self._sensor_state = self.sensor.update(
-                    self._sensor_state, self.groups, self.host.model, grad_scale
-                )
+                self._sensor_state = self.sensor.update(self._sensor_state, self.groups, self.host.model, grad_scale)
             self.spending.sensed()
 
     def _release(self) -> None:

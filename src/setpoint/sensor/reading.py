@@ -131,6 +131,7 @@ class Shared(Protocol):
         """The sensor for these ranks."""
         ...
 
+
 def takes_back(sensor: object) -> bool:
     """Whether units that a sensor reads may come back: they may, unless it says `returns = False`."""
     return bool(getattr(sensor, "returns", True))
