@@ -28,6 +28,7 @@ from setpoint.groups.export import Example, inputs_of
 from setpoint.groups.group import Group, widths_of
 from setpoint.groups.trace import Trace, trace
 from setpoint.host.host import Host, host_of
+from setpoint.host.optimizers import Steps
 from setpoint.loop.accounting import Account
 from setpoint.loop.change import check_runs, reference_of
 from setpoint.loop.costing import Costing, cost_out
@@ -52,7 +53,7 @@ from setpoint.sensor.weight_taylor import WeightTaylorSensor
 
 def attach(
     model: nn.Module,
-    optimizer: Optimizer | Sequence[Optimizer],
+    optimizer: Steps | Sequence[Steps],
     budget: Budget | Sequence[Budget] | Price | Tolerance,
     *,
     example: Example,
@@ -81,7 +82,8 @@ def attach(
         model: the model; a `torch.compile`d one is fine, and so is one in `DistributedDataParallel`: give the
             wrapper, on every rank; and one that `fully_shard` has spread over ranks.
         optimizer: the optimizer that trains it, or several that each step once per training step
-            (Setpoint senses before the first of them and acts after the last).
+            (Setpoint senses before the first of them and acts after the last). One that Accelerate, Lightning or Fabric
+            has wrapped is taken out of its wrapper.
         budget: what spending per optimizer step, or of the whole run, is held to; several budgets, each of another
             resource, are all met. With a `Price` or a `Tolerance` the size follows from the loss. "memory", "latency",
             "inference" and "energy" are learnt on copies of the model, which takes up to a minute the first time;
