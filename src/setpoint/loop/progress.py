@@ -46,9 +46,9 @@ class Progress:
 
     def decided(self, plan: Plan, reading: Reading, change: Change) -> Progress:
         """After a decision: what is known of the units that are active now; NaN for those that have just come back."""
-        units = {} if change.counted else {"saliency": reading.saliency, "worth": plan.worth}
+        seen = self if change.counted else replace(self, saliency=reading.saliency, worth=plan.worth)
         return replace(
-            follow(replace(self, **units), change),
+            follow(seen, change),
             plan=replace(plan, keep={}, worth={}, grow={}, grow_worth={}),
             landed=plan.landed,
             overdue=False,
