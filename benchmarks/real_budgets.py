@@ -29,7 +29,8 @@ from setpoint.bench.catalogue import task_named
 from setpoint.bench.task import Task, dense_widths
 from setpoint.report.statistics import paired
 from setpoint.resources.live_bytes import peak_bytes
-from setpoint.spending.seconds import Stopwatch, median_of
+from setpoint.resources.median import median_of
+from setpoint.spending.seconds import Stopwatch
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 FLOPS = (0.8, 0.6, 0.45, 0.3, 0.2)
