@@ -396,9 +396,17 @@ class Loop:
     def _observation(self, reading: Reading, probe: Probe | None, alike: Mapping[str, float]) -> Observation:
         last_dropped = self._regrowth.last_dropped if self._regrowth is not None else {}
         watch, step = self._watch, self._step
-        known = {"probe": probe, "last_dropped": last_dropped, "rank_correlation": alike}
-        known |= {"loss": watch.loss, "val": watch.val, "excess": watch.excess(step)}
-        return self._spending.observation(step, self._groups, reading, **known)
+        return self._spending.observation(
+            step,
+            self._groups,
+            reading,
+            probe=probe,
+            last_dropped=last_dropped,
+            rank_correlation=alike,
+            loss=watch.loss,
+            val=watch.val,
+            excess=watch.excess(step),
+        )
 
     def _entry(self, reason: str, plan: Plan | None, before: Mapping[str, int]) -> Entry:
         """An entry on the present widths; `plan` is the last one, `before` are the widths that the meters read."""
