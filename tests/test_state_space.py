@@ -252,6 +252,9 @@ from setpoint.errors import StateSpaceError
 from setpoint.errors import BudgetError
 from setpoint.groups.group import Group
 from setpoint.errors import StateSpaceError
+from setpoint.errors import BudgetError
+from setpoint.groups.group import Group
+from setpoint.errors import StateSpaceError
 from setpoint.states import BalancedPairs, balance
 
 torch.manual_seed(0)
