@@ -1,4 +1,4 @@
-"""The random sensor: no saliency at all, as a rival for those that claim to know better."""
+"""The random sensor: no saliency at all, as a baseline for the other sensors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from setpoint.sensor.reading import Reading
 
 @dataclass(frozen=True, eq=False)
 class RandomState:
-    """Each unit's number, how many steps have gone by, and how often units came back."""
+    """Each unit's number, the steps so far, and how often units were regrown."""
 
     numbers: Mapping[str, Float64[np.ndarray, " _units"]]
     num_steps: int = 0
@@ -23,12 +23,9 @@ class RandomState:
 
 
 class RandomSensor:
-    """Uniform random numbers that rank the units of a group, and say nothing about two groups.
+    """Uniform random numbers that rank the units of a group, and do not compare groups.
 
-    A unit keeps its number. Numbers come from a generator of their own; the global random state is left alone.
-
-    Args:
-        seed: of the generator.
+    A unit keeps its number. Numbers come from a generator of their own; RNG state is preserved.
 
     References:
         Mittal, Bhardwaj, Khapra, Ravindran: "Studying the plasticity in deep convolutional neural networks using
@@ -60,13 +57,7 @@ class RandomSensor:
         return 0.0
 
     def read(self, state: RandomState, groups: tuple[Group, ...], step: int) -> Reading:
-        """The units' numbers, between 0 and 1.
-
-        Args:
-            state: the state so far.
-            groups: the active groups.
-            step: optimizer steps done, for the record.
-        """
+        """The units' numbers, between 0 and 1."""
         numbers = {group.name: state.numbers[group.name] for group in groups}
         return Reading(step, numbers, num_samples=1, calibrated=False, num_steps=state.num_steps)
 
@@ -76,7 +67,7 @@ class RandomSensor:
         return replace(state, numbers=kept)
 
     def grow(self, state: RandomState, regrown: Mapping[str, Bool[np.ndarray, " units"]]) -> RandomState:
-        """The numbers with new ones for the units that have come back."""
+        """The numbers, with new ones for the regrown units."""
         rng = np.random.default_rng((self.seed, state.num_grown + 1))
         numbers = dict(state.numbers)
         for name, came in regrown.items():
