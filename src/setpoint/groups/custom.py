@@ -1,4 +1,4 @@
-"""Custom autograd Functions: their backward is in no graph, so what goes in and comes out is marked there."""
+"""Custom autograd Functions: no graph shows their backward, so their inputs and outputs are marked in it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 MARK = "setpoint::custom_function"
-"""The op that stands in a graph where a tensor goes into or comes out of a custom Function."""
+"""The op that marks an input or output of a custom Function in a graph."""
 
 
 @cache
@@ -27,8 +27,8 @@ def _mark() -> Any:
 
 @contextmanager
 def marked_functions() -> Iterator[None]:
-    """While this is open, tensors that custom Functions read or give are marked; those of torch itself are not."""
-    # One class above `Function`, so that an `apply` which somebody took off a Function earlier comes by here too.
+    """Inside, inputs and outputs of custom Functions are marked; those of torch's own Functions are not."""
+    # One class above `Function`, so that an `apply` that user code stored earlier is caught too.
     above = torch.autograd.function._SingleLevelFunction
 
     def apply(kind: type, *args: Any) -> Any:
