@@ -1,4 +1,4 @@
-"""Figures of the report as plain Plotly specifications: curves of the runs and where their seconds went."""
+"""Figures of the report as plain Plotly specifications: curves of the runs, and their seconds by part."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ DARK = {
     INK: "#e6eaf0",
     "#e6edf5": "#1b2530",
 }
-"""The same colours on a dark page. All pairs differ in lightness too, so that no one needs the hue."""
+"""The same colours on a dark page. All pairs differ in lightness too, for readers who cannot see the hue."""
 
 AXES = {"step": "optimizer step", "seconds": "training time (s)", "flops": "training FLOPs"}
 MOST_POINTS = 240
 FEW = 6
-"""Up to so many labels, all curves are shown at once and the legend stands above."""
+"""Up to this number of labels, all curves are shown at once and the legend stands above."""
 ALWAYS = ("dense", "small", "small-long", "setpoint")
 """Methods whose curves are shown even among many."""
 SPLITS = ("validation", "test", "train")
@@ -47,8 +47,7 @@ class Figure:
     """A Plotly specification, and the other abscissas its curves can be drawn against.
 
     Args:
-        data: the traces.
-        layout: the layout; the page fills in colours and fonts.
+        layout: the page fills in colours and fonts.
         abscissas: by name of the axis, its title and the x values of every trace.
     """
 
@@ -67,7 +66,7 @@ class Style:
 
 
 def plotly_script() -> str:
-    """The Plotly library, to be put into a page.
+    """The Plotly library as JavaScript.
 
     Raises:
         ModuleNotFoundError: if plotly is not installed.
@@ -113,15 +112,15 @@ def layout(y_title: str, x_title: str = AXES["step"], height: int = 360, **more:
 
 
 def escape(text: str) -> str:
-    """Text for Plotly's labels, which know some HTML and `%{...}` placeholders."""
+    """Text for Plotly's labels, which interpret some HTML and `%{...}` placeholders."""
     return html.escape(text).replace("{", "&#123;")
 
 
 def curves(series: Mapping[str, Sequence[Cell]], quantity: str) -> Figure | None:
     """Loss or accuracy over the run, by method; None if no run has it.
 
-    Training values are means over stretches of steps (at most `MOST_POINTS` to a curve) and thin;
-    validation and test values are shown as they were measured.
+    Training curves are thin, of means over stretches of steps (at most `MOST_POINTS` a curve). Validation and test
+    values are shown as they were measured.
     """
     look = styles(list(series))
     factor, title = (100.0, "accuracy (%)") if quantity == "accuracy" else (1.0, "loss")
@@ -194,7 +193,7 @@ def thin(points: Sequence[Point], quantity: str) -> Float64[np.ndarray, "points 
 
 
 def plain(values: Float64[np.ndarray, " points"]) -> list[float | None]:
-    """Values for JSON, with six significant digits; what is not finite becomes None."""
+    """Values for JSON, with six significant digits; None for a value that is not finite."""
     return [float(f"{value:.6g}") if np.isfinite(value) else None for value in values]
 
 
@@ -204,8 +203,8 @@ PARTS = ("training", "sensing", "deciding", "resizing", "attaching, other")
 def seconds_by_part(cells: Sequence[Cell]) -> dict[str, float] | None:
     """Mean seconds by part of the run; None if the runs have no times.
 
-    Sensing, deciding and resizing come from the ledger; what else was overhead is "attaching, other"
-    (tracing the model and verifying cuts among them), and the rest is training.
+    Sensing, deciding and resizing come from the ledger; other overhead (tracing the model and verifying cuts
+    among it) is "attaching, other", and the remainder is training.
     """
     total = mean(cell.seconds for cell in cells)
     if total is None:
@@ -220,7 +219,7 @@ def seconds_by_part(cells: Sequence[Cell]) -> dict[str, float] | None:
 
 
 def seconds_figure(series: Mapping[str, Sequence[Cell]]) -> Figure | None:
-    """Where the seconds of a run went, by method; None if no run has times."""
+    """Seconds of a run by part and method; None if no run has times."""
     table = {label: parts for label, cells in series.items() if (parts := seconds_by_part(cells)) is not None}
     if not table:
         return None

@@ -10,14 +10,11 @@ from setpoint.ledger import Entry
 
 @dataclass(frozen=True)
 class Point:
-    """One line of a history.
+    """One line of a history: optimizer steps, wall-clock seconds and FLOPs of training so far, and what was measured.
 
     Args:
-        step: optimizer steps done.
-        seconds: wall-clock seconds of training so far.
-        flops: FLOPs of training so far.
         split: "train", "validation" or "test".
-        loss: mean loss, None if it was not measured.
+        loss: mean over the split; None if it was not measured.
         accuracy: share of right answers in [0, 1], None if it was not measured.
     """
 
@@ -35,17 +32,17 @@ class Record:
 
     Args:
         units: number of units of the dense model, by group.
-        what: what a unit of the group is, by group: "channel", "head".
+        what: kind of unit, by group: "channel", "head".
         dense: cost of the dense model per optimizer step, by resource.
         limit: the budget by resource.
-        total_steps: optimizer steps of the whole run, None if unknown.
+        total_steps: optimizer steps of the run, None if unknown.
         entries: the decisions, in order.
         sources: by resource, what it was "modelled" and "measured" by.
-        step_seconds: by group, predicted seconds of a dense step that go with the group.
+        step_seconds: by group, predicted seconds of a dense step that the group accounts for.
         calibration: by resource, relative error of the prediction on copies of the model.
-        limit_run: the budget of the whole run by resource.
-        idle_watts: power drawn at rest, as measured; None where it was not.
-        pattern: of the masks, where units are single weights; "" where whole units were cut.
+        limit_run: the budget of the run by resource.
+        idle_watts: measured power at rest; None where it was not measured.
+        pattern: of the masks, where units are single weights; "" where units were cut.
     """
 
     units: Mapping[str, int]
@@ -64,18 +61,18 @@ class Record:
 
 @dataclass(frozen=True)
 class Timing:
-    """What a run takes on an idle machine, measured apart from the run, in turns with the others.
+    """Seconds of a run on an idle machine, measured separately, in turns with the other runs.
 
     Args:
-        seconds: the whole run, everything counted.
-        rounds: what each round of the measurement says, in seconds.
+        seconds: of the run, everything counted.
+        rounds: the same by each round of the measurement.
         own_seconds: the part that the method itself spends beside plain training steps.
         stage_steps: optimizer steps of each stage of the run.
         step_seconds: seconds of a step of each stage.
         load: the machine's load average before the measurement; None where it is unknown.
-        control: seconds of the dense model's steps by those of the same steps, timed a second time, by round.
-        environment: what it was measured on.
-        date: when, ISO 8601 in UTC.
+        control: by round, seconds of the dense model's steps / seconds of the same steps timed a second time.
+        environment: hardware and versions of the measurement.
+        date: ISO 8601 in UTC.
     """
 
     seconds: float
@@ -94,37 +91,32 @@ class Cell:
     """One run: a method on a task, at a budget, with a seed. Unknown numbers are None.
 
     Args:
-        task: name of the task.
-        method: name of the method; "dense" is the one that others are compared with.
+        method: "dense" is the one that others are compared with.
         budget: the fraction asked for, None where the method has none.
-        seed: seed of the run.
         metric: "accuracy" (a share in [0, 1], more is better) or "loss" (less is better).
         value: the metric on `split`, after the last step.
         split: "test" or "validation".
-        final_flops: FLOPs of one optimizer step of the finished model.
-        final_params: parameters of the finished model.
-        train_flops: FLOPs of the whole run, overhead included.
+        final_flops, final_params: FLOPs of one optimizer step, and parameters, of the finished model.
+        train_flops: FLOPs of the run, overhead included.
         seconds: duration of training, overhead included.
         overhead_seconds: the part of `seconds` that Setpoint spent: attaching, sensing, deciding, resizing.
         overhead_flops: the part of `train_flops` spent on them.
         resizes: number of cuts.
-        landed: whether the run ended within budget; None where there is none to meet.
-        widths: active units of the finished model, by group.
-        dense_widths: units of the dense model, by group.
+        landed: whether the run ended within budget; None without a budget.
+        widths, dense_widths: active units of the finished and of the dense model, by group.
         environment: versions and hardware, as text.
         date: when the run ended.
         family: kind of method: "dense", "small", "post-training", "open-loop", "sparse" or "setpoint".
-        steps: optimizer steps of the run.
         clock: "interleaved" where the methods took turns in one process, "shared" where other work may have
             shared the machine.
         theoretical_flops: FLOPs of one step of the finished model if zeros cost nothing; None where nothing is masked.
         theoretical_train_flops: FLOPs of the run if zeros cost nothing.
         density: kept fraction of the maskable weights; None where nothing is masked.
         energy_j: joules of training; None where there is no meter.
-        break_even_step: first step at which the seconds saved exceed the overhead, as the run itself saw it.
+        break_even_step: first step at which the seconds saved exceed the overhead, by the run's own clock.
         notes: what a reader must know about the run.
         unit: of a loss: "nats" where it is a cross-entropy, else "".
-        timing: what it takes on an idle machine; None where that was not measured.
+        timing: seconds on an idle machine; None where they were not measured.
         history: loss and accuracy over the run.
         record: the ledger, None where there is none.
     """
