@@ -28,7 +28,7 @@ def resources(record: Record) -> tuple[str, ...]:
 
 
 def dense_of(record: Record, resource: str) -> float | None:
-    """Dense cost per step: the meter's last reading of the dense model, else the prediction scaled by its first reading."""
+    """Dense cost per step: the meter's last reading of the dense model, else the prediction scaled by its first one."""
     dense = record.dense.get(resource)
     entries = [entry for entry in record.entries if resource in entry.metered and entry.predicted.get(resource)]
     read = [(entry.metered[resource], entry.predicted[resource]) for entry in entries]
