@@ -1,4 +1,4 @@
-# make demo | bench-quick | coverage-suites | test | soak | nightly | check: each builds .venv by itself, and again only when pyproject.toml has changed.
+# make demo | bench-quick | coverage-suites | test | soak | nightly | check: each builds .venv by itself, and again only when a pyproject.toml has changed.
 #
 # PYTHON=python3.12 picks the interpreter (3.11 or newer). PYTEST="-k twin" passes options to pytest, JOBS=4 runs it in as many processes.
 
@@ -49,10 +49,10 @@ test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST)
 
 soak: $(READY)
-	$(BIN)/python benchmarks/soak.py --resizes $(RESIZES) --kills $(KILLS) --only resized killed "four ranks"
+	$(BIN)/python bench/benchmarks/soak.py --resizes $(RESIZES) --kills $(KILLS) --only resized killed "four ranks"
 
 nightly: $(READY)
-	$(BIN)/python benchmarks/soak.py --only "matrix on 1 rank" "matrix on 2 ranks"
+	$(BIN)/python bench/benchmarks/soak.py --only "matrix on 1 rank" "matrix on 2 ranks"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m gpu -rs
 
 check: $(READY)
@@ -61,7 +61,7 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-$(READY): pyproject.toml
+$(READY): pyproject.toml bench/pyproject.toml
 	@PYTHON="$(PYTHON)" bash .ci/venv
 	@touch $@
 

@@ -227,7 +227,7 @@ def test_groups_that_fail_verification_are_left_whole(monkeypatch: pytest.Monkey
     model = _mlp()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     names = [group.name for group in setpoint.find_groups(model, (torch.zeros(4, 6),))]
-    monkeypatch.setattr(sys.modules["setpoint.loop.material"], "failing_groups", lambda *_: (names[0],))
+    monkeypatch.setattr(sys.modules["setpoint.loop.candidates"], "failing_groups", lambda *_: (names[0],))
     budget = setpoint.Budget.fraction(0.9, of="flops")
     with pytest.warns(UserWarning, match=f"left whole.*: {names[0]}") as warned:
         loop = _attach(model, optimizer, budget)
@@ -269,15 +269,11 @@ def test_lossy_groups_need_leave() -> None:
 
 
 def test_samples_default_to_the_examples_leading_dim() -> None:
-    """`num_samples` is the batch of the example unless it is given."""
+    """`num_samples` of the default sensor is the batch of the example."""
     model = _mlp()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    for given, want in ((None, 4), (32, 32)):
-        loop = _attach(model, optimizer, num_samples=given)
-        assert loop._parts.sensor.num_samples == want
-        loop.detach()
-    with pytest.raises(ValueError, match="num_samples must be a positive integer"):
-        _attach(model, optimizer, num_samples=0)
+    loop = _attach(model, torch.optim.SGD(model.parameters(), 0.1, momentum=0.9))
+    assert loop.sensor.num_samples == 4
+    loop.detach()
 
 
 def test_keyword_examples_work() -> None:
@@ -289,7 +285,7 @@ def test_keyword_examples_work() -> None:
         example={"x": torch.zeros(4, 6)},
         allow_lossy=True,
     )
-    assert loop._parts.sensor.num_samples == 4
+    assert loop.sensor.num_samples == 4
     loop.detach()
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-SRC = Path(__file__).resolve().parents[1] / "src" / "setpoint"
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = (ROOT / "src" / "setpoint", ROOT / "bench" / "src" / "setpoint_bench")
 OPTIONAL = (
     "accelerate",
     "bitsandbytes",
@@ -33,7 +34,7 @@ OPTIONAL = (
     "torchvision",
     "transformers",
 )
-LATE = ("torch.export._trace", "torch._inductor.compile_fx", "setpoint.bench", "setpoint.cli", "setpoint.report")
+LATE = ("torch.export._trace", "torch._inductor.compile_fx", "setpoint_bench", "setpoint.cli", "setpoint.report")
 """Heavy modules, ours or torch's, that nobody needs before they use them."""
 
 PROBE = """
@@ -93,11 +94,11 @@ def imported_packages(path: Path) -> set[str]:
 
 
 def test_each_optional_package_has_one_file() -> None:
-    """Each optional package is imported in at most one file of src."""
+    """Each optional package is imported in at most one file of both distributions."""
     files = defaultdict(list)
-    for path in sorted(SRC.rglob("*.py")):
+    for path in sorted(path for source in SOURCES for path in source.rglob("*.py")):
         for package in imported_packages(path) & set(OPTIONAL):
-            files[package].append(path.relative_to(SRC).as_posix())
+            files[package].append(path.relative_to(ROOT).as_posix())
     assert {package: paths for package, paths in files.items() if len(paths) > 1} == {}
 
 

@@ -1,9 +1,8 @@
 """Setpoint: prune PyTorch models while they train, to a budget held by a feedback controller."""
 
-from setpoint.actuator.sharding import whole
 from setpoint.actuator.shrink import shrink
+from setpoint.attach import attach
 from setpoint.checkpoint import load, save
-from setpoint.controller.adaptive import AdaptiveController
 from setpoint.controller.gates import GatedController
 from setpoint.controller.penalty import PenaltyController
 from setpoint.controller.plan import Controller, Observation, Plan
@@ -32,8 +31,12 @@ from setpoint.errors import (
 )
 from setpoint.groups.group import Group, SizeBinding, Slice
 from setpoint.groups.trace import find_groups
+from setpoint.host.fsdp import whole
 from setpoint.ledger import Entry, Ledger
-from setpoint.loop import Explanation, Loop, Summary, attach, load_run, save_run
+from setpoint.loop.explain import Explanation
+from setpoint.loop.loop import Loop
+from setpoint.loop.run_file import load_run, save_run
+from setpoint.loop.summary import Summary
 from setpoint.regrowth.regrow import regrow
 from setpoint.regrowth.reserve import Reserve
 from setpoint.sensor.chain import SensorChain
@@ -50,7 +53,6 @@ from setpoint.weights.semi_structured import to_semi_structured
 from setpoint.weights.taylor import WeightTaylorSensor
 
 __all__ = [
-    "AdaptiveController",
     "Budget",
     "BudgetError",
     "CheckpointError",

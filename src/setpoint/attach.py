@@ -2,40 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from setpoint.actuator.optimizer_state import check_optimizer, check_trains
 from setpoint.actuator.verify import few_rows
 from setpoint.controller.plan import Controller, Learning, regrows
+from setpoint.controller.plan import Regrowing as Returning
 from setpoint.controller.reference import Reference
 from setpoint.controller.rolling_back import RollingBack
 from setpoint.controller.selection import cheapest
 from setpoint.controller.using_up import UsingUp
 from setpoint.cost.budget import METERED, Budget
-from setpoint.cost.flops import forward_flops
 from setpoint.cost.price import Price
 from setpoint.cost.tolerance import Tolerance
-from setpoint.errors import LoopError
+from setpoint.errors import CostError, LoopError
 from setpoint.groups.chance import untouched_chance
 from setpoint.groups.export import Example, num_samples
 from setpoint.groups.follow import check_follows
 from setpoint.groups.group import Group, widths_of
-from setpoint.groups.trace import Trace, trace
+from setpoint.groups.trace import trace
 from setpoint.host.host import Host, host_of
-from setpoint.host.refuse import check_reads, check_shared
-from setpoint.loop.candidates import Candidates, restricted, unit_candidates
+from setpoint.loop.candidates import Candidates, unit_candidates
 from setpoint.loop.cutting import Actuator, Coordinates, Cutting, same_coordinates
 from setpoint.loop.goal import check_goal, controller_for
 from setpoint.loop.header import header_of
 from setpoint.loop.loop import ATTACHED, Loop
 from setpoint.sensor.chain import takes_back
-from setpoint.sensor.reading import Sensor
+from setpoint.sensor.reading import Sensor, Shared
 from setpoint.sensor.taylor import TaylorSensor
 from setpoint.spending.account import Account
 from setpoint.spending.meter import Meter
@@ -223,7 +222,7 @@ def _wish(
     for each in host.optimizers:
         check_optimizer(each)
     wish = _Wish(goal, budgets, controller, settings.get("pattern", ""), settings.get("reserve_bytes", 8 * 2**30))
-    check_shared(host, {each.resource for each in wish.goals})
+    _check_shared(host, {each.resource for each in wish.goals})
     return wish
 
 
@@ -290,7 +289,7 @@ def _units(
     """Units are cut."""
     traced = trace(host.model, example)
     sensor = _sensor(host, traced.groups, example) if sensor is None else sensor
-    check_reads(host, sensor)
+    _check_reads(host, sensor)
     sensor = sensor.over(host.ranks) if isinstance(sensor, Shared) and not host.alone else sensor
     found = unit_candidates(host, traced, example, sensor, groups, allow_lossy=allow_lossy, verify=verify)
     if regrows(wish.controller):
@@ -309,7 +308,7 @@ def _units(
         target = Target(wish.budgets, found.costs, widths_of(found.groups), wish.schedule, wish.resource)
     coordinates: Coordinates = same_coordinates
     if any(group.kind == "state" for group in found.groups):
-        from setpoint.states.balance import balanced as coordinates
+        from setpoint.actuator.balance import balanced as coordinates
     cutting = Cutting(host, found.groups, coordinates)
 
     def regrowth(spending: Spending, actuator: Actuator) -> Actuator:
@@ -335,10 +334,32 @@ def _sensor(host: Host, groups: tuple[Group, ...], example: Example) -> Sensor[A
     """Taylor for units; states have sensors of their own."""
     samples = num_samples(example) * host.ranks.count
     if host.alone and any(group.kind == "state" for group in groups):
-        from setpoint.states import sensor_for
+        from setpoint.sensor.chain import SensorChain
+        from setpoint.sensor.hankel import HankelSensor
+        from setpoint.sensor.selective import SelectiveSensor
 
-        return sensor_for(groups, host.model, example, samples)
+        for_states: tuple[Sensor[Any], ...] = (HankelSensor(samples), SelectiveSensor(example))
+        return SensorChain(*(each for each in for_states if each.readable(groups, host.model)), TaylorSensor(samples))
     return TaylorSensor(samples)
+
+
+def _check_shared(host: Host, resources: set[str]) -> None:
+    """Check that costs are the same on all ranks, so that they can follow one plan."""
+    measured = sorted(resources & set(METERED))
+    if measured and not host.alone:
+        raise CostError(
+            f"a budget of {measured[0]!r} is not available on several ranks in this version, since each would measure "
+            "another cost: use a budget of 'flops' or 'params'"
+        )
+
+
+def _check_reads(host: Host, sensor: Sensor[Any]) -> None:
+    """Check that a sensor says that it reads weights of which each rank has a part, where that is so."""
+    if host.mesh is not None and not getattr(sensor, "reads_shards", False):
+        raise LoopError(
+            f"{type(sensor).__name__} does not say that it can read a model that fully_shard has spread over ranks: "
+            "use TaylorSensor, or set reads_shards = True on a sensor that adds up what each rank has"
+        )
 
 
 def _check_regrowth(host: Host, example: Example, groups: tuple[Group, ...], sensor: Sensor[Any], verify: bool) -> float:

@@ -49,6 +49,10 @@ class CheckpointError(SetpointError, ValueError):
     """A file that is damaged, not a Setpoint file, or made for another model."""
 
 
+class UsageError(SetpointError, ValueError):
+    """A command that asks for what there is not: a model, a function or a shape."""
+
+
 class ReportError(SetpointError, ValueError):
     """A results folder that is empty, damaged, or written in an unknown format."""
 

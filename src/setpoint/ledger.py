@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, overload
 
+from setpoint.checkpoint.plain import plain
 from setpoint.errors import CheckpointError
 
 FORMAT = 1
@@ -49,8 +50,6 @@ class Entry:
         num_grown: likewise, how many came in.
         loss_after: where the decision changed the model, loss of the first step with the changed model; None until it
             has been observed.
-        rank_correlation: Spearman's, of the reading with the last one, by group, over the units that are in both;
-            for balanced states, of the Hankel values that the states of the last reading had then and now.
         limit: the budget per step by resource; a fraction is one of what a meter has read of the dense model.
         spent_run: of budgets of the whole run, what it has spent so far.
     """
@@ -82,7 +81,6 @@ class Entry:
     num_dropped: Mapping[str, int] = field(default_factory=dict)
     num_grown: Mapping[str, int] = field(default_factory=dict)
     loss_after: float | None = None
-    rank_correlation: Mapping[str, float] = field(default_factory=dict)
     limit: Mapping[str, float] = field(default_factory=dict)
     spent_run: Mapping[str, float] = field(default_factory=dict)
 
@@ -138,6 +136,20 @@ class Ledger:
         place = next((place for place in reversed(range(len(self))) if self._entries[place].changed), None)
         if place is not None and self._entries[place].loss_after is None:
             self._entries[place] = replace(self._entries[place], loss_after=loss_after)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All entries, in plain tensors, numbers and strings."""
+        return {"entries": [plain(asdict(entry), "the ledger") for entry in self._entries]}
+
+    def check(self, state: Mapping[str, Any]) -> None:
+        """Check that a state holds entries."""
+        for entry in state["entries"]:
+            Entry(**entry)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take the entries of a state in behind those that are there."""
+        for entry in state["entries"]:
+            self.append(Entry(**entry))
 
     def __len__(self) -> int:
         return len(self._entries)

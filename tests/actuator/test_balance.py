@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from pypi_s5 import S5Classifier
 from setpoint.actuator.balance import balance_and_shrink, turned
 from setpoint.actuator.shrink import named_tensors, shrink
-from setpoint.baselines.compressm import ComplexBalance
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group
 from setpoint.groups.state import state_layer
 from setpoint.groups.trace import find_groups
-from setpoint.models import SequenceClassifier
 from setpoint.regrowth.regrow import regrow
 from setpoint.regrowth.reserve import Reserve
 from setpoint.ssm import BalancedPairs, balance
+from setpoint_bench.baselines.compressm import ComplexBalance
+from setpoint_bench.models import SequenceClassifier
 
 X = torch.randn(5, 14, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
 

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 import setpoint
 from setpoint.actuator.mask import mask
 from setpoint.actuator.shrink import shrink
-from setpoint.bench.counter import step_flops
 from setpoint.cost.flops import flops_cost
 from setpoint.groups.group import Group
 from setpoint.groups.trace import find_groups, trace
 from setpoint.groups.vanish import EmptyForward
+from setpoint_bench.counter import step_flops
 
 Example = tuple[Tensor, ...]
 

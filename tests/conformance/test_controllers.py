@@ -10,9 +10,6 @@ import numpy as np
 import pytest
 
 from controller.plants import Decision, chain, lognormal, observe, residual, run, unit_group
-from setpoint.baselines.group_lasso import ReconfiguringController
-from setpoint.baselines.scheduled import ScheduledController
-from setpoint.controller.adaptive import AdaptiveController
 from setpoint.controller.gates import GatedController
 from setpoint.controller.plan import Controller
 from setpoint.controller.priced import PricedController
@@ -21,6 +18,8 @@ from setpoint.cost.cost import Cost, ProductCost, Term
 from setpoint.groups.group import Group, Size, widths_of
 from setpoint.sensor.reading import Reading
 from setpoint.weights.exchanging import ExchangingController
+from setpoint_bench.baselines.group_lasso import ReconfiguringController
+from setpoint_bench.baselines.scheduled import ScheduledController
 
 Plant = tuple[tuple[Group, ...], Cost]
 
@@ -61,7 +60,6 @@ CONTROLLERS: dict[str, Controller[Any]] = {
     "reconfiguring": ReconfiguringController(),
     "priced, unguarded": PricedController(slew=1.0, min_density=0.0, dwell=0, hysteresis=0.0, deadband=0.0),
     "priced, regrowing": PricedController(regrow=True),
-    "adaptive": AdaptiveController(),
     "exchanging": ExchangingController(PricedController(reference=Reference(num_cuts=3))),
     "gated": GatedController(),
     "gated, regrowing": GatedController(PricedController(regrow=True), steps=2),

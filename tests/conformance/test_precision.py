@@ -123,7 +123,7 @@ def test_a_cut_run_trains_on_like_a_fresh_small_model(values: tuple[Any, ...], t
             run.step(number)
         assert loop.widths == {"stem": 10, "inner.0": 13}
         check_goes_on(run, row, tmp_path)
-        reading = loop._read()
+        reading = loop.reading()
         assert reading.num_steps == 8 and reading.finite() and reading.skipped_steps == 0
         loop.detach()
 
@@ -171,7 +171,7 @@ def saliencies(kind: str, scale: float, unscale: bool) -> dict[str, np.ndarray]:
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-    return dict(loop._read().saliency)
+    return dict(loop.reading().saliency)
 
 
 @pytest.mark.parametrize("unscale", [False, True])
@@ -201,7 +201,7 @@ def test_steps_that_a_grad_scaler_skips_make_no_reading(kind: str) -> None:
     scaler.update()
     optimizer.zero_grad()
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-    assert loop._read().num_steps == 0
+    assert loop.reading().num_steps == 0
     scaler.scale(nn.functional.cross_entropy(model(x), y)).backward()
     scaler.step(optimizer)
-    assert loop._read().num_steps == 1
+    assert loop.reading().num_steps == 1

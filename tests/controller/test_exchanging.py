@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from controller.plants import chain, lognormal, run
-from setpoint.baselines.scheduled import ScheduledController
 from setpoint.controller.priced import PricedController
 from setpoint.weights.exchanging import ExchangingController
+from setpoint_bench.baselines.scheduled import ScheduledController
 
 
 def test_how_many_stay_at_which_price_is_the_inner_controller_s_choice() -> None:

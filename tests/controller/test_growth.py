@@ -277,8 +277,6 @@ def test_no_more_is_offered_than_the_sensor_will_read() -> None:
     offers = offers_of(probe, cost, widths, groups, **settings)
     saving = cost.saving({"layer0": 6, "layer1": 8}, "layer0", 1)
     assert [(offer.origins.tolist(), round(offer.worth * saving, 6)) for offer in offers] == [([0], 0.7), ([1], 0.5)]
-    rising = offers_of(probe, cost, widths, groups, sure=False, **settings)
-    assert sorted(offer.origins.tolist() for offer in rising) == [[0], [1], [2]]
     assert np.isinf(Probe(*some, {"layer0": one}, {"layer0": one}).foretold("layer0", 10)).all()
 
 
@@ -287,21 +285,3 @@ def test_bad_settings(bad: dict[str, int]) -> None:
     """Claim: settings out of range raise ValueError."""
     with pytest.raises(ValueError, match="at least"):
         PricedController(**bad)  # type: ignore[arg-type]
-
-
-def test_a_reference_that_rises_is_followed_up() -> None:
-    """Claim: with a dip spending goes down to it by settle, and comes up to the limit by land as units come back, never
-    over the reference; the same controller without regrowth is refused.
-    """
-    groups, cost = chain(24, 40, 32)
-    reference = Reference(settle=0.2, dip=0.6)
-    decisions = run(PricedController(reference, regrow=True), groups, cost, wandering(groups, 3), fraction=0.5)
-    lowest = min(decisions, key=lambda decision: decision.after)
-    assert lowest.step == 80 and 0.5 * lowest.limit < lowest.after <= 0.6 * lowest.limit
-    for decision in decisions:
-        if decision.step >= 80:
-            assert decision.after <= reference.at(decision.step, 400, start=2 * decision.limit, limit=decision.limit)
-            assert decision.after >= decision.before or decision.step == 80
-    assert decisions[-1].plan.landed and 0.95 * decisions[-1].limit < decisions[-1].after <= decisions[-1].limit
-    with pytest.raises(ValueError, match="regrow=True"):
-        PricedController(reference)

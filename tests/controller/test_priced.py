@@ -22,7 +22,6 @@ from controller.plants import (
     run,
     unit_group,
 )
-from setpoint.baselines.scheduled import ScheduledController
 from setpoint.controller.landing import even_density
 from setpoint.controller.plan import Controller, Plan
 from setpoint.controller.price import Gains
@@ -30,6 +29,7 @@ from setpoint.controller.priced import PricedController, PricedState, cheapest
 from setpoint.cost.cost import Cost, ProductCost, Term
 from setpoint.groups.group import Group, Size, widths_of
 from setpoint.sensor.reading import Reading
+from setpoint_bench.baselines.scheduled import ScheduledController
 
 numbers = st.floats(0, 1e3, allow_nan=False, allow_subnormal=False)
 layers = st.lists(

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from groups.zoo import MODELS
-from setpoint.bench.models import CharGPT, PlainNet
 from setpoint.cost.cost import Cost
 from setpoint.errors import CostError
 from setpoint.groups.group import Group, widths_of
@@ -22,6 +21,7 @@ from setpoint.resources.live_bytes import peak_bytes
 from setpoint.resources.memory import MemoryCost
 from setpoint.resources.replica import replica
 from setpoint.resources.tape import record
+from setpoint_bench.networks import CharGPT, PlainNet
 
 Build = Callable[[], tuple[nn.Module, tuple[Any, ...]]]
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from setpoint.bench.weight_flops import weight_flops as counted
 from setpoint.groups.group import widths_of
 from setpoint.groups.trace import trace
 from setpoint.weights.cost import active_params, weight_flops
 from setpoint.weights.find import find_weights
+from setpoint_bench.weight_flops import weight_flops as counted
 
 
 class Twice(nn.Module):

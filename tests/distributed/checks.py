@@ -56,7 +56,7 @@ def twin() -> None:
     alone = build()
     of_alone, single = attached(alone, regrowing(cuts), batch(0)[0], total_steps=steps)
     np.testing.assert_allclose(mean_losses, train(alone, of_alone, single, range(steps), batch), rtol=1e-9)
-    np.testing.assert_allclose(loop._watch._losses, single._watch._losses, rtol=1e-9)
+    np.testing.assert_allclose(loop.losses.recent, single.losses.recent, rtol=1e-9)
     single.finish()
     assert story(single) == story(loop)
     for a, b in zip(model.parameters(), alone.parameters(), strict=True):
@@ -218,7 +218,7 @@ def frozen() -> None:
     assert loop.widths == single.widths and loop.widths["up"] == 21
     for a, b in zip(model.parameters(), alone.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
-    readings = [each._parts.sensor.read(each._sensor_state, each.groups, 8).saliency for each in (loop, single)]
+    readings = [each.reading().saliency for each in (loop, single)]
     for name, values in readings[0].items():
         np.testing.assert_allclose(values, readings[1][name], rtol=1e-7)
 
@@ -336,7 +336,7 @@ def adapters() -> None:
         optimizer, loop = attached(called, script, data(0)[0])
         train(called, optimizer, loop, range(8), data, parts=2)
         assert loop.widths == {**loop.widths, "up": 22, "wide": 18}, loop.ledger.header["frozen"]
-        readings.append(loop._read())
+        readings.append(loop.reading())
         models.append(model)
     for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
@@ -372,9 +372,9 @@ def branches() -> None:
         nn.functional.cross_entropy(wrapper(x), (x[:, 0] > 0).long()).backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert loop.widths["up"] == 14 and loop._read().saliency["up"].max() > 0
+    assert loop.widths["up"] == 14 and loop.reading().saliency["up"].max() > 0
     assert_same_everywhere(model, optimizer)
-    everyones = everywhere(loop._read().saliency["up"].tolist())
+    everyones = everywhere(loop.reading().saliency["up"].tolist())
     assert all(each == everyones[0] for each in everyones)
 
 

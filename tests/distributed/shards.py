@@ -24,11 +24,12 @@ import setpoint
 from distributed.checks import Still
 from distributed.training import STEPS, Sampled, attached, batch, build, everywhere, regrowing, share, story, train
 from loop.test_regrowth import Net, Scripted
-from setpoint.actuator import sharding
 from setpoint.actuator import shrink as shrink_module
-from setpoint.distributed import Ranks
-from setpoint.loop import run_folder
 from setpoint.checkpoint.tree import to_tensors
+from setpoint.distributed import Ranks
+from setpoint.host import fsdp as sharding
+from setpoint.loop import run_folder
+from setpoint.weights.masking import Masking
 
 HALF = setpoint.Budget.fraction(0.5, of="flops")
 DROP = {3: {"up": [1, 5], "stem": [4]}, 5: {"up": [0], "wide": [7]}}
@@ -136,7 +137,7 @@ def _goes_on_like_a_fresh_one(
     train(called, optimizer, loop, range(6), share)
     assert loop.widths == {"stem": 7, "wide": 19, "up": 21}, loop.widths
     assert {(dtype, n, 12) for n in (24, 22, 21)} | {(n, 12) for n in (24, 22, 21)} == seen
-    assert np.isfinite(loop._read().saliency["up"]).all() and loop._read().saliency["up"].min() > 0
+    assert np.isfinite(loop.reading().saliency["up"]).all() and loop.reading().saliency["up"].min() > 0
     loop.detach()
     with setpoint.whole(model):
         if dist.get_rank() == 0:
@@ -205,7 +206,7 @@ def sharded_failures() -> None:
         assert loop.widths["up"] == model.up.out_features == 22 and len(before) == len(after)
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
         optimizer.zero_grad()
-    assert loop._regrowth.reserve.resting["up"].nonzero()[0].tolist() == [1, 4]
+    assert loop.actuator.reserve.resting["up"].nonzero()[0].tolist() == [1, 4]
     assert np.isfinite(train(*run, range(14, 16), share)).all()
     loop.detach()
 
@@ -222,7 +223,7 @@ def sharded_adapters() -> None:
         optimizer, loop = attached(called, script, data(0)[0])
         train(called, optimizer, loop, range(8), data, parts=2)
         assert loop.widths == {**loop.widths, "up": 22, "wide": 18}, loop.ledger.header["frozen"]
-        readings.append(loop._read())
+        readings.append(loop.reading())
         found.append([whole(each.detach()) for each in model.parameters()])
         loop.detach()
     for a, b in zip(*found, strict=True):
@@ -406,7 +407,7 @@ def sharded_refusals() -> None:
     part = build()
     fully_shard(part.up, mesh=mesh)
     refused("stem.weight outside of it", part)
-    refused("single weights", sharded(build()), granularity="weight")
+    refused("single weights", sharded(build()), actuator=Masking())
     memory = setpoint.Budget.fraction(0.5, of="memory")
     refused("'memory' is not available", sharded(build()), error=setpoint.CostError, budget=memory)
 

@@ -19,6 +19,7 @@ import setpoint
 from distributed.training import assert_same_everywhere, attached, build, everywhere, share, train
 from loop.test_regrowth import Scripted
 from setpoint.actuator import shrink as shrink_module
+from setpoint.weights.masking import Masking
 
 
 def disagreement() -> None:
@@ -126,7 +127,7 @@ def refusals() -> None:
     behind = build()
     _apply_optimizer_in_backward(torch.optim.SGD, behind.head.parameters(), {"lr": 0.1})
     refused("optimizers in the backward pass", Parallel(behind))
-    refused("single weights", Parallel(build()), granularity="weight")
+    refused("single weights", Parallel(build()), actuator=Masking())
     part = build()
     part.head = Parallel(part.head)
     refused("wrap the whole model", part)

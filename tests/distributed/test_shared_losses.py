@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from setpoint.loop.watch import LossWatch
+from setpoint.loop.losses import LossWatch
 
 
 def test_ranks_share_the_losses_that_they_were_told() -> None:

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel as Parallel
 
 import setpoint
+from controller.returning import Returning
 from setpoint.controller.reference import Reference
 
 STEPS = 40
@@ -60,10 +61,10 @@ def build(kind: Callable[[], nn.Module] = Sampled) -> nn.Module:
     return kind().double().train()
 
 
-def regrowing(num_cuts: int = 14) -> setpoint.PricedController:
-    """Comes down to three quarters of the limit and rises again as units come back."""
-    reference = Reference(0.0, 0.5, 0.8, num_cuts=num_cuts, dip=0.75)
-    return setpoint.PricedController(reference, regrow=True, dwell=1, min_density=0.0)
+def regrowing(num_cuts: int = 14) -> Returning:
+    """Comes down to three quarters of the limit, from where units come back."""
+    reference = Reference(0.0, 0.5, 0.8, num_cuts=num_cuts)
+    return Returning(setpoint.PricedController(reference, regrow=True, dwell=1, min_density=0.0), share=0.75)
 
 
 def attached(model: nn.Module, controller: Any, x: Tensor, **options: Any) -> tuple[Any, setpoint.Loop]:

@@ -25,11 +25,13 @@ def check(names: Sequence[str]) -> bool:
     good = True
     for name, facts, seconds in play(names):
         if kept_as(name) not in recorded:
-            told = ["is not recorded yet: python tests/golden/record.py " + kept_as(name)]
+            told = ["record: there is none yet, python tests/golden/record.py " + kept_as(name)]
         else:
-            digits = 6 if kept_as(name) == "readme" else 12
-            told = differences(recorded[kept_as(name)], facts, exact=here == where, digits=digits)
-        print("\n    ".join([f"{name}: {'DIFFERS' if told else 'ok'} ({seconds:.1f} s)", *told]), flush=True)
+            told = differences(recorded[kept_as(name)], facts, exact=here == where)
+        parts = ", ".join(dict.fromkeys(line.partition(":")[0] for line in told))
+        print(
+            "\n    ".join([f"{name}: {f'DIFFERS in {parts}' if told else 'ok'} ({seconds:.1f} s)", *told]), flush=True
+        )
         good = good and not told
     return good
 

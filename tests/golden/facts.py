@@ -98,17 +98,17 @@ def read(thing: Any, places: Mapping[str, Place]) -> dict[str, Any]:
     return found
 
 
-def facts_of(loop: setpoint.Loop, model: nn.Module, digits: int) -> dict[str, Any]:
+def facts_of(loop: setpoint.Loop, models: Mapping[str, nn.Module], digits: int) -> dict[str, Any]:
     """All facts of a finished run, in five sections; on several ranks each one calls it.
 
     Args:
         loop: finished.
-        model: as the user calls it.
+        models: by name, the model as the user calls it and its copies.
         digits: significant digits of numbers that are kept.
     """
     ledger, summary = loop.ledger, loop.summary
     sections = {
-        "header": read(ledger.header, HEADER),
+        "header": {"digits": digits, **read(ledger.header, HEADER)},
         "plan": {
             "entries": [read(entry, PLAN) for entry in ledger],
             **read(summary, SUMMARY_PLAN),
@@ -120,7 +120,7 @@ def facts_of(loop: setpoint.Loop, model: nn.Module, digits: int) -> dict[str, An
             **read(summary, SUMMARY_WORDS),
             **read(ledger.header, HEADER_WORDS),
         },
-        "weights": weights_of(model, digits),
+        "weights": {name: weights_of(model, digits) for name, model in models.items()},
     }
     plain: dict[str, Any] = json.loads(json.dumps(plainly(sections, digits)))
     return plain

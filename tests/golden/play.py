@@ -25,7 +25,7 @@ from golden.facts import facts_of
 from golden.models import mlp
 
 NAMES = (*runs.RANKS, *runs.ALONE, *(f"{name}-resumed" for name in runs.RESUMED))
-LIMIT_S = 120
+LIMIT_S = 300
 
 
 def kept_as(name: str) -> str:
@@ -56,7 +56,8 @@ def play(names: Sequence[str] = NAMES) -> Iterator[tuple[str, dict[str, Any], fl
 
 def facts_in(how: Callable[[Any], runs.Training], build: Callable[[], runs.Training]) -> dict[str, Any]:
     run = how(build)
-    return facts_of(run.loop, run.model, run.digits)
+    copies = {f"copy{number}": each for number, each in enumerate(run.copies)}
+    return facts_of(run.loop, {"model": run.model, **copies}, run.digits)
 
 
 def prepare() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from setpoint.models import SequenceClassifier
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -18,9 +19,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import setpoint
+import setpoint.regrowth.regrowing
 from golden.models import GPT, ResNet, Sampled, mlp
-from setpoint.models import SequenceClassifier
 from setpoint.sensor.reading import Reading
+from setpoint.weights.masking import Masking
 
 HALF = setpoint.Budget.fraction(0.5, of="flops")
 
@@ -183,8 +185,8 @@ class Misled:
 
 def regrowth() -> Training:
     """Useful units that a wrong reading has dropped are probed and come back."""
-    assert hasattr(setpoint.loop.regrowth, "_PROBE_SHARE"), "say here where the share of probing stands now"
-    setpoint.loop.regrowth._PROBE_SHARE = 0.05  # the run is too short to pay for probing out of one percent
+    assert hasattr(setpoint.regrowth.regrowing, "_PROBE_SHARE"), "say here where the share of probing stands now"
+    setpoint.regrowth.regrowing._PROBE_SHARE = 0.05  # the run is too short to pay for probing out of one percent
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 48), nn.ReLU(), nn.Linear(48, 4)).double()
     optimizer = adamw(model)
@@ -238,8 +240,7 @@ def two_four() -> Training:
         example=(images(0)[0],),
         total_steps=60,
         groups=setpoint.find_weights(model, "2:4"),
-        granularity="weight",
-        pattern="2:4",
+        actuator=Masking("2:4"),
     )
     return Training(model, (optimizer,), loop, losses, 60)
 
@@ -315,6 +316,20 @@ def two_optimizers() -> Training:
     return Training(model, optimizers, loop, losses, 60, copies=(copy,))
 
 
+def compiled() -> Training:
+    """A model in torch.compile, whose code is made again after cuts."""
+    torch.manual_seed(0)
+    model = torch.compile(mlp(8, 32, 4).double(), backend="eager")
+    optimizer = adamw(model)
+
+    def losses(step: int) -> list[Tensor]:
+        x = vectors(step)
+        return [F.cross_entropy(model(x), x[:, :4].argmax(1))]
+
+    loop = setpoint.attach(model, optimizer, HALF, example=(vectors(0),), total_steps=40)
+    return Training(model, (optimizer,), loop, losses, 40)
+
+
 # On two ranks.
 
 
@@ -333,8 +348,8 @@ def on_ranks(model: nn.Module, **settings: Any) -> Training:
         x, y = share(step)
         return [F.cross_entropy(model(x), y)]
 
-    loop = setpoint.attach(model, optimizer, HALF, example=(share(0)[0],), total_steps=50, **settings)
-    return Training(model, (optimizer,), loop, losses, 50, told)
+    loop = setpoint.attach(model, optimizer, HALF, example=(share(0)[0],), total_steps=30, **settings)
+    return Training(model, (optimizer,), loop, losses, 30, told)
 
 
 def ddp() -> Training:
@@ -369,6 +384,7 @@ ALONE: dict[str, Callable[[], Training]] = {
         tolerance,
         taken_back,
         two_optimizers,
+        compiled,
     )
 }
 RESUMED = ("readme", "regrowth", "two_four", "tolerance", "two_optimizers")

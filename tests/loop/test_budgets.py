@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import setpoint
-from setpoint.bench.models import PlainNet
 from setpoint.resources import costing
 from setpoint.resources import table as table_file
 from setpoint.resources.inference import inference_replica
@@ -24,6 +23,7 @@ from setpoint.resources.live_bytes import peak_bytes
 from setpoint.resources.problem import Problem
 from setpoint.resources.tape import Tape
 from setpoint.spending import seconds as seconds_file
+from setpoint_bench.networks import PlainNet
 
 Budget = setpoint.Budget
 TAPES: dict[str, Tape] = {}

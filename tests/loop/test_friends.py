@@ -137,12 +137,12 @@ def test_a_layer_that_is_frozen_for_a_while_is_not_taken_for_worthless() -> None
     for step in range(80):
         if step == 30:
             kept.requires_grad_(False)
-            seen, before = loop._read().saliency["0"], kept.detach().clone()
+            seen, before = loop.reading().saliency["0"], kept.detach().clone()
             narrow = loop.origin
         if step == 60:
             rows, columns = (np.isin(narrow[name], loop.origin[name]) for name in ("2", "0"))
             assert torch.equal(kept, before[rows][:, columns]) and kept.shape != before.shape
-            np.testing.assert_allclose(loop._read().saliency["0"], seen[columns], rtol=1e-6)
+            np.testing.assert_allclose(loop.reading().saliency["0"], seen[columns], rtol=1e-6)
             kept.requires_grad_(True)
         x = torch.randn(16, 6)
         nn.functional.cross_entropy(model(x), (x[:, 0] * x[:, 1] > 0).long()).backward()

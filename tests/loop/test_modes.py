@@ -12,6 +12,8 @@ from torch import nn
 
 import setpoint
 from setpoint.errors import BudgetError, LoopError
+from setpoint.regrowth.regrowing import Regrowing
+from setpoint.weights.masking import Masking
 
 Change = Callable[[setpoint.Loop, int], None]
 
@@ -148,8 +150,8 @@ WATCHED = setpoint.PricedController(setpoint.Reference(warmup=0.2, settle=0.6, n
 @pytest.mark.parametrize(
     "settings",
     [
-        {"reserve_bytes": 0, "controller": WATCHED},
-        {"granularity": "weight", "controller": setpoint.ExchangingController(WATCHED)},
+        {"actuator": Regrowing(reserve_bytes=0), "controller": WATCHED},
+        {"actuator": Masking(), "controller": setpoint.ExchangingController(WATCHED)},
     ],
     ids=["full reserve", "single weights"],
 )
@@ -172,7 +174,7 @@ def test_a_cut_that_cannot_be_taken_back_says_so(settings: dict[str, object]) ->
 def test_a_tolerance_without_a_reserve_cuts_no_further() -> None:
     """A cut beyond the tolerance that does not rest stays, is the last one, and is said to stay."""
     summary, loop, _ = train(
-        setpoint.Tolerance(loss=0.05), 800, spoil=lambda step: 3.0 if step >= 100 else 0.0, reserve_bytes=0
+        setpoint.Tolerance(loss=0.05), 800, spoil=lambda step: 3.0 if step >= 100 else 0.0, actuator=Regrowing(reserve_bytes=0)
     )
     last = loop.ledger[-1]
     assert summary.landed and last.reason.startswith("landed: the last cut stays")
@@ -200,7 +202,7 @@ def test_nothing_is_decided_on_a_model_that_has_diverged(total_steps: int) -> No
         (setpoint.Price(0.1, of="flops"), setpoint.PricedController()),
         (setpoint.Price(0.1, of="flops"), setpoint.GatedController()),
         (setpoint.Price(0.1, of="flops"), setpoint.PenaltyController(setpoint.Price(0.2, of="flops"))),
-        (setpoint.Tolerance(0.1), setpoint.AdaptiveController()),
+        (setpoint.Tolerance(0.1), setpoint.PricedController()),
         (setpoint.Budget.fraction(0.5, of="flops"), setpoint.PenaltyController(setpoint.Price(0.2, of="flops"))),
         (setpoint.Budget.fraction(0.5, of="flops"), setpoint.TolerantController(setpoint.Tolerance(0.1))),
     ],
@@ -214,9 +216,9 @@ def test_a_controller_of_another_goal_is_refused(goal: object, controller: objec
 
 @pytest.mark.parametrize("reserve_bytes", [-1, True])
 def test_a_reserve_of_no_size_is_refused(reserve_bytes: object) -> None:
-    """At attach, by the argument's name."""
+    """When it is written down, by the argument's name."""
     with pytest.raises(ValueError, match="reserve_bytes"):
-        train(setpoint.Budget.fraction(0.5, of="flops"), reserve_bytes=reserve_bytes)
+        Regrowing(reserve_bytes=reserve_bytes)
 
 
 @pytest.mark.parametrize("controller", [setpoint.PricedController(), setpoint.GatedController()])
@@ -317,16 +319,3 @@ def test_another_length_moves_the_decisions() -> None:
     assert summary.total_steps == summary.steps == 600
     assert loop.ledger[-1].step == 180
     assert summary.final_flops_ratio <= 0.5
-
-
-def test_an_adaptive_reference_by_name() -> None:
-    """`reference="adaptive"` stays dense until readings agree; with a price, or beside a controller, it is refused."""
-    summary, loop, _ = train(setpoint.Budget.fraction(0.5, of="flops"), reference="adaptive")
-    assert summary.landed
-    assert any("leaves dense" in entry.reason for entry in loop.ledger)
-    with pytest.raises(BudgetError, match="adaptive reference comes down to a budget"):
-        train(setpoint.Price(0.1, of="flops"), reference="adaptive")
-    with pytest.raises(ValueError, match="not both"):
-        train(setpoint.Budget.fraction(0.5, of="flops"), reference="adaptive", controller=setpoint.PricedController())
-    with pytest.raises(ValueError, match="got 'linear'"):
-        train(setpoint.Budget.fraction(0.5, of="flops"), reference="linear")

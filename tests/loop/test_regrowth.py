@@ -16,10 +16,12 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import setpoint
+from controller.returning import Returning
 from setpoint.controller.plan import Observation, Plan
 from setpoint.controller.priced import PricedController
 from setpoint.controller.reference import Reference
 from setpoint.errors import LoopError, VerificationError
+from setpoint.regrowth.regrowing import Regrowing
 from setpoint.sensor.reading import Reading
 
 
@@ -161,11 +163,11 @@ def test_probing_is_counted_and_stays_within_its_share() -> None:
     )
     train(model, optimizer, 63)
     small = counted(model)
-    before = loop._spending.account.train_flops, loop._spending.account.probed_steps
+    before = loop.spending.account.train_flops, loop.spending.account.probed_steps
     train(model, optimizer, 5, 63)
-    assert loop._spending.account.train_flops - before[0] == pytest.approx(5 * small, rel=1e-3) and before[1] == 0
+    assert loop.spending.account.train_flops - before[0] == pytest.approx(5 * small, rel=1e-3) and before[1] == 0
     train(model, optimizer, 2, 68)
-    summary_flops, steps = loop._spending.account.probing_flops, loop._spending.account.probed_steps
+    summary_flops, steps = loop.spending.account.probing_flops, loop.spending.account.probed_steps
     wide = Net()
     assert steps == 2 and summary_flops == pytest.approx(2 * (counted(wide) - small), rel=1e-3)
     train(model, optimizer, 30, 70)
@@ -217,7 +219,7 @@ def test_the_model_is_the_same_right_after_a_return() -> None:
     model, units = Net(), {"inner.0": [1, 2], "stem": [3]}
     optimizer, loop = attach(model, Scripted({5: units}))
     train(model, optimizer, 8)
-    before, regrowth = model(data(99)[0]), loop._regrowth
+    before, regrowth = model(data(99)[0]), loop.actuator
     assert regrowth is not None
     regrowth.grow(loop.groups, Plan(8, {}, grow={name: np.array(each) for name, each in units.items()}))
     torch.testing.assert_close(model(data(99)[0]), before, rtol=0, atol=1e-6)
@@ -230,7 +232,7 @@ def test_the_weights_that_rise_arrive_exactly() -> None:
         torch.manual_seed(0)
         model = Net()
         _, loop = attach(model, Scripted({}))
-        regrowth = loop._regrowth
+        regrowth = loop.actuator
         assert regrowth is not None
         before = [tensor.clone() for tensor in model.state_dict().values()]
         keep = {"inner.0": np.arange(16) > 4, "stem": np.arange(12) != 2}
@@ -245,15 +247,13 @@ def test_the_weights_that_rise_arrive_exactly() -> None:
             torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
 
 
-def run(seed: int, **options: Any) -> tuple[setpoint.Loop, nn.Module]:
+def run(seed: int, controller: Any) -> tuple[setpoint.Loop, nn.Module]:
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(8, 48), nn.ReLU(), nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 4))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     budget = setpoint.Budget.fraction(0.4, of="flops")
     x = torch.randn(400, 16, 8)
-    with setpoint.attach(
-        model, optimizer, budget, example=(x[0],), total_steps=400, controller=PricedController(**options)
-    ) as loop:
+    with setpoint.attach(model, optimizer, budget, example=(x[0],), total_steps=400, controller=controller) as loop:
         for step in range(400):
             # The task changes in the middle, so that other units become useful.
             target = (x[step, :, :4] if step < 150 else x[step, :, 4:]).argmax(1)
@@ -265,12 +265,12 @@ def run(seed: int, **options: Any) -> tuple[setpoint.Loop, nn.Module]:
 
 def test_a_regrowing_run_lands_within_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """Claim: with regrowth every run lands at 70 %, never over the limit after a third, and probing keeps within its
-    share; where the reference rises units come back; over all runs at most a tenth of those dropped are dropped again;
+    share; where there is room units come back; over all runs at most a tenth of those dropped are dropped again;
     and the same seed makes the same ledger.
     """
     monkeypatch.setattr("setpoint.regrowth.regrowing._PROBE_SHARE", 0.05)  # the run is short
-    rising = Reference(settle=0.15, dip=0.6)
-    runs = [run(0, regrow=True, reference=rising), *(run(seed, regrow=True) for seed in range(3))]
+    rising = Returning(PricedController(Reference(settle=0.15), regrow=True), share=0.6)
+    runs = [run(0, rising), *(run(seed, PricedController(regrow=True)) for seed in range(3))]
     summaries = [loop.summary for loop, _ in runs if loop.summary is not None]
     for (loop, model), summary in zip(runs, summaries, strict=True):
         assert summary.landed and summary.spent["flops"] <= summary.limit["flops"]
@@ -281,7 +281,7 @@ def test_a_regrowing_run_lands_within_its_budget(monkeypatch: pytest.MonkeyPatch
     assert summaries[0].regrown_units > 0
     assert sum(each.dropped_again for each in summaries) <= 0.1 * sum(each.dropped_units for each in summaries)
     first, model = runs[0]
-    second, other = run(0, regrow=True, reference=rising)
+    second, other = run(0, rising)
     assert [(e.dropped, e.grown, e.reason) for e in first.ledger] == [
         (e.dropped, e.grown, e.reason) for e in second.ledger
     ]
@@ -334,7 +334,7 @@ def test_units_that_went_by_mistake_come_back(monkeypatch: pytest.MonkeyPatch) -
 def test_a_small_reserve_lets_go_and_says_so() -> None:
     """Claim: with room for next to nothing the run goes on, warns, and names what it let go in the entry."""
     model = Net()
-    optimizer, loop = attach(model, Scripted({5: {"inner.0": [1, 4]}}), reserve_bytes=100)
+    optimizer, loop = attach(model, Scripted({5: {"inner.0": [1, 4]}}), actuator=Regrowing(reserve_bytes=100))
     with pytest.warns(UserWarning, match="reserve of 100 bytes is full"):
         train(model, optimizer, 10)
     assert "let go" in loop.ledger[0].reason

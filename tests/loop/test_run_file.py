@@ -20,8 +20,8 @@ from torch import nn
 import setpoint
 from loop.test_regrowth import BACK, DROP, Net, Scripted, dear
 from loop.test_state import Run, assert_untouched, snapshot, tensors
-from setpoint.errors import CheckpointError
 from setpoint.checkpoint.tree import TREE, from_tensors, to_tensors
+from setpoint.errors import CheckpointError
 
 __all__ = ["dear"]
 
@@ -362,7 +362,7 @@ def test_optimizer_state_of_weights_that_are_never_cut_is_checked_too() -> None:
     """Claim: a moment of another size than its weight is refused by name, whether or not a group cuts that weight."""
     one = run()
     one.train(0, 6)
-    cut = {place.tensor for group in one.loop._parts.groups for place in group.slices}
+    cut = {place.tensor for group in one.loop.groups for place in group.slices}
     names = [name for name, _ in one.model.named_parameters()]
     number = next(place for place, name in enumerate(names) if name not in cut)
     state = one.optimizers[0].state_dict()

@@ -17,11 +17,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import setpoint
 from conformance.test_optimizers import ROWS
 from loop.test_regrowth import BACK, DROP, Net, Scripted, data, dear
-from setpoint.baselines.scheduled import ScheduledController
 from setpoint.controller.penalty import PenaltyController
 from setpoint.controller.priced import PricedController
 from setpoint.cost.price import Price
 from setpoint.errors import CheckpointError, LoopError, OptimizerError
+from setpoint_bench.baselines.scheduled import ScheduledController
 
 __all__ = ["dear"]
 STEPS = 40
@@ -337,13 +337,12 @@ def test_a_state_in_the_middle_of_a_step_is_refused() -> None:
 
 
 STORED = {
-    "_again", "_watch", "_ranking",
+    "_again", "_watch",
     "_groups", "_origin", "_sensor_state", "_controller_state", "_ledger", "_step", "_skipped", "_overdue",
-    "_waits", "_landed", "_reading", "_plan", "_worth", "_regrowth", "_spending", "_weights",
+    "_waits", "_landed", "_metered", "_reading", "_plan", "_worth", "_regrowth", "_account", "_weights",
 }  # fmt: skip
 GIVEN_AGAIN = {
-    "_parts", "_dense_widths", "_finished", "_summary", "_hooks", "_joining", "_begun",
-    "_recompiling",
+    "_parts", "_dense_widths", "_sensing_flops", "_finished", "_summary", "_hooks", "_begun",
 }  # fmt: skip
 
 
@@ -351,5 +350,5 @@ def test_nothing_that_a_loop_remembers_is_forgotten() -> None:
     """Claim: every attribute of a loop is stored, or follows from the arguments of attach: a new one must be sorted."""
     run = Run(lambda: Scripted(DROP, BACK), budget=0.9, verify=False)
     assert set(vars(run.loop)) == STORED | GIVEN_AGAIN
-    account = run.loop._spending.account
-    assert set(vars(account)) - set(account._numbers()) - set(account._watches()) == {"steps", "_segments", "_attached"}
+    account = set(vars(run.loop._account)) - set(run.loop._account._numbers()) - set(run.loop._account._watches())
+    assert account == {"steps", "_segments", "_attached", "said"}

@@ -16,14 +16,15 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import setpoint
 from loop.test_regrowth import Scripted, data
 from loop.test_state import Run, check_resumes
-from setpoint.bench.weight_flops import weight_flops
 from setpoint.errors import BudgetError, CheckpointError, GroupError, LoopError, OptimizerError, SetpointError
 from setpoint.report.decisions import timeline
-from setpoint.report.folder import read_record
-from setpoint.report.page import entries_table
 from setpoint.report.resources import ledger_line
+from setpoint.report.run import entries_table
 from setpoint.weights.exchanging import ExchangingController
 from setpoint.weights.find import Pattern, find_weights
+from setpoint.weights.masking import Masking
+from setpoint_bench.report.folder import read_record
+from setpoint_bench.weight_flops import weight_flops
 
 STEPS = 24
 
@@ -73,8 +74,7 @@ def started(
         budget or setpoint.Budget.fraction(0.6, of="flops"),
         example=(data(0)[0],),
         total_steps=total_steps,
-        granularity="weight",
-        **{"pattern": pattern, "groups": find_weights(model, pattern), **options},
+        **{"actuator": Masking(pattern), "groups": find_weights(model, pattern), **options},
     )
     return model, optimizer, loop
 
@@ -303,7 +303,7 @@ def test_resumes_bit_for_bit() -> None:
     """
 
     def start(pattern: str, verify: bool = True) -> Run:
-        options = {"granularity": "weight", "pattern": pattern, "groups": find_weights(Net(), pattern)}
+        options = {"actuator": Masking(pattern), "groups": find_weights(Net(), pattern)}
         return Run(few, split=True, model=Net, budget=0.7, total_steps=STEPS, verify=verify, **options)
 
     for pattern, at in (("unstructured", [3, 9, STEPS]), ("2:4", [12])):
@@ -354,13 +354,10 @@ def test_everybody_is_told_that_hardware_gets_no_faster(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"granularity": "block"}, GroupError, "use 'unit' .* or 'weight'"),
-        ({"granularity": "unit", "pattern": "2:4"}, GroupError, "add granularity='weight'"),
-        ({"pattern": "4:2"}, GroupError, "unknown pattern '4:2'"),
-        ({"pattern": "blocks"}, GroupError, "unknown pattern 'blocks'"),
-        ({"pattern": "2:4", "groups": None}, GroupError, r"stem\.weight \(8, 2, 3, 3\).*find_weights\(model, '2:4'\)"),
-        ({"pattern": "2:4", "groups": find_weights(Net())}, GroupError, "is none of find_weights"),
-        ({"granularity": "unit", "pattern": None}, GroupError, "holds single weights"),
+        ({"actuator": "2:4"}, LoopError, r"actuator is Masking\(...\) or Regrowing\(...\)"),
+        ({"actuator": Masking("2:4"), "groups": None}, GroupError, r"stem\.weight \(8, 2, 3, 3\).*find_weights\(model, '2:4'\)"),
+        ({"actuator": Masking("2:4"), "groups": find_weights(Net())}, GroupError, "is none of find_weights"),
+        ({"actuator": None}, GroupError, "holds single weights"),
         ({"budget": setpoint.Budget.fraction(0.5, of="latency")}, BudgetError, "save no latency"),
         ({"budget": setpoint.Budget.fraction(0.5, of="memory")}, BudgetError, "save no memory"),
         ({"budget": setpoint.Budget.fraction(0.5, of="flops", per="run")}, BudgetError, "in theory only"),
@@ -378,7 +375,7 @@ def test_what_cannot_be_is_refused(options: dict[str, Any], error: type[Setpoint
     make = options.pop("make", OPTIMIZERS["adamw"])
     optimizer = make(model.parameters())
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    given = {"granularity": "weight", "groups": find_weights(model), "example": (data(0)[0],), "total_steps": STEPS}
+    given = {"actuator": Masking(), "groups": find_weights(model), "example": (data(0)[0],), "total_steps": STEPS}
     budget = options.pop("budget", setpoint.Budget.fraction(0.5, of="flops"))
     with pytest.raises(error, match=words):
         setpoint.attach(model, optimizer, budget, **{**given, **options})
@@ -391,8 +388,15 @@ def test_what_cannot_be_is_refused(options: dict[str, Any], error: type[Setpoint
         budget=setpoint.Budget.fraction(1.0, of="flops"),
         example=(data(0)[0],),
         total_steps=4,
-        granularity="weight",
+        actuator=Masking(),
     ).detach()
+
+
+@pytest.mark.parametrize("pattern", ["4:2", "blocks"])
+def test_an_unknown_pattern_is_refused(pattern: str) -> None:
+    """Claim: when it is written down, by name."""
+    with pytest.raises(GroupError, match=f"unknown pattern '{pattern}'"):
+        Masking(pattern)
 
 
 def test_a_price_decides_how_many_stay() -> None:
@@ -437,7 +441,7 @@ def test_a_changed_budget_and_the_end() -> None:
         setpoint.Budget.fraction(0.5, of="params"),
         example=(data(0)[0],),
         total_steps=STEPS,
-        granularity="weight",
+        actuator=Masking(),
         copies=(ema,),
     )
     for number in range(STEPS):
@@ -495,7 +499,7 @@ def test_the_memory_format_does_not_matter() -> None:
     """Claim: channels-last tensors get the masks that contiguous ones get from the same gradients, and keep format."""
     plain, _, one = started()
     model, _, other = started(memory_format=torch.channels_last)
-    weights, optimizers = dict(model.named_parameters()), (one._parts.optimizers[0], other._parts.optimizers[0])
+    weights, optimizers = dict(model.named_parameters()), (one.host.optimizers[0], other.host.optimizers[0])
     for number in range(STEPS):
         torch.manual_seed(number)
         for name, parameter in plain.named_parameters():
@@ -528,7 +532,7 @@ def test_muon_is_no_optimizer_for_single_weights() -> None:
     muon, rest = torch.optim.Muon([model[0].weight], lr=0.01), torch.optim.AdamW([model[2].weight])
     budget = setpoint.Budget.fraction(0.8, of="params")
     x = torch.randn(4, 8)
-    loop = setpoint.attach(model, (muon, rest), budget, example=(x,), total_steps=10, granularity="weight")
+    loop = setpoint.attach(model, (muon, rest), budget, example=(x,), total_steps=10, actuator=Masking())
     assert list(loop.widths) == ["2.weight"]
     assert "Muon steps by the whole matrix" in loop.ledger.header["frozen"]["0.weight"]
     loop.detach()

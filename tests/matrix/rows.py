@@ -213,7 +213,7 @@ def goes_on_like_a_fresh_one(row: Row) -> None:
     begun = 5 + (row.is_scaled and row.optimizer != "fused")  # a fused one is called even if it then changes nothing
     run.train(range(begun))
     assert loop.step == 5
-    reading = loop._read()
+    reading = loop.reading()
     assert reading.finite() and max(values.max() for values in reading.saliency.values()) > 0
     _of_the_right_size(row, reading, begun)
     assert loop.widths == WIDTHS, (str(row), loop.widths)
@@ -241,7 +241,7 @@ def _of_the_right_size(row: Row, reading: setpoint.Reading, begun: int) -> None:
     loop = setpoint.attach(run.called, run.optimizers, budget, controller=Scripted(DROP, regrow=False), **settings)
     for step in range(begun):
         run.train(range(step, step + (step != OVERFLOW or not row.is_scaled)))
-    theirs = loop._read()
+    theirs = loop.reading()
     loop.detach()
     for name, values in reading.saliency.items():
         several = dist.is_initialized() and dist.get_world_size() > 1  # then their batches are others

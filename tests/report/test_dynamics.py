@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from setpoint.ledger import Entry
 from setpoint.report import dynamics
-from setpoint.report.results import Point, Record
+from setpoint.report.record import Point, Record
 
 RECORD = Record(
     units={"a": 4, "b": 3},
@@ -70,19 +68,6 @@ def test_a_jump_shows_at_its_event() -> None:
     assert set(curves["step 10"]["y"]) == set(curves["step 60"]["y"]) == {0.0}
     assert "step 40" not in curves
     assert dynamics.loss_around(RECORD, []) is None
-
-
-def test_the_stability_of_the_ranking_is_drawn() -> None:
-    """Each group has one line through its rank correlations; without any there is no figure."""
-    alike = [{}, {"a": 0.5}, {"a": 0.75, "b": -0.5}, {}]
-    entries = tuple(replace(e, rank_correlation=rho) for e, rho in zip(RECORD.entries, alike, strict=True))
-    figure = dynamics.ranking(replace(RECORD, entries=entries))
-    assert figure and {trace["name"]: (trace["x"], trace["y"]) for trace in figure.data} == {
-        "a": ([30, 40], [0.5, 0.75]),
-        "b": ([40], [-0.5]),
-    }
-    assert figure.layout["yaxis"]["range"][0] < -0.5
-    assert dynamics.ranking(RECORD) is None
 
 
 def test_a_run_without_events_has_no_spikes() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from setpoint.report.inspection import parameter_map, render_inspection, write_inspection
+from setpoint.report.inspection_page import parameter_map, render_inspection, write_inspection
 
 GROUP: dict[str, Any] = {
     "name": "body.conv",

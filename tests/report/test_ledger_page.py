@@ -15,8 +15,8 @@ from loop.test_budgets import Machine, machine, mlp, train
 from setpoint.cli import app
 from setpoint.errors import ReportError
 from setpoint.report.ledger_page import ledger_tables, read_ledger, write_ledger_page
+from setpoint.report.record import Record
 from setpoint.report.resources import dense_of, ledger_line, limit_of, resources
-from setpoint.report.results import Record
 
 __all__ = ["machine"]
 

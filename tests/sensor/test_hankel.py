@@ -9,9 +9,9 @@ from setpoint import HankelSensor, SensorChain, TaylorSensor
 from setpoint.errors import GroupError, StateSpaceError
 from setpoint.groups.group import Group
 from setpoint.groups.trace import find_groups
-from setpoint.models import SequenceClassifier
 from setpoint.sensor.hankel import energy_shares
 from setpoint.ssm import balance, hankel_values
+from setpoint_bench.models import SequenceClassifier
 
 X = torch.randn(6, 12, 1, generator=torch.Generator().manual_seed(1))
 

@@ -11,9 +11,9 @@ from setpoint.actuator.balance import balance_and_shrink
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group
 from setpoint.groups.selective import selective_layer
-from setpoint.models import LRU
 from setpoint.sensor.hankel import HankelSensor
 from setpoint.ssm import BalancedPairs, balance
+from setpoint_bench.models import LRU
 
 TOKENS = torch.randint(0, 17, (3, 20), generator=torch.Generator().manual_seed(0))
 _SIZES = {"vocab_size": 17, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 8, "expand": 2, "use_cache": False}

@@ -83,7 +83,7 @@ def gates(case: str, frozen: bool, do: Callable[..., None], steps: int = 3) -> d
     model, optimizer, loop, loss = start(case, frozen)
     for step in range(steps):
         do(model, optimizer, lambda part, step=step: loss(10 * step + part))
-    reading = loop._read()
+    reading = loop.reading()
     assert reading.num_steps == steps
     loop.detach()
     return {"slope": reading.slope, "saliency": reading.saliency}

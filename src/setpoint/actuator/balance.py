@@ -115,6 +115,10 @@ def turned(
         undo.pop_all()
 
 
+def balanced(host, groups, plan, reading, *, rest):
+    return turned(host.model, host.optimizers, groups, plan.keep, reading.basis, host.copies, rest=rest)
+
+
 @dataclass(frozen=True, eq=False)
 class _Turn:
     """One layer on its way to other coordinates.

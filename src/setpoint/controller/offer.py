@@ -38,7 +38,6 @@ def offers_of(
     dwell: int,
     returns: int,
     slew: float,
-    sure: bool = True,
     num_samples: int = 1,
 ) -> list[Offer]:
     """Whole blocks of resting units that are sure to gain and to stay, the worthiest first.
@@ -56,8 +55,6 @@ def offers_of(
         dwell: decisions that a unit rests at least.
         returns: how often a unit may come back in a run.
         slew: largest fraction of a group's units to come back at one decision; one block always may.
-        sure: False to take no error off the gain, for room that would be left empty otherwise; a unit that was present
-            in one step only is then offered by its gain.
         num_samples: independent samples behind the gradient of a step.
 
     >>> from setpoint.cost.cost import ProductCost, Term
@@ -75,10 +72,9 @@ def offers_of(
         name, block = group.name, group.multiple_of
         if name not in probe.gain or group.num_units % block:
             continue
-        gain, origins = probe.gain[name] - (probe.error[name] if sure else 0.0), probe.origins[name]
-        foretold = probe.foretold(name, num_samples)
-        gain = np.minimum(gain, foretold) if sure else np.fmin(gain, foretold)
-        may = ((gain > 0) | (not sure)) & (probe.rested[name] >= dwell) & (probe.drops[name] <= returns)
+        gain, origins = probe.gain[name] - probe.error[name], probe.origins[name]
+        gain = np.minimum(gain, probe.foretold(name, num_samples))
+        may = (gain > 0) & (probe.rested[name] >= dwell) & (probe.drops[name] <= returns)
         order = [int(at) for at in np.argsort(-gain, kind="stable") if may[at]]
         most = max(1, math.floor(slew * group.num_units) // block)
         worth = math.inf

@@ -23,7 +23,7 @@ class Observation:
     """What the controller sees at one decision.
 
     Args:
-        step: optimizer steps done so far, from 1 at the first decision.
+        step: optimizer steps done so far.
         total_steps: optimizer steps of the whole run.
         widths: active units by group.
         reading: saliency of every active unit, or None if there is none yet.
@@ -41,8 +41,6 @@ class Observation:
         most: by resource of a budget for the whole run, what a step may cost until the next decision at the most: with
             more, not even the narrowest model would meet the budget from there on.
         rest: by resource of a budget for the whole run, what is left of it, and what else it is spent on.
-        rank_correlation: of the reading with the last one, by group; of balanced states, which are in order in every
-            reading, of the values that the states of the last reading had then and have now.
         learning_flops: what a controller that learns may spend on it at this decision, in FLOPs.
     """
 
@@ -61,7 +59,6 @@ class Observation:
     probe: Probe | None = None
     excess: Excess | None = None
     last_dropped: Mapping[str, Int[np.ndarray, " _units"]] = field(default_factory=dict)
-    rank_correlation: Mapping[str, float] = field(default_factory=dict)
     most: Mapping[str, float] = field(default_factory=dict)
     rest: Mapping[str, RunRest] = field(default_factory=dict)
     learning_flops: float = math.inf
@@ -171,6 +168,15 @@ class Learning(Protocol):
 
     def flops(self, groups: tuple[Group, ...], allowance: float = math.inf) -> float:
         """FLOPs, within the allowance, that one decision spends on learning at most; `Plan.flops` is what it has."""
+        ...
+
+
+@runtime_checkable
+class Transferring(Protocol[State]):
+    """What a controller has in addition whose state is carried over to another budget or length of the run."""
+
+    def transferred(self, state: State, *, step: int, total_steps: int, present: float, limit: float) -> State:
+        """The state with which it goes on from what a step costs now."""
         ...
 
 

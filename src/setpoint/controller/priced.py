@@ -106,9 +106,8 @@ class PricedController:
     until the target is met. Foretold is what the sensor will read of a unit once it is back: by that it would go
     again. As many blocks come back, the worthiest first, as still beat the price that this leads to. A unit rests for
     `dwell` decisions before, stays for as many after, and comes back `returns` times at most.
-    From `reference.land` on nothing comes back; until then the controller holds the limit but has not landed. Where
-    the reference rises (`Reference(dip=0.6)`), room is left for what comes back: blocks for which no other has to go
-    beat a price of 0, and the standard error is not taken off. Off by default: it has been measured to be no better.
+    From `reference.land` on nothing comes back; until then the controller holds the limit but has not landed. Off by
+    default: it has been measured to be no better.
 
     The defaults for `slew` and `min_density` guard against a whole layer being cut on one noisy reading.
     A group never ends below `min_density` times the density that would meet the limit if all groups had
@@ -163,10 +162,6 @@ class PricedController:
             raise ValueError(f"min_density is a fraction in [0, 1], got {self.min_density!r}")
         if self.allocation not in ("worth", "uniform"):
             raise ValueError(f"allocation must be 'worth' or 'uniform', got {self.allocation!r}")
-        if self.reference.dip < 1 and not self.regrow:
-            raise ValueError(
-                f"a reference that rises (dip={self.reference.dip!r}) needs units that come back: set regrow=True"
-            )
 
     def init(self, groups: tuple[Group, ...]) -> PricedState:
         """State before the first decision."""
@@ -284,8 +279,6 @@ class PricedController:
             chosen = offers[:middle]
             selection, note = self._select(state, observation, cost, groups, aim, guards, chosen)
             price = self._price(state, selection) * (1 + self.hysteresis)
-            if self._rising(observation) and not any(selection.rungs.values()):
-                price = 0.0  # nobody has to go for them
             if selection.total <= aim.paid and chosen[-1].worth > price and not (aim.settled and note):
                 best, low = (selection, note, chosen), middle
             else:
@@ -302,16 +295,11 @@ class PricedController:
         if self.allocation != "worth":
             return []
         settings = {"dwell": self.dwell, "returns": self.returns, "num_samples": reading.num_samples}
-        sure = not self._rising(observation)
-        return offers_of(probe, cost, observation.widths, groups, slew=self.slew, sure=sure, **settings)
+        return offers_of(probe, cost, observation.widths, groups, slew=self.slew, **settings)
 
     def _final(self, observation: Observation) -> bool:
         """Whether nothing comes back from this step on."""
         return not self.regrow or self.reference.final(observation.step, observation.total_steps)
-
-    def _rising(self, observation: Observation) -> bool:
-        """Whether the reference has gone below the limit and comes up again."""
-        return self.reference.dip < 1 and self.reference.settled(observation.step, observation.total_steps)
 
     def _price(self, state: PricedState, selection: Selection) -> float:
         """The worth at which dropping stops, or the last price where nothing is dropped."""

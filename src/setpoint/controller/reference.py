@@ -33,18 +33,15 @@ class Reference:
         land: fraction of the run by which the landing is due.
         num_cuts: decisions on the way down; in runs too short for that, one per step.
         shape: "geometric" or "linear".
-        dip: where the way down ends, as a fraction of the limit, in (0, 1].
 
     Raises:
-        ValueError: unless `0 <= warmup < settle <= land <= 1`, `num_cuts >= 1` and `0 < dip <= 1`.
+        ValueError: unless `0 <= warmup < settle <= land <= 1` and `num_cuts >= 1`.
 
     >>> reference = Reference()
     >>> [reference.at(step, 1000, start=4.0, limit=1.0) for step in (50, 175, 300, 900)]
     [4.0, 2.0, 1.0, 1.0]
     >>> [step for step in range(1, 301) if reference.due(step, 1000)]
     [81, 112, 144, 175, 206, 238, 269, 300]
-    >>> [Reference(dip=0.5).at(step, 1000, start=4.0, limit=1.0) for step in (50, 300, 500, 700)]
-    [4.0, 0.5, 0.75, 1.0]
     """
 
     warmup: float = 0.05
@@ -52,7 +49,6 @@ class Reference:
     land: float = 0.70
     num_cuts: int = 8
     shape: Literal["geometric", "linear"] = "geometric"
-    dip: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.warmup < self.settle <= self.land <= 1:
@@ -64,8 +60,6 @@ class Reference:
             raise ValueError(f"num_cuts must be at least 1, got {self.num_cuts!r}")
         if self.shape not in ("geometric", "linear"):
             raise ValueError(f"shape must be 'geometric' or 'linear', got {self.shape!r}")
-        if not 0 < self.dip <= 1:
-            raise ValueError(f"dip is a fraction of the limit in (0, 1], got {self.dip!r}")
 
     def at(self, step: int, total_steps: int, *, start: float, limit: float) -> float:
         """Cost that is allowed at this step, in the resource's own unit.
@@ -77,14 +71,11 @@ class Reference:
             limit: the budget.
         """
         progress = self.progress(step, total_steps)
-        if start <= limit:
+        if start <= limit or progress == 1.0:
             return limit
-        if progress == 1.0:
-            return limit * (self.dip + (1 - self.dip) * self._risen(step, total_steps))
-        lowest = self.dip * limit
         if self.shape == "linear":
-            return start + (lowest - start) * progress
-        return float(start * (lowest / start) ** progress)
+            return start + (limit - start) * progress
+        return float(start * (limit / start) ** progress)
 
     def start_through(self, step: int, total_steps: int, *, value: float, limit: float) -> float:
         """The start from which the reference passes through a value at this step: the inverse of `at`.
@@ -103,12 +94,12 @@ class Reference:
         >>> [reference.at(step, 1000, start=start, limit=0.5) for step in (175, 300)]
         [2.0, 0.5]
         """
-        progress, lowest = self.progress(step, total_steps), self.dip * limit
+        progress = self.progress(step, total_steps)
         if progress == 1.0 or value <= limit:
             return value
         if self.shape == "linear":
-            return (value - lowest * progress) / (1 - progress)
-        return float(lowest * (value / lowest) ** (1 / (1 - progress)))
+            return (value - limit * progress) / (1 - progress)
+        return float(limit * (value / limit) ** (1 / (1 - progress)))
 
     def progress(self, step: int, total_steps: int) -> float:
         """How much of the way down is done by this step, from 0 until warm-up ends to 1 from settle on.
@@ -119,11 +110,6 @@ class Reference:
         settle = self._settle_step(total_steps)
         warmup = min(round(self.warmup * total_steps), settle - 1)
         return min(1.0, max(0.0, (step - warmup) / (settle - warmup)))
-
-    def _risen(self, step: int, total_steps: int) -> float:
-        """How much of the way up from the dip is done: 0 at settle, 1 from land on."""
-        settle, land = self._settle_step(total_steps), round(self.land * total_steps)
-        return min(1.0, (step - settle) / (land - settle)) if land > settle else 1.0
 
     def due(self, step: int, total_steps: int) -> bool:
         """Whether a decision is to be made after this step; never after the end of the run."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, final
 
-from setpoint.controller.plan import Controller, Observation, Plan, Regrowing, Transferring, regrows
+from setpoint.controller.plan import Controller, Observation, Plan, Transferring
 from setpoint.controller.trend import Excess
 from setpoint.cost.cost import Cost
 from setpoint.groups.group import Group, keep_all
@@ -40,11 +40,6 @@ class RollingBack:
 
     inner: Controller[Any]
 
-    @property
-    def regrow(self) -> bool:
-        """Whether the inner controller brings units back by itself."""
-        return regrows(self.inner)
-
     def init(self, groups: tuple[Group, ...]) -> RollBackState:
         """State before the first decision."""
         return RollBackState(self.inner.init(groups))
@@ -52,6 +47,12 @@ class RollingBack:
     def due(self, step: int, total_steps: int) -> bool:
         """Whether the inner controller decides after this step."""
         return self.inner.due(step, total_steps)
+
+    def cut(self, state, keep):
+        return replace(state, inner=self.inner.cut(state.inner, keep))
+
+    def grow(self, state, regrown):
+        return replace(state, inner=self.inner.grow(state.inner, regrown))
 
     def transferred(
         self, state: RollBackState, *, step: int, total_steps: int, present: float, limit: float
@@ -74,8 +75,7 @@ class RollingBack:
 
     def _back(self, observation: Observation, cost: Cost, groups: tuple[Group, ...]) -> Plan | None:
         excess, step, total_steps = observation.excess, observation.step, observation.total_steps
-        able = isinstance(self.inner, Regrowing) or getattr(self.inner, "pauses", False)
-        if excess is None or not left_trend(excess) or not able:
+        if excess is None or not left_trend(excess):
             return None
         if sum(self.due(each, total_steps) for each in range(step + 1, total_steps)) < _DECISIONS_LEFT:
             return None

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from setpoint.controller.adaptive import AdaptiveController
 from setpoint.controller.gates import GatedController
 from setpoint.controller.priced import PricedController
 from setpoint.weights.exchanging import ExchangingController
@@ -25,11 +24,6 @@ def transfer(controller: object, state: Any, *, step: int, total_steps: int, pre
         present: predicted cost of a step now.
         limit: the new one.
     """
-    if isinstance(controller, AdaptiveController):
-        inner = transfer(
-            controller.after(state), state.inner, step=step, total_steps=total_steps, present=present, limit=limit
-        )
-        return replace(state, inner=inner)
     if isinstance(controller, ExchangingController):
         return transfer(controller.inner, state, step=step, total_steps=total_steps, present=present, limit=limit)
     if isinstance(controller, GatedController):

@@ -7,7 +7,7 @@ from typing import Any, final
 
 import numpy as np
 
-from setpoint.controller.plan import Controller, Observation, Plan, Transferring, regrows
+from setpoint.controller.plan import Controller, Observation, Plan, Transferring
 from setpoint.cost.cost import Cost
 from setpoint.groups.group import Group
 
@@ -25,11 +25,6 @@ class UsingUp:
 
     inner: Controller[Any]
 
-    @property
-    def regrow(self) -> bool:
-        """Whether the inner controller brings units back by itself."""
-        return regrows(self.inner)
-
     def init(self, groups: tuple[Group, ...]) -> Any:
         """State of the inner controller."""
         return self.inner.init(groups)
@@ -37,6 +32,12 @@ class UsingUp:
     def due(self, step: int, total_steps: int) -> bool:
         """Whether the inner controller decides after this step."""
         return self.inner.due(step, total_steps)
+
+    def cut(self, state, keep):
+        return self.inner.cut(state, keep)
+
+    def grow(self, state, regrown):
+        return self.inner.grow(state, regrown)
 
     def transferred(self, state: Any, *, step: int, total_steps: int, present: float, limit: float) -> Any:
         """State of the inner controller for another budget."""

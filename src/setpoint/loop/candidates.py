@@ -17,7 +17,7 @@ from setpoint.cost.flops import flops_cost
 from setpoint.cost.params import params_cost
 from setpoint.errors import ExampleError, GroupError
 from setpoint.groups.export import Example
-from setpoint.groups.group import Group, Size
+from setpoint.groups.group import Group, Size, widths_of
 from setpoint.groups.trace import Trace
 from setpoint.host.host import Host
 from setpoint.sensor.reading import Hooking, Sensor

@@ -21,7 +21,6 @@ from setpoint.host.host import Host
 from setpoint.sensor.reading import Reading
 
 
-
 class Coordinates(Protocol):
     """Where units lie when they are cut; states, say, in the balanced coordinates that the reading is about."""
 
@@ -49,6 +48,8 @@ class Actuator(Protocol):
         """By group, the index that each active unit has in the dense model."""
         ...
 
+    brings_back: bool
+    """Whether units that were dropped come back by themselves."""
     by_unit: bool
     """Whether units are cut and listed one by one; False where single weights are masked and counted."""
 
@@ -142,7 +143,7 @@ class Cutting:
         self.host, self.coordinates = host, coordinates
         self.dense, self.groups = groups, groups
         self.origin: dict[str, Int[np.ndarray, " _units"]] = {g.name: np.arange(g.num_units) for g in groups}
-        self.by_unit, self.within_step = True, False
+        self.by_unit, self.brings_back, self.within_step = True, False, False
         self.masks: Mapping[str, Bool[Tensor, "..."]] = {}
 
     def before_step(self, grad_scale: Tensor | None) -> None:

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from setpoint.controller.adaptive import AdaptiveController
 from setpoint.controller.gates import GatedController
 from setpoint.controller.penalty import PenaltyController
 from setpoint.controller.plan import Controller
 from setpoint.controller.priced import PricedController
-from setpoint.controller.reference import Reference
 from setpoint.controller.tolerant import TolerantController
 from setpoint.cost.budget import Budget
 from setpoint.cost.price import Price
@@ -31,7 +29,7 @@ def check_goal(goal: Price | Tolerance | None, controller: Controller[Any]) -> N
     inner = getattr(controller, "inner", controller)
     own = {PenaltyController: "price", TolerantController: "tolerance"}.get(type(inner))
     if own is None:
-        if goal is not None and isinstance(inner, (PricedController, AdaptiveController, GatedController)):
+        if goal is not None and isinstance(inner, (PricedController, GatedController)):
             raise BudgetError(
                 f"{type(inner).__name__} holds a budget, not a {type(goal).__name__}: give attach a Budget, or leave "
                 "the controller to it"
@@ -44,25 +42,15 @@ def check_goal(goal: Price | Tolerance | None, controller: Controller[Any]) -> N
         )
 
 
-def controller_for(goal: Price | Tolerance | Sequence[Budget], reference: Reference | str | None) -> Controller[Any]:
+def controller_for(goal: Price | Tolerance | Sequence[Budget], *, regrow: bool) -> Controller[Any]:
     """The default controller of a goal.
 
     Args:
         goal: a price, a tolerance, or budgets.
-        reference: when it comes down and decides, None for what it does by default.
-
-    Raises:
-        BudgetError: for an adaptive reference without a budget to come down to.
-        ValueError: for anything but a `Reference` or "adaptive".
+        regrow: whether dropped units are to come back.
     """
-    if reference is not None and reference != "adaptive" and not isinstance(reference, Reference):
-        raise ValueError(f"reference must be a Reference or 'adaptive', got {reference!r}")
-    if isinstance(goal, (Price, Tolerance)) and reference == "adaptive":
-        raise BudgetError("an adaptive reference comes down to a budget: give a Budget, or a Reference")
-    times = reference if isinstance(reference, Reference) else None
     if isinstance(goal, Price):
-        return PenaltyController(goal, times or Reference())
+        return PenaltyController(goal)
     if isinstance(goal, Tolerance):
-        return TolerantController(goal) if times is None else TolerantController(goal, times)
-    priced = PricedController(times or Reference(), deadband=min(each.deadband for each in goal))
-    return AdaptiveController(priced) if reference == "adaptive" else priced
+        return TolerantController(goal)
+    return PricedController(deadband=min(each.deadband for each in goal), regrow=regrow)

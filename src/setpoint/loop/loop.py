@@ -15,11 +15,11 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from setpoint.checkpoint.plain import plain, restored
-from setpoint.controller.plan import Controller, Plan, Transferring, regrows
+from setpoint.controller.plan import Controller, Plan, Transferring
 from setpoint.cost.budget import Budget
 from setpoint.errors import CheckpointError, GroupError, LoopError
 from setpoint.groups.chance import chance_state, check_chance_state, set_chance_state
-from setpoint.groups.follow import Change, follow
+from setpoint.groups.follow import Change, follow_by
 from setpoint.groups.group import Group, widths_of
 from setpoint.host.host import Host
 from setpoint.ledger import Entry, Ledger
@@ -74,16 +74,17 @@ class Loop:
         run: Mapping[str, Any],
         revocable: Callable[[Actuator], Actuator] = lambda actuator: actuator,
     ) -> None:
-        self._host, self._sensor, self._controller, self._spending = host, sensor, controller, spending
-        self._actuator, self._revocable = actuator, revocable
+        self.host, self.sensor, self.controller, self.spending = host, sensor, controller, spending
+        self.actuator, self._revocable = actuator, revocable
         self._dense, self._run = actuator.groups, run
-        self._losses, self._ledger = Losses(), Ledger(header)
+        self.losses, self._ledger = Losses(), Ledger(header)
         self._sensor_state = sensor.init(self._dense, host.model)
         self._controller_state = controller.init(self._dense)
+        spending.sensing_flops = sensor.flops(self._dense, host.model)  # attach saw an unsharded model
         self._now = Progress()
         self._begun = self._finished = False
         self._summary: Summary | None = None
-        host.begin(steps=lambda: self.step, missed=self._after_missed_step, recompiled=spending.recompiled, num_groups=len(self._dense))
+        host.begin(steps=lambda: self.step, missed=partial(self._after_step, False), recompiled=spending.recompiled, num_groups=len(self._dense))
         self._hooks = StepHooks(
             host.optimizers, self._before_step, self._after_step, partial(check_loading, host, self._dense)
         )
@@ -95,13 +96,13 @@ class Loop:
     @property
     def ledger(self) -> Ledger:
         """Every decision so far."""
-        self._losses.complete(self._ledger)
+        self.losses.complete(self._ledger)
         return self._ledger
 
     @property
     def groups(self) -> tuple[Group, ...]:
         """The groups that may be pruned, at their present widths."""
-        return self._actuator.groups
+        return self.actuator.groups
 
     @property
     def widths(self) -> dict[str, int]:
@@ -116,17 +117,17 @@ class Loop:
     @property
     def origin(self) -> dict[str, Int[np.ndarray, " units"]]:
         """By group, the index that each active unit has in the dense model."""
-        return {name: units.copy() for name, units in self._actuator.origin.items()}
+        return {name: units.copy() for name, units in self.actuator.origin.items()}
 
     @property
     def masks(self) -> dict[str, Bool[Tensor, "..."]]:
         """By name of each masked weight tensor, True = active; empty where whole units are cut."""
-        return {name: mask.clone() for name, mask in self._actuator.masks.items()}
+        return {name: mask.clone() for name, mask in self.actuator.masks.items()}
 
     @property
     def price(self) -> float:
         """The Lagrange multiplier of the budget that leads, loss per unit of its resource; 0 before a decision."""
-        return self._spending.price(self._now.plan, self.widths)
+        return self.spending.price(self._now.plan, self.widths)
 
     @property
     def step(self) -> int:
@@ -150,25 +151,25 @@ class Loop:
         The change is bumpless: the reference goes on from what a step costs now, down to the new limit. A
         `BudgetError` says that it cannot be met, a `LoopError` that it is frozen.
         """
-        budgets = self._spending.budgets
+        budgets = self.spending.budgets
         return budgets[0] if len(budgets) == 1 else budgets
 
     @budget.setter
     def budget(self, budget: Budget | Sequence[Budget]) -> None:
-        self._spending.check_open(self.step, landed=self.landed or self._finished)
-        self._spending.take(self._spending.with_budget(budget, self.groups, self.step))
+        self.spending.check_open(self.step, landed=self.landed or self._finished)
+        self.spending.take(self.spending.with_budget(budget, self.groups, self.step))
         self._go_on()
 
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run; may be set anew until `finish`, and what is left is planned afresh."""
-        return self._spending.total_steps
+        return self.spending.total_steps
 
     @total_steps.setter
     def total_steps(self, total_steps: int) -> None:
         if self._finished:
             raise LoopError("the run is finished: total_steps cannot be changed any more")
-        self._spending.take(self._spending.with_total_steps(total_steps, self.groups, self.step))
+        self.spending.take(self.spending.with_total_steps(total_steps, self.groups, self.step))
         self._go_on()
 
     def observe(self, *, loss: Tensor | float | None = None, val: Tensor | float | None = None) -> None:
@@ -181,11 +182,11 @@ class Loop:
         Raises:
             ValueError: for a tensor of several elements.
         """
-        self._losses.observe(self.step + 1, loss, val, keep=not self.landed)
+        self.losses.observe(self.step + 1, loss, val, keep=not self.landed)
 
     def reading(self) -> Reading:
         """What the sensor reads now, on this rank; nothing is decided on it."""
-        return self._sensor.read(self._sensor_state, self.groups, self.step)
+        return self.sensor.read(self._sensor_state, self.groups, self.step)
 
     def explain(self, group: str, origin: int) -> Explanation:
         """What became of a unit, and why.
@@ -197,9 +198,9 @@ class Loop:
         Raises:
             GroupError: for a group that is not pruned here, or a unit that it never had; for single weights.
         """
-        if not self._actuator.by_unit:
+        if not self.actuator.by_unit:
             raise GroupError("single weights are counted, not listed: see loop.masks and num_dropped in loop.ledger")
-        resource, origins = self._spending.binding(self.widths), self._actuator.origin
+        resource, origins = self.spending.binding(self.widths), self.actuator.origin
         return explain(self._now, self._ledger, self._dense, origins, group, origin, self.price, resource)
 
     def state_dict(self) -> dict[str, Any]:
@@ -212,7 +213,7 @@ class Loop:
             CheckpointError: when a sensor or controller of your own keeps what cannot be stored.
             LoopError: in the middle of a step.
         """
-        if self._hooks.within_step or self._actuator.within_step:
+        if self._hooks.within_step or self.actuator.within_step:
             raise LoopError("a checkpoint in the middle of a step cannot be resumed: take it after optimizer.step()")
         return {
             "format": FORMAT,
@@ -220,17 +221,17 @@ class Loop:
             "now": self._now.state_dict(),
             "sensor": plain(self._sensor_state, "the sensor's state"),
             "controller": plain(self._controller_state, "the controller's state"),
-            **{name: part.state_dict() for name, part in self._parts(self._actuator).items()},
-            "chance": {"rank": self._host.ranks.own, **chance_state()},
+            **{name: part.state_dict() for name, part in self._parts(self.actuator).items()},
+            "chance": {"rank": self.host.ranks.own, **chance_state()},
         }
 
     def _parts(self, actuator: Actuator) -> dict[str, Part]:
         """What remembers something by itself."""
-        return {"actuator": actuator, "losses": self._losses, "ledger": self._ledger, "spending": self._spending}
+        return {"actuator": actuator, "losses": self.losses, "ledger": self._ledger, "spending": self.spending}
 
     def _facts(self) -> dict[str, Any]:
         """What must be the same in two runs of which one goes on with the other."""
-        return {**self._run, **self._spending.facts()}
+        return {**self._run, **self.spending.facts()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a state: shrink the dense model and its optimizers as they were, and go on from there.
@@ -258,32 +259,32 @@ class Loop:
             raise CheckpointError(
                 f"this is not a state that loop.state_dict() returned, or a damaged one: {error!r}"
             ) from error
-        self._actuator, self._now, self._controller_state = actuator, now, controller_state
+        self.actuator, self._now, self._controller_state = actuator, now, controller_state
         for name, part in self._parts(actuator).items():
             part.load_state_dict(state[name])
         # What points at the model is found again in the smaller one.
-        live = self._sensor.init(self.groups, self._host.model)
-        self._sensor_state = restored(state["sensor"], live, "the sensor's state", self._host.device)
-        self._spending.sensing_flops = self._sensor.flops(self.groups, self._host.model)
+        live = self.sensor.init(self.groups, self.host.model)
+        self._sensor_state = restored(state["sensor"], live, "the sensor's state", self.host.device)
+        self.spending.sensing_flops = self.sensor.flops(self.groups, self.host.model)
         self._begin_step()
-        if int(state["chance"]["rank"]) == self._host.ranks.own:  # ranks that all drew the same were no several draws
+        if int(state["chance"]["rank"]) == self.host.ranks.own:  # ranks that all drew the same were no several draws
             set_chance_state(state["chance"])
 
     def _checked(self, state: Mapping[str, Any]) -> tuple[Actuator, Progress, Any]:
         """What a state leads to; nothing is changed yet."""
         check_format(state)
         check_same_run(state["run"], self._facts())
-        check_optimizers(self._host)
-        actuator, device = self._actuator, self._host.device
+        check_optimizers(self.host)
+        actuator, device = self.actuator, self.host.device
         if state["actuator"]["kind"] == "regrowing":
             actuator = self._revocable(actuator)
         parts = self._parts(actuator)
         groups = actuator.check(state["actuator"])
         for name in ("losses", "ledger", "spending"):
             parts[name].check(state[name])
-        restored(state["sensor"], self._sensor.init(groups, self._host.model), "the sensor's state", device)
+        restored(state["sensor"], self.sensor.init(groups, self.host.model), "the sensor's state", device)
         controller_state = restored(
-            state["controller"], self._controller.init(groups), "the controller's state", device
+            state["controller"], self.controller.init(groups), "the controller's state", device
         )
         check_chance_state(state["chance"])
         return actuator, Progress.of(state["now"]), controller_state
@@ -306,10 +307,10 @@ class Loop:
                 "has not landed. Use one join() for each epoch, and ranks of about as many batches",
                 stacklevel=2,
             )
-        masked = sum(int((~mask).sum()) for mask in self._actuator.masks.values())
-        num_params = sum(parameter.numel() for parameter in self._host.model.parameters()) - masked
+        masked = sum(int((~mask).sum()) for mask in self.actuator.masks.values())
+        num_params = sum(parameter.numel() for parameter in self.host.model.parameters()) - masked
         self._summary = summarise(
-            self._now, self._spending, self.ledger, self._actuator, num_params, self.dense_widths, self._losses
+            self._now, self.spending, self.ledger, self.actuator, num_params, self.dense_widths, self.losses
         )
         return self._summary
 
@@ -317,9 +318,9 @@ class Loop:
         """Take the hooks away and leave the model as it is; may be called again."""
         self._hooks.remove()
         self._release()
-        for part in (self._spending, self._host, self._actuator):
+        for part in (self.spending, self.host, self.actuator):
             part.stop()
-        ATTACHED.discard(self._host.model)
+        ATTACHED.discard(self.host.model)
 
     def __enter__(self) -> Loop:
         return self
@@ -335,10 +336,11 @@ class Loop:
 
     def _before_step(self, grad_scale: Tensor | None) -> None:
         with uninterrupted():
-            by_hooks = isinstance(self._sensor, Hooking) and self._sensor.hooked(self._sensor_state)
-            self._host.before_step(first=not self._begun, regrows=regrows(self._controller), by_hooks=by_hooks)
+            by_hooks = isinstance(self.sensor, Hooking) and self.sensor.hooked(self._sensor_state)
+            brings_back = self.actuator.brings_back
+            self.host.before_step(first=not self._begun, regrows=brings_back, by_hooks=by_hooks)
             self._begun = True
-            self._actuator.before_step(grad_scale)
+            self.actuator.before_step(grad_scale)
             self._sense(grad_scale)
 
     def _sense(self, grad_scale: Tensor | None) -> None:
@@ -350,26 +352,26 @@ class Loop:
         if self.landed or self.step >= total_steps:
             self._release()
         elif self.step % sensed_every(total_steps) and not self._now.overdue:
-            if isinstance(self._sensor, Hooking):
-                self._sensor.forget(self._sensor_state)
+            if isinstance(self.sensor, Hooking):
+                self.sensor.forget(self._sensor_state)
         else:
-            with self._spending.sensing:
-                self._sensor_state = self._sensor.update(
-                    self._sensor_state, self.groups, self._host.model, grad_scale
+            with self.spending.sensing:
+                self._sensor_state = self.sensor.update(
+                    self._sensor_state, self.groups, self.host.model, grad_scale
                 )
-            self._spending.sensed()
+            self.spending.sensed()
 
     def _release(self) -> None:
         """Take off the model what a sensor reads through."""
-        if isinstance(self._sensor, Hooking):
-            self._sensor.release(self._sensor_state)
+        if isinstance(self.sensor, Hooking):
+            self.sensor.release(self._sensor_state)
 
     def _after_step(self, made: bool = True) -> None:
         with uninterrupted():
-            made = made and self._host.complete()
+            made = made and self.host.complete()
             self._now = now = replace(self._now, step=self.step + 1)
-            self._spending.stepped()
-            self._actuator.after_step()
+            self.spending.stepped()
+            self.actuator.after_step()
             step, total_steps = now.step, self.total_steps
             if step == total_steps + 1:
                 warnings.warn(
@@ -378,7 +380,7 @@ class Loop:
                     stacklevel=2,
                 )
             elif step <= total_steps and not now.landed:
-                due = self._controller.due(step, total_steps) or step == now.again
+                due = self.controller.due(step, total_steps) or step == now.again
                 if (due or now.overdue) and made:
                     self._decide(due)
                 waits = self._now.waits or due and not made
@@ -386,31 +388,31 @@ class Loop:
             elif step < total_steps:
                 self._reopen_if_over()
             else:
-                self._spending.read_joules(self.widths)
+                self.spending.read_joules(self.widths)
             self._begin_step()
 
     def _begin_step(self) -> None:
         """The next step begins."""
         step, total_steps = self.step, self.total_steps
-        due = step + 1 <= total_steps and self._controller.due(step + 1, total_steps)
+        due = step + 1 <= total_steps and self.controller.due(step + 1, total_steps)
         open_still = step <= total_steps and not (self.landed or self._finished)
-        self._spending.prepare(self._actuator.prepare(step, due=due, open_still=open_still) and open_still)
+        self.spending.prepare(self.actuator.prepare(step, due=due, open_still=open_still) and open_still)
 
     def _decide(self, due: bool) -> None:
         """Read, decide, act, and record; after a bad reading, try again at the next step."""
         self._now = now = replace(self._now, overdue=True, waits=False)  # also if anything is raised from here on
-        step, before, spending, problem = now.step, self.widths, self._spending, ""
+        step, before, spending, problem = now.step, self.widths, self.spending, ""
         with spending.deciding:
-            reading = self._host.mean(self._read, self._losses, step)
-            self._losses.complete(self._ledger)
+            reading = self.host.mean(self._read, self.losses, step)
+            self.losses.complete(self._ledger)
             spending.metered(before)
             problem = refusal(reading)
             if not problem:
-                with self._host.together(f"the plan after step {step}") as facts:
+                with self.host.together(f"the plan after step {step}") as facts:
                     observation = spending.observation(
-                        step, self.groups, reading, self._losses, **self._actuator.extras(step)
+                        step, self.groups, reading, **self.losses.known(step), **self.actuator.extras(step)
                     )
-                    state, plan = self._controller.decide(
+                    state, plan = self.controller.decide(
                         self._controller_state, observation, spending.cost, self.groups
                     )
                     facts["plan"] = decisions(plan)
@@ -420,19 +422,20 @@ class Loop:
             return
         spending.learned(plan.flops)
         spending.resizing.last_seconds = 0.0
-        change, origin = Change(), self._actuator.origin
-        if plan.drops() and self._losses.watching and not spending.resizes:
-            self._actuator = self._revocable(self._actuator)
+        change, origin = Change(), self.actuator.origin
+        if plan.drops() and self.losses.watching and not spending.resizes:
+            self.actuator = self._revocable(self.actuator)
         if not plan.empty():
             smaller = Change(keep=plan.keep)  # followed first: whatever can fail comes before the model changes
-            states = follow(self._sensor_state, smaller), follow(state, smaller)
+            states = follow_by(self.sensor, self._sensor_state, smaller), follow_by(self.controller, state, smaller)
             with spending.resizing:
-                change = self._actuator.act(plan, reading)
+                change = self.actuator.act(plan, reading)
             larger = replace(change, keep={})
-            self._sensor_state, state = follow(states[0], larger), follow(states[1], larger)
-            self._losses.changed(step, cut=plan.drops())
-            if self._actuator.by_unit:
-                spending.resized(self.groups, self._sensor.flops(self.groups, self._host.model))
+            self._sensor_state = follow_by(self.sensor, states[0], larger)
+            state = follow_by(self.controller, states[1], larger)
+            self.losses.changed(step, cut=plan.drops())
+            if self.actuator.by_unit:
+                spending.resized(self.groups, self.sensor.flops(self.groups, self.host.model))
         self._controller_state = state
         entry = self._entry(plan, before, plan.reason)
         self._ledger.append(recorded(entry, plan, change, reading, origin, observation.probe))
@@ -441,12 +444,12 @@ class Loop:
         if plan.gave_way:
             warnings.warn(f"{plan.gave_way}, and the reference pauses until the next decision", stacklevel=2)
         if plan.landed:
-            self._actuator.release()
+            self.actuator.release()
 
     def _entry(self, plan: Plan | None, before: Mapping[str, int], reason: str) -> Entry:
         """An entry on the present widths; `plan` is the last one, `before` are the widths that the meters read."""
-        entry = self._spending.entry(self.step, plan, self.groups, before, reason)
-        return replace(entry, loss=self._losses.loss, val=self._losses.val)
+        entry = self.spending.entry(self.step, plan, self.groups, before, reason)
+        return replace(entry, loss=self.losses.loss, val=self.losses.val)
 
     def _read(self) -> Reading:
         """A reading whose skipped steps count from the last one."""
@@ -458,13 +461,13 @@ class Loop:
 
     def _go_on(self) -> None:
         """Go on with another budget or length: without a bump, and without a last decision that held for other ones."""
-        spending = self._spending
+        spending = self.spending
         if self.landed and spending.limit_run:
             self._reopen()
         spending.replan(self.step, self.widths)
         cost = spending.cost
-        if spending.budgets and isinstance(self._controller, Transferring):
-            self._controller_state = self._controller.transferred(
+        if spending.budgets and isinstance(self.controller, Transferring):
+            self._controller_state = self.controller.transferred(
                 self._controller_state,
                 step=self.step,
                 total_steps=self.total_steps,
@@ -474,7 +477,7 @@ class Loop:
 
     def _reopen_if_over(self) -> None:
         """Where a decision would be due: decide again if meters say that the run will be over its budget."""
-        if self._controller.due(self.step, self.total_steps) and self._spending.over(self.step, self.widths):
+        if self.controller.due(self.step, self.total_steps) and self.spending.over(self.step, self.widths):
             self._reopen()
 
     def _reopen(self) -> None:

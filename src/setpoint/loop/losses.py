@@ -100,6 +100,16 @@ class Losses:
         found = excess_after(self._steps, self._losses, changed=self._changed, cut=self._cut, now=now)
         return None if found is None else replace(found, cut=self._cut)
 
+    def known(self, step: int) -> dict[str, Any]:
+        """What a controller sees of it, by name of the observation's fields."""
+        return {"loss": self.loss, "val": self.val, "excess": self.excess(step)}
+
+    @property
+    def recent(self) -> Float64[np.ndarray, " observed"]:
+        """Training losses since the change of the model before the last one."""
+        self._gather()
+        return self._losses
+
     def complete(self, ledger: Ledger) -> None:
         """Note in the ledger what the last change of the model did to the loss, once that has been observed."""
         self._gather()

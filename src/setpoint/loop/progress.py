@@ -10,7 +10,7 @@ import torch
 
 from setpoint.checkpoint.plain import plain, restored
 from setpoint.controller.plan import Plan
-from setpoint.groups.follow import ByUnit, Change, follow
+from setpoint.groups.follow import Change, spread
 from setpoint.sensor.reading import Reading
 
 
@@ -38,15 +38,16 @@ class Progress:
     waits: bool = False
     landed: bool = False
     plan: Plan | None = None
-    saliency: Saliency = field(default_factory=dict)
-    worth: Saliency = field(default_factory=dict)
+    saliency: Mapping[str, Any] = field(default_factory=dict)
+    worth: Mapping[str, Any] = field(default_factory=dict)
     gave_way: str = ""
 
     def decided(self, plan: Plan, reading: Reading, change: Change) -> Progress:
         """After a decision: what is known of the units that are active now; NaN for those that have just come back."""
-        seen = replace(self, saliency=reading.saliency, worth=plan.worth)
         return replace(
-            follow(seen, change),
+            self,
+            saliency={} if change.counted else spread(reading.saliency, change),
+            worth={} if change.counted else spread(plan.worth, change),
             plan=replace(plan, keep={}, worth={}, grow={}, grow_worth={}),
             landed=plan.landed,
             overdue=False,

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from setpoint.checkpoint import damaged, digest, read_file, write_file
+from setpoint.checkpoint.tree import from_tensors, to_tensors
 from setpoint.distributed import unwrapped
 from setpoint.errors import CheckpointError
+from setpoint.host.optimizers import real_optimizer
 from setpoint.loop.loop import Loop
 from setpoint.loop.run_folder import read_folder, spread_over, write_folder
-from setpoint.checkpoint.tree import from_tensors, to_tensors
 
 FORMAT = 1
 """Version of the file format, described in docs/resume.md."""
@@ -92,7 +93,7 @@ def load_run(path: str | os.PathLike[str], **parts: Any) -> dict[str, Any]:
         states, values = _read(Path(path))
     _check_parts(str(path), states, parts)
     attached = _attached(parts)
-    strangers = [name for name in states if id(unwrapped(parts[name])) not in attached]
+    strangers = [name for name in states if id(_bare(parts[name])) not in attached]
     _load_all_or_none(str(path), {name: (parts[name], states[name]) for name in strangers})
     ours = [name for name in states if name not in strangers]  # in one order on all ranks
     for name in sorted(ours, key=lambda name: not isinstance(parts[name], Loop)):
@@ -100,10 +101,15 @@ def load_run(path: str | os.PathLike[str], **parts: Any) -> dict[str, Any]:
     return values
 
 
+def _bare(part: Any) -> Any:
+    """A model or an optimizer out of its wrappers."""
+    return unwrapped(part) if isinstance(part, nn.Module) else real_optimizer(part)
+
+
 def _attached(parts: Mapping[str, Any]) -> set[int]:
     """Identities of the loops, and of the models, optimizers and copies that belong to them."""
     loops = [part for part in parts.values() if isinstance(part, Loop)]
-    theirs = [each for loop in loops for each in (loop._parts.model, *loop._parts.optimizers, *loop._parts.copies)]
+    theirs = [each for loop in loops for each in (loop.host.model, *loop.host.optimizers, *loop.host.copies)]
     return {id(each) for each in (*loops, *theirs)}
 
 
@@ -132,10 +138,10 @@ def _load_all_or_none(path: str, loads: Mapping[str, tuple[Any, Any]]) -> None:
 
 def _check_complete(parts: Mapping[str, Any]) -> None:
     """Check that every loop comes with the model, optimizers and copies whose tensors it does not store itself."""
-    given = {id(unwrapped(part)) for part in parts.values()}
+    given = {id(_bare(part)) for part in parts.values()}
     for name, part in parts.items():
         if isinstance(part, Loop):
-            mine = part._parts
+            mine = part.host
             needs = [("model", mine.model), *(("optimizer", each) for each in mine.optimizers)]
             for what, needed in (*needs, *(("copy", each) for each in mine.copies)):
                 if id(needed) not in given:
@@ -168,7 +174,7 @@ def _check_parts(path: str, states: Mapping[str, Any], parts: Mapping[str, Any])
             f"{path!r} holds the states of {_some(states)}, load_run was given {_some(parts)}: give the same parts"
         )
     cut = {
-        id(part._parts.model): {place.tensor for group in part._parts.groups for place in group.slices}
+        id(part.host.model): {place.tensor for group in part.groups for place in group.slices}
         for part in parts.values()
         if isinstance(part, Loop)
     }

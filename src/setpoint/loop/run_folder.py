@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from setpoint.checkpoint import damaged, digest
+from setpoint.checkpoint.tree import from_tensors, to_tensors
 from setpoint.distributed import Ranks, is_sharded, is_spread, local, ranks_of, rows_of, spread_out
 from setpoint.errors import CheckpointError
-from setpoint.loop.agreement import together
-from setpoint.checkpoint.tree import from_tensors, to_tensors
+from setpoint.host.together import together
 
 _INDEX = re.compile(r"rank (\d+) of (\d+) ([0-9a-f]{64})")
 _METADATA = {

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from setpoint.actuator.cut import SizePlace, cut_groups
-from setpoint.actuator.piece import brackets
 from setpoint.actuator.shrink import named_tensors
 from setpoint.actuator.sizes import apply_sizes
 from setpoint.distributed import is_spread
@@ -27,6 +26,9 @@ from setpoint.regrowth.reserve import Key, Reserve
 from setpoint.sensor.accumulated import RunningSum
 from setpoint.sensor.sentinel import Sentinels
 from setpoint.sensor.unit_sum import UnitSum
+
+Place = tuple[dict[str, Any], str, Tensor]
+"""A table of a module's parameters, a key in it, and what is there."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,9 +71,18 @@ class Probing:
         model: the model, as it was cut; run eagerly.
         grow: by group, origins of the units to be present.
         in_training: present in training mode only; False for a trial of a model in eval mode.
+        brackets: modules that are made whole for their forward pass, with the places that are whole then; beside each
+            is the sharded parameter that is there otherwise.
     """
 
-    def __init__(self, model: nn.Module, reserve: Reserve, grow: Grow, in_training: bool = True) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        reserve: Reserve,
+        grow: Grow,
+        in_training: bool = True,
+        brackets: Sequence[tuple[nn.Module, Sequence[Place]]] = (),
+    ) -> None:
         self.num_forwards = 0
         """Forward passes in which the units were present."""
         self._model, self._in_training = model, in_training
@@ -86,8 +97,8 @@ class Probing:
             tables += [module._parameters, module._buffers]
         places = [(t, key, tensor) for t in tables for key, tensor in t.items() if id(tensor) in self._wide]
         self._places = [each for each in places if not is_spread(each[2])]
-        self._brackets = brackets(model)
-        self._whole: dict[nn.Module, list[tuple[dict[str, Any], str, Tensor]]] = {}
+        self._brackets = brackets
+        self._whole: dict[nn.Module, list[Place]] = {}
         self._sizes = _counts(model, reserve, active, grow)
         self._gains: dict[tuple[int, str], RunningSum] = {}
         self._means: dict[str, Tensor] | None = None
@@ -208,10 +219,8 @@ class Probing:
         if module is self._model:
             self._restore()
 
-    def _whole_begins(
-        self, parameters: Sequence[tuple[dict[str, Any], str, Tensor]], module: nn.Module, _: Any
-    ) -> None:
-        """Put wide tensors in the place of a module's parameters, which are unsharded from now on."""
+    def _whole_begins(self, parameters: Sequence[Place], module: nn.Module, _: Any) -> None:
+        """A module's parameters are whole from now on: put the wide ones in their place."""
         if self._undo is None:
             return
         sentinels = {id(each): each for each in self._sentinels.parameters}

@@ -20,6 +20,7 @@ from setpoint.controller.plan import Regrowing as Controller
 from setpoint.errors import CheckpointError, GroupError
 from setpoint.groups.follow import Change
 from setpoint.groups.group import Group, widths_of
+from setpoint.host.piece import brackets
 from setpoint.loop.cutting import Cutting, Origins, changing
 from setpoint.regrowth.easing import Easing
 from setpoint.regrowth.probing import Probing
@@ -88,7 +89,7 @@ class Regrowth:
     ) -> None:
         host = cutting.host
         self.reserve = Reserve.of(host.model, cutting.dense, reserve_bytes, host.mesh)
-        self.lasting = lasting
+        self.lasting, self.brings_back = lasting, controller.regrow
         self._cutting, self._controller, self._spending = cutting, controller, spending
         self._model, self._optimizers, self._copies = host.model, host.optimizers, host.copies
         self._lossless = {group.name for group in cutting.dense if group.lossless}
@@ -291,7 +292,7 @@ class Regrowth:
 
     def _start_probe(self) -> None:
         with self._spending.probing:
-            self._probing = Probing(self._model, self.reserve, self._chosen)
+            self._probing = Probing(self._model, self.reserve, self._chosen, brackets=brackets(self._model))
             self._probing.start()
 
     def _end_probe(self, grad_scale: Tensor | None) -> None:

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from setpoint.ledger import Entry
 from setpoint.report.figures import BLUE, FAINT, GREY, INK, ORANGE, Figure, Trace, escape, layout
 from setpoint.report.numbers import digits, scale
+from setpoint.report.record import Record
 from setpoint.report.resources import PER, dense_of, dropped, end_of, limit_of, num_dropped, unit_of
-from setpoint.report.results import Record
 
 BAND = 0.84
 """Share of a group's band that its units fill; a gap to the next band remains."""

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from setpoint.report.decisions import first_widths, height_of, line, num_grown, rows, short
 from setpoint.report.figures import BLUE, GREY, INK, ORANGE, OTHERS, Figure, Trace, escape, layout
 from setpoint.report.numbers import digits
+from setpoint.report.record import Point, Record
 from setpoint.report.resources import dropped, end_of
-from setpoint.report.results import Point, Record
 
 COLORS = (BLUE, ORANGE, *OTHERS, GREY)
 DASHES = ("solid", "dash", "dot", "dashdot")
@@ -59,25 +59,6 @@ def active(record: Record) -> Figure | None:
     shape = layout("active units", height=340)
     shape["yaxis"]["rangemode"] = "tozero"
     shape["hovermode"] = "x unified" if len(dense) <= 8 else "closest"
-    return Figure(data, shape)
-
-
-def ranking(record: Record) -> Figure | None:
-    """Rank correlation of each reading with the one before, by group; None without two readings."""
-    found: dict[str, list[tuple[float, float]]] = {}
-    for entry in record.entries:
-        for name, rho in entry.rank_correlation.items():
-            found.setdefault(name, []).append((entry.step, rho))
-    if not found:
-        return None
-    data = []
-    for place, (name, points) in enumerate(found.items()):
-        dash = DASHES[place // len(COLORS) % len(DASHES)]
-        data.append(line(short(name), points, COLORS[place % len(COLORS)], dash=dash) | {"mode": "lines+markers"})
-    shape = layout("rank correlation", height=300)
-    lowest = min(rho for points in found.values() for _, rho in points)
-    shape["yaxis"]["range"] = [min(0.0, lowest - 0.05), 1.03]
-    shape["xaxis"]["range"] = [0, end_of(record)]
     return Figure(data, shape)
 
 

@@ -14,10 +14,9 @@ from setpoint.ledger import Ledger
 from setpoint.report import resources
 from setpoint.report.draft import Draft, document, save
 from setpoint.report.figures import plotly_script
-from setpoint.report.folder import record_of
 from setpoint.report.numbers import NOTHING, duration, human
-from setpoint.report.page import run
-from setpoint.report.results import Record
+from setpoint.report.record import Record, record_of
+from setpoint.report.run import run
 
 
 def read_ledger(file: Path) -> Record:

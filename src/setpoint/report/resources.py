@@ -5,7 +5,7 @@ from __future__ import annotations
 from setpoint.ledger import Entry
 from setpoint.report.figures import AXES, escape
 from setpoint.report.numbers import digits, human, percent
-from setpoint.report.results import Record
+from setpoint.report.record import Record
 
 NAMES = {
     "flops": "FLOPs",

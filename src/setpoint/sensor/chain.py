@@ -10,8 +10,9 @@ import numpy as np
 from jaxtyping import Bool
 from torch import Tensor, nn
 
+from setpoint.distributed import Ranks
 from setpoint.groups.group import Group
-from setpoint.sensor.reading import Growing, Hooking, Reading, Sensor
+from setpoint.sensor.reading import Growing, Hooking, Reading, Sensor, Shared
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +54,19 @@ class SensorChain:
         if not sensors:
             raise ValueError("a chain needs at least one sensor")
         self.sensors = sensors
+
+    @property
+    def averages_hooks(self) -> bool:
+        """Whether what the sensors read by hooks can be averaged over ranks."""
+        return all(getattr(each, "averages_hooks", False) for each in self.sensors if isinstance(each, Hooking))
+
+    def over(self, ranks: Ranks) -> SensorChain:
+        """The chain where gradients are averaged over ranks."""
+        return SensorChain(*(each.over(ranks) if isinstance(each, Shared) else each for each in self.sensors))
+
+    def hooked(self, state: ChainState) -> bool:
+        """Whether any of the sensors reads by hooks."""
+        return any(isinstance(link.sensor, Hooking) and link.sensor.hooked(link.state) for link in state.links)
 
     def _shares(self, groups: tuple[Group, ...], model: nn.Module) -> list[tuple[Sensor[Any], tuple[Group, ...]]]:
         shares, left = [], groups

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float64
 
+from setpoint.distributed import Ranks
 from setpoint.groups.group import Group
 from setpoint.ssm import Basis
 
@@ -114,4 +115,17 @@ class Hooking(Protocol):
 
     def release(self, state: Any) -> None:
         """Take the hooks off the model."""
+        ...
+
+    def hooked(self, state: Any) -> bool:
+        """Whether anything is read by hooks now."""
+        ...
+
+
+@runtime_checkable
+class Shared(Protocol):
+    """What a sensor has in addition that reads otherwise where gradients are averaged over ranks."""
+
+    def over(self, ranks: Ranks) -> Any:
+        """The sensor for these ranks."""
         ...

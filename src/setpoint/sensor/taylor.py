@@ -121,7 +121,7 @@ class TaylorSensor:
         Huszar: "Faster gaze prediction with dense networks and Fisher pruning", arXiv 1801.05787, 2018.
     """
 
-    reads_shards = True
+    reads_shards = averages_hooks = True
 
     def __init__(
         self, num_samples: int, window: int = 50, first_order: bool = False, ranks: Ranks | None = None
@@ -133,6 +133,14 @@ class TaylorSensor:
         self.window = window
         self.first_order = first_order
         self.ranks = Ranks() if ranks is None else ranks
+
+    def over(self, ranks: Ranks) -> TaylorSensor:
+        """The sensor where gradients are averaged over ranks."""
+        return TaylorSensor(self.num_samples, self.window, self.first_order, ranks)
+
+    def hooked(self, state: TaylorState) -> bool:
+        """Whether weights that were frozen at `init` are read by hooks."""
+        return bool(state.tapped)
 
     def readable(self, groups: tuple[Group, ...], model: nn.Module) -> tuple[Group, ...]:
         """The groups of which every outgoing weight is trained, or its layer's input can be read instead.

@@ -53,10 +53,8 @@ class RunBudget:
             besides: what is spent besides steps from here on.
 
         Raises:
-            BudgetError: saying what the least is, and what is spent already; or for a reference that rises.
+            BudgetError: saying what the least is, and what is spent already.
         """
-        if self.schedule.dip < 1:
-            raise BudgetError("a budget for the whole run is planned downwards: it needs a reference without a dip")
         limit, resource = self.limit(total_steps), self.budget.resource
         dense_run = self.dense * total_steps
         words = f"a budget of {amount(limit, resource)} for the run ({limit / dense_run:.1%} of a dense one)"

@@ -7,14 +7,13 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 from setpoint.controller.horizon import RunRest, next_decision
 from setpoint.controller.ladder import lowest_width
 from setpoint.controller.plan import Learning, Observation, Plan
 from setpoint.controller.reference import Reference
 from setpoint.controller.selection import cheapest
-from setpoint.controller.trend import Excess
 from setpoint.cost.budget import METERED, Budget, amount
 from setpoint.cost.cost import Cost
 from setpoint.errors import BudgetError, LoopError
@@ -29,24 +28,6 @@ from setpoint.spending.target import Target, check_budgets, check_reachable
 
 _LEARNING_SHARE = 0.01
 """A controller that learns never takes more than this share of the FLOPs of the steps so far."""
-
-
-class Losses(Protocol):
-    """What was observed of the loss."""
-
-    @property
-    def loss(self) -> float | None:
-        """The last training loss."""
-        ...
-
-    @property
-    def val(self) -> float | None:
-        """The last validation loss."""
-        ...
-
-    def excess(self, step: int) -> Excess | None:
-        """How far the loss lies above the trend that it had before the last cut."""
-        ...
 
 
 class Spending:
@@ -221,17 +202,14 @@ class Spending:
         self.account.sensed(self.meter.time_inference(widths))
         return self.target.take_in(widths)
 
-    def observation(
-        self, step: int, groups: tuple[Group, ...], reading: Reading | None, losses: Losses, **extras: Any
-    ) -> Observation:
+    def observation(self, step: int, groups: tuple[Group, ...], reading: Reading | None, **others: Any) -> Observation:
         """Everything that a controller sees at a decision, what the rest of the run may spend found afresh.
 
         Args:
             step: optimizer steps done.
             groups: at their present widths.
             reading: of every active unit.
-            losses: what was observed of the loss.
-            extras: what others know, by name of the observation's fields.
+            others: what is known besides, such as the loss, by name of the observation's fields.
         """
         widths, account = widths_of(groups), self.account
         self.replan(step, widths)
@@ -244,15 +222,12 @@ class Spending:
             limit=self.target.limits,
             spent={name: cost.total(widths) for name, cost in self.costs.items()},
             metered=self._told,
-            loss=losses.loss,
-            val=losses.val,
             seconds_per_step=account.steps.seconds_per_step if self._alone else None,
             seconds_per_resize=account.resizing.last_seconds if account.resizes and self._alone else None,
-            excess=losses.excess(step),
             most=self._most(step, widths),
             rest=self._rest(step, widths),
             learning_flops=self._learning_allowance(),
-            **extras,
+            **others,
         )
 
     def replan(self, step: int, widths: Mapping[str, int]) -> None:

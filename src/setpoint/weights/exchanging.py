@@ -52,6 +52,9 @@ class ExchangingController:
         if not (0 <= self.fraction < 1 and 0 < self.end <= 1):
             raise ValueError(f"an exchange needs 0 <= fraction < 1 and 0 < end <= 1, got {self!r}")
 
+    pauses = True
+    """Where the loss does not stand a cut, nothing is dropped until the next decision."""
+
     @property
     def reference(self) -> Reference:
         """That of the inner controller, or the usual one."""

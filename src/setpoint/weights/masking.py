@@ -81,7 +81,7 @@ class Masks:
     def __init__(self, host: Host, groups: tuple[Group, ...], pattern: Pattern, flops: WeightFlops) -> None:
         self._flops, self._pattern, self._optimizers = flops, pattern, host.optimizers
         self._dense = self.groups = groups
-        self.by_unit, self.within_step = False, False
+        self.by_unit = self.brings_back = self.within_step = False
         names = [group.name for group in groups]
         self._weights = {name: host.model.get_parameter(name) for name in names}
         self._copies = [_parameters(each, names) for each in host.copies]

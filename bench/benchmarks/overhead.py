@@ -1,0 +1,184 @@
+"""What Setpoint itself costs: sensing, resizing, discovery and import, each beside what it is measured against.
+
+    python bench/benchmarks/overhead.py --out results/overhead.json
+
+Steps with and without Setpoint take turns, so that a machine whose speed drifts favours neither; ratios are
+of medians, with the middle half of the paired ratios as their spread. Run it on an otherwise idle machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+
+import setpoint
+from setpoint.groups.kept import random_keep
+from setpoint.sensor.stride import sensed_every
+from setpoint_bench.catalogue import task_named
+from setpoint_bench.environment import environment
+from setpoint_bench.task import Task
+
+RESULTS = Path(__file__).resolve().parents[2] / "results"
+
+
+def seconds(function: Callable[[], Any]) -> float:
+    """Wall-clock seconds of one call."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def spread(values: list[float]) -> list[float]:
+    """Lower and upper quartile."""
+    low, _, high = statistics.quantiles(values, n=4)
+    return [low, high]
+
+
+def sensor_seconds(task: Task, model: torch.nn.Module, backward: Callable[[], None], updates: int = 72) -> list[float]:
+    """Seconds of single sensings, each right after a backward pass, without the first ones, which fill caches."""
+    groups = tuple(group for group in setpoint.find_groups(model, task.example()) if group.lossless)
+    sensor = setpoint.TaylorSensor(num_samples=1)
+    state = sensor.init(groups, model)
+    durations = []
+    for _ in range(updates):
+        backward()
+        start = time.perf_counter()
+        state = sensor.update(state, groups, model)
+        durations.append(time.perf_counter() - start)
+    return durations[8:]
+
+
+def committed_steps(name: str) -> int:
+    """Steps of the runs of a task in the committed results."""
+    lines = (RESULTS / name / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    return max(int(json.loads(line)["steps"]) for line in lines)
+
+
+def sensing(name: str, rounds: int) -> dict[str, Any]:
+    """Share of the steps that sensing takes, on the dense model of a task in a run as long as the committed one."""
+    task = task_named(name)
+    steps = committed_steps(name)
+    every = sensed_every(steps)
+    torch.manual_seed(0)
+    plain = task.build({key: dimension.dense for key, dimension in task.dimensions.items()})
+    watched = copy.deepcopy(plain)
+    optimizers = {id(model): task.optimizer(model) for model in (plain, watched)}
+    batches = task.batches(seed=0)
+    loop = setpoint.attach(
+        watched,
+        optimizers[id(watched)],
+        setpoint.Budget.fraction(0.5, of="flops"),
+        example=task.example(),
+        total_steps=steps,  # no decision falls into the first steps, which are timed
+    )
+
+    def step_gradients(model: torch.nn.Module) -> None:
+        inputs, targets = next(batches)
+        torch.autograd.backward(task.loss(model, inputs, targets))
+
+    def step(model: torch.nn.Module) -> None:
+        step_gradients(model)
+        optimizers[id(model)].step()
+        optimizers[id(model)].zero_grad()
+
+    for model in (plain, watched, plain, watched):
+        step(model)
+    without, with_it = [], []
+    for turn in range(rounds):
+        for model in (plain, watched) if turn % 2 else (watched, plain):
+            (without if model is plain else with_it).append(seconds(lambda model=model: step(model)))
+    attach_seconds = loop.finish().attach_seconds
+    sensed = sensor_seconds(task, watched, lambda: step_gradients(watched))
+    ratios = [b / a - 1 for a, b in zip(without, with_it, strict=True)]
+    return {
+        "step_seconds": statistics.median(without),
+        "sensed_every": every,
+        "sensing_share_of_a_sensed_step": statistics.median(sensed) / statistics.median(without),
+        "sensing_share_median": statistics.median(sensed) / statistics.median(without) / every,
+        "sensing_share_mean": statistics.mean(sensed) / statistics.median(without) / every,
+        "slowdown_median": statistics.median(ratios),
+        "slowdown_quartiles": spread(ratios),
+        "attach_seconds": attach_seconds,
+        "rounds": rounds,
+    }
+
+
+def resizing() -> dict[str, Any]:
+    """A resize of ResNet-50 with AdamW state to random widths, against one training step of it."""
+    torch.manual_seed(0)
+    model = torchvision.models.resnet50()
+    optimizer = torch.optim.AdamW(model.parameters())
+    inputs = torch.randn(16, 3, 224, 224)
+    discovery = [seconds(lambda: setpoint.find_groups(model, (inputs[:1],))) for _ in range(3)]
+    groups = setpoint.find_groups(model, (inputs[:1],))
+
+    def step() -> None:
+        model(inputs).logsumexp(1).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    steps = [seconds(step) for _ in range(3)]
+    resize = seconds(lambda: setpoint.shrink(model, optimizer, groups, random_keep(groups)))
+    step()
+    return {
+        "find_groups_seconds": discovery,
+        "training_step_seconds": steps,
+        "batch": len(inputs),
+        "resize_seconds": resize,
+        "resize_in_steps": resize / statistics.median(steps),
+    }
+
+
+def importing(rounds: int = 7) -> dict[str, Any]:
+    """Seconds that `import setpoint` adds to `import torch`, in fresh processes that take turns."""
+
+    def run(code: str) -> float:
+        timed = f"import time; t = time.perf_counter(); {code}; print(time.perf_counter() - t)"
+        return float(subprocess.run([sys.executable, "-c", timed], check=True, capture_output=True, text=True).stdout)
+
+    run("import torch, setpoint")
+    added = [run("import torch, setpoint") - run("import torch") for _ in range(rounds)]
+    return {"added_seconds_median": statistics.median(added), "added_seconds_quartiles": spread(added)}
+
+
+def main() -> None:
+    """Measure everything, print it, and write the result file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("results/overhead.json"))
+    parser.add_argument("--rounds", type=int, default=20)
+    arguments = parser.parse_args()
+    result = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seed": 0,
+        "environment": environment(task_named("digits")),
+        "sensing": {name: sensing(name, arguments.rounds) for name in ("cifar10-mini", "shakespeare-mini")},
+        "resnet50": resizing(),
+        "import": importing(),
+    }
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    for name, numbers in result["sensing"].items():
+        shares = f"{numbers['sensing_share_median']:.2%} (mean {numbers['sensing_share_mean']:.2%})"
+        print(f"{name}: sensing {shares} of a step of {numbers['step_seconds']:.3f} s; "
+              f"step with against without {numbers['slowdown_median']:+.2%}")  # fmt: skip
+    resnet = result["resnet50"]
+    print(f"resnet50: find_groups {min(resnet['find_groups_seconds']):.2f} s; resize {resnet['resize_seconds']:.2f} s, "
+          f"{resnet['resize_in_steps']:.2f} training steps of batch {resnet['batch']}")  # fmt: skip
+    print(f"import setpoint: {result['import']['added_seconds_median']:+.3f} s beside import torch")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""Writes the tables and the picture of README.md and of pages in docs/ from the committed result files.
+
+    python bench/benchmarks/readme.py            rewrite what stands between the markers
+    python bench/benchmarks/readme.py --check    fail if a page does not show what the result files say
+
+A marker is `<!-- results:NAME -->` ... `<!-- end -->`; NAME is one of those in `filled`, or a folder of results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from tables.costs import (
+    bench_quick_table,
+    compiled_table,
+    distributed_table,
+    overhead_table,
+    predictions_table,
+    real_budgets_table,
+    soak_table,
+)
+from tables.discovery import coverage_table, discovery_table, suites_table
+from tables.methods import (
+    ahead_table,
+    goals_table,
+    headline_table,
+    methods_table,
+    seconds_table,
+    snip_table,
+    sparse_table,
+    task_sections,
+    tuning_table,
+    validation_table,
+)
+from tables.states import mamba2_table, moments_table, ssm_table, state_regrowth_table, states_table
+from tables.variants import ablation_table, calibration_table, feedback_table, price_table, returns_table
+
+from setpoint_bench.report.picture import write_picture
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "results"
+_DOCS = (
+    "results.md",
+    "tasks.md",
+    "coverage.md",
+    "state-space.md",
+    "budgets.md",
+    "distributed.md",
+    "how-it-works.md",
+    "price.md",
+    "resume.md",
+)
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in _DOCS))
+MARKER = re.compile(r"(<!-- results:(?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+PICTURE = ROOT / "docs" / "pictures" / "finetune.svg"
+PICTURED = (
+    "dense",
+    *(f"{method} 0.5" for method in ("small-long", "filter-first", "cubic", "torch-pruning-norm", "setpoint")),
+)
+"""Lines of the picture, as many as a legend has room for: of each kind of rival that cuts units the best one there."""
+
+
+def filled(text: str) -> str:
+    """The page with every marked part as the result files say."""
+
+    def fill(match: re.Match[str]) -> str:
+        name = match["name"]
+        made: dict[str, Callable[[], str]] = {
+            "suites": lambda: suites_table(RESULTS / "coverage"),
+            "discovery": lambda: discovery_table(RESULTS / "discovery.json"),
+            "coverage": lambda: coverage_table(RESULTS / "coverage" / "torch_pruning.json"),
+            "overhead": lambda: overhead_table(RESULTS / "overhead.json"),
+            "state-regrowth": lambda: state_regrowth_table(RESULTS / "state-regrowth.json"),
+            "mamba2": lambda: mamba2_table(RESULTS / "mamba2.json"),
+            "ssm": lambda: ssm_table(RESULTS / "ssm.json"),
+            "moments": lambda: moments_table(RESULTS / "moments.json"),
+            "predictions": lambda: predictions_table(RESULTS / "latency.json", RESULTS / "memory.json"),
+            "real-budgets": lambda: real_budgets_table(RESULTS / "real_budgets.json"),
+            "distributed": lambda: distributed_table(RESULTS / "distributed.json"),
+            "soak": lambda: soak_table(RESULTS / "soak.json"),
+            "bench-quick": lambda: bench_quick_table(RESULTS / "bench-quick.json"),
+            "compiled": lambda: compiled_table(RESULTS / "compiled.json"),
+            "states": lambda: states_table(RESULTS / "smnist-196"),
+            "calibration": lambda: calibration_table(RESULTS / "calibration.json"),
+            "ablation": lambda: ablation_table(RESULTS / "ablation.json"),
+            "returns": lambda: returns_table(RESULTS / "returns.json"),
+            "price": lambda: price_table(RESULTS / "price.json"),
+            "feedback": lambda: feedback_table(RESULTS / "ablation.json"),
+            "tuning": lambda: tuning_table(RESULTS),
+            "sparse": lambda: sparse_table(RESULTS / "cifar10-mini"),
+            "snip": lambda: snip_table(RESULTS / "snip.json", RESULTS / "shakespeare-mini"),
+            "goals": lambda: goals_table(RESULTS),
+            "validation": lambda: validation_table(RESULTS),
+            "ahead": lambda: ahead_table(RESULTS),
+            "ahead-validation": lambda: ahead_table(RESULTS, split="validation"),
+            "seconds": lambda: seconds_table(RESULTS),
+            "headline": lambda: headline_table(RESULTS),
+            "tasks": lambda: task_sections(RESULTS),
+        }
+        table = made[name]() if name in made else methods_table(RESULTS / name)
+        return f"{match[1]}{table}\n{match[3]}"
+
+    return MARKER.sub(fill, text)
+
+
+def main() -> None:
+    """Rewrite the pages, or check them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    stale = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        fresh = filled(text)
+        if fresh != text:
+            stale.append(page.name)
+            if not check:
+                page.write_text(fresh, encoding="utf-8")
+    with TemporaryDirectory() as folder:
+        drawn = write_picture(RESULTS / "finetune", Path(folder) / PICTURE.name, labels=PICTURED)
+        if drawn.read_text(encoding="utf-8") != PICTURE.read_text(encoding="utf-8"):
+            stale.append(PICTURE.name)
+            if not check:
+                PICTURE.write_bytes(drawn.read_bytes())
+    if check and stale:
+        sys.exit(f"{', '.join(stale)} not as the result files say: run python bench/benchmarks/readme.py")
+
+
+if __name__ == "__main__":
+    main()

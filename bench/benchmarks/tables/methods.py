@@ -1,0 +1,252 @@
+"""Tables of `setpoint bench` runs: methods beside each other, task by task."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from setpoint.report.numbers import NOTHING, percent, signed
+from setpoint_bench.report.columns import metric_text, share_text
+from setpoint_bench.report.folder import read_results
+from setpoint_bench.report.goals import GOALS, MOST_APART, Goal, goals
+from setpoint_bench.report.markdown import task_text
+from setpoint_bench.report.results import Cell, Results
+from setpoint_bench.report.statistics import Difference, difference, mean, share_of
+from setpoint_bench.report.summary import FAMILIES, clock_of, rounds_of, series, summary_rows
+from tables.words import made_on, marked, rows_made_on
+
+
+def methods_table(folder: Path, *, judged: bool = False) -> str:
+    """Tables of a results folder with what they were measured on, and with the headline goals if it is to be judged."""
+    results = read_results(folder)
+    rows = summary_rows(results)
+    for task in results.tasks():  # seconds compare on one machine only; what was learnt, with one version and precision
+        timed = {json.dumps(cell.timing.environment) for cell in results.of(task) if cell.timing}
+        assert len(timed) <= 1, f"{folder}: timed on several machines"
+        ran = {tuple(cell.environment.get(key) for key in ("torch", "dtype")) for cell in results.of(task)}
+        assert len(ran) == 1, f"{folder}: runs of several versions: {ran}"
+    return "\n\n".join(
+        task_text(results.of(task), [row for row in rows if row.task == task], judged=judged)
+        for task in results.tasks()
+    )
+
+
+def task_sections(root: Path) -> str:
+    """A section for every results folder, with its tables."""
+    folders = _folders(root)
+    return "\n\n".join(f"## `{folder.name}`\n\n{methods_table(folder, judged=True)}" for folder in folders)
+
+
+def goals_table(root: Path) -> str:
+    """The headline goals on every task that has been measured, task by task."""
+    found: dict[str, dict[str, Goal]] = {}
+    for folder in _folders(root):
+        results = read_results(folder)
+        rows = summary_rows(results)
+        for task in results.tasks():
+            mine = [row for row in rows if row.task == task]
+            found[task] = {goal.letter: goal for goal in goals(results.of(task), mine)}
+    lines = [f"| goal | {' | '.join(found)} |", f"|---|{'---|' * len(found)}"]
+    for letter, text, _ in GOALS:
+        lines.append(f"| ({letter}) {text} | {' | '.join(each[letter].verdict for each in found.values())} |")
+    return "\n".join(lines)
+
+
+HEADLINES = ("small", "small-long")
+
+
+def headline_table(root: Path) -> str:
+    """Setpoint on every task at every budget, beside dense, small, and the best that is pruned after training."""
+    lines = [
+        "| task | budget | dense | `small` | `small-long` | best with units cut after training | Setpoint | "
+        "its training FLOPs | its training time | to `small` | to `small-long` |",
+        f"|---|{'---:|' * 10}",
+    ]
+    for folder in _folders(root):
+        results = read_results(folder)
+        rows = summary_rows(results)
+        for task in results.tasks():
+            mine = [row for row in rows if row.task == task]
+            dense = next((metric_text(row) for row in mine if row.method == "dense"), NOTHING)
+            for ours in (row for row in mine if row.method == "setpoint"):
+                beside = {row.method: row for row in mine if row.budget == ours.budget}
+                after = [
+                    row
+                    for row in beside.values()
+                    if row.family == "post-training" and row.density is None and row.num_seeds >= ours.num_seeds
+                ]
+                best = sorted(after, key=lambda row: row.value.mean, reverse=ours.metric == "accuracy")[:1]
+                rivals = [metric_text(beside[name]) if name in beside else NOTHING for name in HEADLINES]
+                told = [f"{metric_text(row)} (`{row.method}`, {percent(row.train_flops_ratio)})" for row in best]
+                apart = [marked(ours.differences.get(name), ours.metric) for name in HEADLINES]
+                spent = (percent(ours.train_flops_ratio), share_text(ours.seconds_share))
+                cells = (
+                    task,
+                    percent(ours.budget),
+                    dense,
+                    *rivals,
+                    *(told or [NOTHING]),
+                    metric_text(ours),
+                    *spent,
+                    *apart,
+                )
+                lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def ahead_table(root: Path, *, split: str = "test") -> str:
+    """How far Setpoint is ahead of every method at the same budget, by seed: one row a method, one column a task."""
+    of = (lambda cell: cell.value) if split == "test" else _last_validation
+
+    def entry(ours: Sequence[Cell], theirs: Sequence[Cell]) -> str:
+        return _ahead(difference(ours, theirs, of), ours[0].metric) + _cost_mark(ours, theirs)
+
+    return _matrix(root, "`setpoint` ahead of", entry)
+
+
+def seconds_table(root: Path) -> str:
+    """Setpoint's training seconds / those of every method at the same budget, in the same form."""
+
+    def entry(ours: Sequence[Cell], theirs: Sequence[Cell]) -> str:
+        if clock_of([*ours, *theirs]) != "timed":
+            return NOTHING
+        found = share_of(rounds_of(ours, "timed"), rounds_of(theirs, "timed"))
+        if found is None:
+            return NOTHING
+        text = f"{found.value:.2f}"
+        return f"**{text}**" if found.low > 1 or found.high < 1 else text
+
+    return _matrix(root, "seconds of `setpoint` / of", entry)
+
+
+def _matrix(root: Path, heading: str, entry: Callable[[Sequence[Cell], Sequence[Cell]], str]) -> str:
+    """Setpoint beside every method at the same budget: one row a method, one column a task and budget."""
+    columns: list[str] = []
+    rows: dict[tuple[int, str], dict[str, str]] = {}
+    for folder in _folders(root):
+        groups = series(read_results(folder).cells)
+        for ours in (cells for cells in groups.values() if cells[0].method == "setpoint"):
+            budget = ours[0].budget
+            columns.append(f"{ours[0].task} {round(100 * (budget or 1.0))} %")
+            for cells in groups.values():
+                first = cells[0]
+                if first.budget in (None, budget) and "@" not in first.method and cells is not ours:
+                    key = (FAMILIES.index(first.family), first.method)
+                    rows.setdefault(key, {})[columns[-1]] = entry(ours, cells)
+    used = [column for column in columns if any(each.get(column, NOTHING) != NOTHING for each in rows.values())]
+    lines = [f"| {heading} | {' | '.join(used)} |", f"|---|{'---:|' * len(used)}"]
+    for _, method in sorted(rows, key=lambda key: key[0]):
+        texts = next(found for (_, name), found in rows.items() if name == method)
+        lines.append(f"| `{method}` | {' | '.join(texts.get(column, NOTHING) for column in used)} |")
+    return "\n".join(lines)
+
+
+def _cost_mark(ours: Sequence[Cell], theirs: Sequence[Cell]) -> str:
+    """Where a rival at the same budget ends more than 2 % cheaper, or dearer: by the FLOPs that its budget is of."""
+    if theirs[0].budget is None:
+        return ""
+    mine, other = (mean(cell.theoretical_flops or cell.final_flops for cell in cells) for cells in (ours, theirs))
+    apart = (other or 0.0) / (mine or 1.0) - 1
+    return "" if abs(apart) <= MOST_APART else " ↓" if apart < 0 else " ↑"
+
+
+def _ahead(found: Difference | None, metric: str) -> str:
+    """By how much, better is positive: bold where the 95 % interval excludes 0, in parentheses where there is none."""
+    if found is None:
+        return NOTHING
+    text = signed(100 * found.mean, 2) if metric == "accuracy" else signed(-found.mean, 3)
+    return f"**{text}**" if found.clear else text if found.low is not None else f"({text})"
+
+
+def validation_table(root: Path) -> str:
+    """How far Setpoint lies from its rivals on the validation data at the end of each run, by seed, beside the test."""
+    names = ("dense", *HEADLINES)
+    lines = [
+        f"| task | FLOPs | data | {' | '.join(f'to `{name}`' for name in names)} |",
+        "|---|---:|---|---:|---:|---:|",
+    ]
+    for folder in _folders(root):
+        groups = series(read_results(folder).cells)
+        for ours in (cells for cells in groups.values() if cells[0].method == "setpoint"):
+            task, budget, metric = ours[0].task, ours[0].budget, ours[0].metric
+            rivals = {cells[0].method: cells for cells in groups.values() if cells[0].budget in (None, budget)}
+            for split, of in (("validation", _last_validation), ("test", lambda cell: cell.value)):
+                texts = [marked(difference(ours, rivals.get(name, ()), of), metric) for name in names]
+                lines.append(f"| {task} | {percent(budget)} | {split} | {' | '.join(texts)} |")
+    return "\n".join([*lines, "", "Seeds and machines are those of the tables below."])
+
+
+def _last_validation(cell: Cell) -> float | None:
+    """The metric on the validation data at the end of a run."""
+    points = [point for point in cell.history if point.split == "validation"]
+    return None if not points else points[-1].accuracy if cell.metric == "accuracy" else points[-1].loss
+
+
+def sparse_table(folder: Path, density: str = "0.1") -> str:
+    """Methods at one density of the weights, beside the static mask and one-shot pruning, by seed."""
+    results = read_results(folder)
+    cells = [cell for cell in results.cells if cell.method.endswith(f"@density={density}")]
+    by_label = series(cells)
+    rows = [row for row in summary_rows(results) if row.method in by_label]
+    rivals = {name: by_label[f"{name}@density={density}"] for name in ("static", "set", "magnitude-oneshot")}
+    told = ("accuracy on test", "density", "FLOPs / step in theory", "training FLOPs in theory")
+    lines = [f"| method | {' | '.join((*told, *(f'to `{name}`' for name in rivals)))} |", f"|---|{'---:|' * 7}"]
+    for row in rows:
+        shares = [percent(share) for share in (row.density, row.theoretical_ratio, row.theoretical_train_ratio)]
+        apart = []
+        for rival in rivals.values():
+            ours = by_label[row.method]
+            apart.append(NOTHING if rival is ours else marked(difference(ours, rival), row.metric))
+        lines.append(f"| `{row.method.split('@')[0]}` | {metric_text(row)} | {' | '.join((*shares, *apart))} |")
+    seeds = ", ".join(map(str, sorted({cell.seed for cell in cells})))
+    machine = rows_made_on([{**cell.environment, "date": cell.date} for cell in cells])
+    return "\n".join([*lines, "", f"Seeds {seeds}, differences with 95 % intervals; {machine}"])
+
+
+def snip_table(path: Path, folder: Path) -> str:
+    """What SNIP keeps of the weights for queries, keys and values in each layer of the GPT, and how its runs end."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    ends = {(cell.budget, cell.seed): cell.value for cell in read_results(folder).cells if cell.method == "snip"}
+    lines = ["| FLOPs in theory | seed | queries | keys | values | loss on test |", f"|---|{'---:|' * 5}"]
+    for row in data["rows"]:
+        parts = [", ".join(f"{number:,}" for number in row[part]) for part in ("queries", "keys", "values")]
+        end = ends[row["budget"], row["seed"]]
+        lines.append(f"| {percent(row['budget'])} | {row['seed']} | {' | '.join(parts)} | {end:.4f} |")
+    return "\n".join([*lines, "", f"Of {data['rows'][0]['of']:,} weights each. {made_on(data)}"])
+
+
+def tuning_table(root: Path) -> str:
+    """The metric on validation data by learning rate, from the sweeps in results/tuning."""
+    folders = _folders(root / "tuning")
+    by_folder = {folder.name: read_results(folder).cells for folder in folders}
+    cells = [cell for of_folder in by_folder.values() for cell in of_folder]
+    rates = sorted({_rate(cell) for cell in cells})
+    lines = [
+        f"| task | method | FLOPs | {' | '.join(f'{rate:g} x' for rate in rates)} |",
+        f"|---|---|---:|{'---:|' * len(rates)}",
+    ]
+    found: dict[tuple[str, str, float | None], dict[float, list[Cell]]] = {}
+    for name, of_folder in by_folder.items():
+        for cell in of_folder:
+            key = (name, cell.method.partition("@")[0], cell.budget)
+            found.setdefault(key, {}).setdefault(_rate(cell), []).append(cell)
+    for (task, method, budget), by_rate in sorted(found.items(), key=lambda each: (*each[0][:2], -(each[0][2] or 1))):
+        row = {rate: next(iter(summary_rows(Results(tuple(runs))))) for rate, runs in by_rate.items()}
+        texts = [metric_text(row[rate]) if rate in row else NOTHING for rate in rates]
+        lines.append(f"| {task} | `{method}` | {percent(budget or 1.0)} | {' | '.join(texts)} |")
+    seeds = ", ".join(map(str, sorted({cell.seed for cell in cells if cell.seed is not None})))
+    machine = rows_made_on([{**cell.environment, "date": cell.date} for cell in cells])
+    return "\n".join([*lines, "", f"Seed{'s' * (',' in seeds)} {seeds}; {machine}"])
+
+
+def _rate(cell: Cell) -> float:
+    """The learning rate of a run of a sweep, relative to its method's."""
+    found = re.search(r"@learning_rate=([\d.]+)", cell.method)
+    return float(found[1]) if found else 1.0
+
+
+def _folders(root: Path) -> list[Path]:
+    """The folders with results, by name."""
+    return sorted(path.parent for path in root.glob("*/results.jsonl"))

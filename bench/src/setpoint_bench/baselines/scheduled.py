@@ -1,0 +1,99 @@
+"""The scheduled controller: an open loop that narrows all groups alike along a cubic schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import final
+
+import numpy as np
+from jaxtyping import Bool
+
+from setpoint.controller.landing import even_cost, even_density
+from setpoint.controller.plan import Observation, Plan
+from setpoint.controller.reason import problem_with
+from setpoint.cost.cost import Cost
+from setpoint.groups.group import Group
+from setpoint_bench.baselines.even import EvenState, even_plan, nothing_dropped
+from setpoint_bench.baselines.schedule import cubic_density
+
+
+@final
+@dataclass(frozen=True)
+class ScheduledController:
+    """All groups keep the same density, which falls by the cubic schedule to that which meets the limit.
+
+    Within a group the least salient units go. Nothing is read but saliencies: spending neither speeds it up nor
+    slows it down. This is what schedule-driven libraries of structured pruning do, fasterai among them, with
+    blocks and a landing on the limit as everywhere in Setpoint: no group goes below the width at which it lands, and
+    once landed no single block could be given back. With `begin = end = 0` it is a one-shot cut
+    after the first step.
+
+    Args:
+        begin: fraction of the run that stays dense.
+        end: fraction of the run by which the limit is reached.
+        num_cuts: decisions on the way, the last one at `end`; in short runs one per step.
+
+    Raises:
+        ValueError: unless `0 <= begin <= end <= 1` and there is a cut.
+
+    References:
+        Zhu, Gupta: "To prune, or not to prune: exploring the efficacy of pruning for model compression",
+        ICLR workshop 2018 (the schedule). Li, Kadav, Durdanovic, Samet, Graf: "Pruning Filters for Efficient
+        ConvNets", ICLR 2017 (one-shot, by filter norms).
+
+    >>> [step for step in range(101) if ScheduledController(num_cuts=4).due(step, 100)]
+    [16, 28, 39, 50]
+    """
+
+    begin: float = 0.05
+    end: float = 0.5
+    num_cuts: int = 8
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.begin <= self.end <= 1 or self.num_cuts < 1:
+            raise ValueError(f"a scheduled controller needs 0 <= begin <= end <= 1 and at least one cut, got {self!r}")
+
+    def init(self, groups: tuple[Group, ...]) -> EvenState:
+        """State before the first decision."""
+        return EvenState({group.name: group.num_units for group in groups})
+
+    def due(self, step: int, total_steps: int) -> bool:
+        """Evenly from `begin` to `end`."""
+        first, last = self._span(total_steps)
+        steps = {round(first + (last - first) * cut / self.num_cuts) for cut in range(1, self.num_cuts + 1)}
+        return step > 0 and step in steps
+
+    def cut(self, state: EvenState, keep: Mapping[str, Bool[np.ndarray, " units"]]) -> EvenState:
+        """The same state: it holds nothing by unit."""
+        return state
+
+    def decide(
+        self, state: EvenState, observation: Observation, cost: Cost, groups: tuple[Group, ...]
+    ) -> tuple[EvenState, Plan]:
+        """Come down to what the schedule says now.
+
+        Args:
+            state: from `init`.
+            observation: what is known at this step.
+            cost: predicts spending; names the resource.
+            groups: the groups that may be cut, as they are now.
+        """
+        problem = problem_with(observation.reading, None, groups)
+        if problem:
+            return state, nothing_dropped(observation, cost, groups, problem)
+        assert observation.reading is not None
+        first, last = self._span(observation.total_steps)
+        progress = (observation.step - first) / (last - first)
+        limit = observation.limit[cost.resource]
+        final = even_density(cost, observation.widths, state.dense, groups, limit)
+        density = cubic_density(progress, final=final)
+        target = limit
+        if progress < 1:
+            target = max(limit, even_cost(cost, observation.widths, state.dense, groups, density))
+        reason = f"open loop: density {density:.3g} in all groups"
+        return state, even_plan(state, observation, cost, groups, target, reason)
+
+    def _span(self, total_steps: int) -> tuple[int, int]:
+        last = min(max(1, round(self.end * total_steps)), max(1, total_steps))
+        return min(round(self.begin * total_steps), last - 1), last

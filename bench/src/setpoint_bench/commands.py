@@ -1,0 +1,179 @@
+"""What the benchmark adds to the command line: demo, bench, and report and inspect of many runs and models."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from setpoint.command_line import (
+    FAILED,
+    Out,
+    check_folder,
+    console,
+    errors_as_messages,
+    finish,
+    misuse,
+    names,
+    numbers,
+    write_json,
+)
+
+Epochs = Annotated[int | None, typer.Option("--epochs", help="Passes over the data, for images.")]
+Data = Annotated[Path | None, typer.Option("--data", help="Folder that holds the data.", metavar="DIR")]
+
+
+def demo(
+    budget: Annotated[float, typer.Option(help="FLOPs per step at the end, as a fraction of dense.")] = 0.5,
+    seed: Annotated[int, typer.Option(help="Seed of weights, order and augmentation.")] = 0,
+    epochs: Epochs = None,
+    out: Out = None,
+) -> None:
+    """Train a residual CNN on handwritten digits: dense, small from scratch, and pruned by Setpoint."""
+    with errors_as_messages():
+        _bench("digits", "dense,small,setpoint", [budget], [seed], out or Path("runs/demo-digits"), epochs=epochs)
+
+
+def bench(
+    task: Annotated[str, typer.Option(help="digits, cifar10, ...: a wrong one lists all; or own.py:function.")],
+    methods: Annotated[
+        str, typer.Option(help="Names of methods, or own.py:function, with commas.")
+    ] = "dense,small,setpoint",
+    budgets: Annotated[str, typer.Option(help="Fractions of the dense FLOPs per step, with commas.")] = "0.5",
+    seeds: Annotated[str, typer.Option(help="Seeds, with commas.")] = "0",
+    epochs: Epochs = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps, in place of passes.")] = None,
+    length: Annotated[int | None, typer.Option(help="Steps of a sequence: smnist has 784, and 196 pooled.")] = None,
+    data: Data = None,
+    out: Out = None,
+    split: Annotated[str, typer.Option(help="What the result is measured on: test, or validation to tune.")] = "test",
+    workers: Annotated[int, typer.Option(help="Runs at a time; they share the processor's threads.", min=1)] = 1,
+    timing: Annotated[
+        bool, typer.Option("--timing", help="Measure what finished runs take, in turns; the machine should be idle.")
+    ] = False,
+) -> None:
+    """Measure methods side by side on a task; what the folder already holds is not run again.
+
+    Each run has a process of its own. One that was interrupted, even killed, goes on with the same command.
+    """
+    with errors_as_messages():
+        _bench(
+            task,
+            methods,
+            numbers(budgets, "--budgets", float),
+            numbers(seeds, "--seeds", int),
+            out or Path("runs") / re.sub(r"[^\w.+@-]+", "-", task),
+            epochs=epochs,
+            steps=steps,
+            length=length,
+            data=data,
+            split=split,
+            workers=workers,
+            timing=timing,
+        )
+
+
+def report_folder(folder: Path, out: Path | None) -> None:
+    """Tables and page of a results folder."""
+    from setpoint_bench.report.markdown import NAME, write_markdown
+
+    text = write_markdown(folder, None if out is None else out / NAME)
+    page = _page_if_possible(folder, out)
+    _print_table(folder)
+    finish({"report": page, "table": str(text)})
+
+
+def inspect_suite(suite: str, models: Sequence[str] | None, workers: int, out: Path | None) -> None:
+    """Check the models of a suite; print a table, and write the record if there is a folder for it."""
+    from setpoint_bench.progress import sweep_bar
+    from setpoint_bench.sweep import chosen_models, record, summary, sweep
+    from setpoint_bench.table import suite_table
+
+    with sweep_bar(suite, len(chosen_models(suite, models))) as after:
+        verdicts = sweep(suite, models, workers=workers, after=after)
+    console().print(suite_table(suite, verdicts))
+    if out is not None:
+        write_json(out / f"suite-{suite}.json", record(suite, verdicts, workers))
+    finish(summary(suite, verdicts))
+
+
+def _bench(
+    task_name: str,
+    methods: str,
+    budgets: Sequence[float],
+    seeds: Sequence[int],
+    out: Path,
+    *,
+    epochs: int | None = None,
+    steps: int | None = None,
+    length: int | None = None,
+    data: Path | None = None,
+    split: str = "test",
+    workers: int | None = None,
+    timing: bool = False,
+) -> None:
+    """Run a benchmark, write its page, and print table and JSON; without `workers` in this process, taking turns."""
+    from dataclasses import asdict
+    from functools import partial
+
+    from setpoint.cost.budget import Budget
+    from setpoint.report.own_function import is_own_function
+    from setpoint_bench.catalogue import task_named, with_length
+    from setpoint_bench.method import method_named
+    from setpoint_bench.runner import grid
+    from setpoint_bench.summary import summarise
+    from setpoint_bench.task import split_named
+    from setpoint_bench.terminal import time_cells, train_cells
+
+    for budget in budgets:
+        Budget.fraction(budget, of="flops")
+    task = task_named(with_length(task_name, length), epochs=epochs, steps=steps, data=data)
+    chosen = {name: method_named(name) for name in names(methods, "--methods")}
+    if len({method.name for method in chosen.values()}) < len(chosen):
+        raise misuse(f"--methods {methods}: two of these have the same name")
+    check_folder(out)
+    cells = grid(task, chosen.values(), dict.fromkeys(budgets), dict.fromkeys(seeds), split_named(split))
+    # What is the user's own may hold functions that cannot be sent to another process: it is made there anew.
+    make = partial(task_named, task_name, epochs=epochs, steps=steps) if is_own_function(task_name) else None
+    own = {method.name: name for name, method in chosen.items() if is_own_function(name)}
+    outcome = time_cells(cells, out) if timing else train_cells(cells, out, workers, make, own)
+    answer: dict[str, Any] = {"report": None}
+    if outcome.results:
+        _print_table(out)
+        answer = {**summarise(outcome.results, outcome.rounds), "report": _page_if_possible(out)}
+    finish({**answer, "failures": [asdict(failure) for failure in outcome.failures]})
+    if outcome.failures:
+        raise typer.Exit(FAILED)
+
+
+def _write_page(folder: Path, out: Path | None) -> Path:
+    """The report page, in the results folder or in another."""
+    from setpoint_bench.report.page import write_page
+
+    if out is None:
+        return write_page(folder)
+    out.mkdir(parents=True, exist_ok=True)
+    return write_page(folder, out / "report.html")
+
+
+def _page_if_possible(folder: Path, out: Path | None = None) -> str | None:
+    """The page's path; None where plotly is missing, which must not cost a finished benchmark its numbers."""
+    try:
+        return str(_write_page(folder, out))
+    except ImportError as error:
+        print(f"no report.html: {error}; then `setpoint report {folder}` writes it", file=sys.stderr)
+        return None
+
+
+def _print_table(folder: Path) -> None:
+    """The summary of all results in the folder, on stdout."""
+    from setpoint_bench.report.folder import read_results
+    from setpoint_bench.table import summary_tables
+
+    screen = console()
+    for table in summary_tables(read_results(folder), screen.width):
+        screen.print(table)

@@ -1,0 +1,132 @@
+"""Families of image classifiers, in channels-last layout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from setpoint_bench.images import channels_last
+from setpoint_bench.networks import PlainNet, ResidualNet, ShortResidualNet, WideResidualNet
+from setpoint_bench.task import Dimension
+
+
+@dataclass(frozen=True)
+class PlainFamily:
+    """VGG-like networks.
+
+    Args:
+        channels: dense width of each convolution.
+        pool_after: convolutions, counted from 1, that a 2x2 max pool follows.
+        inputs: channels of the images.
+        classes: number of classes.
+        block: step of each width of a model built from scratch.
+    """
+
+    channels: tuple[int, ...]
+    pool_after: frozenset[int]
+    inputs: int = 3
+    classes: int = 10
+    block: int = 8
+
+    @property
+    def dimensions(self) -> Mapping[str, Dimension]:
+        """Channels of each convolution."""
+        return {f"conv{number}": Dimension(width, self.block) for number, width in enumerate(self.channels, start=1)}
+
+    def build(self, widths: Mapping[str, int]) -> nn.Module:
+        """The network of these widths."""
+        return channels_last(PlainNet(widths, self.pool_after, channels=self.inputs, classes=self.classes))
+
+
+@dataclass(frozen=True)
+class ResidualFamily:
+    """Residual networks, each stage after the first at half the height and width.
+
+    He et al., "Deep residual learning for image recognition", CVPR 2016.
+
+    Args:
+        channels: dense width of each stage.
+        blocks: blocks of each stage.
+        inputs: channels of the images.
+        classes: number of classes.
+        block: step of each width of a model built from scratch.
+    """
+
+    channels: tuple[int, ...]
+    blocks: tuple[int, ...]
+    inputs: int = 3
+    classes: int = 10
+    block: int = 8
+
+    @property
+    def dimensions(self) -> Mapping[str, Dimension]:
+        """Residual stream of each stage, and the inside of each block."""
+        return _stages(self.channels, self.blocks, self.block)
+
+    def build(self, widths: Mapping[str, int]) -> nn.Module:
+        """The network of these widths."""
+        return channels_last(ResidualNet(widths, self.blocks, channels=self.inputs, classes=self.classes))
+
+
+@dataclass(frozen=True)
+class WideFamily:
+    """Wide residual networks, norm first.
+
+    Args:
+        depth: layers, 6n + 4.
+        widening: factor of the widths 16, 32 and 64.
+        classes: number of classes.
+    """
+
+    depth: int
+    widening: int
+    classes: int = 10
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Blocks of each stage."""
+        return ((self.depth - 4) // 6,) * 3
+
+    @property
+    def dimensions(self) -> Mapping[str, Dimension]:
+        """Stem, residual stream of each stage, and the inside of each block."""
+        channels = tuple(self.widening * width for width in (16, 32, 64))
+        return {"stem": Dimension(16, 4), **_stages(channels, self.blocks, 4)}
+
+    def build(self, widths: Mapping[str, int]) -> nn.Module:
+        """The network of these widths."""
+        return channels_last(WideResidualNet(widths, self.blocks, channels=3, classes=self.classes))
+
+
+@dataclass(frozen=True)
+class ShortFamily:
+    """Residual networks of seven convolutions for short runs on colour images.
+
+    Args:
+        channels: dense widths of the three stages; the blocks inside are as wide as their stages.
+    """
+
+    channels: tuple[int, int, int]
+
+    @property
+    def dimensions(self) -> Mapping[str, Dimension]:
+        """Coefficients of the patches, residual stream of each stage, and the inside of both blocks."""
+        first, second, third = (Dimension(width, 8) for width in self.channels)
+        stages = {"stage1": first, "block1": first, "stage2": second, "stage3": third, "block3": third}
+        return {"patches": Dimension(27), **stages}
+
+    def build(self, widths: Mapping[str, int]) -> nn.Module:
+        """The network of these widths."""
+        return channels_last(ShortResidualNet(widths, classes=10))
+
+
+def _stages(channels: tuple[int, ...], blocks: tuple[int, ...], block: int) -> dict[str, Dimension]:
+    """Each stage's residual stream and the insides of its blocks."""
+    dimensions = {}
+    for stage, (width, count) in enumerate(zip(channels, blocks, strict=True), start=1):
+        dimensions[f"stage{stage}"] = Dimension(width, block)
+        for number in range(1, count + 1):
+            dimensions[f"stage{stage}.block{number}"] = Dimension(width, block)
+    return dimensions

@@ -1,0 +1,127 @@
+"""Images: data of labelled pictures, shuffled, lightly augmented and normalised as they are drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor, nn
+
+from setpoint_bench.task import Split
+from setpoint_bench.tensors import shuffled_rows
+
+Splits = Mapping[str, tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Images:
+    """Pictures and their classes.
+
+    Args:
+        load: gives raw pixels and labels of "train", "validation" and "test", from a data folder or the usual places.
+        shape: channels, height and width.
+        num_train: images to train on.
+        mean: of each channel's raw pixels.
+        deviation: of each channel's raw pixels.
+        shift: largest shift in pixels, in each direction; what leaves the frame is lost, zeros come in.
+        flip: whether to mirror half of the images.
+        folder: the data folder, or None for the usual places.
+    """
+
+    load: Callable[[Path | None], Splits]
+    shape: tuple[int, int, int]
+    num_train: int
+    mean: tuple[float, ...]
+    deviation: tuple[float, ...]
+    shift: int = 0
+    flip: bool = False
+    folder: Path | None = None
+
+    def example(self, batch: int) -> Float[Tensor, "batch channels height width"]:
+        """Noise: blank images would leave BatchNorm nothing to normalise."""
+        noise = torch.randn(batch, *self.shape, generator=torch.Generator().manual_seed(0))
+        return noise.contiguous(memory_format=torch.channels_last)
+
+    def batches(self, batch: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Endless augmented batches; order and augmentation are drawn from a generator of their own."""
+        images, labels = self.load(self.folder)["train"]
+        generator = torch.Generator().manual_seed(seed)
+        padded = F.pad(images, (self.shift,) * 4)
+        for rows in shuffled_rows(len(images), batch, generator):
+            window = augment(padded[rows], images.shape[-2:], generator, flip=self.flip)
+            yield self._normalised(window), labels[rows]
+
+    def split(self, split: Split) -> tuple[Tensor, Tensor]:
+        """All images and labels of a split."""
+        images, labels = self.load(self.folder)[split]
+        return self._normalised(images), labels
+
+    def _normalised(self, images: Shaped[Tensor, "count channels height width"]) -> Tensor:
+        """Raw pixels to zero mean and unit variance per channel, channels innermost."""
+        return standardised(images.float(), self.mean, self.deviation).contiguous(memory_format=torch.channels_last)
+
+
+def standardised(
+    images: Float[Tensor, "count channels height width"], mean: tuple[float, ...], deviation: tuple[float, ...]
+) -> Float[Tensor, "count channels height width"]:
+    """Pixels less the mean of their channel, in units of its deviation."""
+    centre, scale = (torch.tensor(values).view(-1, 1, 1) for values in (mean, deviation))
+    return (images - centre) / scale
+
+
+def augment(
+    padded: Shaped[Tensor, "batch channels tall wide"], size: torch.Size, generator: torch.Generator, *, flip: bool
+) -> Shaped[Tensor, "batch channels height width"]:
+    """A random window of each padded image, mirrored half of the time.
+
+    Args:
+        padded: images with a border.
+        size: height and width of the window.
+        generator: where the draws come from.
+        flip: whether to mirror.
+    """
+    height, width = size
+    count = len(padded)
+    top = torch.randint(padded.shape[-2] - height + 1, (count, 1), generator=generator)
+    left = torch.randint(padded.shape[-1] - width + 1, (count, 1), generator=generator)
+    rows = top + torch.arange(height)
+    columns = left + torch.arange(width)
+    if flip:
+        mirrored = torch.rand(count, 1, generator=generator) < 0.5
+        columns = torch.where(mirrored, columns.flip(1), columns)
+    one = torch.arange(count)[:, None, None]
+    window = padded.permute(0, 2, 3, 1)[one, rows[:, :, None], columns[:, None, :]]
+    return window.permute(0, 3, 1, 2)
+
+
+def ten_views(images: Shaped[Tensor, "batch channels height width"]) -> Sequence[Tensor]:
+    """The images, the same shifted by a pixel in both directions at once, four ways, and the mirror images of all.
+
+    What enters the frame mirrors what is beside it. More views than in Page, "How to train your ResNet" (2018).
+    """
+    height, width = images.shape[-2:]
+    padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
+    shifted = [padded[..., y : y + height, x : x + width] for y, x in ((1, 1), (0, 0), (0, 2), (2, 0), (2, 2))]
+    return [view.contiguous(memory_format=torch.channels_last) for each in shifted for view in (each, each.flip(-1))]
+
+
+def channels_last(module: nn.Module) -> nn.Module:
+    """The module itself, its weights laid out with channels innermost, as convolutions like it."""
+    # PyTorch documents the keyword but leaves it out of its type annotations.
+    to: Callable[..., nn.Module] = module.to
+    return to(memory_format=torch.channels_last)
+
+
+def classes_only(labels: Int[Tensor, " count"], classes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Places of the labels that are among `classes`, and these labels counted from 0 in the order given.
+
+    >>> classes_only(torch.tensor([7, 2, 9]), (9, 7))
+    (tensor([0, 2]), tensor([1, 0]))
+    """
+    matches = labels[:, None] == torch.tensor(classes)
+    places = matches.any(1).nonzero()[:, 0]
+    return places, matches[places].int().argmax(1)

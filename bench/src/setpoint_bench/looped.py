@@ -1,0 +1,86 @@
+"""A loop as a benchmark sees it: it tells its widths, and in the end what it came to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol, final, runtime_checkable
+
+from torch import Tensor
+
+from setpoint.loop import Loop
+from setpoint_bench.course import Outcome
+
+
+@runtime_checkable
+class Companion(Protocol):
+    """What acts on the same training beside a loop, through hooks of its own."""
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of its own so far, those of the steps of training aside."""
+        ...
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of its own so far; 0 where its work cannot be told from that of the steps."""
+        ...
+
+    def observe(self, loss: Tensor) -> None:
+        """Told the loss of each step, with gradients ready and before the optimizer moves."""
+        ...
+
+    def remove(self) -> None:
+        """Take its hooks away."""
+        ...
+
+
+@final
+class Looped:
+    """The pruner that is a Setpoint loop, whatever its controller and sensor.
+
+    Args:
+        loop: attached to the model.
+        companion: what acts beside it, if anything.
+        notes: what a reader of the result must know.
+    """
+
+    def __init__(self, loop: Loop, companion: Companion | None = None, notes: str = "") -> None:
+        self.loop = loop
+        self.companion = companion
+        self.notes = notes
+        self._masked = "pattern" in loop.ledger.header
+
+    @property
+    def widths(self) -> Mapping[str, int]:
+        """Active units by group; none where single weights are masked, since the model keeps its size."""
+        return {} if self._masked else self.loop.widths
+
+    def observe(self, loss: Tensor) -> None:
+        """Hand the loss on."""
+        if self.companion is not None:
+            self.companion.observe(loss)
+        self.loop.observe(loss=loss)
+
+    def finish(self) -> Outcome:
+        """Finish the loop; its summary in a benchmark's words."""
+        flops = seconds = 0.0
+        if self.companion is not None:
+            self.companion.remove()
+            flops, seconds = self.companion.flops, self.companion.seconds
+        summary = self.loop.finish()
+        return Outcome(
+            widths=dict(summary.widths),
+            dense_widths=dict(summary.dense_widths),
+            dense_flops=float(summary.dense_flops),
+            claimed_flops=float(summary.final_flops),
+            overhead_flops=float(summary.overhead_flops) + flops,
+            overhead_seconds=float(summary.overhead_seconds) + seconds,
+            resizes=summary.resizes,
+            landed=summary.landed,
+            break_even_step=summary.break_even_step,
+            density=sum(summary.widths.values()) / sum(summary.dense_widths.values()) if self._masked else None,
+            theoretical_flops=summary.theoretical_flops,
+            theoretical_train_flops=summary.theoretical_train_flops,
+            notes=self.notes,
+            ledger=self.loop.ledger,
+        )

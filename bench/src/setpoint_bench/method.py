@@ -1,0 +1,292 @@
+"""A method: one way to get a trained model of a given size out of a task."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from setpoint.controller.gates import GatedController
+from setpoint.controller.price import Gains
+from setpoint.controller.priced import PricedController
+from setpoint.controller.reference import Reference
+from setpoint.report.own_function import is_own_function, named_errors, own_function
+from setpoint.sensor.magnitude import MagnitudeSensor
+from setpoint.sensor.random import RandomSensor
+from setpoint_bench.baselines.exchange import Exchange, Static
+from setpoint_bench.baselines.group_lasso import ReconfiguringController
+from setpoint_bench.baselines.magnitude import Gradual, OneShot
+from setpoint_bench.baselines.scheduled import ScheduledController
+from setpoint_bench.baselines.snip import Snip
+from setpoint_bench.course import Course, Pruner
+from setpoint_bench.methods.in_training import Setpoint
+from setpoint_bench.methods.post_training import PostTraining
+from setpoint_bench.methods.scratch import Dense, Small, SmallFound, SmallLong
+from setpoint_bench.methods.sparse import Sparse
+from setpoint_bench.methods.states import Compressm, FewStates, Hankel
+from setpoint_bench.methods.torch_pruning import TorchPruning
+from setpoint_bench.results import Result
+from setpoint_bench.task import PLAIN, BenchError, Task, fits_a_folder
+
+__all__ = ["METHODS", "Dense", "Method", "Setpoint", "Small", "method_named"]
+
+
+@runtime_checkable
+class Method(Protocol):
+    """Chooses a course, and what acts on the model while it trains. A method is a value."""
+
+    @property
+    def name(self) -> str:
+        """Name on the command line and in result files."""
+        ...
+
+    @property
+    def sized(self) -> bool:
+        """Whether the result depends on the budget; the dense model's does not."""
+        ...
+
+    @property
+    def family(self) -> str:
+        """Kind of method: "dense", "small", "post-training", "open-loop", "sparse" or "setpoint", or any other word.
+
+        Methods that are pruned after training, or in an open loop, are rivals by which goals are judged.
+        """
+        ...
+
+    @property
+    def paper(self) -> str:
+        """Where the method comes from, or ""."""
+        ...
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Setpoint's methods whose cell of the same task, budget and seed must be finished first."""
+        ...
+
+    def course(self, task: Task, budget: float, needed: Mapping[str, Result]) -> Course:
+        """Where to begin and how long to train.
+
+        Args:
+            task: what to train.
+            budget: fraction of the dense FLOPs per step.
+            needed: the results of the cells that `needs` names, by method.
+
+        Raises:
+            BenchError: for a budget that it cannot meet; the message says the least that it can.
+        """
+        ...
+
+    def begin(
+        self, task: Task, model: nn.Module, budget: float, batches: Iterator[tuple[Tensor, Tensor]]
+    ) -> tuple[Optimizer, Pruner | None]:
+        """Make the optimizer, and put the pruner in place; the time that takes counts as the method's own.
+
+        Args:
+            task: the recipe, as the course says.
+            model: built as the course says; it may be cut here.
+            budget: fraction of the dense FLOPs per step.
+            batches: training batches, for a method that looks at some before it begins.
+        """
+        ...
+
+
+_MEMBERS = ("name", "sized", "family", "paper", "needs", "course", "begin")
+
+
+def _random_sensor() -> RandomSensor:
+    """One that chooses by the cell's own random state, so that every seed has other units to go."""
+    return RandomSensor(seed=int(torch.randint(2**31, ())))
+
+
+_AT_ONCE = ScheduledController(begin=0.0, end=0.0, num_cuts=1)
+_HAN = "Han et al., Learning both weights and connections for efficient neural networks, NIPS 2015"
+_LI = "Li et al., Pruning filters for efficient ConvNets, ICLR 2017"
+_ZHU = "Zhu and Gupta, To prune, or not to prune, ICLR workshop 2018"
+_FANG = "Fang et al., DepGraph: towards any structural pruning, CVPR 2023"
+_MOLCHANOV = "Molchanov et al., Importance estimation for neural network pruning, CVPR 2019"
+_LYM = "Lym et al., PruneTrain, SC 2019"
+_MOCANU = "Mocanu et al., Scalable training with adaptive sparse connectivity, Nature Communications 9, 2018"
+_EVCI = "Evci et al., Rigging the lottery, ICML 2020"
+_MITTAL = "Mittal et al., Studying the plasticity of networks using random pruning, MVA 30, 2019"
+_LEE = "Lee et al., SNIP: single-shot network pruning based on connection sensitivity, ICLR 2019"
+
+METHODS: tuple[Method, ...] = (
+    Dense(),
+    Small(),
+    SmallLong(),
+    SmallFound(),
+    SmallFound("small-found-long", long=True),
+    PostTraining("magnitude-oneshot", Sparse("masks", OneShot(), _HAN), _HAN),
+    PostTraining("filter-oneshot", Setpoint(controller=_AT_ONCE, sensor=MagnitudeSensor), _LI),
+    PostTraining("torch-pruning-norm", TorchPruning("norm"), _FANG),
+    PostTraining("torch-pruning-taylor", TorchPruning("taylor"), f"{_FANG}; {_MOLCHANOV}"),
+    Setpoint("filter-first", _AT_ONCE, MagnitudeSensor, paper=_LI, family="open-loop"),
+    Setpoint("cubic", ScheduledController(), MagnitudeSensor, paper=_ZHU, family="open-loop"),
+    Setpoint("prunetrain", ReconfiguringController(), MagnitudeSensor, lasso=0.2, paper=_LYM, family="open-loop"),
+    Sparse("gmp", Gradual(), _ZHU),
+    Sparse("static", Static(), f"{_MOCANU}; {_EVCI}"),
+    Sparse("snip", Snip(), _LEE),
+    Sparse("set", Exchange("random"), f"{_MOCANU}; {_EVCI}"),
+    Sparse("rigl", Exchange("gradient"), _EVCI),
+    Setpoint(),
+    Setpoint("setpoint-uniform", PricedController(allocation="uniform")),
+    Setpoint("setpoint-first", PricedController(Reference(warmup=0.0, settle=0.02, num_cuts=1))),
+    Setpoint("setpoint-early", PricedController(Reference(warmup=0.02, settle=0.1))),
+    Setpoint("setpoint-late", PricedController(Reference(warmup=0.3, settle=0.6))),
+    Setpoint("setpoint-gates", GatedController()),
+    Setpoint("setpoint-regrow", PricedController(regrow=True)),
+    Setpoint("setpoint-weights", granularity="weight", paper=_EVCI, family="sparse"),
+    Setpoint("setpoint-magnitude", sensor=MagnitudeSensor),
+    Setpoint("setpoint-random", sensor=_random_sensor, paper=_MITTAL),
+)
+"""All methods; `filter-first` and `setpoint-first` cut at the start, as makes sense for a pretrained model.
+
+Each `setpoint-...` is Setpoint with one thing changed: how a cut is split over layers (`uniform`; `magnitude` and
+`random` too, since their readings rank within a layer only), when it is made (`first`, `early`, `late`), what ranks
+units (`gates`, `magnitude`, `random`), whether units come back (`regrow`), or what is pruned (`weights`: single ones,
+in theory).
+"""
+
+
+ABLATION_METHODS: tuple[Method, ...] = (
+    Setpoint("cubic-taylor", ScheduledController(), paper=_ZHU, family="open-loop"),
+    Setpoint("setpoint-few", PricedController(Reference(num_cuts=2))),
+    Setpoint("setpoint-many", PricedController(Reference(num_cuts=32))),
+    Setpoint("setpoint-steep", PricedController(Reference(warmup=0.13, settle=0.17))),
+    Setpoint("setpoint-vanish", PricedController(min_density=0.0)),
+    Setpoint("setpoint-level", PricedController(min_density=0.7)),
+    Setpoint("setpoint-rewarm", rewarm=0.01),
+    Setpoint("setpoint-distilled", distill=0.5),
+    Setpoint("setpoint-switch-offs", switch_off=0.1),
+    Setpoint("setpoint-leave-outs", leave_outs=2),
+    Setpoint("setpoint-fading", fade=True),
+)
+"""More of Setpoint with one thing changed, for `bench/benchmarks/ablation.py`.
+
+An open loop with Setpoint's own saliency (`cubic-taylor`); few or many cuts; groups that may vanish whole
+(`vanish`) or must stay near a uniform cut (`level`); a learning rate that warms up again after each cut (`rewarm`); a
+dense average of the model's own as the teacher (`distilled`); units that are silent at random (`switch-offs`); saliency
+calibrated by measured losses (`leave-outs`); outgoing weights that fade before they go (`fading`).
+"""
+
+
+RESOURCE_METHODS: tuple[Method, ...] = (
+    Setpoint("setpoint-latency", resource="latency"),
+    Setpoint("setpoint-memory", resource="memory"),
+    Setpoint("setpoint-memory-open", PricedController(gains=Gains(kp=0.0, ki=1e-9)), resource="memory"),
+)
+"""Setpoint with a budget on seconds or peak bytes of a step: how many FLOPs are left is another matter.
+
+`setpoint-memory-open` follows the reference by what the meter read of the dense model alone: its feedback is off.
+"""
+STATE_METHODS: tuple[Method, ...] = (Hankel(), Hankel("hankel-regrow", regrow=True), Compressm(), FewStates())
+"""Methods for tasks on state-space models."""
+
+
+def method_named(name: str) -> Method:
+    """The method of that name, with other settings where the name says so: `rigl@density=0.1`; or the user's own.
+
+    Args:
+        name: that of a method, or `module.py:function` for a function that takes nothing and returns one.
+
+    Raises:
+        BenchError: there is none, or it has no such setting; the message lists those there are.
+    """
+    everything = (*METHODS, *ABLATION_METHODS, *RESOURCE_METHODS, *STATE_METHODS)
+    if is_own_function(name):
+        return _own_method(name, {method.name for method in everything})
+    base, *settings = name.split("@")
+    for method in everything:
+        if method.name == base:
+            return _with_settings(method, name, settings)
+    listed = "; ".join(
+        f"{what}{', '.join(method.name for method in methods)}"
+        for what, methods in (
+            ("use ", METHODS),
+            ("for budgets on other resources ", RESOURCE_METHODS),
+            ("for state-space models ", STATE_METHODS),
+            ("for bench/benchmarks/ablation.py ", ABLATION_METHODS),
+        )
+    )
+    raise BenchError(f"unknown method {name!r}: {listed}; or your own as module.py:function")
+
+
+def _own_method(target: str, taken: Collection[str]) -> Method:
+    """What a function of the user's own returns, if it is a method with a name that is free and can name a folder."""
+    with named_errors(target):
+        made: Any = own_function(target)()
+    returned = f"{target} returned {type(made).__name__}"
+    if missing := [each for each in _MEMBERS if not hasattr(made, each)]:
+        raise BenchError(f"{returned}, which has no {', '.join(missing)}: return a setpoint_bench.method.Method")
+    try:
+        hash(made)
+    except TypeError as error:
+        raise BenchError(f"{returned}, which is no value: make it a frozen dataclass without lists ({error})") from None
+    if not isinstance(made.name, str) or not fits_a_folder(made.name):
+        raise BenchError(f"{returned} with the name {made.name!r}, which cannot name a folder: {PLAIN}")
+    if made.name in taken:
+        raise BenchError(f"{returned} with the name {made.name}, which a method of Setpoint's has: give it another")
+    if not isinstance(made.needs, tuple):
+        raise BenchError(f"{returned} that needs {made.needs!r}: give names of methods in a tuple")
+    for name in made.needs:
+        method_named(name)
+    method: Method = made
+    return method
+
+
+def _with_settings(method: Method, name: str, settings: list[str]) -> Method:
+    """The method under its full name with all `key=number` set, in itself or in what it prunes by."""
+    if not settings:
+        return method
+    known = _numbers(method)
+    wanted: dict[tuple[str, ...], object] = {("name",): name}
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        if key not in known:
+            listed = ", ".join(f"@{each}=NUMBER" for each in sorted(known))
+            raise BenchError(f"unknown setting {key!r} of {method.name}: it has {listed or 'none'}")
+        path, kind = known[key]
+        try:
+            number = kind(value)
+        except ValueError as error:
+            whole = "whole " if kind is int else ""
+            raise BenchError(f"the setting {key!r} of {method.name} is a {whole}number, got {value!r}") from error
+        if key == "learning_rate" and not 0 < number < math.inf:
+            raise BenchError(f"{name} cannot be: a learning rate is relative to the task's and above 0, got {value}")
+        wanted[path] = number
+    try:
+        changed: Method = _replaced(method, wanted)
+    except ValueError as error:
+        raise BenchError(f"{name} cannot be: {error}") from error
+    return changed
+
+
+def _numbers(value: Any) -> dict[str, tuple[tuple[str, ...], type[int] | type[float]]]:
+    """The settings that are numbers: by name the attributes that lead there, and its type; those outside hide inner."""
+    found: dict[str, tuple[tuple[str, ...], type[int] | type[float]]] = {}
+    for each in dataclasses.fields(value):
+        inner = getattr(value, each.name)
+        if type(inner) in (int, float):
+            found[each.name] = (each.name,), type(inner)
+    for each in dataclasses.fields(value):
+        inner = getattr(value, each.name)
+        if dataclasses.is_dataclass(inner) and not isinstance(inner, type):
+            for key, (path, kind) in _numbers(inner).items():
+                found.setdefault(key, ((each.name, *path), kind))
+    return found
+
+
+def _replaced(value: Any, wanted: Mapping[tuple[str, ...], object]) -> Any:
+    """A copy with other values at the ends of paths of attributes, each part of it made once."""
+    direct = {path[0]: new for path, new in wanted.items() if len(path) == 1}
+    inner: dict[str, dict[tuple[str, ...], object]] = {}
+    for (first, *rest), new in wanted.items():
+        if rest:
+            inner.setdefault(first, {})[tuple(rest)] = new
+    parts = {first: _replaced(getattr(value, first), rest) for first, rest in inner.items()}
+    return dataclasses.replace(value, **direct, **parts)

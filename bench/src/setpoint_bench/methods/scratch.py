@@ -1,0 +1,160 @@
+"""Methods that prune nothing: the dense model, and small ones trained from scratch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from setpoint_bench.counter import step_flops
+from setpoint_bench.course import Course, Pruner
+from setpoint_bench.found import found_widths
+from setpoint_bench.results import Result
+from setpoint_bench.sizing import small_widths
+from setpoint_bench.task import Task, dense_widths
+
+Begun = tuple[Optimizer, Pruner | None]
+"""An optimizer, and what acts on the model as it trains, if anything."""
+
+
+@final
+@dataclass(frozen=True)
+class Dense:
+    """The full model, trained as it is: what pruning is measured against.
+
+    Args:
+        name: name on the command line and in result files.
+        learning_rate: peak of the schedule, relative to the task's.
+        family: kind of method, for reports.
+        sized: never.
+        paper: none.
+        needs: nothing.
+    """
+
+    name: str = "dense"
+    learning_rate: float = 1.0
+    family: str = "dense"
+    sized: bool = False
+    paper: str = ""
+    needs: tuple[str, ...] = ()
+
+    def course(self, task: Task, budget: float, needed: Mapping[str, Result]) -> Course:
+        """The dense widths."""
+        return Course(task.with_learning_rate_factor(self.learning_rate), dense_widths(task))
+
+    def begin(self, task: Task, model: nn.Module, budget: float, batches: Iterator[tuple[Tensor, Tensor]]) -> Begun:
+        """Nothing but the optimizer."""
+        return task.optimizer(model), None
+
+
+@final
+@dataclass(frozen=True)
+class Small:
+    """A uniformly narrower model trained from scratch at the budget: the honest rival of pruning.
+
+    Args:
+        name: name on the command line and in result files.
+        learning_rate: peak of the schedule, relative to the task's for fresh weights.
+        family: kind of method, for reports.
+        sized: always.
+        paper: none.
+        needs: nothing.
+    """
+
+    name: str = "small"
+    learning_rate: float = 1.0
+    family: str = "small"
+    sized: bool = True
+    paper: str = ""
+    needs: tuple[str, ...] = ()
+
+    def course(self, task: Task, budget: float, needed: Mapping[str, Result]) -> Course:
+        """Widths scaled by one factor to the budget."""
+        return Course(task.from_scratch().with_learning_rate_factor(self.learning_rate), small_widths(task, budget))
+
+    def begin(self, task: Task, model: nn.Module, budget: float, batches: Iterator[tuple[Tensor, Tensor]]) -> Begun:
+        """Nothing but the optimizer."""
+        return task.optimizer(model), None
+
+
+@final
+@dataclass(frozen=True)
+class SmallLong:
+    """The small model, trained for as many steps as Setpoint's whole training FLOPs pay for.
+
+    `steps = round(training FLOPs of Setpoint / FLOPs of a step of the small model)`, schedule stretched with them.
+    Its learning rate deserves the same tuning as everyone's: `small-long@learning_rate=0.5` halves it.
+
+    Args:
+        name: name on the command line and in result files.
+        learning_rate: peak of the schedule, relative to the task's.
+        family: kind of method, for reports.
+        sized: always.
+        paper: none.
+        needs: the run whose FLOPs it may spend.
+    """
+
+    name: str = "small-long"
+    learning_rate: float = 1.0
+    family: str = "small"
+    sized: bool = True
+    paper: str = ""
+    needs: tuple[str, ...] = ("setpoint",)
+
+    def course(self, task: Task, budget: float, needed: Mapping[str, Result]) -> Course:
+        """Small widths and a longer schedule."""
+        widths = small_widths(task, budget)
+        longer = task.from_scratch().with_steps(_affordable_steps(task, widths, needed["setpoint"]))
+        return Course(longer.with_learning_rate_factor(self.learning_rate), widths)
+
+    def begin(self, task: Task, model: nn.Module, budget: float, batches: Iterator[tuple[Tensor, Tensor]]) -> Begun:
+        """Nothing but the optimizer."""
+        return task.optimizer(model), None
+
+
+@final
+@dataclass(frozen=True)
+class SmallFound:
+    """A model trained from scratch at the widths that Setpoint found: are its weights worth something, or its widths?
+
+    Either for the steps of the task, or, if `long`, for as many as Setpoint's training FLOPs pay for.
+
+    Args:
+        name: name on the command line and in result files.
+        long: which of the two.
+        family: kind of method, for reports.
+        sized: always.
+        paper: where it comes from.
+        needs: the run whose widths it takes.
+
+    References:
+        Liu, Sun, Zhou, Huang, Darrell: "Rethinking the value of network pruning", ICLR 2019.
+    """
+
+    name: str = "small-found"
+    long: bool = False
+    family: str = "small"
+    sized: bool = True
+    paper: str = "Liu et al., Rethinking the value of network pruning, ICLR 2019"
+    needs: tuple[str, ...] = ("setpoint",)
+
+    def course(self, task: Task, budget: float, needed: Mapping[str, Result]) -> Course:
+        """Setpoint's final widths, freshly initialised."""
+        widths, scratch = found_widths(task, needed["setpoint"].widths), task.from_scratch(found=True)
+        if self.long:
+            scratch = scratch.with_steps(_affordable_steps(task, widths, needed["setpoint"]))
+        return Course(scratch, widths, notes="the search for its widths, a whole Setpoint run, is not counted")
+
+    def begin(self, task: Task, model: nn.Module, budget: float, batches: Iterator[tuple[Tensor, Tensor]]) -> Begun:
+        """Nothing but the optimizer."""
+        return task.optimizer(model), None
+
+
+def _affordable_steps(task: Task, widths: Mapping[str, int], spent: Result) -> int:
+    """Steps of a model of these widths that cost what another run has spent in training."""
+    per_step = step_flops(task.build(widths, torch.device("meta")), task.example())
+    return max(1, round(spent.train_flops / per_step))

@@ -1,0 +1,165 @@
+"""Methods for state-space models: they drop states and nothing else, or begin with few."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import final
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import setpoint
+from setpoint.controller.reference import Reference
+from setpoint.cost.params import params_cost
+from setpoint.groups.group import Group
+from setpoint_bench.baselines.compressm import ComplexHankelSensor, ToleranceController
+from setpoint_bench.course import Course, Pruner
+from setpoint_bench.looped import Looped
+from setpoint_bench.results import Result
+from setpoint_bench.task import BenchError, Task, dense_widths
+
+CHAHINE = "Chahine et al., The curious case of in-training compression of state space models, ICLR 2026"
+
+
+@final
+@dataclass(frozen=True)
+class Hankel:
+    """States balanced and dropped by Setpoint, to a FLOPs budget or to an exact number in each layer on average.
+
+    Args:
+        states: mean number of states of a layer at the end; 0: whatever meets the budget.
+        settle: share of the run by which the last states are gone; the first go from a fifth of that on.
+        regrow: whether modes that a truncation lost may come back.
+    """
+
+    name: str = "hankel"
+    states: float = 0.0
+    settle: float = 0.3
+    regrow: bool = False
+    family: str = "setpoint"
+    paper: str = ""
+    needs: tuple[str, ...] = ()
+
+    @property
+    def sized(self) -> bool:
+        """Unless it has a number of states of its own."""
+        return not self.states
+
+    def course(self, task: Task, budget: float, needed: Mapping[str, Result]) -> Course:
+        """The dense widths."""
+        return Course(task, dense_widths(task))
+
+    def begin(
+        self, task: Task, model: nn.Module, budget: float, batches: Iterator[tuple[Tensor, Tensor]]
+    ) -> tuple[Optimizer, Pruner | None]:
+        """A loop over the groups of states."""
+        optimizer, groups = task.optimizer(model), _states(task, model)
+        limit = setpoint.Budget.fraction(budget, of="flops")
+        if self.states:
+            least = params_cost(model, groups).total({group.name: round(self.states) for group in groups})
+            limit = setpoint.Budget.total(least, of="params")
+        loop = setpoint.attach(
+            model,
+            optimizer,
+            limit,
+            example=task.example(),
+            total_steps=task.steps,
+            groups=groups,
+            controller=setpoint.PricedController(self._reference(), regrow=self.regrow),
+        )
+        return optimizer, Looped(loop)
+
+    def _reference(self) -> Reference:
+        """The usual one, earlier or later."""
+        return Reference() if self.settle == Reference().settle else Reference(self.settle / 5, self.settle)
+
+
+@final
+@dataclass(frozen=True)
+class Compressm:
+    """CompreSSM in tolerance mode: its size follows from the tolerance, not from the budget.
+
+    Args:
+        tolerance: share of the summed Hankel values that may go at each check.
+    """
+
+    name: str = "compressm"
+    tolerance: float = 0.02
+    family: str = "open-loop"
+    sized: bool = False
+    paper: str = CHAHINE
+    needs: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 0 < self.tolerance < 1:
+            raise BenchError(
+                f"tolerance is a share of the summed Hankel values, between 0 and 1, got {self.tolerance:g}"
+            )
+
+    def course(self, task: Task, budget: float, needed: Mapping[str, Result]) -> Course:
+        """The dense widths."""
+        return Course(task, dense_widths(task))
+
+    def begin(
+        self, task: Task, model: nn.Module, budget: float, batches: Iterator[tuple[Tensor, Tensor]]
+    ) -> tuple[Optimizer, Pruner | None]:
+        """A loop with the paper's ranking and its four checks."""
+        optimizer = task.optimizer(model)
+        loop = setpoint.attach(
+            model,
+            optimizer,
+            setpoint.Budget.fraction(1.0, of="flops"),
+            example=task.example(),
+            total_steps=task.steps,
+            controller=ToleranceController(self.tolerance),
+            sensor=ComplexHankelSensor(),
+            groups=_states(task, model),
+        )
+        return optimizer, Looped(loop)
+
+
+@final
+@dataclass(frozen=True)
+class FewStates:
+    """A model that begins with few states: the rival of dropping them.
+
+    Args:
+        states: of each layer.
+    """
+
+    name: str = "few-states"
+    states: float = 28.0
+    family: str = "small"
+    sized: bool = False
+    paper: str = ""
+    needs: tuple[str, ...] = ()
+
+    def course(self, task: Task, budget: float, needed: Mapping[str, Result]) -> Course:
+        """The dense widths, but for the states.
+
+        Raises:
+            BenchError: for a task without states.
+        """
+        widths = dense_widths(task)
+        if "states" not in widths:
+            raise BenchError(f"task {task.name} has no states: use smnist, smnist-196, scifar or a permuted one")
+        return Course(task, {**widths, "states": round(self.states)})
+
+    def begin(
+        self, task: Task, model: nn.Module, budget: float, batches: Iterator[tuple[Tensor, Tensor]]
+    ) -> tuple[Optimizer, Pruner | None]:
+        """Nothing but the optimizer."""
+        return task.optimizer(model), None
+
+
+def _states(task: Task, model: nn.Module) -> tuple[Group, ...]:
+    """The groups of states.
+
+    Raises:
+        BenchError: there are none.
+    """
+    groups = tuple(group for group in setpoint.find_groups(model, task.example()) if group.kind == "state")
+    if not groups:
+        raise BenchError(f"task {task.name} has no states: use smnist, smnist-196, scifar or a permuted one")
+    return groups

@@ -1,0 +1,208 @@
+"""The comparison: how the methods of a task stand beside each other, as pieces of a page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+from setpoint.report.draft import Draft, html_table, pair, place_of
+from setpoint.report.numbers import NOTHING, digits, human, percent
+from setpoint_bench.report.columns import (
+    CLOCKS,
+    break_even_text,
+    clock_note,
+    difference_columns,
+    interval_text,
+    landed_text,
+    metric_text,
+    overhead_text,
+    realised_text,
+    seconds_text,
+    seeds_text,
+    share_text,
+)
+from setpoint_bench.report.goals import goals
+from setpoint_bench.report.pareto import expenses, marks_of, pareto
+from setpoint_bench.report.results import Cell
+from setpoint_bench.report.summary import DENSE, SETPOINT, Row
+
+GLYPHS = {
+    **{"circle": "●", "square": "■", "diamond": "◆", "triangle-up": "▲", "triangle-down": "▼"},
+    **{"pentagon": "⬟", "star": "★", "hexagon": "⬢", "cross": "✚", "x": "✖", "bowtie": "⧓"},
+}
+
+NOTES = """
+<dl class="notes">
+<dt>FLOPs per step</dt><dd>Forward and backward pass of one optimizer step of the finished model.</dd>
+<dt>in theory</dt><dd>What a model whose single weights are masked would cost if zeros cost nothing, counted as the
+literature on sparse training does. On this hardware it costs as much as a dense one.</dd>
+<dt>Training FLOPs, training time</dt><dd>The whole run with everything the method did in it, an earlier dense training
+included; evaluation is left out.</dd>
+<dt>Overhead</dt><dd>The part of the training time that was the method's own: attaching (tracing the model, trying cuts
+on a copy), sensing, deciding, resizing, masking.</dd>
+<dt>Time saved / FLOPs saved</dt><dd>Both as shares of the dense run; 1 means that every FLOP saved was time saved.</dd>
+<dt>Ahead from step</dt><dd>From this step on the run had taken less time than the dense run; in brackets how
+many runs ever had, where not all had.</dd>
+<dt>±</dt><dd>Sample standard deviation over seeds; of seconds that were timed, over the rounds of the measurement.</dd>
+<dt>( to )</dt><dd>Least and largest of the rounds. In each round all runs were measured next to each other, so shares
+of dense are taken round by round; told is the median.</dd>
+<dt>[ , ]</dt><dd>95 % interval of a mean difference over the seeds that both methods have (Student's t), from three
+seeds on. Bold where it excludes 0.</dd>
+</dl>
+"""
+
+
+def comparison(name: str, cells: Sequence[Cell], rows: Sequence[Row]) -> Draft:
+    """Headline, numbers, goals and Pareto figures of one task."""
+    draft = Draft(headline(rows) + cards(rows)) + costs(name, cells, rows)
+    return draft + Draft(goal_list(cells, rows) + table(cells, rows) + differences(rows))
+
+
+def headline(rows: Sequence[Row]) -> str:
+    """The result in words: what Setpoint reached, beside dense and small."""
+    told = []
+    for row in rows:
+        if row.method != SETPOINT:
+            continue
+        text = f"At {percent(row.final_flops_ratio)} of the dense FLOPs per step, <b>{escape(row.label)}</b> reaches "
+        text += f"<b>{metric_text(row)}</b> {escape(row.metric)}"
+        if row.difference:
+            unit = " points" if row.metric == "accuracy" else ""
+            text += f", {interval_text(row.difference, row.metric)}{unit} to dense"
+        timed = row.seconds_ratio is not None
+        told.append(text + (f", in {percent(row.seconds_ratio)} of its training time." if timed else "."))
+    for row in rows:
+        if row.method == "small" and told:
+            told.append(f"A <b>{escape(row.label)}</b> dense model from scratch reaches {metric_text(row)}.")
+    return f'<p class="headline">{" ".join(told)}</p>\n' if told else ""
+
+
+def cards(rows: Sequence[Row]) -> str:
+    """The few numbers that matter, for the first Setpoint row."""
+    row = next((row for row in rows if row.method == SETPOINT), None)
+    if row is None:
+        return ""
+    dense = next((other for other in rows if other.method == DENSE), None)
+    shown = (
+        (f"{row.metric} on {row.split}", metric_text(row), "" if not dense else f"dense {metric_text(dense)}"),
+        ("FLOPs per step", percent(row.final_flops_ratio), f"of dense, {human(row.final_flops, 'FLOP')}"),
+        ("parameters", percent(row.final_params_ratio), f"of dense, {human(row.final_params)}"),
+        (CLOCKS[row.clock], percent(row.seconds_ratio), f"of dense, {seconds_text(row)}"),
+        ("overhead", overhead_text(row).partition(" (")[0], overhead_text(row).partition(" (")[2].rstrip(")")),
+    )
+    items = "".join(
+        f"<li><span>{escape(title)}</span><strong>{escape(value)}</strong><small>{escape(note)}</small></li>"
+        for title, value, note in shown
+        if value != NOTHING
+    )
+    return f'<ul class="cards">{items}</ul>\n'
+
+
+def table(cells: Sequence[Cell], rows: Sequence[Row]) -> str:
+    """The summary table of a task."""
+    first = rows[0]
+    titles = (
+        *("method", f"{first.metric} on {first.split}", "FLOPs per step", "parameters", "training FLOPs"),
+        *(CLOCKS[first.clock], "overhead", "time saved / FLOPs saved", "ahead from step", "cuts", "in budget"),
+    )
+    lines = [[pair(text) if isinstance(text, str) else pair(*text) for text in texts(row)] for row in rows]
+    notes = "".join(f"<li><b>{escape(row.label)}</b>: {escape(note)}</li>" for row in rows for note in row.notes)
+    caption = f"Each row is over {seeds_text(rows)}; small figures are shares of dense. "
+    caption += clock_note(cells, first.clock)
+    return (
+        f'<h3>All numbers</h3>\n<div class="scroll">{html_table(titles, lines, classes="summary")}</div>\n'
+        f'<p class="caption">{escape(caption).replace("`setpoint bench --timing`", CODE)}</p>\n'
+        f"<details><summary>What the columns mean</summary>{NOTES}</details>\n"
+        + (f"<details><summary>Notes on the methods</summary><ul>{notes}</ul></details>\n" if notes else "")
+    )
+
+
+CODE = "<code>setpoint bench --timing</code>"
+
+
+def texts(row: Row) -> tuple[str | tuple[str, ...], ...]:
+    """A row's cells: a text, or a text with smaller ones below."""
+    return (
+        row.label,
+        metric_text(row),
+        (human(row.final_flops, "FLOP"), percent(row.final_flops_ratio), in_theory(row.theoretical_ratio)),
+        (human(row.final_params), percent(row.final_params_ratio)),
+        (human(row.train_flops, "FLOP"), percent(row.train_flops_ratio), in_theory(row.theoretical_train_ratio)),
+        (seconds_text(row), share_text(row.seconds_share)),
+        overhead_text(row),
+        realised_text(row),
+        break_even_text(row),
+        NOTHING if not row.resizes else digits(row.resizes),
+        landed_text(row),
+    )
+
+
+def in_theory(share: float | None) -> str:
+    """A share of dense if zeros cost nothing."""
+    return "" if share is None else f"in theory {percent(share)}"
+
+
+def differences(rows: Sequence[Row]) -> str:
+    """How far each method lies from its rivals."""
+    compared = [row for row in rows if row.differences]
+    if not compared:
+        return ""
+    shown = difference_columns(rows)
+    lines = []
+    for row in compared:
+        cells = [escape(row.label)]
+        for column in shown[1:]:
+            found = row.differences.get(column.heading.removeprefix("to "))
+            text = escape(column.text(row))
+            cells.append(f"<b>{text}</b>" if found is not None and found.clear else text)
+        lines.append(cells)
+    loss = f"{rows[0].unit} of loss".removeprefix(" of ")
+    unit = "points of accuracy: more is better" if rows[0].metric == "accuracy" else f"{loss}: less is better"
+    return (
+        f"<h3>Against its rivals</h3>\n"
+        f'<div class="scroll">{html_table([column.heading for column in shown], lines, classes="summary")}</div>\n'
+        f'<p class="caption">Differences at the same budget, seed by seed, in {unit}. '
+        "Brackets: 95 % interval; bold where it excludes 0.</p>\n"
+    )
+
+
+def goal_list(cells: Sequence[Cell], rows: Sequence[Row]) -> str:
+    """The headline goals, and whether they are reached."""
+    if not any(row.method == SETPOINT for row in rows):
+        return ""
+    lines = [
+        [
+            f"({goal.letter}) {escape(goal.text)}",
+            f'<span class="verdict" data-verdict="{goal.verdict}">{goal.verdict}</span>',
+            escape(goal.evidence) or NOTHING,
+        ]
+        for goal in goals(cells, rows)
+    ]
+    listing = html_table(("goal", "verdict", "measured"), lines, classes="goals")
+    return f'<h3>Headline goals</h3>\n<div class="scroll">{listing}</div>\n'
+
+
+def costs(name: str, cells: Sequence[Cell], rows: Sequence[Row]) -> Draft:
+    """The metric against what it cost, one figure for each expense."""
+    found = expenses(rows)
+    if not found or len(rows) < 2:
+        return Draft("")
+    keys = "".join(
+        f'<li><i class="mark" data-ink="{color}">{GLYPHS[mark]}</i>{escape(method)}</li>'
+        for method, (color, mark) in marks_of(rows).items()
+    )
+    draft = Draft(f'<h3>What it costs</h3>\n<ul class="legend">{keys}</ul>\n<div class="two">')
+    for expense in found:
+        theory = any(row.theoretical_ratio is not None for row in rows) and expense.unit == "FLOP"
+        note = "Masked models: in theory, and not on the line. " if theory else ""
+        timed = expense.unit == "s" and rows[0].clock == "timed"
+        note += clock_note(cells, rows[0].clock) if expense.unit == "s" else ""
+        bars = "± over seeds, of seconds over the rounds of their measurement" if timed else "± over seeds"
+        caption = f"Full marks: the largest budget. Bars: {bars}. Line: the front. {note}"
+        draft += place_of(
+            f"{name}-pareto-{expense.name}",
+            pareto(rows, expense),
+            f"{rows[0].metric.capitalize()} against {expense.title}",
+            escape(caption).replace("`setpoint bench --timing`", CODE),
+        )
+    return draft + Draft("</div>\n")

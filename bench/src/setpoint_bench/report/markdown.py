@@ -1,0 +1,143 @@
+"""The summary as Markdown: tables of what was reached and spent, differences to the rivals, and the goals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from setpoint.report.numbers import NOTHING
+from setpoint_bench.report.columns import Column, clock_note, columns, difference_columns, seeds_text
+from setpoint_bench.report.folder import read_results
+from setpoint_bench.report.goals import goals
+from setpoint_bench.report.results import Cell, Results
+from setpoint_bench.report.summary import RIVALS, Row, series, summary_rows
+
+NAME = "results.md"
+INTERVALS = (
+    "Differences are means over the seeds that both methods have, with 95 % intervals of Student's t from three seeds "
+    "on; bold where the interval excludes 0."
+)
+
+
+def write_markdown(results_dir: Path, out: Path | None = None) -> Path:
+    """Write `results.md` for a results folder (docs/results-format.md), by default into it.
+
+    Raises:
+        ReportError: the folder holds no results, or of an unknown schema.
+    """
+    target = results_dir / NAME if out is None else out
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(markdown(read_results(results_dir)), encoding="utf-8")
+    return target
+
+
+def markdown(results: Results) -> str:
+    """All tasks of a folder as one Markdown page."""
+    rows = summary_rows(results)
+    parts = ["# Results"]
+    for task in results.tasks():
+        parts += [f"## {escape(task)}", task_text(results.of(task), [row for row in rows if row.task == task])]
+    if results.remarks:
+        parts += ["## Left out", "\n".join(f"* {escape(remark)}" for remark in results.remarks)]
+    return "\n\n".join(parts) + "\n"
+
+
+def task_text(cells: Sequence[Cell], rows: Sequence[Row], *, judged: bool = True) -> str:
+    """One task: its tables, what they were measured on and, if `judged`, its goals."""
+    parts = [table(columns(rows), rows)]
+    compared = [row for row in rows if row.differences]
+    if compared:
+        unit = " (points)" if rows[0].metric == "accuracy" else ""
+        parts += [f"Differences{unit}:", table(difference_columns(rows), compared)]
+    if judged and any(row.method == "setpoint" for row in rows):
+        parts.append(goals_table(cells, rows))
+    return "\n\n".join([*parts, about(cells, rows)])
+
+
+def table(shown: Sequence[Column], rows: Sequence[Row]) -> str:
+    """A Markdown table; of differences those are bold whose interval excludes 0."""
+    lines = [f"| {' | '.join(column.heading for column in shown)} |", f"|---|{'---:|' * (len(shown) - 1)}"]
+    for row in rows:
+        lines.append(f"| {' | '.join(_cell(column, row) for column in shown)} |")
+    return "\n".join(lines)
+
+
+def _cell(column: Column, row: Row) -> str:
+    text = escape(column.text(row))
+    found = row.differences.get(column.heading.removeprefix("to "))
+    return f"**{text}**" if found is not None and column.heading.startswith("to ") and found.clear else text
+
+
+def goals_table(cells: Sequence[Cell], rows: Sequence[Row]) -> str:
+    """The headline goals of one task."""
+    lines = ["| goal | | measured |", "|---|---|---|"]
+    for goal in goals(cells, rows):
+        lines.append(f"| ({goal.letter}) {goal.text} | {goal.verdict} | {escape(goal.evidence) or NOTHING} |")
+    return "\n".join(lines)
+
+
+def about(cells: Sequence[Cell], rows: Sequence[Row]) -> str:
+    """What the numbers were measured on, and how to read them."""
+    seeds = sorted({cell.seed for cell in cells if cell.seed is not None})
+    steps = max((cell.steps or 0 for cell in cells if cell.method == "dense"), default=0)
+    told = [f"{seeds_text(rows)} a row ({', '.join(map(str, seeds))})"] + [f"{steps} steps"] * bool(steps)
+    told += _machine([cell.environment for cell in cells], [cell.timing.environment for cell in cells if cell.timing])
+    dates = sorted(cell.date[:10] for cell in cells if cell.date)
+    told += [" to ".join(dict.fromkeys((dates[0], dates[-1])))] if dates else []
+    notes = [f"`{row.label}`: {'; '.join(row.notes)}." for row in rows if row.notes]
+    masked = "*In theory*: if zeros cost nothing. " if any(row.theoretical_ratio is not None for row in rows) else ""
+    compared = INTERVALS if any(rival in row.differences for row in rows for rival in RIVALS) else ""
+    told_of = (
+        f"{'; '.join(map(escape, told))}.",
+        clock_note(cells, rows[0].clock),
+        _other_machines(cells),
+        _versions(cells),
+        masked + compared,
+        *map(escape, notes),
+    )
+    return " ".join(filter(None, told_of))
+
+
+def _machine(runs: Sequence[Mapping[str, str]], timings: Sequence[Mapping[str, str]]) -> list[str]:
+    """What the runs ran on, and in brackets what they were timed on where that is something else."""
+    told = []
+    for key in ("cpu", "device", "threads", "dtype", "torch"):
+        ran, timed = (_value(key, environments) for environments in (runs, timings))
+        if ran and not (key == "device" and ran == "cpu"):
+            told.append(f"{ran} (timed: {timed})" if timed not in ("", ran) else ran)
+    return told
+
+
+def _other_machines(cells: Sequence[Cell]) -> str:
+    """Which rows ran on another processor than the majority, "" where all ran on one."""
+    labels: dict[str, dict[str, None]] = {}
+    for label, runs in series(cells).items():
+        for cell in runs:
+            labels.setdefault(cell.environment.get("cpu", "a processor not known"), {})[label] = None
+    others = sorted(labels, key=lambda cpu: -len(labels[cpu]))[1:]
+    return " ".join(f"On {escape(cpu)}: {', '.join(f'`{escape(each)}`' for each in labels[cpu])}." for cpu in others)
+
+
+def _versions(cells: Sequence[Cell]) -> str:
+    """How many versions of the code made the runs, as far as recorded; "" for one."""
+    codes = [cell.environment.get("code", "") for cell in cells]
+    num_untold, known = codes.count(""), set(codes) - {""}
+    told = [f"{num_untold} of {len(codes)} runs do not tell by which code they were made"] * bool(num_untold)
+    told += [f"{'the others were' if num_untold else 'the runs were'} made by {len(known)} versions of the code"] * (
+        len(known) > 1
+    )
+    text = "; ".join(told)
+    return f"{text[0].upper()}{text[1:]}." if text else ""
+
+
+def _value(key: str, environments: Sequence[Mapping[str, str]]) -> str:
+    """The values of one part of the environment, "" if it is not known."""
+    value = " or ".join(dict.fromkeys(each[key] for each in environments if key in each))
+    if key == "threads" and value:
+        return f"{value} thread{'s' * (value != '1')}"
+    return f"torch {value}" if key == "torch" and value else value
+
+
+def escape(text: str) -> str:
+    """Text for a cell of a Markdown table."""
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")

@@ -1,0 +1,125 @@
+"""Results of runs as values: one cell per run, with its history, its ledger and its timing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from setpoint.report.record import Point, Record
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of a run on an idle machine, measured separately, in turns with the other runs.
+
+    Args:
+        seconds: of the run, everything counted.
+        rounds: the same by each round of the measurement.
+        own_seconds: the part that the method itself spends beside plain training steps.
+        stage_steps: optimizer steps of each stage of the run.
+        step_seconds: seconds of a step of each stage.
+        load: the machine's load average before the measurement; None where it is unknown.
+        control: by round, seconds of the dense model's steps / seconds of the same steps timed a second time.
+        environment: hardware and versions of the measurement.
+        date: ISO 8601 in UTC.
+    """
+
+    seconds: float
+    rounds: tuple[float, ...] = ()
+    own_seconds: float = 0.0
+    stage_steps: tuple[int, ...] = ()
+    step_seconds: tuple[float, ...] = ()
+    load: float | None = None
+    control: tuple[float, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    date: str = ""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: a method on a task, at a budget, with a seed. Unknown numbers are None.
+
+    Args:
+        method: "dense" is the one that others are compared with.
+        budget: the fraction asked for, None where the method has none.
+        metric: "accuracy" (a share in [0, 1], more is better) or "loss" (less is better).
+        value: the metric on `split`, after the last step.
+        split: "test" or "validation".
+        final_flops, final_params: FLOPs of one optimizer step, and parameters, of the finished model.
+        train_flops: FLOPs of the run, overhead included.
+        seconds: duration of training, overhead included.
+        overhead_seconds: the part of `seconds` that Setpoint spent: attaching, sensing, deciding, resizing.
+        overhead_flops: the part of `train_flops` spent on them.
+        resizes: number of cuts.
+        landed: whether the run ended within budget; None without a budget.
+        widths, dense_widths: active units of the finished and of the dense model, by group.
+        environment: versions and hardware, as text.
+        date: when the run ended.
+        family: kind of method: "dense", "small", "post-training", "open-loop", "sparse" or "setpoint".
+        clock: "interleaved" where the methods took turns in one process, "shared" where other work may have
+            shared the machine.
+        theoretical_flops: FLOPs of one step of the finished model if zeros cost nothing; None where nothing is masked.
+        theoretical_train_flops: FLOPs of the run if zeros cost nothing.
+        density: kept fraction of the maskable weights; None where nothing is masked.
+        energy_j: joules of training; None where there is no meter.
+        break_even_step: first step at which the seconds saved exceed the overhead, by the run's own clock.
+        notes: what a reader must know about the run.
+        unit: of a loss: "nats" where it is a cross-entropy, else "".
+        timing: seconds on an idle machine; None where they were not measured.
+        history: loss and accuracy over the run.
+        record: the ledger, None where there is none.
+    """
+
+    task: str
+    method: str
+    value: float
+    metric: str = "accuracy"
+    split: str = "test"
+    budget: float | None = None
+    seed: int | None = None
+    final_flops: float | None = None
+    final_params: float | None = None
+    train_flops: float | None = None
+    seconds: float | None = None
+    overhead_seconds: float | None = None
+    overhead_flops: float | None = None
+    resizes: int | None = None
+    landed: bool | None = None
+    widths: Mapping[str, int] = field(default_factory=dict)
+    dense_widths: Mapping[str, int] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
+    date: str = ""
+    family: str = ""
+    steps: int | None = None
+    clock: str = "interleaved"
+    theoretical_flops: float | None = None
+    theoretical_train_flops: float | None = None
+    density: float | None = None
+    energy_j: float | None = None
+    break_even_step: int | None = None
+    notes: str = ""
+    unit: str = "nats"
+    timing: Timing | None = None
+    history: tuple[Point, ...] = ()
+    record: Record | None = None
+
+
+@dataclass(frozen=True)
+class Results:
+    """All cells of a results folder, and what could not be read.
+
+    Args:
+        cells: the runs in the order of the file; a run that was repeated counts once, the last time.
+        remarks: what was left out or missing, for people.
+    """
+
+    cells: tuple[Cell, ...]
+    remarks: tuple[str, ...] = ()
+
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks, in the order of the file."""
+        return tuple(dict.fromkeys(cell.task for cell in self.cells))
+
+    def of(self, task: str) -> tuple[Cell, ...]:
+        """The cells of one task."""
+        return tuple(cell for cell in self.cells if cell.task == task)

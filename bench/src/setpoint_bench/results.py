@@ -1,0 +1,214 @@
+"""Results: one line of JSON per finished cell, and the history of each cell in its own folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from setpoint_bench.report.folder import SCHEMA, SCHEMAS
+from setpoint_bench.task import BenchError
+
+FILE = "results.jsonl"
+HISTORY = "history.jsonl"
+LEDGER = "ledger.jsonl"
+MODEL = "model.safetensors"
+LOCK = ".lock"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one cell (task, method, budget, seed) came to.
+
+    Args:
+        task: name of the task.
+        method: name of the method.
+        budget: fraction of the dense FLOPs per step; None where the method has none.
+        seed: seed of weights, data order and augmentation.
+        metric: "accuracy" or "loss".
+        value: the metric on `split`, after the last step.
+        split: "test" or "validation".
+        final_flops: FLOPs of one optimizer step of the finished model, by the independent counter.
+        claimed_flops: the same by Setpoint's own cost; None where Setpoint took no part.
+        final_params: parameters of the finished model.
+        train_flops: FLOPs of all optimizer steps, overhead included.
+        seconds: wall-clock time of training, overhead included, evaluation excluded.
+        evaluation_seconds: wall-clock time of evaluation.
+        overhead_seconds: the part of `seconds` that the method itself spent beside plain training steps.
+        overhead_flops: the part of `train_flops` that it spent.
+        resizes: how many times the model was cut.
+        landed: whether it landed within the budget; None where there was nothing to land.
+        steps: optimizer steps.
+        widths: active units by group at the end.
+        dense_widths: the same at the start.
+        environment: what the numbers depend on.
+        date: when the cell finished, ISO 8601 in UTC.
+        folder: the cell's folder, relative to the results file.
+        dense_flops: FLOPs per step of the model that pruning began with; None where Setpoint took no part.
+        family: what kind of method it is, such as "post-training"; the headline goals go by it.
+        task_steps: optimizer steps of the task's recipe; a method may take more or fewer.
+        clock: "interleaved" where the methods took turns in one process, "shared" where each cell had
+            a process of its own and other work may have shared the machine.
+        theoretical_flops: FLOPs of one step of the finished model if zeros cost nothing; None where there are none.
+        theoretical_train_flops: FLOPs of the run if zeros cost nothing, as the sparse-training literature counts.
+        density: kept fraction of the maskable weights; None where nothing is masked.
+        energy_j: joules of training, other work of the machine in that time included; None where there is no meter.
+        break_even_step: first step at which the seconds saved exceed the overhead; None if never or unknown.
+        notes: what a reader must know about this run.
+        unit: of a loss: "nats" where it is known to be a cross-entropy, else ""; None in rows of versions that knew
+            cross-entropies only.
+        fingerprint: of the task: its dense model, recipe and data; "" in rows of versions that knew none.
+        schema: version of this format.
+    """
+
+    task: str
+    method: str
+    budget: float | None
+    seed: int
+    metric: str
+    value: float
+    split: str
+    final_flops: float
+    claimed_flops: float | None
+    final_params: int
+    train_flops: float
+    seconds: float
+    evaluation_seconds: float
+    overhead_seconds: float
+    overhead_flops: float
+    resizes: int
+    landed: bool | None
+    steps: int
+    widths: Mapping[str, int]
+    dense_widths: Mapping[str, int]
+    environment: Mapping[str, str | int]
+    date: str
+    folder: str
+    dense_flops: float | None = None
+    family: str = ""
+    task_steps: int | None = None
+    clock: str = "interleaved"
+    theoretical_flops: float | None = None
+    theoretical_train_flops: float | None = None
+    density: float | None = None
+    energy_j: float | None = None
+    break_even_step: int | None = None
+    notes: str = ""
+    unit: str | None = None
+    fingerprint: str = ""
+    schema: int = field(default=SCHEMA)
+
+
+MAY_BE_NULL = ("budget", "claimed_flops", "landed")
+"""Required keys of a row that may be `null`."""
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Make the folder, and keep other processes from writing into it until the end.
+
+    Raises:
+        BenchError: the folder cannot be made, or another process is at work in it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / LOCK, timeout=0)
+        lock.acquire()
+    except Timeout as error:
+        raise BenchError(
+            f"another setpoint bench is at work in {folder}: wait for it, or name another --out"
+        ) from error
+    except OSError as error:
+        raise BenchError(f"--out {folder} cannot be written: {error.strerror or error}") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def append_line(path: Path, line: Mapping[str, Any]) -> None:
+    """Append one JSON object as one line; a line left half-written by an interrupted run is cut off first."""
+    mend(path)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def append_result(folder: Path, result: Result) -> None:
+    """Append one result to the results file of a folder."""
+    append_line(folder / FILE, dataclasses.asdict(result))
+
+
+def mend(path: Path) -> None:
+    """End a whole last line that lacks its end; cut off half a line after the last line's end."""
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        content = file.read()
+        end = content.rfind(b"\n") + 1
+        if _is_whole(content[end:]):
+            file.write(b"\n")
+        elif end < len(content):
+            file.truncate(end)
+
+
+def _is_whole(line: bytes) -> bool:
+    """Whether a line is a JSON object, or the half that a crash left of one."""
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
+def load_results(folder: Path) -> tuple[Result, ...]:
+    """The finished cells of a folder, in order; none where there is no results file yet.
+
+    A half-written last line is left out. A cell that was repeated counts once, the last time.
+
+    Raises:
+        BenchError: the folder was written by another version of Setpoint, or the file is damaged.
+    """
+    path = folder / FILE
+    if not path.exists():
+        return ()
+    found: dict[tuple[object, ...], Result] = {}
+    *lines, rest = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    if _is_whole(rest.encode()):  # else it is empty, or half a line after a crash
+        lines.append(rest)
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            result = _parsed(line, f"line {number} of {path}")
+            key = (result.task, result.method, result.budget, result.seed)
+            found.pop(key, None)
+            found[key] = result
+    return tuple(found.values())
+
+
+def _parsed(line: str, where: str) -> Result:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise BenchError(f"{where} is damaged: delete that line, or name another folder with --out") from error
+    if not isinstance(row, dict) or row.get("schema") not in SCHEMAS:
+        schema = row.get("schema") if isinstance(row, dict) else None
+        raise BenchError(
+            f"{where} has schema {schema!r}, this version of Setpoint continues folders of schema "
+            f"{' and '.join(map(str, SCHEMAS))}: name another folder with --out"
+        )
+    known = {each.name: each for each in dataclasses.fields(Result)}
+    if "value" in row and row["value"] is None:  # how others write what is no number
+        row["value"] = math.nan
+    missing = [
+        name
+        for name, each in known.items()
+        if each.default is MISSING and (name not in row or (row[name] is None and name not in MAY_BE_NULL))
+    ]
+    if missing:
+        raise BenchError(f"{where} lacks {', '.join(missing)}: delete that line, or name another folder with --out")
+    return Result(**{name: value for name, value in row.items() if name in known})

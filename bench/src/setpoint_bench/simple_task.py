@@ -1,0 +1,236 @@
+"""A simple task: a family of models, data, and a recipe, put together into a task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from typing import Protocol, final, get_args, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Shaped
+from torch import Tensor, nn
+
+from setpoint_bench.device import autocast, best_device, product_dtype
+from setpoint_bench.family import Family
+from setpoint_bench.recipe import Recipe
+from setpoint_bench.task import PLAIN, BenchError, Dimension, Metric, Score, Split, fits_a_folder
+
+EVALUATION_BATCH = 500
+Criterion = Callable[[Tensor, Tensor], Tensor]
+Views = Callable[[Tensor], Sequence[Tensor]]
+
+
+@runtime_checkable
+class Data(Protocol):
+    """Where a task's examples come from. A value: equal data have equal hashes."""
+
+    def __hash__(self) -> int: ...
+
+    @property
+    def num_train(self) -> int | None:
+        """Examples in one pass over the training data; None where there are no passes."""
+        ...
+
+    def example(self, batch: int) -> Tensor:
+        """Inputs shaped like one training batch, drawn from no global random state."""
+        ...
+
+    def batches(self, batch: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Endless training batches of inputs and targets, in an order fixed by the seed."""
+        ...
+
+    def split(self, split: Split) -> tuple[Tensor, Tensor]:
+        """All inputs and targets of a split that no training batch is drawn from."""
+        ...
+
+
+def unaltered(inputs: Tensor) -> Sequence[Tensor]:
+    """The inputs, in the one view that there is of them."""
+    return (inputs,)
+
+
+def cross_entropy(scores: Shaped[Tensor, "... classes"], targets: Shaped[Tensor, " ..."]) -> Tensor:
+    """Mean cross-entropy over all targets, in nats."""
+    return F.cross_entropy(scores.flatten(0, -2), targets.flatten())
+
+
+def smoothed_cross_entropy(scores: Shaped[Tensor, "... classes"], targets: Shaped[Tensor, " ..."]) -> Tensor:
+    """Mean cross-entropy with label smoothing 0.1.
+
+    Szegedy et al., "Rethinking the Inception architecture for computer vision", CVPR 2016.
+    """
+    return F.cross_entropy(scores.flatten(0, -2), targets.flatten(), label_smoothing=0.1)
+
+
+@final
+@dataclass(frozen=True)
+class SimpleTask:
+    """A family of models, trained on data by a recipe: all that a method and the runner ask of a task.
+
+    Args:
+        name: name in result files.
+        family: the models, by width.
+        data: what they are trained and judged on.
+        recipe: how they are trained.
+        criterion: batch-mean loss of scores and targets, for judging.
+        training_criterion: the same for training; by default `criterion`.
+        metric: which field of a score is reported; accuracy is the share of targets with the highest score.
+        device: where model and batches lie.
+        scratch_learning_rate: peak for narrower models that start from fresh weights, relative to the recipe's, which
+            is for the dense model: other than 1 where that starts from trained ones, or where another suits them.
+        found_learning_rate: the same for models of the widths that Setpoint found; None for that of all narrower ones.
+        views: makes of a batch of inputs the batches of which the mean score judges them, such as images and their
+            mirror images; training is as it is without.
+
+    >>> import torch
+    >>> from setpoint_bench.family import ByFactor
+    >>> from setpoint_bench.tensors import Tensors
+    >>> points = torch.rand(200, 2, generator=torch.Generator().manual_seed(0))
+    >>> inside = (points.square().sum(1) < 0.6).long()
+    >>> def build(factor):
+    ...     width = max(1, round(64 * factor))
+    ...     return torch.nn.Sequential(torch.nn.Linear(2, width), torch.nn.ReLU(), torch.nn.Linear(width, 2))
+    >>> data = Tensors(train=(points, inside), test=(points[:50], inside[:50]))
+    >>> task = SimpleTask("disc", ByFactor(build), data, Recipe(steps=100, batch=32))
+    >>> task.with_steps(30).steps
+    30
+    """
+
+    name: str
+    family: Family
+    data: Data
+    recipe: Recipe
+    criterion: Criterion = cross_entropy
+    training_criterion: Criterion | None = None
+    metric: Metric = "accuracy"
+    device: torch.device = field(default_factory=best_device)
+    scratch_learning_rate: float = 1.0
+    found_learning_rate: float | None = None
+    views: Views = unaltered
+
+    def __post_init__(self) -> None:
+        if not fits_a_folder(self.name):
+            raise BenchError(f"a task named {self.name!r} cannot be part of a folder's name: {PLAIN}")
+        if self.metric not in get_args(Metric):
+            raise BenchError(f"unknown metric {self.metric!r}: use {' or '.join(get_args(Metric))}")
+
+    @property
+    def dimensions(self) -> Mapping[str, Dimension]:
+        """The free widths of the family."""
+        return self.family.dimensions
+
+    @property
+    def unit(self) -> str:
+        """Unit of the loss: "nats" where the criterion is known to be a cross-entropy, else ""."""
+        known = (cross_entropy, smoothed_cross_entropy, F.cross_entropy, F.nll_loss)
+        return "nats" if self.criterion in known or isinstance(self.criterion, nn.CrossEntropyLoss) else ""
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of one run."""
+        return self.recipe.steps
+
+    def num_samples(self) -> int:
+        """Classes to tell in one training batch; examples, where targets are no classes."""
+        _, targets = next(self.data.batches(self.recipe.batch, seed=0))
+        return len(targets) if targets.is_floating_point() else targets.numel()
+
+    @property
+    def steps_per_validation(self) -> int:
+        """Optimizer steps between two looks at the validation data."""
+        return self.recipe.steps_per_validation
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """The type that products are computed in."""
+        return product_dtype(self.device) if self.recipe.mixed else torch.float32
+
+    @property
+    def dtype(self) -> str:
+        """Name of the type that products are computed in."""
+        return str(self.product_dtype).removeprefix("torch.")
+
+    def with_steps(self, steps: int) -> SimpleTask:
+        """The same task in a run of so many steps, its schedule stretched or compressed."""
+        return replace(self, recipe=replace(self.recipe, steps=steps))
+
+    def with_epochs(self, epochs: int) -> SimpleTask:
+        """The same task in a run of so many passes over the training data, in whole batches.
+
+        Raises:
+            BenchError: the data know no passes.
+        """
+        if self.data.num_train is None:
+            raise BenchError(f"{self.name} has no epochs: give its length as --steps N")
+        return self.with_steps(epochs * max(1, self.data.num_train // self.recipe.batch))
+
+    def with_learning_rate_factor(self, factor: float) -> SimpleTask:
+        """The same task at a learning rate `factor` times as high."""
+        return replace(self, recipe=replace(self.recipe, learning_rate=factor * self.recipe.learning_rate))
+
+    def from_scratch(self, *, found: bool = False) -> SimpleTask:
+        """The same task with the learning rate for narrower models of fresh weights."""
+        own = self.found_learning_rate if found else None
+        return self.with_learning_rate_factor(self.scratch_learning_rate if own is None else own)
+
+    def build(self, widths: Mapping[str, int], device: torch.device | None = None) -> nn.Module:
+        """A fresh model of these widths, initialised from the global random state."""
+        with device or self.device:
+            return self.family.build(widths)
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """The recipe's optimizer."""
+        return self.recipe.optimizer(model)
+
+    def schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        """The recipe's learning rate."""
+        return self.recipe.schedule(optimizer)
+
+    def example(self) -> tuple[Tensor, ...]:
+        """Inputs shaped like one training batch."""
+        return (self.data.example(self.recipe.batch).to(self.device),)
+
+    def batches(self, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Endless training batches, in an order fixed by the seed."""
+        for inputs, targets in self.data.batches(self.recipe.batch, seed):
+            yield inputs.to(self.device), targets.to(self.device)
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Context in which products run in `dtype`."""
+        return autocast(self.device, self.product_dtype)
+
+    def scores(self, model: nn.Module, inputs: Shaped[Tensor, "batch ..."]) -> Tensor:
+        """The model's answer, in float32."""
+        with self.autocast():
+            scores: Tensor = model(inputs)
+        return scores.float()
+
+    def loss(
+        self, model: nn.Module, inputs: Shaped[Tensor, "batch ..."], targets: Shaped[Tensor, "batch ..."]
+    ) -> Tensor:
+        """Batch-mean training loss."""
+        return (self.training_criterion or self.criterion)(self.scores(model, inputs), targets)
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, split: Split) -> Score:
+        """Mean criterion over a split and, if that is the metric, accuracy; the model's mode is restored."""
+        inputs, targets = self.data.split(split)
+        if not len(targets):
+            raise BenchError(f"the {split} split of {self.name} is empty: there is nothing to score")
+        if self.metric == "accuracy" and targets.is_floating_point():
+            raise BenchError(f'{self.name} has targets that are no classes: give it metric="loss"')
+        training = model.training
+        model.eval()
+        loss, right = 0.0, 0
+        try:
+            for x, y in zip(torch.split(inputs, EVALUATION_BATCH), torch.split(targets, EVALUATION_BATCH), strict=True):
+                x, y = x.to(self.device), y.to(self.device)
+                scores = torch.stack([self.scores(model, view) for view in self.views(x)]).mean(0)
+                loss += float(self.criterion(scores, y)) * len(y)
+                if self.metric == "accuracy":
+                    right += int((scores.argmax(-1) == y).sum())
+        finally:
+            model.train(training)
+        return Score(loss / len(targets), right / targets.numel() if self.metric == "accuracy" else None)

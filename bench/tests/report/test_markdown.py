@@ -1,0 +1,117 @@
+"""`results.md` holds the tables, bold only where an interval excludes 0, and keeps names text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from setpoint.errors import ReportError
+from setpoint_bench.report.folder import read_results
+from setpoint_bench.report.markdown import markdown, write_markdown
+
+
+def set_values(folder: Path, values: dict[str, float]) -> None:
+    """Give each method's runs the same value, a little higher with each seed."""
+    path = folder / "results.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        line["value"] = values[line["method"]] + 0.001 * line["seed"] ** 2
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_tables_differences_and_goals(make_results: Any) -> None:
+    """Every method has its rows; differences come with intervals, the clear ones bold; goals have verdicts."""
+    folder = make_results(seeds=(0, 1, 2))
+    set_values(folder, {"dense": 0.98, "small": 0.96, "setpoint": 0.97})
+    text = write_markdown(folder).read_text(encoding="utf-8")
+    assert text == markdown(read_results(folder))
+    assert "## digits" in text
+    assert "| setpoint | **−1.00 [−1.00, −1.00]** | **+1.00 [+1.00, +1.00]** |" in text
+    assert "| not reached | −1.00 [−1.00, −1.00] to dense |" in text
+    assert "3 seeds a row (0, 1, 2)" in text
+
+
+def test_nothing_is_bold_without_an_interval(make_results: Any) -> None:
+    """Two seeds have no interval, so nothing is bold, whatever the difference."""
+    text = markdown(read_results(make_results(seeds=(0, 1))))
+    assert "**" not in text
+    assert "(n = 2)" in text
+
+
+def test_names_stay_text(make_results: Any) -> None:
+    """Markup and pipes in names neither make elements nor break the table."""
+    text = markdown(read_results(make_results(task="a|b<img>", seeds=(0,))))
+    assert "<img>" not in text and "a\\|b&lt;img>" in text
+
+
+def test_clocks_are_told_apart(make_results: Any) -> None:
+    """Seconds of a busy machine are labelled; once timings are there, they alone count."""
+    folder = make_results(seeds=(0,), clock="shared")
+    text = markdown(read_results(folder))
+    assert "training time (busy machine)" in text and "they do not compare" in text
+    times = {"dense": 100.0, "setpoint": 61.0}
+    with (folder / "timing.jsonl").open("w") as file:
+        for method, seconds in times.items():
+            line = {
+                "schema": 2,
+                "task": "digits",
+                "method": method,
+                "budget": 1.0 if method == "dense" else 0.5,
+                "seed": 0,
+            }
+            file.write(json.dumps(line | {"seconds": seconds, "rounds": [seconds - 1, seconds + 1]}) + "\n")
+        file.write('{"schema": 2, "task')
+    results = read_results(folder)
+    assert "line 3 of timing.jsonl is not a complete JSON object and was left out" in results.remarks
+    text = markdown(results)
+    assert "busy machine" not in text
+    row = next(line for line in text.splitlines() if line.startswith("| setpoint |"))
+    assert "61 s ± 1.41 s | 61.0 %" in row
+    assert "| small |" in text and "| – |" in next(line for line in text.splitlines() if line.startswith("| small |"))
+
+
+def test_a_run_made_again_loses_its_old_seconds(make_results: Any) -> None:
+    """Seconds that were measured before their run was made anew are of another run: they are left out and told."""
+    folder = make_results(seeds=(0,), methods=("dense",))
+    line = {"schema": 2, "task": "digits", "method": "dense", "budget": 1.0, "seed": 0, "seconds": 9.0}
+    (made,) = read_results(folder).cells
+    for date, remarks in (
+        ("9999", ()),
+        ("1970", ("dense of seed 0 was run again after it was timed: its seconds are left out",)),
+    ):
+        (folder / "timing.jsonl").write_text(json.dumps({**line, "date": date}) + "\n")
+        found = read_results(folder)
+        assert found.remarks == remarks
+        assert (found.cells[0].timing is None) == bool(remarks)
+    assert made.date
+
+
+def test_the_machine_of_the_timing_is_told(make_results: Any) -> None:
+    """Where the runs were timed with other threads than they ran with, the line below the tables says both."""
+    folder = make_results(seeds=(0,), methods=("dense",))
+    line = {"schema": 2, "task": "digits", "method": "dense", "budget": 1.0, "seed": 0, "seconds": 9.0}
+    for threads, told in ((2, "Example CPU; 2 threads; torch"), (1, "Example CPU; 2 threads (timed: 1 thread); torch")):
+        timing = {**line, "environment": {"threads": threads, "cpu": "Example CPU"}}
+        (folder / "timing.jsonl").write_text(json.dumps(timing) + "\n")
+        assert told in markdown(read_results(folder))
+
+
+def test_rows_of_another_machine_are_named(make_results: Any) -> None:
+    """Where rows ran on several processors, those that did not run on the usual one are named, one label once."""
+    folder = make_results(seeds=(0, 1), methods=("dense", "small"))
+    assert "On " not in markdown(read_results(folder))
+    make_results(seeds=(0, 1), methods=("setpoint",), environment={"torch": "2.13.0", "cpu": "Other CPU", "threads": 2})
+    text = markdown(read_results(folder))
+    assert "Example CPU or Other CPU" in text
+    assert "On Other CPU: `setpoint`." in text and text.count("On ") == 1
+
+
+def test_timings_of_another_version_are_refused(make_results: Any) -> None:
+    """A timing with an unknown schema is an error that says what to do."""
+    folder = make_results(seeds=(0,))
+    (folder / "timing.jsonl").write_text('{"schema": 9}\n')
+    with pytest.raises(ReportError, match="schema 9.*--timing"):
+        read_results(folder)

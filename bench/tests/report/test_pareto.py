@@ -1,0 +1,77 @@
+"""Pareto figures show every method once, and their line joins what nothing beats."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from setpoint_bench.report.pareto import expenses, marks_of, pareto
+from setpoint_bench.report.results import Cell, Results
+from setpoint_bench.report.summary import Row, summary_rows
+
+
+def rows(metric: str = "accuracy", *more: Cell) -> tuple[Row, ...]:
+    """Dense, small and Setpoint at two budgets, over two seeds."""
+    made = [("dense", None, 0.95, 100.0), ("small", 0.5, 0.93, 50.0), ("setpoint", 0.5, 0.94, 60.0)]
+    made += [("small", 0.25, 0.90, 25.0), ("setpoint", 0.25, 0.89, 35.0)]
+    cells = [
+        Cell("t", method, value + 0.002 * seed, metric=metric, budget=budget, seed=seed, family=method)
+        for method, budget, value, _ in made
+        for seed in (0, 1)
+    ]
+    cost = {(method, budget): cost for method, budget, _, cost in made}
+    cells = [replace(cell, train_flops=cost[cell.method, cell.budget], final_flops=1.0) for cell in cells]
+    return summary_rows(Results((*cells, *more)))
+
+
+def test_the_front_is_what_nothing_beats() -> None:
+    """Small at both budgets, Setpoint at the larger and dense are on the front; Setpoint at the smaller is beaten."""
+    found = rows()
+    train = next(each for each in expenses(found) if each.name == "train")
+    line = pareto(found, train).data[0]
+    assert line["x"] == [25.0, 50.0, 60.0, 100.0]
+    assert line["y"] == pytest.approx([90.1, 93.1, 94.1, 95.1])
+    lower = next(trace for trace in pareto(rows("loss"), train).data)
+    assert lower["x"] == [25.0, 35.0]  # of losses the lowest is best
+
+
+def test_each_method_has_a_mark_with_its_spread() -> None:
+    """A trace for each method, full at the larger budget and open at the smaller; no two methods look alike."""
+    found = rows()
+    figure = pareto(found, expenses(found)[0])
+    ours = next(trace for trace in figure.data if trace["name"] == "setpoint")
+    assert ours["marker"]["symbol"] == ["circle", "circle-open"]
+    assert ours["error_y"]["array"] == pytest.approx([100 * 0.002 / 2**0.5] * 2)
+    assert sorted(trace["name"] for trace in figure.data[1:]) == ["dense", "setpoint", "small"]
+    others = [Cell("t", f"m{place}", 0.5, family="sparse", budget=0.5, train_flops=1.0) for place in range(11)]
+    assert len(set(marks_of(rows("accuracy", *others)).values())) == 3 + 11
+
+
+def test_unknown_expenses_have_no_figure() -> None:
+    """Without seconds and joules there is no figure against them; with a meter there is."""
+    assert [each.name for each in expenses(rows())] == ["train", "final"]
+    metered = [
+        Cell("t", "small", 0.5, seed=seed, family="small", budget=b, energy_j=9.0) for seed, b in ((5, 0.5), (5, 0.25))
+    ]
+    assert [each.name for each in expenses(rows("accuracy", *metered))] == ["train", "final", "energy"]
+
+
+def test_a_run_that_diverged_has_no_mark() -> None:
+    """A metric that is not a number is on no figure, and keeps no other from being drawn."""
+    lost = Cell("t", "rigl", float("nan"), family="sparse", budget=0.5, seed=0, train_flops=90.0)
+    found = rows("accuracy", lost)
+    figure = pareto(found, expenses(found)[0])
+    assert "rigl" not in [trace["name"] for trace in figure.data]
+    assert figure.data[0]["x"] == [25.0, 50.0, 60.0, 100.0]
+
+
+def test_masked_models_cost_what_they_would_in_theory() -> None:
+    """The FLOPs of a masked model are those in theory; without dense to compare with, those that it spends."""
+    masked = Cell(
+        "t", "rigl", 0.94, family="sparse", budget=0.5, seed=0, train_flops=100.0, theoretical_train_flops=55.0
+    )
+    found = rows("accuracy", masked)
+    train = expenses(found)[0]
+    assert next(trace for trace in pareto(found, train).data if trace["name"] == "rigl")["x"] == pytest.approx([55.0])
+    assert 55.0 not in pareto(found, train).data[0]["x"]  # nobody spends that: it is not on the front

@@ -1,0 +1,225 @@
+"""The summary's rows equal what one computes by hand from the cells."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import astuple, replace
+from typing import Any
+
+import pytest
+
+from setpoint.report.record import Point
+from setpoint_bench.report.columns import break_even_text, columns, difference_columns, metric_text
+from setpoint_bench.report.folder import read_results
+from setpoint_bench.report.results import Cell, Results, Timing
+from setpoint_bench.report.summary import Row, merged, summary_rows
+
+
+def cells(method: str, values: list[float], **more: Any) -> list[Cell]:
+    """One cell per value, with seeds from 0."""
+    return [Cell(task="t", method=method, value=value, seed=seed, **more) for seed, value in enumerate(values)]
+
+
+def row(found: list[Cell], label: str) -> Row:
+    """The row with this label."""
+    return {row.label: row for row in summary_rows(Results(tuple(found)))}[label]
+
+
+def test_mean_and_spread_over_seeds() -> None:
+    """Value is the mean over seeds with the sample standard deviation; a single seed has none."""
+    several = row(cells("dense", [0.9, 0.8, 0.7]), "dense").value
+    assert several.mean == pytest.approx(0.8) and several.deviation == pytest.approx(0.1)
+    assert row(cells("dense", [0.9]), "dense").value.deviation is None
+
+
+def test_differences_are_paired_by_seed() -> None:
+    """Seeds that move both models alike leave no spread in the difference."""
+    ours = row(cells("dense", [0.9, 0.8, 0.7]) + cells("setpoint", [0.89, 0.79]), "setpoint")
+    assert ours.difference and ours.difference.mean == pytest.approx(-0.01)
+    assert ours.difference.deviation == pytest.approx(0.0, abs=1e-12)
+
+
+def test_without_common_seeds_means_are_compared() -> None:
+    """Without a common seed the difference is between the means and has no spread."""
+    ours = [replace(cell, seed=9) for cell in cells("setpoint", [0.7])]
+    found = row(cells("dense", [0.9, 0.8]) + ours, "setpoint").difference
+    assert found and found.mean == pytest.approx(-0.15) and found.deviation is None
+
+
+def test_without_dense_there_is_nothing_to_compare_with() -> None:
+    """Without a dense run ratios and differences are unknown, not 0."""
+    found = row(cells("setpoint", [0.9], final_flops=1.0), "setpoint")
+    assert (found.difference, found.final_flops_ratio, found.realised) == (None, None, None)
+
+
+def test_ratios_and_realised_savings() -> None:
+    """Half of the FLOPs in 60 % of the seconds realises 0.8 of the savings."""
+    dense = cells("dense", [0.9], train_flops=100.0, seconds=10.0)
+    ours = row(dense + cells("setpoint", [0.9], train_flops=50.0, seconds=6.0), "setpoint")
+    assert (ours.train_flops_ratio, ours.seconds_ratio) == (0.5, 0.6)
+    assert ours.realised and ours.realised.value == pytest.approx(0.8)
+
+
+def test_break_even_is_where_the_clock_falls_behind_dense_for_good() -> None:
+    """A run that loses 5 s at the start and gains 0.5 s a step is ahead from the step after step 10 on."""
+
+    def history(seconds: Any) -> tuple[Point, ...]:
+        return tuple(Point(step, seconds(step), None, "train", 1.0, None) for step in range(0, 31))
+
+    dense = cells("dense", [0.9], history=history(lambda step: float(step)))
+    ours = cells("setpoint", [0.9], history=history(lambda step: 5 + 0.5 * step))
+    assert row(dense + ours, "setpoint").break_even_step == 10
+    never = cells("setpoint", [0.9], history=history(lambda step: 5 + 1.5 * step))
+    assert row(dense + never, "setpoint").break_even_step is None
+
+
+def test_budgets_of_a_method_are_rows_of_their_own() -> None:
+    """Rows go budget by budget, the larger first, each named by it; dense comes first, then small."""
+    found = cells("setpoint", [0.8], budget=0.25) + cells("setpoint", [0.9], budget=0.5)
+    found += cells("small", [0.8], budget=0.5, family="small") + cells("dense", [0.95], budget=1.0)
+    labels = [row.label for row in summary_rows(Results(tuple(found)))]
+    assert labels == ["dense", "small 0.5", "setpoint 0.5", "setpoint 0.25"]
+
+
+def test_budgets_that_differ_a_little_are_rows_of_their_own() -> None:
+    """Two budgets are two rows, however near they are."""
+    found = cells("setpoint", [0.8], budget=0.3333333) + cells("setpoint", [0.9], budget=0.3333334)
+    assert [row.num_seeds for row in summary_rows(Results(tuple(found)))] == [1, 1]
+
+
+def test_rivals_are_of_the_same_budget() -> None:
+    """A method is compared with dense, and with small models and Setpoint at its budget alone; not with itself."""
+    found = cells("dense", [0.95]) + cells("setpoint", [0.9], budget=0.5) + cells("setpoint", [0.8], budget=0.25)
+    found += cells("small", [0.85], budget=0.5) + cells("small-long", [0.7], budget=0.25)
+    half, quarter = row(found, "setpoint 0.5"), row(found, "setpoint 0.25")
+    assert {name: round(each.mean, 3) for name, each in half.differences.items()} == {"dense": -0.05, "small": 0.05}
+    assert {name: round(each.mean, 3) for name, each in quarter.differences.items()} == {
+        "dense": -0.15,
+        "small-long": 0.1,
+    }
+    assert set(row(found, "small 0.5").differences) == {"dense", "setpoint"}
+    assert row(found, "dense").differences == {}
+
+
+def test_timings_replace_the_clocks_of_the_runs() -> None:
+    """With timings, seconds, overhead and break-even are theirs alone; what was not timed has none."""
+    dense = cells("dense", [0.9], seconds=1.0, train_flops=100.0, timing=Timing(100.0, (99.0, 101.0)))
+    timing = Timing(62.0, own_seconds=2.0, stage_steps=(20, 80), step_seconds=(1.0, 0.5))
+    ours = cells("setpoint", [0.9], seconds=9.0, overhead_seconds=8.0, train_flops=60.0, timing=timing)
+    other = cells("small", [0.9], seconds=1.0)
+    found = row(dense + ours + other, "setpoint")
+    assert (found.clock, found.seconds_ratio, found.overhead_seconds) == ("timed", 0.62, 2.0)
+    assert found.realised and found.realised.value == pytest.approx(0.38 / 0.4)
+    assert found.break_even_step == 25  # 2 s of its own, half a second saved by each step after 20
+    assert row(dense + ours + other, "small").seconds is None
+    spread = row(dense + ours + other, "dense").seconds
+    assert spread and spread.deviation == pytest.approx(2**0.5)
+
+
+def test_shares_are_taken_round_by_round() -> None:
+    """A machine that slows down for a while moves seconds, not the share of dense, which has its range over rounds."""
+    dense = cells("dense", [0.9, 0.8], train_flops=100.0, timing=Timing(120.0, (100.0, 200.0, 120.0)))
+    ours = cells("setpoint", [0.9, 0.8], train_flops=50.0, timing=Timing(66.0, (50.0, 120.0, 66.0)))
+    found = row(dense + ours, "setpoint")
+    assert found.seconds_share and astuple(found.seconds_share) == pytest.approx((0.55, 0.5, 0.6))
+    assert found.realised and astuple(found.realised) == pytest.approx((0.9, 0.8, 1.0))
+    assert found.seconds and (found.seconds.mean, found.seconds.deviation) == (66.0, pytest.approx(36.68, abs=0.01))
+    told = {column.heading: column.text(found) for column in columns([found])}
+    assert told["time of dense"] == "55.0 % (50.0 to 60.0)"
+    assert told["s / FLOPs saved"] == "0.900 (0.800 to 1.000)"
+
+
+@pytest.mark.parametrize(("clock", "share"), [("interleaved", 0.5), ("shared", None)])
+def test_clocks_that_do_not_compare_give_no_share(clock: str, share: float | None) -> None:
+    """Seconds of a busy machine are told, but neither their share of dense nor what was saved by them."""
+    dense = cells("dense", [0.9], train_flops=100.0, seconds=20.0, clock=clock)
+    found = row(dense + cells("setpoint", [0.9], train_flops=50.0, seconds=10.0, clock=clock), "setpoint")
+    assert found.seconds and found.seconds.mean == 10.0
+    assert found.seconds_ratio == share and (found.realised is None) == (share is None)
+
+
+def test_a_round_is_the_mean_over_seeds() -> None:
+    """In each round the seeds' seconds are averaged, so that ± is the measurement's."""
+    first, second = cells("cubic", [0.9, 0.8])
+    runs = [replace(first, timing=Timing(1.0, (1.0, 3.0))), replace(second, timing=Timing(2.0, (3.0, 5.0)))]
+    found = row(runs, "cubic").seconds
+    assert found and (found.mean, found.deviation) == (3.0, pytest.approx(2**0.5))
+
+
+def test_savings_are_of_the_runs_that_were_timed() -> None:
+    """Seconds saved / FLOPs saved takes both from the same runs where not every seed was timed."""
+    dense = cells("dense", [0.9, 0.9], train_flops=100.0, timing=Timing(100.0))
+    first, second = cells("setpoint", [0.9, 0.9])
+    ours = [
+        replace(first, train_flops=60.0, timing=Timing(64.0)),
+        replace(second, train_flops=80.0),
+    ]
+    found = row(dense + ours, "setpoint")
+    assert found.train_flops_ratio == 0.7
+    assert found.realised and found.realised.value == pytest.approx(0.36 / 0.4)
+
+
+def test_what_begins_with_a_dense_run_is_never_ahead_of_it() -> None:
+    """A post-training run saves seconds only after the dense run has ended, so it is at no step ahead of that."""
+    dense = cells("dense", [0.9], timing=Timing(100.0, stage_steps=(100,), step_seconds=(1.0,)), clock="shared")
+    timing = Timing(127.0, own_seconds=2.0, stage_steps=(100, 50), step_seconds=(1.0, 0.5))
+    later = cells("taylor", [0.9], family="post-training", timing=timing, break_even_step=4, clock="shared")
+    assert row(dense + later, "taylor").break_even_step is None
+    unnamed = [replace(cell, family="") for cell in later]
+    assert row(dense + unnamed, "taylor").break_even_step is None
+    busy = [replace(cell, timing=None) for cell in dense + later]
+    assert row(busy, "taylor").break_even_step is None
+
+
+def test_runs_that_never_were_ahead_are_told() -> None:
+    """The step is a mean over the runs that were ahead of dense at last, and the text says how many that is."""
+    dense = cells("dense", [0.9], clock="shared")
+    ours = [
+        replace(cell, break_even_step=step)
+        for cell, step in zip(cells("setpoint", [0.9] * 3, clock="shared"), (100, None, 166), strict=True)
+    ]
+    found = row(dense + ours, "setpoint")
+    assert (found.break_even_step, break_even_text(found)) == (133, "133 (2 of 3)")
+    assert break_even_text(row(dense + ours[:1], "setpoint")) == "100"
+    assert break_even_text(row(dense + ours[1:2], "setpoint")) == "–"
+
+
+def test_a_busy_machine_tells_no_break_even_but_the_runs_own() -> None:
+    """Clocks of runs on a shared machine do not compare, so the step is what the run itself saw."""
+    dense = cells("dense", [0.9], clock="shared")
+    assert row(dense + cells("setpoint", [0.9], clock="shared", break_even_step=7), "setpoint").break_even_step == 7
+
+
+def test_masked_models_are_shown_in_theory_and_as_they_are() -> None:
+    """A mask that is counted at half of dense in theory spends all of it in fact."""
+    dense = cells("dense", [0.9], final_flops=10.0, train_flops=100.0)
+    masked = {"theoretical_flops": 5.0, "theoretical_train_flops": 60.0, "density": 0.4}
+    found = row(dense + cells("rigl", [0.9], final_flops=10.0, train_flops=100.0, **masked), "rigl")
+    assert (found.final_flops_ratio, found.theoretical_ratio) == (1.0, 0.5)
+    assert (found.train_flops_ratio, found.theoretical_train_ratio, found.density) == (1.0, 0.6, 0.4)
+
+
+def test_rows_as_texts(make_results: Any) -> None:
+    """A row's texts stand under the headings, in human units; columns that nothing fills are left out."""
+    rows = summary_rows(read_results(make_results()))
+    texts = {column.heading: column.text(rows[-1]) for column in columns(rows)}
+    assert texts["FLOPs / step"] == "1.2 GFLOP" and texts["landed"] == "2 of 2" and texts["cuts"] == "8"
+    assert "energy" not in texts and "FLOPs / step in theory" not in texts
+    assert [column.heading for column in difference_columns(rows)] == [
+        *("method", "to dense", "to small", "to setpoint")
+    ]
+    assert difference_columns(rows)[1].text(rows[-1]).endswith("(n = 2)")
+
+
+def test_a_diverged_run_is_called_so() -> None:
+    """A metric that is not a number is said, not shown as a number."""
+    found = row(cells("dense", [math.nan], metric="loss"), "dense")
+    assert metric_text(found) == "not a number"
+
+
+def test_notes_that_differ_in_numbers_are_one() -> None:
+    """Each number of such notes becomes a range of its own; notes that differ in words stay apart."""
+    notes = ["pruning ratio 0.93, of heads at most 0.50", "pruning ratio 0.82, of heads at most 0.67"]
+    assert merged(notes) == ("pruning ratio 0.82 to 0.93, of heads at most 0.50 to 0.67",)
+    assert merged([*notes, "pruning ratio 0.5"]) == (*notes, "pruning ratio 0.5")
+    assert merged(["landed late", "landed late", "rate 0.5"]) == ("landed late", "rate 0.5")

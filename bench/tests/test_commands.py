@@ -1,0 +1,256 @@
+"""What the benchmark adds to the command line: demo, bench, and report and inspect of many runs and models."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from setpoint.cli import app
+from setpoint_bench import catalogue
+from setpoint_bench.report.folder import read_results
+from setpoint_bench.report.summary import summary_rows
+from setpoint_bench.tasks.digits import digits
+
+
+@pytest.fixture(autouse=True)
+def small_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A narrow digits task, so that a run takes a second."""
+    monkeypatch.setitem(catalogue.tasks(), "digits", lambda data: digits(epochs=2, width=16))
+
+
+def invoke(*arguments: str | Path) -> Result:
+    """Run the command line in this process."""
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def answer(result: Result) -> dict[str, Any]:
+    """The last line of stdout."""
+    assert result.exit_code == 0, result.output
+    value: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return value
+
+
+def test_demo(tmp_path: Path) -> None:
+    """The demo prints a table, then one JSON object with all three methods, and writes the page."""
+    result = invoke("demo", "--epochs", "3", "--out", tmp_path)
+    found = answer(result)
+    assert found["task"] == "digits"
+    assert found["budget"] == 0.5
+    assert list(found["methods"]) == ["dense", "small", "setpoint"]
+    pruned = found["methods"]["setpoint"]
+    assert pruned["final_flops_ratio"] <= 0.5
+    assert {"resizes", "overhead_seconds", "overhead_flops_ratio", "accuracy", "train_flops"} <= pruned.keys()
+    assert Path(found["report"]).is_file()
+    table = result.stdout.splitlines()[:-1]
+    assert any("setpoint" in line and "%" in line for line in table)
+    assert "results in" not in result.stdout
+    assert "runs of" in result.stderr
+
+
+def test_bench_over_seeds_and_report(tmp_path: Path) -> None:
+    """Several seeds give means and runs, on the validation data if asked; `report` writes the page anew elsewhere."""
+    result = invoke(
+        *("bench", "--task", "digits", "--methods", "small", "--seeds", "0,1", "--budgets", "0.5,0.75"),
+        *("--epochs", "1", "--split", "validation", "--out", tmp_path / "results"),
+    )
+    found = answer(result)
+    assert [part["budget"] for part in found["budgets"]] == [0.5, 0.75]
+    assert len(found["methods"]["small"]["runs"]) == 2
+    lines = (tmp_path / "results" / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    assert {json.loads(line)["split"] for line in lines} == {"validation"}
+    page = Path(answer(invoke("report", tmp_path / "results", "--out", tmp_path / "page"))["report"])
+    assert page.parent == tmp_path / "page"
+    assert page.is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("bench", "--task", "imagenet"), "digits, mnist, cifar10-mini, cifar10"),
+        (("bench", "--task", "digits", "--methods", "dense,magic"), "dense, small, small-long"),
+        (("bench", "--task", "digits", "--methods", ","), "--methods is empty"),
+        (("bench", "--task", "digits", "--budgets", "half"), "--budgets takes numbers"),
+        (("bench", "--task", "digits", "--seeds", "0.5"), "--seeds takes whole numbers"),
+        (("bench", "--task", "digits", "--budgets", "1.5"), "at most 1"),
+        (("bench", "--task", "digits", "--budgets", "0.5,0"), "above 0"),
+        (("bench", "--task", "cifar10", "--data", "/nowhere"), "/nowhere"),
+        (("bench", "--task", "smnist", "--length", "100"), "--length is 784 or 196, of smnist and psmnist: got 100"),
+        (("bench", "--task", "smnist", "--length", "196", "--data", "/nowhere"), "/nowhere"),
+        (("bench", "--task", "psmnist", "--length", "784", "--data", "/nowhere"), "/nowhere"),
+        (("bench", "--task", "shakespeare", "--data", "/nowhere"), "/nowhere"),
+        (("demo", "--budget", "nan"), "finite"),
+        (("demo", "--epochs", "0"), "at least 1"),
+        (("demo", "--budget", "0.001"), "cost"),
+        (("report", "/nowhere"), "results.jsonl"),
+        (("inspect", "--suite", "keras"), "torchvision, timm, transformers, plain"),
+        (("inspect", "--suite", "plain", "--models", "unett"), "did you mean unet"),
+    ],
+)
+def test_errors_are_one_line(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    """What the user got wrong is one line on stderr that says what to do, with exit code 2 and no traceback."""
+    result = invoke(*arguments, "--out", tmp_path)
+    assert result.exit_code == 2
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert "Traceback" not in result.output
+    assert result.stdout == ""
+
+
+def test_out_is_a_file(tmp_path: Path) -> None:
+    """A file where the results folder should be is an error of `bench` and of `report`."""
+    file = tmp_path / "results"
+    file.write_text("mine", encoding="utf-8")
+    for arguments in (("bench", "--task", "digits"), ("report", str(tmp_path))):
+        result = invoke(*arguments, "--out", file)
+        assert result.exit_code == 2
+        assert "is a file: name a folder" in result.stderr
+    assert file.read_text(encoding="utf-8") == "mine"
+
+
+def test_a_report_that_cannot_be_written_names_the_folder(tmp_path: Path) -> None:
+    """A folder that cannot be made is named in words."""
+    row = {"schema": 2, "task": "mine", "method": "dense", "value": 0.5}
+    (tmp_path / "results.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    (tmp_path / "file").touch()
+    folder = tmp_path / "file" / "folder"
+    result = invoke("report", tmp_path, "--out", folder)
+    assert result.exit_code == 2
+    assert f"error: {folder} cannot be read or written: " in result.stderr
+
+
+def test_missing_data_cost_nothing(tmp_path: Path) -> None:
+    """Where the data are missing no run is announced and no folder made; the error says whose they are."""
+    result = invoke("bench", "--task", "mnist", "--data", tmp_path, "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: no ylecun/mnist") and "datasets/ylecun/mnist" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_bench_whose_runs_all_fail_answers_all_the_same(tmp_path: Path) -> None:
+    """Where no run could be finished, the last line names each failure, and the exit code is 1."""
+    result = invoke(
+        *("bench", "--task", "digits", "--methods", "small", "--budgets", "1e-4", "--epochs", "1", "--out", tmp_path)
+    )
+    assert result.exit_code == 1
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert [each["cell"] for each in found["failures"]] == ["digits-small-0.0001-seed0"]
+    assert result.stderr.count("digits-small-0.0001-seed0") == 1
+
+
+def test_timing_of_nothing(tmp_path: Path) -> None:
+    """Timing needs finished runs, and says how to get them."""
+    result = invoke("bench", "--task", "digits", "--methods", "dense", "--timing", "--out", tmp_path)
+    assert result.exit_code == 2
+    assert "holds none of these runs: run them first" in result.stderr
+
+
+def test_timing_answers_with_what_it_measured(tmp_path: Path) -> None:
+    """After `--timing` the last line's seconds are those just measured, not the runs' own, with their shares."""
+    command = ("bench", "--task", "digits", "--methods", "dense,small", "--epochs", "1", "--out", tmp_path)
+    ran = answer(invoke(*command, "--workers", "1"))["methods"]
+    assert "seconds_ratio" not in ran["small"]
+    timed = answer(invoke(*command, "--timing"))["methods"]
+    rows = [json.loads(line) for line in (tmp_path / "timing.jsonl").read_text().splitlines()]
+    assert [timed[row["method"]]["seconds"] for row in rows] == [row["seconds"] for row in rows]
+    assert timed["dense"]["seconds"] != ran["dense"]["seconds"]
+    shown = {row.label: row.seconds_ratio for row in summary_rows(read_results(tmp_path))}
+    assert timed["small"]["seconds_ratio"] == shown["small"]
+
+
+OWN_METHODS = """
+from dataclasses import dataclass
+from setpoint_bench.method import Setpoint
+from setpoint_bench.methods.sparse import Sparse
+from setpoint_bench.baselines.exchange import Static
+from setpoint_bench.baselines.scheduled import ScheduledController
+
+class Late(ScheduledController):  # its class is in this file: another process cannot know it
+    pass
+
+def late():
+    return Setpoint("late", Late(begin=0.5, end=0.6, num_cuts=1), family="mine")
+
+def masked():
+    return Sparse("masked", Static(), "")
+"""
+
+
+@pytest.mark.slow
+def test_bench_with_methods_of_ones_own(tmp_path: Path) -> None:
+    """Methods from a file are trained in processes of their own, told and timed by the names that they have."""
+    file = tmp_path / "own.py"
+    file.write_text(OWN_METHODS, encoding="utf-8")
+    methods = f"dense,{file}:late,{file}:masked"
+    command = ("bench", "--task", "digits", "--methods", methods, "--epochs", "1", "--out", tmp_path / "out")
+    found = answer(invoke(*command))
+    assert found["failures"] == [] and set(found["methods"]) == {"dense", "late", "masked"}
+    assert found["methods"]["late"]["final_flops_ratio"] <= 0.5
+    assert set(answer(invoke(*command, "--timing"))["methods"]) == {"dense", "late", "masked"}
+    table = invoke("report", tmp_path / "out")
+    assert table.exit_code == 0 and "masked" in table.stdout
+    file.write_text(OWN_METHODS + "# changed\n", encoding="utf-8")
+    again = invoke(*command)
+    assert "1 of late by another version of its file, 1 of masked by another version of its file" in again.stderr
+    twice = invoke("bench", "--task", "digits", "--methods", f"{file}:late,{tmp_path}/../{tmp_path.name}/own.py:late")
+    assert twice.exit_code == 2 and "two of these have the same name" in twice.stderr
+    without = invoke("bench", "--task", "digits", "--epochs", "1", "--out", tmp_path / "out", "--timing")
+    assert (
+        without.exit_code == 2 and "holds seconds of late, and only what is timed together compares" in without.stderr
+    )
+
+
+def test_runs_of_other_code_are_told(tmp_path: Path) -> None:
+    """A folder's finished runs are kept, and how many of them another version of the code has made is said."""
+    command = ("bench", "--task", "digits", "--methods", "dense", "--epochs", "1", "--out", tmp_path)
+    assert "there already" not in invoke(*command).stderr
+    path = tmp_path / "results.jsonl"
+    row = json.loads(path.read_text())
+    path.write_text(json.dumps({**row, "environment": {**row["environment"], "code": "0" * 16}}) + "\n")
+    assert "1 of them are there already, 1 made by other code" in invoke(*command).stderr
+
+
+def test_missing_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without scikit-learn the demo says which extra to install."""
+    from setpoint_bench.tasks import digits
+
+    digits.splits.cache_clear()
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    result = invoke("demo", "--out", tmp_path)
+    assert result.exit_code == 2
+    assert "pip install setpoint-bench" in result.stderr
+
+
+def test_interrupt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Ctrl-C ends with exit code 130 and says that finished runs are kept."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("setpoint_bench.terminal.run_interleaved", interrupt)
+    result = invoke("demo", "--out", tmp_path)
+    assert result.exit_code == 130
+    assert "finished runs are kept" in result.stderr
+
+
+def test_inspect_a_suite(tmp_path: Path) -> None:
+    """A suite in a worker process: a table, the record in the folder, and the promised last line."""
+    models = "gated_mlp,many_inputs_and_outputs"
+    result = invoke("inspect", "--suite", "plain", "--models", models, "--workers", "1", "--out", tmp_path)
+    found = answer(result)
+    assert list(found)[:6] == [
+        *("suite", "passed", "total", "prunable_params_share_median", "seconds_median", "failures"),
+    ]
+    assert (found["suite"], found["passed"], found["total"], found["failures"]) == ("plain", 2, 2, [])
+    assert 0 < found["prunable_params_share_median"] <= 1
+    assert "gated_mlp" in result.stdout
+    assert "plain" in result.stderr
+    record = json.loads((tmp_path / "suite-plain.json").read_text(encoding="utf-8"))
+    assert {key: record[key] for key in found} == found
+    assert [model["model"] for model in record["models"]] == models.split(",")

@@ -1,0 +1,109 @@
+"""What the README and docs claim in tables is what the committed result files say."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_tables_show_the_result_files() -> None:
+    """Every generated table on the pages equals a fresh one."""
+    command = [sys.executable, str(ROOT / "bench" / "benchmarks" / "readme.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def columns_of(page: str, table: str) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """Of a generated table: the columns behind the first, and for each row its method and its texts."""
+    text = page.partition(f"<!-- results:{table} -->\n")[2].partition("\n<!-- end -->")[0]
+    head, _, *lines = ([cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines())
+    return head[1:], [(line[0].strip("`"), line[1:]) for line in lines]
+
+
+def lines_of(name: str) -> dict[tuple[str, str], dict[int, dict[str, Any]]]:
+    """The lines of all files of a name, by column of the tables and method, and by seed, the last one of each."""
+    found: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
+    for file in ROOT.glob(f"results/*/{name}"):
+        for row in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
+            for budget in (0.5, 0.25) if row["budget"] is None else (row["budget"],):
+                column = f"{row['task']} {round(100 * budget)} %"
+                found.setdefault((column, row["method"]), {})[row["seed"]] = row
+    return found
+
+
+def value_of(row: dict[str, Any], table: str) -> float:
+    """The metric of a run: on test data, or on validation data at its end."""
+    if table == "ahead":
+        return float(row["value"])
+    history = ROOT / "results" / row["task"] / row["folder"] / "history.jsonl"
+    points = [json.loads(line) for line in history.read_text(encoding="utf-8").splitlines() if '"validation"' in line]
+    return float(points[-1][row["metric"]])
+
+
+@pytest.mark.parametrize("table", ["ahead", "ahead-validation"])
+def test_setpoint_is_ahead_where_its_runs_are_better(table: str) -> None:
+    """Each entry of the tables of all methods is the mean of paired differences, bold where a t-test says so.
+
+    Positive is better for accuracies and losses alike, an arrow says who ends over 2 % cheaper or dearer. All is
+    computed again from the lines of the result files and of the runs' histories.
+    """
+    found = lines_of("results.jsonl")
+    value = cache(lambda column, method, seed: value_of(found[column, method][seed], table))
+    columns, rows = columns_of((ROOT / "docs" / "results.md").read_text(encoding="utf-8"), table)
+    assert len(rows) >= 26 and len(columns) >= 15
+    for method, texts in rows:
+        for column, text in zip(columns, texts, strict=True):
+            ours, theirs = found[column, "setpoint"], found.get((column, method), {})
+            seeds = ours.keys() & theirs.keys()
+            pairs = np.array([value(column, "setpoint", seed) - value(column, method, seed) for seed in seeds])
+            if not pairs.size:
+                assert text == "–", (method, column)
+                continue
+            scale, decimals = (100, 2) if ours[0]["metric"] == "accuracy" else (-1, 3)
+            shown = float(text.strip("*() ↓↑").replace("−", "-"))
+            assert abs(shown - scale * pairs.mean()) <= 0.5001 * 10.0**-decimals, (method, column)
+            assert text.startswith("(") == (pairs.size < 3), (method, column)
+            if pairs.size >= 3 and pairs.std() > 0:
+                assert text.startswith("**") == (stats.ttest_1samp(pairs, 0.0).pvalue < 0.05), (method, column)
+            spent = [
+                np.mean([each["theoretical_flops"] or each["final_flops"] for each in rows.values()])
+                for rows in (theirs, ours)
+            ]
+            apart = 0.0 if method == "dense" else spent[0] / spent[1] - 1
+            assert text.endswith("↓") == (apart < -0.02) and text.endswith("↑") == (apart > 0.02), (method, column)
+
+
+def test_setpoint_is_faster_where_its_rounds_are() -> None:
+    """Each entry of the table of seconds is the median over rounds of the ratio of means over seeds.
+
+    It is bold where all rounds lie on one side of 1, and there is one wherever both were timed and are current.
+    """
+    results, found = lines_of("results.jsonl"), lines_of("timing.jsonl")
+    columns, rows = columns_of((ROOT / "docs" / "results.md").read_text(encoding="utf-8"), "seconds")
+    assert len(rows) >= 26 and len(columns) >= 13
+    num_shown = 0
+    for method, texts in rows:
+        for column, text in zip(columns, texts, strict=True):
+            rounds = []
+            for name in ("setpoint", method):
+                runs = results.get((column, name), {})
+                timed = found.get((column, name), {}).items()
+                current = [row["rounds"] for seed, row in timed if row["date"] >= runs[seed]["date"]]
+                rounds.append(np.array(current).mean(axis=0) if current else np.array([]))
+            if not all(each.size for each in rounds):
+                assert text == "–", (method, column)
+                continue
+            ratio, num_shown = rounds[0] / rounds[1], num_shown + 1
+            assert abs(float(text.strip("*")) - np.median(ratio)) <= 0.00501, (method, column)
+            assert text.startswith("**") == bool((ratio > 1).all() or (ratio < 1).all()), (method, column)
+    assert num_shown > 250

@@ -1,0 +1,522 @@
+"""The runners: same results however cells are run, honest counts, and folders that survive whatever ends a run."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import final
+
+import pytest
+import torch
+from torch import nn
+
+import setpoint
+from fragile import Notes, fragile
+from setpoint.ledger import Ledger
+from setpoint.resources.joules import Counter, EnergyMeter, find_energy_meter
+from setpoint_bench import runner, training
+from setpoint_bench.catalogue import task_named
+from setpoint_bench.family import ByFactor
+from setpoint_bench.fingerprint import fingerprint
+from setpoint_bench.images import ten_views
+from setpoint_bench.interleaved import run_interleaved
+from setpoint_bench.method import Dense, Method, Setpoint, Small, method_named
+from setpoint_bench.own_random import OwnRandom
+from setpoint_bench.recipe import Recipe
+from setpoint_bench.results import FILE, Result, append_result, load_results
+from setpoint_bench.runner import Outcome, finished, grid, run
+from setpoint_bench.simple_task import SimpleTask
+from setpoint_bench.task import BenchError, Split, dense_widths
+from setpoint_bench.tasks.digits import digits
+from setpoint_bench.tensors import Tensors
+from setpoint_bench.training import Cell, Progress
+from setpoint_bench.worker import LOG
+
+TASK = digits(epochs=3, width=16)
+TINY = digits(epochs=1, width=4)
+STRUCTURED: tuple[Method, ...] = (Dense(), Small(), Setpoint())
+
+
+def named(method: Method, name: str, needs: tuple[str, ...]) -> Method:
+    """The method under another name, with other needs."""
+    object.__setattr__(method, "name", name)
+    object.__setattr__(method, "needs", needs)
+    return method
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Result]]:
+    """All methods trained side by side, and the folder they wrote."""
+    out = tmp_path_factory.mktemp("together")
+    results = run_interleaved(grid(TASK, STRUCTURED, [0.5], [0]), out, Notes())
+    return out, {result.method: result for result in results}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """The dense run of the tiny task."""
+    (result,) = run_interleaved(grid(TINY, [Dense()], [0.5], [0]), tmp_path_factory.mktemp("tiny"), Notes())
+    return result
+
+
+@pytest.mark.parametrize("method", STRUCTURED, ids=lambda method: method.name)
+def test_interleaving_changes_nothing(method: Method, together: tuple[Path, dict[str, Result]], tmp_path: Path) -> None:
+    """A method trained alone ends with the very same value, widths and FLOPs as beside the others."""
+    torch.manual_seed(123)
+    (alone,) = run_interleaved(grid(TASK, [method], [0.5], [0]), tmp_path, Notes())
+    beside = together[1][method.name]
+    for name in ("value", "widths", "final_flops", "train_flops", "final_params", "steps"):
+        assert getattr(alone, name) == getattr(beside, name)
+
+
+def test_counts(together: tuple[Path, dict[str, Result]]) -> None:
+    """Training FLOPs are steps x FLOPs per step where nothing is cut, and fewer than dense where something is."""
+    dense, small, pruned = (together[1][name] for name in ("dense", "small", "setpoint"))
+    assert dense.train_flops == dense.steps * dense.final_flops
+    assert small.train_flops == small.steps * small.final_flops
+    assert small.final_flops <= 0.5 * dense.final_flops
+    assert pruned.final_flops < pruned.train_flops / pruned.steps < dense.final_flops
+    assert 0 < pruned.overhead_seconds < pruned.seconds
+
+
+def test_setpoint_lands_where_the_independent_counter_says(together: tuple[Path, dict[str, Result]]) -> None:
+    """Setpoint lands within the budget, and its own FLOPs equal those of the independent counter."""
+    dense, pruned = together[1]["dense"], together[1]["setpoint"]
+    assert pruned.landed
+    assert pruned.final_flops <= 0.5 * dense.final_flops
+    assert pruned.claimed_flops == pruned.final_flops
+    assert pruned.resizes > 0
+    assert sum(pruned.widths.values()) < sum(pruned.dense_widths.values())
+
+
+def test_files(together: tuple[Path, dict[str, Result]]) -> None:
+    """Each cell leaves a history in order; Setpoint also leaves a ledger and a model that loads."""
+    out, results = together
+    for result in results.values():
+        rows = [json.loads(line) for line in (out / result.folder / training.HISTORY).read_text().splitlines()]
+        assert [row["step"] for row in rows] == sorted(row["step"] for row in rows)
+        assert [row["flops"] for row in rows] == sorted(row["flops"] for row in rows)
+        assert {row["split"] for row in rows} == {"train", "validation", "test"}
+        assert rows[-1]["accuracy"] == result.value
+        assert rows[-1]["step"] == result.steps == TASK.steps
+    folder = out / results["setpoint"].folder
+    assert (folder / training.LEDGER).stat().st_size > 0
+    model = setpoint.load(folder / training.MODEL, into=TASK.build(dense_widths(TASK)))
+    assert TASK.evaluate(model, "test").accuracy == pytest.approx(results["setpoint"].value)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Told(Tensors):
+    """Data that tell what is asked of them."""
+
+    asked: list[str] = field(default_factory=list)
+
+    def split(self, split: Split) -> tuple[torch.Tensor, torch.Tensor]:
+        """All of a split."""
+        self.asked.append(split)
+        return super().split(split)
+
+
+def test_the_test_set_is_read_once(tmp_path: Path) -> None:
+    """Whatever a method does, it reads the test set once; in tuning never."""
+    points = torch.rand(100, 4, generator=torch.Generator().manual_seed(0))
+    labels = (points.sum(1) > 2).long()
+    data = Told(train=(points[:80], labels[:80]), test=(points[80:], labels[80:]))
+
+    def build(factor: float) -> nn.Module:
+        width = max(1, round(16 * factor))
+        return nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 2))
+
+    recipe = Recipe(steps=20, batch=16, num_validations=4)
+    task = SimpleTask("told", ByFactor(build), data, recipe, device=torch.device("cpu"))
+    fingerprint(task)  # reads all data, to tell one task from another, and is kept
+    names = ("dense", "small", "setpoint", "cubic", "rigl", "filter-oneshot", "small-long")
+    for split, each in (("test", 1), ("validation", 0)):
+        cells = grid(task, [method_named(name) for name in names], [0.5], [0], split)
+        data.asked.clear()
+        run_interleaved(cells, tmp_path / split, Notes())
+        assert data.asked.count("test") == each * len(cells)
+        assert data.asked.count("validation") > len(cells)
+
+
+def test_interruption_keeps_what_is_finished(tmp_path: Path) -> None:
+    """Ctrl-C in the second seed leaves the first seed's result, and the same call does only the rest."""
+
+    class Interrupting(Notes):
+        def __call__(self, cell: Cell, progress: Progress) -> None:
+            if cell.seed == 1:
+                raise KeyboardInterrupt
+
+    cells = grid(TINY, [Dense()], [0.5], [0, 1])
+    with pytest.raises(KeyboardInterrupt):
+        run_interleaved(cells, tmp_path, Interrupting())
+    (first,) = load_results(tmp_path)
+    notes = Notes()
+    results = run_interleaved(cells, tmp_path, notes)
+    assert results[0] == first
+    assert [name for name, _ in notes.endings] == ["digits-dense-seed1"]
+
+
+def test_least_advanced_goes_first(tmp_path: Path) -> None:
+    """Cells take turns: no cell is ever more than one turn ahead of another of its seed."""
+    task, done = digits(epochs=2, width=8), {"dense": 0, "small": 0}
+
+    class Watching(Notes):
+        def __call__(self, cell: Cell, progress: Progress) -> None:
+            done[cell.method.name] = progress.step
+            assert abs(done["dense"] - done["small"]) <= training.STEPS_PER_TURN
+
+    run_interleaved(grid(task, [Dense(), Small()], [0.5], [0]), tmp_path, Watching())
+    assert set(done.values()) == {task.steps}
+
+
+@pytest.mark.slow
+def test_a_process_each_changes_nothing(together: tuple[Path, dict[str, Result]], tmp_path: Path) -> None:
+    """Cells in processes of their own, two at a time, end with the values of those that took turns in one."""
+    notes = Notes()
+    outcome = run(grid(TASK, STRUCTURED, [0.5], [0]), tmp_path, notes, workers=2)
+    assert [result.method for result in outcome.results] == ["dense", "small", "setpoint"]
+    assert outcome.failures == ()
+    for result in outcome.results:
+        beside = together[1][result.method]
+        for name in ("value", "widths", "final_flops", "train_flops", "steps"):
+            assert getattr(result, name) == getattr(beside, name)
+        assert (result.clock, beside.clock) == ("shared", "interleaved")
+        assert int(result.environment["threads"]) <= max(1, len(os.sched_getaffinity(0)) // 2)
+        steps = [step for name, step in notes.turns if name == result.folder]
+        assert steps == sorted(steps) and steps[-1] == TASK.steps
+    assert not list(tmp_path.glob(f"*/{LOG}"))
+    assert run(grid(TASK, STRUCTURED, [0.5], [0]), tmp_path, Notes()).results == outcome.results
+
+
+@pytest.mark.slow
+def test_a_killed_run_continues(tmp_path: Path) -> None:
+    """After SIGKILL in the middle of the second cell the same command keeps the first and does the second."""
+    command = [sys.executable, "-c", "from setpoint.cli import app; app()"]
+    command += ["bench", "--task", "digits", "--methods", "dense", "--seeds", "0,1", "--epochs", "3"]
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    running = subprocess.Popen(
+        [*command, "--out", str(tmp_path)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=one_thread
+    )
+    partial = tmp_path / "digits-dense-seed1" / f"{training.HISTORY}.partial"
+    deadline = time.monotonic() + 300
+    while not (partial.exists() and partial.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    running.kill()
+    running.wait()
+    path = tmp_path / FILE
+    before = path.read_text(encoding="utf-8")
+    assert [json.loads(line)["seed"] for line in before.splitlines()] == [0]
+    path.write_text(before + before[: len(before) // 2], encoding="utf-8")  # as if the kill had hit the writing
+    done = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True, env=one_thread)
+    assert done.returncode == 0, done.stderr
+    after = path.read_text(encoding="utf-8")
+    assert after.startswith(before)
+    assert [json.loads(line)["seed"] for line in after.splitlines()] == [0, 1]
+    assert "1 of them are there already" in done.stderr and "other code" not in done.stderr
+    assert len(json.loads(done.stdout.splitlines()[-1])["methods"]["dense"]["runs"]) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("way", "message"), [("raise", "RuntimeError: the data broke"), ("die", "its process died (SIGKILL, out of")]
+)
+def test_a_failing_cell_leaves_the_others_alone(way: str, message: str, tmp_path: Path) -> None:
+    """A cell that raises, or whose process dies, is reported, with its log if there is one; others are finished."""
+    notes = Notes()
+    outcome = run(grid(fragile(way), [Dense()], [0.5], [1, 0]), tmp_path, notes, workers=2)
+    assert [result.seed for result in outcome.results] == [0]
+    (failure,) = outcome.failures
+    assert failure.cell == "digits-dense-seed1"
+    assert failure.error.startswith(message)
+    log = tmp_path / failure.cell / LOG
+    assert (str(log) in failure.error) == log.exists() == (way == "raise")
+    assert way == "die" or "Traceback" in log.read_text(encoding="utf-8")
+    assert sorted(name for name, _ in notes.endings) == ["digits-dense-seed0", "digits-dense-seed1"]
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_the_processes(tmp_path: Path) -> None:
+    """An interrupt stops the process under way at once, and leaves no result of it."""
+    notes = Notes()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(grid(fragile("interrupt", epochs=400), [Dense()], [0.5], [1]), tmp_path, notes)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert load_results(tmp_path) == ()
+    assert all(step < 5000 for _, step in notes.turns)
+
+
+def test_what_is_needed_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A method that needs others brings their cells along: before it, once, with a budget only where they have one."""
+    found, after = named(Small(), "found", ("setpoint",)), named(Small(), "after", ("found", "dense"))
+    monkeypatch.setattr(runner, "method_named", {"setpoint": Setpoint(), "found": found, "dense": Dense()}.__getitem__)
+    cells = grid(TASK, [after, Dense()], [0.5, 0.25], [3])
+    assert [(cell.method.name, cell.budget) for cell in cells] == [
+        *(("setpoint", 0.5), ("found", 0.5), ("dense", None), ("after", 0.5)),
+        *(("setpoint", 0.25), ("found", 0.25), ("after", 0.25)),
+    ]
+
+
+@pytest.mark.slow
+def test_what_needs_a_failed_cell_is_not_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A cell that needs one that has failed fails with its name, at once."""
+    after = named(Dense(), "dense", ("small",))
+    monkeypatch.setattr(runner, "method_named", {"small": Small()}.__getitem__)
+    outcome = run(grid(fragile("raise"), [after], [0.5], [1]), tmp_path, Notes())
+    assert [failure.cell for failure in outcome.failures] == ["digits-small-seed1", "digits-dense-seed1"]
+    assert "needs digits-small-seed1" in outcome.failures[1].error
+
+
+def trained_anew(file: Path) -> Outcome:
+    """What becomes of the dense run of the task that a file's function `make` returns."""
+    make_task = partial(task_named, f"{file}:make")
+    return run(grid(make_task(), [Dense()], [0.5], [0]), file.parent / "out", Notes(), make_task=make_task)
+
+
+@pytest.mark.slow
+def test_a_task_of_ones_own_is_made_anew_in_the_process(tmp_path: Path) -> None:
+    """A task from a file, whose functions cannot be sent to another process, is trained there all the same."""
+    file = tmp_path / "own.py"
+    file.write_text(
+        "from dataclasses import replace\n"
+        "from setpoint_bench.tasks.digits import digits\n"
+        "def make():\n"
+        "    task = digits(epochs=1, width=4)\n"
+        "    return replace(task, criterion=lambda scores, targets: task.criterion(scores, targets))\n",
+        encoding="utf-8",
+    )
+    outcome = trained_anew(file)
+    assert outcome.failures == ()
+    assert outcome.results[0].steps == 15
+
+
+@pytest.mark.slow
+def test_task_and_method_of_ones_own_in_one_file(tmp_path: Path) -> None:
+    """A file that makes the task and a method is loaded once, so that the model's class is found and can be timed."""
+    file = tmp_path / "own.py"
+    file.write_text(
+        "import torch\n"
+        "from setpoint_bench.family import ByFactor\n"
+        "from setpoint_bench.method import Setpoint\n"
+        "from setpoint_bench.recipe import Recipe\n"
+        "from setpoint_bench.simple_task import SimpleTask\n"
+        "from setpoint_bench.tensors import Tensors\n"
+        "class Net(torch.nn.Sequential):\n"
+        "    pass\n"
+        "def build(_):\n"
+        "    return Net(torch.nn.Linear(2, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))\n"
+        "def task():\n"
+        "    points = torch.linspace(-1, 1, 80).view(40, 2), torch.zeros(40).long()\n"
+        "    return SimpleTask('own', ByFactor(build), Tensors(points, points), Recipe(steps=2, batch=4))\n"
+        "def method():\n"
+        "    return Setpoint('mine')\n",
+        encoding="utf-8",
+    )
+    make_task, method = partial(task_named, f"{file}:task"), method_named(f"{file}:method")
+    cells, own = grid(make_task(), [method], [1.0], [0]), {method.name: f"{file}:method"}
+    outcome = run(cells, tmp_path / "out", Notes(), make_task=make_task, own_methods=own)
+    assert outcome.failures == ()
+    assert (tmp_path / "out" / cells[0].name / "stages.pt").exists()
+
+
+@pytest.mark.slow
+def test_a_task_that_comes_out_different_every_time_is_refused(tmp_path: Path) -> None:
+    """Runs whose data were drawn anew do not compare: they fail, and the error says what to seed."""
+    file = tmp_path / "own.py"
+    file.write_text(
+        "import time, torch\n"
+        "from setpoint_bench.family import ByFactor\n"
+        "from setpoint_bench.recipe import Recipe\n"
+        "from setpoint_bench.simple_task import SimpleTask\n"
+        "from setpoint_bench.tensors import Tensors\n"
+        "def make():\n"
+        "    torch.manual_seed(time.time_ns())\n"
+        "    points = torch.randn(40, 2), torch.zeros(40).long()\n"
+        "    return SimpleTask('drawn', ByFactor(lambda _: torch.nn.Linear(2, 2)), Tensors(points, points),\n"
+        "                      Recipe(steps=2, batch=4))\n",
+        encoding="utf-8",
+    )
+    outcome = trained_anew(file)
+    assert outcome.results == ()
+    assert "drawn is made anew for every run, and its data or model came out different" in outcome.failures[0].error
+
+
+def test_another_test_set_is_another_task() -> None:
+    """Of tensors that a user gives, what they are judged on counts too."""
+    inputs, labels = torch.randn(40, 2), torch.randint(2, (40,))
+
+    def told(test: torch.Tensor) -> str:
+        data = Tensors(train=(inputs, labels), test=(inputs, test))
+        return fingerprint(SimpleTask("own", ByFactor(lambda _: torch.nn.Linear(2, 2)), data, Recipe(steps=1, batch=4)))
+
+    assert told(labels) == told(labels.clone()) != told(1 - labels)
+
+
+def test_what_goes_on_from_a_newer_run_is_run_again(tiny: Result, tmp_path: Path) -> None:
+    """A run that went on from another one is finished while that one is there and as old: else both are made anew."""
+    cells = grid(TINY, [method_named("magnitude-oneshot")], [0.5], [0])
+    pruned = replace(tiny, method="magnitude-oneshot", budget=0.5, date="2026-11-02T00:00:00+00:00")
+    append_result(tmp_path, pruned)
+    assert not finished(cells, tmp_path)
+    append_result(tmp_path, replace(tiny, date="2026-11-01T00:00:00+00:00"))
+    assert [cell.method.name for cell in finished(cells, tmp_path)] == ["dense", "magnitude-oneshot"]
+    append_result(tmp_path, replace(tiny, date="2026-11-03T00:00:00+00:00"))
+    assert [cell.method.name for cell in finished(cells, tmp_path)] == ["dense"]
+
+
+def test_nothing_goes_on_from_a_run_that_diverged(together: tuple[Path, dict[str, Result]], tmp_path: Path) -> None:
+    """A method that continues another one's model says that it diverged, and does not prune what is not a number."""
+    needed = {"dense": replace(together[1]["dense"], value=float("nan"))}
+    cell = Cell(TASK, method_named("filter-oneshot"), 0.5, 0)
+    with pytest.raises(BenchError, match=r"dense diverged in its training \(nan\)"):
+        next(training.train(cell, tmp_path, needed))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"schema": 3}, "schema 3, this version of Setpoint continues folders of schema 1 and 2: name another folder"),
+        ({"schema": 2, "task": "digits"}, "lacks method, budget"),
+        ([1], "schema None"),
+    ],
+)
+def test_a_folder_of_another_version_is_refused(line: object, message: str, tmp_path: Path) -> None:
+    """Results that this version did not write are neither continued nor overwritten."""
+    text = json.dumps(line) + "\n"
+    (tmp_path / FILE).write_text(text, encoding="utf-8")
+    with pytest.raises(BenchError, match=message):
+        run(grid(TINY, [Dense()], [0.5], [0]), tmp_path, Notes())
+    assert (tmp_path / FILE).read_text(encoding="utf-8") == text
+
+
+def test_runs_of_another_length_or_split_are_refused(together: tuple[Path, dict[str, Result]], tmp_path: Path) -> None:
+    """A folder compares runs of one length and one split, and says which it holds; a method may take more steps."""
+    dense = together[1]["dense"]
+    append_result(tmp_path, dense)
+    with pytest.raises(BenchError, match=f"holds digits runs of {TASK.steps} steps on test; these are 15"):
+        run(grid(TASK.with_epochs(1), [Dense()], [0.5], [0]), tmp_path, Notes())
+    with pytest.raises(BenchError, match="on validation: name another folder"):
+        run(grid(TASK, [Dense()], [0.5], [1], "validation"), tmp_path, Notes())
+    append_result(tmp_path, replace(dense, steps=2 * TASK.steps, task_steps=TASK.steps))
+    assert run(grid(TASK, [Dense()], [0.5], [0]), tmp_path, Notes()).results[0].steps == 2 * TASK.steps
+
+
+def changed(what: str) -> SimpleTask:
+    """The tiny task with something else about it."""
+    others = digits(epochs=1, width=8)
+    changes: dict[str, dict[str, object]] = {
+        "learning rate": {"recipe": replace(TINY.recipe, learning_rate=0.05)},
+        "model": {"family": others.family},
+        "data": {"data": replace(TINY.data, shift=0, mean=(8.0,))},  # type: ignore[type-var]
+        "loss": {"training_criterion": None},
+        "fresh weights": {"scratch_learning_rate": 2.0},
+        "found widths": {"found_learning_rate": 0.5},
+        "scoring": {"views": ten_views},
+    }
+    return replace(TINY, **changes[what])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("what", ["learning rate", "model", "data", "loss", "fresh weights", "found widths", "scoring"])
+def test_a_changed_task_is_refused(what: str, tiny: Result, tmp_path: Path) -> None:
+    """A folder does not mix runs of a task before and after a change; the same task, and rows that say nothing, go."""
+    append_result(tmp_path, tiny)
+    cells = grid(changed(what), [Dense()], [0.5], [0])
+    with pytest.raises(BenchError, match="a task digits with another model, recipe or data.*name another folder"):
+        finished(cells, tmp_path)
+    assert len(finished(grid(digits(epochs=1, width=4), [Dense()], [0.5], [0]), tmp_path)) == 1
+    append_result(tmp_path, replace(tiny, fingerprint=""))
+    assert len(finished(cells, tmp_path)) == 1
+
+
+def test_grid_trains_dense_once() -> None:
+    """Each seed has one dense run and one run per budget of the others; names are unique."""
+    cells = grid(TASK, STRUCTURED, [0.5, 0.25], [0, 1])
+    assert sum(isinstance(cell.method, Dense) for cell in cells) == 2
+    assert sum(isinstance(cell.method, Setpoint) for cell in cells) == 4
+    assert len({cell.name for cell in cells}) == len(cells) == 10
+
+
+def test_random_choices_follow_the_seed(tmp_path: Path) -> None:
+    """`setpoint-random` drops other units in every seed, and the same ones when a seed is run again."""
+
+    def dropped(out: Path, seed: int) -> dict[str, set[int]]:
+        (result,) = run_interleaved(grid(TINY, [method_named("setpoint-random")], [0.5], [seed]), out, Notes())
+        found: dict[str, set[int]] = {}
+        for entry in Ledger.load(out / result.folder / training.LEDGER):
+            for name, units in entry.dropped.items():
+                found.setdefault(name, set()).update(units)
+        return found
+
+    first, second, again = dropped(tmp_path, 0), dropped(tmp_path, 1), dropped(tmp_path / "again", 0)
+    assert first == again
+    assert {name: len(units) for name, units in first.items()} == {name: len(units) for name, units in second.items()}
+    assert first != second
+
+
+def test_energy_is_read_while_training_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is a meter, joules of the training blocks add up, an earlier run's included; else there are none."""
+    (without,) = run_interleaved(grid(TINY, [Dense()], [0.5], [1]), tmp_path, Notes())
+    assert (without.energy_j is None) == (find_energy_meter([torch.device("cpu")])[0] is None)
+    readings = itertools.count(1.0)  # a joule from one reading to the next
+    monkeypatch.setattr(
+        training, "find_energy_meter", lambda devices: (EnergyMeter([Counter("made up", lambda: next(readings))]), "")
+    )
+    cells = grid(TINY, [Dense(), method_named("magnitude-oneshot")], [0.5], [0])
+    dense, later = run_interleaved(cells, tmp_path, Notes())
+    assert dense.energy_j == 3  # it began, and trained 10 and 5 steps
+    assert later.energy_j is not None and later.energy_j > 3 + 1
+
+
+def test_budgets_that_differ_a_little_have_folders_of_their_own() -> None:
+    """Any two budgets have names of their own; round ones keep their short names."""
+    names = [cell.name for cell in grid(TASK, [Setpoint()], [0.3333333, 0.3333334, 0.5, 1.0], [0])]
+    assert names == [f"digits-setpoint-{text}-seed0" for text in ("0.3333333", "0.3333334", "0.5", "1")]
+
+
+@pytest.mark.parametrize("value", ["1", "-0.1", "nan", "2"])
+def test_a_lasso_that_is_no_share_is_refused(value: str) -> None:
+    """A penalty that is the whole loss or more, or none of it, is an error that says what it may be."""
+    with pytest.raises(BenchError, match="lasso is the penalty's share of the loss, at least 0 and below 1, got"):
+        method_named(f"prunetrain@lasso={value}")
+    with pytest.raises(BenchError, match="is a number, got 'much'"):
+        method_named("prunetrain@lasso=much")
+
+
+def test_a_seed_below_zero_is_refused() -> None:
+    """It would name a folder that reads like another seed's."""
+    with pytest.raises(BenchError, match="a seed is 0 or above, got -1"):
+        grid(TASK, [Setpoint()], [0.5], [0, -1])
+
+
+def test_unknown_method_lists_the_known() -> None:
+    """An unknown method is an error that lists those there are."""
+    with pytest.raises(BenchError, match="dense, small, small-long"):
+        method_named("magic")
+
+
+def test_own_random_keeps_streams_apart() -> None:
+    """Two states drawn from in turns give what each gives alone, and the global state stays."""
+    torch.manual_seed(7)
+    alone = [torch.rand(1) for _ in range(3)]
+    torch.manual_seed(99)
+    before = torch.get_rng_state()
+    first, second, drawn = OwnRandom(7), OwnRandom(8), []
+    for _ in range(3):
+        with first.drawing():
+            drawn.append(torch.rand(1))
+        with second.drawing():
+            nn.Linear(3, 3)
+    assert torch.equal(torch.cat(drawn), torch.cat(alone))
+    assert torch.equal(torch.get_rng_state(), before)

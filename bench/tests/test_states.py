@@ -1,0 +1,85 @@
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from setpoint.errors import BudgetError
+from setpoint_bench.method import STATE_METHODS, method_named
+from setpoint_bench.methods.states import Compressm, FewStates, Hankel
+from setpoint_bench.recipe import Recipe
+from setpoint_bench.sequences import PixelSequences, SequenceFamily
+from setpoint_bench.simple_task import SimpleTask
+from setpoint_bench.task import BenchError
+from setpoint_bench.tensors import Tensors
+from setpoint_bench.training import Cell, train
+
+
+def _splits(folder: Path | None) -> dict[str, tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(80) % 2
+    images = torch.rand(80, 1, 4, 4, generator=generator) + labels[:, None, None, None]
+    return {name: (images, labels) for name in ("train", "validation", "test")}
+
+
+DATA = PixelSequences(_splits, (1, 4, 4), 80, (1.0,), (1.0,))
+TASK = SimpleTask("pixels", SequenceFamily(1, 4, 16, classes=2), DATA, Recipe(steps=40, batch=10, rule="adamw"))
+
+
+def _finish(method: object, out: Path, budget: float | None = None) -> dict[str, int]:
+    training = train(Cell(TASK, method, budget, 0), out, {})  # type: ignore[arg-type]
+    while True:
+        try:
+            next(training)
+        except StopIteration as end:
+            return dict(end.value.widths)
+
+
+def test_methods_drop_states_and_nothing_else(tmp_path: Path) -> None:
+    """An exact number is met to the state; the budget's and the tolerance's sizes follow from them."""
+    assert _finish(method_named("hankel@states=5"), tmp_path, 0.9) == {"blocks.0.lru": 5}
+    (by_budget,) = _finish(Hankel(), tmp_path, 0.5).values()
+    (by_tolerance,) = _finish(Compressm(tolerance=0.3), tmp_path).values()
+    assert 1 <= by_budget < 16 and 1 <= by_tolerance < 16
+    course = FewStates(states=5.0).course(TASK, 1.0, {})
+    model = TASK.build(course.widths)
+    assert isinstance(model, nn.Module) and sum(p.shape[0] == 5 for p in model.parameters()) == 5
+
+
+def test_less_than_one_state_is_refused() -> None:
+    """An exact number that rounds to no state cannot be met, which is said before anything is trained."""
+    method = method_named("hankel@states=0.3")
+    model = TASK.build(method.course(TASK, 1.0, {}).widths)
+    with pytest.raises(BudgetError, match="cannot be reached"):
+        method.begin(TASK, model, 1.0, iter(()))
+
+
+def test_tasks_without_states_are_refused() -> None:
+    """Methods for states say which tasks have any."""
+    ten = torch.randn(20, 4), torch.zeros(20, dtype=torch.long)
+    plain = SimpleTask("plain", _Plain(), Tensors(ten, ten), Recipe(steps=2, batch=4))
+    batches: Iterator[tuple[Tensor, Tensor]] = iter(())
+    for method in STATE_METHODS:
+        with pytest.raises(BenchError, match="task plain has no states"):
+            course = method.course(plain, 0.5, {})
+            method.begin(plain, plain.build(course.widths), 0.5, batches)
+
+
+class _Plain:
+    dimensions: dict[str, object] = {}
+
+    def build(self, widths: object) -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+
+
+def test_pixels_are_read_in_order() -> None:
+    """Row after row, or in one order that is the same for all; pooling averages squares."""
+    plain, _ = DATA.split("test")
+    images = _splits(None)["test"][0]
+    torch.testing.assert_close(plain[3, :, 0], images[3].flatten() - 1.0)
+    mixed, _ = PixelSequences(_splits, (1, 4, 4), 80, (1.0,), (1.0,), permuted=True).split("test")
+    assert not torch.equal(mixed, plain) and torch.equal(mixed.sort(1).values, plain.sort(1).values)
+    pooled, _ = PixelSequences(_splits, (1, 4, 4), 80, (1.0,), (1.0,), pool=2).split("test")
+    assert pooled.shape == (80, 4, 1)
+    torch.testing.assert_close(pooled[0, 0, 0], images[0, 0, :2, :2].mean() - 1.0)

@@ -1,0 +1,132 @@
+"""A sweep: which models, in which order, with what record."""
+
+from __future__ import annotations
+
+import json
+import sys
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+import pytest
+
+from setpoint_bench import sweep as sweep_module
+from setpoint_bench.coverage import Verdict
+from setpoint_bench.sweep import SUITES, chosen_models, record, suite_named, summary, sweep
+from setpoint_bench.table import suite_table
+from setpoint_bench.task import BenchError
+
+GOOD = Verdict("a", True, "", 1.0, 2, 20, 100, 0.5, 0.75, 1e-16)
+BETTER = Verdict("b", True, "", 3.0, 2, 20, 100, 1.0, 1.0, 1e-16)
+BAD = Verdict("c", False, "it [broke]")
+
+
+def test_every_suite_is_long_enough() -> None:
+    """The families hold the number of models that a sweep is meant to see."""
+    sizes = {}
+    for name in SUITES:
+        if name != "plain":
+            pytest.importorskip(name)
+        sizes[name] = len(suite_named(name))
+    assert sizes["torchvision"] >= 70
+    assert sizes["timm"] >= 120
+    assert sizes["transformers"] >= 50
+    assert sizes["plain"] >= 20
+
+
+def test_a_sweep_keeps_the_order_and_tells_each() -> None:
+    """Verdicts come in the order asked for, and each is told as it comes."""
+    told: list[Verdict] = []
+    verdicts = sweep("plain", ["token_mixer", "gated_mlp"], workers=0, after=told.append)
+    assert [verdict.model for verdict in verdicts] == ["token_mixer", "gated_mlp"]
+    assert list(verdicts) == told
+    assert all(verdict.passed for verdict in verdicts)
+
+
+def test_the_summary_has_the_promised_form() -> None:
+    """Counts over all models, medians over those that passed, failures by name with their reason."""
+    found = summary("plain", [GOOD, BETTER, BAD])
+    assert list(found)[:6] == [
+        *("suite", "passed", "total", "prunable_params_share_median", "seconds_median", "failures"),
+    ]
+    assert found == {
+        "suite": "plain",
+        "passed": 2,
+        "total": 3,
+        "prunable_params_share_median": 0.75,
+        "seconds_median": 2.0,
+        "failures": [{"model": "c", "reason": "it [broke]"}],
+        "prunable_outside_embeddings_median": 0.875,
+    }
+    assert summary("plain", [BAD])["seconds_median"] is None
+
+
+def test_the_record_names_models_and_environment() -> None:
+    """The whole record holds every verdict, what it depends on, and when it was made."""
+    found = record("timm", [GOOD, BAD], workers=2)
+    assert [model["model"] for model in found["models"]] == ["a", "c"]
+    assert {"python", "torch", "cpu", "timm", "threads"} <= found["environment"].keys()
+    assert found["date"].endswith("+00:00")
+    json.dumps(found)
+
+
+def test_the_table_has_a_line_per_model() -> None:
+    """Reasons are shown as they are, markup or not."""
+    table = suite_table("plain", [GOOD, BAD])
+    assert table.row_count == 2
+    assert table.title == "plain: 1 of 2 passed"
+
+
+@pytest.mark.parametrize(
+    ("suite", "models", "message"),
+    [
+        ("tensorflow", None, "choose one of torchvision, timm, transformers, plain"),
+        ("plain", ["gated_mpl"], "did you mean gated_mlp"),
+        ("plain", ["zzz"], "it has unet"),
+    ],
+)
+def test_unknown_names(suite: str, models: list[str] | None, message: str) -> None:
+    """Unknown suites and models are errors that name what there is."""
+    with pytest.raises(BenchError, match=message):
+        chosen_models(suite, models)
+
+
+def test_a_missing_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without timm its suite names the extra."""
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(BenchError, match="pip install setpoint-bench"):
+        suite_named("timm")
+
+
+class Pool:
+    """A pool of processes in which a model named in `deadly` kills them all."""
+
+    deadly: tuple[str, ...] = ()
+
+    def __init__(self, workers: int) -> None:
+        self.dead = False
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def submit(self, check: Any, suite: str, model: str) -> Future[Verdict]:
+        """A future that is done."""
+        self.dead = self.dead or model in self.deadly
+        future: Future[Verdict] = Future()
+        if self.dead:
+            future.set_exception(BrokenProcessPool("gone"))
+        else:
+            future.set_result(Verdict(model, True, ""))
+        return future
+
+
+def test_a_process_that_dies_fails_its_own_model_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models that shared the dead process are checked again, each alone."""
+    monkeypatch.setattr(sweep_module, "_pool", Pool)
+    monkeypatch.setattr(Pool, "deadly", ("gru",))
+    verdicts = sweep("plain", ["lstm", "gru", "unet"], workers=2)
+    assert [(verdict.model, verdict.passed) for verdict in verdicts] == [("lstm", True), ("gru", False), ("unet", True)]
+    assert "process died" in verdicts[1].reason

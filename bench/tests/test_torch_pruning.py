@@ -1,0 +1,138 @@
+"""Torch-Pruning: what it cuts runs its own forward, attention with one layer for queries, keys and values too."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from importlib.metadata import version
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import setpoint
+from setpoint_bench.counter import step_flops
+from setpoint_bench.environment import LIBRARIES, environment
+from setpoint_bench.methods.fused import taken_apart
+from setpoint_bench.methods.torch_pruning import Criterion, TorchPruning
+from setpoint_bench.networks import CharGPT
+from setpoint_bench.recipe import Recipe
+from setpoint_bench.simple_task import SimpleTask
+from setpoint_bench.task import Dimension, Split
+
+WIDTHS = {"layer1.heads": 4, "layer1.neurons": 48, "layer2.heads": 4, "layer2.neurons": 48}
+
+
+class Characters:
+    """Random characters."""
+
+    num_train = None
+
+    def example(self, batch: int) -> Tensor:
+        """Tokens."""
+        return torch.randint(11, (batch, 8), generator=torch.Generator().manual_seed(0))
+
+    def batches(self, batch: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same tokens for ever, to be said once more."""
+        while True:
+            yield self.example(batch), self.example(batch)
+
+    def split(self, split: Split) -> tuple[Tensor, Tensor]:
+        """The same again."""
+        return self.example(4), self.example(4)
+
+
+class Gpts:
+    """Small GPTs of two layers."""
+
+    dimensions = {name: Dimension(width) for name, width in WIDTHS.items()}
+
+    def build(self, widths: dict[str, int]) -> nn.Module:
+        """One of them."""
+        return CharGPT(widths, 11, 8, 16, 4)
+
+
+TASK = SimpleTask("characters", Gpts(), Characters(), Recipe(steps=4, batch=4), metric="loss")
+
+
+@pytest.mark.parametrize("criterion", ["norm", "taylor"])
+@pytest.mark.parametrize("budget", [0.75, 0.4])
+def test_cuts_attention(criterion: Criterion, budget: float) -> None:
+    """A GPT is cut to the budget by heads and neurons alone, trains on, and can be saved and loaded."""
+    model = TASK.build(WIDTHS)
+    dense = step_flops(model, TASK.example())
+    optimizer, pruner = TorchPruning(criterion).begin(TASK, model, budget, TASK.batches(0))
+    assert pruner is not None
+    outcome = pruner.finish()
+    assert outcome.landed and 0.8 * budget <= step_flops(model, TASK.example()) / dense <= budget
+    assert all(module.training for module in model.modules())
+    assert outcome.widths != outcome.dense_widths == dict(zip(outcome.widths, (4, 48, 4, 48), strict=True))
+    assert model.get_parameter("wte.weight").shape == (11, 16)
+    assert model.get_parameter("wte.weight") is model.get_parameter("lm_head.weight")
+    for inputs, targets in (next(TASK.batches(0)) for _ in range(2)):
+        torch.autograd.backward(TASK.loss(model, inputs, targets))
+        assert all(p.grad is not None for p in model.parameters())
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_heads_stop_where_one_layer_would_lose_all() -> None:
+    """A layer all of whose heads matter least keeps them in the library's ranking; then heads are cut by less."""
+    model = TASK.build(WIDTHS)
+    with torch.no_grad():
+        model.get_parameter("layers.0.attn.c_proj.weight").mul_(1e-3)
+    _, pruner = TorchPruning("taylor").begin(TASK, model, 0.3, TASK.batches(0))
+    assert pruner is not None
+    outcome = pruner.finish()
+    assert outcome.landed and "of heads at most" in outcome.notes
+
+
+def test_heads_stop_one_before_a_layer_would_lose_all() -> None:
+    """Where the sixth head to go is the last one of its layer, the library leaves that layer whole: then five go, and
+    meet a budget that four would miss.
+    """
+    torch.manual_seed(0)
+    model = TASK.build(WIDTHS)
+    with torch.no_grad():  # two heads of the second layer matter less than all of the first, and two more
+        least = torch.tensor([1e-3, 1e-2, 1.0, 1.0]).repeat_interleave(4)
+        model.get_parameter("layers.1.attn.c_proj.weight").mul_(least)
+    _, pruner = TorchPruning("taylor").begin(TASK, model, 0.25, TASK.batches(0))
+    assert pruner is not None
+    outcome = pruner.finish()
+    heads = [outcome.widths[name] for name, dense in outcome.dense_widths.items() if dense == 4]
+    assert outcome.landed and heads == [1, 2]
+
+
+def test_heads_stop_where_a_layer_would_lose_nearly_all_of_its_neurons() -> None:
+    """Where heads by quarters leave a layer less than a tenth of its neurons, heads one by one leave it more."""
+    torch.manual_seed(0)
+    model = TASK.build(WIDTHS)
+    with torch.no_grad():
+        model.get_parameter("layers.0.c_proj.weight").mul_(0.3)
+    _, pruner = TorchPruning("taylor").begin(TASK, model, 0.3, TASK.batches(0))
+    assert pruner is not None
+    outcome = pruner.finish()
+    kept = {name: outcome.widths[name] / dense for name, dense in outcome.dense_widths.items()}
+    assert outcome.landed and min(kept.values()) >= 0.1
+
+
+def test_a_run_tells_the_librarys_version() -> None:
+    """Once Torch-Pruning has been used, its version is part of the environment; of what was not, nothing is told."""
+    import_module("torch_pruning")
+    found = environment(TASK)
+    assert found["torch-pruning"] == version("torch-pruning")
+    assert all((package in found) == (module in sys.modules) for module, package in LIBRARIES.items())
+
+
+def test_taking_apart_changes_nothing() -> None:
+    """With fused layers taken apart the model does what it did; put together again it is what it was."""
+    model = TASK.build(WIDTHS)
+    twin, x = copy.deepcopy(model), TASK.example()[0]
+    groups = tuple(group for group in setpoint.find_groups(model, (x,)) if group.lossless)
+    with taken_apart(model, groups) as heads:
+        assert len(heads) == 6 and set(heads.values()) == {4}
+        torch.testing.assert_close(model(x), twin(x))
+    assert torch.equal(model(x), twin(x))
+    assert [name for name, _ in model.named_parameters()] == [name for name, _ in twin.named_parameters()]

@@ -1,0 +1,92 @@
+"""What all commands share: one JSON object as the last line of stdout, and errors in one line with exit code 2."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+FAILED = 1
+MISUSE = 2
+INTERRUPTED = 130
+
+Out = Annotated[Path | None, typer.Option("--out", help="Folder for everything that is written.", metavar="DIR")]
+
+
+@contextmanager
+def errors_as_messages() -> Iterator[None]:
+    """What a user can put right becomes one line on stderr and exit code 2."""
+    from setpoint.errors import SetpointError
+
+    try:
+        yield
+    except (SetpointError, OSError, ImportError) as error:
+        told = str(error)
+        if isinstance(error, OSError) and error.filename:
+            told = f"{error.filename} cannot be read or written: {error.strerror}"
+        print(f"error: {told}", file=sys.stderr)
+        raise typer.Exit(MISUSE) from None
+    except KeyboardInterrupt:
+        print("interrupted: finished runs are kept, and the same command goes on from there", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def misuse(message: str) -> Exception:
+    """The error for a command that cannot be done as given."""
+    from setpoint.errors import UsageError
+
+    return UsageError(message)
+
+
+def check_folder(out: Path | None) -> None:
+    """Refuse a file where a folder is needed."""
+    if out is not None and out.exists() and not out.is_dir():
+        raise misuse(f"--out {out} is a file: name a folder")
+
+
+def console() -> Console:
+    """Standard output; in a pipe it is wide, so that tables keep their shape."""
+    from rich.console import Console
+
+    return Console() if sys.stdout.isatty() else Console(width=200)
+
+
+def finish(answer: dict[str, Any]) -> None:
+    """Write the last line of stdout."""
+    from setpoint.report.values import finite
+
+    sys.stdout.write(json.dumps(finite(answer)) + "\n")
+    sys.stdout.flush()
+
+
+def write_json(path: Path, answer: dict[str, Any]) -> None:
+    """Write an answer to a file of its own."""
+    from setpoint.report.values import finite
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(finite(answer), indent=2) + "\n", encoding="utf-8")
+
+
+def names(text: str, option: str) -> list[str]:
+    """Words between commas."""
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if not words:
+        raise misuse(f"{option} is empty: give names with commas between them")
+    return words
+
+
+def numbers(text: str, option: str, kind: type[Any]) -> list[Any]:
+    """Numbers between commas."""
+    try:
+        return [kind(word) for word in names(text, option)]
+    except ValueError as error:
+        what = "whole numbers" if kind is int else "numbers"
+        raise misuse(f"{option} takes {what} with commas between them, got {text!r}") from error

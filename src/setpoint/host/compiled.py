@@ -1,0 +1,134 @@
+"""Recompiling: what compiled code does when widths change, kept to once for each group, and counted."""
+
+from __future__ import annotations
+
+import re
+import time
+import weakref
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from typing import Any
+
+from torch import Tensor, nn
+
+from setpoint.actuator.shrink import named_tensors
+from setpoint.distributed import is_spread
+from setpoint.groups.group import Group
+
+Recompiled = Callable[[float, int], None]
+
+_FLAGS = {
+    "force_parameter_static_shapes": False,
+    "force_nn_module_property_static_shapes": False,
+    "allow_unspec_int_on_nn_module": True,
+}
+"""Settings of Dynamo under which a parameter's size, and a number that a module holds, may be a symbol in code."""
+
+_LIMIT = "recompile_limit"
+"""Setting of Dynamo: so often it compiles a piece of code before it gives up."""
+
+_before: dict[str, Any] = {}
+_holders: set[int] = set()
+
+
+class Recompiling:
+    """Counts what Dynamo compiles again in a run, and keeps it from doing so at every cut.
+
+    By default Dynamo takes the sizes of parameters for constants, so that each cut makes all code compile again, and
+    after eight times it is not compiled any more. At the first cut of a run in a process in which anything was
+    compiled, Dynamo's settings are changed to let them be symbols, and the dims whose width changes are marked; so
+    the code compiles once more after a group's first cut, and not after its later ones. Where an operation takes a
+    size as a number that Dynamo can only hold constant, such as the number of groups of a group norm, it compiles
+    after each cut of that group. The settings hold for the whole process; when the last loop that needs them
+    ends, or is dropped without an end, they are put back.
+
+    What is compiled again after the first cut is taken for the cut's doing, as it cannot be told from what a batch of
+    another size would have made necessary.
+
+    Args:
+        recompiled: told the seconds of each, and 1 if it counts, or 0; it must not hold what holds this object.
+        num_groups: how many groups there are.
+    """
+
+    def __init__(self, recompiled: Recompiled, num_groups: int) -> None:
+        self._recompiled, self._num_groups = recompiled, num_groups
+        self._end: weakref.finalize[..., Any] | None = None
+
+    def follow(self, model: nn.Module, groups: Iterable[Group]) -> None:
+        """Have compiled code follow the widths of these groups; called once they have changed, or are about to.
+
+        Args:
+            model: whose they are.
+            groups: that change.
+        """
+        from torch._dynamo import maybe_mark_dynamic
+        from torch._dynamo.utils import counters
+
+        if self._end is None:
+            self._end = weakref.finalize(self, _stop, *_counting(self._recompiled), id(self))
+            self._end.atexit = False
+        if not counters["stats"]["unique_graphs"]:
+            return
+        _hold(id(self), self._num_groups)
+        tensors: dict[str, Tensor] = named_tensors(model)
+        for part in (part for group in groups for part in group.slices):
+            tensor = tensors[part.tensor]
+            if part.dim is not None and not is_spread(tensor):
+                maybe_mark_dynamic(tensor, part.dim)
+
+    def stop(self) -> None:
+        """Count no longer, and give Dynamo its settings back; may be called again."""
+        if self._end is not None:
+            self._end()
+
+
+def _counting(recompiled: Recompiled) -> tuple[Callable[[Any], None], Callable[[Any], None]]:
+    """What Dynamo calls when it begins and ends to compile, from now on."""
+    from torch._dynamo.callback import callback_handler
+
+    began: list[float] = []
+
+    def begin(_: Any) -> None:
+        began[:] = [time.perf_counter()]
+
+    def end(what: Any) -> None:
+        number = re.search(r"\d+/(\d+)", str(what.compile_id))  # of the piece of code, and how often it was compiled
+        if began and number is not None and int(number[1]) > 0:
+            first = what.callback_trigger.name == "DYNAMO"  # the backward pass may be compiled by itself later
+            recompiled(time.perf_counter() - began[0], 1 if first else 0)
+        began.clear()
+
+    callback_handler.register_start_callback(begin)
+    callback_handler.register_end_callback(end)
+    return begin, end
+
+
+def _stop(begin: Callable[[Any], None], end: Callable[[Any], None], holder: int) -> None:
+    from torch._dynamo.callback import callback_handler
+
+    with suppress(ValueError):  # `torch._dynamo.reset()` has forgotten them
+        callback_handler.remove_start_callback(begin)
+        callback_handler.remove_end_callback(end)
+    _release(holder)
+
+
+def _hold(holder: int, num_groups: int) -> None:
+    from torch._dynamo import config
+
+    if not _holders:
+        _before.update({name: getattr(config, name) for name in (*_FLAGS, _LIMIT)})
+    if holder not in _holders:
+        _holders.add(holder)
+        for name, value in _FLAGS.items():
+            setattr(config, name, value)
+        config.recompile_limit += num_groups  # each of them has code compiled once more
+
+
+def _release(holder: int) -> None:
+    from torch._dynamo import config
+
+    if holder in _holders:
+        _holders.discard(holder)
+        if not _holders:
+            for name, value in _before.items():
+                setattr(config, name, value)

@@ -1,0 +1,141 @@
+"""`DistributedDataParallel`: how it follows when the sizes of the model in it change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from setpoint.distributed import Ranks
+from setpoint.groups.group import Group
+from setpoint.host.compiled import Recompiled
+from setpoint.host.join import Joining
+from setpoint.host.local import Agreed, Local
+from setpoint.host.refuse import check_parallel, check_unsharded
+
+_BUILT_IN = "BuiltinCommHookType."
+"""How PyTorch begins the names of its own communication hooks, which it remembers only by name."""
+
+
+class DDP(Local):
+    """A `Host` of ranks that each have all of the model, and average its gradients.
+
+    Args:
+        model: the model itself.
+        optimizers: those that really step.
+        copies: modules with the same tensors.
+        compiled: whether any of it is compiled already.
+        parallel: what is around the model.
+
+    Raises:
+        LoopError: for a wrapper that cannot follow a change of sizes.
+    """
+
+    wrapper = "DistributedDataParallel"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: Sequence[Optimizer],
+        copies: Sequence[nn.Module],
+        *,
+        compiled: bool,
+        parallel: DistributedDataParallel,
+    ) -> None:
+        super().__init__(model, optimizers, copies, compiled=compiled)
+        check_parallel(parallel)
+        self._parallel = parallel
+        self._trained = tuple(parameter for parameter in model.parameters() if parameter.requires_grad)
+        self._joining: Joining
+
+    @property
+    def ranks(self) -> Ranks:
+        """Those of the wrapper."""
+        return Ranks(self._parallel.process_group, self._parallel.device)
+
+    @contextmanager
+    def _open(self, groups: tuple[Group, ...], agree: Agreed) -> Iterator[Agreed]:
+        try:
+            yield agree
+        finally:  # also after half of it, and after shapes came and went: gradients must not stay unsynchronised
+            rewrap(self._parallel, self._trained)
+
+    def begin(
+        self, *, steps: Callable[[], int], missed: Callable[[], None], recompiled: Recompiled, num_groups: int
+    ) -> None:
+        """A loop begins."""
+        super().begin(steps=steps, missed=missed, recompiled=recompiled, num_groups=num_groups)
+        self._joining = Joining(self._parallel, self.ranks, steps, missed)
+
+    def before_step(self, *, first: bool, regrows: bool, by_hooks: bool) -> None:
+        """Check that the model in the wrapper is as it was, and that the ranks can go along with each other."""
+        if first:
+            check_unsharded(self.model)
+        self._joining.check(regrows=regrows, by_hooks=by_hooks)
+
+    def complete(self) -> bool:
+        """Whether all ranks have made the step that is just over."""
+        return self._joining.all_made()
+
+    def stop(self) -> None:
+        """Leave everything around the model as it was; may be called again."""
+        super().stop()
+        self._joining.stop()
+
+
+def rewrap(parallel: DistributedDataParallel, trained: Collection[nn.Parameter]) -> None:
+    """Let a wrapper average the gradients of a model whose parameters have changed their shapes.
+
+    The wrapper is the same object as before, with all that the user has set on it: its hooks, the state of `no_sync`,
+    and everything that it was built with. Only the reducer, which holds buckets for gradients of the old shapes, is
+    made anew, as PyTorch does it when a wrapper is unpickled, and communication hooks are registered again. Nothing
+    is sent: the ranks have cut the same units off the same weights.
+
+    Args:
+        parallel: the wrapper, between `optimizer.step()` and the next forward pass.
+        trained: parameters of which it averages the gradients; one that is frozen for a while is still among them.
+
+    Raises:
+        LoopError: when its communication hook cannot follow.
+    """
+    check_parallel(parallel)
+    wrapper: Any = parallel  # much of it has no types
+    built_in = wrapper._get_ddp_logging_data().get("comm_hook", "")
+    wrapper._remove_autograd_hooks()
+    with _with_gradients(wrapper.module, trained):
+        parameters, sparse = wrapper._build_params_for_reducer()
+        names = wrapper._build_debug_param_to_name_mapping(parameters)
+        wrapper._ddp_init_helper(parameters, sparse, names, wrapper.static_graph)
+    wrapper._has_rebuilt_buckets = False
+    if wrapper.static_graph:
+        wrapper._static_graph_delay_allreduce_enqueued = False
+        wrapper.reducer._set_static_graph()
+        wrapper.logger._set_static_graph()
+    hooks, wrapper._comm_hooks = wrapper._comm_hooks, []
+    for hook, state in hooks:
+        wrapper.register_comm_hook(state, hook)
+    if not hooks and built_in.startswith(_BUILT_IN):
+        kind = getattr(torch._C._distributed_c10d.BuiltinCommHookType, built_in.removeprefix(_BUILT_IN))
+        wrapper._register_builtin_comm_hook(kind)
+
+
+@contextmanager
+def _with_gradients(model: nn.Module, trained: Collection[nn.Parameter]) -> Iterator[None]:
+    """Let exactly those parameters train whose gradients are to be averaged.
+
+    One that is frozen at the moment is among them, one that has no entries left is not: it will have no gradient.
+    """
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    known = set(trained)
+    try:
+        for parameter, trains in before:
+            parameter.requires_grad_((trains or parameter in known) and parameter.numel() > 0)
+        yield
+    finally:
+        for parameter, trains in before:
+            parameter.requires_grad_(trains)

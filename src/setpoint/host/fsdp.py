@@ -1,0 +1,301 @@
+"""`fully_shard`: a model spread over ranks, whole for a while, and spread again at its new shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from setpoint.actuator.optimizer_state import map_tensors
+from setpoint.distributed import Ranks, is_sharded, local, plain_kind, rows, whole_tensor
+from setpoint.groups.group import Group
+from setpoint.host.local import Agreed, Local
+from setpoint.host.piece import Piece, check_pieces, groups_of, pieces_of, states_of
+from setpoint.host.refuse import check_unwrapped
+
+
+class FSDP(Local):
+    """A `Host` of ranks over which `fully_shard` has spread the model, all over one mesh.
+
+    FSDP's modules, groups, hooks and settings (mixed precision, resharding, prefetching, communication) stay the
+    same objects through a change of sizes. Only what it keeps of a parameter is made anew where its shape
+    changes, and the new shard is put into the DTensor that model and optimizers hold.
+
+    Args:
+        model: sharded.
+        optimizers: those that really step.
+        copies: of the model, sharded or not.
+        compiled: whether any of it is compiled already.
+
+    Raises:
+        LoopError: naming what cannot follow a change of sizes.
+    """
+
+    wrapper = "fully_shard"
+
+    def __init__(
+        self, model: nn.Module, optimizers: Sequence[Optimizer], copies: Sequence[nn.Module], *, compiled: bool = False
+    ) -> None:
+        super().__init__(model, optimizers, copies, compiled=compiled)
+        found = [piece for module in (model, *copies) for piece in pieces_of(module)]
+        check_pieces(model, found)
+        self.mesh = found[0].fsdp.mesh_info.mesh
+        self._device = found[0].fsdp.device
+
+    @property
+    def ranks(self) -> Ranks:
+        """Those of the mesh."""
+        return Ranks(self.mesh.get_group(), self._device)
+
+    @property
+    def alone(self) -> bool:
+        """Not even a single rank has plain tensors."""
+        return False
+
+    def before_step(self, *, first: bool, regrows: bool, by_hooks: bool) -> None:
+        """Let the modules have their own shards, as after a backward pass, also where a forward pass came last."""
+        _reshard(self.model)
+        if first:
+            check_unwrapped(self.model)
+
+    def _open(self, groups: tuple[Group, ...], agree: Agreed) -> AbstractContextManager[Agreed]:
+        return self._gathered({part.tensor for group in groups for part in group.slices}, agree)
+
+    @contextmanager
+    def _gathered(self, names: Collection[str] | None, agreed: Agreed) -> Iterator[Agreed]:
+        """Inside, the named parameters and their optimizer state are whole, plain and free to change their shape.
+
+        Every rank has all of them for as long as that. At the end modules and optimizers hold the same sharded
+        objects again, with the contents that they had when what is yielded was last called without an
+        error; if it never was, everything is as before, to the last bit.
+
+        Args:
+            names: of parameters of the model, or None for all.
+            agreed: called by what is yielded, when all that can fail is done.
+        """
+        whole = _Whole(self._pieces(names), self.optimizers)
+        kept: list[_Spread] = []
+
+        def spread() -> None:
+            made = whole.spread()
+            agreed()
+            kept[:] = [made]
+
+        try:
+            with whole.shown():
+                yield spread
+        finally:
+            for each in kept:
+                each.take_effect()
+
+    def _pieces(self, names: Collection[str] | None) -> list[Piece]:
+        found = []
+        for number, module in enumerate((self.model, *self.copies)):
+            _reshard(module)
+            wanted = None if names is None else _named(module, names, copied=number > 0)
+            found += [each for each in pieces_of(module) if wanted is None or id(each.parameter) in wanted]
+        return found
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Inside, model and copies are plain modules that know nothing of FSDP, and can be run, copied and exported."""
+        with self._gathered(None, lambda: None), ExitStack() as undo:
+            for module in (self.model, *self.copies):
+                _plain(module, undo)
+            yield
+
+
+def _reshard(model: nn.Module) -> None:
+    for module in model.modules():
+        if is_sharded(module):
+            module.reshard()  # type: ignore[operator]
+
+
+@contextmanager
+def whole(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside, a model that `fully_shard` has spread over ranks is whole and plain on each of them; any other as it is.
+
+    Every rank enters and leaves together. Changes that are made inside do not last.
+
+    Args:
+        model: the model.
+
+    >>> with whole(nn.Linear(2, 3)) as plain:
+    ...     plain
+    Linear(in_features=2, out_features=3, bias=True)
+    """
+    if not any(is_sharded(module) for module in model.modules()):
+        yield model
+        return
+    with FSDP(model, (), ()).whole():
+        yield model
+
+
+def _named(module: nn.Module, names: Collection[str], copied: bool) -> set[int]:
+    """Identities of the parameters of these names, which a copy's wrapper may have put `module.` before."""
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    prefixes = ("", "module.") if copied else ("",)
+    return {id(parameters[p + name]) for name in names for p in prefixes if p + name in parameters}
+
+
+class _Whole:
+    """Parameters and their optimizer state, gathered from all ranks."""
+
+    def __init__(self, pieces: Sequence[Piece], optimizers: Sequence[Optimizer]) -> None:
+        self.pieces = pieces
+        self.optimizers = optimizers
+        self.plain = [nn.Parameter(_own(p.parameter), p.parameter.requires_grad) for p in pieces]
+        self.states = [
+            {
+                number: {
+                    part: map_tensors(value, lambda tensor, _: _own(tensor), part)
+                    for part, value in optimizer.state[piece.parameter].items()
+                }
+                for number, piece in enumerate(pieces)
+                if piece.parameter in optimizer.state
+            }
+            for optimizer in self.optimizers
+        ]
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Inside, modules and optimizers have the whole parameters."""
+        instead = {id(piece.parameter): plain for piece, plain in zip(self.pieces, self.plain, strict=True)}
+        with ExitStack() as undo:
+            for piece, plain in zip(self.pieces, self.plain, strict=True):
+                undo.callback(piece.show, piece.parameter)
+                piece.show(plain)
+            for optimizer, states in zip(self.optimizers, self.states, strict=True):
+                undo.callback(_restore, optimizer.state, dict(optimizer.state))
+                for number, state in states.items():
+                    del optimizer.state[self.pieces[number].parameter]
+                    optimizer.state[self.plain[number]] = state
+                for settings in optimizer.param_groups:
+                    undo.callback(settings.__setitem__, "params", settings["params"])
+                    settings["params"] = [instead.get(id(each), each) for each in settings["params"]]
+            yield
+
+    def spread(self) -> _Spread:
+        """This rank's shards of what the whole parameters hold now; nothing is changed yet."""
+        made = [_sharded_anew(piece, plain) for piece, plain in zip(self.pieces, self.plain, strict=True)]
+        states = []
+        for optimizer in self.optimizers:
+            mine = {}
+            for number, (plain, fsdp) in enumerate(zip(self.plain, made, strict=True)):
+                if plain in optimizer.state:
+                    mine[number] = {
+                        part: map_tensors(value, lambda tensor, _, p=plain, f=fsdp: _shard(tensor, p, f), part)  # type: ignore[misc]
+                        for part, value in optimizer.state[plain].items()
+                    }
+            states.append(mine)
+        return _Spread(self.pieces, made, self.optimizers, states)
+
+
+@dataclass(frozen=True, eq=False)
+class _Spread:
+    """Shards that are ready to take the place of those of other shapes.
+
+    Args:
+        pieces: whose they are.
+        made: what FSDP is to keep of each.
+        optimizers: that hold them.
+        states: by optimizer and number of the piece.
+    """
+
+    pieces: Sequence[Piece]
+    made: Sequence[Any]
+    optimizers: Sequence[Optimizer]
+    states: Sequence[dict[int, dict[str, Any]]]
+
+    def take_effect(self) -> None:
+        """Put the shards in their place; this cannot fail."""
+        for piece, fsdp in zip(self.pieces, self.made, strict=True):
+            parameter: Any = piece.parameter
+            new = fsdp.sharded_param
+            # The same DTensor at another shape: its own metadata by `data`, then what it is made of.
+            parameter.grad = None
+            parameter.data = new.detach()
+            parameter._local_tensor, parameter._spec = new._local_tensor, new._spec
+            piece.fsdp._post_load_hook_handle.remove()
+            fsdp.sharded_param = parameter
+            piece.owner[piece.place] = fsdp
+            piece.show(parameter)
+        for optimizer, states in zip(self.optimizers, self.states, strict=True):
+            for number, state in states.items():
+                optimizer.state[self.pieces[number].parameter] = state
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A whole tensor in memory of its own."""
+    found = whole_tensor(tensor.detach())
+    return found.clone() if found.data_ptr() == local(tensor.detach()).data_ptr() else found
+
+
+def _sharded_anew(piece: Piece, plain: nn.Parameter) -> Any:
+    """What FSDP would keep of a parameter of this shape, with the settings of the one that it has."""
+    from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam  # what `fully_shard` itself makes
+
+    old = piece.fsdp
+    offload: Any = None  # none is taken
+    new = FSDPParam(
+        nn.Parameter(plain.detach(), piece.parameter.requires_grad),
+        old._module_info,
+        old.mesh_info,
+        old.post_forward_mesh_info,
+        old.device,
+        None,
+        old.mp_policy,
+        offload,
+    )
+    piece.show(plain)  # FSDP has put the shard there
+    new._param_fqn = old._param_fqn
+    if hasattr(old, "orig_dtype"):
+        new.init_dtype_attrs(old.mp_policy)
+    return new
+
+
+def _shard(tensor: Tensor, plain: nn.Parameter, fsdp: Any) -> Tensor:
+    """This rank's part of a state of the parameter's shape; any other state stays."""
+    if tensor.shape != plain.shape:
+        return tensor
+    from torch.distributed.tensor import DTensor
+
+    like = fsdp.sharded_param
+    mine = tensor[rows(like)].clone()
+    made: Tensor = DTensor.from_local(
+        mine, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+    return made
+
+
+def _restore(table: dict[Any, Any], before: dict[Any, Any]) -> None:
+    table.clear()
+    table.update(before)
+
+
+def _plain(model: nn.Module, undo: ExitStack) -> None:
+    """Take FSDP's hooks, classes and marks off the modules."""
+    from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
+
+    for state in states_of(model):
+        handles = [state._pre_forward_hook_handle, state._post_forward_hook_handle]
+        for group in groups_of(state):
+            handles += [fsdp._post_load_hook_handle for fsdp in group.fsdp_params]
+            handles += group._module_to_pre_save_state_dict_hook_handle.values()
+            handles += group._module_to_pre_load_state_dict_hook_handle.values()
+        for handle in handles:
+            for each in getattr(handle, "handles", (handle,)):
+                hooks = each.hooks_dict_ref()
+                undo.callback(_restore, hooks, dict(hooks))
+                hooks.pop(each.id, None)
+    marks = (STATE_KEY, REGISTRY_KEY, "_is_fsdp_managed_module", "_fsdp_use_orig_params")
+    for module in model.modules():
+        for mark in [mark for mark in marks if mark in module.__dict__]:
+            undo.callback(module.__dict__.__setitem__, mark, module.__dict__.pop(mark))
+        if is_sharded(module):
+            undo.callback(setattr, module, "__class__", type(module))
+            module.__class__ = plain_kind(module)

@@ -1,0 +1,152 @@
+"""A host: how the live model is held - in one process, by `DistributedDataParallel`, by `fully_shard`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from setpoint.distributed import Ranks, unwrapped
+from setpoint.errors import LoopError
+from setpoint.groups.group import Group
+from setpoint.host.ddp import DDP
+from setpoint.host.fsdp import FSDP
+from setpoint.host.local import Agreed, Local
+from setpoint.host.optimizers import real_optimizers
+from setpoint.host.refuse import check_plain, check_unwrapped
+from setpoint.host.together import SharedLosses
+from setpoint.sensor.reading import Reading
+
+
+@runtime_checkable
+class Host(Protocol):
+    """What a loop asks of the set-up that a model is trained in."""
+
+    model: nn.Module
+    """The model itself, without wrappers."""
+    optimizers: tuple[Optimizer, ...]
+    """Those that really step."""
+    copies: tuple[nn.Module, ...]
+    """Modules that are cut alike."""
+    wrapper: str
+    """What is around the model, for messages; empty in one process."""
+    compiled: bool
+    """Whether any of it was compiled when it was given; code may be compiled later, or around it, too."""
+    mesh: Any
+    """The ranks that the weights are spread over; None where each has all of them."""
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that train the model together."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        ...
+
+    @property
+    def alone(self) -> bool:
+        """Whether one process has all of the model and its gradients."""
+        ...
+
+    def together(self, what: str) -> AbstractContextManager[dict[str, Any]]:
+        """What is done inside is done by all ranks, with the same outcome, or raises on all of them."""
+        ...
+
+    def whole(self) -> AbstractContextManager[None]:
+        """Inside, model and copies are plain and whole on each rank."""
+        ...
+
+    def mean(self, read: Callable[[], Reading], losses: SharedLosses, step: int) -> Reading:
+        """The reading that all ranks decide on; the losses are then the means over ranks."""
+        ...
+
+    def resizable(self, what: str, groups: Iterable[Group]) -> AbstractContextManager[Agreed]:
+        """Inside, tensors of these groups may change their shape, on all ranks alike.
+
+        What is yielded is called when all that can fail is done and can still be put back; it raises where another rank
+        has failed. At the end wrappers, shards and compiled code follow, wrappers also after an exception.
+
+        Args:
+            what: is done, for messages.
+            groups: those that change.
+
+        Raises:
+            RankError: when another rank has failed, or has come to other shapes.
+        """
+        ...
+
+    def begin(
+        self,
+        *,
+        steps: Callable[[], int],
+        missed: Callable[[], None],
+        recompiled: Callable[[float, int], None],
+        num_groups: int,
+    ) -> None:
+        """A loop begins.
+
+        Args:
+            steps: how many steps it has counted.
+            missed: called for each step that this rank has missed, as it had run out of batches.
+            recompiled: told the seconds of what was compiled again, and 1 if it counts, or 0; it must not hold the
+                loop.
+            num_groups: that may change.
+        """
+        ...
+
+    def before_step(self, *, first: bool, regrows: bool, by_hooks: bool) -> None:
+        """Check that the set-up is the one that was given, and that the ranks can go along with each other.
+
+        Args:
+            first: whether it is the first step of the loop.
+            regrows: whether units come back.
+            by_hooks: whether the sensor reads frozen weights.
+
+        Raises:
+            LoopError: when not.
+        """
+        ...
+
+    def complete(self) -> bool:
+        """Whether all ranks have made the step that is just over; asked once after each."""
+        ...
+
+    def stop(self) -> None:
+        """Leave everything around the model as it was; may be called again."""
+        ...
+
+
+def host_of(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], copies: Sequence[nn.Module] = ()) -> Host:
+    """How a model is held: it is taken out of `torch.compile` and `DistributedDataParallel` in any order.
+
+    Args:
+        model: as the user calls it.
+        optimizer: those that train it, as the user calls them.
+        copies: modules with the same tensors.
+
+    Raises:
+        LoopError: for what is no module, for any other wrapper for several devices, and for a model that is wrapped,
+            but not given with its wrapper.
+        OptimizerError: for what is no optimizer, and for one that cannot follow a cut.
+    """
+    if not isinstance(model, nn.Module):
+        raise LoopError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    outer, model = model, unwrapped(model)
+    parallel = next((each for each in outer.modules() if isinstance(each, DistributedDataParallel)), None)
+    spread = check_plain(model)
+    if spread and parallel is not None:
+        raise LoopError("fully_shard inside DistributedDataParallel is not supported: use one of the two")
+    if parallel is None:
+        check_unwrapped(model)
+    optimizers = real_optimizers(optimizer)
+    compiled = any(hasattr(each, "_orig_mod") or each._compiled_call_impl is not None for each in outer.modules())
+    if parallel is not None:
+        return DDP(model, optimizers, copies, compiled=compiled, parallel=parallel)
+    return (FSDP if spread else Local)(model, optimizers, copies, compiled=compiled)

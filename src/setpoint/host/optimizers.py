@@ -1,0 +1,69 @@
+"""Optimizers out of the wrappers that Accelerate, Lightning, Fabric and others put around them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch.optim import Optimizer
+
+from setpoint.errors import OptimizerError
+
+
+def real_optimizers(given: Any) -> tuple[Optimizer, ...]:
+    """The optimizers that really step, whose hooks PyTorch calls; each once.
+
+    Args:
+        given: one, or several, as the user calls them.
+
+    Raises:
+        OptimizerError: for none, for what is no optimizer, and for what cannot follow a cut.
+    """
+    one = isinstance(given, Optimizer) or not isinstance(given, Iterable)
+    found = tuple(dict.fromkeys(map(real_optimizer, (given,) if one else given)))
+    if not found or not all(isinstance(each, Optimizer) for each in found):
+        raise OptimizerError("optimizer must be a torch.optim.Optimizer or a sequence of them, and at least one")
+    for each in found:
+        if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(each).__mro__):
+            raise OptimizerError(
+                "ZeroRedundancyOptimizer keeps its state in parts on several ranks, which this version cannot cut: "
+                "use the optimizer itself"
+            )
+    return found
+
+
+def real_optimizer(part: Any) -> Any:
+    """An optimizer out of its wrappers; anything else as it is.
+
+    A wrapper is known by what it does: it steps, clears gradients and holds the optimizer that it steps.
+
+    Raises:
+        OptimizerError: for a wrapper of several optimizers, or with a state beside that of the one in it.
+    """
+    while True:
+        inside = _held(part)
+        if not inside:
+            return part
+        name = type(part).__name__
+        if len(inside) > 1:
+            kinds = ", ".join(type(each).__name__ for each in inside)
+            raise OptimizerError(f"{name} holds several optimizers ({kinds}): give attach these, in place of it")
+        (real,) = inside
+        if getattr(part, "state", real.state) is not real.state:
+            raise OptimizerError(
+                f"{name} keeps a state beside that of the {type(real).__name__} in it, which would not follow a cut: "
+                f"train with the {type(real).__name__} itself. (If that state holds nothing for single parameters, "
+                "give attach the optimizer in it)"
+            )
+        part = real
+
+
+def _held(part: Any) -> Sequence[Optimizer]:
+    """Optimizers that this one steps; a scheduler, which clears no gradients, steps none."""
+    if not (callable(getattr(part, "step", None)) and callable(getattr(part, "zero_grad", None))):
+        return ()
+    found: dict[int, Optimizer] = {}
+    for value in getattr(part, "__dict__", {}).values():
+        several = value.values() if type(value) is dict else value if isinstance(value, (list, tuple)) else (value,)
+        found |= {id(each): each for each in several if isinstance(each, Optimizer) and each is not part}
+    return tuple(found.values())

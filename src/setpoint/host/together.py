@@ -1,0 +1,157 @@
+"""An agreement: what ranks that train one model together do alike, or stop with an error on all of them."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float64
+
+from setpoint.controller.plan import Plan
+from setpoint.distributed import Ranks
+from setpoint.errors import RankError
+from setpoint.sensor.reading import Reading
+
+_FAILED = "failed "
+_LATER = "the run goes on from its last checkpoint"
+
+
+@runtime_checkable
+class SharedLosses(Protocol):
+    """Losses that each rank was told for itself, until they are shared."""
+
+    def unshared(self, step: int) -> Float64[np.ndarray, " n"]:
+        """What this rank alone was told up to a step, as numbers whose mean over ranks `share` takes."""
+        ...
+
+    def share(self, step: int, means: Float64[np.ndarray, " n"]) -> None:
+        """From here on know what all ranks together know."""
+        ...
+
+
+@contextmanager
+def together(ranks: Ranks, what: str) -> Iterator[dict[str, Any]]:
+    """What is done inside is done by all ranks, with the same outcome, or raises on all of them.
+
+    Each rank tells the others at the end, in one small all-gather, that it came through, and a digest of everything
+    that it has put into the dict that the block is given. Nothing is sent where there is one rank.
+
+    Args:
+        ranks: that do it.
+        what: they do, for messages.
+
+    Raises:
+        RankError: when another rank has failed, is lost, or has put something else into the dict. What this rank
+            raises itself it raises as it is, after the others have been told.
+    """
+    facts: dict[str, Any] = {}
+    try:
+        yield facts
+    except Exception as error:
+        if ranks.count > 1 and not isinstance(error, RankError):
+            with suppress(RuntimeError):
+                ranks.hear(f"{_FAILED}{type(error).__name__}: {error}")
+        raise
+    if ranks.count == 1:
+        return
+    heard = _heard(ranks, " ".join(f"{name}:{_digest(fact)}" for name, fact in facts.items()), what)
+    failed = [f"rank {rank} with {words[len(_FAILED) :]}" for rank, words in _starting(heard, _FAILED)]
+    if failed:
+        raise RankError(f"{what} failed on {'; '.join(failed)}. Rank {ranks.own} stops too: {_LATER}")
+    apart = {rank: _differing(words, heard[0]) for rank, words in enumerate(heard) if words != heard[0]}
+    if apart:
+        whom = "; ".join(f"rank {rank} in {', '.join(names)}" for rank, names in apart.items())
+        raise RankError(
+            f"the ranks do not agree on {what}: other than rank 0 is {whom}. Give every rank the same model, the same "
+            "arguments, an example of the same shape, and let no part of it depend on the rank or on chance"
+        )
+
+
+def _heard(ranks: Ranks, message: str, what: str) -> list[str]:
+    try:
+        return ranks.hear(message)
+    except RuntimeError as error:
+        raise RankError(f"a rank was lost at {what}, or has not come to it in time: {_LATER}") from error
+
+
+def _starting(heard: list[str], prefix: str) -> list[tuple[int, str]]:
+    return [(rank, words) for rank, words in enumerate(heard) if words.startswith(prefix)]
+
+
+def _differing(words: str, others: str) -> list[str]:
+    """Names of the facts of which the digests differ."""
+    differing = set(words.split()) ^ set(others.split())
+    return sorted({each.partition(":")[0] for each in differing})
+
+
+def _digest(fact: Any) -> str:
+    return hashlib.sha256(repr(fact).encode()).hexdigest()[:16]
+
+
+def decisions(plan: Plan) -> list[Any]:
+    """All that a plan decides, in plain values of which the same ones look alike."""
+    keep = [(name, np.flatnonzero(~kept).tolist()) for name, kept in sorted(plan.keep.items())]
+    grow = [(name, units.tolist()) for name, units in sorted(plan.grow.items()) if len(units)]
+    return [plan.step, plan.landed, keep, grow]
+
+
+def shared_reading(ranks: Ranks, read: Callable[[], Reading], losses: SharedLosses, step: int) -> Reading:
+    """The reading that all ranks decide on, and the observed losses with it: means over ranks, by one all-reduce.
+
+    `DistributedDataParallel` has averaged the gradients before a sensor sees them, and a gate's gradient is linear
+    in them: with `g_k` the gradient on rank k of K,
+
+        r = sum of w * dL/dw = sum of w * (1/K) sum over k of g_k,
+
+    that of the mean loss over the global batch. So each rank's reading is already the one of all samples, with
+    `num_samples` counted over ranks, and its mean over ranks is the same again. Taking it makes sure that all ranks
+    see the same to the last bit, and is the estimate where a sensor looks at data of its own. Losses are each rank's
+    own: their mean over ranks is the loss of the global batch where batches are equally large.
+
+    Args:
+        ranks: that decide.
+        read: takes this rank's reading.
+        losses: what was observed; they are the means afterwards.
+        step: optimizer steps done.
+
+    Raises:
+        RankError: when ranks cannot be brought together.
+    """
+    what = f"the reading after step {step}"
+    with together(ranks, what) as facts:
+        reading = read()
+        if ranks.count == 1:
+            return reading
+        values = [getattr(reading, part)[name] for part, name in _places(reading)]
+        counts = np.array([reading.skipped_steps, reading.num_steps], dtype=np.float64)
+        told = losses.unshared(step)
+        facts["units"] = [(part, name, len(getattr(reading, part)[name])) for part, name in _places(reading)]
+        facts["step"] = (step, reading.step, reading.calibrated, len(told))
+    try:
+        mean = ranks.mean(np.concatenate([told, counts, *values]))
+    except RuntimeError as error:
+        raise RankError(f"a rank was lost at {what}: {_LATER}") from error
+    losses.share(step, mean[: len(told)])
+    skipped, taken = mean[len(told) : len(told) + 2]
+    return replace(
+        _with_values(reading, mean[len(told) + 2 :]), skipped_steps=math.ceil(skipped), num_steps=math.floor(taken)
+    )
+
+
+def _places(reading: Reading) -> list[tuple[str, str]]:
+    """Where the numbers of a reading are, in one order on all ranks."""
+    return [(part, name) for part in ("saliency", "slope", "norm") for name in sorted(getattr(reading, part))]
+
+
+def _with_values(reading: Reading, values: Float64[np.ndarray, " n"]) -> Reading:
+    """The reading with these numbers, in the order of `_places`."""
+    found: dict[str, dict[str, np.ndarray]] = {"saliency": {}, "slope": {}, "norm": {}}
+    for part, name in _places(reading):
+        length = len(getattr(reading, part)[name])
+        found[part][name], values = values[:length], values[length:]
+    return replace(reading, saliency=found["saliency"], slope=found["slope"], norm=found["norm"])

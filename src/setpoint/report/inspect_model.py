@@ -1,0 +1,188 @@
+"""An inspection: what Setpoint would find in a model, before any training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from setpoint.actuator.verify import failing_groups
+from setpoint.controller.ladder import lowest_width
+from setpoint.cost.cost import Cost
+from setpoint.cost.flops import flops_cost
+from setpoint.cost.params import params_cost
+from setpoint.errors import UsageError
+from setpoint.groups.export import Example, inputs_of, tensors_of
+from setpoint.groups.group import Group, widths_of
+from setpoint.groups.trace import Frozen, trace
+from setpoint.report.own_function import is_own_function, named_errors, own_function
+from setpoint.report.parameters import Part, params_along, parts, share_along
+from setpoint.report.zoo import named_model, noise
+
+
+@dataclass(frozen=True)
+class GroupReport:
+    """One group as people read it.
+
+    Args:
+        name: its name.
+        what: what a unit is: "channel", "head", "neuron".
+        num_units: units of the dense model.
+        min_units: the fewest it can be cut to.
+        multiple_of: cuts happen in blocks of this many units.
+        kept_whole: why `attach` leaves it whole by default; empty if it may be pruned.
+        params: parameters that lie along its units; one may lie along units of two groups.
+        params_share: the same as a share of the model's parameters.
+        flops_share: share of the model's FLOPs that is gone when this group alone is cut to its fewest units.
+        places: (tensor, dim, role) of each of its slices.
+    """
+
+    name: str
+    what: str
+    num_units: int
+    min_units: int
+    multiple_of: int
+    kept_whole: str
+    params: int
+    params_share: float
+    flops_share: float
+    places: tuple[tuple[str, int | None, str], ...]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What Setpoint would find in a model.
+
+    Args:
+        model: what was inspected.
+        inputs: shape of each tensor of the example.
+        verified: whether the cuts were tried on a copy.
+        groups: in the order of the model.
+        flops: FLOPs of one optimizer step, forward and backward, at the example's batch shape.
+        params: number of parameters.
+        prunable_params_share: share of the parameters that lie along a unit of a group that may be pruned.
+        cheapest_flops: the FLOPs with every group that may be pruned cut to its fewest units.
+        cheapest_params: the number of parameters then.
+        frozen: what stays whole, and why.
+        parts: every parameter once, by tensor and group.
+    """
+
+    model: str
+    inputs: tuple[tuple[int, ...], ...]
+    verified: bool
+    groups: tuple[GroupReport, ...]
+    flops: float
+    params: int
+    prunable_params_share: float
+    cheapest_flops: float
+    cheapest_params: int
+    frozen: tuple[Frozen, ...]
+    parts: tuple[Part, ...]
+
+
+def inspect_model(name: str, model: nn.Module, example: Example, *, verify: bool = True) -> Inspection:
+    """Trace a model, try its cuts on a copy as `attach` does, and report groups and costs.
+
+    Args:
+        name: what to call it.
+        model: any module that `torch.export` can follow; it is not touched.
+        example: a tuple of positional inputs, or a dict of keyword inputs.
+        verify: whether to try the cuts; a model on the "meta" device has no weights to try them on.
+
+    Raises:
+        ExampleError: the model does not accept the example.
+        ExportError: the model cannot be exported.
+    """
+    found = trace(model, example)
+    verify = verify and not any(parameter.is_meta for parameter in model.parameters())
+    flops, params = flops_cost(found), params_cost(model, found.groups)
+    dense = widths_of(found.groups)
+    whole = _kept_whole(model, example, found.groups, verify)
+    pruned = tuple(group for group in found.groups if not whole[group.name])
+    fewest = dense | {group.name: lowest_width(group) for group in pruned}
+    total = int(params.total(dense))
+    args, kwargs = inputs_of(example)
+    return Inspection(
+        model=name,
+        inputs=tuple(tuple(tensor.shape) for tensor in tensors_of([*args, *kwargs.values()])),
+        verified=verify,
+        groups=tuple(
+            _group_report(group, flops, dense, whole[group.name], params_along(model, (group,)), total)
+            for group in found.groups
+        ),
+        flops=flops.total(dense),
+        params=total,
+        prunable_params_share=share_along(model, pruned),
+        cheapest_flops=flops.total(fewest),
+        cheapest_params=int(params.total(fewest)),
+        frozen=found.frozen,
+        parts=parts(model, found.groups, [name for name, why in whole.items() if why]),
+    )
+
+
+def load_target(target: str, shape: tuple[int, ...] | None = None) -> tuple[nn.Module, Example]:
+    """The model and example that `module.py:function` returns, or a library's model of that name.
+
+    Args:
+        target: a file and a function of no arguments that returns a model and its inputs (a tuple, or a dict of
+            keyword inputs), or a model alone if `shape` says what it takes; or the name of a model of torchvision,
+            timm or transformers.
+        shape: shape of the example, filled with noise; None for the usual size of a library's model.
+
+    Raises:
+        UsageError: there is no such file, function or model, it raises, it returns no inputs and no shape is given,
+            or the shape does not fit it.
+    """
+    if shape is not None and min(shape) < 1:
+        raise UsageError(f"sizes of an example are at least 1, got {','.join(map(str, shape))}")
+    if target.endswith(".py"):
+        raise UsageError(f"{target} is a file: name the function in it that returns the model, {target}:function")
+    if not is_own_function(target):
+        return named_model(target, shape)
+    with named_errors(target):
+        made = own_function(target)()
+    if isinstance(made, tuple) and len(made) != 2:
+        raise UsageError(f"{target} returned {len(made)} things: return a model and its inputs, as `model, (x,)`")
+    if isinstance(made, tuple) and shape is not None:
+        raise UsageError(f"{target} returns inputs of its own: leave out --input {','.join(map(str, shape))}")
+    model, example = made if isinstance(made, tuple) else (made, None)
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"{target} returned a {type(model).__name__}: return a torch.nn.Module, or one and its inputs")
+    if example is None and shape is None:
+        raise UsageError(
+            f"{target} returned a model without inputs: return `model, (x,)`, or `model, {{'x': x}}` for keyword "
+            "inputs; or say the shape of its one input of floats, for images --input 2,3,224,224"
+        )
+    example = (noise(shape),) if shape is not None else example
+    return model, (example,) if isinstance(example, Tensor) else example
+
+
+def _kept_whole(model: nn.Module, example: Example, groups: tuple[Group, ...], verify: bool) -> dict[str, str]:
+    """By group, why it is left whole; empty where it may be pruned."""
+    why = {group.name: "" if group.lossless else "; ".join(group.notes) or "not lossless" for group in groups}
+    tried = tuple(group for group in groups if group.lossless)
+    if verify and tried:
+        failing = failing_groups(model, example, tried)
+        why |= dict.fromkeys(failing, "cutting it on a copy did not behave like masking it")
+    return why
+
+
+def _group_report(
+    group: Group, flops: Cost, dense: Mapping[str, int], kept_whole: str, params: int, total: int
+) -> GroupReport:
+    fewest = lowest_width(group)
+    saving = flops.saving(dense, group.name, group.num_units - fewest)
+    spent = flops.total(dense)
+    return GroupReport(
+        name=group.name,
+        what=group.what,
+        num_units=group.num_units,
+        min_units=fewest,
+        multiple_of=group.multiple_of,
+        kept_whole=kept_whole,
+        params=params,
+        params_share=params / total if total else 0.0,
+        flops_share=saving / spent if spent else 0.0,
+        places=tuple((place.tensor, place.dim, place.role) for place in group.slices),
+    )

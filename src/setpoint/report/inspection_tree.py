@@ -1,0 +1,87 @@
+"""An inspection as a terminal tree: groups with their units, parameters, share of the FLOPs and places."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+from rich.markup import escape
+from rich.tree import Tree
+
+from setpoint.report.inspect_model import GroupReport, Inspection
+from setpoint.report.names import fold, skeleton
+from setpoint.report.numbers import human, percent
+
+_MOST_PLACES = 8
+"""Lines shown of the places of one group."""
+
+
+def inspection_tree(found: Inspection) -> Tree:
+    """The tree of an inspection, the costs at its root; groups that differ only in their numbers share a branch."""
+    tree = Tree(
+        f"[bold]{escape(found.model)}[/] on {', '.join('x'.join(map(str, shape)) for shape in found.inputs)}: "
+        f"{human(found.flops, 'FLOP')} per training step, {human(found.params)} parameters"
+    )
+    tree.add(
+        f"cheapest reachable: {human(found.cheapest_flops, 'FLOP')} ({_share(found.cheapest_flops, found.flops)}), "
+        f"{human(found.cheapest_params)} parameters ({_share(found.cheapest_params, found.params)})"
+    )
+    if not found.verified:
+        tree.add("[yellow]not verified[/]: the cuts were not tried on a copy")
+    alike: dict[Hashable, list[GroupReport]] = {}
+    for group in found.groups:
+        alike.setdefault(_likeness(group), []).append(group)
+    for groups in alike.values():
+        branch = tree.add(_line(groups))
+        places = _places(groups)
+        for line in places[:_MOST_PLACES]:
+            branch.add(f"[dim]{escape(line)}[/]")
+        if len(places) > _MOST_PLACES:
+            branch.add(f"[dim]and {len(places) - _MOST_PLACES} more places[/]")
+    if found.frozen:
+        branch = tree.add(f"[bold]frozen[/] ({len(found.frozen)})")
+        reasons: dict[str, list[str]] = {}
+        for frozen in found.frozen:
+            reasons.setdefault(frozen.reason, []).append(frozen.place)
+        for reason, where in reasons.items():
+            branch.add(f"{escape(', '.join(fold(where)))}: [dim]{escape(reason)}[/]")
+    return tree
+
+
+def _share(part: float, whole: float) -> str:
+    return percent(part / whole if whole else None)
+
+
+def _likeness(group: GroupReport) -> Hashable:
+    """What groups that share a branch have in common."""
+    places = {(skeleton(tensor), dim, role) for tensor, dim, role in group.places}
+    sizes = (group.num_units, group.min_units, group.multiple_of, group.params, round(group.flops_share, 4))
+    return skeleton(group.name), group.what, sizes, skeleton(group.kept_whole), frozenset(places)
+
+
+def _line(groups: Sequence[GroupReport]) -> str:
+    """Groups that are alike in one line."""
+    first, several = groups[0], len(groups) > 1
+    line = (
+        f"[bold]{escape(', '.join(fold(group.name for group in groups)))}[/]: "
+        f"{f'{len(groups)} groups of ' if several else ''}{first.num_units} {first.what}s, "
+        f"at least {first.min_units}, in steps of {first.multiple_of}; {human(first.params)} parameters, "
+        f"{percent(first.flops_share)} of the FLOPs{' each' if several else ''}"
+    )
+    if first.kept_whole:
+        whole = fold(reason for group in groups for reason in group.kept_whole.split("; "))
+        more = f"; and {len(whole) - 2} more" if len(whole) > 2 else ""
+        line += f" [yellow](left whole: {escape('; '.join(whole[:2]))}{more})[/]"
+    return line
+
+
+def _places(groups: Sequence[GroupReport]) -> list[str]:
+    """Where their units lie: tensors that differ only in their numbers as one."""
+    found: dict[tuple[int | None, str], list[str]] = {}
+    for group in groups:
+        for tensor, dim, role in group.places:
+            found.setdefault((dim, role), []).append(tensor)
+    return [
+        f"{tensor}, {'every element' if dim is None else f'dim {dim}'}, {role}"
+        for (dim, role), tensors in found.items()
+        for tensor in fold(tensors)
+    ]

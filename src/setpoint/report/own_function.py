@@ -1,0 +1,104 @@
+"""A function of the user's own, named on the command line as `module.py:function`."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from setpoint.errors import UsageError
+
+
+def is_own_function(target: str) -> bool:
+    """Whether the name is that of a function in a file.
+
+    >>> is_own_function("folder/task.py:make"), is_own_function("cifar10")
+    (True, False)
+    """
+    return ".py:" in target
+
+
+def own_function(target: str) -> Callable[[], Any]:
+    """The function of a Python file that takes nothing; modules beside the file can be imported by it.
+
+    Raises:
+        UsageError: there is no such file, or it has no such function.
+    """
+    path, name = _parts(target)
+    if not path.is_file():
+        raise UsageError(f"no file {path}: give an existing Python file as module.py:function")
+    function = getattr(_module(path.resolve(), path.read_bytes()), name, None)
+    if not callable(function):
+        settings = ": only methods of Setpoint's own have settings by name" if "@" in name else ""
+        raise UsageError(f"{path} has no function {name!r}{settings}")
+    try:
+        inspect.signature(function).bind()
+    except TypeError as error:
+        raise UsageError(f"{target} must take nothing, since it is called with nothing: {error}") from None
+    return function  # type: ignore[no-any-return]
+
+
+def source_hash(target: str) -> str:
+    """What tells the text of a function's file from that of another version, 16 hexadecimal digits."""
+    return hashlib.sha256(_parts(target)[0].read_bytes()).hexdigest()[:16]
+
+
+def _parts(target: str) -> tuple[Path, str]:
+    file, _, name = target.rpartition(":")
+    return Path(file), name
+
+
+@cache
+def _module(path: Path, source: bytes) -> ModuleType:
+    """A file's module, loaded once for each text that it has had.
+
+    It has a name of its own, so that the file may be called like any module there is; a second file of the same name
+    has another one.
+    """
+    name = f"own_{path.stem}"
+    while (other := sys.modules.get(name)) is not None and Path(other.__file__ or "") != path:
+        name += "_"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None, "a .py file always has a loader"
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickle look their module up there
+    if path.stem in sys.stdlib_module_names:
+        importlib.import_module(path.stem)  # before the file's folder hides it
+    sys.path.insert(0, str(path.parent))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(path.parent))
+    return module
+
+
+@contextmanager
+def named_errors(target: str) -> Iterator[None]:
+    """Whatever a user's file raises becomes one line: which function, where in the file, and what was said.
+
+    Raises:
+        UsageError: in place of anything but itself.
+    """
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:
+        path = _parts(target)[0].resolve()
+        lines = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path]
+        where = f' at {path.name}:{lines[-1].lineno}: "{lines[-1].line}"' if lines else ""
+        if isinstance(error, SyntaxError) and error.lineno is not None:
+            where = f" at {Path(error.filename or path).name}:{error.lineno}"
+        said = str(error).strip().partition("\n")[0] or "no message"
+        raise UsageError(
+            f"{target} raised {type(error).__name__}: {said} ({where.strip() or 'outside the file'})"
+        ) from error

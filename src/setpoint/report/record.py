@@ -1,0 +1,108 @@
+"""A record: a ledger as a report reads it, and the points of a history that it is shown beside."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from setpoint.ledger import Entry, Ledger
+from setpoint.report.values import mapping, quantities, whole
+
+
+@dataclass(frozen=True)
+class Point:
+    """One line of a history.
+
+    Args:
+        step: optimizer steps done.
+        seconds: wall-clock seconds of training so far.
+        flops: FLOPs of training so far.
+        split: "train", "validation" or "test".
+        loss: mean loss, None if it was not measured.
+        accuracy: share of right answers in [0, 1], None if it was not measured.
+    """
+
+    step: float
+    seconds: float | None
+    flops: float | None
+    split: str
+    loss: float | None
+    accuracy: float | None
+
+
+@dataclass(frozen=True)
+class Record:
+    """A ledger as it was written: what was known before the first decision, and the decisions.
+
+    Args:
+        units: number of units of the dense model, by group.
+        what: what a unit of the group is, by group: "channel", "head".
+        dense: cost of the dense model per optimizer step, by resource.
+        limit: the budget by resource.
+        total_steps: optimizer steps of the whole run, None if unknown.
+        entries: the decisions, in order.
+        sources: by resource, what it was "modelled" and "measured" by.
+        step_seconds: by group, predicted seconds of a dense step that go with the group.
+        calibration: by resource, relative error of the prediction on copies of the model.
+        limit_run: the budget of the whole run by resource.
+        idle_watts: power drawn at rest, as measured; None where it was not.
+        pattern: of the masks, where units are single weights; "" where whole units were cut.
+    """
+
+    units: Mapping[str, int]
+    what: Mapping[str, str]
+    dense: Mapping[str, float]
+    limit: Mapping[str, float]
+    total_steps: int | None
+    entries: tuple[Entry, ...]
+    sources: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    step_seconds: Mapping[str, float] = field(default_factory=dict)
+    pattern: str = ""
+    calibration: Mapping[str, float] = field(default_factory=dict)
+    limit_run: Mapping[str, float] = field(default_factory=dict)
+    idle_watts: float | None = None
+
+
+def record_of(ledger: Ledger) -> Record:
+    """A ledger as a report reads it, whatever its header lacks."""
+    header = ledger.header
+    groups = {str(key): mapping(value) for key, value in mapping(header.get("groups")).items()}
+    return Record(
+        units={key: int(value["num_units"]) for key, value in groups.items() if "num_units" in value},
+        what={key: str(value.get("what", "unit")) for key, value in groups.items()},
+        dense=quantities(header.get("dense")),
+        limit=quantities(header.get("limit")),
+        total_steps=whole(header.get("total_steps")),
+        entries=tuple(finite(entry) for entry in ledger),
+        sources=sources(header),
+        step_seconds=quantities(header.get("step_seconds")),
+        pattern=str(header.get("pattern", "")),
+        calibration=quantities(header.get("calibration")),
+        limit_run=quantities(header.get("limit_run")),
+        idle_watts=quantities({"idle": header.get("idle_watts")}).get("idle"),
+    )
+
+
+def sources(header: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """By resource, what it was modelled and measured by."""
+    found: dict[str, tuple[str, ...]] = {}
+    for kind in ("modelled", "measured"):
+        told = header.get(kind)
+        for resource, text in told.items() if isinstance(told, Mapping) else ():
+            found[str(resource)] = (*found.get(str(resource), ()), str(text))
+    return found
+
+
+def finite(entry: Entry) -> Entry:
+    """The entry without numbers by resource that were not finite."""
+    return replace(
+        entry,
+        spent=quantities(entry.spent),
+        metered=quantities(entry.metered),
+        predicted=quantities(entry.predicted),
+        reference=quantities(entry.reference),
+        price=quantities(entry.price),
+        limit=quantities(entry.limit),
+        spent_run=quantities(entry.spent_run),
+    )

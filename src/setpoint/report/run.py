@@ -1,0 +1,116 @@
+"""A run on a page: its decisions, its dynamics, and where the time of a step goes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+from setpoint.report import decisions, dynamics, resources
+from setpoint.report.draft import Draft, html_table, place_of
+from setpoint.report.numbers import NOTHING, digits, duration, human, percent
+from setpoint.report.record import Point, Record
+
+
+def run(name: str, label: str, record: Record, history: Sequence[Point], *, hidden: bool) -> Draft:
+    """The decisions of one run, and its dynamics."""
+    told = f'<p class="caption"><b>{escape(label)}</b>: {escape(resources.ledger_line(record))}</p>\n'
+    draft = Draft(f'<div class="run" id="{name}"{" hidden" if hidden else ""}>\n{told}')
+    main = resources.resources(record)
+    for resource in main:
+        draft += place_of(
+            f"{name}-spent-{len(draft.figures)}",
+            decisions.spending(record, resource),
+            f"Spent against reference: {resources.NAMES.get(resource, resource)} per "
+            f"{resources.PER.get(resource, 'step')}",
+            "The reference leads from the dense cost to the budget; a triangle is a cut, and its text tells why.",
+        )
+        draft += place_of(
+            f"{name}-price-{len(draft.figures)}",
+            decisions.price(record, resource),
+            f"Price of {resources.NAMES.get(resource, resource)}",
+            "Loss per unit of resource: a unit stays while its worth is at least the price.",
+        )
+    draft += place_of(
+        f"{name}-widths",
+        decisions.widths(record),
+        "Width of each group",
+        "Active units / units of the dense model, by group, over steps.",
+    )
+    draft += place_of(
+        f"{name}-units",
+        decisions.timeline(record, main[0] if main else None),
+        "What was dropped when, and why",
+        "Each line is a unit; a marker ends it, and tells its worth, saliency, the price and the reason. "
+        "Blue: worth next to nothing. Orange: a close call.",
+    )
+    draft += dynamics_section(name, record, history)
+    told = "".join(entries_table(record, resource, history) for resource in main or (None,))
+    return draft + Draft(f"{group_seconds_table(record)}{told}</div>\n")
+
+
+def group_seconds_table(record: Record) -> str:
+    """Where the time of a step goes, folded away; nothing where seconds were not predicted."""
+    found = resources.seconds_by_group(record)
+    if not found:
+        return ""
+    dense = record.dense.get("latency")
+    lines = [[escape(name), duration(s), percent(s / dense) if dense else NOTHING] for name, s in found]
+    listing = html_table(("group", "predicted seconds that go with it", "of a dense step"), lines)
+    return f"<details><summary>Where the time of a step goes</summary>{listing}</details>\n"
+
+
+def dynamics_section(name: str, record: Record, history: Sequence[Point]) -> Draft:
+    """What came and went, as spikes, and what each event did to the loss."""
+    draft = place_of(
+        f"{name}-active", dynamics.active(record), "Active units of each group", "At every step, after each decision."
+    )
+    draft += place_of(
+        f"{name}-ranking",
+        dynamics.ranking(record),
+        "How stable the ranking is",
+        "Spearman's rank correlation of each reading with the last one; of balanced states, of the Hankel values that "
+        "the states of the last reading had then and have now. Early and high: units can go early.",
+    )
+    draft += place_of(
+        f"{name}-raster",
+        dynamics.raster(record),
+        "Every drop and every return, like a spike train",
+        f"A row for each unit, a tick for each event; below, their number. {dynamics.dynamics_line(record)}",
+    )
+    draft += place_of(
+        f"{name}-rests",
+        dynamics.reserve_lives(record),
+        "How long units rested",
+        "From the step at which a unit was dropped to its return, or to the end of the run.",
+    )
+    return draft + place_of(
+        f"{name}-around",
+        dynamics.loss_around(record, history),
+        "The loss around each event",
+        "Training loss less its mean before. Orange: units were dropped; blue: units came back, too.",
+    )
+
+
+def entries_table(record: Record, resource: str | None, history: Sequence[Point]) -> str:
+    """All decisions as a table, folded away, with the loss right before and after each beside the final one."""
+    if not record.entries:
+        return ""
+    unit = resources.UNITS.get(resource or "", resource or "")
+    read = any(entry.metered for entry in record.entries)
+    lines = []
+    for entry in record.entries:
+        lost = ", ".join(f"{name}: {count}" for name, count in resources.num_dropped(entry).items())
+        back = ", ".join(f"{name}: {count}" for name, count in decisions.num_grown(entry).items())
+        each = (entry.spent, entry.reference, entry.predicted, entry.metered)
+        amounts = [human(values.get(resource or ""), unit) for values in each[: 4 if read else 2]]
+        losses = tuple(NOTHING if loss is None else digits(loss) for loss in (entry.loss, entry.loss_after))
+        cells = (f"{entry.step:,}", *amounts, lost or NOTHING, back or NOTHING, *losses)
+        lines.append([escape(cell) for cell in (*cells, entry.reason)])
+    meters = ("predicted before", "measured before") if read else ()
+    titles = ("step", "spent", "reference", *meters, "dropped", "brought back", "loss before", "right after", "reason")
+    final = max(((p.step, p.loss) for p in history if p.split == "train" and p.loss is not None), default=None)
+    if final is not None:
+        blank = [NOTHING] * (len(titles) - 4)
+        lines.append([f"{final[0]:,}", *blank, digits(final[1]), NOTHING, "the end of the run"])
+    listing = html_table(titles, lines, classes="entries")
+    return f'<details><summary>All decisions</summary><div class="scroll">{listing}</div></details>\n'

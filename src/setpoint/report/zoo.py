@@ -1,0 +1,246 @@
+"""A zoo: models of torchvision, timm and transformers by name, with random weights and an example each."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from setpoint.errors import UsageError
+
+_MOST_PARAMS = 500_000_000
+"""A larger model is built without its weights: the copies on which cuts are tried would fill the memory."""
+
+# What a transformers model is built for, the first that it can do; and the mapping that says so.
+_HEADS = {
+    "ZeroShotImageClassification": "MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+    "SpeechSeq2Seq": "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
+    "CTC": "MODEL_FOR_CTC_MAPPING_NAMES",
+    "Seq2SeqLM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "ImageClassification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+    "SemanticSegmentation": "MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES",
+    "MaskedLM": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+    "CausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+}
+
+
+def named_model(target: str, shape: tuple[int, ...] | None = None) -> tuple[nn.Module, Any]:
+    """An untrained model of a library in train mode, and an example.
+
+    A transformers model of more than 500 million parameters comes on the "meta" device: it has shapes only.
+
+    Args:
+        target: "torchvision:resnet50", "timm:vit_tiny_patch16_224", "transformers:gpt2" (a model type, or the name
+            of a model on the Hub with a slash in it), or one of these names alone: then the libraries are asked in
+            this order.
+        shape: shape of a batch of images, or of a batch of tokens for a language model; None for the model's usual
+            size.
+
+    Raises:
+        UsageError: for a name that no installed library knows, or a shape of another kind than the model takes.
+    """
+    library, colon, name = target.rpartition(":")
+    if colon and library not in _LIBRARIES:
+        raise UsageError(f"unknown library {library!r} in {target!r}: use one of {', '.join(_LIBRARIES)}")
+    missing: list[str] = []
+    close: list[str] = []
+    for each in [library] if colon else _LIBRARIES:
+        try:
+            names = library_names(each)
+        except ImportError:
+            missing.append(each)
+            continue
+        if name in names or (each == "transformers" and "/" in name):
+            return _LIBRARIES[each](name, shape)
+        close += difflib.get_close_matches(name, names, 3)
+    close = difflib.get_close_matches(name, dict.fromkeys(close), 3)
+    hint = f"did you mean {' or '.join(close)}? Otherwise name" if close else "name"
+    absent = f" ({', '.join(missing)} not installed: pip install {' '.join(missing)})" if missing else ""
+    raise UsageError(
+        f"unknown model {target!r}{absent}: {hint} a model of torchvision, timm or transformers, "
+        "or give module.py:function that returns your own"
+    )
+
+
+def library_names(library: str) -> list[str]:
+    """Names of the models of "torchvision", "timm" or "transformers".
+
+    Raises:
+        ImportError: the library is not installed.
+    """
+    if library == "torchvision":
+        from torchvision import models
+
+        return list(models.list_models())
+    if library == "timm":
+        import timm
+
+        return list(timm.list_models())
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return list(CONFIG_MAPPING_NAMES)
+
+
+def classifier_names() -> list[str]:
+    """Names of torchvision's models that classify images."""
+    from torchvision import models
+
+    return list(models.list_models(module=models))
+
+
+def noise(shape: tuple[int, ...]) -> Tensor:
+    """An example input; zeros would leave BatchNorm nothing to normalise."""
+    return torch.randn(shape, generator=torch.Generator(device="cpu").manual_seed(0), device="cpu")
+
+
+def torchvision_model(name: str, shape: tuple[int, ...] | None = None) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """An untrained torchvision model, and a batch of noise: images, clips, or pairs of images for optical flow."""
+    from torchvision import models
+
+    builder = models.get_model_builder(name)
+    backbone = {"weights_backbone": None} if "weights_backbone" in inspect.signature(builder).parameters else {}
+    model: nn.Module = builder(weights=None, **backbone)
+    kind = builder.__module__.removeprefix("torchvision.models.").partition(".")[0]
+    if kind == "video":
+        size = 112 if name.startswith(("r3d", "mc3", "r2plus1d")) else 224
+        return model, (noise(shape or (2, 3, 16, size, size)),)
+    if kind == "optical_flow":
+        return model, (noise(shape or (2, 3, 128, 128)),) * 2
+    size = 299 if name == "inception_v3" else 224
+    return model, (noise(shape or (2, 3, size, size)),)
+
+
+def timm_model(name: str, shape: tuple[int, ...] | None = None) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """An untrained timm model, and a batch of noise of the size that it is made for."""
+    import timm
+
+    model: Any = timm.create_model(name, pretrained=False)
+    return model, (noise(shape or (2, *model.pretrained_cfg["input_size"])),)
+
+
+def _transformers(name: str, shape: tuple[int, ...] | None) -> tuple[nn.Module, Any]:
+    import transformers
+
+    try:
+        config = (
+            transformers.AutoConfig.from_pretrained(name) if "/" in name else transformers.AutoConfig.for_model(name)
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UsageError(f"no configuration of {name!r} on this machine or on the Hub: {reason}") from error
+    with torch.device("meta"):
+        model, example = transformers_model(config, shape, usual=True)
+    if sum(parameter.numel() for parameter in model.parameters()) <= _MOST_PARAMS:
+        return transformers_model(config, shape, usual=True)
+    return model, {key: value.to("meta") for key, value in example.items()}
+
+
+_LIBRARIES = {"torchvision": torchvision_model, "timm": timm_model, "transformers": _transformers}
+
+
+def transformers_model(
+    config: Any, shape: tuple[int, ...] | None = None, *, usual: bool = False
+) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A transformers model in train mode, without a cache, and the inputs of a training step.
+
+    Args:
+        config: its configuration; the model is built for the first task that its type can do.
+        shape: shape of its main input, tokens before images; None for two rows.
+        usual: whether the default is as long as usual (128 tokens); otherwise it is short.
+
+    Raises:
+        UsageError: for a type that can do none of the usual ones, or a shape that does not fit it.
+    """
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    transformers.logging.set_verbosity_error()
+    if hasattr(config, "use_cache"):
+        config.use_cache = False
+    for head, mapping in _HEADS.items():
+        if config.model_type in getattr(modeling_auto, mapping):
+            kind = getattr(modeling_auto, mapping)[config.model_type]
+            names = [kind] if isinstance(kind, str) else list(kind)
+            model: nn.Module = getattr(transformers, names[-1])(config)
+            return model.train(), _inputs(head, config, shape, usual)
+    raise UsageError(f"transformers has no trainable head for {config.model_type!r}: use module.py:function instead")
+
+
+def bert_encoder(**sizes: int) -> nn.Module:
+    """An untrained BERT encoder without a pooler.
+
+    Args:
+        sizes: named as in its configuration.
+    """
+    import transformers
+
+    encoder: nn.Module = transformers.BertModel(transformers.BertConfig(**sizes), add_pooling_layer=False)
+    return encoder
+
+
+def _inputs(head: str, config: Any, shape: tuple[int, ...] | None, usual: bool) -> dict[str, Tensor]:
+    """What the model reads in a training step, its main input first."""
+    text = getattr(config, "text_config", None) or config
+    vocabulary = min(int(getattr(text, "vocab_size", 100)), 1000)
+    longest = int(getattr(text, "max_position_embeddings", None) or 128)
+    length = min(128, longest if longest > 0 else 128) if usual else 12
+
+    def tokens(rows_and_length: tuple[int, ...]) -> Tensor:
+        generator = torch.Generator(device="cpu").manual_seed(0)
+        return torch.randint(3, vocabulary, rows_and_length, generator=generator, device="cpu")
+
+    if head == "SpeechSeq2Seq":
+        frames = 2 * int(getattr(config, "max_source_positions", 16))
+        sound = noise(_shaped(shape, (2, int(config.num_mel_bins), frames), "frames of a spectrogram"))
+        return {"input_features": sound, "decoder_input_ids": tokens((len(sound), 7))}
+    if head == "CTC":
+        return {"input_values": noise(_shaped(shape, (2, 16000 if usual else 800), "samples of sound"))}
+    image = _image_shape(getattr(config, "vision_config", None) or config, 224 if usual else 64)
+    if head in ("ImageClassification", "SemanticSegmentation"):
+        return {"pixel_values": noise(_shaped(shape, image, "a batch of images"))}
+    words = tokens(_shaped(shape, (2, length), "a batch of tokens"))
+    if head == "ZeroShotImageClassification":
+        return {"input_ids": words, "pixel_values": noise((len(words), *image[1:]))}
+    if head == "Seq2SeqLM":
+        return {"input_ids": words, "decoder_input_ids": words[:, : max(1, words.shape[1] * 7 // 12)]}
+    return {"input_ids": words, "attention_mask": torch.ones_like(words)}
+
+
+def _shaped(shape: tuple[int, ...] | None, usual: tuple[int, ...], what: str) -> tuple[int, ...]:
+    """The shape asked for, or the usual one.
+
+    Raises:
+        UsageError: the shape has another number of dims.
+    """
+    if shape is None:
+        return usual
+    if len(shape) != len(usual):
+        said = ",".join(map(str, usual))
+        raise UsageError(f"the model takes {what}, such as {said}, got {','.join(map(str, shape))}")
+    return shape
+
+
+def _image_shape(config: Any, otherwise: int) -> tuple[int, int, int, int]:
+    """Two images of the size that the model is made for; for any size, of `otherwise` pixels."""
+    size = getattr(config, "image_size", None) or otherwise
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    return 2, int(getattr(config, "num_channels", 3)), int(height), int(width)
+
+
+def small_config(name: str, known: Mapping[str, Any], sizes: Mapping[str, Any]) -> Any:
+    """The configuration of a model type at small sizes.
+
+    Args:
+        name: the model type.
+        known: sizes that are used where the type has an attribute of that name.
+        sizes: sizes that are used whatever the type has.
+    """
+    import transformers
+
+    plain = transformers.AutoConfig.for_model(name)
+    fitting = {key: value for key, value in known.items() if hasattr(plain, key)}
+    return transformers.AutoConfig.for_model(name, **{**fitting, **sizes})

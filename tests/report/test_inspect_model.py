@@ -1,0 +1,145 @@
+"""An inspection: groups, parameters and costs of a model that comes by name, and its tree."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from setpoint.errors import UsageError
+from setpoint.report.inspect_model import inspect_model, load_target
+from setpoint.report.inspection_tree import inspection_tree
+
+
+def tree_of(found: object) -> str:
+    """The tree as text."""
+    console = Console(width=250, record=True, file=io.StringIO())
+    console.print(found)
+    return console.export_text()
+
+
+class Stack(nn.Module):
+    """Twelve residual layers of one shape, over a LayerNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.head = nn.Linear(5, 8), nn.LayerNorm(8), nn.Linear(8, 3)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 8)) for _ in range(12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """All layers."""
+        x = self.first(x)
+        for layer in self.layers:
+            x = x + layer(x)
+        out: Tensor = self.head(self.norm(x))
+        return out
+
+
+def test_the_numbers_of_a_small_stack() -> None:
+    """Parameters, shares and the cheapest reachable model have their closed form."""
+    found = inspect_model("stack", Stack(), {"x": torch.randn(4, 5)})
+    inner = [group for group in found.groups if group.num_units == 24]
+    assert len(inner) == 12
+    assert {group.params for group in inner} == {24 * 8 + 24 + 24 * 8}
+    assert found.params == 5 * 8 + 8 + 12 * (24 * 8 * 2 + 24 + 8) + 2 * 8 + 8 * 3 + 3
+    least = inner[0].min_units
+    assert found.cheapest_params == found.params - 12 * (24 - least) * (8 + 1 + 8)
+    assert found.prunable_params_share == pytest.approx(12 * inner[0].params / found.params)
+    (stream,) = (group for group in found.groups if group.num_units == 8)
+    assert "normalised" in stream.kept_whole
+    assert sum(part.params for part in found.parts) == found.params
+
+
+def test_repeated_layers_share_a_branch() -> None:
+    """Twelve layers that differ only in their number are one branch of the tree, and nothing is left out."""
+    tree = tree_of(inspection_tree(inspect_model("stack", Stack(), (torch.randn(4, 5),))))
+    (line,) = [line for line in tree.splitlines() if "layers.{0..11}.0:" in line]
+    assert "12 groups of 24 neurons" in line
+    assert "408 parameters" in line
+    assert "layers.{0..11}.2.weight, dim 1, consume" in tree
+    assert "left whole: it is normalised over" in tree
+    assert "cheapest reachable" in tree
+    assert "frozen" in tree
+    assert len(tree.splitlines()) < 25
+
+
+@pytest.mark.parametrize(
+    ("target", "shape", "unit"),
+    [
+        ("torchvision:squeezenet1_1", (2, 3, 64, 64), "channel"),
+        ("timm:test_convnext", None, "neuron"),
+        ("transformers:poolformer", (2, 3, 64, 64), "channel"),
+    ],
+)
+def test_models_by_name(target: str, shape: tuple[int, ...] | None, unit: str) -> None:
+    """A model of each library is inspected by its name alone, verified or not."""
+    pytest.importorskip(target.partition(":")[0])
+    model, example = load_target(target, shape)
+    found = inspect_model(target, model, example, verify="squeezenet" in target)
+    assert any(group.what == unit and not group.kept_whole for group in found.groups)
+    assert 0 < found.cheapest_flops < found.flops
+    assert 0 < found.cheapest_params < found.params
+    assert found.frozen
+    assert 0 < found.prunable_params_share <= 1
+
+
+def test_a_model_without_weights_is_not_verified() -> None:
+    """On the meta device groups and costs are found, and that no cut was tried is said."""
+    with torch.device("meta"):
+        model = Stack()
+    found = inspect_model("stack", model, (torch.randn(4, 5, device="meta"),))
+    assert not found.verified
+    assert len(found.groups) == 13
+    assert "not verified" in tree_of(inspection_tree(found))
+
+
+BROKEN = """
+import torch
+from torch import nn
+
+def helper():
+    raise KeyError("no such layer")
+
+def fails():
+    return helper()
+
+def without_inputs():
+    return nn.Linear(3, 4)
+
+def too_many():
+    return nn.Linear(3, 4), 1, 2
+
+def fine():
+    return nn.Linear(3, 4), torch.zeros(2, 3)
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        ("fails", r"model.py:fails raised KeyError: 'no such layer' \(at model.py:6: \"raise KeyError"),
+        ("without_inputs", "returned a model without inputs: return `model, "),
+        ("too_many", "returned 3 things"),
+    ],
+)
+def test_what_goes_wrong_in_a_users_file_is_one_line(tmp_path: Path, function: str, said: str) -> None:
+    """An exception names function, line and message; a model without inputs is asked for them and gets no images."""
+    file = tmp_path / "model.py"
+    file.write_text(BROKEN)
+    with pytest.raises(UsageError, match=said):
+        load_target(f"{file}:{function}")
+    assert load_target(f"{file}:without_inputs", (2, 3))[1][0].shape == (2, 3)
+    assert load_target(f"{file}:fine")[1][0].shape == (2, 3)
+
+
+@pytest.mark.parametrize(("text", "said"), [("def f(:\n", "SyntaxError"), ("import not_there\n", "No module named")])
+def test_a_file_that_does_not_load_is_one_line(tmp_path: Path, text: str, said: str) -> None:
+    """So does a file that Python cannot read."""
+    file = tmp_path / "model.py"
+    file.write_text(text)
+    with pytest.raises(UsageError, match=f"{said}.* \\(at model.py:1"):
+        load_target(f"{file}:f")

@@ -1,0 +1,151 @@
+"""The house keeps its shape: a spine that is read in an afternoon, leaves that it does not know, no private doors."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import setpoint
+
+SRC = Path(setpoint.__file__).resolve().parent
+
+SPINE = """
+attach.py
+loop/loop.py loop/hooks.py loop/cutting.py loop/progress.py loop/losses.py loop/record.py loop/interrupt.py
+host/local.py
+spending/spending.py spending/account.py spending/target.py spending/seconds.py
+ledger.py
+controller/plan.py controller/priced.py controller/selection.py controller/ladder.py controller/reference.py
+controller/price.py controller/aim.py controller/guards.py controller/landing.py controller/using_up.py
+actuator/cut.py actuator/shrink.py actuator/swap.py actuator/sizes.py
+sensor/taylor.py sensor/reading.py
+groups/group.py groups/follow.py
+""".split()
+"""What a budget of FLOPs needs from `attach` to `tensor.set_`, in the order in which it is read."""
+
+LEAVES = ("regrowth", "gates", "weights", "states", "resources", "report", "integrations")
+
+
+def lines(*files: Path) -> int:
+    return sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
+
+
+def sources(folder: str = "") -> list[Path]:
+    return sorted((SRC / folder).rglob("*.py"))
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Modules that a file imports anywhere: inside functions and under TYPE_CHECKING, too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (each.name for each in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{each.name}" for each in node.names)
+
+
+def test_the_spine_is_short() -> None:
+    """Claim: at most 30 files and 5,000 lines."""
+    files = [SRC / name for name in SPINE]
+    assert all(file.is_file() for file in files)
+    assert len(files) <= 30 and lines(*files) <= 5000, (len(files), lines(*files))
+
+
+def test_the_loop_is_short() -> None:
+    """Claim: at most 14 files and 2,500 lines; attach has at most 80 lines and 12 arguments; the wheel 26,000 lines."""
+    loop = [file for file in sources("loop") if file.name != "__init__.py"]
+    assert len(loop) <= 14 and lines(*loop) <= 2500, (len(loop), lines(*loop))
+    attach = setpoint.attach
+    assert len(inspect.getsource(attach).splitlines()) <= 80
+    assert len(inspect.signature(attach).parameters) <= 12
+    assert lines(*sources()) <= 26_000, lines(*sources())
+
+
+def test_nothing_below_attach_knows_a_leaf() -> None:
+    """Claim: only attach.py, the leaves themselves, integrations, the command line and the package's own window do."""
+    free = {"attach.py", "__init__.py", "cli.py", "__main__.py"}
+    for file in sources():
+        name = file.relative_to(SRC)
+        if str(name) in free or name.parts[0] in LEAVES:
+            continue
+        known = [each for each in imports(file) if each.split(".")[:1] == ["setpoint"] and each.split(".")[1:2]]
+        assert not [each for each in known if each.split(".")[1] in LEAVES], name
+
+
+def test_nobody_reads_anothers_private_attributes() -> None:
+    """Claim: an attribute that a class of Setpoint keeps to itself is read in the file of that class only."""
+    trees = {file: ast.parse(file.read_text(encoding="utf-8")) for file in sources()}
+    owned: dict[str, set[Path]] = {}
+    for file, tree in trees.items():
+        for node in ast.walk(tree):
+            own = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
+            if own and isinstance(node.ctx, ast.Store) and node.attr.startswith("_") and not node.attr.endswith("__"):
+                owned.setdefault(node.attr, set()).add(file)
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("_") and not node.name.endswith("__"):
+                if node.args.args and node.args.args[0].arg in ("self", "cls"):
+                    owned.setdefault(node.name, set()).add(file)
+    found = []
+    for file, tree in trees.items():
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Attribute) or node.attr not in owned or file in owned[node.attr]:
+                continue
+            if not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")):
+                found.append(f"{file.relative_to(SRC)}:{node.lineno} {ast.unparse(node)}")
+    assert not found
+
+
+class _Run:
+    """A plain run: a small network, AdamW, half of the FLOPs."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
+        self.x = torch.randn(16, 8)
+        half = setpoint.Budget.fraction(0.5, of="flops")
+        self.loop = setpoint.attach(self.model, self.optimizer, half, example=(self.x,), total_steps=40)
+
+    def train(self) -> None:
+        for _ in range(40):
+            self.model(self.x).square().mean().backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+
+def test_what_a_step_runs_is_in_the_spine() -> None:
+    """Claim: between an optimizer's hook and the end of a cut no other file of Setpoint runs than those of the spine."""
+    run, seen = _Run(), set[str]()
+
+    def note(frame: FrameType, event: str, _: Any) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(str(SRC)):
+            seen.add(str(Path(frame.f_code.co_filename).relative_to(SRC)))
+
+    sys.setprofile(note)
+    try:
+        run.train()
+    finally:
+        sys.setprofile(None)
+    assert run.loop.spending.resizes and not seen - {*SPINE}, sorted(seen - {*SPINE})
+
+
+def test_few_frames_lie_between_the_hook_and_the_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: at most 8 of Setpoint's frames, from the optimizer's hook to `tensor.set_`."""
+    run, deepest = _Run(), list[list[str]]()
+    plain = torch.Tensor.set_
+
+    def counted(tensor: torch.Tensor, *args: Any) -> torch.Tensor:
+        names = [each.function for each in inspect.stack(0) if each.filename.startswith(str(SRC))]
+        deepest.append(names)
+        return plain(tensor, *args)
+
+    monkeypatch.setattr(torch.Tensor, "set_", counted)
+    run.train()
+    assert deepest and max(map(len, deepest)) <= 8, max(deepest, key=len)
