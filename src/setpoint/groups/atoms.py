@@ -56,7 +56,7 @@ class Atoms:
             if np.array_equal(above, roots):
                 break
             roots = above
-        self._parent[labels] = roots
+        self._parent[labels] = roots  # path compression
         return roots
 
     def unite(self, left: np.ndarray, right: np.ndarray) -> None:

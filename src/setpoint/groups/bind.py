@@ -43,6 +43,7 @@ def bind(draft: Draft) -> tuple[Units, tuple[Group, ...]]:
     failing = _counted(draft, lost, "")
     while True:
         for name, why in failing.items():
+            # Atom 0 is frozen already: the entry only reports the group and the reason.
             draft.walk.atoms.frozen.append((np.zeros(1, dtype=np.int64), name, f"with fewer units {why}"))
         draft = draft.without(failing)
         places = _places(draft, _calls_that_follow_units(draft, calls))

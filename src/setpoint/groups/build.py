@@ -152,7 +152,7 @@ def _signatures(everyone: np.ndarray, dims: Sequence[np.ndarray]) -> np.ndarray:
     draws = np.random.default_rng(0).integers(1, 2**63 - 1, size=len(dims), dtype=np.uint64)
     signature = np.zeros(len(everyone), dtype=np.uint64)
     for labels, draw in zip(dims, draws, strict=True):
-        np.add.at(signature, everyone[labels], draw)
+        np.add.at(signature, everyone[labels], draw)  # not `+=`, which counts a class once a dim
     return signature
 
 

@@ -19,7 +19,7 @@ MARK = "setpoint::custom_function"
 def _mark() -> Any:
     @torch.library.custom_op(MARK, mutates_args=(), schema="(Tensor x, str name) -> Tensor")
     def mark(x: Tensor, name: str) -> Tensor:
-        return x.clone()
+        return x.clone()  # a custom op must not return its input
 
     mark.register_fake(lambda x, name: torch.empty_like(x))
     return mark
@@ -39,6 +39,7 @@ def marked_functions() -> Iterator[None]:
         def marked(x: Tensor) -> Any:
             return _mark()(x, kind.__qualname__) if x.is_floating_point() or x.is_complex() else x
 
+        # The results of the first are not used: its marks are there to freeze what the Function reads.
         pytree.tree_map_only(Tensor, marked, args)
         return pytree.tree_map_only(Tensor, marked, results)
 

@@ -63,6 +63,7 @@ class Rehearsal:
         raise AssertionError("the last kind of tensors either runs or raises")
 
     def _run(self, kind: Any, prepare: Callable[[nn.Module], None], other_mode: bool) -> tuple[torch.Size, ...]:
+        # The memo makes deepcopy take the stand-ins for the tensors, so no data is copied.
         twin = copy.deepcopy(self.model, {**self._tensors(kind), **_hook_tables(self.model)})
         args, kwargs = pytree.tree_map_only(torch.Tensor, lambda x: _stand_in(x, kind), inputs_of(self.example))
         with kind or nullcontext(), untouched_chance(self.model):

@@ -108,6 +108,7 @@ class CallSizes(TorchFunctionMode):
         if func in _INDEXING:
             return func(args[0], self._indices(args[0], args[1]), *args[2:], **kwargs)
         name = NAMES.get(func)
+        # `view(dtype)` gives no size.
         if name is None or (name == "view" and len(args) == 2 and isinstance(args[1], torch.dtype)):
             return func(*args, **kwargs)
         number = self.numbers.get(name, 0)
@@ -222,6 +223,7 @@ class CallSizes(TorchFunctionMode):
         written = None if isinstance(spec, (list, tuple)) else int(spec) if name == "split" else 0
         for piece, size in enumerate(right):
             self._note(name, number, piece, live[piece] if piece < len(live) else 0, size, written)
+        # Always by sizes: neither `chunk` nor a split by one size can give uneven pieces.
         return torch.split(x, right, dim)
 
 
