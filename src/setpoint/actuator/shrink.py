@@ -89,6 +89,7 @@ def shrink(
     cut = plan_cut(groups, keep)
     remaining = cut_groups(groups, keep)
     copied = unwrapped([name for name, _ in cut.entries], model, copies)
+    # Copies have no optimizer.
     jobs = [_job(model, cut, as_sequence(optimizer)), *(_job(each, cut, ()) for each in copied)]
     with ExitStack() as undo:
         for job in jobs:
@@ -136,6 +137,7 @@ def _prepare(model: nn.Module, cut: Cut, optimizers: Sequence[Optimizer]) -> Ite
     check_cuttable(changing, tensors)
     for name, dims in cut.dims().items():
         tensor = changing[name]
+        # A parameter that was never stepped has no state yet.
         held = [each for each in optimizers if isinstance(tensor, nn.Parameter) and tensor in each.state]
         states = tuple((each, cut_state(each, tensor, dims, repr(name))) for each in held)  # type: ignore[arg-type]
         yield Change(name, tensor, take(tensor, dims), states)

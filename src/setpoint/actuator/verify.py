@@ -98,6 +98,7 @@ class Trial:
                     failure = error
                     continue
             tolerance = _TOLERANCE[narrowest.bits]
+            # Drawing random numbers is harmless unless another seed changes the result.
             if first.drew and first.difference(
                 each.run(copy.deepcopy(each.model, computed(each.model)), seed=1), tolerance
             ):
