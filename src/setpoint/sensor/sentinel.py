@@ -100,7 +100,7 @@ class Sentinels:
             leaf.register_post_accumulate_grad_hook(arrived),  # type: ignore[no-untyped-call]
         ):
             self._handles.append(handle)
-            weakref.finalize(self, handle.remove)
+            weakref.finalize(self, handle.remove)  # where nobody calls `stop`
 
     def stop(self) -> None:
         """Stop watching; may be called again."""
