@@ -313,6 +313,7 @@ def _some(names: Iterable[str]) -> str:
 
 
 def _check_shape(name: str, saved: Tensor, dense: Tensor, before: Sequence[int] | None) -> None:
+    # The saved shape where the tensor was never cut, else its recorded dense shape.
     if tuple(dense.shape) not in (tuple(saved.shape), tuple(before or saved.shape)):
         raise CheckpointError(
             f"the file was made for another model: {name!r} has shape {tuple(saved.shape)} in the file and "

@@ -29,6 +29,7 @@ def plain(value: Any, where: str) -> Any:
     >>> plain({"age": np.array([1, 2])}, "state")
     {'age': {'numpy': tensor([1, 2])}}
     """
+    # First, since NumPy's float64 is a `float` too and would stay NumPy's.
     if isinstance(value, np.generic):
         return value.item()
     if value is None or isinstance(value, (bool, int, float, str)):

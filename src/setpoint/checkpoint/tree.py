@@ -58,6 +58,7 @@ def to_tensors(value: Any, spread: dict[str, Tensor] | None = None) -> dict[str,
         return known[place]
 
     def encode(value: Any, where: str) -> Any:
+        # Exact types throughout: an instance of a subclass would come back as one of its base.
         if value is None or type(value) in (bool, int, float, str):
             return value
         if isinstance(value, np.generic) and type(value.item()) in (bool, int, float, str):
