@@ -113,6 +113,7 @@ class Probing:
             register_module_forward_hook(self._behind, always_call=True),
         ]
         self._sentinels.start()
+        # These run inside `fully_shard`'s hooks: after it has unsharded, and (prepended) before it shards again.
         for module, parameters in self._brackets:
             self._handles += [
                 module.register_forward_pre_hook(partial(self._whole_begins, parameters)),
@@ -248,6 +249,7 @@ class Probing:
         wide, table[key] = table[key], tensor
         if not isinstance(tensor, nn.Parameter):
             with torch.no_grad():
+                # The forward has updated the wide buffer: running statistics of live units are kept.
                 tensor.copy_(wide[self._wide[id(tensor)].index])
 
     def _fill(self, tensor: Tensor) -> Tensor:
