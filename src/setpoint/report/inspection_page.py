@@ -130,7 +130,7 @@ def _kind(name: str, groups: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _cards(found: Mapping[str, Any]) -> str:
-    """The few numbers that matter."""
+    """The main numbers."""
     pruned = [group for group in found["groups"] if not group["kept_whole"]]
     units = sum(group["num_units"] for group in pruned)
     shown = (

@@ -110,6 +110,7 @@ def series(cells: Sequence[Cell]) -> dict[str, tuple[Cell, ...]]:
 
     def rank(cell: Cell) -> tuple[bool, float, int, int]:
         family = FAMILIES.index(cell.family) if cell.family in FAMILIES else len(FAMILIES)
+        # Dense first, then methods without a budget, then budgets from the largest.
         return cell.method != DENSE, -(cell.budget or 2.0), family, order.index(cell.method)
 
     for cell in sorted(cells, key=rank):
@@ -266,6 +267,7 @@ def realised(flops_ratio: float | None, seconds: Share | None) -> Share | None:
     """Seconds saved / FLOPs saved, round by round; None where less than 1 % of FLOPs was saved."""
     if flops_ratio is None or seconds is None or flops_ratio > 0.99:
         return None
+    # The slowest round saves least, so high and low change places.
     saved = [(1 - each) / (1 - flops_ratio) for each in (seconds.value, seconds.high, seconds.low)]
     return Share(*saved)
 
