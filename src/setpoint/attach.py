@@ -113,9 +113,9 @@ def attach(
             "controller": type(wish.controller).__name__,
         }
         facts.update({**run, **spending.facts()})
-    header = header_of(found.groups, found.frozen, spending.header, host.model) | found.header
-    actuator, revocable = parts.actuator(spending), partial(parts.revocable, spending)
-    return Loop(host, parts.sensor, wish.guarded(), actuator, spending, header, run, revocable)
+    header = {**header_of(found.groups, found.frozen, spending.header, host.model), **found.header}
+    acting, revocable = parts.actuator(spending), partial(parts.revocable, spending)
+    return Loop(host, parts.sensor, wish.guarded(), acting, spending, header, run, revocable)
 
 
 @dataclass(frozen=True, eq=False)
@@ -311,14 +311,16 @@ def _units(
         from setpoint.actuator.balance import balanced as coordinates
     cutting = Cutting(host, found.groups, coordinates)
 
+    controller, at_once = wish.controller, regrows(wish.controller)
+
     def regrowth(spending: Spending, actuator: Actuator) -> Actuator:
+        if actuator is not cutting or not isinstance(controller, Returning) or not takes_back(sensor):
+            return actuator
         from setpoint.regrowth.regrowing import Regrowth
 
-        lasting = regrows(wish.controller) and not isinstance(wish.goal, Tolerance)
-        return Regrowth(cutting, wish.controller, spending, wish.reserve_bytes, lasting=lasting)
+        lasting = at_once and not isinstance(wish.goal, Tolerance)
+        return Regrowth(cutting, controller, spending, wish.reserve_bytes, lasting=lasting)
 
-    comes_back = isinstance(wish.controller, Returning) and takes_back(sensor)
-    at_once = regrows(wish.controller)
     return _Parts(
         sensor,
         type(sensor).__name__,
@@ -326,7 +328,7 @@ def _units(
         (lambda spending: regrowth(spending, cutting)) if at_once else (lambda spending: cutting),
         meter,
         target,
-        revocable=regrowth if comes_back and not at_once else lambda spending, actuator: actuator,
+        revocable=regrowth,
     )
 
 

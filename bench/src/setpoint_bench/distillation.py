@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from setpoint.loop import Loop
+from setpoint.loop.loop import Loop
 from setpoint.loop.hooks import StepHooks
 from setpoint_bench.counter import forward_flops
 from setpoint_bench.task import Task, dense_widths

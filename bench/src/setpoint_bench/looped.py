@@ -7,7 +7,7 @@ from typing import Protocol, final, runtime_checkable
 
 from torch import Tensor
 
-from setpoint.loop import Loop
+from setpoint.loop.loop import Loop
 from setpoint_bench.course import Outcome
 
 

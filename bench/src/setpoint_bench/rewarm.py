@@ -7,7 +7,7 @@ from typing import final
 from torch import Tensor
 from torch.optim import Optimizer
 
-from setpoint.loop import Loop
+from setpoint.loop.loop import Loop
 from setpoint.loop.hooks import StepHooks
 
 

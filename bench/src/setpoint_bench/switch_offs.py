@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from setpoint.loop import Loop
+from setpoint.loop.loop import Loop
 from setpoint.loop.hooks import StepHooks
 from setpoint_bench.silenced import outgoing, without
 

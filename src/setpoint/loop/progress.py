@@ -64,5 +64,12 @@ class Progress:
         """The progress that `state_dict` was taken of."""
         like = cls(plan=None if state["plan"] is None else Plan(0, {}))
         found: Progress = restored(state, like, "the run's progress", torch.device("cpu"))
-        counts = {name: int(getattr(found, name)) for name in ("step", "skipped", "again")}
-        return replace(found, **counts, **{name: bool(getattr(found, name)) for name in ("overdue", "waits", "landed")})
+        return replace(
+            found,
+            step=int(found.step),
+            skipped=int(found.skipped),
+            again=int(found.again),
+            overdue=bool(found.overdue),
+            waits=bool(found.waits),
+            landed=bool(found.landed),
+        )
