@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 import setpoint
 from pypi_s5 import S5Classifier
+from setpoint.errors import BudgetError, StateSpaceError
+from setpoint.groups.group import Group
 from setpoint.groups.trace import trace
 from setpoint_bench.models import LRU, SequenceClassifier
 

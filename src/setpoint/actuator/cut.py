@@ -31,11 +31,11 @@ class Cut:
     Args:
         entries: for every (tensor, dim) that holds units, one boolean per entry, True = stays.
         elements: for every tensor whose single elements are units, one boolean per element in
-            row-major order. Such a tensor can be masked but not made smaller.
+            row-major order. Such a tensor can be masked but not shrunk.
         sizes: for every place in Python code that counts units, one boolean per counted entry;
-            the place must hold how many are True.
-        following: the places that belong to a group which loses units; a forward may work the size of a call
-            out of such a group, and must then be corrected even where the right size stays the same.
+            the place must hold the number that are True.
+        following: the places of groups that lose units. A forward may compute the size of a call from such a
+            group, so the call is corrected even where its right size stays the same.
     """
 
     entries: Mapping[Place, Bool[np.ndarray, " _entries"]]
@@ -54,10 +54,6 @@ class Cut:
 
 def check_keep(groups: tuple[Group, ...], keep: Mapping[str, object]) -> dict[str, Bool[np.ndarray, " _units"]]:
     """`keep` completed with all-True vectors for the groups it leaves out.
-
-    Args:
-        groups: the model's groups.
-        keep: by group name, what should be one boolean per active unit.
 
     Raises:
         GroupError: for an unknown group, a vector that is not boolean or not one per active unit,
@@ -95,10 +91,6 @@ def plan_cut(groups: tuple[Group, ...], keep: Keep) -> Cut:
     `stays[i] = AND over groups g of (index_g[i] == -1 or keep[g][index_g[i]])`.
     Several groups share a dim after a concatenation.
 
-    Args:
-        groups: the model's groups.
-        keep: by group name, boolean per active unit.
-
     Raises:
         GroupError: when `keep` does not fit the groups, or two groups disagree about a dim's length.
 
@@ -116,6 +108,7 @@ def plan_cut(groups: tuple[Group, ...], keep: Keep) -> Cut:
             stays = _stays(group, part.index, full[group.name])
             if part.dim is None:
                 _narrow(elements, part.tensor, stays)
+            # A negative dim would be a second key for the same place, and `_narrow` would not see both.
             elif part.dim < 0:
                 raise GroupError(f"slice of {part.tensor!r} has dim {part.dim}: count dims from 0")
             else:
@@ -146,10 +139,6 @@ def _narrow(table: dict[Key, Bool[np.ndarray, " _entries"]], key: Key, stays: Bo
 
 def cut_groups(groups: tuple[Group, ...], keep: Keep) -> tuple[Group, ...]:
     """The groups of the smaller model: fewer units, shorter index tables, units renumbered from 0.
-
-    Args:
-        groups: the model's groups before the cut.
-        keep: by group name, boolean per active unit.
 
     Raises:
         GroupError: when `keep` does not fit the groups.
@@ -192,11 +181,13 @@ def take(tensor: Shaped[Tensor, " *shape"], dims: Mapping[int, Int[np.ndarray, "
     >>> take(torch.arange(6).reshape(2, 3), {1: np.array([0, 2])}).tolist()
     [[0, 2], [3, 5]]
     """
+    # `index_select` returns contiguous memory, so the dims are put in memory order first and back after it.
     source = tensor.detach()
     order = _order(source)
     result = source.permute(order)
     for dim, kept in dims.items():
         result = result.index_select(order.index(dim), torch.from_numpy(kept).to(source.device))
+    # No dim was selected, so nothing has been copied yet.
     result = result if dims else result.clone()
     return in_format(result.permute([order.index(dim) for dim in range(source.dim())]), source)
 

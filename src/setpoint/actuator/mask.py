@@ -19,14 +19,8 @@ from setpoint.groups.group import Group
 def mask(model: nn.Module, optimizer: Optimizers, groups: tuple[Group, ...], keep: Keep) -> None:
     """Zero every entry of the dropped units: parameters, buffers, gradients, optimizer state.
 
-    It saves nothing; it is the reference that a physical cut is held against. Masked before and after
-    every optimizer step, a model is the *masked twin* of the shrunk one.
-
-    Args:
-        model: the model that `groups` describe.
-        optimizer: one optimizer, a sequence of them, or None.
-        groups: the model's groups.
-        keep: by group name, boolean per active unit, True = stays.
+    It saves nothing; cuts are tested against it. A model masked before and after every optimizer step is
+    the *masked twin* of the shrunk one.
 
     Raises:
         GroupError: when `keep` does not fit the groups, or the groups do not fit the model.
@@ -47,7 +41,7 @@ def mask(model: nn.Module, optimizer: Optimizers, groups: tuple[Group, ...], kee
 
 
 def _zeroers(cut: Cut) -> dict[str, Callable[[Tensor], None]]:
-    """By tensor name, what zeroes the dropped entries of a tensor of that shape."""
+    """By tensor name, a function that zeroes the dropped entries of any tensor of that shape."""
     found: dict[str, Callable[[Tensor], None]] = {}
     by_name: dict[str, dict[int, Bool[np.ndarray, " _entries"]]] = {}
     for (name, dim), kept in cut.entries.items():

@@ -1,4 +1,4 @@
-"""Muon: an optimizer that steps by whole matrices, and how its step follows a cut."""
+"""Muon: an optimizer whose step depends on the matrix, not on each entry alone; how that step follows a cut."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ def steps_by_matrix(kind: type[Optimizer]) -> bool:
         X <- a X + (b (X X^T) + c (X X^T)^2) X,    X_0 = B / ||B||_F,
 
     and steps by `lr * factor(shape) * X`. Rows and columns of zeros stay zero in every product and add nothing to
-    the norm, so the iterations on a cut matrix give the entries that those on its masked twin give, but for the
-    rounding of bfloat16, in which PyTorch makes them. Only the factor follows the shape (`shape_factor`): a cut
-    matrix steps as Muon steps with a matrix of its size, and its masked twin is one whose learning rate has the factor
-    of the cut shape.
+    the norm. So the iterations on a cut matrix and on its masked twin give the same entries, up to the bfloat16
+    rounding in which PyTorch computes them. Only the factor depends on the shape (`shape_factor`): the masked twin
+    must have the learning-rate factor of the cut shape.
 
     References:
         Jordan et al.: "Muon: an optimizer for hidden layers in neural networks", 2024. Liu et al.: "Muon is scalable
@@ -32,9 +31,7 @@ def steps_by_matrix(kind: type[Optimizer]) -> bool:
 def shape_factor(settings: Mapping[str, Any], shape: Sequence[int]) -> float:
     """What Muon multiplies the learning rate of a matrix by: `sqrt(max(1, m / n))`, or `0.2 sqrt(max(m, n))`.
 
-    Args:
-        settings: of the param group; "adjust_lr_fn" says which.
-        shape: m rows and n columns.
+    The param group's "adjust_lr_fn" chooses; the shape has m rows and n columns.
 
     >>> shape_factor({"adjust_lr_fn": None}, (8, 2)), shape_factor({"adjust_lr_fn": "match_rms_adamw"}, (25, 4))
     (2.0, 1.0)

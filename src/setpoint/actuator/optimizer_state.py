@@ -1,4 +1,4 @@
-"""Optimizer state: what an optimizer remembers about each entry of a parameter, cut along with it."""
+"""Optimizer state: moments and the like, one number per entry of a parameter, cut along with it."""
 
 from __future__ import annotations
 
@@ -33,17 +33,11 @@ def cut_state(
 ) -> dict[str, Any]:
     """The state of one parameter, cut along the same dims; new tensors, nothing is changed in place.
 
-    Tensors of the parameter's shape are cut, scalars stay, and so does whatever is not a tensor.
-    Lists, tuples and dicts of tensors are followed.
-
-    Args:
-        optimizer: holds the state.
-        parameter: still of its old shape.
-        dims: by dim, positions of the kept entries.
-        name: of the parameter, for messages.
+    Tensors of the parameter's shape are cut; scalars and whatever is not a tensor stay. Lists, tuples and
+    dicts of tensors are followed. The parameter still has its old shape.
 
     Raises:
-        OptimizerError: when a tensor of another shape is found: nobody can say how it follows the cut.
+        OptimizerError: for a tensor of another shape, of which nothing says how it follows the cut.
     """
 
     def cut(value: Tensor, key: str) -> Tensor:
@@ -107,11 +101,9 @@ def visit_state(optimizer: Optimizer, parameter: nn.Parameter, function: Callabl
 
 
 def check_state(optimizer: Optimizer, held: Iterable[tuple[str, Tensor, Mapping[str, Any]]]) -> None:
-    """Check that state tensors are as large as their parameters, which PyTorch does not.
+    """Check that state tensors have the shape of their parameters, which PyTorch does not check.
 
-    Args:
-        optimizer: for the message.
-        held: name, parameter, and what is remembered or to be remembered of it.
+    `held` gives name, parameter, and its present or future state; the optimizer is for the message.
 
     Raises:
         OptimizerError: naming the first that does not fit.
@@ -139,11 +131,10 @@ def check_optimizer(optimizer: Optimizer) -> None:
     masked, both take three more steps with the same gradients, and the kept entries must agree to 1e-9.
     An update that depends on the tensor's shape, or state of another shape (Adafactor, L-BFGS,
     Shampoo, quantised moments), shows up here whatever the class is called. PyTorch's Muon is compared with the twin
-    that `steps_by_matrix` describes, to the bfloat16 that it computes in.
+    that `steps_by_matrix` describes, at the precision of bfloat16.
 
-    A class that cannot be built or stepped this way (further constructor arguments, sparse gradients only) is
-    let through; what remains then is the check of shapes when its state is cut. The global random number
-    generators are left as they were.
+    A class that cannot be built or stepped this way (further constructor arguments, sparse gradients only) passes;
+    the shapes of its state are still checked when it is cut. RNG state is preserved.
 
     Raises:
         OptimizerError: when the two disagree, or state has another shape than its parameter.
@@ -168,7 +159,7 @@ def _settings(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[str, Any]:
         key: value for key, value in settings.items() if key in names or (takes_any and key in optimizer.defaults)
     }
     if "lr" in settings:
-        settings["lr"] = 0.01  # a warm-up starts at 0, at which nothing would be seen
+        settings["lr"] = 0.01  # a warm-up starts at 0, where no step moves anything and every optimizer would pass
     return settings
 
 
@@ -184,6 +175,7 @@ def _try_out(kind: type[Optimizer], settings: Mapping[str, Any], device: torch.d
     tolerance = _BFLOAT16_STEPS if steps_by_matrix(kind) else 1e-9 if dtype == torch.float64 else 1e-4
     for shapes in _SHAPES:
         generator = torch.Generator().manual_seed(0)
+        # Five draws: the weights, the gradients of the step that makes state, and those of three compared steps.
         draws = [[torch.randn(shape, generator=generator, dtype=dtype).to(device) for shape in shapes] for _ in "12345"]
         try:
             masked, small = _start(kind, settings, draws), _start(kind, settings, draws)
@@ -236,10 +228,11 @@ def _cut(optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
 
 
 def _refit(optimizer: Optimizer, settings: Mapping[str, Any]) -> None:
-    """Give the masked twin of a matrix that Muon trains the factor of the cut shape, and leave its decay alone."""
+    """Give the masked twin of a Muon matrix the learning-rate factor of the cut shape, and keep its decay."""
     ratio = shape_factor(settings, [len(_DIMS[dim]) for dim in (0, 1)]) / shape_factor(settings, _SHAPES[1][0])
     for group in optimizer.param_groups:
         group["lr"] *= ratio
+        # Decay is `lr * weight_decay`, which must not follow the factor.
         group["weight_decay"] /= ratio
 
 

@@ -51,24 +51,19 @@ def shrink(
 ) -> tuple[Group, ...]:
     """Remove the units that `keep` drops from a model in training, and return the groups that remain.
 
-    Parameters and buffers keep their identity and change their contents, so optimizers, schedulers,
-    clip lists and hooks that hold them go on working; tied parameters stay tied, frozen ones stay
-    frozen, and memory formats stay. Optimizer state is cut along with its parameter. Gradients of the
-    parameters that change become None: they belong to a step that is done. Cut between
-    `optimizer.step()` and the next `backward()`.
+    Parameters and buffers keep their identity, so optimizers, schedulers, clip lists and hooks that hold
+    them go on working. Tied parameters stay tied, frozen ones stay frozen, and memory formats stay.
+    Optimizer state is cut along with its parameter. Gradients of the changed parameters become None: they
+    belong to a step that is done. Cut between `optimizer.step()` and the next `backward()`.
 
-    Everything new is built before anything is changed, so both are in memory for a moment; whatever
-    fails after that is rolled back. On any exception model, optimizers and copies are as they were.
+    Everything new is built before anything is changed, so old and new are in memory together. On any
+    exception model, optimizers and copies are as they were.
 
     Args:
-        model: the model that `groups` describe.
-        optimizer: one optimizer, a sequence of them, or None.
         groups: as `find_groups`, or the last cut, returned them.
-        keep: by group name, boolean per active unit, True = stays; groups that lose nothing may be absent.
         copies: further modules with the same tensors to cut alike, such as an EMA copy; names may have
             the prefix `"module."` that `torch.optim.swa_utils.AveragedModel` gives them.
-        agreed: called when all is done and can still be put back, which it is if this raises: other ranks may have
-            failed.
+        agreed: called when all is done and can still be undone; it raises if another rank failed.
 
     Raises:
         GroupError: when `keep` does not fit the groups, the groups do not fit the model or a copy, or a
@@ -94,10 +89,13 @@ def shrink(
     cut = plan_cut(groups, keep)
     remaining = cut_groups(groups, keep)
     copied = unwrapped([name for name, _ in cut.entries], model, copies)
+    # Copies have no optimizer.
     jobs = [_job(model, cut, as_sequence(optimizer)), *(_job(each, cut, ()) for each in copied)]
     with ExitStack() as undo:
         for job in jobs:
             commit(job, undo)
+        # Autocast caches low-precision copies of weights by identity, which stays: inside an autocast region the next
+        # forward would get a copy of the old shape.
         torch.clear_autocast_cache()
         agreed()
         undo.pop_all()  # nothing failed: forget the way back
@@ -105,12 +103,7 @@ def shrink(
 
 
 def unwrapped(names: Iterable[str], model: nn.Module, copies: Sequence[nn.Module]) -> list[nn.Module]:
-    """Each copy once, out of its wrapper; it must mirror the model and share nothing with it.
-
-    Args:
-        names: tensors of the model that change.
-        model: the model.
-        copies: further modules with the same tensors.
+    """Each copy once, out of its wrapper; `names` are tensors of the model that change.
 
     Raises:
         GroupError: when a copy shares tensors with the model.
@@ -144,16 +137,17 @@ def _prepare(model: nn.Module, cut: Cut, optimizers: Sequence[Optimizer]) -> Ite
     check_cuttable(changing, tensors)
     for name, dims in cut.dims().items():
         tensor = changing[name]
+        # A parameter that was never stepped has no state yet.
         held = [each for each in optimizers if isinstance(tensor, nn.Parameter) and tensor in each.state]
         states = tuple((each, cut_state(each, tensor, dims, repr(name))) for each in held)  # type: ignore[arg-type]
         yield Change(name, tensor, take(tensor, dims), states)
 
 
 def check_lengths(cut: Cut, tensors: Mapping[str, Tensor], what: str) -> None:
-    """Check that every tensor of the cut exists and is as long as the index tables say.
+    """Check that every tensor of the cut exists and has the length of its index tables.
 
     Raises:
-        GroupError: naming the first that is not.
+        GroupError: naming the first that does not.
     """
     lengths: list[tuple[str, int | None, int]] = [(name, dim, kept.size) for (name, dim), kept in cut.entries.items()]
     lengths += [(name, None, kept.size) for name, kept in cut.elements.items()]
@@ -171,11 +165,9 @@ def check_lengths(cut: Cut, tensors: Mapping[str, Tensor], what: str) -> None:
 
 
 def check_cuttable(changing: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    """Check that each tensor is of a kind that can change its shape in place.
+    """Check that each tensor in `changing` is of a kind that can change its shape in place.
 
-    Args:
-        changing: the tensors to be cut, by name.
-        tensors: all tensors of the model, by every name they have.
+    `tensors` holds all tensors of the model by every name, so that shared memory is seen.
 
     Raises:
         GroupError: for a quantized, sparse, uninitialized or subclassed tensor (DTensor
@@ -208,7 +200,7 @@ def check_cuttable(changing: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
 
 
 def _new_sizes(model: nn.Module, cut: Cut) -> dict[SizePlace, int]:
-    """What every size that changes must become, once it is sure that it holds the old count."""
+    """The new value of every size that changes, after a check that each place holds the old count."""
     counts = dict(cut.sizes)
     calls = {call_of(at) for at in cut.following if is_call(at[1])}  # all sizes of a call go together
     changing = {at: kept for at, kept in counts.items() if not kept.all() or (is_call(at[1]) and call_of(at) in calls)}
@@ -232,12 +224,8 @@ def _job(module: nn.Module, cut: Cut, optimizers: Sequence[Optimizer]) -> Job:
 
 
 def commit(job: Job, undo: ExitStack) -> None:
-    """Put everything new in its place.
-
-    Args:
-        job: what is to change; everything in it is known to fit.
-        undo: where to note how to put everything back.
-    """
+    """Put everything new in its place, and note in `undo` how to put everything back; a job is known to fit."""
+    # Before the swaps: it notes the shapes that the tensors have now.
     record_dense(job.module, {change.name: tuple(change.tensor.shape) for change in job.changes}, undo)
     for change in job.changes:
         for optimizer, state in change.states:

@@ -1,4 +1,4 @@
-"""Sizes: the integers in live Python code that must count what the tensors really hold."""
+"""Sizes: the integers in live Python code that must equal the lengths of the tensors."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def apply_sizes(model: nn.Module, sizes: Mapping[SizePlace, int | None], undo: E
     Args:
         model: the root; names are relative to it.
         sizes: by (module name, place), the new size; None for a call that needs no correction any more.
-        undo: where to note how to put everything back; `undo.close()` does it.
+        undo: takes the callbacks that put everything back.
     """
     calls: dict[str, dict[str, int | None]] = {}
     for (name, place), size in sizes.items():
@@ -52,10 +52,12 @@ def apply_sizes(model: nn.Module, sizes: Mapping[SizePlace, int | None], undo: E
             calls.setdefault(name, {})[place] = size
             continue
         assert size is not None, "an attribute always holds a size"
+        # Callbacks run last in, first out: the old size is back before the forward is fitted to it.
         undo.callback(fit_forward, module)
         undo.callback(partial(write_size, module, place, read_size(module, place)))
         write_size(module, place, size)
         fit_forward(module)
+    # All calls of a module share one corrected forward, so they are set together.
     for name, places in calls.items():
         module = model.get_submodule(name)
         old = dict(get_call_sizes(module))
@@ -112,7 +114,7 @@ def recorded_dense(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def record_buffers(model: nn.Module, names: Iterable[str], undo: ExitStack) -> None:
-    """Note which non-persistent buffers were cut: no state dict holds them, yet they are needed to load the model."""
+    """Note which non-persistent buffers were cut: no state dict holds them, yet loading the model needs them."""
     before: tuple[str, ...] = model.__dict__.get(_BUFFERS, ())
     after = tuple(dict.fromkeys((*before, *names)))
     if after != before:

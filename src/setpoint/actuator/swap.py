@@ -11,15 +11,14 @@ from torch import Tensor
 def swap(tensor: Tensor, new: Tensor, undo: ExitStack) -> None:
     """Let `tensor` hold the memory, shape and strides of `new`; its gradient becomes None.
 
-    The object stays the same, so optimizers, schedulers, clip lists and hooks that hold it go on
-    working, and an old loss may still be alive (`tensor.data = new` fails then).
+    The object stays the same, so optimizers, schedulers, clip lists and hooks that hold it go on working.
 
     Args:
         tensor: a parameter or buffer.
-        new: what it is to hold; same device.
-        undo: where to note how to put everything back; `undo.close()` does it.
+        new: its new contents, on the same device.
+        undo: takes a callback that puts the old memory and gradient back.
     """
-    old = tensor.detach()
+    old = tensor.detach()  # shares the old memory, so putting it back copies nothing
     grad = tensor.grad if tensor.is_leaf else None
 
     def put_back() -> None:
@@ -29,6 +28,8 @@ def swap(tensor: Tensor, new: Tensor, undo: ExitStack) -> None:
         if grad is not None:
             tensor.grad = grad
 
+    # A gradient must have its tensor's shape: it is removed before the shape changes, and set again only after the
+    # old shape is back.
     undo.callback(put_back)
     if tensor.is_leaf:
         tensor.grad = None
@@ -37,6 +38,7 @@ def swap(tensor: Tensor, new: Tensor, undo: ExitStack) -> None:
 
 def _assign(tensor: Tensor, new: Tensor) -> None:
     with torch.no_grad():
+        # Not `tensor.data = new`, which fails while an old loss keeps the graph of this tensor alive.
         if tensor.dtype == new.dtype:
             tensor.set_(new)  # type: ignore[call-overload]
         else:  # `set_` cannot change the dtype

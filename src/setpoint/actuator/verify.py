@@ -1,4 +1,4 @@
-"""Verify: does a cut behave like its masked twin? Tried on copies, before it is done to the model."""
+"""Verify: does a cut behave like its masked twin? Tried on copies, before the model is cut."""
 
 from __future__ import annotations
 
@@ -32,15 +32,13 @@ def verify(model: nn.Module, example: Example, groups: tuple[Group, ...], keep: 
     Both twins have the same randomised weights (so that zero-initialised layers do not hide a mistake)
     and are in float64 where the model allows it. One is shrunk, the other has the dropped entries
     masked; outputs, the kept entries' gradients and the updated buffers must agree. A float input that
-    is constant is replaced by noise. Dropout is off; a model that draws random numbers all the same is
+    is constant is replaced by noise. Dropout is off; a model that still draws random numbers is
     compared in eval mode. Of a group that is not lossless only the shapes are checked, since zero is not
     absent there. Forward hooks run on the copies as they do in the model. Model, gradients, buffers and
-    global random number generators are left alone. Needs memory for about three copies of the model.
+    RNG state are preserved. Needs memory for about three copies of the model.
 
     Args:
-        model: the live model.
-        example: inputs that it accepts; a tuple of positional or a mapping of keyword inputs.
-        groups: the model's groups.
+        example: a tuple of positional or a mapping of keyword inputs.
         keep: the cut to check; by default random subsets of unequal widths, of at least 2 where possible.
 
     Raises:
@@ -61,12 +59,7 @@ def verify(model: nn.Module, example: Example, groups: tuple[Group, ...], keep: 
 def failing_groups(model: nn.Module, example: Example, groups: tuple[Group, ...]) -> tuple[str, ...]:
     """Names of the groups whose cut does not behave like its masked twin; found by bisection.
 
-    After each find the rest is tried again without it, until the rest passes.
-
-    Args:
-        model: the live model, left alone.
-        example: inputs that it accepts.
-        groups: the model's groups.
+    After each find the remaining groups are tried again, until they pass.
 
     Raises:
         ExampleError: when the model itself does not run on the example.
@@ -87,6 +80,7 @@ class Trial:
 
     @classmethod
     def of(cls, model: nn.Module, example: Example, groups: tuple[Group, ...], keep: Keep | None) -> Trial:
+        """A copy in float64 if the model runs in it, else in its own dtypes."""
         keep = random_keep(groups) if keep is None else check_keep(groups, keep)
         args, kwargs = tree_map(_lively, inputs_of(example))
         trial = cls(randomised_copy(model, groups), args, kwargs, groups, keep, 0.0)
@@ -96,7 +90,7 @@ class Trial:
             args=tree_map(_widen, trial.args),
             kwargs=tree_map(_widen, dict(trial.kwargs)),
         )
-        for each in (wide, trial):  # float64 if the model runs in it, else its own dtypes
+        for each in (wide, trial):
             with _Narrowest() as narrowest:
                 try:
                     first = each.run(each.model)
@@ -104,10 +98,11 @@ class Trial:
                     failure = error
                     continue
             tolerance = _TOLERANCE[narrowest.bits]
+            # Drawing random numbers is harmless unless another seed changes the result.
             if first.drew and first.difference(
                 each.run(copy.deepcopy(each.model, computed(each.model)), seed=1), tolerance
             ):
-                each.model.eval()  # random in spite of dropout being off: compare where it is not
+                each.model.eval()  # it still draws random numbers that change the result: compare where it does not
             return replace(each, tolerance=tolerance)
         raise ExampleError(f"the model does not run on the example: {failure}") from failure
 
@@ -120,7 +115,7 @@ class Trial:
             candidates.remove(name)
 
     def _bisect(self, suspects: list[str], context: list[str]) -> tuple[str, str]:
-        """One culprit among suspects, which together with the groups in context are known to fail."""
+        """One failing group among suspects, which fail together with the groups in context."""
         if len(suspects) == 1:
             return suspects[0], self._fault(context + suspects) or "it differs"
         left, right = suspects[: len(suspects) // 2], suspects[len(suspects) // 2 :]
@@ -129,7 +124,7 @@ class Trial:
         return self._bisect(right, context + left)
 
     def _fault(self, names: list[str]) -> str | None:
-        """What is wrong when these groups are cut, or None."""
+        """Why these groups cannot be cut together, or None."""
         lossy = {group.name for group in self.groups if not group.lossless}
         exact = [name for name in names if name not in lossy]
         why = self._compare(exact, by_value=True) if exact else None
@@ -143,18 +138,19 @@ class Trial:
             got = self.run(small)
         except Exception as error:  # a wrong size shows up as any exception in the model's own code
             return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        del small
+        del small  # before the second copy is made: one copy less in memory at a time
         masked = copy.deepcopy(self.model, computed(self.model))
         mask(masked, None, self.groups, keep)
         want = self.run(masked).cut(plan_cut(self.groups, keep))
         return want.difference(got, self.tolerance if by_value else float("inf"))
 
     def run(self, model: nn.Module, seed: int = 0) -> Outcome:
-        """One forward and backward pass of a copy on the example, with chance seeded."""
+        """One forward and backward pass of a copy on the example, with seeded generators."""
         devices = {tensor.device for tensor in named_tensors(model).values()}
         with _private_chance(devices, seed) as drawn, torch.enable_grad():
             outputs = [leaf for leaf in tensors_of(model(*self.args, **self.kwargs)) if _is_float(leaf)]
             generator = torch.Generator().manual_seed(0)
+            # `abs`: backward needs a real number, and an output may be complex.
             loss = sum((each * _noise(each, generator)).sum().abs() for each in outputs if each.requires_grad)
             if isinstance(loss, Tensor):
                 torch.autograd.backward(loss)
@@ -215,8 +211,8 @@ def _differ(want: Tensor, got: Tensor, tolerance: float) -> str | None:
 def few_rows(example: Example) -> tuple[Example, float]:
     """The first rows of a batch, and the share of the batch that they are.
 
-    A few samples show a wrong cut as well as many do. Rows are taken along the leading dim if every tensor of
-    the example has the same one; otherwise the example stays whole.
+    A few samples show a wrong cut as well as many do. Rows are taken along the leading dim if all tensors of the
+    example share its length; otherwise the example is returned as it is.
 
     >>> example, share = few_rows((torch.zeros(64, 3),))
     >>> tuple(example[0].shape), share
@@ -282,9 +278,9 @@ def _widen(leaf: Any) -> Any:
 
 @contextmanager
 def _private_chance(devices: set[torch.device], seed: int) -> Iterator[Callable[[], bool]]:
-    """Global random number generators seeded inside and put back after, autocast off.
+    """Preserved RNG state: the global generators are seeded inside and put back after; autocast is off.
 
-    Yields a function that tells whether any of them has been used since.
+    Yields a function that returns whether any of them has been used since.
     """
     cuda = [device for device in devices if device.type == "cuda"]
     kind = min((device.type for device in devices), default="cpu")

@@ -40,7 +40,7 @@ _KEY = "setpoint"
 
 @dataclass(frozen=True)
 class _Header:
-    """What a file says beside its tensors.
+    """What a file holds beside its tensors.
 
     Args:
         sizes: by module name and place, what the place must hold.
@@ -64,12 +64,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a model, shrunk or not, to one safetensors file: tensors, sizes and a digest.
 
     Stored are all parameters and persistent buffers, tied ones once, and the sizes that cuts have set
-    in the model's code. The write is atomic: under `path` there is either the old file or the whole
-    new one. A wrapper of `torch.compile` or `DistributedDataParallel` is looked through.
-
-    Args:
-        model: the model.
-        path: where to; the folder must exist.
+    in the model's code. The write is atomic: `path` names either the old file or the complete new one. Its
+    folder must exist. A wrapper of `torch.compile` or `DistributedDataParallel` is removed.
 
     Raises:
         CheckpointError: when a tensor cannot be stored (sharded, quantized, without data), a module
@@ -101,13 +97,9 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 def load(path: str | os.PathLike[str], into: nn.Module) -> nn.Module:
     """Read a file that `save` wrote into a model of the same code, and return that model.
 
-    `into` is the dense model as its code builds it; it becomes the saved one: its parameters and buffers
-    keep their identity, device, memory format and `requires_grad`, and take shape, values and dtype
-    from the file. Everything is checked before anything is changed.
-
-    Args:
-        path: the file.
-        into: a freshly built dense model, on the device where it is wanted.
+    `into` is the dense model as its code builds it, on the device where it is wanted. It becomes the saved one: its
+    parameters and buffers keep their identity, device, memory format and `requires_grad`, and take shape, values and
+    dtype from the file. Everything is checked before anything is changed.
 
     Raises:
         CheckpointError: when there is no such file, it is damaged, not a Setpoint file, of a newer
@@ -187,31 +179,28 @@ def digest(tensors: Mapping[str, Tensor], words: str) -> str:
         total.update(json.dumps(what).encode())
         flat = tensor.reshape(-1).clone(
             memory_format=torch.contiguous_format
-        )  # none or one element may have any stride
+        )  # one element or none may have any stride, and `view` needs 1
         total.update(flat.view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 
 def write_file(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write to a neighbour and rename it, so that no one ever sees half a file.
+    """Write to a neighbouring file and rename it, so that nobody ever sees half a file.
 
-    A process that is killed meanwhile leaves its neighbour `.NAME.PID.partial` behind.
-
-    Args:
-        path: where to.
-        tensors: by name, contiguous and in host memory.
-        metadata: of the safetensors file.
+    Tensors are contiguous and in host memory. A process that is killed meanwhile leaves `.NAME.PID.partial` behind.
 
     Raises:
-        CheckpointError: when it cannot be written; what was there before is still there.
+        CheckpointError: when it cannot be written; the old file is then still there.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.touch()  # with the rights that the user's other new files get
+        partial.touch()  # with the rights of the user's other new files, which `save_file` does not give
         mode = partial.stat().st_mode
         save_file(tensors, partial, metadata=metadata)
         partial.chmod(mode)
         with open(partial, "rb+") as file:
+            # Before the rename: after a power cut the name must not point at a file whose contents never reached the
+            # disk.
             os.fsync(file.fileno())
         os.replace(partial, path)
         _sync_folder(path.parent)
@@ -223,7 +212,7 @@ def write_file(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str])
 
 
 def _sync_folder(folder: Path) -> None:
-    """Have the new name survive a power cut; where folders cannot be opened (Windows), the system sees to it."""
+    """Make the new name survive a power cut; Windows, which cannot open folders, does it by itself."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -236,7 +225,7 @@ def read_file(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Metadata and tensors of a safetensors file.
 
     Raises:
-        CheckpointError: when it is none, or cannot be read.
+        CheckpointError: when it is not one, or cannot be read.
     """
     try:
         with open(path, "rb") as file:
@@ -247,7 +236,7 @@ def read_file(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         with safe_open(path, framework="pt", device="cpu") as file:
             return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        # Only now: the length that opens a whole safetensors file may begin with any byte.
+        # Only after it failed: a valid file begins with its header's length, which may have any first byte.
         if start[:1] == b"\x80" or start == b"PK\x03\x04":
             raise CheckpointError(
                 f"{str(path)!r} is a pickle, as torch.save writes it, and is not opened, since a pickle can run any "
@@ -257,7 +246,7 @@ def read_file(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 
 def damaged(path: Path) -> CheckpointError:
-    """What is raised when a digest does not match."""
+    """The error for a digest that does not match."""
     return CheckpointError(f"{str(path)!r} is damaged: its digest does not match its contents; get it again")
 
 
@@ -265,7 +254,7 @@ def _read(path: Path) -> tuple[_Header, dict[str, Tensor]]:
     metadata, tensors = read_file(path)
     header = _parse(path, metadata, tensors)
     return header, {
-        # What is read from a file may lie at an address that suits its reals only: a copy suits pairs of them too.
+        # The file's data may be aligned for single reals only; a copy is aligned for pairs of them too.
         name: torch.view_as_complex(tensor.clone()) if name in header.complex else tensor
         for name, tensor in tensors.items()
     }
@@ -324,6 +313,7 @@ def _some(names: Iterable[str]) -> str:
 
 
 def _check_shape(name: str, saved: Tensor, dense: Tensor, before: Sequence[int] | None) -> None:
+    # The saved shape where the tensor was never cut, else its recorded dense shape.
     if tuple(dense.shape) not in (tuple(saved.shape), tuple(before or saved.shape)):
         raise CheckpointError(
             f"the file was made for another model: {name!r} has shape {tuple(saved.shape)} in the file and "

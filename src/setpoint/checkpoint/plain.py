@@ -1,4 +1,4 @@
-"""Plain data: what a part remembers, as tensors, numbers and strings that any checkpoint can hold, and back."""
+"""Plain data: the state of a part as tensors, numbers and strings that any checkpoint can hold, and back."""
 
 from __future__ import annotations
 
@@ -20,11 +20,8 @@ def plain(value: Any, where: str) -> Any:
     """A value as nested dicts, lists and tuples of tensors, numbers, strings and None.
 
     Dataclasses become dicts of their fields, without those whose `metadata` says `"live"`: these point at the model,
-    and are found again. NumPy arrays become `{"numpy": tensor}`. Tensors are copied.
-
-    Args:
-        value: of a state.
-        where: what it is, for messages.
+    and `restored` takes them from there. NumPy arrays become `{"numpy": tensor}`. Tensors are copied. `where` names
+    the value in messages.
 
     Raises:
         CheckpointError: for anything else, which no checkpoint could hold without running its code.
@@ -32,6 +29,7 @@ def plain(value: Any, where: str) -> Any:
     >>> plain({"age": np.array([1, 2])}, "state")
     {'age': {'numpy': tensor([1, 2])}}
     """
+    # First, since NumPy's float64 is a `float` too and would stay NumPy's.
     if isinstance(value, np.generic):
         return value.item()
     if value is None or isinstance(value, (bool, int, float, str)):
@@ -60,11 +58,11 @@ def restored(value: Any, like: Any, where: str, device: torch.device) -> Any:
     Args:
         value: what `plain` returned.
         like: a value of the same types and shapes, whose live fields are taken over.
-        where: what it is, for messages.
-        device: of tensors that `like` has no counterpart of.
+        where: its name in messages.
+        device: for tensors without a counterpart in `like`.
 
     Raises:
-        CheckpointError: when it is no such value.
+        CheckpointError: when it has other types or shapes.
     """
     if is_dataclass(like) and not isinstance(like, type):
         names = {each.name for each in fields(like) if not each.metadata.get("live")}
@@ -95,7 +93,7 @@ def restored(value: Any, like: Any, where: str, device: torch.device) -> Any:
 
 
 def _bare(value: Any, device: torch.device) -> Any:
-    """A value of which nothing is known but what it says itself."""
+    """A value restored without a counterpart to check it against."""
     if isinstance(value, Tensor):
         return value.to(device, copy=True)
     if isinstance(value, dict):

@@ -34,8 +34,8 @@ def to_tensors(value: Any, spread: dict[str, Tensor] | None = None) -> dict[str,
     Tensors that share all of their memory are stored once. NumPy's numbers become Python's.
 
     Args:
-        value: the data; its dicts have keys that are strings or whole numbers.
-        spread: takes in the tensors that lie on several ranks, by where they are in the data; None: there may be none.
+        value: the data; keys of its dicts are strings or integers.
+        spread: receives the sharded tensors, by their place in the data; None: a sharded tensor is an error.
 
     Raises:
         CheckpointError: for anything else.
@@ -45,7 +45,7 @@ def to_tensors(value: Any, spread: dict[str, Tensor] | None = None) -> dict[str,
     """
     tensors: dict[str, Tensor] = {}
     known: dict[Any, str] = {}
-    alive: list[Tensor] = []  # so that no address is given out twice
+    alive: list[Tensor] = []  # a freed tensor's address could be reused, and a new one be taken for it
 
     def store(tensor: Tensor) -> str:
         layout = (tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.is_conj(), tensor.is_neg())
@@ -58,6 +58,7 @@ def to_tensors(value: Any, spread: dict[str, Tensor] | None = None) -> dict[str,
         return known[place]
 
     def encode(value: Any, where: str) -> Any:
+        # Exact types throughout: an instance of a subclass would come back as one of its base.
         if value is None or type(value) in (bool, int, float, str):
             return value
         if isinstance(value, np.generic) and type(value.item()) in (bool, int, float, str):
@@ -92,8 +93,7 @@ def to_tensors(value: Any, spread: dict[str, Tensor] | None = None) -> dict[str,
 def from_tensors(tensors: Mapping[str, Tensor]) -> Any:
     """The data that `to_tensors` was given; tensors are copies, laid out in memory as they were.
 
-    Args:
-        tensors: what it returned, with what it put into `spread`.
+    `tensors` is what it returned, together with what it put into `spread`.
 
     Raises:
         KeyError, TypeError, ValueError, RuntimeError: when they are something else.
@@ -120,12 +120,13 @@ def from_tensors(tensors: Mapping[str, Tensor]) -> Any:
 
 def laid_out(tensor: Tensor, stride: list[int], is_complex: bool) -> Tensor:
     """A copy of a contiguous tensor with these strides, where they leave no gaps and nothing overlaps."""
-    # What is read from a file may lie at an address that suits its reals only: a copy suits pairs of them too.
+    # The file's data may be aligned for single reals only; a copy is aligned for pairs of them too.
     tensor = torch.view_as_complex(tensor.clone()) if is_complex else tensor
     order = sorted(range(tensor.dim()), key=lambda dim: -stride[dim])
     dense = tensor.permute(order).contiguous().permute([order.index(dim) for dim in range(tensor.dim())])
     if list(dense.stride()) == list(stride):
         return dense.clone() if dense.data_ptr() == tensor.data_ptr() else dense
+    # Any other strides are kept only if they cover the memory exactly: as many elements as places, and none twice.
     size = 1 + sum((length - 1) * step for length, step in zip(tensor.shape, stride, strict=True))
     if tensor.numel() and size == tensor.numel() and 0 not in stride:
         return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype).copy_(tensor)

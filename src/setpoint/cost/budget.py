@@ -16,15 +16,11 @@ METERED = ("memory", "latency", "inference", "energy")
 
 
 def check_means(resource: str, watts: float | None, example: Any) -> None:
-    """Check what a goal says of how its resource is measured.
-
-    Args:
-        resource: that the goal is on.
-        watts: power of a training step, stated by the user; None where a meter is to read it.
-        example: inputs of one inference; None for those of one step.
+    """Check the watts and the example that a goal on this resource is given; each may be None.
 
     Raises:
-        BudgetError: for watts that are no power, and for what another resource has no use for.
+        BudgetError: for watts that are not a positive finite power, or for watts or an example that the resource
+            does not use.
     """
     if watts is not None:
         if isinstance(watts, bool) or not isinstance(watts, (int, float)) or not 0 < watts < math.inf:
@@ -55,12 +51,12 @@ class Budget:
         relative: whether `limit` is a fraction of the dense cost.
         deadband: relative error below which the controller rests.
         watts: power that a training step draws, for a budget of "energy" where no meter reads it.
-        example: inputs, at the batch size that counts, of the inference that a budget of "inference" is on; by default
-            the example that `attach` is given.
+        example: inputs of the timed inference, at its batch size, for a budget of "inference"; by default the
+            example that `attach` is given.
 
     Raises:
-        BudgetError: for a limit that is not a positive finite number, a fraction over 1, an unknown resource, watts
-            that are no power, or watts or an example that the resource has no use for.
+        BudgetError: for a limit that is not a positive finite number, a fraction over 1, an unknown resource, or
+            what `check_means` refuses.
 
     >>> Budget.fraction(0.5, of="flops").limit
     0.5
@@ -141,7 +137,7 @@ UNITS: Mapping[str, str] = {
 UNIT: Mapping[str, str] = {**UNITS, "flops": "FLOP", "params": "parameter", "memory": "byte"}
 """One of it, in words."""
 IN_SECONDS = ("latency", "inference")
-"""Resources that are told by the clock."""
+"""Resources that are measured by the clock."""
 MILLISECONDS = 50
 """A budget of seconds so many times the dense cost is taken for one in milliseconds."""
 

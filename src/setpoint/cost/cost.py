@@ -48,7 +48,6 @@ class ProductCost:
     """A cost that is a sum of products of widths: FLOPs and parameters are of this form.
 
     Args:
-        resource: name of the resource.
         terms: the products; like terms are merged, so evaluation takes microseconds.
     """
 
@@ -57,6 +56,7 @@ class ProductCost:
         merged: dict[tuple[Size, ...], float] = {}
         for term in terms:
             constant = math.prod(size.constant for size in term.sizes if not size.parts)
+            # One canonical order, so that like terms get the same key.
             variable = tuple(sorted((size for size in term.sizes if size.parts), key=repr))
             merged[variable] = merged.get(variable, 0.0) + term.coefficient * constant
         self.terms = tuple(Term(coefficient, sizes) for sizes, coefficient in merged.items())

@@ -25,11 +25,6 @@ def flops_cost(trace: Trace) -> ProductCost:
 
 
 def forward_flops(trace: Trace, share: float = 1.0) -> ProductCost:
-    """FLOPs of one forward pass of the traced model.
-
-    Args:
-        trace: of the model at the example's batch shape.
-        share: samples of the pass / samples of the example.
-    """
+    """FLOPs of one forward pass of the traced model; `share` is samples of the pass / samples of the example."""
     terms = tuple(Term(share * contraction.coefficient, contraction.sizes) for contraction in trace.contractions)
     return ProductCost("flops", terms)

@@ -1,4 +1,4 @@
-"""A joint cost: several budgets at once, each by the share of its limit that is spent; the largest share leads."""
+"""A joint cost: several budgets at once, each by the share of its limit that is spent; the largest share binds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Share:
 
     Args:
         cost: predicts spending.
-        limit: of the budget, in the resource's own unit.
+        limit: in the resource's own unit.
         factor: metered cost / predicted cost, as last seen; 1 without a meter.
     """
 
@@ -31,11 +31,8 @@ class Share:
 class JointCost:
     """`total(widths) = max over budgets of factor * cost(widths) / limit`: at 1 all budgets are met.
 
-    A block saves what it takes off the largest share, so the budget that binds decides what is worth
-    dropping, and hands over to the next once they are level.
-
-    Args:
-        shares: the budgets.
+    A block saves what it takes off the largest share. So the binding budget decides what is worth
+    dropping, until another one is level with it.
     """
 
     resource: Final = "joint"
@@ -52,5 +49,5 @@ class JointCost:
         return self.total(widths) - self.total({**widths, group: widths[group] - num_units})
 
     def binding(self, widths: Mapping[str, int]) -> Share:
-        """The budget that leads."""
+        """The budget with the largest share."""
         return max(self.shares, key=lambda share: share.total(widths))

@@ -9,12 +9,7 @@ from setpoint.groups.group import Group, Size
 
 
 def params_cost(model: nn.Module, groups: tuple[Group, ...]) -> ProductCost:
-    """Number of parameters, each shared one counted once.
-
-    Args:
-        model: the model at the groups' present widths.
-        groups: its groups.
-    """
+    """Number of parameters, each shared one counted once; the model has the groups' present widths."""
     parts: dict[tuple[str, int], list[tuple[str, int]]] = {}
     constant: dict[tuple[str, int], int] = {}
     for group in groups:
@@ -22,6 +17,7 @@ def params_cost(model: nn.Module, groups: tuple[Group, ...]) -> ProductCost:
             if piece.dim is not None:
                 place = (piece.tensor, piece.dim)
                 entries = int((piece.index >= 0).sum())
+                # Divides without rest: units of one group have equally many entries in every dim (see `build`).
                 parts.setdefault(place, []).append((group.name, entries // group.num_units))
                 constant[place] = constant.get(place, len(piece.index)) - entries
     terms = []

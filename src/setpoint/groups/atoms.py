@@ -1,8 +1,7 @@
-"""Atoms: one integer for every entry of every tensor dim, united where entries must go together.
+"""Atoms: one integer for every entry of every tensor dim, united where entries must be dropped together.
 
-A disjoint-set forest on one integer array. Atom 0 stands for "frozen": whatever is united with it
-stays in the model for good. Parents are always smaller than their children, so 0 is the root of
-everything frozen and a root is the oldest atom of its class.
+A disjoint-set forest on one integer array. Atom 0 stands for "frozen": whatever is united with it is never
+dropped. Parents are always smaller than their children, so 0 is the root of everything frozen.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ Labels = Int[np.ndarray, " entries"]
 
 
 class Atoms:
-    """Classes of entries that stand or fall together.
+    """Classes of entries that are kept or dropped together.
 
     >>> atoms = Atoms()
     >>> a, b = atoms.fresh(3), atoms.fresh(3)
@@ -57,7 +56,7 @@ class Atoms:
             if np.array_equal(above, roots):
                 break
             roots = above
-        self._parent[labels] = roots
+        self._parent[labels] = roots  # path compression
         return roots
 
     def unite(self, left: np.ndarray, right: np.ndarray) -> None:
@@ -71,10 +70,10 @@ class Atoms:
                 return
             low, high = np.minimum(a, b)[differ], np.maximum(a, b)[differ]
             np.minimum.at(self._parent, high, low)
-            # Where two pairs met in one root, only the smaller parent was kept: go round again.
+            # A root that occurs in two pairs got only the smaller parent: another round unites the other pair.
 
     def freeze(self, labels: np.ndarray | None, place: str, reason: str) -> None:
-        """Keep these entries for good, and remember why."""
+        """Never drop these entries, and record why."""
         if labels is None or len(labels) == 0:
             return
         if (self.find(labels) != 0).any():
@@ -82,7 +81,7 @@ class Atoms:
             self.unite(labels, np.zeros(1, dtype=np.int64))
 
     def mark(self, remark: str, labels: np.ndarray | None) -> None:
-        """Remember a remark about these very atoms (not about their class)."""
+        """Record a remark about these atoms, not about their class."""
         if labels is not None:
             self.marks.setdefault(remark, []).append(np.asarray(labels).ravel())
 

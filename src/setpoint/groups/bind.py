@@ -31,11 +31,11 @@ _STANDARD: tuple[tuple[type[nn.Module], str, str, int], ...] = (
 )
 
 _MAKING_CALLS = {"zeros", "ones", "full", "new_zeros", "expand", "repeat", "tile"}
-"""Calls that make dims of their own, of which the graph cannot tell whether they are the model's or the data's."""
+"""Calls that make new dims, which in the graph may be the model's or the data's."""
 
 
 def bind(draft: Draft) -> tuple[Units, tuple[Group, ...]]:
-    """Units whose cut the live forward survives, and their groups with the size bindings that it takes.
+    """Units whose cut the live forward survives, and their groups with the size bindings that it needs.
 
     Groups with which a copy without data does not run, or returns other shapes, are frozen, by name.
     """
@@ -43,6 +43,7 @@ def bind(draft: Draft) -> tuple[Units, tuple[Group, ...]]:
     failing = _counted(draft, lost, "")
     while True:
         for name, why in failing.items():
+            # Atom 0 is frozen already: the entry only reports the group and the reason.
             draft.walk.atoms.frozen.append((np.zeros(1, dtype=np.int64), name, f"with fewer units {why}"))
         draft = draft.without(failing)
         places = _places(draft, _calls_that_follow_units(draft, calls))
@@ -57,7 +58,7 @@ def bind(draft: Draft) -> tuple[Units, tuple[Group, ...]]:
 
 
 def _counted(draft: Draft, calls: Sequence[Call], when: str) -> dict[str, str]:
-    """Groups whose units these calls count, of which no number tells the place in the code; and why they stay."""
+    """By name, why groups stay whose units these calls count: no call number identifies the place in the code."""
     return {
         draft.units.groups[position].name: (
             f"a size given to {call_of(call).split('#')[0]} by {call.module or 'the model'} would be wrong, and that "
@@ -81,8 +82,8 @@ def _places(draft: Draft, calls: Sequence[Call]) -> Places:
     attributes: Places = {}
     for trial in trials:
         attributes |= trial.needed_attributes({**places, **attributes})
-    # Attributes that do not make the whole forward right would also change what else is worked out
-    # from them (an attention scale from `C // num_heads`): there the calls alone are corrected.
+    # An attribute that does not correct every size of the forward would also change what else is computed from it
+    # (an attention scale from `C // num_heads`): there only the calls are corrected.
     short = {kind for trial in trials for kind, _ in trial.needed_calls({**places, **attributes})}
     places |= {
         (module, attribute): labels
@@ -96,7 +97,7 @@ def _places(draft: Draft, calls: Sequence[Call]) -> Places:
             written[key] = written.get(key, True) and same
     found: Places = {}
     for call in calls:
-        # What a call makes may be as long as the data, and another batch is as long as it is: only units are bound.
+        # A dim that a call makes may have the data's length, which differs in another batch: only units are bound.
         own = draft.units.among(call.labels) or call_of(call).split("#")[0] not in _MAKING_CALLS
         if own and (type(draft.model.get_submodule(call.module)), call_of(call)) in needed:
             constant = written.get((type(draft.model.get_submodule(call.module)), call.place), False)
@@ -160,7 +161,7 @@ def _calls_that_follow_units(draft: Draft, calls: Sequence[Call]) -> list[Call]:
 
 
 def _choices(draft: Draft) -> list[dict[str, np.ndarray]]:
-    """Random choices that leave no written size right by accident: of all groups, and without the lossy ones."""
+    """Random choices under which no wrong size looks right: of all groups, and without the lossy ones."""
     groups = draft.units.groups
     lossless = tuple(group for group in groups if group.lossless)
     some = [{**draft.whole, **random_keep(lossless)}] if 0 < len(lossless) < len(groups) else []
@@ -177,7 +178,7 @@ def _failing(draft: Draft, places: Places, dense: Outcome) -> dict[str, str]:
 
     @cache
     def corrected() -> Outcome:
-        """The dense model with the forwards that a cut model has; they may compute with other numbers."""
+        """The dense model with the corrected forwards of a cut one, which may compute with other numbers."""
         return outcome_of(draft, places, whole)
 
     @cache
@@ -199,12 +200,7 @@ def _failing(draft: Draft, places: Places, dense: Outcome) -> dict[str, str]:
 
 
 class _OtherMode:
-    """What goes wrong in the other of train and eval mode, where that runs other code.
-
-    Args:
-        draft: what can be dropped.
-        places: set when units are dropped.
-    """
+    """What fails in the other of train and eval mode, where that runs other code; `places` are set on each copy."""
 
     def __init__(self, draft: Draft, places: Places) -> None:
         self.draft, self.places = draft, places
@@ -212,7 +208,7 @@ class _OtherMode:
         self._dense: Outcome | None = None
 
     def fault(self, kept: Kept, found: Outcome) -> str | None:
-        """What goes wrong with these units kept, given what came of them in the model's own mode."""
+        """What fails with these units kept, given their outcome in the model's own mode."""
         if self._alike:
             return None
         turned = outcome_of(self.draft, self.places, kept, other_mode=True)
@@ -229,7 +225,7 @@ class _OtherMode:
 
 
 def _vanished(group: Group, staying: Mapping[str, str]) -> Group:
-    """A group that the model goes round: its fewest units are 0, or a note says why it cannot lose all of them."""
+    """A bypassed group gets `min_units` 0, or a note why it cannot lose all units; any other is unchanged."""
     if group.name not in staying:
         return group
     why = staying[group.name]
@@ -237,7 +233,7 @@ def _vanished(group: Group, staying: Mapping[str, str]) -> Group:
 
 
 def _vanishing(draft: Draft, places: Places) -> dict[str, str]:
-    """Groups that the model goes round: with "" if all of their units may go, else with what stands against it.
+    """Bypassed groups: with "" if all of their units can be dropped, else with the reason why not.
 
     Groups whose names differ in numbers only (the layers of a stack) are tried together.
     """
@@ -276,7 +272,7 @@ def _vanishing(draft: Draft, places: Places) -> dict[str, str]:
 
 
 def _culprits(suspects: list[str], fault: Callable[[frozenset[str]], str | None]) -> dict[str, str]:
-    """The groups that are at fault, by bisection."""
+    """The failing groups, each with its reason, by bisection."""
     failing: dict[str, str] = {}
     while suspects and fault(frozenset(suspects)) is not None:
         context: list[str] = []
@@ -293,10 +289,10 @@ def _culprits(suspects: list[str], fault: Callable[[frozenset[str]], str | None]
 
 
 def _with_sizes(draft: Draft, places: Places) -> tuple[Group, ...]:
-    """Hand every attribute to the groups it counts, and every corrected call to all groups that its module touches.
+    """Bind every attribute to the groups it counts, and every corrected call to all groups that its module touches.
 
-    The forward may work a call's size out of any of them, so that a cut of one of them alone makes it wrong, even
-    where the right size is not changed by that cut.
+    The forward may compute a call's size from any of them, so that a cut of one alone makes it wrong, even where the
+    right size does not change.
     """
     units = draft.units
     sizes: dict[int, list[SizeBinding]] = {}
@@ -313,7 +309,7 @@ def _with_sizes(draft: Draft, places: Places) -> tuple[Group, ...]:
 
 
 def _touching(draft: Draft, module: str) -> set[int]:
-    """Groups with units along a dim of something that the module or a part of it reads or makes."""
+    """Groups with units along a dim of any tensor that the module or a submodule reads or makes."""
     inside = f"{module}." if module else ""
     within = ((*read, *made) for name, read, made in draft.walk.flow if name == module or name.startswith(inside))
     arrays = {id(labels): labels for values in within for v in values for labels in v.labels if labels is not None}

@@ -12,7 +12,7 @@ from setpoint.groups.group import Group, Role, Size, Slice
 from setpoint.groups.walk import DimLabels
 
 MIN_BLOCKS = 8
-"""A cut takes blocks as large as hardware likes, but never fewer than this many blocks a group."""
+"""Blocks are as large as suits the hardware, but a group has at least this many."""
 ALIGNED = 8
 """Units in 16 bytes, at two bytes each."""
 FLOOR = 16
@@ -51,7 +51,7 @@ class Units:
         return [int(g) for g in np.unique(self.group_of[labels]) if g >= 0]
 
     def without(self, names: Iterable[str]) -> Units:
-        """The same units, but for these groups, whose entries stay."""
+        """The same units without these groups, whose entries are then never dropped."""
         kept = [position for position, group in enumerate(self.groups) if group.name not in set(names)]
         new = np.full(len(self.groups) + 1, -1)  # the last entry answers for -1: no group
         new[kept] = np.arange(len(kept))
@@ -69,11 +69,8 @@ class Units:
 def build(atoms: Atoms, dims: Sequence[OwnDim], products: Sequence[np.ndarray] = ()) -> Units:
     """Collect the classes that can be dropped into groups.
 
-    Args:
-        atoms: the classes.
-        dims: dims of all parameters and buffers.
-        products: labels of the dims of matrix products; units that lie in them unequally often are of
-            different groups, so that every size is a function of widths.
+    `dims` are those of all parameters and buffers. `products` are the labels of the dims of matrix products: units
+    that lie in them unequally often belong to different groups, so that every size is a function of widths.
     """
     everyone = atoms.find(np.arange(len(atoms)))
     signature = _signatures(everyone, [*(own.labels for own in dims), *products])
@@ -106,7 +103,7 @@ def build(atoms: Atoms, dims: Sequence[OwnDim], products: Sequence[np.ndarray] =
         if {"produce", "consume"} <= roles or ("produce" in roles and summed[members].any()):
             group_of[members] = len(found)
             found.append((members, slices))
-        elif roles != {"carry"}:  # A kernel or a table that no unit lies along is no news.
+        elif roles != {"carry"}:  # a dim without units, of a kernel or a table, is not worth reporting
             atoms.frozen.append((np.asarray(members), slices[0].tensor, _no_exit(roles)))
     notes = _lossy_notes(atoms, group_of[everyone], len(found))
     names: dict[str, int] = {}
@@ -151,10 +148,11 @@ def _no_exit(roles: set[Role]) -> str:
 
 def _signatures(everyone: np.ndarray, dims: Sequence[np.ndarray]) -> np.ndarray:
     """A number per class that is equal for classes with equally many entries in every dim."""
+    # A random sum stands for all counts of a class; two classes with other counts hardly ever share one.
     draws = np.random.default_rng(0).integers(1, 2**63 - 1, size=len(dims), dtype=np.uint64)
     signature = np.zeros(len(everyone), dtype=np.uint64)
     for labels, draw in zip(dims, draws, strict=True):
-        np.add.at(signature, everyone[labels], draw)
+        np.add.at(signature, everyone[labels], draw)  # not `+=`, which counts a class once a dim
     return signature
 
 
@@ -189,7 +187,7 @@ def _name(slices: tuple[Slice, ...], names: dict[str, int]) -> str:
 
 
 def _least(members: list[int], classes: Mapping[str, np.ndarray]) -> int:
-    """Two where a squeeze would take a dim of one unit away."""
+    """Fewest units: 2 where a squeeze would remove a dim of one unit."""
     return 2 if classes["squeezed"][members].any() else 1
 
 
@@ -221,7 +219,7 @@ def _group(
 
 
 def _block(num_units: int, liked: int) -> int:
-    """Largest power of two up to what hardware likes that leaves enough blocks to choose from."""
+    """Largest power of two up to `liked` that leaves enough blocks to choose from."""
     block = liked
     while block > 1 and num_units // block < MIN_BLOCKS:
         block //= 2

@@ -1,4 +1,4 @@
-"""Chance: the global random number generators, put back as they were."""
+"""RNG state: that of the global random number generators, preserved, saved and restored."""
 
 from __future__ import annotations
 
@@ -14,11 +14,7 @@ from torch import Tensor, nn
 
 @contextmanager
 def untouched_chance(model: nn.Module) -> Iterator[None]:
-    """Whatever is drawn inside, PyTorch's, NumPy's and Python's global generators are as before.
-
-    Args:
-        model: on whose devices PyTorch's generators are kept, besides the host's.
-    """
+    """Preserve the RNG state of PyTorch (host and the model's devices), NumPy and Python."""
     devices = {parameter.device for parameter in model.parameters()}
     python, numpy = random.getstate(), np.random.get_state(legacy=False)
     with torch.random.fork_rng([device for device in devices if device.type == "cuda"]):
@@ -30,7 +26,7 @@ def untouched_chance(model: nn.Module) -> Iterator[None]:
 
 
 def chance_state() -> dict[str, Any]:
-    """States of PyTorch's, NumPy's and Python's global generators, of GPUs too, in tensors, numbers and strings."""
+    """RNG states of PyTorch (GPUs too), NumPy and Python, in tensors, numbers and strings."""
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],  # type: ignore[no-untyped-call]
@@ -40,17 +36,17 @@ def chance_state() -> dict[str, Any]:
 
 
 def check_chance_state(state: Mapping[str, Any]) -> None:
-    """Try a state on generators of their own.
+    """Try RNG states on throwaway generators.
 
     Raises:
-        KeyError, TypeError, ValueError, RuntimeError: for what is no state.
+        KeyError, TypeError, ValueError, RuntimeError: for anything that is not such a state.
     """
     torch.Generator().set_state(state["torch"].cpu())
     random.Random().setstate(_nested(state["python"]))
     numpy = _mapped(state["numpy"], Tensor, _array)
     generator = np.random.RandomState(getattr(np.random, numpy["bit_generator"])())
     like = generator.get_state(legacy=False)
-    if _shapes(numpy) != _shapes(like):  # NumPy takes longer ones
+    if _shapes(numpy) != _shapes(like):  # NumPy itself accepts states that are too long
         raise ValueError(f"the state of NumPy's generator has the parts {_shapes(numpy)}, not {_shapes(like)}")
     generator.set_state(numpy)
     if not all(isinstance(each, Tensor) for each in state["cuda"]):
@@ -58,7 +54,7 @@ def check_chance_state(state: Mapping[str, Any]) -> None:
 
 
 def set_chance_state(state: Mapping[str, Any]) -> None:
-    """Put the generators into the state that `chance_state` returned; GPUs that are not there are left out."""
+    """Restore the state that `chance_state` returned; states of GPUs that are absent here are skipped."""
     torch.set_rng_state(state["torch"].cpu())
     for device, each in enumerate(state["cuda"][: torch.cuda.device_count()]):
         torch.cuda.set_rng_state(each.cpu(), device)

@@ -1,4 +1,4 @@
-"""Custom autograd Functions: their backward is in no graph, so what goes in and comes out is marked there."""
+"""Custom autograd Functions: no graph shows their backward, so their inputs and outputs are marked in it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 MARK = "setpoint::custom_function"
-"""The op that stands in a graph where a tensor goes into or comes out of a custom Function."""
+"""The op that marks an input or output of a custom Function in a graph."""
 
 
 @cache
 def _mark() -> Any:
     @torch.library.custom_op(MARK, mutates_args=(), schema="(Tensor x, str name) -> Tensor")
     def mark(x: Tensor, name: str) -> Tensor:
-        return x.clone()
+        return x.clone()  # a custom op must not return its input
 
     mark.register_fake(lambda x, name: torch.empty_like(x))
     return mark
@@ -27,8 +27,8 @@ def _mark() -> Any:
 
 @contextmanager
 def marked_functions() -> Iterator[None]:
-    """While this is open, tensors that custom Functions read or give are marked; those of torch itself are not."""
-    # One class above `Function`, so that an `apply` which somebody took off a Function earlier comes by here too.
+    """Inside, inputs and outputs of custom Functions are marked; those of torch's own Functions are not."""
+    # One class above `Function`, so that an `apply` that user code stored earlier is caught too.
     above = torch.autograd.function._SingleLevelFunction
 
     def apply(kind: type, *args: Any) -> Any:
@@ -39,6 +39,7 @@ def marked_functions() -> Iterator[None]:
         def marked(x: Tensor) -> Any:
             return _mark()(x, kind.__qualname__) if x.is_floating_point() or x.is_complex() else x
 
+        # The results of the first are not used: its marks are there to freeze what the Function reads.
         pytree.tree_map_only(Tensor, marked, args)
         return pytree.tree_map_only(Tensor, marked, results)
 

@@ -22,9 +22,9 @@ class Draft:
     Args:
         rehearsal: runs the model's forward.
         shapes: of the model's outputs.
-        walk: what the walk over its graph recorded.
-        dims: dims of all parameters and buffers.
-        units: what can be dropped, as far as the graph tells.
+        walk: the record of the walk over its graph.
+        dims: of all parameters and buffers.
+        units: what can be dropped according to the graph.
     """
 
     rehearsal: Rehearsal
@@ -49,5 +49,5 @@ class Draft:
         return keep_all(self.units.groups)
 
     def without(self, names: Iterable[str]) -> Draft:
-        """The same draft, but for these groups, which stay."""
+        """The same draft with these groups frozen."""
         return replace(self, units=self.units.without(names))

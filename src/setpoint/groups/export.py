@@ -23,7 +23,7 @@ from setpoint.groups.chance import untouched_chance
 from setpoint.groups.custom import marked_functions
 
 Example = Any
-"""A tuple of positional inputs, or a mapping of keyword inputs; anything else is told so by `inputs_of`."""
+"""A tuple of positional inputs, or a mapping of keyword inputs; `inputs_of` refuses anything else."""
 
 TORCH_FOLDER = Path(torch.__file__).parent
 
@@ -80,7 +80,7 @@ def inputs_of(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def check_device(model: nn.Module, example: Example) -> None:
-    """The example's tensors must lie where the model lies."""
+    """Check that the example's tensors are on a device of the model."""
     args, kwargs = inputs_of(example)
     devices = {parameter.device for parameter in model.parameters()}
     for tensor in tensors_of([*args, *kwargs.values()]):
@@ -93,7 +93,7 @@ def check_device(model: nn.Module, example: Example) -> None:
 
 @contextmanager
 def untouched_attributes(model: nn.Module) -> Iterator[None]:
-    """Give every module its attributes back: a forward may keep an activation in one."""
+    """Restore every module's attributes afterwards: a forward may store an activation in one."""
     before = [(module, dict(vars(module))) for module in model.modules()]
     try:
         yield
@@ -104,17 +104,17 @@ def untouched_attributes(model: nn.Module) -> Iterator[None]:
 
 
 def computed(model: nn.Module) -> dict[int, Any]:
-    """What `copy.deepcopy` needs to know of tensors that a forward left behind: it refuses them otherwise."""
+    """The memo with which `copy.deepcopy` accepts tensors that a forward left on modules; it refuses non-leaves."""
     leaves = pytree.tree_leaves([list(vars(module).values()) for module in model.modules()])
     return {id(leaf): leaf.detach().clone() for leaf in leaves if isinstance(leaf, torch.Tensor) and not leaf.is_leaf}
 
 
 @contextmanager
 def _without_stack_traces() -> Iterator[None]:
-    """Spare the exporter looking up the source lines of every op, a fifth of its time, which nothing here reads."""
+    """Stop the exporter from looking up source lines of every op: a fifth of its time, and nothing here reads them."""
     config: Any = torch.fx.config
     before = getattr(config, "do_not_emit_stack_traces", None)
-    if before is None:  # a release of torch that cannot be told so
+    if before is None:  # a release of torch without the option
         yield
         return
     config.do_not_emit_stack_traces = True
@@ -126,7 +126,7 @@ def _without_stack_traces() -> Iterator[None]:
 
 @contextmanager
 def _without_logs() -> Iterator[None]:
-    """Keep back what torch logs and prints of a forward that cannot be followed: the error says it in a line."""
+    """Suppress what torch logs and prints about a forward that it cannot export: the error says it in a line."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
@@ -141,8 +141,8 @@ def export(model: nn.Module, example: Example) -> torch.export.ExportedProgram:
 
     Raises:
         ExampleError: the model does not accept the example.
-        ExportError: the forward does what no static graph can hold, such as control flow that
-            depends on data; the message names the line.
+        ExportError: no static graph can hold the forward (control flow that depends on data, say); the message
+            names the line.
     """
     args, kwargs = inputs_of(example)
     check_device(model, example)
@@ -163,7 +163,7 @@ def export(model: nn.Module, example: Example) -> torch.export.ExportedProgram:
 
 
 def _explain(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception) -> None:
-    """Tell a bad example from a forward that cannot be exported, by running a copy of the model for real."""
+    """Distinguish a bad example from a forward that cannot be exported, by running a copy of the model eagerly."""
     try:
         with torch.no_grad():
             copy.deepcopy(model, computed(model))(*args, **kwargs)

@@ -1,8 +1,8 @@
 """A group: units that can be dropped one by one, and where each unit lies in the model.
 
 A *unit* is the smallest thing kept or dropped (a channel, a neuron, a head). A *group* holds units
-that lie in the same places; a *slice* is one such place: a dim of one parameter or buffer, with an
-index table that says which entry along the dim belongs to which unit.
+that lie in the same places. A *slice* is one such place: a dim of one parameter or buffer, with an
+index table that maps entries along the dim to units.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Slice:
             filter, running statistics) or "consume" (weights that read the unit out of the group).
         index: `index[i]` is the unit that entry `i` along the dim belongs to; -1 where the entry
             belongs to no unit of this group.
-        masked: whether a mask zeroes the entries of a dropped unit. Not so where zero would be no number
-            (the rows that weight norm divides by their length); another slice of the unit silences it there.
+        masked: whether a mask zeroes the entries of a dropped unit. False where zero would give 0 / 0 (the rows
+            that weight norm divides by their length); another slice of the unit silences it there.
     """
 
     tensor: str
@@ -56,8 +56,8 @@ class SizeBinding:
         module: qualified name of the module ("" is the root).
         place: an attribute, `"out_channels"` or `"normalized_shape[0]"`; or a call in the module's
             forward, `"view#2[1]"` (size argument 1 of its third `view`), `"split#0[2]"` (size of
-            piece 2 of its first `split`), rewritten by the size shim. `"view#2[1]=64"` says besides that
-            the code itself always gives 64 there: another size shows that this is another call.
+            piece 2 of its first `split`), rewritten by the size shim. `"view#2[1]=64"` says also that
+            the code always gives 64 there: any other size shows that this is another call.
         index: as in `Slice`.
     """
 
@@ -76,12 +76,12 @@ class Group:
         num_units: the number of active units, the group's width.
         slices: every place where the units lie.
         sizes: every place in Python code that counts them.
-        min_units: never fewer units than this.
-        multiple_of: cuts happen in blocks of this many units, because hardware likes it.
-        only_blocks: whether any other width fails (grouped matrix products want rows of whole 16 bytes).
+        min_units: the fewest active units.
+        multiple_of: block size of cuts, for fast kernels.
+        only_blocks: whether any other width fails (grouped matrix products need rows of a multiple of 16 bytes).
         lossless: True if a zeroed unit is exactly an absent one; False where zero is not absent
             (a LayerNorm over the units, a mean, a softmax).
-        what: what a unit is, for people: "channel", "neuron", "head", "feature".
+        what: kind of unit in words: "channel", "neuron", "head", "feature".
         notes: remarks for people, such as why the group is not lossless.
     """
 

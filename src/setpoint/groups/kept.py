@@ -40,7 +40,8 @@ class Kept:
 
     def __init__(self, units: Units, keep: Mapping[str, np.ndarray]) -> None:
         first = np.cumsum([0, *(group.num_units for group in units.groups)])
-        flat = np.concatenate([*(keep[group.name] for group in units.groups), [True]])  # the last one: always there
+        # The last entry answers for atoms of no group, which always stay.
+        flat = np.concatenate([*(keep[group.name] for group in units.groups), [True]])
         unit = first[np.maximum(units.group_of, 0)] + units.unit_of
         self.alive: np.ndarray = flat[np.where(units.group_of >= 0, unit, len(flat) - 1)]
 

@@ -32,6 +32,7 @@ def read_size(module: nn.Module, place: str) -> int:
             value = value[step] if isinstance(step, int) else getattr(value, step)
         except (AttributeError, IndexError, TypeError) as error:
             raise GroupError(f"{type(module).__name__} has no {place!r}: {error}") from error
+    # True and False are integers to Python, and no size.
     if not isinstance(value, int) or isinstance(value, bool):
         raise GroupError(f"{type(module).__name__}.{place} is not an integer but {value!r}")
     return value

@@ -1,9 +1,9 @@
-"""A product: the cells of a dim that is made of two or more, where only one factor can be pruned.
+"""A product: the cells of a dim that merges two or more dims, of which only one factor can be pruned.
 
 When `(heads, head size)` is viewed as one dim, dropping a head drops a row of cells and dropping a
 position within the head drops a column: `drop(cell_ij) = drop(factor1_i) or drop(factor2_j)`. To
 keep every tensor rectangular under any choice of units, one factor stays prunable and the others
-are frozen. Which one: one that is not made of copies (query heads of one key head), then one that
+are frozen. Preferred is a factor that is not made of copies (query heads of one key head), then one that
 no norm runs over, then one that no activation product contracts, then one that is already the only
 prunable factor elsewhere, then the one with more units.
 """
@@ -25,7 +25,7 @@ class Product:
     Args:
         cells: atoms of the merged dim, shape (n1, n2, ...).
         factors: atoms of each factor, of n1, n2, ... entries.
-        where: module and op, for people.
+        where: module and op, for messages.
     """
 
     cells: np.ndarray
@@ -36,8 +36,8 @@ class Product:
 def solve(atoms: Atoms, products: Sequence[Product]) -> None:
     """Choose a factor for every product, and unite or freeze accordingly.
 
-    Products whose choice is clear are settled together, the clearest reason first, because each
-    settled one may decide others; the number of rounds does not grow with the model's depth.
+    Products whose choice is clear are settled together, the strongest reason first, because each
+    settled one may decide others. The number of rounds does not grow with the model's depth.
     """
     pending = _settle_forced(atoms, list(products))
     while pending:
@@ -103,7 +103,7 @@ def _free_axes(atoms: Atoms, product: Product) -> list[int]:
 
 
 def _copies(atoms: Atoms) -> np.ndarray:
-    """Boolean per atom: whether its class is of copies only; copies that met entries of their own are those entries."""
+    """Boolean per atom: whether its class holds copies only; copies united with other entries count as those."""
     everyone = atoms.find(np.arange(len(atoms)))
     of_class: np.ndarray = ~np.isin(everyone, everyone[~atoms.marked("alike")])
     return of_class

@@ -24,13 +24,9 @@ def _as_it_is(twin: nn.Module) -> None:
 class Rehearsal:
     """Forwards of copies of a model, each of which may be changed before it runs.
 
-    Meta tensors are the quickest; where a forward asks of them what only fake ones can tell (a device, for
-    example), it runs again on those, and where it asks for values, on real ones. The kind of tensors that was
-    enough once is the one for all later forwards in the same of train and eval mode.
-
-    Args:
-        model: the model, left alone.
-        example: its inputs.
+    Meta tensors are the fastest. A forward that fails on them (it needs a device, say) runs again on fake tensors, and
+    one that needs values on real ones. The first kind that works is used for all later forwards in the same of train
+    and eval mode. The model itself is not touched.
     """
 
     def __init__(self, model: nn.Module, example: Example) -> None:
@@ -67,6 +63,7 @@ class Rehearsal:
         raise AssertionError("the last kind of tensors either runs or raises")
 
     def _run(self, kind: Any, prepare: Callable[[nn.Module], None], other_mode: bool) -> tuple[torch.Size, ...]:
+        # The memo makes deepcopy take the stand-ins for the tensors, so no data is copied.
         twin = copy.deepcopy(self.model, {**self._tensors(kind), **_hook_tables(self.model)})
         args, kwargs = pytree.tree_map_only(torch.Tensor, lambda x: _stand_in(x, kind), inputs_of(self.example))
         with kind or nullcontext(), untouched_chance(self.model):
@@ -76,7 +73,7 @@ class Rehearsal:
             return tuple(tensor.shape for tensor in tensors_of(twin(*args, **kwargs)))
 
     def _tensors(self, kind: Any) -> dict[int, Any]:
-        """What the copy has in place of each tensor, by id; without data they serve all copies."""
+        """Stand-ins for the tensors of a copy, by id of the original; without data they serve all copies."""
         if kind in self._stand_ins:
             return self._stand_ins[kind]
         result = {key: _stand_in(tensor, kind) for key, tensor in computed(self.model).items()}
@@ -100,7 +97,7 @@ def _stand_in(tensor: torch.Tensor, kind: Any) -> torch.Tensor:
 
 
 def _hook_tables(model: nn.Module) -> dict[int, Any]:
-    """The copy's tables of hooks, by id: none of the user's; those of weight norm and its like compute a weight."""
+    """The copy's tables of hooks, by id: without the user's, but with torch's, which compute weights (weight norm)."""
     return {
         id(table): OrderedDict(
             (k, hook) for k, hook in table.items() if type(hook).__module__.startswith("torch.nn.utils")
@@ -113,7 +110,7 @@ def _hook_tables(model: nn.Module) -> dict[int, Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep what fake tensors log about a failing forward to ourselves."""
+    """Suppress what fake tensors log about a failing forward: the next kind of tensors may do."""
     log = logging.getLogger("torch._subclasses.fake_tensor")
     level = log.level
     log.setLevel(logging.CRITICAL)

@@ -1,9 +1,9 @@
 """The size shim: a module's own forward, with the sizes it writes out corrected by place.
 
-Python code such as `x.view(B, T, self.n_head, C // self.n_head)` works sizes out from numbers that a
+Python code such as `x.view(B, T, self.n_head, C // self.n_head)` computes sizes from numbers that a
 cut changes. The shim runs the same forward and replaces, at the places that need it, the size given to
-the n-th `view` (reshape, split, ...) by the number of units that are really there. It is
-part of the module: it survives deepcopy, pickle and `torch.compile`.
+the n-th `view` (reshape, split, ...) by the actual number of units. It is part of the module: it survives
+deepcopy, pickle and `torch.compile`.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ def _names() -> dict[Any, str]:
 
 
 def _num_dims(item: Any) -> int:
-    """How many dims of a tensor one item of an index is about."""
+    """Number of dims of a tensor that one item of an index consumes."""
     if item is None or isinstance(item, bool):
         return 0
     return item.dim() if isinstance(item, Tensor) and item.dtype == torch.bool else 1
 
 
 def _saving_hooks() -> Any:
-    """What tells whether the running code is run again in backward: hooks on saved tensors, and the gradient mode."""
+    """Hooks on saved tensors and the gradient mode: they change inside a checkpoint, whose code backward runs again."""
     if torch.compiler.is_compiling():
         return None
     return torch._C._autograd._top_saved_tensors_default_hooks(True), torch.is_grad_enabled()
@@ -77,20 +77,19 @@ NAMES = _names()
 """Torch functions whose sizes can be corrected, and the name each goes by in a place."""
 
 COUNTED = {*NAMES.values(), "slice"}
-"""Names of the calls that are numbered as they are made."""
+"""Names of the calls that are numbered."""
 
 
 class CallSizes(TorchFunctionMode):
     """Corrects the sizes of numbered calls while a forward runs.
 
     Args:
-        sizes: the size that must be there.
-        written: the size that the code itself gives there, where it is known to give always the same.
-        changed: places where the live size was another one are added to it, with that size, if given.
+        sizes: the right sizes.
+        written: the sizes that the code gives there, where these are known to be constant.
+        changed: collects the places whose live size was wrong, with that size; None: not collected.
 
     Raises:
-        PathError: a live size is neither the one that must be there nor the one that the code gave at the example,
-            so that this is another call.
+        PathError: a live size is neither the right one nor the one of the code at the example, so this is another call.
     """
 
     def __init__(self, sizes: Calls, written: Calls | None = None, changed: dict[str, int] | None = None) -> None:
@@ -101,14 +100,15 @@ class CallSizes(TorchFunctionMode):
         self.numbers: dict[str, int] = {}
         self.hooks = _saving_hooks()
         self.narrowing: list[int] = []
-        """Numbers of the slices that took less than all there was."""
+        """Numbers of the slices that took a part only."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the function, with its sizes corrected if its place is listed."""
+        """Run the function, its sizes corrected if its place is listed."""
         kwargs = kwargs or {}
         if func in _INDEXING:
             return func(args[0], self._indices(args[0], args[1]), *args[2:], **kwargs)
         name = NAMES.get(func)
+        # `view(dtype)` gives no size.
         if name is None or (name == "view" and len(args) == 2 and isinstance(args[1], torch.dtype)):
             return func(*args, **kwargs)
         number = self.numbers.get(name, 0)
@@ -126,13 +126,13 @@ class CallSizes(TorchFunctionMode):
         return self._sized(func, name, number, wanted, args, kwargs)
 
     def _note(self, name: str, number: int, argument: int, live: int, wanted: int, given: int | None = None) -> None:
-        """Note that the live size is another one; `given` is what the code gave, where that is not the live size."""
+        """Check and collect a live size that differs; `given` is the code's number where that is another."""
         if live == wanted:
             return
         given = live if given is None else given
         written = self.written.get((name, number), {}).get(argument, given)
         if name == "slice" and argument not in self.sizes[name, number]:
-            written = 0  # it began with the first unit
+            written = 0  # only its end is corrected, so the code began it with the first unit
         if given != written:
             raise PathError(
                 f"{name} number {number} of this forward is given {given} where the code gave {written} when the "
@@ -147,7 +147,7 @@ class CallSizes(TorchFunctionMode):
             )
 
     def _indices(self, x: Tensor, index: Any) -> Any:
-        """The index with its slices corrected; each slice that is not `:` has a number of its own."""
+        """The index with its slices corrected; each slice other than `:` has a number."""
         items = list(index) if isinstance(index, tuple) else [index]
         if not any(isinstance(item, slice) and item != slice(None) for item in items):
             return index
@@ -173,7 +173,7 @@ class CallSizes(TorchFunctionMode):
             return item
         start = wanted.get(0, 0)
         begin, end = item.start or 0, length if item.stop is None else item.stop
-        plain = begin >= 0 and end >= 0  # numbers of the code, not yet clipped to what is left
+        plain = begin >= 0 and end >= 0  # then these are the code's numbers, not yet clipped to what is left
         self._note("slice", number, 1, live, wanted[1], int(end - begin) if plain else None)
         self._note("slice", number, 0, first, start, int(begin) if plain else None)
         return slice(start, start + wanted[1])
@@ -223,6 +223,7 @@ class CallSizes(TorchFunctionMode):
         written = None if isinstance(spec, (list, tuple)) else int(spec) if name == "split" else 0
         for piece, size in enumerate(right):
             self._note(name, number, piece, live[piece] if piece < len(live) else 0, size, written)
+        # Always by sizes: neither `chunk` nor a split by one size can give uneven pieces.
         return torch.split(x, right, dim)
 
 
@@ -230,8 +231,7 @@ class SizedForward:
     """Calls a module's own forward with the sizes of some calls corrected.
 
     Args:
-        module: the module whose forward it stands in for.
-        sizes: by place, such as "view#2[1]" or "view#2[1]=64", the size that must be there.
+        sizes: by place, such as "view#2[1]" or "view#2[1]=64", the right size.
     """
 
     def __init__(self, module: nn.Module, sizes: dict[str, int]) -> None:
@@ -258,13 +258,9 @@ HEADS = "heads#0[0]"
 class HeadsForward:
     """The forward of an `nn.MultiheadAttention` that has fewer heads than its embedding has room for.
 
-    Torch's own insists on `num_heads * head_dim == embed_dim`. This one is told the number of heads, and scales as
-    the whole module does; everything else is as documented for `nn.MultiheadAttention`. The modules around it count
-    the calls that they see, and of torch's own they see none: so it makes none of those that are counted.
-
-    Args:
-        module: the attention module.
-        sizes: the number of heads, at the place `HEADS`.
+    Torch's own requires `num_heads * head_dim == embed_dim`. This one takes the number of heads from `sizes[HEADS]`,
+    and scales as the dense module does. Everything else is as documented for `nn.MultiheadAttention`. Modules around
+    it number the calls that they see, and see none of torch's own forward: so this one makes no call that is numbered.
     """
 
     def __init__(self, module: nn.MultiheadAttention, sizes: dict[str, int]) -> None:
@@ -282,7 +278,7 @@ class HeadsForward:
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attention output, and the attention weights if they are asked for."""
+        """Attention output, and the attention weights if `need_weights`."""
         module, batched = self.module, query.dim() == 3
         if is_causal and attn_mask is None:
             raise RuntimeError("Need attn_mask if specifying the is_causal hint.")
@@ -310,7 +306,7 @@ class HeadsForward:
         return x if self.module.batch_first else x.transpose(0, 1)
 
     def _projected(self, *inputs: Tensor) -> list[Tensor]:
-        """Queries, keys and values, shape (batch, heads, positions, head size), with what is added to the keys."""
+        """Queries, keys and values, shape (batch, heads, positions, head size), with the extra positions of keys."""
         module, num_heads = self.module, self.sizes[HEADS]
         packed = module.in_proj_weight
         separate = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
@@ -321,6 +317,7 @@ class HeadsForward:
             y = F.linear(x, weight, bias)
             if extra is not None:
                 y = torch.cat([y, extra.broadcast_to(len(y), *extra.shape[1:])], 1)
+            # The ATen op, not `Tensor.view`, which would be a numbered call.
             y = _VIEW(y, [*y.shape[:2], num_heads, y.shape[2] // max(num_heads, 1)]).transpose(1, 2)
             if module.add_zero_attn and len(results) > 0:
                 y = F.pad(y, (0, 0, 0, 1))
@@ -330,7 +327,7 @@ class HeadsForward:
     def _mask(
         self, q: Tensor, k: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None, batched: bool
     ) -> Tensor | None:
-        """Both masks as one that is added to the scores; what was added to the keys is always seen."""
+        """Both masks as one that is added to the scores; extra positions of keys are never masked."""
         total = None
         for mask, of_keys in ((attn_mask, False), (key_padding_mask, True)):
             if mask is None:
@@ -350,7 +347,7 @@ class HeadsForward:
 
 
 def parse(sizes: Mapping[str, int]) -> tuple[Calls, Calls]:
-    """Sizes that must be there, and those that the code gives where a place says so.
+    """The right sizes, and the constants of the code where a place has one.
 
     >>> parse({"view#2[1]": 8, "view#3[0]=64": 32})
     ({('view', 2): {1: 8}, ('view', 3): {0: 32}}, {('view', 3): {0: 64}})
@@ -368,9 +365,9 @@ def parse(sizes: Mapping[str, int]) -> tuple[Calls, Calls]:
 
 
 def set_call_sizes(module: nn.Module, sizes: Mapping[str, int]) -> None:
-    """Correct these places in the module's forward from now on; none: its plain forward again."""
+    """Correct these places in the module's forward from now on; without places it gets its plain forward again."""
     if isinstance(module, nn.MultiheadAttention):
-        # Torch's layers leave out their fused path, which knows nothing of fewer heads, where this is False.
+        # Where this is False, torch's layers skip their fused path, which does not allow fewer heads.
         module._qkv_same_embed_dim = not sizes and module.in_proj_weight is not None
         if sizes:
             module.__dict__["forward"] = HeadsForward(module, dict(sizes))

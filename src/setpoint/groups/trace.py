@@ -37,9 +37,9 @@ class Contraction:
     Args:
         module: qualified name of the module whose forward holds it.
         op: ATen name.
-        coefficient: 2 x everything that no width changes (batch, positions, kernel).
-        sizes: the lengths that follow widths.
-        num_gradients: how many operands need a gradient: 0, 1 or 2.
+        coefficient: 2 x the lengths that do not depend on widths (batch, positions, kernel).
+        sizes: the lengths that do.
+        num_gradients: number of operands that need a gradient: 0, 1 or 2.
     """
 
     module: str
@@ -51,7 +51,7 @@ class Contraction:
 
 @dataclass(frozen=True)
 class Frozen:
-    """Something that stays whole, and why."""
+    """A place that is never cut, and why."""
 
     place: str
     reason: str
@@ -59,7 +59,7 @@ class Frozen:
 
 @dataclass(frozen=True)
 class Trace:
-    """What tracing a model yields: groups, contractions, what was frozen, and parameters that the example left out."""
+    """Result of tracing a model; `unreached` names the parameters that the example does not use."""
 
     groups: tuple[Group, ...]
     contractions: tuple[Contraction, ...]
@@ -68,7 +68,7 @@ class Trace:
 
 
 def trace(model: nn.Module, example: Example) -> Trace:
-    """Export `model` on `example`: groups as `find_groups` gives them, with what they cost and what is frozen."""
+    """Export `model` on `example`: the groups of `find_groups`, with contractions and frozen places."""
     if any(map(is_sharded, model.modules())):
         raise LoopError(
             "groups are found in a whole model: call find_groups before fully_shard, or inside `with "
@@ -111,7 +111,7 @@ def _unreached(program: Any) -> Iterator[str]:
 
 
 def _mark_grouped(walk: Walk) -> None:
-    """A grouped convolution carries its groups if those are the units; otherwise it reads and writes units."""
+    """Where the groups of a grouped convolution are not the units, its weight reads and writes units."""
     for groups, read, written in walk.grouped:
         if not walk.atoms.find(groups).any():
             walk.atoms.mark("consume", read)
@@ -127,7 +127,7 @@ def _output_shapes(program: Any) -> tuple[torch.Size, ...]:
 def _uncounted(
     model: nn.Module, example: Example, groups: tuple[Group, ...], contractions: tuple[Contraction, ...]
 ) -> tuple[Contraction, ...]:
-    """FLOPs inside ops that no rule knows, as a cost that no width changes; trained at two products each."""
+    """FLOPs of ops without a rule, as a constant cost; the backward pass counts as two more forward passes."""
     widths = widths_of(groups)
     known = sum(each.coefficient * math.prod(size.at(widths) for size in each.sizes) for each in contractions)
     total = forward_flops(model, example)
@@ -137,7 +137,7 @@ def _uncounted(
 
 
 def find_groups(model: nn.Module, example: Example) -> tuple[Group, ...]:
-    """Units of `model` that can be dropped, and everything that goes with each.
+    """Units of `model` that can be dropped, and all places where each lies.
 
     Args:
         model: any `nn.Module` that `torch.export` can follow; it is not touched.
@@ -146,7 +146,7 @@ def find_groups(model: nn.Module, example: Example) -> tuple[Group, ...]:
     Raises:
         ExampleError: the model does not accept the example.
         ExportError: the forward cannot be exported; the message names the line.
-        LoopError: `fully_shard` has spread the model over ranks.
+        LoopError: `fully_shard` has sharded the model.
 
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> [(group.name, group.num_units, group.what) for group in find_groups(model, (torch.zeros(1, 4),))]
@@ -156,7 +156,7 @@ def find_groups(model: nn.Module, example: Example) -> tuple[Group, ...]:
 
 
 def _frozen(atoms: Atoms) -> tuple[Frozen, ...]:
-    """What stays whole, each reason once; that copies met data is no news."""
+    """Frozen places, each reason once; copies that meet data are not worth reporting."""
     copies = atoms.marked("alike")
     told = [entry for entry in atoms.frozen if not copies[entry[0]].all()]
     return tuple(dict.fromkeys(Frozen(place, reason) for _, place, reason in told))
@@ -164,7 +164,7 @@ def _frozen(atoms: Atoms) -> tuple[Frozen, ...]:
 
 def _walk(model: nn.Module, program: Any) -> tuple[Walk, list[OwnDim]]:
     """Visit every node of the graph once, with its rule."""
-    # Registering the rules looks up hundreds of ops, which `import setpoint` need not wait for.
+    # Imported here: registering the rules looks up hundreds of ops, for which `import setpoint` need not wait.
     import setpoint.groups.rules  # noqa: F401
 
     walk = Walk(opaque=frozenset(_attentions(model)))
@@ -190,9 +190,9 @@ def _attentions(model: nn.Module) -> Iterator[str]:
 
 
 def _run(walk: Walk, graph: fx.GraphModule, env: dict[fx.Node, Any], numbers: dict[tuple[str, str], int]) -> Any:
-    """Visit every node of a graph whose inputs are known; what it returns.
+    """Visit every node of a graph whose inputs are known, and return its outputs.
 
-    What nothing reads runs all the same, so its shapes must fit, but no value in it matters.
+    A node that nothing reads still runs, so its shapes must fit, but its values do not matter.
     """
     read = _read(graph.graph)
     for node in graph.graph.nodes:
@@ -210,7 +210,7 @@ def _run(walk: Walk, graph: fx.GraphModule, env: dict[fx.Node, Any], numbers: di
 
 
 def _read(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes that the outputs depend on, and all that write into a tensor."""
+    """Nodes that the outputs depend on, and all nodes that write into a tensor."""
     read: set[fx.Node] = set()
     for node in reversed(graph.nodes):
         writes = op_name(node.target).endswith("_") and not op_name(node.target).startswith("_")
@@ -220,7 +220,7 @@ def _read(graph: fx.Graph) -> set[fx.Node]:
 
 
 def _run_inner(walk: Walk, node: fx.Node, args: Sequence[Any], numbers: dict[tuple[str, str], int]) -> Any:
-    """Visit the graph inside a block that only changes how it runs (autocast, no gradients); None for other blocks."""
+    """Visit the graph inside a block that only changes the mode (autocast, no gradients); None for other blocks."""
     graphs = [position for position, arg in enumerate(args) if isinstance(arg, fx.GraphModule)]
     if not op_name(node.target).startswith("wrap") or len(graphs) != 1:
         return None
@@ -247,10 +247,10 @@ def _plain_path(path: str) -> str:
 def _count_call(walk: Walk, node: fx.Node, numbers: dict[tuple[str, str], int]) -> None:
     """Number the call within the running forward of its module, calls of submodules included.
 
-    Not those of torch's attention, which Python code around it sees as a single call.
+    Calls inside torch's attention are not numbered: Python code around it sees a single call.
     """
     if op_name(node.target) == "slice" and node.meta["val"].shape == node.all_input_nodes[0].meta["val"].shape:
-        return  # Python leaves out slices of everything
+        return  # the shim does not number slices of everything, as `:` is
     name = {"split_with_sizes": "split", "_unsafe_view": "view"}.get(op_name(node.target), op_name(node.target))
     stack = node.meta.get("nn_module_stack") or {"": ("", None)}
     keys = list(stack)
@@ -326,7 +326,7 @@ def _check_sizes(node: fx.Node) -> None:
 
 
 def _write_into(walk: Walk, result: Value, tensor: Value) -> None:
-    """A result written into a tensor lies in it entry by entry."""
+    """Unite a result with the tensor it is written into, entry by entry."""
     assert result.shape == tensor.shape, "the result is written into a tensor of another shape"
     for left, right in zip(result.labels, tensor.labels, strict=True):
         walk.unite(left, right)
@@ -348,7 +348,7 @@ def _visit(walk: Walk, node: fx.Node, env: dict[fx.Node, Any], numbers: dict[tup
     out = _shape_of(fake)
     function = rule_for(node.target)
     if out is None and (walk.unread or not inputs):
-        return None  # a check that gives nothing
+        return None  # a check without a result
     finished, reason = None, "no rule knows this op"
     if function is not None:
         try:
@@ -374,7 +374,7 @@ def _visit(walk: Walk, node: fx.Node, env: dict[fx.Node, Any], numbers: dict[tup
 
 
 def _hand_up(walk: Walk, node: fx.Node, written: Value, env: dict[fx.Node, Any]) -> None:
-    """What is written into a view lies in every tensor that it is a view of."""
+    """Pass what is written into a view on to every tensor that it is a view of."""
     view = node.args[0]
     while isinstance(view, fx.Node) and isinstance(env.get(view), Value):
         old = env[view]

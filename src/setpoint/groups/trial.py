@@ -1,4 +1,4 @@
-"""A trial: a copy without data, cut at random widths, whose forward shows which sizes come out wrong."""
+"""A trial: a copy without data, cut to random widths, whose forward shows which sizes are wrong."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Places = dict[tuple[str, str], Labels]
 """Atoms along the dim that a place counts, by (module, place)."""
 
 Wrong = dict[str, dict[str, int]]
-"""Places by module at which the live forward gives another size, and that size."""
+"""Places by module at which the live forward gives a wrong size, and that size."""
 
 
 def call_of(call: Call) -> str:
@@ -35,13 +35,7 @@ def call_of(call: Call) -> str:
 
 
 class Trial:
-    """Runs copies without data at random widths, and sees which written sizes come out wrong.
-
-    Args:
-        draft: what can be dropped.
-        calls: the written sizes that follow units.
-        keep: the choice of units to try.
-    """
+    """Runs copies without data with the choice `keep`, and finds which of the written sizes in `calls` are wrong."""
 
     def __init__(self, draft: Draft, calls: Sequence[Call], keep: Mapping[str, np.ndarray]) -> None:
         self.draft, self.calls = draft, calls
@@ -53,13 +47,13 @@ class Trial:
         return self._run(known) is None
 
     def needed_attributes(self, known: Places) -> Places:
-        """Integer attributes of the user's own modules that the forward's sizes come from."""
+        """Integer attributes of the user's own modules from which the forward computes sizes."""
         places: Places = {}
         before = self._wrong(known)
         by_class: dict[type, list[Places]] = {}
         for (kind, _), candidates in self._candidates(known, before).items():
             by_class.setdefault(kind, []).append(candidates)
-        # What one class counts seldom changes another, so that classes are tried together, an attribute of each.
+        # Attributes of one class seldom matter to another, so classes are tried together, an attribute of each.
         for together in zip_longest(*by_class.values(), fillvalue={}):
             joint: Places = {place: labels for candidates in together for place, labels in candidates.items()}
             for candidates in together if self.stops({**known, **joint}) else [joint]:
@@ -71,9 +65,9 @@ class Trial:
         return places
 
     def needed_calls(self, known: Places) -> set[tuple[type, str]]:
-        """Calls with a size that is still wrong once the attributes are right.
+        """Calls with a size that is still wrong with right attributes, by class and call.
 
-        By class and call: modules of one class run the same code, and one of them may be right by accident.
+        By class, since modules of one class run the same code, and one of them may be right by accident.
         """
         return {
             (type(self.draft.model.get_submodule(module)), place.split("[", 1)[0])
@@ -82,9 +76,9 @@ class Trial:
         }
 
     def written_calls(self, known: Places) -> dict[tuple[type, str], bool]:
-        """Of places where the live size is wrong, whether it is the one of the example: a number of the code's own.
+        """By class and place with a wrong live size: whether it is that of the example, so a constant of the code.
 
-        By class and place. One that is right shows nothing: it may be so by accident.
+        A place that is right shows nothing: it may be so by accident.
         """
         found = self._run(known) or {}
         shown: dict[tuple[type, str], bool] = {}
@@ -100,7 +94,7 @@ class Trial:
         return {call.place for call in self.calls if call.module == module and call.size == size}
 
     def _candidates(self, known: Places, wrong: Wrong) -> dict[tuple[type, str], Places]:
-        """Attributes that equal a written size with one meaning only, by class and name, where such a size is wrong."""
+        """By class and name, attributes that equal a wrong written size, where that size has one meaning only."""
         meanings: dict[tuple[str, int], list[Labels]] = {}
         for call in self.calls:
             if len(call.labels) == call.size:
@@ -118,7 +112,7 @@ class Trial:
         return result
 
     def _wrong(self, places: Places) -> Wrong:
-        """Places by module at which the live forward gives another size."""
+        """Places by module at which the live forward gives a wrong size."""
         found = self._run(places)
         # A forward that stopped half-way shows nothing about later places: count them all.
         return by_module(self.calls) if found is None else found
@@ -133,12 +127,7 @@ class Trial:
 
 
 class Watch:
-    """Corrects written sizes in a copy, and notes by module where it had to.
-
-    Args:
-        calls: the written sizes.
-        kept: what they must count.
-    """
+    """Corrects the written sizes in `calls` to what `kept` counts, and notes by module where they were wrong."""
 
     def __init__(self, calls: Sequence[Call], kept: Kept) -> None:
         self.sizes: dict[str, dict[str, int]] = {}
@@ -147,14 +136,14 @@ class Watch:
         self._found: Wrong = {name: {} for name in self.sizes}
 
     def over(self, twin: nn.Module) -> None:
-        """Watch the forwards of this copy, and forget what was seen of another."""
+        """Watch the forwards of this copy, and drop what was noted of another."""
         for name, sizes in self.sizes.items():
             self._found[name].clear()
             twin.get_submodule(name).forward = _Watched(twin.get_submodule(name), sizes, self._found[name])
 
     @property
     def wrong(self) -> Wrong:
-        """Where the live sizes were others."""
+        """Places where the live sizes were wrong."""
         return {name: places for name, places in self._found.items() if places}
 
 
@@ -168,13 +157,13 @@ def by_module(calls: Sequence[Call]) -> Wrong:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a forward without data came to.
+    """Outcome of a forward without data.
 
     Args:
         shapes: of its outputs.
         numbers: every number that it computed with: factors, divisors, exponents.
-        code: stands for the functions that it called, with the whole numbers that it gave them.
-        error: what it raised; then there is nothing else.
+        code: hash of the functions that it called, with the integers that it gave them.
+        error: the exception; then the other fields are empty.
     """
 
     shapes: tuple[torch.Size, ...] = ()
@@ -186,7 +175,7 @@ class Outcome:
 def outcome_of(
     draft: Draft, places: Places, kept: Kept, *, other_mode: bool = False, watch: Watch | None = None
 ) -> Outcome:
-    """The forward of a copy without data, cut; in the other of train and eval mode if asked."""
+    """Outcome of the forward of a cut copy without data; of the other of train and eval mode with `other_mode`."""
     notes = _Notes()
 
     def prepare(twin: nn.Module) -> None:
@@ -205,19 +194,13 @@ def outcome_of(
 
 
 def dense_outcome(draft: Draft, places: Places, calls: Sequence[Call]) -> tuple[Outcome, list[Call], list[Call]]:
-    """The forward of the whole model; calls that it shows to be numbered as it runs them; and all others.
-
-    Args:
-        draft: what can be dropped.
-        places: set before it runs.
-        calls: the written sizes that follow units.
-    """
+    """Outcome of the dense model's forward; calls that it numbers as the graph does; and calls that it does not."""
     kept = Kept(draft.units, draft.whole)
     calls = _as_python_counts(draft.rehearsal, calls)
     watch = Watch(calls, kept)
     outcome = outcome_of(draft, places, kept, watch=watch)
     untrusted = by_module(calls) if outcome.error else watch.wrong
-    if untrusted:  # something was corrected: that was not the model's own forward
+    if untrusted:  # something was corrected, so that was not the model's own forward
         outcome = outcome_of(draft, places, kept)
     return (
         outcome,
@@ -227,12 +210,12 @@ def dense_outcome(draft: Draft, places: Places, calls: Sequence[Call]) -> tuple[
 
 
 def lost_in_other_mode(draft: Draft, calls: Sequence[Call]) -> list[Call]:
-    """Calls that have other numbers in the other of train and eval mode than in the model's own."""
+    """Calls whose numbers differ between train and eval mode."""
     kept = Kept(draft.units, draft.whole)
     watch = Watch(calls, kept)
     outcome = outcome_of(draft, {}, kept, other_mode=True, watch=watch)
     if outcome.error and outcome_of(draft, {}, kept, other_mode=True).error:
-        return []  # even as it is, the model does not run in that mode
+        return []  # the dense model does not run in that mode either
     return [call for call in calls if outcome.error or call.module in watch.wrong]
 
 
@@ -240,13 +223,13 @@ _ARITHMETIC = {"tensor", "as_tensor", "new_tensor", "full", "new_full", "full_li
 _ARITHMETIC |= {"clamp", "clamp_", "clamp_min", "clamp_max", "maximum", "minimum"}
 _ARITHMETIC |= {"mul", "mul_", "div", "div_", "true_divide", "add", "sub", "pow", "floor_divide"}
 _ARITHMETIC |= {f"__{side}{name}__" for side in ("", "r", "i") for name in ("mul", "truediv", "add", "sub", "pow")}
-"""Functions in which a whole number is no size but something to compute with."""
+"""Functions in which an integer is an operand and no size."""
 
 
 class _Notes(TorchFunctionMode):
     """Notes the numbers that a forward computes with, and the functions that it calls.
 
-    Numbers that differ after a cut were worked out from a size; modes that call the same functions run the same code.
+    Numbers that differ after a cut were computed from a size. Modes that call the same functions run the same code.
     """
 
     def __init__(self) -> None:
@@ -255,7 +238,7 @@ class _Notes(TorchFunctionMode):
         self.code: list[Any] = []
 
     def clear(self) -> None:
-        """Begin anew."""
+        """Drop all notes."""
         self.numbers.clear()
         self.code.clear()
 
@@ -296,9 +279,9 @@ def _set_places(twin: nn.Module, places: Places, kept: Kept) -> None:
 
 
 def _as_python_counts(rehearsal: Rehearsal, calls: Sequence[Call]) -> list[Call]:
-    """Calls with slices numbered as the live forward counts them; the graph holds only those that take less than all.
+    """Calls with slices numbered as in the live forward; the graph holds only those that take a part.
 
-    A number beyond those is left out; one that came out wrong is found by the forward of the dense model.
+    A number that the live forward does not reach is dropped; a wrong one is found by the dense model's forward.
     """
     modules = sorted({call.module for call in calls if call.place.startswith("slice#")})
     if not modules:
@@ -327,7 +310,7 @@ def _as_python_counts(rehearsal: Rehearsal, calls: Sequence[Call]) -> list[Call]
 
 
 class _Watched:
-    """A forward that corrects sizes and notes where it had to, and which of its slices took less than all."""
+    """A forward that corrects sizes and notes where they were wrong, and which of its slices took a part only."""
 
     def __init__(
         self, module: nn.Module, sizes: Mapping[str, int], changed: dict[str, int], narrowing: list[int] | None = None
@@ -368,5 +351,5 @@ def _cut_shapes(twin: nn.Module, dims: Sequence[OwnDim], kept: Kept) -> None:
             for key, tensor in table.items():
                 if tensor is not None and id(tensor) in replaced:
                     table[key] = replaced[id(tensor)]
-        if isinstance(module, nn.RNNBase):  # it keeps a list of its weights besides
+        if isinstance(module, nn.RNNBase):  # its forward reads a list of its weights, not its attributes
             module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]

@@ -1,8 +1,8 @@
 """Vanishing: a residual branch whose inner width is 0, and layers that have no channels left.
 
-Where a group's units lie only on a branch that something else goes round, all of them may go: what is left
-of the branch is a constant (its last bias), and the sum passes. Products and attention run with empty tensors
-as they are; a convolution or a norm without channels gets a forward that needs none.
+Where a group's units lie only on a branch that another path bypasses, all of them may be dropped: what remains
+of the branch is a constant (its last bias), and the sum passes. Matrix products and attention run with empty tensors
+as they are. A convolution or norm without channels gets a forward that needs none.
 """
 
 from __future__ import annotations
@@ -22,12 +22,6 @@ def bypassed(walk: Walk, units: Units, inputs: Sequence[Value], outputs: Sequenc
 
     One pass over the graph with a set of groups for every value: those that some path from an input to it
     does not touch. Sets are integers with a bit for each group, and one more that marks a path at all.
-
-    Args:
-        walk: what the walk recorded.
-        units: the groups.
-        inputs: the values that the model is given.
-        outputs: the values that it returns.
     """
     path = 1 << len(units.groups)
     avoids = {id(value): path | (path - 1) for value in inputs}
@@ -56,11 +50,7 @@ def bypassed(walk: Walk, units: Units, inputs: Sequence[Value], outputs: Sequenc
 
 
 class EmptyForward:
-    """The forward of a convolution or norm that reads or writes no channels: nothing, or the bias alone.
-
-    Args:
-        module: the layer it stands in for.
-    """
+    """The forward of a convolution or norm that reads or writes no channels: nothing, or the bias alone."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -72,8 +62,8 @@ class EmptyForward:
             return x.clone()
         num_spatial = len(module.kernel_size)
         shape = (*x.shape[: -num_spatial - 1], module.out_channels, *_positions(module, x.shape[-num_spatial:]))
-        # Both results stay tied to x, so that what comes before gets the zero gradient that the masked twin gives
-        # it; and neither is a view of it, since an activation may write into them.
+        # Both results depend on x, so that earlier layers get the zero gradient that the masked twin gives them; and
+        # neither is a view of it, since an activation may write into them.
         if module.out_channels == 0:
             nothing = x.narrow(-num_spatial - 1, 0, 0)
             for dim in range(-num_spatial, 0):
@@ -84,7 +74,7 @@ class EmptyForward:
 
 
 def _positions(module: nn.modules.conv._ConvNd, space: Sequence[int]) -> tuple[int, ...]:
-    """Spatial shape of the output, by the formulas of PyTorch's documentation: no counter of operations sees one."""
+    """Spatial shape of the output, by the formulas of PyTorch's documentation: no op runs, so none is counted."""
     if module.padding == "same":  # then the stride is 1
         return tuple(space)
     padding = (0,) * len(space) if isinstance(module.padding, str) else module.padding

@@ -1,4 +1,4 @@
-"""A walk over an exported graph: what a rule sees of a tensor, and what it may record."""
+"""A walk over an exported graph: what a rule knows of a tensor, and what it may record."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from setpoint.groups.atoms import Atoms
 from setpoint.groups.product import Product
 
 DimLabels = np.ndarray | None
-"""Atoms along one dim, or None: data (batch, positions, constants), which no unit lies along."""
+"""Atoms along one dim, or None for data (batch, positions, constants), along which no unit lies."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +27,7 @@ class Value:
         labels: one entry per dim.
         weight: computed from parameters and constants only.
         grad: needs a gradient.
-        zero: entries of a dropped unit are certainly 0, so that sums over them lose nothing.
+        zero: entries of a dropped unit are certainly 0, so that sums over them stay exact.
     """
 
     shape: tuple[int, ...]
@@ -72,18 +72,17 @@ class Contract:
 
 @dataclass
 class Walk:
-    """State of one walk: the atoms, and everything that rules record on the way.
+    """State of one walk, mutable: the atoms, and everything that rules record.
 
     Args:
-        atoms: classes of entries.
         grouped: of each grouped convolution the atoms of its groups, and its weight's dims that read and write.
-        unknown: names of the ops that no rule knows.
-        flow: of each op its module, what it read and what it gave.
-        inputs, outputs: what the model is given, and what it returns.
+        unknown: names of the ops without a rule.
+        flow: of each op its module, inputs and results.
+        inputs, outputs: of the model.
         node: the node being visited.
         module: qualified name of the module whose own forward holds the node.
         alike_atoms: atoms of dims whose entries are copies or constants.
-        opaque: modules of which Python code around them sees a single call.
+        opaque: modules that Python code around them sees as a single call.
         unread: whether nothing reads the node, so that its values do not matter.
     """
 
@@ -106,26 +105,26 @@ class Walk:
 
     @property
     def where(self) -> str:
-        """The present node, for people: module and op."""
+        """Module and op of the present node, for messages."""
         op = "output" if self.node is None or self.node.op == "output" else op_name(self.node.target)
         return f"{self.module or 'model'}: {op}"
 
     def freeze(self, labels: DimLabels, reason: str) -> None:
-        """Keep these entries for good; the present op is the place."""
+        """Never drop these entries; the present op is the place."""
         self.atoms.freeze(labels, self.where, reason)
 
     def freeze_all(self, value: Value, reason: str) -> None:
-        """Keep every entry of every dim."""
+        """Never drop any entry of the tensor."""
         for labels in value.labels:
             self.freeze(labels, reason)
 
     def lossy(self, labels: DimLabels, reason: str) -> None:
-        """Zero is not absent along this dim."""
+        """Record that zero is not absent along this dim."""
         if labels is not None and not self.unread:
             self.atoms.lossy.append((labels, f"{reason} ({self.where})"))
 
     def unite(self, left: DimLabels, right: DimLabels, reason: str = "met by data of fixed size") -> DimLabels:
-        """Entries that go together; a labelled dim that meets data freezes. Returns the labels."""
+        """Labels of two united dims; a labelled dim that meets data freezes."""
         if left is None or right is None:
             self.freeze(left, reason)
             self.freeze(right, reason)
@@ -134,7 +133,7 @@ class Walk:
         return left
 
     def alike(self, size: int) -> DimLabels:
-        """Atoms of a dim whose entries are all alike (copies, constants): it follows whatever it meets."""
+        """Atoms of a dim whose entries are all alike (copies, constants): it follows any dim that it is united with."""
         if size < 2:
             return None
         labels = self.atoms.fresh(size)
@@ -143,7 +142,7 @@ class Walk:
         return labels
 
     def copies(self, labels: DimLabels) -> bool:
-        """Whether a dim holds copies or constants: a dropped one of them is not zero, whatever its tensor says."""
+        """Whether a dim holds copies or constants: its dropped entries are not zero, whatever `Value.zero` says."""
         return labels is not None and len(labels) > 0 and int(labels[0]) in self.alike_atoms
 
     def product(self, factors: Sequence[np.ndarray]) -> np.ndarray:
@@ -173,8 +172,7 @@ class Walk:
 
 
 Rule = Callable[..., Any]
-"""`rule(walk, out_shape, *args, **kwargs)`: args of the node with tensors as `Value`; returns the
-labels of the output (a tuple of `DimLabels`), a `Value`, or a tuple of `Value` for several outputs."""
+"""A function as `rule` describes it; it may also return a `Value`, or a tuple of `Value`s for several outputs."""
 
 _RULES: dict[Any, Rule] = {}
 
@@ -186,9 +184,8 @@ def rule(*ops: Any) -> Callable[[Rule], Rule]:
     holds the output's shape (a tuple of them for several outputs), tensors among the arguments are
     `Value`s. It returns the labels of the output, one `DimLabels` per dim.
 
-    Example: an op that works on each entry alone hands on the labels of its input.
-
     An op of a library that may not be imported yet goes by its name: `@rule("transformers::grouped_mm_fallback")`.
+    The example is an op that works on each entry alone, and so passes on the labels of its input.
 
     >>> from setpoint.groups.walk import rule
     >>> @rule(torch.ops.aten.special_i0.default)
@@ -220,7 +217,7 @@ def op_name(target: Any) -> str:
 
 
 def finish(walk: Walk, result: Any, out: Any, inputs: Sequence[Value]) -> Any:
-    """Make `Value`s out of what a rule returned."""
+    """`Value`s of what a rule returned."""
     weight = all(value.weight for value in inputs)
     grad = any(value.grad for value in inputs)
     zero = all(value.zero for value in inputs)

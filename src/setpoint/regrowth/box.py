@@ -1,4 +1,4 @@
-"""A box: which entries of a tensor are there, by the units along its dims."""
+"""A box: which entries of a tensor are present, by the units along its dims."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from jaxtyping import Bool, Shaped
 from torch import Tensor
 
 Box = Mapping[int, Bool[np.ndarray, " _entries"]]
-"""By dim of a tensor before any cut, which entries are in it; dims that hold no units are whole."""
+"""By dim of the dense tensor, which entries are in the box; all of them along a dim that is absent here."""
 
 
 def count_entries(shape: Sequence[int], box: Box) -> int:
-    """How many entries of a tensor lie in a box."""
+    """Number of entries of a tensor in a box."""
     return math.prod(int(box[dim].sum()) if dim in box else length for dim, length in enumerate(shape))
 
 

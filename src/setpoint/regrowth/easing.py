@@ -1,4 +1,4 @@
-"""Easing: outgoing weights of units that came back rise from zero over a few steps, so that the loss does not jump."""
+"""Easing: outgoing weights of regrown units rise from zero over a few steps, so that the loss does not jump."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class _Share:
         holder: that module.
         name: of the tensor in it.
         dim: the dim along which units lie.
-        entries: of the units that have come back.
-        share: what each step adds to them.
+        entries: of the regrown units.
+        share: added to them in each step.
     """
 
     module: int
@@ -38,7 +38,7 @@ class _Share:
     share: Tensor
 
     def add(self, count: int) -> None:
-        """Give so many shares, of a tensor that lies on several ranks to this rank's part of it."""
+        """Add so many shares; of a sharded tensor, to this rank's shard."""
         owner, _, key = self.name.rpartition(".")
         tensor: Tensor = getattr(self.holder.get_submodule(owner), key)
         mine, entries, share = rows(tensor), self.entries, self.share
@@ -51,18 +51,16 @@ class _Share:
 
 
 class Easing:
-    """Sets the outgoing weights of units that have just come back to zero, and gives them back in equal shares.
+    """Sets the outgoing weights of just regrown units to zero, and adds them again in equal shares.
 
     With weights w and n steps, each `step` adds w / n. In between the optimizer moves these weights like all
-    others; the sum of the shares is w, so nothing of what it learns meanwhile is lost. Incoming weights, norms
-    and moments come back at once: with outgoing weights at zero they have no effect yet.
+    others; the shares add up to w on top of what it learns meanwhile. Incoming weights, norms
+    and moments are back at once: with outgoing weights at zero they have no effect yet.
 
     Args:
-        model: the model, after `regrow`.
-        groups: the groups, after `regrow`.
-        regrown: by group, one boolean per active unit, True = has just come back.
-        num_steps: in how many shares the weights come.
-        copies: modules that were regrown alike, in which they rise alike.
+        model: after `regrow`, as are groups and copies.
+        regrown: by group, one boolean per active unit, True = just regrown.
+        num_steps: number of shares.
 
     >>> from setpoint.groups.group import Slice
     >>> model = nn.Linear(2, 1, bias=False)
@@ -103,7 +101,7 @@ class Easing:
                 self._shares.append(_Share(number, module, name, dim, entries, share))
 
     def state_dict(self) -> dict[str, Any]:
-        """What is still to come, in plain tensors and numbers."""
+        """The shares still to be added, in plain tensors and numbers."""
         shares = [
             {"module": each.module, "tensor": each.name, "dim": each.dim, "entries": each.entries, "share": each.share}
             for each in self._shares
@@ -112,13 +110,7 @@ class Easing:
 
     @classmethod
     def resumed(cls, model: nn.Module, copies: Sequence[nn.Module], state: Mapping[str, Any]) -> Easing:
-        """An easing that goes on where `state_dict` was taken; the weights are as they were then.
-
-        Args:
-            model: the model, as wide as it was then.
-            copies: modules that were regrown alike.
-            state: from `state_dict`.
-        """
+        """An easing that goes on where `state_dict` was taken; model and copies are as wide as they were then."""
         easing = cls(model, (), {}, num_steps=state["left"])
         modules = (model, *unwrapped([each["tensor"] for each in state["shares"]], model, copies))
         for each in state["shares"]:
@@ -130,15 +122,14 @@ class Easing:
 
     @staticmethod
     def check(state: Mapping[str, Any] | None, shapes: Mapping[str, Sequence[int]], num_copies: int) -> None:
-        """Check that a state fits a model, before anything is changed.
+        """Check that a state from `state_dict`, or None, fits a model, before anything is changed.
 
         Args:
-            state: from `state_dict`, or None.
             shapes: of the model's tensors.
-            num_copies: how many copies there are.
+            num_copies: number of copies.
 
         Raises:
-            GroupError: when it does not.
+            GroupError: when it does not fit.
         """
         if state is None:
             return
@@ -156,7 +147,7 @@ class Easing:
         return self._add(1)
 
     def finish(self) -> None:
-        """Add all that is left, before the tensors change their shape."""
+        """Add all remaining shares, before the tensors change their shape."""
         if self._left:
             self._add(self._left)
 

@@ -1,4 +1,4 @@
-"""Probing: resting units take part in a user's own training step with their outgoing weights at zero."""
+"""Probing: resting units take part in an ordinary training step of the user with outgoing weights at zero."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class _Wide:
 
     Args:
         live: the model's own tensor.
-        base: as wide as it gets, outgoing weights of present units at zero; live entries are filled in.
+        base: the wide tensor, outgoing weights of present units at zero; live entries are filled in.
         index: where the live entries lie in it.
         weights: by group, the resting outgoing weights (zero elsewhere) and how they add up by unit.
     """
@@ -51,26 +51,24 @@ class _Wide:
 class Probing:
     """Resting units present in every training forward of a model, from `start` to `stop`.
 
-    The parameters, buffers and sizes of the modules are exchanged for wide ones when a forward pass in training
-    mode with gradients begins, and put back as soon as it ends. The wide tensors are made from the live ones
-    within the graph, so the live parameters get the gradients that they would have got anyway, and
-    nothing else ever sees the resting units: neither the optimizer, nor clipping, nor an evaluation or a
-    checkpoint in between. Running statistics of live units are kept, those of resting ones are not. Outputs and
-    gradients equal those of the shrunk model up to the order of summation. Dropout draws more random numbers.
+    The parameters, buffers and sizes of the modules are replaced by wide ones when a forward pass in training
+    mode with gradients begins, and restored as soon as it ends. The wide tensors are computed from the live ones
+    within the graph, so the live parameters get exactly the gradients of an unprobed step. Nothing else ever sees the
+    resting units: neither the optimizer, nor clipping, nor an evaluation or a checkpoint in between. Running statistics
+    of live units are kept, those of resting ones are not. Outputs and gradients equal those of the shrunk model up
+    to the order of summation. Dropout draws more random numbers.
 
-    With `dL/dw` at the zeroed outgoing weights of a unit and `w` the ones that rest, the loss falls by
-    `gain = -sum(w * dL/dw)` to first order when it comes back. Gradients that are scaled or clipped after the
-    backward pass would give another scale than the sensor's: the factor is found by comparing the
-    gradients of the smallest parameters as they came with what is there before the step.
+    With `dL/dw` at the zeroed outgoing weights of a unit and `w` the resting ones, the loss falls by
+    `gain = -sum(w * dL/dw)` to first order when the unit is regrown. Gradients that are scaled or clipped after the
+    backward pass have another scale than the sensor's; `Sentinels.factor` gives the ratio.
 
-    Where `fully_shard` has spread the model over ranks, a parameter is exchanged while it is whole on each of them,
-    which is from just before to just after the forward pass of its module.
+    Where `fully_shard` has sharded the model, a parameter is replaced while it is unsharded: from just before to
+    just after the forward pass of its module.
 
     An interrupt in the middle of a forward pass leaves wide tensors in place until `stop`.
 
     Args:
         model: the model, as it was cut; run eagerly.
-        reserve: where the units rest.
         grow: by group, origins of the units to be present.
         in_training: present in training mode only; False for a trial of a model in eval mode.
         brackets: modules that are made whole for their forward pass, with the places that are whole then; beside each
@@ -109,12 +107,13 @@ class Probing:
         self._handles: list[Any] = []
 
     def start(self) -> None:
-        """From now on the units are present in training forwards."""
+        """Make the units present in training forwards from now on."""
         self._handles = [
             register_module_forward_pre_hook(self._ahead),
             register_module_forward_hook(self._behind, always_call=True),
         ]
         self._sentinels.start()
+        # These run inside `fully_shard`'s hooks: after it has unsharded, and (prepended) before it shards again.
         for module, parameters in self._brackets:
             self._handles += [
                 module.register_forward_pre_hook(partial(self._whole_begins, parameters)),
@@ -122,7 +121,7 @@ class Probing:
             ]
 
     def stop(self) -> None:
-        """They no longer are; may be called again."""
+        """Make them absent again, and remove the hooks; may be called again."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -132,13 +131,13 @@ class Probing:
         self._restore()
 
     def share(self, mean: Callable[[Float64[np.ndarray, " n"]], Float64[np.ndarray, " n"]]) -> None:
-        """Take the mean over ranks for what this one has seen of its own samples; what it has not seen counts as zero.
+        """Replace what this rank has seen of its own samples by the mean over ranks; unseen counts as zero.
 
-        Gains are linear in gradients, so their mean is the gain for the loss of all samples; and the gradients that
-        are there before the step are compared with the mean of those that came.
+        Gains are linear in gradients, so their mean is the gain for the loss of all samples. The gradients before the
+        step are then compared with the mean of those that arrived.
 
         Args:
-            mean: over ranks, of as many numbers on each; every rank calls this, in every probed step.
+            mean: over ranks, of equally many numbers on each; every rank calls this, in every probed step.
         """
         units = {group.name: group.num_units for group in self._groups}
         shapes: dict[Any, Any] = {id(p): p.shape for p in self._sentinels.parameters} | {
@@ -161,11 +160,10 @@ class Probing:
         self._means = {key: each for key, each in found.items() if key in self._came}
 
     def gains(self, grad_scale: Tensor | None = None) -> dict[str, Float64[np.ndarray, " present"]] | None:
-        """Gain of each present unit, in the order of their origins; None if there was no backward pass or a NaN in it.
+        """Gain of each present unit, in the order of their origins; None without a backward pass, or with a NaN in it.
 
-        Call it when all gradients of the step are ready, before the optimizer moves the weights. Those backward passes
-        count whose gradients are still there: none whose gradients were thrown away, as a GradScaler's user does after
-        a step that was skipped.
+        Call it when all gradients of the step are ready, before the optimizer moves the weights. Only backward passes
+        count whose gradients are still there: none of a step that a GradScaler skipped.
 
         Args:
             grad_scale: what the gradients are still multiplied by (a fused optimizer under a GradScaler), or None.
@@ -185,7 +183,7 @@ class Probing:
         return found
 
     def _totals(self) -> dict[str, Tensor]:
-        """By group, the gains that counted backward passes have brought, over all weights."""
+        """By group, the gains of the backward passes that count, over all weights."""
         found: dict[str, Tensor] = {}
         for (_, name), gain in self._gains.items():
             total = gain.total()
@@ -236,7 +234,7 @@ class Probing:
                 table[key] = self._filled(self._wide[id(parameter)], live)
 
     def _whole_ends(self, module: nn.Module, *_: Any) -> None:
-        """They no longer are: put the live ones back."""
+        """Put the live tensors back, before they are sharded again."""
         for table, key, live in self._whole.pop(module, []):
             table[key] = live
 
@@ -251,6 +249,7 @@ class Probing:
         wide, table[key] = table[key], tensor
         if not isinstance(tensor, nn.Parameter):
             with torch.no_grad():
+                # The forward has updated the wide buffer: running statistics of live units are kept.
                 tensor.copy_(wide[self._wide[id(tensor)].index])
 
     def _fill(self, tensor: Tensor) -> Tensor:
@@ -267,14 +266,14 @@ class Probing:
         return filled
 
     def _note(self, wide: _Wide, gradient: Tensor) -> None:
-        """Take in the gradient of a wide parameter."""
+        """Add the gains that the gradient of a wide parameter gives."""
         for name, weights, sums in wide.weights:
             lost = sums.add_up(sums.select(weights) * sums.select(gradient).to(weights.dtype)).double()
             self._gains[id(wide.live), name].bring(-lost)
 
 
 class _Embed(torch.autograd.Function):
-    """A live parameter filled into its wide base; the gradient of all of it is shown to `note`."""
+    """A live parameter filled into its wide base; `note` gets the gradient of the wide one."""
 
     @staticmethod
     def forward(
@@ -303,7 +302,7 @@ def _widened(
     found = []
     for name in sorted(names):
         tensor = tensors[name]
-        # What is live is filled in later; so a tensor that lies on several ranks need not be asked for.
+        # Live entries are filled in later, so a sharded tensor need not be gathered here.
         like = torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device) if is_spread(tensor) else tensor
         base = enlarge(reserve, Key("model", name), like, known[name], live[name], larger[name])
         weights = []
@@ -317,6 +316,7 @@ def _widened(
                 resting.index_copy_(part.dim, entries, base.index_select(part.dim, entries).to(wide))
                 weights.append((group.name, resting, UnitSum.of(part, group.num_units, base.device), part.dim, entries))
         for *_, dim, entries in weights:
+            # Only now: a second group's resting weights may lie in the same entries, and are read above.
             base.index_fill_(dim, entries, 0)
         index = corner(base, {dim: live[name][dim][kept] for dim, kept in larger[name].items()})
         found.append(_Wide(tensor, base, index, tuple((each, kept, sums) for each, kept, sums, *_ in weights)))

@@ -47,23 +47,19 @@ def regrow(
 ) -> tuple[tuple[Group, ...], Reserve]:
     """Bring units back from the reserve, and return the groups as they are then and the reserve without them.
 
-    The inverse of `shrink`: dropping units and bringing the same ones back at once gives every weight, buffer
-    and optimizer moment back bit for bit, in the old order of units (units always lie in the order of
-    their origins), with the sizes in Python code, whatever has happened to other units in between. Later, every
-    entry comes back with its last value, and so do its moments. Scalars of an optimizer's state, such as the
-    count of steps, are those of the living parameter. Parameters and buffers keep their identity; gradients
-    of those that change become None. Call it between `optimizer.step()` and the next `backward()`.
+    The inverse of `shrink`: dropping units and regrowing the same ones at once restores every weight, buffer,
+    optimizer moment and size bit for bit. Units always lie in the order of their origins. Later, every
+    entry comes back with its last value and moments. Scalars of an optimizer's state, such as the count of steps,
+    are those of the live parameter. Parameters and buffers keep their identity; gradients of those that change
+    become None. Call it between `optimizer.step()` and the next `backward()`.
 
     On any exception model, optimizers, copies and reserve are as they were.
 
     Args:
-        model: the model, as it was cut.
-        optimizer: one optimizer, a sequence of them, or None; the ones that `Reserve.rest` was given.
+        optimizer: the ones that `Reserve.rest` was given.
         groups: as the last cut or regrowth returned them.
-        reserve: where the units rest.
-        grow: by group name, origins of the units to bring back.
-        copies: further modules, the ones that `Reserve.rest` was given.
-        agreed: as `shrink`.
+        copies: the ones that `Reserve.rest` was given.
+        agreed: as in `shrink`.
 
     Raises:
         GroupError: when a unit does not rest in the reserve, or the reserve does not fit groups, model or a copy.
@@ -88,6 +84,7 @@ def regrow(
     resting = {name: units & ~active[name] for name, units in reserve.resting.items()}
     after = replace(reserve, active=active, resting=resting, let_go={})
     names = reserve.names(grow)
+    # All communication comes before the first check that may fail on one rank only.
     reserve = reserve.gathered(names)
     modules = [(model, "model", as_sequence(optimizer))]
     modules += [(each, f"copy {number}", ()) for number, each in enumerate(unwrapped(sorted(names), model, copies))]
@@ -107,7 +104,7 @@ def regrow(
 
 
 def with_units(reserve: Reserve, grow: Grow) -> dict[str, Bool[np.ndarray, " units"]]:
-    """By group, which units are active once these have come back.
+    """By group, which units are active once these are regrown.
 
     Raises:
         GroupError: for a group or unit that does not rest in the reserve.
@@ -139,7 +136,7 @@ def _check_same_widths(groups: tuple[Group, ...], reserve: Reserve) -> None:
 
 
 def _check_module(module: nn.Module, reserve: Reserve, names: frozenset[str]) -> None:
-    """Check that the module has the tensors, as long as the reserve thinks and of a kind that can change."""
+    """Check that the module has the tensors, with the lengths that the reserve knows and of a kind that can change."""
     tensors = named_tensors(module)
     check_lengths(plan_cut(reserve.present(), {}), tensors, type(module).__name__)
     check_cuttable({name: tensors[name] for name in sorted(names)}, tensors)
@@ -181,12 +178,11 @@ def enlarge(reserve: Reserve, key: Key, source: Tensor, known: Box, live: Box, l
     """A live tensor with further entries from the reserve, on its own device.
 
     Args:
-        reserve: where they rest.
-        key: whose they are.
+        key: owner of the tensor.
         source: the live tensor.
         known: entries of all units that are active or rest.
         live: entries of the live tensor.
-        larger: entries of the tensor that is wanted.
+        larger: entries of the result.
     """
     whole, form = reserve.whole(key, source, known, live)
     positions = {dim: np.flatnonzero(kept) for dim, kept in larger.items()}
@@ -198,13 +194,9 @@ def enlarge(reserve: Reserve, key: Key, source: Tensor, known: Box, live: Box, l
 def new_sizes(
     model: nn.Module, reserve: Reserve, active: Mapping[str, Bool[np.ndarray, " units"]], grow: Grow
 ) -> dict[SizePlace, int | None]:
-    """What every size that counts returning units must become; None for a call that needs no correction again.
+    """The new value of every size that counts regrown units; None for a call that needs no correction any more.
 
-    Args:
-        model: the model, as it was cut.
-        reserve: as it is before the regrowth.
-        active: by group, which units are active after it.
-        grow: the units that come back.
+    `reserve` is as before the regrowth; `active` says by group which units are active after it.
 
     Raises:
         GroupError: when a place does not exist, or holds another number than the groups say.
@@ -216,7 +208,7 @@ def new_sizes(
     calls = {call_of(at) for at in places if is_call(at[1])}  # all sizes of a call go together
     places |= {at for at in after if is_call(at[1]) and call_of(at) in calls}
     check_sizes(model, places)
-    # A forward may work the size of a call out of any group that it touches, even where the size itself is whole.
+    # A forward may compute the size of a call from any group that it touches, even where that size is dense again.
     cut = {call_of(at) for at in after if at in final.following or at in reserve.corrected}
     found: dict[SizePlace, int | None] = {}
     for at in sorted(places):

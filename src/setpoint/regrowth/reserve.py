@@ -24,7 +24,7 @@ from setpoint.regrowth.box import Box, count_entries, resting_entries, write
 
 
 class Key(NamedTuple):
-    """What a resting tensor belongs to.
+    """The owner of a resting tensor.
 
     Args:
         holder: "model", "optimizer 0", "copy 0", ...
@@ -42,10 +42,10 @@ class Rest:
     """The resting entries of one tensor.
 
     Args:
-        values: the entries, in row-major order of the tensor before any cut, in host memory; this rank's part of them
-            where the reserve is shared out.
-        form: shape and strides of the tensor before any cut, without data.
-        count: how many entries there are, on all ranks.
+        values: the entries, in row-major order of the dense tensor, in host memory; this rank's shard of them where the
+            reserve is sharded.
+        form: shape and strides of the dense tensor, without data.
+        count: number of resting entries, on all ranks together.
     """
 
     values: Shaped[Tensor, " part_of_resting"]
@@ -55,30 +55,29 @@ class Rest:
 
 @dataclass(frozen=True, eq=False)
 class Reserve:
-    """Dropped units with all that belonged to them, by origin; a value: each change makes a new one.
+    """Dropped units with their weights, buffers and moments, by origin; a value: each change makes a new one.
 
-    An entry of a tensor is in the model exactly if all its units are. Every other one rests here with the
-    value that it had when it was last in the model, as long as all its units can come back. This settles what
-    becomes of a weight between a unit u of one group and a unit v of another: if u goes and v follows later, the
-    weight rests as it was when u went; if u alone comes back it is fitted to the width that the other group
-    has then, and the weight goes on resting until v is there too. So units may come back in any order,
-    and each entry comes back once its last unit does.
+    An entry of a tensor is in the model exactly if all its units are. Every other entry rests here with the last
+    value it had in the model, as long as all its units can be regrown. This settles what becomes of a weight
+    between a unit u of one group and a unit v of another. If u is dropped and v later, the weight rests as it
+    was when u was dropped. If u alone is regrown, it is fitted to the present width of the other group, and the weight
+    rests until v is regrown too. So units may be regrown in any order, and each entry with its last unit.
 
-    An optimizer's state that did not exist yet when a unit was dropped is zero when the unit comes back.
+    Optimizer state that did not exist yet when a unit was dropped is zero when the unit is regrown.
 
     Args:
-        groups: the groups before any cut, whose unit indices are the origins.
+        groups: the dense groups, whose unit indices are the origins.
         active: by group, which units are in the model.
         resting: by group, which units rest here; a unit in neither of the two has been let go.
         tensors: resting entries.
         corrected: calls whose sizes were corrected before any cut.
-        limit_bytes: the most that resting entries may take; without a limit if None.
+        limit_bytes: upper limit for the resting entries; None: no limit.
         dropped_at: by group and unit, when it was last dropped, in whatever the caller counts.
         drops: by group and unit, how often it was dropped.
         let_go: by group, origins of the units that the last `rest` let go to stay within the limit.
-        mesh: the ranks among which the entries are shared out in equal parts, as `fully_shard` does it with
-            parameters; then all of them do everything together. None: all entries are here.
-        own: names of tensors that ranks have of their own, as they have buffers, which are not shared out.
+        mesh: the ranks among which the entries are sharded in equal parts, as `fully_shard` does with parameters; all
+            ranks then call every method together. None: not sharded.
+        own: names of tensors that differ between ranks, as buffers do; these are never sharded.
     """
 
     groups: tuple[Group, ...]
@@ -97,13 +96,11 @@ class Reserve:
     def of(
         cls, model: nn.Module, groups: tuple[Group, ...], limit_bytes: int | None = None, mesh: Any = None
     ) -> Reserve:
-        """The empty reserve of a model, before any cut that it is to remember.
+        """The empty reserve of a model with these groups, before any cut that it is to remember.
 
         Args:
-            model: the model that `groups` describe.
-            groups: its groups as they are now.
-            limit_bytes: the most that resting entries may take, in bytes on each rank; None: no limit.
-            mesh: a `DeviceMesh` of one dim among whose ranks they are shared out; None: this process has all.
+            limit_bytes: upper limit for the resting entries, in bytes on each rank; None: no limit.
+            mesh: a `DeviceMesh` of one dim among whose ranks the entries are sharded; None: not sharded.
 
         Raises:
             ValueError: for a limit that is not a number of bytes.
@@ -125,21 +122,21 @@ class Reserve:
 
     @property
     def ranks(self) -> Ranks:
-        """The ranks among which entries are shared out."""
+        """The ranks among which entries are sharded."""
         return Ranks() if self.mesh is None else Ranks(self.mesh.get_group(), torch.device(self.mesh.device_type))
 
     @property
     def num_bytes(self) -> int:
-        """What the resting entries take in host memory, on this rank."""
+        """Host memory of the resting entries on this rank."""
         return sum(rest.values.numel() * rest.values.itemsize for rest in self.tensors.values())
 
     @property
     def num_resting(self) -> int:
-        """How many units rest here."""
+        """Number of resting units."""
         return sum(int(units.sum()) for units in self.resting.values())
 
     def shares(self, name: str) -> bool:
-        """Whether the entries of a tensor are shared out."""
+        """Whether the resting entries of a tensor are sharded."""
         return self.mesh is not None and name not in self.own
 
     def present(self) -> tuple[Group, ...]:
@@ -155,13 +152,12 @@ class Reserve:
     ) -> Reserve:
         """The reserve with the units that `keep` drops; call it just before `shrink` with the same arguments.
 
-        Nothing of the model is changed. Over the limit, the units that were dropped first are let go for good.
+        The model is not changed. Over the limit, the units that were dropped first are let go for good.
 
         Args:
-            model: the model, not cut yet.
-            optimizer: one optimizer, a sequence of them, or None; always the same ones in the same order.
-            keep: by group name, boolean per active unit, True = stays.
-            copies: further modules that are cut alike; always the same ones in the same order.
+            model: not cut yet.
+            optimizer: always the same ones in the same order, since `Key` numbers them.
+            copies: always the same ones in the same order, likewise.
             when: noted for the dropped units.
 
         Raises:
@@ -185,9 +181,7 @@ class Reserve:
         return after.refilled(self.gathered(names), sources, names)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the groups and the limit, in tensors, numbers and strings; entries that are shared out are
-        DTensors.
-        """
+        """Everything but the groups and the limit, in tensors, numbers and strings; sharded entries are DTensors."""
         by_group = {
             name: {key: torch.from_numpy(each[name].copy()) for key, each in self._by_group().items()}
             for name in self.active
@@ -204,10 +198,7 @@ class Reserve:
         return {"units": by_group, "tensors": tensors}
 
     def resumed(self, state: Mapping[str, Any]) -> Reserve:
-        """The reserve that `state_dict` was taken of.
-
-        Args:
-            state: from `state_dict` of a reserve of the same model; `self` is the empty one.
+        """The reserve whose `state_dict` this is; `self` is the empty reserve of the same model.
 
         Raises:
             GroupError: when it belongs to other groups, or entries are missing.
@@ -249,18 +240,18 @@ class Reserve:
         return frozenset(part.tensor for group in groups for part in group.slices if part.dim is not None)
 
     def boxes(self, units: Keep) -> dict[str, dict[int, Bool[np.ndarray, " _entries"]]]:
-        """By tensor and dim, the entries that are there when these units are."""
+        """By tensor and dim, the entries that are present with these units."""
         found: dict[str, dict[int, Bool[np.ndarray, " _entries"]]] = {}
         for (name, dim), kept in plan_cut(self.groups, units).entries.items():
             found.setdefault(name, {})[dim] = kept
         return found
 
     def counts(self, units: Keep) -> dict[SizePlace, int]:
-        """What every place in Python code must count when these units are there."""
+        """The count at every place in Python code with these units present."""
         return {at: int(kept.sum()) for at, kept in plan_cut(self.groups, units).sizes.items()}
 
     def refilled(self, before: Reserve, sources: Mapping[Key, Tensor], names: frozenset[str]) -> Reserve:
-        """This reserve with the entries that its units ask for.
+        """This reserve with the entries that belong to its resting units.
 
         Args:
             before: the reserve, `gathered`, from which the entries of these tensors are taken.
@@ -285,15 +276,13 @@ class Reserve:
         return replace(self, tensors=tensors)
 
     def gathered(self, names: Collection[str]) -> Reserve:
-        """The reserve with all entries of these tensors here, if they are shared out: every rank calls this.
+        """The reserve with all resting entries of these tensors, and of no others, unsharded; every rank calls this.
 
-        All that ranks send is sent here, so that nobody waits for one that fails at what it does with them.
-
-        Args:
-            names: of tensors; the entries of no other are in it.
+        All communication happens here, so that no rank waits for one that fails at what it does with the entries.
         """
         if self.mesh is None:
             return self
+        # Sorted, so that all ranks gather in the same order.
         wanted = {key: rest for key, rest in sorted(self.tensors.items()) if key.tensor in names}
         whole = {
             key: replace(rest, values=self.ranks.joined(rest.values, rest.count)) if self.shares(key.tensor) else rest
@@ -302,12 +291,10 @@ class Reserve:
         return replace(self, tensors=whole, mesh=None)
 
     def whole(self, key: Key, like: Tensor | None, known: Box, live: Box) -> tuple[Tensor, Tensor]:
-        """A tensor as large as before any cut, in host memory, and its form; zero where nothing rests.
-
-        Of a reserve that is shared out, `gathered` has it.
+        """A tensor at its dense size, unsharded in host memory, and its form; zero where nothing rests.
 
         Args:
-            key: whose.
+            key: owner of the tensor.
             like: the live tensor; may be None where some of its entries rest.
             known: entries of all units that are active or rest.
             live: entries of the active units.
@@ -323,7 +310,7 @@ class Reserve:
         return torch.zeros(shape, dtype=like.dtype), form
 
     def _outlines(self) -> dict[str, dict[int, Bool[np.ndarray, " _entries"]]]:
-        """Boxes of all units that are in the model or can come back."""
+        """Boxes of all units that are active or rest."""
         return self.boxes({name: units | self.resting[name] for name, units in self.active.items()})
 
     def _within_limit(self, tensors: Mapping[Key, Tensor], before: Reserve) -> Reserve:
@@ -334,6 +321,7 @@ class Reserve:
             for unit in np.flatnonzero(units)
         )
         shapes = before._shapes(tensors)
+        # The need falls with every unit let go, so the least number of them is found by bisection.
         low, high = 0, len(order)
         if self.limit_bytes is None or self._need(shapes, tensors) <= self.limit_bytes:
             return self
@@ -377,14 +365,7 @@ class Reserve:
 def held(
     model: nn.Module, optimizer: Optimizers, copies: Sequence[nn.Module], names: frozenset[str]
 ) -> Iterator[tuple[Key, Tensor]]:
-    """Every live tensor of these names: the model's, the state that optimizers keep for it, and the copies'.
-
-    Args:
-        model: the model.
-        optimizer: one optimizer, a sequence of them, or None.
-        copies: modules with the same tensors, possibly in a wrapper.
-        names: of parameters and buffers.
-    """
+    """Every live tensor of these names: the model's, the state that optimizers keep for it, and the copies'."""
     tensors = named_tensors(model)
     for name in sorted(names):
         yield Key("model", name), tensors[name]
@@ -397,7 +378,7 @@ def held(
 
 
 def _state(optimizer: Optimizer, tensor: Tensor) -> list[tuple[str, Tensor]]:
-    """State tensors of the parameter's shape, and where in the state they are."""
+    """State tensors of the parameter's shape, each with its place in the state."""
     found: list[tuple[str, Tensor]] = []
 
     def note(value: Tensor, part: str) -> Tensor:

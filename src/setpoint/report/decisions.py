@@ -12,11 +12,11 @@ from setpoint.report.record import Record
 from setpoint.report.resources import PER, dense_of, dropped, end_of, limit_of, num_dropped, unit_of
 
 BAND = 0.84
-"""Share of a group's band that its units fill; the rest is the gap to the next."""
+"""Share of a group's band that its units fill; a gap to the next band remains."""
 
 
 def num_grown(entry: Entry) -> dict[str, int]:
-    """How many units the entry brought back, by group."""
+    """Number of units the entry regrew, by group."""
     return {name: len(origins) for name, origins in entry.grown.items() if origins} | dict(entry.num_grown)
 
 
@@ -57,7 +57,7 @@ def spending(record: Record, resource: str) -> Figure:
 
 
 def metered(entries: Sequence[Entry], resource: str, factor: float, unit: str) -> list[Trace]:
-    """Markers of what a meter read before each decision, with what was predicted there; none without a meter."""
+    """Markers of meter readings before each decision, with the predictions; none without a meter."""
     read = [entry for entry in entries if resource in entry.metered]
     if not read:
         return []
@@ -117,7 +117,7 @@ def cuts(entries: Sequence[Entry], heights: Sequence[float]) -> Trace:
 
 
 def price(record: Record, resource: str) -> Figure | None:
-    """The price over time; None if no entry has one."""
+    """The price over steps; None if no entry has one."""
     entries = [entry for entry in record.entries if resource in entry.price]
     if not entries:
         return None
@@ -144,7 +144,7 @@ def first_widths(record: Record) -> dict[str, int]:
 
 
 def widths(record: Record) -> Figure | None:
-    """Width of each group over time, as a share of its dense width; None without groups."""
+    """Width of each group over steps, as a share of its dense width; None without groups."""
     dense = first_widths(record)
     if not dense:
         return None
@@ -178,7 +178,7 @@ def widths(record: Record) -> Figure | None:
 
 
 def short(name: str, most: int = 40) -> str:
-    """A group's name for an axis: its end where it is long."""
+    """A group's name for an axis: of a long one the end."""
     return escape(name if len(name) <= most else "…" + name[1 - most :])
 
 
@@ -195,10 +195,10 @@ def rows(labels: Sequence[str], offset: float) -> dict[str, object]:
 
 
 def timeline(record: Record, resource: str | None) -> Figure | None:
-    """When each unit was dropped or brought back, and why; None without groups, or where single weights were masked.
+    """When each unit was dropped or regrown, and why; None without groups, or where single weights were masked.
 
-    Every unit is a line from its first step to the step it was dropped at, at its origin within the
-    band of its group. A marker's colour is worth / price: how clear the decision was.
+    Every unit is a line up to the step it was dropped at, at its origin within the band of its group. A marker's
+    colour is worth / price: how clear the decision was.
     """
     dense = first_widths(record)
     if not dense or record.pattern:
@@ -221,12 +221,12 @@ def timeline(record: Record, resource: str | None) -> Figure | None:
 
 
 def height_of(bands: Mapping[str, int], dense: Mapping[str, int], name: str, origin: int) -> float:
-    """Where a unit lies on the y axis."""
+    """Position of a unit on the y axis."""
     return bands[name] + (1 - BAND) / 2 + BAND * (origin + 0.5) / max(dense[name], origin + 1)
 
 
 def lives(record: Record, dense: Mapping[str, int]) -> list[Trace]:
-    """Lines of the units that stay to the end, and of those that don't."""
+    """Lines of the units kept to the end, and of those dropped before."""
     end, since = end_of(record), {(name, unit): 0 for name, num in dense.items() for unit in range(num)}
     ended: list[tuple[tuple[str, int], int, int]] = []
     for entry in record.entries:
@@ -244,7 +244,7 @@ def lives(record: Record, dense: Mapping[str, int]) -> list[Trace]:
 
 
 def drops(entry: Entry, record: Record, resource: str | None) -> list[Trace]:
-    """Markers of what one decision dropped and brought back."""
+    """Markers of the units that one decision dropped and regrew."""
     rate = entry.price.get(resource) if resource else None
     factor, unit = scale(record.dense.get(resource or "", 1.0), unit_of(resource))
     tell = [f"step {entry.step:,}"]
@@ -303,7 +303,7 @@ def with_worth(
 def with_gain(
     trace: Trace, entry: Entry, units: Sequence[tuple[str, int, int]], rate: float | None, factor: float, unit: str
 ) -> Trace:
-    """The markers of units brought back with what their probes promised in their texts."""
+    """The markers of regrown units with the worth and gain of their probes in their texts."""
     found = []
     for told, (name, _, place) in zip(trace["customdata"], units, strict=True):
         worth, gain = nth(entry.grown_worth, name, place), nth(entry.gain, name, place)

@@ -1,4 +1,4 @@
-"""A draft: a piece of a page with the figures it has places for, and how pieces become one self-contained file."""
+"""A draft: a piece of a page with the figures in it; pieces add up to one self-contained file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from setpoint.report.values import finite
 
 @dataclass(frozen=True)
 class Draft:
-    """A piece of the page: HTML, and the figures it has places for, by id."""
+    """A piece of the page: HTML, and its figures by the id of their place."""
 
     html: str
     figures: Mapping[str, Figure] = field(default_factory=dict)
@@ -27,13 +27,7 @@ class Draft:
 
 
 def document(title: str, body: Draft, script: str) -> str:
-    """The HTML of a page.
-
-    Args:
-        title: what it is about.
-        body: what it shows.
-        script: JavaScript that defines `Plotly`.
-    """
+    """The HTML of a page; `script` is JavaScript that defines `Plotly`."""
     specs = {
         name: {"data": figure.data, "layout": figure.layout, "abscissas": figure.abscissas}
         for name, figure in body.figures.items()
@@ -52,13 +46,13 @@ def document(title: str, body: Draft, script: str) -> str:
 
 
 def inert(value: Any) -> str:
-    """JSON that can stand inside a script element, whatever names it holds; what is not finite is a gap."""
+    """JSON that is safe inside a script element, whatever names it holds; numbers that are not finite become null."""
     text = json.dumps(finite(value), allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def save(page: str, target: Path) -> Path:
-    """Write a page whole or not at all."""
+    """Write a page completely or not at all."""
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(target.name + ".tmp")
     unfinished.write_text(page, encoding="utf-8")

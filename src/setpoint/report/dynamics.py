@@ -1,4 +1,4 @@
-"""Figures of a run's dynamics: units over time, events as spikes, how long units rested, the loss around events."""
+"""Figures of a run's dynamics: units over steps, events as spikes, rests of units, the loss around events."""
 
 from __future__ import annotations
 
@@ -21,15 +21,7 @@ AROUND = 0.03
 
 @dataclass(frozen=True)
 class Rest:
-    """One stay of a unit in the reserve, or its end.
-
-    Args:
-        group: name of the group.
-        origin: index of the unit in the dense model.
-        begin: step at which it was dropped.
-        end: step at which it came back, or the last step of the run.
-        returned: whether it came back.
-    """
+    """One stay of a unit, given by its origin, in the reserve; where `returned` is False, `end` is that of the run."""
 
     group: str
     origin: int
@@ -39,7 +31,7 @@ class Rest:
 
 
 def rests(record: Record) -> tuple[Rest, ...]:
-    """Every stay of a unit out of the model, in the order in which they end."""
+    """Every stay of a unit out of the model, in the order of their ends."""
     since: dict[tuple[str, int], int] = {}
     found = []
     for entry in record.entries:
@@ -54,7 +46,7 @@ def rests(record: Record) -> tuple[Rest, ...]:
 
 
 def active(record: Record) -> Figure | None:
-    """Active units of each group over time; None without groups."""
+    """Active units of each group over steps; None without groups."""
     dense = first_widths(record)
     if not dense:
         return None
@@ -71,9 +63,9 @@ def active(record: Record) -> Figure | None:
 
 
 def raster(record: Record) -> Figure | None:
-    """A raster of all events, like a spike train: a row for each unit, a tick for each drop and each return.
+    """A raster of all events, like a spike train: a row for each unit, a tick for each drop and each regrowth.
 
-    Below the rows, bars count the events of each decision: returns upward, drops downward. None without an event.
+    Below the rows, bars count the events of each decision: regrowths upward, drops downward. None without an event.
     """
     dense = first_widths(record)
     bands = {name: place for place, name in enumerate(dense)}
@@ -124,7 +116,7 @@ def raster(record: Record) -> Figure | None:
 
 
 def reserve_lives(record: Record) -> Figure | None:
-    """How long dropped units rested, in shares of the run: those that came back, and those that never did."""
+    """Steps that dropped units rested: those that were regrown, and those that never were."""
     found, end = rests(record), end_of(record)
     if not found:
         return None
@@ -148,7 +140,7 @@ def reserve_lives(record: Record) -> Figure | None:
 def loss_around(record: Record, history: Sequence[Point]) -> Figure | None:
     """The training loss around each decision that changed the model, less its mean before; None without a history.
 
-    A jump at 0 is what the event did; the bold line is the mean over all events.
+    A jump at 0 is the effect of the event; the bold line is the mean over all events.
     """
     steps, losses = _training_losses(history)
     reach = max(4.0, AROUND * end_of(record))
@@ -190,7 +182,7 @@ def _training_losses(history: Sequence[Point]) -> tuple[list[float], list[float]
 
 
 def dynamics_line(record: Record) -> str:
-    """One sentence about what came and went."""
+    """One sentence about dropped and regrown units."""
     found = rests(record)
     units = {(rest.group, rest.origin) for rest in found}
     back = [rest for rest in found if rest.returned]

@@ -1,4 +1,4 @@
-"""Figures of the report as plain Plotly specifications: curves of the runs and where their seconds went."""
+"""Figures of the report as plain Plotly specifications: curves of the runs, and their seconds by part."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DARK = {
     INK: "#e6eaf0",
     "#e6edf5": "#1b2530",
 }
-"""The same colours on a dark page. All pairs differ in lightness too, so that no one needs the hue."""
+"""The same colours on a dark page. All pairs differ in lightness too, for readers who cannot see the hue."""
 
 AXES = {"step": "optimizer step", "seconds": "training time (s)", "flops": "training FLOPs"}
 
@@ -34,8 +34,7 @@ class Figure:
     """A Plotly specification, and the other abscissas its curves can be drawn against.
 
     Args:
-        data: the traces.
-        layout: the layout; the page fills in colours and fonts.
+        layout: the page fills in colours and fonts.
         abscissas: by name of the axis, its title and the x values of every trace.
     """
 
@@ -45,7 +44,7 @@ class Figure:
 
 
 def plotly_script() -> str:
-    """The Plotly library, to be put into a page.
+    """The Plotly library as JavaScript.
 
     Raises:
         ModuleNotFoundError: if plotly is not installed.
@@ -74,5 +73,5 @@ def layout(y_title: str, x_title: str = AXES["step"], height: int = 360, **more:
 
 
 def escape(text: str) -> str:
-    """Text for Plotly's labels, which know some HTML and `%{...}` placeholders."""
+    """Text for Plotly's labels, which interpret some HTML and `%{...}` placeholders."""
     return html.escape(text).replace("{", "&#123;")

@@ -1,4 +1,4 @@
-"""A spending: what one training step of a model takes on this machine, in bytes and seconds, by group."""
+"""A spending: bytes and seconds of one training step of a model on this machine, by group."""
 
 from __future__ import annotations
 
@@ -20,12 +20,11 @@ from setpoint.resources.joules import find_energy_meter, idle_watts
 
 @dataclass(frozen=True)
 class GroupSpending:
-    """What goes with one group.
+    """Savings of a group that alone is cut to its fewest units.
 
     Args:
-        name: of the group.
-        seconds: of a dense step that are gone when this group alone is cut to its fewest units.
-        memory_bytes: of the peak that are gone then; 0 where the peak is elsewhere.
+        seconds: of a dense step.
+        memory_bytes: of the peak; 0 where the peak is elsewhere.
     """
 
     name: str
@@ -35,19 +34,17 @@ class GroupSpending:
 
 @dataclass(frozen=True)
 class Spending:
-    """What one training step takes, and one inference, as modelled from operations and storages.
+    """Costs of one training step, and of one inference, modelled from operations and storages.
 
     Args:
         seconds: of a dense step.
         memory_bytes: at its peak.
         inference_seconds: of a forward pass of the dense model in eval mode, at the example's batch size.
-        least_seconds: with every group at its fewest units.
-        least_memory_bytes: at the peak then.
-        least_inference_seconds: of a forward pass then.
+        least_seconds, least_memory_bytes, least_inference_seconds: the same with every group at its fewest units.
         error: median relative error of predicted seconds on copies of the model.
-        sources: by resource, what it is modelled by.
-        groups: most seconds first.
-        idle_watts: power drawn while this process rests, as measured; None without a meter of energy.
+        sources: by resource, its model.
+        groups: descending in seconds.
+        idle_watts: measured power while this process rests; None without a meter of energy.
         energy: what measures energy here, or why nothing does.
     """
 
@@ -65,12 +62,7 @@ class Spending:
 
 
 def spending(model: nn.Module, example: Example, groups: Sequence[str]) -> Spending:
-    """Time and record a training step of a model with AdamW.
-
-    Args:
-        model: left alone.
-        example: a tuple of positional inputs, or a dict of keyword inputs.
-        groups: names of the groups that may be pruned.
+    """Time and record a training step of a model with AdamW; `groups` names those that may be pruned.
 
     Raises:
         CostError: if the step cannot be recorded.

@@ -1,4 +1,4 @@
-"""An inspection: what Setpoint would find in a model, before any training."""
+"""An inspection: the groups, costs and frozen places of a model, before any training."""
 
 from __future__ import annotations
 
@@ -23,18 +23,14 @@ from setpoint.report.zoo import named_model, noise
 
 @dataclass(frozen=True)
 class GroupReport:
-    """One group as people read it.
+    """One group for readers. Fields of the same name as in `Group` have its meaning.
 
     Args:
-        name: its name.
-        what: what a unit is: "channel", "head", "neuron".
-        num_units: units of the dense model.
-        min_units: the fewest it can be cut to.
-        multiple_of: cuts happen in blocks of this many units.
-        kept_whole: why `attach` leaves it whole by default; empty if it may be pruned.
+        min_units: the fewest units, in blocks of `multiple_of`.
+        kept_whole: why `attach` does not prune it by default; empty if it may be pruned.
         params: parameters that lie along its units; one may lie along units of two groups.
         params_share: the same as a share of the model's parameters.
-        flops_share: share of the model's FLOPs that is gone when this group alone is cut to its fewest units.
+        flops_share: share of the model's FLOPs saved by cutting this group alone to its fewest units.
         places: (tensor, dim, role) of each of its slices.
     """
 
@@ -52,19 +48,18 @@ class GroupReport:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What Setpoint would find in a model.
+    """Groups, costs and frozen places of a model.
 
     Args:
-        model: what was inspected.
+        model: its name.
         inputs: shape of each tensor of the example.
         verified: whether the cuts were tried on a copy.
         groups: in the order of the model.
-        flops: FLOPs of one optimizer step, forward and backward, at the example's batch shape.
+        flops: of one optimizer step, forward and backward, at the example's batch shape.
         params: number of parameters.
         prunable_params_share: share of the parameters that lie along a unit of a group that may be pruned.
-        cheapest_flops: the FLOPs with every group that may be pruned cut to its fewest units.
-        cheapest_params: the number of parameters then.
-        frozen: what stays whole, and why.
+        cheapest_flops, cheapest_params: both with every group that may be pruned cut to its fewest units.
+        frozen: places that are never cut, and why.
         parts: every parameter once, by tensor and group.
     """
 
@@ -84,11 +79,8 @@ class Inspection:
 def inspect_model(name: str, model: nn.Module, example: Example, *, verify: bool = True) -> Inspection:
     """Trace a model, try its cuts on a copy as `attach` does, and report groups and costs.
 
-    Args:
-        name: what to call it.
-        model: any module that `torch.export` can follow; it is not touched.
-        example: a tuple of positional inputs, or a dict of keyword inputs.
-        verify: whether to try the cuts; a model on the "meta" device has no weights to try them on.
+    The model, which is not touched, is any module that `torch.export` can follow. On the "meta" device it has no
+    weights to try cuts on, so it is not verified.
 
     Raises:
         ExampleError: the model does not accept the example.
@@ -128,7 +120,7 @@ def load_target(target: str, shape: tuple[int, ...] | None = None) -> tuple[nn.M
         target: a file and a function of no arguments that returns a model and its inputs (a tuple, or a dict of
             keyword inputs), or a model alone if `shape` says what it takes; or the name of a model of torchvision,
             timm or transformers.
-        shape: shape of the example, filled with noise; None for the usual size of a library's model.
+        shape: of the example, filled with noise; None for the usual size of a library's model.
 
     Raises:
         UsageError: there is no such file, function or model, it raises, it returns no inputs and no shape is given,
@@ -159,7 +151,7 @@ def load_target(target: str, shape: tuple[int, ...] | None = None) -> tuple[nn.M
 
 
 def _kept_whole(model: nn.Module, example: Example, groups: tuple[Group, ...], verify: bool) -> dict[str, str]:
-    """By group, why it is left whole; empty where it may be pruned."""
+    """By group, why it is not pruned; empty where it may be."""
     why = {group.name: "" if group.lossless else "; ".join(group.notes) or "not lossless" for group in groups}
     tried = tuple(group for group in groups if group.lossless)
     if verify and tried:

@@ -17,7 +17,7 @@ MODULES = "#e6edf5"
 """Colour of the frames that modules draw around their parts."""
 _HEIGHT = 620
 _LONG = 110
-"""Letters of a reason that are shown at once."""
+"""Number of letters of a reason that are shown unfolded."""
 LEGEND = (
     (BLUE, "along units that may be pruned"),
     (ORANGE, "along units of a group that is left whole"),
@@ -26,14 +26,7 @@ LEGEND = (
 
 
 def write_inspection(found: Mapping[str, Any], out: Path) -> Path:
-    """Write the page of an inspection.
-
-    Args:
-        found: the inspection, as `inspect.json` holds it.
-        out: the file to write.
-
-    Returns:
-        The file written. It needs no network and no other file.
+    """Write the page of an inspection, given as `inspect.json` holds it. The file needs no network and no other file.
 
     Raises:
         ModuleNotFoundError: if plotly is not installed.
@@ -42,12 +35,7 @@ def write_inspection(found: Mapping[str, Any], out: Path) -> Path:
 
 
 def render_inspection(found: Mapping[str, Any], script: str) -> str:
-    """The HTML of an inspection.
-
-    Args:
-        found: the inspection, as `inspect.json` holds it.
-        script: JavaScript that defines `Plotly`.
-    """
+    """The HTML of an inspection; `script` is JavaScript that defines `Plotly`."""
     model = str(found["model"])
     shapes = ", ".join("×".join(map(str, shape)) for shape in found["inputs"])
     body = Draft(
@@ -68,11 +56,7 @@ def render_inspection(found: Mapping[str, Any], script: str) -> str:
 
 
 def parameter_map(found: Mapping[str, Any]) -> Figure | None:
-    """A treemap of modules, and in each the groups along whose units its parameters lie; None without parameters.
-
-    Args:
-        found: the inspection, as `inspect.json` holds it.
-    """
+    """A treemap of modules, and in each the groups along whose units its parameters lie; None without parameters."""
     groups = {group["name"]: group for group in found["groups"]}
     boxes: dict[tuple[str, str], int] = {}
     for part in found["parts"]:
@@ -146,7 +130,7 @@ def _kind(name: str, groups: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _cards(found: Mapping[str, Any]) -> str:
-    """The few numbers that matter."""
+    """The main numbers."""
     pruned = [group for group in found["groups"] if not group["kept_whole"]]
     units = sum(group["num_units"] for group in pruned)
     shown = (
@@ -197,7 +181,7 @@ def _groups(groups: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _places(places: Sequence[Sequence[Any]]) -> str:
-    """Where the units of a group lie, folded away."""
+    """Where the units of a group lie, folded."""
     items = "".join(
         f"<li>{escape(tensor)}, {'every element' if dim is None else f'dim {dim}'}, {escape(role)}</li>"
         for tensor, dim, role in places
@@ -206,7 +190,7 @@ def _places(places: Sequence[Sequence[Any]]) -> str:
 
 
 def _frozen(frozen: Sequence[Mapping[str, str]]) -> str:
-    """What stays whole as a table, a line per reason."""
+    """Frozen places as a table, a line per reason."""
     if not frozen:
         return ""
     reasons: dict[str, list[str]] = {}
@@ -221,7 +205,7 @@ def _frozen(frozen: Sequence[Mapping[str, str]]) -> str:
 
 
 def _folded(reason: str) -> str:
-    """A reason, the rest of a long one folded away."""
+    """A reason; of a long one the end is folded."""
     if len(reason) <= _LONG:
         return escape(reason)
     first = reason[:_LONG].rpartition(" ")[0] or reason[:_LONG]

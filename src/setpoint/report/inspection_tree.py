@@ -52,7 +52,7 @@ def _share(part: float, whole: float) -> str:
 
 
 def _likeness(group: GroupReport) -> Hashable:
-    """What groups that share a branch have in common."""
+    """Key of a branch: equal for groups that differ only in the numbers of their names."""
     places = {(skeleton(tensor), dim, role) for tensor, dim, role in group.places}
     sizes = (group.num_units, group.min_units, group.multiple_of, group.params, round(group.flops_share, 4))
     return skeleton(group.name), group.what, sizes, skeleton(group.kept_whole), frozenset(places)

@@ -1,4 +1,4 @@
-"""The page and the tables of one ledger: what a run of the user's own decided, spent and foretold."""
+"""The page and the tables of one ledger: decisions, spending and predictions of a user's own run."""
 
 from __future__ import annotations
 
@@ -20,10 +20,7 @@ from setpoint.report.run import run
 
 
 def read_ledger(file: Path) -> Record:
-    """The record that a ledger's file holds.
-
-    Args:
-        file: as `loop.ledger.save(file)` wrote it.
+    """The record in a file that `loop.ledger.save(file)` wrote.
 
     Raises:
         ReportError: if it cannot be read, or is no ledger.
@@ -37,11 +34,7 @@ def read_ledger(file: Path) -> Record:
 
 
 def write_ledger_page(file: Path, out: Path | None = None) -> Path:
-    """Write the report of one ledger.
-
-    Args:
-        file: the ledger's.
-        out: the file to write; by default the ledger's name with `.html`.
+    """Write the report of one ledger, by default to the ledger's name with `.html`.
 
     Raises:
         ReportError: if the ledger cannot be read.
@@ -54,7 +47,7 @@ def write_ledger_page(file: Path, out: Path | None = None) -> Path:
 
 
 def ledger_tables(record: Record) -> Iterator[Table]:
-    """For each resource its decisions, spent beside reference and predicted beside measured; then seconds by group."""
+    """For each resource its decisions: spent, reference, predicted, measured; then seconds by group."""
     for resource in resources.resources(record) or (None,):
         unit = resources.UNITS.get(resource or "", resource or "")
         read = any((resource or "") in entry.metered for entry in record.entries)

@@ -1,4 +1,4 @@
-"""Names: many that differ in their numbers only, written as one."""
+"""Names: those that differ in their numbers only, written as one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def skeleton(name: str) -> str:
 
 
 def fold(names: Iterable[str]) -> tuple[str, ...]:
-    """The same names in fewer words: exactly these, no name more.
+    """The same names in fewer words: exactly these and no other.
 
     >>> fold(["h.0.mlp", "h.1.mlp", "h.2.mlp", "head"])
     ('h.{0..2}.mlp', 'head')

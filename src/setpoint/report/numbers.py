@@ -1,4 +1,4 @@
-"""Numbers as people read them: three digits, a prefix and a unit."""
+"""Numbers for readers: three digits, a prefix and a unit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def scale(largest: float, unit: str) -> tuple[float, str]:
 
 
 def exact(value: float) -> str:
-    """A number in as many digits as tell it from every other.
+    """A number in the fewest digits that identify it.
 
     >>> exact(0.25), exact(1.0), exact(1 / 3)
     ('0.25', '1', '0.3333333333333333')
@@ -38,7 +38,7 @@ def human(value: float | None, unit: str = "") -> str:
     """
     if value is None or not math.isfinite(value):
         return NOTHING
-    # Round first, so that 999.9 becomes 1 k and not "1e+03".
+    # Rounded before the prefix is chosen, so that 999.9 becomes 1 k and not "1e+03".
     rounded = float(f"{value:.3g}")
     factor, prefixed = scale(rounded, unit)
     return f"{digits(rounded / factor)} {prefixed}".rstrip()

@@ -28,7 +28,7 @@ def is_own_function(target: str) -> bool:
 
 
 def own_function(target: str) -> Callable[[], Any]:
-    """The function of a Python file that takes nothing; modules beside the file can be imported by it.
+    """The function without arguments of a Python file, which may import modules beside it.
 
     Raises:
         UsageError: there is no such file, or it has no such function.
@@ -48,7 +48,7 @@ def own_function(target: str) -> Callable[[], Any]:
 
 
 def source_hash(target: str) -> str:
-    """What tells the text of a function's file from that of another version, 16 hexadecimal digits."""
+    """Hash of the text of a function's file, 16 hexadecimal digits."""
     return hashlib.sha256(_parts(target)[0].read_bytes()).hexdigest()[:16]
 
 
@@ -59,10 +59,9 @@ def _parts(target: str) -> tuple[Path, str]:
 
 @cache
 def _module(path: Path, source: bytes) -> ModuleType:
-    """A file's module, loaded once for each text that it has had.
+    """A file's module, loaded once for each text of it.
 
-    It has a name of its own, so that the file may be called like any module there is; a second file of the same name
-    has another one.
+    Its module name is unique, so that the file may have the name of any other module, or of another file.
     """
     name = f"own_{path.stem}"
     while (other := sys.modules.get(name)) is not None and Path(other.__file__ or "") != path:
@@ -83,7 +82,7 @@ def _module(path: Path, source: bytes) -> ModuleType:
 
 @contextmanager
 def named_errors(target: str) -> Iterator[None]:
-    """Whatever a user's file raises becomes one line: which function, where in the file, and what was said.
+    """Turn any exception of a user's file into one line: function, place in the file, and message.
 
     Raises:
         UsageError: in place of anything but itself.

@@ -1,4 +1,4 @@
-"""Parameters: which of a model's lie along units of its groups, and how many."""
+"""Parameters: which of them lie along units of groups, and how many."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ class Part:
     """A part of one parameter tensor; the parts of a model hold each of its parameters once.
 
     Args:
-        tensor: name of the tensor.
         group: the group along whose units these entries lie; empty if along none.
-        params: how many entries.
+        params: number of entries.
     """
 
     tensor: str
@@ -30,13 +29,8 @@ class Part:
 def parts(model: nn.Module, groups: Sequence[Group], whole: Collection[str] = ()) -> tuple[Part, ...]:
     """Divide the parameters among the groups.
 
-    An entry that lies along units of several groups goes to one that may be pruned, and among these to the one that
-    writes it.
-
-    Args:
-        model: the model.
-        groups: its groups.
-        whole: names of groups that are not pruned.
+    An entry that lies along units of several groups counts for one that may be pruned, and among these for the one
+    that writes it. `whole` names the groups that are not pruned.
     """
     places = _places(model, groups)
     found: dict[tuple[str, str], float] = {}
@@ -54,12 +48,9 @@ def parts(model: nn.Module, groups: Sequence[Group], whole: Collection[str] = ()
 
 
 def params_along(model: nn.Module, groups: Sequence[Group], *, embeddings: bool = True) -> int:
-    """How many parameters lie along a unit of any of these groups.
+    """Number of parameters that lie along a unit of any of these groups.
 
-    Args:
-        model: the model.
-        groups: groups that count.
-        embeddings: whether tables of `nn.Embedding` modules (and what is tied to them) count.
+    With `embeddings`, tables of `nn.Embedding` modules (and weights tied to them) count.
     """
     counted = {name for name, _ in _counted(model, embeddings)}
     return sum(part.params for part in parts(model, groups) if part.group and part.tensor in counted)

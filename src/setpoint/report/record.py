@@ -12,14 +12,11 @@ from setpoint.report.values import mapping, quantities, whole
 
 @dataclass(frozen=True)
 class Point:
-    """One line of a history.
+    """One line of a history: optimizer steps, wall-clock seconds and FLOPs of training so far, and what was measured.
 
     Args:
-        step: optimizer steps done.
-        seconds: wall-clock seconds of training so far.
-        flops: FLOPs of training so far.
         split: "train", "validation" or "test".
-        loss: mean loss, None if it was not measured.
+        loss: mean over the split; None if it was not measured.
         accuracy: share of right answers in [0, 1], None if it was not measured.
     """
 
@@ -37,17 +34,17 @@ class Record:
 
     Args:
         units: number of units of the dense model, by group.
-        what: what a unit of the group is, by group: "channel", "head".
+        what: kind of unit, by group: "channel", "head".
         dense: cost of the dense model per optimizer step, by resource.
         limit: the budget by resource.
-        total_steps: optimizer steps of the whole run, None if unknown.
+        total_steps: optimizer steps of the run, None if unknown.
         entries: the decisions, in order.
         sources: by resource, what it was "modelled" and "measured" by.
-        step_seconds: by group, predicted seconds of a dense step that go with the group.
+        step_seconds: by group, predicted seconds of a dense step that the group accounts for.
         calibration: by resource, relative error of the prediction on copies of the model.
-        limit_run: the budget of the whole run by resource.
-        idle_watts: power drawn at rest, as measured; None where it was not.
-        pattern: of the masks, where units are single weights; "" where whole units were cut.
+        limit_run: the budget of the run by resource.
+        idle_watts: measured power at rest; None where it was not measured.
+        pattern: of the masks, where units are single weights; "" where units were cut.
     """
 
     units: Mapping[str, int]
@@ -85,7 +82,7 @@ def record_of(ledger: Ledger) -> Record:
 
 
 def sources(header: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    """By resource, what it was modelled and measured by."""
+    """By resource, the model and the meter of its cost."""
     found: dict[str, tuple[str, ...]] = {}
     for kind in ("modelled", "measured"):
         told = header.get(kind)

@@ -1,4 +1,4 @@
-"""Resources of a ledger: names and units, dense cost and budget, and in a sentence what was spent."""
+"""Resources of a ledger: names and units, dense cost and budget, and a sentence on spending."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAMES = {
 }
 UNITS = {"flops": "FLOP", "params": "parameters", "memory": "B", "latency": "s", "inference": "s", "energy": "J"}
 PER = {"inference": "forward pass", "params": "model"}
-"""What spending is counted per, where it is not a training step."""
+"""Denominator of spending, where it is not a training step."""
 
 
 def resources(record: Record) -> tuple[str, ...]:
@@ -28,7 +28,7 @@ def resources(record: Record) -> tuple[str, ...]:
 
 
 def dense_of(record: Record, resource: str) -> float | None:
-    """Dense cost per step: as predicted, or by the last reading of the dense model, or what the first one foretells."""
+    """Dense cost per step: the meter's last reading of the dense model, else the prediction scaled by its first one."""
     dense = record.dense.get(resource)
     entries = [entry for entry in record.entries if resource in entry.metered and entry.predicted.get(resource)]
     read = [(entry.metered[resource], entry.predicted[resource]) for entry in entries]
@@ -39,7 +39,7 @@ def dense_of(record: Record, resource: str) -> float | None:
 
 
 def limit_of(record: Record, resource: str) -> float | None:
-    """The budget per step, as it was at the last decision; None where there is none, or one of the whole run."""
+    """The budget per step at the last decision; None where there is none, or one per run."""
     if resource in record.limit_run:
         return None
     told = [entry.limit[resource] for entry in record.entries if resource in entry.limit]
@@ -47,7 +47,7 @@ def limit_of(record: Record, resource: str) -> float | None:
 
 
 def unit_of(resource: str | None) -> str:
-    """The unit of a resource, ready for a label; the name itself where it is unknown."""
+    """The unit of a resource, escaped for a label; its name where the unit is unknown."""
     return UNITS.get(resource or "", escape(resource or ""))
 
 
@@ -57,12 +57,12 @@ def end_of(record: Record) -> int:
 
 
 def dropped(entry: Entry) -> int:
-    """How many units the entry dropped."""
+    """Number of units the entry dropped."""
     return sum(num_dropped(entry).values())
 
 
 def num_dropped(entry: Entry) -> dict[str, int]:
-    """How many units the entry dropped, by group; single weights are counted, not listed."""
+    """Number of units the entry dropped, by group; a ledger lists units, and only counts single weights."""
     return {name: len(origins) for name, origins in entry.dropped.items() if origins} | dict(entry.num_dropped)
 
 
@@ -97,5 +97,5 @@ def ledger_line(record: Record) -> str:
 
 
 def seconds_by_group(record: Record) -> list[tuple[str, float]]:
-    """Groups by the seconds of a dense step that go when the group alone is cut to its fewest units, most first."""
+    """Groups by the seconds of a dense step saved by cutting the group alone to its fewest units, descending."""
     return sorted(record.step_seconds.items(), key=lambda item: -item[1])

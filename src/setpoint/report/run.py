@@ -60,7 +60,7 @@ def group_seconds_table(record: Record) -> str:
 
 
 def dynamics_section(name: str, record: Record, history: Sequence[Point]) -> Draft:
-    """What came and went, as spikes, and what each event did to the loss."""
+    """Dropped and regrown units as spikes, and the effect of each event on the loss."""
     draft = place_of(
         f"{name}-active", dynamics.active(record), "Active units of each group", "At every step, after each decision."
     )

@@ -1,4 +1,4 @@
-"""Values of a JSON line, read leniently: what is not of the kind asked for is missing."""
+"""Values of a JSON line, read leniently: a value of another kind counts as missing."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ def mapping(value: Any) -> Mapping[str, Any]:
 
 
 def texts(value: Any) -> dict[str, str]:
-    """Texts by name, of whatever stands there."""
+    """Values by name, each as text."""
     return {str(key): str(item) for key, item in mapping(value).items()}
 
 
 def counts(value: Any) -> dict[str, int]:
-    """Whole numbers by name; others are left out."""
+    """Integers by name; other values are dropped."""
     return {str(key): count for key, item in mapping(value).items() if (count := whole(item)) is not None}
 
 
 def quantities(value: Any) -> dict[str, float]:
-    """Finite numbers by name; others are left out."""
+    """Finite numbers by name; other values are dropped."""
     return {str(key): found for key, item in mapping(value).items() if (found := number(item)) is not None}
 
 

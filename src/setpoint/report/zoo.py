@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from setpoint.errors import UsageError
 
 _MOST_PARAMS = 500_000_000
-"""A larger model is built without its weights: the copies on which cuts are tried would fill the memory."""
+"""A larger model is built without weights: the copies on which cuts are tried would fill the memory."""
 
 # What a transformers model is built for, the first that it can do; and the mapping that says so.
 _HEADS = {
@@ -34,11 +34,10 @@ def named_model(target: str, shape: tuple[int, ...] | None = None) -> tuple[nn.M
     A transformers model of more than 500 million parameters comes on the "meta" device: it has shapes only.
 
     Args:
-        target: "torchvision:resnet50", "timm:vit_tiny_patch16_224", "transformers:gpt2" (a model type, or the name
-            of a model on the Hub with a slash in it), or one of these names alone: then the libraries are asked in
+        target: "torchvision:resnet50", "timm:vit_tiny_patch16_224", "transformers:gpt2" (a model type, or a model on
+            the Hub, with a slash in its name), or one of these names alone: then the libraries are searched in
             this order.
-        shape: shape of a batch of images, or of a batch of tokens for a language model; None for the model's usual
-            size.
+        shape: of a batch of images, or of tokens for a language model; None for the model's usual size.
 
     Raises:
         UsageError: for a name that no installed library knows, or a shape of another kind than the model takes.
@@ -93,7 +92,7 @@ def classifier_names() -> list[str]:
 
 
 def noise(shape: tuple[int, ...]) -> Tensor:
-    """An example input; zeros would leave BatchNorm nothing to normalise."""
+    """An example input of noise: BatchNorm cannot normalise zeros."""
     return torch.randn(shape, generator=torch.Generator(device="cpu").manual_seed(0), device="cpu")
 
 
@@ -148,12 +147,12 @@ def transformers_model(
     """A transformers model in train mode, without a cache, and the inputs of a training step.
 
     Args:
-        config: its configuration; the model is built for the first task that its type can do.
-        shape: shape of its main input, tokens before images; None for two rows.
-        usual: whether the default is as long as usual (128 tokens); otherwise it is short.
+        config: the model is built for the first task in `_HEADS` that its type has a head for.
+        shape: of its main input, tokens before images; None for two rows.
+        usual: whether the default length is the usual one (128 tokens) or a short one.
 
     Raises:
-        UsageError: for a type that can do none of the usual ones, or a shape that does not fit it.
+        UsageError: for a type without such a head, or a shape that does not fit it.
     """
     import transformers
     from transformers.models.auto import modeling_auto
@@ -171,11 +170,7 @@ def transformers_model(
 
 
 def bert_encoder(**sizes: int) -> nn.Module:
-    """An untrained BERT encoder without a pooler.
-
-    Args:
-        sizes: named as in its configuration.
-    """
+    """An untrained BERT encoder without a pooler; `sizes` are named as in its configuration."""
     import transformers
 
     encoder: nn.Module = transformers.BertModel(transformers.BertConfig(**sizes), add_pooling_layer=False)
@@ -183,7 +178,7 @@ def bert_encoder(**sizes: int) -> nn.Module:
 
 
 def _inputs(head: str, config: Any, shape: tuple[int, ...] | None, usual: bool) -> dict[str, Tensor]:
-    """What the model reads in a training step, its main input first."""
+    """Inputs of a training step, the main one first."""
     text = getattr(config, "text_config", None) or config
     vocabulary = min(int(getattr(text, "vocab_size", 100)), 1000)
     longest = int(getattr(text, "max_position_embeddings", None) or 128)
@@ -225,20 +220,14 @@ def _shaped(shape: tuple[int, ...] | None, usual: tuple[int, ...], what: str) ->
 
 
 def _image_shape(config: Any, otherwise: int) -> tuple[int, int, int, int]:
-    """Two images of the size that the model is made for; for any size, of `otherwise` pixels."""
+    """Shape of two images of the model's size; `otherwise` pixels wide for a model without one."""
     size = getattr(config, "image_size", None) or otherwise
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
     return 2, int(getattr(config, "num_channels", 3)), int(height), int(width)
 
 
 def small_config(name: str, known: Mapping[str, Any], sizes: Mapping[str, Any]) -> Any:
-    """The configuration of a model type at small sizes.
-
-    Args:
-        name: the model type.
-        known: sizes that are used where the type has an attribute of that name.
-        sizes: sizes that are used whatever the type has.
-    """
+    """The configuration of a model type at `sizes`, and at those `known` sizes whose names the type has."""
     import transformers
 
     plain = transformers.AutoConfig.for_model(name)

@@ -1,4 +1,4 @@
-"""An accumulated gradient: what backward passes have left in a parameter, told from what was thrown away since."""
+"""An accumulated gradient: what backward passes left in a parameter and nobody has discarded since."""
 
 from __future__ import annotations
 
@@ -11,30 +11,27 @@ from setpoint.sensor.sentinel import graph_task
 
 
 class Accumulated:
-    """The gradient of a parameter, as the last backward pass has left it.
-
-    Args:
-        parameter: a leaf that gradients are accumulated in.
-    """
+    """The gradient of a leaf parameter as the last backward pass left it."""
 
     def __init__(self, parameter: Tensor) -> None:
         self._parameter = parameter
         self._left: tuple[Tensor | None, int] = None, -1
 
     def note(self) -> None:
-        """A backward pass has left it as it is now."""
+        """Remember the present gradient as what a backward pass left."""
         gradient = self._parameter.grad
+        # The version counts in-place changes, of which identity alone shows none.
         self._left = gradient, -1 if gradient is None else gradient._version
 
     @property
     def untouched(self) -> bool:
-        """Whether nobody has set or changed it since."""
+        """Whether the gradient is that object, unchanged."""
         gradient, (left, version) = self._parameter.grad, self._left
         return gradient is not None and gradient is left and gradient._version == version
 
     @property
     def discarded(self) -> bool:
-        """Whether nothing is there any more, as after `zero_grad`. Waits for the device if somebody has changed it."""
+        """Whether it is gone or zero, as after `zero_grad`; a host sync if it was changed."""
         gradient = self._parameter.grad
         return gradient is None or not (self.untouched or bool(local(gradient).any()))
 
@@ -42,15 +39,11 @@ class Accumulated:
 class RunningSum:
     """A sum over the backward passes whose gradients lie in a parameter's `.grad`, and over no others.
 
-    What is brought in a backward pass counts once the pass has accumulated a gradient in the parameter, which
-    `torch.autograd.grad` does not do, and until that gradient is thrown away, as it is after a step that a GradScaler
-    skips, or when other losses had the parameter's gradients before.
+    A value brought in a backward pass counts once the pass has accumulated a gradient in the parameter, which
+    `torch.autograd.grad` does not do. It counts until that gradient is discarded, as it is after a step that a
+    GradScaler skips, or when other losses had the parameter's gradients before.
 
-    Of a parameter that `fully_shard` has spread over ranks everything counts that is brought: what is accumulated
-    there is another tensor.
-
-    Args:
-        parameter: a leaf that gradients are accumulated in.
+    For a parameter that `fully_shard` has sharded every value counts: gradients accumulate in another tensor there.
     """
 
     def __init__(self, parameter: Tensor) -> None:
@@ -65,7 +58,7 @@ class RunningSum:
             ]
 
     def bring(self, value: Tensor) -> None:
-        """Add something, in a backward pass that is about to reach the parameter; may be called again in it."""
+        """Add a value in a backward pass that has yet to reach the parameter; may be called again in it."""
         if self._gradient is None:
             self._sum = _added(self._sum, value)
             return
@@ -73,16 +66,18 @@ class RunningSum:
         self._coming = graph_task(), _added(before if task == graph_task() else None, value)
 
     def total(self) -> Tensor | None:
-        """The sum as it is now; None if nothing of it counts."""
+        """The present sum; None if nothing counts."""
         return None if self._gradient is not None and self._gradient.discarded else self._sum
 
     def stop(self) -> None:
-        """Bring nothing any more; may be called again."""
+        """Remove the hooks; may be called again."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
     def _arriving(self, _: Tensor) -> None:
+        # This hook runs before accumulation: a gradient discarded since the last pass is still absent, so the sum
+        # restarts.
         self._sum = self.total()
 
     def _arrived(self, _: Tensor) -> None:

@@ -26,10 +26,9 @@ class MagnitudeState:
 class MagnitudeSensor:
     """L2 norm of all incoming ("produce") weights of a unit.
 
-    `saliency_u = sqrt(sum of w^2 over the trained weights that write unit u)`; where nothing trained writes the group
-    (fixed filters, whose norms say nothing of what the model made of them), over those that read it. It ranks the units
-    of one group and says nothing about two groups (`Reading.calibrated` is False). Filter norms as a criterion are due
-    to Li et al. (who use L1).
+    `saliency_u = sqrt(sum of w^2 over the trained weights that write unit u)`; over those that read it where nothing
+    trained writes the group (norms of fixed filters do not depend on training). It ranks the units of one group and
+    does not compare groups (`Reading.calibrated` is False). Filter norms as a criterion are due to Li et al. (L1).
 
     References:
         Li, Kadav, Durdanovic, Samet, Graf: "Pruning Filters for Efficient ConvNets", ICLR 2017.
@@ -42,13 +41,13 @@ class MagnitudeSensor:
         return tuple(group for group in groups if _judged_by(group, _parameters(model)))
 
     def init(self, groups: tuple[Group, ...], model: nn.Module) -> MagnitudeState:
-        """A state that looks at the model."""
+        """A state that points at the live model."""
         return MagnitudeState(model)
 
     def update(
         self, state: MagnitudeState, groups: tuple[Group, ...], model: nn.Module, grad_scale: Tensor | None = None
     ) -> MagnitudeState:
-        """Count the step; weights are read only when a reading is asked for."""
+        """Count the step; only `read` looks at weights."""
         return MagnitudeState(model, state.num_steps + 1)
 
     def flops(self, groups: tuple[Group, ...], model: nn.Module) -> float:
@@ -57,13 +56,7 @@ class MagnitudeSensor:
 
     @torch.no_grad()
     def read(self, state: MagnitudeState, groups: tuple[Group, ...], step: int) -> Reading:
-        """Norms of the present weights; NaN or infinite weights give such norms, never a guess.
-
-        Args:
-            state: the state so far.
-            groups: the active groups.
-            step: optimizer steps done, for the record.
-        """
+        """Norms of the present weights; a NaN or infinite weight gives a NaN or infinite norm."""
         tensors = _parameters(state.model)
         squares = {group.name: torch.zeros(group.num_units, dtype=torch.float64) for group in groups}
         for group in groups:
@@ -73,6 +66,7 @@ class MagnitudeSensor:
                 values = sums.select(weight)
                 wide = values.to(torch.promote_types(values.dtype, torch.float32))
                 squares[group.name] += sums.add_up(wide.square()).double().cpu()
+        # The empty tensor is for no groups at all, of which `cat` would fail.
         total = ranks_of(tensors.values()).total(torch.cat([torch.zeros(0, dtype=torch.float64), *squares.values()]))
         parts = np.split(total.sqrt().numpy(), np.cumsum([group.num_units for group in groups])[:-1])
         saliency = dict(zip(squares, parts, strict=True)) if groups else {}

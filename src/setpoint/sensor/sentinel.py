@@ -1,4 +1,4 @@
-"""Sentinels: parameters by which it is seen what becomes of gradients between the backward pass and the step."""
+"""Sentinels: a few parameters that show how gradients change between the backward pass and the step."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from torch import Tensor, nn
 from setpoint.distributed import is_spread, local, whole_tensor
 
 _COUNT = 3
-"""One alone might not take part in a step."""
+"""A single parameter might take no part in a step."""
 
 
 def graph_task() -> int:
-    """Number of the backward pass that is under way, as `torch.autograd.graph` counts them; -1 outside of any."""
+    """Number of the running backward pass, as `torch.autograd.graph` counts them; -1 outside of any."""
     number: int = torch._C._current_graph_task_id()
     return number
 
 
 class Sentinels:
-    """The smallest trained parameters: their gradients as they come, beside what is there before the step.
+    """The smallest trained parameters: their gradients as they arrive, compared with those before the step.
 
-    What is read during the backward pass is of another scale than what is read before the step if gradients are
-    clipped, unscaled or averaged in between. With `g` the gradients as they came and `h` those that are there, all
-    of them in a row, the scale is `(g . h) / (g . g)`.
+    Gradients that are clipped, unscaled or averaged in between have another scale before the step than in the backward
+    pass. With `g` the gradients as they arrived and `h` those before the step, each in one row, the scale is
+    `(g . h) / (g . g)`.
 
-    Where `fully_shard` has spread a parameter over ranks, what has gradients in a backward pass is the whole one that
-    its module has in its place from the forward pass on; gradients that are discarded are not told from others there.
+    Of a parameter that `fully_shard` has sharded, backward passes give gradients to the unsharded tensor that its
+    module holds from the forward pass on. There, discarded gradients cannot be distinguished from others.
 
     Args:
         parameters: of the model.
-        model: in whose forward passes parameters that lie on several ranks are looked for, if they are to be.
+        model: its forward passes are searched for unsharded parameters; None where nothing is sharded.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], model: nn.Module | None = None) -> None:
@@ -41,14 +41,14 @@ class Sentinels:
         trained = [each for each in parameters if each.requires_grad and each.numel() and not each.is_complex()]
         self.parameters = sorted(trained, key=lambda parameter: parameter.numel())[:_COUNT]
         self.came: dict[int, Tensor] = {}
-        """Sums of the gradients that came, by identity of the parameter."""
+        """Sums of the gradients that arrived, by identity of the parameter."""
         self._arriving: dict[int, Tensor] = {}
         self._tasks: dict[int, set[int]] = {}
         self._watched: dict[int, weakref.ref[Tensor]] = {}
         self._handles: list[Any] = []
 
     def start(self) -> None:
-        """Watch all of them; those that lie on several ranks where a model is given."""
+        """Watch all of them; sharded ones only where a model was given."""
         for parameter in self.parameters:
             if not is_spread(parameter):
                 self.watch(parameter, parameter)
@@ -59,7 +59,7 @@ class Sentinels:
                     self._handles.append(module.register_forward_pre_hook(self._looking_for(parameter, name)))
 
     def _looking_for(self, parameter: nn.Parameter, name: str) -> Callable[[nn.Module, Any], None]:
-        """A hook that watches what is in the place of a parameter, which is whole by now."""
+        """A pre-forward hook that watches the unsharded tensor in the place of a parameter."""
         me = weakref.ref(self)
 
         def look(module: nn.Module, args: Any) -> None:
@@ -70,29 +70,25 @@ class Sentinels:
         return look
 
     def watch(self, parameter: nn.Parameter, leaf: Tensor) -> None:
-        """Take in the gradients of a tensor.
-
-        Args:
-            parameter: one of the sentinels.
-            leaf: itself, or what is in its place in the forward pass.
-        """
+        """Record the gradients of `leaf`: a sentinel, or the unsharded tensor in its place in the forward pass."""
         before = self._watched.get(id(leaf))
         if before is not None and before() is leaf:
             return
         self._watched[id(leaf)] = weakref.ref(leaf)
+        # Weak: the hooks live as long as the leaf, and must not keep the sentinels alive.
         me, number = weakref.ref(self), id(parameter)
 
         def arriving(gradient: Tensor) -> None:
             sentinels = me()
             if sentinels is not None:
-                # Gradients that have been discarded do not come again: the hook runs ahead of the accumulation.
+                # This hook runs before accumulation: no gradient here means that earlier ones were discarded.
                 if leaf is parameter and not _has_gradient(parameter):
                     sentinels.came.pop(number, None)
                     sentinels._tasks.pop(number, None)
                 sentinels._arriving[number] = gradient.detach().to(torch.float64, copy=True)  # clipping works in place
 
         def arrived(_: Tensor) -> None:
-            """It was accumulated; `torch.autograd.grad` accumulates nothing."""
+            """The gradient was accumulated, which `torch.autograd.grad` does not do."""
             sentinels = me()
             if sentinels is not None and number in sentinels._arriving:
                 came, before = sentinels._arriving.pop(number), sentinels.came.get(number)
@@ -104,33 +100,33 @@ class Sentinels:
             leaf.register_post_accumulate_grad_hook(arrived),  # type: ignore[no-untyped-call]
         ):
             self._handles.append(handle)
-            weakref.finalize(self, handle.remove)
+            weakref.finalize(self, handle.remove)  # where nobody calls `stop`
 
     def stop(self) -> None:
-        """Watch no longer; may be called again."""
+        """Stop watching; may be called again."""
         for handle in self._handles:
             handle.remove()
         self._handles, self._watched = [], {}
 
     def forget(self) -> None:
-        """What came so far was of another step."""
+        """Drop what arrived: it belongs to another step."""
         self.came, self._tasks = {}, {}
 
     @property
     def tasks(self) -> set[int]:
-        """Backward passes of which there are gradients."""
+        """Backward passes whose gradients are still there."""
         there = [self._tasks.get(id(p), set()) for p in self.parameters if p.grad is not None]
         return set[int]().union(*there)
 
     def any_gradient(self) -> bool:
         """Whether any of them has, or may have, a gradient that is not zero.
 
-        Parts of a parameter have theirs only when ranks have been averaged, which accumulation puts off.
+        Shards get theirs only when gradients are averaged over ranks, which accumulation postpones.
         """
         return any(is_spread(each) or _has_gradient(each) for each in self.parameters)
 
     def left(self) -> dict[int, Tensor]:
-        """Of the gradients that came, those of parameters that still have one; all zero where it was set to zero."""
+        """Of the gradients that arrived, those of parameters that still have one; zero where it was set to zero."""
         found = {}
         for each in self.parameters:
             came = self.came.get(id(each))
@@ -141,27 +137,23 @@ class Sentinels:
         return found
 
     def gradients(self) -> Tensor | None:
-        """The gradients that came and are left, all in a row, 0 where none is; None if none is left at all."""
+        """What `left` returns as one row, 0 where a parameter has none; None if nothing is left."""
         left = self.left()
         return self._row([left.get(id(each)) for each in self.parameters]) if left else None
 
     def nothing(self) -> Tensor:
-        """As many zeros."""
+        """A row of zeros of the same length."""
         return self._row([None for _ in self.parameters])
 
     def factor(self, came: Tensor | None) -> Tensor | None:
-        """The scale of the gradients that are there, beside those that came; None if none came.
-
-        Args:
-            came: what `gradients` returned, or its mean over ranks where gradients are averaged.
-        """
+        """Scale of the present gradients over `came`, a row of `gradients` or its mean over ranks; None for None."""
         if came is None:
             return None
         now = self._row([None if each.grad is None else whole_tensor(each.grad) for each in self.parameters])
         return (came * now).sum() / came.square().sum()
 
     def _row(self, gradients: Sequence[Tensor | None]) -> Tensor:
-        """One gradient or none of each parameter as a row of numbers, on the device of the first parameter."""
+        """A gradient, or zeros, for each parameter as one row, on the device of the first parameter."""
         device = local(self.parameters[0].detach()).device if self.parameters else None
         row = [torch.zeros(0, dtype=torch.float64, device=device)]
         for parameter, gradient in zip(self.parameters, gradients, strict=True):

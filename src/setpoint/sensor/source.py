@@ -1,4 +1,4 @@
-"""A source: an outgoing weight, and what its gradient, or its layer's input, tells of the gates of its units."""
+"""A source: an outgoing weight whose gradient, or whose layer's input, gives the gate gradients of its units."""
 
 from __future__ import annotations
 
@@ -20,11 +20,10 @@ class Source:
     """One outgoing weight of a group.
 
     Args:
-        weight: itself.
-        sums: how its entries on this rank add up by unit.
-        num_read: how many entries are read, on all ranks.
-        tap: what reads the layer's input in place of a frozen weight, if anything does.
-        channels: how what it reads adds up by unit.
+        sums: adds up this rank's entries of the weight by unit.
+        num_read: number of entries that are read, on all ranks together.
+        tap: reads the layer's input in place of a frozen weight; None where nothing does.
+        channels: adds up what the tap reads by unit.
     """
 
     weight: nn.Parameter
@@ -38,22 +37,14 @@ class Source:
         return self.weight.requires_grad or (self.tap is not None and self.tap.seen)
 
     def gate_gradient(self, like: Tensor) -> Float[Tensor, " units"] | None:
-        """What the weight's gradient adds to the gate's gradient of each unit in this step; None if it has none.
-
-        Args:
-            like: of the device and dtype wanted.
-        """
+        """The weight's share of each unit's gate gradient in this step, with device and dtype of `like`; or None."""
         if self.weight.grad is None or (self.tap is not None and not self.weight.requires_grad):
             return None
         weight, gradient = (self.sums.select(local(each)) for each in (self.weight, self.weight.grad))
         return self.sums.add_up(_product(weight, gradient, like.dtype)).to(like)
 
     def tapped(self, like: Tensor) -> Float[Tensor, " units"] | None:
-        """What the tap has read in this step, by unit, in the scale of gradients as they came; None if nothing.
-
-        Args:
-            like: of the device and dtype wanted.
-        """
+        """The tap's sums of this step by unit, at the scale of gradients as they arrived, else as `gate_gradient`."""
         if self.weight.requires_grad or self.tap is None or self.channels is None:
             return None
         read = self.tap.take()
@@ -62,12 +53,12 @@ class Source:
 
 @dataclass(frozen=True, eq=False)
 class Sources:
-    """Whose gradients an update reads.
+    """The parameters whose gradients an update reads.
 
     Args:
         by_group: the outgoing weights of each group.
         others: all other trained parameters, whose gradients must be finite for the step to count.
-        ranks: that they are spread over in parts, if they are.
+        ranks: the ranks that hold the parameters in shards.
     """
 
     by_group: tuple[tuple[Source, ...], ...]
@@ -101,18 +92,19 @@ def find_sources(
 
 
 def zero_if_finite(parameters: tuple[nn.Parameter, ...], like: Tensor) -> Tensor:
-    """0 if every gradient is finite, else NaN; no host sync. A sum is the cheapest thing that a NaN survives."""
+    """0 if every gradient is finite, else NaN; no host sync."""
     total = like.new_zeros(())
     for parameter in parameters:
         gradient = None if parameter.grad is None else local(parameter.grad)
         if gradient is not None and gradient.layout == torch.strided:
             real = torch.view_as_real(gradient) if gradient.is_complex() else gradient
+            # A sum is the cheapest operation that a NaN or an infinity survives; times 0 either is NaN.
             total = total + real.sum(dtype=like.dtype).to(like.device)
     return 0.0 * total
 
 
 def _product(weight: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor:
-    """What each entry adds to its gate's gradient; real and imaginary part of a complex one are weights alike."""
+    """Each entry's share of its gate's gradient; of a complex entry, real and imaginary part are two weights."""
     if weight.is_complex():
         return (weight.detach().conj() * gradient).real.to(dtype)
     return weight * gradient.to(dtype)

@@ -1,4 +1,4 @@
-"""A tap: what a frozen weight's inputs contribute to the loss, read from activations and their gradients."""
+"""A tap: gate gradients of the inputs of a frozen weight, read from activations and their gradients."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TAPPED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def tappable(group: Group, model: nn.Module) -> frozenset[str]:
-    """Names of the frozen outgoing weights of a group that can be read by taps.
+    """Names of the frozen outgoing weights of a group that taps can read.
 
     The units must be written by a trained weight, so that gradients reach them at all.
     """
@@ -46,16 +46,15 @@ class Tap:
     """Sums `x * dL/dx` over everything but the channels of a layer's input x, as the layer itself passes it on.
 
     With `y = W x` the sum is what `sum over o of W[o, u] dL/dW[o, u]` would be if W were trained, for every channel
-    u: both are `dL/dg` of a gate g on it. It is taken in the backward pass, for one multiplication of the
-    activations; they are kept in memory until then. Nothing is seen in compiled code.
+    u: both are `dL/dg` of a gate g on it. It is computed in the backward pass, by one multiplication of the
+    activations, which stay in memory until then. Compiled code runs no tap.
 
-    What backward passes have brought adds up like gradients, and like them it is gone when they are: a forward pass
-    before which no trained weight has a gradient begins anew. Where there is a choice, only those backward passes
-    count in which weights got gradients too: `torch.autograd.grad` for a penalty is none.
+    Sums of several backward passes add up like gradients, and are discarded like them: a forward pass before which no
+    trained weight has a gradient starts anew. Where there is a choice, only those backward passes count in which
+    weights got gradients too: `torch.autograd.grad` for a penalty is none.
 
     Args:
         place: the slice of the frozen weight.
-        model: whose it is.
         sentinels: trained weights of the model, whose gradients are looked at.
     """
 
@@ -64,6 +63,7 @@ class Tap:
         self._sentinels = sentinels
         layer = _layer(place, model)
         assert layer is not None, "a weight that is tapped is tappable"
+        # Weak: the hook lives on the layer, and must not keep a tap alive that nothing reads any more.
         me = weakref.ref(self)
 
         def ahead(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -86,7 +86,7 @@ class Tap:
         return bool(self._totals)
 
     def note(self, summed: Tensor) -> None:
-        """Take in the sums of one backward pass."""
+        """Add the sums of one backward pass."""
         task = graph_task()
         before = self._totals.get(task)
         self._totals[task] = summed if before is None else before + summed
@@ -98,12 +98,12 @@ class Tap:
         return sum(counted[1:], counted[0]) if counted else None
 
     def stop(self) -> None:
-        """Take the hook away; may be called again."""
+        """Remove the hook; may be called again."""
         self._handle.remove()
 
 
 class _Passed(torch.autograd.Function):
-    """A tensor as it is; in the backward pass the sums of what it contributes go to `note`."""
+    """The identity; its backward pass hands the sums of `x * dL/dx` to `note`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, channels: int, note: Callable[[Tensor], None]) -> Tensor:

@@ -26,9 +26,9 @@ class UnitSum:
         dim: the dim along which units lie, or None when every element is a unit.
         num_units: number of units of the group.
         start: first entry along the dim that belongs to a unit.
-        length: number of entries from there to the last that does.
-        repeat: how many neighbouring entries each unit has, if the table is such a repeat; else None.
-        table: unit of each of the `length` entries (`num_units` where there is none), or None for a repeat.
+        length: number of entries from there to the last one that does.
+        repeat: number of neighbouring entries of each unit, if the table is such a repeat; else None.
+        table: unit of each of the `length` entries (`num_units` where there is none); None for a repeat.
     """
 
     dim: int | None
@@ -40,13 +40,7 @@ class UnitSum:
 
     @classmethod
     def of(cls, place: Slice, num_units: int, device: torch.device) -> UnitSum:
-        """The unit sum of a slice, its table ready on the device.
-
-        Args:
-            place: the slice.
-            num_units: number of units of its group.
-            device: where the tensor lives.
-        """
+        """The unit sum of a slice, with its table on the device of the tensor."""
         used = np.flatnonzero(place.index >= 0)
         start, stop = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 0)
         index = np.asarray(place.index[start:stop], dtype=np.int64)
@@ -57,7 +51,7 @@ class UnitSum:
         return cls(place.dim, num_units, start, stop - start, None, table)
 
     def select(self, tensor: Tensor) -> Tensor:
-        """A view of the part of the tensor in which the units lie; no copy."""
+        """The part of the tensor in which the units lie, as a view."""
         flat = tensor.reshape(-1) if self.dim is None else tensor
         dim = self.dim or 0
         if self.length == flat.shape[dim]:
@@ -65,25 +59,22 @@ class UnitSum:
         return flat.narrow(dim, self.start, self.length)
 
     def add_up(self, values: Float[Tensor, "..."]) -> Float[Tensor, " units"]:
-        """Sum of the values by unit.
-
-        Args:
-            values: a tensor of the shape that `select` returns.
-        """
+        """Sum by unit of values that have the shape `select` returns."""
         entries = _entry_sums(values, self.dim or 0)
         if self.repeat is not None:
             return entries if self.repeat == 1 else entries.view(self.num_units, self.repeat).sum(1)
         assert self.table is not None, "units that do not lie in a row have a table"
+        # One bin more than units: entries without a unit fall into the last, which is cut off.
         return entries.new_zeros(self.num_units + 1).index_add_(0, self.table, entries)[:-1]
 
 
 def part_of(place: Slice, tensor: Tensor) -> Slice:
-    """The slice in this rank's part of a tensor that lies on several; in any other tensor as it is."""
+    """The slice in this rank's shard of a sharded tensor; the slice itself for any other tensor."""
     return replace(place, index=place.index[rows(tensor)]) if is_spread(tensor) and place.dim == 0 else place
 
 
 def num_entries(place: Slice, tensor: Tensor) -> int:
-    """How many entries of the tensor `UnitSum.select` takes, on all ranks together."""
+    """Number of entries that `UnitSum.select` takes of the tensor, on all ranks together."""
     used = np.flatnonzero(place.index >= 0)
     length = int(used[-1] - used[0]) + 1 if len(used) else 0
     return length * (tensor.numel() // len(place.index)) if len(place.index) else 0

@@ -17,9 +17,9 @@ class Column:
     """One column of a table.
 
     Args:
-        heading: what stands above.
+        heading: its title.
         text: a row's text.
-        rank: how soon it goes where a table is too wide: 0 never, the highest first.
+        rank: order of removal where a table is too wide: the highest first, 0 never.
     """
 
     heading: str
@@ -42,11 +42,11 @@ CLOCK_NOTES = {
     "not compare. `setpoint bench --timing` measures them.",
 }
 MOST_LOAD = 0.5
-"""Above it, averaged over the minute before, a machine is called busy."""
+"""Load average over the last minute above which a machine is called busy."""
 
 
 def clock_note(cells: Sequence[Cell], clock: str) -> str:
-    """Where the seconds come from, and what else the machine was at."""
+    """Source of the seconds, and the load of the machine meanwhile."""
     loads = [cell.timing.load for cell in cells if cell.timing and cell.timing.load is not None]
     busy = ""
     if loads:
@@ -61,7 +61,7 @@ def clock_note(cells: Sequence[Cell], clock: str) -> str:
 
 
 def _timed_seeds(cells: Sequence[Cell]) -> str:
-    """Whose seconds they are, where some seeds were not timed."""
+    """The timed seeds, where some were not timed."""
     timed = {cell.seed for cell in cells if cell.timing and cell.seed is not None}
     if not timed or timed == {cell.seed for cell in cells if cell.seed is not None}:
         return ""
@@ -69,7 +69,7 @@ def _timed_seeds(cells: Sequence[Cell]) -> str:
 
 
 def columns(rows: Sequence[Row]) -> tuple[Column, ...]:
-    """What a method reached and what it spent; columns that no row fills are left out."""
+    """Columns of results and expenses, without those that no row fills."""
     clock = CLOCKS[rows[0].clock]
     found = (
         Column("method", lambda row: row.label),
@@ -94,7 +94,7 @@ def columns(rows: Sequence[Row]) -> tuple[Column, ...]:
 
 
 def difference_columns(rows: Sequence[Row]) -> tuple[Column, ...]:
-    """How far a method lies from each rival that the task has."""
+    """Columns of the differences to each rival that the task has."""
     rivals = [rival for rival in RIVALS if any(rival in row.differences for row in rows)]
 
     def column(rival: str) -> Column:
@@ -104,7 +104,7 @@ def difference_columns(rows: Sequence[Row]) -> tuple[Column, ...]:
 
 
 def metric_text(row: Row) -> str:
-    """The metric with its spread: accuracies in percent, losses as they are."""
+    """The metric with its standard deviation: accuracies in percent, losses as they are."""
     if not math.isfinite(row.value.mean):
         return "not a number"
     factor, decimals, unit = (100.0, 2, " %") if row.metric == "accuracy" else (1.0, 4, "")
@@ -136,12 +136,12 @@ def interval_text(found: Difference, metric: str) -> str:
 
 
 def seconds_text(row: Row) -> str:
-    """The training time with its spread."""
+    """The training time with its standard deviation."""
     return quantity_text(row.seconds, duration)
 
 
 def share_text(share: Share | None) -> str:
-    """A share of dense seconds with the least and the largest of the rounds.
+    """A share of dense seconds with minimum and maximum over the rounds.
 
     >>> share_text(Share(0.629, 0.61, 0.68))
     '62.9 % (61.0 to 68.0)'
@@ -153,7 +153,7 @@ def share_text(share: Share | None) -> str:
 
 
 def realised_text(row: Row) -> str:
-    """Seconds saved / FLOPs saved with the least and the largest of the rounds."""
+    """Seconds saved / FLOPs saved with minimum and maximum over the rounds."""
     if row.realised is None:
         return NOTHING
     value, low, high = (
@@ -163,12 +163,12 @@ def realised_text(row: Row) -> str:
 
 
 def energy_text(row: Row) -> str:
-    """The energy with its spread."""
+    """The energy with its standard deviation."""
     return quantity_text(row.energy_j, lambda value: human(value, "J"))
 
 
 def quantity_text(found: Estimate | None, text: Callable[[float], str]) -> str:
-    """An estimate with its spread."""
+    """An estimate with its standard deviation."""
     if found is None:
         return NOTHING
     return text(found.mean) + ("" if found.deviation is None else f" ± {text(found.deviation)}")
@@ -183,7 +183,7 @@ def overhead_text(row: Row) -> str:
 
 
 def break_even_text(row: Row) -> str:
-    """The step from which on it is ahead of dense, and how many of the runs ever are where not all are."""
+    """The step from which on it is ahead of dense, and how many runs ever are where not all are."""
     if row.break_even_step is None:
         return NOTHING
     told = "" if row.num_ahead == row.num_clocked else f" ({row.num_ahead} of {row.num_clocked})"

@@ -53,13 +53,7 @@ seeds on. Bold where it excludes 0.</dd>
 
 
 def comparison(name: str, cells: Sequence[Cell], rows: Sequence[Row]) -> Draft:
-    """Headline, numbers, goals and Pareto figures of one task.
-
-    Args:
-        name: of the section, for the ids of its figures.
-        cells: the runs of the task.
-        rows: their summary.
-    """
+    """Headline, numbers, goals and Pareto figures of one task."""
     draft = Draft(headline(rows) + cards(rows)) + costs(name, cells, rows)
     return draft + Draft(goal_list(cells, rows) + table(cells, rows) + differences(rows))
 

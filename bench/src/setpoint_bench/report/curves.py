@@ -17,7 +17,7 @@ from setpoint_bench.report.statistics import mean
 
 MOST_POINTS = 240
 FEW = 6
-"""Up to so many labels, all curves are shown at once and the legend stands above."""
+"""Up to this number of labels, all curves are shown at once and the legend stands above."""
 ALWAYS = ("dense", "small", "small-long", "setpoint")
 """Methods whose curves are shown even among many."""
 SPLITS = ("validation", "test", "train")
@@ -52,8 +52,8 @@ def styles(labels: Sequence[str]) -> dict[str, Style]:
 def curves(series: Mapping[str, Sequence[Cell]], quantity: str) -> Figure | None:
     """Loss or accuracy over the run, by method; None if no run has it.
 
-    Training values are means over stretches of steps (at most `MOST_POINTS` to a curve) and thin;
-    validation and test values are shown as they were measured.
+    Training curves are thin, of means over stretches of steps (at most `MOST_POINTS` a curve). Validation and test
+    values are shown as they were measured.
     """
     look = styles(list(series))
     factor, title = (100.0, "accuracy (%)") if quantity == "accuracy" else (1.0, "loss")
@@ -126,7 +126,7 @@ def thin(points: Sequence[Point], quantity: str) -> Float64[np.ndarray, "points 
 
 
 def plain(values: Float64[np.ndarray, " points"]) -> list[float | None]:
-    """Values for JSON, with six significant digits; what is not finite becomes None."""
+    """Values for JSON, with six significant digits; None for a value that is not finite."""
     return [float(f"{value:.6g}") if np.isfinite(value) else None for value in values]
 
 
@@ -136,8 +136,8 @@ PARTS = ("training", "sensing", "deciding", "resizing", "attaching, other")
 def seconds_by_part(cells: Sequence[Cell]) -> dict[str, float] | None:
     """Mean seconds by part of the run; None if the runs have no times.
 
-    Sensing, deciding and resizing come from the ledger; what else was overhead is "attaching, other"
-    (tracing the model and verifying cuts among them), and the rest is training.
+    Sensing, deciding and resizing come from the ledger; other overhead (tracing the model and verifying cuts
+    among it) is "attaching, other", and the remainder is training.
     """
     total = mean(cell.seconds for cell in cells)
     if total is None:
@@ -152,7 +152,7 @@ def seconds_by_part(cells: Sequence[Cell]) -> dict[str, float] | None:
 
 
 def seconds_figure(series: Mapping[str, Sequence[Cell]]) -> Figure | None:
-    """Where the seconds of a run went, by method; None if no run has times."""
+    """Seconds of a run by part and method; None if no run has times."""
     table = {label: parts for label, cells in series.items() if (parts := seconds_by_part(cells)) is not None}
     if not table:
         return None

@@ -1,4 +1,4 @@
-"""A results folder, read: the lines of its files become cells, whatever older versions or an interruption left out."""
+"""A results folder, read leniently: lines of its files become cells, also where old versions left keys out."""
 
 from __future__ import annotations
 
@@ -30,11 +30,8 @@ TIMING = "timing.jsonl"
 def read_results(folder: Path) -> Results:
     """Read a results folder.
 
-    A half-written last line, as a run that was interrupted leaves it, is left out and remarked upon; so
-    are missing histories and ledgers.
-
-    Args:
-        folder: holds `results.jsonl` and the cells' folders (see docs/results-format.md).
+    The folder holds `results.jsonl` and the cells' folders (docs/results-format.md). A half-written last line of an
+    interrupted run is skipped with a remark; so are missing histories and ledgers.
 
     Raises:
         ReportError: if there is no results file or no result in it, or if one is damaged, has an unknown schema
@@ -48,6 +45,7 @@ def read_results(folder: Path) -> Results:
     for position, line in enumerate(read_lines(path, RESULTS, remarks, whole=True), start=1):
         cell = read_cell(folder, line, f"result {position} of {path}", remarks)
         key = (cell.task, cell.method, cell.budget, cell.seed)
+        # Popped first, so that a repeated run stands where it was written last.
         cells.pop(key, None)
         cells[key] = cell
     for key, timing in read_timings(folder, remarks).items():
@@ -91,16 +89,12 @@ def read_timings(folder: Path, remarks: list[str]) -> dict[tuple[Any, ...], Timi
 
 
 def read_lines(path: Path, name: str, remarks: list[str], *, whole: bool = False) -> list[dict[str, Any]]:
-    """The JSON objects of a file, one per line; incomplete lines are left out and remarked upon.
+    """The JSON objects of a file, one per line; incomplete lines are skipped with a remark.
 
-    Args:
-        path: the file.
-        name: its name for people.
-        remarks: where to remark.
-        whole: whether only a last line without an end may be incomplete, as an interruption leaves it.
+    With `whole`, only a last line without an end may be incomplete, as an interruption leaves it.
 
     Raises:
-        ReportError: another line of a whole file is incomplete.
+        ReportError: another line of a `whole` file is incomplete.
     """
     found = []
     with path.open(encoding="utf-8", errors="replace") as lines:

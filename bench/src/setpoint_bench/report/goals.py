@@ -1,4 +1,4 @@
-"""The headline goals: what Setpoint sets out to reach beside its rivals, and whether a task's results reach it."""
+"""The headline goals of Setpoint against its rivals, and whether a task's results reach them."""
 
 from __future__ import annotations
 
@@ -25,10 +25,8 @@ class Goal:
     """One goal on one task.
 
     Args:
-        letter: its letter.
-        text: what is to be reached.
-        verdict: "reached"; "reached where measured", the rest of it was not; "not reached"; "undecided", where an
-            interval holds both, or fewer than three seeds have none; or "not measured".
+        verdict: "reached"; "reached where measured", where a part was not measured; "not reached"; "undecided", where
+            an interval holds both, or fewer than three seeds have none; or "not measured".
         evidence: the numbers behind the verdict, or what is missing.
     """
 
@@ -72,12 +70,7 @@ def better(found: Difference, metric: str) -> Difference:
 
 
 def goals(cells: Sequence[Cell], rows: Sequence[Row]) -> tuple[Goal, ...]:
-    """Every goal on one task.
-
-    Args:
-        cells: the runs of the task.
-        rows: their summary.
-    """
+    """Every goal on one task."""
     field = Field(rows, series(cells))
     return tuple(_judged(letter, text, field, check) for letter, text, check in GOALS)
 
@@ -85,7 +78,7 @@ def goals(cells: Sequence[Cell], rows: Sequence[Row]) -> tuple[Goal, ...]:
 PRUNED_AFTER = ("magnitude-oneshot", "filter-oneshot", "torch-pruning-norm", "torch-pruning-taylor")
 OPEN_LOOPS = ("filter-first", "cubic", "prunetrain")
 WANTED: Mapping[str, tuple[str, ...]] = {"b": PRUNED_AFTER, "c": (*PRUNED_AFTER, *OPEN_LOOPS)}
-"""Methods that a goal speaks of, and so must be there beside each of Setpoint's rows for it to be reached in full."""
+"""Methods that a goal names: each must be measured beside each of Setpoint's rows for it to be reached in full."""
 
 
 def _judged(letter: str, text: str, field: Field, check: Callable[[Field], Iterator[Check]]) -> Goal:
@@ -106,7 +99,7 @@ def _told(cheaper: Sequence[str]) -> str:
 
 
 def _absent(field: Field, letter: str) -> list[str]:
-    """What a goal speaks of and was not run, by method and budget."""
+    """Methods that a goal names and that were not run, with their budgets."""
     ours = field.ours()
     absent = [
         f"{method} {row.budget:g}" if row.budget is not None else method
@@ -128,8 +121,8 @@ class Check:
     """One comparison that a goal consists of.
 
     Args:
-        good: whether it is as it should be; None where the runs are too few, or too far apart, to say.
-        margin: by how much; of several the least tells most.
+        good: whether it holds; None where the runs are too few, or too far apart, to say.
+        margin: by how much; the smallest margin decides which are reported.
         text: its numbers.
     """
 
@@ -139,7 +132,7 @@ class Check:
 
 
 FEW = 2
-"""Up to so many comparisons are told one by one."""
+"""Up to this number, comparisons are reported one by one."""
 
 
 def _verdict(checks: Iterator[Check]) -> tuple[str, str]:
@@ -156,14 +149,14 @@ def _verdict(checks: Iterator[Check]) -> tuple[str, str]:
 
 
 def _not_below(found: Difference, bound: float) -> bool | None:
-    """Whether a difference is at a bound or above, with all of its interval; None where that lies on both sides."""
+    """Whether all of a difference's interval is at a bound or above; None where it lies on both sides."""
     if found.low is None or found.high is None:
         return None
     return True if found.low >= bound else False if found.high < bound else None
 
 
 def _above_zero(found: Difference) -> bool | None:
-    """Whether it is above 0, with all of its interval."""
+    """Whether all of its interval is above 0; None where it lies on both sides."""
     if found.low is None or found.high is None:
         return None
     return True if found.low > 0 else False if found.high <= 0 else None
@@ -171,7 +164,7 @@ def _above_zero(found: Difference) -> bool | None:
 
 def _near_dense(field: Field) -> Iterator[Check]:
     row = field.at(0.5)
-    # A loss that is no cross-entropy has a scale of its own: 0.01 of it may be anything.
+    # The bound of 0.01 is for nats: a loss that is no cross-entropy has another scale.
     if row is not None and row.difference is not None and (row.metric == "accuracy" or row.unit == "nats"):
         found, bound = better(row.difference, row.metric), -NEAR[row.metric]
         text = f"{interval_text(row.difference, row.metric)} to dense"
@@ -179,12 +172,12 @@ def _near_dense(field: Field) -> Iterator[Check]:
 
 
 def _clocked(field: Field, budget: float) -> list[Row]:
-    """Those whose seconds Setpoint's are held against at a budget: dense, and post-training methods."""
+    """Rows that Setpoint's seconds are compared with at a budget: dense, and post-training methods."""
     return [rival for rival in field.rows if rival.method == DENSE] + field.of(budget, "post-training")
 
 
 def _untimed(field: Field) -> list[str]:
-    """Labels of what goal (b) speaks of and was not timed, though others of the task were."""
+    """Labels of rows that goal (b) names and that were not timed."""
     spoken = [
         row
         for budget in MOST_SECONDS
@@ -215,7 +208,7 @@ def _better_than_pruned(field: Field) -> Iterator[Check]:
 
 
 def _cheaper(field: Field) -> list[str]:
-    """Rivals that are clearly worse and spend less at the end, with which nothing is compared."""
+    """Rivals that are clearly worse and spend less at the end, which are not compared."""
     return [
         rival.label
         for row in field.ours()
@@ -225,16 +218,13 @@ def _cheaper(field: Field) -> list[str]:
 
 
 def _counts(field: Field, row: Row, rival: Row) -> bool:
-    """Whether the rival is comparable, or in spite of spending less not clearly worse."""
+    """Whether the rival is comparable, or spends less and still is not clearly worse."""
     found = field.ahead(row, rival)
     return _comparable(row, rival) or (found is not None and _above_zero(found) is not True)
 
 
 def _comparable(row: Row, rival: Row) -> bool:
-    """Whether the rival spends as much at the end, or more, or is masked and would in theory.
-
-    One that spends less and is clearly worse says nothing, and is left out; one that spends less and is as good counts.
-    """
+    """Whether the rival spends at least as much at the end; of a masked one, its FLOPs in theory."""
     theirs = rival.final_flops_ratio if rival.theoretical_ratio is None else rival.theoretical_ratio
     return row.final_flops_ratio is None or theirs is None or theirs >= row.final_flops_ratio * (1 - MOST_APART)
 

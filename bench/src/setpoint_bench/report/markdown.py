@@ -20,11 +20,7 @@ INTERVALS = (
 
 
 def write_markdown(results_dir: Path, out: Path | None = None) -> Path:
-    """Write `results.md` for a results folder.
-
-    Args:
-        results_dir: a folder as docs/results-format.md describes it.
-        out: the file to write; `results.md` in the results folder by default.
+    """Write `results.md` for a results folder (docs/results-format.md), by default into it.
 
     Raises:
         ReportError: the folder holds no results, or of an unknown schema.
@@ -47,13 +43,7 @@ def markdown(results: Results) -> str:
 
 
 def task_text(cells: Sequence[Cell], rows: Sequence[Row], *, judged: bool = True) -> str:
-    """One task: its tables, and what they were measured on.
-
-    Args:
-        cells: its runs.
-        rows: their summary.
-        judged: whether the goals are told too.
-    """
+    """One task: its tables, what they were measured on and, if `judged`, its goals."""
     parts = [table(columns(rows), rows)]
     compared = [row for row in rows if row.differences]
     if compared:
@@ -119,7 +109,7 @@ def _machine(runs: Sequence[Mapping[str, str]], timings: Sequence[Mapping[str, s
 
 
 def _other_machines(cells: Sequence[Cell]) -> str:
-    """Which rows ran on another processor than most did, "" where all ran on one."""
+    """Which rows ran on another processor than the majority, "" where all ran on one."""
     labels: dict[str, dict[str, None]] = {}
     for label, runs in series(cells).items():
         for cell in runs:
@@ -129,7 +119,7 @@ def _other_machines(cells: Sequence[Cell]) -> str:
 
 
 def _versions(cells: Sequence[Cell]) -> str:
-    """By how many versions of the code the runs were made, as far as they tell; "" where by one."""
+    """How many versions of the code made the runs, as far as recorded; "" for one."""
     codes = [cell.environment.get("code", "") for cell in cells]
     num_untold, known = codes.count(""), set(codes) - {""}
     told = [f"{num_untold} of {len(codes)} runs do not tell by which code they were made"] * bool(num_untold)

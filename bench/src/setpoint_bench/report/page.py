@@ -23,14 +23,9 @@ MOST_CURVES = 24
 
 
 def write_page(results_dir: Path, out: Path | None = None) -> Path:
-    """Write the report of a results folder.
+    """Write the report of a results folder (docs/results-format.md) to one file, by default `report.html` in it.
 
-    Args:
-        results_dir: a folder as docs/results-format.md describes it.
-        out: the file to write; `report.html` in the results folder by default.
-
-    Returns:
-        The file written. It needs no network and no other file.
+    The file needs no network and no other file.
 
     Raises:
         ReportError: if the folder holds no results, or of an unknown schema.
@@ -42,12 +37,7 @@ def write_page(results_dir: Path, out: Path | None = None) -> Path:
 
 
 def render(results: Results, script: str) -> str:
-    """The HTML of the report.
-
-    Args:
-        results: what to show.
-        script: JavaScript that defines `Plotly`.
-    """
+    """The HTML of the report; `script` is JavaScript that defines `Plotly`."""
     rows = summary_rows(results)
     body = Draft(header(results))
     for place, task in enumerate(results.tasks()):
@@ -153,7 +143,7 @@ def remarks(found: Sequence[str]) -> str:
 
 
 def environment(cells: Sequence[Cell]) -> str:
-    """What the runs ran on, and were timed on where that differs; where runs differ, every value is told."""
+    """Environment of the runs and, where it differs, of their timing; every value where runs differ."""
     values: dict[str, list[str]] = {}
     for cell in cells:
         timed = (

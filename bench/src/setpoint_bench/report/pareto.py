@@ -36,7 +36,7 @@ class Expense:
         name: for the figure's id.
         title: of the axis, without its unit.
         unit: of the values.
-        of: mean and spread of a row, None if unknown.
+        of: mean and standard deviation of a row, None if unknown.
     """
 
     name: str
@@ -50,7 +50,7 @@ def _exact(value: float | None) -> Estimate | None:
 
 
 def _in_theory(row: Row, whole: float | None, share: float | None, realised: float | None) -> Estimate | None:
-    """What a masked model costs if zeros cost nothing; anything else what it does cost."""
+    """Cost of a masked model if zeros cost nothing; of any other model its actual cost."""
     return _exact(realised if share is None or whole is None else share * whole)
 
 
@@ -87,10 +87,10 @@ def _known(rows: Sequence[Row], expense: Expense) -> list[tuple[Row, Estimate]]:
 
 
 def pareto(rows: Sequence[Row], expense: Expense) -> Figure:
-    """The metric against an expense: a mark per method and budget with its spread over seeds, and the front.
+    """The metric against an expense: a mark per method and budget with its deviation over seeds, and the front.
 
     Marks are full at the largest budget and open at smaller ones; the line joins what no other mark beats in both
-    the metric and the expense. FLOPs in theory are spent by nobody, so masked models are not on it there.
+    the metric and the expense. Masked models do not spend their FLOPs in theory, so there they are not on it.
     """
     known = _known(rows, expense)
     spent = [(row, cost) for row, cost in known if row.theoretical_ratio is None or expense.unit != "FLOP"]
@@ -166,7 +166,7 @@ def _hover(row: Row, cost: Estimate, expense: Expense) -> str:
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Of points (cost, value), cheap and high ones being good, those that no other is as good as in both.
+    """Of points (cost, value), those that no other equals or beats in both a low cost and a high value.
 
     >>> front([(1.0, 0.5), (2.0, 0.4), (3.0, 0.9)])
     [(1.0, 0.5), (3.0, 0.9)]

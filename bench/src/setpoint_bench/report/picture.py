@@ -43,17 +43,11 @@ def write_picture(results_dir: Path, out: Path, task: str | None = None, labels:
     """Draw one task of a results folder: loss or accuracy against training FLOPs, and FLOPs per step over steps.
 
     A line is the mean over a method's runs where all were judged after the same steps, else the first one's; FLOPs per
-    step are those of the first run. FLOPs are counted, whatever else the machine did; the seconds in a run's history
-    are those of its own clock.
+    step are those of the first run. The SVG follows the reader's light or dark scheme.
 
     Args:
-        results_dir: a folder as docs/results-format.md describes it.
-        out: the SVG file to write.
-        task: which task; the first one by default.
-        labels: of the lines to draw, such as "dense" and "small 0.5", of those that there are; all by default.
-
-    Returns:
-        The file written. It follows the reader's light or dark scheme.
+        task: the first one by default.
+        labels: lines to draw, such as "dense" and "small 0.5", where they exist; all by default.
 
     Raises:
         ReportError: if the folder cannot be read, lacks the task or all labels, or holds no history of it.
@@ -111,7 +105,7 @@ def learning_line(cell: Cell, metric: str, split: str) -> Line:
 
 
 def spending_line(cell: Cell) -> Line:
-    """FLOPs per step over steps: in stairs from the ledger, or level; none where a dense run came before."""
+    """FLOPs per step over steps: stairs from the ledger, or a level line; none where a dense run preceded."""
     if cell.family == "post-training":
         return []
     end = max((point.step for point in cell.history), default=0.0)

@@ -10,18 +10,18 @@ from setpoint.report.record import Point, Record
 
 @dataclass(frozen=True)
 class Timing:
-    """What a run takes on an idle machine, measured apart from the run, in turns with the others.
+    """Seconds of a run on an idle machine, measured separately, in turns with the other runs.
 
     Args:
-        seconds: the whole run, everything counted.
-        rounds: what each round of the measurement says, in seconds.
+        seconds: of the run, everything counted.
+        rounds: the same by each round of the measurement.
         own_seconds: the part that the method itself spends beside plain training steps.
         stage_steps: optimizer steps of each stage of the run.
         step_seconds: seconds of a step of each stage.
         load: the machine's load average before the measurement; None where it is unknown.
-        control: seconds of the dense model's steps by those of the same steps, timed a second time, by round.
-        environment: what it was measured on.
-        date: when, ISO 8601 in UTC.
+        control: by round, seconds of the dense model's steps / seconds of the same steps timed a second time.
+        environment: hardware and versions of the measurement.
+        date: ISO 8601 in UTC.
     """
 
     seconds: float
@@ -40,37 +40,32 @@ class Cell:
     """One run: a method on a task, at a budget, with a seed. Unknown numbers are None.
 
     Args:
-        task: name of the task.
-        method: name of the method; "dense" is the one that others are compared with.
+        method: "dense" is the one that others are compared with.
         budget: the fraction asked for, None where the method has none.
-        seed: seed of the run.
         metric: "accuracy" (a share in [0, 1], more is better) or "loss" (less is better).
         value: the metric on `split`, after the last step.
         split: "test" or "validation".
-        final_flops: FLOPs of one optimizer step of the finished model.
-        final_params: parameters of the finished model.
-        train_flops: FLOPs of the whole run, overhead included.
+        final_flops, final_params: FLOPs of one optimizer step, and parameters, of the finished model.
+        train_flops: FLOPs of the run, overhead included.
         seconds: duration of training, overhead included.
         overhead_seconds: the part of `seconds` that Setpoint spent: attaching, sensing, deciding, resizing.
         overhead_flops: the part of `train_flops` spent on them.
         resizes: number of cuts.
-        landed: whether the run ended within budget; None where there is none to meet.
-        widths: active units of the finished model, by group.
-        dense_widths: units of the dense model, by group.
+        landed: whether the run ended within budget; None without a budget.
+        widths, dense_widths: active units of the finished and of the dense model, by group.
         environment: versions and hardware, as text.
         date: when the run ended.
         family: kind of method: "dense", "small", "post-training", "open-loop", "sparse" or "setpoint".
-        steps: optimizer steps of the run.
         clock: "interleaved" where the methods took turns in one process, "shared" where other work may have
             shared the machine.
         theoretical_flops: FLOPs of one step of the finished model if zeros cost nothing; None where nothing is masked.
         theoretical_train_flops: FLOPs of the run if zeros cost nothing.
         density: kept fraction of the maskable weights; None where nothing is masked.
         energy_j: joules of training; None where there is no meter.
-        break_even_step: first step at which the seconds saved exceed the overhead, as the run itself saw it.
+        break_even_step: first step at which the seconds saved exceed the overhead, by the run's own clock.
         notes: what a reader must know about the run.
         unit: of a loss: "nats" where it is a cross-entropy, else "".
-        timing: what it takes on an idle machine; None where that was not measured.
+        timing: seconds on an idle machine; None where they were not measured.
         history: loss and accuracy over the run.
         record: the ledger, None where there is none.
     """

@@ -26,15 +26,15 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Share:
-    """A share that was measured in rounds: their median, and the least and the largest of them.
+    """A share that was measured in rounds: median, minimum and maximum over them.
 
-    The largest and the least of five rounds hold the true median with a probability of 94 % if rounds are independent;
+    Minimum and maximum of five rounds hold the true median with a probability of 94 % if rounds are independent;
     a machine that changes its pace for minutes makes them less so.
 
     Args:
         value: the median.
-        low: the least.
-        high: the largest.
+        low: the minimum.
+        high: the maximum.
     """
 
     value: float
@@ -52,17 +52,16 @@ class Share:
 
 @dataclass(frozen=True)
 class Difference:
-    """How far a metric lies from a rival's: the mean over seeds that both have of the differences in each seed.
+    """A metric minus a rival's, as a mean over the seeds that both have.
 
     The interval is `mean +- t s / sqrt(n)`, with s the sample standard deviation of the n differences and t
     the quantile of Student's distribution with n - 1 degrees of freedom.
 
     Args:
         mean: of the differences; between the means where no seed is common.
-        num: how many seeds are paired; 0 where none is common.
+        num: number of paired seeds; 0 where none is common.
         deviation: sample standard deviation of the differences; None for fewer than two.
-        low: lower end of the 95 % interval; None for fewer than three.
-        high: its upper end.
+        low, high: ends of the 95 % interval; None for fewer than three.
     """
 
     mean: float
@@ -78,7 +77,7 @@ class Difference:
 
 
 def share_of(parts: Sequence[float], wholes: Sequence[float]) -> Share | None:
-    """What part is of a whole, round by round; of the medians where rounds do not belong together; None without rounds.
+    """Part / whole, round by round; of the medians where rounds do not pair up; None without rounds.
 
     >>> share_of([1.0, 2.0, 3.3], [2.0, 4.0, 6.0])
     Share(value=0.5, low=0.5, high=0.5499999999999999)
@@ -105,13 +104,7 @@ def estimate(values: Sequence[float]) -> Estimate | None:
 def difference(
     cells: Sequence[Cell], rivals: Sequence[Cell], of: Callable[[Cell], float | None] = lambda cell: cell.value
 ) -> Difference | None:
-    """The paired difference of a number of each run; None without rivals or numbers.
-
-    Args:
-        cells: one run a seed.
-        rivals: the same of what they are compared with.
-        of: the number, the metric by default.
-    """
+    """The paired difference of a number of each run, by default the metric, one run a seed; None without numbers."""
     ours, theirs = _by_seed(cells, of), _by_seed(rivals, of)
     if not ours or not theirs:
         return None
@@ -146,12 +139,8 @@ def _by_seed(cells: Sequence[Cell], of: Callable[[Cell], float | None]) -> dict[
 def t_quantile(share: float, freedom: int) -> float:
     """The value that Student's t stays below with this probability.
 
-    With `t = sqrt(f) tan(a)` the density is proportional to `cos(a)^(f - 1)`, which is integrated by the trapezoidal
-    rule and inverted.
-
-    Args:
-        share: the probability, in (0.5, 1).
-        freedom: degrees of freedom f, at least 1.
+    `share` is the probability, in (0.5, 1), and f >= 1 the degrees of freedom. With `t = sqrt(f) tan(a)` the density is
+    proportional to `cos(a)^(f - 1)`, which is integrated by the trapezoidal rule and inverted.
 
     >>> round(t_quantile(0.975, 4), 3), round(t_quantile(0.975, 9), 3)
     (2.776, 2.262)

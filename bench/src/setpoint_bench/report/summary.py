@@ -18,49 +18,34 @@ from setpoint_bench.report.statistics import Difference, Estimate, Share, differ
 DENSE = "dense"
 SETPOINT = "setpoint"
 RIVALS = (DENSE, "small", "small-long", SETPOINT)
-"""Methods that all others are compared with, seed by seed: dense, what its user could train instead, and Setpoint."""
+"""Methods that all others are compared with, seed by seed."""
 FAMILIES = (DENSE, "small", SETPOINT, "open-loop", "post-training", "sparse")
 """Kinds of methods in the order of the rows."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one method did on one task at one budget. Ratios are to the dense model's mean.
+    """Results of one method on one task at one budget. Ratios are to the dense model's mean.
+
+    Fields of the same name as in `Cell` are means over the runs.
 
     Args:
-        task: name of the task.
-        method: name of the method.
-        family: kind of method.
         budget: the fraction asked for, None where there is none.
         label: the method, with its budget where the task has several.
-        metric: "accuracy" or "loss".
-        unit: of a loss: "nats" where it is a cross-entropy, else "".
-        split: "test" or "validation": what the metric was measured on.
-        clock: where the seconds come from: "timed", "interleaved" or "shared", see `clock_of`.
-        num_seeds: how many runs are behind the row.
-        value: the metric.
+        split: "test" or "validation", for the metric.
+        clock: source of the seconds: "timed", "interleaved" or "shared", see `clock_of`.
         differences: by rival, `value` minus the rival's at the same budget, paired by seed.
-        final_flops: FLOPs of one optimizer step of the finished model.
-        final_flops_ratio: the same / dense.
-        theoretical_ratio: the same if zeros cost nothing; None where nothing is masked.
-        final_params: parameters of the finished model.
-        final_params_ratio: the same / dense.
-        train_flops: FLOPs of the whole run, overhead included.
-        train_flops_ratio: the same / dense.
-        theoretical_train_ratio: the same if zeros cost nothing; None where nothing is masked.
-        density: kept fraction of the maskable weights; None where nothing is masked.
+        final_flops_ratio, final_params_ratio, train_flops_ratio: final_flops, final_params, train_flops / dense.
+        theoretical_ratio, theoretical_train_ratio: `final_flops` and `train_flops` / dense if zeros cost nothing; None
+            where nothing is masked.
         seconds: duration of training, overhead included; None where others were timed and this was not.
-        seconds_share: the same / dense, with the least and the largest of the rounds of their measurement.
+        seconds_share: the same / dense, with minimum and maximum over the rounds of their measurement.
         overhead_seconds: part of `seconds` that the method itself spent beside plain training steps.
-        overhead_flops: part of `train_flops` that it spent.
-        realised: seconds saved / FLOPs saved, both as shares of the dense run, likewise.
-        break_even_step: step from which on a run is ahead of the dense run in seconds: the mean over those that are.
-        num_ahead: how many runs are ahead of the dense run from some step on.
-        num_clocked: how many runs could be, since their seconds count by the task's clock.
-        energy_j: joules of training, None where there is no meter.
-        resizes: mean number of cuts.
-        num_landed: how many runs ended within budget, None where there is none to meet.
-        notes: what a reader must know.
+        realised: seconds saved / FLOPs saved, both as shares of the dense run, likewise over rounds.
+        break_even_step: step from which on a run is ahead of the dense run in seconds: mean over the runs that are.
+        num_ahead: number of runs that are ahead of the dense run from some step on.
+        num_clocked: number of runs that could be, since their seconds count by the task's clock.
+        num_landed: number of runs that ended within budget, None without a budget.
     """
 
     task: str
@@ -99,7 +84,7 @@ class Row:
 
     @property
     def difference(self) -> Difference | None:
-        """To the dense model."""
+        """Difference to the dense model."""
         return self.differences.get(DENSE)
 
     @property
@@ -118,13 +103,14 @@ def summary_rows(results: Results) -> tuple[Row, ...]:
 
 
 def series(cells: Sequence[Cell]) -> dict[str, tuple[Cell, ...]]:
-    """Cells of one task by label, in the order of the rows; what one label holds differs by seed only."""
+    """Cells of one task by label, in the order of the rows; cells of one label differ by seed only."""
     order = list(dict.fromkeys(cell.method for cell in cells))
     budgets = {cell.budget for cell in cells if cell.method != DENSE and cell.budget is not None}
     found: dict[str, list[Cell]] = {}
 
     def rank(cell: Cell) -> tuple[bool, float, int, int]:
         family = FAMILIES.index(cell.family) if cell.family in FAMILIES else len(FAMILIES)
+        # Dense first, then methods without a budget, then budgets from the largest.
         return cell.method != DENSE, -(cell.budget or 2.0), family, order.index(cell.method)
 
     for cell in sorted(cells, key=rank):
@@ -146,9 +132,9 @@ def rivals_of(cells: Sequence[Cell], groups: Mapping[str, Sequence[Cell]]) -> di
 
 
 def clock_of(cells: Sequence[Cell]) -> str:
-    """Where the seconds of a task come from.
+    """Source of the seconds of a task.
 
-    "timed": from a measurement apart, on an idle machine; then nothing else counts. "interleaved": from
+    "timed": from a separate measurement, on an idle machine; then nothing else counts. "interleaved": from
     the runs, which took turns in one process. "shared": from runs on a machine that was busy with other work.
     """
     if any(cell.timing is not None for cell in cells):
@@ -278,9 +264,10 @@ def seconds_estimate(cells: Sequence[Cell], clock: str) -> Estimate | None:
 
 
 def realised(flops_ratio: float | None, seconds: Share | None) -> Share | None:
-    """Seconds saved / FLOPs saved, round by round; None where no FLOPs were saved to speak of."""
+    """Seconds saved / FLOPs saved, round by round; None where less than 1 % of FLOPs was saved."""
     if flops_ratio is None or seconds is None or flops_ratio > 0.99:
         return None
+    # The slowest round saves least, so high and low change places.
     saved = [(1 - each) / (1 - flops_ratio) for each in (seconds.value, seconds.high, seconds.low)]
     return Share(*saved)
 
@@ -288,13 +275,13 @@ def realised(flops_ratio: float | None, seconds: Share | None) -> Share | None:
 def break_even_of(cell: Cell, dense: Sequence[Cell], clock: str) -> float | None:
     """First step from which on a run that was cut is ahead of the dense run, by the task's clock; None if never.
 
-    What begins with a whole dense run is never ahead of it.
+    A run that begins with a complete dense run is never ahead of it.
     """
     if cell.family == "post-training":
         return None
     if clock == "timed":
         return None if cell.timing is None else timed_break_even(cell, dense)
-    if clock == "shared":  # only the run itself knows what it saved: the clocks of two runs do not compare
+    if clock == "shared":  # seconds of two runs do not compare, so each counts what it saved itself
         return cell.break_even_step
     return break_even_step(cell, dense)
 

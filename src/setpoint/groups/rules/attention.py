@@ -1,4 +1,4 @@
-"""Scaled dot product attention: heads are a batch dim of it, so they come and go as wholes."""
+"""Scaled dot product attention: heads are a batch dim of it, so a head is kept or dropped as one."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ aten = torch.ops.aten
 
 
 def _heads(walk: Walk, query: Value, key: Value, value: Value, mask: Any, grouped: bool) -> list[DimLabels]:
-    """Batch dims of queries, keys and values unite; with grouped queries several share a key's head."""
+    """Unite batch dims of queries, keys and values; with grouped queries several query heads share a key head."""
     if not grouped or query.shape[-3] == key.shape[-3]:
         values = [Value(v.shape[:-2], v.labels[:-2]) for v in (query, key, value)]
     else:
         repeat = query.shape[-3] // key.shape[-3]
+        # Each key head's atoms are repeated for its query heads: that ties these, so they are dropped together.
         values = [Value(query.shape[:-2], query.labels[:-2])]
         for v in (key, value):
             labels = v.labels[-3]
@@ -42,7 +43,7 @@ def _sdpa(
     *args: Any,
     **kwargs: Any,
 ) -> Value:
-    """`softmax(q k^T * scale) v`: the default scale depends on the head size, which freezes then."""
+    """`softmax(q k^T * scale) v`; the default scale depends on the head size, which is then frozen."""
     batch = _heads(walk, query, key, value, attn_mask, bool(kwargs.get("enable_gqa", False)))
     for labels in batch:
         walk.atoms.mark("batch", labels)

@@ -17,12 +17,12 @@ aten = torch.ops.aten
 
 
 def num_gradients(*operands: Value) -> int:
-    """How many operands of a product need a gradient."""
+    """Number of operands that need a gradient."""
     return sum(operand.grad for operand in operands)
 
 
 def contract_dim(walk: Walk, left: Value, left_dim: int, right: Value, right_dim: int) -> DimLabels:
-    """Sum over a dim of both operands; a weight's own atoms are marked as reading it."""
+    """Labels of a dim that is summed over in both operands; a weight's atoms are marked as reading it."""
     a, b = left.labels[left_dim], right.labels[right_dim]
     for operand, labels in ((left, a), (right, b)):
         if operand.weight:
@@ -35,7 +35,7 @@ def contract_dim(walk: Walk, left: Value, left_dim: int, right: Value, right_dim
 
 
 def _measures(left: Value, right: Value) -> bool:
-    """Whether a product of weights gives a measure of a matrix, as its spectral norm is: no layer reads units there."""
+    """Whether a product of weights measures a matrix (a spectral norm): no layer reads units there."""
     return left.weight and right.weight and min(left.ndim, right.ndim) == 1
 
 
@@ -82,6 +82,7 @@ def _matmul(walk: Walk, out: Value, left: Value, right: Value) -> Value:
             walk.atoms.mark("produce", dims[0][1])
     batch_dims = list(zip(out.shape[: len(batch)], batch, strict=True))
     walk.contract(1, [*batch_dims, *rows, *columns, (left.shape[-1], inner)], num_gradients(left, right))
+    # Along a batch dim one zero operand is enough; along rows or columns it must be their own operand.
     zero = left.zero or right.zero or all(labels is None for labels in batch)
     for operand, dims in ((left, rows), (right, columns)):
         zero = zero and (operand.zero or all(labels is None for _, labels in dims))
@@ -139,7 +140,7 @@ def _einsum(walk: Walk, out: Value, equation: str, operands: Sequence[Value], **
                 letters[letter], sizes[letter] = labels, size
     _mark_batch(walk, terms, operands, output, letters)
     if len(operands) > 1:
-        # More than two operands are multiplied pairwise, in an order that torch chooses: an upper bound.
+        # More than two operands are multiplied pairwise, in an order that torch chooses: this is an upper bound.
         walk.contract(1, [(sizes[letter], letters[letter]) for letter in letters], num_gradients(*operands))
     zero = all(
         any(v.zero for term, v in zip(terms, operands, strict=True) if letter in term)
@@ -168,7 +169,7 @@ def _spelled_out(equation: str, operands: Sequence[Value]) -> tuple[list[str], s
 
 
 def _mark_letter(walk: Walk, operand: Value, kept: bool, labels: DimLabels, operands: Sequence[Value]) -> None:
-    """What an operand's dim does in a product: writes units, reads them, or is summed over."""
+    """Mark whether an operand's dim writes units, reads them, or is summed over."""
     if operand.weight:
         walk.atoms.mark("produce" if kept else "consume", labels)
     elif not kept:
@@ -181,7 +182,7 @@ def _mark_letter(walk: Walk, operand: Value, kept: bool, labels: DimLabels, oper
 def _mark_batch(
     walk: Walk, terms: Sequence[str], operands: Sequence[Value], output: str, letters: Mapping[str, DimLabels]
 ) -> None:
-    """Dims that all activations and the output share are batch dims of the product, as heads are."""
+    """Mark the dims that both activations and the output share as batch dims, as heads are."""
     if len(operands) == 2 and not any(operand.weight for operand in operands):
         for letter in set(terms[0]) & set(terms[1]) & set(output):
             walk.atoms.mark("batch", letters[letter])
@@ -190,15 +191,9 @@ def _mark_batch(
 def _tie_groups(
     walk: Walk, num_groups: int, inputs: DimLabels, shared_in: DimLabels, outputs: np.ndarray, shared_out: DimLabels
 ) -> None:
-    """Tie the channels of a grouped convolution: only whole groups of it can go.
+    """Tie the channels of a grouped convolution: only complete groups of it can be dropped.
 
-    Args:
-        walk: the walk.
-        num_groups: groups of the convolution.
-        inputs: labels of the input channels.
-        shared_in: labels of the weight's dim that holds the inputs of one group, if there is one.
-        outputs: labels of the output channels.
-        shared_out: labels of the weight's dim that holds the outputs of one group, if there is one.
+    `shared_in` and `shared_out` are labels of the weight's dim that holds the inputs or outputs of one group.
     """
     groups = walk.atoms.fresh(num_groups)
     for labels, shared in ((inputs, shared_in), (outputs, shared_out)):

@@ -1,4 +1,4 @@
-"""Ops that work entry by entry: they unite the dims of their operands and hand labels on."""
+"""Ops that work entry by entry: they unite the dims of their operands and pass labels on."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _ZERO_KEEPING = """
     _conj_physical complex resolve_neg
 """.split()  # noqa: SIM905
 
-# Dropped units come out as something else than zero (a sigmoid gives one half); the weights that
-# read them are dropped with them, so only sums over the dim would notice.
+# Dropped units give other values than zero (a sigmoid gives one half). The weights that read them are dropped
+# too, so only sums over the dim would differ.
 _ZERO_BREAKING = """
     acos acosh cos cosh eq ne lt le gt ge exp exp2 exp_ fill fill_ hardsigmoid hardsigmoid_ isnan isinf
     isfinite log log10 log2 log_sigmoid logaddexp logical_not logical_or logical_xor logit masked_fill
@@ -36,7 +36,7 @@ _ZERO_BREAKING = """
 """.split()  # noqa: SIM905
 
 
-# Ops that keep zero or not as the numbers say that they are given after their tensor, such as a power by its exponent.
+# Ops that keep zero depending on the numbers after their tensor, such as a power on its exponent.
 _ZERO_KEEPING_BY_NUMBER: dict[str, Callable[..., bool]] = {
     "pow": lambda exponent: isinstance(exponent, (int, float)) and exponent > 0,
     "clamp_min": lambda low: isinstance(low, (int, float)) and low <= 0,
@@ -77,6 +77,7 @@ def _elementwise(walk: Walk, out: Value, args: Sequence[Any], zero_keeping: bool
     result = Value(out.shape, unite_broadcast(walk, values, out.ndim))
     numbers = any(isinstance(arg, (int, float)) and not isinstance(arg, bool) and arg != 0 for arg in args[:2])
     spanning = [value for value in values if _carries_everywhere(value, result)]
+    # A product is zero where one operand is; that operand must span all units' dims, or its zeros do not reach them.
     if name in ("mul", "mul_"):
         zero = any(value.zero for value in spanning)
     elif name in ("div", "div_"):
@@ -86,7 +87,7 @@ def _elementwise(walk: Walk, out: Value, args: Sequence[Any], zero_keeping: bool
     elif name in ("hardtanh", "hardtanh_") and args[1:] and not args[1] <= 0 <= args[2]:
         zero = False
     elif name in _ZERO_KEEPING_BY_NUMBER and isinstance(args[0], Value) and len(args) > 1:
-        first = name == "where" or (args[0] in spanning and args[0].zero)  # of `where`, that is the condition
+        first = name == "where" or (args[0] in spanning and args[0].zero)  # `where` has its condition first
         others = all(value in spanning for value in values[1:]) or name != "where"
         zero = first and others and _ZERO_KEEPING_BY_NUMBER[name](*args[1:])
     else:
@@ -133,7 +134,7 @@ def _distance(walk: Walk, out: Value, x: Value, y: Value, reduction: int = 1, *a
 
 @rule(aten.broadcast_tensors.default)
 def _broadcast_tensors(walk: Walk, out: tuple[Value, ...], tensors: Sequence[Value]) -> tuple[Value, ...]:
-    """Each tensor in the shape of all of them."""
+    """Each tensor broadcast to their common shape."""
     labels = unite_broadcast(walk, tensors, out[0].ndim)
     return tuple(
         Value(part.shape, labels, zero=x.zero and _carries_everywhere(x, Value(part.shape, labels)))

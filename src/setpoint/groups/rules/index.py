@@ -34,15 +34,13 @@ def _embedding_bag(walk: Walk, out: tuple[Value, ...], weight: Value, *args: Any
 
 @rule(aten.index.Tensor)
 def _index(walk: Walk, out: Value, x: Value, indices: Sequence[Value | None]) -> Value:
-    """Indexed dims are chosen by data; others pass. Results of several indices stand where the first was.
-
-    Weights that data chooses (those of an expert) are weights still.
-    """
+    """Indexed dims are chosen by data; other dims pass. Weights that data chooses (an expert's) still are weights."""
     given = [d for d, index in enumerate(indices) if index is not None]
     for d in given:
         walk.freeze(x.labels[d], "it is indexed by data")
     rest = [labels for d, labels in enumerate(x.labels) if d not in given]
     num_new = out.ndim - len(rest)
+    # As in NumPy: the new dims replace adjacent indexed dims, and come first otherwise.
     adjacent = given == list(range(given[0], given[-1] + 1))
     at = given[0] if adjacent else 0
     return Value(out.shape, (*rest[:at], *(None,) * num_new, *rest[at:]), weight=x.weight, zero=x.zero)
@@ -53,7 +51,7 @@ def _index(walk: Walk, out: Value, x: Value, indices: Sequence[Value | None]) ->
 @rule(aten.scatter.src, aten.scatter.value, aten.scatter_.src, aten.scatter_.value, aten.scatter_reduce.two)
 @rule(aten.scatter_add.default, aten.scatter_add_.default, aten.scatter_reduce_.two)
 def _along_dim(walk: Walk, out: Value, x: Value, dim: Any, *args: Any, **kwargs: Any) -> Value:
-    """Entries along the dims move about by data, so these freeze."""
+    """Data moves entries along the dims, which are frozen."""
     name = op_name(walk.node.target)  # type: ignore[union-attr]
     if name == "roll":
         dim = args[0] if args else ()
@@ -81,7 +79,7 @@ def _along_dim(walk: Walk, out: Value, x: Value, dim: Any, *args: Any, **kwargs:
 @rule(aten.linspace.default, aten.scalar_tensor.default, aten.one_hot.default)
 @rule(aten.rand.default, aten.randn.default, aten.eye.default, aten.item.default, aten.bincount.default)
 def _data(walk: Walk, out: Any, *args: Any, **kwargs: Any) -> None:
-    """Positions, masks and noise: data. Units that are fed in freeze."""
+    """Positions, masks and noise are data. Units that are read for them are frozen."""
     for arg in args:
         if isinstance(arg, Value):
             walk.freeze_all(arg, "it is turned into data")
@@ -90,7 +88,7 @@ def _data(walk: Walk, out: Any, *args: Any, **kwargs: Any) -> None:
 @rule(aten.zeros.default, aten.ones.default, aten.empty.memory_format, aten.full.default)
 @rule(aten.new_zeros.default, aten.new_ones.default, aten.new_empty.default, aten.new_full.default)
 def _constant(walk: Walk, out: Value, *args: Any, **kwargs: Any) -> Value:
-    """A constant of a written size: every dim may follow whatever it meets."""
+    """A constant of a written size; every dim follows any dim that it is united with."""
     sizes = [arg for arg in args if isinstance(arg, (list, tuple))][0]
     labels = tuple(walk.alike(size) for size in sizes)
     name = str(walk.node.target.overloadpacket.__name__)  # type: ignore[union-attr]

@@ -12,7 +12,7 @@ aten = torch.ops.aten
 
 
 def _silences(weight: Value | None, bias: Value | None) -> bool:
-    """Whether a dropped unit comes out as zero whatever went in: its factor is zero, and what is added."""
+    """Whether a dropped unit gives zero for any input: its scale and its shift are zero."""
     return weight is not None and weight.zero and (bias is None or bias.zero)
 
 
@@ -82,7 +82,7 @@ def _group_norm(
     *args: object,
     **kwargs: object,
 ) -> Value:
-    """Channels are `(num_groups, channels / num_groups)`: a whole group may go, a part of one may not."""
+    """Channels are `(num_groups, channels / num_groups)`: only a complete group is lossless to drop."""
     channels = x.shape[1]
     labels = x.labels[1]
     for dim, own in enumerate(x.labels):
@@ -109,15 +109,13 @@ def _group_norm(
 
 @rule(aten._weight_norm.default)
 def _weight_norm(walk: Walk, out: Value, direction: Value, size: Value, dim: int = 0) -> tuple[DimLabels, ...]:
-    """`size * direction / |direction|`, the norm over all dims but one; zeros do not change it.
-
-    A row of `direction` that is zero would be 0 / 0, so a mask leaves it alone: its size is zero.
-    """
+    """`size * direction / |direction|`, with the norm over all dims but one, which zeros do not change."""
     labels = list(direction.labels)
     for own in (*labels[:dim], *labels[dim:][1:]):
         walk.atoms.mark("measured", own)
     if size.ndim == 0:  # one norm over all dims
         return direction.labels
     labels[dim] = walk.unite(labels[dim], size.labels[dim])
+    # A zero row of `direction` would give 0 / 0. A mask leaves it alone, since its size is zero already.
     walk.atoms.mark("unmasked", direction.labels[dim])
     return tuple(labels)

@@ -28,7 +28,7 @@ def _without(value: Value, dims: list[int], keepdim: bool) -> tuple[DimLabels, .
 @rule(aten.mean.default, aten.mean.dim, aten.var.dim, aten.var.correction, aten.std.dim, aten.std.correction)
 @rule(aten.var_mean.dim, aten.var_mean.correction, aten.norm.ScalarOpt_dim, aten.norm.Scalar)
 def _mean(walk: Walk, out: Any, x: Value, dim: Any = None, *args: Any, **kwargs: Any) -> Any:
-    """A mean divides by the number of entries, so an absent entry is not a zero one."""
+    """A mean divides by the number of entries, so a zero entry is not an absent one."""
     packet = walk.node.target.overloadpacket if walk.node is not None else None  # type: ignore[union-attr]
     if packet is aten.norm:
         order = 2 if dim is None else dim

@@ -15,7 +15,7 @@ aten = torch.ops.aten
 
 
 def _blocks(source: Sequence[int], target: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """Smallest runs of dims with equal products: how a reshape splits and merges. Size-1 dims go free."""
+    """Smallest runs of dims with equal products: how a reshape splits and merges. Dims of size 1 are skipped."""
     left = [d for d, size in enumerate(source) if size != 1]
     right = [d for d, size in enumerate(target) if size != 1]
     blocks: list[tuple[list[int], list[int]]] = []
@@ -38,7 +38,7 @@ def _blocks(source: Sequence[int], target: Sequence[int]) -> list[tuple[list[int
 
 
 def _merge(walk: Walk, value: Value, dims: list[int]) -> DimLabels:
-    """Labels of a run of dims read as one; two labelled dims make cells that fall with either."""
+    """Labels of a run of dims merged into one; two labelled dims make cells that are dropped with either."""
     labelled = [d for d in dims if value.labels[d] is not None]
     if not labelled:
         return None
@@ -52,7 +52,7 @@ def _merge(walk: Walk, value: Value, dims: list[int]) -> DimLabels:
 
 
 def _split(walk: Walk, flat: np.ndarray, sizes: list[int]) -> list[DimLabels]:
-    """Labels of one dim read as several; what depends on two of them becomes cells of both."""
+    """Labels of one dim split into several; entries that depend on two of them become cells of both."""
     cells = flat.reshape(sizes)
     roots = walk.atoms.find(cells)
     depends = [axis for axis in range(len(sizes)) if (roots != np.take(roots, [0], axis=axis)).any()]
@@ -91,7 +91,7 @@ def reshape(walk: Walk, value: Value, shape: Sequence[int]) -> tuple[DimLabels, 
 
 
 def _merges_data(value: Value, shape: Sequence[int]) -> set[int]:
-    """Output dims whose size also counts data (a batch, positions), so that it is no size of units alone."""
+    """Output dims whose size also counts data (a batch, positions)."""
     mixed: set[int] = set()
     for ins, outs in _blocks(value.shape, shape):
         if len(ins) > 1 and any(value.labels[d] is None for d in ins):
@@ -101,7 +101,7 @@ def _merges_data(value: Value, shape: Sequence[int]) -> set[int]:
 
 @rule(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.view_as.default, aten.reshape_as.default)
 def _view(walk: Walk, out: Value, x: Value, size: Any) -> tuple[DimLabels, ...]:
-    """The sizes may be written out in the forward, so they are recorded."""
+    """A reshape; its sizes are recorded, since the forward may write them out."""
     labels = reshape(walk, x, out.shape)
     if isinstance(size, (list, tuple)):
         mixed = _merges_data(x, out.shape)
@@ -113,7 +113,7 @@ def _view(walk: Walk, out: Value, x: Value, size: Any) -> tuple[DimLabels, ...]:
 
 @rule(aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
 def _squeeze(walk: Walk, out: Value, x: Value, dims: Any = None) -> tuple[DimLabels, ...]:
-    """Dims of one entry go; a dim of units that could be meant must never come down to one."""
+    """Dims of one entry vanish, so a dim of units that may be meant must keep at least two."""
     chosen = (
         range(x.ndim) if dims is None else [d % x.ndim for d in (dims if isinstance(dims, (list, tuple)) else [dims])]
     )
@@ -190,7 +190,7 @@ def _spans(x: Value, out: Value) -> bool:
 
 @rule(aten.repeat.default)
 def _repeat(walk: Walk, out: Value, x: Value, repeats: Sequence[int]) -> Value:
-    """Copies side by side belong to the same units; those of a dim of one follow whatever they meet."""
+    """Copies side by side belong to the same units; copies of a dim of one follow any dim they are united with."""
     own = (None,) * (out.ndim - x.ndim) + x.labels
     labels: list[DimLabels] = []
     for dim, size in _padded(x, out):
@@ -208,7 +208,7 @@ def _repeated(walk: Walk, own: DimLabels, size: int, repeats: int, how: Callable
 
 @rule(aten.repeat_interleave.self_int)
 def _repeat_interleave(walk: Walk, out: Value, x: Value, repeats: int, dim: int | None = None, **kwargs: Any) -> Value:
-    """Copies next to each other belong to the same units; those of a dim of one follow whatever they meet."""
+    """Adjacent copies belong to the same units; copies of a dim of one follow any dim they are united with."""
     if dim is None:
         walk.freeze_all(x, "repeat_interleave over all dims")
         return Value(out.shape, (None,) * out.ndim)
@@ -267,7 +267,7 @@ def _pieces(walk: Walk, out: tuple[Value, ...], x: Value, dim: int, name: str) -
 
 @rule(aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes)
 def _split_op(walk: Walk, out: tuple[Value, ...], x: Value, sizes: Any, dim: int = 0) -> tuple[Value, ...]:
-    """Pieces of a dim; their sizes may be written out, so they are recorded."""
+    """Pieces of a dim; their sizes are recorded, since the forward may write them out."""
     return _pieces(walk, out, x, dim, "split")
 
 
@@ -279,7 +279,7 @@ def _chunk(walk: Walk, out: tuple[Value, ...], x: Value, num: int, dim: int = 0)
 
 @rule(aten.unbind.int)
 def _unbind(walk: Walk, out: tuple[Value, ...], x: Value, dim: int = 0) -> tuple[Value, ...]:
-    """Each entry of a dim by itself, so the dim freezes; the pieces may differ elsewhere only in data."""
+    """Each entry of a dim by itself; the dim is frozen."""
     walk.freeze(x.labels[dim], "its entries are taken apart")
     labels = tuple(own for d, own in enumerate(x.labels) if d != dim % x.ndim)
     return tuple(Value(piece.shape, labels, zero=x.zero) for piece in out)
@@ -296,7 +296,7 @@ def _select(walk: Walk, out: Value, x: Value, dim: int, index: int) -> tuple[Dim
 def _slice(
     walk: Walk, out: Value, x: Value, dim: int = 0, start: Any = None, end: Any = None, step: Any = 1
 ) -> tuple[DimLabels, ...]:
-    """A run of entries of a dim; a forward whose bounds do not follow the units is found out when it is tried."""
+    """A run of entries of a dim; trials find the forwards whose bounds do not follow the units."""
     return _cut_out(walk, out, x, dim, slice(start, end, step))
 
 

@@ -62,7 +62,7 @@ def _pooled(num_spatial: int) -> Rule:
 
 def _resized(num_spatial: int) -> Rule:
     def function(walk: Walk, out: Any, x: Value, *args: Any, **kwargs: Any) -> Any:
-        walk.atoms.mark("resized", x.labels[-1 - num_spatial])  # without channels it raises, though not without data
+        walk.atoms.mark("resized", x.labels[-1 - num_spatial])  # torch refuses to resize no channels
         return _spatial(walk, out, x, num_spatial)
 
     return function
