@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol, final
+from typing import Any, Protocol, final, runtime_checkable
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from setpoint.host.host import Host
 from setpoint.sensor.reading import Reading
 
 
+@runtime_checkable
 class Coordinates(Protocol):
     """Where units lie when they are cut; states, say, in the balanced coordinates that the reading is about."""
 
@@ -35,6 +36,7 @@ Origins = Mapping[str, Int[np.ndarray, " _units"]]
 """By group, the index that each active unit has in the dense model."""
 
 
+@runtime_checkable
 class Actuator(Protocol):
     """Carries plans out on everything that is indexed by unit. It changes: its groups follow each plan."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -19,6 +19,7 @@ FORMAT = 2
 AGAIN = "build the model anew, dense, and attach with the arguments of the run that is to go on"
 
 
+@runtime_checkable
 class Part(Protocol):
     """What a loop is made of and remembers by itself."""
 
