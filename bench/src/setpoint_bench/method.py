@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from setpoint.controller.adaptive import AdaptiveController
 from setpoint.controller.gates import GatedController
 from setpoint.controller.price import Gains
 from setpoint.controller.priced import PricedController
@@ -159,23 +158,13 @@ ABLATION_METHODS: tuple[Method, ...] = (
     Setpoint("setpoint-few", PricedController(Reference(num_cuts=2))),
     Setpoint("setpoint-many", PricedController(Reference(num_cuts=32))),
     Setpoint("setpoint-steep", PricedController(Reference(warmup=0.13, settle=0.17))),
-    Setpoint("setpoint-adaptive", AdaptiveController()),
-    Setpoint("setpoint-rising", PricedController(Reference(settle=0.15, dip=0.6), regrow=True)),
     Setpoint("setpoint-vanish", PricedController(min_density=0.0)),
     Setpoint("setpoint-level", PricedController(min_density=0.7)),
-    Setpoint("setpoint-rewarm", rewarm=0.01),
-    Setpoint("setpoint-distilled", distill=0.5),
-    Setpoint("setpoint-switch-offs", switch_off=0.1),
-    Setpoint("setpoint-leave-outs", leave_outs=2),
-    Setpoint("setpoint-fading", fade=True),
 )
 """More of Setpoint with one thing changed, for `bench/benchmarks/ablation.py`.
 
-An open loop with Setpoint's own saliency (`cubic-taylor`); few or many cuts; a reference that leaves dense when
-readings agree, or that dips below the limit and rises to it as units come back; groups that may vanish whole
-(`vanish`) or must stay near a uniform cut (`level`); a learning rate that warms up again after each cut (`rewarm`); a
-dense average of the model's own as the teacher (`distilled`); units that are silent at random (`switch-offs`); saliency
-calibrated by measured losses (`leave-outs`); outgoing weights that fade before they go (`fading`).
+An open loop with Setpoint's own saliency (`cubic-taylor`); few or many cuts; groups that may vanish whole (`vanish`) or
+must stay near a uniform cut (`level`).
 """
 
 
