@@ -25,7 +25,8 @@ import argparse
 import copy
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import islice
@@ -34,6 +35,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
@@ -45,7 +47,6 @@ from setpoint.groups.trace import trace
 from setpoint.sensor.reading import Reading
 from setpoint_bench.catalogue import task_named
 from setpoint_bench.environment import environment
-from setpoint_bench.silenced import without
 from setpoint_bench.simple_task import SimpleTask
 from setpoint_bench.task import dense_widths
 
@@ -54,6 +55,32 @@ CUT = 0.9
 STEPS = {"cifar10-mini": 1500, "shakespeare-mini": 2000}
 Batches = Sequence[tuple[Tensor, Tensor]]
 Units = Mapping[str, np.ndarray]
+
+
+@contextmanager
+def without(
+    model: nn.Module, groups: Sequence[Group], units: Mapping[str, Int[np.ndarray, " _units"]]
+) -> Iterator[None]:
+    """The model with these units' outgoing weights at zero; after it they are back, to the bit."""
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    before: dict[int, tuple[nn.Parameter, Tensor]] = {}
+    with torch.no_grad():
+        for group in groups:
+            gone = np.asarray(units.get(group.name, ()), dtype=np.int64)
+            for part in group.slices if len(gone) else ():
+                if part.role != "consume" or part.tensor not in tensors:
+                    continue
+                assert part.dim is not None, "units lie along a dim"
+                weight = tensors[part.tensor]
+                before.setdefault(id(weight), (weight, weight.detach().clone()))
+                entries = torch.from_numpy(np.flatnonzero(np.isin(part.index, gone)))
+                weight.index_fill_(part.dim, entries.to(weight.device), 0.0)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, value in before.values():
+                weight.copy_(value)
 
 
 def train(task: SimpleTask, model: nn.Module, seed: int, watch: Callable[[], None]) -> None:

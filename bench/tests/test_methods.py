@@ -240,9 +240,8 @@ def test_settings_by_name() -> None:
     assert late == ScheduledController(begin=0.8, end=0.9)  # set one by one, it would end before it begins
     tuned = method_named("set@learning_rate=2").course(TASK, 0.5, {}).task
     assert isinstance(tuned, SimpleTask) and tuned.recipe.learning_rate == 2 * TASK.recipe.learning_rate
-    for name in ("filter-oneshot@share=inf", "setpoint@leave_outs=-1"):
-        with pytest.raises(BenchError, match="above 0 and finite|number of batches"):
-            method_named(name)
+    with pytest.raises(BenchError, match="above 0 and finite"):
+        method_named("filter-oneshot@share=inf")
     with pytest.raises(BenchError, match="is a whole number, got '2.5'"):
         method_named("rigl@period=2.5")
     with pytest.raises(BenchError, match="gmp@end=7 cannot be"):

@@ -28,8 +28,6 @@ class Lasso:
         ratio: penalty / (loss + penalty) at the first step, from which the penalty's weight follows.
     """
 
-    flops = 0.0
-
     def __init__(self, loop: Loop, model: nn.Module, optimizer: Optimizer, ratio: float) -> None:
         self.loop, self.model, self.optimizer, self.ratio = loop, model, optimizer, ratio
         self.loss: Tensor | None = None

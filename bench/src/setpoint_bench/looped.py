@@ -3,35 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol, final, runtime_checkable
+from typing import final
 
 from torch import Tensor
 
 from setpoint.loop.loop import Loop
 from setpoint_bench.course import Outcome
-
-
-@runtime_checkable
-class Companion(Protocol):
-    """What acts on the same training beside a loop, through hooks of its own."""
-
-    @property
-    def flops(self) -> float:
-        """FLOPs of its own so far, those of the steps of training aside."""
-        ...
-
-    @property
-    def seconds(self) -> float:
-        """Seconds of its own so far; 0 where its work cannot be told from that of the steps."""
-        ...
-
-    def observe(self, loss: Tensor) -> None:
-        """Told the loss of each step, with gradients ready and before the optimizer moves."""
-        ...
-
-    def remove(self) -> None:
-        """Take its hooks away."""
-        ...
+from setpoint_bench.lasso import Lasso
 
 
 @final
@@ -40,13 +18,13 @@ class Looped:
 
     Args:
         loop: attached to the model.
-        companion: what acts beside it, if anything.
+        lasso: a penalty on the same training, if there is one.
         notes: what a reader of the result must know.
     """
 
-    def __init__(self, loop: Loop, companion: Companion | None = None, notes: str = "") -> None:
+    def __init__(self, loop: Loop, lasso: Lasso | None = None, notes: str = "") -> None:
         self.loop = loop
-        self.companion = companion
+        self.lasso = lasso
         self.notes = notes
         self._masked = "pattern" in loop.ledger.header
 
@@ -57,23 +35,23 @@ class Looped:
 
     def observe(self, loss: Tensor) -> None:
         """Hand the loss on."""
-        if self.companion is not None:
-            self.companion.observe(loss)
+        if self.lasso is not None:
+            self.lasso.observe(loss)
         self.loop.observe(loss=loss)
 
     def finish(self) -> Outcome:
         """Finish the loop; its summary in a benchmark's words."""
-        flops = seconds = 0.0
-        if self.companion is not None:
-            self.companion.remove()
-            flops, seconds = self.companion.flops, self.companion.seconds
+        seconds = 0.0
+        if self.lasso is not None:
+            self.lasso.remove()
+            seconds = self.lasso.seconds
         summary = self.loop.finish()
         return Outcome(
             widths=dict(summary.widths),
             dense_widths=dict(summary.dense_widths),
             dense_flops=float(summary.dense_flops),
             claimed_flops=float(summary.final_flops),
-            overhead_flops=float(summary.overhead_flops) + flops,
+            overhead_flops=float(summary.overhead_flops),
             overhead_seconds=float(summary.overhead_seconds) + seconds,
             resizes=summary.resizes,
             landed=summary.landed,

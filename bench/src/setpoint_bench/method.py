@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from setpoint.gates.gated import GatedController
 from setpoint.controller.price import Gains
 from setpoint.controller.priced import PricedController
 from setpoint.controller.reference import Reference
@@ -160,18 +161,11 @@ ABLATION_METHODS: tuple[Method, ...] = (
     Setpoint("setpoint-steep", PricedController(Reference(warmup=0.13, settle=0.17))),
     Setpoint("setpoint-vanish", PricedController(min_density=0.0)),
     Setpoint("setpoint-level", PricedController(min_density=0.7)),
-    Setpoint("setpoint-rewarm", rewarm=0.01),
-    Setpoint("setpoint-distilled", distill=0.5),
-    Setpoint("setpoint-switch-offs", switch_off=0.1),
-    Setpoint("setpoint-leave-outs", leave_outs=2),
-    Setpoint("setpoint-fading", fade=True),
 )
 """More of Setpoint with one thing changed, for `bench/benchmarks/ablation.py`.
 
-An open loop with Setpoint's own saliency (`cubic-taylor`); few or many cuts; groups that may vanish whole
-(`vanish`) or must stay near a uniform cut (`level`); a learning rate that warms up again after each cut (`rewarm`); a
-dense average of the model's own as the teacher (`distilled`); units that are silent at random (`switch-offs`); saliency
-calibrated by measured losses (`leave-outs`); outgoing weights that fade before they go (`fading`).
+An open loop with Setpoint's own saliency (`cubic-taylor`); few or many cuts; groups that may vanish whole (`vanish`) or
+must stay near a uniform cut (`level`).
 """
 
 
