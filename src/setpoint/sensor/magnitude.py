@@ -57,13 +57,7 @@ class MagnitudeSensor:
 
     @torch.no_grad()
     def read(self, state: MagnitudeState, groups: tuple[Group, ...], step: int) -> Reading:
-        """Norms of the present weights; NaN or infinite weights give such norms, never a guess.
-
-        Args:
-            state: the state so far.
-            groups: the active groups.
-            step: optimizer steps done, for the record.
-        """
+        """Norms of the present weights; NaN or infinite weights give such norms, never a guess."""
         tensors = _parameters(state.model)
         squares = {group.name: torch.zeros(group.num_units, dtype=torch.float64) for group in groups}
         for group in groups:

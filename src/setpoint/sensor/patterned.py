@@ -24,7 +24,6 @@ def patterned(
 
     Args:
         reading: saliency of active weights.
-        groups: the weight groups.
         shapes: by group name, of its tensor.
         pattern: N:M, or free, which changes nothing.
     """

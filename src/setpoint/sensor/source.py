@@ -38,22 +38,14 @@ class Source:
         return self.weight.requires_grad or (self.tap is not None and self.tap.seen)
 
     def gate_gradient(self, like: Tensor) -> Float[Tensor, " units"] | None:
-        """What the weight's gradient adds to the gate's gradient of each unit in this step; None if it has none.
-
-        Args:
-            like: of the device and dtype wanted.
-        """
+        """What the weight's gradient adds to the gate's gradient of each unit in this step; None if it has none."""
         if self.weight.grad is None or (self.tap is not None and not self.weight.requires_grad):
             return None
         weight, gradient = (self.sums.select(local(each)) for each in (self.weight, self.weight.grad))
         return self.sums.add_up(_product(weight, gradient, like.dtype)).to(like)
 
     def tapped(self, like: Tensor) -> Float[Tensor, " units"] | None:
-        """What the tap has read in this step, by unit, in the scale of gradients as they came; None if nothing.
-
-        Args:
-            like: of the device and dtype wanted.
-        """
+        """What the tap has read in this step, by unit, in the scale of gradients as they came; None if nothing."""
         if self.weight.requires_grad or self.tap is None or self.channels is None:
             return None
         read = self.tap.take()
