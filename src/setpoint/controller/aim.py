@@ -74,14 +74,11 @@ def take_aim(
 ) -> Aim:
     """Take in the error that the meter shows, and place the target.
 
-    Without a meter the prediction is exact. With one, what is predicted to cost x is expected to cost
-    `x * feedback.factor()`, and once the reference is at the limit the aim is half a dead-band below it.
+    Without a meter the prediction is exact. With one, what is predicted to cost x is expected to cost `x *
+    feedback.factor()`, and once the reference is at the limit the aim is half a dead-band below it.
 
     Args:
         observation: its metered cost must belong to the present widths.
-        cost: predicts spending; names the resource.
-        reference: the trajectory.
-        gains: of the PI part.
         deadband: relative error within which the controller rests.
         start: dense cost as metered, None before it is known.
         feedback: what the PI part remembers.

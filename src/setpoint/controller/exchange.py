@@ -29,7 +29,6 @@ def swap(selection: Selection, target: float, deadband: float) -> None:
 
     Args:
         selection: at or below the target, after `add_back`; moved in place.
-        target: cost in the resource's own unit.
         deadband: relative distance below the target that is near enough not to pay for.
     """
     for _ in range(_MAX_SWAPS):
@@ -92,7 +91,6 @@ def trade(selection: Selection, target: float, deadband: float) -> None:
 
     Args:
         selection: at or below the target, after `add_back`; moved in place.
-        target: cost in the resource's own unit.
         deadband: relative distance below the target that is near enough.
     """
     for _ in range(_MAX_TRADES):

@@ -42,9 +42,6 @@ class Guards:
         """Ladders of all groups, by name; units that each reading makes anew have no age.
 
         Args:
-            groups: the groups that may be cut, as they are now.
-            reading: saliency of their units.
-            dense: width of each group before any cut.
             age: by group and active unit, decisions since the unit came back.
         """
         return {

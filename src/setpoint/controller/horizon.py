@@ -98,7 +98,6 @@ def step_limit(
     Args:
         reference: the trajectory, and when decisions are made.
         step: the decision that is to be made now, in optimizer steps done.
-        total_steps: of the whole run.
         rest: what is left to spend on the steps to come, in the resource's unit.
         start: cost of a step of the dense model.
         present: cost of a step now.
@@ -138,8 +137,6 @@ def least_run(reference: Reference, step: int, total_steps: int, *, present: flo
 
     Args:
         reference: when decisions are made.
-        step: optimizer steps done.
-        total_steps: of the whole run.
         present: cost of a step now.
         cheapest: cost of a step of the cheapest model.
     """
@@ -156,7 +153,6 @@ def most_per_step(reference: Reference, step: int, total_steps: int, *, rest: fl
     Args:
         reference: when decisions are made.
         step: the decision that is to be made now, in optimizer steps done.
-        total_steps: of the whole run.
         rest: what is left to spend on the steps to come.
         cheapest: cost of a step of the cheapest model.
 

@@ -59,13 +59,11 @@ def build_ladder(
 ) -> Ladder:
     """The ladder of a group at one decision.
 
-    Blocks hold `multiple_of` units. Where the width is no multiple, the first block is the remainder,
-    so that every width on the way is a multiple. Units of equal saliency go in the order of their index.
+    Blocks hold `multiple_of` units. Where the width is no multiple, the first block is the remainder, so that every
+    width on the way is a multiple. Units of equal saliency go in the order of their index.
 
     Args:
-        group: the group as it is now.
         saliency: of each active unit; negative values count as 0.
-        dense: width of the group before any cut.
         floor: width that must remain; `min_units` at least.
         max_dropped: slew limit, in units. One block may always go, or a group of few units never would.
         free: False for units that must stay at this decision.

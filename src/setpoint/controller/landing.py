@@ -20,10 +20,7 @@ def even_cost(
     """What the model costs when every group has this density of units, and `min_units` at least.
 
     Args:
-        cost: predicts spending.
         widths: present widths, those of groups that are not cut included.
-        dense: width of each group before any cut.
-        groups: the groups that may be cut.
         density: of units, in [0, 1].
     """
     even = {group.name: max(group.min_units, round(density * dense[group.name])) for group in groups}
@@ -36,11 +33,7 @@ def even_density(
     """The highest density of units, the same in all groups, at which the limit is met; 0 where none meets it.
 
     Args:
-        cost: predicts spending.
         widths: present widths, those of groups that are not cut included.
-        dense: width of each group before any cut.
-        groups: the groups that may be cut.
-        limit: highest allowed cost.
     """
     low, high = 0.0, 1.0
     if even_cost(cost, widths, dense, groups, high) <= limit:
@@ -77,15 +70,11 @@ def landing_widths(
     """The widths at which an even cut of the dense model meets the limit, and no single block can be given back.
 
     No density lies further below the one that would meet the limit in single units than the coarsest block; one above
-    it is what the rest of the limit pays for, often in a group that costs little.
-    A group that is narrower already than it would be then stays as it is, and leaves more to the others.
+    it is what the rest of the limit pays for, often in a group that costs little. A group that is narrower already than
+    it would be then stays as it is, and leaves more to the others.
 
     Args:
-        cost: predicts spending.
         widths: widths that no group is to exceed, those of groups that are not cut included.
-        dense: width of each group before any cut.
-        groups: the groups that may be cut.
-        limit: highest allowed cost.
     """
     narrow: set[str] = set()
     while True:

@@ -49,9 +49,6 @@ def offers_of(
 
     Args:
         probe: what resting units would contribute.
-        cost: predicts spending.
-        widths: present widths.
-        groups: the groups as they are now.
         dwell: decisions that a unit rests at least.
         returns: how often a unit may come back in a run.
         slew: largest fraction of a group's units to come back at one decision; one block always may.

@@ -93,14 +93,7 @@ class PenaltyController:
     def decide(
         self, state: PenaltyState, observation: Observation, cost: Cost, groups: tuple[Group, ...]
     ) -> tuple[PenaltyState, Plan]:
-        """The next state and the plan. Pure: same arguments, same answer.
-
-        Args:
-            state: from `init`.
-            observation: what is known at this step.
-            cost: predicts spending; names the resource.
-            groups: the groups that may be cut, as they are now.
-        """
+        """The next state and the plan. Pure: same arguments, same answer."""
         resource, reading = cost.resource, observation.reading
         step, total_steps = observation.step, observation.total_steps
         rate = self.price.absolute(observation.dense[resource])

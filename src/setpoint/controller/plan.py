@@ -72,10 +72,9 @@ class Plan:
 
     Args:
         step: step of the observation it answers.
-        keep: by group name, boolean per active unit, True = stays. Groups that lose nothing may be
-            absent.
-        worth: by group name, per active unit: saliency of its block / saving of the block when the
-            decision was made; NaN where it was not evaluated.
+        keep: by group name, boolean per active unit, True = stays. Groups that lose nothing may be absent.
+        worth: by group name, per active unit: saliency of its block / saving of the block when the decision was made;
+            NaN where it was not evaluated.
         price: the budget's Lagrange multiplier, loss per unit of resource, by resource.
         reference: cost per step that the reference trajectory allows now, by resource.
         landed: True on the last decision: within budget, and no single block can be added back.
@@ -126,17 +125,14 @@ class Controller(Protocol[State]):
 
     def init(self, groups: tuple[Group, ...]) -> State:
         """State before the first decision; what has an entry for each active unit is annotated `ByUnit[...]`."""
-        ...
 
     def due(self, step: int, total_steps: int) -> bool:
         """Whether a decision is to be made after this step (no reading is taken otherwise)."""
-        ...
 
     def decide(
         self, state: State, observation: Observation, cost: Cost, groups: tuple[Group, ...]
     ) -> tuple[State, Plan]:
         """The next state and the plan. Pure: same arguments, same answer."""
-        ...
 
 
 @runtime_checkable
@@ -146,11 +142,9 @@ class Regrowing(Protocol):
     @property
     def regrow(self) -> bool:
         """Whether it does; if so, dropped units rest in a reserve."""
-        ...
 
     def probe_due(self, step: int, total_steps: int) -> bool:
         """Whether resting units should be present in the step after this one, to be read."""
-        ...
 
 
 @runtime_checkable
@@ -159,7 +153,6 @@ class Learning(Protocol):
 
     def flops(self, groups: tuple[Group, ...], allowance: float = math.inf) -> float:
         """FLOPs, within the allowance, that one decision spends on learning at most; `Plan.flops` is what it has."""
-        ...
 
 
 @runtime_checkable
@@ -170,13 +163,10 @@ class Transferring(Protocol[State]):
         """The state with which it goes on without a bump when either changes in the middle of the run.
 
         Args:
-            state: its state.
-            step: optimizer steps done.
             total_steps: of the run, as it is now.
             present: predicted cost of a step now.
             limit: the new one.
         """
-        ...
 
 
 Goal = Price | Tolerance | Literal["budget"]
@@ -190,7 +180,6 @@ class Pursuing(Protocol):
     @property
     def goal(self) -> Goal:
         """The price or tolerance that it was made with, or "budget" for whatever budgets it is given."""
-        ...
 
 
 def regrows(controller: object) -> bool:

@@ -14,30 +14,22 @@ class Gains:
 
         u = kp * e + ki * sum(e),    e = ln(metered / expected)
 
-    where `expected` is what the last decision should have led to: `reference`, less what it could
-    not reach for reasons known to the controller (block size, slew limit, dwell, floors). Up to first
-    order e is `spent / reference - 1`; the logarithm makes the loop exactly linear, because cost and
-    price act as factors. Leaving the known shortfall out is the anti-windup: an actuator at its stop
-    leaves no error to integrate.
+    where `expected` is `predicted * exp(u)` at the present widths, with u of the last decision. The logarithm makes the
+    loop exactly linear, because cost and price act as factors. What a decision could not reach for reasons known to the
+    controller (block size, slew limit, dwell, floors) is in the widths, so it is no error: that is the anti-windup.
 
-    The price follows as the worth at which predicted cost meets the target. With `price_ff` the worth
-    at which it meets the reference itself, and `elasticity = -d ln(cost) / d ln(price)` between both,
+    The price follows as the worth at which predicted cost meets the target. So feedback acts on the cost, and the
+    plant's own slope makes a price of it: the loop gain is 1 for any model. A fixed gain on the price would be too weak
+    where worths are spread over decades and unstable where they are alike.
 
-        price = price_ff * exp(u / elasticity),
-
-    the usual PI law in the logarithm of the price with its gain scheduled by the plant's own slope.
-    A fixed gain would be too weak where worths are spread over decades and unstable where they are
-    alike; scheduled, the loop gain is 1 for any model.
-
-    Derivation of the defaults. If the meter reads `factor` times the prediction,
-    `e[k+1] = ln(factor) - u[k]`, so
+    Derivation of the defaults. If the meter reads `factor` times the prediction, `e[k+1] = ln(factor) - u[k]`, so
 
         e[k+1] = (1 - kp - ki) * e[k] + kp * e[k-1].
 
-    With kp >= 0 and kp + ki <= 1 both coefficients are non-negative, so e never changes sign: no
-    overshoot, which matters because a cut cannot be taken back. `kp = 0.1, ki = 0.5` take out 60 % of a
-    sudden change at the next decision, 99 % within eight (dominant root 0.57), follow a steady drift of
-    d per decision with a lag of `d / ki = 2 d`, and pass only about 0.4 of the variance of a noisy meter.
+    With kp >= 0 and kp + ki <= 1 both coefficients are non-negative, so e never changes sign: no overshoot, which
+    matters because a cut cannot be taken back. `kp = 0.1, ki = 0.5` take out 60 % of a sudden change at the next
+    decision, 99 % within eight (dominant root 0.57), follow a steady drift of d per decision with a lag of `d / ki = 2
+    d`, and pass only about 0.4 of the variance of a noisy meter.
 
     Args:
         kp: proportional gain, >= 0.
@@ -82,8 +74,6 @@ class Feedback:
         """Memory after one decision; inside the dead-band nothing is integrated and the price rests.
 
         Args:
-            error: from `error`.
-            gains: kp and ki.
             deadband: full width of the band around 0, relative.
 
         >>> feedback = Feedback()

@@ -24,7 +24,6 @@ from setpoint.controller.selection import (
     Selection,
     add_back,
     block_savings,
-    cheapest,
     descend,
     marginal_worth,
     start,
@@ -36,8 +35,6 @@ from setpoint.groups.group import Group, keep_all
 
 _BLOCKS_TO_LAND = 2  # blocks of mean size that are left for the last cut to choose from
 
-__all__ = ["PricedController", "PricedState", "cheapest"]
-
 
 @dataclass(frozen=True, eq=False)
 class PricedState:
@@ -45,10 +42,9 @@ class PricedState:
 
     Args:
         dense: width of each group before any cut.
-        age: by group and active unit, decisions since the unit came back; units that never left are
-            as old as the dwell demands.
-        start: dense cost in the unit of the limit, metered where there is a meter; None before the
-            first decision.
+        age: by group and active unit, decisions since the unit came back; units that never left are as old as the dwell
+            demands.
+        start: dense cost in the unit of the limit, metered where there is a meter; None before the first decision.
         feedback: memory of the PI part.
         price: last price.
         metered: whether a meter has been read.
@@ -71,48 +67,47 @@ class PricedController:
 
         worth = summed saliency of the block / (cost.total(widths) - cost.total(widths without it)),
 
-    the loss that a unit of resource earns there. Dropping in the order of worth, with savings weighed
-    again after each pick, until predicted cost meets the target, is the greedy solution of
-    `min loss + price * cost`; the price is the worth at which it stops, divided by `1 - hysteresis`, so
-    that every dropped block has `worth <= price * (1 - hysteresis)`. The target is the reference
-    corrected by feedback (`Gains`); without a meter the prediction is exact and so is the stop. At every stop
-    no single dropped block can be given back within the target: predicted cost ends below it by less than the
-    smallest block that was dropped. Swaps of a coarse block for a finer one come nearer still. Where blocks
-    are coarse, cuts on the way down stop two blocks above the limit, so that the last one can choose a
-    combination that comes near.
+    the loss that a unit of resource earns there. Dropping in the order of worth, with savings weighed again after each
+    pick, until predicted cost meets the target, is the greedy solution of `min loss + price * cost`; the price is the
+    worth at which it stops, divided by `1 - hysteresis`, so that every dropped block has `worth <= price * (1 -
+    hysteresis)`. The target is the reference corrected by feedback (`Gains`); without a meter the prediction is exact
+    and so is the stop. At every stop no single dropped block can be given back within the target: predicted cost ends
+    below it by less than the smallest block that was dropped. Swaps of a coarse block for a finer one come nearer
+    still. Where blocks are coarse, cuts on the way down stop two blocks above the limit, so that the last one can
+    choose a combination that comes near.
 
     A budget of the whole run bounds what a step may cost until the next decision (`Observation.most`): where the
     reference or a guard would leave more, they give way, on the way down as well.
 
-    From `settle` on every decision tries to land: within the limit, never over. Guards that would make it
-    miss are lifted there, one after the other: first the slew limit, then the density floor and the dwell;
-    the plan's reason says so. With a meter the aim is half a dead-band below the limit, and the plan
-    that finds the metered cost within the limit is the one that lands.
+    From `settle` on every decision tries to land: within the limit, never over. Guards that would make it miss are
+    lifted there, one after the other: first the slew limit, then the density floor and the dwell; the plan's reason
+    says so. With a meter the aim is half a dead-band below the limit, and the plan that finds the metered cost within
+    the limit is the one that lands.
 
     With a reading that is not calibrated, saliencies of different groups cannot be compared. Then
-    `allocation="uniform"` is used: blocks are ranked by the share of the group that would be gone, which
-    keeps the densities of all groups alike, and within a group by saliency. (Dividing by a group's mean
-    saliency instead would starve groups whose saliencies are alike.) Worth and price are then shares. Nothing is
-    swapped, and unless guards are lifted no group goes below the width at which an even cut lands, so that coarse
-    blocks on the way down do not cost more than the limit demands: no density ends further below the even one than
-    the coarsest block, and only groups that cost little, to which the rest of the budget goes, lie above it.
+    `allocation="uniform"` is used: blocks are ranked by the share of the group that would be gone, which keeps the
+    densities of all groups alike, and within a group by saliency. (Dividing by a group's mean saliency instead would
+    starve groups whose saliencies are alike.) Worth and price are then shares. Nothing is swapped, and unless guards
+    are lifted no group goes below the width at which an even cut lands, so that coarse blocks on the way down do not
+    cost more than the limit demands: no density ends further below the even one than the coarsest block, and only
+    groups that cost little, to which the rest of the budget goes, lie above it.
 
-    With `regrow=True` dropped units rest in a reserve and are probed before a decision. A block of
-    them comes back where
+    With `regrow=True` dropped units rest in a reserve and are probed before a decision. A block of them comes back
+    where
 
         probed worth = summed min(gain - its standard error, foretold saliency) / what the block costs
                      > price * (1 + hysteresis),
 
-    with the price at which the others pay for it: what comes back is counted first, then the rest is dropped
-    until the target is met. Foretold is what the sensor will read of a unit once it is back: by that it would go
-    again. As many blocks come back, the worthiest first, as still beat the price that this leads to. A unit rests for
-    `dwell` decisions before, stays for as many after, and comes back `returns` times at most.
-    From `reference.land` on nothing comes back; until then the controller holds the limit but has not landed. Off by
-    default: it has been measured to be no better.
+    with the price at which the others pay for it: what comes back is counted first, then the rest is dropped until the
+    target is met. Foretold is what the sensor will read of a unit once it is back: by that it would go again. As many
+    blocks come back, the worthiest first, as still beat the price that this leads to. A unit rests for `dwell`
+    decisions before, stays for as many after, and comes back `returns` times at most. From `reference.land` on nothing
+    comes back; until then the controller holds the limit but has not landed. Off by default: it has been measured to be
+    no better.
 
-    The defaults for `slew` and `min_density` guard against a whole layer being cut on one noisy reading.
-    A group never ends below `min_density` times the density that would meet the limit if all groups had
-    the same one, so allocation may differ by that factor; a quarter of it leaves room for what pays.
+    The defaults for `slew` and `min_density` guard against a whole layer being cut on one noisy reading. A group never
+    ends below `min_density` times the density that would meet the limit if all groups had the same one, so allocation
+    may differ by that factor; a quarter of it leaves room for what pays.
 
     Args:
         reference: trajectory and times of decisions.
@@ -147,22 +142,18 @@ class PricedController:
     returns: int = 1
 
     def __post_init__(self) -> None:
-        if not 0 <= self.hysteresis < 1:
-            raise ValueError(f"hysteresis is a fraction in [0, 1), got {self.hysteresis!r}")
-        if not 0 <= self.deadband < 1:
-            raise ValueError(f"deadband is a relative error in [0, 1), got {self.deadband!r}")
-        if not 0 < self.slew <= 1:
-            raise ValueError(f"slew is a fraction in (0, 1], got {self.slew!r}")
-        if self.dwell < 0:
-            raise ValueError(f"dwell is a number of decisions, at least 0, got {self.dwell!r}")
-        if self.probe_steps < 1:
-            raise ValueError(f"probe_steps is a number of optimizer steps, at least 1, got {self.probe_steps!r}")
-        if self.returns < 0:
-            raise ValueError(f"returns is how often a unit may come back, at least 0, got {self.returns!r}")
-        if not 0 <= self.min_density <= 1:
-            raise ValueError(f"min_density is a fraction in [0, 1], got {self.min_density!r}")
-        if self.allocation not in ("worth", "uniform"):
-            raise ValueError(f"allocation must be 'worth' or 'uniform', got {self.allocation!r}")
+        for name, good, wanted in (
+            ("hysteresis", 0 <= self.hysteresis < 1, "is a fraction in [0, 1)"),
+            ("deadband", 0 <= self.deadband < 1, "is a relative error in [0, 1)"),
+            ("slew", 0 < self.slew <= 1, "is a fraction in (0, 1]"),
+            ("dwell", self.dwell >= 0, "is a number of decisions, at least 0"),
+            ("probe_steps", self.probe_steps >= 1, "is a number of optimizer steps, at least 1"),
+            ("returns", self.returns >= 0, "is how often a unit may come back, at least 0"),
+            ("min_density", 0 <= self.min_density <= 1, "is a fraction in [0, 1]"),
+            ("allocation", self.allocation in ("worth", "uniform"), "must be 'worth' or 'uniform'"),
+        ):
+            if not good:
+                raise ValueError(f"{name} {wanted}, got {getattr(self, name)!r}")
 
     @property
     def goal(self) -> Goal:
@@ -192,10 +183,7 @@ class PricedController:
         """The next state and the plan. Pure: same arguments, same answer.
 
         Args:
-            state: from `init` or the last decision, cut like the groups.
             observation: what is known at this step; its metered cost must belong to the present widths.
-            cost: predicts spending; names the resource.
-            groups: the groups that may be cut, as they are now.
         """
         metered = observation.metered.get(cost.resource)
         problem = problem_with(observation.reading, metered, groups)
@@ -246,9 +234,6 @@ class PricedController:
         Args:
             state: that the plan was made from.
             plan: from `decide` on the same observation.
-            observation: what is known at this step.
-            cost: predicts spending; names the resource.
-            groups: the groups that may be cut, as they are now.
             saliency: by group, of every active unit.
         """
         reading = observation.reading
@@ -270,8 +255,8 @@ class PricedController:
     ) -> tuple[Selection, str, list[Offer]] | None:
         """What goes, and what comes back for it; None where spending is right and nothing comes back.
 
-        The more blocks come back, the higher the price that pays for them and the lower the worth of the last one,
-        so the largest number that still beats the price is found by bisection.
+        The more blocks come back, the higher the price that pays for them and the lower the worth of the last one, so
+        the largest number that still beats the price is found by bisection.
         """
         offers = self._offers(observation, cost, groups)
         if not offers and aim.rests(self.deadband):

@@ -16,16 +16,16 @@ class Reference:
         geometric:  reference = start * (limit / start) ** s
         linear:     reference = start + (limit - start) * s
 
-    Geometric is the default. It removes the same *fraction* of the present cost at every decision, so
-    no decision is much larger than another: on the way to a quarter of the cost in eight cuts each
-    takes 16 %, while the last linear cut would take 27 % in one go. It also saves more on the way
-    down: its mean cost is `(1 - f) / ln(1 / f)` of dense (0.54 for f = 1/4), against `(1 + f) / 2`
-    (0.63). And a relative error means the same thing all along it, which keeps the loop gain constant.
+    Geometric is the default. It removes the same *fraction* of the present cost at every decision, so no decision is
+    much larger than another: on the way to a quarter of the cost in eight cuts each takes 16 %, while the last linear
+    cut would take 27 % in one go. It also saves more on the way down: its mean cost is `(1 - f) / ln(1 / f)` of dense
+    (0.54 for f = 1/4), against `(1 + f) / 2` (0.63). And a relative error means the same thing all along it, which
+    keeps the loop gain constant.
 
-    Decisions are few, because each costs a resize: `num_cuts` of them, evenly spread over the ramp,
-    the last one exactly at `settle`. Checks follow at the same spacing until `land`: there a late or
-    metered run still reaches the limit. After `land` three more chances are spread over the rest of
-    the run, since a late landing is better than a missed budget.
+    Decisions are few, because each costs a resize: `num_cuts` of them, evenly spread over the ramp, the last one
+    exactly at `settle`. Checks follow at the same spacing until `land`: there a late or metered run still reaches the
+    limit. After `land` three more chances are spread over the rest of the run, since a late landing is better than a
+    missed budget.
 
     Args:
         warmup: fraction of the run that stays dense, so that readings mean something.
@@ -65,10 +65,7 @@ class Reference:
         """Cost that is allowed at this step, in the resource's own unit.
 
         Args:
-            step: optimizer steps done so far.
-            total_steps: optimizer steps of the whole run.
             start: dense cost; where it is within the limit there is nothing to come down from.
-            limit: the budget.
         """
         progress = self.progress(step, total_steps)
         if start <= limit or progress == 1.0:
@@ -80,12 +77,10 @@ class Reference:
     def start_through(self, step: int, total_steps: int, *, value: float, limit: float) -> float:
         """The start from which the reference passes through a value at this step: the inverse of `at`.
 
-        For bumpless transfer: with it the reference goes on from `value` down to a new limit. Where
-        the way down is over, or the value is within the limit, the value itself.
+        For bumpless transfer: with it the reference goes on from `value` down to a new limit. Where the way down is
+        over, or the value is within the limit, the value itself.
 
         Args:
-            step: optimizer steps done so far.
-            total_steps: optimizer steps of the whole run.
             value: cost to pass through.
             limit: where it comes down to.
 

@@ -84,17 +84,16 @@ def start(cost: Cost, ladders: Mapping[str, Ladder], widths: Mapping[str, int], 
 def descend(selection: Selection, target: float, ceiling: float = np.inf) -> None:
     """Take the block of least worth, again and again, until predicted cost is at or below the target.
 
-    `worth = saliency of the block / cost.saving(widths, group, units of the block)`, at the widths
-    reached so far: savings shrink as other groups shrink, so a block is weighed again before it is
-    taken. As savings only shrink, a stale worth is a lower bound and weighing just the top of the heap
-    finds the true minimum. Blocks of equal worth go so that densities stay alike, then by name.
+    `worth = saliency of the block / cost.saving(widths, group, units of the block)`, at the widths reached so far:
+    savings shrink as other groups shrink, so a block is weighed again before it is taken. As savings only shrink, a
+    stale worth is a lower bound and weighing just the top of the heap finds the true minimum. Blocks of equal worth go
+    so that densities stay alike, then by name.
 
-    With more blocks than can be weighed one by one in a few milliseconds, several are weighed at
-    once, and the last stretch before the target is gone down in ever smaller steps, to single blocks.
+    With more blocks than can be weighed one by one in a few milliseconds, several are weighed at once, and the last
+    stretch before the target is gone down in ever smaller steps, to single blocks.
 
     Args:
         selection: moved in place; where the ladders end above the target it stays above.
-        target: cost in the resource's own unit.
         ceiling: worth from which on blocks stay, whatever the target.
     """
     num_blocks = sum(ladder.num_rungs for ladder in selection.ladders.values())
@@ -142,8 +141,8 @@ def _descend(selection: Selection, target: float, stride: int, ceiling: float) -
 def weigh(selection: Selection, name: str, stride: int) -> tuple[float, float, str, int, float] | None:
     """(worth, share of the group gone afterwards, name, blocks, saving) of the group's next blocks, noted down.
 
-    On a staircase one block may save nothing and the next one all: there as many blocks, up to four more, are
-    weighed together as are worth least.
+    On a staircase one block may save nothing and the next one all: there as many blocks, up to four more, are weighed
+    together as are worth least.
     """
     left = selection.ladders[name].num_rungs - selection.rungs[name]
     if left == 0:
@@ -175,9 +174,8 @@ def _weighed(selection: Selection, name: str, count: int) -> tuple[float, float,
 def add_back(selection: Selection, target: float) -> None:
     """Give back blocks, the worthiest first, until no single one fits under the target any more.
 
-    What remains below the target is then less than the saving of every block that was dropped and
-    could be given back: the undershoot is bounded by the cheapest of them. With uniform allocation groups take turns,
-    the narrowest first.
+    What remains below the target is then less than the saving of every block that was dropped and could be given back:
+    the undershoot is bounded by the cheapest of them. With uniform allocation groups take turns, the narrowest first.
     """
     fits = True
     while fits:
@@ -218,13 +216,7 @@ def marginal_worth(selection: Selection) -> float:
 
 
 def worth_by(selection: Selection, name: str, saliency: Float64[np.ndarray, " units"]) -> Float64[np.ndarray, " rungs"]:
-    """Worth of a group's blocks by another saliency than the one that they were chosen by; NaN where none was weighed.
-
-    Args:
-        selection: where blocks were weighed.
-        name: of the group.
-        saliency: of its units.
-    """
+    """Worth of a group's blocks by another saliency than they were chosen by; NaN where none was weighed."""
     ladder, saving = selection.ladders[name], selection.saving[name]
     summed = np.concatenate([[0.0], np.cumsum(np.maximum(saliency[ladder.order], 0.0))])[ladder.edges]
     worth = np.full(ladder.num_rungs, np.inf)
@@ -244,6 +236,5 @@ def cheapest(cost: Cost, groups: tuple[Group, ...]) -> float:
 
     Args:
         cost: predicts spending; every group that it follows must be among `groups`.
-        groups: groups that may be cut.
     """
     return cost.total({group.name: lowest_width(group) for group in groups})

@@ -104,10 +104,7 @@ class TolerantController:
         """The next state and the plan. Pure: same arguments, same answer.
 
         Args:
-            state: from `init` or the last decision.
             observation: what is known at this step; `excess` and `last_dropped` tell of the last cut.
-            cost: predicts spending; names the resource.
-            groups: the groups that may be cut, as they are now.
         """
         whole = keep_all(groups)
         step = observation.step

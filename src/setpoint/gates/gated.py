@@ -165,14 +165,7 @@ class GatedController:
     def decide(
         self, state: GatedState, observation: Observation, cost: Cost, groups: tuple[Group, ...]
     ) -> tuple[GatedState, Plan]:
-        """The next state and the plan. Pure: same arguments, same answer.
-
-        Args:
-            state: from `init` or the last decision, cut like the groups.
-            observation: what is known at this step.
-            cost: predicts spending; names the resource.
-            groups: the groups that may be cut, as they are now.
-        """
+        """The next state and the plan. Pure: same arguments, same answer."""
         priced, plan = self.priced.decide(state.priced, observation, cost, groups)
         reading, price = observation.reading, plan.price[cost.resource]
         if (

@@ -50,7 +50,6 @@ class Probe:
         """Saliency that the sensor will read of the units of a group once they are back; infinite where not told.
 
         Args:
-            name: of the group.
             num_samples: independent samples behind the gradient of a step.
         """
         gain = self.gain[name]

@@ -72,12 +72,6 @@ class RandomSensor:
         return 0.0
 
     def read(self, state: RandomState, groups: tuple[Group, ...], step: int) -> Reading:
-        """The units' numbers, between 0 and 1.
-
-        Args:
-            state: the state so far.
-            groups: the active groups.
-            step: optimizer steps done, for the record.
-        """
+        """The units' numbers, between 0 and 1."""
         numbers = {group.name: state.numbers[group.name] for group in groups}
         return Reading(step, numbers, num_samples=1, calibrated=False, num_steps=state.num_steps)

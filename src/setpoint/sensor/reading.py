@@ -24,11 +24,9 @@ class Basis(Protocol):
     @property
     def num_units(self) -> int:
         """How many units there are: as many as modes."""
-        ...
 
     def modes(self, system: DiagonalSystem, keep: Bool[np.ndarray, " units"]) -> Any:
         """The system without the units that `keep` drops, brought back to as many modes as it keeps."""
-        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,13 +35,13 @@ class Reading:
 
     Args:
         step: optimizer step at which the reading was taken.
-        saliency: by group name, estimated loss increase if the unit is dropped, >= 0; in nats (or
-            whatever unit the loss has) when `calibrated`.
+        saliency: by group name, estimated loss increase if the unit is dropped, >= 0; in nats (or whatever unit the
+            loss has) when `calibrated`.
         num_samples: independent samples behind each step's gradient.
         calibrated: False when the values rank units within one group only.
         num_steps: how many optimizer steps went into the reading.
-        skipped_steps: steps that were left out because a gradient was NaN or infinite; counted since
-            `init` by a sensor, since the last reading in an `Observation`.
+        skipped_steps: steps that were left out because a gradient was NaN or infinite; counted since `init` by a
+            sensor, since the last reading in an `Observation`.
         slope: by group name, mean of the gate's gradient r over the steps, where the sensor reads it.
         norm: by group name, L2 norm of the unit's outgoing weights, where the sensor knows it.
         basis: by group name, the balanced coordinates that its units are about; the actuator goes there
@@ -82,11 +80,9 @@ class Sensor(Protocol[State]):
 
     def readable(self, groups: tuple[Group, ...], model: torch.nn.Module) -> tuple[Group, ...]:
         """The groups whose saliency it can tell; the others are left alone."""
-        ...
 
     def init(self, groups: tuple[Group, ...], model: torch.nn.Module) -> State:
         """State before the first step."""
-        ...
 
     def update(
         self, state: State, groups: tuple[Group, ...], model: torch.nn.Module, grad_scale: torch.Tensor | None = None
@@ -95,15 +91,12 @@ class Sensor(Protocol[State]):
 
         `grad_scale` is what the gradients are still multiplied by (0-dim; NaN: leave the step out), or None.
         """
-        ...
 
     def flops(self, groups: tuple[Group, ...], model: torch.nn.Module) -> float:
         """FLOPs of one `update`, so that they can be counted as overhead."""
-        ...
 
     def read(self, state: State, groups: tuple[Group, ...], step: int) -> Reading:
         """Reading of all units; the only place where values come to the host."""
-        ...
 
 
 @runtime_checkable
@@ -112,11 +105,9 @@ class Hooking(Protocol):
 
     def forget(self, state: Any) -> None:
         """A step passes that is not taken in: what hooks have seen of it does not count."""
-        ...
 
     def release(self, state: Any) -> None:
         """Take the hooks off the model."""
-        ...
 
     def hooked(self, state: Any) -> bool:
         """Whether anything is read by hooks now."""

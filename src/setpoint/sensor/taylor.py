@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float64
+from jaxtyping import Bool, Float, Float64, Shaped
 from torch import Tensor, nn
 
 from setpoint.distributed import Ranks, local
@@ -18,23 +19,19 @@ from setpoint.sensor.sentinel import Sentinels
 from setpoint.sensor.source import Source, Sources, find_sources, zero_if_finite
 from setpoint.sensor.tap import Tap, tappable
 
-_FOLD_AT = 16
-"""Steps that are folded into the moments at a time."""
+_FOLD_AT = 16  # steps that are folded into the moments at a time: on small models calls cost more than arithmetic
 
-_TINY = 1e-30
-"""Keeps a division by a weight of zero, which then counts for nothing, from making NaN."""
+_TINY = 1e-30  # keeps a division by a weight of zero, which then counts for nothing, from making NaN
 
 
 @dataclass(frozen=True, eq=False)
 class TaylorState:
     """Running moments of the gate gradients r of all units, one group after the other.
 
-    Steps are folded into the moments several at a time, since on small models the calls cost more than
-    the arithmetic. A step's weight is `decay^age`, its age counted in later steps that were taken in.
+    A step's weight is `decay^age`, its age counted in later steps that were taken in.
 
     Args:
-        names: group names, in the order in which their units lie.
-        num_units: units of each group.
+        names, num_units: of the groups, in the order in which their units lie.
         mean: weighted mean of r over the folded steps.
         variance: weighted mean of (r - mean)^2 over them.
         weight: sum of the weights of the steps in which the unit was there.
@@ -62,13 +59,16 @@ class TaylorState:
     sentinels: Sentinels | None = field(default=None, metadata={"live": True})
     window: int = field(default=50, metadata={"live": True})
 
+    def by_group(self, values: Shaped[np.ndarray, " all_units"]) -> dict[str, Shaped[np.ndarray, " _units"]]:
+        """What lies one group after the other, by group."""
+        return dict(zip(self.names, np.split(values, np.cumsum(self.num_units)[:-1]), strict=True))
+
     @torch.no_grad()
     def folded(self, seen: Bool[Tensor, " all_units"] | None = None) -> TaylorState:
         """The recent steps taken into the moments, but only of the units that were seen in them; no host sync.
 
-        Two weighted sets of steps with weights Z, means m and variances v merge exactly: with `s` the
-        newer set's share of the weight, `m = m1 + s (m2 - m1)` and
-        `v = (1 - s) v1 + s v2 + s (1 - s) (m2 - m1)^2`.
+        Two weighted sets of steps with weights Z, means m and variances v merge exactly: with `s` the newer set's share
+        of the weight, `m = m1 + s (m2 - m1)` and `v = (1 - s) v1 + s v2 + s (1 - s) (m2 - m1)^2`.
         """
         if not self.recent:
             return self
@@ -103,50 +103,44 @@ class TaylorState:
 class TaylorSensor:
     """Taylor estimate of the loss increase when a unit is dropped, from its gate's gradient.
 
-    Put a gate g on a unit's output, with g = 1 now and g = 0 when it is dropped. With
-    `r = dL/dg` at g = 1, the loss changes by
+    Put a gate g on a unit's output, with g = 1 now and g = 0 when it is dropped. With `r = dL/dg` at g = 1, the loss
+    changes by
 
         L(0) - L(1) = -r + 1/2 d2L/dg2 + ...
 
-    *The gate's gradient* (Molchanov et al. 2019). The gate scales what the unit hands on, so it could as well
-    scale every weight that reads the unit; by the chain rule `r = sum of w * dL/dw over the unit's
-    outgoing ("consume") weights`. This is exact for any activation, and needs no change to the
-    forward pass.
+    *The gate's gradient* (Molchanov et al. 2019). The gate scales what the unit hands on, so it could as well scale
+    every weight that reads the unit; by the chain rule `r = sum of w * dL/dw over the unit's outgoing ("consume")
+    weights`. This is exact for any activation, and needs no change to the forward pass.
 
-    *The curvature* (optimal brain damage, LeCun et al. 1990; by the Fisher information, Theis et al.
-    2018). For a log-likelihood loss the expected curvature is the Fisher diagonal `E[r_sample^2]`,
-    where `r_sample` is the gate gradient of one sample's loss. A step shows only the mean of B
-    samples, whose variance over steps is `var(r) = var(r_sample) / B`; hence
-    `E[r_sample^2] = B var(r) + mean(r)^2`. With mean and variance over recent steps,
+    *The curvature* (optimal brain damage, LeCun et al. 1990; by the Fisher information, Theis et al. 2018). For a
+    log-likelihood loss the expected curvature is the Fisher diagonal `E[r_sample^2]`, where `r_sample` is the gate
+    gradient of one sample's loss. A step shows only the mean of B samples, whose variance over steps is `var(r) =
+    var(r_sample) / B`; hence `E[r_sample^2] = B var(r) + mean(r)^2`. With mean and variance over recent steps,
 
         saliency = 1/2 (B var(r) + mean(r)^2)                          by default,
         saliency = max(0, -mean(r) + 1/2 (B var(r) + mean(r)^2))       with first_order=True.
 
-    Why the first-order term is left out: it is a local slope, and a drop is no small step. Before a
-    normalisation scaling all of a layer's inputs alike changes nothing, so there the slopes of a group add up
-    to zero and half of them are negative, whatever the units are worth; in the last layers they are
-    all large while the logits still grow.
+    Why the first-order term is left out: it is a local slope, and a drop is no small step. Before a normalisation
+    scaling all of a layer's inputs alike changes nothing, so there the slopes of a group add up to zero and half of
+    them are negative, whatever the units are worth; in the last layers they are all large while the logits still grow.
 
-    The unit of the saliency is that of the loss. What biases it: gradients that were clipped or
-    scaled before the optimizer's step scale r with them; a weight that is tied to another one carries
-    the gradients of both.
+    The unit of the saliency is that of the loss. What biases it: gradients that were clipped or scaled before the
+    optimizer's step scale r with them; a weight that is tied to another one carries the gradients of both.
 
-    Mean and variance are exponentially weighted with decay `1 - 1/window`, without start-up bias, and
-    kept in float32 (float64 for float64 models) whatever the model's own precision. A step in which
-    any gradient is NaN or infinite is left out as a whole and counted. Where weights lie on several ranks in
-    parts, each rank adds up its own part, and one sum over ranks in each step makes r of all units exact. While
-    outgoing weights of a group are frozen in the middle of a run, nothing is seen of its units, and what was
-    seen before stands.
+    Mean and variance are exponentially weighted with decay `1 - 1/window`, without start-up bias, and kept in float32
+    (float64 for float64 models) whatever the model's own precision. A step in which any gradient is NaN or infinite is
+    left out as a whole and counted. Where weights lie on several ranks in parts, each rank adds up its own part, and
+    one sum over ranks in each step makes r of all units exact. While outgoing weights of a group are frozen in the
+    middle of a run, nothing is seen of its units, and what was seen before stands.
 
-    *Weights that are frozen from the beginning* (the base of a low-rank adapter). They have no gradient; but the
-    gate may as well scale what the layer is given, so `r = sum of x * dL/dx over the unit's inputs x of that layer`,
-    which a hook on the layer reads in the backward pass (`Tap`). Inputs of these layers are kept in memory until then.
-    Where gradients are averaged over ranks, each rank reads those of its own samples, and one small all-reduce at each
-    update takes the mean over `ranks`, as `DistributedDataParallel` or `fully_shard` does of gradients.
+    *Weights that are frozen from the beginning* (the base of a low-rank adapter). They have no gradient; but the gate
+    may as well scale what the layer is given, so `r = sum of x * dL/dx over the unit's inputs x of that layer`, which a
+    hook on the layer reads in the backward pass (`Tap`). Inputs of these layers are kept in memory until then. Where
+    gradients are averaged over ranks, each rank reads those of its own samples, and one small all-reduce at each update
+    takes the mean over `ranks`, as `DistributedDataParallel` or `fully_shard` does of gradients.
 
     Args:
-        num_samples: independent samples behind each optimizer step's gradient (B), over ranks and
-            micro-batches.
+        num_samples: independent samples behind each optimizer step's gradient (B), over ranks and micro-batches.
         window: number of recent steps that count, in optimizer steps.
         first_order: whether the slope counts too.
         ranks: over which gradients are averaged, where what hooks read is to be averaged too.
@@ -155,9 +149,9 @@ class TaylorSensor:
         ValueError: if either is not a positive integer.
 
     References:
-        Molchanov, Mallya, Tyree, Frosio, Kautz: "Importance Estimation for Neural Network Pruning",
-        CVPR 2019. LeCun, Denker, Solla: "Optimal Brain Damage", NIPS 1990. Theis, Korshunova, Tejani,
-        Huszar: "Faster gaze prediction with dense networks and Fisher pruning", arXiv 1801.05787, 2018.
+        Molchanov, Mallya, Tyree, Frosio, Kautz: "Importance Estimation for Neural Network Pruning", CVPR 2019. LeCun,
+        Denker, Solla: "Optimal Brain Damage", NIPS 1990. Theis, Korshunova, Tejani, Huszar: "Faster gaze prediction
+        with dense networks and Fisher pruning", arXiv 1801.05787, 2018.
     """
 
     reads_shards = averages_hooks = True
@@ -187,8 +181,8 @@ class TaylorSensor:
         The r of any other would be a part of the truth. A frozen weight can be read past where it is that of a plain
         `nn.Linear` or `nn.Conv1d`, `2d`, `3d` without groups, and a trained weight writes the units.
 
-        Incoming ("produce") weights are no substitute: before a normalisation their sum of w * dL/dw
-        is zero, and through a curved activation it has the wrong size or sign.
+        Incoming ("produce") weights are no substitute: before a normalisation their sum of w * dL/dw is zero, and
+        through a curved activation it has the wrong size or sign.
         """
         parameters = dict(model.named_parameters(remove_duplicate=False))
 
@@ -231,11 +225,9 @@ class TaylorSensor:
         """Take in the gradients of one optimizer step. No host sync.
 
         Args:
-            state: the state so far.
-            groups: the active groups, as in `init`.
             model: the model, gradients ready, weights not yet moved.
-            grad_scale: what the gradients are still multiplied by (a fused optimizer under a
-                GradScaler), or None; NaN leaves the step out.
+            grad_scale: what the gradients are still multiplied by (a fused optimizer under a GradScaler), or None; NaN
+                leaves the step out.
         """
         sources = (
             state.sources if state.sources is not None else find_sources(groups, model, state.tapped, state.sentinels)
@@ -247,8 +239,8 @@ class TaylorSensor:
             all(source.seen() or (shared and source.tap is not None) for source in of_group)
             for of_group in sources.by_group
         ]
-        gate_gradient = _gate_gradients(state, sources.by_group) + zero_if_finite(sources.others, state.mean)
-        gate_gradient = sources.ranks.total(gate_gradient)
+        gate_gradient = _summed(state, sources.by_group, lambda source: source.gate_gradient(state.mean))
+        gate_gradient = sources.ranks.total(gate_gradient + zero_if_finite(sources.others, state.mean))
         if state.sentinels is not None:
             gate_gradient = gate_gradient + _tapped_gradients(state, sources.by_group, state.sentinels, self.ranks)
             state.sentinels.forget()
@@ -261,22 +253,14 @@ class TaylorSensor:
         return state if len(state.recent) < _FOLD_AT else state.folded()
 
     def forget(self, state: TaylorState) -> None:
-        """A step passes that is not taken in: what hooks have seen of it does not count.
-
-        Args:
-            state: the state so far.
-        """
+        """A step passes that is not taken in: what hooks have seen of it does not count."""
         for tap in _taps(state):
             tap.take()
         if state.sentinels is not None:
             state.sentinels.forget()
 
     def release(self, state: TaylorState) -> None:
-        """Take the hooks off the model; nothing is read through them any more.
-
-        Args:
-            state: the state so far.
-        """
+        """Take the hooks off the model; nothing is read through them any more."""
         for tap in _taps(state):
             tap.stop()
         if state.sentinels is not None:
@@ -285,8 +269,8 @@ class TaylorSensor:
     def flops(self, groups: tuple[Group, ...], model: nn.Module) -> float:
         """FLOPs of one update.
 
-        A multiplication and an addition per outgoing weight and one more for the moments; an addition for
-        every gradient that is only checked. Of weights that lie on several ranks, each rank's even share.
+        A multiplication and an addition per outgoing weight and one more for the moments; an addition for every
+        gradient that is only checked. Of weights that lie on several ranks, each rank's even share.
         """
         sources = find_sources(groups, model)
         read = sum(each.num_read for of_group in sources.by_group for each in of_group)
@@ -294,11 +278,6 @@ class TaylorSensor:
 
     def read(self, state: TaylorState, groups: tuple[Group, ...], step: int) -> Reading:
         """Saliency of all units; with fewer than two steps the variance counts as zero.
-
-        Args:
-            state: the state so far.
-            groups: the active groups, as in `init`.
-            step: optimizer steps done, for the record.
 
         Raises:
             LoopError: when nothing was ever seen of a group whose outgoing weights are frozen.
@@ -316,15 +295,12 @@ class TaylorSensor:
         unbiased = np.where(several, variance, 0.0) / np.where(several, 1.0 - shares, 1.0)
         curvature = self.num_samples * unbiased + mean**2
         saliency = np.maximum(0.0, 0.5 * curvature - (mean if self.first_order else 0.0))
-        places = np.cumsum(state.num_units)[:-1]
-        norms = _weight_norms(state) if state.sources is not None else {}
         return Reading(
             step=step,
-            saliency=dict(zip(state.names, np.split(saliency, places), strict=True)),
-            slope=dict(zip(state.names, np.split(mean, places), strict=True)),
-            norm=norms,
+            saliency=state.by_group(saliency),
+            slope=state.by_group(mean),
+            norm=_weight_norms(state),
             num_samples=self.num_samples,
-            calibrated=True,
             num_steps=round(num_steps),
             skipped_steps=round(skipped),
         )
@@ -339,8 +315,7 @@ def _check_seen(state: TaylorState, num_steps: float, seen: Bool[np.ndarray, " a
     """Check that hooks have seen something of each group that they are to read, once steps were taken in."""
     if not state.tapped or not num_steps or state.sources is None:
         return
-    places = np.split(seen, np.cumsum(state.num_units)[:-1])
-    for name, of_group, of_units in zip(state.names, state.sources.by_group, places, strict=True):
+    for (name, of_units), of_group in zip(state.by_group(seen).items(), state.sources.by_group, strict=True):
         if any(source.tap is not None for source in of_group) and len(of_units) and not of_units.any():
             raise LoopError(
                 f"nothing was seen of group {name!r}, whose outgoing weights are frozen: no gradient comes through its "
@@ -349,13 +324,15 @@ def _check_seen(state: TaylorState, num_steps: float, seen: Bool[np.ndarray, " a
             )
 
 
-def _gate_gradients(state: TaylorState, sources: tuple[tuple[Source, ...], ...]) -> Tensor:
-    """Gate gradients r of all units: a weight without a gradient in this step did not take part, and adds nothing."""
-    parts = [
-        _added_up([source.gate_gradient(state.mean) for source in of_group], num_units, state.mean)
-        for num_units, of_group in zip(state.num_units, sources, strict=True)
-    ]
-    return torch.cat([state.mean.new_zeros(0), *parts])
+def _summed(
+    state: TaylorState, sources: tuple[tuple[Source, ...], ...], read: Callable[[Source], Tensor | None]
+) -> Float[Tensor, " all_units"]:
+    """By unit of all groups, the sum of what is read of the sources; one of which nothing is read adds nothing."""
+    parts = [state.mean.new_zeros(0)]
+    for num_units, of_group in zip(state.num_units, sources, strict=True):
+        there = [found for source in of_group if (found := read(source)) is not None]
+        parts.append(sum(there[1:], there[0]) if there else state.mean.new_zeros(num_units))
+    return torch.cat(parts)
 
 
 def _tapped_gradients(
@@ -366,11 +343,7 @@ def _tapped_gradients(
     Where there are several ranks all of them call this, in the same steps; if no gradient came on any of them it is
     NaN, so that the step is left out: none could tell by itself.
     """
-    parts = [
-        _added_up([source.tapped(state.mean) for source in of_group], num_units, state.mean)
-        for num_units, of_group in zip(state.num_units, sources, strict=True)
-    ]
-    read, came = torch.cat([state.mean.new_zeros(0), *parts]), sentinels.gradients()
+    read, came = _summed(state, sources, lambda source: source.tapped(state.mean)), sentinels.gradients()
     if ranks.count > 1:
         came = sentinels.nothing() if came is None else came
         mean = ranks.total(torch.cat([read.double(), came])) / ranks.count
@@ -379,24 +352,16 @@ def _tapped_gradients(
     return torch.zeros_like(read) if factor is None else read * factor.to(read)
 
 
-def _added_up(found: list[Tensor | None], num_units: int, like: Tensor) -> Tensor:
-    """The sum by unit of what there is."""
-    there = [each for each in found if each is not None]
-    return sum(there[1:], there[0]) if there else like.new_zeros(num_units)
-
-
 @torch.no_grad()
 def _weight_norms(state: TaylorState) -> dict[str, Float64[np.ndarray, " units"]]:
     """L2 norms of the units' outgoing weights, by group; they come to the host together."""
-    assert state.sources is not None
-    parts = []
-    for num_units, of_group in zip(state.num_units, state.sources.by_group, strict=True):
-        total = state.mean.new_zeros(num_units)
-        for source in of_group:
-            weight = source.sums.select(local(source.weight))
-            squares = (weight.abs() if weight.is_complex() else weight).to(state.mean.dtype).square()
-            total = total + source.sums.add_up(squares).to(state.mean)
-        parts.append(total)
-    total = state.sources.ranks.total(torch.cat([state.mean.new_zeros(0), *parts]))
-    norms = total.sqrt().double().cpu().numpy()
-    return dict(zip(state.names, np.split(norms, np.cumsum(state.num_units)[:-1]), strict=True))
+    if state.sources is None:
+        return {}
+
+    def squares(source: Source) -> Tensor:
+        weight = source.sums.select(local(source.weight))
+        weight = weight.abs() if weight.is_complex() else weight
+        return source.sums.add_up(weight.to(state.mean.dtype).square()).to(state.mean)
+
+    total = state.sources.ranks.total(_summed(state, state.sources.by_group, squares))
+    return state.by_group(total.sqrt().double().cpu().numpy())

@@ -18,9 +18,9 @@ from setpoint.groups.group import Slice
 class UnitSum:
     """Adds up the entries of one slice by unit, as cheaply as the index table allows.
 
-    `sum(values)[u] = sum of values[..., i, ...] over all i with index[i] = u and all other dims`.
-    A table that repeats each unit equally often, in order, needs only a view (a convolution's
-    channels; the channels of a flattened map); any other needs one `index_add`.
+    `sum(values)[u] = sum of values[..., i, ...] over all i with index[i] = u and all other dims`. A table that repeats
+    each unit equally often, in order, needs only a view (a convolution's channels; the channels of a flattened map);
+    any other needs one `index_add`.
 
     Args:
         dim: the dim along which units lie, or None when every element is a unit.
@@ -83,8 +83,8 @@ def num_entries(place: Slice, tensor: Tensor) -> int:
 def _entry_sums(values: Tensor, dim: int) -> Tensor:
     """Sum over all dims but one.
 
-    For a plain contiguous tensor two sums, over what lies before the dim and then over what lies
-    behind it, are faster on a CPU than one sum over both.
+    For a plain contiguous tensor two sums, over what lies before the dim and then over what lies behind it, are faster
+    on a CPU than one sum over both.
     """
     if values.dim() == 1:
         return values

@@ -90,13 +90,7 @@ class HankelSensor:
         return self.taylor.flops(_as_one(groups), model)
 
     def read(self, state: HankelState, groups: tuple[Group, ...], step: int) -> Reading:
-        """Balance every layer; a layer that is not stable or not finite by now reads NaN, so that nothing is decided.
-
-        Args:
-            state: the state so far.
-            groups: the active groups, as in `init`.
-            step: optimizer steps done, for the record.
-        """
+        """Balance every layer; one that is not stable or not finite by now reads NaN, so that nothing is decided."""
         layers = self.taylor.read(state.layers, _as_one(groups), step)
         saliency: dict[str, Float64[np.ndarray, " units"]] = {}
         basis: dict[str, Basis] = {}

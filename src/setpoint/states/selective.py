@@ -72,13 +72,7 @@ class SelectiveSensor:
 
     @torch.no_grad()
     def read(self, state: SelectiveState, groups: tuple[Group, ...], step: int) -> Reading:
-        """Run the model on the calibration batch, and average.
-
-        Args:
-            state: the state so far.
-            groups: the active groups, as in `init`.
-            step: optimizer steps done, for the record.
-        """
+        """Run the model on the calibration batch, and average."""
         layers = {group.name: found for group in groups if (found := selective_layer(state.model, group)) is not None}
         inputs = self._inputs_of_layers(state.model, {name for name, _ in layers.values()})
         saliency = {}

@@ -39,7 +39,6 @@ def check_system(system: System, what: str = "the system") -> None:
     """Check that a system is finite and stable; only then has it Gramians.
 
     Args:
-        system: the system.
         what: what to call it in messages.
 
     Raises:
@@ -126,7 +125,6 @@ def transfer(
     """Transfer function `H(z) = C (I - A / z)^-1 B` at `z = exp(i angle)`; `|H|` is the gain at that frequency.
 
     Args:
-        system: the system.
         angles: in radians per step.
     """
     if isinstance(system, DiagonalSystem):

@@ -73,14 +73,7 @@ class ExchangingController:
         return self.inner.transferred(state, **at, present=present, limit=limit)
 
     def decide(self, state: Any, observation: Observation, cost: Cost, groups: tuple[Group, ...]) -> tuple[Any, Plan]:
-        """The next state and the plan. Pure: same arguments, same answer.
-
-        Args:
-            state: from `init` or the last decision.
-            observation: what is known at this step.
-            cost: predicts spending; names the resource.
-            groups: the groups that may be cut, as they are now.
-        """
+        """The next state and the plan. Pure: same arguments, same answer."""
         step, total_steps = observation.step, observation.total_steps
         state, plan = self.inner.decide(state, observation, cost, groups)
         share = self.share(step, total_steps)

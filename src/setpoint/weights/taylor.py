@@ -95,8 +95,6 @@ class WeightTaylorSensor:
         """Take in the gradients of one optimizer step. No host sync.
 
         Args:
-            state: the state so far.
-            groups: the active groups.
             model: the model, gradients ready, weights not yet moved.
             grad_scale: what the gradients are still multiplied by, or None; NaN leaves the step out.
         """
@@ -144,13 +142,7 @@ class WeightTaylorSensor:
         return found
 
     def read(self, state: WeightTaylorState, groups: tuple[Group, ...], step: int) -> Reading:
-        """Saliency of all active weights.
-
-        Args:
-            state: the state so far.
-            groups: the active groups.
-            step: optimizer steps done, for the record.
-        """
+        """Saliency of all active weights."""
         scores = self.scores(state)
         saliency = {}
         for group in groups:
