@@ -78,7 +78,7 @@ class MagnitudeSensor:
         return state
 
     def grow(self, state: MagnitudeState, regrown: Mapping[str, Bool[np.ndarray, " units"]]) -> MagnitudeState:
-        """The same state: the live weights have come back already."""
+        """The same state: the live weights have been regrown already."""
         return state
 
 

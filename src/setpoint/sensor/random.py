@@ -70,7 +70,7 @@ class RandomSensor:
         """The numbers, with new ones for the regrown units."""
         rng = np.random.default_rng((self.seed, state.num_grown + 1))
         numbers = dict(state.numbers)
-        for name, came in regrown.items():
-            numbers[name] = rng.random(len(came))
-            numbers[name][~came] = state.numbers[name]
+        for name, new in regrown.items():
+            numbers[name] = rng.random(len(new))
+            numbers[name][~new] = state.numbers[name]
         return replace(state, numbers=numbers, num_grown=state.num_grown + 1)
