@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from setpoint.ssm import DiagonalSystem, StateWeights
+from setpoint.states import DiagonalSystem, StateWeights
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # it scripts a function, which torch calls deprecated

@@ -18,18 +18,40 @@ import setpoint
 
 SRC = Path(setpoint.__file__).resolve().parent
 
-SPINE = """
-attach.py
-loop/loop.py loop/hooks.py loop/cutting.py loop/progress.py loop/losses.py loop/record.py loop/interrupt.py
-host/local.py
-spending/spending.py spending/account.py spending/target.py spending/seconds.py
-ledger.py
-controller/plan.py controller/priced.py controller/selection.py controller/ladder.py controller/reference.py
-controller/price.py controller/aim.py controller/guards.py controller/landing.py controller/using_up.py
-actuator/cut.py actuator/shrink.py actuator/swap.py actuator/sizes.py
-sensor/taylor.py sensor/reading.py
-groups/group.py groups/follow.py
-""".split()
+SPINE = [
+    "attach.py",
+    "loop/loop.py",
+    "loop/hooks.py",
+    "loop/cutting.py",
+    "loop/progress.py",
+    "loop/losses.py",
+    "loop/record.py",
+    "loop/interrupt.py",
+    "host/local.py",
+    "spending/spending.py",
+    "spending/account.py",
+    "spending/target.py",
+    "spending/seconds.py",
+    "ledger.py",
+    "controller/plan.py",
+    "controller/priced.py",
+    "controller/selection.py",
+    "controller/ladder.py",
+    "controller/reference.py",
+    "controller/price.py",
+    "controller/aim.py",
+    "controller/guards.py",
+    "controller/landing.py",
+    "controller/using_up.py",
+    "actuator/cut.py",
+    "actuator/shrink.py",
+    "actuator/swap.py",
+    "actuator/sizes.py",
+    "sensor/taylor.py",
+    "sensor/reading.py",
+    "groups/group.py",
+    "groups/follow.py",
+]
 """What a budget of FLOPs needs from `attach` to `tensor.set_`, in the order in which it is read."""
 
 LEAVES = ("regrowth", "gates", "weights", "states", "resources", "report", "integrations")
@@ -89,9 +111,9 @@ def test_nobody_reads_anothers_private_attributes() -> None:
             own = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
             if own and isinstance(node.ctx, ast.Store) and node.attr.startswith("_") and not node.attr.endswith("__"):
                 owned.setdefault(node.attr, set()).add(file)
-            if isinstance(node, ast.FunctionDef) and node.name.startswith("_") and not node.name.endswith("__"):
-                if node.args.args and node.args.args[0].arg in ("self", "cls"):
-                    owned.setdefault(node.name, set()).add(file)
+            method = isinstance(node, ast.FunctionDef) and node.args.args and node.args.args[0].arg in ("self", "cls")
+            if method and node.name.startswith("_") and not node.name.endswith("__"):
+                owned.setdefault(node.name, set()).add(file)
     found = []
     for file, tree in trees.items():
         for node in ast.walk(tree):
@@ -107,7 +129,8 @@ class _Run:
 
     def __init__(self) -> None:
         torch.manual_seed(0)
-        self.model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
+        layers = nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2)
+        self.model = nn.Sequential(*layers)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
         self.x = torch.randn(16, 8)
         half = setpoint.Budget.fraction(0.5, of="flops")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import setpoint
+from setpoint.errors import BudgetError, ExampleError, ExportError, GroupError, LoopError, OptimizerError
 from setpoint.groups.trace import trace
 
 HALF = setpoint.Budget.fraction(0.5, of="flops")
@@ -76,7 +77,7 @@ def test_refuses_budgets_it_cannot_hold(budget: setpoint.Budget, words: str) -> 
     """Out of reach or not available in this version: the error says what to ask for instead."""
     model = _mlp()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    with _untouched(model, optimizer), pytest.raises(setpoint.BudgetError, match=words):
+    with _untouched(model, optimizer), pytest.raises(BudgetError, match=words):
         _attach(model, optimizer, budget)
 
 
@@ -84,7 +85,7 @@ def test_the_cheapest_reachable_budget_is_reached() -> None:
     """What the error names as the least to ask for is accepted and met."""
     model = _mlp()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    with pytest.raises(setpoint.BudgetError) as caught:
+    with pytest.raises(BudgetError) as caught:
         _attach(model, optimizer, setpoint.Budget.fraction(0.001, of="flops"))
     least = float(str(caught.value).split("Budget.fraction(")[1].split(",")[0])
     with _attach(model, optimizer, setpoint.Budget.fraction(least, of="flops"), total_steps=40) as loop:
@@ -110,9 +111,9 @@ def test_refuses_optimizers_of_other_models() -> None:
     own, foreign = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9), torch.optim.Adam(other.parameters())
     with _untouched(model, own, foreign):
         for optimizers in (foreign, [own, foreign]):
-            with pytest.raises(setpoint.OptimizerError, match="Adam holds"):
+            with pytest.raises(OptimizerError, match="Adam holds"):
                 _attach(model, optimizers)
-        with pytest.raises(setpoint.OptimizerError, match="at least one"):
+        with pytest.raises(OptimizerError, match="at least one"):
             _attach(model, [])
 
 
@@ -120,7 +121,7 @@ def test_refuses_optimizers_that_cannot_follow() -> None:
     """An optimizer whose state depends on the shape is refused before anything is done."""
     model = _mlp()
     optimizer = torch.optim.Adafactor(model.parameters())
-    with _untouched(model, optimizer), pytest.raises(setpoint.OptimizerError, match="Adafactor"):
+    with _untouched(model, optimizer), pytest.raises(OptimizerError, match="Adafactor"):
         _attach(model, optimizer)
 
 
@@ -137,7 +138,7 @@ def test_refuses_examples_that_do_not_fit(example: Any) -> None:
     """Wrong shape, number, name or type of inputs is an ExampleError."""
     model = _mlp()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    with _untouched(model, optimizer), pytest.raises(setpoint.ExampleError):
+    with _untouched(model, optimizer), pytest.raises(ExampleError):
         _attach(model, optimizer, example=example)
 
 
@@ -145,7 +146,7 @@ def test_refuses_an_example_on_another_device() -> None:
     """The error names both devices."""
     model = _mlp()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    with _untouched(model, optimizer), pytest.raises(setpoint.ExampleError, match="meta.*cpu"):
+    with _untouched(model, optimizer), pytest.raises(ExampleError, match="meta.*cpu"):
         _attach(model, optimizer, example=(torch.zeros(4, 6, device="meta"),))
 
 
@@ -153,7 +154,7 @@ def test_refuses_control_flow_that_depends_on_data() -> None:
     """The error names the line of the user's forward."""
     model = Branching()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    with _untouched(model, optimizer), pytest.raises(setpoint.ExportError, match=r"test_attach\.py.*if x\.sum"):
+    with _untouched(model, optimizer), pytest.raises(ExportError, match=r"test_attach\.py.*if x\.sum"):
         _attach(model, optimizer)
 
 
@@ -162,7 +163,7 @@ def test_refuses_a_second_loop_on_one_model() -> None:
     model = _mlp()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     loop = _attach(model, optimizer)
-    with _untouched(model, optimizer), pytest.raises(setpoint.LoopError, match=r"finish\(\) or detach\(\)"):
+    with _untouched(model, optimizer), pytest.raises(LoopError, match=r"finish\(\) or detach\(\)"):
         _attach(model, optimizer)
     loop.finish()
     _attach(model, optimizer).detach()
@@ -172,7 +173,7 @@ def test_refuses_wrappers_for_several_devices() -> None:
     """DataParallel and its like are refused by name."""
     model = nn.DataParallel(_mlp())
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    with _untouched(model, optimizer), pytest.raises(setpoint.LoopError, match="DataParallel is not supported"):
+    with _untouched(model, optimizer), pytest.raises(LoopError, match="DataParallel is not supported"):
         _attach(model, optimizer)
 
 
@@ -180,7 +181,7 @@ def test_refuses_a_model_in_which_nothing_can_go() -> None:
     """The error names what was left whole, and why."""
     model = nn.Sequential(nn.Linear(6, 3))
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    with _untouched(model, optimizer), pytest.raises(setpoint.GroupError, match="can be pruned. Left whole: .*output"):
+    with _untouched(model, optimizer), pytest.raises(GroupError, match="can be pruned. Left whole: .*output"):
         _attach(model, optimizer)
 
 
@@ -189,7 +190,7 @@ def test_refuses_groups_of_another_model() -> None:
     model, other = _mlp(), nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     groups = setpoint.find_groups(other, (torch.zeros(4, 6),))
-    with _untouched(model, optimizer), pytest.raises(setpoint.GroupError, match="not one of this model's"):
+    with _untouched(model, optimizer), pytest.raises(GroupError, match="not one of this model's"):
         _attach(model, optimizer, groups=groups)
 
 
@@ -256,7 +257,7 @@ def test_lossy_groups_need_leave() -> None:
     """A group in which zero is not absent is pruned only with `allow_lossy`."""
     model = Normed()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    with pytest.raises(setpoint.GroupError, match="allow_lossy=True"):
+    with pytest.raises(GroupError, match="allow_lossy=True"):
         _attach(model, optimizer)
     with _attach(model, optimizer, allow_lossy=True, total_steps=40) as loop:
         for _ in range(40):
@@ -292,9 +293,9 @@ def test_keyword_examples_work() -> None:
 @pytest.mark.parametrize("limit", [0.0, -1.0, math.nan, math.inf, 1.5])
 def test_a_budget_must_make_sense(limit: float) -> None:
     """0, negative, NaN, infinite, or over 1 as a fraction: refused when the budget is written down."""
-    with pytest.raises(setpoint.BudgetError):
+    with pytest.raises(BudgetError):
         setpoint.Budget.fraction(limit, of="flops")
-    with pytest.raises(setpoint.BudgetError, match="unknown resource"):
+    with pytest.raises(BudgetError, match="unknown resource"):
         setpoint.Budget.fraction(0.5, of="patience")
 
 

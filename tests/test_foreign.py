@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 import setpoint
 from groups.zoo import GPT
 from setpoint.cost.flops import flops_cost
+from setpoint.errors import CheckpointError, GroupError, LoopError
 from setpoint.groups.group import widths_of
 from setpoint.groups.trace import trace
 
@@ -57,7 +58,7 @@ def test_a_file_of_a_narrower_model_is_refused(cut_first: bool, tmp_path: Path) 
         cut(model, (torch.randn(4, 6),))
     setpoint.save(model, tmp_path / "m.safetensors")
     before = copy.deepcopy(other.state_dict())
-    with pytest.raises(setpoint.CheckpointError, match="another model"):
+    with pytest.raises(CheckpointError, match="another model"):
         setpoint.load(tmp_path / "m.safetensors", into=other)
     assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
 
@@ -133,14 +134,14 @@ def test_a_second_optimizer_that_was_not_given_keeps_its_tensors() -> None:
     model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
     loop = attach(model, (torch.randn(4, 6),), trained=model[2:])
     assert list(loop.widths) == ["2"]
-    with pytest.raises(setpoint.GroupError, match="none of the given optimizers"):
+    with pytest.raises(GroupError, match="none of the given optimizers"):
         other = mlp()
         attach(other, (torch.randn(4, 6),), trained=other[2])
 
 
 def test_an_unrelated_copy_is_refused_at_once() -> None:
     """A copy that is none is an error of `attach`, not of a later step."""
-    with pytest.raises(setpoint.GroupError, match=r"copies\[0\]"):
+    with pytest.raises(GroupError, match=r"copies\[0\]"):
         cut(mlp(), (torch.randn(4, 6),), copies=(nn.Linear(3, 3),))
 
 
@@ -148,7 +149,7 @@ def test_a_part_of_an_attached_model_cannot_be_attached_again() -> None:
     """Two loops on overlapping modules would cut each other's tensors."""
     model = nn.Sequential(mlp(), nn.Tanh())
     loop = attach(model, (torch.randn(4, 6),), trained=model)
-    with pytest.raises(setpoint.LoopError, match="loop already"):
+    with pytest.raises(LoopError, match="loop already"):
         attach(model[0], (torch.randn(4, 6),), trained=model)
     loop.detach()
     attach(model[0], (torch.randn(4, 6),), trained=model).detach()

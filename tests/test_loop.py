@@ -15,6 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import setpoint
 from setpoint.controller.plan import Observation, Plan
+from setpoint.errors import GroupError, LoopError
+from setpoint.groups.group import Group
+from setpoint.sensor.magnitude import MagnitudeSensor
 from setpoint.spending.break_even import Segment, break_even_step
 
 
@@ -84,7 +87,7 @@ class Script:
     drops: Mapping[int, int]
     seen: list[Observation] = field(default_factory=list)
 
-    def init(self, groups: tuple[setpoint.Group, ...]) -> int:
+    def init(self, groups: tuple[Group, ...]) -> int:
         return 0
 
     def due(self, step: int, total_steps: int) -> bool:
@@ -97,9 +100,6 @@ class Script:
         price, reference = {cost.resource: 0.5}, {cost.resource: 2 * observation.spent[cost.resource]}
         last = observation.step >= max(self.drops)
         return state + 1, Plan(observation.step, keep, {}, price, reference, landed=last, reason="as the script says")
-
-    def cut(self, state: int, keep: Any) -> int:
-        return state
 
 
 @pytest.mark.parametrize("build", [_mlp, Residual])
@@ -233,9 +233,9 @@ def test_explains_the_dropped_and_the_living() -> None:
     assert gone.price == 0.5 and gone.reason == "as the script says"
     assert str(gone).startswith(f"neuron 2 of {name} was dropped at step 6: ")
     assert alive.alive and alive.origin == 7 and "is alive" in str(alive) and alive.saliency >= 0
-    with pytest.raises(setpoint.GroupError, match="units 0 to 23"):
+    with pytest.raises(GroupError, match="units 0 to 23"):
         loop.explain(name, 24)
-    with pytest.raises(setpoint.GroupError, match="no group 'nonsense'"):
+    with pytest.raises(GroupError, match="no group 'nonsense'"):
         loop.explain("nonsense", 0)
     loop.detach()
 
@@ -340,7 +340,7 @@ def test_finish_twice_is_an_error() -> None:
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
     loop = _attach(model, optimizer)
     summary = loop.finish()
-    with pytest.raises(setpoint.LoopError, match="already"):
+    with pytest.raises(LoopError, match="already"):
         loop.finish()
     assert loop.summary is summary
 
@@ -572,7 +572,7 @@ def test_magnitude_drives_a_run_too() -> None:
     """Another sensor, uncalibrated, lands as well."""
     model = Residual()
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
-    with _attach(model, optimizer, sensor=setpoint.MagnitudeSensor()) as loop:
+    with _attach(model, optimizer, sensor=MagnitudeSensor()) as loop:
         _train(model, (optimizer,), 40)
     assert loop.summary is not None and loop.summary.landed
     assert loop.summary.overhead_flops == 4 * loop.summary.dense_flops

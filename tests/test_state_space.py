@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 import setpoint
 from pypi_s5 import S5Classifier
+from setpoint.errors import BudgetError, StateSpaceError
+from setpoint.groups.group import Group
 from setpoint.groups.trace import trace
 from setpoint_bench.models import LRU, SequenceClassifier
 
 
-def _states(model: nn.Module) -> tuple[setpoint.Group, ...]:
+def _states(model: nn.Module) -> tuple[Group, ...]:
     groups = setpoint.find_groups(model, (torch.randn(16, 12, 1),))
     return tuple(group for group in groups if group.kind == "state")
 
@@ -100,7 +102,7 @@ def test_a_budget_below_one_state_is_refused() -> None:
     """Less than one state in each layer cannot be asked for; nothing is changed."""
     model = SequenceClassifier(1, 3, num_channels=4, num_states=8)
     optimizer = torch.optim.AdamW(model.parameters())
-    with pytest.raises(setpoint.BudgetError, match="cannot be reached"):
+    with pytest.raises(BudgetError, match="cannot be reached"):
         setpoint.attach(
             model,
             optimizer,
@@ -123,7 +125,7 @@ def test_an_unstable_layer_is_refused(name: str, value: float, message: str) -> 
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # verification sees the NaN as well
-        with pytest.raises(setpoint.StateSpaceError, match=message):
+        with pytest.raises(StateSpaceError, match=message):
             setpoint.attach(
                 model,
                 torch.optim.AdamW(model.parameters()),
@@ -234,7 +236,7 @@ def test_a_layer_that_tells_wrongly_is_refused(inputs: tuple[str, ...], words: s
     layer = model.blocks[0].lru
     tell = layer.state_weights
     layer.state_weights = lambda: replace(tell(), inputs=inputs)
-    with pytest.raises(setpoint.StateSpaceError, match=words):
+    with pytest.raises(StateSpaceError, match=words):
         setpoint.find_groups(model, (torch.randn(2, 12, 1),))
 
 
@@ -242,9 +244,20 @@ _COMPILED = """
 import numpy as np
 import torch
 import setpoint
-from setpoint.actuator.balance import balance_and_shrink
+from setpoint.states.turn import balance_and_shrink
 from setpoint_bench.models import SequenceClassifier
-from setpoint.ssm import BalancedPairs, balance
+from setpoint.states import BalancedPairs, balance
+from setpoint.states.turn import balance_and_shrink
+from setpoint.errors import BudgetError
+from setpoint.groups.group import Group
+from setpoint.errors import StateSpaceError
+from setpoint.errors import BudgetError
+from setpoint.groups.group import Group
+from setpoint.errors import StateSpaceError
+from setpoint.errors import BudgetError
+from setpoint.groups.group import Group
+from setpoint.errors import StateSpaceError
+from setpoint.states import BalancedPairs, balance
 
 torch.manual_seed(0)
 torch._dynamo.config.force_parameter_static_shapes = False

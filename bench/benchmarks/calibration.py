@@ -42,6 +42,7 @@ from setpoint.controller.plan import Observation
 from setpoint.cost.flops import flops_cost
 from setpoint.groups.group import Group, widths_of
 from setpoint.groups.trace import trace
+from setpoint.sensor.reading import Reading
 from setpoint_bench.catalogue import task_named
 from setpoint_bench.environment import environment
 from setpoint_bench.silenced import without
@@ -129,7 +130,7 @@ def ten_percent(
     task: SimpleTask,
     model: nn.Module,
     groups: tuple[Group, ...],
-    reading: setpoint.Reading,
+    reading: Reading,
     batches: Batches,
     base: float,
     gradients: Sequence[Units],

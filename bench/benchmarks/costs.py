@@ -13,6 +13,7 @@ from torch import nn
 
 import setpoint
 from setpoint.controller.ladder import lowest_width
+from setpoint.groups.group import Group
 from setpoint_bench.networks import CharGPT, PlainNet
 
 
@@ -23,7 +24,7 @@ class Subject:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     example: tuple[Any, ...]
-    groups: tuple[setpoint.Group, ...]
+    groups: tuple[Group, ...]
 
 
 def cnn() -> tuple[nn.Module, torch.optim.Optimizer, tuple[Any, ...]]:
@@ -61,7 +62,7 @@ def subject_named(name: str) -> Subject:
     return Subject(model, optimizer, example, setpoint.find_groups(model, example))
 
 
-def random_widths(groups: tuple[setpoint.Group, ...], count: int, seed: int) -> list[Mapping[str, int]]:
+def random_widths(groups: tuple[Group, ...], count: int, seed: int) -> list[Mapping[str, int]]:
     """The dense widths, and random ones that whole blocks reach."""
     generator = np.random.default_rng(seed)
     reachable = {

@@ -21,8 +21,9 @@ from record import keep
 
 from setpoint.resources.costing import Make, cost_out
 from setpoint.resources.inference import inference_replica
+from setpoint.resources.median import median_of
 from setpoint.resources.replica import replica
-from setpoint.spending.seconds import Stopwatch, median_of
+from setpoint.spending.seconds import Stopwatch
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 

@@ -23,8 +23,11 @@ from record import keep
 from torch import Tensor, nn
 
 import setpoint
+from setpoint.groups.group import Group
 from setpoint.sensor.chain import SensorChain
 from setpoint.sensor.random import RandomSensor
+from setpoint.sensor.reading import Reading
+from setpoint.states.selective import SelectiveSensor
 from setpoint_bench.tasks.shakespeare import splits
 
 WAYS = ("dense", "ranking", "random", "worst-first")
@@ -52,7 +55,7 @@ class WorstFirst:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
-    def read(self, state: Any, groups: tuple[setpoint.Group, ...], step: int) -> setpoint.Reading:
+    def read(self, state: Any, groups: tuple[Group, ...], step: int) -> Reading:
         """The reading with each group's order reversed."""
         reading = self.inner.read(state, groups, step)
         turned = {name: values.max() - values for name, values in reading.saliency.items()}
@@ -91,7 +94,7 @@ def run(way: str, seed: int, data: Path | None) -> dict[str, Any]:
     example = {"input_ids": windows(text["train"], BATCH, torch.Generator().manual_seed(1))[:, :-1]}
     groups = setpoint.find_groups(model, example)
     mixers = tuple(group for group in groups if group.what in ("state", "head"))
-    ranking = SensorChain(setpoint.SelectiveSensor(example), setpoint.TaylorSensor(BATCH * WINDOW))
+    ranking = SensorChain(SelectiveSensor(example), setpoint.TaylorSensor(BATCH * WINDOW))
     sensor = {"random": RandomSensor(seed), "worst-first": WorstFirst(ranking)}.get(way, ranking)
     loop = setpoint.attach(
         model,

@@ -26,9 +26,9 @@ import torch.nn.functional as F
 from record import keep
 from torch import Tensor
 
-from setpoint.actuator.balance import balance_and_shrink
 from setpoint.groups.trace import find_groups
-from setpoint.ssm import BalancedPairs, balance
+from setpoint.states import BalancedPairs, balance
+from setpoint.states.turn import balance_and_shrink
 from setpoint_bench.models import SequenceClassifier
 
 WAYS = ("carry", "reset", "position", "first")

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 
 import setpoint
 from setpoint.regrowth.easing import Easing
+from setpoint.regrowth.regrow import regrow
+from setpoint.regrowth.reserve import Reserve
 from setpoint_bench.catalogue import task_named
 from setpoint_bench.task import Task, dense_widths
 
@@ -69,7 +71,7 @@ def measured(task: Task, seed: int) -> dict[str, Any]:
         count = min(round(SHARE * group.num_units) // size * size, group.num_units - max(1, group.min_units))
         goes[group.name] = np.sort(np.argsort(saliency[group.name])[:count])
         places[group.name] = ~np.isin(np.arange(group.num_units), goes[group.name])
-    reserve = setpoint.Reserve.of(model, groups).rest(model, optimizer, places)
+    reserve = Reserve.of(model, groups).rest(model, optimizer, places)
     groups = setpoint.shrink(model, optimizer, groups, places)
     for _ in range(task.steps // 10):
         step(task, model, optimizer, batches)
@@ -84,7 +86,7 @@ def measured(task: Task, seed: int) -> dict[str, Any]:
         wide, easing = groups, None
         if back:
             origins = {name: units.tolist() for name, units in goes.items() if len(units)}
-            wide, _ = setpoint.regrow(alike, optimizers, groups, reserve, origins)
+            wide, _ = regrow(alike, optimizers, groups, reserve, origins)
         if eased:
             came = {group.name: ~places[group.name] for group in wide}
             easing = Easing(alike, wide, came, num_steps=EASE_STEPS)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from record import keep
 
-from setpoint.ssm import balance, reduce_modes
+from setpoint.states import balance, reduce_modes
 from setpoint_bench.models import LRU, SequenceClassifier
 
 REFERENCE = {(784, 256): 1.55, (784, 28): 0.151, (196, 256): 0.331, (196, 28): 0.019}

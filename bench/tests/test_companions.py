@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import setpoint
-from setpoint.controller.plan import Observation
+from setpoint.controller.plan import Observation, Plan
 from setpoint.controller.priced import PricedController
+from setpoint.cost.cost import Cost
 from setpoint.cost.flops import flops_cost
-from setpoint.groups.group import widths_of
+from setpoint.groups.group import Group, widths_of
 from setpoint.groups.trace import trace
 from setpoint_bench.baselines.group_lasso import lasso_norms
 from setpoint_bench.counter import forward_flops
@@ -214,7 +215,7 @@ def test_units_are_silent_until_the_landing() -> None:
     loop.detach()
 
 
-def observed(stage: Stage, share: float) -> tuple[Observation, setpoint.Cost, tuple[setpoint.Group, ...]]:
+def observed(stage: Stage, share: float) -> tuple[Observation, Cost, tuple[Group, ...]]:
     """What a controller sees after ten steps, one that may spend only this share of the dense FLOPs from now on."""
     found, sensor = trace(stage.model, TASK.example()), setpoint.TaylorSensor(TASK.recipe.batch)
     groups = tuple(group for group in found.groups if group.lossless)
@@ -241,7 +242,7 @@ def test_leave_outs_measure_and_leave_no_trace(monkeypatch: pytest.MonkeyPatch) 
 
     choose = PricedController.reordered
 
-    def noting(*args: Any) -> setpoint.Plan:
+    def noting(*args: Any) -> Plan:
         reordered.append(args[-1])
         return choose(*args)
 

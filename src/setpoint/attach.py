@@ -24,7 +24,7 @@ from setpoint.cost.tolerance import Tolerance
 from setpoint.errors import CostError, LoopError
 from setpoint.groups.chance import untouched_chance
 from setpoint.groups.export import Example, num_samples
-from setpoint.groups.follow import check_follows
+from setpoint.groups.follow import check_states
 from setpoint.groups.group import Group, widths_of
 from setpoint.groups.trace import trace
 from setpoint.host.host import Host, host_of
@@ -33,8 +33,7 @@ from setpoint.loop.cutting import Actuator, Coordinates, Cutting, same_coordinat
 from setpoint.loop.goal import check_goal, controller_for
 from setpoint.loop.header import header_of
 from setpoint.loop.loop import ATTACHED, Loop
-from setpoint.sensor.chain import takes_back
-from setpoint.sensor.reading import Sensor, Shared
+from setpoint.sensor.reading import Sensor, Shared, takes_back
 from setpoint.sensor.taylor import TaylorSensor
 from setpoint.spending.account import Account
 from setpoint.spending.meter import Meter
@@ -216,8 +215,7 @@ def _wish(
             controller = ExchangingController(controller)
     else:
         check_goal(goal, controller)
-    for part in (controller, sensor):
-        check_follows(part)
+    check_states(controller, sensor)
     check_trains(host.optimizers, host.model)
     for each in host.optimizers:
         check_optimizer(each)
@@ -308,7 +306,7 @@ def _units(
         target = Target(wish.budgets, found.costs, widths_of(found.groups), wish.schedule, wish.resource)
     coordinates: Coordinates = same_coordinates
     if any(group.kind == "state" for group in found.groups):
-        from setpoint.actuator.balance import balanced as coordinates
+        from setpoint.states.turn import balanced as coordinates
     cutting = Cutting(host, found.groups, coordinates)
 
     controller, at_once = wish.controller, regrows(wish.controller)
@@ -337,8 +335,8 @@ def _sensor(host: Host, groups: tuple[Group, ...], example: Example) -> Sensor[A
     samples = num_samples(example) * host.ranks.count
     if host.alone and any(group.kind == "state" for group in groups):
         from setpoint.sensor.chain import SensorChain
-        from setpoint.sensor.hankel import HankelSensor
-        from setpoint.sensor.selective import SelectiveSensor
+        from setpoint.states.hankel import HankelSensor
+        from setpoint.states.selective import SelectiveSensor
 
         for_states: tuple[Sensor[Any], ...] = (HankelSensor(samples), SelectiveSensor(example))
         return SensorChain(*(each for each in for_states if each.readable(groups, host.model)), TaylorSensor(samples))
@@ -364,7 +362,9 @@ def _check_reads(host: Host, sensor: Sensor[Any]) -> None:
         )
 
 
-def _check_regrowth(host: Host, example: Example, groups: tuple[Group, ...], sensor: Sensor[Any], verify: bool) -> float:
+def _check_regrowth(
+    host: Host, example: Example, groups: tuple[Group, ...], sensor: Sensor[Any], verify: bool
+) -> float:
     """Check that units can be probed and come back in this model; the passes that took.
 
     Raises:
@@ -375,7 +375,7 @@ def _check_regrowth(host: Host, example: Example, groups: tuple[Group, ...], sen
 
     instead = "attach with PricedController(regrow=False)"
     if not takes_back(sensor):
-        raise LoopError(f"{type(sensor).__name__} says that its units cannot come back: use another, or {instead}")
+        raise LoopError(f"{type(sensor).__name__} says returns = False, so units cannot come back: {instead}")
     if host.compiled:
         raise LoopError(
             f"resting units cannot be present in compiled code: attach to the model uncompiled, or {instead}"

@@ -19,6 +19,7 @@ from groups.zoo import MODELS as ZOO
 from setpoint.actuator.shrink import named_tensors, shrink
 from setpoint.groups.kept import random_keep
 from setpoint.regrowth.probing import Probing
+from setpoint.regrowth.regrow import regrow
 from setpoint.regrowth.reserve import Reserve
 from twin.test_twin import double, groups_of
 
@@ -106,7 +107,7 @@ def test_the_gain_is_the_slope_of_the_loss(name: str) -> None:
 
 def slope(model: nn.Module, inputs: tuple[Tensor, ...], reserve: Reserve, group: str, origin: int) -> float:
     twin = copy.deepcopy(model)
-    now, after = setpoint.regrow(twin, None, reserve.present(), reserve, {group: [origin]})
+    now, after = regrow(twin, None, reserve.present(), reserve, {group: [origin]})
     unit = int(np.flatnonzero(np.flatnonzero(after.active[group]) == origin)[0])
     (of,) = (each for each in now if each.name == group)
     tensors, losses = named_tensors(twin), []

@@ -28,6 +28,8 @@ from setpoint.errors import GroupError
 from setpoint.groups.group import Group, widths_of
 from setpoint.groups.kept import random_keep
 from setpoint.groups.shim import get_call_sizes
+from setpoint.regrowth.regrow import regrow
+from setpoint.regrowth.reserve import Reserve
 from twin.test_twin import double, groups_of
 
 
@@ -78,9 +80,9 @@ def test_shrink_and_regrow_gives_everything_back(kind: type[Optimizer], options:
         train_step(model, optimizer, inputs)
     before, identities = snapshot(model, optimizer), [id(p) for p in model.parameters()]
     keep = some_keep(groups)
-    reserve = setpoint.Reserve.of(model, groups).rest(model, optimizer, keep)
+    reserve = Reserve.of(model, groups).rest(model, optimizer, keep)
     small = shrink(model, optimizer, groups, keep)
-    again, reserve = setpoint.regrow(model, optimizer, small, reserve, dropped(keep))
+    again, reserve = regrow(model, optimizer, small, reserve, dropped(keep))
     assert_same(snapshot(model, optimizer), before)
     assert [id(p) for p in model.parameters()] == identities
     assert widths_of(again) == widths_of(groups) and reserve.num_bytes == reserve.num_resting == 0
@@ -96,9 +98,9 @@ def test_traced_groups_come_back_too(name: str) -> None:
     keep = random_keep(groups)
     model.eval()
     before, want = snapshot(model, optimizer), model(*inputs)
-    reserve = setpoint.Reserve.of(model, groups).rest(model, optimizer, keep)
+    reserve = Reserve.of(model, groups).rest(model, optimizer, keep)
     small = shrink(model, optimizer, groups, keep)
-    setpoint.regrow(model, optimizer, small, reserve, dropped(keep))
+    regrow(model, optimizer, small, reserve, dropped(keep))
     assert_same(snapshot(model, optimizer), before)
     assert torch.equal(model(*inputs), want)
 
@@ -117,9 +119,9 @@ def test_a_partial_return_is_a_smaller_cut(name: str, which: int) -> None:
     gone = dropped(keep)
     back = {each: gone[each] if at % 2 == which else gone[each][::2] for at, each in enumerate(sorted(gone))}
     after = {each: kept | np.isin(np.arange(len(kept)), back[each]) for each, kept in keep.items()}
-    reserve = setpoint.Reserve.of(model, groups).rest(model, None, keep)
+    reserve = Reserve.of(model, groups).rest(model, None, keep)
     small = shrink(model, None, groups, keep)
-    again, _ = setpoint.regrow(model, None, small, reserve, back)
+    again, _ = regrow(model, None, small, reserve, back)
     shrink(twin, None, groups, after)
     assert widths_of(again) == {each: int(kept.sum()) for each, kept in after.items()}
     assert_same(snapshot(model), snapshot(twin))
@@ -173,16 +175,16 @@ def test_attention_of_part_of_its_width_runs(gone: dict[str, int], back: dict[st
         torch.testing.assert_close(model(x), twin(x), rtol=0, atol=1e-13)
 
     keep = {group.name: np.arange(group.num_units) >= gone.get(group.name, 0) for group in groups}
-    reserve = setpoint.Reserve.of(model, groups).rest(model, None, keep)
+    reserve = Reserve.of(model, groups).rest(model, None, keep)
     now = shrink(model, None, groups, keep)
-    now, reserve = setpoint.regrow(model, None, now, reserve, {name: range(n) for name, n in back.items()})
+    now, reserve = regrow(model, None, now, reserve, {name: range(n) for name, n in back.items()})
     check(dict(reserve.active))
     assert ("forward" in model.attend.__dict__) == any(not units.all() for units in reserve.active.values())
     keep = {"embed": np.arange(now[0].num_units) != 2}
     reserve = reserve.rest(model, None, keep)
     now = shrink(model, None, now, keep)
     check(dict(reserve.active))
-    setpoint.regrow(model, None, now, reserve, reserve.origins())
+    regrow(model, None, now, reserve, reserve.origins())
     assert "forward" not in model.attend.__dict__
 
 
@@ -193,11 +195,11 @@ def test_a_vanished_block_comes_back(name: str) -> None:
     optimizer = adamw(model)
     train_step(model, optimizer, example)
     before = snapshot(model, optimizer)
-    reserve = setpoint.Reserve.of(model, groups).rest(model, optimizer, keep)
+    reserve = Reserve.of(model, groups).rest(model, optimizer, keep)
     small = shrink(model, optimizer, groups, keep)
     assert any(group.num_units == 0 for group in small)
     train_step(copy.deepcopy(model), torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.0), example)
-    setpoint.regrow(model, optimizer, small, reserve, dropped(keep))
+    regrow(model, optimizer, small, reserve, dropped(keep))
     assert_same(snapshot(model, optimizer), before)
     train_step(model, optimizer, example)
 
@@ -243,7 +245,7 @@ def test_any_order_of_drops_and_returns(data: st.DataObject, name: str) -> None:
     train_step(model, optimizer, inputs)
     store = {key: tensor.detach().clone() for key, tensor in live_tensors(model, optimizer)}
     active = {group.name: np.ones(group.num_units, bool) for group in groups}
-    reserve, now = setpoint.Reserve.of(model, groups), groups
+    reserve, now = Reserve.of(model, groups), groups
     for _ in range(data.draw(st.integers(1, 5))):
         fill(model, optimizer, groups, store, active)
         if data.draw(st.booleans()):
@@ -260,7 +262,7 @@ def test_any_order_of_drops_and_returns(data: st.DataObject, name: str) -> None:
                 each: [int(u) for u in origins if data.draw(st.booleans())]
                 for each, origins in reserve.origins().items()
             }
-            now, reserve = setpoint.regrow(model, optimizer, now, reserve, grow)
+            now, reserve = regrow(model, optimizer, now, reserve, grow)
             for each, origins in grow.items():
                 active[each][origins] = True
         for key, live in live_tensors(model, optimizer):
@@ -286,12 +288,12 @@ def test_between_drop_and_return_the_model_trains_like_its_masked_twin(name: str
     of_twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     keep = some_keep(groups)
     store = {key: tensor.detach().clone() for key, tensor in live_tensors(twin, of_twin)}
-    reserve = setpoint.Reserve.of(model, groups).rest(model, optimizer, keep)
+    reserve = Reserve.of(model, groups).rest(model, optimizer, keep)
     small = shrink(model, optimizer, groups, keep)
     for _ in range(3):
         one, other = train_step(model, optimizer, inputs), masked_step(twin, of_twin, inputs, groups, keep)
         torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
-    setpoint.regrow(model, optimizer, small, reserve, dropped(keep))
+    regrow(model, optimizer, small, reserve, dropped(keep))
     for key, tensor in live_tensors(twin, of_twin):
         index = box(key[0], groups, keep, tensor.shape)
         trained = tensor.detach()[index].clone()
@@ -312,9 +314,9 @@ def test_copies_come_back_along(averaged: bool) -> None:
     ema = torch.optim.swa_utils.AveragedModel(model) if averaged else copy.deepcopy(model)
     train_step(model, optimizer, inputs)
     before, keep = snapshot(ema), some_keep(groups)
-    reserve = setpoint.Reserve.of(model, groups).rest(model, optimizer, keep, (ema,))
+    reserve = Reserve.of(model, groups).rest(model, optimizer, keep, (ema,))
     small = shrink(model, optimizer, groups, keep, (ema,))
-    setpoint.regrow(model, optimizer, small, reserve, dropped(keep), (ema,))
+    regrow(model, optimizer, small, reserve, dropped(keep), (ema,))
     assert_same(snapshot(ema), before)
 
 
@@ -326,9 +328,9 @@ def test_memory_format_comes_back() -> None:
     train_step(model, optimizer, inputs)
     before = snapshot(model, optimizer)
     keep = {group.name: np.arange(group.num_units) == 0 for group in groups}
-    reserve = setpoint.Reserve.of(model, groups).rest(model, optimizer, keep)
+    reserve = Reserve.of(model, groups).rest(model, optimizer, keep)
     small = shrink(model, optimizer, groups, keep)
-    setpoint.regrow(model, optimizer, small, reserve, dropped(keep))
+    regrow(model, optimizer, small, reserve, dropped(keep))
     assert_same(snapshot(model, optimizer), before)
 
 
@@ -338,9 +340,9 @@ def test_the_limit_is_kept_and_says_what_it_let_go() -> None:
     optimizer = adamw(model)
     train_step(model, optimizer, inputs)
     first = {"first": np.arange(6) != 2}
-    unlimited = setpoint.Reserve.of(model, groups).rest(model, optimizer, first)
+    unlimited = Reserve.of(model, groups).rest(model, optimizer, first)
     limit = unlimited.num_bytes + 3
-    reserve = setpoint.Reserve.of(model, groups, limit).rest(model, optimizer, first, when=1)
+    reserve = Reserve.of(model, groups, limit).rest(model, optimizer, first, when=1)
     assert reserve.let_go == {} and reserve.num_bytes == unlimited.num_bytes
     groups = shrink(model, optimizer, groups, first)
     second = {"first": np.arange(5) != 3}
@@ -349,11 +351,11 @@ def test_the_limit_is_kept_and_says_what_it_let_go() -> None:
     assert reserve.let_go == {"first": (2,)} and 0 < reserve.num_bytes <= limit
     assert {name: units.tolist() for name, units in reserve.origins().items()} == {"first": [4]}
     with pytest.raises(GroupError, match="unit 2 of 'first' does not rest"):
-        setpoint.regrow(model, optimizer, groups, reserve, {"first": [2]})
-    groups, reserve = setpoint.regrow(model, optimizer, groups, reserve, {"first": [4]})
+        regrow(model, optimizer, groups, reserve, {"first": [2]})
+    groups, reserve = regrow(model, optimizer, groups, reserve, {"first": [4]})
     assert widths_of(groups) == {"first": 5, "second": 5}
     train_step(model, optimizer, inputs)
-    nothing = setpoint.Reserve.of(*mlp()[::2], limit_bytes=0)
+    nothing = Reserve.of(*mlp()[::2], limit_bytes=0)
     assert nothing.rest(model := mlp()[0], None, first).num_bytes == 0 and model is not None
 
 
@@ -362,7 +364,7 @@ def test_a_limit_is_a_number_of_bytes(limit: Any) -> None:
     """Claim: a negative limit or a boolean is refused."""
     model, _, groups = mlp()
     with pytest.raises(ValueError, match="limit_bytes"):
-        setpoint.Reserve.of(model, groups, limit)
+        Reserve.of(model, groups, limit)
 
 
 def test_what_does_not_fit_is_refused_and_changes_nothing() -> None:
@@ -371,7 +373,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing() -> None:
     optimizer = adamw(model)
     train_step(model, optimizer, inputs)
     keep = some_keep(groups)
-    reserve = setpoint.Reserve.of(model, groups).rest(model, optimizer, keep)
+    reserve = Reserve.of(model, groups).rest(model, optimizer, keep)
     small = shrink(model, optimizer, groups, keep)
     before = snapshot(model, optimizer)
     units = dropped(keep)
@@ -381,12 +383,12 @@ def test_what_does_not_fit_is_refused_and_changes_nothing() -> None:
         ({"first": [-1]}, "rest"),
     ):
         with pytest.raises(GroupError, match=words):
-            setpoint.regrow(model, optimizer, small, reserve, grow)
+            regrow(model, optimizer, small, reserve, grow)
     with pytest.raises(GroupError, match="by the reserve's account"):
-        setpoint.regrow(model, optimizer, groups, reserve, units)
+        regrow(model, optimizer, groups, reserve, units)
     model[0].out_features += 1
     with pytest.raises(GroupError, match="out_features"):
-        setpoint.regrow(model, optimizer, small, reserve, units)
+        regrow(model, optimizer, small, reserve, units)
     model[0].out_features -= 1
     assert_same(snapshot(model, optimizer), before)
 
@@ -400,7 +402,7 @@ def test_a_failure_at_any_point_leaves_all_as_it_was(failing: str, call: int, mo
     optimizer = adamw(model)
     train_step(model, optimizer, inputs)
     ema, keep = copy.deepcopy(model), some_keep(groups)
-    reserve = setpoint.Reserve.of(model, groups).rest(model, optimizer, keep, (ema,))
+    reserve = Reserve.of(model, groups).rest(model, optimizer, keep, (ema,))
     small = shrink(model, optimizer, groups, keep, (ema,))
     before = snapshot(model, optimizer), snapshot(ema)
     calls, real = [], getattr(regrow_module, failing)
@@ -415,9 +417,9 @@ def test_a_failure_at_any_point_leaves_all_as_it_was(failing: str, call: int, mo
     with monkeypatch.context() as patch:
         patch.setattr(regrow_module, failing, fail_later)
         with pytest.raises(MemoryError):
-            setpoint.regrow(model, optimizer, small, reserve, dropped(keep), (ema,))
+            regrow(model, optimizer, small, reserve, dropped(keep), (ema,))
     assert_same((snapshot(model, optimizer), snapshot(ema)), before)
-    again, _ = setpoint.regrow(model, optimizer, small, reserve, dropped(keep), (ema,))
+    again, _ = regrow(model, optimizer, small, reserve, dropped(keep), (ema,))
     assert widths_of(again) == widths_of(groups)
 
 
@@ -429,11 +431,11 @@ def test_a_corrected_call_goes_back_to_the_plain_forward() -> None:
     build, _ = ZOO[name]
     model, groups = build(), groups_of(name)
     keep = random_keep(groups)
-    reserve = setpoint.Reserve.of(model, groups).rest(model, None, keep)
+    reserve = Reserve.of(model, groups).rest(model, None, keep)
     small = shrink(model, None, groups, keep)
     assert any("#" in place for _, place in recorded_sizes(model))
-    later = setpoint.Reserve.of(model, small)
-    setpoint.regrow(model, None, small, reserve, dropped(keep))
+    later = Reserve.of(model, small)
+    regrow(model, None, small, reserve, dropped(keep))
     assert not any("#" in place for _, place in recorded_sizes(model))
     assert later.corrected and not reserve.corrected
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-import setpoint
-from setpoint.weights.semi_structured import why_dense
+from setpoint.errors import DeviceError, GroupError
+from setpoint.weights.semi_structured import to_semi_structured, why_dense
 
 
 def in_pattern(layer: nn.Linear) -> nn.Linear:
@@ -34,15 +34,15 @@ def test_without_sparse_tensor_cores_it_is_an_error_and_nothing_changes() -> Non
     """Claim: on a CPU the error names the hardware that is needed, and the model computes what it did."""
     model, x = nn.Sequential(in_pattern(nn.Linear(64, 32)), nn.ReLU()), torch.randn(4, 64)
     before = model(x)
-    with pytest.raises(setpoint.DeviceError, match=r"compute capability 8.0 .* is on cpu"):
-        setpoint.to_semi_structured(model)
+    with pytest.raises(DeviceError, match=r"compute capability 8.0 .* is on cpu"):
+        to_semi_structured(model)
     assert torch.equal(model(x), before) and model[0].weight.requires_grad
 
 
 def test_a_model_without_such_weights_is_an_error() -> None:
     """Claim: where nothing can be handed over, the error says why for each layer."""
-    with pytest.raises(setpoint.GroupError, match="0: Conv2d has no kernels"):
-        setpoint.to_semi_structured(nn.Sequential(nn.Conv2d(8, 8, 1)))
+    with pytest.raises(GroupError, match="0: Conv2d has no kernels"):
+        to_semi_structured(nn.Sequential(nn.Conv2d(8, 8, 1)))
 
 
 @pytest.mark.gpu
@@ -51,7 +51,7 @@ def test_sparse_tensor_cores_compute_the_same() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(in_pattern(nn.Linear(256, 256)), nn.ReLU(), nn.Linear(256, 128)).half().cuda().eval()
     x, dense = torch.randn(64, 256, device="cuda", dtype=torch.half), copy.deepcopy(model)
-    left = setpoint.to_semi_structured(model)
+    left = to_semi_structured(model)
     assert set(left) == {"2"}
     with torch.no_grad():
         torch.testing.assert_close(model(x), dense(x), rtol=1e-2, atol=1e-2)

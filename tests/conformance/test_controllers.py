@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from controller.plants import Decision, chain, lognormal, observe, residual, run, unit_group
-from setpoint.controller.gates import GatedController
 from setpoint.controller.plan import Controller
 from setpoint.controller.priced import PricedController
 from setpoint.controller.reference import Reference
 from setpoint.cost.cost import Cost, ProductCost, Term
+from setpoint.gates.gated import GatedController
 from setpoint.groups.group import Group, Size, widths_of
 from setpoint.sensor.reading import Reading
 from setpoint.weights.exchanging import ExchangingController

@@ -18,6 +18,7 @@ from setpoint.actuator.muon import shape_factor
 from setpoint.actuator.optimizer_state import check_optimizer, check_trains
 from setpoint.actuator.shrink import named_tensors, shrink
 from setpoint.errors import OptimizerError
+from setpoint.groups.group import Group
 from setpoint.weights.mask import mask_gradients, mask_weights
 
 SETTINGS: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
@@ -131,7 +132,7 @@ def step_both(
 
 
 def mask_all(
-    model: nn.Module, optimizers: tuple[Optimizer, ...], groups: tuple[setpoint.Group, ...], keep: dict[str, Any]
+    model: nn.Module, optimizers: tuple[Optimizer, ...], groups: tuple[Group, ...], keep: dict[str, Any]
 ) -> None:
     """Zeros for what is dropped, in weights, gradients and the states of all optimizers."""
     for each in optimizers:

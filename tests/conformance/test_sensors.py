@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch import nn
 
+from setpoint.groups.follow import Change, follow
 from setpoint.groups.group import Group, Slice
 from setpoint.sensor.chain import SensorChain
-from setpoint.sensor.hankel import HankelSensor
 from setpoint.sensor.magnitude import MagnitudeSensor
 from setpoint.sensor.random import RandomSensor
 from setpoint.sensor.reading import Sensor
 from setpoint.sensor.taylor import TaylorSensor
+from setpoint.states.hankel import HankelSensor
 
 SENSORS = [
     pytest.param(TaylorSensor(8, window=5), id="taylor"),
@@ -104,7 +105,7 @@ def test_a_cut_state_remembers_the_kept_units(sensor: Sensor[Any]) -> None:
             rows = kept if source.shape[0] == 6 else slice(None)
             values = source[torch.from_numpy(kept)] if rows is kept else source
             target.copy_(values[:, torch.from_numpy(kept)] if values.dim() == 2 and values.shape[1] == 6 else values)
-    state = sensor.cut(state, {"0": kept})
+    state = follow(state, Change(keep={"0": kept}))
     if isinstance(sensor, MagnitudeSensor):
         state = sensor.update(state, small_groups, small)
     after = sensor.read(state, small_groups, 4)

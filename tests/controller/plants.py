@@ -11,6 +11,7 @@ import numpy as np
 
 from setpoint.controller.plan import Controller, Observation, Plan
 from setpoint.cost.cost import Cost, ProductCost, Term
+from setpoint.groups.follow import Change, follow
 from setpoint.groups.group import Group, Size, widths_of
 from setpoint.sensor.reading import Reading
 
@@ -128,7 +129,7 @@ def run(
             groups, cost, limit=limit, dense=dense, reading=reading, step=step, total_steps=total_steps, metered=metered
         )
         state, plan = controller.decide(state, seen, cost, groups)
-        state = controller.cut(state, plan.keep)
+        state = follow(state, Change(keep=plan.keep))
         saliency = {name: values[plan.keep[name]] for name, values in saliency.items()}
         before, groups = widths_of(groups), after(groups, plan)
         predicted = cost.total(widths_of(groups))

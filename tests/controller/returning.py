@@ -9,6 +9,7 @@ import numpy as np
 
 import setpoint
 from setpoint.controller.plan import Observation, Plan
+from setpoint.groups.group import Group
 
 
 class Returning:
@@ -28,9 +29,7 @@ class Returning:
             raise AttributeError(name)
         return getattr(self.inner, name)
 
-    def decide(
-        self, state: Any, observation: Observation, cost: Any, groups: tuple[setpoint.Group, ...]
-    ) -> tuple[Any, Plan]:
+    def decide(self, state: Any, observation: Observation, cost: Any, groups: tuple[Group, ...]) -> tuple[Any, Plan]:
         at, limit = (observation.step, observation.total_steps), observation.limit[cost.resource]
         if not self.inner.reference.settled(observation.step - 1, observation.total_steps):
             low = replace(observation, limit={**observation.limit, cost.resource: self.share * limit})

@@ -16,6 +16,7 @@ from setpoint.controller.plan import Plan, Regrowing
 from setpoint.controller.priced import PricedController
 from setpoint.controller.reference import Reference
 from setpoint.cost.cost import Cost
+from setpoint.groups.follow import Change, follow
 from setpoint.groups.group import Group, widths_of
 from setpoint.sensor.probe import Probe
 from setpoint.sensor.reading import Reading
@@ -71,7 +72,7 @@ def run(
             state, plan = controller.decide(state, replace(seen, probe=probe if probed else None), cost, groups)
             dropped = {name: np.flatnonzero(active[name])[~keep].tolist() for name, keep in plan.keep.items()}
             grown = {name: units.tolist() for name, units in plan.grow.items()}
-            state = controller.cut(state, plan.keep)
+            state = follow(state, Change(keep=plan.keep))
             for name, units in dropped.items():
                 active[name][units] = False
                 drops[name][units] += 1
@@ -82,7 +83,7 @@ def run(
             regrown = {
                 name: np.isin(np.flatnonzero(active[name]), units) for name, units in grown.items() if len(units)
             }
-            state = controller.grow(state, regrown)
+            state = follow(state, Change(regrown=regrown))
             before, groups = (
                 cost.total(widths_of(groups)),
                 tuple(replace(group, num_units=int(active[group.name].sum())) for group in groups),

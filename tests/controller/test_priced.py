@@ -27,6 +27,7 @@ from setpoint.controller.plan import Controller, Plan
 from setpoint.controller.price import Gains
 from setpoint.controller.priced import PricedController, PricedState, cheapest
 from setpoint.cost.cost import Cost, ProductCost, Term
+from setpoint.groups.follow import Change, follow
 from setpoint.groups.group import Group, Size, widths_of
 from setpoint.sensor.reading import Reading
 from setpoint_bench.baselines.scheduled import ScheduledController
@@ -290,7 +291,7 @@ def test_state_is_cut_like_the_groups() -> None:
     groups, _ = chain(4, 3)
     controller = PricedController()
     state = replace(controller.init(groups), age={"layer0": np.arange(4), "layer1": np.arange(3)})
-    state = controller.cut(state, {"layer0": np.array([True, False, False, True])})
+    state = follow(state, Change(keep={"layer0": np.array([True, False, False, True])}))
     assert state.age["layer0"].tolist() == [0, 3] and state.age["layer1"].tolist() == [0, 1, 2]
     assert state.dense == {"layer0": 4, "layer1": 3}
 

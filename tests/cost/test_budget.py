@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from setpoint.cost.budget import RESOURCES, Budget
+from setpoint.cost.price import Price
+from setpoint.cost.tolerance import Tolerance
 from setpoint.errors import BudgetError, SetpointError
 
 
@@ -100,3 +104,30 @@ def test_a_budget_is_a_value() -> None:
     assert budget == Budget.fraction(0.5, of="flops") and hash(budget) == hash(Budget.fraction(0.5, of="flops"))
     with pytest.raises(AttributeError):
         budget.limit = 0.7  # type: ignore[misc]
+
+
+def test_how_a_goal_is_measured_is_no_part_of_what_is_asked() -> None:
+    """An example may be tensors, which cannot be compared: budgets, prices and tolerances compare without it."""
+    example = (torch.ones(2), torch.ones(3))
+    for make in (
+        partial(Budget.fraction, 0.5),
+        partial(Budget.total, 0.5),
+        partial(Price, 0.1),
+        partial(Tolerance, 0.1),
+    ):
+        plain, told = make(of="inference"), make(of="inference", example=example)
+        assert plain == told and hash(plain) == hash(told) and repr(plain) == repr(told)
+        assert told.example is example and plain.example is None
+        assert make(of="energy", watts=65).watts == 65 and make(of="energy", watts=65) != make(of="energy", watts=60)
+
+
+@pytest.mark.parametrize("resource", RESOURCES)
+def test_what_a_resource_has_no_use_for_is_refused(resource: str) -> None:
+    """Watts go with energy, an example goes with inference; anywhere else they are a mistake."""
+    for make in (partial(Budget.total, 0.5), partial(Price, 0.1), partial(Tolerance, 0.1)):
+        for name, value, wanted in (("watts", 65.0, "energy"), ("example", (torch.ones(2),), "inference")):
+            if resource == wanted:
+                assert getattr(make(of=resource, **{name: value}), name) is value
+                continue
+            with pytest.raises(BudgetError, match=f"of '{wanted}'.*of '{resource}'.*out"):
+                make(of=resource, **{name: value})

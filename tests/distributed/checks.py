@@ -34,6 +34,8 @@ from distributed.training import (
 )
 from loop.test_regrowth import Net, Scripted
 from setpoint.actuator.mask import mask
+from setpoint.gates.gated import GatedController
+from setpoint.sensor.chain import SensorChain
 
 DROP = {3: {"inner.0": [1, 4, 9], "stem": [0, 3]}, 5: {"inner.0": [0]}}
 
@@ -79,7 +81,7 @@ def goals() -> None:
         return story(loop)
 
     half = setpoint.Budget.fraction(0.5, of="flops")
-    for goal, controller, steps in ((setpoint.Tolerance(0.5), None, 120), (half, setpoint.GatedController(), 40)):
+    for goal, controller, steps in ((setpoint.Tolerance(0.5), None, 120), (half, GatedController(), 40)):
         together = followed(goal, controller, steps, Parallel(build()), share)
         if dist.get_rank() == 0:
             assert together == followed(goal, controller, steps, build(), batch)
@@ -365,7 +367,7 @@ def branches() -> None:
     model = build(Branched)
     wrapper = Parallel(model, find_unused_parameters=True)
     x = torch.randn(8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(dist.get_rank()))
-    sensor = setpoint.SensorChain(setpoint.TaylorSensor(16))
+    sensor = SensorChain(setpoint.TaylorSensor(16))
     optimizer, loop = attached(wrapper, Scripted({6: {"up": [1, 5]}}, regrow=False), x, sensor=sensor)
     for step in range(8):
         model.taken = dist.get_rank() == 0 and step != 2

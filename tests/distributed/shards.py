@@ -27,8 +27,10 @@ from loop.test_regrowth import Net, Scripted
 from setpoint.actuator import shrink as shrink_module
 from setpoint.checkpoint.tree import to_tensors
 from setpoint.distributed import Ranks
+from setpoint.errors import CheckpointError, CostError, GroupError, LoopError, RankError
 from setpoint.host import fsdp as sharding
 from setpoint.loop import run_folder
+from setpoint.sensor.magnitude import MagnitudeSensor
 from setpoint.weights.masking import Masking
 
 HALF = setpoint.Budget.fraction(0.5, of="flops")
@@ -198,7 +200,7 @@ def sharded_failures() -> None:
         works = getattr(where, name)
         setattr(where, name, no_memory if rank else works)
         text = "host" if rank else f"the cut after step {step} failed on rank 1 with MemoryError: of the host"
-        error = MemoryError if rank else setpoint.RankError
+        error = MemoryError if rank else RankError
         caught(error, text, lambda step=step: train(*run, range(step - 1, step), share))
         setattr(where, name, works)
         handle.remove()
@@ -262,7 +264,7 @@ def sharded_whole() -> None:
     every = {3: {"inner.0": list(range(16))}, 5: {"inner.0": list(range(14))}}
     model = sharded(build(Still))
     optimizer, loop = attached(model, Scripted(every, regrow=False), share(0)[0])
-    caught(setpoint.GroupError, "min_units is 2", lambda: train(model, optimizer, loop, range(4), share))
+    caught(GroupError, "min_units is 2", lambda: train(model, optimizer, loop, range(4), share))
     optimizer.zero_grad()
     train(model, optimizer, loop, range(3, 6), share)
     assert loop.widths["inner.0"] == 2
@@ -294,7 +296,7 @@ def sharded_resume() -> None:
         with torch.no_grad():
             run["model"](share(0)[0])  # which leaves some of it whole
         setpoint.save_run(folder / f"{step}", **run, mine=f"of rank {dist.get_rank()}")
-    caught(setpoint.CheckpointError, "a folder of its own", lambda: setpoint.save_run(folder / "18", **run))
+    caught(CheckpointError, "a folder of its own", lambda: setpoint.save_run(folder / "18", **run))
     rest = go(run, range(18, 28))
     for step in (7, 18):
         again = start()
@@ -350,14 +352,14 @@ def sharded_damage() -> None:
         if file.endswith(".distcp"):  # on another number of ranks whole files are checked, so nothing is harmless
             one = Ranks(alone.get_group())
             caught(
-                setpoint.CheckpointError,
+                CheckpointError,
                 "",
                 lambda n=number, one=one: run_folder.read_folder(folder / f"{n}", one, alone),
             )
         dist.barrier()
         try:
             found = read(f"{number}")
-        except (setpoint.CheckpointError, setpoint.RankError):
+        except (CheckpointError, RankError):
             continue
         assert found == whole_run and file != ".metadata"
         harmless += 1
@@ -368,9 +370,9 @@ def sharded_damage() -> None:
         sums[".metadata"] = hashlib.sha256(harmful).hexdigest()
         (folder / "0" / files[-1]).write_text(json.dumps(sums))
     dist.barrier()
-    caught(setpoint.CheckpointError, "does not belong there", lambda: read("0"))
+    caught(CheckpointError, "does not belong there", lambda: read("0"))
     assert not (folder / "trace").exists()
-    caught(setpoint.CheckpointError, "call fully_shard", lambda: setpoint.load_run(folder / "run", model=build()))
+    caught(CheckpointError, "call fully_shard", lambda: setpoint.load_run(folder / "run", model=build()))
     tree = run_folder.read_folder(folder / "run", Ranks(alone.get_group()), alone)
     for name, parameter in model.named_parameters():
         assert torch.equal(tree["states"]["model"][name].to_local(), parameter.full_tensor())
@@ -398,7 +400,7 @@ def sharded_refusals() -> None:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
 
     def refused(text: str, model: nn.Module, **settings: Any) -> None:
-        caught(settings.pop("error", setpoint.LoopError), text, lambda: attached(model, never, x, **settings))
+        caught(settings.pop("error", LoopError), text, lambda: attached(model, never, x, **settings))
 
     refused("offload_policy", sharded(build(), offload_policy=CPUOffloadPolicy(pin_memory=False)))
     refused("shard_placement_fn", sharded(build(), shard_placement_fn=lambda p: Shard(1) if p.dim() == 2 else None))
@@ -409,9 +411,9 @@ def sharded_refusals() -> None:
     refused("stem.weight outside of it", part)
     refused("single weights", sharded(build()), actuator=Masking())
     memory = setpoint.Budget.fraction(0.5, of="memory")
-    refused("'memory' is not available", sharded(build()), error=setpoint.CostError, budget=memory)
+    refused("'memory' is not available", sharded(build()), error=CostError, budget=memory)
 
-    class Blind(setpoint.MagnitudeSensor):
+    class Blind(MagnitudeSensor):
         reads_shards = False
 
     refused("Blind does not say that it can read", sharded(build()), sensor=Blind())
@@ -419,13 +421,13 @@ def sharded_refusals() -> None:
     optimizer, loop = attached(later, never, x)
     sharded(later)
     caught(
-        setpoint.LoopError,
+        LoopError,
         "was called on the model after attach",
         lambda: train(later, optimizer, loop, range(1), share),
     )
     spread = sharded(build())
-    caught(setpoint.LoopError, "find_groups before", lambda: setpoint.find_groups(spread, (x,)))
+    caught(LoopError, "find_groups before", lambda: setpoint.find_groups(spread, (x,)))
     with setpoint.whole(spread):
         groups = setpoint.find_groups(spread, (x,))
     assert [each.name for each in groups] == ["stem", "wide", "mix", "up"]
-    caught(setpoint.CheckpointError, "inside `with setpoint.whole(model):`", lambda: setpoint.save(spread, "nowhere"))
+    caught(CheckpointError, "inside `with setpoint.whole(model):`", lambda: setpoint.save(spread, "nowhere"))

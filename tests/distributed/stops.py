@@ -19,6 +19,7 @@ import setpoint
 from distributed.training import assert_same_everywhere, attached, build, everywhere, share, train
 from loop.test_regrowth import Scripted
 from setpoint.actuator import shrink as shrink_module
+from setpoint.errors import CostError, GroupError, LoopError, OptimizerError, RankError
 from setpoint.weights.masking import Masking
 
 
@@ -41,14 +42,12 @@ def disagreement() -> None:
 
     never = Scripted({}, regrow=False)
     budget = setpoint.Budget.fraction(0.5 + 0.1 * rank, of="flops")
-    caught(setpoint.RankError, "rank 1 in budgets", lambda: start(never, budget=budget))
+    caught(RankError, "rank 1 in budgets", lambda: start(never, budget=budget))
     bad = {"groups": ()} if rank else {}
-    error, text = (
-        (setpoint.GroupError, "nothing") if rank else (setpoint.RankError, "attach failed on rank 1 with Group")
-    )
+    error, text = (GroupError, "nothing") if rank else (RankError, "attach failed on rank 1 with Group")
     caught(error, text, lambda: start(never, **bad))
     apart = start(Scripted({3: {"up": [1 + rank]}}, regrow=False))
-    caught(setpoint.RankError, "rank 1 in plan", lambda: train(*apart, range(4), share))
+    caught(RankError, "rank 1 in plan", lambda: train(*apart, range(4), share))
     assert apart[2].widths["up"] == 24
     failing = start(Scripted({3: {"up": [1, 4]}, 6: {"up": [0]}}, {9: {"up": [1]}}))
     train(*failing, range(5), share)
@@ -61,7 +60,7 @@ def disagreement() -> None:
         shrink_module.swap = no_memory if rank else swap
         text = "host" if rank else f"the cut after step {step} failed on rank 1 with MemoryError: of the host"
         steps = range(step - 1, step)
-        caught(MemoryError if rank else setpoint.RankError, text, lambda steps=steps: train(*failing, steps, share))
+        caught(MemoryError if rank else RankError, text, lambda steps=steps: train(*failing, steps, share))
         shrink_module.swap = swap
         assert failing[2].widths["up"] == failing[0].module.up.out_features == 22
         failing[1].zero_grad()
@@ -79,7 +78,7 @@ def late() -> None:
         optimizer.register_step_pre_hook(lambda *args: time.sleep(3) if loop.step == 1 else None)
     try:
         train(wrapper, optimizer, loop, range(3), share)
-    except setpoint.RankError as error:
+    except RankError as error:
         assert "a rank was lost at the reading after step 2, or has not come to it in time" in str(error)
     else:
         raise AssertionError("nobody was missed")
@@ -93,7 +92,7 @@ def lost() -> None:
         optimizer.register_step_pre_hook(lambda *args: os._exit(0) if loop.step == 2 else None)
     try:
         train(wrapper, optimizer, loop, range(4), share)
-    except setpoint.RankError as error:
+    except RankError as error:
         assert "a rank was lost at the reading after step 3" in str(error)
     else:
         raise AssertionError("nothing was noticed")
@@ -105,7 +104,7 @@ def refusals() -> None:
 
     never, x = Scripted({}, regrow=False), share(0)[0]
 
-    def refused(text: str, model: nn.Module, error: type[Exception] = setpoint.LoopError, **settings: Any) -> None:
+    def refused(text: str, model: nn.Module, error: type[Exception] = LoopError, **settings: Any) -> None:
         try:
             attached(model, never, x, **settings)
         except error as raised:
@@ -133,15 +132,15 @@ def refusals() -> None:
     refused("wrap the whole model", part)
     shared = Parallel(build())
     zero = ZeroRedundancyOptimizer(shared.parameters(), torch.optim.SGD, lr=0.1)
-    refused("ZeroRedundancyOptimizer", shared, setpoint.OptimizerError, optimizer=zero)
+    refused("ZeroRedundancyOptimizer", shared, OptimizerError, optimizer=zero)
     if dist.get_world_size() > 1:
         memory = setpoint.Budget.fraction(0.5, of="memory")
-        refused("'memory' is not available on several ranks", Parallel(build()), setpoint.CostError, budget=memory)
+        refused("'memory' is not available on several ranks", Parallel(build()), CostError, budget=memory)
 
     def stops(text: str, model: nn.Module, optimizer: Any, loop: Any) -> None:
         try:
             train(model, optimizer, loop, range(1), share)
-        except setpoint.LoopError as raised:
+        except LoopError as raised:
             assert text in str(raised), raised
         else:
             raise AssertionError(text)

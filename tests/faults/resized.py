@@ -20,6 +20,8 @@ from torch.optim import Optimizer
 
 import setpoint
 from setpoint.groups.group import Group, widths_of
+from setpoint.regrowth.regrow import regrow
+from setpoint.regrowth.reserve import Reserve
 
 Store = dict[tuple[str, str], Tensor]
 
@@ -126,7 +128,7 @@ def main() -> None:
     groups = setpoint.find_groups(model, (x,))
     optimizer = torch.optim.SGD(model.parameters(), **SGD)
     step(model, optimizer, x, y)
-    twin, reserve, now = Twin(model, optimizer, groups), setpoint.Reserve.of(model, groups), groups
+    twin, reserve, now = Twin(model, optimizer, groups), Reserve.of(model, groups), groups
     apart, marks = 0.0, []
     for number in range(count):
         active = {name: units.copy() for name, units in twin.active.items()}
@@ -140,7 +142,7 @@ def main() -> None:
             now = setpoint.shrink(model, optimizer, now, keep)
         else:
             grow = {name: origins[chance.random(len(origins)) < 0.7] for name, origins in reserve.origins().items()}
-            now, reserve = setpoint.regrow(model, optimizer, now, reserve, grow)
+            now, reserve = regrow(model, optimizer, now, reserve, grow)
             for name, origins in grow.items():
                 active[name][origins] = True
         twin.change(active)
@@ -153,7 +155,7 @@ def main() -> None:
         )
         if number in (count // 5, count - 1):
             # Everything is there, so both marks are of models of one size.
-            now, reserve = setpoint.regrow(model, optimizer, now, reserve, reserve.origins())
+            now, reserve = regrow(model, optimizer, now, reserve, reserve.origins())
             twin.change({name: np.ones(len(units), dtype=bool) for name, units in twin.active.items()})
             live, full = {}, {}
             for each in (optimizer, twin.optimizer):

@@ -15,6 +15,7 @@ import setpoint
 from loop.test_regrowth import BACK, DROP, Scripted, data, dear
 from loop.test_state import Run, tensors
 from setpoint.actuator import shrink as shrink_module
+from setpoint.errors import LoopError
 
 __all__ = ["dear"]
 
@@ -74,7 +75,7 @@ def test_ctrl_c_in_a_probed_forward(dear: None) -> None:
     run.train(0, 14)
     before = copied(run)
     forward_with(run, 14, KeyboardInterrupt())
-    with pytest.raises(setpoint.LoopError, match="middle of a step"):
+    with pytest.raises(LoopError, match="middle of a step"):
         run.loop.state_dict()
     run.loop.detach()
     assert_same(run, before, statistics=False)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from setpoint.models import SequenceClassifier
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -21,8 +20,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import setpoint
 import setpoint.regrowth.regrowing
 from golden.models import GPT, ResNet, Sampled, mlp
+from setpoint.gates.gated import GatedController
+from setpoint.groups.group import Group
 from setpoint.sensor.reading import Reading
 from setpoint.weights.masking import Masking
+from setpoint_bench.models.classifier import SequenceClassifier
 
 HALF = setpoint.Budget.fraction(0.5, of="flops")
 
@@ -176,7 +178,7 @@ class Misled:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
-    def read(self, state: Any, groups: tuple[setpoint.Group, ...], step: int) -> Reading:
+    def read(self, state: Any, groups: tuple[Group, ...], step: int) -> Reading:
         """The reading, upside down at first."""
         reading = self.inner.read(state, groups, step)
         wrong = {name: values.max() + values.min() - values for name, values in reading.saliency.items()}
@@ -218,7 +220,7 @@ def gates() -> Training:
         return [F.cross_entropy(model(x), x[:, :4].argmax(1))]
 
     loop = setpoint.attach(
-        model, optimizer, HALF, example=(vectors(0, 2048),), total_steps=200, controller=setpoint.GatedController()
+        model, optimizer, HALF, example=(vectors(0, 2048),), total_steps=200, controller=GatedController()
     )
     return Training(model, (optimizer,), loop, losses, 200)
 

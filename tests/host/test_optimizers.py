@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 import setpoint
 from loop.test_regrowth import Scripted
+from setpoint.errors import OptimizerError
+from setpoint.host.optimizers import real_optimizers
 
 
 class Accelerated(torch.optim.Optimizer):
@@ -55,8 +57,8 @@ class _Lightning:
     def step(self, closure: Any = None) -> Any:
         return self._optimizer.step(closure)
 
-    def zero_grad(self) -> None:
-        self._optimizer.zero_grad()
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self._optimizer.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
         return self._optimizer.state_dict()
@@ -197,5 +199,5 @@ def test_an_optimizer_and_its_wrapper_are_one() -> None:
 def test_what_would_not_follow_is_refused(wrap: Callable[[torch.optim.Optimizer], Any], words: str) -> None:
     """Claim: a wrapper that is no mere wrapper is refused by name, whatever is around it."""
     model = nn.Sequential(nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 3))
-    with pytest.raises(setpoint.OptimizerError, match=words):
-        attached(model, wrap(torch.optim.SGD(model.parameters(), lr=0.01)))
+    with pytest.raises(OptimizerError, match=words):
+        real_optimizers(wrap(torch.optim.SGD(model.parameters(), lr=0.01)))

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import setpoint
+from setpoint.errors import BudgetError, CostError
+from setpoint.groups.group import Group
 from setpoint.resources import costing
 from setpoint.resources import table as table_file
 from setpoint.resources.inference import inference_replica
@@ -72,7 +74,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Machine
     made = Machine()
     tape = costing._tape
 
-    def recorded(make: Any, groups: tuple[setpoint.Group, ...]) -> Tape:
+    def recorded(make: Any, groups: tuple[Group, ...]) -> Tape:
         key = f"{make.func} {make.args[0]} {groups} {[x.shape for x in make.args[-2]]}"
         return TAPES[key] if key in TAPES else TAPES.setdefault(key, tape(make, groups))
 
@@ -345,7 +347,7 @@ def test_energy_without_a_meter(machine: Machine) -> None:
     """Without a meter an energy budget needs a stated power, and is labelled as modelled everywhere."""
     if costing.find_energy_meter([torch.device("cpu")])[0] is not None:
         pytest.skip("this machine has a meter")
-    with pytest.raises(setpoint.CostError, match=r"no meter of energy.*watts="):
+    with pytest.raises(CostError, match=r"no meter of energy.*watts="):
         train(mlp(), Budget.fraction(0.6, of="energy"), 120)
     loop = train(mlp(), Budget.fraction(0.6, of="energy", watts=25.0), 120, machine.live)
     summary = loop.summary
@@ -377,24 +379,24 @@ def test_stated_watts_count_all_seconds_of_a_run(machine: Machine) -> None:
 @pytest.mark.parametrize("watts", [True, 0.0, -1.0, float("nan"), float("inf")])
 def test_watts_that_are_no_power(watts: Any) -> None:
     """Stated watts are a finite number above 0."""
-    with pytest.raises(setpoint.BudgetError, match="watts is the power"):
+    with pytest.raises(BudgetError, match="watts is the power"):
         Budget.fraction(0.6, of="energy", watts=watts)
-    with pytest.raises(setpoint.BudgetError, match="watts is the power"):
+    with pytest.raises(BudgetError, match="watts is the power"):
         setpoint.Price(0.1, of="energy", watts=watts)
 
 
 def test_watts_that_nobody_asks_for() -> None:
     """Watts on a budget of something else are refused, not ignored."""
-    with pytest.raises(setpoint.BudgetError, match="leave watts out"):
+    with pytest.raises(BudgetError, match="leave watts out"):
         Budget.fraction(0.6, of="flops", watts=30.0)
-    with pytest.raises(setpoint.BudgetError, match="leave watts out"):
+    with pytest.raises(BudgetError, match="leave watts out"):
         setpoint.Price(0.1, of="latency", watts=30.0)
 
 
 def test_budgets_of_one_resource_twice_are_refused() -> None:
     """Each resource has one budget, and there is at least one."""
     for budgets in ([], [Budget.fraction(0.5, of="flops"), Budget.total(1e6, of="flops")]):
-        with pytest.raises(setpoint.BudgetError, match="one budget for each resource"):
+        with pytest.raises(BudgetError, match="one budget for each resource"):
             train(mlp(), budgets, 10)
 
 

@@ -16,6 +16,7 @@ from torch.optim import lr_scheduler
 import setpoint
 from loop.test_regrowth import Scripted
 from setpoint.controller.reference import Reference
+from setpoint.errors import GroupError
 
 SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
     "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, [lambda step: 0.9**step, lambda step: 1 / (1 + step)]),
@@ -193,5 +194,5 @@ def test_orthogonal_weights_that_read_units_are_left_whole_by_name() -> None:
     wrap = nn.utils.parametrizations.orthogonal
     model = nn.Sequential(wrap(nn.Linear(6, 24)), nn.ReLU(), wrap(nn.Linear(24, 24)))
     optimizer, budget = torch.optim.AdamW(model.parameters()), setpoint.Budget.fraction(0.5, of="flops")
-    with pytest.raises(setpoint.GroupError, match=r"2\.parametrizations\.weight"):
+    with pytest.raises(GroupError, match=r"2\.parametrizations\.weight"):
         setpoint.attach(model, optimizer, budget, example=(torch.zeros(8, 6),), total_steps=40)

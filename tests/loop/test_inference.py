@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import setpoint
 from loop.test_budgets import Machine, machine, train
+from setpoint.errors import BudgetError
 from setpoint.groups.group import widths_of
 from setpoint.resources.costing import cost_out
 from setpoint.resources.inference import Inference, inference_replica
@@ -232,15 +233,15 @@ def test_training_within_autocast_keeps_its_gradients() -> None:
 def test_milliseconds_given_as_seconds(machine: Machine) -> None:
     """A budget of inference that can only be in milliseconds is refused with the same one in seconds."""
     made = answering(machine)
-    with pytest.raises(setpoint.BudgetError, match=r"seconds per inference.*Budget.total\(0.002, of='inference'\)"):
+    with pytest.raises(BudgetError, match=r"seconds per inference.*Budget.total\(0.002, of='inference'\)"):
         train(made, Budget.total(2.0, of="inference"), 20)
 
 
 def test_an_example_without_such_a_budget_is_refused() -> None:
     """An inference example that nothing would use is an error, not a surprise."""
-    with pytest.raises(setpoint.BudgetError, match="add one, or leave the example out"):
+    with pytest.raises(BudgetError, match="add one, or leave the example out"):
         Budget.fraction(0.5, of="flops", example=(torch.randn(1, 16),))
-    with pytest.raises(setpoint.BudgetError, match="add one, or leave the example out"):
+    with pytest.raises(BudgetError, match="add one, or leave the example out"):
         setpoint.Price(0.1, of="flops", example=(torch.randn(1, 16),))
 
 

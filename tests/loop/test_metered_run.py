@@ -13,6 +13,7 @@ from torch import nn
 
 import setpoint
 from loop.test_budgets import Machine, machine, metered, mlp, train
+from setpoint.errors import BudgetError
 from setpoint.resources import costing
 
 Budget = setpoint.Budget
@@ -151,7 +152,7 @@ def test_stated_watts(machine: Machine) -> None:
 )
 def test_what_cannot_be_held_is_refused(machine: Machine, budget: Budget, words: str) -> None:
     """Too little, milliseconds for seconds, and what no run spends are errors that say what to ask for."""
-    with pytest.raises(setpoint.BudgetError, match=words):
+    with pytest.raises(BudgetError, match=words):
         train(mlp(), budget, STEPS)
 
 
@@ -164,7 +165,7 @@ def test_seconds_before_the_first_step_count(machine: Machine, monkeypatch: pyte
         return plain(problem, point)
 
     monkeypatch.setattr(machine, "operation", operation)
-    with pytest.raises(setpoint.BudgetError, match="spent already"):
+    with pytest.raises(BudgetError, match="spent already"):
         train(mlp(), Budget.total(0.5, of="latency", per="run"), STEPS)
 
 

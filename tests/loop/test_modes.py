@@ -11,8 +11,12 @@ import torch
 from torch import nn
 
 import setpoint
+from setpoint.controller.penalty import PenaltyController
+from setpoint.controller.tolerant import TolerantController
 from setpoint.errors import BudgetError, LoopError
+from setpoint.gates.gated import GatedController
 from setpoint.regrowth.regrowing import Regrowing
+from setpoint.weights.exchanging import ExchangingController
 from setpoint.weights.masking import Masking
 
 Change = Callable[[setpoint.Loop, int], None]
@@ -151,7 +155,7 @@ WATCHED = setpoint.PricedController(setpoint.Reference(warmup=0.2, settle=0.6, n
     "settings",
     [
         {"actuator": Regrowing(reserve_bytes=0), "controller": WATCHED},
-        {"actuator": Masking(), "controller": setpoint.ExchangingController(WATCHED)},
+        {"actuator": Masking(), "controller": ExchangingController(WATCHED)},
     ],
     ids=["full reserve", "single weights"],
 )
@@ -174,7 +178,10 @@ def test_a_cut_that_cannot_be_taken_back_says_so(settings: dict[str, object]) ->
 def test_a_tolerance_without_a_reserve_cuts_no_further() -> None:
     """A cut beyond the tolerance that does not rest stays, is the last one, and is said to stay."""
     summary, loop, _ = train(
-        setpoint.Tolerance(loss=0.05), 800, spoil=lambda step: 3.0 if step >= 100 else 0.0, actuator=Regrowing(reserve_bytes=0)
+        setpoint.Tolerance(loss=0.05),
+        800,
+        spoil=lambda step: 3.0 if step >= 100 else 0.0,
+        actuator=Regrowing(reserve_bytes=0),
     )
     last = loop.ledger[-1]
     assert summary.landed and last.reason.startswith("landed: the last cut stays")
@@ -200,11 +207,11 @@ def test_nothing_is_decided_on_a_model_that_has_diverged(total_steps: int) -> No
     ("goal", "controller"),
     [
         (setpoint.Price(0.1, of="flops"), setpoint.PricedController()),
-        (setpoint.Price(0.1, of="flops"), setpoint.GatedController()),
-        (setpoint.Price(0.1, of="flops"), setpoint.PenaltyController(setpoint.Price(0.2, of="flops"))),
+        (setpoint.Price(0.1, of="flops"), GatedController()),
+        (setpoint.Price(0.1, of="flops"), PenaltyController(setpoint.Price(0.2, of="flops"))),
         (setpoint.Tolerance(0.1), setpoint.PricedController()),
-        (setpoint.Budget.fraction(0.5, of="flops"), setpoint.PenaltyController(setpoint.Price(0.2, of="flops"))),
-        (setpoint.Budget.fraction(0.5, of="flops"), setpoint.TolerantController(setpoint.Tolerance(0.1))),
+        (setpoint.Budget.fraction(0.5, of="flops"), PenaltyController(setpoint.Price(0.2, of="flops"))),
+        (setpoint.Budget.fraction(0.5, of="flops"), TolerantController(setpoint.Tolerance(0.1))),
     ],
     ids=str,
 )
@@ -221,7 +228,7 @@ def test_a_reserve_of_no_size_is_refused(reserve_bytes: object) -> None:
         Regrowing(reserve_bytes=reserve_bytes)
 
 
-@pytest.mark.parametrize("controller", [setpoint.PricedController(), setpoint.GatedController()])
+@pytest.mark.parametrize("controller", [setpoint.PricedController(), GatedController()])
 def test_a_change_of_budget_is_bumpless_and_lands(controller: object) -> None:
     """The reference goes on from what a step costs at the change, and the run lands on the new budget."""
     at_change: list[float] = []
@@ -242,7 +249,7 @@ def test_a_change_of_budget_is_bumpless_and_lands(controller: object) -> None:
     assert all(later <= earlier * (1 + 1e-9) for earlier, later in zip(following, following[1:], strict=False))
 
 
-@pytest.mark.parametrize("kind", [lambda inner: inner, setpoint.GatedController])
+@pytest.mark.parametrize("kind", [lambda inner: inner, GatedController])
 def test_a_budget_is_open_until_the_land_of_its_own_reference(kind: Callable[[object], object]) -> None:
     """With units that may come back until 90 % of the run, a new budget at 80 % of it is taken and met."""
     inner = setpoint.PricedController(setpoint.Reference(settle=0.6, land=0.9), regrow=True)
@@ -319,3 +326,10 @@ def test_another_length_moves_the_decisions() -> None:
     assert summary.total_steps == summary.steps == 600
     assert loop.ledger[-1].step == 180
     assert summary.final_flops_ratio <= 0.5
+
+
+def test_a_reference_beside_a_controller_is_refused() -> None:
+    """A controller brings its own reference."""
+    budget = setpoint.Budget.fraction(0.5, of="flops")
+    with pytest.raises(ValueError, match="not both"):
+        train(budget, reference=setpoint.Reference(), controller=setpoint.PricedController())

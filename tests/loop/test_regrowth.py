@@ -21,7 +21,10 @@ from setpoint.controller.plan import Observation, Plan
 from setpoint.controller.priced import PricedController
 from setpoint.controller.reference import Reference
 from setpoint.errors import LoopError, VerificationError
+from setpoint.groups.follow import Change, follow
+from setpoint.groups.group import Group, Slice
 from setpoint.regrowth.regrowing import Regrowing
+from setpoint.sensor.chain import SensorChain
 from setpoint.sensor.reading import Reading
 
 
@@ -68,8 +71,8 @@ class Scripted:
     regrow: bool = True
     seen: list[Observation] = field(default_factory=list)
 
-    def init(self, groups: tuple[setpoint.Group, ...]) -> dict[str, int]:
-        return {group.name: group.num_units for group in groups}
+    def init(self, groups: tuple[Group, ...]) -> None:
+        """It remembers nothing."""
 
     def due(self, step: int, total_steps: int) -> bool:
         return step in {*self.drop, *self.back, self.last}
@@ -86,12 +89,6 @@ class Scripted:
         worth = {name: np.full(len(units), 2.0) for name, units in grow.items()}
         landed = observation.step == self.last
         return state, Plan(observation.step, keep, {}, {"params": 1.0}, {}, landed, "as told", grow, worth)
-
-    def cut(self, state: dict[str, int], keep: Mapping[str, np.ndarray]) -> dict[str, int]:
-        return {name: int(keep[name].sum()) for name in state}
-
-    def grow(self, state: dict[str, int], regrown: Mapping[str, np.ndarray]) -> dict[str, int]:
-        return {name: len(regrown[name]) if name in regrown else width for name, width in state.items()}
 
 
 def attach(
@@ -297,7 +294,7 @@ class Misled:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
-    def read(self, state: Any, groups: tuple[setpoint.Group, ...], step: int) -> Reading:
+    def read(self, state: Any, groups: tuple[Group, ...], step: int) -> Reading:
         """The reading, upside down at first."""
         reading = self.inner.read(state, groups, step)
         wrong = {name: values.max() + values.min() - values for name, values in reading.saliency.items()}
@@ -403,26 +400,22 @@ def test_dropout_that_draws_by_width_is_no_reason_to_refuse() -> None:
     assert loop.finish().probed_steps > 0
 
 
-def test_a_sensor_without_grow_is_refused() -> None:
-    """Claim: a sensor that cannot take units in is refused by name."""
+def test_a_sensor_whose_units_cannot_come_back_is_refused() -> None:
+    """Claim: a sensor that cannot take units in is refused by name, also inside a chain."""
 
-    class Plain:
-        """A Taylor sensor with nothing but the protocol's methods."""
+    class Plain(setpoint.TaylorSensor):
+        returns = False
 
-        def __init__(self) -> None:
-            self._inner = setpoint.TaylorSensor(16)
-            for name in ("readable", "init", "update", "flops", "read", "cut"):
-                setattr(self, name, getattr(self._inner, name))
-
-    with pytest.raises(LoopError, match="Plain has no grow"):
-        attach(Net(), PricedController(regrow=True), sensor=Plain())
+    for sensor in (Plain(16), SensorChain(setpoint.HankelSensor(16), Plain(16))):
+        with pytest.raises(LoopError, match=f"{type(sensor).__name__} says returns = False"):
+            attach(Net(), PricedController(regrow=True), sensor=sensor)
 
 
 def test_a_taylor_state_begins_anew_for_units_that_came_back() -> None:
     """Claim: after cut and grow, units that stayed read as before, and one that came back reads as if the sensor
     had begun with it.
     """
-    group = setpoint.Group("a", "unit", 3, (setpoint.Slice("weight", 1, "consume", np.arange(3)),))
+    group = Group("a", "unit", 3, (Slice("weight", 1, "consume", np.arange(3)),))
     model, sensor = nn.Linear(3, 2, bias=False), setpoint.TaylorSensor(4, window=5)
     gradients = torch.randn(12, 2, 3)
 
@@ -438,7 +431,7 @@ def test_a_taylor_state_begins_anew_for_units_that_came_back() -> None:
     whole = update(sensor.init((group,), model), gradients, [0, 1, 2])
     late = update(sensor.init((group,), model), gradients[8:], [0, 1, 2])
     state = update(sensor.init((group,), model), gradients[:8], [0, 1, 2])
-    state = sensor.grow(sensor.cut(state, {"a": np.array([True, False, True])}), {"a": np.array([False, True, False])})
+    state = follow(state, Change({"a": np.array([True, False, True])}, {"a": np.array([False, True, False])}))
     assert read(state).saliency["a"][1] == 0.0 and read(state).finite()
     state = update(state, gradients[8:], [0, 1, 2])
     np.testing.assert_allclose(read(state).saliency["a"][[0, 2]], read(whole).saliency["a"][[0, 2]], rtol=1e-5)
@@ -447,7 +440,7 @@ def test_a_taylor_state_begins_anew_for_units_that_came_back() -> None:
 
 def test_a_group_without_units_can_be_sensed() -> None:
     """Claim: a sensor's update and reading go on while a group has no units at all."""
-    group = setpoint.Group("a", "unit", 0, (setpoint.Slice("weight", 1, "consume", np.arange(0)),), min_units=0)
+    group = Group("a", "unit", 0, (Slice("weight", 1, "consume", np.arange(0)),), min_units=0)
     model, sensor = nn.Linear(1, 2, bias=False), setpoint.TaylorSensor(4)
     model.weight = nn.Parameter(torch.zeros(2, 0))
     model.weight.grad = torch.zeros(2, 0)

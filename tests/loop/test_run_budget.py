@@ -15,13 +15,14 @@ from torch import nn
 
 import setpoint
 from controller.plants import after, chain, lognormal, observe, residual
-from setpoint.controller.gates import GatedController
 from setpoint.controller.horizon import RunRest
 from setpoint.controller.priced import PricedController
 from setpoint.controller.reference import Reference
 from setpoint.cost.budget import Budget
 from setpoint.cost.cost import ProductCost
 from setpoint.errors import BudgetError, LoopError
+from setpoint.gates.gated import GatedController
+from setpoint.groups.follow import Change, follow
 from setpoint.groups.group import Group, widths_of
 from setpoint.sensor.reading import Reading
 from setpoint.spending.run_budget import RunBudget
@@ -68,7 +69,7 @@ def simulate(
         if wait:
             again = step + wait
             continue
-        state = controller.cut(following, plan.keep)
+        state = follow(following, Change(keep=plan.keep))
         saliency = {name: values[plan.keep[name]] for name, values in saliency.items()}
         groups, landed = after(groups, plan), step if plan.landed else 0
         per_step = cost.total(widths_of(groups))

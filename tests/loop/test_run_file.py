@@ -21,7 +21,7 @@ import setpoint
 from loop.test_regrowth import BACK, DROP, Net, Scripted, dear
 from loop.test_state import Run, assert_untouched, snapshot, tensors
 from setpoint.checkpoint.tree import TREE, from_tensors, to_tensors
-from setpoint.errors import CheckpointError
+from setpoint.errors import CheckpointError, OptimizerError
 
 __all__ = ["dear"]
 
@@ -369,5 +369,5 @@ def test_optimizer_state_of_weights_that_are_never_cut_is_checked_too() -> None:
     moment = next(key for key, value in state["state"][number].items() if torch.is_tensor(value) and value.dim())
     shape = [size + 1 for size in state["state"][number][moment].shape]
     state["state"][number][moment] = torch.zeros(shape)
-    with pytest.raises(setpoint.OptimizerError, match=names[number]):
+    with pytest.raises(OptimizerError, match=names[number]):
         one.optimizers[0].load_state_dict(state)

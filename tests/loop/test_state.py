@@ -21,6 +21,7 @@ from setpoint.controller.penalty import PenaltyController
 from setpoint.controller.priced import PricedController
 from setpoint.cost.price import Price
 from setpoint.errors import CheckpointError, LoopError, OptimizerError
+from setpoint.sensor.magnitude import MagnitudeSensor
 from setpoint_bench.baselines.scheduled import ScheduledController
 
 __all__ = ["dear"]
@@ -230,7 +231,7 @@ class Wider(Net):
         ({"split": True}, "optimizers"),
         ({"model": Wider}, "dense|another model"),
         ({"make": lambda p: torch.optim.SGD(p, lr=0.1)}, "optimizers"),
-        ({"sensor": setpoint.MagnitudeSensor()}, "sensor"),
+        ({"sensor": MagnitudeSensor()}, "sensor"),
     ],
 )
 def test_a_state_of_another_run_is_refused(state: dict[str, Any], options: dict[str, Any], words: str) -> None:

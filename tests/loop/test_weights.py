@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import setpoint
 from loop.test_regrowth import Scripted, data
 from loop.test_state import Run, check_resumes
+from setpoint.controller.penalty import PenaltyController
 from setpoint.errors import BudgetError, CheckpointError, GroupError, LoopError, OptimizerError, SetpointError
 from setpoint.report.decisions import timeline
 from setpoint.report.resources import ledger_line
@@ -355,7 +356,11 @@ def test_everybody_is_told_that_hardware_gets_no_faster(tmp_path: Path) -> None:
     ("options", "error", "words"),
     [
         ({"actuator": "2:4"}, LoopError, r"actuator is Masking\(...\) or Regrowing\(...\)"),
-        ({"actuator": Masking("2:4"), "groups": None}, GroupError, r"stem\.weight \(8, 2, 3, 3\).*find_weights\(model, '2:4'\)"),
+        (
+            {"actuator": Masking("2:4"), "groups": None},
+            GroupError,
+            r"stem\.weight \(8, 2, 3, 3\).*find_weights\(model, '2:4'\)",
+        ),
         ({"actuator": Masking("2:4"), "groups": find_weights(Net())}, GroupError, "is none of find_weights"),
         ({"actuator": None}, GroupError, "holds single weights"),
         ({"budget": setpoint.Budget.fraction(0.5, of="latency")}, BudgetError, "save no latency"),
@@ -404,7 +409,7 @@ def test_a_price_decides_how_many_stay() -> None:
     left = []
     for rate in (0.0, 0.05, 1.0):
         price = setpoint.Price(rate, of="params")
-        controller = ExchangingController(setpoint.PenaltyController(price, setpoint.Reference(num_cuts=2)))
+        controller = ExchangingController(PenaltyController(price, setpoint.Reference(num_cuts=2)))
         model, optimizer, loop = started(budget=price, controller=controller, total_steps=20)
         for number in range(20):
             step(model, optimizer, number)

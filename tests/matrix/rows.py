@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel as Parallel
 
 import setpoint
 from loop.test_regrowth import Scripted
+from setpoint.sensor.reading import Reading
 
 DROP = {2: {"up": [1, 5]}, 4: {"up": [0], "wide": [7, 9]}}
 WIDTHS, STEPS, OVERFLOW = {"wide": 18, "up": 21}, 8, 4
@@ -232,7 +233,7 @@ def goes_on_like_a_fresh_one(row: Row) -> None:
             assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), small.parameters(), strict=True))
 
 
-def _of_the_right_size(row: Row, reading: setpoint.Reading, begun: int) -> None:
+def _of_the_right_size(row: Row, reading: Reading, begun: int) -> None:
     """A reading is what it is in a plain run on the same batches: there is no factor of a scale or of ranks in it."""
     plain = Row(row.optimizer, "fp32" if row.precision != "fp64" else "fp64", 1, "no", "none", device=row.device)
     run = Run(plain, build(plain))

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from setpoint.groups.follow import Change, follow
 from setpoint.groups.group import Group, Slice
 from setpoint.sensor.magnitude import MagnitudeSensor
 
@@ -55,7 +56,7 @@ def test_reads_the_weights_of_now() -> None:
     state = sensor.update(sensor.init((group,), model), (group,), model)
     with torch.no_grad():
         model.weight.set_(torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
-    state = sensor.cut(state, {"u": np.array([True, True, False])})
+    state = follow(state, Change(keep={"u": np.array([True, True, False])}))
     small = Group("u", "unit", 2, (Slice("weight", 0, "produce", np.arange(2)),))
     reading = sensor.read(state, (small,), 1)
     assert reading.saliency["u"].tolist() == [5.0, 1.0]

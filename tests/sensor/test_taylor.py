@@ -101,7 +101,7 @@ def test_reads_the_gate_gradient_exactly(name: str) -> None:
     gate = torch.ones(case.group.num_units, dtype=torch.float64, requires_grad=True)
     _loss(case.forward(case.x, gate)).backward()
     sensor = TaylorSensor(len(case.x))
-    state = sensor.fold(sensor.update(sensor.init((case.group,), case.model), (case.group,), case.model))
+    state = sensor.update(sensor.init((case.group,), case.model), (case.group,), case.model).folded()
     assert gate.grad is not None
     torch.testing.assert_close(state.mean, gate.grad, rtol=1e-12, atol=1e-13)
 
@@ -140,7 +140,7 @@ def _feed(sensor: TaylorSensor, gradients: list[float]) -> TaylorState:
     for gradient in gradients:
         model.weight.grad = torch.tensor([[gradient]], dtype=torch.float64)
         state = sensor.update(state, groups, model)
-    return sensor.fold(state)
+    return state.folded()
 
 
 def test_mean_and_variance_forget_without_bias() -> None:
@@ -167,7 +167,7 @@ def test_variance_is_unbiased() -> None:
     for _ in range(6):
         model.weight.grad = 2.0 * torch.randn(1, units, dtype=torch.float64)
         state = sensor.update(state, (group,), model)
-    state = sensor.fold(state)
+    state = state.folded()
     zero_mean = TaylorState(**{**vars(state), "mean": torch.zeros_like(state.mean)})
     values = 2 * sensor.read(zero_mean, (group,), 6).saliency["units"]
     assert np.mean(values) == pytest.approx(40.0, rel=0.1)
@@ -241,7 +241,7 @@ def test_one_bad_group_leaves_the_step_out_for_all() -> None:
     groups = tuple(_group(2, Slice(f"{name}.weight", 1, "consume", np.arange(2)), name=name) for name in "ab")
     model["a"].weight.grad, model["b"].weight.grad = torch.ones(2, 2), torch.full((2, 2), torch.nan)
     sensor = TaylorSensor(1)
-    state = sensor.fold(sensor.update(sensor.init(groups, model), groups, model))
+    state = sensor.update(sensor.init(groups, model), groups, model).folded()
     assert state.mean.tolist() == [0.0] * 4
     assert sensor.read(state, groups, 1).skipped_steps == 1
 
@@ -252,7 +252,7 @@ def test_keeps_float32_moments_for_narrow_weights() -> None:
     model.weight.grad = torch.randn(300, 6).bfloat16()
     group = _group(6, Slice("weight", 1, "consume", np.arange(6)))
     sensor = TaylorSensor(1)
-    state = sensor.fold(sensor.update(sensor.init((group,), model), (group,), model))
+    state = sensor.update(sensor.init((group,), model), (group,), model).folded()
     want = (model.weight.detach().double() * model.weight.grad.double()).sum(0)
     assert state.mean.dtype == torch.float32
     torch.testing.assert_close(state.mean.double(), want, rtol=1e-5, atol=1e-5)
@@ -263,9 +263,9 @@ def test_divides_by_the_gradient_scale() -> None:
     model, groups = _one_weight()
     sensor = TaylorSensor(1)
     model.weight.grad = torch.full((1, 1), 3.0, dtype=torch.float64) * 1024
-    state = sensor.fold(sensor.update(sensor.init(groups, model), groups, model, torch.tensor(1024.0)))
+    state = sensor.update(sensor.init(groups, model), groups, model, torch.tensor(1024.0)).folded()
     assert state.mean.item() == 3.0
-    state = sensor.fold(sensor.update(state, groups, model, torch.tensor(torch.nan)))
+    state = sensor.update(state, groups, model, torch.tensor(torch.nan)).folded()
     assert (state.mean.item(), state.skipped_steps.item()) == (3.0, 1.0)
 
 
@@ -273,7 +273,7 @@ def test_a_weight_that_took_no_part_adds_nothing() -> None:
     """A step in which an outgoing weight has no gradient counts as r = 0 for its units."""
     model, groups = _one_weight()
     sensor = TaylorSensor(1)
-    state = sensor.fold(sensor.update(sensor.init(groups, model), groups, model))
+    state = sensor.update(sensor.init(groups, model), groups, model).folded()
     assert (state.mean.item(), state.num_steps.item()) == (0.0, 1.0)
 
 
@@ -291,7 +291,7 @@ def test_what_was_seen_before_a_group_was_frozen_stands() -> None:
             model[name].weight.grad = torch.tensor([[gradient]], dtype=torch.float64)
         model["b"].weight.requires_grad_(not 2 <= step < 5)
         state = sensor.update(state, groups, model)
-    state = sensor.fold(state)
+    state = state.folded()
     all_of_them, without = _feed(sensor, gradients), _feed(sensor, [1.0, 4.0, -2.0, 0.5])
     for part in ("mean", "variance", "weight", "squares"):
         want = torch.cat([getattr(all_of_them, part), getattr(without, part)])

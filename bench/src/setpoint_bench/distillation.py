@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from setpoint.loop.loop import Loop
 from setpoint.loop.hooks import StepHooks
+from setpoint.loop.loop import Loop
 from setpoint_bench.counter import forward_flops
 from setpoint_bench.task import Task, dense_widths
 

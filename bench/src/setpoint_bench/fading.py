@@ -15,8 +15,8 @@ from setpoint.controller.plan import Observation, Plan
 from setpoint.controller.priced import PricedController, PricedState
 from setpoint.cost.cost import Cost
 from setpoint.groups.group import Group
-from setpoint.loop.loop import Loop
 from setpoint.loop.hooks import StepHooks
+from setpoint.loop.loop import Loop
 from setpoint_bench.silenced import outgoing
 
 _LEFT = 0.05

@@ -7,8 +7,8 @@ from typing import final
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from setpoint.loop.loop import Loop
 from setpoint.loop.hooks import StepHooks
+from setpoint.loop.loop import Loop
 from setpoint.spending.seconds import Stopwatch
 from setpoint_bench.baselines.group_lasso import add_lasso_gradient, lasso_norms, lasso_strength, shrink_by_lasso
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from setpoint.controller.gates import GatedController
 from setpoint.controller.price import Gains
 from setpoint.controller.priced import PricedController
 from setpoint.controller.reference import Reference
+from setpoint.gates.gated import GatedController
 from setpoint.report.own_function import is_own_function, named_errors, own_function
 from setpoint.sensor.magnitude import MagnitudeSensor
 from setpoint.sensor.random import RandomSensor

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import final
-
-import numpy as np
-from jaxtyping import Bool
 
 from setpoint.controller.plan import Observation, Plan
 from setpoint.controller.priced import PricedController, PricedState
@@ -49,14 +46,6 @@ class RevisedController:
     def probe_due(self, step: int, total_steps: int) -> bool:
         """Never: nothing rests."""
         return False
-
-    def cut(self, state: PricedState, keep: Mapping[str, Bool[np.ndarray, " units"]]) -> PricedState:
-        """State of the kept units."""
-        return self.priced.cut(state, keep)
-
-    def grow(self, state: PricedState, regrown: Mapping[str, Bool[np.ndarray, " units"]]) -> PricedState:
-        """State with the units that a roll-back has brought back."""
-        return self.priced.grow(state, regrown)
 
     def decide(
         self, state: PricedState, observation: Observation, cost: Cost, groups: tuple[Group, ...]

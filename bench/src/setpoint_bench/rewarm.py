@@ -7,8 +7,8 @@ from typing import final
 from torch import Tensor
 from torch.optim import Optimizer
 
-from setpoint.loop.loop import Loop
 from setpoint.loop.hooks import StepHooks
+from setpoint.loop.loop import Loop
 
 
 @final

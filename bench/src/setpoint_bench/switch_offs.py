@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from setpoint.loop.loop import Loop
 from setpoint.loop.hooks import StepHooks
+from setpoint.loop.loop import Loop
 from setpoint_bench.silenced import outgoing, without
 
 

@@ -1,12 +1,12 @@
 import numpy as np
 import pytest
 import torch
+from ssm.systems import ANGLES, diagonal
 
 import setpoint
-from setpoint.ssm import DiagonalSystem, transfer
+from setpoint.states import transfer
 from setpoint_bench.baselines.compressm import ComplexBalance, ComplexHankelSensor, ToleranceController
 from setpoint_bench.models import SequenceClassifier
-from ssm.systems import ANGLES, diagonal
 
 
 def test_complex_values_are_roots_of_eigenvalues() -> None:
@@ -17,16 +17,6 @@ def test_complex_values_are_roots_of_eigenvalues() -> None:
     product = (b @ b.mH / apart) @ (c.mH @ c / apart.conj())
     want = torch.linalg.eigvals(product).real.sort(descending=True).values.sqrt()
     torch.testing.assert_close(ComplexBalance.of(system).values, want, rtol=1e-6, atol=1e-8)
-
-
-def test_states_are_followed_into_another_system() -> None:
-    """In a system's own coordinates its Hankel values come back, and twice the output doubles them all."""
-    system = diagonal(10)
-    basis = ComplexBalance.of(system)
-    values = basis.values.numpy()
-    np.testing.assert_allclose(basis.followed(system), values, rtol=1e-5, atol=1e-6 * values[0])
-    louder = DiagonalSystem(system.eigenvalues, system.inputs, 2 * system.outputs)
-    np.testing.assert_allclose(basis.followed(louder), 2 * values, rtol=1e-5, atol=1e-6 * values[0])
 
 
 def test_all_states_are_the_system_itself() -> None:

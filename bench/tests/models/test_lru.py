@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from setpoint.ssm import DiagonalSystem, StateSpaceLayer, check_system
+from setpoint.states import DiagonalSystem, StateSpaceLayer, check_system
 from setpoint_bench.models import LRU
 
 

@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from typing import final
 
 import numpy as np
-from jaxtyping import Bool
 
 from setpoint.controller.ladder import build_ladder
-from setpoint.controller.plan import Observation, Plan
+from setpoint.controller.plan import Goal, Observation, Plan
 from setpoint.controller.reason import per, problem_with
 from setpoint.controller.reference import Reference
 from setpoint.controller.selection import Selection, descend, start
@@ -78,6 +77,11 @@ class PenaltyController:
         if not 0 < self.slew <= 1:
             raise ValueError(f"slew is a fraction in (0, 1], got {self.slew!r}")
 
+    @property
+    def goal(self) -> Goal:
+        """The price."""
+        return self.price
+
     def init(self, groups: tuple[Group, ...]) -> PenaltyState:
         """State before the first decision."""
         return PenaltyState({group.name: group.num_units for group in groups})
@@ -85,10 +89,6 @@ class PenaltyController:
     def due(self, step: int, total_steps: int) -> bool:
         """Whether a decision is to be made after this step."""
         return self.reference.due(step, total_steps)
-
-    def cut(self, state: PenaltyState, keep: Mapping[str, Bool[np.ndarray, " units"]]) -> PenaltyState:
-        """The same state: nothing in it is indexed by unit."""
-        return state
 
     def decide(
         self, state: PenaltyState, observation: Observation, cost: Cost, groups: tuple[Group, ...]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int
@@ -13,6 +13,8 @@ from jaxtyping import Bool, Float64, Int
 from setpoint.controller.horizon import RunRest
 from setpoint.controller.trend import Excess
 from setpoint.cost.cost import Cost
+from setpoint.cost.price import Price
+from setpoint.cost.tolerance import Tolerance
 from setpoint.groups.group import Group
 from setpoint.sensor.probe import Probe
 from setpoint.sensor.reading import Reading
@@ -123,7 +125,7 @@ class Controller(Protocol[State]):
     """Turns an observation and its own state into a plan. Closed loop and baselines alike."""
 
     def init(self, groups: tuple[Group, ...]) -> State:
-        """State before the first decision; arrays in it are indexed by active unit."""
+        """State before the first decision; what has an entry for each active unit is annotated `ByUnit[...]`."""
         ...
 
     def due(self, step: int, total_steps: int) -> bool:
@@ -136,13 +138,9 @@ class Controller(Protocol[State]):
         """The next state and the plan. Pure: same arguments, same answer."""
         ...
 
-    def cut(self, state: State, keep: Mapping[str, Bool[np.ndarray, " units"]]) -> State:
-        """State of the kept units, after the plan has been carried out."""
-        ...
-
 
 @runtime_checkable
-class Regrowing(Protocol[State]):
+class Regrowing(Protocol):
     """What a controller has in addition that brings dropped units back."""
 
     @property
@@ -152,13 +150,6 @@ class Regrowing(Protocol[State]):
 
     def probe_due(self, step: int, total_steps: int) -> bool:
         """Whether resting units should be present in the step after this one, to be read."""
-        ...
-
-    def grow(self, state: State, regrown: Mapping[str, Bool[np.ndarray, " units"]]) -> State:
-        """State with the units that have come back, after the plan has been carried out.
-
-        `regrown` is by group, one boolean per unit active now, True = has just come back.
-        """
         ...
 
 
@@ -173,10 +164,32 @@ class Learning(Protocol):
 
 @runtime_checkable
 class Transferring(Protocol[State]):
-    """What a controller has in addition whose state is carried over to another budget or length of the run."""
+    """What a controller has in addition whose memory belongs to one budget and one length of the run."""
 
     def transferred(self, state: State, *, step: int, total_steps: int, present: float, limit: float) -> State:
-        """The state with which it goes on from what a step costs now."""
+        """The state with which it goes on without a bump when either changes in the middle of the run.
+
+        Args:
+            state: its state.
+            step: optimizer steps done.
+            total_steps: of the run, as it is now.
+            present: predicted cost of a step now.
+            limit: the new one.
+        """
+        ...
+
+
+Goal = Price | Tolerance | Literal["budget"]
+"""What a controller pursues."""
+
+
+@runtime_checkable
+class Pursuing(Protocol):
+    """What a controller has in addition that pursues one goal, and cannot be given another by `attach`."""
+
+    @property
+    def goal(self) -> Goal:
+        """The price or tolerance that it was made with, or "budget" for whatever budgets it is given."""
         ...
 
 

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field, replace
 from typing import final
 
 import numpy as np
-from jaxtyping import Bool, Float64, Int64
+from jaxtyping import Float64, Int64
 
 from setpoint.controller.aim import Aim, take_aim
 from setpoint.controller.exchange import swap, trade
 from setpoint.controller.guards import NO_GUARDS, Guards
 from setpoint.controller.landing import even_density, landing_widths
 from setpoint.controller.offer import Offer, offers_of, together, widened
-from setpoint.controller.plan import Observation, Plan
+from setpoint.controller.plan import Goal, Observation, Plan
 from setpoint.controller.price import Feedback, Gains
 from setpoint.controller.reason import explain_cut, explain_growth, explain_rest, percent, problem_with
 from setpoint.controller.reference import Reference
@@ -31,6 +31,7 @@ from setpoint.controller.selection import (
     worth_by,
 )
 from setpoint.cost.cost import Cost
+from setpoint.groups.follow import ByUnit
 from setpoint.groups.group import Group, keep_all
 
 _BLOCKS_TO_LAND = 2  # blocks of mean size that are left for the last cut to choose from
@@ -54,7 +55,7 @@ class PricedState:
     """
 
     dense: Mapping[str, int]
-    age: Mapping[str, Int64[np.ndarray, " units"]]
+    age: Mapping[str, ByUnit[Int64[np.ndarray, " units"]]]
     start: float | None = None
     feedback: Feedback = field(default_factory=Feedback)
     price: float = 0.0
@@ -163,6 +164,11 @@ class PricedController:
         if self.allocation not in ("worth", "uniform"):
             raise ValueError(f"allocation must be 'worth' or 'uniform', got {self.allocation!r}")
 
+    @property
+    def goal(self) -> Goal:
+        """Budgets."""
+        return "budget"
+
     def init(self, groups: tuple[Group, ...]) -> PricedState:
         """State before the first decision."""
         return PricedState(
@@ -179,19 +185,6 @@ class PricedController:
         coming = range(step + 1, step + 1 + self.probe_steps)
         usable = (self.due(each, total_steps) and not self.reference.final(each, total_steps) for each in coming)
         return self.regrow and any(usable)
-
-    def grow(self, state: PricedState, regrown: Mapping[str, Bool[np.ndarray, " units"]]) -> PricedState:
-        """State with the units that have come back, which are of age 0."""
-        age = dict(state.age)
-        for name, came in regrown.items():
-            age[name] = np.zeros(len(came), dtype=np.int64)
-            age[name][~came] = state.age[name]
-        return replace(state, age=age)
-
-    def cut(self, state: PricedState, keep: Mapping[str, Bool[np.ndarray, " units"]]) -> PricedState:
-        """State of the kept units, after the plan has been carried out."""
-        age = {name: values[keep[name]] if name in keep else values for name, values in state.age.items()}
-        return replace(state, age=age)
 
     def decide(
         self, state: PricedState, observation: Observation, cost: Cost, groups: tuple[Group, ...]
@@ -223,6 +216,18 @@ class PricedController:
         selection, note, offers = exchange
         state = replace(state, price=self._price(state, selection))
         return state, self._cut(state, observation, aim, selection, note, offers)
+
+    def transferred(
+        self, state: PricedState, *, step: int, total_steps: int, present: float, limit: float
+    ) -> PricedState:
+        """The state whose reference passes through what a step costs now, and comes down from there to the new limit.
+
+        The PI part and the price are kept: they are relative.
+        """
+        if state.start is None:
+            return state
+        value = present * state.feedback.factor()
+        return replace(state, start=self.reference.start_through(step, total_steps, value=value, limit=limit))
 
     def reordered(
         self,

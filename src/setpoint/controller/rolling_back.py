@@ -48,12 +48,6 @@ class RollingBack:
         """Whether the inner controller decides after this step."""
         return self.inner.due(step, total_steps)
 
-    def cut(self, state, keep):
-        return replace(state, inner=self.inner.cut(state.inner, keep))
-
-    def grow(self, state, regrown):
-        return replace(state, inner=self.inner.grow(state.inner, regrown))
-
     def transferred(
         self, state: RollBackState, *, step: int, total_steps: int, present: float, limit: float
     ) -> RollBackState:

@@ -8,10 +8,9 @@ from dataclasses import dataclass, field, replace
 from typing import final
 
 import numpy as np
-from jaxtyping import Bool
 
 from setpoint.controller.ladder import build_ladder
-from setpoint.controller.plan import Observation, Plan
+from setpoint.controller.plan import Goal, Observation, Plan
 from setpoint.controller.reason import problem_with
 from setpoint.controller.reference import Reference
 from setpoint.controller.selection import descend, start
@@ -82,6 +81,11 @@ class TolerantController:
         if not 0 < self.slew <= 1:
             raise ValueError(f"slew is a fraction in (0, 1], got {self.slew!r}")
 
+    @property
+    def goal(self) -> Goal:
+        """The tolerance."""
+        return self.tolerance
+
     def init(self, groups: tuple[Group, ...]) -> TolerantState:
         """State before the first decision."""
         return TolerantState({group.name: group.num_units for group in groups}, self.stride)
@@ -93,14 +97,6 @@ class TolerantController:
     def probe_due(self, step: int, total_steps: int) -> bool:
         """Never: what comes back is the last cut, whatever its units would contribute."""
         return False
-
-    def cut(self, state: TolerantState, keep: Mapping[str, Bool[np.ndarray, " units"]]) -> TolerantState:
-        """The same state: nothing in it is indexed by unit."""
-        return state
-
-    def grow(self, state: TolerantState, regrown: Mapping[str, Bool[np.ndarray, " units"]]) -> TolerantState:
-        """The same state: nothing in it is indexed by unit."""
-        return state
 
     def decide(
         self, state: TolerantState, observation: Observation, cost: Cost, groups: tuple[Group, ...]

@@ -33,12 +33,6 @@ class UsingUp:
         """Whether the inner controller decides after this step."""
         return self.inner.due(step, total_steps)
 
-    def cut(self, state, keep):
-        return self.inner.cut(state, keep)
-
-    def grow(self, state, regrown):
-        return self.inner.grow(state, regrown)
-
     def transferred(self, state: Any, *, step: int, total_steps: int, present: float, limit: float) -> Any:
         """State of the inner controller for another budget."""
         if not isinstance(self.inner, Transferring):

@@ -1,44 +1,229 @@
-"""TEMPORARY: replaced by the merge of `follow`."""
+"""Follow: every state that has something for each unit is cut and grown as the units were."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
+from functools import lru_cache
+from typing import Annotated, Any, Protocol, TypeVar, get_args, get_type_hints, runtime_checkable
 
 import numpy as np
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from setpoint.errors import LoopError
+
+State = TypeVar("State")
+Values = TypeVar("Values")
+
+_UNITS, _WEIGHTS = "by unit", "by weight"
+
+ByUnit = Annotated[Values, _UNITS]
+"""Of a field: an array or tensor with an entry for each active unit along its first dim.
+
+`Mapping[str, ByUnit[...]]` holds one for each group. A bare `ByUnit[...]` holds all groups one after the other, in a
+state whose fields `names` and `num_units` say which they are, and how wide.
+"""
+
+ByWeight = Annotated[Values, _WEIGHTS]
+"""Of a field `Mapping[str, ByWeight[...]]`: by name of a tensor, an entry for each of its weights, active or not."""
 
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    keep: Mapping[str, Any] = field(default_factory=dict)
-    regrown: Mapping[str, Any] = field(default_factory=dict)
-    came: Mapping[str, Any] = field(default_factory=dict)
+    """What an act has done to the units: first some went, then others came back.
+
+    Args:
+        keep: by group, one boolean per unit that was active before, True = stayed; a group that lost nothing may be
+            absent.
+        regrown: by group, one boolean per unit that is active afterwards, True = has just come back.
+        came: where units are single weights, by tensor, those that have just come in.
+        note: what is to be said of it.
+        counted: whether single weights were dropped, which a ledger counts and does not list.
+        num_dropped: how many of them, by group.
+        num_grown: likewise, how many came in.
+    """
+
+    keep: Mapping[str, Bool[np.ndarray, " _units"]] = field(default_factory=dict)
+    regrown: Mapping[str, Bool[np.ndarray, " _units"]] = field(default_factory=dict)
+    came: Mapping[str, Bool[Tensor, "..."]] = field(default_factory=dict)
     note: str = ""
     counted: bool = False
     num_dropped: Mapping[str, int] = field(default_factory=dict)
     num_grown: Mapping[str, int] = field(default_factory=dict)
 
-
-def follow_by(part: Any, state: Any, change: Change) -> Any:
-    if change.keep:
-        state = part.cut(state, change.keep)
-    if change.regrown:
-        state = part.grow(state, change.regrown)
-    if change.came and hasattr(part, "renew"):
-        state = part.renew(state, change.came)
-    return state
+    def of(self, names: Iterable[str]) -> Change:
+        """What it has done to these groups."""
+        keep, regrown = ({n: each[n] for n in names if n in each} for each in (self.keep, self.regrown))
+        return replace(self, keep=keep, regrown=regrown)
 
 
-def spread(values, change):
-    result = {name: each[change.keep[name]] if name in change.keep else each for name, each in values.items()}
-    for name, came in change.regrown.items():
-        if name in result:
-            new = np.full(len(came), np.nan)
-            new[~came] = result[name]
-            result[name] = new
+def fresh(value: float | str) -> dict[str, Any]:
+    """Metadata of a field by unit or by weight: what an entry holds that has just come back, 0 where nothing is said.
+
+    Args:
+        value: a number, or the name of another field of the state, which holds it.
+    """
+    return {"fresh": value}
+
+
+def of_groups(names: str | None) -> dict[str, Any]:
+    """Metadata of a field that holds another state: which groups that one is about, where it is not about all.
+
+    Args:
+        names: name of the field that holds the names of these groups; None where nothing in it is by unit.
+    """
+    return {"groups": names}
+
+
+FOUND_ANEW: Mapping[str, Any] = {"live": True, "anew": True}
+"""Metadata of a field that points into the model and has to be found again after each change: it becomes None."""
+
+
+@runtime_checkable
+class Folding(Protocol):
+    """What a state has in addition that puts something off, which must be done before its units change."""
+
+    def folded(self) -> Any:
+        """The state with nothing put off."""
+        ...
+
+
+def follow(state: State, change: Change) -> State:
+    """The state after a change of the units.
+
+    In a dataclass, every field annotated `ByUnit[...]` or `ByWeight[...]` is cut and grown, and so are the dataclasses
+    in its fields and in tuples there. Anything else has nothing by unit, and is returned as it is.
+
+    Args:
+        state: of a sensor, of a controller, or any other.
+        change: what has become of the units.
+
+    >>> @dataclass(frozen=True)
+    ... class Ages:
+    ...     age: Mapping[str, ByUnit[np.ndarray]]
+    ...     decisions: int = 0
+    >>> ages = Ages({"conv1": np.array([5, 6, 7])}, decisions=9)
+    >>> ages = follow(ages, Change(keep={"conv1": np.array([True, False, True])}))
+    >>> follow(ages, Change(regrown={"conv1": np.array([False, True, False])}))
+    Ages(age={'conv1': array([5, 0, 7])}, decisions=9)
+    """
+    if isinstance(state, type) or not is_dataclass(state):
+        return state
+    held: Any = state.folded() if isinstance(state, Folding) else state
+    made: dict[str, Any] = {}
+    for each, how in _what_follows(held.__class__):
+        value, fill = getattr(held, each.name), each.metadata.get("fresh", 0)
+        fill = getattr(held, fill) if isinstance(fill, str) else fill
+        if how == "anew":
+            made[each.name] = None
+        elif how == "by group":
+            made[each.name] = {
+                name: _rows(values, change.keep.get(name), change.regrown.get(name), fill)
+                for name, values in value.items()
+            }
+        elif how == "in a row":
+            keep, came = _in_a_row(held, change)
+            made[each.name] = _rows(value, np.concatenate([_NONE, *keep]), np.concatenate([_NONE, *came]), fill)
+            made["num_units"] = tuple(len(units) for units in came)
+        elif how == "by weight":
+            made[each.name] = {name: _set(values, change.came.get(name), fill) for name, values in value.items()}
+        elif is_dataclass(value) or isinstance(value, tuple):
+            made[each.name] = _inside(value, _seen_by(held, each, change))
+    result: State = replace(held, **made) if made else held
     return result
 
 
-def check_follows(part):
-    pass
+def check_states(*parts: object) -> None:
+    """Check that no sensor or controller, nor one inside it, has methods by which its state used to follow.
+
+    Nobody calls them any more, so its arrays would stay as wide as they were.
+
+    Raises:
+        LoopError: saying how the state is to be annotated.
+    """
+    for part in parts:
+        old = [name for name in ("cut", "grow", "renew") if callable(getattr(part, name, None))]
+        if old:
+            raise LoopError(
+                f"{type(part).__name__} has {' and '.join(f'{name}()' for name in old)}, which nobody calls: a state "
+                "follows by its annotations. Make it a dataclass, annotate what has an entry for each unit as "
+                "Mapping[str, ByUnit[...]] (from setpoint.groups.follow import ByUnit), and delete the method"
+            )
+        held = getattr(part, "__dict__", {}).values()
+        inner = [each for value in held for each in (value if isinstance(value, tuple) else (value,))]
+        check_states(*(each for each in inner if hasattr(each, "init")))
+
+
+_NONE = np.zeros(0, dtype=bool)
+
+
+@lru_cache(maxsize=256)
+def _what_follows(kind: type) -> tuple[tuple[Field[Any], str], ...]:
+    """The fields of a dataclass that may have to follow, and how."""
+    try:
+        hints = get_type_hints(kind, include_extras=True)
+    except NameError as error:  # what is imported for type checkers only is of no use here
+        hints = {}
+        if any(f"By{what}" in str(each.type) for each in fields(kind) for what in ("Unit", "Weight")):
+            raise LoopError(
+                f"the annotations of {kind.__name__} cannot be read ({error}): import what they name at the top of the "
+                "module, outside of `if TYPE_CHECKING`"
+            ) from error
+    return tuple((each, how) for each in fields(kind) if (how := _how(each, hints.get(each.name))))
+
+
+def _how(each: Field[Any], hint: Any) -> str:
+    """How a field follows; "" if it never does."""
+    if each.metadata.get("anew"):
+        return "anew"
+    if each.metadata.get("live"):
+        return ""
+    marks = getattr(hint, "__metadata__", ())
+    if _UNITS in marks:
+        return "in a row"
+    inner = (get_args(hint) or (None,))[-1]
+    marks = getattr(inner, "__metadata__", ())
+    return "by group" if _UNITS in marks else "by weight" if _WEIGHTS in marks else "as it is"
+
+
+def _in_a_row(state: Any, change: Change) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Which units stayed and which have come back, of each group of a state that holds them one after the other."""
+    keep = [change.keep.get(n, np.ones(width, bool)) for n, width in zip(state.names, state.num_units, strict=True)]
+    left = zip(state.names, keep, strict=True)
+    return keep, [change.regrown.get(name, np.zeros(int(kept.sum()), bool)) for name, kept in left]
+
+
+def _rows(values: Any, keep: np.ndarray | None, came: np.ndarray | None, fill: float) -> Any:
+    """Entries of the units that stayed, and `fill` for those that have come back."""
+    if keep is not None and not keep.all():
+        values = values[_positions(keep, values)]
+    if came is None or not came.any():
+        return values
+    shape = (len(came), *values.shape[1:])
+    made = values.new_full(shape, fill) if isinstance(values, Tensor) else np.full(shape, fill, dtype=values.dtype)
+    made[_positions(~came, values)] = values
+    return made
+
+
+def _positions(units: np.ndarray, like: Any) -> Any:
+    found = np.flatnonzero(units)
+    return torch.from_numpy(found).to(like.device) if isinstance(like, Tensor) else found
+
+
+def _set(values: Tensor, came: Tensor | None, fill: float | Tensor) -> Tensor:
+    return values if came is None else torch.where(came, torch.as_tensor(fill).to(values), values)
+
+
+def _seen_by(state: Any, each: Field[Any], change: Change) -> Change:
+    """What has changed for the state in a field."""
+    names = each.metadata.get("groups", ...)
+    if names is ...:
+        return change
+    return change.of(() if names is None else getattr(state, names))
+
+
+def _inside(value: Any, change: Change) -> Any:
+    """A state in a field, or a tuple of them."""
+    return tuple(follow(each, change) for each in value) if isinstance(value, tuple) else follow(value, change)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from setpoint.errors import GroupError, StateSpaceError
 from setpoint.groups.group import Group, Slice
 from setpoint.groups.selective import mark_selective, selective_layer
-from setpoint.ssm import StateSpaceLayer
+from setpoint.groups.state_space import StateSpaceLayer
 
 
 def find_states(model: nn.Module, groups: tuple[Group, ...]) -> tuple[tuple[Group, ...], dict[str, str]]:

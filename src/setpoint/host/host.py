@@ -17,7 +17,7 @@ from setpoint.groups.group import Group
 from setpoint.host.ddp import DDP
 from setpoint.host.fsdp import FSDP
 from setpoint.host.local import Agreed, Local
-from setpoint.host.optimizers import real_optimizers
+from setpoint.host.optimizers import Steps, real_optimizers
 from setpoint.host.refuse import check_plain, check_unwrapped
 from setpoint.host.together import SharedLosses
 from setpoint.sensor.reading import Reading
@@ -123,7 +123,7 @@ class Host(Protocol):
         ...
 
 
-def host_of(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], copies: Sequence[nn.Module] = ()) -> Host:
+def host_of(model: nn.Module, optimizer: Steps | Sequence[Steps], copies: Sequence[nn.Module] = ()) -> Host:
     """How a model is held: it is taken out of `torch.compile` and `DistributedDataParallel` in any order.
 
     Args:

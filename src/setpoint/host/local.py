@@ -1,4 +1,4 @@
-"""A model that one process has to itself; what ranks do besides is in the files beside this."""
+"""A model that one process has to itself, and what a loop asks of any host."""
 
 from __future__ import annotations
 
@@ -22,28 +22,30 @@ Agreed = Callable[[], None]
 
 
 class Local:
-    """A `Host` of one process.
+    """A `Host` of one process: the model, and what is to follow when its sizes change.
 
     Args:
-        model: the model itself.
+        model: the model itself, without wrappers.
         optimizers: those that really step.
-        copies: modules with the same tensors.
-        compiled: whether any of it is compiled already.
+        copies: modules that are cut alike.
+        compiled: whether any of it is compiled already; code may be compiled later, or around it, too.
     """
 
     wrapper: str = ""
+    """What is around the model, for messages; empty in one process."""
     mesh: Any = None
+    """The ranks that the weights are spread over; None where each has all of them."""
 
     def __init__(
         self, model: nn.Module, optimizers: Sequence[Optimizer], copies: Sequence[nn.Module], *, compiled: bool = False
     ) -> None:
         self.model, self.optimizers, self.copies = model, tuple(optimizers), tuple(copies)
         self.compiled = compiled
-        self._code = Recompiling(lambda seconds, count: None, 0)
+        self._code = Recompiling(lambda seconds, count: None, 0)  # until a loop begins
 
     @property
     def ranks(self) -> Ranks:
-        """This process."""
+        """The processes that train the model together."""
         return Ranks()
 
     @property
@@ -70,7 +72,18 @@ class Local:
 
     @contextmanager
     def resizable(self, what: str, groups: Iterable[Group]) -> Iterator[Agreed]:
-        """Inside, tensors of these groups may change their shape, on all ranks alike."""
+        """Inside, tensors of these groups may change their shape, on all ranks alike.
+
+        What is yielded is called when all that can fail is done and can still be put back; it raises where another rank
+        has failed. At the end wrappers, shards and compiled code follow, wrappers also after an exception.
+
+        Args:
+            what: is done, for messages.
+            groups: those that change.
+
+        Raises:
+            RankError: when another rank has failed, or has come to other shapes.
+        """
         changing = tuple(groups)
 
         def agree() -> None:
@@ -90,17 +103,34 @@ class Local:
     def begin(
         self, *, steps: Callable[[], int], missed: Callable[[], None], recompiled: Recompiled, num_groups: int
     ) -> None:
-        """A loop begins."""
+        """A loop begins.
+
+        Args:
+            steps: how many steps it has counted.
+            missed: called for each step that this rank has missed, as it had run out of batches.
+            recompiled: told the seconds of what was compiled again, and 1 if it counts, or 0; it must not hold the
+                loop.
+            num_groups: that may change.
+        """
         self._code = Recompiling(recompiled, num_groups)
 
     def before_step(self, *, first: bool, regrows: bool, by_hooks: bool) -> None:
-        """Check that nothing has been put around the model since it was given."""
+        """Check that the set-up is the one that was given, and that the ranks can go along with each other.
+
+        Args:
+            first: whether it is the first step of the loop.
+            regrows: whether units come back.
+            by_hooks: whether the sensor reads frozen weights.
+
+        Raises:
+            LoopError: when not.
+        """
         if first:
             check_unsharded(self.model)
             check_unwrapped(self.model)
 
     def complete(self) -> bool:
-        """Whether all ranks have made the step that is just over."""
+        """Whether all ranks have made the step that is just over; asked once after each."""
         return True
 
     def stop(self) -> None:

@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from torch.optim import Optimizer
 
 from setpoint.errors import OptimizerError
+
+
+@runtime_checkable
+class Steps(Protocol):
+    """What steps an optimizer for its user."""
+
+    def step(self, *args: Any, **settings: Any) -> Any:
+        """Have it step."""
+        ...
+
+    def zero_grad(self, *args: Any, **settings: Any) -> None:
+        """Have it clear the gradients."""
+        ...
 
 
 def real_optimizers(given: Any) -> tuple[Optimizer, ...]:
@@ -60,7 +73,7 @@ def real_optimizer(part: Any) -> Any:
 
 def _held(part: Any) -> Sequence[Optimizer]:
     """Optimizers that this one steps; a scheduler, which clears no gradients, steps none."""
-    if not (callable(getattr(part, "step", None)) and callable(getattr(part, "zero_grad", None))):
+    if not isinstance(part, Steps):
         return ()
     found: dict[int, Optimizer] = {}
     for value in getattr(part, "__dict__", {}).values():

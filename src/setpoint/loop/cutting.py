@@ -173,7 +173,9 @@ class Cutting:
         """Cut what the plan drops, where the host lets tensors change their shape; `agreed` makes it last."""
         host = self.host
         self.groups = shrink(host.model, host.optimizers, self.groups, plan.keep, host.copies, agreed=agreed)
-        self.origin = {name: units[plan.keep[name]] if name in plan.keep else units for name, units in self.origin.items()}
+        self.origin = {
+            name: units[plan.keep[name]] if name in plan.keep else units for name, units in self.origin.items()
+        }
         return Change(keep=plan.keep)
 
     def take_over(self, groups: tuple[Group, ...], origin: Origins) -> None:

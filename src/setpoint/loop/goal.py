@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from setpoint.controller.gates import GatedController
 from setpoint.controller.penalty import PenaltyController
-from setpoint.controller.plan import Controller
+from setpoint.controller.plan import Controller, Pursuing
 from setpoint.controller.priced import PricedController
 from setpoint.controller.tolerant import TolerantController
 from setpoint.cost.budget import Budget
@@ -17,7 +16,7 @@ from setpoint.errors import BudgetError
 
 
 def check_goal(goal: Price | Tolerance | None, controller: Controller[Any]) -> None:
-    """Check that a controller of Setpoint's own pursues this goal.
+    """Check that a controller that says what it pursues pursues this goal.
 
     Args:
         goal: a price or a tolerance, None for budgets.
@@ -27,18 +26,16 @@ def check_goal(goal: Price | Tolerance | None, controller: Controller[Any]) -> N
         BudgetError: for one that pursues another.
     """
     inner = getattr(controller, "inner", controller)
-    own = {PenaltyController: "price", TolerantController: "tolerance"}.get(type(inner))
-    if own is None:
-        if goal is not None and isinstance(inner, (PricedController, GatedController)):
-            raise BudgetError(
-                f"{type(inner).__name__} holds a budget, not a {type(goal).__name__}: give attach a Budget, or leave "
-                "the controller to it"
-            )
+    if not isinstance(inner, Pursuing):
         return
-    held = getattr(inner, own)
-    if held != goal:
+    if inner.goal != "budget" and inner.goal != goal:
         raise BudgetError(
-            f"this {type(inner).__name__} pursues {held!r}: give the same to attach, got {goal or 'budgets'}"
+            f"this {type(inner).__name__} pursues {inner.goal!r}: give the same to attach, got {goal or 'budgets'}"
+        )
+    if inner.goal == "budget" and goal is not None:
+        raise BudgetError(
+            f"{type(inner).__name__} holds a budget, not a {type(goal).__name__}: give attach a Budget, or leave "
+            "the controller to it"
         )
 
 

@@ -19,7 +19,7 @@ from setpoint.controller.plan import Controller, Plan, Transferring
 from setpoint.cost.budget import Budget
 from setpoint.errors import CheckpointError, GroupError, LoopError
 from setpoint.groups.chance import chance_state, check_chance_state, set_chance_state
-from setpoint.groups.follow import Change, follow_by
+from setpoint.groups.follow import Change, follow
 from setpoint.groups.group import Group, widths_of
 from setpoint.host.host import Host
 from setpoint.ledger import Entry, Ledger
@@ -84,7 +84,12 @@ class Loop:
         self._now = Progress()
         self._begun = self._finished = False
         self._summary: Summary | None = None
-        host.begin(steps=lambda: self.step, missed=partial(self._after_step, False), recompiled=spending.recompiled, num_groups=len(self._dense))
+        host.begin(
+            steps=lambda: self.step,
+            missed=partial(self._after_step, False),
+            recompiled=spending.recompiled,
+            num_groups=len(self._dense),
+        )
         self._hooks = StepHooks(
             host.optimizers, self._before_step, self._after_step, partial(check_loading, host, self._dense)
         )
@@ -283,9 +288,7 @@ class Loop:
         for name in ("losses", "ledger", "spending"):
             parts[name].check(state[name])
         restored(state["sensor"], self.sensor.init(groups, self.host.model), "the sensor's state", device)
-        controller_state = restored(
-            state["controller"], self.controller.init(groups), "the controller's state", device
-        )
+        controller_state = restored(state["controller"], self.controller.init(groups), "the controller's state", device)
         check_chance_state(state["chance"])
         return actuator, Progress.of(state["now"]), controller_state
 
@@ -356,9 +359,7 @@ class Loop:
                 self.sensor.forget(self._sensor_state)
         else:
             with self.spending.sensing:
-                self._sensor_state = self.sensor.update(
-                    self._sensor_state, self.groups, self.host.model, grad_scale
-                )
+                self._sensor_state = self.sensor.update(self._sensor_state, self.groups, self.host.model, grad_scale)
             self.spending.sensed()
 
     def _release(self) -> None:
@@ -427,12 +428,11 @@ class Loop:
             self.actuator = self._revocable(self.actuator)
         if not plan.empty():
             smaller = Change(keep=plan.keep)  # followed first: whatever can fail comes before the model changes
-            states = follow_by(self.sensor, self._sensor_state, smaller), follow_by(self.controller, state, smaller)
+            states = follow(self._sensor_state, smaller), follow(state, smaller)
             with spending.resizing:
                 change = self.actuator.act(plan, reading)
             larger = replace(change, keep={})
-            self._sensor_state = follow_by(self.sensor, states[0], larger)
-            state = follow_by(self.controller, states[1], larger)
+            self._sensor_state, state = follow(states[0], larger), follow(states[1], larger)
             self.losses.changed(step, cut=plan.drops())
             if self.actuator.by_unit:
                 spending.resized(self.groups, self.sensor.flops(self.groups, self.host.model))

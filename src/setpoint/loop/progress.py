@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from setpoint.checkpoint.plain import plain, restored
 from setpoint.controller.plan import Plan
-from setpoint.groups.follow import Change, spread
+from setpoint.groups.follow import ByUnit, Change, follow, fresh
 from setpoint.sensor.reading import Reading
 
 
@@ -38,16 +40,15 @@ class Progress:
     waits: bool = False
     landed: bool = False
     plan: Plan | None = None
-    saliency: Mapping[str, Any] = field(default_factory=dict)
-    worth: Mapping[str, Any] = field(default_factory=dict)
+    saliency: Mapping[str, ByUnit[np.ndarray]] = field(default_factory=dict, metadata=fresh(math.nan))
+    worth: Mapping[str, ByUnit[np.ndarray]] = field(default_factory=dict, metadata=fresh(math.nan))
     gave_way: str = ""
 
     def decided(self, plan: Plan, reading: Reading, change: Change) -> Progress:
         """After a decision: what is known of the units that are active now; NaN for those that have just come back."""
+        seen = self if change.counted else replace(self, saliency=reading.saliency, worth=plan.worth)
         return replace(
-            self,
-            saliency={} if change.counted else spread(reading.saliency, change),
-            worth={} if change.counted else spread(plan.worth, change),
+            follow(seen, change),
             plan=replace(plan, keep={}, worth={}, grow={}, grow_worth={}),
             landed=plan.landed,
             overdue=False,

@@ -64,7 +64,9 @@ def recorded(entry: Entry, plan: Plan, change: Change, reading: Reading, origin:
         },
         grown=grown,
         gain=gain,
-        grown_worth={name: [float(each) for each in values] for name, values in plan.grow_worth.items() if name in grown},
+        grown_worth={
+            name: [float(each) for each in values] for name, values in plan.grow_worth.items() if name in grown
+        },
     )
 
 

@@ -1,1 +1,1 @@
-"""Dropped units that come back: a reserve, probes, returns. Experimental; a leaf, which only `setpoint.attach` knows."""
+"""Dropped units that come back: a reserve, probes, returns. Experimental; only `setpoint.attach` knows it."""

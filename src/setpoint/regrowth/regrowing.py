@@ -81,7 +81,7 @@ class Regrowth:
     def __init__(
         self,
         cutting: Cutting,
-        controller: Controller[Any],
+        controller: Controller,
         spending: Spending,
         reserve_bytes: int | None,
         *,

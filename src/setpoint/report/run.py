@@ -65,13 +65,6 @@ def dynamics_section(name: str, record: Record, history: Sequence[Point]) -> Dra
         f"{name}-active", dynamics.active(record), "Active units of each group", "At every step, after each decision."
     )
     draft += place_of(
-        f"{name}-ranking",
-        dynamics.ranking(record),
-        "How stable the ranking is",
-        "Spearman's rank correlation of each reading with the last one; of balanced states, of the Hankel values that "
-        "the states of the last reading had then and have now. Early and high: units can go early.",
-    )
-    draft += place_of(
         f"{name}-raster",
         dynamics.raster(record),
         "Every drop and every return, like a spike train",

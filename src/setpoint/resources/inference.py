@@ -15,8 +15,9 @@ from setpoint.actuator.shrink import named_tensors
 from setpoint.groups.chance import untouched_chance
 from setpoint.groups.export import Example, inputs_of, untouched_attributes
 from setpoint.groups.group import Group
+from setpoint.resources.median import Measured, median_of
 from setpoint.resources.replica import fresh_replica, users_hooks
-from setpoint.spending.seconds import Measured, Stopwatch, median_of
+from setpoint.spending.seconds import Stopwatch
 
 _LEAST_PASSES, _MOST_PASSES, _ENOUGH_S = 5, 30, 0.2
 

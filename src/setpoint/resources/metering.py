@@ -24,9 +24,10 @@ from setpoint.resources.costing import Costing
 from setpoint.resources.inference import Inference
 from setpoint.resources.joules import EnergyMeter
 from setpoint.resources.live_bytes import LiveBytes, resident_bytes
+from setpoint.resources.median import Measured, median_of
 from setpoint.resources.replica import Replica
 from setpoint.spending.meter import Meter
-from setpoint.spending.seconds import Measured, StepMeter
+from setpoint.spending.seconds import StepMeter
 
 _MARGIN = 0.03
 _ENOUGH = 10
@@ -241,7 +242,8 @@ class Metering(Meter):
 
         Others may have an evaluation in them, or something else on the machine beside them.
         """
-        quickest = self.steps.quickest_seconds
+        seconds = self.steps.intervals
+        quickest = min(seconds) if len(seconds) >= 3 else None
         passing = None if self._pass_seconds is None else self._pass_seconds.least
         found: dict[str, float | None] = {"latency": quickest, "inference": passing}
         found |= {"energy": quickest and self.watts * quickest} if self.watts else {}
@@ -249,15 +251,16 @@ class Metering(Meter):
 
     def settled(self) -> dict[str, float]:
         """The readings that enough steps are behind to be held against a limit."""
-        seconds = self.steps.measured()
-        enough = {"latency": seconds is not None and seconds.count >= _ENOUGH, "energy": self._num_steps >= _ENOUGH}
+        enough = {"latency": len(self.steps.intervals) >= _ENOUGH, "energy": self._num_steps >= _ENOUGH}
         return {name: value for name, value in self.read().items() if enough.get(name, True)}
 
     def margin(self, resource: str) -> float:
         """How far spending may lie over a limit, relatively, before a meter of this resource can tell."""
         if resource not in METERED:
             return 0.0
-        seconds = {"latency": self.steps.measured(), "inference": self._pass_seconds}.get(resource)
+        intervals = self.steps.intervals
+        measured = median_of(intervals) if intervals else None
+        seconds = {"latency": measured, "inference": self._pass_seconds}.get(resource)
         return max(_MARGIN, (seconds.high - seconds.low) / 2 / seconds.value if seconds else 0.0)
 
     def run_j(self) -> float | None:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
-from jaxtyping import Bool
 from torch import Tensor, nn
 
 from setpoint.distributed import Ranks
+from setpoint.groups.follow import of_groups
 from setpoint.groups.group import Group
-from setpoint.sensor.reading import Growing, Hooking, Reading, Sensor, Shared
+from setpoint.sensor.reading import Hooking, Reading, Sensor, Shared, takes_back
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,7 +19,7 @@ class Link:
 
     sensor: Sensor[Any] = field(metadata={"live": True})
     names: frozenset[str] = field(metadata={"live": True})
-    state: Any
+    state: Any = field(metadata=of_groups("names"))
 
     def of(self, groups: tuple[Group, ...]) -> tuple[Group, ...]:
         """Its groups among all."""
@@ -67,6 +65,11 @@ class SensorChain:
     def hooked(self, state: ChainState) -> bool:
         """Whether any of the sensors reads by hooks."""
         return any(isinstance(link.sensor, Hooking) and link.sensor.hooked(link.state) for link in state.links)
+
+    @property
+    def returns(self) -> bool:
+        """Whether units may come back: whether all of its sensors say so."""
+        return all(takes_back(each) for each in self.sensors)
 
     def _shares(self, groups: tuple[Group, ...], model: nn.Module) -> list[tuple[Sensor[Any], tuple[Group, ...]]]:
         shares, left = [], groups
@@ -122,29 +125,6 @@ class SensorChain:
             basis={name: basis for each in readings for name, basis in each.basis.items()},
         )
 
-    def cut(self, state: ChainState, keep: Mapping[str, Bool[np.ndarray, " units"]]) -> ChainState:
-        """States of the kept units."""
-        return ChainState(
-            tuple(
-                replace(link, state=link.sensor.cut(link.state, {n: k for n, k in keep.items() if n in link.names}))
-                for link in state.links
-            )
-        )
-
-    def grow(self, state: ChainState, regrown: Mapping[str, Bool[np.ndarray, " units"]]) -> ChainState:
-        """States with the units that have come back.
-
-        Raises:
-            TypeError: when one of the sensors takes no units back (`takes_back` says so beforehand).
-        """
-        links = []
-        for link in state.links:
-            if not isinstance(link.sensor, Growing):
-                raise TypeError(f"{type(link.sensor).__name__} has no grow()")
-            came = {name: units for name, units in regrown.items() if name in link.names}
-            links.append(replace(link, state=link.sensor.grow(link.state, came)))
-        return ChainState(tuple(links))
-
     def forget(self, state: ChainState) -> None:
         """Steps that are not taken in are forgotten by the sensors that read through hooks."""
         for link in state.links:
@@ -156,9 +136,3 @@ class SensorChain:
         for link in state.links:
             if isinstance(link.sensor, Hooking):
                 link.sensor.release(link.state)
-
-
-def takes_back(sensor: object) -> bool:
-    """Whether units that a sensor reads may come back; of a chain, whether all of its sensors say so."""
-    parts = sensor.sensors if isinstance(sensor, SensorChain) else (sensor,)
-    return all(isinstance(each, Growing) for each in parts)

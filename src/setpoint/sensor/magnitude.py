@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from jaxtyping import Bool
 from torch import Tensor, nn
 
 from setpoint.distributed import local, ranks_of
@@ -68,18 +67,11 @@ class MagnitudeSensor:
                 wide = values.to(torch.promote_types(values.dtype, torch.float32))
                 squares[group.name] += sums.add_up(wide.square()).double().cpu()
         # The empty tensor is for no groups at all, of which `cat` would fail.
+        # The empty tensor is for no groups at all, of which `cat` would fail.
         total = ranks_of(tensors.values()).total(torch.cat([torch.zeros(0, dtype=torch.float64), *squares.values()]))
         parts = np.split(total.sqrt().numpy(), np.cumsum([group.num_units for group in groups])[:-1])
         saliency = dict(zip(squares, parts, strict=True)) if groups else {}
         return Reading(step, saliency, num_samples=1, calibrated=False, num_steps=state.num_steps)
-
-    def cut(self, state: MagnitudeState, keep: Mapping[str, Bool[np.ndarray, " units"]]) -> MagnitudeState:
-        """The same state: the live weights have been cut already."""
-        return state
-
-    def grow(self, state: MagnitudeState, regrown: Mapping[str, Bool[np.ndarray, " units"]]) -> MagnitudeState:
-        """The same state: the live weights have been regrown already."""
-        return state
 
 
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -1,31 +1,39 @@
-"""The random sensor: no saliency at all, as a baseline for the other sensors."""
+"""The random sensor: no saliency at all, as a rival for those that claim to know better."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
-from jaxtyping import Bool, Float64
+from jaxtyping import Float64
 from torch import Tensor, nn
 
+from setpoint.groups.follow import ByUnit, fresh
 from setpoint.groups.group import Group
 from setpoint.sensor.reading import Reading
 
 
 @dataclass(frozen=True, eq=False)
 class RandomState:
-    """Each unit's number, the steps so far, and how often units were regrown."""
+    """Each unit's number, how many steps have gone by, and how often units came back.
 
-    numbers: Mapping[str, Float64[np.ndarray, " _units"]]
+    A unit that has come back has none until the next step draws it: NaN.
+    """
+
+    numbers: Mapping[str, ByUnit[Float64[np.ndarray, " _units"]]] = field(metadata=fresh(math.nan))
     num_steps: int = 0
     num_grown: int = 0
 
 
 class RandomSensor:
-    """Uniform random numbers that rank the units of a group, and do not compare groups.
+    """Uniform random numbers that rank the units of a group, and say nothing about two groups.
 
-    A unit keeps its number. Numbers come from a generator of their own; RNG state is preserved.
+    A unit keeps its number. Numbers come from a generator of their own; the global random state is left alone.
+
+    Args:
+        seed: of the generator.
 
     References:
         Mittal, Bhardwaj, Khapra, Ravindran: "Studying the plasticity in deep convolutional neural networks using
@@ -49,28 +57,27 @@ class RandomSensor:
     def update(
         self, state: RandomState, groups: tuple[Group, ...], model: nn.Module, grad_scale: Tensor | None = None
     ) -> RandomState:
-        """Count the step."""
-        return replace(state, num_steps=state.num_steps + 1)
+        """Count the step, and draw the numbers of units that have come back."""
+        state = replace(state, num_steps=state.num_steps + 1)
+        blank = [name for name, values in state.numbers.items() if np.isnan(values).any()]
+        if not blank:
+            return state
+        rng, numbers = np.random.default_rng((self.seed, state.num_grown + 1)), dict(state.numbers)
+        for name in blank:
+            numbers[name] = np.where(np.isnan(numbers[name]), rng.random(len(numbers[name])), numbers[name])
+        return replace(state, numbers=numbers, num_grown=state.num_grown + 1)
 
     def flops(self, groups: tuple[Group, ...], model: nn.Module) -> float:
         """FLOPs of one update: none."""
         return 0.0
 
     def read(self, state: RandomState, groups: tuple[Group, ...], step: int) -> Reading:
-        """The units' numbers, between 0 and 1."""
+        """The units' numbers, between 0 and 1.
+
+        Args:
+            state: the state so far.
+            groups: the active groups.
+            step: optimizer steps done, for the record.
+        """
         numbers = {group.name: state.numbers[group.name] for group in groups}
         return Reading(step, numbers, num_samples=1, calibrated=False, num_steps=state.num_steps)
-
-    def cut(self, state: RandomState, keep: Mapping[str, Bool[np.ndarray, " units"]]) -> RandomState:
-        """The numbers of the kept units."""
-        kept = {name: values[keep[name]] if name in keep else values for name, values in state.numbers.items()}
-        return replace(state, numbers=kept)
-
-    def grow(self, state: RandomState, regrown: Mapping[str, Bool[np.ndarray, " units"]]) -> RandomState:
-        """The numbers, with new ones for the regrown units."""
-        rng = np.random.default_rng((self.seed, state.num_grown + 1))
-        numbers = dict(state.numbers)
-        for name, new in regrown.items():
-            numbers[name] = rng.random(len(new))
-            numbers[name][~new] = state.numbers[name]
-        return replace(state, numbers=numbers, num_grown=state.num_grown + 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -11,8 +12,23 @@ import torch
 from jaxtyping import Bool, Float64
 
 from setpoint.distributed import Ranks
+from setpoint.groups.follow import ByUnit, fresh
 from setpoint.groups.group import Group
-from setpoint.ssm import Basis
+from setpoint.groups.state_space import DiagonalSystem
+
+
+@runtime_checkable
+class Basis(Protocol):
+    """Coordinates for a layer's states in which units can be dropped one by one."""
+
+    @property
+    def num_units(self) -> int:
+        """How many units there are: as many as modes."""
+        ...
+
+    def modes(self, system: DiagonalSystem, keep: Bool[np.ndarray, " units"]) -> Any:
+        """The system without the units that `keep` drops, brought back to as many modes as it keeps."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +52,7 @@ class Reading:
     """
 
     step: int
-    saliency: Mapping[str, Float64[np.ndarray, " units"]]
+    saliency: Mapping[str, ByUnit[Float64[np.ndarray, " units"]]] = field(metadata=fresh(math.nan))
     num_samples: int
     calibrated: bool = True
     num_steps: int = 0
@@ -58,9 +74,10 @@ State = TypeVar("State")
 class Sensor(Protocol[State]):
     """Estimates saliency from what an ordinary training step leaves behind.
 
-    A sensor holds settings only; what it remembers is its state, whose tensors are indexed by unit
-    so that the actuator can cut them like everything else. `Loop.state_dict` stores it: a dataclass of tensors,
-    arrays and numbers; a field that points at the model is marked by `field(metadata={"live": True})`.
+    A sensor holds settings only; what it remembers is its state: a dataclass of tensors, arrays and numbers, which
+    `Loop.state_dict` stores. What has an entry for each unit is annotated `ByUnit[...]`, so that `follow` cuts and
+    grows it as the units are; a field that points at the model is marked by `field(metadata={"live": True})`. A sensor
+    that cannot read units that have come back says so by `returns = False`.
     """
 
     def readable(self, groups: tuple[Group, ...], model: torch.nn.Module) -> tuple[Group, ...]:
@@ -88,22 +105,6 @@ class Sensor(Protocol[State]):
         """Reading of all units; the only place where values come to the host."""
         ...
 
-    def cut(self, state: State, keep: Mapping[str, Bool[np.ndarray, " units"]]) -> State:
-        """State of the kept units."""
-        ...
-
-
-@runtime_checkable
-class Growing(Protocol[State]):
-    """What a sensor has in addition whose units may come back."""
-
-    def grow(self, state: State, regrown: Mapping[str, Bool[np.ndarray, " units"]]) -> State:
-        """State with the units that have come back, of which nothing has been seen yet.
-
-        `regrown` is by group, one boolean per unit active now, True = has just come back.
-        """
-        ...
-
 
 @runtime_checkable
 class Hooking(Protocol):
@@ -129,3 +130,8 @@ class Shared(Protocol):
     def over(self, ranks: Ranks) -> Any:
         """The sensor for these ranks."""
         ...
+
+
+def takes_back(sensor: object) -> bool:
+    """Whether units that a sensor reads may come back: they may, unless it says `returns = False`."""
+    return bool(getattr(sensor, "returns", True))

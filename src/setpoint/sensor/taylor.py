@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from setpoint.distributed import Ranks, local
 from setpoint.errors import GroupError, LoopError
+from setpoint.groups.follow import FOUND_ANEW, ByUnit
 from setpoint.groups.group import Group
 from setpoint.sensor.reading import Reading
 from setpoint.sensor.sentinel import Sentinels
@@ -42,23 +42,62 @@ class TaylorState:
         num_steps: how many there are (0-dim tensors, so that counting needs no host sync).
         skipped_steps: steps left out because a gradient was NaN or infinite.
         recent: r of the steps that are not folded yet, the latest last.
-        sources: whose gradients are read, found at the first update after `init` or `cut`.
+        sources: whose gradients are read, found at the first update after a change of the units.
         tapped: names of the outgoing weights that were frozen at `init`, whose inputs are read.
         sentinels: by which it is seen how those readings are to be scaled, if there are any.
+        window: number of recent steps that count.
     """
 
     names: tuple[str, ...]
     num_units: tuple[int, ...]
-    mean: Float[Tensor, " all_units"]
-    variance: Float[Tensor, " all_units"]
-    weight: Float[Tensor, " all_units"]
-    squares: Float[Tensor, " all_units"]
+    mean: ByUnit[Float[Tensor, " all_units"]]
+    variance: ByUnit[Float[Tensor, " all_units"]]
+    weight: ByUnit[Float[Tensor, " all_units"]]
+    squares: ByUnit[Float[Tensor, " all_units"]]
     num_steps: Float[Tensor, ""]
     skipped_steps: Float[Tensor, ""]
     recent: tuple[Float[Tensor, " all_units"], ...] = ()
-    sources: Sources | None = field(default=None, metadata={"live": True})
+    sources: Sources | None = field(default=None, metadata=FOUND_ANEW)
     tapped: frozenset[str] = field(default=frozenset(), metadata={"live": True})
     sentinels: Sentinels | None = field(default=None, metadata={"live": True})
+    window: int = field(default=50, metadata={"live": True})
+
+    @torch.no_grad()
+    def folded(self, seen: Bool[Tensor, " all_units"] | None = None) -> TaylorState:
+        """The recent steps taken into the moments, but only of the units that were seen in them; no host sync.
+
+        Two weighted sets of steps with weights Z, means m and variances v merge exactly: with `s` the
+        newer set's share of the weight, `m = m1 + s (m2 - m1)` and
+        `v = (1 - s) v1 + s v2 + s (1 - s) (m2 - m1)^2`.
+        """
+        if not self.recent:
+            return self
+        steps, decay = torch.stack(self.recent), 1.0 - 1.0 / self.window
+        finite = torch.isfinite(steps.sum(1))
+        steps = torch.where(finite[:, None], steps, 0.0)
+        taken = finite.to(steps.dtype)
+        count = taken.sum()
+        weights = (taken * torch.pow(decay, count - taken.cumsum(0)))[:, None]
+        new_weight, new_squares, ageing = weights.sum(), weights.square().sum(), torch.pow(decay, count)
+        if seen is not None:
+            weights, ageing = weights * seen, torch.where(seen, ageing, 1.0)
+            new_weight, new_squares = weights.sum(0), weights.square().sum(0)
+        weight = self.weight * ageing + new_weight
+        share = new_weight / weight.clamp_min(_TINY)
+        per_step = weights / new_weight.clamp_min(_TINY)
+        new_mean = (per_step * steps).sum(0)
+        new_variance = (per_step * (steps - new_mean).square()).sum(0)
+        apart = new_mean - self.mean
+        return replace(
+            self,
+            mean=self.mean + share * apart,
+            variance=(1.0 - share) * (self.variance + share * apart.square()) + share * new_variance,
+            weight=weight,
+            squares=self.squares * ageing.square() + new_squares,
+            num_steps=self.num_steps + count,
+            skipped_steps=self.skipped_steps + (len(self.recent) - count),
+            recent=(),
+        )
 
 
 class TaylorSensor:
@@ -182,7 +221,8 @@ class TaylorSensor:
         zeros = torch.zeros(sum(group.num_units for group in groups), dtype=dtype, device=first.device)
         none = torch.zeros((), dtype=dtype, device=first.device)
         names, num_units = tuple(g.name for g in groups), tuple(g.num_units for g in groups)
-        return TaylorState(names, num_units, zeros, zeros, zeros, zeros, none, none, (), sources, tapped, sentinels)
+        moments = (zeros, zeros, zeros, zeros, none, none)
+        return TaylorState(names, num_units, *moments, (), sources, tapped, sentinels, self.window)
 
     @torch.no_grad()
     def update(
@@ -216,48 +256,9 @@ class TaylorSensor:
             gate_gradient = gate_gradient / grad_scale
         if not all(trains):
             seen = torch.from_numpy(np.repeat(trains, state.num_units)).to(gate_gradient.device)
-            return self._folded(replace(self.fold(state), recent=(gate_gradient,), sources=sources), seen)
+            return replace(state.folded(), recent=(gate_gradient,), sources=sources).folded(seen)
         state = replace(state, recent=(*state.recent, gate_gradient), sources=sources)
-        return state if len(state.recent) < _FOLD_AT else self.fold(state)
-
-    @torch.no_grad()
-    def fold(self, state: TaylorState) -> TaylorState:
-        """Take the recent steps into the moments; no host sync.
-
-        Two weighted sets of steps with weights Z, means m and variances v merge exactly: with `s` the
-        newer set's share of the weight, `m = m1 + s (m2 - m1)` and
-        `v = (1 - s) v1 + s v2 + s (1 - s) (m2 - m1)^2`.
-        """
-        return self._folded(state) if state.recent else state
-
-    def _folded(self, state: TaylorState, seen: Bool[Tensor, " all_units"] | None = None) -> TaylorState:
-        """The recent steps in the moments, but only of the units that were seen in them, if not all were."""
-        steps, decay = torch.stack(state.recent), 1.0 - 1.0 / self.window
-        finite = torch.isfinite(steps.sum(1))
-        steps = torch.where(finite[:, None], steps, 0.0)
-        taken = finite.to(steps.dtype)
-        count = taken.sum()
-        weights = (taken * torch.pow(decay, count - taken.cumsum(0)))[:, None]
-        new_weight, new_squares, ageing = weights.sum(), weights.square().sum(), torch.pow(decay, count)
-        if seen is not None:
-            weights, ageing = weights * seen, torch.where(seen, ageing, 1.0)
-            new_weight, new_squares = weights.sum(0), weights.square().sum(0)
-        weight = state.weight * ageing + new_weight
-        share = new_weight / weight.clamp_min(_TINY)
-        per_step = weights / new_weight.clamp_min(_TINY)
-        new_mean = (per_step * steps).sum(0)
-        new_variance = (per_step * (steps - new_mean).square()).sum(0)
-        apart = new_mean - state.mean
-        return replace(
-            state,
-            mean=state.mean + share * apart,
-            variance=(1.0 - share) * (state.variance + share * apart.square()) + share * new_variance,
-            weight=weight,
-            squares=state.squares * ageing.square() + new_squares,
-            num_steps=state.num_steps + count,
-            skipped_steps=state.skipped_steps + (len(state.recent) - count),
-            recent=(),
-        )
+        return state if len(state.recent) < _FOLD_AT else state.folded()
 
     def forget(self, state: TaylorState) -> None:
         """A step passes that is not taken in: what hooks have seen of it does not count.
@@ -302,7 +303,7 @@ class TaylorSensor:
         Raises:
             LoopError: when nothing was ever seen of a group whose outgoing weights are frozen.
         """
-        state = self.fold(state)
+        state = state.folded()
         facts = torch.stack([state.num_steps, state.skipped_steps])
         values = torch.cat([facts, state.mean, state.variance, state.weight, state.squares]).double().cpu().numpy()
         num_steps, skipped = (float(value) for value in values[:2])
@@ -326,47 +327,6 @@ class TaylorSensor:
             calibrated=True,
             num_steps=round(num_steps),
             skipped_steps=round(skipped),
-        )
-
-    def cut(self, state: TaylorState, keep: Mapping[str, Bool[np.ndarray, " units"]]) -> TaylorState:
-        """Moments of the kept units."""
-        state = self.fold(state)
-        masks = [
-            np.asarray(keep.get(name, np.ones(n, bool)), dtype=bool)
-            for name, n in zip(state.names, state.num_units, strict=True)
-        ]
-        kept = torch.from_numpy(np.flatnonzero(np.concatenate([np.zeros(0, bool), *masks]))).to(state.mean.device)
-        return replace(
-            state,
-            num_units=tuple(int(mask.sum()) for mask in masks),
-            mean=state.mean[kept],
-            variance=state.variance[kept],
-            weight=state.weight[kept],
-            squares=state.squares[kept],
-            sources=None,
-        )
-
-    def grow(self, state: TaylorState, regrown: Mapping[str, Bool[np.ndarray, " units"]]) -> TaylorState:
-        """Moments with those of the units that have come back, which begin anew."""
-        state = self.fold(state)
-        masks = [
-            np.asarray(regrown.get(name, np.zeros(n, bool)), dtype=bool)
-            for name, n in zip(state.names, state.num_units, strict=True)
-        ]
-        before = np.flatnonzero(~np.concatenate([np.zeros(0, bool), *masks]))
-        index = torch.from_numpy(before).to(state.mean.device)
-
-        def spread(values: Tensor) -> Tensor:
-            return values.new_zeros(sum(map(len, masks))).index_copy_(0, index, values)
-
-        return replace(
-            state,
-            num_units=tuple(len(mask) for mask in masks),
-            mean=spread(state.mean),
-            variance=spread(state.variance),
-            weight=spread(state.weight),
-            squares=spread(state.squares),
-            sources=None,
         )
 
 

@@ -41,7 +41,8 @@ def check_resources(budgets: Collection[Budget]) -> None:
         if each.resource not in _SOURCES:
             raise BudgetError(
                 f"masks on single weights save no {each.resource}: zeros are stored and multiplied like other numbers. "
-                "Hold them to of='params' or to of='flops' (in theory), or leave the actuator to attach, which cuts whole units"
+                "Hold them to of='params' or to of='flops' (in theory), or leave the actuator to attach, which cuts "
+                "whole units"
             )
         if each.per == "run":
             raise BudgetError(

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, final
 
-import numpy as np
-from jaxtyping import Bool
-
-from setpoint.controller.plan import Controller, Observation, Plan
+from setpoint.controller.plan import Controller, Observation, Plan, Transferring
 from setpoint.controller.priced import PricedController
 from setpoint.controller.reference import Reference
 from setpoint.cost.cost import Cost
@@ -69,9 +65,12 @@ class ExchangingController:
         """Whether the inner controller decides after this step."""
         return self.inner.due(step, total_steps)
 
-    def cut(self, state: Any, keep: Mapping[str, Bool[np.ndarray, " units"]]) -> Any:
-        """State of as many units as the plan kept."""
-        return self.inner.cut(state, keep)
+    def transferred(self, state: Any, *, step: int, total_steps: int, present: float, limit: float) -> Any:
+        """The inner controller's state, carried over if that has something to carry over."""
+        if not isinstance(self.inner, Transferring):
+            return state
+        at = {"step": step, "total_steps": total_steps}
+        return self.inner.transferred(state, **at, present=present, limit=limit)
 
     def decide(self, state: Any, observation: Observation, cost: Cost, groups: tuple[Group, ...]) -> tuple[Any, Plan]:
         """The next state and the plan. Pure: same arguments, same answer.

@@ -296,7 +296,9 @@ class Masks:
         self._num_dropped = {name: times[name].to(device, copy=True) for name, device in devices.items()}
         self.train_flops = float(state["train_flops"])
         masks = state["masks"]
-        self.groups = self._set({name: masks[name].to(device, copy=True).contiguous() for name, device in devices.items()})
+        self.groups = self._set(
+            {name: masks[name].to(device, copy=True).contiguous() for name, device in devices.items()}
+        )
 
     def totals(self) -> dict[str, Any]:
         """What a summary says of single weights."""

@@ -6,28 +6,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from setpoint.groups.follow import ByWeight, fresh
 from setpoint.groups.group import Group
 from setpoint.sensor.reading import Reading
 from setpoint.weights.find import active_of
 
-State = TypeVar("State")
+State_contra = TypeVar("State_contra", contravariant=True)
 
 
 @runtime_checkable
-class Weighing(Protocol[State]):
+class Weighing(Protocol[State_contra]):
     """What a sensor has in addition that reads single weights."""
 
-    def scores(self, state: State) -> Mapping[str, Float[Tensor, "..."]]:
+    def scores(self, state: State_contra) -> Mapping[str, Float[Tensor, "..."]]:
         """By tensor name, the saliency of every element; of those that are not active it means nothing."""
-        ...
-
-    def renew(self, state: State, fresh: Mapping[str, Bool[Tensor, "..."]]) -> State:
-        """State in which nothing is known of these weights, by tensor name: they have just come back."""
         ...
 
 
@@ -44,9 +40,9 @@ class WeightTaylorState:
         model: whose gradients are read.
     """
 
-    first: Mapping[str, Float[Tensor, "..."]]
-    second: Mapping[str, Float[Tensor, "..."]]
-    since: Mapping[str, Float[Tensor, "..."]]
+    first: Mapping[str, ByWeight[Float[Tensor, "..."]]]
+    second: Mapping[str, ByWeight[Float[Tensor, "..."]]]
+    since: Mapping[str, ByWeight[Float[Tensor, "..."]]] = field(metadata=fresh("num_steps"))
     num_steps: Float[Tensor, ""]
     skipped_steps: Float[Tensor, ""]
     model: nn.Module = field(metadata={"live": True})
@@ -162,19 +158,6 @@ class WeightTaylorSensor:
             saliency[group.name] = values[active_of(group)]
         taken, skipped = (round(float(each)) for each in (state.num_steps, state.skipped_steps))
         return Reading(step, saliency, self.num_samples, num_steps=taken, skipped_steps=skipped)
-
-    def cut(self, state: WeightTaylorState, keep: Mapping[str, Bool[np.ndarray, " units"]]) -> WeightTaylorState:
-        """The same state: it has the shapes of the tensors, which stay."""
-        return state
-
-    def renew(self, state: WeightTaylorState, fresh: Mapping[str, Bool[Tensor, "..."]]) -> WeightTaylorState:
-        """State in which nothing has been seen of these weights yet."""
-        first, second, since = dict(state.first), dict(state.second), dict(state.since)
-        for name, came in fresh.items():
-            first[name] = first[name].masked_fill(came, 0.0)
-            second[name] = second[name].masked_fill(came, 0.0)
-            since[name] = torch.where(came, state.num_steps.to(since[name]), since[name])
-        return replace(state, first=first, second=second, since=since)
 
 
 def _weights(groups: tuple[Group, ...], model: nn.Module) -> list[tuple[str, nn.Parameter]]:

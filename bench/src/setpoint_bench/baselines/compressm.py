@@ -9,7 +9,6 @@ x -> C x, where Setpoint's own method takes the real map. Optimizer moments foll
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import final
 
@@ -24,7 +23,7 @@ from setpoint.errors import GroupError, StateSpaceError
 from setpoint.groups.group import Group
 from setpoint.groups.state import state_layer
 from setpoint.sensor.reading import Reading
-from setpoint.ssm import Basis, DiagonalSystem, Modes, check_system
+from setpoint.states import Basis, DiagonalSystem, Modes, check_system
 
 _TINY = 1e-300
 
@@ -71,23 +70,6 @@ class ComplexBalance:
             order=2 * len(kept),
         )
 
-    def again(self, system: DiagonalSystem) -> ComplexBalance:
-        """The balanced coordinates of another system."""
-        return ComplexBalance.of(system)
-
-    def followed(self, system: DiagonalSystem) -> Float64[np.ndarray, " units"]:
-        """How strongly each state of these coordinates is reached and heard in another system.
-
-        Raises:
-            StateSpaceError: when that is not stable or not finite.
-        """
-        check_system(system)
-        reached, heard = _gramians(system)
-        strength = (self.reduce @ reached * self.reduce.conj()).sum(1).real
-        weight = (self.expand.conj() * (heard @ self.expand)).sum(0).real
-        values: np.ndarray = (strength * weight).clamp_min(0.0).sqrt().cpu().numpy()
-        return values
-
 
 def _gramians(system: DiagonalSystem) -> tuple[Complex[Tensor, "states states"], Complex[Tensor, "states states"]]:
     """Both Gramians of the complex system."""
@@ -118,6 +100,8 @@ class LiveModel:
 
 class ComplexHankelSensor:
     """Hankel values of the complex system of each layer; not comparable across layers."""
+
+    returns = False
 
     def readable(self, groups: tuple[Group, ...], model: nn.Module) -> tuple[Group, ...]:
         """Groups of states; of layers that run one system for all channels."""
@@ -163,10 +147,6 @@ class ComplexHankelSensor:
             found = ComplexBalance.of(system)
             saliency[group.name], basis[group.name] = found.values.cpu().numpy(), found
         return Reading(step, saliency, num_samples=1, calibrated=False, num_steps=state.num_steps, basis=basis)
-
-    def cut(self, state: LiveModel, keep: Mapping[str, Bool[np.ndarray, " units"]]) -> LiveModel:
-        """The same state: the live layers have been cut already."""
-        return state
 
 
 @final
@@ -218,9 +198,6 @@ class ToleranceController:
             landed=observation.step >= last,
             reason=reason if going else "no layer would lose a twentieth of its states",
         )
-
-    def cut(self, state: None, keep: Mapping[str, Bool[np.ndarray, " units"]]) -> None:
-        """Nothing is indexed by unit."""
 
     def _checks(self, total_steps: int) -> set[int]:
         last = self.window * total_steps

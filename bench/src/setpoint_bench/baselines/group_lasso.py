@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import final
 
-import numpy as np
 import torch
-from jaxtyping import Bool
 from torch import Tensor, nn
 
 from setpoint.controller.landing import even_cost, even_density
@@ -65,10 +63,6 @@ class ReconfiguringController:
         last = self._last(total_steps)
         number = self.num_reconfigurations
         return step > 0 and step in {round(last * each / number) for each in range(1, number + 1)}
-
-    def cut(self, state: EvenState, keep: Mapping[str, Bool[np.ndarray, " units"]]) -> EvenState:
-        """The same state: it holds nothing by unit."""
-        return state
 
     def decide(
         self, state: EvenState, observation: Observation, cost: Cost, groups: tuple[Group, ...]

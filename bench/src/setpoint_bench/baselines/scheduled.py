@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import final
-
-import numpy as np
-from jaxtyping import Bool
 
 from setpoint.controller.landing import even_cost, even_density
 from setpoint.controller.plan import Observation, Plan
@@ -63,10 +59,6 @@ class ScheduledController:
         first, last = self._span(total_steps)
         steps = {round(first + (last - first) * cut / self.num_cuts) for cut in range(1, self.num_cuts + 1)}
         return step > 0 and step in steps
-
-    def cut(self, state: EvenState, keep: Mapping[str, Bool[np.ndarray, " units"]]) -> EvenState:
-        """The same state: it holds nothing by unit."""
-        return state
 
     def decide(
         self, state: EvenState, observation: Observation, cost: Cost, groups: tuple[Group, ...]

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from setpoint.ssm import DiagonalSystem, StateWeights
-from setpoint.ssm.scan import diagonal_scan
+from setpoint.states import DiagonalSystem, StateWeights
+from setpoint.states.scan import diagonal_scan
 
 _LEAST_TURN = 1e-3  # angle of a real eigenvalue, as a fraction of its decay per step: log(0) would freeze it
 _DECAY = (1e-12, 30.0)  # -log of the modulus: what its double logarithm can hold

@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from setpoint.errors import StateSpaceError
-from setpoint.ssm import (
-    BalancedPairs,
+from setpoint.states import (
     DenseSystem,
     DiagonalSystem,
     balance,
@@ -25,7 +24,7 @@ from setpoint.ssm import (
     transfer,
     truncate,
 )
-from ssm.systems import ANGLES, dense, diagonal, impulse_response
+from states.systems import ANGLES, dense, diagonal, impulse_response
 
 
 def _error(system: DiagonalSystem | DenseSystem, other: DiagonalSystem | DenseSystem) -> float:
@@ -207,7 +206,7 @@ def test_modes_near_the_circle_stay_there() -> None:
 
 def test_only_systems_are_balanced() -> None:
     """A module is refused by its type; in a process of its own, since here types are checked at every call."""
-    code = "import torch, setpoint.ssm; setpoint.ssm.balance(torch.nn.Linear(2, 2))"
+    code = "import torch, setpoint.states; setpoint.states.balance(torch.nn.Linear(2, 2))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "StateSpaceError: the system is a Linear: give a linear time-invariant" in done.stderr
 
@@ -226,25 +225,6 @@ def test_impossible_sizes_are_refused(number: int) -> None:
         reduce_modes(diagonal(4), number)
     with pytest.raises(StateSpaceError, match="from 1 to 4"):
         truncate(dense(4), number)
-
-
-def test_states_are_followed_into_another_system() -> None:
-    """In a system's own coordinates its Hankel values come back; where modes are apart, what is done to the output of
-    one of them is done to the value of that one.
-    """
-    system = diagonal(12)
-    basis = BalancedPairs(balance(system))
-    pairs = basis.balance.values.reshape(-1, 2).square().sum(1).sqrt().numpy()
-    np.testing.assert_allclose(basis.followed(system), pairs, rtol=1e-5, atol=1e-6 * pairs[0])
-    eigenvalues, own = torch.tensor([0.95j, 0.85j, 0.6j, 0.2j]), torch.eye(4, dtype=torch.complex128)
-    heard = own * torch.tensor([1.0, 1.0, 1.0, 0.01])
-    eigenvalues = eigenvalues.to(own.dtype)
-    apart = BalancedPairs(balance(DiagonalSystem(eigenvalues, own, heard)))
-    before = apart.followed(DiagonalSystem(eigenvalues, own, heard))
-    after = apart.followed(DiagonalSystem(eigenvalues, own, own))
-    np.testing.assert_allclose(after / before, [1, 1, 1, 100], rtol=1e-6)
-    with pytest.raises(StateSpaceError, match="not stable"):
-        apart.followed(DiagonalSystem(eigenvalues / 0.9, own, own))
 
 
 def test_what_a_reduction_loses_comes_back_as_modes() -> None:

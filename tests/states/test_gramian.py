@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from scipy.linalg import solve_discrete_lyapunov
 
 from setpoint.errors import StateSpaceError
-from setpoint.ssm import (
+from setpoint.states import (
     DenseSystem,
     DiagonalSystem,
     balance,
@@ -16,7 +16,7 @@ from setpoint.ssm import (
     hankel_values,
     real_form,
 )
-from ssm.systems import dense, diagonal
+from states.systems import dense, diagonal
 
 
 def _scipy(system: DenseSystem) -> tuple[np.ndarray, np.ndarray]:

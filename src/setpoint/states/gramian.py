@@ -9,7 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from setpoint.errors import StateSpaceError
-from setpoint.ssm.system import DiagonalSystem, System
+from setpoint.groups.state_space import DiagonalSystem
+from setpoint.states.system import System
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +43,7 @@ def gramians(system: System) -> Gramians:
     Raises:
         StateSpaceError: for B or C so large that they are not finite.
 
-    >>> from setpoint.ssm import DenseSystem
+    >>> from setpoint.states import DenseSystem
     >>> half = DenseSystem(torch.tensor([[0.5]]), torch.ones(1, 1), torch.ones(1, 1))
     >>> round(gramians(half).controllability.item(), 6)  # 1 / (1 - 0.25)
     1.333333

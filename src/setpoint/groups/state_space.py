@@ -1,4 +1,7 @@
-"""A state-space layer: what a layer must tell, and take back, so that its states can be balanced and dropped."""
+"""A state-space layer: what a layer must tell, and take back, so that its states can be balanced and dropped.
+
+Only the protocol is here, so that groups are found without the leaf `states`, which has the maths.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,30 @@ from typing import Protocol, runtime_checkable
 from jaxtyping import Complex
 from torch import Tensor
 
-from setpoint.ssm.system import DiagonalSystem
+
+@dataclass(frozen=True, eq=False)
+class DiagonalSystem:
+    """A complex diagonal system with real inputs and outputs, as LRU, S5 and S4D layers hold it.
+
+        x[t] = eigenvalues * x[t-1] + inputs @ u[t],    y[t] = Re(outputs @ x[t])
+
+    Leading dims are a batch of independent systems. A layer whose output is `2 Re(C x)` has
+    `outputs = 2 C`; a direct term `D u` changes nothing here and is left out.
+
+    Args:
+        eigenvalues: shape (..., states).
+        inputs: B, shape (..., states, in).
+        outputs: C, shape (..., out, states).
+    """
+
+    eigenvalues: Complex[Tensor, "*batch states"]
+    inputs: Complex[Tensor, "*batch states in_channels"]
+    outputs: Complex[Tensor, "*batch out_channels states"]
+
+    @property
+    def num_states(self) -> int:
+        """Number of complex states (modes)."""
+        return self.eigenvalues.shape[-1]
 
 
 @dataclass(frozen=True, eq=False)

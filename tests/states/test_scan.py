@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from setpoint.ssm.scan import diagonal_scan, scan
+from setpoint.states.scan import diagonal_scan, scan
 
 
 def _arguments(steps: int, states: int = 4, dtype: torch.dtype = torch.float64) -> list[Tensor]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from setpoint.groups.export import Example, inputs_of
@@ -111,14 +109,6 @@ class SelectiveSensor:
             for module, training in modes:
                 module.training = training
         return found
-
-    def cut(self, state: SelectiveState, keep: Mapping[str, Bool[np.ndarray, " units"]]) -> SelectiveState:
-        """The same state: the live layers have been cut already."""
-        return state
-
-    def grow(self, state: SelectiveState, regrown: Mapping[str, Bool[np.ndarray, " units"]]) -> SelectiveState:
-        """The same state, likewise."""
-        return state
 
 
 @dataclass(frozen=True, eq=False)

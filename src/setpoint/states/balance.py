@@ -9,8 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from setpoint.errors import StateSpaceError
-from setpoint.ssm.gramian import gramian_factors
-from setpoint.ssm.system import DenseSystem, DiagonalSystem, System, check_system, real_form
+from setpoint.groups.state_space import DiagonalSystem
+from setpoint.states.gramian import gramian_factors
+from setpoint.states.system import DenseSystem, System, check_system, real_form
 
 _RESOLVED = 1e-8
 """The least Hankel value that is resolved, as a fraction of the largest."""

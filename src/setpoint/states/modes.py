@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Complex, Float, Float64
+from jaxtyping import Bool, Complex, Float
 from torch import Tensor
 
 from setpoint.errors import StateSpaceError
-from setpoint.ssm.balance import Balance, balance
-from setpoint.ssm.gramian import gramians
-from setpoint.ssm.system import DiagonalSystem, check_system, real_form
+from setpoint.groups.state_space import DiagonalSystem
+from setpoint.states.balance import Balance, balance
+from setpoint.states.system import real_form
 
 _WELL_CONDITIONED = 1e6
 _NUDGES = (0.0, 1e-12, 1e-9, 1e-6, 1e-4)  # relative to the dynamics
@@ -43,28 +42,6 @@ class Modes:
     num_fresh: int = 0
 
 
-@runtime_checkable
-class Basis(Protocol):
-    """Coordinates for a layer's states in which units can be dropped one by one."""
-
-    @property
-    def num_units(self) -> int:
-        """How many units there are: as many as modes."""
-        ...
-
-    def modes(self, system: DiagonalSystem, keep: Bool[np.ndarray, " units"]) -> Modes:
-        """The system without the units that `keep` drops, brought back to as many modes as it keeps."""
-        ...
-
-    def again(self, system: DiagonalSystem) -> Basis:
-        """Coordinates of the same kind for another system."""
-        ...
-
-    def followed(self, system: DiagonalSystem) -> Float64[np.ndarray, " units"]:
-        """What Hankel value each unit of these coordinates has in another system with as many states."""
-        ...
-
-
 @dataclass(frozen=True, eq=False)
 class BalancedPairs:
     """Balanced coordinates of the real form, two states to a unit: unit i is balanced states 2 i and 2 i + 1.
@@ -87,30 +64,6 @@ class BalancedPairs:
         found = self.balance
         chosen = Balance(found.values[..., states], found.expand[..., :, states], found.reduce[..., states, :])
         return reduce_modes(system, int(keep.sum()), chosen)
-
-    def again(self, system: DiagonalSystem) -> BalancedPairs:
-        """The system's own balanced pairs."""
-        return BalancedPairs(balance(system))
-
-    def followed(self, system: DiagonalSystem) -> Float64[np.ndarray, " units"]:
-        """How strongly each pair is reached and heard in a system that is another one by now.
-
-        With the Gramians P and Q of that system, W = `reduce` and T = `expand` of these coordinates,
-
-            value_i^2 = (W P W^T)_ii (T^T Q T)_ii,
-
-        which is the i-th squared Hankel value if the system is the one that was balanced. A pair's is the sum of two.
-
-        Raises:
-            StateSpaceError: when the other system is not stable or not finite.
-        """
-        check_system(system)
-        found = gramians(system)
-        reached = ((self.balance.reduce @ found.controllability) * self.balance.reduce).sum(-1)
-        heard = ((found.observability @ self.balance.expand) * self.balance.expand).sum(-2)
-        energy = (reached * heard).clamp_min(0.0).reshape(-1, self.num_units, 2).sum((0, 2))
-        values: np.ndarray = energy.sqrt().cpu().numpy()
-        return values
 
 
 def reduce_modes(system: DiagonalSystem, num_modes: int, basis: Balance | None = None) -> Modes:

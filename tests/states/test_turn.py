@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from pypi_s5 import S5Classifier
-from setpoint.actuator.balance import balance_and_shrink, turned
 from setpoint.actuator.shrink import named_tensors, shrink
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group
@@ -17,7 +16,8 @@ from setpoint.groups.state import state_layer
 from setpoint.groups.trace import find_groups
 from setpoint.regrowth.regrow import regrow
 from setpoint.regrowth.reserve import Reserve
-from setpoint.ssm import BalancedPairs, balance
+from setpoint.states import BalancedPairs, balance
+from setpoint.states.turn import balance_and_shrink, turned
 from setpoint_bench.baselines.compressm import ComplexBalance
 from setpoint_bench.models import SequenceClassifier
 
@@ -273,7 +273,7 @@ def test_a_failing_cut_is_rolled_back() -> None:
     group, basis = _states(model)
     before = _snapshot(model, optimizer)
     with (
-        patch("setpoint.actuator.balance.shrink", side_effect=RuntimeError("no memory")),
+        patch("setpoint.states.turn.shrink", side_effect=RuntimeError("no memory")),
         pytest.raises(RuntimeError, match="no memory"),
     ):
         balance_and_shrink(model, optimizer, (group,), _first(group, 4), {group.name: basis})

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import final
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float64
+from jaxtyping import Float64
 from torch import Tensor
 
-from setpoint.controller.gate_net import GateNet
 from setpoint.controller.ladder import lowest_width
-from setpoint.controller.plan import Observation, Plan
+from setpoint.controller.plan import Goal, Observation, Plan
 from setpoint.controller.priced import PricedController, PricedState
 from setpoint.controller.reference import Reference
 from setpoint.cost.cost import Cost
+from setpoint.gates.net import GateNet
 from setpoint.groups.group import Group
 
 _TINY = 1e-30
@@ -130,6 +129,11 @@ class GatedController:
         """Whether dropped units may come back."""
         return self.priced.regrow
 
+    @property
+    def goal(self) -> Goal:
+        """Budgets."""
+        return "budget"
+
     def init(self, groups: tuple[Group, ...]) -> GatedState:
         """State before the first decision."""
         return GatedState(self.priced.init(groups), GateNet.fresh(_FEATURES, self.hidden, self.seed))
@@ -142,13 +146,12 @@ class GatedController:
         """Whether resting units should be present in the step after this one."""
         return self.priced.probe_due(step, total_steps)
 
-    def cut(self, state: GatedState, keep: Mapping[str, Bool[np.ndarray, " units"]]) -> GatedState:
-        """State of the kept units; nothing in the network is indexed by unit."""
-        return replace(state, priced=self.priced.cut(state.priced, keep))
-
-    def grow(self, state: GatedState, regrown: Mapping[str, Bool[np.ndarray, " units"]]) -> GatedState:
-        """State with the units that have come back."""
-        return replace(state, priced=self.priced.grow(state.priced, regrown))
+    def transferred(
+        self, state: GatedState, *, step: int, total_steps: int, present: float, limit: float
+    ) -> GatedState:
+        """The state with the priced controller's carried over; the network has nothing to do with the budget."""
+        at = {"step": step, "total_steps": total_steps}
+        return replace(state, priced=self.priced.transferred(state.priced, **at, present=present, limit=limit))
 
     def flops(self, groups: tuple[Group, ...], allowance: float = math.inf) -> float:
         """FLOPs of a decision that drops: forward and backward of each step that the allowance pays for, and a last

@@ -1,4 +1,4 @@
-"""Random systems for the tests of setpoint.ssm."""
+"""Random systems for the tests of setpoint.states."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from setpoint.ssm import DenseSystem, DiagonalSystem
+from setpoint.states import DenseSystem, DiagonalSystem
 
 
 def diagonal(

@@ -7,12 +7,13 @@ import transformers
 from torch import Tensor, nn
 
 import setpoint
-from setpoint.actuator.balance import balance_and_shrink
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group
 from setpoint.groups.selective import selective_layer
-from setpoint.sensor.hankel import HankelSensor
-from setpoint.ssm import BalancedPairs, balance
+from setpoint.states import BalancedPairs, balance
+from setpoint.states.hankel import HankelSensor
+from setpoint.states.selective import SelectiveSensor
+from setpoint.states.turn import balance_and_shrink
 from setpoint_bench.models import LRU
 
 TOKENS = torch.randint(0, 17, (3, 20), generator=torch.Generator().manual_seed(0))
@@ -55,7 +56,7 @@ def test_states_are_ranked_by_their_averaged_gramians(kind: str) -> None:
             mixer.in_proj.weight[-12:-4] *= spread[:, None] * 20
             mixer.in_proj.weight[-9] = 0.0
             mixer.conv1d.bias[-5] = 0.0
-    sensor = setpoint.SelectiveSensor({"input_ids": TOKENS})
+    sensor = SelectiveSensor({"input_ids": TOKENS})
     assert sensor.readable((group,), model) == (group,)
     model.train()
     reading = sensor.read(sensor.init((group,), model), (group,), 1)
@@ -75,7 +76,7 @@ def test_states_are_ranked_by_their_averaged_gramians(kind: str) -> None:
 
 def test_one_mode_has_the_value_of_its_formula() -> None:
     """With a constant step size, B, C and input, saliency is (d b u)^2 c^2 / (1 - a^2)^2, summed over channels."""
-    from setpoint.sensor.selective import _Tokens
+    from setpoint.states.selective import _Tokens
 
     ones = torch.ones(5, 2)
     found = _Tokens(3 * ones, 0.5 * ones, 2 * ones[:, :1], 4 * ones[:, :1], torch.tensor([[-1.0], [-2.0]])).energies()

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float64
+from jaxtyping import Float64
 from torch import nn
 
 from setpoint.errors import GroupError, StateSpaceError
+from setpoint.groups.follow import of_groups
 from setpoint.groups.group import Group
 from setpoint.groups.state import state_layer
-from setpoint.sensor.reading import Reading
+from setpoint.sensor.reading import Basis, Reading
 from setpoint.sensor.taylor import TaylorSensor, TaylorState
-from setpoint.ssm import Balance, BalancedPairs, Basis, balance, check_system
+from setpoint.states.balance import Balance, balance
+from setpoint.states.modes import BalancedPairs
+from setpoint.states.system import check_system
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +25,7 @@ class HankelState:
     """The model whose live layers are read, and the running moments of each whole layer's gate gradient."""
 
     model: nn.Module = field(metadata={"live": True})
-    layers: TaylorState
+    layers: TaylorState = field(metadata=of_groups(None))  # one unit a layer, whatever its states
 
 
 class HankelSensor:
@@ -111,14 +113,6 @@ class HankelSensor:
                 raise GroupError(f"layer {name!r} has {len(share)} states, but its group {group.num_units} units")
             saliency[group.name] = float(layers.saliency[group.name][0]) * share
         return replace(layers, saliency=saliency, basis=basis, slope={}, norm={})
-
-    def cut(self, state: HankelState, keep: Mapping[str, Bool[np.ndarray, " units"]]) -> HankelState:
-        """The same moments: what a layer is worth is not indexed by state."""
-        return replace(state, layers=self.taylor.cut(state.layers, {}))
-
-    def grow(self, state: HankelState, regrown: Mapping[str, Bool[np.ndarray, " units"]]) -> HankelState:
-        """The same moments, likewise."""
-        return state
 
 
 def energy_shares(basis: Balance) -> Float64[np.ndarray, " units"]:

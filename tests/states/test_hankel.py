@@ -5,12 +5,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from setpoint import HankelSensor, SensorChain, TaylorSensor
+from setpoint import HankelSensor, TaylorSensor
 from setpoint.errors import GroupError, StateSpaceError
 from setpoint.groups.group import Group
 from setpoint.groups.trace import find_groups
-from setpoint.sensor.hankel import energy_shares
-from setpoint.ssm import balance, hankel_values
+from setpoint.sensor.chain import SensorChain
+from setpoint.states import balance, hankel_values
+from setpoint.states.hankel import energy_shares
 from setpoint_bench.models import SequenceClassifier
 
 X = torch.randn(6, 12, 1, generator=torch.Generator().manual_seed(1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -17,10 +17,15 @@ from torch.optim import Optimizer
 from setpoint.actuator.cut import Keep, check_keep
 from setpoint.actuator.optimizer_state import Optimizers, as_sequence, map_tensors
 from setpoint.actuator.shrink import named_tensors, shrink
+from setpoint.controller.plan import Plan
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group
 from setpoint.groups.state import state_layer
-from setpoint.ssm import Basis, DiagonalSystem, Modes, StateSpaceLayer, StateWeights, beside, residual_modes, system
+from setpoint.groups.state_space import DiagonalSystem, StateSpaceLayer, StateWeights
+from setpoint.host.host import Host
+from setpoint.sensor.reading import Basis, Reading
+from setpoint.states.modes import Modes, beside, residual_modes
+from setpoint.states.system import stack_inputs, stack_outputs
 
 Moments = Literal["carry", "reset", "position"]
 """What becomes of optimizer state: carried through the change of basis, forgotten, or kept at its old position."""
@@ -115,7 +120,10 @@ def turned(
         undo.pop_all()
 
 
-def balanced(host, groups, plan, reading, *, rest):
+def balanced(
+    host: Host, groups: tuple[Group, ...], plan: Plan, reading: Reading, *, rest: bool
+) -> AbstractContextManager[None]:
+    """The coordinates in which an actuator cuts: states that are about to go are turned as the reading ranks them."""
     return turned(host.model, host.optimizers, groups, plan.keep, reading.basis, host.copies, rest=rest)
 
 
@@ -247,8 +255,8 @@ class _Turn:
 
     def _follow(self, other: DiagonalSystem) -> DiagonalSystem:
         """A copy's own B and C in the new coordinates, with the new eigenvalues."""
-        inputs = self.modes.reduce @ system.stack_inputs(other.inputs.detach().to(torch.complex128))
-        outputs = system.stack_outputs(other.outputs.detach().to(torch.complex128)) @ self.modes.expand
+        inputs = self.modes.reduce @ stack_inputs(other.inputs.detach().to(torch.complex128))
+        outputs = stack_outputs(other.outputs.detach().to(torch.complex128)) @ self.modes.expand
         (b_re, b_im), (c_re, c_im) = inputs.chunk(2, -2), outputs.chunk(2, -1)
         return DiagonalSystem(self.modes.system.eigenvalues, torch.complex(b_re, b_im), torch.complex(c_re, -c_im))
 

@@ -1,0 +1,32 @@
+"""Linear state-space systems: Gramians, Hankel singular values, balanced truncation; their states read and turned."""
+
+from setpoint.groups.state_space import DiagonalSystem, StateSpaceLayer, StateWeights
+from setpoint.sensor.reading import Basis
+from setpoint.states.balance import Balance, balance, error_bound, hankel_values, truncate
+from setpoint.states.gramian import Gramians, gramian_factors, gramians
+from setpoint.states.modes import BalancedPairs, Modes, beside, reduce_modes, residual_modes
+from setpoint.states.system import DenseSystem, check_system, real_form, transfer
+
+__all__ = [
+    "Balance",
+    "BalancedPairs",
+    "Basis",
+    "DenseSystem",
+    "DiagonalSystem",
+    "Gramians",
+    "Modes",
+    "StateSpaceLayer",
+    "StateWeights",
+    "balance",
+    "beside",
+    "check_system",
+    "error_bound",
+    "gramian_factors",
+    "gramians",
+    "hankel_values",
+    "real_form",
+    "reduce_modes",
+    "residual_modes",
+    "transfer",
+    "truncate",
+]
