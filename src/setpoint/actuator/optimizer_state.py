@@ -187,9 +187,9 @@ def _try_out(kind: type[Optimizer], settings: Mapping[str, Any], device: torch.d
         for gradients in draws[2:]:
             _masked_step(*masked, gradients)
             _step(small[0], small[1], [take(gradient, _dims(gradient)) for gradient in gradients])
-        for whole, part in zip(masked[1], small[1], strict=True):
+        for twin, part in zip(masked[1], small[1], strict=True):
             relative = 0.0 if steps_by_matrix(kind) else tolerance
-            if not torch.allclose(take(whole, _dims(whole)), part.detach(), rtol=relative, atol=tolerance):
+            if not torch.allclose(take(twin, _dims(twin)), part.detach(), rtol=relative, atol=tolerance):
                 raise OptimizerError(
                     f"{kind.__name__} cannot follow a cut: its update depends on the tensor's shape (or on chance), "
                     f"so a smaller tensor would train differently: {INSTEAD}"

@@ -245,10 +245,10 @@ def randomised_copy(model: nn.Module, groups: tuple[Group, ...]) -> nn.Module:
         for name, tensor in named_tensors(twin).items():
             if not _is_float(tensor) or not (isinstance(tensor, nn.Parameter) or name in touched):
                 continue
-            spread = 0.1 if tensor.dim() < 2 else float(np.sqrt(tensor.shape[0] / max(tensor.numel(), 1)))
+            scale = 0.1 if tensor.dim() < 2 else float(np.sqrt(tensor.shape[0] / max(tensor.numel(), 1)))
             size = tensor.real if tensor.is_complex() else tensor  # phases stay
             factor = 1 + 0.3 * _noise(size, generator).clamp(-2, 2)
-            fresh = _noise(tensor, generator) * spread
+            fresh = _noise(tensor, generator) * scale
             tensor.copy_(torch.where(tensor == 0, fresh, tensor * factor))
     for module in twin.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):

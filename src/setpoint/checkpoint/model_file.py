@@ -161,8 +161,8 @@ def _check_plain(name: str, tensor: Tensor) -> None:
 
 def to_host(tensor: Tensor) -> Tensor:
     """A contiguous copy in host memory; complex numbers as pairs of reals."""
-    whole = tensor.detach().resolve_conj().resolve_neg()
-    plain = torch.view_as_real(whole) if whole.is_complex() else whole
+    resolved = tensor.detach().resolve_conj().resolve_neg()
+    plain = torch.view_as_real(resolved) if resolved.is_complex() else resolved
     return plain.to("cpu", copy=True).contiguous()
 
 

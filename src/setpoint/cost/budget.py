@@ -139,7 +139,7 @@ UNIT: Mapping[str, str] = {**UNITS, "flops": "FLOP", "params": "parameter", "mem
 IN_SECONDS = ("latency", "inference")
 """Resources that are measured by the clock."""
 MILLISECONDS = 50
-"""A budget of seconds so many times the dense cost is taken for one in milliseconds."""
+"""A budget of seconds this many times the dense cost is taken for one in milliseconds."""
 
 
 def amount(value: float, resource: str) -> str:

@@ -144,8 +144,8 @@ def _heads(draft: Draft) -> Places:
         num_heads = get_call_sizes(module).get(HEADS, module.num_heads)
         heads = labels.reshape(num_heads, -1)
         roots = draft.walk.atoms.find(heads)
-        whole = (roots == roots[:, :1]).all()
-        places[name, HEADS] = heads[:, 0] if whole else np.zeros(num_heads, dtype=np.int64)
+        tied = (roots == roots[:, :1]).all()
+        places[name, HEADS] = heads[:, 0] if tied else np.zeros(num_heads, dtype=np.int64)
     return places
 
 
@@ -171,15 +171,15 @@ def _choices(draft: Draft) -> list[dict[str, np.ndarray]]:
 def _failing(draft: Draft, places: Places, dense: Outcome) -> dict[str, str]:
     """Groups whose cut copy without data does not run, gives other shapes or computes with other numbers; and why."""
     if dense.error:
-        return {}  # even the dense copy cannot be judged like this: real tensors will tell
+        return {}  # the dense copy does not run without data either: `verify` tries real tensors
     chosen = random_keep(draft.units.groups, seed=2)
-    whole = Kept(draft.units, draft.whole)
+    everything = Kept(draft.units, draft.whole)
     by_mode = _OtherMode(draft, places)
 
     @cache
     def corrected() -> Outcome:
         """The dense model with the corrected forwards of a cut one, which may compute with other numbers."""
-        return outcome_of(draft, places, whole)
+        return outcome_of(draft, places, everything)
 
     @cache
     def fault(names: frozenset[str]) -> str | None:

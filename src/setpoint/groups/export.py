@@ -29,7 +29,7 @@ TORCH_FOLDER = Path(torch.__file__).parent
 
 
 class Forward(nn.Module):
-    """The model, returning a flat list of its output tensors, whatever container they came in."""
+    """The model, returning a flat list of its output tensors instead of their container."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

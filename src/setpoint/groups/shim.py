@@ -74,7 +74,7 @@ _OTHER_PATH = (
 _INDEXING = {torch.Tensor.__getitem__, torch.Tensor.__setitem__}
 
 NAMES = _names()
-"""Torch functions whose sizes can be corrected, and the name each goes by in a place."""
+"""Torch functions whose sizes can be corrected, and the name of each in a place."""
 
 COUNTED = {*NAMES.values(), "slice"}
 """Names of the calls that are numbered."""
@@ -239,7 +239,7 @@ class SizedForward:
         self.resize(sizes)
 
     def resize(self, sizes: dict[str, int]) -> None:
-        """Correct these places from now on; a call that has begun but not yet run goes along."""
+        """Correct these places from now on, also in a call that has begun and not reached its forward yet."""
         self.sizes = sizes
         self.calls, self.written = parse(sizes)
 
@@ -284,17 +284,17 @@ class HeadsForward:
             raise RuntimeError("Need attn_mask if specifying the is_causal hint.")
         q, k, v = self._projected(*(self._batch_first(x, batched) for x in (query, key, value)))
         mask = self._mask(q, k, attn_mask, key_padding_mask, batched)
-        chance = module.dropout if module.training else 0.0
+        dropout_p = module.dropout if module.training else 0.0
         weights = None
         if need_weights:
             scores = q @ k.transpose(-2, -1) * module.head_dim**-0.5
             weights = (scores if mask is None else scores + mask).softmax(-1)
-            weights = F.dropout(weights, chance) if chance else weights
+            weights = F.dropout(weights, dropout_p) if dropout_p else weights
             heads = weights @ v
             weights = weights.mean(1) if average_attn_weights else weights
             weights = weights if batched else weights.squeeze(0)
         else:
-            heads = F.scaled_dot_product_attention(q, k, v, mask, chance, scale=module.head_dim**-0.5)
+            heads = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, scale=module.head_dim**-0.5)
         out = F.linear(heads.transpose(1, 2).flatten(2), module.out_proj.weight, module.out_proj.bias)
         if not batched:
             return out.squeeze(0), weights

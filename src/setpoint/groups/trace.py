@@ -158,8 +158,8 @@ def find_groups(model: nn.Module, example: Example) -> tuple[Group, ...]:
 def _frozen(atoms: Atoms) -> tuple[Frozen, ...]:
     """Frozen places, each reason once; copies that meet data are not worth reporting."""
     copies = atoms.marked("alike")
-    told = [entry for entry in atoms.frozen if not copies[entry[0]].all()]
-    return tuple(dict.fromkeys(Frozen(place, reason) for _, place, reason in told))
+    reported = [entry for entry in atoms.frozen if not copies[entry[0]].all()]
+    return tuple(dict.fromkeys(Frozen(place, reason) for _, place, reason in reported))
 
 
 def _walk(model: nn.Module, program: Any) -> tuple[Walk, list[OwnDim]]:

@@ -71,8 +71,8 @@ class Probing:
         model: the model, as it was cut; run eagerly.
         grow: by group, origins of the units to be present.
         in_training: present in training mode only; False for a trial of a model in eval mode.
-        brackets: modules that are made whole for their forward pass, with the places that are whole then; beside each
-            is the sharded parameter that is there otherwise.
+        brackets: modules that are unsharded for their forward pass, with the places of their unsharded parameters;
+            beside each is its sharded parameter.
     """
 
     def __init__(
@@ -221,7 +221,7 @@ class Probing:
             self._restore()
 
     def _whole_begins(self, parameters: Sequence[Place], module: nn.Module, _: Any) -> None:
-        """A module's parameters are whole from now on: put the wide ones in their place."""
+        """Put wide tensors in the place of a module's parameters, which are unsharded from now on."""
         if self._undo is None:
             return
         sentinels = {id(each): each for each in self._sentinels.parameters}

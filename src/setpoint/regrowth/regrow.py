@@ -184,9 +184,9 @@ def enlarge(reserve: Reserve, key: Key, source: Tensor, known: Box, live: Box, l
         live: entries of the live tensor.
         larger: entries of the result.
     """
-    whole, form = reserve.whole(key, source, known, live)
+    dense, form = reserve.whole(key, source, known, live)
     positions = {dim: np.flatnonzero(kept) for dim, kept in larger.items()}
-    new = take(whole, positions).to(source.device, source.dtype)
+    new = take(dense, positions).to(source.device, source.dtype)
     write(new, {dim: live[dim][kept] for dim, kept in larger.items()}, source.detach())
     return in_format(new, form)
 

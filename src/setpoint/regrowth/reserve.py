@@ -265,10 +265,10 @@ class Reserve:
         for key in keys:
             name = key.tensor
             source = sources.get(key)
-            whole, form = before.whole(key, source, known[name], live[name])
+            dense, form = before.whole(key, source, known[name], live[name])
             if source is not None:
-                write(whole, live[name], source.detach().to("cpu", whole.dtype))
-            values = whole[resting_entries(whole.shape, wanted[name], mine[name])]
+                write(dense, live[name], source.detach().to("cpu", dense.dtype))
+            values = dense[resting_entries(dense.shape, wanted[name], mine[name])]
             tensors.pop(key, None)
             if values.numel():
                 part = values[self.ranks.part(len(values))].clone() if self.shares(name) else values
@@ -284,11 +284,11 @@ class Reserve:
             return self
         # Sorted, so that all ranks gather in the same order.
         wanted = {key: rest for key, rest in sorted(self.tensors.items()) if key.tensor in names}
-        whole = {
+        unsharded = {
             key: replace(rest, values=self.ranks.joined(rest.values, rest.count)) if self.shares(key.tensor) else rest
             for key, rest in wanted.items()
         }
-        return replace(self, tensors=whole, mesh=None)
+        return replace(self, tensors=unsharded, mesh=None)
 
     def whole(self, key: Key, like: Tensor | None, known: Box, live: Box) -> tuple[Tensor, Tensor]:
         """A tensor at its dense size, unsharded in host memory, and its form; zero where nothing rests.

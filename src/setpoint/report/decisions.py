@@ -61,7 +61,7 @@ def metered(entries: Sequence[Entry], resource: str, factor: float, unit: str) -
     read = [entry for entry in entries if resource in entry.metered]
     if not read:
         return []
-    told = [
+    predictions = [
         f"predicted {digits(entry.predicted[resource] / factor)} {unit}" if resource in entry.predicted else ""
         for entry in read
     ]
@@ -72,7 +72,7 @@ def metered(entries: Sequence[Entry], resource: str, factor: float, unit: str) -
             "name": "measured",
             "x": [entry.step for entry in read],
             "y": [entry.metered[resource] / factor for entry in read],
-            "hovertext": told,
+            "hovertext": predictions,
             "hovertemplate": f"<b>measured</b> at step %{{x:,d}}<br>%{{y:.4g}} {unit}<br>%{{hovertext}}<extra></extra>",
             "marker": {"symbol": "circle-open", "size": 8, "color": INK},
         }
@@ -247,11 +247,11 @@ def drops(entry: Entry, record: Record, resource: str | None) -> list[Trace]:
     """Markers of the units that one decision dropped and regrew."""
     rate = entry.price.get(resource) if resource else None
     factor, unit = scale(record.dense.get(resource or "", 1.0), unit_of(resource))
-    tell = [f"step {entry.step:,}"]
+    notes = [f"step {entry.step:,}"]
     if rate is not None:
-        tell.append(f"price {digits(rate * factor)} loss per {unit}")
+        notes.append(f"price {digits(rate * factor)} loss per {unit}")
     if entry.reason:
-        tell.append(escape(entry.reason))
+        notes.append(escape(entry.reason))
     known = first_widths(record)
     found = []
     for verb, chosen, symbol in (("dropped", entry.dropped, "square"), ("brought back", entry.grown, "circle-open")):
@@ -259,7 +259,7 @@ def drops(entry: Entry, record: Record, resource: str | None) -> list[Trace]:
         units = [unit for unit in units if unit[0] in known]
         if not units:
             continue
-        told = "".join(f"<br>{text}" for text in tell)
+        noted = "".join(f"<br>{text}" for text in notes)
         marker = {"symbol": symbol, "size": 6, "line": {"width": 0}, "color": GREY}
         trace: Trace = {
             "type": "scatter",
@@ -271,7 +271,7 @@ def drops(entry: Entry, record: Record, resource: str | None) -> list[Trace]:
             "customdata": [
                 [f"{short(name)}, {escape(record.what.get(name, 'unit'))} {origin}"] for name, origin, _ in units
             ],
-            "hovertemplate": f"<b>%{{customdata[0]}}</b> {verb}{told}<extra></extra>",
+            "hovertemplate": f"<b>%{{customdata[0]}}</b> {verb}{noted}<extra></extra>",
             "marker": marker,
         }
         found.append((with_worth if verb == "dropped" else with_gain)(trace, entry, units, rate, factor, unit))
@@ -287,11 +287,11 @@ def with_worth(
     ratios = [None if w is None or not rate else min(w / rate, 1.0) for w in worth]
     trace["customdata"] = [
         [
-            *told,
+            *shown,
             "not evaluated" if w is None else f"{digits(w * factor)} loss per {unit}",
             "unknown" if s is None else f"{digits(s)} loss",
         ]
-        for told, w, s in zip(trace["customdata"], worth, saliency, strict=True)
+        for shown, w, s in zip(trace["customdata"], worth, saliency, strict=True)
     ]
     head, _, tail = trace["hovertemplate"].partition("</b> dropped")
     trace["hovertemplate"] = f"{head}</b> dropped<br>worth %{{customdata[1]}}<br>saliency %{{customdata[2]}}{tail}"
@@ -305,13 +305,13 @@ def with_gain(
 ) -> Trace:
     """The markers of regrown units with the worth and gain of their probes in their texts."""
     found = []
-    for told, (name, _, place) in zip(trace["customdata"], units, strict=True):
+    for shown, (name, _, place) in zip(trace["customdata"], units, strict=True):
         worth, gain = nth(entry.grown_worth, name, place), nth(entry.gain, name, place)
         promised = "unknown" if worth is None else f"{digits(worth * factor)} loss per {unit}"
-        found.append([*told, promised, "unknown" if gain is None else f"{digits(gain)} loss"])
+        found.append([*shown, promised, "unknown" if gain is None else f"{digits(gain)} loss"])
     head, _, tail = trace["hovertemplate"].partition("</b> brought back")
-    told = "<br>probed worth %{customdata[1]}<br>probed gain %{customdata[2]}"
-    return trace | {"customdata": found, "hovertemplate": f"{head}</b> brought back{told}{tail}"}
+    shown = "<br>probed worth %{customdata[1]}<br>probed gain %{customdata[2]}"
+    return trace | {"customdata": found, "hovertemplate": f"{head}</b> brought back{shown}{tail}"}
 
 
 def nth(values: Mapping[str, Sequence[float]], name: str, place: int) -> float | None:

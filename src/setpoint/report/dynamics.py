@@ -161,8 +161,8 @@ def loss_around(record: Record, history: Sequence[Point]) -> Figure | None:
         points = [((place - 0.5) * width, statistics.fmean(values)) for place, values in sorted(by_bin.items())]
         for place, values in by_bin.items():
             every.setdefault(place, []).append(statistics.fmean(values))
-        told = f"step {entry.step:,}: {dropped(entry):,} dropped, {back:,} back"
-        data.append(line(told, points, ORANGE if not back else BLUE, width=1.0) | {"opacity": 0.5})
+        label = f"step {entry.step:,}: {dropped(entry):,} dropped, {back:,} back"
+        data.append(line(label, points, ORANGE if not back else BLUE, width=1.0) | {"opacity": 0.5})
     if not data:
         return None
     means = [((place - 0.5) * width, statistics.fmean(values)) for place, values in sorted(every.items())]
@@ -186,9 +186,9 @@ def dynamics_line(record: Record) -> str:
     found = rests(record)
     units = {(rest.group, rest.origin) for rest in found}
     back = [rest for rest in found if rest.returned]
-    told = f"{len(units):,} units were dropped, {len({(r.group, r.origin) for r in back}):,} of them came back"
+    sentence = f"{len(units):,} units were dropped, {len({(r.group, r.origin) for r in back}):,} of them came back"
     if back:
         median = statistics.median(rest.end - rest.begin for rest in back)
         again = len(found) - len(units)
-        told += f" after {digits(median)} steps (median), {again:,} were dropped again"
-    return f"{escape(told)}."
+        sentence += f" after {digits(median)} steps (median), {again:,} were dropped again"
+    return f"{escape(sentence)}."

@@ -78,8 +78,8 @@ def parameter_map(found: Mapping[str, Any]) -> Figure | None:
             node = (module, module.removeprefix(_parent(module)).lstrip("."), _parent(module) or "/")
         else:
             node = (f"{module}\n{name}", name or "stays whole", module or "/")
-        color, told = _kind(name, groups)
-        nodes.append((*node, params, color, f"{module}<br>{told}" if module else told))
+        color, about = _kind(name, groups)
+        nodes.append((*node, params, color, f"{module}<br>{about}" if module else about))
     ids, labels, parents, values, colors, texts = zip(*nodes, strict=True)
     trace = {
         "type": "treemap",
@@ -214,6 +214,6 @@ def _folded(reason: str) -> str:
 
 def _shortened(reasons: Sequence[str], most: int) -> str:
     """The first reasons, and how many more there are."""
-    told = fold(reasons)
-    more = f"; and {len(told) - most} more" if len(told) > most else ""
-    return "; ".join(told[:most]) + more
+    folded = fold(reasons)
+    more = f"; and {len(folded) - most} more" if len(folded) > most else ""
+    return "; ".join(folded[:most]) + more

@@ -70,10 +70,10 @@ def duration(seconds: float | None) -> str:
         return f"{digits(seconds * 1e3)} ms" if seconds else "0 s"
     if seconds < 100:
         return f"{digits(seconds)} s"
-    whole = round(seconds)
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
+    rounded = round(seconds)
+    if rounded < 3600:
+        return f"{rounded // 60} min {rounded % 60} s"
+    return f"{rounded // 3600} h {rounded % 3600 // 60} min"
 
 
 def percent(share: float | None) -> str:

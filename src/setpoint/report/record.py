@@ -85,8 +85,8 @@ def sources(header: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
     """By resource, the model and the meter of its cost."""
     found: dict[str, tuple[str, ...]] = {}
     for kind in ("modelled", "measured"):
-        told = header.get(kind)
-        for resource, text in told.items() if isinstance(told, Mapping) else ():
+        named = header.get(kind)
+        for resource, text in named.items() if isinstance(named, Mapping) else ():
             found[str(resource)] = (*found.get(str(resource), ()), str(text))
     return found
 

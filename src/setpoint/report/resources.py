@@ -34,16 +34,16 @@ def dense_of(record: Record, resource: str) -> float | None:
     read = [(entry.metered[resource], entry.predicted[resource]) for entry in entries]
     if dense is None or not read:
         return dense
-    whole = [metered for metered, predicted in read if predicted >= dense * (1 - 1e-9)]
-    return whole[-1] if whole else dense * read[0][0] / read[0][1]
+    of_dense = [metered for metered, predicted in read if predicted >= dense * (1 - 1e-9)]
+    return of_dense[-1] if of_dense else dense * read[0][0] / read[0][1]
 
 
 def limit_of(record: Record, resource: str) -> float | None:
     """The budget per step at the last decision; None where there is none, or one per run."""
     if resource in record.limit_run:
         return None
-    told = [entry.limit[resource] for entry in record.entries if resource in entry.limit]
-    return told[-1] if told else record.limit.get(resource)
+    limits = [entry.limit[resource] for entry in record.entries if resource in entry.limit]
+    return limits[-1] if limits else record.limit.get(resource)
 
 
 def unit_of(resource: str | None) -> str:
@@ -69,31 +69,33 @@ def num_dropped(entry: Entry) -> dict[str, int]:
 def ledger_line(record: Record) -> str:
     """One sentence about a ledger."""
     made = [entry for entry in record.entries if dropped(entry)]
-    told = f"{len(record.entries)} decisions, {len(made)} cuts, {sum(map(dropped, made)):,} units dropped"
+    sentence = f"{len(record.entries)} decisions, {len(made)} cuts, {sum(map(dropped, made)):,} units dropped"
     for resource in resources(record):
         last = next((entry.spent[resource] for entry in reversed(record.entries) if resource in entry.spent), None)
         dense, limit = dense_of(record, resource), limit_of(record, resource)
         if last is not None:
-            told += f"; spends {human(last, UNITS.get(resource, resource))} per {PER.get(resource, 'step')} at the end"
-            told += f" ({percent(last / dense)} of dense)" if dense else ""
-            told += f", budget {human(limit, UNITS.get(resource, resource))}" if limit else ""
+            sentence += (
+                f"; spends {human(last, UNITS.get(resource, resource))} per {PER.get(resource, 'step')} at the end"
+            )
+            sentence += f" ({percent(last / dense)} of dense)" if dense else ""
+            sentence += f", budget {human(limit, UNITS.get(resource, resource))}" if limit else ""
         read = next((e.metered[resource] for e in reversed(record.entries) if resource in e.metered), None)
-        told += f", {human(read, UNITS.get(resource, resource))} by the meter's last reading" if read else ""
-        whole = record.limit_run.get(resource)
+        sentence += f", {human(read, UNITS.get(resource, resource))} by the meter's last reading" if read else ""
+        run_limit = record.limit_run.get(resource)
         so_far = [(e.step, e.spent_run[resource]) for e in record.entries if resource in e.spent_run]
-        if whole:
-            told += f", budget of the whole run {human(whole, UNITS.get(resource, resource))}"
-        if whole and so_far:
+        if run_limit:
+            sentence += f", budget of the whole run {human(run_limit, UNITS.get(resource, resource))}"
+        if run_limit and so_far:
             step, amount = so_far[-1]
-            told += f", of which {human(amount, UNITS.get(resource, resource))} went by step {step:,}"
-        told += "".join(f"; {NAMES.get(resource, resource)} {text}" for text in record.sources.get(resource, ()))
+            sentence += f", of which {human(amount, UNITS.get(resource, resource))} went by step {step:,}"
+        sentence += "".join(f"; {NAMES.get(resource, resource)} {text}" for text in record.sources.get(resource, ()))
         off = record.calibration.get(resource)
-        told += f"; predictions within {percent(off)} of copies of the model" if off is not None else ""
+        sentence += f"; predictions within {percent(off)} of copies of the model" if off is not None else ""
     if record.idle_watts is not None:
-        told += f"; power at rest {digits(record.idle_watts)} W, measured apart and part of the joules"
+        sentence += f"; power at rest {digits(record.idle_watts)} W, measured apart and part of the joules"
     if record.pattern:
-        told += f"; masks on single weights ({record.pattern})"
-    return told + f", over {end_of(record):,} {AXES['step']}s."
+        sentence += f"; masks on single weights ({record.pattern})"
+    return sentence + f", over {end_of(record):,} {AXES['step']}s."
 
 
 def seconds_by_group(record: Record) -> list[tuple[str, float]]:

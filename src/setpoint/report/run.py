@@ -13,8 +13,8 @@ from setpoint.report.record import Point, Record
 
 def run(name: str, label: str, record: Record, history: Sequence[Point], *, hidden: bool) -> Draft:
     """The decisions of one run, and its dynamics."""
-    told = f'<p class="caption"><b>{escape(label)}</b>: {escape(resources.ledger_line(record))}</p>\n'
-    draft = Draft(f'<div class="run" id="{name}"{" hidden" if hidden else ""}>\n{told}')
+    html = f'<p class="caption"><b>{escape(label)}</b>: {escape(resources.ledger_line(record))}</p>\n'
+    draft = Draft(f'<div class="run" id="{name}"{" hidden" if hidden else ""}>\n{html}')
     main = resources.resources(record)
     for resource in main:
         draft += place_of(
@@ -44,8 +44,8 @@ def run(name: str, label: str, record: Record, history: Sequence[Point], *, hidd
         "Blue: worth next to nothing. Orange: a close call.",
     )
     draft += dynamics_section(name, record, history)
-    told = "".join(entries_table(record, resource, history) for resource in main or (None,))
-    return draft + Draft(f"{group_seconds_table(record)}{told}</div>\n")
+    html = "".join(entries_table(record, resource, history) for resource in main or (None,))
+    return draft + Draft(f"{group_seconds_table(record)}{html}</div>\n")
 
 
 def group_seconds_table(record: Record) -> str:

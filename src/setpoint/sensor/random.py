@@ -1,4 +1,4 @@
-"""The random sensor: no saliency at all, as a rival for those that claim to know better."""
+"""The random sensor: no saliency at all, as a baseline for the other sensors."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from setpoint.sensor.reading import Reading
 
 @dataclass(frozen=True, eq=False)
 class RandomState:
-    """Each unit's number, how many steps have gone by, and how often units came back.
+    """Each unit's number, the steps so far, and how often units were regrown.
 
-    A unit that has come back has none until the next step draws it: NaN.
+    A regrown unit has NaN until the next step draws its number.
     """
 
     numbers: Mapping[str, ByUnit[Float64[np.ndarray, " _units"]]] = field(metadata=fresh(math.nan))
@@ -28,12 +28,9 @@ class RandomState:
 
 
 class RandomSensor:
-    """Uniform random numbers that rank the units of a group, and say nothing about two groups.
+    """Uniform random numbers that rank the units of a group, and do not compare groups.
 
-    A unit keeps its number. Numbers come from a generator of their own; the global random state is left alone.
-
-    Args:
-        seed: of the generator.
+    A unit keeps its number. Numbers come from a generator of their own; RNG state is preserved.
 
     References:
         Mittal, Bhardwaj, Khapra, Ravindran: "Studying the plasticity in deep convolutional neural networks using
@@ -57,7 +54,7 @@ class RandomSensor:
     def update(
         self, state: RandomState, groups: tuple[Group, ...], model: nn.Module, grad_scale: Tensor | None = None
     ) -> RandomState:
-        """Count the step, and draw the numbers of units that have come back."""
+        """Count the step, and draw the numbers of regrown units."""
         state = replace(state, num_steps=state.num_steps + 1)
         blank = [name for name, values in state.numbers.items() if np.isnan(values).any()]
         if not blank:

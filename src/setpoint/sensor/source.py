@@ -86,8 +86,8 @@ def find_sources(
     by_group = tuple(
         tuple(source(place, group.num_units) for place in group.slices if place.role == "consume") for group in groups
     )
-    whole = {id(each.weight) for of_group in by_group for each in of_group if each.num_read == each.weight.numel()}
-    others = tuple(p for p in model.parameters() if p.requires_grad and id(p) not in whole)
+    covered = {id(each.weight) for of_group in by_group for each in of_group if each.num_read == each.weight.numel()}
+    others = tuple(p for p in model.parameters() if p.requires_grad and id(p) not in covered)
     return Sources(by_group, others, ranks_of(parameters.values()))
 
 

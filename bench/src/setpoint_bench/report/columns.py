@@ -53,11 +53,11 @@ def clock_note(cells: Sequence[Cell], clock: str) -> str:
         state = "The machine was not idle then" if max(loads) > MOST_LOAD else "Just before, the machine was idle"
         busy = f" {state}: load average {max(loads):.2f}."
     control = [each for cell in cells if cell.timing for each in cell.timing.control]
-    told = ""
+    uncertainty = ""
     if control:
-        told = " In a second turn in the same rounds, steps of the dense model took "
-        told += f"{min(control):.2f} to {max(control):.2f} of the first: shares are that uncertain."
-    return f"{CLOCK_NOTES[clock]}{_timed_seeds(cells)}{busy}{told}"
+        uncertainty = " In a second turn in the same rounds, steps of the dense model took "
+        uncertainty += f"{min(control):.2f} to {max(control):.2f} of the first: shares are that uncertain."
+    return f"{CLOCK_NOTES[clock]}{_timed_seeds(cells)}{busy}{uncertainty}"
 
 
 def _timed_seeds(cells: Sequence[Cell]) -> str:
@@ -186,8 +186,8 @@ def break_even_text(row: Row) -> str:
     """The step from which on it is ahead of dense, and how many runs ever are where not all are."""
     if row.break_even_step is None:
         return NOTHING
-    told = "" if row.num_ahead == row.num_clocked else f" ({row.num_ahead} of {row.num_clocked})"
-    return f"{row.break_even_step:,.0f}{told}"
+    counted = "" if row.num_ahead == row.num_clocked else f" ({row.num_ahead} of {row.num_clocked})"
+    return f"{row.break_even_step:,.0f}{counted}"
 
 
 def landed_text(row: Row) -> str:

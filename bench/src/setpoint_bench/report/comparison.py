@@ -60,7 +60,7 @@ def comparison(name: str, cells: Sequence[Cell], rows: Sequence[Row]) -> Draft:
 
 def headline(rows: Sequence[Row]) -> str:
     """The result in words: what Setpoint reached, beside dense and small."""
-    told = []
+    sentences = []
     for row in rows:
         if row.method != SETPOINT:
             continue
@@ -70,11 +70,11 @@ def headline(rows: Sequence[Row]) -> str:
             unit = " points" if row.metric == "accuracy" else ""
             text += f", {interval_text(row.difference, row.metric)}{unit} to dense"
         timed = row.seconds_ratio is not None
-        told.append(text + (f", in {percent(row.seconds_ratio)} of its training time." if timed else "."))
+        sentences.append(text + (f", in {percent(row.seconds_ratio)} of its training time." if timed else "."))
     for row in rows:
-        if row.method == "small" and told:
-            told.append(f"A <b>{escape(row.label)}</b> dense model from scratch reaches {metric_text(row)}.")
-    return f'<p class="headline">{" ".join(told)}</p>\n' if told else ""
+        if row.method == "small" and sentences:
+            sentences.append(f"A <b>{escape(row.label)}</b> dense model from scratch reaches {metric_text(row)}.")
+    return f'<p class="headline">{" ".join(sentences)}</p>\n' if sentences else ""
 
 
 def cards(rows: Sequence[Row]) -> str:

@@ -60,7 +60,7 @@ def curves(series: Mapping[str, Sequence[Cell]], quantity: str) -> Figure | None
     data: list[Trace] = []
     abscissas: dict[str, list[Sequence[float | None]]] = {axis: [] for axis in AXES}
     for label, cells in series.items():
-        told = False
+        named = False
         for split in SPLITS:
             for cell in cells:
                 points = [p for p in cell.history if p.split == split and getattr(p, quantity) is not None]
@@ -70,10 +70,10 @@ def curves(series: Mapping[str, Sequence[Cell]], quantity: str) -> Figure | None
                 for axis, column in zip(AXES, table[:, :3].T, strict=True):
                     abscissas[axis].append(plain(column))
                 data.append(
-                    curve(escape(label), split, look[label], plain(table[:, 3] * factor), show=not told)
+                    curve(escape(label), split, look[label], plain(table[:, 3] * factor), show=not named)
                     | {"x": abscissas["step"][-1]}
                 )
-                told = True
+                named = True
     if not data:
         return None
     many = len(series) > FEW

@@ -140,12 +140,12 @@ def _verdict(checks: Iterator[Check]) -> tuple[str, str]:
     if not found:
         return UNKNOWN, ""
     good = sum(check.good is True for check in found)
-    told = "; ".join(check.text for check in found[: max(FEW, min(len(found) - good, 2 * FEW))])
+    evidence = "; ".join(check.text for check in found[: max(FEW, min(len(found) - good, 2 * FEW))])
     if len(found) > FEW:
-        told = f"{good} of {len(found)}; the narrowest: {told}"
+        evidence = f"{good} of {len(found)}; the narrowest: {evidence}"
     if any(check.good is False for check in found):
-        return MISSED, told
-    return REACHED if good == len(found) else UNDECIDED, told
+        return MISSED, evidence
+    return REACHED if good == len(found) else UNDECIDED, evidence
 
 
 def _not_below(found: Difference, bound: float) -> bool | None:
@@ -239,7 +239,7 @@ def _better_than_small(field: Field) -> Iterator[Check]:
 
     for row in field.ours():
         for rival in field.rows:
-            # A single seed has no spread to exceed.
+            # A single seed has no deviation to exceed.
             if rival.method == "small" and rival.budget == row.budget and min(row.num_seeds, rival.num_seeds) > 1:
                 yield from _compared(field, row, rival, beyond_spread)
 
@@ -254,8 +254,8 @@ def _not_below_long(field: Field) -> Iterator[Check]:
 def _compared(field: Field, row: Row, rival: Row, good: Callable[[Difference], bool | None]) -> Iterator[Check]:
     found = field.ahead(row, rival)
     if found is not None:
-        spread = "" if found.deviation is None else f", spread {_amount(found.deviation, row)}"
-        text = f"{_ahead(found.mean, row)} {rival.label} (n = {found.num}{spread}{_interval(found, row.metric)})"
+        apart = "" if found.deviation is None else f", spread {_amount(found.deviation, row)}"
+        text = f"{_ahead(found.mean, row)} {rival.label} (n = {found.num}{apart}{_interval(found, row.metric)})"
         yield Check(good(found), found.mean, text)
 
 

@@ -80,32 +80,32 @@ def about(cells: Sequence[Cell], rows: Sequence[Row]) -> str:
     """What the numbers were measured on, and how to read them."""
     seeds = sorted({cell.seed for cell in cells if cell.seed is not None})
     steps = max((cell.steps or 0 for cell in cells if cell.method == "dense"), default=0)
-    told = [f"{seeds_text(rows)} a row ({', '.join(map(str, seeds))})"] + [f"{steps} steps"] * bool(steps)
-    told += _machine([cell.environment for cell in cells], [cell.timing.environment for cell in cells if cell.timing])
+    facts = [f"{seeds_text(rows)} a row ({', '.join(map(str, seeds))})"] + [f"{steps} steps"] * bool(steps)
+    facts += _machine([cell.environment for cell in cells], [cell.timing.environment for cell in cells if cell.timing])
     dates = sorted(cell.date[:10] for cell in cells if cell.date)
-    told += [" to ".join(dict.fromkeys((dates[0], dates[-1])))] if dates else []
+    facts += [" to ".join(dict.fromkeys((dates[0], dates[-1])))] if dates else []
     notes = [f"`{row.label}`: {'; '.join(row.notes)}." for row in rows if row.notes]
     masked = "*In theory*: if zeros cost nothing. " if any(row.theoretical_ratio is not None for row in rows) else ""
     compared = INTERVALS if any(rival in row.differences for row in rows for rival in RIVALS) else ""
-    told_of = (
-        f"{'; '.join(map(escape, told))}.",
+    sentences = (
+        f"{'; '.join(map(escape, facts))}.",
         clock_note(cells, rows[0].clock),
         _other_machines(cells),
         _versions(cells),
         masked + compared,
         *map(escape, notes),
     )
-    return " ".join(filter(None, told_of))
+    return " ".join(filter(None, sentences))
 
 
 def _machine(runs: Sequence[Mapping[str, str]], timings: Sequence[Mapping[str, str]]) -> list[str]:
     """What the runs ran on, and in brackets what they were timed on where that is something else."""
-    told = []
+    facts = []
     for key in ("cpu", "device", "threads", "dtype", "torch"):
         ran, timed = (_value(key, environments) for environments in (runs, timings))
         if ran and not (key == "device" and ran == "cpu"):
-            told.append(f"{ran} (timed: {timed})" if timed not in ("", ran) else ran)
-    return told
+            facts.append(f"{ran} (timed: {timed})" if timed not in ("", ran) else ran)
+    return facts
 
 
 def _other_machines(cells: Sequence[Cell]) -> str:
@@ -122,11 +122,11 @@ def _versions(cells: Sequence[Cell]) -> str:
     """How many versions of the code made the runs, as far as recorded; "" for one."""
     codes = [cell.environment.get("code", "") for cell in cells]
     num_untold, known = codes.count(""), set(codes) - {""}
-    told = [f"{num_untold} of {len(codes)} runs do not tell by which code they were made"] * bool(num_untold)
-    told += [f"{'the others were' if num_untold else 'the runs were'} made by {len(known)} versions of the code"] * (
+    facts = [f"{num_untold} of {len(codes)} runs do not tell by which code they were made"] * bool(num_untold)
+    facts += [f"{'the others were' if num_untold else 'the runs were'} made by {len(known)} versions of the code"] * (
         len(known) > 1
     )
-    text = "; ".join(told)
+    text = "; ".join(facts)
     return f"{text[0].upper()}{text[1:]}." if text else ""
 
 

@@ -50,8 +50,8 @@ def header(results: Results) -> str:
     """Title, and what the page is about."""
     dates = sorted(cell.date[:10] for cell in results.cells if cell.date)
     runs = f"{len(results.cells)} run{'s' if len(results.cells) != 1 else ''}"
-    told = f"{runs} · {escape(dates[-1])}" if dates else runs
-    return f"<header><h1>Setpoint <span>report</span></h1><p>{told}</p></header>\n"
+    about = f"{runs} · {escape(dates[-1])}" if dates else runs
+    return f"<header><h1>Setpoint <span>report</span></h1><p>{about}</p></header>\n"
 
 
 def task_section(name: str, task: str, cells: Sequence[Cell], rows: Sequence[Row]) -> Draft:
@@ -121,11 +121,11 @@ def seconds_section(name: str, groups: Mapping[str, Sequence[Cell]]) -> Draft:
         parts = seconds_by_part(cells)
         if parts is None:
             continue
-        whole = sum(parts.values())
+        total = sum(parts.values())
         shares = [
-            pair(duration(seconds), percent(seconds / whole)) if seconds else NOTHING for seconds in parts.values()
+            pair(duration(seconds), percent(seconds / total)) if seconds else NOTHING for seconds in parts.values()
         ]
-        lines.append([escape(label), *shares, escape(duration(whole))])
+        lines.append([escape(label), *shares, escape(duration(total))])
     draft = Draft("<h3>Where the seconds went</h3>\n")
     clock = clock_of([cell for cells in groups.values() for cell in cells])
     caption = "Means over seeds, by the runs' own clocks."

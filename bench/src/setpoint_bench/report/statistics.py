@@ -1,4 +1,4 @@
-"""Statistics over seeds: means with their spread, and paired differences with confidence intervals."""
+"""Statistics over seeds: means with their deviation, and paired differences with confidence intervals."""
 
 from __future__ import annotations
 

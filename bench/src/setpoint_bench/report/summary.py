@@ -224,7 +224,7 @@ def merged(notes: Sequence[str]) -> tuple[str, ...]:
 
 
 def ratio(value: float | None, whole: float | None) -> float | None:
-    """`value / whole`, None if either is unknown or the whole is 0."""
+    """`value / whole`, None if either is unknown or `whole` is 0."""
     return None if value is None or not whole else value / whole
 
 
@@ -254,7 +254,7 @@ def rounds_of(cells: Sequence[Cell], clock: str) -> tuple[float, ...]:
 
 
 def seconds_estimate(cells: Sequence[Cell], clock: str) -> Estimate | None:
-    """Seconds and their spread: median and spread of rounds where they were timed, else mean and spread of runs."""
+    """Seconds with their deviation: median and deviation of rounds where timed, else mean and deviation of runs."""
     if clock == "timed":
         rounds = rounds_of(cells, clock)
         if not rounds:

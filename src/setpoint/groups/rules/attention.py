@@ -24,9 +24,9 @@ def _heads(walk: Walk, query: Value, key: Value, value: Value, mask: Any, groupe
         values = [Value(query.shape[:-2], query.labels[:-2])]
         for v in (key, value):
             labels = v.labels[-3]
-            spread = None if labels is None else labels.repeat(repeat)
+            repeated = None if labels is None else labels.repeat(repeat)
             heads = 1 if v.shape[-3] == 1 else query.shape[-3]
-            values.append(Value((*v.shape[:-3], heads), (*v.labels[:-3], spread)))
+            values.append(Value((*v.shape[:-3], heads), (*v.labels[:-3], repeated)))
     if isinstance(mask, Value) and mask.ndim > 2:
         values.append(Value(mask.shape[:-2], mask.labels[:-2]))
     return list(unite_broadcast(walk, values, query.ndim - 2))

@@ -170,7 +170,7 @@ def _movedim(walk: Walk, out: Value, x: Value, source: Any, target: Any) -> tupl
 
 @rule(aten.expand.default, aten.expand_as.default, aten.broadcast_to.default)
 def _expand(walk: Walk, out: Value, x: Value, sizes: Any, *args: Any, **kwargs: Any) -> Value:
-    """Copies of a dim of one follow whatever they meet; any of them may go, and none is zero for that."""
+    """Copies of a dim of one follow any dim they are united with; a dropped copy is not zero."""
     own = (None,) * (out.ndim - x.ndim) + x.labels
     labels = [own[dim] if size == out.shape[dim] else walk.alike(out.shape[dim]) for dim, size in _padded(x, out)]
     if isinstance(sizes, (list, tuple)):

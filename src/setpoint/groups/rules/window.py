@@ -35,7 +35,7 @@ def _im2col(walk: Walk, out: Value, x: Value, kernel: Sequence[int], *args: Any)
 def _col2im(
     walk: Walk, out: Value, x: Value, size: Sequence[int], kernel: Sequence[int], *args: Any
 ) -> tuple[DimLabels, ...]:
-    """The reverse: the entries of a channel's window go together."""
+    """The reverse: the entries of a channel's window are dropped together."""
     walk.freeze(x.labels[-1], "windows are put together from it")
     own = x.labels[-2]
     if own is not None:
