@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from setpoint.gates.gated import GatedController
 from setpoint.controller.price import Gains
 from setpoint.controller.priced import PricedController
 from setpoint.controller.reference import Reference

@@ -11,7 +11,9 @@ from torch.optim import Optimizer
 
 import setpoint
 from setpoint.controller.plan import Controller
+from setpoint.groups.export import num_samples
 from setpoint.sensor.reading import Sensor
+from setpoint.weights.taylor import WeightTaylorSensor
 from setpoint_bench.course import Course, Pruner
 from setpoint_bench.lasso import Lasso
 from setpoint_bench.looped import Looped
@@ -73,9 +75,17 @@ class Setpoint:
             example=task.example(),
             total_steps=task.steps,
             controller=self.controller,
-            sensor=None if self.sensor is None else self.sensor(),
-            num_samples=task.num_samples(),
-            granularity=self.granularity,
+            sensor=self._sensor(task),
+            actuator=setpoint.Masking() if self.granularity == "weight" else None,
         )
         lasso = Lasso(loop, model, optimizer, self.lasso) if self.lasso else None
         return optimizer, Looped(loop, lasso)
+
+    def _sensor(self, task: Task) -> Sensor[Any] | None:
+        """What takes the readings; attach's own default counts rows, so it is told where tokens are the samples."""
+        if self.sensor is not None:
+            return self.sensor()
+        samples = task.num_samples()
+        if samples == num_samples(task.example()):
+            return None
+        return WeightTaylorSensor(samples) if self.granularity == "weight" else setpoint.TaylorSensor(samples)
