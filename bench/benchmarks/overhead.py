@@ -28,6 +28,7 @@ from setpoint.groups.kept import random_keep
 from setpoint.loop.stride import sensed_every
 from setpoint_bench.catalogue import task_named
 from setpoint_bench.environment import environment
+from setpoint_bench.results import load_results
 from setpoint_bench.task import Task
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
@@ -62,8 +63,7 @@ def sensor_seconds(task: Task, model: torch.nn.Module, backward: Callable[[], No
 
 def committed_steps(name: str) -> int:
     """Steps of the runs of a task in the committed results."""
-    lines = (RESULTS / name / "results.jsonl").read_text(encoding="utf-8").splitlines()
-    return max(int(json.loads(line)["steps"]) for line in lines)
+    return max(result.steps for result in load_results(RESULTS / name))
 
 
 def sensing(name: str, rounds: int) -> dict[str, Any]:

@@ -24,7 +24,8 @@ from setpoint.command_line import (
 
 GROUP = "setpoint.commands"
 """Entry points of other packages: commands, and the halves of `report` and `inspect` that belong to benchmarks."""
-RESULT_FILES = ("results.jsonl", "timing.jsonl")
+PACKED_FILES = ("results.jsonl.xz", "timing.jsonl.xz", "histories.jsonl.xz")
+RESULT_FILES = ("results.jsonl", "timing.jsonl", *PACKED_FILES)
 """Files of a results folder that are no ledgers."""
 
 

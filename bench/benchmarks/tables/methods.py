@@ -9,9 +9,10 @@ from pathlib import Path
 
 from setpoint.report.numbers import NOTHING, percent, signed
 from setpoint_bench.report.columns import metric_text, share_text
-from setpoint_bench.report.folder import read_results
+from setpoint_bench.report.folder import RESULTS, read_results
 from setpoint_bench.report.goals import GOALS, MOST_APART, Goal, goals
 from setpoint_bench.report.markdown import task_text
+from setpoint_bench.report.packed import file_of
 from setpoint_bench.report.results import Cell, Results
 from setpoint_bench.report.statistics import Difference, difference, mean, share_of
 from setpoint_bench.report.summary import FAMILIES, clock_of, rounds_of, series, summary_rows
@@ -249,4 +250,4 @@ def _rate(cell: Cell) -> float:
 
 def _folders(root: Path) -> list[Path]:
     """The folders with results, by name."""
-    return sorted(path.parent for path in root.glob("*/results.jsonl"))
+    return sorted(path for path in root.iterdir() if file_of(path, RESULTS).is_file())

@@ -9,8 +9,9 @@ from typing import Any
 
 from setpoint.report.numbers import duration, percent
 from setpoint_bench.report.columns import metric_text, seconds_text
-from setpoint_bench.report.folder import read_results
+from setpoint_bench.report.folder import RESULTS, read_results
 from setpoint_bench.report.markdown import about
+from setpoint_bench.report.packed import file_of
 from setpoint_bench.report.statistics import difference
 from setpoint_bench.report.summary import series, summary_rows
 from tables.words import difference_text, made_on, marked, seeds_text
@@ -18,7 +19,7 @@ from tables.words import difference_text, made_on, marked, seeds_text
 
 def states_table(folder: Path) -> str:
     """Accuracy, states and seconds of the methods that drop states, and how far Setpoint's are ahead, seed by seed."""
-    if not (folder / "results.jsonl").exists():
+    if not file_of(folder, RESULTS).exists():
         return "Not measured yet."
     results = read_results(folder)
     rows = summary_rows(results)

@@ -14,6 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from setpoint_bench.report.folder import SCHEMA, SCHEMAS
+from setpoint_bench.report.packed import SUFFIX, file_of, text_of
 from setpoint_bench.task import BenchError
 
 FILE = "results.jsonl"
@@ -115,8 +116,13 @@ def held(folder: Path) -> Iterator[None]:
     """Make the folder, and keep other processes from writing into it until the end.
 
     Raises:
-        BenchError: the folder cannot be made, or another process is at work in it.
+        BenchError: the folder cannot be made or is packed, or another process is at work in it.
     """
+    if (packed := file_of(folder, FILE)).suffix == SUFFIX:
+        raise BenchError(
+            f"{folder} is packed ({packed.name}) and is only read: name another folder with --out, and add its runs "
+            "with bench/benchmarks/pack.py"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / LOCK, timeout=0)
@@ -174,11 +180,11 @@ def load_results(folder: Path) -> tuple[Result, ...]:
     Raises:
         BenchError: the folder was written by another version of Setpoint, or the file is damaged.
     """
-    path = folder / FILE
+    path = file_of(folder, FILE)
     if not path.exists():
         return ()
     found: dict[tuple[object, ...], Result] = {}
-    *lines, rest = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    *lines, rest = text_of(path).split("\n")
     if _is_whole(rest.encode()):  # else it is empty, or half a line after a crash
         lines.append(rest)
     for number, line in enumerate(lines, start=1):

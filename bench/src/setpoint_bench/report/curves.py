@@ -134,11 +134,12 @@ PARTS = ("training", "sensing", "deciding", "resizing", "attaching, other")
 
 
 def seconds_by_part(cells: Sequence[Cell]) -> dict[str, float] | None:
-    """Mean seconds by part of the run; None if the runs have no times.
+    """Mean seconds by part of the run, over the runs with a ledger if there are any; None if they have no times.
 
     Sensing, deciding and resizing come from the ledger; what else was overhead is "attaching, other"
     (tracing the model and verifying cuts among them), and the rest is training.
     """
+    cells = [cell for cell in cells if cell.record is not None] or cells
     total = mean(cell.seconds for cell in cells)
     if total is None:
         return None

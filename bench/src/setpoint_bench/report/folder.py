@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from setpoint.errors import CheckpointError, ReportError
 from setpoint.ledger import Ledger
 from setpoint.report.record import Point, Record, record_of
 from setpoint.report.values import counts, number, numbers, texts, whole
+from setpoint_bench.report.packed import file_of, read_histories, text_of
 from setpoint_bench.report.results import Cell, Results, Timing
 
 SCHEMA = 2
@@ -34,19 +36,20 @@ def read_results(folder: Path) -> Results:
     are missing histories and ledgers.
 
     Args:
-        folder: holds `results.jsonl` and the cells' folders (see docs/results-format.md).
+        folder: holds `results.jsonl` and the cells' folders, or both packed (see docs/results-format.md).
 
     Raises:
         ReportError: if there is no results file or no result in it, or if one is damaged, has an unknown schema
             or lacks what every result has.
     """
-    path = folder / RESULTS
+    path = file_of(folder, RESULTS)
     if not path.is_file():
         raise ReportError(f"no {RESULTS} in {folder}: give the folder that `setpoint bench --out` wrote")
     remarks: list[str] = []
     cells: dict[tuple[Any, ...], Cell] = {}
+    histories = read_histories(folder)
     for position, line in enumerate(read_lines(path, RESULTS, remarks, whole=True), start=1):
-        cell = read_cell(folder, line, f"result {position} of {path}", remarks)
+        cell = read_cell(folder, line, histories, f"result {position} of {path}", remarks)
         key = (cell.task, cell.method, cell.budget, cell.seed)
         cells.pop(key, None)
         cells[key] = cell
@@ -66,7 +69,7 @@ def read_timings(folder: Path, remarks: list[str]) -> dict[tuple[Any, ...], Timi
     Raises:
         ReportError: if one has an unknown schema.
     """
-    path, found = folder / TIMING, {}
+    path, found = file_of(folder, TIMING), {}
     for line in read_lines(path, TIMING, remarks) if path.is_file() else ():
         if line.get("schema") not in SCHEMAS:
             raise ReportError(
@@ -103,25 +106,30 @@ def read_lines(path: Path, name: str, remarks: list[str], *, whole: bool = False
         ReportError: another line of a whole file is incomplete.
     """
     found = []
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line)
-            except json.JSONDecodeError:
-                value = None
-            if isinstance(value, dict):
-                found.append(value)
-            elif whole and line.endswith("\n"):
-                raise ReportError(f"line {number} of {path} is damaged: delete that line; its run can be done again")
-            else:
-                remarks.append(f"line {number} of {name} is not a complete JSON object and was left out")
+    for place, line in enumerate(io.StringIO(text_of(path)), start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError:
+            value = None
+        if isinstance(value, dict):
+            found.append(value)
+        elif whole and line.endswith("\n"):
+            raise ReportError(f"line {place} of {path} is damaged: delete that line; its run can be done again")
+        else:
+            remarks.append(f"line {place} of {name} is not a complete JSON object and was left out")
     return found
 
 
-def read_cell(folder: Path, line: Mapping[str, Any], where: str, remarks: list[str]) -> Cell:
-    """One cell from its line of the results file, with its history and ledger."""
+def read_cell(
+    folder: Path,
+    line: Mapping[str, Any],
+    histories: Mapping[str, Sequence[Mapping[str, Any]]],
+    where: str,
+    remarks: list[str],
+) -> Cell:
+    """One cell from its line of the results file, with its history, packed or in its folder, and its ledger."""
     if line.get("schema") not in SCHEMAS:
         raise ReportError(
             f"{where} has schema {line.get('schema')!r}, this version of Setpoint reads schema "
@@ -134,6 +142,7 @@ def read_cell(folder: Path, line: Mapping[str, Any], where: str, remarks: list[s
     task, method, seed = str(line["task"]), str(line["method"]), whole(line.get("seed"))
     value = number(line["value"])
     home, name = cell_folder(folder, line), f"{task} {method} seed {seed}"
+    packed = histories.get(str(line.get("folder")))
     return Cell(
         task=task,
         method=method,
@@ -164,7 +173,7 @@ def read_cell(folder: Path, line: Mapping[str, Any], where: str, remarks: list[s
         break_even_step=whole(line.get("break_even_step")),
         notes=str(line.get("notes") or ""),
         unit=str(line["unit"]) if isinstance(line.get("unit"), str) else "nats",
-        history=read_history(home, name, remarks),
+        history=read_history(home, name, remarks) if packed is None else points_of(packed),
         record=read_record(home, name, remarks),
     )
 
@@ -182,6 +191,11 @@ def read_history(home: Path | None, name: str, remarks: list[str]) -> tuple[Poin
     if home is None or not (home / HISTORY).is_file():
         remarks.append(f"{name}: no {HISTORY}, so it is missing in the curves")
         return ()
+    return points_of(read_lines(home / HISTORY, f"{HISTORY} of {name}", remarks))
+
+
+def points_of(lines: Sequence[Mapping[str, Any]]) -> tuple[Point, ...]:
+    """The lines of a history, but for those without a step."""
     return tuple(
         Point(
             step=step,
@@ -191,7 +205,7 @@ def read_history(home: Path | None, name: str, remarks: list[str]) -> tuple[Poin
             loss=number(line.get("loss")),
             accuracy=number(line.get("accuracy")),
         )
-        for line in read_lines(home / HISTORY, f"{HISTORY} of {name}", remarks)
+        for line in lines
         if (step := number(line.get("step"))) is not None
     )
 

@@ -111,11 +111,14 @@ def learning_line(cell: Cell, metric: str, split: str) -> Line:
 
 
 def spending_line(cell: Cell) -> Line:
-    """FLOPs per step over steps: in stairs from the ledger, or level; none where a dense run came before."""
-    if cell.family == "post-training":
+    """FLOPs per step over steps: in stairs from the ledger, or level.
+
+    None where a dense run came before, or where the model was cut and no ledger says when.
+    """
+    record = cell.record
+    if cell.family == "post-training" or (cell.resizes and record is None):
         return []
     end = max((point.step for point in cell.history), default=0.0)
-    record = cell.record
     if record is not None and "flops" in record.dense:
         level, line = record.dense["flops"], [(0.0, record.dense["flops"])]
         for entry in record.entries:
