@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import lzma
 import subprocess
 import sys
 from functools import cache
@@ -23,6 +24,13 @@ def test_tables_show_the_result_files() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_results_are_few_and_small() -> None:
+    """What is committed of the results are packed tables and a few ledgers: under 100 files and 8 MB in all."""
+    files = [path for path in (ROOT / "results").rglob("*") if path.suffix in (".json", ".jsonl", ".xz")]
+    assert len(files) < 100 and sum(path.stat().st_size for path in files) < 8e6
+    assert {path.name for path in files if path.suffix == ".jsonl"} == {"ledger.jsonl"}
+
+
 def columns_of(page: str, table: str) -> tuple[list[str], list[tuple[str, list[str]]]]:
     """Of a generated table: the columns behind the first, and for each row its method and its texts."""
     text = page.partition(f"<!-- results:{table} -->\n")[2].partition("\n<!-- end -->")[0]
@@ -30,24 +38,38 @@ def columns_of(page: str, table: str) -> tuple[list[str], list[tuple[str, list[s
     return head[1:], [(line[0].strip("`"), line[1:]) for line in lines]
 
 
+def objects(file: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a packed file."""
+    with lzma.open(file, "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
 def lines_of(name: str) -> dict[tuple[str, str], dict[int, dict[str, Any]]]:
-    """The lines of all files of a name, by column of the tables and method, and by seed, the last one of each."""
+    """The lines of all tables of a name, by column of the tables and method, and by seed, the last one of each."""
     found: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
-    for file in ROOT.glob(f"results/*/{name}"):
-        for row in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
+    for file in ROOT.glob(f"results/*/{name}.jsonl.xz"):
+        for row in objects(file):
             for budget in (0.5, 0.25) if row["budget"] is None else (row["budget"],):
                 column = f"{row['task']} {round(100 * budget)} %"
                 found.setdefault((column, row["method"]), {})[row["seed"]] = row
     return found
 
 
+@cache
+def histories_of(task: str) -> dict[str, dict[str, list[Any]]]:
+    """The histories of a task's runs by their folders, each a list by key."""
+    return {each["folder"]: each["history"] for each in objects(ROOT / "results" / task / "histories.jsonl.xz")}
+
+
 def value_of(row: dict[str, Any], table: str) -> float:
     """The metric of a run: on test data, or on validation data at its end."""
     if table == "ahead":
         return float(row["value"])
-    history = ROOT / "results" / row["task"] / row["folder"] / "history.jsonl"
-    points = [json.loads(line) for line in history.read_text(encoding="utf-8").splitlines() if '"validation"' in line]
-    return float(points[-1][row["metric"]])
+    history = histories_of(row["task"])[row["folder"]]
+    judged = [
+        value for split, value in zip(history["split"], history[row["metric"]], strict=True) if split == "validation"
+    ]
+    return float(judged[-1])
 
 
 @pytest.mark.parametrize("table", ["ahead", "ahead-validation"])
@@ -57,7 +79,7 @@ def test_setpoint_is_ahead_where_its_runs_are_better(table: str) -> None:
     Positive is better for accuracies and losses alike, an arrow says who ends over 2 % cheaper or dearer. All is
     computed again from the lines of the result files and of the runs' histories.
     """
-    found = lines_of("results.jsonl")
+    found = lines_of("results")
     value = cache(lambda column, method, seed: value_of(found[column, method][seed], table))
     columns, rows = columns_of((ROOT / "docs" / "results.md").read_text(encoding="utf-8"), table)
     assert len(rows) >= 26 and len(columns) >= 15
@@ -88,7 +110,7 @@ def test_setpoint_is_faster_where_its_rounds_are() -> None:
 
     It is bold where all rounds lie on one side of 1, and there is one wherever both were timed and are current.
     """
-    results, found = lines_of("results.jsonl"), lines_of("timing.jsonl")
+    results, found = lines_of("results"), lines_of("timing")
     columns, rows = columns_of((ROOT / "docs" / "results.md").read_text(encoding="utf-8"), "seconds")
     assert len(rows) >= 26 and len(columns) >= 13
     num_shown = 0
