@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from setpoint_bench.interleaved import run_interleaved
 from setpoint_bench.method import Dense, Setpoint, method_named
 from setpoint_bench.report.folder import read_results
 from setpoint_bench.runner import finished, grid
-from setpoint_bench.stages import filled, hollow, load_stages
+from setpoint_bench.stages import Stage, filled, hollow, load_stages, save_stages
 from setpoint_bench.tasks.digits import digits
 from setpoint_bench.timing import measure, with_timed
 
@@ -35,6 +37,17 @@ def test_a_hollow_model_keeps_shapes_ties_and_buffers() -> None:
     assert torch.equal(full[1].running_mean, torch.full((4,), 7.0))
     full(torch.randn(5, 3)).sum().backward()
     assert [tuple(p.shape) for p in full.parameters()] == [tuple(p.shape) for p in model.parameters()]
+
+
+def test_stages_of_code_that_has_moved_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder whose models are of a module that is gone, as before a move, holds no stages to time."""
+    moved = ModuleType("moved_away")
+    monkeypatch.setitem(sys.modules, "moved_away", moved)
+    exec("from torch import nn\nclass Net(nn.Module): pass", moved.__dict__)
+    save_stages(tmp_path, [Stage(3, moved.Net())])
+    assert len(load_stages(tmp_path)) == 1
+    monkeypatch.delitem(sys.modules, "moved_away")
+    assert load_stages(tmp_path) == ()
 
 
 def test_runs_are_timed_by_their_stages(tmp_path: Path) -> None:

@@ -65,8 +65,15 @@ def save_stages(folder: Path, stages: Sequence[Stage]) -> None:
 
 
 def load_stages(folder: Path) -> tuple[Stage, ...]:
-    """The stages of a run, none where it has left none. The file is a pickle: open only folders that you wrote."""
+    """The stages of a run, none where it has left none or their code has moved since.
+
+    The file is a pickle: open only folders that you wrote.
+    """
     path = folder / FILE
     if not path.exists():
         return ()
-    return tuple(Stage(num_steps, model) for num_steps, model in torch.load(path, weights_only=False))
+    try:
+        found = torch.load(path, weights_only=False)
+    except ModuleNotFoundError:
+        return ()
+    return tuple(Stage(num_steps, model) for num_steps, model in found)

@@ -65,7 +65,6 @@ def _seconds_saved(runs: Sequence[Run], dense: Sequence[Run], train_flops_ratio:
 
 
 def _mean_rounds(runs: Sequence[Run]) -> tuple[float, ...]:
-    """Mean seconds of the runs in each round."""
     return tuple(map(statistics.fmean, zip(*(rounds for _, rounds in runs), strict=True)))
 
 

@@ -103,7 +103,6 @@ def parameter_map(found: Mapping[str, Any]) -> Figure | None:
 
 
 def _parent(module: str) -> str:
-    """The module that holds a module."""
     return module.rpartition(".")[0]
 
 
@@ -156,7 +155,6 @@ def _of_dense(part: float, whole: float) -> str:
 
 
 def _groups(groups: Sequence[Mapping[str, Any]]) -> str:
-    """The groups as a table."""
     if not groups:
         return "<h3>Groups</h3>\n<p>No units were found that could be dropped.</p>\n"
     lines = [

@@ -59,7 +59,6 @@ def _likeness(group: GroupReport) -> Hashable:
 
 
 def _line(groups: Sequence[GroupReport]) -> str:
-    """Groups that are alike in one line."""
     first, several = groups[0], len(groups) > 1
     line = (
         f"[bold]{escape(', '.join(fold(group.name for group in groups)))}[/]: "

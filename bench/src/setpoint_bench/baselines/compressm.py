@@ -72,7 +72,6 @@ class ComplexBalance:
 
 
 def _gramians(system: DiagonalSystem) -> tuple[Complex[Tensor, "states states"], Complex[Tensor, "states states"]]:
-    """Both Gramians of the complex system."""
     values = system.eigenvalues.to(torch.complex128)
     inputs, outputs = system.inputs.to(values), system.outputs.to(values)
     apart = 1.0 - values[:, None] * values.conj()[None, :]
