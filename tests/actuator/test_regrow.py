@@ -19,7 +19,7 @@ from actuator.test_vanish import MODELS as VANISHING
 from actuator.test_vanish import vanished
 from conformance.test_optimizers import ROWS
 from groups.zoo import MODELS as ZOO
-from setpoint.actuator import regrow as regrow_module
+from setpoint.regrowth import regrow as regrow_module
 from setpoint.actuator.mask import mask
 from setpoint.actuator.optimizer_state import as_sequence, map_tensors
 from setpoint.actuator.shrink import named_tensors, shrink

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from ssm.systems import ANGLES, diagonal
+from states.systems import ANGLES, diagonal
 
 import setpoint
 from setpoint.states import transfer
