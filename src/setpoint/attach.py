@@ -8,10 +8,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from torch.optim import Optimizer
 
-from setpoint.actuator.optimizer_state import check_optimizer, check_trains
+from setpoint.actuator.try_optimizer import check_optimizer, check_trains
 from setpoint.actuator.verify import few_rows
+from setpoint.controller.goal import check_goal, controller_for
 from setpoint.controller.plan import Controller, Learning, regrows
 from setpoint.controller.plan import Regrowing as Returning
 from setpoint.controller.reference import Reference
@@ -28,9 +28,9 @@ from setpoint.groups.follow import check_states
 from setpoint.groups.group import Group, widths_of
 from setpoint.groups.trace import trace
 from setpoint.host.host import Host, host_of
+from setpoint.host.optimizers import Steps
 from setpoint.loop.candidates import Candidates, unit_candidates
 from setpoint.loop.cutting import Actuator, Coordinates, Cutting, same_coordinates
-from setpoint.loop.goal import check_goal, controller_for
 from setpoint.loop.header import header_of
 from setpoint.loop.loop import ATTACHED, Loop
 from setpoint.sensor.reading import Sensor, Shared, takes_back
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 def attach(
     model: nn.Module,
-    optimizer: Optimizer | Sequence[Optimizer],
+    optimizer: Steps | Sequence[Steps],
     budget: Budget | Sequence[Budget] | Price | Tolerance,
     *,
     example: Example,
@@ -68,7 +68,7 @@ def attach(
 
     Args:
         model: as the training loop calls it: compiled, in `DistributedDataParallel` or with `fully_shard`, too.
-        optimizer: the one that trains it, or several that each step once per training step.
+        optimizer: the one that trains it, in its wrapper if it has one, or several that each step once per step.
         budget: of one resource or several; with a `Price` or a `Tolerance` the size follows from the loss.
         example: inputs as in training, at the batch shape of one optimizer step on one rank: a tuple or a dict.
         total_steps: optimizer steps of the whole run.

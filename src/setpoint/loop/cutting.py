@@ -254,7 +254,7 @@ class Cutting:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Cut the dense model to the units of the state."""
         keep, host = self.kept(state), self.host
-        with host.resizable("the resumption", self.dense) as agreed:
+        with host.resizable("loading the state of the loop", self.dense) as agreed:
             self.groups = shrink(host.model, host.optimizers, self.dense, keep, host.copies, agreed=agreed)
         self.origin = {name: np.flatnonzero(kept) for name, kept in keep.items()}
 

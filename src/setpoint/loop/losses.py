@@ -95,7 +95,7 @@ class Losses:
     def excess(self, now: int) -> Excess | None:
         """How far the loss lies above the trend that it had before the last cut, if enough is known."""
         self._gather()
-        if self._cut is None:
+        if self._cut is None or not len(self._steps):
             return None
         found = excess_after(self._steps, self._losses, changed=self._changed, cut=self._cut, now=now)
         return None if found is None else replace(found, cut=self._cut)
