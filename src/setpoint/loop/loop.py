@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from setpoint.checkpoint.plain import plain, restored
 from setpoint.controller.plan import Controller, Plan, Transferring
 from setpoint.cost.budget import Budget
+from setpoint.entry import Entry
 from setpoint.errors import CheckpointError, GroupError, LoopError
 from setpoint.groups.chance import chance_state, check_chance_state, set_chance_state
 from setpoint.groups.follow import Change, follow
 from setpoint.groups.group import Group, widths_of
 from setpoint.host.host import Host
-from setpoint.ledger import Entry, Ledger
+from setpoint.ledger import Ledger
 from setpoint.loop.cutting import Actuator
 from setpoint.loop.explain import Explanation, explain
 from setpoint.loop.hooks import StepHooks
@@ -271,7 +272,10 @@ class Loop:
         live = self.sensor.init(self.groups, self.host.model)
         self._sensor_state = restored(state["sensor"], live, "the sensor's state", self.host.device)
         self.spending.sensing_flops = self.sensor.flops(self.groups, self.host.model)
-        self._begin_step()
+        self.spending.prepare(False)
+        if not self.actuator.by_unit:  # a probe that was under way has begun anew already
+            due = self.controller.due(self.step + 1, self.total_steps)
+            self.actuator.prepare(self.step, due=due, open_still=not self.landed)
         if int(state["chance"]["rank"]) == self.host.ranks.own:  # ranks that all drew the same were no several draws
             set_chance_state(state["chance"])
 
