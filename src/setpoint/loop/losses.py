@@ -102,7 +102,7 @@ class Losses:
 
     def known(self, step: int) -> dict[str, Any]:
         """What a controller sees of it, by name of the observation's fields."""
-        return {"loss": self.loss, "val": self.val, "excess": self.excess(step)}
+        return {"loss": self.loss if self.watching else None, "val": self.val, "excess": self.excess(step)}
 
     @property
     def recent(self) -> Float64[np.ndarray, " observed"]:
