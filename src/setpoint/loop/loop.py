@@ -81,6 +81,7 @@ class Loop:
         self.losses, self._ledger = Losses(), Ledger(header)
         self._sensor_state = sensor.init(self._dense, host.model)
         self._controller_state = controller.init(self._dense)
+        follow(self._sensor_state, Change())  # so that annotations that cannot be read show now
         spending.sensing_flops = sensor.flops(self._dense, host.model)  # attach saw an unsharded model
         self._now = Progress()
         self._begun = self._finished = False
