@@ -341,7 +341,6 @@ STORED = {
     "loop": {"actuator", "losses", "spending", "_ledger", "_now", "_sensor_state", "_controller_state"},
     "regrowth": {
         "reserve", "_cutting", "_decisions", "_probing", "_chosen", "_recent", "_easing", "_last_rest", "_turn", "_whole",
-        "_prepared",
     },
     "cutting": {"groups", "origin"},
     "losses": {"_last", "_fresh", "_steps", "_losses", "_changed", "_cut", "_shared"},

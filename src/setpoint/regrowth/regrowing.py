@@ -99,7 +99,6 @@ class Regrowth:
         self._recent: list[dict[str, Float64[np.ndarray, " _units"]]] = []
         self._easing: Easing | None = None
         self._last_rest = self._turn = 0
-        self._prepared = -1
         self._whole: Whole = {}
 
     @property
@@ -140,8 +139,7 @@ class Regrowth:
     def prepare(self, step: int, *, due: bool, open_still: bool) -> bool:
         """Have resting units present in the coming step, if the controller asks and what may be spent allows it."""
         total_steps, spending = self._spending.total_steps, self._spending
-        anew, self._prepared = step > self._prepared, step  # a resumed loop prepares the step under way again
-        if anew and open_still and not spending.peak_wanted and self._controller.probe_due(step, total_steps):
+        if open_still and not spending.peak_wanted and self._controller.probe_due(step, total_steps):
             self._begin_probe(step)
         if not self._controller.regrow:
             return due
@@ -201,7 +199,6 @@ class Regrowth:
             "recent": plain(self._recent, "recent gains"),
             "chosen": plain(self._chosen, "units to probe"),
             "turn": self._turn,
-            "prepared": self._prepared,
             "easing": None if self._easing is None else self._easing.state_dict(),
         }
 
@@ -227,7 +224,6 @@ class Regrowth:
                 raise GroupError(f"units to probe of {name!r} are not units of that group")
         Easing.check(state["easing"], state["shapes"], len(self._copies))
         int(state["decisions"]), int(state["last_rest"]), int(state["turn"]), bool(state["probing"])
-        int(state["prepared"])
         _whole(state["whole"])
         return groups
 
@@ -236,7 +232,7 @@ class Regrowth:
         reserve = self.reserve.resumed(state["reserve"])  # asks the dense model
         self._cutting.load_state_dict(state)
         self.reserve, self._decisions = reserve, int(state["decisions"])
-        self._last_rest, self._turn, self._prepared = (int(state[name]) for name in ("last_rest", "turn", "prepared"))
+        self._last_rest, self._turn = int(state["last_rest"]), int(state["turn"])
         self._whole = _whole(state["whole"])
         self._recent.extend(_gains(state))
         self._chosen = {name: origins[reserve.resting[name][origins]] for name, origins in _chosen(state).items()}
