@@ -295,7 +295,7 @@ class Loop:
         restored(state["sensor"], self.sensor.init(groups, self.host.model), "the sensor's state", device)
         controller_state = restored(state["controller"], self.controller.init(groups), "the controller's state", device)
         check_chance_state(state["chance"])
-        return actuator, Progress.of(state["now"]), controller_state
+        return actuator, Progress.of(state["now"], widths_of(groups)), controller_state
 
     # How it ends.
 
