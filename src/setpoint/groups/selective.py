@@ -60,9 +60,5 @@ def _holds_states(group: Group, name: str, kind: Selective) -> bool:
         return places == {("A_log", 1), ("x_proj.weight", 0)}
     return (
         places <= {("conv1d.weight", 0), ("conv1d.bias", 0), ("in_proj.weight", 0), ("in_proj.bias", 0)}
-        and (
-            "in_proj.weight",
-            0,
-        )
-        in places
+        and ("in_proj.weight", 0) in places
     )

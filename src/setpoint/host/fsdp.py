@@ -197,19 +197,12 @@ class _Whole:
 
 @dataclass(frozen=True, eq=False)
 class _Spread:
-    """Shards that are ready to take the place of those of other shapes.
+    """Shards that are ready to take the place of those of other shapes."""
 
-    Args:
-        pieces: whose they are.
-        made: what FSDP is to keep of each.
-        optimizers: that hold them.
-        states: by optimizer and number of the piece.
-    """
-
-    pieces: Sequence[Piece]
-    made: Sequence[Any]
-    optimizers: Sequence[Optimizer]
-    states: Sequence[dict[int, dict[str, Any]]]
+    pieces: Sequence[Piece]  # whose they are
+    made: Sequence[Any]  # what FSDP is to keep of each
+    optimizers: Sequence[Optimizer]  # that hold them
+    states: Sequence[dict[int, dict[str, Any]]]  # by optimizer and number of the piece
 
     def take_effect(self) -> None:
         """Put the shards in their place; this cannot fail."""

@@ -79,13 +79,7 @@ class Regrowth:
     """
 
     def __init__(
-        self,
-        cutting: Cutting,
-        controller: Controller,
-        spending: Spending,
-        reserve_bytes: int | None,
-        *,
-        lasting: bool,
+        self, cutting: Cutting, controller: Controller, spending: Spending, reserve_bytes: int | None, *, lasting: bool
     ) -> None:
         host = cutting.host
         self.reserve = Reserve.of(host.model, cutting.dense, reserve_bytes, host.mesh)

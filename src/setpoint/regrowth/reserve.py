@@ -24,17 +24,11 @@ from setpoint.regrowth.box import Box, count_entries, resting_entries, write
 
 
 class Key(NamedTuple):
-    """The owner of a resting tensor.
+    """The owner of a resting tensor."""
 
-    Args:
-        holder: "model", "optimizer 0", "copy 0", ...
-        tensor: qualified name of the parameter or buffer.
-        part: of the optimizer's state, "exp_avg" for example; "" for the tensor itself.
-    """
-
-    holder: str
-    tensor: str
-    part: str = ""
+    holder: str  # "model", "optimizer 0", "copy 0", ...
+    tensor: str  # qualified name of the parameter or buffer
+    part: str = ""  # of the optimizer's state, "exp_avg" for example; "" for the tensor itself
 
 
 @dataclass(frozen=True, eq=False)

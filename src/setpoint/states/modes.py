@@ -44,13 +44,9 @@ class Modes:
 
 @dataclass(frozen=True, eq=False)
 class BalancedPairs:
-    """Balanced coordinates of the real form, two states to a unit: unit i is balanced states 2 i and 2 i + 1.
+    """Balanced coordinates of the real form, two states to a unit: unit i is balanced states 2 i and 2 i + 1."""
 
-    Args:
-        balance: the balancing pair.
-    """
-
-    balance: Balance
+    balance: Balance  # the balancing pair
 
     @property
     def num_units(self) -> int:

@@ -129,21 +129,13 @@ def balanced(
 
 @dataclass(frozen=True, eq=False)
 class _Turn:
-    """One layer on its way to other coordinates.
+    """One layer on its way to other coordinates."""
 
-    Args:
-        name: of the layer.
-        group: its states.
-        old: its system.
-        modes: what it is reduced to, with what that loses where this is to rest.
-        places: positions along its states at which the modes will lie; what is elsewhere is about to be cut.
-    """
-
-    name: str
-    group: Group
-    old: DiagonalSystem
-    modes: Modes
-    places: Tensor
+    name: str  # of the layer
+    group: Group  # its states
+    old: DiagonalSystem  # its system
+    modes: Modes  # what it is reduced to, with what that loses where this is to rest
+    places: Tensor  # positions along its states at which the modes will lie; what is elsewhere is about to be cut
 
     @classmethod
     def of(cls, model: nn.Module, group: Group, keep: np.ndarray, basis: Basis, *, rest: bool) -> _Turn:

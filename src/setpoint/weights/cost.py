@@ -16,19 +16,12 @@ from setpoint.weights.find import owners
 
 @dataclass(frozen=True, eq=False)
 class WeightFlops:
-    """FLOPs of one dense training step, by weight tensor.
+    """FLOPs of one dense training step, by weight tensor."""
 
-    Args:
-        total: of the whole step.
-        step: by weight, of its products forward and backward.
-        forward: by weight, of its forward product; the gradient of the weight costs as much.
-        sizes: by weight, its number of elements.
-    """
-
-    total: float
-    step: Mapping[str, float]
-    forward: Mapping[str, float]
-    sizes: Mapping[str, int]
+    total: float  # of the whole step
+    step: Mapping[str, float]  # by weight, of its products forward and backward
+    forward: Mapping[str, float]  # by weight, of its forward product; the gradient of the weight costs as much
+    sizes: Mapping[str, int]  # by weight, its number of elements
 
     def cost(self) -> ProductCost:
         """Theoretical FLOPs of a step, as a function of the numbers of active weights.

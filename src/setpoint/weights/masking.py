@@ -29,17 +29,11 @@ from setpoint.weights.mask import mask_weights
 
 @dataclass(frozen=True, eq=False)
 class Exchange:
-    """What a plan does to masks.
+    """What a plan does to masks."""
 
-    Args:
-        masks: by group, True = active from here on.
-        went: by group, weights that go.
-        came: by group, weights that come in, with the value zero.
-    """
-
-    masks: Mapping[str, Bool[Tensor, "..."]]
-    went: Mapping[str, Bool[Tensor, "..."]]
-    came: Mapping[str, Bool[Tensor, "..."]]
+    masks: Mapping[str, Bool[Tensor, "..."]]  # by group, True = active from here on
+    went: Mapping[str, Bool[Tensor, "..."]]  # by group, weights that go
+    came: Mapping[str, Bool[Tensor, "..."]]  # by group, weights that come in, with the value zero
 
 
 @final

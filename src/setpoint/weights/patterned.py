@@ -81,8 +81,7 @@ def patterned(
     if pattern.free or not reading.finite():
         return reading
     return replace(
-        reading,
-        saliency={g.name: _raised(reading.saliency[g.name], g, shapes[g.name], pattern) for g in groups},
+        reading, saliency={g.name: _raised(reading.saliency[g.name], g, shapes[g.name], pattern) for g in groups}
     )
 
 
