@@ -71,11 +71,8 @@ class GateNet:
         without which the few most salient units would drown out all others.
 
         Args:
-            features: of all units.
             slope: mean gradient of the loss with respect to the open gate, r, / (price x saving).
             curvature: second derivative of the loss by the gate / (price x saving).
-            steps: how many.
-            learning_rate: of Adam.
         """
         net = self
         with torch.enable_grad(), torch.autocast("cpu", enabled=False):

@@ -113,11 +113,7 @@ class Easing:
 
     @staticmethod
     def check(state: Mapping[str, Any] | None, shapes: Mapping[str, Sequence[int]], num_copies: int) -> None:
-        """Check that a state from `state_dict`, or None, fits a model, before anything is changed.
-
-        Args:
-            shapes: of the model's tensors.
-            num_copies: number of copies.
+        """Check that a state from `state_dict`, or None, fits a model of these shapes, before anything is changed.
 
         Raises:
             GroupError: when it does not fit.

@@ -71,11 +71,6 @@ def reduce_modes(system: DiagonalSystem, num_modes: int, basis: Balance | None =
     nudged apart, by at most 1e-4 of their norm. Modes are scaled so that B and C keep the proportion that they
     have in the full system.
 
-    Args:
-        system: stable and finite.
-        num_modes: from 1 to as many as there are.
-        basis: `balance(system)`, if it is known.
-
     Raises:
         StateSpaceError: as `check_system`, or for a number of modes that there is not.
 
@@ -224,11 +219,6 @@ def residual_modes(system: DiagonalSystem, modes: Modes, num_modes: int) -> Mode
     The difference of the two is a system with as many modes as both have together; this is its balanced truncation. The
     maps are those from the full system: with `W` and `T` those from the difference, `reduce = W [I; R]` and
     `expand = [I, -X] T` for the maps R and X of the reduction.
-
-    Args:
-        system: the full one.
-        modes: its reduction.
-        num_modes: from 1 to as many as both have together.
 
     Raises:
         StateSpaceError: as `reduce_modes`.

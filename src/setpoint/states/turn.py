@@ -46,16 +46,7 @@ def balance_and_shrink(
 ) -> tuple[Group, ...]:
     """Shrink a model; state groups that lose units are balanced, truncated and diagonalised on the way.
 
-    All or nothing: on any exception model, optimizers and copies are as they were.
-
-    Args:
-        model: the model that `groups` describe.
-        optimizer: one optimizer, a sequence of them, or None.
-        groups: as `find_groups`, or the last cut, returned them.
-        keep: by group name, boolean per active unit, True = stays.
-        basis: as `turned`.
-        copies: further modules with the same tensors to cut alike.
-        moments: as `turned`.
+    All or nothing: on any exception model, optimizers and copies are as they were. Arguments are those of `turned`.
 
     Raises:
         GroupError: as `shrink` and `turned`.
