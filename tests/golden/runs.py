@@ -1,0 +1,375 @@
+"""The golden runs: each function builds one training run and attaches Setpoint to it; the rest is common to all."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import setpoint
+from golden.models import GPT, ResNet, Sampled, mlp
+from setpoint.models import SequenceClassifier
+from setpoint.sensor.reading import Reading
+
+HALF = setpoint.Budget.fraction(0.5, of="flops")
+
+
+@dataclass
+class Training:
+    """A run that is ready to begin.
+
+    Args:
+        model: as the user calls it, in its wrapper if it has one.
+        optimizers: step once per step.
+        loop: Setpoint's.
+        losses: of a step, by its number from 0: one loss for each backward pass. No other state than the model's.
+        steps: how many.
+        observed: what the loop is told of the loss of a step; None to tell it nothing.
+        copies: averaged after each step.
+        digits: significant digits that are compared.
+    """
+
+    model: nn.Module
+    optimizers: tuple[torch.optim.Optimizer, ...]
+    loop: setpoint.Loop
+    losses: Callable[[int], Iterable[Tensor]]
+    steps: int
+    observed: Callable[[int, float], float] | None = None
+    copies: tuple[AveragedModel, ...] = ()
+    digits: int = 12
+
+    def train(self, first: int, last: int) -> None:
+        """The user's own loop."""
+        for step in range(first, last):
+            total = 0.0
+            for loss in self.losses(step):
+                loss.backward()
+                total += loss.item()
+            if self.observed is not None:
+                self.loop.observe(loss=self.observed(step, total))
+            for optimizer in self.optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            for each in self.copies:
+                each.update_parameters(self.model)
+
+    def parts(self) -> dict[str, Any]:
+        """All that a run file holds."""
+        optimizers = {f"optimizer{number}": each for number, each in enumerate(self.optimizers)}
+        copies = {f"copy{number}": each for number, each in enumerate(self.copies)}
+        return {"model": self.model, "loop": self.loop, **optimizers, **copies}
+
+
+def played(build: Callable[[], Training]) -> Training:
+    """The run from its beginning to its end."""
+    run = build()
+    run.train(0, run.steps)
+    run.loop.finish()
+    return run
+
+
+def resumed(build: Callable[[], Training]) -> Training:
+    """The same run, which is saved in its middle, built anew and goes on from the file."""
+    run = build()
+    half = run.steps // 2
+    run.train(0, half)
+    with tempfile.TemporaryDirectory() as folder:
+        setpoint.save_run(Path(folder) / "run", **run.parts())
+        again = build()
+        setpoint.load_run(Path(folder) / "run", **again.parts())
+    again.train(half, again.steps)
+    again.loop.finish()
+    return again
+
+
+def adamw(model: nn.Module, rate: float = 0.01) -> torch.optim.AdamW:
+    return torch.optim.AdamW(model.parameters(), lr=rate, eps=1e-6)
+
+
+def seeded(step: int) -> torch.Generator:
+    """Chance that belongs to a step."""
+    return torch.Generator().manual_seed(1000 + step)
+
+
+def told(step: int, loss: float) -> float:
+    return loss
+
+
+# On one process.
+
+
+def readme() -> Training:
+    """The README's MLP and budget, in float32 as there."""
+    torch.manual_seed(0)
+    model = mlp(16, 256, 4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+    def losses(step: int) -> list[Tensor]:
+        x = torch.randn(32, 16, generator=seeded(step))
+        return [F.cross_entropy(model(x), x[:, :4].argmax(1))]
+
+    example = (torch.randn(32, 16, generator=seeded(0)),)
+    loop = setpoint.attach(model, optimizer, HALF, example=example, total_steps=100)
+    return Training(model, (optimizer,), loop, losses, 100, digits=6)
+
+
+def images(step: int, count: int = 16) -> tuple[Tensor, Tensor]:
+    x = torch.randn(count, 3, 8, 8, generator=seeded(step), dtype=torch.float64)
+    return x, (x[:, 0].mean((1, 2)) > 0).long() + 2 * (x[:, 1, 0, 0] > 0).long()
+
+
+def resnet() -> Training:
+    """Convolutions, batch norm, residual sums, SGD with momentum."""
+    torch.manual_seed(0)
+    model = ResNet().double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-3)
+
+    def losses(step: int) -> list[Tensor]:
+        x, y = images(step)
+        return [F.cross_entropy(model(x), y)]
+
+    loop = setpoint.attach(model, optimizer, HALF, example=(images(0)[0],), total_steps=80)
+    return Training(model, (optimizer,), loop, losses, 80, told)
+
+
+def gpt() -> Training:
+    """Attention heads and feed-forward neurons."""
+    torch.manual_seed(0)
+    model = GPT().double()
+    optimizer = adamw(model, 3e-3)
+
+    def tokens(step: int) -> Tensor:
+        first = torch.randint(16, (8, 1), generator=seeded(step))
+        return (first + torch.arange(9) * (1 + first % 3)) % 16
+
+    def losses(step: int) -> list[Tensor]:
+        x = tokens(step)
+        return [F.cross_entropy(model(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten())]
+
+    loop = setpoint.attach(model, optimizer, HALF, example=(tokens(0)[:, :-1],), total_steps=80)
+    return Training(model, (optimizer,), loop, losses, 80, told)
+
+
+def vectors(step: int, count: int = 16) -> Tensor:
+    return torch.randn(count, 8, generator=seeded(step), dtype=torch.float64)
+
+
+class Misled:
+    """A Taylor sensor that calls the most salient units the least until a step, and tells the truth from there on."""
+
+    def __init__(self, until: int) -> None:
+        self.inner, self.until = setpoint.TaylorSensor(64), until
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def read(self, state: Any, groups: tuple[setpoint.Group, ...], step: int) -> Reading:
+        """The reading, upside down at first."""
+        reading = self.inner.read(state, groups, step)
+        wrong = {name: values.max() + values.min() - values for name, values in reading.saliency.items()}
+        return replace(reading, saliency=wrong) if step < self.until else reading
+
+
+def regrowth() -> Training:
+    """Useful units that a wrong reading has dropped are probed and come back."""
+    assert hasattr(setpoint.loop.regrowth, "_PROBE_SHARE"), "say here where the share of probing stands now"
+    setpoint.loop.regrowth._PROBE_SHARE = 0.05  # the run is too short to pay for probing out of one percent
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 48), nn.ReLU(), nn.Linear(48, 4)).double()
+    optimizer = adamw(model)
+
+    def losses(step: int) -> list[Tensor]:
+        x = vectors(step, 32)
+        return [F.cross_entropy(model(x), x[:, :4].argmax(1))]
+
+    loop = setpoint.attach(
+        model,
+        optimizer,
+        setpoint.Budget.fraction(0.4, of="flops"),
+        example=(vectors(0, 32),),
+        total_steps=400,
+        controller=setpoint.PricedController(regrow=True),
+        sensor=Misled(87),
+    )
+    return Training(model, (optimizer,), loop, losses, 400)
+
+
+def gates() -> Training:
+    """Learned gates, on batches large enough to pay for their network."""
+    torch.manual_seed(0)
+    model = mlp(8, 32, 4).double()
+    optimizer = adamw(model)
+
+    def losses(step: int) -> list[Tensor]:
+        x = vectors(step, 2048)
+        return [F.cross_entropy(model(x), x[:, :4].argmax(1))]
+
+    loop = setpoint.attach(
+        model, optimizer, HALF, example=(vectors(0, 2048),), total_steps=200, controller=setpoint.GatedController()
+    )
+    return Training(model, (optimizer,), loop, losses, 200)
+
+
+def two_four() -> Training:
+    """Single weights in blocks of four inputs, masked and exchanged."""
+    torch.manual_seed(0)
+    model = ResNet(8).double()
+    optimizer = adamw(model)
+
+    def losses(step: int) -> list[Tensor]:
+        x, y = images(step)
+        return [F.cross_entropy(model(x), y)]
+
+    loop = setpoint.attach(
+        model,
+        optimizer,
+        setpoint.Budget.fraction(0.7, of="flops"),
+        example=(images(0)[0],),
+        total_steps=60,
+        groups=setpoint.find_weights(model, "2:4"),
+        granularity="weight",
+        pattern="2:4",
+    )
+    return Training(model, (optimizer,), loop, losses, 60)
+
+
+def states() -> Training:
+    """A state-space model whose states are balanced before some go."""
+    torch.manual_seed(0)
+    model = SequenceClassifier(1, 3, num_channels=4, num_states=16, num_blocks=2).double()
+    optimizer = adamw(model, 3e-3)
+
+    def sequences(step: int) -> Tensor:
+        return torch.randn(16, 12, 1, generator=seeded(step), dtype=torch.float64)
+
+    def losses(step: int) -> list[Tensor]:
+        x = sequences(step)
+        return [F.cross_entropy(model(x), (x.sum((1, 2)) > 0).long() + (x[:, 0, 0] > 0.8).long())]
+
+    loop = setpoint.attach(model, optimizer, HALF, example=(sequences(0),), total_steps=60)
+    return Training(model, (optimizer,), loop, losses, 60, told)
+
+
+def fitted(goal: Any, steps: int, observed: Callable[[int, float], float] | None = told, **settings: Any) -> Training:
+    """A small teacher is fitted, to whatever goal."""
+    torch.manual_seed(0)
+    model = mlp(8, 32, 4).double()
+    optimizer = adamw(model, 3e-3)
+    teacher = torch.randn(8, 4, dtype=torch.float64)
+
+    def losses(step: int) -> list[Tensor]:
+        x = vectors(step)
+        return [(model(x) - torch.tanh(x @ teacher)).square().mean()]
+
+    loop = setpoint.attach(model, optimizer, goal, example=(vectors(0),), total_steps=steps, **settings)
+    return Training(model, (optimizer,), loop, losses, steps, observed)
+
+
+def run_budget() -> Training:
+    """A budget for the whole run, for which the last cut waits."""
+    return fitted(setpoint.Budget.fraction(0.55, of="flops", per="run"), 200)
+
+
+def price() -> Training:
+    """A price, from which the size follows."""
+    return fitted(setpoint.Price(0.05, of="flops"), 200)
+
+
+def tolerance() -> Training:
+    """A tolerance of the loss, narrow enough that cuts are taken back."""
+    return fitted(setpoint.Tolerance(loss=0.002), 500)
+
+
+def taken_back() -> Training:
+    """A budget, and a loss that leaves its trend after a cut: the cut is taken back, once."""
+    controller = setpoint.PricedController(setpoint.Reference(warmup=0.2, settle=0.6, num_cuts=8))
+    return fitted(HALF, 400, lambda step, loss: loss + 3.0 * (step >= 105), controller=controller)
+
+
+def two_optimizers() -> Training:
+    """Two optimizers, two backward passes a step, an averaged copy, and budgets on two resources."""
+    torch.manual_seed(0)
+    model = ResNet(8).double()
+    weights, rest = [p for p in model.parameters() if p.dim() > 1], [p for p in model.parameters() if p.dim() == 1]
+    optimizers = (torch.optim.SGD(weights, lr=0.05, momentum=0.9), torch.optim.RMSprop(rest, lr=1e-3))
+    copy = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+
+    def losses(step: int) -> Iterable[Tensor]:
+        x, y = images(step)
+        for some, labels in zip(x.chunk(2), y.chunk(2), strict=True):
+            yield F.cross_entropy(model(some), labels) / 2
+
+    goals = (setpoint.Budget.fraction(0.6, of="flops"), setpoint.Budget.fraction(0.5, of="params"))
+    loop = setpoint.attach(model, optimizers, goals, example=(images(0)[0],), total_steps=60, copies=(copy,))
+    return Training(model, optimizers, loop, losses, 60, copies=(copy,))
+
+
+# On two ranks.
+
+
+def share(step: int) -> tuple[Tensor, Tensor]:
+    """This rank's part of a batch."""
+    x = torch.randn(16, 2, 6, 6, generator=seeded(step), dtype=torch.float64)
+    y = (x[:, 0].mean((1, 2)) > 0).long() + (x[:, 1, 0, 0] > 0.5).long()
+    return x.chunk(dist.get_world_size())[dist.get_rank()], y.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def on_ranks(model: nn.Module, **settings: Any) -> Training:
+    """A model in its wrapper, or sharded."""
+    optimizer = adamw(model)
+
+    def losses(step: int) -> list[Tensor]:
+        x, y = share(step)
+        return [F.cross_entropy(model(x), y)]
+
+    loop = setpoint.attach(model, optimizer, HALF, example=(share(0)[0],), total_steps=50, **settings)
+    return Training(model, (optimizer,), loop, losses, 50, told)
+
+
+def ddp() -> Training:
+    """Two ranks in DistributedDataParallel."""
+    torch.manual_seed(0)
+    return on_ranks(DistributedDataParallel(Sampled().double()))
+
+
+def fsdp() -> Training:
+    """Two ranks of a model that fully_shard has spread over them."""
+    torch.manual_seed(0)
+    model = Sampled().double()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for part in (model.wide, model.up, [model.mix, model.stream], model):
+        fully_shard(part, mesh=mesh)
+    return on_ranks(model)
+
+
+RANKS: dict[str, Callable[[], Training]] = {each.__name__: each for each in (ddp, fsdp)}
+ALONE: dict[str, Callable[[], Training]] = {
+    each.__name__: each
+    for each in (
+        readme,
+        resnet,
+        gpt,
+        regrowth,
+        gates,
+        two_four,
+        states,
+        run_budget,
+        price,
+        tolerance,
+        taken_back,
+        two_optimizers,
+    )
+}
+RESUMED = ("readme", "regrowth", "two_four", "tolerance", "two_optimizers")
+"""Runs that are also played with a stop in their middle: nothing may differ."""
