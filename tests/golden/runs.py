@@ -19,8 +19,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import setpoint
 from golden.models import GPT, ResNet, Sampled, mlp
-from setpoint.models import SequenceClassifier
 from setpoint.sensor.reading import Reading
+from setpoint_bench.models.classifier import SequenceClassifier
 
 HALF = setpoint.Budget.fraction(0.5, of="flops")
 
