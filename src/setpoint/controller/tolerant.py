@@ -17,6 +17,7 @@ from setpoint.controller.selection import descend, start
 from setpoint.controller.trend import Excess
 from setpoint.cost.cost import Cost
 from setpoint.cost.tolerance import Tolerance
+from setpoint.errors import LoopError
 from setpoint.groups.group import Group, keep_all
 
 
@@ -106,6 +107,8 @@ class TolerantController:
         Args:
             observation: what is known at this step; `excess` and `last_dropped` tell of the last cut.
         """
+        if observation.loss is None:
+            raise LoopError("a Tolerance needs the loss: call loop.observe(loss=...) before every optimizer.step()")
         whole = keep_all(groups)
         step = observation.step
         problem = problem_with(observation.reading, None, groups)

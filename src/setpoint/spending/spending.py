@@ -16,9 +16,9 @@ from setpoint.controller.reference import Reference
 from setpoint.controller.selection import cheapest
 from setpoint.cost.budget import METERED, Budget, amount
 from setpoint.cost.cost import Cost
+from setpoint.entry import Entry
 from setpoint.errors import BudgetError, LoopError
 from setpoint.groups.group import Group, widths_of
-from setpoint.ledger import Entry
 from setpoint.sensor.reading import Reading
 from setpoint.sensor.stride import sensed_every
 from setpoint.spending.account import Account
