@@ -40,10 +40,6 @@ def together(ranks: Ranks, what: str) -> Iterator[dict[str, Any]]:
     Each rank tells the others at the end, in one small all-gather, that it came through, and a digest of everything
     that it has put into the dict that the block is given. Nothing is sent where there is one rank.
 
-    Args:
-        ranks: that do it.
-        what: they do, for messages.
-
     Raises:
         RankError: when another rank has failed, is lost, or has put something else into the dict. What this rank
             raises itself it raises as it is, after the others have been told.
@@ -104,12 +100,6 @@ def shared_reading(ranks: Ranks, read: Callable[[], Reading], losses: SharedLoss
     `num_samples` counted over ranks, and its mean over ranks is the same again. Taking it makes sure that all ranks
     see the same to the last bit, and is the estimate where a sensor looks at data of its own. Losses are each rank's
     own: their mean over ranks is the loss of the global batch where batches are equally large.
-
-    Args:
-        ranks: that decide.
-        read: takes this rank's reading.
-        losses: what was observed; they are the means afterwards.
-        step: optimizer steps done.
 
     Raises:
         RankError: when ranks cannot be brought together.

@@ -47,11 +47,6 @@ def verify_probe(model: nn.Module, example: Example, groups: tuple[Group, ...]) 
     What runs parts of the forward pass again in the backward pass (activation checkpointing) fails here, since the
     units are present in the forward pass only. Groups that are not lossless are left out, as in a run.
 
-    Args:
-        model: the live model, left alone.
-        example: inputs that it accepts.
-        groups: the model's groups.
-
     Raises:
         VerificationError: when the steps differ.
         ExampleError: when the model itself does not run on the example.

@@ -226,13 +226,7 @@ class TaylorSensor:
     def update(
         self, state: TaylorState, groups: tuple[Group, ...], model: nn.Module, grad_scale: Tensor | None = None
     ) -> TaylorState:
-        """Take in the gradients of one optimizer step. No host sync.
-
-        Args:
-            model: the model, gradients ready, weights not yet moved.
-            grad_scale: what the gradients are still multiplied by (a fused optimizer under a GradScaler), or None; NaN
-                leaves the step out.
-        """
+        """Take in the gradients of one optimizer step. No host sync."""
         sources = (
             state.sources if state.sources is not None else find_sources(groups, model, state.tapped, state.sentinels)
         )
