@@ -59,6 +59,10 @@ class TaylorState:
     sentinels: Sentinels | None = field(default=None, metadata={"live": True})
     window: int = field(default=50, metadata={"live": True})
 
+    def __post_init__(self) -> None:
+        if any(each.shape != self.mean.shape for each in self.recent):
+            raise ValueError(f"each recent step holds a number for each of the {len(self.mean)} units")
+
     def by_group(self, values: Shaped[np.ndarray, " all_units"]) -> dict[str, Shaped[np.ndarray, " _units"]]:
         """What lies one group after the other, by group."""
         return dict(zip(self.names, np.split(values, np.cumsum(self.num_units)[:-1]), strict=True))
