@@ -33,17 +33,9 @@ class Record:
     """A ledger as it was written: what was known before the first decision, and the decisions.
 
     Args:
-        units: number of units of the dense model, by group.
         what: kind of unit, by group: "channel", "head".
-        dense: cost of the dense model per optimizer step, by resource.
-        limit: the budget by resource.
-        total_steps: optimizer steps of the run, None if unknown.
-        entries: the decisions, in order.
-        sources: by resource, what it was "modelled" and "measured" by.
         step_seconds: by group, predicted seconds of a dense step that the group accounts for.
         calibration: by resource, relative error of the prediction on copies of the model.
-        limit_run: the budget of the run by resource.
-        idle_watts: measured power at rest; None where it was not measured.
         pattern: of the masks, where units are single weights; "" where units were cut.
     """
 

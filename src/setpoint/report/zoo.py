@@ -147,7 +147,6 @@ def transformers_model(
     """A transformers model in train mode, without a cache, and the inputs of a training step.
 
     Args:
-        config: the model is built for the first task in `_HEADS` that its type has a head for.
         shape: of its main input, tokens before images; None for two rows.
         usual: whether the default length is the usual one (128 tokens) or a short one.
 

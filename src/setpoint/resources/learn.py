@@ -25,15 +25,7 @@ from setpoint.spending.target import Target
 
 @dataclass(frozen=True, eq=False)
 class Learnt:
-    """What is known of resources that are measured.
-
-    Args:
-        costs: by resource.
-        sources: by resource, what its cost was modelled by.
-        header: what a ledger says of it.
-        meter: reads what steps take.
-        target: of budgets, with the costs of all resources.
-    """
+    """What is known of resources that are measured."""
 
     costs: Mapping[str, Cost]
     sources: Mapping[str, str]
@@ -43,20 +35,9 @@ class Learnt:
 
 
 def learn(
-    host: Host,
-    example: Example,
-    found: Trace,
-    groups: tuple[Group, ...],
-    goals: Sequence[Budget | Price | Tolerance],
+    host: Host, example: Example, found: Trace, groups: tuple[Group, ...], goals: Sequence[Budget | Price | Tolerance]
 ) -> Learnt:
     """Build costs and meter of the resources that goals are on.
-
-    Args:
-        host: holds the live model.
-        example: inputs of one step.
-        found: the model's trace.
-        groups: that may be cut.
-        goals: budgets, or a price or a tolerance.
 
     Raises:
         CostError: for a resource that cannot be predicted or measured here.

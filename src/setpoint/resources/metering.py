@@ -62,13 +62,8 @@ class Metering(Meter):
     Seconds of inference are the median over a few forward passes of the model itself, made before each decision.
 
     Args:
-        resources: that a budget is on.
         held: gives the tensors that live between steps.
-        device: of the model.
         model: whose first call in training begins the step.
-        compiled: whether the model runs as compiled code.
-        energy: a working meter, or None.
-        inference: the model on the batch that it is to answer in time, or None.
         pass_flops: FLOPs of one forward pass of it, None where none is timed.
         watts: power that the user has stated, where joules are this times seconds; else 0.
     """
@@ -297,11 +292,7 @@ class Metering(Meter):
         return {"peak": self._peak, "run_j": self.run_j(), "blocked": float(self._blocked)}
 
     def load_state_dict(self, state: Mapping[str, float | None]) -> None:
-        """Go on with the last peak and the joules of the run.
-
-        Args:
-            state: from `state_dict`.
-        """
+        """Go on with the last peak and the joules of the run."""
         self._peak = None if state["peak"] is None else int(state["peak"])
         self._blocked = bool(state["blocked"])
         self._earlier_j = None if state["run_j"] is None else float(state["run_j"])
@@ -321,12 +312,6 @@ def meter_for(
     """The meter of a run whose resources have been costed out.
 
     Args:
-        costing: of these resources.
-        model: the live model.
-        optimizers: that train it.
-        example: inputs of one step.
-        resources: that a budget, price or tolerance is on.
-        compiled: whether the model runs as compiled code.
         answered: inputs of one inference.
         pass_flops: FLOPs of that, None where none is metered.
     """

@@ -37,10 +37,8 @@ class Operand:
     """A tensor that an operation reads.
 
     Args:
-        shape: its dims.
         order: dims from the one with the largest stride to the one with the smallest.
         expanded: dims along which one entry stands for all.
-        dtype: of its entries.
     """
 
     shape: tuple[Size, ...]
@@ -61,10 +59,8 @@ class Operation:
     """One call of an ATen operation.
 
     Args:
-        target: the operation.
         leaves: its arguments, flattened: an `Operand`, a `Size` where a number follows widths, or a constant.
         spec: how they were nested.
-        outputs: tensors that it returned.
     """
 
     target: Any
@@ -92,7 +88,6 @@ class Tape:
 
     Args:
         operations: in order; views, which cost nothing, are left out.
-        storages: every storage that was alive in the step.
         events: (storage, True if made and False if gone), in order.
         num_calls: operations with the views.
     """
@@ -176,13 +171,11 @@ def _take(trainee: AbstractContextManager[Trainee]) -> _Take:
 
 
 def record(
-    make: Callable[[Mapping[str, int]], AbstractContextManager[Trainee]],
-    vectors: Sequence[Mapping[str, int]],
+    make: Callable[[Mapping[str, int]], AbstractContextManager[Trainee]], vectors: Sequence[Mapping[str, int]]
 ) -> Tape:
     """Record one training step at several widths, and find how each size follows them.
 
     Args:
-        make: for widths by group, a context that gives a model in training.
         vectors: widths to record at, as `trial_widths` gives them.
 
     Raises:

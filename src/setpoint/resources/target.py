@@ -27,14 +27,6 @@ class MeteredTarget(Target):
 
     A fraction is one of the dense cost as predicted until the meter has read the dense model, and of the last reading
     of that model from there on.
-
-    Args:
-        budgets: each of another resource; none where a price or a tolerance is followed.
-        costs: by resource.
-        groups: of the dense model.
-        meter: that reads.
-        schedule: when decisions are made, for budgets of a whole run.
-        resource: what is saved where there is no budget.
     """
 
     def __init__(
@@ -210,11 +202,7 @@ class MeteredTarget(Target):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with what meters had told by then.
-
-        Args:
-            state: from `state_dict` of a target of the same budgets.
-        """
+        """Go on with what meters had told by then."""
         super().load_state_dict(state)
         self._factor = {name: float(state["factor"][name]) for name in self._factor}
         self._metered_dense = {str(name): float(value) for name, value in state["dense"].items()}
