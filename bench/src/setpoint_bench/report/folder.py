@@ -12,8 +12,9 @@ from typing import Any
 
 from setpoint.errors import CheckpointError, ReportError
 from setpoint.ledger import Ledger
-from setpoint.report.record import Point, Record, record_of
+from setpoint.report.record import Record, record_of
 from setpoint.report.values import counts, number, numbers, texts, whole
+from setpoint_bench.report.history import Point
 from setpoint_bench.report.packed import file_of, read_histories, text_of
 from setpoint_bench.report.results import Cell, Results, Timing
 
