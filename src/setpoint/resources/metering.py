@@ -8,7 +8,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.utils._python_dispatch import (
     _get_current_dispatch_mode,
     _get_current_dispatch_mode_stack,
@@ -19,13 +18,10 @@ from torch.utils.hooks import RemovableHandle
 
 from setpoint.cost.budget import METERED
 from setpoint.cost.cost import Cost
-from setpoint.groups.export import Example, inputs_of
-from setpoint.resources.costing import Costing
 from setpoint.resources.inference import Inference
 from setpoint.resources.joules import EnergyMeter
 from setpoint.resources.live_bytes import LiveBytes, resident_bytes
 from setpoint.resources.median import Measured, median_of
-from setpoint.resources.replica import Replica
 from setpoint.spending.meter import Meter
 from setpoint.spending.seconds import StepMeter
 
@@ -296,35 +292,3 @@ class Metering(Meter):
         self._peak = None if state["peak"] is None else int(state["peak"])
         self._blocked = bool(state["blocked"])
         self._earlier_j = None if state["run_j"] is None else float(state["run_j"])
-
-
-def meter_for(
-    costing: Costing,
-    model: nn.Module,
-    optimizers: Sequence[Optimizer],
-    example: Example,
-    resources: Collection[str],
-    *,
-    compiled: bool,
-    answered: Example,
-    pass_flops: Cost | None,
-) -> Metering:
-    """The meter of a run whose resources have been costed out.
-
-    Args:
-        answered: inputs of one inference.
-        pass_flops: FLOPs of that, None where none is metered.
-    """
-    args, kwargs = inputs_of(example)
-    live = Replica(model, tuple(optimizers), args, kwargs)
-    return Metering(
-        resources,
-        live.held,
-        next((parameter.device for parameter in model.parameters()), torch.device("cpu")),
-        model=model,
-        compiled=compiled,
-        energy=costing.energy,
-        inference=Inference.of(model, answered) if "inference" in resources else None,
-        pass_flops=pass_flops,
-        watts=costing.stated_watts,
-    )

@@ -31,10 +31,10 @@ class MeteredTarget(Target):
 
     def __init__(
         self,
-        budgets: Sequence[Budget],
-        costs: Mapping[str, Cost],
         groups: tuple[Group, ...],
         meter: Metering,
+        budgets: Sequence[Budget],
+        costs: Mapping[str, Cost],
         schedule: Reference,
         resource: str = "flops",
     ) -> None:
@@ -50,17 +50,11 @@ class MeteredTarget(Target):
 
     def anew(self, budgets: Sequence[Budget]) -> MeteredTarget:
         """The same of other budgets, with what meters have told so far."""
-        other = MeteredTarget(budgets, self.costs, self._groups, self._meter, self._schedule, self._resource)
-        other._learn(self._factor, self._first, self._metered_dense)
+        other = MeteredTarget(self._groups, self._meter, budgets, self.costs, self._schedule, self._resource)
+        for name in (other._factor.keys() & self._metered_dense.keys()) - other._whole:
+            other._factor[name], other._first[name] = self._factor[name], self._first[name]
+            other._anchor(name, self._metered_dense[name], at_dense=True)
         return other
-
-    def _learn(
-        self, factor: Mapping[str, float], first: Mapping[str, tuple[float, float]], dense: Mapping[str, float]
-    ) -> None:
-        for name in (self._factor.keys() & dense.keys()) - self._whole:
-            self._factor[name] = factor[name]
-            self._first[name] = first[name]
-            self._anchor(name, dense[name], at_dense=True)
 
     @property
     def limit(self) -> dict[str, float]:
