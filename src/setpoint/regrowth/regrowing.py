@@ -133,13 +133,13 @@ class Regrowth:
     def prepare(self, step: int, *, due: bool, open_still: bool) -> bool:
         """Have resting units present in the coming step, if the controller asks and what may be spent allows it."""
         total_steps, spending = self._spending.total_steps, self._spending
-        if open_still and not spending.peak_wanted and self._controller.probe_due(step, total_steps):
+        if open_still and not spending.meter.peak_wanted and self._controller.probe_due(step, total_steps):
             self._begin_probe(step)
         if not self._controller.regrow:
             return due
         # The memory of a step with resting units is not the model's own: the last one before them is watched.
         ahead = step + 1 <= total_steps and self._controller.probe_due(step + 1, total_steps)
-        return (due or ahead) and self._probing is None and not spending.peak_known
+        return (due or ahead) and self._probing is None and not spending.meter.peak_known
 
     def extras(self, step: int) -> Mapping[str, Any]:
         """What probes told of units that rest, and which units the last cut dropped."""
@@ -247,7 +247,7 @@ class Regrowth:
 
     def _allowance(self) -> float:
         """FLOPs that may go into probing by now: a share of those of the steps, less what it has taken."""
-        return self._spending.share_left(_PROBE_SHARE, self._spending.probing_flops)
+        return self._spending.account.share_left(_PROBE_SHARE, self._spending.account.probing_flops)
 
     def _affordable(self) -> dict[str, Int[np.ndarray, " _units"]]:
         """Units that can be present in a few steps for what may be spent on probing by now.
