@@ -68,7 +68,7 @@ def fresh(value: float | str) -> dict[str, Any]:
 
 
 def of_groups(names: str | None) -> dict[str, Any]:
-    """Metadata of a field that holds another state: the name of the field that says which groups that one is about, or None."""
+    """Metadata of a field that holds another state: the field that names the groups which that is about, or None."""
     return {"groups": names}
 
 

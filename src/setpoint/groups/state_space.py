@@ -46,9 +46,8 @@ class StateWeights:
             both parts along a last dim of 2.
         outputs: the same for C, shape (..., out, states); `C` is a multiple of it.
         input_scale: `B = input_scale[..., None] * inputs` (a normalisation, a step size), shape (..., states).
-        carried: all further tensors with an entry for each state, such as what eigenvalues are made of; shape
-            (..., states, ...) with the same leading dims. Needed only where the layer's forward cannot be
-            traced.
+        carried: all further tensors with an entry for each state, such as what eigenvalues are made of; shape (...,
+            states, ...) with the same leading dims. Needed only where the layer's forward cannot be traced.
     """
 
     inputs: tuple[str, ...]

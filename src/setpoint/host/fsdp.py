@@ -61,7 +61,7 @@ class FSDP(Local):
 
     @contextmanager
     def _gathered(self, names: Collection[str] | None, agreed: Agreed) -> Iterator[Agreed]:
-        """Inside, these parameters (None: all) and their optimizer state are whole, plain and free to change their shape.
+        """Inside, these parameters (None: all) and their optimizer state are whole, plain and free to change shape.
 
         Every rank has all of them for as long as that. At the end modules and optimizers hold the same sharded objects
         again, with the contents that they had when what is yielded was last called without an error; if it never was,

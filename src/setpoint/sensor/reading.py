@@ -44,8 +44,7 @@ class Reading:
             sensor, since the last reading in an `Observation`.
         slope: by group name, mean of the gate's gradient r over the steps, where the sensor reads it.
         norm: by group name, L2 norm of the unit's outgoing weights, where the sensor knows it.
-        basis: by group name, the balanced coordinates that its units are about; the actuator goes there
-            before it cuts.
+        basis: by group name, the balanced coordinates that its units are about; the actuator goes there before it cuts.
         scores: where units are single weights, gives by tensor name the saliency of every element.
     """
 

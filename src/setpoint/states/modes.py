@@ -65,11 +65,10 @@ class BalancedPairs:
 def reduce_modes(system: DiagonalSystem, num_modes: int, basis: Balance | None = None) -> Modes:
     """Balanced truncation of a diagonal system's real map to exactly `num_modes` complex modes.
 
-    The real form is truncated to as many balanced states as `num_modes` modes can hold: a conjugate pair of
-    eigenvalues takes one mode and two states, a real eigenvalue takes a mode for itself. Then it is diagonalised. A
-    truncation with (nearly) repeated eigenvalues has no eigenvectors to speak of, so its dynamics are
-    nudged apart, by at most 1e-4 of their norm. Modes are scaled so that B and C keep the proportion that they
-    have in the full system.
+    The real form is truncated to as many balanced states as `num_modes` modes can hold: a conjugate pair of eigenvalues
+    takes one mode and two states, a real eigenvalue takes a mode for itself. Then it is diagonalised. A truncation with
+    (nearly) repeated eigenvalues has no eigenvectors to speak of, so its dynamics are nudged apart, by at most 1e-4 of
+    their norm. Modes are scaled so that B and C keep the proportion that they have in the full system.
 
     Raises:
         StateSpaceError: as `check_system`, or for a number of modes that there is not.
