@@ -82,7 +82,6 @@ class Folding(Protocol):
 
     def folded(self) -> Any:
         """The state with nothing put off."""
-        ...
 
 
 def follow(state: State, change: Change) -> State:

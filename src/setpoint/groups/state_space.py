@@ -65,12 +65,9 @@ class StateSpaceLayer(Protocol):
 
     def state_space(self) -> DiagonalSystem:
         """The system as it is now, in discrete time."""
-        ...
 
     def set_state_space(self, system: DiagonalSystem) -> None:
         """Take over this system, which has as many states as the layer; parameters change in place."""
-        ...
 
     def state_weights(self) -> StateWeights:
         """Where B and C are kept."""
-        ...

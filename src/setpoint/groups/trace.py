@@ -234,7 +234,7 @@ def _plain_path(path: str) -> str:
 
 
 def _count_call(walk: Walk, node: fx.Node, numbers: dict[tuple[str, str], int]) -> None:
-    """Number the call within the running forward of its module, submodules' calls included, attention's inner ones not."""
+    """Number the call within the running forward of its module, submodules' calls included, those in attention not."""
     if op_name(node.target) == "slice" and node.meta["val"].shape == node.all_input_nodes[0].meta["val"].shape:
         return  # the shim does not number slices of everything, as `:` is
     name = {"split_with_sizes": "split", "_unsafe_view": "view"}.get(op_name(node.target), op_name(node.target))

@@ -110,7 +110,6 @@ class Hooking(Protocol):
 
     def hooked(self, state: Any) -> bool:
         """Whether anything is read by hooks now."""
-        ...
 
 
 @runtime_checkable
@@ -119,7 +118,6 @@ class Shared(Protocol):
 
     def over(self, ranks: Ranks) -> Any:
         """The sensor for these ranks."""
-        ...
 
 
 def takes_back(sensor: object) -> bool:

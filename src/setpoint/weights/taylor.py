@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from setpoint.groups.follow import ByWeight, fresh
 from setpoint.groups.group import Group
 from setpoint.sensor.reading import Reading
+from setpoint.sensor.taylor import check_counts
 from setpoint.weights.find import active_of
 
 State_contra = TypeVar("State_contra", contravariant=True)
@@ -24,7 +25,6 @@ class Weighing(Protocol[State_contra]):
 
     def scores(self, state: State_contra) -> Mapping[str, Float[Tensor, "..."]]:
         """By tensor name, the saliency of every element; of those that are not active it means nothing."""
-        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,9 +71,7 @@ class WeightTaylorSensor:
     """
 
     def __init__(self, num_samples: int, window: int = 50) -> None:
-        for name, value in (("num_samples", num_samples), ("window", window)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        check_counts(num_samples=num_samples, window=window)
         self.num_samples = num_samples
         self.window = window
 
