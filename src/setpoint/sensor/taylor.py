@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
+
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float64, Shaped
