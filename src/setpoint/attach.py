@@ -35,10 +35,11 @@ from setpoint.loop.loop import ATTACHED, Loop
 from setpoint.sensor.reading import Sensor, Shared, takes_back
 from setpoint.sensor.taylor import TaylorSensor
 from setpoint.spending.account import Account
+from setpoint.spending.checks import check_budgets, check_reachable
 from setpoint.spending.meter import Meter
 from setpoint.spending.seconds import Stopwatch
 from setpoint.spending.spending import Spending
-from setpoint.spending.target import Target, check_budgets, check_reachable
+from setpoint.spending.target import Target
 
 if TYPE_CHECKING:
     from setpoint.regrowth.regrowing import Regrowing
@@ -183,7 +184,7 @@ def _spending(host: Host, wish: _Wish, parts: _Parts, total_steps: int, clock: S
         modelled=found.sources,
         check=parts.check,
     )
-    spending.check_runs(found.groups, 0)
+    spending.runs.check(0, total_steps, found.groups)
     return spending
 
 

@@ -340,7 +340,8 @@ def test_a_state_in_the_middle_of_a_step_is_refused() -> None:
 STORED = {
     "loop": {"actuator", "losses", "spending", "_ledger", "_now", "_sensor_state", "_controller_state"},
     "regrowth": {
-        "reserve", "_cutting", "_decisions", "_probing", "_chosen", "_recent", "_easing", "_last_rest", "_turn", "_whole",
+        "reserve", "_cutting", "_decisions", "_probing", "_chosen", "_recent", "_easing", "_last_rest", "_turn",
+        "_whole",
     },
     "cutting": {"groups", "origin"},
     "losses": {"_last", "_fresh", "_steps", "_losses", "_changed", "_cut", "_shared"},

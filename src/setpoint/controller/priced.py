@@ -41,7 +41,6 @@ class PricedState:
     """What the controller remembers between decisions.
 
     Args:
-        dense: width of each group before any cut.
         age: by group and active unit, decisions since the unit came back; units that never left are as old as the dwell
             demands.
         start: dense cost in the unit of the limit, metered where there is a meter; None before the first decision.
@@ -50,7 +49,6 @@ class PricedState:
         metered: whether a meter has been read.
     """
 
-    dense: Mapping[str, int]
     age: Mapping[str, ByUnit[Int64[np.ndarray, " units"]]]
     start: float | None = None
     feedback: Feedback = field(default_factory=Feedback)
@@ -163,7 +161,6 @@ class PricedController:
     def init(self, groups: tuple[Group, ...]) -> PricedState:
         """State before the first decision."""
         return PricedState(
-            dense={group.name: group.num_units for group in groups},
             age={group.name: np.full(group.num_units, self.dwell, dtype=np.int64) for group in groups},
         )
 
@@ -306,10 +303,12 @@ class PricedController:
         """What this decision must leave: a share of an even cut's densities, or, where cuts are even, all of them."""
         if self._allocation(observation) == "uniform":
             limit = min(aim.landing, aim.goal)
-            floor = landing_widths(cost, observation.widths, state.dense, groups, limit)
+            floor = landing_widths(cost, observation.widths, observation.dense_widths, groups, limit)
         else:
-            density = even_density(cost, observation.widths, state.dense, groups, aim.landing) * self.min_density
-            floor = {name: math.ceil(density * width) for name, width in state.dense.items()}
+            density = (
+                even_density(cost, observation.widths, observation.dense_widths, groups, aim.landing) * self.min_density
+            )
+            floor = {name: math.ceil(density * width) for name, width in observation.dense_widths.items()}
         return Guards(self.slew, floor, self.dwell)
 
     def _allocation(self, observation: Observation) -> Allocation:
@@ -345,7 +344,7 @@ class PricedController:
         assert reading is not None
 
         def nothing(guards: Guards) -> Selection:
-            ladders = guards.ladders(groups, reading, state.dense, state.age)
+            ladders = guards.ladders(groups, reading, observation.dense_widths, state.age)
             return start(
                 cost, ladders, widened(observation.widths, offers) if offers else observation.widths, allocation
             )

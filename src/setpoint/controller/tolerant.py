@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import final
 
@@ -26,13 +25,11 @@ class TolerantState:
     """What the controller remembers between decisions.
 
     Args:
-        dense: width of each group before any cut.
         stride: share of the present cost that the next cut takes.
         used: rise over the trend by the cuts that stay, in the unit of the loss.
         pending: whether the last cut has not been judged yet.
     """
 
-    dense: Mapping[str, int]
     stride: float
     used: float = 0.0
     pending: bool = False
@@ -89,7 +86,7 @@ class TolerantController:
 
     def init(self, groups: tuple[Group, ...]) -> TolerantState:
         """State before the first decision."""
-        return TolerantState({group.name: group.num_units for group in groups}, self.stride)
+        return TolerantState(self.stride)
 
     def due(self, step: int, total_steps: int) -> bool:
         """Whether a decision is to be made after this step."""
@@ -158,7 +155,7 @@ class TolerantController:
             group.name: build_ladder(
                 group,
                 reading.saliency[group.name],
-                dense=state.dense[group.name],
+                dense=observation.dense_widths[group.name],
                 floor=group.min_units,
                 max_dropped=math.floor(self.slew * group.num_units),
                 free=np.ones(group.num_units, dtype=bool),

@@ -68,7 +68,7 @@ def fresh(value: float | str) -> dict[str, Any]:
 
 
 def of_groups(names: str | None) -> dict[str, Any]:
-    """Metadata of a field that holds another state: the name of the field that says which groups that one is about, or None."""
+    """Metadata of a field that holds another state: the field that names the groups which that is about, or None."""
     return {"groups": names}
 
 
@@ -82,7 +82,6 @@ class Folding(Protocol):
 
     def folded(self) -> Any:
         """The state with nothing put off."""
-        ...
 
 
 def follow(state: State, change: Change) -> State:

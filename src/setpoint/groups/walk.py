@@ -140,15 +140,9 @@ class Walk:
     def contract(self, coefficient: float, dims: Sequence[tuple[int, DimLabels]], num_gradients: int) -> None:
         """Record a product of `2 * coefficient * prod(dims)` FLOPs."""
         assert self.node is not None
-        self.contracts.append(
-            Contract(
-                self.module,
-                op_name(self.node.target),
-                2.0 * coefficient,
-                tuple(dims),
-                0 if self.unread else num_gradients,
-            )
-        )
+        gradients = 0 if self.unread else num_gradients
+        op = op_name(self.node.target)
+        self.contracts.append(Contract(self.module, op, 2.0 * coefficient, tuple(dims), gradients))
 
     def literal(self, op: str, argument: int, size: int, labels: DimLabels) -> None:
         """Record a size that the module's forward writes out, at a dim with these labels."""
@@ -203,9 +197,8 @@ def op_name(target: Any) -> str:
 
 def finish(walk: Walk, result: Any, out: Any, inputs: Sequence[Value]) -> Any:
     """`Value`s of what a rule returned."""
-    weight = all(value.weight for value in inputs)
+    weight, zero = all(value.weight for value in inputs), all(value.zero for value in inputs)
     grad = any(value.grad for value in inputs)
-    zero = all(value.zero for value in inputs)
     if isinstance(out, tuple):
         results = result if result is not None else tuple(None for _ in out)
         return tuple(finish(walk, part, shape, inputs) for part, shape in zip(results, out, strict=True))

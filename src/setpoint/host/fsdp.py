@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -61,7 +61,7 @@ class FSDP(Local):
 
     @contextmanager
     def _gathered(self, names: Collection[str] | None, agreed: Agreed) -> Iterator[Agreed]:
-        """Inside, these parameters (None: all) and their optimizer state are whole, plain and free to change their shape.
+        """Inside, these parameters (None: all) and their optimizer state are whole, plain and free to change shape.
 
         Every rank has all of them for as long as that. At the end modules and optimizers hold the same sharded objects
         again, with the contents that they had when what is yielded was last called without an error; if it never was,
@@ -137,15 +137,8 @@ class _Whole:
         self.optimizers = optimizers
         self.plain = [nn.Parameter(_own(p.parameter), p.parameter.requires_grad) for p in pieces]
         self.states = [
-            {
-                number: {
-                    part: map_tensors(value, lambda tensor, _: _own(tensor), part)
-                    for part, value in optimizer.state[piece.parameter].items()
-                }
-                for number, piece in enumerate(pieces)
-                if piece.parameter in optimizer.state
-            }
-            for optimizer in self.optimizers
+            _mapped(optimizer, {n: p.parameter for n, p in enumerate(pieces)}, lambda number, tensor: _own(tensor))
+            for optimizer in optimizers
         ]
 
     @contextmanager
@@ -169,16 +162,10 @@ class _Whole:
     def spread(self) -> _Spread:
         """This rank's shards of what the whole parameters hold now; nothing is changed yet."""
         made = [_sharded_anew(piece, plain) for piece, plain in zip(self.pieces, self.plain, strict=True)]
-        states = []
-        for optimizer in self.optimizers:
-            mine = {}
-            for number, (plain, fsdp) in enumerate(zip(self.plain, made, strict=True)):
-                if plain in optimizer.state:
-                    mine[number] = {
-                        part: map_tensors(value, lambda tensor, _, p=plain, f=fsdp: _shard(tensor, p, f), part)  # type: ignore[misc]
-                        for part, value in optimizer.state[plain].items()
-                    }
-            states.append(mine)
+        states = [
+            _mapped(optimizer, dict(enumerate(self.plain)), lambda n, value: _shard(value, self.plain[n], made[n]))
+            for optimizer in self.optimizers
+        ]
         return _Spread(self.pieces, made, self.optimizers, states)
 
 
@@ -209,6 +196,17 @@ class _Spread:
                 optimizer.state[self.pieces[number].parameter] = state
 
 
+def _mapped(
+    optimizer: Optimizer, parameters: Mapping[int, nn.Parameter], function: Callable[[int, Tensor], Tensor]
+) -> dict[int, dict[str, Any]]:
+    """By number, the state that an optimizer has for a parameter, with each tensor in it replaced."""
+    return {
+        n: {key: map_tensors(value, lambda t, _, n=n: function(n, t), key) for key, value in optimizer.state[p].items()}  # type: ignore[misc]
+        for n, p in parameters.items()
+        if p in optimizer.state
+    }
+
+
 def _own(tensor: Tensor) -> Tensor:
     """A whole tensor in memory of its own."""
     found = whole_tensor(tensor.detach())
@@ -221,16 +219,9 @@ def _sharded_anew(piece: Piece, plain: nn.Parameter) -> Any:
 
     old = piece.fsdp
     offload: Any = None  # none is taken
-    new = FSDPParam(
-        nn.Parameter(plain.detach(), piece.parameter.requires_grad),
-        old._module_info,
-        old.mesh_info,
-        old.post_forward_mesh_info,
-        old.device,
-        None,
-        old.mp_policy,
-        offload,
-    )
+    parameter = nn.Parameter(plain.detach(), piece.parameter.requires_grad)
+    meshes = (old.mesh_info, old.post_forward_mesh_info)
+    new = FSDPParam(parameter, old._module_info, *meshes, old.device, None, old.mp_policy, offload)
     piece.show(plain)  # FSDP has put the shard there
     new._param_fqn = old._param_fqn
     if hasattr(old, "orig_dtype"):

@@ -49,10 +49,8 @@ def brackets(model: nn.Module) -> list[tuple[nn.Module, list[tuple[dict[str, Any
             inside, places = set(module.modules()), []
             for fsdp in pieces:
                 info = fsdp._module_info
-                owners = [
-                    (info.module, info.param_name),
-                    *zip(info.shared_modules, info.shared_param_names, strict=True),
-                ]
+                shared = zip(info.shared_modules, info.shared_param_names, strict=True)
+                owners = [(info.module, info.param_name), *shared]
                 places += [(m._parameters, name, fsdp.sharded_param) for m, name in owners if m in inside]
             found.append((module, places))
     return found
@@ -85,11 +83,11 @@ def check_pieces(model: nn.Module, pieces: Sequence[Piece]) -> None:
         name for name, each in model.named_parameters() if id(each) not in sharded and not _unsharded(each, pieces)
     ]
     found = [each.fsdp for each in pieces]
+    meshes = [each.mesh_info.mesh for each in found]
     trouble = {
         f"{stray[0] if stray else ''} outside of it (call fully_shard on the whole model too)": bool(stray),
-        "a mesh of several dims": any(each.mesh_info.mesh.ndim > 1 for each in found),
-        "several meshes": len({id(each.mesh_info.mesh.get_group()) for each in found if each.mesh_info.mesh.ndim == 1})
-        > 1,
+        "a mesh of several dims": any(mesh.ndim > 1 for mesh in meshes),
+        "several meshes": len({id(mesh.get_group()) for mesh in meshes if mesh.ndim == 1}) > 1,
         "a shard_placement_fn that does not split the first dim": any(each.fsdp_placement.dim != 0 for each in found),
         "parameters that are DTensors already": any(each.is_dtensor for each in found),
         "an offload_policy": any(each.offload_to_cpu for each in found),

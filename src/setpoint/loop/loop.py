@@ -35,6 +35,7 @@ from setpoint.loop.resume import AGAIN, FORMAT, Part, check_format, check_loadin
 from setpoint.loop.summary import Summary, summarise
 from setpoint.sensor.reading import Hooking, Reading, Sensor
 from setpoint.sensor.stride import sensed_every
+from setpoint.spending.changing import change_budget, change_total_steps, check_open
 from setpoint.spending.spending import Spending
 
 ATTACHED: WeakSet[nn.Module] = WeakSet()
@@ -82,7 +83,7 @@ class Loop:
         self._sensor_state = sensor.init(self._dense, host.model)
         self._controller_state = controller.init(self._dense)
         follow(self._sensor_state, Change())  # so that annotations that cannot be read show now
-        spending.sensing_flops = sensor.flops(self._dense, host.model)  # attach saw an unsharded model
+        spending.account.sensing_flops = sensor.flops(self._dense, host.model)  # attach saw an unsharded model
         self._now = Progress()
         self._begun = self._finished = False
         self._summary: Summary | None = None
@@ -163,8 +164,8 @@ class Loop:
 
     @budget.setter
     def budget(self, budget: Budget | Sequence[Budget]) -> None:
-        self.spending.check_open(self.step, landed=self.landed or self._finished)
-        self.spending.take(self.spending.with_budget(budget, self.groups, self.step))
+        check_open(self.spending, self.step, landed=self.landed or self._finished)
+        change_budget(self.spending, budget, self.groups, self.step)
         self._go_on()
 
     @property
@@ -176,7 +177,7 @@ class Loop:
     def total_steps(self, total_steps: int) -> None:
         if self._finished:
             raise LoopError("the run is finished: total_steps cannot be changed any more")
-        self.spending.take(self.spending.with_total_steps(total_steps, self.groups, self.step))
+        change_total_steps(self.spending, total_steps, self.groups, self.step)
         self._go_on()
 
     def observe(self, *, loss: Tensor | float | None = None, val: Tensor | float | None = None) -> None:
@@ -272,7 +273,7 @@ class Loop:
         # What points at the model is found again in the smaller one.
         live = self.sensor.init(self.groups, self.host.model)
         self._sensor_state = restored(state["sensor"], live, "the sensor's state", self.host.device)
-        self.spending.sensing_flops = self.sensor.flops(self.groups, self.host.model)
+        self.spending.account.sensing_flops = self.sensor.flops(self.groups, self.host.model)
         self.spending.prepare(False)
         if not self.actuator.by_unit:  # a probe that was under way has begun anew already
             due = self.controller.due(self.step + 1, self.total_steps)

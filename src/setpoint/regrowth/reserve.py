@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -33,18 +34,11 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Rest:
-    """The resting entries of one tensor.
-
-    Args:
-        values: the entries, in row-major order of the dense tensor, in host memory; this rank's shard of them where the
-            reserve is sharded.
-        form: shape and strides of the dense tensor, without data.
-        count: number of resting entries, on all ranks together.
-    """
+    """The resting entries of one tensor, in row-major order of the dense one, in host memory; or this rank's shard."""
 
     values: Shaped[Tensor, " part_of_resting"]
-    form: Tensor
-    count: int
+    form: Tensor  # shape and strides of the dense tensor, without data
+    count: int  # number of resting entries, on all ranks together
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,17 +92,12 @@ class Reserve:
         if limit_bytes is not None and (isinstance(limit_bytes, bool) or limit_bytes < 0):
             raise ValueError(f"limit_bytes is a number of bytes, at least 0, or None: got {limit_bytes!r}")
         places = {(size.module, size.place) for group in groups for size in group.sizes if is_call(size.place)}
-        return cls(
-            groups=groups,
-            active=keep_all(groups),
-            resting={group.name: np.zeros(group.num_units, dtype=bool) for group in groups},
-            corrected=frozenset(at for at in places if at[1] in get_call_sizes(model.get_submodule(at[0]))),
-            limit_bytes=limit_bytes,
-            dropped_at={group.name: np.full(group.num_units, -1) for group in groups},
-            drops={group.name: np.zeros(group.num_units, dtype=np.int64) for group in groups},
-            mesh=mesh,
-            own=frozenset(name for name, _ in model.named_buffers(remove_duplicate=False)),
-        )
+        corrected = frozenset(at for at in places if at[1] in get_call_sizes(model.get_submodule(at[0])))
+        own = frozenset(name for name, _ in model.named_buffers(remove_duplicate=False))
+        resting = {group.name: np.zeros(group.num_units, dtype=bool) for group in groups}
+        dropped_at = {group.name: np.full(group.num_units, -1) for group in groups}
+        drops = {group.name: np.zeros(group.num_units, dtype=np.int64) for group in groups}
+        return cls(groups, keep_all(groups), resting, {}, corrected, limit_bytes, dropped_at, drops, {}, mesh, own)
 
     @property
     def ranks(self) -> Ranks:
@@ -119,11 +108,6 @@ class Reserve:
     def num_bytes(self) -> int:
         """Host memory of the resting entries on this rank."""
         return sum(rest.values.numel() * rest.values.itemsize for rest in self.tensors.values())
-
-    @property
-    def num_resting(self) -> int:
-        """Number of resting units."""
-        return sum(int(units.sum()) for units in self.resting.values())
 
     def shares(self, name: str) -> bool:
         """Whether the resting entries of a tensor are sharded."""
@@ -162,7 +146,7 @@ class Reserve:
             drops[name][origins] += 1
         after = replace(self, active=active, resting=resting, dropped_at=dropped_at, drops=drops, let_go={})
         sources = dict(held(model, optimizer, copies, self.names(dropped)))
-        after = after._within_limit({**{key: rest.values for key, rest in self.tensors.items()}, **sources}, self)
+        after = after._within_limit({key: rest.values for key, rest in self.tensors.items()} | sources, self)
         names = self.names(dropped) | self.names(after.let_go)
         return after.refilled(self.gathered(names), sources, names)
 
@@ -172,15 +156,11 @@ class Reserve:
             name: {key: torch.from_numpy(each[name].copy()) for key, each in self._by_group().items()}
             for name in self.active
         }
-        tensors = [
-            {
-                "key": tuple(key),
-                "values": spread_out(rest.values, (rest.count,), self.mesh) if self.shares(key.tensor) else rest.values,
-                "shape": tuple(rest.form.shape),
-                "stride": rest.form.stride(),
-            }
-            for key, rest in self.tensors.items()
-        ]
+        tensors = []
+        for key, rest in self.tensors.items():
+            values = spread_out(rest.values, (rest.count,), self.mesh) if self.shares(key.tensor) else rest.values
+            form = {"shape": tuple(rest.form.shape), "stride": rest.form.stride()}
+            tensors.append({"key": tuple(key), "values": values, **form})
         return {"units": by_group, "tensors": tensors}
 
     def resumed(self, state: Mapping[str, Any]) -> Reserve:
@@ -189,10 +169,8 @@ class Reserve:
         Raises:
             GroupError: when it belongs to other groups, or entries are missing.
         """
-        by_group: dict[str, dict[str, np.ndarray]] = {key: {} for key in self._by_group()}
-        for name, values in state["units"].items():
-            for key, each in values.items():
-                by_group[key][name] = each.numpy().copy()
+        units = state["units"]
+        by_group = {key: {n: units[n][key].numpy().copy() for n in units} for key in self._by_group()}
         for key, old in self._by_group().items():
             for name, values in old.items():
                 new = by_group[key].get(name)
@@ -237,12 +215,9 @@ class Reserve:
         return {at: int(kept.sum()) for at, kept in plan_cut(self.groups, units).sizes.items()}
 
     def refilled(self, before: Reserve, sources: Mapping[Key, Tensor], names: frozenset[str]) -> Reserve:
-        """This reserve with the entries that belong to its resting units.
+        """This reserve with the entries that belong to its resting units, in the tensors whose resting entries change.
 
-        Args:
-            before: the reserve, `gathered`, from which the entries of these tensors are taken.
-            sources: live tensors, which hold the units that were active in `before`.
-            names: the tensors whose resting entries change.
+        They are taken from the reserve `before`, `gathered`, and from live tensors, which hold what was active in it.
         """
         known, live = before._outlines(), before.boxes(before.active)
         wanted, mine = self._outlines(), self.boxes(self.active)
@@ -262,9 +237,9 @@ class Reserve:
         return replace(self, tensors=tensors)
 
     def gathered(self, names: Collection[str]) -> Reserve:
-        """The reserve with all resting entries of these tensors, and of no others, unsharded; every rank calls this.
+        """The reserve with all resting entries of these tensors, and of no others, unsharded.
 
-        All communication happens here, so that no rank waits for one that fails at what it does with the entries.
+        Every rank calls this. All communication is here, so that no rank waits for one that fails at what comes after.
         """
         if self.mesh is None:
             return self
@@ -298,21 +273,16 @@ class Reserve:
 
     def _within_limit(self, tensors: Mapping[Key, Tensor], before: Reserve) -> Reserve:
         """This reserve without the units, first dropped first, for which there is no room."""
-        order = sorted(
-            (int(self.dropped_at[name][unit]), name, int(unit))
-            for name, units in self.resting.items()
-            for unit in np.flatnonzero(units)
-        )
-        shapes = before._shapes(tensors)
-        # The need falls with every unit let go, so the least number of them is found by bisection.
-        low, high = 0, len(order)
-        if self.limit_bytes is None or self._need(shapes, tensors) <= self.limit_bytes:
+        shapes, limit = before._shapes(tensors), self.limit_bytes
+        if limit is None or self._need(shapes, tensors) <= limit:
             return self
-        while low < high:
-            middle = (low + high) // 2
-            fits = self._without(order[:middle])._need(shapes, tensors) <= self.limit_bytes
-            low, high = (low, middle) if fits else (middle + 1, high)
-        return self._without(order[:low])
+        resting = [(name, int(unit)) for name, units in self.resting.items() for unit in np.flatnonzero(units)]
+        order = sorted((int(self.dropped_at[name][unit]), name, unit) for name, unit in resting)
+        # The need falls with every unit let go, so the least number of them is found by bisection.
+        number = bisect_left(
+            range(len(order)), True, key=lambda n: self._without(order[:n])._need(shapes, tensors) <= limit
+        )
+        return self._without(order[:number])
 
     def _without(self, units: Sequence[tuple[int, str, int]]) -> Reserve:
         resting = {name: values.copy() for name, values in self.resting.items()}
@@ -335,14 +305,11 @@ class Reserve:
     def _need(self, shapes: Mapping[Key, tuple[int, ...]], tensors: Mapping[Key, Tensor]) -> int:
         """Bytes that the resting entries of these tensors take, on each rank."""
         known, live, ranks = self._outlines(), self.boxes(self.active), self.ranks.count
-        counts = {
-            key: count_entries(shape, known[key.tensor]) - count_entries(shape, live[key.tensor])
-            for key, shape in shapes.items()
-        }
-        return sum(
-            tensors[key].itemsize * (-(-count // ranks) if self.shares(key.tensor) else count)
-            for key, count in counts.items()
-        )
+        total = 0
+        for key, shape in shapes.items():
+            count = count_entries(shape, known[key.tensor]) - count_entries(shape, live[key.tensor])
+            total += tensors[key].itemsize * (-(-count // ranks) if self.shares(key.tensor) else count)
+        return total
 
 
 def held(

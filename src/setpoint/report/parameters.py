@@ -18,7 +18,6 @@ class Part:
 
     Args:
         group: the group along whose units these entries lie; empty if along none.
-        params: number of entries.
     """
 
     tensor: str

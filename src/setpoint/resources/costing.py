@@ -49,11 +49,8 @@ class Costing:
     """The costs of a run beyond FLOPs and parameters.
 
     Args:
-        costs: by resource.
-        sources: by resource, "modelled: ..." and from what.
         errors: by resource, median relative error of the prediction on copies; absent where not known.
         step_seconds: by group, seconds of a dense step that go when the group alone is cut to its fewest units.
-        energy: the meter of joules, or None.
         idle_watts: power drawn while this process rests, as measured; None where joules are not asked for or metered.
     """
 
@@ -89,11 +86,6 @@ def cost_out(
     """Build the costs of these resources on copies of the model, which is left alone.
 
     Args:
-        model: the live model.
-        optimizers: that train it.
-        example: inputs of one step.
-        groups: that may be cut, as they are now.
-        resources: out of "memory", "latency", "inference" and "energy".
         watts: power of a training step, stated by the user for a machine without an energy meter.
         inference_example: inputs of one inference; by default those of one step.
 

@@ -30,9 +30,6 @@ class Inference:
     in an overridden one, such as folding weights together, is left out.
 
     Args:
-        model: that answers.
-        args: positional inputs.
-        kwargs: keyword inputs.
         autocast: the type of numbers that the forward is cast to, None for the model's own.
     """
 
@@ -92,10 +89,6 @@ def inference_replica(
     """A copy of a model, cut to these widths, that answers one batch.
 
     Args:
-        model: the live model, left alone.
-        example: inputs of one inference.
-        groups: of the model, as it is now.
-        widths: of the copy, by group.
         data: False for a copy whose tensors have shapes but no memory.
     """
     with fresh_replica(model, (), example, groups, widths, data=data) as made:

@@ -42,9 +42,6 @@ class EnergyMeter:
     Read it more often than a counter takes for half a turn (a minute at least), or a turn is missed: a step back
     by less than half of the range is no wrap.
 
-    Args:
-        counters: at least one.
-
     >>> values = iter([10.0, 13.5, 1.0])
     >>> meter = EnergyMeter([Counter("recorded", lambda: next(values), range_j=16.0)])
     >>> meter.read_j(), meter.read_j(), meter.source
@@ -126,9 +123,6 @@ def rapl_counters(root: Path = POWERCAP) -> tuple[list[Counter], str]:
     Of the parts of a package only "dram" is read, which the package does not count (Intel SDM, volume 3, "RAPL
     domains"); "core" and "uncore" are in it, and "psys" counts everything again. If one of the counters cannot be
     read there is none at all: a part of the energy would look like the whole.
-
-    Args:
-        root: the powercap folder of sysfs.
     """
     found, why = [], f"no RAPL domain under {root}"
     for folder in sorted(root.glob("intel-rapl:*")):
@@ -154,12 +148,7 @@ def _microjoules(file: Path) -> Callable[[], float]:
 
 
 def nvml_counters(indices: Iterable[int], nvml: Any = None) -> tuple[list[Counter], str]:
-    """Counters of these CUDA devices by NVML, and why there are none.
-
-    Args:
-        indices: of the devices, as CUDA numbers them.
-        nvml: the `pynvml` module; by default the installed one.
-    """
+    """Counters of these CUDA devices by NVML, and why there are none."""
     if nvml is None:
         try:
             import pynvml
@@ -197,10 +186,6 @@ def find_energy_meter(devices: Iterable[torch.device], root: Path = POWERCAP) ->
 
     A GPU in use whose counter cannot be read leaves no meter at all: the processor alone would be a
     part of the energy that looks like the whole.
-
-    Args:
-        devices: where the model is.
-        root: the powercap folder of sysfs.
     """
     cuda = sorted({device.index or 0 for device in devices if device.type == "cuda"})
     counters: list[Counter] = []
@@ -215,12 +200,7 @@ def find_energy_meter(devices: Iterable[torch.device], root: Path = POWERCAP) ->
 
 
 def idle_watts(meter: EnergyMeter, seconds: float = 1.0) -> float | None:
-    """Power drawn while this process rests, in watts; other work of the machine is in it.
-
-    Args:
-        meter: a working meter.
-        seconds: how long to rest.
-    """
+    """Power drawn while this process rests, in watts; other work of the machine is in it."""
     began, before = time.perf_counter(), meter.read_j()
     time.sleep(seconds)
     after, elapsed = meter.read_j(), time.perf_counter() - began

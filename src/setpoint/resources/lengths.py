@@ -19,8 +19,6 @@ def trial_widths(groups: Sequence[Group], seed: int = 0, *, dense: bool = True) 
     reach; a group that no block can leave stays as it is.
 
     Args:
-        groups: at their dense widths.
-        seed: of the draw.
         dense: whether any group is ever left whole; without, all are cut that can be, in the first vector by one block.
 
     >>> [len(trial_widths((Group("a", "unit", 8, ()), Group("b", "unit", 8, ()))))]
@@ -63,9 +61,6 @@ class Lengths:
     A number that does not change is a constant; one that changes in proportion to the width of one group
     follows that group, `constant + per_unit * width`. Sums over several groups are learnt where they are
     made, by `learn`.
-
-    Args:
-        vectors: widths by group, one mapping for each time the numbers are seen.
 
     >>> lengths = Lengths([{"a": 8, "b": 8}, {"a": 4, "b": 6}, {"a": 2, "b": 7}])
     >>> lengths.size((24, 12, 6)), lengths.size((5, 5, 5))

@@ -8,7 +8,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.utils._python_dispatch import (
     _get_current_dispatch_mode,
     _get_current_dispatch_mode_stack,
@@ -19,13 +18,10 @@ from torch.utils.hooks import RemovableHandle
 
 from setpoint.cost.budget import METERED
 from setpoint.cost.cost import Cost
-from setpoint.groups.export import Example, inputs_of
-from setpoint.resources.costing import Costing
 from setpoint.resources.inference import Inference
 from setpoint.resources.joules import EnergyMeter
 from setpoint.resources.live_bytes import LiveBytes, resident_bytes
 from setpoint.resources.median import Measured, median_of
-from setpoint.resources.replica import Replica
 from setpoint.spending.meter import Meter
 from setpoint.spending.seconds import StepMeter
 
@@ -62,13 +58,8 @@ class Metering(Meter):
     Seconds of inference are the median over a few forward passes of the model itself, made before each decision.
 
     Args:
-        resources: that a budget is on.
         held: gives the tensors that live between steps.
-        device: of the model.
         model: whose first call in training begins the step.
-        compiled: whether the model runs as compiled code.
-        energy: a working meter, or None.
-        inference: the model on the batch that it is to answer in time, or None.
         pass_flops: FLOPs of one forward pass of it, None where none is timed.
         watts: power that the user has stated, where joules are this times seconds; else 0.
     """
@@ -297,49 +288,7 @@ class Metering(Meter):
         return {"peak": self._peak, "run_j": self.run_j(), "blocked": float(self._blocked)}
 
     def load_state_dict(self, state: Mapping[str, float | None]) -> None:
-        """Go on with the last peak and the joules of the run.
-
-        Args:
-            state: from `state_dict`.
-        """
+        """Go on with the last peak and the joules of the run."""
         self._peak = None if state["peak"] is None else int(state["peak"])
         self._blocked = bool(state["blocked"])
         self._earlier_j = None if state["run_j"] is None else float(state["run_j"])
-
-
-def meter_for(
-    costing: Costing,
-    model: nn.Module,
-    optimizers: Sequence[Optimizer],
-    example: Example,
-    resources: Collection[str],
-    *,
-    compiled: bool,
-    answered: Example,
-    pass_flops: Cost | None,
-) -> Metering:
-    """The meter of a run whose resources have been costed out.
-
-    Args:
-        costing: of these resources.
-        model: the live model.
-        optimizers: that train it.
-        example: inputs of one step.
-        resources: that a budget, price or tolerance is on.
-        compiled: whether the model runs as compiled code.
-        answered: inputs of one inference.
-        pass_flops: FLOPs of that, None where none is metered.
-    """
-    args, kwargs = inputs_of(example)
-    live = Replica(model, tuple(optimizers), args, kwargs)
-    return Metering(
-        resources,
-        live.held,
-        next((parameter.device for parameter in model.parameters()), torch.device("cpu")),
-        model=model,
-        compiled=compiled,
-        energy=costing.energy,
-        inference=Inference.of(model, answered) if "inference" in resources else None,
-        pass_flops=pass_flops,
-        watts=costing.stated_watts,
-    )

@@ -23,7 +23,6 @@ class Axis:
     """A length that several dims of a problem follow.
 
     Args:
-        size: the length as a function of widths.
         values: what it can become, the dense one first.
     """
 
@@ -36,8 +35,6 @@ class Problem:
     """One operation, and the lengths that it follows.
 
     Args:
-        operation: what is called.
-        axes: the lengths, in the order in which its arguments show them.
         key: the same for problems that take the same time.
         contraction: whether time follows the product of the lengths rather than the bytes moved.
     """
@@ -101,12 +98,7 @@ def _unit(size: Size) -> Size:
 
 
 def pose(operation: Operation, groups: Mapping[str, Group]) -> Problem:
-    """The problem that an operation of a tape is.
-
-    Args:
-        operation: as recorded.
-        groups: by name, at dense widths.
-    """
+    """The problem that an operation of a tape is."""
     sizes = [size for leaf in (*operation.leaves, *operation.outputs) for size in _sizes(leaf) if size.parts]
     axes = tuple(Axis(unit, _values(unit, groups)) for unit in dict.fromkeys(map(_unit, sizes)))
     contraction = len(axes) <= _MAX_AXES and any(part in operation.name for part in _CONTRACTIONS)

@@ -22,14 +22,7 @@ from setpoint.groups.group import Group
 
 @dataclass(frozen=True, eq=False)
 class Replica:
-    """A copy in training.
-
-    Args:
-        model: the copy.
-        optimizers: copies of those that train it.
-        args: positional inputs.
-        kwargs: keyword inputs.
-    """
+    """A copy in training."""
 
     model: nn.Module
     optimizers: tuple[Optimizer, ...]
@@ -97,11 +90,6 @@ def fresh_replica(
     """A copy of a model in training, cut to these widths, before its first step.
 
     Args:
-        model: the live model, left alone.
-        optimizers: that train it, left alone.
-        example: inputs.
-        groups: of the model, as it is now.
-        widths: of the copy, by group.
         data: False for a copy whose tensors have shapes but no memory.
     """
     keep = {group.name: np.arange(group.num_units) < widths[group.name] for group in groups}

@@ -39,11 +39,7 @@ def cache_folder() -> Path:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What timings hold for: they are worth nothing elsewhere.
-
-    Args:
-        device: that the model is on. The types of numbers are part of each problem.
-    """
+    """What timings hold for: they are worth nothing elsewhere."""
     facts: dict[str, Any] = {"torch": torch.__version__, "machine": platform.machine(), "device": device.type}
     if device.type == "cuda":
         facts |= {"name": torch.cuda.get_device_name(device), "tf32": torch.backends.cuda.matmul.allow_tf32}
@@ -63,12 +59,7 @@ def _processor() -> str:
 
 
 class Table:
-    """Seconds by problem and point, for one device.
-
-    Args:
-        device: where problems are timed.
-        folder: where the table is kept; the user's cache folder by default.
-    """
+    """Seconds by problem and point, for one device."""
 
     def __init__(self, device: torch.device, folder: Path | None = None) -> None:
         self.device = device
@@ -135,10 +126,6 @@ class Table:
         Rounds over all points are repeated up to three times, while they fit into the limit, and the least time
         of a point counts: what disturbs a measurement only ever adds to it. Where even one round would take
         longer, fewer points are measured.
-
-        Args:
-            problems: what occurs; those with the same key are timed once.
-            limit_s: seconds to spend, roughly.
 
         Returns:
             None for a problem that does not run by itself.

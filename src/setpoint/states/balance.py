@@ -52,8 +52,7 @@ def hankel_values(system: System, what: str = "the system") -> Float[Tensor, "*b
     check_system(system, what)
     reached, heard = gramian_factors(system)
     values: Tensor = torch.linalg.svdvals(heard.mT @ reached)
-    missing = _real_states(system) - values.shape[-1]
-    return torch.nn.functional.pad(values, (0, missing)) if missing else values
+    return torch.nn.functional.pad(values, (0, _real_states(system) - values.shape[-1]))
 
 
 def balance(system: System, what: str = "the system") -> Balance:
@@ -74,12 +73,8 @@ def balance(system: System, what: str = "the system") -> Balance:
     floor = torch.finfo(values.dtype).eps * values.shape[-1] * values[..., :1]
     root = torch.where(values > floor, values.clamp_min(1e-300).rsqrt(), 0.0)
     expand, reduce = reached @ right.mT * root[..., None, :], root[..., :, None] * (left.mT @ heard.mT)
-    missing = _real_states(system) - values.shape[-1]
-    if missing:
-        values = torch.nn.functional.pad(values, (0, missing))
-        expand = torch.nn.functional.pad(expand, (0, missing))
-        reduce = torch.nn.functional.pad(reduce, (0, 0, 0, missing))
-    return Balance(values, expand, reduce)
+    missing, pad = _real_states(system) - values.shape[-1], torch.nn.functional.pad
+    return Balance(pad(values, (0, missing)), pad(expand, (0, missing)), pad(reduce, (0, 0, 0, missing)))
 
 
 def _real_states(system: System) -> int:

@@ -32,10 +32,9 @@ class Gramians:
 def gramians(system: System) -> Gramians:
     """Both Gramians of a stable system.
 
-    Of a diagonal system they are known in closed form, with `l` the eigenvalues: the state's
-    covariance is `E[x x^H]_ij = (B B^H)_ij / (1 - l_i conj(l_j))` and its pseudo-covariance
-    `E[x x^T]_ij = (B B^T)_ij / (1 - l_i l_j)`; those of the real and imaginary parts follow. Of a dense one they
-    are summed by doubling.
+    Of a diagonal system they are known in closed form, with `l` the eigenvalues: the state's covariance is `E[x x^H]_ij
+    = (B B^H)_ij / (1 - l_i conj(l_j))` and its pseudo-covariance `E[x x^T]_ij = (B B^T)_ij / (1 - l_i l_j)`; those of
+    the real and imaginary parts follow. Of a dense one they are summed by doubling.
 
     Raises:
         StateSpaceError: for B or C so large that they are not finite.

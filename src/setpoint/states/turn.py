@@ -139,11 +139,8 @@ class _Turn:
             )
         if not keep.any():
             raise GroupError(f"keep[{group.name!r}] leaves layer {name!r} without states: keep at least one")
-        (inputs, *_) = layer.state_weights().inputs
-        prefix = f"{name}." if name else ""
-        index = next(
-            piece.index for piece in group.slices if piece.tensor == prefix + inputs and piece.role != "consume"
-        )
+        written = (f"{name}." if name else "") + layer.state_weights().inputs[0]
+        index = next(piece.index for piece in group.slices if piece.tensor == written and piece.role != "consume")
         modes, places = basis.modes(old, keep), [np.flatnonzero(keep[index])]
         if rest:
             modes = beside(modes, residual_modes(old, modes, int((~keep).sum())))
@@ -174,27 +171,24 @@ class _Turn:
         eigenvalues = now.eigenvalues.index_select(-1, self.places).to(new.eigenvalues)
         inputs = now.inputs.index_select(-2, self.places).to(new.inputs)
         outputs = now.outputs.index_select(-1, self.places).to(new.outputs)
+        mirror = DiagonalSystem(new.eigenvalues.conj(), new.inputs.conj(), new.outputs.conj())
 
-        def apart(values: Tensor, b: Tensor, c: Tensor) -> Tensor:
+        def apart(modes: DiagonalSystem) -> Tensor:
             """How far each mode is from what the layer holds."""
-            far: Tensor = (values - eigenvalues).abs().square() + (b - inputs).abs().square().sum(-1)
-            return far + (c - outputs).abs().square().sum(-2)
+            far: Tensor = (modes.eigenvalues - eigenvalues).abs().square()
+            far = far + (modes.inputs - inputs).abs().square().sum(-1)
+            return far + (modes.outputs - outputs).abs().square().sum(-2)
 
-        plain = apart(new.eigenvalues, new.inputs, new.outputs)
-        mirrored = apart(new.eigenvalues.conj(), new.inputs.conj(), new.outputs.conj()) < plain
+        mirrored = apart(mirror) < apart(new)
         sign = torch.where(mirrored, -1.0, 1.0).to(self.modes.reduce)
         signs = torch.cat([torch.ones_like(sign), sign], -1)
-        mirror_in, mirror_out = mirrored[..., :, None], mirrored[..., None, :]
-        return replace(
-            self.modes,
-            system=DiagonalSystem(
-                torch.where(mirrored, new.eigenvalues.conj(), new.eigenvalues),
-                torch.where(mirror_in, new.inputs.conj(), new.inputs),
-                torch.where(mirror_out, new.outputs.conj(), new.outputs),
-            ),
-            reduce=signs[..., :, None] * self.modes.reduce,
-            expand=self.modes.expand * signs[..., None, :],
+        system = DiagonalSystem(
+            torch.where(mirrored, mirror.eigenvalues, new.eigenvalues),
+            torch.where(mirrored[..., :, None], mirror.inputs, new.inputs),
+            torch.where(mirrored[..., None, :], mirror.outputs, new.outputs),
         )
+        reduce, expand = signs[..., :, None] * self.modes.reduce, self.modes.expand * signs[..., None, :]
+        return replace(self.modes, system=system, reduce=reduce, expand=expand)
 
     def _let_follow(
         self,
@@ -247,11 +241,9 @@ class _Turn:
         self, model: nn.Module, optimizers: Sequence[Optimizer], names: set[str]
     ) -> Iterator[tuple[Optimizer, nn.Parameter]]:
         tensors = named_tensors(model)
-        for name in sorted(names):
-            for optimizer in optimizers:
-                parameter = tensors[name]
-                if isinstance(parameter, nn.Parameter) and parameter in optimizer.state:
-                    yield optimizer, parameter
+        for parameter in (tensors[name] for name in sorted(names)):
+            held = [each for each in optimizers if isinstance(parameter, nn.Parameter) and parameter in each.state]
+            yield from ((optimizer, parameter) for optimizer in held)
 
     def _carry(
         self,
@@ -271,15 +263,15 @@ class _Turn:
         _turn_state(model, optimizers, inputs, gradients_in, dim, self.places, undo)
         _turn_state(model, optimizers, outputs, gradients_out, dim + 1, self.places, undo)
         for optimizer, parameter in self._held(model, optimizers, self._tensor_names() - {*inputs, *outputs}):
-            shape = parameter.shape
 
-            def restart(value: Tensor, key: str, shape: torch.Size = shape) -> Tensor:
+            def restart(value: Tensor, key: str, shape: torch.Size = parameter.shape) -> Tensor:
                 if value.shape != shape:
                     return value
                 mean = torch.zeros_like(value) if key in _FIRST else value.mean(dim, keepdim=True).expand_as(value)
                 return mean.clone()
 
-            _replace_state(optimizer, parameter, _mapped(optimizer, parameter, restart), undo)
+            state = {key: map_tensors(value, restart, key) for key, value in optimizer.state[parameter].items()}
+            _replace_state(optimizer, parameter, state, undo)
 
 
 def _turn_state(
@@ -341,10 +333,6 @@ def _mirror(states: int, device: torch.device) -> Tensor:
     """Changes the sign of imaginary parts: the real form of C holds `-Im C`."""
     ones = torch.ones(states, dtype=torch.float64, device=device)
     return torch.diag(torch.cat([ones, -ones]))
-
-
-def _mapped(optimizer: Optimizer, parameter: nn.Parameter, function: Any) -> dict[str, Any]:
-    return {key: map_tensors(value, function, key) for key, value in optimizer.state[parameter].items()}
 
 
 def _replace_state(optimizer: Optimizer, parameter: Tensor, state: dict[str, Any], undo: ExitStack) -> None:
