@@ -8,10 +8,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from torch.optim import Optimizer
 
-from setpoint.actuator.optimizer_state import check_optimizer, check_trains
-from setpoint.actuator.verify import few_rows
+from setpoint.actuator.try_optimizer import check_optimizer, check_trains
+from setpoint.controller.goal import check_goal, controller_for
 from setpoint.controller.plan import Controller, Learning, regrows
 from setpoint.controller.plan import Regrowing as Returning
 from setpoint.controller.reference import Reference
@@ -28,9 +27,9 @@ from setpoint.groups.follow import check_states
 from setpoint.groups.group import Group, widths_of
 from setpoint.groups.trace import trace
 from setpoint.host.host import Host, host_of
+from setpoint.host.optimizers import Steps
 from setpoint.loop.candidates import Candidates, unit_candidates
 from setpoint.loop.cutting import Actuator, Coordinates, Cutting, same_coordinates
-from setpoint.loop.goal import check_goal, controller_for
 from setpoint.loop.header import header_of
 from setpoint.loop.loop import ATTACHED, Loop
 from setpoint.sensor.reading import Sensor, Shared, takes_back
@@ -49,7 +48,7 @@ if TYPE_CHECKING:
 
 def attach(
     model: nn.Module,
-    optimizer: Optimizer | Sequence[Optimizer],
+    optimizer: Steps | Sequence[Steps],
     budget: Budget | Sequence[Budget] | Price | Tolerance,
     *,
     example: Example,
@@ -69,7 +68,7 @@ def attach(
 
     Args:
         model: as the training loop calls it: compiled, in `DistributedDataParallel` or with `fully_shard`, too.
-        optimizer: the one that trains it, or several that each step once per training step.
+        optimizer: the one that trains it, in its wrapper if it has one, or several that each step once per step.
         budget: of one resource or several; with a `Price` or a `Tolerance` the size follows from the loss.
         example: inputs as in training, at the batch shape of one optimizer step on one rank: a tuple or a dict.
         total_steps: optimizer steps of the whole run.
@@ -292,7 +291,9 @@ def _units(
     sensor = sensor.over(host.ranks) if isinstance(sensor, Shared) and not host.alone else sensor
     found = unit_candidates(host, traced, example, sensor, groups, allow_lossy=allow_lossy, verify=verify)
     if regrows(wish.controller):
-        passes = _check_regrowth(host, example, found.groups, sensor, verify)
+        from setpoint.regrowth.verify_probe import check_regrowth
+
+        passes = check_regrowth(host, example, found.groups, sensor, verify=verify)
         found = replace(found, passes=found.passes + passes)
     meter = Meter()
     if {each.resource for each in wish.goals} & set(METERED):
@@ -361,28 +362,3 @@ def _check_reads(host: Host, sensor: Sensor[Any]) -> None:
             f"{type(sensor).__name__} does not say that it can read a model that fully_shard has spread over ranks: "
             "use TaylorSensor, or set reads_shards = True on a sensor that adds up what each rank has"
         )
-
-
-def _check_regrowth(
-    host: Host, example: Example, groups: tuple[Group, ...], sensor: Sensor[Any], verify: bool
-) -> float:
-    """Check that units can be probed and come back in this model; the passes that took.
-
-    Raises:
-        LoopError: when they cannot.
-        VerificationError: when a probed step on a copy is not the shrunk model's step.
-    """
-    from setpoint.regrowth.verify_probe import verify_probe
-
-    instead = "attach with PricedController(regrow=False)"
-    if not takes_back(sensor):
-        raise LoopError(f"{type(sensor).__name__} says returns = False, so units cannot come back: {instead}")
-    if host.compiled:
-        raise LoopError(
-            f"resting units cannot be present in compiled code: attach to the model uncompiled, or {instead}"
-        )
-    if not verify:
-        return 0.0
-    few, share = few_rows(example)
-    verify_probe(host.model, few, groups)
-    return 6 * share

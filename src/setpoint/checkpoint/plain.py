@@ -53,13 +53,9 @@ def plain(value: Any, where: str) -> Any:
 
 
 def restored(value: Any, like: Any, where: str, device: torch.device) -> Any:
-    """The value that `plain` was given.
+    """The value that `plain` was given, with the live fields of `like`, a value of the same types and shapes.
 
-    Args:
-        value: what `plain` returned.
-        like: a value of the same types and shapes, whose live fields are taken over.
-        where: its name in messages.
-        device: for tensors without a counterpart in `like`.
+    Tensors without a counterpart there go to the device; `where` names the value in messages.
 
     Raises:
         CheckpointError: when it has other types or shapes.

@@ -31,11 +31,8 @@ _ARRAYS = {
 def to_tensors(value: Any, spread: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
     """Nested dicts, lists and tuples of tensors, arrays, numbers, strings and None as tensors in host memory.
 
-    Tensors that share all of their memory are stored once. NumPy's numbers become Python's.
-
-    Args:
-        value: the data; keys of its dicts are strings or integers.
-        spread: receives the sharded tensors, by their place in the data; None: a sharded tensor is an error.
+    Tensors that share all of their memory are stored once. NumPy's numbers become Python's. Keys of dicts are strings
+    or integers. Sharded tensors are put into `spread`, by their place in the data; without it they are an error.
 
     Raises:
         CheckpointError: for anything else.

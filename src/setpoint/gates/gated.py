@@ -27,32 +27,20 @@ _FEATURES = 11
 
 @dataclass(frozen=True, eq=False)
 class GatedState:
-    """What the controller remembers between decisions.
+    """What the controller remembers between decisions."""
 
-    Args:
-        priced: memory of the priced controller.
-        net: the gate network and its optimizer's memory.
-    """
-
-    priced: PricedState
-    net: GateNet
+    priced: PricedState  # memory of the priced controller
+    net: GateNet  # the gate network and its optimizer's memory
 
 
 @dataclass(frozen=True, eq=False)
 class _Units:
-    """All units of all groups, one group after the other, as the network sees them.
+    """All units of all groups, one group after the other, as the network sees them."""
 
-    Args:
-        features: what the gate depends on.
-        slope: mean gate gradient / what the unit costs.
-        curvature: second derivative of the loss by the gate / what the unit costs.
-        earns: what the unit costs, price x saving: the saliency at which it just pays.
-    """
-
-    features: Tensor
-    slope: Tensor
-    curvature: Tensor
-    earns: Float64[np.ndarray, " units"]
+    features: Tensor  # what the gate depends on
+    slope: Tensor  # mean gate gradient / what the unit costs
+    curvature: Tensor  # second derivative of the loss by the gate / what the unit costs
+    earns: Float64[np.ndarray, " units"]  # what the unit costs, price x saving: the saliency at which it just pays
 
 
 @final
@@ -222,7 +210,7 @@ def _units(state: PricedState, observation: Observation, cost: Cost, groups: tup
             place / max(1, len(groups) - 1),
             float(group.what == "channel"),
             float(group.what == "head"),
-            width / state.dense[group.name],
+            width / observation.dense_widths[group.name],
             state.age[group.name] / max(1, state.age[group.name].max(initial=0)),
             observation.step / observation.total_steps,
             dearness,

@@ -20,18 +20,12 @@ class GateNet:
     """Two hidden layers, and the memory of their own optimizer (Adam); plain float32 tensors on the host.
 
     A gate's logit is the first feature plus what the layers make of all features.
-
-    Args:
-        weights: matrices and biases, in the order in which they act.
-        mean: Adam's running mean of each one's gradient.
-        square: Adam's running mean of its square.
-        count: steps of Adam done.
     """
 
-    weights: tuple[Tensor, ...]
-    mean: tuple[Tensor, ...]
-    square: tuple[Tensor, ...]
-    count: int = 0
+    weights: tuple[Tensor, ...]  # matrices and biases, in the order in which they act
+    mean: tuple[Tensor, ...]  # Adam's running mean of each one's gradient
+    square: tuple[Tensor, ...]  # Adam's running mean of its square
+    count: int = 0  # steps of Adam done
 
     @classmethod
     def fresh(cls, num_features: int, hidden: int, seed: int) -> GateNet:
@@ -77,11 +71,8 @@ class GateNet:
         without which the few most salient units would drown out all others.
 
         Args:
-            features: of all units.
             slope: mean gradient of the loss with respect to the open gate, r, / (price x saving).
             curvature: second derivative of the loss by the gate / (price x saving).
-            steps: how many.
-            learning_rate: of Adam.
         """
         net = self
         with torch.enable_grad(), torch.autocast("cpu", enabled=False):

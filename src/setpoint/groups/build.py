@@ -30,17 +30,11 @@ class OwnDim:
 
 @dataclass(frozen=True, eq=False)
 class Units:
-    """Which group and unit every class of atoms belongs to.
+    """Which group and unit every class of atoms belongs to."""
 
-    Args:
-        groups: the groups, without size bindings.
-        group_of: per atom, position of its group in `groups`, or -1: it stays.
-        unit_of: per atom, its unit within the group.
-    """
-
-    groups: tuple[Group, ...]
-    group_of: np.ndarray
-    unit_of: np.ndarray
+    groups: tuple[Group, ...]  # the groups, without size bindings
+    group_of: np.ndarray  # per atom, position of its group in `groups`, or -1: it stays
+    unit_of: np.ndarray  # per atom, its unit within the group
 
     def index(self, labels: np.ndarray, group: int) -> np.ndarray:
         """Index table of these entries for one group: unit, or -1."""
@@ -192,13 +186,7 @@ def _least(members: list[int], classes: Mapping[str, np.ndarray]) -> int:
 
 
 def _group(
-    name: str,
-    num_units: int,
-    slices: tuple[Slice, ...],
-    what: str,
-    notes: tuple[str, ...],
-    least: int,
-    aligned: bool,
+    name: str, num_units: int, slices: tuple[Slice, ...], what: str, notes: tuple[str, ...], least: int, aligned: bool
 ) -> Group:
     block = 1 if what == "head" else _block(num_units, 16 if what == "channel" else 8)
     block = max(block, ALIGNED) if aligned else block

@@ -17,21 +17,13 @@ from setpoint.groups.walk import Walk
 
 @dataclass(frozen=True, eq=False)
 class Draft:
-    """What is known of a model before its forward is tried with fewer units.
+    """What is known of a model before its forward is tried with fewer units."""
 
-    Args:
-        rehearsal: runs the model's forward.
-        shapes: of the model's outputs.
-        walk: the record of the walk over its graph.
-        dims: of all parameters and buffers.
-        units: what can be dropped according to the graph.
-    """
-
-    rehearsal: Rehearsal
-    shapes: tuple[torch.Size, ...]
-    walk: Walk
-    dims: Sequence[OwnDim]
-    units: Units
+    rehearsal: Rehearsal  # runs the model's forward
+    shapes: tuple[torch.Size, ...]  # of the model's outputs
+    walk: Walk  # the record of the walk over its graph
+    dims: Sequence[OwnDim]  # of all parameters and buffers
+    units: Units  # what can be dropped according to the graph
 
     @property
     def model(self) -> nn.Module:

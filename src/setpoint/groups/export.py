@@ -189,12 +189,7 @@ def _depends_on_data(error: BaseException) -> bool:
     names = {type(error).__name__ for error in _chain(error)}
     return bool(
         names
-        & {
-            "DataDependentOutputException",
-            "DynamicOutputShapeException",
-            "GuardOnDataDependentSymNode",
-            "UserError",
-        }
+        & {"DataDependentOutputException", "DynamicOutputShapeException", "GuardOnDataDependentSymNode", "UserError"}
     )
 
 

@@ -62,18 +62,13 @@ class Change:
 def fresh(value: float | str) -> dict[str, Any]:
     """Metadata of a field by unit or by weight: what an entry holds that has just come back, 0 where nothing is said.
 
-    Args:
-        value: a number, or the name of another field of the state, which holds it.
+    A number, or the name of another field of the state, which holds it.
     """
     return {"fresh": value}
 
 
 def of_groups(names: str | None) -> dict[str, Any]:
-    """Metadata of a field that holds another state: which groups that one is about, where it is not about all.
-
-    Args:
-        names: name of the field that holds the names of these groups; None where nothing in it is by unit.
-    """
+    """Metadata of a field that holds another state: the name of the field that says which groups that one is about, or None."""
     return {"groups": names}
 
 
@@ -95,10 +90,6 @@ def follow(state: State, change: Change) -> State:
 
     In a dataclass, every field annotated `ByUnit[...]` or `ByWeight[...]` is cut and grown, and so are the dataclasses
     in its fields and in tuples there. Anything else has nothing by unit, and is returned as it is.
-
-    Args:
-        state: of a sensor, of a controller, or any other.
-        change: what has become of the units.
 
     >>> @dataclass(frozen=True)
     ... class Ages:

@@ -20,17 +20,11 @@ from setpoint.groups.atoms import Atoms
 
 @dataclass(frozen=True, eq=False)
 class Product:
-    """Cells and their factors.
+    """Cells and their factors."""
 
-    Args:
-        cells: atoms of the merged dim, shape (n1, n2, ...).
-        factors: atoms of each factor, of n1, n2, ... entries.
-        where: module and op, for messages.
-    """
-
-    cells: np.ndarray
-    factors: tuple[np.ndarray, ...]
-    where: str
+    cells: np.ndarray  # atoms of the merged dim, shape (n1, n2, ...)
+    factors: tuple[np.ndarray, ...]  # atoms of each factor, of n1, n2, ... entries
+    where: str  # module and op, for messages
 
 
 def solve(atoms: Atoms, products: Sequence[Product]) -> None:

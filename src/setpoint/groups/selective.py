@@ -27,12 +27,7 @@ def selective_kind(module: nn.Module) -> Selective | None:
 
 
 def mark_selective(model: nn.Module, groups: tuple[Group, ...]) -> tuple[Group, ...]:
-    """The groups, those that are the states of a selective layer of kind "state".
-
-    Args:
-        model: the model.
-        groups: its groups, as tracing found them.
-    """
+    """The groups, those that are the states of a selective layer of kind "state"."""
     names = {name: kind for name, module in model.named_modules() if (kind := selective_kind(module)) is not None}
     return tuple(
         replace(group, kind="state", what="state", min_units=max(group.min_units, 1))
@@ -60,9 +55,5 @@ def _holds_states(group: Group, name: str, kind: Selective) -> bool:
         return places == {("A_log", 1), ("x_proj.weight", 0)}
     return (
         places <= {("conv1d.weight", 0), ("conv1d.bias", 0), ("in_proj.weight", 0), ("in_proj.bias", 0)}
-        and (
-            "in_proj.weight",
-            0,
-        )
-        in places
+        and ("in_proj.weight", 0) in places
     )

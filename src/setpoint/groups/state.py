@@ -25,10 +25,6 @@ def find_states(model: nn.Module, groups: tuple[Group, ...]) -> tuple[tuple[Grou
     itself tells; its FLOPs are then constants to the cost, its parameters are not. States of selective layers
     (Mamba, Mamba-2) are of kind "state" too; they have no balanced coordinates.
 
-    Args:
-        model: the model.
-        groups: its groups, as tracing found them.
-
     Raises:
         StateSpaceError: for a layer whose weights are not where it says, or do not fit its system.
     """
@@ -127,10 +123,6 @@ def _declared(name: str, layer: StateSpaceLayer, taken: set[str]) -> Group:
 
 def state_layer(model: nn.Module, group: Group) -> tuple[str, StateSpaceLayer]:
     """The layer whose states a group holds, and its name.
-
-    Args:
-        model: the model.
-        group: one of its groups.
 
     Raises:
         GroupError: for a group of another kind, or of another model.

@@ -33,20 +33,13 @@ class Contraction:
 
     Its forward costs `coefficient * prod(sizes)` FLOPs (2 per multiply-add); the backward pass costs
     as much again for each operand that needs a gradient.
-
-    Args:
-        module: qualified name of the module whose forward holds it.
-        op: ATen name.
-        coefficient: 2 x the lengths that do not depend on widths (batch, positions, kernel).
-        sizes: the lengths that do.
-        num_gradients: number of operands that need a gradient: 0, 1 or 2.
     """
 
-    module: str
-    op: str
-    coefficient: float
-    sizes: tuple[Size, ...]
-    num_gradients: int
+    module: str  # qualified name of the module whose forward holds it
+    op: str  # ATen name
+    coefficient: float  # 2 x the lengths that do not depend on widths (batch, positions, kernel)
+    sizes: tuple[Size, ...]  # the lengths that do
+    num_gradients: int  # number of operands that need a gradient: 0, 1 or 2
 
 
 @dataclass(frozen=True)
@@ -379,10 +372,7 @@ def _hand_up(walk: Walk, node: fx.Node, written: Value, env: dict[fx.Node, Any])
     while isinstance(view, fx.Node) and isinstance(env.get(view), Value):
         old = env[view]
         env[view] = replace(
-            old,
-            weight=old.weight and written.weight,
-            grad=old.grad or written.grad,
-            zero=old.zero and written.zero,
+            old, weight=old.weight and written.weight, grad=old.grad or written.grad, zero=old.zero and written.zero
         )
         walk.flow.append((walk.module, [old, written], [env[view]]))
         returns = view.target._schema.returns if isinstance(view.target, torch._ops.OpOverload) else ()

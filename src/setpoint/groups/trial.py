@@ -157,19 +157,12 @@ def by_module(calls: Sequence[Call]) -> Wrong:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Outcome of a forward without data.
+    """Outcome of a forward without data."""
 
-    Args:
-        shapes: of its outputs.
-        numbers: every number that it computed with: factors, divisors, exponents.
-        code: hash of the functions that it called, with the integers that it gave them.
-        error: the exception; then the other fields are empty.
-    """
-
-    shapes: tuple[torch.Size, ...] = ()
-    numbers: tuple[float, ...] = ()
-    code: int = 0
-    error: str = ""
+    shapes: tuple[torch.Size, ...] = ()  # of its outputs
+    numbers: tuple[float, ...] = ()  # every number that it computed with: factors, divisors, exponents
+    code: int = 0  # hash of the functions that it called, with the integers that it gave them
+    error: str = ""  # the exception; then the other fields are empty
 
 
 def outcome_of(

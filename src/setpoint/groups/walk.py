@@ -20,21 +20,13 @@ DimLabels = np.ndarray | None
 
 @dataclass(frozen=True, eq=False)
 class Value:
-    """A tensor of the graph, as far as groups are concerned.
+    """A tensor of the graph, as far as groups are concerned."""
 
-    Args:
-        shape: its shape at the example.
-        labels: one entry per dim.
-        weight: computed from parameters and constants only.
-        grad: needs a gradient.
-        zero: entries of a dropped unit are certainly 0, so that sums over them stay exact.
-    """
-
-    shape: tuple[int, ...]
-    labels: tuple[DimLabels, ...]
-    weight: bool = False
-    grad: bool = False
-    zero: bool = True
+    shape: tuple[int, ...]  # its shape at the example
+    labels: tuple[DimLabels, ...]  # one entry per dim
+    weight: bool = False  # computed from parameters and constants only
+    grad: bool = False  # needs a gradient
+    zero: bool = True  # entries of a dropped unit are certainly 0, so that sums over them stay exact
 
     @property
     def ndim(self) -> int:
@@ -44,19 +36,12 @@ class Value:
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """A size written out in the forward of a module, at a dim that units lie along.
+    """A size written out in the forward of a module, at a dim that units lie along."""
 
-    Args:
-        module: qualified name of the module whose own forward makes the call.
-        place: as in `SizeBinding.place`, for example "view#2[1]".
-        size: the size at the example.
-        labels: atoms along the dim.
-    """
-
-    module: str
-    place: str
-    size: int
-    labels: np.ndarray
+    module: str  # qualified name of the module whose own forward makes the call
+    place: str  # as in `SizeBinding.place`, for example "view#2[1]"
+    size: int  # the size at the example
+    labels: np.ndarray  # atoms along the dim
 
 
 @dataclass(frozen=True, eq=False)

@@ -47,7 +47,6 @@ class Recompiling:
 
     Args:
         recompiled: told the seconds of each, and 1 if it counts, or 0; it must not hold what holds this object.
-        num_groups: how many groups there are.
     """
 
     def __init__(self, recompiled: Recompiled, num_groups: int) -> None:
@@ -55,12 +54,7 @@ class Recompiling:
         self._end: weakref.finalize[..., Any] | None = None
 
     def follow(self, model: nn.Module, groups: Iterable[Group]) -> None:
-        """Have compiled code follow the widths of these groups; called once they have changed, or are about to.
-
-        Args:
-            model: whose they are.
-            groups: that change.
-        """
+        """Have compiled code follow the widths of these groups; called once they have changed, or are about to."""
         from torch._dynamo import maybe_mark_dynamic
         from torch._dynamo.utils import counters
 

@@ -23,14 +23,7 @@ _BUILT_IN = "BuiltinCommHookType."
 
 
 class DDP(Local):
-    """A `Host` of ranks that each have all of the model, and average its gradients.
-
-    Args:
-        model: the model itself.
-        optimizers: those that really step.
-        copies: modules with the same tensors.
-        compiled: whether any of it is compiled already.
-        parallel: what is around the model.
+    """A `Host` of ranks that each have all of the model in `parallel`, and average its gradients.
 
     Raises:
         LoopError: for a wrapper that cannot follow a change of sizes.
@@ -89,16 +82,13 @@ class DDP(Local):
 
 
 def rewrap(parallel: DistributedDataParallel, trained: Collection[nn.Parameter]) -> None:
-    """Let a wrapper average the gradients of a model whose parameters have changed their shapes.
+    """Let a wrapper average the gradients of a model whose parameters have changed their shapes since the last step.
 
     The wrapper is the same object as before, with all that the user has set on it: its hooks, the state of `no_sync`,
     and everything that it was built with. Only the reducer, which holds buckets for gradients of the old shapes, is
-    made anew, as PyTorch does it when a wrapper is unpickled, and communication hooks are registered again. Nothing
-    is sent: the ranks have cut the same units off the same weights.
-
-    Args:
-        parallel: the wrapper, between `optimizer.step()` and the next forward pass.
-        trained: parameters of which it averages the gradients; one that is frozen for a while is still among them.
+    made anew, as PyTorch does it when a wrapper is unpickled, and communication hooks are registered again. Nothing is
+    sent: the ranks have cut the same units off the same weights. Gradients of `trained` are averaged, also of what is
+    frozen for a while.
 
     Raises:
         LoopError: when its communication hook cannot follow.

@@ -25,12 +25,6 @@ class FSDP(Local):
     same objects through a change of sizes. Only what it keeps of a parameter is made anew where its shape
     changes, and the new shard is put into the DTensor that model and optimizers hold.
 
-    Args:
-        model: sharded.
-        optimizers: those that really step.
-        copies: of the model, sharded or not.
-        compiled: whether any of it is compiled already.
-
     Raises:
         LoopError: naming what cannot follow a change of sizes.
     """
@@ -67,15 +61,11 @@ class FSDP(Local):
 
     @contextmanager
     def _gathered(self, names: Collection[str] | None, agreed: Agreed) -> Iterator[Agreed]:
-        """Inside, the named parameters and their optimizer state are whole, plain and free to change their shape.
+        """Inside, these parameters (None: all) and their optimizer state are whole, plain and free to change their shape.
 
-        Every rank has all of them for as long as that. At the end modules and optimizers hold the same sharded
-        objects again, with the contents that they had when what is yielded was last called without an
-        error; if it never was, everything is as before, to the last bit.
-
-        Args:
-            names: of parameters of the model, or None for all.
-            agreed: called by what is yielded, when all that can fail is done.
+        Every rank has all of them for as long as that. At the end modules and optimizers hold the same sharded objects
+        again, with the contents that they had when what is yielded was last called without an error; if it never was,
+        everything is as before, to the last bit.
         """
         whole = _Whole(self._pieces(names), self.optimizers)
         kept: list[_Spread] = []
@@ -120,9 +110,6 @@ def whole(model: nn.Module) -> Iterator[nn.Module]:
     """Inside, a model that `fully_shard` has spread over ranks is whole and plain on each of them; any other as it is.
 
     Every rank enters and leaves together. Changes that are made inside do not last.
-
-    Args:
-        model: the model.
 
     >>> with whole(nn.Linear(2, 3)) as plain:
     ...     plain
@@ -197,19 +184,12 @@ class _Whole:
 
 @dataclass(frozen=True, eq=False)
 class _Spread:
-    """Shards that are ready to take the place of those of other shapes.
+    """Shards that are ready to take the place of those of other shapes."""
 
-    Args:
-        pieces: whose they are.
-        made: what FSDP is to keep of each.
-        optimizers: that hold them.
-        states: by optimizer and number of the piece.
-    """
-
-    pieces: Sequence[Piece]
-    made: Sequence[Any]
-    optimizers: Sequence[Optimizer]
-    states: Sequence[dict[int, dict[str, Any]]]
+    pieces: Sequence[Piece]  # whose they are
+    made: Sequence[Any]  # what FSDP is to keep of each
+    optimizers: Sequence[Optimizer]  # that hold them
+    states: Sequence[dict[int, dict[str, Any]]]  # by optimizer and number of the piece
 
     def take_effect(self) -> None:
         """Put the shards in their place; this cannot fail."""

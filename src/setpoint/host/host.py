@@ -126,11 +126,6 @@ class Host(Protocol):
 def host_of(model: nn.Module, optimizer: Steps | Sequence[Steps], copies: Sequence[nn.Module] = ()) -> Host:
     """How a model is held: it is taken out of `torch.compile` and `DistributedDataParallel` in any order.
 
-    Args:
-        model: as the user calls it.
-        optimizer: those that train it, as the user calls them.
-        copies: modules with the same tensors.
-
     Raises:
         LoopError: for what is no module, for any other wrapper for several devices, and for a model that is wrapped,
             but not given with its wrapper.

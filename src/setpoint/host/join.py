@@ -25,12 +25,6 @@ class Joining:
     broadcasts the weights of the rank that ran longest.
 
     The all-reduce goes on until the context ends, also when the loop is finished or detached within it.
-
-    Args:
-        wrapper: the `DistributedDataParallel`.
-        ranks: its processes.
-        steps: how many steps the loop has counted.
-        missed: called for each step that this rank has missed.
     """
 
     def __init__(self, wrapper: Any, ranks: Ranks, steps: Callable[[], int], missed: Callable[[], None]) -> None:
@@ -53,10 +47,6 @@ class Joining:
 
     def check(self, *, regrows: bool, by_hooks: bool) -> None:
         """Check before a step that the ranks can go along with each other.
-
-        Args:
-            regrows: whether units come back.
-            by_hooks: whether the sensor reads frozen weights, which takes a message of its own.
 
         Raises:
             LoopError: in a context that was opened before the loop was attached; where what ranks send in a step
@@ -151,13 +141,7 @@ class Joining:
 
 
 class _Absent(JoinHook):
-    """A rank that has run out of batches.
-
-    Args:
-        own: what PyTorch does there.
-        missing: called for each forward pass of the others.
-        closed: called when all have run out.
-    """
+    """A rank that has run out of batches."""
 
     def __init__(self, own: JoinHook, missing: Callable[[], None], closed: Callable[[], None]) -> None:
         self._own, self._missing, self._closed = own, missing, closed

@@ -22,14 +22,7 @@ Agreed = Callable[[], None]
 
 
 class Local:
-    """A `Host` of one process: the model, and what is to follow when its sizes change.
-
-    Args:
-        model: the model itself, without wrappers.
-        optimizers: those that really step.
-        copies: modules that are cut alike.
-        compiled: whether any of it is compiled already; code may be compiled later, or around it, too.
-    """
+    """A `Host` of one process: the model, and what is to follow when its sizes change."""
 
     wrapper: str = ""
     """What is around the model, for messages; empty in one process."""
@@ -60,7 +53,7 @@ class Local:
 
     def together(self, what: str) -> AbstractContextManager[dict[str, Any]]:
         """What is done inside is done by all ranks, with the same outcome, or raises on all of them."""
-        return together(self.ranks, what)
+        return together(self.ranks, what) if self.ranks.count > 1 else nullcontext({})
 
     def whole(self) -> AbstractContextManager[None]:
         """Inside, model and copies are plain and whole on each rank."""
@@ -68,22 +61,11 @@ class Local:
 
     def mean(self, read: Callable[[], Reading], losses: SharedLosses, step: int) -> Reading:
         """The reading that all ranks decide on; the losses are then the means over ranks."""
-        return shared_reading(self.ranks, read, losses, step)
+        return shared_reading(self.ranks, read, losses, step) if self.ranks.count > 1 else read()
 
     @contextmanager
     def resizable(self, what: str, groups: Iterable[Group]) -> Iterator[Agreed]:
-        """Inside, tensors of these groups may change their shape, on all ranks alike.
-
-        What is yielded is called when all that can fail is done and can still be put back; it raises where another rank
-        has failed. At the end wrappers, shards and compiled code follow, wrappers also after an exception.
-
-        Args:
-            what: is done, for messages.
-            groups: those that change.
-
-        Raises:
-            RankError: when another rank has failed, or has come to other shapes.
-        """
+        """Inside, tensors of these groups may change their shape, on all ranks alike; as `Host` says."""
         changing = tuple(groups)
 
         def agree() -> None:
@@ -103,28 +85,11 @@ class Local:
     def begin(
         self, *, steps: Callable[[], int], missed: Callable[[], None], recompiled: Recompiled, num_groups: int
     ) -> None:
-        """A loop begins.
-
-        Args:
-            steps: how many steps it has counted.
-            missed: called for each step that this rank has missed, as it had run out of batches.
-            recompiled: told the seconds of what was compiled again, and 1 if it counts, or 0; it must not hold the
-                loop.
-            num_groups: that may change.
-        """
+        """A loop begins."""
         self._code = Recompiling(recompiled, num_groups)
 
     def before_step(self, *, first: bool, regrows: bool, by_hooks: bool) -> None:
-        """Check that the set-up is the one that was given, and that the ranks can go along with each other.
-
-        Args:
-            first: whether it is the first step of the loop.
-            regrows: whether units come back.
-            by_hooks: whether the sensor reads frozen weights.
-
-        Raises:
-            LoopError: when not.
-        """
+        """Check that the set-up is the one that was given."""
         if first:
             check_unsharded(self.model)
             check_unwrapped(self.model)

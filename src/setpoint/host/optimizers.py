@@ -26,9 +26,6 @@ class Steps(Protocol):
 def real_optimizers(given: Any) -> tuple[Optimizer, ...]:
     """The optimizers that really step, whose hooks PyTorch calls; each once.
 
-    Args:
-        given: one, or several, as the user calls them.
-
     Raises:
         OptimizerError: for none, for what is no optimizer, and for what cannot follow a cut.
     """

@@ -14,17 +14,11 @@ from setpoint.errors import LoopError
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """A parameter that lies on several ranks.
+    """A parameter that lies on several ranks."""
 
-    Args:
-        owner: the list of FSDP's parameters that are communicated together.
-        place: where it is in that list.
-        parameter: what model and optimizers hold, a DTensor; it stays the same object for good.
-    """
-
-    owner: list[Any]
-    place: int
-    parameter: nn.Parameter
+    owner: list[Any]  # the list of FSDP's parameters that are communicated together
+    place: int  # where it is in that list
+    parameter: nn.Parameter  # what model and optimizers hold, a DTensor; it stays the same object for good
 
     @property
     def fsdp(self) -> Any:

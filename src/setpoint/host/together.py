@@ -12,7 +12,6 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float64
 
-from setpoint.controller.plan import Plan
 from setpoint.distributed import Ranks
 from setpoint.errors import RankError
 from setpoint.sensor.reading import Reading
@@ -40,10 +39,6 @@ def together(ranks: Ranks, what: str) -> Iterator[dict[str, Any]]:
 
     Each rank tells the others at the end, in one small all-gather, that it came through, and a digest of everything
     that it has put into the dict that the block is given. Nothing is sent where there is one rank.
-
-    Args:
-        ranks: that do it.
-        what: they do, for messages.
 
     Raises:
         RankError: when another rank has failed, is lost, or has put something else into the dict. What this rank
@@ -93,13 +88,6 @@ def _digest(fact: Any) -> str:
     return hashlib.sha256(repr(fact).encode()).hexdigest()[:16]
 
 
-def decisions(plan: Plan) -> list[Any]:
-    """All that a plan decides, in plain values of which the same ones look alike."""
-    keep = [(name, np.flatnonzero(~kept).tolist()) for name, kept in sorted(plan.keep.items())]
-    grow = [(name, units.tolist()) for name, units in sorted(plan.grow.items()) if len(units)]
-    return [plan.step, plan.landed, keep, grow]
-
-
 def shared_reading(ranks: Ranks, read: Callable[[], Reading], losses: SharedLosses, step: int) -> Reading:
     """The reading that all ranks decide on, and the observed losses with it: means over ranks, by one all-reduce.
 
@@ -112,12 +100,6 @@ def shared_reading(ranks: Ranks, read: Callable[[], Reading], losses: SharedLoss
     `num_samples` counted over ranks, and its mean over ranks is the same again. Taking it makes sure that all ranks
     see the same to the last bit, and is the estimate where a sensor looks at data of its own. Losses are each rank's
     own: their mean over ranks is the loss of the global batch where batches are equally large.
-
-    Args:
-        ranks: that decide.
-        read: takes this rank's reading.
-        losses: what was observed; they are the means afterwards.
-        step: optimizer steps done.
 
     Raises:
         RankError: when ranks cannot be brought together.

@@ -169,15 +169,18 @@ class Cutting:
             host.resizable(f"the cut after step {plan.step}", some) as agreed,
             self.coordinates(host, self.groups, plan, reading, rest=False),
         ):
-            return self.drop(plan, agreed)
+            groups = shrink(host.model, host.optimizers, self.groups, plan.keep, host.copies, agreed=agreed)
+        return self._cut_to(groups, plan)
 
     def drop(self, plan: Plan, agreed: Callable[[], None]) -> Change:
         """Cut what the plan drops, where the host lets tensors change their shape; `agreed` makes it last."""
         host = self.host
-        self.groups = shrink(host.model, host.optimizers, self.groups, plan.keep, host.copies, agreed=agreed)
-        self.origin = {
-            name: units[plan.keep[name]] if name in plan.keep else units for name, units in self.origin.items()
-        }
+        groups = shrink(host.model, host.optimizers, self.groups, plan.keep, host.copies, agreed=agreed)
+        return self._cut_to(groups, plan)
+
+    def _cut_to(self, groups: tuple[Group, ...], plan: Plan) -> Change:
+        kept = {name: units[plan.keep[name]] for name, units in self.origin.items() if name in plan.keep}
+        self.take_over(groups, {**self.origin, **kept})
         return Change(keep=plan.keep)
 
     def take_over(self, groups: tuple[Group, ...], origin: Origins) -> None:
@@ -254,7 +257,7 @@ class Cutting:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Cut the dense model to the units of the state."""
         keep, host = self.kept(state), self.host
-        with host.resizable("the resumption", self.dense) as agreed:
+        with host.resizable("loading the state of the loop", self.dense) as agreed:
             self.groups = shrink(host.model, host.optimizers, self.dense, keep, host.copies, agreed=agreed)
         self.origin = {name: np.flatnonzero(kept) for name, kept in keep.items()}
 

@@ -19,23 +19,14 @@ from setpoint.groups.group import Group
 
 @dataclass(frozen=True, eq=False)
 class _Share:
-    """What one step adds to one tensor.
+    """What one step adds to one tensor."""
 
-    Args:
-        module: 0 for the model, else the number of the copy, from 1.
-        holder: that module.
-        name: of the tensor in it.
-        dim: the dim along which units lie.
-        entries: of the regrown units.
-        share: added to them in each step.
-    """
-
-    module: int
-    holder: nn.Module
-    name: str
-    dim: int
-    entries: Tensor
-    share: Tensor
+    module: int  # 0 for the model, else the number of the copy, from 1
+    holder: nn.Module  # that module
+    name: str  # of the tensor in it
+    dim: int  # the dim along which units lie
+    entries: Tensor  # of the regrown units
+    share: Tensor  # added to them in each step
 
     def add(self, count: int) -> None:
         """Add so many shares; of a sharded tensor, to this rank's shard."""
@@ -122,11 +113,7 @@ class Easing:
 
     @staticmethod
     def check(state: Mapping[str, Any] | None, shapes: Mapping[str, Sequence[int]], num_copies: int) -> None:
-        """Check that a state from `state_dict`, or None, fits a model, before anything is changed.
-
-        Args:
-            shapes: of the model's tensors.
-            num_copies: number of copies.
+        """Check that a state from `state_dict`, or None, fits a model of these shapes, before anything is changed.
 
         Raises:
             GroupError: when it does not fit.

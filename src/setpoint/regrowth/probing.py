@@ -134,10 +134,8 @@ class Probing:
         """Replace what this rank has seen of its own samples by the mean over ranks; unseen counts as zero.
 
         Gains are linear in gradients, so their mean is the gain for the loss of all samples. The gradients before the
-        step are then compared with the mean of those that arrived.
-
-        Args:
-            mean: over ranks, of equally many numbers on each; every rank calls this, in every probed step.
+        step are then compared with the mean of those that arrived. Every rank calls this, in every probed step, with
+        equally many numbers.
         """
         units = {group.name: group.num_units for group in self._groups}
         shapes: dict[Any, Any] = {id(p): p.shape for p in self._sentinels.parameters} | {

@@ -178,8 +178,6 @@ def enlarge(reserve: Reserve, key: Key, source: Tensor, known: Box, live: Box, l
     """A live tensor with further entries from the reserve, on its own device.
 
     Args:
-        key: owner of the tensor.
-        source: the live tensor.
         known: entries of all units that are active or rest.
         live: entries of the live tensor.
         larger: entries of the result.

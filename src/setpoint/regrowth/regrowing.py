@@ -79,13 +79,7 @@ class Regrowth:
     """
 
     def __init__(
-        self,
-        cutting: Cutting,
-        controller: Controller,
-        spending: Spending,
-        reserve_bytes: int | None,
-        *,
-        lasting: bool,
+        self, cutting: Cutting, controller: Controller, spending: Spending, reserve_bytes: int | None, *, lasting: bool
     ) -> None:
         host = cutting.host
         self.reserve = Reserve.of(host.model, cutting.dense, reserve_bytes, host.mesh)
@@ -345,13 +339,7 @@ class Regrowth:
     # Drops and returns.
 
     def _as_it_is(self, plan: Plan, turned: Iterable[str]) -> Whole:
-        """Layers whose states are about to be turned and cut, as they are: nothing less takes such a cut back.
-
-        Args:
-            groups: as they are now.
-            plan: what goes.
-            turned: names of the groups that have coordinates to be turned into.
-        """
+        """Layers whose states are about to be turned and cut, as they are: nothing less takes such a cut back."""
         self._settle()
         cut = [group for group in self.groups if group.name in turned and not plan.keep[group.name].all()]
         return {

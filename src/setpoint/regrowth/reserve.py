@@ -24,17 +24,11 @@ from setpoint.regrowth.box import Box, count_entries, resting_entries, write
 
 
 class Key(NamedTuple):
-    """The owner of a resting tensor.
+    """The owner of a resting tensor."""
 
-    Args:
-        holder: "model", "optimizer 0", "copy 0", ...
-        tensor: qualified name of the parameter or buffer.
-        part: of the optimizer's state, "exp_avg" for example; "" for the tensor itself.
-    """
-
-    holder: str
-    tensor: str
-    part: str = ""
+    holder: str  # "model", "optimizer 0", "copy 0", ...
+    tensor: str  # qualified name of the parameter or buffer
+    part: str = ""  # of the optimizer's state, "exp_avg" for example; "" for the tensor itself
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,10 +92,6 @@ class Reserve:
     ) -> Reserve:
         """The empty reserve of a model with these groups, before any cut that it is to remember.
 
-        Args:
-            limit_bytes: upper limit for the resting entries, in bytes on each rank; None: no limit.
-            mesh: a `DeviceMesh` of one dim among whose ranks the entries are sharded; None: not sharded.
-
         Raises:
             ValueError: for a limit that is not a number of bytes.
         """
@@ -152,13 +142,9 @@ class Reserve:
     ) -> Reserve:
         """The reserve with the units that `keep` drops; call it just before `shrink` with the same arguments.
 
-        The model is not changed. Over the limit, the units that were dropped first are let go for good.
-
-        Args:
-            model: not cut yet.
-            optimizer: always the same ones in the same order, since `Key` numbers them.
-            copies: always the same ones in the same order, likewise.
-            when: noted for the dropped units.
+        The model is not changed. Over the limit, the units that were dropped first are let go for good. Optimizers and
+        copies are always the same ones in the same order, since `Key` numbers them. `when` is noted for the dropped
+        units.
 
         Raises:
             GroupError: when `keep` does not fit the units that are active by this reserve's account.
@@ -293,11 +279,8 @@ class Reserve:
     def whole(self, key: Key, like: Tensor | None, known: Box, live: Box) -> tuple[Tensor, Tensor]:
         """A tensor at its dense size, unsharded in host memory, and its form; zero where nothing rests.
 
-        Args:
-            key: owner of the tensor.
-            like: the live tensor; may be None where some of its entries rest.
-            known: entries of all units that are active or rest.
-            live: entries of the active units.
+        `known` and `live` are the entries of all units that are active or rest, and of the active ones. The live
+        tensor, `like`, may be None where some of its entries rest.
         """
         rest = self.tensors.get(key)
         if rest is not None:

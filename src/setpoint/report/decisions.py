@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from setpoint.ledger import Entry
+from setpoint.entry import Entry
 from setpoint.report.figures import BLUE, FAINT, GREY, INK, ORANGE, Figure, Trace, escape, layout, line, scatter
 from setpoint.report.numbers import digits, scale
 from setpoint.report.record import Record

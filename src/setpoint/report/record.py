@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from setpoint.ledger import Entry, Ledger
+from setpoint.entry import Entry
+from setpoint.ledger import Ledger
 from setpoint.report.values import mapping, quantities, whole
 
 

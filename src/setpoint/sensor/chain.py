@@ -38,9 +38,6 @@ class SensorChain:
 
     The whole is calibrated if every part is.
 
-    Args:
-        sensors: in the order in which they are asked.
-
     Raises:
         ValueError: when there is no sensor.
 

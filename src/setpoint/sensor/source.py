@@ -17,20 +17,13 @@ from setpoint.sensor.unit_sum import UnitSum, num_entries, part_of
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """One outgoing weight of a group.
-
-    Args:
-        sums: adds up this rank's entries of the weight by unit.
-        num_read: number of entries that are read, on all ranks together.
-        tap: reads the layer's input in place of a frozen weight; None where nothing does.
-        channels: adds up what the tap reads by unit.
-    """
+    """One outgoing weight of a group."""
 
     weight: nn.Parameter
-    sums: UnitSum
-    num_read: int
-    tap: Tap | None = None
-    channels: UnitSum | None = None
+    sums: UnitSum  # adds up this rank's entries of the weight by unit
+    num_read: int  # number of entries that are read, on all ranks together
+    tap: Tap | None = None  # reads the layer's input in place of a frozen weight; None where nothing does
+    channels: UnitSum | None = None  # adds up what the tap reads by unit
 
     def seen(self) -> bool:
         """Whether there is something to read in this step."""

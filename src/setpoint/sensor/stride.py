@@ -15,9 +15,6 @@ def sensed_every(total_steps: int) -> int:
     two of them. Of a run that is four times as long, half of that goes into more readings for each
     decision and half into fewer sensed steps: the stride is `sqrt(total_steps / 100)`, rounded down to a power of 2.
 
-    Args:
-        total_steps: optimizer steps of the whole run.
-
     >>> [sensed_every(total_steps) for total_steps in (300, 400, 1500, 10_000)]
     [1, 2, 2, 4]
     """

@@ -52,10 +52,6 @@ class Tap:
     Sums of several backward passes add up like gradients, and are discarded like them: a forward pass before which no
     trained weight has a gradient starts anew. Where there is a choice, only those backward passes count in which
     weights got gradients too: `torch.autograd.grad` for a penalty is none.
-
-    Args:
-        place: the slice of the frozen weight.
-        sentinels: trained weights of the model, whose gradients are looked at.
     """
 
     def __init__(self, place: Slice, model: nn.Module, sentinels: Sentinels) -> None:

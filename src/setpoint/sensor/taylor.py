@@ -59,6 +59,10 @@ class TaylorState:
     sentinels: Sentinels | None = field(default=None, metadata={"live": True})
     window: int = field(default=50, metadata={"live": True})
 
+    def __post_init__(self) -> None:
+        if any(each.shape != self.mean.shape for each in self.recent):
+            raise ValueError(f"each recent step holds a number for each of the {len(self.mean)} units")
+
     def by_group(self, values: Shaped[np.ndarray, " all_units"]) -> dict[str, Shaped[np.ndarray, " _units"]]:
         """What lies one group after the other, by group."""
         return dict(zip(self.names, np.split(values, np.cumsum(self.num_units)[:-1]), strict=True))
@@ -222,13 +226,7 @@ class TaylorSensor:
     def update(
         self, state: TaylorState, groups: tuple[Group, ...], model: nn.Module, grad_scale: Tensor | None = None
     ) -> TaylorState:
-        """Take in the gradients of one optimizer step. No host sync.
-
-        Args:
-            model: the model, gradients ready, weights not yet moved.
-            grad_scale: what the gradients are still multiplied by (a fused optimizer under a GradScaler), or None; NaN
-                leaves the step out.
-        """
+        """Take in the gradients of one optimizer step. No host sync."""
         sources = (
             state.sources if state.sources is not None else find_sources(groups, model, state.tapped, state.sentinels)
         )

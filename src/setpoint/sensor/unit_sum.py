@@ -21,22 +21,14 @@ class UnitSum:
     `sum(values)[u] = sum of values[..., i, ...] over all i with index[i] = u and all other dims`. A table that repeats
     each unit equally often, in order, needs only a view (a convolution's channels; the channels of a flattened map);
     any other needs one `index_add`.
-
-    Args:
-        dim: the dim along which units lie, or None when every element is a unit.
-        num_units: number of units of the group.
-        start: first entry along the dim that belongs to a unit.
-        length: number of entries from there to the last one that does.
-        repeat: number of neighbouring entries of each unit, if the table is such a repeat; else None.
-        table: unit of each of the `length` entries (`num_units` where there is none); None for a repeat.
     """
 
-    dim: int | None
-    num_units: int
-    start: int
-    length: int
-    repeat: int | None
-    table: Tensor | None
+    dim: int | None  # the dim along which units lie, or None when every element is a unit
+    num_units: int  # number of units of the group
+    start: int  # first entry along the dim that belongs to a unit
+    length: int  # number of entries from there to the last one that does
+    repeat: int | None  # number of neighbouring entries of each unit, if the table is such a repeat; else None
+    table: Tensor | None  # unit of each of the `length` entries (`num_units` where there is none); None for a repeat
 
     @classmethod
     def of(cls, place: Slice, num_units: int, device: torch.device) -> UnitSum:

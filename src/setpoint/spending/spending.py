@@ -12,8 +12,8 @@ from setpoint.controller.plan import Learning, Observation, Plan
 from setpoint.controller.reference import Reference
 from setpoint.cost.budget import Budget
 from setpoint.cost.cost import Cost
+from setpoint.entry import Entry
 from setpoint.groups.group import Group, widths_of
-from setpoint.ledger import Entry
 from setpoint.sensor.reading import Reading
 from setpoint.spending.account import Account
 from setpoint.spending.meter import Meter
@@ -208,6 +208,7 @@ class Spending:
             step=step,
             total_steps=self.total_steps,
             widths=widths,
+            dense_widths=self._dense_widths,
             reading=reading,
             dense=self.target.dense,
             limit=self.target.limits,

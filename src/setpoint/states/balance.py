@@ -42,7 +42,6 @@ def hankel_values(system: System, what: str = "the system") -> Float[Tensor, "*b
 
     Args:
         system: a diagonal system with n modes has 2 n values, a dense one with n real states n.
-        what: what to call it in messages.
 
     Raises:
         StateSpaceError: as `check_system`.
@@ -62,10 +61,6 @@ def balance(system: System, what: str = "the system") -> Balance:
 
     With `H^T R = U diag(values) V^T`: `expand = R V diag(values)^-1/2` and `reduce = diag(values)^-1/2 U^T H^T`.
     States that cannot be reached or heard (value below rounding) get neither.
-
-    Args:
-        system: stable and finite.
-        what: what to call it in messages.
 
     Raises:
         StateSpaceError: as `check_system`.
@@ -122,11 +117,8 @@ def truncate(system: System, num_states: int, basis: Balance | None = None) -> D
 def error_bound(values: Float[Tensor, "*batch states"], num_states: int) -> Float[Tensor, "*batch"]:
     """Twice the sum of the dropped Hankel values: the largest error of the truncation's gain at any frequency.
 
-    A value below 1e-8 of the largest, which is the least that is resolved, counts as that much; 0 counts as 0.
-
-    Args:
-        values: Hankel singular values, descending.
-        num_states: how many are kept.
+    Of descending values the first `num_states` are kept. A value below 1e-8 of the largest, which is the least that is
+    resolved, counts as that much; 0 counts as 0.
 
     References:
         Al-Saggaf, Franklin: "An error bound for a discrete reduced order model", IEEE TAC 32(9), 1987.

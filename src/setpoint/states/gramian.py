@@ -37,9 +37,6 @@ def gramians(system: System) -> Gramians:
     `E[x x^T]_ij = (B B^T)_ij / (1 - l_i l_j)`; those of the real and imaginary parts follow. Of a dense one they
     are summed by doubling.
 
-    Args:
-        system: stable and finite, as `check_system` makes sure.
-
     Raises:
         StateSpaceError: for B or C so large that they are not finite.
 
@@ -60,9 +57,6 @@ def gramian_factors(
     """Factors `R` and `H` of the Gramians: `P = R R^T` and `Q = H H^T`, in float64.
 
     Products of factors are all that balancing needs. Working with `P Q` itself would square the condition.
-
-    Args:
-        system: stable and finite, as `check_system` makes sure.
 
     Raises:
         StateSpaceError: for B or C so large that the Gramians are not finite.

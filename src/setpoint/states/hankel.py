@@ -129,9 +129,7 @@ def _as_one(groups: tuple[Group, ...]) -> tuple[Group, ...]:
     """The same groups with all their units as one."""
     return tuple(
         replace(
-            group,
-            num_units=1,
-            slices=tuple(replace(each, index=np.minimum(each.index, 0)) for each in group.slices),
+            group, num_units=1, slices=tuple(replace(each, index=np.minimum(each.index, 0)) for each in group.slices)
         )
         for group in groups
     )

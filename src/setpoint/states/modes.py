@@ -44,13 +44,9 @@ class Modes:
 
 @dataclass(frozen=True, eq=False)
 class BalancedPairs:
-    """Balanced coordinates of the real form, two states to a unit: unit i is balanced states 2 i and 2 i + 1.
+    """Balanced coordinates of the real form, two states to a unit: unit i is balanced states 2 i and 2 i + 1."""
 
-    Args:
-        balance: the balancing pair.
-    """
-
-    balance: Balance
+    balance: Balance  # the balancing pair
 
     @property
     def num_units(self) -> int:
@@ -74,11 +70,6 @@ def reduce_modes(system: DiagonalSystem, num_modes: int, basis: Balance | None =
     truncation with (nearly) repeated eigenvalues has no eigenvectors to speak of, so its dynamics are
     nudged apart, by at most 1e-4 of their norm. Modes are scaled so that B and C keep the proportion that they
     have in the full system.
-
-    Args:
-        system: stable and finite.
-        num_modes: from 1 to as many as there are.
-        basis: `balance(system)`, if it is known.
 
     Raises:
         StateSpaceError: as `check_system`, or for a number of modes that there is not.
@@ -228,11 +219,6 @@ def residual_modes(system: DiagonalSystem, modes: Modes, num_modes: int) -> Mode
     The difference of the two is a system with as many modes as both have together; this is its balanced truncation. The
     maps are those from the full system: with `W` and `T` those from the difference, `reduce = W [I; R]` and
     `expand = [I, -X] T` for the maps R and X of the reduction.
-
-    Args:
-        system: the full one.
-        modes: its reduction.
-        num_modes: from 1 to as many as both have together.
 
     Raises:
         StateSpaceError: as `reduce_modes`.

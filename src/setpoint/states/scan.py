@@ -150,12 +150,8 @@ def recur(
 ) -> None:
     """In place: `x[t] += a * x[t-1]` for all t in turn; backwards, `x[t] += a * x[t+1]`.
 
-    Args:
-        x: what comes in at each step; becomes the states.
-        a: eigenvalues.
-        before: the state that the first step starts from, if it is not 0.
-        backwards: from the last step to the first.
-        by_rows: whether many steps are taken at once; by default on an accelerator.
+    x is what comes in at each step, and becomes the states. The first step starts from the state `before`, or from 0.
+    With `by_rows`, by default on an accelerator, many steps are taken at once.
     """
     steps = x.unbind(0)[:: -1 if backwards else 1]
     if before is not None:

@@ -107,21 +107,13 @@ class SelectiveSensor:
 
 @dataclass(frozen=True, eq=False)
 class _Tokens:
-    """What the states of some channels are driven by at each token of the batch.
+    """What the states of some channels are driven by at each token of the batch."""
 
-    Args:
-        u: what the channels carry, shape (tokens, channels).
-        steps: step sizes d, of the same shape.
-        inputs: B, shape (tokens, states).
-        outputs: C, of the same shape.
-        rates: A, negative, shape (channels, states), or (channels, 1) where all states of a channel decay alike.
-    """
-
-    u: Tensor
-    steps: Tensor
-    inputs: Tensor
-    outputs: Tensor
-    rates: Tensor
+    u: Tensor  # what the channels carry, shape (tokens, channels)
+    steps: Tensor  # step sizes d, of the same shape
+    inputs: Tensor  # B, shape (tokens, states)
+    outputs: Tensor  # C, of the same shape
+    rates: Tensor  # A, negative, shape (channels, states), or (channels, 1) where all states of a channel decay alike
 
     def energies(self) -> Float[Tensor, " states"]:
         """Sum over channels of the squared Hankel values of the averaged modes."""

@@ -38,9 +38,6 @@ System = DiagonalSystem | DenseSystem
 def check_system(system: System, what: str = "the system") -> None:
     """Check that a system is finite and stable; only then has it Gramians.
 
-    Args:
-        what: what to call it in messages.
-
     Raises:
         StateSpaceError: for anything else than a system, shapes that do not fit, values that are NaN or infinite,
             or an eigenvalue on or outside the unit circle.
@@ -124,8 +121,7 @@ def transfer(
 ) -> Complex[Tensor, "*batch frequencies out_channels in_channels"]:
     """Transfer function `H(z) = C (I - A / z)^-1 B` at `z = exp(i angle)`; `|H|` is the gain at that frequency.
 
-    Args:
-        angles: in radians per step.
+    Angles are in radians per step.
     """
     if isinstance(system, DiagonalSystem):
         half = _diagonal_transfer(system.eigenvalues, system.inputs, system.outputs, angles)

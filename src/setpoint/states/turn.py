@@ -46,16 +46,7 @@ def balance_and_shrink(
 ) -> tuple[Group, ...]:
     """Shrink a model; state groups that lose units are balanced, truncated and diagonalised on the way.
 
-    All or nothing: on any exception model, optimizers and copies are as they were.
-
-    Args:
-        model: the model that `groups` describe.
-        optimizer: one optimizer, a sequence of them, or None.
-        groups: as `find_groups`, or the last cut, returned them.
-        keep: by group name, boolean per active unit, True = stays.
-        basis: as `turned`.
-        copies: further modules with the same tensors to cut alike.
-        moments: as `turned`.
+    All or nothing: on any exception model, optimizers and copies are as they were. Arguments are those of `turned`.
 
     Raises:
         GroupError: as `shrink` and `turned`.
@@ -129,21 +120,13 @@ def balanced(
 
 @dataclass(frozen=True, eq=False)
 class _Turn:
-    """One layer on its way to other coordinates.
+    """One layer on its way to other coordinates."""
 
-    Args:
-        name: of the layer.
-        group: its states.
-        old: its system.
-        modes: what it is reduced to, with what that loses where this is to rest.
-        places: positions along its states at which the modes will lie; what is elsewhere is about to be cut.
-    """
-
-    name: str
-    group: Group
-    old: DiagonalSystem
-    modes: Modes
-    places: Tensor
+    name: str  # of the layer
+    group: Group  # its states
+    old: DiagonalSystem  # its system
+    modes: Modes  # what it is reduced to, with what that loses where this is to rest
+    places: Tensor  # positions along its states at which the modes will lie; what is elsewhere is about to be cut
 
     @classmethod
     def of(cls, model: nn.Module, group: Group, keep: np.ndarray, basis: Basis, *, rest: bool) -> _Turn:

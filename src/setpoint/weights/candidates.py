@@ -82,11 +82,8 @@ def weight_candidates(
     """What may be masked, and the masks: nothing is tried out, since a mask is exact on any model.
 
     Args:
-        host: holds the model.
-        example: inputs of one step.
         pattern: that masks keep to.
         wanted: out of `find_weights(model, pattern)`; None for every linear and convolutional weight.
-        sensor: takes the readings.
 
     Raises:
         GroupError: when a weight does not divide into the pattern's blocks, `wanted` are not the model's, or

@@ -16,19 +16,12 @@ from setpoint.weights.find import owners
 
 @dataclass(frozen=True, eq=False)
 class WeightFlops:
-    """FLOPs of one dense training step, by weight tensor.
+    """FLOPs of one dense training step, by weight tensor."""
 
-    Args:
-        total: of the whole step.
-        step: by weight, of its products forward and backward.
-        forward: by weight, of its forward product; the gradient of the weight costs as much.
-        sizes: by weight, its number of elements.
-    """
-
-    total: float
-    step: Mapping[str, float]
-    forward: Mapping[str, float]
-    sizes: Mapping[str, int]
+    total: float  # of the whole step
+    step: Mapping[str, float]  # by weight, of its products forward and backward
+    forward: Mapping[str, float]  # by weight, of its forward product; the gradient of the weight costs as much
+    sizes: Mapping[str, int]  # by weight, its number of elements
 
     def cost(self) -> ProductCost:
         """Theoretical FLOPs of a step, as a function of the numbers of active weights.
@@ -54,13 +47,7 @@ class WeightFlops:
 
 
 def weight_flops(model: nn.Module, found: Trace, groups: tuple[Group, ...]) -> WeightFlops:
-    """Count the products with each weight tensor; what other code does with a weight counts as fixed.
-
-    Args:
-        model: the traced model.
-        found: its trace.
-        groups: weight groups, at dense widths.
-    """
+    """Count the products with each weight tensor; what other code does with a weight counts as fixed."""
     sizes, owner = widths_of(groups), owners(model)
     dense = widths_of(found.groups)
     total, step, forward = 0.0, dict.fromkeys(sizes, 0.0), dict.fromkeys(sizes, 0.0)
@@ -75,12 +62,7 @@ def weight_flops(model: nn.Module, found: Trace, groups: tuple[Group, ...]) -> W
 
 
 def active_params(model: nn.Module, groups: tuple[Group, ...]) -> ProductCost:
-    """Parameters that are not masked, as a function of the numbers of active weights.
-
-    Args:
-        model: the model.
-        groups: weight groups, at dense widths.
-    """
+    """Parameters that are not masked, as a function of the numbers of active weights."""
     fixed = sum(parameter.numel() for parameter in model.parameters()) - sum(widths_of(groups).values())
     terms = (Term(1.0, (_active(group.name),)) for group in groups)
     return ProductCost("params", (Term(float(fixed), ()), *terms))

@@ -39,10 +39,7 @@ class Pattern:
 
     @classmethod
     def named(cls, name: str) -> Pattern:
-        """The pattern of a name.
-
-        Args:
-            name: "unstructured", or "N:M" with 0 < N < M, such as "2:4".
+        """The pattern of a name: "unstructured", or "N:M" with 0 < N < M, such as "2:4".
 
         Raises:
             GroupError: for any other name.
@@ -82,11 +79,7 @@ class Pattern:
         return shape[1] % self.block == 0
 
     def blocks(self, values: Array) -> Array:
-        """A view in which the weights of a block lie along the last dim.
-
-        Args:
-            values: contiguous, of the weight's shape.
-        """
+        """A view of contiguous values of the weight's shape, in which the weights of a block lie along the last dim."""
         shape = (values.shape[0], values.shape[1] // self.block, self.block, math.prod(values.shape[2:]))
         if isinstance(values, Tensor):
             return values.view(shape).movedim(2, -1)
@@ -100,7 +93,6 @@ def find_weights(model: nn.Module, pattern: str = "unstructured") -> tuple[Group
     divide into the pattern's blocks. Biases, norms and embeddings are never among them.
 
     Args:
-        model: the model.
         pattern: "unstructured" or "N:M", as for `attach`.
 
     Raises:

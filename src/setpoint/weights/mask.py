@@ -21,11 +21,6 @@ def mask_weights(
     call `mask_gradients` ahead of each step. What it remembers is zero too, but for what begins at another value: the
     step sizes of Rprop, and the sums of Adagrad where an `initial_accumulator_value` is given.
 
-    Args:
-        weights: parameters by name.
-        optimizer: one optimizer, a sequence of them, or None.
-        masks: by the same names, a boolean per element, True = active.
-
     >>> layer = nn.Linear(2, 1, bias=False)
     >>> mask_weights({"weight": layer.weight}, None, {"weight": torch.tensor([[True, False]])})
     >>> (layer.weight == 0).tolist()
@@ -52,12 +47,7 @@ def _begin_at(gone: Tensor, weight: nn.Parameter, optimizer: Optimizers) -> None
 
 @torch.no_grad()
 def mask_gradients(weights: Mapping[str, nn.Parameter], masks: Mapping[str, Bool[Tensor, "..."]]) -> None:
-    """Zero the gradients of weights that are not active.
-
-    Args:
-        weights: parameters by name.
-        masks: by the same names, a boolean per element, True = active.
-    """
+    """Zero the gradients of weights that are not active."""
     for name, mask in masks.items():
         gradient = weights[name].grad
         if gradient is not None:

@@ -29,17 +29,11 @@ from setpoint.weights.mask import mask_weights
 
 @dataclass(frozen=True, eq=False)
 class Exchange:
-    """What a plan does to masks.
+    """What a plan does to masks."""
 
-    Args:
-        masks: by group, True = active from here on.
-        went: by group, weights that go.
-        came: by group, weights that come in, with the value zero.
-    """
-
-    masks: Mapping[str, Bool[Tensor, "..."]]
-    went: Mapping[str, Bool[Tensor, "..."]]
-    came: Mapping[str, Bool[Tensor, "..."]]
+    masks: Mapping[str, Bool[Tensor, "..."]]  # by group, True = active from here on
+    went: Mapping[str, Bool[Tensor, "..."]]  # by group, weights that go
+    came: Mapping[str, Bool[Tensor, "..."]]  # by group, weights that come in, with the value zero
 
 
 @final
@@ -70,12 +64,6 @@ class Masks:
     accumulated, so that clipping sees what a model frozen by hand would show, and once more ahead of the step.
     In a step before an exchange the gradients of masked weights are put aside first. What was put aside goes when the
     gradients that it came with are thrown away, and what counts is what is there when the first optimizer steps.
-
-    Args:
-        host: holds the model.
-        groups: of single weights, all active.
-        pattern: that masks keep to.
-        flops: of the dense step, by weight tensor.
     """
 
     def __init__(self, host: Host, groups: tuple[Group, ...], pattern: Pattern, flops: WeightFlops) -> None:
@@ -178,11 +166,7 @@ class Masks:
     # What a decision does.
 
     def planned(self, plan: Plan, scores: Mapping[str, Float[Tensor, "..."]]) -> Exchange:
-        """What a plan does to masks; nothing is changed yet.
-
-        Args:
-            plan: which weights go, and the share that is exchanged.
-            scores: by group, saliency of every weight; only an exchange looks at them.
+        """What a plan does to masks; nothing is changed yet. Only an exchange looks at the scores, by group.
 
         Raises:
             GroupError: for a plan that does not fit the pattern.

@@ -19,12 +19,7 @@ from setpoint.weights.taylor import Weighing
 
 @final
 class Patterned:
-    """A sensor of single weights whose readings keep to a pattern.
-
-    Args:
-        inner: reads.
-        pattern: N:M, or free.
-    """
+    """A sensor of single weights whose readings keep to a pattern."""
 
     def __init__(self, inner: Sensor[Any], pattern: Pattern) -> None:
         self._inner, self._pattern = inner, pattern
@@ -71,18 +66,11 @@ def patterned(
     A tensor loses `pattern.stride` weights of each block at a time, the least salient of the block. So that the
     least salient weights of the tensor are just these, every weight that goes later counts as at least a hair more
     than all that go earlier; the summed saliency of what goes at the next stride is unchanged.
-
-    Args:
-        reading: saliency of active weights.
-        groups: the weight groups.
-        shapes: by group name, of its tensor.
-        pattern: N:M, or free, which changes nothing.
     """
     if pattern.free or not reading.finite():
         return reading
     return replace(
-        reading,
-        saliency={g.name: _raised(reading.saliency[g.name], g, shapes[g.name], pattern) for g in groups},
+        reading, saliency={g.name: _raised(reading.saliency[g.name], g, shapes[g.name], pattern) for g in groups}
     )
 
 

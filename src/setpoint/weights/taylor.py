@@ -92,12 +92,7 @@ class WeightTaylorSensor:
     def update(
         self, state: WeightTaylorState, groups: tuple[Group, ...], model: nn.Module, grad_scale: Tensor | None = None
     ) -> WeightTaylorState:
-        """Take in the gradients of one optimizer step. No host sync.
-
-        Args:
-            model: the model, gradients ready, weights not yet moved.
-            grad_scale: what the gradients are still multiplied by, or None; NaN leaves the step out.
-        """
+        """Take in the gradients of one optimizer step. No host sync."""
         finite = _all_finite(model, grad_scale, state.num_steps)
         first, second = {}, {}
         decay = torch.where(finite, torch.full_like(state.num_steps, 1.0 - 1.0 / self.window), 1.0)

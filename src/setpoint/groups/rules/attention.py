@@ -34,14 +34,7 @@ def _heads(walk: Walk, query: Value, key: Value, value: Value, mask: Any, groupe
 
 @rule(aten.scaled_dot_product_attention.default)
 def _sdpa(
-    walk: Walk,
-    out: Value,
-    query: Value,
-    key: Value,
-    value: Value,
-    attn_mask: Any = None,
-    *args: Any,
-    **kwargs: Any,
+    walk: Walk, out: Value, query: Value, key: Value, value: Value, attn_mask: Any = None, *args: Any, **kwargs: Any
 ) -> Value:
     """`softmax(q k^T * scale) v`; the default scale depends on the head size, which is then frozen."""
     batch = _heads(walk, query, key, value, attn_mask, bool(kwargs.get("enable_gqa", False)))

@@ -65,12 +65,7 @@ def _matmul(walk: Walk, out: Value, left: Value, right: Value) -> Value:
     inner = contract_dim(walk, left, left.ndim - 1, right, right_inner)
     batch_ndim = max(left.ndim, right.ndim, 2) - 2
     batch = unite_broadcast(
-        walk,
-        [
-            Value(left.shape[:-2], left.labels[:-2]),
-            Value(right.shape[:-2], right.labels[:-2]),
-        ],
-        batch_ndim,
+        walk, [Value(left.shape[:-2], left.labels[:-2]), Value(right.shape[:-2], right.labels[:-2])], batch_ndim
     )
     if not left.weight and not right.weight:
         for labels in batch:

@@ -66,11 +66,7 @@ def _recurrent(
 
 @rule(aten.lstm_cell.default, aten.gru_cell.default, aten.rnn_tanh_cell.default, aten.rnn_relu_cell.default)
 def _one_step(
-    walk: Walk,
-    out: Value | tuple[Value, ...],
-    x: Value,
-    states: Value | Sequence[Value],
-    *parameters: Value | None,
+    walk: Walk, out: Value | tuple[Value, ...], x: Value, states: Value | Sequence[Value], *parameters: Value | None
 ) -> Value | tuple[Value, ...]:
     """One step of one cell, as `nn.LSTMCell` and its like take it."""
     starts = [states] if isinstance(states, Value) else list(states)
@@ -105,15 +101,7 @@ def _cell(walk: Walk, parameters: Sequence[Value], inputs: DimLabels, hidden: Di
 
 @rule("setpoint::diagonal_scan")
 def _diagonal_scan(
-    walk: Walk,
-    out: Value,
-    u: Value,
-    a_re: Value,
-    a_im: Value,
-    b_re: Value,
-    b_im: Value,
-    c_re: Value,
-    c_im: Value,
+    walk: Walk, out: Value, u: Value, a_re: Value, a_im: Value, b_re: Value, b_im: Value, c_re: Value, c_im: Value
 ) -> Value:
     """States of a diagonal recurrence are written by B, carried by the eigenvalues and read by C."""
     walk.freeze(u.labels[1], "a recurrence runs over it")
