@@ -87,9 +87,7 @@ def cost_out(
 ) -> Costing:
     """Build the costs of these resources on copies of the model, which is left alone.
 
-    Args:
-        watts: power of a training step, stated by the user for a machine without an energy meter.
-        inference_example: inputs of one inference; by default those of one step.
+    `watts` is the power of a training step, as the user states it for a machine without an energy meter.
 
     Raises:
         CostError: if the step cannot be recorded, or joules are asked for and there is nothing to tell them from.

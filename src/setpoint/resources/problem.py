@@ -22,11 +22,7 @@ _MAX_AXES = 3
 
 @dataclass(frozen=True)
 class Axis:
-    """A length that several dims of a problem follow.
-
-    Args:
-        values: what it can become, the dense one first.
-    """
+    """A length that several dims of a problem follow, and what it can become, the dense value first."""
 
     size: Size
     values: tuple[int, ...]
