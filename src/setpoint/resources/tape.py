@@ -26,11 +26,9 @@ class Trainee(Protocol):
 
     def step(self) -> None:
         """Forward, backward and optimizer step."""
-        ...
 
     def held(self) -> Sequence[Tensor]:
         """Tensors that live between steps: weights, buffers, optimizer state, inputs."""
-        ...
 
 
 @dataclass(frozen=True)
