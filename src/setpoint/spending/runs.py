@@ -31,11 +31,9 @@ class Runs:
 
     Args:
         groups: at dense widths.
-        schedule: when decisions are made.
         regrows: whether units come back until the schedule is over.
         learning: the controller, if it learns.
         reported: resources whose budget was warned of.
-        target: whose budgets they are.
     """
 
     def __init__(
