@@ -289,10 +289,9 @@ def _culprits(suspects: list[str], fault: Callable[[frozenset[str]], str | None]
 
 
 def _with_sizes(draft: Draft, places: Places) -> tuple[Group, ...]:
-    """Bind every attribute to the groups it counts, and every corrected call to all groups that its module touches.
+    """Bind every attribute to the groups it counts, and a corrected call to all groups that its module touches.
 
-    The forward may compute a call's size from any of them, so that a cut of one alone makes it wrong, even where the
-    right size does not change.
+    The forward may compute the call's size from any of them, so that a cut of one alone makes it wrong.
     """
     units = draft.units
     sizes: dict[int, list[SizeBinding]] = {}

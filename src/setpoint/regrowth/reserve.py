@@ -53,32 +53,22 @@ class Reserve:
 
     Optimizer state that did not exist yet when a unit was dropped is zero when the unit is regrown.
 
-    Args:
-        groups: the dense groups, whose unit indices are the origins.
-        active: by group, which units are in the model.
-        resting: by group, which units rest here; a unit in neither of the two has been let go.
-        tensors: resting entries.
-        corrected: calls whose sizes were corrected before any cut.
-        limit_bytes: upper limit for the resting entries; None: no limit.
-        dropped_at: by group and unit, when it was last dropped, in whatever the caller counts.
-        drops: by group and unit, how often it was dropped.
-        let_go: by group, origins of the units that the last `rest` let go to stay within the limit.
-        mesh: the ranks among which the entries are sharded in equal parts, as `fully_shard` does with parameters; all
-            ranks then call every method together. None: not sharded.
-        own: names of tensors that differ between ranks, as buffers do; these are never sharded.
+    Over a mesh of ranks the entries are sharded in equal parts, as `fully_shard` does with parameters; all ranks then
+    call every method together.
     """
 
-    groups: tuple[Group, ...]
-    active: Mapping[str, Bool[np.ndarray, " units"]]
-    resting: Mapping[str, Bool[np.ndarray, " units"]]
-    tensors: Mapping[Key, Rest] = field(default_factory=dict)
-    corrected: frozenset[SizePlace] = frozenset()
-    limit_bytes: int | None = None
+    groups: tuple[Group, ...]  # the dense groups, whose unit indices are the origins
+    active: Mapping[str, Bool[np.ndarray, " units"]]  # by group, which units are in the model
+    resting: Mapping[str, Bool[np.ndarray, " units"]]  # which rest here; one in neither has been let go
+    tensors: Mapping[Key, Rest] = field(default_factory=dict)  # resting entries
+    corrected: frozenset[SizePlace] = frozenset()  # calls whose sizes were corrected before any cut
+    limit_bytes: int | None = None  # upper limit for the resting entries, on each rank; None: no limit
+    # By group and unit, when it was last dropped, in whatever the caller counts, and how often.
     dropped_at: Mapping[str, Int[np.ndarray, " units"]] = field(default_factory=dict)
     drops: Mapping[str, Int[np.ndarray, " units"]] = field(default_factory=dict)
-    let_go: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    mesh: Any = None
-    own: frozenset[str] = frozenset()
+    let_go: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # by the last `rest`, for want of room
+    mesh: Any = None  # None: not sharded
+    own: frozenset[str] = frozenset()  # tensors that differ between ranks, as buffers do: never sharded
 
     @classmethod
     def of(

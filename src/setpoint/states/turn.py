@@ -71,9 +71,9 @@ def turned(
 ) -> Iterator[None]:
     """State groups that are about to lose units, in coordinates in which they can; `shrink` with this `keep` inside.
 
-    For a group in `basis`, `keep` is about the units of that basis. With `BalancedPairs` the kept units then hold the
-    balanced truncation of the layer's real map, brought back to modes, so its gain changes by at most twice the sum of
-    the dropped Hankel values. Groups without a basis are left as they are.
+    Arguments are those of `shrink`. For a group in `basis`, `keep` is about the units of that basis. With
+    `BalancedPairs` the kept units then hold the balanced truncation of the layer's real map, brought back to modes, so
+    its gain changes by at most twice the sum of the dropped Hankel values. Other groups are left as they are.
 
     With `rest` the units that go hold what the truncation loses, as modes of their own (`residual_modes`), so that they
     can rest in a reserve and come back; without, nothing.
@@ -87,12 +87,7 @@ def turned(
     On any exception, inside too, model, optimizers and copies are as they were.
 
     Args:
-        model: the model that `groups` describe.
-        optimizer: one optimizer, a sequence of them, or None.
-        groups: as `find_groups`, or the last cut, returned them.
-        keep: by group name, boolean per active unit, True = stays.
         basis: by group name, coordinates for the states of its layer as it is now, as `Reading.basis` holds it.
-        copies: further modules with the same tensors.
         moments: "carry" as above; "reset" and "position" are there to compare with.
         rest: whether units that go are to hold what is lost.
 
