@@ -11,11 +11,10 @@ import numpy as np
 from torch import nn
 
 from setpoint.groups.build import Units
-from setpoint.groups.draft import Draft
 from setpoint.groups.group import Group, SizeBinding
 from setpoint.groups.kept import Kept, random_keep
 from setpoint.groups.shim import HEADS, get_call_sizes
-from setpoint.groups.trial import Outcome, Places, Trial, call_of, dense_outcome, lost_in_other_mode, outcome_of
+from setpoint.groups.trial import Draft, Outcome, Places, Trial, call_of, dense_outcome, lost_in_other_mode, outcome_of
 from setpoint.groups.vanish import bypassed, empty
 from setpoint.groups.walk import Call
 
