@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,21 +40,13 @@ _KEY = "setpoint"
 
 @dataclass(frozen=True)
 class _Header:
-    """What a file holds beside its tensors.
+    """What a file holds beside its tensors."""
 
-    Args:
-        sizes: by module name and place, what the place must hold.
-        aliases: further names of tied tensors, and the name each is stored under.
-        complex: names of complex tensors, stored as pairs of reals along a last dim of length 2.
-        transient: names of non-persistent buffers that a cut has changed.
-        dense: by name, the shape that a tensor had before its first cut.
-    """
-
-    sizes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    aliases: Mapping[str, str] = field(default_factory=dict)
-    complex: tuple[str, ...] = ()
-    transient: tuple[str, ...] = ()
-    dense: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    sizes: Mapping[str, Mapping[str, int]]  # by module name and place, what the place must hold
+    aliases: Mapping[str, str]  # further names of tied tensors, and the name each is stored under
+    complex: tuple[str, ...]  # names of complex tensors, stored as pairs of reals along a last dim of length 2
+    transient: tuple[str, ...]  # names of non-persistent buffers that a cut has changed
+    dense: Mapping[str, tuple[int, ...]]  # by name, the shape that a tensor had before its first cut
 
     def places(self) -> dict[SizePlace, int]:
         return {(module, place): size for module, sizes in self.sizes.items() for place, size in sizes.items()}

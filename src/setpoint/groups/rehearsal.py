@@ -81,9 +81,9 @@ class Rehearsal:
 def _stand_in(tensor: torch.Tensor, kind: Any) -> torch.Tensor:
     if kind is None:
         return tensor.detach().clone()
-    result: torch.Tensor = (
-        tensor.detach().to(kind) if isinstance(kind, torch.device) else kind.from_tensor(tensor.detach())
-    )
+    if isinstance(kind, torch.device):
+        return tensor.detach().to(kind)
+    result: torch.Tensor = kind.from_tensor(tensor.detach())
     return result
 
 

@@ -17,12 +17,12 @@ from setpoint.groups.atoms import Atoms
 from setpoint.groups.bind import bind
 from setpoint.groups.build import OwnDim, build
 from setpoint.groups.chance import untouched_chance
-from setpoint.groups.draft import Draft
 from setpoint.groups.export import Example, export
 from setpoint.groups.group import Group, Size, widths_of
 from setpoint.groups.product import solve
 from setpoint.groups.rehearsal import Rehearsal
 from setpoint.groups.state import find_states
+from setpoint.groups.trial import Draft
 from setpoint.groups.walk import Value, Walk, finish, op_name, rule_for
 
 

@@ -20,9 +20,8 @@ from setpoint.actuator.sizes import apply_sizes
 from setpoint.distributed import is_spread
 from setpoint.groups.group import Group
 from setpoint.groups.vanish import EmptyForward
-from setpoint.regrowth.box import corner
 from setpoint.regrowth.regrow import Grow, enlarge, new_sizes, with_units
-from setpoint.regrowth.reserve import Key, Reserve
+from setpoint.regrowth.reserve import Key, Reserve, corner
 from setpoint.sensor.accumulated import RunningSum
 from setpoint.sensor.sentinel import Sentinels
 from setpoint.sensor.unit_sum import UnitSum

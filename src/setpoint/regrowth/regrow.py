@@ -27,8 +27,7 @@ from setpoint.actuator.sizes import check_sizes
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group
 from setpoint.groups.place import is_call, read_size
-from setpoint.regrowth.box import Box, write
-from setpoint.regrowth.reserve import Key, Reserve
+from setpoint.regrowth.reserve import Box, Key, Reserve, write
 
 Grow = Mapping[str, Sequence[int] | Int[np.ndarray, " _units"]]
 """By group name, origins of the units to bring back."""

@@ -20,7 +20,7 @@ from setpoint.controller.plan import Regrowing as Controller
 from setpoint.errors import CheckpointError, GroupError
 from setpoint.groups.follow import Change
 from setpoint.groups.group import Group, widths_of
-from setpoint.host.piece import brackets
+from setpoint.host.fsdp import brackets
 from setpoint.loop.cutting import Cutting, Origins, changing
 from setpoint.regrowth.easing import Easing
 from setpoint.regrowth.probing import Probing

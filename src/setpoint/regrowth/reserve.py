@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,7 +22,44 @@ from setpoint.errors import GroupError
 from setpoint.groups.group import Group, keep_all
 from setpoint.groups.place import is_call
 from setpoint.groups.shim import get_call_sizes
-from setpoint.regrowth.box import Box, count_entries, resting_entries, write
+
+Box = Mapping[int, Bool[np.ndarray, " _entries"]]
+"""By dim of the dense tensor, which entries are in the box; all of them along a dim that is absent here."""
+
+
+def count_entries(shape: Sequence[int], box: Box) -> int:
+    """Number of entries of a tensor in a box."""
+    return math.prod(int(box[dim].sum()) if dim in box else length for dim, length in enumerate(shape))
+
+
+def resting_entries(shape: Sequence[int], known: Box, live: Box) -> Bool[Tensor, " *shape"]:
+    """True at each entry whose units are all known, but not all of them active."""
+    return _inside(shape, known) & ~_inside(shape, live)
+
+
+def _inside(shape: Sequence[int], box: Box) -> Bool[Tensor, " *shape"]:
+    inside = torch.ones(tuple(shape), dtype=torch.bool)
+    for dim, kept in box.items():
+        inside &= torch.from_numpy(kept).view([-1 if each == dim else 1 for each in range(len(shape))])
+    return inside
+
+
+def write(tensor: Shaped[Tensor, " *shape"], box: Box, values: Shaped[Tensor, " *small"]) -> None:
+    """Fill the entries of a box, in place, with a tensor of the box's shape.
+
+    >>> tensor = torch.zeros(2, 3)
+    >>> write(tensor, {1: np.array([True, False, True])}, torch.ones(2, 2))
+    >>> tensor.tolist()
+    [[1.0, 0.0, 1.0], [1.0, 0.0, 1.0]]
+    """
+    with torch.no_grad():
+        tensor[corner(tensor, box)] = values
+
+
+def corner(tensor: Tensor, box: Box) -> tuple[Tensor, ...]:
+    """The index of a box's entries in a tensor."""
+    positions = [np.flatnonzero(box[dim]) if dim in box else np.arange(n) for dim, n in enumerate(tensor.shape)]
+    return tuple(torch.from_numpy(each).to(tensor.device) for each in np.ix_(*positions))
 
 
 class Key(NamedTuple):
@@ -53,32 +91,22 @@ class Reserve:
 
     Optimizer state that did not exist yet when a unit was dropped is zero when the unit is regrown.
 
-    Args:
-        groups: the dense groups, whose unit indices are the origins.
-        active: by group, which units are in the model.
-        resting: by group, which units rest here; a unit in neither of the two has been let go.
-        tensors: resting entries.
-        corrected: calls whose sizes were corrected before any cut.
-        limit_bytes: upper limit for the resting entries; None: no limit.
-        dropped_at: by group and unit, when it was last dropped, in whatever the caller counts.
-        drops: by group and unit, how often it was dropped.
-        let_go: by group, origins of the units that the last `rest` let go to stay within the limit.
-        mesh: the ranks among which the entries are sharded in equal parts, as `fully_shard` does with parameters; all
-            ranks then call every method together. None: not sharded.
-        own: names of tensors that differ between ranks, as buffers do; these are never sharded.
+    Over a mesh of ranks the entries are sharded in equal parts, as `fully_shard` does with parameters; all ranks then
+    call every method together.
     """
 
-    groups: tuple[Group, ...]
-    active: Mapping[str, Bool[np.ndarray, " units"]]
-    resting: Mapping[str, Bool[np.ndarray, " units"]]
-    tensors: Mapping[Key, Rest] = field(default_factory=dict)
-    corrected: frozenset[SizePlace] = frozenset()
-    limit_bytes: int | None = None
+    groups: tuple[Group, ...]  # the dense groups, whose unit indices are the origins
+    active: Mapping[str, Bool[np.ndarray, " units"]]  # by group, which units are in the model
+    resting: Mapping[str, Bool[np.ndarray, " units"]]  # which rest here; one in neither has been let go
+    tensors: Mapping[Key, Rest] = field(default_factory=dict)  # resting entries
+    corrected: frozenset[SizePlace] = frozenset()  # calls whose sizes were corrected before any cut
+    limit_bytes: int | None = None  # upper limit for the resting entries, on each rank; None: no limit
+    # By group and unit, when it was last dropped, in whatever the caller counts, and how often.
     dropped_at: Mapping[str, Int[np.ndarray, " units"]] = field(default_factory=dict)
     drops: Mapping[str, Int[np.ndarray, " units"]] = field(default_factory=dict)
-    let_go: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    mesh: Any = None
-    own: frozenset[str] = frozenset()
+    let_go: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # by the last `rest`, for want of room
+    mesh: Any = None  # None: not sharded
+    own: frozenset[str] = frozenset()  # tensors that differ between ranks, as buffers do: never sharded
 
     @classmethod
     def of(
