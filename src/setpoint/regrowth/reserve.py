@@ -198,12 +198,12 @@ class Reserve:
             GroupError: when it belongs to other groups, or entries are missing.
         """
         units = state["units"]
-        by_group = {key: {n: units[n][key].numpy().copy() for n in units} for key in self._by_group()}
-        for key, old in self._by_group().items():
-            for name, values in old.items():
-                new = by_group[key].get(name)
-                if new is None or (new.shape, new.dtype) != (values.shape, values.dtype):
-                    raise GroupError(f"the reserve's {key} of group {name!r} is not one {values.dtype} per unit")
+        by_group = {kind: {n: units[n][kind].numpy().copy() for n in units} for kind in self._by_group()}
+        for kind, old in self._by_group().items():
+            for name, expected in old.items():
+                new = by_group[kind].get(name)
+                if new is None or (new.shape, new.dtype) != (expected.shape, expected.dtype):
+                    raise GroupError(f"the reserve's {kind} of group {name!r} is not one {expected.dtype} per unit")
         tensors = {}
         for each in state["tensors"]:
             key, count = Key(*each["key"]), len(each["values"])
