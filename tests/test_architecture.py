@@ -144,7 +144,7 @@ class _Run:
 
 
 def test_what_a_step_runs_is_in_the_spine() -> None:
-    """Claim: between an optimizer's hook and the end of a cut no other file of Setpoint runs than those of the spine."""
+    """Claim: between an optimizer's hook and the end of a cut nothing runs but the spine and what lies beside it."""
     run, seen = _Run(), set[str]()
 
     def note(frame: FrameType, event: str, _: Any) -> None:

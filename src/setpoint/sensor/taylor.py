@@ -227,7 +227,8 @@ class TaylorSensor:
         gate_gradient = _summed(state, sources.by_group, lambda source: source.gate_gradient(state.mean))
         gate_gradient = sources.ranks.total(gate_gradient + zero_if_finite(sources.others, state.mean))
         if state.sentinels is not None:
-            gate_gradient = gate_gradient + _tapped_gradients(state, sources.by_group, state.sentinels, self.ranks)
+            tapped = _summed(state, sources.by_group, lambda source: source.tapped(state.mean))
+            gate_gradient = gate_gradient + state.sentinels.in_scale(tapped, self.ranks)
             state.sentinels.forget()
         if grad_scale is not None:
             gate_gradient = gate_gradient / grad_scale
@@ -311,23 +312,6 @@ def _summed(
         there = [found for source in of_group if (found := read(source)) is not None]
         parts.append(sum(there[1:], there[0]) if there else state.mean.new_zeros(num_units))
     return torch.cat(parts)
-
-
-def _tapped_gradients(
-    state: TaylorState, sources: tuple[tuple[Source, ...], ...], sentinels: Sentinels, ranks: Ranks
-) -> Tensor:
-    """What taps add to the gate gradients, in the scale of the gradients that are there now.
-
-    Several ranks call this together. NaN if no gradient came on any of them: none could tell by itself, so the step is
-    left out.
-    """
-    read, came = _summed(state, sources, lambda source: source.tapped(state.mean)), sentinels.gradients()
-    if ranks.count > 1:
-        came = sentinels.nothing() if came is None else came
-        mean = ranks.total(torch.cat([read.double(), came])) / ranks.count
-        read, came = mean[: len(read)].to(read), mean[len(read) :]
-    factor = sentinels.factor(came)
-    return torch.zeros_like(read) if factor is None else read * factor.to(read)
 
 
 @torch.no_grad()
