@@ -208,7 +208,7 @@ class Spending:
             step=step,
             total_steps=self.total_steps,
             widths=widths,
-            dense_widths=self._dense_widths,
+            dense_widths=self.dense_widths,
             reading=reading,
             dense=self.target.dense,
             limit=self.target.limits,
