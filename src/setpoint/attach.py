@@ -85,6 +85,7 @@ def attach(
             `ExampleError`, `ExportError`, `GroupError`, `LoopError`, `OptimizerError` and `RankError`.
         ValueError: for a setting out of range.
 
+    >>> import torch
     >>> model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2))
     >>> optimizer, x = torch.optim.SGD(model.parameters(), lr=0.1), torch.randn(8, 4)
     >>> with attach(model, optimizer, Budget.fraction(0.5, of="params"), example=(x,), total_steps=50) as loop:

@@ -291,7 +291,7 @@ def sharded_resume() -> None:
         reserve = run["loop"].actuator.reserve
         total = sum(rest.count * rest.values.itemsize for rest in reserve.tensors.values())
         each = everywhere(reserve.num_bytes)
-        assert reserve.num_resting and sum(each) == total > 0
+        assert reserve.origins() and sum(each) == total > 0
         assert max(each) - min(each) <= 8 * dist.get_world_size() * len(reserve.tensors)
         with torch.no_grad():
             run["model"](share(0)[0])  # which leaves some of it whole

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,21 +40,13 @@ _KEY = "setpoint"
 
 @dataclass(frozen=True)
 class _Header:
-    """What a file holds beside its tensors.
+    """What a file holds beside its tensors."""
 
-    Args:
-        sizes: by module name and place, what the place must hold.
-        aliases: further names of tied tensors, and the name each is stored under.
-        complex: names of complex tensors, stored as pairs of reals along a last dim of length 2.
-        transient: names of non-persistent buffers that a cut has changed.
-        dense: by name, the shape that a tensor had before its first cut.
-    """
-
-    sizes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    aliases: Mapping[str, str] = field(default_factory=dict)
-    complex: tuple[str, ...] = ()
-    transient: tuple[str, ...] = ()
-    dense: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    sizes: Mapping[str, Mapping[str, int]]  # by module name and place, what the place must hold
+    aliases: Mapping[str, str]  # further names of tied tensors, and the name each is stored under
+    complex: tuple[str, ...]  # names of complex tensors, stored as pairs of reals along a last dim of length 2
+    transient: tuple[str, ...]  # names of non-persistent buffers that a cut has changed
+    dense: Mapping[str, tuple[int, ...]]  # by name, the shape that a tensor had before its first cut
 
     def places(self) -> dict[SizePlace, int]:
         return {(module, place): size for module, sizes in self.sizes.items() for place, size in sizes.items()}
@@ -126,9 +118,7 @@ def load(path: str | os.PathLike[str], into: nn.Module) -> nn.Module:
 def _stored(model: nn.Module, transient: Iterable[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors that belong in a file by their first name, and that name by every further one."""
     first: dict[int, str] = {}
-    own: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    wanted = set(transient)
+    own, aliases, wanted = dict[str, Tensor](), dict[str, str](), set(transient)
     for name, tensor in named_tensors(model).items():
         if not isinstance(tensor, nn.Parameter) and name not in wanted and not is_persistent(model, name):
             continue
@@ -177,9 +167,8 @@ def digest(tensors: Mapping[str, Tensor], words: str) -> str:
         tensor = tensors[name]
         what = [name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
         total.update(json.dumps(what).encode())
-        flat = tensor.reshape(-1).clone(
-            memory_format=torch.contiguous_format
-        )  # one element or none may have any stride, and `view` needs 1
+        # A copy: one element or none may have any stride, and `view` needs 1.
+        flat = tensor.reshape(-1).clone(memory_format=torch.contiguous_format)
         total.update(flat.view(torch.uint8).numpy().data)
     return total.hexdigest()
 
@@ -199,8 +188,7 @@ def write_file(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str])
         save_file(tensors, partial, metadata=metadata)
         partial.chmod(mode)
         with open(partial, "rb+") as file:
-            # Before the rename: after a power cut the name must not point at a file whose contents never reached the
-            # disk.
+            # Before the rename: after a power cut the name must not point at contents that never reached the disk.
             os.fsync(file.fileno())
         os.replace(partial, path)
         _sync_folder(path.parent)
@@ -268,22 +256,16 @@ def _parse(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor
         )
     try:
         text: dict[str, Any] = json.loads(metadata[_KEY])
-        version = int(text["format"])
-        if version > FORMAT:
-            raise CheckpointError(
-                f"{str(path)!r} has format {version}, this Setpoint reads up to {FORMAT}: upgrade Setpoint"
-            )
-        header = _Header(
-            text["sizes"],
-            text["aliases"],
-            tuple(text["complex"]),
-            tuple(text["transient"]),
-            {name: tuple(shape) for name, shape in text["dense"].items()},
-        )
+        if (version := int(text["format"])) > FORMAT:
+            newer = f"{str(path)!r} has format {version}, this Setpoint reads up to {FORMAT}: upgrade Setpoint"
+            raise CheckpointError(newer)
+        dense = {name: tuple(shape) for name, shape in text["dense"].items()}
+        lists = (tuple(text["complex"]), tuple(text["transient"]))
+        header = _Header(text["sizes"], text["aliases"], *lists, dense)
         expected = text["sha256"]
+    except CheckpointError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        if isinstance(error, CheckpointError):
-            raise
         raise damaged(path) from error
     if digest(tensors, _words(header)) != expected:
         raise damaged(path)

@@ -64,10 +64,8 @@ def restored(value: Any, like: Any, where: str, device: torch.device) -> Any:
         names = {each.name for each in fields(like) if not each.metadata.get("live")}
         if not isinstance(value, dict) or set(value) != names:
             raise CheckpointError(f"{where} is not the state of a {type(like).__name__}, got {_kind(value)}")
-        return replace(
-            like,
-            **{name: restored(value[name], getattr(like, name), f"{where}.{name}", device) for name in sorted(names)},
-        )
+        found = {name: restored(value[name], getattr(like, name), f"{where}.{name}", device) for name in sorted(names)}
+        return replace(like, **found)
     if isinstance(like, np.ndarray):
         array = _bare(value, device)
         if not isinstance(array, np.ndarray) or (array.shape, array.dtype) != (like.shape, like.dtype):

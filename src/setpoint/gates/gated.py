@@ -142,9 +142,7 @@ class GatedController:
         return replace(state, priced=self.priced.transferred(state.priced, **at, present=present, limit=limit))
 
     def flops(self, groups: tuple[Group, ...], allowance: float = math.inf) -> float:
-        """FLOPs of a decision that drops: forward and backward of each step that the allowance pays for, and a last
-        forward, for all units; 0 where it pays for none.
-        """
+        """FLOPs of a decision that drops, with each step that the allowance pays for; 0 where it pays for none."""
         if all(lowest_width(group) == group.num_units for group in groups):
             return 0.0
         steps = self._affordable(allowance, groups)
@@ -156,13 +154,8 @@ class GatedController:
         """The next state and the plan. Pure: same arguments, same answer."""
         priced, plan = self.priced.decide(state.priced, observation, cost, groups)
         reading, price = observation.reading, plan.price[cost.resource]
-        if (
-            not plan.drops()
-            or price <= 0
-            or reading is None
-            or not reading.calibrated
-            or self.priced.allocation != "worth"
-        ):
+        learns = plan.drops() and price > 0 and self.priced.allocation == "worth"
+        if not learns or reading is None or not reading.calibrated:
             return replace(state, priced=priced), plan
         steps = self._affordable(observation.learning_flops, groups)
         if steps < 1:

@@ -11,11 +11,10 @@ import numpy as np
 from torch import nn
 
 from setpoint.groups.build import Units
-from setpoint.groups.draft import Draft
 from setpoint.groups.group import Group, SizeBinding
 from setpoint.groups.kept import Kept, random_keep
 from setpoint.groups.shim import HEADS, get_call_sizes
-from setpoint.groups.trial import Outcome, Places, Trial, call_of, dense_outcome, lost_in_other_mode, outcome_of
+from setpoint.groups.trial import Draft, Outcome, Places, Trial, call_of, dense_outcome, lost_in_other_mode, outcome_of
 from setpoint.groups.vanish import bypassed, empty
 from setpoint.groups.walk import Call
 
@@ -289,10 +288,9 @@ def _culprits(suspects: list[str], fault: Callable[[frozenset[str]], str | None]
 
 
 def _with_sizes(draft: Draft, places: Places) -> tuple[Group, ...]:
-    """Bind every attribute to the groups it counts, and every corrected call to all groups that its module touches.
+    """Bind every attribute to the groups it counts, and a corrected call to all groups that its module touches.
 
-    The forward may compute a call's size from any of them, so that a cut of one alone makes it wrong, even where the
-    right size does not change.
+    The forward may compute the call's size from any of them, so that a cut of one alone makes it wrong.
     """
     units = draft.units
     sizes: dict[int, list[SizeBinding]] = {}

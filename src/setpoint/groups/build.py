@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -73,8 +73,7 @@ def build(atoms: Atoms, dims: Sequence[OwnDim], products: Sequence[np.ndarray] =
         droppable[everyone[own.labels]] = True
     droppable[0] = False
     roots = np.flatnonzero(droppable)
-    group_of = np.full(len(atoms), -1)
-    unit_of = np.full(len(atoms), -1)
+    group_of, unit_of = np.full(len(atoms), -1), np.full(len(atoms), -1)
     marks = {name: atoms.marked(name) for name in ("produce", "consume", "unmasked")}
     summed = atoms.marked_class("summed") | atoms.marked_class("contract")
     classes = {name: atoms.marked_class(name) for name in ("conv", "batch", "embedding", "squeezed", "aligned")}
@@ -92,13 +91,15 @@ def build(atoms: Atoms, dims: Sequence[OwnDim], products: Sequence[np.ndarray] =
         unit_of[members] = np.arange(len(members))
         slices = tuple(_slice(own, everyone, signature, key, unit_of, marks) for own in dims_of[key])
         roles = {piece.role for piece in slices}
-        if any(_writes(own, everyone, members, marks) for own in dims_of[key]):
+        if any(marks["produce"][own.labels[np.isin(everyone[own.labels], members)]].any() for own in dims_of[key]):
             roles.add("produce")  # a tied weight may write units and read them again
         if {"produce", "consume"} <= roles or ("produce" in roles and summed[members].any()):
             group_of[members] = len(found)
             found.append((members, slices))
         elif roles != {"carry"}:  # a dim without units, of a kernel or a table, is not worth reporting
-            atoms.frozen.append((np.asarray(members), slices[0].tensor, _no_exit(roles)))
+            missing = "no weight reads its units" if "consume" not in roles else "no weight writes its units"
+            why = f"{missing}, so they cannot be judged or dropped by themselves"
+            atoms.frozen.append((np.asarray(members), slices[0].tensor, why))
     notes = _lossy_notes(atoms, group_of[everyone], len(found))
     names: dict[str, int] = {}
     groups = tuple(
@@ -108,7 +109,7 @@ def build(atoms: Atoms, dims: Sequence[OwnDim], products: Sequence[np.ndarray] =
             slices,
             _what(members, classes),
             tuple(noted),
-            _least(members, classes),
+            2 if classes["squeezed"][members].any() else 1,  # a squeeze would remove a dim of one unit
             bool(classes["aligned"][members].any()),
         )
         for (members, slices), noted in zip(found, notes, strict=True)
@@ -129,15 +130,6 @@ def _slice(
     member = (signature[roots] == key) & (roots != 0)
     masked = not marks["unmasked"][own.labels[member]].any()
     return Slice(own.tensor, own.dim, _role(own, member, marks), np.where(member, unit_of[roots], -1), masked)
-
-
-def _writes(own: OwnDim, everyone: np.ndarray, members: list[int], marks: Mapping[str, np.ndarray]) -> bool:
-    return bool(marks["produce"][own.labels[np.isin(everyone[own.labels], members)]].any())
-
-
-def _no_exit(roles: set[Role]) -> str:
-    missing = "no weight reads its units" if "consume" not in roles else "no weight writes its units"
-    return f"{missing}, so they cannot be judged or dropped by themselves"
 
 
 def _signatures(everyone: np.ndarray, dims: Sequence[np.ndarray]) -> np.ndarray:
@@ -180,11 +172,6 @@ def _name(slices: tuple[Slice, ...], names: dict[str, int]) -> str:
     return base if names[base] == 1 else f"{base}:{names[base]}"
 
 
-def _least(members: list[int], classes: Mapping[str, np.ndarray]) -> int:
-    """Fewest units: 2 where a squeeze would remove a dim of one unit."""
-    return 2 if classes["squeezed"][members].any() else 1
-
-
 def _group(
     name: str, num_units: int, slices: tuple[Slice, ...], what: str, notes: tuple[str, ...], least: int, aligned: bool
 ) -> Group:
@@ -192,18 +179,8 @@ def _group(
     block = max(block, ALIGNED) if aligned else block
     floor = max(least, -(-num_units // FLOOR))
     min_units = min(num_units, -(-floor // block) * block)
-    return Group(
-        name=name,
-        kind="unit",
-        num_units=num_units,
-        slices=slices,
-        min_units=min_units,
-        multiple_of=block,
-        only_blocks=aligned,
-        lossless=not notes,
-        what=what,
-        notes=notes,
-    )
+    found = Group(name, "unit", num_units, slices, min_units=min_units, multiple_of=block, only_blocks=aligned)
+    return replace(found, lossless=not notes, what=what, notes=notes)
 
 
 def _block(num_units: int, liked: int) -> int:

@@ -1,11 +1,10 @@
 """A product: the cells of a dim that merges two or more dims, of which only one factor can be pruned.
 
-When `(heads, head size)` is viewed as one dim, dropping a head drops a row of cells and dropping a
-position within the head drops a column: `drop(cell_ij) = drop(factor1_i) or drop(factor2_j)`. To
-keep every tensor rectangular under any choice of units, one factor stays prunable and the others
-are frozen. Preferred is a factor that is not made of copies (query heads of one key head), then one that
-no norm runs over, then one that no activation product contracts, then one that is already the only
-prunable factor elsewhere, then the one with more units.
+When `(heads, head size)` is viewed as one dim, dropping a head drops a row of cells and dropping a position within the
+head drops a column: `drop(cell_ij) = drop(factor1_i) or drop(factor2_j)`. To keep every tensor rectangular under any
+choice of units, one factor stays prunable and the others are frozen. Preferred is a factor that is not made of copies
+(query heads of one key head), then one that no norm runs over, then one that no activation product contracts, then one
+that is already the only prunable factor elsewhere, then the one with more units.
 """
 
 from __future__ import annotations
@@ -30,28 +29,23 @@ class Product:
 def solve(atoms: Atoms, products: Sequence[Product]) -> None:
     """Choose a factor for every product, and unite or freeze accordingly.
 
-    Products whose choice is clear are settled together, the strongest reason first, because each
-    settled one may decide others. The number of rounds does not grow with the model's depth.
+    Products whose choice is clear are settled together, the strongest reason first, since each may decide others.
     """
     pending = _settle_forced(atoms, list(products))
     while pending:
-        normed, contracted = _normed(atoms, products), atoms.marked_class("contract")
-        copies = _copies(atoms)
+        copies, normed, contracted = _copies(atoms), _normed(atoms, products), atoms.marked_class("contract")
         reasons = [_reasons(atoms, product, copies, normed, contracted) for product in pending]
         chosen = _clear_choices(reasons)
         if not chosen:
             sole = _sole_factors(atoms, products, pending)
             reasons = [
-                {axis: (*key, _is_sole(atoms, product.factors[axis], sole)) for axis, key in reason.items()}
+                {axis: (*key, bool(sole[atoms.find(product.factors[axis])].any())) for axis, key in reason.items()}
                 for product, reason in zip(pending, reasons, strict=True)
             ]
             chosen = _clear_choices(reasons)
         if not chosen:
-            largest = max(
-                ((i, axis) for i, reason in enumerate(reasons) for axis in reason),
-                key=lambda choice: (reasons[choice[0]][choice[1]], len(pending[choice[0]].factors[choice[1]])),
-            )
-            chosen = [largest]
+            every = ((i, axis) for i, reason in enumerate(reasons) for axis in reason)
+            chosen = [max(every, key=lambda at: (reasons[at[0]][at[1]], len(pending[at[0]].factors[at[1]])))]
         for i, axis in chosen:
             _spread(atoms, pending[i])
             if axis in _free_axes(atoms, pending[i]):
@@ -136,13 +130,9 @@ def _reasons(
     for axis in _free_axes(atoms, product):
         roots = atoms.find(product.factors[axis])
         live = roots[roots != 0]
-        own = bool(copies[product.factors[axis]].all())
-        result[axis] = (not own, not normed[live].any(), not contracted[live].any())
+        own = not copies[product.factors[axis]].all()
+        result[axis] = (own, not normed[live].any(), not contracted[live].any())
     return result
-
-
-def _is_sole(atoms: Atoms, factor: np.ndarray, sole: np.ndarray) -> bool:
-    return bool(sole[atoms.find(factor)].any())
 
 
 def _clear_choices(reasons: list[dict[int, tuple[bool, ...]]]) -> list[tuple[int, int]]:

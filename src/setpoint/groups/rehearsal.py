@@ -17,10 +17,6 @@ from setpoint.groups.chance import untouched_chance
 from setpoint.groups.export import Example, computed, inputs_of, tensors_of
 
 
-def _as_it_is(twin: nn.Module) -> None:
-    """Prepare nothing."""
-
-
 class Rehearsal:
     """Forwards of copies of a model, each of which may be changed before it runs.
 
@@ -38,16 +34,11 @@ class Rehearsal:
         self._stand_ins: dict[Any, dict[int, Any]] = {}
 
     def run(
-        self, prepare: Callable[[nn.Module], None] = _as_it_is, *, other_mode: bool = False
+        self, prepare: Callable[[nn.Module], None] = lambda twin: None, *, other_mode: bool = False
     ) -> tuple[torch.Size, ...]:
-        """Shapes of what a copy returns.
+        """Shapes of what a copy returns, or whatever its forward raises; `prepare` gets each copy before it runs.
 
-        Args:
-            prepare: called with the copy before it runs, and again with each further copy.
-            other_mode: run it in the other of train and eval mode.
-
-        Raises:
-            Exception: whatever the forward raises, on real tensors if no forward in this mode has run before.
+        With `other_mode` it runs in the other of train and eval mode.
         """
         kinds = (self._enough[other_mode],) if other_mode in self._enough else self._kinds
         with _quiet():
@@ -90,9 +81,9 @@ class Rehearsal:
 def _stand_in(tensor: torch.Tensor, kind: Any) -> torch.Tensor:
     if kind is None:
         return tensor.detach().clone()
-    result: torch.Tensor = (
-        tensor.detach().to(kind) if isinstance(kind, torch.device) else kind.from_tensor(tensor.detach())
-    )
+    if isinstance(kind, torch.device):
+        return tensor.detach().to(kind)
+    result: torch.Tensor = kind.from_tensor(tensor.detach())
     return result
 
 

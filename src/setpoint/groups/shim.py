@@ -1,9 +1,8 @@
 """The size shim: a module's own forward, with the sizes it writes out corrected by place.
 
-Python code such as `x.view(B, T, self.n_head, C // self.n_head)` computes sizes from numbers that a
-cut changes. The shim runs the same forward and replaces, at the places that need it, the size given to
-the n-th `view` (reshape, split, ...) by the actual number of units. It is part of the module: it survives
-deepcopy, pickle and `torch.compile`.
+Python code such as `x.view(B, T, self.n_head, C // self.n_head)` computes sizes from numbers that a cut changes. The
+shim runs the same forward and replaces, at the places that need it, the size given to the n-th `view` (reshape, split,
+...) by the actual number of units. It is part of the module: it survives deepcopy, pickle and `torch.compile`.
 """
 
 from __future__ import annotations
@@ -42,8 +41,7 @@ def _names() -> dict[Any, str]:
         "chunk": [torch.Tensor.chunk, torch.chunk],
         "layer_norm": [F.layer_norm, torch.layer_norm],
         "group_norm": [F.group_norm, torch.group_norm],
-        **{f"conv{n}d": [getattr(torch, f"conv{n}d")] for n in (1, 2, 3)},
-        **{f"conv_transpose{n}d": [getattr(torch, f"conv_transpose{n}d")] for n in (1, 2, 3)},
+        **{f"{kind}{n}d": [getattr(torch, f"{kind}{n}d")] for kind in ("conv", "conv_transpose") for n in (1, 2, 3)},
         "zeros": [torch.zeros],
         "ones": [torch.ones],
         "full": [torch.full],
@@ -203,20 +201,16 @@ class CallSizes(TorchFunctionMode):
         return func(*args[:first], *sizes, **kwargs)
 
     def _pieces(self, func: Any, name: str, number: int, wanted: Sizes, args: Any, kwargs: Any) -> Any:
-        given: dict[str, Any] = dict(kwargs)
-        for key, value in zip(("input", "sizes", "dim"), args, strict=False):
-            given[key] = value
+        given: dict[str, Any] = {**kwargs, **dict(zip(("input", "sizes", "dim"), args, strict=False))}
         x = next(given[key] for key in ("input", "self", "tensor") if key in given)
         dim = int(given.get("dim", 0))
         spec = next(given[key] for key in _PIECES if key in given)
         length = int(x.shape[dim])
         if isinstance(spec, (list, tuple)):
             live = [int(size) for size in spec]
-        elif name == "chunk":
-            step = -(-length // int(spec))
-            live = [min(step, length - start) for start in range(0, length, step)]
         else:
-            live = [min(int(spec), length - start) for start in range(0, length, int(spec))]
+            step = -(-length // int(spec)) if name == "chunk" else int(spec)
+            live = [min(step, length - start) for start in range(0, length, step)]
         right = [wanted[piece] for piece in range(len(wanted))]
         if right == live:
             return func(*args, **kwargs)
@@ -228,11 +222,7 @@ class CallSizes(TorchFunctionMode):
 
 
 class SizedForward:
-    """Calls a module's own forward with the sizes of some calls corrected.
-
-    Args:
-        sizes: by place, such as "view#2[1]" or "view#2[1]=64", the right size.
-    """
+    """Calls a module's own forward with the sizes of some calls corrected, by place: "view#2[1]" or "view#2[1]=64"."""
 
     def __init__(self, module: nn.Module, sizes: dict[str, int]) -> None:
         self.module = module
@@ -332,11 +322,9 @@ class HeadsForward:
         for mask, of_keys in ((attn_mask, False), (key_padding_mask, True)):
             if mask is None:
                 continue
-            added = (
-                torch.zeros_like(mask, dtype=q.dtype).masked_fill(mask, -torch.inf)
-                if mask.dtype == torch.bool
-                else mask
-            )
+            added = mask
+            if mask.dtype == torch.bool:
+                added = torch.zeros_like(mask, dtype=q.dtype).masked_fill(mask, -torch.inf)
             if of_keys:
                 added = (added if batched else added.unsqueeze(0))[:, None, None, :]
             elif added.dim() == 3:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from operator import attrgetter
 
@@ -97,14 +97,8 @@ def _places(name: str, layer: StateSpaceLayer) -> set[tuple[str, int]]:
 
 def _sharing(model: nn.Module, name: str, layers: Mapping[str, StateSpaceLayer]) -> str:
     """Another layer that holds one of this layer's own tensors; "" if there is none."""
-    own = {id(tensor) for tensor in _tensors(layers[name])}
-    others = (other for other in layers if layers[other] is not layers[name])
-    return next((other for other in others if own & {id(tensor) for tensor in _tensors(layers[other])}), "")
-
-
-def _tensors(layer: StateSpaceLayer) -> Iterator[nn.Parameter]:
-    assert isinstance(layer, nn.Module)
-    return layer.parameters()
+    tensors = {each: set(map(id, model.get_submodule(each).parameters())) for each in layers}
+    return next((n for n in layers if layers[n] is not layers[name] and tensors[n] & tensors[name]), "")
 
 
 def _declared(name: str, layer: StateSpaceLayer, taken: set[str]) -> Group:

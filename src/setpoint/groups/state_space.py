@@ -46,9 +46,8 @@ class StateWeights:
             both parts along a last dim of 2.
         outputs: the same for C, shape (..., out, states); `C` is a multiple of it.
         input_scale: `B = input_scale[..., None] * inputs` (a normalisation, a step size), shape (..., states).
-        carried: all further tensors with an entry for each state, such as what eigenvalues are made of; shape
-            (..., states, ...) with the same leading dims. Needed only where the layer's forward cannot be
-            traced.
+        carried: all further tensors with an entry for each state, such as what eigenvalues are made of; shape (...,
+            states, ...) with the same leading dims. Needed only where the layer's forward cannot be traced.
     """
 
     inputs: tuple[str, ...]
@@ -66,12 +65,9 @@ class StateSpaceLayer(Protocol):
 
     def state_space(self) -> DiagonalSystem:
         """The system as it is now, in discrete time."""
-        ...
 
     def set_state_space(self, system: DiagonalSystem) -> None:
         """Take over this system, which has as many states as the layer; parameters change in place."""
-        ...
 
     def state_weights(self) -> StateWeights:
         """Where B and C are kept."""
-        ...

@@ -17,13 +17,12 @@ from setpoint.groups.atoms import Atoms
 from setpoint.groups.bind import bind
 from setpoint.groups.build import OwnDim, build
 from setpoint.groups.chance import untouched_chance
-from setpoint.groups.count import forward_flops
-from setpoint.groups.draft import Draft
 from setpoint.groups.export import Example, export
 from setpoint.groups.group import Group, Size, widths_of
 from setpoint.groups.product import solve
 from setpoint.groups.rehearsal import Rehearsal
 from setpoint.groups.state import find_states
+from setpoint.groups.trial import Draft
 from setpoint.groups.walk import Value, Walk, finish, op_name, rule_for
 
 
@@ -80,14 +79,8 @@ def _trace(model: nn.Module, example: Example) -> Trace:
     units = build(walk.atoms, dims, products)
     units, groups = bind(Draft(Rehearsal(model, example), _output_shapes(program), walk, dims, units))
     contractions = tuple(
-        Contraction(
-            contract.module,
-            contract.op,
-            contract.coefficient,
-            tuple(units.size(length, labels) for length, labels in contract.dims),
-            contract.num_gradients,
-        )
-        for contract in walk.contracts
+        Contraction(c.module, c.op, c.coefficient, tuple(units.size(n, own) for n, own in c.dims), c.num_gradients)
+        for c in walk.contracts
     )
     rest = _uncounted(model, example, groups, contractions) if walk.unknown else ()
     groups, refused = find_states(model, groups)
@@ -120,13 +113,19 @@ def _output_shapes(program: Any) -> tuple[torch.Size, ...]:
 def _uncounted(
     model: nn.Module, example: Example, groups: tuple[Group, ...], contractions: tuple[Contraction, ...]
 ) -> tuple[Contraction, ...]:
-    """FLOPs of ops without a rule, as a constant cost; the backward pass counts as two more forward passes."""
+    """FLOPs of ops without a rule by PyTorch's own counter, as a constant cost; backward counts as two forwards."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
     widths = widths_of(groups)
     known = sum(each.coefficient * math.prod(size.at(widths) for size in each.sizes) for each in contractions)
-    total = forward_flops(model, example)
-    if total is None or total <= known:
-        return ()
-    return (Contraction("", "ops without a rule", float(total - known), (), 2),)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        try:
+            Rehearsal(model, example).run(lambda twin: counter.flop_counts.clear())
+        except Exception:  # noqa: BLE001 - a foreign forward may do anything; it then goes uncounted here
+            return ()
+    total = int(counter.get_total_flops())
+    return (Contraction("", "ops without a rule", float(total - known), (), 2),) if total > known else ()
 
 
 def find_groups(model: nn.Module, example: Example) -> tuple[Group, ...]:
@@ -183,10 +182,7 @@ def _attentions(model: nn.Module) -> Iterator[str]:
 
 
 def _run(walk: Walk, graph: fx.GraphModule, env: dict[fx.Node, Any], numbers: dict[tuple[str, str], int]) -> Any:
-    """Visit every node of a graph whose inputs are known, and return its outputs.
-
-    A node that nothing reads still runs, so its shapes must fit, but its values do not matter.
-    """
+    """Visit every node of a graph whose inputs are known, and return its outputs; nodes that nothing reads run too."""
     read = _read(graph.graph)
     for node in graph.graph.nodes:
         walk.node, walk.module = node, _module_of(node)
@@ -238,10 +234,7 @@ def _plain_path(path: str) -> str:
 
 
 def _count_call(walk: Walk, node: fx.Node, numbers: dict[tuple[str, str], int]) -> None:
-    """Number the call within the running forward of its module, calls of submodules included.
-
-    Calls inside torch's attention are not numbered: Python code around it sees a single call.
-    """
+    """Number the call within the running forward of its module, submodules' calls included, those in attention not."""
     if op_name(node.target) == "slice" and node.meta["val"].shape == node.all_input_nodes[0].meta["val"].shape:
         return  # the shim does not number slices of everything, as `:` is
     name = {"split_with_sizes": "split", "_unsafe_view": "view"}.get(op_name(node.target), op_name(node.target))
@@ -254,7 +247,6 @@ def _count_call(walk: Walk, node: fx.Node, numbers: dict[tuple[str, str], int]) 
 
 
 def _input(model: nn.Module, walk: Walk, node: fx.Node, spec: Any, own: dict[int, Value], dims: list[OwnDim]) -> Any:
-
     from torch.export.graph_signature import InputKind
 
     fake = node.meta.get("val")
@@ -268,7 +260,8 @@ def _input(model: nn.Module, walk: Walk, node: fx.Node, spec: Any, own: dict[int
             walk.inputs.append(value)
         return value
     name = str(spec.target).removeprefix("model.")
-    tensor = _tensor(model, name)
+    owner, _, key = name.rpartition(".")
+    tensor: torch.Tensor = getattr(model.get_submodule(owner), key)
     if id(tensor) not in own:
         labels = tuple(walk.atoms.fresh(size) if size > 1 else None for size in shape)
         own[id(tensor)] = Value(shape, labels, weight=True, grad=tensor.requires_grad)
@@ -276,25 +269,14 @@ def _input(model: nn.Module, walk: Walk, node: fx.Node, spec: Any, own: dict[int
     return own[id(tensor)]
 
 
-def _tensor(model: nn.Module, name: str) -> torch.Tensor:
-    owner, _, key = name.rpartition(".")
-    result: torch.Tensor = getattr(model.get_submodule(owner), key)
-    return result
-
-
 def _values(argument: Any) -> list[Value]:
-
     if isinstance(argument, Value):
         return [argument]
-    if isinstance(argument, (list, tuple)):
-        return [value for part in argument for value in _values(part)]
-    if isinstance(argument, dict):
-        return [value for part in argument.values() for value in _values(part)]
-    return []
+    parts = argument.values() if isinstance(argument, dict) else argument if isinstance(argument, (list, tuple)) else ()
+    return [value for part in parts for value in _values(part)]
 
 
 def _shape_of(fake: Any) -> Any:
-
     if isinstance(fake, torch.Tensor):
         return Value(tuple(int(size) for size in fake.shape), (None,) * fake.ndim)
     if isinstance(fake, (list, tuple)):
@@ -303,11 +285,7 @@ def _shape_of(fake: Any) -> Any:
 
 
 def _check_sizes(node: fx.Node) -> None:
-    """Check that every size of a node's result is known.
-
-    Raises:
-        ExportError: where one depends on the values of the data, such as how many tokens a router sends to an expert.
-    """
+    """Raise ExportError where a node's result has a size that the data decides (tokens sent to an expert, say)."""
     for each in pytree.tree_leaves(node.meta.get("val")):
         sizes = each.shape if isinstance(each, torch.Tensor) else ()
         if any(not isinstance(size, int) for size in sizes):
@@ -316,13 +294,6 @@ def _check_sizes(node: fx.Node) -> None:
                 "so nothing after it can be followed: give every expert all tokens and weigh them, or leave it to a "
                 "batched product over experts"
             )
-
-
-def _write_into(walk: Walk, result: Value, tensor: Value) -> None:
-    """Unite a result with the tensor it is written into, entry by entry."""
-    assert result.shape == tensor.shape, "the result is written into a tensor of another shape"
-    for left, right in zip(result.labels, tensor.labels, strict=True):
-        walk.unite(left, right)
 
 
 def _visit(walk: Walk, node: fx.Node, env: dict[fx.Node, Any], numbers: dict[tuple[str, str], int]) -> Any:
@@ -350,7 +321,9 @@ def _visit(walk: Walk, node: fx.Node, env: dict[fx.Node, Any], numbers: dict[tup
             finished = None if out is None else finish(walk, result, out, inputs)
             written = kwargs.get("out")
             if isinstance(written, Value) and isinstance(finished, Value):
-                _write_into(walk, finished, written)
+                assert finished.shape == written.shape, "the result is written into a tensor of another shape"
+                for left, right in zip(finished.labels, written.labels, strict=True):
+                    walk.unite(left, right)
         except (AssertionError, IndexError, TypeError, ValueError, AttributeError) as error:
             reason = f"its rule does not cover this call ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
     if reason:

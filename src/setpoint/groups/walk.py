@@ -57,36 +57,25 @@ class Contract:
 
 @dataclass
 class Walk:
-    """State of one walk, mutable: the atoms, and everything that rules record.
-
-    Args:
-        grouped: of each grouped convolution the atoms of its groups, and its weight's dims that read and write.
-        unknown: names of the ops without a rule.
-        flow: of each op its module, inputs and results.
-        inputs, outputs: of the model.
-        node: the node being visited.
-        module: qualified name of the module whose own forward holds the node.
-        alike_atoms: atoms of dims whose entries are copies or constants.
-        opaque: modules that Python code around them sees as a single call.
-        unread: whether nothing reads the node, so that its values do not matter.
-    """
+    """State of one walk, mutable: the atoms, and everything that rules record."""
 
     atoms: Atoms = field(default_factory=Atoms)
     products: list[Product] = field(default_factory=list)
     contracts: list[Contract] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
     attributes: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)
+    # Of each grouped convolution the atoms of its groups, and its weight's dims that read and write.
     grouped: list[tuple[np.ndarray, DimLabels, DimLabels]] = field(default_factory=list)
-    unknown: set[str] = field(default_factory=set)
-    flow: list[tuple[str, list[Value], list[Value]]] = field(default_factory=list)
+    unknown: set[str] = field(default_factory=set)  # names of the ops without a rule
+    flow: list[tuple[str, list[Value], list[Value]]] = field(default_factory=list)  # module, inputs, results of each op
     inputs: list[Value] = field(default_factory=list)
     outputs: list[Value] = field(default_factory=list)
-    node: fx.Node | None = None
-    module: str = ""
-    unread: bool = False
-    alike_atoms: set[int] = field(default_factory=set)
+    node: fx.Node | None = None  # the node being visited
+    module: str = ""  # qualified name of the module whose own forward holds the node
+    unread: bool = False  # whether nothing reads the node, so that its values do not matter
+    alike_atoms: set[int] = field(default_factory=set)  # of dims whose entries are copies or constants
     call_index: int = 0
-    opaque: frozenset[str] = frozenset()
+    opaque: frozenset[str] = frozenset()  # modules that Python code around them sees as a single call
 
     @property
     def where(self) -> str:
@@ -140,15 +129,9 @@ class Walk:
     def contract(self, coefficient: float, dims: Sequence[tuple[int, DimLabels]], num_gradients: int) -> None:
         """Record a product of `2 * coefficient * prod(dims)` FLOPs."""
         assert self.node is not None
-        self.contracts.append(
-            Contract(
-                self.module,
-                op_name(self.node.target),
-                2.0 * coefficient,
-                tuple(dims),
-                0 if self.unread else num_gradients,
-            )
-        )
+        gradients = 0 if self.unread else num_gradients
+        op = op_name(self.node.target)
+        self.contracts.append(Contract(self.module, op, 2.0 * coefficient, tuple(dims), gradients))
 
     def literal(self, op: str, argument: int, size: int, labels: DimLabels) -> None:
         """Record a size that the module's forward writes out, at a dim with these labels."""
@@ -203,9 +186,8 @@ def op_name(target: Any) -> str:
 
 def finish(walk: Walk, result: Any, out: Any, inputs: Sequence[Value]) -> Any:
     """`Value`s of what a rule returned."""
-    weight = all(value.weight for value in inputs)
+    weight, zero = all(value.weight for value in inputs), all(value.zero for value in inputs)
     grad = any(value.grad for value in inputs)
-    zero = all(value.zero for value in inputs)
     if isinstance(out, tuple):
         results = result if result is not None else tuple(None for _ in out)
         return tuple(finish(walk, part, shape, inputs) for part, shape in zip(results, out, strict=True))

@@ -24,9 +24,6 @@ _FLAGS = {
 }
 """Settings of Dynamo under which a parameter's size, and a number that a module holds, may be a symbol in code."""
 
-_LIMIT = "recompile_limit"
-"""Setting of Dynamo: so often it compiles a piece of code before it gives up."""
-
 _before: dict[str, Any] = {}
 _holders: set[int] = set()
 
@@ -109,13 +106,14 @@ def _stop(begin: Callable[[Any], None], end: Callable[[Any], None], holder: int)
 def _hold(holder: int, num_groups: int) -> None:
     from torch._dynamo import config
 
+    if holder in _holders:
+        return
     if not _holders:
-        _before.update({name: getattr(config, name) for name in (*_FLAGS, _LIMIT)})
-    if holder not in _holders:
-        _holders.add(holder)
-        for name, value in _FLAGS.items():
-            setattr(config, name, value)
-        config.recompile_limit += num_groups  # each of them has code compiled once more
+        _before.update({name: getattr(config, name) for name in (*_FLAGS, "recompile_limit")})
+    _holders.add(holder)
+    for name, value in _FLAGS.items():
+        setattr(config, name, value)
+    config.recompile_limit += num_groups  # so often a piece of code is compiled: each group has it once more
 
 
 def _release(holder: int) -> None:

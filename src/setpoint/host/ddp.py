@@ -116,10 +116,7 @@ def rewrap(parallel: DistributedDataParallel, trained: Collection[nn.Parameter])
 
 @contextmanager
 def _with_gradients(model: nn.Module, trained: Collection[nn.Parameter]) -> Iterator[None]:
-    """Let exactly those parameters train whose gradients are to be averaged.
-
-    One that is frozen at the moment is among them, one that has no entries left is not: it will have no gradient.
-    """
+    """Let exactly those parameters train whose gradients are to be averaged: frozen ones too, none without entries."""
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     known = set(trained)
     try:

@@ -1,8 +1,8 @@
-"""`fully_shard`: a model spread over ranks, whole for a while, and spread again at its new shapes."""
+"""`fully_shard`: a model spread over ranks in pieces, whole for a while, and spread again at its new shapes."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +12,101 @@ from torch.optim import Optimizer
 
 from setpoint.actuator.optimizer_state import map_tensors
 from setpoint.distributed import Ranks, is_sharded, local, plain_kind, rows, whole_tensor
+from setpoint.errors import LoopError
 from setpoint.groups.group import Group
 from setpoint.host.local import Agreed, Local
-from setpoint.host.piece import Piece, check_pieces, groups_of, pieces_of, states_of
 from setpoint.host.refuse import check_unwrapped
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """A parameter that lies on several ranks."""
+
+    owner: list[Any]  # the list of FSDP's parameters that are communicated together
+    place: int  # where it is in that list
+    parameter: nn.Parameter  # what model and optimizers hold, a DTensor; it stays the same object for good
+
+    @property
+    def fsdp(self) -> Any:
+        """What FSDP keeps of it."""
+        return self.owner[self.place]
+
+    def show(self, parameter: nn.Parameter) -> None:
+        """Let the modules have this in its place."""
+        self.fsdp._setattr_on_modules(parameter)
+
+
+def states_of(model: nn.Module) -> list[Any]:
+    """FSDP's state of each module, or list of modules, that `fully_shard` was called on; each once."""
+    states = [module._get_fsdp_state() for module in model.modules() if is_sharded(module)]  # type: ignore[operator]
+    return list({id(state): state for state in states}.values())
+
+
+def brackets(model: nn.Module) -> list[tuple[nn.Module, list[tuple[dict[str, Any], str, nn.Parameter]]]]:
+    """The modules that FSDP makes whole for their forward pass, with the places of the parameters that are then whole.
+
+    A place is the table of a module's parameters and a key in it; beside it is the sharded parameter that is there
+    otherwise.
+    """
+    found: list[tuple[nn.Module, list[tuple[dict[str, Any], str, nn.Parameter]]]] = []
+    for state in states_of(model):
+        pieces = [fsdp for group in groups_of(state) for fsdp in group.fsdp_params]
+        for module in state._modules:
+            inside, places = set(module.modules()), []
+            for fsdp in pieces:
+                info = fsdp._module_info
+                shared = zip(info.shared_modules, info.shared_param_names, strict=True)
+                owners = [(info.module, info.param_name), *shared]
+                places += [(m._parameters, name, fsdp.sharded_param) for m, name in owners if m in inside]
+            found.append((module, places))
+    return found
+
+
+def groups_of(state: Any) -> list[Any]:
+    """What FSDP communicates together, of one state."""
+    several = getattr(state, "_fsdp_param_groups", None)
+    return list(several) if several is not None else [each for each in [state._fsdp_param_group] if each]
+
+
+def pieces_of(model: nn.Module) -> list[Piece]:
+    """All pieces of a model, in FSDP's order."""
+    return [
+        Piece(group.fsdp_params, place, fsdp.sharded_param)
+        for state in states_of(model)
+        for group in groups_of(state)
+        for place, fsdp in enumerate(group.fsdp_params)
+    ]
+
+
+def check_pieces(model: nn.Module, pieces: Sequence[Piece]) -> None:
+    """Check that a sharded model can follow a change of sizes.
+
+    Raises:
+        LoopError: naming what cannot.
+    """
+    sharded = {id(each.parameter) for each in pieces}
+    stray = [
+        name for name, each in model.named_parameters() if id(each) not in sharded and not _unsharded(each, pieces)
+    ]
+    found = [each.fsdp for each in pieces]
+    meshes = [each.mesh_info.mesh for each in found]
+    trouble = {
+        f"{stray[0] if stray else ''} outside of it (call fully_shard on the whole model too)": bool(stray),
+        "a mesh of several dims": any(mesh.ndim > 1 for mesh in meshes),
+        "several meshes": len({id(mesh.get_group()) for mesh in meshes if mesh.ndim == 1}) > 1,
+        "a shard_placement_fn that does not split the first dim": any(each.fsdp_placement.dim != 0 for each in found),
+        "parameters that are DTensors already": any(each.is_dtensor for each in found),
+        "an offload_policy": any(each.offload_to_cpu for each in found),
+        "parameters without data": any(each.parameter.is_meta for each in pieces),
+    }
+    names = [name for name, there in trouble.items() if there]
+    if names:
+        raise LoopError(f"fully_shard with {'; '.join(names)} cannot follow a cut in this version: leave that out")
+
+
+def _unsharded(parameter: nn.Parameter, pieces: Sequence[Piece]) -> bool:
+    """Whether it is the whole form of a piece, which modules have between a forward and a backward pass."""
+    return any(getattr(each.fsdp, "_unsharded_param", None) is parameter for each in pieces)
 
 
 class FSDP(Local):
@@ -61,7 +152,7 @@ class FSDP(Local):
 
     @contextmanager
     def _gathered(self, names: Collection[str] | None, agreed: Agreed) -> Iterator[Agreed]:
-        """Inside, these parameters (None: all) and their optimizer state are whole, plain and free to change their shape.
+        """Inside, these parameters (None: all) and their optimizer state are whole, plain and free to change shape.
 
         Every rank has all of them for as long as that. At the end modules and optimizers hold the same sharded objects
         again, with the contents that they had when what is yielded was last called without an error; if it never was,
@@ -137,15 +228,8 @@ class _Whole:
         self.optimizers = optimizers
         self.plain = [nn.Parameter(_own(p.parameter), p.parameter.requires_grad) for p in pieces]
         self.states = [
-            {
-                number: {
-                    part: map_tensors(value, lambda tensor, _: _own(tensor), part)
-                    for part, value in optimizer.state[piece.parameter].items()
-                }
-                for number, piece in enumerate(pieces)
-                if piece.parameter in optimizer.state
-            }
-            for optimizer in self.optimizers
+            _mapped(optimizer, {n: p.parameter for n, p in enumerate(pieces)}, lambda number, tensor: _own(tensor))
+            for optimizer in optimizers
         ]
 
     @contextmanager
@@ -169,16 +253,10 @@ class _Whole:
     def spread(self) -> _Spread:
         """This rank's shards of what the whole parameters hold now; nothing is changed yet."""
         made = [_sharded_anew(piece, plain) for piece, plain in zip(self.pieces, self.plain, strict=True)]
-        states = []
-        for optimizer in self.optimizers:
-            mine = {}
-            for number, (plain, fsdp) in enumerate(zip(self.plain, made, strict=True)):
-                if plain in optimizer.state:
-                    mine[number] = {
-                        part: map_tensors(value, lambda tensor, _, p=plain, f=fsdp: _shard(tensor, p, f), part)  # type: ignore[misc]
-                        for part, value in optimizer.state[plain].items()
-                    }
-            states.append(mine)
+        states = [
+            _mapped(optimizer, dict(enumerate(self.plain)), lambda n, value: _shard(value, self.plain[n], made[n]))
+            for optimizer in self.optimizers
+        ]
         return _Spread(self.pieces, made, self.optimizers, states)
 
 
@@ -209,6 +287,17 @@ class _Spread:
                 optimizer.state[self.pieces[number].parameter] = state
 
 
+def _mapped(
+    optimizer: Optimizer, parameters: Mapping[int, nn.Parameter], function: Callable[[int, Tensor], Tensor]
+) -> dict[int, dict[str, Any]]:
+    """By number, the state that an optimizer has for a parameter, with each tensor in it replaced."""
+    return {
+        n: {key: map_tensors(value, lambda t, _, n=n: function(n, t), key) for key, value in optimizer.state[p].items()}  # type: ignore[misc]
+        for n, p in parameters.items()
+        if p in optimizer.state
+    }
+
+
 def _own(tensor: Tensor) -> Tensor:
     """A whole tensor in memory of its own."""
     found = whole_tensor(tensor.detach())
@@ -221,16 +310,9 @@ def _sharded_anew(piece: Piece, plain: nn.Parameter) -> Any:
 
     old = piece.fsdp
     offload: Any = None  # none is taken
-    new = FSDPParam(
-        nn.Parameter(plain.detach(), piece.parameter.requires_grad),
-        old._module_info,
-        old.mesh_info,
-        old.post_forward_mesh_info,
-        old.device,
-        None,
-        old.mp_policy,
-        offload,
-    )
+    parameter = nn.Parameter(plain.detach(), piece.parameter.requires_grad)
+    meshes = (old.mesh_info, old.post_forward_mesh_info)
+    new = FSDPParam(parameter, old._module_info, *meshes, old.device, None, old.mp_policy, offload)
     piece.show(plain)  # FSDP has put the shard there
     new._param_fqn = old._param_fqn
     if hasattr(old, "orig_dtype"):

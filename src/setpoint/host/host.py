@@ -43,44 +43,33 @@ class Host(Protocol):
     @property
     def ranks(self) -> Ranks:
         """The processes that train the model together."""
-        ...
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        ...
 
     @property
     def alone(self) -> bool:
         """Whether one process has all of the model and its gradients."""
-        ...
 
     def together(self, what: str) -> AbstractContextManager[dict[str, Any]]:
         """What is done inside is done by all ranks, with the same outcome, or raises on all of them."""
-        ...
 
     def whole(self) -> AbstractContextManager[None]:
         """Inside, model and copies are plain and whole on each rank."""
-        ...
 
     def mean(self, read: Callable[[], Reading], losses: SharedLosses, step: int) -> Reading:
         """The reading that all ranks decide on; the losses are then the means over ranks."""
-        ...
 
     def resizable(self, what: str, groups: Iterable[Group]) -> AbstractContextManager[Agreed]:
-        """Inside, tensors of these groups may change their shape, on all ranks alike.
+        """Inside, tensors of these groups may change their shape, on all ranks alike; `what` is said in messages.
 
         What is yielded is called when all that can fail is done and can still be put back; it raises where another rank
         has failed. At the end wrappers, shards and compiled code follow, wrappers also after an exception.
 
-        Args:
-            what: is done, for messages.
-            groups: those that change.
-
         Raises:
             RankError: when another rank has failed, or has come to other shapes.
         """
-        ...
 
     def begin(
         self,
@@ -99,28 +88,22 @@ class Host(Protocol):
                 loop.
             num_groups: that may change.
         """
-        ...
 
     def before_step(self, *, first: bool, regrows: bool, by_hooks: bool) -> None:
         """Check that the set-up is the one that was given, and that the ranks can go along with each other.
 
-        Args:
-            first: whether it is the first step of the loop.
-            regrows: whether units come back.
-            by_hooks: whether the sensor reads frozen weights.
+        It looks closer before the first step. Both facts, that units come back and that a sensor reads frozen weights
+        by hooks, ask for messages that not every set-up allows.
 
         Raises:
             LoopError: when not.
         """
-        ...
 
     def complete(self) -> bool:
         """Whether all ranks have made the step that is just over; asked once after each."""
-        ...
 
     def stop(self) -> None:
         """Leave everything around the model as it was; may be called again."""
-        ...
 
 
 def host_of(model: nn.Module, optimizer: Steps | Sequence[Steps], copies: Sequence[nn.Module] = ()) -> Host:

@@ -19,12 +19,10 @@ class Joining:
 
     Inside, each backward pass whose gradients are averaged ends with one small all-reduce, in which those that make it
     say so; ranks that have run out of batches shadow it, as they shadow the wrapper's own. After a step whose last pass
-    not all have made nothing is decided: what is due waits until all are back. Nor is anything decided after a step
-    of fewer passes than usual, since a rank may make a short one with its last batches while others go on gathering
-    gradients. When the context ends, ranks that made fewer steps count those that they have missed, and PyTorch
-    broadcasts the weights of the rank that ran longest.
-
-    The all-reduce goes on until the context ends, also when the loop is finished or detached within it.
+    not all have made nothing is decided: what is due waits until all are back. Nor is anything decided after a step of
+    fewer passes than usual, since a rank may make a short one with its last batches while others go on gathering
+    gradients. When the context ends, which may be after the loop does, ranks that made fewer steps count those that
+    they have missed, and PyTorch broadcasts the weights of the rank that ran longest.
     """
 
     def __init__(self, wrapper: Any, ranks: Ranks, steps: Callable[[], int], missed: Callable[[], None]) -> None:
@@ -141,7 +139,7 @@ class Joining:
 
 
 class _Absent(JoinHook):
-    """A rank that has run out of batches."""
+    """A rank that has run out of batches: what PyTorch does there, and our part."""
 
     def __init__(self, own: JoinHook, missing: Callable[[], None], closed: Callable[[], None]) -> None:
         self._own, self._missing, self._closed = own, missing, closed

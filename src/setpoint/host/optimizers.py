@@ -16,11 +16,9 @@ class Steps(Protocol):
 
     def step(self, *args: Any, **settings: Any) -> Any:
         """Have it step."""
-        ...
 
     def zero_grad(self, *args: Any, **settings: Any) -> None:
         """Have it clear the gradients."""
-        ...
 
 
 def real_optimizers(given: Any) -> tuple[Optimizer, ...]:

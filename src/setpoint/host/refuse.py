@@ -38,11 +38,7 @@ def check_plain(model: nn.Module) -> bool:
 
 
 def check_unsharded(model: nn.Module) -> None:
-    """Check that a model whose ranks each had all of it is still so.
-
-    Raises:
-        LoopError: when it is not.
-    """
+    """Check that a model whose ranks each had all of it is still so, or raise LoopError."""
     if check_plain(model):
         raise LoopError("fully_shard (FSDP2) was called on the model after attach: call it first, and attach then")
 
@@ -59,9 +55,8 @@ def check_parallel(parallel: DistributedDataParallel) -> None:
         "optimizers in the backward pass": any(hasattr(p, "_in_backward_optimizers") for p in parallel.parameters()),
         "the python_reducer of torch._dynamo.config.optimize_ddp": parallel._use_python_reducer,
         # What it remembers has the sizes of the buckets, which change.
-        "the communication hook of PowerSGD": any(
-            type(state).__name__ == "PowerSGDState" for _, state in parallel._comm_hooks
-        ),
+        "the communication hook of PowerSGD": "PowerSGDState"
+        in {type(each).__name__ for _, each in parallel._comm_hooks},
     }
     found = [name for name, there in trouble.items() if there]
     if found:
@@ -71,15 +66,13 @@ def check_parallel(parallel: DistributedDataParallel) -> None:
 def check_unwrapped(model: nn.Module) -> None:
     """Check that no `DistributedDataParallel` is around a model that was given without one.
 
-    It would miss a change of sizes, after which gradients are silently not averaged any more. Where there are no
-    process groups this costs nothing; elsewhere it looks at all objects of the process, so it is not for every step.
+    It would miss a change of sizes, after which gradients are silently not averaged any more. Where there are process
+    groups it looks at all objects of the process, so it is not for every step.
 
     Raises:
         LoopError: when there is one.
     """
-    if not (dist.is_available() and dist.is_initialized()):
-        return
-    if not _is_wrapped(model):
+    if not (dist.is_available() and dist.is_initialized() and _is_wrapped(model)):
         return
     gc.collect()  # a wrapper that nobody has any more does no harm
     if _is_wrapped(model):

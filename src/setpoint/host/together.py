@@ -26,11 +26,9 @@ class SharedLosses(Protocol):
 
     def unshared(self, step: int) -> Float64[np.ndarray, " n"]:
         """What this rank alone was told up to a step, as numbers whose mean over ranks `share` takes."""
-        ...
 
     def share(self, step: int, means: Float64[np.ndarray, " n"]) -> None:
         """From here on know what all ranks together know."""
-        ...
 
 
 @contextmanager
@@ -54,34 +52,26 @@ def together(ranks: Ranks, what: str) -> Iterator[dict[str, Any]]:
         raise
     if ranks.count == 1:
         return
-    heard = _heard(ranks, " ".join(f"{name}:{_digest(fact)}" for name, fact in facts.items()), what)
-    failed = [f"rank {rank} with {words[len(_FAILED) :]}" for rank, words in _starting(heard, _FAILED)]
-    if failed:
-        raise RankError(f"{what} failed on {'; '.join(failed)}. Rank {ranks.own} stops too: {_LATER}")
-    apart = {rank: _differing(words, heard[0]) for rank, words in enumerate(heard) if words != heard[0]}
+    try:
+        heard = ranks.hear(" ".join(f"{name}:{_digest(fact)}" for name, fact in facts.items()))
+    except RuntimeError as error:
+        raise RankError(f"a rank was lost at {what}, or has not come to it in time: {_LATER}") from error
+    told = {rank: words.removeprefix(_FAILED) for rank, words in enumerate(heard) if words.startswith(_FAILED)}
+    if told:
+        failed = "; ".join(f"rank {rank} with {words}" for rank, words in told.items())
+        raise RankError(f"{what} failed on {failed}. Rank {ranks.own} stops too: {_LATER}")
+    # By rank, the names of the facts of which the digests differ.
+    apart = {
+        rank: sorted({each.partition(":")[0] for each in set(words.split()) ^ set(heard[0].split())})
+        for rank, words in enumerate(heard)
+        if words != heard[0]
+    }
     if apart:
         whom = "; ".join(f"rank {rank} in {', '.join(names)}" for rank, names in apart.items())
         raise RankError(
             f"the ranks do not agree on {what}: other than rank 0 is {whom}. Give every rank the same model, the same "
             "arguments, an example of the same shape, and let no part of it depend on the rank or on chance"
         )
-
-
-def _heard(ranks: Ranks, message: str, what: str) -> list[str]:
-    try:
-        return ranks.hear(message)
-    except RuntimeError as error:
-        raise RankError(f"a rank was lost at {what}, or has not come to it in time: {_LATER}") from error
-
-
-def _starting(heard: list[str], prefix: str) -> list[tuple[int, str]]:
-    return [(rank, words) for rank, words in enumerate(heard) if words.startswith(prefix)]
-
-
-def _differing(words: str, others: str) -> list[str]:
-    """Names of the facts of which the digests differ."""
-    differing = set(words.split()) ^ set(others.split())
-    return sorted({each.partition(":")[0] for each in differing})
 
 
 def _digest(fact: Any) -> str:
@@ -119,10 +109,9 @@ def shared_reading(ranks: Ranks, read: Callable[[], Reading], losses: SharedLoss
     except RuntimeError as error:
         raise RankError(f"a rank was lost at {what}: {_LATER}") from error
     losses.share(step, mean[: len(told)])
-    skipped, taken = mean[len(told) : len(told) + 2]
-    return replace(
-        _with_values(reading, mean[len(told) + 2 :]), skipped_steps=math.ceil(skipped), num_steps=math.floor(taken)
-    )
+    skipped, taken, *_ = mean[len(told) :]
+    shared = _with_values(reading, mean[len(told) + 2 :])
+    return replace(shared, skipped_steps=math.ceil(skipped), num_steps=math.floor(taken))
 
 
 def _places(reading: Reading) -> list[tuple[str, str]]:
@@ -132,8 +121,8 @@ def _places(reading: Reading) -> list[tuple[str, str]]:
 
 def _with_values(reading: Reading, values: Float64[np.ndarray, " n"]) -> Reading:
     """The reading with these numbers, in the order of `_places`."""
-    found: dict[str, dict[str, np.ndarray]] = {"saliency": {}, "slope": {}, "norm": {}}
+    found: dict[str, Any] = {"saliency": {}, "slope": {}, "norm": {}}
     for part, name in _places(reading):
         length = len(getattr(reading, part)[name])
         found[part][name], values = values[:length], values[length:]
-    return replace(reading, saliency=found["saliency"], slope=found["slope"], norm=found["norm"])
+    return replace(reading, **found)

@@ -20,9 +20,8 @@ from setpoint.actuator.sizes import apply_sizes
 from setpoint.distributed import is_spread
 from setpoint.groups.group import Group
 from setpoint.groups.vanish import EmptyForward
-from setpoint.regrowth.box import corner
 from setpoint.regrowth.regrow import Grow, enlarge, new_sizes, with_units
-from setpoint.regrowth.reserve import Key, Reserve
+from setpoint.regrowth.reserve import Key, Reserve, corner
 from setpoint.sensor.accumulated import RunningSum
 from setpoint.sensor.sentinel import Sentinels
 from setpoint.sensor.unit_sum import UnitSum
@@ -33,19 +32,12 @@ Place = tuple[dict[str, Any], str, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class _Wide:
-    """A tensor as it is while units are present.
+    """A tensor as it is while units are present."""
 
-    Args:
-        live: the model's own tensor.
-        base: the wide tensor, outgoing weights of present units at zero; live entries are filled in.
-        index: where the live entries lie in it.
-        weights: by group, the resting outgoing weights (zero elsewhere) and how they add up by unit.
-    """
-
-    live: Tensor
-    base: Tensor
-    index: tuple[Tensor, ...]
-    weights: tuple[tuple[str, Tensor, UnitSum], ...]
+    live: Tensor  # the model's own tensor
+    base: Tensor  # the wide tensor, outgoing weights of present units at zero; live entries are filled in
+    index: tuple[Tensor, ...]  # where the live entries lie in it
+    weights: tuple[tuple[str, Tensor, UnitSum], ...]  # by group, resting outgoing weights (else 0), their sums by unit
 
 
 class Probing:
@@ -92,9 +84,7 @@ class Probing:
             name: np.flatnonzero(~reserve.active[name][active[name]]) for name, origins in grow.items() if len(origins)
         }
         self._wide = {id(each.live): each for each in _widened(model, reserve, grow, self._groups, self._came)}
-        tables: list[dict[str, Any]] = []
-        for module in model.modules():
-            tables += [module._parameters, module._buffers]
+        tables: Any = [table for module in model.modules() for table in (module._parameters, module._buffers)]
         places = [(t, key, tensor) for t in tables for key, tensor in t.items() if id(tensor) in self._wide]
         self._places = [each for each in places if not is_spread(each[2])]
         self._brackets = brackets
@@ -184,8 +174,7 @@ class Probing:
         """By group, the gains of the backward passes that count, over all weights."""
         found: dict[str, Tensor] = {}
         for (_, name), gain in self._gains.items():
-            total = gain.total()
-            if total is not None:
+            if (total := gain.total()) is not None:
                 found[name] = found[name] + total if name in found else total
         return found
 
@@ -203,7 +192,7 @@ class Probing:
                     if id(buffer) not in self._wide:
                         undo.callback(buffer.copy_, buffer.clone())
         try:
-            wide = {id(tensor): self._fill(tensor) for _, _, tensor in self._places}
+            wide = {id(tensor): self._filled(self._wide[id(tensor)], tensor) for _, _, tensor in self._places}
             for table, key, tensor in self._places:
                 undo.callback(self._put_back, table, key, tensor)
                 table[key] = wide[id(tensor)]
@@ -249,9 +238,6 @@ class Probing:
             with torch.no_grad():
                 # The forward has updated the wide buffer: running statistics of live units are kept.
                 tensor.copy_(wide[self._wide[id(tensor)].index])
-
-    def _fill(self, tensor: Tensor) -> Tensor:
-        return self._filled(self._wide[id(tensor)], tensor)
 
     def _filled(self, wide: _Wide, tensor: Tensor) -> Tensor:
         if tensor.requires_grad:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,8 +27,7 @@ from setpoint.actuator.sizes import check_sizes
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group
 from setpoint.groups.place import is_call, read_size
-from setpoint.regrowth.box import Box, write
-from setpoint.regrowth.reserve import Key, Reserve
+from setpoint.regrowth.reserve import Box, Key, Reserve, write
 
 Grow = Mapping[str, Sequence[int] | Int[np.ndarray, " _units"]]
 """By group name, origins of the units to bring back."""
@@ -56,9 +54,8 @@ def regrow(
     On any exception model, optimizers, copies and reserve are as they were.
 
     Args:
-        optimizer: the ones that `Reserve.rest` was given.
+        optimizer, copies: the ones that `Reserve.rest` was given.
         groups: as the last cut or regrowth returned them.
-        copies: the ones that `Reserve.rest` was given.
         agreed: as in `shrink`.
 
     Raises:
@@ -91,7 +88,9 @@ def regrow(
     sizes = new_sizes(model, reserve, active, grow)
     jobs = []
     for module, holder, optimizers in modules:
-        _check_module(module, reserve, names)
+        tensors = named_tensors(module)
+        check_lengths(plan_cut(reserve.present(), {}), tensors, type(module).__name__)
+        check_cuttable({name: tensors[name] for name in sorted(names)}, tensors)
         jobs.append(Job(module, tuple(_changes(module, holder, optimizers, reserve, active, names)), sizes))
     after = after.refilled(reserve, {}, names)
     with ExitStack() as undo:
@@ -135,13 +134,6 @@ def _check_same_widths(groups: tuple[Group, ...], reserve: Reserve) -> None:
             )
 
 
-def _check_module(module: nn.Module, reserve: Reserve, names: frozenset[str]) -> None:
-    """Check that the module has the tensors, with the lengths that the reserve knows and of a kind that can change."""
-    tensors = named_tensors(module)
-    check_lengths(plan_cut(reserve.present(), {}), tensors, type(module).__name__)
-    check_cuttable({name: tensors[name] for name in sorted(names)}, tensors)
-
-
 def _changes(
     module: nn.Module,
     holder: str,
@@ -158,29 +150,24 @@ def _changes(
     def grown(key: Key, source: Tensor) -> Tensor:
         return enlarge(reserve, key, source, known[key.tensor], live[key.tensor], larger[key.tensor])
 
-    def grown_state(number: int, name: str, tensor: Tensor) -> dict[str, Any]:
-        def one(value: Tensor, part: str) -> Tensor:
-            return grown(Key(f"optimizer {number}", name, part), value) if value.shape == tensor.shape else value
-
-        return {part: map_tensors(value, one, part) for part, value in optimizers[number].state[tensor].items()}
-
     for name in sorted(names):
-        tensor = tensors[name]
-        states = tuple(
-            (each, grown_state(number, name, tensor))
-            for number, each in enumerate(optimizers)
-            if isinstance(tensor, nn.Parameter) and tensor in each.state
-        )
-        yield Change(name, tensor, grown(Key(holder, name), tensor), states)
+        tensor, states = tensors[name], []
+        for number, each in enumerate(optimizers):
+
+            def one(value: Tensor, part: str, number: int = number, name: str = name) -> Tensor:
+                like = value.shape == tensors[name].shape
+                return grown(Key(f"optimizer {number}", name, part), value) if like else value
+
+            if isinstance(tensor, nn.Parameter) and tensor in each.state:
+                states.append((each, {part: map_tensors(v, one, part) for part, v in each.state[tensor].items()}))
+        yield Change(name, tensor, grown(Key(holder, name), tensor), tuple(states))
 
 
 def enlarge(reserve: Reserve, key: Key, source: Tensor, known: Box, live: Box, larger: Box) -> Tensor:
     """A live tensor with further entries from the reserve, on its own device.
 
-    Args:
-        known: entries of all units that are active or rest.
-        live: entries of the live tensor.
-        larger: entries of the result.
+    `known` are the entries of all units that are active or rest, `live` those of the live tensor, `larger` the
+    result's.
     """
     dense, form = reserve.whole(key, source, known, live)
     positions = {dim: np.flatnonzero(kept) for dim, kept in larger.items()}

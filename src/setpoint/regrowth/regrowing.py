@@ -20,7 +20,7 @@ from setpoint.controller.plan import Regrowing as Controller
 from setpoint.errors import CheckpointError, GroupError
 from setpoint.groups.follow import Change
 from setpoint.groups.group import Group, widths_of
-from setpoint.host.piece import brackets
+from setpoint.host.fsdp import brackets
 from setpoint.loop.cutting import Cutting, Origins, changing
 from setpoint.regrowth.easing import Easing
 from setpoint.regrowth.probing import Probing
@@ -70,12 +70,8 @@ class Regrowing:
 class Regrowth:
     """Cuts like `Cutting`; what goes rests in a reserve, is probed and may come back. It changes at every step.
 
-    Args:
-        cutting: makes the cuts; its model is dense.
-        controller: says when resting units are probed.
-        spending: where probing is counted, and whose costs say what it takes.
-        reserve_bytes: the most host memory, on each rank, for units that may come back; None: no limit.
-        lasting: whether units rest until they are let go; False: the last cut's only, should the loss ask for it.
+    The controller says when resting units are probed, which is counted in `spending`. They rest until they are let go,
+    or, if not `lasting`, those of the last cut only, should the loss ask for them.
     """
 
     def __init__(
@@ -165,9 +161,8 @@ class Regrowth:
     def last_dropped(self) -> dict[str, Int[np.ndarray, " _units"]]:
         """By group, origins of the units that the last cut dropped; none once some of them were let go."""
         reserve = self.reserve
-        gone = {
-            name: ~active & (reserve.dropped_at[name] == self._last_rest) for name, active in reserve.active.items()
-        }
+        latest = {name: dropped_at == self._last_rest for name, dropped_at in reserve.dropped_at.items()}
+        gone = {name: ~active & latest[name] for name, active in reserve.active.items()}
         if any((gone[name] & ~resting).any() for name, resting in reserve.resting.items()):
             return {}
         units = {name: np.flatnonzero(each) for name, each in gone.items()}
@@ -208,10 +203,9 @@ class Regrowth:
         if any((reserve.active[name] != kept).any() for name, kept in keep.items()):
             raise CheckpointError("the reserve and the loop disagree about which units are active")
         units = {name: len(active) for name, active in reserve.active.items()}
-        for gains in _gains(state):
-            for name, values in gains.items():
-                if values.shape != (units.get(name),):
-                    raise GroupError(f"recent gains of {name!r} are not one per unit")
+        for name, values in (item for gains in _gains(state) for item in gains.items()):
+            if values.shape != (units.get(name),):
+                raise GroupError(f"recent gains of {name!r} are not one per unit")
         for name, origins in _chosen(state).items():
             inside = np.isin(origins, np.arange(units.get(name, 0))).all()
             if origins.ndim != 1 or origins.dtype.kind != "i" or not inside:
@@ -241,21 +235,20 @@ class Regrowth:
         """Have resting units present in the step after this one, if there are any and a share of the FLOPs pays."""
         spending = self._spending
         self._chosen = self._chosen or self._affordable()
-        extra = self._extra(self._chosen)
-        if self._chosen and extra <= self._allowance() and extra <= spending.spare_flops(step, widths_of(self.groups)):
+        allowance = spending.account.share_left(_PROBE_SHARE, spending.account.probing_flops)
+        spare = min(allowance, spending.spare_flops(step, widths_of(self.groups)))
+        if self._chosen and self._extra(self._chosen) <= spare:
             self._start_probe()
-
-    def _allowance(self) -> float:
-        """FLOPs that may go into probing by now: a share of those of the steps, less what it has taken."""
-        return self._spending.account.share_left(_PROBE_SHARE, self._spending.account.probing_flops)
 
     def _affordable(self) -> dict[str, Int[np.ndarray, " _units"]]:
         """Units that can be present in a few steps for what may be spent on probing by now.
 
-        Groups have their turns in order, each with as many blocks as are paid for; one that is too dear yet is saved
-        up for.
+        Groups have their turns in order, each with as many blocks as are paid for; a dear one is saved up for.
         """
-        allowance, groups = self._allowance(), self._cutting.dense
+        allowance, groups = (
+            self._spending.account.share_left(_PROBE_SHARE, self._spending.account.probing_flops),
+            self._cutting.dense,
+        )
         found = dict[str, Int[np.ndarray, " _units"]]()
         for _ in groups:
             group = groups[self._turn % len(groups)]
@@ -301,15 +294,12 @@ class Regrowth:
                 probing.share(ranks.mean)
             gains = probing.gains(grad_scale)
             if gains is not None:
-                self._recent.append({name: self._by_origin(name, values) for name, values in gains.items()})
+                recent = {name: np.full(len(self.reserve.active[name]), np.nan) for name in gains}
+                for name, values in gains.items():
+                    recent[name][self._chosen[name]] = values  # NaN for all units that were not present
+                self._recent.append(recent)
         if probing.num_forwards:
             self._spending.probed(self._extra(self._chosen))
-
-    def _by_origin(self, name: str, gains: Float64[np.ndarray, " _present"]) -> Float64[np.ndarray, " _units"]:
-        """Gains of the units that were present, NaN for all others of the group."""
-        of_group = np.full(len(self.reserve.active[name]), np.nan)
-        of_group[self._chosen[name]] = gains
-        return of_group
 
     def _extra(self, units: Grow) -> float:
         """FLOPs that a step takes more with these units present."""
@@ -341,16 +331,13 @@ class Regrowth:
     def _as_it_is(self, plan: Plan, turned: Iterable[str]) -> Whole:
         """Layers whose states are about to be turned and cut, as they are: nothing less takes such a cut back."""
         self._settle()
-        cut = [group for group in self.groups if group.name in turned and not plan.keep[group.name].all()]
-        return {
-            group.name: {
-                key: tensor.detach().clone()
-                for key, tensor in held(
-                    self._model, self._optimizers, self._copies, frozenset(piece.tensor for piece in group.slices)
-                )
-            }
-            for group in cut
-        }
+        whole: Whole = {}
+        for group in self.groups:
+            if group.name in turned and not plan.keep[group.name].all():
+                names = frozenset(piece.tensor for piece in group.slices)
+                tensors = held(self._model, self._optimizers, self._copies, names)
+                whole[group.name] = {key: tensor.detach().clone() for key, tensor in tensors}
+        return whole
 
     @contextmanager
     def _resting(self, keep: Mapping[str, Bool[np.ndarray, " _units"]]) -> Iterator[str]:
@@ -392,10 +379,9 @@ class Regrowth:
             self._easing = Easing(self._model, larger, rising, _EASE_STEPS, self._copies) if rising else None
             agreed()
 
+        held_by = (self._model, self._optimizers, self.groups, self.reserve)
         try:
-            groups, self.reserve = regrow(
-                self._model, self._optimizers, self.groups, self.reserve, plan.grow, self._copies, agreed=rise
-            )
+            groups, self.reserve = regrow(*held_by, plan.grow, self._copies, agreed=rise)
         except BaseException:
             self._easing = None
             raise

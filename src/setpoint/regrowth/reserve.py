@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -20,7 +22,44 @@ from setpoint.errors import GroupError
 from setpoint.groups.group import Group, keep_all
 from setpoint.groups.place import is_call
 from setpoint.groups.shim import get_call_sizes
-from setpoint.regrowth.box import Box, count_entries, resting_entries, write
+
+Box = Mapping[int, Bool[np.ndarray, " _entries"]]
+"""By dim of the dense tensor, which entries are in the box; all of them along a dim that is absent here."""
+
+
+def count_entries(shape: Sequence[int], box: Box) -> int:
+    """Number of entries of a tensor in a box."""
+    return math.prod(int(box[dim].sum()) if dim in box else length for dim, length in enumerate(shape))
+
+
+def resting_entries(shape: Sequence[int], known: Box, live: Box) -> Bool[Tensor, " *shape"]:
+    """True at each entry whose units are all known, but not all of them active."""
+    return _inside(shape, known) & ~_inside(shape, live)
+
+
+def _inside(shape: Sequence[int], box: Box) -> Bool[Tensor, " *shape"]:
+    inside = torch.ones(tuple(shape), dtype=torch.bool)
+    for dim, kept in box.items():
+        inside &= torch.from_numpy(kept).view([-1 if each == dim else 1 for each in range(len(shape))])
+    return inside
+
+
+def write(tensor: Shaped[Tensor, " *shape"], box: Box, values: Shaped[Tensor, " *small"]) -> None:
+    """Fill the entries of a box, in place, with a tensor of the box's shape.
+
+    >>> tensor = torch.zeros(2, 3)
+    >>> write(tensor, {1: np.array([True, False, True])}, torch.ones(2, 2))
+    >>> tensor.tolist()
+    [[1.0, 0.0, 1.0], [1.0, 0.0, 1.0]]
+    """
+    with torch.no_grad():
+        tensor[corner(tensor, box)] = values
+
+
+def corner(tensor: Tensor, box: Box) -> tuple[Tensor, ...]:
+    """The index of a box's entries in a tensor."""
+    positions = [np.flatnonzero(box[dim]) if dim in box else np.arange(n) for dim, n in enumerate(tensor.shape)]
+    return tuple(torch.from_numpy(each).to(tensor.device) for each in np.ix_(*positions))
 
 
 class Key(NamedTuple):
@@ -33,18 +72,11 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Rest:
-    """The resting entries of one tensor.
-
-    Args:
-        values: the entries, in row-major order of the dense tensor, in host memory; this rank's shard of them where the
-            reserve is sharded.
-        form: shape and strides of the dense tensor, without data.
-        count: number of resting entries, on all ranks together.
-    """
+    """The resting entries of one tensor, in row-major order of the dense one, in host memory; or this rank's shard."""
 
     values: Shaped[Tensor, " part_of_resting"]
-    form: Tensor
-    count: int
+    form: Tensor  # shape and strides of the dense tensor, without data
+    count: int  # number of resting entries, on all ranks together
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,32 +91,22 @@ class Reserve:
 
     Optimizer state that did not exist yet when a unit was dropped is zero when the unit is regrown.
 
-    Args:
-        groups: the dense groups, whose unit indices are the origins.
-        active: by group, which units are in the model.
-        resting: by group, which units rest here; a unit in neither of the two has been let go.
-        tensors: resting entries.
-        corrected: calls whose sizes were corrected before any cut.
-        limit_bytes: upper limit for the resting entries; None: no limit.
-        dropped_at: by group and unit, when it was last dropped, in whatever the caller counts.
-        drops: by group and unit, how often it was dropped.
-        let_go: by group, origins of the units that the last `rest` let go to stay within the limit.
-        mesh: the ranks among which the entries are sharded in equal parts, as `fully_shard` does with parameters; all
-            ranks then call every method together. None: not sharded.
-        own: names of tensors that differ between ranks, as buffers do; these are never sharded.
+    Over a mesh of ranks the entries are sharded in equal parts, as `fully_shard` does with parameters; all ranks then
+    call every method together.
     """
 
-    groups: tuple[Group, ...]
-    active: Mapping[str, Bool[np.ndarray, " units"]]
-    resting: Mapping[str, Bool[np.ndarray, " units"]]
-    tensors: Mapping[Key, Rest] = field(default_factory=dict)
-    corrected: frozenset[SizePlace] = frozenset()
-    limit_bytes: int | None = None
+    groups: tuple[Group, ...]  # the dense groups, whose unit indices are the origins
+    active: Mapping[str, Bool[np.ndarray, " units"]]  # by group, which units are in the model
+    resting: Mapping[str, Bool[np.ndarray, " units"]]  # which rest here; one in neither has been let go
+    tensors: Mapping[Key, Rest] = field(default_factory=dict)  # resting entries
+    corrected: frozenset[SizePlace] = frozenset()  # calls whose sizes were corrected before any cut
+    limit_bytes: int | None = None  # upper limit for the resting entries, on each rank; None: no limit
+    # By group and unit, when it was last dropped, in whatever the caller counts, and how often.
     dropped_at: Mapping[str, Int[np.ndarray, " units"]] = field(default_factory=dict)
     drops: Mapping[str, Int[np.ndarray, " units"]] = field(default_factory=dict)
-    let_go: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    mesh: Any = None
-    own: frozenset[str] = frozenset()
+    let_go: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # by the last `rest`, for want of room
+    mesh: Any = None  # None: not sharded
+    own: frozenset[str] = frozenset()  # tensors that differ between ranks, as buffers do: never sharded
 
     @classmethod
     def of(
@@ -98,17 +120,12 @@ class Reserve:
         if limit_bytes is not None and (isinstance(limit_bytes, bool) or limit_bytes < 0):
             raise ValueError(f"limit_bytes is a number of bytes, at least 0, or None: got {limit_bytes!r}")
         places = {(size.module, size.place) for group in groups for size in group.sizes if is_call(size.place)}
-        return cls(
-            groups=groups,
-            active=keep_all(groups),
-            resting={group.name: np.zeros(group.num_units, dtype=bool) for group in groups},
-            corrected=frozenset(at for at in places if at[1] in get_call_sizes(model.get_submodule(at[0]))),
-            limit_bytes=limit_bytes,
-            dropped_at={group.name: np.full(group.num_units, -1) for group in groups},
-            drops={group.name: np.zeros(group.num_units, dtype=np.int64) for group in groups},
-            mesh=mesh,
-            own=frozenset(name for name, _ in model.named_buffers(remove_duplicate=False)),
-        )
+        corrected = frozenset(at for at in places if at[1] in get_call_sizes(model.get_submodule(at[0])))
+        own = frozenset(name for name, _ in model.named_buffers(remove_duplicate=False))
+        resting = {group.name: np.zeros(group.num_units, dtype=bool) for group in groups}
+        dropped_at = {group.name: np.full(group.num_units, -1) for group in groups}
+        drops = {group.name: np.zeros(group.num_units, dtype=np.int64) for group in groups}
+        return cls(groups, keep_all(groups), resting, {}, corrected, limit_bytes, dropped_at, drops, {}, mesh, own)
 
     @property
     def ranks(self) -> Ranks:
@@ -119,11 +136,6 @@ class Reserve:
     def num_bytes(self) -> int:
         """Host memory of the resting entries on this rank."""
         return sum(rest.values.numel() * rest.values.itemsize for rest in self.tensors.values())
-
-    @property
-    def num_resting(self) -> int:
-        """Number of resting units."""
-        return sum(int(units.sum()) for units in self.resting.values())
 
     def shares(self, name: str) -> bool:
         """Whether the resting entries of a tensor are sharded."""
@@ -162,7 +174,7 @@ class Reserve:
             drops[name][origins] += 1
         after = replace(self, active=active, resting=resting, dropped_at=dropped_at, drops=drops, let_go={})
         sources = dict(held(model, optimizer, copies, self.names(dropped)))
-        after = after._within_limit({**{key: rest.values for key, rest in self.tensors.items()}, **sources}, self)
+        after = after._within_limit({key: rest.values for key, rest in self.tensors.items()} | sources, self)
         names = self.names(dropped) | self.names(after.let_go)
         return after.refilled(self.gathered(names), sources, names)
 
@@ -172,15 +184,11 @@ class Reserve:
             name: {key: torch.from_numpy(each[name].copy()) for key, each in self._by_group().items()}
             for name in self.active
         }
-        tensors = [
-            {
-                "key": tuple(key),
-                "values": spread_out(rest.values, (rest.count,), self.mesh) if self.shares(key.tensor) else rest.values,
-                "shape": tuple(rest.form.shape),
-                "stride": rest.form.stride(),
-            }
-            for key, rest in self.tensors.items()
-        ]
+        tensors = []
+        for key, rest in self.tensors.items():
+            values = spread_out(rest.values, (rest.count,), self.mesh) if self.shares(key.tensor) else rest.values
+            form = {"shape": tuple(rest.form.shape), "stride": rest.form.stride()}
+            tensors.append({"key": tuple(key), "values": values, **form})
         return {"units": by_group, "tensors": tensors}
 
     def resumed(self, state: Mapping[str, Any]) -> Reserve:
@@ -189,15 +197,13 @@ class Reserve:
         Raises:
             GroupError: when it belongs to other groups, or entries are missing.
         """
-        by_group: dict[str, dict[str, np.ndarray]] = {key: {} for key in self._by_group()}
-        for name, values in state["units"].items():
-            for key, each in values.items():
-                by_group[key][name] = each.numpy().copy()
-        for key, old in self._by_group().items():
-            for name, values in old.items():
-                new = by_group[key].get(name)
-                if new is None or (new.shape, new.dtype) != (values.shape, values.dtype):
-                    raise GroupError(f"the reserve's {key} of group {name!r} is not one {values.dtype} per unit")
+        units = state["units"]
+        by_group = {kind: {n: units[n][kind].numpy().copy() for n in units} for kind in self._by_group()}
+        for kind, old in self._by_group().items():
+            for name, expected in old.items():
+                new = by_group[kind].get(name)
+                if new is None or (new.shape, new.dtype) != (expected.shape, expected.dtype):
+                    raise GroupError(f"the reserve's {kind} of group {name!r} is not one {expected.dtype} per unit")
         tensors = {}
         for each in state["tensors"]:
             key, count = Key(*each["key"]), len(each["values"])
@@ -237,12 +243,9 @@ class Reserve:
         return {at: int(kept.sum()) for at, kept in plan_cut(self.groups, units).sizes.items()}
 
     def refilled(self, before: Reserve, sources: Mapping[Key, Tensor], names: frozenset[str]) -> Reserve:
-        """This reserve with the entries that belong to its resting units.
+        """This reserve with the entries that belong to its resting units, in the tensors whose resting entries change.
 
-        Args:
-            before: the reserve, `gathered`, from which the entries of these tensors are taken.
-            sources: live tensors, which hold the units that were active in `before`.
-            names: the tensors whose resting entries change.
+        They are taken from the reserve `before`, `gathered`, and from live tensors, which hold what was active in it.
         """
         known, live = before._outlines(), before.boxes(before.active)
         wanted, mine = self._outlines(), self.boxes(self.active)
@@ -262,9 +265,9 @@ class Reserve:
         return replace(self, tensors=tensors)
 
     def gathered(self, names: Collection[str]) -> Reserve:
-        """The reserve with all resting entries of these tensors, and of no others, unsharded; every rank calls this.
+        """The reserve with all resting entries of these tensors, and of no others, unsharded.
 
-        All communication happens here, so that no rank waits for one that fails at what it does with the entries.
+        Every rank calls this. All communication is here, so that no rank waits for one that fails at what comes after.
         """
         if self.mesh is None:
             return self
@@ -298,21 +301,16 @@ class Reserve:
 
     def _within_limit(self, tensors: Mapping[Key, Tensor], before: Reserve) -> Reserve:
         """This reserve without the units, first dropped first, for which there is no room."""
-        order = sorted(
-            (int(self.dropped_at[name][unit]), name, int(unit))
-            for name, units in self.resting.items()
-            for unit in np.flatnonzero(units)
-        )
-        shapes = before._shapes(tensors)
-        # The need falls with every unit let go, so the least number of them is found by bisection.
-        low, high = 0, len(order)
-        if self.limit_bytes is None or self._need(shapes, tensors) <= self.limit_bytes:
+        shapes, limit = before._shapes(tensors), self.limit_bytes
+        if limit is None or self._need(shapes, tensors) <= limit:
             return self
-        while low < high:
-            middle = (low + high) // 2
-            fits = self._without(order[:middle])._need(shapes, tensors) <= self.limit_bytes
-            low, high = (low, middle) if fits else (middle + 1, high)
-        return self._without(order[:low])
+        resting = [(name, int(unit)) for name, units in self.resting.items() for unit in np.flatnonzero(units)]
+        order = sorted((int(self.dropped_at[name][unit]), name, unit) for name, unit in resting)
+        # The need falls with every unit let go, so the least number of them is found by bisection.
+        number = bisect_left(
+            range(len(order)), True, key=lambda n: self._without(order[:n])._need(shapes, tensors) <= limit
+        )
+        return self._without(order[:number])
 
     def _without(self, units: Sequence[tuple[int, str, int]]) -> Reserve:
         resting = {name: values.copy() for name, values in self.resting.items()}
@@ -335,14 +333,11 @@ class Reserve:
     def _need(self, shapes: Mapping[Key, tuple[int, ...]], tensors: Mapping[Key, Tensor]) -> int:
         """Bytes that the resting entries of these tensors take, on each rank."""
         known, live, ranks = self._outlines(), self.boxes(self.active), self.ranks.count
-        counts = {
-            key: count_entries(shape, known[key.tensor]) - count_entries(shape, live[key.tensor])
-            for key, shape in shapes.items()
-        }
-        return sum(
-            tensors[key].itemsize * (-(-count // ranks) if self.shares(key.tensor) else count)
-            for key, count in counts.items()
-        )
+        total = 0
+        for key, shape in shapes.items():
+            count = count_entries(shape, known[key.tensor]) - count_entries(shape, live[key.tensor])
+            total += tensors[key].itemsize * (-(-count // ranks) if self.shares(key.tensor) else count)
+        return total
 
 
 def held(

@@ -76,8 +76,7 @@ class RunningSum:
         self._handles = []
 
     def _arriving(self, _: Tensor) -> None:
-        # This hook runs before accumulation: a gradient discarded since the last pass is still absent, so the sum
-        # restarts.
+        # Runs before accumulation: a gradient discarded since the last pass is still absent, so the sum restarts.
         self._sum = self.total()
 
     def _arrived(self, _: Tensor) -> None:

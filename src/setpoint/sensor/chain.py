@@ -61,7 +61,7 @@ class SensorChain:
 
     def hooked(self, state: ChainState) -> bool:
         """Whether any of the sensors reads by hooks."""
-        return any(isinstance(link.sensor, Hooking) and link.sensor.hooked(link.state) for link in state.links)
+        return any(hooking.hooked(inner) for hooking, inner in _hooking(state))
 
     @property
     def returns(self) -> bool:
@@ -84,24 +84,19 @@ class SensorChain:
 
     def init(self, groups: tuple[Group, ...], model: nn.Module) -> ChainState:
         """States before the first step; a sensor without groups is left out."""
-        return ChainState(
-            tuple(
-                Link(sensor, frozenset(group.name for group in found), sensor.init(found, model))
-                for sensor, found in self._shares(groups, model)
-                if found
-            )
-        )
+        links = [
+            Link(sensor, frozenset(group.name for group in found), sensor.init(found, model))
+            for sensor, found in self._shares(groups, model)
+            if found
+        ]
+        return ChainState(tuple(links))
 
     def update(
         self, state: ChainState, groups: tuple[Group, ...], model: nn.Module, grad_scale: Tensor | None = None
     ) -> ChainState:
         """Take in one optimizer step."""
-        return ChainState(
-            tuple(
-                replace(link, state=link.sensor.update(link.state, link.of(groups), model, grad_scale))
-                for link in state.links
-            )
-        )
+        states = [each.sensor.update(each.state, each.of(groups), model, grad_scale) for each in state.links]
+        return ChainState(tuple(replace(link, state=new) for link, new in zip(state.links, states, strict=True)))
 
     def flops(self, groups: tuple[Group, ...], model: nn.Module) -> float:
         """FLOPs of one update, all sensors together."""
@@ -110,26 +105,30 @@ class SensorChain:
     def read(self, state: ChainState, groups: tuple[Group, ...], step: int) -> Reading:
         """One reading of all groups."""
         readings = [link.sensor.read(link.state, link.of(groups), step) for link in state.links]
+        parts: dict[str, Any] = {
+            part: {name: values for each in readings for name, values in getattr(each, part).items()}
+            for part in ("saliency", "slope", "norm", "basis")
+        }
         return Reading(
-            step=step,
-            saliency={name: values for each in readings for name, values in each.saliency.items()},
+            step,
+            **parts,
             num_samples=max((each.num_samples for each in readings), default=1),
             calibrated=all(each.calibrated for each in readings),
             num_steps=min((each.num_steps for each in readings), default=0),
             skipped_steps=max((each.skipped_steps for each in readings), default=0),
-            slope={name: values for each in readings for name, values in each.slope.items()},
-            norm={name: values for each in readings for name, values in each.norm.items()},
-            basis={name: basis for each in readings for name, basis in each.basis.items()},
         )
 
     def forget(self, state: ChainState) -> None:
         """Steps that are not taken in are forgotten by the sensors that read through hooks."""
-        for link in state.links:
-            if isinstance(link.sensor, Hooking):
-                link.sensor.forget(link.state)
+        for hooking, inner in _hooking(state):
+            hooking.forget(inner)
 
     def release(self, state: ChainState) -> None:
         """Hooks of all sensors are taken off."""
-        for link in state.links:
-            if isinstance(link.sensor, Hooking):
-                link.sensor.release(link.state)
+        for hooking, inner in _hooking(state):
+            hooking.release(inner)
+
+
+def _hooking(state: ChainState) -> list[tuple[Hooking, Any]]:
+    """The sensors that read through hooks, and their states."""
+    return [(link.sensor, link.state) for link in state.links if isinstance(link.sensor, Hooking)]

@@ -67,7 +67,6 @@ class MagnitudeSensor:
                 wide = values.to(torch.promote_types(values.dtype, torch.float32))
                 squares[group.name] += sums.add_up(wide.square()).double().cpu()
         # The empty tensor is for no groups at all, of which `cat` would fail.
-        # The empty tensor is for no groups at all, of which `cat` would fail.
         total = ranks_of(tensors.values()).total(torch.cat([torch.zeros(0, dtype=torch.float64), *squares.values()]))
         parts = np.split(total.sqrt().numpy(), np.cumsum([group.num_units for group in groups])[:-1])
         saliency = dict(zip(squares, parts, strict=True)) if groups else {}

@@ -44,8 +44,7 @@ class Reading:
             sensor, since the last reading in an `Observation`.
         slope: by group name, mean of the gate's gradient r over the steps, where the sensor reads it.
         norm: by group name, L2 norm of the unit's outgoing weights, where the sensor knows it.
-        basis: by group name, the balanced coordinates that its units are about; the actuator goes there
-            before it cuts.
+        basis: by group name, the balanced coordinates that its units are about; the actuator goes there before it cuts.
         scores: where units are single weights, gives by tensor name the saliency of every element.
     """
 
@@ -111,7 +110,6 @@ class Hooking(Protocol):
 
     def hooked(self, state: Any) -> bool:
         """Whether anything is read by hooks now."""
-        ...
 
 
 @runtime_checkable
@@ -120,7 +118,6 @@ class Shared(Protocol):
 
     def over(self, ranks: Ranks) -> Any:
         """The sensor for these ranks."""
-        ...
 
 
 def takes_back(sensor: object) -> bool:

@@ -119,10 +119,7 @@ class Sentinels:
         return set[int]().union(*there)
 
     def any_gradient(self) -> bool:
-        """Whether any of them has, or may have, a gradient that is not zero.
-
-        Shards get theirs only when gradients are averaged over ranks, which accumulation postpones.
-        """
+        """Whether any may have a gradient that is not zero: shards get theirs only when ranks average theirs."""
         return any(is_spread(each) or _has_gradient(each) for each in self.parameters)
 
     def left(self) -> dict[int, Tensor]:

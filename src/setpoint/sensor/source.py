@@ -34,7 +34,12 @@ class Source:
         if self.weight.grad is None or (self.tap is not None and not self.weight.requires_grad):
             return None
         weight, gradient = (self.sums.select(local(each)) for each in (self.weight, self.weight.grad))
-        return self.sums.add_up(_product(weight, gradient, like.dtype)).to(like)
+        # Of a complex entry, real and imaginary part are two weights.
+        if weight.is_complex():
+            product = (weight.detach().conj() * gradient).real.to(like.dtype)
+        else:
+            product = weight * gradient.to(like.dtype)
+        return self.sums.add_up(product).to(like)
 
     def tapped(self, like: Tensor) -> Float[Tensor, " units"] | None:
         """The tap's sums of this step by unit, at the scale of gradients as they arrived, else as `gate_gradient`."""
@@ -46,17 +51,11 @@ class Source:
 
 @dataclass(frozen=True, eq=False)
 class Sources:
-    """The parameters whose gradients an update reads.
+    """The parameters whose gradients an update reads."""
 
-    Args:
-        by_group: the outgoing weights of each group.
-        others: all other trained parameters, whose gradients must be finite for the step to count.
-        ranks: the ranks that hold the parameters in shards.
-    """
-
-    by_group: tuple[tuple[Source, ...], ...]
-    others: tuple[nn.Parameter, ...]
-    ranks: Ranks = field(default_factory=Ranks)
+    by_group: tuple[tuple[Source, ...], ...]  # the outgoing weights of each group
+    others: tuple[nn.Parameter, ...]  # trained too: their gradients must be finite for the step to count
+    ranks: Ranks = field(default_factory=Ranks)  # that hold the parameters in shards
 
 
 def find_sources(
@@ -94,10 +93,3 @@ def zero_if_finite(parameters: tuple[nn.Parameter, ...], like: Tensor) -> Tensor
             # A sum is the cheapest operation that a NaN or an infinity survives; times 0 either is NaN.
             total = total + real.sum(dtype=like.dtype).to(like.device)
     return 0.0 * total
-
-
-def _product(weight: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor:
-    """Each entry's share of its gate's gradient; of a complex entry, real and imaginary part are two weights."""
-    if weight.is_complex():
-        return (weight.detach().conj() * gradient).real.to(dtype)
-    return weight * gradient.to(dtype)

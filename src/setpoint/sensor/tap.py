@@ -18,19 +18,13 @@ _TAPPED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def tappable(group: Group, model: nn.Module) -> frozenset[str]:
-    """Names of the frozen outgoing weights of a group that taps can read.
-
-    The units must be written by a trained weight, so that gradients reach them at all.
-    """
+    """Names of the frozen outgoing weights that taps can read, of a group that trained weights write; else none."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     writers = [place.tensor for place in group.slices if place.role != "consume"]
     if not any(name in parameters and parameters[name].requires_grad for name in writers):
         return frozenset()
-    frozen = [
-        place
-        for place in group.slices
-        if place.role == "consume" and place.tensor in parameters and not parameters[place.tensor].requires_grad
-    ]
+    readers = [place for place in group.slices if place.role == "consume" and place.tensor in parameters]
+    frozen = [place for place in readers if not parameters[place.tensor].requires_grad]
     return frozenset(place.tensor for place in frozen if _layer(place, model) is not None)
 
 

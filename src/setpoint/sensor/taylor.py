@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,35 +30,21 @@ class TaylorState:
     """Running moments of the gate gradients r of all units, one group after the other.
 
     A step's weight is `decay^age`, its age counted in later steps that were taken in.
-
-    Args:
-        names, num_units: of the groups, in the order in which their units lie.
-        mean: weighted mean of r over the folded steps.
-        variance: weighted mean of (r - mean)^2 over them.
-        weight: sum of the weights of the steps in which the unit was there.
-        squares: sum of their squared weights.
-        num_steps: how many there are (0-dim tensors, so that counting needs no host sync).
-        skipped_steps: steps left out because a gradient was NaN or infinite.
-        recent: r of the steps that are not folded yet, the latest last.
-        sources: whose gradients are read, found at the first update after a change of the units.
-        tapped: names of the outgoing weights that were frozen at `init`, whose inputs are read.
-        sentinels: by which it is seen how those readings are to be scaled, if there are any.
-        window: number of recent steps that count.
     """
 
-    names: tuple[str, ...]
+    names: tuple[str, ...]  # of the groups, in the order in which their units lie
     num_units: tuple[int, ...]
-    mean: ByUnit[Float[Tensor, " all_units"]]
-    variance: ByUnit[Float[Tensor, " all_units"]]
-    weight: ByUnit[Float[Tensor, " all_units"]]
-    squares: ByUnit[Float[Tensor, " all_units"]]
-    num_steps: Float[Tensor, ""]
-    skipped_steps: Float[Tensor, ""]
-    recent: tuple[Float[Tensor, " all_units"], ...] = ()
-    sources: Sources | None = field(default=None, metadata=FOUND_ANEW)
-    tapped: frozenset[str] = field(default=frozenset(), metadata={"live": True})
-    sentinels: Sentinels | None = field(default=None, metadata={"live": True})
-    window: int = field(default=50, metadata={"live": True})
+    mean: ByUnit[Float[Tensor, " all_units"]]  # weighted mean of r over the folded steps
+    variance: ByUnit[Float[Tensor, " all_units"]]  # weighted mean of (r - mean)^2 over them
+    weight: ByUnit[Float[Tensor, " all_units"]]  # sum of the weights of the steps in which the unit was there
+    squares: ByUnit[Float[Tensor, " all_units"]]  # sum of their squared weights
+    num_steps: Float[Tensor, ""]  # how many there are (0-dim tensors, so that counting needs no host sync)
+    skipped_steps: Float[Tensor, ""]  # steps left out because a gradient was NaN or infinite
+    recent: tuple[Float[Tensor, " all_units"], ...] = ()  # r of the steps not folded yet, the latest last
+    sources: Sources | None = field(default=None, metadata=FOUND_ANEW)  # whose gradients are read
+    tapped: frozenset[str] = field(default=frozenset(), metadata={"live": True})  # weights frozen at `init`
+    sentinels: Sentinels | None = field(default=None, metadata={"live": True})  # scale what is read of those
+    window: int = field(default=50, metadata={"live": True})  # number of recent steps that count
 
     def __post_init__(self) -> None:
         if any(each.shape != self.mean.shape for each in self.recent):
@@ -102,6 +89,13 @@ class TaylorState:
             skipped_steps=self.skipped_steps + (len(self.recent) - count),
             recent=(),
         )
+
+
+def check_counts(**counts: object) -> None:
+    """Check that these settings are positive integers, or raise ValueError."""
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a positive integer, got {value!r}")
 
 
 class TaylorSensor:
@@ -163,9 +157,7 @@ class TaylorSensor:
     def __init__(
         self, num_samples: int, window: int = 50, first_order: bool = False, ranks: Ranks | None = None
     ) -> None:
-        for name, value in (("num_samples", num_samples), ("window", window)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        check_counts(num_samples=num_samples, window=window)
         self.num_samples = num_samples
         self.window = window
         self.first_order = first_order
@@ -189,13 +181,13 @@ class TaylorSensor:
         through a curved activation it has the wrong size or sign.
         """
         parameters = dict(model.named_parameters(remove_duplicate=False))
+        trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
 
-        def trained(group: Group) -> bool:
-            outgoing = {place.tensor for place in group.slices if place.role == "consume"} - tappable(group, model)
-            some = any(place.role == "consume" for place in group.slices)
-            return some and all(name in parameters and parameters[name].requires_grad for name in outgoing)
+        def seen(group: Group) -> bool:
+            outgoing = {place.tensor for place in group.slices if place.role == "consume"}
+            return bool(outgoing) and outgoing <= trained | tappable(group, model)
 
-        return tuple(group for group in groups if trained(group))
+        return tuple(group for group in groups if seen(group))
 
     def init(self, groups: tuple[Group, ...], model: nn.Module) -> TaylorState:
         """Empty moments on the device of the outgoing weights.
@@ -227,16 +219,11 @@ class TaylorSensor:
         self, state: TaylorState, groups: tuple[Group, ...], model: nn.Module, grad_scale: Tensor | None = None
     ) -> TaylorState:
         """Take in the gradients of one optimizer step. No host sync."""
-        sources = (
-            state.sources if state.sources is not None else find_sources(groups, model, state.tapped, state.sentinels)
-        )
+        sources = state.sources or find_sources(groups, model, state.tapped, state.sentinels)
         # A rank cannot know what others have seen: where it is shared, what nobody has seen counts as zero, unless it
         # could not be seen, since what reads it has only just been put there.
         shared = self.ranks.count > 1 and state.sources is not None
-        trains = [
-            all(source.seen() or (shared and source.tap is not None) for source in of_group)
-            for of_group in sources.by_group
-        ]
+        trains = [all(each.seen() or (shared and each.tap) for each in of_group) for of_group in sources.by_group]
         gate_gradient = _summed(state, sources.by_group, lambda source: source.gate_gradient(state.mean))
         gate_gradient = sources.ranks.total(gate_gradient + zero_if_finite(sources.others, state.mean))
         if state.sentinels is not None:
@@ -265,10 +252,9 @@ class TaylorSensor:
             state.sentinels.stop()
 
     def flops(self, groups: tuple[Group, ...], model: nn.Module) -> float:
-        """FLOPs of one update.
+        """FLOPs of one update: three for each outgoing weight, one for every gradient that is only checked.
 
-        A multiplication and an addition per outgoing weight and one more for the moments; an addition for every
-        gradient that is only checked. Of weights that lie on several ranks, each rank's even share.
+        Of weights that lie on several ranks, each rank's even share.
         """
         sources = find_sources(groups, model)
         read = sum(each.num_read for of_group in sources.by_group for each in of_group)
@@ -293,15 +279,9 @@ class TaylorSensor:
         unbiased = np.where(several, variance, 0.0) / np.where(several, 1.0 - shares, 1.0)
         curvature = self.num_samples * unbiased + mean**2
         saliency = np.maximum(0.0, 0.5 * curvature - (mean if self.first_order else 0.0))
-        return Reading(
-            step=step,
-            saliency=state.by_group(saliency),
-            slope=state.by_group(mean),
-            norm=_weight_norms(state),
-            num_samples=self.num_samples,
-            num_steps=round(num_steps),
-            skipped_steps=round(skipped),
-        )
+        counts: dict[str, Any] = {"num_steps": round(num_steps), "skipped_steps": round(skipped)}
+        parts: dict[str, Any] = {"slope": state.by_group(mean), "norm": _weight_norms(state)}
+        return Reading(step, state.by_group(saliency), self.num_samples, **counts, **parts)
 
 
 def _taps(state: TaylorState) -> list[Tap]:
@@ -338,8 +318,8 @@ def _tapped_gradients(
 ) -> Tensor:
     """What taps add to the gate gradients, in the scale of the gradients that are there now.
 
-    Where there are several ranks all of them call this, in the same steps; if no gradient came on any of them it is
-    NaN, so that the step is left out: none could tell by itself.
+    Several ranks call this together. NaN if no gradient came on any of them: none could tell by itself, so the step is
+    left out.
     """
     read, came = _summed(state, sources, lambda source: source.tapped(state.mean)), sentinels.gradients()
     if ranks.count > 1:

@@ -44,11 +44,8 @@ class UnitSum:
 
     def select(self, tensor: Tensor) -> Tensor:
         """The part of the tensor in which the units lie, as a view."""
-        flat = tensor.reshape(-1) if self.dim is None else tensor
-        dim = self.dim or 0
-        if self.length == flat.shape[dim]:
-            return flat
-        return flat.narrow(dim, self.start, self.length)
+        flat, dim = (tensor.reshape(-1), 0) if self.dim is None else (tensor, self.dim)
+        return flat if self.length == flat.shape[dim] else flat.narrow(dim, self.start, self.length)
 
     def add_up(self, values: Float[Tensor, "..."]) -> Float[Tensor, " units"]:
         """Sum by unit of values that have the shape `select` returns."""
@@ -73,11 +70,7 @@ def num_entries(place: Slice, tensor: Tensor) -> int:
 
 
 def _entry_sums(values: Tensor, dim: int) -> Tensor:
-    """Sum over all dims but one.
-
-    For a plain contiguous tensor two sums, over what lies before the dim and then over what lies behind it, are faster
-    on a CPU than one sum over both.
-    """
+    """Sum over all dims but one, as two sums where that is faster on a CPU: before the dim, then behind it."""
     if values.dim() == 1:
         return values
     if 0 < dim < values.dim() - 1 and values.is_contiguous():

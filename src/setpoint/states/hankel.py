@@ -11,7 +11,7 @@ from torch import nn
 
 from setpoint.errors import GroupError, StateSpaceError
 from setpoint.groups.follow import of_groups
-from setpoint.groups.group import Group
+from setpoint.groups.group import Group, Slice
 from setpoint.groups.state import state_layer
 from setpoint.sensor.reading import Basis, Reading
 from setpoint.sensor.taylor import TaylorSensor, TaylorState
@@ -127,9 +127,8 @@ def _is_balanceable(model: nn.Module, group: Group) -> bool:
 
 def _as_one(groups: tuple[Group, ...]) -> tuple[Group, ...]:
     """The same groups with all their units as one."""
-    return tuple(
-        replace(
-            group, num_units=1, slices=tuple(replace(each, index=np.minimum(each.index, 0)) for each in group.slices)
-        )
-        for group in groups
-    )
+
+    def one(slices: tuple[Slice, ...]) -> tuple[Slice, ...]:
+        return tuple(replace(each, index=np.minimum(each.index, 0)) for each in slices)
+
+    return tuple(replace(group, num_units=1, slices=one(group.slices)) for group in groups)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Complex, Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from setpoint.errors import StateSpaceError
@@ -65,11 +65,10 @@ class BalancedPairs:
 def reduce_modes(system: DiagonalSystem, num_modes: int, basis: Balance | None = None) -> Modes:
     """Balanced truncation of a diagonal system's real map to exactly `num_modes` complex modes.
 
-    The real form is truncated to as many balanced states as `num_modes` modes can hold: a conjugate pair of
-    eigenvalues takes one mode and two states, a real eigenvalue takes a mode for itself. Then it is diagonalised. A
-    truncation with (nearly) repeated eigenvalues has no eigenvectors to speak of, so its dynamics are
-    nudged apart, by at most 1e-4 of their norm. Modes are scaled so that B and C keep the proportion that they
-    have in the full system.
+    The real form is truncated to as many balanced states as `num_modes` modes can hold: a conjugate pair of eigenvalues
+    takes one mode and two states, a real eigenvalue takes a mode for itself. Then it is diagonalised. A truncation with
+    (nearly) repeated eigenvalues has no eigenvectors to speak of, so its dynamics are nudged apart, by at most 1e-4 of
+    their norm. Modes are scaled so that B and C keep the proportion that they have in the full system.
 
     Raises:
         StateSpaceError: as `check_system`, or for a number of modes that there is not.
@@ -82,7 +81,7 @@ def reduce_modes(system: DiagonalSystem, num_modes: int, basis: Balance | None =
     """
     if not 1 <= num_modes <= system.num_states:
         raise StateSpaceError(f"num_modes must be from 1 to {system.num_states}, got {num_modes}")
-    basis = balance(system) if basis is None else basis
+    basis = basis or balance(system)
     dynamics = basis.reduce @ real_form(system).dynamics.detach().double() @ basis.expand
     batch, device = system.eigenvalues.shape[:-1], system.eigenvalues.device
     flat = [part.reshape(-1, *part.shape[len(batch) :]).cpu() for part in (dynamics, basis.expand, basis.reduce)]
@@ -165,19 +164,17 @@ def _assemble(
     system: DiagonalSystem, eigenvalues: Tensor, synthesis: Tensor, analysis: Tensor, order: int, num_fresh: int
 ) -> Modes:
     """The reduced system; missing modes are old ones that are no longer heard."""
-    states = system.num_states
-    old_inputs, old_outputs = (part.detach().to(torch.complex128) for part in (system.inputs, system.outputs))
+    states, parts = system.num_states, (system.eigenvalues, system.inputs, system.outputs)
+    old = DiagonalSystem(*(part.detach().to(torch.complex128) for part in parts))
     missing = eigenvalues.isnan()
     if num_fresh:
         fresh = torch.arange(eigenvalues.shape[-1], device=eigenvalues.device)
-        eigenvalues = torch.where(missing, system.eigenvalues.detach().to(torch.complex128)[..., fresh], eigenvalues)
+        eigenvalues = torch.where(missing, old.eigenvalues[..., fresh], eigenvalues)
         own = torch.eye(2 * states, dtype=analysis.dtype, device=analysis.device)
-        picked = own[fresh] + 1j * own[fresh + states]
-        analysis = torch.where(missing[..., None], picked, analysis)
-    real = real_form(DiagonalSystem(system.eigenvalues.detach().to(torch.complex128), old_inputs, old_outputs))
+        analysis = torch.where(missing[..., None], own[fresh] + 1j * own[fresh + states], analysis)
+    real = real_form(old)
     inputs, outputs = analysis @ real.inputs.to(analysis.dtype), real.outputs.to(synthesis.dtype) @ synthesis
-    scale = _scale(system, old_inputs, old_outputs, eigenvalues, inputs, outputs)
-    scale = torch.where(missing, 1.0, scale)
+    scale = torch.where(missing, 1.0, _scale(old, DiagonalSystem(eigenvalues, inputs, outputs)))
     analysis, synthesis = scale[..., :, None] * analysis, synthesis / scale[..., None, :]
     return Modes(
         DiagonalSystem(eigenvalues, scale[..., :, None] * inputs, outputs / scale[..., None, :]),
@@ -188,25 +185,17 @@ def _assemble(
     )
 
 
-def _scale(
-    system: DiagonalSystem,
-    old_inputs: Tensor,
-    old_outputs: Tensor,
-    eigenvalues: Tensor,
-    inputs: Tensor,
-    outputs: Tensor,
-) -> Float[Tensor, "*batch modes"]:
+def _scale(old: DiagonalSystem, new: DiagonalSystem) -> Float[Tensor, "*batch modes"]:
     """Factor for each mode's B, and divisor for its C, that keeps their usual proportion.
 
     B is compared as a normalised layer holds it, divided by `sqrt(1 - |eigenvalue|^2)`.
     """
 
-    def proportion(eigenvalues: Complex[Tensor, "*batch n"], inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
-        room = (1.0 - eigenvalues.abs().square()).clamp_min(1e-12)
-        return inputs.abs().square().sum(-1) / room, outputs.abs().square().sum(-2)
+    def proportion(system: DiagonalSystem) -> tuple[Tensor, Tensor]:
+        room = (1.0 - system.eigenvalues.abs().square()).clamp_min(1e-12)
+        return system.inputs.abs().square().sum(-1) / room, system.outputs.abs().square().sum(-2)
 
-    old_b, old_c = proportion(system.eigenvalues.detach().to(torch.complex128), old_inputs, old_outputs)
-    new_b, new_c = proportion(eigenvalues, inputs, outputs)
+    (old_b, old_c), (new_b, new_c) = proportion(old), proportion(new)
     usual = old_b.mean(-1, keepdim=True) / old_c.mean(-1, keepdim=True).clamp_min(1e-300)
     ratio = usual * new_c / new_b.clamp_min(1e-300)
     usable = (new_b > 0) & (new_c > 0) & torch.isfinite(ratio) & (ratio > 0)
@@ -224,11 +213,7 @@ def residual_modes(system: DiagonalSystem, modes: Modes, num_modes: int) -> Mode
         StateSpaceError: as `reduce_modes`.
     """
     small = modes.system
-    difference = DiagonalSystem(
-        torch.cat([system.eigenvalues.detach().to(small.eigenvalues), small.eigenvalues], -1),
-        torch.cat([system.inputs.detach().to(small.inputs), small.inputs], -2),
-        torch.cat([system.outputs.detach().to(small.outputs), -small.outputs], -1),
-    )
+    difference = _side_by_side(system, DiagonalSystem(small.eigenvalues, small.inputs, -small.outputs))
     found = reduce_modes(difference, num_modes)
     own = torch.eye(2 * system.num_states, dtype=modes.reduce.dtype, device=modes.reduce.device)
     own = own.expand(*modes.reduce.shape[:-2], *own.shape)
@@ -238,18 +223,18 @@ def residual_modes(system: DiagonalSystem, modes: Modes, num_modes: int) -> Mode
 
 def beside(first: Modes, second: Modes) -> Modes:
     """Two sets of modes of one system, as one: their outputs are added."""
-    one, other = first.system, second.system
     return Modes(
-        DiagonalSystem(
-            torch.cat([one.eigenvalues, other.eigenvalues], -1),
-            torch.cat([one.inputs, other.inputs], -2),
-            torch.cat([one.outputs, other.outputs], -1),
-        ),
+        _side_by_side(first.system, second.system),
         _interleaved(first.reduce, second.reduce, -2),
         _interleaved(first.expand, second.expand, -1),
         first.order + second.order,
         first.num_fresh + second.num_fresh,
     )
+
+
+def _side_by_side(one: DiagonalSystem, other: DiagonalSystem) -> DiagonalSystem:
+    parts = ((one.eigenvalues, other.eigenvalues, -1), (one.inputs, other.inputs, -2), (one.outputs, other.outputs, -1))
+    return DiagonalSystem(*(torch.cat([left.detach().to(right), right], dim) for left, right, dim in parts))
 
 
 def _interleaved(first: Tensor, second: Tensor, dim: int) -> Tensor:

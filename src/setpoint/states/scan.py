@@ -88,19 +88,10 @@ def _scan_backward(
         if before is not None:
             grad_a += (s[0] * before.conj()).sum(0)
     grad_b, grad_c = grad_in.view(-1, 2, grad_in.shape[1]), grad_out.view(len(grad_out), -1, 2)
-    found = (
-        grad_u.transpose(0, 1),
-        grad_a.real,
-        grad_a.imag,
-        grad_b[:, 0],
-        grad_b[:, 1],
-        grad_c[..., 0],
-        -grad_c[..., 1],
-    )
-    like = (u, a_re, a_im, b_re, b_im, c_re, c_im)
-    return [
-        part.to(each.dtype).clone(memory_format=torch.contiguous_format) for part, each in zip(found, like, strict=True)
-    ]
+    weights = (grad_b[:, 0], grad_b[:, 1], grad_c[..., 0], -grad_c[..., 1])
+    found = (grad_u.transpose(0, 1), grad_a.real, grad_a.imag, *weights)
+    pairs = zip(found, (u, a_re, a_im, b_re, b_im, c_re, c_im), strict=True)
+    return [part.to(each.dtype).clone(memory_format=torch.contiguous_format) for part, each in pairs]
 
 
 class _Run:

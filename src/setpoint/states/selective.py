@@ -75,10 +75,10 @@ class SelectiveSensor:
         """Run the model on the calibration batch, and average."""
         layers = {group.name: found for group in groups if (found := selective_layer(state.model, group)) is not None}
         inputs = self._inputs_of_layers(state.model, {name for name, _ in layers.values()})
-        saliency = {}
-        for group in groups:
-            name, _ = layers[group.name]
-            saliency[group.name] = _energies(state.model.get_submodule(name), inputs[name]).double().cpu().numpy()
+        saliency = {
+            group: _energies(state.model.get_submodule(name), inputs[name]).double().cpu().numpy()
+            for group, (name, _) in layers.items()
+        }
         return Reading(step, saliency, num_samples=1, calibrated=False, num_steps=state.num_steps)
 
     def _inputs_of_layers(self, model: nn.Module, names: set[str]) -> dict[str, Tensor]:
@@ -154,13 +154,7 @@ def _mamba2(layer: Any, hidden: Tensor) -> list[_Tokens]:
     half = (mixed - inner) // 2
     u, inputs, outputs = torch.split(_convolved(layer, xbc).flatten(0, 1), [inner, half, half], -1)
     steps = F.softplus(low.flatten(0, 1) + layer.dt_bias).clamp(*layer.time_step_limit)
-    each = inner // heads
-    parts = zip(
-        u.chunk(layer.n_groups, 1),
-        steps.repeat_interleave(each, 1).chunk(layer.n_groups, 1),
-        inputs.chunk(layer.n_groups, 1),
-        outputs.chunk(layer.n_groups, 1),
-        (-torch.exp(layer.A_log.float())).repeat_interleave(each)[:, None].chunk(layer.n_groups, 0),
-        strict=True,
-    )
-    return [_Tokens(*part) for part in parts]
+    each, count = inner // heads, layer.n_groups
+    by_token = [values.chunk(count, 1) for values in (u, steps.repeat_interleave(each, 1), inputs, outputs)]
+    rates = (-torch.exp(layer.A_log.float())).repeat_interleave(each)[:, None].chunk(count, 0)
+    return [_Tokens(*part) for part in zip(*by_token, rates, strict=True)]

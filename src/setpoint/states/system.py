@@ -48,12 +48,8 @@ def check_system(system: System, what: str = "the system") -> None:
             "a StateSpaceLayer's state_space(). A selective layer (Mamba) has no such system: see SelectiveSensor"
         )
     _check_shapes(system, what)
-    parts = {"B": system.inputs, "C": system.outputs}
-    if isinstance(system, DiagonalSystem):
-        parts["the eigenvalues"] = system.eigenvalues
-    else:
-        parts["A"] = system.dynamics
-    for name, tensor in parts.items():
+    own = {"the eigenvalues": system.eigenvalues} if isinstance(system, DiagonalSystem) else {"A": system.dynamics}
+    for name, tensor in {"B": system.inputs, "C": system.outputs, **own}.items():
         if not bool(torch.isfinite(tensor).all()):
             raise StateSpaceError(f"{what} has NaN or infinite values in {name}: it has no Hankel singular values")
     if isinstance(system, DiagonalSystem):
@@ -72,12 +68,8 @@ def check_system(system: System, what: str = "the system") -> None:
 def _check_shapes(system: System, what: str) -> None:
     dynamics = system.eigenvalues if isinstance(system, DiagonalSystem) else system.dynamics
     batch, states = dynamics.shape[: -1 if isinstance(system, DiagonalSystem) else -2], system.num_states
-    fits = (
-        states > 0
-        and system.inputs.shape[:-1] == (*batch, states)
-        and system.outputs.shape[:-2] == batch
-        and system.outputs.shape[-1:] == (states,)
-    )
+    outputs = (system.outputs.shape[:-2], system.outputs.shape[-1:])
+    fits = states > 0 and system.inputs.shape[:-1] == (*batch, states) and outputs == (batch, (states,))
     if not fits or (isinstance(system, DenseSystem) and dynamics.shape[-2] != states):
         raise StateSpaceError(
             f"{what} has dynamics of shape {tuple(dynamics.shape)}, B of shape {tuple(system.inputs.shape)} and C of "

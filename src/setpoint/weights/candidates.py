@@ -79,11 +79,9 @@ def check_run(
 def weight_candidates(
     host: Host, example: Example, pattern: str, wanted: Sequence[Group] | None, sensor: Sensor[Any]
 ) -> tuple[Candidates, Masks]:
-    """What may be masked, and the masks: nothing is tried out, since a mask is exact on any model.
+    """What may be masked in a pattern, and the masks: nothing is tried out, since a mask is exact on any model.
 
-    Args:
-        pattern: that masks keep to.
-        wanted: out of `find_weights(model, pattern)`; None for every linear and convolutional weight.
+    `wanted` is out of `find_weights(model, pattern)`, or None for every linear and convolutional weight.
 
     Raises:
         GroupError: when a weight does not divide into the pattern's blocks, `wanted` are not the model's, or
@@ -115,14 +113,12 @@ def weight_candidates(
 def _chosen(model: nn.Module, pattern: Pattern, wanted: Sequence[Group] | None) -> tuple[Group, ...]:
     fitting = find_weights(model, str(pattern))
     if wanted is not None:
-        known = {_what(group) for group in fitting}
-        for group in wanted:
-            if _what(group) not in known:
-                raise GroupError(
-                    f"group {group.name!r} is none of find_weights(model, {str(pattern)!r}): with "
-                    "actuator=Masking(...), give groups out of that list"
-                )
-        names = {group.name for group in wanted}
+        known, names = {_what(group) for group in fitting}, {group.name for group in wanted}
+        for group in (group for group in wanted if _what(group) not in known):
+            raise GroupError(
+                f"group {group.name!r} is none of find_weights(model, {str(pattern)!r}): with "
+                "actuator=Masking(...), give groups out of that list"
+            )
         return tuple(group for group in fitting if group.name in names)
     misfits = {n: tuple(w.shape) for n, w in maskable(model).items() if not pattern.fits(tuple(w.shape))}
     if misfits:

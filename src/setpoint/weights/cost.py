@@ -54,8 +54,7 @@ def weight_flops(model: nn.Module, found: Trace, groups: tuple[Group, ...]) -> W
     for each in found.contractions:
         flops = each.coefficient * math.prod(size.at(dense) for size in each.sizes)
         total += flops * (1 + each.num_gradients)
-        name = owner.get(each.module)
-        if name in sizes:
+        if (name := owner.get(each.module)) in sizes:
             forward[name] += flops
             step[name] += flops * (1 + each.num_gradients)
     return WeightFlops(total, step, forward, sizes)

@@ -76,17 +76,14 @@ class ExchangingController:
         """The next state and the plan. Pure: same arguments, same answer."""
         step, total_steps = observation.step, observation.total_steps
         state, plan = self.inner.decide(state, observation, cost, groups)
-        share = self.share(step, total_steps)
-        reading = observation.reading
-        if not share or reading is None or not reading.finite():
+        share, reading = self.share(step, total_steps), observation.reading
+        dense = not plan.drops() and cost.total(observation.widths) >= observation.dense[cost.resource]
+        if not share or reading is None or not reading.finite() or dense:
             return state, plan
-        if not plan.drops() and cost.total(observation.widths) >= observation.dense[cost.resource]:
-            return state, plan  # all weights are active
         if not any(self.due(later, total_steps) for later in range(step + 1, total_steps + 1)):
             return state, plan  # nothing could land later
-        words = f"exchange of up to {share:.1%} of the active weights"
-        reason = plan.reason.removeprefix("landed: ")
-        return state, replace(plan, exchange=share, landed=False, reason=f"{reason}; {words}")
+        reason = f"{plan.reason.removeprefix('landed: ')}; exchange of up to {share:.1%} of the active weights"
+        return state, replace(plan, exchange=share, landed=False, reason=reason)
 
     def share(self, step: int, total_steps: int) -> float:
         """Share of the active weights that is exchanged at this step."""

@@ -109,12 +109,8 @@ def find_weights(model: nn.Module, pattern: str = "unstructured") -> tuple[Group
 
 def maskable(model: nn.Module) -> dict[str, nn.Parameter]:
     """By name, the trained weights of linear layers and convolutions that no layer of another kind shares."""
-    others = {
-        id(parameter)
-        for module in model.modules()
-        if not isinstance(module, LAYERS)
-        for parameter in module.parameters(recurse=False)
-    }
+    kinds = [module for module in model.modules() if not isinstance(module, LAYERS)]
+    others = {id(parameter) for module in kinds for parameter in module.parameters(recurse=False)}
     owned = {id(module.weight) for module in model.modules() if isinstance(module, LAYERS)}
     return {
         name: parameter
@@ -136,15 +132,9 @@ def owners(model: nn.Module) -> dict[str, str]:
 def _group(name: str, weight: nn.Parameter, pattern: Pattern) -> Group:
     size = weight.numel()
     index = np.arange(size, dtype=np.int32 if size < 2**31 else np.int64)
-    return Group(
-        name=name,
-        kind="weight",
-        num_units=size,
-        slices=(Slice(name, None, "consume", index),),
-        min_units=1 if pattern.free else size * pattern.kept // pattern.block,
-        multiple_of=1 if pattern.free else size * pattern.stride // pattern.block,
-        what="weight",
-    )
+    least, step = (1, 1) if pattern.free else (size * n // pattern.block for n in (pattern.kept, pattern.stride))
+    slices = (Slice(name, None, "consume", index),)
+    return Group(name, "weight", size, slices, min_units=least, multiple_of=step, what="weight")
 
 
 def with_active(group: Group, active: Bool[np.ndarray, " elements"]) -> Group:

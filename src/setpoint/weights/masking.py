@@ -97,11 +97,9 @@ class Masks:
 
     def counts(self) -> tuple[int, int, int]:
         """How many weights were dropped at least once, came back at least once, and were dropped more than once."""
-        dropped = back = again = 0
-        for name, times in self._num_dropped.items():
-            dropped += int((times > 0).sum())
-            back += int((times > (~self.masks[name]).to(torch.uint8)).sum())
-            again += int((times > 1).sum())
+        times = [(each, (~self.masks[name]).to(torch.uint8)) for name, each in self._num_dropped.items()]
+        counts = ((each > 0, each > masked, each > 1) for each, masked in times)
+        dropped, back, again = (sum(int(each.sum()) for each in kind) for kind in zip(*counts, strict=True))
         return dropped, back, again
 
     def broken(self) -> str:
@@ -136,15 +134,12 @@ class Masks:
             self._weights[name].masked_fill_(gone, 0.0)
         self.train_flops += self._step_flops
         if self._resting:
-            self.train_flops += self._flops.dense_gradients(self._widths())
+            self.train_flops += self._flops.dense_gradients(widths_of(self.groups))
 
     @property
     def _resting(self) -> dict[str, Tensor]:
         """Gradients of masked weights, where some were put aside; an optimizer that steps late may add its own."""
         return {**self._aside, **self._ready}
-
-    def _widths(self) -> dict[str, int]:
-        return {name: int(mask.sum()) for name, mask in self.masks.items()}
 
     def _forget_discarded(self, name: str, _: Tensor | None = None) -> None:
         """A gradient is about to be accumulated, or used: what was put aside goes if the gradients before are gone."""
@@ -208,10 +203,9 @@ class Masks:
         """Nothing was kept: masks hold until the end."""
 
     def carry_out(self, change: Exchange) -> tuple[Group, ...]:
-        """Set the masks; what goes is zero from here on, with gradient and moments, in copies too.
+        """Set the masks, and return the groups of the weights that are active then.
 
-        Returns:
-            The groups of the weights that are active now.
+        What goes is zero from here on, with gradient and moments, in copies too.
         """
         for name, went in change.went.items():
             times = self._num_dropped[name]
@@ -234,8 +228,9 @@ class Masks:
         for each in self._copies:
             mask_weights(each, None, {name: mask.to(each[name].device) for name, mask in held.items()})
         self._aside, self._ready = {}, {}
-        self._step_flops = self._flops.at(self._widths())
-        return tuple(with_active(group, masks[group.name].cpu().numpy().reshape(-1)) for group in self._dense)
+        groups = self._groups(masks)
+        self._step_flops = self._flops.at(widths_of(groups))
+        return groups
 
     def stop(self) -> None:
         """Let go: weights stay as they are, and nothing holds them any more."""
@@ -255,11 +250,7 @@ class Masks:
         }
 
     def check(self, state: Mapping[str, Any]) -> tuple[Group, ...]:
-        """Check that a state fits, before anything is changed; returns the groups at its masks.
-
-        Raises:
-            CheckpointError: when it does not.
-        """
+        """Check that a state fits before anything changes, or raise CheckpointError; the groups at its masks."""
         float(state["train_flops"])
         for name, dtype in (("masks", torch.bool), ("num_dropped", torch.uint8)):
             tensors = state[name]
@@ -271,18 +262,19 @@ class Masks:
             if int(masks[group.name].sum()) < group.min_units:
                 raise CheckpointError(f"the mask of {group.name!r} leaves fewer weights than {self._pattern} allows")
             self._check(group.name, masks[group.name].contiguous())
+        return self._groups(masks)
+
+    def _groups(self, masks: Mapping[str, Tensor]) -> tuple[Group, ...]:
         return tuple(with_active(group, masks[group.name].cpu().numpy().reshape(-1)) for group in self._dense)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Set the masks of a state that was checked."""
-        devices = {name: mask.device for name, mask in self.masks.items()}
-        times = state["num_dropped"]
-        self._num_dropped = {name: times[name].to(device, copy=True) for name, device in devices.items()}
-        self.train_flops = float(state["train_flops"])
-        masks = state["masks"]
-        self.groups = self._set(
-            {name: masks[name].to(device, copy=True).contiguous() for name, device in devices.items()}
+        masks, self._num_dropped = (
+            {name: state[part][name].to(mask.device, copy=True).contiguous() for name, mask in self.masks.items()}
+            for part in ("masks", "num_dropped")
         )
+        self.train_flops = float(state["train_flops"])
+        self.groups = self._set(masks)
 
     def totals(self) -> dict[str, Any]:
         """What a summary says of single weights."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from setpoint.groups.follow import ByWeight, fresh
 from setpoint.groups.group import Group
 from setpoint.sensor.reading import Reading
+from setpoint.sensor.taylor import check_counts
 from setpoint.weights.find import active_of
 
 State_contra = TypeVar("State_contra", contravariant=True)
@@ -24,28 +25,19 @@ class Weighing(Protocol[State_contra]):
 
     def scores(self, state: State_contra) -> Mapping[str, Float[Tensor, "..."]]:
         """By tensor name, the saliency of every element; of those that are not active it means nothing."""
-        ...
 
 
 @dataclass(frozen=True, eq=False)
 class WeightTaylorState:
-    """Weighted sums of `r = w * dL/dw` over the steps so far, a step's weight being `decay^age`.
+    """Weighted sums of `r = w * dL/dw` over the steps so far, a step's weight being `decay^age`; by tensor name."""
 
-    Args:
-        first: by tensor name, sum of r.
-        second: by tensor name, sum of r^2.
-        since: by tensor name, steps that had been taken in when the weight came back; 0 for one that never left.
-        num_steps: steps taken in (0-dim, so that counting needs no host sync).
-        skipped_steps: steps left out because a gradient was NaN or infinite.
-        model: whose gradients are read.
-    """
-
-    first: Mapping[str, ByWeight[Float[Tensor, "..."]]]
-    second: Mapping[str, ByWeight[Float[Tensor, "..."]]]
+    first: Mapping[str, ByWeight[Float[Tensor, "..."]]]  # sum of r
+    second: Mapping[str, ByWeight[Float[Tensor, "..."]]]  # sum of r^2
+    # Steps that had been taken in when the weight came back; 0 for one that never left.
     since: Mapping[str, ByWeight[Float[Tensor, "..."]]] = field(metadata=fresh("num_steps"))
-    num_steps: Float[Tensor, ""]
-    skipped_steps: Float[Tensor, ""]
-    model: nn.Module = field(metadata={"live": True})
+    num_steps: Float[Tensor, ""]  # taken in (0-dim, so that counting needs no host sync)
+    skipped_steps: Float[Tensor, ""]  # left out because a gradient was NaN or infinite
+    model: nn.Module = field(metadata={"live": True})  # whose gradients are read
 
 
 class WeightTaylorSensor:
@@ -71,9 +63,7 @@ class WeightTaylorSensor:
     """
 
     def __init__(self, num_samples: int, window: int = 50) -> None:
-        for name, value in (("num_samples", num_samples), ("window", window)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        check_counts(num_samples=num_samples, window=window)
         self.num_samples = num_samples
         self.window = window
 
@@ -83,9 +73,11 @@ class WeightTaylorSensor:
 
     def init(self, groups: tuple[Group, ...], model: nn.Module) -> WeightTaylorState:
         """Nothing seen yet."""
-        zeros = {name: torch.zeros_like(weight, dtype=_wide(weight)) for name, weight in _weights(groups, model)}
-        dtype, device = _common(zeros)
-        none = torch.zeros((), dtype=dtype, device=device)
+        zeros = {
+            name: torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+            for name, weight in _weights(groups, model)
+        }
+        none = next(iter(zeros.values()), torch.zeros(())).new_zeros(())
         return WeightTaylorState(zeros, dict(zeros), dict(zeros), none, none, model)
 
     @torch.no_grad()
@@ -106,13 +98,8 @@ class WeightTaylorSensor:
             first[name] = state.first[name] * here + r
             second[name] = torch.addcmul(state.second[name] * here, r, r)
         taken = finite.to(state.num_steps)
-        return replace(
-            state,
-            first=first,
-            second=second,
-            num_steps=state.num_steps + taken,
-            skipped_steps=state.skipped_steps + (1.0 - taken),
-        )
+        num_steps, skipped = state.num_steps + taken, state.skipped_steps + (1.0 - taken)
+        return replace(state, first=first, second=second, num_steps=num_steps, skipped_steps=skipped)
 
     def flops(self, groups: tuple[Group, ...], model: nn.Module) -> float:
         """FLOPs of one update: six for each weight that is read, one for every other gradient, which is checked."""
@@ -138,26 +125,14 @@ class WeightTaylorSensor:
 
     def read(self, state: WeightTaylorState, groups: tuple[Group, ...], step: int) -> Reading:
         """Saliency of all active weights."""
-        scores = self.scores(state)
-        saliency = {}
-        for group in groups:
-            values = scores[group.slices[0].tensor].reshape(-1).double().cpu().numpy()
-            saliency[group.name] = values[active_of(group)]
+        scores = {name: each.reshape(-1).double().cpu().numpy() for name, each in self.scores(state).items()}
+        saliency = {group.name: scores[group.slices[0].tensor][active_of(group)] for group in groups}
         taken, skipped = (round(float(each)) for each in (state.num_steps, state.skipped_steps))
         return Reading(step, saliency, self.num_samples, num_steps=taken, skipped_steps=skipped)
 
 
 def _weights(groups: tuple[Group, ...], model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(group.slices[0].tensor, model.get_parameter(group.slices[0].tensor)) for group in groups]
-
-
-def _wide(weight: Tensor) -> torch.dtype:
-    return torch.promote_types(weight.dtype, torch.float32)
-
-
-def _common(tensors: Mapping[str, Tensor]) -> tuple[Any, Any]:
-    first = next(iter(tensors.values()), torch.zeros(()))
-    return first.dtype, first.device
 
 
 def _all_finite(model: nn.Module, grad_scale: Tensor | None, like: Tensor) -> Bool[Tensor, ""]:

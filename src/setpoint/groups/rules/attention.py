@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -46,7 +45,7 @@ def _sdpa(
     for operand, dim in ((query, -2), (key, -2), (value, -2)):
         walk.freeze(operand.labels[dim], "attention runs over it")
     batch_dims = list(zip(query.shape[:-2], batch, strict=True))
-    positions = math.prod((query.shape[-2], key.shape[-2]))
+    positions = query.shape[-2] * key.shape[-2]
     scores = Value(out.shape, (None,) * out.ndim, grad=query.grad or key.grad)
     walk.contract(positions, [*batch_dims, (query.shape[-1], inner)], num_gradients(query, key))
     walk.contract(positions, [*batch_dims, (value.shape[-1], value.labels[-1])], num_gradients(scores, value))

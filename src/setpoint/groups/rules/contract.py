@@ -212,7 +212,7 @@ def _convolution(
     walk: Walk, out: Value, x: Value, weight: Value, bias: Value | None, num_groups: int, transposed: bool
 ) -> Value:
     batched = x.ndim == weight.ndim
-    channel = 1 if batched else 0
+    channel = int(batched)
     out_dim, in_dim = (1, 0) if transposed else (0, 1)
     for labels in x.labels[channel + 1 :]:
         walk.freeze(labels, "a kernel slides over it")
@@ -223,13 +223,9 @@ def _convolution(
         outputs = walk.atoms.fresh(weight.shape[out_dim])
         walk.freeze(outputs, "its filters are data")
     if num_groups == 1:
-        inner = contract_dim(walk, x, channel, weight, in_dim)
+        inputs = contract_dim(walk, x, channel, weight, in_dim)
         walk.atoms.mark("produce", outputs)
-        walk.atoms.mark("conv", outputs)
-        walk.attributes[walk.module, "out_channels"] = outputs
-        if inner is not None:
-            walk.attributes[walk.module, "in_channels"] = inner
-        flop_dims = [(weight.shape[out_dim], outputs), (weight.shape[in_dim], inner)]
+        flop_dims = [(weight.shape[out_dim], outputs), (weight.shape[in_dim], inputs)]
     else:
         if transposed:
             # The weight is (in, out / groups, ...): its first dim follows the input, its second the outputs of a group.
@@ -239,11 +235,11 @@ def _convolution(
         else:
             inputs = x.labels[channel]
             _tie_groups(walk, num_groups, inputs, weight.labels[1], outputs, None)
-        walk.atoms.mark("conv", outputs)
-        walk.attributes[walk.module, "out_channels"] = outputs
-        if inputs is not None:
-            walk.attributes[walk.module, "in_channels"] = inputs
         flop_dims = [(weight.shape[0], weight.labels[0]), (weight.shape[1], weight.labels[1])]
+    walk.atoms.mark("conv", outputs)
+    walk.attributes[walk.module, "out_channels"] = outputs
+    if inputs is not None:
+        walk.attributes[walk.module, "in_channels"] = inputs
     outer = _add_bias(walk, outputs, bias)
     spatial = (x if transposed else out).shape[channel + 1 :]
     batch = x.shape[0] if batched else 1

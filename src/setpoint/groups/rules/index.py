@@ -7,28 +7,29 @@ from typing import Any
 
 import torch
 
-from setpoint.groups.walk import Value, Walk, op_name, rule
+from setpoint.groups.walk import DimLabels, Value, Walk, op_name, rule
 
 aten = torch.ops.aten
+
+
+def _feature_dim(walk: Walk, weight: Value) -> DimLabels:
+    walk.freeze(weight.labels[0], "its rows are chosen by data")
+    for remark in ("produce", "embedding"):
+        walk.atoms.mark(remark, weight.labels[1])
+    return weight.labels[1]
 
 
 @rule(aten.embedding.default)
 def _embedding(walk: Walk, out: Value, weight: Value, indices: Value, *args: Any, **kwargs: Any) -> Value:
     """Rows are chosen by data; columns are features."""
-    walk.freeze(weight.labels[0], "its rows are chosen by data")
-    walk.atoms.mark("produce", weight.labels[1])
-    walk.atoms.mark("embedding", weight.labels[1])
-    return Value(out.shape, (*(None,) * indices.ndim, weight.labels[1]), zero=weight.zero)
+    return Value(out.shape, (*(None,) * indices.ndim, _feature_dim(walk, weight)), zero=weight.zero)
 
 
 @rule(aten.embedding_bag.padding_idx, aten.embedding_bag.default)
 @rule(aten._embedding_bag.default, aten._embedding_bag_forward_only.default)
 def _embedding_bag(walk: Walk, out: tuple[Value, ...], weight: Value, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
     """Sums, means or maxima of rows that data chooses; columns are features."""
-    walk.freeze(weight.labels[0], "its rows are chosen by data")
-    walk.atoms.mark("produce", weight.labels[1])
-    walk.atoms.mark("embedding", weight.labels[1])
-    bags = Value(out[0].shape, (None, weight.labels[1]), zero=weight.zero)
+    bags = Value(out[0].shape, (None, _feature_dim(walk, weight)), zero=weight.zero)
     return bags, *((None,) * part.ndim for part in out[1:])
 
 

@@ -40,9 +40,8 @@ def _batch_norm(
         if dim != 1:
             walk.lossy(labels, "batch norm averages over it")
     channel = _carry(walk, x.labels[1], (weight, bias, running_mean, running_var))
-    return Value(
-        out.shape, (x.labels[0], channel, *x.labels[2:]), zero=_silences(weight, bias) or (x.zero and bias is None)
-    )
+    zero = _silences(weight, bias) or (x.zero and bias is None)
+    return Value(out.shape, (x.labels[0], channel, *x.labels[2:]), zero=zero)
 
 
 @rule(aten.layer_norm.default, aten.rms_norm.default)
@@ -89,18 +88,16 @@ def _group_norm(
         if dim > 1:
             walk.lossy(own, "group norm averages over it")
     if labels is not None:
-        per_group = channels // num_groups
+        groups, per_group = labels, channels // num_groups
         if num_groups == 1:
             walk.lossy(labels, "it is normalised over")
         elif per_group > 1:
             groups, within = walk.atoms.fresh(num_groups), walk.atoms.fresh(per_group)
             walk.lossy(within, "it is normalised over")
             walk.atoms.unite(labels, walk.product((groups, within)).ravel())
+        if num_groups > 1:
             walk.attributes[walk.module, "num_groups"] = groups
             walk.literal("group_norm", 0, num_groups, groups)
-        else:
-            walk.attributes[walk.module, "num_groups"] = labels
-            walk.literal("group_norm", 0, num_groups, labels)
     channel = _carry(walk, labels, (weight, bias))
     return Value(
         out.shape, (x.labels[0], channel, *x.labels[2:]), zero=_silences(weight, bias) or (x.zero and bias is None)

@@ -42,10 +42,8 @@ def _merge(walk: Walk, value: Value, dims: list[int]) -> DimLabels:
     labelled = [d for d in dims if value.labels[d] is not None]
     if not labelled:
         return None
-    if len(labelled) == 1:
-        cells = np.asarray(value.labels[labelled[0]])
-    else:
-        cells = walk.product([np.asarray(value.labels[d]) for d in labelled])
+    factors = [np.asarray(value.labels[d]) for d in labelled]
+    cells = factors[0] if len(factors) == 1 else walk.product(factors)
     shape = [value.shape[d] if d in labelled else 1 for d in dims]
     full = np.broadcast_to(cells.reshape(shape), [value.shape[d] for d in dims])
     return full.reshape(-1)
@@ -114,10 +112,7 @@ def _view(walk: Walk, out: Value, x: Value, size: Any) -> tuple[DimLabels, ...]:
 @rule(aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
 def _squeeze(walk: Walk, out: Value, x: Value, dims: Any = None) -> tuple[DimLabels, ...]:
     """Dims of one entry vanish, so a dim of units that may be meant must keep at least two."""
-    chosen = (
-        range(x.ndim) if dims is None else [d % x.ndim for d in (dims if isinstance(dims, (list, tuple)) else [dims])]
-    )
-    for dim in chosen:
+    for dim in range(x.ndim) if dims is None else dims if isinstance(dims, (list, tuple)) else [dims]:
         walk.atoms.mark("squeezed", x.labels[dim])
     return reshape(walk, x, out.shape)
 
@@ -231,12 +226,9 @@ def _cat(walk: Walk, out: Value, tensors: Sequence[Value], dim: int = 0) -> tupl
                 labels[d] = walk.unite(labels[d], value.labels[d])
     along = [value.labels[dim] for value in tensors]
     if any(part is not None for part in along):
-        labels[dim] = np.concatenate(
-            [
-                np.zeros(value.shape[dim], dtype=np.int64) if part is None else part
-                for value, part in zip(tensors, along, strict=True)
-            ]
-        )
+        sizes = [value.shape[dim] for value in tensors]
+        parts = zip(sizes, along, strict=True)
+        labels[dim] = np.concatenate([np.zeros(size, np.int64) if part is None else part for size, part in parts])
     return tuple(labels)
 
 
@@ -349,11 +341,10 @@ def _pixel_shuffle(walk: Walk, out: Value, x: Value, factor: int) -> tuple[DimLa
     for spatial in x.labels[-2:]:
         walk.freeze(spatial, "space is shuffled into it")
     *batch, channels, height, width = x.shape
-    inner = (*batch, channels // factor**2, factor, factor, height, width)
-    labels = reshape(walk, x, inner)
+    labels = reshape(walk, x, (*batch, channels // factor**2, factor, factor, height, width))
     at = len(batch)
-    walk.freeze(labels[at + 1], "it is shuffled into space")
-    walk.freeze(labels[at + 2], "it is shuffled into space")
+    for factor_labels in labels[at + 1 : at + 3]:
+        walk.freeze(factor_labels, "it is shuffled into space")
     return (*labels[: at + 1], None, None)
 
 

@@ -15,9 +15,8 @@ def _transform(walk: Walk, out: Value, x: Value, size: Any = None, dim: Any = No
     """Every entry of the result needs every entry along the dim."""
     if dim is None:
         kind = op_name(walk.node.target)  # type: ignore[union-attr]
-        dim = (
-            (-2, -1) if kind.endswith("2") else range(-len(size) if size else -x.ndim, 0) if kind.endswith("n") else -1
-        )
+        last = 2 if kind.endswith("2") else 1 if not kind.endswith("n") else len(size) if size else x.ndim
+        dim = range(-last, 0)
     dims = {d % x.ndim for d in ([dim] if isinstance(dim, int) else dim)}
     for d in dims:
         walk.freeze(x.labels[d], "a Fourier transform runs over it")

@@ -53,16 +53,10 @@ def _spatial(walk: Walk, out: Any, x: Value, num_spatial: int) -> Any:
     return tuple(labels for _ in out) if isinstance(out, tuple) else labels
 
 
-def _pooled(num_spatial: int) -> Rule:
+def _slides(num_spatial: int, resizes: bool) -> Rule:
     def function(walk: Walk, out: Any, x: Value, *args: Any, **kwargs: Any) -> Any:
-        return _spatial(walk, out, x, num_spatial)
-
-    return function
-
-
-def _resized(num_spatial: int) -> Rule:
-    def function(walk: Walk, out: Any, x: Value, *args: Any, **kwargs: Any) -> Any:
-        walk.atoms.mark("resized", x.labels[-1 - num_spatial])  # torch refuses to resize no channels
+        if resizes:
+            walk.atoms.mark("resized", x.labels[-1 - num_spatial])  # torch refuses to resize no channels
         return _spatial(walk, out, x, num_spatial)
 
     return function
@@ -87,8 +81,7 @@ def _register_windows() -> None:
                 if packet is None:
                     continue
                 overloads = (getattr(packet, overload) for overload in packet.overloads() if "out" not in overload)
-
-                rule(*overloads)(_resized(num_spatial) if table is upsample else _pooled(num_spatial))
+                rule(*overloads)(_slides(num_spatial, resizes=table is upsample))
 
 
 _register_windows()
