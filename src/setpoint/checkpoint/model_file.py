@@ -175,9 +175,7 @@ def digest(tensors: Mapping[str, Tensor], words: str) -> str:
 
 
 def write_file(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write to a neighbouring file and rename it, so that nobody ever sees half a file.
-
-    Tensors are contiguous and in host memory. A process that is killed meanwhile leaves `.NAME.PID.partial` behind.
+    """Write to a neighbouring file, `.NAME.PID.partial`, and rename it: nobody ever sees half a file.
 
     Raises:
         CheckpointError: when it cannot be written; the old file is then still there.
@@ -211,11 +209,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def read_file(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata and tensors of a safetensors file.
-
-    Raises:
-        CheckpointError: when it is not one, or cannot be read.
-    """
+    """Metadata and tensors of a safetensors file, or CheckpointError when it is not one, or cannot be read."""
     try:
         with open(path, "rb") as file:
             start = file.read(4)

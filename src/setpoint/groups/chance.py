@@ -36,11 +36,7 @@ def chance_state() -> dict[str, Any]:
 
 
 def check_chance_state(state: Mapping[str, Any]) -> None:
-    """Try RNG states on throwaway generators.
-
-    Raises:
-        KeyError, TypeError, ValueError, RuntimeError: for anything that is not such a state.
-    """
+    """Try RNG states on throwaway generators; KeyError, TypeError, ValueError or RuntimeError for what is none."""
     torch.Generator().set_state(state["torch"].cpu())
     random.Random().setstate(_nested(state["python"]))
     numpy = _mapped(state["numpy"], Tensor, lambda tensor: tensor.cpu().numpy())

@@ -138,8 +138,7 @@ def export(model: nn.Module, example: Example) -> torch.export.ExportedProgram:
 
     Raises:
         ExampleError: the model does not accept the example.
-        ExportError: no static graph can hold the forward (control flow that depends on data, say); the message
-            names the line.
+        ExportError: no static graph can hold the forward (control flow by data, say); the message names the line.
     """
     args, kwargs = inputs_of(example)
     check_device(model, example)

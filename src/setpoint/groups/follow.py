@@ -60,10 +60,7 @@ class Change:
 
 
 def fresh(value: float | str) -> dict[str, Any]:
-    """Metadata of a field by unit or by weight: what an entry holds that has just come back, 0 where nothing is said.
-
-    A number, or the name of another field of the state, which holds it.
-    """
+    """Metadata of a field by unit or weight: what an entry just back holds, a number or a field's name; else 0."""
     return {"fresh": value}
 
 

@@ -28,10 +28,9 @@ from setpoint.groups.walk import Value, Walk, finish, op_name, rule_for
 
 @dataclass(frozen=True)
 class Contraction:
-    """One matrix product or convolution of the forward pass.
+    """One matrix product or convolution: `coefficient * prod(sizes)` FLOPs forward (2 per multiply-add).
 
-    Its forward costs `coefficient * prod(sizes)` FLOPs (2 per multiply-add); the backward pass costs
-    as much again for each operand that needs a gradient.
+    The backward pass costs as much again for each operand that needs a gradient.
     """
 
     module: str  # qualified name of the module whose forward holds it

@@ -99,10 +99,7 @@ class Trial:
         return places
 
     def needed_calls(self, known: Places) -> set[tuple[type, str]]:
-        """Calls with a size that is still wrong with right attributes, by class and call.
-
-        By class, since modules of one class run the same code, and one of them may be right by accident.
-        """
+        """Calls, by class, with a size still wrong with right attributes: one module may be right by accident."""
         return {
             (type(self.draft.model.get_submodule(module)), place.split("[", 1)[0])
             for module, found in self._wrong(known).items()
@@ -110,10 +107,7 @@ class Trial:
         }
 
     def written_calls(self, known: Places) -> dict[tuple[type, str], bool]:
-        """By class and place with a wrong live size: whether it is that of the example, so a constant of the code.
-
-        A place that is right shows nothing: it may be so by accident.
-        """
+        """By class and place with a wrong live size: whether it is that of the example, so a constant of the code."""
         found = self._run(known) or {}
         shown: dict[tuple[type, str], bool] = {}
         for call in self.calls:
@@ -254,10 +248,7 @@ _ARITHMETIC |= {f"__{side}{name}__" for side in ("", "r", "i") for name in ("mul
 
 
 class _Notes(TorchFunctionMode):
-    """Notes the numbers that a forward computes with, and the functions that it calls.
-
-    Numbers that differ after a cut were computed from a size. Modes that call the same functions run the same code.
-    """
+    """Notes the numbers that a forward computes with (which differ if they come from a size), and what it calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -306,10 +297,7 @@ def _set_places(twin: nn.Module, places: Places, kept: Kept) -> None:
 
 
 def _as_python_counts(rehearsal: Rehearsal, calls: Sequence[Call]) -> list[Call]:
-    """Calls with slices numbered as in the live forward; the graph holds only those that take a part.
-
-    A number that the live forward does not reach is dropped; a wrong one is found by the dense model's forward.
-    """
+    """Calls with slices numbered as in the live forward, not as in the graph, which holds only those of a part."""
     modules = sorted({call.module for call in calls if call.place.startswith("slice#")})
     if not modules:
         return list(calls)

@@ -43,10 +43,9 @@ def states_of(model: nn.Module) -> list[Any]:
 
 
 def brackets(model: nn.Module) -> list[tuple[nn.Module, list[tuple[dict[str, Any], str, nn.Parameter]]]]:
-    """The modules that FSDP makes whole for their forward pass, with the places of the parameters that are then whole.
+    """The modules that FSDP makes whole for their forward, with places of the parameters that are whole then.
 
-    A place is the table of a module's parameters and a key in it; beside it is the sharded parameter that is there
-    otherwise.
+    A place is the table of a module's parameters and a key in it; beside it is the sharded parameter.
     """
     found: list[tuple[nn.Module, list[tuple[dict[str, Any], str, nn.Parameter]]]] = []
     for state in states_of(model):
@@ -79,11 +78,7 @@ def pieces_of(model: nn.Module) -> list[Piece]:
 
 
 def check_pieces(model: nn.Module, pieces: Sequence[Piece]) -> None:
-    """Check that a sharded model can follow a change of sizes.
-
-    Raises:
-        LoopError: naming what cannot.
-    """
+    """Check that a sharded model can follow a change of sizes, or raise LoopError naming what cannot."""
     sharded = {id(each.parameter) for each in pieces}
     stray = [
         name for name, each in model.named_parameters() if id(each) not in sharded and not _unsharded(each, pieces)
@@ -112,9 +107,8 @@ def _unsharded(parameter: nn.Parameter, pieces: Sequence[Piece]) -> bool:
 class FSDP(Local):
     """A `Host` of ranks over which `fully_shard` has spread the model, all over one mesh.
 
-    FSDP's modules, groups, hooks and settings (mixed precision, resharding, prefetching, communication) stay the
-    same objects through a change of sizes. Only what it keeps of a parameter is made anew where its shape
-    changes, and the new shard is put into the DTensor that model and optimizers hold.
+    FSDP's modules, groups, hooks and settings stay the same objects. Only what it keeps of a parameter is made anew
+    where its shape changes, and the new shard is put into the DTensor that model and optimizers hold.
 
     Raises:
         LoopError: naming what cannot follow a change of sizes.

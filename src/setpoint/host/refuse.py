@@ -45,11 +45,7 @@ def check_unsharded(model: nn.Module) -> None:
 
 
 def check_parallel(parallel: DistributedDataParallel) -> None:
-    """Check that a wrapper can follow a change of sizes.
-
-    Raises:
-        LoopError: naming what cannot.
-    """
+    """Check that a wrapper can follow a change of sizes, or raise LoopError naming what cannot."""
     trouble = {
         "its own mixed_precision (use torch.autocast)": parallel.mixed_precision is not None,
         "delay_all_reduce_named_params": bool(parallel._delay_all_reduce_params),

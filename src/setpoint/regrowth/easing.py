@@ -114,11 +114,7 @@ class Easing:
 
     @staticmethod
     def check(state: Mapping[str, Any] | None, shapes: Mapping[str, Sequence[int]], num_copies: int) -> None:
-        """Check that a state from `state_dict`, or None, fits a model of these shapes, before anything is changed.
-
-        Raises:
-            GroupError: when it does not fit.
-        """
+        """Check that a state from `state_dict`, or None, fits a model of these shapes, or raise GroupError."""
         if state is None:
             return
         fits = isinstance(state["left"], int) and state["left"] >= 1

@@ -96,11 +96,7 @@ def regrow(
 
 
 def with_units(reserve: Reserve, grow: Grow) -> dict[str, Bool[np.ndarray, " units"]]:
-    """By group, which units are active once these are regrown.
-
-    Raises:
-        GroupError: for a group or unit that does not rest in the reserve.
-    """
+    """By group, which units are active once these are regrown, or GroupError for what does not rest in the reserve."""
     active = {name: units.copy() for name, units in reserve.active.items()}
     for name, origins in grow.items():
         if name not in active:
@@ -174,10 +170,7 @@ def new_sizes(
 ) -> dict[SizePlace, int | None]:
     """The new value of every size that counts regrown units; None for a call that needs no correction any more.
 
-    `reserve` is as before the regrowth; `active` says by group which units are active after it.
-
-    Raises:
-        GroupError: when a place does not exist, or holds another number than the groups say.
+    The reserve is as before, `active` as after. GroupError: a place is not there, or does not hold what the groups say.
     """
     some = {name for name, origins in grow.items() if len(origins)}
     places = {(size.module, size.place) for group in reserve.groups if group.name in some for size in group.sizes}

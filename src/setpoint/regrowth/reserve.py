@@ -113,11 +113,7 @@ class Reserve:
     def of(
         cls, model: nn.Module, groups: tuple[Group, ...], limit_bytes: int | None = None, mesh: Any = None
     ) -> Reserve:
-        """The empty reserve of a model with these groups, before any cut that it is to remember.
-
-        Raises:
-            ValueError: for a limit that is not a number of bytes.
-        """
+        """The empty reserve of a model, before any cut that it is to remember; ValueError for a bad limit."""
         if limit_bytes is not None and (isinstance(limit_bytes, bool) or limit_bytes < 0):
             raise ValueError(f"limit_bytes is a number of bytes, at least 0, or None: got {limit_bytes!r}")
         places = {(size.module, size.place) for group in groups for size in group.sizes if is_call(size.place)}
@@ -155,12 +151,9 @@ class Reserve:
     ) -> Reserve:
         """The reserve with the units that `keep` drops; call it just before `shrink` with the same arguments.
 
-        The model is not changed. Over the limit, the units that were dropped first are let go for good. Optimizers and
-        copies are always the same ones in the same order, since `Key` numbers them. `when` is noted for the dropped
+        Over the limit, the units that were dropped first are let go for good. Optimizers and copies are always the same
+        ones in the same order, since `Key` numbers them. `when` is noted. GroupError: `keep` does not fit the active
         units.
-
-        Raises:
-            GroupError: when `keep` does not fit the units that are active by this reserve's account.
         """
         full = check_keep(self.present(), keep)
         dropped = {name: np.flatnonzero(self.active[name])[~kept] for name, kept in full.items()}
@@ -193,11 +186,7 @@ class Reserve:
         return {"units": by_group, "tensors": tensors}
 
     def resumed(self, state: Mapping[str, Any]) -> Reserve:
-        """The reserve whose `state_dict` this is; `self` is the empty reserve of the same model.
-
-        Raises:
-            GroupError: when it belongs to other groups, or entries are missing.
-        """
+        """The reserve whose `state_dict` this is, from the empty one of its model; GroupError for another's."""
         units = state["units"]
         by_group = {kind: {n: units[n][kind].numpy().copy() for n in units} for kind in self._by_group()}
         for kind, old in self._by_group().items():
@@ -266,9 +255,9 @@ class Reserve:
         return replace(self, tensors=tensors)
 
     def gathered(self, names: Collection[str]) -> Reserve:
-        """The reserve with all resting entries of these tensors, and of no others, unsharded.
+        """The reserve with all resting entries of these tensors only, unsharded; every rank calls this.
 
-        Every rank calls this. All communication is here, so that no rank waits for one that fails at what comes after.
+        All communication is here, so that no rank waits for one that fails at what it does with the entries.
         """
         if self.mesh is None:
             return self
@@ -283,8 +272,8 @@ class Reserve:
     def whole(self, key: Key, like: Tensor | None, known: Box, live: Box) -> tuple[Tensor, Tensor]:
         """A tensor at its dense size, unsharded in host memory, and its form; zero where nothing rests.
 
-        `known` and `live` are the entries of all units that are active or rest, and of the active ones. The live
-        tensor, `like`, may be None where some of its entries rest.
+        `known` and `live` are the entries of units active or resting, and of the active ones. `like` is the live
+        tensor.
         """
         rest = self.tensors.get(key)
         if rest is not None:

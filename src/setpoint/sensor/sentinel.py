@@ -24,16 +24,11 @@ def graph_task() -> int:
 class Sentinels:
     """The smallest trained parameters: their gradients as they arrive, compared with those before the step.
 
-    Gradients that are clipped, unscaled or averaged in between have another scale before the step than in the backward
-    pass. With `g` the gradients as they arrived and `h` those before the step, each in one row, the scale is
-    `(g . h) / (g . g)`.
+    Gradients that are clipped, unscaled or averaged in between have another scale by then. With `g` the gradients as
+    they arrived and `h` those before the step, each in one row, it is `(g . h) / (g . g)`.
 
-    Of a parameter that `fully_shard` has sharded, backward passes give gradients to the unsharded tensor that its
-    module holds from the forward pass on. There, discarded gradients cannot be distinguished from others.
-
-    Args:
-        parameters: of the model.
-        model: its forward passes are searched for unsharded parameters; None where nothing is sharded.
+    Backward passes give gradients of a sharded parameter to the unsharded tensor that its module holds from the forward
+    pass on, which is looked for in forward passes of `model`. There, discarded gradients cannot be told from others.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], model: nn.Module | None = None) -> None:

@@ -99,11 +99,7 @@ def _blocks(upper_left: Tensor, upper_right: Tensor, lower_left: Tensor, lower_r
 
 
 def _factor(gramian: Tensor) -> Tensor:
-    """`F` with `F F^T = gramian`: scaled to a unit diagonal first, small negative eigenvalues count as 0.
-
-    The scaling takes out what states differ by their mere size, so that only true dependence between them
-    is left to be resolved.
-    """
+    """`F` with `F F^T = gramian`: small negative eigenvalues count as 0, once it has a unit diagonal."""
     size = gramian.diagonal(dim1=-2, dim2=-1).clamp_min(0.0).sqrt()
     inverse = torch.where(size > 0, 1.0 / size.clamp_min(1e-300), 0.0)
     values, vectors = torch.linalg.eigh(inverse[..., :, None] * gramian * inverse[..., None, :])

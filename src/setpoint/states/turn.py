@@ -174,11 +174,7 @@ class _Turn:
         replace(self, modes=self._as_taken())._let_follow(moments, before)
 
     def _as_taken(self) -> Modes:
-        """The modes as the layer has them now: it may have put the mirror images of some in their place.
-
-        The real part that is heard is the same of both. With `s` = -1 for a mirrored mode, the rows of `reduce` and the
-        columns of `expand` that belong to imaginary parts are multiplied by it.
-        """
+        """The modes as the layer has them: some may be mirrored, with other signs of imaginary rows and columns."""
         new, now = self.modes.system, _layer(self.held.model, self.name).state_space()
         eigenvalues = now.eigenvalues.index_select(-1, self.places).to(new.eigenvalues)
         inputs = now.inputs.index_select(-2, self.places).to(new.inputs)
