@@ -18,7 +18,37 @@ import setpoint
 
 SRC = Path(setpoint.__file__).resolve().parent
 
-SPINE = ["attach.py", "loop/loop.py", "loop/hooks.py", "loop/progress.py", "loop/cutting.py", "host/local.py", "spending/spending.py", "spending/target.py", "spending/account.py", "entry.py", "groups/group.py", "groups/follow.py", "sensor/reading.py", "sensor/taylor.py", "sensor/source.py", "cost/cost.py", "controller/plan.py", "controller/priced.py", "controller/aim.py", "controller/reference.py", "controller/price.py", "controller/selection.py", "controller/ladder.py", "controller/guards.py", "actuator/cut.py", "actuator/shrink.py", "actuator/sizes.py", "actuator/optimizer_state.py", "actuator/swap.py"]
+SPINE = [
+    "attach.py",
+    "loop/loop.py",
+    "loop/hooks.py",
+    "loop/progress.py",
+    "loop/cutting.py",
+    "host/local.py",
+    "spending/spending.py",
+    "spending/target.py",
+    "spending/account.py",
+    "entry.py",
+    "groups/group.py",
+    "groups/follow.py",
+    "sensor/reading.py",
+    "sensor/taylor.py",
+    "sensor/source.py",
+    "cost/cost.py",
+    "controller/plan.py",
+    "controller/priced.py",
+    "controller/aim.py",
+    "controller/reference.py",
+    "controller/price.py",
+    "controller/selection.py",
+    "controller/ladder.py",
+    "controller/guards.py",
+    "actuator/cut.py",
+    "actuator/shrink.py",
+    "actuator/sizes.py",
+    "actuator/optimizer_state.py",
+    "actuator/swap.py",
+]
 """From `attach` to `tensor.set_`, in the order in which it is read."""
 
 BESIDE = {
