@@ -11,16 +11,16 @@ from torch import nn
 
 from setpoint.actuator.try_optimizer import check_optimizer, check_trains
 from setpoint.controller.goal import check_goal, controller_for
+from setpoint.controller.landing import cheapest
 from setpoint.controller.plan import Controller, Learning, regrows
 from setpoint.controller.plan import Regrowing as Returning
 from setpoint.controller.reference import Reference
 from setpoint.controller.rolling_back import RollingBack
-from setpoint.controller.selection import cheapest
 from setpoint.controller.using_up import UsingUp
 from setpoint.cost.budget import METERED, Budget
 from setpoint.cost.price import Price
 from setpoint.cost.tolerance import Tolerance
-from setpoint.errors import CostError, LoopError
+from setpoint.errors import LoopError
 from setpoint.groups.chance import untouched_chance
 from setpoint.groups.export import Example, num_samples
 from setpoint.groups.follow import check_states
@@ -28,6 +28,7 @@ from setpoint.groups.group import Group, widths_of
 from setpoint.groups.trace import trace
 from setpoint.host.host import Host, host_of
 from setpoint.host.optimizers import Steps
+from setpoint.host.refuse import check_reads, check_shared_costs
 from setpoint.loop.candidates import Candidates, unit_candidates
 from setpoint.loop.cutting import Actuator, Coordinates, Cutting, same_coordinates
 from setpoint.loop.header import header_of
@@ -85,6 +86,7 @@ def attach(
             `ExampleError`, `ExportError`, `GroupError`, `LoopError`, `OptimizerError` and `RankError`.
         ValueError: for a setting out of range.
 
+    >>> import torch
     >>> model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2))
     >>> optimizer, x = torch.optim.SGD(model.parameters(), lr=0.1), torch.randn(8, 4)
     >>> with attach(model, optimizer, Budget.fraction(0.5, of="params"), example=(x,), total_steps=50) as loop:
@@ -220,7 +222,8 @@ def _wish(
     for each in host.optimizers:
         check_optimizer(each)
     wish = _Wish(goal, budgets, controller, settings.get("pattern", ""), settings.get("reserve_bytes", 8 * 2**30))
-    _check_shared(host, {each.resource for each in wish.goals})
+    if not host.alone:
+        check_shared_costs({each.resource for each in wish.goals})
     return wish
 
 
@@ -287,7 +290,8 @@ def _units(
     """Units are cut."""
     traced = trace(host.model, example)
     sensor = _sensor(host, traced.groups, example) if sensor is None else sensor
-    _check_reads(host, sensor)
+    if host.mesh is not None:
+        check_reads(sensor)
     sensor = sensor.over(host.ranks) if isinstance(sensor, Shared) and not host.alone else sensor
     found = unit_candidates(host, traced, example, sensor, groups, allow_lossy=allow_lossy, verify=verify)
     if regrows(wish.controller):
@@ -343,22 +347,3 @@ def _sensor(host: Host, groups: tuple[Group, ...], example: Example) -> Sensor[A
         for_states: tuple[Sensor[Any], ...] = (HankelSensor(samples), SelectiveSensor(example))
         return SensorChain(*(each for each in for_states if each.readable(groups, host.model)), TaylorSensor(samples))
     return TaylorSensor(samples)
-
-
-def _check_shared(host: Host, resources: set[str]) -> None:
-    """Check that costs are the same on all ranks, so that they can follow one plan."""
-    measured = sorted(resources & set(METERED))
-    if measured and not host.alone:
-        raise CostError(
-            f"a budget of {measured[0]!r} is not available on several ranks in this version, since each would measure "
-            "another cost: use a budget of 'flops' or 'params'"
-        )
-
-
-def _check_reads(host: Host, sensor: Sensor[Any]) -> None:
-    """Check that a sensor says that it reads weights of which each rank has a part, where that is so."""
-    if host.mesh is not None and not getattr(sensor, "reads_shards", False):
-        raise LoopError(
-            f"{type(sensor).__name__} does not say that it can read a model that fully_shard has spread over ranks: "
-            "use TaylorSensor, or set reads_shards = True on a sensor that adds up what each rank has"
-        )

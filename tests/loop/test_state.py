@@ -358,10 +358,10 @@ GIVEN_AGAIN = {
     "cutting": {"host", "coordinates", "dense", "by_unit", "brings_back", "within_step", "masks"},
     "losses": set(),
     "spending": {
-        "costs", "total_steps", "schedule", "sensing", "deciding", "resizing", "probing", "sensing_flops", "_told",
-        "_groups", "_dense_widths", "_narrowest", "_alone", "_regrows", "_learning", "_check", "_modelled", "_reported",
+        "costs", "total_steps", "schedule", "sensing", "deciding", "resizing", "probing", "dense_widths", "modelled",
+        "check_kind", "runs", "_runs", "_told", "_alone",
     },
-    "account": {"_attached"},
+    "account": {"_attached", "sensing_flops"},
 }  # fmt: skip
 
 

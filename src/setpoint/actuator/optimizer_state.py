@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from setpoint.actuator.cut import take
+from setpoint.actuator.take import take
 from setpoint.errors import OptimizerError
 
 Optimizers = Optimizer | Sequence[Optimizer] | None

@@ -13,10 +13,10 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from setpoint.actuator.cut import take
 from setpoint.actuator.muon import shape_factor, steps_by_matrix
 from setpoint.actuator.optimizer_state import INSTEAD, cut_state, visit_state
 from setpoint.actuator.swap import swap
+from setpoint.actuator.take import take
 from setpoint.errors import OptimizerError
 
 

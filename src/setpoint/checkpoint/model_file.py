@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from setpoint.actuator.cut import SizePlace, in_format
+from setpoint.actuator.cut import SizePlace
 from setpoint.actuator.shrink import is_persistent, named_tensors
 from setpoint.actuator.sizes import (
     apply_sizes,
@@ -28,6 +28,7 @@ from setpoint.actuator.sizes import (
     recorded_sizes,
 )
 from setpoint.actuator.swap import swap
+from setpoint.actuator.take import in_format
 from setpoint.distributed import unwrapped
 from setpoint.errors import CheckpointError, GroupError
 from setpoint.groups.place import is_call, read_size
@@ -40,21 +41,13 @@ _KEY = "setpoint"
 
 @dataclass(frozen=True)
 class _Header:
-    """What a file holds beside its tensors.
+    """What a file holds beside its tensors."""
 
-    Args:
-        sizes: by module name and place, what the place must hold.
-        aliases: further names of tied tensors, and the name each is stored under.
-        complex: names of complex tensors, stored as pairs of reals along a last dim of length 2.
-        transient: names of non-persistent buffers that a cut has changed.
-        dense: by name, the shape that a tensor had before its first cut.
-    """
-
-    sizes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    aliases: Mapping[str, str] = field(default_factory=dict)
-    complex: tuple[str, ...] = ()
-    transient: tuple[str, ...] = ()
-    dense: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    sizes: Mapping[str, Mapping[str, int]]  # by module name and place, what the place must hold
+    aliases: Mapping[str, str]  # further names of tied tensors, and the name each is stored under
+    complex: tuple[str, ...]  # names of complex tensors, stored as pairs of reals along a last dim of length 2
+    transient: tuple[str, ...]  # names of non-persistent buffers that a cut has changed
+    dense: Mapping[str, tuple[int, ...]]  # by name, the shape that a tensor had before its first cut
 
     def places(self) -> dict[SizePlace, int]:
         return {(module, place): size for module, sizes in self.sizes.items() for place, size in sizes.items()}
@@ -182,9 +175,7 @@ def digest(tensors: Mapping[str, Tensor], words: str) -> str:
 
 
 def write_file(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write to a neighbouring file and rename it, so that nobody ever sees half a file.
-
-    Tensors are contiguous and in host memory. A process that is killed meanwhile leaves `.NAME.PID.partial` behind.
+    """Write to a neighbouring file, `.NAME.PID.partial`, and rename it: nobody ever sees half a file.
 
     Raises:
         CheckpointError: when it cannot be written; the old file is then still there.
@@ -218,11 +209,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def read_file(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata and tensors of a safetensors file.
-
-    Raises:
-        CheckpointError: when it is not one, or cannot be read.
-    """
+    """Metadata and tensors of a safetensors file, or CheckpointError when it is not one, or cannot be read."""
     try:
         with open(path, "rb") as file:
             start = file.read(4)

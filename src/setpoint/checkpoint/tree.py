@@ -88,12 +88,10 @@ def to_tensors(value: Any, spread: dict[str, Tensor] | None = None) -> dict[str,
 
 
 def from_tensors(tensors: Mapping[str, Tensor]) -> Any:
-    """The data that `to_tensors` was given; tensors are copies, laid out in memory as they were.
-
-    `tensors` is what it returned, together with what it put into `spread`.
+    """The data that `to_tensors` was given, from what it returned and put into `spread`, laid out in memory as it was.
 
     Raises:
-        KeyError, TypeError, ValueError, RuntimeError: when they are something else.
+        KeyError, TypeError, ValueError, RuntimeError: when the tensors are something else.
     """
 
     def decode(value: Any) -> Any:

@@ -160,9 +160,7 @@ class PricedController:
 
     def init(self, groups: tuple[Group, ...]) -> PricedState:
         """State before the first decision."""
-        return PricedState(
-            age={group.name: np.full(group.num_units, self.dwell, dtype=np.int64) for group in groups},
-        )
+        return PricedState(age={each.name: np.full(each.num_units, self.dwell, np.int64) for each in groups})
 
     def due(self, step: int, total_steps: int) -> bool:
         """Whether a decision is to be made after this step."""

@@ -11,11 +11,10 @@ import numpy as np
 from torch import nn
 
 from setpoint.groups.build import Units
-from setpoint.groups.draft import Draft
 from setpoint.groups.group import Group, SizeBinding
 from setpoint.groups.kept import Kept, random_keep
 from setpoint.groups.shim import HEADS, get_call_sizes
-from setpoint.groups.trial import Outcome, Places, Trial, call_of, dense_outcome, lost_in_other_mode, outcome_of
+from setpoint.groups.trial import Draft, Outcome, Places, Trial, call_of, dense_outcome, lost_in_other_mode, outcome_of
 from setpoint.groups.vanish import bypassed, empty
 from setpoint.groups.walk import Call
 
@@ -35,10 +34,7 @@ _MAKING_CALLS = {"zeros", "ones", "full", "new_zeros", "expand", "repeat", "tile
 
 
 def bind(draft: Draft) -> tuple[Units, tuple[Group, ...]]:
-    """Units whose cut the live forward survives, and their groups with the size bindings that it needs.
-
-    Groups with which a copy without data does not run, or returns other shapes, are frozen, by name.
-    """
+    """Units whose cut the live forward survives, and their groups with the size bindings that it needs."""
     dense, calls, lost = dense_outcome(draft, _heads(draft), _calls_that_follow_units(draft, draft.walk.calls))
     failing = _counted(draft, lost, "")
     while True:
@@ -128,10 +124,7 @@ def _standard(draft: Draft) -> Places:
 
 
 def _heads(draft: Draft) -> Places:
-    """Heads of torch's own attention module, which counts them itself once it has a forward that can.
-
-    Torch's own forward insists on its sizes, so the other one is needed for any unit along a dim of the module.
-    """
+    """Heads of torch's attention modules in which units lie: its own forward insists on its sizes."""
     places: Places = {}
     for name, module in draft.model.named_modules():
         if not isinstance(module, nn.MultiheadAttention):
@@ -233,10 +226,7 @@ def _vanished(group: Group, staying: Mapping[str, str]) -> Group:
 
 
 def _vanishing(draft: Draft, places: Places) -> dict[str, str]:
-    """Bypassed groups: with "" if all of their units can be dropped, else with the reason why not.
-
-    Groups whose names differ in numbers only (the layers of a stack) are tried together.
-    """
+    """Bypassed groups: with "" if all units can be dropped, else why not; layers of a stack are tried together."""
     units, walk = draft.units, draft.walk
     found = dict.fromkeys(sorted(bypassed(walk, units, walk.inputs, walk.outputs) & draft.lossless), "")
     for remark, why in (
@@ -289,11 +279,7 @@ def _culprits(suspects: list[str], fault: Callable[[frozenset[str]], str | None]
 
 
 def _with_sizes(draft: Draft, places: Places) -> tuple[Group, ...]:
-    """Bind every attribute to the groups it counts, and every corrected call to all groups that its module touches.
-
-    The forward may compute a call's size from any of them, so that a cut of one alone makes it wrong, even where the
-    right size does not change.
-    """
+    """Bind every attribute to the groups it counts, and a corrected call to all that it may come from."""
     units = draft.units
     sizes: dict[int, list[SizeBinding]] = {}
     by_module: dict[str, set[int]] = {}

@@ -61,10 +61,9 @@ class Units:
 
 
 def build(atoms: Atoms, dims: Sequence[OwnDim], products: Sequence[np.ndarray] = ()) -> Units:
-    """Collect the classes that can be dropped into groups.
+    """Collect the classes that can be dropped into groups; `dims` are those of all parameters and buffers.
 
-    `dims` are those of all parameters and buffers. `products` are the labels of the dims of matrix products: units
-    that lie in them unequally often belong to different groups, so that every size is a function of widths.
+    Units that lie unequally often in dims of matrix products, `products`, are in different groups: sizes follow widths.
     """
     everyone = atoms.find(np.arange(len(atoms)))
     signature = _signatures(everyone, [*(own.labels for own in dims), *products])

@@ -36,14 +36,10 @@ def chance_state() -> dict[str, Any]:
 
 
 def check_chance_state(state: Mapping[str, Any]) -> None:
-    """Try RNG states on throwaway generators.
-
-    Raises:
-        KeyError, TypeError, ValueError, RuntimeError: for anything that is not such a state.
-    """
+    """Try RNG states on throwaway generators; KeyError, TypeError, ValueError or RuntimeError for what is none."""
     torch.Generator().set_state(state["torch"].cpu())
     random.Random().setstate(_nested(state["python"]))
-    numpy = _mapped(state["numpy"], Tensor, _array)
+    numpy = _mapped(state["numpy"], Tensor, lambda tensor: tensor.cpu().numpy())
     generator = np.random.RandomState(getattr(np.random, numpy["bit_generator"])())
     like = generator.get_state(legacy=False)
     if _shapes(numpy) != _shapes(like):  # NumPy itself accepts states that are too long
@@ -58,16 +54,11 @@ def set_chance_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"].cpu())
     for device, each in enumerate(state["cuda"][: torch.cuda.device_count()]):
         torch.cuda.set_rng_state(each.cpu(), device)
-    numpy = _mapped(state["numpy"], Tensor, _array)
+    numpy = _mapped(state["numpy"], Tensor, lambda tensor: tensor.cpu().numpy())
     if np.random.get_state(legacy=False)["bit_generator"] != numpy["bit_generator"]:
         np.random.set_bit_generator(getattr(np.random, numpy["bit_generator"])())  # type: ignore[attr-defined]
     np.random.set_state(numpy)
     random.setstate(_nested(state["python"]))
-
-
-def _array(tensor: Tensor) -> np.ndarray:
-    found: np.ndarray = tensor.cpu().numpy()
-    return found
 
 
 def _mapped(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:

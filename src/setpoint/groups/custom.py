@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from setpoint.groups.walk import Value, Walk, rule
+
 MARK = "setpoint::custom_function"
 """The op that marks an input or output of a custom Function in a graph."""
 
@@ -48,3 +50,10 @@ def marked_functions() -> Iterator[None]:
         yield
     finally:
         del above.apply  # type: ignore[attr-defined]
+
+
+@rule(MARK)
+def _custom_function(walk: Walk, out: Value, x: Value, name: str) -> Value:
+    """Units stay, under the name of the Function's class."""
+    walk.freeze_all(x, f"the custom autograd Function {name} has a backward of its own, which no graph shows")
+    return Value(out.shape, x.labels, zero=x.zero)

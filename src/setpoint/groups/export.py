@@ -45,11 +45,8 @@ def tensors_of(output: Any) -> Iterator[torch.Tensor]:
     """Every tensor inside tuples, lists, mappings, dataclasses and the attributes of other objects, in order."""
     if isinstance(output, torch.Tensor):
         yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from tensors_of(value)
-    elif isinstance(output, (list, tuple)):
-        for value in output:
+    elif isinstance(output, (Mapping, list, tuple)):
+        for value in output.values() if isinstance(output, Mapping) else output:
             yield from tensors_of(value)
     elif dataclasses.is_dataclass(output) and not isinstance(output, type):
         for field in dataclasses.fields(output):
@@ -141,8 +138,7 @@ def export(model: nn.Module, example: Example) -> torch.export.ExportedProgram:
 
     Raises:
         ExampleError: the model does not accept the example.
-        ExportError: no static graph can hold the forward (control flow that depends on data, say); the message
-            names the line.
+        ExportError: no static graph can hold the forward (control flow by data, say); the message names the line.
     """
     args, kwargs = inputs_of(example)
     check_device(model, example)
@@ -172,33 +168,27 @@ def _explain(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], er
             f"the model does not accept the example ({_describe([*args, *kwargs.items()])}): "
             f"{_first_line(plain)}{_user_line(plain)}"
         ) from plain
-    hint = (
-        "its control flow depends on the values of a tensor; replace the Python `if` by torch.where, "
-        "or compute the condition outside the model"
-        if _depends_on_data(error)
-        else "a packed sequence has sizes that depend on its lengths; give the recurrent network the padded tensor"
-        if _in_recurrent_network(error)
-        else "torch.export cannot follow it; `torch.export.export(model, example, strict=False)` shows the same error"
-    )
-    raise ExportError(f"the model's forward cannot be exported: {_first_line(error)}{_user_line(error)}; {hint}") from (
-        error
-    )
+    hint = "torch.export cannot follow it; `torch.export.export(model, example, strict=False)` shows the same error"
+    if {type(link).__name__ for link in _chain(error)} & _DEPENDS_ON_DATA:
+        hint = (
+            "its control flow depends on the values of a tensor; replace the Python `if` by torch.where, "
+            "or compute the condition outside the model"
+        )
+    elif _in_recurrent_network(error):
+        hint = "a packed sequence has sizes that depend on its lengths; give the recurrent network the padded tensor"
+    where = f"{_first_line(error)}{_user_line(error)}"
+    raise ExportError(f"the model's forward cannot be exported: {where}; {hint}") from error
 
 
-def _depends_on_data(error: BaseException) -> bool:
-    names = {type(error).__name__ for error in _chain(error)}
-    return bool(
-        names
-        & {"DataDependentOutputException", "DynamicOutputShapeException", "GuardOnDataDependentSymNode", "UserError"}
-    )
+_DEPENDS_ON_DATA = {"DataDependentOutputException", "DynamicOutputShapeException"}
+_DEPENDS_ON_DATA |= {"GuardOnDataDependentSymNode", "UserError"}
 
 
 def _in_recurrent_network(error: BaseException) -> bool:
     """Torch's recurrent networks fail to export by themselves only with packed sequences."""
     file = str(TORCH_FOLDER / "nn" / "modules" / "rnn.py")
-    return any(
-        frame.filename == file for link in _chain(error) for frame in traceback.extract_tb(link.__traceback__)[-4:]
-    )
+    last = [frame for link in _chain(error) for frame in traceback.extract_tb(link.__traceback__)[-4:]]
+    return any(frame.filename == file for frame in last)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -60,10 +60,7 @@ class Change:
 
 
 def fresh(value: float | str) -> dict[str, Any]:
-    """Metadata of a field by unit or by weight: what an entry holds that has just come back, 0 where nothing is said.
-
-    A number, or the name of another field of the state, which holds it.
-    """
+    """Metadata of a field by unit or weight: what an entry just back holds, a number or a field's name; else 0."""
     return {"fresh": value}
 
 
@@ -109,18 +106,26 @@ def follow(state: State, change: Change) -> State:
         if how == "anew":
             made[each.name] = None
         elif how == "by group":
+            keep_of, came_of = change.keep.get, change.regrown.get
             made[each.name] = {
-                name: _rows(values, change.keep.get(name), change.regrown.get(name), fill)
-                for name, values in value.items()
+                name: _rows(values, keep_of(name), came_of(name), fill) for name, values in value.items()
             }
         elif how == "in a row":
             keep, came = _in_a_row(held, change)
             made[each.name] = _rows(value, np.concatenate([_NONE, *keep]), np.concatenate([_NONE, *came]), fill)
             made["num_units"] = tuple(len(units) for units in came)
         elif how == "by weight":
-            made[each.name] = {name: _set(values, change.came.get(name), fill) for name, values in value.items()}
+            made[each.name] = {
+                name: torch.where(change.came[name], torch.as_tensor(fill).to(values), values)
+                if name in change.came
+                else values
+                for name, values in value.items()
+            }
         elif is_dataclass(value) or isinstance(value, tuple):
-            made[each.name] = _inside(value, _seen_by(held, each, change))
+            names = each.metadata.get("groups", ...)  # which groups the state in it is about; all where nothing is said
+            seen = change if names is ... else change.of(() if names is None else getattr(held, names))
+            inner = tuple(follow(one, seen) for one in value) if isinstance(value, tuple) else follow(value, seen)
+            made[each.name] = inner
     result: State = replace(held, **made) if made else held
     return result
 
@@ -200,20 +205,3 @@ def _rows(values: Any, keep: np.ndarray | None, came: np.ndarray | None, fill: f
 def _positions(units: np.ndarray, like: Any) -> Any:
     found = np.flatnonzero(units)
     return torch.from_numpy(found).to(like.device) if isinstance(like, Tensor) else found
-
-
-def _set(values: Tensor, came: Tensor | None, fill: float | Tensor) -> Tensor:
-    return values if came is None else torch.where(came, torch.as_tensor(fill).to(values), values)
-
-
-def _seen_by(state: Any, each: Field[Any], change: Change) -> Change:
-    """What has changed for the state in a field."""
-    names = each.metadata.get("groups", ...)
-    if names is ...:
-        return change
-    return change.of(() if names is None else getattr(state, names))
-
-
-def _inside(value: Any, change: Change) -> Any:
-    """A state in a field, or a tuple of them."""
-    return tuple(follow(each, change) for each in value) if isinstance(value, tuple) else follow(value, change)

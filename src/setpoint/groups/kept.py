@@ -14,10 +14,7 @@ Labels = np.ndarray
 
 
 def random_keep(groups: Sequence[Group], seed: int = 0) -> dict[str, np.ndarray]:
-    """A random choice of every group's units, of unequal widths where possible, the same for the same seed.
-
-    Equal widths would hide a size that follows the wrong group, and a width of 1 passes by broadcasting.
-    """
+    """A random choice of every group's units, the same for the same seed; of unequal widths where possible."""
     generator = np.random.default_rng(seed)
     used: set[int] = set()
     keep = {}

@@ -18,12 +18,7 @@ from setpoint.groups.export import Example, computed, inputs_of, tensors_of
 
 
 class Rehearsal:
-    """Forwards of copies of a model, each of which may be changed before it runs.
-
-    Meta tensors are the fastest. A forward that fails on them (it needs a device, say) runs again on fake tensors, and
-    one that needs values on real ones. The first kind that works is used for all later forwards in the same of train
-    and eval mode. The model itself is not touched.
-    """
+    """Forwards of copies of a model, on the first of meta, fake and real tensors that do; the model is not touched."""
 
     def __init__(self, model: nn.Module, example: Example) -> None:
         from torch._subclasses.fake_tensor import FakeTensorMode
@@ -36,10 +31,7 @@ class Rehearsal:
     def run(
         self, prepare: Callable[[nn.Module], None] = lambda twin: None, *, other_mode: bool = False
     ) -> tuple[torch.Size, ...]:
-        """Shapes of what a copy returns, or whatever its forward raises; `prepare` gets each copy before it runs.
-
-        With `other_mode` it runs in the other of train and eval mode.
-        """
+        """Shapes of what a copy returns, or what its forward raises; `prepare` gets each copy before it runs."""
         kinds = (self._enough[other_mode],) if other_mode in self._enough else self._kinds
         with _quiet():
             for kind in kinds:
@@ -81,9 +73,9 @@ class Rehearsal:
 def _stand_in(tensor: torch.Tensor, kind: Any) -> torch.Tensor:
     if kind is None:
         return tensor.detach().clone()
-    result: torch.Tensor = (
-        tensor.detach().to(kind) if isinstance(kind, torch.device) else kind.from_tensor(tensor.detach())
-    )
+    if isinstance(kind, torch.device):
+        return tensor.detach().to(kind)
+    result: torch.Tensor = kind.from_tensor(tensor.detach())
     return result
 
 

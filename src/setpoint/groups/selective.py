@@ -28,13 +28,14 @@ def selective_kind(module: nn.Module) -> Selective | None:
 
 def mark_selective(model: nn.Module, groups: tuple[Group, ...]) -> tuple[Group, ...]:
     """The groups, those that are the states of a selective layer of kind "state"."""
-    names = {name: kind for name, module in model.named_modules() if (kind := selective_kind(module)) is not None}
-    return tuple(
-        replace(group, kind="state", what="state", min_units=max(group.min_units, 1))
-        if any(_holds_states(group, name, kind) for name, kind in names.items())
-        else group
-        for group in groups
-    )
+    kinds = {name: kind for name, module in model.named_modules() if (kind := selective_kind(module)) is not None}
+
+    def marked(group: Group) -> Group:
+        if not any(_holds_states(group, name, kind) for name, kind in kinds.items()):
+            return group
+        return replace(group, kind="state", what="state", min_units=max(group.min_units, 1))
+
+    return tuple(map(marked, groups))
 
 
 def selective_layer(model: nn.Module, group: Group) -> tuple[str, Selective] | None:
@@ -42,8 +43,7 @@ def selective_layer(model: nn.Module, group: Group) -> tuple[str, Selective] | N
     if group.kind != "state":
         return None
     for name, module in model.named_modules():
-        kind = selective_kind(module)
-        if kind is not None and _holds_states(group, name, kind):
+        if (kind := selective_kind(module)) is not None and _holds_states(group, name, kind):
             return name, kind
     return None
 

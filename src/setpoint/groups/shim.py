@@ -28,28 +28,6 @@ Calls = Mapping[tuple[str, int], Sizes]
 """Sizes of calls, by function name and number of the call."""
 
 
-def _names() -> dict[Any, str]:
-    by_name: dict[str, list[Any]] = {
-        "view": [torch.Tensor.view],
-        "reshape": [torch.Tensor.reshape, torch.reshape],
-        "expand": [torch.Tensor.expand],
-        "repeat": [torch.Tensor.repeat],
-        "tile": [torch.Tensor.tile, torch.tile],
-        "repeat_interleave": [torch.Tensor.repeat_interleave, torch.repeat_interleave],
-        "unflatten": [torch.Tensor.unflatten, torch.unflatten],
-        "split": [torch.Tensor.split, torch.split, torch.split_with_sizes, torch.Tensor.split_with_sizes],
-        "chunk": [torch.Tensor.chunk, torch.chunk],
-        "layer_norm": [F.layer_norm, torch.layer_norm],
-        "group_norm": [F.group_norm, torch.group_norm],
-        **{f"{kind}{n}d": [getattr(torch, f"{kind}{n}d")] for kind in ("conv", "conv_transpose") for n in (1, 2, 3)},
-        "zeros": [torch.zeros],
-        "ones": [torch.ones],
-        "full": [torch.full],
-        "new_zeros": [torch.Tensor.new_zeros],
-    }
-    return {function: name for name, functions in by_name.items() for function in functions}
-
-
 def _num_dims(item: Any) -> int:
     """Number of dims of a tensor that one item of an index consumes."""
     if item is None or isinstance(item, bool):
@@ -69,9 +47,28 @@ _OTHER_PATH = (
     "same optional inputs, no layer skipped at random)"
 )
 
+_FUNCTIONS: dict[str, list[Any]] = {
+    "view": [torch.Tensor.view],
+    "reshape": [torch.Tensor.reshape, torch.reshape],
+    "expand": [torch.Tensor.expand],
+    "repeat": [torch.Tensor.repeat],
+    "tile": [torch.Tensor.tile, torch.tile],
+    "repeat_interleave": [torch.Tensor.repeat_interleave, torch.repeat_interleave],
+    "unflatten": [torch.Tensor.unflatten, torch.unflatten],
+    "split": [torch.Tensor.split, torch.split, torch.split_with_sizes, torch.Tensor.split_with_sizes],
+    "chunk": [torch.Tensor.chunk, torch.chunk],
+    "layer_norm": [F.layer_norm, torch.layer_norm],
+    "group_norm": [F.group_norm, torch.group_norm],
+    **{f"{kind}{n}d": [getattr(torch, f"{kind}{n}d")] for kind in ("conv", "conv_transpose") for n in (1, 2, 3)},
+    "zeros": [torch.zeros],
+    "ones": [torch.ones],
+    "full": [torch.full],
+    "new_zeros": [torch.Tensor.new_zeros],
+}
+
 _INDEXING = {torch.Tensor.__getitem__, torch.Tensor.__setitem__}
 
-NAMES = _names()
+NAMES = {function: name for name, functions in _FUNCTIONS.items() for function in functions}
 """Torch functions whose sizes can be corrected, and the name of each in a place."""
 
 COUNTED = {*NAMES.values(), "slice"}
@@ -246,11 +243,10 @@ HEADS = "heads#0[0]"
 
 
 class HeadsForward:
-    """The forward of an `nn.MultiheadAttention` that has fewer heads than its embedding has room for.
+    """The forward of an `nn.MultiheadAttention` that has fewer heads than its embedding has room for: `sizes[HEADS]`.
 
-    Torch's own requires `num_heads * head_dim == embed_dim`. This one takes the number of heads from `sizes[HEADS]`,
-    and scales as the dense module does. Everything else is as documented for `nn.MultiheadAttention`. Modules around
-    it number the calls that they see, and see none of torch's own forward: so this one makes no call that is numbered.
+    It scales as the dense module does, and makes no call that the shims of modules around it would number: they see
+    none of torch's own forward. Everything else is as documented for `nn.MultiheadAttention`.
     """
 
     def __init__(self, module: nn.MultiheadAttention, sizes: dict[str, int]) -> None:

@@ -18,12 +18,10 @@ from setpoint.groups.state_space import StateSpaceLayer
 def find_states(model: nn.Module, groups: tuple[Group, ...]) -> tuple[tuple[Group, ...], dict[str, str]]:
     """The groups, with those of kind "state" among them; and the layers whose states stay whole, with the reason.
 
-    A group that tracing found is one of states if it is the states of one `StateSpaceLayer` and of
-    nothing else. States that two layers share, or that something outside their layer reads too, cannot be
-    turned into other coordinates: they stay units, to be dropped as they are, and a note says so. Where
-    tracing found nothing, since it does not know the ops of the forward, the group is made from what the layer
-    itself tells; its FLOPs are then constants to the cost, its parameters are not. States of selective layers
-    (Mamba, Mamba-2) are of kind "state" too; they have no balanced coordinates.
+    A group that tracing found is one of states if it is the states of one `StateSpaceLayer` and of nothing else. States
+    that are shared stay units, to be dropped as they are, and a note says so. Where tracing found nothing, since it
+    does not know the ops of the forward, the group is made from what the layer tells; its FLOPs are then constants to
+    the cost.
 
     Raises:
         StateSpaceError: for a layer whose weights are not where it says, or do not fit its system.
@@ -116,11 +114,7 @@ def _declared(name: str, layer: StateSpaceLayer, taken: set[str]) -> Group:
 
 
 def state_layer(model: nn.Module, group: Group) -> tuple[str, StateSpaceLayer]:
-    """The layer whose states a group holds, and its name.
-
-    Raises:
-        GroupError: for a group of another kind, or of another model.
-    """
+    """The layer whose states a group holds, and its name; GroupError for a group of another kind or model."""
     if group.kind != "state":
         raise GroupError(
             f"group {group.name!r} is of kind {group.kind!r}, so it has no balanced coordinates: balancing takes the "

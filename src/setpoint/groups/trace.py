@@ -17,21 +17,20 @@ from setpoint.groups.atoms import Atoms
 from setpoint.groups.bind import bind
 from setpoint.groups.build import OwnDim, build
 from setpoint.groups.chance import untouched_chance
-from setpoint.groups.draft import Draft
 from setpoint.groups.export import Example, export
 from setpoint.groups.group import Group, Size, widths_of
 from setpoint.groups.product import solve
 from setpoint.groups.rehearsal import Rehearsal
 from setpoint.groups.state import find_states
+from setpoint.groups.trial import Draft
 from setpoint.groups.walk import Value, Walk, finish, op_name, rule_for
 
 
 @dataclass(frozen=True)
 class Contraction:
-    """One matrix product or convolution of the forward pass.
+    """One matrix product or convolution: `coefficient * prod(sizes)` FLOPs forward (2 per multiply-add).
 
-    Its forward costs `coefficient * prod(sizes)` FLOPs (2 per multiply-add); the backward pass costs
-    as much again for each operand that needs a gradient.
+    The backward pass costs as much again for each operand that needs a gradient.
     """
 
     module: str  # qualified name of the module whose forward holds it

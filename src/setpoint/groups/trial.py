@@ -1,8 +1,11 @@
-"""A trial: a copy without data, cut to random widths, whose forward shows which sizes are wrong."""
+"""A trial: a copy without data, cut to random widths, whose forward shows which sizes are wrong.
+
+What is tried is a draft: the units found in a model's graph, whose cut its live forward has yet to survive.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
@@ -13,14 +16,45 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from setpoint.groups.build import OwnDim
-from setpoint.groups.draft import Draft
+from setpoint.groups.build import OwnDim, Units
+from setpoint.groups.group import keep_all
 from setpoint.groups.kept import Kept, Labels
 from setpoint.groups.place import write_size
 from setpoint.groups.rehearsal import Rehearsal
 from setpoint.groups.shim import COUNTED, CallSizes, parse, set_call_sizes
 from setpoint.groups.vanish import fit_forward
-from setpoint.groups.walk import Call
+from setpoint.groups.walk import Call, Walk
+
+
+@dataclass(frozen=True, eq=False)
+class Draft:
+    """What is known of a model before its forward is tried with fewer units."""
+
+    rehearsal: Rehearsal  # runs the model's forward
+    shapes: tuple[torch.Size, ...]  # of the model's outputs
+    walk: Walk  # the record of the walk over its graph
+    dims: Sequence[OwnDim]  # of all parameters and buffers
+    units: Units  # what can be dropped according to the graph
+
+    @property
+    def model(self) -> nn.Module:
+        """The user's model, not touched."""
+        return self.rehearsal.model
+
+    @property
+    def lossless(self) -> frozenset[str]:
+        """Names of the lossless groups."""
+        return frozenset(group.name for group in self.units.groups if group.lossless)
+
+    @property
+    def whole(self) -> dict[str, np.ndarray]:
+        """The choice that keeps every unit."""
+        return keep_all(self.units.groups)
+
+    def without(self, names: Iterable[str]) -> Draft:
+        """The same draft with these groups frozen."""
+        return replace(self, units=self.units.without(names))
+
 
 Places = dict[tuple[str, str], Labels]
 """Atoms along the dim that a place counts, by (module, place)."""
@@ -65,10 +99,7 @@ class Trial:
         return places
 
     def needed_calls(self, known: Places) -> set[tuple[type, str]]:
-        """Calls with a size that is still wrong with right attributes, by class and call.
-
-        By class, since modules of one class run the same code, and one of them may be right by accident.
-        """
+        """Calls, by class, with a size still wrong with right attributes: one module may be right by accident."""
         return {
             (type(self.draft.model.get_submodule(module)), place.split("[", 1)[0])
             for module, found in self._wrong(known).items()
@@ -76,10 +107,7 @@ class Trial:
         }
 
     def written_calls(self, known: Places) -> dict[tuple[type, str], bool]:
-        """By class and place with a wrong live size: whether it is that of the example, so a constant of the code.
-
-        A place that is right shows nothing: it may be so by accident.
-        """
+        """By class and place with a wrong live size: whether it is that of the example, so a constant of the code."""
         found = self._run(known) or {}
         shown: dict[tuple[type, str], bool] = {}
         for call in self.calls:
@@ -220,10 +248,7 @@ _ARITHMETIC |= {f"__{side}{name}__" for side in ("", "r", "i") for name in ("mul
 
 
 class _Notes(TorchFunctionMode):
-    """Notes the numbers that a forward computes with, and the functions that it calls.
-
-    Numbers that differ after a cut were computed from a size. Modes that call the same functions run the same code.
-    """
+    """Notes the numbers that a forward computes with (which differ if they come from a size), and what it calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -272,10 +297,7 @@ def _set_places(twin: nn.Module, places: Places, kept: Kept) -> None:
 
 
 def _as_python_counts(rehearsal: Rehearsal, calls: Sequence[Call]) -> list[Call]:
-    """Calls with slices numbered as in the live forward; the graph holds only those that take a part.
-
-    A number that the live forward does not reach is dropped; a wrong one is found by the dense model's forward.
-    """
+    """Calls with slices numbered as in the live forward, not as in the graph, which holds only those of a part."""
     modules = sorted({call.module for call in calls if call.place.startswith("slice#")})
     if not modules:
         return list(calls)

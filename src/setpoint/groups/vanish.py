@@ -20,8 +20,8 @@ from setpoint.groups.walk import Value, Walk
 def bypassed(walk: Walk, units: Units, inputs: Sequence[Value], outputs: Sequence[Value]) -> set[str]:
     """Names of the groups without which every output still depends on the inputs.
 
-    One pass over the graph with a set of groups for every value: those that some path from an input to it
-    does not touch. Sets are integers with a bit for each group, and one more that marks a path at all.
+    One pass over the graph with a set of groups for every value: those that some path from an input avoids. Sets are
+    integers with a bit for each group, and one more that marks a path at all.
     """
     path = 1 << len(units.groups)
     avoids = {id(value): path | (path - 1) for value in inputs}

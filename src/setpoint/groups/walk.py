@@ -57,36 +57,25 @@ class Contract:
 
 @dataclass
 class Walk:
-    """State of one walk, mutable: the atoms, and everything that rules record.
-
-    Args:
-        grouped: of each grouped convolution the atoms of its groups, and its weight's dims that read and write.
-        unknown: names of the ops without a rule.
-        flow: of each op its module, inputs and results.
-        inputs, outputs: of the model.
-        node: the node being visited.
-        module: qualified name of the module whose own forward holds the node.
-        alike_atoms: atoms of dims whose entries are copies or constants.
-        opaque: modules that Python code around them sees as a single call.
-        unread: whether nothing reads the node, so that its values do not matter.
-    """
+    """State of one walk, mutable: the atoms, and everything that rules record."""
 
     atoms: Atoms = field(default_factory=Atoms)
     products: list[Product] = field(default_factory=list)
     contracts: list[Contract] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
     attributes: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)
+    # Of each grouped convolution the atoms of its groups, and its weight's dims that read and write.
     grouped: list[tuple[np.ndarray, DimLabels, DimLabels]] = field(default_factory=list)
-    unknown: set[str] = field(default_factory=set)
-    flow: list[tuple[str, list[Value], list[Value]]] = field(default_factory=list)
+    unknown: set[str] = field(default_factory=set)  # names of the ops without a rule
+    flow: list[tuple[str, list[Value], list[Value]]] = field(default_factory=list)  # module, inputs, results of each op
     inputs: list[Value] = field(default_factory=list)
     outputs: list[Value] = field(default_factory=list)
-    node: fx.Node | None = None
-    module: str = ""
-    unread: bool = False
-    alike_atoms: set[int] = field(default_factory=set)
+    node: fx.Node | None = None  # the node being visited
+    module: str = ""  # qualified name of the module whose own forward holds the node
+    unread: bool = False  # whether nothing reads the node, so that its values do not matter
+    alike_atoms: set[int] = field(default_factory=set)  # of dims whose entries are copies or constants
     call_index: int = 0
-    opaque: frozenset[str] = frozenset()
+    opaque: frozenset[str] = frozenset()  # modules that Python code around them sees as a single call
 
     @property
     def where(self) -> str:

@@ -31,19 +31,15 @@ _holders: set[int] = set()
 class Recompiling:
     """Counts what Dynamo compiles again in a run, and keeps it from doing so at every cut.
 
-    By default Dynamo takes the sizes of parameters for constants, so that each cut makes all code compile again, and
-    after eight times it is not compiled any more. At the first cut of a run in a process in which anything was
-    compiled, Dynamo's settings are changed to let them be symbols, and the dims whose width changes are marked; so
-    the code compiles once more after a group's first cut, and not after its later ones. Where an operation takes a
-    size as a number that Dynamo can only hold constant, such as the number of groups of a group norm, it compiles
-    after each cut of that group. The settings hold for the whole process; when the last loop that needs them
-    ends, or is dropped without an end, they are put back.
+    By default Dynamo takes the sizes of parameters for constants, compiles all code again after each cut, and gives up
+    after eight times. At the first cut in a process in which anything was compiled, its settings are changed to let
+    sizes be symbols, and the dims whose width changes are marked: code compiles once more after a group's first cut,
+    and not after its later ones, but for operations that take a size as a number (the groups of a group norm). The
+    settings hold for the whole process, until the last loop that needs them ends or is dropped.
 
     What is compiled again after the first cut is taken for the cut's doing, as it cannot be told from what a batch of
-    another size would have made necessary.
-
-    Args:
-        recompiled: told the seconds of each, and 1 if it counts, or 0; it must not hold what holds this object.
+    another size would have made necessary. `recompiled` is told the seconds of each, and 1 if it counts, or 0; it must
+    not hold what holds this object.
     """
 
     def __init__(self, recompiled: Recompiled, num_groups: int) -> None:

@@ -84,11 +84,9 @@ class DDP(Local):
 def rewrap(parallel: DistributedDataParallel, trained: Collection[nn.Parameter]) -> None:
     """Let a wrapper average the gradients of a model whose parameters have changed their shapes since the last step.
 
-    The wrapper is the same object as before, with all that the user has set on it: its hooks, the state of `no_sync`,
-    and everything that it was built with. Only the reducer, which holds buckets for gradients of the old shapes, is
-    made anew, as PyTorch does it when a wrapper is unpickled, and communication hooks are registered again. Nothing is
-    sent: the ranks have cut the same units off the same weights. Gradients of `trained` are averaged, also of what is
-    frozen for a while.
+    It is the same object as before, with all that the user has set on it. Only the reducer, which holds buckets for
+    gradients of the old shapes, is made anew, as PyTorch does it when a wrapper is unpickled, and communication hooks
+    are registered again. Nothing is sent. Gradients of `trained` are averaged, also of what is frozen for a while.
 
     Raises:
         LoopError: when its communication hook cannot follow.

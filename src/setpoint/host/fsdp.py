@@ -1,4 +1,4 @@
-"""`fully_shard`: a model spread over ranks, whole for a while, and spread again at its new shapes."""
+"""`fully_shard`: a model spread over ranks in pieces, whole for a while, and spread again at its new shapes."""
 
 from __future__ import annotations
 
@@ -12,18 +12,103 @@ from torch.optim import Optimizer
 
 from setpoint.actuator.optimizer_state import map_tensors
 from setpoint.distributed import Ranks, is_sharded, local, plain_kind, rows, whole_tensor
+from setpoint.errors import LoopError
 from setpoint.groups.group import Group
 from setpoint.host.local import Agreed, Local
-from setpoint.host.piece import Piece, check_pieces, groups_of, pieces_of, states_of
 from setpoint.host.refuse import check_unwrapped
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """A parameter that lies on several ranks."""
+
+    owner: list[Any]  # the list of FSDP's parameters that are communicated together
+    place: int  # where it is in that list
+    parameter: nn.Parameter  # what model and optimizers hold, a DTensor; it stays the same object for good
+
+    @property
+    def fsdp(self) -> Any:
+        """What FSDP keeps of it."""
+        return self.owner[self.place]
+
+    def show(self, parameter: nn.Parameter) -> None:
+        """Let the modules have this in its place."""
+        self.fsdp._setattr_on_modules(parameter)
+
+
+def states_of(model: nn.Module) -> list[Any]:
+    """FSDP's state of each module, or list of modules, that `fully_shard` was called on; each once."""
+    states = [module._get_fsdp_state() for module in model.modules() if is_sharded(module)]  # type: ignore[operator]
+    return list({id(state): state for state in states}.values())
+
+
+def brackets(model: nn.Module) -> list[tuple[nn.Module, list[tuple[dict[str, Any], str, nn.Parameter]]]]:
+    """The modules that FSDP makes whole for their forward, with places of the parameters that are whole then.
+
+    A place is the table of a module's parameters and a key in it; beside it is the sharded parameter.
+    """
+    found: list[tuple[nn.Module, list[tuple[dict[str, Any], str, nn.Parameter]]]] = []
+    for state in states_of(model):
+        pieces = [fsdp for group in groups_of(state) for fsdp in group.fsdp_params]
+        for module in state._modules:
+            inside, places = set(module.modules()), []
+            for fsdp in pieces:
+                info = fsdp._module_info
+                shared = zip(info.shared_modules, info.shared_param_names, strict=True)
+                owners = [(info.module, info.param_name), *shared]
+                places += [(m._parameters, name, fsdp.sharded_param) for m, name in owners if m in inside]
+            found.append((module, places))
+    return found
+
+
+def groups_of(state: Any) -> list[Any]:
+    """What FSDP communicates together, of one state."""
+    several = getattr(state, "_fsdp_param_groups", None)
+    return list(several) if several is not None else [each for each in [state._fsdp_param_group] if each]
+
+
+def pieces_of(model: nn.Module) -> list[Piece]:
+    """All pieces of a model, in FSDP's order."""
+    return [
+        Piece(group.fsdp_params, place, fsdp.sharded_param)
+        for state in states_of(model)
+        for group in groups_of(state)
+        for place, fsdp in enumerate(group.fsdp_params)
+    ]
+
+
+def check_pieces(model: nn.Module, pieces: Sequence[Piece]) -> None:
+    """Check that a sharded model can follow a change of sizes, or raise LoopError naming what cannot."""
+    sharded = {id(each.parameter) for each in pieces}
+    stray = [
+        name for name, each in model.named_parameters() if id(each) not in sharded and not _unsharded(each, pieces)
+    ]
+    found = [each.fsdp for each in pieces]
+    meshes = [each.mesh_info.mesh for each in found]
+    trouble = {
+        f"{stray[0] if stray else ''} outside of it (call fully_shard on the whole model too)": bool(stray),
+        "a mesh of several dims": any(mesh.ndim > 1 for mesh in meshes),
+        "several meshes": len({id(mesh.get_group()) for mesh in meshes if mesh.ndim == 1}) > 1,
+        "a shard_placement_fn that does not split the first dim": any(each.fsdp_placement.dim != 0 for each in found),
+        "parameters that are DTensors already": any(each.is_dtensor for each in found),
+        "an offload_policy": any(each.offload_to_cpu for each in found),
+        "parameters without data": any(each.parameter.is_meta for each in pieces),
+    }
+    names = [name for name, there in trouble.items() if there]
+    if names:
+        raise LoopError(f"fully_shard with {'; '.join(names)} cannot follow a cut in this version: leave that out")
+
+
+def _unsharded(parameter: nn.Parameter, pieces: Sequence[Piece]) -> bool:
+    """Whether it is the whole form of a piece, which modules have between a forward and a backward pass."""
+    return any(getattr(each.fsdp, "_unsharded_param", None) is parameter for each in pieces)
 
 
 class FSDP(Local):
     """A `Host` of ranks over which `fully_shard` has spread the model, all over one mesh.
 
-    FSDP's modules, groups, hooks and settings (mixed precision, resharding, prefetching, communication) stay the
-    same objects through a change of sizes. Only what it keeps of a parameter is made anew where its shape
-    changes, and the new shard is put into the DTensor that model and optimizers hold.
+    FSDP's modules, groups, hooks and settings stay the same objects. Only what it keeps of a parameter is made anew
+    where its shape changes, and the new shard is put into the DTensor that model and optimizers hold.
 
     Raises:
         LoopError: naming what cannot follow a change of sizes.

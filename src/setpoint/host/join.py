@@ -47,8 +47,7 @@ class Joining:
         """Check before a step that the ranks can go along with each other.
 
         Raises:
-            LoopError: in a context that was opened before the loop was attached; where what ranks send in a step
-                depends on more than the wrapper.
+            LoopError: in a context opened before attach; where ranks would send more than the wrapper knows of.
         """
         if self._enabled and self._handle is None:
             raise LoopError(

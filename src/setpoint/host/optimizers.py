@@ -41,9 +41,7 @@ def real_optimizers(given: Any) -> tuple[Optimizer, ...]:
 
 
 def real_optimizer(part: Any) -> Any:
-    """An optimizer out of its wrappers; anything else as it is.
-
-    A wrapper is known by what it does: it steps, clears gradients and holds the optimizer that it steps.
+    """An optimizer out of its wrappers, which step, clear gradients and hold what they step; anything else as it is.
 
     Raises:
         OptimizerError: for a wrapper of several optimizers, or with a state beside that of the one in it.

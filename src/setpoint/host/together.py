@@ -81,15 +81,14 @@ def _digest(fact: Any) -> str:
 def shared_reading(ranks: Ranks, read: Callable[[], Reading], losses: SharedLosses, step: int) -> Reading:
     """The reading that all ranks decide on, and the observed losses with it: means over ranks, by one all-reduce.
 
-    `DistributedDataParallel` has averaged the gradients before a sensor sees them, and a gate's gradient is linear
-    in them: with `g_k` the gradient on rank k of K,
+    Gradients are averaged before a sensor sees them, and a gate's gradient is linear in them: with `g_k` the gradient
+    on rank k of K,
 
         r = sum of w * dL/dw = sum of w * (1/K) sum over k of g_k,
 
-    that of the mean loss over the global batch. So each rank's reading is already the one of all samples, with
-    `num_samples` counted over ranks, and its mean over ranks is the same again. Taking it makes sure that all ranks
-    see the same to the last bit, and is the estimate where a sensor looks at data of its own. Losses are each rank's
-    own: their mean over ranks is the loss of the global batch where batches are equally large.
+    that of the mean loss over the global batch. So each rank's reading is that of all samples already, and so is their
+    mean, which makes sure that all see the same to the last bit, and is the estimate where a sensor looks at data of
+    its own. The mean of the losses is the loss of the global batch where batches are equally large.
 
     Raises:
         RankError: when ranks cannot be brought together.

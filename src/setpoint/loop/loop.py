@@ -181,14 +181,9 @@ class Loop:
         self._go_on()
 
     def observe(self, *, loss: Tensor | float | None = None, val: Tensor | float | None = None) -> None:
-        """Tell the loop the loss of the coming step, before `optimizer.step()`; it comes to the host only when needed.
+        """Report the training or validation loss of the coming step, before `optimizer.step()`: a number or a tensor.
 
-        Args:
-            loss: training loss, a number or a tensor of one element.
-            val: validation loss, the same.
-
-        Raises:
-            ValueError: for a tensor of several elements.
+        A tensor stays on its device until a decision needs it; one of several elements raises a `ValueError`.
         """
         self.losses.observe(self.step + 1, loss, val, keep=not self.landed)
 
@@ -197,11 +192,7 @@ class Loop:
         return self.sensor.read(self._sensor_state, self.groups, self.step)
 
     def explain(self, group: str, origin: int) -> Explanation:
-        """What became of a unit, and why.
-
-        Args:
-            group: name of the group.
-            origin: index of the unit in the dense model.
+        """What became of the unit of a group that has this index in the dense model, and why.
 
         Raises:
             GroupError: for a group that is not pruned here, or a unit that it never had; for single weights.
@@ -242,14 +233,10 @@ class Loop:
         return {**self._run, **self.spending.facts()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a state: shrink the dense model and its optimizers as they were, and go on from there.
+        """Take over the state of a loop that was attached with the same arguments: shrink the dense model, and go on.
 
         Load it before the states of the model, its copies and the optimizers, which then have the right
-        shapes. Everything is checked before anything is changed. The global random generators go on from where they
-        were, too.
-
-        Args:
-            state: from `state_dict`, of a loop that was attached with the same arguments.
+        shapes. Everything is checked before anything is changed. The global random generators go on, too.
 
         Raises:
             CheckpointError: when it is of another model, budget or length of run, or no such state.

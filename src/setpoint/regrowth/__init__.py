@@ -1,1 +1,1 @@
-"""Dropped units that come back: a reserve, probes, returns. Experimental; only `setpoint.attach` knows it."""
+"""Dropped units that come back, *experimental*: a reserve, probes, returns. Only `setpoint.attach` knows it."""

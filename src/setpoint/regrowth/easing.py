@@ -76,9 +76,12 @@ class Easing:
         self._left = num_steps
         places = []
         for group in (group for group in groups if group.name in regrown):
-            readers = [part for part in group.slices if part.role == "consume" and part.dim is not None]
             units = np.flatnonzero(regrown[group.name])
-            places += [(part.tensor, part.dim, np.flatnonzero(np.isin(part.index, units))) for part in readers]
+            places += [
+                (part.tensor, part.dim, np.flatnonzero(np.isin(part.index, units)))
+                for part in group.slices
+                if part.role == "consume" and part.dim is not None
+            ]
         self._shares: list[_Share] = []
         for number, module in enumerate((model, *unwrapped([name for name, *_ in places], model, copies))):
             tensors = named_tensors(module)
@@ -111,11 +114,7 @@ class Easing:
 
     @staticmethod
     def check(state: Mapping[str, Any] | None, shapes: Mapping[str, Sequence[int]], num_copies: int) -> None:
-        """Check that a state from `state_dict`, or None, fits a model of these shapes, before anything is changed.
-
-        Raises:
-            GroupError: when it does not fit.
-        """
+        """Check that a state from `state_dict`, or None, fits a model of these shapes, or raise GroupError."""
         if state is None:
             return
         fits = isinstance(state["left"], int) and state["left"] >= 1

@@ -20,9 +20,8 @@ from setpoint.actuator.sizes import apply_sizes
 from setpoint.distributed import is_spread
 from setpoint.groups.group import Group
 from setpoint.groups.vanish import EmptyForward
-from setpoint.regrowth.box import corner
 from setpoint.regrowth.regrow import Grow, enlarge, new_sizes, with_units
-from setpoint.regrowth.reserve import Key, Reserve
+from setpoint.regrowth.reserve import Key, Reserve, corner
 from setpoint.sensor.accumulated import RunningSum
 from setpoint.sensor.sentinel import Sentinels
 from setpoint.sensor.unit_sum import UnitSum
@@ -44,24 +43,21 @@ class _Wide:
 class Probing:
     """Resting units present in every training forward of a model, from `start` to `stop`.
 
-    The parameters, buffers and sizes of the modules are replaced by wide ones when a forward pass in training
-    mode with gradients begins, and restored as soon as it ends. The wide tensors are computed from the live ones
-    within the graph, so the live parameters get exactly the gradients of an unprobed step. Nothing else ever sees the
-    resting units: neither the optimizer, nor clipping, nor an evaluation or a checkpoint in between. Running statistics
-    of live units are kept, those of resting ones are not. Outputs and gradients equal those of the shrunk model up
-    to the order of summation. Dropout draws more random numbers.
+    Parameters, buffers and sizes of the modules are replaced by wide ones when a forward pass in training mode with
+    gradients begins, and restored as soon as it ends. The wide tensors are computed from the live ones within the
+    graph, so the live parameters get exactly the gradients of an unprobed step. Nothing else ever sees the resting
+    units: neither the optimizer, nor clipping, nor an evaluation or a checkpoint in between. Running statistics of live
+    units are kept, those of resting ones are not. Outputs and gradients equal those of the shrunk model up to the order
+    of summation. Dropout draws more random numbers.
 
-    With `dL/dw` at the zeroed outgoing weights of a unit and `w` the resting ones, the loss falls by
-    `gain = -sum(w * dL/dw)` to first order when the unit is regrown. Gradients that are scaled or clipped after the
-    backward pass have another scale than the sensor's; `Sentinels.factor` gives the ratio.
+    With `dL/dw` at the zeroed outgoing weights of a unit and `w` the resting ones, the loss falls by `gain = -sum(w *
+    dL/dw)` to first order when the unit is regrown. Gradients that are scaled or clipped after the backward pass have
+    another scale than the sensor's; `Sentinels.factor` gives the ratio.
 
-    Where `fully_shard` has sharded the model, a parameter is replaced while it is unsharded: from just before to
-    just after the forward pass of its module.
-
-    An interrupt in the middle of a forward pass leaves wide tensors in place until `stop`.
+    Where `fully_shard` has sharded the model, a parameter is replaced while it is unsharded, as `brackets` tell. An
+    interrupt in the middle of a forward pass leaves wide tensors in place until `stop`.
 
     Args:
-        model: the model, as it was cut; run eagerly.
         grow: by group, origins of the units to be present.
         in_training: present in training mode only; False for a trial of a model in eval mode.
         brackets: modules that are unsharded for their forward pass, with the places of their unsharded parameters;
@@ -124,9 +120,8 @@ class Probing:
     def share(self, mean: Callable[[Float64[np.ndarray, " n"]], Float64[np.ndarray, " n"]]) -> None:
         """Replace what this rank has seen of its own samples by the mean over ranks; unseen counts as zero.
 
-        Gains are linear in gradients, so their mean is the gain for the loss of all samples. The gradients before the
-        step are then compared with the mean of those that arrived. Every rank calls this, in every probed step, with
-        equally many numbers.
+        Gains are linear in gradients, so their mean is that for the loss of all samples. All ranks call this in probed
+        steps.
         """
         units = {group.name: group.num_units for group in self._groups}
         shapes: dict[Any, Any] = {id(p): p.shape for p in self._sentinels.parameters} | {
@@ -151,11 +146,9 @@ class Probing:
     def gains(self, grad_scale: Tensor | None = None) -> dict[str, Float64[np.ndarray, " present"]] | None:
         """Gain of each present unit, in the order of their origins; None without a backward pass, or with a NaN in it.
 
-        Call it when all gradients of the step are ready, before the optimizer moves the weights. Only backward passes
-        count whose gradients are still there: none of a step that a GradScaler skipped.
-
-        Args:
-            grad_scale: what the gradients are still multiplied by (a fused optimizer under a GradScaler), or None.
+        Call it when all gradients of the step are ready, before the optimizer moves the weights; `grad_scale` is what
+        they are still multiplied by. Only backward passes count whose gradients are still there: none that a GradScaler
+        skipped.
         """
         factor = self._sentinels.factor(self._sentinels.gradients())
         gains = self._totals() if self._means is None else self._means

@@ -11,24 +11,16 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
-from setpoint.actuator.cut import SizePlace, in_format, plan_cut, take
+from setpoint.actuator.cut import SizePlace, plan_cut
+from setpoint.actuator.cuttable import check_cuttable, check_lengths
 from setpoint.actuator.optimizer_state import Optimizers, as_sequence, map_tensors
-from setpoint.actuator.shrink import (
-    Change,
-    Job,
-    call_of,
-    check_cuttable,
-    check_lengths,
-    commit,
-    named_tensors,
-    unwrapped,
-)
+from setpoint.actuator.shrink import Change, Job, commit, named_tensors, unwrapped
 from setpoint.actuator.sizes import check_sizes
+from setpoint.actuator.take import in_format, take
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group
-from setpoint.groups.place import is_call, read_size
-from setpoint.regrowth.box import Box, write
-from setpoint.regrowth.reserve import Key, Reserve
+from setpoint.groups.place import call_of, is_call, read_size
+from setpoint.regrowth.reserve import Box, Key, Reserve, write
 
 Grow = Mapping[str, Sequence[int] | Int[np.ndarray, " _units"]]
 """By group name, origins of the units to bring back."""
@@ -104,11 +96,7 @@ def regrow(
 
 
 def with_units(reserve: Reserve, grow: Grow) -> dict[str, Bool[np.ndarray, " units"]]:
-    """By group, which units are active once these are regrown.
-
-    Raises:
-        GroupError: for a group or unit that does not rest in the reserve.
-    """
+    """By group, which units are active once these are regrown, or GroupError for what does not rest in the reserve."""
     active = {name: units.copy() for name, units in reserve.active.items()}
     for name, origins in grow.items():
         if name not in active:
@@ -182,10 +170,7 @@ def new_sizes(
 ) -> dict[SizePlace, int | None]:
     """The new value of every size that counts regrown units; None for a call that needs no correction any more.
 
-    `reserve` is as before the regrowth; `active` says by group which units are active after it.
-
-    Raises:
-        GroupError: when a place does not exist, or holds another number than the groups say.
+    The reserve is as before, `active` as after. GroupError: a place is not there, or does not hold what the groups say.
     """
     some = {name for name, origins in grow.items() if len(origins)}
     places = {(size.module, size.place) for group in reserve.groups if group.name in some for size in group.sizes}

@@ -20,7 +20,7 @@ from setpoint.controller.plan import Regrowing as Controller
 from setpoint.errors import CheckpointError, GroupError
 from setpoint.groups.follow import Change
 from setpoint.groups.group import Group, widths_of
-from setpoint.host.piece import brackets
+from setpoint.host.fsdp import brackets
 from setpoint.loop.cutting import Cutting, Origins, changing
 from setpoint.regrowth.easing import Easing
 from setpoint.regrowth.probing import Probing
@@ -70,8 +70,7 @@ class Regrowing:
 class Regrowth:
     """Cuts like `Cutting`; what goes rests in a reserve, is probed and may come back. It changes at every step.
 
-    The controller says when resting units are probed, which is counted in `spending`. They rest until they are let go,
-    or, if not `lasting`, those of the last cut only, should the loss ask for them.
+    Units rest until they are let go, or, if not `lasting`, those of the last cut only, should the loss ask for them.
     """
 
     def __init__(
@@ -111,8 +110,6 @@ class Regrowth:
     def totals(self) -> Mapping[str, Any]:
         """Nothing is said besides."""
         return {}
-
-    # What happens at every step.
 
     def before_step(self, grad_scale: Tensor | None) -> None:
         """Take probed units out and note their gains."""
@@ -167,8 +164,6 @@ class Regrowth:
             return {}
         units = {name: np.flatnonzero(each) for name, each in gone.items()}
         return {name: origins for name, origins in units.items() if len(origins)}
-
-    # What is remembered.
 
     @property
     def within_step(self) -> bool:
@@ -229,8 +224,6 @@ class Regrowth:
         if state["probing"]:
             self._start_probe()
 
-    # Probing.
-
     def _begin_probe(self, step: int) -> None:
         """Have resting units present in the step after this one, if there are any and a share of the FLOPs pays."""
         spending = self._spending
@@ -241,14 +234,9 @@ class Regrowth:
             self._start_probe()
 
     def _affordable(self) -> dict[str, Int[np.ndarray, " _units"]]:
-        """Units that can be present in a few steps for what may be spent on probing by now.
-
-        Groups have their turns in order, each with as many blocks as are paid for; a dear one is saved up for.
-        """
-        allowance, groups = (
-            self._spending.account.share_left(_PROBE_SHARE, self._spending.account.probing_flops),
-            self._cutting.dense,
-        )
+        """Units that can be present in a few steps for what may be spent on probing by now; groups take turns."""
+        account, groups = self._spending.account, self._cutting.dense
+        allowance = account.share_left(_PROBE_SHARE, account.probing_flops)
         found = dict[str, Int[np.ndarray, " _units"]]()
         for _ in groups:
             group = groups[self._turn % len(groups)]
@@ -270,8 +258,7 @@ class Regrowth:
     def _candidates(self, group: Group) -> Int[np.ndarray, " _units"]:
         """Resting units of a group in the order in which they are probed: those dropped last first.
 
-        Units of the last cut are left out: brought back at the next decision they would flutter. While nothing is
-        dropped, each decision moves on to units that were dropped before, and begins again at the end.
+        Units of the last cut are left out, or they would flutter. While nothing is dropped, each decision moves on.
         """
         dropped_at = self.reserve.dropped_at[group.name]
         resting = np.flatnonzero(self.reserve.resting[group.name] & (dropped_at < self._decisions))
@@ -326,8 +313,6 @@ class Regrowth:
         drops = {name: reserve.drops[name][units] for name, units in origins.items()}
         return Probe(step, origins, gain, error, rested, drops, num_steps=num_steps, deviation=deviation)
 
-    # Drops and returns.
-
     def _as_it_is(self, plan: Plan, turned: Iterable[str]) -> Whole:
         """Layers whose states are about to be turned and cut, as they are: nothing less takes such a cut back."""
         self._settle()
@@ -362,10 +347,10 @@ class Regrowth:
             raise
 
     def _grow(self, plan: Plan, agreed: Callable[[], None]) -> dict[str, Bool[np.ndarray, " _units"]]:
-        """Bring the plan's units back; by group which active units have just come back.
+        """Bring the plan's units back; by group which active units have just come back. None do if `agreed` raises.
 
-        A plan that undoes the last cut puts layers whose states were turned back as they were, to the bit; all
-        other units are eased in. If `agreed` raises, they stay where they were.
+        A plan that undoes the last cut puts layers whose states were turned back as they were; other units are eased
+        in.
         """
         self._settle()
         self._chosen = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,15 +14,53 @@ from jaxtyping import Bool, Int, Shaped
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from setpoint.actuator.cut import Keep, SizePlace, check_keep, cut_groups, in_format, plan_cut
+from setpoint.actuator.cut import Keep, SizePlace, check_keep, cut_groups, plan_cut
 from setpoint.actuator.optimizer_state import Optimizers, as_sequence, map_tensors
 from setpoint.actuator.shrink import named_tensors, unwrapped
+from setpoint.actuator.take import in_format
 from setpoint.distributed import Ranks, is_spread, local, spread_out
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group, keep_all
 from setpoint.groups.place import is_call
 from setpoint.groups.shim import get_call_sizes
-from setpoint.regrowth.box import Box, count_entries, resting_entries, write
+
+Box = Mapping[int, Bool[np.ndarray, " _entries"]]
+"""By dim of the dense tensor, which entries are in the box; all of them along a dim that is absent here."""
+
+
+def count_entries(shape: Sequence[int], box: Box) -> int:
+    """Number of entries of a tensor in a box."""
+    return math.prod(int(box[dim].sum()) if dim in box else length for dim, length in enumerate(shape))
+
+
+def resting_entries(shape: Sequence[int], known: Box, live: Box) -> Bool[Tensor, " *shape"]:
+    """True at each entry whose units are all known, but not all of them active."""
+    return _inside(shape, known) & ~_inside(shape, live)
+
+
+def _inside(shape: Sequence[int], box: Box) -> Bool[Tensor, " *shape"]:
+    inside = torch.ones(tuple(shape), dtype=torch.bool)
+    for dim, kept in box.items():
+        inside &= torch.from_numpy(kept).view([-1 if each == dim else 1 for each in range(len(shape))])
+    return inside
+
+
+def write(tensor: Shaped[Tensor, " *shape"], box: Box, values: Shaped[Tensor, " *small"]) -> None:
+    """Fill the entries of a box, in place, with a tensor of the box's shape.
+
+    >>> tensor = torch.zeros(2, 3)
+    >>> write(tensor, {1: np.array([True, False, True])}, torch.ones(2, 2))
+    >>> tensor.tolist()
+    [[1.0, 0.0, 1.0], [1.0, 0.0, 1.0]]
+    """
+    with torch.no_grad():
+        tensor[corner(tensor, box)] = values
+
+
+def corner(tensor: Tensor, box: Box) -> tuple[Tensor, ...]:
+    """The index of a box's entries in a tensor."""
+    positions = [np.flatnonzero(box[dim]) if dim in box else np.arange(n) for dim, n in enumerate(tensor.shape)]
+    return tuple(torch.from_numpy(each).to(tensor.device) for each in np.ix_(*positions))
 
 
 class Key(NamedTuple):
@@ -53,42 +92,28 @@ class Reserve:
 
     Optimizer state that did not exist yet when a unit was dropped is zero when the unit is regrown.
 
-    Args:
-        groups: the dense groups, whose unit indices are the origins.
-        active: by group, which units are in the model.
-        resting: by group, which units rest here; a unit in neither of the two has been let go.
-        tensors: resting entries.
-        corrected: calls whose sizes were corrected before any cut.
-        limit_bytes: upper limit for the resting entries; None: no limit.
-        dropped_at: by group and unit, when it was last dropped, in whatever the caller counts.
-        drops: by group and unit, how often it was dropped.
-        let_go: by group, origins of the units that the last `rest` let go to stay within the limit.
-        mesh: the ranks among which the entries are sharded in equal parts, as `fully_shard` does with parameters; all
-            ranks then call every method together. None: not sharded.
-        own: names of tensors that differ between ranks, as buffers do; these are never sharded.
+    Over a mesh of ranks the entries are sharded in equal parts, as `fully_shard` does with parameters; all ranks then
+    call every method together.
     """
 
-    groups: tuple[Group, ...]
-    active: Mapping[str, Bool[np.ndarray, " units"]]
-    resting: Mapping[str, Bool[np.ndarray, " units"]]
-    tensors: Mapping[Key, Rest] = field(default_factory=dict)
-    corrected: frozenset[SizePlace] = frozenset()
-    limit_bytes: int | None = None
+    groups: tuple[Group, ...]  # the dense groups, whose unit indices are the origins
+    active: Mapping[str, Bool[np.ndarray, " units"]]  # by group, which units are in the model
+    resting: Mapping[str, Bool[np.ndarray, " units"]]  # which rest here; one in neither has been let go
+    tensors: Mapping[Key, Rest] = field(default_factory=dict)  # resting entries
+    corrected: frozenset[SizePlace] = frozenset()  # calls whose sizes were corrected before any cut
+    limit_bytes: int | None = None  # upper limit for the resting entries, on each rank; None: no limit
+    # By group and unit, when it was last dropped, in whatever the caller counts, and how often.
     dropped_at: Mapping[str, Int[np.ndarray, " units"]] = field(default_factory=dict)
     drops: Mapping[str, Int[np.ndarray, " units"]] = field(default_factory=dict)
-    let_go: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    mesh: Any = None
-    own: frozenset[str] = frozenset()
+    let_go: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # by the last `rest`, for want of room
+    mesh: Any = None  # None: not sharded
+    own: frozenset[str] = frozenset()  # tensors that differ between ranks, as buffers do: never sharded
 
     @classmethod
     def of(
         cls, model: nn.Module, groups: tuple[Group, ...], limit_bytes: int | None = None, mesh: Any = None
     ) -> Reserve:
-        """The empty reserve of a model with these groups, before any cut that it is to remember.
-
-        Raises:
-            ValueError: for a limit that is not a number of bytes.
-        """
+        """The empty reserve of a model, before any cut that it is to remember; ValueError for a bad limit."""
         if limit_bytes is not None and (isinstance(limit_bytes, bool) or limit_bytes < 0):
             raise ValueError(f"limit_bytes is a number of bytes, at least 0, or None: got {limit_bytes!r}")
         places = {(size.module, size.place) for group in groups for size in group.sizes if is_call(size.place)}
@@ -126,12 +151,9 @@ class Reserve:
     ) -> Reserve:
         """The reserve with the units that `keep` drops; call it just before `shrink` with the same arguments.
 
-        The model is not changed. Over the limit, the units that were dropped first are let go for good. Optimizers and
-        copies are always the same ones in the same order, since `Key` numbers them. `when` is noted for the dropped
+        Over the limit, the units that were dropped first are let go for good. Optimizers and copies are always the same
+        ones in the same order, since `Key` numbers them. `when` is noted. GroupError: `keep` does not fit the active
         units.
-
-        Raises:
-            GroupError: when `keep` does not fit the units that are active by this reserve's account.
         """
         full = check_keep(self.present(), keep)
         dropped = {name: np.flatnonzero(self.active[name])[~kept] for name, kept in full.items()}
@@ -164,18 +186,14 @@ class Reserve:
         return {"units": by_group, "tensors": tensors}
 
     def resumed(self, state: Mapping[str, Any]) -> Reserve:
-        """The reserve whose `state_dict` this is; `self` is the empty reserve of the same model.
-
-        Raises:
-            GroupError: when it belongs to other groups, or entries are missing.
-        """
+        """The reserve whose `state_dict` this is, from the empty one of its model; GroupError for another's."""
         units = state["units"]
-        by_group = {key: {n: units[n][key].numpy().copy() for n in units} for key in self._by_group()}
-        for key, old in self._by_group().items():
-            for name, values in old.items():
-                new = by_group[key].get(name)
-                if new is None or (new.shape, new.dtype) != (values.shape, values.dtype):
-                    raise GroupError(f"the reserve's {key} of group {name!r} is not one {values.dtype} per unit")
+        by_group = {kind: {n: units[n][kind].numpy().copy() for n in units} for kind in self._by_group()}
+        for kind, old in self._by_group().items():
+            for name, expected in old.items():
+                new = by_group[kind].get(name)
+                if new is None or (new.shape, new.dtype) != (expected.shape, expected.dtype):
+                    raise GroupError(f"the reserve's {kind} of group {name!r} is not one {expected.dtype} per unit")
         tensors = {}
         for each in state["tensors"]:
             key, count = Key(*each["key"]), len(each["values"])
@@ -237,9 +255,9 @@ class Reserve:
         return replace(self, tensors=tensors)
 
     def gathered(self, names: Collection[str]) -> Reserve:
-        """The reserve with all resting entries of these tensors, and of no others, unsharded.
+        """The reserve with all resting entries of these tensors only, unsharded; every rank calls this.
 
-        Every rank calls this. All communication is here, so that no rank waits for one that fails at what comes after.
+        All communication is here, so that no rank waits for one that fails at what it does with the entries.
         """
         if self.mesh is None:
             return self
@@ -254,8 +272,8 @@ class Reserve:
     def whole(self, key: Key, like: Tensor | None, known: Box, live: Box) -> tuple[Tensor, Tensor]:
         """A tensor at its dense size, unsharded in host memory, and its form; zero where nothing rests.
 
-        `known` and `live` are the entries of all units that are active or rest, and of the active ones. The live
-        tensor, `like`, may be None where some of its entries rest.
+        `known` and `live` are the entries of units active or resting, and of the active ones. `like` is the live
+        tensor.
         """
         rest = self.tensors.get(key)
         if rest is not None:

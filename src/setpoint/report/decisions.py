@@ -114,13 +114,15 @@ def widths(record: Record) -> Figure | None:
     final = record.entries[-1].widths if record.entries else dense
     table = [[column.get(name, dense[name]) for column in columns] for name in dense]
     labels = [f"{short(name)}  <b>{final.get(name, dense[name])}</b> / {dense[name]}" for name in dense]
-    texts = [f"{escape(n)}<br>{{}} of {dense[n]} {escape(record.what.get(n, 'unit'))}s" for n in dense]
+    what = {name: f"{dense[name]} {escape(record.what.get(name, 'unit'))}s" for name in dense}
     trace: Trace = {
         "type": "heatmap",
         "x": edges,
         "y": list(range(len(dense) + 1)),
         "z": [[width / (dense[name] or 1) for width in row] for name, row in zip(dense, table, strict=True)],
-        "text": [[text.format(width) for width in row] for text, row in zip(texts, table, strict=True)],
+        "text": [
+            [f"{escape(n)}<br>{width} of {what[n]}" for width in row] for n, row in zip(dense, table, strict=True)
+        ],
         "hovertemplate": "<b>%{text}</b> (%{z:.0%})<extra></extra>",
         "zmin": 0,
         "zmax": 1,

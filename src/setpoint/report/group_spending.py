@@ -20,11 +20,7 @@ from setpoint.resources.joules import find_energy_meter, idle_watts
 
 @dataclass(frozen=True)
 class GroupSpending:
-    """Savings of a group that alone is cut to its fewest units.
-
-    Args:
-        memory_bytes: of the peak; 0 where the peak is elsewhere.
-    """
+    """Savings of a group that alone is cut to its fewest units; of bytes those of the peak, which may be elsewhere."""
 
     name: str
     seconds: float

@@ -36,6 +36,9 @@ class Record:
     idle_watts: float | None = None
 
 
+_BY_NAME = ("dense", "limit", "limit_run", "step_seconds", "calibration")
+
+
 def record_of(ledger: Ledger) -> Record:
     """A ledger as a report reads it, whatever its header lacks."""
     header = ledger.header
@@ -47,10 +50,7 @@ def record_of(ledger: Ledger) -> Record:
         entries=tuple(finite(entry) for entry in ledger),
         sources=sources(header),
         pattern=str(header.get("pattern", "")),
-        **{
-            name: quantities(header.get(name))
-            for name in ("dense", "limit", "limit_run", "step_seconds", "calibration")
-        },
+        **{name: quantities(header.get(name)) for name in _BY_NAME},
         idle_watts=quantities({"idle": header.get("idle_watts")}).get("idle"),
     )
 
@@ -68,4 +68,5 @@ def sources(header: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
 def finite(entry: Entry) -> Entry:
     """The entry without numbers by resource that were not finite."""
     names = ("spent", "metered", "predicted", "reference", "price", "limit", "spent_run")
-    return replace(entry, **{name: quantities(getattr(entry, name)) for name in names})
+    kept: dict[str, Any] = {name: quantities(getattr(entry, name)) for name in names}
+    return replace(entry, **kept)

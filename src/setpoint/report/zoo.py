@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -62,6 +63,15 @@ def named_model(target: str, shape: tuple[int, ...] | None = None) -> tuple[nn.M
         f"unknown model {target!r}{absent}: {hint} a model of torchvision, timm or transformers, "
         "or give module.py:function that returns your own"
     )
+
+
+def library(name: str) -> Any:
+    """The library "torchvision", "timm" or "transformers": this file alone imports them.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    return import_module(name)
 
 
 def library_names(library: str) -> list[str]:

@@ -86,11 +86,7 @@ def _kind(model: nn.Module) -> str:
 def inference_replica(
     model: nn.Module, example: Example, groups: tuple[Group, ...], widths: Mapping[str, int], *, data: bool
 ) -> Iterator[Inference]:
-    """A copy of a model, cut to these widths, that answers one batch.
-
-    Args:
-        data: False for a copy whose tensors have shapes but no memory.
-    """
+    """A copy of a model, cut to these widths, that answers one batch; without `data` its tensors have no memory."""
     with fresh_replica(model, (), example, groups, widths, data=data) as made:
         _answer(made.model)
         live = Inference.of(model, example)

@@ -14,6 +14,7 @@ import torch
 
 POWERCAP = Path("/sys/class/powercap")
 _MOST_WATTS = 1e5
+"""More than any one device draws."""
 _STILL_S = 2.0
 
 
@@ -109,12 +110,8 @@ def _step(counter: Counter, before: float, after: float, elapsed_s: float) -> fl
     """Joules between two readings of a counter, a wrap counted in; None if no device could have spent them."""
     range_j = math.inf if counter.range_j is None else counter.range_j
     step_j = after - before if after >= before else after - before + range_j
-    return step_j if max(before, after) <= range_j and step_j <= min(range_j / 2, _most_j(elapsed_s)) else None
-
-
-def _most_j(elapsed_s: float) -> float:
-    """More than any one device spends in that time; a counter is seldom newer than a second."""
-    return _MOST_WATTS * max(1.0, elapsed_s)
+    most_j = min(range_j / 2, _MOST_WATTS * max(1.0, elapsed_s))  # a counter is seldom newer than a second
+    return step_j if max(before, after) <= range_j and step_j <= most_j else None
 
 
 def rapl_counters(root: Path = POWERCAP) -> tuple[list[Counter], str]:
@@ -159,16 +156,12 @@ def nvml_counters(indices: Iterable[int], nvml: Any = None) -> tuple[list[Counte
         nvml.nvmlInit()
         counters = []
         for index in indices:
-            handle = nvml.nvmlDeviceGetHandleByUUID(_uuid(index))
+            handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(index).uuid}")
             nvml.nvmlDeviceGetTotalEnergyConsumption(handle)
             counters.append(Counter(f"NVML GPU {index}", _millijoules(nvml, handle)))
     except Exception as error:  # NVML raises classes of its own
         return [], f"NVML: {error}"
     return counters, "" if counters else "no GPU is in use"
-
-
-def _uuid(index: int) -> str:
-    return f"GPU-{torch.cuda.get_device_properties(index).uuid}"
 
 
 def _millijoules(nvml: Any, handle: Any) -> Callable[[], float]:

@@ -55,11 +55,7 @@ class _Bundle:
 
 
 class LatencyCost:
-    """Seconds of one training step, or of one forward pass.
-
-    Args:
-        resource: "latency" of a training step, "inference" of a forward pass.
-    """
+    """Seconds of one training step ("latency"), or of one forward pass ("inference")."""
 
     def __init__(
         self,

@@ -38,10 +38,15 @@ def trial_widths(groups: Sequence[Group], seed: int = 0, *, dense: bool = True) 
     return vectors
 
 
-def _reachable(group: Group) -> list[int]:
-    """Widths that whole blocks reach, at least 2 where that is possible: at 1 a dim passes by broadcasting."""
+def block_widths(group: Group) -> list[int]:
+    """Widths that whole blocks reach, the present one first."""
     block, floor = group.multiple_of, max(group.min_units, 1)
-    widths = [group.num_units, *range((group.num_units - 1) // block * block, floor - 1, -block)]
+    return [group.num_units, *range((group.num_units - 1) // block * block, floor - 1, -block)]
+
+
+def _reachable(group: Group) -> list[int]:
+    """Those widths, at least 2 where that is possible: at 1 a dim passes by broadcasting."""
+    widths = block_widths(group)
     above_one = [width for width in widths if width > 1]
     return above_one if len(above_one) > 1 else widths
 

@@ -61,12 +61,9 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         storage = tensor.untyped_storage()
         key = storage._cdata
-        known = self._storages.get(key)
-        size = storage.nbytes()
+        known, size = self._storages.get(key), storage.nbytes()
         if known is not None:
             reference, number, before = known
-            if size == before:
-                return
             self._storages[key] = (reference, number, size)
             self._count(size - before)
             return

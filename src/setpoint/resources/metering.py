@@ -8,12 +8,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import (
-    _get_current_dispatch_mode,
-    _get_current_dispatch_mode_stack,
-    _pop_mode,
-    _push_mode,
-)
+from torch.utils._python_dispatch import _get_current_dispatch_mode as current_mode
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as mode_stack
+from torch.utils._python_dispatch import _pop_mode, _push_mode
 from torch.utils.hooks import RemovableHandle
 
 from setpoint.cost.budget import METERED
@@ -85,12 +82,9 @@ class Metering(Meter):
         self._inference = inference if "inference" in self._resources else None
         self._pass_seconds: Measured | None = None
         self._watching: LiveBytes | None = None
-        self._allocating = False
-        self._beginning: list[RemovableHandle] = []
-        self._mode = True
+        self._beginning, self._missed = list[RemovableHandle](), set[str]()
+        self._mode, self._allocating, self._blocked = True, False, False
         self._peak: int | None = None
-        self._missed: set[str] = set()
-        self._blocked = False
         self._looked: float | None = None
         self._began_j: float | None = None
         self._earlier_j: float | None = 0.0
@@ -153,15 +147,15 @@ class Metering(Meter):
         live, self._watching = self._watching, None
         if live is None:
             return
-        if _get_current_dispatch_mode() is live:
+        if current_mode() is live:
             live.__exit__(None, None, None)
             self._peak, self._blocked = live.peak_bytes, False
             return
         self._blocked = True
         warnings.warn("another dispatch mode began inside a metered step: its bytes were not read", stacklevel=2)
-        if live in _get_current_dispatch_mode_stack():  # taken out from under the others, which stay
+        if live in mode_stack():  # taken out from under the others, which stay
             above = []
-            while _get_current_dispatch_mode() is not live:
+            while current_mode() is not live:
                 above.append(_pop_mode())
             live.__exit__(None, None, None)
             for mode in reversed(above):
@@ -174,7 +168,7 @@ class Metering(Meter):
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
             self._allocating = True
-        elif not self._compiled and not _get_current_dispatch_mode_stack():
+        elif not self._compiled and not mode_stack():
             self._watching = LiveBytes(self._held())
             self._watching.__enter__()  # type: ignore[no-untyped-call]
         elif not self._compiled:
@@ -202,7 +196,7 @@ class Metering(Meter):
 
     def time_inference(self, widths: Mapping[str, int]) -> float:
         """Time forward passes of the model now, if inference is metered; returns the FLOPs that this took."""
-        if self._inference is None or _get_current_dispatch_mode_stack():  # under somebody else's mode
+        if self._inference is None or mode_stack():  # under somebody else's mode
             return 0.0
         self._pass_seconds, passes = self._inference.timed()
         return 0.0 if self._pass_flops is None else passes * self._pass_flops.total(widths)

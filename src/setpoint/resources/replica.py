@@ -68,10 +68,7 @@ def replica(
     *,
     data: bool,
 ) -> Iterator[Replica]:
-    """A copy of a model in training, cut to these widths; it has made one step, so its optimizer state exists.
-
-    Args: those of `fresh_replica`.
-    """
+    """A copy of a model in training, cut to these widths; it has made one step, so its optimizer state exists."""
     with fresh_replica(model, optimizers, example, groups, widths, data=data) as made:
         made.step()
         yield made
@@ -87,11 +84,7 @@ def fresh_replica(
     *,
     data: bool,
 ) -> Iterator[Replica]:
-    """A copy of a model in training, cut to these widths, before its first step.
-
-    Args:
-        data: False for a copy whose tensors have shapes but no memory.
-    """
+    """A copy of a model in training, cut to these widths, before its first step; without `data` it has no memory."""
     keep = {group.name: np.arange(group.num_units) < widths[group.name] for group in groups}
     with ExitStack() as inside:
         mode = None if data else FakeTensorMode(allow_non_fake_inputs=True)

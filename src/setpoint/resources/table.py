@@ -25,7 +25,6 @@ from setpoint.spending.seconds import Stopwatch
 FORMAT = 1
 _ROUNDS = 3
 _LEAST_SECONDS = 1e-3
-_WARNED: set[str] = set()
 
 
 def cache_folder() -> Path:
@@ -135,11 +134,8 @@ class Table:
         if new:
             self._time(new, limit_s)
             self._write()
-        return {key: self._curve(problem) for key, problem in wanted.items()}
-
-    def _curve(self, problem: Problem) -> Curve | None:
-        seconds = self._seconds[problem.key]
-        return Curve(problem, seconds) if seconds else None
+        known = {key: self._seconds[key] for key in wanted}
+        return {key: Curve(problem, known[key]) if known[key] else None for key, problem in wanted.items()}
 
     def _time(self, problems: Sequence[Problem], limit_s: float) -> None:
         began = time.perf_counter()

@@ -26,11 +26,9 @@ class Trainee(Protocol):
 
     def step(self) -> None:
         """Forward, backward and optimizer step."""
-        ...
 
     def held(self) -> Sequence[Tensor]:
         """Tensors that live between steps: weights, buffers, optimizer state, inputs."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -50,12 +48,7 @@ class Operand:
 
 @dataclass(frozen=True, eq=False)
 class Operation:
-    """One call of an ATen operation.
-
-    Args:
-        leaves: its arguments, flattened: an `Operand`, a `Size` where a number follows widths, or a constant.
-        spec: how they were nested.
-    """
+    """One call of an ATen operation; its leaves are operands, sizes where a number follows widths, and constants."""
 
     target: Any
     leaves: tuple[Any, ...]
@@ -169,10 +162,7 @@ def _take(trainee: AbstractContextManager[Trainee]) -> _Take:
 def record(
     make: Callable[[Mapping[str, int]], AbstractContextManager[Trainee]], vectors: Sequence[Mapping[str, int]]
 ) -> Tape:
-    """Record one training step at several widths, and find how each size follows them.
-
-    Args:
-        vectors: widths to record at, as `trial_widths` gives them.
+    """Record one training step at several widths (`trial_widths`), and find how each size follows them.
 
     Raises:
         CostError: if the step is not the same at all widths, or a size follows widths in no known way.

@@ -109,11 +109,7 @@ class MeteredTarget(Target):
             trust = 1.0 if first or name in self.runs else _TRUST
             self._factor[name] *= math.exp(trust * math.log(ratio / self._factor[name]))
         if len(self.budgets) > 1 and self._metered_dense:  # what no meter reads now is as the readings so far foretell
-            shares = [
-                seen.get(name, self._factor[name] * self.costs[name].total(widths)) / limit
-                for name, limit in self._limit.items()
-            ]
-            return {**seen, "joint": max(shares)}
+            return {**seen, "joint": max(seen.get(n, self.expected(n, widths)) / m for n, m in self._limit.items())}
         return seen
 
     def _anchor(self, name: str, dense: float, *, at_dense: bool) -> None:

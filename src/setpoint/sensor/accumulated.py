@@ -40,10 +40,8 @@ class RunningSum:
     """A sum over the backward passes whose gradients lie in a parameter's `.grad`, and over no others.
 
     A value brought in a backward pass counts once the pass has accumulated a gradient in the parameter, which
-    `torch.autograd.grad` does not do. It counts until that gradient is discarded, as it is after a step that a
-    GradScaler skips, or when other losses had the parameter's gradients before.
-
-    For a parameter that `fully_shard` has sharded every value counts: gradients accumulate in another tensor there.
+    `torch.autograd.grad` does not do, and until that gradient is discarded. For a sharded parameter every value counts:
+    gradients accumulate in another tensor there.
     """
 
     def __init__(self, parameter: Tensor) -> None:

@@ -24,14 +24,13 @@ class MagnitudeState:
 
 
 class MagnitudeSensor:
-    """L2 norm of all incoming ("produce") weights of a unit.
+    """L2 norm of all incoming ("produce") weights of a unit: `sqrt(sum of w^2 over the trained weights that write it)`.
 
-    `saliency_u = sqrt(sum of w^2 over the trained weights that write unit u)`; over those that read it where nothing
-    trained writes the group (norms of fixed filters do not depend on training). It ranks the units of one group and
-    does not compare groups (`Reading.calibrated` is False). Filter norms as a criterion are due to Li et al. (L1).
+    Where nothing trained writes the group, over those that read it: norms of fixed filters do not depend on training.
+    It ranks the units of one group and does not compare groups (`Reading.calibrated` is False).
 
     References:
-        Li, Kadav, Durdanovic, Samet, Graf: "Pruning Filters for Efficient ConvNets", ICLR 2017.
+        Li, Kadav, Durdanovic, Samet, Graf: "Pruning Filters for Efficient ConvNets", ICLR 2017 (with the L1 norm).
     """
 
     reads_shards = True

@@ -25,26 +25,18 @@ class Probe:
     with B samples behind a step, gate gradients -gain of mean m and deviation s foretell the saliency
     (B s^2 + m^2) / 2.
 
-    Args:
-        step: optimizer steps done when it was taken.
-        origins: by group, the units that were probed.
-        gain: by group, in that order; in the unit of the loss. Mean over the last probed steps.
-        error: by group, in that order, standard error of the mean; NaN where a unit was present in one step only.
-        rested: by group, in that order, decisions since the unit was dropped.
-        drops: by group, in that order, how often the unit has been dropped so far.
-        num_steps: how many they are.
-        deviation: by group, in that order, standard deviation of the gain in one step; NaN as for the error. Where it
-            is not told, nothing is foretold of the saliency.
+    By group there is an entry for each of `origins`, the units that were probed. Error and deviation are NaN where a
+    unit was present in one step only; without a deviation nothing is foretold of the saliency.
     """
 
-    step: int
+    step: int  # optimizer steps done when it was taken
     origins: Mapping[str, Int[np.ndarray, " _resting"]]
-    gain: Mapping[str, Float64[np.ndarray, " _resting"]]
-    error: Mapping[str, Float64[np.ndarray, " _resting"]]
-    rested: Mapping[str, Int[np.ndarray, " _resting"]]
-    drops: Mapping[str, Int[np.ndarray, " _resting"]]
-    num_steps: int = 1
-    deviation: Mapping[str, Float64[np.ndarray, " _resting"]] = field(default_factory=dict)
+    gain: Mapping[str, Float64[np.ndarray, " _resting"]]  # in the unit of the loss, mean over the probed steps
+    error: Mapping[str, Float64[np.ndarray, " _resting"]]  # standard error of that mean
+    rested: Mapping[str, Int[np.ndarray, " _resting"]]  # decisions since the unit was dropped
+    drops: Mapping[str, Int[np.ndarray, " _resting"]]  # how often the unit has been dropped so far
+    num_steps: int = 1  # how many were probed
+    deviation: Mapping[str, Float64[np.ndarray, " _resting"]] = field(default_factory=dict)  # of the gain in one step
 
     def foretold(self, name: str, num_samples: int) -> Float64[np.ndarray, " _resting"]:
         """Saliency that the sensor will read of the units of a group once they are back; infinite where not told."""

@@ -17,10 +17,7 @@ from setpoint.sensor.reading import Reading
 
 @dataclass(frozen=True, eq=False)
 class RandomState:
-    """Each unit's number, the steps so far, and how often units were regrown.
-
-    A regrown unit has NaN until the next step draws its number.
-    """
+    """Each unit's number (NaN after a return, until the next step draws it), steps, how often units came back."""
 
     numbers: Mapping[str, ByUnit[Float64[np.ndarray, " _units"]]] = field(metadata=fresh(math.nan))
     num_steps: int = 0
@@ -28,9 +25,7 @@ class RandomState:
 
 
 class RandomSensor:
-    """Uniform random numbers that rank the units of a group, and do not compare groups.
-
-    A unit keeps its number. Numbers come from a generator of their own; RNG state is preserved.
+    """Uniform random numbers that rank the units of a group, and do not compare groups; a unit keeps its number.
 
     References:
         Mittal, Bhardwaj, Khapra, Ravindran: "Studying the plasticity in deep convolutional neural networks using

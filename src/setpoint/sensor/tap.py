@@ -39,9 +39,9 @@ def _layer(place: Slice, model: nn.Module) -> nn.Module | None:
 class Tap:
     """Sums `x * dL/dx` over everything but the channels of a layer's input x, as the layer itself passes it on.
 
-    With `y = W x` the sum is what `sum over o of W[o, u] dL/dW[o, u]` would be if W were trained, for every channel
-    u: both are `dL/dg` of a gate g on it. It is computed in the backward pass, by one multiplication of the
-    activations, which stay in memory until then. Compiled code runs no tap.
+    With `y = W x` the sum is what `sum over o of W[o, u] dL/dW[o, u]` would be if W were trained, for every channel u:
+    both are `dL/dg` of a gate g on it. It takes one multiplication of the activations in the backward pass, until which
+    they stay in memory. Compiled code runs no tap.
 
     Sums of several backward passes add up like gradients, and are discarded like them: a forward pass before which no
     trained weight has a gradient starts anew. Where there is a choice, only those backward passes count in which

@@ -106,9 +106,9 @@ class TaylorSensor:
 
         L(0) - L(1) = -r + 1/2 d2L/dg2 + ...
 
-    *The gate's gradient* (Molchanov et al. 2019). The gate scales what the unit hands on, so it could as well scale
-    every weight that reads the unit; by the chain rule `r = sum of w * dL/dw over the unit's outgoing ("consume")
-    weights`. This is exact for any activation, and needs no change to the forward pass.
+    *The gate's gradient* (Molchanov et al. 2019). The gate could as well scale every weight that reads the unit; by the
+    chain rule `r = sum of w * dL/dw over the unit's outgoing ("consume") weights`, exactly, for any activation, without
+    a change to the forward pass.
 
     *The curvature* (optimal brain damage, LeCun et al. 1990; by the Fisher information, Theis et al. 2018). For a
     log-likelihood loss the expected curvature is the Fisher diagonal `E[r_sample^2]`, where `r_sample` is the gate
@@ -118,24 +118,21 @@ class TaylorSensor:
         saliency = 1/2 (B var(r) + mean(r)^2)                          by default,
         saliency = max(0, -mean(r) + 1/2 (B var(r) + mean(r)^2))       with first_order=True.
 
-    Why the first-order term is left out: it is a local slope, and a drop is no small step. Before a normalisation
-    scaling all of a layer's inputs alike changes nothing, so there the slopes of a group add up to zero and half of
-    them are negative, whatever the units are worth; in the last layers they are all large while the logits still grow.
+    The first-order term is left out by default since it is a local slope, and a drop is no small step: before a
+    normalisation the slopes of a group add up to zero, whatever the units are worth.
 
     The unit of the saliency is that of the loss. What biases it: gradients that were clipped or scaled before the
     optimizer's step scale r with them; a weight that is tied to another one carries the gradients of both.
 
-    Mean and variance are exponentially weighted with decay `1 - 1/window`, without start-up bias, and kept in float32
-    (float64 for float64 models) whatever the model's own precision. A step in which any gradient is NaN or infinite is
-    left out as a whole and counted. Where weights lie on several ranks in parts, each rank adds up its own part, and
-    one sum over ranks in each step makes r of all units exact. While outgoing weights of a group are frozen in the
-    middle of a run, nothing is seen of its units, and what was seen before stands.
+    Mean and variance are exponentially weighted with decay `1 - 1/window`, without start-up bias, in float32 (float64
+    for float64 models). A step in which any gradient is NaN or infinite is left out as a whole and counted. Of sharded
+    weights each rank adds up its own part, and one sum over ranks in each step makes r exact. While outgoing weights of
+    a group are frozen in the middle of a run, what was seen before stands.
 
-    *Weights that are frozen from the beginning* (the base of a low-rank adapter). They have no gradient; but the gate
-    may as well scale what the layer is given, so `r = sum of x * dL/dx over the unit's inputs x of that layer`, which a
-    hook on the layer reads in the backward pass (`Tap`). Inputs of these layers are kept in memory until then. Where
-    gradients are averaged over ranks, each rank reads those of its own samples, and one small all-reduce at each update
-    takes the mean over `ranks`, as `DistributedDataParallel` or `fully_shard` does of gradients.
+    *Weights that are frozen from the beginning* (the base of a low-rank adapter) have no gradient; but the gate may as
+    well scale what the layer is given, so `r = sum of x * dL/dx over the unit's inputs x of that layer`, which a hook
+    on the layer reads in the backward pass (`Tap`), keeping x in memory until then. Where gradients are averaged over
+    ranks, one small all-reduce at each update averages those of the ranks' own samples too.
 
     Args:
         num_samples: independent samples behind each optimizer step's gradient (B), over ranks and micro-batches.
@@ -172,13 +169,10 @@ class TaylorSensor:
         return bool(state.tapped)
 
     def readable(self, groups: tuple[Group, ...], model: nn.Module) -> tuple[Group, ...]:
-        """The groups of which every outgoing weight is trained, or its layer's input can be read instead.
+        """The groups of which every outgoing weight is trained, or frozen where a tap can read the layer's input.
 
-        The r of any other would be a part of the truth. A frozen weight can be read past where it is that of a plain
-        `nn.Linear` or `nn.Conv1d`, `2d`, `3d` without groups, and a trained weight writes the units.
-
-        Incoming ("produce") weights are no substitute: before a normalisation their sum of w * dL/dw is zero, and
-        through a curved activation it has the wrong size or sign.
+        The r of any other would be a part of the truth. Incoming ("produce") weights are no substitute: before a
+        normalisation their sum of w * dL/dw is zero, and through a curved activation it has the wrong size or sign.
         """
         parameters = dict(model.named_parameters(remove_duplicate=False))
         trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
@@ -190,11 +184,7 @@ class TaylorSensor:
         return tuple(group for group in groups if seen(group))
 
     def init(self, groups: tuple[Group, ...], model: nn.Module) -> TaylorState:
-        """Empty moments on the device of the outgoing weights.
-
-        Raises:
-            GroupError: for a group that is not `readable`.
-        """
+        """Empty moments on the device of the outgoing weights; GroupError for a group that is not `readable`."""
         unreadable = sorted({g.name for g in groups} - {g.name for g in self.readable(groups, model)})
         if unreadable:
             raise GroupError(
@@ -227,7 +217,8 @@ class TaylorSensor:
         gate_gradient = _summed(state, sources.by_group, lambda source: source.gate_gradient(state.mean))
         gate_gradient = sources.ranks.total(gate_gradient + zero_if_finite(sources.others, state.mean))
         if state.sentinels is not None:
-            gate_gradient = gate_gradient + _tapped_gradients(state, sources.by_group, state.sentinels, self.ranks)
+            tapped = _summed(state, sources.by_group, lambda source: source.tapped(state.mean))
+            gate_gradient = gate_gradient + state.sentinels.in_scale(tapped, self.ranks)
             state.sentinels.forget()
         if grad_scale is not None:
             gate_gradient = gate_gradient / grad_scale
@@ -252,10 +243,7 @@ class TaylorSensor:
             state.sentinels.stop()
 
     def flops(self, groups: tuple[Group, ...], model: nn.Module) -> float:
-        """FLOPs of one update: three for each outgoing weight, one for every gradient that is only checked.
-
-        Of weights that lie on several ranks, each rank's even share.
-        """
+        """FLOPs of one update on each rank: three for each outgoing weight, one for every gradient only checked."""
         sources = find_sources(groups, model)
         read = sum(each.num_read for of_group in sources.by_group for each in of_group)
         return (3.0 * read + sum(parameter.numel() for parameter in sources.others)) / sources.ranks.count
@@ -311,23 +299,6 @@ def _summed(
         there = [found for source in of_group if (found := read(source)) is not None]
         parts.append(sum(there[1:], there[0]) if there else state.mean.new_zeros(num_units))
     return torch.cat(parts)
-
-
-def _tapped_gradients(
-    state: TaylorState, sources: tuple[tuple[Source, ...], ...], sentinels: Sentinels, ranks: Ranks
-) -> Tensor:
-    """What taps add to the gate gradients, in the scale of the gradients that are there now.
-
-    Several ranks call this together. NaN if no gradient came on any of them: none could tell by itself, so the step is
-    left out.
-    """
-    read, came = _summed(state, sources, lambda source: source.tapped(state.mean)), sentinels.gradients()
-    if ranks.count > 1:
-        came = sentinels.nothing() if came is None else came
-        mean = ranks.total(torch.cat([read.double(), came])) / ranks.count
-        read, came = mean[: len(read)].to(read), mean[len(read) :]
-    factor = sentinels.factor(came)
-    return torch.zeros_like(read) if factor is None else read * factor.to(read)
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 
-from setpoint.controller.selection import cheapest
+from setpoint.controller.landing import cheapest
 from setpoint.cost.budget import Budget
 from setpoint.errors import LoopError
 from setpoint.groups.group import Group

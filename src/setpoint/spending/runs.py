@@ -9,9 +9,9 @@ from dataclasses import replace
 
 from setpoint.controller.horizon import RunRest, next_decision
 from setpoint.controller.ladder import lowest_width
+from setpoint.controller.landing import cheapest
 from setpoint.controller.plan import Learning
 from setpoint.controller.reference import Reference
-from setpoint.controller.selection import cheapest
 from setpoint.cost.budget import METERED, amount
 from setpoint.groups.group import Group, widths_of
 from setpoint.sensor.stride import sensed_every
@@ -31,11 +31,9 @@ class Runs:
 
     Args:
         groups: at dense widths.
-        schedule: when decisions are made.
         regrows: whether units come back until the schedule is over.
         learning: the controller, if it learns.
         reported: resources whose budget was warned of.
-        target: whose budgets they are.
     """
 
     def __init__(

@@ -2,8 +2,16 @@
 
 from setpoint.groups.state_space import DiagonalSystem, StateSpaceLayer, StateWeights
 from setpoint.sensor.reading import Basis
-from setpoint.states.balance import Balance, balance, error_bound, hankel_values, truncate
-from setpoint.states.gramian import Gramians, gramian_factors, gramians
+from setpoint.states.balance import (
+    Balance,
+    Gramians,
+    balance,
+    error_bound,
+    gramian_factors,
+    gramians,
+    hankel_values,
+    truncate,
+)
 from setpoint.states.modes import BalancedPairs, Modes, beside, reduce_modes, residual_modes
 from setpoint.states.system import DenseSystem, check_system, real_form, transfer
 

@@ -32,19 +32,19 @@ class HankelSensor:
     """Saliency of balanced states.
 
     Unit i of a group of kind "state" is the i-th pair of states of the layer's real form in *balanced* coordinates,
-    from the largest Hankel singular value down; pairs, since a complex mode is two real states. Its energy is
-    `e_i = sigma_{2i}^2 + sigma_{2i+1}^2` (summed over channels where a layer runs one system for each).
+    from the largest Hankel singular value down; pairs, since a complex mode is two real states. Its energy is `e_i =
+    sigma_{2i}^2 + sigma_{2i+1}^2` (summed over channels where a layer runs one system for each).
 
-    A Hankel value is no loss: it says how much of a layer's output is at stake, not what that output is
-    good for. The sensor puts one gate on the output of all states of a layer together; its gradient,
-    `r = sum of C * dL/dC`, is the same in all coordinates, so `TaylorSensor` can estimate from it the loss `S` of
-    a layer without its states, in the loss's own unit. That is shared out by energy:
+    A Hankel value says how much of a layer's output is at stake, not what that output is good for. So the sensor puts
+    one gate on the output of all states of a layer; its gradient, `r = sum of C * dL/dC`, is the same in all
+    coordinates, and `TaylorSensor` estimates from it the loss `S` of a layer without its states. That is shared out by
+    energy:
 
         saliency_i = S * e_i / sum of e
 
-    Within a layer the order is that of the Hankel values whatever the gradients are; across layers, and beside
-    units of other kinds, saliencies can be compared (`Reading.calibrated`). It is an estimate: output error is
-    proportional to energy at best, and to remove all states is a large step for a second-order expansion.
+    Saliencies can be compared across layers and with units of other kinds (`Reading.calibrated`). It is an estimate:
+    output error is proportional to energy at best, and to remove all states is a large step for a second-order
+    expansion.
 
     The reading carries the balancing pair in `Reading.basis`, for the actuator.
 
@@ -68,12 +68,7 @@ class HankelSensor:
         return self.taylor.readable(tuple(group for group in groups if _is_balanceable(model, group)), model)
 
     def init(self, groups: tuple[Group, ...], model: nn.Module) -> HankelState:
-        """Empty moments.
-
-        Raises:
-            GroupError: for a group that is not of states.
-            StateSpaceError: for a layer that is not stable or not finite.
-        """
+        """Empty moments; GroupError for a group not of states, StateSpaceError for a layer not stable or finite."""
         for group in groups:
             name, layer = state_layer(model, group)
             check_system(layer.state_space(), f"layer {name!r}")

@@ -125,10 +125,7 @@ def _modes(dynamics: Tensor, expand: Tensor, reduce: Tensor, rank: int, outermos
 
 
 def _eigen(dynamics: Tensor, num_modes: int) -> tuple[Tensor, Tensor, Tensor] | int:
-    """Eigenvalues, eigenvectors and their inverse, of a real matrix that is nudged until these are well conditioned.
-
-    If that makes more modes than there may be, how many too many.
-    """
+    """Eigenvalues, eigenvectors and inverse of a real matrix, nudged if need be; or how many modes too many."""
     ladder = torch.diag(torch.linspace(-1.0, 1.0, len(dynamics), dtype=dynamics.dtype))
     norm = torch.linalg.matrix_norm(dynamics).clamp_min(1e-300)
     best: tuple[float, Tensor, Tensor, Tensor] | None = None
@@ -186,10 +183,7 @@ def _assemble(
 
 
 def _scale(old: DiagonalSystem, new: DiagonalSystem) -> Float[Tensor, "*batch modes"]:
-    """Factor for each mode's B, and divisor for its C, that keeps their usual proportion.
-
-    B is compared as a normalised layer holds it, divided by `sqrt(1 - |eigenvalue|^2)`.
-    """
+    """Factor for each mode's B, and divisor for its C (normalised), that keeps their usual proportion."""
 
     def proportion(system: DiagonalSystem) -> tuple[Tensor, Tensor]:
         room = (1.0 - system.eigenvalues.abs().square()).clamp_min(1e-12)
@@ -205,9 +199,9 @@ def _scale(old: DiagonalSystem, new: DiagonalSystem) -> Float[Tensor, "*batch mo
 def residual_modes(system: DiagonalSystem, modes: Modes, num_modes: int) -> Modes:
     """What a reduction has lost, as modes of its own: put beside the reduced system they come back near the full one.
 
-    The difference of the two is a system with as many modes as both have together; this is its balanced truncation. The
-    maps are those from the full system: with `W` and `T` those from the difference, `reduce = W [I; R]` and
-    `expand = [I, -X] T` for the maps R and X of the reduction.
+    The difference of the two has as many modes as both together; this is its balanced truncation. The maps are those
+    from the full system: with `W` and `T` those from the difference, `reduce = W [I; R]` and `expand = [I, -X] T` for
+    the maps R and X of the reduction.
 
     Raises:
         StateSpaceError: as `reduce_modes`.

@@ -63,10 +63,9 @@ def _scan(u: Tensor, a_re: Tensor, a_im: Tensor, b_re: Tensor, b_im: Tensor, c_r
 def _scan_backward(
     grad: Tensor, u: Tensor, a_re: Tensor, a_im: Tensor, b_re: Tensor, b_im: Tensor, c_re: Tensor, c_im: Tensor
 ) -> list[Tensor]:
-    """Gradients of all arguments.
+    """Gradients of all arguments, with `s[t] = conj(C)^T g[t] + conj(a) * s[t+1]`.
 
-    With `s[t] = conj(C)^T g[t] + conj(a) * s[t+1]` that of u is `Re(conj(B)^T s)`, that of B `s u^T`, that of a the
-    sum of `s[t] conj(x[t-1])`, and that of C `g x^H`.
+    Of u `Re(conj(B)^T s)`, of B `s u^T`, of a the sum of `s[t] conj(x[t-1])`, and of C `g x^H`.
     """
     run = _Run(u, a_re, a_im, b_re, b_im, c_re, c_im)
     g = grad.to(run.u.dtype).transpose(0, 1).contiguous()

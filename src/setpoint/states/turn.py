@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -71,9 +70,9 @@ def turned(
 ) -> Iterator[None]:
     """State groups that are about to lose units, in coordinates in which they can; `shrink` with this `keep` inside.
 
-    For a group in `basis`, `keep` is about the units of that basis. With `BalancedPairs` the kept units then hold the
-    balanced truncation of the layer's real map, brought back to modes, so its gain changes by at most twice the sum of
-    the dropped Hankel values. Groups without a basis are left as they are.
+    Arguments are those of `shrink`. For a group in `basis`, `keep` is about the units of that basis. With
+    `BalancedPairs` the kept units then hold the balanced truncation of the layer's real map, brought back to modes, so
+    its gain changes by at most twice the sum of the dropped Hankel values. Other groups are left as they are.
 
     With `rest` the units that go hold what the truncation loses, as modes of their own (`residual_modes`), so that they
     can rest in a reserve and come back; without, nothing.
@@ -87,12 +86,7 @@ def turned(
     On any exception, inside too, model, optimizers and copies are as they were.
 
     Args:
-        model: the model that `groups` describe.
-        optimizer: one optimizer, a sequence of them, or None.
-        groups: as `find_groups`, or the last cut, returned them.
-        keep: by group name, boolean per active unit, True = stays.
         basis: by group name, coordinates for the states of its layer as it is now, as `Reading.basis` holds it.
-        copies: further modules with the same tensors.
         moments: "carry" as above; "reset" and "position" are there to compare with.
         rest: whether units that go are to hold what is lost.
 
@@ -105,8 +99,8 @@ def turned(
     with ExitStack() as undo:
         for group in groups:
             if group.name in basis and not full[group.name].all():
-                turn = _Turn.of(model, group, full[group.name], basis[group.name], rest=rest)
-                turn.apply(model, as_sequence(optimizer), copies, moments, undo)
+                held = _Held(model, as_sequence(optimizer), copies, undo)
+                _Turn.of(held, group, full[group.name], basis[group.name], rest=rest).apply(moments)
         yield
         undo.pop_all()
 
@@ -119,9 +113,35 @@ def balanced(
 
 
 @dataclass(frozen=True, eq=False)
+class _Held:
+    """All that changes together, and the way back."""
+
+    model: nn.Module
+    optimizers: Sequence[Optimizer]
+    copies: Sequence[nn.Module]
+    undo: ExitStack
+
+    def states(self, names: set[str]) -> Iterator[tuple[Optimizer, nn.Parameter]]:
+        """Each parameter of these names, with an optimizer that has state for it."""
+        tensors = named_tensors(self.model)
+        for parameter in (tensors[name] for name in sorted(names)):
+            if isinstance(parameter, nn.Parameter):
+                yield from ((each, parameter) for each in self.optimizers if parameter in each.state)
+
+    def replace_state(self, optimizer: Optimizer, parameter: Tensor, state: dict[str, Any] | None) -> None:
+        """Give a parameter another state, or none."""
+        self.undo.callback(optimizer.state.__setitem__, parameter, optimizer.state[parameter])
+        if state is None:
+            del optimizer.state[parameter]
+        else:
+            optimizer.state[parameter] = state
+
+
+@dataclass(frozen=True, eq=False)
 class _Turn:
     """One layer on its way to other coordinates."""
 
+    held: _Held
     name: str  # of the layer
     group: Group  # its states
     old: DiagonalSystem  # its system
@@ -129,8 +149,8 @@ class _Turn:
     places: Tensor  # positions along its states at which the modes will lie; what is elsewhere is about to be cut
 
     @classmethod
-    def of(cls, model: nn.Module, group: Group, keep: np.ndarray, basis: Basis, *, rest: bool) -> _Turn:
-        name, layer = state_layer(model, group)
+    def of(cls, held: _Held, group: Group, keep: np.ndarray, basis: Basis, *, rest: bool) -> _Turn:
+        name, layer = state_layer(held.model, group)
         old = layer.state_space()
         if not basis.num_units == old.num_states == group.num_units:
             raise GroupError(
@@ -145,29 +165,17 @@ class _Turn:
         if rest:
             modes = beside(modes, residual_modes(old, modes, int((~keep).sum())))
             places.append(np.flatnonzero(~keep[index]))
-        return cls(name, group, old, modes, torch.from_numpy(np.concatenate(places)).to(old.eigenvalues.device))
+        return cls(held, name, group, old, modes, torch.from_numpy(np.concatenate(places)).to(old.eigenvalues.device))
 
-    def apply(
-        self,
-        model: nn.Module,
-        optimizers: Sequence[Optimizer],
-        copies: Sequence[nn.Module],
-        moments: Moments,
-        undo: ExitStack,
-    ) -> None:
+    def apply(self, moments: Moments) -> None:
         """Write the modes, and what follows them, at their places."""
-        before = _layer(model, self.name).state_weights()
-        self._write(model, self.modes.system, undo)
-        taken = replace(self, modes=self._as_taken(model))
-        taken._let_follow(model, optimizers, copies, moments, before, undo)
+        before = _layer(self.held.model, self.name).state_weights()
+        self._write(self.held.model, self.modes.system)
+        replace(self, modes=self._as_taken())._let_follow(moments, before)
 
-    def _as_taken(self, model: nn.Module) -> Modes:
-        """The modes as the layer has them now: it may have put the mirror images of some in their place.
-
-        The real part that is heard is the same of both. With `s` = -1 for a mirrored mode, the rows of `reduce` and the
-        columns of `expand` that belong to imaginary parts are multiplied by it.
-        """
-        new, now = self.modes.system, _layer(model, self.name).state_space()
+    def _as_taken(self) -> Modes:
+        """The modes as the layer has them: some may be mirrored, with other signs of imaginary rows and columns."""
+        new, now = self.modes.system, _layer(self.held.model, self.name).state_space()
         eigenvalues = now.eigenvalues.index_select(-1, self.places).to(new.eigenvalues)
         inputs = now.inputs.index_select(-2, self.places).to(new.inputs)
         outputs = now.outputs.index_select(-1, self.places).to(new.outputs)
@@ -190,34 +198,24 @@ class _Turn:
         reduce, expand = signs[..., :, None] * self.modes.reduce, self.modes.expand * signs[..., None, :]
         return replace(self.modes, system=system, reduce=reduce, expand=expand)
 
-    def _let_follow(
-        self,
-        model: nn.Module,
-        optimizers: Sequence[Optimizer],
-        copies: Sequence[nn.Module],
-        moments: Moments,
-        before: StateWeights,
-        undo: ExitStack,
-    ) -> None:
+    def _let_follow(self, moments: Moments, before: StateWeights) -> None:
         """Copies and optimizer state after the model."""
-        after = _layer(model, self.name).state_weights()
-        for copy in copies:
+        for copy in self.held.copies:
             inner = copy if self._tensor_names() <= set(named_tensors(copy)) else copy.get_submodule("module")
-            self._write(inner, self._follow(_layer(inner, self.name).state_space()), undo)
+            self._write(inner, self._follow(_layer(inner, self.name).state_space()))
         if moments == "carry":
-            self._carry(model, optimizers, before, after, undo)
+            self._carry(before, _layer(self.held.model, self.name).state_weights())
         elif moments == "reset":
-            for optimizer, parameter in self._held(model, optimizers, self._tensor_names()):
-                undo.callback(optimizer.state.__setitem__, parameter, optimizer.state[parameter])
-                del optimizer.state[parameter]
+            for optimizer, parameter in self.held.states(self._tensor_names()):
+                self.held.replace_state(optimizer, parameter, None)
 
     def _tensor_names(self) -> set[str]:
         return {piece.tensor for piece in self.group.slices}
 
-    def _write(self, model: nn.Module, new: DiagonalSystem, undo: ExitStack) -> None:
+    def _write(self, model: nn.Module, new: DiagonalSystem) -> None:
         tensors = named_tensors(model)
         for name in self._tensor_names():
-            undo.callback(partial(_put_back, tensors[name], tensors[name].detach().clone()))
+            self.held.undo.callback(_put_back, tensors[name], tensors[name].detach().clone())
         old = _layer(model, self.name).state_space()
         values = old.eigenvalues.detach().to(torch.complex128)
         inputs = torch.zeros_like(old.inputs, dtype=torch.complex128)
@@ -237,22 +235,7 @@ class _Turn:
         (b_re, b_im), (c_re, c_im) = inputs.chunk(2, -2), outputs.chunk(2, -1)
         return DiagonalSystem(self.modes.system.eigenvalues, torch.complex(b_re, b_im), torch.complex(c_re, -c_im))
 
-    def _held(
-        self, model: nn.Module, optimizers: Sequence[Optimizer], names: set[str]
-    ) -> Iterator[tuple[Optimizer, nn.Parameter]]:
-        tensors = named_tensors(model)
-        for parameter in (tensors[name] for name in sorted(names)):
-            held = [each for each in optimizers if isinstance(parameter, nn.Parameter) and parameter in each.state]
-            yield from ((optimizer, parameter) for optimizer in held)
-
-    def _carry(
-        self,
-        model: nn.Module,
-        optimizers: Sequence[Optimizer],
-        before: StateWeights,
-        after: StateWeights,
-        undo: ExitStack,
-    ) -> None:
+    def _carry(self, before: StateWeights, after: StateWeights) -> None:
         prefix = f"{self.name}." if self.name else ""
         inputs, outputs = ([prefix + each for each in names] for names in (before.inputs, before.outputs))
         scale = after.input_scale.to(torch.complex128).index_select(-1, self.places)
@@ -260,9 +243,9 @@ class _Turn:
         states, kept = self.old.num_states, self.modes.system.num_states
         gradients_out = _mirror(kept, scale.device) @ self.modes.reduce @ _mirror(states, scale.device)
         dim = self.old.eigenvalues.dim() - 1
-        _turn_state(model, optimizers, inputs, gradients_in, dim, self.places, undo)
-        _turn_state(model, optimizers, outputs, gradients_out, dim + 1, self.places, undo)
-        for optimizer, parameter in self._held(model, optimizers, self._tensor_names() - {*inputs, *outputs}):
+        self._turn_state(inputs, gradients_in, dim)
+        self._turn_state(outputs, gradients_out, dim + 1)
+        for optimizer, parameter in self.held.states(self._tensor_names() - {*inputs, *outputs}):
 
             def restart(value: Tensor, key: str, shape: torch.Size = parameter.shape) -> Tensor:
                 if value.shape != shape:
@@ -271,33 +254,26 @@ class _Turn:
                 return mean.clone()
 
             state = {key: map_tensors(value, restart, key) for key, value in optimizer.state[parameter].items()}
-            _replace_state(optimizer, parameter, state, undo)
+            self.held.replace_state(optimizer, parameter, state)
 
-
-def _turn_state(
-    model: nn.Module,
-    optimizers: Sequence[Optimizer],
-    names: Sequence[str],
-    gradients: Float[Tensor, "*batch two_kept two_states"],
-    dim: int,
-    kept: Tensor,
-    undo: ExitStack,
-) -> None:
-    """Send the state of a complex weight, kept in one tensor or two, through the map that its gradients take."""
-    tensors = named_tensors(model)
-    parameters = [tensors[name] for name in names]
-    for optimizer in optimizers:
-        states = [optimizer.state[each] for each in parameters if each in optimizer.state]
-        if len(states) < len(parameters):
-            continue
-        fresh = [dict(state) for state in states]
-        for key, first in states[0].items():
-            values = [state[key] for state in states]
-            if isinstance(first, Tensor) and first.shape == parameters[0].shape and first.numel() > 1:
-                for state, value in zip(fresh, _turned(values, key, gradients, dim, kept), strict=True):
-                    state[key] = value
-        for parameter, state in zip(parameters, fresh, strict=True):
-            _replace_state(optimizer, parameter, state, undo)
+    def _turn_state(
+        self, names: Sequence[str], gradients: Float[Tensor, "*batch two_kept two_states"], dim: int
+    ) -> None:
+        """Send the state of a complex weight, kept in one tensor or two, through the map that its gradients take."""
+        tensors = named_tensors(self.held.model)
+        parameters = [tensors[name] for name in names]
+        for optimizer in self.held.optimizers:
+            states = [optimizer.state[each] for each in parameters if each in optimizer.state]
+            if len(states) < len(parameters):
+                continue
+            fresh = [dict(state) for state in states]
+            for key, first in states[0].items():
+                values = [state[key] for state in states]
+                if isinstance(first, Tensor) and first.shape == parameters[0].shape and first.numel() > 1:
+                    for state, value in zip(fresh, _turned(values, key, gradients, dim, self.places), strict=True):
+                        state[key] = value
+            for parameter, state in zip(parameters, fresh, strict=True):
+                self.held.replace_state(optimizer, parameter, state)
 
 
 def _turned(values: list[Tensor], key: str, gradients: Tensor, dim: int, kept: Tensor) -> list[Tensor]:
@@ -333,11 +309,6 @@ def _mirror(states: int, device: torch.device) -> Tensor:
     """Changes the sign of imaginary parts: the real form of C holds `-Im C`."""
     ones = torch.ones(states, dtype=torch.float64, device=device)
     return torch.diag(torch.cat([ones, -ones]))
-
-
-def _replace_state(optimizer: Optimizer, parameter: Tensor, state: dict[str, Any], undo: ExitStack) -> None:
-    undo.callback(optimizer.state.__setitem__, parameter, optimizer.state[parameter])
-    optimizer.state[parameter] = state
 
 
 def _put_back(tensor: Tensor, old: Tensor) -> None:

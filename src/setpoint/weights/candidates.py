@@ -79,13 +79,10 @@ def check_run(
 def weight_candidates(
     host: Host, example: Example, pattern: str, wanted: Sequence[Group] | None, sensor: Sensor[Any]
 ) -> tuple[Candidates, Masks]:
-    """What may be masked in a pattern, and the masks: nothing is tried out, since a mask is exact on any model.
+    """What may be masked in a pattern, and the masks; nothing is tried out: a mask is exact on any model.
 
-    `wanted` is out of `find_weights(model, pattern)`, or None for every linear and convolutional weight.
-
-    Raises:
-        GroupError: when a weight does not divide into the pattern's blocks, `wanted` are not the model's, or
-            nothing is left.
+    `wanted` is out of `find_weights(model, pattern)`, or None for all. GroupError: they are not, a weight does not
+    divide into the pattern's blocks, or nothing is left.
     """
     model = host.model
     groups = _chosen(model, Pattern.named(pattern), wanted)

@@ -26,8 +26,8 @@ class WeightFlops:
     def cost(self) -> ProductCost:
         """Theoretical FLOPs of a step, as a function of the numbers of active weights.
 
-        `fixed + sum over tensors of step * active / size`, the convention of the sparse-training literature:
-        forward product, gradient of the input and gradient of the weights use active weights only.
+        `fixed + sum over tensors of step * active / size`, as the literature has it: all three products of a weight use
+        active weights only.
 
         References:
             Evci, Gale, Menick, Castro, Elsen: "Rigging the Lottery: Making All Tickets Winners", ICML 2020, appendix.
@@ -47,7 +47,7 @@ class WeightFlops:
 
 
 def weight_flops(model: nn.Module, found: Trace, groups: tuple[Group, ...]) -> WeightFlops:
-    """Count the products with each weight tensor; what other code does with a weight counts as fixed."""
+    """Count the products with each weight tensor, at dense widths; what else is done with a weight is fixed."""
     sizes, owner = widths_of(groups), owners(model)
     dense = widths_of(found.groups)
     total, step, forward = 0.0, dict.fromkeys(sizes, 0.0), dict.fromkeys(sizes, 0.0)

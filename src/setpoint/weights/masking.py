@@ -61,9 +61,9 @@ class Masks:
     """The masks of a run; they change at each decision.
 
     A masked weight is zero, and so is its gradient; optimizers remember nothing of it. Gradients are masked as they are
-    accumulated, so that clipping sees what a model frozen by hand would show, and once more ahead of the step.
-    In a step before an exchange the gradients of masked weights are put aside first. What was put aside goes when the
-    gradients that it came with are thrown away, and what counts is what is there when the first optimizer steps.
+    accumulated, so that clipping sees what a model frozen by hand would show, and once more ahead of the step. Before
+    an exchange the gradients of masked weights are put aside first. They go when the gradients that they came with are
+    thrown away, and what counts is what is there when the first optimizer steps.
     """
 
     def __init__(self, host: Host, groups: tuple[Group, ...], pattern: Pattern, flops: WeightFlops) -> None:
@@ -82,8 +82,6 @@ class Masks:
         self._masked: dict[str, Accumulated] = {}
         self.train_flops = 0.0
         self._step_flops = flops.total
-
-    # What is known.
 
     @property
     def origin(self) -> dict[str, Int[np.ndarray, " _units"]]:
@@ -105,8 +103,6 @@ class Masks:
     def broken(self) -> str:
         """The first tensor in which a masked weight is not zero, or ""."""
         return next((n for n, mask in self.masks.items() if bool(self._weights[n].masked_fill(mask, 0.0).any())), "")
-
-    # What happens at every step.
 
     def prepare(self, step: int, *, due: bool, open_still: bool) -> bool:
         """The next step begins; where a decision comes after it, it may want gradients of masked weights."""
@@ -158,14 +154,8 @@ class Masks:
         masked = self._masked[name] = Accumulated(weight)
         masked.note()
 
-    # What a decision does.
-
     def planned(self, plan: Plan, scores: Mapping[str, Float[Tensor, "..."]]) -> Exchange:
-        """What a plan does to masks; nothing is changed yet. Only an exchange looks at the scores, by group.
-
-        Raises:
-            GroupError: for a plan that does not fit the pattern.
-        """
+        """What a plan does to masks, which are not changed yet; GroupError for one that does not fit the pattern."""
         masks, all_went, all_came, resting = {}, {}, {}, self._resting
         for name, before in self.masks.items():
             kept = before.clone()
@@ -203,10 +193,7 @@ class Masks:
         """Nothing was kept: masks hold until the end."""
 
     def carry_out(self, change: Exchange) -> tuple[Group, ...]:
-        """Set the masks, and return the groups of the weights that are active then.
-
-        What goes is zero from here on, with gradient and moments, in copies too.
-        """
+        """Set the masks; what goes is zero from here on, with moments, in copies too. Returns the active groups."""
         for name, went in change.went.items():
             times = self._num_dropped[name]
             self._num_dropped[name] = times + (went & (times < 255)).to(torch.uint8)
@@ -237,8 +224,6 @@ class Masks:
         for handle in chain.from_iterable(self._handles.values()):
             handle.remove()
         self._handles, self._gone = {}, {}
-
-    # What is remembered.
 
     def state_dict(self) -> dict[str, Any]:
         """Everything in plain tensors and numbers."""

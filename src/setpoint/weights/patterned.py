@@ -61,11 +61,11 @@ class PatternedState:
 def patterned(
     reading: Reading, groups: tuple[Group, ...], shapes: Mapping[str, tuple[int, ...]], pattern: Pattern
 ) -> Reading:
-    """The reading with saliencies raised where the pattern holds a weight back.
+    """The reading with saliencies raised where the pattern, unless it is free, holds a weight back.
 
-    A tensor loses `pattern.stride` weights of each block at a time, the least salient of the block. So that the
-    least salient weights of the tensor are just these, every weight that goes later counts as at least a hair more
-    than all that go earlier; the summed saliency of what goes at the next stride is unchanged.
+    A tensor loses `pattern.stride` weights of each block at a time, the least salient of the block. So that the least
+    salient weights of the tensor are just these, what goes later counts as at least a hair more than all that go
+    earlier.
     """
     if pattern.free or not reading.finite():
         return reading

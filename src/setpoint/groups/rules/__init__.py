@@ -2,7 +2,6 @@
 
 import setpoint.groups.rules.attention
 import setpoint.groups.rules.contract
-import setpoint.groups.rules.custom
 import setpoint.groups.rules.elementwise
 import setpoint.groups.rules.index
 import setpoint.groups.rules.norm

@@ -186,10 +186,7 @@ def _mark_batch(
 def _tie_groups(
     walk: Walk, num_groups: int, inputs: DimLabels, shared_in: DimLabels, outputs: np.ndarray, shared_out: DimLabels
 ) -> None:
-    """Tie the channels of a grouped convolution: only complete groups of it can be dropped.
-
-    `shared_in` and `shared_out` are labels of the weight's dim that holds the inputs or outputs of one group.
-    """
+    """Tie the channels of a grouped convolution, whose weight holds those of one group along its `shared` dims."""
     groups = walk.atoms.fresh(num_groups)
     for labels, shared in ((inputs, shared_in), (outputs, shared_out)):
         if labels is None:

@@ -32,9 +32,8 @@ def _recurrent(
 ) -> tuple[Value, ...] | None:
     """Gates of hidden unit u are rows u, H + u, 2H + u, ... of both matrices; u is the same unit in all layers.
 
-    A unit whose weights are zero stays zero from a zero start: `c = sigmoid(0) tanh(0) = 0` in an LSTM,
-    `h = (1 - z) tanh(0) + z 0 = 0` in a GRU. Torch's modules have one `hidden_size` for all layers and directions,
-    so their units are tied.
+    A unit whose weights are zero stays zero from a zero start: `c = sigmoid(0) tanh(0) = 0` in an LSTM, `h = (1 - z)
+    tanh(0) + z 0 = 0` in a GRU. Torch has one `hidden_size` for all layers and directions: these are tied.
     """
     assert walk.node is not None
     starts = [states] if isinstance(states, Value) else list(states)
