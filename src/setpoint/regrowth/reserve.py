@@ -186,13 +186,13 @@ class Reserve:
 
     def resumed(self, state: Mapping[str, Any]) -> Reserve:
         """The reserve whose `state_dict` this is, from the empty one of its model; GroupError for another's."""
-        units = state["units"]
-        by_group = {key: {n: units[n][key].numpy().copy() for n in units} for key in self._by_group()}
-        for key, old in self._by_group().items():
-            for name, values in old.items():
-                new = by_group[key].get(name)
-                if new is None or (new.shape, new.dtype) != (values.shape, values.dtype):
-                    raise GroupError(f"the reserve's {key} of group {name!r} is not one {values.dtype} per unit")
+        units = state["units"].items()
+        by_group = {key: {n: u[key].numpy().copy() for n, u in units if key in u} for key in self._by_group()}
+        for part, old in self._by_group().items():
+            for name, array in old.items():
+                new = by_group[part].get(name)
+                if new is None or (new.shape, new.dtype) != (array.shape, array.dtype):
+                    raise GroupError(f"the reserve's {part} of group {name!r} is not one {array.dtype} per unit")
         tensors = {}
         for each in state["tensors"]:
             key, count = Key(*each["key"]), len(each["values"])

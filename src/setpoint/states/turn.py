@@ -125,8 +125,8 @@ class _Held:
         """Each parameter of these names, with an optimizer that has state for it."""
         tensors = named_tensors(self.model)
         for parameter in (tensors[name] for name in sorted(names)):
-            held = [each for each in self.optimizers if isinstance(parameter, nn.Parameter) and parameter in each.state]
-            yield from ((optimizer, parameter) for optimizer in held)
+            if isinstance(parameter, nn.Parameter):
+                yield from ((each, parameter) for each in self.optimizers if parameter in each.state)
 
     def replace_state(self, optimizer: Optimizer, parameter: Tensor, state: dict[str, Any] | None) -> None:
         """Give a parameter another state, or none."""
