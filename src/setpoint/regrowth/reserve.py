@@ -14,9 +14,10 @@ from jaxtyping import Bool, Int, Shaped
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from setpoint.actuator.cut import Keep, SizePlace, check_keep, cut_groups, in_format, plan_cut
+from setpoint.actuator.cut import Keep, SizePlace, check_keep, cut_groups, plan_cut
 from setpoint.actuator.optimizer_state import Optimizers, as_sequence, map_tensors
 from setpoint.actuator.shrink import named_tensors, unwrapped
+from setpoint.actuator.take import in_format
 from setpoint.distributed import Ranks, is_spread, local, spread_out
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group, keep_all
