@@ -176,7 +176,7 @@ def ten_percent(
     found = trace(model, task.example())
     cost, widths = flops_cost(found), widths_of(found.groups)
     dense = cost.total(widths)
-    seen = Observation(1, 1, widths, reading, {"flops": dense}, {"flops": CUT * dense}, {"flops": dense})
+    seen = Observation(1, 1, widths, widths, reading, {"flops": dense}, {"flops": CUT * dense}, {"flops": dense})
     controller = setpoint.PricedController()
     plan = controller.decide(controller.init(groups), seen, cost, groups)[1]
     gone = {name: np.flatnonzero(~keep) for name, keep in plan.keep.items()}

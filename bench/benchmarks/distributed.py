@@ -85,13 +85,13 @@ def measured(name: str, wrapper: str) -> dict[str, Any]:
         step()
     step_s = statistics.median(seconds(step) for _ in range(PLAIN_STEPS))  # no decision falls into these
     assert not len(loop.ledger), "a decision fell into the timed steps"
-    host, reading = loop._parts.host, loop._read()
+    host, reading = loop.host, loop.reading()
 
     def agree() -> None:
         with host.together("a plan") as facts:
             facts["plan"] = 0
 
-    shared_s = median(lambda: host.mean(lambda: reading, loop._watch, loop.step), REPEATS)
+    shared_s = median(lambda: host.mean(lambda: reading, loop.losses, loop.step), REPEATS)
     agreed_s = median(agree, REPEATS)
     trained = [parameter for parameter in host.model.parameters() if parameter.requires_grad]
     rewrap_s = median(lambda: rewrap(model, trained), 10) if wrapper == "ddp" else 0.0

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 import setpoint
 from setpoint.resources.live_bytes import peak_bytes
-from setpoint.spending.seconds import Stopwatch, median_of
+from setpoint.resources.median import median_of
+from setpoint.spending.seconds import Stopwatch
 from setpoint_bench.catalogue import task_named
 from setpoint_bench.report.statistics import paired
 from setpoint_bench.task import Task, dense_widths

@@ -8,38 +8,39 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from torch.optim import Optimizer
 
-from setpoint.actuator.optimizer_state import check_optimizer, check_trains
-from setpoint.actuator.verify import few_rows
+from setpoint.actuator.try_optimizer import check_optimizer, check_trains
+from setpoint.controller.goal import check_goal, controller_for
+from setpoint.controller.landing import cheapest
 from setpoint.controller.plan import Controller, Learning, regrows
 from setpoint.controller.plan import Regrowing as Returning
 from setpoint.controller.reference import Reference
 from setpoint.controller.rolling_back import RollingBack
-from setpoint.controller.selection import cheapest
 from setpoint.controller.using_up import UsingUp
 from setpoint.cost.budget import METERED, Budget
 from setpoint.cost.price import Price
 from setpoint.cost.tolerance import Tolerance
-from setpoint.errors import CostError, LoopError
+from setpoint.errors import LoopError
 from setpoint.groups.chance import untouched_chance
 from setpoint.groups.export import Example, num_samples
 from setpoint.groups.follow import check_states
 from setpoint.groups.group import Group, widths_of
 from setpoint.groups.trace import trace
 from setpoint.host.host import Host, host_of
+from setpoint.host.optimizers import Steps
+from setpoint.host.refuse import check_reads, check_shared_costs
 from setpoint.loop.candidates import Candidates, unit_candidates
 from setpoint.loop.cutting import Actuator, Coordinates, Cutting, same_coordinates
-from setpoint.loop.goal import check_goal, controller_for
 from setpoint.loop.header import header_of
 from setpoint.loop.loop import ATTACHED, Loop
 from setpoint.sensor.reading import Sensor, Shared, takes_back
 from setpoint.sensor.taylor import TaylorSensor
 from setpoint.spending.account import Account
+from setpoint.spending.checks import check_budgets, check_reachable
 from setpoint.spending.meter import Meter
 from setpoint.spending.seconds import Stopwatch
 from setpoint.spending.spending import Spending
-from setpoint.spending.target import Target, check_budgets, check_reachable
+from setpoint.spending.target import Target
 
 if TYPE_CHECKING:
     from setpoint.regrowth.regrowing import Regrowing
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 
 def attach(
     model: nn.Module,
-    optimizer: Optimizer | Sequence[Optimizer],
+    optimizer: Steps | Sequence[Steps],
     budget: Budget | Sequence[Budget] | Price | Tolerance,
     *,
     example: Example,
@@ -68,7 +69,7 @@ def attach(
 
     Args:
         model: as the training loop calls it: compiled, in `DistributedDataParallel` or with `fully_shard`, too.
-        optimizer: the one that trains it, or several that each step once per training step.
+        optimizer: the one that trains it, in its wrapper if it has one, or several that each step once per step.
         budget: of one resource or several; with a `Price` or a `Tolerance` the size follows from the loss.
         example: inputs as in training, at the batch shape of one optimizer step on one rank: a tuple or a dict.
         total_steps: optimizer steps of the whole run.
@@ -85,6 +86,7 @@ def attach(
             `ExampleError`, `ExportError`, `GroupError`, `LoopError`, `OptimizerError` and `RankError`.
         ValueError: for a setting out of range.
 
+    >>> import torch
     >>> model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2))
     >>> optimizer, x = torch.optim.SGD(model.parameters(), lr=0.1), torch.randn(8, 4)
     >>> with attach(model, optimizer, Budget.fraction(0.5, of="params"), example=(x,), total_steps=50) as loop:
@@ -184,7 +186,7 @@ def _spending(host: Host, wish: _Wish, parts: _Parts, total_steps: int, clock: S
         modelled=found.sources,
         check=parts.check,
     )
-    spending.check_runs(found.groups, 0)
+    spending.runs.check(0, total_steps, found.groups)
     return spending
 
 
@@ -220,7 +222,8 @@ def _wish(
     for each in host.optimizers:
         check_optimizer(each)
     wish = _Wish(goal, budgets, controller, settings.get("pattern", ""), settings.get("reserve_bytes", 8 * 2**30))
-    _check_shared(host, {each.resource for each in wish.goals})
+    if not host.alone:
+        check_shared_costs({each.resource for each in wish.goals})
     return wish
 
 
@@ -287,11 +290,14 @@ def _units(
     """Units are cut."""
     traced = trace(host.model, example)
     sensor = _sensor(host, traced.groups, example) if sensor is None else sensor
-    _check_reads(host, sensor)
+    if host.mesh is not None:
+        check_reads(sensor)
     sensor = sensor.over(host.ranks) if isinstance(sensor, Shared) and not host.alone else sensor
     found = unit_candidates(host, traced, example, sensor, groups, allow_lossy=allow_lossy, verify=verify)
     if regrows(wish.controller):
-        passes = _check_regrowth(host, example, found.groups, sensor, verify)
+        from setpoint.regrowth.verify_probe import check_regrowth
+
+        passes = check_regrowth(host, example, found.groups, sensor, verify=verify)
         found = replace(found, passes=found.passes + passes)
     meter = Meter()
     if {each.resource for each in wish.goals} & set(METERED):
@@ -341,47 +347,3 @@ def _sensor(host: Host, groups: tuple[Group, ...], example: Example) -> Sensor[A
         for_states: tuple[Sensor[Any], ...] = (HankelSensor(samples), SelectiveSensor(example))
         return SensorChain(*(each for each in for_states if each.readable(groups, host.model)), TaylorSensor(samples))
     return TaylorSensor(samples)
-
-
-def _check_shared(host: Host, resources: set[str]) -> None:
-    """Check that costs are the same on all ranks, so that they can follow one plan."""
-    measured = sorted(resources & set(METERED))
-    if measured and not host.alone:
-        raise CostError(
-            f"a budget of {measured[0]!r} is not available on several ranks in this version, since each would measure "
-            "another cost: use a budget of 'flops' or 'params'"
-        )
-
-
-def _check_reads(host: Host, sensor: Sensor[Any]) -> None:
-    """Check that a sensor says that it reads weights of which each rank has a part, where that is so."""
-    if host.mesh is not None and not getattr(sensor, "reads_shards", False):
-        raise LoopError(
-            f"{type(sensor).__name__} does not say that it can read a model that fully_shard has spread over ranks: "
-            "use TaylorSensor, or set reads_shards = True on a sensor that adds up what each rank has"
-        )
-
-
-def _check_regrowth(
-    host: Host, example: Example, groups: tuple[Group, ...], sensor: Sensor[Any], verify: bool
-) -> float:
-    """Check that units can be probed and come back in this model; the passes that took.
-
-    Raises:
-        LoopError: when they cannot.
-        VerificationError: when a probed step on a copy is not the shrunk model's step.
-    """
-    from setpoint.regrowth.verify_probe import verify_probe
-
-    instead = "attach with PricedController(regrow=False)"
-    if not takes_back(sensor):
-        raise LoopError(f"{type(sensor).__name__} says returns = False, so units cannot come back: {instead}")
-    if host.compiled:
-        raise LoopError(
-            f"resting units cannot be present in compiled code: attach to the model uncompiled, or {instead}"
-        )
-    if not verify:
-        return 0.0
-    few, share = few_rows(example)
-    verify_probe(host.model, few, groups)
-    return 6 * share

@@ -84,6 +84,7 @@ def observe(
     step: int = 1,
     total_steps: int = 1,
     metered: float | None = None,
+    dense_widths: Mapping[str, int] | None = None,
 ) -> Observation:
     """An observation of these groups."""
     widths = widths_of(groups)
@@ -91,6 +92,7 @@ def observe(
         step=step,
         total_steps=total_steps,
         widths=widths,
+        dense_widths=widths if dense_widths is None else dense_widths,
         reading=reading,
         dense={cost.resource: dense},
         limit={cost.resource: limit},
@@ -119,15 +121,14 @@ def run(
 ) -> list[Decision]:
     """Run a controller in closed loop; `steer` may change its state and the limit before a decision."""
     dense = cost.total(widths_of(groups))
-    limit, state, decisions = fraction * dense, controller.init(groups), []
+    limit, state, decisions, whole = fraction * dense, controller.init(groups), [], widths_of(groups)
     for step in filter(lambda step: controller.due(step, total_steps), range(1, total_steps + 1)):
         state, limit = steer(step, state, limit)
         predicted = cost.total(widths_of(groups))
         metered = None if meter is None else meter(step, predicted)
         reading = Reading(step, dict(saliency), 1, calibrated)
-        seen = observe(
-            groups, cost, limit=limit, dense=dense, reading=reading, step=step, total_steps=total_steps, metered=metered
-        )
+        settings = {"step": step, "total_steps": total_steps, "metered": metered, "dense_widths": whole}
+        seen = observe(groups, cost, limit=limit, dense=dense, reading=reading, **settings)
         state, plan = controller.decide(state, seen, cost, groups)
         state = follow(state, Change(keep=plan.keep))
         saliency = {name: values[plan.keep[name]] for name, values in saliency.items()}

@@ -66,7 +66,7 @@ def disagreement() -> None:
         failing[1].zero_grad()
         train(*failing, range(step, step + 2), share)  # on all ranks it is as it was, and goes on
         assert_same_everywhere(failing[0].module, failing[1])
-    assert failing[2]._regrowth.reserve.resting["up"].nonzero()[0].tolist() == [1, 4]
+    assert failing[2].actuator.reserve.resting["up"].nonzero()[0].tolist() == [1, 4]
 
 
 def late() -> None:

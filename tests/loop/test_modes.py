@@ -326,10 +326,3 @@ def test_another_length_moves_the_decisions() -> None:
     assert summary.total_steps == summary.steps == 600
     assert loop.ledger[-1].step == 180
     assert summary.final_flops_ratio <= 0.5
-
-
-def test_a_reference_beside_a_controller_is_refused() -> None:
-    """A controller brings its own reference."""
-    budget = setpoint.Budget.fraction(0.5, of="flops")
-    with pytest.raises(ValueError, match="not both"):
-        train(budget, reference=setpoint.Reference(), controller=setpoint.PricedController())

@@ -22,7 +22,7 @@ from setpoint.controller.priced import PricedController
 from setpoint.controller.reference import Reference
 from setpoint.errors import LoopError, VerificationError
 from setpoint.groups.follow import Change, follow
-from setpoint.groups.group import Group, Slice
+from setpoint.groups.group import Group, Slice, keep_all
 from setpoint.regrowth.regrowing import Regrowing
 from setpoint.sensor.chain import SensorChain
 from setpoint.sensor.reading import Reading
@@ -216,9 +216,11 @@ def test_the_model_is_the_same_right_after_a_return() -> None:
     model, units = Net(), {"inner.0": [1, 2], "stem": [3]}
     optimizer, loop = attach(model, Scripted({5: units}))
     train(model, optimizer, 8)
-    before, regrowth = model(data(99)[0]), loop.actuator
-    assert regrowth is not None
-    regrowth.grow(loop.groups, Plan(8, {}, grow={name: np.array(each) for name, each in units.items()}))
+    before = model(data(99)[0])
+    assert loop.widths == {"stem": 11, "inner.0": 14}
+    back = {name: np.array(each) for name, each in units.items()}
+    loop.actuator.act(Plan(8, keep_all(loop.groups), grow=back), loop.reading())
+    assert loop.widths == {"stem": 12, "inner.0": 16}
     torch.testing.assert_close(model(data(99)[0]), before, rtol=0, atol=1e-6)
     loop.detach()
 
@@ -229,16 +231,14 @@ def test_the_weights_that_rise_arrive_exactly() -> None:
         torch.manual_seed(0)
         model = Net()
         _, loop = attach(model, Scripted({}))
-        regrowth = loop.actuator
-        assert regrowth is not None
         before = [tensor.clone() for tensor in model.state_dict().values()]
         keep = {"inner.0": np.arange(16) > 4, "stem": np.arange(12) != 2}
-        with regrowth.resting(keep):
-            groups = setpoint.shrink(model, None, loop.groups, keep)
-        plan = Plan(1, {}, grow={"inner.0": np.arange(5), "stem": np.array([2])})
-        regrowth.grow(groups, plan)
+        loop.actuator.act(Plan(1, keep), Reading(1, {}, 1))
+        assert loop.widths == {"stem": 11, "inner.0": 11}
+        back = {"inner.0": np.arange(5), "stem": np.array([2])}
+        loop.actuator.act(Plan(2, keep_all(loop.groups), grow=back), Reading(2, {}, 1))
         for _ in range(steps):
-            regrowth.ease()
+            loop.actuator.after_step()
         loop.detach()
         for one, other in zip(model.state_dict().values(), before, strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=1e-6)

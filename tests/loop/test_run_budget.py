@@ -199,8 +199,8 @@ def test_a_real_run_lands_on_its_budget(block: int, fraction: float) -> None:
 LATE = Reference(warmup=0.3, settle=0.6, land=0.9)
 CONTROLLERS: dict[str, dict[str, Any]] = {
     "priced": {},
-    "late": {"reference": LATE},
-    "two cuts": {"reference": Reference(num_cuts=2)},
+    "late": {"controller": PricedController(LATE)},
+    "two cuts": {"controller": PricedController(Reference(num_cuts=2))},
     "regrowing": {"controller": PricedController(regrow=True)},
     "gated": {"controller": GatedController()},
     "gated late": {"controller": GatedController(PricedController(LATE))},

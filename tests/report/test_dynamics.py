@@ -1,10 +1,10 @@
-"""Dynamics: every event is a spike, stays in the reserve are timed, and a jump of the loss shows where it happened."""
+"""Dynamics: every event is a spike, and stays in the reserve are timed."""
 
 from __future__ import annotations
 
-from setpoint.ledger import Entry
+from setpoint.entry import Entry
 from setpoint.report import dynamics
-from setpoint.report.record import Point, Record
+from setpoint.report.record import Record
 
 RECORD = Record(
     units={"a": 4, "b": 3},
@@ -57,21 +57,7 @@ def test_every_event_is_a_spike() -> None:
     assert bars == {"dropped": ([10, 30, 60], [-2, -1, -1]), "brought back": ([30], [1])}
 
 
-def test_a_jump_shows_at_its_event() -> None:
-    """A loss that is 1 up to step 30 and 2 after it: the curve of that event rises by 1 at 0, the other's is flat."""
-    history = [Point(step, None, None, "train", 1.0 if step <= 30 else 2.0, None) for step in range(1, 101)]
-    figure = dynamics.loss_around(RECORD, history)
-    assert figure
-    curves = {trace["name"].partition(":")[0]: trace for trace in figure.data}
-    assert {y for x, y in zip(curves["step 30"]["x"], curves["step 30"]["y"], strict=True) if x < 0} == {0.0}
-    assert {y for x, y in zip(curves["step 30"]["x"], curves["step 30"]["y"], strict=True) if x > 0} == {1.0}
-    assert set(curves["step 10"]["y"]) == set(curves["step 60"]["y"]) == {0.0}
-    assert "step 40" not in curves
-    assert dynamics.loss_around(RECORD, []) is None
-
-
 def test_a_run_without_events_has_no_spikes() -> None:
-    """Without a drop there is no raster, no stay and no loss around anything."""
+    """Without a drop there is no raster and no stay."""
     quiet = Record(RECORD.units, RECORD.what, RECORD.dense, RECORD.limit, 100, RECORD.entries[2:3])
     assert dynamics.raster(quiet) is None and dynamics.reserve_lives(quiet) is None
-    assert dynamics.loss_around(quiet, [Point(1, None, None, "train", 1.0, None)]) is None

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from setpoint.errors import UsageError
-from setpoint.report.zoo import named_model, small_config, transformers_model
+from setpoint.report.zoo import named_model, transformers_model
 
 
 @pytest.mark.parametrize(
@@ -36,9 +36,9 @@ def test_a_name_is_enough(
 
 def test_inputs_of_an_encoder_and_decoder() -> None:
     """The decoder's tokens are fewer than the encoder's, so that no dim of one can be mistaken for the other's."""
-    pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers")
     sizes = {"d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 50}
-    _, example = transformers_model(small_config("t5", {}, sizes), (3, 24))
+    _, example = transformers_model(transformers.AutoConfig.for_model("t5", **sizes), (3, 24))
     assert [tuple(value.shape) for value in example.values()] == [(3, 24), (3, 14)]
 
 

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from setpoint.states.scan import diagonal_scan, scan
+from setpoint.states import scan
+from setpoint.states.scan import diagonal_scan
 
 
 def _arguments(steps: int, states: int = 4, dtype: torch.dtype = torch.float64) -> list[Tensor]:

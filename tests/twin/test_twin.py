@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from groups.zoo import MODELS
-from setpoint.actuator.cut import plan_cut, take
+from setpoint.actuator.cut import plan_cut
 from setpoint.actuator.mask import mask
 from setpoint.actuator.shrink import shrink
+from setpoint.actuator.take import take
 from setpoint.checkpoint import load, save
 from setpoint.groups.group import Group
 from setpoint.groups.kept import random_keep

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from setpoint.report.own_function import source_hash
 from setpoint_bench.environment import code_version
 from setpoint_bench.interleaved import run_interleaved
 from setpoint_bench.progress import ProgressBars, turns_bar
@@ -18,7 +17,7 @@ from setpoint_bench.runner import Outcome, finished, make_data_ready, run
 from setpoint_bench.task import BenchError, Task
 from setpoint_bench.timing import measure, with_timed
 from setpoint_bench.training import Cell
-from setpoint_bench.worker import METHOD_FILE
+from setpoint_bench.worker import METHOD_FILE, source_hash
 
 
 def train_cells(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import os
 import signal
@@ -16,7 +17,6 @@ from pathlib import Path
 import torch
 
 from setpoint.errors import SetpointError
-from setpoint.report.own_function import source_hash
 from setpoint_bench.fingerprint import fingerprint
 from setpoint_bench.method import Method, method_named
 from setpoint_bench.results import Result
@@ -187,3 +187,8 @@ def _ending(code: int | None) -> str:
     with suppress(ValueError):
         return f"{signal.Signals(-code).name}{', out of memory?' if -code == 9 else ''}"
     return f"signal {-code}"
+
+
+def source_hash(target: str) -> str:
+    """Hash of the text of the file that `module.py:function` names, 16 hexadecimal digits."""
+    return hashlib.sha256(Path(target.rpartition(":")[0]).read_bytes()).hexdigest()[:16]

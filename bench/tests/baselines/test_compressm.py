@@ -1,12 +1,12 @@
 import numpy as np
 import pytest
 import torch
-from ssm.systems import ANGLES, diagonal
 
 import setpoint
 from setpoint.states import transfer
 from setpoint_bench.baselines.compressm import ComplexBalance, ComplexHankelSensor, ToleranceController
 from setpoint_bench.models import SequenceClassifier
+from states.systems import ANGLES, diagonal
 
 
 def test_complex_values_are_roots_of_eigenvalues() -> None:

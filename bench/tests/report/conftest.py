@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from setpoint.ledger import Entry, Ledger
+from setpoint.entry import Entry
+from setpoint.ledger import Ledger
 
 STEPS = 1000
 DENSE_FLOPS = 2.4e9

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from setpoint.report.record import Point
 from setpoint_bench.report.columns import break_even_text, columns, difference_columns, metric_text
 from setpoint_bench.report.folder import read_results
+from setpoint_bench.report.history import Point
 from setpoint_bench.report.results import Cell, Results, Timing
 from setpoint_bench.report.summary import Row, merged, summary_rows
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import TypeVar
 
 import numpy as np
-import torch
-from jaxtyping import Bool, Int, Shaped
-from torch import Tensor
+from jaxtyping import Bool, Int
 
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group, Place, SizeBinding, Slice
@@ -170,62 +167,3 @@ def _cut_group(group: Group, kept: Bool[np.ndarray, " units"], cut: Cut) -> Grou
         slices=tuple(shorten(part) for part in group.slices),
         sizes=tuple(recount(size) for size in group.sizes),
     )
-
-
-def take(tensor: Shaped[Tensor, " *shape"], dims: Mapping[int, Int[np.ndarray, " _kept"]]) -> Shaped[Tensor, " *small"]:
-    """A copy of `tensor` with only the given entries of the given dims, in the same memory format.
-
-    The copy owns its memory: a view would keep the old storage alive. The order of dims in memory
-    (`channels_last`, `channels_last_3d`, any other permutation) stays as it was.
-
-    >>> take(torch.arange(6).reshape(2, 3), {1: np.array([0, 2])}).tolist()
-    [[0, 2], [3, 5]]
-    """
-    # `index_select` returns contiguous memory, so the dims are put in memory order first and back after it.
-    source = tensor.detach()
-    order = _order(source)
-    result = source.permute(order)
-    for dim, kept in dims.items():
-        result = result.index_select(order.index(dim), torch.from_numpy(kept).to(source.device))
-    # No dim was selected, so nothing has been copied yet.
-    result = result if dims else result.clone()
-    return in_format(result.permute([order.index(dim) for dim in range(source.dim())]), source)
-
-
-def in_format(tensor: Shaped[Tensor, " *small"], like: Shaped[Tensor, " *shape"]) -> Shaped[Tensor, " *small"]:
-    """`tensor` laid out in memory as `like` is (channels_last, say); itself if it already is."""
-    order = _order(like)
-    dense = tensor.permute(order).contiguous()
-    return _restride(dense.permute([order.index(dim) for dim in range(like.dim())]), like)
-
-
-def _order(tensor: Tensor) -> list[int]:
-    """Dims as they lie in memory, outermost first."""
-    strides = tensor.stride()
-    return sorted(range(tensor.dim()), key=lambda dim: -strides[dim])
-
-
-def _restride(result: Tensor, like: Tensor) -> Tensor:
-    """Give dims of length 1 the strides PyTorch itself would give them in `like`'s memory format.
-
-    Kernels choose their path by strides, so a resized tensor should not differ in them from a fresh one.
-    """
-    formats: Iterable[tuple[int, ...]] = chain([tuple(range(like.dim()))], _CHANNELS_LAST.get(like.dim(), ()))
-    for order in formats:
-        if _dense_strides(like.shape, order) == like.stride():
-            return result.as_strided(result.shape, _dense_strides(result.shape, order))
-    return result
-
-
-# Order of dims in memory, outermost first.
-_CHANNELS_LAST: dict[int, tuple[tuple[int, ...], ...]] = {4: ((0, 2, 3, 1),), 5: ((0, 2, 3, 4, 1),)}
-
-
-def _dense_strides(shape: Iterable[int], order: Iterable[int]) -> tuple[int, ...]:
-    lengths = tuple(shape)
-    strides = [0] * len(lengths)
-    step = 1
-    for dim in reversed(tuple(order)):
-        strides[dim] = step
-        step *= max(lengths[dim], 1)
-    return tuple(strides)

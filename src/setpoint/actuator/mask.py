@@ -11,8 +11,9 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from setpoint.actuator.cut import Cut, Keep, plan_cut
+from setpoint.actuator.cuttable import check_lengths
 from setpoint.actuator.optimizer_state import Optimizers, as_sequence, visit_state
-from setpoint.actuator.shrink import check_lengths, named_tensors
+from setpoint.actuator.shrink import named_tensors
 from setpoint.groups.group import Group
 
 

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from setpoint.actuator.cut import take
-from setpoint.actuator.muon import shape_factor, steps_by_matrix
-from setpoint.actuator.swap import swap
+from setpoint.actuator.take import take
 from setpoint.errors import OptimizerError
 
 Optimizers = Optimizer | Sequence[Optimizer] | None
@@ -71,23 +66,6 @@ def map_tensors(value: Any, function: Callable[[Tensor, str], Tensor], key: str)
     return value
 
 
-def check_trains(optimizers: Iterable[Optimizer], model: nn.Module) -> None:
-    """Check that every optimizer holds at least one of the model's parameters.
-
-    Raises:
-        OptimizerError: naming the optimizer that holds none.
-    """
-    ours = {id(parameter) for parameter in model.parameters()}
-    for optimizer in optimizers:
-        held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        if not any(id(parameter) in ours for parameter in held):
-            raise OptimizerError(
-                f"{type(optimizer).__name__} holds {len(held)} tensors, but none of this model's parameters: "
-                "build it from model.parameters() of the very model you attach to, after the model "
-                "was moved, wrapped or copied"
-            )
-
-
 def visit_state(optimizer: Optimizer, parameter: nn.Parameter, function: Callable[[Tensor], object]) -> None:
     """Call `function` on every state tensor that has the parameter's shape."""
 
@@ -121,137 +99,3 @@ def check_state(optimizer: Optimizer, held: Iterable[tuple[str, Tensor, Mapping[
 
         for part, value in state.items():
             map_tensors(value, check, part)
-
-
-def check_optimizer(optimizer: Optimizer) -> None:
-    """Check, by trying it on throwaway tensors, that a smaller parameter trains as its masked twin would.
-
-    For every distinct setting in `param_groups`, an optimizer of the same class and settings takes one
-    step on random parameters of shapes (6, 4) and (6,) in float64. Then one copy is cut and another is
-    masked, both take three more steps with the same gradients, and the kept entries must agree to 1e-9.
-    An update that depends on the tensor's shape, or state of another shape (Adafactor, L-BFGS,
-    Shampoo, quantised moments), shows up here whatever the class is called. PyTorch's Muon is compared with the twin
-    that `steps_by_matrix` describes, at the precision of bfloat16.
-
-    A class that cannot be built or stepped this way (further constructor arguments, sparse gradients only) passes;
-    the shapes of its state are still checked when it is cut. RNG state is preserved.
-
-    Raises:
-        OptimizerError: when the two disagree, or state has another shape than its parameter.
-    """
-    tried: list[dict[str, Any]] = []
-    for group in optimizer.param_groups:
-        settings = _settings(optimizer, group)
-        if settings in tried:
-            continue
-        tried.append(settings)
-        device = next((parameter.device for parameter in group["params"]), torch.device("cpu"))
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            _try_out(type(optimizer), settings, device)
-
-
-def _settings(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[str, Any]:
-    """The constructor arguments that would build this param group again."""
-    names = inspect.signature(type(optimizer).__init__).parameters
-    takes_any = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in names.values())
-    settings = {**optimizer.defaults, **{key: value for key, value in group.items() if key != "params"}}
-    settings = {
-        key: value for key, value in settings.items() if key in names or (takes_any and key in optimizer.defaults)
-    }
-    if "lr" in settings:
-        settings["lr"] = 0.01  # a warm-up starts at 0, where no step moves anything and every optimizer would pass
-    return settings
-
-
-_DIMS = {0: np.array([0, 2, 3, 5]), 1: np.array([0, 1, 3])}
-_BFLOAT16_STEPS = 1e-3  # a twentieth of what three trial steps change
-_SHAPES = (((6, 4), (6,)), ((6, 4),), ((6,),))  # Muon takes matrices only, others vectors only
-
-Trial = tuple[Optimizer, list[nn.Parameter]]
-
-
-def _try_out(kind: type[Optimizer], settings: Mapping[str, Any], device: torch.device) -> None:
-    dtype = torch.float32 if device.type == "mps" else torch.float64
-    tolerance = _BFLOAT16_STEPS if steps_by_matrix(kind) else 1e-9 if dtype == torch.float64 else 1e-4
-    for shapes in _SHAPES:
-        generator = torch.Generator().manual_seed(0)
-        # Five draws: the weights, the gradients of the step that makes state, and those of three compared steps.
-        draws = [[torch.randn(shape, generator=generator, dtype=dtype).to(device) for shape in shapes] for _ in "12345"]
-        try:
-            masked, small = _start(kind, settings, draws), _start(kind, settings, draws)
-        except Exception:  # whatever a foreign class raises, it means that it cannot be tried out on these shapes
-            continue
-        _cut(*small)
-        if steps_by_matrix(kind):
-            _refit(masked[0], settings)
-        for gradients in draws[2:]:
-            _masked_step(*masked, gradients)
-            _step(small[0], small[1], [take(gradient, _dims(gradient)) for gradient in gradients])
-        for twin, part in zip(masked[1], small[1], strict=True):
-            relative = 0.0 if steps_by_matrix(kind) else tolerance
-            if not torch.allclose(take(twin, _dims(twin)), part.detach(), rtol=relative, atol=tolerance):
-                raise OptimizerError(
-                    f"{kind.__name__} cannot follow a cut: its update depends on the tensor's shape (or on chance), "
-                    f"so a smaller tensor would train differently: {INSTEAD}"
-                )
-        return
-
-
-def _dims(tensor: Tensor) -> dict[int, Int[np.ndarray, " _kept"]]:
-    return {dim: _DIMS[dim] for dim in range(tensor.dim())}
-
-
-def _start(kind: type[Optimizer], settings: Mapping[str, Any], draws: list[list[Tensor]]) -> Trial:
-    """An optimizer of this kind after its first step, so that it has state."""
-    parameters = [nn.Parameter(value.clone()) for value in draws[0]]
-    optimizer = kind(parameters, **settings)
-    _step(optimizer, parameters, draws[1])
-    return optimizer, parameters
-
-
-def _step(optimizer: Optimizer, parameters: list[nn.Parameter], gradients: list[Tensor]) -> None:
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.grad = gradient.clone()
-    try:
-        optimizer.step()
-    except TypeError:  # L-BFGS insists on a closure
-        optimizer.step(lambda: 0.0)
-
-
-def _cut(optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
-    for parameter in parameters:
-        state = cut_state(optimizer, parameter, _dims(parameter), "a trial parameter")
-        with ExitStack() as undo:
-            swap(parameter, take(parameter, _dims(parameter)), undo)
-            undo.pop_all()
-        optimizer.state[parameter] = state
-
-
-def _refit(optimizer: Optimizer, settings: Mapping[str, Any]) -> None:
-    """Give the masked twin of a Muon matrix the learning-rate factor of the cut shape, and keep its decay."""
-    ratio = shape_factor(settings, [len(_DIMS[dim]) for dim in (0, 1)]) / shape_factor(settings, _SHAPES[1][0])
-    for group in optimizer.param_groups:
-        group["lr"] *= ratio
-        # Decay is `lr * weight_decay`, which must not follow the factor.
-        group["weight_decay"] /= ratio
-
-
-def _masked_step(optimizer: Optimizer, parameters: list[nn.Parameter], gradients: list[Tensor]) -> None:
-    def mask_all() -> None:
-        for parameter in parameters:
-            _zero_dropped(parameter)
-            visit_state(optimizer, parameter, _zero_dropped)
-
-    mask_all()
-    gradients = [gradient.clone() for gradient in gradients]
-    for gradient in gradients:
-        _zero_dropped(gradient)
-    _step(optimizer, parameters, gradients)
-    mask_all()
-
-
-def _zero_dropped(tensor: Tensor) -> None:
-    with torch.no_grad():
-        for dim, kept in _dims(tensor).items():
-            dropped = np.setdiff1d(np.arange(tensor.shape[dim]), kept)
-            tensor.index_fill_(dim, torch.from_numpy(dropped).to(tensor.device), 0)

@@ -9,16 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 
-from setpoint.actuator.cut import Cut, Keep, SizePlace, cut_groups, plan_cut, take
+from setpoint.actuator.cut import Cut, Keep, SizePlace, cut_groups, plan_cut
+from setpoint.actuator.cuttable import check_cuttable, check_lengths
 from setpoint.actuator.optimizer_state import Optimizers, as_sequence, cut_state
 from setpoint.actuator.sizes import apply_sizes, check_sizes, record_buffers, record_dense
 from setpoint.actuator.swap import swap
+from setpoint.actuator.take import take
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group
-from setpoint.groups.place import is_call, read_size
+from setpoint.groups.place import call_of, is_call, read_size
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,62 +144,6 @@ def _prepare(model: nn.Module, cut: Cut, optimizers: Sequence[Optimizer]) -> Ite
         yield Change(name, tensor, take(tensor, dims), states)
 
 
-def check_lengths(cut: Cut, tensors: Mapping[str, Tensor], what: str) -> None:
-    """Check that every tensor of the cut exists and has the length of its index tables.
-
-    Raises:
-        GroupError: naming the first that does not.
-    """
-    lengths: list[tuple[str, int | None, int]] = [(name, dim, kept.size) for (name, dim), kept in cut.entries.items()]
-    lengths += [(name, None, kept.size) for name, kept in cut.elements.items()]
-    for name, dim, length in lengths:
-        if name not in tensors:
-            raise GroupError(f"{what} has no tensor {name!r}: use the groups of this very model")
-        shape = tuple(tensors[name].shape)
-        found = tensors[name].numel() if dim is None else shape[dim] if dim < len(shape) else None
-        if found != length:
-            where = name if dim is None else f"dim {dim} of {name}"
-            raise GroupError(
-                f"{where} should have {length} entries, but in {what} the tensor's shape is {shape}: use the groups "
-                "of this very model, as the last cut returned them, and copies that were cut together with it"
-            )
-
-
-def check_cuttable(changing: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    """Check that each tensor in `changing` is of a kind that can change its shape in place.
-
-    `tensors` holds all tensors of the model by every name, so that shared memory is seen.
-
-    Raises:
-        GroupError: for a quantized, sparse, uninitialized or subclassed tensor (DTensor
-            among them), one that a slice names twice by two names, or one tied through shared memory.
-    """
-    at: dict[tuple[torch.device, int], set[int]] = {}
-    for tensor in tensors.values():
-        if type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and tensor.numel():
-            at.setdefault((tensor.device, tensor.data_ptr()), set()).add(id(tensor))
-    seen: dict[int, str] = {}
-    for name, tensor in changing.items():
-        fake = isinstance(tensor, FakeTensor)  # it has a shape and no memory, which a cut can change all the same
-        if (
-            not (fake or type(tensor) in (Tensor, nn.Parameter))
-            or tensor.is_quantized
-            or tensor.layout != torch.strided
-        ):
-            kind = type(tensor).__name__
-            raise GroupError(f"{name!r} is a {kind} of layout {tensor.layout}, which cannot be cut: freeze its groups")
-        if id(tensor) in seen:
-            raise GroupError(f"{name!r} and {seen[id(tensor)]!r} are one tensor: name it in slices by one name only")
-        seen[id(tensor)] = name
-        without_memory = fake or tensor.device.type == "meta"
-        sharing = set() if without_memory else at.get((tensor.device, tensor.data_ptr()), set())
-        if len(sharing) > 1:
-            raise GroupError(
-                f"{name!r} shares its memory with another tensor of the model: tie them by using one "
-                "Parameter object in both places"
-            )
-
-
 def _new_sizes(model: nn.Module, cut: Cut) -> dict[SizePlace, int]:
     """The new value of every size that changes, after a check that each place holds the old count."""
     counts = dict(cut.sizes)
@@ -212,11 +157,6 @@ def _new_sizes(model: nn.Module, cut: Cut) -> dict[SizePlace, int]:
                 "as the last cut returned them"
             )
     return {at: int(kept.sum()) for at, kept in changing.items()}
-
-
-def call_of(at: SizePlace) -> SizePlace:
-    """The call that a place is an argument of: `("", "view#2[1]")` is of `("", "view#2")`."""
-    return at[0], at[1].partition("[")[0]
 
 
 def _job(module: nn.Module, cut: Cut, optimizers: Sequence[Optimizer]) -> Job:

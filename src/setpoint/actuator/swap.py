@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 
+@torch.no_grad()
 def swap(tensor: Tensor, new: Tensor, undo: ExitStack) -> None:
     """Let `tensor` hold the memory, shape and strides of `new`; its gradient becomes None.
 
@@ -22,9 +23,7 @@ def swap(tensor: Tensor, new: Tensor, undo: ExitStack) -> None:
     grad = tensor.grad if tensor.is_leaf else None
 
     def put_back() -> None:
-        if tensor.is_leaf:
-            tensor.grad = None
-        _assign(tensor, old)
+        swap(tensor, old, ExitStack())
         if grad is not None:
             tensor.grad = grad
 
@@ -33,13 +32,8 @@ def swap(tensor: Tensor, new: Tensor, undo: ExitStack) -> None:
     undo.callback(put_back)
     if tensor.is_leaf:
         tensor.grad = None
-    _assign(tensor, new)
-
-
-def _assign(tensor: Tensor, new: Tensor) -> None:
-    with torch.no_grad():
-        # Not `tensor.data = new`, which fails while an old loss keeps the graph of this tensor alive.
-        if tensor.dtype == new.dtype:
-            tensor.set_(new)  # type: ignore[call-overload]
-        else:  # `set_` cannot change the dtype
-            tensor.data = new
+    # Not `tensor.data = new`, which fails while an old loss keeps the graph of this tensor alive.
+    if tensor.dtype == new.dtype:
+        tensor.set_(new)  # type: ignore[call-overload]
+    else:  # `set_` cannot change the dtype
+        tensor.data = new

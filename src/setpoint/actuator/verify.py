@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from setpoint.actuator.cut import Cut, Keep, check_keep, plan_cut, take
+from setpoint.actuator.cut import Cut, Keep, check_keep, plan_cut
 from setpoint.actuator.mask import mask
 from setpoint.actuator.shrink import named_tensors, shrink
+from setpoint.actuator.take import take
 from setpoint.errors import ExampleError, VerificationError
 from setpoint.groups.export import Example, computed, inputs_of, tensors_of
 from setpoint.groups.group import Group

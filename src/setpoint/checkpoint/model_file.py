@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from setpoint.actuator.cut import SizePlace, in_format
+from setpoint.actuator.cut import SizePlace
 from setpoint.actuator.shrink import is_persistent, named_tensors
 from setpoint.actuator.sizes import (
     apply_sizes,
@@ -28,6 +28,7 @@ from setpoint.actuator.sizes import (
     recorded_sizes,
 )
 from setpoint.actuator.swap import swap
+from setpoint.actuator.take import in_format
 from setpoint.distributed import unwrapped
 from setpoint.errors import CheckpointError, GroupError
 from setpoint.groups.place import is_call, read_size

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 from jaxtyping import Float64
 
-from setpoint.controller.ladder import Ladder, build_ladder
+from setpoint.controller.ladder import Ladder, build_ladder, lowest_width
 from setpoint.controller.selection import add_back, descend, start
 from setpoint.cost.cost import Cost
 from setpoint.groups.group import Group, widths_of
@@ -88,3 +88,12 @@ def landing_widths(
         if not narrower:
             return {group.name: selection.widths[group.name] for group in groups}
         narrow |= narrower
+
+
+def cheapest(cost: Cost, groups: tuple[Group, ...]) -> float:
+    """Cost with every group as narrow as `min_units` and whole blocks allow: no budget below it can be met.
+
+    Args:
+        cost: predicts spending; every group that it follows must be among `groups`.
+    """
+    return cost.total({group.name: lowest_width(group) for group in groups})

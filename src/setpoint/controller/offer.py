@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Int
 
+from setpoint.controller.selection import Selection
 from setpoint.cost.cost import Cost
 from setpoint.groups.group import Group
 from setpoint.sensor.probe import Probe
@@ -84,6 +85,29 @@ def offers_of(
             worth = min(worth, float(gain[chosen].sum()) / saving)
             found.append((-worth, name, number, Offer(name, np.sort(origins[chosen]), worth)))
     return [offer for *_, offer in sorted(found, key=lambda each: each[:3])]
+
+
+Exchange = tuple[Selection, str, list[Offer]]
+"""What goes, a note on it, and the blocks that come back for it."""
+
+
+def most_that_pay(
+    offers: list[Offer], select: Callable[[list[Offer]], Exchange], pays: Callable[[Exchange], bool]
+) -> Exchange | None:
+    """The largest number of offers, the worthiest first, that still pay; None where none does.
+
+    The more blocks come back, the higher the price that pays for them and the lower the worth of the last one, so
+    the number is found by bisection.
+    """
+    best, low, high = None, 0, len(offers)
+    while low < high:
+        middle = (low + high + 1) // 2
+        tried = select(offers[:middle])
+        if pays(tried):
+            best, low = tried, middle
+        else:
+            high = middle - 1
+    return best
 
 
 def widened(widths: Mapping[str, int], offers: list[Offer]) -> dict[str, int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import final
 
@@ -17,17 +16,6 @@ from setpoint.controller.selection import Selection, descend, start
 from setpoint.cost.cost import Cost
 from setpoint.cost.price import Price
 from setpoint.groups.group import Group, keep_all
-
-
-@dataclass(frozen=True)
-class PenaltyState:
-    """What the controller remembers between decisions.
-
-    Args:
-        dense: width of each group before any cut.
-    """
-
-    dense: Mapping[str, int]
 
 
 @final
@@ -82,17 +70,14 @@ class PenaltyController:
         """The price."""
         return self.price
 
-    def init(self, groups: tuple[Group, ...]) -> PenaltyState:
-        """State before the first decision."""
-        return PenaltyState({group.name: group.num_units for group in groups})
+    def init(self, groups: tuple[Group, ...]) -> None:
+        """Nothing is remembered between decisions."""
 
     def due(self, step: int, total_steps: int) -> bool:
         """Whether a decision is to be made after this step."""
         return self.reference.due(step, total_steps)
 
-    def decide(
-        self, state: PenaltyState, observation: Observation, cost: Cost, groups: tuple[Group, ...]
-    ) -> tuple[PenaltyState, Plan]:
+    def decide(self, state: None, observation: Observation, cost: Cost, groups: tuple[Group, ...]) -> tuple[None, Plan]:
         """The next state and the plan. Pure: same arguments, same answer."""
         resource, reading = cost.resource, observation.reading
         step, total_steps = observation.step, observation.total_steps
@@ -107,7 +92,7 @@ class PenaltyController:
             group.name: build_ladder(
                 group,
                 reading.saliency[group.name],
-                dense=state.dense[group.name],
+                dense=observation.dense_widths[group.name],
                 floor=group.min_units,
                 max_dropped=math.floor(self.slew * group.num_units),
                 free=np.ones(group.num_units, dtype=bool),

@@ -28,6 +28,7 @@ class Observation:
         step: optimizer steps done so far.
         total_steps: optimizer steps of the whole run.
         widths: active units by group.
+        dense_widths: units by group of the dense model.
         reading: saliency of every active unit, or None if there is none yet.
         dense: dense cost by resource, in the resource's own unit.
         limit: the budget by resource, in the resource's own unit.
@@ -49,6 +50,7 @@ class Observation:
     step: int
     total_steps: int
     widths: Mapping[str, int]
+    dense_widths: Mapping[str, int]
     reading: Reading | None
     dense: Mapping[str, float]
     limit: Mapping[str, float]

@@ -14,7 +14,7 @@ from setpoint.controller.aim import Aim, take_aim
 from setpoint.controller.exchange import swap, trade
 from setpoint.controller.guards import NO_GUARDS, Guards
 from setpoint.controller.landing import even_density, landing_widths
-from setpoint.controller.offer import Offer, offers_of, together, widened
+from setpoint.controller.offer import Exchange, Offer, most_that_pay, offers_of, together, widened
 from setpoint.controller.plan import Goal, Observation, Plan
 from setpoint.controller.price import Feedback, Gains
 from setpoint.controller.reason import explain_cut, explain_growth, explain_rest, percent, problem_with
@@ -41,7 +41,6 @@ class PricedState:
     """What the controller remembers between decisions.
 
     Args:
-        dense: width of each group before any cut.
         age: by group and active unit, decisions since the unit came back; units that never left are as old as the dwell
             demands.
         start: dense cost in the unit of the limit, metered where there is a meter; None before the first decision.
@@ -50,7 +49,6 @@ class PricedState:
         metered: whether a meter has been read.
     """
 
-    dense: Mapping[str, int]
     age: Mapping[str, ByUnit[Int64[np.ndarray, " units"]]]
     start: float | None = None
     feedback: Feedback = field(default_factory=Feedback)
@@ -162,10 +160,7 @@ class PricedController:
 
     def init(self, groups: tuple[Group, ...]) -> PricedState:
         """State before the first decision."""
-        return PricedState(
-            dense={group.name: group.num_units for group in groups},
-            age={group.name: np.full(group.num_units, self.dwell, dtype=np.int64) for group in groups},
-        )
+        return PricedState(age={each.name: np.full(each.num_units, self.dwell, np.int64) for each in groups})
 
     def due(self, step: int, total_steps: int) -> bool:
         """Whether a decision is to be made after this step."""
@@ -252,30 +247,23 @@ class PricedController:
 
     def _exchange(
         self, state: PricedState, observation: Observation, cost: Cost, groups: tuple[Group, ...], aim: Aim
-    ) -> tuple[Selection, str, list[Offer]] | None:
-        """What goes, and what comes back for it; None where spending is right and nothing comes back.
-
-        The more blocks come back, the higher the price that pays for them and the lower the worth of the last one, so
-        the largest number that still beats the price is found by bisection.
-        """
+    ) -> Exchange | None:
+        """What goes, and what comes back for it; None where spending is right and nothing comes back."""
         offers = self._offers(observation, cost, groups)
         if not offers and aim.rests(self.deadband):
             return None
         guards = self._guards(state, observation, cost, groups, aim)
-        best: tuple[Selection, str, list[Offer]] | None = None
-        low, high = 0, len(offers)
-        while low < high:
-            middle = (low + high + 1) // 2
-            chosen = offers[:middle]
-            selection, note = self._select(state, observation, cost, groups, aim, guards, chosen)
+
+        def select(chosen: list[Offer]) -> Exchange:
+            return (*self._select(state, observation, cost, groups, aim, guards, chosen), chosen)
+
+        def pays(exchange: Exchange) -> bool:
+            selection, note, chosen = exchange
             price = self._price(state, selection) * (1 + self.hysteresis)
-            if selection.total <= aim.paid and chosen[-1].worth > price and not (aim.settled and note):
-                best, low = (selection, note, chosen), middle
-            else:
-                high = middle - 1
-        if best is None and not aim.rests(self.deadband):
-            best = (*self._select(state, observation, cost, groups, aim, guards, []), [])
-        return best
+            return selection.total <= aim.paid and chosen[-1].worth > price and not (aim.settled and note)
+
+        best = most_that_pay(offers, select, pays) if offers else None
+        return select([]) if best is None and not aim.rests(self.deadband) else best
 
     def _offers(self, observation: Observation, cost: Cost, groups: tuple[Group, ...]) -> list[Offer]:
         """Blocks that may come back; none late, without a probe, or where saliencies cannot be compared with gains."""
@@ -313,10 +301,12 @@ class PricedController:
         """What this decision must leave: a share of an even cut's densities, or, where cuts are even, all of them."""
         if self._allocation(observation) == "uniform":
             limit = min(aim.landing, aim.goal)
-            floor = landing_widths(cost, observation.widths, state.dense, groups, limit)
+            floor = landing_widths(cost, observation.widths, observation.dense_widths, groups, limit)
         else:
-            density = even_density(cost, observation.widths, state.dense, groups, aim.landing) * self.min_density
-            floor = {name: math.ceil(density * width) for name, width in state.dense.items()}
+            density = (
+                even_density(cost, observation.widths, observation.dense_widths, groups, aim.landing) * self.min_density
+            )
+            floor = {name: math.ceil(density * width) for name, width in observation.dense_widths.items()}
         return Guards(self.slew, floor, self.dwell)
 
     def _allocation(self, observation: Observation) -> Allocation:
@@ -352,8 +342,10 @@ class PricedController:
         assert reading is not None
 
         def nothing(guards: Guards) -> Selection:
-            ladders = guards.ladders(groups, reading, state.dense, state.age)
-            return start(cost, ladders, widened(observation.widths, offers), allocation)
+            ladders = guards.ladders(groups, reading, observation.dense_widths, state.age)
+            return start(
+                cost, ladders, widened(observation.widths, offers) if offers else observation.widths, allocation
+            )
 
         if not aim.settled:
             selection = nothing(guards)
@@ -395,7 +387,7 @@ class PricedController:
         ladders = selection.ladders
         landed = self._final(observation) and aim.metered is None and selection.total <= aim.limit
         reason = explain_cut(selection, state.price, aim.resource, aim.target, landed, self.deadband)
-        grow = together(offers)
+        grow = together(offers) if offers else {}
         worth = {(offer.name, int(unit)): offer.worth for offer in offers for unit in offer.origins}
         if offers:
             reason = f"{explain_growth(offers)}; {reason}"

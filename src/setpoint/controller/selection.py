@@ -10,9 +10,8 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float64
 
-from setpoint.controller.ladder import Ladder, lowest_width
+from setpoint.controller.ladder import Ladder
 from setpoint.cost.cost import Cost, ProductCost
-from setpoint.groups.group import Group
 
 Allocation = Literal["worth", "uniform"]
 """How a cut is split over groups: by saliency per saving, or so that all groups keep the same density."""
@@ -229,12 +228,3 @@ def block_savings(selection: Selection) -> float:
     sizes = {n: selection.size(n, r) for n, r in selection.rungs.items() if r < selection.ladders[n].num_rungs}
     savings = [selection.cost.saving(selection.widths, name, size) for name, size in sizes.items()]
     return sum(savings) / len(savings) if savings else 0.0
-
-
-def cheapest(cost: Cost, groups: tuple[Group, ...]) -> float:
-    """Cost with every group as narrow as `min_units` and whole blocks allow: no budget below it can be met.
-
-    Args:
-        cost: predicts spending; every group that it follows must be among `groups`.
-    """
-    return cost.total({group.name: lowest_width(group) for group in groups})

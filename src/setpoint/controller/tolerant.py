@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import final
 
@@ -17,6 +16,7 @@ from setpoint.controller.selection import descend, start
 from setpoint.controller.trend import Excess
 from setpoint.cost.cost import Cost
 from setpoint.cost.tolerance import Tolerance
+from setpoint.errors import LoopError
 from setpoint.groups.group import Group, keep_all
 
 
@@ -25,13 +25,11 @@ class TolerantState:
     """What the controller remembers between decisions.
 
     Args:
-        dense: width of each group before any cut.
         stride: share of the present cost that the next cut takes.
         used: rise over the trend by the cuts that stay, in the unit of the loss.
         pending: whether the last cut has not been judged yet.
     """
 
-    dense: Mapping[str, int]
     stride: float
     used: float = 0.0
     pending: bool = False
@@ -88,7 +86,7 @@ class TolerantController:
 
     def init(self, groups: tuple[Group, ...]) -> TolerantState:
         """State before the first decision."""
-        return TolerantState({group.name: group.num_units for group in groups}, self.stride)
+        return TolerantState(self.stride)
 
     def due(self, step: int, total_steps: int) -> bool:
         """Whether a decision is to be made after this step."""
@@ -106,6 +104,8 @@ class TolerantController:
         Args:
             observation: what is known at this step; `excess` and `last_dropped` tell of the last cut.
         """
+        if observation.loss is None:
+            raise LoopError("a Tolerance needs the loss: call loop.observe(loss=...) before every optimizer.step()")
         whole = keep_all(groups)
         step = observation.step
         problem = problem_with(observation.reading, None, groups)
@@ -155,7 +155,7 @@ class TolerantController:
             group.name: build_ladder(
                 group,
                 reading.saliency[group.name],
-                dense=state.dense[group.name],
+                dense=observation.dense_widths[group.name],
                 floor=group.min_units,
                 max_dropped=math.floor(self.slew * group.num_units),
                 free=np.ones(group.num_units, dtype=bool),

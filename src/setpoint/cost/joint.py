@@ -51,3 +51,9 @@ class JointCost:
     def binding(self, widths: Mapping[str, int]) -> Share:
         """The budget with the largest share."""
         return max(self.shares, key=lambda share: share.total(widths))
+
+    def prices(self, price: float, widths: Mapping[str, int]) -> dict[str, float]:
+        """By resource, a price per share at these widths: one per unit of the budget that binds, 0 of one with room."""
+        binding = self.binding(widths)
+        per_unit = price * binding.factor / binding.limit
+        return {share.cost.resource: per_unit if share is binding else 0.0 for share in self.shares}

@@ -203,7 +203,7 @@ def _units(state: PricedState, observation: Observation, cost: Cost, groups: tup
             place / max(1, len(groups) - 1),
             float(group.what == "channel"),
             float(group.what == "head"),
-            width / state.dense[group.name],
+            width / observation.dense_widths[group.name],
             state.age[group.name] / max(1, state.age[group.name].max(initial=0)),
             observation.step / observation.total_steps,
             dearness,

@@ -17,6 +17,11 @@ def is_call(place: str) -> bool:
     return "#" in place
 
 
+def call_of(at: tuple[str, str]) -> tuple[str, str]:
+    """The call that a place is an argument of: `("", "view#2[1]")` is of `("", "view#2")`."""
+    return at[0], at[1].partition("[")[0]
+
+
 def read_size(module: nn.Module, place: str) -> int:
     """The integer at an attribute place: `"out_channels"`, `"normalized_shape[0]"`, `"config.hidden_size"`.
 

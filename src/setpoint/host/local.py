@@ -53,7 +53,7 @@ class Local:
 
     def together(self, what: str) -> AbstractContextManager[dict[str, Any]]:
         """What is done inside is done by all ranks, with the same outcome, or raises on all of them."""
-        return together(self.ranks, what)
+        return together(self.ranks, what) if self.ranks.count > 1 else nullcontext({})
 
     def whole(self) -> AbstractContextManager[None]:
         """Inside, model and copies are plain and whole on each rank."""
@@ -61,7 +61,7 @@ class Local:
 
     def mean(self, read: Callable[[], Reading], losses: SharedLosses, step: int) -> Reading:
         """The reading that all ranks decide on; the losses are then the means over ranks."""
-        return shared_reading(self.ranks, read, losses, step)
+        return shared_reading(self.ranks, read, losses, step) if self.ranks.count > 1 else read()
 
     @contextmanager
     def resizable(self, what: str, groups: Iterable[Group]) -> Iterator[Agreed]:

@@ -12,7 +12,6 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float64
 
-from setpoint.controller.plan import Plan
 from setpoint.distributed import Ranks
 from setpoint.errors import RankError
 from setpoint.sensor.reading import Reading
@@ -77,13 +76,6 @@ def together(ranks: Ranks, what: str) -> Iterator[dict[str, Any]]:
 
 def _digest(fact: Any) -> str:
     return hashlib.sha256(repr(fact).encode()).hexdigest()[:16]
-
-
-def decisions(plan: Plan) -> list[Any]:
-    """All that a plan decides, in plain values of which the same ones look alike."""
-    keep = [(name, np.flatnonzero(~kept).tolist()) for name, kept in sorted(plan.keep.items())]
-    grow = [(name, units.tolist()) for name, units in sorted(plan.grow.items()) if len(units)]
-    return [plan.step, plan.landed, keep, grow]
 
 
 def shared_reading(ranks: Ranks, read: Callable[[], Reading], losses: SharedLosses, step: int) -> Reading:

@@ -29,7 +29,6 @@ class Coordinates(Protocol):
         self, host: Host, groups: tuple[Group, ...], plan: Plan, reading: Reading, *, rest: bool
     ) -> AbstractContextManager[None]:
         """Inside, the plan can be carried out; with `rest`, units that go hold what is lost, to come back with it."""
-        ...
 
 
 Origins = Mapping[str, Int[np.ndarray, " _units"]]
@@ -43,12 +42,10 @@ class Actuator(Protocol):
     @property
     def groups(self) -> tuple[Group, ...]:
         """The groups that may be pruned, at their present widths."""
-        ...
 
     @property
     def origin(self) -> Origins:
         """By group, the index that each active unit has in the dense model."""
-        ...
 
     brings_back: bool
     """Whether units that were dropped come back by themselves."""
@@ -58,63 +55,49 @@ class Actuator(Protocol):
     @property
     def masks(self) -> Mapping[str, Bool[Tensor, "..."]]:
         """By name of each masked weight tensor, True = active; empty where whole units are cut."""
-        ...
 
     @property
     def within_step(self) -> bool:
         """Whether a step has begun that a checkpoint would break off."""
-        ...
 
     def before_step(self, grad_scale: Tensor | None) -> None:
         """The gradients of a step are ready; `grad_scale` is what they are still multiplied by, or None."""
-        ...
 
     def after_step(self) -> None:
         """The optimizers have moved the weights."""
-        ...
 
     def prepare(self, step: int, *, due: bool, open_still: bool) -> bool:
         """The step after `step` begins; `due` if a decision may come after it, `open_still` before the last one.
 
         Returns whether it is the ordinary step whose memory a meter should watch.
         """
-        ...
 
     def extras(self, step: int) -> Mapping[str, Any]:
         """What the controller is to know besides: fields of the observation. Called once for each decision."""
-        ...
 
     def act(self, plan: Plan, reading: Reading) -> Change:
         """Carry a plan out on all ranks, or on none; whatever it raises, everything is as it was."""
-        ...
 
     def broken(self) -> str:
         """The first tensor in which something that was masked is not zero; "" if none."""
-        ...
 
     def totals(self) -> Mapping[str, Any]:
         """What a summary says besides, by name of its fields."""
-        ...
 
     def release(self) -> None:
         """The last decision is made: give back what was kept for further ones."""
-        ...
 
     def stop(self) -> None:
         """Leave the model alone from here on; may be called again."""
-        ...
 
     def check(self, state: Mapping[str, Any]) -> tuple[Group, ...]:
         """The groups that a state would lead to; a `CheckpointError` if it does not fit. Nothing is changed."""
-        ...
 
     def state_dict(self) -> dict[str, Any]:
         """Everything in plain tensors, numbers and strings."""
-        ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Bring the dense model to a state that was checked."""
-        ...
 
 
 def same_coordinates(
@@ -169,15 +152,18 @@ class Cutting:
             host.resizable(f"the cut after step {plan.step}", some) as agreed,
             self.coordinates(host, self.groups, plan, reading, rest=False),
         ):
-            return self.drop(plan, agreed)
+            groups = shrink(host.model, host.optimizers, self.groups, plan.keep, host.copies, agreed=agreed)
+        return self._cut_to(groups, plan)
 
     def drop(self, plan: Plan, agreed: Callable[[], None]) -> Change:
         """Cut what the plan drops, where the host lets tensors change their shape; `agreed` makes it last."""
         host = self.host
-        self.groups = shrink(host.model, host.optimizers, self.groups, plan.keep, host.copies, agreed=agreed)
-        self.origin = {
-            name: units[plan.keep[name]] if name in plan.keep else units for name, units in self.origin.items()
-        }
+        groups = shrink(host.model, host.optimizers, self.groups, plan.keep, host.copies, agreed=agreed)
+        return self._cut_to(groups, plan)
+
+    def _cut_to(self, groups: tuple[Group, ...], plan: Plan) -> Change:
+        kept = {name: units[plan.keep[name]] for name, units in self.origin.items() if name in plan.keep}
+        self.take_over(groups, {**self.origin, **kept})
         return Change(keep=plan.keep)
 
     def take_over(self, groups: tuple[Group, ...], origin: Origins) -> None:
@@ -254,7 +240,7 @@ class Cutting:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Cut the dense model to the units of the state."""
         keep, host = self.kept(state), self.host
-        with host.resizable("the resumption", self.dense) as agreed:
+        with host.resizable("loading the state of the loop", self.dense) as agreed:
             self.groups = shrink(host.model, host.optimizers, self.dense, keep, host.copies, agreed=agreed)
         self.origin = {name: np.flatnonzero(kept) for name, kept in keep.items()}
 

@@ -15,14 +15,15 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from setpoint.checkpoint.plain import plain, restored
-from setpoint.controller.plan import Controller, Plan, Transferring
+from setpoint.controller.plan import Controller, Observation, Plan, Transferring
 from setpoint.cost.budget import Budget
+from setpoint.entry import Entry
 from setpoint.errors import CheckpointError, GroupError, LoopError
 from setpoint.groups.chance import chance_state, check_chance_state, set_chance_state
 from setpoint.groups.follow import Change, follow
 from setpoint.groups.group import Group, widths_of
 from setpoint.host.host import Host
-from setpoint.ledger import Entry, Ledger
+from setpoint.ledger import Ledger
 from setpoint.loop.cutting import Actuator
 from setpoint.loop.explain import Explanation, explain
 from setpoint.loop.hooks import StepHooks
@@ -34,6 +35,7 @@ from setpoint.loop.resume import AGAIN, FORMAT, Part, check_format, check_loadin
 from setpoint.loop.summary import Summary, summarise
 from setpoint.sensor.reading import Hooking, Reading, Sensor
 from setpoint.sensor.stride import sensed_every
+from setpoint.spending.changing import change_budget, change_total_steps, check_open
 from setpoint.spending.spending import Spending
 
 ATTACHED: WeakSet[nn.Module] = WeakSet()
@@ -80,7 +82,8 @@ class Loop:
         self.losses, self._ledger = Losses(), Ledger(header)
         self._sensor_state = sensor.init(self._dense, host.model)
         self._controller_state = controller.init(self._dense)
-        spending.sensing_flops = sensor.flops(self._dense, host.model)  # attach saw an unsharded model
+        follow(self._sensor_state, Change())  # so that annotations that cannot be read show now
+        spending.account.sensing_flops = sensor.flops(self._dense, host.model)  # attach saw an unsharded model
         self._now = Progress()
         self._begun = self._finished = False
         self._summary: Summary | None = None
@@ -161,8 +164,8 @@ class Loop:
 
     @budget.setter
     def budget(self, budget: Budget | Sequence[Budget]) -> None:
-        self.spending.check_open(self.step, landed=self.landed or self._finished)
-        self.spending.take(self.spending.with_budget(budget, self.groups, self.step))
+        check_open(self.spending, self.step, landed=self.landed or self._finished)
+        change_budget(self.spending, budget, self.groups, self.step)
         self._go_on()
 
     @property
@@ -174,18 +177,13 @@ class Loop:
     def total_steps(self, total_steps: int) -> None:
         if self._finished:
             raise LoopError("the run is finished: total_steps cannot be changed any more")
-        self.spending.take(self.spending.with_total_steps(total_steps, self.groups, self.step))
+        change_total_steps(self.spending, total_steps, self.groups, self.step)
         self._go_on()
 
     def observe(self, *, loss: Tensor | float | None = None, val: Tensor | float | None = None) -> None:
-        """Tell the loop the loss of the coming step, before `optimizer.step()`; it comes to the host only when needed.
+        """Report the training or validation loss of the coming step, before `optimizer.step()`: a number or a tensor.
 
-        Args:
-            loss: training loss, a number or a tensor of one element.
-            val: validation loss, the same.
-
-        Raises:
-            ValueError: for a tensor of several elements.
+        A tensor stays on its device until a decision needs it; one of several elements raises a `ValueError`.
         """
         self.losses.observe(self.step + 1, loss, val, keep=not self.landed)
 
@@ -194,11 +192,7 @@ class Loop:
         return self.sensor.read(self._sensor_state, self.groups, self.step)
 
     def explain(self, group: str, origin: int) -> Explanation:
-        """What became of a unit, and why.
-
-        Args:
-            group: name of the group.
-            origin: index of the unit in the dense model.
+        """What became of the unit of a group that has this index in the dense model, and why.
 
         Raises:
             GroupError: for a group that is not pruned here, or a unit that it never had; for single weights.
@@ -239,14 +233,10 @@ class Loop:
         return {**self._run, **self.spending.facts()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a state: shrink the dense model and its optimizers as they were, and go on from there.
+        """Take over the state of a loop that was attached with the same arguments: shrink the dense model, and go on.
 
         Load it before the states of the model, its copies and the optimizers, which then have the right
-        shapes. Everything is checked before anything is changed. The global random generators go on from where they
-        were, too.
-
-        Args:
-            state: from `state_dict`, of a loop that was attached with the same arguments.
+        shapes. Everything is checked before anything is changed. The global random generators go on, too.
 
         Raises:
             CheckpointError: when it is of another model, budget or length of run, or no such state.
@@ -270,8 +260,11 @@ class Loop:
         # What points at the model is found again in the smaller one.
         live = self.sensor.init(self.groups, self.host.model)
         self._sensor_state = restored(state["sensor"], live, "the sensor's state", self.host.device)
-        self.spending.sensing_flops = self.sensor.flops(self.groups, self.host.model)
-        self._begin_step()
+        self.spending.account.sensing_flops = self.sensor.flops(self.groups, self.host.model)
+        self.spending.prepare(False)
+        if not self.actuator.by_unit:  # a probe that was under way has begun anew already
+            due = self.controller.due(self.step + 1, self.total_steps)
+            self.actuator.prepare(self.step, due=due, open_still=not self.landed)
         if int(state["chance"]["rank"]) == self.host.ranks.own:  # ranks that all drew the same were no several draws
             set_chance_state(state["chance"])
 
@@ -290,7 +283,7 @@ class Loop:
         restored(state["sensor"], self.sensor.init(groups, self.host.model), "the sensor's state", device)
         controller_state = restored(state["controller"], self.controller.init(groups), "the controller's state", device)
         check_chance_state(state["chance"])
-        return actuator, Progress.of(state["now"]), controller_state
+        return actuator, Progress.of(state["now"], widths_of(groups)), controller_state
 
     # How it ends.
 
@@ -402,49 +395,55 @@ class Loop:
     def _decide(self, due: bool) -> None:
         """Read, decide, act, and record; after a bad reading, try again at the next step."""
         self._now = now = replace(self._now, overdue=True, waits=False)  # also if anything is raised from here on
-        step, before, spending, problem = now.step, self.widths, self.spending, ""
-        with spending.deciding:
-            reading = self.host.mean(self._read, self.losses, step)
+        before, origin = self.widths, self.actuator.origin
+        with self.spending.deciding:
+            reading = self.host.mean(self._read, self.losses, now.step)
             self.losses.complete(self._ledger)
-            spending.metered(before)
+            self.spending.metered(before)
             problem = refusal(reading)
             if not problem:
-                with self.host.together(f"the plan after step {step}") as facts:
-                    observation = spending.observation(
-                        step, self.groups, reading, **self.losses.known(step), **self.actuator.extras(step)
-                    )
-                    state, plan = self.controller.decide(
-                        self._controller_state, observation, spending.cost, self.groups
-                    )
-                    facts["plan"] = decisions(plan)
-        if problem:
-            if due:
-                self._ledger.append(self._entry(now.plan, before, problem))
-            return
-        spending.learned(plan.flops)
-        spending.resizing.last_seconds = 0.0
-        change, origin = Change(), self.actuator.origin
-        if plan.drops() and self.losses.watching and not spending.resizes:
+                observation, state, plan = self._plan(reading)
+        if not problem:
+            change = self._act(plan, state, reading)
+            entry = recorded(self._entry(plan, before, plan.reason), plan, change, reading, origin, observation.probe)
+            self._ledger.append(entry)
+            self.spending.read_joules(self.widths)
+            self._now = replace(self._now.decided(plan, reading, change), again=plan.again or now.again)
+        elif due:
+            self._ledger.append(self._entry(now.plan, before, problem))
+        if self.landed:
+            self.actuator.release()
+
+    def _plan(self, reading: Reading) -> tuple[Observation, Any, Plan]:
+        """What the controller sees, its next state, and its plan, on which all ranks agree."""
+        with self.host.together(f"the plan after step {self.step}") as facts:
+            known = {**self.losses.known(self.step), **self.actuator.extras(self.step)}
+            observation = self.spending.observation(self.step, self.groups, reading, **known)
+            state, plan = self.controller.decide(self._controller_state, observation, self.spending.cost, self.groups)
+            facts["plan"] = decisions(plan)
+        self.spending.learned(plan.flops)
+        if plan.gave_way:
+            warnings.warn(f"{plan.gave_way}, and the reference pauses until the next decision", stacklevel=2)
+        return observation, state, plan
+
+    def _act(self, plan: Plan, state: Any, reading: Reading) -> Change:
+        """Carry a plan out; sensor and controller follow."""
+        self.spending.resizing.last_seconds = 0.0
+        change = Change()
+        if plan.drops() and self.losses.watching and not self.spending.resizes:
             self.actuator = self._revocable(self.actuator)
         if not plan.empty():
             smaller = Change(keep=plan.keep)  # followed first: whatever can fail comes before the model changes
-            states = follow(self._sensor_state, smaller), follow(state, smaller)
-            with spending.resizing:
+            sensed, state = follow(self._sensor_state, smaller), follow(state, smaller)
+            with self.spending.resizing:
                 change = self.actuator.act(plan, reading)
             larger = replace(change, keep={})
-            self._sensor_state, state = follow(states[0], larger), follow(states[1], larger)
-            self.losses.changed(step, cut=plan.drops())
+            self._sensor_state, state = follow(sensed, larger), follow(state, larger)
+            self.losses.changed(self.step, cut=plan.drops())
             if self.actuator.by_unit:
-                spending.resized(self.groups, self.sensor.flops(self.groups, self.host.model))
+                self.spending.resized(self.groups, self.sensor.flops(self.groups, self.host.model))
         self._controller_state = state
-        entry = self._entry(plan, before, plan.reason)
-        self._ledger.append(recorded(entry, plan, change, reading, origin, observation.probe))
-        spending.read_joules(self.widths)
-        self._now = replace(self._now.decided(plan, reading, change), again=plan.again or now.again)
-        if plan.gave_way:
-            warnings.warn(f"{plan.gave_way}, and the reference pauses until the next decision", stacklevel=2)
-        if plan.landed:
-            self.actuator.release()
+        return change
 
     def _entry(self, plan: Plan | None, before: Mapping[str, int], reason: str) -> Entry:
         """An entry on the present widths; `plan` is the last one, `before` are the widths that the meters read."""

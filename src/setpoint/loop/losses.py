@@ -95,14 +95,14 @@ class Losses:
     def excess(self, now: int) -> Excess | None:
         """How far the loss lies above the trend that it had before the last cut, if enough is known."""
         self._gather()
-        if self._cut is None:
+        if self._cut is None or not len(self._steps):
             return None
         found = excess_after(self._steps, self._losses, changed=self._changed, cut=self._cut, now=now)
         return None if found is None else replace(found, cut=self._cut)
 
     def known(self, step: int) -> dict[str, Any]:
         """What a controller sees of it, by name of the observation's fields."""
-        return {"loss": self.loss, "val": self.val, "excess": self.excess(step)}
+        return {"loss": self.loss if self.watching else None, "val": self.val, "excess": self.excess(step)}
 
     @property
     def recent(self) -> Float64[np.ndarray, " observed"]:

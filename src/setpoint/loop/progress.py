@@ -61,9 +61,10 @@ class Progress:
         return state
 
     @classmethod
-    def of(cls, state: Mapping[str, Any]) -> Progress:
-        """The progress that `state_dict` was taken of."""
-        like = cls(plan=None if state["plan"] is None else Plan(0, {}))
+    def of(cls, state: Mapping[str, Any], widths: Mapping[str, int]) -> Progress:
+        """The progress that `state_dict` was taken of, at these widths."""
+        by_unit = {name: np.zeros(width) for name, width in widths.items()}
+        like = cls(plan=None if state["plan"] is None else Plan(0, {}), saliency=by_unit, worth=by_unit)
         found: Progress = restored(state, like, "the run's progress", torch.device("cpu"))
         return replace(
             found,

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from setpoint.controller.plan import Plan
+from setpoint.entry import Entry
 from setpoint.groups.follow import Change
-from setpoint.ledger import Entry, Ledger
+from setpoint.ledger import Ledger
 from setpoint.loop.cutting import Origins
 from setpoint.sensor.probe import Probe
 from setpoint.sensor.reading import Reading

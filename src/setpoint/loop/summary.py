@@ -12,6 +12,7 @@ from setpoint.loop.losses import Losses
 from setpoint.loop.progress import Progress
 from setpoint.loop.record import drop_counts, return_counts
 from setpoint.spending.spending import Spending
+from setpoint.spending.verdict import totals, verdict
 
 
 @dataclass(frozen=True)
@@ -133,11 +134,11 @@ def summarise(
         losses: what was observed of the loss.
     """
     widths = widths_of(actuator.groups)
-    totals = spending.totals(now.step, widths)
+    spent = totals(spending, now.step, widths)
     landed, reason = _verdict(now, spending, actuator, num_params, widths)
     drops, gave_way = drop_counts(ledger), now.gave_way
     summary = Summary(
-        **totals,
+        **spent,
         landed=landed,
         reason=reason,
         widths=widths,
@@ -164,4 +165,4 @@ def _verdict(
             f"the model has {num_params:,} parameters, but its widths account for {accounted:,.0f}: "
             "it was changed by something other than this loop"
         )
-    return spending.verdict(now.step, widths, now.plan)
+    return verdict(spending, now.step, widths, now.plan)

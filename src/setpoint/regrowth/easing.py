@@ -74,13 +74,14 @@ class Easing:
     ) -> None:
         assert num_steps >= 1
         self._left = num_steps
-        places = [
-            (part.tensor, part.dim, np.flatnonzero(np.isin(part.index, np.flatnonzero(regrown[group.name]))))
-            for group in groups
-            if group.name in regrown
-            for part in group.slices
-            if part.role == "consume" and part.dim is not None
-        ]
+        places = []
+        for group in (group for group in groups if group.name in regrown):
+            units = np.flatnonzero(regrown[group.name])
+            places += [
+                (part.tensor, part.dim, np.flatnonzero(np.isin(part.index, units)))
+                for part in group.slices
+                if part.role == "consume" and part.dim is not None
+            ]
         self._shares: list[_Share] = []
         for number, module in enumerate((model, *unwrapped([name for name, *_ in places], model, copies))):
             tensors = named_tensors(module)

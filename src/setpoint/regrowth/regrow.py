@@ -11,22 +11,15 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
-from setpoint.actuator.cut import SizePlace, in_format, plan_cut, take
+from setpoint.actuator.cut import SizePlace, plan_cut
+from setpoint.actuator.cuttable import check_cuttable, check_lengths
 from setpoint.actuator.optimizer_state import Optimizers, as_sequence, map_tensors
-from setpoint.actuator.shrink import (
-    Change,
-    Job,
-    call_of,
-    check_cuttable,
-    check_lengths,
-    commit,
-    named_tensors,
-    unwrapped,
-)
+from setpoint.actuator.shrink import Change, Job, commit, named_tensors, unwrapped
 from setpoint.actuator.sizes import check_sizes
+from setpoint.actuator.take import in_format, take
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group
-from setpoint.groups.place import is_call, read_size
+from setpoint.groups.place import call_of, is_call, read_size
 from setpoint.regrowth.reserve import Box, Key, Reserve, write
 
 Grow = Mapping[str, Sequence[int] | Int[np.ndarray, " _units"]]

@@ -126,13 +126,13 @@ class Regrowth:
     def prepare(self, step: int, *, due: bool, open_still: bool) -> bool:
         """Have resting units present in the coming step, if the controller asks and what may be spent allows it."""
         total_steps, spending = self._spending.total_steps, self._spending
-        if open_still and not spending.peak_wanted and self._controller.probe_due(step, total_steps):
+        if open_still and not spending.meter.peak_wanted and self._controller.probe_due(step, total_steps):
             self._begin_probe(step)
         if not self._controller.regrow:
             return due
         # The memory of a step with resting units is not the model's own: the last one before them is watched.
         ahead = step + 1 <= total_steps and self._controller.probe_due(step + 1, total_steps)
-        return (due or ahead) and self._probing is None and not spending.peak_known
+        return (due or ahead) and self._probing is None and not spending.meter.peak_known
 
     def extras(self, step: int) -> Mapping[str, Any]:
         """What probes told of units that rest, and which units the last cut dropped."""
@@ -228,14 +228,15 @@ class Regrowth:
         """Have resting units present in the step after this one, if there are any and a share of the FLOPs pays."""
         spending = self._spending
         self._chosen = self._chosen or self._affordable()
-        allowance = spending.share_left(_PROBE_SHARE, spending.probing_flops)
+        allowance = spending.account.share_left(_PROBE_SHARE, spending.account.probing_flops)
         spare = min(allowance, spending.spare_flops(step, widths_of(self.groups)))
         if self._chosen and self._extra(self._chosen) <= spare:
             self._start_probe()
 
     def _affordable(self) -> dict[str, Int[np.ndarray, " _units"]]:
         """Units that can be present in a few steps for what may be spent on probing by now; groups take turns."""
-        allowance, groups = self._spending.share_left(_PROBE_SHARE, self._spending.probing_flops), self._cutting.dense
+        account, groups = self._spending.account, self._cutting.dense
+        allowance = account.share_left(_PROBE_SHARE, account.probing_flops)
         found = dict[str, Int[np.ndarray, " _units"]]()
         for _ in groups:
             group = groups[self._turn % len(groups)]

@@ -14,9 +14,10 @@ from jaxtyping import Bool, Int, Shaped
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from setpoint.actuator.cut import Keep, SizePlace, check_keep, cut_groups, in_format, plan_cut
+from setpoint.actuator.cut import Keep, SizePlace, check_keep, cut_groups, plan_cut
 from setpoint.actuator.optimizer_state import Optimizers, as_sequence, map_tensors
 from setpoint.actuator.shrink import named_tensors, unwrapped
+from setpoint.actuator.take import in_format
 from setpoint.distributed import Ranks, is_spread, local, spread_out
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group, keep_all
@@ -187,12 +188,12 @@ class Reserve:
     def resumed(self, state: Mapping[str, Any]) -> Reserve:
         """The reserve whose `state_dict` this is, from the empty one of its model; GroupError for another's."""
         units = state["units"].items()
-        by_group = {key: {n: u[key].numpy().copy() for n, u in units if key in u} for key in self._by_group()}
-        for part, old in self._by_group().items():
-            for name, array in old.items():
-                new = by_group[part].get(name)
-                if new is None or (new.shape, new.dtype) != (array.shape, array.dtype):
-                    raise GroupError(f"the reserve's {part} of group {name!r} is not one {array.dtype} per unit")
+        by_group = {kind: {n: u[kind].numpy().copy() for n, u in units if kind in u} for kind in self._by_group()}
+        for kind, old in self._by_group().items():
+            for name, expected in old.items():
+                new = by_group[kind].get(name)
+                if new is None or (new.shape, new.dtype) != (expected.shape, expected.dtype):
+                    raise GroupError(f"the reserve's {kind} of group {name!r} is not one {expected.dtype} per unit")
         tensors = {}
         for each in state["tensors"]:
             key, count = Key(*each["key"]), len(each["values"])

@@ -3,16 +3,42 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 from torch import nn
 
 from setpoint.actuator.shrink import shrink
-from setpoint.actuator.verify import Trial
-from setpoint.errors import VerificationError
+from setpoint.actuator.verify import Trial, few_rows
+from setpoint.errors import LoopError, VerificationError
 from setpoint.groups.export import Example, computed
 from setpoint.groups.group import Group
+from setpoint.host.host import Host
 from setpoint.regrowth.probing import Probing
 from setpoint.regrowth.reserve import Reserve
+from setpoint.sensor.reading import Sensor, takes_back
+
+
+def check_regrowth(
+    host: Host, example: Example, groups: tuple[Group, ...], sensor: Sensor[Any], *, verify: bool
+) -> float:
+    """Check that units can be probed and come back in this model; the passes that took.
+
+    Raises:
+        LoopError: when they cannot.
+        VerificationError: when a probed step on a copy is not the shrunk model's step.
+    """
+    instead = "attach with PricedController(regrow=False)"
+    if not takes_back(sensor):
+        raise LoopError(f"{type(sensor).__name__} says returns = False, so units cannot come back: {instead}")
+    if host.compiled:
+        raise LoopError(
+            f"resting units cannot be present in compiled code: attach to the model uncompiled, or {instead}"
+        )
+    if not verify:
+        return 0.0
+    few, share = few_rows(example)
+    verify_probe(host.model, few, groups)
+    return 6 * share
 
 
 def verify_probe(model: nn.Module, example: Example, groups: tuple[Group, ...]) -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from setpoint.ledger import Entry
-from setpoint.report.figures import BLUE, FAINT, GREY, INK, ORANGE, Figure, Trace, escape, layout
+from setpoint.entry import Entry
+from setpoint.report.figures import BLUE, FAINT, GREY, INK, ORANGE, Figure, Trace, escape, layout, line, scatter
 from setpoint.report.numbers import digits, scale
 from setpoint.report.record import Record
 from setpoint.report.resources import PER, dense_of, dropped, end_of, limit_of, num_dropped, unit_of
 
 BAND = 0.84
 """Share of a group's band that its units fill; a gap to the next band remains."""
+
+_BAR = {"thickness": 12, "outlinewidth": 0}
 
 
 def num_grown(entry: Entry) -> dict[str, int]:
@@ -38,19 +40,14 @@ def spending(record: Record, resource: str) -> Figure:
         *metered(entries, resource, factor, unit),
     ]
     lines = (("dense", dense, FAINT, "solid"), ("budget", limit, INK, "dot"))
-    shapes, notes = [], []
+    shapes, notes = list[Trace](), list[Trace]()
     for name, value, color, dash in lines:
         if value is not None:
-            y = value / factor
-            shapes.append(
-                {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": y, "y1": y}
-                | {"line": {"color": color, "dash": dash, "width": 1.4}, "layer": "below"}
-            )
-            text = f"{name} {digits(y)} {unit}"
-            notes.append(
-                {"xref": "paper", "x": 1, "y": y, "text": text, "showarrow": False}
-                | {"xanchor": "right", "yanchor": "bottom", "font": {"size": 11}}
-            )
+            y, look = value / factor, {"color": color, "dash": dash, "width": 1.4}
+            shapes.append({"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": y, "y1": y, "layer": "below"})
+            shapes[-1]["line"] = look
+            at = {"xref": "paper", "x": 1, "y": y, "xanchor": "right", "yanchor": "bottom"}
+            notes.append(at | {"text": f"{name} {digits(y)} {unit}", "showarrow": False, "font": {"size": 11}})
     shape = layout(f"{unit} per {PER.get(resource, 'step')}", shapes=shapes, annotations=notes)
     shape["yaxis"]["rangemode"] = "tozero"
     return Figure(data, shape)
@@ -59,61 +56,23 @@ def spending(record: Record, resource: str) -> Figure:
 def metered(entries: Sequence[Entry], resource: str, factor: float, unit: str) -> list[Trace]:
     """Markers of meter readings before each decision, with the predictions; none without a meter."""
     read = [entry for entry in entries if resource in entry.metered]
-    if not read:
-        return []
     predictions = [
         f"predicted {digits(entry.predicted[resource] / factor)} {unit}" if resource in entry.predicted else ""
         for entry in read
     ]
-    return [
-        {
-            "type": "scatter",
-            "mode": "markers",
-            "name": "measured",
-            "x": [entry.step for entry in read],
-            "y": [entry.metered[resource] / factor for entry in read],
-            "hovertext": predictions,
-            "hovertemplate": f"<b>measured</b> at step %{{x:,d}}<br>%{{y:.4g}} {unit}<br>%{{hovertext}}<extra></extra>",
-            "marker": {"symbol": "circle-open", "size": 8, "color": INK},
-        }
-    ]
-
-
-def line(
-    name: str,
-    points: Sequence[tuple[float, float]],
-    color: str,
-    *,
-    dash: str = "solid",
-    width: float = 1.8,
-    shape: str = "linear",
-    hover: str = "%{y:.4g}",
-) -> Trace:
-    """A line through (step, value) points."""
-    return {
-        "type": "scatter",
-        "mode": "lines",
-        "name": name,
-        "x": [step for step, _ in points],
-        "y": [value for _, value in points],
-        "line": {"color": color, "dash": dash, "width": width, "shape": shape},
-        "hovertemplate": f"<b>{name}</b> at step %{{x:,d}}<br>{hover}<extra></extra>",
-    }
+    points = [(entry.step, entry.metered[resource] / factor) for entry in read]
+    hover = f"<b>measured</b> at step %{{x:,d}}<br>%{{y:.4g}} {unit}<br>%{{hovertext}}"
+    marker = {"symbol": "circle-open", "size": 8, "color": INK}
+    return [scatter("markers", "measured", points, hover, hovertext=predictions, marker=marker)] if read else []
 
 
 def cuts(entries: Sequence[Entry], heights: Sequence[float]) -> Trace:
     """A marker on every decision that dropped units, with the reason."""
     made = [(entry, height) for entry, height in zip(entries, heights, strict=True) if dropped(entry)]
-    return {
-        "type": "scatter",
-        "mode": "markers",
-        "name": "cut",
-        "x": [entry.step for entry, _ in made],
-        "y": [height for _, height in made],
-        "hovertext": [f"dropped {dropped(entry):,} units<br>{escape(entry.reason)}" for entry, _ in made],
-        "hovertemplate": "<b>cut</b> at step %{x:,d}<br>%{hovertext}<extra></extra>",
-        "marker": {"symbol": "triangle-down", "size": 10, "color": BLUE},
-    }
+    texts = [f"dropped {dropped(entry):,} units<br>{escape(entry.reason)}" for entry, _ in made]
+    points, hover = [(entry.step, height) for entry, height in made], "<b>cut</b> at step %{x:,d}<br>%{hovertext}"
+    marker = {"symbol": "triangle-down", "size": 10, "color": BLUE}
+    return scatter("markers", "cut", points, hover, hovertext=texts, marker=marker)
 
 
 def price(record: Record, resource: str) -> Figure | None:
@@ -154,23 +113,22 @@ def widths(record: Record) -> Figure | None:
     columns = [dense, *(entry.widths for entry in moments)]
     final = record.entries[-1].widths if record.entries else dense
     table = [[column.get(name, dense[name]) for column in columns] for name in dense]
-    what = {name: escape(record.what.get(name, "unit")) for name in dense}
     labels = [f"{short(name)}  <b>{final.get(name, dense[name])}</b> / {dense[name]}" for name in dense]
+    what = {name: f"{dense[name]} {escape(record.what.get(name, 'unit'))}s" for name in dense}
     trace: Trace = {
         "type": "heatmap",
         "x": edges,
         "y": list(range(len(dense) + 1)),
         "z": [[width / (dense[name] or 1) for width in row] for name, row in zip(dense, table, strict=True)],
         "text": [
-            [f"{escape(name)}<br>{width} of {dense[name]} {what[name]}s" for width in row]
-            for name, row in zip(dense, table, strict=True)
+            [f"{escape(n)}<br>{width} of {what[n]}" for width in row] for n, row in zip(dense, table, strict=True)
         ],
         "hovertemplate": "<b>%{text}</b> (%{z:.0%})<extra></extra>",
         "zmin": 0,
         "zmax": 1,
         "ygap": 3,
         "colorscale": [[0, "#e6edf5"], [1, BLUE]],
-        "colorbar": {"title": {"text": "width"}, "tickformat": ".0%", "thickness": 12, "outlinewidth": 0},
+        "colorbar": {**_BAR, "title": {"text": "width"}, "tickformat": ".0%"},
     }
     shape = layout("", height=120 + 26 * len(dense))
     shape["yaxis"] |= rows(labels, 0.5)
@@ -184,14 +142,8 @@ def short(name: str, most: int = 40) -> str:
 
 def rows(labels: Sequence[str], offset: float) -> dict[str, object]:
     """A y axis with one labelled row per group, the first on top."""
-    return {
-        "tickmode": "array",
-        "tickvals": [place + offset for place in range(len(labels))],
-        "ticktext": list(labels),
-        "range": [len(labels), 0],
-        "showgrid": False,
-        "ticks": "",
-    }
+    ticks = {"tickmode": "array", "tickvals": [place + offset for place in range(len(labels))], "ticks": ""}
+    return {**ticks, "ticktext": list(labels), "range": [len(labels), 0], "showgrid": False}
 
 
 def timeline(record: Record, resource: str | None) -> Figure | None:
@@ -211,12 +163,8 @@ def timeline(record: Record, resource: str | None) -> Figure | None:
     shape = layout("", height=height, showlegend=True)
     shape["yaxis"] |= rows([f"{short(name)}" for name in dense], 0.5)
     shape["xaxis"]["range"] = [0, end_of(record) * 1.01]
-    shape["coloraxis"] = {
-        "cmin": 0,
-        "cmax": 1,
-        "colorscale": [[0, BLUE], [0.5, GREY], [1, ORANGE]],
-        "colorbar": {"title": {"text": "worth / price"}, "thickness": 12, "outlinewidth": 0},
-    }
+    colors, bar = [[0, BLUE], [0.5, GREY], [1, ORANGE]], {**_BAR, "title": {"text": "worth / price"}}
+    shape["coloraxis"] = {"cmin": 0, "cmax": 1, "colorscale": colors, "colorbar": bar}
     return Figure(data, shape)
 
 
@@ -260,20 +208,10 @@ def drops(entry: Entry, record: Record, resource: str | None) -> list[Trace]:
         if not units:
             continue
         noted = "".join(f"<br>{text}" for text in notes)
-        marker = {"symbol": symbol, "size": 6, "line": {"width": 0}, "color": GREY}
-        trace: Trace = {
-            "type": "scatter",
-            "mode": "markers",
-            "name": verb,
-            "showlegend": False,
-            "x": [entry.step] * len(units),
-            "y": [(name, origin) for name, origin, _ in units],
-            "customdata": [
-                [f"{short(name)}, {escape(record.what.get(name, 'unit'))} {origin}"] for name, origin, _ in units
-            ],
-            "hovertemplate": f"<b>%{{customdata[0]}}</b> {verb}{noted}<extra></extra>",
-            "marker": marker,
-        }
+        points = [(entry.step, (name, origin)) for name, origin, _ in units]
+        shown = [[f"{short(name)}, {escape(record.what.get(name, 'unit'))} {origin}"] for name, origin, _ in units]
+        trace = scatter("markers", verb, points, f"<b>%{{customdata[0]}}</b> {verb}{noted}", customdata=shown)
+        trace |= {"showlegend": False, "marker": {"symbol": symbol, "size": 6, "line": {"width": 0}, "color": GREY}}
         found.append((with_worth if verb == "dropped" else with_gain)(trace, entry, units, rate, factor, unit))
     return found
 
@@ -285,14 +223,9 @@ def with_worth(
     worth = [nth(entry.worth, name, place) for name, _, place in units]
     saliency = [nth(entry.saliency, name, place) for name, _, place in units]
     ratios = [None if w is None or not rate else min(w / rate, 1.0) for w in worth]
-    trace["customdata"] = [
-        [
-            *shown,
-            "not evaluated" if w is None else f"{digits(w * factor)} loss per {unit}",
-            "unknown" if s is None else f"{digits(s)} loss",
-        ]
-        for shown, w, s in zip(trace["customdata"], worth, saliency, strict=True)
-    ]
+    texts = ["not evaluated" if w is None else f"{digits(w * factor)} loss per {unit}" for w in worth]
+    losses = ["unknown" if s is None else f"{digits(s)} loss" for s in saliency]
+    trace["customdata"] = [[*each, *two] for each, *two in zip(trace["customdata"], texts, losses, strict=True)]
     head, _, tail = trace["hovertemplate"].partition("</b> dropped")
     trace["hovertemplate"] = f"{head}</b> dropped<br>worth %{{customdata[1]}}<br>saliency %{{customdata[2]}}{tail}"
     if any(ratio is not None for ratio in ratios):

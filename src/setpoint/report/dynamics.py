@@ -1,22 +1,19 @@
-"""Figures of a run's dynamics: units over steps, events as spikes, rests of units, the loss around events."""
+"""Figures of a run's dynamics: units over steps, events as spikes, rests of units."""
 
 from __future__ import annotations
 
-import math
 import statistics
-from collections.abc import Sequence
+from collections import Counter
 from dataclasses import dataclass
 
-from setpoint.report.decisions import first_widths, height_of, line, num_grown, rows, short
-from setpoint.report.figures import BLUE, GREY, INK, ORANGE, OTHERS, Figure, Trace, escape, layout
+from setpoint.report.decisions import first_widths, height_of, rows, short
+from setpoint.report.figures import BLUE, GREY, ORANGE, OTHERS, Figure, Trace, escape, layout, line, scatter
 from setpoint.report.numbers import digits
-from setpoint.report.record import Point, Record
-from setpoint.report.resources import dropped, end_of
+from setpoint.report.record import Record
+from setpoint.report.resources import end_of
 
 COLORS = (BLUE, ORANGE, *OTHERS, GREY)
 DASHES = ("solid", "dash", "dot", "dashdot")
-AROUND = 0.03
-"""Share of the run on either side of an event over which the loss is shown."""
 
 
 @dataclass(frozen=True)
@@ -78,36 +75,15 @@ def raster(record: Record) -> Figure | None:
     data: list[Trace] = []
     for (verb, events), color in zip(spikes.items(), (ORANGE, BLUE), strict=True):
         sign = -1 if verb == "dropped" else 1
-        data.append(
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "name": verb,
-                "legendgroup": verb,
-                "x": [step for step, _, _ in events],
-                "y": [height_of(bands, dense, name, unit) for _, name, unit in events],
-                "text": [f"{short(name)} {unit}" for _, name, unit in events],
-                "hovertemplate": f"<b>%{{text}}</b> {verb} at step %{{x:,d}}<extra></extra>",
-                "marker": {"symbol": "line-ns-open", "size": 7, "color": color, "line": {"width": 1.6}},
-            }
-        )
-        counts: dict[int, int] = {}
-        for step, _, _ in events:
-            counts[step] = counts.get(step, 0) + 1
-        data.append(
-            {
-                "type": "bar",
-                "name": verb,
-                "legendgroup": verb,
-                "showlegend": False,
-                "x": list(counts),
-                "y": [sign * count for count in counts.values()],
-                "width": end_of(record) / 120,
-                "yaxis": "y2",
-                "hovertemplate": f"%{{y:,d}} units {verb} at step %{{x:,d}}<extra></extra>",
-                "marker": {"color": color},
-            }
-        )
+        points = [(step, height_of(bands, dense, name, unit)) for step, name, unit in events]
+        ticks = scatter("markers", verb, points, f"<b>%{{text}}</b> {verb} at step %{{x:,d}}", legendgroup=verb)
+        ticks["text"] = [f"{short(name)} {unit}" for _, name, unit in events]
+        ticks["marker"] = {"symbol": "line-ns-open", "size": 7, "color": color, "line": {"width": 1.6}}
+        counts = Counter(step for step, _, _ in events)
+        bars = {"type": "bar", "name": verb, "legendgroup": verb, "showlegend": False, "marker": {"color": color}}
+        bars |= {"x": list(counts), "y": [sign * count for count in counts.values()], "yaxis": "y2"}
+        bars["hovertemplate"] = f"%{{y:,d}} units {verb} at step %{{x:,d}}<extra></extra>"
+        data += [ticks, {**bars, "width": end_of(record) / 120}]
     shape = layout("", height=240 + max(26, min(56, 700 // len(dense))) * len(dense), barmode="relative")
     shape["yaxis"] |= rows([short(name) for name in dense], 0.5) | {"domain": [0.22, 1]}
     shape["yaxis2"] = {"domain": [0, 0.16], "title": {"text": "units"}, "zeroline": True, "automargin": True}
@@ -124,61 +100,11 @@ def reserve_lives(record: Record) -> Figure | None:
     for name, returned, color in (("came back", True, BLUE), ("never came back", False, GREY)):
         lengths = [rest.end - rest.begin for rest in found if rest.returned == returned]
         if lengths:
-            data.append(
-                {
-                    "type": "histogram",
-                    "name": f"{name} ({len(lengths):,}, median {digits(statistics.median(lengths))} steps)",
-                    "x": lengths,
-                    "xbins": {"start": 0, "end": end, "size": max(1.0, end / 40)},
-                    "marker": {"color": color},
-                    "hovertemplate": f"%{{y:,d}} {name} after %{{x}} steps<extra></extra>",
-                }
-            )
+            title = f"{name} ({len(lengths):,}, median {digits(statistics.median(lengths))} steps)"
+            trace = {"type": "histogram", "name": title, "x": lengths, "marker": {"color": color}}
+            trace["xbins"] = {"start": 0, "end": end, "size": max(1.0, end / 40)}
+            data.append({**trace, "hovertemplate": f"%{{y:,d}} {name} after %{{x}} steps<extra></extra>"})
     return Figure(data, layout("units", "optimizer steps out of the model", height=280, barmode="stack"))
-
-
-def loss_around(record: Record, history: Sequence[Point]) -> Figure | None:
-    """The training loss around each decision that changed the model, less its mean before; None without a history.
-
-    A jump at 0 is the effect of the event; the bold line is the mean over all events.
-    """
-    steps, losses = _training_losses(history)
-    reach = max(4.0, AROUND * end_of(record))
-    data: list[Trace] = []
-    every: dict[int, list[float]] = {}
-    width = reach / 8
-    for entry in record.entries:
-        back = sum(num_grown(entry).values())
-        before = [loss for step, loss in zip(steps, losses, strict=True) if entry.step - reach < step <= entry.step]
-        after = [loss for step, loss in zip(steps, losses, strict=True) if entry.step < step <= entry.step + reach]
-        if not (dropped(entry) or back) or len(before) < 2 or len(after) < 2:
-            continue
-        base = statistics.fmean(before)
-        by_bin: dict[int, list[float]] = {}
-        for step, loss in zip(steps, losses, strict=True):
-            if entry.step - reach < step <= entry.step + reach:
-                by_bin.setdefault(math.ceil((step - entry.step) / width), []).append(loss - base)
-        points = [((place - 0.5) * width, statistics.fmean(values)) for place, values in sorted(by_bin.items())]
-        for place, values in by_bin.items():
-            every.setdefault(place, []).append(statistics.fmean(values))
-        label = f"step {entry.step:,}: {dropped(entry):,} dropped, {back:,} back"
-        data.append(line(label, points, ORANGE if not back else BLUE, width=1.0) | {"opacity": 0.5})
-    if not data:
-        return None
-    means = [((place - 0.5) * width, statistics.fmean(values)) for place, values in sorted(every.items())]
-    data.append(line("mean over events", means, INK, width=3.0))
-    shape = layout("loss less its mean before", "optimizer steps since the event", height=340)
-    shape["showlegend"] = len(data) <= 8
-    shape["shapes"] = [
-        {"type": "line", "yref": "paper", "x0": 0, "x1": 0, "y0": 0, "y1": 1, "line": {"color": GREY, "dash": "dot"}}
-    ]
-    return Figure(data, shape)
-
-
-def _training_losses(history: Sequence[Point]) -> tuple[list[float], list[float]]:
-    """Steps and training losses, in order of steps."""
-    found = sorted((p.step, p.loss) for p in history if p.split == "train" and p.loss is not None)
-    return [step for step, _ in found], [loss for _, loss in found]
 
 
 def dynamics_line(record: Record) -> str:

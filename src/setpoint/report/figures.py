@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,6 +56,28 @@ def plotly_script() -> str:
             'the report needs plotly, which is not installed: pip install "setpoint[report]"', name="plotly"
         ) from error
     return str(get_plotlyjs())
+
+
+def scatter(mode: str, name: str, points: Iterable[tuple[Any, Any]], hover: str, **more: Any) -> Trace:
+    """Lines or markers at (x, y) points, with the text that shows under the pointer."""
+    x, y = zip(*points, strict=True) if (points := list(points)) else ((), ())
+    found = {"type": "scatter", "mode": mode, "name": name, "x": list(x), "y": list(y)}
+    return found | {"hovertemplate": f"{hover}<extra></extra>"} | more
+
+
+def line(
+    name: str,
+    points: Sequence[tuple[float, float]],
+    color: str,
+    *,
+    dash: str = "solid",
+    width: float = 1.8,
+    shape: str = "linear",
+    hover: str = "%{y:.4g}",
+) -> Trace:
+    """A line through (step, value) points."""
+    look = {"color": color, "dash": dash, "width": width, "shape": shape}
+    return scatter("lines", name, points, f"<b>{name}</b> at step %{{x:,d}}<br>{hover}", line=look)
 
 
 def layout(y_title: str, x_title: str = AXES["step"], height: int = 360, **more: Any) -> dict[str, Any]:

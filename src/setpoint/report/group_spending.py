@@ -20,12 +20,7 @@ from setpoint.resources.joules import find_energy_meter, idle_watts
 
 @dataclass(frozen=True)
 class GroupSpending:
-    """Savings of a group that alone is cut to its fewest units.
-
-    Args:
-        seconds: of a dense step.
-        memory_bytes: of the peak; 0 where the peak is elsewhere.
-    """
+    """Savings of a group that alone is cut to its fewest units; of bytes those of the peak, which may be elsewhere."""
 
     name: str
     seconds: float
@@ -37,15 +32,9 @@ class Spending:
     """Costs of one training step, and of one inference, modelled from operations and storages.
 
     Args:
-        seconds: of a dense step.
-        memory_bytes: at its peak.
-        inference_seconds: of a forward pass of the dense model in eval mode, at the example's batch size.
-        least_seconds, least_memory_bytes, least_inference_seconds: the same with every group at its fewest units.
         error: median relative error of predicted seconds on copies of the model.
-        sources: by resource, its model.
         groups: descending in seconds.
         idle_watts: measured power while this process rests; None without a meter of energy.
-        energy: what measures energy here, or why nothing does.
     """
 
     seconds: float

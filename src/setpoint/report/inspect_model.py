@@ -26,10 +26,8 @@ class GroupReport:
     """One group for readers. Fields of the same name as in `Group` have its meaning.
 
     Args:
-        min_units: the fewest units, in blocks of `multiple_of`.
         kept_whole: why `attach` does not prune it by default; empty if it may be pruned.
         params: parameters that lie along its units; one may lie along units of two groups.
-        params_share: the same as a share of the model's parameters.
         flops_share: share of the model's FLOPs saved by cutting this group alone to its fewest units.
         places: (tensor, dim, role) of each of its slices.
     """
@@ -51,15 +49,8 @@ class Inspection:
     """Groups, costs and frozen places of a model.
 
     Args:
-        model: its name.
-        inputs: shape of each tensor of the example.
-        verified: whether the cuts were tried on a copy.
-        groups: in the order of the model.
-        flops: of one optimizer step, forward and backward, at the example's batch shape.
-        params: number of parameters.
         prunable_params_share: share of the parameters that lie along a unit of a group that may be pruned.
         cheapest_flops, cheapest_params: both with every group that may be pruned cut to its fewest units.
-        frozen: places that are never cut, and why.
         parts: every parameter once, by tensor and group.
     """
 

@@ -11,7 +11,7 @@ from setpoint.report import figures
 from setpoint.report.draft import Draft, document, html_table, pair, place_of, save
 from setpoint.report.figures import BLUE, FAINT, ORANGE, Figure, plotly_script
 from setpoint.report.names import fold
-from setpoint.report.numbers import NOTHING, human, percent
+from setpoint.report.numbers import NOTHING, human, percent, share
 
 MODULES = "#e6edf5"
 """Colour of the frames that modules draw around their parts."""
@@ -81,6 +81,7 @@ def parameter_map(found: Mapping[str, Any]) -> Figure | None:
         color, about = _kind(name, groups)
         nodes.append((*node, params, color, f"{module}<br>{about}" if module else about))
     ids, labels, parents, values, colors, texts = zip(*nodes, strict=True)
+    told = zip(values, texts, strict=True)
     trace = {
         "type": "treemap",
         "ids": list(ids),
@@ -92,10 +93,7 @@ def parameter_map(found: Mapping[str, Any]) -> Figure | None:
         "tiling": {"packing": "squarify", "pad": 1},
         "textinfo": "label+text",
         "text": [human(value) for value in values],
-        "hovertext": [
-            f"<b>{human(value)}</b> parameters, {percent(value / total)}<br>{text}"
-            for value, text in zip(values, texts, strict=True)
-        ],
+        "hovertext": [f"<b>{human(n)}</b> parameters, {percent(n / total)}<br>{text}" for n, text in told],
         "hovertemplate": "<b>%{label}</b><br>%{hovertext}<extra></extra>",
         "pathbar": {"visible": True, "thickness": 24},
     }
@@ -131,27 +129,27 @@ def _kind(name: str, groups: Mapping[str, Any]) -> tuple[str, str]:
 def _cards(found: Mapping[str, Any]) -> str:
     """The main numbers."""
     pruned = [group for group in found["groups"] if not group["kept_whole"]]
-    units = sum(group["num_units"] for group in pruned)
+    units, whole = sum(group["num_units"] for group in pruned), len(found["groups"]) - len(pruned)
     shown = (
-        (
-            "groups that may be pruned",
-            f"{len(pruned)}",
-            f"{units:,} units; {len(found['groups']) - len(pruned)} left whole",
-        ),
+        ("groups that may be pruned", f"{len(pruned)}", f"{units:,} units; {whole} left whole"),
         ("parameters", human(found["params"]), f"{percent(found['prunable_params_share'])} along units that may go"),
-        ("fewest parameters", human(found["cheapest_params"]), _of_dense(found["cheapest_params"], found["params"])),
+        (
+            "fewest parameters",
+            human(found["cheapest_params"]),
+            f"{share(found['cheapest_params'], found['params'])} of dense",
+        ),
         ("FLOPs per training step", human(found["flops"], "FLOP"), "forward and backward"),
-        ("fewest FLOPs", human(found["cheapest_flops"], "FLOP"), _of_dense(found["cheapest_flops"], found["flops"])),
+        (
+            "fewest FLOPs",
+            human(found["cheapest_flops"], "FLOP"),
+            f"{share(found['cheapest_flops'], found['flops'])} of dense",
+        ),
     )
     items = "".join(
         f"<li><span>{escape(title)}</span><strong>{escape(value)}</strong><small>{escape(note)}</small></li>"
         for title, value, note in shown
     )
     return f'<ul class="cards">{items}</ul>\n'
-
-
-def _of_dense(part: float, whole: float) -> str:
-    return f"{percent(part / whole if whole else None)} of dense"
 
 
 def _groups(groups: Sequence[Mapping[str, Any]]) -> str:

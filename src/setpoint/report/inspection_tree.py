@@ -9,7 +9,7 @@ from rich.tree import Tree
 
 from setpoint.report.inspect_model import GroupReport, Inspection
 from setpoint.report.names import fold, skeleton
-from setpoint.report.numbers import human, percent
+from setpoint.report.numbers import human, percent, share
 
 _MOST_PLACES = 8
 """Lines shown of the places of one group."""
@@ -22,8 +22,8 @@ def inspection_tree(found: Inspection) -> Tree:
         f"{human(found.flops, 'FLOP')} per training step, {human(found.params)} parameters"
     )
     tree.add(
-        f"cheapest reachable: {human(found.cheapest_flops, 'FLOP')} ({_share(found.cheapest_flops, found.flops)}), "
-        f"{human(found.cheapest_params)} parameters ({_share(found.cheapest_params, found.params)})"
+        f"cheapest reachable: {human(found.cheapest_flops, 'FLOP')} ({share(found.cheapest_flops, found.flops)}), "
+        f"{human(found.cheapest_params)} parameters ({share(found.cheapest_params, found.params)})"
     )
     if not found.verified:
         tree.add("[yellow]not verified[/]: the cuts were not tried on a copy")
@@ -45,10 +45,6 @@ def inspection_tree(found: Inspection) -> Tree:
         for reason, where in reasons.items():
             branch.add(f"{escape(', '.join(fold(where)))}: [dim]{escape(reason)}[/]")
     return tree
-
-
-def _share(part: float, whole: float) -> str:
-    return percent(part / whole if whole else None)
 
 
 def _likeness(group: GroupReport) -> Hashable:

@@ -42,7 +42,7 @@ def write_ledger_page(file: Path, out: Path | None = None) -> Path:
     """
     record = read_ledger(file)
     head = f"<header><h1>Setpoint <span>report</span></h1><p>{escape(file.name)}</p></header>\n<section>\n"
-    body = Draft(head) + run("run", file.stem, record, (), hidden=False) + Draft("</section>\n")
+    body = Draft(head) + run("run", file.stem, record) + Draft("</section>\n")
     return save(document(file.stem, body, plotly_script()), file.with_suffix(".html") if out is None else out)
 
 

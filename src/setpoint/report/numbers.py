@@ -88,6 +88,11 @@ def percent(share: float | None) -> str:
     return f"{value:.{0 if abs(value) >= 99.95 else 1 if abs(value) >= 9.995 else 2}f} %".replace("-", MINUS)
 
 
+def share(part: float, whole: float) -> str:
+    """A part of a whole in percent."""
+    return percent(part / whole if whole else None)
+
+
 def signed(value: float | None, decimals: int) -> str:
     """A difference, always with its sign.
 

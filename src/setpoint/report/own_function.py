@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -45,11 +44,6 @@ def own_function(target: str) -> Callable[[], Any]:
     except TypeError as error:
         raise UsageError(f"{target} must take nothing, since it is called with nothing: {error}") from None
     return function  # type: ignore[no-any-return]
-
-
-def source_hash(target: str) -> str:
-    """Hash of the text of a function's file, 16 hexadecimal digits."""
-    return hashlib.sha256(_parts(target)[0].read_bytes()).hexdigest()[:16]
 
 
 def _parts(target: str) -> tuple[Path, str]:

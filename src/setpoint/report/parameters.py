@@ -14,12 +14,7 @@ from setpoint.groups.group import Group, Slice
 
 @dataclass(frozen=True)
 class Part:
-    """A part of one parameter tensor; the parts of a model hold each of its parameters once.
-
-    Args:
-        group: the group along whose units these entries lie; empty if along none.
-        params: number of entries.
-    """
+    """The entries of a tensor along units of one group, or of none (""); a model's parts hold each parameter once."""
 
     tensor: str
     group: str

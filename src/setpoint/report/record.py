@@ -1,4 +1,4 @@
-"""A record: a ledger as a report reads it, and the points of a history that it is shown beside."""
+"""A record: a ledger as a report reads it."""
 
 from __future__ import annotations
 
@@ -6,26 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from setpoint.ledger import Entry, Ledger
+from setpoint.entry import Entry
+from setpoint.ledger import Ledger
 from setpoint.report.values import mapping, quantities, whole
-
-
-@dataclass(frozen=True)
-class Point:
-    """One line of a history: optimizer steps, wall-clock seconds and FLOPs of training so far, and what was measured.
-
-    Args:
-        split: "train", "validation" or "test".
-        loss: mean over the split; None if it was not measured.
-        accuracy: share of right answers in [0, 1], None if it was not measured.
-    """
-
-    step: float
-    seconds: float | None
-    flops: float | None
-    split: str
-    loss: float | None
-    accuracy: float | None
 
 
 @dataclass(frozen=True)
@@ -33,17 +16,9 @@ class Record:
     """A ledger as it was written: what was known before the first decision, and the decisions.
 
     Args:
-        units: number of units of the dense model, by group.
         what: kind of unit, by group: "channel", "head".
-        dense: cost of the dense model per optimizer step, by resource.
-        limit: the budget by resource.
-        total_steps: optimizer steps of the run, None if unknown.
-        entries: the decisions, in order.
-        sources: by resource, what it was "modelled" and "measured" by.
         step_seconds: by group, predicted seconds of a dense step that the group accounts for.
         calibration: by resource, relative error of the prediction on copies of the model.
-        limit_run: the budget of the run by resource.
-        idle_watts: measured power at rest; None where it was not measured.
         pattern: of the masks, where units are single weights; "" where units were cut.
     """
 
@@ -61,6 +36,9 @@ class Record:
     idle_watts: float | None = None
 
 
+_BY_NAME = ("dense", "limit", "limit_run", "step_seconds", "calibration")
+
+
 def record_of(ledger: Ledger) -> Record:
     """A ledger as a report reads it, whatever its header lacks."""
     header = ledger.header
@@ -68,15 +46,11 @@ def record_of(ledger: Ledger) -> Record:
     return Record(
         units={key: int(value["num_units"]) for key, value in groups.items() if "num_units" in value},
         what={key: str(value.get("what", "unit")) for key, value in groups.items()},
-        dense=quantities(header.get("dense")),
-        limit=quantities(header.get("limit")),
         total_steps=whole(header.get("total_steps")),
         entries=tuple(finite(entry) for entry in ledger),
         sources=sources(header),
-        step_seconds=quantities(header.get("step_seconds")),
         pattern=str(header.get("pattern", "")),
-        calibration=quantities(header.get("calibration")),
-        limit_run=quantities(header.get("limit_run")),
+        **{name: quantities(header.get(name)) for name in _BY_NAME},
         idle_watts=quantities({"idle": header.get("idle_watts")}).get("idle"),
     )
 
@@ -93,13 +67,6 @@ def sources(header: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
 
 def finite(entry: Entry) -> Entry:
     """The entry without numbers by resource that were not finite."""
-    return replace(
-        entry,
-        spent=quantities(entry.spent),
-        metered=quantities(entry.metered),
-        predicted=quantities(entry.predicted),
-        reference=quantities(entry.reference),
-        price=quantities(entry.price),
-        limit=quantities(entry.limit),
-        spent_run=quantities(entry.spent_run),
-    )
+    names = ("spent", "metered", "predicted", "reference", "price", "limit", "spent_run")
+    kept: dict[str, Any] = {name: quantities(getattr(entry, name)) for name in names}
+    return replace(entry, **kept)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from setpoint.ledger import Entry
+from setpoint.entry import Entry
 from setpoint.report.figures import AXES, escape
 from setpoint.report.numbers import digits, human, percent
 from setpoint.report.record import Record

@@ -2,49 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from html import escape
 
 from setpoint.report import decisions, dynamics, resources
 from setpoint.report.draft import Draft, html_table, place_of
 from setpoint.report.numbers import NOTHING, digits, duration, human, percent
-from setpoint.report.record import Point, Record
+from setpoint.report.record import Record
 
 
-def run(name: str, label: str, record: Record, history: Sequence[Point], *, hidden: bool) -> Draft:
-    """The decisions of one run, and its dynamics."""
+def run(
+    name: str,
+    label: str,
+    record: Record,
+    *,
+    hidden: bool = False,
+    more: Draft = Draft(""),  # noqa: B008
+    final: tuple[float, float] | None = None,
+) -> Draft:
+    """The decisions of one run, its dynamics and `more`; `final` are the last step and its loss, where known."""
     html = f'<p class="caption"><b>{escape(label)}</b>: {escape(resources.ledger_line(record))}</p>\n'
     draft = Draft(f'<div class="run" id="{name}"{" hidden" if hidden else ""}>\n{html}')
     main = resources.resources(record)
     for resource in main:
-        draft += place_of(
-            f"{name}-spent-{len(draft.figures)}",
-            decisions.spending(record, resource),
-            f"Spent against reference: {resources.NAMES.get(resource, resource)} per "
-            f"{resources.PER.get(resource, 'step')}",
-            "The reference leads from the dense cost to the budget; a triangle is a cut, and its text tells why.",
-        )
-        draft += place_of(
-            f"{name}-price-{len(draft.figures)}",
-            decisions.price(record, resource),
-            f"Price of {resources.NAMES.get(resource, resource)}",
-            "Loss per unit of resource: a unit stays while its worth is at least the price.",
-        )
-    draft += place_of(
-        f"{name}-widths",
-        decisions.widths(record),
-        "Width of each group",
-        "Active units / units of the dense model, by group, over steps.",
-    )
-    draft += place_of(
-        f"{name}-units",
-        decisions.timeline(record, main[0] if main else None),
-        "What was dropped when, and why",
-        "Each line is a unit; a marker ends it, and tells its worth, saliency, the price and the reason. "
-        "Blue: worth next to nothing. Orange: a close call.",
-    )
-    draft += dynamics_section(name, record, history)
-    html = "".join(entries_table(record, resource, history) for resource in main or (None,))
+        named, per = resources.NAMES.get(resource, resource), resources.PER.get(resource, "step")
+        title, about = f"Spent against reference: {named} per {per}", "The reference leads from the dense cost to "
+        about += "the budget; a triangle is a cut, and its text tells why."
+        draft += place_of(f"{name}-spent-{len(draft.figures)}", decisions.spending(record, resource), title, about)
+        about = "Loss per unit of resource: a unit stays while its worth is at least the price."
+        place = f"{name}-price-{len(draft.figures)}"
+        draft += place_of(place, decisions.price(record, resource), f"Price of {named}", about)
+    about = "Active units / units of the dense model, by group, over steps."
+    draft += place_of(f"{name}-widths", decisions.widths(record), "Width of each group", about)
+    about = "Each line is a unit; a marker ends it, and tells its worth, saliency, the price and the reason. "
+    about += "Blue: worth next to nothing. Orange: a close call."
+    figure = decisions.timeline(record, main[0] if main else None)
+    draft += place_of(f"{name}-units", figure, "What was dropped when, and why", about)
+    draft += dynamics_section(name, record) + more
+    html = "".join(entries_table(record, resource, final) for resource in main or (None,))
     return draft + Draft(f"{group_seconds_table(record)}{html}</div>\n")
 
 
@@ -59,32 +53,18 @@ def group_seconds_table(record: Record) -> str:
     return f"<details><summary>Where the time of a step goes</summary>{listing}</details>\n"
 
 
-def dynamics_section(name: str, record: Record, history: Sequence[Point]) -> Draft:
-    """Dropped and regrown units as spikes, and the effect of each event on the loss."""
-    draft = place_of(
-        f"{name}-active", dynamics.active(record), "Active units of each group", "At every step, after each decision."
-    )
-    draft += place_of(
-        f"{name}-raster",
-        dynamics.raster(record),
-        "Every drop and every return, like a spike train",
-        f"A row for each unit, a tick for each event; below, their number. {dynamics.dynamics_line(record)}",
-    )
-    draft += place_of(
-        f"{name}-rests",
-        dynamics.reserve_lives(record),
-        "How long units rested",
-        "From the step at which a unit was dropped to its return, or to the end of the run.",
-    )
-    return draft + place_of(
-        f"{name}-around",
-        dynamics.loss_around(record, history),
-        "The loss around each event",
-        "Training loss less its mean before. Orange: units were dropped; blue: units came back, too.",
-    )
+def dynamics_section(name: str, record: Record) -> Draft:
+    """Dropped and regrown units as spikes."""
+    about = "At every step, after each decision."
+    draft = place_of(f"{name}-active", dynamics.active(record), "Active units of each group", about)
+    about = f"A row for each unit, a tick for each event; below, their number. {dynamics.dynamics_line(record)}"
+    title = "Every drop and every return, like a spike train"
+    draft += place_of(f"{name}-raster", dynamics.raster(record), title, about)
+    about = "From the step at which a unit was dropped to its return, or to the end of the run."
+    return draft + place_of(f"{name}-rests", dynamics.reserve_lives(record), "How long units rested", about)
 
 
-def entries_table(record: Record, resource: str | None, history: Sequence[Point]) -> str:
+def entries_table(record: Record, resource: str | None, final: tuple[float, float] | None) -> str:
     """All decisions as a table, folded away, with the loss right before and after each beside the final one."""
     if not record.entries:
         return ""
@@ -101,7 +81,6 @@ def entries_table(record: Record, resource: str | None, history: Sequence[Point]
         lines.append([escape(cell) for cell in (*cells, entry.reason)])
     meters = ("predicted before", "measured before") if read else ()
     titles = ("step", "spent", "reference", *meters, "dropped", "brought back", "loss before", "right after", "reason")
-    final = max(((p.step, p.loss) for p in history if p.split == "train" and p.loss is not None), default=None)
     if final is not None:
         blank = [NOTHING] * (len(titles) - 4)
         lines.append([f"{final[0]:,}", *blank, digits(final[1]), NOTHING, "the end of the run"])

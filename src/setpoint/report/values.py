@@ -19,25 +19,9 @@ def whole(value: Any) -> int | None:
     return None if (found := number(value)) is None else int(found)
 
 
-def numbers(value: Any) -> tuple[float, ...]:
-    """The finite numbers of a list; empty for anything else."""
-    items = value if isinstance(value, list) else []
-    return tuple(found for item in items if (found := number(item)) is not None)
-
-
 def mapping(value: Any) -> Mapping[str, Any]:
     """A JSON object, empty for anything else."""
     return value if isinstance(value, dict) else {}
-
-
-def texts(value: Any) -> dict[str, str]:
-    """Values by name, each as text."""
-    return {str(key): str(item) for key, item in mapping(value).items()}
-
-
-def counts(value: Any) -> dict[str, int]:
-    """Integers by name; other values are dropped."""
-    return {str(key): count for key, item in mapping(value).items() if (count := whole(item)) is not None}
 
 
 def quantities(value: Any) -> dict[str, float]:

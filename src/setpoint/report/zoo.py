@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -65,6 +65,15 @@ def named_model(target: str, shape: tuple[int, ...] | None = None) -> tuple[nn.M
     )
 
 
+def library(name: str) -> Any:
+    """The library "torchvision", "timm" or "transformers": this file alone imports them.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    return import_module(name)
+
+
 def library_names(library: str) -> list[str]:
     """Names of the models of "torchvision", "timm" or "transformers".
 
@@ -82,13 +91,6 @@ def library_names(library: str) -> list[str]:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     return list(CONFIG_MAPPING_NAMES)
-
-
-def classifier_names() -> list[str]:
-    """Names of torchvision's models that classify images."""
-    from torchvision import models
-
-    return list(models.list_models(module=models))
 
 
 def noise(shape: tuple[int, ...]) -> Tensor:
@@ -147,7 +149,6 @@ def transformers_model(
     """A transformers model in train mode, without a cache, and the inputs of a training step.
 
     Args:
-        config: the model is built for the first task in `_HEADS` that its type has a head for.
         shape: of its main input, tokens before images; None for two rows.
         usual: whether the default length is the usual one (128 tokens) or a short one.
 
@@ -167,14 +168,6 @@ def transformers_model(
             model: nn.Module = getattr(transformers, names[-1])(config)
             return model.train(), _inputs(head, config, shape, usual)
     raise UsageError(f"transformers has no trainable head for {config.model_type!r}: use module.py:function instead")
-
-
-def bert_encoder(**sizes: int) -> nn.Module:
-    """An untrained BERT encoder without a pooler; `sizes` are named as in its configuration."""
-    import transformers
-
-    encoder: nn.Module = transformers.BertModel(transformers.BertConfig(**sizes), add_pooling_layer=False)
-    return encoder
 
 
 def _inputs(head: str, config: Any, shape: tuple[int, ...] | None, usual: bool) -> dict[str, Tensor]:
@@ -224,12 +217,3 @@ def _image_shape(config: Any, otherwise: int) -> tuple[int, int, int, int]:
     size = getattr(config, "image_size", None) or otherwise
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
     return 2, int(getattr(config, "num_channels", 3)), int(height), int(width)
-
-
-def small_config(name: str, known: Mapping[str, Any], sizes: Mapping[str, Any]) -> Any:
-    """The configuration of a model type at `sizes`, and at those `known` sizes whose names the type has."""
-    import transformers
-
-    plain = transformers.AutoConfig.for_model(name)
-    fitting = {key: value for key, value in known.items() if hasattr(plain, key)}
-    return transformers.AutoConfig.for_model(name, **{**fitting, **sizes})

@@ -42,6 +42,8 @@ _WORTH_KEEPING = 0.15
 
 Make = Callable[..., AbstractContextManager[Trainee]]
 """Called with widths by group and `data`, False for a copy whose tensors have no memory; gives that copy."""
+Reading = tuple[Mapping[str, int], float]
+"""Widths, and what a step took there."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,11 +51,8 @@ class Costing:
     """The costs of a run beyond FLOPs and parameters.
 
     Args:
-        costs: by resource.
-        sources: by resource, "modelled: ..." and from what.
         errors: by resource, median relative error of the prediction on copies; absent where not known.
         step_seconds: by group, seconds of a dense step that go when the group alone is cut to its fewest units.
-        energy: the meter of joules, or None.
         idle_watts: power drawn while this process rests, as measured; None where joules are not asked for or metered.
     """
 
@@ -88,14 +87,7 @@ def cost_out(
 ) -> Costing:
     """Build the costs of these resources on copies of the model, which is left alone.
 
-    Args:
-        model: the live model.
-        optimizers: that train it.
-        example: inputs of one step.
-        groups: that may be cut, as they are now.
-        resources: out of "memory", "latency", "inference" and "energy".
-        watts: power of a training step, stated by the user for a machine without an energy meter.
-        inference_example: inputs of one inference; by default those of one step.
+    `watts` is the power of a training step, as the user states it for a machine without an energy meter.
 
     Raises:
         CostError: if the step cannot be recorded, or joules are asked for and there is nothing to tell them from.
@@ -113,10 +105,8 @@ def cost_out(
         )
     if meter is not None and watts is not None:
         warnings.warn(f"joules are measured by {meter.source}: the {watts:g} stated watts are left aside", stacklevel=4)
-    costs: dict[str, Cost] = {}
-    sources: dict[str, str] = {}
-    errors: dict[str, float] = {}
-    step_seconds: dict[str, float] = {}
+    costs, sources = dict[str, Cost](), dict[str, str]()
+    errors, step_seconds = dict[str, float](), dict[str, float]()
     table = Table(device) if wanted & {"latency", "inference", "energy"} else None
     if wanted & {"memory", "latency", "energy"}:
         make = partial(replica, model, optimizers, example, groups)
@@ -155,9 +145,7 @@ def _memory_error(cost: MemoryCost, make: Make, groups: tuple[Group, ...]) -> fl
     return statistics.median(errors)
 
 
-def _energy(
-    latency: Cost, watts: float | None, joules: list[tuple[Mapping[str, int], float]], meter: EnergyMeter | None
-) -> EnergyCost:
+def _energy(latency: Cost, watts: float | None, joules: list[Reading], meter: EnergyMeter | None) -> EnergyCost:
     """Joules by a fit to metered steps, or by the watts that the user states."""
     if meter is not None and joules:
         return fit_energy(latency, joules, meter.source)
@@ -192,14 +180,12 @@ def _tape(make: Make, groups: tuple[Group, ...]) -> Tape:
 
 def _calibrated(
     cost: LatencyCost, table: Table, make: Make, groups: tuple[Group, ...], meter: EnergyMeter | None
-) -> tuple[LatencyCost, list[tuple[Mapping[str, int], float]]]:
+) -> tuple[LatencyCost, list[Reading]]:
     """The latency tied to whole steps of copies, and their joules where there is a meter."""
     kept = table.fit(cost.key)
     if kept is not None and len(kept) == 4 and meter is None:
         return cost.fitted(Fit(*kept)), []
-    seconds: list[tuple[Mapping[str, int], float]] = []
-    joules: list[tuple[Mapping[str, int], float]] = []
-    began = time.perf_counter()
+    seconds, joules, began = list[Reading](), list[Reading](), time.perf_counter()
     for widths in _spread(groups):
         if len(seconds) >= 4 and time.perf_counter() - began > _CALIBRATION_LIMIT_S:
             break
@@ -218,14 +204,11 @@ def _calibrated(
 
 def _spread(groups: tuple[Group, ...]) -> list[dict[str, int]]:
     """Widths to time whole steps at: dense, even cuts down to the least, and random ones."""
+    generator, lows = np.random.default_rng(0), {g.name: lowest_width(g) for g in groups}
 
     def even(density: float) -> dict[str, int]:
-        return {
-            g.name: max(lowest_width(g), round(density * g.num_units / g.multiple_of) * g.multiple_of) for g in groups
-        }
+        return {g.name: max(lows[g.name], round(density * g.num_units / g.multiple_of) * g.multiple_of) for g in groups}
 
-    generator = np.random.default_rng(0)
-    lows = {g.name: lowest_width(g) for g in groups}
     random = [
         {g.name: int(generator.choice(range(lows[g.name], g.num_units + 1, g.multiple_of))) for g in groups}
         for _ in range(4)

@@ -28,10 +28,6 @@ def points(problem: Problem, *, coarse: bool) -> list[Point]:
     A contraction is measured along each axis with the others dense, at multiples of 16 and at some values
     between them, and at a few places where two axes are small together. Anything else is measured on the
     diagonal only, because its time follows the bytes.
-
-    Args:
-        problem: what is measured.
-        coarse: fewer points.
     """
     dense = problem.dense
     fractions = _COARSE if coarse else _FRACTIONS
@@ -80,10 +76,6 @@ class Curve:
     small. Profiles are linear between multiples of 16. A value between those lies above the line by a share of
     the way to the next multiple: 0 where time follows the length, 1 on a full stair, as the measured ones say.
     Anything else is linear in the bytes moved.
-
-    Args:
-        problem: what was measured.
-        seconds: by point.
     """
 
     problem: Problem

@@ -24,10 +24,7 @@ class EnergyCost:
     """Joules of one training step.
 
     Args:
-        latency: seconds of a step.
-        watts: power drawn during a step.
         constant_j: joules of a step that no second accounts for.
-        source: where the figures are from, for people.
         stated: whether the watts are the user's, so that seconds are all that can be measured of a step.
         error: median relative error over steps that the fit did not see; NaN if there were none.
     """
@@ -55,11 +52,6 @@ class EnergyCost:
 
 def fit_energy(latency: Cost, steps: Sequence[tuple[Mapping[str, int], float]], source: str) -> EnergyCost:
     """The energy cost that metered steps tell of, by least squares of relative errors.
-
-    Args:
-        latency: seconds of a step.
-        steps: (widths, joules of a step).
-        source: of the joules, for people.
 
     Raises:
         CostError: for joules that are not above 0.

@@ -30,9 +30,6 @@ class Inference:
     in an overridden one, such as folding weights together, is left out.
 
     Args:
-        model: that answers.
-        args: positional inputs.
-        kwargs: keyword inputs.
         autocast: the type of numbers that the forward is cast to, None for the model's own.
     """
 
@@ -89,15 +86,7 @@ def _kind(model: nn.Module) -> str:
 def inference_replica(
     model: nn.Module, example: Example, groups: tuple[Group, ...], widths: Mapping[str, int], *, data: bool
 ) -> Iterator[Inference]:
-    """A copy of a model, cut to these widths, that answers one batch.
-
-    Args:
-        model: the live model, left alone.
-        example: inputs of one inference.
-        groups: of the model, as it is now.
-        widths: of the copy, by group.
-        data: False for a copy whose tensors have shapes but no memory.
-    """
+    """A copy of a model, cut to these widths, that answers one batch; without `data` its tensors have no memory."""
     with fresh_replica(model, (), example, groups, widths, data=data) as made:
         _answer(made.model)
         live = Inference.of(model, example)

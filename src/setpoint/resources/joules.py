@@ -14,6 +14,7 @@ import torch
 
 POWERCAP = Path("/sys/class/powercap")
 _MOST_WATTS = 1e5
+"""More than any one device draws."""
 _STILL_S = 2.0
 
 
@@ -41,9 +42,6 @@ class EnergyMeter:
     negative value or no number, has vanished: the meter says so once, as a warning, and has no reading from then on.
     Read it more often than a counter takes for half a turn (a minute at least), or a turn is missed: a step back
     by less than half of the range is no wrap.
-
-    Args:
-        counters: at least one.
 
     >>> values = iter([10.0, 13.5, 1.0])
     >>> meter = EnergyMeter([Counter("recorded", lambda: next(values), range_j=16.0)])
@@ -112,12 +110,8 @@ def _step(counter: Counter, before: float, after: float, elapsed_s: float) -> fl
     """Joules between two readings of a counter, a wrap counted in; None if no device could have spent them."""
     range_j = math.inf if counter.range_j is None else counter.range_j
     step_j = after - before if after >= before else after - before + range_j
-    return step_j if max(before, after) <= range_j and step_j <= min(range_j / 2, _most_j(elapsed_s)) else None
-
-
-def _most_j(elapsed_s: float) -> float:
-    """More than any one device spends in that time; a counter is seldom newer than a second."""
-    return _MOST_WATTS * max(1.0, elapsed_s)
+    most_j = min(range_j / 2, _MOST_WATTS * max(1.0, elapsed_s))  # a counter is seldom newer than a second
+    return step_j if max(before, after) <= range_j and step_j <= most_j else None
 
 
 def rapl_counters(root: Path = POWERCAP) -> tuple[list[Counter], str]:
@@ -126,9 +120,6 @@ def rapl_counters(root: Path = POWERCAP) -> tuple[list[Counter], str]:
     Of the parts of a package only "dram" is read, which the package does not count (Intel SDM, volume 3, "RAPL
     domains"); "core" and "uncore" are in it, and "psys" counts everything again. If one of the counters cannot be
     read there is none at all: a part of the energy would look like the whole.
-
-    Args:
-        root: the powercap folder of sysfs.
     """
     found, why = [], f"no RAPL domain under {root}"
     for folder in sorted(root.glob("intel-rapl:*")):
@@ -154,12 +145,7 @@ def _microjoules(file: Path) -> Callable[[], float]:
 
 
 def nvml_counters(indices: Iterable[int], nvml: Any = None) -> tuple[list[Counter], str]:
-    """Counters of these CUDA devices by NVML, and why there are none.
-
-    Args:
-        indices: of the devices, as CUDA numbers them.
-        nvml: the `pynvml` module; by default the installed one.
-    """
+    """Counters of these CUDA devices by NVML, and why there are none."""
     if nvml is None:
         try:
             import pynvml
@@ -170,16 +156,12 @@ def nvml_counters(indices: Iterable[int], nvml: Any = None) -> tuple[list[Counte
         nvml.nvmlInit()
         counters = []
         for index in indices:
-            handle = nvml.nvmlDeviceGetHandleByUUID(_uuid(index))
+            handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(index).uuid}")
             nvml.nvmlDeviceGetTotalEnergyConsumption(handle)
             counters.append(Counter(f"NVML GPU {index}", _millijoules(nvml, handle)))
     except Exception as error:  # NVML raises classes of its own
         return [], f"NVML: {error}"
     return counters, "" if counters else "no GPU is in use"
-
-
-def _uuid(index: int) -> str:
-    return f"GPU-{torch.cuda.get_device_properties(index).uuid}"
 
 
 def _millijoules(nvml: Any, handle: Any) -> Callable[[], float]:
@@ -197,10 +179,6 @@ def find_energy_meter(devices: Iterable[torch.device], root: Path = POWERCAP) ->
 
     A GPU in use whose counter cannot be read leaves no meter at all: the processor alone would be a
     part of the energy that looks like the whole.
-
-    Args:
-        devices: where the model is.
-        root: the powercap folder of sysfs.
     """
     cuda = sorted({device.index or 0 for device in devices if device.type == "cuda"})
     counters: list[Counter] = []
@@ -215,12 +193,7 @@ def find_energy_meter(devices: Iterable[torch.device], root: Path = POWERCAP) ->
 
 
 def idle_watts(meter: EnergyMeter, seconds: float = 1.0) -> float | None:
-    """Power drawn while this process rests, in watts; other work of the machine is in it.
-
-    Args:
-        meter: a working meter.
-        seconds: how long to rest.
-    """
+    """Power drawn while this process rests, in watts; other work of the machine is in it."""
     began, before = time.perf_counter(), meter.read_j()
     time.sleep(seconds)
     after, elapsed = meter.read_j(), time.perf_counter() - began

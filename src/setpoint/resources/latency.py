@@ -55,15 +55,7 @@ class _Bundle:
 
 
 class LatencyCost:
-    """Seconds of one training step, or of one forward pass.
-
-    Args:
-        tape: the step.
-        groups: what may be cut, at dense widths.
-        table: timings on this device; what it lacks is timed now.
-        fit: ties the sum to whole steps.
-        resource: "latency" of a training step, "inference" of a forward pass.
-    """
+    """Seconds of one training step ("latency"), or of one forward pass ("inference")."""
 
     def __init__(
         self,
@@ -142,12 +134,7 @@ def _by_rate(problem: Problem, rate: float) -> Curve:
 
 
 def fit_steps(cost: LatencyCost, steps: Sequence[tuple[Mapping[str, int], float]]) -> Fit:
-    """The fit to measured whole steps, with its error on steps left out one by one.
-
-    Args:
-        cost: whose operations are timed.
-        steps: (widths, seconds); the more widths, the better.
-    """
+    """The fit to measured whole steps, with its error on steps left out one by one."""
     rows = np.array([[*cost.parts(widths), 1.0] for widths, _ in steps])
     seconds = np.array([measured for _, measured in steps])
     errors = []

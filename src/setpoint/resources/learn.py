@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+
+import torch
 
 from setpoint.controller.reference import Reference
 from setpoint.cost.budget import METERED, Budget
@@ -12,28 +15,22 @@ from setpoint.cost.cost import Cost
 from setpoint.cost.flops import forward_flops
 from setpoint.cost.price import Price
 from setpoint.cost.tolerance import Tolerance
-from setpoint.groups.export import Example, num_samples
+from setpoint.groups.export import Example, inputs_of, num_samples
 from setpoint.groups.group import Group
 from setpoint.groups.trace import Trace
 from setpoint.host.host import Host
 from setpoint.loop.candidates import restricted
 from setpoint.resources.costing import cost_out
-from setpoint.resources.metering import Metering, meter_for
+from setpoint.resources.inference import Inference
+from setpoint.resources.metering import Metering
+from setpoint.resources.replica import Replica
 from setpoint.resources.target import MeteredTarget
 from setpoint.spending.target import Target
 
 
 @dataclass(frozen=True, eq=False)
 class Learnt:
-    """What is known of resources that are measured.
-
-    Args:
-        costs: by resource.
-        sources: by resource, what its cost was modelled by.
-        header: what a ledger says of it.
-        meter: reads what steps take.
-        target: of budgets, with the costs of all resources.
-    """
+    """What is known of resources that are measured."""
 
     costs: Mapping[str, Cost]
     sources: Mapping[str, str]
@@ -43,20 +40,9 @@ class Learnt:
 
 
 def learn(
-    host: Host,
-    example: Example,
-    found: Trace,
-    groups: tuple[Group, ...],
-    goals: Sequence[Budget | Price | Tolerance],
+    host: Host, example: Example, found: Trace, groups: tuple[Group, ...], goals: Sequence[Budget | Price | Tolerance]
 ) -> Learnt:
     """Build costs and meter of the resources that goals are on.
-
-    Args:
-        host: holds the live model.
-        example: inputs of one step.
-        found: the model's trace.
-        groups: that may be cut.
-        goals: budgets, or a price or a tolerance.
 
     Raises:
         CostError: for a resource that cannot be predicted or measured here.
@@ -65,21 +51,19 @@ def learn(
     watts = next((each.watts for each in goals if each.watts is not None), None)
     answered = next((each.example for each in goals if each.example is not None), example)
     costing = cost_out(host.model, host.optimizers, example, groups, measured, watts, answered)
-    pass_flops = None
+    inference, pass_flops = None, None
     if "inference" in measured:
+        inference = Inference.of(host.model, answered)
         pass_flops = forward_flops(restricted(found, groups), num_samples(answered) / num_samples(example))
-    meter = meter_for(
-        costing,
-        host.model,
-        host.optimizers,
-        example,
+    meter = Metering(
         measured,
+        Replica(host.model, tuple(host.optimizers), *inputs_of(example)).held,
+        next((parameter.device for parameter in host.model.parameters()), torch.device("cpu")),
+        model=host.model,
         compiled=host.compiled,
-        answered=answered,
+        energy=costing.energy,
+        inference=inference,
         pass_flops=pass_flops,
+        watts=costing.stated_watts,
     )
-
-    def target(budgets: Sequence[Budget], costs: Mapping[str, Cost], schedule: Reference, resource: str) -> Target:
-        return MeteredTarget(budgets, costs, groups, meter, schedule, resource)
-
-    return Learnt(costing.costs, costing.sources, costing.header, meter, target)
+    return Learnt(costing.costs, costing.sources, costing.header, meter, partial(MeteredTarget, groups, meter))

@@ -19,8 +19,6 @@ def trial_widths(groups: Sequence[Group], seed: int = 0, *, dense: bool = True) 
     reach; a group that no block can leave stays as it is.
 
     Args:
-        groups: at their dense widths.
-        seed: of the draw.
         dense: whether any group is ever left whole; without, all are cut that can be, in the first vector by one block.
 
     >>> [len(trial_widths((Group("a", "unit", 8, ()), Group("b", "unit", 8, ()))))]
@@ -40,10 +38,15 @@ def trial_widths(groups: Sequence[Group], seed: int = 0, *, dense: bool = True) 
     return vectors
 
 
-def _reachable(group: Group) -> list[int]:
-    """Widths that whole blocks reach, at least 2 where that is possible: at 1 a dim passes by broadcasting."""
+def block_widths(group: Group) -> list[int]:
+    """Widths that whole blocks reach, the present one first."""
     block, floor = group.multiple_of, max(group.min_units, 1)
-    widths = [group.num_units, *range((group.num_units - 1) // block * block, floor - 1, -block)]
+    return [group.num_units, *range((group.num_units - 1) // block * block, floor - 1, -block)]
+
+
+def _reachable(group: Group) -> list[int]:
+    """Those widths, at least 2 where that is possible: at 1 a dim passes by broadcasting."""
+    widths = block_widths(group)
     above_one = [width for width in widths if width > 1]
     return above_one if len(above_one) > 1 else widths
 
@@ -63,9 +66,6 @@ class Lengths:
     A number that does not change is a constant; one that changes in proportion to the width of one group
     follows that group, `constant + per_unit * width`. Sums over several groups are learnt where they are
     made, by `learn`.
-
-    Args:
-        vectors: widths by group, one mapping for each time the numbers are seen.
 
     >>> lengths = Lengths([{"a": 8, "b": 8}, {"a": 4, "b": 6}, {"a": 2, "b": 7}])
     >>> lengths.size((24, 12, 6)), lengths.size((5, 5, 5))

@@ -23,7 +23,6 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     autograd saves included. What kernels allocate inside themselves does not show.
 
     Args:
-        held: tensors that exist already and count from the start, each storage once.
         noted: called whenever a storage is made or gone, in order; storages are numbered as they come.
 
     >>> with LiveBytes() as live:
@@ -62,12 +61,9 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         storage = tensor.untyped_storage()
         key = storage._cdata
-        known = self._storages.get(key)
-        size = storage.nbytes()
+        known, size = self._storages.get(key), storage.nbytes()
         if known is not None:
             reference, number, before = known
-            if size == before:
-                return
             self._storages[key] = (reference, number, size)
             self._count(size - before)
             return
@@ -90,13 +86,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def peak_bytes(run: Callable[[], object], held: Iterable[Tensor] = (), device: torch.device | None = None) -> int:
-    """Peak memory in bytes while `run` runs: the allocator's on a GPU, live tensors' elsewhere.
-
-    Args:
-        run: what to measure.
-        held: tensors that exist before; the allocator knows them anyway.
-        device: where it runs; the CPU by default.
-    """
+    """Peak memory in bytes while `run` runs: the allocator's on a GPU, live tensors' elsewhere."""
     if device is not None and device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

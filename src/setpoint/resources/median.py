@@ -13,10 +13,6 @@ class Measured:
     """A median of repeated measurements, and how sure it is.
 
     Args:
-        value: the median.
-        low: lower end of the 95 % interval of the median.
-        high: its upper end.
-        count: how many measurements.
         least: the smallest of them: of seconds, what it takes with nothing else on the machine.
     """
 
@@ -32,9 +28,6 @@ def median_of(values: Sequence[float]) -> Measured:
 
     The number of n values that lie below the true median is binomial with probability 1/2, so the
     order statistics `n/2 -+ 1.96 sqrt(n)/2` enclose it. Below six values they are the extremes.
-
-    Args:
-        values: at least one.
 
     >>> median_of([1.0, 2.0, 3.0, 4.0, 100.0])
     Measured(value=3.0, low=1.0, high=100.0, count=5, least=1.0)

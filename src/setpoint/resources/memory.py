@@ -23,11 +23,7 @@ from setpoint.resources.tape import Tape
 
 
 class MemoryCost:
-    """Peak bytes of one training step.
-
-    Args:
-        tape: the step.
-    """
+    """Peak bytes of one training step."""
 
     resource: Final = "memory"
 

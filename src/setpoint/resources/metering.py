@@ -8,24 +8,17 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.utils._python_dispatch import (
-    _get_current_dispatch_mode,
-    _get_current_dispatch_mode_stack,
-    _pop_mode,
-    _push_mode,
-)
+from torch.utils._python_dispatch import _get_current_dispatch_mode as current_mode
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as mode_stack
+from torch.utils._python_dispatch import _pop_mode, _push_mode
 from torch.utils.hooks import RemovableHandle
 
 from setpoint.cost.budget import METERED
 from setpoint.cost.cost import Cost
-from setpoint.groups.export import Example, inputs_of
-from setpoint.resources.costing import Costing
 from setpoint.resources.inference import Inference
 from setpoint.resources.joules import EnergyMeter
 from setpoint.resources.live_bytes import LiveBytes, resident_bytes
 from setpoint.resources.median import Measured, median_of
-from setpoint.resources.replica import Replica
 from setpoint.spending.meter import Meter
 from setpoint.spending.seconds import StepMeter
 
@@ -62,13 +55,8 @@ class Metering(Meter):
     Seconds of inference are the median over a few forward passes of the model itself, made before each decision.
 
     Args:
-        resources: that a budget is on.
         held: gives the tensors that live between steps.
-        device: of the model.
         model: whose first call in training begins the step.
-        compiled: whether the model runs as compiled code.
-        energy: a working meter, or None.
-        inference: the model on the batch that it is to answer in time, or None.
         pass_flops: FLOPs of one forward pass of it, None where none is timed.
         watts: power that the user has stated, where joules are this times seconds; else 0.
     """
@@ -94,12 +82,9 @@ class Metering(Meter):
         self._inference = inference if "inference" in self._resources else None
         self._pass_seconds: Measured | None = None
         self._watching: LiveBytes | None = None
-        self._allocating = False
-        self._beginning: list[RemovableHandle] = []
-        self._mode = True
+        self._beginning, self._missed = list[RemovableHandle](), set[str]()
+        self._mode, self._allocating, self._blocked = True, False, False
         self._peak: int | None = None
-        self._missed: set[str] = set()
-        self._blocked = False
         self._looked: float | None = None
         self._began_j: float | None = None
         self._earlier_j: float | None = 0.0
@@ -162,15 +147,15 @@ class Metering(Meter):
         live, self._watching = self._watching, None
         if live is None:
             return
-        if _get_current_dispatch_mode() is live:
+        if current_mode() is live:
             live.__exit__(None, None, None)
             self._peak, self._blocked = live.peak_bytes, False
             return
         self._blocked = True
         warnings.warn("another dispatch mode began inside a metered step: its bytes were not read", stacklevel=2)
-        if live in _get_current_dispatch_mode_stack():  # taken out from under the others, which stay
+        if live in mode_stack():  # taken out from under the others, which stay
             above = []
-            while _get_current_dispatch_mode() is not live:
+            while current_mode() is not live:
                 above.append(_pop_mode())
             live.__exit__(None, None, None)
             for mode in reversed(above):
@@ -183,7 +168,7 @@ class Metering(Meter):
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
             self._allocating = True
-        elif not self._compiled and not _get_current_dispatch_mode_stack():
+        elif not self._compiled and not mode_stack():
             self._watching = LiveBytes(self._held())
             self._watching.__enter__()  # type: ignore[no-untyped-call]
         elif not self._compiled:
@@ -211,7 +196,7 @@ class Metering(Meter):
 
     def time_inference(self, widths: Mapping[str, int]) -> float:
         """Time forward passes of the model now, if inference is metered; returns the FLOPs that this took."""
-        if self._inference is None or _get_current_dispatch_mode_stack():  # under somebody else's mode
+        if self._inference is None or mode_stack():  # under somebody else's mode
             return 0.0
         self._pass_seconds, passes = self._inference.timed()
         return 0.0 if self._pass_flops is None else passes * self._pass_flops.total(widths)
@@ -297,49 +282,7 @@ class Metering(Meter):
         return {"peak": self._peak, "run_j": self.run_j(), "blocked": float(self._blocked)}
 
     def load_state_dict(self, state: Mapping[str, float | None]) -> None:
-        """Go on with the last peak and the joules of the run.
-
-        Args:
-            state: from `state_dict`.
-        """
+        """Go on with the last peak and the joules of the run."""
         self._peak = None if state["peak"] is None else int(state["peak"])
         self._blocked = bool(state["blocked"])
         self._earlier_j = None if state["run_j"] is None else float(state["run_j"])
-
-
-def meter_for(
-    costing: Costing,
-    model: nn.Module,
-    optimizers: Sequence[Optimizer],
-    example: Example,
-    resources: Collection[str],
-    *,
-    compiled: bool,
-    answered: Example,
-    pass_flops: Cost | None,
-) -> Metering:
-    """The meter of a run whose resources have been costed out.
-
-    Args:
-        costing: of these resources.
-        model: the live model.
-        optimizers: that train it.
-        example: inputs of one step.
-        resources: that a budget, price or tolerance is on.
-        compiled: whether the model runs as compiled code.
-        answered: inputs of one inference.
-        pass_flops: FLOPs of that, None where none is metered.
-    """
-    args, kwargs = inputs_of(example)
-    live = Replica(model, tuple(optimizers), args, kwargs)
-    return Metering(
-        resources,
-        live.held,
-        next((parameter.device for parameter in model.parameters()), torch.device("cpu")),
-        model=model,
-        compiled=compiled,
-        energy=costing.energy,
-        inference=Inference.of(model, answered) if "inference" in resources else None,
-        pass_flops=pass_flops,
-        watts=costing.stated_watts,
-    )

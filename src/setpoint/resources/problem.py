@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_unflatten
 
 from setpoint.groups.group import Group, Size
+from setpoint.resources.lengths import block_widths
 from setpoint.resources.tape import Operand, Operation
 
 _CONTRACTIONS = ("conv", "mm", "addmv", "mv", "dot", "linear", "attention", "einsum", "lstm", "gru", "rnn")
@@ -20,12 +22,7 @@ _MAX_AXES = 3
 
 @dataclass(frozen=True)
 class Axis:
-    """A length that several dims of a problem follow.
-
-    Args:
-        size: the length as a function of widths.
-        values: what it can become, the dense one first.
-    """
+    """A length that several dims of a problem follow, and what it can become, the dense value first."""
 
     size: Size
     values: tuple[int, ...]
@@ -36,8 +33,6 @@ class Problem:
     """One operation, and the lengths that it follows.
 
     Args:
-        operation: what is called.
-        axes: the lengths, in the order in which its arguments show them.
         key: the same for problems that take the same time.
         contraction: whether time follows the product of the lengths rather than the bytes moved.
     """
@@ -55,13 +50,16 @@ class Problem:
     def num_bytes(self, values: Sequence[int]) -> float:
         """Bytes read and written at these values of the axes."""
         operands = [leaf for leaf in self.operation.leaves if isinstance(leaf, Operand)]
-        return float(sum(self._bytes(operand, values) for operand in (*operands, *self.operation.outputs)))
+        return float(
+            sum(
+                each.dtype.itemsize * math.prod(self._kept(each, values))
+                for each in (*operands, *self.operation.outputs)
+            )
+        )
 
-    def _bytes(self, operand: Operand, values: Sequence[int]) -> int:
-        total = operand.dtype.itemsize
-        for dim, size in enumerate(operand.shape):
-            total *= 1 if dim in operand.expanded else self._length(size, values)
-        return total
+    def _kept(self, operand: Operand, values: Sequence[int]) -> list[int]:
+        """The lengths that take memory: 1 where one entry stands for all."""
+        return [1 if d in operand.expanded else self._length(size, values) for d, size in enumerate(operand.shape)]
 
     def arguments(self, values: Sequence[int], device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments of the call at these values; every entry is 1/2, and every index 0, which is always valid."""
@@ -74,7 +72,7 @@ class Problem:
             return self._length(leaf, values)
         if not isinstance(leaf, Operand):
             return leaf
-        shape = [1 if d in leaf.expanded else self._length(s, values) for d, s in enumerate(leaf.shape)]
+        shape = self._kept(leaf, values)
         entry = 0.5 if leaf.dtype.is_floating_point or leaf.dtype.is_complex else leaf.dtype == torch.bool
         made = torch.full([shape[d] for d in leaf.order], entry, dtype=leaf.dtype, device=device)
         made = made.permute([leaf.order.index(d) for d in range(len(shape))])
@@ -101,12 +99,7 @@ def _unit(size: Size) -> Size:
 
 
 def pose(operation: Operation, groups: Mapping[str, Group]) -> Problem:
-    """The problem that an operation of a tape is.
-
-    Args:
-        operation: as recorded.
-        groups: by name, at dense widths.
-    """
+    """The problem that an operation of a tape is."""
     sizes = [size for leaf in (*operation.leaves, *operation.outputs) for size in _sizes(leaf) if size.parts]
     axes = tuple(Axis(unit, _values(unit, groups)) for unit in dict.fromkeys(map(_unit, sizes)))
     contraction = len(axes) <= _MAX_AXES and any(part in operation.name for part in _CONTRACTIONS)
@@ -126,9 +119,7 @@ def _values(size: Size, groups: Mapping[str, Group]) -> tuple[int, ...]:
     """What a length can become when whole blocks of units go; for sums of widths, in steps of 16."""
     dense = size.at({name: group.num_units for name, group in groups.items()})
     if size.constant == 0 and len(size.parts) == 1:
-        group = groups[size.parts[0][0]]
-        block, floor = group.multiple_of, max(group.min_units, 1)
-        return tuple(dict.fromkeys([dense, *range((dense - 1) // block * block, floor - 1, -block)]))
+        return tuple(block_widths(groups[size.parts[0][0]]))
     least = size.at({name: max(group.min_units, 1) for name, group in groups.items()})
     return tuple(dict.fromkeys([dense, *range((dense - 1) // 16 * 16, least, -16), least]))
 

@@ -22,14 +22,7 @@ from setpoint.groups.group import Group
 
 @dataclass(frozen=True, eq=False)
 class Replica:
-    """A copy in training.
-
-    Args:
-        model: the copy.
-        optimizers: copies of those that train it.
-        args: positional inputs.
-        kwargs: keyword inputs.
-    """
+    """A copy in training."""
 
     model: nn.Module
     optimizers: tuple[Optimizer, ...]
@@ -75,10 +68,7 @@ def replica(
     *,
     data: bool,
 ) -> Iterator[Replica]:
-    """A copy of a model in training, cut to these widths; it has made one step, so its optimizer state exists.
-
-    Args: those of `fresh_replica`.
-    """
+    """A copy of a model in training, cut to these widths; it has made one step, so its optimizer state exists."""
     with fresh_replica(model, optimizers, example, groups, widths, data=data) as made:
         made.step()
         yield made
@@ -94,16 +84,7 @@ def fresh_replica(
     *,
     data: bool,
 ) -> Iterator[Replica]:
-    """A copy of a model in training, cut to these widths, before its first step.
-
-    Args:
-        model: the live model, left alone.
-        optimizers: that train it, left alone.
-        example: inputs.
-        groups: of the model, as it is now.
-        widths: of the copy, by group.
-        data: False for a copy whose tensors have shapes but no memory.
-    """
+    """A copy of a model in training, cut to these widths, before its first step; without `data` it has no memory."""
     keep = {group.name: np.arange(group.num_units) < widths[group.name] for group in groups}
     with ExitStack() as inside:
         mode = None if data else FakeTensorMode(allow_non_fake_inputs=True)

@@ -25,7 +25,6 @@ from setpoint.spending.seconds import Stopwatch
 FORMAT = 1
 _ROUNDS = 3
 _LEAST_SECONDS = 1e-3
-_WARNED: set[str] = set()
 
 
 def cache_folder() -> Path:
@@ -39,11 +38,7 @@ def cache_folder() -> Path:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What timings hold for: they are worth nothing elsewhere.
-
-    Args:
-        device: that the model is on. The types of numbers are part of each problem.
-    """
+    """What timings hold for: they are worth nothing elsewhere."""
     facts: dict[str, Any] = {"torch": torch.__version__, "machine": platform.machine(), "device": device.type}
     if device.type == "cuda":
         facts |= {"name": torch.cuda.get_device_name(device), "tf32": torch.backends.cuda.matmul.allow_tf32}
@@ -63,12 +58,7 @@ def _processor() -> str:
 
 
 class Table:
-    """Seconds by problem and point, for one device.
-
-    Args:
-        device: where problems are timed.
-        folder: where the table is kept; the user's cache folder by default.
-    """
+    """Seconds by problem and point, for one device."""
 
     def __init__(self, device: torch.device, folder: Path | None = None) -> None:
         self.device = device
@@ -136,10 +126,6 @@ class Table:
         of a point counts: what disturbs a measurement only ever adds to it. Where even one round would take
         longer, fewer points are measured.
 
-        Args:
-            problems: what occurs; those with the same key are timed once.
-            limit_s: seconds to spend, roughly.
-
         Returns:
             None for a problem that does not run by itself.
         """
@@ -148,11 +134,8 @@ class Table:
         if new:
             self._time(new, limit_s)
             self._write()
-        return {key: self._curve(problem) for key, problem in wanted.items()}
-
-    def _curve(self, problem: Problem) -> Curve | None:
-        seconds = self._seconds[problem.key]
-        return Curve(problem, seconds) if seconds else None
+        known = {key: self._seconds[key] for key in wanted}
+        return {key: Curve(problem, known[key]) if known[key] else None for key, problem in wanted.items()}
 
     def _time(self, problems: Sequence[Problem], limit_s: float) -> None:
         began = time.perf_counter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -25,11 +26,9 @@ class Trainee(Protocol):
 
     def step(self) -> None:
         """Forward, backward and optimizer step."""
-        ...
 
     def held(self) -> Sequence[Tensor]:
         """Tensors that live between steps: weights, buffers, optimizer state, inputs."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -37,10 +36,8 @@ class Operand:
     """A tensor that an operation reads.
 
     Args:
-        shape: its dims.
         order: dims from the one with the largest stride to the one with the smallest.
         expanded: dims along which one entry stands for all.
-        dtype: of its entries.
     """
 
     shape: tuple[Size, ...]
@@ -48,24 +45,10 @@ class Operand:
     expanded: tuple[int, ...]
     dtype: torch.dtype
 
-    def num_bytes(self, widths: Mapping[str, int]) -> int:
-        """Bytes that it holds at these widths."""
-        total = self.dtype.itemsize
-        for dim, size in enumerate(self.shape):
-            total *= 1 if dim in self.expanded else size.at(widths)
-        return total
-
 
 @dataclass(frozen=True, eq=False)
 class Operation:
-    """One call of an ATen operation.
-
-    Args:
-        target: the operation.
-        leaves: its arguments, flattened: an `Operand`, a `Size` where a number follows widths, or a constant.
-        spec: how they were nested.
-        outputs: tensors that it returned.
-    """
+    """One call of an ATen operation; its leaves are operands, sizes where a number follows widths, and constants."""
 
     target: Any
     leaves: tuple[Any, ...]
@@ -92,15 +75,12 @@ class Tape:
 
     Args:
         operations: in order; views, which cost nothing, are left out.
-        storages: every storage that was alive in the step.
         events: (storage, True if made and False if gone), in order.
-        num_calls: operations with the views.
     """
 
     operations: tuple[Operation, ...]
     storages: tuple[Storage, ...]
     events: tuple[tuple[int, bool], ...]
-    num_calls: int
 
 
 @dataclass(frozen=True)
@@ -120,11 +100,15 @@ class _Shape:
         return cls(shape, order, expanded, tensor.dtype)
 
 
+_Call = tuple[Any, tuple[Any, ...], TreeSpec, tuple[_Shape, ...]]
+"""An operation, its flattened arguments, how they were nested, and what it returned."""
+
+
 @dataclass(frozen=True, eq=False)
 class _Take:
     """What was seen at one width vector."""
 
-    calls: list[tuple[Any, tuple[Any, ...], TreeSpec, tuple[_Shape, ...]]]
+    calls: list[_Call]
     storages: list[tuple[int, _Shape]]
     events: list[tuple[int, bool]]
 
@@ -135,7 +119,7 @@ _COSTLESS = ("_unsafe_view", "_reshape_alias", "lift_fresh", "_local_scalar_dens
 class _Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes every operation, its arguments and what it returned."""
 
-    def __init__(self, calls: list[tuple[Any, tuple[Any, ...], TreeSpec, tuple[_Shape, ...]]]) -> None:
+    def __init__(self, calls: list[_Call]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._noted = calls
 
@@ -176,14 +160,9 @@ def _take(trainee: AbstractContextManager[Trainee]) -> _Take:
 
 
 def record(
-    make: Callable[[Mapping[str, int]], AbstractContextManager[Trainee]],
-    vectors: Sequence[Mapping[str, int]],
+    make: Callable[[Mapping[str, int]], AbstractContextManager[Trainee]], vectors: Sequence[Mapping[str, int]]
 ) -> Tape:
-    """Record one training step at several widths, and find how each size follows them.
-
-    Args:
-        make: for widths by group, a context that gives a model in training.
-        vectors: widths to record at, as `trial_widths` gives them.
+    """Record one training step at several widths (`trial_widths`), and find how each size follows them.
 
     Raises:
         CostError: if the step is not the same at all widths, or a size follows widths in no known way.
@@ -200,12 +179,10 @@ def record(
     operations = tuple(_operation(lengths, [take.calls[i] for take in takes]) for i in range(len(first.calls)))
     storages = tuple(_storage(lengths, [take.storages[i] for take in takes]) for i in range(len(first.storages)))
     costly = tuple(each for each in operations if not each.target.is_view and each.name not in _COSTLESS)
-    return Tape(costly, storages, tuple(first.events), len(first.calls))
+    return Tape(costly, storages, tuple(first.events))
 
 
-def _operation(
-    lengths: Lengths, seen: Sequence[tuple[Any, tuple[Any, ...], TreeSpec, tuple[_Shape, ...]]]
-) -> Operation:
+def _operation(lengths: Lengths, seen: Sequence[_Call]) -> Operation:
     target, leaves, spec, outputs = seen[0]
     name = op_name(target)
     made = tuple(_leaf(lengths, [call[1][i] for call in seen], name) for i in range(len(leaves)))
@@ -243,15 +220,8 @@ def _size(lengths: Lengths, values: Sequence[int], name: str) -> Size:
 
 def _storage(lengths: Lengths, seen: Sequence[tuple[int, _Shape]]) -> Storage:
     """A storage made for a whole tensor follows that tensor's shape; any other follows widths by its length."""
-    whole = all(_numel(shape) * shape.dtype.itemsize == num_bytes for num_bytes, shape in seen)
+    whole = all(math.prod(shape.shape) * shape.dtype.itemsize == num_bytes for num_bytes, shape in seen)
     if whole:
         operand = _operand(lengths, [shape for _, shape in seen], "a tensor")
         return Storage(operand.dtype.itemsize, operand.shape)
     return Storage(1, (_size(lengths, [num_bytes for num_bytes, _ in seen], "a storage"),))
-
-
-def _numel(shape: _Shape) -> int:
-    total = 1
-    for size in shape.shape:
-        total *= size
-    return total

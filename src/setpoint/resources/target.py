@@ -27,22 +27,14 @@ class MeteredTarget(Target):
 
     A fraction is one of the dense cost as predicted until the meter has read the dense model, and of the last reading
     of that model from there on.
-
-    Args:
-        budgets: each of another resource; none where a price or a tolerance is followed.
-        costs: by resource.
-        groups: of the dense model.
-        meter: that reads.
-        schedule: when decisions are made, for budgets of a whole run.
-        resource: what is saved where there is no budget.
     """
 
     def __init__(
         self,
-        budgets: Sequence[Budget],
-        costs: Mapping[str, Cost],
         groups: tuple[Group, ...],
         meter: Metering,
+        budgets: Sequence[Budget],
+        costs: Mapping[str, Cost],
         schedule: Reference,
         resource: str = "flops",
     ) -> None:
@@ -58,17 +50,11 @@ class MeteredTarget(Target):
 
     def anew(self, budgets: Sequence[Budget]) -> MeteredTarget:
         """The same of other budgets, with what meters have told so far."""
-        other = MeteredTarget(budgets, self._costs, self._groups, self._meter, self._schedule, self._resource)
-        other._learn(self._factor, self._first, self._metered_dense)
+        other = MeteredTarget(self._groups, self._meter, budgets, self.costs, self._schedule, self._resource)
+        for name in (other._factor.keys() & self._metered_dense.keys()) - other._whole:
+            other._factor[name], other._first[name] = self._factor[name], self._first[name]
+            other._anchor(name, self._metered_dense[name], at_dense=True)
         return other
-
-    def _learn(
-        self, factor: Mapping[str, float], first: Mapping[str, tuple[float, float]], dense: Mapping[str, float]
-    ) -> None:
-        for name in (self._factor.keys() & dense.keys()) - self._whole:
-            self._factor[name] = factor[name]
-            self._first[name] = first[name]
-            self._anchor(name, dense[name], at_dense=True)
 
     @property
     def limit(self) -> dict[str, float]:
@@ -115,19 +101,15 @@ class MeteredTarget(Target):
         held = self._factor.keys() - self._whole
         seen = {name: value for name, value in metered.items() if name in held and value > 0}
         for name, value in seen.items():
-            first, ratio = name not in self._metered_dense, value / self._costs[name].total(widths)
+            first, ratio = name not in self._metered_dense, value / self.costs[name].total(widths)
             at_dense = widths == self._dense_widths
             if first or at_dense:  # the first steps of a run are slow, so the last reading of the dense model counts
-                self._first[name] = (self._costs[name].total(widths), value)
+                self._first[name] = (self.costs[name].total(widths), value)
                 self._anchor(name, ratio * self._dense[name], at_dense=at_dense)
             trust = 1.0 if first or name in self.runs else _TRUST
             self._factor[name] *= math.exp(trust * math.log(ratio / self._factor[name]))
         if len(self.budgets) > 1 and self._metered_dense:  # what no meter reads now is as the readings so far foretell
-            shares = [
-                seen.get(name, self._factor[name] * self._costs[name].total(widths)) / limit
-                for name, limit in self._limit.items()
-            ]
-            return {**seen, "joint": max(shares)}
+            return {**seen, "joint": max(seen.get(n, self.expected(n, widths)) / m for n, m in self._limit.items())}
         return seen
 
     def _anchor(self, name: str, dense: float, *, at_dense: bool) -> None:
@@ -147,7 +129,7 @@ class MeteredTarget(Target):
         if limit is not None and name not in self.runs and limit < least:
             warnings.warn(
                 f"the budget of {amount(limit, name)} cannot be met: the meter reads {amount(seen, name)} where "
-                f"{amount(self._costs[name].total(widths), name)} was predicted, and the narrowest model would still "
+                f"{amount(self.costs[name].total(widths), name)} was predicted, and the narrowest model would still "
                 f"take about {amount(least, name)}",
                 stacklevel=2,
             )
@@ -158,9 +140,9 @@ class MeteredTarget(Target):
         With the first reading `m0` at the predicted cost `p0` and the present `m` at `p`, what shrinks does so by
         `(m0 - m) / (p0 - p)` for each unit of predicted cost.
         """
-        (predicted, first), now = self._first[name], self._costs[name].total(widths)
+        (predicted, first), now = self._first[name], self.costs[name].total(widths)
         slope = max(0.0, first - seen) / (predicted - now)
-        return seen - slope * (now - self._costs[name].total(self._narrowest))
+        return seen - slope * (now - self.costs[name].total(self._narrowest))
 
     def _out_of_reach(self, metered: Mapping[str, float], widths: Mapping[str, int]) -> list[str]:
         """Resources whose budget, as two readings in a row tell, no cut can meet.
@@ -172,7 +154,7 @@ class MeteredTarget(Target):
         for name, limit in self._limit.items():
             if name not in metered or name not in self._first or name in self.runs or name in self._asked:
                 continue
-            (predicted, first), now = self._first[name], self._costs[name].total(widths)
+            (predicted, first), now = self._first[name], self.costs[name].total(widths)
             doubtful = (
                 metered[name] > limit
                 and now <= 0.9 * predicted
@@ -210,11 +192,7 @@ class MeteredTarget(Target):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with what meters had told by then.
-
-        Args:
-            state: from `state_dict` of a target of the same budgets.
-        """
+        """Go on with what meters had told by then."""
         super().load_state_dict(state)
         self._factor = {name: float(state["factor"][name]) for name in self._factor}
         self._metered_dense = {str(name): float(value) for name, value in state["dense"].items()}

@@ -41,7 +41,8 @@ class SensorChain:
     Raises:
         ValueError: when there is no sensor.
 
-    >>> from setpoint import HankelSensor, TaylorSensor
+    >>> from setpoint import TaylorSensor
+    >>> from setpoint.states.hankel import HankelSensor
     >>> sensor = SensorChain(HankelSensor(num_samples=32), TaylorSensor(num_samples=32))
     """
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from setpoint.distributed import is_spread, local, whole_tensor
+from setpoint.distributed import Ranks, is_spread, local, whole_tensor
 
 _COUNT = 3
 """A single parameter might take no part in a step."""
@@ -143,6 +143,20 @@ class Sentinels:
             return None
         now = self._row([None if each.grad is None else whole_tensor(each.grad) for each in self.parameters])
         return (came * now).sum() / came.square().sum()
+
+    def in_scale(self, read: Tensor, ranks: Ranks) -> Tensor:
+        """What was read in the backward pass, in the scale of the gradients that are there now.
+
+        Several ranks call this together, and get the mean of what they read. Without a gradient on any of them, NaN: no
+        rank could tell by itself, so the step is left out.
+        """
+        came = self.gradients()
+        if ranks.count > 1:
+            came = self.nothing() if came is None else came
+            mean = ranks.total(torch.cat([read.double(), came])) / ranks.count
+            read, came = mean[: len(read)].to(read), mean[len(read) :]
+        factor = self.factor(came)
+        return torch.zeros_like(read) if factor is None else read * factor.to(read)
 
     def _row(self, gradients: Sequence[Tensor | None]) -> Tensor:
         """A gradient, or zeros, for each parameter as one row, on the device of the first parameter."""

@@ -46,6 +46,10 @@ class TaylorState:
     sentinels: Sentinels | None = field(default=None, metadata={"live": True})  # scale what is read of those
     window: int = field(default=50, metadata={"live": True})  # number of recent steps that count
 
+    def __post_init__(self) -> None:
+        if any(each.shape != self.mean.shape for each in self.recent):
+            raise ValueError(f"each recent step holds a number for each of the {len(self.mean)} units")
+
     def by_group(self, values: Shaped[np.ndarray, " all_units"]) -> dict[str, Shaped[np.ndarray, " _units"]]:
         """What lies one group after the other, by group."""
         return dict(zip(self.names, np.split(values, np.cumsum(self.num_units)[:-1]), strict=True))
@@ -213,7 +217,8 @@ class TaylorSensor:
         gate_gradient = _summed(state, sources.by_group, lambda source: source.gate_gradient(state.mean))
         gate_gradient = sources.ranks.total(gate_gradient + zero_if_finite(sources.others, state.mean))
         if state.sentinels is not None:
-            gate_gradient = gate_gradient + _tapped_gradients(state, sources.by_group, state.sentinels, self.ranks)
+            tapped = _summed(state, sources.by_group, lambda source: source.tapped(state.mean))
+            gate_gradient = gate_gradient + state.sentinels.in_scale(tapped, self.ranks)
             state.sentinels.forget()
         if grad_scale is not None:
             gate_gradient = gate_gradient / grad_scale
@@ -294,19 +299,6 @@ def _summed(
         there = [found for source in of_group if (found := read(source)) is not None]
         parts.append(sum(there[1:], there[0]) if there else state.mean.new_zeros(num_units))
     return torch.cat(parts)
-
-
-def _tapped_gradients(
-    state: TaylorState, sources: tuple[tuple[Source, ...], ...], sentinels: Sentinels, ranks: Ranks
-) -> Tensor:
-    """What taps add to the gate gradients, in the scale of those there now; NaN if no rank had a gradient."""
-    read, came = _summed(state, sources, lambda source: source.tapped(state.mean)), sentinels.gradients()
-    if ranks.count > 1:
-        came = sentinels.nothing() if came is None else came
-        mean = ranks.total(torch.cat([read.double(), came])) / ranks.count
-        read, came = mean[: len(read)].to(read), mean[len(read) :]
-    factor = sentinels.factor(came)
-    return torch.zeros_like(read) if factor is None else read * factor.to(read)
 
 
 @torch.no_grad()

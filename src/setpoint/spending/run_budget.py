@@ -24,8 +24,6 @@ class RunBudget:
     that the run is not over when its last steps waver.
 
     Args:
-        budget: the user's, `per="run"`.
-        schedule: when decisions are made.
         dense: cost of a step of the dense model.
         margin: share of the budget that is left for a meter that wavers.
     """
@@ -42,15 +40,7 @@ class RunBudget:
     def check(
         self, total_steps: int, *, step: int, spent: float, present: float, cheapest: float, besides: float = 0.0
     ) -> None:
-        """Check that the budget can still be met.
-
-        Args:
-            total_steps: of the run.
-            step: optimizer steps done.
-            spent: so far.
-            present: cost of a step now.
-            cheapest: cost of a step of the narrowest model.
-            besides: what is spent besides steps from here on.
+        """Check that the budget can still be met, with `besides` going on something else than steps.
 
         Raises:
             BudgetError: saying what the least is, and what is spent already.
@@ -78,15 +68,7 @@ class RunBudget:
             )
 
     def most(self, step: int, total_steps: int, *, spent: float, cheapest: float, besides: float) -> float:
-        """The most that a step may cost until the next decision, so that the budget can still be met from there on.
-
-        Args:
-            step: optimizer steps done.
-            total_steps: of the run.
-            spent: so far.
-            cheapest: cost of a step of the narrowest model.
-            besides: what is spent besides steps from here on.
-        """
+        """The most that a step may cost until the next decision, so that the budget can still be met from there on."""
         rest = (1 - self.margin) * self.limit(total_steps) - spent - besides
         return most_per_step(self.schedule, step, total_steps, rest=rest, cheapest=cheapest)
 

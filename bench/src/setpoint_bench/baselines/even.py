@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from setpoint.controller.ladder import Ladder
 from setpoint.controller.landing import free_ladders, landing_widths
@@ -13,13 +12,6 @@ from setpoint.cost.cost import Cost
 from setpoint.groups.group import Group, keep_all, widths_of
 
 
-@dataclass(frozen=True, eq=False)
-class EvenState:
-    """What an open-loop controller remembers: the width of each group before any cut."""
-
-    dense: Mapping[str, int]
-
-
 def nothing_dropped(observation: Observation, cost: Cost, groups: tuple[Group, ...], reason: str) -> Plan:
     """The plan that keeps everything and has not landed."""
     keep = keep_all(groups)
@@ -27,7 +19,6 @@ def nothing_dropped(observation: Observation, cost: Cost, groups: tuple[Group, .
 
 
 def even_plan(
-    state: EvenState,
     observation: Observation,
     cost: Cost,
     groups: tuple[Group, ...],
@@ -42,7 +33,6 @@ def even_plan(
     within the limit.
 
     Args:
-        state: dense widths.
         observation: with a reading of all groups.
         cost: predicts spending.
         groups: the groups as they are now.
@@ -52,10 +42,10 @@ def even_plan(
     """
     assert observation.reading is not None
     limit, saliency = observation.limit[cost.resource], observation.reading.saliency
-    free = free_ladders(state.dense, groups, saliency, {})
+    free = free_ladders(observation.dense_widths, groups, saliency, {})
     most = {name: width - _whole(free[name], (sure or {}).get(name, 0)) for name, width in widths_of(groups).items()}
-    floor = landing_widths(cost, {**observation.widths, **most}, state.dense, groups, limit)
-    ladders = free_ladders(state.dense, groups, saliency, floor)
+    floor = landing_widths(cost, {**observation.widths, **most}, observation.dense_widths, groups, limit)
+    ladders = free_ladders(observation.dense_widths, groups, saliency, floor)
     selection = start(cost, ladders, observation.widths, "uniform")
     for name, units in (sure or {}).items():
         _drop_surely(selection, name, units, limit)

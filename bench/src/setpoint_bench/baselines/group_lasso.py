@@ -15,7 +15,7 @@ from setpoint.controller.reason import problem_with
 from setpoint.cost.cost import Cost
 from setpoint.groups.group import Group, Slice
 from setpoint.sensor.unit_sum import UnitSum
-from setpoint_bench.baselines.even import EvenState, even_plan, nothing_dropped
+from setpoint_bench.baselines.even import even_plan, nothing_dropped
 
 
 @final
@@ -54,9 +54,8 @@ class ReconfiguringController:
                 f"reconfiguring needs at least one reconfiguration, 0 < end <= 1 and 0 <= threshold <= 1, got {self!r}"
             )
 
-    def init(self, groups: tuple[Group, ...]) -> EvenState:
+    def init(self, groups: tuple[Group, ...]) -> None:
         """State before the first decision."""
-        return EvenState({group.name: group.num_units for group in groups})
 
     def due(self, step: int, total_steps: int) -> bool:
         """Evenly from the start to `end`."""
@@ -64,9 +63,7 @@ class ReconfiguringController:
         number = self.num_reconfigurations
         return step > 0 and step in {round(last * each / number) for each in range(1, number + 1)}
 
-    def decide(
-        self, state: EvenState, observation: Observation, cost: Cost, groups: tuple[Group, ...]
-    ) -> tuple[EvenState, Plan]:
+    def decide(self, state: None, observation: Observation, cost: Cost, groups: tuple[Group, ...]) -> tuple[None, Plan]:
         """Drop what is near zero, and what is smallest as far as the ramp wants it.
 
         Args:
@@ -82,17 +79,17 @@ class ReconfiguringController:
         norms = observation.reading.saliency
         limit = observation.limit[cost.resource]
         progress = min(1.0, observation.step / self._last(observation.total_steps))
-        final = even_density(cost, observation.widths, state.dense, groups, limit)
+        final = even_density(cost, observation.widths, observation.dense_widths, groups, limit)
         ramp = limit
         if progress < 1:
-            ramp = even_cost(cost, observation.widths, state.dense, groups, 1.0 - progress * (1.0 - final))
+            ramp = even_cost(cost, observation.widths, observation.dense_widths, groups, 1.0 - progress * (1.0 - final))
         near_zero = {
             group.name: int((norms[group.name] < self.threshold * norms[group.name].max()).sum())
             for group in groups
             if group.num_units
         }
         reason = f"reconfiguration: {sum(near_zero.values())} units are near zero"
-        return state, even_plan(state, observation, cost, groups, max(limit, ramp), reason, near_zero)
+        return state, even_plan(observation, cost, groups, max(limit, ramp), reason, near_zero)
 
     def _last(self, total_steps: int) -> int:
         return max(1, round(self.end * total_steps))

@@ -10,7 +10,7 @@ from setpoint.controller.plan import Observation, Plan
 from setpoint.controller.reason import problem_with
 from setpoint.cost.cost import Cost
 from setpoint.groups.group import Group
-from setpoint_bench.baselines.even import EvenState, even_plan, nothing_dropped
+from setpoint_bench.baselines.even import even_plan, nothing_dropped
 from setpoint_bench.baselines.schedule import cubic_density
 
 
@@ -50,9 +50,8 @@ class ScheduledController:
         if not 0 <= self.begin <= self.end <= 1 or self.num_cuts < 1:
             raise ValueError(f"a scheduled controller needs 0 <= begin <= end <= 1 and at least one cut, got {self!r}")
 
-    def init(self, groups: tuple[Group, ...]) -> EvenState:
+    def init(self, groups: tuple[Group, ...]) -> None:
         """State before the first decision."""
-        return EvenState({group.name: group.num_units for group in groups})
 
     def due(self, step: int, total_steps: int) -> bool:
         """Evenly from `begin` to `end`."""
@@ -60,9 +59,7 @@ class ScheduledController:
         steps = {round(first + (last - first) * cut / self.num_cuts) for cut in range(1, self.num_cuts + 1)}
         return step > 0 and step in steps
 
-    def decide(
-        self, state: EvenState, observation: Observation, cost: Cost, groups: tuple[Group, ...]
-    ) -> tuple[EvenState, Plan]:
+    def decide(self, state: None, observation: Observation, cost: Cost, groups: tuple[Group, ...]) -> tuple[None, Plan]:
         """Come down to what the schedule says now.
 
         Args:
@@ -78,13 +75,13 @@ class ScheduledController:
         first, last = self._span(observation.total_steps)
         progress = (observation.step - first) / (last - first)
         limit = observation.limit[cost.resource]
-        final = even_density(cost, observation.widths, state.dense, groups, limit)
+        final = even_density(cost, observation.widths, observation.dense_widths, groups, limit)
         density = cubic_density(progress, final=final)
         target = limit
         if progress < 1:
-            target = max(limit, even_cost(cost, observation.widths, state.dense, groups, density))
+            target = max(limit, even_cost(cost, observation.widths, observation.dense_widths, groups, density))
         reason = f"open loop: density {density:.3g} in all groups"
-        return state, even_plan(state, observation, cost, groups, target, reason)
+        return state, even_plan(observation, cost, groups, target, reason)
 
     def _span(self, total_steps: int) -> tuple[int, int]:
         last = min(max(1, round(self.end * total_steps)), max(1, total_steps))

@@ -11,7 +11,7 @@ from jaxtyping import Float64
 
 from setpoint.report.figures import AXES, BLUE, FAINT, GREY, ORANGE, OTHERS, Figure, Trace, escape, layout
 from setpoint.report.numbers import duration, percent, scale
-from setpoint.report.record import Point
+from setpoint_bench.report.history import Point
 from setpoint_bench.report.results import Cell
 from setpoint_bench.report.statistics import mean
 

@@ -12,10 +12,12 @@ from typing import Any
 
 from setpoint.errors import CheckpointError, ReportError
 from setpoint.ledger import Ledger
-from setpoint.report.record import Point, Record, record_of
-from setpoint.report.values import counts, number, numbers, texts, whole
+from setpoint.report.record import Record, record_of
+from setpoint.report.values import number, whole
+from setpoint_bench.report.history import Point
 from setpoint_bench.report.packed import file_of, read_histories, text_of
 from setpoint_bench.report.results import Cell, Results, Timing
+from setpoint_bench.report.values import counts, numbers, texts
 
 SCHEMA = 2
 """The version of the format that is written today."""

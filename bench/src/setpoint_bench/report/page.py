@@ -13,6 +13,7 @@ from setpoint.report.run import run
 from setpoint_bench.report.comparison import comparison
 from setpoint_bench.report.curves import PARTS, curves, seconds_by_part, seconds_figure
 from setpoint_bench.report.folder import read_results
+from setpoint_bench.report.history import loss_around
 from setpoint_bench.report.results import Cell, Results
 from setpoint_bench.report.summary import Row, clock_of, series, summary_rows
 
@@ -106,7 +107,14 @@ def run_section(name: str, groups: Mapping[str, Sequence[Cell]]) -> Draft:
     picker = f'<label class="choice"><span>run</span><select data-runs="{name}">{options}</select></label>\n'
     draft = Draft("<h3>How the budget was met</h3>\n" + (picker if len(shown) > 1 else ""))
     for place, (label, record, history) in enumerate(shown):
-        draft += run(f"{name}-r{place}", label, record, history, hidden=place > 0)
+        around = place_of(
+            f"{name}-r{place}-around",
+            loss_around(record, history),
+            "The loss around each event",
+            "Training loss less its mean before. Orange: units were dropped; blue: units came back, too.",
+        )
+        final = max(((p.step, p.loss) for p in history if p.split == "train" and p.loss is not None), default=None)
+        draft += run(f"{name}-r{place}", label, record, hidden=place > 0, more=around, final=final)
     left = len(runs) - len(shown)
     return draft + Draft(f'<p class="caption">{left} more runs are not shown one by one.</p>\n' if left else "")
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from setpoint.report.record import Point, Record
+from setpoint.report.record import Record
+from setpoint_bench.report.history import Point
 
 
 @dataclass(frozen=True)

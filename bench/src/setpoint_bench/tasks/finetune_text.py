@@ -18,7 +18,6 @@ from jaxtyping import Float, Int
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from setpoint.report.zoo import bert_encoder
 from setpoint_bench.catalogue import task
 from setpoint_bench.images import Splits
 from setpoint_bench.recipe import Recipe
@@ -26,6 +25,7 @@ from setpoint_bench.simple_task import SimpleTask
 from setpoint_bench.task import BenchError, Dimension, Split
 from setpoint_bench.tasks.shakespeare import read_text
 from setpoint_bench.tensors import held_out, shuffled_rows
+from setpoint_bench.zoo import bert_encoder
 
 LAYERS, HEADS, HEAD_DIM, NEURONS, EMBEDDING = 6, 12, 32, 1536, 384
 VOCABULARY = 30_522

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 import setpoint
 from actuator.hand_made import CASES, Case, residual, some_keep
-from actuator.test_regrow import adamw, assert_same, snapshot
 from actuator.test_vanish import MODELS as VANISHING
 from actuator.test_vanish import vanished
 from groups.zoo import MODELS as ZOO
+from regrowth.test_regrow import adamw, assert_same, snapshot
 from setpoint.actuator.shrink import named_tensors, shrink
 from setpoint.groups.kept import random_keep
 from setpoint.regrowth.probing import Probing

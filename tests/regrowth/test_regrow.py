@@ -19,7 +19,6 @@ from actuator.test_vanish import MODELS as VANISHING
 from actuator.test_vanish import vanished
 from conformance.test_optimizers import ROWS
 from groups.zoo import MODELS as ZOO
-from setpoint.actuator import regrow as regrow_module
 from setpoint.actuator.mask import mask
 from setpoint.actuator.optimizer_state import as_sequence, map_tensors
 from setpoint.actuator.shrink import named_tensors, shrink
@@ -28,6 +27,7 @@ from setpoint.errors import GroupError
 from setpoint.groups.group import Group, widths_of
 from setpoint.groups.kept import random_keep
 from setpoint.groups.shim import get_call_sizes
+from setpoint.regrowth import regrow as regrow_module
 from setpoint.regrowth.regrow import regrow
 from setpoint.regrowth.reserve import Reserve
 from twin.test_twin import double, groups_of

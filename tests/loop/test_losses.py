@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from setpoint.loop.losses import LossWatch
+from setpoint.loop.losses import Losses
 
 
 def test_ranks_share_the_losses_that_they_were_told() -> None:
     """Claim: a step's loss is the mean over the ranks that observed one, of which several count by their mean; what is
     known of coming steps stays each rank's own; what was shared is not shared again, also after a resume.
     """
-    one, other = LossWatch(), LossWatch()
+    one, other = Losses(), Losses()
     for watch, losses in ((one, {1: [2.0], 2: [3.0], 4: [8.0]}), (other, {1: [4.0], 4: [1.0, 3.0], 5: [7.0]})):
         for step, values in losses.items():
             for value in values:
@@ -22,10 +22,11 @@ def test_ranks_share_the_losses_that_they_were_told() -> None:
     for watch in (one, other):
         watch.share(4, mean)
     for watch, rest in ((one, []), (other, [5])):
-        assert watch._steps.tolist() == [1, 2, 4, *rest]
-        np.testing.assert_allclose(watch._losses[:3], [3.0, 3.0, 4.0])
+        known = watch.state_dict()
+        assert known["steps"].tolist() == [1, 2, 4, *rest]
+        np.testing.assert_allclose(known["losses"][:3], [3.0, 3.0, 4.0])
         assert (watch.loss, watch.val) == (7.5, 0.5)
-    again = LossWatch()
+    again = Losses()
     again.load_state_dict(other.state_dict())
     for watch in (one, again):
         watch.observe(6, 5.0, None, keep=True)
@@ -33,4 +34,5 @@ def test_ranks_share_the_losses_that_they_were_told() -> None:
     mean = (one.unshared(6) + again.unshared(6)) / 2
     for watch in (one, again):
         watch.share(6, mean)
-        assert watch._steps.tolist() == [1, 2, 4, 5, 6] and watch._losses[3:].tolist() == [7.0, 5.0]
+        known = watch.state_dict()
+        assert known["steps"].tolist() == [1, 2, 4, 5, 6] and known["losses"][3:].tolist() == [7.0, 5.0]

@@ -1,0 +1,59 @@
+"""Changing what a run is held to in its middle: another budget, another length."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+from setpoint.controller.landing import cheapest
+from setpoint.cost.budget import Budget
+from setpoint.errors import LoopError
+from setpoint.groups.group import Group
+from setpoint.spending.checks import check_budgets, check_costed, check_reachable
+from setpoint.spending.spending import Spending
+
+
+def check_open(spending: Spending, step: int, *, landed: bool) -> None:
+    """Check that the budget may still be changed.
+
+    Raises:
+        LoopError: after the landing or the freeze, or where there is no budget.
+    """
+    if not spending.budgets:
+        raise LoopError("this loop follows a Price or a Tolerance: it has no budget to change, attach with a Budget")
+    if landed or spending.schedule.final(step, spending.total_steps):
+        raise LoopError(
+            f"the budget is frozen at step {step}: it may be changed until the landing, "
+            f"by {spending.schedule.land:.0%} of the run at the latest. Finish this loop and attach a new one"
+        )
+
+
+def change_budget(spending: Spending, budget: Budget | Sequence[Budget], groups: tuple[Group, ...], step: int) -> None:
+    """Hold the run to another budget.
+
+    Raises:
+        BudgetError: when it cannot be met, or is on a resource that this run does not know.
+    """
+    budgets = check_budgets(budget)
+    spending.check_kind(budgets)
+    check_costed(budgets, spending.costs, spending.budgets)
+    changed = copy.copy(spending)
+    changed.hold(spending.target.anew(budgets))
+    for each in budgets:
+        cost, dense = spending.costs[each.resource], changed.expected(each.resource, spending.dense_widths)
+        check_reachable(each, dense, cheapest(cost, groups) * dense / cost.total(spending.dense_widths))
+    changed.runs.check(step, spending.total_steps, groups)
+    spending.target, spending.runs = changed.target, changed.runs
+
+
+def change_total_steps(spending: Spending, total_steps: int, groups: tuple[Group, ...], step: int) -> None:
+    """Give the run another length.
+
+    Raises:
+        BudgetError: when the budget of the run could not be met.
+        ValueError: for a number that is not above the steps done.
+    """
+    if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps <= step:
+        raise ValueError(f"total_steps must be an integer above the {step} steps done, got {total_steps!r}")
+    spending.runs.check(step, total_steps, groups)
+    spending.total_steps = total_steps

@@ -1,0 +1,74 @@
+"""Checks of budgets: whether they go together, and whether any model meets them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+
+from setpoint.cost.budget import IN_SECONDS, METERED, MILLISECONDS, Budget, amount
+from setpoint.errors import BudgetError
+
+
+def check_budgets(budget: Budget | Sequence[Budget]) -> tuple[Budget, ...]:
+    """The budgets of a run: at least one, each of another resource.
+
+    Raises:
+        BudgetError: for anything else, or a budget that is not available in this version.
+    """
+    budgets = tuple(budget) if isinstance(budget, (list, tuple)) else (budget,)
+    for each in budgets:
+        if not isinstance(each, Budget):
+            raise BudgetError(f"budget must be a Budget, got {each!r}: write Budget.fraction(0.5, of='flops')")
+        if each.per == "run" and each.resource not in ("flops", "latency", "energy"):
+            raise BudgetError(
+                f"a run spends 'flops', seconds ('latency') and 'energy', there is no budget per run of "
+                f"{each.resource!r}: use per='step', the finished model's cost"
+            )
+    if not budgets or len({each.resource for each in budgets}) < len(budgets):
+        raise BudgetError(f"give one budget for each resource, and at least one, got {list(budgets)}")
+    if len(budgets) > 1 and any(each.per == "run" for each in budgets):
+        raise BudgetError("a budget per run stands alone in this version: give it without others")
+    return budgets
+
+
+def check_costed(budgets: Sequence[Budget], resources: Collection[str], before: Sequence[Budget]) -> None:
+    """Check that budgets that replace those of `before` are on resources that the run can predict and meter.
+
+    Raises:
+        BudgetError: for one that was not costed out at attach.
+    """
+    metered = {each.resource for each in before} & set(METERED)
+    for each in budgets:
+        if each.resource not in resources or (each.resource in METERED and each.resource not in metered):
+            raise BudgetError(
+                f"{each.resource!r} was not costed out when this loop was attached: "
+                "change to a budget of 'flops', 'params', or a resource that attach was given"
+            )
+
+
+def check_reachable(budget: Budget, dense: float, least: float) -> None:
+    """Check that a budget can be met, and that it is in the right unit.
+
+    Args:
+        budget: what is asked for.
+        dense: predicted dense cost.
+        least: predicted cost of the narrowest model.
+
+    Raises:
+        BudgetError: saying what the least is, or what unit is meant.
+    """
+    limit, resource = budget.absolute(dense), budget.resource
+    if budget.per == "run":
+        return  # RunBudget.check knows what a run spends
+    if limit < least:
+        raise BudgetError(
+            f"a budget of {amount(limit, resource)} ({limit / dense:.1%} of dense) cannot be reached: with every "
+            f"group at its min_units the model still needs {amount(least, resource)} ({least / dense:.1%}). Ask for "
+            f"at least Budget.fraction({math.ceil(1000 * least / dense) / 1000:g}, of={resource!r})"
+        )
+    if resource in IN_SECONDS and limit > MILLISECONDS * dense:
+        raise BudgetError(
+            f"a budget of {limit:g} seconds per {'step' if resource == 'latency' else 'inference'} is "
+            f"{limit / dense:,.0f} times what the dense model takes ({dense:.3g} s): {resource} is in seconds. "
+            f"If you mean milliseconds, write Budget.total({limit / 1000:g}, of={resource!r})"
+        )
