@@ -126,7 +126,7 @@ def run(way: str, seed: int, data: Path | None) -> dict[str, Any]:
         "loss": loss_elsewhere(model, text["test"]),
         "right_after": right_after,
         "flops_ratio": summary.final_flops_ratio,
-        "landed": summary.landed,
+        "budget_met": summary.budget_met,
         "widths": dict(summary.widths),
         "dense_widths": dict(summary.dense_widths),
         "processor_seconds": time.process_time() - started,

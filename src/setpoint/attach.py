@@ -94,7 +94,7 @@ def attach(
     ...         model(x).square().mean().backward()
     ...         optimizer.step()
     ...         optimizer.zero_grad()
-    >>> loop.summary.landed, loop.summary.spent["params"] <= loop.summary.limit["params"]
+    >>> loop.summary.budget_met, loop.summary.spent["params"] <= loop.summary.limit["params"]
     (True, True)
     """
     clock, host = Stopwatch(synchronize=True), host_of(model, optimizer, copies)

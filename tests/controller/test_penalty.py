@@ -96,11 +96,11 @@ def test_it_lands_when_there_is_nothing_left_to_drop() -> None:
     """From settle on a decision without a drop lands; one with a drop does not before the landing is due."""
     groups, cost = chain(32, 48)
     low = {group.name: np.full(group.num_units, 1e-9) for group in groups}
-    assert not decide(1.0, groups, cost, low).landed
-    assert decide(1.0, groups, cost, low, step=700).landed
+    assert not decide(1.0, groups, cost, low).budget_met
+    assert decide(1.0, groups, cost, low, step=700).budget_met
     high = {group.name: np.full(group.num_units, 1e9) for group in groups}
-    assert decide(1.0, groups, cost, high).landed
-    assert not decide(1.0, groups, cost, high, step=175).landed
+    assert decide(1.0, groups, cost, high).budget_met
+    assert not decide(1.0, groups, cost, high, step=175).budget_met
 
 
 def test_an_uncalibrated_reading_decides_nothing() -> None:

@@ -73,7 +73,7 @@ def test_a_truncation_is_undone_when_the_loss_leaves_its_trend() -> None:
     (taken, *later) = (entry for entry in run.loop.ledger if entry.dropped)
     assert dict(back.grown) == dict(taken.dropped) and taken.step < back.step and later
     assert all(torch.equal(one, two) for one, two in zip(after, held[taken.step - 1], strict=True))
-    assert summary.landed and summary.gave_way.endswith("the budget was met")
+    assert summary.budget_met and summary.gave_way.endswith("the budget was met")
 
 
 def test_lost_modes_are_probed_come_back_and_are_eased_in(dear: None) -> None:

@@ -104,7 +104,7 @@ class PenaltyController:
         correction = 1.0 if metered is None else metered / selection.total
         descend(selection, 0.0, ceiling=correction * price * (1 - self.hysteresis))
         dropped = sum(int(ladders[name].edges[rung]) for name, rung in selection.rungs.items())
-        landed = self.reference.settled(step, total_steps) and (
+        budget_met = self.reference.settled(step, total_steps) and (
             not dropped or self.reference.final(step, total_steps) or step == total_steps
         )
         return state, Plan(
@@ -112,14 +112,14 @@ class PenaltyController:
             keep={name: ladder.keep(selection.rungs[name]) for name, ladder in ladders.items()},
             worth={name: ladder.per_unit(selection.worth[name]) for name, ladder in ladders.items()},
             price={resource: price},
-            landed=landed,
-            reason=_explain(selection, dropped, price, resource, landed),
+            budget_met=budget_met,
+            reason=_explain(selection, dropped, price, resource, budget_met),
         )
 
 
-def _explain(selection: Selection, dropped: int, price: float, resource: str, landed: bool) -> str:
+def _explain(selection: Selection, dropped: int, price: float, resource: str, budget_met: bool) -> str:
     """What was dropped at which price."""
-    words = "landed: " if landed else ""
+    words = "budget met: " if budget_met else ""
     if not dropped:
         return f"{words}nothing earns less than the price of {price:.3g} {per(resource)}"
     names = sum(1 for rung in selection.rungs.values() if rung)

@@ -100,7 +100,7 @@ class PricedController:
     target is met. Foretold is what the sensor will read of a unit once it is back: by that it would go again. As many
     blocks come back, the worthiest first, as still beat the price that this leads to. A unit rests for `dwell`
     decisions before, stays for as many after, and comes back `returns` times at most. From `reference.land` on nothing
-    comes back; until then the controller holds the limit but has not landed. Off by default: it has been measured to be
+    comes back; until then the controller holds the limit but has not met its budget. Off by default: it has been measured to be
     no better.
 
     The defaults for `slew` and `min_density` guard against a whole layer being cut on one noisy reading. A group never
@@ -317,14 +317,14 @@ class PricedController:
     def _rest(self, state: PricedState, observation: Observation, aim: Aim, groups: tuple[Group, ...]) -> Plan:
         """The plan that drops nothing."""
         seen = aim.spent if aim.metered is None else aim.metered
-        landed = self._final(observation) and seen <= aim.limit and (aim.settled or aim.metered is None)
+        budget_met = self._final(observation) and seen <= aim.limit and (aim.settled or aim.metered is None)
         return Plan(
             step=observation.step,
             keep=keep_all(groups),
             price={aim.resource: state.price},
             reference={aim.resource: aim.reference},
-            landed=landed,
-            reason=explain_rest(seen, aim.reference, aim.limit, landed),
+            budget_met=budget_met,
+            reason=explain_rest(seen, aim.reference, aim.limit, budget_met),
         )
 
     def _select(
@@ -385,8 +385,8 @@ class PricedController:
     ) -> Plan:
         """The plan that drops what was selected and brings back what was offered."""
         ladders = selection.ladders
-        landed = self._final(observation) and aim.metered is None and selection.total <= aim.limit
-        reason = explain_cut(selection, state.price, aim.resource, aim.target, landed, self.deadband)
+        budget_met = self._final(observation) and aim.metered is None and selection.total <= aim.limit
+        reason = explain_cut(selection, state.price, aim.resource, aim.target, budget_met, self.deadband)
         grow = together(offers) if offers else {}
         worth = {(offer.name, int(unit)): offer.worth for offer in offers for unit in offer.origins}
         if offers:
@@ -399,7 +399,7 @@ class PricedController:
             worth={name: ladder.per_unit(selection.worth[name]) for name, ladder in ladders.items()},
             price={aim.resource: state.price},
             reference={aim.resource: aim.reference},
-            landed=landed,
+            budget_met=budget_met,
             reason=f"{reason}; {note}" if note else reason,
             grow=grow,
             grow_worth={name: np.array([worth[name, int(unit)] for unit in units]) for name, units in grow.items()},
