@@ -105,7 +105,7 @@ def run(way: str, seed: int, data: Path | None) -> dict[str, Any]:
         groups=mixers,
         sensor=sensor,
         controller=setpoint.PricedController(
-            setpoint.Reference(warmup=0.2, settle=0.6, num_cuts=4), allocation="uniform"
+            setpoint.Schedule(warmup=0.2, settle=0.6, num_cuts=4), allocation="uniform"
         ),
         allow_lossy=True,
     )

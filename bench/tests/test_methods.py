@@ -235,7 +235,7 @@ def test_settings_by_name() -> None:
     assert not oneshot.sized and oneshot.share == 0.5 and method_named("magnitude-oneshot").sized  # type: ignore[attr-defined]
     assert method_named("rigl@period=200").rule == Exchange("gradient", period=200)  # type: ignore[attr-defined]
     assert method_named("cubic@end=0.3").controller == ScheduledController(end=0.3)  # type: ignore[attr-defined]
-    assert method_named("setpoint-early@settle=0.2").controller.reference.settle == 0.2  # type: ignore[attr-defined]
+    assert method_named("setpoint-early@settle=0.2").controller.schedule.settle == 0.2  # type: ignore[attr-defined]
     late = method_named("cubic@begin=0.8@end=0.9").controller  # type: ignore[attr-defined]
     assert late == ScheduledController(begin=0.8, end=0.9)  # set one by one, it would end before it begins
     tuned = method_named("set@learning_rate=2").course(TASK, 0.5, {}).task

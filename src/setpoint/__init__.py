@@ -10,7 +10,7 @@ from setpoint.actuator.shrink import shrink
 from setpoint.attach import attach
 from setpoint.checkpoint import load, save
 from setpoint.controller.priced import PricedController
-from setpoint.controller.reference import Reference
+from setpoint.controller.schedule import Schedule
 from setpoint.cost.budget import Budget
 from setpoint.cost.price import Price
 from setpoint.cost.tolerance import Tolerance
@@ -52,7 +52,7 @@ __all__ = [
     "Masking",
     "Price",
     "PricedController",
-    "Reference",
+    "Schedule",
     "Regrowing",
     "SetpointError",
     "Summary",

@@ -14,8 +14,8 @@ from setpoint.controller.goal import check_goal, controller_for
 from setpoint.controller.landing import cheapest
 from setpoint.controller.plan import Controller, Learning, regrows
 from setpoint.controller.plan import Regrowing as Returning
-from setpoint.controller.reference import Reference
 from setpoint.controller.rolling_back import RollingBack
+from setpoint.controller.schedule import Schedule
 from setpoint.controller.using_up import UsingUp
 from setpoint.cost.budget import METERED, Budget
 from setpoint.cost.price import Price
@@ -148,10 +148,10 @@ class _Wish:
         return self.goal.resource if self.goal else "flops"
 
     @property
-    def schedule(self) -> Reference:
+    def schedule(self) -> Schedule:
         """When decisions are made."""
-        schedule = getattr(self.controller, "reference", None)
-        return schedule if isinstance(schedule, Reference) else Reference()
+        schedule = getattr(self.controller, "schedule", None)
+        return schedule if isinstance(schedule, Schedule) else Schedule()
 
     @property
     def revocable(self) -> bool:

@@ -12,7 +12,7 @@ import pytest
 from controller.plants import Decision, chain, lognormal, observe, residual, run, unit_group
 from setpoint.controller.plan import Controller
 from setpoint.controller.priced import PricedController
-from setpoint.controller.reference import Reference
+from setpoint.controller.schedule import Schedule
 from setpoint.cost.cost import Cost, ProductCost, Term
 from setpoint.gates.gated import GatedController
 from setpoint.groups.group import Group, Size, widths_of
@@ -54,13 +54,13 @@ def _transformer() -> Plant:
 CONTROLLERS: dict[str, Controller[Any]] = {
     "priced": PricedController(),
     "priced, uniform": PricedController(allocation="uniform"),
-    "priced, linear, four cuts": PricedController(reference=Reference(shape="linear", num_cuts=4)),
+    "priced, linear, four cuts": PricedController(schedule=Schedule(shape="linear", num_cuts=4)),
     "scheduled": ScheduledController(),
     "one-shot": ScheduledController(begin=0.0, end=0.0, num_cuts=1),
     "reconfiguring": ReconfiguringController(),
     "priced, unguarded": PricedController(slew=1.0, min_density=0.0, dwell=0, hysteresis=0.0, deadband=0.0),
     "priced, regrowing": PricedController(regrow=True),
-    "exchanging": ExchangingController(PricedController(reference=Reference(num_cuts=3))),
+    "exchanging": ExchangingController(PricedController(schedule=Schedule(num_cuts=3))),
     "gated": GatedController(),
     "gated, regrowing": GatedController(PricedController(regrow=True), steps=2),
 }

@@ -70,7 +70,7 @@ class Decision:
 
     @property
     def reference(self) -> float:
-        """Reference of the FLOPs."""
+        """Schedule of the FLOPs."""
         return self.plan.reference["flops"]
 
 

@@ -14,7 +14,7 @@ from controller.plants import chain, lognormal, observe, residual
 from setpoint.controller.offer import offers_of
 from setpoint.controller.plan import Plan, Regrowing
 from setpoint.controller.priced import PricedController
-from setpoint.controller.reference import Reference
+from setpoint.controller.schedule import Schedule
 from setpoint.cost.cost import Cost
 from setpoint.groups.follow import Change, follow
 from setpoint.groups.group import Group, widths_of
@@ -144,7 +144,7 @@ def test_random_plants(plant: str, seed: int, fraction: float, shape: str, dwell
         regrow=True,
         dwell=dwell,
         returns=returns,
-        reference=Reference(shape=shape),  # type: ignore[arg-type]
+        schedule=Schedule(shape=shape),  # type: ignore[arg-type]
     )
     decisions = run(controller, groups, cost, wandering(groups, seed), fraction=fraction)
     last = decisions[-1]

@@ -10,7 +10,7 @@ import pytest
 from controller.plants import chain, lognormal, observe
 from setpoint.controller.penalty import PenaltyController
 from setpoint.controller.plan import Plan
-from setpoint.controller.reference import Reference
+from setpoint.controller.schedule import Schedule
 from setpoint.cost.cost import Cost
 from setpoint.cost.price import Price
 from setpoint.errors import BudgetError
@@ -129,4 +129,4 @@ def test_settings_out_of_range_are_refused() -> None:
         PenaltyController(Price(1.0, of="flops"), hysteresis=1.0)
     with pytest.raises(ValueError, match="slew"):
         PenaltyController(Price(1.0, of="flops"), slew=0.0)
-    assert PenaltyController(Price(1.0, of="flops"), Reference(num_cuts=2)).due(300, 1000)
+    assert PenaltyController(Price(1.0, of="flops"), Schedule(num_cuts=2)).due(300, 1000)

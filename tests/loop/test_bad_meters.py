@@ -183,8 +183,8 @@ def test_a_machine_that_slows_down_after_the_landing(machine: Machine) -> None:
         machine.factor = 1.5 if loop.step < 93 else 6.0
         machine.live(loop)
 
-    reference = setpoint.Reference(0.05, 0.3, 0.3)
-    early = setpoint.PricedController(reference)  # decides at steps 64, 92 and 120 once it has met its budget
+    schedule = setpoint.Schedule(0.05, 0.3, 0.3)
+    early = setpoint.PricedController(schedule)  # decides at steps 64, 92 and 120 once it has met its budget
     loop, _ = told(lambda: train(mlp(), Budget.fraction(0.6, of="latency"), 120, live, controller=early))
     summary = loop.summary
     assert summary is not None and summary.metered["latency"] > summary.limit["latency"]

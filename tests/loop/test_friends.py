@@ -15,7 +15,7 @@ from torch.optim import lr_scheduler
 
 import setpoint
 from loop.test_regrowth import Scripted
-from setpoint.controller.reference import Reference
+from setpoint.controller.schedule import Schedule
 from setpoint.errors import GroupError
 
 SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
@@ -94,7 +94,7 @@ def run(scale: float) -> tuple[setpoint.Ledger, nn.Module]:
     torch.manual_seed(0)
     model = build()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1 / scale)
-    controller = setpoint.PricedController(Reference(0.0, 0.5, 0.8, num_cuts=6))
+    controller = setpoint.PricedController(Schedule(0.0, 0.5, 0.8, num_cuts=6))
     budget, x = setpoint.Budget.fraction(0.5, of="flops"), torch.randn(8, 6)
     loop = setpoint.attach(model, optimizer, budget, example=(x,), total_steps=30, controller=controller, verify=False)
     for _ in range(30):
@@ -129,7 +129,7 @@ def test_a_layer_that_is_frozen_for_a_while_is_not_taken_for_worthless() -> None
     torch.manual_seed(0)
     model = build()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    controller = setpoint.PricedController(Reference(0.2, 0.8, 0.9, num_cuts=8))
+    controller = setpoint.PricedController(Schedule(0.2, 0.8, 0.9, num_cuts=8))
     budget = setpoint.Budget.fraction(0.5, of="flops")
     loop = setpoint.attach(
         model, optimizer, budget, example=(torch.zeros(16, 6),), total_steps=80, controller=controller, verify=False

@@ -135,7 +135,7 @@ def test_a_loss_that_leaves_its_trend_takes_the_last_cut_back_once() -> None:
             setpoint.Budget.fraction(0.5, of="flops"),
             800,
             **jump_after_a_cut(),
-            controller=setpoint.PricedController(setpoint.Reference(warmup=0.2, settle=0.6, num_cuts=8)),
+            controller=setpoint.PricedController(setpoint.Schedule(warmup=0.2, settle=0.6, num_cuts=8)),
         )
     back = [entry for entry in loop.ledger if entry.grown]
     assert len(back) == 1
@@ -148,7 +148,7 @@ def test_a_loss_that_leaves_its_trend_takes_the_last_cut_back_once() -> None:
     assert summary.gave_way.endswith("the budget was met")
 
 
-WATCHED = setpoint.PricedController(setpoint.Reference(warmup=0.2, settle=0.6, num_cuts=8))
+WATCHED = setpoint.PricedController(setpoint.Schedule(warmup=0.2, settle=0.6, num_cuts=8))
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_a_change_of_budget_is_bumpless_and_lands(controller: object) -> None:
 @pytest.mark.parametrize("kind", [lambda inner: inner, GatedController])
 def test_a_budget_is_open_until_the_land_of_its_own_reference(kind: Callable[[object], object]) -> None:
     """With units that may come back until 90 % of the run, a new budget at 80 % of it is taken and met."""
-    inner = setpoint.PricedController(setpoint.Reference(settle=0.6, land=0.9), regrow=True)
+    inner = setpoint.PricedController(setpoint.Schedule(settle=0.6, land=0.9), regrow=True)
 
     def change(loop: setpoint.Loop, step: int) -> None:
         if step == 240:

@@ -19,7 +19,7 @@ import setpoint
 from controller.returning import Returning
 from setpoint.controller.plan import Observation, Plan
 from setpoint.controller.priced import PricedController
-from setpoint.controller.reference import Reference
+from setpoint.controller.schedule import Schedule
 from setpoint.errors import LoopError, VerificationError
 from setpoint.groups.follow import Change, follow
 from setpoint.groups.group import Group, Slice, keep_all
@@ -266,7 +266,7 @@ def test_a_regrowing_run_lands_within_its_budget(monkeypatch: pytest.MonkeyPatch
     and the same seed makes the same ledger.
     """
     monkeypatch.setattr("setpoint.regrowth.regrowing._PROBE_SHARE", 0.05)  # the run is short
-    rising = Returning(PricedController(Reference(settle=0.15), regrow=True), share=0.6)
+    rising = Returning(PricedController(Schedule(settle=0.15), regrow=True), share=0.6)
     runs = [run(0, rising), *(run(seed, PricedController(regrow=True)) for seed in range(3))]
     summaries = [loop.summary for loop, _ in runs if loop.summary is not None]
     for (loop, model), summary in zip(runs, summaries, strict=True):

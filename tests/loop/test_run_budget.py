@@ -17,7 +17,7 @@ import setpoint
 from controller.plants import after, chain, lognormal, observe, residual
 from setpoint.controller.horizon import RunRest
 from setpoint.controller.priced import PricedController
-from setpoint.controller.reference import Reference
+from setpoint.controller.schedule import Schedule
 from setpoint.cost.budget import Budget
 from setpoint.cost.cost import ProductCost
 from setpoint.errors import BudgetError, LoopError
@@ -48,7 +48,7 @@ def simulate(
         lengths: by step, a new length of the run.
     """
     controller = PricedController()
-    target = Target((budget,), {"flops": cost}, widths_of(groups), controller.reference)
+    target = Target((budget,), {"flops": cost}, widths_of(groups), controller.schedule)
     saliency, state = lognormal(groups, seed=seed), controller.init(groups)
     rng, spent, budget_met, again, step = np.random.default_rng(seed), 0.0, 0, 0, 0
     dense = per_step = cost.total(widths_of(groups))
@@ -63,7 +63,7 @@ def simulate(
         limit = target.limit["flops"]
         seen = observe(groups, cost, limit=limit, dense=dense, reading=reading, step=step, total_steps=total_steps)
         following, plan = controller.decide(state, seen, cost, groups)
-        rest = RunRest(target.runs["flops"].limit(total_steps), spent, controller.reference, sensing=sensing * per_step)
+        rest = RunRest(target.runs["flops"].limit(total_steps), spent, controller.schedule, sensing=sensing * per_step)
         cheaper = cost.total(widths_of(after(groups, plan)))
         wait = rest.wait(step, total_steps, lands=plan.budget_met, present=per_step, after=cheaper)
         if wait:
@@ -118,7 +118,7 @@ def test_coarse_blocks_wait_instead_of_leaving_budget_unused() -> None:
     groups, cost = chain(48, multiple_of=16)
     budget = Budget.fraction(0.6, of="flops", per="run")
     spent, limit, budget_met = simulate(groups, cost, budget, 1000)
-    first_chance = next(s for s in range(300, 1000) if Reference().due(s, 1000))
+    first_chance = next(s for s in range(300, 1000) if Schedule().due(s, 1000))
     assert budget_met > first_chance
     assert 0.998 * limit <= spent <= limit
 
@@ -126,7 +126,7 @@ def test_coarse_blocks_wait_instead_of_leaving_budget_unused() -> None:
 def test_wait_is_exact() -> None:
     """Waiting one step more than `wait` says would go over the budget, waiting as long as it says does not."""
     for spent, present, after_cut, sensing in ((600.0, 1.5, 0.8, 0.0), (500.0, 2.0, 0.5, 0.01)):
-        rest = RunRest(1000.0, spent, Reference(), sensing=sensing)
+        rest = RunRest(1000.0, spent, Schedule(), sensing=sensing)
         wait = rest.wait(400, 800, lands=True, present=present, after=after_cut)
 
         def total(steps: int, state: tuple[float, ...] = (spent, present + sensing, after_cut)) -> float:
@@ -138,7 +138,7 @@ def test_wait_is_exact() -> None:
 
 def test_a_budget_that_is_spent_or_cannot_be_met_is_refused() -> None:
     """The error says what is spent, or the least that the run can do."""
-    run = RunBudget(Budget.fraction(0.5, of="flops", per="run"), Reference(), dense=1.0)
+    run = RunBudget(Budget.fraction(0.5, of="flops", per="run"), Schedule(), dense=1.0)
     with pytest.raises(BudgetError, match=r"is spent already: .* by step 600.*at least Budget.fraction\(0\.\d+, of="):
         run.check(1000, step=600, spent=600.0, present=0.5, cheapest=0.1)
     with pytest.raises(BudgetError, match=r"at least Budget.fraction\(0\.\d+, of='flops', per='run'\)"):
@@ -196,11 +196,11 @@ def test_a_real_run_lands_on_its_budget(block: int, fraction: float) -> None:
     assert summary.spent_run["flops"] == summary.train_flops
 
 
-LATE = Reference(warmup=0.3, settle=0.6, land=0.9)
+LATE = Schedule(warmup=0.3, settle=0.6, land=0.9)
 CONTROLLERS: dict[str, dict[str, Any]] = {
     "priced": {},
     "late": {"controller": PricedController(LATE)},
-    "two cuts": {"controller": PricedController(Reference(num_cuts=2))},
+    "two cuts": {"controller": PricedController(Schedule(num_cuts=2))},
     "regrowing": {"controller": PricedController(regrow=True)},
     "gated": {"controller": GatedController()},
     "gated late": {"controller": GatedController(PricedController(LATE))},

@@ -54,7 +54,7 @@ OPTIMIZERS = {
 
 def few() -> ExchangingController:
     """The default controller, with three cuts on the way down."""
-    return ExchangingController(setpoint.PricedController(setpoint.Reference(num_cuts=3)))
+    return ExchangingController(setpoint.PricedController(setpoint.Schedule(num_cuts=3)))
 
 
 def started(
@@ -409,7 +409,7 @@ def test_a_price_decides_how_many_stay() -> None:
     left = []
     for rate in (0.0, 0.05, 1.0):
         price = setpoint.Price(rate, of="params")
-        controller = ExchangingController(PenaltyController(price, setpoint.Reference(num_cuts=2)))
+        controller = ExchangingController(PenaltyController(price, setpoint.Schedule(num_cuts=2)))
         model, optimizer, loop = started(budget=price, controller=controller, total_steps=20)
         for number in range(20):
             step(model, optimizer, number)

@@ -18,7 +18,7 @@ from setpoint.controller.offer import Exchange, Offer, most_that_pay, offers_of,
 from setpoint.controller.plan import Goal, Observation, Plan
 from setpoint.controller.price import Feedback, Gains
 from setpoint.controller.reason import explain_cut, explain_growth, explain_rest, percent, problem_with
-from setpoint.controller.reference import Reference
+from setpoint.controller.schedule import Schedule
 from setpoint.controller.selection import (
     Allocation,
     Selection,
@@ -99,16 +99,16 @@ class PricedController:
     with the price at which the others pay for it: what comes back is counted first, then the rest is dropped until the
     target is met. Foretold is what the sensor will read of a unit once it is back: by that it would go again. As many
     blocks come back, the worthiest first, as still beat the price that this leads to. A unit rests for `dwell`
-    decisions before, stays for as many after, and comes back `returns` times at most. From `reference.land` on nothing
-    comes back; until then the controller holds the limit but has not met its budget. Off by default: it has been measured to be
-    no better.
+    decisions before, stays for as many after, and comes back `returns` times at most. From `schedule.land` on nothing
+    comes back; until then the controller holds the limit, but the budget does not count as met. Off by default: it has
+    been measured to be no better.
 
     The defaults for `slew` and `min_density` guard against a whole layer being cut on one noisy reading. A group never
     ends below `min_density` times the density that would meet the limit if all groups had the same one, so allocation
     may differ by that factor; a quarter of it leaves room for what pays.
 
     Args:
-        reference: trajectory and times of decisions.
+        schedule: trajectory and times of decisions.
         gains: of the PI part.
         hysteresis: relative distance between the price and the worth of what is dropped, in [0, 1).
         deadband: relative error within which the controller rests, in [0, 1).
@@ -127,7 +127,7 @@ class PricedController:
     (False, True)
     """
 
-    reference: Reference = field(default_factory=Reference)
+    schedule: Schedule = field(default_factory=Schedule)
     gains: Gains = field(default_factory=Gains)
     hysteresis: float = 0.1
     deadband: float = 0.01
@@ -164,12 +164,12 @@ class PricedController:
 
     def due(self, step: int, total_steps: int) -> bool:
         """Whether a decision is to be made after this step."""
-        return self.reference.due(step, total_steps)
+        return self.schedule.due(step, total_steps)
 
     def probe_due(self, step: int, total_steps: int) -> bool:
         """Whether resting units should be present in the step after this one: shortly before a decision, if at all."""
         coming = range(step + 1, step + 1 + self.probe_steps)
-        usable = (self.due(each, total_steps) and not self.reference.final(each, total_steps) for each in coming)
+        usable = (self.due(each, total_steps) and not self.schedule.final(each, total_steps) for each in coming)
         return self.regrow and any(usable)
 
     def decide(
@@ -210,7 +210,7 @@ class PricedController:
         if state.start is None:
             return state
         value = present * state.feedback.factor()
-        return replace(state, start=self.reference.start_through(step, total_steps, value=value, limit=limit))
+        return replace(state, start=self.schedule.start_through(step, total_steps, value=value, limit=limit))
 
     def reordered(
         self,
@@ -277,7 +277,7 @@ class PricedController:
 
     def _final(self, observation: Observation) -> bool:
         """Whether nothing comes back from this step on."""
-        return not self.regrow or self.reference.final(observation.step, observation.total_steps)
+        return not self.regrow or self.schedule.final(observation.step, observation.total_steps)
 
     def _price(self, state: PricedState, selection: Selection) -> float:
         """The worth at which dropping stops, or the last price where nothing is dropped."""
@@ -288,7 +288,7 @@ class PricedController:
         return take_aim(
             observation,
             cost,
-            reference=self.reference,
+            schedule=self.schedule,
             gains=self.gains,
             deadband=self.deadband,
             start=state.start,

@@ -11,7 +11,7 @@ import numpy as np
 from setpoint.controller.ladder import build_ladder
 from setpoint.controller.plan import Goal, Observation, Plan
 from setpoint.controller.reason import problem_with
-from setpoint.controller.reference import Reference
+from setpoint.controller.schedule import Schedule
 from setpoint.controller.selection import descend, start
 from setpoint.controller.trend import Excess
 from setpoint.cost.cost import Cost
@@ -57,7 +57,7 @@ class TolerantController:
 
     Args:
         tolerance: what rise is accepted.
-        reference: times of decisions; its ramp has no meaning here.
+        schedule: times of decisions; its ramp has no meaning here.
         stride: share of the cost that the first cut takes, in (0, 1).
         finest: stride below which the search ends.
         slew: largest fraction of a group's units to go at one decision, in (0, 1].
@@ -67,7 +67,7 @@ class TolerantController:
     """
 
     tolerance: Tolerance
-    reference: Reference = field(default_factory=lambda: Reference(settle=0.60, num_cuts=10))
+    schedule: Schedule = field(default_factory=lambda: Schedule(settle=0.60, num_cuts=10))
     stride: float = 0.2
     finest: float = 0.03
     slew: float = 0.5
@@ -90,7 +90,7 @@ class TolerantController:
 
     def due(self, step: int, total_steps: int) -> bool:
         """Whether a decision is to be made after this step."""
-        return self.reference.due(step, total_steps)
+        return self.schedule.due(step, total_steps)
 
     def probe_due(self, step: int, total_steps: int) -> bool:
         """Never: what comes back is the last cut, whatever its units would contribute."""
@@ -111,7 +111,7 @@ class TolerantController:
         problem = problem_with(observation.reading, None, groups)
         if problem:
             return state, Plan(step, whole, reason=problem)
-        final = self.reference.final(step, observation.total_steps) or step == observation.total_steps
+        final = self.schedule.final(step, observation.total_steps) or step == observation.total_steps
         words = ""
         if state.pending:
             excess = observation.excess

@@ -8,7 +8,7 @@ from typing import Any, final
 
 from setpoint.controller.plan import Controller, Observation, Plan, Transferring
 from setpoint.controller.priced import PricedController
-from setpoint.controller.reference import Reference
+from setpoint.controller.schedule import Schedule
 from setpoint.cost.cost import Cost
 from setpoint.groups.group import Group
 
@@ -52,10 +52,10 @@ class ExchangingController:
     """Where the loss does not stand a cut, nothing is dropped until the next decision."""
 
     @property
-    def reference(self) -> Reference:
+    def schedule(self) -> Schedule:
         """That of the inner controller, or the usual one."""
-        found = getattr(self.inner, "reference", None)
-        return found if isinstance(found, Reference) else Reference()
+        found = getattr(self.inner, "schedule", None)
+        return found if isinstance(found, Schedule) else Schedule()
 
     def init(self, groups: tuple[Group, ...]) -> Any:
         """State of the inner controller; there is no other."""
