@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -184,7 +185,7 @@ class Nvml:
 
 def test_gpu_counters(monkeypatch: pytest.MonkeyPatch) -> None:
     """NVML's millijoules become joules; a lost GPU is a vanished meter; a GPU that never answers is none."""
-    monkeypatch.setattr("setpoint.resources.joules._uuid", lambda index: f"GPU-{index}")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=index))
     counters, why = nvml_counters([0], Nvml(1000, 1000, 4500))
     assert why == "" and counters[0].name == "NVML GPU 0"
     meter = EnergyMeter(counters)
