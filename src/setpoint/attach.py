@@ -21,10 +21,10 @@ from setpoint.cost.budget import METERED, Budget
 from setpoint.cost.price import Price
 from setpoint.cost.tolerance import Tolerance
 from setpoint.errors import LoopError
-from setpoint.groups.chance import untouched_chance
 from setpoint.groups.export import Example, num_samples
 from setpoint.groups.follow import check_states
 from setpoint.groups.group import Group, widths_of
+from setpoint.groups.rng import preserved_rng_state
 from setpoint.groups.trace import trace
 from setpoint.host.host import Host, host_of
 from setpoint.host.optimizers import Steps
@@ -98,7 +98,7 @@ def attach(
     (True, True)
     """
     clock, host = Stopwatch(synchronize=True), host_of(model, optimizer, copies)
-    with clock, host.whole(), untouched_chance(host.model), host.together("attach") as facts:
+    with clock, host.whole(), preserved_rng_state(host.model), host.together("attach") as facts:
         wish = _wish(host, budget, controller, sensor, actuator, total_steps)
         if wish.masking:
             parts = _weights(host, wish, example, sensor, groups)

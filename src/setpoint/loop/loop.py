@@ -19,9 +19,9 @@ from setpoint.controller.plan import Controller, Observation, Plan, Transferring
 from setpoint.cost.budget import Budget
 from setpoint.entry import Entry
 from setpoint.errors import CheckpointError, GroupError, LoopError
-from setpoint.groups.chance import chance_state, check_chance_state, set_chance_state
 from setpoint.groups.follow import Change, follow
 from setpoint.groups.group import Group, widths_of
+from setpoint.groups.rng import check_rng_state, rng_state, set_rng_state
 from setpoint.host.host import Host
 from setpoint.ledger import Ledger
 from setpoint.loop.cutting import Actuator
@@ -221,7 +221,7 @@ class Loop:
             "sensor": plain(self._sensor_state, "the sensor's state"),
             "controller": plain(self._controller_state, "the controller's state"),
             **{name: part.state_dict() for name, part in self._parts(self.actuator).items()},
-            "chance": {"rank": self.host.ranks.own, **chance_state()},
+            "rng_state": {"rank": self.host.ranks.own, **rng_state()},
         }
 
     def _parts(self, actuator: Actuator) -> dict[str, Part]:
@@ -265,8 +265,8 @@ class Loop:
         if not self.actuator.by_unit:  # a probe that was under way has begun anew already
             due = self.controller.due(self.step + 1, self.total_steps)
             self.actuator.prepare(self.step, due=due, open_still=not self.budget_met)
-        if int(state["chance"]["rank"]) == self.host.ranks.own:  # ranks that all drew the same were no several draws
-            set_chance_state(state["chance"])
+        if int(state["rng_state"]["rank"]) == self.host.ranks.own:  # ranks that all drew the same were no several draws
+            set_rng_state(state["rng_state"])
 
     def _checked(self, state: Mapping[str, Any]) -> tuple[Actuator, Progress, Any]:
         """What a state leads to; nothing is changed yet."""
@@ -282,7 +282,7 @@ class Loop:
             parts[name].check(state[name])
         restored(state["sensor"], self.sensor.init(groups, self.host.model), "the sensor's state", device)
         controller_state = restored(state["controller"], self.controller.init(groups), "the controller's state", device)
-        check_chance_state(state["chance"])
+        check_rng_state(state["rng_state"])
         return actuator, Progress.of(state["now"], widths_of(groups)), controller_state
 
     # How it ends.
