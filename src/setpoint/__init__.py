@@ -16,7 +16,7 @@ from setpoint.cost.price import Price
 from setpoint.cost.tolerance import Tolerance
 from setpoint.errors import SetpointError
 from setpoint.groups.trace import find_groups
-from setpoint.host.fsdp import whole
+from setpoint.host.fsdp import unsharded
 from setpoint.ledger import Ledger
 from setpoint.loop.loop import Loop
 from setpoint.loop.run_file import load_run, save_run
@@ -40,7 +40,10 @@ _LEAVES = {
 
 def __getattr__(name: str) -> Any:
     if name not in _LEAVES:
-        raise AttributeError(f"module 'setpoint' has no attribute {name!r}")
+        raise AttributeError(
+            f"module 'setpoint' has no attribute {name!r}: what is not in setpoint.__all__ is imported from its folder, "
+            "such as setpoint.sensor.magnitude"
+        )
     return getattr(import_module(_LEAVES[name]), name)
 
 
@@ -52,8 +55,8 @@ __all__ = [
     "Masking",
     "Price",
     "PricedController",
-    "Schedule",
     "Regrowing",
+    "Schedule",
     "SetpointError",
     "Summary",
     "TaylorSensor",
@@ -66,5 +69,5 @@ __all__ = [
     "save",
     "save_run",
     "shrink",
-    "whole",
+    "unsharded",
 ]

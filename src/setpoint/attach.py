@@ -98,7 +98,7 @@ def attach(
     (True, True)
     """
     clock, host = Stopwatch(synchronize=True), host_of(model, optimizer, copies)
-    with clock, host.whole(), preserved_rng_state(host.model), host.together("attach") as facts:
+    with clock, host.unsharded(), preserved_rng_state(host.model), host.together("attach") as facts:
         wish = _wish(host, budget, controller, sensor, actuator, total_steps)
         if wish.masking:
             parts = _weights(host, wish, example, sensor, groups)

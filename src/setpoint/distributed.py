@@ -134,7 +134,7 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_spread(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def whole_tensor(tensor: Tensor) -> Tensor:
+def unsharded_tensor(tensor: Tensor) -> Tensor:
     """All of a tensor that lies on several ranks, of which each must ask; any other tensor as it is."""
     return tensor.full_tensor() if is_spread(tensor) else tensor  # type: ignore[attr-defined]
 

@@ -63,7 +63,7 @@ def trace(model: nn.Module, example: Example) -> Trace:
     if any(map(is_sharded, model.modules())):
         raise LoopError(
             "groups are found in a whole model: call find_groups before fully_shard, or inside `with "
-            "setpoint.whole(model):` on every rank"
+            "setpoint.unsharded(model):` on every rank"
         )
     with preserved_rng_state(model):
         return _trace(model, example)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from setpoint.actuator.optimizer_state import map_tensors
-from setpoint.distributed import Ranks, is_sharded, local, plain_kind, rows, whole_tensor
+from setpoint.distributed import Ranks, is_sharded, local, plain_kind, rows, unsharded_tensor
 from setpoint.errors import LoopError
 from setpoint.groups.group import Group
 from setpoint.host.local import Agreed, Local
@@ -176,7 +176,7 @@ class FSDP(Local):
         return found
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
+    def unsharded(self) -> Iterator[None]:
         """Inside, model and copies are plain modules that know nothing of FSDP, and can be run, copied and exported."""
         with self._gathered(None, lambda: None), ExitStack() as undo:
             for module in (self.model, *self.copies):
@@ -191,19 +191,19 @@ def _reshard(model: nn.Module) -> None:
 
 
 @contextmanager
-def whole(model: nn.Module) -> Iterator[nn.Module]:
+def unsharded(model: nn.Module) -> Iterator[nn.Module]:
     """Inside, a model that `fully_shard` has spread over ranks is whole and plain on each of them; any other as it is.
 
     Every rank enters and leaves together. Changes that are made inside do not last.
 
-    >>> with whole(nn.Linear(2, 3)) as plain:
+    >>> with unsharded(nn.Linear(2, 3)) as plain:
     ...     plain
     Linear(in_features=2, out_features=3, bias=True)
     """
     if not any(is_sharded(module) for module in model.modules()):
         yield model
         return
-    with FSDP(model, (), ()).whole():
+    with FSDP(model, (), ()).unsharded():
         yield model
 
 
@@ -294,7 +294,7 @@ def _mapped(
 
 def _own(tensor: Tensor) -> Tensor:
     """A whole tensor in memory of its own."""
-    found = whole_tensor(tensor.detach())
+    found = unsharded_tensor(tensor.detach())
     return found.clone() if found.data_ptr() == local(tensor.detach()).data_ptr() else found
 
 

@@ -55,7 +55,7 @@ class Host(Protocol):
     def together(self, what: str) -> AbstractContextManager[dict[str, Any]]:
         """What is done inside is done by all ranks, with the same outcome, or raises on all of them."""
 
-    def whole(self) -> AbstractContextManager[None]:
+    def unsharded(self) -> AbstractContextManager[None]:
         """Inside, model and copies are plain and whole on each rank."""
 
     def mean(self, read: Callable[[], Reading], losses: SharedLosses, step: int) -> Reading:

@@ -55,7 +55,7 @@ class Local:
         """What is done inside is done by all ranks, with the same outcome, or raises on all of them."""
         return together(self.ranks, what) if self.ranks.count > 1 else nullcontext({})
 
-    def whole(self) -> AbstractContextManager[None]:
+    def unsharded(self) -> AbstractContextManager[None]:
         """Inside, model and copies are plain and whole on each rank."""
         return nullcontext()
 

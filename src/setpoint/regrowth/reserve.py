@@ -244,7 +244,7 @@ class Reserve:
         for key in keys:
             name = key.tensor
             source = sources.get(key)
-            dense, form = before.whole(key, source, known[name], live[name])
+            dense, form = before.unsharded(key, source, known[name], live[name])
             if source is not None:
                 write(dense, live[name], source.detach().to("cpu", dense.dtype))
             values = dense[resting_entries(dense.shape, wanted[name], mine[name])]
@@ -269,7 +269,7 @@ class Reserve:
         }
         return replace(self, tensors=unsharded, mesh=None)
 
-    def whole(self, key: Key, like: Tensor | None, known: Box, live: Box) -> tuple[Tensor, Tensor]:
+    def unsharded(self, key: Key, like: Tensor | None, known: Box, live: Box) -> tuple[Tensor, Tensor]:
         """A tensor at its dense size, unsharded in host memory, and its form; zero where nothing rests.
 
         `known` and `live` are the entries of units active or resting, and of the active ones. `like` is the live

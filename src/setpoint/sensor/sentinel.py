@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from setpoint.distributed import Ranks, is_spread, local, whole_tensor
+from setpoint.distributed import Ranks, is_spread, local, unsharded_tensor
 
 _COUNT = 3
 """A single parameter might take no part in a step."""
@@ -141,7 +141,7 @@ class Sentinels:
         """Scale of the present gradients over `came`, a row of `gradients` or its mean over ranks; None for None."""
         if came is None:
             return None
-        now = self._row([None if each.grad is None else whole_tensor(each.grad) for each in self.parameters])
+        now = self._row([None if each.grad is None else unsharded_tensor(each.grad) for each in self.parameters])
         return (came * now).sum() / came.square().sum()
 
     def in_scale(self, read: Tensor, ranks: Ranks) -> Tensor:
