@@ -27,7 +27,7 @@ class Local:
     wrapper: str = ""
     """What is around the model, for messages; empty in one process."""
     mesh: Any = None
-    """The ranks that the weights are spread over; None where each has all of them."""
+    """The ranks that the weights are sharded over; None where each has all of them."""
 
     def __init__(
         self, model: nn.Module, optimizers: Sequence[Optimizer], copies: Sequence[nn.Module], *, compiled: bool = False

@@ -12,7 +12,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from setpoint.actuator.shrink import named_tensors, unwrapped
-from setpoint.distributed import is_spread, local, rows
+from setpoint.distributed import is_sharded_tensor, local, rows
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group
 
@@ -33,10 +33,10 @@ class _Share:
         owner, _, key = self.name.rpartition(".")
         tensor: Tensor = getattr(self.holder.get_submodule(owner), key)
         mine, entries, share = rows(tensor), self.entries, self.share
-        if is_spread(tensor) and self.dim == 0:
+        if is_sharded_tensor(tensor) and self.dim == 0:
             here = (entries >= mine.start) & (entries < mine.stop)
             entries, share = entries[here] - mine.start, share[here]
-        elif is_spread(tensor):
+        elif is_sharded_tensor(tensor):
             share = share[mine]
         local(tensor).index_add_(self.dim, entries, share, alpha=count)
 

@@ -18,7 +18,7 @@ from setpoint.actuator.cut import Keep, SizePlace, check_keep, cut_groups, plan_
 from setpoint.actuator.optimizer_state import Optimizers, as_sequence, map_tensors
 from setpoint.actuator.shrink import named_tensors, unwrapped
 from setpoint.actuator.take import in_format
-from setpoint.distributed import Ranks, is_spread, local, spread_out
+from setpoint.distributed import Ranks, is_sharded_tensor, local, sharded_over
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group, keep_all
 from setpoint.groups.place import is_call
@@ -180,7 +180,7 @@ class Reserve:
         }
         tensors = []
         for key, rest in self.tensors.items():
-            values = spread_out(rest.values, (rest.count,), self.mesh) if self.shares(key.tensor) else rest.values
+            values = sharded_over(rest.values, (rest.count,), self.mesh) if self.shares(key.tensor) else rest.values
             form = {"shape": tuple(rest.form.shape), "stride": rest.form.stride()}
             tensors.append({"key": tuple(key), "values": values, **form})
         return {"units": by_group, "tensors": tensors}
@@ -198,7 +198,7 @@ class Reserve:
         for each in state["tensors"]:
             key, count = Key(*each["key"]), len(each["values"])
             values = local(each["values"]).cpu()
-            if self.shares(key.tensor) and not is_spread(each["values"]):
+            if self.shares(key.tensor) and not is_sharded_tensor(each["values"]):
                 values = values[self.ranks.part(count)].clone()
             form = torch.empty_strided(each["shape"], each["stride"], dtype=values.dtype, device="meta")
             tensors[key] = Rest(values, form, count)
