@@ -41,7 +41,7 @@ _LEAVES = {
 def __getattr__(name: str) -> Any:
     if name not in _LEAVES:
         raise AttributeError(
-            f"module 'setpoint' has no attribute {name!r}: names outside setpoint.__all__ are imported from their folders, "
+            f"module 'setpoint' has no attribute {name!r}: other names are imported from their folders, "
             "such as setpoint.sensor.magnitude"
         )
     return getattr(import_module(_LEAVES[name]), name)

@@ -35,8 +35,8 @@ class Entry:
         probing_seconds: time spent on probing since the last entry.
         recompiles: how often compiled code was compiled again since the last entry, after the first cut.
         recompiling_seconds: time that took.
-        num_dropped: where units are single weights, how many went, by group; they are not listed one by one.
-        num_grown: likewise, how many came in.
+        num_dropped: where units are single weights, how many were dropped, by group; they are not listed one by one.
+        num_grown: likewise, how many were grown.
         loss_after: where the decision changed the model, loss of the first step with the changed model; None until it
             has been observed.
         limit: the budget per step by resource; a fraction is one of what a meter has read of the dense model.

@@ -136,7 +136,7 @@ def test_weights_that_came_in_begin_anew() -> None:
     """By tensor, and as another field of the state says; masks leave shapes alone."""
     came = torch.tensor([[True, False], [False, True]])
     state = Weighed({"w": torch.ones(2, 2), "v": torch.ones(3)}, {"w": torch.zeros(2, 2)}, torch.tensor(7.0))
-    state = follow(state, Change(keep={"w": np.array([True, False, True, True])}, came={"w": came}))
+    state = follow(state, Change(keep={"w": np.array([True, False, True, True])}, grown={"w": came}))
     assert state.first["w"].tolist() == [[0, 1], [1, 0]] and state.first["v"].tolist() == [1, 1, 1]
     assert state.since["w"].tolist() == [[7, 0], [0, 7]]
 

@@ -161,7 +161,7 @@ WATCHED = setpoint.PricedController(setpoint.Schedule(warmup=0.2, settle=0.6, nu
 )
 @pytest.mark.filterwarnings("ignore:the reserve of")
 def test_a_cut_that_cannot_be_taken_back_says_so(settings: dict[str, object]) -> None:
-    """In budget mode, where what went does not rest, the reference pauses, a warning says why; the budget is met."""
+    """In budget mode, where what was dropped does not rest, the reference pauses, a warning says why; the budget is met."""
     with pytest.warns(UserWarning, match="does not rest whole in a reserve, and the reference pauses"):
         summary, loop, _ = train(
             setpoint.Budget.fraction(0.5, of="flops"),

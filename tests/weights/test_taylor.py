@@ -74,7 +74,7 @@ def test_a_weight_that_came_back_is_judged_by_the_steps_since() -> None:
     for seed in range(9):
         gradients(model, seed)
         if seed == 4:
-            state = follow(state, Change(came=fresh))
+            state = follow(state, Change(grown=fresh))
         state, whole = sensor.update(state, groups, model), sensor.update(whole, groups, model)
         late = sensor.update(late, groups, model) if seed >= 4 else late
     for name, scores in sensor.scores(state).items():

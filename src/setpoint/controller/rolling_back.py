@@ -78,7 +78,11 @@ class RollingBack:
         expected = {name: rest.factor * cost.total(wider) for name, rest in observation.rest.items()}
         if any(expected[name] > most for name, most in observation.most.items()):
             return None
-        done = f"so the cut was taken back at step {step}" if back else "and what went does not rest whole in a reserve"
+        done = (
+            f"so the cut was taken back at step {step}"
+            if back
+            else "and what was dropped does not rest whole in a reserve"
+        )
         why = (
             f"after the cut of step {excess.cut} the loss lay {excess.value:.3g} over its trend of "
             f"{excess.foretold:.3g} (standard error {excess.error:.2g}), {done}"

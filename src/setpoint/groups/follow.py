@@ -38,16 +38,16 @@ class Change:
         keep: by group, one boolean per unit that was active before, True = stayed; a group that lost nothing may be
             absent.
         regrown: by group, one boolean per unit that is active afterwards, True = has just come back.
-        came: where units are single weights, by tensor, those that have just come in.
+        grown: where units are single weights, by tensor, those that have just come in.
         note: what is to be said of it.
         counted: whether single weights were dropped, which a ledger counts and does not list.
         num_dropped: how many of them, by group.
-        num_grown: likewise, how many came in.
+        num_grown: likewise, how many were grown.
     """
 
     keep: Mapping[str, Bool[np.ndarray, " _units"]] = field(default_factory=dict)
     regrown: Mapping[str, Bool[np.ndarray, " _units"]] = field(default_factory=dict)
-    came: Mapping[str, Bool[Tensor, "..."]] = field(default_factory=dict)
+    grown: Mapping[str, Bool[Tensor, "..."]] = field(default_factory=dict)
     note: str = ""
     counted: bool = False
     num_dropped: Mapping[str, int] = field(default_factory=dict)
@@ -111,13 +111,13 @@ def follow(state: State, change: Change) -> State:
                 name: _rows(values, keep_of(name), came_of(name), fill) for name, values in value.items()
             }
         elif how == "in a row":
-            keep, came = _in_a_row(held, change)
-            made[each.name] = _rows(value, np.concatenate([_NONE, *keep]), np.concatenate([_NONE, *came]), fill)
-            made["num_units"] = tuple(len(units) for units in came)
+            keep, grown = _in_a_row(held, change)
+            made[each.name] = _rows(value, np.concatenate([_NONE, *keep]), np.concatenate([_NONE, *grown]), fill)
+            made["num_units"] = tuple(len(units) for units in grown)
         elif how == "by weight":
             made[each.name] = {
-                name: torch.where(change.came[name], torch.as_tensor(fill).to(values), values)
-                if name in change.came
+                name: torch.where(change.grown[name], torch.as_tensor(fill).to(values), values)
+                if name in change.grown
                 else values
                 for name, values in value.items()
             }
@@ -190,15 +190,15 @@ def _in_a_row(state: Any, change: Change) -> tuple[list[np.ndarray], list[np.nda
     return keep, [change.regrown.get(name, np.zeros(int(kept.sum()), bool)) for name, kept in left]
 
 
-def _rows(values: Any, keep: np.ndarray | None, came: np.ndarray | None, fill: float) -> Any:
+def _rows(values: Any, keep: np.ndarray | None, grown: np.ndarray | None, fill: float) -> Any:
     """Entries of the units that stayed, and `fill` for those that have come back."""
     if keep is not None and not keep.all():
         values = values[_positions(keep, values)]
-    if came is None or not came.any():
+    if grown is None or not grown.any():
         return values
-    shape = (len(came), *values.shape[1:])
+    shape = (len(grown), *values.shape[1:])
     made = values.new_full(shape, fill) if isinstance(values, Tensor) else np.full(shape, fill, dtype=values.dtype)
-    made[_positions(~came, values)] = values
+    made[_positions(~grown, values)] = values
     return made
 
 

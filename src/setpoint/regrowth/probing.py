@@ -77,10 +77,10 @@ class Probing:
         self._model, self._in_training = model, in_training
         active = with_units(reserve, grow)
         self._groups = cut_groups(reserve.groups, active)
-        self._came = {
+        self._arrived = {
             name: np.flatnonzero(~reserve.active[name][active[name]]) for name, origins in grow.items() if len(origins)
         }
-        self._wide = {id(each.live): each for each in _widened(model, reserve, grow, self._groups, self._came)}
+        self._wide = {id(each.live): each for each in _widened(model, reserve, grow, self._groups, self._arrived)}
         tables: Any = [table for module in model.modules() for table in (module._parameters, module._buffers)]
         places = [(t, key, tensor) for t in tables for key, tensor in t.items() if id(tensor) in self._wide]
         self._places = [each for each in places if not is_sharded_tensor(each[2])]
@@ -125,7 +125,7 @@ class Probing:
         """
         units = {group.name: group.num_units for group in self._groups}
         shapes: dict[Any, Any] = {id(p): p.shape for p in self._sentinels.parameters} | {
-            each: (units[each],) for each in self._came
+            each: (units[each],) for each in self._arrived
         }
         seen: dict[Any, Tensor] = {**self._sentinels.left(), **self._totals()}
         own = {key: seen.get(key, torch.zeros(shape, dtype=torch.float64)) for key, shape in shapes.items()}
@@ -140,8 +140,8 @@ class Probing:
             for key, values, share in zip(own, means, anywhere, strict=True)
             if share
         }
-        self._sentinels.came = {key: each for key, each in found.items() if key not in self._came}
-        self._means = {key: each for key, each in found.items() if key in self._came}
+        self._sentinels.arrived = {key: each for key, each in found.items() if key not in self._arrived}
+        self._means = {key: each for key, each in found.items() if key in self._arrived}
 
     def gains(self, grad_scale: Tensor | None = None) -> dict[str, Float64[np.ndarray, " present"]] | None:
         """Gain of each present unit, in the order of their origins; None without a backward pass, or with a NaN in it.
@@ -156,7 +156,7 @@ class Probing:
             return None
         factor = factor if grad_scale is None else factor / grad_scale
         found = {}
-        for name, came_back in self._came.items():
+        for name, came_back in self._arrived.items():
             total = gains.get(name)
             values = np.zeros(len(came_back)) if total is None else (factor * total).cpu().numpy()[came_back]
             if not np.isfinite(values).all():
@@ -269,7 +269,7 @@ class _Embed(torch.autograd.Function):
 
 
 def _widened(
-    model: nn.Module, reserve: Reserve, grow: Grow, groups: tuple[Group, ...], came: Mapping[str, Any]
+    model: nn.Module, reserve: Reserve, grow: Grow, groups: tuple[Group, ...], grown: Mapping[str, Any]
 ) -> list[_Wide]:
     """Every tensor in which present units lie."""
     tensors, names = named_tensors(model), reserve.names(grow)
@@ -287,10 +287,10 @@ def _widened(
         base = enlarge(reserve, Key("model", name), like, known[name], live[name], larger[name])
         weights = []
         for group in groups:
-            for part in group.slices if group.name in came else ():
+            for part in group.slices if group.name in grown else ():
                 if part.tensor != name or part.role != "consume" or part.dim is None:
                     continue
-                entries = torch.from_numpy(np.flatnonzero(np.isin(part.index, came[group.name]))).to(base.device)
+                entries = torch.from_numpy(np.flatnonzero(np.isin(part.index, grown[group.name]))).to(base.device)
                 wide = torch.promote_types(base.dtype, torch.float32)
                 resting = torch.zeros(base.shape, dtype=wide, device=base.device)
                 resting.index_copy_(part.dim, entries, base.index_select(part.dim, entries).to(wide))

@@ -87,7 +87,7 @@ def ledger_line(record: Record) -> str:
             sentence += f", budget of the whole run {human(run_limit, UNITS.get(resource, resource))}"
         if run_limit and so_far:
             step, amount = so_far[-1]
-            sentence += f", of which {human(amount, UNITS.get(resource, resource))} went by step {step:,}"
+            sentence += f", of which {human(amount, UNITS.get(resource, resource))} was spent by step {step:,}"
         sentence += "".join(f"; {NAMES.get(resource, resource)} {text}" for text in record.sources.get(resource, ()))
         off = record.calibration.get(resource)
         sentence += f"; predictions within {percent(off)} of copies of the model" if off is not None else ""

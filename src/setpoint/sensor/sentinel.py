@@ -35,7 +35,7 @@ class Sentinels:
         self._model = model
         trained = [each for each in parameters if each.requires_grad and each.numel() and not each.is_complex()]
         self.parameters = sorted(trained, key=lambda parameter: parameter.numel())[:_COUNT]
-        self.came: dict[int, Tensor] = {}
+        self.arrived: dict[int, Tensor] = {}
         """Sums of the gradients that arrived, by identity of the parameter."""
         self._arriving: dict[int, Tensor] = {}
         self._tasks: dict[int, set[int]] = {}
@@ -78,21 +78,21 @@ class Sentinels:
             if sentinels is not None:
                 # This hook runs before accumulation: no gradient here means that earlier ones were discarded.
                 if leaf is parameter and not _has_gradient(parameter):
-                    sentinels.came.pop(number, None)
+                    sentinels.arrived.pop(number, None)
                     sentinels._tasks.pop(number, None)
                 sentinels._arriving[number] = gradient.detach().to(torch.float64, copy=True)  # clipping works in place
 
-        def arrived(_: Tensor) -> None:
+        def accumulated(_: Tensor) -> None:
             """The gradient was accumulated, which `torch.autograd.grad` does not do."""
             sentinels = me()
             if sentinels is not None and number in sentinels._arriving:
-                came, before = sentinels._arriving.pop(number), sentinels.came.get(number)
-                sentinels.came[number] = came if before is None else before + came
+                arrived, before = sentinels._arriving.pop(number), sentinels.arrived.get(number)
+                sentinels.arrived[number] = arrived if before is None else before + arrived
                 sentinels._tasks[number] = sentinels._tasks.get(number, set()) | {graph_task()}
 
         for handle in (
             leaf.register_hook(arriving),  # type: ignore[no-untyped-call]
-            leaf.register_post_accumulate_grad_hook(arrived),  # type: ignore[no-untyped-call]
+            leaf.register_post_accumulate_grad_hook(accumulated),  # type: ignore[no-untyped-call]
         ):
             self._handles.append(handle)
             weakref.finalize(self, handle.remove)  # where nobody calls `stop`
@@ -105,7 +105,7 @@ class Sentinels:
 
     def forget(self) -> None:
         """Drop what arrived: it belongs to another step."""
-        self.came, self._tasks = {}, {}
+        self.arrived, self._tasks = {}, {}
 
     @property
     def tasks(self) -> set[int]:
@@ -121,11 +121,11 @@ class Sentinels:
         """Of the gradients that arrived, those of parameters that still have one; zero where it was set to zero."""
         found = {}
         for each in self.parameters:
-            came = self.came.get(id(each))
-            if came is not None and is_sharded_tensor(each):
-                found[id(each)] = came
-            elif came is not None and each.grad is not None:
-                found[id(each)] = torch.where(each.grad.any(), came, 0.0)  # no host sync
+            arrived = self.arrived.get(id(each))
+            if arrived is not None and is_sharded_tensor(each):
+                found[id(each)] = arrived
+            elif arrived is not None and each.grad is not None:
+                found[id(each)] = torch.where(each.grad.any(), arrived, 0.0)  # no host sync
         return found
 
     def gradients(self) -> Tensor | None:
@@ -137,12 +137,12 @@ class Sentinels:
         """A row of zeros of the same length."""
         return self._row([None for _ in self.parameters])
 
-    def factor(self, came: Tensor | None) -> Tensor | None:
-        """Scale of the present gradients over `came`, a row of `gradients` or its mean over ranks; None for None."""
-        if came is None:
+    def factor(self, arrived: Tensor | None) -> Tensor | None:
+        """Scale of the present gradients over `arrived`, a row of `gradients` or its mean over ranks; None for None."""
+        if arrived is None:
             return None
         now = self._row([None if each.grad is None else unsharded_tensor(each.grad) for each in self.parameters])
-        return (came * now).sum() / came.square().sum()
+        return (arrived * now).sum() / arrived.square().sum()
 
     def in_scale(self, read: Tensor, ranks: Ranks) -> Tensor:
         """What was read in the backward pass, in the scale of the gradients that are there now.
@@ -150,12 +150,12 @@ class Sentinels:
         Several ranks call this together, and get the mean of what they read. Without a gradient on any of them, NaN: no
         rank could tell by itself, so the step is left out.
         """
-        came = self.gradients()
+        arrived = self.gradients()
         if ranks.count > 1:
-            came = self.nothing() if came is None else came
-            mean = ranks.total(torch.cat([read.double(), came])) / ranks.count
-            read, came = mean[: len(read)].to(read), mean[len(read) :]
-        factor = self.factor(came)
+            arrived = self.nothing() if arrived is None else arrived
+            mean = ranks.total(torch.cat([read.double(), arrived])) / ranks.count
+            read, arrived = mean[: len(read)].to(read), mean[len(read) :]
+        factor = self.factor(arrived)
         return torch.zeros_like(read) if factor is None else read * factor.to(read)
 
     def _row(self, gradients: Sequence[Tensor | None]) -> Tensor:

@@ -30,13 +30,13 @@ def exchanged(
 
     >>> active = torch.tensor([[True, True, False, False]])
     >>> scores, gradient = torch.tensor([[1.0, 2.0, 0.0, 0.0]]), torch.tensor([[9.0, 9.0, 0.1, -0.2]])
-    >>> gone, came = exchanged(active, ~active, scores, gradient, 0.5, Pattern())
-    >>> gone.tolist(), came.tolist()
+    >>> dropped, grown = exchanged(active, ~active, scores, gradient, 0.5, Pattern())
+    >>> dropped.tolist(), grown.tolist()
     ([[True, False, False, False]], [[False, False, False, True]])
     """
     size, wanted = gradient.abs(), int(share * int(active.sum()))
     may = resting & (size > 0) & size.isfinite()
-    gone, came = torch.zeros_like(active), torch.zeros_like(active)
+    dropped, grown = torch.zeros_like(active), torch.zeros_like(active)
     if pattern.free:
         count = min(wanted, int(may.sum()))
         return lowest(scores, active, count), lowest(-size, may, count)
@@ -44,9 +44,9 @@ def exchanged(
     strongest = pattern.blocks(size.masked_fill(~may, -1.0).contiguous()).max(-1)
     able = weakest.values.isfinite() & (strongest.values > 0)
     chosen = lowest(weakest.values, able, min(wanted, int(able.sum())))[..., None]
-    pattern.blocks(gone).scatter_(-1, weakest.indices[..., None], chosen)
-    pattern.blocks(came).scatter_(-1, strongest.indices[..., None], chosen)
-    return gone, came
+    pattern.blocks(dropped).scatter_(-1, weakest.indices[..., None], chosen)
+    pattern.blocks(grown).scatter_(-1, strongest.indices[..., None], chosen)
+    return dropped, grown
 
 
 def lowest(scores: Float[Tensor, "..."], among: Bool[Tensor, "..."], count: int) -> Bool[Tensor, "..."]:

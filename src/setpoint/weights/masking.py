@@ -32,8 +32,8 @@ class Exchange:
     """What a plan does to masks."""
 
     masks: Mapping[str, Bool[Tensor, "..."]]  # by group, True = active from here on
-    went: Mapping[str, Bool[Tensor, "..."]]  # by group, weights that go
-    came: Mapping[str, Bool[Tensor, "..."]]  # by group, weights that come in, with the value zero
+    dropped: Mapping[str, Bool[Tensor, "..."]]  # by group, weights that go
+    grown: Mapping[str, Bool[Tensor, "..."]]  # by group, weights that come in, with the value zero
 
 
 @final
@@ -156,7 +156,7 @@ class Masks:
 
     def planned(self, plan: Plan, scores: Mapping[str, Float[Tensor, "..."]]) -> Exchange:
         """What a plan does to masks, which are not changed yet; GroupError for one that does not fit the pattern."""
-        masks, all_went, all_came, resting = {}, {}, {}, self._resting
+        masks, all_dropped, all_grown, resting = {}, {}, {}, self._resting
         for name, before in self.masks.items():
             kept = before.clone()
             keep = plan.keep.get(name)
@@ -164,12 +164,12 @@ class Masks:
                 at = before.view(-1).nonzero().flatten()[torch.from_numpy(~keep).to(before.device)]
                 kept.view(-1)[at] = False
             self._check(name, kept)
-            went, came = before & ~kept, torch.zeros_like(before)
+            dropped, grown = before & ~kept, torch.zeros_like(before)
             if plan.exchange and name in resting:
-                out, came = exchanged(kept, ~before, scores[name], resting[name], plan.exchange, self._pattern)
-                went |= out
-            masks[name], all_went[name], all_came[name] = (before & ~went) | came, went, came
-        return Exchange(masks, all_went, all_came)
+                out, grown = exchanged(kept, ~before, scores[name], resting[name], plan.exchange, self._pattern)
+                dropped |= out
+            masks[name], all_dropped[name], all_grown[name] = (before & ~dropped) | grown, dropped, grown
+        return Exchange(masks, all_dropped, all_grown)
 
     def _check(self, name: str, mask: Tensor) -> None:
         per_block = self._pattern.blocks(mask).sum(-1)
@@ -183,20 +183,20 @@ class Masks:
         """Carry a plan out; all that can fail comes before anything changes."""
         change = self.planned(plan, reading.scores() if plan.exchange and self._resting else {})
         self.groups = self.carry_out(change)
-        went, came = (
+        dropped, grown = (
             {name: count for name, mask in each.items() if (count := int(mask.sum()))}
-            for each in (change.went, change.came)
+            for each in (change.dropped, change.grown)
         )
-        return Change(keep=plan.keep, came=change.came, counted=True, num_dropped=went, num_grown=came)
+        return Change(keep=plan.keep, grown=change.grown, counted=True, num_dropped=dropped, num_grown=grown)
 
     def release(self) -> None:
         """Nothing was kept: masks hold until the end."""
 
     def carry_out(self, change: Exchange) -> tuple[Group, ...]:
         """Set the masks; what goes is zero from here on, with moments, in copies too. Returns the active groups."""
-        for name, went in change.went.items():
+        for name, dropped in change.dropped.items():
             times = self._num_dropped[name]
-            self._num_dropped[name] = times + (went & (times < 255)).to(torch.uint8)
+            self._num_dropped[name] = times + (dropped & (times < 255)).to(torch.uint8)
         return self._set(change.masks)
 
     def _set(self, masks: Mapping[str, Tensor]) -> tuple[Group, ...]:
