@@ -65,7 +65,7 @@ BESIDE = {
     "groups/vanish.py": "modules that lose all of their units",
     "sensor/stride.py": "steps that are not sensed",
     "sensor/unit_sum.py": "sums by unit that call few kernels",
-    "controller/exchange.py": "the last blocks, so that a budget is used up",
+    "controller/swap.py": "the last blocks, so that a budget is used up",
     "controller/landing.py": "the even cut, which guards refer to",
     "controller/reason.py": "sentences",
     "controller/rolling_back.py": "wraps: takes back a cut that the loss does not stand",

@@ -168,7 +168,7 @@ OWN_METHODS = """
 from dataclasses import dataclass
 from setpoint_bench.method import Setpoint
 from setpoint_bench.methods.sparse import Sparse
-from setpoint_bench.baselines.exchange import Static
+from setpoint_bench.baselines.drop_and_grow import Static
 from setpoint_bench.baselines.scheduled import ScheduledController
 
 class Late(ScheduledController):  # its class is in this file: another process cannot know it

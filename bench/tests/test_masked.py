@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim import SGD
 
-from setpoint_bench.baselines.exchange import Exchange, Static
+from setpoint_bench.baselines.drop_and_grow import DropAndGrow, Static
 from setpoint_bench.baselines.magnitude import Gradual, OneShot
 from setpoint_bench.baselines.rule import Rule
 from setpoint_bench.baselines.snip import Snip
@@ -22,8 +22,8 @@ RULES: dict[str, Rule] = {
     "gradual": Gradual(),
     "static": Static(),
     "snip": Snip(),
-    "set": Exchange("random"),
-    "rigl": Exchange("gradient"),
+    "set": DropAndGrow("random"),
+    "rigl": DropAndGrow("gradient"),
 }
 rules = pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 WIDTHS = {f"stage{s}{b}": 16 * s for s in (1, 2) for b in ("", ".block1", ".block2")}

@@ -16,7 +16,7 @@ import setpoint
 from setpoint.errors import UsageError
 from setpoint.groups.trace import find_groups
 from setpoint.ledger import Ledger
-from setpoint_bench.baselines.exchange import Exchange
+from setpoint_bench.baselines.drop_and_grow import DropAndGrow
 from setpoint_bench.baselines.scheduled import ScheduledController
 from setpoint_bench.counter import step_flops
 from setpoint_bench.family import ByFactor, ByWidths
@@ -233,7 +233,7 @@ def test_settings_by_name() -> None:
     assert method_named("small-long@learning_rate=0.5").learning_rate == 0.5  # type: ignore[attr-defined]
     oneshot = method_named("magnitude-oneshot@density=0.1@share=0.5")
     assert not oneshot.sized and oneshot.share == 0.5 and method_named("magnitude-oneshot").sized  # type: ignore[attr-defined]
-    assert method_named("rigl@period=200").rule == Exchange("gradient", period=200)  # type: ignore[attr-defined]
+    assert method_named("rigl@period=200").rule == DropAndGrow("gradient", period=200)  # type: ignore[attr-defined]
     assert method_named("cubic@end=0.3").controller == ScheduledController(end=0.3)  # type: ignore[attr-defined]
     assert method_named("setpoint-early@settle=0.2").controller.schedule.settle == 0.2  # type: ignore[attr-defined]
     late = method_named("cubic@begin=0.8@end=0.9").controller  # type: ignore[attr-defined]

@@ -212,9 +212,9 @@ def _wish(
     if controller is None:
         controller = controller_for(goal or budgets, regrow="reserve_bytes" in settings)
         if "pattern" in settings:
-            from setpoint.weights.exchanging import ExchangingController
+            from setpoint.weights.controller import DropAndGrowController
 
-            controller = ExchangingController(controller)
+            controller = DropAndGrowController(controller)
     else:
         check_goal(goal, controller)
     check_states(controller, sensor)

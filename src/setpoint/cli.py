@@ -151,9 +151,9 @@ def _inspect(target: str, shape: tuple[int, ...] | None, verify: bool, out: Path
     if spending:
         from setpoint.report import group_spending
 
-        told = group_spending.spending(model, example, [group.name for group in found.groups if not group.kept_whole])
-        screen.print(group_spending.spending_table(told))
-        answer["spending"] = asdict(told)
+        shown = group_spending.spending(model, example, [group.name for group in found.groups if not group.kept_whole])
+        screen.print(group_spending.spending_table(shown))
+        answer["spending"] = asdict(shown)
     if out is not None:
         write_json(out / "inspect.json", answer)
         try:
@@ -171,14 +171,14 @@ def _report_ledger(file: Path, out: Path | None) -> None:
     record, screen = read_ledger(file), console()
     for table in ledger_tables(record):
         screen.print(table)
-    told = ledger_line(record)
-    screen.print(told, soft_wrap=True, markup=False, highlight=False)
+    shown = ledger_line(record)
+    screen.print(shown, soft_wrap=True, markup=False, highlight=False)
     try:
         page = str(write_ledger_page(file, None if out is None else out / file.with_suffix(".html").name))
     except ImportError as error:
         print(f"no page: {error}", file=sys.stderr)
         page = None
-    finish({"report": page, "ledger": told})
+    finish({"report": page, "ledger": shown})
 
 
 app = make_app()

@@ -29,10 +29,10 @@ def errors_as_messages() -> Iterator[None]:
     try:
         yield
     except (SetpointError, OSError, ImportError) as error:
-        told = str(error)
+        message = str(error)
         if isinstance(error, OSError) and error.filename:
-            told = f"{error.filename} cannot be read or written: {error.strerror}"
-        print(f"error: {told}", file=sys.stderr)
+            message = f"{error.filename} cannot be read or written: {error.strerror}"
+        print(f"error: {message}", file=sys.stderr)
         raise typer.Exit(MISUSE) from None
     except KeyboardInterrupt:
         print("interrupted: finished runs are kept, and the same command goes on from there", file=sys.stderr)

@@ -17,7 +17,7 @@ from setpoint.cost.cost import Cost, ProductCost, Term
 from setpoint.gates.gated import GatedController
 from setpoint.groups.group import Group, Size, widths_of
 from setpoint.sensor.reading import Reading
-from setpoint.weights.exchanging import ExchangingController
+from setpoint.weights.controller import DropAndGrowController
 from setpoint_bench.baselines.group_lasso import ReconfiguringController
 from setpoint_bench.baselines.scheduled import ScheduledController
 
@@ -60,7 +60,7 @@ CONTROLLERS: dict[str, Controller[Any]] = {
     "reconfiguring": ReconfiguringController(),
     "priced, unguarded": PricedController(slew=1.0, min_density=0.0, dwell=0, hysteresis=0.0, deadband=0.0),
     "priced, regrowing": PricedController(regrow=True),
-    "exchanging": ExchangingController(PricedController(schedule=Schedule(num_cuts=3))),
+    "exchanging": DropAndGrowController(PricedController(schedule=Schedule(num_cuts=3))),
     "gated": GatedController(),
     "gated, regrowing": GatedController(PricedController(regrow=True), steps=2),
 }
@@ -106,7 +106,7 @@ def test_lands_within_the_budget(controller: Controller[Any], plant: Callable[[]
     last = decisions[-1]
     assert last.plan.budget_met and last.predicted <= limit and last.step <= 140
     for decision in decisions:
-        comes_back = getattr(controller, "regrow", False) or isinstance(controller, ExchangingController)
+        comes_back = getattr(controller, "regrow", False) or isinstance(controller, DropAndGrowController)
         may_grow = comes_back and decision.step < 140
         assert decision.plan.budget_met == (decision.predicted <= limit and not may_grow)
         for group in decision.groups:

@@ -18,7 +18,7 @@ from setpoint.errors import LoopError
 from setpoint.gates.gated import GatedController
 from setpoint.groups.follow import FOUND_ANEW, ByUnit, ByWeight, Change, check_states, follow, fresh, of_groups
 from setpoint.sensor.chain import SensorChain
-from setpoint.weights.exchanging import ExchangingController
+from setpoint.weights.controller import DropAndGrowController
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,7 +186,7 @@ def test_a_part_that_cuts_by_itself_is_refused() -> None:
     chain = SensorChain(setpoint.TaylorSensor(4), OldSensor(4))
     for part, words in (
         (Old(), r"Old has cut\(\) and grow\(\), which nobody calls"),
-        (ExchangingController(Old()), "Old has cut"),
+        (DropAndGrowController(Old()), "Old has cut"),
         (chain, r"OldSensor has cut\(\)"),
     ):
         with pytest.raises(LoopError, match=words):

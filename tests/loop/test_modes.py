@@ -16,7 +16,7 @@ from setpoint.controller.tolerant import TolerantController
 from setpoint.errors import BudgetError, LoopError
 from setpoint.gates.gated import GatedController
 from setpoint.regrowth.regrowing import Regrowing
-from setpoint.weights.exchanging import ExchangingController
+from setpoint.weights.controller import DropAndGrowController
 from setpoint.weights.masking import Masking
 
 Change = Callable[[setpoint.Loop, int], None]
@@ -155,13 +155,13 @@ WATCHED = setpoint.PricedController(setpoint.Schedule(warmup=0.2, settle=0.6, nu
     "settings",
     [
         {"actuator": Regrowing(reserve_bytes=0), "controller": WATCHED},
-        {"actuator": Masking(), "controller": ExchangingController(WATCHED)},
+        {"actuator": Masking(), "controller": DropAndGrowController(WATCHED)},
     ],
     ids=["full reserve", "single weights"],
 )
 @pytest.mark.filterwarnings("ignore:the reserve of")
 def test_a_cut_that_cannot_be_taken_back_says_so(settings: dict[str, object]) -> None:
-    """In budget mode, where what was dropped does not rest, the reference pauses, a warning says why; the budget is met."""
+    """In budget mode, a cut that does not rest lets the reference pause, a warning says why; the budget is met."""
     with pytest.warns(UserWarning, match="does not rest whole in a reserve, and the reference pauses"):
         summary, loop, _ = train(
             setpoint.Budget.fraction(0.5, of="flops"),

@@ -21,7 +21,7 @@ from setpoint.errors import BudgetError, CheckpointError, GroupError, LoopError,
 from setpoint.report.decisions import timeline
 from setpoint.report.resources import ledger_line
 from setpoint.report.run import entries_table
-from setpoint.weights.exchanging import ExchangingController
+from setpoint.weights.controller import DropAndGrowController
 from setpoint.weights.find import Pattern, find_weights
 from setpoint.weights.masking import Masking
 from setpoint_bench.report.folder import read_record
@@ -52,9 +52,9 @@ OPTIMIZERS = {
 }
 
 
-def few() -> ExchangingController:
+def few() -> DropAndGrowController:
     """The default controller, with three cuts on the way down."""
-    return ExchangingController(setpoint.PricedController(setpoint.Schedule(num_cuts=3)))
+    return DropAndGrowController(setpoint.PricedController(setpoint.Schedule(num_cuts=3)))
 
 
 def started(
@@ -195,7 +195,7 @@ def test_an_exchange_brings_back_what_the_gradient_asks_for() -> None:
     masked so far whose gradients, over both backward passes of the step, are largest; the ledger counts both.
     """
     half = {"inner.0.weight": list(range(0, 576, 2))}
-    controller = ExchangingController(Scripted({3: half, 6: {}}, last=20, regrow=False), fraction=0.2)
+    controller = DropAndGrowController(Scripted({3: half, 6: {}}, last=20, regrow=False), fraction=0.2)
     model, optimizer, loop = started(controller=controller)
     for number in range(6):
         twin, before = copy.deepcopy(model), loop.masks["inner.0.weight"]
@@ -368,7 +368,7 @@ def test_everybody_is_told_that_hardware_gets_no_faster(tmp_path: Path) -> None:
         ({"budget": setpoint.Budget.fraction(0.5, of="flops", per="run")}, BudgetError, "in theory only"),
         ({"budget": setpoint.Tolerance(loss=0.1)}, BudgetError, "no single weights"),
         ({"budget": setpoint.Budget.fraction(0.01, of="params")}, BudgetError, "at least Budget.fraction"),
-        ({"controller": setpoint.PricedController(regrow=True)}, LoopError, "ExchangingController"),
+        ({"controller": setpoint.PricedController(regrow=True)}, LoopError, "DropAndGrowController"),
         ({"sensor": setpoint.TaylorSensor(16)}, LoopError, "reads whole units"),
         ({"make": lambda p: torch.optim.Adafactor(p)}, OptimizerError, "Adafactor"),
     ],
@@ -409,7 +409,7 @@ def test_a_price_decides_how_many_stay() -> None:
     left = []
     for rate in (0.0, 0.05, 1.0):
         price = setpoint.Price(rate, of="params")
-        controller = ExchangingController(PenaltyController(price, setpoint.Schedule(num_cuts=2)))
+        controller = DropAndGrowController(PenaltyController(price, setpoint.Schedule(num_cuts=2)))
         model, optimizer, loop = started(budget=price, controller=controller, total_steps=20)
         for number in range(20):
             step(model, optimizer, number)

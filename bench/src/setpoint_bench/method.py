@@ -18,7 +18,7 @@ from setpoint.gates.gated import GatedController
 from setpoint.report.own_function import is_own_function, named_errors, own_function
 from setpoint.sensor.magnitude import MagnitudeSensor
 from setpoint.sensor.random import RandomSensor
-from setpoint_bench.baselines.exchange import Exchange, Static
+from setpoint_bench.baselines.drop_and_grow import DropAndGrow, Static
 from setpoint_bench.baselines.group_lasso import ReconfiguringController
 from setpoint_bench.baselines.magnitude import Gradual, OneShot
 from setpoint_bench.baselines.scheduled import ScheduledController
@@ -131,8 +131,8 @@ METHODS: tuple[Method, ...] = (
     Sparse("gmp", Gradual(), _ZHU),
     Sparse("static", Static(), f"{_MOCANU}; {_EVCI}"),
     Sparse("snip", Snip(), _LEE),
-    Sparse("set", Exchange("random"), f"{_MOCANU}; {_EVCI}"),
-    Sparse("rigl", Exchange("gradient"), _EVCI),
+    Sparse("set", DropAndGrow("random"), f"{_MOCANU}; {_EVCI}"),
+    Sparse("rigl", DropAndGrow("gradient"), _EVCI),
     Setpoint(),
     Setpoint("setpoint-uniform", PricedController(allocation="uniform")),
     Setpoint("setpoint-first", PricedController(Schedule(warmup=0.0, settle=0.02, num_cuts=1))),

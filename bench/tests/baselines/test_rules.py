@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from baselines.weights import SHAPES, counts, run, target
-from setpoint_bench.baselines.exchange import Exchange, Static
+from setpoint_bench.baselines.drop_and_grow import DropAndGrow, Static
 from setpoint_bench.baselines.magnitude import Gradual, OneShot
 from setpoint_bench.baselines.rule import Rule
 from setpoint_bench.baselines.snip import Snip
@@ -19,9 +19,9 @@ RULES: dict[str, Rule] = {
     "gradual, late and coarse": Gradual(begin=0.3, end=1.0, num_updates=3),
     "static": Static(),
     "snip": Snip(),
-    "set": Exchange("random"),
-    "rigl": Exchange("gradient"),
-    "rigl, often and much": Exchange("gradient", fraction=0.6, period=1),
+    "set": DropAndGrow("random"),
+    "rigl": DropAndGrow("gradient"),
+    "rigl, often and much": DropAndGrow("gradient", fraction=0.6, period=1),
 }
 rules = pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 

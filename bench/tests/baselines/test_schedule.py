@@ -1,4 +1,4 @@
-"""Schedules: the cubic way down and the cosine of exchange."""
+"""Schedules: the cubic way down and the cosine of drop and grow."""
 
 from __future__ import annotations
 

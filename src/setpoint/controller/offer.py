@@ -87,13 +87,13 @@ def offers_of(
     return [offer for *_, offer in sorted(found, key=lambda each: each[:3])]
 
 
-Exchange = tuple[Selection, str, list[Offer]]
+Choice = tuple[Selection, str, list[Offer]]
 """What goes, a note on it, and the blocks that come back for it."""
 
 
 def most_that_pay(
-    offers: list[Offer], select: Callable[[list[Offer]], Exchange], pays: Callable[[Exchange], bool]
-) -> Exchange | None:
+    offers: list[Offer], select: Callable[[list[Offer]], Choice], pays: Callable[[Choice], bool]
+) -> Choice | None:
     """The largest number of offers, the worthiest first, that still pay; None where none does.
 
     The more blocks come back, the higher the price that pays for them and the lower the worth of the last one, so

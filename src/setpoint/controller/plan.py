@@ -85,7 +85,7 @@ class Plan:
         grow_worth: by group name, in that order: probed gain of the unit's block / what the block costs.
         flops: that the controller has spent on learning for this decision.
         undoes: whether `grow` takes the whole last cut back, since the loss did not stand it.
-        exchange: where units are single weights, share of each group's active ones that makes room for others.
+        drop_and_grow: where units are single weights, share of each group's active ones that makes room for others.
         again: a step at which to decide besides those of the controller; 0 for none.
         gave_way: which goal lost, where budget and loss cannot both be met; "" otherwise.
     """
@@ -99,7 +99,7 @@ class Plan:
     reason: str = ""
     grow: Mapping[str, Int[np.ndarray, " _units"]] = field(default_factory=dict)
     grow_worth: Mapping[str, Float64[np.ndarray, " _units"]] = field(default_factory=dict)
-    exchange: float = 0.0
+    drop_and_grow: float = 0.0
     flops: float = 0.0
     undoes: bool = False
     again: int = 0
@@ -115,7 +115,7 @@ class Plan:
 
     def empty(self) -> bool:
         """True when no unit is dropped and none comes back."""
-        return not self.drops() and not self.grows() and not self.exchange
+        return not self.drops() and not self.grows() and not self.drop_and_grow
 
 
 State = TypeVar("State")

@@ -11,10 +11,9 @@ import numpy as np
 from jaxtyping import Float64, Int64
 
 from setpoint.controller.aim import Aim, take_aim
-from setpoint.controller.exchange import swap, trade
 from setpoint.controller.guards import NO_GUARDS, Guards
 from setpoint.controller.landing import even_density, landing_widths
-from setpoint.controller.offer import Exchange, Offer, most_that_pay, offers_of, together, widened
+from setpoint.controller.offer import Choice, Offer, most_that_pay, offers_of, together, widened
 from setpoint.controller.plan import Goal, Observation, Plan
 from setpoint.controller.price import Feedback, Gains
 from setpoint.controller.reason import explain_cut, explain_growth, explain_rest, percent, problem_with
@@ -29,6 +28,7 @@ from setpoint.controller.selection import (
     start,
     worth_by,
 )
+from setpoint.controller.swap import swap, trade
 from setpoint.cost.cost import Cost
 from setpoint.groups.follow import ByUnit
 from setpoint.groups.group import Group, keep_all
@@ -190,13 +190,13 @@ class PricedController:
         assert observation.reading is not None
         aim = self._aim(state, observation, cost)
         age = {name: np.minimum(values + 1, self.dwell) for name, values in state.age.items()}
-        exchange = self._exchange(state, observation, cost, groups, aim)
+        choice = self._choose(state, observation, cost, groups, aim)
         state = replace(state, start=aim.start, feedback=aim.feedback, metered=metered is not None, age=age)
-        if exchange is None:
+        if choice is None:
             price = 0.0 if aim.start <= aim.limit and aim.spent <= aim.target else state.price
             state = replace(state, price=price)
             return state, self._rest(state, observation, aim, groups)
-        selection, note, offers = exchange
+        selection, note, offers = choice
         state = replace(state, price=self._price(state, selection))
         return state, self._cut(state, observation, aim, selection, note, offers)
 
@@ -245,20 +245,20 @@ class PricedController:
         selection.worth = {name: worth_by(selection, name, reading.saliency[name]) for name in selection.ladders}
         return self._cut(replace(state, price=plan.price[cost.resource]), observation, aim, selection, note, offers)
 
-    def _exchange(
+    def _choose(
         self, state: PricedState, observation: Observation, cost: Cost, groups: tuple[Group, ...], aim: Aim
-    ) -> Exchange | None:
+    ) -> Choice | None:
         """What goes, and what comes back for it; None where spending is right and nothing comes back."""
         offers = self._offers(observation, cost, groups)
         if not offers and aim.rests(self.deadband):
             return None
         guards = self._guards(state, observation, cost, groups, aim)
 
-        def select(chosen: list[Offer]) -> Exchange:
+        def select(chosen: list[Offer]) -> Choice:
             return (*self._select(state, observation, cost, groups, aim, guards, chosen), chosen)
 
-        def pays(exchange: Exchange) -> bool:
-            selection, note, chosen = exchange
+        def pays(choice: Choice) -> bool:
+            selection, note, chosen = choice
             price = self._price(state, selection) * (1 + self.hysteresis)
             return selection.total <= aim.paid and chosen[-1].worth > price and not (aim.settled and note)
 

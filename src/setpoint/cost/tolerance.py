@@ -14,7 +14,7 @@ from setpoint.errors import BudgetError
 class Tolerance:
     """No budget and no price: prune as far as the observed loss stays within this of its trend.
 
-    Each cut is judged by the loss that `loop.observe(loss=...)` is told: how far it lies above the trend that it had
+    Each cut is judged by the loss that `loop.observe(loss=...)` reports: how far it lies above the trend that it had
     before the cut. What the cuts cost so adds up; a cut that takes the sum beyond the tolerance is taken back.
 
     Args:

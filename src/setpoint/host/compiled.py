@@ -37,9 +37,9 @@ class Recompiling:
     and not after its later ones, but for operations that take a size as a number (the groups of a group norm). The
     settings hold for the whole process, until the last loop that needs them ends or is dropped.
 
-    What is compiled again after the first cut is taken for the cut's doing, as it cannot be told from what a batch of
-    another size would have made necessary. `recompiled` is told the seconds of each, and 1 if it counts, or 0; it must
-    not hold what holds this object.
+    What is compiled again after the first cut is taken for the cut's doing, as it cannot be distinguished from what a
+    batch of another size would have made necessary. `recompiled` gets the seconds of each, and 1 if it counts, or 0; it
+    must not hold what holds this object.
     """
 
     def __init__(self, recompiled: Recompiled, num_groups: int) -> None:

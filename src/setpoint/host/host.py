@@ -84,7 +84,7 @@ class Host(Protocol):
         Args:
             steps: how many steps it has counted.
             missed: called for each step that this rank has missed, as it had run out of batches.
-            recompiled: told the seconds of what was compiled again, and 1 if it counts, or 0; it must not hold the
+            recompiled: gets the seconds of what was compiled again, and 1 if it counts, or 0; it must not hold the
                 loop.
             num_groups: that may change.
         """

@@ -22,10 +22,10 @@ _LATER = "the run goes on from its last checkpoint"
 
 @runtime_checkable
 class SharedLosses(Protocol):
-    """Losses that each rank was told for itself, until they are shared."""
+    """Losses that each rank was given for itself, until they are shared."""
 
     def unshared(self, step: int) -> Float64[np.ndarray, " n"]:
-        """What this rank alone was told up to a step, as numbers whose mean over ranks `share` takes."""
+        """What this rank alone was given up to a step, as numbers whose mean over ranks `share` takes."""
 
     def share(self, step: int, means: Float64[np.ndarray, " n"]) -> None:
         """From here on know what all ranks together know."""
@@ -40,7 +40,7 @@ def together(ranks: Ranks, what: str) -> Iterator[dict[str, Any]]:
 
     Raises:
         RankError: when another rank has failed, is lost, or has put something else into the dict. What this rank
-            raises itself it raises as it is, after the others have been told.
+            raises itself it raises as it is, after the others know of it.
     """
     facts: dict[str, Any] = {}
     try:
@@ -56,9 +56,9 @@ def together(ranks: Ranks, what: str) -> Iterator[dict[str, Any]]:
         heard = ranks.hear(" ".join(f"{name}:{_digest(fact)}" for name, fact in facts.items()))
     except RuntimeError as error:
         raise RankError(f"a rank was lost at {what}, or has not come to it in time: {_LATER}") from error
-    told = {rank: words.removeprefix(_FAILED) for rank, words in enumerate(heard) if words.startswith(_FAILED)}
-    if told:
-        failed = "; ".join(f"rank {rank} with {words}" for rank, words in told.items())
+    failures = {rank: words.removeprefix(_FAILED) for rank, words in enumerate(heard) if words.startswith(_FAILED)}
+    if failures:
+        failed = "; ".join(f"rank {rank} with {words}" for rank, words in failures.items())
         raise RankError(f"{what} failed on {failed}. Rank {ranks.own} stops too: {_LATER}")
     # By rank, the names of the facts of which the digests differ.
     apart = {
@@ -100,16 +100,16 @@ def shared_reading(ranks: Ranks, read: Callable[[], Reading], losses: SharedLoss
             return reading
         values = [getattr(reading, part)[name] for part, name in _places(reading)]
         counts = np.array([reading.skipped_steps, reading.num_steps], dtype=np.float64)
-        told = losses.unshared(step)
+        own = losses.unshared(step)
         facts["units"] = [(part, name, len(getattr(reading, part)[name])) for part, name in _places(reading)]
-        facts["step"] = (step, reading.step, reading.calibrated, len(told))
+        facts["step"] = (step, reading.step, reading.calibrated, len(own))
     try:
-        mean = ranks.mean(np.concatenate([told, counts, *values]))
+        mean = ranks.mean(np.concatenate([own, counts, *values]))
     except RuntimeError as error:
         raise RankError(f"a rank was lost at {what}: {_LATER}") from error
-    losses.share(step, mean[: len(told)])
-    skipped, taken, *_ = mean[len(told) :]
-    shared = _with_values(reading, mean[len(told) + 2 :])
+    losses.share(step, mean[: len(own)])
+    skipped, taken, *_ = mean[len(own) :]
+    shared = _with_values(reading, mean[len(own) + 2 :])
     return replace(shared, skipped_steps=math.ceil(skipped), num_steps=math.floor(taken))
 
 

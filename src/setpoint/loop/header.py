@@ -24,7 +24,7 @@ def header_of(
         groups: at dense widths.
         frozen: by name or place, why it is left whole.
         spending: what the run is held to.
-        model: whose devices are told.
+        model: whose devices are named.
     """
     return {
         "groups": {group.name: {"num_units": group.num_units, "what": group.what} for group in groups},

@@ -369,7 +369,7 @@ class Loop:
             step, total_steps = now.step, self.total_steps
             if step == total_steps + 1:
                 warnings.warn(
-                    f"attach was told total_steps={total_steps}, and this is step {step}: training goes on, "
+                    f"attach was given total_steps={total_steps}, and this is step {step}: training goes on, "
                     "but Setpoint makes no more decisions",
                     stacklevel=2,
                 )

@@ -19,7 +19,7 @@ _MOST_FRESH = 4096
 
 
 class Losses:
-    """The losses that the user has told, and the steps of the last two changes of the model.
+    """The losses that the user has reported, and the steps of the last two changes of the model.
 
     Losses stay on their device until a decision is made; what lies before the change before last is forgotten.
     """
@@ -66,9 +66,9 @@ class Losses:
             if value is not None:
                 self._last[name] = value.detach().clone() if isinstance(value, Tensor) else float(value)
         if loss is not None and (keep or self._first_after(step)):
-            told = self._last["loss"]
-            of_numbers = None if isinstance(told, Tensor) else torch.float64
-            self._fresh.append((step, torch.as_tensor(told, dtype=of_numbers).reshape(())))
+            reported = self._last["loss"]
+            of_numbers = None if isinstance(reported, Tensor) else torch.float64
+            self._fresh.append((step, torch.as_tensor(reported, dtype=of_numbers).reshape(())))
             if len(self._fresh) >= _MOST_FRESH:
                 self._gather()
 
@@ -88,7 +88,7 @@ class Losses:
         return self._changed if self._cut is None else self._cut
 
     def _first_after(self, step: int) -> bool:
-        """Whether a step is the first after the last change of which a loss is told."""
+        """Whether a step is the first after the last change of which a loss is reported."""
         last = self._fresh[-1][0] if self._fresh else int(self._steps[-1]) if len(self._steps) else 0
         return self._last_change > 0 and (last <= self._last_change or step == last == self._last_change + 1)
 
@@ -147,7 +147,7 @@ class Losses:
         self._changed, self._cut, self._shared = changed, cut, shared
 
     def unshared(self, step: int) -> Float64[np.ndarray, " n"]:
-        """What this rank alone was told up to a step: numbers whose mean over ranks `share` takes.
+        """What this rank alone was given up to a step: numbers whose mean over ranks `share` takes.
 
         The last loss and validation loss, each as value and 1, or 0 and 0 where there is none; then, of each step since
         the ranks last shared what they knew, the sum of its losses, and then how many those were.
@@ -169,9 +169,9 @@ class Losses:
             step: that `unshared` was given.
             means: over ranks, of what it returned.
         """
-        for name, (value, told) in zip(self._last, means[:4].reshape(2, 2), strict=True):
-            if told:
-                self._last[name] = float(value / told)
+        for name, (value, count) in zip(self._last, means[:4].reshape(2, 2), strict=True):
+            if count:
+                self._last[name] = float(value / count)
         sums, counts = np.split(means[4:], 2)
         told_at = np.flatnonzero(counts)
         before, later = self._steps <= self._shared, self._steps > step

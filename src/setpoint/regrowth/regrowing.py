@@ -135,7 +135,7 @@ class Regrowth:
         return (due or ahead) and self._probing is None and not spending.meter.peak_known
 
     def extras(self, step: int) -> Mapping[str, Any]:
-        """What probes told of units that rest, and which units the last cut dropped."""
+        """What probes read of units that rest, and which units the last cut dropped."""
         return {"probe": self._probe(step), "last_dropped": self.last_dropped}
 
     def act(self, plan: Plan, reading: Reading) -> Change:

@@ -81,7 +81,7 @@ def parameter_map(found: Mapping[str, Any]) -> Figure | None:
         color, about = _kind(name, groups)
         nodes.append((*node, params, color, f"{module}<br>{about}" if module else about))
     ids, labels, parents, values, colors, texts = zip(*nodes, strict=True)
-    told = zip(values, texts, strict=True)
+    pairs = zip(values, texts, strict=True)
     trace = {
         "type": "treemap",
         "ids": list(ids),
@@ -93,7 +93,7 @@ def parameter_map(found: Mapping[str, Any]) -> Figure | None:
         "tiling": {"packing": "squarify", "pad": 1},
         "textinfo": "label+text",
         "text": [human(value) for value in values],
-        "hovertext": [f"<b>{human(n)}</b> parameters, {percent(n / total)}<br>{text}" for n, text in told],
+        "hovertext": [f"<b>{human(n)}</b> parameters, {percent(n / total)}<br>{text}" for n, text in pairs],
         "hovertemplate": "<b>%{label}</b><br>%{hovertext}<extra></extra>",
         "pathbar": {"visible": True, "thickness": 24},
     }

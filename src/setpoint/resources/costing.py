@@ -66,8 +66,8 @@ class Costing:
     @property
     def header(self) -> dict[str, Any]:
         """What a ledger says of it."""
-        told = {"calibration": dict(self.errors), "step_seconds": dict(self.step_seconds)}
-        return told if self.idle_watts is None else {**told, "idle_watts": self.idle_watts}
+        facts = {"calibration": dict(self.errors), "step_seconds": dict(self.step_seconds)}
+        return facts if self.idle_watts is None else {**facts, "idle_watts": self.idle_watts}
 
     @property
     def stated_watts(self) -> float:

@@ -15,7 +15,7 @@ _MAX_VECTORS = 16
 def trial_widths(groups: Sequence[Group], seed: int = 0, *, dense: bool = True) -> list[dict[str, int]]:
     """Width vectors that tell all groups apart: the dense one and as many random ones as that takes.
 
-    Two groups are told apart if their widths do not change in proportion. Widths are those that whole blocks
+    Two groups are distinguished if their widths do not change in proportion. Widths are those that whole blocks
     reach; a group that no block can leave stays as it is.
 
     Args:

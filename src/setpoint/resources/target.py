@@ -49,7 +49,7 @@ class MeteredTarget(Target):
         self._whole = {each.resource for each in budgets if each.relative and each.limit == 1 and each.per == "step"}
 
     def anew(self, budgets: Sequence[Budget]) -> MeteredTarget:
-        """The same of other budgets, with what meters have told so far."""
+        """The same of other budgets, with what meters have reported so far."""
         other = MeteredTarget(self._groups, self._meter, budgets, self.costs, self._schedule, self._resource)
         for name in (other._factor.keys() & self._metered_dense.keys()) - other._whole:
             other._factor[name], other._first[name] = self._factor[name], self._first[name]
@@ -75,14 +75,14 @@ class MeteredTarget(Target):
         return self._metered_dense.get(name, self._dense[name])
 
     def take_in(self, widths: Mapping[str, int]) -> tuple[dict[str, float], dict[str, float]]:
-        """What meters read at these widths, and what the controller is told of it.
+        """What meters read at these widths, and what the controller learns of it.
 
         A reading that is missing, of what was read before, is replaced by what it foretold, and that is said once.
-        Where joules are the user's watts times seconds, the controller is told of those seconds.
+        Where joules are the user's watts times seconds, the controller learns of those seconds.
         """
         readings = self._meter.read()
         before, known = self.metered, {**readings, **self._meter.stated_j()}
-        told = self._follow(known, widths)
+        learnt = self._follow(known, widths)
         for name in sorted(self.metered - before):
             self._warn_if_out_of_reach(name, known[name], widths)
         sure = self._meter.at_best(known)
@@ -90,7 +90,7 @@ class MeteredTarget(Target):
             self._warn_and_hold(name, sure[name], widths)
         missing = before - known.keys() - {"latency"}  # of which there is none before the first whole step after a cut
         self._meter.miss(missing)
-        return readings, told | {name: self.expected(name, widths) for name in missing}
+        return readings, learnt | {name: self.expected(name, widths) for name in missing}
 
     def _follow(self, metered: Mapping[str, float], widths: Mapping[str, int]) -> dict[str, float]:
         """Take readings at these widths in; returns them with that of what the controller is to hold.
@@ -113,7 +113,7 @@ class MeteredTarget(Target):
         return seen
 
     def _anchor(self, name: str, dense: float, *, at_dense: bool) -> None:
-        """From here on the dense cost is what a meter has told of it; a fraction only once it has read that model."""
+        """From here on the dense cost is what a meter reports of it; a fraction only once it has read that model."""
         self._metered_dense[name] = dense
         if name in self.runs:
             self.runs[name] = replace(self.runs[name], dense=dense)
@@ -181,7 +181,7 @@ class MeteredTarget(Target):
     # What is remembered.
 
     def state_dict(self) -> dict[str, Any]:
-        """Limits, and what meters have told so far, in plain numbers."""
+        """Limits, and what meters have reported so far, in plain numbers."""
         return {
             **super().state_dict(),
             "factor": dict(self._factor),
@@ -192,7 +192,7 @@ class MeteredTarget(Target):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with what meters had told by then."""
+        """Go on with what meters had reported by then."""
         super().load_state_dict(state)
         self._factor = {name: float(state["factor"][name]) for name in self._factor}
         self._metered_dense = {str(name): float(value) for name, value in state["dense"].items()}

@@ -28,7 +28,7 @@ class Sentinels:
     they arrived and `h` those before the step, each in one row, it is `(g . h) / (g . g)`.
 
     Backward passes give gradients of a sharded parameter to the unsharded tensor that its module holds from the forward
-    pass on, which is looked for in forward passes of `model`. There, discarded gradients cannot be told from others.
+    pass on, which is looked for in forward passes of `model`. There, discarded gradients look like others.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], model: nn.Module | None = None) -> None:

@@ -83,8 +83,8 @@ class Runs:
                 self._reported.add(name)
                 warnings.warn(
                     f"the budget of {amount(limit, name)} for the run cannot be met any more: "
-                    f"{amount(self.spent()[name], name)} was spent by step {step}, and with the narrowest model it would "
-                    f"come to {amount(least[name], name)}",
+                    f"{amount(self.spent()[name], name)} was spent by step {step}, and with the narrowest model it "
+                    f"would come to {amount(least[name], name)}",
                     stacklevel=2,
                 )
 

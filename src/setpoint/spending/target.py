@@ -92,7 +92,7 @@ class Target:
         return self._dense[name]
 
     def take_in(self, widths: Mapping[str, int]) -> tuple[dict[str, float], dict[str, float]]:
-        """What meters read at these widths, and what the controller is told of it."""
+        """What meters read at these widths, and what the controller learns of it."""
         return {}, {}
 
     def replan(self, step: int, total_steps: int, *, spent: Mapping[str, float], widths: Mapping[str, int]) -> None:

@@ -67,8 +67,8 @@ def check_run(
     check_resources((Budget.fraction(1.0, of=goal.resource), *budgets) if isinstance(goal, Price) else budgets)
     if regrows(controller) or regrows(getattr(controller, "inner", None)):
         raise LoopError(
-            "single weights come back by exchange, not from a reserve: use regrow=False, and "
-            "ExchangingController(controller) around it"
+            "single weights come back by drop and grow, not from a reserve: use regrow=False, and "
+            "DropAndGrowController(controller) around it"
         )
     if not isinstance(sensor, Weighing):
         raise LoopError(
@@ -119,11 +119,11 @@ def _chosen(model: nn.Module, pattern: Pattern, wanted: Sequence[Group] | None) 
         return tuple(group for group in fitting if group.name in names)
     misfits = {n: tuple(w.shape) for n, w in maskable(model).items() if not pattern.fits(tuple(w.shape))}
     if misfits:
-        told = ", ".join(f"{name} {shape}" for name, shape in list(misfits.items())[:5])
+        named = ", ".join(f"{name} {shape}" for name, shape in list(misfits.items())[:5])
         more = f" and {len(misfits) - 5} more" if len(misfits) > 5 else ""
         raise GroupError(
             f"the pattern {pattern} needs a number of inputs (dim 1) that {pattern.block} divides, which these "
-            f"weights do not have: {told}{more}. Leave them dense with "
+            f"weights do not have: {named}{more}. Leave them dense with "
             f"groups=setpoint.find_weights(model, {str(pattern)!r}), which lists those that fit"
         )
     return fitting

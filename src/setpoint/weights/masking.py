@@ -1,4 +1,4 @@
-"""Masking: the actuator where units are single weights: masks that are set, held and exchanged."""
+"""Masking: the actuator where units are single weights: masks that are set, held and changed."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from setpoint.host.host import Host
 from setpoint.sensor.accumulated import Accumulated
 from setpoint.sensor.reading import Reading
 from setpoint.weights.cost import WeightFlops
-from setpoint.weights.exchange import exchanged
+from setpoint.weights.drop_and_grow import drop_and_grow
 from setpoint.weights.find import Pattern, as_mask, with_active
 from setpoint.weights.mask import mask_weights
 
 
 @dataclass(frozen=True, eq=False)
-class Exchange:
+class NewMasks:
     """What a plan does to masks."""
 
     masks: Mapping[str, Bool[Tensor, "..."]]  # by group, True = active from here on
@@ -62,8 +62,8 @@ class Masks:
 
     A masked weight is zero, and so is its gradient; optimizers remember nothing of it. Gradients are masked as they are
     accumulated, so that clipping sees what a model frozen by hand would show, and once more ahead of the step. Before
-    an exchange the gradients of masked weights are put aside first. They go when the gradients that they came with are
-    thrown away, and what counts is what is there when the first optimizer steps.
+    weights are grown, the gradients of masked ones are put aside first. They go when the gradients that they came with
+    are thrown away, and what counts is what is there when the first optimizer steps.
     """
 
     def __init__(self, host: Host, groups: tuple[Group, ...], pattern: Pattern, flops: WeightFlops) -> None:
@@ -144,7 +144,7 @@ class Masks:
 
     @torch.no_grad()
     def _accumulated(self, name: str, weight: Tensor) -> None:
-        """A gradient was accumulated: mask it, and put aside what an exchange wants to know."""
+        """A gradient was accumulated: mask it, and put aside what drop and grow wants to know."""
         if weight.grad is None:
             return
         if self._looking:
@@ -154,7 +154,7 @@ class Masks:
         masked = self._masked[name] = Accumulated(weight)
         masked.note()
 
-    def planned(self, plan: Plan, scores: Mapping[str, Float[Tensor, "..."]]) -> Exchange:
+    def planned(self, plan: Plan, scores: Mapping[str, Float[Tensor, "..."]]) -> NewMasks:
         """What a plan does to masks, which are not changed yet; GroupError for one that does not fit the pattern."""
         masks, all_dropped, all_grown, resting = {}, {}, {}, self._resting
         for name, before in self.masks.items():
@@ -165,11 +165,13 @@ class Masks:
                 kept.view(-1)[at] = False
             self._check(name, kept)
             dropped, grown = before & ~kept, torch.zeros_like(before)
-            if plan.exchange and name in resting:
-                out, grown = exchanged(kept, ~before, scores[name], resting[name], plan.exchange, self._pattern)
+            if plan.drop_and_grow and name in resting:
+                out, grown = drop_and_grow(
+                    kept, ~before, scores[name], resting[name], plan.drop_and_grow, self._pattern
+                )
                 dropped |= out
             masks[name], all_dropped[name], all_grown[name] = (before & ~dropped) | grown, dropped, grown
-        return Exchange(masks, all_dropped, all_grown)
+        return NewMasks(masks, all_dropped, all_grown)
 
     def _check(self, name: str, mask: Tensor) -> None:
         per_block = self._pattern.blocks(mask).sum(-1)
@@ -181,7 +183,7 @@ class Masks:
 
     def act(self, plan: Plan, reading: Reading) -> Change:
         """Carry a plan out; all that can fail comes before anything changes."""
-        change = self.planned(plan, reading.scores() if plan.exchange and self._resting else {})
+        change = self.planned(plan, reading.scores() if plan.drop_and_grow and self._resting else {})
         self.groups = self.carry_out(change)
         dropped, grown = (
             {name: count for name, mask in each.items() if (count := int(mask.sum()))}
@@ -192,7 +194,7 @@ class Masks:
     def release(self) -> None:
         """Nothing was kept: masks hold until the end."""
 
-    def carry_out(self, change: Exchange) -> tuple[Group, ...]:
+    def carry_out(self, change: NewMasks) -> tuple[Group, ...]:
         """Set the masks; what goes is zero from here on, with moments, in copies too. Returns the active groups."""
         for name, dropped in change.dropped.items():
             times = self._num_dropped[name]

@@ -1,4 +1,4 @@
-"""Schedules: how a density comes down, and how a share of exchanged weights fades, over a run."""
+"""Schedules: how a density comes down, and how a share of dropped and grown weights fades, over a run."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def cubic_density(progress: float, *, final: float, start: float = 1.0) -> float
 
 
 def cosine_fraction(step: int, end: int, initial: float) -> float:
-    """Share of the active weights that one update exchanges: `initial / 2 * (1 + cos(pi * step / end))`, then 0.
+    """Share of the active weights that one update drops and grows: `initial / 2 * (1 + cos(pi * step / end))`, then 0.
 
     Args:
         step: optimizer steps done.
-        end: step from which nothing is exchanged any more.
+        end: step from which nothing is dropped and grown any more.
         initial: share at step 0.
 
     References:

@@ -6,16 +6,16 @@ import pytest
 import torch
 
 from baselines.weights import counts, draw, masked, run, target
-from setpoint_bench.baselines.exchange import Exchange, Static
+from setpoint_bench.baselines.drop_and_grow import DropAndGrow, Static
 from setpoint_bench.baselines.rule import Sight
 from setpoint_bench.baselines.schedule import cosine_fraction
 
-RULES = {"set": Exchange("random"), "rigl": Exchange("gradient")}
+RULES = {"set": DropAndGrow("random"), "rigl": DropAndGrow("gradient")}
 rules = pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 
 
 @rules
-def test_density_constant_and_mask_changes(rule: Exchange) -> None:
+def test_density_constant_and_mask_changes(rule: DropAndGrow) -> None:
     """Every update keeps the number of active weights of every tensor and exchanges at most the cosine's share."""
     history = run(rule, target(), 400)
     assert len(history) == 1 + len([step for step in range(1, 300) if step % 10 == 0])
@@ -28,7 +28,7 @@ def test_density_constant_and_mask_changes(rule: Exchange) -> None:
 
 
 @rules
-def test_the_smallest_active_weights_go(rule: Exchange) -> None:
+def test_the_smallest_active_weights_go(rule: DropAndGrow) -> None:
     """Every weight that goes is among the smallest of the cosine's share."""
     goal, generator = target(), torch.Generator().manual_seed(0)
     before = rule.start(draw(), goal, generator)
@@ -83,7 +83,7 @@ def test_static_never_changes() -> None:
 
 def test_an_almost_full_mask_keeps_its_density() -> None:
     """Where fewer weights are inactive than the share asks for, some that have just gone come in again."""
-    history = run(Exchange("gradient", fraction=0.9), target(0.95), 80)
+    history = run(DropAndGrow("gradient", fraction=0.9), target(0.95), 80)
     assert len(history) > 2
     assert all(counts(masks) == target(0.95).counts for _, masks in history)
 
@@ -91,16 +91,16 @@ def test_an_almost_full_mask_keeps_its_density() -> None:
 def test_a_period_that_is_set_holds_in_short_runs_too() -> None:
     """Without one, updates are 100 steps apart, or a fortieth of the run; one that is set is kept as it is."""
 
-    def steps(rule: Exchange, total: int) -> list[int]:
+    def steps(rule: DropAndGrow, total: int) -> list[int]:
         return [step for step in range(total) if rule.due(step, total)]
 
-    assert steps(Exchange("random"), 8000)[:2] == [100, 200]
-    assert steps(Exchange("random"), 400)[:2] == [10, 20]
-    assert steps(Exchange("random", period=100), 400) == [100, 200]
+    assert steps(DropAndGrow("random"), 8000)[:2] == [100, 200]
+    assert steps(DropAndGrow("random"), 400)[:2] == [10, 20]
+    assert steps(DropAndGrow("random", period=100), 400) == [100, 200]
 
 
 @pytest.mark.parametrize("settings", [{"fraction": 0.0}, {"period": -1}, {"end": 1.5}])
 def test_settings_out_of_range(settings: dict[str, object]) -> None:
     """They are errors."""
-    with pytest.raises(ValueError, match="exchange needs"):
-        Exchange("random", **settings)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="drop and grow needs"):
+        DropAndGrow("random", **settings)  # type: ignore[arg-type]

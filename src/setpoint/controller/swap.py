@@ -1,4 +1,4 @@
-"""Exchange: blocks given back for other blocks, so that a cut in coarse blocks comes nearer to its target.
+"""Swap: blocks given back for other blocks, so that a cut in coarse blocks comes nearer to its target.
 
 For allocation by worth: an even cut would not stay even.
 """

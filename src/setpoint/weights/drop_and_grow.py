@@ -1,4 +1,4 @@
-"""A weight exchange: the least salient active weights of a tensor make room for those of the largest gradient."""
+"""Drop and grow: the least salient active weights of a tensor make room for those of the largest gradient."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from setpoint.weights.find import Pattern
 
 
 @torch.no_grad()
-def exchanged(
+def drop_and_grow(
     active: Bool[Tensor, "..."],
     resting: Bool[Tensor, "..."],
     scores: Float[Tensor, "..."],
@@ -25,12 +25,12 @@ def exchanged(
         resting: weights that may come in; not those that have just been dropped.
         scores: saliency of every weight.
         gradient: of the loss, of every weight; one that is zero or not finite brings nothing in.
-        share: of the active weights to exchange, rounded down.
-        pattern: which exchanges it allows.
+        share: of the active weights to drop, rounded down.
+        pattern: which drops and growths it allows.
 
     >>> active = torch.tensor([[True, True, False, False]])
     >>> scores, gradient = torch.tensor([[1.0, 2.0, 0.0, 0.0]]), torch.tensor([[9.0, 9.0, 0.1, -0.2]])
-    >>> dropped, grown = exchanged(active, ~active, scores, gradient, 0.5, Pattern())
+    >>> dropped, grown = drop_and_grow(active, ~active, scores, gradient, 0.5, Pattern())
     >>> dropped.tolist(), grown.tolist()
     ([[True, False, False, False]], [[False, False, False, True]])
     """

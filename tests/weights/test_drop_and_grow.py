@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from setpoint.weights.exchange import exchanged, lowest
+from setpoint.weights.drop_and_grow import drop_and_grow, lowest
 from setpoint.weights.find import Pattern
 
 
@@ -20,7 +20,7 @@ def test_the_least_salient_go_and_the_largest_gradients_come(seed: int) -> None:
     gradient[0, 0], gradient[1, 1] = torch.nan, torch.inf
     able = [i for i in range(63) if resting.view(-1)[i] and 0 < gradient.view(-1)[i].abs() < torch.inf]
     for share in (0.0, 0.2, 0.9):
-        gone, came = exchanged(active, resting, scores, gradient, share, Pattern())
+        gone, came = drop_and_grow(active, resting, scores, gradient, share, Pattern())
         count = min(int(share * int(active.sum())), len(able))
         worst = sorted((i for i in range(63) if active.view(-1)[i]), key=lambda i: scores.view(-1)[i].item())
         best = sorted(able, key=lambda i: -gradient.view(-1)[i].abs().item())
@@ -39,7 +39,7 @@ def test_a_pattern_exchanges_within_its_blocks(shape: tuple[int, ...]) -> None:
     pattern.blocks(active).scatter_(-1, order[..., :2], True)
     resting = ~active
     pattern.blocks(resting)[0] = False  # has just been dropped there
-    gone, came = exchanged(active, resting, scores, gradient, 0.25, pattern)
+    gone, came = drop_and_grow(active, resting, scores, gradient, 0.25, pattern)
     ranked = []
     for i, (on, may, score, size) in enumerate(
         zip(*(pattern.blocks(x).reshape(-1, 4) for x in (active, resting, scores, gradient.abs())), strict=True)

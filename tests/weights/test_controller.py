@@ -9,7 +9,7 @@ import pytest
 
 from controller.plants import chain, lognormal, run
 from setpoint.controller.priced import PricedController
-from setpoint.weights.exchanging import ExchangingController
+from setpoint.weights.controller import DropAndGrowController
 from setpoint_bench.baselines.scheduled import ScheduledController
 
 
@@ -20,13 +20,13 @@ def test_how_many_stay_at_which_price_is_the_inner_controller_s_choice() -> None
     groups, cost = chain(20, 40, 30)
     both = [
         run(controller, groups, cost, lognormal(groups), fraction=0.5, total_steps=200)
-        for controller in (PricedController(), ExchangingController(PricedController()))
+        for controller in (PricedController(), DropAndGrowController(PricedController()))
     ]
     assert len(both[0]) <= len(both[1])
     for alone, wrapped in zip(both[0], both[1], strict=False):
         assert all(np.array_equal(keep, wrapped.plan.keep[name]) for name, keep in alone.plan.keep.items())
         assert alone.plan.price == wrapped.plan.price and alone.step == wrapped.step
-    shares = [(decision.step, decision.plan.exchange) for decision in both[1]]
+    shares = [(decision.step, decision.plan.drop_and_grow) for decision in both[1]]
     assert all(share > 0 for step, share in shares if step < 140) and shares[-1] == (140, 0.0)
     assert sorted((share for _, share in shares), reverse=True) == [share for _, share in shares]
     assert [decision.plan.budget_met for decision in both[1]] == [False] * (len(shares) - 1) + [True]
@@ -36,19 +36,19 @@ def test_a_run_lands_where_the_inner_controller_decides_for_the_last_time() -> N
     """Claim: where no decision is to come, the landing is not put off, and nothing is exchanged with it."""
     groups, cost = chain(20, 40, 30)
     decisions = run(
-        ExchangingController(ScheduledController(end=0.4)),
+        DropAndGrowController(ScheduledController(end=0.4)),
         groups,
         cost,
         lognormal(groups),
         fraction=0.5,
         total_steps=100,
     )
-    assert decisions[-1].step == 40 and decisions[-1].plan.budget_met and decisions[-1].plan.exchange == 0
-    assert decisions[0].plan.exchange > 0
+    assert decisions[-1].step == 40 and decisions[-1].plan.budget_met and decisions[-1].plan.drop_and_grow == 0
+    assert decisions[0].plan.drop_and_grow > 0
 
 
 @pytest.mark.parametrize("wrong", [{"fraction": 1.0}, {"fraction": -0.1}, {"end": 0.0}, {"end": 1.1}])
 def test_settings_are_checked(wrong: dict[str, Any]) -> None:
     """Claim: a share and an end out of range are refused."""
-    with pytest.raises(ValueError, match="an exchange needs"):
-        ExchangingController(**wrong)
+    with pytest.raises(ValueError, match="drop and grow needs"):
+        DropAndGrowController(**wrong)

@@ -1,4 +1,4 @@
-"""The exchanging controller: another one says how many weights stay, and some of the weakest make room for others."""
+"""Drop and grow (RigL): another controller says how many weights stay, and some of the weakest make room for others."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from setpoint.groups.group import Group
 
 @final
 @dataclass(frozen=True)
-class ExchangingController:
+class DropAndGrowController:
     """The default for single weights. `inner` drops by worth and price; then, at the same decision,
 
         share = fraction / 2 * (1 + cos(pi * step / end))
 
     of each tensor's active weights, the least salient, go, and as many come in with the value zero: those not
     active so far whose gradients were largest in this step. That costs nothing, so price and budget do not see it.
-    Exchanges go on at the decisions of `inner` until `end`, even if the budget is met by then; after that the run ends.
+    This goes on at the decisions of `inner` until `end`, even if the budget is met by then.
 
     Args:
         inner: says when decisions are made and how many weights of each tensor stay; it brings nothing back itself.
-        fraction: share of the active weights exchanged at the beginning, in [0, 1); 0 for none.
-        end: fraction of the run after which nothing is exchanged, in (0, 1].
+        fraction: share of the active weights dropped for others at the beginning, in [0, 1); 0 for none.
+        end: fraction of the run after which nothing is dropped and grown, in (0, 1].
 
     Raises:
         ValueError: for a setting out of range.
@@ -36,7 +36,7 @@ class ExchangingController:
         Evci, Gale, Menick, Castro, Elsen: "Rigging the Lottery: Making All Tickets Winners", ICML 2020, for growth by
         gradient and the cosine; there magnitude says what goes, and the density is fixed from the start.
 
-    >>> [round(ExchangingController().share(step, 100), 4) for step in (0, 35, 70)]
+    >>> [round(DropAndGrowController().share(step, 100), 4) for step in (0, 35, 70)]
     [0.3, 0.15, 0.0]
     """
 
@@ -46,7 +46,7 @@ class ExchangingController:
 
     def __post_init__(self) -> None:
         if not (0 <= self.fraction < 1 and 0 < self.end <= 1):
-            raise ValueError(f"an exchange needs 0 <= fraction < 1 and 0 < end <= 1, got {self!r}")
+            raise ValueError(f"drop and grow needs 0 <= fraction < 1 and 0 < end <= 1, got {self!r}")
 
     pauses = True
     """Where the loss does not stand a cut, nothing is dropped until the next decision."""
@@ -82,10 +82,10 @@ class ExchangingController:
             return state, plan
         if not any(self.due(later, total_steps) for later in range(step + 1, total_steps + 1)):
             return state, plan  # nothing could land later
-        reason = f"{plan.reason.removeprefix('budget met: ')}; exchange of up to {share:.1%} of the active weights"
-        return state, replace(plan, exchange=share, budget_met=False, reason=reason)
+        reason = f"{plan.reason.removeprefix('budget met: ')}; drop and grow of up to {share:.1%} of the active weights"
+        return state, replace(plan, drop_and_grow=share, budget_met=False, reason=reason)
 
     def share(self, step: int, total_steps: int) -> float:
-        """Share of the active weights that is exchanged at this step."""
+        """Share of the active weights that is dropped for others at this step."""
         last = max(1, round(self.end * total_steps))
         return self.fraction / 2 * (1 + math.cos(math.pi * step / last)) if step < last else 0.0

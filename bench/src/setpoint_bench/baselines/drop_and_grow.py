@@ -1,4 +1,4 @@
-"""Sparse training from a random start: static masks, and masks whose smallest weights are exchanged (SET, RigL)."""
+"""Sparse training from a random start: static masks, and masks whose smallest weights are replaced (SET, RigL)."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Static:
 
 @final
 @dataclass(frozen=True)
-class Exchange:
+class DropAndGrow:
     """At every update the smallest active weights of each tensor make room for as many others.
 
     With `k = cosine_fraction(step) * active weights` rounded down, the k active weights of least magnitude go and
@@ -57,7 +57,7 @@ class Exchange:
 
     Args:
         growth: "random" for SET, "gradient" for RigL.
-        fraction: share of the active weights exchanged at the beginning (alpha).
+        fraction: share of the active weights dropped for others at the beginning (alpha).
         period: optimizer steps between updates (delta T); 0 for 100, or a fortieth of the run where that is less.
         end: fraction of the run after which masks stay (T_end).
         allocation: how the density is spread over tensors.
@@ -78,7 +78,7 @@ class Exchange:
 
     def __post_init__(self) -> None:
         if not (0 < self.fraction < 1 and self.period >= 0 and 0 < self.end <= 1):
-            raise ValueError(f"exchange needs 0 < fraction < 1, period >= 0 and 0 < end <= 1, got {self!r}")
+            raise ValueError(f"drop and grow needs 0 < fraction < 1, period >= 0 and 0 < end <= 1, got {self!r}")
         if self.growth not in ("random", "gradient"):
             raise ValueError(f"growth must be 'random' or 'gradient', got {self.growth!r}")
 
@@ -92,16 +92,16 @@ class Exchange:
         return random_masks(weights, target, generator)
 
     def due(self, step: int, total_steps: int) -> bool:
-        """Every period until the end of the exchange."""
+        """Every period until the end of drop and grow."""
         period = self.period or max(1, min(100, total_steps // 40))
         return 0 < step < round(self.end * total_steps) and step % period == 0
 
     def update(self, sight: Sight, target: Target, generator: torch.Generator) -> Masks:
-        """The masks after one exchange."""
+        """The masks after one drop and grow."""
         share = cosine_fraction(sight.step, round(self.end * sight.total_steps), self.fraction)
-        return {name: self._exchanged(sight, name, share, generator) for name in sight.weights}
+        return {name: self._dropped_and_grown(sight, name, share, generator) for name in sight.weights}
 
-    def _exchanged(self, sight: Sight, name: str, share: float, generator: torch.Generator) -> Tensor:
+    def _dropped_and_grown(self, sight: Sight, name: str, share: float, generator: torch.Generator) -> Tensor:
         weight, mask = sight.weights[name], sight.masks[name]
         active = int(mask.sum())
         count = int(share * active)
