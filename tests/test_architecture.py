@@ -38,7 +38,7 @@ SPINE = [
     "controller/plan.py",
     "controller/priced.py",
     "controller/aim.py",
-    "controller/reference.py",
+    "controller/schedule.py",
     "controller/price.py",
     "controller/selection.py",
     "controller/ladder.py",

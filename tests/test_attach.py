@@ -93,7 +93,7 @@ def test_the_cheapest_reachable_budget_is_reached() -> None:
             optimizer.zero_grad()
             model(torch.randn(4, 6)).square().mean().backward()
             optimizer.step()
-    assert loop.summary is not None and loop.summary.landed
+    assert loop.summary is not None and loop.summary.budget_met
 
 
 @pytest.mark.parametrize("total_steps", [0, -5, True])
@@ -206,7 +206,7 @@ def test_only_the_given_groups_are_pruned() -> None:
             model(torch.randn(4, 6)).square().mean().backward()
             optimizer.step()
     assert set(loop.widths) == {one[0].name}
-    assert loop.summary is not None and loop.summary.landed
+    assert loop.summary is not None and loop.summary.budget_met
     assert sum(each.numel() for each in model.parameters()) <= 0.6 * dense
 
 
@@ -264,7 +264,7 @@ def test_lossy_groups_need_leave() -> None:
             optimizer.zero_grad()
             model(torch.randn(4, 6)).square().mean().backward()
             optimizer.step()
-    assert loop.summary is not None and loop.summary.landed
+    assert loop.summary is not None and loop.summary.budget_met
     assert model.norm.normalized_shape == (model.up.out_features,)
     assert model.up.out_features < 16
 

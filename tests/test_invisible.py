@@ -59,7 +59,7 @@ def _train(build: Callable[[], nn.Module], kind: Callable[..., torch.optim.Optim
         losses.append(loss.detach())
     if loop is not None:
         summary = loop.finish()
-        assert summary.landed and summary.resizes == 0
+        assert summary.budget_met and summary.resizes == 0
     return {
         "losses": losses,
         "tensors": dict(model.state_dict()),
@@ -131,7 +131,7 @@ with setpoint.attach(model, optimizer, budget, example=(torch.ones(8, 4),), tota
         optimizer.zero_grad()
         model(torch.randn(8, 4)).square().mean().backward()
         optimizer.step()
-assert loop.summary.landed and loop.summary.resizes
+assert loop.summary.budget_met and loop.summary.resizes
 assert random.getstate() == state
 """
 

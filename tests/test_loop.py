@@ -99,7 +99,9 @@ class Script:
         keep = {group.name: np.arange(group.num_units) >= count for group in groups}
         price, reference = {cost.resource: 0.5}, {cost.resource: 2 * observation.spent[cost.resource]}
         last = observation.step >= max(self.drops)
-        return state + 1, Plan(observation.step, keep, {}, price, reference, landed=last, reason="as the script says")
+        return state + 1, Plan(
+            observation.step, keep, {}, price, reference, budget_met=last, reason="as the script says"
+        )
 
 
 @pytest.mark.parametrize("build", [_mlp, Residual])
@@ -112,7 +114,7 @@ def test_lands_within_the_budget(build: Callable[[], nn.Module], of: str) -> Non
     with _attach(model, optimizer, _half(of)) as loop:
         _train(model, (optimizer,), 40)
     summary = loop.summary
-    assert summary is not None and summary.landed and summary.resizes > 0
+    assert summary is not None and summary.budget_met and summary.resizes > 0
     counted = {"flops": _counted(model), "params": sum(each.numel() for each in model.parameters())}
     assert summary.dense_flops == dense["flops"]
     assert summary.final_flops == summary.spent["flops"] == loop.ledger[-1].spent["flops"] == counted["flops"]
@@ -272,14 +274,14 @@ def test_bad_gradients_make_no_decision(bad: float, where: str) -> None:
 
 
 def test_weights_that_stay_bad_are_never_cut() -> None:
-    """Once the model has become NaN no decision is made any more, and the run has not landed."""
+    """Once the model has become NaN no decision is made any more, and the run has not met its budget."""
     model = _mlp()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     loop = _attach(model, optimizer)
     nn.init.constant_(model[0].weight, math.nan)
     _train(model, (optimizer,), 40)
     summary = loop.finish()
-    assert (summary.landed, summary.resizes) == (False, 0)
+    assert (summary.budget_met, summary.resizes) == (False, 0)
     assert len(loop.ledger) > 0 and all(entry.reason.startswith("no decision") for entry in loop.ledger)
 
 
@@ -293,31 +295,31 @@ def test_a_run_that_stops_early_has_not_landed() -> None:
     loop = _attach(model, optimizer, total_steps=1000)
     _train(model, (optimizer,), 5)
     summary = loop.finish()
-    assert (summary.landed, summary.steps, summary.total_steps) == (False, 5, 1000)
+    assert (summary.budget_met, summary.steps, summary.total_steps) == (False, 5, 1000)
     assert "after 5 of 1000 steps" in summary.reason
     assert summary.break_even_step is None
 
 
 def test_within_budget_but_not_landed() -> None:
-    """Being within budget is not enough: without a last decision the run has not landed."""
+    """Being within budget is not enough: without a last decision the run has not met its budget."""
     model = _mlp()
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
     loop = _attach(model, optimizer, controller=Script({2: 14, 900: 0}), total_steps=1000)
     _train(model, (optimizer,), 5)
     summary = loop.finish()
-    assert summary.spent["flops"] < summary.limit["flops"] and not summary.landed
+    assert summary.spent["flops"] < summary.limit["flops"] and not summary.budget_met
     assert "the last decision was not made" in summary.reason
 
 
 @pytest.mark.parametrize("total_steps", [1, 2, 3, 5])
 def test_very_short_runs_tell_the_truth(total_steps: int) -> None:
-    """However few steps there are, `landed` is true exactly if the limit is met."""
+    """However few steps there are, `budget_met` is true exactly if the limit is met."""
     model = _mlp()
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
     with _attach(model, optimizer, total_steps=total_steps) as loop:
         _train(model, (optimizer,), total_steps)
     assert loop.summary is not None
-    assert loop.summary.landed == (_counted(model) <= loop.summary.limit["flops"])
+    assert loop.summary.budget_met == (_counted(model) <= loop.summary.limit["flops"])
 
 
 def test_more_steps_than_announced_are_counted_and_warned_of_once() -> None:
@@ -353,7 +355,7 @@ def test_a_model_changed_by_others_has_not_landed() -> None:
     _train(model, (optimizer,), 40)
     model.append(nn.Linear(3, 3))
     summary = loop.finish()
-    assert not summary.landed and "changed by something other than this loop" in summary.reason
+    assert not summary.budget_met and "changed by something other than this loop" in summary.reason
 
 
 def test_detach_leaves_model_and_optimizer_free() -> None:
@@ -447,7 +449,7 @@ def test_two_loops_live_side_by_side() -> None:
             critic(generator(torch.randn(8, 4))).mean().backward()
             own.step()
     for loop, most in ((one, 0.5), (two, 0.4)):
-        assert loop.summary is not None and loop.summary.landed
+        assert loop.summary is not None and loop.summary.budget_met
         assert loop.summary.final_flops_ratio <= most
 
 
@@ -458,7 +460,7 @@ def test_an_average_of_the_weights_is_cut_alike() -> None:
     average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9))
     with _attach(model, optimizer, copies=(average,)) as loop:
         _train(model, (optimizer,), 40, lambda step: average.update_parameters(model))
-    assert loop.summary is not None and loop.summary.landed
+    assert loop.summary is not None and loop.summary.budget_met
     assert [each.shape for each in average.module.parameters()] == [each.shape for each in model.parameters()]
     assert average(_data(model)[0]).shape == (8, 3)
     for ema, live in zip(average.module.parameters(), model.parameters(), strict=True):
@@ -479,7 +481,7 @@ def test_a_scheduler_and_clipping_go_on_across_cuts() -> None:
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-    assert loop.summary is not None and loop.summary.landed
+    assert loop.summary is not None and loop.summary.budget_met
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-12)
 
 
@@ -574,7 +576,7 @@ def test_magnitude_drives_a_run_too() -> None:
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
     with _attach(model, optimizer, sensor=MagnitudeSensor()) as loop:
         _train(model, (optimizer,), 40)
-    assert loop.summary is not None and loop.summary.landed
+    assert loop.summary is not None and loop.summary.budget_met
     assert loop.summary.overhead_flops == 4 * loop.summary.dense_flops
 
 

@@ -55,7 +55,7 @@ def test_states_are_pruned_to_a_budget(resource: str, fraction: float, tmp_path:
     budget = setpoint.Budget.fraction(fraction, of=resource)
     with _attach(model, optimizer, budget, 60) as loop:
         _train(model, loop, optimizer, 60)
-    assert loop.summary is not None and loop.summary.landed
+    assert loop.summary is not None and loop.summary.budget_met
     assert loop.summary.spent[resource] <= loop.summary.limit[resource]
     widths = loop.widths
     assert widths == {f"blocks.{n}.lru": model.blocks[n].lru.nu_log.shape[0] for n in (0, 1)}
@@ -79,7 +79,7 @@ def test_the_loss_right_after_each_truncation_is_recorded() -> None:
         losses = _train(model, loop, optimizer, 60)
     assert loop.summary is not None and loop.summary.final_loss == pytest.approx(losses[-1])
     cuts = [entry for entry in loop.ledger if entry.dropped]
-    assert len(cuts) >= 2 and loop.ledger[-1] is cuts[-1] and loop.landed
+    assert len(cuts) >= 2 and loop.ledger[-1] is cuts[-1] and loop.budget_met
     for entry in loop.ledger:
         assert entry.loss == pytest.approx(losses[entry.step - 1])
         assert entry.loss_after == (pytest.approx(losses[entry.step]) if entry.dropped else None)
@@ -153,7 +153,7 @@ def test_states_that_become_unstable_are_left_alone() -> None:
             assert loop.widths["blocks.0.lru"] == 16 or step >= 30
     refused = [entry for entry in loop.ledger if entry.step <= 30]
     assert refused and all("no decision: the reading holds NaN" in entry.reason for entry in refused)
-    assert loop.summary is not None and loop.summary.landed
+    assert loop.summary is not None and loop.summary.budget_met
 
 
 class _Shared(nn.Module):
@@ -209,7 +209,7 @@ def test_a_foreign_layer_joins_by_three_methods() -> None:
     budget = setpoint.Budget.fraction(0.6, of="params")
     with _attach(model, optimizer, budget, 40) as loop:
         _train(model, loop, optimizer, 40)
-    assert loop.summary is not None and loop.summary.landed and loop.widths["layer"] < 12
+    assert loop.summary is not None and loop.summary.budget_met and loop.widths["layer"] < 12
     assert model.layer.s5.seq.C.shape == (4, loop.widths["layer"])
 
 

@@ -76,7 +76,7 @@ def trained(name: str, compiled: bool, pruned: bool, steps: int, seed: int, data
         "recompiles": 0 if summary is None else summary.recompiles,
         "recompile_seconds": 0.0 if summary is None else summary.recompiling_seconds,
         "overhead_seconds": 0.0 if summary is None else summary.overhead_seconds,
-        "landed": None if summary is None else summary.landed,
+        "budget_met": None if summary is None else summary.budget_met,
     }
 
 

@@ -29,7 +29,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import setpoint
-from setpoint.controller.reference import Reference
+from setpoint.controller.schedule import Schedule
 from setpoint.host.ddp import rewrap
 from setpoint_bench.environment import machine
 
@@ -71,7 +71,7 @@ def wrapped(name: str, wrapper: str) -> tuple[nn.Module, torch.optim.Optimizer, 
 def measured(name: str, wrapper: str) -> dict[str, Any]:
     """All numbers of one model on the ranks of this group."""
     model, optimizer, example = wrapped(name, wrapper)
-    controller = setpoint.PricedController(Reference(0.4, 0.8, 0.9, num_cuts=CUTS))
+    controller = setpoint.PricedController(Schedule(0.4, 0.8, 0.9, num_cuts=CUTS))
     budget = setpoint.Budget.fraction(0.5, of="flops")
     loop = setpoint.attach(model, optimizer, budget, example=example, total_steps=STEPS, controller=controller)
 

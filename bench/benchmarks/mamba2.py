@@ -105,7 +105,7 @@ def run(way: str, seed: int, data: Path | None) -> dict[str, Any]:
         groups=mixers,
         sensor=sensor,
         controller=setpoint.PricedController(
-            setpoint.Reference(warmup=0.2, settle=0.6, num_cuts=4), allocation="uniform"
+            setpoint.Schedule(warmup=0.2, settle=0.6, num_cuts=4), allocation="uniform"
         ),
         allow_lossy=True,
     )
@@ -126,7 +126,7 @@ def run(way: str, seed: int, data: Path | None) -> dict[str, Any]:
         "loss": loss_elsewhere(model, text["test"]),
         "right_after": right_after,
         "flops_ratio": summary.final_flops_ratio,
-        "landed": summary.landed,
+        "budget_met": summary.budget_met,
         "widths": dict(summary.widths),
         "dense_widths": dict(summary.dense_widths),
         "processor_seconds": time.process_time() - started,

@@ -48,7 +48,7 @@ def priced(task: Task, rate: float, seed: int) -> dict[str, Any]:
         "loss": score.loss,
         "flops_ratio": summary.final_flops_ratio,
         "train_flops_ratio": summary.train_flops / (summary.dense_flops * task.steps),
-        "landed": summary.landed,
+        "budget_met": summary.budget_met,
     }
 
 

@@ -38,7 +38,7 @@ FLOPS = (0.8, 0.6, 0.45, 0.3, 0.2)
 
 
 def trained(task: Task, seed: int, budget: Any) -> tuple[nn.Module, setpoint.Summary]:
-    """A model that was trained and cut to a budget, and how it landed."""
+    """A model that was trained and cut to a budget, and how it met the budget."""
     torch.manual_seed(seed)
     model = task.build(dense_widths(task))
     optimizer = task.optimizer(model)
@@ -94,7 +94,7 @@ def latency(task: Task, seeds: Sequence[int], fraction: float, rounds: int) -> d
                 "resource": budget.resource,
                 "budget": budget.limit,
                 "accuracy": task.evaluate(model, "test").accuracy,
-                "landed": summary.landed,
+                "budget_met": summary.budget_met,
                 "limit": summary.limit[budget.resource],
                 "metered": summary.metered.get(budget.resource),
                 "flops_ratio": summary.final_flops_ratio,
@@ -164,7 +164,7 @@ def fits(task: Task, times: int) -> dict[str, Any]:
         "cut_bytes": cut,
         "dense_fits": needed <= limit,
         "cut_fits": cut <= limit,
-        "landed": summary.landed,
+        "budget_met": summary.budget_met,
         "metered_over_limit": summary.metered["memory"] / summary.limit["memory"] - 1,
         "accuracy": task.evaluate(model, "test").accuracy,
     }
@@ -175,7 +175,7 @@ def two(task: Task) -> dict[str, Any]:
     budgets = [setpoint.Budget.fraction(0.5, of="flops"), setpoint.Budget.fraction(0.6, of="memory")]
     model, summary = trained(task, 0, budgets)
     return {
-        "landed": summary.landed,
+        "budget_met": summary.budget_met,
         "flops_over_limit": summary.spent["flops"] / summary.limit["flops"] - 1,
         "memory_over_limit": summary.metered["memory"] / summary.limit["memory"] - 1,
         "limits": {"flops": 0.5, "memory": 0.6},

@@ -44,7 +44,7 @@ def run(seed: int, *, regrow: bool) -> dict[str, Any]:
         "regrow": regrow,
         "loss": loss_elsewhere(model),
         "widths": dict(summary.widths),
-        "landed": summary.landed,
+        "budget_met": summary.budget_met,
         "regrown_units": summary.regrown_units,
         "flops_ratio": summary.final_flops_ratio,
         "train_flops": summary.train_flops,

@@ -54,7 +54,7 @@ def test_theoretical_flops_meet_the_budget(rule: Rule, budget: float) -> None:
     model, outcome, _ = train(rule, budget)
     flops = weight_flops(model, EXAMPLE)
     active = {name: int(model.get_parameter(name).count_nonzero()) for name in flops.sizes}
-    assert active == outcome.widths and outcome.landed
+    assert active == outcome.widths and outcome.budget_met
     assert outcome.theoretical_flops == flops.at(active)
     assert 0.999 * budget <= flops.at(active) / flops.total <= budget
 

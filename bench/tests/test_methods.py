@@ -69,10 +69,10 @@ def test_meets_the_budget(method: Method, runs: Runs) -> None:
     elif result.theoretical_flops is not None:
         assert result.final_flops == dense.final_flops  # what this hardware realises
         assert 0.999 * BUDGET <= result.theoretical_flops / dense.final_flops <= BUDGET
-        assert result.landed and result.density is not None and 0 < result.density < 1
+        assert result.budget_met and result.density is not None and 0 < result.density < 1
     else:
         assert 0.85 * BUDGET <= result.final_flops / dense.final_flops <= BUDGET
-        assert result.landed in (True, None)
+        assert result.budget_met in (True, None)
         if result.claimed_flops is not None:
             assert result.claimed_flops == result.final_flops
 
@@ -125,7 +125,7 @@ def test_follows_fixed_filters(name: str) -> None:
         optimizer.step()
         optimizer.zero_grad()
     outcome = pruner.finish()
-    assert outcome.landed and outcome.widths != outcome.dense_widths
+    assert outcome.budget_met and outcome.widths != outcome.dense_widths
     assert outcome.theoretical_flops is not None or step_flops(model, task.example()) <= BUDGET * dense
 
 
@@ -235,7 +235,7 @@ def test_settings_by_name() -> None:
     assert not oneshot.sized and oneshot.share == 0.5 and method_named("magnitude-oneshot").sized  # type: ignore[attr-defined]
     assert method_named("rigl@period=200").rule == Exchange("gradient", period=200)  # type: ignore[attr-defined]
     assert method_named("cubic@end=0.3").controller == ScheduledController(end=0.3)  # type: ignore[attr-defined]
-    assert method_named("setpoint-early@settle=0.2").controller.reference.settle == 0.2  # type: ignore[attr-defined]
+    assert method_named("setpoint-early@settle=0.2").controller.schedule.settle == 0.2  # type: ignore[attr-defined]
     late = method_named("cubic@begin=0.8@end=0.9").controller  # type: ignore[attr-defined]
     assert late == ScheduledController(begin=0.8, end=0.9)  # set one by one, it would end before it begins
     tuned = method_named("set@learning_rate=2").course(TASK, 0.5, {}).task
@@ -324,7 +324,7 @@ def test_a_budget_of_bytes(tmp_path: Path) -> None:
     """`setpoint-memory` ends within the share of the dense model's peak bytes that was asked for, as metered."""
     result = finish(method_named("setpoint-memory"), tmp_path, {}, budget=0.6)
     ledger = Ledger.load(tmp_path / result.folder / "ledger.jsonl")
-    assert result.landed and result.resizes > 0
+    assert result.budget_met and result.resizes > 0
     last = ledger[-1]
     assert last.spent["memory"] <= 1.01 * last.limit["memory"]
 

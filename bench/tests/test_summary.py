@@ -31,7 +31,7 @@ DENSE = Result(
     overhead_seconds=0.0,
     overhead_flops=0.0,
     resizes=0,
-    landed=None,
+    budget_met=None,
     steps=10,
     widths={"a": 8},
     dense_widths={"a": 8},
@@ -51,7 +51,7 @@ PRUNED = replace(
     overhead_seconds=0.5,
     overhead_flops=60.0,
     resizes=3,
-    landed=True,
+    budget_met=True,
     widths={"a": 4},
 )
 
@@ -66,7 +66,7 @@ def test_results_round_trip(tmp_path: Path) -> None:
     cells = read_results(tmp_path).cells
     assert [cell.method for cell in cells] == ["dense", "setpoint"]
     for cell, result in zip(cells, (DENSE, PRUNED), strict=True):
-        for name in ("budget", "value", "final_flops", "train_flops", "seconds", "landed", "widths", "resizes"):
+        for name in ("budget", "value", "final_flops", "train_flops", "seconds", "budget_met", "widths", "resizes"):
             assert getattr(cell, name) == getattr(result, name)
     assert (tmp_path / FILE).read_text(encoding="utf-8").count("\n") == 2
 
@@ -116,7 +116,7 @@ def test_ratios_are_to_dense() -> None:
     assert pruned["train_flops_ratio"] == pytest.approx(0.6)
     assert pruned["seconds_saved_per_flops_saved"] == pytest.approx((3 / 8) / 0.4)
     assert pruned["overhead_flops_ratio"] == pytest.approx(0.01)
-    assert pruned["landed"] is True
+    assert pruned["budget_met"] is True
     assert pruned["counter_agrees"] is True
     assert "counter_agrees" not in summarise([DENSE, replace(PRUNED, claimed_flops=None)])["methods"]["setpoint"]
 
@@ -145,11 +145,11 @@ def test_shares_of_seconds_need_clocks_that_compare() -> None:
 
 def test_seeds_are_averaged() -> None:
     """Several seeds give means and the runs beside them; what fails in one seed fails in the mean."""
-    again = [replace(DENSE, seed=1, value=1.0), replace(PRUNED, seed=1, value=0.9, landed=False, claimed_flops=7.0)]
+    again = [replace(DENSE, seed=1, value=1.0), replace(PRUNED, seed=1, value=0.9, budget_met=False, claimed_flops=7.0)]
     methods = summarise([DENSE, PRUNED, *again])["methods"]
     assert methods["dense"]["accuracy"] == pytest.approx(0.95)
     assert methods["setpoint"]["accuracy"] == pytest.approx(0.89)
-    assert methods["setpoint"]["landed"] is False
+    assert methods["setpoint"]["budget_met"] is False
     assert methods["setpoint"]["counter_agrees"] is False
     assert [run["seed"] for run in methods["setpoint"]["runs"]] == [0, 1]
 

@@ -66,7 +66,7 @@ def test_cuts_attention(criterion: Criterion, budget: float) -> None:
     optimizer, pruner = TorchPruning(criterion).begin(TASK, model, budget, TASK.batches(0))
     assert pruner is not None
     outcome = pruner.finish()
-    assert outcome.landed and 0.8 * budget <= step_flops(model, TASK.example()) / dense <= budget
+    assert outcome.budget_met and 0.8 * budget <= step_flops(model, TASK.example()) / dense <= budget
     assert all(module.training for module in model.modules())
     assert outcome.widths != outcome.dense_widths == dict(zip(outcome.widths, (4, 48, 4, 48), strict=True))
     assert model.get_parameter("wte.weight").shape == (11, 16)
@@ -86,7 +86,7 @@ def test_heads_stop_where_one_layer_would_lose_all() -> None:
     _, pruner = TorchPruning("taylor").begin(TASK, model, 0.3, TASK.batches(0))
     assert pruner is not None
     outcome = pruner.finish()
-    assert outcome.landed and "of heads at most" in outcome.notes
+    assert outcome.budget_met and "of heads at most" in outcome.notes
 
 
 def test_heads_stop_one_before_a_layer_would_lose_all() -> None:
@@ -102,7 +102,7 @@ def test_heads_stop_one_before_a_layer_would_lose_all() -> None:
     assert pruner is not None
     outcome = pruner.finish()
     heads = [outcome.widths[name] for name, dense in outcome.dense_widths.items() if dense == 4]
-    assert outcome.landed and heads == [1, 2]
+    assert outcome.budget_met and heads == [1, 2]
 
 
 def test_heads_stop_where_a_layer_would_lose_nearly_all_of_its_neurons() -> None:
@@ -115,7 +115,7 @@ def test_heads_stop_where_a_layer_would_lose_nearly_all_of_its_neurons() -> None
     assert pruner is not None
     outcome = pruner.finish()
     kept = {name: outcome.widths[name] / dense for name, dense in outcome.dense_widths.items()}
-    assert outcome.landed and min(kept.values()) >= 0.1
+    assert outcome.budget_met and min(kept.values()) >= 0.1
 
 
 def test_a_run_tells_the_librarys_version() -> None:

@@ -10,13 +10,13 @@ from setpoint.actuator.shrink import shrink
 from setpoint.attach import attach
 from setpoint.checkpoint import load, save
 from setpoint.controller.priced import PricedController
-from setpoint.controller.reference import Reference
+from setpoint.controller.schedule import Schedule
 from setpoint.cost.budget import Budget
 from setpoint.cost.price import Price
 from setpoint.cost.tolerance import Tolerance
 from setpoint.errors import SetpointError
 from setpoint.groups.trace import find_groups
-from setpoint.host.fsdp import whole
+from setpoint.host.fsdp import unsharded
 from setpoint.ledger import Ledger
 from setpoint.loop.loop import Loop
 from setpoint.loop.run_file import load_run, save_run
@@ -40,7 +40,10 @@ _LEAVES = {
 
 def __getattr__(name: str) -> Any:
     if name not in _LEAVES:
-        raise AttributeError(f"module 'setpoint' has no attribute {name!r}")
+        raise AttributeError(
+            f"module 'setpoint' has no attribute {name!r}: names outside setpoint.__all__ are imported from their folders, "
+            "such as setpoint.sensor.magnitude"
+        )
     return getattr(import_module(_LEAVES[name]), name)
 
 
@@ -52,8 +55,8 @@ __all__ = [
     "Masking",
     "Price",
     "PricedController",
-    "Reference",
     "Regrowing",
+    "Schedule",
     "SetpointError",
     "Summary",
     "TaylorSensor",
@@ -66,5 +69,5 @@ __all__ = [
     "save",
     "save_run",
     "shrink",
-    "whole",
+    "unsharded",
 ]

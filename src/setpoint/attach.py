@@ -14,17 +14,17 @@ from setpoint.controller.goal import check_goal, controller_for
 from setpoint.controller.landing import cheapest
 from setpoint.controller.plan import Controller, Learning, regrows
 from setpoint.controller.plan import Regrowing as Returning
-from setpoint.controller.reference import Reference
 from setpoint.controller.rolling_back import RollingBack
+from setpoint.controller.schedule import Schedule
 from setpoint.controller.using_up import UsingUp
 from setpoint.cost.budget import METERED, Budget
 from setpoint.cost.price import Price
 from setpoint.cost.tolerance import Tolerance
 from setpoint.errors import LoopError
-from setpoint.groups.chance import untouched_chance
 from setpoint.groups.export import Example, num_samples
 from setpoint.groups.follow import check_states
 from setpoint.groups.group import Group, widths_of
+from setpoint.groups.rng import preserved_rng_state
 from setpoint.groups.trace import trace
 from setpoint.host.host import Host, host_of
 from setpoint.host.optimizers import Steps
@@ -94,11 +94,11 @@ def attach(
     ...         model(x).square().mean().backward()
     ...         optimizer.step()
     ...         optimizer.zero_grad()
-    >>> loop.summary.landed, loop.summary.spent["params"] <= loop.summary.limit["params"]
+    >>> loop.summary.budget_met, loop.summary.spent["params"] <= loop.summary.limit["params"]
     (True, True)
     """
     clock, host = Stopwatch(synchronize=True), host_of(model, optimizer, copies)
-    with clock, host.whole(), untouched_chance(host.model), host.together("attach") as facts:
+    with clock, host.unsharded(), preserved_rng_state(host.model), host.together("attach") as facts:
         wish = _wish(host, budget, controller, sensor, actuator, total_steps)
         if wish.masking:
             parts = _weights(host, wish, example, sensor, groups)
@@ -148,10 +148,10 @@ class _Wish:
         return self.goal.resource if self.goal else "flops"
 
     @property
-    def schedule(self) -> Reference:
+    def schedule(self) -> Schedule:
         """When decisions are made."""
-        schedule = getattr(self.controller, "reference", None)
-        return schedule if isinstance(schedule, Reference) else Reference()
+        schedule = getattr(self.controller, "schedule", None)
+        return schedule if isinstance(schedule, Schedule) else Schedule()
 
     @property
     def revocable(self) -> bool:

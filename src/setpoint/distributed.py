@@ -124,24 +124,24 @@ def plain_kind(module: nn.Module) -> type[nn.Module]:
     return plain
 
 
-def is_spread(tensor: Tensor) -> bool:
+def is_sharded_tensor(tensor: Tensor) -> bool:
     """Whether a tensor lies on several ranks in parts: a DTensor."""
     return hasattr(tensor, "device_mesh")
 
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor that lies on several, without a copy; any other tensor as it is."""
-    return tensor.to_local() if is_spread(tensor) else tensor  # type: ignore[attr-defined]
+    return tensor.to_local() if is_sharded_tensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def whole_tensor(tensor: Tensor) -> Tensor:
+def unsharded_tensor(tensor: Tensor) -> Tensor:
     """All of a tensor that lies on several ranks, of which each must ask; any other tensor as it is."""
-    return tensor.full_tensor() if is_spread(tensor) else tensor  # type: ignore[attr-defined]
+    return tensor.full_tensor() if is_sharded_tensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def rows(tensor: Tensor) -> slice:
     """Which entries of the first dim this rank's part of a tensor has."""
-    if is_spread(tensor):
+    if is_sharded_tensor(tensor):
         return rows_of(tensor.shape[0], tensor.device_mesh)  # type: ignore[attr-defined]
     return slice(0, tensor.shape[0] if tensor.dim() else 1)
 
@@ -156,7 +156,7 @@ def rows_of(length: int, mesh: Any) -> slice:
     return Ranks(mesh.get_group()).part(length)
 
 
-def spread_out(part: Tensor, shape: tuple[int, ...], mesh: Any) -> Tensor:
+def sharded_over(part: Tensor, shape: tuple[int, ...], mesh: Any) -> Tensor:
     """A DTensor that lies on the ranks of a mesh along its first dim, out of this rank's part of it.
 
     Args:
@@ -175,7 +175,7 @@ def spread_out(part: Tensor, shape: tuple[int, ...], mesh: Any) -> Tensor:
 def ranks_of(tensors: Iterable[Tensor]) -> Ranks:
     """The ranks over which the first of these tensors that is spread lies; this process alone where none is."""
     for each in tensors:
-        if is_spread(each):
+        if is_sharded_tensor(each):
             return Ranks(each.device_mesh.get_group(), local(each.detach()).device)  # type: ignore[attr-defined]
     return Ranks()
 

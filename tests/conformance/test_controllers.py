@@ -12,7 +12,7 @@ import pytest
 from controller.plants import Decision, chain, lognormal, observe, residual, run, unit_group
 from setpoint.controller.plan import Controller
 from setpoint.controller.priced import PricedController
-from setpoint.controller.reference import Reference
+from setpoint.controller.schedule import Schedule
 from setpoint.cost.cost import Cost, ProductCost, Term
 from setpoint.gates.gated import GatedController
 from setpoint.groups.group import Group, Size, widths_of
@@ -54,13 +54,13 @@ def _transformer() -> Plant:
 CONTROLLERS: dict[str, Controller[Any]] = {
     "priced": PricedController(),
     "priced, uniform": PricedController(allocation="uniform"),
-    "priced, linear, four cuts": PricedController(reference=Reference(shape="linear", num_cuts=4)),
+    "priced, linear, four cuts": PricedController(schedule=Schedule(shape="linear", num_cuts=4)),
     "scheduled": ScheduledController(),
     "one-shot": ScheduledController(begin=0.0, end=0.0, num_cuts=1),
     "reconfiguring": ReconfiguringController(),
     "priced, unguarded": PricedController(slew=1.0, min_density=0.0, dwell=0, hysteresis=0.0, deadband=0.0),
     "priced, regrowing": PricedController(regrow=True),
-    "exchanging": ExchangingController(PricedController(reference=Reference(num_cuts=3))),
+    "exchanging": ExchangingController(PricedController(schedule=Schedule(num_cuts=3))),
     "gated": GatedController(),
     "gated, regrowing": GatedController(PricedController(regrow=True), steps=2),
 }
@@ -100,15 +100,15 @@ def _run(
 @plants
 @pytest.mark.parametrize("saliency", SALIENCIES)
 def test_lands_within_the_budget(controller: Controller[Any], plant: Callable[[], Plant], saliency: str) -> None:
-    """A run lands by 70 %, never over the limit, never below min_units, at multiples; landed means within the limit."""
+    """A run lands by 70 %, never over the limit, never below min_units, at multiples; met means within the limit."""
     decisions, (groups, cost) = _run(controller, plant, saliency)
     limit = 0.6 * cost.total(widths_of(groups))
     last = decisions[-1]
-    assert last.plan.landed and last.predicted <= limit and last.step <= 140
+    assert last.plan.budget_met and last.predicted <= limit and last.step <= 140
     for decision in decisions:
         comes_back = getattr(controller, "regrow", False) or isinstance(controller, ExchangingController)
         may_grow = comes_back and decision.step < 140
-        assert decision.plan.landed == (decision.predicted <= limit and not may_grow)
+        assert decision.plan.budget_met == (decision.predicted <= limit and not may_grow)
         for group in decision.groups:
             assert group.num_units >= group.min_units
             untouched = group.num_units == decision.before[group.name]
@@ -153,7 +153,7 @@ def test_decide_is_pure(controller: Controller[Any], plant: Callable[[], Plant])
 @plants
 @pytest.mark.parametrize("bad", ["none", "nan", "inf"])
 def test_bad_reading_makes_no_decision(controller: Controller[Any], plant: Callable[[], Plant], bad: str) -> None:
-    """Without a reading, or with one that is not finite, every unit stays and the plan has not landed."""
+    """Without a reading, or with one that is not finite, every unit stays and the plan has not met its budget."""
     groups, cost = plant()
     saliency = lognormal(groups)
     saliency[groups[0].name][-1] = float("nan" if bad == "none" else bad)
@@ -161,15 +161,15 @@ def test_bad_reading_makes_no_decision(controller: Controller[Any], plant: Calla
     dense = cost.total(widths_of(groups))
     seen = observe(groups, cost, limit=0.5 * dense, dense=dense, reading=reading)
     _, plan = controller.decide(controller.init(groups), seen, cost, groups)
-    assert plan.empty() and not plan.landed and plan.reason
+    assert plan.empty() and not plan.budget_met and plan.reason
 
 
 @controllers
 @plants
 def test_full_budget_drops_nothing(controller: Controller[Any], plant: Callable[[], Plant]) -> None:
-    """A budget of the dense cost drops nothing and has landed."""
+    """A budget of the dense cost drops nothing and has met its budget."""
     decisions, _ = _run(controller, plant, fraction=1.0)
-    assert all(decision.plan.empty() for decision in decisions) and decisions[-1].plan.landed
+    assert all(decision.plan.empty() for decision in decisions) and decisions[-1].plan.budget_met
 
 
 @controllers
@@ -212,5 +212,5 @@ def test_lands_in_any_short_run(controller: Controller[Any], plant: Callable[[],
     groups, cost = plant()
     for total_steps in (1, 2, 3, 7):
         decisions, _ = _run(controller, plant, total_steps=total_steps)
-        assert decisions[-1].plan.landed
+        assert decisions[-1].plan.budget_met
         assert cost.total(widths_of(decisions[-1].groups)) <= 0.6 * cost.total(widths_of(groups))

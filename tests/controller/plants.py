@@ -70,7 +70,7 @@ class Decision:
 
     @property
     def reference(self) -> float:
-        """Reference of the FLOPs."""
+        """Schedule of the FLOPs."""
         return self.plan.reference["flops"]
 
 
@@ -136,7 +136,7 @@ def run(
         predicted = cost.total(widths_of(groups))
         spent = predicted if meter is None else meter(step, predicted)
         decisions.append(Decision(step, plan, state, before, groups, predicted, spent))
-        if plan.landed and stop_at_landing:
+        if plan.budget_met and stop_at_landing:
             break
     return decisions
 

@@ -31,11 +31,11 @@ class Returning:
 
     def decide(self, state: Any, observation: Observation, cost: Any, groups: tuple[Group, ...]) -> tuple[Any, Plan]:
         at, limit = (observation.step, observation.total_steps), observation.limit[cost.resource]
-        if not self.inner.reference.settled(observation.step - 1, observation.total_steps):
+        if not self.inner.schedule.settled(observation.step - 1, observation.total_steps):
             low = replace(observation, limit={**observation.limit, cost.resource: self.share * limit})
             return self.inner.decide(state, low, cost, groups)
         state, plan = self.inner.decide(state, observation, cost, groups)
-        if observation.probe is None or self.inner.reference.final(*at) or not plan.empty():
+        if observation.probe is None or self.inner.schedule.final(*at) or not plan.empty():
             return state, plan
         found = []
         for group in groups:

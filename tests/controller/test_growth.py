@@ -14,7 +14,7 @@ from controller.plants import chain, lognormal, observe, residual
 from setpoint.controller.offer import offers_of
 from setpoint.controller.plan import Plan, Regrowing
 from setpoint.controller.priced import PricedController
-from setpoint.controller.reference import Reference
+from setpoint.controller.schedule import Schedule
 from setpoint.cost.cost import Cost
 from setpoint.groups.follow import Change, follow
 from setpoint.groups.group import Group, widths_of
@@ -91,7 +91,7 @@ def run(
             assert all(len(state.age[group.name]) == group.num_units for group in groups)
             after = cost.total(widths_of(groups))
             decisions.append(Decision(step, plan, dropped, grown, before, after, limit))
-            if plan.landed:
+            if plan.budget_met:
                 break
         probed = controller.probe_due(step, total_steps) if not due else False
     return decisions
@@ -144,12 +144,12 @@ def test_random_plants(plant: str, seed: int, fraction: float, shape: str, dwell
         regrow=True,
         dwell=dwell,
         returns=returns,
-        reference=Reference(shape=shape),  # type: ignore[arg-type]
+        schedule=Schedule(shape=shape),  # type: ignore[arg-type]
     )
     decisions = run(controller, groups, cost, wandering(groups, seed), fraction=fraction)
     last = decisions[-1]
-    assert last.plan.landed and last.after <= last.limit and last.step == 280
-    assert not any(decision.plan.landed for decision in decisions[:-1]) and not last.grown
+    assert last.plan.budget_met and last.after <= last.limit and last.step == 280
+    assert not any(decision.plan.budget_met for decision in decisions[:-1]) and not last.grown
     for decision in decisions:
         allowed = decision.plan.reference["flops"]
         assert decision.after <= max(decision.before, allowed) * (1 + 1e-12)

@@ -10,7 +10,7 @@ import pytest
 from controller.plants import chain, lognormal, observe
 from setpoint.controller.penalty import PenaltyController
 from setpoint.controller.plan import Plan
-from setpoint.controller.reference import Reference
+from setpoint.controller.schedule import Schedule
 from setpoint.cost.cost import Cost
 from setpoint.cost.price import Price
 from setpoint.errors import BudgetError
@@ -96,11 +96,11 @@ def test_it_lands_when_there_is_nothing_left_to_drop() -> None:
     """From settle on a decision without a drop lands; one with a drop does not before the landing is due."""
     groups, cost = chain(32, 48)
     low = {group.name: np.full(group.num_units, 1e-9) for group in groups}
-    assert not decide(1.0, groups, cost, low).landed
-    assert decide(1.0, groups, cost, low, step=700).landed
+    assert not decide(1.0, groups, cost, low).budget_met
+    assert decide(1.0, groups, cost, low, step=700).budget_met
     high = {group.name: np.full(group.num_units, 1e9) for group in groups}
-    assert decide(1.0, groups, cost, high).landed
-    assert not decide(1.0, groups, cost, high, step=175).landed
+    assert decide(1.0, groups, cost, high).budget_met
+    assert not decide(1.0, groups, cost, high, step=175).budget_met
 
 
 def test_an_uncalibrated_reading_decides_nothing() -> None:
@@ -129,4 +129,4 @@ def test_settings_out_of_range_are_refused() -> None:
         PenaltyController(Price(1.0, of="flops"), hysteresis=1.0)
     with pytest.raises(ValueError, match="slew"):
         PenaltyController(Price(1.0, of="flops"), slew=0.0)
-    assert PenaltyController(Price(1.0, of="flops"), Reference(num_cuts=2)).due(300, 1000)
+    assert PenaltyController(Price(1.0, of="flops"), Schedule(num_cuts=2)).due(300, 1000)

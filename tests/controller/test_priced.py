@@ -85,7 +85,7 @@ def test_one_decision_lands(spec: list[tuple[int, float, int, float, float]], sh
     limit = _limit(groups, cost, share)
     plan = decide_once(PricedController(), groups, cost, saliency, limit=limit, calibrated=calibrated)
     widths = widths_of(after(groups, plan))
-    assert plan.landed and cost.total(widths) <= limit
+    assert plan.budget_met and cost.total(widths) <= limit
     assert fitting_blocks(groups, cost, plan, limit) == []
     for group in groups:
         assert widths[group.name] >= group.min_units
@@ -103,9 +103,9 @@ def test_whole_run_lands(spec: list[tuple[int, float, int, float, float]], share
     limit = _limit(groups, cost, share) * (1 + 1e-12)  # or limit / dense * dense may round to below the cheapest
     decisions = run(PricedController(), groups, cost, saliency, fraction=limit / dense, total_steps=total_steps)
     last = decisions[-1]
-    assert last.plan.landed and last.predicted <= limit / dense * dense
+    assert last.plan.budget_met and last.predicted <= limit / dense * dense
     assert last.step <= max(1, round(0.7 * total_steps))
-    assert not any(decision.plan.landed for decision in decisions[:-1])
+    assert not any(decision.plan.budget_met for decision in decisions[:-1])
 
 
 @given(layers, st.floats(0, 1))
@@ -149,7 +149,7 @@ def test_bad_reading_makes_no_decision(bad: float) -> None:
     state = controller.init(groups)
     seen = observe(groups, cost, limit=1.0, dense=2.0, reading=Reading(1, saliency, 1))
     after_state, plan = controller.decide(state, seen, cost, groups)
-    assert after_state is state and plan.empty() and not plan.landed
+    assert after_state is state and plan.empty() and not plan.budget_met
     assert "not finite" in plan.reason
 
 
@@ -163,7 +163,7 @@ def test_no_reading_makes_no_decision() -> None:
         (Reading(1, {**full, "layer1": np.ones(15)}, 1), "layer1 has 16 units"),
     ):
         _, plan = _decide(groups, cost, reading)
-        assert plan.empty() and not plan.landed and words in plan.reason
+        assert plan.empty() and not plan.budget_met and words in plan.reason
 
 
 @pytest.mark.parametrize("metered", [float("nan"), float("inf"), 0.0, -1.0])
@@ -171,7 +171,7 @@ def test_bad_meter_makes_no_decision(metered: float) -> None:
     """A meter that reads nonsense is a missing reading: nothing is dropped."""
     groups, cost = chain(16, 16)
     _, plan = _decide(groups, cost, Reading(1, lognormal(groups), 1), metered=metered)
-    assert plan.empty() and not plan.landed and "meter" in plan.reason
+    assert plan.empty() and not plan.budget_met and "meter" in plan.reason
 
 
 def test_meter_that_goes_missing_makes_no_decision() -> None:
@@ -186,11 +186,11 @@ def test_meter_that_goes_missing_makes_no_decision() -> None:
 
 
 def test_dense_that_fits_is_left_alone() -> None:
-    """A budget of the dense cost or more: price 0, nothing dropped, landed at once."""
+    """A budget of the dense cost or more: price 0, nothing dropped, the budget is met at once."""
     groups, cost = chain(16, 16)
     for fraction in (1.0, 1.5):
         (only,) = run(PricedController(), groups, cost, lognormal(groups), fraction=fraction)
-        assert only.plan.empty() and only.plan.landed and only.plan.price["flops"] == 0.0
+        assert only.plan.empty() and only.plan.budget_met and only.plan.price["flops"] == 0.0
 
 
 def test_spending_follows_the_reference() -> None:
@@ -200,7 +200,7 @@ def test_spending_follows_the_reference() -> None:
     assert len(decisions) == 8
     for decision in decisions:
         assert 0.99 * decision.reference < decision.predicted <= decision.reference
-    assert decisions[-1].plan.landed
+    assert decisions[-1].plan.budget_met
 
 
 def test_price_rises_as_cost_falls() -> None:
@@ -241,7 +241,7 @@ def test_landing_lifts_the_slew_limit_and_says_so() -> None:
     """Where the slew limit would make the landing miss the limit it is lifted, and the reason says it."""
     groups, cost = chain(40, 40)
     decisions = run(PricedController(slew=0.05), groups, cost, lognormal(groups), fraction=0.2)
-    assert decisions[-1].plan.landed and decisions[-1].step == 300
+    assert decisions[-1].plan.budget_met and decisions[-1].step == 300
     assert "slew limit lifted" in decisions[-1].plan.reason
 
 
@@ -266,7 +266,7 @@ def test_density_floor_gives_way_to_the_limit() -> None:
     _, cost = chain(32, 32)
     limit = 1.1 * cheapest(cost, groups)
     plan = decide_once(PricedController(min_density=1.0), groups, cost, lognormal(groups), limit=limit)
-    assert plan.landed and "density floor" in plan.reason
+    assert plan.budget_met and "density floor" in plan.reason
 
 
 def test_dwell_keeps_units_that_came_back() -> None:
@@ -302,7 +302,7 @@ def test_uncalibrated_reading_thins_groups_alike() -> None:
     saliency["layer1"] = saliency["layer1"] * 1e6
     last = run(PricedController(), groups, cost, saliency, fraction=0.4, calibrated=False)[-1]
     densities = [group.num_units / dense.num_units for group, dense in zip(last.groups, groups, strict=True)]
-    assert last.plan.landed and max(densities) - min(densities) < 0.06
+    assert last.plan.budget_met and max(densities) - min(densities) < 0.06
 
 
 WIDTHS = (32, 64, 64, 128, 128, 128)
@@ -333,7 +333,7 @@ def test_an_even_cut_starves_no_group(name: str, controller: Controller[Any], me
         decisions = run(controller, groups, cost, lognormal(groups), fraction=fraction, calibrated=False, meter=meter)
         for decision in decisions:
             assert min(group.num_units / dense[group.name] for group in decision.groups) >= even - coarsest
-        assert decisions[-1].plan.landed and decisions[-1].predicted <= limit
+        assert decisions[-1].plan.budget_met and decisions[-1].predicted <= limit
 
 
 def test_an_even_cut_stays_even_in_coarse_blocks() -> None:
@@ -370,7 +370,7 @@ def test_blocks_too_coarse_for_the_dead_band_are_named() -> None:
     """Where no combination of blocks comes within the dead-band, the landing is below it and the reason says why."""
     groups, cost = chain(32, multiple_of=16)
     (*_, last) = run(PricedController(), groups, cost, lognormal(groups), fraction=0.9)
-    assert last.plan.landed and last.predicted == 0.5 * cost.total({"layer0": 32})
+    assert last.plan.budget_met and last.predicted == 0.5 * cost.total({"layer0": 32})
     assert "the smallest block to give back" in last.plan.reason
 
 
@@ -379,7 +379,7 @@ def test_unreachable_limit_does_not_land() -> None:
     groups, cost = chain(16, 16)
     limit = 0.5 * cheapest(cost, groups)
     plan = decide_once(PricedController(), groups, cost, lognormal(groups), limit=limit)
-    assert not plan.landed and "as low as" in plan.reason
+    assert not plan.budget_met and "as low as" in plan.reason
     assert all(group.num_units >= 1 for group in after(groups, plan))
 
 
@@ -396,7 +396,7 @@ def test_late_readings_still_land() -> None:
     reading = Reading(steps[10], lognormal(groups), 1)
     seen = observe(groups, cost, limit=0.5 * dense, dense=dense, reading=reading, step=steps[10], total_steps=1000)
     _, plan = controller.decide(state, seen, cost, groups)
-    assert steps[10] > 300 and plan.landed
+    assert steps[10] > 300 and plan.budget_met
 
 
 def test_coarse_blocks_are_left_for_the_landing() -> None:
@@ -418,7 +418,7 @@ def test_reasons_read_like_sentences() -> None:
         dropped = sum(decision.before.values()) - sum(widths_of(decision.groups).values())
         num_groups = sum(group.num_units < decision.before[group.name] for group in decision.groups)
         assert f"dropped {dropped} units of {num_groups} groups at a price of" in decision.plan.reason
-    assert decisions[-1].plan.reason.startswith("landed: ")
+    assert decisions[-1].plan.reason.startswith("budget met: ")
 
 
 @pytest.mark.parametrize(

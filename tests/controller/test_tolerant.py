@@ -46,7 +46,7 @@ def run(
                 n: u.tolist() for n, u in last.items()
             }
             groups, saliency, before = before[0], before[2], None
-        if plan.landed:
+        if plan.budget_met:
             break
     return plans, per_unit * (num_units - sum(g.num_units for g in groups))
 
@@ -55,7 +55,7 @@ def run(
 def test_the_rise_ends_within_the_tolerance_and_near_it(tolerance: float) -> None:
     """Cuts go on while the tolerance lasts; the one that breaks it comes back, and strides halve."""
     plans, rise = run(tolerance)
-    assert plans[-1].landed
+    assert plans[-1].budget_met
     assert 0.5 * tolerance <= rise <= tolerance
     assert any(plan.grows() for plan in plans) or rise > 0.8 * tolerance
 
@@ -63,7 +63,7 @@ def test_the_rise_ends_within_the_tolerance_and_near_it(tolerance: float) -> Non
 def test_no_tolerance_means_no_cut_stays() -> None:
     """With a tolerance of 0 every cut that costs anything is taken back."""
     plans, rise = run(0.0)
-    assert plans[-1].landed
+    assert plans[-1].budget_met
     assert rise == 0.0
     assert sum(plan.drops() for plan in plans) == sum(plan.grows() for plan in plans) > 0
 
@@ -84,7 +84,7 @@ def test_a_cut_that_nothing_is_known_about_comes_back_at_the_landing() -> None:
     seen = observe(groups, cost, limit=1.0, dense=1.0, reading=reading, step=700, total_steps=1000)
     last = {"layer0": np.array([3, 5])}
     _, plan = controller.decide(state, replace(seen, last_dropped=last), cost, groups)
-    assert plan.landed
+    assert plan.budget_met
     assert plan.grow == last
     assert "too few losses" in plan.reason
 

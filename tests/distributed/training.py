@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel as Parallel
 
 import setpoint
 from controller.returning import Returning
-from setpoint.controller.reference import Reference
+from setpoint.controller.schedule import Schedule
 
 STEPS = 40
 
@@ -63,8 +63,8 @@ def build(kind: Callable[[], nn.Module] = Sampled) -> nn.Module:
 
 def regrowing(num_cuts: int = 14) -> Returning:
     """Comes down to three quarters of the limit, from where units come back."""
-    reference = Reference(0.0, 0.5, 0.8, num_cuts=num_cuts)
-    return Returning(setpoint.PricedController(reference, regrow=True, dwell=1, min_density=0.0), share=0.75)
+    schedule = Schedule(0.0, 0.5, 0.8, num_cuts=num_cuts)
+    return Returning(setpoint.PricedController(schedule, regrow=True, dwell=1, min_density=0.0), share=0.75)
 
 
 def attached(model: nn.Module, controller: Any, x: Tensor, **options: Any) -> tuple[Any, setpoint.Loop]:

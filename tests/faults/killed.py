@@ -24,7 +24,7 @@ from torch.optim.swa_utils import AveragedModel
 import setpoint
 import setpoint.actuator.shrink
 import setpoint.checkpoint.model_file
-from setpoint.controller.reference import Reference
+from setpoint.controller.schedule import Schedule
 
 STEPS, EVERY = 60, 3
 KINDS = ("at any time", "inside a resize", "inside a save", "between steps")
@@ -44,7 +44,7 @@ def build(verify: bool) -> dict[str, Any]:
         example=(torch.zeros(16, 8),),
         total_steps=STEPS,
         controller=setpoint.PricedController(
-            Reference(0.0, 0.5, 0.8, num_cuts=10), regrow=True, dwell=1, min_density=0.0
+            Schedule(0.0, 0.5, 0.8, num_cuts=10), regrow=True, dwell=1, min_density=0.0
         ),
         copies=(ema,),
         verify=verify,

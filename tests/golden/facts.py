@@ -59,7 +59,7 @@ HEADER = {
 HEADER_WORDS = {"frozen": "frozen"}
 
 SUMMARY_PLAN = {
-    "landed": "landed",
+    "budget_met": "budget_met",
     "steps": "steps",
     "final_widths": "widths",
     "resizes": "resizes",

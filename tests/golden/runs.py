@@ -296,7 +296,7 @@ def tolerance() -> Training:
 
 def taken_back() -> Training:
     """A budget, and a loss that leaves its trend after a cut: the cut is taken back, once."""
-    controller = setpoint.PricedController(setpoint.Reference(warmup=0.2, settle=0.6, num_cuts=8))
+    controller = setpoint.PricedController(setpoint.Schedule(warmup=0.2, settle=0.6, num_cuts=8))
     return fitted(HALF, 400, lambda step, loss: loss + 3.0 * (step >= 105), controller=controller)
 
 

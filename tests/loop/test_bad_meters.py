@@ -42,7 +42,7 @@ def test_a_clock_that_jumps(machine: Machine, jump: float) -> None:
 
     loop, words = told(lambda: train(mlp(), Budget.fraction(0.6, of="latency"), 60, live))
     assert len([each for each in words if "backwards within a step" in each]) == (jump < 0)
-    assert loop.summary is not None and loop.summary.landed
+    assert loop.summary is not None and loop.summary.budget_met
     dense = machine.factor * machine.step_s(DENSE)
     assert loop.summary.limit["latency"] == pytest.approx(0.6 * dense)
     assert 0.5 * dense < machine.factor * machine.step_s(loop.widths) <= 1.03 * 0.6 * dense
@@ -66,7 +66,7 @@ def test_a_counter_that_wraps(machine: Machine, monkeypatch: pytest.MonkeyPatch)
     """A counter that starts again from 0 every seven joules still holds a run to its joules."""
     metered(machine, monkeypatch, lambda: machine.joules % 7.0, range_j=7.0)
     loop = train(mlp(), Budget.fraction(0.7, of="energy", per="run"), 60, machine.live)
-    assert loop.summary is not None and loop.summary.landed, loop.summary
+    assert loop.summary is not None and loop.summary.budget_met, loop.summary
     assert machine.joules > 14.0
     assert loop.summary.spent_run["energy"] == pytest.approx(machine.joules)
 
@@ -93,7 +93,7 @@ def test_a_counter_that_reads_nonsense(machine: Machine, monkeypatch: pytest.Mon
     loop, words = told(lambda: train(mlp(), Budget.fraction(0.6, of="energy"), 60, machine.live))
     assert len(words) == 1 and "vanished" in words[0]
     summary = loop.summary
-    assert summary is not None and summary.landed and "energy" not in summary.metered
+    assert summary is not None and summary.budget_met and "energy" not in summary.metered
     assert summary.sources["energy"].startswith("modelled")
     final = machine.watts * machine.factor * machine.step_s(loop.widths)
     assert final <= 1.05 * summary.limit["energy"]
@@ -120,16 +120,16 @@ def test_bytes_that_are_read_no_more() -> None:
     assert sum("memory is not measured now" in each for each in words) == 1
     assert all("dispatch mode" in each for each in words)
     assert not _get_current_dispatch_mode_stack()
-    assert loop.summary is not None and loop.summary.landed, loop.summary
+    assert loop.summary is not None and loop.summary.budget_met, loop.summary
 
 
 def test_a_budget_that_only_the_meter_shows_to_be_out_of_reach(machine: Machine) -> None:
-    """Within reach by prediction, out of it by the clock: one warning says the least, and the run has not landed."""
+    """Within reach by prediction, out of it by the clock: one warning says the least, and the run misses it."""
     limit, machine.factor = 1.5 * machine.step_s({"a": 8, "b": 8}), 10.0
     loop, words = told(lambda: train(mlp(), Budget.total(limit, of="latency"), 30, machine.live))
     least = f"{10 * machine.step_s({'a': 8, 'b': 8}):.2g}"
     assert len(words) == 1 and f"the narrowest model would still take about {least[:4]}" in words[0], words
-    assert loop.summary is not None and not loop.summary.landed
+    assert loop.summary is not None and not loop.summary.budget_met
 
 
 def beside(machine: Machine, seconds: float) -> Callable[[setpoint.Loop], None]:
@@ -148,7 +148,7 @@ def test_a_budget_below_what_does_not_shrink(machine: Machine) -> None:
     loop, words = told(lambda: train(mlp(), Budget.fraction(0.6, of="latency"), 120, beside(machine, 0.03)))
     summary = loop.summary
     assert len(words) == 1 and "does not shrink with the model" in words[0], words
-    assert summary is not None and not summary.landed
+    assert summary is not None and not summary.budget_met
     dense, final = (machine.step_s(widths) + 0.03 for widths in (DENSE, loop.widths))
     assert summary.limit["latency"] == pytest.approx(0.6 * dense)
     assert f"ended at {final / dense:.1%} of the dense latency, over" in summary.reason
@@ -164,31 +164,31 @@ def test_a_slow_start(machine: Machine) -> None:
 
     loop, _ = told(lambda: train(mlp(), Budget.fraction(0.6, of="latency"), 200, live))
     summary = loop.summary
-    assert summary is not None and summary.landed, summary
+    assert summary is not None and summary.budget_met, summary
     assert machine.step_s(loop.widths) <= 1.03 * 0.6 * machine.step_s(DENSE)
 
 
 def test_a_constant_part_that_leaves_room(machine: Machine) -> None:
     """Where the user's own code leaves room, the budget is met by what does shrink, without a warning."""
     loop, words = told(lambda: train(mlp(), Budget.fraction(0.6, of="latency"), 120, beside(machine, 0.004)))
-    assert not words and loop.summary is not None and loop.summary.landed, (words, loop.summary)
+    assert not words and loop.summary is not None and loop.summary.budget_met, (words, loop.summary)
     dense, final = (machine.step_s(widths) + 0.004 for widths in (DENSE, loop.widths))
     assert 0.5 * dense < final <= 1.03 * 0.6 * dense
 
 
 def test_a_machine_that_slows_down_after_the_landing(machine: Machine) -> None:
-    """A model that landed and is over its budget at the end by the clock has not landed, and the reason says since."""
+    """A budget that was met, and is missed at the end by the clock, counts as missed, and the reason says since."""
 
     def live(loop: setpoint.Loop) -> None:
         machine.factor = 1.5 if loop.step < 93 else 6.0
         machine.live(loop)
 
-    reference = setpoint.Reference(0.05, 0.3, 0.3)
-    early = setpoint.PricedController(reference)  # decides at steps 64, 92 and 120 once it has landed
+    schedule = setpoint.Schedule(0.05, 0.3, 0.3)
+    early = setpoint.PricedController(schedule)  # decides at steps 64, 92 and 120 once it has met its budget
     loop, _ = told(lambda: train(mlp(), Budget.fraction(0.6, of="latency"), 120, live, controller=early))
     summary = loop.summary
     assert summary is not None and summary.metered["latency"] > summary.limit["latency"]
-    assert not summary.landed and "but since then ended at" in summary.reason, summary.reason
+    assert not summary.budget_met and "but since then ended at" in summary.reason, summary.reason
 
 
 def test_a_counter_that_never_moves(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,7 +213,7 @@ def test_a_table_with_damaged_values(machine: Machine, part: str, bad: float) ->
     file.write_text(json.dumps(content), encoding="utf-8")
     loop, words = told(lambda: train(mlp(), Budget.fraction(0.7, of="latency"), 20, machine.live))
     assert len(words) == 1 and "is damaged" in words[0], words
-    assert loop.summary is not None and loop.summary.landed
+    assert loop.summary is not None and loop.summary.budget_met
 
 
 def test_a_table_of_another_device(machine: Machine) -> None:

@@ -121,11 +121,11 @@ class Machine:
 
 
 def test_memory_lands_within_the_budget() -> None:
-    """The landed model's own step, measured afresh with the user's loss, is within the budget and near it."""
+    """The cut model's own step, measured afresh with the user's loss, is within the budget and near it."""
     made = cnn()
     loop = train(made, Budget.fraction(0.6, of="memory"), 60)
     summary = loop.summary
-    assert summary is not None and summary.landed, summary
+    assert summary is not None and summary.budget_met, summary
     model, optimizer, x = made
     held = [*model.parameters(), *model.buffers(), x]
     held += [value for state in optimizer.state.values() for value in state.values()]
@@ -207,7 +207,7 @@ def test_memory_is_metered_where_units_come_back() -> None:
         step()
     summary = loop.finish()
     held = [*model.parameters(), *(value for state in optimizer.state.values() for value in state.values())]
-    assert summary.landed and summary.probed_steps > 0 and peak_bytes(step, [*held, x]) <= 1.01 * 700_000
+    assert summary.budget_met and summary.probed_steps > 0 and peak_bytes(step, [*held, x]) <= 1.01 * 700_000
     assert summary.metered["memory"] <= 700_000 and summary.sources["memory"].startswith("measured")
 
 
@@ -230,7 +230,7 @@ def test_bytes_are_read_again_after_a_miss_beside_a_reserve() -> None:
         steps(160)
         summary = loop.finish()
         assert not any(entry.metered for entry in loop.ledger if entry.step <= 40)
-        assert summary.landed and summary.metered["memory"] <= summary.limit["memory"]
+        assert summary.budget_met and summary.metered["memory"] <= summary.limit["memory"]
 
 
 def test_a_model_can_be_stored_and_copied_while_a_step_is_awaited() -> None:
@@ -265,14 +265,14 @@ def test_a_second_loop_that_cannot_be_metered_says_so() -> None:
                 optimizer.step()
                 optimizer.zero_grad()
         summaries = [loop.finish() for loop in loops]
-    assert len(caught) == 1 and all(summary.landed for summary in summaries)
+    assert len(caught) == 1 and all(summary.budget_met for summary in summaries)
 
 
 def test_two_budgets_are_both_met() -> None:
     """FLOPs at 0.5 and memory at 0.6 in one run: both within, each with a price, and the one that binds has it."""
     loop = train(cnn(), [Budget.fraction(0.5, of="flops"), Budget.fraction(0.6, of="memory")], 60)
     summary = loop.summary
-    assert summary is not None and summary.landed, summary
+    assert summary is not None and summary.budget_met, summary
     assert summary.spent["flops"] <= summary.limit["flops"]
     assert summary.metered["memory"] <= summary.limit["memory"] * 1.01
     cut = [entry for entry in loop.ledger if any(entry.dropped.values())]
@@ -284,7 +284,7 @@ def test_latency_is_held_by_the_meter(machine: Machine) -> None:
     """Steps take half as long again as copies of them: feedback still lands within the limit, and not far below."""
     loop = train(mlp(), Budget.fraction(0.6, of="latency"), 120, machine.live)
     summary = loop.summary
-    assert summary is not None and summary.landed, summary
+    assert summary is not None and summary.budget_met, summary
     dense = machine.factor * machine.step_s({"a": 256, "b": 256})
     assert summary.limit["latency"] == pytest.approx(0.6 * dense)  # of the dense model as measured
     final = machine.factor * machine.step_s(loop.widths)
@@ -297,7 +297,7 @@ def test_an_absolute_latency_is_seconds_per_step(machine: Machine) -> None:
     """`Budget.total(s, of="latency")` holds the user's own steps to s seconds."""
     limit = 0.7 * machine.factor * machine.step_s({"a": 256, "b": 256})
     loop = train(mlp(), Budget.total(limit, of="latency"), 120, machine.live)
-    assert loop.summary is not None and loop.summary.landed, loop.summary
+    assert loop.summary is not None and loop.summary.budget_met, loop.summary
     assert 0.9 * limit < machine.factor * machine.step_s(loop.widths) <= 1.03 * limit
 
 
@@ -315,7 +315,7 @@ def test_energy_on_a_recorded_meter(machine: Machine, monkeypatch: pytest.Monkey
     metered(machine, monkeypatch, lambda: machine.joules)
     loop = train(mlp(), Budget.fraction(0.6, of="energy"), 120, machine.live)
     summary = loop.summary
-    assert summary is not None and summary.landed, summary
+    assert summary is not None and summary.budget_met, summary
     dense = machine.watts * machine.factor * machine.step_s({"a": 256, "b": 256})
     final = machine.watts * machine.factor * machine.step_s(loop.widths)
     assert 0.9 * 0.6 * dense < final <= 1.05 * 0.6 * dense
@@ -338,7 +338,7 @@ def test_a_meter_that_vanishes(machine: Machine, monkeypatch: pytest.MonkeyPatch
         loop = train(mlp(), Budget.fraction(0.6, of="energy"), 120, machine.live)
     assert [str(each.message) for each in caught if "vanished" in str(each.message)] and len(caught) == 1
     summary = loop.summary
-    assert summary is not None and summary.landed and "energy" not in summary.metered, summary
+    assert summary is not None and summary.budget_met and "energy" not in summary.metered, summary
     assert summary.sources["energy"].startswith("modelled")
     assert "energy" not in loop.ledger[-1].metered
 
@@ -351,7 +351,7 @@ def test_energy_without_a_meter(machine: Machine) -> None:
         train(mlp(), Budget.fraction(0.6, of="energy"), 120)
     loop = train(mlp(), Budget.fraction(0.6, of="energy", watts=25.0), 120, machine.live)
     summary = loop.summary
-    assert summary is not None and summary.landed and not summary.metered, summary
+    assert summary is not None and summary.budget_met and not summary.metered, summary
     assert summary.sources["energy"] == "modelled: stated watts x seconds"
     dense_s = machine.factor * machine.step_s({"a": 256, "b": 256})
     assert summary.limit["energy"] == pytest.approx(0.6 * 25.0 * dense_s, rel=0.05)
@@ -371,7 +371,7 @@ def test_stated_watts_count_all_seconds_of_a_run(machine: Machine) -> None:
     budget = Budget.total(0.8 * 25.0 * run_s, of="energy", per="run", watts=25.0)
     loop = train(mlp(), budget, 120, live)
     summary = loop.summary
-    assert summary is not None and summary.landed and summary.sources["energy"].startswith("modelled"), summary
+    assert summary is not None and summary.budget_met and summary.sources["energy"].startswith("modelled"), summary
     assert summary.spent_run["energy"] == pytest.approx(25.0 * machine.now, rel=0.03)
     assert 0.9 * budget.limit < summary.spent_run["energy"] <= budget.limit
 
@@ -424,7 +424,7 @@ def test_a_step_under_another_mode_is_not_read() -> None:
                 optimizer.zero_grad()
             assert counter.get_total_flops() > 0
     assert loop.finish().metered == {} and len(caught) == 1
-    assert loop.summary is not None and loop.summary.landed
+    assert loop.summary is not None and loop.summary.budget_met
 
 
 def test_all_of_the_dense_seconds_cut_nothing(machine: Machine) -> None:
@@ -436,7 +436,7 @@ def test_all_of_the_dense_seconds_cut_nothing(machine: Machine) -> None:
 
     loop = train(mlp(), Budget.fraction(1.0, of="latency"), 40, live)
     summary = loop.summary
-    assert summary is not None and summary.landed and summary.resizes == 0, summary
+    assert summary is not None and summary.budget_met and summary.resizes == 0, summary
     assert summary.metered["latency"] > 0
 
 
@@ -451,7 +451,7 @@ def test_a_changed_budget_keeps_what_the_meter_has_told(machine: Machine) -> Non
     loop = train(mlp(), Budget.fraction(0.9, of="latency"), 60, live)
     limit = 0.7 * machine.factor * machine.step_s({"a": 256, "b": 256})
     summary = loop.summary
-    assert summary is not None and summary.landed, summary
+    assert summary is not None and summary.budget_met, summary
     assert summary.limit["latency"] == pytest.approx(limit)
     assert 0.85 * limit < machine.factor * machine.step_s(loop.widths) <= 1.03 * limit
 
@@ -463,4 +463,4 @@ def test_attention_that_takes_another_way_once_cut() -> None:
     model = nn.Sequential(nn.TransformerEncoder(layer, 1), nn.Flatten(), nn.Linear(32 * 8, 4))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     loop = train((model, optimizer, torch.randn(8, 8, 32)), Budget.fraction(0.8, of="memory"), 40)
-    assert loop.summary is not None and loop.summary.landed and loop.summary.resizes > 0, loop.summary
+    assert loop.summary is not None and loop.summary.budget_met and loop.summary.resizes > 0, loop.summary

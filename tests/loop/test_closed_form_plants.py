@@ -40,7 +40,7 @@ def _correction(decision: Decision) -> float:
 def test_constant_factor_converges(factor: float) -> None:
     """A meter that is off by a constant factor: metered cost lands within dead-band and a block of the limit."""
     decisions, limit = _loop(lambda step, predicted: factor * predicted, fraction=FRACTION * factor)
-    assert decisions[-1].plan.landed
+    assert decisions[-1].plan.budget_met
     assert 0.985 * limit <= decisions[-1].metered <= limit
     assert decisions[-1].step <= 400
 
@@ -58,7 +58,7 @@ def test_without_feedback_the_same_meter_misses() -> None:
     }
     assert abs(at_settle["on"].metered / limit - 1) < 0.015
     assert at_settle["off"].metered / limit > 1.25
-    assert not without[-1].plan.landed
+    assert not without[-1].plan.budget_met
 
 
 @pytest.mark.parametrize("gains", [Gains(), Gains(kp=0.0, ki=0.3), Gains(kp=0.3, ki=0.7)])
@@ -101,7 +101,7 @@ def test_fixed_overhead_converges_to_its_fixed_point() -> None:
     overhead = 0.2 * dense
     decisions, limit = _loop(lambda step, predicted: overhead + predicted, fraction=0.6)
     aim = 0.995 * limit - overhead
-    assert decisions[-1].plan.landed and decisions[-1].metered <= limit
+    assert decisions[-1].plan.budget_met and decisions[-1].metered <= limit
     assert decisions[-1].predicted == pytest.approx(aim, rel=0.015)
 
 
@@ -112,7 +112,7 @@ def test_drift_is_followed() -> None:
         return math.exp(0.05 * step / 1000) * predicted
 
     decisions, limit = _loop(meter)
-    assert decisions[-1].plan.landed and 0.985 * limit < decisions[-1].metered <= limit
+    assert decisions[-1].plan.budget_met and 0.985 * limit < decisions[-1].metered <= limit
 
     decisions, _ = _loop(meter, PricedController(deadband=0.0), stop_at_landing=False)
     ramp_checks = [decision for decision in decisions if decision.step <= 700][8:]
@@ -127,7 +127,7 @@ def test_disturbance_is_rejected(when: int) -> None:
     """A jump of the meter by 10 %, on the ramp or after settle, is taken out again: the end is within the limit."""
     decisions, limit = _loop(lambda step, predicted: (1.1 if step >= when else 1.0) * predicted, stop_at_landing=False)
     by_70 = [decision for decision in decisions if decision.step <= 700]
-    assert by_70[-1].plan.landed and by_70[-1].plan.empty()
+    assert by_70[-1].plan.budget_met and by_70[-1].plan.empty()
     assert 0.98 * limit < by_70[-1].metered <= limit
 
 
@@ -135,7 +135,7 @@ def test_noisy_meter_costs_little() -> None:
     """White noise of 0.5 % on the meter, which no cut can undo, costs less than 3 % of the limit."""
     noise = np.exp(np.random.default_rng(1).normal(0.0, 0.005, 2000))
     decisions, limit = _loop(lambda step, predicted: float(noise[step]) * predicted)
-    assert decisions[-1].plan.landed
+    assert decisions[-1].plan.budget_met
     assert 0.97 * limit < decisions[-1].predicted <= 1.01 * limit
 
 
@@ -176,13 +176,13 @@ def test_an_exact_meter_changes_little() -> None:
 @pytest.mark.parametrize("meter", [None, lambda step, predicted: 1.07 * predicted])
 @pytest.mark.parametrize("multiple_of", [1, 16, 64])
 def test_no_limit_cycle(meter: Meter | None, multiple_of: int) -> None:
-    """Coarse alignment leaves an error beyond the dead-band, yet once landed every later plan is empty."""
+    """Coarse alignment leaves an error beyond the dead-band, yet once the budget is met every later plan is empty."""
     groups, cost = chain(128, 192, 128, multiple_of=multiple_of)
     decisions = run(
         PricedController(), groups, cost, lognormal(groups), fraction=0.4, meter=meter, stop_at_landing=False
     )
-    first = next(i for i, decision in enumerate(decisions) if decision.plan.landed)
-    assert all(decision.plan.empty() and decision.plan.landed for decision in decisions[first + 1 :])
+    first = next(i for i, decision in enumerate(decisions) if decision.plan.budget_met)
+    assert all(decision.plan.empty() and decision.plan.budget_met for decision in decisions[first + 1 :])
     assert len(decisions) - first > 5
 
 

@@ -15,7 +15,7 @@ from torch.optim import lr_scheduler
 
 import setpoint
 from loop.test_regrowth import Scripted
-from setpoint.controller.reference import Reference
+from setpoint.controller.schedule import Schedule
 from setpoint.errors import GroupError
 
 SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
@@ -94,7 +94,7 @@ def run(scale: float) -> tuple[setpoint.Ledger, nn.Module]:
     torch.manual_seed(0)
     model = build()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1 / scale)
-    controller = setpoint.PricedController(Reference(0.0, 0.5, 0.8, num_cuts=6))
+    controller = setpoint.PricedController(Schedule(0.0, 0.5, 0.8, num_cuts=6))
     budget, x = setpoint.Budget.fraction(0.5, of="flops"), torch.randn(8, 6)
     loop = setpoint.attach(model, optimizer, budget, example=(x,), total_steps=30, controller=controller, verify=False)
     for _ in range(30):
@@ -105,7 +105,7 @@ def run(scale: float) -> tuple[setpoint.Ledger, nn.Module]:
                 parameter.grad.mul_(scale)
         optimizer.step()
         optimizer.zero_grad()
-    assert loop.finish().landed
+    assert loop.finish().budget_met
     return loop.ledger, model
 
 
@@ -129,7 +129,7 @@ def test_a_layer_that_is_frozen_for_a_while_is_not_taken_for_worthless() -> None
     torch.manual_seed(0)
     model = build()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    controller = setpoint.PricedController(Reference(0.2, 0.8, 0.9, num_cuts=8))
+    controller = setpoint.PricedController(Schedule(0.2, 0.8, 0.9, num_cuts=8))
     budget = setpoint.Budget.fraction(0.5, of="flops")
     loop = setpoint.attach(
         model, optimizer, budget, example=(torch.zeros(16, 6),), total_steps=80, controller=controller, verify=False
@@ -149,7 +149,7 @@ def test_a_layer_that_is_frozen_for_a_while_is_not_taken_for_worthless() -> None
         nn.functional.cross_entropy(model(x), (x[:, 0] * x[:, 1] > 0).long()).backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert loop.finish().landed and loop.widths["0"] > 6
+    assert loop.finish().budget_met and loop.widths["0"] > 6
     assert kept.requires_grad and not torch.equal(kept[:1], before[:1, : kept.shape[1]])
 
 
@@ -180,7 +180,7 @@ def test_parametrized_weights_go_on_after_a_cut(name: str, tmp_path: Path) -> No
     budget = setpoint.Budget.fraction(0.5, of="flops")
     loop = setpoint.attach(model, optimizer, budget, example=(torch.zeros(8, 6),), total_steps=40)
     go(model, optimizer, range(30))
-    assert loop.landed and len(loop.widths) == 2
+    assert loop.budget_met and len(loop.widths) == 2
     setpoint.save(model, tmp_path / "small")
     fresh = setpoint.load(tmp_path / "small", into=parametrized())
     again = torch.optim.AdamW(fresh.parameters(), lr=0.01)

@@ -63,7 +63,7 @@ def test_inference_is_held_by_the_meter(machine: Machine, relative: bool) -> Non
     budget, made = make(limit, of="inference", example=(torch.randn(2, 16),)), answering(machine)
     loop = train(made, budget, 60, machine.live)
     summary = loop.summary
-    assert summary is not None and summary.landed, summary
+    assert summary is not None and summary.budget_met, summary
     assert summary.limit["inference"] == pytest.approx(0.6 * dense)
     final = machine.factor * machine.pass_s(loop.widths)
     assert 0.9 * 0.6 * dense < final <= 1.03 * 0.6 * dense
@@ -93,7 +93,7 @@ def test_a_busy_machine_does_not_end_the_cuts(machine: Machine) -> None:
         machine.live(loop)
 
     loop = train(made, Budget.fraction(0.5, of="inference", example=(torch.randn(2, 16),)), 100, live)
-    assert loop.summary is not None and loop.summary.landed, loop.summary
+    assert loop.summary is not None and loop.summary.budget_met, loop.summary
     assert machine.factor * machine.pass_s(loop.widths) <= 1.03 * 0.5 * dense
 
 
@@ -172,7 +172,7 @@ def trained(held: bool) -> dict[str, Any]:
         optimizer.zero_grad()
     if loop is not None:
         summary = loop.finish()
-        assert summary.landed and summary.resizes == 0 and summary.metered["inference"] > 0
+        assert summary.budget_met and summary.resizes == 0 and summary.metered["inference"] > 0
     return {
         "tensors": dict(model.state_dict()),
         "optimizer": optimizer.state_dict(),

@@ -25,7 +25,7 @@ __all__ = ["machine"]
 def ended(loop: setpoint.Loop, resource: str) -> float:
     """The share of its budget that a run has spent, which must not be over it."""
     summary = loop.summary
-    assert summary is not None and summary.landed, summary
+    assert summary is not None and summary.budget_met, summary
     share = summary.spent_run[resource] / summary.limit_run[resource]
     assert share <= 1, summary
     return share
@@ -95,7 +95,7 @@ def test_what_comes_otherwise_is_made_up_for(
 
 
 def test_a_machine_that_becomes_far_too_slow(machine: Machine) -> None:
-    """A budget that cannot be met any more is one warning with the least, and the run has not landed."""
+    """A budget that cannot be met any more is one warning with the least, and the run has not met its budget."""
 
     def live(loop: setpoint.Loop) -> None:
         machine.factor = 1.5 if loop.step < STEPS // 3 else 30.0
@@ -104,7 +104,7 @@ def test_a_machine_that_becomes_far_too_slow(machine: Machine) -> None:
     with pytest.warns(UserWarning, match=r"cannot be met any more.*narrowest model it would come to") as caught:
         loop = train(mlp(), Budget.fraction(0.7, of="latency", per="run"), STEPS, live)
     assert len(caught) == 1
-    assert loop.summary is not None and not loop.summary.landed and "over" in loop.summary.reason
+    assert loop.summary is not None and not loop.summary.budget_met and "over" in loop.summary.reason
 
 
 def test_a_meter_that_vanishes(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,8 +65,8 @@ def test_the_higher_the_rate_the_smaller_the_model() -> None:
     ratios = []
     for rate in (0.0, 0.003, 0.03, 0.3):
         summary, loop, _ = train(setpoint.Price(rate, of="flops"))
-        assert summary.landed
-        assert summary.reason.startswith("landed at step")
+        assert summary.budget_met
+        assert summary.reason.startswith("budget met at step")
         assert not summary.limit
         assert loop.price == pytest.approx(rate / summary.dense_flops)
         ratios.append(summary.final_flops_ratio)
@@ -103,8 +103,8 @@ def test_a_tolerance_lands_within_it() -> None:
     """The cuts that stay cost no more than the tolerance by the loop's own account; a wide one prunes more."""
     narrow, loop, _ = train(setpoint.Tolerance(loss=0.002), 800)
     wide, _, _ = train(setpoint.Tolerance(loss=0.2), 800)
-    assert narrow.landed
-    assert wide.landed
+    assert narrow.budget_met
+    assert wide.budget_met
     assert wide.final_flops_ratio < narrow.final_flops_ratio
     assert wide.final_flops_ratio < 0.6
     assert any(entry.grown for entry in loop.ledger)
@@ -135,7 +135,7 @@ def test_a_loss_that_leaves_its_trend_takes_the_last_cut_back_once() -> None:
             setpoint.Budget.fraction(0.5, of="flops"),
             800,
             **jump_after_a_cut(),
-            controller=setpoint.PricedController(setpoint.Reference(warmup=0.2, settle=0.6, num_cuts=8)),
+            controller=setpoint.PricedController(setpoint.Schedule(warmup=0.2, settle=0.6, num_cuts=8)),
         )
     back = [entry for entry in loop.ledger if entry.grown]
     assert len(back) == 1
@@ -143,12 +143,12 @@ def test_a_loss_that_leaves_its_trend_takes_the_last_cut_back_once() -> None:
     taken = next(entry for entry in reversed(list(loop.ledger)[:at]) if entry.dropped)
     assert {name: sorted(units) for name, units in taken.dropped.items()} == dict(back[0].grown)
     assert not back[0].dropped
-    assert summary.landed
+    assert summary.budget_met
     assert "the cut was taken back" in summary.gave_way
     assert summary.gave_way.endswith("the budget was met")
 
 
-WATCHED = setpoint.PricedController(setpoint.Reference(warmup=0.2, settle=0.6, num_cuts=8))
+WATCHED = setpoint.PricedController(setpoint.Schedule(warmup=0.2, settle=0.6, num_cuts=8))
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_a_cut_that_cannot_be_taken_back_says_so(settings: dict[str, object]) ->
         )
     (paused,) = (entry for entry in loop.ledger if entry.reason.startswith("paused"))
     assert not paused.dropped and not paused.grown and paused.step < loop.ledger[-1].step
-    assert summary.landed and summary.gave_way.endswith("the budget was met")
+    assert summary.budget_met and summary.gave_way.endswith("the budget was met")
 
 
 @pytest.mark.filterwarnings("ignore:the reserve of")
@@ -184,7 +184,7 @@ def test_a_tolerance_without_a_reserve_cuts_no_further() -> None:
         actuator=Regrowing(reserve_bytes=0),
     )
     last = loop.ledger[-1]
-    assert summary.landed and last.reason.startswith("landed: the last cut stays")
+    assert summary.budget_met and last.reason.startswith("budget met: the last cut stays")
     assert not last.grown and not any(entry.grown for entry in loop.ledger)
     assert [entry.step for entry in loop.ledger if entry.dropped][-1] < last.step
     assert dict(last.widths) == summary.widths
@@ -199,7 +199,7 @@ def test_nothing_is_decided_on_a_model_that_has_diverged(total_steps: int) -> No
         observe=False,
         lose=lambda step: float("nan") if step >= 0.04 * total_steps else 1.0,
     )
-    assert not summary.landed and not any(entry.dropped for entry in loop.ledger)
+    assert not summary.budget_met and not any(entry.dropped for entry in loop.ledger)
     assert {"NaN" in entry.reason for entry in loop.ledger} == {True}
 
 
@@ -239,7 +239,7 @@ def test_a_change_of_budget_is_bumpless_and_lands(controller: object) -> None:
             loop.budget = setpoint.Budget.fraction(0.25, of="flops")
 
     summary, loop, _ = train(setpoint.Budget.fraction(0.6, of="flops"), change=change, controller=controller)
-    assert summary.landed
+    assert summary.budget_met
     assert 0.15 < summary.final_flops_ratio <= 0.25
     following = [entry.reference["flops"] for entry in loop.ledger if entry.step > 48]
     # Of the 42 steps that are left of the way down, four are gone at the first decision after the change.
@@ -252,7 +252,7 @@ def test_a_change_of_budget_is_bumpless_and_lands(controller: object) -> None:
 @pytest.mark.parametrize("kind", [lambda inner: inner, GatedController])
 def test_a_budget_is_open_until_the_land_of_its_own_reference(kind: Callable[[object], object]) -> None:
     """With units that may come back until 90 % of the run, a new budget at 80 % of it is taken and met."""
-    inner = setpoint.PricedController(setpoint.Reference(settle=0.6, land=0.9), regrow=True)
+    inner = setpoint.PricedController(setpoint.Schedule(settle=0.6, land=0.9), regrow=True)
 
     def change(loop: setpoint.Loop, step: int) -> None:
         if step == 240:
@@ -260,7 +260,7 @@ def test_a_budget_is_open_until_the_land_of_its_own_reference(kind: Callable[[ob
 
     goal = setpoint.Budget.fraction(0.6, of="flops")
     summary, _, _ = train(goal, change=change, observe=False, controller=kind(inner))
-    assert summary.landed, summary.reason
+    assert summary.budget_met, summary.reason
     assert summary.final_flops_ratio <= 0.2
 
 
@@ -272,7 +272,7 @@ def test_a_change_to_another_resource_and_to_a_run() -> None:
             loop.budget = setpoint.Budget.fraction(0.3, of="params")
 
     summary, _, _ = train(setpoint.Budget.fraction(0.6, of="flops"), change=to_params)
-    assert summary.landed
+    assert summary.budget_met
     assert summary.spent["params"] <= summary.limit["params"]
 
     def to_run(loop: setpoint.Loop, step: int) -> None:
@@ -280,7 +280,7 @@ def test_a_change_to_another_resource_and_to_a_run() -> None:
             loop.budget = setpoint.Budget.fraction(0.6, of="flops", per="run")
 
     summary, _, _ = train(setpoint.Budget.fraction(0.6, of="flops"), change=to_run)
-    assert summary.landed
+    assert summary.budget_met
     assert 0.99 <= summary.spent_run["flops"] / summary.limit_run["flops"] <= 1 + 1e-12
 
 
@@ -301,7 +301,7 @@ def test_a_budget_is_frozen_after_the_landing() -> None:
 
     budget = setpoint.Budget.fraction(0.5, of="flops")
     summary, loop, _ = train(budget, change=late)
-    assert summary.landed
+    assert summary.budget_met
     assert loop.budget == budget
 
     def none(loop: setpoint.Loop, step: int) -> None:
@@ -322,7 +322,7 @@ def test_another_length_moves_the_decisions() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         summary, loop, _ = train(setpoint.Budget.fraction(0.5, of="flops"), change=longer)
-    assert summary.landed
+    assert summary.budget_met
     assert summary.total_steps == summary.steps == 600
     assert loop.ledger[-1].step == 180
     assert summary.final_flops_ratio <= 0.5

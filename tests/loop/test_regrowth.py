@@ -19,7 +19,7 @@ import setpoint
 from controller.returning import Returning
 from setpoint.controller.plan import Observation, Plan
 from setpoint.controller.priced import PricedController
-from setpoint.controller.reference import Reference
+from setpoint.controller.schedule import Schedule
 from setpoint.errors import LoopError, VerificationError
 from setpoint.groups.follow import Change, follow
 from setpoint.groups.group import Group, Slice, keep_all
@@ -87,8 +87,8 @@ class Scripted:
             keep[name][units] = False
         grow = {name: np.array(units) for name, units in self.back.get(observation.step, {}).items()}
         worth = {name: np.full(len(units), 2.0) for name, units in grow.items()}
-        landed = observation.step == self.last
-        return state, Plan(observation.step, keep, {}, {"params": 1.0}, {}, landed, "as told", grow, worth)
+        budget_met = observation.step == self.last
+        return state, Plan(observation.step, keep, {}, {"params": 1.0}, {}, budget_met, "as told", grow, worth)
 
 
 def attach(
@@ -135,7 +135,7 @@ def test_units_rest_are_probed_and_come_back(dear: None) -> None:
     assert not gone.alive and gone.returned is None and gone.step == 5
     train(model, optimizer, 20, 20)
     summary = loop.finish()
-    assert summary.landed and math.isfinite(loop.explain("stem", 3).saliency)
+    assert summary.budget_met and math.isfinite(loop.explain("stem", 3).saliency)
     assert (summary.dropped_units, summary.regrown_units, summary.dropped_again) == (6, 3, 0)
     assert summary.spent["params"] == sum(parameter.numel() for parameter in model.parameters())
 
@@ -266,11 +266,11 @@ def test_a_regrowing_run_lands_within_its_budget(monkeypatch: pytest.MonkeyPatch
     and the same seed makes the same ledger.
     """
     monkeypatch.setattr("setpoint.regrowth.regrowing._PROBE_SHARE", 0.05)  # the run is short
-    rising = Returning(PricedController(Reference(settle=0.15), regrow=True), share=0.6)
+    rising = Returning(PricedController(Schedule(settle=0.15), regrow=True), share=0.6)
     runs = [run(0, rising), *(run(seed, PricedController(regrow=True)) for seed in range(3))]
     summaries = [loop.summary for loop, _ in runs if loop.summary is not None]
     for (loop, model), summary in zip(runs, summaries, strict=True):
-        assert summary.landed and summary.spent["flops"] <= summary.limit["flops"]
+        assert summary.budget_met and summary.spent["flops"] <= summary.limit["flops"]
         assert all(entry.spent["flops"] <= summary.limit["flops"] for entry in loop.ledger if entry.step >= 120)
         assert loop.ledger[-1].step == 280 and not loop.ledger[-1].grown
         assert 0 < summary.probing_flops <= 0.05 * summary.train_flops
@@ -323,7 +323,7 @@ def test_units_that_went_by_mistake_come_back(monkeypatch: pytest.MonkeyPatch) -
             optimizer.step()
             optimizer.zero_grad()
         summary = loop.finish()
-        assert summary.landed and summary.regrown_units > 0
+        assert summary.budget_met and summary.regrown_units > 0
         regrown, again = regrown + summary.regrown_units, again + summary.dropped_again
     assert again <= 0.2 * regrown
 

@@ -17,7 +17,7 @@ import setpoint
 from controller.plants import after, chain, lognormal, observe, residual
 from setpoint.controller.horizon import RunRest
 from setpoint.controller.priced import PricedController
-from setpoint.controller.reference import Reference
+from setpoint.controller.schedule import Schedule
 from setpoint.cost.budget import Budget
 from setpoint.cost.cost import ProductCost
 from setpoint.errors import BudgetError, LoopError
@@ -40,7 +40,7 @@ def simulate(
     lengths: dict[int, int] | None = None,
     seed: int = 0,
 ) -> tuple[float, float, int]:
-    """What a run spends, its limit, and when it landed (0: never).
+    """What a run spends, its limit, and when it met its budget (0: never).
 
     Args:
         sensing: share of a step's cost that sensing takes until the landing.
@@ -48,32 +48,32 @@ def simulate(
         lengths: by step, a new length of the run.
     """
     controller = PricedController()
-    target = Target((budget,), {"flops": cost}, widths_of(groups), controller.reference)
+    target = Target((budget,), {"flops": cost}, widths_of(groups), controller.schedule)
     saliency, state = lognormal(groups, seed=seed), controller.init(groups)
-    rng, spent, landed, again, step = np.random.default_rng(seed), 0.0, 0, 0, 0
+    rng, spent, budget_met, again, step = np.random.default_rng(seed), 0.0, 0, 0, 0
     dense = per_step = cost.total(widths_of(groups))
     while step < total_steps:
         step += 1
-        spent += per_step * (1.0 if landed else 1 + sensing + extra * rng.random())
+        spent += per_step * (1.0 if budget_met else 1 + sensing + extra * rng.random())
         total_steps = (lengths or {}).get(step, total_steps)
-        if landed or not (controller.due(step, total_steps) or step == again):
+        if budget_met or not (controller.due(step, total_steps) or step == again):
             continue
         target.replan(step, total_steps, spent={"flops": spent}, widths=widths_of(groups))
         reading = Reading(step, saliency, num_samples=64, calibrated=True)
         limit = target.limit["flops"]
         seen = observe(groups, cost, limit=limit, dense=dense, reading=reading, step=step, total_steps=total_steps)
         following, plan = controller.decide(state, seen, cost, groups)
-        rest = RunRest(target.runs["flops"].limit(total_steps), spent, controller.reference, sensing=sensing * per_step)
+        rest = RunRest(target.runs["flops"].limit(total_steps), spent, controller.schedule, sensing=sensing * per_step)
         cheaper = cost.total(widths_of(after(groups, plan)))
-        wait = rest.wait(step, total_steps, lands=plan.landed, present=per_step, after=cheaper)
+        wait = rest.wait(step, total_steps, lands=plan.budget_met, present=per_step, after=cheaper)
         if wait:
             again = step + wait
             continue
         state = follow(following, Change(keep=plan.keep))
         saliency = {name: values[plan.keep[name]] for name, values in saliency.items()}
-        groups, landed = after(groups, plan), step if plan.landed else 0
+        groups, budget_met = after(groups, plan), step if plan.budget_met else 0
         per_step = cost.total(widths_of(groups))
-    return spent, target.runs["flops"].limit(total_steps), landed
+    return spent, target.runs["flops"].limit(total_steps), budget_met
 
 
 @given(
@@ -91,10 +91,10 @@ def test_never_over_and_within_one_percent(
     """Whatever blocks, overhead and surprises: the run's sum is within 1 % of its budget, and never over it."""
     groups, cost = chain(64, 96, 128, multiple_of=block) if seed % 2 else residual(64, (128, 96), multiple_of=block)
     budget = Budget.fraction(fraction, of="flops", per="run")
-    spent, limit, landed = simulate(groups, cost, budget, total_steps, sensing=sensing, extra=extra, seed=seed)
-    assert landed
+    spent, limit, budget_met = simulate(groups, cost, budget, total_steps, sensing=sensing, extra=extra, seed=seed)
+    assert budget_met
     assert spent <= limit * (1 + 1e-12)
-    assert spent >= limit * 0.99 - cost.total(widths_of(groups)), (spent / limit, landed)
+    assert spent >= limit * 0.99 - cost.total(widths_of(groups)), (spent / limit, budget_met)
 
 
 @given(
@@ -108,8 +108,8 @@ def test_a_run_of_another_length_is_replanned(fraction: float, change: int, fact
     """A run that is made longer or shorter before its landing still ends within 1 % of its budget, never over."""
     groups, cost = chain(64, 96, 128, multiple_of=block)
     budget = Budget.fraction(fraction, of="flops", per="run")
-    spent, limit, landed = simulate(groups, cost, budget, 1000, lengths={change: round(1000 * factor)})
-    assert landed
+    spent, limit, budget_met = simulate(groups, cost, budget, 1000, lengths={change: round(1000 * factor)})
+    assert budget_met
     assert 0.99 * limit <= spent <= limit * (1 + 1e-12)
 
 
@@ -117,16 +117,16 @@ def test_coarse_blocks_wait_instead_of_leaving_budget_unused() -> None:
     """With blocks of a third of the model, landing at once would leave a tenth of the budget; the wait uses it up."""
     groups, cost = chain(48, multiple_of=16)
     budget = Budget.fraction(0.6, of="flops", per="run")
-    spent, limit, landed = simulate(groups, cost, budget, 1000)
-    first_chance = next(s for s in range(300, 1000) if Reference().due(s, 1000))
-    assert landed > first_chance
+    spent, limit, budget_met = simulate(groups, cost, budget, 1000)
+    first_chance = next(s for s in range(300, 1000) if Schedule().due(s, 1000))
+    assert budget_met > first_chance
     assert 0.998 * limit <= spent <= limit
 
 
 def test_wait_is_exact() -> None:
     """Waiting one step more than `wait` says would go over the budget, waiting as long as it says does not."""
     for spent, present, after_cut, sensing in ((600.0, 1.5, 0.8, 0.0), (500.0, 2.0, 0.5, 0.01)):
-        rest = RunRest(1000.0, spent, Reference(), sensing=sensing)
+        rest = RunRest(1000.0, spent, Schedule(), sensing=sensing)
         wait = rest.wait(400, 800, lands=True, present=present, after=after_cut)
 
         def total(steps: int, state: tuple[float, ...] = (spent, present + sensing, after_cut)) -> float:
@@ -138,7 +138,7 @@ def test_wait_is_exact() -> None:
 
 def test_a_budget_that_is_spent_or_cannot_be_met_is_refused() -> None:
     """The error says what is spent, or the least that the run can do."""
-    run = RunBudget(Budget.fraction(0.5, of="flops", per="run"), Reference(), dense=1.0)
+    run = RunBudget(Budget.fraction(0.5, of="flops", per="run"), Schedule(), dense=1.0)
     with pytest.raises(BudgetError, match=r"is spent already: .* by step 600.*at least Budget.fraction\(0\.\d+, of="):
         run.check(1000, step=600, spent=600.0, present=0.5, cheapest=0.1)
     with pytest.raises(BudgetError, match=r"at least Budget.fraction\(0\.\d+, of='flops', per='run'\)"):
@@ -190,17 +190,17 @@ def test_a_real_run_lands_on_its_budget(block: int, fraction: float) -> None:
     loop = setpoint.attach(model, optimizer, budget, example=(x,), total_steps=300, groups=groups)
     train(loop, model, optimizer, x, 300)
     summary = loop.finish()
-    assert summary.landed, summary.reason
+    assert summary.budget_met, summary.reason
     assert summary.limit_run["flops"] == pytest.approx(fraction * 300 * summary.dense_flops)
     assert 0.99 <= summary.spent_run["flops"] / summary.limit_run["flops"] <= 1 + 1e-12
     assert summary.spent_run["flops"] == summary.train_flops
 
 
-LATE = Reference(warmup=0.3, settle=0.6, land=0.9)
+LATE = Schedule(warmup=0.3, settle=0.6, land=0.9)
 CONTROLLERS: dict[str, dict[str, Any]] = {
     "priced": {},
     "late": {"controller": PricedController(LATE)},
-    "two cuts": {"controller": PricedController(Reference(num_cuts=2))},
+    "two cuts": {"controller": PricedController(Schedule(num_cuts=2))},
     "regrowing": {"controller": PricedController(regrow=True)},
     "gated": {"controller": GatedController()},
     "gated late": {"controller": GatedController(PricedController(LATE))},
@@ -227,7 +227,7 @@ def test_the_least_that_is_advised_is_met(name: str, total_steps: int) -> None:
         loop = setpoint.attach(model, optimizer, budget, example=(x,), total_steps=total_steps, **settings)
         train(loop, model, optimizer, x, total_steps)
         summary = loop.finish()
-        assert summary.landed, summary.reason
+        assert summary.budget_met, summary.reason
         assert summary.spent_run["flops"] <= summary.limit_run["flops"] * (1 + 1e-12)
         assert summary.limit_run["flops"] < 1.3 * summary.spent_run["flops"]
     model, optimizer, x = net()
@@ -244,7 +244,7 @@ def test_gates_that_cannot_afford_to_learn_leave_nothing_unused(batch: int) -> N
     loop = setpoint.attach(model, optimizer, budget, example=(x,), total_steps=300, controller=GatedController())
     train(loop, model, optimizer, x, 300)
     summary = loop.finish()
-    assert summary.landed and 0.99 <= summary.spent_run["flops"] / summary.limit_run["flops"] <= 1 + 1e-12
+    assert summary.budget_met and 0.99 <= summary.spent_run["flops"] / summary.limit_run["flops"] <= 1 + 1e-12
 
 
 @pytest.mark.parametrize("fraction", [0.3, 0.6])
@@ -259,7 +259,7 @@ def test_what_gates_learn_is_planned_for(name: str, fraction: float) -> None:
     loop = setpoint.attach(model, optimizer, budget, example=(x,), total_steps=300, controller=controller)
     train(loop, model, optimizer, x, 300)
     summary = loop.finish()
-    assert summary.landed, summary.reason
+    assert summary.budget_met, summary.reason
     assert summary.overhead_flops > controller.flops(loop.groups)
     assert 0.99 <= summary.spent_run["flops"] / summary.limit_run["flops"] <= 1 + 1e-12
 
@@ -287,7 +287,7 @@ def test_advice_is_one_that_a_budget_takes() -> None:
     loop = setpoint.attach(model, optimizer, budget, example=(x,), total_steps=2)
     train(loop, model, optimizer, x, 2)
     summary = loop.finish()
-    assert summary.landed, summary.reason
+    assert summary.budget_met, summary.reason
     assert 0.9 < summary.spent_run["flops"] / summary.limit_run["flops"] <= 1 + 1e-12
 
 
@@ -312,14 +312,14 @@ def test_a_longer_run_lands_anew() -> None:
     budget = setpoint.Budget.total(flops * dense, of="flops", per="run")
     loop = setpoint.attach(model, optimizer, budget, example=(x,), total_steps=300)
     train(loop, model, optimizer, x, 200)
-    assert loop.landed
+    assert loop.budget_met
     with pytest.raises(BudgetError, match="cannot be met"):
         loop.total_steps = 100_000
     assert loop.total_steps == 300
     loop.total_steps = 400
     train(loop, model, optimizer, x, 400)
     summary = loop.finish()
-    assert summary.landed, summary.reason
+    assert summary.budget_met, summary.reason
     assert 0.99 <= summary.spent_run["flops"] / summary.limit_run["flops"] <= 1 + 1e-12
 
 
@@ -346,7 +346,7 @@ def test_a_budget_that_is_lowered_near_the_least_is_met(at: int, above: float) -
     advice = re.search(r"Ask for at least Budget\.fraction\(([\d.]+),", str(refused.value))
     assert advice is not None
     summary = lowered(float(advice[1]) + above)
-    assert summary.landed, summary.reason
+    assert summary.budget_met, summary.reason
     assert 0.97 <= summary.spent_run["flops"] / summary.limit_run["flops"] <= 1 + 1e-12
 
 
@@ -384,13 +384,13 @@ def test_only_what_a_run_spends_and_alone() -> None:
 
 
 def test_an_early_end_under_budget_but_over_its_way_is_said() -> None:
-    """A run that stops before it has landed is within budget so far, and `landed` is False with the reason."""
+    """A run that stops early is within budget so far, and `budget_met` is False with the reason."""
     model, optimizer, x = net()
     budget = setpoint.Budget.fraction(0.5, of="flops", per="run")
     loop = setpoint.attach(model, optimizer, budget, example=(x,), total_steps=300)
     train(loop, model, optimizer, x, 30)
     summary = loop.finish()
-    assert not summary.landed
+    assert not summary.budget_met
     assert "ended after 30 of 300 steps" in summary.reason
     with pytest.raises(LoopError):
         loop.total_steps = 400

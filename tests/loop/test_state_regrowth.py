@@ -61,8 +61,8 @@ def test_a_truncation_is_undone_when_the_loss_leaves_its_trend() -> None:
     has the last word.
     """
     held: list[list[Tensor]] = []
-    reference = setpoint.Reference(warmup=0.2, settle=0.6, num_cuts=4)
-    run = Run(setpoint.PricedController(reference), 200, lambda *parts: held.append(of_layer(*parts)))
+    schedule = setpoint.Schedule(warmup=0.2, settle=0.6, num_cuts=4)
+    run = Run(setpoint.PricedController(schedule), 200, lambda *parts: held.append(of_layer(*parts)))
     with pytest.warns(UserWarning, match="the cut was taken back at step"):
         for step in range(200):
             run.train(step, step + 1, lambda: 3.0 * any(entry.dropped for entry in run.loop.ledger))
@@ -73,7 +73,7 @@ def test_a_truncation_is_undone_when_the_loss_leaves_its_trend() -> None:
     (taken, *later) = (entry for entry in run.loop.ledger if entry.dropped)
     assert dict(back.grown) == dict(taken.dropped) and taken.step < back.step and later
     assert all(torch.equal(one, two) for one, two in zip(after, held[taken.step - 1], strict=True))
-    assert summary.landed and summary.gave_way.endswith("the budget was met")
+    assert summary.budget_met and summary.gave_way.endswith("the budget was met")
 
 
 def test_lost_modes_are_probed_come_back_and_are_eased_in(dear: None) -> None:
@@ -106,7 +106,7 @@ def test_a_run_with_resting_states_resumes(controller: str, dear: None) -> None:
     """Weights and ledger are those of the uninterrupted run, before the cut, while states rest, and after."""
 
     def start() -> Run:
-        made: Any = setpoint.PricedController(setpoint.Reference(warmup=0.2, settle=0.6, num_cuts=4), regrow=True)
+        made: Any = setpoint.PricedController(setpoint.Schedule(warmup=0.2, settle=0.6, num_cuts=4), regrow=True)
         if controller == "scripted":
             made = Scripted({10: {LAYER: GONE}}, {20: {LAYER: GONE[:3]}}, last=40)
         return Run(made, 60)

@@ -54,7 +54,7 @@ OPTIMIZERS = {
 
 def few() -> ExchangingController:
     """The default controller, with three cuts on the way down."""
-    return ExchangingController(setpoint.PricedController(setpoint.Reference(num_cuts=3)))
+    return ExchangingController(setpoint.PricedController(setpoint.Schedule(num_cuts=3)))
 
 
 def started(
@@ -132,7 +132,7 @@ def test_the_model_is_the_one_whose_weights_are_zeroed_and_frozen_by_hand(make: 
                 assert not mine.detach()[~mask].any()
                 assert torch.equal(mine.detach(), theirs.detach())
     summary = loop.finish()
-    assert summary.landed and summary.regrown_units > 0, summary.reason
+    assert summary.budget_met and summary.regrown_units > 0, summary.reason
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
 
 
@@ -145,7 +145,7 @@ def test_an_unstructured_budget_is_met_to_a_weight(resource: str, fraction: floa
     for number in range(STEPS):
         step(model, optimizer, number)
     summary = loop.finish()
-    assert summary.landed, summary.reason
+    assert summary.budget_met, summary.reason
     counted = weight_flops(model, (data(0)[0],))
     active = {name: int(mask.sum()) for name, mask in loop.masks.items()}
     params = sum(p.numel() for p in model.parameters()) - sum(int((~mask).sum()) for mask in loop.masks.values())
@@ -178,7 +178,7 @@ def test_a_pattern_holds_in_every_block(pattern: str, fraction: float) -> None:
             assert (kept == kept.flatten()[0]).all() and kept.flatten()[0] >= form.kept
             assert not weight[~mask].any()
     summary = loop.finish()
-    assert summary.landed and summary.spent["params"] <= summary.limit["params"]
+    assert summary.budget_met and summary.spent["params"] <= summary.limit["params"]
     settled = next(entry for entry in loop.ledger if entry.step == 7)
     before = next(entry for entry in reversed(loop.ledger[:]) if entry.step < 7)
     lost = [group for group in find_weights(model, pattern) if settled.widths[group.name] < before.widths[group.name]]
@@ -409,12 +409,12 @@ def test_a_price_decides_how_many_stay() -> None:
     left = []
     for rate in (0.0, 0.05, 1.0):
         price = setpoint.Price(rate, of="params")
-        controller = ExchangingController(PenaltyController(price, setpoint.Reference(num_cuts=2)))
+        controller = ExchangingController(PenaltyController(price, setpoint.Schedule(num_cuts=2)))
         model, optimizer, loop = started(budget=price, controller=controller, total_steps=20)
         for number in range(20):
             step(model, optimizer, number)
         summary = loop.finish()
-        assert summary.landed, summary.reason
+        assert summary.budget_met, summary.reason
         left.append(summary.final_params)
     assert left[0] > left[1] > left[2]
 
@@ -428,7 +428,7 @@ def test_a_budget_of_one_is_invisible() -> None:
     state = torch.get_rng_state()
     for number in range(STEPS):
         assert step(model, optimizer, number) == step(twin, other, number)
-    assert loop.finish().landed and torch.equal(state, torch.get_rng_state())
+    assert loop.finish().budget_met and torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
 
 
@@ -459,7 +459,7 @@ def test_a_changed_budget_and_the_end() -> None:
     with pytest.raises(GroupError, match="counted, not listed"):
         loop.explain("head.weight", 0)
     masks, summary = loop.masks, loop.finish()
-    assert summary.landed and summary.limit["params"] == 0.3 * sum(p.numel() for p in model.parameters())
+    assert summary.budget_met and summary.limit["params"] == 0.3 * sum(p.numel() for p in model.parameters())
     for name, mask in masks.items():
         assert not ema.get_parameter(f"module.{name}").detach()[~mask].any()
         assert np.array_equal(loop.origin[name], np.flatnonzero(mask.numpy()))
@@ -521,14 +521,14 @@ def test_the_memory_format_does_not_matter() -> None:
 
 
 def test_weights_that_someone_changes_are_found() -> None:
-    """Claim: a run whose masked weights were overwritten after the last step has not landed, and says which."""
+    """Claim: a run whose masked weights were overwritten after the last step has not met its budget, and says which."""
     model, optimizer, loop = started(total_steps=8)
     for number in range(8):
         step(model, optimizer, number)
     with torch.no_grad():
         model.get_parameter("inner.0.weight").fill_(1.0)
     summary = loop.finish()
-    assert not summary.landed and "'inner.0.weight' are not zero" in summary.reason
+    assert not summary.budget_met and "'inner.0.weight' are not zero" in summary.reason
 
 
 def test_muon_is_no_optimizer_for_single_weights() -> None:

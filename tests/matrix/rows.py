@@ -219,7 +219,7 @@ def goes_on_like_a_fresh_one(row: Row) -> None:
     _of_the_right_size(row, reading, begun)
     assert loop.widths == WIDTHS, (str(row), loop.widths)
     loop.detach()
-    with tempfile.TemporaryDirectory() as folder, setpoint.whole(run.model):
+    with tempfile.TemporaryDirectory() as folder, setpoint.unsharded(run.model):
         setpoint.save(run.model, Path(folder, "small"))
         small = setpoint.load(Path(folder, "small"), into=build(row))
     fresh = Run(row, small, run.states(), run.scaler.state_dict() if run.scaler.is_enabled() else None)
@@ -229,7 +229,7 @@ def goes_on_like_a_fresh_one(row: Row) -> None:
     exact = row.backend == "eager"  # other compilers may round otherwise where sizes are symbols
     torch.testing.assert_close(ours, theirs, **({"rtol": 0.0, "atol": 0.0} if exact else {"rtol": 1e-3, "atol": 1e-4}))
     if exact:
-        with setpoint.whole(run.model), setpoint.whole(small):
+        with setpoint.unsharded(run.model), setpoint.unsharded(small):
             assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), small.parameters(), strict=True))
 
 

@@ -186,7 +186,7 @@ def test_frozen_bases_are_pruned_and_hooks_go() -> None:
     first = loop.ledger[0].step
     assert within[:first] == without[:first] and first > 2
     assert not sum(len(each._forward_pre_hooks) for each in model.modules())
-    assert loop.finish().landed and model[0].base.out_features == model[2].base.in_features < 12
+    assert loop.finish().budget_met and model[0].base.out_features == model[2].base.in_features < 12
     assert not model[2].base.weight.requires_grad
 
 

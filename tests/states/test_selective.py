@@ -133,4 +133,4 @@ def test_mamba2_is_pruned_to_half_of_its_parameters() -> None:
             optimizer.step()
             optimizer.zero_grad()
     (states,) = (group.name for group in groups if group.kind == "state")
-    assert loop.summary is not None and loop.summary.landed and loop.widths[states] < 8
+    assert loop.summary is not None and loop.summary.budget_met and loop.widths[states] < 8

@@ -29,7 +29,7 @@ def test_how_many_stay_at_which_price_is_the_inner_controller_s_choice() -> None
     shares = [(decision.step, decision.plan.exchange) for decision in both[1]]
     assert all(share > 0 for step, share in shares if step < 140) and shares[-1] == (140, 0.0)
     assert sorted((share for _, share in shares), reverse=True) == [share for _, share in shares]
-    assert [decision.plan.landed for decision in both[1]] == [False] * (len(shares) - 1) + [True]
+    assert [decision.plan.budget_met for decision in both[1]] == [False] * (len(shares) - 1) + [True]
 
 
 def test_a_run_lands_where_the_inner_controller_decides_for_the_last_time() -> None:
@@ -43,7 +43,7 @@ def test_a_run_lands_where_the_inner_controller_decides_for_the_last_time() -> N
         fraction=0.5,
         total_steps=100,
     )
-    assert decisions[-1].step == 40 and decisions[-1].plan.landed and decisions[-1].plan.exchange == 0
+    assert decisions[-1].step == 40 and decisions[-1].plan.budget_met and decisions[-1].plan.exchange == 0
     assert decisions[0].plan.exchange > 0
 
 

@@ -100,7 +100,7 @@ def real_budgets_table(path: Path) -> str:
         limits = " and ".join(f"`{name}` {value:g}" for name, value in found["limits"].items())
         lines.append(
             f"| {limits} in one run: spent and metered over the limit | {found['flops_over_limit']:+.1%} and "
-            f"{found['memory_over_limit']:+.1%}, {'landed' if found['landed'] else 'not landed'} |"
+            f"{found['memory_over_limit']:+.1%}, {'met' if found['budget_met'] else 'missed'} |"
         )
     return "\n".join([*lines, "", f"Task `{data['task']}`, {data['steps']} steps. {made_on(data)}"])
 
@@ -189,7 +189,7 @@ def compiled_table(path: Path) -> str:
     ]
     for task, runs in data["runs"].items():
         for name, rounds in runs.items():
-            middle = {key: statistics.median(row[key] for row in rounds) for key in rounds[0] if key != "landed"}
+            middle = {key: statistics.median(row[key] for row in rounds) for key in rounds[0] if key != "budget_met"}
             ends = [row["seconds"] for row in rounds]
             apart = f" ({duration(min(ends))} to {duration(max(ends))})" if len(ends) > 1 else ""
             keys = ("first_step_seconds", "dense_step_seconds", "last_step_seconds")

@@ -42,7 +42,7 @@ class Outcome:
         overhead_flops: FLOPs of all optimizer steps aside, the pruner's own.
         overhead_seconds: the pruner's own seconds.
         resizes: how many times the model was cut.
-        landed: whether the budget was met.
+        budget_met: whether the budget was met.
         break_even_step: first step at which the seconds saved exceed the overhead.
         density: kept fraction of the weights that may be masked.
         theoretical_flops: FLOPs of one step of the finished model if only weights that are not masked cost any.
@@ -58,7 +58,7 @@ class Outcome:
     overhead_flops: float = 0.0
     overhead_seconds: float = 0.0
     resizes: int = 0
-    landed: bool | None = None
+    budget_met: bool | None = None
     break_even_step: int | None = None
     density: float | None = None
     theoretical_flops: float | None = None

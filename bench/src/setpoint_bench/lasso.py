@@ -1,4 +1,4 @@
-"""A group lasso beside a loop: a penalty on the units that may be cut, until the loop has landed."""
+"""A group lasso beside a loop: a penalty on the units that may be cut, until the loop has met its budget."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Lasso:
         self.hooks.remove()
 
     def _before_step(self, grad_scale: Tensor | None) -> None:
-        if self.loop.landed:
+        if self.loop.budget_met:
             return
         with self.watch:
             if self.strength is None:
@@ -59,7 +59,7 @@ class Lasso:
                 add_lasso_gradient(self.model, self.loop.groups, self.strength)
 
     def _after_step(self) -> None:
-        if self.loop.landed or self.strength is None or isinstance(self.optimizer, SGD):
+        if self.loop.budget_met or self.strength is None or isinstance(self.optimizer, SGD):
             return
         with self.watch:
             rates = {id(each): float(group["lr"]) for group in self.optimizer.param_groups for each in group["params"]}

@@ -54,7 +54,7 @@ class Looped:
             overhead_flops=float(summary.overhead_flops),
             overhead_seconds=float(summary.overhead_seconds) + seconds,
             resizes=summary.resizes,
-            landed=summary.landed,
+            budget_met=summary.budget_met,
             break_even_step=summary.break_even_step,
             density=sum(summary.widths.values()) / sum(summary.dense_widths.values()) if self._masked else None,
             theoretical_flops=summary.theoretical_flops,

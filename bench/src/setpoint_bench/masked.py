@@ -85,7 +85,7 @@ class Masked:
             dense_widths=sizes,
             dense_flops=self.flops.total,
             overhead_seconds=self.watch.seconds,
-            landed=theoretical <= self.limit * (1 + 1e-12),
+            budget_met=theoretical <= self.limit * (1 + 1e-12),
             density=sum(self.counts.values()) / sum(sizes.values()),
             theoretical_flops=theoretical,
             theoretical_train_flops=self.train_flops,

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from setpoint.controller.price import Gains
 from setpoint.controller.priced import PricedController
-from setpoint.controller.reference import Reference
+from setpoint.controller.schedule import Schedule
 from setpoint.gates.gated import GatedController
 from setpoint.report.own_function import is_own_function, named_errors, own_function
 from setpoint.sensor.magnitude import MagnitudeSensor
@@ -135,9 +135,9 @@ METHODS: tuple[Method, ...] = (
     Sparse("rigl", Exchange("gradient"), _EVCI),
     Setpoint(),
     Setpoint("setpoint-uniform", PricedController(allocation="uniform")),
-    Setpoint("setpoint-first", PricedController(Reference(warmup=0.0, settle=0.02, num_cuts=1))),
-    Setpoint("setpoint-early", PricedController(Reference(warmup=0.02, settle=0.1))),
-    Setpoint("setpoint-late", PricedController(Reference(warmup=0.3, settle=0.6))),
+    Setpoint("setpoint-first", PricedController(Schedule(warmup=0.0, settle=0.02, num_cuts=1))),
+    Setpoint("setpoint-early", PricedController(Schedule(warmup=0.02, settle=0.1))),
+    Setpoint("setpoint-late", PricedController(Schedule(warmup=0.3, settle=0.6))),
     Setpoint("setpoint-gates", GatedController()),
     Setpoint("setpoint-regrow", PricedController(regrow=True)),
     Setpoint("setpoint-weights", granularity="weight", paper=_EVCI, family="sparse"),
@@ -155,9 +155,9 @@ in theory).
 
 ABLATION_METHODS: tuple[Method, ...] = (
     Setpoint("cubic-taylor", ScheduledController(), paper=_ZHU, family="open-loop"),
-    Setpoint("setpoint-few", PricedController(Reference(num_cuts=2))),
-    Setpoint("setpoint-many", PricedController(Reference(num_cuts=32))),
-    Setpoint("setpoint-steep", PricedController(Reference(warmup=0.13, settle=0.17))),
+    Setpoint("setpoint-few", PricedController(Schedule(num_cuts=2))),
+    Setpoint("setpoint-many", PricedController(Schedule(num_cuts=32))),
+    Setpoint("setpoint-steep", PricedController(Schedule(warmup=0.13, settle=0.17))),
     Setpoint("setpoint-vanish", PricedController(min_density=0.0)),
     Setpoint("setpoint-level", PricedController(min_density=0.7)),
 )

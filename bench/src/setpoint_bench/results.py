@@ -45,7 +45,7 @@ class Result:
         overhead_seconds: the part of `seconds` that the method itself spent beside plain training steps.
         overhead_flops: the part of `train_flops` that it spent.
         resizes: how many times the model was cut.
-        landed: whether it landed within the budget; None where there was nothing to land.
+        budget_met: whether the run met its budget; None where there is none.
         steps: optimizer steps.
         widths: active units by group at the end.
         dense_widths: the same at the start.
@@ -85,7 +85,7 @@ class Result:
     overhead_seconds: float
     overhead_flops: float
     resizes: int
-    landed: bool | None
+    budget_met: bool | None
     steps: int
     widths: Mapping[str, int]
     dense_widths: Mapping[str, int]
@@ -107,7 +107,7 @@ class Result:
     schema: int = field(default=SCHEMA)
 
 
-MAY_BE_NULL = ("budget", "claimed_flops", "landed")
+MAY_BE_NULL = ("budget", "claimed_flops", "budget_met")
 """Required keys of a row that may be `null`."""
 
 

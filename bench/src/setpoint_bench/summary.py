@@ -87,8 +87,8 @@ def _numbers(run_and_rounds: Run, dense: Run | None) -> dict[str, Any]:
         numbers["train_flops_ratio"] = run.train_flops / dense[0].train_flops
         if "shared" not in (run.clock, dense[0].clock):  # clocks of cells that ran beside others do not compare
             numbers.update(_seconds_saved([run_and_rounds], [dense], numbers["train_flops_ratio"]))
-    if run.landed is not None:
-        numbers["landed"] = run.landed
+    if run.budget_met is not None:
+        numbers["budget_met"] = run.budget_met
         numbers["resizes"] = run.resizes
         numbers["overhead_seconds"] = run.overhead_seconds
         numbers["overhead_seconds_ratio"] = run.overhead_seconds / run.seconds

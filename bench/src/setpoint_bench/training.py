@@ -309,7 +309,7 @@ class Run:
             overhead_seconds=outcome.overhead_seconds,
             overhead_flops=outcome.overhead_flops,
             resizes=outcome.resizes,
-            landed=outcome.landed,
+            budget_met=outcome.budget_met,
             steps=self.step + (self.earlier.steps if self.earlier else 0),
             widths=outcome.widths,
             dense_widths=outcome.dense_widths,

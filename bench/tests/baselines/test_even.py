@@ -44,5 +44,5 @@ def test_no_block_of_the_whole_run_can_be_given_back(
     for fraction in np.linspace(0.15, 0.95, 12).tolist():
         last = run(controller, groups, cost, saliency, fraction=fraction, total_steps=400)[-1]
         limit = fraction * cost.total(widths_of(groups))
-        assert last.plan.landed and last.predicted <= limit
+        assert last.plan.budget_met and last.predicted <= limit
         assert fitting(groups, last.groups, cost, limit) == []

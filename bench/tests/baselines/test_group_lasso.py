@@ -92,9 +92,9 @@ def test_units_near_zero_go_first() -> None:
     """What is near zero goes ahead of the ramp, all of it and nothing else, until the limit is met."""
     plan = plan_at(7, 0.3, near_zero=15)
     assert plan.keep["layer0"].all() and np.flatnonzero(~plan.keep["layer1"]).tolist() == list(range(15))
-    assert not plan.landed
+    assert not plan.budget_met
     plan = plan_at(7, 0.9, near_zero=15)
-    assert plan.landed and 0 < (~plan.keep["layer1"]).sum() < 15
+    assert plan.budget_met and 0 < (~plan.keep["layer1"]).sum() < 15
 
 
 def test_ramp_where_nothing_is_near_zero() -> None:
@@ -102,5 +102,5 @@ def test_ramp_where_nothing_is_near_zero() -> None:
     half, whole = plan_at(35, 0.3, near_zero=0), plan_at(70, 0.3, near_zero=0)
     final = [float(whole.keep[name].mean()) for name in ("layer0", "layer1")]
     middle = [float(half.keep[name].mean()) for name in ("layer0", "layer1")]
-    assert whole.landed and not half.landed
+    assert whole.budget_met and not half.budget_met
     assert middle == pytest.approx([(1 + each) / 2 for each in final], abs=0.06)

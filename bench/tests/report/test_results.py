@@ -18,8 +18,8 @@ def test_cells_are_read_as_written(make_results: Any) -> None:
     """Every field, the history and the ledger of a cell come back."""
     results = read_results(make_results(methods=("dense", "setpoint"), seeds=(0,)))
     dense, ours = results.cells
-    assert (dense.method, dense.final_flops, dense.landed, dense.record) == ("dense", 2.4e9, None, None)
-    assert (ours.budget, ours.resizes, ours.landed, ours.split) == (0.5, 8, True, "test")
+    assert (dense.method, dense.final_flops, dense.budget_met, dense.record) == ("dense", 2.4e9, None, None)
+    assert (ours.budget, ours.resizes, ours.budget_met, ours.split) == (0.5, 8, True, "test")
     assert len(ours.history) == 510
     assert ours.record and len(ours.record.entries) == 8 and ours.record.total_steps == 1000
     assert results.remarks == ()

@@ -144,7 +144,7 @@ def _check_plain(name: str, tensor: Tensor) -> None:
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_quantized or tensor.layout != torch.strided:
         raise CheckpointError(
             f"{name!r} is a {type(tensor).__name__} of layout {tensor.layout}; a checkpoint takes plain dense tensors: "
-            "save sharded ones inside `with setpoint.whole(model):`, and dequantize quantized ones first"
+            "save sharded ones inside `with setpoint.unsharded(model):`, and dequantize quantized ones first"
         )
     if tensor.is_meta:
         raise CheckpointError(f"{name!r} is on the meta device and has no data: build the model on a real device")

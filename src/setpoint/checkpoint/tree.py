@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from setpoint.checkpoint.model_file import to_host
-from setpoint.distributed import is_spread
+from setpoint.distributed import is_sharded_tensor
 from setpoint.errors import CheckpointError
 
 TREE = "tree"
@@ -28,11 +28,11 @@ _ARRAYS = {
 """Kinds of NumPy arrays that have a counterpart in PyTorch."""
 
 
-def to_tensors(value: Any, spread: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+def to_tensors(value: Any, sharded: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
     """Nested dicts, lists and tuples of tensors, arrays, numbers, strings and None as tensors in host memory.
 
     Tensors that share all of their memory are stored once. NumPy's numbers become Python's. Keys of dicts are strings
-    or integers. Sharded tensors are put into `spread`, by their place in the data; without it they are an error.
+    or integers. Sharded tensors are put into `sharded`, by their place in the data; without it they are an error.
 
     Raises:
         CheckpointError: for anything else.
@@ -66,9 +66,9 @@ def to_tensors(value: Any, spread: dict[str, Tensor] | None = None) -> dict[str,
             if value.is_meta:
                 raise CheckpointError(f"{where} is on the meta device and has no data")
             return {"tensor": store(value), "stride": value.stride(), "complex": value.is_complex()}
-        if spread is not None and isinstance(value, Tensor) and is_spread(value):
-            spread[where] = value
-            return {"spread": where}
+        if sharded is not None and isinstance(value, Tensor) and is_sharded_tensor(value):
+            sharded[where] = value
+            return {"sharded": where}
         if type(value) is list:
             return [encode(each, f"{where}[{number}]") for number, each in enumerate(value)]
         if type(value) is tuple:
@@ -88,7 +88,7 @@ def to_tensors(value: Any, spread: dict[str, Tensor] | None = None) -> dict[str,
 
 
 def from_tensors(tensors: Mapping[str, Tensor]) -> Any:
-    """The data that `to_tensors` was given, from what it returned and put into `spread`, laid out in memory as it was.
+    """The data that `to_tensors` was given, from what it returned and put into `sharded`, laid out in memory as it was.
 
     Raises:
         KeyError, TypeError, ValueError, RuntimeError: when the tensors are something else.
@@ -101,8 +101,8 @@ def from_tensors(tensors: Mapping[str, Tensor]) -> Any:
             return value
         if "tensor" in value:
             return laid_out(tensors[value["tensor"]], value["stride"], value["complex"])
-        if "spread" in value:
-            return tensors[value["spread"]]
+        if "sharded" in value:
+            return tensors[value["sharded"]]
         ((kind, items),) = value.items()
         if kind == "tuple":
             return tuple(decode(items))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from setpoint.controller.plan import Observation
 from setpoint.controller.price import Feedback, Gains
-from setpoint.controller.reference import Reference
+from setpoint.controller.schedule import Schedule
 from setpoint.cost.cost import Cost
 
 
@@ -66,7 +66,7 @@ def take_aim(
     observation: Observation,
     cost: Cost,
     *,
-    reference: Reference,
+    schedule: Schedule,
     gains: Gains,
     deadband: float,
     start: float | None,
@@ -89,8 +89,8 @@ def take_aim(
     ratio = 1.0 if metered is None else metered / spent
     start = observation.dense[resource] * ratio if start is None else start
     feedback = feedback.updated(feedback.error(metered=ratio, predicted=1.0), gains, deadband)
-    settled = reference.settled(step, total_steps)
-    allowed = reference.at(step, total_steps, start=start, limit=limit)
+    settled = schedule.settled(step, total_steps)
+    allowed = schedule.at(step, total_steps, start=start, limit=limit)
     target = allowed / feedback.factor()
     if metered is not None and allowed == limit:
         target *= 1 - deadband / 2

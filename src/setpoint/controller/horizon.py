@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from setpoint.controller.reference import Reference
+from setpoint.controller.schedule import Schedule
 
 _BISECTIONS = 60
 _UNUSED = 0.002
@@ -41,7 +41,7 @@ class RunRest:
 
     limit: float
     spent: float
-    schedule: Reference
+    schedule: Schedule
     margin: float = 0.0
     ahead: float = 0.0
     later: float = 0.0
@@ -59,7 +59,7 @@ class RunRest:
             present: cost of a step now.
             after: cost of a step after the cut.
 
-        >>> rest = RunRest(limit=100.0, spent=60.0, schedule=Reference())
+        >>> rest = RunRest(limit=100.0, spent=60.0, schedule=Schedule())
         >>> rest.wait(60, 110, lands=True, present=1.0, after=0.6)  # 30 for 50 steps, 10 left: 25 steps more at 1.0
         25
         """
@@ -81,9 +81,7 @@ class RunRest:
         return steps(unused - self.sensing - self.deciding * decisions) if self.deciding else steps(unused)
 
 
-def step_limit(
-    reference: Reference, step: int, total_steps: int, *, rest: float, start: float, present: float
-) -> float:
+def step_limit(schedule: Schedule, step: int, total_steps: int, *, rest: float, start: float, present: float) -> float:
     """The highest limit per step that the rest of a run can be held to with what is left to spend.
 
     The controller comes down to the reference at each decision and stays there until the next, and a cut is not taken
@@ -96,7 +94,7 @@ def step_limit(
     short of its target, steps that cost more or less than predicted, overhead, a run made longer or shorter.
 
     Args:
-        reference: the trajectory, and when decisions are made.
+        schedule: the trajectory, and when decisions are made.
         step: the decision that is to be made now, in optimizer steps done.
         rest: what is left to spend on the steps to come, in the resource's unit.
         start: cost of a step of the dense model.
@@ -105,17 +103,17 @@ def step_limit(
     Returns:
         At most `start`; 0 or less where nothing is left, so that no model meets it.
 
-    >>> step_limit(Reference(), 300, 1000, rest=350.0, start=1.0, present=0.8)
+    >>> step_limit(Schedule(), 300, 1000, rest=350.0, start=1.0, present=0.8)
     0.5
     """
     if rest <= 0:
         return min(rest, 0.0)
-    edges = [step, *(s for s in range(step + 1, total_steps) if reference.due(s, total_steps)), total_steps]
+    edges = [step, *(s for s in range(step + 1, total_steps) if schedule.due(s, total_steps)), total_steps]
     spans = [(begin, end - begin) for begin, end in zip(edges, edges[1:], strict=False)]
 
     def spent(limit: float) -> float:
         return sum(
-            length * min(present, reference.at(begin, total_steps, start=start, limit=limit)) for begin, length in spans
+            length * min(present, schedule.at(begin, total_steps, start=start, limit=limit)) for begin, length in spans
         )
 
     low, high = 0.0, start
@@ -127,39 +125,39 @@ def step_limit(
     return low
 
 
-def next_decision(reference: Reference, step: int, total_steps: int) -> int:
+def next_decision(schedule: Schedule, step: int, total_steps: int) -> int:
     """The step of the next decision, or the end of the run where none is to come."""
-    return next((s for s in range(step + 1, total_steps + 1) if reference.due(s, total_steps)), total_steps)
+    return next((s for s in range(step + 1, total_steps + 1) if schedule.due(s, total_steps)), total_steps)
 
 
-def least_run(reference: Reference, step: int, total_steps: int, *, present: float, cheapest: float) -> float:
+def least_run(schedule: Schedule, step: int, total_steps: int, *, present: float, cheapest: float) -> float:
     """The least that the rest of a run can spend: the present model until the next decision, then the cheapest one.
 
     Args:
-        reference: when decisions are made.
+        schedule: when decisions are made.
         present: cost of a step now.
         cheapest: cost of a step of the cheapest model.
     """
-    coming = next_decision(reference, step, total_steps)
+    coming = next_decision(schedule, step, total_steps)
     return present * (coming - step) + cheapest * (total_steps - coming)
 
 
-def most_per_step(reference: Reference, step: int, total_steps: int, *, rest: float, cheapest: float) -> float:
+def most_per_step(schedule: Schedule, step: int, total_steps: int, *, rest: float, cheapest: float) -> float:
     """The most that a step may cost until the next decision, so that the cheapest model from there on spends the rest.
 
     Where each decision keeps to it, the next one can: a run whose rest is at least `least_run` before its first
     decision is never over its budget.
 
     Args:
-        reference: when decisions are made.
+        schedule: when decisions are made.
         step: the decision that is to be made now, in optimizer steps done.
         rest: what is left to spend on the steps to come.
         cheapest: cost of a step of the cheapest model.
 
-    >>> round(most_per_step(Reference(), 300, 1000, rest=200.0, cheapest=0.25), 3)  # decisions at 300 and 331
+    >>> round(most_per_step(Schedule(), 300, 1000, rest=200.0, cheapest=0.25), 3)  # decisions at 300 and 331
     1.056
     """
-    coming = next_decision(reference, step, total_steps)
+    coming = next_decision(schedule, step, total_steps)
     if coming == step:
         return math.inf
     return (rest - cheapest * (total_steps - coming)) / (coming - step)

@@ -11,7 +11,7 @@ import numpy as np
 from setpoint.controller.ladder import build_ladder
 from setpoint.controller.plan import Goal, Observation, Plan
 from setpoint.controller.reason import per, problem_with
-from setpoint.controller.reference import Reference
+from setpoint.controller.schedule import Schedule
 from setpoint.controller.selection import Selection, descend, start
 from setpoint.cost.cost import Cost
 from setpoint.cost.price import Price
@@ -28,7 +28,7 @@ class PenaltyController:
     each pick. Since savings only shrink as other groups do, that is where no single block is left that costs more
     than it earns.
 
-    The price rises to its full value between the reference's warm-up and its settle step, in proportion to time, so
+    The price rises to its full value between the schedule's warm-up and its settle step, in proportion to time, so
     that the least worthy units go first, and the others have their say once the loss has felt it:
 
         price(step) = rate * clip((step - warmup) / (settle - warmup), 0, 1).
@@ -42,7 +42,7 @@ class PenaltyController:
 
     Args:
         price: the exchange rate.
-        reference: times of decisions.
+        schedule: times of decisions.
         hysteresis: relative distance between the price and the worth of what is dropped, in [0, 1).
         slew: largest fraction of a group's units to go at one decision, in (0, 1]; one block always may.
 
@@ -55,7 +55,7 @@ class PenaltyController:
     """
 
     price: Price
-    reference: Reference = field(default_factory=Reference)
+    schedule: Schedule = field(default_factory=Schedule)
     hysteresis: float = 0.1
     slew: float = 0.5
 
@@ -75,14 +75,14 @@ class PenaltyController:
 
     def due(self, step: int, total_steps: int) -> bool:
         """Whether a decision is to be made after this step."""
-        return self.reference.due(step, total_steps)
+        return self.schedule.due(step, total_steps)
 
     def decide(self, state: None, observation: Observation, cost: Cost, groups: tuple[Group, ...]) -> tuple[None, Plan]:
         """The next state and the plan. Pure: same arguments, same answer."""
         resource, reading = cost.resource, observation.reading
         step, total_steps = observation.step, observation.total_steps
         rate = self.price.absolute(observation.dense[resource])
-        price = rate * self.reference.progress(step, total_steps)
+        price = rate * self.schedule.progress(step, total_steps)
         problem = problem_with(reading, None, groups)
         if reading is None or problem or not reading.calibrated:
             whole = keep_all(groups)
@@ -104,22 +104,22 @@ class PenaltyController:
         correction = 1.0 if metered is None else metered / selection.total
         descend(selection, 0.0, ceiling=correction * price * (1 - self.hysteresis))
         dropped = sum(int(ladders[name].edges[rung]) for name, rung in selection.rungs.items())
-        landed = self.reference.settled(step, total_steps) and (
-            not dropped or self.reference.final(step, total_steps) or step == total_steps
+        budget_met = self.schedule.settled(step, total_steps) and (
+            not dropped or self.schedule.final(step, total_steps) or step == total_steps
         )
         return state, Plan(
             step=step,
             keep={name: ladder.keep(selection.rungs[name]) for name, ladder in ladders.items()},
             worth={name: ladder.per_unit(selection.worth[name]) for name, ladder in ladders.items()},
             price={resource: price},
-            landed=landed,
-            reason=_explain(selection, dropped, price, resource, landed),
+            budget_met=budget_met,
+            reason=_explain(selection, dropped, price, resource, budget_met),
         )
 
 
-def _explain(selection: Selection, dropped: int, price: float, resource: str, landed: bool) -> str:
+def _explain(selection: Selection, dropped: int, price: float, resource: str, budget_met: bool) -> str:
     """What was dropped at which price."""
-    words = "landed: " if landed else ""
+    words = "budget met: " if budget_met else ""
     if not dropped:
         return f"{words}nothing earns less than the price of {price:.3g} {per(resource)}"
     names = sum(1 for rung in selection.rungs.values() if rung)

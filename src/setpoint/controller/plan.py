@@ -79,7 +79,7 @@ class Plan:
             NaN where it was not evaluated.
         price: the budget's Lagrange multiplier, loss per unit of resource, by resource.
         reference: cost per step that the reference trajectory allows now, by resource.
-        landed: True on the last decision: within budget, and no single block can be added back.
+        budget_met: True on the last decision: within budget, and no single block can be added back.
         reason: why, for people.
         grow: by group name, origins of the units that come back from the reserve, ascending.
         grow_worth: by group name, in that order: probed gain of the unit's block / what the block costs.
@@ -95,7 +95,7 @@ class Plan:
     worth: Mapping[str, Float64[np.ndarray, " units"]] = field(default_factory=dict)
     price: Mapping[str, float] = field(default_factory=dict)
     reference: Mapping[str, float] = field(default_factory=dict)
-    landed: bool = False
+    budget_met: bool = False
     reason: str = ""
     grow: Mapping[str, Int[np.ndarray, " _units"]] = field(default_factory=dict)
     grow_worth: Mapping[str, Float64[np.ndarray, " _units"]] = field(default_factory=dict)

@@ -18,7 +18,7 @@ from setpoint.controller.offer import Exchange, Offer, most_that_pay, offers_of,
 from setpoint.controller.plan import Goal, Observation, Plan
 from setpoint.controller.price import Feedback, Gains
 from setpoint.controller.reason import explain_cut, explain_growth, explain_rest, percent, problem_with
-from setpoint.controller.reference import Reference
+from setpoint.controller.schedule import Schedule
 from setpoint.controller.selection import (
     Allocation,
     Selection,
@@ -99,16 +99,16 @@ class PricedController:
     with the price at which the others pay for it: what comes back is counted first, then the rest is dropped until the
     target is met. Foretold is what the sensor will read of a unit once it is back: by that it would go again. As many
     blocks come back, the worthiest first, as still beat the price that this leads to. A unit rests for `dwell`
-    decisions before, stays for as many after, and comes back `returns` times at most. From `reference.land` on nothing
-    comes back; until then the controller holds the limit but has not landed. Off by default: it has been measured to be
-    no better.
+    decisions before, stays for as many after, and comes back `returns` times at most. From `schedule.land` on nothing
+    comes back; until then the controller holds the limit, but the budget does not count as met. Off by default: it has
+    been measured to be no better.
 
     The defaults for `slew` and `min_density` guard against a whole layer being cut on one noisy reading. A group never
     ends below `min_density` times the density that would meet the limit if all groups had the same one, so allocation
     may differ by that factor; a quarter of it leaves room for what pays.
 
     Args:
-        reference: trajectory and times of decisions.
+        schedule: trajectory and times of decisions.
         gains: of the PI part.
         hysteresis: relative distance between the price and the worth of what is dropped, in [0, 1).
         deadband: relative error within which the controller rests, in [0, 1).
@@ -127,7 +127,7 @@ class PricedController:
     (False, True)
     """
 
-    reference: Reference = field(default_factory=Reference)
+    schedule: Schedule = field(default_factory=Schedule)
     gains: Gains = field(default_factory=Gains)
     hysteresis: float = 0.1
     deadband: float = 0.01
@@ -164,12 +164,12 @@ class PricedController:
 
     def due(self, step: int, total_steps: int) -> bool:
         """Whether a decision is to be made after this step."""
-        return self.reference.due(step, total_steps)
+        return self.schedule.due(step, total_steps)
 
     def probe_due(self, step: int, total_steps: int) -> bool:
         """Whether resting units should be present in the step after this one: shortly before a decision, if at all."""
         coming = range(step + 1, step + 1 + self.probe_steps)
-        usable = (self.due(each, total_steps) and not self.reference.final(each, total_steps) for each in coming)
+        usable = (self.due(each, total_steps) and not self.schedule.final(each, total_steps) for each in coming)
         return self.regrow and any(usable)
 
     def decide(
@@ -210,7 +210,7 @@ class PricedController:
         if state.start is None:
             return state
         value = present * state.feedback.factor()
-        return replace(state, start=self.reference.start_through(step, total_steps, value=value, limit=limit))
+        return replace(state, start=self.schedule.start_through(step, total_steps, value=value, limit=limit))
 
     def reordered(
         self,
@@ -277,7 +277,7 @@ class PricedController:
 
     def _final(self, observation: Observation) -> bool:
         """Whether nothing comes back from this step on."""
-        return not self.regrow or self.reference.final(observation.step, observation.total_steps)
+        return not self.regrow or self.schedule.final(observation.step, observation.total_steps)
 
     def _price(self, state: PricedState, selection: Selection) -> float:
         """The worth at which dropping stops, or the last price where nothing is dropped."""
@@ -288,7 +288,7 @@ class PricedController:
         return take_aim(
             observation,
             cost,
-            reference=self.reference,
+            schedule=self.schedule,
             gains=self.gains,
             deadband=self.deadband,
             start=state.start,
@@ -317,14 +317,14 @@ class PricedController:
     def _rest(self, state: PricedState, observation: Observation, aim: Aim, groups: tuple[Group, ...]) -> Plan:
         """The plan that drops nothing."""
         seen = aim.spent if aim.metered is None else aim.metered
-        landed = self._final(observation) and seen <= aim.limit and (aim.settled or aim.metered is None)
+        budget_met = self._final(observation) and seen <= aim.limit and (aim.settled or aim.metered is None)
         return Plan(
             step=observation.step,
             keep=keep_all(groups),
             price={aim.resource: state.price},
             reference={aim.resource: aim.reference},
-            landed=landed,
-            reason=explain_rest(seen, aim.reference, aim.limit, landed),
+            budget_met=budget_met,
+            reason=explain_rest(seen, aim.reference, aim.limit, budget_met),
         )
 
     def _select(
@@ -385,8 +385,8 @@ class PricedController:
     ) -> Plan:
         """The plan that drops what was selected and brings back what was offered."""
         ladders = selection.ladders
-        landed = self._final(observation) and aim.metered is None and selection.total <= aim.limit
-        reason = explain_cut(selection, state.price, aim.resource, aim.target, landed, self.deadband)
+        budget_met = self._final(observation) and aim.metered is None and selection.total <= aim.limit
+        reason = explain_cut(selection, state.price, aim.resource, aim.target, budget_met, self.deadband)
         grow = together(offers) if offers else {}
         worth = {(offer.name, int(unit)): offer.worth for offer in offers for unit in offer.origins}
         if offers:
@@ -399,7 +399,7 @@ class PricedController:
             worth={name: ladder.per_unit(selection.worth[name]) for name, ladder in ladders.items()},
             price={aim.resource: state.price},
             reference={aim.resource: aim.reference},
-            landed=landed,
+            budget_met=budget_met,
             reason=f"{reason}; {note}" if note else reason,
             grow=grow,
             grow_worth={name: np.array([worth[name, int(unit)] for unit in units]) for name, units in grow.items()},

@@ -37,16 +37,18 @@ def problem_with(reading: Reading | None, metered: float | None, groups: tuple[G
     return ""
 
 
-def explain_rest(seen: float, reference: float, limit: float, landed: bool) -> str:
+def explain_rest(seen: float, reference: float, limit: float, budget_met: bool) -> str:
     """Why nothing is dropped."""
-    if landed:
-        return f"landed: nothing to drop, spending is {percent(seen / limit - 1)} from the limit"
+    if budget_met:
+        return f"budget met: nothing to drop, spending is {percent(seen / limit - 1)} from the limit"
     if seen > reference:
         return f"nothing to drop: spending is {percent(seen / reference - 1)} from the reference, correction under way"
     return f"nothing to drop: spending is {percent(seen / reference - 1)} from the reference"
 
 
-def explain_cut(selection: Selection, price: float, resource: str, target: float, landed: bool, deadband: float) -> str:
+def explain_cut(
+    selection: Selection, price: float, resource: str, target: float, budget_met: bool, deadband: float
+) -> str:
     """What is dropped, at which price, and how near it comes to the target."""
     dropped = {name: int(selection.ladders[name].edges[rung]) for name, rung in selection.rungs.items() if rung}
     off = selection.total / target - 1
@@ -55,7 +57,7 @@ def explain_cut(selection: Selection, price: float, resource: str, target: float
     words = f"dropped {sum(dropped.values())} units of {len(dropped)} groups at a price of {price:.3g} {per(resource)}"
     if off > 0:
         return f"{words}; predicted cost stays {percent(off)} from the target{_brake(selection)}"
-    words = f"{'landed: ' if landed else ''}{words}; predicted cost is {percent(off)} from the target"
+    words = f"{'budget met: ' if budget_met else ''}{words}; predicted cost is {percent(off)} from the target"
     if -off > deadband:
         finest = min(regained(selection, name) for name in dropped)
         words += f", as the smallest block to give back costs {percent(finest / target)}"

@@ -11,7 +11,7 @@ import numpy as np
 from setpoint.controller.ladder import build_ladder
 from setpoint.controller.plan import Goal, Observation, Plan
 from setpoint.controller.reason import problem_with
-from setpoint.controller.reference import Reference
+from setpoint.controller.schedule import Schedule
 from setpoint.controller.selection import descend, start
 from setpoint.controller.trend import Excess
 from setpoint.cost.cost import Cost
@@ -57,7 +57,7 @@ class TolerantController:
 
     Args:
         tolerance: what rise is accepted.
-        reference: times of decisions; its ramp has no meaning here.
+        schedule: times of decisions; its ramp has no meaning here.
         stride: share of the cost that the first cut takes, in (0, 1).
         finest: stride below which the search ends.
         slew: largest fraction of a group's units to go at one decision, in (0, 1].
@@ -67,7 +67,7 @@ class TolerantController:
     """
 
     tolerance: Tolerance
-    reference: Reference = field(default_factory=lambda: Reference(settle=0.60, num_cuts=10))
+    schedule: Schedule = field(default_factory=lambda: Schedule(settle=0.60, num_cuts=10))
     stride: float = 0.2
     finest: float = 0.03
     slew: float = 0.5
@@ -90,7 +90,7 @@ class TolerantController:
 
     def due(self, step: int, total_steps: int) -> bool:
         """Whether a decision is to be made after this step."""
-        return self.reference.due(step, total_steps)
+        return self.schedule.due(step, total_steps)
 
     def probe_due(self, step: int, total_steps: int) -> bool:
         """Never: what comes back is the last cut, whatever its units would contribute."""
@@ -111,7 +111,7 @@ class TolerantController:
         problem = problem_with(observation.reading, None, groups)
         if problem:
             return state, Plan(step, whole, reason=problem)
-        final = self.reference.final(step, observation.total_steps) or step == observation.total_steps
+        final = self.schedule.final(step, observation.total_steps) or step == observation.total_steps
         words = ""
         if state.pending:
             excess = observation.excess
@@ -121,20 +121,24 @@ class TolerantController:
                 return state, Plan(step, whole, reason=f"watching the last cut on: {words}")
             if verdict == "back" and not observation.last_dropped:
                 lost = "the last cut stays, since it does not rest whole in the reserve (reserve_bytes)"
-                return replace(state, pending=False), Plan(step, whole, landed=True, reason=f"landed: {lost}: {words}")
+                return replace(state, pending=False), Plan(
+                    step, whole, budget_met=True, reason=f"budget met: {lost}: {words}"
+                )
             if verdict == "back":
                 state = replace(state, pending=False, stride=state.stride / 2)
-                landed = final or state.stride < self.finest
-                reason = f"{'landed: ' if landed else ''}the last cut is taken back: {words}"
-                back = Plan(step, whole, landed=landed, reason=reason, grow=observation.last_dropped, undoes=True)
+                budget_met = final or state.stride < self.finest
+                reason = f"{'budget met: ' if budget_met else ''}the last cut is taken back: {words}"
+                back = Plan(
+                    step, whole, budget_met=budget_met, reason=reason, grow=observation.last_dropped, undoes=True
+                )
                 return state, back
             assert excess is not None
             state = replace(state, pending=False, used=max(0.0, state.used + excess.value))
         if final or state.stride < self.finest:
-            return state, Plan(step, whole, landed=True, reason=f"landed: {words or 'no cut is under way'}")
+            return state, Plan(step, whole, budget_met=True, reason=f"budget met: {words or 'no cut is under way'}")
         plan = self._cut(state, observation, cost, groups)
         reason = f"{words}; {plan.reason}" if words else plan.reason
-        return replace(state, pending=plan.drops()), replace(plan, reason=reason, landed=not plan.drops())
+        return replace(state, pending=plan.drops()), replace(plan, reason=reason, budget_met=not plan.drops())
 
     def _verdict(self, state: TolerantState, excess: Excess | None, final: bool) -> str:
         """One of "stay", "back" and "wait"; a cut that nothing is known about when the landing is due goes back."""
@@ -167,7 +171,9 @@ class TolerantController:
         descend(selection, before * (1 - state.stride))
         dropped = sum(int(ladders[name].edges[rung]) for name, rung in selection.rungs.items())
         saved = 1 - selection.total / before
-        reason = f"dropped {dropped} units, {saved:.1%} of the {cost.resource}" if dropped else "landed: nothing can go"
+        reason = (
+            f"dropped {dropped} units, {saved:.1%} of the {cost.resource}" if dropped else "budget met: nothing can go"
+        )
         return Plan(
             step=observation.step,
             keep={name: ladder.keep(selection.rungs[name]) for name, ladder in ladders.items()},

@@ -51,7 +51,7 @@ class UsingUp:
             keep={name: np.ones_like(keep) for name, keep in plan.keep.items()},
             grow={},
             grow_worth={},
-            landed=False,
+            budget_met=False,
             reason=f"the last cut waits until step {again}, so that the budget of the run is used up",
             again=again,
         )
@@ -68,7 +68,7 @@ def _wait(observation: Observation, cost: Cost, plan: Plan) -> int:
         rest.wait(
             observation.step,
             observation.total_steps,
-            lands=plan.landed,
+            lands=plan.budget_met,
             present=rest.factor * cost.total(observation.widths),
             after=rest.factor * cost.total(after),
         )

@@ -14,7 +14,7 @@ from torch import Tensor
 from setpoint.controller.ladder import lowest_width
 from setpoint.controller.plan import Goal, Observation, Plan
 from setpoint.controller.priced import PricedController, PricedState
-from setpoint.controller.reference import Reference
+from setpoint.controller.schedule import Schedule
 from setpoint.cost.cost import Cost
 from setpoint.gates.net import GateNet
 from setpoint.groups.group import Group
@@ -108,9 +108,9 @@ class GatedController:
         return GateNet.fresh(_FEATURES, self.hidden, self.seed).num_weights
 
     @property
-    def reference(self) -> Reference:
+    def schedule(self) -> Schedule:
         """Trajectory and times of decisions."""
-        return self.priced.reference
+        return self.priced.schedule
 
     @property
     def regrow(self) -> bool:

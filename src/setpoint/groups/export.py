@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from setpoint.errors import ExampleError, ExportError
-from setpoint.groups.chance import untouched_chance
 from setpoint.groups.custom import marked_functions
+from setpoint.groups.rng import preserved_rng_state
 
 Example = Any
 """A tuple of positional inputs, or a mapping of keyword inputs; `inputs_of` refuses anything else."""
@@ -146,7 +146,12 @@ def export(model: nn.Module, example: Example) -> torch.export.ExportedProgram:
         if isinstance(tensor, (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)):
             raise ExampleError(f"{name} is lazy and has no shape yet: run model(*example) once before")
     with ExitStack() as stack:
-        for each in (untouched_chance(model), untouched_attributes(model), _without_stack_traces(), marked_functions()):
+        for each in (
+            preserved_rng_state(model),
+            untouched_attributes(model),
+            _without_stack_traces(),
+            marked_functions(),
+        ):
             stack.enter_context(each)
         stack.enter_context(_without_logs())
         stack.enter_context(warnings.catch_warnings())

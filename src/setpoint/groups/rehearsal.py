@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from setpoint.groups.chance import untouched_chance
 from setpoint.groups.export import Example, computed, inputs_of, tensors_of
+from setpoint.groups.rng import preserved_rng_state
 
 
 class Rehearsal:
@@ -49,7 +49,7 @@ class Rehearsal:
         # The memo makes deepcopy take the stand-ins for the tensors, so no data is copied.
         twin = copy.deepcopy(self.model, {**self._tensors(kind), **_hook_tables(self.model)})
         args, kwargs = pytree.tree_map_only(torch.Tensor, lambda x: _stand_in(x, kind), inputs_of(self.example))
-        with kind or nullcontext(), untouched_chance(self.model):
+        with kind or nullcontext(), preserved_rng_state(self.model):
             if other_mode:
                 twin.train(not self.model.training)
             prepare(twin)

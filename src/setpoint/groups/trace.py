@@ -16,11 +16,11 @@ from setpoint.errors import ExportError, LoopError
 from setpoint.groups.atoms import Atoms
 from setpoint.groups.bind import bind
 from setpoint.groups.build import OwnDim, build
-from setpoint.groups.chance import untouched_chance
 from setpoint.groups.export import Example, export
 from setpoint.groups.group import Group, Size, widths_of
 from setpoint.groups.product import solve
 from setpoint.groups.rehearsal import Rehearsal
+from setpoint.groups.rng import preserved_rng_state
 from setpoint.groups.state import find_states
 from setpoint.groups.trial import Draft
 from setpoint.groups.walk import Value, Walk, finish, op_name, rule_for
@@ -63,9 +63,9 @@ def trace(model: nn.Module, example: Example) -> Trace:
     if any(map(is_sharded, model.modules())):
         raise LoopError(
             "groups are found in a whole model: call find_groups before fully_shard, or inside `with "
-            "setpoint.whole(model):` on every rank"
+            "setpoint.unsharded(model):` on every rank"
         )
-    with untouched_chance(model):
+    with preserved_rng_state(model):
         return _trace(model, example)
 
 

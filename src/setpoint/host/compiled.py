@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from setpoint.actuator.shrink import named_tensors
-from setpoint.distributed import is_spread
+from setpoint.distributed import is_sharded_tensor
 from setpoint.groups.group import Group
 
 Recompiled = Callable[[float, int], None]
@@ -60,7 +60,7 @@ class Recompiling:
         tensors: dict[str, Tensor] = named_tensors(model)
         for part in (part for group in groups for part in group.slices):
             tensor = tensors[part.tensor]
-            if part.dim is not None and not is_spread(tensor):
+            if part.dim is not None and not is_sharded_tensor(tensor):
                 maybe_mark_dynamic(tensor, part.dim)
 
     def stop(self) -> None:

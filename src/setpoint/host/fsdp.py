@@ -1,4 +1,4 @@
-"""`fully_shard`: a model spread over ranks in pieces, whole for a while, and spread again at its new shapes."""
+"""`fully_shard`: a model sharded over ranks in pieces, whole for a while, and sharded again at its new shapes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from setpoint.actuator.optimizer_state import map_tensors
-from setpoint.distributed import Ranks, is_sharded, local, plain_kind, rows, whole_tensor
+from setpoint.distributed import Ranks, is_sharded, local, plain_kind, rows, unsharded_tensor
 from setpoint.errors import LoopError
 from setpoint.groups.group import Group
 from setpoint.host.local import Agreed, Local
@@ -105,7 +105,7 @@ def _unsharded(parameter: nn.Parameter, pieces: Sequence[Piece]) -> bool:
 
 
 class FSDP(Local):
-    """A `Host` of ranks over which `fully_shard` has spread the model, all over one mesh.
+    """A `Host` of ranks over which `fully_shard` has sharded the model, all over one mesh.
 
     FSDP's modules, groups, hooks and settings stay the same objects. Only what it keeps of a parameter is made anew
     where its shape changes, and the new shard is put into the DTensor that model and optimizers hold.
@@ -153,16 +153,16 @@ class FSDP(Local):
         everything is as before, to the last bit.
         """
         whole = _Whole(self._pieces(names), self.optimizers)
-        kept: list[_Spread] = []
+        kept: list[_Sharded] = []
 
-        def spread() -> None:
-            made = whole.spread()
+        def reshard() -> None:
+            made = whole.reshard()
             agreed()
             kept[:] = [made]
 
         try:
             with whole.shown():
-                yield spread
+                yield reshard
         finally:
             for each in kept:
                 each.take_effect()
@@ -176,7 +176,7 @@ class FSDP(Local):
         return found
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
+    def unsharded(self) -> Iterator[None]:
         """Inside, model and copies are plain modules that know nothing of FSDP, and can be run, copied and exported."""
         with self._gathered(None, lambda: None), ExitStack() as undo:
             for module in (self.model, *self.copies):
@@ -191,19 +191,19 @@ def _reshard(model: nn.Module) -> None:
 
 
 @contextmanager
-def whole(model: nn.Module) -> Iterator[nn.Module]:
-    """Inside, a model that `fully_shard` has spread over ranks is whole and plain on each of them; any other as it is.
+def unsharded(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside, a model that `fully_shard` has sharded over ranks is whole and plain on each of them; any other as it is.
 
     Every rank enters and leaves together. Changes that are made inside do not last.
 
-    >>> with whole(nn.Linear(2, 3)) as plain:
+    >>> with unsharded(nn.Linear(2, 3)) as plain:
     ...     plain
     Linear(in_features=2, out_features=3, bias=True)
     """
     if not any(is_sharded(module) for module in model.modules()):
         yield model
         return
-    with FSDP(model, (), ()).whole():
+    with FSDP(model, (), ()).unsharded():
         yield model
 
 
@@ -244,18 +244,18 @@ class _Whole:
                     settings["params"] = [instead.get(id(each), each) for each in settings["params"]]
             yield
 
-    def spread(self) -> _Spread:
+    def reshard(self) -> _Sharded:
         """This rank's shards of what the whole parameters hold now; nothing is changed yet."""
         made = [_sharded_anew(piece, plain) for piece, plain in zip(self.pieces, self.plain, strict=True)]
         states = [
             _mapped(optimizer, dict(enumerate(self.plain)), lambda n, value: _shard(value, self.plain[n], made[n]))
             for optimizer in self.optimizers
         ]
-        return _Spread(self.pieces, made, self.optimizers, states)
+        return _Sharded(self.pieces, made, self.optimizers, states)
 
 
 @dataclass(frozen=True, eq=False)
-class _Spread:
+class _Sharded:
     """Shards that are ready to take the place of those of other shapes."""
 
     pieces: Sequence[Piece]  # whose they are
@@ -294,7 +294,7 @@ def _mapped(
 
 def _own(tensor: Tensor) -> Tensor:
     """A whole tensor in memory of its own."""
-    found = whole_tensor(tensor.detach())
+    found = unsharded_tensor(tensor.detach())
     return found.clone() if found.data_ptr() == local(tensor.detach()).data_ptr() else found
 
 

@@ -38,7 +38,7 @@ class Host(Protocol):
     compiled: bool
     """Whether any of it was compiled when it was given; code may be compiled later, or around it, too."""
     mesh: Any
-    """The ranks that the weights are spread over; None where each has all of them."""
+    """The ranks that the weights are sharded over; None where each has all of them."""
 
     @property
     def ranks(self) -> Ranks:
@@ -55,7 +55,7 @@ class Host(Protocol):
     def together(self, what: str) -> AbstractContextManager[dict[str, Any]]:
         """What is done inside is done by all ranks, with the same outcome, or raises on all of them."""
 
-    def whole(self) -> AbstractContextManager[None]:
+    def unsharded(self) -> AbstractContextManager[None]:
         """Inside, model and copies are plain and whole on each rank."""
 
     def mean(self, read: Callable[[], Reading], losses: SharedLosses, step: int) -> Reading:
@@ -118,8 +118,8 @@ def host_of(model: nn.Module, optimizer: Steps | Sequence[Steps], copies: Sequen
         raise LoopError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     outer, model = model, unwrapped(model)
     parallel = next((each for each in outer.modules() if isinstance(each, DistributedDataParallel)), None)
-    spread = check_plain(model)
-    if spread and parallel is not None:
+    sharded = check_plain(model)
+    if sharded and parallel is not None:
         raise LoopError("fully_shard inside DistributedDataParallel is not supported: use one of the two")
     if parallel is None:
         check_unwrapped(model)
@@ -127,4 +127,4 @@ def host_of(model: nn.Module, optimizer: Steps | Sequence[Steps], copies: Sequen
     compiled = any(hasattr(each, "_orig_mod") or each._compiled_call_impl is not None for each in outer.modules())
     if parallel is not None:
         return DDP(model, optimizers, copies, compiled=compiled, parallel=parallel)
-    return (FSDP if spread else Local)(model, optimizers, copies, compiled=compiled)
+    return (FSDP if sharded else Local)(model, optimizers, copies, compiled=compiled)

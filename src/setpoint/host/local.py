@@ -27,7 +27,7 @@ class Local:
     wrapper: str = ""
     """What is around the model, for messages; empty in one process."""
     mesh: Any = None
-    """The ranks that the weights are spread over; None where each has all of them."""
+    """The ranks that the weights are sharded over; None where each has all of them."""
 
     def __init__(
         self, model: nn.Module, optimizers: Sequence[Optimizer], copies: Sequence[nn.Module], *, compiled: bool = False
@@ -55,7 +55,7 @@ class Local:
         """What is done inside is done by all ranks, with the same outcome, or raises on all of them."""
         return together(self.ranks, what) if self.ranks.count > 1 else nullcontext({})
 
-    def whole(self) -> AbstractContextManager[None]:
+    def unsharded(self) -> AbstractContextManager[None]:
         """Inside, model and copies are plain and whole on each rank."""
         return nullcontext()
 

@@ -9,14 +9,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from setpoint.cost.budget import METERED
-from setpoint.distributed import is_sharded, is_spread
+from setpoint.distributed import is_sharded, is_sharded_tensor
 from setpoint.errors import CostError, LoopError
 
 _REFUSED = ("FullyShardedDataParallel", "DataParallel")
 
 
 def check_plain(model: nn.Module) -> bool:
-    """Check that no part of the model is spread over ranks in a way that cannot be followed; whether any is at all."""
+    """Check that no part of the model is sharded over ranks in a way that cannot be followed; whether any is at all."""
     for module in model.modules():
         kinds = [kind.__name__ for kind in type(module).__mro__]
         if isinstance(module, DistributedDataParallel):
@@ -29,13 +29,13 @@ def check_plain(model: nn.Module) -> bool:
                 f"{name} is not supported by this version of Setpoint: train in one process, wrap the whole model in "
                 "torch.nn.parallel.DistributedDataParallel and attach to that, or call fully_shard on it"
             )
-    spread = any(is_sharded(module) for module in model.modules())
-    if not spread and any(map(is_spread, model.parameters())):
+    sharded = any(is_sharded(module) for module in model.modules())
+    if not sharded and any(map(is_sharded_tensor, model.parameters())):
         raise LoopError(
             "a DTensor is not supported by this version of Setpoint, unless fully_shard (FSDP2) has made it of a plain "
             "parameter"
         )
-    return spread
+    return sharded
 
 
 def check_unsharded(model: nn.Module) -> None:
@@ -98,6 +98,6 @@ def check_reads(sensor: object) -> None:
     """Check that a sensor says that it reads weights of which each rank has a part."""
     if not getattr(sensor, "reads_shards", False):
         raise LoopError(
-            f"{type(sensor).__name__} does not say that it can read a model that fully_shard has spread over ranks: "
+            f"{type(sensor).__name__} does not say that it can read a model that fully_shard has sharded over ranks: "
             "use TaylorSensor, or set reads_shards = True on a sensor that adds up what each rank has"
         )

@@ -148,7 +148,7 @@ def _overflowed(optimizer: Optimizer) -> bool:
 
 
 def _values(gradient: Tensor) -> Tensor:
-    """The entries of a gradient that is stored, be it sparse or spread over ranks."""
+    """The entries of a gradient that is stored, be it sparse or sharded over ranks."""
     dense = gradient.coalesce().values() if gradient.is_sparse else gradient
     return local(dense)
 

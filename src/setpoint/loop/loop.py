@@ -19,9 +19,9 @@ from setpoint.controller.plan import Controller, Observation, Plan, Transferring
 from setpoint.cost.budget import Budget
 from setpoint.entry import Entry
 from setpoint.errors import CheckpointError, GroupError, LoopError
-from setpoint.groups.chance import chance_state, check_chance_state, set_chance_state
 from setpoint.groups.follow import Change, follow
 from setpoint.groups.group import Group, widths_of
+from setpoint.groups.rng import check_rng_state, rng_state, set_rng_state
 from setpoint.host.host import Host
 from setpoint.ledger import Ledger
 from setpoint.loop.cutting import Actuator
@@ -143,9 +143,9 @@ class Loop:
         return self._now.step
 
     @property
-    def landed(self) -> bool:
+    def budget_met(self) -> bool:
         """Whether the last decision has been made."""
-        return self._now.landed
+        return self._now.budget_met
 
     @property
     def summary(self) -> Summary | None:
@@ -164,7 +164,7 @@ class Loop:
 
     @budget.setter
     def budget(self, budget: Budget | Sequence[Budget]) -> None:
-        check_open(self.spending, self.step, landed=self.landed or self._finished)
+        check_open(self.spending, self.step, budget_met=self.budget_met or self._finished)
         change_budget(self.spending, budget, self.groups, self.step)
         self._go_on()
 
@@ -185,7 +185,7 @@ class Loop:
 
         A tensor stays on its device until a decision needs it; one of several elements raises a `ValueError`.
         """
-        self.losses.observe(self.step + 1, loss, val, keep=not self.landed)
+        self.losses.observe(self.step + 1, loss, val, keep=not self.budget_met)
 
     def reading(self) -> Reading:
         """What the sensor reads now, on this rank; nothing is decided on it."""
@@ -221,7 +221,7 @@ class Loop:
             "sensor": plain(self._sensor_state, "the sensor's state"),
             "controller": plain(self._controller_state, "the controller's state"),
             **{name: part.state_dict() for name, part in self._parts(self.actuator).items()},
-            "chance": {"rank": self.host.ranks.own, **chance_state()},
+            "rng_state": {"rank": self.host.ranks.own, **rng_state()},
         }
 
     def _parts(self, actuator: Actuator) -> dict[str, Part]:
@@ -264,9 +264,9 @@ class Loop:
         self.spending.prepare(False)
         if not self.actuator.by_unit:  # a probe that was under way has begun anew already
             due = self.controller.due(self.step + 1, self.total_steps)
-            self.actuator.prepare(self.step, due=due, open_still=not self.landed)
-        if int(state["chance"]["rank"]) == self.host.ranks.own:  # ranks that all drew the same were no several draws
-            set_chance_state(state["chance"])
+            self.actuator.prepare(self.step, due=due, open_still=not self.budget_met)
+        if int(state["rng_state"]["rank"]) == self.host.ranks.own:  # ranks that all drew the same were no several draws
+            set_rng_state(state["rng_state"])
 
     def _checked(self, state: Mapping[str, Any]) -> tuple[Actuator, Progress, Any]:
         """What a state leads to; nothing is changed yet."""
@@ -282,7 +282,7 @@ class Loop:
             parts[name].check(state[name])
         restored(state["sensor"], self.sensor.init(groups, self.host.model), "the sensor's state", device)
         controller_state = restored(state["controller"], self.controller.init(groups), "the controller's state", device)
-        check_chance_state(state["chance"])
+        check_rng_state(state["rng_state"])
         return actuator, Progress.of(state["now"], widths_of(groups)), controller_state
 
     # How it ends.
@@ -297,10 +297,10 @@ class Loop:
             raise LoopError("finish() has been called already: its result is in loop.summary")
         self.detach()
         self._finished = True
-        if self._now.waits and not self.landed:
+        if self._now.waits and not self.budget_met:
             warnings.warn(
                 "decisions were due while ranks had run out of batches inside join(), and all were never back: the run "
-                "has not landed. Use one join() for each epoch, and ranks of about as many batches",
+                "has not met its budget. Use one join() for each epoch, and ranks of about as many batches",
                 stacklevel=2,
             )
         masked = sum(int((~mask).sum()) for mask in self.actuator.masks.values())
@@ -345,7 +345,7 @@ class Loop:
         While a decision waits for a reading without NaN every step is read: one that is left out would hide the next.
         """
         total_steps = self.total_steps
-        if self.landed or self.step >= total_steps:
+        if self.budget_met or self.step >= total_steps:
             self._release()
         elif self.step % sensed_every(total_steps) and not self._now.overdue:
             if isinstance(self.sensor, Hooking):
@@ -373,7 +373,7 @@ class Loop:
                     "but Setpoint makes no more decisions",
                     stacklevel=2,
                 )
-            elif step <= total_steps and not now.landed:
+            elif step <= total_steps and not now.budget_met:
                 due = self.controller.due(step, total_steps) or step == now.again
                 if (due or now.overdue) and made:
                     self._decide(due)
@@ -389,7 +389,7 @@ class Loop:
         """The next step begins."""
         step, total_steps = self.step, self.total_steps
         due = step + 1 <= total_steps and self.controller.due(step + 1, total_steps)
-        open_still = step <= total_steps and not (self.landed or self._finished)
+        open_still = step <= total_steps and not (self.budget_met or self._finished)
         self.spending.prepare(self.actuator.prepare(step, due=due, open_still=open_still) and open_still)
 
     def _decide(self, due: bool) -> None:
@@ -411,7 +411,7 @@ class Loop:
             self._now = replace(self._now.decided(plan, reading, change), again=plan.again or now.again)
         elif due:
             self._ledger.append(self._entry(now.plan, before, problem))
-        if self.landed:
+        if self.budget_met:
             self.actuator.release()
 
     def _plan(self, reading: Reading) -> tuple[Observation, Any, Plan]:
@@ -461,7 +461,7 @@ class Loop:
     def _go_on(self) -> None:
         """Go on with another budget or length: without a bump, and without a last decision that held for other ones."""
         spending = self.spending
-        if self.landed and spending.limit_run:
+        if self.budget_met and spending.limit_run:
             self._reopen()
         spending.replan(self.step, self.widths)
         cost = spending.cost
@@ -484,4 +484,6 @@ class Loop:
         plan = self._now.plan
         if plan is not None:
             fresh = max(1, min(_FRESH_STEPS, (self.total_steps - self.step) // 10))
-            self._now = replace(self._now, landed=False, plan=replace(plan, landed=False), again=self.step + fresh)
+            self._now = replace(
+                self._now, budget_met=False, plan=replace(plan, budget_met=False), again=self.step + fresh
+            )

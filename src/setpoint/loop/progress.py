@@ -26,7 +26,7 @@ class Progress:
         again: a step at which to decide besides those of the controller; 0 for none.
         overdue: a decision is due and could not be made.
         waits: it was due while ranks had run out of batches.
-        landed: the last decision has been made.
+        budget_met: the last decision has been made.
         plan: the last one, without what it says of single units.
         saliency: in that reading, of the units that are active now.
         worth: at the last decision, likewise.
@@ -38,7 +38,7 @@ class Progress:
     again: int = 0
     overdue: bool = False
     waits: bool = False
-    landed: bool = False
+    budget_met: bool = False
     plan: Plan | None = None
     saliency: Mapping[str, ByUnit[np.ndarray]] = field(default_factory=dict, metadata=fresh(math.nan))
     worth: Mapping[str, ByUnit[np.ndarray]] = field(default_factory=dict, metadata=fresh(math.nan))
@@ -50,7 +50,7 @@ class Progress:
         return replace(
             follow(seen, change),
             plan=replace(plan, keep={}, worth={}, grow={}, grow_worth={}),
-            landed=plan.landed,
+            budget_met=plan.budget_met,
             overdue=False,
             gave_way=plan.gave_way or self.gave_way,
         )
@@ -73,5 +73,5 @@ class Progress:
             again=int(found.again),
             overdue=bool(found.overdue),
             waits=bool(found.waits),
-            landed=bool(found.landed),
+            budget_met=bool(found.budget_met),
         )

@@ -31,7 +31,7 @@ def decisions(plan: Plan) -> list[Any]:
     """All that a plan decides, in plain values of which the same ones look alike."""
     keep = [(name, np.flatnonzero(~kept).tolist()) for name, kept in sorted(plan.keep.items())]
     grow = [(name, units.tolist()) for name, units in sorted(plan.grow.items()) if len(units)]
-    return [plan.step, plan.landed, keep, grow]
+    return [plan.step, plan.budget_met, keep, grow]
 
 
 def recorded(entry: Entry, plan: Plan, change: Change, reading: Reading, origin: Origins, probe: Probe | None) -> Entry:

@@ -29,7 +29,7 @@ _KEY = "setpoint_run"
 def save_run(path: str | os.PathLike[str], **parts: Any) -> None:
     """Write a training run to one safetensors file with a digest: loop, model, optimizers, and what else is given.
 
-    Where a model among the parts is spread over ranks by `fully_shard`, all ranks call this, and `path` is a folder
+    Where a model among the parts is sharded over ranks by `fully_shard`, all ranks call this, and `path` is a folder
     that does not exist yet: `torch.distributed.checkpoint` writes each rank's parts, and plain data of each rank.
 
     The write is atomic: under `path` there is either the old file or the whole new one, even if the process is

@@ -1,4 +1,4 @@
-"""A run folder: what a run file is where the model is spread over ranks, written by `torch.distributed.checkpoint`."""
+"""A run folder: what a run file is where the model is sharded over ranks, written by `torch.distributed.checkpoint`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from setpoint.checkpoint import damaged, digest
 from setpoint.checkpoint.tree import from_tensors, to_tensors
-from setpoint.distributed import Ranks, is_sharded, is_spread, local, ranks_of, rows_of, spread_out
+from setpoint.distributed import Ranks, is_sharded, is_sharded_tensor, local, ranks_of, rows_of, sharded_over
 from setpoint.errors import CheckpointError
 from setpoint.host.together import together
 
@@ -51,8 +51,8 @@ def spread_over(parts: Mapping[str, Any]) -> tuple[Ranks, Any]:
         if is_sharded(module):
             module.reshard()  # type: ignore[operator]  # after a forward pass some parameters are whole
     tensors = [each for model in models for each in model.parameters()]
-    spread = [each for each in tensors if is_spread(each)]
-    return ranks_of(spread), spread[0].device_mesh if spread else None  # type: ignore[attr-defined]
+    sharded = [each for each in tensors if is_sharded_tensor(each)]
+    return ranks_of(sharded), sharded[0].device_mesh if sharded else None  # type: ignore[attr-defined]
 
 
 def write_folder(path: Path, tree: Any, ranks: Ranks) -> None:
@@ -79,12 +79,12 @@ def write_folder(path: Path, tree: Any, ranks: Ranks) -> None:
     with together(ranks, f"the start of saving {path.name!r}"):
         if path.exists():
             raise CheckpointError(f"{str(path)!r} exists: a sharded run is saved to a folder of its own each time")
-        spread: dict[str, Tensor] = {}
-        plain = to_tensors(tree, spread)
-        index = {"plain": {name: _sha256(tensor) for name, tensor in plain.items()}, "parts": _parts(spread)}
+        sharded: dict[str, Tensor] = {}
+        plain = to_tensors(tree, sharded)
+        index = {"plain": {name: _sha256(tensor) for name, tensor in plain.items()}, "parts": _parts(sharded)}
         text = json.dumps(index).encode()
         name = f"rank {ranks.own} of {ranks.count} {hashlib.sha256(text).hexdigest()}"
-        flat = {index["plain"][number]: tensor for number, tensor in plain.items()} | spread
+        flat = {index["plain"][number]: tensor for number, tensor in plain.items()} | sharded
         flat[name] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         if ranks.own == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -101,7 +101,7 @@ def write_folder(path: Path, tree: Any, ranks: Ranks) -> None:
 
 
 def read_folder(path: Path, ranks: Ranks, mesh: Any) -> dict[str, Any]:
-    """Read what `write_folder` wrote; sharded tensors are spread over the ranks that read.
+    """Read what `write_folder` wrote; sharded tensors are sharded over the ranks that read.
 
     With another number of ranks than wrote it, the data of a rank that had no counterpart is that of the first.
 
@@ -136,15 +136,15 @@ def read_folder(path: Path, ranks: Ranks, mesh: Any) -> dict[str, Any]:
     found = _loaded(path, reader, wanted, ranks)
     with together(ranks, f"loading {path.name!r}"):
         plain = {number: found[name] for number, name in index["plain"].items()}
-        spread = {name: found[name] for name in index["parts"]}
+        sharded = {name: found[name] for name in index["parts"]}
         same = int(own[2]) == ranks.count  # else the parts are others, and only whole files can be checked
         if not same:
             _check_files(path, ranks, sums)
         if any(_sha256(plain[number]) != name for number, name in index["plain"].items()):
             raise damaged(path)
-        if same and _parts(spread) != index["parts"]:
+        if same and _parts(sharded) != index["parts"]:
             raise damaged(path)
-        return dict(from_tensors(plain | spread))
+        return dict(from_tensors(plain | sharded))
 
 
 def _sums(path: Path) -> dict[str, str]:
@@ -228,13 +228,13 @@ def _sha256(tensor: Tensor) -> str:
     return digest({"": tensor}, "")
 
 
-def _parts(spread: Mapping[str, Tensor]) -> dict[str, str]:
+def _parts(sharded: Mapping[str, Tensor]) -> dict[str, str]:
     """Digest of this rank's part of each tensor."""
-    return {name: _sha256(local(tensor).detach().cpu().contiguous()) for name, tensor in spread.items()}
+    return {name: _sha256(local(tensor).detach().cpu().contiguous()) for name, tensor in sharded.items()}
 
 
 def _empty(size: Any, mesh: Any) -> Tensor:
     """A tensor of this size, spread over the mesh."""
     form = torch.empty(size.size, dtype=size.properties.dtype, device="meta")
     mine = torch.zeros_like(form[rows_of(len(form), mesh)], device=mesh.device_type)
-    return spread_out(mine, tuple(form.shape), mesh)
+    return sharded_over(mine, tuple(form.shape), mesh)

@@ -24,7 +24,7 @@ class Summary:
     host's only.
 
     Args:
-        landed: within budget at the end, and the last decision was made; or nothing had to be done.
+        budget_met: within budget at the end, and the last decision was made; or nothing had to be done.
         steps: optimizer steps done.
         total_steps: optimizer steps announced at attach.
         widths: active units by group, now.
@@ -51,7 +51,7 @@ class Summary:
         resident_bytes: largest resident set of the process so far, for information: nothing is held to it; None
             without a goal of memory, or where the system does not tell.
         break_even_step: first step at which the seconds saved exceed the overhead, None if never.
-        reason: why it landed or did not.
+        reason: why the budget is met or not.
         probing_seconds: taking resting units in and out, easing them in, and what probed steps took longer.
         probing_flops: FLOPs that resting units added to probed steps.
         probed_steps: steps in which resting units were present.
@@ -70,7 +70,7 @@ class Summary:
         final_loss: last observed loss; the losses right after each cut stand in the ledger (`Entry.loss_after`).
     """
 
-    landed: bool
+    budget_met: bool
     steps: int
     total_steps: int
     widths: Mapping[str, int]
@@ -135,11 +135,11 @@ def summarise(
     """
     widths = widths_of(actuator.groups)
     spent = totals(spending, now.step, widths)
-    landed, reason = _verdict(now, spending, actuator, num_params, widths)
+    budget_met, reason = _verdict(now, spending, actuator, num_params, widths)
     drops, gave_way = drop_counts(ledger), now.gave_way
     summary = Summary(
         **spent,
-        landed=landed,
+        budget_met=budget_met,
         reason=reason,
         widths=widths,
         dense_widths=dense_widths,
@@ -147,7 +147,7 @@ def summarise(
         dropped_units=len(drops),
         regrown_units=len(return_counts(ledger)),
         dropped_again=sum(count > 1 for count in drops.values()),
-        gave_way=f"{gave_way}; {'the budget was met' if landed else 'the budget was missed'}" if gave_way else "",
+        gave_way=f"{gave_way}; {'the budget was met' if budget_met else 'the budget was missed'}" if gave_way else "",
         final_loss=losses.loss,
     )
     return replace(summary, **actuator.totals())
@@ -156,7 +156,7 @@ def summarise(
 def _verdict(
     now: Progress, spending: Spending, actuator: Actuator, num_params: int, widths: Mapping[str, int]
 ) -> tuple[bool, str]:
-    """Whether the run landed, and why or why not."""
+    """Whether the budget is met, and why or why not."""
     broken, accounted = actuator.broken(), spending.costs["params"].total(widths)
     if broken:
         return False, f"masked weights of {broken!r} are not zero: something other than this loop changed them"

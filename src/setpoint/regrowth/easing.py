@@ -12,7 +12,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from setpoint.actuator.shrink import named_tensors, unwrapped
-from setpoint.distributed import is_spread, local, rows
+from setpoint.distributed import is_sharded_tensor, local, rows
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group
 
@@ -33,10 +33,10 @@ class _Share:
         owner, _, key = self.name.rpartition(".")
         tensor: Tensor = getattr(self.holder.get_submodule(owner), key)
         mine, entries, share = rows(tensor), self.entries, self.share
-        if is_spread(tensor) and self.dim == 0:
+        if is_sharded_tensor(tensor) and self.dim == 0:
             here = (entries >= mine.start) & (entries < mine.stop)
             entries, share = entries[here] - mine.start, share[here]
-        elif is_spread(tensor):
+        elif is_sharded_tensor(tensor):
             share = share[mine]
         local(tensor).index_add_(self.dim, entries, share, alpha=count)
 
@@ -74,14 +74,13 @@ class Easing:
     ) -> None:
         assert num_steps >= 1
         self._left = num_steps
-        places = []
-        for group in (group for group in groups if group.name in regrown):
-            units = np.flatnonzero(regrown[group.name])
-            places += [
-                (part.tensor, part.dim, np.flatnonzero(np.isin(part.index, units)))
-                for part in group.slices
-                if part.role == "consume" and part.dim is not None
-            ]
+        places = [
+            (part.tensor, part.dim, np.flatnonzero(np.isin(part.index, np.flatnonzero(regrown[group.name]))))
+            for group in groups
+            if group.name in regrown
+            for part in group.slices
+            if part.role == "consume" and part.dim is not None
+        ]
         self._shares: list[_Share] = []
         for number, module in enumerate((model, *unwrapped([name for name, *_ in places], model, copies))):
             tensors = named_tensors(module)

@@ -17,7 +17,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from setpoint.actuator.cut import SizePlace, cut_groups
 from setpoint.actuator.shrink import named_tensors
 from setpoint.actuator.sizes import apply_sizes
-from setpoint.distributed import is_spread
+from setpoint.distributed import is_sharded_tensor
 from setpoint.groups.group import Group
 from setpoint.groups.vanish import EmptyForward
 from setpoint.regrowth.regrow import Grow, enlarge, new_sizes, with_units
@@ -83,7 +83,7 @@ class Probing:
         self._wide = {id(each.live): each for each in _widened(model, reserve, grow, self._groups, self._came)}
         tables: Any = [table for module in model.modules() for table in (module._parameters, module._buffers)]
         places = [(t, key, tensor) for t in tables for key, tensor in t.items() if id(tensor) in self._wide]
-        self._places = [each for each in places if not is_spread(each[2])]
+        self._places = [each for each in places if not is_sharded_tensor(each[2])]
         self._brackets = brackets
         self._whole: dict[nn.Module, list[Place]] = {}
         self._sizes = _counts(model, reserve, active, grow)
@@ -281,7 +281,9 @@ def _widened(
     for name in sorted(names):
         tensor = tensors[name]
         # Live entries are filled in later, so a sharded tensor need not be gathered here.
-        like = torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device) if is_spread(tensor) else tensor
+        like = (
+            torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device) if is_sharded_tensor(tensor) else tensor
+        )
         base = enlarge(reserve, Key("model", name), like, known[name], live[name], larger[name])
         weights = []
         for group in groups:

@@ -158,7 +158,7 @@ def enlarge(reserve: Reserve, key: Key, source: Tensor, known: Box, live: Box, l
     `known` are the entries of all units that are active or rest, `live` those of the live tensor, `larger` the
     result's.
     """
-    dense, form = reserve.whole(key, source, known, live)
+    dense, form = reserve.unsharded(key, source, known, live)
     positions = {dim: np.flatnonzero(kept) for dim, kept in larger.items()}
     new = take(dense, positions).to(source.device, source.dtype)
     write(new, {dim: live[dim][kept] for dim, kept in larger.items()}, source.detach())

@@ -18,7 +18,7 @@ from setpoint.actuator.cut import Keep, SizePlace, check_keep, cut_groups, plan_
 from setpoint.actuator.optimizer_state import Optimizers, as_sequence, map_tensors
 from setpoint.actuator.shrink import named_tensors, unwrapped
 from setpoint.actuator.take import in_format
-from setpoint.distributed import Ranks, is_spread, local, spread_out
+from setpoint.distributed import Ranks, is_sharded_tensor, local, sharded_over
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group, keep_all
 from setpoint.groups.place import is_call
@@ -180,25 +180,25 @@ class Reserve:
         }
         tensors = []
         for key, rest in self.tensors.items():
-            values = spread_out(rest.values, (rest.count,), self.mesh) if self.shares(key.tensor) else rest.values
+            values = sharded_over(rest.values, (rest.count,), self.mesh) if self.shares(key.tensor) else rest.values
             form = {"shape": tuple(rest.form.shape), "stride": rest.form.stride()}
             tensors.append({"key": tuple(key), "values": values, **form})
         return {"units": by_group, "tensors": tensors}
 
     def resumed(self, state: Mapping[str, Any]) -> Reserve:
         """The reserve whose `state_dict` this is, from the empty one of its model; GroupError for another's."""
-        units = state["units"]
-        by_group = {kind: {n: units[n][kind].numpy().copy() for n in units} for kind in self._by_group()}
-        for kind, old in self._by_group().items():
-            for name, expected in old.items():
-                new = by_group[kind].get(name)
-                if new is None or (new.shape, new.dtype) != (expected.shape, expected.dtype):
-                    raise GroupError(f"the reserve's {kind} of group {name!r} is not one {expected.dtype} per unit")
+        units = state["units"].items()
+        by_group = {key: {n: u[key].numpy().copy() for n, u in units if key in u} for key in self._by_group()}
+        for part, old in self._by_group().items():
+            for name, array in old.items():
+                new = by_group[part].get(name)
+                if new is None or (new.shape, new.dtype) != (array.shape, array.dtype):
+                    raise GroupError(f"the reserve's {part} of group {name!r} is not one {array.dtype} per unit")
         tensors = {}
         for each in state["tensors"]:
             key, count = Key(*each["key"]), len(each["values"])
             values = local(each["values"]).cpu()
-            if self.shares(key.tensor) and not is_spread(each["values"]):
+            if self.shares(key.tensor) and not is_sharded_tensor(each["values"]):
                 values = values[self.ranks.part(count)].clone()
             form = torch.empty_strided(each["shape"], each["stride"], dtype=values.dtype, device="meta")
             tensors[key] = Rest(values, form, count)
@@ -244,7 +244,7 @@ class Reserve:
         for key in keys:
             name = key.tensor
             source = sources.get(key)
-            dense, form = before.whole(key, source, known[name], live[name])
+            dense, form = before.unsharded(key, source, known[name], live[name])
             if source is not None:
                 write(dense, live[name], source.detach().to("cpu", dense.dtype))
             values = dense[resting_entries(dense.shape, wanted[name], mine[name])]
@@ -269,7 +269,7 @@ class Reserve:
         }
         return replace(self, tensors=unsharded, mesh=None)
 
-    def whole(self, key: Key, like: Tensor | None, known: Box, live: Box) -> tuple[Tensor, Tensor]:
+    def unsharded(self, key: Key, like: Tensor | None, known: Box, live: Box) -> tuple[Tensor, Tensor]:
         """A tensor at its dense size, unsharded in host memory, and its form; zero where nothing rests.
 
         `known` and `live` are the entries of units active or resting, and of the active ones. `like` is the live

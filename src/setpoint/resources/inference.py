@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from setpoint.actuator.shrink import named_tensors
-from setpoint.groups.chance import untouched_chance
 from setpoint.groups.export import Example, inputs_of, untouched_attributes
 from setpoint.groups.group import Group
+from setpoint.groups.rng import preserved_rng_state
 from setpoint.resources.median import Measured, median_of
 from setpoint.resources.replica import fresh_replica, users_hooks
 from setpoint.spending.seconds import Stopwatch
@@ -103,7 +103,7 @@ def _answer(model: nn.Module) -> None:
 def _untouched(model: nn.Module) -> Iterator[None]:
     """Eval mode inside, without the user's hooks; whatever a forward does to the model is undone."""
     with ExitStack() as after:
-        after.enter_context(untouched_chance(model))
+        after.enter_context(preserved_rng_state(model))
         after.enter_context(_untouched_buffers(model))
         after.enter_context(untouched_attributes(model))
         after.enter_context(_without_hooks(model))

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from setpoint.controller.reference import Reference
+from setpoint.controller.schedule import Schedule
 from setpoint.cost.budget import METERED, Budget
 from setpoint.cost.cost import Cost
 from setpoint.cost.flops import forward_flops
@@ -36,7 +36,7 @@ class Learnt:
     sources: Mapping[str, str]
     header: Mapping[str, Any]
     meter: Metering
-    target: Callable[[Sequence[Budget], Mapping[str, Cost], Reference, str], Target]
+    target: Callable[[Sequence[Budget], Mapping[str, Cost], Schedule, str], Target]
 
 
 def learn(

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from setpoint.controller.ladder import lowest_width
-from setpoint.controller.reference import Reference
+from setpoint.controller.schedule import Schedule
 from setpoint.cost.budget import Budget, amount
 from setpoint.cost.cost import Cost
 from setpoint.groups.group import Group, widths_of
@@ -35,7 +35,7 @@ class MeteredTarget(Target):
         meter: Metering,
         budgets: Sequence[Budget],
         costs: Mapping[str, Cost],
-        schedule: Reference,
+        schedule: Schedule,
         resource: str = "flops",
     ) -> None:
         super().__init__(budgets, costs, widths_of(groups), schedule, resource)

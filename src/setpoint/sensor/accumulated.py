@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from setpoint.distributed import is_spread, local
+from setpoint.distributed import is_sharded_tensor, local
 from setpoint.sensor.sentinel import graph_task
 
 
@@ -47,7 +47,7 @@ class RunningSum:
     def __init__(self, parameter: Tensor) -> None:
         self._sum: Tensor | None = None
         self._coming: tuple[int, Tensor | None] = -1, None
-        self._gradient = None if is_spread(parameter) else Accumulated(parameter)
+        self._gradient = None if is_sharded_tensor(parameter) else Accumulated(parameter)
         self._handles: list[Any] = []
         if self._gradient is not None:
             self._handles = [

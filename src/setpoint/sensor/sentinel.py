@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from setpoint.distributed import Ranks, is_spread, local, whole_tensor
+from setpoint.distributed import Ranks, is_sharded_tensor, local, unsharded_tensor
 
 _COUNT = 3
 """A single parameter might take no part in a step."""
@@ -45,12 +45,12 @@ class Sentinels:
     def start(self) -> None:
         """Watch all of them; sharded ones only where a model was given."""
         for parameter in self.parameters:
-            if not is_spread(parameter):
+            if not is_sharded_tensor(parameter):
                 self.watch(parameter, parameter)
         modules = () if self._model is None else self._model.modules()
         for module in modules:
             for name, parameter in module.named_parameters(recurse=False):
-                if is_spread(parameter) and any(parameter is each for each in self.parameters):
+                if is_sharded_tensor(parameter) and any(parameter is each for each in self.parameters):
                     self._handles.append(module.register_forward_pre_hook(self._looking_for(parameter, name)))
 
     def _looking_for(self, parameter: nn.Parameter, name: str) -> Callable[[nn.Module, Any], None]:
@@ -59,7 +59,7 @@ class Sentinels:
 
         def look(module: nn.Module, args: Any) -> None:
             sentinels, live = me(), module._parameters.get(name)
-            if sentinels is not None and live is not None and not is_spread(live) and live.requires_grad:
+            if sentinels is not None and live is not None and not is_sharded_tensor(live) and live.requires_grad:
                 sentinels.watch(parameter, live)
 
         return look
@@ -115,14 +115,14 @@ class Sentinels:
 
     def any_gradient(self) -> bool:
         """Whether any may have a gradient that is not zero: shards get theirs only when ranks average theirs."""
-        return any(is_spread(each) or _has_gradient(each) for each in self.parameters)
+        return any(is_sharded_tensor(each) or _has_gradient(each) for each in self.parameters)
 
     def left(self) -> dict[int, Tensor]:
         """Of the gradients that arrived, those of parameters that still have one; zero where it was set to zero."""
         found = {}
         for each in self.parameters:
             came = self.came.get(id(each))
-            if came is not None and is_spread(each):
+            if came is not None and is_sharded_tensor(each):
                 found[id(each)] = came
             elif came is not None and each.grad is not None:
                 found[id(each)] = torch.where(each.grad.any(), came, 0.0)  # no host sync
@@ -141,7 +141,7 @@ class Sentinels:
         """Scale of the present gradients over `came`, a row of `gradients` or its mean over ranks; None for None."""
         if came is None:
             return None
-        now = self._row([None if each.grad is None else whole_tensor(each.grad) for each in self.parameters])
+        now = self._row([None if each.grad is None else unsharded_tensor(each.grad) for each in self.parameters])
         return (came * now).sum() / came.square().sum()
 
     def in_scale(self, read: Tensor, ranks: Ranks) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from setpoint.distributed import is_spread, rows
+from setpoint.distributed import is_sharded_tensor, rows
 from setpoint.groups.group import Slice
 
 
@@ -59,7 +59,7 @@ class UnitSum:
 
 def part_of(place: Slice, tensor: Tensor) -> Slice:
     """The slice in this rank's shard of a sharded tensor; the slice itself for any other tensor."""
-    return replace(place, index=place.index[rows(tensor)]) if is_spread(tensor) and place.dim == 0 else place
+    return replace(place, index=place.index[rows(tensor)]) if is_sharded_tensor(tensor) and place.dim == 0 else place
 
 
 def num_entries(place: Slice, tensor: Tensor) -> int:

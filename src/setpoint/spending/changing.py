@@ -13,7 +13,7 @@ from setpoint.spending.checks import check_budgets, check_costed, check_reachabl
 from setpoint.spending.spending import Spending
 
 
-def check_open(spending: Spending, step: int, *, landed: bool) -> None:
+def check_open(spending: Spending, step: int, *, budget_met: bool) -> None:
     """Check that the budget may still be changed.
 
     Raises:
@@ -21,7 +21,7 @@ def check_open(spending: Spending, step: int, *, landed: bool) -> None:
     """
     if not spending.budgets:
         raise LoopError("this loop follows a Price or a Tolerance: it has no budget to change, attach with a Budget")
-    if landed or spending.schedule.final(step, spending.total_steps):
+    if budget_met or spending.schedule.final(step, spending.total_steps):
         raise LoopError(
             f"the budget is frozen at step {step}: it may be changed until the landing, "
             f"by {spending.schedule.land:.0%} of the run at the latest. Finish this loop and attach a new one"

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from setpoint.controller.horizon import least_run, most_per_step, next_decision, step_limit
-from setpoint.controller.reference import Reference
+from setpoint.controller.schedule import Schedule
 from setpoint.cost.budget import IN_SECONDS, MILLISECONDS, Budget, amount
 from setpoint.errors import BudgetError
 
@@ -29,7 +29,7 @@ class RunBudget:
     """
 
     budget: Budget
-    schedule: Reference
+    schedule: Schedule
     dense: float
     margin: float = 0.0
 

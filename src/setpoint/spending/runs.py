@@ -11,7 +11,7 @@ from setpoint.controller.horizon import RunRest, next_decision
 from setpoint.controller.ladder import lowest_width
 from setpoint.controller.landing import cheapest
 from setpoint.controller.plan import Learning
-from setpoint.controller.reference import Reference
+from setpoint.controller.schedule import Schedule
 from setpoint.cost.budget import METERED, amount
 from setpoint.groups.group import Group, widths_of
 from setpoint.sensor.stride import sensed_every
@@ -41,7 +41,7 @@ class Runs:
         account: Account,
         meter: Meter,
         groups: tuple[Group, ...],
-        schedule: Reference,
+        schedule: Schedule,
         regrows: bool,
         learning: Learning | None,
         reported: set[str],

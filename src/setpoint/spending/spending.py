@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from setpoint.controller.plan import Learning, Observation, Plan
-from setpoint.controller.reference import Reference
+from setpoint.controller.schedule import Schedule
 from setpoint.cost.budget import Budget
 from setpoint.cost.cost import Cost
 from setpoint.entry import Entry
@@ -67,7 +67,7 @@ class Spending:
         groups: tuple[Group, ...],
         *,
         total_steps: int,
-        schedule: Reference,
+        schedule: Schedule,
         sensing_flops: float,
         account: Account,
         meter: Meter,

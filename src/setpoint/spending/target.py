@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from setpoint.controller.reference import Reference
+from setpoint.controller.schedule import Schedule
 from setpoint.cost.budget import METERED, Budget
 from setpoint.cost.cost import Cost
 from setpoint.cost.joint import JointCost, Share
@@ -33,7 +33,7 @@ class Target:
         budgets: Sequence[Budget],
         costs: Mapping[str, Cost],
         dense_widths: Mapping[str, int],
-        schedule: Reference,
+        schedule: Schedule,
         resource: str = "flops",
     ) -> None:
         self.budgets = tuple(budgets)

@@ -1,4 +1,4 @@
-"""The verdict on a finished run: what it came to, and whether it landed."""
+"""The verdict on a finished run: what it came to, and whether it met its budget."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def totals(spending: Spending, step: int, widths: Mapping[str, int]) -> dict[str
 
 
 def verdict(spending: Spending, step: int, widths: Mapping[str, int], last: Plan | None) -> tuple[bool, str]:
-    """Whether the run landed after so many steps, with these widths and this last plan, and why or why not."""
+    """Whether the budget is met after so many steps, with these widths and this last plan, and why or why not."""
     total_steps, target = spending.total_steps, spending.target
     steps, limits = min(step, total_steps), target.limit
     early = f"ended after {steps} of {total_steps} steps" if steps < total_steps else "ended"
@@ -68,11 +68,11 @@ def verdict(spending: Spending, step: int, widths: Mapping[str, int], last: Plan
         margin = max(1e-12, spending.meter.margin(name))
         if name not in target.runs and seen > limit * (1 + margin):
             over = f"over {limit / dense:.1%}" if name not in METERED else f"over {amount(limit, name)}"
-            slower = f"landed at step {last.step}, but since then " if last is not None and last.landed else ""
+            slower = f"budget met at step {last.step}, but since then " if last is not None and last.budget_met else ""
             return False, f"{slower}{early} at {seen / dense:.1%} of the dense {name}, {over}"
-    if last is not None and last.landed:
+    if last is not None and last.budget_met:
         gone = "; the energy meter has vanished since: joules are modelled" if spending.meter.vanished else ""
-        return True, f"landed at step {last.step}: {last.reason}{gone}"
+        return True, f"budget met at step {last.step}: {last.reason}{gone}"
     if limits and all(limit >= spending.expected(name, spending.dense_widths) for name, limit in limits.items()):
         return True, "the dense model is within budget"
     within = "within budget" if limits else early

@@ -8,7 +8,7 @@ from typing import Any, final
 
 from setpoint.controller.plan import Controller, Observation, Plan, Transferring
 from setpoint.controller.priced import PricedController
-from setpoint.controller.reference import Reference
+from setpoint.controller.schedule import Schedule
 from setpoint.cost.cost import Cost
 from setpoint.groups.group import Group
 
@@ -22,7 +22,7 @@ class ExchangingController:
 
     of each tensor's active weights, the least salient, go, and as many come in with the value zero: those not
     active so far whose gradients were largest in this step. That costs nothing, so price and budget do not see it.
-    Exchanges go on at the decisions of `inner` until `end`, even if it has landed by then; after that the run lands.
+    Exchanges go on at the decisions of `inner` until `end`, even if the budget is met by then; after that the run ends.
 
     Args:
         inner: says when decisions are made and how many weights of each tensor stay; it brings nothing back itself.
@@ -52,10 +52,10 @@ class ExchangingController:
     """Where the loss does not stand a cut, nothing is dropped until the next decision."""
 
     @property
-    def reference(self) -> Reference:
+    def schedule(self) -> Schedule:
         """That of the inner controller, or the usual one."""
-        found = getattr(self.inner, "reference", None)
-        return found if isinstance(found, Reference) else Reference()
+        found = getattr(self.inner, "schedule", None)
+        return found if isinstance(found, Schedule) else Schedule()
 
     def init(self, groups: tuple[Group, ...]) -> Any:
         """State of the inner controller; there is no other."""
@@ -82,8 +82,8 @@ class ExchangingController:
             return state, plan
         if not any(self.due(later, total_steps) for later in range(step + 1, total_steps + 1)):
             return state, plan  # nothing could land later
-        reason = f"{plan.reason.removeprefix('landed: ')}; exchange of up to {share:.1%} of the active weights"
-        return state, replace(plan, exchange=share, landed=False, reason=reason)
+        reason = f"{plan.reason.removeprefix('budget met: ')}; exchange of up to {share:.1%} of the active weights"
+        return state, replace(plan, exchange=share, budget_met=False, reason=reason)
 
     def share(self, step: int, total_steps: int) -> float:
         """Share of the active weights that is exchanged at this step."""

@@ -194,7 +194,7 @@ class ToleranceController:
         return None, Plan(
             step=observation.step,
             keep=keep,
-            landed=observation.step >= last,
+            budget_met=observation.step >= last,
             reason=reason if going else "no layer would lose a twentieth of its states",
         )
 

@@ -13,7 +13,7 @@ from setpoint.groups.group import Group, keep_all, widths_of
 
 
 def nothing_dropped(observation: Observation, cost: Cost, groups: tuple[Group, ...], reason: str) -> Plan:
-    """The plan that keeps everything and has not landed."""
+    """The plan that keeps everything and has not met its budget."""
     keep = keep_all(groups)
     return Plan(observation.step, keep, price={cost.resource: 0.0}, reason=reason)
 
@@ -29,7 +29,7 @@ def even_plan(
     """Drop the least salient units, block by block from the group of highest density, down to the target.
 
     At the target no single dropped block could be given back. No group goes below the width at which it is to land,
-    so that a coarse block on the way down does not cost more than the limit demands. It has landed once the cost is
+    so that a coarse block on the way down does not cost more than the limit demands. The budget is met once the cost is
     within the limit.
 
     Args:
@@ -53,15 +53,15 @@ def even_plan(
     descend(selection, target)
     if selection.total <= target:
         add_back(selection, target)
-    landed = selection.total <= limit
+    budget_met = selection.total <= limit
     dropped = sum(int(ladders[name].edges[rung]) for name, rung in selection.rungs.items())
     return Plan(
         step=observation.step,
         keep={name: ladder.keep(selection.rungs[name]) for name, ladder in ladders.items()},
         price={cost.resource: 0.0},
         reference={cost.resource: target},
-        landed=landed,
-        reason=f"{'landed: ' if landed else ''}{reason}; dropped {dropped} units",
+        budget_met=budget_met,
+        reason=f"{'budget met: ' if budget_met else ''}{reason}; dropped {dropped} units",
     )
 
 

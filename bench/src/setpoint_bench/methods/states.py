@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import setpoint
-from setpoint.controller.reference import Reference
+from setpoint.controller.schedule import Schedule
 from setpoint.cost.params import params_cost
 from setpoint.groups.group import Group
 from setpoint_bench.baselines.compressm import ComplexHankelSensor, ToleranceController
@@ -70,9 +70,9 @@ class Hankel:
         )
         return optimizer, Looped(loop)
 
-    def _reference(self) -> Reference:
+    def _reference(self) -> Schedule:
         """The usual one, earlier or later."""
-        return Reference() if self.settle == Reference().settle else Reference(self.settle / 5, self.settle)
+        return Schedule() if self.settle == Schedule().settle else Schedule(self.settle / 5, self.settle)
 
 
 @final

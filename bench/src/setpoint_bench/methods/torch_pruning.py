@@ -97,7 +97,7 @@ class TorchPruning:
             overhead_flops=calibration,
             overhead_seconds=watch.seconds,
             resizes=1,
-            landed=final <= budget * dense_flops,
+            budget_met=final <= budget * dense_flops,
             notes=f"pruning ratio {ratio:.4f}" + (f", of heads at most {most_heads:.2f}" if most_heads < 1 else ""),
         )
         return task.optimizer(model), _AlreadyCut(outcome)

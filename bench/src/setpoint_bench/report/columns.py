@@ -88,7 +88,7 @@ def columns(rows: Sequence[Row]) -> tuple[Column, ...]:
         Column("ahead from step", break_even_text, 7),
         Column("energy", energy_text, 5),
         Column("cuts", lambda row: NOTHING if not row.resizes else f"{row.resizes:.1f}".removesuffix(".0"), 10),
-        Column("landed", landed_text, 6),
+        Column("budget_met", budget_met_text, 6),
     )
     return tuple(column for column in found if any(column.text(row) != NOTHING for row in rows))
 
@@ -190,13 +190,13 @@ def break_even_text(row: Row) -> str:
     return f"{row.break_even_step:,.0f}{counted}"
 
 
-def landed_text(row: Row) -> str:
+def budget_met_text(row: Row) -> str:
     """Whether the budget was met: yes, no, or in how many runs."""
-    if row.num_landed is None:
+    if row.num_budget_met is None:
         return NOTHING
     if row.num_seeds == 1:
-        return "yes" if row.num_landed else "no"
-    return f"{row.num_landed} of {row.num_seeds}"
+        return "yes" if row.num_budget_met else "no"
+    return f"{row.num_budget_met} of {row.num_seeds}"
 
 
 def seeds_text(rows: Sequence[Row]) -> str:

@@ -10,10 +10,10 @@ from setpoint.report.numbers import NOTHING, digits, human, percent
 from setpoint_bench.report.columns import (
     CLOCKS,
     break_even_text,
+    budget_met_text,
     clock_note,
     difference_columns,
     interval_text,
-    landed_text,
     metric_text,
     overhead_text,
     realised_text,
@@ -133,7 +133,7 @@ def texts(row: Row) -> tuple[str | tuple[str, ...], ...]:
         realised_text(row),
         break_even_text(row),
         NOTHING if not row.resizes else digits(row.resizes),
-        landed_text(row),
+        budget_met_text(row),
     )
 
 

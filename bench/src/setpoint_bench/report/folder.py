@@ -157,7 +157,7 @@ def read_cell(
         overhead_seconds=number(line.get("overhead_seconds")),
         overhead_flops=number(line.get("overhead_flops")),
         resizes=whole(line.get("resizes")),
-        landed=line["landed"] if isinstance(line.get("landed"), bool) else None,
+        budget_met=line["budget_met"] if isinstance(line.get("budget_met"), bool) else None,
         widths=counts(line.get("widths")),
         dense_widths=counts(line.get("dense_widths")),
         environment=texts(line.get("environment")),

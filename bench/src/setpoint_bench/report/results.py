@@ -52,7 +52,7 @@ class Cell:
         overhead_seconds: the part of `seconds` that Setpoint spent: attaching, sensing, deciding, resizing.
         overhead_flops: the part of `train_flops` spent on them.
         resizes: number of cuts.
-        landed: whether the run ended within budget; None without a budget.
+        budget_met: whether the run ended within budget; None without a budget.
         widths, dense_widths: active units of the finished and of the dense model, by group.
         environment: versions and hardware, as text.
         date: when the run ended.
@@ -85,7 +85,7 @@ class Cell:
     overhead_seconds: float | None = None
     overhead_flops: float | None = None
     resizes: int | None = None
-    landed: bool | None = None
+    budget_met: bool | None = None
     widths: Mapping[str, int] = field(default_factory=dict)
     dense_widths: Mapping[str, int] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)

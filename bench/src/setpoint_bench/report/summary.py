@@ -45,7 +45,7 @@ class Row:
         break_even_step: step from which on a run is ahead of the dense run in seconds: mean over the runs that are.
         num_ahead: number of runs that are ahead of the dense run from some step on.
         num_clocked: number of runs that could be, since their seconds count by the task's clock.
-        num_landed: number of runs that ended within budget, None without a budget.
+        num_budget_met: number of runs that ended within budget, None without a budget.
     """
 
     task: str
@@ -79,7 +79,7 @@ class Row:
     num_clocked: int
     energy_j: Estimate | None
     resizes: float | None
-    num_landed: int | None
+    num_budget_met: int | None
     notes: tuple[str, ...] = field(default=())
 
     @property
@@ -164,7 +164,7 @@ def summarise(label: str, groups: Mapping[str, Sequence[Cell]]) -> Row:
 
     train_flops, train_flops_ratio = same(lambda cell: cell.train_flops)
     seconds_share = None if clock == "shared" else share_of(rounds_of(cells, clock), rounds_of(dense, clock))
-    landings = [cell.landed for cell in cells if cell.landed is not None]
+    landings = [cell.budget_met for cell in cells if cell.budget_met is not None]
     is_dense = first.method == DENSE
     ahead = [] if is_dense else [break_even_of(cell, dense, clock) for cell in cells]
     return Row(
@@ -203,7 +203,7 @@ def summarise(label: str, groups: Mapping[str, Sequence[Cell]]) -> Row:
         num_clocked=sum(cell.timing is not None for cell in cells) if clock == "timed" else len(cells),
         energy_j=estimate([cell.energy_j for cell in cells if cell.energy_j is not None]),
         resizes=mean(cell.resizes for cell in cells),
-        num_landed=sum(landings) if landings and not is_dense else None,
+        num_budget_met=sum(landings) if landings and not is_dense else None,
         notes=merged([cell.notes for cell in cells if cell.notes]),
     )
 

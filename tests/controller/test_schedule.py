@@ -8,17 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from setpoint.controller.reference import Reference
+from setpoint.controller.schedule import Schedule
 
 
-def _steps(reference: Reference, total_steps: int) -> list[int]:
-    return [step for step in range(1, total_steps + 50) if reference.due(step, total_steps)]
+def _steps(schedule: Schedule, total_steps: int) -> list[int]:
+    return [step for step in range(1, total_steps + 50) if schedule.due(step, total_steps)]
 
 
 def test_dense_before_limit_after() -> None:
     """The reference is exactly the dense cost until warm-up ends and exactly the limit from settle on."""
-    reference = Reference(warmup=0.1, settle=0.4, land=0.8)
-    values = [reference.at(step, 100, start=7.0, limit=3.0) for step in range(1, 101)]
+    schedule = Schedule(warmup=0.1, settle=0.4, land=0.8)
+    values = [schedule.at(step, 100, start=7.0, limit=3.0) for step in range(1, 101)]
     assert values[:10] == [7.0] * 10
     assert values[39:] == [3.0] * 61
     assert all(3.0 < value < 7.0 for value in values[10:39])
@@ -26,16 +26,16 @@ def test_dense_before_limit_after() -> None:
 
 def test_geometric_falls_by_the_same_factor() -> None:
     """Between two decisions the geometric reference always falls by the same factor."""
-    reference = Reference(warmup=0.0, settle=0.8, land=1.0, num_cuts=8)
-    values = [reference.at(step, 1000, start=1.0, limit=0.25) for step in (0, *_steps(reference, 1000)[:8])]
+    schedule = Schedule(warmup=0.0, settle=0.8, land=1.0, num_cuts=8)
+    values = [schedule.at(step, 1000, start=1.0, limit=0.25) for step in (0, *_steps(schedule, 1000)[:8])]
     factors = [b / a for a, b in zip(values, values[1:], strict=False)]
     assert factors == pytest.approx([0.25 ** (1 / 8)] * 8)
 
 
 def test_linear_falls_by_the_same_amount() -> None:
     """Between two decisions the linear reference always falls by the same amount."""
-    reference = Reference(warmup=0.0, settle=0.8, land=1.0, num_cuts=8, shape="linear")
-    values = [reference.at(step, 1000, start=1.0, limit=0.2) for step in (0, *_steps(reference, 1000)[:8])]
+    schedule = Schedule(warmup=0.0, settle=0.8, land=1.0, num_cuts=8, shape="linear")
+    values = [schedule.at(step, 1000, start=1.0, limit=0.2) for step in (0, *_steps(schedule, 1000)[:8])]
     assert [a - b for a, b in zip(values, values[1:], strict=False)] == pytest.approx([0.1] * 8)
 
 
@@ -44,20 +44,20 @@ def test_mean_cost_of_the_ramp() -> None:
     steps = range(2000)
     means = {}
     for shape in ("geometric", "linear"):
-        reference = Reference(warmup=0.0, settle=1.0, land=1.0, shape=shape)
-        means[shape] = sum(reference.at(step, 2000, start=1.0, limit=0.25) for step in steps) / 2000
+        schedule = Schedule(warmup=0.0, settle=1.0, land=1.0, shape=shape)
+        means[shape] = sum(schedule.at(step, 2000, start=1.0, limit=0.25) for step in steps) / 2000
     assert means["geometric"] == pytest.approx(0.75 / math.log(4), rel=1e-3)
     assert means["linear"] == pytest.approx(0.625, rel=1e-3)
 
 
 def test_no_ramp_where_dense_fits() -> None:
     """Where the dense cost is within the limit the reference is the limit throughout."""
-    assert {Reference().at(step, 100, start=2.0, limit=5.0) for step in range(1, 101)} == {5.0}
+    assert {Schedule().at(step, 100, start=2.0, limit=5.0) for step in range(1, 101)} == {5.0}
 
 
 def test_few_decisions_last_one_of_the_ramp_at_settle() -> None:
     """A long run makes num_cuts decisions up to settle, the last exactly there, and lands by 70 % if it can."""
-    steps = _steps(Reference(), 10_000)
+    steps = _steps(Schedule(), 10_000)
     ramp = [step for step in steps if step <= 3000]
     assert len(ramp) == 8 and ramp[-1] == 3000 and ramp[0] > 500
     assert 7000 in steps
@@ -69,33 +69,33 @@ def test_few_decisions_last_one_of_the_ramp_at_settle() -> None:
 @given(st.integers(1, 20))
 def test_tiny_runs_decide_at_every_step(total_steps: int) -> None:
     """Runs of 1 to 20 steps decide at least once at the limit, never before step 1, never after the end."""
-    reference = Reference()
-    steps = _steps(reference, total_steps)
+    schedule = Schedule()
+    steps = _steps(schedule, total_steps)
     assert steps and steps[0] >= 1 and steps[-1] == total_steps
-    assert reference.settled(steps[-1], total_steps)
-    ramp = [step for step in steps if not reference.settled(step, total_steps)]
+    assert schedule.settled(steps[-1], total_steps)
+    ramp = [step for step in steps if not schedule.settled(step, total_steps)]
     assert ramp == list(range(ramp[0], ramp[-1] + 1)) if ramp else True
 
 
 def test_run_of_one_step_jumps_to_the_limit() -> None:
     """With one step there is one decision, and it aims at the limit."""
-    assert _steps(Reference(), 1) == [1]
-    assert Reference().at(1, 1, start=9.0, limit=2.0) == 2.0
+    assert _steps(Schedule(), 1) == [1]
+    assert Schedule().at(1, 1, start=9.0, limit=2.0) == 2.0
 
 
 @pytest.mark.parametrize("total_steps", [0, -3])
 def test_no_steps_no_decisions(total_steps: int) -> None:
     """A run without steps has no decisions, and none comes after the end of any run."""
-    assert not any(Reference().due(step, total_steps) for step in range(-5, 5))
-    assert not any(Reference().due(step, 100) for step in range(101, 300))
+    assert not any(Schedule().due(step, total_steps) for step in range(-5, 5))
+    assert not any(Schedule().due(step, 100) for step in range(101, 300))
 
 
 @given(st.integers(1, 3000), st.integers(1, 20), st.floats(0, 0.5), st.floats(0.01, 0.5))
 def test_any_settings(total_steps: int, num_cuts: int, warmup: float, ramp: float) -> None:
     """For any settings the reference never rises, and at least one decision comes at or after settle."""
-    reference = Reference(warmup=warmup, settle=warmup + ramp, land=1.0, num_cuts=num_cuts)
-    steps = _steps(reference, total_steps)
-    values = [reference.at(step, total_steps, start=5.0, limit=1.0) for step in steps]
+    schedule = Schedule(warmup=warmup, settle=warmup + ramp, land=1.0, num_cuts=num_cuts)
+    steps = _steps(schedule, total_steps)
+    values = [schedule.at(step, total_steps, start=5.0, limit=1.0) for step in steps]
     assert values == sorted(values, reverse=True)
     assert values[-1] == 1.0
 
@@ -115,4 +115,4 @@ def test_any_settings(total_steps: int, num_cuts: int, warmup: float, ramp: floa
 def test_bad_settings(settings: dict[str, object]) -> None:
     """Settings out of order or range are refused."""
     with pytest.raises((ValueError, TypeError)):
-        Reference(**settings)  # type: ignore[arg-type]
+        Schedule(**settings)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The reference: the trajectory from the dense cost to the limit that the loop tracks, and when to decide."""
+"""The schedule: the reference, which falls from the dense cost to the limit, and the steps at which to decide."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 
 
 @dataclass(frozen=True)
-class Reference:
+class Schedule:
     """Dense until the warm-up ends, then down to the limit by `settle`, constant from there on.
 
     With `s = (step - warmup) / (settle - warmup)`, clipped to [0, 1], and both ends in whole steps,
@@ -37,10 +37,10 @@ class Reference:
     Raises:
         ValueError: unless `0 <= warmup < settle <= land <= 1` and `num_cuts >= 1`.
 
-    >>> reference = Reference()
-    >>> [reference.at(step, 1000, start=4.0, limit=1.0) for step in (50, 175, 300, 900)]
+    >>> schedule = Schedule()
+    >>> [schedule.at(step, 1000, start=4.0, limit=1.0) for step in (50, 175, 300, 900)]
     [4.0, 2.0, 1.0, 1.0]
-    >>> [step for step in range(1, 301) if reference.due(step, 1000)]
+    >>> [step for step in range(1, 301) if schedule.due(step, 1000)]
     [81, 112, 144, 175, 206, 238, 269, 300]
     """
 
@@ -53,7 +53,7 @@ class Reference:
     def __post_init__(self) -> None:
         if not 0 <= self.warmup < self.settle <= self.land <= 1:
             raise ValueError(
-                "a reference needs 0 <= warmup < settle <= land <= 1, "
+                "a schedule needs 0 <= warmup < settle <= land <= 1, "
                 f"got warmup={self.warmup!r}, settle={self.settle!r}, land={self.land!r}"
             )
         if self.num_cuts < 1:
@@ -84,9 +84,9 @@ class Reference:
             value: cost to pass through.
             limit: where it comes down to.
 
-        >>> reference = Reference()
-        >>> start = reference.start_through(175, 1000, value=2.0, limit=0.5)
-        >>> [reference.at(step, 1000, start=start, limit=0.5) for step in (175, 300)]
+        >>> schedule = Schedule()
+        >>> start = schedule.start_through(175, 1000, value=2.0, limit=0.5)
+        >>> [schedule.at(step, 1000, start=start, limit=0.5) for step in (175, 300)]
         [2.0, 0.5]
         """
         progress = self.progress(step, total_steps)
@@ -99,7 +99,7 @@ class Reference:
     def progress(self, step: int, total_steps: int) -> float:
         """How much of the way down is done by this step, from 0 until warm-up ends to 1 from settle on.
 
-        >>> [Reference().progress(step, 1000) for step in (50, 175, 300)]
+        >>> [Schedule().progress(step, 1000) for step in (50, 175, 300)]
         [0.0, 0.5, 1.0]
         """
         settle = self._settle_step(total_steps)
@@ -111,7 +111,7 @@ class Reference:
         return step in _decision_steps(self, total_steps)
 
     def settled(self, step: int, total_steps: int) -> bool:
-        """Whether the reference has come down to the limit: from here on every decision tries to land."""
+        """Whether the reference has come down to the limit: from here on every decision tries to meet it."""
         return step >= self._settle_step(total_steps)
 
     def final(self, step: int, total_steps: int) -> bool:
@@ -123,15 +123,15 @@ class Reference:
 
 
 @lru_cache(maxsize=64)
-def _decision_steps(reference: Reference, total_steps: int) -> frozenset[int]:
+def _decision_steps(schedule: Schedule, total_steps: int) -> frozenset[int]:
     """All steps of a run after which a decision is made."""
     if total_steps < 1:
         return frozenset()
-    settle = reference._settle_step(total_steps)
-    warmup = min(round(reference.warmup * total_steps), settle - 1)
-    land = max(settle, round(reference.land * total_steps))
-    spacing = (settle - warmup) / reference.num_cuts
-    ramp = (round(warmup + spacing * i) for i in range(1, reference.num_cuts + 1))
+    settle = schedule._settle_step(total_steps)
+    warmup = min(round(schedule.warmup * total_steps), settle - 1)
+    land = max(settle, round(schedule.land * total_steps))
+    spacing = (settle - warmup) / schedule.num_cuts
+    ramp = (round(warmup + spacing * i) for i in range(1, schedule.num_cuts + 1))
     num_checks = round((land - settle) / max(spacing, 1.0))
     checks = (round(settle + (land - settle) * i / num_checks) for i in range(1, num_checks + 1))
     late = (round(land + (total_steps - land) * i / 3) for i in range(1, 4))

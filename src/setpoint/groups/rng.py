@@ -1,4 +1,4 @@
-"""RNG state: that of the global random number generators, preserved, saved and restored."""
+"""RNG state: preserved, saved and restored, of the generators that everybody shares."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def untouched_chance(model: nn.Module) -> Iterator[None]:
+def preserved_rng_state(model: nn.Module) -> Iterator[None]:
     """Preserve the RNG state of PyTorch (host and the model's devices), NumPy and Python."""
     devices = {parameter.device for parameter in model.parameters()}
     python, numpy = random.getstate(), np.random.get_state(legacy=False)
@@ -25,7 +25,7 @@ def untouched_chance(model: nn.Module) -> Iterator[None]:
             np.random.set_state(numpy)
 
 
-def chance_state() -> dict[str, Any]:
+def rng_state() -> dict[str, Any]:
     """RNG states of PyTorch (GPUs too), NumPy and Python, in tensors, numbers and strings."""
     return {
         "torch": torch.get_rng_state(),
@@ -35,7 +35,7 @@ def chance_state() -> dict[str, Any]:
     }
 
 
-def check_chance_state(state: Mapping[str, Any]) -> None:
+def check_rng_state(state: Mapping[str, Any]) -> None:
     """Try RNG states on throwaway generators; KeyError, TypeError, ValueError or RuntimeError for what is none."""
     torch.Generator().set_state(state["torch"].cpu())
     random.Random().setstate(_nested(state["python"]))
@@ -49,8 +49,8 @@ def check_chance_state(state: Mapping[str, Any]) -> None:
         raise TypeError("the state of a GPU's generator is a tensor")
 
 
-def set_chance_state(state: Mapping[str, Any]) -> None:
-    """Restore the state that `chance_state` returned; states of GPUs that are absent here are skipped."""
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Restore the state that `rng_state` returned; states of GPUs that are absent here are skipped."""
     torch.set_rng_state(state["torch"].cpu())
     for device, each in enumerate(state["cuda"][: torch.cuda.device_count()]):
         torch.cuda.set_rng_state(each.cpu(), device)
