@@ -287,13 +287,12 @@ def test_dwell_keeps_units_that_came_back() -> None:
 
 
 def test_state_is_cut_like_the_groups() -> None:
-    """`cut` drops the entries of dropped units and leaves groups that the plan does not name alone."""
+    """`follow` drops the entries of dropped units and leaves groups that the plan does not name alone."""
     groups, _ = chain(4, 3)
     controller = PricedController()
     state = replace(controller.init(groups), age={"layer0": np.arange(4), "layer1": np.arange(3)})
     state = follow(state, Change(keep={"layer0": np.array([True, False, False, True])}))
     assert state.age["layer0"].tolist() == [0, 3] and state.age["layer1"].tolist() == [0, 1, 2]
-    assert state.dense == {"layer0": 4, "layer1": 3}
 
 
 def test_uncalibrated_reading_thins_groups_alike() -> None:

@@ -12,7 +12,7 @@ from setpoint.controller.plan import Plan
 from setpoint.controller.tolerant import TolerantController
 from setpoint.controller.trend import Excess
 from setpoint.cost.tolerance import Tolerance
-from setpoint.errors import BudgetError
+from setpoint.errors import BudgetError, LoopError
 from setpoint.groups.group import widths_of
 from setpoint.sensor.reading import Reading
 
@@ -33,7 +33,8 @@ def run(
         reading = Reading(step, saliency, num_samples=64, calibrated=True)
         seen = observe(groups, cost, limit=dense, dense=dense, reading=reading, step=step, total_steps=total_steps)
         excess = Excess(rise, error, 2.0, 2.0) if before is not None else None
-        state, plan = controller.decide(state, replace(seen, excess=excess, last_dropped=last), cost, groups)
+        seen = replace(seen, loss=1.0 + rise, excess=excess, last_dropped=last)
+        state, plan = controller.decide(state, seen, cost, groups)
         plans.append(plan)
         if plan.drops():
             before = (groups, sum(g.num_units for g in groups), saliency)
@@ -83,10 +84,19 @@ def test_a_cut_that_nothing_is_known_about_comes_back_at_the_landing() -> None:
     reading = Reading(700, lognormal(groups), num_samples=64, calibrated=True)
     seen = observe(groups, cost, limit=1.0, dense=1.0, reading=reading, step=700, total_steps=1000)
     last = {"layer0": np.array([3, 5])}
-    _, plan = controller.decide(state, replace(seen, last_dropped=last), cost, groups)
+    _, plan = controller.decide(state, replace(seen, loss=1.0, last_dropped=last), cost, groups)
     assert plan.budget_met
     assert plan.grow == last
     assert "too few losses" in plan.reason
+
+
+def test_without_a_loss_nothing_is_decided() -> None:
+    """A run that never tells its loss is stopped with words that say what to call."""
+    groups, cost = chain(64, 64)
+    controller = TolerantController(Tolerance(loss=1.0))
+    seen = observe(groups, cost, limit=1.0, dense=1.0, reading=None, step=700, total_steps=1000)
+    with pytest.raises(LoopError, match="call loop.observe"):
+        controller.decide(controller.init(groups), seen, cost, groups)
 
 
 @pytest.mark.parametrize("loss", [-0.1, float("nan"), float("inf"), True])
