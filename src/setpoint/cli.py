@@ -123,7 +123,6 @@ def _added(name: str, command: str) -> Callable[..., None]:
 
 
 def _absent(name: str) -> Callable[[], None]:
-    """A command in place of one whose package is not installed."""
 
     def command() -> None:
         """Part of the benchmark: pip install setpoint-bench."""
@@ -134,7 +133,6 @@ def _absent(name: str) -> Callable[[], None]:
 
 
 def _inspect(target: str, shape: tuple[int, ...] | None, verify: bool, out: Path | None, spending: bool) -> None:
-    """Inspect one model; print its tree, and write its page if there is a folder for it."""
     from dataclasses import asdict
 
     from setpoint.report.inspect_model import inspect_model, load_target
@@ -164,7 +162,6 @@ def _inspect(target: str, shape: tuple[int, ...] | None, verify: bool, out: Path
 
 
 def _report_ledger(file: Path, out: Path | None) -> None:
-    """Tables and page of one ledger."""
     from setpoint.report.ledger_page import ledger_tables, read_ledger, write_ledger_page
     from setpoint.report.resources import ledger_line
 

@@ -41,8 +41,6 @@ _KEY = "setpoint"
 
 @dataclass(frozen=True)
 class _Header:
-    """What a file holds beside its tensors."""
-
     sizes: Mapping[str, Mapping[str, int]]  # by module name and place, what the place must hold
     aliases: Mapping[str, str]  # further names of tied tensors, and the name each is stored under
     complex: tuple[str, ...]  # names of complex tensors, stored as pairs of reals along a last dim of length 2

@@ -125,7 +125,6 @@ def unit_candidates(
 def _select(
     host: Host, found: Trace, wanted: Sequence[Group] | None, sensor: Sensor[Any], allow_lossy: bool
 ) -> tuple[tuple[Group, ...], dict[str, str]]:
-    """The groups to prune, and why the others are left alone, by name."""
     model, alone = host.model, host.alone
     frozen = {each.place: each.reason for each in found.frozen}
     chosen = found.groups if wanted is None else tuple(wanted)

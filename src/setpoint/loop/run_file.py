@@ -102,12 +102,10 @@ def load_run(path: str | os.PathLike[str], **parts: Any) -> dict[str, Any]:
 
 
 def _bare(part: Any) -> Any:
-    """A model or an optimizer out of its wrappers."""
     return unwrapped(part) if isinstance(part, nn.Module) else real_optimizer(part)
 
 
 def _attached(parts: Mapping[str, Any]) -> set[int]:
-    """Identities of the loops, and of the models, optimizers and copies that belong to them."""
     loops = [part for part in parts.values() if isinstance(part, Loop)]
     theirs = [each for loop in loops for each in (loop.host.model, *loop.host.optimizers, *loop.host.copies)]
     return {id(each) for each in (*loops, *theirs)}
@@ -168,7 +166,6 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _check_parts(path: str, states: Mapping[str, Any], parts: Mapping[str, Any]) -> None:
-    """Check that the parts are those of the file, as far as it can be seen before anything is changed."""
     if set(states) != set(parts):
         raise CheckpointError(
             f"{path!r} holds the states of {_some(states)}, load_run was given {_some(parts)}: give the same parts"

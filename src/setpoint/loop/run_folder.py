@@ -148,7 +148,6 @@ def read_folder(path: Path, ranks: Ranks, mesh: Any) -> dict[str, Any]:
 
 
 def _sums(path: Path) -> dict[str, str]:
-    """The digests of all files."""
     try:
         sums = json.loads((path / _SUMS).read_text(encoding="utf-8"))
         return {str(name): str(each) for name, each in sums.items()}
@@ -159,7 +158,6 @@ def _sums(path: Path) -> dict[str, str]:
 
 
 def _check_files(path: Path, ranks: Ranks, sums: Mapping[str, str]) -> None:
-    """Check the digests of all files, shared out among the ranks."""
     try:
         whole = all(_sha256_of(path / name) == sums[name] for name in sorted(sums)[ranks.own :: ranks.count])
     except OSError as error:
@@ -174,7 +172,6 @@ def _sha256_of(file: Path) -> str:
 
 
 def _loaded(path: Path, reader: Any, tensors: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
-    """The tensors, filled from the folder by all ranks together."""
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict_loader import load
 
@@ -214,8 +211,6 @@ def _described(path: Path, sums: Mapping[str, str]) -> tuple[Any, dict[str, Any]
 
 
 class _Restricted(pickle.Unpickler):
-    """Reads a pickle of the description of a checkpoint, and of nothing else."""
-
     def find_class(self, module: str, name: str) -> Any:
         if name in _METADATA.get(module, ()):
             return super().find_class(module, name)
@@ -229,12 +224,10 @@ def _sha256(tensor: Tensor) -> str:
 
 
 def _parts(sharded: Mapping[str, Tensor]) -> dict[str, str]:
-    """Digest of this rank's part of each tensor."""
     return {name: _sha256(local(tensor).detach().cpu().contiguous()) for name, tensor in sharded.items()}
 
 
 def _empty(size: Any, mesh: Any) -> Tensor:
-    """A tensor of this size, spread over the mesh."""
     form = torch.empty(size.size, dtype=size.properties.dtype, device="meta")
     mine = torch.zeros_like(form[rows_of(len(form), mesh)], device=mesh.device_type)
     return sharded_over(mine, tuple(form.shape), mesh)

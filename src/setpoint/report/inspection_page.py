@@ -105,7 +105,6 @@ def _parent(module: str) -> str:
 
 
 def _module_sizes(boxes: Mapping[tuple[str, str], int]) -> dict[str, int]:
-    """Parameters of every module on the way to a box, from the root down."""
     sizes: dict[str, int] = {"": 0}
     for (module, _), params in boxes.items():
         path = module.split(".") if module else []
@@ -116,7 +115,6 @@ def _module_sizes(boxes: Mapping[tuple[str, str], int]) -> dict[str, int]:
 
 
 def _kind(name: str, groups: Mapping[str, Any]) -> tuple[str, str]:
-    """Colour and text of a box."""
     if not name:
         return FAINT, "along no unit of any group"
     group = groups[name]
@@ -127,7 +125,6 @@ def _kind(name: str, groups: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _cards(found: Mapping[str, Any]) -> str:
-    """The main numbers."""
     pruned = [group for group in found["groups"] if not group["kept_whole"]]
     units, whole = sum(group["num_units"] for group in pruned), len(found["groups"]) - len(pruned)
     shown = (
@@ -177,7 +174,6 @@ def _groups(groups: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _places(places: Sequence[Sequence[Any]]) -> str:
-    """Where the units of a group lie, folded."""
     items = "".join(
         f"<li>{escape(tensor)}, {'every element' if dim is None else f'dim {dim}'}, {escape(role)}</li>"
         for tensor, dim, role in places
@@ -186,7 +182,6 @@ def _places(places: Sequence[Sequence[Any]]) -> str:
 
 
 def _frozen(frozen: Sequence[Mapping[str, str]]) -> str:
-    """Frozen places as a table, a line per reason."""
     if not frozen:
         return ""
     reasons: dict[str, list[str]] = {}
@@ -201,7 +196,6 @@ def _frozen(frozen: Sequence[Mapping[str, str]]) -> str:
 
 
 def _folded(reason: str) -> str:
-    """A reason; of a long one the end is folded."""
     if len(reason) <= _LONG:
         return escape(reason)
     first = reason[:_LONG].rpartition(" ")[0] or reason[:_LONG]
@@ -209,7 +203,6 @@ def _folded(reason: str) -> str:
 
 
 def _shortened(reasons: Sequence[str], most: int) -> str:
-    """The first reasons, and how many more there are."""
     folded = fold(reasons)
     more = f"; and {len(folded) - most} more" if len(folded) > most else ""
     return "; ".join(folded[:most]) + more

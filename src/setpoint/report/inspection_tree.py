@@ -70,7 +70,6 @@ def _line(groups: Sequence[GroupReport]) -> str:
 
 
 def _places(groups: Sequence[GroupReport]) -> list[str]:
-    """Where their units lie: tensors that differ only in their numbers as one."""
     found: dict[tuple[int | None, str], list[str]] = {}
     for group in groups:
         for tensor, dim, role in group.places:

@@ -49,7 +49,6 @@ def _folded(form: str, rows: Sequence[tuple[str, ...]]) -> list[str]:
 
 
 def _span(numbers: Sequence[str]) -> str:
-    """Numbers in ascending order, as one word."""
     if len(numbers) == 1:
         return numbers[0]
     if len(numbers) > 2 and [str(int(numbers[0]) + step) for step in range(len(numbers))] == list(numbers):

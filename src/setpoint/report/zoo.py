@@ -171,7 +171,6 @@ def transformers_model(
 
 
 def _inputs(head: str, config: Any, shape: tuple[int, ...] | None, usual: bool) -> dict[str, Tensor]:
-    """Inputs of a training step, the main one first."""
     text = getattr(config, "text_config", None) or config
     vocabulary = min(int(getattr(text, "vocab_size", 100)), 1000)
     longest = int(getattr(text, "max_position_embeddings", None) or 128)
@@ -199,11 +198,6 @@ def _inputs(head: str, config: Any, shape: tuple[int, ...] | None, usual: bool) 
 
 
 def _shaped(shape: tuple[int, ...] | None, usual: tuple[int, ...], what: str) -> tuple[int, ...]:
-    """The shape asked for, or the usual one.
-
-    Raises:
-        UsageError: the shape has another number of dims.
-    """
     if shape is None:
         return usual
     if len(shape) != len(usual):
@@ -213,7 +207,6 @@ def _shaped(shape: tuple[int, ...] | None, usual: tuple[int, ...], what: str) ->
 
 
 def _image_shape(config: Any, otherwise: int) -> tuple[int, int, int, int]:
-    """Shape of two images of the model's size; `otherwise` pixels wide for a model without one."""
     size = getattr(config, "image_size", None) or otherwise
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
     return 2, int(getattr(config, "num_channels", 3)), int(height), int(width)

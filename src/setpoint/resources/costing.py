@@ -137,7 +137,6 @@ def cost_out(
 
 
 def _memory_error(cost: MemoryCost, make: Make, groups: tuple[Group, ...]) -> float:
-    """Median relative error of predicted bytes against those of steps of two copies at random widths."""
     errors = []
     for widths in _spread(groups)[2::2][:2]:
         with make(widths, data=True) as copy:
@@ -146,7 +145,6 @@ def _memory_error(cost: MemoryCost, make: Make, groups: tuple[Group, ...]) -> fl
 
 
 def _energy(latency: Cost, watts: float | None, joules: list[Reading], meter: EnergyMeter | None) -> EnergyCost:
-    """Joules by a fit to metered steps, or by the watts that the user states."""
     if meter is not None and joules:
         return fit_energy(latency, joules, meter.source)
     if watts is None:
@@ -181,7 +179,6 @@ def _tape(make: Make, groups: tuple[Group, ...]) -> Tape:
 def _calibrated(
     cost: LatencyCost, table: Table, make: Make, groups: tuple[Group, ...], meter: EnergyMeter | None
 ) -> tuple[LatencyCost, list[Reading]]:
-    """The latency tied to whole steps of copies, and their joules where there is a meter."""
     kept = table.fit(cost.key)
     if kept is not None and len(kept) == 4 and meter is None:
         return cost.fitted(Fit(*kept)), []

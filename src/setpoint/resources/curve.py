@@ -105,13 +105,11 @@ class Curve:
 
     @cached_property
     def _seconds_by_bytes(self) -> tuple[np.ndarray, np.ndarray]:
-        """Bytes moved at each measured point, in order, and the seconds there."""
         known = sorted((self.problem.num_bytes(point), seconds) for point, seconds in self.seconds.items())
         x, y = np.array(known).T
         return x, y
 
     def _along(self, place: int, value: int) -> float:
-        """The profile along one axis."""
         known, line, stair = self._profiles[place]
         if value in known:
             return known[value]
@@ -133,7 +131,6 @@ class Curve:
         return found
 
     def _crossing(self, i: int, j: int, f: float, g: float) -> float:
-        """C of two axes at these fractions of their dense values, bilinear between its measured places."""
         x, y, grid = self._crossings.get((i, j), ([], [], np.zeros((0, 0))))
         return float(np.interp(f, x, [np.interp(g, y, row) for row in grid])) if x else 1.0
 

@@ -94,7 +94,6 @@ def inference_replica(
 
 
 def _answer(model: nn.Module) -> None:
-    """Put every module into eval mode."""
     for module in model.modules():
         module.training = False
 
@@ -113,7 +112,6 @@ def _untouched(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _untouched_buffers(model: nn.Module) -> Iterator[None]:
-    """Put back which buffers there are, and what is in those that were written to."""
     named = [(module._buffers, dict(module._buffers)) for module in model.modules()]
     kept = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers() if not buffer.is_inference()]
     try:
@@ -130,7 +128,6 @@ def _untouched_buffers(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _without_hooks(model: nn.Module) -> Iterator[None]:
-    """Take the user's hooks off, and put them back in their order."""
     found = [each for module in model.modules() for each in users_hooks(module)]
     before = [(hooks, dict(hooks)) for hooks, _ in found]
     for hooks, users in found:

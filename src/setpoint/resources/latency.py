@@ -47,8 +47,6 @@ class Fit:
 
 @dataclass(frozen=True, eq=False)
 class _Bundle:
-    """Operations that follow the same lengths, evaluated and remembered together."""
-
     sizes: tuple[Size, ...]
     groups: frozenset[str]
     curves: tuple[tuple[Curve, int], ...]

@@ -52,8 +52,6 @@ class MemoryCost:
 
 
 class _Products:
-    """Many products of sizes, evaluated at once."""
-
     def __init__(self, monomials: tuple[tuple[Size, ...], ...], groups: tuple[str, ...]) -> None:
         sizes = list(dict.fromkeys(size for monomial in monomials for size in monomial))
         place = {size: i for i, size in enumerate(sizes)}
@@ -68,7 +66,6 @@ class _Products:
         self._index = np.array([[*map(place.get, m), *[one] * (longest - len(m))] for m in monomials], dtype=np.int64)
 
     def at(self, widths: Mapping[str, int]) -> Float64[np.ndarray, " monomials"]:
-        """Values of the products."""
         sizes = self._constant + self._per_unit @ np.array([widths[name] for name in self._groups], dtype=np.float64)
         values: Float64[np.ndarray, " monomials"] = sizes[self._index].prod(axis=1)
         return values

@@ -125,7 +125,6 @@ def _copied(tensor: Tensor, mode: FakeTensorMode | None) -> Tensor:
 
 
 def _strip(model: nn.Module) -> None:
-    """Take the user's hooks off; those of torch that compute a weight stay."""
     for module in model.modules():
         for hooks, users in users_hooks(module):
             for key in users:

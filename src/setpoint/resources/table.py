@@ -201,7 +201,6 @@ def seconds_per_byte(curves: Sequence[Curve]) -> float:
 
 @contextmanager
 def _progress(title: str) -> Iterator[Any]:
-    """A progress bar on stderr, where that is a terminal; yields a function of the fraction done."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 

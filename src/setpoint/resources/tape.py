@@ -85,8 +85,6 @@ class Tape:
 
 @dataclass(frozen=True)
 class _Shape:
-    """A tensor as it was seen once."""
-
     shape: tuple[int, ...]
     order: tuple[int, ...]
     expanded: tuple[int, ...]
@@ -106,8 +104,6 @@ _Call = tuple[Any, tuple[Any, ...], TreeSpec, tuple[_Shape, ...]]
 
 @dataclass(frozen=True, eq=False)
 class _Take:
-    """What was seen at one width vector."""
-
     calls: list[_Call]
     storages: list[tuple[int, _Shape]]
     events: list[tuple[int, bool]]
@@ -117,8 +113,6 @@ _COSTLESS = ("_unsafe_view", "_reshape_alias", "lift_fresh", "_local_scalar_dens
 
 
 class _Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes every operation, its arguments and what it returned."""
-
     def __init__(self, calls: list[_Call]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._noted = calls
