@@ -112,11 +112,7 @@ def _attached(parts: Mapping[str, Any]) -> set[int]:
 
 
 def _load_all_or_none(path: str, loads: Mapping[str, tuple[Any, Any]]) -> None:
-    """Have each part load its state; if one does not take it, put all back and say which.
-
-    Raises:
-        CheckpointError: naming that part.
-    """
+    """Have each part load its state; if one does not take it, put all back and say which."""
     before: list[tuple[Any, Any]] = []
     for name, (part, state) in loads.items():
         before.append((part, copy.deepcopy(part.state_dict())))
@@ -139,10 +135,9 @@ def _check_complete(parts: Mapping[str, Any]) -> None:
     given = {id(_bare(part)) for part in parts.values()}
     for name, part in parts.items():
         if isinstance(part, Loop):
-            mine = part.host
-            needs = [("model", mine.model), *(("optimizer", each) for each in mine.optimizers)]
-            for what, needed in (*needs, *(("copy", each) for each in mine.copies)):
-                if id(needed) not in given:
+            mine = {"model": [part.host.model], "optimizer": part.host.optimizers, "copy": part.host.copies}
+            for what, needed in mine.items():
+                if not {id(each) for each in needed} <= given:
                     raise CheckpointError(f"{name!r} is of no use without its {what}: save_run(path, {what}=..., ...)")
 
 
@@ -159,9 +154,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             raise damaged(path)
         tree = from_tensors(tensors)
         return dict(tree["states"]), dict(tree["values"])
+    except CheckpointError:
+        raise
     except (KeyError, TypeError, ValueError, RuntimeError, RecursionError) as error:
-        if isinstance(error, CheckpointError):
-            raise
         raise damaged(path) from error
 
 
@@ -177,7 +172,8 @@ def _check_parts(path: str, states: Mapping[str, Any], parts: Mapping[str, Any])
     }
     for name, part in parts.items():
         if isinstance(part, nn.Module):
-            _check_sizes(path, name, part, states[name], cut=cut.get(id(unwrapped(part))))
+            if part is unwrapped(part) and id(part) in cut:  # a wrapper's names are its own
+                _check_sizes(path, name, part, states[name], cut[id(part)])
             own, saved = set(part.state_dict()), set(states[name])
             if own != saved:
                 raise CheckpointError(
@@ -194,10 +190,8 @@ def _check_parts(path: str, states: Mapping[str, Any], parts: Mapping[str, Any])
                 )
 
 
-def _check_sizes(path: str, name: str, module: nn.Module, saved: Mapping[str, Any], cut: set[str] | None) -> None:
-    """Check that tensors which no loop cuts have the sizes of those that were saved; a wrapper's names are its own."""
-    if cut is None or module is not unwrapped(module):
-        return
+def _check_sizes(path: str, name: str, module: nn.Module, saved: Mapping[str, Any], cut: set[str]) -> None:
+    """Check that tensors which no loop cuts have the sizes of those that were saved."""
     for key, tensor in module.state_dict().items():
         other = saved.get(key)
         if key not in cut and isinstance(tensor, Tensor) and isinstance(other, Tensor) and tensor.shape != other.shape:

@@ -40,7 +40,6 @@ _METADATA = {
 }
 """What the description that PyTorch writes of a checkpoint, which is a pickle, may be made of."""
 
-
 _SUMS = "sha256.json"
 
 
@@ -63,13 +62,8 @@ def write_folder(path: Path, tree: Any, ranks: Ranks) -> None:
     index of its own: the names of its tensors, and the digests of its parts. The first rank adds the digests of all
     files. The folder is written beside its place and renamed when it is whole.
 
-    Args:
-        path: of the folder, which must not exist yet, the same on all ranks.
-        tree: the data.
-        ranks: which all call this.
-
     Raises:
-        CheckpointError: when there is such a path, or it cannot be written.
+        CheckpointError: when there is such a path (it is the same on all ranks), or it cannot be written.
         RankError: when another rank cannot.
     """
     from torch.distributed.checkpoint.api import CheckpointException
@@ -105,11 +99,6 @@ def read_folder(path: Path, ranks: Ranks, mesh: Any) -> dict[str, Any]:
 
     With another number of ranks than wrote it, the data of a rank that had no counterpart is that of the first.
 
-    Args:
-        path: of the folder.
-        ranks: which all call this.
-        mesh: over which sharded tensors are spread.
-
     Raises:
         CheckpointError: when there is no such folder, or it is damaged.
         RankError: when another rank cannot read it.
@@ -129,9 +118,8 @@ def read_folder(path: Path, ranks: Ranks, mesh: Any) -> dict[str, Any]:
         index = json.loads(text)
         if not {*index["plain"].values(), *index["parts"]} <= set(sizes):
             raise damaged(path)
-        wanted = {
-            name: torch.empty(sizes[name].size, dtype=sizes[name].properties.dtype) for name in index["plain"].values()
-        }
+        whole_ones = {name: sizes[name] for name in index["plain"].values()}
+        wanted = {name: torch.empty(each.size, dtype=each.properties.dtype) for name, each in whole_ones.items()}
         wanted |= {name: _empty(sizes[name], mesh) for name in index["parts"]}
     found = _loaded(path, reader, wanted, ranks)
     with together(ranks, f"loading {path.name!r}"):
@@ -140,9 +128,8 @@ def read_folder(path: Path, ranks: Ranks, mesh: Any) -> dict[str, Any]:
         same = int(own[2]) == ranks.count  # else the parts are others, and only whole files can be checked
         if not same:
             _check_files(path, ranks, sums)
-        if any(_sha256(plain[number]) != name for number, name in index["plain"].items()):
-            raise damaged(path)
-        if same and _parts(sharded) != index["parts"]:
+        whole = all(_sha256(plain[number]) == name for number, name in index["plain"].items())
+        if not whole or (same and _parts(sharded) != index["parts"]):
             raise damaged(path)
         return dict(from_tensors(plain | sharded))
 

@@ -36,8 +36,7 @@ def rests(record: Record) -> tuple[Rest, ...]:
             for unit in origins:
                 if (name, unit) in since:
                     found.append(Rest(name, unit, since.pop((name, unit)), entry.step, returned=True))
-        for name, origins in entry.dropped.items():
-            since |= {(name, unit): entry.step for unit in origins}
+        since |= {(name, unit): entry.step for name, origins in entry.dropped.items() for unit in origins}
     end = end_of(record)
     return (*found, *(Rest(name, unit, begin, end, returned=False) for (name, unit), begin in since.items()))
 
@@ -85,7 +84,7 @@ def raster(record: Record) -> Figure | None:
         bars["hovertemplate"] = f"%{{y:,d}} units {verb} at step %{{x:,d}}<extra></extra>"
         data += [ticks, {**bars, "width": end_of(record) / 120}]
     shape = layout("", height=240 + max(26, min(56, 700 // len(dense))) * len(dense), barmode="relative")
-    shape["yaxis"] |= rows([short(name) for name in dense], 0.5) | {"domain": [0.22, 1]}
+    shape["yaxis"] |= rows([short(name) for name in dense]) | {"domain": [0.22, 1]}
     shape["yaxis2"] = {"domain": [0, 0.16], "title": {"text": "units"}, "zeroline": True, "automargin": True}
     shape["xaxis"] |= {"range": [0, end_of(record) * 1.01], "anchor": "y2"}
     return Figure(data, shape)

@@ -10,7 +10,7 @@ from typing import Any
 from setpoint.report import figures
 from setpoint.report.draft import Draft, document, html_table, pair, place_of, save
 from setpoint.report.figures import BLUE, FAINT, ORANGE, Figure, plotly_script
-from setpoint.report.names import fold
+from setpoint.report.names import along, fold, some
 from setpoint.report.numbers import NOTHING, human, percent, share
 
 MODULES = "#e6edf5"
@@ -127,20 +127,13 @@ def _kind(name: str, groups: Mapping[str, Any]) -> tuple[str, str]:
 def _cards(found: Mapping[str, Any]) -> str:
     pruned = [group for group in found["groups"] if not group["kept_whole"]]
     units, whole = sum(group["num_units"] for group in pruned), len(found["groups"]) - len(pruned)
+    fewest = {name: found[f"cheapest_{name}"] for name in ("params", "flops")}
     shown = (
         ("groups that may be pruned", f"{len(pruned)}", f"{units:,} units; {whole} left whole"),
         ("parameters", human(found["params"]), f"{percent(found['prunable_params_share'])} along units that may go"),
-        (
-            "fewest parameters",
-            human(found["cheapest_params"]),
-            f"{share(found['cheapest_params'], found['params'])} of dense",
-        ),
+        ("fewest parameters", human(fewest["params"]), f"{share(fewest['params'], found['params'])} of dense"),
         ("FLOPs per training step", human(found["flops"], "FLOP"), "forward and backward"),
-        (
-            "fewest FLOPs",
-            human(found["cheapest_flops"], "FLOP"),
-            f"{share(found['cheapest_flops'], found['flops'])} of dense",
-        ),
+        ("fewest FLOPs", human(fewest["flops"], "FLOP"), f"{share(fewest['flops'], found['flops'])} of dense"),
     )
     items = "".join(
         f"<li><span>{escape(title)}</span><strong>{escape(value)}</strong><small>{escape(note)}</small></li>"
@@ -152,6 +145,7 @@ def _cards(found: Mapping[str, Any]) -> str:
 def _groups(groups: Sequence[Mapping[str, Any]]) -> str:
     if not groups:
         return "<h3>Groups</h3>\n<p>No units were found that could be dropped.</p>\n"
+    places = {g["name"]: "".join(f"<li>{escape(along(*each))}</li>" for each in g["places"]) for g in groups}
     lines = [
         [
             escape(group["name"]),
@@ -160,8 +154,8 @@ def _groups(groups: Sequence[Mapping[str, Any]]) -> str:
             f"{group['multiple_of']}",
             pair(human(group["params"]), percent(group["params_share"])),
             percent(group["flops_share"]),
-            escape(_shortened(group["kept_whole"].split("; "), 2)) or NOTHING,
-            _places(group["places"]),
+            escape(some(group["kept_whole"].split("; "))) or NOTHING,
+            f"<details><summary>{len(group['places'])}</summary><ul>{places[group['name']]}</ul></details>",
         ]
         for group in groups
     ]
@@ -173,24 +167,13 @@ def _groups(groups: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _places(places: Sequence[Sequence[Any]]) -> str:
-    items = "".join(
-        f"<li>{escape(tensor)}, {'every element' if dim is None else f'dim {dim}'}, {escape(role)}</li>"
-        for tensor, dim, role in places
-    )
-    return f"<details><summary>{len(places)}</summary><ul>{items}</ul></details>"
-
-
 def _frozen(frozen: Sequence[Mapping[str, str]]) -> str:
     if not frozen:
         return ""
     reasons: dict[str, list[str]] = {}
     for each in frozen:
         reasons.setdefault(each["reason"], []).append(each["place"])
-    lines = [
-        [_folded(reason), f"{len(places)}", "<br>".join(map(escape, fold(places)))]
-        for reason, places in reasons.items()
-    ]
+    lines = [[_folded(why), f"{len(at)}", "<br>".join(map(escape, fold(at)))] for why, at in reasons.items()]
     listing = html_table(("stays whole because", "places", "where"), lines, classes="inspected frozen")
     return f'<h3>Frozen</h3>\n<div class="scroll">{listing}</div>\n'
 
@@ -200,9 +183,3 @@ def _folded(reason: str) -> str:
         return escape(reason)
     first = reason[:_LONG].rpartition(" ")[0] or reason[:_LONG]
     return f"<details><summary>{escape(first)} …</summary>{escape(reason)}</details>"
-
-
-def _shortened(reasons: Sequence[str], most: int) -> str:
-    folded = fold(reasons)
-    more = f"; and {len(folded) - most} more" if len(folded) > most else ""
-    return "; ".join(folded[:most]) + more

@@ -31,6 +31,21 @@ def fold(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(each for form, rows in alike.items() for each in _folded(form, rows))
 
 
+def some(names: Iterable[str], most: int = 2) -> str:
+    """The first of them, folded, and how many more there are.
+
+    >>> some(["no weight", "no dim", "tied"])
+    'no weight; no dim; and 1 more'
+    """
+    folded = fold(names)
+    return "; ".join(folded[:most]) + (f"; and {len(folded) - most} more" if len(folded) > most else "")
+
+
+def along(tensor: str, dim: int | None, role: str) -> str:
+    """A place of a group in words."""
+    return f"{tensor}, {'every element' if dim is None else f'dim {dim}'}, {role}"
+
+
 def _folded(form: str, rows: Sequence[tuple[str, ...]]) -> list[str]:
     """Names of one form: one word if their numbers are a full grid, else one for each first number that differs."""
     columns = [sorted(set(column), key=lambda number: (int(number), number)) for column in zip(*rows, strict=True)]
