@@ -98,9 +98,8 @@ def make_app() -> typer.Typer:
         pretty_exceptions_enable=False,
     )
     for name in ("demo", "bench"):
-        found = entry_points(group=GROUP, name=name)
-        if found:
-            made.command(name)(next(iter(found)).load())
+        if entry_points(group=GROUP, name=name):
+            made.command(name)(_added(name, name))
         else:
             anything = {"ignore_unknown_options": True, "allow_extra_args": True}
             made.command(name, context_settings=anything)(_absent(name))
@@ -110,11 +109,7 @@ def make_app() -> typer.Typer:
 
 
 def _added(name: str, command: str) -> Callable[..., None]:
-    """What another package does for a command.
-
-    Raises:
-        UsageError: the package is not installed.
-    """
+    """What another package does for a command."""
     found = entry_points(group=GROUP, name=name)
     if not found:
         raise misuse(f"`setpoint {command}` is part of the benchmark, a package of its own: pip install setpoint-bench")

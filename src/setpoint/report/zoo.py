@@ -127,9 +127,8 @@ def _transformers(name: str, shape: tuple[int, ...] | None) -> tuple[nn.Module, 
     import transformers
 
     try:
-        config = (
-            transformers.AutoConfig.from_pretrained(name) if "/" in name else transformers.AutoConfig.for_model(name)
-        )
+        known = transformers.AutoConfig
+        config = known.from_pretrained(name) if "/" in name else known.for_model(name)
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UsageError(f"no configuration of {name!r} on this machine or on the Hub: {reason}") from error

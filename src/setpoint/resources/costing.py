@@ -114,7 +114,11 @@ def cost_out(
         if "memory" in wanted:
             costs["memory"] = memory = MemoryCost(tape)
             if device.type == "cpu":  # the allocator of a GPU counts the live model, too
-                errors["memory"] = _memory_error(memory, make, groups)
+                off = []
+                for widths in _spread(groups)[2::2][:2]:
+                    with make(widths, data=True) as copy:
+                        off.append(abs(memory.total(widths) / peak_bytes(copy.step, copy.held()) - 1.0))
+                errors["memory"] = statistics.median(off)
             sources["memory"] = "modelled: storages of a recorded step"
         if table is not None and wanted & {"latency", "energy"}:
             latency, joules = _calibrated(LatencyCost(tape, groups, table), table, make, groups, meter)
@@ -134,14 +138,6 @@ def cost_out(
             sources[name] = f"modelled: operations timed on this device, kept in {table.file}"
     errors = {name: error for name, error in errors.items() if math.isfinite(error)}
     return Costing(costs, sources, errors, step_seconds, meter, idle_watts(meter) if meter is not None else None)
-
-
-def _memory_error(cost: MemoryCost, make: Make, groups: tuple[Group, ...]) -> float:
-    errors = []
-    for widths in _spread(groups)[2::2][:2]:
-        with make(widths, data=True) as copy:
-            errors.append(abs(cost.total(widths) / peak_bytes(copy.step, copy.held()) - 1.0))
-    return statistics.median(errors)
 
 
 def _energy(latency: Cost, watts: float | None, joules: list[Reading], meter: EnergyMeter | None) -> EnergyCost:

@@ -146,7 +146,7 @@ class Table:
                 self._seconds[problem.key] = {}
                 show(0.1 * (number + 1) / len(problems))
             running = [problem for problem in problems if first[problem.key] is not None]
-            jobs = self._jobs(running, first, limit_s, coarse=False)
+            jobs = self._jobs(running, first, limit_s)
             for number in range(_ROUNDS):
                 for done, (problem, point) in enumerate(jobs):
                     seconds = _seconds(problem, point, self.device)
@@ -159,7 +159,7 @@ class Table:
                     show(max(0.1 + 0.9 * (number + done / len(jobs)) / _ROUNDS, min(1.0, elapsed / limit_s)))
 
     def _jobs(
-        self, problems: Sequence[Problem], first: Mapping[str, float | None], limit_s: float, coarse: bool
+        self, problems: Sequence[Problem], first: Mapping[str, float | None], limit_s: float, coarse: bool = False
     ) -> list[tuple[Problem, Point]]:
         jobs = [(problem, point) for problem in problems for point in points(problem, coarse=coarse)]
         estimate = 0.0
