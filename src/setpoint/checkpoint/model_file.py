@@ -280,7 +280,7 @@ def _check_shape(name: str, saved: Tensor, dense: Tensor, before: Sequence[int] 
             f"the file was made for another model: {name!r} has shape {tuple(saved.shape)} in the file and "
             f"{tuple(dense.shape)} in the model; `into` must be the dense model that was shrunk"
         )
-    sorts = [(t.is_complex(), t.is_floating_point() or t.is_complex() or t.dtype) for t in (saved, dense)]
+    sorts = ["complex" if t.is_complex() else "real" if t.is_floating_point() else t.dtype for t in (saved, dense)]
     if sorts[0] != sorts[1]:
         raise CheckpointError(
             f"the file was made for another model: {name!r} is {saved.dtype} in the file and {dense.dtype} in the model"

@@ -104,8 +104,7 @@ def read_folder(path: Path, ranks: Ranks, mesh: Any) -> dict[str, Any]:
         RankError: when another rank cannot read it.
     """
     with together(ranks, f"loading {path.name!r}"):
-        sums = _sums(path)
-        reader, sizes = _described(path, sums)
+        sums, reader, sizes = _described(path)
         indices = {match[1]: match for match in map(_INDEX.fullmatch, sizes) if match}
         own = indices.get(str(ranks.own)) or indices.get("0")
         if own is None:
@@ -134,16 +133,6 @@ def read_folder(path: Path, ranks: Ranks, mesh: Any) -> dict[str, Any]:
         return dict(from_tensors(plain | sharded))
 
 
-def _sums(path: Path) -> dict[str, str]:
-    try:
-        sums = json.loads((path / _SUMS).read_text(encoding="utf-8"))
-        return {str(name): str(each) for name, each in sums.items()}
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(
-            f"{str(path)!r} is not a folder that setpoint.save_run wrote, or damaged: {error}"
-        ) from error
-
-
 def _check_files(path: Path, ranks: Ranks, sums: Mapping[str, str]) -> None:
     try:
         whole = all(_sha256_of(path / name) == sums[name] for name in sorted(sums)[ranks.own :: ranks.count])
@@ -170,10 +159,10 @@ def _loaded(path: Path, reader: Any, tensors: dict[str, Tensor], ranks: Ranks) -
     return tensors
 
 
-def _described(path: Path, sums: Mapping[str, str]) -> tuple[Any, dict[str, Any]]:
-    """What reads the folder, and what it says that it holds; nothing in it is run as code.
+def _described(path: Path) -> tuple[dict[str, str], Any, dict[str, Any]]:
+    """The digests of all files, what reads the folder, and what it says that it holds; nothing in it is run as code.
 
-    Its digest is looked at first: a pickle with a byte changed may ask for memory without end.
+    The digest of what describes it is looked at first: a pickle with a byte changed may ask for memory without end.
     """
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -184,6 +173,8 @@ def _described(path: Path, sums: Mapping[str, str]) -> tuple[Any, dict[str, Any]
                 return _Restricted(file).load()
 
     try:
+        text = (path / _SUMS).read_text(encoding="utf-8")
+        sums = {str(name): str(each) for name, each in json.loads(text).items()}
         if _sha256_of(path / ".metadata") != sums[".metadata"]:
             raise ValueError("the digest of its description does not match")
         reader = Reader(path)
@@ -194,7 +185,7 @@ def _described(path: Path, sums: Mapping[str, str]) -> tuple[Any, dict[str, Any]
         raise CheckpointError(
             f"{str(path)!r} is not a folder that setpoint.save_run wrote, or damaged: {error}"
         ) from error
-    return reader, sizes
+    return sums, reader, sizes
 
 
 class _Restricted(pickle.Unpickler):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 
@@ -49,10 +50,7 @@ def along(tensor: str, dim: int | None, role: str) -> str:
 def _folded(form: str, rows: Sequence[tuple[str, ...]]) -> list[str]:
     """Names of one form: one word if their numbers are a full grid, else one for each first number that differs."""
     columns = [sorted(set(column), key=lambda number: (int(number), number)) for column in zip(*rows, strict=True)]
-    cells = 1
-    for column in columns:
-        cells *= len(column)
-    if cells == len(rows):
+    if math.prod(map(len, columns)) == len(rows):
         written = iter(columns)
         return [re.sub("#", lambda _: _span(next(written)), form)]
     first = next(place for place, column in enumerate(columns) if len(column) > 1)

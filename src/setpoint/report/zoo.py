@@ -106,13 +106,10 @@ def torchvision_model(name: str, shape: tuple[int, ...] | None = None) -> tuple[
     backbone = {"weights_backbone": None} if "weights_backbone" in inspect.signature(builder).parameters else {}
     model: nn.Module = builder(weights=None, **backbone)
     kind = builder.__module__.removeprefix("torchvision.models.").partition(".")[0]
-    if kind == "video":
-        size = 112 if name.startswith(("r3d", "mc3", "r2plus1d")) else 224
-        return model, (noise(shape or (2, 3, 16, size, size)),)
     if kind == "optical_flow":
         return model, (noise(shape or (2, 3, 128, 128)),) * 2
-    size = 299 if name == "inception_v3" else 224
-    return model, (noise(shape or (2, 3, size, size)),)
+    size = 112 if name.startswith(("r3d", "mc3", "r2plus1d")) else 299 if name == "inception_v3" else 224
+    return model, (noise(shape or (2, 3, *((16,) if kind == "video" else ()), size, size)),)
 
 
 def timm_model(name: str, shape: tuple[int, ...] | None = None) -> tuple[nn.Module, tuple[Tensor, ...]]:
@@ -163,8 +160,7 @@ def transformers_model(
     for head, mapping in _HEADS.items():
         if config.model_type in getattr(modeling_auto, mapping):
             kind = getattr(modeling_auto, mapping)[config.model_type]
-            names = [kind] if isinstance(kind, str) else list(kind)
-            model: nn.Module = getattr(transformers, names[-1])(config)
+            model: nn.Module = getattr(transformers, kind if isinstance(kind, str) else kind[-1])(config)
             return model.train(), _inputs(head, config, shape, usual)
     raise UsageError(f"transformers has no trainable head for {config.model_type!r}: use module.py:function instead")
 

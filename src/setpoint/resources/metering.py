@@ -147,11 +147,11 @@ class Metering(Meter):
         live, self._watching = self._watching, None
         if live is None:
             return
-        if current_mode() is live:
+        self._blocked = current_mode() is not live
+        if not self._blocked:
             live.__exit__(None, None, None)
-            self._peak, self._blocked = live.peak_bytes, False
+            self._peak = live.peak_bytes
             return
-        self._blocked = True
         warnings.warn("another dispatch mode began inside a metered step: its bytes were not read", stacklevel=2)
         if live in mode_stack():  # taken out from under the others, which stay
             above = []
