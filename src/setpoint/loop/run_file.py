@@ -92,7 +92,9 @@ def load_run(path: str | os.PathLike[str], **parts: Any) -> dict[str, Any]:
     else:
         states, values = _read(Path(path))
     _check_parts(str(path), states, parts)
-    attached = _attached(parts)
+    loops = [part for part in parts.values() if isinstance(part, Loop)]
+    theirs = [each for loop in loops for each in (loop.host.model, *loop.host.optimizers, *loop.host.copies)]
+    attached = {id(each) for each in (*loops, *theirs)}
     strangers = [name for name in states if id(_bare(parts[name])) not in attached]
     _load_all_or_none(str(path), {name: (parts[name], states[name]) for name in strangers})
     ours = [name for name in states if name not in strangers]  # in one order on all ranks
@@ -103,12 +105,6 @@ def load_run(path: str | os.PathLike[str], **parts: Any) -> dict[str, Any]:
 
 def _bare(part: Any) -> Any:
     return unwrapped(part) if isinstance(part, nn.Module) else real_optimizer(part)
-
-
-def _attached(parts: Mapping[str, Any]) -> set[int]:
-    loops = [part for part in parts.values() if isinstance(part, Loop)]
-    theirs = [each for loop in loops for each in (loop.host.model, *loop.host.optimizers, *loop.host.copies)]
-    return {id(each) for each in (*loops, *theirs)}
 
 
 def _load_all_or_none(path: str, loads: Mapping[str, tuple[Any, Any]]) -> None:

@@ -65,7 +65,11 @@ def parameter_map(found: Mapping[str, Any]) -> Figure | None:
     if not boxes:
         return None
     total = sum(boxes.values())
-    modules = _module_sizes(boxes)
+    modules = {"": 0}  # those on the way to a box, from the root down, with their parameters
+    for (module, _), params in boxes.items():
+        names = module.split(".") if module else []
+        for path in (".".join(names[:depth]) for depth in range(len(names) + 1)):
+            modules[path] = modules.get(path, 0) + params
     alone = {module for module, _ in boxes if sum(other == module for other, _ in boxes) == 1}
     alone -= {_parent(module) for module in modules if module}
     nodes = []
@@ -102,16 +106,6 @@ def parameter_map(found: Mapping[str, Any]) -> Figure | None:
 
 def _parent(module: str) -> str:
     return module.rpartition(".")[0]
-
-
-def _module_sizes(boxes: Mapping[tuple[str, str], int]) -> dict[str, int]:
-    sizes: dict[str, int] = {"": 0}
-    for (module, _), params in boxes.items():
-        path = module.split(".") if module else []
-        for depth in range(len(path) + 1):
-            name = ".".join(path[:depth])
-            sizes[name] = sizes.get(name, 0) + params
-    return sizes
 
 
 def _kind(name: str, groups: Mapping[str, Any]) -> tuple[str, str]:

@@ -45,8 +45,7 @@ def named_model(target: str, shape: tuple[int, ...] | None = None) -> tuple[nn.M
     library, colon, name = target.rpartition(":")
     if colon and library not in _LIBRARIES:
         raise UsageError(f"unknown library {library!r} in {target!r}: use one of {', '.join(_LIBRARIES)}")
-    missing: list[str] = []
-    close: list[str] = []
+    missing, close = list[str](), list[str]()
     for each in [library] if colon else _LIBRARIES:
         try:
             names = library_names(each)

@@ -69,12 +69,6 @@ class Costing:
         facts = {"calibration": dict(self.errors), "step_seconds": dict(self.step_seconds)}
         return facts if self.idle_watts is None else {**facts, "idle_watts": self.idle_watts}
 
-    @property
-    def stated_watts(self) -> float:
-        """The power that the user has stated, where joules are this times seconds; else 0."""
-        energy = self.costs.get("energy")
-        return energy.watts if isinstance(energy, EnergyCost) and energy.stated else 0.0
-
 
 def cost_out(
     model: nn.Module,

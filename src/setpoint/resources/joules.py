@@ -179,11 +179,9 @@ def find_energy_meter(devices: Iterable[torch.device], root: Path = POWERCAP) ->
     part of the energy that looks like the whole.
     """
     cuda = sorted({device.index or 0 for device in devices if device.type == "cuda"})
-    counters: list[Counter] = []
-    if cuda:
-        counters, why = nvml_counters(cuda)
-        if not counters:
-            return None, why
+    counters, why = nvml_counters(cuda) if cuda else ([], "")
+    if cuda and not counters:
+        return None, why
     packages, why = rapl_counters(root)
     if not packages and not cuda:
         return None, why

@@ -36,7 +36,6 @@ class Stopwatch:
         self._warned = False
 
     def __enter__(self) -> Stopwatch:
-        """Start."""
         assert self._started is None, "a stopwatch measures one block at a time"
         self._started = _now(self._synchronize)
         return self
@@ -44,7 +43,6 @@ class Stopwatch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Stop and add."""
         assert self._started is not None
         self._add(_now(self._synchronize) - self._started)
         self._started = None
