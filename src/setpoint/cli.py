@@ -98,9 +98,8 @@ def make_app() -> typer.Typer:
         pretty_exceptions_enable=False,
     )
     for name in ("demo", "bench"):
-        found = entry_points(group=GROUP, name=name)
-        if found:
-            made.command(name)(next(iter(found)).load())
+        if entry_points(group=GROUP, name=name):
+            made.command(name)(_added(name, name))
         else:
             anything = {"ignore_unknown_options": True, "allow_extra_args": True}
             made.command(name, context_settings=anything)(_absent(name))
@@ -110,11 +109,7 @@ def make_app() -> typer.Typer:
 
 
 def _added(name: str, command: str) -> Callable[..., None]:
-    """What another package does for a command.
-
-    Raises:
-        UsageError: the package is not installed.
-    """
+    """What another package does for a command."""
     found = entry_points(group=GROUP, name=name)
     if not found:
         raise misuse(f"`setpoint {command}` is part of the benchmark, a package of its own: pip install setpoint-bench")
@@ -123,7 +118,6 @@ def _added(name: str, command: str) -> Callable[..., None]:
 
 
 def _absent(name: str) -> Callable[[], None]:
-    """A command in place of one whose package is not installed."""
 
     def command() -> None:
         """Part of the benchmark: pip install setpoint-bench."""
@@ -134,7 +128,6 @@ def _absent(name: str) -> Callable[[], None]:
 
 
 def _inspect(target: str, shape: tuple[int, ...] | None, verify: bool, out: Path | None, spending: bool) -> None:
-    """Inspect one model; print its tree, and write its page if there is a folder for it."""
     from dataclasses import asdict
 
     from setpoint.report.inspect_model import inspect_model, load_target
@@ -164,7 +157,6 @@ def _inspect(target: str, shape: tuple[int, ...] | None, verify: bool, out: Path
 
 
 def _report_ledger(file: Path, out: Path | None) -> None:
-    """Tables and page of one ledger."""
     from setpoint.report.ledger_page import ledger_tables, read_ledger, write_ledger_page
     from setpoint.report.resources import ledger_line
 

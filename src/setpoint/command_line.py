@@ -63,8 +63,7 @@ def finish(answer: dict[str, Any]) -> None:
     """Write the last line of stdout."""
     from setpoint.report.values import finite
 
-    sys.stdout.write(json.dumps(finite(answer)) + "\n")
-    sys.stdout.flush()
+    print(json.dumps(finite(answer)), flush=True)
 
 
 def write_json(path: Path, answer: dict[str, Any]) -> None:

@@ -41,8 +41,6 @@ _KEY = "setpoint"
 
 @dataclass(frozen=True)
 class _Header:
-    """What a file holds beside its tensors."""
-
     sizes: Mapping[str, Mapping[str, int]]  # by module name and place, what the place must hold
     aliases: Mapping[str, str]  # further names of tied tensors, and the name each is stored under
     complex: tuple[str, ...]  # names of complex tensors, stored as pairs of reals along a last dim of length 2
@@ -71,14 +69,19 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Linear(in_features=2, out_features=3, bias=True)
     """
     model = unwrapped(model)
-    _refuse_extra_state(model)
+    for path_in, module in model.named_modules():
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            raise CheckpointError(
+                f"module {path_in!r} ({type(module).__name__}) keeps extra state, and a checkpoint holds tensors only: "
+                "turn that state into buffers, or save it beside the file"
+            )
     transient = recorded_buffers(model)
     own, aliases = _stored(model, transient)
     for name, tensor in own.items():
         _check_plain(name, tensor)
     sizes: dict[str, dict[str, int]] = {}
-    for (module, place), size in recorded_sizes(model).items():
-        sizes.setdefault(module, {})[place] = size
+    for (owner, place), size in recorded_sizes(model).items():
+        sizes.setdefault(owner, {})[place] = size
     pairs = tuple(name for name, tensor in own.items() if tensor.is_complex())
     dense = {name: shape for name, shape in recorded_dense(model).items() if name in own}
     header = _Header(sizes, aliases, pairs, transient, dense)
@@ -98,7 +101,11 @@ def load(path: str | os.PathLike[str], into: nn.Module) -> nn.Module:
         CheckpointError: when there is no such file, it is damaged, not a Setpoint file, of a newer
             format, or made for another model; `into` is then as it was.
     """
-    header, tensors = _read(Path(path))
+    metadata, stored = read_file(Path(path))
+    header = _parse(Path(path), metadata, stored)
+    # The file's data may be aligned for single reals only; a copy is aligned for pairs of them too.
+    pairs = {name: torch.view_as_complex(stored[name].clone()) for name in header.complex if name in stored}
+    tensors = stored | pairs
     own, aliases = _stored(into, header.transient)
     _check_same_names(own, aliases, tensors, header)
     for name, tensor in own.items():
@@ -129,15 +136,6 @@ def _stored(model: nn.Module, transient: Iterable[str]) -> tuple[dict[str, Tenso
             first[id(tensor)] = name
             own[name] = tensor
     return own, aliases
-
-
-def _refuse_extra_state(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if type(module).get_extra_state is not nn.Module.get_extra_state:
-            raise CheckpointError(
-                f"module {name!r} ({type(module).__name__}) keeps extra state, and a checkpoint holds tensors only: "
-                "turn that state into buffers, or save it beside the file"
-            )
 
 
 def _check_plain(name: str, tensor: Tensor) -> None:
@@ -190,22 +188,19 @@ def write_file(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str])
             # Before the rename: after a power cut the name must not point at contents that never reached the disk.
             os.fsync(file.fileno())
         os.replace(partial, path)
-        _sync_folder(path.parent)
+        with suppress(
+            OSError
+        ):  # makes the new name survive a power cut; Windows, which cannot open folders, does it too
+            handle = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot write {str(path)!r}: {error}") from error
     finally:
         with suppress(OSError):
             partial.unlink()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the new name survive a power cut; Windows, which cannot open folders, does it by itself."""
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def read_file(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -233,16 +228,6 @@ def damaged(path: Path) -> CheckpointError:
     return CheckpointError(f"{str(path)!r} is damaged: its digest does not match its contents; get it again")
 
 
-def _read(path: Path) -> tuple[_Header, dict[str, Tensor]]:
-    metadata, tensors = read_file(path)
-    header = _parse(path, metadata, tensors)
-    return header, {
-        # The file's data may be aligned for single reals only; a copy is aligned for pairs of them too.
-        name: torch.view_as_complex(tensor.clone()) if name in header.complex else tensor
-        for name, tensor in tensors.items()
-    }
-
-
 def _parse(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> _Header:
     if _KEY not in metadata:
         raise CheckpointError(
@@ -255,8 +240,7 @@ def _parse(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor
             newer = f"{str(path)!r} has format {version}, this Setpoint reads up to {FORMAT}: upgrade Setpoint"
             raise CheckpointError(newer)
         dense = {name: tuple(shape) for name, shape in text["dense"].items()}
-        lists = (tuple(text["complex"]), tuple(text["transient"]))
-        header = _Header(text["sizes"], text["aliases"], *lists, dense)
+        header = _Header(text["sizes"], text["aliases"], tuple(text["complex"]), tuple(text["transient"]), dense)
         expected = text["sha256"]
     except CheckpointError:
         raise
@@ -296,14 +280,11 @@ def _check_shape(name: str, saved: Tensor, dense: Tensor, before: Sequence[int] 
             f"the file was made for another model: {name!r} has shape {tuple(saved.shape)} in the file and "
             f"{tuple(dense.shape)} in the model; `into` must be the dense model that was shrunk"
         )
-    if _sort_of(saved) != _sort_of(dense):
+    sorts = ["complex" if t.is_complex() else "real" if t.is_floating_point() else t.dtype for t in (saved, dense)]
+    if sorts[0] != sorts[1]:
         raise CheckpointError(
             f"the file was made for another model: {name!r} is {saved.dtype} in the file and {dense.dtype} in the model"
         )
-
-
-def _sort_of(tensor: Tensor) -> str:
-    return "complex" if tensor.is_complex() else "real" if tensor.is_floating_point() else str(tensor.dtype)
 
 
 def _check_places(model: nn.Module, places: Mapping[SizePlace, int]) -> None:

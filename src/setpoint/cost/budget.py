@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -125,16 +124,9 @@ class Budget:
         return self.limit * dense if self.relative else float(self.limit)
 
 
-UNITS: Mapping[str, str] = {
-    "flops": "FLOPs",
-    "params": "params",
-    "memory": "bytes",
-    "latency": "s",
-    "inference": "s",
-    "energy": "J",
-}
+UNITS = {"flops": "FLOPs", "params": "params", "memory": "bytes", "latency": "s", "inference": "s", "energy": "J"}
 """Unit of each resource."""
-UNIT: Mapping[str, str] = {**UNITS, "flops": "FLOP", "params": "parameter", "memory": "byte"}
+UNIT = {**UNITS, "flops": "FLOP", "params": "parameter", "memory": "byte"}
 """One of it, in words."""
 IN_SECONDS = ("latency", "inference")
 """Resources that are measured by the clock."""

@@ -17,15 +17,12 @@ class Cost(Protocol):
     @property
     def resource(self) -> str:
         """Name of the resource: "flops", "params", ..."""
-        ...
 
     def total(self, widths: Mapping[str, int]) -> float:
         """Spending at these widths, in the resource's own unit."""
-        ...
 
     def saving(self, widths: Mapping[str, int], group: str, num_units: int) -> float:
         """`total(widths) - total(widths with num_units fewer units in group)`."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,8 @@ from setpoint.groups.trace import Trace
 
 def flops_cost(trace: Trace) -> ProductCost:
     """FLOPs of one optimizer step of the traced model, at the example's batch shape."""
-    return ProductCost(
-        "flops",
-        tuple(
-            Term(contraction.coefficient * (1 + contraction.num_gradients), contraction.sizes)
-            for contraction in trace.contractions
-        ),
-    )
+    terms = tuple(Term(each.coefficient * (1 + each.num_gradients), each.sizes) for each in trace.contractions)
+    return ProductCost("flops", terms)
 
 
 def forward_flops(trace: Trace, share: float = 1.0) -> ProductCost:

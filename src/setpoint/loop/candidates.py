@@ -75,11 +75,10 @@ def check_copies(host: Host, groups: tuple[Group, ...]) -> None:
 
 def check_some(groups: tuple[Group, ...], frozen: Mapping[str, str]) -> None:
     """Check that there is anything to prune."""
-    if groups:
-        return
-    reasons = [f"{place}: {reason}" for place, reason in list(frozen.items())[:8]]
-    more = f"; and {len(frozen) - 8} more" if len(frozen) > 8 else ""
-    raise GroupError(f"nothing in this model can be pruned. Left whole: {'; '.join(reasons) or 'no dim at all'}{more}")
+    if not groups:
+        reasons = "; ".join(f"{place}: {reason}" for place, reason in list(frozen.items())[:8]) or "no dim at all"
+        more = f"; and {len(frozen) - 8} more" if len(frozen) > 8 else ""
+        raise GroupError(f"nothing in this model can be pruned. Left whole: {reasons}{more}")
 
 
 def unit_candidates(
@@ -95,10 +94,6 @@ def unit_candidates(
     """The units that may be cut, and why others are left whole.
 
     Args:
-        host: holds the model.
-        found: all its groups.
-        example: inputs of one step.
-        sensor: that is to read them.
         wanted: out of these groups; None for all.
         allow_lossy: also those in which a zeroed unit is not the same as an absent one.
         verify: try every cut on copies of the model.
@@ -125,7 +120,6 @@ def unit_candidates(
 def _select(
     host: Host, found: Trace, wanted: Sequence[Group] | None, sensor: Sensor[Any], allow_lossy: bool
 ) -> tuple[tuple[Group, ...], dict[str, str]]:
-    """The groups to prune, and why the others are left alone, by name."""
     model, alone = host.model, host.alone
     frozen = {each.place: each.reason for each in found.frozen}
     chosen = found.groups if wanted is None else tuple(wanted)
@@ -140,9 +134,8 @@ def _select(
             )
     for group in chosen:
         if group.kind == "state" and not alone:
-            frozen[group.name] = (
-                "states are not cut on several ranks in this version: each would balance them by itself"
-            )
+            why = "states are not cut on several ranks in this version: each would balance them by itself"
+            frozen[group.name] = why
         elif not group.lossless and not allow_lossy:
             frozen[group.name] = "; ".join(group.notes) or "a zeroed unit is not the same as an absent one"
             frozen[group.name] += " (allow_lossy=True prunes it all the same)"
@@ -159,11 +152,8 @@ def _select(
         if group.name not in names:
             outgoing = {place.tensor for place in group.slices if place.role == "consume"}
             trained = any(p.requires_grad for name, p in parameters if name in outgoing)
-            why = (
-                f"it ranks no {group.kind}s like these"
-                if trained or group.kind == "state"
-                else "its weights get no gradient"
-            )
+            kind = f"it ranks no {group.kind}s like these"
+            why = kind if trained or group.kind == "state" else "its weights get no gradient"
             frozen[group.name] = f"{type(sensor).__name__} cannot read it ({why})"
     return readable, frozen
 

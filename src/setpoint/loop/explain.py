@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,60 +62,6 @@ class Explanation:
         return f"{unit} {fate}: {numbers}{when}. {self.reason}".rstrip()
 
 
-def explain_drop(ledger: Ledger, group: str, origin: int, what: str, resource: str) -> Explanation | None:
-    """The last drop of a unit that the ledger tells of, or None if it was never dropped.
-
-    Args:
-        ledger: the record.
-        group: name of the group.
-        origin: index of the unit in the dense model.
-        what: what a unit of the group is.
-        resource: the budget's resource, whose price is quoted.
-    """
-    returned, gain = last_return(ledger, group, origin)
-    for entry in reversed(ledger[:]):
-        dropped = entry.dropped.get(group, [])
-        if origin in dropped:
-            at = dropped.index(origin)
-            return Explanation(
-                group=group,
-                origin=origin,
-                what=what,
-                alive=False,
-                step=entry.step,
-                saliency=_at(entry.saliency.get(group, []), at),
-                worth=_at(entry.worth.get(group, []), at),
-                price=entry.price.get(resource, math.nan),
-                reason=entry.reason,
-                returned=returned,
-                gain=gain,
-            )
-    return None
-
-
-def last_return(ledger: Ledger, group: str, origin: int) -> tuple[int | None, float]:
-    """The last step at which a unit came back, and the gain that its probe promised; (None, NaN) if it never did.
-
-    Args:
-        ledger: the record.
-        group: name of the group.
-        origin: index of the unit in the dense model.
-    """
-    for entry in reversed(ledger[:]):
-        grown = entry.grown.get(group, [])
-        if origin in grown:
-            return entry.step, _at(entry.gain.get(group, []), grown.index(origin))
-    return None, math.nan
-
-
-def _at(values: list[float], position: int) -> float:
-    return values[position] if position < len(values) else math.nan
-
-
-def _number(value: float) -> str:
-    return "unknown" if math.isnan(value) else f"{value:.3g}"
-
-
 def explain(
     now: Progress,
     ledger: Ledger,
@@ -125,17 +72,7 @@ def explain(
     price: float,
     resource: str,
 ) -> Explanation:
-    """What became of a unit, and why.
-
-    Args:
-        now: where the run is.
-        ledger: every decision so far.
-        dense: the groups at dense widths.
-        origins: by group, index that each active unit has in the dense model.
-        group: name of the group.
-        origin: index of the unit in the dense model.
-        price: at the last decision.
-        resource: whose price it is.
+    """What became of a unit, and why; `price` is that of the resource at the last decision.
 
     Raises:
         GroupError: for a group that is not pruned here, or a unit that it never had.
@@ -145,12 +82,28 @@ def explain(
         raise GroupError(f"no group {group!r} is pruned here: use one of {', '.join(each.name for each in dense)}")
     if not 0 <= origin < found.num_units:
         raise GroupError(f"group {group!r} has units 0 to {found.num_units - 1}, got {origin}")
+    returned, gain = None, math.nan
+    back = next((each for each in reversed(ledger[:]) if origin in each.grown.get(group, ())), None)
+    if back is not None:
+        returned, gain = back.step, _at(back.gain, group, back.grown[group].index(origin))
     position = np.flatnonzero(origins[group] == origin)
-    dropped = explain_drop(ledger, group, origin, found.what, resource) if not len(position) else None
-    if dropped is not None:
-        return dropped
-    returned, gain = last_return(ledger, group, origin)
+    last = next((each for each in reversed(ledger[:]) if origin in each.dropped.get(group, ())), None)
+    if last is not None and not len(position):
+        at = last.dropped[group].index(origin)
+        value, read = _at(last.worth, group, at), _at(last.saliency, group, at)
+        step, reason, price = last.step, last.reason, last.price.get(resource, math.nan)
+        return Explanation(group, origin, found.what, False, step, read, value, price, reason, returned, gain)
     at, plan = int(position[0]), now.plan
     value, read = (float(each[group][at]) if group in each else math.nan for each in (now.worth, now.saliency))
-    step, reason, price = (plan.step, plan.reason, price) if plan else (None, "", math.nan)
-    return Explanation(group, origin, found.what, True, step, read, value, price, reason, returned, gain)
+    if plan is None:
+        return Explanation(group, origin, found.what, True, None, read, value, math.nan, "", returned, gain)
+    return Explanation(group, origin, found.what, True, plan.step, read, value, price, plan.reason, returned, gain)
+
+
+def _at(values: Mapping[str, Sequence[float]], group: str, position: int) -> float:
+    own = values.get(group, ())
+    return own[position] if position < len(own) else math.nan
+
+
+def _number(value: float) -> str:
+    return "unknown" if math.isnan(value) else f"{value:.3g}"

@@ -92,7 +92,9 @@ def load_run(path: str | os.PathLike[str], **parts: Any) -> dict[str, Any]:
     else:
         states, values = _read(Path(path))
     _check_parts(str(path), states, parts)
-    attached = _attached(parts)
+    loops = [part for part in parts.values() if isinstance(part, Loop)]
+    theirs = [each for loop in loops for each in (loop.host.model, *loop.host.optimizers, *loop.host.copies)]
+    attached = {id(each) for each in (*loops, *theirs)}
     strangers = [name for name in states if id(_bare(parts[name])) not in attached]
     _load_all_or_none(str(path), {name: (parts[name], states[name]) for name in strangers})
     ours = [name for name in states if name not in strangers]  # in one order on all ranks
@@ -102,23 +104,11 @@ def load_run(path: str | os.PathLike[str], **parts: Any) -> dict[str, Any]:
 
 
 def _bare(part: Any) -> Any:
-    """A model or an optimizer out of its wrappers."""
     return unwrapped(part) if isinstance(part, nn.Module) else real_optimizer(part)
 
 
-def _attached(parts: Mapping[str, Any]) -> set[int]:
-    """Identities of the loops, and of the models, optimizers and copies that belong to them."""
-    loops = [part for part in parts.values() if isinstance(part, Loop)]
-    theirs = [each for loop in loops for each in (loop.host.model, *loop.host.optimizers, *loop.host.copies)]
-    return {id(each) for each in (*loops, *theirs)}
-
-
 def _load_all_or_none(path: str, loads: Mapping[str, tuple[Any, Any]]) -> None:
-    """Have each part load its state; if one does not take it, put all back and say which.
-
-    Raises:
-        CheckpointError: naming that part.
-    """
+    """Have each part load its state; if one does not take it, put all back and say which."""
     before: list[tuple[Any, Any]] = []
     for name, (part, state) in loads.items():
         before.append((part, copy.deepcopy(part.state_dict())))
@@ -141,10 +131,9 @@ def _check_complete(parts: Mapping[str, Any]) -> None:
     given = {id(_bare(part)) for part in parts.values()}
     for name, part in parts.items():
         if isinstance(part, Loop):
-            mine = part.host
-            needs = [("model", mine.model), *(("optimizer", each) for each in mine.optimizers)]
-            for what, needed in (*needs, *(("copy", each) for each in mine.copies)):
-                if id(needed) not in given:
+            mine = {"model": [part.host.model], "optimizer": part.host.optimizers, "copy": part.host.copies}
+            for what, needed in mine.items():
+                if not {id(each) for each in needed} <= given:
                     raise CheckpointError(f"{name!r} is of no use without its {what}: save_run(path, {what}=..., ...)")
 
 
@@ -161,14 +150,13 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             raise damaged(path)
         tree = from_tensors(tensors)
         return dict(tree["states"]), dict(tree["values"])
+    except CheckpointError:
+        raise
     except (KeyError, TypeError, ValueError, RuntimeError, RecursionError) as error:
-        if isinstance(error, CheckpointError):
-            raise
         raise damaged(path) from error
 
 
 def _check_parts(path: str, states: Mapping[str, Any], parts: Mapping[str, Any]) -> None:
-    """Check that the parts are those of the file, as far as it can be seen before anything is changed."""
     if set(states) != set(parts):
         raise CheckpointError(
             f"{path!r} holds the states of {_some(states)}, load_run was given {_some(parts)}: give the same parts"
@@ -180,7 +168,8 @@ def _check_parts(path: str, states: Mapping[str, Any], parts: Mapping[str, Any])
     }
     for name, part in parts.items():
         if isinstance(part, nn.Module):
-            _check_sizes(path, name, part, states[name], cut=cut.get(id(unwrapped(part))))
+            if part is unwrapped(part) and id(part) in cut:  # a wrapper's names are its own
+                _check_sizes(path, name, part, states[name], cut[id(part)])
             own, saved = set(part.state_dict()), set(states[name])
             if own != saved:
                 raise CheckpointError(
@@ -197,10 +186,8 @@ def _check_parts(path: str, states: Mapping[str, Any], parts: Mapping[str, Any])
                 )
 
 
-def _check_sizes(path: str, name: str, module: nn.Module, saved: Mapping[str, Any], cut: set[str] | None) -> None:
-    """Check that tensors which no loop cuts have the sizes of those that were saved; a wrapper's names are its own."""
-    if cut is None or module is not unwrapped(module):
-        return
+def _check_sizes(path: str, name: str, module: nn.Module, saved: Mapping[str, Any], cut: set[str]) -> None:
+    """Check that tensors which no loop cuts have the sizes of those that were saved."""
     for key, tensor in module.state_dict().items():
         other = saved.get(key)
         if key not in cut and isinstance(tensor, Tensor) and isinstance(other, Tensor) and tensor.shape != other.shape:

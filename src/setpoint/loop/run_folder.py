@@ -24,14 +24,8 @@ from setpoint.host.together import together
 _INDEX = re.compile(r"rank (\d+) of (\d+) ([0-9a-f]{64})")
 _METADATA = {
     "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
+        *("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta"),
+        *("TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
     },
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "torch": {"Size"},
@@ -39,7 +33,6 @@ _METADATA = {
     "pathlib": {"PosixPath", "PurePosixPath"},
 }
 """What the description that PyTorch writes of a checkpoint, which is a pickle, may be made of."""
-
 
 _SUMS = "sha256.json"
 
@@ -63,13 +56,8 @@ def write_folder(path: Path, tree: Any, ranks: Ranks) -> None:
     index of its own: the names of its tensors, and the digests of its parts. The first rank adds the digests of all
     files. The folder is written beside its place and renamed when it is whole.
 
-    Args:
-        path: of the folder, which must not exist yet, the same on all ranks.
-        tree: the data.
-        ranks: which all call this.
-
     Raises:
-        CheckpointError: when there is such a path, or it cannot be written.
+        CheckpointError: when there is such a path (it is the same on all ranks), or it cannot be written.
         RankError: when another rank cannot.
     """
     from torch.distributed.checkpoint.api import CheckpointException
@@ -105,18 +93,12 @@ def read_folder(path: Path, ranks: Ranks, mesh: Any) -> dict[str, Any]:
 
     With another number of ranks than wrote it, the data of a rank that had no counterpart is that of the first.
 
-    Args:
-        path: of the folder.
-        ranks: which all call this.
-        mesh: over which sharded tensors are spread.
-
     Raises:
         CheckpointError: when there is no such folder, or it is damaged.
         RankError: when another rank cannot read it.
     """
     with together(ranks, f"loading {path.name!r}"):
-        sums = _sums(path)
-        reader, sizes = _described(path, sums)
+        sums, reader, sizes = _described(path)
         indices = {match[1]: match for match in map(_INDEX.fullmatch, sizes) if match}
         own = indices.get(str(ranks.own)) or indices.get("0")
         if own is None:
@@ -129,9 +111,8 @@ def read_folder(path: Path, ranks: Ranks, mesh: Any) -> dict[str, Any]:
         index = json.loads(text)
         if not {*index["plain"].values(), *index["parts"]} <= set(sizes):
             raise damaged(path)
-        wanted = {
-            name: torch.empty(sizes[name].size, dtype=sizes[name].properties.dtype) for name in index["plain"].values()
-        }
+        whole_ones = {name: sizes[name] for name in index["plain"].values()}
+        wanted = {name: torch.empty(each.size, dtype=each.properties.dtype) for name, each in whole_ones.items()}
         wanted |= {name: _empty(sizes[name], mesh) for name in index["parts"]}
     found = _loaded(path, reader, wanted, ranks)
     with together(ranks, f"loading {path.name!r}"):
@@ -140,26 +121,13 @@ def read_folder(path: Path, ranks: Ranks, mesh: Any) -> dict[str, Any]:
         same = int(own[2]) == ranks.count  # else the parts are others, and only whole files can be checked
         if not same:
             _check_files(path, ranks, sums)
-        if any(_sha256(plain[number]) != name for number, name in index["plain"].items()):
-            raise damaged(path)
-        if same and _parts(sharded) != index["parts"]:
+        whole = all(_sha256(plain[number]) == name for number, name in index["plain"].items())
+        if not whole or (same and _parts(sharded) != index["parts"]):
             raise damaged(path)
         return dict(from_tensors(plain | sharded))
 
 
-def _sums(path: Path) -> dict[str, str]:
-    """The digests of all files."""
-    try:
-        sums = json.loads((path / _SUMS).read_text(encoding="utf-8"))
-        return {str(name): str(each) for name, each in sums.items()}
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(
-            f"{str(path)!r} is not a folder that setpoint.save_run wrote, or damaged: {error}"
-        ) from error
-
-
 def _check_files(path: Path, ranks: Ranks, sums: Mapping[str, str]) -> None:
-    """Check the digests of all files, shared out among the ranks."""
     try:
         whole = all(_sha256_of(path / name) == sums[name] for name in sorted(sums)[ranks.own :: ranks.count])
     except OSError as error:
@@ -174,7 +142,6 @@ def _sha256_of(file: Path) -> str:
 
 
 def _loaded(path: Path, reader: Any, tensors: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
-    """The tensors, filled from the folder by all ranks together."""
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict_loader import load
 
@@ -186,10 +153,10 @@ def _loaded(path: Path, reader: Any, tensors: dict[str, Tensor], ranks: Ranks) -
     return tensors
 
 
-def _described(path: Path, sums: Mapping[str, str]) -> tuple[Any, dict[str, Any]]:
-    """What reads the folder, and what it says that it holds; nothing in it is run as code.
+def _described(path: Path) -> tuple[dict[str, str], Any, dict[str, Any]]:
+    """The digests of all files, what reads the folder, and what it says that it holds; nothing in it is run as code.
 
-    Its digest is looked at first: a pickle with a byte changed may ask for memory without end.
+    The digest of what describes it is looked at first: a pickle with a byte changed may ask for memory without end.
     """
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -200,6 +167,8 @@ def _described(path: Path, sums: Mapping[str, str]) -> tuple[Any, dict[str, Any]
                 return _Restricted(file).load()
 
     try:
+        text = (path / _SUMS).read_text(encoding="utf-8")
+        sums = {str(name): str(each) for name, each in json.loads(text).items()}
         if _sha256_of(path / ".metadata") != sums[".metadata"]:
             raise ValueError("the digest of its description does not match")
         reader = Reader(path)
@@ -210,12 +179,10 @@ def _described(path: Path, sums: Mapping[str, str]) -> tuple[Any, dict[str, Any]
         raise CheckpointError(
             f"{str(path)!r} is not a folder that setpoint.save_run wrote, or damaged: {error}"
         ) from error
-    return reader, sizes
+    return sums, reader, sizes
 
 
 class _Restricted(pickle.Unpickler):
-    """Reads a pickle of the description of a checkpoint, and of nothing else."""
-
     def find_class(self, module: str, name: str) -> Any:
         if name in _METADATA.get(module, ()):
             return super().find_class(module, name)
@@ -229,12 +196,10 @@ def _sha256(tensor: Tensor) -> str:
 
 
 def _parts(sharded: Mapping[str, Tensor]) -> dict[str, str]:
-    """Digest of this rank's part of each tensor."""
     return {name: _sha256(local(tensor).detach().cpu().contiguous()) for name, tensor in sharded.items()}
 
 
 def _empty(size: Any, mesh: Any) -> Tensor:
-    """A tensor of this size, spread over the mesh."""
     form = torch.empty(size.size, dtype=size.properties.dtype, device="meta")
     mine = torch.zeros_like(form[rows_of(len(form), mesh)], device=mesh.device_type)
     return sharded_over(mine, tuple(form.shape), mesh)

@@ -28,8 +28,8 @@ def spending(record: Record, resource: str) -> Figure:
     entries = [entry for entry in record.entries if resource in entry.spent]
     top = max([dense or 0.0, *(entry.spent[resource] for entry in entries)])
     factor, unit = scale(top, unit_of(resource))
-    start = [] if dense is None else [(0, dense / factor)]
-    spent = [*start, *((entry.step, entry.spent[resource] / factor) for entry in entries)]
+    spent = [] if dense is None else [(0, dense / factor)]
+    spent += [(entry.step, entry.spent[resource] / factor) for entry in entries]
     if spent:
         spent.append((end_of(record), spent[-1][1]))
     held = [(entry.step, entry.reference[resource] / factor) for entry in entries if resource in entry.reference]
@@ -39,13 +39,11 @@ def spending(record: Record, resource: str) -> Figure:
         cuts(entries, [entry.spent[resource] / factor for entry in entries]),
         *metered(entries, resource, factor, unit),
     ]
-    lines = (("dense", dense, FAINT, "solid"), ("budget", limit, INK, "dot"))
     shapes, notes = list[Trace](), list[Trace]()
-    for name, value, color, dash in lines:
+    for name, value, color, dash in (("dense", dense, FAINT, "solid"), ("budget", limit, INK, "dot")):
         if value is not None:
-            y, look = value / factor, {"color": color, "dash": dash, "width": 1.4}
-            shapes.append({"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": y, "y1": y, "layer": "below"})
-            shapes[-1]["line"] = look
+            y, across = value / factor, {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "layer": "below"}
+            shapes.append(across | {"y0": y, "y1": y, "line": {"color": color, "dash": dash, "width": 1.4}})
             at = {"xref": "paper", "x": 1, "y": y, "xanchor": "right", "yanchor": "bottom"}
             notes.append(at | {"text": f"{name} {digits(y)} {unit}", "showarrow": False, "font": {"size": 11}})
     shape = layout(f"{unit} per {PER.get(resource, 'step')}", shapes=shapes, annotations=notes)
@@ -56,10 +54,8 @@ def spending(record: Record, resource: str) -> Figure:
 def metered(entries: Sequence[Entry], resource: str, factor: float, unit: str) -> list[Trace]:
     """Markers of meter readings before each decision, with the predictions; none without a meter."""
     read = [entry for entry in entries if resource in entry.metered]
-    predictions = [
-        f"predicted {digits(entry.predicted[resource] / factor)} {unit}" if resource in entry.predicted else ""
-        for entry in read
-    ]
+    foretold = [entry.predicted.get(resource) for entry in read]
+    predictions = ["" if value is None else f"predicted {digits(value / factor)} {unit}" for value in foretold]
     points = [(entry.step, entry.metered[resource] / factor) for entry in read]
     hover = f"<b>measured</b> at step %{{x:,d}}<br>%{{y:.4g}} {unit}<br>%{{hovertext}}"
     marker = {"symbol": "circle-open", "size": 8, "color": INK}
@@ -120,9 +116,7 @@ def widths(record: Record) -> Figure | None:
         "x": edges,
         "y": list(range(len(dense) + 1)),
         "z": [[width / (dense[name] or 1) for width in row] for name, row in zip(dense, table, strict=True)],
-        "text": [
-            [f"{escape(n)}<br>{width} of {what[n]}" for width in row] for n, row in zip(dense, table, strict=True)
-        ],
+        "text": [[f"{escape(n)}<br>{w} of {what[n]}" for w in row] for n, row in zip(dense, table, strict=True)],
         "hovertemplate": "<b>%{text}</b> (%{z:.0%})<extra></extra>",
         "zmin": 0,
         "zmax": 1,
@@ -131,7 +125,7 @@ def widths(record: Record) -> Figure | None:
         "colorbar": {**_BAR, "title": {"text": "width"}, "tickformat": ".0%"},
     }
     shape = layout("", height=120 + 26 * len(dense))
-    shape["yaxis"] |= rows(labels, 0.5)
+    shape["yaxis"] |= rows(labels)
     return Figure([trace], shape)
 
 
@@ -140,9 +134,9 @@ def short(name: str, most: int = 40) -> str:
     return escape(name if len(name) <= most else "…" + name[1 - most :])
 
 
-def rows(labels: Sequence[str], offset: float) -> dict[str, object]:
+def rows(labels: Sequence[str]) -> dict[str, object]:
     """A y axis with one labelled row per group, the first on top."""
-    ticks = {"tickmode": "array", "tickvals": [place + offset for place in range(len(labels))], "ticks": ""}
+    ticks = {"tickmode": "array", "tickvals": [place + 0.5 for place in range(len(labels))], "ticks": ""}
     return {**ticks, "ticktext": list(labels), "range": [len(labels), 0], "showgrid": False}
 
 
@@ -161,7 +155,7 @@ def timeline(record: Record, resource: str | None) -> Figure | None:
     for trace in data:
         trace["y"] = [None if at is None else height_of(bands, dense, *at) for at in trace["y"]]
     shape = layout("", height=height, showlegend=True)
-    shape["yaxis"] |= rows([f"{short(name)}" for name in dense], 0.5)
+    shape["yaxis"] |= rows([short(name) for name in dense])
     shape["xaxis"]["range"] = [0, end_of(record) * 1.01]
     colors, bar = [[0, BLUE], [0.5, GREY], [1, ORANGE]], {**_BAR, "title": {"text": "worth / price"}}
     shape["coloraxis"] = {"cmin": 0, "cmax": 1, "colorscale": colors, "colorbar": bar}
@@ -200,51 +194,31 @@ def drops(entry: Entry, record: Record, resource: str | None) -> list[Trace]:
         notes.append(f"price {digits(rate * factor)} loss per {unit}")
     if entry.reason:
         notes.append(escape(entry.reason))
-    known = first_widths(record)
+    noted, known = "".join(f"<br>{text}" for text in notes), first_widths(record)
+    dropped, grown = (entry.dropped, entry.worth, entry.saliency), (entry.grown, entry.grown_worth, entry.gain)
+    kinds = (
+        ("dropped", "square", dropped, ("worth", "saliency"), "not evaluated"),
+        ("brought back", "circle-open", grown, ("probed worth", "probed gain"), "unknown"),
+    )
     found = []
-    for verb, chosen, symbol in (("dropped", entry.dropped, "square"), ("brought back", entry.grown, "circle-open")):
-        units = [(name, u, place) for name, origins in chosen.items() for place, u in enumerate(origins)]
-        units = [unit for unit in units if unit[0] in known]
+    for verb, symbol, (chosen, *values), (first, second), unread in kinds:
+        units = [(name, u, at) for name, origins in chosen.items() if name in known for at, u in enumerate(origins)]
         if not units:
             continue
-        noted = "".join(f"<br>{text}" for text in notes)
+        worth, loss = ([nth(each, name, at) for name, _, at in units] for each in values)
+        named = [f"{short(name)}, {escape(record.what.get(name, 'unit'))} {origin}" for name, origin, _ in units]
+        texts = [unread if w is None else f"{digits(w * factor)} loss per {unit}" for w in worth]
+        losses = ["unknown" if each is None else f"{digits(each)} loss" for each in loss]
+        shown = [list(each) for each in zip(named, texts, losses, strict=True)]
         points = [(entry.step, (name, origin)) for name, origin, _ in units]
-        shown = [[f"{short(name)}, {escape(record.what.get(name, 'unit'))} {origin}"] for name, origin, _ in units]
-        trace = scatter("markers", verb, points, f"<b>%{{customdata[0]}}</b> {verb}{noted}", customdata=shown)
+        hover = f"<b>%{{customdata[0]}}</b> {verb}<br>{first} %{{customdata[1]}}<br>{second} %{{customdata[2]}}{noted}"
+        trace = scatter("markers", verb, points, hover, customdata=shown)
         trace |= {"showlegend": False, "marker": {"symbol": symbol, "size": 6, "line": {"width": 0}, "color": GREY}}
-        found.append((with_worth if verb == "dropped" else with_gain)(trace, entry, units, rate, factor, unit))
+        if verb == "dropped" and rate and any(w is not None for w in worth):
+            ratios = [None if w is None else min(w / rate, 1.0) for w in worth]
+            trace["marker"] |= {"color": ratios, "coloraxis": "coloraxis"}
+        found.append(trace)
     return found
-
-
-def with_worth(
-    trace: Trace, entry: Entry, units: Sequence[tuple[str, int, int]], rate: float | None, factor: float, unit: str
-) -> Trace:
-    """The markers of dropped units with worth and saliency in their texts, coloured by worth / price."""
-    worth = [nth(entry.worth, name, place) for name, _, place in units]
-    saliency = [nth(entry.saliency, name, place) for name, _, place in units]
-    ratios = [None if w is None or not rate else min(w / rate, 1.0) for w in worth]
-    texts = ["not evaluated" if w is None else f"{digits(w * factor)} loss per {unit}" for w in worth]
-    losses = ["unknown" if s is None else f"{digits(s)} loss" for s in saliency]
-    trace["customdata"] = [[*each, *two] for each, *two in zip(trace["customdata"], texts, losses, strict=True)]
-    head, _, tail = trace["hovertemplate"].partition("</b> dropped")
-    trace["hovertemplate"] = f"{head}</b> dropped<br>worth %{{customdata[1]}}<br>saliency %{{customdata[2]}}{tail}"
-    if any(ratio is not None for ratio in ratios):
-        trace["marker"] |= {"color": ratios, "coloraxis": "coloraxis"}
-    return trace
-
-
-def with_gain(
-    trace: Trace, entry: Entry, units: Sequence[tuple[str, int, int]], rate: float | None, factor: float, unit: str
-) -> Trace:
-    """The markers of regrown units with the worth and gain of their probes in their texts."""
-    found = []
-    for shown, (name, _, place) in zip(trace["customdata"], units, strict=True):
-        worth, gain = nth(entry.grown_worth, name, place), nth(entry.gain, name, place)
-        promised = "unknown" if worth is None else f"{digits(worth * factor)} loss per {unit}"
-        found.append([*shown, promised, "unknown" if gain is None else f"{digits(gain)} loss"])
-    head, _, tail = trace["hovertemplate"].partition("</b> brought back")
-    shown = "<br>probed worth %{customdata[1]}<br>probed gain %{customdata[2]}"
-    return trace | {"customdata": found, "hovertemplate": f"{head}</b> brought back{shown}{tail}"}
 
 
 def nth(values: Mapping[str, Sequence[float]], name: str, place: int) -> float | None:

@@ -28,10 +28,7 @@ class Draft:
 
 def document(title: str, body: Draft, script: str) -> str:
     """The HTML of a page; `script` is JavaScript that defines `Plotly`."""
-    specs = {
-        name: {"data": figure.data, "layout": figure.layout, "abscissas": figure.abscissas}
-        for name, figure in body.figures.items()
-    }
+    specs = {name: vars(figure) for name, figure in body.figures.items()}
     text = {name: (files("setpoint.report") / f"page.{name}").read_text(encoding="utf-8") for name in ("css", "js")}
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -68,10 +65,8 @@ def pair(text: str, *below: str) -> str:
 def html_table(titles: Iterable[str], lines: Iterable[Sequence[str]], classes: str = "") -> str:
     """A table whose first column names the line; cells are HTML already."""
     head = "".join(f'<th scope="col">{escape(title)}</th>' for title in titles)
-    body = "".join(
-        f'<tr><th scope="row">{cells[0]}</th>{"".join(f"<td>{cell}</td>" for cell in cells[1:])}</tr>\n'
-        for cells in lines
-    )
+    rest = ((first, "".join(f"<td>{cell}</td>" for cell in cells)) for first, *cells in lines)
+    body = "".join(f'<tr><th scope="row">{first}</th>{cells}</tr>\n' for first, cells in rest)
     return f'<table class="{classes}"><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table>'
 
 

@@ -36,8 +36,7 @@ def rests(record: Record) -> tuple[Rest, ...]:
             for unit in origins:
                 if (name, unit) in since:
                     found.append(Rest(name, unit, since.pop((name, unit)), entry.step, returned=True))
-        for name, origins in entry.dropped.items():
-            since |= {(name, unit): entry.step for unit in origins}
+        since |= {(name, unit): entry.step for name, origins in entry.dropped.items() for unit in origins}
     end = end_of(record)
     return (*found, *(Rest(name, unit, begin, end, returned=False) for (name, unit), begin in since.items()))
 
@@ -66,15 +65,11 @@ def raster(record: Record) -> Figure | None:
     """
     dense = first_widths(record)
     bands = {name: place for place, name in enumerate(dense)}
-    spikes: dict[str, list[tuple[int, str, int]]] = {"dropped": [], "brought back": []}
-    for entry in record.entries:
-        for verb, chosen in (("dropped", entry.dropped), ("brought back", entry.grown)):
-            spikes[verb] += [(entry.step, name, u) for name, units in chosen.items() if name in dense for u in units]
-    if not any(spikes.values()):
-        return None
+    kinds = (("dropped", "dropped", ORANGE, -1), ("brought back", "grown", BLUE, 1))
     data: list[Trace] = []
-    for (verb, events), color in zip(spikes.items(), (ORANGE, BLUE), strict=True):
-        sign = -1 if verb == "dropped" else 1
+    for verb, field, color, sign in kinds:
+        chosen = [(entry.step, *each) for entry in record.entries for each in getattr(entry, field).items()]
+        events = [(step, name, unit) for step, name, units in chosen if name in dense for unit in units]
         points = [(step, height_of(bands, dense, name, unit)) for step, name, unit in events]
         ticks = scatter("markers", verb, points, f"<b>%{{text}}</b> {verb} at step %{{x:,d}}", legendgroup=verb)
         ticks["text"] = [f"{short(name)} {unit}" for _, name, unit in events]
@@ -84,8 +79,10 @@ def raster(record: Record) -> Figure | None:
         bars |= {"x": list(counts), "y": [sign * count for count in counts.values()], "yaxis": "y2"}
         bars["hovertemplate"] = f"%{{y:,d}} units {verb} at step %{{x:,d}}<extra></extra>"
         data += [ticks, {**bars, "width": end_of(record) / 120}]
+    if not any(trace["x"] for trace in data):
+        return None
     shape = layout("", height=240 + max(26, min(56, 700 // len(dense))) * len(dense), barmode="relative")
-    shape["yaxis"] |= rows([short(name) for name in dense], 0.5) | {"domain": [0.22, 1]}
+    shape["yaxis"] |= rows([short(name) for name in dense]) | {"domain": [0.22, 1]}
     shape["yaxis2"] = {"domain": [0, 0.16], "title": {"text": "units"}, "zeroline": True, "automargin": True}
     shape["xaxis"] |= {"range": [0, end_of(record) * 1.01], "anchor": "y2"}
     return Figure(data, shape)

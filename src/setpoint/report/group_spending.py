@@ -61,13 +61,10 @@ def spending(model: nn.Module, example: Example, groups: Sequence[str]) -> Spend
     costing = cost_out(model, (optimizer,), example, found, {"latency", "memory", "inference"})
     latency, memory, inference = (costing.costs[name] for name in ("latency", "memory", "inference"))
     dense, least = widths_of(found), {group.name: lowest_width(group) for group in found}
-    each = [
-        GroupSpending(
-            group.name,
-            *(cost.saving(dense, group.name, dense[group.name] - least[group.name]) for cost in (latency, memory)),
-        )
-        for group in found
-    ]
+    each = []
+    for name in dense:
+        saved = (cost.saving(dense, name, dense[name] - least[name]) for cost in (latency, memory))
+        each.append(GroupSpending(name, *saved))
     meter, why = find_energy_meter([parameter.device for parameter in model.parameters()])
     return Spending(
         seconds=latency.total(dense),

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from setpoint.actuator.verify import failing_groups
 from setpoint.controller.ladder import lowest_width
-from setpoint.cost.cost import Cost
 from setpoint.cost.flops import flops_cost
 from setpoint.cost.params import params_cost
 from setpoint.errors import UsageError
 from setpoint.groups.export import Example, inputs_of, tensors_of
-from setpoint.groups.group import Group, widths_of
+from setpoint.groups.group import widths_of
 from setpoint.groups.trace import Frozen, trace
 from setpoint.report.own_function import is_own_function, named_errors, own_function
 from setpoint.report.parameters import Part, params_along, parts, share_along
@@ -81,20 +79,37 @@ def inspect_model(name: str, model: nn.Module, example: Example, *, verify: bool
     verify = verify and not any(parameter.is_meta for parameter in model.parameters())
     flops, params = flops_cost(found), params_cost(model, found.groups)
     dense = widths_of(found.groups)
-    whole = _kept_whole(model, example, found.groups, verify)
+    lossless = tuple(group for group in found.groups if group.lossless)
+    whole = {g.name: "" if g.lossless else "; ".join(g.notes) or "not lossless" for g in found.groups}
+    if verify and lossless:
+        failing = failing_groups(model, example, lossless)
+        whole |= dict.fromkeys(failing, "cutting it on a copy did not behave like masking it")
     pruned = tuple(group for group in found.groups if not whole[group.name])
     fewest = dense | {group.name: lowest_width(group) for group in pruned}
-    total = int(params.total(dense))
+    spent, total = flops.total(dense), int(params.total(dense))
+    reports = []
+    for group in found.groups:
+        low, along = lowest_width(group), params_along(model, (group,))
+        report = GroupReport(
+            name=group.name,
+            what=group.what,
+            num_units=group.num_units,
+            min_units=low,
+            multiple_of=group.multiple_of,
+            kept_whole=whole[group.name],
+            params=along,
+            params_share=along / total if total else 0.0,
+            flops_share=flops.saving(dense, group.name, group.num_units - low) / spent if spent else 0.0,
+            places=tuple((place.tensor, place.dim, place.role) for place in group.slices),
+        )
+        reports.append(report)
     args, kwargs = inputs_of(example)
     return Inspection(
         model=name,
         inputs=tuple(tuple(tensor.shape) for tensor in tensors_of([*args, *kwargs.values()])),
         verified=verify,
-        groups=tuple(
-            _group_report(group, flops, dense, whole[group.name], params_along(model, (group,)), total)
-            for group in found.groups
-        ),
-        flops=flops.total(dense),
+        groups=tuple(reports),
+        flops=spent,
         params=total,
         prunable_params_share=share_along(model, pruned),
         cheapest_flops=flops.total(fewest),
@@ -139,33 +154,3 @@ def load_target(target: str, shape: tuple[int, ...] | None = None) -> tuple[nn.M
         )
     example = (noise(shape),) if shape is not None else example
     return model, (example,) if isinstance(example, Tensor) else example
-
-
-def _kept_whole(model: nn.Module, example: Example, groups: tuple[Group, ...], verify: bool) -> dict[str, str]:
-    """By group, why it is not pruned; empty where it may be."""
-    why = {group.name: "" if group.lossless else "; ".join(group.notes) or "not lossless" for group in groups}
-    tried = tuple(group for group in groups if group.lossless)
-    if verify and tried:
-        failing = failing_groups(model, example, tried)
-        why |= dict.fromkeys(failing, "cutting it on a copy did not behave like masking it")
-    return why
-
-
-def _group_report(
-    group: Group, flops: Cost, dense: Mapping[str, int], kept_whole: str, params: int, total: int
-) -> GroupReport:
-    fewest = lowest_width(group)
-    saving = flops.saving(dense, group.name, group.num_units - fewest)
-    spent = flops.total(dense)
-    return GroupReport(
-        name=group.name,
-        what=group.what,
-        num_units=group.num_units,
-        min_units=fewest,
-        multiple_of=group.multiple_of,
-        kept_whole=kept_whole,
-        params=params,
-        params_share=params / total if total else 0.0,
-        flops_share=saving / spent if spent else 0.0,
-        places=tuple((place.tensor, place.dim, place.role) for place in group.slices),
-    )

@@ -10,7 +10,7 @@ from typing import Any
 from setpoint.report import figures
 from setpoint.report.draft import Draft, document, html_table, pair, place_of, save
 from setpoint.report.figures import BLUE, FAINT, ORANGE, Figure, plotly_script
-from setpoint.report.names import fold
+from setpoint.report.names import along, fold, some
 from setpoint.report.numbers import NOTHING, human, percent, share
 
 MODULES = "#e6edf5"
@@ -65,7 +65,11 @@ def parameter_map(found: Mapping[str, Any]) -> Figure | None:
     if not boxes:
         return None
     total = sum(boxes.values())
-    modules = _module_sizes(boxes)
+    modules = {"": 0}  # those on the way to a box, from the root down, with their parameters
+    for (module, _), params in boxes.items():
+        names = module.split(".") if module else []
+        for path in (".".join(names[:depth]) for depth in range(len(names) + 1)):
+            modules[path] = modules.get(path, 0) + params
     alone = {module for module, _ in boxes if sum(other == module for other, _ in boxes) == 1}
     alone -= {_parent(module) for module in modules if module}
     nodes = []
@@ -104,19 +108,7 @@ def _parent(module: str) -> str:
     return module.rpartition(".")[0]
 
 
-def _module_sizes(boxes: Mapping[tuple[str, str], int]) -> dict[str, int]:
-    """Parameters of every module on the way to a box, from the root down."""
-    sizes: dict[str, int] = {"": 0}
-    for (module, _), params in boxes.items():
-        path = module.split(".") if module else []
-        for depth in range(len(path) + 1):
-            name = ".".join(path[:depth])
-            sizes[name] = sizes.get(name, 0) + params
-    return sizes
-
-
 def _kind(name: str, groups: Mapping[str, Any]) -> tuple[str, str]:
-    """Colour and text of a box."""
     if not name:
         return FAINT, "along no unit of any group"
     group = groups[name]
@@ -127,23 +119,15 @@ def _kind(name: str, groups: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _cards(found: Mapping[str, Any]) -> str:
-    """The main numbers."""
     pruned = [group for group in found["groups"] if not group["kept_whole"]]
     units, whole = sum(group["num_units"] for group in pruned), len(found["groups"]) - len(pruned)
+    fewest = {name: found[f"cheapest_{name}"] for name in ("params", "flops")}
     shown = (
         ("groups that may be pruned", f"{len(pruned)}", f"{units:,} units; {whole} left whole"),
         ("parameters", human(found["params"]), f"{percent(found['prunable_params_share'])} along units that may go"),
-        (
-            "fewest parameters",
-            human(found["cheapest_params"]),
-            f"{share(found['cheapest_params'], found['params'])} of dense",
-        ),
+        ("fewest parameters", human(fewest["params"]), f"{share(fewest['params'], found['params'])} of dense"),
         ("FLOPs per training step", human(found["flops"], "FLOP"), "forward and backward"),
-        (
-            "fewest FLOPs",
-            human(found["cheapest_flops"], "FLOP"),
-            f"{share(found['cheapest_flops'], found['flops'])} of dense",
-        ),
+        ("fewest FLOPs", human(fewest["flops"], "FLOP"), f"{share(fewest['flops'], found['flops'])} of dense"),
     )
     items = "".join(
         f"<li><span>{escape(title)}</span><strong>{escape(value)}</strong><small>{escape(note)}</small></li>"
@@ -155,6 +139,7 @@ def _cards(found: Mapping[str, Any]) -> str:
 def _groups(groups: Sequence[Mapping[str, Any]]) -> str:
     if not groups:
         return "<h3>Groups</h3>\n<p>No units were found that could be dropped.</p>\n"
+    places = {g["name"]: "".join(f"<li>{escape(along(*each))}</li>" for each in g["places"]) for g in groups}
     lines = [
         [
             escape(group["name"]),
@@ -163,8 +148,8 @@ def _groups(groups: Sequence[Mapping[str, Any]]) -> str:
             f"{group['multiple_of']}",
             pair(human(group["params"]), percent(group["params_share"])),
             percent(group["flops_share"]),
-            escape(_shortened(group["kept_whole"].split("; "), 2)) or NOTHING,
-            _places(group["places"]),
+            escape(some(group["kept_whole"].split("; "))) or NOTHING,
+            f"<details><summary>{len(group['places'])}</summary><ul>{places[group['name']]}</ul></details>",
         ]
         for group in groups
     ]
@@ -176,40 +161,19 @@ def _groups(groups: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _places(places: Sequence[Sequence[Any]]) -> str:
-    """Where the units of a group lie, folded."""
-    items = "".join(
-        f"<li>{escape(tensor)}, {'every element' if dim is None else f'dim {dim}'}, {escape(role)}</li>"
-        for tensor, dim, role in places
-    )
-    return f"<details><summary>{len(places)}</summary><ul>{items}</ul></details>"
-
-
 def _frozen(frozen: Sequence[Mapping[str, str]]) -> str:
-    """Frozen places as a table, a line per reason."""
     if not frozen:
         return ""
     reasons: dict[str, list[str]] = {}
     for each in frozen:
         reasons.setdefault(each["reason"], []).append(each["place"])
-    lines = [
-        [_folded(reason), f"{len(places)}", "<br>".join(map(escape, fold(places)))]
-        for reason, places in reasons.items()
-    ]
+    lines = [[_folded(why), f"{len(at)}", "<br>".join(map(escape, fold(at)))] for why, at in reasons.items()]
     listing = html_table(("stays whole because", "places", "where"), lines, classes="inspected frozen")
     return f'<h3>Frozen</h3>\n<div class="scroll">{listing}</div>\n'
 
 
 def _folded(reason: str) -> str:
-    """A reason; of a long one the end is folded."""
     if len(reason) <= _LONG:
         return escape(reason)
     first = reason[:_LONG].rpartition(" ")[0] or reason[:_LONG]
     return f"<details><summary>{escape(first)} …</summary>{escape(reason)}</details>"
-
-
-def _shortened(reasons: Sequence[str], most: int) -> str:
-    """The first reasons, and how many more there are."""
-    folded = fold(reasons)
-    more = f"; and {len(folded) - most} more" if len(folded) > most else ""
-    return "; ".join(folded[:most]) + more

@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.tree import Tree
 
 from setpoint.report.inspect_model import GroupReport, Inspection
-from setpoint.report.names import fold, skeleton
+from setpoint.report.names import along, fold, skeleton, some
 from setpoint.report.numbers import human, percent, share
 
 _MOST_PLACES = 8
@@ -63,20 +63,14 @@ def _line(groups: Sequence[GroupReport]) -> str:
         f"{percent(first.flops_share)} of the FLOPs{' each' if several else ''}"
     )
     if first.kept_whole:
-        whole = fold(reason for group in groups for reason in group.kept_whole.split("; "))
-        more = f"; and {len(whole) - 2} more" if len(whole) > 2 else ""
-        line += f" [yellow](left whole: {escape('; '.join(whole[:2]))}{more})[/]"
+        reasons = some(reason for group in groups for reason in group.kept_whole.split("; "))
+        line += f" [yellow](left whole: {escape(reasons)})[/]"
     return line
 
 
 def _places(groups: Sequence[GroupReport]) -> list[str]:
-    """Where their units lie: tensors that differ only in their numbers as one."""
     found: dict[tuple[int | None, str], list[str]] = {}
     for group in groups:
         for tensor, dim, role in group.places:
             found.setdefault((dim, role), []).append(tensor)
-    return [
-        f"{tensor}, {'every element' if dim is None else f'dim {dim}'}, {role}"
-        for (dim, role), tensors in found.items()
-        for tensor in fold(tensors)
-    ]
+    return [along(tensor, *place) for place, tensors in found.items() for tensor in fold(tensors)]

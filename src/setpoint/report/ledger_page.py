@@ -28,9 +28,8 @@ def read_ledger(file: Path) -> Record:
     try:
         return record_of(Ledger.load(file))
     except (OSError, CheckpointError) as error:
-        raise ReportError(
-            f"{file} is no ledger that can be read ({error}): write one with loop.ledger.save()"
-        ) from error
+        said = f"{file} is no ledger that can be read ({error}): write one with loop.ledger.save()"
+        raise ReportError(said) from error
 
 
 def write_ledger_page(file: Path, out: Path | None = None) -> Path:
@@ -54,8 +53,9 @@ def ledger_tables(record: Record) -> Iterator[Table]:
         titles = ["step", "spent", "reference", *(["predicted before", "measured before"] if read else []), "dropped"]
         name = resources.NAMES.get(resource or "", resource or "decisions")
         table = Table(title=f"{name} per {resources.PER.get(resource or '', 'step')}", title_justify="left")
-        for title in (*titles, "reason"):
-            table.add_column(title, justify="left" if title == "reason" else "right", no_wrap=title != "reason")
+        for title in titles:
+            table.add_column(title, justify="right", no_wrap=True)
+        table.add_column("reason")
         for entry in record.entries:
             each = (entry.spent, entry.reference, entry.predicted, entry.metered)[: 4 if read else 2]
             amounts = [human(values.get(resource or ""), unit) for values in each]
@@ -64,8 +64,7 @@ def ledger_tables(record: Record) -> Iterator[Table]:
         yield table
     groups = resources.seconds_by_group(record)
     if groups:
-        table = Table(title="where the time of a dense step goes", title_justify="left")
-        table.add_column("group")
+        table = Table("group", title="where the time of a dense step goes", title_justify="left")
         table.add_column("goes with the group, as predicted", justify="right")
         for name, seconds in groups:
             table.add_row(plain(name), duration(seconds))

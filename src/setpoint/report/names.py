@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 
@@ -31,13 +32,25 @@ def fold(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(each for form, rows in alike.items() for each in _folded(form, rows))
 
 
+def some(names: Iterable[str], most: int = 2) -> str:
+    """The first of them, folded, and how many more there are.
+
+    >>> some(["no weight", "no dim", "tied"])
+    'no weight; no dim; and 1 more'
+    """
+    folded = fold(names)
+    return "; ".join(folded[:most]) + (f"; and {len(folded) - most} more" if len(folded) > most else "")
+
+
+def along(tensor: str, dim: int | None, role: str) -> str:
+    """A place of a group in words."""
+    return f"{tensor}, {'every element' if dim is None else f'dim {dim}'}, {role}"
+
+
 def _folded(form: str, rows: Sequence[tuple[str, ...]]) -> list[str]:
     """Names of one form: one word if their numbers are a full grid, else one for each first number that differs."""
     columns = [sorted(set(column), key=lambda number: (int(number), number)) for column in zip(*rows, strict=True)]
-    cells = 1
-    for column in columns:
-        cells *= len(column)
-    if cells == len(rows):
+    if math.prod(map(len, columns)) == len(rows):
         written = iter(columns)
         return [re.sub("#", lambda _: _span(next(written)), form)]
     first = next(place for place, column in enumerate(columns) if len(column) > 1)
@@ -49,7 +62,6 @@ def _folded(form: str, rows: Sequence[tuple[str, ...]]) -> list[str]:
 
 
 def _span(numbers: Sequence[str]) -> str:
-    """Numbers in ascending order, as one word."""
     if len(numbers) == 1:
         return numbers[0]
     if len(numbers) > 2 and [str(int(numbers[0]) + step) for step in range(len(numbers))] == list(numbers):

@@ -32,7 +32,8 @@ def own_function(target: str) -> Callable[[], Any]:
     Raises:
         UsageError: there is no such file, or it has no such function.
     """
-    path, name = _parts(target)
+    file, _, name = target.rpartition(":")
+    path = Path(file)
     if not path.is_file():
         raise UsageError(f"no file {path}: give an existing Python file as module.py:function")
     function = getattr(_module(path.resolve(), path.read_bytes()), name, None)
@@ -44,11 +45,6 @@ def own_function(target: str) -> Callable[[], Any]:
     except TypeError as error:
         raise UsageError(f"{target} must take nothing, since it is called with nothing: {error}") from None
     return function  # type: ignore[no-any-return]
-
-
-def _parts(target: str) -> tuple[Path, str]:
-    file, _, name = target.rpartition(":")
-    return Path(file), name
 
 
 @cache
@@ -86,7 +82,7 @@ def named_errors(target: str) -> Iterator[None]:
     except UsageError:
         raise
     except Exception as error:
-        path = _parts(target)[0].resolve()
+        path = Path(target.rpartition(":")[0]).resolve()
         lines = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path]
         where = f' at {path.name}:{lines[-1].lineno}: "{lines[-1].line}"' if lines else ""
         if isinstance(error, SyntaxError) and error.lineno is not None:

@@ -30,9 +30,8 @@ def parts(model: nn.Module, groups: Sequence[Group], whole: Collection[str] = ()
     places = _places(model, groups)
     found: dict[tuple[str, str], float] = {}
     for name, parameter in model.named_parameters():
-        here = sorted(places.get(name, ()), key=lambda each: (each[0] in whole, each[1].role == "consume"))
         free = [np.ones(length, dtype=bool) for length in parameter.shape]
-        for group, place in here:
+        for group, place in sorted(places.get(name, ()), key=lambda it: (it[0] in whole, it[1].role == "consume")):
             assert place.dim is not None, "places have a dim"
             mine = free[place.dim] & (place.index >= 0)
             others = math.prod(int(each.sum()) for dim, each in enumerate(free) if dim != place.dim)

@@ -37,6 +37,7 @@ class Record:
 
 
 _BY_NAME = ("dense", "limit", "limit_run", "step_seconds", "calibration")
+_OF_ENTRY = ("spent", "metered", "predicted", "reference", "price", "limit", "spent_run")
 
 
 def record_of(ledger: Ledger) -> Record:
@@ -47,7 +48,7 @@ def record_of(ledger: Ledger) -> Record:
         units={key: int(value["num_units"]) for key, value in groups.items() if "num_units" in value},
         what={key: str(value.get("what", "unit")) for key, value in groups.items()},
         total_steps=whole(header.get("total_steps")),
-        entries=tuple(finite(entry) for entry in ledger),
+        entries=tuple(_finite(entry) for entry in ledger),
         sources=sources(header),
         pattern=str(header.get("pattern", "")),
         **{name: quantities(header.get(name)) for name in _BY_NAME},
@@ -65,8 +66,6 @@ def sources(header: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def finite(entry: Entry) -> Entry:
-    """The entry without numbers by resource that were not finite."""
-    names = ("spent", "metered", "predicted", "reference", "price", "limit", "spent_run")
-    kept: dict[str, Any] = {name: quantities(getattr(entry, name)) for name in names}
+def _finite(entry: Entry) -> Entry:
+    kept: dict[str, Any] = {name: quantities(getattr(entry, name)) for name in _OF_ENTRY}
     return replace(entry, **kept)

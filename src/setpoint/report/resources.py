@@ -73,21 +73,19 @@ def ledger_line(record: Record) -> str:
     for resource in resources(record):
         last = next((entry.spent[resource] for entry in reversed(record.entries) if resource in entry.spent), None)
         dense, limit = dense_of(record, resource), limit_of(record, resource)
+        unit = UNITS.get(resource, resource)
         if last is not None:
-            sentence += (
-                f"; spends {human(last, UNITS.get(resource, resource))} per {PER.get(resource, 'step')} at the end"
-            )
+            sentence += f"; spends {human(last, unit)} per {PER.get(resource, 'step')} at the end"
             sentence += f" ({percent(last / dense)} of dense)" if dense else ""
-            sentence += f", budget {human(limit, UNITS.get(resource, resource))}" if limit else ""
+            sentence += f", budget {human(limit, unit)}" if limit else ""
         read = next((e.metered[resource] for e in reversed(record.entries) if resource in e.metered), None)
-        sentence += f", {human(read, UNITS.get(resource, resource))} by the meter's last reading" if read else ""
+        sentence += f", {human(read, unit)} by the meter's last reading" if read else ""
         run_limit = record.limit_run.get(resource)
         so_far = [(e.step, e.spent_run[resource]) for e in record.entries if resource in e.spent_run]
         if run_limit:
-            sentence += f", budget of the whole run {human(run_limit, UNITS.get(resource, resource))}"
+            sentence += f", budget of the whole run {human(run_limit, unit)}"
         if run_limit and so_far:
-            step, amount = so_far[-1]
-            sentence += f", of which {human(amount, UNITS.get(resource, resource))} was spent by step {step:,}"
+            sentence += f", of which {human(so_far[-1][1], unit)} was spent by step {so_far[-1][0]:,}"
         sentence += "".join(f"; {NAMES.get(resource, resource)} {text}" for text in record.sources.get(resource, ()))
         off = record.calibration.get(resource)
         sentence += f"; predictions within {percent(off)} of copies of the model" if off is not None else ""

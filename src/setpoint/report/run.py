@@ -9,6 +9,16 @@ from setpoint.report.draft import Draft, html_table, place_of
 from setpoint.report.numbers import NOTHING, digits, duration, human, percent
 from setpoint.report.record import Record
 
+SPENT = "The reference leads from the dense cost to the budget; a triangle is a cut, and its text tells why."
+PRICE = "Loss per unit of resource: a unit stays while its worth is at least the price."
+WIDTHS = "Active units / units of the dense model, by group, over steps."
+LIVES = (
+    "Each line is a unit; a marker ends it, and tells its worth, saliency, the price and the reason. "
+    "Blue: worth next to nothing. Orange: a close call."
+)
+ACTIVE = "At every step, after each decision."
+RESTS = "From the step at which a unit was dropped to its return, or to the end of the run."
+
 
 def run(
     name: str,
@@ -25,43 +35,26 @@ def run(
     main = resources.resources(record)
     for resource in main:
         named, per = resources.NAMES.get(resource, resource), resources.PER.get(resource, "step")
-        title, about = f"Spent against reference: {named} per {per}", "The reference leads from the dense cost to "
-        about += "the budget; a triangle is a cut, and its text tells why."
-        draft += place_of(f"{name}-spent-{len(draft.figures)}", decisions.spending(record, resource), title, about)
-        about = "Loss per unit of resource: a unit stays while its worth is at least the price."
+        place, title = f"{name}-spent-{len(draft.figures)}", f"Spent against reference: {named} per {per}"
+        draft += place_of(place, decisions.spending(record, resource), title, SPENT)
         place = f"{name}-price-{len(draft.figures)}"
-        draft += place_of(place, decisions.price(record, resource), f"Price of {named}", about)
-    about = "Active units / units of the dense model, by group, over steps."
-    draft += place_of(f"{name}-widths", decisions.widths(record), "Width of each group", about)
-    about = "Each line is a unit; a marker ends it, and tells its worth, saliency, the price and the reason. "
-    about += "Blue: worth next to nothing. Orange: a close call."
+        draft += place_of(place, decisions.price(record, resource), f"Price of {named}", PRICE)
     figure = decisions.timeline(record, main[0] if main else None)
-    draft += place_of(f"{name}-units", figure, "What was dropped when, and why", about)
-    draft += dynamics_section(name, record) + more
-    html = "".join(entries_table(record, resource, final) for resource in main or (None,))
-    return draft + Draft(f"{group_seconds_table(record)}{html}</div>\n")
-
-
-def group_seconds_table(record: Record) -> str:
-    """Where the time of a step goes, folded away; nothing where seconds were not predicted."""
-    found = resources.seconds_by_group(record)
-    if not found:
-        return ""
-    dense = record.dense.get("latency")
-    lines = [[escape(name), duration(s), percent(s / dense) if dense else NOTHING] for name, s in found]
-    listing = html_table(("group", "predicted seconds that go with it", "of a dense step"), lines)
-    return f"<details><summary>Where the time of a step goes</summary>{listing}</details>\n"
-
-
-def dynamics_section(name: str, record: Record) -> Draft:
-    """Dropped and regrown units as spikes."""
-    about = "At every step, after each decision."
-    draft = place_of(f"{name}-active", dynamics.active(record), "Active units of each group", about)
-    about = f"A row for each unit, a tick for each event; below, their number. {dynamics.dynamics_line(record)}"
-    title = "Every drop and every return, like a spike train"
-    draft += place_of(f"{name}-raster", dynamics.raster(record), title, about)
-    about = "From the step at which a unit was dropped to its return, or to the end of the run."
-    return draft + place_of(f"{name}-rests", dynamics.reserve_lives(record), "How long units rested", about)
+    draft += place_of(f"{name}-widths", decisions.widths(record), "Width of each group", WIDTHS)
+    draft += place_of(f"{name}-units", figure, "What was dropped when, and why", LIVES)
+    titled = "Every drop and every return, like a spike train"
+    told = f"A row for each unit, a tick for each event; below, their number. {dynamics.dynamics_line(record)}"
+    draft += place_of(f"{name}-active", dynamics.active(record), "Active units of each group", ACTIVE)
+    draft += place_of(f"{name}-raster", dynamics.raster(record), titled, told)
+    draft += place_of(f"{name}-rests", dynamics.reserve_lives(record), "How long units rested", RESTS)
+    draft += more
+    html, dense = "", record.dense.get("latency")
+    if groups := resources.seconds_by_group(record):
+        lines = [[escape(group), duration(s), percent(s / dense) if dense else NOTHING] for group, s in groups]
+        listing = html_table(("group", "predicted seconds that go with it", "of a dense step"), lines)
+        html = f"<details><summary>Where the time of a step goes</summary>{listing}</details>\n"
+    html += "".join(entries_table(record, resource, final) for resource in main or (None,))
+    return draft + Draft(f"{html}</div>\n")
 
 
 def entries_table(record: Record, resource: str | None, final: tuple[float, float] | None) -> str:

@@ -45,8 +45,7 @@ def named_model(target: str, shape: tuple[int, ...] | None = None) -> tuple[nn.M
     library, colon, name = target.rpartition(":")
     if colon and library not in _LIBRARIES:
         raise UsageError(f"unknown library {library!r} in {target!r}: use one of {', '.join(_LIBRARIES)}")
-    missing: list[str] = []
-    close: list[str] = []
+    missing, close = list[str](), list[str]()
     for each in [library] if colon else _LIBRARIES:
         try:
             names = library_names(each)
@@ -106,13 +105,10 @@ def torchvision_model(name: str, shape: tuple[int, ...] | None = None) -> tuple[
     backbone = {"weights_backbone": None} if "weights_backbone" in inspect.signature(builder).parameters else {}
     model: nn.Module = builder(weights=None, **backbone)
     kind = builder.__module__.removeprefix("torchvision.models.").partition(".")[0]
-    if kind == "video":
-        size = 112 if name.startswith(("r3d", "mc3", "r2plus1d")) else 224
-        return model, (noise(shape or (2, 3, 16, size, size)),)
     if kind == "optical_flow":
         return model, (noise(shape or (2, 3, 128, 128)),) * 2
-    size = 299 if name == "inception_v3" else 224
-    return model, (noise(shape or (2, 3, size, size)),)
+    size = 112 if name.startswith(("r3d", "mc3", "r2plus1d")) else 299 if name == "inception_v3" else 224
+    return model, (noise(shape or (2, 3, *((16,) if kind == "video" else ()), size, size)),)
 
 
 def timm_model(name: str, shape: tuple[int, ...] | None = None) -> tuple[nn.Module, tuple[Tensor, ...]]:
@@ -127,9 +123,8 @@ def _transformers(name: str, shape: tuple[int, ...] | None) -> tuple[nn.Module, 
     import transformers
 
     try:
-        config = (
-            transformers.AutoConfig.from_pretrained(name) if "/" in name else transformers.AutoConfig.for_model(name)
-        )
+        known = transformers.AutoConfig
+        config = known.from_pretrained(name) if "/" in name else known.for_model(name)
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UsageError(f"no configuration of {name!r} on this machine or on the Hub: {reason}") from error
@@ -164,14 +159,12 @@ def transformers_model(
     for head, mapping in _HEADS.items():
         if config.model_type in getattr(modeling_auto, mapping):
             kind = getattr(modeling_auto, mapping)[config.model_type]
-            names = [kind] if isinstance(kind, str) else list(kind)
-            model: nn.Module = getattr(transformers, names[-1])(config)
+            model: nn.Module = getattr(transformers, kind if isinstance(kind, str) else kind[-1])(config)
             return model.train(), _inputs(head, config, shape, usual)
     raise UsageError(f"transformers has no trainable head for {config.model_type!r}: use module.py:function instead")
 
 
 def _inputs(head: str, config: Any, shape: tuple[int, ...] | None, usual: bool) -> dict[str, Tensor]:
-    """Inputs of a training step, the main one first."""
     text = getattr(config, "text_config", None) or config
     vocabulary = min(int(getattr(text, "vocab_size", 100)), 1000)
     longest = int(getattr(text, "max_position_embeddings", None) or 128)
@@ -199,11 +192,6 @@ def _inputs(head: str, config: Any, shape: tuple[int, ...] | None, usual: bool) 
 
 
 def _shaped(shape: tuple[int, ...] | None, usual: tuple[int, ...], what: str) -> tuple[int, ...]:
-    """The shape asked for, or the usual one.
-
-    Raises:
-        UsageError: the shape has another number of dims.
-    """
     if shape is None:
         return usual
     if len(shape) != len(usual):
@@ -213,7 +201,6 @@ def _shaped(shape: tuple[int, ...] | None, usual: tuple[int, ...], what: str) ->
 
 
 def _image_shape(config: Any, otherwise: int) -> tuple[int, int, int, int]:
-    """Shape of two images of the model's size; `otherwise` pixels wide for a model without one."""
     size = getattr(config, "image_size", None) or otherwise
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
     return 2, int(getattr(config, "num_channels", 3)), int(height), int(width)

@@ -69,12 +69,6 @@ class Costing:
         facts = {"calibration": dict(self.errors), "step_seconds": dict(self.step_seconds)}
         return facts if self.idle_watts is None else {**facts, "idle_watts": self.idle_watts}
 
-    @property
-    def stated_watts(self) -> float:
-        """The power that the user has stated, where joules are this times seconds; else 0."""
-        energy = self.costs.get("energy")
-        return energy.watts if isinstance(energy, EnergyCost) and energy.stated else 0.0
-
 
 def cost_out(
     model: nn.Module,
@@ -114,7 +108,11 @@ def cost_out(
         if "memory" in wanted:
             costs["memory"] = memory = MemoryCost(tape)
             if device.type == "cpu":  # the allocator of a GPU counts the live model, too
-                errors["memory"] = _memory_error(memory, make, groups)
+                off = []
+                for widths in _spread(groups)[2::2][:2]:
+                    with make(widths, data=True) as copy:
+                        off.append(abs(memory.total(widths) / peak_bytes(copy.step, copy.held()) - 1.0))
+                errors["memory"] = statistics.median(off)
             sources["memory"] = "modelled: storages of a recorded step"
         if table is not None and wanted & {"latency", "energy"}:
             latency, joules = _calibrated(LatencyCost(tape, groups, table), table, make, groups, meter)
@@ -136,17 +134,7 @@ def cost_out(
     return Costing(costs, sources, errors, step_seconds, meter, idle_watts(meter) if meter is not None else None)
 
 
-def _memory_error(cost: MemoryCost, make: Make, groups: tuple[Group, ...]) -> float:
-    """Median relative error of predicted bytes against those of steps of two copies at random widths."""
-    errors = []
-    for widths in _spread(groups)[2::2][:2]:
-        with make(widths, data=True) as copy:
-            errors.append(abs(cost.total(widths) / peak_bytes(copy.step, copy.held()) - 1.0))
-    return statistics.median(errors)
-
-
 def _energy(latency: Cost, watts: float | None, joules: list[Reading], meter: EnergyMeter | None) -> EnergyCost:
-    """Joules by a fit to metered steps, or by the watts that the user states."""
     if meter is not None and joules:
         return fit_energy(latency, joules, meter.source)
     if watts is None:
@@ -181,7 +169,6 @@ def _tape(make: Make, groups: tuple[Group, ...]) -> Tape:
 def _calibrated(
     cost: LatencyCost, table: Table, make: Make, groups: tuple[Group, ...], meter: EnergyMeter | None
 ) -> tuple[LatencyCost, list[Reading]]:
-    """The latency tied to whole steps of copies, and their joules where there is a meter."""
     kept = table.fit(cost.key)
     if kept is not None and len(kept) == 4 and meter is None:
         return cost.fitted(Fit(*kept)), []

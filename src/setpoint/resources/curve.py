@@ -87,31 +87,25 @@ class Curve:
         if exact is not None:
             return exact
         if not self.problem.contraction:
-            return self._by_bytes(values)
+            moved, times = self._seconds_by_bytes
+            here = self.problem.num_bytes(values)
+            return float(times[-1] * here / moved[-1] if here > moved[-1] else np.interp(here, moved, times))
         dense = self.problem.dense
         base = self.seconds[dense]
         relative = [self._along(place, value) / base for place, value in enumerate(values)]
         crossing = 1.0
-        for i, j in combinations(range(len(values)), 2):
-            crossing *= self._crossing(i, j, values[i] / dense[i], values[j] / dense[j])
+        for (i, j), (x, y, grid) in self._crossings.items():  # bilinear between its measured places
+            rows = [np.interp(values[j] / dense[j], y, row) for row in grid]
+            crossing *= float(np.interp(values[i] / dense[i], x, rows))
         return base * float(np.prod(relative)) * crossing
-
-    def _by_bytes(self, values: Point) -> float:
-        x, y = self._seconds_by_bytes
-        num_bytes = self.problem.num_bytes(values)
-        if num_bytes > x[-1]:
-            return float(y[-1] * num_bytes / x[-1])
-        return float(np.interp(num_bytes, x, y))
 
     @cached_property
     def _seconds_by_bytes(self) -> tuple[np.ndarray, np.ndarray]:
-        """Bytes moved at each measured point, in order, and the seconds there."""
         known = sorted((self.problem.num_bytes(point), seconds) for point, seconds in self.seconds.items())
         x, y = np.array(known).T
         return x, y
 
     def _along(self, place: int, value: int) -> float:
-        """The profile along one axis."""
         known, line, stair = self._profiles[place]
         if value in known:
             return known[value]
@@ -131,11 +125,6 @@ class Curve:
             stairs = [rise / whole for rise, whole in steps if whole > 0]
             found.append((known, line, min(max(statistics.median(stairs), 0.0), 3.0) if stairs else 0.0))
         return found
-
-    def _crossing(self, i: int, j: int, f: float, g: float) -> float:
-        """C of two axes at these fractions of their dense values, bilinear between its measured places."""
-        x, y, grid = self._crossings.get((i, j), ([], [], np.zeros((0, 0))))
-        return float(np.interp(f, x, [np.interp(g, y, row) for row in grid])) if x else 1.0
 
     @cached_property
     def _crossings(self) -> dict[tuple[int, int], tuple[list[float], list[float], np.ndarray]]:

@@ -16,7 +16,7 @@ from setpoint.groups.export import Example, inputs_of, untouched_attributes
 from setpoint.groups.group import Group
 from setpoint.groups.rng import preserved_rng_state
 from setpoint.resources.median import Measured, median_of
-from setpoint.resources.replica import fresh_replica, users_hooks
+from setpoint.resources.replica import fresh_replica, strip, users_hooks
 from setpoint.spending.seconds import Stopwatch
 
 _LEAST_PASSES, _MOST_PASSES, _ENOUGH_S = 5, 30, 0.2
@@ -66,7 +66,12 @@ class Inference:
         hooks are not called. A pass in which the clock stood still or ran backwards is no reading.
         """
         watch, times = Stopwatch(synchronize=True), []
-        with _untouched(self.model):
+        model = self.model
+        undone = (preserved_rng_state, _untouched_buffers, untouched_attributes, _without_hooks)
+        with ExitStack() as after:
+            for untouched in undone:
+                after.enter_context(untouched(model))
+            _answer(model)
             self.step()
             for _ in range(_MOST_PASSES):
                 with watch:
@@ -89,31 +94,16 @@ def inference_replica(
     """A copy of a model, cut to these widths, that answers one batch; without `data` its tensors have no memory."""
     with fresh_replica(model, (), example, groups, widths, data=data) as made:
         _answer(made.model)
-        live = Inference.of(model, example)
-        yield Inference(made.model, made.args, made.kwargs, live.autocast)
+        yield Inference(made.model, made.args, made.kwargs, Inference.of(model, example).autocast)
 
 
 def _answer(model: nn.Module) -> None:
-    """Put every module into eval mode."""
     for module in model.modules():
         module.training = False
 
 
 @contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, without the user's hooks; whatever a forward does to the model is undone."""
-    with ExitStack() as after:
-        after.enter_context(preserved_rng_state(model))
-        after.enter_context(_untouched_buffers(model))
-        after.enter_context(untouched_attributes(model))
-        after.enter_context(_without_hooks(model))
-        _answer(model)
-        yield
-
-
-@contextmanager
 def _untouched_buffers(model: nn.Module) -> Iterator[None]:
-    """Put back which buffers there are, and what is in those that were written to."""
     named = [(module._buffers, dict(module._buffers)) for module in model.modules()]
     kept = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers() if not buffer.is_inference()]
     try:
@@ -130,12 +120,8 @@ def _untouched_buffers(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _without_hooks(model: nn.Module) -> Iterator[None]:
-    """Take the user's hooks off, and put them back in their order."""
-    found = [each for module in model.modules() for each in users_hooks(module)]
-    before = [(hooks, dict(hooks)) for hooks, _ in found]
-    for hooks, users in found:
-        for key in users:
-            del hooks[key]
+    before = [(hooks, dict(hooks)) for module in model.modules() for hooks, _ in users_hooks(module)]
+    strip(model)
     try:
         yield
     finally:

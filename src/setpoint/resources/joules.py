@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, final
 
@@ -128,8 +129,8 @@ def rapl_counters(root: Path = POWERCAP) -> tuple[list[Counter], str]:
             part = folder.name.count(":") > 1
             if name.startswith("psys") or (part and name != "dram"):
                 continue
-            range_j = float((folder / "max_energy_range_uj").read_text()) / 1e6
-            read = _microjoules(folder / "energy_uj")
+            range_j = _joules(folder / "max_energy_range_uj")
+            read = partial(_joules, folder / "energy_uj")
             if not read() and part:  # a domain that the processor names and does not count
                 continue
         except PermissionError as error:
@@ -140,8 +141,8 @@ def rapl_counters(root: Path = POWERCAP) -> tuple[list[Counter], str]:
     return found, "" if found else why
 
 
-def _microjoules(file: Path) -> Callable[[], float]:
-    return lambda: float(file.read_text()) / 1e6
+def _joules(file: Path) -> float:
+    return float(file.read_text()) / 1e6
 
 
 def nvml_counters(indices: Iterable[int], nvml: Any = None) -> tuple[list[Counter], str]:
@@ -158,20 +159,17 @@ def nvml_counters(indices: Iterable[int], nvml: Any = None) -> tuple[list[Counte
         for index in indices:
             handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(index).uuid}")
             nvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-            counters.append(Counter(f"NVML GPU {index}", _millijoules(nvml, handle)))
+            counters.append(Counter(f"NVML GPU {index}", partial(_nvml_joules, nvml, handle)))
     except Exception as error:  # NVML raises classes of its own
         return [], f"NVML: {error}"
     return counters, "" if counters else "no GPU is in use"
 
 
-def _millijoules(nvml: Any, handle: Any) -> Callable[[], float]:
-    def read() -> float:
-        try:
-            return float(nvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1e3
-        except Exception as error:
-            raise OSError(str(error)) from error
-
-    return read
+def _nvml_joules(nvml: Any, handle: Any) -> float:
+    try:
+        return float(nvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1e3
+    except Exception as error:
+        raise OSError(str(error)) from error
 
 
 def find_energy_meter(devices: Iterable[torch.device], root: Path = POWERCAP) -> tuple[EnergyMeter | None, str]:
@@ -181,11 +179,9 @@ def find_energy_meter(devices: Iterable[torch.device], root: Path = POWERCAP) ->
     part of the energy that looks like the whole.
     """
     cuda = sorted({device.index or 0 for device in devices if device.type == "cuda"})
-    counters: list[Counter] = []
-    if cuda:
-        counters, why = nvml_counters(cuda)
-        if not counters:
-            return None, why
+    counters, why = nvml_counters(cuda) if cuda else ([], "")
+    if cuda and not counters:
+        return None, why
     packages, why = rapl_counters(root)
     if not packages and not cuda:
         return None, why

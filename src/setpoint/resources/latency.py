@@ -47,11 +47,9 @@ class Fit:
 
 @dataclass(frozen=True, eq=False)
 class _Bundle:
-    """Operations that follow the same lengths, evaluated and remembered together."""
-
     sizes: tuple[Size, ...]
     groups: frozenset[str]
-    curves: tuple[tuple[Curve, int], ...]
+    curves: list[tuple[Curve, int]]
 
 
 class LatencyCost:
@@ -77,14 +75,10 @@ class LatencyCost:
         for problem in problems:
             chosen.setdefault(problem.key, curves[problem.key] or _by_rate(problem, rate))
             bundles.setdefault(tuple(axis.size for axis in problem.axes), Counter())[problem.key] += 1
-        self._bundles = tuple(
-            _Bundle(
-                sizes,
-                frozenset(name for size in sizes for name, _ in size.parts),
-                tuple((chosen[key], count) for key, count in counts.items()),
-            )
-            for sizes, counts in bundles.items()
-        )
+        self._bundles = []
+        for sizes, counts in bundles.items():
+            names = frozenset(name for size in sizes for name, _ in size.parts)
+            self._bundles.append(_Bundle(sizes, names, [(chosen[key], count) for key, count in counts.items()]))
         self._memo: dict[tuple[int, tuple[int, ...]], tuple[float, float]] = {}
         self.fit = fit or Fit()
         self.key = hashlib.sha256(repr(sorted(p.key for p in problems)).encode()).hexdigest()[:32]
@@ -138,11 +132,10 @@ def fit_steps(cost: LatencyCost, steps: Sequence[tuple[Mapping[str, int], float]
     rows = np.array([[*cost.parts(widths), 1.0] for widths, _ in steps])
     seconds = np.array([measured for _, measured in steps])
     errors = []
-    if len(steps) > 3:
-        for left_out in range(len(steps)):
-            rest = np.arange(len(steps)) != left_out
-            predicted = rows[left_out] @ _non_negative(rows[rest], seconds[rest])
-            errors.append(abs(float(predicted) / seconds[left_out] - 1.0))
+    for left_out in range(len(steps) if len(steps) > 3 else 0):
+        rest = np.arange(len(steps)) != left_out
+        predicted = rows[left_out] @ _non_negative(rows[rest], seconds[rest])
+        errors.append(abs(float(predicted) / seconds[left_out] - 1.0))
     a, b, c = (float(value) for value in _non_negative(rows, seconds))
     return Fit(a, b, c, float(np.median(errors)) if errors else float("nan"))
 

@@ -21,6 +21,7 @@ from setpoint.groups.trace import Trace
 from setpoint.host.host import Host
 from setpoint.loop.candidates import restricted
 from setpoint.resources.costing import cost_out
+from setpoint.resources.energy import EnergyCost
 from setpoint.resources.inference import Inference
 from setpoint.resources.metering import Metering
 from setpoint.resources.replica import Replica
@@ -51,7 +52,7 @@ def learn(
     watts = next((each.watts for each in goals if each.watts is not None), None)
     answered = next((each.example for each in goals if each.example is not None), example)
     costing = cost_out(host.model, host.optimizers, example, groups, measured, watts, answered)
-    inference, pass_flops = None, None
+    inference, pass_flops, energy = None, None, costing.costs.get("energy")
     if "inference" in measured:
         inference = Inference.of(host.model, answered)
         pass_flops = forward_flops(restricted(found, groups), num_samples(answered) / num_samples(example))
@@ -64,6 +65,6 @@ def learn(
         energy=costing.energy,
         inference=inference,
         pass_flops=pass_flops,
-        watts=costing.stated_watts,
+        watts=energy.watts if isinstance(energy, EnergyCost) and energy.stated else 0.0,
     )
     return Learnt(costing.costs, costing.sources, costing.header, meter, partial(MeteredTarget, groups, meter))

@@ -25,7 +25,10 @@ def trial_widths(groups: Sequence[Group], seed: int = 0, *, dense: bool = True) 
     [4]
     """
     generator = np.random.default_rng(seed)
-    reach = {group.name: _reachable(group) for group in groups}
+    reach = {group.name: block_widths(group) for group in groups}
+    for name, widths in reach.items():  # at least 2 where that is possible: at 1 a dim passes by broadcasting
+        above_one = [width for width in widths if width > 1]
+        reach[name] = above_one if len(above_one) > 1 else widths
     if not dense:
         reach = {name: widths[1:] if len(widths) > 2 else widths for name, widths in reach.items()}
     vectors = [{name: widths[0] for name, widths in reach.items()}]
@@ -42,13 +45,6 @@ def block_widths(group: Group) -> list[int]:
     """Widths that whole blocks reach, the present one first."""
     block, floor = group.multiple_of, max(group.min_units, 1)
     return [group.num_units, *range((group.num_units - 1) // block * block, floor - 1, -block)]
-
-
-def _reachable(group: Group) -> list[int]:
-    """Those widths, at least 2 where that is possible: at 1 a dim passes by broadcasting."""
-    widths = block_widths(group)
-    above_one = [width for width in widths if width > 1]
-    return above_one if len(above_one) > 1 else widths
 
 
 def _direction(values: Sequence[int]) -> tuple[tuple[int, ...], int]:

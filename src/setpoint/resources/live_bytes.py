@@ -56,7 +56,6 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__exit__(*ending)  # type: ignore[no-untyped-call]
 
     def _see(self, tensor: Tensor) -> None:
-        """Count the tensor's storage, if it is a new one or has grown."""
         if tensor.layout != torch.strided:
             return
         storage = tensor.untyped_storage()

@@ -38,40 +38,26 @@ class MemoryCost:
             columns[number] = monomials.setdefault(variable, len(monomials))
         self._alive = _undominated(_moments(tape, factors, columns, len(monomials)))
         self._groups = tuple(sorted({name for sizes in monomials for size in sizes for name, _ in size.parts}))
-        self._products = _Products(tuple(monomials), self._groups)
+        sizes = list(dict.fromkeys(size for monomial in monomials for size in monomial))
+        place = {size: i for i, size in enumerate(sizes)}
+        self._constant = np.array([*(size.constant for size in sizes), 1], dtype=np.float64)
+        self._per_unit = np.zeros((len(sizes) + 1, len(self._groups)))
+        for i, size in enumerate(sizes):
+            for name, per_unit in size.parts:
+                self._per_unit[i, self._groups.index(name)] += per_unit
+        one, longest = len(sizes), max(map(len, monomials), default=0)  # the last size is 1: it fills up short products
+        self._index = np.array([[*map(place.get, m), *[one] * (longest - len(m))] for m in monomials], dtype=np.int64)
 
     def total(self, widths: Mapping[str, int]) -> float:
         """Peak bytes at these widths."""
-        return float((self._alive @ self._products.at(widths)).max())
+        sizes = self._constant + self._per_unit @ np.array([widths[name] for name in self._groups], dtype=np.float64)
+        return float((self._alive @ sizes[self._index].prod(axis=1)).max())
 
     def saving(self, widths: Mapping[str, int], group: str, num_units: int) -> float:
         """`total(widths) - total(widths with num_units fewer units in group)`."""
         if group not in self._groups:
             return 0.0
         return self.total(widths) - self.total({**widths, group: widths[group] - num_units})
-
-
-class _Products:
-    """Many products of sizes, evaluated at once."""
-
-    def __init__(self, monomials: tuple[tuple[Size, ...], ...], groups: tuple[str, ...]) -> None:
-        sizes = list(dict.fromkeys(size for monomial in monomials for size in monomial))
-        place = {size: i for i, size in enumerate(sizes)}
-        longest = max((len(monomial) for monomial in monomials), default=0)
-        self._groups = groups
-        self._constant = np.array([*(size.constant for size in sizes), 1], dtype=np.float64)
-        self._per_unit = np.zeros((len(sizes) + 1, len(groups)))
-        for i, size in enumerate(sizes):
-            for name, per_unit in size.parts:
-                self._per_unit[i, groups.index(name)] += per_unit
-        one = len(sizes)  # the last size is 1: it fills up short products
-        self._index = np.array([[*map(place.get, m), *[one] * (longest - len(m))] for m in monomials], dtype=np.int64)
-
-    def at(self, widths: Mapping[str, int]) -> Float64[np.ndarray, " monomials"]:
-        """Values of the products."""
-        sizes = self._constant + self._per_unit @ np.array([widths[name] for name in self._groups], dtype=np.float64)
-        values: Float64[np.ndarray, " monomials"] = sizes[self._index].prod(axis=1)
-        return values
 
 
 def _moments(

@@ -98,10 +98,9 @@ class Metering(Meter):
             found["latency"] = "measured: seconds between optimizer steps"
         if self._inference is not None:
             found["inference"] = "measured: seconds of the model's own forward in eval mode"
-        if "memory" in self._resources and self._device.type == "cuda":
-            found["memory"] = "measured: peak of the CUDA allocator in one step"
-        elif "memory" in self._resources and not self._compiled:
-            found["memory"] = "measured: peak of live tensors in one step"
+        on_gpu = self._device.type == "cuda"
+        if "memory" in self._resources and (on_gpu or not self._compiled):
+            found["memory"] = f"measured: peak of {'the CUDA allocator' if on_gpu else 'live tensors'} in one step"
         if self._energy is not None and self._energy.works:
             found["energy"] = f"measured: {self._energy.source}"
         return found
@@ -147,11 +146,11 @@ class Metering(Meter):
         live, self._watching = self._watching, None
         if live is None:
             return
-        if current_mode() is live:
+        self._blocked = current_mode() is not live
+        if not self._blocked:
             live.__exit__(None, None, None)
-            self._peak, self._blocked = live.peak_bytes, False
+            self._peak = live.peak_bytes
             return
-        self._blocked = True
         warnings.warn("another dispatch mode began inside a metered step: its bytes were not read", stacklevel=2)
         if live in mode_stack():  # taken out from under the others, which stay
             above = []

@@ -50,12 +50,8 @@ class Problem:
     def num_bytes(self, values: Sequence[int]) -> float:
         """Bytes read and written at these values of the axes."""
         operands = [leaf for leaf in self.operation.leaves if isinstance(leaf, Operand)]
-        return float(
-            sum(
-                each.dtype.itemsize * math.prod(self._kept(each, values))
-                for each in (*operands, *self.operation.outputs)
-            )
-        )
+        moved = (*operands, *self.operation.outputs)
+        return float(sum(each.dtype.itemsize * math.prod(self._kept(each, values)) for each in moved))
 
     def _kept(self, operand: Operand, values: Sequence[int]) -> list[int]:
         """The lengths that take memory: 1 where one entry stands for all."""
@@ -100,19 +96,19 @@ def _unit(size: Size) -> Size:
 
 def pose(operation: Operation, groups: Mapping[str, Group]) -> Problem:
     """The problem that an operation of a tape is."""
-    sizes = [size for leaf in (*operation.leaves, *operation.outputs) for size in _sizes(leaf) if size.parts]
+    leaves = (*operation.leaves, *operation.outputs)
+    sizes = [
+        s
+        for leaf in leaves
+        for s in (leaf.shape if isinstance(leaf, Operand) else (leaf,))
+        if isinstance(s, Size) and s.parts
+    ]
     axes = tuple(Axis(unit, _values(unit, groups)) for unit in dict.fromkeys(map(_unit, sizes)))
     contraction = len(axes) <= _MAX_AXES and any(part in operation.name for part in _CONTRACTIONS)
-    words = [str(operation.target), *(_describe(leaf, axes) for leaf in (*operation.leaves, *operation.outputs))]
+    words = [str(operation.target), *(_describe(leaf, axes) for leaf in leaves)]
     words += [repr(axis.values) for axis in axes]
     key = hashlib.sha256("|".join(words).encode()).hexdigest()[:32]
     return Problem(operation, axes, f"{operation.name}:{key}", contraction)
-
-
-def _sizes(leaf: Any) -> tuple[Size, ...]:
-    if isinstance(leaf, Operand):
-        return leaf.shape
-    return (leaf,) if isinstance(leaf, Size) else ()
 
 
 def _values(size: Size, groups: Mapping[str, Group]) -> tuple[int, ...]:

@@ -48,9 +48,8 @@ class Replica:
 
     def held(self) -> list[Tensor]:
         """Tensors that live between steps: weights, buffers, optimizer state, inputs."""
-        state = [optimizer.state for optimizer in self.optimizers]
-        leaves = [*named_tensors(self.model).values(), *pytree.tree_leaves([dict(each) for each in state])]
-        leaves += pytree.tree_leaves((self.args, dict(self.kwargs)))
+        state = [dict(optimizer.state) for optimizer in self.optimizers]
+        leaves = [*named_tensors(self.model).values(), *pytree.tree_leaves((state, self.args, dict(self.kwargs)))]
         return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
@@ -89,14 +88,15 @@ def fresh_replica(
     with ExitStack() as inside:
         mode = None if data else FakeTensorMode(allow_non_fake_inputs=True)
         memo: dict[int, Any] = {key: _copied(tensor, mode) for key, tensor in computed(model).items()}
-        for tensor in (*model.parameters(), *model.buffers(), *_states(optimizers)):
-            if mode is not None and id(tensor) not in memo:
+        states = pytree.tree_leaves([dict(optimizer.state) for optimizer in optimizers])
+        for tensor in (*model.parameters(), *model.buffers(), *states):
+            if mode is not None and isinstance(tensor, Tensor) and id(tensor) not in memo:
                 memo[id(tensor)] = _copied(tensor, mode)
         args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: _copied(tensor, mode), inputs_of(example))
         inside.enter_context(untouched_attributes(model))
         inside.enter_context(mode or nullcontext())
         twin, trainers = copy.deepcopy((model, tuple(optimizers)), memo)
-        _strip(twin)
+        strip(twin)
         if not model.training:
             twin.train()
         made = Replica(twin, trainers, args, kwargs)
@@ -105,11 +105,6 @@ def fresh_replica(
             trainer.zero_grad()
         shrink(twin, trainers, groups, keep)
         yield made
-
-
-def _states(optimizers: Sequence[Optimizer]) -> list[Tensor]:
-    leaves = pytree.tree_leaves([dict(optimizer.state) for optimizer in optimizers])
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def _copied(tensor: Tensor, mode: FakeTensorMode | None) -> Tensor:
@@ -124,8 +119,8 @@ def _copied(tensor: Tensor, mode: FakeTensorMode | None) -> Tensor:
     return nn.Parameter(new, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
 
 
-def _strip(model: nn.Module) -> None:
-    """Take the user's hooks off; those of torch that compute a weight stay."""
+def strip(model: nn.Module) -> None:
+    """Take the user's hooks off."""
     for module in model.modules():
         for hooks, users in users_hooks(module):
             for key in users:

@@ -12,7 +12,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +48,10 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def _processor() -> str:
-    try:
+    with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
-    except OSError:
-        pass
     return platform.processor() or platform.node()
 
 
@@ -146,7 +144,7 @@ class Table:
                 self._seconds[problem.key] = {}
                 show(0.1 * (number + 1) / len(problems))
             running = [problem for problem in problems if first[problem.key] is not None]
-            jobs = self._jobs(running, first, limit_s, coarse=False)
+            jobs = self._jobs(running, first, limit_s)
             for number in range(_ROUNDS):
                 for done, (problem, point) in enumerate(jobs):
                     seconds = _seconds(problem, point, self.device)
@@ -159,7 +157,7 @@ class Table:
                     show(max(0.1 + 0.9 * (number + done / len(jobs)) / _ROUNDS, min(1.0, elapsed / limit_s)))
 
     def _jobs(
-        self, problems: Sequence[Problem], first: Mapping[str, float | None], limit_s: float, coarse: bool
+        self, problems: Sequence[Problem], first: Mapping[str, float | None], limit_s: float, coarse: bool = False
     ) -> list[tuple[Problem, Point]]:
         jobs = [(problem, point) for problem in problems for point in points(problem, coarse=coarse)]
         estimate = 0.0
@@ -201,7 +199,6 @@ def seconds_per_byte(curves: Sequence[Curve]) -> float:
 
 @contextmanager
 def _progress(title: str) -> Iterator[Any]:
-    """A progress bar on stderr, where that is a terminal; yields a function of the fraction done."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 

@@ -85,8 +85,6 @@ class Tape:
 
 @dataclass(frozen=True)
 class _Shape:
-    """A tensor as it was seen once."""
-
     shape: tuple[int, ...]
     order: tuple[int, ...]
     expanded: tuple[int, ...]
@@ -104,21 +102,13 @@ _Call = tuple[Any, tuple[Any, ...], TreeSpec, tuple[_Shape, ...]]
 """An operation, its flattened arguments, how they were nested, and what it returned."""
 
 
-@dataclass(frozen=True, eq=False)
-class _Take:
-    """What was seen at one width vector."""
-
-    calls: list[_Call]
-    storages: list[tuple[int, _Shape]]
-    events: list[tuple[int, bool]]
-
+_Take = tuple[list[_Call], list[tuple[int, _Shape]], list[tuple[int, bool]]]
+"""Calls, storages and events at one width vector."""
 
 _COSTLESS = ("_unsafe_view", "_reshape_alias", "lift_fresh", "_local_scalar_dense", "device", "is_pinned")
 
 
 class _Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes every operation, its arguments and what it returned."""
-
     def __init__(self, calls: list[_Call]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._noted = calls
@@ -138,12 +128,13 @@ class _Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _take(trainee: AbstractContextManager[Trainee]) -> _Take:
-    taken = _Take([], [], [])
+    taken: _Take = ([], [], [])
+    calls, storages, events = taken
 
     def noted(what: str, number: int, tensor: Tensor | None) -> None:
-        taken.events.append((number - 1, what == "made"))
+        events.append((number - 1, what == "made"))
         if tensor is not None:
-            taken.storages.append((tensor.untyped_storage().nbytes(), _Shape.of(tensor)))
+            storages.append((tensor.untyped_storage().nbytes(), _Shape.of(tensor)))
 
     with trainee as made:
         held = made.held()
@@ -151,7 +142,7 @@ def _take(trainee: AbstractContextManager[Trainee]) -> _Take:
         collects = gc.isenabled()
         gc.disable()
         try:
-            with LiveBytes(held, noted), _Calls(taken.calls):
+            with LiveBytes(held, noted), _Calls(calls):
                 made.step()
         finally:
             if collects:
@@ -168,18 +159,18 @@ def record(
         CostError: if the step is not the same at all widths, or a size follows widths in no known way.
     """
     takes = [_take(make(vector)) for vector in vectors]
-    first = takes[0]
-    for vector, other in zip(vectors[1:], takes[1:], strict=True):
-        if [call[0] for call in other.calls] != [call[0] for call in first.calls] or other.events != first.events:
+    targets, events = [call[0] for call in takes[0][0]], takes[0][2]
+    for vector, (calls, _, others) in zip(vectors[1:], takes[1:], strict=True):
+        if [call[0] for call in calls] != targets or others != events:
             raise CostError(
                 f"the training step makes other operations at widths {dict(vector)} than dense, so its cost is no "
                 "function of widths: hold it to a budget of 'flops' or 'params'"
             )
     lengths = Lengths(vectors)
-    operations = tuple(_operation(lengths, [take.calls[i] for take in takes]) for i in range(len(first.calls)))
-    storages = tuple(_storage(lengths, [take.storages[i] for take in takes]) for i in range(len(first.storages)))
+    operations = [_operation(lengths, seen) for seen in zip(*(calls for calls, _, _ in takes), strict=True)]
+    storages = tuple(_storage(lengths, seen) for seen in zip(*(made for _, made, _ in takes), strict=True))
     costly = tuple(each for each in operations if not each.target.is_view and each.name not in _COSTLESS)
-    return Tape(costly, storages, tuple(first.events))
+    return Tape(costly, storages, tuple(events))
 
 
 def _operation(lengths: Lengths, seen: Sequence[_Call]) -> Operation:

@@ -199,6 +199,5 @@ class MeteredTarget(Target):
         self._first = {str(name): (float(p), float(m)) for name, (p, m) in state.get("first", {}).items()}
         self._doubts = {str(name): int(count) for name, count in state.get("doubts", {}).items()}
         self._asked = {str(name): float(value) for name, value in state.get("asked", {}).items()}
-        self.runs = {
-            name: replace(run, dense=self._metered_dense.get(name, run.dense)) for name, run in self.runs.items()
-        }
+        for name, run in self.runs.items():
+            self.runs[name] = replace(run, dense=self._metered_dense.get(name, run.dense))

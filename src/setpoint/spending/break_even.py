@@ -26,10 +26,7 @@ def break_even_step(segments: Iterable[Segment]) -> int | None:
 
     With s_0 the seconds per step before the first cut and s_k those of segment k, each step of
     segment k saves `s_0 - s_k`. The overhead is taken at the end of the segment, and a segment without
-    a timed step saves nothing.
-
-    Args:
-        segments: the stretches of the run, in order; the first is the dense one.
+    a timed step saves nothing. Segments come in order, the dense one first.
 
     >>> dense, small = Segment(10, 1.0, 2.0), Segment(10, 0.5, 2.0)
     >>> break_even_step([dense, small])  # each step saves half a second: 5 steps exceed 2 s

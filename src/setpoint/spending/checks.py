@@ -47,12 +47,7 @@ def check_costed(budgets: Sequence[Budget], resources: Collection[str], before: 
 
 
 def check_reachable(budget: Budget, dense: float, least: float) -> None:
-    """Check that a budget can be met, and that it is in the right unit.
-
-    Args:
-        budget: what is asked for.
-        dense: predicted dense cost.
-        least: predicted cost of the narrowest model.
+    """Check that a budget can be met and is in the right unit, given predicted costs, dense and of the narrowest model.
 
     Raises:
         BudgetError: saying what the least is, or what unit is meant.

@@ -61,9 +61,8 @@ class RunBudget:
             cut = next_decision(self.schedule, step, total_steps)
             why = f"cannot be met: with a cut down to the narrowest model after step {cut}, the first that there can be"
             if spent >= limit:
-                why = (
-                    f"is spent already: {amount(spent, resource)} was spent by step {step}. Cut to the narrowest model"
-                )
+                why = f"is spent already: {amount(spent, resource)} was spent by step {step}"
+                why += ". Cut to the narrowest model"
             raise BudgetError(
                 f"{words} {why}, the run spends {amount(least, resource)} ({least / dense_run:.1%}). "
                 f"Ask for at least Budget.{ask}, of={resource!r}, per='run')"

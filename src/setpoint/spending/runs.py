@@ -167,15 +167,10 @@ class Runs:
         own code has taken between steps so far, step for step; of joules, where they are watts times seconds, likewise.
         """
         seconds = max(0, total_steps - step) * self._account.extra_seconds_per_step
-        besides = {
-            "flops": self._learning_flops(widths),
-            "latency": seconds,
-            "energy": seconds * self._meter.watts,
-        }
+        besides = {"flops": self._learning_flops(widths), "latency": seconds, "energy": seconds * self._meter.watts}
         return {name: value + besides[name] for name, value in self.spent().items()}
 
     def _forecast(self, step: int, total_steps: int, widths: Mapping[str, int]) -> dict[str, float]:
-        """By resource, what the run will have spent if the model has these widths from now on."""
         left, spent = max(0, total_steps - step), self._committed(step, total_steps, widths)
         return {name: value + left * self._target.expected(name, widths) for name, value in spent.items()}
 

@@ -36,30 +36,28 @@ class Stopwatch:
         self._warned = False
 
     def __enter__(self) -> Stopwatch:
-        """Start."""
         assert self._started is None, "a stopwatch measures one block at a time"
-        self._started = self._now()
+        self._started = _now(self._synchronize)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Stop and add."""
         assert self._started is not None
-        self._add(self._now() - self._started)
+        self._add(_now(self._synchronize) - self._started)
         self._started = None
 
     def lap(self) -> None:
         """Stop, add, and start again at the same moment."""
         assert self._started is not None
-        now = self._now()
+        now = _now(self._synchronize)
         self._add(now - self._started)
         self._started = now
 
     @property
     def seconds_so_far(self) -> float:
         """Seconds of all blocks, the one under way included."""
-        return self.seconds + (0.0 if self._started is None else max(0.0, self._now() - self._started))
+        return self.seconds + (0.0 if self._started is None else max(0.0, _now(self._synchronize) - self._started))
 
     def _add(self, elapsed: float) -> None:
         if elapsed < 0 and not self._warned:
@@ -67,9 +65,6 @@ class Stopwatch:
             warnings.warn(f"the clock ran {-elapsed:.3g} s backwards: that time is left out", stacklevel=3)
         self.last_seconds = max(0.0, elapsed)
         self.seconds += self.last_seconds
-
-    def _now(self) -> float:
-        return _now(self._synchronize)
 
 
 def _now(synchronize: bool) -> float:

@@ -81,6 +81,7 @@ class Spending:
         self.account, self.meter, self.modelled = account, meter, modelled or {}
         self.sensing, self.deciding = account.sensing, account.deciding
         self.resizing, self.probing = account.resizing, account.probing
+        self.probed, self.stop = account.probed, meter.stop
         self.dense_widths, self.check_kind, self._alone = widths_of(groups), check, alone
         self.readings, self._told = dict[str, float](), dict[str, float]()
         self._runs = partial(Runs, account, meter, groups, schedule, regrows, learning, set[str]())
@@ -162,10 +163,6 @@ class Spending:
         self.account.sensed(flops)
         self.account.learning_flops += flops
 
-    def probed(self, flops: float) -> None:
-        """Resting units add FLOPs to the step under way."""
-        self.account.probed(flops)
-
     def recompiled(self, seconds: float, count: int) -> None:
         """Code was compiled again because sizes had changed."""
         self.account.recompiles += count
@@ -182,10 +179,6 @@ class Spending:
         self.meter.prepare(due)
         if not self.meter.watching:
             self.meter.steps.begin()
-
-    def stop(self) -> None:
-        """End what watches a step; may be called again."""
-        self.meter.stop()
 
     # What is known at a decision.
 

@@ -62,9 +62,8 @@ def verdict(spending: Spending, step: int, widths: Mapping[str, int], last: Plan
             heading = f", and {amount(rest, name)} to go" if rest else ""
             return False, f"{early} at {amount(spent, name)} for the run{heading}, over {amount(limit, name)}"
     for name, limit in limits.items():
-        seen, dense = spending.expected(name, widths), target.dense_cost(name)
-        if name in target.metered:
-            seen = spending.meter.settled().get(name, seen)
+        settled = spending.meter.settled() if name in target.metered else {}
+        seen, dense = settled.get(name, spending.expected(name, widths)), target.dense_cost(name)
         margin = max(1e-12, spending.meter.margin(name))
         if name not in target.runs and seen > limit * (1 + margin):
             over = f"over {limit / dense:.1%}" if name not in METERED else f"over {amount(limit, name)}"
