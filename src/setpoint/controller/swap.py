@@ -73,11 +73,8 @@ def trade(selection: Selection, target: float, deadband: float) -> None:
 
     the most. What a landing leaves unused is lost for good, so it counts above its price. Only the
     groups whose next or last block is nearest to the price take part, so that the search stays within
-    some thousand savings; with many groups blocks are fine and `swap` has already come near.
-
-    Args:
-        selection: at or below the target, after `add_back`; moved in place.
-        deadband: relative distance below the target that is near enough.
+    some thousand savings; with many groups blocks are fine and `swap` has already come near. Arguments are those of
+    `swap`.
     """
     for _ in range(_MAX_TRADES):
         if target - selection.total <= deadband * target:

@@ -141,7 +141,6 @@ def excess_after(steps: Losses, losses: Losses, *, changed: int, cut: int, now: 
 
 
 def _bins(steps: Losses, losses: Losses) -> tuple[Losses, Losses] | None:
-    """Mean of ln(step) and median loss of each bin."""
     num_bins = min(_MOST_BINS, len(losses) // _LEAST_IN_BIN)
     if num_bins < _LEAST_BINS:
         return None

@@ -170,7 +170,6 @@ def _what_follows(kind: type) -> tuple[tuple[Field[Any], str], ...]:
 
 
 def _how(each: Field[Any], hint: Any) -> str:
-    """How a field follows; "" if it never does."""
     if each.metadata.get("anew"):
         return "anew"
     if each.metadata.get("live"):

@@ -260,5 +260,4 @@ def _conv(walk: Walk, out: Value, x: Value, weight: Value, bias: Value | None = 
 def _general_convolution(
     walk: Walk, out: Value, x: Value, weight: Value, bias: Value | None, *args: Any, **kw: Any
 ) -> Value:
-    """The one op behind all convolutions."""
     return _convolution(walk, out, x, weight, bias, args[5], transposed=args[3])

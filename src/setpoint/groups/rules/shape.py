@@ -214,7 +214,6 @@ def _cat(walk: Walk, out: Value, tensors: Sequence[Value], dim: int = 0) -> tupl
 
 @rule(aten.stack.default)
 def _stack(walk: Walk, out: Value, tensors: Sequence[Value], dim: int = 0) -> tuple[DimLabels, ...]:
-    """A new dim of data; all other dims unite."""
     labels: list[DimLabels] = list(tensors[0].labels)
     for value in tensors[1:]:
         for d, size in enumerate(value.shape):
@@ -266,7 +265,6 @@ def _slice(
 
 @rule(aten.narrow.default)
 def _narrow(walk: Walk, out: Value, x: Value, dim: int, start: Any, length: Any) -> tuple[DimLabels, ...]:
-    """`length` entries from `start`."""
     return _cut_out(walk, out, x, dim, slice(start, start + length) if isinstance(start, int) else None)
 
 
@@ -290,7 +288,6 @@ def _cut_out(walk: Walk, out: Value, x: Value, dim: int, run: slice | None) -> t
 
 @rule(aten.flip.default)
 def _flip(walk: Walk, out: Value, x: Value, dims: Sequence[int]) -> tuple[DimLabels, ...]:
-    """Entries in the opposite order."""
     turned = {d % x.ndim for d in dims}
     return tuple(own if own is None or d not in turned else own[::-1].copy() for d, own in enumerate(x.labels))
 
