@@ -25,9 +25,9 @@ from torch import Tensor, nn
 import setpoint
 from setpoint.groups.group import Group
 from setpoint.sensor.chain import SensorChain
-from setpoint.sensor.random import RandomSensor
 from setpoint.sensor.reading import Reading
 from setpoint.states.selective import SelectiveSensor
+from setpoint_bench.random_sensor import RandomSensor
 from setpoint_bench.tasks.shakespeare import splits
 
 WAYS = ("dense", "ranking", "random", "worst-first")

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from setpoint.groups.trace import find_groups
 from setpoint.states import BalancedPairs, balance
-from setpoint.states.turn import balance_and_shrink
+from setpoint_bench.balance_and_shrink import balance_and_shrink
 from setpoint_bench.models import SequenceClassifier
 
 WAYS = ("carry", "reset", "position", "first")

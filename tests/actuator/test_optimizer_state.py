@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from setpoint.actuator.optimizer_state import as_sequence, cut_state, visit_state
+from setpoint.actuator.optimizer_state import as_sequence, cut_state, moments_of
 from setpoint.errors import OptimizerError
 
 
@@ -50,7 +50,8 @@ def test_state_of_another_shape_is_named() -> None:
 def test_only_tensors_of_the_parameters_shape_are_visited() -> None:
     """Claim: masking reaches moments, not step counters or factors."""
     optimizer, parameter = with_state(moment=torch.ones(3, 2), step=torch.tensor(1.0), rows=torch.ones(3, 1))
-    visit_state(optimizer, parameter, torch.Tensor.zero_)
+    for _, moment in moments_of(optimizer, parameter):
+        moment.zero_()
     sums = {key: value.sum().item() for key, value in optimizer.state[parameter].items()}
     assert sums == {"moment": 0, "step": 1, "rows": 3}
 

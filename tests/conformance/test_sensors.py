@@ -11,10 +11,10 @@ from setpoint.groups.follow import Change, follow
 from setpoint.groups.group import Group, Slice
 from setpoint.sensor.chain import SensorChain
 from setpoint.sensor.magnitude import MagnitudeSensor
-from setpoint.sensor.random import RandomSensor
 from setpoint.sensor.reading import Sensor
 from setpoint.sensor.taylor import TaylorSensor
 from setpoint.states.hankel import HankelSensor
+from setpoint_bench.random_sensor import RandomSensor
 
 SENSORS = [
     pytest.param(TaylorSensor(8, window=5), id="taylor"),

@@ -13,7 +13,7 @@ from setpoint.groups.selective import selective_layer
 from setpoint.states import BalancedPairs, balance
 from setpoint.states.hankel import HankelSensor
 from setpoint.states.selective import SelectiveSensor
-from setpoint.states.turn import balance_and_shrink
+from setpoint_bench.balance_and_shrink import balance_and_shrink
 from setpoint_bench.models import LRU
 
 TOKENS = torch.randint(0, 17, (3, 20), generator=torch.Generator().manual_seed(0))

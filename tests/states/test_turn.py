@@ -17,7 +17,8 @@ from setpoint.groups.trace import find_groups
 from setpoint.regrowth.regrow import regrow
 from setpoint.regrowth.reserve import Reserve
 from setpoint.states import BalancedPairs, balance
-from setpoint.states.turn import balance_and_shrink, turned
+from setpoint.states.turn import turned
+from setpoint_bench.balance_and_shrink import balance_and_shrink
 from setpoint_bench.baselines.compressm import ComplexBalance
 from setpoint_bench.models import SequenceClassifier
 

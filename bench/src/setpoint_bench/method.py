@@ -17,7 +17,6 @@ from setpoint.controller.schedule import Schedule
 from setpoint.gates.gated import GatedController
 from setpoint.report.own_function import is_own_function, named_errors, own_function
 from setpoint.sensor.magnitude import MagnitudeSensor
-from setpoint.sensor.random import RandomSensor
 from setpoint_bench.baselines.drop_and_grow import DropAndGrow, Static
 from setpoint_bench.baselines.group_lasso import ReconfiguringController
 from setpoint_bench.baselines.magnitude import Gradual, OneShot
@@ -30,6 +29,7 @@ from setpoint_bench.methods.scratch import Dense, Small, SmallFound, SmallLong
 from setpoint_bench.methods.sparse import Sparse
 from setpoint_bench.methods.states import Compressm, FewStates, Hankel
 from setpoint_bench.methods.torch_pruning import TorchPruning
+from setpoint_bench.random_sensor import RandomSensor
 from setpoint_bench.results import Result
 from setpoint_bench.task import PLAIN, BenchError, Task, fits_a_folder
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from setpoint.actuator.cut import Cut, Keep, plan_cut
 from setpoint.actuator.cuttable import check_lengths
-from setpoint.actuator.optimizer_state import Optimizers, as_sequence, visit_state
+from setpoint.actuator.optimizer_state import Optimizers, as_sequence, moments_of
 from setpoint.actuator.shrink import named_tensors
 from setpoint.groups.group import Group
 
@@ -38,11 +38,11 @@ def mask(model: nn.Module, optimizer: Optimizers, groups: tuple[Group, ...], kee
                 zero(tensor.grad)
             if isinstance(tensor, nn.Parameter):
                 for each in as_sequence(optimizer):
-                    visit_state(each, tensor, zero)
+                    for _, moment in moments_of(each, tensor):
+                        zero(moment)
 
 
 def _zeroers(cut: Cut) -> dict[str, Callable[[Tensor], None]]:
-    """By tensor name, a function that zeroes the dropped entries of any tensor of that shape."""
     found: dict[str, Callable[[Tensor], None]] = {}
     by_name: dict[str, dict[int, Bool[np.ndarray, " _entries"]]] = {}
     for (name, dim), kept in cut.entries.items():

@@ -66,16 +66,18 @@ def map_tensors(value: Any, function: Callable[[Tensor, str], Tensor], key: str)
     return value
 
 
-def visit_state(optimizer: Optimizer, parameter: nn.Parameter, function: Callable[[Tensor], object]) -> None:
-    """Call `function` on every state tensor that has the parameter's shape."""
+def moments_of(optimizer: Optimizer, parameter: Tensor) -> list[tuple[str, Tensor]]:
+    """State tensors that have the parameter's shape, each with its place in the state."""
+    found: list[tuple[str, Tensor]] = []
 
-    def visit(value: Tensor, _: str) -> Tensor:
+    def note(value: Tensor, part: str) -> Tensor:
         if value.shape == parameter.shape:
-            function(value)
+            found.append((part, value))
         return value
 
     for key, value in optimizer.state.get(parameter, {}).items():
-        map_tensors(value, visit, key)
+        map_tensors(value, note, key)
+    return found
 
 
 def check_state(optimizer: Optimizer, held: Iterable[tuple[str, Tensor, Mapping[str, Any]]]) -> None:

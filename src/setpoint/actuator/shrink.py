@@ -128,7 +128,6 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _prepare(model: nn.Module, cut: Cut, optimizers: Sequence[Optimizer]) -> Iterator[Change]:
-    """Build everything new without touching anything old."""
     tensors = named_tensors(model)
     single = [name for name, kept in cut.elements.items() if not kept.all()]
     if single:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from setpoint.actuator.muon import shape_factor, steps_by_matrix
-from setpoint.actuator.optimizer_state import INSTEAD, cut_state, visit_state
+from setpoint.actuator.optimizer_state import INSTEAD, cut_state, moments_of
 from setpoint.actuator.swap import swap
 from setpoint.actuator.take import take
 from setpoint.errors import OptimizerError
@@ -65,7 +65,6 @@ def check_optimizer(optimizer: Optimizer) -> None:
 
 
 def _settings(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[str, Any]:
-    """The constructor arguments that would build this param group again."""
     names = inspect.signature(type(optimizer).__init__).parameters
     takes_any = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in names.values())
     settings = {**optimizer.defaults, **{key: value for key, value in group.items() if key != "params"}}
@@ -154,7 +153,8 @@ def _masked_step(optimizer: Optimizer, parameters: list[nn.Parameter], gradients
     def mask_all() -> None:
         for parameter in parameters:
             _zero_dropped(parameter)
-            visit_state(optimizer, parameter, _zero_dropped)
+            for _, moment in moments_of(optimizer, parameter):
+                _zero_dropped(moment)
 
     mask_all()
     gradients = [gradient.clone() for gradient in gradients]

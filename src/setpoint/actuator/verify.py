@@ -23,6 +23,7 @@ from setpoint.errors import ExampleError, VerificationError
 from setpoint.groups.export import Example, computed, inputs_of, tensors_of
 from setpoint.groups.group import Group
 from setpoint.groups.kept import random_keep
+from setpoint.groups.rng import preserved_rng_state
 
 _FEW = 8  # samples that a verification looks at
 
@@ -87,7 +88,7 @@ class Trial:
         trial = cls(randomised_copy(model, groups), args, kwargs, groups, keep, 0.0)
         wide = replace(
             trial,
-            model=_widen_model(copy.deepcopy(trial.model, computed(trial.model))),
+            model=copy.deepcopy(trial.model, computed(trial.model))._apply(_widen),  # type: ignore[no-untyped-call]
             args=tree_map(_widen, trial.args),
             kwargs=tree_map(_widen, dict(trial.kwargs)),
         )
@@ -147,8 +148,7 @@ class Trial:
 
     def run(self, model: nn.Module, seed: int = 0) -> Outcome:
         """One forward and backward pass of a copy on the example, with seeded generators."""
-        devices = {tensor.device for tensor in named_tensors(model).values()}
-        with _private_chance(devices, seed) as drawn, torch.enable_grad():
+        with _private_chance(model, seed) as drawn, torch.enable_grad():
             outputs = [leaf for leaf in tensors_of(model(*self.args, **self.kwargs)) if _is_float(leaf)]
             generator = torch.Generator().manual_seed(0)
             # `abs`: backward needs a real number, and an output may be complex.
@@ -175,8 +175,10 @@ class Outcome:
     def cut(self, cut: Cut) -> Outcome:
         """The kept entries only."""
         dims = cut.dims()
-        gradients = {name: take(tensor, dims.get(name, {})) for name, tensor in self.gradients.items()}
-        buffers = {name: take(tensor, dims.get(name, {})) for name, tensor in self.buffers.items()}
+        gradients, buffers = (
+            {name: take(tensor, dims.get(name, {})) for name, tensor in each.items()}
+            for each in (self.gradients, self.buffers)
+        )
         return Outcome(self.outputs, gradients, buffers, self.drew)
 
     def difference(self, other: Outcome, tolerance: float) -> str | None:
@@ -266,11 +268,6 @@ def _is_float(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
 
 
-def _widen_model(model: nn.Module) -> nn.Module:
-    widened: nn.Module = model._apply(_widen)  # type: ignore[no-untyped-call]
-    return widened
-
-
 def _widen(leaf: Any) -> Any:
     if not _is_float(leaf):
         return leaf
@@ -278,30 +275,26 @@ def _widen(leaf: Any) -> Any:
 
 
 @contextmanager
-def _private_chance(devices: set[torch.device], seed: int) -> Iterator[Callable[[], bool]]:
+def _private_chance(model: nn.Module, seed: int) -> Iterator[Callable[[], bool]]:
     """Preserved RNG state: the global generators are seeded inside and put back after; autocast is off.
 
     Yields a function that returns whether any of them has been used since.
     """
+    devices = {parameter.device for parameter in model.parameters()}
     cuda = [device for device in devices if device.type == "cuda"]
     kind = min((device.type for device in devices), default="cpu")
-    python, numpy = random.getstate(), np.random.get_state()
 
     def state() -> list[Any]:
         tensors = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in cuda)]
         legacy = np.random.get_state(legacy=False)["state"]
         return [[tensor.tolist() for tensor in tensors], random.getstate(), legacy["pos"], legacy["key"].tolist()]
 
-    with torch.random.fork_rng(cuda), torch.autocast(kind, enabled=False):
+    with preserved_rng_state(model), torch.autocast(kind, enabled=False):
         torch.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed)
         before = state()
-        try:
-            yield lambda: state() != before
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
+        yield lambda: state() != before
 
 
 # Relative error allowed, by the narrowest floating-point width that the computation went through.

@@ -13,33 +13,19 @@ from setpoint.cost.cost import Cost
 
 @dataclass(frozen=True)
 class Aim:
-    """Where one decision is heading; `start`, `limit`, `reference` and `metered` as metered, the rest as predicted.
+    """Where one decision is heading; `start`, `limit`, `reference` and `metered` as metered, the rest as predicted."""
 
-    Args:
-        resource: what is spent.
-        start: dense cost.
-        limit: the budget.
-        reference: what the trajectory allows now.
-        metered: cost as metered, None without a meter.
-        spent: cost as predicted.
-        target: what the decision is to come down to.
-        landing: what meets the limit.
-        most: what a step may cost until the next decision, infinite without a budget for the whole run.
-        settled: whether every decision from here on tries to land.
-        feedback: memory of the PI part, this decision's error taken in.
-    """
-
-    resource: str
-    start: float
-    limit: float
-    reference: float
-    metered: float | None
-    spent: float
-    target: float
-    landing: float
-    most: float
-    settled: bool
-    feedback: Feedback
+    resource: str  # what is spent
+    start: float  # dense cost
+    limit: float  # the budget
+    reference: float  # what the trajectory allows now
+    metered: float | None  # cost as metered, None without a meter
+    spent: float  # cost as predicted
+    target: float  # what the decision is to come down to
+    landing: float  # what meets the limit
+    most: float  # what a step may cost until the next decision, infinite without a budget for the whole run
+    settled: bool  # whether every decision from here on tries to land
+    feedback: Feedback  # memory of the PI part, this decision's error taken in
 
     @property
     def goal(self) -> float:

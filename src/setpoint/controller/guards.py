@@ -16,17 +16,11 @@ from setpoint.sensor.reading import Reading
 
 @dataclass(frozen=True, eq=False)
 class Guards:
-    """What keeps one noisy reading from costing a whole layer.
+    """What keeps one noisy reading from costing a whole layer."""
 
-    Args:
-        slew: largest fraction of a group's units to go at one decision; one block always may.
-        floor: by group, the width that must remain; `min_units` where there is none.
-        dwell: decisions that a unit stays after it was brought back.
-    """
-
-    slew: float
-    floor: Mapping[str, int]
-    dwell: int
+    slew: float  # largest fraction of a group's units to go at one decision; one block always may
+    floor: Mapping[str, int]  # by group, the width that must remain; `min_units` where there is none
+    dwell: int  # decisions that a unit stays after it was brought back
 
     def without_slew(self) -> Guards:
         """These guards with the slew limit lifted."""

@@ -26,28 +26,17 @@ class RunRest:
         floor(unused / (p + sensing - c)) steps,
 
     which uses up what is left but for less than the saving of one step.
-
-    Args:
-        limit: what the whole run may spend.
-        spent: so far, and on learning at this decision.
-        schedule: when decisions are made.
-        margin: share of the limit that is left for a meter that wavers.
-        ahead: spent besides, whatever is decided: what sensing takes beyond its share while a cut waits.
-        later: spent besides, if this decision is not the last: on sensing and on deciding again.
-        sensing: cost of sensing per step, until the last cut.
-        deciding: what each further decision costs.
-        factor: cost of a step as metered / as predicted; 1 without a meter.
     """
 
-    limit: float
-    spent: float
-    schedule: Schedule
-    margin: float = 0.0
-    ahead: float = 0.0
-    later: float = 0.0
-    sensing: float = 0.0
-    deciding: float = 0.0
-    factor: float = 1.0
+    limit: float  # what the whole run may spend
+    spent: float  # so far, and on learning at this decision
+    schedule: Schedule  # when decisions are made
+    margin: float = 0.0  # share of the limit that is left for a meter that wavers
+    ahead: float = 0.0  # spent besides, whatever is decided: what sensing takes beyond its share while a cut waits
+    later: float = 0.0  # spent besides, if this decision is not the last: on sensing and on deciding again
+    sensing: float = 0.0  # cost of sensing per step, until the last cut
+    deciding: float = 0.0  # what each further decision costs
+    factor: float = 1.0  # cost of a step as metered / as predicted; 1 without a meter
 
     def wait(self, step: int, total_steps: int, *, lands: bool, present: float, after: float) -> int:
         """Steps by which a cut that may be the last had better wait, 0 for none.
@@ -131,13 +120,7 @@ def next_decision(schedule: Schedule, step: int, total_steps: int) -> int:
 
 
 def least_run(schedule: Schedule, step: int, total_steps: int, *, present: float, cheapest: float) -> float:
-    """The least that the rest of a run can spend: the present model until the next decision, then the cheapest one.
-
-    Args:
-        schedule: when decisions are made.
-        present: cost of a step now.
-        cheapest: cost of a step of the cheapest model.
-    """
+    """The least that the rest of a run can spend: the present model until the next decision, then the cheapest one."""
     coming = next_decision(schedule, step, total_steps)
     return present * (coming - step) + cheapest * (total_steps - coming)
 

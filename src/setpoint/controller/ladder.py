@@ -12,23 +12,15 @@ from setpoint.groups.group import Group
 
 @dataclass(frozen=True, eq=False)
 class Ladder:
-    """Blocks of least salient units; the group goes down the ladder rung by rung.
+    """Blocks of least salient units; the group goes down the ladder rung by rung."""
 
-    Args:
-        name: name of the group.
-        dense: width of the group before any cut.
-        edges: `edges[k]` units are gone after k rungs; `edges[0] == 0`.
-        salience: `salience[k]` is the summed saliency of the units gone after k rungs.
-        order: units in the order in which they go, up to the last edge.
-        num_units: active units.
-    """
-
-    name: str
-    dense: int
-    edges: Int[np.ndarray, " rungs_and_one"]
+    name: str  # of the group
+    dense: int  # width of the group before any cut
+    edges: Int[np.ndarray, " rungs_and_one"]  # `edges[k]` units are gone after k rungs; `edges[0] == 0`
+    # `salience[k]` is the summed saliency of the units gone after k rungs.
     salience: Float64[np.ndarray, " rungs_and_one"]
-    order: Int[np.ndarray, " droppable"]
-    num_units: int
+    order: Int[np.ndarray, " droppable"]  # units in the order in which they go, up to the last edge
+    num_units: int  # active units
 
     @property
     def num_rungs(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -49,15 +50,16 @@ def free_ladders(
     groups: tuple[Group, ...],
     saliency: Mapping[str, Float64[np.ndarray, " units"]],
     floor: Mapping[str, int],
+    slew: float = 1.0,
 ) -> dict[str, Ladder]:
-    """Ladders of all groups, by name; any unit may go."""
+    """Ladders of all groups, by name; any unit may go, and this fraction of a group's at one decision."""
     return {
         group.name: build_ladder(
             group,
             saliency[group.name],
             dense=dense[group.name],
             floor=floor.get(group.name, 0),
-            max_dropped=group.num_units,
+            max_dropped=math.floor(slew * group.num_units),
             free=np.ones(group.num_units, dtype=bool),
         )
         for group in groups

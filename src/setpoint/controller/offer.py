@@ -17,17 +17,11 @@ from setpoint.sensor.probe import Probe
 
 @dataclass(frozen=True, eq=False)
 class Offer:
-    """One block of a group.
+    """One block of a group."""
 
-    Args:
-        name: of the group.
-        origins: the units.
-        worth: summed sure gain of the block / what it costs, at the widths with the group's better blocks back.
-    """
-
-    name: str
-    origins: Int[np.ndarray, " _block"]
-    worth: float
+    name: str  # of the group
+    origins: Int[np.ndarray, " _block"]  # the units
+    worth: float  # summed sure gain of the block / what it costs, at the widths with the group's better blocks back
 
 
 def offers_of(

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import final
 
-import numpy as np
-
-from setpoint.controller.ladder import build_ladder
+from setpoint.controller.landing import free_ladders
 from setpoint.controller.plan import Goal, Observation, Plan
 from setpoint.controller.reason import per, problem_with
 from setpoint.controller.schedule import Schedule
@@ -88,17 +85,7 @@ class PenaltyController:
             whole = keep_all(groups)
             why = problem or "no decision: the reading is not in units of the loss, so no price can be set against it"
             return state, Plan(step, whole, price={resource: price}, reason=why)
-        ladders = {
-            group.name: build_ladder(
-                group,
-                reading.saliency[group.name],
-                dense=observation.dense_widths[group.name],
-                floor=group.min_units,
-                max_dropped=math.floor(self.slew * group.num_units),
-                free=np.ones(group.num_units, dtype=bool),
-            )
-            for group in groups
-        }
+        ladders = free_ladders(observation.dense_widths, groups, reading.saliency, {}, self.slew)
         selection = start(cost, ladders, observation.widths, "worth")
         metered = None if self.price.relative else observation.metered.get(resource)
         correction = 1.0 if metered is None else metered / selection.total
@@ -118,7 +105,6 @@ class PenaltyController:
 
 
 def _explain(selection: Selection, dropped: int, price: float, resource: str, budget_met: bool) -> str:
-    """What was dropped at which price."""
     words = "budget met: " if budget_met else ""
     if not dropped:
         return f"{words}nothing earns less than the price of {price:.3g} {per(resource)}"

@@ -52,15 +52,10 @@ class Gains:
 
 @dataclass(frozen=True)
 class Feedback:
-    """What the PI part remembers.
+    """What the PI part remembers."""
 
-    Args:
-        integral: `ki * sum(e)`, an estimate of `ln(metered / predicted)`.
-        correction: u of the last decision: metered cost is expected to be `exp(u)` times the predicted.
-    """
-
-    integral: float = 0.0
-    correction: float = 0.0
+    integral: float = 0.0  # `ki * sum(e)`, an estimate of `ln(metered / predicted)`
+    correction: float = 0.0  # u of the last decision: metered cost is expected to be `exp(u)` times the predicted
 
     def factor(self) -> float:
         """Expected ratio of metered to predicted cost."""

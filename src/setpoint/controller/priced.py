@@ -38,22 +38,15 @@ _BLOCKS_TO_LAND = 2  # blocks of mean size that are left for the last cut to cho
 
 @dataclass(frozen=True, eq=False)
 class PricedState:
-    """What the controller remembers between decisions.
+    """What the controller remembers between decisions."""
 
-    Args:
-        age: by group and active unit, decisions since the unit came back; units that never left are as old as the dwell
-            demands.
-        start: dense cost in the unit of the limit, metered where there is a meter; None before the first decision.
-        feedback: memory of the PI part.
-        price: last price.
-        metered: whether a meter has been read.
-    """
-
+    # By group and active unit, decisions since the unit came back; as many as the dwell demands where it never left.
     age: Mapping[str, ByUnit[Int64[np.ndarray, " units"]]]
+    # Dense cost in the unit of the limit, metered where there is a meter; None before the first decision.
     start: float | None = None
-    feedback: Feedback = field(default_factory=Feedback)
-    price: float = 0.0
-    metered: bool = False
+    feedback: Feedback = field(default_factory=Feedback)  # memory of the PI part
+    price: float = 0.0  # last price
+    metered: bool = False  # whether a meter has been read
 
 
 @final
@@ -276,7 +269,6 @@ class PricedController:
         return offers_of(probe, cost, observation.widths, groups, slew=self.slew, **settings)
 
     def _final(self, observation: Observation) -> bool:
-        """Whether nothing comes back from this step on."""
         return not self.regrow or self.schedule.final(observation.step, observation.total_steps)
 
     def _price(self, state: PricedState, selection: Selection) -> float:
@@ -284,7 +276,6 @@ class PricedController:
         return marginal_worth(selection) / (1 - self.hysteresis) if any(selection.rungs.values()) else state.price
 
     def _aim(self, state: PricedState, observation: Observation, cost: Cost) -> Aim:
-        """Where this decision is heading."""
         return take_aim(
             observation,
             cost,
@@ -310,12 +301,10 @@ class PricedController:
         return Guards(self.slew, floor, self.dwell)
 
     def _allocation(self, observation: Observation) -> Allocation:
-        """How this reading's cut is split over groups."""
         calibrated = observation.reading is not None and observation.reading.calibrated
         return self.allocation if calibrated else "uniform"
 
     def _rest(self, state: PricedState, observation: Observation, aim: Aim, groups: tuple[Group, ...]) -> Plan:
-        """The plan that drops nothing."""
         seen = aim.spent if aim.metered is None else aim.metered
         budget_met = self._final(observation) and seen <= aim.limit and (aim.settled or aim.metered is None)
         return Plan(
@@ -383,7 +372,6 @@ class PricedController:
         note: str,
         offers: list[Offer],
     ) -> Plan:
-        """The plan that drops what was selected and brings back what was offered."""
         ladders = selection.ladders
         budget_met = self._final(observation) and aim.metered is None and selection.total <= aim.limit
         reason = explain_cut(selection, state.price, aim.resource, aim.target, budget_met, self.deadband)

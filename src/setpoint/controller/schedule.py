@@ -124,7 +124,6 @@ class Schedule:
 
 @lru_cache(maxsize=64)
 def _decision_steps(schedule: Schedule, total_steps: int) -> frozenset[int]:
-    """All steps of a run after which a decision is made."""
     if total_steps < 1:
         return frozenset()
     settle = schedule._settle_step(total_steps)

@@ -23,29 +23,19 @@ _STAIR = 4
 
 @dataclass(eq=False)
 class Selection:
-    """A place on all ladders at once, and what it costs; the functions of this file move it.
+    """A place on all ladders at once, and what it costs; the functions of this file move it."""
 
-    Args:
-        cost: predicts spending.
-        ladders: by group name.
-        allocation: what blocks are ranked by.
-        widths: widths at this place, groups without a ladder included.
-        rungs: rungs gone down, by group name.
-        total: predicted cost at these widths.
-        worth: by group name and rung, the worth at which the block was last weighed; NaN before.
-        saving: by group name and rung, what the block saved then, an even share where several were weighed together.
-        highest: highest worth among the blocks taken on the way down.
-    """
-
-    cost: Cost
-    ladders: Mapping[str, Ladder]
-    allocation: Allocation
-    widths: dict[str, int]
-    rungs: dict[str, int]
-    total: float
+    cost: Cost  # predicts spending
+    ladders: Mapping[str, Ladder]  # by group name
+    allocation: Allocation  # what blocks are ranked by
+    widths: dict[str, int]  # widths at this place, groups without a ladder included
+    rungs: dict[str, int]  # rungs gone down, by group name
+    total: float  # predicted cost at these widths
+    # By group name and rung, the worth at which the block was last weighed; NaN before.
     worth: dict[str, Float64[np.ndarray, " rungs"]]
+    # By group name and rung, what the block saved then, an even share where several were weighed together.
     saving: dict[str, Float64[np.ndarray, " rungs"]]
-    highest: float = 0.0
+    highest: float = 0.0  # highest worth among the blocks taken on the way down
 
     def size(self, name: str, rung: int, count: int = 1) -> int:
         """Units in `count` blocks from this rung on."""

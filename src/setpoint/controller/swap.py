@@ -54,7 +54,7 @@ def _swap_once(selection: Selection, target: float, price: float) -> bool:
     lost = np.array([selection.salience(name, selection.rungs[name]) for name in out])
     allowed &= lost[None, :] - kept[:, None] <= price * rise
     pairs = sorted(np.argwhere(allowed).tolist(), key=lambda p: (-rise[p[0], p[1]], back[p[0]], out[p[1]]))
-    return any(_swap_pair(selection, back[i], out[j], target) for i, j in pairs[:_SWAP_CANDIDATES])
+    return any(_make(selection, (back[i],), (out[j],), target) for i, j in pairs[:_SWAP_CANDIDATES])
 
 
 def _movable(selection: Selection) -> tuple[list[str], list[str]]:
@@ -62,20 +62,6 @@ def _movable(selection: Selection) -> tuple[list[str], list[str]]:
     back = [name for name, rung in selection.rungs.items() if rung]
     out = [name for name, rung in selection.rungs.items() if rung < selection.ladders[name].num_rungs]
     return back, out
-
-
-def _swap_pair(selection: Selection, back: str, out: str, target: float) -> bool:
-    """Give back a block of one group for a block of another; undone unless the cost rises within the target."""
-    selection.move(back, -1)
-    weigh(selection, out, 1)
-    selection.move(out, 1)
-    total = selection.cost.total(selection.widths)
-    if selection.total < total <= target:
-        selection.total = total
-        return True
-    selection.move(out, -1)
-    selection.move(back, 1)
-    return False
 
 
 def trade(selection: Selection, target: float, deadband: float) -> None:
@@ -87,11 +73,8 @@ def trade(selection: Selection, target: float, deadband: float) -> None:
 
     the most. What a landing leaves unused is lost for good, so it counts above its price. Only the
     groups whose next or last block is nearest to the price take part, so that the search stays within
-    some thousand savings; with many groups blocks are fine and `swap` has already come near.
-
-    Args:
-        selection: at or below the target, after `add_back`; moved in place.
-        deadband: relative distance below the target that is near enough.
+    some thousand savings; with many groups blocks are fine and `swap` has already come near. Arguments are those of
+    `swap`.
     """
     for _ in range(_MAX_TRADES):
         if target - selection.total <= deadband * target:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
 from typing import final
 
-import numpy as np
-
-from setpoint.controller.ladder import build_ladder
+from setpoint.controller.landing import free_ladders
 from setpoint.controller.plan import Goal, Observation, Plan
 from setpoint.controller.reason import problem_with
 from setpoint.controller.schedule import Schedule
@@ -22,17 +19,11 @@ from setpoint.groups.group import Group, keep_all
 
 @dataclass(frozen=True)
 class TolerantState:
-    """What the controller remembers between decisions.
+    """What the controller remembers between decisions."""
 
-    Args:
-        stride: share of the present cost that the next cut takes.
-        used: rise over the trend by the cuts that stay, in the unit of the loss.
-        pending: whether the last cut has not been judged yet.
-    """
-
-    stride: float
-    used: float = 0.0
-    pending: bool = False
+    stride: float  # share of the present cost that the next cut takes
+    used: float = 0.0  # rise over the trend by the cuts that stay, in the unit of the loss
+    pending: bool = False  # whether the last cut has not been judged yet
 
 
 @final
@@ -152,20 +143,9 @@ class TolerantController:
         return "stay" if over + excess.error <= 0 else "wait"
 
     def _cut(self, state: TolerantState, observation: Observation, cost: Cost, groups: tuple[Group, ...]) -> Plan:
-        """The plan that takes the next stride."""
         reading = observation.reading
         assert reading is not None
-        ladders = {
-            group.name: build_ladder(
-                group,
-                reading.saliency[group.name],
-                dense=observation.dense_widths[group.name],
-                floor=group.min_units,
-                max_dropped=math.floor(self.slew * group.num_units),
-                free=np.ones(group.num_units, dtype=bool),
-            )
-            for group in groups
-        }
+        ladders = free_ladders(observation.dense_widths, groups, reading.saliency, {}, self.slew)
         selection = start(cost, ladders, observation.widths, "worth" if reading.calibrated else "uniform")
         before = selection.total
         descend(selection, before * (1 - state.stride))
@@ -184,7 +164,6 @@ class TolerantController:
 
 
 def _judged(state: TolerantState, excess: Excess | None, tolerance: float) -> str:
-    """What is known about the last cut."""
     if excess is None:
         return "too few losses were observed around it"
     return (

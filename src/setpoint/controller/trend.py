@@ -15,23 +15,14 @@ _LEAST_IN_BIN = 2
 
 @dataclass(frozen=True)
 class Trend:
-    """A straight line over `x = ln(step)`, which is how a loss that falls by a power of time looks over a short while.
+    """A straight line over `x = ln(step)`, as a loss that falls by a power of time looks over a short while."""
 
-    Args:
-        level: value at `centre`.
-        slope: change for each unit of x.
-        centre: mean of x over the bins.
-        spread: sum of squares of x about the centre.
-        noise: standard deviation of a bin's median about the line.
-        num_bins: how many bins it was fitted to.
-    """
-
-    level: float
-    slope: float
-    centre: float
-    spread: float
-    noise: float
-    num_bins: int
+    level: float  # value at `centre`
+    slope: float  # change for each unit of x
+    centre: float  # mean of x over the bins
+    spread: float  # sum of squares of x about the centre
+    noise: float  # standard deviation of a bin's median about the line
+    num_bins: int  # how many bins it was fitted to
 
     def at(self, step: float) -> float:
         """The loss that the trend foretells at this step."""
@@ -44,21 +35,13 @@ class Trend:
 
 @dataclass(frozen=True)
 class Excess:
-    """How far the loss lies above the trend that it had before a cut.
+    """How far the loss lies above the trend that it had before a cut."""
 
-    Args:
-        value: mean distance over the window after the cut, in the unit of the loss.
-        error: standard error of it.
-        foretold: what the trend foretold there.
-        before: value of the trend at the cut.
-        cut: the step of the cut.
-    """
-
-    value: float
-    error: float
-    foretold: float
-    before: float
-    cut: int = 0
+    value: float  # mean distance over the window after the cut, in the unit of the loss
+    error: float  # standard error of it
+    foretold: float  # what the trend foretold there
+    before: float  # value of the trend at the cut
+    cut: int = 0  # the step of the cut
 
     @property
     def rise(self) -> float:
@@ -141,7 +124,6 @@ def excess_after(steps: Losses, losses: Losses, *, changed: int, cut: int, now: 
 
 
 def _bins(steps: Losses, losses: Losses) -> tuple[Losses, Losses] | None:
-    """Mean of ln(step) and median loss of each bin."""
     num_bins = min(_MOST_BINS, len(losses) // _LEAST_IN_BIN)
     if num_bins < _LEAST_BINS:
         return None

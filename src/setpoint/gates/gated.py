@@ -183,7 +183,6 @@ class GatedController:
 
 
 def _units(state: PricedState, observation: Observation, cost: Cost, groups: tuple[Group, ...], price: float) -> _Units:
-    """Everything that the network learns from, at this price."""
     reading, dense = observation.reading, observation.dense[cost.resource]
     assert reading is not None
     saliency_sum = sum(float(values.sum()) for values in reading.saliency.values())

@@ -66,12 +66,15 @@ def _counted(draft: Draft, calls: Sequence[Call], when: str) -> dict[str, str]:
 
 
 def _places(draft: Draft, calls: Sequence[Call]) -> Places:
-    """Every place that must be set when units are dropped."""
     places = {**_standard(draft), **_heads(draft)}
     if not calls:
         return places
     trials: list[Trial] = []
-    for keep in _choices(draft):
+    groups = draft.units.groups
+    lossless = tuple(group for group in groups if group.lossless)
+    some = [{**draft.whole, **random_keep(lossless)}] if 0 < len(lossless) < len(groups) else []
+    # Random choices under which no wrong size looks right: of all groups, and without the lossy ones.
+    for keep in (random_keep(groups, seed=1), *some):
         trials.append(Trial(draft, calls, keep))
         if not trials[-1].stops(places):
             break  # every size was seen; otherwise fewer groups may show more
@@ -151,14 +154,6 @@ def _calls_that_follow_units(draft: Draft, calls: Sequence[Call]) -> list[Call]:
         if (call.module, call_of(call)) in following
         and not isinstance(draft.model.get_submodule(call.module), (nn.MultiheadAttention, nn.modules.conv._ConvNd))
     ]
-
-
-def _choices(draft: Draft) -> list[dict[str, np.ndarray]]:
-    """Random choices under which no wrong size looks right: of all groups, and without the lossy ones."""
-    groups = draft.units.groups
-    lossless = tuple(group for group in groups if group.lossless)
-    some = [{**draft.whole, **random_keep(lossless)}] if 0 < len(lossless) < len(groups) else []
-    return [random_keep(groups, seed=1), *some]
 
 
 def _failing(draft: Draft, places: Places, dense: Outcome) -> dict[str, str]:

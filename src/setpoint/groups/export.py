@@ -9,7 +9,7 @@ import logging
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
@@ -145,17 +145,14 @@ def export(model: nn.Module, example: Example) -> torch.export.ExportedProgram:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if isinstance(tensor, (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)):
             raise ExampleError(f"{name} is lazy and has no shape yet: run model(*example) once before")
-    with ExitStack() as stack:
-        for each in (
-            preserved_rng_state(model),
-            untouched_attributes(model),
-            _without_stack_traces(),
-            marked_functions(),
-        ):
-            stack.enter_context(each)
-        stack.enter_context(_without_logs())
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")
+    with (
+        preserved_rng_state(model),
+        untouched_attributes(model),
+        _without_stack_traces(),
+        marked_functions(),
+        _without_logs(),
+        warnings.catch_warnings(action="ignore"),
+    ):
         try:
             return torch.export.export(Forward(model), args, kwargs, strict=False)
         except Exception as error:

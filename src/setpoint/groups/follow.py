@@ -32,26 +32,18 @@ ByWeight = Annotated[Values, _WEIGHTS]
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """What an act has done to the units: first some went, then others came back.
+    """What an act has done to the units: first some went, then others came back."""
 
-    Args:
-        keep: by group, one boolean per unit that was active before, True = stayed; a group that lost nothing may be
-            absent.
-        regrown: by group, one boolean per unit that is active afterwards, True = has just come back.
-        grown: where units are single weights, by tensor, those that have just come in.
-        note: what is to be said of it.
-        counted: whether single weights were dropped, which a ledger counts and does not list.
-        num_dropped: how many of them, by group.
-        num_grown: likewise, how many were grown.
-    """
-
+    # By group, one boolean per unit that was active before, True = stayed; a group that lost nothing may be absent.
     keep: Mapping[str, Bool[np.ndarray, " _units"]] = field(default_factory=dict)
+    # By group, one boolean per unit that is active afterwards, True = has just come back.
     regrown: Mapping[str, Bool[np.ndarray, " _units"]] = field(default_factory=dict)
+    # Where units are single weights, by tensor, those that have just come in.
     grown: Mapping[str, Bool[Tensor, "..."]] = field(default_factory=dict)
-    note: str = ""
-    counted: bool = False
-    num_dropped: Mapping[str, int] = field(default_factory=dict)
-    num_grown: Mapping[str, int] = field(default_factory=dict)
+    note: str = ""  # what is to be said of it
+    counted: bool = False  # whether single weights were dropped, which a ledger counts and does not list
+    num_dropped: Mapping[str, int] = field(default_factory=dict)  # how many of them, by group
+    num_grown: Mapping[str, int] = field(default_factory=dict)  # likewise, how many were grown
 
     def of(self, names: Iterable[str]) -> Change:
         """What it has done to these groups."""
@@ -170,7 +162,6 @@ def _what_follows(kind: type) -> tuple[tuple[Field[Any], str], ...]:
 
 
 def _how(each: Field[Any], hint: Any) -> str:
-    """How a field follows; "" if it never does."""
     if each.metadata.get("anew"):
         return "anew"
     if each.metadata.get("live"):

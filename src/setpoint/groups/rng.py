@@ -62,14 +62,12 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
 
 
 def _mapped(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
-    """A nested dict with everything of a kind replaced."""
     if isinstance(value, Mapping):
         return {key: _mapped(each, kind, function) for key, each in value.items()}
     return function(value.copy() if isinstance(value, np.ndarray) else value) if isinstance(value, kind) else value
 
 
 def _shapes(value: Mapping[str, Any]) -> dict[str, Any]:
-    """Names, and shapes of arrays."""
     return {key: _shapes(each) if isinstance(each, Mapping) else np.shape(each) for key, each in value.items()}
 
 

@@ -84,7 +84,6 @@ def _check_weights(name: str, layer: StateSpaceLayer) -> None:
 
 
 def _places(name: str, layer: StateSpaceLayer) -> set[tuple[str, int]]:
-    """Dims of B and C that the states lie along."""
     weights, batch = layer.state_weights(), layer.state_space().eigenvalues.dim() - 1
     prefix = f"{name}." if name else ""
     return {
@@ -100,7 +99,6 @@ def _sharing(model: nn.Module, name: str, layers: Mapping[str, StateSpaceLayer])
 
 
 def _declared(name: str, layer: StateSpaceLayer, taken: set[str]) -> Group:
-    """The group of a layer's states, from what it tells of its tensors."""
     weights, system = layer.state_weights(), layer.state_space()
     batch, states, prefix = system.eigenvalues.dim() - 1, np.arange(system.num_states), f"{name}." if name else ""
     slices = (

@@ -88,7 +88,6 @@ def _trace(model: nn.Module, example: Example) -> Trace:
 
 
 def _unreached(program: Any) -> Iterator[str]:
-    """Names of parameters that no op reads."""
     targets = program.graph_signature.inputs_to_parameters
     for node in program.graph.nodes:
         if node.op == "placeholder" and not node.users and node.name in targets:
@@ -104,7 +103,6 @@ def _mark_grouped(walk: Walk) -> None:
 
 
 def _output_shapes(program: Any) -> tuple[torch.Size, ...]:
-    """Shapes of the tensors that the model returns."""
     (output,) = [node for node in program.graph.nodes if node.op == "output"]
     return tuple(node.meta["val"].shape for node in output.args[0] if isinstance(node, fx.Node))
 
@@ -158,7 +156,14 @@ def _walk(model: nn.Module, program: Any) -> tuple[Walk, list[OwnDim]]:
     # Imported here: registering the rules looks up hundreds of ops, for which `import setpoint` need not wait.
     import setpoint.groups.rules  # noqa: F401
 
-    walk = Walk(opaque=frozenset(_attentions(model)))
+    attention = nn.MultiheadAttention  # or what stands in for its forward
+    walk = Walk(
+        opaque=frozenset(
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, attention) and type(module).forward is attention.forward
+        )
+    )
     dims: list[OwnDim] = []
     env: dict[fx.Node, Any] = {}
     specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs if hasattr(spec.arg, "name")}
@@ -171,13 +176,6 @@ def _walk(model: nn.Module, program: Any) -> tuple[Walk, list[OwnDim]]:
     for value in walk.outputs:
         walk.freeze_all(value, "it reaches the model's output")
     return walk, dims
-
-
-def _attentions(model: nn.Module) -> Iterator[str]:
-    """Names of modules with the forward of torch's attention, or the one that stands in for it."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward:
-            yield name
 
 
 def _run(walk: Walk, graph: fx.GraphModule, env: dict[fx.Node, Any], numbers: dict[tuple[str, str], int]) -> Any:

@@ -140,7 +140,6 @@ class Trial:
         return result
 
     def _wrong(self, places: Places) -> Wrong:
-        """Places by module at which the live forward gives a wrong size."""
         found = self._run(places)
         # A forward that stopped half-way shows nothing about later places: count them all.
         return by_module(self.calls) if found is None else found
@@ -256,12 +255,10 @@ class _Notes(TorchFunctionMode):
         self.code: list[Any] = []
 
     def clear(self) -> None:
-        """Drop all notes."""
         self.numbers.clear()
         self.code.clear()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """The same call."""
         kwargs = kwargs or {}
         values = (*args, *kwargs.values())
         name = getattr(func, "__name__", "")
@@ -284,7 +281,6 @@ def _flat(values: Sequence[Any]) -> Iterator[Any]:
 
 
 def _set_places(twin: nn.Module, places: Places, kept: Kept) -> None:
-    """Set attributes, and correct calls, to what is left."""
     calls: dict[str, dict[str, int]] = {}
     for (module, place), labels in places.items():
         if "#" in place:
@@ -334,7 +330,6 @@ class _Watched:
         self.inner = module.__dict__.get("forward")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the forward under watch."""
         with CallSizes(self.calls, changed=self.changed) as sizes:
             try:
                 inner = self.inner or partial(type(self.module).forward, self.module)

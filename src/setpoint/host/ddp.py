@@ -61,7 +61,6 @@ class DDP(Local):
     def begin(
         self, *, steps: Callable[[], int], missed: Callable[[], None], recompiled: Recompiled, num_groups: int
     ) -> None:
-        """A loop begins."""
         super().begin(steps=steps, missed=missed, recompiled=recompiled, num_groups=num_groups)
         self._joining = Joining(self._parallel, self.ranks, steps, missed)
 
@@ -72,11 +71,9 @@ class DDP(Local):
         self._joining.check(regrows=regrows, by_hooks=by_hooks)
 
     def complete(self) -> bool:
-        """Whether all ranks have made the step that is just over."""
         return self._joining.all_made()
 
     def stop(self) -> None:
-        """Leave everything around the model as it was; may be called again."""
         super().stop()
         self._joining.stop()
 

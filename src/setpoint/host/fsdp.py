@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -80,9 +81,9 @@ def pieces_of(model: nn.Module) -> list[Piece]:
 def check_pieces(model: nn.Module, pieces: Sequence[Piece]) -> None:
     """Check that a sharded model can follow a change of sizes, or raise LoopError naming what cannot."""
     sharded = {id(each.parameter) for each in pieces}
-    stray = [
-        name for name, each in model.named_parameters() if id(each) not in sharded and not _unsharded(each, pieces)
-    ]
+    # Between a forward and a backward pass modules have the whole form of a piece.
+    whole = {id(getattr(each.fsdp, "_unsharded_param", None)) for each in pieces}
+    stray = [name for name, each in model.named_parameters() if id(each) not in sharded | whole]
     found = [each.fsdp for each in pieces]
     meshes = [each.mesh_info.mesh for each in found]
     trouble = {
@@ -97,11 +98,6 @@ def check_pieces(model: nn.Module, pieces: Sequence[Piece]) -> None:
     names = [name for name, there in trouble.items() if there]
     if names:
         raise LoopError(f"fully_shard with {'; '.join(names)} cannot follow a cut in this version: leave that out")
-
-
-def _unsharded(parameter: nn.Parameter, pieces: Sequence[Piece]) -> bool:
-    """Whether it is the whole form of a piece, which modules have between a forward and a backward pass."""
-    return any(getattr(each.fsdp, "_unsharded_param", None) is parameter for each in pieces)
 
 
 class FSDP(Local):
@@ -153,19 +149,19 @@ class FSDP(Local):
         everything is as before, to the last bit.
         """
         whole = _Whole(self._pieces(names), self.optimizers)
-        kept: list[_Sharded] = []
+        kept: list[Callable[[], None]] = []
 
         def reshard() -> None:
-            made = whole.reshard()
+            take_effect = whole.reshard()
             agreed()
-            kept[:] = [made]
+            kept[:] = [take_effect]
 
         try:
             with whole.shown():
                 yield reshard
         finally:
-            for each in kept:
-                each.take_effect()
+            for take_effect in kept:
+                take_effect()
 
     def _pieces(self, names: Collection[str] | None) -> list[Piece]:
         found = []
@@ -208,7 +204,6 @@ def unsharded(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _named(module: nn.Module, names: Collection[str], copied: bool) -> set[int]:
-    """Identities of the parameters of these names, which a copy's wrapper may have put `module.` before."""
     parameters = dict(module.named_parameters(remove_duplicate=False))
     prefixes = ("", "module.") if copied else ("",)
     return {id(parameters[p + name]) for name in names for p in prefixes if p + name in parameters}
@@ -228,7 +223,6 @@ class _Whole:
 
     @contextmanager
     def shown(self) -> Iterator[None]:
-        """Inside, modules and optimizers have the whole parameters."""
         instead = {id(piece.parameter): plain for piece, plain in zip(self.pieces, self.plain, strict=True)}
         with ExitStack() as undo:
             for piece, plain in zip(self.pieces, self.plain, strict=True):
@@ -244,28 +238,18 @@ class _Whole:
                     settings["params"] = [instead.get(id(each), each) for each in settings["params"]]
             yield
 
-    def reshard(self) -> _Sharded:
-        """This rank's shards of what the whole parameters hold now; nothing is changed yet."""
+    def reshard(self) -> Callable[[], None]:
+        """Puts this rank's shards of what the whole parameters hold now in their place; nothing is changed yet."""
         made = [_sharded_anew(piece, plain) for piece, plain in zip(self.pieces, self.plain, strict=True)]
         states = [
             _mapped(optimizer, dict(enumerate(self.plain)), lambda n, value: _shard(value, self.plain[n], made[n]))
             for optimizer in self.optimizers
         ]
-        return _Sharded(self.pieces, made, self.optimizers, states)
+        return partial(self._take_effect, made, states)
 
-
-@dataclass(frozen=True, eq=False)
-class _Sharded:
-    """Shards that are ready to take the place of those of other shapes."""
-
-    pieces: Sequence[Piece]  # whose they are
-    made: Sequence[Any]  # what FSDP is to keep of each
-    optimizers: Sequence[Optimizer]  # that hold them
-    states: Sequence[dict[int, dict[str, Any]]]  # by optimizer and number of the piece
-
-    def take_effect(self) -> None:
-        """Put the shards in their place; this cannot fail."""
-        for piece, fsdp in zip(self.pieces, self.made, strict=True):
+    def _take_effect(self, made: Sequence[Any], states: Sequence[dict[int, dict[str, Any]]]) -> None:
+        """Put in place what FSDP is to keep of each piece, and states by optimizer and piece; this cannot fail."""
+        for piece, fsdp in zip(self.pieces, made, strict=True):
             parameter: Any = piece.parameter
             new = fsdp.sharded_param
             # The same DTensor at another shape: its own metadata by `data`, then what it is made of.
@@ -276,8 +260,8 @@ class _Sharded:
             fsdp.sharded_param = parameter
             piece.owner[piece.place] = fsdp
             piece.show(parameter)
-        for optimizer, states in zip(self.optimizers, self.states, strict=True):
-            for number, state in states.items():
+        for optimizer, by_piece in zip(self.optimizers, states, strict=True):
+            for number, state in by_piece.items():
                 optimizer.state[self.pieces[number].parameter] = state
 
 
@@ -293,7 +277,6 @@ def _mapped(
 
 
 def _own(tensor: Tensor) -> Tensor:
-    """A whole tensor in memory of its own."""
     found = unsharded_tensor(tensor.detach())
     return found.clone() if found.data_ptr() == local(tensor.detach()).data_ptr() else found
 

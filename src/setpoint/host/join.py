@@ -127,7 +127,6 @@ class Joining:
             self._count(0)
 
     def _closed(self) -> None:
-        """All ranks have run out of batches."""
         self._open = False
         behind = max(map(int, self._ranks.hear(str(self._steps())))) - self._steps()
         if self._stopped:

@@ -25,9 +25,7 @@ class Local:
     """A `Host` of one process: the model, and what is to follow when its sizes change."""
 
     wrapper: str = ""
-    """What is around the model, for messages; empty in one process."""
     mesh: Any = None
-    """The ranks that the weights are sharded over; None where each has all of them."""
 
     def __init__(
         self, model: nn.Module, optimizers: Sequence[Optimizer], copies: Sequence[nn.Module], *, compiled: bool = False
@@ -38,29 +36,23 @@ class Local:
 
     @property
     def ranks(self) -> Ranks:
-        """The processes that train the model together."""
         return Ranks()
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
         return next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
 
     @property
     def alone(self) -> bool:
-        """Whether one process has all of the model and its gradients."""
         return self.ranks.count == 1
 
     def together(self, what: str) -> AbstractContextManager[dict[str, Any]]:
-        """What is done inside is done by all ranks, with the same outcome, or raises on all of them."""
         return together(self.ranks, what) if self.ranks.count > 1 else nullcontext({})
 
     def unsharded(self) -> AbstractContextManager[None]:
-        """Inside, model and copies are plain and whole on each rank."""
         return nullcontext()
 
     def mean(self, read: Callable[[], Reading], losses: SharedLosses, step: int) -> Reading:
-        """The reading that all ranks decide on; the losses are then the means over ranks."""
         return shared_reading(self.ranks, read, losses, step) if self.ranks.count > 1 else read()
 
     @contextmanager
@@ -85,7 +77,6 @@ class Local:
     def begin(
         self, *, steps: Callable[[], int], missed: Callable[[], None], recompiled: Recompiled, num_groups: int
     ) -> None:
-        """A loop begins."""
         self._code = Recompiling(recompiled, num_groups)
 
     def before_step(self, *, first: bool, regrows: bool, by_hooks: bool) -> None:
@@ -95,9 +86,7 @@ class Local:
             check_unwrapped(self.model)
 
     def complete(self) -> bool:
-        """Whether all ranks have made the step that is just over; asked once after each."""
         return True
 
     def stop(self) -> None:
-        """Leave everything around the model as it was; may be called again."""
         self._code.stop()

@@ -119,7 +119,6 @@ def _places(reading: Reading) -> list[tuple[str, str]]:
 
 
 def _with_values(reading: Reading, values: Float64[np.ndarray, " n"]) -> Reading:
-    """The reading with these numbers, in the order of `_places`."""
     found: dict[str, Any] = {"saliency": {}, "slope": {}, "norm": {}}
     for part, name in _places(reading):
         length = len(getattr(reading, part)[name])

@@ -14,7 +14,7 @@ from jaxtyping import Float64
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from setpoint.actuator.cut import SizePlace, cut_groups
+from setpoint.actuator.cut import cut_groups
 from setpoint.actuator.shrink import named_tensors
 from setpoint.actuator.sizes import apply_sizes
 from setpoint.distributed import is_sharded_tensor
@@ -86,7 +86,9 @@ class Probing:
         self._places = [each for each in places if not is_sharded_tensor(each[2])]
         self._brackets = brackets
         self._whole: dict[nn.Module, list[Place]] = {}
-        self._sizes = _counts(model, reserve, active, grow)
+        # Calls stay corrected, since a forward that has begun is the corrected one.
+        counts = reserve.counts(active)
+        self._sizes = {at: counts[at] for at in new_sizes(model, reserve, active, grow)}
         self._gains: dict[tuple[int, str], RunningSum] = {}
         self._means: dict[str, Tensor] | None = None
         self._sentinels = Sentinels(model.parameters())
@@ -244,7 +246,6 @@ class Probing:
         return filled
 
     def _note(self, wide: _Wide, gradient: Tensor) -> None:
-        """Add the gains that the gradient of a wide parameter gives."""
         for name, weights, sums in wide.weights:
             lost = sums.add_up(sums.select(weights) * sums.select(gradient).to(weights.dtype)).double()
             self._gains[id(wide.live), name].bring(-lost)
@@ -276,7 +277,7 @@ def _widened(
     reserve = reserve.gathered(names)
     active = with_units(reserve, grow)
     live, larger = reserve.boxes(reserve.active), reserve.boxes(active)
-    known = reserve.boxes({name: units | reserve.resting[name] for name, units in reserve.active.items()})
+    known = reserve.outlines()
     found = []
     for name in sorted(names):
         tensor = tensors[name]
@@ -301,10 +302,3 @@ def _widened(
         index = corner(base, {dim: live[name][dim][kept] for dim, kept in larger[name].items()})
         found.append(_Wide(tensor, base, index, tuple((each, kept, sums) for each, kept, sums, *_ in weights)))
     return found
-
-
-def _counts(model: nn.Module, reserve: Reserve, active: Mapping[str, Any], grow: Grow) -> dict[SizePlace, int | None]:
-    """Sizes while units are present; calls stay corrected, since a forward that has begun is the corrected one."""
-    sizes = new_sizes(model, reserve, active, grow)
-    counts = reserve.counts(active)
-    return {at: counts[at] for at in sizes}

@@ -131,10 +131,9 @@ def _changes(
     active: Mapping[str, Bool[np.ndarray, " units"]],
     names: frozenset[str],
 ) -> Iterator[Change]:
-    """Build everything larger without touching anything old."""
     tensors = named_tensors(module)
     live, larger = reserve.boxes(reserve.active), reserve.boxes(active)
-    known = reserve.boxes({name: units | reserve.resting[name] for name, units in reserve.active.items()})
+    known = reserve.outlines()
 
     def grown(key: Key, source: Tensor) -> Tensor:
         return enlarge(reserve, key, source, known[key.tensor], live[key.tensor], larger[key.tensor])

@@ -289,7 +289,6 @@ class Regrowth:
             self._spending.probed(self._extra(self._chosen))
 
     def _extra(self, units: Grow) -> float:
-        """FLOPs that a step takes more with these units present."""
         wide = {name: int(active.sum()) for name, active in with_units(self.reserve, units).items()}
         flops = self._spending.costs["flops"]
         return flops.total(wide) - flops.total(widths_of(self.reserve.present()))
@@ -386,7 +385,6 @@ class Regrowth:
         return True
 
     def _settle(self) -> None:
-        """Let weights that are rising arrive at once."""
         if self._easing is not None:
             self._easing.finish()
             self._easing = None
@@ -405,18 +403,15 @@ class Regrowth:
 
 
 def _gains(state: Mapping[str, Any]) -> list[dict[str, Float64[np.ndarray, " _units"]]]:
-    """Gains of probed steps, from a loop's state."""
     return [restored(each, {}, "recent gains", torch.device("cpu")) for each in state["recent"]]
 
 
 def _chosen(state: Mapping[str, Any]) -> dict[str, Int[np.ndarray, " _units"]]:
-    """Units to probe, from a loop's state."""
     found = restored(state["chosen"], {}, "units to probe", torch.device("cpu"))
     return {str(name): np.asarray(origins) for name, origins in found.items()}
 
 
 def _whole(state: Mapping[str, Sequence[Sequence[Any]]]) -> Whole:
-    """Layers as they were, from a loop's state."""
     return {
         str(name): {Key(str(holder), str(tensor), str(part)): value.clone() for holder, tensor, part, value in each}
         for name, each in state.items()

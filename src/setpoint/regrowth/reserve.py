@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from setpoint.actuator.cut import Keep, SizePlace, check_keep, cut_groups, plan_cut
-from setpoint.actuator.optimizer_state import Optimizers, as_sequence, map_tensors
+from setpoint.actuator.optimizer_state import Optimizers, as_sequence, moments_of
 from setpoint.actuator.shrink import named_tensors, unwrapped
 from setpoint.actuator.take import in_format
 from setpoint.distributed import Ranks, is_sharded_tensor, local, sharded_over
@@ -203,7 +202,7 @@ class Reserve:
             form = torch.empty_strided(each["shape"], each["stride"], dtype=values.dtype, device="meta")
             tensors[key] = Rest(values, form, count)
         after = replace(self, tensors=tensors, **by_group)  # type: ignore[arg-type]
-        known, live = after._outlines(), after.boxes(after.active)
+        known, live = after.outlines(), after.boxes(after.active)
         for key, rest in tensors.items():
             shape = rest.form.shape
             if key.tensor not in known or any(len(kept) != shape[dim] for dim, kept in known[key.tensor].items()):
@@ -237,8 +236,8 @@ class Reserve:
 
         They are taken from the reserve `before`, `gathered`, and from live tensors, which hold what was active in it.
         """
-        known, live = before._outlines(), before.boxes(before.active)
-        wanted, mine = self._outlines(), self.boxes(self.active)
+        known, live = before.outlines(), before.boxes(before.active)
+        wanted, mine = self.outlines(), self.boxes(self.active)
         tensors = dict(self.tensors)
         keys = dict.fromkeys([*sources, *(key for key in before.tensors if key.tensor in names)])
         for key in keys:
@@ -285,7 +284,7 @@ class Reserve:
         form = in_format(torch.empty(shape, dtype=like.dtype, device="meta"), like)
         return torch.zeros(shape, dtype=like.dtype), form
 
-    def _outlines(self) -> dict[str, dict[int, Bool[np.ndarray, " _entries"]]]:
+    def outlines(self) -> dict[str, dict[int, Bool[np.ndarray, " _entries"]]]:
         """Boxes of all units that are active or rest."""
         return self.boxes({name: units | self.resting[name] for name, units in self.active.items()})
 
@@ -311,7 +310,6 @@ class Reserve:
         return replace(self, resting=resting, let_go={name: tuple(sorted(gone)) for name, gone in let_go.items()})
 
     def _shapes(self, tensors: Mapping[Key, Tensor]) -> dict[Key, tuple[int, ...]]:
-        """Shape of each tensor before any cut."""
         live = self.boxes(self.active)
         return {
             key: tuple(self.tensors[key].form.shape)
@@ -322,7 +320,7 @@ class Reserve:
 
     def _need(self, shapes: Mapping[Key, tuple[int, ...]], tensors: Mapping[Key, Tensor]) -> int:
         """Bytes that the resting entries of these tensors take, on each rank."""
-        known, live, ranks = self._outlines(), self.boxes(self.active), self.ranks.count
+        known, live, ranks = self.outlines(), self.boxes(self.active), self.ranks.count
         total = 0
         for key, shape in shapes.items():
             count = count_entries(shape, known[key.tensor]) - count_entries(shape, live[key.tensor])
@@ -338,22 +336,8 @@ def held(
     for name in sorted(names):
         yield Key("model", name), tensors[name]
         for number, each in enumerate(as_sequence(optimizer)):
-            for part, value in _state(each, tensors[name]):
+            for part, value in moments_of(each, tensors[name]):
                 yield Key(f"optimizer {number}", name, part), value
     for number, copied in enumerate(unwrapped(names, model, copies)):
         theirs = named_tensors(copied)
         yield from ((Key(f"copy {number}", name), theirs[name]) for name in sorted(names) if name in theirs)
-
-
-def _state(optimizer: Optimizer, tensor: Tensor) -> list[tuple[str, Tensor]]:
-    """State tensors of the parameter's shape, each with its place in the state."""
-    found: list[tuple[str, Tensor]] = []
-
-    def note(value: Tensor, part: str) -> Tensor:
-        if value.shape == tensor.shape:
-            found.append((part, value))
-        return value
-
-    for key, value in optimizer.state.get(tensor, {}).items():
-        map_tensors(value, note, key)
-    return found

@@ -131,5 +131,4 @@ class SensorChain:
 
 
 def _hooking(state: ChainState) -> list[tuple[Hooking, Any]]:
-    """The sensors that read through hooks, and their states."""
     return [(link.sensor, link.state) for link in state.links if isinstance(link.sensor, Hooking)]

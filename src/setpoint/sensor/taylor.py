@@ -303,7 +303,6 @@ def _summed(
 
 @torch.no_grad()
 def _weight_norms(state: TaylorState) -> dict[str, Float64[np.ndarray, " units"]]:
-    """L2 norms of the units' outgoing weights, by group; they come to the host together."""
     if state.sources is None:
         return {}
 

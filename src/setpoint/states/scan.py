@@ -124,7 +124,6 @@ class _Run:
         return x
 
     def seams(self, room: Complex[Tensor, "most_steps batch states"]) -> list[Tensor | None]:
-        """The state before each block."""
         found: list[Tensor | None] = [None]
         for block in self.blocks[:-1]:
             found.append(self.states(block, found[-1], room)[-1].clone())

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from setpoint.actuator.cut import Keep, check_keep
 from setpoint.actuator.optimizer_state import Optimizers, as_sequence, map_tensors
-from setpoint.actuator.shrink import named_tensors, shrink
+from setpoint.actuator.shrink import named_tensors
 from setpoint.controller.plan import Plan
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group
@@ -31,29 +31,6 @@ Moments = Literal["carry", "reset", "position"]
 
 _SECOND = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"}  # means or sums of squared gradients
 _FIRST = {"exp_avg", "momentum_buffer", "grad_avg"}  # means or sums of gradients
-
-
-def balance_and_shrink(
-    model: nn.Module,
-    optimizer: Optimizers,
-    groups: tuple[Group, ...],
-    keep: Keep,
-    basis: Mapping[str, Basis],
-    copies: Sequence[nn.Module] = (),
-    *,
-    moments: Moments = "carry",
-) -> tuple[Group, ...]:
-    """Shrink a model; state groups that lose units are balanced, truncated and diagonalised on the way.
-
-    All or nothing: on any exception model, optimizers and copies are as they were. Arguments are those of `turned`.
-
-    Raises:
-        GroupError: as `shrink` and `turned`.
-        OptimizerError: as `shrink`.
-        StateSpaceError: when the layer is not stable or not finite.
-    """
-    with turned(model, optimizer, groups, keep, basis, copies, moments=moments):
-        return shrink(model, optimizer, groups, keep, copies)
 
 
 @contextmanager
@@ -129,7 +106,6 @@ class _Held:
                 yield from ((each, parameter) for each in self.optimizers if parameter in each.state)
 
     def replace_state(self, optimizer: Optimizer, parameter: Tensor, state: dict[str, Any] | None) -> None:
-        """Give a parameter another state, or none."""
         self.undo.callback(optimizer.state.__setitem__, parameter, optimizer.state[parameter])
         if state is None:
             del optimizer.state[parameter]
@@ -182,7 +158,6 @@ class _Turn:
         mirror = DiagonalSystem(new.eigenvalues.conj(), new.inputs.conj(), new.outputs.conj())
 
         def apart(modes: DiagonalSystem) -> Tensor:
-            """How far each mode is from what the layer holds."""
             far: Tensor = (modes.eigenvalues - eigenvalues).abs().square()
             far = far + (modes.inputs - inputs).abs().square().sum(-1)
             return far + (modes.outputs - outputs).abs().square().sum(-2)
@@ -199,7 +174,6 @@ class _Turn:
         return replace(self.modes, system=system, reduce=reduce, expand=expand)
 
     def _let_follow(self, moments: Moments, before: StateWeights) -> None:
-        """Copies and optimizer state after the model."""
         for copy in self.held.copies:
             inner = copy if self._tensor_names() <= set(named_tensors(copy)) else copy.get_submodule("module")
             self._write(inner, self._follow(_layer(inner, self.name).state_space()))
@@ -279,7 +253,9 @@ class _Turn:
 def _turned(values: list[Tensor], key: str, gradients: Tensor, dim: int, kept: Tensor) -> list[Tensor]:
     if key not in _FIRST | _SECOND:
         return [value.mean(dim, keepdim=True).expand_as(value).clone() for value in values]
-    parts = [*values] if len(values) == 2 else [*_parts(values[0])]
+    # Real and imaginary part: in two tensors, of a complex one, or of one that keeps them along a last dim of two.
+    whole = torch.view_as_real(values[0]) if values[0].is_complex() else values[0]
+    parts = values if len(values) == 2 else whole.unbind(-1)
     stacked = torch.cat(parts, dim).double()
     turning = gradients.square() if key in _SECOND else gradients
     # States lie along the dim before the last of B, and along the last of C.
@@ -292,11 +268,6 @@ def _turned(values: list[Tensor], key: str, gradients: Tensor, dim: int, kept: T
         return halves
     pairs = torch.stack(halves, -1)
     return [torch.view_as_complex(pairs) if values[0].is_complex() else pairs]
-
-
-def _parts(value: Tensor) -> tuple[Tensor, ...]:
-    """Real and imaginary part of a complex tensor, or of one that keeps them along a last dim of two."""
-    return (torch.view_as_real(value) if value.is_complex() else value).unbind(-1)
 
 
 def _times(factor: Tensor) -> Tensor:

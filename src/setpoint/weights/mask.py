@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from setpoint.actuator.optimizer_state import Optimizers, as_sequence, visit_state
+from setpoint.actuator.optimizer_state import Optimizers, as_sequence, moments_of
 
 
 @torch.no_grad()
@@ -38,7 +38,8 @@ _BEGINNINGS = ((torch.optim.Rprop, "step_size", "lr"), (torch.optim.Adagrad, "su
 def _begin_at(gone: Tensor, weight: nn.Parameter, optimizer: Optimizers) -> None:
     weight.masked_fill_(gone, 0.0)
     for each in as_sequence(optimizer):
-        visit_state(each, weight, lambda moment: moment.masked_fill_(gone, 0.0))
+        for _, moment in moments_of(each, weight):
+            moment.masked_fill_(gone, 0.0)
         for kind, part, setting in _BEGINNINGS:
             if isinstance(each, kind) and part in each.state.get(weight, {}):
                 group = next(group for group in each.param_groups if any(weight is one for one in group["params"]))

@@ -280,6 +280,5 @@ class Masks:
 
 
 def _parameters(copy: nn.Module, names: list[str]) -> dict[str, nn.Parameter]:
-    """The parameters of a copy by their names in the model."""
     own = {name.removeprefix("module."): each for name, each in copy.named_parameters(remove_duplicate=False)}
     return {name: own[name] for name in names}

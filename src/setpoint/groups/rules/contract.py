@@ -248,24 +248,16 @@ def _convolution(
 
 @rule(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
 @rule(aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding)
+@rule(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
 def _conv(walk: Walk, out: Value, x: Value, weight: Value, bias: Value | None = None, *args: Any, **kw: Any) -> Value:
     """Channels are contracted, kernel and space are data."""
     num_groups = kw.get("groups", args[3] if len(args) > 3 else 1)
-    return _convolution(walk, out, x, weight, bias, num_groups, transposed=False)
-
-
-@rule(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
-def _conv_transpose(
-    walk: Walk, out: Value, x: Value, weight: Value, bias: Value | None = None, *args: Any, **kw: Any
-) -> Value:
-    """The weight's first dim is the input's channel."""
-    num_groups = kw.get("groups", args[3] if len(args) > 3 else 1)
-    return _convolution(walk, out, x, weight, bias, num_groups, transposed=True)
+    transposed = op_name(walk.node.target).startswith("conv_transpose")  # type: ignore[union-attr]
+    return _convolution(walk, out, x, weight, bias, num_groups, transposed)
 
 
 @rule(aten.convolution.default)
 def _general_convolution(
     walk: Walk, out: Value, x: Value, weight: Value, bias: Value | None, *args: Any, **kw: Any
 ) -> Value:
-    """The one op behind all convolutions."""
     return _convolution(walk, out, x, weight, bias, args[5], transposed=args[3])

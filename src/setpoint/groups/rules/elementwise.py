@@ -134,7 +134,6 @@ def _distance(walk: Walk, out: Value, x: Value, y: Value, reduction: int = 1, *a
 
 @rule(aten.broadcast_tensors.default)
 def _broadcast_tensors(walk: Walk, out: tuple[Value, ...], tensors: Sequence[Value]) -> tuple[Value, ...]:
-    """Each tensor broadcast to their common shape."""
     labels = unite_broadcast(walk, tensors, out[0].ndim)
     return tuple(
         Value(part.shape, labels, zero=x.zero and _carries_everywhere(x, Value(part.shape, labels)))

@@ -44,13 +44,7 @@ def _recurrent(
         for value in (x, *starts, *parameters):
             walk.freeze_all(value, "a recurrent network with projections")
         return None
-    hidden: DimLabels = walk.atoms.fresh(starts[0].shape[-1])
-    for start in starts:
-        hidden = walk.unite(hidden, start.labels[-1], "its first hidden state is data")
-    inputs = x.labels[-1]
-    for attribute, labels in (("hidden_size", hidden), ("input_size", inputs)):
-        if labels is not None:
-            walk.attributes[walk.module, attribute] = labels
+    hidden, inputs = _hidden(walk, x, starts), x.labels[-1]
     positions = math.prod(x.shape[:-1])
     for layer in range(num_layers):
         of_layer = parameters[layer * per_cell * num_directions : (layer + 1) * per_cell * num_directions]
@@ -69,17 +63,22 @@ def _one_step(
 ) -> Value | tuple[Value, ...]:
     """One step of one cell, as `nn.LSTMCell` and its like take it."""
     starts = [states] if isinstance(states, Value) else list(states)
+    hidden = _hidden(walk, x, starts)
+    given = [parameter for parameter in parameters if parameter is not None]
+    _cell(walk, given, x.labels[-1], hidden, math.prod(x.shape[:-1]))
+    zero = all(start.zero for start in starts)
+    results = tuple(Value(start.shape, (*x.labels[:-1], hidden), zero=zero) for start in starts)
+    return results if isinstance(out, tuple) else results[0]
+
+
+def _hidden(walk: Walk, x: Value, starts: Sequence[Value]) -> DimLabels:
     hidden: DimLabels = walk.atoms.fresh(starts[0].shape[-1])
     for start in starts:
         hidden = walk.unite(hidden, start.labels[-1], "its first hidden state is data")
     for attribute, labels in (("hidden_size", hidden), ("input_size", x.labels[-1])):
         if labels is not None:
             walk.attributes[walk.module, attribute] = labels
-    given = [parameter for parameter in parameters if parameter is not None]
-    _cell(walk, given, x.labels[-1], hidden, math.prod(x.shape[:-1]))
-    zero = all(start.zero for start in starts)
-    results = tuple(Value(start.shape, (*x.labels[:-1], hidden), zero=zero) for start in starts)
-    return results if isinstance(out, tuple) else results[0]
+    return hidden
 
 
 def _cell(walk: Walk, parameters: Sequence[Value], inputs: DimLabels, hidden: DimLabels, positions: int) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from setpoint.groups.walk import DimLabels, Value, Walk, rule
+from setpoint.groups.walk import DimLabels, Value, Walk, op_name, rule
 
 aten = torch.ops.aten
 
@@ -26,42 +26,31 @@ def _without(value: Value, dims: list[int], keepdim: bool) -> tuple[DimLabels, .
 
 
 @rule(aten.mean.default, aten.mean.dim, aten.var.dim, aten.var.correction, aten.std.dim, aten.std.correction)
-@rule(aten.var_mean.dim, aten.var_mean.correction, aten.norm.ScalarOpt_dim, aten.norm.Scalar)
+@rule(aten.var_mean.dim, aten.var_mean.correction)
 def _mean(walk: Walk, out: Any, x: Value, dim: Any = None, *args: Any, **kwargs: Any) -> Any:
     """A mean divides by the number of entries, so a zero entry is not an absent one."""
-    packet = walk.node.target.overloadpacket if walk.node is not None else None  # type: ignore[union-attr]
-    if packet is aten.norm:
-        order = 2 if dim is None else dim
-        x = x if order >= 0 else replace(x, zero=False)  # a negative power of zero
-        dim, args = (args[0], args[1:]) if args else (None, ())
     keepdim = bool(kwargs.get("keepdim", args[-1] if args and isinstance(args[-1], bool) else False))
     dims = _dims(x, dim)
     for d in dims:
-        if packet is aten.norm:
-            _sum_over(walk, x, d)
-        else:
-            walk.lossy(x.labels[d], "a mean or variance runs over it")
+        walk.lossy(x.labels[d], "a mean or variance runs over it")
     labels = _without(x, dims, keepdim)
     return tuple(labels for _ in out) if isinstance(out, tuple) else labels
 
 
-def _sum_over(walk: Walk, x: Value, dim: int) -> None:
-    walk.atoms.mark("measured" if x.weight else "summed", x.labels[dim])
-    if not x.zero or walk.copies(x.labels[dim]):
-        walk.lossy(x.labels[dim], "a sum runs over it and dropped units are not zero there")
-
-
-@rule(aten.sum.default, aten.sum.dim_IntList, aten.linalg_vector_norm.default)
+@rule(aten.sum.default, aten.sum.dim_IntList)
+@rule(aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim, aten.norm.Scalar)
 def _sum(walk: Walk, out: Value, x: Value, *args: Any, **kwargs: Any) -> tuple[DimLabels, ...]:
     """A sum of zeros is the sum without them."""
-    norm = walk.node is not None and walk.node.target is aten.linalg_vector_norm.default
-    order = kwargs.get("ord", args[0] if args else 2) if norm else 1
-    if norm:
+    if op_name(walk.node.target) != "sum":  # type: ignore[union-attr]
+        order = kwargs.get("ord", args[0] if args else None)
         args = args[1:]
-    x = x if order >= 0 else replace(x, zero=False)  # a negative power of zero
+        if order is not None and order < 0:
+            x = replace(x, zero=False)  # a negative power of zero
     dims = _dims(x, kwargs.get("dim", args[0] if args else None))
     for d in dims:
-        _sum_over(walk, x, d)
+        walk.atoms.mark("measured" if x.weight else "summed", x.labels[d])
+        if not x.zero or walk.copies(x.labels[d]):
+            walk.lossy(x.labels[d], "a sum runs over it and dropped units are not zero there")
     return _without(x, dims, bool(kwargs.get("keepdim", args[1] if len(args) > 1 else False)))
 
 

@@ -134,33 +134,12 @@ def _unflatten(walk: Walk, out: Value, x: Value, dim: int, sizes: Sequence[int])
 
 
 @rule(aten.transpose.int, aten.swapaxes.default, aten.swapdims.default)
-def _transpose(walk: Walk, out: Value, x: Value, first: int, second: int) -> tuple[DimLabels, ...]:
-    """Two dims change places."""
-    labels = list(x.labels)
-    labels[first], labels[second] = labels[second], labels[first]
-    return tuple(labels)
-
-
 @rule(aten.t.default, aten.numpy_T.default, aten.mT.default, aten.matrix_H.default, aten.adjoint.default)
-def _t(walk: Walk, out: Value, x: Value) -> tuple[DimLabels, ...]:
-    """The last two dims change places."""
-    return x.labels if x.ndim < 2 else (*x.labels[:-2], x.labels[-1], x.labels[-2])
-
-
-@rule(aten.permute.default)
-def _permute(walk: Walk, out: Value, x: Value, dims: Sequence[int]) -> tuple[DimLabels, ...]:
-    """Dims in a new order."""
-    return tuple(x.labels[d] for d in dims)
-
-
-@rule(aten.movedim.int, aten.movedim.intlist)
-def _movedim(walk: Walk, out: Value, x: Value, source: Any, target: Any) -> tuple[DimLabels, ...]:
-    """Some dims move, the others keep their order."""
-    sources = [d % x.ndim for d in (source if isinstance(source, (list, tuple)) else [source])]
-    targets = [d % x.ndim for d in (target if isinstance(target, (list, tuple)) else [target])]
-    rest = iter(d for d in range(x.ndim) if d not in sources)
-    placed = dict(zip(targets, sources, strict=True))
-    return tuple(x.labels[placed[d] if d in placed else next(rest)] for d in range(x.ndim))
+@rule(aten.permute.default, aten.movedim.int, aten.movedim.intlist)
+def _permute(walk: Walk, out: Value, x: Value, *dims: Any) -> tuple[DimLabels, ...]:
+    """Dims in a new order, which the op shows on a tensor without data in which each dim is as long as its number."""
+    numbered = torch.empty(tuple(range(x.ndim)), device="meta")
+    return tuple(x.labels[d] for d in walk.node.target(numbered, *dims).shape)  # type: ignore[union-attr,operator]
 
 
 @rule(aten.expand.default, aten.expand_as.default, aten.broadcast_to.default)
@@ -183,10 +162,11 @@ def _spans(x: Value, out: Value) -> bool:
     return all(size == out.shape[dim] for dim, size in _padded(x, out))
 
 
-@rule(aten.repeat.default)
+@rule(aten.repeat.default, aten.tile.default)
 def _repeat(walk: Walk, out: Value, x: Value, repeats: Sequence[int]) -> Value:
     """Copies side by side belong to the same units; copies of a dim of one follow any dim they are united with."""
     own = (None,) * (out.ndim - x.ndim) + x.labels
+    repeats = [1] * (out.ndim - len(repeats)) + list(repeats)  # `tile` may leave those of leading dims out
     labels: list[DimLabels] = []
     for dim, size in _padded(x, out):
         labels.append(_repeated(walk, own[dim], size, repeats[dim], np.tile))
@@ -234,7 +214,6 @@ def _cat(walk: Walk, out: Value, tensors: Sequence[Value], dim: int = 0) -> tupl
 
 @rule(aten.stack.default)
 def _stack(walk: Walk, out: Value, tensors: Sequence[Value], dim: int = 0) -> tuple[DimLabels, ...]:
-    """A new dim of data; all other dims unite."""
     labels: list[DimLabels] = list(tensors[0].labels)
     for value in tensors[1:]:
         for d, size in enumerate(value.shape):
@@ -244,7 +223,11 @@ def _stack(walk: Walk, out: Value, tensors: Sequence[Value], dim: int = 0) -> tu
     return tuple(labels)
 
 
-def _pieces(walk: Walk, out: tuple[Value, ...], x: Value, dim: int, name: str) -> tuple[Value, ...]:
+@rule(aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes)
+@rule(aten.chunk.default, aten.tensor_split.sections)
+def _pieces(walk: Walk, out: tuple[Value, ...], x: Value, sizes: Any, dim: int = 0) -> tuple[Value, ...]:
+    """Pieces of a dim; their sizes are recorded, since the forward may write them out."""
+    name = op_name(walk.node.target).removesuffix("_with_sizes")  # type: ignore[union-attr]
     dim = dim % x.ndim
     own = x.labels[dim]
     results, first = [], 0
@@ -255,18 +238,6 @@ def _pieces(walk: Walk, out: tuple[Value, ...], x: Value, dim: int, name: str) -
         walk.literal(name, number, size, part)
         first += size
     return tuple(results)
-
-
-@rule(aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes)
-def _split_op(walk: Walk, out: tuple[Value, ...], x: Value, sizes: Any, dim: int = 0) -> tuple[Value, ...]:
-    """Pieces of a dim; their sizes are recorded, since the forward may write them out."""
-    return _pieces(walk, out, x, dim, "split")
-
-
-@rule(aten.chunk.default, aten.tensor_split.sections)
-def _chunk(walk: Walk, out: tuple[Value, ...], x: Value, num: int, dim: int = 0) -> tuple[Value, ...]:
-    """Equal pieces of a dim."""
-    return _pieces(walk, out, x, dim, op_name(walk.node.target))  # type: ignore[union-attr]
 
 
 @rule(aten.unbind.int)
@@ -294,7 +265,6 @@ def _slice(
 
 @rule(aten.narrow.default)
 def _narrow(walk: Walk, out: Value, x: Value, dim: int, start: Any, length: Any) -> tuple[DimLabels, ...]:
-    """`length` entries from `start`."""
     return _cut_out(walk, out, x, dim, slice(start, start + length) if isinstance(start, int) else None)
 
 
@@ -318,7 +288,6 @@ def _cut_out(walk: Walk, out: Value, x: Value, dim: int, run: slice | None) -> t
 
 @rule(aten.flip.default)
 def _flip(walk: Walk, out: Value, x: Value, dims: Sequence[int]) -> tuple[DimLabels, ...]:
-    """Entries in the opposite order."""
     turned = {d % x.ndim for d in dims}
     return tuple(own if own is None or d not in turned else own[::-1].copy() for d, own in enumerate(x.labels))
 
@@ -377,10 +346,3 @@ def _glu(walk: Walk, out: Value, x: Value, dim: int = -1) -> Value:
         half = math.ceil(len(own) / 2)
         labels[dim] = walk.unite(own[:half], own[half:])
     return Value(out.shape, tuple(labels), zero=x.zero)
-
-
-@rule(aten.tile.default)
-def _tile(walk: Walk, out: Value, x: Value, repeats: Sequence[int]) -> Value:
-    """As repeat, with repeats of leading dims left out."""
-    result: Value = _repeat(walk, out, x, [1] * max(0, x.ndim - len(repeats)) + list(repeats))
-    return result

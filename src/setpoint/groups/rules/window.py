@@ -45,19 +45,16 @@ def _col2im(
     return (*x.labels[:-2], own, None, None)
 
 
-def _spatial(walk: Walk, out: Any, x: Value, num_spatial: int) -> Any:
-    """Windows over the last dims: units along those freeze, the others pass."""
-    for spatial in x.labels[x.ndim - num_spatial :]:
-        walk.freeze(spatial, "a window slides over it")
-    labels = (*x.labels[: x.ndim - num_spatial], *(None,) * num_spatial)
-    return tuple(labels for _ in out) if isinstance(out, tuple) else labels
-
-
 def _slides(num_spatial: int, resizes: bool) -> Rule:
+    """Windows over the last dims: units along those freeze, the others pass."""
+
     def function(walk: Walk, out: Any, x: Value, *args: Any, **kwargs: Any) -> Any:
         if resizes:
             walk.atoms.mark("resized", x.labels[-1 - num_spatial])  # torch refuses to resize no channels
-        return _spatial(walk, out, x, num_spatial)
+        for spatial in x.labels[x.ndim - num_spatial :]:
+            walk.freeze(spatial, "a window slides over it")
+        labels = (*x.labels[: x.ndim - num_spatial], *(None,) * num_spatial)
+        return tuple(labels for _ in out) if isinstance(out, tuple) else labels
 
     return function
 
