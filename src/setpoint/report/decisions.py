@@ -42,8 +42,9 @@ def spending(record: Record, resource: str) -> Figure:
     shapes, notes = list[Trace](), list[Trace]()
     for name, value, color, dash in (("dense", dense, FAINT, "solid"), ("budget", limit, INK, "dot")):
         if value is not None:
-            y, across = value / factor, {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "layer": "below"}
-            shapes.append(across | {"y0": y, "y1": y, "line": {"color": color, "dash": dash, "width": 1.4}})
+            y, look = value / factor, {"color": color, "dash": dash, "width": 1.4}
+            across = {"type": "line", "xref": "paper", "x0": 0, "x1": 1}
+            shapes.append(across | {"y0": y, "y1": y, "layer": "below", "line": look})
             at = {"xref": "paper", "x": 1, "y": y, "xanchor": "right", "yanchor": "bottom"}
             notes.append(at | {"text": f"{name} {digits(y)} {unit}", "showarrow": False, "font": {"size": 11}})
     shape = layout(f"{unit} per {PER.get(resource, 'step')}", shapes=shapes, annotations=notes)
