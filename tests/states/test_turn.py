@@ -274,7 +274,7 @@ def test_a_failing_cut_is_rolled_back() -> None:
     group, basis = _states(model)
     before = _snapshot(model, optimizer)
     with (
-        patch("setpoint.states.turn.shrink", side_effect=RuntimeError("no memory")),
+        patch("setpoint_bench.balance_and_shrink.shrink", side_effect=RuntimeError("no memory")),
         pytest.raises(RuntimeError, match="no memory"),
     ):
         balance_and_shrink(model, optimizer, (group,), _first(group, 4), {group.name: basis})
