@@ -405,7 +405,7 @@ def test_coarse_blocks_are_left_for_the_landing() -> None:
     dense, ends = cost.total(widths_of(groups)), []
     for seed in range(8):
         decisions = run(PricedController(), groups, cost, lognormal(groups, seed=seed), fraction=0.5)
-        assert any("left for the landing" in decision.plan.reason for decision in decisions)
+        assert any("left for the last cut" in decision.plan.reason for decision in decisions)
         ends.append(decisions[-1].predicted / dense)
     assert max(ends) <= 0.5 and np.mean(ends) > 0.5 * 0.97
 

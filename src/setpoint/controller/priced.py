@@ -341,7 +341,7 @@ class PricedController:
             target = max(aim.target, aim.landing + _BLOCKS_TO_LAND * block_savings(selection))
             self._descend(selection, min(target, aim.most), land=False)
             if selection.total <= aim.most:
-                return selection, "what is left to drop is left for the landing" if target > aim.target else ""
+                return selection, "the rest is left for the last cut" if target > aim.target else ""
         selection, lifted = nothing(guards), ""
         if not self._descend(selection, aim.goal, land=True):
             selection, lifted = nothing(guards.without_slew()), "slew limit lifted"

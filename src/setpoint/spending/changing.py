@@ -17,13 +17,13 @@ def check_open(spending: Spending, step: int, *, budget_met: bool) -> None:
     """Check that the budget may still be changed.
 
     Raises:
-        LoopError: after the landing or the freeze, or where there is no budget.
+        LoopError: once the budget is met or frozen, or where there is no budget.
     """
     if not spending.budgets:
         raise LoopError("this loop follows a Price or a Tolerance: it has no budget to change, attach with a Budget")
     if budget_met or spending.schedule.final(step, spending.total_steps):
         raise LoopError(
-            f"the budget is frozen at step {step}: it may be changed until the landing, "
+            f"the budget is frozen at step {step}: it may be changed until it is met, "
             f"by {spending.schedule.land:.0%} of the run at the latest. Finish this loop and attach a new one"
         )
 
