@@ -88,7 +88,7 @@ def columns(rows: Sequence[Row]) -> tuple[Column, ...]:
         Column("ahead from step", break_even_text, 7),
         Column("energy", energy_text, 5),
         Column("cuts", lambda row: NOTHING if not row.resizes else f"{row.resizes:.1f}".removesuffix(".0"), 10),
-        Column("budget_met", budget_met_text, 6),
+        Column("budget met", budget_met_text, 6),
     )
     return tuple(column for column in found if any(column.text(row) != NOTHING for row in rows))
 
