@@ -288,7 +288,7 @@ def test_weights_that_stay_bad_are_never_cut() -> None:
 # How a run ends.
 
 
-def test_a_run_that_stops_early_has_not_landed() -> None:
+def test_a_run_that_stops_early_misses_its_budget() -> None:
     """Ending before the landing is said in the summary, with the numbers."""
     model = _mlp()
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
@@ -300,7 +300,7 @@ def test_a_run_that_stops_early_has_not_landed() -> None:
     assert summary.break_even_step is None
 
 
-def test_within_budget_but_not_landed() -> None:
+def test_within_budget_but_not_met() -> None:
     """Being within budget is not enough: without a last decision the run has not met its budget."""
     model = _mlp()
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
@@ -347,7 +347,7 @@ def test_finish_twice_is_an_error() -> None:
     assert loop.summary is summary
 
 
-def test_a_model_changed_by_others_has_not_landed() -> None:
+def test_a_model_changed_by_others_misses_its_budget() -> None:
     """If the finished model has other parameters than its widths account for, the landing is not confirmed."""
     model = _mlp()
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
