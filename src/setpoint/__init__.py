@@ -38,13 +38,30 @@ _LEAVES = {
 """Names that are imported when somebody asks for them: not every run needs these folders."""
 
 
+_MOVED = dict(
+    pair.split("=")
+    for pair in """
+    BudgetError=errors CheckpointError=errors CostError=errors DeviceError=errors ExampleError=errors ExportError=errors
+    GroupError=errors LoopError=errors OptimizerError=errors PathError=errors RankError=errors StateSpaceError=errors
+    VerificationError=errors Group=groups.group SizeBinding=groups.group Slice=groups.group Reading=sensor.reading
+    StateSpaceLayer=groups.state_space Sensor=sensor.reading MagnitudeSensor=sensor.magnitude SensorChain=sensor.chain
+    SelectiveSensor=states.selective WeightTaylorSensor=weights.taylor Cost=cost.cost Controller=controller.plan
+    Observation=controller.plan Plan=controller.plan PenaltyController=controller.penalty Entry=entry
+    TolerantController=controller.tolerant GatedController=gates.gated Explanation=loop.explain
+    Reserve=regrowth.reserve regrow=regrowth.regrow to_semi_structured=weights.semi_structured
+""".split()
+)
+"""Where names are that `setpoint` had in version 0.1."""
+
+_RENAMED = {"Reference": "Schedule", "whole": "unsharded"}
+
+
 def __getattr__(name: str) -> Any:
-    if name not in _LEAVES:
-        raise AttributeError(
-            f"module 'setpoint' has no attribute {name!r}: other names are imported from their folders, "
-            "such as setpoint.sensor.magnitude"
-        )
-    return getattr(import_module(_LEAVES[name]), name)
+    if name in _LEAVES:
+        return getattr(import_module(_LEAVES[name]), name)
+    hint = f": use setpoint.{_RENAMED[name]}" if name in _RENAMED else ""
+    hint = f": use `from setpoint.{_MOVED[name]} import {name}`" if name in _MOVED else hint
+    raise AttributeError(f"module 'setpoint' has no attribute {name!r}{hint}")
 
 
 __all__ = [

@@ -206,9 +206,10 @@ def _wish(
     budgets = () if isinstance(budget, (Price, Tolerance)) else check_budgets(budget)
     if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
         raise ValueError(f"total_steps must be a positive integer, got {total_steps!r}")
-    settings = {name: getattr(actuator, name) for name in ("pattern", "reserve_bytes") if hasattr(actuator, name)}
-    if actuator is not None and not settings:
-        raise LoopError(f"actuator is Masking(...) or Regrowing(...), or None to cut units for good; got {actuator!r}")
+    for name, part in (("controller", controller), ("sensor", sensor)):
+        if isinstance(part, type):
+            raise LoopError(f"{name}={part.__name__} is a class: give an object, {part.__name__}(...)")
+    settings = {} if actuator is None else _settings(actuator)
     if controller is None:
         controller = controller_for(goal or budgets, regrow="reserve_bytes" in settings)
         if "pattern" in settings:
@@ -217,6 +218,11 @@ def _wish(
             controller = DropAndGrowController(controller)
     else:
         check_goal(goal, controller)
+    if "reserve_bytes" in settings and (isinstance(goal, Price) or not isinstance(controller, Returning)):
+        raise LoopError(
+            f"actuator=Regrowing(...) has no use here: {type(controller).__name__} brings nothing back. Leave the "
+            "actuator to attach, or use a Budget with PricedController(regrow=True), or a Tolerance"
+        )
     check_states(controller, sensor)
     check_trains(host.optimizers, host.model)
     for each in host.optimizers:
@@ -225,6 +231,20 @@ def _wish(
     if not host.alone:
         check_shared_costs({each.resource for each in wish.goals})
     return wish
+
+
+def _settings(actuator: object) -> dict[str, Any]:
+    from setpoint.regrowth.regrowing import Regrowing
+    from setpoint.weights.masking import Masking
+
+    if isinstance(actuator, Masking):
+        return {"pattern": actuator.pattern}
+    if isinstance(actuator, Regrowing):
+        return {"reserve_bytes": actuator.reserve_bytes}
+    raise LoopError(
+        f"actuator is Masking(...), as in Masking('2:4'), or Regrowing(...), or None to cut units for good; got "
+        f"{actuator!r}"
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -66,7 +66,7 @@ def test_the_higher_the_rate_the_smaller_the_model() -> None:
     for rate in (0.0, 0.003, 0.03, 0.3):
         summary, loop, _ = train(setpoint.Price(rate, of="flops"))
         assert summary.budget_met
-        assert summary.reason.startswith("budget met at step")
+        assert summary.reason.startswith("done at step")
         assert not summary.limit
         assert loop.price == pytest.approx(rate / summary.dense_flops)
         ratios.append(summary.final_flops_ratio)
@@ -184,7 +184,7 @@ def test_a_tolerance_without_a_reserve_cuts_no_further() -> None:
         actuator=Regrowing(reserve_bytes=0),
     )
     last = loop.ledger[-1]
-    assert summary.budget_met and last.reason.startswith("budget met: the last cut stays")
+    assert summary.budget_met and last.reason.startswith("done: the last cut stays")
     assert not last.grown and not any(entry.grown for entry in loop.ledger)
     assert [entry.step for entry in loop.ledger if entry.dropped][-1] < last.step
     assert dict(last.widths) == summary.widths

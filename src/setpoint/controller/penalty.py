@@ -105,7 +105,7 @@ class PenaltyController:
 
 
 def _explain(selection: Selection, dropped: int, price: float, resource: str, budget_met: bool) -> str:
-    words = "budget met: " if budget_met else ""
+    words = "done: " if budget_met else ""
     if not dropped:
         return f"{words}nothing earns less than the price of {price:.3g} {per(resource)}"
     names = sum(1 for rung in selection.rungs.values() if rung)

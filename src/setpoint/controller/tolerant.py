@@ -113,12 +113,12 @@ class TolerantController:
             if verdict == "back" and not observation.last_dropped:
                 lost = "the last cut stays, since it does not rest whole in the reserve (reserve_bytes)"
                 return replace(state, pending=False), Plan(
-                    step, whole, budget_met=True, reason=f"budget met: {lost}: {words}"
+                    step, whole, budget_met=True, reason=f"done: {lost}: {words}"
                 )
             if verdict == "back":
                 state = replace(state, pending=False, stride=state.stride / 2)
                 budget_met = final or state.stride < self.finest
-                reason = f"{'budget met: ' if budget_met else ''}the last cut is taken back: {words}"
+                reason = f"{'done: ' if budget_met else ''}the last cut is taken back: {words}"
                 back = Plan(
                     step, whole, budget_met=budget_met, reason=reason, grow=observation.last_dropped, undoes=True
                 )
@@ -126,7 +126,7 @@ class TolerantController:
             assert excess is not None
             state = replace(state, pending=False, used=max(0.0, state.used + excess.value))
         if final or state.stride < self.finest:
-            return state, Plan(step, whole, budget_met=True, reason=f"budget met: {words or 'no cut is under way'}")
+            return state, Plan(step, whole, budget_met=True, reason=f"done: {words or 'no cut is under way'}")
         plan = self._cut(state, observation, cost, groups)
         reason = f"{words}; {plan.reason}" if words else plan.reason
         return replace(state, pending=plan.drops()), replace(plan, reason=reason, budget_met=not plan.drops())
@@ -151,9 +151,7 @@ class TolerantController:
         descend(selection, before * (1 - state.stride))
         dropped = sum(int(ladders[name].edges[rung]) for name, rung in selection.rungs.items())
         saved = 1 - selection.total / before
-        reason = (
-            f"dropped {dropped} units, {saved:.1%} of the {cost.resource}" if dropped else "budget met: nothing can go"
-        )
+        reason = f"dropped {dropped} units, {saved:.1%} of the {cost.resource}" if dropped else "done: nothing can go"
         return Plan(
             step=observation.step,
             keep={name: ladder.keep(selection.rungs[name]) for name, ladder in ladders.items()},

@@ -79,6 +79,9 @@ def follow(state: State, change: Change) -> State:
     In a dataclass, every field annotated `ByUnit[...]` or `ByWeight[...]` is cut and grown, and so are the dataclasses
     in its fields and in tuples there. Anything else has nothing by unit, and is returned as it is.
 
+    Raises:
+        LoopError: for a dict with an array for each unit of a group, which would stay as wide as it was.
+
     >>> @dataclass(frozen=True)
     ... class Ages:
     ...     age: Mapping[str, ByUnit[np.ndarray]]
@@ -89,6 +92,7 @@ def follow(state: State, change: Change) -> State:
     Ages(age={'conv1': array([5, 0, 7])}, decisions=9)
     """
     if isinstance(state, type) or not is_dataclass(state):
+        _check_nothing_by_unit(state, change.keep)
         return state
     held: Any = state.folded() if isinstance(state, Folding) else state
     made: dict[str, Any] = {}
@@ -120,6 +124,17 @@ def follow(state: State, change: Change) -> State:
             made[each.name] = inner
     result: State = replace(held, **made) if made else held
     return result
+
+
+def _check_nothing_by_unit(state: Any, keep: Mapping[str, Bool[np.ndarray, " _units"]]) -> None:
+    for name, value in state.items() if isinstance(state, Mapping) else ():
+        if name in keep and isinstance(value, (np.ndarray, Tensor)) and value.shape[:1] == keep[name].shape:
+            raise LoopError(
+                f"the state of a sensor or controller is a {type(state).__name__} with {len(value)} numbers for the "
+                f"units of {name!r}, which cannot follow a cut: make the state a frozen dataclass, and annotate the "
+                "field as Mapping[str, ByUnit[...]] (setpoint.groups.follow)"
+            )
+        _check_nothing_by_unit(value, keep)
 
 
 def check_states(*parts: object) -> None:

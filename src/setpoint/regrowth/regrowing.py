@@ -48,6 +48,9 @@ _EASE_STEPS = 8
 class Regrowing:
     """`attach(actuator=Regrowing())`: dropped units rest in a reserve, and those that promise most come back.
 
+    A controller of your own choice says whether any do, `PricedController(regrow=True)`. With one that brings none
+    back the reserve holds what the last cut dropped, should the loss ask for that cut to be taken back.
+
     Experimental: it has not been measured to be better than `Cutting`.
 
     Args:
@@ -339,7 +342,7 @@ class Regrowth:
             words = f"the reserve of {before.limit_bytes:,} bytes is full: {gone} units dropped earlier were let go"
         try:
             if words:
-                warnings.warn(f"{words} for good; reserve_bytes makes room", stacklevel=3)
+                warnings.warn(f"{words} for good; actuator=Regrowing(reserve_bytes=...) makes room", stacklevel=3)
             yield words
         except BaseException:
             self.reserve, self._last_rest = before, last_rest

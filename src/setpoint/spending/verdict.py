@@ -71,7 +71,8 @@ def verdict(spending: Spending, step: int, widths: Mapping[str, int], last: Plan
             return False, f"{slower}{early} at {seen / dense:.1%} of the dense {name}, {over}"
     if last is not None and last.budget_met:
         gone = "; the energy meter has vanished since: joules are modelled" if spending.meter.vanished else ""
-        return True, f"budget met at step {last.step}: {last.reason}{gone}"
+        words = last.reason.removeprefix("budget met: ").removeprefix("done: ")
+        return True, f"{'budget met' if spending.budgets else 'done'} at step {last.step}: {words}{gone}"
     if limits and all(limit >= spending.expected(name, spending.dense_widths) for name, limit in limits.items()):
         return True, "the dense model is within budget"
     within = "within budget" if limits else early

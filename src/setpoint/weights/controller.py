@@ -82,7 +82,8 @@ class DropAndGrowController:
             return state, plan
         if not any(self.due(later, total_steps) for later in range(step + 1, total_steps + 1)):
             return state, plan  # nothing could land later
-        reason = f"{plan.reason.removeprefix('budget met: ')}; drop and grow of up to {share:.1%} of the active weights"
+        words = plan.reason.removeprefix("budget met: ").removeprefix("done: ")
+        reason = f"{words}; drop and grow of up to {share:.1%} of the active weights"
         return state, replace(plan, drop_and_grow=share, budget_met=False, reason=reason)
 
     def share(self, step: int, total_steps: int) -> float:
