@@ -38,19 +38,27 @@ _LEAVES = {
 """Names that are imported when somebody asks for them: not every run needs these folders."""
 
 
-_MOVED = dict(
-    pair.split("=")
-    for pair in """
-    BudgetError=errors CheckpointError=errors CostError=errors DeviceError=errors ExampleError=errors ExportError=errors
-    GroupError=errors LoopError=errors OptimizerError=errors PathError=errors RankError=errors StateSpaceError=errors
-    VerificationError=errors Group=groups.group SizeBinding=groups.group Slice=groups.group Reading=sensor.reading
-    StateSpaceLayer=groups.state_space Sensor=sensor.reading MagnitudeSensor=sensor.magnitude SensorChain=sensor.chain
-    SelectiveSensor=states.selective WeightTaylorSensor=weights.taylor Cost=cost.cost Controller=controller.plan
-    Observation=controller.plan Plan=controller.plan PenaltyController=controller.penalty Entry=entry
-    TolerantController=controller.tolerant GatedController=gates.gated Explanation=loop.explain
-    Reserve=regrowth.reserve regrow=regrowth.regrow to_semi_structured=weights.semi_structured
-""".split()
-)
+_MOVED = {
+    "errors": "BudgetError CheckpointError CostError DeviceError ExampleError ExportError GroupError LoopError "
+    "OptimizerError PathError RankError StateSpaceError VerificationError",
+    "groups.group": "Group SizeBinding Slice",
+    "groups.state_space": "StateSpaceLayer",
+    "sensor.reading": "Reading Sensor",
+    "sensor.magnitude": "MagnitudeSensor",
+    "sensor.chain": "SensorChain",
+    "states.selective": "SelectiveSensor",
+    "weights.taylor": "WeightTaylorSensor",
+    "weights.semi_structured": "to_semi_structured",
+    "cost.cost": "Cost",
+    "controller.plan": "Controller Observation Plan",
+    "controller.penalty": "PenaltyController",
+    "controller.tolerant": "TolerantController",
+    "gates.gated": "GatedController",
+    "regrowth.reserve": "Reserve",
+    "regrowth.regrow": "regrow",
+    "loop.explain": "Explanation",
+    "entry": "Entry",
+}
 """Where names are that `setpoint` had in version 0.1."""
 
 _RENAMED = {"Reference": "Schedule", "whole": "unsharded"}
@@ -60,7 +68,9 @@ def __getattr__(name: str) -> Any:
     if name in _LEAVES:
         return getattr(import_module(_LEAVES[name]), name)
     hint = f": use setpoint.{_RENAMED[name]}" if name in _RENAMED else ""
-    hint = f": use `from setpoint.{_MOVED[name]} import {name}`" if name in _MOVED else hint
+    for module, names in _MOVED.items():
+        if name in names.split():
+            hint = f": use `from setpoint.{module} import {name}`"
     raise AttributeError(f"module 'setpoint' has no attribute {name!r}{hint}")
 
 
