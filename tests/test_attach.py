@@ -2,11 +2,13 @@
 
 import copy
 import math
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 import setpoint
 from setpoint.errors import BudgetError, ExampleError, ExportError, GroupError, LoopError, OptimizerError
 from setpoint.groups.trace import trace
+from setpoint.sensor.magnitude import MagnitudeSensor
 
 HALF = setpoint.Budget.fraction(0.5, of="flops")
 
@@ -320,3 +323,45 @@ def test_weights_that_the_example_leaves_out_are_named() -> None:
         setpoint.attach(
             model, optimizer, setpoint.Budget.fraction(0.5, of="flops"), example=(torch.randn(4, 8),), total_steps=9
         ).finish()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"actuator": "2:4"}, r"actuator is Masking\('2:4'\)"),
+        ({"actuator": setpoint.Masking}, r"actuator is Masking\('2:4'\)"),
+        ({"actuator": re.compile("2:4")}, r"actuator is Masking\('2:4'\)"),
+        ({"controller": setpoint.PricedController}, r"is a class: give an object, PricedController\(...\)"),
+        ({"sensor": setpoint.TaylorSensor}, r"is a class: give an object, TaylorSensor\(...\)"),
+        ({"actuator": setpoint.Regrowing(), "budget": setpoint.Price(0.02, of="flops")}, "brings nothing back"),
+    ],
+    ids=["text", "class of an actuator", "other object", "class of a controller", "class of a sensor", "of no use"],
+)
+def test_parts_that_cannot_be_used_are_refused(settings: dict[str, Any], words: str) -> None:
+    """Claim: a class, a text or an object of another kind is refused with what to write; the model stays free."""
+    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2))
+    optimizer, example = torch.optim.SGD(model.parameters(), lr=0.1), (torch.randn(8, 4),)
+    budget = setpoint.Budget.fraction(0.5, of="flops")
+    with pytest.raises(LoopError, match=words):
+        setpoint.attach(model, optimizer, **{"budget": budget, **settings}, example=example, total_steps=10)
+    setpoint.attach(model, optimizer, budget, example=example, total_steps=10).detach()
+
+
+def test_a_state_that_cannot_follow_is_refused() -> None:
+    """Claim: a sensor whose state is a dict with a number for each unit is refused before training starts."""
+
+    class Dict(MagnitudeSensor):
+        def init(self, groups: Any, model: nn.Module) -> Any:
+            return {"sums": {group.name: np.zeros(group.num_units) for group in groups}}
+
+    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2))
+    optimizer, example = torch.optim.SGD(model.parameters(), lr=0.1), (torch.randn(8, 4),)
+    with pytest.raises(LoopError, match="make the state a frozen dataclass"):
+        setpoint.attach(
+            model,
+            optimizer,
+            setpoint.Budget.fraction(0.5, of="flops"),
+            example=example,
+            total_steps=10,
+            sensor=Dict(),
+        )

@@ -38,27 +38,17 @@ _LEAVES = {
 """Names that are imported when somebody asks for them: not every run needs these folders."""
 
 
-_MOVED = {
-    "errors": "BudgetError CheckpointError CostError DeviceError ExampleError ExportError GroupError LoopError "
-    "OptimizerError PathError RankError StateSpaceError VerificationError",
-    "groups.group": "Group SizeBinding Slice",
-    "groups.state_space": "StateSpaceLayer",
-    "sensor.reading": "Reading Sensor",
-    "sensor.magnitude": "MagnitudeSensor",
-    "sensor.chain": "SensorChain",
-    "states.selective": "SelectiveSensor",
-    "weights.taylor": "WeightTaylorSensor",
-    "weights.semi_structured": "to_semi_structured",
-    "cost.cost": "Cost",
-    "controller.plan": "Controller Observation Plan",
-    "controller.penalty": "PenaltyController",
-    "controller.tolerant": "TolerantController",
-    "gates.gated": "GatedController",
-    "regrowth.reserve": "Reserve",
-    "regrowth.regrow": "regrow",
-    "loop.explain": "Explanation",
-    "entry": "Entry",
-}
+_MOVED = """
+    errors.BudgetError errors.CheckpointError errors.CostError errors.DeviceError errors.ExampleError
+    errors.ExportError errors.GroupError errors.LoopError errors.OptimizerError errors.PathError errors.RankError
+    errors.StateSpaceError errors.VerificationError groups.group.Group groups.group.SizeBinding groups.group.Slice
+    entry.Entry cost.cost.Cost groups.state_space.StateSpaceLayer sensor.reading.Reading sensor.reading.Sensor
+    sensor.magnitude.MagnitudeSensor sensor.chain.SensorChain states.selective.SelectiveSensor
+    weights.taylor.WeightTaylorSensor regrowth.regrow.regrow weights.semi_structured.to_semi_structured
+    controller.plan.Controller controller.plan.Observation loop.explain.Explanation controller.plan.Plan
+    controller.penalty.PenaltyController controller.tolerant.TolerantController gates.gated.GatedController
+    regrowth.reserve.Reserve
+""".split()  # noqa: SIM905
 """Where names are that `setpoint` had in version 0.1."""
 
 _RENAMED = {"Reference": "Schedule", "whole": "unsharded"}
@@ -68,8 +58,8 @@ def __getattr__(name: str) -> Any:
     if name in _LEAVES:
         return getattr(import_module(_LEAVES[name]), name)
     hint = f": use setpoint.{_RENAMED[name]}" if name in _RENAMED else ""
-    for module, names in _MOVED.items():
-        if name in names.split():
+    for module, _, moved in (place.rpartition(".") for place in _MOVED):
+        if moved == name:
             hint = f": use `from setpoint.{module} import {name}`"
     raise AttributeError(f"module 'setpoint' has no attribute {name!r}{hint}")
 

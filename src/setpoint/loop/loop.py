@@ -20,7 +20,7 @@ from setpoint.cost.budget import Budget
 from setpoint.entry import Entry
 from setpoint.errors import CheckpointError, GroupError, LoopError
 from setpoint.groups.follow import Change, follow
-from setpoint.groups.group import Group, widths_of
+from setpoint.groups.group import Group, keep_all, widths_of
 from setpoint.groups.rng import check_rng_state, rng_state, set_rng_state
 from setpoint.host.host import Host
 from setpoint.ledger import Ledger
@@ -82,7 +82,10 @@ class Loop:
         self.losses, self._ledger = Losses(), Ledger(header)
         self._sensor_state = sensor.init(self._dense, host.model)
         self._controller_state = controller.init(self._dense)
-        follow(self._sensor_state, Change())  # so that annotations that cannot be read show now
+        nothing = Change(keep=keep_all(self._dense) if actuator.by_unit else {})
+        for state in (self._sensor_state, self._controller_state):  # what cannot follow shows now
+            follow(state, nothing)
+        self._hooking = sensor if isinstance(sensor, Hooking) else None  # asked once: it takes longer than a hook
         spending.account.sensing_flops = sensor.flops(self._dense, host.model)  # attach saw an unsharded model
         self._now = Progress()
         self._begun = self._finished = False
@@ -332,7 +335,7 @@ class Loop:
 
     def _before_step(self, grad_scale: Tensor | None) -> None:
         with uninterrupted():
-            by_hooks = isinstance(self.sensor, Hooking) and self.sensor.hooked(self._sensor_state)
+            by_hooks = self._hooking is not None and self._hooking.hooked(self._sensor_state)
             brings_back = self.actuator.brings_back
             self.host.before_step(first=not self._begun, regrows=brings_back, by_hooks=by_hooks)
             self._begun = True
@@ -348,8 +351,8 @@ class Loop:
         if self.budget_met or self.step >= total_steps:
             self._release()
         elif self.step % sensed_every(total_steps) and not self._now.overdue:
-            if isinstance(self.sensor, Hooking):
-                self.sensor.forget(self._sensor_state)
+            if self._hooking is not None:
+                self._hooking.forget(self._sensor_state)
         else:
             with self.spending.sensing:
                 self._sensor_state = self.sensor.update(self._sensor_state, self.groups, self.host.model, grad_scale)
@@ -357,8 +360,8 @@ class Loop:
 
     def _release(self) -> None:
         """Take off the model what a sensor reads through."""
-        if isinstance(self.sensor, Hooking):
-            self.sensor.release(self._sensor_state)
+        if self._hooking is not None:
+            self._hooking.release(self._sensor_state)
 
     def _after_step(self, made: bool = True) -> None:
         with uninterrupted():
