@@ -350,7 +350,7 @@ STORED = {
 }  # fmt: skip
 GIVEN_AGAIN = {
     "loop": {
-        "host", "sensor", "controller", "_revocable", "_dense", "_run", "_begun", "_finished", "_summary", "_hooks",
+        "host", "sensor", "controller", "_hooking", "_revocable", "_dense", "_run", "_begun", "_finished", "_summary", "_hooks",
     },
     "regrowth": {
         "lasting", "brings_back", "_controller", "_spending", "_model", "_optimizers", "_copies", "_lossless",
@@ -359,7 +359,7 @@ GIVEN_AGAIN = {
     "losses": set(),
     "spending": {
         "costs", "total_steps", "schedule", "sensing", "deciding", "resizing", "probing", "dense_widths", "modelled",
-        "check_kind", "runs", "_runs", "_told", "_alone",
+        "check_kind", "runs", "_runs", "_known", "_alone", "probed", "stop",
     },
     "account": {"_attached", "sensing_flops"},
 }  # fmt: skip

@@ -83,7 +83,7 @@ class Spending:
         self.resizing, self.probing = account.resizing, account.probing
         self.probed, self.stop = account.probed, meter.stop
         self.dense_widths, self.check_kind, self._alone = widths_of(groups), check, alone
-        self.readings, self._told = dict[str, float](), dict[str, float]()
+        self.readings, self._known = dict[str, float](), dict[str, float]()
         self._runs = partial(Runs, account, meter, groups, schedule, regrows, learning, set[str]())
         self.account.sensing_flops = sensing_flops
         self.hold(target)
@@ -184,7 +184,7 @@ class Spending:
 
     def metered(self, widths: Mapping[str, int]) -> None:
         """Take in what meters read at these widths."""
-        self.readings, self._told = self._take_in(widths)
+        self.readings, self._known = self._take_in(widths)
 
     def _take_in(self, widths: Mapping[str, int]) -> tuple[dict[str, float], dict[str, float]]:
         self.account.sensed(self.meter.time_inference(widths))
@@ -206,7 +206,7 @@ class Spending:
             dense=self.target.dense,
             limit=self.target.limits,
             spent={name: cost.total(widths) for name, cost in self.costs.items()},
-            metered=self._told,
+            metered=self._known,
             seconds_per_step=account.steps.seconds_per_step if self._alone else None,
             seconds_per_resize=account.resizing.last_seconds if account.resizes and self._alone else None,
             most=self.runs.most(step, self.total_steps, widths),
