@@ -350,7 +350,8 @@ STORED = {
 }  # fmt: skip
 GIVEN_AGAIN = {
     "loop": {
-        "host", "sensor", "controller", "_hooking", "_revocable", "_dense", "_run", "_begun", "_finished", "_summary", "_hooks",
+        "host", "sensor", "_hooking", "controller", "_revocable", "_dense",
+        "_run", "_begun", "_finished", "_summary", "_hooks",
     },
     "regrowth": {
         "lasting", "brings_back", "_controller", "_spending", "_model", "_optimizers", "_copies", "_lossless",

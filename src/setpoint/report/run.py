@@ -43,9 +43,9 @@ def run(
     draft += place_of(f"{name}-widths", decisions.widths(record), "Width of each group", WIDTHS)
     draft += place_of(f"{name}-units", figure, "What was dropped when, and why", LIVES)
     titled = "Every drop and every return, like a spike train"
-    told = f"A row for each unit, a tick for each event; below, their number. {dynamics.dynamics_line(record)}"
+    about = f"A row for each unit, a tick for each event; below, their number. {dynamics.dynamics_line(record)}"
     draft += place_of(f"{name}-active", dynamics.active(record), "Active units of each group", ACTIVE)
-    draft += place_of(f"{name}-raster", dynamics.raster(record), titled, told)
+    draft += place_of(f"{name}-raster", dynamics.raster(record), titled, about)
     draft += place_of(f"{name}-rests", dynamics.reserve_lives(record), "How long units rested", RESTS)
     draft += more
     html, dense = "", record.dense.get("latency")
