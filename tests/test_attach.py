@@ -328,9 +328,9 @@ def test_weights_that_the_example_leaves_out_are_named() -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"actuator": "2:4"}, r"actuator is Masking\('2:4'\)"),
-        ({"actuator": setpoint.Masking}, r"actuator is Masking\('2:4'\)"),
-        ({"actuator": re.compile("2:4")}, r"actuator is Masking\('2:4'\)"),
+        ({"actuator": "2:4"}, r"actuator is Masking\(...\)"),
+        ({"actuator": setpoint.Masking}, r"actuator is Masking\(...\)"),
+        ({"actuator": re.compile("2:4")}, r"actuator is Masking\(...\)"),
         ({"controller": setpoint.PricedController}, r"is a class: give an object, PricedController\(...\)"),
         ({"sensor": setpoint.TaylorSensor}, r"is a class: give an object, TaylorSensor\(...\)"),
         ({"actuator": setpoint.Regrowing(), "budget": setpoint.Price(0.02, of="flops")}, "brings nothing back"),

@@ -241,7 +241,7 @@ def _settings(actuator: object) -> dict[str, Any]:
         return {"pattern": actuator.pattern}
     if isinstance(actuator, Regrowing):
         return {"reserve_bytes": actuator.reserve_bytes}
-    raise LoopError(f"actuator is Masking('2:4') or the like, Regrowing(), or None to cut for good; got {actuator!r}")
+    raise LoopError(f"actuator is Masking(...) or Regrowing(...), or None to cut units for good; got {actuator!r}")
 
 
 @dataclass(frozen=True, eq=False)
