@@ -1,4 +1,4 @@
-# make demo | bench-quick | coverage-suites | test | soak | nightly | check: each builds .venv by itself, and again only when a pyproject.toml has changed.
+# make demo | docs | bench-quick | coverage-suites | test | soak | nightly | check: each builds .venv by itself, and again only when a pyproject.toml has changed.
 #
 # PYTHON=python3.12 picks the interpreter (3.11 or newer). PYTEST="-k twin" passes options to pytest, JOBS=4 runs it in as many processes.
 
@@ -6,6 +6,7 @@ PYTHON ?= python3
 PYTEST ?=
 JOBS ?= 2
 OUT ?= runs/demo
+SITE ?= runs/site
 SUITES ?= plain torchvision timm transformers
 WORKERS ?= 2
 QUICK ?= runs/quick
@@ -14,24 +15,30 @@ KILLS ?= 50
 RESIZES ?= 2000
 
 BIN := .venv/bin
+# The tests start many processes, which need not each compile every file anew.
+export PYTHONDONTWRITEBYTECODE :=
 READY := .venv/.ready
 
-.PHONY: help demo bench-quick coverage-suites test soak nightly check clean
+.PHONY: help demo docs bench-quick coverage-suites test soak nightly check clean
 
 help:
-	@echo "make demo    train a small CNN to half of its FLOPs and write $(OUT)/report.html"
+	@echo "make demo    fine-tune a pretrained network to half of its FLOPs and write $(OUT)/report.html"
+	@echo "make docs    build the documentation site into $(SITE), links checked"
 	@echo "make bench-quick"
 	@echo "             a reduced comparison on three tasks into $(QUICK)"
 	@echo "make coverage-suites"
 	@echo "             cut every model of $(SUITES) into results/coverage, WORKERS=$(WORKERS) at a time"
-	@echo "make test    run the tests, the doctests and the blocks of the README"
+	@echo "make test    run the tests, the doctests and the blocks of the README: all but the slow ones"
 	@echo "make soak    kill KILLS=$(KILLS) runs and resize a model RESIZES=$(RESIZES) times, 4 ranks: some ten minutes"
-	@echo "make nightly every set-up of training on 1 and 2 ranks, and what needs an accelerator: a quarter of an hour"
+	@echo "make nightly every set-up of training on 1 and 2 ranks, the slow tests, and what needs an accelerator"
 	@echo "make check   formatting, lint, types and the layers of the imports"
 	@echo "make clean   remove .venv, caches and runs"
 
 demo: $(READY)
 	$(BIN)/setpoint demo --out $(OUT)
+
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir $(SITE)
 
 # Accuracy first, two runs at a time; then seconds, with nothing beside them. Runs that are done are not done again.
 bench-quick: $(READY)
@@ -46,14 +53,14 @@ coverage-suites: $(READY)
 	done
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" $(PYTEST)
 
 soak: $(READY)
 	$(BIN)/python bench/benchmarks/soak.py --resizes $(RESIZES) --kills $(KILLS) --only resized killed "four ranks"
 
 nightly: $(READY)
 	$(BIN)/python bench/benchmarks/soak.py --only "matrix on 1 rank" "matrix on 2 ranks"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m gpu -rs
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or gpu" -rs
 
 check: $(READY)
 	$(BIN)/ruff format --check .

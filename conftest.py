@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from torch import nn
 
 from typechecker import leave_nested_functions
 
@@ -17,6 +19,7 @@ settings.register_profile("setpoint", derandomize=True, deadline=None, max_examp
 settings.load_profile("setpoint")
 
 torch.set_num_threads(1)
+os.environ["SETPOINT_CACHE"] = "off"  # what is tested is found out each time, and the user's cache is left alone
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +30,9 @@ def determinism() -> Iterator[None]:
     torch.manual_seed(0)
     dtype, grad = torch.get_default_dtype(), torch.is_grad_enabled()
     threads, strict = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    load = nn.Module.load_state_dict
     yield
+    nn.Module.load_state_dict = load  # type: ignore[method-assign]  # setpoint.enable_checkpointing() wraps it
     torch.set_default_dtype(dtype)
     torch.set_grad_enabled(grad)
     torch.set_num_threads(threads)

@@ -4,8 +4,10 @@ import copy
 import math
 import re
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -231,7 +233,7 @@ def test_groups_that_fail_verification_are_left_whole(monkeypatch: pytest.Monkey
     model = _mlp()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     names = [group.name for group in setpoint.find_groups(model, (torch.zeros(4, 6),))]
-    monkeypatch.setattr(sys.modules["setpoint.loop.candidates"], "failing_groups", lambda *_: (names[0],))
+    monkeypatch.setattr(sys.modules["setpoint.actuator.tried"], "failing_groups", lambda *_: (names[0],))
     budget = setpoint.Budget.fraction(0.9, of="flops")
     with pytest.warns(UserWarning, match=f"left whole.*: {names[0]}") as warned:
         loop = _attach(model, optimizer, budget)
@@ -365,3 +367,68 @@ def test_a_state_that_cannot_follow_is_refused() -> None:
             total_steps=10,
             sensor=Dict(),
         )
+
+
+def in_threads(*calls: Any) -> list[Any]:
+    """What each call returns or raises, all begun at once, each in a thread of its own."""
+    barrier, found = threading.Barrier(len(calls)), [None] * len(calls)
+
+    def run(number: int) -> None:
+        barrier.wait()
+        try:
+            found[number] = calls[number]()
+        except Exception as error:
+            found[number] = error
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(len(calls))]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    return found
+
+
+def test_two_threads_attach_to_one_model() -> None:
+    """Of two threads that attach to a model at once one gets its loop, and the other is refused by name."""
+    model = _mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    once = partial(_attach, model, optimizer, verify=False)
+    results = in_threads(once, once)
+    assert sorted(type(each).__name__ for each in results) == ["Loop", "LoopError"]
+    (loop,) = (each for each in results if isinstance(each, setpoint.Loop))
+    (error,) = (each for each in results if isinstance(each, LoopError))
+    assert "has a loop already" in str(error)
+    assert len(optimizer._optimizer_step_pre_hooks) == 1
+    loop.detach()
+
+
+def test_threads_begin_without_an_example() -> None:
+    """Loops that begin at their first step, in threads of their own at once, do so one after the other; discovery in
+    another thread waits, too.
+    """
+
+    def begin(seed: int) -> dict[str, int]:
+        model = _mlp()
+        optimizer = torch.optim.AdamW(model.parameters())
+        loop = _attach(model, optimizer, example=None)
+        for step in range(2):
+            model(torch.randn(4, 6, generator=torch.Generator().manual_seed(seed + step))).square().mean().backward()
+            optimizer.step()
+        loop.detach()
+        return loop.dense_widths
+
+    find = partial(setpoint.find_groups, _mlp(), (torch.zeros(4, 6),))
+    *widths, groups = in_threads(*(partial(begin, seed) for seed in range(3)), find)
+    assert widths == [{"0": 16, "2": 16}] * 3
+    assert [each.name for each in groups] == ["0", "2"]
+
+
+def test_two_threads_attach_to_two_models() -> None:
+    """Both get their loops, one after the other: the groups are those of each alone, and random states stay."""
+    models = [_mlp(), nn.Sequential(nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 2))]
+    before = torch.get_rng_state()
+    loops = in_threads(*(partial(_attach, m, torch.optim.SGD(m.parameters(), lr=0.1)) for m in models))
+    assert [getattr(each, "widths", each) for each in loops] == [{"0": 16, "2": 16}, {"0": 24}]
+    assert torch.equal(torch.get_rng_state(), before)
+    for each in loops:
+        each.detach()

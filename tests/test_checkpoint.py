@@ -5,6 +5,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,8 @@ from setpoint.actuator.shrink import named_tensors, shrink
 from setpoint.checkpoint import load, save
 from setpoint.errors import CheckpointError
 from setpoint.groups.group import Group
+from setpoint.groups.kept import random_keep
+from setpoint.groups.trace import find_groups
 
 
 def shrunk(name: str, tmp_path: Path) -> tuple[nn.Module, nn.Module, tuple[Tensor, ...], tuple[Group, ...], Path]:
@@ -179,6 +182,121 @@ def test_a_bad_file_is_refused(spoil: Callable[[Path], object], words: str, tmp_
     refuse(path, dense, words)
 
 
+class Mixed(nn.Module):
+    """Layers of every kind that has sizes, a tied weight, a complex one, and sizes in the forward's own calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv1d(3, 8, 3, padding=1), nn.BatchNorm1d(8)
+        self.depthwise, self.group = nn.Conv1d(8, 8, 3, groups=8, padding=1), nn.GroupNorm(4, 8)
+        self.flat, self.layer = nn.Linear(8 * 4, 16), nn.LayerNorm(16)
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+        self.attention, self.rnn = nn.MultiheadAttention(16, 4, batch_first=True), nn.LSTM(16, 12, batch_first=True)
+        self.head, self.table, self.tied = nn.Linear(12, 5), nn.Embedding(7, 5), nn.Linear(5, 7, bias=False)
+        self.tied.weight = self.table.weight
+        self.phase = nn.Parameter(torch.ones(7, dtype=torch.complex64))
+        self.register_buffer("gain", torch.ones(16), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.group(self.depthwise(self.norm(self.conv(x)).relu()))
+        x = self.layer(self.flat(x.flatten(1))).unsqueeze(1).expand(-1, 3, -1)
+        q, k, v = (part.view(len(x), 3, 4, 4).transpose(1, 2) for part in self.qkv(x).split(16, 2))
+        mixed = ((q @ k.transpose(2, 3)).softmax(-1) @ v).transpose(1, 2).reshape(len(x), 3, 16)
+        x = x + self.out(mixed * self.gain)
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        return self.tied(self.head(self.rnn(x)[0][:, -1])) * self.phase.abs()
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of a `Mixed` that has lost some units of every group."""
+    model, path = Mixed(), tmp_path_factory.mktemp("mixed") / "small.safetensors"
+    groups = tuple(each for each in find_groups(model, (torch.randn(2, 3, 4),)) if each.lossless)
+    shrink(model, None, groups, random_keep(groups, seed=1))
+    save(model, path)
+    again = load(path, into=Mixed())
+    assert torch.equal(again(torch.ones(2, 3, 4)), model(torch.ones(2, 3, 4))) and str(again) == str(model)
+    return path
+
+
+def forged(source: Path, target: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], object]) -> Path:
+    """The file with its header and tensors changed, and the digest that goes with them."""
+    with safe_open(source, framework="pt") as file:
+        header = json.loads(file.metadata()["setpoint"])
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    change(header, tensors)
+    rest = {key: value for key, value in header.items() if key not in ("format", "sha256")}
+    header["sha256"] = checkpoint.digest(tensors, json.dumps(rest, sort_keys=True))
+    save_file(tensors, target, metadata={"setpoint": json.dumps(header)})
+    return target
+
+
+OTHER = "made for another model"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda h, t: h.update(sizes=[1]), "damaged"),
+        (lambda h, t: h["sizes"].update(flat=3), "damaged"),
+        (lambda h, t: h["sizes"]["flat"].update(in_features="3"), "damaged"),
+        (lambda h, t: h["sizes"]["flat"].update(in_features=True), "damaged"),
+        (lambda h, t: h["sizes"]["flat"].update(in_features=-1), "damaged"),
+        (lambda h, t: h["sizes"]["flat"].update(in_features=1.0), "damaged"),
+        (lambda h, t: h.update(aliases={"tied.weight": 3}), "damaged"),
+        (lambda h, t: h.update(aliases=["tied.weight"]), "damaged"),
+        (lambda h, t: h.update(transient="gain"), "damaged"),
+        (lambda h, t: h.update(transient=[["gain"]]), "damaged"),
+        (lambda h, t: h.update(complex=[1]), "damaged"),
+        (lambda h, t: h.update(dense={"flat.weight": 3}), "damaged"),
+        (lambda h, t: h["dense"].update({"flat.weight": ["16", 32]}), "damaged"),
+        (lambda h, t: h.update(format=[1]), "damaged"),
+        (lambda h, t: h["transient"].append("flat.weight"), f"{OTHER}.*'flat.weight' is no tensor that a cut"),
+        (lambda h, t: h["transient"].append("norm.running_mean"), f"{OTHER}.*'norm.running_mean' is no tensor"),
+        (lambda h, t: h["dense"].update(nowhere=[2]), f"{OTHER}.*'nowhere' is no tensor"),
+        (lambda h, t: h.update(complex=["phase", "nowhere"]), f"{OTHER}.*'nowhere' is not stored as pairs"),
+        (lambda h, t: h.update(complex=["phase", "flat.weight"]), f"{OTHER}.*'flat.weight' is not stored as pairs"),
+        (lambda h, t: t.update(phase=t["phase"].int()), f"{OTHER}.*'phase' is not stored as pairs"),
+        (lambda h, t: t.update({"out.weight": torch.zeros(17, 12)}), f"{OTHER}.*'out.weight' cannot have been cut"),
+        (lambda h, t: t.update({"out.weight": torch.zeros(16)}), f"{OTHER}.*'out.weight' cannot have been cut"),
+        (lambda h, t: h["sizes"]["flat"].update(in_features=20), f"{OTHER}: in_features of 'flat' would be 20"),
+        (lambda h, t: h["sizes"]["conv"].update(out_channels=1), f"{OTHER}: out_channels of 'conv' would be 1"),
+        (lambda h, t: h["sizes"]["norm"].update(num_features=2), f"{OTHER}: num_features of 'norm' would be 2"),
+        (lambda h, t: h["sizes"]["depthwise"].update(groups=1), f"{OTHER}: .* of 'depthwise'"),
+        (lambda h, t: h["sizes"].pop("depthwise"), f"{OTHER}: .* of 'depthwise'"),
+        (lambda h, t: h["sizes"]["group"].update(num_groups=3), f"{OTHER}: .*num_groups of 'group'"),
+        (lambda h, t: h["sizes"].update(layer={"normalized_shape[0]": 3}), f"{OTHER}: normalized_shape.* of 'layer'"),
+        (lambda h, t: h["sizes"].pop("rnn"), f"{OTHER}: the rows of weight_ih_l0 of 'rnn'"),
+        (lambda h, t: h["sizes"]["rnn"].update(hidden_size=3), f"{OTHER}: .* of 'rnn'"),
+        (lambda h, t: h["sizes"].pop("attention"), f"{OTHER}: .* by heads of 'attention'"),
+        (lambda h, t: h["sizes"]["attention"].update({"heads#0[0]": 1}), f"{OTHER}: .* by heads of 'attention'"),
+        (lambda h, t: h["sizes"]["attention"].update({"heads#0[0]": 9}), f"{OTHER}.*more than the model has"),
+        (lambda h, t: h["sizes"]["attention"].update({"heads#1[0]": 1}), f"{OTHER}.*is no call"),
+        (lambda h, t: h["sizes"]["flat"].update({"heads#0[0]": 1}), f"{OTHER}.*is no call"),
+        (lambda h, t: h["sizes"][""].update({"view#0": 1}), f"{OTHER}.*'view#0' is no call"),
+        (lambda h, t: h["sizes"][""].update({"system#0[0]": 1}), f"{OTHER}.*is no call"),
+        (lambda h, t: h["sizes"][""].update({"view#0[2]=4": 5}), f"{OTHER}.*more than the model has"),
+        (lambda h, t: h["sizes"][""].pop("split#0[1]=16"), f"{OTHER}: not all pieces of split#0"),
+        (
+            lambda h, t: h["sizes"]["conv"].update({"stride[0]": 0}),
+            f"{OTHER}.*'stride.0.' of 'conv'.*no size that a cut",
+        ),
+        (lambda h, t: h["sizes"]["flat"].update({"weight.ndim": 1}), f"{OTHER}.*weight.ndim.*no size that a cut"),
+        (lambda h, t: h["sizes"][""].update({"flat.weight.ndim": 1}), f"{OTHER}.*cannot be set"),
+        (lambda h, t: h["sizes"][""].update({"forward.__func__.__code__.co_flags": 0}), f"{OTHER}.*not a place"),
+        (lambda h, t: h["sizes"].update(nowhere={"in_features": 1}), f"{OTHER}.*nowhere"),
+        (lambda h, t: t.update({"conv.bias": t["conv.bias"][:-1].clone()}), f"{OTHER}.*of 'conv'"),
+        (lambda h, t: t.update({"norm.running_var": t["norm.running_var"][:-1].clone()}), f"{OTHER}.*of 'norm'"),
+        (lambda h, t: t.update({"rnn.bias_hh_l0": t["rnn.bias_hh_l0"][:-1].clone()}), f"{OTHER}.*of 'rnn'"),
+    ],
+)
+def test_a_forged_file_is_refused(
+    mixed: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], object], words: str, tmp_path: Path
+) -> None:
+    """Claim: odd types, names of nothing and sizes that do not go with the tensors are refused under a right digest."""
+    refuse(forged(mixed, tmp_path / "forged.safetensors", change), Mixed(), words)
+
+
 def test_a_pickle_in_disguise_is_never_executed(tmp_path: Path) -> None:
     """Claim: a pickle under the right file name does not run its code."""
 
@@ -292,6 +410,67 @@ def test_a_cut_submodule_is_saved_within_its_parent(tmp_path: Path) -> None:
     dense = nn.Sequential(mlp_model(), nn.Linear(2, 2))
     assert torch.equal(load(tmp_path / "whole.safetensors", into=dense)(*inputs), model(*inputs))
     assert str(dense) == str(model)
+
+
+def exchanged(model: nn.Sequential) -> None:
+    """Put new layers of the same shape in the places of the old ones."""
+    for place, layer in enumerate(model):
+        if isinstance(layer, nn.Linear):
+            model[place] = nn.Linear(layer.in_features, layer.out_features)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_cut_model_with_exchanged_modules_saves_a_file_that_loads(nested: bool, tmp_path: Path) -> None:
+    """Claim: a new layer in a cut one's place inherits what the file needs: sizes, and shapes before the cuts."""
+    model, inputs, groups = mlp()
+    groups = shrink(model, None, groups, some_keep(groups))
+    exchanged(model)
+    shrink(model, None, groups, some_keep(groups, seed=1))
+    exchanged(model)
+    whole, dense = (nn.ModuleDict({"net": each}) if nested else each for each in (model, mlp()[0]))
+    save(whole, tmp_path / "small.safetensors")
+    load(tmp_path / "small.safetensors", into=dense)
+    assert str(dense) == str(whole)
+    again = dense["net"] if nested else dense
+    assert torch.equal(again(*inputs), model(*inputs))
+    save(dense, tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "small.safetensors").read_bytes()
+
+
+def test_a_head_for_another_task_on_a_cut_model_is_saved_as_it_is(tmp_path: Path) -> None:
+    """Claim: a new last layer of other outputs loads into the dense model with that layer, and into no other."""
+    model, inputs, groups = mlp()
+    shrink(model, None, groups, some_keep(groups))
+    model[4] = nn.Linear(model[4].in_features, 9)
+    save(model, tmp_path / "small.safetensors")
+    refuse(tmp_path / "small.safetensors", mlp()[0], r"'4.bias' has shape|'4.weight' has shape")
+    dense = mlp()[0]
+    dense[4] = nn.Linear(dense[4].in_features, 9)
+    assert torch.equal(load(tmp_path / "small.safetensors", into=dense)(*inputs), model(*inputs))
+
+
+def test_an_exchanged_module_whose_forward_is_corrected_saves_a_file_that_loads(tmp_path: Path) -> None:
+    """Claim: where the code gives sizes itself, the dense model gets those of the cut one's calls."""
+
+    class Heads(nn.Module):
+        def __init__(self, dim: int, heads: int) -> None:
+            super().__init__()
+            self.dim, self.heads = dim, heads
+            self.inner, self.outer = nn.Linear(6, dim), nn.Linear(dim, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.outer(self.inner(x).view(len(x), self.heads, self.dim // self.heads).relu().flatten(1))
+
+    model, x = nn.Sequential(Heads(12, 4)), torch.randn(3, 6)
+    groups = find_groups(model, (x,))
+    assert groups
+    shrink(model, None, groups, random_keep(groups, seed=1))
+    width = model[0].inner.out_features
+    assert width < 12
+    again = Heads(width, width // 3)
+    model[0] = again
+    save(model, tmp_path / "small.safetensors")
+    assert torch.equal(load(tmp_path / "small.safetensors", into=nn.Sequential(Heads(12, 4)))(x), model(x))
 
 
 def test_a_dense_model_can_be_saved_too(tmp_path: Path) -> None:

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from functools import partial
 from importlib.metadata import EntryPoints
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 from typer.testing import CliRunner, Result
 
+import setpoint
 from setpoint.cli import app, make_app
+from setpoint.errors import CheckpointError
+from setpoint.ledger import Ledger
+from setpoint.loop.run_file import load_run
 
 OWN_MODEL = """
 import torch
@@ -64,10 +71,17 @@ def test_python_runs_the_package() -> None:
         (("inspect", "resnet1"), "did you mean resnet18"),
         (("inspect", "torchvision:zzzz"), "name a model of torchvision, timm or transformers"),
         (("inspect", "keras:resnet50"), "torchvision, timm, transformers"),
+        (("inspect", "tim:resnet18"), "did you mean timm?"),
+        (("inspect", "timm/resnet1"), "did you mean resnet18"),
+        (("inspect", "--suite", "plain", "--groups"), "--groups, --spending and --no-verify are for a single model"),
+        (("inspect", "transformers:qwen3", "--spending"), "leave out --spending"),
         (("inspect", "/nowhere/model.py:build"), "no file"),
         (("inspect", "resnet18", "--input", "1,x"), "--input takes whole numbers"),
         (("inspect", "resnet18", "--input", "1,3"), "example"),
         (("inspect", "resnet18", "--input", "0,3,64,64"), "at least 1"),
+        (("inspect", "resnet18", "--input", "100000000000,12"), "too large to inspect a model with"),
+        (("inspect", "resnet18", "--input", "9" * 5000), "--input takes whole numbers"),
+        (("inspect", "null\0byte.py:build"), "no file"),
         (("inspect", "transformers:bert", "--input", "2,3,8,8"), "batch of tokens, such as 2,128, got 2,3,8,8"),
     ],
 )
@@ -80,6 +94,27 @@ def test_errors_are_one_line(arguments: tuple[str, ...], message: str, tmp_path:
     assert message in errors[0]
     assert "Traceback" not in result.output
     assert result.stdout == ""
+
+
+def test_a_path_with_a_null_byte_is_refused() -> None:
+    """No file can have such a name, whether it is to be read or written."""
+    model = nn.Linear(2, 2)
+    for use in (partial(setpoint.load, into=model), Ledger.load, partial(setpoint.save, model), load_run):
+        with pytest.raises(CheckpointError, match="has a null byte"):
+            use("nu\0ll")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
+@pytest.mark.parametrize("name", ["pipe.jsonl", "pipe"])
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path, name: str) -> None:
+    """A pipe in place of a ledger or a model's file is named at once: nobody may ever write into it."""
+    os.mkfifo(tmp_path / name)
+    result = invoke("report", tmp_path / name)
+    assert result.exit_code == 2 and "is a pipe or a device, not an ordinary file" in result.stderr
+    with pytest.raises(CheckpointError, match="is a pipe or a device, not an ordinary file"):
+        setpoint.load(tmp_path / name, into=nn.Linear(2, 2))
+    with pytest.raises(CheckpointError, match="is a pipe or a device, not an ordinary file"):
+        load_run(tmp_path / name, model=nn.Linear(2, 2))
 
 
 def test_inspect_own_model(tmp_path: Path) -> None:
@@ -99,9 +134,50 @@ def test_inspect_own_model(tmp_path: Path) -> None:
     assert group["params"] == found["params"] - 4
     assert sum(part["params"] for part in found["parts"]) == found["params"]
     assert any("output" in frozen["reason"] for frozen in found["frozen"])
-    assert "2.weight" in result.stdout
+    shown = result.stdout.splitlines()[:-1]
+    assert len(shown) == 8 and shown[-1].startswith(f"next: setpoint inspect {file}:build --groups shows every group")
+    tree = invoke("inspect", f"{file}:build", "--groups").stdout.splitlines()[:-1]
+    assert "2.weight, dim 1, consume" in "".join(tree) and "setpoint.attach(model, optimizer, 0.5" in tree[-1]
     assert "fewest parameters" in (tmp_path / "out" / "inspect.html").read_text(encoding="utf-8")
     assert json.loads((tmp_path / "out" / "inspect.json").read_text(encoding="utf-8")) == found
+
+
+def test_json_is_alone_and_asked_for(tmp_path: Path) -> None:
+    """With --json the answer is all of stdout, in one line; at a terminal there is no JSON that nobody asked for."""
+    file = tmp_path / "model.py"
+    file.write_text(OWN_MODEL, encoding="utf-8")
+    command = ("inspect", f"{file}:build", "--no-verify")
+    assert json.loads(invoke(*command, "--json").stdout)["params"] == 264
+    assert invoke(*command).stdout.startswith(f"{file}:build on 2x8: ")
+    pty = pytest.importorskip("pty")
+    parent, child = pty.openpty()
+    with os.fdopen(child, "wb") as terminal:
+        here = [sys.executable, "-m", "setpoint", *command]
+        subprocess.run(here, stdout=terminal, stderr=subprocess.DEVNULL, timeout=120, check=True)
+    seen = os.read(parent, 65536).decode()
+    os.close(parent)
+    assert "next: setpoint inspect" in seen and "{" not in seen
+
+
+def test_a_name_as_on_the_hub() -> None:
+    """`timm/NAME.TAG`, as a model's page on the Hub says it, is the same model as `timm:NAME`."""
+    pytest.importorskip("timm")
+    shape = ("--input", "2,3,64,64", "--no-verify", "--json")
+    hub = json.loads(invoke("inspect", "timm/resnet18.a1_in1k", *shape).stdout)
+    assert hub["params"] == json.loads(invoke("inspect", "timm:resnet18", *shape).stdout)["params"]
+
+
+def test_version_help_and_lists() -> None:
+    """The version is the package's; -h is --help, with examples; models are listed, and a wrong list has a hint."""
+    assert invoke("--version").stdout.startswith(f"setpoint {setpoint.__version__}, torch ")
+    for command in ("inspect", "report", "watch", "list"):
+        shown = invoke(command, "-h").stdout
+        assert shown == invoke(command, "--help").stdout and f"setpoint {command} " in shown.split("Examples:")[1]
+    pytest.importorskip("torchvision")
+    found = json.loads(invoke("list", "models", "resnet1", "--json").stdout)["models"]
+    assert "torchvision:resnet18" in found and "torchvision:vgg11" not in found
+    assert "did you mean models?" in invoke("list", "model").stderr
+    assert "did you mean resnet18" in invoke("list", "models", "resnett18").stderr
 
 
 def test_inspect_spending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +219,10 @@ def test_inspect_without_plotly(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["inspect.json"]
 
 
-@pytest.mark.parametrize(("function", "message"), [("number", "torch.nn.Module"), ("nothing", "no function")])
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [("number", "torch.nn.Module"), ("nothing", "no function"), ("biuld", "did you mean build? it has build,")],
+)
 def test_inspect_what_is_no_model(function: str, message: str, tmp_path: Path) -> None:
     """A function that is missing or returns no model is an error."""
     file = tmp_path / "model.py"
@@ -180,11 +259,11 @@ def test_a_file_of_a_results_folder_is_no_ledger(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("demo",),
-        ("demo", "--budget", "0.5"),
+        ("bench",),
         ("bench", "--task", "digits", "--seeds", "0,1"),
         ("report", "folder"),
         ("inspect", "--suite", "plain"),
+        ("list", "tasks"),
     ],
     ids=" ".join,
 )
@@ -215,3 +294,23 @@ def test_a_ledger_that_is_not_there(tmp_path: Path) -> None:
     result = invoke("report", tmp_path / "run.jsonl")
     assert result.exit_code == 2
     assert "run.jsonl is no ledger that can be read" in result.stderr
+
+
+def test_a_model_is_compressed(tmp_path: Path) -> None:
+    """`compress` cuts the model of a file to a budget and writes it; a budget or function that is none is one line."""
+    own = tmp_path / "own.py"
+    own.write_text(OWN_MODEL + "\ndef batches():\n    return [(torch.randn(50, 8), None)]\n")
+    arguments = ["compress", f"{own}:build", "--data", f"{own}:batches"]
+    found = answer(invoke(*arguments, "--budget", "50% params", "--out", tmp_path / "out"))
+    small = setpoint.load(
+        tmp_path / "out" / "model.safetensors", into=nn.Sequential(nn.Linear(8, 20), nn.ReLU(), nn.Linear(20, 4))
+    )
+    assert (
+        found["widths"] == {"0": small[0].out_features} and found["after"]["params"] <= 0.5 * found["before"]["params"]
+    )
+    for wrong, said in (
+        ([*arguments, "--budget", "8 ms latency"], "compress takes"),
+        ([*arguments[:3], f"{own}:no", "--budget", "50% flops"], "no function"),
+    ):
+        result = invoke(*wrong)
+        assert result.exit_code == 2 and said in result.stderr

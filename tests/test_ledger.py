@@ -115,3 +115,44 @@ def test_a_loss_after_is_noted_once(tmp_path: Path) -> None:
     assert [entry.loss_after for entry in ledger] == [None, 1.75, None]
     ledger.save(tmp_path / "ledger.jsonl")
     assert Ledger.load(tmp_path / "ledger.jsonl")[1].loss_after == 1.75
+
+
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"step": 30, "widths": {"conv": "2"}}', r"its widths\['conv'\] must be a count, got '2'"),
+        ('{"step": 30, "widths": [2]}', "its widths must be an object, got a list"),
+        ('{"step": true, "widths": {}}', "its step must be a count, got True"),
+        ('{"step": -1, "widths": {}}', "its step must be a count, got -1"),
+        ('{"step": 1e3, "widths": {}}', "its step must be a count"),
+        ('{"step": 5, "widths": {}}', "order of steps"),
+        ('{"step": 30, "widths": {}, "reason": {"a": 1}}', "its reason must be a text, got an object"),
+        ('{"step": 30, "widths": {}, "seconds": []}', "its seconds must be a number, got a list"),
+        ('{"step": 30, "widths": {}, "loss": "low"}', "its loss must be a number, got 'low'"),
+        ('{"step": 30, "widths": {}, "worth": 3}', "its worth must be an object, got 3"),
+        ('{"step": 30, "widths": {}, "worth": {"conv": [{}]}}', r"its worth\['conv'\]\[0\] must be a number"),
+        ('{"step": 30, "widths": {}, "dropped": {"conv": [1e9]}}', r"its dropped\['conv'\]\[0\] must be a count"),
+        ('{"step": 30, "widths": {}, "spent": {"flops": ' + "9" * 400 + "}}", "a huge number"),
+        ('{"step": 30, "widths": ' + "9" * 5000 + "}", "not a whole entry"),
+        ('{"step": 30, "widths": {}, "reason": "\\ud800"}', "not a whole entry"),
+        (f'{{"step": 30, "widths": {{}}, "reason": {DEEP}', "not a whole entry"),
+        ("3", "not a whole entry"),
+    ],
+)
+def test_names_a_field_of_another_type(tmp_path: Path, line: str, said: str) -> None:
+    """A value of another type than the entry's is no traceback: line, field and value are named."""
+    path = tmp_path / "ledger.jsonl"
+    _ledger().save(path)
+    path.write_text(path.read_text() + line + "\n" + json.dumps({"step": 40, "widths": {}}) + "\n")
+    with pytest.raises(CheckpointError, match=rf"line 4 of .* is damaged \(.*{said}"):
+        Ledger.load(path)
+
+
+def test_a_header_of_anything_else_is_refused(tmp_path: Path) -> None:
+    """A first line that is nested deeper than Python reads is no ledger."""
+    (tmp_path / "run.jsonl").write_text(DEEP + "\n")
+    with pytest.raises(CheckpointError, match="is not a Setpoint ledger"):
+        Ledger.load(tmp_path / "run.jsonl")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if page.exists()]
+PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))) if page.exists()]
 BLOCK = re.compile(r"^(?P<indent>[ \t]*)```python[^\n]*\n(?P<code>.*?)^(?P=indent)```[ \t]*$", re.DOTALL | re.MULTILINE)
 
 
@@ -55,3 +55,15 @@ def test_a_block_in_a_comment_runs(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("<!--\n```python\nz = 1\n```\n-->\n```python\nassert z\n```\n")
     assert run_blocks(page) == 2
+
+
+def test_sentences_of_the_readme_are_short() -> None:
+    """Claim: no sentence of the README has more than 25 words, in prose, lists and tables that people have written."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = re.sub(r"<!--.*?-->|```.*?```", "\n\n", text, flags=re.DOTALL)
+    text = re.sub(r"^(?: {4}|#).*$", "\n\n", text, flags=re.MULTILINE)
+    text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", text)
+    paragraphs = re.split(r"\n\s*\n|^\* |\||·", text, flags=re.MULTILINE)
+    sentences = [each for part in paragraphs for each in re.split(r"(?<=[.?!:])\s", " ".join(part.split()))]
+    assert len(sentences) > 30
+    assert not [each for each in sentences if len(each.split()) > 25]

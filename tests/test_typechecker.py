@@ -1,14 +1,16 @@
-"""Shapes and types are checked while the tests run."""
+"""Shapes are checked while the tests run, and types beside them."""
 
 from __future__ import annotations
 
+import jaxtyping
 import numpy as np
 import pytest
-from jaxtyping import TypeCheckError
+from jaxtyping import Float, TypeCheckError
 
+from setpoint.groups.atoms import Atoms
 from setpoint.groups.group import Slice
-from setpoint.groups.walk import rule
 from setpoint.report.numbers import digits
+from typechecker import check
 
 
 def test_a_wrong_shape_is_caught() -> None:
@@ -17,14 +19,25 @@ def test_a_wrong_shape_is_caught() -> None:
         Slice("conv.weight", 0, "produce", np.zeros((2, 2), dtype=np.int64))
 
 
+def scaled(values: Float[np.ndarray, " units"], factor: float) -> Float[np.ndarray, " units"]:
+    """Some function of a module."""
+    return values * factor
+
+
 def test_an_int_may_stand_for_a_float() -> None:
     """A whole number passes where a float is annotated, text does not."""
-    assert digits(3) == "3"
+    checked = jaxtyping.jaxtyped(scaled, typechecker=check)
+    assert checked(np.ones(2), 3).tolist() == [3.0, 3.0]
     with pytest.raises(TypeCheckError):
-        digits("3")  # type: ignore[arg-type]
+        checked(np.ones(2), "3")
 
 
-def test_nested_functions_are_left() -> None:
-    """A function that a function defines runs as it is written, one of a module is wrapped."""
-    assert hasattr(rule, "__wrapped__")
-    assert not hasattr(rule(), "__wrapped__")
+def test_functions_without_a_shape_are_left() -> None:
+    """A function whose signature names no shape runs as it is written, and so does one inside of another."""
+    assert hasattr(Atoms.fresh, "__wrapped__")  # its shape has a name of its own
+    assert not hasattr(digits, "__wrapped__")
+
+    def inner(values: Float[np.ndarray, " units"]) -> None:
+        """Nothing."""
+
+    assert jaxtyping.jaxtyped(inner, typechecker=check) is inner

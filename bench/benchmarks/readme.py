@@ -1,4 +1,4 @@
-"""Writes the tables and the picture of README.md and of pages in docs/ from the committed result files.
+"""Writes the tables and the pictures of README.md and of pages in docs/ from the committed result files.
 
     python bench/benchmarks/readme.py            rewrite what stands between the markers
     python bench/benchmarks/readme.py --check    fail if a page does not show what the result files say
@@ -19,17 +19,20 @@ from tables.costs import (
     bench_quick_table,
     compiled_table,
     distributed_table,
+    frameworks_table,
     overhead_table,
     predictions_table,
     real_budgets_table,
     soak_table,
 )
-from tables.discovery import coverage_table, discovery_table, suites_table
+from tables.discovery import coverage_table, discovery_table, models_cut_table, suites_table
+from tables.law import calibration_runs_table, law_table, measured_table, optimal_line, write_law_picture
 from tables.methods import (
     ahead_table,
     goals_table,
     headline_table,
     methods_table,
+    readme_table,
     seconds_table,
     snip_table,
     sparse_table,
@@ -38,14 +41,16 @@ from tables.methods import (
     validation_table,
 )
 from tables.states import mamba2_table, moments_table, ssm_table, state_regrowth_table, states_table
-from tables.variants import ablation_table, calibration_table, feedback_table, price_table, returns_table
+from tables.variants import ablation_table, calibration_table, even_table, feedback_table, price_table, returns_table
 
+from setpoint_bench.report.moving_picture import write_moving_picture
 from setpoint_bench.report.picture import write_picture
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "results"
 _DOCS = (
     "results.md",
+    "results-in-short.md",
     "tasks.md",
     "coverage.md",
     "state-space.md",
@@ -53,16 +58,20 @@ _DOCS = (
     "distributed.md",
     "how-it-works.md",
     "price.md",
+    "even.md",
     "resume.md",
+    "frameworks.md",
+    "when-it-pays.md",
 )
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in _DOCS))
 MARKER = re.compile(r"(<!-- results:(?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-PICTURE = ROOT / "docs" / "pictures" / "finetune.svg"
+PICTURES = {name: ROOT / "docs" / "pictures" / f"{name}.svg" for name in ("run", "finetune", "cifar10-mini", "law")}
+MOVING = "Fine-tuning an image network to a quarter of its FLOPs"
 PICTURED = (
     "dense",
     *(f"{method} 0.5" for method in ("small-long", "filter-first", "cubic", "torch-pruning-norm", "setpoint")),
 )
-"""Lines of the picture, as many as a legend has room for: of each kind of rival that cuts units the best one there."""
+"""Lines of a picture, as many as a legend has room for: of each kind of rival that cuts units the best one there."""
 
 
 def filled(text: str) -> str:
@@ -82,6 +91,11 @@ def filled(text: str) -> str:
             "predictions": lambda: predictions_table(RESULTS / "latency.json", RESULTS / "memory.json"),
             "real-budgets": lambda: real_budgets_table(RESULTS / "real_budgets.json"),
             "distributed": lambda: distributed_table(RESULTS / "distributed.json"),
+            "frameworks": lambda: frameworks_table(RESULTS / "frameworks.json"),
+            "law": lambda: law_table(RESULTS / "law.json"),
+            "law-measured": lambda: measured_table(RESULTS / "law-language.json", RESULTS / "law.json"),
+            "law-optimal": lambda: optimal_line(RESULTS / "law-language.json"),
+            "law-calibration": lambda: calibration_runs_table(RESULTS / "law-language.json"),
             "soak": lambda: soak_table(RESULTS / "soak.json"),
             "bench-quick": lambda: bench_quick_table(RESULTS / "bench-quick.json"),
             "compiled": lambda: compiled_table(RESULTS / "compiled.json"),
@@ -89,6 +103,7 @@ def filled(text: str) -> str:
             "calibration": lambda: calibration_table(RESULTS / "calibration.json"),
             "ablation": lambda: ablation_table(RESULTS / "ablation.json"),
             "returns": lambda: returns_table(RESULTS / "returns.json"),
+            "even": lambda: even_table(RESULTS / "even.json"),
             "price": lambda: price_table(RESULTS / "price.json"),
             "feedback": lambda: feedback_table(RESULTS / "ablation.json"),
             "tuning": lambda: tuning_table(RESULTS),
@@ -99,6 +114,8 @@ def filled(text: str) -> str:
             "ahead": lambda: ahead_table(RESULTS),
             "ahead-validation": lambda: ahead_table(RESULTS, split="validation"),
             "seconds": lambda: seconds_table(RESULTS),
+            "readme": lambda: readme_table(RESULTS),
+            "models-cut": lambda: models_cut_table(RESULTS / "coverage" / "torch_pruning.json"),
             "headline": lambda: headline_table(RESULTS),
             "tasks": lambda: task_sections(RESULTS),
         }
@@ -122,11 +139,18 @@ def main() -> None:
             if not check:
                 page.write_text(fresh, encoding="utf-8")
     with TemporaryDirectory() as folder:
-        drawn = write_picture(RESULTS / "finetune", Path(folder) / PICTURE.name, labels=PICTURED)
-        if drawn.read_text(encoding="utf-8") != PICTURE.read_text(encoding="utf-8"):
-            stale.append(PICTURE.name)
-            if not check:
-                PICTURE.write_bytes(drawn.read_bytes())
+        for name, picture in PICTURES.items():
+            drawn = Path(folder) / picture.name
+            if name == "run":
+                write_moving_picture(RESULTS / "finetune", drawn, "setpoint", 0.25, MOVING)
+            elif name == "law":
+                write_law_picture(RESULTS / "law-language.json", drawn)
+            else:
+                write_picture(RESULTS / name, drawn, labels=PICTURED)
+            if not picture.exists() or drawn.read_bytes() != picture.read_bytes():
+                stale.append(picture.name)
+                if not check:
+                    picture.write_bytes(drawn.read_bytes())
     if check and stale:
         sys.exit(f"{', '.join(stale)} not as the result files say: run python bench/benchmarks/readme.py")
 

@@ -1,4 +1,4 @@
-"""What the benchmark adds to the command line: demo, bench, and report and inspect of many runs and models."""
+"""What the benchmark adds to the command line: bench, and report and inspect of many runs and models."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def answer(result: Result) -> dict[str, Any]:
     return value
 
 
-def test_demo(tmp_path: Path) -> None:
-    """The demo prints a table, then one JSON object with all three methods, and writes the page."""
-    result = invoke("demo", "--epochs", "3", "--out", tmp_path)
+def test_bench(tmp_path: Path) -> None:
+    """A benchmark prints a table, then one JSON object with all three methods, and writes the page."""
+    result = invoke("bench", "--task", "digits", "--epochs", "1", "--out", tmp_path)
     found = answer(result)
     assert found["task"] == "digits"
     assert found["budget"] == 0.5
@@ -52,6 +52,7 @@ def test_demo(tmp_path: Path) -> None:
     assert "runs of" in result.stderr
 
 
+@pytest.mark.slow
 def test_bench_over_seeds_and_report(tmp_path: Path) -> None:
     """Several seeds give means and runs, on the validation data if asked; `report` writes the page anew elsewhere."""
     result = invoke(
@@ -73,6 +74,12 @@ def test_bench_over_seeds_and_report(tmp_path: Path) -> None:
     [
         (("bench", "--task", "imagenet"), "cifar10, cifar10-mini, cifar10-resnet18, cifar10-wrn22-2, digits, finetune"),
         (("bench", "--task", "digits", "--methods", "dense,magic"), "dense, small, small-long"),
+        (("bench", "--task", "digitts"), "did you mean digits?"),
+        (("bench", "--task", "digits", "--methods", "cubik"), "did you mean cubic?"),
+        (("bench", "--task", "digits", "--methods", "rigl@densty=0.1"), "did you mean density?"),
+        (("bench", "--task", "digits", "--split", "validate"), "did you mean validation?"),
+        (("bench", "--task", "digits", "--methods", "dense,small", "--budgets", "1e-4"), "cost"),
+        (("inspect", "--suite", "tim"), "did you mean timm?"),
         (("bench", "--task", "digits", "--methods", ","), "--methods is empty"),
         (("bench", "--task", "digits", "--budgets", "half"), "--budgets takes numbers"),
         (("bench", "--task", "digits", "--seeds", "0.5"), "--seeds takes whole numbers"),
@@ -83,9 +90,8 @@ def test_bench_over_seeds_and_report(tmp_path: Path) -> None:
         (("bench", "--task", "smnist", "--length", "196", "--data", "/nowhere"), "/nowhere"),
         (("bench", "--task", "psmnist", "--length", "784", "--data", "/nowhere"), "/nowhere"),
         (("bench", "--task", "shakespeare", "--data", "/nowhere"), "/nowhere"),
-        (("demo", "--budget", "nan"), "finite"),
-        (("demo", "--epochs", "0"), "at least 1"),
-        (("demo", "--budget", "0.001"), "cost"),
+        (("bench", "--task", "digits", "--budgets", "nan"), "finite"),
+        (("bench", "--task", "digits", "--epochs", "0"), "at least 1"),
         (("report", "/nowhere"), "results.jsonl"),
         (("inspect", "--suite", "keras"), "torchvision, timm, transformers, plain"),
         (("inspect", "--suite", "plain", "--models", "unett"), "did you mean unet"),
@@ -132,16 +138,49 @@ def test_missing_data_cost_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+BROKEN_METHOD = """
+from setpoint_bench.method import Setpoint
+from setpoint_bench.baselines.scheduled import ScheduledController
+
+class Broken(ScheduledController):
+    def init(self, *arguments, **settings):
+        raise ValueError("broken")
+
+def broken():
+    return Setpoint("broken", Broken(), family="mine")
+"""
+
+
 @pytest.mark.slow
 def test_a_bench_whose_runs_all_fail_answers_all_the_same(tmp_path: Path) -> None:
     """Where no run could be finished, the last line names each failure, and the exit code is 1."""
-    result = invoke(
-        *("bench", "--task", "digits", "--methods", "small", "--budgets", "1e-4", "--epochs", "1", "--out", tmp_path)
-    )
+    file = tmp_path / "own.py"
+    file.write_text(BROKEN_METHOD, encoding="utf-8")
+    out = tmp_path / "out"
+    result = invoke("bench", "--task", "digits", "--methods", f"{file}:broken", "--epochs", "1", "--out", out)
     assert result.exit_code == 1
     found = json.loads(result.stdout.splitlines()[-1])
-    assert [each["cell"] for each in found["failures"]] == ["digits-small-0.0001-seed0"]
-    assert result.stderr.count("digits-small-0.0001-seed0") == 1
+    assert [each["cell"] for each in found["failures"]] == ["digits-broken-0.5-seed0"]
+    assert result.stderr.count("digits-broken-0.5-seed0") == 1
+
+
+def test_a_budget_out_of_reach_costs_nothing(tmp_path: Path) -> None:
+    """A budget that a method cannot meet is refused before any run, the dense one too, and no folder is made."""
+    out = tmp_path / "out"
+    result = invoke("bench", "--task", "digits", "--methods", "dense,small", "--budgets", "0.5,1e-4", "--out", out)
+    assert result.exit_code == 2 and result.stderr.startswith("error: ")
+    assert not out.exists()
+
+
+def test_tasks_and_methods_are_listed() -> None:
+    """Each task comes with a line about it, each method with its kind; the names are those that `bench` takes."""
+    tasks = json.loads(invoke("list", "tasks", "--json").stdout)["tasks"]
+    assert list(tasks) == list(catalogue.tasks()) and "six classes of CIFAR-10" in tasks["finetune"]
+    methods = json.loads(invoke("list", "methods", "--json").stdout)["methods"]
+    assert methods["cubic"].startswith("open-loop; Zhu and Gupta") and "small" in methods
+    assert [line.split()[0] for line in invoke("list", "methods", "torch").stdout.splitlines()[:-2]] == [
+        *("torch-pruning-norm", "torch-pruning-taylor"),
+    ]
 
 
 def test_timing_of_nothing(tmp_path: Path) -> None:
@@ -151,6 +190,7 @@ def test_timing_of_nothing(tmp_path: Path) -> None:
     assert "holds none of these runs: run them first" in result.stderr
 
 
+@pytest.mark.slow
 def test_timing_answers_with_what_it_measured(tmp_path: Path) -> None:
     """After `--timing` the last line's seconds are those just measured, not the runs' own, with their shares."""
     command = ("bench", "--task", "digits", "--methods", "dense,small", "--epochs", "1", "--out", tmp_path)
@@ -206,6 +246,7 @@ def test_bench_with_methods_of_ones_own(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_runs_of_other_code_are_told(tmp_path: Path) -> None:
     """A folder's finished runs are kept, and how many of them another version of the code has made is said."""
     command = ("bench", "--task", "digits", "--methods", "dense", "--epochs", "1", "--out", tmp_path)
@@ -217,12 +258,12 @@ def test_runs_of_other_code_are_told(tmp_path: Path) -> None:
 
 
 def test_missing_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Without scikit-learn the demo says which extra to install."""
+    """Without scikit-learn the digits say which package to install."""
     from setpoint_bench.tasks import digits
 
     digits.splits.cache_clear()
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    result = invoke("demo", "--out", tmp_path)
+    result = invoke("bench", "--task", "digits", "--out", tmp_path)
     assert result.exit_code == 2
     assert "pip install setpoint-bench" in result.stderr
 
@@ -230,15 +271,16 @@ def test_missing_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_interrupt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Ctrl-C ends with exit code 130 and says that finished runs are kept."""
 
-    def interrupt(*_: object) -> None:
+    def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("setpoint_bench.terminal.run_interleaved", interrupt)
-    result = invoke("demo", "--out", tmp_path)
+    monkeypatch.setattr("setpoint_bench.terminal.run", interrupt)
+    result = invoke("bench", "--task", "digits", "--out", tmp_path)
     assert result.exit_code == 130
     assert "finished runs are kept" in result.stderr
 
 
+@pytest.mark.slow
 def test_inspect_a_suite(tmp_path: Path) -> None:
     """A suite in a worker process: a table, the record in the folder, and the promised last line."""
     models = "gated_mlp,many_inputs_and_outputs"

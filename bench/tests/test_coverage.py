@@ -27,7 +27,26 @@ SLICES = {
 }
 
 
-@pytest.mark.parametrize(("suite", "model"), [(suite, model) for suite, models in SLICES.items() for model in models])
+LONG = (
+    "resnet18",
+    "test_vit",
+    "test_convnext",
+    "test_efficientnet",
+    "bert",
+    "t5",
+    "lstm_2_layers_both_directions",
+    "gru_2_layers_both_directions",
+)
+
+
+@pytest.mark.parametrize(
+    ("suite", "model"),
+    [
+        pytest.param(suite, model, marks=[pytest.mark.slow] * (model in LONG))
+        for suite, models in SLICES.items()
+        for model in models
+    ],
+)
 def test_models_of_every_family_pass(suite: str, model: str) -> None:
     """Half of the units of all groups can go, and the rest trains on like its masked twin to 1e-10."""
     if suite != "plain":

@@ -35,8 +35,38 @@ from setpoint_bench.weight_flops import weight_flops
 
 TASK = digits(epochs=1, width=16)
 BUDGET = 0.5
+QUICK = (
+    "dense",
+    "small",
+    "small-found",
+    "cubic",
+    "gmp",
+    "magnitude-oneshot",
+    "torch-pruning-taylor",
+    "setpoint",
+    "setpoint-weights",
+)
+"""One method of each way of building one; the others are trained by `make nightly`."""
 methods = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+trained = pytest.mark.parametrize(
+    "method",
+    [pytest.param(each, marks=[pytest.mark.slow] * (each.name not in QUICK)) for each in METHODS],
+    ids=lambda method: method.name,
+)
 Runs = tuple[Path, Mapping[str, Result]]
+
+
+class Finished(dict[str, Result]):
+    """Each method's result, which is trained when it is asked for, after those that it needs."""
+
+    def __init__(self, out: Path) -> None:
+        super().__init__()
+        self.out = out
+
+    def __missing__(self, name: str) -> Result:
+        method = method_named(name)
+        self[name] = finish(method, self.out, {each: self[each] for each in method.needs})
+        return self[name]
 
 
 def finish(method: Method, out: Path, needed: Mapping[str, Result], budget: float = BUDGET) -> Result:
@@ -53,13 +83,11 @@ def finish(method: Method, out: Path, needed: Mapping[str, Result], budget: floa
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """Every method's result at one budget."""
-    out, results = tmp_path_factory.mktemp("methods"), dict[str, Result]()
-    for method in sorted(METHODS, key=lambda method: (bool(method.needs), method.name)):
-        results[method.name] = finish(method, out, {name: results[name] for name in method.needs})
-    return out, results
+    out = tmp_path_factory.mktemp("methods")
+    return out, Finished(out)
 
 
-@methods
+@trained
 def test_meets_the_budget(method: Method, runs: Runs) -> None:
     """The finished model is within the budget and near it: really, or in theory where only weights are masked."""
     results = runs[1]
@@ -77,7 +105,7 @@ def test_meets_the_budget(method: Method, runs: Runs) -> None:
             assert result.claimed_flops == result.final_flops
 
 
-@methods
+@trained
 def test_the_saved_model_is_the_measured_one(method: Method, runs: Runs) -> None:
     """What lies in the cell's folder loads, runs its own forward, costs what was said, and scores what was said."""
     out, results = runs
@@ -107,7 +135,15 @@ def test_is_a_value_with_a_source(method: Method) -> None:
     assert set(method.needs) <= {each.name for each in METHODS}
 
 
-@pytest.mark.parametrize("name", [each.name for each in METHODS if each.family not in ("dense", "small")])
+PRUNING = [each for each in METHODS if each.family not in ("dense", "small")]
+FIRSTS = {each.family: each.name for each in reversed(PRUNING)}
+"""Of each family its first method: a family builds its methods alike."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(each.name, marks=[pytest.mark.slow] * (FIRSTS[each.family] != each.name)) for each in PRUNING],
+)
 def test_follows_fixed_filters(name: str) -> None:
     """A network that begins with fixed filters, as `cifar10`'s does, is brought to the budget too."""
     generator = torch.Generator().manual_seed(0)
@@ -133,13 +169,12 @@ def test_post_training_counts_the_dense_run(runs: Runs) -> None:
     """Steps, FLOPs and seconds are the dense run's and the fine-tuning's together."""
     results = runs[1]
     dense, tuned = results["dense"], round(0.25 * TASK.steps)
-    for method in METHODS:
-        if method.family == "post-training":
-            result = results[method.name]
-            assert result.steps == TASK.steps + tuned
-            assert result.seconds > dense.seconds
-            tuning = result.train_flops - dense.train_flops - result.overhead_flops
-            assert tuned * result.final_flops <= tuning <= tuned * dense.final_flops
+    for name in ("magnitude-oneshot", "torch-pruning-taylor"):
+        result = results[name]
+        assert result.steps == TASK.steps + tuned
+        assert result.seconds > dense.seconds
+        tuning = result.train_flops - dense.train_flops - result.overhead_flops
+        assert tuned * result.final_flops <= tuning <= tuned * dense.final_flops
     masked = results["magnitude-oneshot"]
     assert masked.theoretical_flops is not None
     assert masked.theoretical_train_flops == pytest.approx(dense.train_flops + tuned * masked.theoretical_flops)
@@ -218,12 +253,15 @@ def test_a_missing_model_is_said(runs: Runs, tmp_path: Path) -> None:
         finish(method_named("magnitude-oneshot"), tmp_path, {"dense": runs[1]["dense"]})
 
 
-@pytest.mark.parametrize("name", ["small", "torch-pruning-norm", "cubic", "setpoint"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("torch-pruning-norm", marks=pytest.mark.slow), "small", "cubic", "setpoint"]
+)
 def test_a_budget_out_of_reach_says_the_least(name: str, runs: Runs) -> None:
     """Each kind of method says what the least is that it reaches."""
     out, results = runs
+    needed = {each: results[each] for each in method_named(name).needs}
     with pytest.raises(setpoint.SetpointError, match="narrowest costs|least it reaches|still needs"):
-        finish(method_named(name), out, results, budget=0.0005)
+        finish(method_named(name), out, needed, budget=0.0005)
 
 
 def test_settings_by_name() -> None:
@@ -320,6 +358,7 @@ def test_the_page_names_method_and_source(method: Method) -> None:
     assert row.split("|")[-2].strip() == method.paper
 
 
+@pytest.mark.slow
 def test_a_budget_of_bytes(tmp_path: Path) -> None:
     """`setpoint-memory` ends within the share of the dense model's peak bytes that was asked for, as metered."""
     result = finish(method_named("setpoint-memory"), tmp_path, {}, budget=0.6)

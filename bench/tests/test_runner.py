@@ -67,7 +67,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Result:
     return result
 
 
-@pytest.mark.parametrize("method", STRUCTURED, ids=lambda method: method.name)
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(each, marks=[pytest.mark.slow] * (each.name != "setpoint")) for each in STRUCTURED],
+    ids=lambda method: method.name,
+)
 def test_interleaving_changes_nothing(method: Method, together: tuple[Path, dict[str, Result]], tmp_path: Path) -> None:
     """A method trained alone ends with the very same value, widths and FLOPs as beside the others."""
     torch.manual_seed(123)
@@ -304,7 +308,7 @@ def test_a_task_of_ones_own_is_made_anew_in_the_process(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_task_and_method_of_ones_own_in_one_file(tmp_path: Path) -> None:
-    """A file that makes the task and a method is loaded once, so that the model's class is found and can be timed."""
+    """A file that makes the task and a method is loaded once, so that both are found, and can be timed."""
     file = tmp_path / "own.py"
     file.write_text(
         "import torch\n"
@@ -328,7 +332,7 @@ def test_task_and_method_of_ones_own_in_one_file(tmp_path: Path) -> None:
     cells, own = grid(make_task(), [method], [1.0], [0]), {method.name: f"{file}:method"}
     outcome = run(cells, tmp_path / "out", Notes(), make_task=make_task, own_methods=own)
     assert outcome.failures == ()
-    assert (tmp_path / "out" / cells[0].name / "stages.pt").exists()
+    assert (tmp_path / "out" / cells[0].name / "stages.jsonl").exists()
 
 
 @pytest.mark.slow
@@ -389,7 +393,7 @@ def test_nothing_goes_on_from_a_run_that_diverged(together: tuple[Path, dict[str
     [
         ({"schema": 3}, "schema 3, this version of Setpoint continues folders of schema 1 and 2: name another folder"),
         ({"schema": 2, "task": "digits"}, "lacks method, budget"),
-        ([1], "schema None"),
+        ([1], "is damaged"),
     ],
 )
 def test_a_folder_of_another_version_is_refused(line: object, message: str, tmp_path: Path) -> None:
@@ -448,6 +452,7 @@ def test_grid_trains_dense_once() -> None:
     assert len({cell.name for cell in cells}) == len(cells) == 10
 
 
+@pytest.mark.slow
 def test_random_choices_follow_the_seed(tmp_path: Path) -> None:
     """`setpoint-random` drops other units in every seed, and the same ones when a seed is run again."""
 

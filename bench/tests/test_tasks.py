@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -36,7 +37,7 @@ from setpoint_bench.recipe import Recipe
 from setpoint_bench.simple_task import SimpleTask, Views
 from setpoint_bench.sizing import small_widths
 from setpoint_bench.task import BenchError, Task, dense_widths, split_named
-from setpoint_bench.tasks import cifar10, finetune, finetune_text, mnist, shakespeare
+from setpoint_bench.tasks import banking77, cifar10, finetune, finetune_text, mnist, resnet56, shakespeare
 from setpoint_bench.tasks.digits import digits
 from setpoint_bench.tasks.digits import splits as digits_splits
 from setpoint_bench.tensors import Tensors, held_out
@@ -56,6 +57,13 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     text = folder / shakespeare.FILE
     text.parent.mkdir(parents=True)
     text.write_text(TEXT, encoding="utf-8")
+    (folder / "PolyAI/banking77/data").mkdir(parents=True)
+    for split, count in (("train", 200), ("test", 10)):
+        rows = {
+            "text": [f"Where is card {number}?" for number in range(count)],
+            "label": [n % 77 for n in range(count)],
+        }
+        parquet.write_table(arrow.table(rows), folder / f"PolyAI/banking77/data/{split}-00000-of-00001.parquet")
     for source, shape in IMAGE_SETS.values():
         (folder / source.folder).mkdir(parents=True)
         for split, count in (("train", NUM_IMAGES), ("test", 10)):
@@ -110,7 +118,11 @@ def test_task_is_a_value(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["digits", "cifar10-mini", "cifar10", "cifar10-wrn22-2", "shakespeare-mini", "finetune-text"]
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name in ("cifar10-wrn22-2", "finetune-text")))
+        for name in ("digits", "cifar10-mini", "cifar10", "cifar10-wrn22-2", "shakespeare-mini", "finetune-text")
+    ],
 )
 def test_every_width_can_be_pruned(name: str) -> None:
     """Setpoint finds a lossless group for each free width, and a uniformly narrow net costs under a tenth."""
@@ -151,6 +163,34 @@ def test_sentence_encoder_is_that_of_transformers() -> None:
     theirs = transformers.AutoModel.from_pretrained(str(package.get_model_path())).eval()(tokens)[0]
     mask = torch.ones(2, 1, 9, 9, dtype=torch.bool)
     torch.testing.assert_close(model.encoder(tokens, attention_mask=mask, return_dict=False)[0], theirs)
+
+
+def test_a_deep_network_starts_from_its_weights(data: Path) -> None:
+    """A dense ResNet starts from the data folder's weights, a narrower one does not ask for them; missing is said."""
+    task = task_named("resnet20", data=data)
+    with pytest.raises(BenchError, match="cannot find|no akamaster"):
+        task.build(dense_widths(task))
+    torch.manual_seed(0)
+    trained = resnet56.PaddedNet(dense_widths(task), 3)
+    file = data / resnet56.WEIGHTS / "resnet20.safetensors"
+    file.parent.mkdir(parents=True)
+    save_file(trained.state_dict(), file)
+    model = task.build(dense_widths(task))
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in trained.state_dict().items())
+    x = torch.randn(2, 3, 32, 32)
+    groups = setpoint.find_groups(model, (x,))
+    assert sorted(group.num_units for group in groups if group.lossless) == [16] * 3 + [32] * 3 + [64] * 3
+    assert task.build(narrow(task))(x).shape == (2, 10)
+
+
+def test_questions_of_each_split_are_apart(data: Path, tmp_path: Path) -> None:
+    """A tenth of the questions that train validates, as tokens of one length; a folder without a split is said."""
+    splits = banking77.questions(data)
+    assert [tuple(splits[name][0].shape) for name in ("train", "validation", "test")] == [(180, 32), (20, 32), (10, 32)]
+    (data / "PolyAI/banking77/data/test-00000-of-00001.parquet").rename(tmp_path / "elsewhere")
+    banking77.questions.cache_clear()
+    with pytest.raises(BenchError, match="no test-.*parquet"):
+        banking77.questions(data)
 
 
 def test_finetuning_shares_no_image_with_pretraining(data: Path) -> None:
@@ -688,6 +728,7 @@ def test_models_from_scratch_have_a_learning_rate_of_their_own() -> None:
     assert rates[1] == 2 * rates[0] and rates[2] == rates[0] / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("budget", "n_embd"), [(0.5, 88), (0.25, 56)])
 def test_small_gpts_are_narrow_throughout(budget: float, n_embd: int) -> None:
     """A small GPT has a narrower residual stream too; one of found widths has the dense one."""

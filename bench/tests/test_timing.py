@@ -3,51 +3,89 @@
 from __future__ import annotations
 
 import json
-import sys
+import os
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from fragile import Notes
+from setpoint import find_groups, shrink
 from setpoint.errors import ReportError
 from setpoint_bench.interleaved import run_interleaved
 from setpoint_bench.method import Dense, Setpoint, method_named
 from setpoint_bench.report.folder import read_results
 from setpoint_bench.runner import finished, grid
-from setpoint_bench.stages import Stage, filled, hollow, load_stages, save_stages
+from setpoint_bench.stages import FILE, built, load_stages, save_stages, stage_of
+from setpoint_bench.task import BenchError, dense_widths
 from setpoint_bench.tasks.digits import digits
 from setpoint_bench.timing import measure, with_timed
 
 TASK = digits(epochs=2, width=8)
 
 
-def test_a_hollow_model_keeps_shapes_ties_and_buffers() -> None:
-    """Without weights a model keeps its shapes, strides, tied weights and buffers; filled it trains again."""
-    model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.BatchNorm1d(4), nn.Linear(4, 3), nn.Linear(3, 4, bias=False))
-    model[3].weight = model[0].weight
-    model[1].running_mean.fill_(7.0)
-    empty = hollow(model)
-    assert all(parameter.is_meta for parameter in empty.parameters())
-    assert not any(parameter.is_meta for parameter in model.parameters())
-    full = filled(empty, torch.device("cpu"))
-    assert full[3].weight is full[0].weight
-    assert torch.equal(full[1].running_mean, torch.full((4,), 7.0))
-    full(torch.randn(5, 3)).sum().backward()
-    assert [tuple(p.shape) for p in full.parameters()] == [tuple(p.shape) for p in model.parameters()]
+@dataclass
+class Payload:
+    """What a pickle can do when it is opened: make a folder."""
+
+    path: Path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.path),)
 
 
-def test_stages_of_code_that_has_moved_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder whose models are of a module that is gone, as before a move, holds no stages to time."""
-    moved = ModuleType("moved_away")
-    monkeypatch.setitem(sys.modules, "moved_away", moved)
-    exec("from torch import nn\nclass Net(nn.Module): pass", moved.__dict__)
-    save_stages(tmp_path, [Stage(3, moved.Net())])
-    assert len(load_stages(tmp_path)) == 1
-    monkeypatch.delitem(sys.modules, "moved_away")
-    assert load_stages(tmp_path) == ()
+def test_a_stage_is_built_again_from_its_sizes(tmp_path: Path) -> None:
+    """A model that was cut in the middle of a run comes back with its shapes, strides and sizes, and trains."""
+    model, widths = TASK.build(dense_widths(TASK)), dense_widths(TASK)
+    groups = find_groups(model, TASK.example())
+    keep = {group.name: np.arange(group.num_units) > 0 for group in groups}
+    shrink(model, None, groups, keep)
+    save_stages(tmp_path, [replace(stage_of(model, widths), num_steps=3)])
+    (stage,) = load_stages(tmp_path)
+    again = built(stage, TASK)
+    own, theirs = ({**dict(each.named_parameters()), **dict(each.named_buffers())} for each in (model, again))
+    assert {name: (t.shape, t.stride()) for name, t in own.items()} == {
+        n: (t.shape, t.stride()) for n, t in theirs.items()
+    }
+    assert str(again) == str(model) and stage.num_steps == 3
+    TASK.loss(again, *next(TASK.batches(seed=0))).backward()
+
+
+@pytest.mark.parametrize("line", ["", "{", "7", '{"num_steps": true}', "[" * 100_000, "null"])
+def test_a_damaged_stage_file_is_refused(tmp_path: Path, line: str) -> None:
+    """A file of stages that holds something else is named; of another model's stages none is built."""
+    (tmp_path / FILE).write_text(line + "\n")
+    with pytest.raises(BenchError, match=r"stages.jsonl is damaged"):
+        load_stages(tmp_path)
+    stage = stage_of(TASK.build(dense_widths(TASK)), dense_widths(TASK))
+    for other in (
+        replace(stage, shapes={}),
+        replace(stage, shapes={name: [1000, *shape[1:]] for name, shape in stage.shapes.items()}),
+        replace(stage, sizes={"nowhere": {"in_features": 1}}),
+    ):
+        with pytest.raises(BenchError, match="builds another model"):
+            built(other, TASK)
+
+
+def test_timing_runs_no_code_that_a_folder_holds(tmp_path: Path) -> None:
+    """A pickle that somebody put into a shared folder, under the name that one had before, is not opened."""
+    cells = grid(digits(epochs=1, width=8), [Dense()], [0.5], [0])
+    (result,) = run_interleaved(cells, tmp_path, Notes())
+    torch.save([(result.steps, Payload(tmp_path / "was_run"))], tmp_path / result.folder / "stages.pt")
+    (timing,) = measure(finished(cells, tmp_path), tmp_path, lambda _: None, rounds=1)
+    assert timing.stage_steps == (result.steps,)
+    assert not (tmp_path / "was_run").exists()
+
+
+def test_a_run_without_all_of_its_stages_is_not_timed(tmp_path: Path) -> None:
+    """Stages that do not add up to the run, or are gone, are named: seconds of a part would be those of the whole."""
+    cells = grid(digits(epochs=1, width=8), [Dense()], [0.5], [0])
+    (result,) = run_interleaved(cells, tmp_path, Notes())
+    (tmp_path / result.folder / FILE).unlink()
+    with pytest.raises(BenchError, match="does not hold the stages of its run"):
+        measure(finished(cells, tmp_path), tmp_path, lambda _: None)
 
 
 def test_runs_are_timed_by_their_stages(tmp_path: Path) -> None:

@@ -6,9 +6,11 @@ Two rings of names: what a run uses, and what tunes it. All else is imported fro
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from setpoint.actuator.shrink import shrink
+from setpoint.actuator.by_hand import shrink
 from setpoint.attach import attach
 from setpoint.checkpoint import load, save
+from setpoint.checkpoint.bake import bake
+from setpoint.checkpoint.resumable import resumable, shrink_to
 from setpoint.controller.priced import PricedController
 from setpoint.controller.schedule import Schedule
 from setpoint.cost.budget import Budget
@@ -17,14 +19,21 @@ from setpoint.cost.tolerance import Tolerance
 from setpoint.errors import SetpointError
 from setpoint.groups.trace import find_groups
 from setpoint.host.fsdp import unsharded
+from setpoint.integrations.checkpointing import enable_checkpointing
 from setpoint.ledger import Ledger
 from setpoint.loop.loop import Loop
 from setpoint.loop.run_file import load_run, save_run
 from setpoint.loop.summary import Summary
 from setpoint.sensor.taylor import TaylorSensor
 
+__version__ = "0.2.0"
+
 if TYPE_CHECKING:
+    from setpoint.advice.plan import plan
+    from setpoint.configs.pad import export_padded
+    from setpoint.one_shot.compress import compress
     from setpoint.regrowth.regrowing import Regrowing
+    from setpoint.sensor.reconstruction import ReconstructionSensor
     from setpoint.states.hankel import HankelSensor
     from setpoint.weights.find import find_weights
     from setpoint.weights.masking import Masking
@@ -32,8 +41,12 @@ if TYPE_CHECKING:
 _LEAVES = {
     "HankelSensor": "setpoint.states.hankel",
     "Masking": "setpoint.weights.masking",
+    "ReconstructionSensor": "setpoint.sensor.reconstruction",
     "Regrowing": "setpoint.regrowth.regrowing",
+    "compress": "setpoint.one_shot.compress",
+    "export_padded": "setpoint.configs.pad",
     "find_weights": "setpoint.weights.find",
+    "plan": "setpoint.advice.plan",
 }
 """Names that are imported when somebody asks for them: not every run needs these folders."""
 
@@ -65,26 +78,8 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
-    "Budget",
-    "HankelSensor",
-    "Ledger",
-    "Loop",
-    "Masking",
-    "Price",
-    "PricedController",
-    "Regrowing",
-    "Schedule",
-    "SetpointError",
-    "Summary",
-    "TaylorSensor",
-    "Tolerance",
-    "attach",
-    "find_groups",
-    "find_weights",
-    "load",
-    "load_run",
-    "save",
-    "save_run",
-    "shrink",
-    "unsharded",
-]
+    "Budget", "HankelSensor", "Ledger", "Loop", "Masking", "Price", "PricedController", "ReconstructionSensor",
+    "Regrowing", "Schedule", "SetpointError", "Summary", "TaylorSensor", "Tolerance", "attach", "bake", "compress",
+    "enable_checkpointing", "export_padded", "find_groups", "find_weights", "load", "load_run", "plan", "resumable",
+    "save", "save_run", "shrink", "shrink_to", "unsharded",
+]  # fmt: skip

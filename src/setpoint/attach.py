@@ -5,62 +5,66 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
-from setpoint.actuator.try_optimizer import check_optimizer, check_trains
-from setpoint.controller.goal import check_goal, controller_for
+from setpoint.actuator.actuator import Actuator
+from setpoint.arguments import check_parts, check_reads, given_groups, whole_steps
+from setpoint.cache import remembering
+from setpoint.controller.even import EvenController
 from setpoint.controller.landing import cheapest
-from setpoint.controller.plan import Controller, Learning, regrows
-from setpoint.controller.plan import Regrowing as Returning
-from setpoint.controller.rolling_back import RollingBack
-from setpoint.controller.schedule import Schedule
-from setpoint.controller.using_up import UsingUp
+from setpoint.controller.plan import Controller, Learning, RegrowingController, regrows
 from setpoint.cost.budget import METERED, Budget
-from setpoint.cost.price import Price
 from setpoint.cost.tolerance import Tolerance
+from setpoint.cost.wanted import wanted
 from setpoint.errors import LoopError
-from setpoint.groups.export import Example, num_samples
-from setpoint.groups.follow import check_states
+from setpoint.groups.export import Example
 from setpoint.groups.group import Group, widths_of
+from setpoint.groups.one_at_a_time import one_at_a_time
 from setpoint.groups.rng import preserved_rng_state
-from setpoint.groups.trace import trace
+from setpoint.groups.trace import repeated, trace
 from setpoint.host.host import Host, host_of
 from setpoint.host.optimizers import Steps
-from setpoint.host.refuse import check_reads, check_shared_costs
 from setpoint.loop.candidates import Candidates, unit_candidates
-from setpoint.loop.cutting import Actuator, Coordinates, Cutting, same_coordinates
+from setpoint.loop.cutting import Coordinates, Cutting, same_coordinates
 from setpoint.loop.header import header_of
-from setpoint.loop.loop import ATTACHED, Loop
+from setpoint.loop.loop import Loop
+from setpoint.loop.starting import Inputs, Starting
 from setpoint.sensor.reading import Sensor, Shared, takes_back
-from setpoint.sensor.taylor import TaylorSensor
 from setpoint.spending.account import Account
-from setpoint.spending.checks import check_budgets, check_reachable
+from setpoint.spending.bill import Bill
+from setpoint.spending.checks import check_reachable
 from setpoint.spending.meter import Meter
+from setpoint.spending.original import original_costs
 from setpoint.spending.seconds import Stopwatch
 from setpoint.spending.spending import Spending
 from setpoint.spending.target import Target
+from setpoint.wish import Wish, usual_sensor, wish
 
 if TYPE_CHECKING:
     from setpoint.regrowth.regrowing import Regrowing
     from setpoint.weights.masking import Masking
 
 
+@one_at_a_time
 def attach(
     model: nn.Module,
     optimizer: Steps | Sequence[Steps],
-    budget: Budget | Sequence[Budget] | Price | Tolerance,
+    budget: Any,
     *,
-    example: Example,
     total_steps: int,
+    example: Example | None = None,
     controller: Controller[Any] | None = None,
     sensor: Sensor[Any] | None = None,
     actuator: Masking | Regrowing | None = None,
     groups: Sequence[Group] | None = None,
-    copies: Sequence[nn.Module] = (),
+    copies: Sequence[Any] | None = (),
     allow_lossy: bool = False,
-    verify: bool = True,
+    verify: bool | Literal["always"] = True,
+    resume: bool = False,
+    even: bool = False,
+    method: str = "forward",
 ) -> Loop:
     """Hold a model in training to a budget: watch its optimizers, and shrink it in the middle of the run.
 
@@ -70,16 +74,23 @@ def attach(
     Args:
         model: as the training loop calls it: compiled, in `DistributedDataParallel` or with `fully_shard`, too.
         optimizer: the one that trains it, in its wrapper if it has one, or several that each step once per step.
-        budget: of one resource or several; with a `Price` or a `Tolerance` the size follows from the loss.
-        example: inputs as in training, at the batch shape of one optimizer step on one rank: a tuple or a dict.
-        total_steps: optimizer steps of the whole run.
+        budget: a fraction of the dense model's FLOPs, a text such as "50% flops", a mapping such as
+            `{"latency": "8 ms", "memory": "4 GiB"}`, a `Budget` or several; with a `Price` or a `Tolerance` the size
+            follows from the loss.
+        total_steps: optimizer steps of the whole run; beside a bill, those of the dense run that it is a share of.
+        example: inputs as in training, at the batch shape of one optimizer step on one rank: a tuple or a dict. Without
+            it the first forward in training is noted, and the loop begins at the first optimizer step.
         controller: decides what is dropped and when; by default what the budget, price or tolerance asks for.
         sensor: reads saliencies; by default Taylor's, for as many samples as the example has rows on all ranks.
         actuator: by default units are cut for good; `Regrowing()` brings some back, `Masking("2:4")` masks weights.
         groups: which may be pruned, out of `find_groups(model, example)`; by default all.
-        copies: modules with the same tensors to cut alike, such as an EMA copy.
+        copies: to cut alike: modules with the same tensors, lists of `shadow_params`; known averages are found.
         allow_lossy: also prune groups in which a zeroed unit is not the same as an absent one.
-        verify: try every group's cut on copies of the model first, and leave alone those that fail.
+        verify: leave alone groups whose cut fails on copies of the model; "always" tries those of known models, too.
+        resume: let the states of model and optimizer, as any framework saves them, carry sizes and the loop's state,
+            and go on from such states if they have been loaded, or are loaded before the first step.
+        even: keep all layers of a kind at one width, and write it into a transformers model's config.
+        method: name of the model's method that training calls, where it is not the forward; `example` is its inputs.
 
     Raises:
         SetpointError: of the kind that names what is wrong, such as `BudgetError` for a budget out of reach,
@@ -97,80 +108,67 @@ def attach(
     >>> loop.summary.budget_met, loop.summary.spent["params"] <= loop.summary.limit["params"]
     (True, True)
     """
-    clock, host = Stopwatch(synchronize=True), host_of(model, optimizer, copies)
-    with clock, host.unsharded(), preserved_rng_state(host.model), host.together("attach") as facts:
-        wish = _wish(host, budget, controller, sensor, actuator, total_steps)
-        if wish.masking:
-            parts = _weights(host, wish, example, sensor, groups)
-        else:
-            parts = _units(host, wish, example, sensor, groups, allow_lossy, verify)
-        spending, found = _spending(host, wish, parts, total_steps, clock), parts.found
-        run = {
-            **({"pattern": wish.masking} if wish.masking else {}),
-            "groups": widths_of(found.groups),
-            "optimizers": [type(each).__name__ for each in host.optimizers],
-            "copies": len(host.copies),
-            "sensor": parts.name,
-            "controller": type(wish.controller).__name__,
-        }
-        facts.update({**run, **spending.facts()})
-    header = {**header_of(found.groups, found.frozen, spending.header, host.model), **found.header}
-    acting, revocable = parts.actuator(spending), partial(parts.revocable, spending)
-    return Loop(host, parts.sensor, wish.guarded(), acting, spending, header, run, revocable)
+    check_parts(controller, sensor, allow_lossy=allow_lossy, verify=verify, resume=resume, even=even)
+    total_steps, groups = whole_steps(total_steps), given_groups(groups)
+    host, loop, budget = host_of(model, optimizer, copies), Loop(), wanted(budget)
+    wished = partial(wish, host, budget, controller, actuator, even)
+    choice = _Choice(sensor, groups, allow_lossy, bool(verify))
+    build = remembering(verify != "always")(partial(_build, host, wished, choice, total_steps))
+    starting = Starting(loop, host, model, build, resume=resume, method=method)
+    if example is not None:
+        starting.at_once(example)
+    else:
+        wished()
+        starting.at_first_step()
+    return loop
 
 
 @dataclass(frozen=True, eq=False)
-class _Wish:
-    """What the user wants, checked.
+class _Choice:
+    """What the user chose to be read and pruned: arguments of `attach`."""
 
-    Args:
-        goal: a price or a tolerance, None where there are budgets.
-        budgets: each of another resource.
-        controller: pursues it.
-        masking: the pattern of masks on single weights, "" where whole units are cut.
-        reserve_bytes: host memory for units that may come back; None: no limit.
-    """
-
-    goal: Price | Tolerance | None
-    budgets: tuple[Budget, ...]
-    controller: Controller[Any]
-    masking: str = ""
-    reserve_bytes: int | None = 8 * 2**30
-
-    @property
-    def goals(self) -> tuple[Budget | Price | Tolerance, ...]:
-        """Budgets, or the price or tolerance."""
-        return self.budgets if self.goal is None else (self.goal,)
-
-    @property
-    def resource(self) -> str:
-        """What is saved where there is no budget."""
-        return self.goal.resource if self.goal else "flops"
-
-    @property
-    def schedule(self) -> Schedule:
-        """When decisions are made."""
-        schedule = getattr(self.controller, "schedule", None)
-        return schedule if isinstance(schedule, Schedule) else Schedule()
-
-    @property
-    def revocable(self) -> bool:
-        """Whether a cut that the loss does not stand is taken back, or at least followed by a pause."""
-        able = isinstance(self.controller, Returning) or getattr(self.controller, "pauses", False)
-        return able and not isinstance(self.goal, Tolerance)  # a tolerance judges by itself
-
-    def guarded(self) -> Controller[Any]:
-        """The controller, which uses up a run's budget and gives way to the loss once."""
-        using_up = UsingUp(self.controller)
-        return RollingBack(using_up) if self.revocable else using_up
+    sensor: Sensor[Any] | None
+    groups: Sequence[Group] | None
+    allow_lossy: bool
+    verify: bool
 
 
-def _spending(host: Host, wish: _Wish, parts: _Parts, total_steps: int, clock: Stopwatch) -> Spending:
+def _build(host: Host, wished: Callable[[], Wish], choice: _Choice, total_steps: int, inputs: Inputs) -> dict[str, Any]:
+    """The parts of a loop, by the names that `Loop.begin` gives them."""
+    clock = Stopwatch(synchronize=True)
+    with clock, host.unsharded(), preserved_rng_state(host.model), host.together("attach") as facts:
+        want = wished()
+        parts = (_weights if want.masking else _units)(host, want, inputs, choice)
+        spending, found = _spending(host, want, parts, total_steps, clock), parts.found
+        run = {
+            **({"pattern": want.masking.pattern} if want.masking else {}),
+            "groups": widths_of(found.groups),
+            "optimizers": [type(each).__name__ for each in host.optimizers],
+            "copies": len(host.averages.named),
+            "sensor": parts.name,
+            "controller": type(parts.controller).__name__,
+        }
+        facts.update({**run, **spending.facts()})
+    header = {**header_of(found.groups, found.frozen, spending.header, host.model), **found.header}
+    return {
+        "host": host,
+        "sensor": parts.sensor,
+        "controller": want.guarded(parts.controller),
+        "actuator": parts.actuator(spending),
+        "spending": spending,
+        "header": header,
+        "run": run,
+        "revocable": partial(parts.revocable, spending),
+    }
+
+
+def _spending(host: Host, wish: Wish, parts: _Parts, total_steps: int, clock: Stopwatch) -> Spending:
     """What the run may spend; a budget that cannot be met is refused."""
-    found, controller = parts.found, wish.controller
+    found, controller = parts.found, parts.controller
     dense = {name: cost.total(widths_of(found.groups)) for name, cost in found.costs.items()}
     for each in wish.budgets:
-        check_reachable(each, dense[each.resource], cheapest(found.costs[each.resource], found.groups))
+        before = parts.target.dense_cost(each.resource)
+        check_reachable(each, before, cheapest(found.costs[each.resource], found.groups))
     spending = Spending(
         parts.target,
         found.costs,
@@ -185,63 +183,10 @@ def _spending(host: Host, wish: _Wish, parts: _Parts, total_steps: int, clock: S
         learning=controller if isinstance(controller, Learning) else None,
         modelled=found.sources,
         check=parts.check,
+        bill=Bill(wish.bill, total_steps) if wish.bill else None,
     )
     spending.runs.check(0, total_steps, found.groups)
     return spending
-
-
-def _wish(
-    host: Host,
-    budget: Budget | Sequence[Budget] | Price | Tolerance,
-    controller: Controller[Any] | None,
-    sensor: Sensor[Any] | None,
-    actuator: Masking | Regrowing | None,
-    total_steps: int,
-) -> _Wish:
-    """Check what is wanted, and whether host and optimizers can give it."""
-    parts = set(host.model.modules())
-    if any(other in parts or host.model in set(other.modules()) for other in ATTACHED):
-        raise LoopError("this model has a loop already: call finish() or detach() on that loop first")
-    goal = budget if isinstance(budget, (Price, Tolerance)) else None
-    budgets = () if isinstance(budget, (Price, Tolerance)) else check_budgets(budget)
-    if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
-        raise ValueError(f"total_steps must be a positive integer, got {total_steps!r}")
-    for name, part in (("controller", controller), ("sensor", sensor)):
-        if isinstance(part, type):
-            raise LoopError(f"{name}={part.__name__} is a class: give an object, {part.__name__}(...)")
-    settings = {} if actuator is None else _settings(actuator)
-    if controller is None:
-        controller = controller_for(goal or budgets, regrow="reserve_bytes" in settings)
-        if "pattern" in settings:
-            from setpoint.weights.controller import DropAndGrowController
-
-            controller = DropAndGrowController(controller)
-    else:
-        check_goal(goal, controller)
-    if "reserve_bytes" in settings and (isinstance(goal, Price) or not isinstance(controller, Returning)):
-        raise LoopError(
-            f"actuator=Regrowing(...) has no use here: {type(controller).__name__} brings nothing back. Leave the "
-            "actuator to attach, or use a Budget with PricedController(regrow=True), or a Tolerance"
-        )
-    check_states(controller, sensor)
-    check_trains(host.optimizers, host.model)
-    for each in host.optimizers:
-        check_optimizer(each)
-    wish = _Wish(goal, budgets, controller, settings.get("pattern", ""), settings.get("reserve_bytes", 8 * 2**30))
-    if not host.alone:
-        check_shared_costs({each.resource for each in wish.goals})
-    return wish
-
-
-def _settings(actuator: object) -> dict[str, Any]:
-    from setpoint.regrowth.regrowing import Regrowing
-    from setpoint.weights.masking import Masking
-
-    if isinstance(actuator, Masking):
-        return {"pattern": actuator.pattern}
-    if isinstance(actuator, Regrowing):
-        return {"reserve_bytes": actuator.reserve_bytes}
-    raise LoopError(f"actuator is Masking(...) or Regrowing(...), or None to cut units for good; got {actuator!r}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -249,6 +194,7 @@ class _Parts:
     """What a run is made of, as far as it depends on what a unit is.
 
     Args:
+        controller: decides; it knows the kinds where widths are even.
         sensor: reads saliencies; `name` is what the user knows it by.
         found: what may be pruned.
         actuator: carries plans out.
@@ -257,6 +203,7 @@ class _Parts:
         target: what spending is held to.
     """
 
+    controller: Controller[Any]
     sensor: Sensor[Any]
     name: str
     found: Candidates
@@ -267,82 +214,86 @@ class _Parts:
     check: Callable[[Sequence[Budget]], None] = lambda budgets: None
 
 
-def _weights(
-    host: Host, wish: _Wish, example: Example, sensor: Sensor[Any] | None, groups: Sequence[Group] | None
-) -> _Parts:
+def _weights(host: Host, wish: Wish, inputs: Inputs, choice: _Choice) -> _Parts:
     """Single weights are masked; nothing is tried out, since a mask is exact on any model."""
     from setpoint.weights.candidates import check_resources, check_run, weight_candidates
     from setpoint.weights.find import Pattern
     from setpoint.weights.patterned import Patterned
     from setpoint.weights.taylor import WeightTaylorSensor
 
+    assert wish.masking is not None
+    pattern = wish.masking.pattern
     if host.wrapper:
         raise LoopError(
             "single weights are not masked inside DistributedDataParallel or fully_shard in this version: "
             "train in one process, or leave the actuator to attach, which cuts whole units"
         )
-    inner = WeightTaylorSensor(num_samples(example)) if sensor is None else sensor
-    check_run(wish.goal, wish.budgets, wish.controller, inner)
-    found, masks = weight_candidates(host, example, wish.masking, groups, inner)
+    inner = WeightTaylorSensor(inputs.samples) if choice.sensor is None else choice.sensor
+    check_run(wish.goal, (*wish.budgets, *([wish.bill] if wish.bill else [])), wish.controller, inner)
+    found, masks = weight_candidates(host, inputs.example, pattern, choice.groups, inner, inputs.passes)
+    widths = widths_of(found.groups)
+    original = original_costs(host.model, inputs.example, wish.budgets, found.costs, widths, inputs.passes)
     return _Parts(
-        Patterned(inner, Pattern.named(wish.masking)),
+        wish.controller,
+        Patterned(inner, Pattern.named(pattern)),
         type(inner).__name__,
         found,
         lambda spending: masks,
         Meter(),
-        Target(wish.budgets, found.costs, widths_of(found.groups), wish.schedule, wish.resource),
+        Target(wish.budgets, found.costs, widths, wish.schedule, wish.resource, original),
         check=check_resources,
     )
 
 
-def _units(
-    host: Host,
-    wish: _Wish,
-    example: Example,
-    sensor: Sensor[Any] | None,
-    groups: Sequence[Group] | None,
-    allow_lossy: bool,
-    verify: bool,
-) -> _Parts:
+def _units(host: Host, wish: Wish, inputs: Inputs, choice: _Choice) -> _Parts:
     """Units are cut."""
-    traced = trace(host.model, example)
-    sensor = _sensor(host, traced.groups, example) if sensor is None else sensor
+    example, verify = inputs.example, choice.verify
+    traced, controller, some = repeated(trace(host.model, example), inputs.passes), wish.controller, choice.groups
+    even = None
+    if isinstance(controller, EvenController):
+        from setpoint.configs.even import evened
+
+        even = evened(host.model, traced, some, allow_lossy=choice.allow_lossy)
+        traced, some, controller = even.traced, even.groups, replace(controller, kinds=even.kinds)
+    sensor = usual_sensor(host, traced.groups, inputs) if choice.sensor is None else choice.sensor
     if host.mesh is not None:
         check_reads(sensor)
     sensor = sensor.over(host.ranks) if isinstance(sensor, Shared) and not host.alone else sensor
-    found = unit_candidates(host, traced, example, sensor, groups, allow_lossy=allow_lossy, verify=verify)
-    if regrows(wish.controller):
+    found = unit_candidates(host, traced, example, sensor, some, allow_lossy=choice.allow_lossy, verify=verify)
+    found = even.complete(found, host.model) if even else found
+    if regrows(controller):
         from setpoint.regrowth.verify_probe import check_regrowth
 
         passes = check_regrowth(host, example, found.groups, sensor, verify=verify)
         found = replace(found, passes=found.passes + passes)
-    meter = Meter()
+    meter, widths = Meter(), widths_of(found.groups)
+    original = original_costs(host.model, example, wish.budgets, found.costs, widths, inputs.passes)
     if {each.resource for each in wish.goals} & set(METERED):
         from setpoint.resources.learn import learn
 
         learnt = learn(host, example, traced, found.groups, wish.goals)
         meter, costs = learnt.meter, {**found.costs, **learnt.costs}
         found = replace(found, costs=costs, sources=learnt.sources, header=learnt.header)
-        target = learnt.target(wish.budgets, costs, wish.schedule, wish.resource)
+        target = learnt.target(wish.budgets, costs, wish.schedule, wish.resource, original)
     else:
         found = replace(found, header={"calibration": {}, "step_seconds": {}})
-        target = Target(wish.budgets, found.costs, widths_of(found.groups), wish.schedule, wish.resource)
+        target = Target(wish.budgets, found.costs, widths, wish.schedule, wish.resource, original)
     coordinates: Coordinates = same_coordinates
     if any(group.kind == "state" for group in found.groups):
         from setpoint.states.turn import balanced as coordinates
-    cutting = Cutting(host, found.groups, coordinates)
-
-    controller, at_once = wish.controller, regrows(wish.controller)
+    cutting, at_once = Cutting(host, found.groups, coordinates), regrows(controller)
 
     def regrowth(spending: Spending, actuator: Actuator) -> Actuator:
-        if actuator is not cutting or not isinstance(controller, Returning) or not takes_back(sensor):
+        if actuator is not cutting or not isinstance(controller, RegrowingController) or not takes_back(sensor):
             return actuator
-        from setpoint.regrowth.regrowing import Regrowth
+        from setpoint.regrowth.regrowing import Regrowing, Regrowth
 
+        reserve_bytes = (wish.regrowing or Regrowing()).reserve_bytes
         lasting = at_once and not isinstance(wish.goal, Tolerance)
-        return Regrowth(cutting, controller, spending, wish.reserve_bytes, lasting=lasting)
+        return Regrowth(cutting, controller, spending, reserve_bytes, lasting=lasting)
 
     return _Parts(
+        controller,
         sensor,
         type(sensor).__name__,
         found,
@@ -351,16 +302,3 @@ def _units(
         target,
         revocable=regrowth,
     )
-
-
-def _sensor(host: Host, groups: tuple[Group, ...], example: Example) -> Sensor[Any]:
-    """Taylor for units; states have sensors of their own."""
-    samples = num_samples(example) * host.ranks.count
-    if host.alone and any(group.kind == "state" for group in groups):
-        from setpoint.sensor.chain import SensorChain
-        from setpoint.states.hankel import HankelSensor
-        from setpoint.states.selective import SelectiveSensor
-
-        for_states: tuple[Sensor[Any], ...] = (HankelSensor(samples), SelectiveSensor(example))
-        return SensorChain(*(each for each in for_states if each.readable(groups, host.model)), TaylorSensor(samples))
-    return TaylorSensor(samples)

@@ -1,4 +1,4 @@
-"""The command line: inspect and report, and what the package setpoint-bench adds to it."""
+"""The command line: demo, inspect, plan, compress, report, watch and list, and what setpoint-bench adds to it."""
 
 from __future__ import annotations
 
@@ -6,22 +6,26 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args
 
 import typer
 
 from setpoint.command_line import (
+    Json,
     Out,
     check_folder,
     console,
     errors_as_messages,
+    examples,
     finish,
     misuse,
     names,
     numbers,
     write_json,
 )
+from setpoint.given import did_you_mean
 
+Kind = Literal["tasks", "methods", "models"]
 GROUP = "setpoint.commands"
 """Entry points of other packages: commands, and the halves of `report` and `inspect` that belong to benchmarks."""
 PACKED_FILES = ("results.jsonl.xz", "timing.jsonl.xz", "histories.jsonl.xz")
@@ -29,11 +33,34 @@ RESULT_FILES = ("results.jsonl", "timing.jsonl", *PACKED_FILES)
 """Files of a results folder that are no ledgers."""
 
 
+def demo(
+    budget: Annotated[
+        str, typer.Option(help="FLOPs per step at the end, as a fraction of the dense network's.", metavar="FRACTION")
+    ] = "0.5",
+    seed: Annotated[int, typer.Option(help="Seed of pictures, new head and order.", min=0)] = 0,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of each training: fewer take less time.", min=20)] = 160,
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """Fine-tune a pretrained network before your eyes: dense, and with Setpoint.
+
+    The network and the pictures come with Setpoint: nothing is downloaded.
+    """
+    with errors_as_messages():
+        fraction = _fraction(budget)
+        check_folder(out)
+        from setpoint.demo import demo as shown
+
+        answer = shown.demo(console(), out or Path("runs/demo"), fraction, seed, steps)
+        finish(answer, f"open {answer['report']} in a browser")
+
+
 def report(
     folder: Annotated[
-        Path, typer.Argument(help="Folder that `bench` or `demo` wrote, or a ledger's file.", metavar="DIR|FILE")
+        Path, typer.Argument(help="Folder that `bench` wrote, or the file of a ledger.", metavar="DIR|FILE")
     ],
     out: Out = None,
+    json: Json = False,
 ) -> None:
     """Show the results in a folder as tables, and write them to results.md and report.html.
 
@@ -44,7 +71,7 @@ def report(
         check_folder(out)
         if folder.is_file() and folder.name in RESULT_FILES:
             raise misuse(f"{folder} is one file of a results folder: give the folder, {folder.parent}")
-        if folder.is_file() or (folder.suffix == ".jsonl" and not folder.exists()):
+        if not folder.is_dir() and (folder.suffix == ".jsonl" or folder.exists()):
             _report_ledger(folder, out)
         else:
             _added("report-folder", "report FOLDER")(folder, out)
@@ -57,6 +84,7 @@ def inspect(
     input: Annotated[
         str | None, typer.Option("--input", help="Shape of the example, with commas; by default the model's usual.")
     ] = None,
+    groups: Annotated[bool, typer.Option("--groups", help="Show every group, with its places, as a tree.")] = False,
     verify: Annotated[bool, typer.Option(help="Try the cuts on a copy of the model, as attach does.")] = True,
     spending: Annotated[
         bool, typer.Option("--spending", help="Also time a training step here: seconds and bytes by group.")
@@ -69,8 +97,9 @@ def inspect(
         int | None, typer.Option(help="Processes that check models of the suite; 0: this one; by default 2.", min=0)
     ] = None,
     out: Out = None,
+    json: Json = False,
 ) -> None:
-    """Show a model's groups, what each costs, the cheapest reachable model, and what is frozen and why."""
+    """Show in eight lines what can be pruned in a model, how far, and what is left whole and why."""
     with errors_as_messages():
         if (target is None) == (suite is None):
             raise misuse("name either a model to inspect or a whole family with --suite, such as --suite timm")
@@ -80,40 +109,229 @@ def inspect(
                 raise misuse(f"--models picks from a suite: leave it out to inspect {target}")
             if workers is not None:
                 raise misuse(f"--workers shares out the models of a suite: leave it out to inspect {target}")
-            _inspect(target, None if input is None else tuple(numbers(input, "--input", int)), verify, out, spending)
+            shape = None if input is None else tuple(numbers(input, "--input", int))
+            _inspect(target, shape, verify, out, spending, groups)
         elif suite is not None:
             if input is not None:
                 raise misuse("--input is for a single model: a suite has inputs of its own")
+            if groups or spending or not verify:
+                raise misuse("--groups, --spending and --no-verify are for a single model: name one, without --suite")
             chosen = None if models is None else names(models, "--models")
             _added("inspect-suite", "inspect --suite")(suite, chosen, 2 if workers is None else workers, out)
+
+
+def compress(
+    target: Annotated[str, typer.Argument(help="module.py:function that returns a trained model.")],
+    data: Annotated[str, typer.Option("--data", help="module.py:function that returns batches, such as a loader.")],
+    budget: Annotated[str, typer.Option("--budget", help='What the model may cost: "50% flops", "40% params".')],
+    even: Annotated[bool, typer.Option("--even", help="Keep the same share of units in all groups.")] = False,
+    samples: Annotated[int, typer.Option(help="Samples of the data that are looked at.", min=1)] = 1024,
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """Cut a trained model to a budget without training, and write it to model.safetensors in the folder of --out."""
+    with errors_as_messages():
+        check_folder(out)
+        _compress(target, data, budget, even, samples, out)
+
+
+def watch(
+    file: Annotated[Path, typer.Argument(help="A ledger's file, which a run may be writing.", metavar="FILE")],
+    once: Annotated[bool, typer.Option("--once", help="Show the present state, and end.")] = False,
+    every: Annotated[float, typer.Option(help="Seconds between two looks at the file.", min=0.05)] = 1.0,
+    json: Json = False,
+) -> None:
+    """Watch a run: widths by group, cost against reference, and the price, as its ledger grows.
+
+    The run writes it by `setpoint.integrations.log_to(loop, "run.jsonl")`. Ctrl-C ends the watching, not the run.
+    """
+    with errors_as_messages():
+        from setpoint.report.ledger_page import read_ledger
+        from setpoint.report.resources import ledger_line
+        from setpoint.report.watch import view, watch
+
+        screen = console()
+        if once:
+            record = read_ledger(file)
+            screen.print(view(record, file.name))
+        else:
+            record = watch(file, screen, every)
+        steps = [entry.step for entry in record.entries]
+        then = f"setpoint report {file} writes a page of the run"
+        finish({"step": steps[-1] if steps else 0, "ledger": ledger_line(record)}, then)
+
+
+def list_names(
+    kind: Annotated[str, typer.Argument(help="tasks, methods or models.", metavar="tasks|methods|models")],
+    word: Annotated[str, typer.Argument(help="Only names that contain it.")] = "",
+    json: Json = False,
+) -> None:
+    """List the names that other commands take: tasks and methods of the benchmark, models to inspect."""
+    with errors_as_messages():
+        if kind not in get_args(Kind):
+            hint = did_you_mean(kind, get_args(Kind))
+            raise misuse(f"there is no list of {kind!r}: {hint}use {', '.join(get_args(Kind))}")
+        found: dict[str, str] = _models() if kind == "models" else _added(f"list-{kind}", f"list {kind}")()
+        shown = {name: about for name, about in found.items() if word.lower() in name.lower()}
+        if not shown:
+            every = [name.rpartition(":")[2] for name in found]
+            raise misuse(f"no name in the list of {kind} contains {word!r}: {did_you_mean(word, every)}leave it out")
+        screen = console()
+        for name, about in shown.items():
+            screen.print(f"{name:28} {about}".rstrip(), soft_wrap=True, markup=False, highlight=False)
+        then = {
+            "tasks": "setpoint bench --task NAME --methods dense,small,setpoint",
+            "methods": "setpoint bench --task digits --methods NAME,setpoint",
+            "models": "setpoint inspect NAME",
+        }
+        finish({kind: shown}, then[kind])
+
+
+def plan(
+    target: Annotated[
+        str | None, typer.Argument(help="The dense model: of torchvision, timm or transformers, or module.py:function.")
+    ] = None,
+    budget: Annotated[str | None, typer.Option(help="Of a step, for MODEL, such as '25% flops'.")] = None,
+    input: Annotated[str | None, typer.Option("--input", help="Shape of the example of MODEL, with commas.")] = None,
+    size: Annotated[float | None, typer.Option(help="Parameters of the finished model outside of embeddings.")] = None,
+    ratio: Annotated[float | None, typer.Option(help="Data / compute-optimal data, where it is known.")] = None,
+    tokens: Annotated[float | None, typer.Option(help="Tokens that a small model would be trained on.")] = None,
+    flops: Annotated[float | None, typer.Option(help="Bill of the whole run.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Bill in seconds on this machine, for MODEL.")] = None,
+    joules: Annotated[float | None, typer.Option(help="Bill in joules as metered here, for MODEL.")] = None,
+    batch: Annotated[float | None, typer.Option(help="Tokens or samples of an optimizer step.")] = None,
+    start: Annotated[float | None, typer.Option(help="Size to start from, in final sizes.")] = None,
+    json: Json = False,
+) -> None:
+    """Say whether pruning while training from scratch pays, from which start size, and for how many steps.
+
+    A pretrained model needs no such plan: its training is paid for, so fine-tune and prune it.
+    """
+    with errors_as_messages():
+        from setpoint.advice.plan import plan as advise
+        from setpoint.report.inspect_model import load_target
+
+        shape = None if input is None else tuple(numbers(input, "--input", int))
+        model, example = (None, None) if target is None else load_target(target, shape)
+        found = advise(
+            model,
+            budget,
+            example=example,
+            size=size,
+            ratio=ratio,
+            tokens=tokens,
+            flops=flops,
+            seconds=seconds,
+            joules=joules,
+            batch=batch,
+            start=start,
+        )
+        console().print(str(found), soft_wrap=True, markup=False, highlight=False)
+        then = "docs/when-it-pays.md says what stands behind this"
+        finish(found.to_dict(), then)
 
 
 def make_app() -> typer.Typer:
     """The command line, with the commands of the packages that are installed."""
     made = typer.Typer(
         name="setpoint",
-        help="Prune PyTorch models while they train, to a budget held by a feedback controller.",
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
     )
-    for name in ("demo", "bench"):
-        if entry_points(group=GROUP, name=name):
-            made.command(name)(_added(name, name))
-        else:
-            anything = {"ignore_unknown_options": True, "allow_extra_args": True}
-            made.command(name, context_settings=anything)(_absent(name))
-    made.command()(report)
-    made.command()(inspect)
+    made.callback(epilog=examples("setpoint demo", "setpoint inspect resnet18", "setpoint watch run.jsonl"))(_setpoint)
+    made.command(epilog=examples("setpoint demo", "setpoint demo --budget 0.25"))(demo)
+    if entry_points(group=GROUP, name="bench"):
+        lines = (
+            "setpoint bench --task digits",
+            "setpoint bench --task cifar10-mini --methods dense,small,setpoint --budgets 0.5,0.25 --seeds 0,1,2",
+            "setpoint bench --task my_task.py:make --out runs/mine",
+        )
+        made.command("bench", epilog=examples(*lines))(_added("bench", "bench"))
+    else:
+        anything = {"ignore_unknown_options": True, "allow_extra_args": True}
+        made.command("bench", context_settings=anything)(_absent("bench"))
+    made.command(epilog=examples("setpoint report runs/digits", "setpoint report run.jsonl --out pages"))(report)
+    made.command(
+        epilog=examples(
+            "setpoint inspect resnet18",
+            "setpoint inspect timm/resnet18.a1_in1k --groups",
+            "setpoint inspect my_model.py:build --input 2,3,64,64",
+            "setpoint inspect --suite torchvision",
+        )
+    )(inspect)
+    made.command(
+        epilog=examples(
+            "setpoint compress my_model.py:build --data my_data.py:batches --budget '50% flops' --out small"
+        )
+    )(compress)
+    made.command(
+        epilog=examples(
+            "setpoint plan --size 2e8 --tokens 5e10",
+            "setpoint plan gpt2 --budget '50% flops' --tokens 1e10",
+            "setpoint plan --ratio 16",
+        )
+    )(plan)
+    made.command(epilog=examples("setpoint watch run.jsonl", "setpoint watch run.jsonl --once"))(watch)
+    made.command(
+        "list", epilog=examples("setpoint list tasks", "setpoint list methods", "setpoint list models resnet")
+    )(list_names)
     return made
 
 
-def _added(name: str, command: str) -> Callable[..., None]:
+def _show_version(wanted: bool) -> bool:
+    if wanted:
+        import torch
+
+        from setpoint import __version__
+
+        print(f"setpoint {__version__}, torch {torch.__version__}, Python {sys.version.split()[0]}")
+        raise typer.Exit
+    return wanted
+
+
+def _setpoint(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and end.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Prune PyTorch models while they train, to a budget held by a feedback controller."""
+
+
+def _models() -> dict[str, str]:
+    """Models of the libraries that are installed, as `library:name`."""
+    from setpoint.report.zoo import LIBRARIES, library_names
+
+    found: dict[str, str] = {}
+    for each in LIBRARIES:
+        try:
+            found |= dict.fromkeys((f"{each}:{name}" for name in library_names(each)), "")
+        except ImportError:
+            print(f"{each} is not installed: pip install {each}", file=sys.stderr)
+    if not found:
+        raise misuse(f"no library of models is installed: pip install {LIBRARIES[0]}, or another of {LIBRARIES[1:]}")
+    return found
+
+
+def _fraction(text: str) -> float:
+    """A budget of FLOPs per step, as a fraction of dense."""
+    from setpoint.cost.budget import Budget
+
+    try:
+        return Budget.fraction(float(text), of="flops").limit
+    except ValueError as error:
+        raise misuse(
+            f"--budget takes a fraction of the dense network's FLOPs, above 0 and at most 1: got {text!r}"
+        ) from error
+
+
+def _added(name: str, command: str) -> Callable[..., Any]:
     """What another package does for a command."""
     found = entry_points(group=GROUP, name=name)
     if not found:
         raise misuse(f"`setpoint {command}` is part of the benchmark, a package of its own: pip install setpoint-bench")
-    loaded: Callable[..., None] = next(iter(found)).load()
+    loaded: Callable[..., Any] = next(iter(found)).load()
     return loaded
 
 
@@ -127,19 +345,28 @@ def _absent(name: str) -> Callable[[], None]:
     return command
 
 
-def _inspect(target: str, shape: tuple[int, ...] | None, verify: bool, out: Path | None, spending: bool) -> None:
+def _inspect(
+    target: str, shape: tuple[int, ...] | None, verify: bool, out: Path | None, spending: bool, groups: bool
+) -> None:
     from dataclasses import asdict
 
     from setpoint.report.inspect_model import inspect_model, load_target
+    from setpoint.report.inspection_lines import inspection_lines
     from setpoint.report.inspection_page import write_inspection
     from setpoint.report.inspection_tree import inspection_tree
 
     model, example = load_target(target, shape)
+    if spending and any(parameter.is_meta for parameter in model.parameters()):
+        raise misuse(f"{target} is large and read from its shapes alone: leave out --spending, which times a step")
     found = inspect_model(target, model, example, verify=verify)
     if verify and not found.verified:
         print(f"{target} is large: read from its shapes alone, no cut was tried on a copy", file=sys.stderr)
     screen = console()
-    screen.print(inspection_tree(found))
+    if groups:
+        screen.print(inspection_tree(found))
+    else:
+        for line in inspection_lines(found):
+            screen.print(line, soft_wrap=True, markup=False, highlight=False)
     answer: dict[str, Any] = asdict(found)
     if spending:
         from setpoint.report import group_spending
@@ -153,7 +380,34 @@ def _inspect(target: str, shape: tuple[int, ...] | None, verify: bool, out: Path
             write_inspection(answer, out / "inspect.html")
         except ImportError as error:
             print(f"no inspect.html: {error}", file=sys.stderr)
-    finish(answer)
+    more = "" if groups else f"setpoint inspect {target} --groups shows every group; "
+    finish(answer, f"{more}setpoint.attach(model, optimizer, 0.5, total_steps=...) prunes to half of the FLOPs")
+
+
+def _compress(target: str, data: str, budget: str, even: bool, samples: int, out: Path | None) -> None:
+    from dataclasses import asdict
+
+    from torch import nn
+
+    from setpoint.checkpoint import save
+    from setpoint.one_shot.compress import compress
+    from setpoint.report.own_function import named_errors, own_function
+
+    with named_errors(target):
+        made = own_function(target)()
+    with named_errors(data):
+        batches = own_function(data)()
+    model = made[0] if isinstance(made, tuple) and made else made  # as `inspect` takes it: a model, or one and inputs
+    if not isinstance(model, nn.Module):
+        raise misuse(f"{target} returned a {type(model).__name__}: return a torch.nn.Module")
+    found = compress(model, batches, budget, even=even, num_samples=samples)
+    console().print(str(found), soft_wrap=True, markup=False, highlight=False)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        save(model, out / "model.safetensors")
+    written = None if out is None else str(out / "model.safetensors")
+    then = "--out DIR keeps the model" if written is None else f"setpoint.load({written!r}, into=...) reads the model"
+    finish({**asdict(found), "model": written}, then)
 
 
 def _report_ledger(file: Path, out: Path | None) -> None:
@@ -165,12 +419,8 @@ def _report_ledger(file: Path, out: Path | None) -> None:
         screen.print(table)
     shown = ledger_line(record)
     screen.print(shown, soft_wrap=True, markup=False, highlight=False)
-    try:
-        page = str(write_ledger_page(file, None if out is None else out / file.with_suffix(".html").name))
-    except ImportError as error:
-        print(f"no page: {error}", file=sys.stderr)
-        page = None
-    finish({"report": page, "ledger": shown})
+    page = str(write_ledger_page(file, None if out is None else out / file.with_suffix(".html").name))
+    finish({"report": page, "ledger": shown}, f"open {page} in a browser")
 
 
 app = make_app()

@@ -1,4 +1,4 @@
-"""What all commands share: one JSON object as the last line of stdout, and errors in one line with exit code 2."""
+"""What all commands share: output for readers, JSON for machines, and errors in one line with exit code 2."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +19,17 @@ FAILED = 1
 MISUSE = 2
 INTERRUPTED = 130
 
+_as_json: ContextVar[bool] = ContextVar("as_json", default=False)
+
+
+def _choose(as_json: bool) -> bool:
+    _as_json.set(as_json)
+    return as_json
+
+
 Out = Annotated[Path | None, typer.Option("--out", help="Folder for everything that is written.", metavar="DIR")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.", callback=_choose)]
+"""A command that has this option may call `console` and `finish`, which know what was chosen."""
 
 
 @contextmanager
@@ -53,17 +64,31 @@ def check_folder(out: Path | None) -> None:
 
 
 def console() -> Console:
-    """Standard output; in a pipe it is wide, so that tables keep their shape."""
+    """Standard output; in a pipe it is wide, so that tables keep their shape, and with --json it is mute."""
     from rich.console import Console
 
+    if _as_json.get():
+        return Console(quiet=True)
     return Console() if sys.stdout.isatty() else Console(width=200)
 
 
-def finish(answer: dict[str, Any]) -> None:
-    """Write the last line of stdout."""
+def finish(answer: dict[str, Any], then: str) -> None:
+    """End a command: say what to do next, and write the answer unless a person reads at a terminal.
+
+    Args:
+        answer: one JSON object, the last line of stdout in a pipe, and all of it with --json.
+        then: the next step.
+    """
     from setpoint.report.values import finite
 
-    print(json.dumps(finite(answer)), flush=True)
+    console().print(f"next: {then}", soft_wrap=True, markup=False, highlight=False)
+    if _as_json.get() or not sys.stdout.isatty():
+        print(json.dumps(finite(answer)), flush=True)
+
+
+def examples(*lines: str) -> str:
+    """Examples below the help of a command."""
+    return "\n\n".join(("Examples:", *(f"  {line}" for line in lines)))
 
 
 def write_json(path: Path, answer: dict[str, Any]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, final
@@ -15,6 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 _MESSAGE_BYTES = 1024
 """Length of a message; each rank sends as much, so that nobody has to know how long the others' are."""
+
+_LET_GO_S = 1.0
+"""How long a message waits, at most, until the threads that have sent it hold nothing of it any more."""
 
 
 @final
@@ -54,9 +59,10 @@ class Ranks:
         """
         if self.count == 1:
             return values
-        total = torch.from_numpy(values.copy()).to(self.device)
-        dist.all_reduce(total, group=self.group)
-        mean: np.ndarray = total.cpu().numpy() / self.count
+        sent = [torch.from_numpy(values.copy()).to(self.device)]
+        dist.all_reduce(sent[0], group=self.group)
+        mean: np.ndarray = sent[0].cpu().numpy() / self.count
+        _let_go(sent)
         return mean
 
     def total(self, values: Tensor) -> Tensor:
@@ -67,9 +73,11 @@ class Ranks:
         """
         if self.count == 1:
             return values
-        total = values.to(self.device, copy=True)
-        dist.all_reduce(total, group=self.group)
-        return total.to(values.device)
+        sent = [values.to(self.device, copy=True)]
+        dist.all_reduce(sent[0], group=self.group)
+        total = sent[0].to(values.device, copy=True)
+        _let_go(sent)
+        return total
 
     def part(self, length: int) -> slice:
         """Which of so many entries this rank has where they are shared out: equal parts in order but for the last ones.
@@ -90,10 +98,8 @@ class Ranks:
         """
         if self.count == 1:
             return part
-        own = torch.nn.functional.pad(part.to(self.device), (0, -(-length // self.count) - len(part)))
-        found = [torch.empty_like(own) for _ in range(self.count)]
-        dist.all_gather(found, own, group=self.group)
-        return torch.cat(found)[:length].to(part.device)
+        found = self._gathered(torch.nn.functional.pad(part, (0, -(-length // self.count) - len(part))))
+        return found.flatten()[:length].to(part.device)
 
     def hear(self, message: str) -> list[str]:
         """What every rank says, in the order of ranks; a message is cut to 1024 bytes.
@@ -104,10 +110,32 @@ class Ranks:
         if self.count == 1:
             return [message]
         text = message.encode()[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES, b"\0")
-        own = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(self.device)
-        heard = [torch.empty_like(own) for _ in range(self.count)]
-        dist.all_gather(heard, own, group=self.group)
-        return [bytes(each.cpu().numpy()).rstrip(b"\0").decode(errors="ignore") for each in heard]
+        heard = self._gathered(torch.frombuffer(bytearray(text), dtype=torch.uint8)).cpu().numpy()
+        return [bytes(each).rstrip(b"\0").decode(errors="ignore") for each in heard]
+
+    def _gathered(self, own: Tensor) -> Tensor:
+        """What each rank has, stacked, by one all-gather."""
+        sent = [torch.empty_like(own, device=self.device) for _ in range(self.count)]
+        sent.append(own.to(self.device, copy=True))
+        dist.all_gather(sent[:-1], sent[-1], group=self.group)
+        found = torch.stack(sent[:-1])
+        _let_go(sent)
+        return found
+
+
+def _let_go(sent: list[Tensor]) -> None:
+    """Empty a list of tensors that were sent, the only one who knows them, and wait until PyTorch does not either.
+
+    A thread of gloo holds what was sent for a moment after the others have it, and takes Python's lock to drop it. A
+    process that ends in that moment aborts. So this waits, on the CPU, which is for some microseconds; not for long,
+    since a debugger or a profiler may keep tensors.
+    """
+    on_cpu = all(tensor.device.type == "cpu" for tensor in sent)
+    left = [weakref.ref(tensor) for tensor in sent]
+    sent.clear()
+    until = time.monotonic() + _LET_GO_S
+    while on_cpu and any(tensor() is not None for tensor in left) and time.monotonic() < until:
+        time.sleep(2e-5)  # also lets the other thread have the lock
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -181,9 +209,11 @@ def ranks_of(tensors: Iterable[Tensor]) -> Ranks:
 
 
 def unwrapped(part: Any) -> Any:
-    """A model out of `torch.compile` and `DistributedDataParallel`; anything else as it is."""
+    """A model out of `torch.compile`, `DistributedDataParallel` and Fabric's wrapper; anything else as it is."""
     while True:
         inside = part.module if isinstance(part, DistributedDataParallel) else getattr(part, "_orig_mod", None)
+        if type(part).__name__ == "_FabricModule":  # its `module` would be the one in DistributedDataParallel
+            inside = part._forward_module
         if not isinstance(inside, nn.Module):
             return part
         part = inside

@@ -45,6 +45,10 @@ class LoopError(SetpointError, RuntimeError):
     """A call at the wrong time: a second `attach`, a second `finish`, a step after the end."""
 
 
+class NotBegunError(LoopError, AttributeError):
+    """A question about a loop that waits for the first optimizer step."""
+
+
 class CheckpointError(SetpointError, ValueError):
     """A file that is damaged, not a Setpoint file, or made for another model."""
 

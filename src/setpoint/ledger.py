@@ -6,10 +6,12 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, overload
 
+from setpoint.checkpoint.fields import fields_of, json_object
+from setpoint.checkpoint.ordinary_file import ordinary_file
 from setpoint.checkpoint.plain import plain
 from setpoint.entry import Entry
 from setpoint.errors import CheckpointError
@@ -72,7 +74,7 @@ class Ledger:
     def check(self, state: Mapping[str, Any]) -> None:
         """Check that a state holds entries."""
         for entry in state["entries"]:
-            Entry(**entry)
+            _entry(entry)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take the entries of a state in behind those that are there."""
@@ -94,9 +96,15 @@ class Ledger:
             return tuple(self._entries[position])
         return self._entries[position]
 
+    def lines(self, first: int = 0) -> Iterator[str]:
+        """The lines of its file from this one on; the header is line 0, and each has its end."""
+        rows = [{"ledger": FORMAT, **self.header}] if not first else []
+        rows += [asdict(entry) for entry in self._entries[max(0, first - 1) :]]
+        yield from (json.dumps(without_nan(row), allow_nan=False) + "\n" for row in rows)
+
     def to_rows(self) -> list[dict[str, Any]]:
         """Entries as dictionaries that JSON can hold: NaN and infinity are None."""
-        return [_without_nan(asdict(entry)) for entry in self._entries]
+        return [without_nan(asdict(entry)) for entry in self._entries]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the ledger as JSON Lines; the file is replaced at once, so it is never half old.
@@ -105,8 +113,7 @@ class Ledger:
             path: where to; the folder must exist.
         """
         target = Path(path)
-        lines = [_without_nan({"ledger": FORMAT, **self.header}), *self.to_rows()]
-        text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+        text = "".join(self.lines())
         unfinished = target.with_name(target.name + ".tmp")
         unfinished.write_text(text, encoding="utf-8")
         unfinished.replace(target)
@@ -123,49 +130,39 @@ class Ledger:
         Raises:
             CheckpointError: for a file that is not a ledger, or is damaged before its last line.
         """
-        lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
+        lines = ordinary_file(path).read_text(encoding="utf-8", errors="replace").split("\n")
         ended = lines.pop() == ""
-        header = _parsed(lines[0]) if lines else None
+        header = json_object(lines[0]) if lines else None
         if not header or header.get("ledger") != FORMAT:
             raise CheckpointError(f"{path} is not a Setpoint ledger of format {FORMAT}: give a file that save() wrote")
         ledger = cls({key: value for key, value in header.items() if key != "ledger"})
         for number, line in enumerate(lines[1:], start=2):
-            entry = _entry(_parsed(line))
-            if entry is None:
-                if number == len(lines) and ended:
-                    break
+            row = json_object(line)
+            if row is None and number == len(lines) and ended:
+                break
+            try:
+                ledger.append(_entry(row))
+            except ValueError as error:
                 raise CheckpointError(
-                    f"line {number} of {path} is damaged: restore the file, or cut it before that line"
-                )
-            ledger.append(entry)
+                    f"line {number} of {path} is damaged ({error}): restore the file, or cut it before that line"
+                ) from error
         return ledger
 
 
-def _parsed(line: str) -> dict[str, Any] | None:
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError:
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def _entry(row: dict[str, Any] | None) -> Entry | None:
+def _entry(row: Mapping[str, Any] | None) -> Entry:
     """The entry of a row; keys that a later version may add are left out."""
-    if row is None or not {"step", "widths"} <= row.keys():
-        return None
-    known = {each.name for each in fields(Entry)}
-    values = {key: value for key, value in row.items() if key in known}
-    for key in ("saliency", "worth", "gain", "grown_worth"):
-        by_group = values.get(key, {})
-        values[key] = {name: [math.nan if x is None else x for x in numbers] for name, numbers in by_group.items()}
+    values = {} if row is None else fields_of(Entry, row)
+    if not {"step", "widths"} <= values.keys():
+        raise ValueError("it is not a whole entry")
     return Entry(**values)
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
+    """The same in what JSON can hold: None in the place of NaN and infinities."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(key): _without_nan(each) for key, each in value.items()}
+        return {str(key): without_nan(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_without_nan(each) for each in value]
+        return [without_nan(each) for each in value]
     return value

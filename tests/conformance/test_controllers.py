@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
 
 from controller.plants import Decision, chain, lognormal, observe, residual, run, unit_group
+from setpoint.controller.even import EvenController
 from setpoint.controller.plan import Controller
 from setpoint.controller.priced import PricedController
 from setpoint.controller.schedule import Schedule
@@ -61,6 +63,8 @@ CONTROLLERS: dict[str, Controller[Any]] = {
     "priced, unguarded": PricedController(slew=1.0, min_density=0.0, dwell=0, hysteresis=0.0, deadband=0.0),
     "priced, regrowing": PricedController(regrow=True),
     "exchanging": DropAndGrowController(PricedController(schedule=Schedule(num_cuts=3))),
+    "even": EvenController(PricedController()),
+    "even, uniform": EvenController(PricedController(allocation="uniform")),
     "gated": GatedController(),
     "gated, regrowing": GatedController(PricedController(regrow=True), steps=2),
 }
@@ -96,12 +100,16 @@ def _run(
     return run(controller, groups, cost, values, **{"fraction": 0.6, "total_steps": 200, **settings}), (groups, cost)
 
 
+_once = cache(_run)
+"""Decisions are values, so tests that read the same run share it."""
+
+
 @controllers
 @plants
 @pytest.mark.parametrize("saliency", SALIENCIES)
 def test_lands_within_the_budget(controller: Controller[Any], plant: Callable[[], Plant], saliency: str) -> None:
     """A run lands by 70 %, never over the limit, never below min_units, at multiples; met means within the limit."""
-    decisions, (groups, cost) = _run(controller, plant, saliency)
+    decisions, (groups, cost) = _once(controller, plant, saliency)
     limit = 0.6 * cost.total(widths_of(groups))
     last = decisions[-1]
     assert last.plan.budget_met and last.predicted <= limit and last.step <= 140
@@ -119,7 +127,7 @@ def test_lands_within_the_budget(controller: Controller[Any], plant: Callable[[]
 @plants
 def test_plan_fits_the_groups(controller: Controller[Any], plant: Callable[[], Plant]) -> None:
     """Keep and worth have a value per active unit, prices and references are finite, and there is always a reason."""
-    decisions, (_, cost) = _run(controller, plant)
+    decisions, (_, cost) = _once(controller, plant, "lognormal")
     for decision in decisions:
         plan = decision.plan
         assert plan.step == decision.step and plan.reason
@@ -136,7 +144,7 @@ def test_plan_fits_the_groups(controller: Controller[Any], plant: Callable[[], P
 @plants
 def test_decide_is_pure(controller: Controller[Any], plant: Callable[[], Plant]) -> None:
     """Deciding twice from the same state gives the same plan and the same next decision."""
-    first, _ = _run(controller, plant)
+    first, _ = _once(controller, plant, "lognormal")
     second, _ = _run(controller, plant)
     assert len(first) == len(second)
     for one, two in zip(first, second, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -34,7 +35,9 @@ from distributed.training import (
 )
 from loop.test_regrowth import Net, Scripted
 from setpoint.actuator.mask import mask
+from setpoint.errors import CheckpointError, RankError
 from setpoint.gates.gated import GatedController
+from setpoint.integrations import log_to
 from setpoint.sensor.chain import SensorChain
 
 DROP = {3: {"inner.0": [1, 4, 9], "stem": [0, 3]}, 5: {"inner.0": [0]}}
@@ -347,6 +350,31 @@ def adapters() -> None:
         np.testing.assert_allclose(readings[0].slope[name], readings[1].slope[name], rtol=1e-7)
 
 
+def reconstruction(wrap: Callable[[nn.Module], nn.Module] = Parallel) -> None:
+    """What layers are given, on all ranks together, is what they are given in one process, before and after a cut; all
+    ranks read the same to the last bit.
+    """
+    readings = []
+    for alone in (False, True):
+        model = build()
+        called, data = (model, batch) if alone else (wrap(model), share)
+        script = Scripted({5: {"up": [1, 5], "wide": [0, 3]}, 9: {}}, regrow=False)
+        # As many rows as there are pixels in a step, so that none is left out.
+        optimizer, loop = attached(called, script, data(0)[0], sensor=setpoint.ReconstructionSensor(rows=16 * 36))
+        for stop in (4, 8):
+            train(called, optimizer, loop, range(stop - 4, stop), data, parts=2)
+            readings.append(loop.reading())
+        assert loop.widths == {**loop.widths, "up": 22, "wide": 18}, loop.ledger.header["frozen"]
+        if not alone:
+            ours = [values.tobytes() for values in readings[-1].saliency.values()]
+            assert all(each == ours for each in everywhere(ours))
+        loop.detach()
+    for ranks, one in zip(readings[:2], readings[2:], strict=True):
+        assert ranks.steps_seen == one.steps_seen and min(one.steps_seen.values()) > 2
+        for name, values in ranks.saliency.items():
+            np.testing.assert_allclose(values, one.saliency[name], rtol=1e-7)
+
+
 class Branched(nn.Module):
     """A net with a branch that may be left out, whose outgoing weight is frozen."""
 
@@ -380,8 +408,26 @@ def branches() -> None:
     assert all(each == everyones[0] for each in everyones)
 
 
+def averages() -> None:
+    """An averaged copy that only one rank has, and nobody has named, is cut on that rank as a named one is."""
+    model, rank = build(), dist.get_rank()
+    wrapper, named = Parallel(model), copy.deepcopy(model)
+    ema = AveragedModel(model) if rank == 0 else None
+    optimizer, loop = attached(wrapper, Scripted({3: {"up": [1, 5]}}, regrow=False), share(0)[0], copies=(named,))
+    train(wrapper, optimizer, loop, range(8), share)
+    assert len(loop.host.copies) == (2 if rank == 0 else 1) and loop.widths["up"] == 22
+    if ema is not None:
+        ema.update_parameters(model)
+        for mine, its in zip(ema.module.parameters(), model.parameters(), strict=True):
+            assert torch.equal(mine, its)
+    loop.detach()
+
+
 def resume() -> None:
-    """A run on several ranks goes on bit for bit from one file, in freshly built wrappers."""
+    """A run on several ranks goes on bit for bit from one file, in freshly built wrappers.
+
+    Where one of them refuses it first, all ranks raise, and have the dense model again.
+    """
     setpoint.regrowth.regrowing._PROBE_SHARE = 1.0
 
     def start() -> dict[str, Any]:
@@ -398,7 +444,49 @@ def resume() -> None:
         setpoint.save_run(folder / "run", **whole)
     dist.barrier()
     again = start()
+    dense = {name: (tensor.clone(), tensor.data_ptr()) for name, tensor in again["model"].state_dict().items()}
+    optimizer = again["optimizer"]
+    if dist.get_rank() == 1:
+        optimizer.load_state_dict = lambda state: {}["nothing"]
+    with suppress(RankError if dist.get_rank() == 0 else CheckpointError):
+        setpoint.load_run(folder / "run", **again)
+        raise AssertionError("a rank has refused it")
+    assert all(
+        torch.equal(t, dense[n][0]) and t.data_ptr() == dense[n][1] for n, t in again["model"].state_dict().items()
+    )
+    vars(optimizer).pop("load_state_dict", None)
     setpoint.load_run(folder / "run", **again)
     rest = train(*called, range(18, STEPS), share)
     assert train(*(again[name] for name in ("model", "optimizer", "loop")), range(18, STEPS), share) == rest
     assert story(again["loop"]) == story(whole["loop"]) and len(story(whole["loop"])) > 10
+
+
+def told() -> None:
+    """All ranks ask for loggers, a file of the ledger and lines in the log; the first alone writes, and all agree."""
+
+    class Rows(list[Any]):
+        def log(self, metrics: dict[str, float], step: int) -> None:
+            """Note a row."""
+            self.append(metrics)
+
+    folder, rank, rows, lines = Path(everywhere(tempfile.mkdtemp())[0]), dist.get_rank(), Rows(), list[Any]()
+    handler, log = logging.Handler(), logging.getLogger("setpoint")
+    handler.emit = lines.append  # type: ignore[method-assign]
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    wrapper = Parallel(build())
+    optimizer, loop = attached(wrapper, regrowing(), share(0)[0])
+    log_to(loop, rows)
+    log_to(loop, folder / f"{rank}.jsonl")
+    seen = list[Any]()
+    loop.on_step(seen.append)
+    train(wrapper, optimizer, loop, range(STEPS), share)
+    loop.finish()
+    log.removeHandler(handler)
+    log.setLevel(logging.NOTSET)
+    dist.barrier()
+    first = rank == 0
+    assert (len(rows), bool(lines)) == (STEPS if first else 0, first)
+    assert [each.name for each in folder.iterdir()] == ["0.jsonl"]
+    written = [each.step for each in setpoint.Ledger.load(folder / "0.jsonl")]
+    assert written == [each.step for each in loop.ledger] == [each.step for each in seen[:-1] if each is not None]

@@ -7,6 +7,7 @@ import json
 import pickle
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 import setpoint
-from distributed.checks import Still
+from distributed.checks import Still, reconstruction
 from distributed.training import STEPS, Sampled, attached, batch, build, everywhere, regrowing, share, story, train
 from loop.test_regrowth import Net, Scripted
 from setpoint.actuator import shrink as shrink_module
@@ -235,6 +237,11 @@ def sharded_adapters() -> None:
         np.testing.assert_allclose(readings[0].slope[name], readings[1].slope[name], rtol=1e-7)
 
 
+def sharded_reconstruction() -> None:
+    """What layers are given, on all ranks together, is what they are given in one process, before and after a cut."""
+    reconstruction(sharded)
+
+
 def sharded_buffers() -> None:
     """Running statistics, which each rank has of its own, rest and come back on the rank whose they are."""
     setpoint.regrowth.regrowing._PROBE_SHARE = 1.0
@@ -379,12 +386,18 @@ def sharded_damage() -> None:
 
 
 def sharded_copies() -> None:
-    """Copies of the model are cut and regrown alike, whether they are sharded or whole."""
+    """Copies of the model are cut and regrown alike, whether they are sharded or whole; a whole one is found, too."""
     setpoint.regrowth.regrowing._PROBE_SHARE = 1.0
-    model, apart, together = sharded(build()), sharded(build()), build()
+    plain, apart, together, unnamed = build(), sharded(build()), build(), AveragedModel(build())
+    ema, model = AveragedModel(plain), sharded(plain)
+    sharded(unnamed.module)
     script = Scripted({3: {"up": [1, 5], "wide": [0, 2]}}, {6: {"up": [5]}})
-    optimizer, loop = attached(model, script, share(0)[0], copies=(apart, together), verify=True)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        optimizer, loop = attached(model, script, share(0)[0], copies=(apart, together), verify=True)
+    assert any("AveragedModel holds a copy of the model's shapes that is sharded" in str(each.message) for each in told)
     train(model, optimizer, loop, range(8), share)
+    assert ema.module.up.weight.shape == (23, 12) and unnamed.module.up.weight.shape == (24, 12)
     assert loop.widths["up"] == 23 and together.up.weight.shape == (23, 12)
     assert not torch.equal(together.down.weight, build().down.weight[:, [n for n in range(24) if n != 1]])  # it rises
     loop.detach()

@@ -22,11 +22,15 @@ CHECKS = {
     "join:2": "ranks that have run out of batches inside join() go along with the others",
     "join_ends:2": "a join() ends well with passes left over, by an exception, and with the loop detached inside",
     "adapters:2": "what frozen outgoing weights are given is read by hooks as in one process",
+    "reconstruction:2": "what layers are given is put together of all ranks, as in one process",
     "branches:2": "a branch that runs on some ranks only is read on all of them",
+    "averages:2": "an averaged copy that only one rank has is found and cut there",
     "resume:2": "a run goes on bit for bit from one file",
+    "told:2": "of all ranks the first alone logs to loggers, files and the log",
     "disagreement:2": "ranks that do not agree, or of which one fails, all raise",
     "refusals:2": "what cannot follow a cut is refused by name",
     "late:2": "a rank that does not come is waited for as long as the process group says",
+    "ending:2": "a loop that has ended leaves no message with a thread, and no reducer that it replaced",
     "lost:2": "when a process is gone, the others stop with an error",
 }
 

@@ -75,6 +75,28 @@ def test_an_integer_that_equals_a_size_by_accident_is_left_alone() -> None:
     torch.testing.assert_close(model(x), twin(x))
 
 
+class Repeated(nn.Module):
+    """A loop count that equals the one width of the module's layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.repeats, self.width = 7, 7
+        self.a, self.b = nn.Linear(5, 7), nn.Linear(7, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        for _ in range(self.repeats):
+            x = torch.tanh(x)
+        return self.b(x)
+
+
+def test_a_stated_width_is_set_only_where_the_forward_does_not_read_it() -> None:
+    """Of two attributes that equal a width, the loop count stays, and the one that no code reads follows the width."""
+    model = Repeated()
+    shrink(model, None, find_groups(model, (torch.randn(4, 5),)), {"a": np.arange(7) < 3})
+    assert (model.repeats, model.width) == (7, 3)
+
+
 class Strict(nn.Module):
     """A forward that insists on its size."""
 

@@ -15,10 +15,7 @@ from torch import Tensor
 
 import setpoint
 from setpoint.errors import LoopError
-from setpoint.gates.gated import GatedController
-from setpoint.groups.follow import FOUND_ANEW, ByUnit, ByWeight, Change, check_states, follow, fresh, of_groups
-from setpoint.sensor.chain import SensorChain
-from setpoint.weights.controller import DropAndGrowController
+from setpoint.groups.follow import FOUND_ANEW, ByUnit, ByWeight, Change, check_follows, follow, fresh, of_groups
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,48 +154,41 @@ def test_a_state_without_anything_by_unit_is_returned_as_it_is(state: object) ->
     assert follow(state, change) is state
 
 
-class OldSensor(setpoint.TaylorSensor):
-    """Cuts its state by itself."""
+def test_a_state_that_cannot_follow_is_refused_at_attach() -> None:
+    """What has an entry for each unit, unmarked, is refused at attach, also deep inside a state and in a chain."""
 
-    def cut(self, state: Any, keep: Any) -> Any:
-        return state
+    @dataclass(frozen=True)
+    class Inner:
+        seen: Mapping[str, np.ndarray]
 
+    @dataclass(frozen=True)
+    class Outer:
+        inner: tuple[Inner, ...]
 
-def test_a_part_that_cuts_by_itself_is_refused() -> None:
-    """A sensor or a controller whose cut() nobody calls is refused at attach, also inside another, in words."""
-
-    class Old:
-        def init(self, groups: Any) -> dict[str, Any]:
-            return {}
-
-        def due(self, step: int, total_steps: int) -> bool:
-            return False
-
-        def decide(self, state: Any, observation: Any, cost: Any, groups: Any) -> Any:
-            return state
-
-        def cut(self, state: Any, keep: Any) -> Any:
-            return state
-
-        def grow(self, state: Any, regrown: Any) -> Any:
-            return state
-
-    chain = SensorChain(setpoint.TaylorSensor(4), OldSensor(4))
-    for part, words in (
-        (Old(), r"Old has cut\(\) and grow\(\), which nobody calls"),
-        (DropAndGrowController(Old()), "Old has cut"),
-        (chain, r"OldSensor has cut\(\)"),
+    widths = {"0": 3}
+    for state, where in (
+        ({"0": np.zeros(3)}, "a dict"),
+        (Inner({"0": np.zeros(3)}), r"Inner\.seen"),
+        (Outer((Inner({"0": np.zeros(3)}),)), r"Inner\.seen"),
+        ((Outer(()), {"seen": {"0": torch.zeros(3, 2)}}), "a dict"),
     ):
-        with pytest.raises(LoopError, match=words):
-            check_states(part)
-    check_states(SensorChain(setpoint.HankelSensor(4), setpoint.TaylorSensor(4)), GatedController())
+        with pytest.raises(LoopError, match=rf"numbers for the units of '0' in {where}, which cannot follow"):
+            check_follows(state, widths)
+    for state in ({"0": np.zeros(2)}, Inner({"other": np.zeros(3)}), Outer(()), None, {"seen": 3}):
+        check_follows(state, widths)
+
+    class Old(setpoint.TaylorSensor):
+        def init(self, groups: Any, weights: Any) -> Any:
+            return super().init(groups, weights), {group.name: torch.zeros(group.num_units) for group in groups}
+
     model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with pytest.raises(LoopError, match="ByUnit"):
         setpoint.attach(
             model,
-            torch.optim.SGD(model.parameters(), 0.1),
+            optimizer,
             setpoint.Budget.fraction(0.5, of="flops"),
             example=(torch.randn(4, 4),),
             total_steps=10,
-            sensor=OldSensor(4),
+            sensor=Old(4),
         )

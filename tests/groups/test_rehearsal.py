@@ -85,3 +85,32 @@ def test_the_other_mode_is_tried_again_only_if_it_runs_other_code(
     monkeypatch.setattr(Rehearsal, "_run", noted)
     assert [group.lossless for group in find_groups(Branching(branch), (torch.ones(2, 4),))] == [False, True]
     assert ran == modes
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_batch_norm_without_data_answers_as_with_data(training: bool) -> None:
+    """Claim: shapes are those of real tensors, and statistics or weights of another width are refused as there."""
+    for norm, shape in ((nn.BatchNorm2d(4), (2, 4, 3, 5)), (nn.BatchNorm1d(4), (6, 4))):
+        norm.train(training)
+        rehearsal = Rehearsal(norm, (torch.randn(shape),))
+        assert kinds_of(rehearsal) == [torch.device("meta")] and rehearsal.run() == (torch.Size(shape),)
+        with pytest.raises(RuntimeError, match="running_mean should contain"):
+            Rehearsal(norm, (torch.randn(2, 5, *shape[2:]),)).run()
+
+
+def test_transformers_need_no_fake_tensors() -> None:
+    """Claim: a model of transformers, which asks whether tensors have data, runs on the meta device."""
+    transformers = pytest.importorskip("transformers")
+    known = transformers.utils.import_utils.is_fake_tensor
+    sizes = {
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 8,
+        "vocab_size": 9,
+    }
+    model = transformers.BertModel(transformers.AutoConfig.for_model("bert", **sizes))
+    tokens = torch.zeros(2, 3, dtype=torch.long)
+    rehearsal = Rehearsal(model, {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)})
+    assert kinds_of(rehearsal) == [torch.device("meta")]
+    assert transformers.utils.import_utils.is_fake_tensor is known

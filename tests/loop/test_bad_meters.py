@@ -48,6 +48,21 @@ def test_a_clock_that_jumps(machine: Machine, jump: float) -> None:
     assert 0.5 * dense < machine.factor * machine.step_s(loop.widths) <= 1.03 * 0.6 * dense
 
 
+def test_a_missed_latency_is_warned_of(machine: Machine) -> None:
+    """A run that ends before its latency is met says so in one sentence, with the seconds of a step and the limit."""
+    model, optimizer, x = mlp()
+    loop = setpoint.attach(model, optimizer, Budget.fraction(0.6, of="latency"), example=(x,), total_steps=60)
+    for _ in range(3):
+        model(x).square().mean().backward()
+        machine.live(loop)
+        optimizer.step()
+        optimizer.zero_grad()
+    words = r"the budget is not met: ended after 3 of 60 steps.*\(a step takes [\d.e-]+ s, the limit is [\d.e-]+ s"
+    with pytest.warns(UserWarning, match=words) as warned:
+        loop.finish()
+    assert len(warned) == 1 and loop.summary is not None and not loop.summary.budget_met
+
+
 def test_a_clock_that_jumps_back_in_a_run(machine: Machine) -> None:
     """The seconds of a run leave a jump back out: what is reported is what its steps have taken, but for one step."""
 
@@ -128,7 +143,8 @@ def test_a_budget_that_only_the_meter_shows_to_be_out_of_reach(machine: Machine)
     limit, machine.factor = 1.5 * machine.step_s({"a": 8, "b": 8}), 10.0
     loop, words = told(lambda: train(mlp(), Budget.total(limit, of="latency"), 30, machine.live))
     least = f"{10 * machine.step_s({'a': 8, 'b': 8}):.2g}"
-    assert len(words) == 1 and f"the narrowest model would still take about {least[:4]}" in words[0], words
+    assert len(words) == 2 and f"the narrowest model would still take about {least[:4]}" in words[0], words
+    assert words[1].startswith("the budget is not met"), words
     assert loop.summary is not None and not loop.summary.budget_met
 
 
@@ -147,7 +163,8 @@ def test_a_budget_below_what_does_not_shrink(machine: Machine) -> None:
     """Where most of a step is the user's own code, cutting stops once that shows: one warning, and no ruined model."""
     loop, words = told(lambda: train(mlp(), Budget.fraction(0.6, of="latency"), 120, beside(machine, 0.03)))
     summary = loop.summary
-    assert len(words) == 1 and "does not shrink with the model" in words[0], words
+    assert len(words) == 2 and "does not shrink with the model" in words[0], words
+    assert words[1].startswith("the budget is not met"), words
     assert summary is not None and not summary.budget_met
     dense, final = (machine.step_s(widths) + 0.03 for widths in (DENSE, loop.widths))
     assert summary.limit["latency"] == pytest.approx(0.6 * dense)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import os
 import pickle
@@ -9,6 +10,7 @@ import random
 import sys
 from collections import Counter, OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 import setpoint
 from loop.test_regrowth import BACK, DROP, Net, Scripted, dear
@@ -371,3 +374,269 @@ def test_optimizer_state_of_weights_that_are_never_cut_is_checked_too() -> None:
     state["state"][number][moment] = torch.zeros(shape)
     with pytest.raises(OptimizerError, match=names[number]):
         one.optimizers[0].load_state_dict(state)
+
+
+# A run that is refused.
+
+
+class Changed:
+    """A part whose state is another one when it is saved."""
+
+    def __init__(self, part: Any, change: Callable[[Any], None]) -> None:
+        self.part, self.change = part, change
+
+    def state_dict(self) -> Any:
+        state = copy.deepcopy(self.part.state_dict())
+        self.change(state)
+        return state
+
+
+def everything(one: Run, given: dict[str, Any]) -> list[Any]:
+    """All that may be seen of a run and what is beside it, as values."""
+    states = [copy.deepcopy(part.state_dict()) for name, part in given.items() if name != "loop"]
+    modules = [repr(one.model), repr(one.ema), given["side"].weight.grad.clone()]
+    # Not Python's generator, from which the type checker of the tests draws.
+    chance = [torch.get_rng_state(), np.random.get_state(legacy=False)["state"]["key"].copy()]
+    loop = [one.loop.widths, one.loop.step, one.loop.origin, one.loop.ledger.to_rows(), one.loop.price]
+    return tree_leaves([states, modules, chance, loop])
+
+
+def assert_same(before: list[Any], after: list[Any]) -> None:
+    assert len(before) == len(after)
+    for one, other in zip(before, after, strict=True):
+        same = torch.equal(one, other) if torch.is_tensor(one) else np.array_equal(one, other)
+        assert same, (one, other)
+
+
+def refuse(*_: Any, **__: Any) -> None:
+    raise RuntimeError("no room")
+
+
+def _lengthen(state: Any) -> None:
+    state["state"][0]["exp_avg"] = torch.zeros(3, 3)
+
+
+DAMAGED: list[tuple[str, Callable[[Any], None]]] = [
+    ("loop", lambda state: state.pop("ledger")),
+    ("loop", lambda state: state.update(sensor=None)),
+    ("optimizer", _lengthen),
+    ("optimizer", lambda state: state.pop("param_groups")),
+]
+OTHERS: list[dict[str, Any]] = [
+    {"budget": 0.8},
+    {"total_steps": 41},
+    {"make": lambda p: torch.optim.Adam(p, lr=0.01)},
+]
+
+
+def test_a_refused_run_leaves_everything_as_it_was(dear: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: whatever load_run refuses, and however late, model, optimizer, scheduler, scaler, averaged copy, loop,
+    generators and what is beside them are as before, in the memory where they were: the model is dense, and the run
+    that was saved can still be loaded, and goes on bit for bit.
+    """
+    whole, again = run(), run()
+    whole.train(0, 14)
+    assert whole.loop.state_dict()["actuator"]["probing"] and whole.loop.widths != again.loop.widths
+    saved, given = beside(whole), beside(again)
+    setpoint.save_run(tmp_path / "run", **saved)
+    memory = {name: tensor.data_ptr() for name, tensor in again.model.state_dict().items()}
+    before = everything(again, given)
+
+    def check(path: Path, one: Run, given: dict[str, Any], before: list[Any]) -> None:
+        with pytest.raises(CheckpointError):
+            setpoint.load_run(path, **given)
+        assert_same(before, everything(one, given))
+
+    for options in OTHERS:
+        other = run(**options)
+        parts_of_other = beside(other)
+        check(tmp_path / "run", other, parts_of_other, everything(other, parts_of_other))
+        other.train(0, 2)
+    for name, change in DAMAGED:
+        each = {part: Changed(of, change if part == name else lambda state: None) for part, of in saved.items()}
+        setpoint.save_run(tmp_path / "damaged", **each)
+        check(tmp_path / "damaged", again, given, before)
+    for part in ("model", "ema", "optimizer", "scheduler", "scaler", "trains", "side"):
+        with monkeypatch.context() as patch, pytest.raises(CheckpointError, match=f"{part} does not take.*no room"):
+            # A scheduler's state is all that it has: a method of its own would be a part of it.
+            patch.setattr(type(given[part]) if part == "scheduler" else given[part], "load_state_dict", refuse)
+            setpoint.load_run(tmp_path / "run", **given)
+        assert_same(before, everything(again, given))
+    assert memory == {name: tensor.data_ptr() for name, tensor in again.model.state_dict().items()}
+    setpoint.load_run(tmp_path / "run", **given)
+    assert again.train(14, 40) == whole.train(14, 40)
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+def test_a_refused_run_with_masks_leaves_no_mask(pattern: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: the same where single weights are masked: no weight is zero, and no gradient is masked."""
+
+    def start() -> tuple[nn.Module, torch.optim.Optimizer, setpoint.Loop]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+        optimizer = torch.optim.Adam(model.parameters(), 0.01)
+        half = setpoint.Budget.fraction(0.6, of="params")
+        options: dict[str, Any] = {"example": (torch.zeros(4, 8),), "actuator": setpoint.Masking(pattern)}
+        return model, optimizer, setpoint.attach(model, optimizer, half, total_steps=20, **options)
+
+    def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(torch.ones(4, 8)).square().mean().backward()
+            optimizer.step()
+
+    model, optimizer, loop = start()
+    train(model, optimizer, 15)
+    assert any(not bool(mask.all()) for mask in loop.masks.values())
+    setpoint.save_run(tmp_path / "run", model=model, optimizer=optimizer, loop=loop)
+    (model, optimizer, loop), (twin, plain, other) = start(), start()
+    with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="no room"):
+        patch.setattr(optimizer, "load_state_dict", refuse)
+        setpoint.load_run(tmp_path / "run", model=model, optimizer=optimizer, loop=loop)
+    train(model, optimizer, 2)
+    train(twin, plain, 2)
+    assert all(map(torch.equal, model.parameters(), twin.parameters()))
+    assert all(torch.equal(mask, other.masks[name]) for name, mask in loop.masks.items())
+
+
+def number_of(state: dict[str, Any]) -> Any:
+    """The first parameter that has a state."""
+    return next(iter(state["state"]))
+
+
+@pytest.mark.parametrize(
+    "forge",
+    [
+        lambda s: s["state"][number_of(s)].update(exp_avg=3),
+        lambda s: s["state"][number_of(s)].update(exp_avg="x"),
+        lambda s: s["state"][number_of(s)].update(exp_avg_sq=s["state"][number_of(s)]["exp_avg_sq"].tolist()),
+        lambda s: s["state"][number_of(s)].update(exp_avg=s["state"][number_of(s)]["exp_avg"] * 1j),
+        lambda s: s["state"][number_of(s)].pop("exp_avg_sq"),
+        lambda s: s["state"][number_of(s)].update(step="20"),
+        lambda s: s["state"][number_of(s)].update(step=torch.tensor(1j)),
+        lambda s: s["param_groups"][0].update(betas=[]),
+        lambda s: s["param_groups"][0].update(lr="fast"),
+        lambda s: s["param_groups"][0].update(lr=torch.ones(2)),
+        lambda s: s["param_groups"][0].update(amsgrad=[1]),
+        lambda s: s["param_groups"][0].update(amsgrad=True),
+        lambda s: s["state"][number_of(s)].update(exp_avg=torch.zeros(1)),
+        lambda s: s["param_groups"][0].update(params=[str(each) for each in s["param_groups"][0]["params"]]),
+        lambda s: s["state"].update({999: s["state"][number_of(s)]}),
+    ],
+)
+def test_a_forged_state_of_an_optimizer_is_refused(forge: Callable[[dict[str, Any]], object], attached: Run) -> None:
+    """Claim: tensors, numbers and settings of other kinds than such an optimizer has are refused, and none is taken."""
+    (optimizer,) = attached.optimizers
+    state = copy.deepcopy(optimizer.state_dict())
+    before = copy.deepcopy(state)
+    forge(state)
+    with pytest.raises(OptimizerError, match="AdamW cannot"):
+        optimizer.load_state_dict(state)
+    after = optimizer.state_dict()
+    assert repr(after) == repr(before)
+    optimizer.load_state_dict(before)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("cosine", {"last_epoch": "x"}, "cosine .CosineAnnealingLR. cannot go on with last_epoch='x', here it is 0"),
+        ("cosine", {"T_max": None}, "T_max=None, here it is 10"),
+        ("cosine", {"base_lrs": []}, "base_lrs="),
+        ("cosine", {"base_lrs": ["a"]}, "base_lrs="),
+        ("cosine", {"step": 3}, "in which 'step' is 3"),
+        ("cosine", {"optimizer": 3}, "in which 'optimizer' is 3"),
+        ("cosine", [3], "cannot go on with a list for its state"),
+        ("cosine", "last_epoch", "a state that has no 'last_epoch'"),
+        ("plateau", {"best": "x"}, "best='x', here it is inf"),
+        ("cycle", {"_schedule_phases": [{"end_step": "x"}, {}]}, "_schedule_phases="),
+        ("scaler", {"scale": "x"}, "scaler .GradScaler. cannot go on with scale='x', here it is 8.0"),
+        ("scaler", {"growth_interval": True}, "growth_interval=True"),
+        ("wave", {"weight": torch.ones(2, 3, dtype=torch.complex64)}, "'weight' is torch.complex64 there"),
+        ("odd", None, "holds a state that none of these parts has returned: IndexError"),
+    ],
+)
+def test_a_forged_state_of_another_part_is_refused(name: str, change: Any, words: str, tmp_path: Path) -> None:
+    """Claim: schedulers and scalers, which take what they are given, get entries of their own kinds only, and modules
+    no complex numbers for real ones; nothing is loaded.
+    """
+
+    class Odd(nn.Linear):
+        def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+            raise IndexError("no state")
+
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1)
+    schedulers = torch.optim.lr_scheduler
+    part = {
+        "cosine": lambda: schedulers.CosineAnnealingLR(optimizer, 10),
+        "plateau": lambda: schedulers.ReduceLROnPlateau(optimizer),
+        "cycle": lambda: schedulers.OneCycleLR(optimizer, 1.0, total_steps=9),
+        "scaler": lambda: torch.amp.GradScaler("cpu", init_scale=8.0),
+        "wave": lambda: nn.Linear(3, 2),
+        "odd": lambda: Odd(3, 2),
+    }[name]()
+    own = {} if name == "odd" else copy.deepcopy(part.state_dict())
+    setpoint.save_run(tmp_path / "whole", **{name: Given(own)})
+    state = {**own, **change} if isinstance(change, dict) else change if isinstance(change, list) else dict(own)
+    if isinstance(change, str):
+        del state[change]
+    setpoint.save_run(tmp_path / "forged", **{name: Given(state)})
+    with pytest.raises(CheckpointError, match=words):
+        setpoint.load_run(tmp_path / "forged", **{name: part})
+    if name != "odd":
+        assert repr(part.state_dict()) == repr(own)
+        setpoint.load_run(tmp_path / "whole", **{name: part})
+
+
+@dataclass
+class Given:
+    """A part that has this state."""
+
+    state: Any
+
+    def state_dict(self) -> Any:
+        """The state."""
+        return self.state
+
+
+@pytest.fixture(scope="module")
+def attached() -> Run:
+    """A run of some steps."""
+    one = run()
+    one.train(0, 6)
+    return one
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("sensor", "names"), 3.0),
+        (("sensor", "names"), ("inner.0", "stem")),
+        (("sensor", "num_units"), []),
+        (("sensor", "num_units", 0), "12"),
+        (("sensor", "num_units", 0), True),
+        (("spending", "account", "segments"), [{"num_steps": [1], "seconds_per_step": 0.1, "overhead_seconds": 0.0}]),
+        (("spending", "account", "segments"), [{"num_steps": 1, "seconds_per_step": "x", "overhead_seconds": 0.0}]),
+        (("ledger", "entries"), [{"step": 3, "widths": 3}]),
+        (("ledger", "entries"), [{"step": "3", "widths": {}}]),
+        (("rng_state", "python"), (3, "x", None)),
+        (("rng_state", "torch"), "x"),
+        (("rng_state", "numpy"), 3),
+        (("rng_state", "cuda"), [1]),
+    ],
+)
+def test_a_forged_state_of_a_loop_is_refused(path: tuple[Any, ...], value: Any, attached: Run) -> None:
+    """Claim: a state with a value of another kind at any place is a CheckpointError, and nothing of it is loaded."""
+    again = run()
+    before = snapshot(again)
+
+    def put(tree: Any, rest: tuple[Any, ...]) -> Any:
+        if not rest:
+            return value
+        if isinstance(tree, tuple):
+            return tuple(put(each, rest[1:]) if place == rest[0] else each for place, each in enumerate(tree))
+        return {**tree, rest[0]: put(tree[rest[0]], rest[1:])}
+
+    with pytest.raises(CheckpointError):
+        again.loop.load_state_dict(put(attached.loop.state_dict(), path))
+    assert_untouched(again, before)

@@ -150,7 +150,7 @@ def test_a_run_resumes_bit_for_bit_at_any_step(dear: None) -> None:
     def start(**options: Any) -> Run:
         return Run(lambda: Scripted(DROP, BACK), split=True, budget=0.9, **options)
 
-    check_resumes(start, [0, 3, 5, 8, 9, 10, 18, 20, 23, 28, 31, STEPS])
+    check_resumes(start, [0, 5, 8, 10, 20, 28, STEPS])
 
 
 RATE = Price(3.0, of="params")
@@ -172,7 +172,16 @@ def test_every_controller_resumes(controller: Callable[[], Any], dear: None, req
     check_resumes(lambda **options: Run(controller, goal=goal, **options), [7, 17, 26])
 
 
-@pytest.mark.parametrize(("kind", "settings"), [row for row in ROWS if "foreach" not in str(row.id)])
+ONE_BY_ONE = [row for row in ROWS if "foreach" not in str(row.id)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        pytest.param(*row.values, marks=[*row.marks, *[pytest.mark.slow] * (n % 3 > 0)], id=row.id)
+        for n, row in enumerate(ONE_BY_ONE)
+    ],
+)
 def test_every_optimizer_resumes(kind: type[Optimizer], settings: dict[str, Any]) -> None:
     """Claim: the state of each optimizer of the battery goes into the dense model's optimizer, bit for bit."""
     whole = Run(lambda: Scripted({4: DROP[5]}, regrow=False), lambda p: kind(p, **settings), verify=False)
@@ -298,7 +307,7 @@ def test_a_state_needs_a_fresh_loop(state: dict[str, Any]) -> None:
 
 def test_an_optimizer_loaded_in_the_wrong_order_is_refused() -> None:
     """Claim: optimizer states of other shapes, which PyTorch takes without a word, are refused by name: before the
-    loop's state is loaded, and a loop whose optimizer was loaded before it was attached; nothing is changed.
+    loop's state is loaded, and at attach where they were loaded before; nothing is changed.
     """
     run = Run(lambda: Scripted({4: DROP[5]}, regrow=False), verify=False)
     run.train(0, 6)
@@ -309,20 +318,17 @@ def test_an_optimizer_loaded_in_the_wrong_order_is_refused() -> None:
     assert not again.optimizers[0].state
     again.loop.detach()
     again.optimizers[0].load_state_dict(saved)  # PyTorch alone
-    late = setpoint.attach(
-        again.model,
-        again.optimizers,
-        setpoint.Budget.fraction(0.5, of="params"),
-        example=(data(0)[0],),
-        total_steps=STEPS,
-        controller=Scripted({4: DROP[5]}, regrow=False),
-        copies=(again.ema,),
-        verify=False,
-    )
-    before = {name: tensor.clone() for name, tensor in again.model.state_dict().items()}
-    with pytest.raises(CheckpointError, match="before optimizer.load_state_dict"):
-        late.load_state_dict(run.loop.state_dict())
-    assert all(torch.equal(tensor, before[name]) for name, tensor in again.model.state_dict().items())
+    with pytest.raises(CheckpointError, match=r"exp_avg.*stem.weight.*loop.load_state_dict"):
+        setpoint.attach(
+            again.model,
+            again.optimizers,
+            setpoint.Budget.fraction(0.5, of="params"),
+            example=(data(0)[0],),
+            total_steps=STEPS,
+            controller=Scripted({4: DROP[5]}, regrow=False),
+            copies=(again.ema,),
+            verify=False,
+        )
 
 
 def test_a_state_in_the_middle_of_a_step_is_refused() -> None:
@@ -341,7 +347,7 @@ STORED = {
     "loop": {"actuator", "losses", "spending", "_ledger", "_now", "_sensor_state", "_controller_state"},
     "regrowth": {
         "reserve", "_cutting", "_decisions", "_probing", "_chosen", "_recent", "_easing", "_last_rest", "_turn",
-        "_whole",
+        "_snapshots",
     },
     "cutting": {"groups", "origin"},
     "losses": {"_last", "_fresh", "_steps", "_losses", "_changed", "_cut", "_shared"},
@@ -350,17 +356,17 @@ STORED = {
 }  # fmt: skip
 GIVEN_AGAIN = {
     "loop": {
-        "host", "sensor", "_hooking", "controller", "_revocable", "_dense",
-        "_run", "_begun", "_finished", "_summary", "_hooks",
+        "host", "sensor", "_hooking", "_listening", "controller", "_revocable", "_dense",
+        "_run", "_begun", "_finished", "_summary", "_hooks", "_waiting", "_telling", "_unchanged",
     },
     "regrowth": {
-        "lasting", "brings_back", "_controller", "_spending", "_model", "_optimizers", "_copies", "_lossless",
+        "lasting", "brings_back", "_controller", "_spending", "_host", "_model", "_optimizers", "_lossless",
     },
-    "cutting": {"host", "coordinates", "dense", "by_unit", "brings_back", "within_step", "masks"},
+    "cutting": {"kind", "host", "coordinates", "dense", "by_unit", "brings_back", "within_step", "masks"},
     "losses": set(),
     "spending": {
         "costs", "total_steps", "schedule", "sensing", "deciding", "resizing", "probing", "dense_widths", "modelled",
-        "check_kind", "runs", "_runs", "_known", "_alone", "probed", "stop",
+        "check_kind", "runs", "_runs", "_known", "_alone", "probed", "stop", "bill", "_paying",
     },
     "account": {"_attached", "sensing_flops"},
 }  # fmt: skip

@@ -38,7 +38,10 @@ def test_every_two_values_meet() -> None:
     assert len(rows) * 10 < len(list(every_row()))
 
 
-@pytest.mark.parametrize("row", pairwise(), ids=str)
+ROWS = [pytest.param(row, marks=[pytest.mark.slow] * (n % 3 > 0), id=str(row)) for n, row in enumerate(pairwise())]
+
+
+@pytest.mark.parametrize("row", ROWS)
 def test_a_cut_run_goes_on_like_a_fresh_small_one(row: Row, one_rank: None) -> None:
     """Claim: after two cuts a run goes on, bit for bit, like a fresh small model in the same set-up that was given the
     states of weights, moments and scaler.

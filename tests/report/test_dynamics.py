@@ -36,13 +36,6 @@ def test_every_stay_in_the_reserve_is_timed() -> None:
     assert told == "3 units were dropped, 1 of them came back after 20 steps (median), 1 were dropped again."
 
 
-def test_active_units_follow_the_ledger() -> None:
-    """Each group has one line, from its dense width at step 0 to the last width at the end of the run."""
-    figure = dynamics.active(RECORD)
-    assert figure and [trace["name"] for trace in figure.data] == ["a", "b"]
-    assert figure.data[0]["x"] == [0, 10, 30, 40, 60, 100] and figure.data[0]["y"] == [4, 2, 3, 3, 2, 2]
-
-
 def test_every_event_is_a_spike() -> None:
     """The raster has a tick for each drop and each return, at its step in its group's band, and counts them below."""
     figure = dynamics.raster(RECORD)

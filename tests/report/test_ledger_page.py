@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,14 @@ from typer.testing import CliRunner
 import setpoint
 from loop.test_budgets import Machine, machine, mlp, train
 from setpoint.cli import app
+from setpoint.entry import Entry
 from setpoint.errors import ReportError
+from setpoint.ledger import Ledger
+from setpoint.report.draft import document
 from setpoint.report.ledger_page import ledger_tables, read_ledger, write_ledger_page
 from setpoint.report.record import Record
 from setpoint.report.resources import dense_of, ledger_line, limit_of, resources
+from setpoint.report.run import run
 
 __all__ = ["machine"]
 
@@ -79,3 +84,33 @@ def test_a_file_that_is_no_ledger(tmp_path: Path) -> None:
     with pytest.raises(ReportError, match=r"loop\.ledger\.save"):
         write_ledger_page(tmp_path / "notes.jsonl")
     assert not (tmp_path / "notes.html").exists()
+
+
+ODD = [None, True, -1, 10**400, 10**12, 1e308, "x", "[/red]", "", [], {}, [[1]], {"a": [1]}, {"a": 10**12}, {"a": {}}]
+"""Values of every kind, one of which is of another type wherever it is put."""
+
+
+def test_a_ledger_of_anything_is_shown_or_refused(tmp_path: Path) -> None:
+    """Whatever stands in a field of a ledger's header or entry, there are tables and a page, or one sentence."""
+    header = {"groups": {"a": {"num_units": 4, "what": "channel"}}, "limit": {"flops": 2.0}, "dense": {"flops": 4.0}}
+    ledger = Ledger({**header, "total_steps": 40, "measured": {"flops": "m"}, "step_seconds": {"a": 1.0}})
+    of_units = {"saliency": {"a": [0.1]}, "worth": {"a": [0.1]}, "price": {"flops": 1.0}, "metered": {"flops": 3.0}}
+    ledger.append(Entry(step=9, widths={"a": 3}, dropped={"a": [2]}, spent={"flops": 3.0}, **of_units))  # type: ignore[arg-type]
+    ledger.save(tmp_path / "run.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "run.jsonl").read_text().splitlines()]
+    rng, outcomes = random.Random(0), set()
+    for number, (place, key) in enumerate((place, key) for place, line in enumerate(lines) for key in line):
+        for value in rng.sample(ODD, 3) if number % 2 else rng.sample(ODD, 4):
+            changed = [{**line, key: value} if at == place else line for at, line in enumerate(lines)]
+            file = tmp_path / "odd.jsonl"
+            file.write_text("".join(json.dumps(line) + "\n" for line in changed))
+            try:
+                record = read_ledger(file)
+            except ReportError as error:
+                outcomes.add("refused")
+                assert "is no ledger that can be read" in str(error)
+            else:
+                outcomes.add("shown")
+                shown(record)
+                document("odd", run("run", "odd", record), "")
+    assert outcomes == {"refused", "shown"}

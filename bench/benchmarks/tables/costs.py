@@ -83,7 +83,7 @@ def real_budgets_table(path: Path) -> str:
             f"| `latency` at {found['fraction']:g} of dense beside `flops` at the same measured seconds, "
             f"{len(found['rows'])} seeds ({inside} within the range of the FLOPs runs) | {accuracy[0]:.2%} and "
             f"{accuracy[1]:.2%}: {found['mean_difference']:+.2%}{half} |",
-            f"| the largest metered latency over its limit, at landing | {found['over_budget']:+.1%} |",
+            f"| the largest metered latency over its limit, when the budget was met | {found['over_budget']:+.1%} |",
             "| the same models timed once more after training, by seed | "
             + ", ".join(f"{row['latency']['step_s'] / row['latency']['limit'] - 1:+.1%}" for row in found["rows"])
             + " |",
@@ -201,3 +201,16 @@ def compiled_table(path: Path) -> str:
             )
     how = f"Medians of {len(rounds)} rounds" if len(rounds) > 1 else "One run each"
     return "\n".join([*lines, "", f"{how}. {made_on(data)}"])
+
+
+def frameworks_table(path: Path) -> str:
+    """By framework, the lines that are added to its script, and what works; each cell is so many tests that passed."""
+    if not path.exists():
+        return "Not run yet."
+    data = json.loads(path.read_text(encoding="utf-8"))
+    columns = list(next(iter(data["frameworks"].values()))["cells"])
+    lines = [f"| framework | lines added | {' | '.join(columns)} |", f"|---|---:|{'---|' * len(columns)}"]
+    for name, each in data["frameworks"].items():
+        cells = " | ".join(f"**{cell}**" if cell.startswith("fails") else cell for cell in each["cells"].values())
+        lines.append(f"| {name} {each['version']} | {each['lines']} | {cells} |")
+    return "\n".join([*lines, "", made_on(data)])

@@ -63,6 +63,19 @@ def coverage_table(path: Path) -> str:
     return "\n".join(lines)
 
 
+def models_cut_table(path: Path) -> str:
+    """In one row how many models each library cuts, after which they train on in the shapes that were promised."""
+    models = json.loads(path.read_text(encoding="utf-8"))["models"]
+    passed = [sum(record[library]["passed"] for record in models) for library in LIBRARIES]
+    return "\n".join(
+        [
+            f"| models of four families | {' | '.join(LIBRARIES.values())} |",
+            f"|---|{'---:|' * len(LIBRARIES)}",
+            f"| cut, and trained on, of {len(models)} | {' | '.join(map(str, passed))} |",
+        ]
+    )
+
+
 def _coverage_row(suite: str, library: str, records: list[dict[str, Any]]) -> str:
     outcomes = [record[library] for record in records]
     seconds = [each["seconds"] for each in outcomes if each["seconds"] is not None]

@@ -97,6 +97,38 @@ def headline_table(root: Path) -> str:
     return "\n".join(lines)
 
 
+FINE_TUNED = {"finetune": "image network", "finetune-text": "sentence model"}
+
+
+def readme_table(root: Path) -> str:
+    """Fine-tuning on test data: Setpoint beside the whole model, and beside the best of each kind of rival."""
+    lines = [
+        "| model | FLOPs | whole | **Setpoint** | training FLOPs | open loop | cut after | small |",
+        f"|---|{'---:|' * 7}",
+    ]
+    for folder, words in FINE_TUNED.items():
+        rows = [row for row in summary_rows(read_results(root / folder)) if row.density is None]
+        dense = next(row for row in rows if row.method == "dense")
+        for ours in (row for row in rows if row.method == "setpoint"):
+            beside = [row for row in rows if row.budget == ours.budget and row.num_seeds >= ours.num_seeds]
+            best = [
+                percent(max(row.value.mean for row in beside if row.family == family))
+                for family in ("open-loop", "post-training")
+            ]
+            small = next(row for row in beside if row.method == "small-long")
+            cells = (
+                words,
+                percent(ours.budget),
+                percent(dense.value.mean),
+                f"**{percent(ours.value.mean)}**",
+                percent(ours.train_flops_ratio),
+                *best,
+                percent(small.value.mean),
+            )
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def ahead_table(root: Path, *, split: str = "test") -> str:
     """How far Setpoint is ahead of every method at the same budget, by seed: one row a method, one column a task."""
     of = (lambda cell: cell.value) if split == "test" else _last_validation

@@ -109,6 +109,28 @@ def price_table(path: Path) -> str:
     return "\n".join([*lines, "", made_on(data)])
 
 
+def even_table(path: Path) -> str:
+    """What one width for all layers of a kind costs in loss, by budget, and the sentence that says so."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    lines = ["| task | steps | budget | free widths | even widths | even less free | seeds |", f"|---|{'---:|' * 6}"]
+    found: dict[tuple[str, float], dict[bool, dict[int, dict[str, Any]]]] = {}
+    for row in data["rows"]:
+        by_seed = found.setdefault((row["task"], row["budget"]), {True: {}, False: {}})[row["even"]]
+        by_seed[row["seed"]] = row
+    prices = []
+    for (task, budget), both in found.items():
+        free, even = ([rows[seed]["loss"] for seed in sorted(rows)] for rows in (both[False], both[True]))
+        apart = [one - other for one, other in zip(even, free, strict=True)]
+        steps, price = next(iter(both[True].values()))["steps"], statistics.fmean(apart)
+        prices.append(f"{price:+.3f} at {budget:.0%} of the FLOPs".replace("%", " %"))
+        cells = (task, f"{steps}", f"{budget:.0%}".replace("%", " %"))
+        losses = (f"{statistics.fmean(free):.4f}", f"{statistics.fmean(even):.4f}")
+        spread = f"{price:+.4f} ({min(apart):+.4f} to {max(apart):+.4f})"
+        lines.append(f"| {' | '.join((*cells, *losses, spread))} | {len(free)} |")
+    said = f"Even widths changed the validation loss by {' and '.join(prices)}, in nats."
+    return "\n".join([*lines, "", said, made_on(data)])
+
+
 def calibration_table(path: Path) -> str:
     """How predicted and measured loss increases agree, as a loop reads and with weights at rest, beside the aims."""
     lines = [

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import setpoint_bench.tasks
+from setpoint.given import did_you_mean
 from setpoint.report.own_function import is_own_function, named_errors, own_function
 from setpoint_bench.simple_task import SimpleTask
 from setpoint_bench.task import PLAIN, BenchError, Task, fits_a_folder
@@ -110,7 +111,8 @@ def _usual(name: str, data: Path | None) -> Task:
     if name in known:
         return known[name](data)
     if not is_own_function(name):
-        raise BenchError(f"unknown task {name!r}: use {', '.join(known)}, or your own as module.py:function")
+        hint = did_you_mean(name, known)
+        raise BenchError(f"unknown task {name!r}: {hint}use {', '.join(known)}, or your own as module.py:function")
     if data is not None:
         raise BenchError(f"--data is for the tasks that come with Setpoint: {name} finds its data itself")
     with named_errors(name):

@@ -1,4 +1,4 @@
-"""What the benchmark adds to the command line: demo, bench, and report and inspect of many runs and models."""
+"""What the benchmark adds to the command line: bench, and report and inspect of many runs and models."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import typer
 
 from setpoint.command_line import (
     FAILED,
+    Json,
     Out,
     check_folder,
     console,
@@ -27,21 +28,10 @@ Epochs = Annotated[int | None, typer.Option("--epochs", help="Passes over the da
 Data = Annotated[Path | None, typer.Option("--data", help="Folder that holds the data.", metavar="DIR")]
 
 
-def demo(
-    budget: Annotated[float, typer.Option(help="FLOPs per step at the end, as a fraction of dense.")] = 0.5,
-    seed: Annotated[int, typer.Option(help="Seed of weights, order and augmentation.")] = 0,
-    epochs: Epochs = None,
-    out: Out = None,
-) -> None:
-    """Train a residual CNN on handwritten digits: dense, small from scratch, and pruned by Setpoint."""
-    with errors_as_messages():
-        _bench("digits", "dense,small,setpoint", [budget], [seed], out or Path("runs/demo-digits"), epochs=epochs)
-
-
 def bench(
-    task: Annotated[str, typer.Option(help="digits, cifar10, ...: a wrong one lists all; or own.py:function.")],
+    task: Annotated[str, typer.Option(help="A name of `setpoint list tasks`, or own.py:function.")],
     methods: Annotated[
-        str, typer.Option(help="Names of methods, or own.py:function, with commas.")
+        str, typer.Option(help="Names of `setpoint list methods`, or own.py:function, with commas.")
     ] = "dense,small,setpoint",
     budgets: Annotated[str, typer.Option(help="Fractions of the dense FLOPs per step, with commas.")] = "0.5",
     seeds: Annotated[str, typer.Option(help="Seeds, with commas.")] = "0",
@@ -55,6 +45,7 @@ def bench(
     timing: Annotated[
         bool, typer.Option("--timing", help="Measure what finished runs take, in turns; the machine should be idle.")
     ] = False,
+    json: Json = False,
 ) -> None:
     """Measure methods side by side on a task; what the folder already holds is not run again.
 
@@ -84,7 +75,7 @@ def report_folder(folder: Path, out: Path | None) -> None:
     text = write_markdown(folder, None if out is None else out / NAME)
     page = _page_if_possible(folder, out)
     _print_table(folder)
-    finish({"report": page, "table": str(text)})
+    finish({"report": page, "table": str(text)}, f"open {page or text}")
 
 
 def inspect_suite(suite: str, models: Sequence[str] | None, workers: int, out: Path | None) -> None:
@@ -98,7 +89,25 @@ def inspect_suite(suite: str, models: Sequence[str] | None, workers: int, out: P
     console().print(suite_table(suite, verdicts))
     if out is not None:
         write_json(out / f"suite-{suite}.json", record(suite, verdicts, workers))
-    finish(summary(suite, verdicts))
+    finish(summary(suite, verdicts), "setpoint inspect MODEL --groups shows one of them")
+
+
+def list_tasks() -> dict[str, str]:
+    """The tasks, by name, and what each is in one line."""
+    from setpoint_bench.catalogue import tasks
+
+    return {name: _first_line(getattr(make, "func", make)) for name, make in tasks().items()}
+
+
+def list_methods() -> dict[str, str]:
+    """The methods, by name, with their kind and where each comes from."""
+    from setpoint_bench.method import all_methods
+
+    return {method.name: "; ".join(filter(None, (method.family, method.paper))) for method in all_methods()}
+
+
+def _first_line(what: object) -> str:
+    return (what.__doc__ or "").partition("\n")[0]
 
 
 def _bench(
@@ -113,10 +122,10 @@ def _bench(
     length: int | None = None,
     data: Path | None = None,
     split: str = "test",
-    workers: int | None = None,
+    workers: int = 1,
     timing: bool = False,
 ) -> None:
-    """Run a benchmark, write its page, and print table and JSON; without `workers` in this process, taking turns."""
+    """Run a benchmark, write its page, and print table and JSON."""
     from dataclasses import asdict
     from functools import partial
 
@@ -145,7 +154,9 @@ def _bench(
     if outcome.results:
         _print_table(out)
         answer = {**summarise(outcome.results, outcome.rounds), "report": _page_if_possible(out)}
-    finish({**answer, "failures": [asdict(failure) for failure in outcome.failures]})
+    page = answer["report"]
+    then = f"open {page} in a browser" if page else f"setpoint report {out} shows the results again"
+    finish({**answer, "failures": [asdict(failure) for failure in outcome.failures]}, then)
     if outcome.failures:
         raise typer.Exit(FAILED)
 

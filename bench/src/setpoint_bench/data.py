@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from setpoint.resources.table import cache_folder as cache_folder
+from setpoint.cache import cache_folder as cache_folder
 from setpoint_bench.task import BenchError
 
 

@@ -15,8 +15,10 @@ from setpoint.controller.price import Gains
 from setpoint.controller.priced import PricedController
 from setpoint.controller.schedule import Schedule
 from setpoint.gates.gated import GatedController
+from setpoint.given import did_you_mean
 from setpoint.report.own_function import is_own_function, named_errors, own_function
 from setpoint.sensor.magnitude import MagnitudeSensor
+from setpoint.sensor.reconstruction import ReconstructionSensor
 from setpoint_bench.baselines.drop_and_grow import DropAndGrow, Static
 from setpoint_bench.baselines.group_lasso import ReconfiguringController
 from setpoint_bench.baselines.magnitude import Gradual, OneShot
@@ -160,11 +162,12 @@ ABLATION_METHODS: tuple[Method, ...] = (
     Setpoint("setpoint-steep", PricedController(Schedule(warmup=0.13, settle=0.17))),
     Setpoint("setpoint-vanish", PricedController(min_density=0.0)),
     Setpoint("setpoint-level", PricedController(min_density=0.7)),
+    Setpoint("setpoint-reconstruction", sensor=ReconstructionSensor),
 )
 """More of Setpoint with one thing changed, for `bench/benchmarks/ablation.py`.
 
 An open loop with Setpoint's own saliency (`cubic-taylor`); few or many cuts; groups that may vanish whole (`vanish`) or
-must stay near a uniform cut (`level`).
+must stay near a uniform cut (`level`); units ranked by what their readers cannot make up for (`reconstruction`).
 """
 
 
@@ -181,6 +184,11 @@ STATE_METHODS: tuple[Method, ...] = (Hankel(), Hankel("hankel-regrow", regrow=Tr
 """Methods for tasks on state-space models."""
 
 
+def all_methods() -> tuple[Method, ...]:
+    """The methods that have a name, those of the tables first."""
+    return *METHODS, *RESOURCE_METHODS, *STATE_METHODS, *ABLATION_METHODS
+
+
 def method_named(name: str) -> Method:
     """The method of that name, with other settings where the name says so: `rigl@density=0.1`; or the user's own.
 
@@ -190,7 +198,7 @@ def method_named(name: str) -> Method:
     Raises:
         BenchError: there is none, or it has no such setting; the message lists those there are.
     """
-    everything = (*METHODS, *ABLATION_METHODS, *RESOURCE_METHODS, *STATE_METHODS)
+    everything = all_methods()
     if is_own_function(name):
         return _own_method(name, {method.name for method in everything})
     base, *settings = name.split("@")
@@ -206,7 +214,8 @@ def method_named(name: str) -> Method:
             ("for bench/benchmarks/ablation.py ", ABLATION_METHODS),
         )
     )
-    raise BenchError(f"unknown method {name!r}: {listed}; or your own as module.py:function")
+    hint = did_you_mean(base, [method.name for method in everything])
+    raise BenchError(f"unknown method {name!r}: {hint}{listed}; or your own as module.py:function")
 
 
 def _own_method(target: str, taken: Collection[str]) -> Method:
@@ -242,7 +251,8 @@ def _with_settings(method: Method, name: str, settings: list[str]) -> Method:
         key, _, value = setting.partition("=")
         if key not in known:
             listed = ", ".join(f"@{each}=NUMBER" for each in sorted(known))
-            raise BenchError(f"unknown setting {key!r} of {method.name}: it has {listed or 'none'}")
+            hint = did_you_mean(key, known)
+            raise BenchError(f"unknown setting {key!r} of {method.name}: {hint}it has {listed or 'none'}")
         path, kind = known[key]
         try:
             number = kind(value)

@@ -227,11 +227,12 @@ class CausalSelfAttention(nn.Module):
         n_embd: features of the residual stream.
         n_head: number of heads.
         head_dim: features of each head.
+        fused: use PyTorch's fused kernel on a processor, too.
     """
 
-    def __init__(self, n_embd: int, n_head: int, head_dim: int) -> None:
+    def __init__(self, n_embd: int, n_head: int, head_dim: int, fused: bool = False) -> None:
         super().__init__()
-        self.n_head = n_head
+        self.n_head, self.fused = n_head, fused
         self.n_inner = n_head * head_dim
         self.c_attn = nn.Linear(n_embd, 3 * self.n_inner)
         self.c_proj = nn.Linear(self.n_inner, n_embd)
@@ -244,7 +245,7 @@ class CausalSelfAttention(nn.Module):
         q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
         k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
-        y = causal_attention(q, k, v).transpose(1, 2).contiguous().view(B, T, C)
+        y = causal_attention(q, k, v, self.fused).transpose(1, 2).contiguous().view(B, T, C)
         out: Tensor = self.c_proj(y)
         return out
 
@@ -253,11 +254,13 @@ def causal_attention(
     q: Float[Tensor, "batch head time dim"],
     k: Float[Tensor, "batch head time dim"],
     v: Float[Tensor, "batch head time dim"],
+    fused: bool = False,
 ) -> Float[Tensor, "batch head time dim"]:
     """`softmax(q k' / sqrt(dim)) v`, where each position sees itself and those before it."""
-    if q.device.type != "cpu":
+    if fused or q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    # On a processor the backward pass of the fused kernel takes far longer than that of plain products.
+    # On a processor the backward pass of the fused kernel takes far longer than that of plain products, unless both
+    # the window and the heads are small.
     later = torch.ones(q.size(2), q.size(2), dtype=torch.bool).triu(1)
     scores = (q * q.size(3) ** -0.5) @ k.transpose(2, 3)
     gathered: Tensor = scores.masked_fill(later, -torch.inf).softmax(-1) @ v
@@ -267,11 +270,13 @@ def causal_attention(
 class Layer(nn.Module):
     """Transformer layer, norm first: attention, then a GELU network of `neurons` neurons."""
 
-    def __init__(self, n_embd: int, n_head: int, head_dim: int, neurons: int, dropout: float) -> None:
+    def __init__(
+        self, n_embd: int, n_head: int, head_dim: int, neurons: int, dropout: float, fused: bool = False
+    ) -> None:
         super().__init__()
         self.dropout: nn.Module = nn.Dropout(dropout) if dropout else nn.Identity()
         self.ln_1 = nn.LayerNorm(n_embd)
-        self.attn = CausalSelfAttention(n_embd, n_head, head_dim)
+        self.attn = CausalSelfAttention(n_embd, n_head, head_dim, fused)
         self.ln_2 = nn.LayerNorm(n_embd)
         self.c_fc = nn.Linear(n_embd, neurons)
         self.c_proj = nn.Linear(neurons, n_embd)
@@ -293,10 +298,18 @@ class CharGPT(nn.Module):
         n_embd: features of the residual stream.
         head_dim: features of each head.
         dropout: share of the embedding and of what each layer adds that is dropped in training.
+        fused: use PyTorch's fused attention on a processor, too.
     """
 
     def __init__(
-        self, widths: Mapping[str, int], vocabulary: int, block: int, n_embd: int, head_dim: int, dropout: float = 0.0
+        self,
+        widths: Mapping[str, int],
+        vocabulary: int,
+        block: int,
+        n_embd: int,
+        head_dim: int,
+        dropout: float = 0.0,
+        fused: bool = False,
     ) -> None:
         super().__init__()
         self.dropout: nn.Module = nn.Dropout(dropout) if dropout else nn.Identity()
@@ -304,7 +317,7 @@ class CharGPT(nn.Module):
         self.wpe = nn.Embedding(block, n_embd)
         number_of_layers = len(widths) // 2
         self.layers = nn.ModuleList(
-            Layer(n_embd, widths[f"layer{i}.heads"], head_dim, widths[f"layer{i}.neurons"], dropout)
+            Layer(n_embd, widths[f"layer{i}.heads"], head_dim, widths[f"layer{i}.neurons"], dropout, fused)
             for i in range(1, number_of_layers + 1)
         )
         self.ln_f = nn.LayerNorm(n_embd)

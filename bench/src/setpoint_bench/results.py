@@ -13,6 +13,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from setpoint.checkpoint.fields import fields_of, json_object
+from setpoint.checkpoint.ordinary_file import ordinary_file
 from setpoint_bench.report.folder import SCHEMA, SCHEMAS
 from setpoint_bench.report.packed import SUFFIX, file_of, text_of
 from setpoint_bench.task import BenchError
@@ -167,8 +169,8 @@ def mend(path: Path) -> None:
 def _is_whole(line: bytes) -> bool:
     """Whether a line is a JSON object, or the half that a crash left of one."""
     try:
-        return isinstance(json.loads(line), dict)
-    except ValueError:
+        return json_object(line.decode()) is not None
+    except UnicodeDecodeError:
         return False
 
 
@@ -180,7 +182,7 @@ def load_results(folder: Path) -> tuple[Result, ...]:
     Raises:
         BenchError: the folder was written by another version of Setpoint, or the file is damaged.
     """
-    path = file_of(folder, FILE)
+    path = ordinary_file(file_of(folder, FILE))
     if not path.exists():
         return ()
     found: dict[tuple[object, ...], Result] = {}
@@ -197,12 +199,11 @@ def load_results(folder: Path) -> tuple[Result, ...]:
 
 
 def _parsed(line: str, where: str) -> Result:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise BenchError(f"{where} is damaged: delete that line, or name another folder with --out") from error
-    if not isinstance(row, dict) or row.get("schema") not in SCHEMAS:
-        schema = row.get("schema") if isinstance(row, dict) else None
+    row = json_object(line)
+    if row is None:
+        raise BenchError(f"{where} is damaged: delete that line, or name another folder with --out")
+    schema = row.get("schema")
+    if type(schema) is not int or schema not in SCHEMAS:
         raise BenchError(
             f"{where} has schema {schema!r}, this version of Setpoint continues folders of schema "
             f"{' and '.join(map(str, SCHEMAS))}: name another folder with --out"
@@ -217,4 +218,9 @@ def _parsed(line: str, where: str) -> Result:
     ]
     if missing:
         raise BenchError(f"{where} lacks {', '.join(missing)}: delete that line, or name another folder with --out")
-    return Result(**{name: value for name, value in row.items() if name in known})
+    try:
+        return Result(**fields_of(Result, row))
+    except ValueError as error:
+        raise BenchError(
+            f"{where} is damaged ({error}): delete that line, or name another folder with --out"
+        ) from error

@@ -12,6 +12,7 @@ from typing import Protocol, runtime_checkable
 
 from setpoint_bench.fingerprint import fingerprint
 from setpoint_bench.method import Method, method_named
+from setpoint_bench.own_random import OwnRandom
 from setpoint_bench.results import FILE, Result, append_result, load_results, mend
 from setpoint_bench.task import BenchError, Split, Task
 from setpoint_bench.training import Cell, Progress
@@ -129,6 +130,18 @@ def make_data_ready(cells: Iterable[Cell]) -> None:
     """
     for task in dict.fromkeys(cell.task for cell in cells):
         next(task.batches(seed=0))
+
+
+def check_budgets(cells: Iterable[Cell]) -> None:
+    """Size the models of methods that need no other run, so that a budget out of reach is found before any training.
+
+    Raises:
+        BenchError: a method cannot meet its budget; the message says the least that it can.
+    """
+    for (task, method, budget), seed in {(cell.task, cell.method, cell.budget): cell.seed for cell in cells}.items():
+        if budget is not None and not method.needs:
+            with OwnRandom(seed).drawing():
+                method.course(task, budget, {})
 
 
 def run(

@@ -1,79 +1,116 @@
-"""Stages: the models that a run trained, one after the other, kept without their weights so that they can be timed."""
+"""Stages: the models that a run trained, one after the other, as the sizes by which they are built anew and timed."""
 
 from __future__ import annotations
 
-import copy
-import math
-import pickle
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
 from torch import nn
 
-FILE = "stages.pt"
+from setpoint.actuator.shrink import named_tensors
+from setpoint.actuator.sizes import apply_sizes, check_sizes, recorded_sizes
+from setpoint.actuator.swap import swap
+from setpoint.actuator.take import in_format
+from setpoint.errors import GroupError
+from setpoint_bench.task import BenchError, Task
+
+FILE = "stages.jsonl"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Stage:
     """A stretch of a run in which no tensor changed its shape.
 
     Args:
         num_steps: optimizer steps in it.
-        model: the model, its parameters on the meta device.
+        widths: of the model that the run began with, by name as in `Task.dimensions`.
+        shapes: of all parameters and buffers, by name.
+        sizes: what cuts have set in the model's code, by module and place.
     """
 
     num_steps: int
-    model: nn.Module
+    widths: Mapping[str, int]
+    shapes: Mapping[str, Sequence[int]]
+    sizes: Mapping[str, Mapping[str, int]]
 
 
-def hollow(model: nn.Module) -> nn.Module:
-    """A copy of the model whose parameters have shapes and strides but no values; buffers keep theirs."""
-    empty = {
-        id(each): nn.Parameter(torch.empty_like(each, device="meta"), requires_grad=each.requires_grad)
-        for each in model.parameters()
-    }
-    return copy.deepcopy(model, empty)
+def stage_of(model: nn.Module, widths: Mapping[str, int]) -> Stage:
+    """The stage that begins with a model as it is now; `widths` are those by which the task built it."""
+    sizes: dict[str, dict[str, int]] = {}
+    for (module, place), size in recorded_sizes(model).items():
+        sizes.setdefault(module, {})[place] = size
+    return Stage(0, dict(widths), {name: list(each.shape) for name, each in named_tensors(model).items()}, sizes)
 
 
-def filled(model: nn.Module, device: torch.device) -> nn.Module:
-    """A copy of a hollow model on a device, with fresh weights of a usual size: only their shapes matter for time."""
-    fresh: dict[int, object] = {}
-    for each in model.parameters():
-        weight = torch.empty_like(each, device=device)
-        if weight.dim() > 1:
-            weight.normal_(std=1 / math.sqrt(weight[0].numel()))
-        else:
-            weight.fill_(1.0)
-        fresh[id(each)] = nn.Parameter(weight, requires_grad=each.requires_grad)
-    return copy.deepcopy(model, fresh).to(device)
+def built(stage: Stage, task: Task) -> nn.Module:
+    """A model of a stage's sizes on the task's device; its weights are fresh, since only shapes matter for time.
+
+    Raises:
+        BenchError: the task builds another model than the stage is of.
+    """
+    model = task.build(stage.widths)
+    tensors = named_tensors(model)
+    places = {(module, place): size for module, sizes in stage.sizes.items() for place, size in sizes.items()}
+    dense = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if dense.keys() != stage.shapes.keys() or any(not _within(stage.shapes[name], dense[name]) for name in dense):
+        raise BenchError("the task builds another model than it did then")
+    try:
+        check_sizes(model, places)
+    except GroupError as error:
+        raise BenchError(f"the task builds another model than it did then: {error}") from error
+    with ExitStack() as undo:
+        for name, tensor in tensors.items():
+            shape = tuple(stage.shapes[name])
+            if tuple(tensor.shape) != shape:  # of tied tensors only the first
+                part = tensor.detach()[tuple(slice(length) for length in shape)]
+                swap(tensor, in_format(part.clone(), tensor), undo)
+        apply_sizes(model, places, undo)
+        undo.pop_all()
+    return model
 
 
-def save_stages(folder: Path, stages: Sequence[Stage]) -> None:
-    """Write the stages of a run into its folder; a model whose code cannot be found by name leaves no file."""
+def _within(shape: Sequence[int], dense: Sequence[int]) -> bool:
+    return len(shape) == len(dense) and all(0 <= own <= most for own, most in zip(shape, dense, strict=True))
+
+
+def save_stages(folder: Path, stages: Iterable[Stage]) -> None:
+    """Write the stages of a run into its folder."""
     path = folder / FILE
     unfinished = path.with_name(path.name + ".tmp")
-    try:
-        torch.save([(stage.num_steps, stage.model) for stage in stages], unfinished)
-        torch.load(unfinished, weights_only=False)
-        unfinished.replace(path)
-    except (pickle.PickleError, AttributeError, ImportError, TypeError):
-        path.unlink(missing_ok=True)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    unfinished.write_text("".join(json.dumps(asdict(stage)) + "\n" for stage in stages), encoding="utf-8")
+    unfinished.replace(path)
 
 
 def load_stages(folder: Path) -> tuple[Stage, ...]:
-    """The stages of a run, none where it has left none or their code has moved since.
+    """The stages of a run, none where it has left none.
 
-    The file is a pickle: open only folders that you wrote.
+    Raises:
+        BenchError: the file is damaged.
     """
     path = folder / FILE
-    if not path.exists():
+    if not path.is_file():
         return ()
     try:
-        found = torch.load(path, weights_only=False)
-    except ModuleNotFoundError:
-        return ()
-    return tuple(Stage(num_steps, model) for num_steps, model in found)
+        return tuple(_stage(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines())
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise BenchError(f"{path} is damaged: delete its run's line from results.jsonl and run it again") from error
+
+
+def _stage(row: Mapping[str, Any]) -> Stage:
+    shapes = {name: [_count(length) for length in shape] for name, shape in row["shapes"].items()}
+    sizes = {module: _counts(each) for module, each in row["sizes"].items()}
+    return Stage(_count(row["num_steps"]), _counts(row["widths"]), shapes, sizes)
+
+
+def _counts(row: Mapping[str, Any]) -> dict[str, int]:
+    return {name: _count(value) for name, value in row.items()}
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r} is no count")
+    return value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import multiprocessing
 import statistics
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from setpoint.given import did_you_mean
 from setpoint.report.zoo import library_names
 from setpoint_bench.coverage import SEED, Build, Verdict, check
 from setpoint_bench.environment import machine, package_version
@@ -35,7 +35,7 @@ def suite_named(name: str) -> Mapping[str, Build]:
         BenchError: for a name that is none of `SUITES`, or a library that is not installed.
     """
     if name not in SUITES:
-        raise BenchError(f"unknown suite {name!r}: choose one of {', '.join(SUITES)}")
+        raise BenchError(f"unknown suite {name!r}: {did_you_mean(name, SUITES)}choose one of {', '.join(SUITES)}")
     try:
         if name != "plain":
             library_names(name)
@@ -58,13 +58,8 @@ def chosen_models(name: str, models: Sequence[str] | None = None) -> tuple[str, 
     known = suite_named(name)
     unknown = [model for model in models or () if model not in known]
     if unknown:
-        close = [each for model in unknown for each in difflib.get_close_matches(model, known, 3)]
-        hint = (
-            f"did you mean {' or '.join(dict.fromkeys(close))}?"
-            if close
-            else f"it has {', '.join(list(known)[:5])} ..."
-        )
-        raise BenchError(f"suite {name} has no model {', '.join(unknown)}: {hint}")
+        hint = "".join(did_you_mean(model, known) for model in unknown) or f"it has {', '.join(list(known)[:5])} ..."
+        raise BenchError(f"suite {name} has no model {', '.join(unknown)}: {hint.strip()}")
     return tuple(known if models is None else dict.fromkeys(models))
 
 

@@ -12,6 +12,7 @@ from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from setpoint.errors import UsageError
+from setpoint.given import did_you_mean
 
 Split = Literal["validation", "test"]
 Metric = Literal["accuracy", "loss"]
@@ -170,4 +171,4 @@ def split_named(name: str) -> Split:
     for split in get_args(Split):
         if split == name:
             return split  # type: ignore[no-any-return]
-    raise BenchError(f"unknown split {name!r}: use {' or '.join(get_args(Split))}")
+    raise BenchError(f"unknown split {name!r}: {did_you_mean(name, get_args(Split))}use {' or '.join(get_args(Split))}")

@@ -9,11 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from setpoint_bench.environment import code_version
-from setpoint_bench.interleaved import run_interleaved
 from setpoint_bench.progress import ProgressBars, turns_bar
 from setpoint_bench.report.columns import MOST_LOAD
 from setpoint_bench.results import held
-from setpoint_bench.runner import Outcome, finished, make_data_ready, run
+from setpoint_bench.runner import Outcome, check_budgets, finished, make_data_ready, run
 from setpoint_bench.task import BenchError, Task
 from setpoint_bench.timing import measure, with_timed
 from setpoint_bench.training import Cell
@@ -23,13 +22,14 @@ from setpoint_bench.worker import METHOD_FILE, source_hash
 def train_cells(
     cells: Sequence[Cell],
     out: Path,
-    workers: int | None,
+    workers: int,
     make_task: Callable[[], Task] | None,
     own_methods: Mapping[str, str],
 ) -> Outcome:
     """Train what the folder does not hold yet, under progress bars."""
     done = finished(cells, out)
     make_data_ready(cell for cell in cells if cell not in done)
+    check_budgets(cell for cell in cells if cell not in done)
     task = cells[0].task
     other = sum(result.environment.get("code") != code_version() for result in done.values())
     told = f"; {len(done)} of them are there already" if done else ""
@@ -41,8 +41,6 @@ def train_cells(
     runs = "1 run" if len(cells) == 1 else f"{len(cells)} runs"
     print(f"{task.name}: {runs} of {task.steps} steps, results in {out}{told}", file=sys.stderr)
     with held(out), ProgressBars([cell for cell in cells if cell not in done]) as bars:
-        if workers is None:
-            return Outcome(run_interleaved(cells, out, bars))
         return run(cells, out, bars, workers=workers, make_task=make_task, own_methods=own_methods)
 
 

@@ -11,7 +11,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from setpoint.spending.seconds import Stopwatch
 from setpoint_bench.environment import environment
@@ -21,7 +20,7 @@ from setpoint_bench.report.folder import SCHEMA, TIMING, read_timings
 from setpoint_bench.report.summary import DENSE
 from setpoint_bench.results import FILE, Result, append_line
 from setpoint_bench.runner import needed_cells
-from setpoint_bench.stages import Stage, filled, load_stages
+from setpoint_bench.stages import Stage, built, load_stages
 from setpoint_bench.task import BenchError, Task
 from setpoint_bench.training import Cell, begin
 
@@ -135,7 +134,7 @@ def measure(
         rounds: how often every kind of step has its turn.
 
     Raises:
-        BenchError: a run has left no stages to time.
+        BenchError: a run has left no stages to time, or those of another model.
     """
     courses = {cell: _course(cell, result, out, done) for cell, result in done.items()}
     subjects = {shape: subject for course in courses.values() for _, shape, subject in course}
@@ -168,28 +167,27 @@ def measure(
 def _course(cell: Cell, result: Result, out: Path, done: Mapping[Cell, Result]) -> list[tuple[int, Shape, Subject]]:
     """Steps, shape and kind of each stage of a run."""
     stages = [stage for stage in load_stages(out / result.folder) if stage.num_steps]
-    if not stages:
+    if sum(stage.num_steps for stage in stages) != result.steps:
         raise BenchError(
-            f"{out / result.folder} holds no stages to time: delete its line from {FILE} and run it again; models "
-            "of a class that only a function sees, or that hold a lambda, leave none: move these to the top of the file"
+            f"{out / result.folder} does not hold the stages of its run, to time them: delete its line from {FILE} "
+            "and run it again"
         )
-    course = [(stage.num_steps, _shape(stage.model), _plain(cell.task, stage)) for stage in stages]
+    course = [(stage.num_steps, _shape(stage), _plain(cell.task, stage)) for stage in stages]
     if result.density is not None:
         needed = {name: done[each] for name, each in needed_cells(cell).items() if each in done}
         course[-1] = (stages[-1].num_steps, (cell.name,), _masked(cell, out, needed))
     return course
 
 
-def _shape(model: nn.Module) -> Shape:
-    tensors = (*model.named_parameters(), *model.named_buffers())
-    return tuple((name, tuple(tensor.shape), tensor.stride()) for name, tensor in tensors)
+def _shape(stage: Stage) -> Shape:
+    return tuple((name, *shape) for name, shape in stage.shapes.items())
 
 
 def _plain(task: Task, stage: Stage) -> Subject:
     """Ordinary training steps of a stage's model."""
 
     def steps() -> Step:
-        model = filled(stage.model, task.device)
+        model = built(stage, task)
         optimizer, batches = task.optimizer(model), task.batches(seed=0)
         schedule = task.schedule(optimizer)
 

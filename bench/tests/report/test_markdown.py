@@ -47,6 +47,12 @@ def test_names_stay_text(make_results: Any) -> None:
     assert "<img>" not in text and "a\\|b&lt;img>" in text
 
 
+def test_the_name_of_a_split_stays_text(make_results: Any) -> None:
+    """A split out of somebody's file ends no cell of the table, and makes no tag and no line."""
+    text = markdown(read_results(make_results(seeds=(0,), split="a|b<img src=x>\n# c")))
+    assert "accuracy on a\\|b&lt;img src=x> # c" in text and "<img" not in text
+
+
 def test_clocks_are_told_apart(make_results: Any) -> None:
     """Seconds of a busy machine are labelled; once timings are there, they alone count."""
     folder = make_results(seeds=(0,), clock="shared")

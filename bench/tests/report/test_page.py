@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from setpoint.errors import ReportError
-from setpoint.report import figures
+from setpoint.report import decisions, figures
+from setpoint.report.record import Record
 from setpoint_bench.report.folder import read_results
 from setpoint_bench.report.page import render, write_page
 
 SECTIONS = (
     "What it costs",
-    "Headline goals",
     "All numbers",
     "Against its rivals",
     "How training went",
@@ -26,7 +26,7 @@ SECTIONS = (
     "Price of FLOPs",
     "Width of each group",
     "What was dropped when, and why",
-    "Active units of each group",
+    "Architecture before and after",
     "Every drop and every return, like a spike train",
     "How long units rested",
     "The loss around each event",
@@ -65,6 +65,12 @@ def specs_of(page: str) -> dict[str, Any]:
     return json.loads(found[1])
 
 
+def record_in(folder: Path) -> Record:
+    """The record of the folder's only run that has one."""
+    (record,) = [cell.record for cell in read_results(folder).cells if cell.record]
+    return record
+
+
 def test_the_page_has_every_section(make_results: Any) -> None:
     """A folder with everything in it gives a page with every section, figure places and their figures."""
     page = page_of(make_results())
@@ -72,7 +78,9 @@ def test_the_page_has_every_section(make_results: Any) -> None:
     assert [section for section in SECTIONS if section not in seen.text] == []
     places = {attrs["id"] for tag, attrs in seen.elements if attrs.get("class") == "plot"}
     assert places == set(specs_of(page))
-    assert len(places) == 3 + 2 + 2 * 8 + 1  # three costs, loss and accuracy, eight figures for each run, seconds
+    assert len(places) == 3 + 2 + 2 + 1  # three costs, loss and accuracy, the loss around each event, seconds
+    drawn = [attrs["aria-label"] for tag, attrs in seen.elements if tag == "svg"]
+    assert len(drawn) == 2 * 6 and drawn[0] == "Spent against reference: FLOPs per step"
 
 
 def test_the_page_stands_alone(make_results: Any, tmp_path: Path) -> None:
@@ -80,7 +88,8 @@ def test_the_page_stands_alone(make_results: Any, tmp_path: Path) -> None:
     target = write_page(make_results(), tmp_path / "deep" / "report.html")
     page = target.read_text(encoding="utf-8")
     seen = Elements(page)
-    assert [tag for tag, attrs in seen.elements if {"src", "href", "action", "srcset"} & attrs.keys()] == []
+    assert [tag for tag, attrs in seen.elements if {"src", "action", "srcset"} & attrs.keys()] == []
+    assert {str(attrs["href"])[:14] for _, attrs in seen.elements if "href" in attrs} == {"data:text/csv;"}
     assert [tag for tag, _ in seen.elements if tag in ("link", "iframe", "base", "object", "embed")] == []
     assert page.count(figures.plotly_script()) == 1
     style = page[page.index("<style>") : page.index("</style>")]
@@ -190,9 +199,10 @@ def test_a_ledger_without_header_facts_is_drawn(make_results: Any) -> None:
     folder = make_results(methods=("setpoint",), seeds=(0,))
     (path,) = folder.glob("*/ledger.jsonl")
     path.write_text("\n".join(['{"ledger": 1}', *path.read_text().splitlines()[1:]]) + "\n")
-    spec = specs_of(page_of(folder))["t0-r0-widths"]
-    assert [row[0] for row in spec["data"][0]["z"]] == [1.0] * 5
-    assert "/ 64" in spec["layout"]["yaxis"]["ticktext"][3]
+    figure = decisions.widths(record_in(folder))
+    assert figure and [row[0] for row in figure.data[0]["z"]] == [1.0] * 5
+    assert "/ 64" in figure.layout["yaxis"]["ticktext"][3]
+    assert "Width of each group" in page_of(folder)
 
 
 def test_a_ledger_without_entries_is_drawn(make_results: Any) -> None:
@@ -200,18 +210,18 @@ def test_a_ledger_without_entries_is_drawn(make_results: Any) -> None:
     folder = make_results(methods=("setpoint",), seeds=(0,))
     (path,) = folder.glob("*/ledger.jsonl")
     path.write_text(path.read_text().splitlines()[0] + "\n")
-    specs = specs_of(page_of(folder))
-    spent = next(trace for trace in specs["t0-r0-spent-0"]["data"] if trace["name"] == "spent")
+    spent = next(t for t in decisions.spending(record_in(folder), "flops").data if t["name"] == "spent")
     assert (spent["x"], spent["y"]) == ([0, 1000], [2.4, 2.4])
+    assert "Spent against reference" in page_of(folder)
 
 
 def test_every_drop_is_told(make_results: Any) -> None:
     """The timeline has one marker per dropped unit, each with its group, origin, worth and the reason."""
     folder = make_results(methods=("setpoint",), seeds=(0,))
-    (record,) = [cell.record for cell in read_results(folder).cells]
-    assert record
-    traces = specs_of(page_of(folder))["t0-r0-units"]["data"]
-    drops = [trace for trace in traces if trace["name"] == "dropped"]
+    record = record_in(folder)
+    figure = decisions.timeline(record, "flops")
+    assert figure
+    drops = [trace for trace in figure.data if trace["name"] == "dropped"]
     told = sorted(item[0] for trace in drops for item in trace["customdata"])
     expected = [
         f"{name}, channel {origin}"
@@ -227,7 +237,9 @@ def test_every_drop_is_told(make_results: Any) -> None:
 def test_a_unit_that_came_back_lives_on(make_results: Any) -> None:
     """A unit that was dropped and brought back has a line up to its drop and one from its return on."""
     folder = make_results(methods=("setpoint",), seeds=(0,))
-    traces = {trace["name"]: trace for trace in specs_of(page_of(folder))["t0-r0-units"]["data"]}
+    figure = decisions.timeline(record_in(folder), "flops")
+    assert figure
+    traces = {trace["name"]: trace for trace in figure.data}
     (height,) = traces["brought back"]["y"]
     step = traces["brought back"]["x"][0]
     starts = {
@@ -272,7 +284,7 @@ def test_measured_and_predicted_stand_apart(make_results: Any) -> None:
         line |= {"metered": {"latency": 0.13}, "predicted": {"latency": 0.125}}
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     page = page_of(folder)
-    measured = next(trace for trace in specs_of(page)["t0-r0-spent-0"]["data"] if trace["name"] == "measured")
+    measured = next(t for t in decisions.spending(record_in(folder), "latency").data if t["name"] == "measured")
     assert measured["y"] == [0.13] * 8 and measured["hovertext"] == ["predicted 0.125 s"] * 8
     for words in ("predicted before", "measured before", "0.125 s", "0.13 s", "modelled: operations"):
         assert words in page

@@ -12,6 +12,7 @@ import pytest
 
 from setpoint.errors import ReportError
 from setpoint_bench.report.folder import read_results
+from setpoint_bench.report.moving_picture import write_moving_picture
 from setpoint_bench.report.picture import learning_line, mean_line, write_picture
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -72,3 +73,18 @@ def test_a_line_is_the_mean_over_seeds(make_results: Any, tmp_path: Path) -> Non
     assert mean_line([cells[0], replace(cells[1], history=())], "accuracy", "validation") == learning_line(
         cells[0], "accuracy", "validation"
     )
+
+
+def test_a_moving_picture_ends_with_the_whole_run(make_results: Any, tmp_path: Path) -> None:
+    """It shows where accuracy and FLOPs end, moves by CSS that motion and print switch off, and follows dark pages."""
+    folder = make_results(methods=("dense", "setpoint"), seeds=(0,))
+    (cell,) = (each for each in read_results(folder).cells if each.method == "setpoint")
+    assert cell.record is not None
+    text = write_moving_picture(folder, tmp_path / "run.svg", "setpoint", 0.5, "A <run>").read_text(encoding="utf-8")
+    ElementTree.fromstring(text)
+    share = cell.record.entries[-1].spent["flops"] / cell.record.dense["flops"]
+    assert f">{100 * share:.0f} %<" in text and "A &lt;run&gt;" in text
+    for words in ("prefers-reduced-motion", "prefers-color-scheme: dark", "@media print"):
+        assert words in text
+    with pytest.raises(ReportError, match="no run of 'magic'"):
+        write_moving_picture(folder, tmp_path / "run.svg", "magic", 0.5, "")

@@ -70,7 +70,7 @@ def _vector(group: Group, kept: object) -> Bool[np.ndarray, " units"]:
     what = f"keep[{group.name!r}]"
     if not isinstance(kept, np.ndarray) or kept.dtype != np.bool_:
         kind = kept.dtype if isinstance(kept, np.ndarray) else type(kept).__name__
-        raise GroupError(f"{what} must be a NumPy array of bool, True = stays, got {kind}")
+        raise GroupError(f"{what} must be an array of bool, True = stays, got {kind}")
     if kept.shape != (group.num_units,):
         raise GroupError(
             f"{what} has shape {kept.shape}, but the group has {group.num_units} active units: "

@@ -22,14 +22,14 @@ def check_lengths(cut: Cut, tensors: Mapping[str, Tensor], what: str) -> None:
     lengths += [(name, None, kept.size) for name, kept in cut.elements.items()]
     for name, dim, length in lengths:
         if name not in tensors:
-            raise GroupError(f"{what} has no tensor {name!r}: use the groups of this very model")
+            raise GroupError(f"{what} has no tensor {name!r}: use the groups of this very model, or copies= of it")
         shape = tuple(tensors[name].shape)
         found = tensors[name].numel() if dim is None else shape[dim] if dim < len(shape) else None
         if found != length:
             where = name if dim is None else f"dim {dim} of {name}"
             raise GroupError(
                 f"{where} should have {length} entries, but in {what} the tensor's shape is {shape}: use the groups "
-                "of this very model, as the last cut returned them, and copies that were cut together with it"
+                "of this very model, as the last cut returned them; one of copies= must be cut together with it only"
             )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 
 from setpoint.actuator.take import take
@@ -32,10 +33,15 @@ def cut_state(
     dicts of tensors are followed. The parameter still has its old shape.
 
     Raises:
-        OptimizerError: for a tensor of another shape, of which nothing says how it follows the cut.
+        OptimizerError: for a tensor of another shape or class, of which nothing says how it follows the cut.
     """
 
     def cut(value: Tensor, key: str) -> Tensor:
+        if type(value) not in (Tensor, nn.Parameter, FakeTensor):
+            raise OptimizerError(
+                f"{type(optimizer).__name__} keeps state[{key!r}] of {name} as a {type(value).__name__}, "
+                f"which cannot be cut: {INSTEAD}"
+            )
         if value.shape == parameter.shape:
             return take(value, dims)
         if value.numel() == 1:

@@ -13,13 +13,14 @@ from torch.optim import Optimizer
 
 from setpoint.actuator.cut import Cut, Keep, SizePlace, cut_groups, plan_cut
 from setpoint.actuator.cuttable import check_cuttable, check_lengths
+from setpoint.actuator.lineage import adopt, note_cut
 from setpoint.actuator.optimizer_state import Optimizers, as_sequence, cut_state
 from setpoint.actuator.sizes import apply_sizes, check_sizes, record_buffers, record_dense
 from setpoint.actuator.swap import swap
 from setpoint.actuator.take import take
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group
-from setpoint.groups.place import call_of, is_call, read_size
+from setpoint.groups.place import call_of, implied, is_call, read_size
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,42 +51,10 @@ def shrink(
     *,
     agreed: Callable[[], None] = lambda: None,
 ) -> tuple[Group, ...]:
-    """Remove the units that `keep` drops from a model in training, and return the groups that remain.
+    """As `setpoint.shrink`, for whoever holds the model; `agreed` raises if another rank failed, before it is too late.
 
-    Parameters and buffers keep their identity, so optimizers, schedulers, clip lists and hooks that hold
-    them go on working. Tied parameters stay tied, frozen ones stay frozen, and memory formats stay.
-    Optimizer state is cut along with its parameter. Gradients of the changed parameters become None: they
-    belong to a step that is done. Cut between `optimizer.step()` and the next `backward()`.
-
-    Everything new is built before anything is changed, so old and new are in memory together. On any
-    exception model, optimizers and copies are as they were.
-
-    Args:
-        groups: as `find_groups`, or the last cut, returned them.
-        copies: further modules with the same tensors to cut alike, such as an EMA copy; names may have
-            the prefix `"module."` that `torch.optim.swa_utils.AveragedModel` gives them.
-        agreed: called when all is done and can still be undone; it raises if another rank failed.
-
-    Raises:
-        GroupError: when `keep` does not fit the groups, the groups do not fit the model or a copy, or a
-            tensor is of a kind that cannot be cut.
-        OptimizerError: when an optimizer's state cannot follow.
-
-    >>> import numpy as np
-    >>> from setpoint.groups.group import SizeBinding, Slice
-    >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
-    >>> unit = np.arange(3)
-    >>> places = [("0.weight", 0, "produce"), ("0.bias", 0, "carry"), ("2.weight", 1, "consume")]
-    >>> slices = tuple(Slice(tensor, dim, role, unit) for tensor, dim, role in places)
-    >>> sizes = (SizeBinding("0", "out_features", unit), SizeBinding("2", "in_features", unit))
-    >>> hidden = Group("hidden", "unit", 3, slices, sizes)
-    >>> (hidden,) = shrink(model, None, (hidden,), {"hidden": np.array([True, False, True])})
-    >>> model
-    Sequential(
-      (0): Linear(in_features=2, out_features=2, bias=True)
-      (1): ReLU()
-      (2): Linear(in_features=2, out_features=1, bias=True)
-    )
+    Everything new is built before anything is changed, so old and new are in memory together. On any exception model,
+    optimizers and copies are as they were.
     """
     cut = plan_cut(groups, keep)
     remaining = cut_groups(groups, keep)
@@ -146,8 +115,9 @@ def _prepare(model: nn.Module, cut: Cut, optimizers: Sequence[Optimizer]) -> Ite
 def _new_sizes(model: nn.Module, cut: Cut) -> dict[SizePlace, int]:
     """The new value of every size that changes, after a check that each place holds the old count."""
     counts = dict(cut.sizes)
-    calls = {call_of(at) for at in cut.following if is_call(at[1])}  # all sizes of a call go together
-    changing = {at: kept for at, kept in counts.items() if not kept.all() or (is_call(at[1]) and call_of(at) in calls)}
+    # All sizes of a call go together; what others imply until it is set is set by the first cut that reaches it.
+    calls = {call_of(at) for at in cut.following if is_call(at[1]) or implied(at[1]) is not None}
+    changing = {at: kept for at, kept in counts.items() if not kept.all() or call_of(at) in calls}
     check_sizes(model, changing)
     for (name, place), kept in changing.items():
         if not is_call(place) and (old := read_size(model.get_submodule(name), place)) != kept.size:
@@ -165,7 +135,10 @@ def _job(module: nn.Module, cut: Cut, optimizers: Sequence[Optimizer]) -> Job:
 def commit(job: Job, undo: ExitStack) -> None:
     """Put everything new in its place, and note in `undo` how to put everything back; a job is known to fit."""
     # Before the swaps: it notes the shapes that the tensors have now.
-    record_dense(job.module, {change.name: tuple(change.tensor.shape) for change in job.changes}, undo)
+    before = {change.name: tuple(change.tensor.shape) for change in job.changes}
+    adopt(job.module, undo)
+    record_dense(job.module, before, undo)
+    note_cut(job.module, before, {change.name: tuple(change.new.shape) for change in job.changes}, job.sizes, undo)
     for change in job.changes:
         for optimizer, state in change.states:
             undo.callback(optimizer.state.__setitem__, change.tensor, optimizer.state[change.tensor])

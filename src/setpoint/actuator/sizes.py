@@ -17,6 +17,7 @@ from setpoint.groups.vanish import fit_forward
 _RECORD = "_setpoint_sizes"
 _BUFFERS = "_setpoint_buffers"
 _DENSE = "_setpoint_dense"
+_DENSE_SIZES = "_setpoint_dense_sizes"
 
 
 def check_sizes(model: nn.Module, sizes: Iterable[SizePlace]) -> None:
@@ -42,6 +43,9 @@ def apply_sizes(model: nn.Module, sizes: Mapping[SizePlace, int | None], undo: E
         sizes: by (module name, place), the new size; None for a call that needs no correction any more.
         undo: takes the callbacks that put everything back.
     """
+    # All are read before any is set, since modules share objects such as a config.
+    dense = {at: read_size(model.get_submodule(at[0]), at[1]) for at in sizes if not is_call(at[1])}
+    note_dense_sizes(model, dense, undo)
     calls: dict[str, dict[str, int | None]] = {}
     for (name, place), size in sizes.items():
         module = model.get_submodule(name)
@@ -54,8 +58,9 @@ def apply_sizes(model: nn.Module, sizes: Mapping[SizePlace, int | None], undo: E
         assert size is not None, "an attribute always holds a size"
         # Callbacks run last in, first out: the old size is back before the forward is fitted to it.
         undo.callback(fit_forward, module)
-        undo.callback(partial(write_size, module, place, read_size(module, place)))
+        present = read_size(module, place)
         write_size(module, place, size)
+        undo.callback(partial(write_size, module, place, present))  # only now: what cannot be set cannot be put back
         fit_forward(module)
     # All calls of a module share one corrected forward, so they are set together.
     for name, places in calls.items():
@@ -66,6 +71,16 @@ def apply_sizes(model: nn.Module, sizes: Mapping[SizePlace, int | None], undo: E
         for place, size in places.items():
             new = _with_size(new, place, size)
         set_call_sizes(module, new)
+
+
+def note_dense_sizes(model: nn.Module, sizes: Mapping[SizePlace, int], undo: ExitStack) -> None:
+    """Note on modules what stood at places before their first change, where they do not know it yet."""
+    for (name, place), size in sizes.items():
+        module = model.get_submodule(name)
+        before: dict[str, int] | None = module.__dict__.get(_DENSE_SIZES)
+        if place not in (before or {}):
+            undo.callback(partial(_set_record, module, _DENSE_SIZES, before))
+            _set_record(module, _DENSE_SIZES, {**(before or {}), place: size})
 
 
 def _with_size(sizes: Mapping[str, int] | None, place: str, size: int | None) -> dict[str, int]:
@@ -90,6 +105,15 @@ def recorded_sizes(model: nn.Module) -> dict[SizePlace, int]:
         (name, place): get_call_sizes(module)[place] if is_call(place) else read_size(module, place)
         for name, module in model.named_modules()
         for place in module.__dict__.get(_RECORD, ())
+    }
+
+
+def dense_sizes(model: nn.Module) -> dict[SizePlace, int | None]:
+    """Every place that cuts have set in `model`, as it was before the first; None for a call, which gave it itself."""
+    return {
+        (name, place): None if is_call(place) else module.__dict__.get(_DENSE_SIZES, {}).get(place, size)
+        for (name, place), size in recorded_sizes(model).items()
+        for module in (model.get_submodule(name),)
     }
 
 

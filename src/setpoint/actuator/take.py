@@ -22,6 +22,10 @@ def take(tensor: Shaped[Tensor, " *shape"], dims: Mapping[int, Int[np.ndarray, "
     """
     # `index_select` returns contiguous memory, so the dims are put in memory order first and back after it.
     source = tensor.detach()
+    if source.is_sparse:  # it has no order in memory
+        for dim, kept in dims.items():
+            source = source.index_select(dim, torch.from_numpy(kept).to(source.device))
+        return source if dims else source.clone()
     order = _order(source)
     result = source.permute(order)
     for dim, kept in dims.items():

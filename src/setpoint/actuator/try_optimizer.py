@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import numpy as np
@@ -64,6 +64,20 @@ def check_optimizer(optimizer: Optimizer) -> None:
             _try_out(type(optimizer), settings, device)
 
 
+def first_states(optimizer: Optimizer, group: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What an optimizer keeps of trial parameters after its first step; nothing where it cannot be tried out on any.
+
+    Args:
+        group: one of its `param_groups`.
+    """
+    for shapes in _SHAPES:
+        draws = [[torch.zeros(shape) for shape in shapes], [torch.ones(shape) for shape in shapes]]
+        with torch.random.fork_rng([]), suppress(Exception):  # whatever a foreign class raises
+            trial, parameters = _start(type(optimizer), _settings(optimizer, group), draws)
+            return [trial.state[parameter] for parameter in parameters]
+    return []
+
+
 def _settings(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[str, Any]:
     names = inspect.signature(type(optimizer).__init__).parameters
     takes_any = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in names.values())
@@ -78,6 +92,7 @@ def _settings(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[str, Any]:
 
 _DIMS = {0: np.array([0, 2, 3, 5]), 1: np.array([0, 1, 3])}
 _BFLOAT16_STEPS = 1e-3  # a twentieth of what three trial steps change
+_LARGE = (64, 128)
 _SHAPES = (((6, 4), (6,)), ((6, 4),), ((6,),))  # Muon takes matrices only, others vectors only
 
 Trial = tuple[Optimizer, list[nn.Parameter]]
@@ -107,7 +122,18 @@ def _try_out(kind: type[Optimizer], settings: Mapping[str, Any], device: torch.d
                     f"{kind.__name__} cannot follow a cut: its update depends on the tensor's shape (or on chance), "
                     f"so a smaller tensor would train differently: {INSTEAD}"
                 )
+        _try_large(kind, settings, device)
         return
+
+
+def _try_large(kind: type[Optimizer], settings: Mapping[str, Any], device: torch.device) -> None:
+    """Check the state of a large parameter: some keep it in 8 bits, but that of small ones as it is."""
+    value = torch.zeros(_LARGE, device=device)
+    try:
+        optimizer, (parameter,) = _start(kind, settings, [[value], [torch.ones_like(value)]])
+    except Exception:  # as above
+        return
+    cut_state(optimizer, parameter, _dims(parameter), f"a parameter of shape {_LARGE}")
 
 
 def _dims(tensor: Tensor) -> dict[int, Int[np.ndarray, " _kept"]]:

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from setpoint.actuator.cut import Cut, Keep, check_keep, plan_cut
 from setpoint.actuator.mask import mask
 from setpoint.actuator.shrink import named_tensors, shrink
 from setpoint.actuator.take import take
-from setpoint.errors import ExampleError, VerificationError
-from setpoint.groups.export import Example, computed, inputs_of, tensors_of
+from setpoint.errors import ExampleError, GroupError, VerificationError
+from setpoint.groups.example import Example, computed, inputs_of, is_dense, mapped, tensors_of
 from setpoint.groups.group import Group
 from setpoint.groups.kept import random_keep
 from setpoint.groups.rng import preserved_rng_state
@@ -73,40 +74,50 @@ def failing_groups(model: nn.Module, example: Example, groups: tuple[Group, ...]
 class Trial:
     """The randomised copy on which cuts are tried, and the cut to try."""
 
-    model: nn.Module
+    make: Callable[[], nn.Module]
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     groups: tuple[Group, ...]
     keep: Keep
-    tolerance: float
+    tolerance: float = 0.0
+    first: _First | None = None
 
     @classmethod
     def of(cls, model: nn.Module, example: Example, groups: tuple[Group, ...], keep: Keep | None) -> Trial:
         """A copy in float64 if the model runs in it, else in its own dtypes."""
         keep = random_keep(groups) if keep is None else check_keep(groups, keep)
-        args, kwargs = tree_map(_lively, inputs_of(example))
-        trial = cls(randomised_copy(model, groups), args, kwargs, groups, keep, 0.0)
+        args, kwargs = mapped(_lively, inputs_of(example))
+        trial = cls(lambda: randomised_copy(model, groups), args, kwargs, groups, keep)
         wide = replace(
             trial,
-            model=copy.deepcopy(trial.model, computed(trial.model))._apply(_widen),  # type: ignore[no-untyped-call]
-            args=tree_map(_widen, trial.args),
-            kwargs=tree_map(_widen, dict(trial.kwargs)),
+            make=lambda: trial.make()._apply(_widen),  # type: ignore[no-untyped-call]
+            args=mapped(_widen, trial.args),
+            kwargs=mapped(_widen, dict(trial.kwargs)),
         )
         for each in (wide, trial):
+            masked, names = each._masked()
+            before = {name: buffer.clone() for name, buffer in masked.named_buffers()}
             with _Narrowest() as narrowest:
                 try:
-                    first = each.run(each.model)
+                    outcome = each.run(masked)
                 except Exception as error:  # anything may go wrong in a foreign forward
                     failure = error
                     continue
-            tolerance = _TOLERANCE[narrowest.bits]
+            found = replace(each, tolerance=_TOLERANCE[narrowest.bits])
             # Drawing random numbers is harmless unless another seed changes the result.
-            if first.drew and first.difference(
-                each.run(copy.deepcopy(each.model, computed(each.model)), seed=1), tolerance
-            ):
-                each.model.eval()  # it still draws random numbers that change the result: compare where it does not
-            return replace(each, tolerance=tolerance)
+            if outcome.drew and outcome.difference(found.run(_twin(masked), seed=1), found.tolerance):
+                # It still draws random numbers that change the result: compare where it does not.
+                return replace(found, make=partial(_in_eval, each.make))
+            with torch.no_grad():
+                for name, buffer in masked.named_buffers():
+                    buffer.copy_(before[name])
+            return replace(found, first=_First(names, outcome, [masked]))
         raise ExampleError(f"the model does not run on the example: {failure}") from failure
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The copy, uncut; made where it is needed."""
+        return self.make()
 
     def failing(self) -> Iterator[tuple[str, str]]:
         """(group name, what differs) of each group that fails."""
@@ -127,40 +138,72 @@ class Trial:
 
     def _fault(self, names: list[str]) -> str | None:
         """Why these groups cannot be cut together, or None."""
-        lossy = {group.name for group in self.groups if not group.lossless}
-        exact = [name for name in names if name not in lossy]
+        exact = self._exact(names)
         why = self._compare(exact, by_value=True) if exact else None
         return self._compare(names, by_value=False) if why is None and len(exact) < len(names) else why
 
+    def _exact(self, names: Sequence[str]) -> list[str]:
+        lossless = {group.name for group in self.groups if group.lossless}
+        return [name for name in names if name in lossless and not self.keep[name].all()]
+
+    def _masked(self) -> tuple[nn.Module, frozenset[str]]:
+        """A copy in which every lossless group is masked, and their names; none where the groups do not fit it."""
+        masked, names = self.make(), self._exact([group.name for group in self.groups])
+        try:
+            mask(masked, None, self.groups, {name: self.keep[name] for name in names})
+        except GroupError:  # the cut of each, which fails too, will say so
+            return masked, frozenset()
+        return masked, frozenset(names)
+
     def _compare(self, names: list[str], by_value: bool) -> str | None:
         keep = {name: self.keep[name] for name in names}
-        small = copy.deepcopy(self.model, computed(self.model))
+        # What was masked already has the same kept entries, and whatever is masked has the same shapes.
+        first = self.first if self.first and (not by_value or self.first.names == set(names)) else None
+        small = first.spare.pop() if first and first.spare else _twin(self.model)
         try:
             shrink(small, None, self.groups, keep)
             got = self.run(small)
         except Exception as error:  # a wrong size shows up as any exception in the model's own code
             return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         del small  # before the second copy is made: one copy less in memory at a time
-        masked = copy.deepcopy(self.model, computed(self.model))
-        mask(masked, None, self.groups, keep)
-        want = self.run(masked).cut(plan_cut(self.groups, keep))
-        return want.difference(got, self.tolerance if by_value else float("inf"))
+        if first:
+            want = first.outcome
+        else:
+            masked = _twin(self.model)
+            mask(masked, None, self.groups, keep)
+            want = self.run(masked)
+        return want.cut(plan_cut(self.groups, keep)).difference(got, self.tolerance if by_value else float("inf"))
 
     def run(self, model: nn.Module, seed: int = 0) -> Outcome:
         """One forward and backward pass of a copy on the example, with seeded generators."""
         with _private_chance(model, seed) as drawn, torch.enable_grad():
-            outputs = [leaf for leaf in tensors_of(model(*self.args, **self.kwargs)) if _is_float(leaf)]
+            outputs = [_filled(leaf) for leaf in tensors_of(model(*self.args, **self.kwargs)) if _is_float(leaf)]
             generator = torch.Generator().manual_seed(0)
             # `abs`: backward needs a real number, and an output may be complex.
             loss = sum((each * _noise(each, generator)).sum().abs() for each in outputs if each.requires_grad)
             if isinstance(loss, Tensor):
                 torch.autograd.backward(loss)
             drew = drawn()
-        gradients = {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
+        gradients = {name: _filled(each.grad) for name, each in model.named_parameters() if each.grad is not None}
         for parameter in model.parameters():
             parameter.grad = None
-        buffers = {name: each.clone() for name, each in model.named_buffers() if _is_float(each)}
+        buffers = {name: _filled(each).clone() for name, each in model.named_buffers() if _is_float(each)}
         return Outcome([output.detach() for output in outputs], gradients, buffers, drew)
+
+
+@dataclass(frozen=True, eq=False)
+class _First:
+    """What all lossless groups are compared with at once.
+
+    Args:
+        names: of these groups, which were masked.
+        outcome: of the masked copy.
+        spare: the masked copy as it was before its pass, to be cut by whoever takes it.
+    """
+
+    names: frozenset[str]
+    outcome: Outcome
+    spare: list[nn.Module]
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,10 +248,17 @@ def _differ(want: Tensor, got: Tensor, tolerance: float) -> str | None:
         return f"has shape {tuple(got.shape)} instead of {tuple(want.shape)}"
     if tolerance == float("inf") or not want.numel():
         return None
-    scale = want.abs().max().item()
-    error = (want - got).abs().max().item()
+    scale, error = _largest(want), _largest(want - got)
     # NaN on both sides proves nothing, so the comparison is written to fail on it.
     return None if error <= tolerance * max(scale, 1e-3) else f"differs by {error:.2g} where values reach {scale:.2g}"
+
+
+def _largest(tensor: Tensor) -> float:
+    """The largest absolute value; NaN where there is one."""
+    if tensor.is_complex():
+        return tensor.abs().max().item()
+    least, most = tensor.aminmax()
+    return torch.maximum(-least, most).item()
 
 
 def few_rows(example: Example) -> tuple[Example, float]:
@@ -221,15 +271,17 @@ def few_rows(example: Example) -> tuple[Example, float]:
     >>> tuple(example[0].shape), share
     ((8, 3), 0.125)
     """
-    leading = {tensor.shape[0] if tensor.ndim else 0 for tensor in tensors_of(inputs_of(example))}
-    if len(leading) != 1 or (rows := leading.pop()) <= _FEW:
+    example = dict(example) if isinstance(example, Mapping) else example
+    tensors = list(tensors_of(inputs_of(example)))
+    leading = {tensor.shape[0] if tensor.ndim else 0 for tensor in tensors}
+    if len(leading) != 1 or (rows := leading.pop()) <= _FEW or not all(map(is_dense, tensors)):
         return example, 1.0
-    return tree_map(lambda leaf: leaf[:_FEW] if isinstance(leaf, Tensor) else leaf, example), _FEW / rows
+    return mapped(lambda leaf: leaf[:_FEW], example), _FEW / rows
 
 
 def _lively(value: Any) -> Any:
     """Noise in place of a constant float input: batch norm of a constant is round-off, and proves nothing."""
-    if not (isinstance(value, Tensor) and _is_float(value) and value.numel() > 1):
+    if not (isinstance(value, Tensor) and _is_float(value) and value.numel() > 1 and is_dense(value)):
         return value
     if bool((value != value.flatten()[0]).any()):
         return value
@@ -246,26 +298,52 @@ def randomised_copy(model: nn.Module, groups: tuple[Group, ...]) -> nn.Module:
     touched = {part.tensor for group in groups for part in group.slices}
     with torch.no_grad():
         for name, tensor in named_tensors(twin).items():
-            if not _is_float(tensor) or not (isinstance(tensor, nn.Parameter) or name in touched):
+            if (
+                not _is_float(tensor)
+                or not (isinstance(tensor, nn.Parameter) or name in touched)
+                or not is_dense(tensor)
+            ):
                 continue
             scale = 0.1 if tensor.dim() < 2 else float(np.sqrt(tensor.shape[0] / max(tensor.numel(), 1)))
             size = tensor.real if tensor.is_complex() else tensor  # phases stay
-            factor = 1 + 0.3 * _noise(size, generator).clamp(-2, 2)
-            fresh = _noise(tensor, generator) * scale
-            tensor.copy_(torch.where(tensor == 0, fresh, tensor * factor))
+            zero = tensor == 0
+            tensor.mul_(_noise(size, generator).clamp_(-2, 2).mul_(0.3).add_(1))
+            if bool(zero.any()):
+                tensor.copy_(torch.where(zero, _noise(tensor, generator) * scale, tensor))
     for module in twin.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
     return twin
 
 
+_DRAWN = 1_000_003
+"""Random numbers that are drawn for a large tensor. They repeat, but no two rows are equal, since this is a prime."""
+
+
 def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
     dtype = like.dtype if like.dtype in (torch.float64, torch.complex64, torch.complex128) else torch.float32
-    return torch.randn(like.shape, generator=generator, dtype=dtype).to(like.device, like.dtype)
+    count = like.numel()
+    drawn = torch.randn(min(count, _DRAWN), generator=generator, dtype=dtype).to(like.device, like.dtype)
+    if count > _DRAWN:
+        drawn = drawn.repeat(-(-count // _DRAWN))[:count]
+    return drawn.reshape(like.shape)
+
+
+def _in_eval(make: Callable[[], nn.Module]) -> nn.Module:
+    return make().eval()
+
+
+def _twin(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model, computed(model))
 
 
 def _is_float(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+
+
+def _filled(tensor: Tensor) -> Tensor:
+    """With every entry stored: gradients of a sparse embedding are not."""
+    return tensor if is_dense(tensor) else tensor.to_dense()
 
 
 def _widen(leaf: Any) -> Any:

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
+from operator import gt
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +17,23 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from setpoint.actuator.attached import check_free
 from setpoint.actuator.cut import SizePlace
+from setpoint.actuator.lineage import adopt, note_cut, shapes_before, sizes_now
 from setpoint.actuator.shrink import is_persistent, named_tensors
 from setpoint.actuator.sizes import (
     apply_sizes,
-    check_sizes,
     record_buffers,
     record_dense,
     recorded_buffers,
-    recorded_dense,
-    recorded_sizes,
 )
 from setpoint.actuator.swap import swap
 from setpoint.actuator.take import in_format
+from setpoint.checkpoint.agreeing import check_agreement
+from setpoint.checkpoint.fields import fields_of
+from setpoint.checkpoint.ordinary_file import ordinary_file
 from setpoint.distributed import unwrapped
-from setpoint.errors import CheckpointError, GroupError
-from setpoint.groups.place import is_call, read_size
+from setpoint.errors import CheckpointError
 
 FORMAT = 1
 """Version of the file format, described in docs/checkpoint-format.md."""
@@ -80,10 +82,10 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     for name, tensor in own.items():
         _check_plain(name, tensor)
     sizes: dict[str, dict[str, int]] = {}
-    for (owner, place), size in recorded_sizes(model).items():
+    for (owner, place), size in sizes_now(model).items():
         sizes.setdefault(owner, {})[place] = size
     pairs = tuple(name for name, tensor in own.items() if tensor.is_complex())
-    dense = {name: shape for name, shape in recorded_dense(model).items() if name in own}
+    dense = {name: shape for name, shape in shapes_before(model).items() if name in own}
     header = _Header(sizes, aliases, pairs, transient, dense)
     tensors = {name: to_host(tensor) for name, tensor in own.items()}
     text = json.dumps({"format": FORMAT, **asdict(header), "sha256": digest(tensors, _words(header))})
@@ -100,27 +102,43 @@ def load(path: str | os.PathLike[str], into: nn.Module) -> nn.Module:
     Raises:
         CheckpointError: when there is no such file, it is damaged, not a Setpoint file, of a newer
             format, or made for another model; `into` is then as it was.
+        LoopError: when a loop is at work on it.
     """
+    check_free(into)
     metadata, stored = read_file(Path(path))
     header = _parse(Path(path), metadata, stored)
     # The file's data may be aligned for single reals only; a copy is aligned for pairs of them too.
-    pairs = {name: torch.view_as_complex(stored[name].clone()) for name in header.complex if name in stored}
+    pairs = {name: torch.view_as_complex(_pairs(name, stored).clone()) for name in header.complex}
     tensors = stored | pairs
     own, aliases = _stored(into, header.transient)
     _check_same_names(own, aliases, tensors, header)
     for name, tensor in own.items():
         _check_plain(name, tensor)
         _check_shape(name, tensors[name], tensor, header.dense.get(name))
-    _check_places(into, header.places())
+    _check_noted(into, {*own, *aliases}, header)
+    shapes = {name: tuple(tensor.shape) for name, tensor in {**named_tensors(into), **tensors}.items()}
+    shapes |= {name: shapes[first] for name, first in aliases.items()}
+    check_agreement(into, shapes, header.places())
     fresh = {name: in_format(tensors[name].to(own[name].device, copy=True), own[name]) for name in own}
     with ExitStack() as undo:
         for name, tensor in own.items():
             swap(tensor, fresh[name], undo)
-        apply_sizes(into, header.places(), undo)
+        adopt(into, undo)
+        note_cut(into, header.dense, {name: shapes[name] for name in header.dense}, header.places(), undo)
+        _set_sizes(into, header.places(), undo)
         record_buffers(into, header.transient, undo)
         record_dense(into, header.dense, undo)
         undo.pop_all()
     return into
+
+
+def _set_sizes(model: nn.Module, places: Mapping[SizePlace, int], undo: ExitStack) -> None:
+    try:
+        apply_sizes(model, places, undo)
+    except (AttributeError, TypeError, ValueError) as error:  # what can be read need not be what can be set
+        raise CheckpointError(
+            f"the file was made for another model: it has a size that cannot be set: {error}"
+        ) from error
 
 
 def _stored(model: nn.Module, transient: Iterable[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -178,7 +196,7 @@ def write_file(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str])
     Raises:
         CheckpointError: when it cannot be written; the old file is then still there.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = ordinary_file(path).with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         partial.touch()  # with the rights of the user's other new files, which `save_file` does not give
         mode = partial.stat().st_mode
@@ -205,6 +223,7 @@ def write_file(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str])
 
 def read_file(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Metadata and tensors of a safetensors file, or CheckpointError when it is not one, or cannot be read."""
+    ordinary_file(path)
     try:
         with open(path, "rb") as file:
             start = file.read(4)
@@ -236,15 +255,16 @@ def _parse(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor
         )
     try:
         text: dict[str, Any] = json.loads(metadata[_KEY])
-        if (version := int(text["format"])) > FORMAT:
+        version = text["format"]
+        if type(version) is not int:
+            raise damaged(path)
+        if version > FORMAT:
             newer = f"{str(path)!r} has format {version}, this Setpoint reads up to {FORMAT}: upgrade Setpoint"
             raise CheckpointError(newer)
-        dense = {name: tuple(shape) for name, shape in text["dense"].items()}
-        header = _Header(text["sizes"], text["aliases"], tuple(text["complex"]), tuple(text["transient"]), dense)
-        expected = text["sha256"]
+        header, expected = _Header(**fields_of(_Header, text)), text["sha256"]
     except CheckpointError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise damaged(path) from error
     if digest(tensors, _words(header)) != expected:
         raise damaged(path)
@@ -268,6 +288,21 @@ def _check_same_names(
         )
 
 
+def _check_noted(model: nn.Module, names: set[str], header: _Header) -> None:
+    """Check that what the file notes of tensors is of those that it holds, and of buffers that no state dict holds."""
+    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False) if not is_persistent(model, name)}
+    odd = {*header.dense} - names | {*header.transient} - (buffers & names)
+    if odd:
+        raise CheckpointError(f"the file was made for another model: {min(odd)!r} is no tensor that a cut has changed")
+
+
+def _pairs(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    found = tensors.get(name)
+    if found is None or found.shape[-1:] != (2,) or found.dtype not in (torch.float16, torch.float32, torch.float64):
+        raise CheckpointError(f"the file was made for another model: {name!r} is not stored as pairs of reals")
+    return found
+
+
 def _some(names: Iterable[str]) -> str:
     ordered = sorted(names)
     return ", ".join(map(repr, ordered[:3])) + (f" and {len(ordered) - 3} more" if len(ordered) > 3 else "") or "none"
@@ -280,21 +315,13 @@ def _check_shape(name: str, saved: Tensor, dense: Tensor, before: Sequence[int] 
             f"the file was made for another model: {name!r} has shape {tuple(saved.shape)} in the file and "
             f"{tuple(dense.shape)} in the model; `into` must be the dense model that was shrunk"
         )
+    if before is not None and (len(before) != saved.dim() or any(map(gt, saved.shape, before))):
+        raise CheckpointError(
+            f"the file was made for another model: {name!r} cannot have been cut from {tuple(before)} to "
+            f"{tuple(saved.shape)}"
+        )
     sorts = ["complex" if t.is_complex() else "real" if t.is_floating_point() else t.dtype for t in (saved, dense)]
     if sorts[0] != sorts[1]:
         raise CheckpointError(
             f"the file was made for another model: {name!r} is {saved.dtype} in the file and {dense.dtype} in the model"
         )
-
-
-def _check_places(model: nn.Module, places: Mapping[SizePlace, int]) -> None:
-    try:
-        check_sizes(model, places)
-    except GroupError as error:
-        raise CheckpointError(f"the file was made for another model: {error}") from error
-    for (module, place), size in places.items():
-        if not is_call(place) and not 0 <= size <= read_size(model.get_submodule(module), place):
-            raise CheckpointError(
-                f"the file was made for another model: it sets {module}.{place} to {size}, more than the model has; "
-                "`into` must be the dense model that was shrunk"
-            )

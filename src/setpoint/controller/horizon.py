@@ -97,12 +97,12 @@ def step_limit(schedule: Schedule, step: int, total_steps: int, *, rest: float, 
     """
     if rest <= 0:
         return min(rest, 0.0)
-    edges = [step, *(s for s in range(step + 1, total_steps) if schedule.due(s, total_steps)), total_steps]
-    spans = [(begin, end - begin) for begin, end in zip(edges, edges[1:], strict=False)]
+    stretches = spans(schedule, step, total_steps)
 
     def spent(limit: float) -> float:
         return sum(
-            length * min(present, schedule.at(begin, total_steps, start=start, limit=limit)) for begin, length in spans
+            length * min(present, schedule.at(begin, total_steps, start=start, limit=limit))
+            for begin, length in stretches
         )
 
     low, high = 0.0, start
@@ -112,6 +112,16 @@ def step_limit(schedule: Schedule, step: int, total_steps: int, *, rest: float, 
         middle = (low + high) / 2
         low, high = (middle, high) if spent(middle) <= rest else (low, middle)
     return low
+
+
+def spans(schedule: Schedule, step: int, total_steps: int) -> list[tuple[int, int]]:
+    """The stretches of the rest of a run between decisions: where each begins, and its number of steps.
+
+    >>> spans(Schedule(), 300, 1000)[:2]
+    [(300, 31), (331, 31)]
+    """
+    edges = [step, *(at for at in schedule.decisions(total_steps) if step < at < total_steps), total_steps]
+    return [(begin, end - begin) for begin, end in zip(edges, edges[1:], strict=False)]
 
 
 def next_decision(schedule: Schedule, step: int, total_steps: int) -> int:

@@ -12,6 +12,7 @@ from setpoint.controller.schedule import Schedule
 from setpoint.controller.selection import Selection, descend, start
 from setpoint.cost.cost import Cost
 from setpoint.cost.price import Price
+from setpoint.given import plain_fields
 from setpoint.groups.group import Group, keep_all
 
 
@@ -33,9 +34,9 @@ class PenaltyController:
     A rate for a unit of the resource is one for a unit as metered: where a meter reads `m` and the prediction is `p`,
     it is set against predicted savings as `price * m / p`. A rate for the dense cost needs no such correction.
 
-    From settle on the first decision that finds nothing to drop lands, at the latest the one at `land`.
+    From settle on the first decision that finds nothing to drop is the last one; the one at `land` is in any case.
 
-    A reading that is not calibrated has no loss in it and cannot be set against a price: it makes no decision.
+    A reading that is not in the unit of the loss cannot be set against a price: it makes no decision.
 
     Args:
         price: the exchange rate.
@@ -57,6 +58,7 @@ class PenaltyController:
     slew: float = 0.5
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         if not 0 <= self.hysteresis < 1:
             raise ValueError(f"hysteresis is a fraction in [0, 1), got {self.hysteresis!r}")
         if not 0 < self.slew <= 1:
@@ -81,10 +83,10 @@ class PenaltyController:
         rate = self.price.absolute(observation.dense[resource])
         price = rate * self.schedule.progress(step, total_steps)
         problem = problem_with(reading, None, groups)
-        if reading is None or problem or not reading.calibrated:
-            whole = keep_all(groups)
+        if reading is None or problem or not (reading.calibrated and reading.in_loss):
+            everything = keep_all(groups)
             why = problem or "no decision: the reading is not in units of the loss, so no price can be set against it"
-            return state, Plan(step, whole, price={resource: price}, reason=why)
+            return state, Plan(step, everything, price={resource: price}, reason=why)
         ladders = free_ladders(observation.dense_widths, groups, reading.saliency, {}, self.slew)
         selection = start(cost, ladders, observation.widths, "worth")
         metered = None if self.price.relative else observation.metered.get(resource)

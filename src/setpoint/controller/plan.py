@@ -138,7 +138,7 @@ class Controller(Protocol[State]):
 
 
 @runtime_checkable
-class Regrowing(Protocol):
+class RegrowingController(Protocol):
     """What a controller has in addition that brings dropped units back."""
 
     @property
@@ -186,4 +186,4 @@ class Pursuing(Protocol):
 
 def regrows(controller: object) -> bool:
     """Whether a controller brings dropped units back."""
-    return isinstance(controller, Regrowing) and controller.regrow
+    return isinstance(controller, RegrowingController) and controller.regrow

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from setpoint.given import plain_fields
+
 
 @dataclass(frozen=True)
 class Gains:
@@ -43,6 +45,7 @@ class Gains:
     ki: float = 0.5
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         if not (self.kp >= 0 and self.ki > 0 and self.kp + self.ki <= 1):
             raise ValueError(
                 "gains need kp >= 0, ki > 0 and kp + ki <= 1, or a cut could overshoot for good: "

@@ -30,6 +30,7 @@ from setpoint.controller.selection import (
 )
 from setpoint.controller.swap import swap, trade
 from setpoint.cost.cost import Cost
+from setpoint.given import plain_fields
 from setpoint.groups.follow import ByUnit
 from setpoint.groups.group import Group, keep_all
 
@@ -70,16 +71,15 @@ class PricedController:
     A budget of the whole run bounds what a step may cost until the next decision (`Observation.most`): where the
     reference or a guard would leave more, they give way, on the way down as well.
 
-    From `settle` on every decision tries to land: within the limit, never over. Guards that would make it miss are
-    lifted there, one after the other: first the slew limit, then the density floor and the dwell; the plan's reason
-    says so. With a meter the aim is half a dead-band below the limit, and the plan that finds the metered cost within
-    the limit is the one that lands.
+    From `settle` on every decision tries to meet the budget, and never goes over. Guards in the way are lifted there,
+    one after the other: first the slew limit, then the density floor and the dwell; the plan's reason says so. With a
+    meter the aim is half a dead-band below the limit; the budget is met by the plan that finds the metered cost within.
 
     With a reading that is not calibrated, saliencies of different groups cannot be compared. Then
     `allocation="uniform"` is used: blocks are ranked by the share of the group that would be gone, which keeps the
     densities of all groups alike, and within a group by saliency. (Dividing by a group's mean saliency instead would
     starve groups whose saliencies are alike.) Worth and price are then shares. Nothing is swapped, and unless guards
-    are lifted no group goes below the width at which an even cut lands, so that coarse blocks on the way down do not
+    are lifted no group goes below the width of an even cut to the budget, so that coarse blocks on the way down do not
     cost more than the limit demands: no density ends further below the even one than the coarsest block, and only
     groups that cost little, to which the rest of the budget goes, lie above it.
 
@@ -133,6 +133,7 @@ class PricedController:
     returns: int = 1
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         for name, good, wanted in (
             ("hysteresis", 0 <= self.hysteresis < 1, "is a fraction in [0, 1)"),
             ("deadband", 0 <= self.deadband < 1, "is a relative error in [0, 1)"),

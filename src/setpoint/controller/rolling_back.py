@@ -32,7 +32,8 @@ class RollingBack:
     """When the loss has left its trend, the last cut comes back and nothing is dropped until the next decision.
 
     Once in a run, and only while there are decisions to come: the budget has the last word. Where the last cut's units
-    do not rest whole in a reserve, the reference pauses, and nothing comes back.
+    do not
+    rest in full in a reserve, the reference pauses, and nothing comes back.
 
     Args:
         inner: decides otherwise.
@@ -81,7 +82,7 @@ class RollingBack:
         done = (
             f"so the cut was taken back at step {step}"
             if back
-            else "and what was dropped does not rest whole in a reserve"
+            else "and what was dropped does not rest in full in a reserve"
         )
         why = (
             f"after the cut of step {excess.cut} the loss lay {excess.value:.3g} over its trend of "

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
+from setpoint.given import plain_fields
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -23,14 +25,14 @@ class Schedule:
     keeps the loop gain constant.
 
     Decisions are few, because each costs a resize: `num_cuts` of them, evenly spread over the ramp, the last one
-    exactly at `settle`. Checks follow at the same spacing until `land`: there a late or metered run still reaches the
-    limit. After `land` three more chances are spread over the rest of the run, since a late landing is better than a
-    missed budget.
+    exactly at `settle`. Checks follow at the same spacing until `land`: a late or metered run still meets the budget
+    there. After `land` three more chances are spread over the rest of the run, since it is better to meet the budget
+    late than to miss it.
 
     Args:
         warmup: fraction of the run that stays dense, so that readings mean something.
         settle: fraction of the run by which the reference has come down to the limit.
-        land: fraction of the run by which the landing is due.
+        land: fraction of the run by which the budget must be met.
         num_cuts: decisions on the way down; in runs too short for that, one per step.
         shape: "geometric" or "linear".
 
@@ -51,13 +53,15 @@ class Schedule:
     shape: Literal["geometric", "linear"] = "geometric"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.warmup < self.settle <= self.land <= 1:
+        plain_fields(self)
+        numbers = all(isinstance(each, (int, float)) for each in (self.warmup, self.settle, self.land))
+        if not numbers or not 0 <= self.warmup < self.settle <= self.land <= 1:
             raise ValueError(
                 "a schedule needs 0 <= warmup < settle <= land <= 1, "
                 f"got warmup={self.warmup!r}, settle={self.settle!r}, land={self.land!r}"
             )
-        if self.num_cuts < 1:
-            raise ValueError(f"num_cuts must be at least 1, got {self.num_cuts!r}")
+        if type(self.num_cuts) is not int or self.num_cuts < 1:
+            raise ValueError(f"num_cuts must be an integer of at least 1, got {self.num_cuts!r}")
         if self.shape not in ("geometric", "linear"):
             raise ValueError(f"shape must be 'geometric' or 'linear', got {self.shape!r}")
 
@@ -110,12 +114,16 @@ class Schedule:
         """Whether a decision is to be made after this step; never after the end of the run."""
         return step in _decision_steps(self, total_steps)
 
+    def decisions(self, total_steps: int) -> list[int]:
+        """The steps of all decisions, in order."""
+        return sorted(_decision_steps(self, total_steps))
+
     def settled(self, step: int, total_steps: int) -> bool:
         """Whether the reference has come down to the limit: from here on every decision tries to meet it."""
         return step >= self._settle_step(total_steps)
 
     def final(self, step: int, total_steps: int) -> bool:
-        """Whether the landing is due: from here on nothing comes back."""
+        """Whether the budget must be met by now: from here on nothing comes back."""
         return step >= max(self._settle_step(total_steps), round(self.land * total_steps))
 
     def _settle_step(self, total_steps: int) -> int:

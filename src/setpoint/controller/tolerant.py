@@ -14,6 +14,7 @@ from setpoint.controller.trend import Excess
 from setpoint.cost.cost import Cost
 from setpoint.cost.tolerance import Tolerance
 from setpoint.errors import LoopError
+from setpoint.given import plain_fields
 from setpoint.groups.group import Group, keep_all
 
 
@@ -35,12 +36,12 @@ class TolerantController:
     `excess_after`), and `used` the sum over the cuts that stayed, a cut
 
         stays          if used + excess + error <= tolerance,
-        is taken back  if used + excess - error >  tolerance, or, where it does not rest whole, stays as the last,
-        is watched on  in between; when the landing is due the sign of used + excess - tolerance decides.
+        is taken back  if used + excess - error >  tolerance, or, where it does not rest in full, stays as the last,
+        is watched on  in between; when the run must settle the sign of used + excess - tolerance decides.
 
     A cut takes a share `stride` of the present cost, least worth first. After one that was taken back the stride
-    is halved, so that the search closes in on the tolerance as a bisection would; once it is below `finest`, or when
-    the landing is due, the run lands.
+    is halved, so that the search closes in on the tolerance as a bisection would; once it is below `finest`, or at
+    `schedule.land`, no further cut is made.
 
     It follows the loss of the run itself: no validation, no dense twin. So it can tell a rise from noise only as
     well as the decisions lie apart: with a batch loss of standard deviation s and n steps between two decisions, the
@@ -65,6 +66,7 @@ class TolerantController:
     regrow: bool = field(default=True, init=False)
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         if not 0 < self.finest <= self.stride < 1:
             raise ValueError(f"0 < finest <= stride < 1 is needed, got finest={self.finest!r}, stride={self.stride!r}")
         if not 0 < self.slew <= 1:
@@ -97,11 +99,11 @@ class TolerantController:
         """
         if observation.loss is None:
             raise LoopError("a Tolerance needs the loss: call loop.observe(loss=...) before every optimizer.step()")
-        whole = keep_all(groups)
+        everything = keep_all(groups)
         step = observation.step
         problem = problem_with(observation.reading, None, groups)
         if problem:
-            return state, Plan(step, whole, reason=problem)
+            return state, Plan(step, everything, reason=problem)
         final = self.schedule.final(step, observation.total_steps) or step == observation.total_steps
         words = ""
         if state.pending:
@@ -109,24 +111,24 @@ class TolerantController:
             verdict = self._verdict(state, excess, final)
             words = _judged(state, excess, self.tolerance.loss)
             if verdict == "wait":
-                return state, Plan(step, whole, reason=f"watching the last cut on: {words}")
+                return state, Plan(step, everything, reason=f"watching the last cut on: {words}")
             if verdict == "back" and not observation.last_dropped:
-                lost = "the last cut stays, since it does not rest whole in the reserve (reserve_bytes)"
+                lost = "the last cut stays, since it does not rest in full in the reserve (reserve_bytes)"
                 return replace(state, pending=False), Plan(
-                    step, whole, budget_met=True, reason=f"done: {lost}: {words}"
+                    step, everything, budget_met=True, reason=f"done: {lost}: {words}"
                 )
             if verdict == "back":
                 state = replace(state, pending=False, stride=state.stride / 2)
                 budget_met = final or state.stride < self.finest
                 reason = f"{'done: ' if budget_met else ''}the last cut is taken back: {words}"
                 back = Plan(
-                    step, whole, budget_met=budget_met, reason=reason, grow=observation.last_dropped, undoes=True
+                    step, everything, budget_met=budget_met, reason=reason, grow=observation.last_dropped, undoes=True
                 )
                 return state, back
             assert excess is not None
             state = replace(state, pending=False, used=max(0.0, state.used + excess.value))
         if final or state.stride < self.finest:
-            return state, Plan(step, whole, budget_met=True, reason=f"done: {words or 'no cut is under way'}")
+            return state, Plan(step, everything, budget_met=True, reason=f"done: {words or 'no cut is under way'}")
         plan = self._cut(state, observation, cost, groups)
         reason = f"{words}; {plan.reason}" if words else plan.reason
         return replace(state, pending=plan.drops()), replace(plan, reason=reason, budget_met=not plan.drops())

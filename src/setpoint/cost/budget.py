@@ -7,11 +7,23 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from setpoint.errors import BudgetError
+from setpoint.given import did_you_mean, plain_fields
 
 Resource = Literal["flops", "params", "memory", "latency", "inference", "energy"]
 RESOURCES: tuple[str, ...] = get_args(Resource)
 METERED = ("memory", "latency", "inference", "energy")
 """Resources that are measured where there is a meter."""
+
+
+def check_resource(name: object) -> None:
+    """Refuse a resource that no cost knows.
+
+    Raises:
+        BudgetError: the message has the nearest name.
+    """
+    if name not in RESOURCES:
+        hint = did_you_mean(name, RESOURCES)
+        raise BudgetError(f"unknown resource {name!r}: {hint}use one of {', '.join(map(repr, RESOURCES))}")
 
 
 def check_means(resource: str, watts: float | None, example: Any) -> None:
@@ -70,8 +82,8 @@ class Budget:
     example: Any = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.resource not in RESOURCES:
-            raise BudgetError(f"unknown resource {self.resource!r}: use one of {', '.join(map(repr, RESOURCES))}")
+        plain_fields(self)
+        check_resource(self.resource)
         if self.per not in ("step", "run"):
             raise BudgetError(f"per={self.per!r} is not known: use per='step' or per='run'")
         if isinstance(self.limit, bool) or not isinstance(self.limit, (int, float)) or not math.isfinite(self.limit):

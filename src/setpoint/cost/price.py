@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from setpoint.cost.budget import RESOURCES, check_means
+from setpoint.cost.budget import check_means, check_resource
 from setpoint.errors import BudgetError
+from setpoint.given import plain_fields
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ class Price:
     example: Any = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.of not in RESOURCES:
-            raise BudgetError(f"unknown resource {self.of!r}: use one of {', '.join(map(repr, RESOURCES))}")
+        plain_fields(self)
+        check_resource(self.of)
         if isinstance(self.rate, bool) or not isinstance(self.rate, (int, float)) or not math.isfinite(self.rate):
             raise BudgetError(f"a rate is a finite number of at least 0, got {self.rate!r}")
         if self.rate < 0:

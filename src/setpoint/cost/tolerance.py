@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from setpoint.cost.budget import RESOURCES, check_means
+from setpoint.cost.budget import check_means, check_resource
 from setpoint.errors import BudgetError
+from setpoint.given import plain_fields
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,8 @@ class Tolerance:
     example: Any = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.of not in RESOURCES:
-            raise BudgetError(f"unknown resource {self.of!r}: use one of {', '.join(map(repr, RESOURCES))}")
+        plain_fields(self)
+        check_resource(self.of)
         if isinstance(self.loss, bool) or not isinstance(self.loss, (int, float)) or not math.isfinite(self.loss):
             raise BudgetError(f"a tolerance is a finite number of at least 0, got {self.loss!r}")
         if self.loss < 0:

@@ -17,6 +17,7 @@ from setpoint.controller.priced import PricedController, PricedState
 from setpoint.controller.schedule import Schedule
 from setpoint.cost.cost import Cost
 from setpoint.gates.net import GateNet
+from setpoint.given import plain_fields
 from setpoint.groups.group import Group
 
 _TINY = 1e-30
@@ -58,8 +59,8 @@ class GatedController:
     This vanishes at `g = 1/2` for a unit whose saliency with slope, `curvature / 2 - r`, is just what it costs. So a
     gate of one half is a worth equal to the price, and `price * saving * g / (1 - g)` goes into the priced
     controller's selection in place of the saliency. The price is the one that the priced controller finds on the
-    readings as they are, and what is said of a unit's worth is by its reading; landing, guards and regrowth are the
-    priced controller's own.
+    readings as they are, and what is said of a unit's worth is by its reading; guards and regrowth are those of the
+    priced controller.
 
     The network adds to the logit of a gate that starts at `log(worth / price)`: untrained, it decides as the priced
     controller does. It sees of each unit worth / price, r in standard units, the norm of its outgoing
@@ -72,7 +73,7 @@ class GatedController:
     controller's.
 
     Args:
-        priced: finds the price, selects and lands.
+        priced: finds the price, selects, and meets the budget.
         hidden: units of each of the network's two hidden layers.
         steps: optimizer steps of the network at a decision.
         learning_rate: of the network.
@@ -96,6 +97,7 @@ class GatedController:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         for name in ("hidden", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
@@ -155,7 +157,7 @@ class GatedController:
         priced, plan = self.priced.decide(state.priced, observation, cost, groups)
         reading, price = observation.reading, plan.price[cost.resource]
         learns = plan.drops() and price > 0 and self.priced.allocation == "worth"
-        if not learns or reading is None or not reading.calibrated:
+        if not learns or reading is None or not (reading.calibrated and reading.in_loss):
             return replace(state, priced=priced), plan
         steps = self._affordable(observation.learning_flops, groups)
         if steps < 1:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 from torch import nn
 
 from setpoint.groups.build import Units
+from setpoint.groups.by_method import MethodForward
 from setpoint.groups.group import Group, SizeBinding
 from setpoint.groups.kept import Kept, random_keep
 from setpoint.groups.shim import HEADS, get_call_sizes
+from setpoint.groups.stated import stated
 from setpoint.groups.trial import Draft, Outcome, Places, Trial, call_of, dense_outcome, lost_in_other_mode, outcome_of
 from setpoint.groups.vanish import bypassed, empty
 from setpoint.groups.walk import Call
@@ -36,6 +38,8 @@ _MAKING_CALLS = {"zeros", "ones", "full", "new_zeros", "expand", "repeat", "tile
 def bind(draft: Draft) -> tuple[Units, tuple[Group, ...]]:
     """Units whose cut the live forward survives, and their groups with the size bindings that it needs."""
     dense, calls, lost = dense_outcome(draft, _heads(draft), _calls_that_follow_units(draft, draft.walk.calls))
+    if isinstance(vars(draft.model).get("forward"), MethodForward):  # only a forward can be corrected by call
+        lost, calls = [*lost, *(c for c in calls if not c.module)], [c for c in calls if c.module]
     failing = _counted(draft, lost, "")
     while True:
         for name, why in failing.items():
@@ -49,7 +53,7 @@ def bind(draft: Draft) -> tuple[Units, tuple[Group, ...]]:
         failing = _counted(draft, lost_in_other_mode(draft, placed), f" in {mode} mode") if placed else {}
         failing = failing or _failing(draft, places, dense)
         if not failing:
-            staying = _vanishing(draft, places)
+            staying, places = _vanishing(draft, places), {**places, **stated(draft, places)}
             return draft.units, tuple(_vanished(group, staying) for group in _with_sizes(draft, places))
 
 
@@ -72,7 +76,7 @@ def _places(draft: Draft, calls: Sequence[Call]) -> Places:
     trials: list[Trial] = []
     groups = draft.units.groups
     lossless = tuple(group for group in groups if group.lossless)
-    some = [{**draft.whole, **random_keep(lossless)}] if 0 < len(lossless) < len(groups) else []
+    some = [{**draft.everything, **random_keep(lossless)}] if 0 < len(lossless) < len(groups) else []
     # Random choices under which no wrong size looks right: of all groups, and without the lossy ones.
     for keep in (random_keep(groups, seed=1), *some):
         trials.append(Trial(draft, calls, keep))
@@ -161,7 +165,7 @@ def _failing(draft: Draft, places: Places, dense: Outcome) -> dict[str, str]:
     if dense.error:
         return {}  # the dense copy does not run without data either: `verify` tries real tensors
     chosen = random_keep(draft.units.groups, seed=2)
-    everything = Kept(draft.units, draft.whole)
+    everything = Kept(draft.units, draft.everything)
     by_mode = _OtherMode(draft, places)
 
     @cache
@@ -171,11 +175,11 @@ def _failing(draft: Draft, places: Places, dense: Outcome) -> dict[str, str]:
 
     @cache
     def fault(names: frozenset[str]) -> str | None:
-        kept = Kept(draft.units, {**draft.whole, **{name: chosen[name] for name in names}})
+        kept = Kept(draft.units, {**draft.everything, **{name: chosen[name] for name in names}})
         found = outcome_of(draft, places, kept)
         if found.error:
             return f"the forward fails: {found.error}"
-        if found.shapes != draft.shapes:
+        if not draft.rehearsal.alike(found.shapes, draft.shapes):
             return "its outputs change their shape"
         if names <= draft.lossless and dense.numbers != found.numbers != corrected().numbers:
             return "a number that is worked out from its size would change"
@@ -201,15 +205,17 @@ class _OtherMode:
             return None
         turned = outcome_of(self.draft, self.places, kept, other_mode=True)
         self._alike = not turned.error and turned.code == found.code
-        if not turned.error and turned.shapes == self.draft.shapes:
+        alike = partial(self.draft.rehearsal.alike, turned.shapes, other_mode=True)
+        if not turned.error and alike(self.draft.shapes):
             return None
         if self._dense is None:
-            whole = Kept(self.draft.units, self.draft.whole)
-            self._dense = outcome_of(self.draft, {}, whole, other_mode=True)
-        if self._dense.error or (not turned.error and turned.shapes == self._dense.shapes):
+            everything = Kept(self.draft.units, self.draft.everything)
+            self._dense = outcome_of(self.draft, {}, everything, other_mode=True)
+        if self._dense.error or (not turned.error and alike(self._dense.shapes)):
             return None
         mode = "eval" if self.draft.model.training else "train"
-        return f"the forward fails in {mode} mode: {turned.error or 'its outputs change their shape'}"
+        shapes = "its outputs change their shape (where that is a cache, use_cache=False in the example leaves it out)"
+        return f"the forward fails in {mode} mode: {turned.error or shapes}"
 
 
 def _vanished(group: Group, staying: Mapping[str, str]) -> Group:
@@ -242,7 +248,9 @@ def _vanishing(draft: Draft, places: Places) -> dict[str, str]:
     @cache
     def fault(names: frozenset[str]) -> str:
         outcome = outcome_of(draft, places, Kept(units, empty(sorted(names), units)))
-        return outcome.error or ("" if outcome.shapes == draft.shapes else "outputs change their shape")
+        return outcome.error or (
+            "" if draft.rehearsal.alike(outcome.shapes, draft.shapes) else "outputs change their shape"
+        )
 
     fine = frozenset(name for name, why in found.items() if not why)
     if not fine or not fault(fine):

@@ -3,107 +3,67 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import io
 import logging
+import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils import _pytree as pytree
 
 from setpoint.errors import ExampleError, ExportError
 from setpoint.groups.custom import marked_functions
+from setpoint.groups.example import Example as Example
+from setpoint.groups.example import check_device as check_device
+from setpoint.groups.example import computed as computed
+from setpoint.groups.example import example_of as example_of
+from setpoint.groups.example import inputs_of as inputs_of
+from setpoint.groups.example import is_dense as is_dense
+from setpoint.groups.example import num_samples as num_samples
+from setpoint.groups.example import tensors_of as tensors_of
+from setpoint.groups.example import untouched_attributes as untouched_attributes
+from setpoint.groups.follow_data import following_data, is_code, is_library, known
+from setpoint.groups.opaque import Staging, alike, draw_for, recorded, running_at
 from setpoint.groups.rng import preserved_rng_state
-
-Example = Any
-"""A tuple of positional inputs, or a mapping of keyword inputs; `inputs_of` refuses anything else."""
+from setpoint.groups.walk import op_name
 
 TORCH_FOLDER = Path(torch.__file__).parent
 
 
 class Forward(nn.Module):
-    """The model, returning a flat list of its output tensors instead of their container."""
+    """The calls of a staging, on tensors that are given one by one, returning a flat list of all output tensors."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, staging: Staging) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.staging = model, staging
         self.training = model.training
 
-    def forward(self, *args: Any, **kwargs: Any) -> list[torch.Tensor]:
+    def forward(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
         """Tensors of the output in a fixed order."""
-        return list(tensors_of(self.model(*args, **kwargs)))
+        given = zip(self.staging.tensors, tensors, strict=True)
+        return list(self.staging.with_tensors({id(own): each for own, each in given}).play(self.model))
 
 
-def tensors_of(output: Any) -> Iterator[torch.Tensor]:
-    """Every tensor inside tuples, lists, mappings, dataclasses and the attributes of other objects, in order."""
-    if isinstance(output, torch.Tensor):
-        yield output
-    elif isinstance(output, (Mapping, list, tuple)):
-        for value in output.values() if isinstance(output, Mapping) else output:
-            yield from tensors_of(value)
-    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
-        for field in dataclasses.fields(output):
-            yield from tensors_of(getattr(output, field.name))
-    elif not isinstance(output, (type, nn.Module, ModuleType, FunctionType, BuiltinFunctionType)):
-        for value in getattr(output, "__dict__", {}).values():
-            if value is not output:
-                yield from tensors_of(value)
+@dataclass(frozen=True, eq=False)
+class Exported:
+    """What of a model could be exported.
 
+    Args:
+        program: the graph.
+        staging: the calls that it holds.
+        refused: of what could not be exported first, None where all could.
+    """
 
-def num_samples(example: Example) -> int:
-    """Leading dim of the example's first tensor; 1 if it has none."""
-    values = example.values() if isinstance(example, Mapping) else example
-    first = next((value for value in values if isinstance(value, Tensor) and value.dim()), None)
-    return max(1, first.shape[0]) if first is not None else 1
-
-
-def inputs_of(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword inputs of an example."""
-    if isinstance(example, Mapping):
-        return (), dict(example)
-    if isinstance(example, tuple):
-        return example, {}
-    raise ExampleError(
-        f"example must be a tuple of positional inputs or a dict of keyword inputs, got {type(example).__name__}: "
-        "for a single tensor x write example=(x,)"
-    )
-
-
-def check_device(model: nn.Module, example: Example) -> None:
-    """Check that the example's tensors are on a device of the model."""
-    args, kwargs = inputs_of(example)
-    devices = {parameter.device for parameter in model.parameters()}
-    for tensor in tensors_of([*args, *kwargs.values()]):
-        if devices and tensor.device not in devices:
-            raise ExampleError(
-                f"example holds a tensor on {tensor.device}, but the model is on "
-                f"{', '.join(sorted(map(str, devices)))}: move it with .to({str(min(devices, key=str))!r})"
-            )
-
-
-@contextmanager
-def untouched_attributes(model: nn.Module) -> Iterator[None]:
-    """Restore every module's attributes afterwards: a forward may store an activation in one."""
-    before = [(module, dict(vars(module))) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, attributes in before:
-            vars(module).clear()
-            vars(module).update(attributes)
-
-
-def computed(model: nn.Module) -> dict[int, Any]:
-    """The memo with which `copy.deepcopy` accepts tensors that a forward left on modules; it refuses non-leaves."""
-    leaves = pytree.tree_leaves([list(vars(module).values()) for module in model.modules()])
-    return {id(leaf): leaf.detach().clone() for leaf in leaves if isinstance(leaf, torch.Tensor) and not leaf.is_leaf}
+    program: Any
+    staging: Staging
+    refused: ExportError | None = None
 
 
 @contextmanager
@@ -133,18 +93,46 @@ def _without_logs() -> Iterator[None]:
         logging.disable(before)
 
 
-def export(model: nn.Module, example: Example) -> torch.export.ExportedProgram:
+def export(model: nn.Module, example: Example) -> Exported:
     """The graph of `model(*example)`.
+
+    Where the code of a library decides by values of a tensor, the graph holds the path of the example. A part of the
+    model that cannot be exported is an opaque call in it.
 
     Raises:
         ExampleError: the model does not accept the example.
-        ExportError: no static graph can hold the forward (control flow by data, say); the message names the line.
+        ExportError: no static graph can hold the model's own forward (control flow by data, say); the message names the
+            line.
     """
-    args, kwargs = inputs_of(example)
+    inputs_of(example)
+    if type(model).forward is nn.Module.forward and "forward" not in vars(model):
+        raise ExampleError(
+            f'{type(model).__name__} has no forward: name the method that training calls, attach(..., method="name")'
+        )
     check_device(model, example)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if isinstance(tensor, (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)):
             raise ExampleError(f"{name} is lazy and has no shape yet: run model(*example) once before")
+    staging = Staging.whole(example)
+    first: ExportError | None = None
+    for _ in range(_ATTEMPTS):
+        try:
+            return Exported(_exported(model, staging), staging, first)
+        except Exception as error:
+            fault = _Fault.of(model, error)
+            if first is None:
+                _check_runs(model, example, error)
+                first = fault.refusal()
+            staging = _without(model, example, staging, fault, first)
+    assert first is not None, "every attempt has failed"
+    raise first
+
+
+_ATTEMPTS = 24
+"""Exports of a model: one more for each kind of part that cannot be exported."""
+
+
+def _exported(model: nn.Module, staging: Staging) -> Any:
     with (
         preserved_rng_state(model),
         untouched_attributes(model),
@@ -152,38 +140,119 @@ def export(model: nn.Module, example: Example) -> torch.export.ExportedProgram:
         marked_functions(),
         _without_logs(),
         warnings.catch_warnings(action="ignore"),
+        following_data() if staging.by_data else nullcontext(),
     ):
-        try:
-            return torch.export.export(Forward(model), args, kwargs, strict=False)
-        except Exception as error:
-            _explain(model, args, kwargs, error)
-            raise
+        program = torch.export.export(Forward(model, staging), tuple(staging.tensors), strict=False)
+    _check_sizes(model, program, by_data=staging.by_data)
+    return program
 
 
-def _explain(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception) -> None:
+def _without(model: nn.Module, example: Example, staging: Staging, fault: _Fault, first: ExportError) -> Staging:
+    """The staging without this fault: libraries may decide by data, and what else cannot be exported is opaque.
+
+    Raises:
+        ExportError: the forward of the model itself decides by data, which the user can change.
+    """
+    if fault.by_data and fault.library and not staging.by_data:
+        return replace(staging, by_data=True, draw=draw_for(model, example))
+    name = fault.module or ""
+    if name in staging.reasons:
+        raise first
+    if fault.by_data and not (name or fault.library):
+        raise fault.refusal()
+    found = dict.fromkeys(alike(model, name), f"it cannot be exported, so it is left whole: {fault.text}")
+    return recorded(model, example, staging, {**staging.reasons, **found})
+
+
+@dataclass(frozen=True, eq=False)
+class _Fault:
+    """Why an export has failed.
+
+    Args:
+        error: what was raised.
+        module: name of the innermost module that was running, None where that is not known.
+        library: whether the line is not the user's own.
+        by_data: whether the values of a tensor decide there.
+    """
+
+    error: Exception
+    module: str | None
+    library: bool
+    by_data: bool
+
+    @classmethod
+    def of(cls, model: nn.Module, error: Exception) -> _Fault:
+        """Of an error in an export."""
+        if isinstance(error, _DynamicSizeError):
+            return cls(error, error.module, is_library(error.file), True)
+        by_data = bool({type(link).__name__ for link in _chain(error)} & _DEPENDS_ON_DATA)
+        line = _innermost(error, is_code)
+        return cls(error, running_at(model, error), line is not None and is_library(line.filename), by_data)
+
+    @property
+    def text(self) -> str:
+        """What was raised, and where."""
+        return f"{_first_line(self.error)}{_user_line(self.error)}"
+
+    def refusal(self) -> ExportError:
+        """The error that says so."""
+        if isinstance(self.error, _DynamicSizeError):
+            error = ExportError(str(self.error))
+        else:
+            hint = "torch.export cannot follow it; `torch.export.export(model, example, strict=False)` shows the same"
+            hint += " error"
+            if self.by_data and not self.library:
+                hint = (
+                    "its control flow depends on the values of a tensor; replace the Python `if` by torch.where, "
+                    "or compute the condition outside the model"
+                )
+            elif _in_recurrent_network(self.error):
+                hint = "a packed sequence has sizes that depend on its lengths; "
+                hint += "give the recurrent network the padded tensor"
+            elif self.by_data:
+                hint = "the code of a library decides by the values of a tensor there"
+            error = ExportError(f"the model's forward cannot be exported: {self.text}; {hint}")
+        error.__cause__ = self.error
+        return error
+
+
+class _DynamicSizeError(Exception):
+    """A module makes a tensor whose size the data decides (tokens sent to an expert, say)."""
+
+    def __init__(self, module: str, file: str, op: str) -> None:
+        super().__init__(
+            f"{module or 'model'}: {op} makes a tensor whose size depends on the data, "
+            "so nothing after it can be followed: give every expert all tokens and weigh them, or leave it to a "
+            "batched product over experts"
+        )
+        self.module, self.file = module, file
+
+
+def _check_sizes(model: nn.Module, program: Any, *, by_data: bool) -> None:
+    for node in program.graph.nodes:
+        for each in pytree.tree_leaves(node.meta.get("val")):
+            sizes = each.shape if isinstance(each, torch.Tensor) else ()
+            if any(not isinstance(known(size) if by_data else size, int) for size in sizes):
+                module = module_of(node)
+                kind = sys.modules.get(type(model.get_submodule(module)).__module__)
+                raise _DynamicSizeError(module, str(getattr(kind, "__file__", "")), op_name(node.target))
+
+
+def _check_runs(model: nn.Module, example: Example, error: Exception) -> None:
     """Distinguish a bad example from a forward that cannot be exported, by running a copy of the model eagerly."""
+    args, kwargs = inputs_of(example)
     try:
-        with torch.no_grad():
+        with preserved_rng_state(model), torch.no_grad():
             copy.deepcopy(model, computed(model))(*args, **kwargs)
     except Exception as plain:
         raise ExampleError(
             f"the model does not accept the example ({_describe([*args, *kwargs.items()])}): "
             f"{_first_line(plain)}{_user_line(plain)}"
         ) from plain
-    hint = "torch.export cannot follow it; `torch.export.export(model, example, strict=False)` shows the same error"
-    if {type(link).__name__ for link in _chain(error)} & _DEPENDS_ON_DATA:
-        hint = (
-            "its control flow depends on the values of a tensor; replace the Python `if` by torch.where, "
-            "or compute the condition outside the model"
-        )
-    elif _in_recurrent_network(error):
-        hint = "a packed sequence has sizes that depend on its lengths; give the recurrent network the padded tensor"
-    where = f"{_first_line(error)}{_user_line(error)}"
-    raise ExportError(f"the model's forward cannot be exported: {where}; {hint}") from error
 
 
 _DEPENDS_ON_DATA = {"DataDependentOutputException", "DynamicOutputShapeException"}
-_DEPENDS_ON_DATA |= {"GuardOnDataDependentSymNode", "UserError"}
+_DEPENDS_ON_DATA |= {"GuardOnDataDependentSymNode", "UserError", "AskedForDataError"}
 
 
 def _in_recurrent_network(error: BaseException) -> bool:
@@ -205,13 +274,29 @@ def _first_line(error: BaseException) -> str:
 
 
 def _user_line(error: BaseException) -> str:
-    own = Path(__file__).parent
+    frame = _innermost(error, lambda file: is_code(file) and TORCH_FOLDER not in Path(file).parents)
+    return f' (at {frame.filename}:{frame.lineno}: "{frame.line}")' if frame is not None and frame.line else ""
+
+
+def _innermost(error: BaseException, fits: Callable[[str], bool]) -> traceback.FrameSummary | None:
+    """The innermost line in a file that fits."""
     for link in _chain(error):
         for frame in reversed(traceback.extract_tb(link.__traceback__)):
-            path = Path(frame.filename)
-            if TORCH_FOLDER not in path.parents and own not in path.parents and frame.line:
-                return f' (at {frame.filename}:{frame.lineno}: "{frame.line}")'
-    return ""
+            if fits(frame.filename):
+                return frame
+    return None
+
+
+def module_of(node: torch.fx.Node) -> str:
+    """Name of the module of the user's model whose own forward holds a node."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return plain_path(next(reversed(stack.values()))[0] if stack else "")
+
+
+def plain_path(path: str) -> str:
+    """Module path in the user's model: without the wrapper, and without the number of a repeated call."""
+    path = path.split("@")[0]
+    return "" if path in ("", "model") else path.removeprefix("model.")
 
 
 def _describe(inputs: list[Any]) -> str:

@@ -92,7 +92,7 @@ def follow(state: State, change: Change) -> State:
     Ages(age={'conv1': array([5, 0, 7])}, decisions=9)
     """
     if isinstance(state, type) or not is_dataclass(state):
-        _check_nothing_by_unit(state, change.keep)
+        _check_nothing_by_unit(state, {name: len(kept) for name, kept in change.keep.items()}, type(state).__name__)
         return state
     held: Any = state.folded() if isinstance(state, Folding) else state
     made: dict[str, Any] = {}
@@ -126,36 +126,35 @@ def follow(state: State, change: Change) -> State:
     return result
 
 
-def _check_nothing_by_unit(state: Any, keep: Mapping[str, Bool[np.ndarray, " _units"]]) -> None:
-    for name, value in state.items() if isinstance(state, Mapping) else ():
-        if name in keep and isinstance(value, (np.ndarray, Tensor)) and value.shape[:1] == keep[name].shape:
-            raise LoopError(
-                f"the state of a sensor or controller is a {type(state).__name__} with {len(value)} numbers for the "
-                f"units of {name!r}, which cannot follow a cut: make the state a frozen dataclass, and annotate the "
-                "field as Mapping[str, ByUnit[...]] (setpoint.groups.follow)"
-            )
-        _check_nothing_by_unit(value, keep)
-
-
-def check_states(*parts: object) -> None:
-    """Check that no sensor or controller, nor one inside it, has methods by which its state used to follow.
-
-    Nobody calls them any more, so its arrays would stay as wide as they were.
+def check_follows(state: Any, widths: Mapping[str, int]) -> None:
+    """Check that a fresh state can follow: what has an entry for each unit of a group is annotated so.
 
     Raises:
-        LoopError: saying how the state is to be annotated.
+        LoopError: naming what is not, or annotations that cannot be read.
     """
-    for part in parts:
-        old = [name for name in ("cut", "grow", "renew") if callable(getattr(part, name, None))]
-        if old:
+    if isinstance(state, tuple):
+        for each in state:
+            check_follows(each, widths)
+    elif is_dataclass(state):
+        for each, how in _what_follows(state.__class__):
+            value = getattr(state, each.name)
+            if how == "as it is" and isinstance(value, Mapping):
+                _check_nothing_by_unit(value, widths, f"{type(state).__name__}.{each.name}")
+            elif how == "as it is":
+                check_follows(value, widths)
+    else:
+        _check_nothing_by_unit(state, widths, f"a {type(state).__name__}")
+
+
+def _check_nothing_by_unit(value: Any, widths: Mapping[str, int], where: str) -> None:
+    for name, each in value.items() if isinstance(value, Mapping) else ():
+        if name in widths and isinstance(each, (np.ndarray, Tensor)) and each.shape[:1] == (widths[name],):
             raise LoopError(
-                f"{type(part).__name__} has {' and '.join(f'{name}()' for name in old)}, which nobody calls: a state "
-                "follows by its annotations. Make it a dataclass, annotate what has an entry for each unit as "
-                "Mapping[str, ByUnit[...]] (from setpoint.groups.follow import ByUnit), and delete the method"
+                f"the state of a sensor or controller has {widths[name]} numbers for the units of {name!r} in {where}, "
+                "which cannot follow a cut: make the state a frozen dataclass, and annotate the field as "
+                "Mapping[str, ByUnit[...]] (setpoint.groups.follow)"
             )
-        held = getattr(part, "__dict__", {}).values()
-        inner = [each for value in held for each in (value if isinstance(value, tuple) else (value,))]
-        check_states(*(each for each in inner if hasattr(each, "init")))
+        _check_nothing_by_unit(each, widths, where)
 
 
 _NONE = np.zeros(0, dtype=bool)

@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import copy
 import logging
+import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from setpoint.groups.export import Example, computed, inputs_of, tensors_of
+from setpoint.groups.example import Example, computed
+from setpoint.groups.opaque import Staging
 from setpoint.groups.rng import preserved_rng_state
 
 
 class Rehearsal:
-    """Forwards of copies of a model, on the first of meta, fake and real tensors that do; the model is not touched."""
+    """Forwards of copies of a model, on the first of meta, fake and real tensors that do; the model is not touched.
 
-    def __init__(self, model: nn.Module, example: Example) -> None:
+    Args:
+        staging: which calls of it; by default the whole model on the example.
+    """
+
+    def __init__(self, model: nn.Module, example: Example, staging: Staging | None = None) -> None:
         from torch._subclasses.fake_tensor import FakeTensorMode
 
-        self.model, self.example = model, example
+        self.model = model
+        self._staging = staging or Staging.whole(example)
         self._kinds: tuple[Any, ...] = (torch.device("meta"), FakeTensorMode(allow_non_fake_inputs=True), None)
         self._enough: dict[bool, Any] = {}
         self._stand_ins: dict[Any, dict[int, Any]] = {}
@@ -45,15 +52,23 @@ class Rehearsal:
                     return shapes
         raise AssertionError("the last kind of tensors either runs or raises")
 
+    def alike(self, left: Sequence[torch.Size], right: Sequence[torch.Size], *, other_mode: bool = False) -> bool:
+        """Whether two forwards returned the same shapes; where data was needed, it may have decided on sizes."""
+        if self._enough.get(other_mode, "none yet") is not None:
+            return tuple(left) == tuple(right)
+        return [len(shape) for shape in left] == [len(shape) for shape in right]
+
     def _run(self, kind: Any, prepare: Callable[[nn.Module], None], other_mode: bool) -> tuple[torch.Size, ...]:
         # The memo makes deepcopy take the stand-ins for the tensors, so no data is copied.
-        twin = copy.deepcopy(self.model, {**self._tensors(kind), **_hook_tables(self.model)})
-        args, kwargs = pytree.tree_map_only(torch.Tensor, lambda x: _stand_in(x, kind), inputs_of(self.example))
-        with kind or nullcontext(), preserved_rng_state(self.model):
+        twin = copy.deepcopy(self.model, {**self._tensors(kind), **hook_tables(self.model)})
+        staging = self._staging.with_tensors({id(x): _stand_in(x, kind) for x in self._staging.tensors})
+        meta = isinstance(kind, torch.device)
+        quickly: Any = _WithoutNorms() if meta else nullcontext()  # type: ignore[no-untyped-call]
+        with kind or nullcontext(), _taken_for_fake(meta), preserved_rng_state(self.model), quickly:
             if other_mode:
                 twin.train(not self.model.training)
             prepare(twin)
-            return tuple(tensor.shape for tensor in tensors_of(twin(*args, **kwargs)))
+            return tuple(tensor.shape for tensor in staging.play(twin))
 
     def _tensors(self, kind: Any) -> dict[int, Any]:
         """Stand-ins for the tensors of a copy, by id of the original; without data they serve all copies."""
@@ -70,6 +85,39 @@ class Rehearsal:
         return result
 
 
+class _WithoutNorms(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Answers a batch norm on the meta device by a shape: torch works through its arithmetic, which takes most of it.
+
+    Its sizes have been checked above, in what chooses the kernel.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _NORMS and args[0].is_meta:
+            return torch.empty_like(args[0]), args[0].new_empty(args[0].shape[1]), args[0].new_empty(args[0].shape[1])
+        return func(*args, **(kwargs or {}))
+
+
+_NORMS = {torch.ops.aten.native_batch_norm.default}
+
+
+@contextmanager
+def _taken_for_fake(meta: bool) -> Iterator[None]:
+    """Inside, transformers knows that tensors on the meta device have no data, as it knows of fake ones.
+
+    It then does not ask for their values, and fake tensors, which are several times as slow, need not be tried.
+    """
+    library: Any = sys.modules.get("transformers.utils.import_utils")
+    before = getattr(library, "is_fake_tensor", None)
+    if before is None or not meta:
+        yield
+        return
+    library.is_fake_tensor = lambda value: before(value) or (isinstance(value, torch.Tensor) and value.is_meta)
+    try:
+        yield
+    finally:
+        library.is_fake_tensor = before
+
+
 def _stand_in(tensor: torch.Tensor, kind: Any) -> torch.Tensor:
     if kind is None:
         return tensor.detach().clone()
@@ -79,7 +127,7 @@ def _stand_in(tensor: torch.Tensor, kind: Any) -> torch.Tensor:
     return result
 
 
-def _hook_tables(model: nn.Module) -> dict[int, Any]:
+def hook_tables(model: nn.Module) -> dict[int, Any]:
     """The copy's tables of hooks, by id: without the user's, but with torch's, which compute weights (weight norm)."""
     return {
         id(table): OrderedDict(

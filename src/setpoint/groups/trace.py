@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from setpoint.cache import keep, keeps, recall
 from setpoint.distributed import is_sharded
-from setpoint.errors import ExportError, LoopError
+from setpoint.errors import LoopError, SetpointError
 from setpoint.groups.atoms import Atoms
 from setpoint.groups.bind import bind
 from setpoint.groups.build import OwnDim, build
-from setpoint.groups.export import Example, export
+from setpoint.groups.encoded import decode_groups, decode_size, encode_groups, encode_size
+from setpoint.groups.example import Example
+from setpoint.groups.export import Exported, export, module_of, plain_path
+from setpoint.groups.fingerprint import fingerprint
+from setpoint.groups.follow_data import known, shape_of
 from setpoint.groups.group import Group, Size, widths_of
+from setpoint.groups.one_at_a_time import one_at_a_time
+from setpoint.groups.opaque import Staging
 from setpoint.groups.product import solve
 from setpoint.groups.rehearsal import Rehearsal
 from setpoint.groups.rng import preserved_rng_state
 from setpoint.groups.state import find_states
+from setpoint.groups.stated import tie_pieces
 from setpoint.groups.trial import Draft
 from setpoint.groups.walk import Value, Walk, finish, op_name, rule_for
+from setpoint.under_way import under_way
 
 
 @dataclass(frozen=True)
@@ -50,12 +60,24 @@ class Frozen:
 
 @dataclass(frozen=True)
 class Trace:
-    """Result of tracing a model; `unreached` names the parameters that the example does not use."""
+    """Result of tracing a model.
+
+    Args:
+        unreached: names of parameters that the example does not use.
+        key: the fingerprint of what was traced; "" where there is none.
+    """
 
     groups: tuple[Group, ...]
     contractions: tuple[Contraction, ...]
     frozen: tuple[Frozen, ...]
     unreached: tuple[str, ...] = ()
+    key: str = field(default="", compare=False, repr=False)
+
+
+def repeated(traced: Trace, passes: int) -> Trace:
+    """The trace of an optimizer step for which the model is called so many times, as where gradients accumulate."""
+    contractions = (replace(each, coefficient=passes * each.coefficient) for each in traced.contractions)
+    return traced if passes == 1 else replace(traced, contractions=tuple(contractions))
 
 
 def trace(model: nn.Module, example: Example) -> Trace:
@@ -65,26 +87,75 @@ def trace(model: nn.Module, example: Example) -> Trace:
             "groups are found in a whole model: call find_groups before fully_shard, or inside `with "
             "setpoint.unsharded(model):` on every rank"
         )
-    with preserved_rng_state(model):
+    with preserved_rng_state(model), under_way("finding what can be cut"):
         return _trace(model, example)
 
 
 def _trace(model: nn.Module, example: Example) -> Trace:
-    program = export(model, example)
-    walk, dims = _walk(model, program)
+    exported = export(model, example)
+    # Imported here: registering the rules looks up hundreds of ops, for which `import setpoint` need not wait.
+    import setpoint.groups.rules  # noqa: F401
+
+    staging = exported.staging
+    plain = exported.refused is None and not staging.by_data and not staging.reasons
+    key = fingerprint(model, example, exported.program) if plain and keeps() else ""
+    found = _recalled(key, model)
+    if found is None:
+        found = _found(model, example, exported)
+        keep(key, _encoded(found))
+    groups, refused = find_states(model, found.groups)
+    frozen = (*found.frozen, *(Frozen(place, why) for place, why in refused.items()))
+    return replace(found, groups=groups, frozen=frozen, key=key)
+
+
+def _encoded(found: Trace) -> dict[str, Any]:
+    return {
+        "groups": encode_groups(found.groups),
+        "contractions": [
+            [each.module, each.op, each.coefficient, list(map(encode_size, each.sizes)), each.num_gradients]
+            for each in found.contractions
+        ],
+        "frozen": [[each.place, each.reason] for each in found.frozen],
+        "unreached": list(found.unreached),
+    }
+
+
+def _recalled(key: str, model: nn.Module) -> Trace | None:
+    """What was found in a model of this fingerprint; None where nothing was, or it does not fit this model."""
+    facts = recall(key)
+    try:
+        return facts and Trace(
+            decode_groups(facts["groups"], model),
+            tuple(
+                Contraction(str(module), str(op), float(coefficient), tuple(map(decode_size, sizes)), int(number))
+                for module, op, coefficient, sizes, number in facts["contractions"]
+            ),
+            tuple(Frozen(str(place), str(reason)) for place, reason in facts["frozen"]),
+            tuple(map(str, facts["unreached"])),
+        )
+    except (SetpointError, ValueError, KeyError, IndexError, TypeError, AttributeError, zlib.error):
+        return None
+
+
+def _found(model: nn.Module, example: Example, exported: Exported) -> Trace:
+    """All that the graph and trials of the forward tell, but for states."""
+    program, staging = exported.program, exported.staging
+    walk, dims = _walk(model, program, staging)
     solve(walk.atoms, walk.products)
+    tie_pieces(model, walk.calls, walk.atoms)  # not before: heads are known only now
     _mark_grouped(walk)
     products = [labels for contract in walk.contracts for _, labels in contract.dims if labels is not None]
     units = build(walk.atoms, dims, products)
-    units, groups = bind(Draft(Rehearsal(model, example), _output_shapes(program), walk, dims, units))
+    units, groups = bind(Draft(Rehearsal(model, example, staging), _output_shapes(program), walk, dims, units))
     contractions = tuple(
         Contraction(c.module, c.op, c.coefficient, tuple(units.size(n, own) for n, own in c.dims), c.num_gradients)
         for c in walk.contracts
     )
-    rest = _uncounted(model, example, groups, contractions) if walk.unknown else ()
-    groups, refused = find_states(model, groups)
-    frozen = (*_frozen(walk.atoms), *(Frozen(place, why) for place, why in refused.items()))
-    return Trace(groups, contractions + rest, frozen, tuple(_unreached(program)))
+    if exported.refused is not None and staging.reasons and not groups:
+        raise exported.refused
+    rest = _uncounted(model, example, groups, contractions) if walk.unknown or staging.reasons else ()
+    opaque = tuple(Frozen(name or "model", why) for name, why in staging.reasons.items())
+    return Trace(groups, contractions + rest, (*opaque, *_frozen(walk.atoms, opaque)), tuple(_unreached(program)))
 
 
 def _unreached(program: Any) -> Iterator[str]:
@@ -104,7 +175,7 @@ def _mark_grouped(walk: Walk) -> None:
 
 def _output_shapes(program: Any) -> tuple[torch.Size, ...]:
     (output,) = [node for node in program.graph.nodes if node.op == "output"]
-    return tuple(node.meta["val"].shape for node in output.args[0] if isinstance(node, fx.Node))
+    return tuple(shape_of(node.meta["val"]) for node in output.args[0] if isinstance(node, fx.Node))
 
 
 def _uncounted(
@@ -125,16 +196,17 @@ def _uncounted(
     return (Contraction("", "ops without a rule", float(total - known), (), 2),) if total > known else ()
 
 
+@one_at_a_time
 def find_groups(model: nn.Module, example: Example) -> tuple[Group, ...]:
     """Units of `model` that can be dropped, and all places where each lies.
 
     Args:
-        model: any `nn.Module` that `torch.export` can follow; it is not touched.
+        model: any `nn.Module`; a part that `torch.export` cannot follow is left whole. It is not touched.
         example: a tuple of positional inputs, or a dict of keyword inputs.
 
     Raises:
         ExampleError: the model does not accept the example.
-        ExportError: the forward cannot be exported; the message names the line.
+        ExportError: the model's own forward cannot be exported, or nothing of it; the message names the line.
         LoopError: `fully_shard` has sharded the model.
 
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -144,25 +216,24 @@ def find_groups(model: nn.Module, example: Example) -> tuple[Group, ...]:
     return trace(model, example).groups
 
 
-def _frozen(atoms: Atoms) -> tuple[Frozen, ...]:
-    """Frozen places, each reason once; copies that meet data are not worth reporting."""
+def _frozen(atoms: Atoms, known: tuple[Frozen, ...]) -> tuple[Frozen, ...]:
+    """Other frozen places, each reason once; copies that meet data are not worth reporting."""
     copies = atoms.marked("alike")
     reported = [entry for entry in atoms.frozen if not copies[entry[0]].all()]
-    return tuple(dict.fromkeys(Frozen(place, reason) for _, place, reason in reported))
+    found = dict.fromkeys(Frozen(place, reason) for _, place, reason in reported)
+    return tuple(each for each in found if each not in known)
 
 
-def _walk(model: nn.Module, program: Any) -> tuple[Walk, list[OwnDim]]:
+def _walk(model: nn.Module, program: Any, staging: Staging) -> tuple[Walk, list[OwnDim]]:
     """Visit every node of the graph once, with its rule."""
-    # Imported here: registering the rules looks up hundreds of ops, for which `import setpoint` need not wait.
-    import setpoint.groups.rules  # noqa: F401
-
     attention = nn.MultiheadAttention  # or what stands in for its forward
     walk = Walk(
         opaque=frozenset(
             name
             for name, module in model.named_modules()
             if isinstance(module, attention) and type(module).forward is attention.forward
-        )
+        ),
+        opaque_calls=staging.reasons,
     )
     dims: list[OwnDim] = []
     env: dict[fx.Node, Any] = {}
@@ -170,7 +241,7 @@ def _walk(model: nn.Module, program: Any) -> tuple[Walk, list[OwnDim]]:
     own: dict[int, Value] = {}
     for node in program.graph.nodes:
         if node.op == "placeholder":
-            walk.node, walk.module = node, _module_of(node)
+            walk.node, walk.module = node, module_of(node)
             env[node] = _input(model, walk, node, specs.get(node.name), own, dims)
     walk.outputs.extend(_values(_run(walk, program.graph_module, env, {})))
     for value in walk.outputs:
@@ -182,7 +253,7 @@ def _run(walk: Walk, graph: fx.GraphModule, env: dict[fx.Node, Any], numbers: di
     """Visit every node of a graph whose inputs are known, and return its outputs; nodes that nothing reads run too."""
     read = _read(graph.graph)
     for node in graph.graph.nodes:
-        walk.node, walk.module = node, _module_of(node)
+        walk.node, walk.module = node, module_of(node)
         if node.op == "get_attr":
             env[node] = getattr(graph, str(node.target), None)
         elif node.op == "output":
@@ -218,26 +289,14 @@ def _run_inner(walk: Walk, node: fx.Node, args: Sequence[Any], numbers: dict[tup
     return result
 
 
-def _module_of(node: fx.Node) -> str:
-    stack = node.meta.get("nn_module_stack") or {}
-    path = next(reversed(stack.values()))[0] if stack else ""
-    return _plain_path(path)
-
-
-def _plain_path(path: str) -> str:
-    """Module path in the user's model: without the wrapper, and without the number of a repeated call."""
-    path = path.split("@")[0]
-    return "" if path in ("", "model") else path.removeprefix("model.")
-
-
 def _count_call(walk: Walk, node: fx.Node, numbers: dict[tuple[str, str], int]) -> None:
     """Number the call within the running forward of its module, submodules' calls included, those in attention not."""
-    if op_name(node.target) == "slice" and node.meta["val"].shape == node.all_input_nodes[0].meta["val"].shape:
+    if op_name(node.target) == "slice" and shape_of(node.meta["val"]) == shape_of(node.all_input_nodes[0].meta["val"]):
         return  # the shim does not number slices of everything, as `:` is
     name = {"split_with_sizes": "split", "_unsafe_view": "view"}.get(op_name(node.target), op_name(node.target))
     stack = node.meta.get("nn_module_stack") or {"": ("", None)}
     keys = list(stack)
-    opaque = [place for place, (path, _) in enumerate(stack.values()) if _plain_path(path) in walk.opaque]
+    opaque = [place for place, (path, _) in enumerate(stack.values()) if plain_path(path) in walk.opaque]
     for key in keys[opaque[-1] if opaque else 0 :]:
         numbers[key, name] = numbers.get((key, name), 0) + 1
     walk.call_index = numbers[keys[-1], name] - 1 if keys else 0
@@ -275,22 +334,10 @@ def _values(argument: Any) -> list[Value]:
 
 def _shape_of(fake: Any) -> Any:
     if isinstance(fake, torch.Tensor):
-        return Value(tuple(int(size) for size in fake.shape), (None,) * fake.ndim)
+        return Value(tuple(shape_of(fake)), (None,) * fake.ndim)
     if isinstance(fake, (list, tuple)):
         return tuple(_shape_of(part) for part in fake)
     return None
-
-
-def _check_sizes(node: fx.Node) -> None:
-    """Raise ExportError where a node's result has a size that the data decides (tokens sent to an expert, say)."""
-    for each in pytree.tree_leaves(node.meta.get("val")):
-        sizes = each.shape if isinstance(each, torch.Tensor) else ()
-        if any(not isinstance(size, int) for size in sizes):
-            raise ExportError(
-                f"{_module_of(node) or 'model'}: {op_name(node.target)} makes a tensor whose size depends on the data, "
-                "so nothing after it can be followed: give every expert all tokens and weigh them, or leave it to a "
-                "batched product over experts"
-            )
 
 
 def _visit(walk: Walk, node: fx.Node, env: dict[fx.Node, Any], numbers: dict[tuple[str, str], int]) -> Any:
@@ -300,12 +347,13 @@ def _visit(walk: Walk, node: fx.Node, env: dict[fx.Node, Any], numbers: dict[tup
     if op_name(node.target) == "getitem":
         return args[0][args[1]] if isinstance(args[0], (tuple, list)) else None
     inputs = _values((args, kwargs))
+    if isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return known(node.meta["val"])  # a size that the data decides, or a number worked out from one
     if isinstance(node.target, torch._ops.HigherOrderOperator):
         inner = _run_inner(walk, node, args, numbers)
         if inner is not None:
             return inner
     fake = node.meta.get("val")
-    _check_sizes(node)
     out = _shape_of(fake)
     function = rule_for(node.target)
     if out is None and (walk.unread or not inputs):

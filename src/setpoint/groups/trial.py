@@ -6,7 +6,7 @@ What is tried is a draft: the units found in a model's graph, whose cut its live
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import zip_longest
 from typing import Any
@@ -35,6 +35,7 @@ class Draft:
     walk: Walk  # the record of the walk over its graph
     dims: Sequence[OwnDim]  # of all parameters and buffers
     units: Units  # what can be dropped according to the graph
+    outcomes: dict[Any, Outcome] = field(default_factory=dict)  # of copies that ran already
 
     @property
     def model(self) -> nn.Module:
@@ -47,7 +48,7 @@ class Draft:
         return frozenset(group.name for group in self.units.groups if group.lossless)
 
     @property
-    def whole(self) -> dict[str, np.ndarray]:
+    def everything(self) -> dict[str, np.ndarray]:
         """The choice that keeps every unit."""
         return keep_all(self.units.groups)
 
@@ -125,14 +126,12 @@ class Trial:
         """By class and name, attributes that equal a wrong written size, where that size has one meaning only."""
         meanings: dict[tuple[str, int], list[Labels]] = {}
         for call in self.calls:
-            if len(call.labels) == call.size:
+            if len(call.labels) == call.size and call.place in wrong.get(call.module, ()):
                 meanings.setdefault((call.module, call.size), []).append(call.labels)
         result: dict[tuple[type, str], Places] = {}
         for (name, size), labels in meanings.items():
             module = self.draft.model.get_submodule(name)
             if size < 2 or len({self.kept.count(meaning) for meaning in labels}) > 1:
-                continue
-            if not wrong.get(name, {}).keys() & self._meant(name, size):
                 continue
             for attribute, value in vars(module).items():
                 if type(value) is int and value == size and (name, attribute) not in known:
@@ -196,6 +195,10 @@ def outcome_of(
     draft: Draft, places: Places, kept: Kept, *, other_mode: bool = False, watch: Watch | None = None
 ) -> Outcome:
     """Outcome of the forward of a cut copy without data; of the other of train and eval mode with `other_mode`."""
+    counts = frozenset((*place, kept.count(labels)) for place, labels in places.items())
+    key = counts, hash(kept.alive.tobytes()), other_mode
+    if watch is None and key in draft.outcomes:
+        return draft.outcomes[key]
     notes = _Notes()
 
     def prepare(twin: nn.Module) -> None:
@@ -209,13 +212,17 @@ def outcome_of(
         with notes:
             shapes = draft.rehearsal.run(prepare, other_mode=other_mode)
     except Exception as error:  # noqa: BLE001 - any failure of a foreign forward counts
-        return Outcome(error=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}")
-    return Outcome(shapes, tuple(notes.numbers), hash(tuple(notes.code)))
+        outcome = Outcome(error=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}")
+    else:
+        outcome = Outcome(shapes, tuple(notes.numbers), hash(tuple(notes.code)))
+    if watch is None:
+        draft.outcomes[key] = outcome
+    return outcome
 
 
 def dense_outcome(draft: Draft, places: Places, calls: Sequence[Call]) -> tuple[Outcome, list[Call], list[Call]]:
     """Outcome of the dense model's forward; calls that it numbers as the graph does; and calls that it does not."""
-    kept = Kept(draft.units, draft.whole)
+    kept = Kept(draft.units, draft.everything)
     calls = _as_python_counts(draft.rehearsal, calls)
     watch = Watch(calls, kept)
     outcome = outcome_of(draft, places, kept, watch=watch)
@@ -231,7 +238,7 @@ def dense_outcome(draft: Draft, places: Places, calls: Sequence[Call]) -> tuple[
 
 def lost_in_other_mode(draft: Draft, calls: Sequence[Call]) -> list[Call]:
     """Calls whose numbers differ between train and eval mode."""
-    kept = Kept(draft.units, draft.whole)
+    kept = Kept(draft.units, draft.everything)
     watch = Watch(calls, kept)
     outcome = outcome_of(draft, {}, kept, other_mode=True, watch=watch)
     if outcome.error and outcome_of(draft, {}, kept, other_mode=True).error:
@@ -354,7 +361,7 @@ def _cut_shapes(twin: nn.Module, dims: Sequence[OwnDim], kept: Kept) -> None:
         shape = [sizes.get(dim, size) for dim, size in enumerate(old.shape)]
         if list(old.shape) == shape:
             continue
-        new: torch.Tensor = torch.empty(shape, dtype=old.dtype, device=old.device)
+        new = old.detach()[tuple(map(slice, shape))].clone()  # its own numbers, where a forward looks at them
         replaced[id(old)] = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
     for module in twin.modules():
         for table in (module._parameters, module._buffers):

@@ -61,7 +61,7 @@ class EmptyForward:
         if not isinstance(module, nn.modules.conv._ConvNd):
             return x.clone()
         num_spatial = len(module.kernel_size)
-        shape = (*x.shape[: -num_spatial - 1], module.out_channels, *_positions(module, x.shape[-num_spatial:]))
+        shape = (*x.shape[: -num_spatial - 1], module.out_channels, *positions(module, x.shape[-num_spatial:]))
         # Both results depend on x, so that earlier layers get the zero gradient that the masked twin gives them; and
         # neither is a view of it, since an activation may write into them.
         if module.out_channels == 0:
@@ -73,7 +73,7 @@ class EmptyForward:
         return y if module.bias is None else y + module.bias.view(-1, *(1,) * num_spatial)
 
 
-def _positions(module: nn.modules.conv._ConvNd, space: Sequence[int]) -> tuple[int, ...]:
+def positions(module: nn.modules.conv._ConvNd, space: Sequence[int]) -> tuple[int, ...]:
     """Spatial shape of the output, by the formulas of PyTorch's documentation: no op runs, so none is counted."""
     if module.padding == "same":  # then the stride is 1
         return tuple(space)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -76,6 +76,7 @@ class Walk:
     alike_atoms: set[int] = field(default_factory=set)  # of dims whose entries are copies or constants
     call_index: int = 0
     opaque: frozenset[str] = frozenset()  # modules that Python code around them sees as a single call
+    opaque_calls: Mapping[str, str] = field(default_factory=dict)  # modules that are not followed, and why
 
     @property
     def where(self) -> str:
@@ -167,6 +168,11 @@ def rule(*ops: Any) -> Callable[[Rule], Rule]:
         return function
 
     return register
+
+
+def registered() -> Iterable[tuple[Any, Rule]]:
+    """All ops that have a rule, with it."""
+    return _RULES.items()
 
 
 def rule_for(target: Any) -> Rule | None:

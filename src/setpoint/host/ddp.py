@@ -35,7 +35,7 @@ class DDP(Local):
         self,
         model: nn.Module,
         optimizers: Sequence[Optimizer],
-        copies: Sequence[nn.Module],
+        copies: Sequence[Any],
         *,
         compiled: bool,
         parallel: DistributedDataParallel,

@@ -1,4 +1,4 @@
-"""`fully_shard`: a model sharded over ranks in pieces, whole for a while, and sharded again at its new shapes."""
+"""`fully_shard`: a model sharded over ranks in pieces, unsharded for a while, and sharded again at its new shapes."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def states_of(model: nn.Module) -> list[Any]:
 
 
 def brackets(model: nn.Module) -> list[tuple[nn.Module, list[tuple[dict[str, Any], str, nn.Parameter]]]]:
-    """The modules that FSDP makes whole for their forward, with places of the parameters that are whole then.
+    """The modules that FSDP unshards for their forward, with places of the parameters that are unsharded then.
 
     A place is the table of a module's parameters and a key in it; beside it is the sharded parameter.
     """
@@ -81,9 +81,9 @@ def pieces_of(model: nn.Module) -> list[Piece]:
 def check_pieces(model: nn.Module, pieces: Sequence[Piece]) -> None:
     """Check that a sharded model can follow a change of sizes, or raise LoopError naming what cannot."""
     sharded = {id(each.parameter) for each in pieces}
-    # Between a forward and a backward pass modules have the whole form of a piece.
-    whole = {id(getattr(each.fsdp, "_unsharded_param", None)) for each in pieces}
-    stray = [name for name, each in model.named_parameters() if id(each) not in sharded | whole]
+    # Between a forward and a backward pass modules have the unsharded form of a piece.
+    unsharded = {id(getattr(each.fsdp, "_unsharded_param", None)) for each in pieces}
+    stray = [name for name, each in model.named_parameters() if id(each) not in sharded | unsharded]
     found = [each.fsdp for each in pieces]
     meshes = [each.mesh_info.mesh for each in found]
     trouble = {
@@ -113,10 +113,10 @@ class FSDP(Local):
     wrapper = "fully_shard"
 
     def __init__(
-        self, model: nn.Module, optimizers: Sequence[Optimizer], copies: Sequence[nn.Module], *, compiled: bool = False
+        self, model: nn.Module, optimizers: Sequence[Optimizer], copies: Sequence[Any], *, compiled: bool = False
     ) -> None:
         super().__init__(model, optimizers, copies, compiled=compiled)
-        found = [piece for module in (model, *copies) for piece in pieces_of(module)]
+        found = [piece for module in (model, *self.copies) for piece in pieces_of(module)]
         check_pieces(model, found)
         self.mesh = found[0].fsdp.mesh_info.mesh
         self._device = found[0].fsdp.device
@@ -142,22 +142,22 @@ class FSDP(Local):
 
     @contextmanager
     def _gathered(self, names: Collection[str] | None, agreed: Agreed) -> Iterator[Agreed]:
-        """Inside, these parameters (None: all) and their optimizer state are whole, plain and free to change shape.
+        """Inside, these parameters (None: all) and their optimizer state are unsharded, plain and free to change shape.
 
         Every rank has all of them for as long as that. At the end modules and optimizers hold the same sharded objects
         again, with the contents that they had when what is yielded was last called without an error; if it never was,
         everything is as before, to the last bit.
         """
-        whole = _Whole(self._pieces(names), self.optimizers)
+        pieces = _Unsharded(self._pieces(names), self.optimizers)
         kept: list[Callable[[], None]] = []
 
         def reshard() -> None:
-            take_effect = whole.reshard()
+            take_effect = pieces.reshard()
             agreed()
             kept[:] = [take_effect]
 
         try:
-            with whole.shown():
+            with pieces.shown():
                 yield reshard
         finally:
             for take_effect in kept:
@@ -188,7 +188,7 @@ def _reshard(model: nn.Module) -> None:
 
 @contextmanager
 def unsharded(model: nn.Module) -> Iterator[nn.Module]:
-    """Inside, a model that `fully_shard` has sharded over ranks is whole and plain on each of them; any other as it is.
+    """Inside, a model that `fully_shard` has sharded is unsharded and plain on each rank; any other as it is.
 
     Every rank enters and leaves together. Changes that are made inside do not last.
 
@@ -209,7 +209,7 @@ def _named(module: nn.Module, names: Collection[str], copied: bool) -> set[int]:
     return {id(parameters[p + name]) for name in names for p in prefixes if p + name in parameters}
 
 
-class _Whole:
+class _Unsharded:
     """Parameters and their optimizer state, gathered from all ranks."""
 
     def __init__(self, pieces: Sequence[Piece], optimizers: Sequence[Optimizer]) -> None:
@@ -239,7 +239,7 @@ class _Whole:
             yield
 
     def reshard(self) -> Callable[[], None]:
-        """Puts this rank's shards of what the whole parameters hold now in their place; nothing is changed yet."""
+        """Puts this rank's shards of what the unsharded parameters hold now in their place; nothing is changed yet."""
         made = [_sharded_anew(piece, plain) for piece, plain in zip(self.pieces, self.plain, strict=True)]
         states = [
             _mapped(optimizer, dict(enumerate(self.plain)), lambda n, value: _shard(value, self.plain[n], made[n]))

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from setpoint.distributed import Ranks, unwrapped
 from setpoint.errors import LoopError
 from setpoint.groups.group import Group
+from setpoint.host.copies import Copies, several
 from setpoint.host.ddp import DDP
 from setpoint.host.fsdp import FSDP
 from setpoint.host.local import Agreed, Local
@@ -31,14 +32,18 @@ class Host(Protocol):
     """The model itself, without wrappers."""
     optimizers: tuple[Optimizer, ...]
     """Those that really step."""
-    copies: tuple[nn.Module, ...]
-    """Modules that are cut alike."""
+    averages: Copies
+    """Whose copies are cut alike: averaged ones, mostly."""
     wrapper: str
     """What is around the model, for messages; empty in one process."""
     compiled: bool
     """Whether any of it was compiled when it was given; code may be compiled later, or around it, too."""
     mesh: Any
     """The ranks that the weights are sharded over; None where each has all of them."""
+
+    @property
+    def copies(self) -> tuple[nn.Module, ...]:
+        """Modules that are cut alike."""
 
     @property
     def ranks(self) -> Ranks:
@@ -56,7 +61,7 @@ class Host(Protocol):
         """What is done inside is done by all ranks, with the same outcome, or raises on all of them."""
 
     def unsharded(self) -> AbstractContextManager[None]:
-        """Inside, model and copies are plain and whole on each rank."""
+        """Inside, model and copies are plain and unsharded on each rank."""
 
     def mean(self, read: Callable[[], Reading], losses: SharedLosses, step: int) -> Reading:
         """The reading that all ranks decide on; the losses are then the means over ranks."""
@@ -106,12 +111,13 @@ class Host(Protocol):
         """Leave everything around the model as it was; may be called again."""
 
 
-def host_of(model: nn.Module, optimizer: Steps | Sequence[Steps], copies: Sequence[nn.Module] = ()) -> Host:
+def host_of(model: nn.Module, optimizer: Steps | Sequence[Steps], copies: Sequence[Any] | None = ()) -> Host:
     """How a model is held: it is taken out of `torch.compile` and `DistributedDataParallel` in any order.
 
     Raises:
         LoopError: for what is no module, for any other wrapper for several devices, and for a model that is wrapped,
             but not given with its wrapper.
+        GroupError: for copies that are none.
         OptimizerError: for what is no optimizer, and for one that cannot follow a cut.
     """
     if not isinstance(model, nn.Module):
@@ -123,8 +129,8 @@ def host_of(model: nn.Module, optimizer: Steps | Sequence[Steps], copies: Sequen
         raise LoopError("fully_shard inside DistributedDataParallel is not supported: use one of the two")
     if parallel is None:
         check_unwrapped(model)
-    optimizers = real_optimizers(optimizer)
+    optimizers, several_copies = real_optimizers(optimizer), several(copies)
     compiled = any(hasattr(each, "_orig_mod") or each._compiled_call_impl is not None for each in outer.modules())
     if parallel is not None:
-        return DDP(model, optimizers, copies, compiled=compiled, parallel=parallel)
-    return (FSDP if sharded else Local)(model, optimizers, copies, compiled=compiled)
+        return DDP(model, optimizers, several_copies, compiled=compiled, parallel=parallel)
+    return (FSDP if sharded else Local)(model, optimizers, several_copies, compiled=compiled)

@@ -60,8 +60,8 @@ class Joining:
             raise LoopError("inside join() units cannot come back: attach with PricedController(regrow=False)")
         if by_hooks:
             raise LoopError(
-                "inside join() frozen outgoing weights cannot be read: give every rank as many batches, or leave their "
-                "groups out (groups=...)"
+                "inside join() a sensor cannot read by hooks, as it does frozen outgoing weights: give every rank as "
+                "many batches, use another sensor, or leave these groups out (groups=...)"
             )
         if self._wrapper.static_graph:
             raise LoopError("inside join() a wrapper with static_graph=True cannot follow a cut: leave that out")

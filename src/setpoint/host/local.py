@@ -14,6 +14,7 @@ from setpoint.actuator.shrink import named_tensors
 from setpoint.distributed import Ranks
 from setpoint.groups.group import Group
 from setpoint.host.compiled import Recompiled, Recompiling
+from setpoint.host.copies import Copies
 from setpoint.host.refuse import check_unsharded, check_unwrapped
 from setpoint.host.together import SharedLosses, shared_reading, together
 from setpoint.sensor.reading import Reading
@@ -28,11 +29,15 @@ class Local:
     mesh: Any = None
 
     def __init__(
-        self, model: nn.Module, optimizers: Sequence[Optimizer], copies: Sequence[nn.Module], *, compiled: bool = False
+        self, model: nn.Module, optimizers: Sequence[Optimizer], copies: Sequence[Any], *, compiled: bool = False
     ) -> None:
-        self.model, self.optimizers, self.copies = model, tuple(optimizers), tuple(copies)
+        self.model, self.optimizers, self.averages = model, tuple(optimizers), Copies(model, copies)
         self.compiled = compiled
         self._code = Recompiling(lambda seconds, count: None, 0)  # until a loop begins
+
+    @property
+    def copies(self) -> tuple[nn.Module, ...]:
+        return tuple(part.module() for part in self.averages.parts)
 
     @property
     def ranks(self) -> Ranks:
@@ -71,13 +76,14 @@ class Local:
             facts["shapes"] = [tuple(tensor.shape) for tensor in named_tensors(self.model).values()]
 
     def _open(self, groups: tuple[Group, ...], agree: Agreed) -> AbstractContextManager[Agreed]:
-        """Inside, these groups' tensors lie here whole; at the end what is around the model follows."""
+        """Inside, these groups' tensors lie here unsharded; at the end what is around the model follows."""
         return nullcontext(agree)
 
     def begin(
         self, *, steps: Callable[[], int], missed: Callable[[], None], recompiled: Recompiled, num_groups: int
     ) -> None:
         self._code = Recompiling(recompiled, num_groups)
+        self.averages.begin()
 
     def before_step(self, *, first: bool, regrows: bool, by_hooks: bool) -> None:
         """Check that the set-up is the one that was given."""
@@ -90,3 +96,4 @@ class Local:
 
     def stop(self) -> None:
         self._code.stop()
+        self.averages.stop()

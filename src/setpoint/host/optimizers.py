@@ -30,7 +30,9 @@ def real_optimizers(given: Any) -> tuple[Optimizer, ...]:
     one = isinstance(given, Optimizer) or not isinstance(given, Iterable)
     found = tuple(dict.fromkeys(map(real_optimizer, (given,) if one else given)))
     if not found or not all(isinstance(each, Optimizer) for each in found):
-        raise OptimizerError("optimizer must be a torch.optim.Optimizer or a sequence of them, and at least one")
+        raise OptimizerError(
+            f"optimizer must be a torch.optim.Optimizer or a sequence of them, and at least one; got {given!r:.200}"
+        )
     for each in found:
         if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(each).__mro__):
             raise OptimizerError(

@@ -8,9 +8,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from setpoint.cost.budget import METERED
 from setpoint.distributed import is_sharded, is_sharded_tensor
-from setpoint.errors import CostError, LoopError
+from setpoint.errors import LoopError
 
 _REFUSED = ("FullyShardedDataParallel", "DataParallel")
 
@@ -82,22 +81,3 @@ def check_unwrapped(model: nn.Module) -> None:
 def _is_wrapped(model: nn.Module) -> bool:
     found = [each for each in gc.get_objects() if DistributedDataParallel in type(each).__mro__]
     return any(model in set(each.modules()) for each in found)
-
-
-def check_shared_costs(resources: set[str]) -> None:
-    """Check that costs are the same on all ranks, so that they can follow one plan."""
-    measured = sorted(resources & set(METERED))
-    if measured:
-        raise CostError(
-            f"a budget of {measured[0]!r} is not available on several ranks in this version, since each would measure "
-            "another cost: use a budget of 'flops' or 'params'"
-        )
-
-
-def check_reads(sensor: object) -> None:
-    """Check that a sensor says that it reads weights of which each rank has a part."""
-    if not getattr(sensor, "reads_shards", False):
-        raise LoopError(
-            f"{type(sensor).__name__} does not say that it can read a model that fully_shard has sharded over ranks: "
-            "use TaylorSensor, or set reads_shards = True on a sensor that adds up what each rank has"
-        )

@@ -99,7 +99,8 @@ def shared_reading(ranks: Ranks, read: Callable[[], Reading], losses: SharedLoss
         if ranks.count == 1:
             return reading
         values = [getattr(reading, part)[name] for part, name in _places(reading)]
-        counts = np.array([reading.skipped_steps, reading.num_steps], dtype=np.float64)
+        seen = [float(steps > 0) for _, steps in sorted(reading.steps_seen.items())]
+        counts = np.array([reading.skipped_steps, reading.num_steps, *seen], dtype=np.float64)
         own = losses.unshared(step)
         facts["units"] = [(part, name, len(getattr(reading, part)[name])) for part, name in _places(reading)]
         facts["step"] = (step, reading.step, reading.calibrated, len(own))
@@ -108,9 +109,12 @@ def shared_reading(ranks: Ranks, read: Callable[[], Reading], losses: SharedLoss
     except RuntimeError as error:
         raise RankError(f"a rank was lost at {what}: {_LATER}") from error
     losses.share(step, mean[: len(own)])
-    skipped, taken, *_ = mean[len(own) :]
-    shared = _with_values(reading, mean[len(own) + 2 :])
-    return replace(shared, skipped_steps=math.ceil(skipped), num_steps=math.floor(taken))
+    skipped, taken, *rest = mean[len(own) :]
+    shared = _with_values(reading, mean[len(own) + len(counts) :])
+    by_all = {name for name, each in zip(sorted(reading.steps_seen), rest, strict=False) if each == 1.0}
+    steps_seen = {name: steps if name in by_all else 0 for name, steps in reading.steps_seen.items()}
+    counted = {"skipped_steps": math.ceil(skipped), "num_steps": math.floor(taken)}
+    return replace(shared, **counted, steps_seen=steps_seen)
 
 
 def _places(reading: Reading) -> list[tuple[str, str]]:

@@ -11,12 +11,12 @@ from typing import Any
 from torch import nn
 
 from setpoint.actuator.shrink import named_tensors
-from setpoint.actuator.verify import failing_groups, few_rows
+from setpoint.actuator.tried import tried
 from setpoint.cost.cost import Cost
 from setpoint.cost.flops import flops_cost
 from setpoint.cost.params import params_cost
 from setpoint.errors import ExampleError, GroupError
-from setpoint.groups.export import Example
+from setpoint.groups.export import Example, inputs_of, tensors_of
 from setpoint.groups.group import Group, Size, widths_of
 from setpoint.groups.trace import Trace
 from setpoint.host.host import Host
@@ -62,8 +62,6 @@ def check_copies(host: Host, groups: tuple[Group, ...]) -> None:
     """A copy must hold every tensor that will be cut, in the same shape."""
     own = named_tensors(host.model)
     for number, each in enumerate(host.copies):
-        if not isinstance(each, nn.Module):
-            raise GroupError(f"copies[{number}] must be a torch.nn.Module, got {type(each).__name__}")
         theirs = {name.removeprefix("module."): tensor for name, tensor in named_tensors(each).items()}
         for name in dict.fromkeys(piece.tensor for group in groups for piece in group.slices):
             if name not in theirs or theirs[name].shape != own[name].shape:
@@ -73,12 +71,17 @@ def check_copies(host: Host, groups: tuple[Group, ...]) -> None:
                 )
 
 
+_LOSSY = " (allow_lossy=True prunes it all the same)"
+
+
 def check_some(groups: tuple[Group, ...], frozen: Mapping[str, str]) -> None:
     """Check that there is anything to prune."""
     if not groups:
         reasons = "; ".join(f"{place}: {reason}" for place, reason in list(frozen.items())[:8]) or "no dim at all"
         more = f"; and {len(frozen) - 8} more" if len(frozen) > 8 else ""
-        raise GroupError(f"nothing in this model can be pruned. Left whole: {reasons}{more}")
+        lossy = [name for name, why in frozen.items() if why.endswith(_LOSSY)]
+        help = f". attach(..., allow_lossy=True) prunes {', '.join(lossy[:4])} all the same" if lossy else ""
+        raise GroupError(f"nothing in this model can be pruned. Left whole: {reasons}{more}{help}")
 
 
 def unit_candidates(
@@ -109,7 +112,7 @@ def unit_candidates(
     check_copies(host, active)
     passes = 0.0
     if verify:
-        active, failed, passes = _verified(host.model, example, active)
+        active, failed, passes = _verified(host.model, example, active, found.key)
         frozen |= failed
     check_some(active, frozen)
     costs = {"flops": flops_cost(restricted(found, active)), "params": params_cost(host.model, active)}
@@ -132,18 +135,23 @@ def _select(
                 f"group {group.name!r} with {group.num_units} units is not one of this model's: "
                 "use find_groups(model, example) on the model as it is now"
             )
+    adapters = _adapter_tensors(model) if wanted is None else frozenset[str]()
     for group in chosen:
-        if group.kind == "state" and not alone:
+        if {place.tensor for place in group.slices} <= adapters:
+            frozen[group.name] = "the rank of an adapter stays as it is (give it in groups=... to prune it)"
+        elif group.kind == "state" and not alone:
             why = "states are not cut on several ranks in this version: each would balance them by itself"
             frozen[group.name] = why
         elif not group.lossless and not allow_lossy:
             frozen[group.name] = "; ".join(group.notes) or "a zeroed unit is not the same as an absent one"
-            frozen[group.name] += " (allow_lossy=True prunes it all the same)"
+            frozen[group.name] += _LOSSY
     open_groups = tuple(group for group in chosen if group.name not in frozen)
-    hooked = {group.name for group in open_groups if isinstance(sensor, Hooking) and tappable(group, model)}
+    by_hooks = getattr(sensor, "by_hooks", tappable)
+    hooked = {group.name for group in open_groups if isinstance(sensor, Hooking) and by_hooks(group, model)}
     if host.compiled or not (alone or getattr(sensor, "averages_hooks", False)):
         where = "in compiled code" if host.compiled else f"on several ranks by {type(sensor).__name__}"
-        frozen |= dict.fromkeys(hooked, f"frozen outgoing weights are not read {where}")
+        what = "frozen outgoing weights" if by_hooks is tappable else "inputs of the layers behind it"
+        frozen |= dict.fromkeys(hooked, f"{what} are not read {where}")
         open_groups = tuple(group for group in open_groups if group.name not in hooked)
     readable = sensor.readable(open_groups, model)
     names = {group.name for group in readable}
@@ -158,20 +166,30 @@ def _select(
     return readable, frozen
 
 
+def _adapter_tensors(model: nn.Module) -> frozenset[str]:
+    """Names of the tensors that PEFT has added to layers: low ranks are small by choice already."""
+    found: set[str] = set()
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith("peft.tuners.") and hasattr(module, "base_layer"):
+            base = {f"{name}.{each}" for each in named_tensors(module) if each.startswith("base_layer.")}
+            found |= {f"{name}.{each}" for each in named_tensors(module)} - base
+    return frozenset(found)
+
+
 def _verified(
-    model: nn.Module, example: Example, groups: tuple[Group, ...]
+    model: nn.Module, example: Example, groups: tuple[Group, ...], key: str
 ) -> tuple[tuple[Group, ...], dict[str, str], float]:
-    """The groups that behave like their masked twins, why the others do not, and the passes that took."""
+    """The groups that behave like their masked twins, why the others do not, and the passes that took.
+
+    Args:
+        key: the model's fingerprint. The passes are those that it takes to find out, also where it was known already:
+            equal runs cost the same.
+    """
     if not groups:
         return groups, {}, 0.0
-    few, share = few_rows(example)
-    try:
-        failed = failing_groups(model, few, groups)
-    except ExampleError:
-        if share == 1.0:
-            raise
-        share, failed = 1.0, failing_groups(model, example, groups)
+    failed, share = tried(model, example, groups, key)
     if failed:
+        _check_numbers(example)
         warnings.warn(
             f"left whole, because cutting them on a copy did not behave like masking them: {', '.join(failed)}",
             stacklevel=4,
@@ -180,6 +198,14 @@ def _verified(
     # At most four forward and backward passes vouch for all groups at once; each culprit is found by bisection.
     passes = 4 + 2 * len(failed) * (2 + math.ceil(math.log2(len(groups))))
     return tuple(group for group in groups if group.name not in reasons), reasons, share * passes
+
+
+def _check_numbers(example: Example) -> None:
+    """Check that no tensor of the example holds NaN, which no cut can be compared on."""
+    args, kwargs = inputs_of(example)
+    for place, value in (*((f"input {number}", each) for number, each in enumerate(args)), *kwargs.items()):
+        if any(each.is_floating_point() and bool(each.isnan().any()) for each in tensors_of(value)):
+            raise ExampleError(f"{place} of the example holds NaN, on which no cut can be tried out: give one without")
 
 
 def restricted(found: Trace, groups: tuple[Group, ...]) -> Trace:

@@ -1,4 +1,4 @@
-"""Cutting: the actuator that removes units from a live model; and the protocol of all that act on a plan."""
+"""Cutting: the actuator that removes units from a live model for good."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from setpoint.actuator.actuator import Origins
 from setpoint.actuator.cut import cut_groups, plan_cut
 from setpoint.actuator.shrink import named_tensors, shrink
 from setpoint.controller.plan import Plan
@@ -29,75 +30,6 @@ class Coordinates(Protocol):
         self, host: Host, groups: tuple[Group, ...], plan: Plan, reading: Reading, *, rest: bool
     ) -> AbstractContextManager[None]:
         """Inside, the plan can be carried out; with `rest`, units that go hold what is lost, to come back with it."""
-
-
-Origins = Mapping[str, Int[np.ndarray, " _units"]]
-"""By group, the index that each active unit has in the dense model."""
-
-
-@runtime_checkable
-class Actuator(Protocol):
-    """Carries plans out on everything that is indexed by unit. It changes: its groups follow each plan."""
-
-    @property
-    def groups(self) -> tuple[Group, ...]:
-        """The groups that may be pruned, at their present widths."""
-
-    @property
-    def origin(self) -> Origins:
-        """By group, the index that each active unit has in the dense model."""
-
-    brings_back: bool
-    """Whether units that were dropped come back by themselves."""
-    by_unit: bool
-    """Whether units are cut and listed one by one; False where single weights are masked and counted."""
-
-    @property
-    def masks(self) -> Mapping[str, Bool[Tensor, "..."]]:
-        """By name of each masked weight tensor, True = active; empty where whole units are cut."""
-
-    @property
-    def within_step(self) -> bool:
-        """Whether a step has begun that a checkpoint would break off."""
-
-    def before_step(self, grad_scale: Tensor | None) -> None:
-        """The gradients of a step are ready; `grad_scale` is what they are still multiplied by, or None."""
-
-    def after_step(self) -> None:
-        """The optimizers have moved the weights."""
-
-    def prepare(self, step: int, *, due: bool, open_still: bool) -> bool:
-        """The step after `step` begins; `due` if a decision may come after it, `open_still` before the last one.
-
-        Returns whether it is the ordinary step whose memory a meter should watch.
-        """
-
-    def extras(self, step: int) -> Mapping[str, Any]:
-        """What the controller is to know besides: fields of the observation. Called once for each decision."""
-
-    def act(self, plan: Plan, reading: Reading) -> Change:
-        """Carry a plan out on all ranks, or on none; whatever it raises, everything is as it was."""
-
-    def broken(self) -> str:
-        """The first tensor in which something that was masked is not zero; "" if none."""
-
-    def totals(self) -> Mapping[str, Any]:
-        """What a summary says besides, by name of its fields."""
-
-    def release(self) -> None:
-        """The last decision is made: give back what was kept for further ones."""
-
-    def stop(self) -> None:
-        """Leave the model alone from here on; may be called again."""
-
-    def check(self, state: Mapping[str, Any]) -> tuple[Group, ...]:
-        """The groups that a state would lead to; a `CheckpointError` if it does not fit. Nothing is changed."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything in plain tensors, numbers and strings."""
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Bring the dense model to a state that was checked."""
 
 
 def same_coordinates(
@@ -128,7 +60,7 @@ class Cutting:
         self.host, self.coordinates = host, coordinates
         self.dense, self.groups = groups, groups
         self.origin: dict[str, Int[np.ndarray, " _units"]] = {g.name: np.arange(g.num_units) for g in groups}
-        self.by_unit, self.brings_back, self.within_step = True, False, False
+        self.kind, self.by_unit, self.brings_back, self.within_step = "cutting", True, False, False
         self.masks: Mapping[str, Bool[Tensor, "..."]] = {}
 
     def before_step(self, grad_scale: Tensor | None) -> None:
@@ -205,7 +137,7 @@ class Cutting:
                     "a change was broken off, or something else changed the model. Go on from the last checkpoint"
                 )
         return {
-            "kind": "cutting",
+            "kind": self.kind,
             "origin": {name: torch.from_numpy(origin.copy()) for name, origin in self.origin.items()},
             "shapes": {name: tuple(tensor.shape) for name, tensor in tensors.items()},
         }

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from setpoint.actuator.actuator import Origins
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group
 from setpoint.ledger import Ledger
-from setpoint.loop.cutting import Origins
 from setpoint.loop.progress import Progress
 
 

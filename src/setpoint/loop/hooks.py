@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from setpoint.distributed import local
+from setpoint.host.unseen import Unseen
 
 Mark = tuple["weakref.ref[Tensor]", int] | None
 
@@ -44,17 +45,16 @@ class StepHooks:
         after: Callable[[], None],
         loading: Callable[[Optimizer, dict[str, Any]], None] | None = None,
     ) -> None:
-        self._before = before
-        self._after = after
+        self._before, self._after, self._loading = before, after, loading
         self._optimizers = {id(optimizer): optimizer for optimizer in optimizers}
         self._order: list[int] = []
         self._took: dict[int, Mark] = {}
         self._stepped: list[int] = []
+        self.unseen = Unseen(optimizers)
         ahead, behind = _not_compiled(self._ahead), _not_compiled(self._behind)
         self._handles = [optimizer.register_step_pre_hook(ahead) for optimizer in optimizers]
         self._handles += [optimizer.register_step_post_hook(behind) for optimizer in optimizers]
-        if loading is not None:
-            self._handles += [optimizer.register_load_state_dict_pre_hook(loading) for optimizer in optimizers]
+        self._handles += [optimizer.register_load_state_dict_pre_hook(self._load) for optimizer in optimizers]
 
     @property
     def within_step(self) -> bool:
@@ -62,8 +62,26 @@ class StepHooks:
         left = [each for number, each in self._optimizers.items() if number not in self._stepped]
         return bool(self._stepped) and any(_has_gradients(each) and not _overflowed(each) for each in left)
 
+    def hand_over(
+        self,
+        before: Callable[[Tensor | None], None],
+        after: Callable[[], None],
+        loading: Callable[[Optimizer, dict[str, Any]], None],
+    ) -> None:
+        """Call these from here on, also in a step that has begun."""
+        self._before, self._after, self._loading = before, after, loading
+
+    def begin(self, grad_scale: Tensor | None) -> None:
+        """The gradients of a step are ready."""
+        self._before(grad_scale)
+
+    def _load(self, optimizer: Optimizer, saved: dict[str, Any]) -> None:
+        if self._loading is not None:
+            self._loading(optimizer, saved)
+
     def remove(self) -> None:
         """Take all hooks away; may be called again."""
+        self.unseen.stop()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -73,6 +91,7 @@ class StepHooks:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if not self._handles:
             return None
+        self.unseen.step_begins()
         if self._stepped and self._ends_by(id(optimizer)):
             self._stepped.clear()
         if self._stepped:
@@ -95,6 +114,7 @@ class StepHooks:
     def _behind(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._handles:
             return
+        self.unseen.step_ends(optimizer)
         self._stepped.append(id(optimizer))
         self._took[id(optimizer)] = _mark(optimizer)
         left = [each for number, each in self._optimizers.items() if number not in self._stepped]

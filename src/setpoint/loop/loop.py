@@ -7,39 +7,49 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
-from typing import Any, final
-from weakref import WeakSet
+from typing import Any, Protocol, final, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Int
-from torch import Tensor, nn
+from torch import Tensor
 
+from setpoint.actuator.actuator import Actuator
+from setpoint.actuator.attached import ATTACHED
 from setpoint.checkpoint.plain import plain, restored
 from setpoint.controller.plan import Controller, Observation, Plan, Transferring
 from setpoint.cost.budget import Budget
 from setpoint.entry import Entry
-from setpoint.errors import CheckpointError, GroupError, LoopError
-from setpoint.groups.follow import Change, follow
-from setpoint.groups.group import Group, keep_all, widths_of
+from setpoint.errors import CheckpointError, GroupError, LoopError, NotBegunError
+from setpoint.groups.follow import Change, check_follows, follow
+from setpoint.groups.group import Group, widths_of
 from setpoint.groups.rng import check_rng_state, rng_state, set_rng_state
 from setpoint.host.host import Host
+from setpoint.host.unchanged import Unchanged
 from setpoint.ledger import Ledger
-from setpoint.loop.cutting import Actuator
 from setpoint.loop.explain import Explanation, explain
 from setpoint.loop.hooks import StepHooks
 from setpoint.loop.interrupt import uninterrupted
 from setpoint.loop.losses import Losses
 from setpoint.loop.progress import Progress
-from setpoint.loop.record import decisions, recorded, refusal
+from setpoint.loop.record import decisions, recorded, refusal, waiting
 from setpoint.loop.resume import AGAIN, FORMAT, Part, check_format, check_loading, check_optimizers, check_same_run
-from setpoint.loop.summary import Summary, summarise
+from setpoint.loop.summary import Summary, summarise, warn_of_miss
+from setpoint.loop.telling import News, Telling
 from setpoint.sensor.reading import Hooking, Reading, Sensor
-from setpoint.sensor.stride import sensed_every
+from setpoint.sensor.stride import Listening, is_sensed
 from setpoint.spending.changing import change_budget, change_total_steps, check_open
+from setpoint.spending.metrics import line, metrics
 from setpoint.spending.spending import Spending
 
-ATTACHED: WeakSet[nn.Module] = WeakSet()
-"""Models that a loop is at work on."""
+
+@runtime_checkable
+class Waiting(Protocol):
+    """What stands by until a loop begins, or beside it."""
+
+    def stop(self) -> None:
+        """Leave model and optimizers alone; may be called again."""
+
+
 _FRESH_STEPS = 50
 """Steps that are sensed before a last decision is made again."""
 
@@ -48,24 +58,32 @@ _FRESH_STEPS = 50
 class Loop:
     """The running control loop, which changes at every step; `setpoint.attach` makes one.
 
-    It works through the optimizers' own hooks: the sensor reads before a step (in long runs not before each, see
-    `sensed_every`), and after it, whenever the controller is due, come a reading, a plan, a change and a ledger entry.
+    It works through the optimizers' own hooks: the sensor reads before a step (not before each, see
+    `is_sensed`), and after it, whenever the controller is due, come a reading, a plan, a change and a ledger entry.
     After the last decision it only counts. Used as a context manager it finishes at the end, and only detaches if there
     was an exception.
-
-    Args:
-        host: holds model, optimizers and copies.
-        sensor: takes the readings.
-        controller: makes the plans.
-        actuator: carries them out.
-        spending: what the run may spend and has spent.
-        header: of the ledger.
-        run: what must be the same in a run that goes on with this one's state.
-        revocable: gives an actuator that can take its first cut back, for the one that is given to it; called where
-            losses are observed.
     """
 
-    def __init__(
+    def __init__(self) -> None:
+        self._waiting: Waiting | None = None
+        self._telling = Telling()
+        self._now, self.losses = Progress(), Losses()
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise NotBegunError(
+            f"loop.{name.lstrip('_')} is not known yet: without an example a loop begins at the first optimizer step"
+        )
+
+    def __repr__(self) -> str:
+        return line(self.metrics(), finished=vars(self).get("_finished", False))
+
+    def wait(self, waiting: Waiting) -> None:
+        """Until `begin`, which comes at the first step, this stands by."""
+        self._waiting = waiting
+
+    def begin(
         self,
         host: Host,
         sensor: Sensor[Any],
@@ -75,19 +93,29 @@ class Loop:
         header: Mapping[str, Any],
         run: Mapping[str, Any],
         revocable: Callable[[Actuator], Actuator] = lambda actuator: actuator,
+        hooks: StepHooks | None = None,
     ) -> None:
+        """Begin, before the first optimizer step or in it.
+
+        Args:
+            spending: what the run may spend and has spent.
+            run: what must be the same in a run that goes on with this one's state.
+            revocable: gives an actuator that can take its first cut back, for the one that is given to it; called
+                where losses are observed.
+            hooks: on the optimizers already; None to put them there.
+        """
         self.host, self.sensor, self.controller, self.spending = host, sensor, controller, spending
         self.actuator, self._revocable = actuator, revocable
         self._dense, self._run = actuator.groups, run
-        self.losses, self._ledger = Losses(), Ledger(header)
+        self._ledger = Ledger(header)
         self._sensor_state = sensor.init(self._dense, host.model)
         self._controller_state = controller.init(self._dense)
-        nothing = Change(keep=keep_all(self._dense) if actuator.by_unit else {})
-        for state in (self._sensor_state, self._controller_state):  # what cannot follow shows now
-            follow(state, nothing)
+        for state in (self._sensor_state, self._controller_state):
+            check_follows(state, widths_of(self._dense) if actuator.by_unit else {})
         self._hooking = sensor if isinstance(sensor, Hooking) else None  # asked once: it takes longer than a hook
+        self._listening = sensor if isinstance(sensor, Listening) else None
         spending.account.sensing_flops = sensor.flops(self._dense, host.model)  # attach saw an unsharded model
-        self._now = Progress()
+        self._unchanged = Unchanged(host.model, host.copies, lambda: self.groups)
         self._begun = self._finished = False
         self._summary: Summary | None = None
         host.begin(
@@ -96,9 +124,9 @@ class Loop:
             recompiled=spending.recompiled,
             num_groups=len(self._dense),
         )
-        self._hooks = StepHooks(
-            host.optimizers, self._before_step, self._after_step, partial(check_loading, host, self._dense)
-        )
+        called = (self._before_step, self._after_step, partial(check_loading, host, self._dense))
+        self._hooks = StepHooks(host.optimizers, *called) if hooks is None else hooks
+        self._hooks.hand_over(*called)
         ATTACHED.add(host.model)
         spending.begin()
 
@@ -174,7 +202,7 @@ class Loop:
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run; may be set anew until `finish`, and what is left is planned afresh."""
-        return self.spending.total_steps
+        return self.spending.length
 
     @total_steps.setter
     def total_steps(self, total_steps: int) -> None:
@@ -189,6 +217,15 @@ class Loop:
         A tensor stays on its device until a decision needs it; one of several elements raises a `ValueError`.
         """
         self.losses.observe(self.step + 1, loss, val, keep=not self.budget_met)
+
+    def metrics(self) -> dict[str, float]:
+        """Where the run is, in numbers by name (docs/watching.md): always the same names, and none before it begins."""
+        known = "_hooks" in vars(self)
+        return metrics(self.spending, self.step, self._now.plan, self.widths, len(self._ledger)) if known else {}
+
+    def on_step(self, callback: Callable[[News], None]) -> Callable[[], object]:
+        """Call this after each step, with the entry of its decision or None, at last with the summary; gives a stop."""
+        return self._telling.add(callback)
 
     def reading(self) -> Reading:
         """What the sensor reads now, on this rank; nothing is decided on it."""
@@ -266,10 +303,11 @@ class Loop:
         self.spending.account.sensing_flops = self.sensor.flops(self.groups, self.host.model)
         self.spending.prepare(False)
         if not self.actuator.by_unit:  # a probe that was under way has begun anew already
-            due = self.controller.due(self.step + 1, self.total_steps)
+            due = self.controller.due(self.step + 1, self.spending.total_steps)
             self.actuator.prepare(self.step, due=due, open_still=not self.budget_met)
-        if int(state["rng_state"]["rank"]) == self.host.ranks.own:  # ranks that all drew the same were no several draws
-            set_rng_state(state["rng_state"])
+        rng = state["rng_state"]  # None where a framework keeps it itself
+        if rng and int(rng["rank"]) == self.host.ranks.own:  # ranks that all drew the same were no several draws
+            set_rng_state(rng)
 
     def _checked(self, state: Mapping[str, Any]) -> tuple[Actuator, Progress, Any]:
         """What a state leads to; nothing is changed yet."""
@@ -277,7 +315,7 @@ class Loop:
         check_same_run(state["run"], self._facts())
         check_optimizers(self.host)
         actuator, device = self.actuator, self.host.device
-        if state["actuator"]["kind"] == "regrowing":
+        if state["actuator"]["kind"] != actuator.kind:  # the first cut of a watched run changes it
             actuator = self._revocable(actuator)
         parts = self._parts(actuator)
         groups = actuator.check(state["actuator"])
@@ -285,7 +323,8 @@ class Loop:
             parts[name].check(state[name])
         restored(state["sensor"], self.sensor.init(groups, self.host.model), "the sensor's state", device)
         controller_state = restored(state["controller"], self.controller.init(groups), "the controller's state", device)
-        check_rng_state(state["rng_state"])
+        if state["rng_state"] is not None:
+            check_rng_state(state["rng_state"])
         return actuator, Progress.of(state["now"], widths_of(groups)), controller_state
 
     # How it ends.
@@ -296,25 +335,28 @@ class Loop:
         Raises:
             LoopError: when it has been called before.
         """
+        if "_finished" not in vars(self):
+            self.detach()
+            raise NotBegunError("no optimizer step was made since attach, so that nothing was found and nothing pruned")
         if self._finished:
             raise LoopError("finish() has been called already: its result is in loop.summary")
         self.detach()
         self._finished = True
-        if self._now.waits and not self.budget_met:
-            warnings.warn(
-                "decisions were due while ranks had run out of batches inside join(), and all were never back: the run "
-                "has not met its budget. Use one join() for each epoch, and ranks of about as many batches",
-                stacklevel=2,
-            )
         masked = sum(int((~mask).sum()) for mask in self.actuator.masks.values())
         num_params = sum(parameter.numel() for parameter in self.host.model.parameters()) - masked
         self._summary = summarise(
             self._now, self.spending, self.ledger, self.actuator, num_params, self.dense_widths, self.losses
         )
+        warn_of_miss(self._summary, self._now, self._hooks.unseen.passes)
+        self._telling.tell(self._summary)
         return self._summary
 
     def detach(self) -> None:
         """Take the hooks away and leave the model as it is; may be called again."""
+        if self._waiting is not None:
+            self._waiting.stop()
+        if "_hooks" not in vars(self):
+            return
         self._hooks.remove()
         self._release()
         for part in (self.spending, self.host, self.actuator):
@@ -327,14 +369,14 @@ class Loop:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if kind is None and not self._finished:
+        if kind is None and not vars(self).get("_finished"):
             self.finish()
         self.detach()
 
     # What happens at every step.
 
     def _before_step(self, grad_scale: Tensor | None) -> None:
-        with uninterrupted():
+        with uninterrupted(), self._unchanged:
             by_hooks = self._hooking is not None and self._hooking.hooked(self._sensor_state)
             brings_back = self.actuator.brings_back
             self.host.before_step(first=not self._begun, regrows=brings_back, by_hooks=by_hooks)
@@ -343,14 +385,10 @@ class Loop:
             self._sense(grad_scale)
 
     def _sense(self, grad_scale: Tensor | None) -> None:
-        """Take in the step under way, if it is one of those that are read; after the last decision none is.
-
-        While a decision waits for a reading without NaN every step is read: one that is left out would hide the next.
-        """
-        total_steps = self.total_steps
-        if self.budget_met or self.step >= total_steps:
+        """Take in the step under way, if it is one of those that are read; after the last decision none is."""
+        if self.budget_met or self.step >= self.spending.total_steps:
             self._release()
-        elif self.step % sensed_every(total_steps) and not self._now.overdue:
+        elif not self._sensed():
             if self._hooking is not None:
                 self._hooking.forget(self._sensor_state)
         else:
@@ -358,26 +396,34 @@ class Loop:
                 self._sensor_state = self.sensor.update(self._sensor_state, self.groups, self.host.model, grad_scale)
             self.spending.sensed()
 
+    def _sensed(self) -> bool:
+        """Whether the next step is read; while a decision waits for a reading without NaN, so that none hides, each."""
+        return self._now.overdue or is_sensed(self.sensor, self.step, self.spending.total_steps, self._due)
+
+    def _due(self, step: int) -> bool:
+        return step == self._now.again or self.controller.due(step, self.spending.total_steps)
+
     def _release(self) -> None:
-        """Take off the model what a sensor reads through."""
+        """Take off the model what a sensor reads through; what other hands do to it matters no more."""
+        self._hooks.unseen.stop()
         if self._hooking is not None:
             self._hooking.release(self._sensor_state)
 
     def _after_step(self, made: bool = True) -> None:
-        with uninterrupted():
+        with uninterrupted(), self._unchanged:
             made = made and self.host.complete()
             self._now = now = replace(self._now, step=self.step + 1)
             self.spending.stepped()
             self.actuator.after_step()
-            step, total_steps = now.step, self.total_steps
-            if step == total_steps + 1:
+            step, total_steps = now.step, self.spending.total_steps
+            if step == self.total_steps + 1:
                 warnings.warn(
-                    f"attach was given total_steps={total_steps}, and this is step {step}: training goes on, "
+                    f"attach was given total_steps={self.total_steps}, and this is step {step}: training goes on, "
                     "but Setpoint makes no more decisions",
                     stacklevel=2,
                 )
             elif step <= total_steps and not now.budget_met:
-                due = self.controller.due(step, total_steps) or step == now.again
+                due = self._due(step)
                 if (due or now.overdue) and made:
                     self._decide(due)
                 waits = self._now.waits or due and not made
@@ -387,18 +433,22 @@ class Loop:
             else:
                 self.spending.read_joules(self.widths)
             self._begin_step()
+        self._telling.stepped(self._ledger, self.step)
 
     def _begin_step(self) -> None:
         """The next step begins."""
-        step, total_steps = self.step, self.total_steps
+        step, total_steps = self.step, self.spending.total_steps
         due = step + 1 <= total_steps and self.controller.due(step + 1, total_steps)
         open_still = step <= total_steps and not (self.budget_met or self._finished)
         self.spending.prepare(self.actuator.prepare(step, due=due, open_still=open_still) and open_still)
+        if self._listening is not None:
+            on, state = open_still and self._sensed(), self._sensor_state
+            self._sensor_state = self._listening.listen(state, self.groups, self.host.model, sensed=on)
 
     def _decide(self, due: bool) -> None:
         """Read, decide, act, and record; after a bad reading, try again at the next step."""
         self._now = now = replace(self._now, overdue=True, waits=False)  # also if anything is raised from here on
-        before, origin = self.widths, self.actuator.origin
+        before, origin = self.widths, self.actuator.origin if self.actuator.by_unit else {}
         with self.spending.deciding:
             reading = self.host.mean(self._read, self.losses, now.step)
             self.losses.complete(self._ledger)
@@ -422,8 +472,12 @@ class Loop:
         with self.host.together(f"the plan after step {self.step}") as facts:
             known = {**self.losses.known(self.step), **self.actuator.extras(self.step)}
             observation = self.spending.observation(self.step, self.groups, reading, **known)
-            state, plan = self.controller.decide(self._controller_state, observation, self.spending.cost, self.groups)
+            groups, note = waiting(self.groups, reading)
+            state, plan = self.controller.decide(self._controller_state, observation, self.spending.cost, groups)
             facts["plan"] = decisions(plan)
+        if note:
+            plan = replace(plan, reason=f"{plan.reason}; {note}", drop_and_grow=0.0)
+            warnings.warn(f"{note}, so that the other groups carry the cut", stacklevel=2)
         self.spending.learned(plan.flops)
         if plan.gave_way:
             warnings.warn(f"{plan.gave_way}, and the reference pauses until the next decision", stacklevel=2)
@@ -433,7 +487,9 @@ class Loop:
         """Carry a plan out; sensor and controller follow."""
         self.spending.resizing.last_seconds = 0.0
         change = Change()
-        if plan.drops() and self.losses.watching and not self.spending.resizes:
+        if (
+            plan.drops() and self.losses.watching and not self.spending.account.resizes
+        ):  # from now on the loss may ask for it
             self.actuator = self._revocable(self.actuator)
         if not plan.empty():
             smaller = Change(keep=plan.keep)  # followed first: whatever can fail comes before the model changes
@@ -454,7 +510,8 @@ class Loop:
         return replace(entry, loss=self.losses.loss, val=self.losses.val)
 
     def _read(self) -> Reading:
-        """A reading whose skipped steps count from the last one."""
+        """A reading whose skipped steps count from the last one; of a model that was changed there is none."""
+        self._unchanged.check()
         reading, before = self.reading(), self._now.skipped
         self._now = replace(self._now, skipped=reading.skipped_steps)
         return replace(reading, skipped_steps=reading.skipped_steps - before)
@@ -472,14 +529,14 @@ class Loop:
             self._controller_state = self.controller.transferred(
                 self._controller_state,
                 step=self.step,
-                total_steps=self.total_steps,
+                total_steps=self.spending.total_steps,
                 present=cost.total(self.widths),
                 limit=spending.limits[cost.resource],
             )
 
     def _reopen_if_over(self) -> None:
         """Where a decision would be due: decide again if meters say that the run will be over its budget."""
-        if self.controller.due(self.step, self.total_steps) and self.spending.over(self.step, self.widths):
+        if self.controller.due(self.step, self.spending.total_steps) and self.spending.over(self.step, self.widths):
             self._reopen()
 
     def _reopen(self) -> None:

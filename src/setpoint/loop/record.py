@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from setpoint.actuator.actuator import Origins
 from setpoint.controller.plan import Plan
 from setpoint.entry import Entry
 from setpoint.groups.follow import Change
+from setpoint.groups.group import Group
 from setpoint.ledger import Ledger
-from setpoint.loop.cutting import Origins
 from setpoint.sensor.probe import Probe
 from setpoint.sensor.reading import Reading
 
@@ -24,7 +25,23 @@ def refusal(reading: Reading) -> str:
         return f"no decision: NaN or infinite gradients in {steps} since the last reading"
     if not reading.finite():
         return "no decision: the reading holds NaN or infinite values"
+    if reading.saliency and reading.unseen() >= reading.saliency.keys():
+        return "no decision: no gradient has been seen yet"
     return ""
+
+
+def waiting(groups: tuple[Group, ...], reading: Reading) -> tuple[tuple[Group, ...], str]:
+    """The groups as a controller may cut them, those not at all of which nothing was seen yet; and a note about these.
+
+    An empty reading is no reading of zero: weights that are frozen at first, or not reached by the loss, would be
+    dropped before all others.
+    """
+    unseen = sorted(reading.unseen() & {group.name for group in groups})
+    if not unseen:
+        return groups, ""
+    held = tuple(replace(each, min_units=each.num_units) if each.name in unseen else each for each in groups)
+    few = ", ".join(unseen[:5]) + (f" and {len(unseen) - 5} more" if len(unseen) > 5 else "")
+    return held, f"{few} {'wait' if len(unseen) > 1 else 'waits'}: none of the steps so far has shown a gradient there"
 
 
 def decisions(plan: Plan) -> list[Any]:

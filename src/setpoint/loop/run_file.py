@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,21 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from setpoint.checkpoint import damaged, digest, read_file, write_file
+from setpoint.checkpoint.as_it_was import as_it_was
+from setpoint.checkpoint.kinds import check_kinds
 from setpoint.checkpoint.tree import from_tensors, to_tensors
 from setpoint.distributed import unwrapped
-from setpoint.errors import CheckpointError
+from setpoint.errors import CheckpointError, LoopError, RankError
 from setpoint.host.optimizers import real_optimizer
 from setpoint.loop.loop import Loop
+from setpoint.loop.resume import check_numbers
 from setpoint.loop.run_folder import read_folder, spread_over, write_folder
 
 FORMAT = 1
 """Version of the file format, described in docs/resume.md."""
 
 _KEY = "setpoint_run"
+_SHOWN = (nn.Module, Optimizer)
 
 
 def save_run(path: str | os.PathLike[str], **parts: Any) -> None:
@@ -67,9 +72,10 @@ def load_run(path: str | os.PathLike[str], **parts: Any) -> dict[str, Any]:
     """Read a file that `save_run` wrote into freshly built parts, and return the plain data that was saved with them.
 
     Build model, optimizer and the rest as at the beginning of the run, attach, and load. What belongs to no loop
-    (schedulers, a scaler, another model) comes first, whatever the order of the arguments; if one of them does not take
-    its state, those that did are put back. Then comes the loop, which shrinks model, optimizers and copies to the
-    widths that they had, and then these.
+    (schedulers, a scaler, another model) comes first, whatever the order of the arguments, then the loop, which shrinks
+    model, optimizers and copies to the widths that they had, and then these. If any of them does not take its state,
+    all are as they were: the model is dense again, and all values, which wait in host memory until then, are back. Of a
+    model that `fully_shard` has sharded the loop's state is checked first, but nothing that comes later is put back.
 
     A folder of a sharded run is read by all ranks, of which there may be more or fewer than when it was saved.
 
@@ -79,7 +85,7 @@ def load_run(path: str | os.PathLike[str], **parts: Any) -> dict[str, Any]:
 
     Raises:
         CheckpointError: when there is no such file, it is damaged, of another format or another run, or the parts are
-            not those that were saved. Digest, names, sizes and the loop's state are checked before anything is changed.
+            not those that were saved, or one does not take its state; everything is then as it was.
     """
     ranks, mesh = spread_over(parts)
     if mesh is not None:
@@ -91,15 +97,25 @@ def load_run(path: str | os.PathLike[str], **parts: Any) -> dict[str, Any]:
         )
     else:
         states, values = _read(Path(path))
-    _check_parts(str(path), states, parts)
+    try:
+        _check_parts(str(path), states, parts)
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{str(path)!r} holds a state that none of these parts has returned: {error!r}"
+        ) from error
     loops = [part for part in parts.values() if isinstance(part, Loop)]
-    theirs = [each for loop in loops for each in (loop.host.model, *loop.host.optimizers, *loop.host.copies)]
+    theirs = [each for loop in loops for each in (loop.host.model, *loop.host.optimizers, *loop.host.averages.holders)]
     attached = {id(each) for each in (*loops, *theirs)}
     strangers = [name for name in states if id(_bare(parts[name])) not in attached]
-    _load_all_or_none(str(path), {name: (parts[name], states[name]) for name in strangers})
-    ours = [name for name in states if name not in strangers]  # in one order on all ranks
-    for name in sorted(ours, key=lambda name: not isinstance(parts[name], Loop)):
-        parts[name].load_state_dict(states[name])
+    ours = sorted(set(states) - {*strangers}, key=lambda name: (not isinstance(parts[name], Loop), name))
+    kept = [parts[name] for name in (strangers if mesh is not None else states)]
+    with _all_or_none(kept, [] if mesh is not None else loops), ExitStack() as together:
+        for loop in loops:
+            together.enter_context(loop.host.together(f"loading {str(path)!r}"))
+        for name in (*strangers, *ours):
+            _load(str(path), name, parts[name], states[name])
     return values
 
 
@@ -107,23 +123,38 @@ def _bare(part: Any) -> Any:
     return unwrapped(part) if isinstance(part, nn.Module) else real_optimizer(part)
 
 
-def _load_all_or_none(path: str, loads: Mapping[str, tuple[Any, Any]]) -> None:
-    """Have each part load its state; if one does not take it, put all back and say which."""
-    before: list[tuple[Any, Any]] = []
-    for name, (part, state) in loads.items():
-        before.append((part, copy.deepcopy(part.state_dict())))
-        try:
-            if type(part).__name__ == "GradScaler" and part.is_enabled() != bool(state):
-                raise ValueError("one of them is enabled and the other is not")
-            part.load_state_dict(state)
-        except Exception as error:
-            for each, own in reversed(before):
-                if own or isinstance(each, nn.Module):
-                    each.load_state_dict(own)
-            raise CheckpointError(
-                f"{path!r}: {name} does not take the state that was saved under its name, and nothing was changed "
-                f"({type(error).__name__}: {' '.join(str(error).split())})"
-            ) from error
+@contextmanager
+def _all_or_none(parts: Sequence[Any], loops: Sequence[Loop]) -> Iterator[None]:
+    """If anything is raised inside, parts and loops are as they were, with the models that the loops hold."""
+    put_back = as_it_was(parts, loops)
+    # What keeps a state where attributes do not show it is asked for it.
+    own = [(part, copy.deepcopy(part.state_dict())) for part in parts if not isinstance(part, (*_SHOWN, Loop))]
+    try:
+        yield
+    except BaseException:
+        for part, state in own:
+            if state:  # that of a disabled GradScaler is empty, and it takes none
+                with suppress(Exception):
+                    part.load_state_dict(state)
+        with suppress(RankError), ExitStack() as resizable:  # ranks that fail together put all back together
+            for loop in loops:
+                resizable.enter_context(loop.host.resizable("putting back what was there before", loop.groups))
+            put_back()
+        raise
+
+
+def _load(path: str, name: str, part: Any, state: Any) -> None:
+    try:
+        if type(part).__name__ == "GradScaler" and part.is_enabled() != bool(state):
+            raise ValueError("one of them is enabled and the other is not")
+        part.load_state_dict(state)
+    except (CheckpointError, LoopError, RankError):
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{path!r}: {name} does not take the state that was saved under its name, and nothing was changed "
+            f"({type(error).__name__}: {' '.join(str(error).split())})"
+        ) from error
 
 
 def _check_complete(parts: Mapping[str, Any]) -> None:
@@ -131,7 +162,7 @@ def _check_complete(parts: Mapping[str, Any]) -> None:
     given = {id(_bare(part)) for part in parts.values()}
     for name, part in parts.items():
         if isinstance(part, Loop):
-            mine = {"model": [part.host.model], "optimizer": part.host.optimizers, "copy": part.host.copies}
+            mine = {"model": [part.host.model], "optimizer": part.host.optimizers, "copy": part.host.averages.named}
             for what, needed in mine.items():
                 if not {id(each) for each in needed} <= given:
                     raise CheckpointError(f"{name!r} is of no use without its {what}: save_run(path, {what}=..., ...)")
@@ -167,6 +198,7 @@ def _check_parts(path: str, states: Mapping[str, Any], parts: Mapping[str, Any])
         if isinstance(part, Loop)
     }
     for name, part in parts.items():
+        check_kinds(f"{path!r}: {name}", part, states[name])
         if isinstance(part, nn.Module):
             if part is unwrapped(part) and id(part) in cut:  # a wrapper's names are its own
                 _check_sizes(path, name, part, states[name], cut[id(part)])
@@ -176,6 +208,7 @@ def _check_parts(path: str, states: Mapping[str, Any], parts: Mapping[str, Any])
                     f"{path!r} was made for another {name}: only the file has {_some(saved - own)}, only the module "
                     f"has {_some(own - saved)}"
                 )
+            _check_sorts(path, name, part, states[name])
         if isinstance(part, Optimizer):
             own_groups = [len(settings["params"]) for settings in part.param_groups]
             groups = [len(settings["params"]) for settings in states[name]["param_groups"]]
@@ -184,6 +217,21 @@ def _check_parts(path: str, states: Mapping[str, Any], parts: Mapping[str, Any])
                     f"{path!r} was made for another {name}: its parameter groups have {groups} parameters, here "
                     f"{own_groups}"
                 )
+            check_numbers(part, states[name])
+
+
+def _check_sorts(path: str, name: str, module: nn.Module, saved: Mapping[str, Any]) -> None:
+    """Check that no tensor is to be turned from complex numbers into real ones, or from fractions into integers."""
+    for key, tensor in module.state_dict().items():
+        other = saved[key]
+        if isinstance(tensor, Tensor) and isinstance(other, Tensor) and _sort(tensor) != _sort(other):
+            raise CheckpointError(
+                f"{path!r} was made for another {name}: {key!r} is {other.dtype} there and {tensor.dtype} here"
+            )
+
+
+def _sort(tensor: Tensor) -> tuple[bool, bool]:
+    return tensor.is_complex(), tensor.is_floating_point()
 
 
 def _check_sizes(path: str, name: str, module: nn.Module, saved: Mapping[str, Any], cut: set[str]) -> None:

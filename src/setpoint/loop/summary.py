@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
+from setpoint.actuator.actuator import Actuator
+from setpoint.cost.budget import amount
 from setpoint.groups.group import widths_of
-from setpoint.ledger import Ledger
-from setpoint.loop.cutting import Actuator
+from setpoint.ledger import Ledger, without_nan
 from setpoint.loop.losses import Losses
 from setpoint.loop.progress import Progress
 from setpoint.loop.record import drop_counts, return_counts
@@ -112,6 +115,41 @@ class Summary:
     final_loss: float | None = None
     resident_bytes: int | None = None
 
+    def to_dict(self) -> dict[str, Any]:
+        """All fields in values that JSON can hold; `Summary(**found)` gives them back. NaN and infinity are None."""
+        found: dict[str, Any] = without_nan(asdict(self))
+        return found
+
+    def __str__(self) -> str:
+        units, dense_units = (sum(widths.values()) for widths in (self.widths, self.dense_widths))
+        cost = [f"{amount(self.final_flops, 'flops')} per step, {self.final_flops_ratio:.1%} of dense"]
+        if self.theoretical_flops is not None:
+            cost.append(f"{amount(self.theoretical_flops, 'flops')} if masked weights cost nothing")
+        for name, limit in self.limit.items():
+            if name not in self.limit_run:
+                cost.append(f"{amount(self.spent[name], name)} of a budget of {amount(limit, name)}")
+        for name, limit in self.limit_run.items():
+            cost.append(f"{amount(self.spent_run[name], name)} of {amount(limit, name)} for the run")
+        pays = f"from step {self.break_even_step:,} on" if self.break_even_step is not None else "not yet"
+        own = ("attach", "sensing", "deciding", "resizing", "probing", "recompiling")
+        seconds = {name: getattr(self, f"{name}_seconds") for name in own}
+        return "\n".join(
+            (
+                f"budget    {'met' if self.budget_met else 'NOT met'}: {self.reason}",
+                f"cost      {'; '.join(cost)}",
+                f"size      {self.final_params:,} parameters; {units:,} of {dense_units:,} units in "
+                f"{len(self.dense_widths)} groups, {self.resizes} cuts",
+                f"training  {self.steps:,} of {self.total_steps:,} steps in {self.seconds:.1f} s"
+                + (f", loss {self.final_loss:.4g} at the end" if self.final_loss is not None else ""),
+                f"overhead  {self.overhead_flops_ratio:.1%} of the FLOPs, {self.overhead_seconds:.1f} s ("
+                + ", ".join(
+                    f"{name} {value:.1f}" for name, value in seconds.items() if value >= 0.05 or name == "attach"
+                )
+                + ")",
+                f"pays off  {pays}, by the seconds that smaller steps have saved",
+            )
+        )
+
 
 def summarise(
     now: Progress,
@@ -151,6 +189,33 @@ def summarise(
         final_loss=losses.loss,
     )
     return replace(summary, **actuator.totals())
+
+
+def warn_of_miss(summary: Summary, now: Progress, passes: int) -> None:
+    """Warn if a run has missed its budget; one in which nothing was trained has not begun.
+
+    Args:
+        now: where it ended.
+        passes: backward passes since the last step.
+    """
+    if summary.budget_met or not {**summary.limit, **summary.limit_run} or not (summary.steps or passes):
+        return
+    words = [
+        f"a step takes {amount(summary.spent[name], name)}, the limit is {amount(limit, name)}"
+        for name, limit in summary.limit.items()
+        if name not in summary.limit_run
+    ] + [
+        f"{amount(summary.spent_run[name], name)} spent, the limit of the run is {amount(limit, name)}"
+        for name, limit in summary.limit_run.items()
+    ]
+    unseen = f"; {passes} backward passes came after the last step that was seen" if passes > 1 else ""
+    text = f"the budget is not met: {summary.reason} ({'; '.join(words)}){unseen}"
+    if now.waits and not now.budget_met:
+        text = (
+            "decisions were due while ranks had run out of batches inside join(), and all were never back: the run "
+            "has not met its budget. Use one join() for each epoch, and ranks of about as many batches"
+        )
+    warnings.warn(text, stacklevel=3)
 
 
 def _verdict(

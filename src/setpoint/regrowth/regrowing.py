@@ -13,15 +13,16 @@ import torch
 from jaxtyping import Bool, Float64, Int
 from torch import Tensor
 
+from setpoint.actuator.actuator import Origins
 from setpoint.actuator.cut import cut_groups
 from setpoint.checkpoint.plain import plain, restored
-from setpoint.controller.plan import Plan
-from setpoint.controller.plan import Regrowing as Controller
+from setpoint.controller.plan import Plan, RegrowingController
 from setpoint.errors import CheckpointError, GroupError
+from setpoint.given import plain_fields
 from setpoint.groups.follow import Change
 from setpoint.groups.group import Group, widths_of
 from setpoint.host.fsdp import brackets
-from setpoint.loop.cutting import Cutting, Origins, changing
+from setpoint.loop.cutting import Cutting, changing
 from setpoint.regrowth.easing import Easing
 from setpoint.regrowth.probing import Probing
 from setpoint.regrowth.regrow import Grow, regrow, with_units
@@ -30,7 +31,7 @@ from setpoint.sensor.probe import Probe
 from setpoint.sensor.reading import Reading
 from setpoint.spending.spending import Spending
 
-Whole = dict[str, dict[Key, Tensor]]
+Snapshots = dict[str, dict[Key, Tensor]]
 """By group, the tensors of a layer as it was before the last cut."""
 
 _PROBE_SHARE = 0.01
@@ -64,6 +65,7 @@ class Regrowing:
     reserve_bytes: int | None = 8 * 2**30
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         limit = self.reserve_bytes
         if limit is not None and (type(limit) is not int or limit < 0):
             raise ValueError(f"reserve_bytes is a whole number of bytes, at least 0, or None; got {limit!r}")
@@ -77,13 +79,19 @@ class Regrowth:
     """
 
     def __init__(
-        self, cutting: Cutting, controller: Controller, spending: Spending, reserve_bytes: int | None, *, lasting: bool
+        self,
+        cutting: Cutting,
+        controller: RegrowingController,
+        spending: Spending,
+        reserve_bytes: int | None,
+        *,
+        lasting: bool,
     ) -> None:
         host = cutting.host
         self.reserve = Reserve.of(host.model, cutting.dense, reserve_bytes, host.mesh)
         self.lasting, self.brings_back = lasting, controller.regrow
         self._cutting, self._controller, self._spending = cutting, controller, spending
-        self._model, self._optimizers, self._copies = host.model, host.optimizers, host.copies
+        self._host, self._model, self._optimizers = host, host.model, host.optimizers
         self._lossless = {group.name for group in cutting.dense if group.lossless}
         self._decisions = 0
         self._probing: Probing | None = None
@@ -91,7 +99,7 @@ class Regrowth:
         self._recent: list[dict[str, Float64[np.ndarray, " _units"]]] = []
         self._easing: Easing | None = None
         self._last_rest = self._turn = 0
-        self._whole: Whole = {}
+        self._snapshots: Snapshots = {}
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -103,7 +111,7 @@ class Regrowth:
         """By group, the index that each active unit has in the dense model."""
         return self._cutting.origin
 
-    by_unit = True
+    kind, by_unit = "regrowing", True
     masks: Mapping[str, Tensor] = {}
 
     def broken(self) -> str:
@@ -146,13 +154,13 @@ class Regrowth:
         with self._cutting.host.resizable(f"the cut after step {plan.step}", changing(plan, self.groups)) as agreed:
             change, cutting = Change(), self._cutting
             if plan.drops():
-                whole = self._as_it_is(plan, reading.basis)
+                snapshots = self._as_it_is(plan, reading.basis)
                 with (
                     cutting.coordinates(cutting.host, self.groups, plan, reading, rest=self.lasting),
                     self._resting(plan.keep) as note,
                 ):
                     change = replace(cutting.drop(plan, agreed), note=note)
-                self._whole = whole
+                self._snapshots = snapshots
             if plan.grows():
                 change = replace(change, regrown=self._grow(plan, agreed))
             return change
@@ -177,11 +185,13 @@ class Regrowth:
         """Everything in plain tensors and numbers."""
         return {
             **self._cutting.state_dict(),
-            "kind": "regrowing",
+            "kind": self.kind,
             "reserve": self.reserve.state_dict(),
             "decisions": self._decisions,
             "last_rest": self._last_rest,
-            "whole": {name: [(*key, value) for key, value in each.items()] for name, each in self._whole.items()},
+            "snapshots": {
+                name: [(*key, value) for key, value in each.items()] for name, each in self._snapshots.items()
+            },
             "probing": self._probing is not None,
             "recent": plain(self._recent, "recent gains"),
             "chosen": plain(self._chosen, "units to probe"),
@@ -208,9 +218,9 @@ class Regrowth:
             inside = np.isin(origins, np.arange(units.get(name, 0))).all()
             if origins.ndim != 1 or origins.dtype.kind != "i" or not inside:
                 raise GroupError(f"units to probe of {name!r} are not units of that group")
-        Easing.check(state["easing"], state["shapes"], len(self._copies))
+        Easing.check(state["easing"], state["shapes"], len(self._host.copies))
         int(state["decisions"]), int(state["last_rest"]), int(state["turn"]), bool(state["probing"])
-        _whole(state["whole"])
+        _snapshots(state["snapshots"])
         return groups
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -219,11 +229,11 @@ class Regrowth:
         self._cutting.load_state_dict(state)
         self.reserve, self._decisions = reserve, int(state["decisions"])
         self._last_rest, self._turn = int(state["last_rest"]), int(state["turn"])
-        self._whole = _whole(state["whole"])
+        self._snapshots = _snapshots(state["snapshots"])
         self._recent.extend(_gains(state))
         self._chosen = {name: origins[reserve.resting[name][origins]] for name, origins in _chosen(state).items()}
         if state["easing"] is not None:
-            self._easing = Easing.resumed(self._model, self._copies, state["easing"])
+            self._easing = Easing.resumed(self._model, self._host.copies, state["easing"])
         if state["probing"]:
             self._start_probe()
 
@@ -315,16 +325,16 @@ class Regrowth:
         drops = {name: reserve.drops[name][units] for name, units in origins.items()}
         return Probe(step, origins, gain, error, rested, drops, num_steps=num_steps, deviation=deviation)
 
-    def _as_it_is(self, plan: Plan, turned: Iterable[str]) -> Whole:
+    def _as_it_is(self, plan: Plan, turned: Iterable[str]) -> Snapshots:
         """Layers whose states are about to be turned and cut, as they are: nothing less takes such a cut back."""
         self._settle()
-        whole: Whole = {}
+        snapshots: Snapshots = {}
         for group in self.groups:
             if group.name in turned and not plan.keep[group.name].all():
                 names = frozenset(piece.tensor for piece in group.slices)
-                tensors = held(self._model, self._optimizers, self._copies, names)
-                whole[group.name] = {key: tensor.detach().clone() for key, tensor in tensors}
-        return whole
+                tensors = held(self._model, self._optimizers, self._host.copies, names)
+                snapshots[group.name] = {key: tensor.detach().clone() for key, tensor in tensors}
+        return snapshots
 
     @contextmanager
     def _resting(self, keep: Mapping[str, Bool[np.ndarray, " _units"]]) -> Iterator[str]:
@@ -335,7 +345,7 @@ class Regrowth:
         self._chosen = {}
         before, last_rest = self.reserve, self._last_rest
         self._last_rest = self._decisions
-        self.reserve = before.rest(self._model, self._optimizers, keep, self._copies, when=self._decisions)
+        self.reserve = before.rest(self._model, self._optimizers, keep, self._host.copies, when=self._decisions)
         let_go, words = self.reserve.let_go, ""
         if let_go:
             gone = sum(len(origins) for origins in let_go.values())
@@ -360,15 +370,15 @@ class Regrowth:
         regrown = {n: np.isin(np.flatnonzero(active[n]), units) for n, units in plan.grow.items() if len(units)}
         larger = cut_groups(self.reserve.groups, active)
 
-        def rise() -> None:  # while the tensors of a sharded model are whole
-            back = {name for name in self._whole if self._put_back(name)} if plan.undoes else set()
+        def rise() -> None:  # while the tensors of a sharded model are unsharded
+            back = {name for name in self._snapshots if self._put_back(name)} if plan.undoes else set()
             rising = {name: units for name, units in regrown.items() if name not in back}
-            self._easing = Easing(self._model, larger, rising, _EASE_STEPS, self._copies) if rising else None
+            self._easing = Easing(self._model, larger, rising, _EASE_STEPS, self._host.copies) if rising else None
             agreed()
 
         held_by = (self._model, self._optimizers, self.groups, self.reserve)
         try:
-            groups, self.reserve = regrow(*held_by, plan.grow, self._copies, agreed=rise)
+            groups, self.reserve = regrow(*held_by, plan.grow, self._host.copies, agreed=rise)
         except BaseException:
             self._easing = None
             raise
@@ -377,13 +387,15 @@ class Regrowth:
 
     def _put_back(self, name: str) -> bool:
         """Put a layer back as it was before the last cut, if nothing else about its shape has changed since."""
-        whole = self._whole[name]
-        names = frozenset(key.tensor for key in whole)
-        live = {key: each for key, each in held(self._model, self._optimizers, self._copies, names) if key in whole}
-        if any(key not in live or live[key].shape != value.shape for key, value in whole.items()):
+        snapshot = self._snapshots[name]
+        names = frozenset(key.tensor for key in snapshot)
+        live = {
+            key: each for key, each in held(self._model, self._optimizers, self._host.copies, names) if key in snapshot
+        }
+        if any(key not in live or live[key].shape != value.shape for key, value in snapshot.items()):
             return False
         with torch.no_grad():
-            for key, value in whole.items():
+            for key, value in snapshot.items():
                 live[key].copy_(value)
         return True
 
@@ -395,7 +407,7 @@ class Regrowth:
     def release(self) -> None:
         """Nothing comes back any more: give the reserve's memory back."""
         nothing = {name: np.zeros_like(units) for name, units in self.reserve.resting.items()}
-        self.reserve, self._whole = replace(self.reserve, tensors={}, resting=nothing), {}
+        self.reserve, self._snapshots = replace(self.reserve, tensors={}, resting=nothing), {}
 
     def stop(self) -> None:
         """Leave the model alone: nothing present, nothing rising; may be called again."""
@@ -414,7 +426,7 @@ def _chosen(state: Mapping[str, Any]) -> dict[str, Int[np.ndarray, " _units"]]:
     return {str(name): np.asarray(origins) for name, origins in found.items()}
 
 
-def _whole(state: Mapping[str, Sequence[Sequence[Any]]]) -> Whole:
+def _snapshots(state: Mapping[str, Sequence[Sequence[Any]]]) -> Snapshots:
     return {
         str(name): {Key(str(holder), str(tensor), str(part)): value.clone() for holder, tensor, part, value in each}
         for name, each in state.items()

@@ -275,9 +275,11 @@ class Reserve:
         tensor.
         """
         rest = self.tensors.get(key)
+        if rest is None and key.holder.startswith("copy"):  # made after the cut: what rests of it is as in the model
+            rest = self.tensors.get(Key("model", key.tensor))
         if rest is not None:
-            whole = torch.zeros(rest.form.shape, dtype=rest.values.dtype)
-            whole[resting_entries(whole.shape, known, live)] = rest.values
+            whole = torch.zeros(rest.form.shape, dtype=rest.values.dtype if like is None else like.dtype)
+            whole[resting_entries(whole.shape, known, live)] = rest.values.to(whole.dtype)
             return whole, rest.form
         assert like is not None
         shape = [len(live[dim]) if dim in live else length for dim, length in enumerate(like.shape)]

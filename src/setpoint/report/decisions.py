@@ -14,6 +14,9 @@ from setpoint.report.resources import PER, dense_of, dropped, end_of, limit_of, 
 BAND = 0.84
 """Share of a group's band that its units fill; a gap to the next band remains."""
 
+MOST_UNITS = 500_000
+"""How many units have a line each; of more no browser shows the figure."""
+
 _BAR = {"thickness": 12, "outlinewidth": 0}
 
 
@@ -34,7 +37,7 @@ def spending(record: Record, resource: str) -> Figure:
         spent.append((end_of(record), spent[-1][1]))
     held = [(entry.step, entry.reference[resource] / factor) for entry in entries if resource in entry.reference]
     data = [
-        line("reference", held, ORANGE, dash="dash", hover=f"%{{y:.4g}} {unit}"),
+        line("reference", held, INK, dash="dash", width=1.4, hover=f"%{{y:.4g}} {unit}"),
         line("spent", spent, BLUE, width=2.6, shape="hv", hover=f"%{{y:.4g}} {unit}"),
         cuts(entries, [entry.spent[resource] / factor for entry in entries]),
         *metered(entries, resource, factor, unit),
@@ -68,7 +71,7 @@ def cuts(entries: Sequence[Entry], heights: Sequence[float]) -> Trace:
     made = [(entry, height) for entry, height in zip(entries, heights, strict=True) if dropped(entry)]
     texts = [f"dropped {dropped(entry):,} units<br>{escape(entry.reason)}" for entry, _ in made]
     points, hover = [(entry.step, height) for entry, height in made], "<b>cut</b> at step %{x:,d}<br>%{hovertext}"
-    marker = {"symbol": "triangle-down", "size": 10, "color": BLUE}
+    marker = {"symbol": "circle", "size": 8, "color": BLUE}
     return scatter("markers", "cut", points, hover, hovertext=texts, marker=marker)
 
 
@@ -148,7 +151,7 @@ def timeline(record: Record, resource: str | None) -> Figure | None:
     colour is worth / price: how clear the decision was.
     """
     dense = first_widths(record)
-    if not dense or record.pattern:
+    if not dense or record.pattern or sum(dense.values()) > MOST_UNITS:
         return None
     height = 120 + max(34, min(64, 900 // len(dense))) * len(dense)
     bands = {name: place for place, name in enumerate(dense)}

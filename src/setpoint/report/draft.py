@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +11,9 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
+from setpoint.report.drawing import drawing, scheme
 from setpoint.report.figures import DARK, Figure
 from setpoint.report.numbers import NOTHING
 from setpoint.report.values import finite
@@ -26,19 +30,22 @@ class Draft:
         return Draft(self.html + other.html, {**self.figures, **other.figures})
 
 
-def document(title: str, body: Draft, script: str) -> str:
-    """The HTML of a page; `script` is JavaScript that defines `Plotly`."""
+def document(title: str, body: Draft, script: str = "") -> str:
+    """The HTML of a page; `script` is JavaScript that defines `Plotly`, for the figures that are not drawn already."""
     specs = {name: vars(figure) for name, figure in body.figures.items()}
     text = {name: (files("setpoint.report") / f"page.{name}").read_text(encoding="utf-8") for name in ("css", "js")}
+    scripts = (
+        f'<script type="application/json" id="figures">{inert(specs)}</script>\n'
+        f'<script type="application/json" id="dark">{inert(DARK)}</script>\n'
+        f"<script>{script}</script>\n<script>\n{text['js']}</script>\n"
+    )
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
-        f"<title>Setpoint: {escape(title)}</title>\n<style>\n{text['css']}</style>\n</head>\n<body>\n"
+        f"<title>Setpoint: {escape(title)}</title>\n<style>\n{scheme()}{text['css']}</style>\n</head>\n<body>\n"
         f"<main>\n{body.html}</main>\n"
-        f'<script type="application/json" id="figures">{inert(specs)}</script>\n'
-        f'<script type="application/json" id="dark">{inert(DARK)}</script>\n'
-        f"<script>{script}</script>\n<script>\n{text['js']}</script>\n</body>\n</html>\n"
+        f"{scripts if script else ''}</body>\n</html>\n"
     )
 
 
@@ -80,3 +87,19 @@ def place_of(name: str, figure: Figure | None, title: str, caption: str) -> Draf
         f"<figcaption>{caption}</figcaption></figure>\n",
         {name: figure},
     )
+
+
+def drawn(figure: Figure | None, title: str, caption: str) -> Draft:
+    """A titled figure that needs no script; nothing if there is none."""
+    if figure is None:
+        return Draft("")
+    head = f"<figure><h4>{escape(title)}</h4>{drawing(figure, title)}"
+    return Draft(f"{head}<figcaption>{caption}</figcaption></figure>\n")
+
+
+def download(name: str, text: str, titles: Sequence[str], lines: Iterable[Sequence[Any]]) -> Draft:
+    """A link that saves numbers, which the page holds, as a file of comma-separated values."""
+    written = io.StringIO()
+    csv.writer(written, lineterminator="\n").writerows([titles, *lines])
+    address = f"data:text/csv;charset=utf-8,{quote(written.getvalue())}"
+    return Draft(f'<a download="{escape(name)}" href="{address}">{escape(text)}</a>')

@@ -7,13 +7,10 @@ from collections import Counter
 from dataclasses import dataclass
 
 from setpoint.report.decisions import first_widths, height_of, rows, short
-from setpoint.report.figures import BLUE, GREY, ORANGE, OTHERS, Figure, Trace, escape, layout, line, scatter
+from setpoint.report.figures import BLUE, GREY, ORANGE, Figure, Trace, escape, layout, scatter
 from setpoint.report.numbers import digits
 from setpoint.report.record import Record
 from setpoint.report.resources import end_of
-
-COLORS = (BLUE, ORANGE, *OTHERS, GREY)
-DASHES = ("solid", "dash", "dot", "dashdot")
 
 
 @dataclass(frozen=True)
@@ -41,23 +38,6 @@ def rests(record: Record) -> tuple[Rest, ...]:
     return (*found, *(Rest(name, unit, begin, end, returned=False) for (name, unit), begin in since.items()))
 
 
-def active(record: Record) -> Figure | None:
-    """Active units of each group over steps; None without groups."""
-    dense = first_widths(record)
-    if not dense:
-        return None
-    data = []
-    for place, (name, width) in enumerate(dense.items()):
-        points = [(0, width), *((entry.step, entry.widths.get(name, width)) for entry in record.entries)]
-        points.append((end_of(record), points[-1][1]))
-        style = {"dash": DASHES[place // len(COLORS) % len(DASHES)], "width": 2.0, "shape": "hv"}
-        data.append(line(short(name), points, COLORS[place % len(COLORS)], **style))  # type: ignore[arg-type]
-    shape = layout("active units", height=340)
-    shape["yaxis"]["rangemode"] = "tozero"
-    shape["hovermode"] = "x unified" if len(dense) <= 8 else "closest"
-    return Figure(data, shape)
-
-
 def raster(record: Record) -> Figure | None:
     """A raster of all events, like a spike train: a row for each unit, a tick for each drop and each regrowth.
 
@@ -73,7 +53,7 @@ def raster(record: Record) -> Figure | None:
         points = [(step, height_of(bands, dense, name, unit)) for step, name, unit in events]
         ticks = scatter("markers", verb, points, f"<b>%{{text}}</b> {verb} at step %{{x:,d}}", legendgroup=verb)
         ticks["text"] = [f"{short(name)} {unit}" for _, name, unit in events]
-        ticks["marker"] = {"symbol": "line-ns-open", "size": 7, "color": color, "line": {"width": 1.6}}
+        ticks["marker"] = {"symbol": "line-ns-open", "size": 10, "color": color, "line": {"width": 1.6}}
         counts = Counter(step for step, _, _ in events)
         bars = {"type": "bar", "name": verb, "legendgroup": verb, "showlegend": False, "marker": {"color": color}}
         bars |= {"x": list(counts), "y": [sign * count for count in counts.values()], "yaxis": "y2"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -17,6 +18,9 @@ from setpoint.groups.trace import Frozen, trace
 from setpoint.report.own_function import is_own_function, named_errors, own_function
 from setpoint.report.parameters import Part, params_along, parts, share_along
 from setpoint.report.zoo import named_model, noise
+
+MOST_NUMBERS = 2**28
+"""In an example that is filled with noise: a gigabyte of them."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,11 @@ def load_target(target: str, shape: tuple[int, ...] | None = None) -> tuple[nn.M
     """
     if shape is not None and min(shape) < 1:
         raise UsageError(f"sizes of an example are at least 1, got {','.join(map(str, shape))}")
+    if shape is not None and math.prod(shape) > MOST_NUMBERS:
+        raise UsageError(
+            f"an example of {','.join(map(str, shape))} is too large to inspect a model with, at most {MOST_NUMBERS:,} "
+            "numbers: give a smaller batch, since groups and shares are the same"
+        )
     if target.endswith(".py"):
         raise UsageError(f"{target} is a file: name the function in it that returns the model, {target}:function")
     if not is_own_function(target):

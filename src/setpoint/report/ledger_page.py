@@ -9,11 +9,10 @@ from pathlib import Path
 from rich.markup import escape as plain
 from rich.table import Table
 
-from setpoint.errors import CheckpointError, ReportError
+from setpoint.errors import ReportError
 from setpoint.ledger import Ledger
 from setpoint.report import resources
 from setpoint.report.draft import Draft, document, save
-from setpoint.report.figures import plotly_script
 from setpoint.report.numbers import NOTHING, duration, human
 from setpoint.report.record import Record, record_of
 from setpoint.report.run import run
@@ -27,31 +26,37 @@ def read_ledger(file: Path) -> Record:
     """
     try:
         return record_of(Ledger.load(file))
-    except (OSError, CheckpointError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError) as error:  # hands may have written it
         said = f"{file} is no ledger that can be read ({error}): write one with loop.ledger.save()"
         raise ReportError(said) from error
 
 
-def write_ledger_page(file: Path, out: Path | None = None) -> Path:
+NONE = Draft("")
+
+
+def write_ledger_page(file: Path, out: Path | None = None, first: Draft = NONE, more: Draft = NONE) -> Path:
     """Write the report of one ledger, by default to the ledger's name with `.html`.
+
+    Args:
+        first: what stands above the run.
+        more: what stands behind the pictures of the budget.
 
     Raises:
         ReportError: if the ledger cannot be read.
-        ModuleNotFoundError: if plotly is not installed.
     """
     record = read_ledger(file)
     head = f"<header><h1>Setpoint <span>report</span></h1><p>{escape(file.name)}</p></header>\n<section>\n"
-    body = Draft(head) + run("run", file.stem, record) + Draft("</section>\n")
-    return save(document(file.stem, body, plotly_script()), file.with_suffix(".html") if out is None else out)
+    body = Draft(head) + first + run("run", file.stem, record, more=more) + Draft("</section>\n")
+    return save(document(file.stem, body), file.with_suffix(".html") if out is None else out)
 
 
 def ledger_tables(record: Record) -> Iterator[Table]:
     """For each resource its decisions: spent, reference, predicted, measured; then seconds by group."""
     for resource in resources.resources(record) or (None,):
-        unit = resources.UNITS.get(resource or "", resource or "")
+        unit = plain(resources.UNITS.get(resource or "", resource or ""))
         read = any((resource or "") in entry.metered for entry in record.entries)
         titles = ["step", "spent", "reference", *(["predicted before", "measured before"] if read else []), "dropped"]
-        name = resources.NAMES.get(resource or "", resource or "decisions")
+        name = plain(resources.NAMES.get(resource or "", resource or "decisions"))
         table = Table(title=f"{name} per {resources.PER.get(resource or '', 'step')}", title_justify="left")
         for title in titles:
             table.add_column(title, justify="right", no_wrap=True)

@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from setpoint.errors import UsageError
+from setpoint.given import did_you_mean
 
 
 def is_own_function(target: str) -> bool:
@@ -36,10 +37,14 @@ def own_function(target: str) -> Callable[[], Any]:
     path = Path(file)
     if not path.is_file():
         raise UsageError(f"no file {path}: give an existing Python file as module.py:function")
-    function = getattr(_module(path.resolve(), path.read_bytes()), name, None)
+    module = _module(path.resolve(), path.read_bytes())
+    function = getattr(module, name, None)
     if not callable(function):
-        settings = ": only methods of Setpoint's own have settings by name" if "@" in name else ""
-        raise UsageError(f"{path} has no function {name!r}{settings}")
+        if "@" in name:
+            raise UsageError(f"{path} has no function {name!r}: only methods of Setpoint's own have settings by name")
+        own = [each for each, value in vars(module).items() if inspect.isfunction(value)]
+        listed = f"it has {', '.join(own)}" if own else "it has no functions"
+        raise UsageError(f"{path} has no function {name!r}: {did_you_mean(name, own)}{listed}")
     try:
         inspect.signature(function).bind()
     except TypeError as error:

@@ -8,7 +8,7 @@ from typing import Any
 
 from setpoint.entry import Entry
 from setpoint.ledger import Ledger
-from setpoint.report.values import mapping, quantities, whole
+from setpoint.report.values import integer, mapping, number, quantities
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ def record_of(ledger: Ledger) -> Record:
     header = ledger.header
     groups = {str(key): mapping(value) for key, value in mapping(header.get("groups")).items()}
     return Record(
-        units={key: int(value["num_units"]) for key, value in groups.items() if "num_units" in value},
+        units={key: units for key, value in groups.items() if (units := _count(value.get("num_units"))) is not None},
         what={key: str(value.get("what", "unit")) for key, value in groups.items()},
-        total_steps=whole(header.get("total_steps")),
+        total_steps=_count(header.get("total_steps")),
         entries=tuple(_finite(entry) for entry in ledger),
         sources=sources(header),
         pattern=str(header.get("pattern", "")),
@@ -66,6 +66,12 @@ def sources(header: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
     return found
 
 
+def _count(value: Any) -> int | None:
+    found = integer(value)
+    return None if found is None or found < 0 else found
+
+
 def _finite(entry: Entry) -> Entry:
     kept: dict[str, Any] = {name: quantities(getattr(entry, name)) for name in _OF_ENTRY}
+    kept |= {"loss": number(entry.loss), "seconds": number(entry.seconds) or 0.0, "reason": str(entry.reason)}
     return replace(entry, **kept)

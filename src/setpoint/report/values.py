@@ -6,15 +6,17 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from setpoint.checkpoint.fields import LARGEST
+
 
 def number(value: Any) -> float | None:
-    """A finite float, or None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    """A finite float of a size that is measured, or None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return float(value)
+    return float(value) if abs(value) <= LARGEST else None  # NaN is not
 
 
-def whole(value: Any) -> int | None:
+def integer(value: Any) -> int | None:
     """An integer, or None for anything else."""
     return None if (found := number(value)) is None else int(found)
 

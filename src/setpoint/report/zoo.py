@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from importlib import import_module
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from setpoint.errors import UsageError
+from setpoint.given import did_you_mean
 
 _MOST_PARAMS = 500_000_000
 """A larger model is built without weights: the copies on which cuts are tried would fill the memory."""
@@ -36,27 +36,31 @@ def named_model(target: str, shape: tuple[int, ...] | None = None) -> tuple[nn.M
     Args:
         target: "torchvision:resnet50", "timm:vit_tiny_patch16_224", "transformers:gpt2" (a model type, or a model on
             the Hub, with a slash in its name), or one of these names alone: then the libraries are searched in
-            this order.
+            this order. "timm/resnet18.a1_in1k" is timm's, as on the Hub.
         shape: of a batch of images, or of tokens for a language model; None for the model's usual size.
 
     Raises:
         UsageError: for a name that no installed library knows, or a shape of another kind than the model takes.
     """
     library, colon, name = target.rpartition(":")
+    if not colon and target.partition("/")[0] in _LIBRARIES:
+        library, colon, name = target.partition("/")
     if colon and library not in _LIBRARIES:
-        raise UsageError(f"unknown library {library!r} in {target!r}: use one of {', '.join(_LIBRARIES)}")
-    missing, close = list[str](), list[str]()
+        hint = did_you_mean(library, _LIBRARIES)
+        raise UsageError(f"unknown library {library!r} in {target!r}: {hint}use one of {', '.join(_LIBRARIES)}")
+    missing, known = list[str](), dict[str, None]()
     for each in [library] if colon else _LIBRARIES:
         try:
             names = library_names(each)
         except ImportError:
             missing.append(each)
             continue
-        if name in names or (each == "transformers" and "/" in name):
+        tagged = each == "timm" and name.partition(".")[0] in names
+        if name in names or tagged or (each == "transformers" and "/" in name):
             return _LIBRARIES[each](name, shape)
-        close += difflib.get_close_matches(name, names, 3)
-    close = difflib.get_close_matches(name, dict.fromkeys(close), 3)
-    hint = f"did you mean {' or '.join(close)}? Otherwise name" if close else "name"
+        known |= dict.fromkeys(names)
+    hint = did_you_mean(name, known)
+    hint = f"{hint}Otherwise name" if hint else "name"
     absent = f" ({', '.join(missing)} not installed: pip install {' '.join(missing)})" if missing else ""
     raise UsageError(
         f"unknown model {target!r}{absent}: {hint} a model of torchvision, timm or transformers, "
@@ -136,6 +140,8 @@ def _transformers(name: str, shape: tuple[int, ...] | None) -> tuple[nn.Module, 
 
 
 _LIBRARIES = {"torchvision": torchvision_model, "timm": timm_model, "transformers": _transformers}
+LIBRARIES = tuple(_LIBRARIES)
+"""In the order in which a name is searched."""
 
 
 def transformers_model(

@@ -34,6 +34,7 @@ from setpoint.resources.replica import replica
 from setpoint.resources.table import Table
 from setpoint.resources.tape import Tape, Trainee, record
 from setpoint.spending.seconds import Stopwatch
+from setpoint.under_way import under_way
 
 _LEAST_STEPS, _MOST_STEPS, _ENOUGH_S = 3, 50, 0.3
 _CALIBRATION_LIMIT_S = 20.0
@@ -149,13 +150,14 @@ def _tape(make: Make, groups: tuple[Group, ...]) -> Tape:
     is that of a model in which everything is.
     """
     try:
-        try:
-            return record(partial(make, data=False), trial_widths(groups))
-        except CostError as error:
+        with under_way("recording a step"):
             try:
-                return record(partial(make, data=False), trial_widths(groups, dense=False))
-            except CostError:
-                raise error from None
+                return record(partial(make, data=False), trial_widths(groups))
+            except CostError as error:
+                try:
+                    return record(partial(make, data=False), trial_widths(groups, dense=False))
+                except CostError:
+                    raise error from None
     except SetpointError:
         raise
     except Exception as error:
@@ -172,15 +174,17 @@ def _calibrated(
     kept = table.fit(cost.key)
     if kept is not None and len(kept) == 4 and meter is None:
         return cost.fitted(Fit(*kept)), []
-    seconds, joules, began = list[Reading](), list[Reading](), time.perf_counter()
-    for widths in _spread(groups):
-        if len(seconds) >= 4 and time.perf_counter() - began > _CALIBRATION_LIMIT_S:
-            break
-        taken = _timed(make, widths, table.device, meter)
-        if taken is not None:
-            seconds.append((widths, taken[0]))
-            if taken[1] is not None:
-                joules.append((widths, taken[1]))
+    seconds, joules, began, spread = list[Reading](), list[Reading](), time.perf_counter(), _spread(groups)
+    with under_way(f"timing whole steps ({cost.resource})") as show:
+        for number, widths in enumerate(spread):
+            if len(seconds) >= 4 and time.perf_counter() - began > _CALIBRATION_LIMIT_S:
+                break
+            show(number / len(spread))
+            taken = _timed(make, widths, table.device, meter)
+            if taken is not None:
+                seconds.append((widths, taken[0]))
+                if taken[1] is not None:
+                    joules.append((widths, taken[1]))
     if not seconds:
         raise CostError("no step of a copy of the model fits into memory here: use of='flops' or of='params'")
     fit = fit_steps(cost, seconds)

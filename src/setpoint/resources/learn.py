@@ -37,7 +37,7 @@ class Learnt:
     sources: Mapping[str, str]
     header: Mapping[str, Any]
     meter: Metering
-    target: Callable[[Sequence[Budget], Mapping[str, Cost], Schedule, str], Target]
+    target: Callable[[Sequence[Budget], Mapping[str, Cost], Schedule, str, Mapping[str, float]], Target]
 
 
 def learn(

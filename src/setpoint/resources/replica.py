@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from setpoint.actuator.shrink import named_tensors, shrink
-from setpoint.groups.export import Example, computed, inputs_of, tensors_of, untouched_attributes
+from setpoint.groups.example import Example, computed, inputs_of, mapped, tensors_of, untouched_attributes
 from setpoint.groups.group import Group
 
 
@@ -92,7 +92,7 @@ def fresh_replica(
         for tensor in (*model.parameters(), *model.buffers(), *states):
             if mode is not None and isinstance(tensor, Tensor) and id(tensor) not in memo:
                 memo[id(tensor)] = _copied(tensor, mode)
-        args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: _copied(tensor, mode), inputs_of(example))
+        args, kwargs = mapped(lambda tensor: _copied(tensor, mode), inputs_of(example))
         inside.enter_context(untouched_attributes(model))
         inside.enter_context(mode or nullcontext())
         twin, trainers = copy.deepcopy((model, tuple(optimizers)), memo)

@@ -7,34 +7,25 @@ import math
 import os
 import platform
 import statistics
-import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from setpoint.cache import cache_folder
 from setpoint.resources.curve import Curve, Point, points
 from setpoint.resources.problem import Problem
 from setpoint.spending.seconds import Stopwatch
+from setpoint.under_way import under_way
 
 FORMAT = 1
 _ROUNDS = 3
 _LEAST_SECONDS = 1e-3
-
-
-def cache_folder() -> Path:
-    """The user's cache folder for Setpoint, by the platform's custom; it need not exist yet."""
-    if sys.platform == "win32":
-        local = os.environ.get("LOCALAPPDATA")
-        return (Path(local) if local else Path.home() / "AppData" / "Local") / "setpoint" / "cache"
-    if sys.platform == "darwin" and not os.environ.get("XDG_CACHE_HOME"):
-        return Path.home() / "Library" / "Caches" / "setpoint"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "setpoint"
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -137,7 +128,7 @@ class Table:
 
     def _time(self, problems: Sequence[Problem], limit_s: float) -> None:
         began = time.perf_counter()
-        with _progress("timing operations on this device") as show:
+        with under_way("timing operations on this device") as show:
             first = {}
             for number, problem in enumerate(problems):
                 first[problem.key] = _seconds(problem, problem.dense, self.device)
@@ -195,15 +186,3 @@ def seconds_per_byte(curves: Sequence[Curve]) -> float:
         if not curve.problem.contraction and curve.problem.num_bytes(curve.problem.dense) > 1e5
     ]
     return statistics.median(rates) if rates else 1e-9
-
-
-@contextmanager
-def _progress(title: str) -> Iterator[Any]:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(title, total=1.0)
-        yield lambda fraction: bar.update(task, completed=fraction)

@@ -138,7 +138,6 @@ def _take(trainee: AbstractContextManager[Trainee]) -> _Take:
 
     with trainee as made:
         held = made.held()
-        gc.collect()  # what an earlier step left in cycles must not go in the middle of this one
         collects = gc.isenabled()
         gc.disable()
         try:

@@ -37,8 +37,9 @@ class MeteredTarget(Target):
         costs: Mapping[str, Cost],
         schedule: Schedule,
         resource: str = "flops",
+        original: Mapping[str, float] | None = None,
     ) -> None:
-        super().__init__(budgets, costs, widths_of(groups), schedule, resource)
+        super().__init__(budgets, costs, widths_of(groups), schedule, resource, original)
         self._meter, self._groups = meter, groups
         self._narrowest = {group.name: lowest_width(group) for group in groups}
         self._factor = dict.fromkeys([each.resource for each in budgets] or [resource], 1.0)
@@ -50,7 +51,8 @@ class MeteredTarget(Target):
 
     def anew(self, budgets: Sequence[Budget]) -> MeteredTarget:
         """The same of other budgets, with what meters have reported so far."""
-        other = MeteredTarget(self._groups, self._meter, budgets, self.costs, self._schedule, self._resource)
+        known = (self.costs, self._schedule, self._resource, self.original)
+        other = MeteredTarget(self._groups, self._meter, budgets, *known)
         for name in (other._factor.keys() & self._metered_dense.keys()) - other._whole:
             other._factor[name], other._first[name] = self._factor[name], self._first[name]
             other._anchor(name, self._metered_dense[name], at_dense=True)

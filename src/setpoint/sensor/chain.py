@@ -36,7 +36,7 @@ class ChainState:
 class SensorChain:
     """Hands each group to the first sensor that can read it, and puts their readings together.
 
-    The whole is calibrated if every part is.
+    The whole is calibrated if every part is, in the same unit.
 
     Raises:
         ValueError: when there is no sensor.
@@ -108,13 +108,14 @@ class SensorChain:
         readings = [link.sensor.read(link.state, link.of(groups), step) for link in state.links]
         parts: dict[str, Any] = {
             part: {name: values for each in readings for name, values in getattr(each, part).items()}
-            for part in ("saliency", "slope", "norm", "basis")
+            for part in ("saliency", "slope", "norm", "basis", "steps_seen")
         }
         return Reading(
             step,
             **parts,
             num_samples=max((each.num_samples for each in readings), default=1),
-            calibrated=all(each.calibrated for each in readings),
+            calibrated=all(each.calibrated for each in readings) and len({each.in_loss for each in readings}) < 2,
+            in_loss=all(each.in_loss for each in readings),
             num_steps=min((each.num_steps for each in readings), default=0),
             skipped_steps=max((each.skipped_steps for each in readings), default=0),
         )

@@ -39,9 +39,11 @@ class Reading:
             loss has) when `calibrated`.
         num_samples: independent samples behind each step's gradient.
         calibrated: False when the values rank units within one group only.
+        in_loss: False when they are calibrated, but not in the unit of the loss: no price can be set against them.
         num_steps: how many optimizer steps went into the reading.
         skipped_steps: steps that were left out because a gradient was NaN or infinite; counted since `init` by a
             sensor, since the last reading in an `Observation`.
+        steps_seen: by group name, in how many steps it was seen, if known; with 0 its saliencies mean nothing.
         slope: by group name, mean of the gate's gradient r over the steps, where the sensor reads it.
         norm: by group name, L2 norm of the unit's outgoing weights, where the sensor knows it.
         basis: by group name, the balanced coordinates that its units are about; the actuator goes there before it cuts.
@@ -52,8 +54,10 @@ class Reading:
     saliency: Mapping[str, ByUnit[Float64[np.ndarray, " units"]]] = field(metadata=fresh(math.nan))
     num_samples: int
     calibrated: bool = True
+    in_loss: bool = True
     num_steps: int = 0
     skipped_steps: int = 0
+    steps_seen: Mapping[str, int] = field(default_factory=dict)
     slope: Mapping[str, Float64[np.ndarray, " _units"]] = field(default_factory=dict)
     norm: Mapping[str, Float64[np.ndarray, " _units"]] = field(default_factory=dict)
     basis: Mapping[str, Basis] = field(default_factory=dict)
@@ -62,6 +66,10 @@ class Reading:
     def finite(self) -> bool:
         """Whether every value is a finite number; a controller makes no decision on any other."""
         return all(bool(np.isfinite(values).all()) for values in self.saliency.values())
+
+    def unseen(self) -> frozenset[str]:
+        """Names of the groups of which no step has shown anything: they are not worthless, they are unknown."""
+        return frozenset(name for name, steps in self.steps_seen.items() if not steps)
 
 
 State = TypeVar("State")

@@ -26,8 +26,13 @@ class Source:
     channels: UnitSum | None = None  # adds up what the tap reads by unit
 
     def seen(self) -> bool:
-        """Whether there is something to read in this step."""
+        """Whether there is something to read in this step; a trained weight that the loss does not use counts as 0."""
         return self.weight.requires_grad or (self.tap is not None and self.tap.seen)
+
+    def has_gradient(self) -> bool:
+        """Whether this step has shown something of it."""
+        trained = self.weight.requires_grad and self.weight.grad is not None
+        return trained or (self.tap is not None and self.tap.seen)
 
     def gate_gradient(self, like: Tensor) -> Float[Tensor, " units"] | None:
         """The weight's share of each unit's gate gradient in this step, with device and dtype of `like`; or None."""

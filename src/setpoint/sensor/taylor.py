@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from setpoint.distributed import Ranks, local
 from setpoint.errors import GroupError, LoopError
+from setpoint.given import counts
 from setpoint.groups.follow import FOUND_ANEW, ByUnit
 from setpoint.groups.group import Group
 from setpoint.sensor.reading import Reading
@@ -21,7 +22,6 @@ from setpoint.sensor.source import Source, Sources, find_sources, zero_if_finite
 from setpoint.sensor.tap import Tap, tappable
 
 _FOLD_AT = 16  # steps that are folded into the moments at a time: on small models calls cost more than arithmetic
-
 _TINY = 1e-30  # keeps a division by a weight of zero, which then counts for nothing, from making NaN
 
 
@@ -40,6 +40,7 @@ class TaylorState:
     squares: ByUnit[Float[Tensor, " all_units"]]  # sum of their squared weights
     num_steps: Float[Tensor, ""]  # how many there are (0-dim tensors, so that counting needs no host sync)
     skipped_steps: Float[Tensor, ""]  # steps left out because a gradient was NaN or infinite
+    steps_seen: tuple[int, ...]  # by group, steps in which any of its outgoing weights had a gradient
     recent: tuple[Float[Tensor, " all_units"], ...] = ()  # r of the steps not folded yet, the latest last
     sources: Sources | None = field(default=None, metadata=FOUND_ANEW)  # whose gradients are read
     tapped: frozenset[str] = field(default=frozenset(), metadata={"live": True})  # weights frozen at `init`
@@ -89,13 +90,6 @@ class TaylorState:
             skipped_steps=self.skipped_steps + (len(self.recent) - count),
             recent=(),
         )
-
-
-def check_counts(**counts: object) -> None:
-    """Check that these settings are positive integers, or raise ValueError."""
-    for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a positive integer, got {value!r}")
 
 
 class TaylorSensor:
@@ -154,9 +148,7 @@ class TaylorSensor:
     def __init__(
         self, num_samples: int, window: int = 50, first_order: bool = False, ranks: Ranks | None = None
     ) -> None:
-        check_counts(num_samples=num_samples, window=window)
-        self.num_samples = num_samples
-        self.window = window
+        self.num_samples, self.window = counts(num_samples=num_samples, window=window)
         self.first_order = first_order
         self.ranks = Ranks() if ranks is None else ranks
 
@@ -201,8 +193,8 @@ class TaylorSensor:
         zeros = torch.zeros(sum(group.num_units for group in groups), dtype=dtype, device=first.device)
         none = torch.zeros((), dtype=dtype, device=first.device)
         names, num_units = tuple(g.name for g in groups), tuple(g.num_units for g in groups)
-        moments = (zeros, zeros, zeros, zeros, none, none)
-        return TaylorState(names, num_units, *moments, (), sources, tapped, sentinels, self.window)
+        moments, seen = (zeros, zeros, zeros, zeros, none, none), (0,) * len(groups)
+        return TaylorState(names, num_units, *moments, seen, (), sources, tapped, sentinels, self.window)
 
     @torch.no_grad()
     def update(
@@ -213,7 +205,15 @@ class TaylorSensor:
         # A rank cannot know what others have seen: where it is shared, what nobody has seen counts as zero, unless it
         # could not be seen, since what reads it has only just been put there.
         shared = self.ranks.count > 1 and state.sources is not None
-        trains = [all(each.seen() or (shared and each.tap) for each in of_group) for of_group in sources.by_group]
+        taps = [shared and any(each.tap for each in of_group) for of_group in sources.by_group]
+        now = [tap or any(each.has_gradient() for each in of) for tap, of in zip(taps, sources.by_group, strict=True)]
+        steps_seen = tuple(steps + one for steps, one in zip(state.steps_seen, now, strict=True))
+        # A weight without a gradient was not used by the loss, and is worth nothing in this step. But as long as
+        # nothing was ever seen of a group it may as well be frozen, or behind a `detach`: then it is unknown.
+        trains = [
+            bool(steps) and all(each.seen() or (shared and each.tap) for each in of_group)
+            for steps, of_group in zip(steps_seen, sources.by_group, strict=True)
+        ]
         gate_gradient = _summed(state, sources.by_group, lambda source: source.gate_gradient(state.mean))
         gate_gradient = sources.ranks.total(gate_gradient + zero_if_finite(sources.others, state.mean))
         if state.sentinels is not None:
@@ -224,8 +224,10 @@ class TaylorSensor:
             gate_gradient = gate_gradient / grad_scale
         if not all(trains):
             seen = torch.from_numpy(np.repeat(trains, state.num_units)).to(gate_gradient.device)
-            return replace(state.folded(), recent=(gate_gradient,), sources=sources).folded(seen)
-        state = replace(state, recent=(*state.recent, gate_gradient), sources=sources)
+            state = replace(state.folded(), recent=(gate_gradient,), sources=sources, steps_seen=steps_seen)
+            return state.folded(seen)
+        recent = (*state.recent, gate_gradient)
+        state = replace(state, recent=recent, sources=sources, steps_seen=steps_seen)
         return state if len(state.recent) < _FOLD_AT else state.folded()
 
     def forget(self, state: TaylorState) -> None:
@@ -268,6 +270,7 @@ class TaylorSensor:
         curvature = self.num_samples * unbiased + mean**2
         saliency = np.maximum(0.0, 0.5 * curvature - (mean if self.first_order else 0.0))
         counts: dict[str, Any] = {"num_steps": round(num_steps), "skipped_steps": round(skipped)}
+        counts["steps_seen"] = dict(zip(state.names, state.steps_seen, strict=True))
         parts: dict[str, Any] = {"slope": state.by_group(mean), "norm": _weight_norms(state)}
         return Reading(step, state.by_group(saliency), self.num_samples, **counts, **parts)
 

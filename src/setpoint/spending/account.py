@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from setpoint.checkpoint.fields import fields_of
 from setpoint.spending.break_even import Segment
 from setpoint.spending.seconds import StepMeter, Stopwatch
 
@@ -49,6 +50,11 @@ class Account(Totals):
     def run_seconds(self) -> float:
         """Wall-clock seconds since attach began, up to the end of the last optimizer step."""
         return self.attach.seconds_so_far + self.running.seconds
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps done."""
+        return self._num_steps
 
     @property
     def extra_seconds_per_step(self) -> float:
@@ -146,4 +152,4 @@ class Account(Totals):
         for name, value in own["numbers"].items():
             setattr(self, name, type(value)(state["numbers"][name]))
         self.steps.load_state_dict(state["steps"])
-        self._segments = [Segment(**each) for each in state["segments"]]
+        self._segments = [Segment(**fields_of(Segment, each)) for each in state["segments"]]

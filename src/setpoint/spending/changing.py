@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 from setpoint.controller.landing import cheapest
 from setpoint.cost.budget import Budget
-from setpoint.errors import LoopError
+from setpoint.errors import BudgetError, LoopError
+from setpoint.given import plain_number
 from setpoint.groups.group import Group
-from setpoint.spending.checks import check_budgets, check_costed, check_reachable
+from setpoint.spending.checks import check_budgets, check_costed, check_reachable, with_bill
 from setpoint.spending.spending import Spending
 
 
@@ -34,14 +35,17 @@ def change_budget(spending: Spending, budget: Budget | Sequence[Budget], groups:
     Raises:
         BudgetError: when it cannot be met, or is on a resource that this run does not know.
     """
-    budgets = check_budgets(budget)
+    budgets, bill = with_bill(check_budgets(budget))
+    if bill:
+        raise BudgetError("the bill of a run is fixed at attach: change the budgets per step alone")
     spending.check_kind(budgets)
     check_costed(budgets, spending.costs, spending.budgets)
     changed = copy.copy(spending)
     changed.hold(spending.target.anew(budgets))
     for each in budgets:
-        cost, dense = spending.costs[each.resource], changed.expected(each.resource, spending.dense_widths)
-        check_reachable(each, dense, cheapest(cost, groups) * dense / cost.total(spending.dense_widths))
+        cost, present = spending.costs[each.resource], changed.expected(each.resource, spending.dense_widths)
+        least = cheapest(cost, groups) * present / cost.total(spending.dense_widths)
+        check_reachable(each, changed.target.original.get(each.resource, present), least)
     changed.runs.check(step, spending.total_steps, groups)
     spending.target, spending.runs = changed.target, changed.runs
 
@@ -51,9 +55,16 @@ def change_total_steps(spending: Spending, total_steps: int, groups: tuple[Group
 
     Raises:
         BudgetError: when the budget of the run could not be met.
+        LoopError: where a bill says how long the run is.
         ValueError: for a number that is not above the steps done.
     """
-    if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps <= step:
+    if spending.bill:
+        raise LoopError(
+            f"the bill of the run says how long it is, {spending.length} steps as planned now: to say it "
+            "yourself, attach without the budget per run"
+        )
+    total_steps = plain_number(total_steps)
+    if type(total_steps) is not int or total_steps <= step:
         raise ValueError(f"total_steps must be an integer above the {step} steps done, got {total_steps!r}")
     spending.runs.check(step, total_steps, groups)
     spending.total_steps = total_steps

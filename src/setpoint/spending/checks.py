@@ -24,11 +24,22 @@ def check_budgets(budget: Budget | Sequence[Budget]) -> tuple[Budget, ...]:
                 f"a run spends 'flops', seconds ('latency') and 'energy', there is no budget per run of "
                 f"{each.resource!r}: use per='step', the finished model's cost"
             )
-    if not budgets or len({each.resource for each in budgets}) < len(budgets):
+    if not budgets or len({(each.resource, each.per) for each in budgets}) < len(budgets):
         raise BudgetError(f"give one budget for each resource, and at least one, got {list(budgets)}")
-    if len(budgets) > 1 and any(each.per == "run" for each in budgets):
-        raise BudgetError("a budget per run stands alone in this version: give it without others")
+    runs = [each.resource for each in budgets if each.per == "run"]
+    if len(budgets) > 1 and runs and runs != ["flops"]:
+        raise BudgetError(
+            f"beside budgets per step a budget per run is one of 'flops' in this version, got {' and '.join(runs)}"
+        )
     return budgets
+
+
+def with_bill(budgets: tuple[Budget, ...]) -> tuple[tuple[Budget, ...], Budget | None]:
+    """The budgets that the controller is held to, and the bill that decides the run's length, if there is one."""
+    per_step = tuple(each for each in budgets if each.per == "step")
+    if not per_step or len(per_step) == len(budgets):
+        return budgets, None
+    return per_step, next(each for each in budgets if each.per == "run")
 
 
 def check_costed(budgets: Sequence[Budget], resources: Collection[str], before: Sequence[Budget]) -> None:

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from setpoint.controller.horizon import RunRest, next_decision
 from setpoint.controller.ladder import lowest_width
@@ -87,6 +88,20 @@ class Runs:
                     f"would come to {amount(least[name], name)}",
                     stacklevel=2,
                 )
+
+    def length(self, total_steps: int) -> int:
+        """The run is as long as it was said to be."""
+        return total_steps
+
+    def stepped(self, widths: Mapping[str, int] | None = None) -> None:
+        """Nothing is remembered of a step."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing is remembered."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Nothing is remembered."""
 
     @property
     def metered(self) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -16,34 +15,11 @@ from setpoint.entry import Entry
 from setpoint.groups.group import Group, widths_of
 from setpoint.sensor.reading import Reading
 from setpoint.spending.account import Account
+from setpoint.spending.bill import Bill, Paying
 from setpoint.spending.meter import Meter
+from setpoint.spending.no_runs import NoRuns
 from setpoint.spending.runs import LEARNING_SHARE, Runs
 from setpoint.spending.target import Target
-
-
-class NoRuns:
-    """What takes the place of `Runs` where no budget is one of the whole run: no limits, nothing to plan or check."""
-
-    metered = False
-
-    def limit(self, *_: Any) -> dict[str, Any]:
-        """Of no resource."""
-        return {}
-
-    spent = most = rest = limit
-
-    def replan(self, *_: Any) -> None:
-        """There is no plan."""
-
-    read_joules = check = replan
-
-    def spare_flops(self, *_: Any) -> float:
-        """No limit."""
-        return math.inf
-
-    def over(self, *_: Any) -> bool:
-        """Never."""
-        return False
 
 
 class Spending:
@@ -58,6 +34,7 @@ class Spending:
         regrows: whether units come back until the schedule is over.
         modelled: by resource, what the cost was modelled by.
         check: refuses budgets that a run of this kind cannot meet.
+        bill: what the run may spend beside budgets per step, which fixes its length.
     """
 
     def __init__(
@@ -76,6 +53,7 @@ class Spending:
         learning: Learning | None = None,
         modelled: Mapping[str, str] | None = None,
         check: Callable[[Sequence[Budget]], None] = lambda budgets: None,
+        bill: Bill | None = None,
     ) -> None:
         self.costs, self.total_steps, self.schedule = costs, total_steps, schedule
         self.account, self.meter, self.modelled = account, meter, modelled or {}
@@ -85,12 +63,20 @@ class Spending:
         self.dense_widths, self.check_kind, self._alone = widths_of(groups), check, alone
         self.readings, self._known = dict[str, float](), dict[str, float]()
         self._runs = partial(Runs, account, meter, groups, schedule, regrows, learning, set[str]())
-        self.account.sensing_flops = sensing_flops
+        self.account.sensing_flops, self.bill = sensing_flops, bill
+        self._paying = Paying(bill, account, schedule, target) if bill else None
         self.hold(target)
+        self.total_steps = self.length
 
     def hold(self, target: Target) -> None:
         """Be held to these budgets from here on."""
-        self.target, self.runs = target, self._runs(target) if target.runs else NoRuns()
+        self._paying = self._paying and self._paying.held_to(target)
+        self.target, self.runs = target, self._runs(target) if target.runs else self._paying or NoRuns()
+
+    @property
+    def length(self) -> int:
+        """Optimizer steps of the whole run; with a bill it changes, while decisions fall as in `total_steps` steps."""
+        return self.runs.length(self.total_steps)
 
     @property
     def budgets(self) -> tuple[Budget, ...]:
@@ -107,18 +93,15 @@ class Spending:
         """What the controller is to hold, by resource."""
         return self.target.limits
 
-    @property
-    def resizes(self) -> int:
-        """How often the model has changed its widths."""
-        return self.account.resizes
-
     def facts(self) -> dict[str, Any]:
         """What must be the same in two runs of which one goes on with the other, and on all ranks of one run."""
-        dense = self.target.dense
+        dense, bills = self.target.dense, (self.bill.budget,) if self.bill else ()
         return {
             "dense": {name: dense[name] for name in ("flops", "params")},  # others are fitted to this machine
-            "budgets": [(each.resource, float(each.limit), each.per, each.relative) for each in self.budgets],
-            "total_steps": self.total_steps,
+            "budgets": [
+                (each.resource, float(each.limit), each.per, each.relative) for each in (*self.budgets, *bills)
+            ],
+            "total_steps": self.bill.total_steps if self.bill else self.total_steps,
         }
 
     def binding(self, widths: Mapping[str, int]) -> str:
@@ -133,7 +116,7 @@ class Spending:
     @property
     def header(self) -> dict[str, Any]:
         """What a ledger says of spending before its first entry."""
-        dense = {name: cost.total(self.dense_widths) for name, cost in self.costs.items()}
+        dense = {name: self.target.dense_cost(name) for name in self.costs}
         limit = {each.resource: each.absolute(dense[each.resource]) for each in self.budgets}
         return {
             "dense": dense,
@@ -153,6 +136,7 @@ class Spending:
         """An optimizer step is done."""
         self.account.stepped()
         self.meter.stepped()
+        self.runs.stepped()
 
     def sensed(self) -> None:
         """The gradients of a step were read."""
@@ -172,6 +156,7 @@ class Spending:
         """The model has other widths: a step and a sensing cost something else from here on."""
         self.account.sensing_flops = sensing_flops
         self.account.resized(self.costs["flops"].total(widths_of(groups)))
+        self.runs.stepped(widths_of(groups))
         self.meter.cut()
 
     def prepare(self, due: bool) -> None:
@@ -276,13 +261,14 @@ class Spending:
             "metered": dict(self.readings),
             "metering": self.meter.state_dict(),
             "target": self.target.state_dict(),
+            **({"bill": self.runs.state_dict()} if self.bill else {}),
         }
 
     def check(self, state: Mapping[str, Any]) -> None:
         """Load a state on trial, before anything is changed."""
         trial = copy.copy(self)
         trial.account, trial.target = copy.deepcopy(self.account), copy.copy(self.target)
-        trial.meter = copy.copy(self.meter)
+        trial.meter, trial.runs = copy.copy(self.meter), copy.copy(self.runs)
         trial.load_state_dict(state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -290,4 +276,6 @@ class Spending:
         self.account.load_state_dict(state["account"])
         self.target.load_state_dict(state["target"])
         self.meter.load_state_dict(state["metering"])
+        if self.bill:
+            self.runs.load_state_dict(state["bill"])
         self.readings = {str(name): float(value) for name, value in state["metered"].items()}

@@ -26,6 +26,8 @@ class Target:
         costs: by resource.
         schedule: when decisions are made, for budgets of a whole run.
         resource: what is saved where there is no budget.
+        original: by resource, what a step took before the model was ever cut, where an earlier run has cut it: a
+            fraction is one of that.
     """
 
     def __init__(
@@ -35,11 +37,12 @@ class Target:
         dense_widths: Mapping[str, int],
         schedule: Schedule,
         resource: str = "flops",
+        original: Mapping[str, float] | None = None,
     ) -> None:
-        self.budgets = tuple(budgets)
+        self.budgets, self.original = tuple(budgets), dict(original or {})
         self.costs, self._dense_widths = costs, dense_widths
         self._schedule, self._resource = schedule, resource
-        self._dense = {name: cost.total(dense_widths) for name, cost in costs.items()}
+        self._dense = {name: cost.total(dense_widths) for name, cost in costs.items()} | self.original
         self._limit = {each.resource: each.absolute(self._dense[each.resource]) for each in budgets}
         self.runs = dict[str, RunBudget]()
         for name, each in ((each.resource, each) for each in budgets if each.per == "run"):
@@ -48,7 +51,7 @@ class Target:
 
     def anew(self, budgets: Sequence[Budget]) -> Target:
         """The same of other budgets, with what is known of the run."""
-        return Target(budgets, self.costs, self._dense_widths, self._schedule, self._resource)
+        return Target(budgets, self.costs, self._dense_widths, self._schedule, self._resource, self.original)
 
     @property
     def cost(self) -> Cost:

@@ -18,17 +18,17 @@ def totals(spending: Spending, step: int, widths: Mapping[str, int]) -> dict[str
     if "inference" not in meter.read():  # the last decision has cut
         with account.deciding:
             account.sensed(meter.time_inference(widths))
-    if step < spending.total_steps:
+    if step < spending.length:
         spending.read_joules(widths)
     spent = {name: spending.expected(name, widths) for name in spending.costs}
-    dense_flops = spending.costs["flops"].total(spending.dense_widths)
+    dense_flops = spending.target.dense_cost("flops")
     readings = meter.read()
     read = spending.target.metered | readings.keys()  # a meter that has vanished reads nothing
     measured = {name: source for name, source in meter.sources.items() if name in read}
     return {
         **asdict(account),
         "steps": step,
-        "total_steps": spending.total_steps,
+        "total_steps": spending.length,
         "dense_flops": dense_flops,
         "final_flops": spent["flops"],
         "final_flops_ratio": spent["flops"] / dense_flops if dense_flops else 1.0,
@@ -53,7 +53,7 @@ def totals(spending: Spending, step: int, widths: Mapping[str, int]) -> dict[str
 
 def verdict(spending: Spending, step: int, widths: Mapping[str, int], last: Plan | None) -> tuple[bool, str]:
     """Whether the budget is met after so many steps, with these widths and this last plan, and why or why not."""
-    total_steps, target = spending.total_steps, spending.target
+    total_steps, target = spending.length, spending.target
     steps, limits = min(step, total_steps), target.limit
     early = f"ended after {steps} of {total_steps} steps" if steps < total_steps else "ended"
     for name, limit in spending.limit_run.items():
@@ -74,6 +74,6 @@ def verdict(spending: Spending, step: int, widths: Mapping[str, int], last: Plan
         words = last.reason.removeprefix("budget met: ").removeprefix("done: ")
         return True, f"{'budget met' if spending.budgets else 'done'} at step {last.step}: {words}{gone}"
     if limits and all(limit >= spending.expected(name, spending.dense_widths) for name, limit in limits.items()):
-        return True, "the dense model is within budget"
+        return True, f"the {'model as it was attached' if target.original else 'dense model'} is within budget"
     within = "within budget" if limits else early
     return False, f"{within} after {steps} of {total_steps} steps, but the last decision was not made"

@@ -16,25 +16,7 @@ from setpoint.states.modes import BalancedPairs, Modes, beside, reduce_modes, re
 from setpoint.states.system import DenseSystem, check_system, real_form, transfer
 
 __all__ = [
-    "Balance",
-    "BalancedPairs",
-    "Basis",
-    "DenseSystem",
-    "DiagonalSystem",
-    "Gramians",
-    "Modes",
-    "StateSpaceLayer",
-    "StateWeights",
-    "balance",
-    "beside",
-    "check_system",
-    "error_bound",
-    "gramian_factors",
-    "gramians",
-    "hankel_values",
-    "real_form",
-    "reduce_modes",
-    "residual_modes",
-    "transfer",
-    "truncate",
-]
+    "Balance", "BalancedPairs", "Basis", "DenseSystem", "DiagonalSystem", "Gramians", "Modes", "StateSpaceLayer",
+    "StateWeights", "balance", "beside", "check_system", "error_bound", "gramian_factors", "gramians",
+    "hankel_values", "real_form", "reduce_modes", "residual_modes", "transfer", "truncate",
+]  # fmt: skip

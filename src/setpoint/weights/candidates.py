@@ -16,7 +16,7 @@ from setpoint.cost.tolerance import Tolerance
 from setpoint.errors import BudgetError, GroupError, LoopError
 from setpoint.groups.export import Example
 from setpoint.groups.group import Group
-from setpoint.groups.trace import trace
+from setpoint.groups.trace import repeated, trace
 from setpoint.host.host import Host
 from setpoint.loop.candidates import Candidates, check_copies, check_some, in_hand
 from setpoint.sensor.reading import Sensor
@@ -77,7 +77,7 @@ def check_run(
 
 
 def weight_candidates(
-    host: Host, example: Example, pattern: str, wanted: Sequence[Group] | None, sensor: Sensor[Any]
+    host: Host, example: Example, pattern: str, wanted: Sequence[Group] | None, sensor: Sensor[Any], passes: int = 1
 ) -> tuple[Candidates, Masks]:
     """What may be masked in a pattern, and the masks; nothing is tried out: a mask is exact on any model.
 
@@ -101,7 +101,7 @@ def weight_candidates(
     frozen |= {g.name: f"{type(sensor).__name__} cannot read it" for g in groups if g not in readable}
     check_copies(host, readable)
     check_some(readable, frozen or {"weights": "no linear layer or convolution is trained"})
-    flops = weight_flops(model, trace(model, example), readable)
+    flops = weight_flops(model, repeated(trace(model, example), passes), readable)
     costs = {"flops": flops.cost(), "params": active_params(model, readable)}
     found = Candidates(readable, frozen, costs, sources=_SOURCES, header={"pattern": pattern})
     return found, Masks(host, readable, Pattern.named(pattern), flops)

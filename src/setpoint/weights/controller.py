@@ -10,6 +10,7 @@ from setpoint.controller.plan import Controller, Observation, Plan, Transferring
 from setpoint.controller.priced import PricedController
 from setpoint.controller.schedule import Schedule
 from setpoint.cost.cost import Cost
+from setpoint.given import plain_fields
 from setpoint.groups.group import Group
 
 
@@ -45,6 +46,7 @@ class DropAndGrowController:
     end: float = 0.7
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         if not (0 <= self.fraction < 1 and 0 < self.end <= 1):
             raise ValueError(f"drop and grow needs 0 <= fraction < 1 and 0 < end <= 1, got {self!r}")
 

@@ -67,12 +67,11 @@ class Masks:
     """
 
     def __init__(self, host: Host, groups: tuple[Group, ...], pattern: Pattern, flops: WeightFlops) -> None:
-        self._flops, self._pattern, self._optimizers = flops, pattern, host.optimizers
+        self._flops, self._pattern, self._host, self._optimizers = flops, pattern, host, host.optimizers
         self._dense = self.groups = groups
-        self.by_unit = self.brings_back = self.within_step = False
+        self.kind, self.by_unit, self.brings_back, self.within_step = "masking", False, False, False
         names = [group.name for group in groups]
         self._weights = {name: host.model.get_parameter(name) for name in names}
-        self._copies = [_parameters(each, names) for each in host.copies]
         self.masks = {group.name: as_mask(group, self._weights[group.name]) for group in groups}
         self._num_dropped = {name: torch.zeros_like(mask, dtype=torch.uint8) for name, mask in self.masks.items()}
         self._shapes = {name: tuple(mask.shape) for name, mask in self.masks.items()}
@@ -214,7 +213,7 @@ class Masks:
                 )
         held = {name: masks[name] for name in self._gone}
         mask_weights(self._weights, self._optimizers, held)
-        for each in self._copies:
+        for each in (_parameters(copied, list(held)) for copied in self._host.copies):
             mask_weights(each, None, {name: mask.to(each[name].device) for name, mask in held.items()})
         self._aside, self._ready = {}, {}
         groups = self._groups(masks)
@@ -230,7 +229,7 @@ class Masks:
     def state_dict(self) -> dict[str, Any]:
         """Everything in plain tensors and numbers."""
         return {
-            "kind": "masking",
+            "kind": self.kind,
             "masks": {name: mask.cpu().clone() for name, mask in self.masks.items()},
             "num_dropped": {name: times.cpu().clone() for name, times in self._num_dropped.items()},
             "train_flops": self.train_flops,

@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from setpoint.given import counts
 from setpoint.groups.follow import ByWeight, fresh
 from setpoint.groups.group import Group
 from setpoint.sensor.reading import Reading
-from setpoint.sensor.taylor import check_counts
 from setpoint.weights.find import active_of
 
 State_contra = TypeVar("State_contra", contravariant=True)
@@ -38,6 +38,7 @@ class WeightTaylorState:
     num_steps: Float[Tensor, ""]  # taken in (0-dim, so that counting needs no host sync)
     skipped_steps: Float[Tensor, ""]  # left out because a gradient was NaN or infinite
     model: nn.Module = field(metadata={"live": True})  # whose gradients are read
+    steps_seen: Mapping[str, int]  # by tensor name, steps in which it had a gradient
 
 
 class WeightTaylorSensor:
@@ -63,9 +64,7 @@ class WeightTaylorSensor:
     """
 
     def __init__(self, num_samples: int, window: int = 50) -> None:
-        check_counts(num_samples=num_samples, window=window)
-        self.num_samples = num_samples
-        self.window = window
+        self.num_samples, self.window = counts(num_samples=num_samples, window=window)
 
     def readable(self, groups: tuple[Group, ...], model: nn.Module) -> tuple[Group, ...]:
         """The groups of single weights."""
@@ -78,7 +77,7 @@ class WeightTaylorSensor:
             for name, weight in _weights(groups, model)
         }
         none = next(iter(zeros.values()), torch.zeros(())).new_zeros(())
-        return WeightTaylorState(zeros, dict(zeros), dict(zeros), none, none, model)
+        return WeightTaylorState(zeros, dict(zeros), dict(zeros), none, none, model, dict.fromkeys(zeros, 0))
 
     @torch.no_grad()
     def update(
@@ -86,10 +85,11 @@ class WeightTaylorSensor:
     ) -> WeightTaylorState:
         """Take in the gradients of one optimizer step. No host sync."""
         finite = _all_finite(model, grad_scale, state.num_steps)
-        first, second = {}, {}
+        first, second, seen = {}, {}, {}
         decay = torch.where(finite, torch.full_like(state.num_steps, 1.0 - 1.0 / self.window), 1.0)
         for name, weight in _weights(groups, model):
             r = torch.zeros_like(state.first[name])
+            seen[name] = state.steps_seen[name] + int(weight.grad is not None)
             if weight.grad is not None:
                 gradient = weight.grad.to(r.dtype)
                 gradient = gradient if grad_scale is None else gradient / grad_scale
@@ -99,7 +99,8 @@ class WeightTaylorSensor:
             second[name] = torch.addcmul(state.second[name] * here, r, r)
         taken = finite.to(state.num_steps)
         num_steps, skipped = state.num_steps + taken, state.skipped_steps + (1.0 - taken)
-        return replace(state, first=first, second=second, num_steps=num_steps, skipped_steps=skipped)
+        state = replace(state, first=first, second=second, steps_seen=seen)
+        return replace(state, num_steps=num_steps, skipped_steps=skipped)
 
     def flops(self, groups: tuple[Group, ...], model: nn.Module) -> float:
         """FLOPs of one update: six for each weight that is read, one for every other gradient, which is checked."""
@@ -128,7 +129,8 @@ class WeightTaylorSensor:
         scores = {name: each.reshape(-1).double().cpu().numpy() for name, each in self.scores(state).items()}
         saliency = {group.name: scores[group.slices[0].tensor][active_of(group)] for group in groups}
         taken, skipped = (round(float(each)) for each in (state.num_steps, state.skipped_steps))
-        return Reading(step, saliency, self.num_samples, num_steps=taken, skipped_steps=skipped)
+        seen = {group.name: state.steps_seen[group.slices[0].tensor] for group in groups}
+        return Reading(step, saliency, self.num_samples, num_steps=taken, skipped_steps=skipped, steps_seen=seen)
 
 
 def _weights(groups: tuple[Group, ...], model: nn.Module) -> list[tuple[str, nn.Parameter]]:

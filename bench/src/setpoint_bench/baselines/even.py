@@ -28,7 +28,7 @@ def even_plan(
 ) -> Plan:
     """Drop the least salient units, block by block from the group of highest density, down to the target.
 
-    At the target no single dropped block could be given back. No group goes below the width at which it is to land,
+    At the target no single dropped block could be given back. No group goes below the width at which the budget is met,
     so that a coarse block on the way down does not cost more than the limit demands. The budget is met once the cost is
     within the limit.
 

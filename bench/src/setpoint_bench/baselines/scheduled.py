@@ -21,7 +21,7 @@ class ScheduledController:
 
     Within a group the least salient units go. Nothing is read but saliencies: spending neither speeds it up nor
     slows it down. This is what schedule-driven libraries of structured pruning do, fasterai among them, with
-    blocks and a landing on the limit as everywhere in Setpoint: no group goes below the width at which it lands, and
+    blocks and a last cut to the limit as everywhere in Setpoint: no group goes below the width that meets it, and
     once the budget is met no single block could be given back. With `begin = end = 0` it is a one-shot cut
     after the first step.
 

@@ -21,7 +21,6 @@ from setpoint_bench.report.columns import (
     seeds_text,
     share_text,
 )
-from setpoint_bench.report.goals import goals
 from setpoint_bench.report.pareto import expenses, marks_of, pareto
 from setpoint_bench.report.results import Cell
 from setpoint_bench.report.summary import DENSE, SETPOINT, Row
@@ -53,9 +52,9 @@ seeds on. Bold where it excludes 0.</dd>
 
 
 def comparison(name: str, cells: Sequence[Cell], rows: Sequence[Row]) -> Draft:
-    """Headline, numbers, goals and Pareto figures of one task."""
+    """Headline, numbers and Pareto figures of one task."""
     draft = Draft(headline(rows) + cards(rows)) + costs(name, cells, rows)
-    return draft + Draft(goal_list(cells, rows) + table(cells, rows) + differences(rows))
+    return draft + Draft(table(cells, rows) + differences(rows))
 
 
 def headline(rows: Sequence[Row]) -> str:
@@ -164,22 +163,6 @@ def differences(rows: Sequence[Row]) -> str:
         f'<p class="caption">Differences at the same budget, seed by seed, in {unit}. '
         "Brackets: 95 % interval; bold where it excludes 0.</p>\n"
     )
-
-
-def goal_list(cells: Sequence[Cell], rows: Sequence[Row]) -> str:
-    """The headline goals, and whether they are reached."""
-    if not any(row.method == SETPOINT for row in rows):
-        return ""
-    lines = [
-        [
-            f"({goal.letter}) {escape(goal.text)}",
-            f'<span class="verdict" data-verdict="{goal.verdict}">{goal.verdict}</span>',
-            escape(goal.evidence) or NOTHING,
-        ]
-        for goal in goals(cells, rows)
-    ]
-    listing = html_table(("goal", "verdict", "measured"), lines, classes="goals")
-    return f'<h3>Headline goals</h3>\n<div class="scroll">{listing}</div>\n'
 
 
 def costs(name: str, cells: Sequence[Cell], rows: Sequence[Row]) -> Draft:

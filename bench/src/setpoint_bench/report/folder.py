@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from setpoint.checkpoint.fields import json_object
 from setpoint.errors import CheckpointError, ReportError
 from setpoint.ledger import Ledger
 from setpoint.report.record import Record, record_of
-from setpoint.report.values import number, whole
+from setpoint.report.values import integer, number
 from setpoint_bench.report.history import Point
 from setpoint_bench.report.packed import file_of, read_histories, text_of
 from setpoint_bench.report.results import Cell, Results, Timing
@@ -21,6 +21,7 @@ from setpoint_bench.report.values import counts, numbers, texts
 
 SCHEMA = 2
 """The version of the format that is written today."""
+METRICS = ("accuracy", "loss")
 SCHEMAS = (1, 2)
 """The versions that are read: the second only added keys."""
 KNOWN_FAMILIES = ("dense", "small", "setpoint")
@@ -80,14 +81,18 @@ def read_timings(folder: Path, remarks: list[str]) -> dict[tuple[Any, ...], Timi
             )
         if (seconds := number(line.get("seconds"))) is None:
             continue
-        load = line.get("load")
-        key = (str(line.get("task")), str(line.get("method")), number(line.get("budget")), whole(line.get("seed")))
+        load, stage_steps, step_seconds = line.get("load"), numbers(line.get("stage_steps")), line.get("step_seconds")
+        of_stages = numbers(step_seconds)
+        if len(of_stages) != len(stage_steps):
+            remarks.append(f"a timing of {line.get('method')} tells seconds of other stages than it tells steps of")
+            stage_steps = of_stages = ()
+        key = (str(line.get("task")), str(line.get("method")), number(line.get("budget")), integer(line.get("seed")))
         found[key] = Timing(
             seconds=seconds,
             rounds=numbers(line.get("rounds")),
             own_seconds=number(line.get("own_seconds")) or 0.0,
-            stage_steps=tuple(map(int, numbers(line.get("stage_steps")))),
-            step_seconds=numbers(line.get("step_seconds")),
+            stage_steps=tuple(map(int, stage_steps)),
+            step_seconds=of_stages,
             load=number(load[0]) if isinstance(load, list) and load else None,
             control=numbers(line.get("control")),
             environment=texts(line.get("environment")),
@@ -108,11 +113,7 @@ def read_lines(path: Path, name: str, remarks: list[str], *, whole: bool = False
     for place, line in enumerate(io.StringIO(text_of(path)), start=1):
         if not line.strip():
             continue
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError:
-            value = None
-        if isinstance(value, dict):
+        if (value := json_object(line)) is not None:
             found.append(value)
         elif whole and line.endswith("\n"):
             raise ReportError(f"line {place} of {path} is damaged: delete that line; its run can be done again")
@@ -138,7 +139,15 @@ def read_cell(
     missing = [key for key in ("task", "method", "value") if key not in line]
     if missing:
         raise ReportError(f"{where} lacks {', '.join(missing)}: every result has task, method and value")
-    task, method, seed = str(line["task"]), str(line["method"]), whole(line.get("seed"))
+    odd = [key for key in ("task", "method", "metric", "split") if not isinstance(line.get(key, ""), str)]
+    if odd:
+        raise ReportError(
+            f"{where} is damaged: its {odd[0]} is no text; delete that line, and its run can be done again"
+        )
+    metric = line.get("metric", "accuracy")
+    if metric not in METRICS:
+        raise ReportError(f"{where} has metric {metric!r}, this version of Setpoint reads {' and '.join(METRICS)}")
+    task, method, seed = str(line["task"]), str(line["method"]), integer(line.get("seed"))
     value = number(line["value"])
     home, name = cell_folder(folder, line), f"{task} {method} seed {seed}"
     packed = histories.get(str(line.get("folder")))
@@ -146,8 +155,8 @@ def read_cell(
         task=task,
         method=method,
         value=math.nan if value is None else value,
-        metric=str(line.get("metric", "accuracy")),
-        split=str(line.get("split", "test")),
+        metric=metric,
+        split=line.get("split", "test"),
         budget=number(line.get("budget")),
         seed=seed,
         final_flops=number(line.get("final_flops")),
@@ -156,20 +165,20 @@ def read_cell(
         seconds=number(line.get("seconds")),
         overhead_seconds=number(line.get("overhead_seconds")),
         overhead_flops=number(line.get("overhead_flops")),
-        resizes=whole(line.get("resizes")),
+        resizes=integer(line.get("resizes")),
         budget_met=line["budget_met"] if isinstance(line.get("budget_met"), bool) else None,
         widths=counts(line.get("widths")),
         dense_widths=counts(line.get("dense_widths")),
         environment=texts(line.get("environment")),
         date=str(line.get("date", "")),
         family=str(line.get("family") or (method if method in KNOWN_FAMILIES else "")),
-        steps=whole(line.get("steps")),
+        steps=integer(line.get("steps")),
         clock=str(line.get("clock", "interleaved")),
         theoretical_flops=number(line.get("theoretical_flops")),
         theoretical_train_flops=number(line.get("theoretical_train_flops")),
         density=number(line.get("density")),
         energy_j=number(line.get("energy_j")),
-        break_even_step=whole(line.get("break_even_step")),
+        break_even_step=integer(line.get("break_even_step")),
         notes=str(line.get("notes") or ""),
         unit=str(line["unit"]) if isinstance(line.get("unit"), str) else "nats",
         history=read_history(home, name, remarks) if packed is None else points_of(packed),

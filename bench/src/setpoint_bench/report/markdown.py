@@ -56,7 +56,7 @@ def task_text(cells: Sequence[Cell], rows: Sequence[Row], *, judged: bool = True
 
 def table(shown: Sequence[Column], rows: Sequence[Row]) -> str:
     """A Markdown table; of differences those are bold whose interval excludes 0."""
-    lines = [f"| {' | '.join(column.heading for column in shown)} |", f"|---|{'---:|' * (len(shown) - 1)}"]
+    lines = [f"| {' | '.join(escape(column.heading) for column in shown)} |", f"|---|{'---:|' * (len(shown) - 1)}"]
     for row in rows:
         lines.append(f"| {' | '.join(_cell(column, row) for column in shown)} |")
     return "\n".join(lines)

@@ -67,8 +67,11 @@ def read_histories(folder: Path) -> dict[str, list[dict[str, Any]]]:
     path = folder / HISTORIES
     if not path.is_file():
         return {}
-    found = map(json.loads, text_of(path).splitlines())
-    return {str(each["folder"]): _lines(each["history"]) for each in found}
+    try:
+        found = map(json.loads, text_of(path).splitlines())
+        return {str(each["folder"]): _lines(each["history"]) for each in found}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ReportError(f"{path} is damaged: restore it, or pack its runs again") from error
 
 
 def _lines(history: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from setpoint.report.draft import Draft, document, html_table, pair, place_of, save
 from setpoint.report.figures import plotly_script
-from setpoint.report.numbers import NOTHING, duration, percent
+from setpoint.report.numbers import NOTHING, duration, share
 from setpoint.report.run import run
 from setpoint_bench.report.comparison import comparison
 from setpoint_bench.report.curves import PARTS, curves, seconds_by_part, seconds_figure
@@ -130,9 +130,7 @@ def seconds_section(name: str, groups: Mapping[str, Sequence[Cell]]) -> Draft:
         if parts is None:
             continue
         total = sum(parts.values())
-        shares = [
-            pair(duration(seconds), percent(seconds / total)) if seconds else NOTHING for seconds in parts.values()
-        ]
+        shares = [pair(duration(seconds), share(seconds, total)) if seconds else NOTHING for seconds in parts.values()]
         lines.append([escape(label), *shares, escape(duration(total))])
     draft = Draft("<h3>Where the seconds went</h3>\n")
     clock = clock_of([cell for cells in groups.values() for cell in cells])

@@ -98,7 +98,12 @@ def estimate(values: Sequence[float]) -> Estimate | None:
     """Mean and sample standard deviation, None without values."""
     if not values:
         return None
-    return Estimate(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
+    return Estimate(statistics.fmean(values), _deviation(values) if len(values) > 1 else None)
+
+
+def _deviation(values: Sequence[float]) -> float:
+    """Of at least two values; NaN where a run diverged, at which `statistics.stdev` raises an AttributeError."""
+    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
 
 
 def difference(
@@ -124,7 +129,7 @@ def paired(pairs: Sequence[float]) -> Difference:
     middle, num = statistics.fmean(pairs), len(pairs)
     if num == 1:
         return Difference(middle, 1)
-    deviation = statistics.stdev(pairs)
+    deviation = _deviation(pairs)
     if num < FEWEST_FOR_AN_INTERVAL:
         return Difference(middle, num, deviation)
     half = t_quantile((1 + CONFIDENCE) / 2, num - 1) * deviation / math.sqrt(num)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from setpoint.report.values import mapping, number, whole
+from setpoint.report.values import integer, mapping, number
 
 
 def numbers(value: Any) -> tuple[float, ...]:
@@ -20,4 +20,4 @@ def texts(value: Any) -> dict[str, str]:
 
 def counts(value: Any) -> dict[str, int]:
     """Integers by name; other values are dropped."""
-    return {str(key): count for key, item in mapping(value).items() if (count := whole(item)) is not None}
+    return {str(key): count for key, item in mapping(value).items() if (count := integer(item)) is not None}

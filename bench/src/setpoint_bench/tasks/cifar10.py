@@ -26,7 +26,9 @@ MINI = PlainFamily((32, 64, 64, 128, 128, 128), frozenset({1, 3, 5}))
 
 @task("cifar10")
 def cifar10(data: Path | None = None) -> SimpleTask:
-    """45,000 images train, 5,000 validate and 10,000 test; sixteen passes of a residual network of seven convolutions.
+    """CIFAR-10 and a residual network of seven convolutions, in sixteen passes.
+
+    45,000 images train, 5,000 validate and 10,000 test.
 
     Krizhevsky, "Learning multiple layers of features from tiny images" (2009); the recipe, learning rate up and
     down in straight lines, mirrored and shifted images, whitened patches, and judgement by several views of each
@@ -42,7 +44,7 @@ def cifar10(data: Path | None = None) -> SimpleTask:
 
 @task("cifar10-wrn22-2")
 def cifar10_wrn22_2(data: Path | None = None) -> SimpleTask:
-    """The same images and a WRN-22-2 in 200 passes, for a GPU.
+    """CIFAR-10 and a WRN-22-2 in 200 passes, for a GPU.
 
     The network on which Evci et al., "Rigging the lottery", ICML 2020, compare sparse training.
 
@@ -55,7 +57,7 @@ def cifar10_wrn22_2(data: Path | None = None) -> SimpleTask:
 
 @task("cifar10-resnet18")
 def cifar10_resnet18(data: Path | None = None) -> SimpleTask:
-    """The same images and a ResNet-18 in 100 passes, for a GPU.
+    """CIFAR-10 and a ResNet-18 in 100 passes, for a GPU.
 
     Args:
         data: folder that holds `uoft-cs/cifar10`, or None for the usual places.
@@ -67,7 +69,7 @@ def cifar10_resnet18(data: Path | None = None) -> SimpleTask:
 
 @task("cifar10-mini")
 def cifar10_mini(data: Path | None = None) -> SimpleTask:
-    """The same images at 16x16 and six convolutions, for runs of a minute or two.
+    """CIFAR-10 at 16x16 and six convolutions, for runs of a minute or two.
 
     Args:
         data: folder that holds `uoft-cs/cifar10`, or None for the usual places.

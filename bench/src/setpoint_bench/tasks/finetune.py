@@ -76,7 +76,9 @@ def pretraining(data: Path | None = None) -> SimpleTask:
 
 @task("finetune")
 def finetune(data: Path | None = None) -> SimpleTask:
-    """2,000 frogs, horses, ships and trucks train, those in CIFAR-10's validation tenth validate, 4,000 test.
+    """A network that was trained on six classes of CIFAR-10 learns the other four.
+
+    2,000 frogs, horses, ships and trucks train, those in CIFAR-10's validation tenth validate, 4,000 test.
 
     A fifth of the steps of the pretraining.
 

@@ -18,7 +18,7 @@ NUM_TRAIN = 54_000
 
 @task("mnist")
 def mnist(data: Path | None = None) -> SimpleTask:
-    """54,000 images train, 6,000 validate and 10,000 test; three passes.
+    """MNIST: 54,000 images train, 6,000 validate and 10,000 test; three passes.
 
     LeCun et al., "Gradient-based learning applied to document recognition", Proceedings of the IEEE 86 (1998).
 

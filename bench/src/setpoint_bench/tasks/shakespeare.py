@@ -66,7 +66,7 @@ class GPTFamily:
 
 @task("shakespeare")
 def shakespeare(data: Path | None = None) -> SimpleTask:
-    """1,115,394 characters: by convention the last tenth tests; the last tenth before it validates.
+    """Shakespeare in 1,115,394 characters: by convention the last tenth tests; the last tenth before it validates.
 
     Karpathy, "The unreasonable effectiveness of recurrent neural networks" (2015); the model is that of nanoGPT.
 
@@ -80,7 +80,7 @@ def shakespeare(data: Path | None = None) -> SimpleTask:
 
 @task("shakespeare-mini")
 def shakespeare_mini(data: Path | None = None) -> SimpleTask:
-    """The same text and a small GPT, for runs of a minute or two.
+    """Shakespeare and a small GPT, for runs of a minute or two.
 
     Args:
         data: folder that holds `karpathy/tiny_shakespeare`, or None for the usual places.
@@ -92,7 +92,7 @@ def shakespeare_mini(data: Path | None = None) -> SimpleTask:
 
 @task("shakespeare-10m")
 def shakespeare_10m(data: Path | None = None) -> SimpleTask:
-    """The same text and nanoGPT's model of ten million parameters for a GPU, with its length and dropout.
+    """Shakespeare and nanoGPT's model of ten million parameters for a GPU, with its length and dropout.
 
     Args:
         data: folder that holds `karpathy/tiny_shakespeare`, or None for the usual places.

@@ -1,0 +1,201 @@
+"""What `attach` costs, in training steps: with nothing kept, with an equal model known, and before, in turns.
+
+    python bench/benchmarks/attach.py --base ../base --out results/attach.json
+
+Processor seconds on one thread, each run in a fresh process, after torch's exporter has been loaded once. A pair is
+one run of this tree and one of the tree in `--base`, in changing order; in each run the training step is measured
+before and after, and ratios are to the steps of the same run. Of Llama-8B, which has no weights, groups are found.
+Rows of models that are not measured stay in the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import setpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 3
+
+
+def resnet18() -> tuple[nn.Module, Any]:
+    """ResNet-18 at 64 x 3x32x32."""
+    import torchvision
+
+    return torchvision.models.resnet18(num_classes=10), (torch.randn(64, 3, 32, 32),)
+
+
+def minilm() -> tuple[nn.Module, Any]:
+    """The shape of MiniLM-L6 at 32 x 32 tokens."""
+    import transformers
+
+    sizes = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
+    config = transformers.AutoConfig.for_model("bert", num_labels=10, **sizes)
+    tokens = torch.randint(0, 30_000, (32, 32))
+    example = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    return transformers.BertForSequenceClassification(config).train(), example
+
+
+def gpt2() -> tuple[nn.Module, Any]:
+    """GPT-2 with 124 million parameters at 2 x 64 tokens."""
+    import transformers
+
+    tokens = torch.randint(0, 50_000, (2, 64))
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(use_cache=False)).train(), {"input_ids": tokens}
+
+
+def llama() -> tuple[nn.Module, Any]:
+    """The structure of Llama-8B on the meta device, at 2 x 64 tokens."""
+    import transformers
+
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+    config = transformers.LlamaConfig(vocab_size=128_256, num_key_value_heads=8, use_cache=False, **sizes)
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config).train()
+        return model, {"input_ids": torch.zeros(2, 64, dtype=torch.long)}
+
+
+MODELS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
+    "resnet18": resnet18,
+    "minilm": minilm,
+    "gpt2": gpt2,
+    "llama-8b": llama,
+}
+
+
+def seconds(function: Callable[[], object]) -> float:
+    """Processor seconds of a call."""
+    start = time.process_time()
+    function()
+    return time.process_time() - start
+
+
+def attached(model: nn.Module, example: Any) -> None:
+    """Attach to a model in training, and leave it."""
+    optimizer, budget = torch.optim.AdamW(model.parameters()), setpoint.Budget.fraction(0.5, of="flops")
+    setpoint.attach(model, optimizer, budget, example=example, total_steps=1000).detach()
+
+
+def step_of(model: nn.Module, example: Any) -> Callable[[], None]:
+    """A training step."""
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def step() -> None:
+        output = model(**example) if isinstance(example, dict) else model(*example)
+        output = output if isinstance(output, torch.Tensor) else output.logits
+        output.float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def measure(name: str) -> dict[str, Any]:
+    """Of one model in this process, whose cache folder is empty."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    attached(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), (torch.randn(2, 4),))
+    steps: list[float] = []
+
+    def measure_steps() -> None:
+        step = step_of(*MODELS[name]())
+        step()
+        steps.extend(seconds(step) for _ in range(STEPS))
+
+    without_data = name == "llama-8b"
+    if not without_data:
+        measure_steps()
+    found = []
+    for _ in "cold", "warm":
+        model, example = MODELS[name]()
+        find = setpoint.find_groups if without_data else attached
+        found.append(seconds(lambda find=find, model=model, example=example: find(model, example)))
+    if not without_data:
+        measure_steps()
+    return {"cold_s": found[0], "warm_s": found[1], "step_s": statistics.median(steps) if steps else None}
+
+
+def in_process(name: str, tree: Path) -> dict[str, Any]:
+    """The record of a fresh process that imports the package from a tree."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {
+            "PYTHONPATH": str(tree / "src"),
+            "XDG_CACHE_HOME": folder,
+            "OMP_NUM_THREADS": "1",
+            "SETPOINT_CACHE": "on",
+        }
+        command = [sys.executable, __file__, "--one", name]
+        run = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **settings})
+    record: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
+    return record
+
+
+def summary(runs: list[dict[str, Any]], key: str) -> dict[str, Any]:
+    """Median and extremes of seconds, and of ratios to a training step."""
+    values = [run[key] for run in runs]
+    found = {"seconds_median": statistics.median(values), "seconds_range": [min(values), max(values)]}
+    if runs[0]["step_s"]:
+        steps = [run[key] / run["step_s"] for run in runs]
+        found |= {"steps_median": statistics.median(steps), "steps_range": [min(steps), max(steps)]}
+    return found
+
+
+def main() -> None:
+    """Measure every model in turns, print a line for each, and write the record."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--base", type=Path, help="a checkout of the version to compare with")
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "attach.json")
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--one", choices=list(MODELS), help="measure this model in this process and print the record")
+    arguments = parser.parse_args()
+    if arguments.one:
+        print(json.dumps(measure(arguments.one)))
+        return
+    trees = {"now": ROOT, **({"before": arguments.base.resolve()} if arguments.base else {})}
+    known = json.loads(arguments.out.read_text(encoding="utf-8"))["models"] if arguments.out.exists() else {}
+    rows: dict[str, Any] = dict(known)
+    for name in arguments.models:
+        runs: dict[str, list[dict[str, Any]]] = {tree: [] for tree in trees}
+        loads = [os.getloadavg()[0]]
+        for pair in range(arguments.pairs):
+            for tree in list(trees)[:: -1 if pair % 2 else 1]:
+                runs[tree].append(in_process(name, trees[tree]))
+            loads.append(os.getloadavg()[0])
+        rows[name] = {
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "pairs": arguments.pairs,
+            "load_average_range": [min(loads), max(loads)],
+            "cold": summary(runs["now"], "cold_s"),
+            "warm": summary(runs["now"], "warm_s"),
+            **({"before": summary(runs["before"], "cold_s")} if "before" in trees else {}),
+            "runs": runs,
+        }
+        shown = (f"{kind} {row['seconds_median']:.2f} s ({row.get('steps_median', float('nan')):.2f} steps)"
+                for kind, row in rows[name].items() if kind in ("cold", "warm", "before"))  # fmt: skip
+        print(f"{name}: {', '.join(shown)}", flush=True)
+        result = {
+            "what": "processor seconds on one thread",
+            "environment": {"torch": torch.__version__, "cpus": os.cpu_count()},
+            "models": rows,
+        }
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,453 @@
+"""The law on language: small models against pruned ones of equal final size and training FLOPs, on fresh text.
+
+    python bench/benchmarks/law_language.py --out results/law-language.json            all runs in order; resumable
+    python bench/benchmarks/law_language.py --out results/law-language.json --fit      constants with intervals
+
+A byte-level GPT of two layers has a residual stream that stays as it is; heads and neurons are what is scaled and
+pruned. First come runs of five sizes at three budgets of FLOPs, and the law is fitted to them. It says how many tokens
+are optimal for the small model. Then come, at 1, 4 and 16 times these tokens, the small model and runs that start
+larger and are cut between 25 and 75 % of the steps. All spend the FLOPs of the small model's run, all of Setpoint's own
+work included; each rate of learning is swept at seed 0 on validation bytes, and the test bytes are reported.
+
+A finished run is a row of the file and is not run again. Nothing else is kept of an interrupted one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import setpoint
+from setpoint.advice.law import Law, fit_law
+from setpoint.controller.priced import PricedController
+from setpoint.controller.schedule import Schedule
+from setpoint.cost.flops import flops_cost
+from setpoint.errors import UsageError
+from setpoint.groups.group import Group, widths_of
+from setpoint.groups.trace import trace
+from setpoint_bench.environment import machine
+from setpoint_bench.installed_text import HELD_OUT, VOCABULARY, InstalledText, installed_text, windows
+from setpoint_bench.networks import CharGPT
+from setpoint_bench.task import BenchError
+
+LAYERS, EMBEDDING, HEAD_DIM, HEADS, NEURONS = 2, 32, 8, 1, 16
+"""The small model; one of size k has k times its heads (but one at least) and neurons in each layer."""
+WINDOW, BATCH = 64, 8
+"""Bytes of a window, and windows of a step."""
+JUDGED = {"validation": 384, "test": 1024}
+"""Windows of a held-out split that judge a run."""
+TOKENS = WINDOW * BATCH
+WARM_UP, FLOOR, DECAY = 1 / 15, 0.1, 0.1
+SIZES = (0.5, 1.0, 2.0, 4.0, 8.0)
+BUDGETS = (800, 2400, 7200)
+"""Of the calibration: the FLOPs of so many steps of the small model; at the first one rates are swept."""
+SHORT = 300
+"""A budget that is shown beside the others. Its runs end before any power law begins: no law is fitted to it."""
+RATES = {"calibration": (0.004, 0.008, 0.016), "arm": (0.008, 0.016, 0.032)}
+"""Peak learning rates that are swept."""
+CUTS = (0.25, 0.75)
+SCHEDULE = Schedule(warmup=CUTS[0], settle=CUTS[1], land=CUTS[1], shape="linear")
+ARMS = (("small", 1.0), ("even", 2.0), ("setpoint", 2.0), ("even", 4.0), ("setpoint", 4.0))
+LONG_ARMS = (*ARMS, ("even", 8.0), ("setpoint", 8.0))
+SEEDS = (0, 1, 2)
+REPLICAS = 50
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run.
+
+    Args:
+        kind: "calibration" or "arm".
+        arm: "small" trains one size throughout; "even" and "setpoint" come down to the small model's.
+        start: size at the beginning, in sizes of the small model.
+        ratio: tokens of the small model / its optimal ones; None for the calibration.
+        steps: of the small model, for the FLOPs of the run.
+        rate: peak learning rate.
+        seed: of weights and order of windows.
+    """
+
+    kind: str
+    arm: str
+    start: float
+    ratio: float | None
+    steps: int
+    rate: float
+    seed: int
+
+    def same(self, row: Mapping[str, Any]) -> bool:
+        """Whether a row is of this run."""
+        return all(row[key] == value for key, value in asdict(self).items())
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """What all runs share: the text, and the held-out windows that judge."""
+
+    text: InstalledText
+    judged: Mapping[str, tuple[Tensor, Tensor]]
+
+    @classmethod
+    def of(cls, text: InstalledText, judged: Mapping[str, int]) -> Bench:
+        """Held-out windows at equal distances, so many of each split."""
+        held = {split: getattr(text, split) for split in HELD_OUT}
+        places = {
+            split: torch.linspace(0, len(part) - WINDOW - 1, judged[split]).long() for split, part in held.items()
+        }
+        return cls(text, {split: windows(part, places[split], WINDOW) for split, part in held.items()})
+
+    def batches(self, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Windows in an order of the seed, none of them twice.
+
+        Raises:
+            BenchError: where the text is used up.
+        """
+        order = torch.randperm((len(self.text.train) - 1) // WINDOW, generator=torch.Generator().manual_seed(seed))
+        for places in order.split(BATCH):
+            yield windows(self.text.train, places * WINDOW, WINDOW)
+        raise BenchError(f"the text of {len(self.text.train):,} bytes is used up: no byte is used twice")
+
+    @torch.no_grad()
+    def loss(self, model: nn.Module, split: str) -> float:
+        """Nats per byte on a held-out split."""
+        inputs, targets = self.judged[split]
+        losses = [
+            F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="sum")
+            for x, y in zip(inputs.split(32), targets.split(32), strict=True)
+        ]
+        return float(torch.stack(losses).double().sum()) / targets.numel()
+
+
+def built(size: float) -> CharGPT:
+    """The model of a size."""
+    widths = {}
+    for layer in range(1, LAYERS + 1):
+        widths |= {f"layer{layer}.heads": max(1, round(HEADS * size)), f"layer{layer}.neurons": round(NEURONS * size)}
+    return CharGPT(widths, VOCABULARY, WINDOW, EMBEDDING, HEAD_DIM, fused=True)
+
+
+def params(model: nn.Module) -> int:
+    """Parameters outside of embeddings."""
+    return sum(each.numel() for name, each in model.named_parameters() if name not in ("wte.weight", "wpe.weight"))
+
+
+def example() -> tuple[Tensor]:
+    """Inputs of a step."""
+    return (torch.zeros(BATCH, WINDOW, dtype=torch.long),)
+
+
+@cache
+def step_flops(size: float) -> float:
+    """FLOPs of a training step, as Setpoint counts them."""
+    found = trace(built(size), example())
+    return float(flops_cost(found).total(widths_of(found.groups)))
+
+
+@cache
+def prunable(size: float) -> tuple[Group, ...]:
+    """Heads and neurons, in blocks of one: the final size is to be that of the small model to the unit."""
+    return tuple(replace(each, multiple_of=1) for each in setpoint.find_groups(built(size), example()) if each.lossless)
+
+
+def controller(arm: str) -> PricedController:
+    """Even widths look at no spending and at no other layer: with "uniform" each layer keeps the same share."""
+    return PricedController(schedule=SCHEDULE, allocation="uniform" if arm == "even" else "worth")
+
+
+def trained(bench: Bench, cell: Cell, report: Callable[[float], None]) -> dict[str, Any]:
+    """The row of one run.
+
+    Args:
+        report: is called with the share that is done.
+    """
+    began = time.perf_counter()
+    torch.manual_seed(cell.seed)
+    model, batches = built(cell.start), bench.batches(cell.seed)
+    matrices = [each for each in model.parameters() if each.dim() > 1]
+    rest = [each for each in model.parameters() if each.dim() <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": DECAY}, {"params": rest, "weight_decay": 0.0}],
+        lr=cell.rate, betas=(0.9, 0.95), fused=True,
+    )  # fmt: skip
+    bill, loop, total = cell.steps * step_flops(1.0), None, 0
+    if cell.arm == "small":
+        total = round(bill / step_flops(cell.start))
+    else:
+        small = sum(each.numel() for each in built(1.0).parameters())
+        budgets = [setpoint.Budget.total(small, of="params"), setpoint.Budget.total(bill, of="flops", per="run")]
+        loop = setpoint.attach(
+            model, optimizer, budgets, example=example(), total_steps=cell.steps, controller=controller(cell.arm),
+            sensor=setpoint.TaylorSensor(TOKENS), groups=prunable(cell.start), verify=False,
+        )  # fmt: skip
+    step, sizes = 0, 0
+    while step < (total if loop is None else loop.total_steps):
+        length = total if loop is None else loop.total_steps
+        for group in optimizer.param_groups:
+            group["lr"] = cell.rate * _schedule((step + 1) / length)
+        sizes += params(model)
+        inputs, targets = next(batches)
+        torch.autograd.backward(F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten()))
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        report(step / length)
+    summary = None if loop is None else loop.finish()
+    if summary is not None and not summary.budget_met:
+        raise BenchError(f"{cell}: {summary.reason}")
+    return {
+        **asdict(cell),
+        "num_steps": step,
+        "tokens": step * TOKENS,
+        "flops": step * step_flops(cell.start) if summary is None else summary.train_flops,
+        "bill": bill,
+        "size": params(model),
+        "average_size": sizes / step,
+        "widths": [[layer.attn.n_head, layer.c_fc.out_features] for layer in model.layers],  # type: ignore[union-attr]
+        **{split: bench.loss(model, split) for split in HELD_OUT},
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+
+
+def _schedule(progress: float) -> float:
+    """A rise, then half a cosine."""
+    if progress < WARM_UP:
+        return progress / WARM_UP
+    return FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP)))
+
+
+class Results:
+    """The results file: a row for each finished run, written at once. It changes as runs finish."""
+
+    def __init__(self, out: Path, bench: Bench) -> None:
+        self.out, about = out, bench.text.about()
+        self.held: dict[str, Any] = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"rows": []}
+        before = self.held.setdefault("data", about)
+        if before["digest"] != about["digest"]:
+            others = sorted(dict(before["packages"].items() ^ about["packages"].items()))
+            raise BenchError(
+                f"the bytes here are not those of {out}: digest {about['digest']}, there {before['digest']}; packages "
+                f"of another version: {', '.join(others) or 'none'}. Install the versions there, or give another --out"
+            )
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """All finished runs."""
+        rows: list[dict[str, Any]] = self.held["rows"]
+        return rows
+
+    def row(self, cell: Cell) -> dict[str, Any] | None:
+        """The row of a run that is finished."""
+        return next((row for row in self.rows if cell.same(row)), None)
+
+    def keep(self, **found: Any) -> None:
+        """Write what was found; an interrupted write leaves the old file."""
+        self.held |= {"environment": {**machine(), "threads": torch.get_num_threads()}, **found}
+        self.held["date"] = datetime.now(UTC).isoformat(timespec="seconds")
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        rows = ",\n".join(f"  {json.dumps(row)}" for row in self.rows)
+        rest = json.dumps({key: value for key, value in self.held.items() if key != "rows"}, indent=1)
+        part = self.out.with_suffix(".part")
+        part.write_text(f'{rest[:-2]},\n "rows": [\n{rows}\n ]\n}}\n', encoding="utf-8")
+        os.replace(part, self.out)
+
+
+def best_rate(rows: Sequence[Mapping[str, Any]], **of: Any) -> float:
+    """The rate of the lowest validation loss at seed 0 among the rows with these values.
+
+    Raises:
+        ValueError: where not all rates were swept.
+    """
+    found = [row for row in rows if row["seed"] == 0 and all(row[key] == value for key, value in of.items())]
+    if not {row["rate"] for row in found} >= set(RATES[of["kind"]]):
+        raise ValueError(f"the rates of {of} are not swept yet")
+    return float(min(found, key=lambda row: row["validation"])["rate"])
+
+
+def calibration(rows: Sequence[Mapping[str, Any]], budgets: Sequence[int]) -> Iterator[Cell]:
+    """Runs of the calibration: rates are swept at one budget, and the best of each size taken at the others."""
+    for rate in RATES["calibration"]:
+        yield from (Cell("calibration", "small", size, None, BUDGETS[0], rate, 0) for size in SIZES)
+    for budget in budgets:
+        for size in SIZES:
+            rate = best_rate(rows, kind="calibration", start=size, steps=BUDGETS[0])
+            yield Cell("calibration", "small", size, None, budget, rate, 0)
+
+
+def calibrated(rows: Sequence[Mapping[str, Any]], budgets: Sequence[int] = BUDGETS) -> list[dict[str, Any]]:
+    """Of each size and budget of the calibration the run with the lowest validation loss."""
+    found: dict[tuple[float, int], dict[str, Any]] = {}
+    for row in rows:
+        key = row["start"], row["steps"]
+        if (
+            row["kind"] == "calibration"
+            and row["steps"] in budgets
+            and (key not in found or row["validation"] < found[key]["validation"])
+        ):
+            found[key] = dict(row)
+    return [found[key] for key in sorted(found)]
+
+
+def optimal_tokens(runs: Sequence[Mapping[str, Any]], size: float) -> float:
+    """The compute-optimal tokens of a size: best sizes of all budgets, and a line through their logarithms.
+
+    The best size of a budget is the vertex of the parabola through the best run and its neighbours in the logarithm of
+    the size (the second approach of Hoffmann et al. 2022). Unlike a fit of the law it asks nothing of far larger sizes.
+    """
+    best, spent = [], []
+    for budget in sorted({run["steps"] for run in runs}):
+        row = sorted((run for run in runs if run["steps"] == budget), key=lambda run: run["average_size"])
+        lowest = min(range(1, len(row) - 1), key=lambda place: row[place]["validation"])
+        near = row[lowest - 1 : lowest + 2]
+        curve = np.polyfit([math.log(run["average_size"]) for run in near], [run["validation"] for run in near], 2)
+        best.append(-curve[1] / (2 * curve[0]))
+        spent.append(math.log(budget * TOKENS))
+    slope, start = np.polyfit(spent, best, 1)
+    return math.exp((math.log(size) - start) / slope)
+
+
+def fitted(runs: Sequence[Mapping[str, Any]], losses: Sequence[float] | None = None) -> Law:
+    """The law of the calibration's runs, on test bytes."""
+    sizes, tokens, measured = ([float(run[key]) for run in runs] for key in ("average_size", "tokens", "test"))
+    return fit_law(sizes, tokens, measured if losses is None else losses, "calibration of law_language.py")
+
+
+def constants(law: Law) -> list[float]:
+    """E, A, a, B, b."""
+    return [law.irreducible, law.size_scale, law.size_exponent, law.data_scale, law.data_exponent]
+
+
+def best_rates(rows: Sequence[Mapping[str, Any]], ratio: float) -> dict[tuple[str, float], float]:
+    """By arm, the best rate at a ratio."""
+    return {arm: best_rate(rows, kind="arm", arm=arm[0], start=arm[1], ratio=ratio) for arm in ARMS}
+
+
+def arms(rows: Sequence[Mapping[str, Any]], optimal: int) -> Iterator[Cell]:
+    """Seed 0: rates are swept at a ratio of 1, and the best is taken at 4, and at 16 for starts of up to 2.
+
+    Args:
+        optimal: steps of the small model that its optimal tokens make.
+    """
+    low, middle, high = RATES["arm"]
+    for rate in (middle, low, high):
+        yield from (Cell("arm", arm, start, 1.0, optimal, rate, 0) for arm, start in ARMS)
+    best = best_rates(rows, 1.0)
+    yield from (Cell("arm", *arm, 4.0, 4 * optimal, best[arm], 0) for arm in ARMS)
+    yield from (Cell("arm", *arm, 16.0, 16 * optimal, best[arm], 0) for arm in ARMS if arm[1] <= 2)
+
+
+def further_arms(rows: Sequence[Mapping[str, Any]], optimal: int) -> Iterator[Cell]:
+    """The other rates at a ratio of 4, larger starts at 16, then two further seeds of everything at the same rates.
+
+    Runs that start at 8 take the rate of a start at 4.
+    """
+    first = best_rates(rows, 1.0)
+    for place in (1, 2):
+        for arm in ARMS:
+            rates = sorted(RATES["arm"], key=lambda rate: rate != first[arm])
+            yield Cell("arm", *arm, 4.0, 4 * optimal, rates[place], 0)
+    swept = best_rates(rows, 4.0)
+    longest = {arm: first[arm] if arm[1] <= 2 else swept[arm[0], 4.0] for arm in LONG_ARMS}
+    yield from (Cell("arm", *arm, 16.0, 16 * optimal, longest[arm], 0) for arm in LONG_ARMS if arm[1] > 2)
+    for seed in SEEDS[1:]:
+        yield from (Cell("arm", *arm, 1.0, optimal, first[arm], seed) for arm in ARMS)
+        yield from (Cell("arm", *arm, 4.0, 4 * optimal, swept[arm], seed) for arm in ARMS)
+        yield from (Cell("arm", *arm, 16.0, 16 * optimal, longest[arm], seed) for arm in LONG_ARMS)
+
+
+def run_all(results: Results, bench: Bench, pause: Path | None) -> None:
+    """Make every run that the file does not hold."""
+    for cell in calibration(results.rows, (SHORT, *BUDGETS[1:2])):
+        run_one(results, bench, cell, pause)
+    if "optimal_steps" not in results.held:
+        optimal = optimal_tokens(calibrated(results.rows), params(built(1.0)))
+        print(f"optimal for the small model: {optimal:,.0f} tokens", flush=True)
+        results.keep(optimal_tokens=optimal, optimal_steps=max(8, round(optimal / TOKENS)))
+    optimal_steps = results.held["optimal_steps"]
+    for cells in (arms(results.rows, optimal_steps), calibration(results.rows, BUDGETS[2:])):
+        for cell in cells:
+            run_one(results, bench, cell, pause)
+    for cell in further_arms(results.rows, optimal_steps):
+        run_one(results, bench, cell, pause)
+
+
+def run_one(results: Results, bench: Bench, cell: Cell, pause: Path | None) -> None:
+    """Make one run unless the file holds it, and say how it goes."""
+    if results.row(cell) is not None:
+        return
+    while pause is not None and pause.exists():
+        time.sleep(3)
+    began = said = time.perf_counter()
+
+    def report(share: float) -> None:
+        nonlocal said
+        now = time.perf_counter()
+        if now - said > 30:
+            said = now
+            print(f"  {share:.0%}, {(now - began) * (1 / share - 1):.0f} s left of this run", flush=True)
+
+    row = trained(bench, cell, report)
+    results.rows.append(row)
+    results.keep()
+    print(
+        f"{datetime.now():%H:%M:%S} {cell.arm} x{cell.start:g} r {cell.ratio} rate {cell.rate} seed {cell.seed}: "
+        f"{row['num_steps']} steps, {row['flops'] / row['bill']:.3f} of the FLOPs, size {row['size']}, "
+        f"test {row['test']:.4f}, {row['seconds']} s",
+        flush=True,
+    )
+
+
+def fit(results: Results) -> None:
+    """The law's constants with intervals: residuals of the fit, as logarithms, are drawn anew and fitted again.
+
+    Where no exponents above 0 fit, there is no law, and the file says so.
+    """
+    runs = calibrated(results.rows)
+    try:
+        law = fitted(runs)
+    except (UsageError, OverflowError) as error:
+        results.keep(law=None, why_no_law=str(error), replicas=[])
+        print(f"no law: {error}")
+        return
+    generator = np.random.default_rng(0)
+    foretold = np.array([law.loss(run["average_size"], run["tokens"]) for run in runs])
+    residuals = np.log([run["test"] for run in runs]) - np.log(foretold)
+    residuals *= math.sqrt(len(runs) / (len(runs) - 5))  # five constants take as many degrees of freedom
+    replicas = []
+    for _ in range(REPLICAS):
+        try:
+            drawn = fitted(runs, list(foretold * np.exp(generator.choice(residuals, len(runs)))))
+        except (UsageError, OverflowError):
+            continue
+        replicas.append(constants(drawn))
+    results.keep(law=constants(law), replicas=replicas, drawn=REPLICAS, residuals=residuals.tolist())
+    for name, value, draws in zip(("E", "A", "a", "B", "b"), constants(law), np.transpose(replicas), strict=True):
+        print(name, f"{value:.4g}", *(f"{end:.4g}" for end in np.quantile(draws, (0.025, 0.975))))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--fit", action="store_true", help="only fit the constants to the calibration that is there")
+    parser.add_argument("--pause-while", type=Path, help="begin no run while this file is there")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    shared = Bench.of(installed_text(), JUDGED)
+    kept = Results(given.out, shared)
+    if given.fit:
+        fit(kept)
+    else:
+        run_all(kept, shared, given.pause_while)

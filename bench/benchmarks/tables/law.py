@@ -1,0 +1,291 @@
+"""The tables of what the law predicts and of what was measured, and a picture of both."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from law_language import BUDGETS, SHORT, built, calibrated, optimal_tokens, params
+
+from setpoint.advice.law import Law, average_size
+from setpoint.report.figures import BLUE, DARK, ORANGE, OTHERS
+from setpoint_bench.report.statistics import Difference, paired
+from tables.words import made_on
+
+WIDTHS = {"even": "even", "setpoint": "Setpoint's own"}
+
+
+def law_table(file: Path) -> str:
+    """By data / compute-optimal data, the gain of each start size, by each of the published fits."""
+    rows = json.loads(file.read_text(encoding="utf-8"))["predicted"]
+    starts = sorted({row["start"] for row in rows})
+    lines = [
+        "| r | " + " | ".join(f"start at {start:g} x" for start in starts) + " |",
+        "|---:|" + "---:|" * len(starts),
+    ]
+    for ratio in sorted({row["ratio"] for row in rows}):
+        gains = {row["start"]: row["gain"] for row in rows if row["ratio"] == ratio}
+        shown = (" / ".join(_percent(gain) for gain in gains[start]) for start in starts)
+        lines.append(f"| {ratio:g} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """An arm at a ratio, beside the small model of the same seeds.
+
+    Args:
+        ratio: r.
+        arm: "even" or "setpoint".
+        start: size at the beginning, in final sizes.
+        rate: of learning, the best on validation bytes at seed 0.
+        size: final parameters outside of embeddings, mean; `average` is that over the steps, in final sizes.
+        loss: mean on test bytes, in nats per byte; `small` is that of the small model.
+        gain: of the pruned model, in nats per byte.
+        foretold: the same by the law of the calibration, from average sizes and tokens; None where there is no law.
+        ends: 95 % interval of what is foretold, and of the small model's reducible loss by the law.
+        reducible: the small model's reducible loss, by the law.
+    """
+
+    ratio: float
+    arm: str
+    start: float
+    rate: float
+    size: float
+    average: float
+    loss: float
+    small: float
+    gain: Difference
+    foretold: float | None
+    ends: tuple[float, float] | None
+    reducible: float | None
+
+
+def arms_of(data: Mapping[str, Any]) -> list[Arm]:
+    """All arms of a results file that have a seed in common with the small model."""
+    rows = [row for row in data["rows"] if row["kind"] == "arm"]
+    law = _law(data["law"]) if data.get("law") else None
+    draws = [_law(replica) for replica in data.get("replicas", [])]
+    found = []
+    for ratio in sorted({row["ratio"] for row in rows}):
+        small = _chosen(rows, ratio, "small", 1.0)
+        for start, arm in sorted({(row["start"], row["arm"]) for row in rows if row["ratio"] == ratio}):
+            runs = _chosen(rows, ratio, arm, start)
+            pairs = [(runs[seed], small[seed]) for seed in sorted(runs.keys() & small.keys())]
+            if arm == "small" or not pairs:
+                continue
+            ours, theirs = (_means(each) for each in zip(*pairs, strict=True))
+            by_law = [_foretold(each, ours, theirs) for each in draws]
+            low, high = np.quantile(by_law, (0.025, 0.975)).tolist() if by_law else (None, None)
+            found.append(
+                Arm(
+                    ratio, arm, start, pairs[0][0]["rate"], ours["size"], ours["average_size"] / ours["size"],
+                    ours["test"], theirs["test"], paired([plain["test"] - cut["test"] for cut, plain in pairs]),
+                    None if law is None else _foretold(law, ours, theirs), None if low is None else (low, high),
+                    None if law is None else theirs["test"] - law.irreducible,
+                )
+            )  # fmt: skip
+    return found
+
+
+def _means(runs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    return {key: statistics.fmean(run[key] for run in runs) for key in ("size", "average_size", "tokens", "test")}
+
+
+def _chosen(rows: Sequence[dict[str, Any]], ratio: float, arm: str, start: float) -> dict[int, dict[str, Any]]:
+    """The runs of an arm by seed, at the rate that was the best on validation bytes at seed 0."""
+    runs = [row for row in rows if (row["ratio"], row["arm"], row["start"]) == (ratio, arm, start)]
+    swept = [row for row in runs if row["seed"] == 0]
+    if not swept:
+        return {}
+    rate = min(swept, key=lambda row: row["validation"])["rate"]
+    return {row["seed"]: row for row in runs if row["rate"] == rate}
+
+
+def _law(constants: Sequence[float]) -> Law:
+    return Law(*constants[:5], source="calibration")
+
+
+def _foretold(law: Law, pruned: Mapping[str, float], small: Mapping[str, float]) -> float:
+    """The gain in nats per byte that the law foretells, from average sizes and tokens."""
+    return law.loss(small["average_size"], small["tokens"]) - law.loss(pruned["average_size"], pruned["tokens"])
+
+
+def measured_table(file: Path, predicted: Path) -> str:
+    """What was measured beside what was foretold, by the calibration and by the published fits."""
+    data = json.loads(file.read_text(encoding="utf-8"))
+    published = {
+        (row["ratio"], row["start"]): row["gain"]
+        for row in json.loads(predicted.read_text(encoding="utf-8"))["predicted"]
+    }
+    lines = [
+        "| r | start | widths | rate | final size | small model | pruned | gain, nats per byte "
+        "| law of the calibration | of reducible loss: measured | law of the calibration | published fits | seeds |",
+        f"|---:|---:|---|{'---:|' * 10}",
+    ]
+    for each in arms_of(data):
+        by_law, share, law_share = "–", "–", "–"
+        if each.foretold is not None and each.reducible is not None:
+            by_law, share = _nats(each.foretold), _percent(each.gain.mean / each.reducible)
+            law_share = _percent(each.foretold / each.reducible)
+            if each.ends is not None:
+                by_law += f" [{_nats(each.ends[0])}, {_nats(each.ends[1])}]"
+        gain = _nats(each.gain.mean)
+        if each.gain.low is not None and each.gain.high is not None:
+            gain += f" [{_nats(each.gain.low)}, {_nats(each.gain.high)}]"
+        cells = (
+            f"{each.ratio:g}",
+            f"{each.start:g} x",
+            WIDTHS[each.arm],
+            f"{each.rate:g}",
+            f"{each.size:,.0f}",
+            f"{each.small:.4f}",
+            f"{each.loss:.4f}",
+            f"**{gain}**" if each.gain.clear else gain,
+            by_law,
+            share,
+            law_share,
+            " / ".join(_percent(gain) for gain in published[each.ratio, each.start]),
+            f"{each.gain.num}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", made_on(data)])
+
+
+def _nats(value: float) -> str:
+    return f"{value:+.4f}".replace("-", "−")
+
+
+def calibration_runs_table(file: Path) -> str:
+    """The calibration's losses by budget and size, and what was fitted to them."""
+    data = json.loads(file.read_text(encoding="utf-8"))
+    best: dict[tuple[int, int], dict[str, Any]] = {}
+    for row in data["rows"]:
+        key = row["steps"], row["size"]
+        if row["kind"] == "calibration" and (key not in best or row["validation"] < best[key]["validation"]):
+            best[key] = row
+    sizes = sorted({size for _, size in best})
+    lines = [
+        "| FLOPs | " + " | ".join(f"{size:,} parameters" for size in sizes) + " |",
+        f"|---:|{'---:|' * len(sizes)}",
+    ]
+    for steps in sorted({steps for steps, _ in best}):
+        row = {size: best[steps, size] for size in sizes if (steps, size) in best}
+        least = min(row, key=lambda size: row[size]["test"])
+        shown = {size: f"{run['test']:.3f} ({run['tokens'] / 1e6:.2f})" for size, run in row.items()}
+        cells = (f"**{shown[size]}**" if size == least else shown.get(size, "–") for size in sizes)
+        lines.append(f"| {next(iter(row.values()))['bill']:.2g} | {' | '.join(cells)} |")
+    if data.get("law"):
+        names = ("E", "A", "a", "B", "b")
+        ends = np.quantile(data["replicas"], (0.025, 0.975), axis=0).T
+        by_law = ", ".join(
+            f"{name} = {value:.3g} [{low:.3g}, {high:.3g}]"
+            for name, value, (low, high) in zip(names, data["law"], ends, strict=True)
+        )
+        lines += [
+            "",
+            f"Fitted: {by_law} (95 % intervals; {len(data['replicas'])} of {data['drawn']} refits found a law).",
+        ]
+    elif "why_no_law" in data:
+        lines += ["", f"No law of this form fits these runs: {data['why_no_law'].replace('_', ' ')}."]
+    return "\n".join(lines)
+
+
+def optimal_line(file: Path) -> str:
+    """How much data is optimal for the small model, without and with the shortest budget."""
+    rows, size = json.loads(file.read_text(encoding="utf-8"))["rows"], params(built(1.0))
+    used, every = (optimal_tokens(calibrated(rows, budgets), size) for budgets in (BUDGETS, (SHORT, *BUDGETS)))
+    return (
+        f"From the best sizes, {used / 1e3:,.0f} thousand bytes are compute-optimal for the final size. The smallest "
+        f"budget is left out there, since its runs are short. With it they would be {every / 1e3:,.0f} thousand, which "
+        "was known when it was left out."
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:+.1f} %".replace("-", "−")
+
+
+def _line(data: Mapping[str, Any], start: float, ratios: Sequence[float]) -> list[float]:
+    """The gains that the law foretells for cuts in a straight line, where a step costs what its parameters do."""
+    law, average = _law(data["law"]), average_size(start, (0.25, 0.75))
+    size = next(row["size"] for row in data["rows"] if row["arm"] == "small" and row["start"] == 1)
+    tokens = [ratio * data["optimal_tokens"] for ratio in ratios]
+    return [law.loss(size, each) - law.loss(size * average, each / average) for each in tokens]
+
+
+WIDTH, HEIGHT, LEFT, TOP, WIDE, HIGH = 880, 380, 70, 62, 780, 250
+COLORS = {2.0: BLUE, 4.0: ORANGE, 8.0: OTHERS[0]}
+
+
+def write_law_picture(file: Path, out: Path) -> Path:
+    """Draw the gain against r: the law of the calibration as lines if there is one, measured points with intervals.
+
+    A filled point is of Setpoint's own widths, an open one of even widths. The SVG follows the reader's light or dark
+    scheme.
+    """
+    data = json.loads(file.read_text(encoding="utf-8"))
+    arms, ratios = arms_of(data), np.geomspace(0.7, 24, 60)
+    lines = {start: _line(data, start, ratios) for start in COLORS if data.get("law")}
+    ends = [end for each in arms for end in (each.gain.low, each.gain.high, each.gain.mean) if end is not None]
+    ends += [end for line in lines.values() for end in line]
+    low, high = min(-0.01, *ends), max(0.01, *ends)
+
+    def at(ratio: float, gain: float) -> tuple[float, float]:
+        across = math.log(ratio / ratios[0]) / math.log(ratios[-1] / ratios[0])
+        return LEFT + WIDE * across, TOP + HIGH * (high - gain) / (high - low)
+
+    light = "".join(f".s{start:g} {{ stroke: {color}; color: {color}; }} " for start, color in COLORS.items())
+    dark = "".join(
+        f".s{start:g} {{ stroke: {DARK[color]}; color: {DARK[color]}; }} " for start, color in COLORS.items()
+    )
+    drawn = "filled: Setpoint's own widths, open: even widths"
+    if lines:
+        drawn += ", line: law of the calibration"
+    if any(each.gain.low is not None for each in arms):
+        drawn += ", bar: 95 %"
+    title = "Gain in nats per byte against r, tokens / compute-optimal tokens of the small model"
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
+        f'role="img" aria-label="{title}">',
+        "<style>text { font: 12px system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif; fill: #1c2430; } "
+        ".soft { fill: #5a6575; } .ground { fill: #ffffff; } .grid { stroke: #e1e6ec; } .zero { stroke: #5a6575; } "
+        f".line {{ fill: none; stroke-width: 2; }} .own {{ fill: currentColor; }} .even {{ fill: #ffffff; }} {light}"
+        "@media (prefers-color-scheme: dark) { text { fill: #e6eaf0; } .soft { fill: #a3acb9; } "
+        f".grid {{ stroke: #2a3441; }} .ground, .even {{ fill: #12181f; }} {dark}}}</style>",
+        f'<rect class="ground" width="{WIDTH}" height="{HEIGHT}" rx="6"/>',
+        f'<text x="{LEFT}" y="{HEIGHT - 12}">r = tokens / compute-optimal tokens of the small model</text>',
+        f'<text x="{LEFT}" y="44">gain over the small model, nats per byte; {drawn}</text>',
+    ]
+    step = next(step for step in (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5) if (high - low) / step <= 8)
+    for mark in np.arange(math.ceil(low / step), math.floor(high / step) + 1) * step:
+        y = at(1.0, mark)[1]
+        parts.append(f'<path class="{"zero" if abs(mark) < step / 2 else "grid"}" d="M{LEFT} {y:.1f}h{WIDE}"/>')
+        parts.append(f'<text class="soft" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{mark:+.3g}</text>')
+    for ratio in (1, 2, 4, 8, 16):
+        x = at(ratio, 0.0)[0]
+        parts.append(f'<text class="soft" x="{x:.1f}" y="{TOP + HIGH + 20}" text-anchor="middle">{ratio}</text>')
+    for start, line in lines.items():
+        path = "L".join(f"{x:.1f} {y:.1f}" for x, y in (at(*point) for point in zip(ratios, line, strict=True)))
+        parts.append(f'<path class="line s{start:g}" d="M{path}"/>')
+    for place, start in enumerate(start for start in COLORS if lines or any(each.start == start for each in arms)):
+        x = LEFT + 130 * place
+        parts.append(
+            f'<path class="line s{start:g}" d="M{x} 18h26"/><text x="{x + 32}" y="22">start at {start:g} x</text>'
+        )
+    for each in arms:
+        apart = 1.05 if each.arm == "setpoint" else 1 / 1.05
+        x, y = at(each.ratio * apart * (1 + 0.02 * (math.log2(each.start) - 2)), each.gain.mean)
+        if each.gain.low is not None and each.gain.high is not None:
+            top, bottom = at(1.0, each.gain.high)[1], at(1.0, each.gain.low)[1]
+            parts.append(f'<path class="line s{each.start:g}" d="M{x:.1f} {top:.1f}V{bottom:.1f}"/>')
+        look = "own" if each.arm == "setpoint" else "even"
+        parts.append(f'<circle class="s{each.start:g} {look}" stroke-width="2" cx="{x:.1f}" cy="{y:.1f}" r="4"/>')
+    out.write_text("\n".join([*parts, "</svg>"]) + "\n", encoding="utf-8")
+    return out

@@ -1,0 +1,163 @@
+"""The language arm of the law: its data, its runs of equal size and FLOPs, and its resumable list."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from itertools import islice
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from setpoint_bench.installed_text import InstalledText, installed_text
+from setpoint_bench.task import BenchError
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "bench" / "benchmarks" / "law_language.py"
+
+
+@pytest.fixture(scope="module")
+def law() -> ModuleType:
+    """The script as a module."""
+    spec = importlib.util.spec_from_file_location("law_language", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def bench(law: ModuleType) -> Any:
+    """Random bytes in place of text."""
+    drawn = [torch.randint(128, (size,), dtype=torch.uint8) for size in (40_000, 2_000, 2_000)]
+    return law.Bench.of(InstalledText(*drawn, digest="random", versions={}, files=3), {"validation": 16, "test": 16})
+
+
+def test_text_is_ascii_without_repeats_and_split_by_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: identical files count once, others than ASCII not at all, and no file has bytes in two splits."""
+    package = tmp_path / "written_for_this_test"
+    package.mkdir()
+    for number in range(300):
+        (package / f"m{number}.py").write_text(f"# {number:04d}\n" * 80)
+    (package / "again.py").write_text("# 0007\n" * 80)
+    (package / "other.py").write_text("# Grüße\n" * 100, encoding="utf-8")
+    (package / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    text = installed_text({"written_for_this_test": "none-such"})
+    numbers = {split: set(bytes(getattr(text, split).tolist()).split()) for split in ("train", "validation", "test")}
+    assert text.files == 300 and sum(map(len, numbers.values())) == 300 + 3  # with the "#" of each
+    assert len(numbers["train"]) > 250 and min(map(len, numbers.values())) > 1
+    assert text.digest == installed_text({"written_for_this_test": "none-such"}).digest
+    (package / "m5.py").write_text("# changed\n" * 80)
+    assert text.digest != installed_text({"written_for_this_test": "none-such"}).digest
+
+
+def test_no_window_is_drawn_twice(bench: Any) -> None:
+    """Claim: the windows of a run cover the text once, and then the run is refused."""
+    batches = bench.batches(seed=0)
+    seen = torch.cat([x for x, _ in islice(batches, 78)])
+    assert seen.numel() == 39_936 and torch.equal(
+        seen.flatten().bincount(), bench.text.train[: 39_999 // 64 * 64].bincount()
+    )
+    with pytest.raises(BenchError, match="used up"):
+        next(batches)
+
+
+@pytest.mark.parametrize("arm", ["even", "setpoint"])
+def test_arms_end_at_the_small_models_size_and_flops(law: ModuleType, bench: Any, arm: str) -> None:
+    """Claim: a run that starts twice as large has spent the small model's FLOPs and ends at its size.
+
+    Even widths end at the very same; Setpoint's own are within the budget, by less than a head, the largest unit.
+    """
+    row = law.trained(bench, law.Cell("arm", arm, 2.0, 1.0, 60, 0.008, 0), lambda share: None)
+    small, step = law.params(law.built(1.0)), law.step_flops(1.0)
+    head = law.HEAD_DIM * (4 * law.EMBEDDING + 3)
+    assert row["bill"] == 60 * step and row["bill"] - 2 * step < row["flops"] <= row["bill"]
+    assert small - head < row["size"] <= small
+    assert arm == "setpoint" or (row["size"] == small and row["widths"] == [[1, 16]] * 2)
+    assert 1.3 * small < row["average_size"] < 1.6 * small  # 1.5 in a straight line, by steps
+
+
+def test_finished_runs_are_not_run_again(law: ModuleType, bench: Any, tmp_path: Path) -> None:
+    """Claim: a run that the file holds is not made again, and a file of other bytes is refused."""
+    out = tmp_path / "found.json"
+    cell = law.Cell("calibration", "small", 0.5, None, 4, 0.008, 0)
+    law.run_one(law.Results(out, bench), bench, cell, None)
+    written = out.read_text()
+    law.run_one(law.Results(out, bench), bench, cell, None)
+    assert out.read_text() == written and law.Results(out, bench).row(cell)["num_steps"] == 4
+    other = law.Bench.of(
+        InstalledText(*[bench.text.train] * 3, digest="other", versions={}, files=3), {"validation": 16, "test": 16}
+    )
+    with pytest.raises(BenchError, match="not those of"):
+        law.Results(out, other)
+
+
+def test_the_list_of_runs_takes_the_best_rates(law: ModuleType) -> None:
+    """Claim: further seeds and the longest runs take the rate that validation chose; all arms come in turn."""
+    rows: list[dict[str, Any]] = []
+    for part in (law.arms, law.further_arms):
+        for cell in part(rows, optimal=100):
+            best = 0.008 if cell.start == 2 else 0.032
+            rows.append({**vars(cell), "validation": abs(cell.rate - best)})
+            if cell.seed or cell.ratio == 16 or 15 < len(rows) <= 20:
+                assert cell.rate == best
+    counts = [len({(row["arm"], row["start"], row["ratio"]) for row in rows[: 5 * n]}) for n in (1, 3, 4)]
+    assert counts == [5, 5, 10] and len(rows) == 2 * 25 + 3 * 7
+    assert {row["steps"] for row in rows} == {100, 400, 1600}
+
+
+def test_the_page_shows_what_the_runs_came_to() -> None:
+    """Claim: each measured and foretold gain of the page follows from the rows of the results file."""
+    data = json.loads((ROOT / "results" / "law-language.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "when-it-pays.md").read_text(encoding="utf-8")
+    table = page.partition("<!-- results:law-measured -->\n")[2].partition("\n\n")[0]
+    lines = [[cell.strip(" *x") for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+    assert len(lines) >= 8
+
+    def runs(ratio: float, arm: str, start: float) -> dict[int, dict[str, Any]]:
+        found = [row for row in data["rows"] if (row["ratio"], row["arm"], row["start"]) == (ratio, arm, start)]
+        rate = min((row["validation"], row["rate"]) for row in found if row["seed"] == 0)[1]
+        return {row["seed"]: row for row in found if row["rate"] == rate}
+
+    def numbers(text: str) -> list[float]:
+        return [float(part) for part in text.replace("−", "-").strip("[] %").replace("[", ",").split(",")]
+
+    for ratio, start, widths, *cells in lines:
+        arm = "even" if widths == "even" else "setpoint"
+        ours, theirs = runs(float(ratio), arm, float(start)), runs(float(ratio), "small", 1.0)
+        seeds = sorted(ours.keys() & theirs.keys())
+        gains = np.array([theirs[seed]["test"] - ours[seed]["test"] for seed in seeds])
+        assert int(cells[-1]) == len(seeds) and float(cells[0]) == ours[0]["rate"]
+        mean, *ends = numbers(cells[4])
+        assert mean == pytest.approx(gains.mean(), abs=5.1e-5)
+        if len(seeds) >= 3:
+            interval = stats.t.interval(0.95, len(seeds) - 1, gains.mean(), stats.sem(gains))
+            assert ends == pytest.approx(interval, abs=5.1e-5)
+        if not data.get("law"):
+            assert cells[5:8] == ["–"] * 3
+            continue
+        irreducible, by_size, a, by_data, b = data["law"]
+        size, tokens = ([np.mean([of[s][key] for s in seeds]) for of in (theirs, ours)]
+                        for key in ("average_size", "tokens"))  # fmt: skip
+        losses = [by_size * n**-a + by_data * d**-b for n, d in zip(size, tokens, strict=True)]
+        assert numbers(cells[5])[0] == pytest.approx(losses[0] - losses[1], abs=5.1e-5)
+        reducible = np.mean([theirs[seed]["test"] for seed in seeds]) - irreducible
+        assert numbers(cells[6])[0] == pytest.approx(100 * gains.mean() / reducible, abs=0.051)
+        assert numbers(cells[7])[0] == pytest.approx(100 * (losses[0] - losses[1]) / reducible, abs=0.051)
+
+
+def test_arms_spend_the_same_flops() -> None:
+    """Claim: all runs that are compared have spent the small model's FLOPs within 1 %, and end no larger than it."""
+    data = json.loads((ROOT / "results" / "law-language.json").read_text(encoding="utf-8"))
+    arms = [row for row in data["rows"] if row["kind"] == "arm"]
+    size = next(row["size"] for row in arms if row["arm"] == "small")
+    assert all(0.99 * row["bill"] <= row["flops"] <= row["bill"] for row in arms)
+    assert all(row["size"] <= size and (row["size"] == size or row["arm"] == "setpoint") for row in arms)

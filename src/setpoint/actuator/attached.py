@@ -1,0 +1,36 @@
+"""Attached: the models that a loop is at work on; nobody else may change their sizes."""
+
+from __future__ import annotations
+
+from weakref import WeakSet
+
+from torch import nn
+
+from setpoint.errors import LoopError
+
+ATTACHED: WeakSet[nn.Module] = WeakSet()
+"""Models that a loop is at work on."""
+
+FITTED: WeakSet[nn.Module] = WeakSet()
+"""Those whose loop goes on with what is loaded: it may have other shapes."""
+
+
+def check_free(model: nn.Module) -> None:
+    """Check that no loop is at work on the model, on a part of it, or on what it is a part of, or raise LoopError."""
+    if _at_work(model):
+        raise LoopError("this model has a loop already: call finish() or detach() on that loop first")
+
+
+def check_loads(model: nn.Module) -> None:
+    """Check that no loop is at work on the model which would not follow when a state gives it other shapes."""
+    if not _at_work(model) <= set(FITTED):
+        raise LoopError(
+            "this model has a loop already, and the state has other shapes: load the loop's own state first, or attach "
+            "with resume=True; loop.detach() lets the model be loaded by itself. Nothing was changed"
+        )
+
+
+def _at_work(model: nn.Module) -> set[nn.Module]:
+    """Models with a loop that are this one, a part of it, or what it is a part of."""
+    parts = set(model.modules())
+    return {other for other in ATTACHED if other in parts or model in set(other.modules())}

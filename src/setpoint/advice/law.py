@@ -1,0 +1,152 @@
+"""Law: the loss of a run as a function of its average size and its data, and what follows for pruning."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from setpoint.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Law:
+    """The scaling law of one family of models: `loss = E + A N^-a + B D^-b`.
+
+    N is the number of parameters outside of embeddings, for a run that prunes its mean over the steps (Jin et al.,
+    "The journey matters: average parameter count over pre-training unifies sparse and dense scaling laws", ICLR 2025);
+    D is the number of tokens or samples. A training step costs 6 N FLOPs a token.
+
+    Args:
+        irreducible: E, loss that neither size nor data takes away.
+        size_scale: A.
+        size_exponent: a.
+        data_scale: B.
+        data_exponent: b.
+        source: where the constants come from.
+        sizes: smallest and largest N that they were fitted on.
+
+    Raises:
+        UsageError: for a scale or an exponent that is not above 0.
+
+    >>> law = Law(1.69, 406.4, 0.34, 410.7, 0.28, "Hoffmann et al. 2022")
+    >>> round(100 * law.gain(ratio=16, average=2.5), 1), round(100 * law.gain(ratio=1, average=2.5), 1)
+    (6.7, -4.0)
+    """
+
+    irreducible: float
+    size_scale: float
+    size_exponent: float
+    data_scale: float
+    data_exponent: float
+    source: str
+    sizes: tuple[float, float] = (0.0, math.inf)
+
+    def __post_init__(self) -> None:
+        for name in ("size_scale", "size_exponent", "data_scale", "data_exponent"):
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
+                raise UsageError(f"{name} of a law must be above 0, got {value:.4g}")
+
+    def loss(self, size: float, data: float) -> float:
+        """The loss of a run of this average size on so many tokens or samples."""
+        by_size: float = self.size_scale * size**-self.size_exponent
+        by_data: float = self.data_scale * data**-self.data_exponent
+        return self.irreducible + by_size + by_data
+
+    def optimal_data(self, size: float) -> float:
+        """The compute-optimal number of tokens for a size: no other split of `N D` has a lower loss."""
+        ratio = (self.data_exponent * self.data_scale) / (self.size_exponent * self.size_scale)
+        return float((ratio * size**self.size_exponent) ** (1 / self.data_exponent))
+
+    def gain(self, ratio: float, average: float) -> float:
+        """What pruning gains over a small dense model of the same final size and the same training FLOPs.
+
+        With `k = a / b`, relative to the small model's reducible loss: `1 - (x^-a + k r^-b x^b) / (1 + k r^-b)`.
+
+        Args:
+            ratio: r, data of the small model / its compute-optimal data.
+            average: x, mean size of the pruned run over its steps / its final size.
+        """
+        data: float = self.size_exponent / self.data_exponent * ratio**-self.data_exponent
+        pruned: float = average**-self.size_exponent + data * average**self.data_exponent
+        return 1 - pruned / (1 + data)
+
+    def best_average(self, ratio: float) -> float:
+        """The x of the largest gain, `r^(b / (a + b))`; 1 where nothing is gained."""
+        return float(max(1.0, ratio ** (self.data_exponent / (self.size_exponent + self.data_exponent))))
+
+
+LANGUAGE = (
+    Law(1.69, 406.4, 0.34, 410.7, 0.28, "Hoffmann et al. 2022, arXiv 2203.15556, approach 3", (7e7, 1.6e10)),
+    Law(1.8172, 482.01, 0.3478, 2085.43, 0.3658, "Besiroglu et al. 2024, arXiv 2404.10102", (7e7, 1.6e10)),
+)
+"""Two published fits of the same runs: where they disagree, nothing can be said."""
+
+
+def average_size(start: float, cuts: tuple[float, float]) -> float:
+    """The mean size of a run over its steps / its final size, for a size that falls in a straight line between cuts."""
+    first, last = cuts
+    return first * start + (last - first) * (start + 1) / 2 + (1 - last)
+
+
+def fit_law(sizes: Sequence[float], data: Sequence[float], losses: Sequence[float], source: str) -> Law:
+    """Fit the constants of a family to measured runs, by the Huber loss of the logarithm (as Hoffmann et al. do).
+
+    Args:
+        sizes: parameters outside of embeddings, one a run.
+        data: tokens or samples, one a run.
+        losses: final losses on data that was not trained on, one a run.
+        source: what was measured.
+
+    Raises:
+        UsageError: for fewer than six runs, sequences of different lengths, or values that are not above 0.
+
+    >>> truth = Law(1.0, 50.0, 0.5, 80.0, 0.4, "made up")
+    >>> runs = [(n, d) for n in (1e3, 1e4, 1e5) for d in (1e4, 1e5, 1e6)]
+    >>> sizes, data = zip(*runs)
+    >>> found = fit_law(sizes, data, [truth.loss(n, d) for n, d in runs], "made up")
+    >>> abs(found.size_exponent - 0.5) < 0.02 and abs(found.data_exponent - 0.4) < 0.02
+    True
+    """
+    if not len(sizes) == len(data) == len(losses) or len(losses) < 6:
+        raise UsageError(
+            f"a law of five constants needs at least six runs, each with size, data and loss: got {len(sizes)} sizes, "
+            f"{len(data)} numbers of samples and {len(losses)} losses"
+        )
+    rows = [torch.tensor([float(value) for value in values], dtype=torch.float64) for values in (sizes, data, losses)]
+    if not all(bool((row > 0).all() and row.isfinite().all()) for row in rows):
+        raise UsageError("sizes, data and losses of a law must be finite and above 0")
+    fits = [_fitted(rows, begin) for begin in ((0.3, 0.3), (0.5, 0.5), (0.3, 0.6), (0.6, 0.3))]
+    _, constants = min(fits, key=lambda fit: fit[0])
+    e, a, by_size, b, by_data = constants
+    return Law(e, a, by_size, b, by_data, source, (float(rows[0].min()), float(rows[0].max())))
+
+
+def _fitted(rows: list[torch.Tensor], exponents: tuple[float, float]) -> tuple[float, tuple[float, ...]]:
+    """The Huber loss that is reached, and E, A, a, B, b, from these exponents on."""
+    log_size, log_data, log_loss = (row.log() for row in rows)
+    reducible = float((rows[2].min() / 2).log())  # the search begins with the losses as three equal parts or so
+    begin = [
+        reducible,
+        reducible + exponents[0] * float(log_size.mean()),
+        reducible + exponents[1] * float(log_data.mean()),
+    ]
+    searched = torch.tensor([*begin, *exponents], dtype=torch.float64, requires_grad=True)
+    search = torch.optim.LBFGS([searched], max_iter=2000, tolerance_grad=1e-12, tolerance_change=1e-15, history_size=50,
+                               line_search_fn="strong_wolfe")  # fmt: skip
+
+    def closure() -> torch.Tensor:
+        search.zero_grad()
+        e, a, b, by_size, by_data = searched
+        parts = torch.stack([e.expand_as(log_size), a - by_size * log_size, b - by_data * log_data])
+        loss = torch.nn.functional.huber_loss(parts.logsumexp(0), log_loss, delta=1e-3, reduction="sum")
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    search.step(closure)  # type: ignore[no-untyped-call]
+    reached = float(closure().detach())
+    e, a, b, by_size, by_data = searched.tolist()
+    return reached, (math.exp(e), math.exp(a), by_size, math.exp(b), by_data)

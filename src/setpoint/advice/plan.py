@@ -1,0 +1,284 @@
+"""Plan: what the law says of a run that is not begun yet."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from setpoint.advice.law import LANGUAGE, Law, average_size
+from setpoint.cost.budget import Budget, amount
+from setpoint.cost.flops import flops_cost
+from setpoint.cost.params import params_cost
+from setpoint.cost.wanted import wanted
+from setpoint.errors import UsageError
+from setpoint.groups.example import Example, inputs_of, num_samples
+from setpoint.groups.group import widths_of
+from setpoint.groups.trace import trace
+
+STARTS = (2.0, 4.0, 8.0)
+"""Start sizes that are compared, in final sizes."""
+MEASURED = (1.0, 64.0)
+"""Ratios for which the law is meant; beyond them its exponents have not been checked."""
+
+
+@dataclass(frozen=True)
+class Advice:
+    """Whether pruning while training pays, and how: `print(advice)` says it in a few lines.
+
+    Args:
+        verdict: `"prune"`, `"train the small model"`, or `"undecided"` where the laws disagree.
+        size: N_f, parameters of the finished model outside of embeddings; None where only a ratio was given.
+        ratio: r, data of the small model / its compute-optimal data, lowest and highest of the laws.
+        start: size to start from, in final sizes: that of the largest gain, or the one that was given.
+        average: mean size of the run over its steps, in final sizes.
+        cuts: first and last cut, as shares of the steps.
+        gain: of the reducible loss against the small dense model of equal final size and training FLOPs, lowest and
+            highest of the laws; negative is a loss.
+        bill: FLOPs of the whole run.
+        tokens: tokens or samples that the bill pays for in the pruned run.
+        steps: optimizer steps of the pruned run, where the batch is known.
+        notes: what weakens the advice.
+        sources: of the constants.
+    """
+
+    verdict: str
+    size: float | None
+    ratio: tuple[float, float]
+    start: float
+    average: float
+    cuts: tuple[float, float]
+    gain: tuple[float, float]
+    bill: float | None
+    tokens: float | None
+    steps: int | None
+    notes: tuple[str, ...]
+    sources: tuple[str, ...]
+
+    @property
+    def pays(self) -> bool:
+        """Whether all laws say that pruning gains."""
+        return self.verdict == "prune"
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dict of plain values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        low, high = self.gain
+        lines = [f"{self.verdict[0].upper()}{self.verdict[1:]}."]
+        lines.append(f"  data / compute-optimal data: {_range(*self.ratio)}")
+        lines.append(f"  start at {self.start:g} times the final size, cut between {self.cuts[0]:.0%} and "
+                     f"{self.cuts[1]:.0%} of the steps: {_signed(low)} to {_signed(high)} of the reducible loss "
+                     "against a small dense model of the same training FLOPs")  # fmt: skip
+        if self.bill is not None:
+            paid = f" pay for {self.tokens:.3g} tokens or samples" if self.tokens is not None else ""
+            steps = f", {self.steps:,} steps" if self.steps is not None else ""
+            lines.append(f"  {amount(self.bill, 'flops')}{paid}{steps}")
+        lines += [f"  note: {note}" for note in self.notes]
+        return "\n".join([*lines, f"  constants: {'; '.join(self.sources)}"])
+
+
+def plan(
+    model: nn.Module | None = None,
+    budget: Any = None,
+    *,
+    example: Example | None = None,
+    size: float | None = None,
+    ratio: float | None = None,
+    tokens: float | None = None,
+    samples: float | None = None,
+    flops: float | None = None,
+    seconds: float | None = None,
+    joules: float | None = None,
+    batch: float | None = None,
+    start: float | None = None,
+    cuts: tuple[float, float] = (0.25, 0.75),
+    laws: Sequence[Law] = LANGUAGE,
+) -> Advice:
+    """Say whether pruning while training pays, from which start size, and how many steps a bill pays for.
+
+    The comparison is with a small dense model of the same final size that is trained from scratch with the same
+    FLOPs. A pretrained model is another matter: its training is on nobody's bill, so fine-tune and prune it.
+
+    Args:
+        model: to be pruned from; with `budget` it gives final size and start, with `example` tokens and batch.
+        budget: the budget of a step, as `attach` takes it, of FLOPs or parameters.
+        example: inputs of one step, as `attach` takes them.
+        size: parameters of the finished model outside of embeddings, where no model is given.
+        ratio: data / compute-optimal data of the finished model, where it is known: then nothing else is needed.
+        tokens: what the small model would be trained on; `samples` is the same by another name.
+        samples: see `tokens`.
+        flops: the bill of the whole run.
+        seconds: the bill, in seconds of training on this machine; needs model and example, which are timed.
+        joules: the bill, in joules as this machine meters them; needs model and example.
+        batch: tokens or samples of an optimizer step.
+        start: size to start from, in final sizes; by default the best of 2, 4 and 8, or the model's own.
+        cuts: first and last cut, as shares of the steps.
+        laws: constants of the family, published ones of language models by default; `setpoint.advice.law.fit_law`
+            finds those of another family from measured runs.
+
+    Raises:
+        UsageError: without a size or without data or bill, for values that cannot be, and for a family without laws.
+
+    >>> print(plan(ratio=16).verdict, plan(ratio=0.5).verdict)
+    prune train the small model
+    """
+    for name, value in {"size": size, "ratio": ratio, "tokens": tokens, "samples": samples, "flops": flops,
+                        "seconds": seconds, "joules": joules, "batch": batch}.items():  # fmt: skip
+        if value is not None and not (isinstance(value, (int, float)) and 0 < value < math.inf):
+            raise UsageError(f"{name} must be a finite number above 0, got {value!r}")
+    if start is not None and not 1 < start < math.inf:
+        raise UsageError(f"start must be above 1 (it counts final sizes), got {start!r}")
+    if not (len(cuts) == 2 and 0 <= cuts[0] <= cuts[1] <= 1):
+        raise UsageError(f"cuts must be two shares of the steps in order, such as (0.25, 0.75), got {cuts!r}")
+    if not laws:
+        raise UsageError("laws is empty: give the constants of a family, or leave it out")
+    given = [name for name, value in {"tokens": tokens, "samples": samples, "flops": flops, "seconds": seconds,
+                                      "joules": joules, "ratio": ratio}.items() if value is not None]  # fmt: skip
+    if len(given) != 1:
+        raise UsageError(
+            "give exactly one of tokens, samples (what a small model would be trained on), flops, seconds, joules (the "
+            f"bill of the run) and ratio: got {', '.join(given) or 'none'}"
+        )
+    known = None if model is None else _Known.of(model, budget, example)
+    if known is not None:
+        if size is not None or start is not None:
+            raise UsageError("model and budget give size and start: leave these out")
+        size, start, batch = known.size, known.start, batch or known.tokens
+    if laws is LANGUAGE and (samples is not None or (known is not None and not known.counts_tokens)):
+        raise UsageError(
+            "the published constants are of language models and count tokens; for samples of another kind no constants "
+            "are known: measure runs of your own and give laws=[fit_law(...)] of setpoint.advice.law, or give the ratio"
+        )
+    if size is None and ratio is None:
+        raise UsageError("give the final size: a model with its budget and example, or size=, or the ratio itself")
+    if (seconds or joules) and known is None:
+        raise UsageError(f"{given[0]} of what? Give model, budget and example, which are timed on this machine")
+    if known is not None and seconds is not None:
+        flops = seconds * known.flops / known.step_seconds()
+    elif known is not None and joules is not None:
+        flops = joules * known.flops / known.step_joules()
+    data = tokens or samples or (flops / (6 * size) if flops and size else None)
+    ratios = [ratio if ratio is not None else _ratio(law, size, data) for law in laws]
+    starts = STARTS if start is None else (start,)
+    gains = {s: [law.gain(r, average_size(s, cuts)) for law, r in zip(laws, ratios, strict=True)] for s in starts}
+    best = max(starts, key=lambda s: min(gains[s]))
+    low, high = min(gains[best]), max(gains[best])
+    average = average_size(best, cuts)
+    verdict = "prune" if low > 0 else "train the small model" if high <= 0 else "undecided"
+    bill = 6 * size * data if size and data else None
+    paid = data / average if data else None
+    return Advice(
+        verdict, size, (min(ratios), max(ratios)), best, average, cuts, (low, high), bill, paid,
+        int(paid // batch) if paid and batch else None,
+        tuple(_notes(size, ratios, laws)), tuple(law.source for law in laws),
+    )  # fmt: skip
+
+
+def _ratio(law: Law, size: float | None, data: float | None) -> float:
+    assert size is not None and data is not None, "checked by plan"
+    return data / law.optimal_data(size)
+
+
+def _notes(size: float | None, ratios: Sequence[float], laws: Sequence[Law]) -> list[str]:
+    notes = []
+    if size is not None and not all(law.sizes[0] <= size <= law.sizes[1] for law in laws):
+        sizes = max(law.sizes[0] for law in laws), min(law.sizes[1] for law in laws)
+        notes.append(
+            f"the constants were fitted on {sizes[0]:.2g} to {sizes[1]:.2g} parameters, this is {size:.2g}: "
+            "the ratio is extrapolated"
+        )
+    if min(ratios) < MEASURED[0] or max(ratios) > MEASURED[1]:
+        here = _range(min(ratios), max(ratios))
+        notes.append(f"the law is meant for ratios of {MEASURED[0]:g} to {MEASURED[1]:g}, this is {here}")
+    return notes
+
+
+def _range(low: float, high: float) -> str:
+    return f"{low:.3g}" if math.isclose(low, high, rel_tol=5e-3) else f"{low:.3g} to {high:.3g}"
+
+
+def _signed(share: float) -> str:
+    return f"{100 * share:+.1f} %"
+
+
+@dataclass(frozen=True, eq=False)
+class _Known:
+    """What model, budget and example say.
+
+    Args:
+        size: final size, by FLOPs a token.
+        start: dense size / final size.
+        flops: of a dense step.
+        tokens: of a step; samples, where its inputs are no tokens.
+        counts_tokens: whether they are tokens.
+    """
+
+    model: nn.Module
+    example: Example
+    size: float
+    start: float
+    flops: float
+    tokens: int
+    counts_tokens: bool
+
+    @classmethod
+    def of(cls, model: nn.Module, budget: Any, example: Example | None) -> _Known:
+        """Trace a model.
+
+        Raises:
+            UsageError: without budget or example, or for a budget of something else.
+        """
+        goal = wanted(budget)
+        if not isinstance(goal, Budget) or goal.resource not in ("flops", "params") or goal.per != "step":
+            raise UsageError(f"plan takes one budget of flops or params per step, such as '25% flops', got {budget!r}")
+        if example is None:
+            raise UsageError("give an example of the inputs of one step, as attach takes it")
+        found = trace(model, example)
+        flops, params = flops_cost(found), params_cost(model, found.groups)
+        widths = widths_of(found.groups)
+        dense = {"flops": flops.total(widths), "params": params.total(widths)}[goal.resource]
+        share = goal.absolute(dense) / dense
+        if not 0 < share < 1:
+            raise UsageError(f"the budget is {share:.3g} of the dense model: nothing is pruned")
+        tokens = _tokens(example)
+        batch, step_flops = tokens or num_samples(example), flops.total(widths)
+        return cls(model, example, share * step_flops / (6 * batch), 1 / share, step_flops, batch, tokens is not None)
+
+    def step_seconds(self) -> float:
+        """Seconds of a dense training step with AdamW, measured here."""
+        from setpoint.resources.measure_step import measure_step
+
+        return measure_step(self.model, self.example)[0]
+
+    def step_joules(self) -> float:
+        """Joules of a dense training step with AdamW.
+
+        Raises:
+            UsageError: where nothing meters them.
+        """
+        from setpoint.resources.measure_step import measure_step
+
+        joules, why = measure_step(self.model, self.example)[1:]
+        if joules is None:
+            raise UsageError(f"joules cannot be metered on this machine ({why}): give the bill in seconds or FLOPs")
+        return joules
+
+
+def _tokens(example: Example) -> int | None:
+    """Tokens of a step: entries of the first tensor of whole numbers."""
+    for leaf in pytree.tree_leaves(inputs_of(example)):
+        if (
+            isinstance(leaf, Tensor)
+            and not leaf.is_floating_point()
+            and not leaf.is_complex()
+            and leaf.dtype != torch.bool
+        ):
+            return leaf.numel()
+    return None

@@ -1,0 +1,94 @@
+"""Arguments: whether what `attach` is given is of the right kind at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from setpoint.actuator.shrink import named_tensors
+from setpoint.controller.plan import Controller
+from setpoint.cost.budget import METERED
+from setpoint.errors import CostError, GroupError, LoopError
+from setpoint.given import check_flags, plain_number
+from setpoint.groups.group import Group
+from setpoint.sensor.reading import Sensor
+
+
+def check_parts(controller: object, sensor: object, **flags: object) -> None:
+    """Check that controller and sensor are such objects, or None, and that flags are flags.
+
+    Raises:
+        LoopError: for a class, a name, or an object that lacks a method.
+        ValueError: for a flag that is neither True nor False.
+    """
+    check_flags(**{name: value for name, value in flags.items() if name != "verify" or value != "always"})
+    kinds = (("controller", controller, Controller, "PricedController"), ("sensor", sensor, Sensor, "TaylorSensor"))
+    for name, part, kind, such in kinds:
+        if isinstance(part, type):
+            raise LoopError(f"{name}={part.__name__} is a class: give an object, {part.__name__}(...)")
+        if part is not None and not isinstance(part, kind):
+            raise LoopError(f"{name} must be a {kind.__name__}, such as {such}(...), or None; got {part!r}")
+
+
+def whole_steps(total_steps: Any) -> int:
+    """The steps of a run as Python's own number; ValueError for anything but a positive integer."""
+    number = plain_number(total_steps)
+    if type(number) is not int or number < 1:
+        raise ValueError(f"total_steps must be a positive integer, got {total_steps!r}")
+    return number
+
+
+def given_groups(groups: object) -> tuple[Group, ...] | None:
+    """The groups as a tuple, or None; GroupError for what holds anything else, such as their names."""
+    if groups is None:
+        return None
+    found = tuple(groups) if isinstance(groups, Iterable) and not isinstance(groups, str) else (groups,)
+    strange = [each for each in found if not isinstance(each, Group)]
+    if strange or isinstance(groups, Group):
+        what = f"one of {strange[0]!r}" if strange and isinstance(groups, Iterable) else repr(groups)
+        raise GroupError(
+            f"groups must be a sequence of groups out of find_groups(model, example), or None for all; got {what:.200}"
+        )
+    return found
+
+
+def check_data(model: nn.Module) -> None:
+    """Check that a model's tensors have data, and that no weight is NaN, or raise LoopError by name."""
+    for name, tensor in named_tensors(model).items():
+        if is_lazy(tensor):
+            continue  # discovery says what to do about it
+        if tensor.is_meta:
+            raise LoopError(
+                f"{name!r} is on the meta device and has no data: give the model data first, "
+                "model.to_empty(device=...) and its values, and attach then"
+            )
+        if isinstance(tensor, nn.Parameter) and _has_nan(tensor):
+            raise LoopError(f"{name!r} holds NaN, so nothing can be learnt from it any more: begin with a whole model")
+
+
+def _has_nan(tensor: Tensor) -> bool:
+    comparable = type(tensor) is nn.Parameter and tensor.layout == torch.strided and tensor.dtype.itemsize > 1
+    return comparable and (tensor.is_floating_point() or tensor.is_complex()) and bool(tensor.isnan().any())
+
+
+def check_shared_costs(resources: set[str]) -> None:
+    """Check that costs are the same on all ranks, so that they can follow one plan."""
+    measured = sorted(resources & set(METERED))
+    if measured:
+        raise CostError(
+            f"a budget of {measured[0]!r} is not available on several ranks in this version, since each would measure "
+            "another cost: use a budget of 'flops' or 'params'"
+        )
+
+
+def check_reads(sensor: object) -> None:
+    """Check that a sensor says that it reads weights of which each rank has a part."""
+    if not getattr(sensor, "reads_shards", False):
+        raise LoopError(
+            f"{type(sensor).__name__} does not say that it can read a model that fully_shard has sharded over ranks: "
+            "use TaylorSensor, or set reads_shards = True on a sensor that adds up what each rank has"
+        )

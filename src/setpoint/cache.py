@@ -1,0 +1,89 @@
+"""The cache: what was found out about a model, in the user's cache folder, so that it need not be found out again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+_MOST = 500
+"""Files that are kept; the oldest make room."""
+
+
+def cache_folder() -> Path:
+    """The user's cache folder for Setpoint, by the platform's custom; it need not exist yet."""
+    if sys.platform == "win32":
+        local = os.environ.get("LOCALAPPDATA")
+        return (Path(local) if local else Path.home() / "AppData" / "Local") / "setpoint" / "cache"
+    if sys.platform == "darwin" and not os.environ.get("XDG_CACHE_HOME"):
+        return Path.home() / "Library" / "Caches" / "setpoint"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "setpoint"
+
+
+_REMEMBERS: ContextVar[bool] = ContextVar("_REMEMBERS", default=True)
+
+
+@contextmanager
+def remembering(does: bool) -> Iterator[None]:
+    """Inside, what was kept before is used, or is found out anew; what is found is kept all the same."""
+    token = _REMEMBERS.set(does)
+    try:
+        yield
+    finally:
+        _REMEMBERS.reset(token)
+
+
+def keeps() -> bool:
+    """Whether anything is kept: `SETPOINT_CACHE=off` turns it off."""
+    return os.environ.get("SETPOINT_CACHE", "").lower() not in ("off", "0", "no", "false")
+
+
+def recall(key: str) -> Any:
+    """What was kept under a key, which is a digest; None if nothing was, or what is there is damaged or another's."""
+    if not key or not keeps() or not _REMEMBERS.get():
+        return None
+    try:
+        content = json.loads(_file(key).read_text(encoding="utf-8"))
+        if content["format"] == FORMAT and content["key"] == key and content["digest"] == _digest(content["facts"]):
+            return content["facts"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass
+    return None
+
+
+def keep(key: str, facts: Any) -> None:
+    """Keep facts, made of JSON's own kinds, under a key; a folder that cannot be written to costs the next run time."""
+    if not key or not keeps():
+        return
+    file = _file(key)
+    content = {"format": FORMAT, "key": key, "digest": _digest(facts), "facts": facts}
+    with suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(OSError):  # another may have removed a file meanwhile
+            _make_room(file.parent)
+        # A reader sees a complete file or none; of two writers the last one wins.
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".tmp", delete=False, encoding="utf-8") as new:
+            json.dump(content, new)
+        os.replace(new.name, file)
+
+
+def _file(key: str) -> Path:
+    return cache_folder() / "attach" / f"{key}.json"
+
+
+def _digest(facts: Any) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _make_room(folder: Path) -> None:
+    files = [(each.stat().st_mtime, each) for each in folder.iterdir()]
+    for _, each in sorted(files)[: max(0, len(files) - _MOST + 1)]:
+        each.unlink(missing_ok=True)

@@ -1,0 +1,136 @@
+"""As it was: models, optimizers and whatever else has a state, put back after a change that was broken off."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from setpoint.actuator.swap import swap
+from setpoint.distributed import is_sharded_tensor
+from setpoint.groups.rng import rng_state, set_rng_state
+
+_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+
+
+def as_it_was(*parts: Any) -> Callable[[], None]:
+    """A function that puts everything in these parts back: tensors with shapes and hooks, tables, attributes.
+
+    Objects keep their identity. Followed are modules, optimizers, what has a `state_dict`, and Setpoint's own objects.
+    The global random generators are put back too. Values wait in host memory. Tensors that `fully_shard` has made are
+    left as they are.
+    """
+    undo: list[Callable[[], None]] = []
+    seen: dict[int, Any] = {}  # the objects too: an address may be given away again
+    everyones = [table for name, table in vars(nn.modules.module).items() if name.startswith("_global_")]  # hooks
+    left: list[Any] = [parts, everyones]
+    while left:  # no recursion, since chains of objects may be long
+        value = left.pop()
+        if id(value) not in seen:
+            seen[id(value)] = value
+            left.extend(_held(value, undo))
+    chance = rng_state()
+
+    def put_back() -> None:
+        for each in undo:
+            each()
+        set_rng_state(chance)
+
+    return put_back
+
+
+def _held(value: Any, undo: list[Callable[[], None]]) -> Iterable[Any]:
+    """What an object holds that is to be put back too; how to put back the object itself goes to `undo`."""
+    if isinstance(value, Tensor):
+        if not is_sharded_tensor(value):
+            undo.append(_tensor(value))
+    elif isinstance(value, np.ndarray):
+        if value.flags.writeable and not value.dtype.hasobject:
+            undo.append(_array(value))
+    elif isinstance(value, DistributedDataParallel):
+        return [value.module]  # a reducer must not come back: what holds the wrapper makes it anew
+    elif isinstance(value, dict):
+        undo.append(_table(value))
+        return [*value, *value.values()]
+    elif isinstance(value, (list, deque, set)):
+        undo.append(_items(value))
+        return list(value)
+    elif isinstance(value, (tuple, frozenset)):
+        return value
+    elif _has_state(value):
+        return [vars(value)]
+    return ()
+
+
+def _has_state(value: Any) -> bool:
+    if isinstance(value, type) or not hasattr(value, "__dict__"):
+        return False
+    own = type(value).__module__.partition(".")[0] == "setpoint"
+    return own or isinstance(value, (nn.Module, Optimizer)) or hasattr(type(value), "state_dict")
+
+
+def _tensor(tensor: Tensor) -> Callable[[], None]:
+    memory = tensor.detach()  # what it lies in; a change of shape gives it other memory
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
+    stored = plain and not (tensor.is_meta or tensor.is_quantized or tensor.is_inference())
+    overlaps = stored and any(
+        step == 0 and length > 1 for step, length in zip(tensor.stride(), tensor.shape, strict=True)
+    )
+    values = memory.to("cpu", copy=True) if stored and not overlaps else None
+    gradient = tensor.grad if tensor.is_leaf else None
+    hooks = [set(getattr(tensor, name, None) or ()) for name in _HOOKS]
+
+    @torch.no_grad()
+    def put_back() -> None:
+        where = [(each.shape, each.dtype, each.data_ptr() if stored else 0) for each in (tensor, memory)]
+        if where[0] != where[1]:
+            swap(tensor, memory, ExitStack())
+        if values is not None:
+            memory.copy_(values)
+        if tensor.is_leaf:
+            tensor.grad = gradient
+        for name, known in zip(_HOOKS, hooks, strict=True):
+            table = getattr(tensor, name, None) or {}
+            for number in set(table) - known:
+                del table[number]
+
+    return put_back
+
+
+def _array(array: np.ndarray) -> Callable[[], None]:
+    values = array.copy()
+    return lambda: np.copyto(array, values)
+
+
+def _table(table: dict[Any, Any]) -> Callable[[], None]:
+    before = dict(table)
+
+    def put_back() -> None:
+        if not _same([*table, *table.values()], [*before, *before.values()]):
+            table.clear()
+            table.update(before)
+
+    return put_back
+
+
+def _items(items: Any) -> Callable[[], None]:
+    before = list(items)
+
+    def put_back() -> None:
+        if not _same(list(items), before):
+            items.clear()
+            (items.update if isinstance(items, set) else items.extend)(before)
+
+    return put_back
+
+
+def _same(ones: list[Any], others: list[Any]) -> bool:
+    """Whether two lists hold the same objects; what has not changed is not touched."""
+    return len(ones) == len(others) and all(one is other for one, other in zip(ones, others, strict=True))

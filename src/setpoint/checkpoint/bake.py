@@ -1,0 +1,106 @@
+"""Bake: a cut model whose pickle loads where Setpoint is not installed."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import inspect
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from setpoint.checkpoint.carried import KEY
+from setpoint.distributed import unwrapped
+from setpoint.errors import CheckpointError
+from setpoint.groups import shim, vanish
+
+_HEAD = '''"""Forwards of a pruned model whose code writes sizes of its own: it belongs to the model's pickle."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+
+class PathError(RuntimeError):
+    """A forward that makes other calls than when the model was pruned."""
+
+
+'''
+_RECORDS = (
+    "_setpoint_sizes",
+    "_setpoint_lineage",
+    "_setpoint_buffers",
+    "_setpoint_dense",
+    "_setpoint_dense_sizes",
+    "_setpoint_pending",
+)
+
+
+def bake(model: nn.Module, file: str | os.PathLike[str] = "setpoint_baked.py") -> nn.Module:
+    """A copy of a cut model that knows nothing of Setpoint, for `torch.save(model)` and other pickles.
+
+    Sizes in attributes stay as they are. Where a model's own code writes sizes that a cut has made wrong, a small class
+    corrects its forward; `bake` writes that class as a plain Python file, which the pickle imports by its name in place
+    of Setpoint. A model without such code needs no file, and none is written.
+
+    Args:
+        model: cut; it stays as it is.
+        file: where to write the class: importable by the name of the file wherever the pickle is loaded.
+
+    Raises:
+        CheckpointError: for a file whose name is none of a module, or that cannot be written.
+
+    >>> bake(nn.Linear(2, 3))
+    Linear(in_features=2, out_features=3, bias=True)
+    """
+    path = Path(file)
+    if not (path.suffix == ".py" and path.stem.isidentifier()):
+        raise CheckpointError(f"{str(path)!r} is no file that Python can import: name it such as 'small_model.py'")
+    baked: nn.Module = copy.deepcopy(unwrapped(model))
+    corrected = (shim.SizedForward, shim.HeadsForward, vanish.EmptyForward)
+    written: ModuleType | None = None
+    for module in baked.modules():
+        for record in _RECORDS:
+            module.__dict__.pop(record, None)
+        tables: tuple[dict[Any, Any], ...] = (
+            module._state_dict_hooks,
+            module._load_state_dict_pre_hooks,
+            module._load_state_dict_post_hooks,
+        )
+        for hooks in tables:
+            hooks.pop(KEY, None)
+        forward = module.__dict__.get("forward")
+        if not isinstance(forward, corrected):
+            continue
+        written = _written(path) if written is None else written
+        arguments: list[Any] = [module] if isinstance(forward, vanish.EmptyForward) else [module, dict(forward.sizes)]
+        module.__dict__["forward"] = getattr(written, type(forward).__name__)(*arguments)
+    return baked
+
+
+def _written(path: Path) -> ModuleType:
+    """The file's module, written anew."""
+    source = inspect.getsource(shim)
+    body = source[source.index("_PIECES = ") :]
+    extra = inspect.getsource(vanish.EmptyForward) + "\n\n" + inspect.getsource(vanish.positions)
+    try:
+        path.write_text(f"{_HEAD}{body}\n\n{extra}", encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(f"cannot write {str(path)!r}: {error.strerror}") from error
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,105 @@
+"""Fields: values of a file, held against the types that a dataclass declares for them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from functools import cache
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+MOST = 2**53
+"""Above it a file's number is no count of steps or units, and no float holds it exactly."""
+LARGEST = 10**100
+"""Above it a file's number is of nothing that was measured, and squares of it overflow."""
+
+
+def json_object(line: str) -> dict[str, Any] | None:
+    """The JSON object that a line holds; None for anything else, whatever is in it.
+
+    >>> json_object('{"step": 1}'), json_object('{"st'), json_object("[" * 100_000)
+    ({'step': 1}, None, None)
+    """
+    try:
+        value = json.loads(line)
+        if "\\ud" in line.lower():  # half of a pair of surrogates cannot be printed
+            json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):  # a number of thousands of digits is a ValueError, too
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def fields_of(kind: type, row: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a JSON object that are fields of a dataclass; an integer is a count, a null number NaN.
+
+    Raises:
+        ValueError: naming the first field of another type.
+
+    >>> from dataclasses import dataclass
+    >>> @dataclass
+    ... class Cut:
+    ...     step: int
+    ...     loss: float = 0.0
+    >>> fields_of(Cut, {"step": 3, "loss": 1, "more": "of a later version"})
+    {'step': 3, 'loss': 1.0}
+    """
+    return {name: _read(row[name], declared, f"its {name}") for name, declared in _types(kind).items() if name in row}
+
+
+@cache
+def _types(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def _read(value: Any, declared: Any, where: str) -> Any:
+    origin, inside = get_origin(declared), get_args(declared)
+    if origin in (Union, UnionType):
+        if value is None and NoneType in inside:
+            return None
+        others = [each for each in inside if each is not NoneType]
+        for each in others[:-1]:
+            try:
+                return _read(value, each, where)
+            except ValueError:
+                continue
+        return _read(value, others[-1], where)
+    if origin is not None and issubclass(origin, Mapping):
+        if isinstance(value, dict) and all(type(key) is str for key in value):
+            return {key: _read(each, inside[1], f"{where}[{key!r:.80}]") for key, each in value.items()}
+    elif origin is tuple:  # JSON has lists only
+        if isinstance(value, (list, tuple)):
+            return tuple(_read(each, inside[0], f"{where}[{number}]") for number, each in enumerate(value))
+    elif origin is list:
+        if isinstance(value, list):
+            return [_read(each, inside[0], f"{where}[{number}]") for number, each in enumerate(value)]
+    elif declared is float:
+        if value is None:
+            return math.nan
+        if type(value) is float or (type(value) is int and abs(value) <= LARGEST):
+            return float(value)
+    elif declared is int:
+        if type(value) is int and 0 <= value <= MOST:
+            return value
+    elif type(value) is declared:
+        return value
+    raise ValueError(f"{where} must be {_NAMES.get(origin or declared, declared)}, got {_short(value)}")
+
+
+_NAMES = {
+    Mapping: "an object",
+    list: "a list",
+    tuple: "a list",
+    float: "a number",
+    int: "a count",
+    str: "a text",
+    bool: "true or false",
+}
+
+
+def _short(value: Any) -> str:
+    # Not `repr` of all of it, which may be nested deeper than Python's stack.
+    if isinstance(value, (dict, list)):
+        return "an object" if isinstance(value, dict) else "a list"
+    text = repr(value) if not isinstance(value, int) or abs(value) < 10**30 else "a huge number"
+    return text if len(text) <= 60 else f"{text[:60]}..."

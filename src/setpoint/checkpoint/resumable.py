@@ -1,0 +1,309 @@
+"""Resumable: a model whose own `state_dict` and `load_state_dict` carry its sizes, whoever calls them."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections import OrderedDict
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _WrappedHook
+
+from setpoint.actuator.attached import check_loads
+from setpoint.actuator.cut import SizePlace
+from setpoint.actuator.lineage import sizes_now
+from setpoint.actuator.shrink import named_tensors
+from setpoint.actuator.sizes import recorded_buffers
+from setpoint.actuator.take import take
+from setpoint.checkpoint.carried import KEY, Carried, dense_shapes, fill, fit
+from setpoint.checkpoint.infer import Shapes, cut_to, infer
+from setpoint.distributed import is_sharded, unwrapped
+from setpoint.errors import CheckpointError
+from setpoint.groups.export import Example, computed, example_of
+from setpoint.groups.place import is_call
+from setpoint.groups.rehearsal import hook_tables
+
+_PENDING = "_setpoint_pending"
+_under_way: WeakKeyDictionary[nn.Module, tuple[ExitStack, list[str], bool]] = WeakKeyDictionary()
+"""What puts a model back whose load is under way, what that has found wrong, and whether names must match."""
+
+
+class Hooks(OrderedDict[Any, Any]):
+    """Hooks of a module, of which Setpoint's go along with `copy.deepcopy`, but into no pickle.
+
+    A pickled model must load where Setpoint is not installed.
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hooks:
+        return Hooks({key: copy.deepcopy(hook, memo) for key, hook in self.items()})
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return OrderedDict, ([(key, hook) for key, hook in self.items() if key != KEY],)
+
+
+def resumable(model: nn.Module) -> nn.Module:
+    """Let a model's own `state_dict` carry its sizes, and its `load_state_dict` cut it to those of a state, first.
+
+    Any framework's own checkpoints can then be read back into the dense model as its code builds it, before or after
+    `attach`, and into one that was cut otherwise. The sizes stand in the state dict's metadata, which `torch.save`
+    keeps and plain readers ignore. Where a format drops it (safetensors), the shapes say how narrow each layer is, and
+    sizes in the model's code follow at its first forward. A state of a model that was never cut loads as ever.
+
+    Returns:
+        The model itself, which may be given again.
+
+    >>> import copy
+    >>> model = resumable(nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 1)))
+    >>> small = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+    >>> model.load_state_dict(small.state_dict())
+    <All keys matched successfully>
+    >>> model[0]
+    Linear(in_features=2, out_features=3, bias=True)
+    """
+    if not isinstance(model, nn.Module):
+        raise CheckpointError(f"resumable takes a torch.nn.Module, got {type(model).__name__}")
+    module = unwrapped(model)
+    if not is_resumable(module):
+        ahead = _WrappedHook(_fit_to, module)  # as torch wraps hooks that get their module: a deep copy gets its own
+        module._state_dict_hooks = Hooks({**module._state_dict_hooks, KEY: _carry})
+        module._load_state_dict_pre_hooks = Hooks({KEY: ahead, **module._load_state_dict_pre_hooks})
+        module._load_state_dict_post_hooks = Hooks({**module._load_state_dict_post_hooks, KEY: _after_load})
+    return model
+
+
+def is_resumable(model: nn.Module) -> bool:
+    """Whether a model's own `load_state_dict` cuts it first."""
+    return KEY in unwrapped(model)._load_state_dict_pre_hooks
+
+
+def shrink_to(model: nn.Module, state: Mapping[str, Any], example: Example | None = None) -> nn.Module:
+    """Cut a model to the shapes of a state dict, whose values are to be loaded next.
+
+    The sizes that the state dict of a cut model carries are taken, else they follow from the shapes: those of PyTorch's
+    own layers by themselves, those that a model's own code writes (a number of heads) by an example. Tensors keep
+    their identity; what they hold means nothing until the values are loaded.
+
+    Args:
+        model: as its code builds it, or cut before.
+        state: of a model of the same code; names may have the prefix `module.` or `_orig_mod.` of a wrapper.
+        example: inputs of the model, as for `attach`.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        CheckpointError: when the state is of another model, or an example is needed; the model is as it was.
+
+    >>> small = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)).state_dict()
+    >>> model = shrink_to(nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 1)), small)
+    >>> model.load_state_dict(small)
+    <All keys matched successfully>
+    """
+    module = unwrapped(model)
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"shrink_to takes a state dict, got {type(state).__name__}")
+    metadata = getattr(state, "_metadata", None) or {}
+    names = named_tensors(module)
+    prefix = next((each for each in ("", *_WRAPPERS) if any(f"{each}{name}" in state for name in names)), None)
+    if prefix is None:
+        raise CheckpointError(
+            f"the state dict has none of the model's tensors: its names are {_some(tuple(map(str, state)))}, the "
+            f"model's {_some(tuple(names))}: give the part that is the model's, without a prefix of its names"
+        )
+    load = _Load.of(module, state, prefix, _carried(module, prefix, metadata))
+    if load is not None and load.carried is None and example is not None:
+        load = load.completed(module, example)
+    if load is not None and load.unsure:
+        raise CheckpointError(
+            f"the shapes of the state dict do not tell all sizes that {_some(load.unsure)} writes in its code: give an "
+            "example, shrink_to(model, state, example=(x,)), or a state dict with its metadata, as torch.save keeps it"
+        )
+    if load is not None:
+        load.fit(module)
+    return model
+
+
+_WRAPPERS = ("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.")
+
+
+def _carry(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+    """Called by `state_dict`: put the sizes of a cut model beside its version."""
+    carried = Carried.of(module)
+    if carried is not None:
+        metadata[KEY] = carried.plain()
+
+
+def _fit_to(
+    module: nn.Module,
+    state: Mapping[str, Any],
+    prefix: str,
+    metadata: Mapping[str, Any],
+    strict: bool,
+    missing: list[str],
+    unexpected: list[str],
+    errors: list[str],
+) -> None:
+    """Called by `load_state_dict` before any value is copied."""
+    load = _Load.of(module, state, prefix, _carried(module, prefix, getattr(state, "_metadata", None) or {}))
+    _under_way.pop(module, None)
+    if load is None:
+        return
+    before = {tensor: tensor.shape for tensor in named_tensors(module).values()}
+    undo = load.fit(module)
+    for tensor in [each for each, shape in before.items() if each.shape == shape]:
+        undo.callback(tensor.copy_, tensor.detach().clone())
+    if load.unsure:
+        handle = module.__dict__[_PENDING] = module.register_forward_pre_hook(
+            _ahead_of_first, with_kwargs=True, prepend=True
+        )
+        undo.callback(module.__dict__.pop, _PENDING, None)
+        undo.callback(handle.remove)
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and not _is_load(frame):
+        frame = frame.f_back
+    if frame is not None:  # else some framework has a loading of its own, and does not say at the end how it went
+        _under_way[module] = undo, errors, bool(frame.f_locals["strict"])
+
+
+def _is_load(frame: FrameType) -> bool:
+    code = frame.f_code
+    return code.co_name == "load_state_dict" and code.co_filename == nn.modules.module.__file__
+
+
+def _after_load(module: nn.Module, keys: Any) -> None:
+    """Called by `load_state_dict` before it raises what it has found: the model is then as wide as it was before."""
+    undo, errors, strict = _under_way.pop(module, (None, (), False))
+    if undo is not None and (errors or (strict and (keys.missing_keys or keys.unexpected_keys))):
+        _close(undo)
+
+
+@torch.no_grad()
+def _close(undo: ExitStack) -> None:
+    undo.close()
+
+
+def _carried(module: nn.Module, prefix: str, metadata: Mapping[str, Mapping[str, Any]]) -> Carried | None:
+    """The sizes that a state carries for a module: its own, else those of all its submodules.
+
+    Where a wrapper's name was taken off the keys, neither is there, and the only sizes of the state are meant.
+    """
+    found = {path: each[KEY] for path, each in metadata.items() if KEY in each}
+    if prefix[:-1] in found:
+        return Carried.parse(found[prefix[:-1]])
+    paths = [path for path, _ in module.named_modules() if f"{prefix}{path}" in found]
+    if paths:
+        return Carried.union([Carried.parse(found[f"{prefix}{path}"]).under(path) for path in paths])
+    return Carried.parse(*found.values()) if len(found) == 1 else None
+
+
+@dataclass(frozen=True, eq=False)
+class _Load:
+    """The shapes and sizes that a model is to have for a state.
+
+    Args:
+        narrow: by name of each tensor that is narrower than when the model was built, its shape.
+        sizes: by module and place, the integers that go with them.
+        transient: by name, values of buffers that no state dict holds.
+        carried: what the state says of its sizes itself; None where they were inferred from shapes.
+        unsure: names of the modules of which some sizes are not known.
+    """
+
+    narrow: Shapes
+    sizes: Mapping[SizePlace, int]
+    transient: Mapping[str, Tensor]
+    carried: Carried | None
+    unsure: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, module: nn.Module, state: Mapping[str, Any], prefix: str, carried: Carried | None) -> _Load | None:
+        """For a state; None if the model has its shapes already."""
+        tensors, dense = named_tensors(module), dense_shapes(module)
+        now = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        # What is not there, as in a load that is not strict, stays as it is.
+        given = {name: state.get(prefix + name) for name in tensors}
+        shapes = {name: tuple(each.shape) if isinstance(each, Tensor) else now[name] for name, each in given.items()}
+        shapes |= {name: tuple(each.shape) for name, each in (carried.transient if carried else {}).items()}
+        if shapes == now and (carried is None or dict(carried.sizes) == sizes_now(module)):
+            return None
+        before = shapes if carried is None else {**shapes, **carried.dense}
+        for name, shape in shapes.items() if carried is not None else ():
+            was = before[name]
+            if shape != now[name] and was != dense[name]:
+                raise CheckpointError(
+                    f"the state dict is of another model: {name!r} had shape {was} there before any cut, and here it "
+                    f"has {dense[name]}: build the model as it was built for that run"
+                )
+        if any(map(is_sharded, module.modules())):
+            raise CheckpointError(
+                "a sharded model cannot be cut to a state: load it before fully_shard, or inside `with "
+                "setpoint.unsharded(model):`"
+            )
+        narrow = {name: shape for name, shape in shapes.items() if shape != dense[name]}
+        if carried is not None:
+            return cls(narrow, carried.sizes, carried.transient, carried)
+        lost = [name for name in recorded_buffers(module) if now[name] != dense[name]]
+        if lost:
+            raise CheckpointError(
+                f"the buffer {lost[0]!r} was cut, and is in no state dict: build the model anew, and load into that"
+            )
+        inferred = infer(module, narrow)
+        return cls(narrow, inferred.sizes, {}, None, inferred.unsure)
+
+    def completed(self, module: nn.Module, example: Example) -> _Load:
+        """With all sizes, by the groups of the dense model."""
+        tensors = named_tensors(module)
+        cut = cut_to(module, self.narrow, example)
+        transient = {name: dims for name, dims in cut.dims().items() if name not in self.narrow}
+        for name, dims in transient.items():
+            for dim in dims:
+                if not torch.equal(tensors[name], tensors[name].narrow(dim, 0, 1).expand_as(tensors[name])):
+                    raise CheckpointError(
+                        f"the buffer {name!r} was cut, and is in no state dict: give one with its metadata, as "
+                        "torch.save keeps it"
+                    )
+        values = {name: take(tensors[name], dims) for name, dims in transient.items()}
+        narrow = {**self.narrow, **{name: tuple(each.shape) for name, each in values.items()}}
+        sizes = {place: int(kept.sum()) for place, kept in cut.sizes.items() if not kept.all() or is_call(place[1])}
+        return _Load(narrow, sizes, values, None)
+
+    def fit(self, module: nn.Module) -> ExitStack:
+        """Give the model these shapes and sizes; what is returned puts everything back when it is closed."""
+        check_loads(module)
+        undo = fit(module, self.narrow, self.sizes)
+        try:
+            fill(module, self.transient, undo)
+        except BaseException:
+            _close(undo)
+            raise
+        return undo
+
+
+def _ahead_of_first(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Called before the first forward of a module some of whose sizes no state has said."""
+    complete(module, example_of(module, args, kwargs))
+
+
+def complete(module: nn.Module, example: Example) -> None:
+    """Find out the sizes that a load has left open, if there are any, by inputs of the module."""
+    if _PENDING not in module.__dict__:
+        return
+    module.__dict__.pop(_PENDING).remove()
+    dense = dense_shapes(module)
+    now = {name: tuple(tensor.shape) for name, tensor in named_tensors(module).items()}
+    load = _Load({name: shape for name, shape in now.items() if shape != dense[name]}, {}, {}, None)
+    # On a copy, since a tensor that has had another shape in between loses what waits for its gradient: a wrapper would
+    # average it over the ranks no more.
+    twin = copy.deepcopy(module, {**computed(module), **hook_tables(module)})
+    load.completed(twin, example).fit(module)
+
+
+def _some(names: tuple[str, ...]) -> str:
+    shown = ", ".join(repr(name or "the model") for name in names[:3])
+    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,100 @@
+"""Even: groups of a model by the width that its config says, or by their place in repeated blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from setpoint.configs.keys import configured, keys
+from setpoint.controller.even import Kind, alike
+from setpoint.cost.flops import flops_cost
+from setpoint.cost.params import params_cost
+from setpoint.errors import GroupError
+from setpoint.groups.group import Group
+from setpoint.groups.trace import Trace
+from setpoint.loop.candidates import Candidates, restricted
+
+
+@dataclass(frozen=True, eq=False)
+class Even:
+    """What may be cut evenly.
+
+    Args:
+        traced: with groups of which a cut writes the config.
+        groups: those that may be cut.
+        kinds: by name, which share a width.
+        frozen: by name, why others are left whole.
+    """
+
+    traced: Trace
+    groups: tuple[Group, ...]
+    kinds: tuple[Kind, ...]
+    frozen: Mapping[str, str]
+
+    def complete(self, found: Candidates, model: nn.Module) -> Candidates:
+        """Without the kinds of which some layer is left whole: the others would be narrower than it.
+
+        Raises:
+            GroupError: when nothing is left.
+        """
+        active, missing = {group.name for group in found.groups}, dict[str, str]()
+        for kind in self.kinds:
+            whole = [name for name in kind if name not in active]
+            missing |= {
+                name: f"even=True, and {whole[0]} is left whole: {found.frozen.get(whole[0], 'not among the groups')}"
+                for name in kind
+                if whole and name in active
+            }
+        frozen = {**found.frozen, **self.frozen, **missing}
+        if not missing:
+            return replace(found, frozen=frozen)
+        groups = tuple(group for group in found.groups if group.name not in missing)
+        if not groups:
+            raise GroupError(f"even=True leaves nothing to cut: {'; '.join(sorted(set(missing.values()))[:4])}")
+        traced = restricted(self.traced, groups)
+        return replace(
+            found,
+            groups=groups,
+            frozen=frozen,
+            costs={"flops": flops_cost(traced), "params": params_cost(model, groups)},
+        )
+
+
+def evened(model: nn.Module, traced: Trace, wanted: Sequence[Group] | None, *, allow_lossy: bool) -> Even:
+    """The groups that a config has a place for, or that no config describes, and their kinds.
+
+    Args:
+        wanted: out of these groups; None for all.
+        allow_lossy: also those in which a zeroed unit is not the same as an absent one.
+
+    Raises:
+        GroupError: when there are none.
+    """
+    chosen = {group.name for group in (traced.groups if wanted is None else wanted)}
+    some = tuple(each for each in traced.groups if each.name in chosen and (each.lossless or allow_lossy))
+    described = {name: module for name, module in configured(model)}
+    said = keys(model, some)
+    groups = traced.groups
+    for each in said:
+        groups = each.bound(groups)
+    frozen = {}
+    for group in some:
+        inside = next((name for name in described if any(_inside(part.tensor, name) for part in group.slices)), None)
+        if inside is not None and not any(group.name in each.names for each in said):
+            config = type(described[inside].config).__name__
+            frozen[group.name] = f"even=True, and {config} has no place for fewer of its {group.what}s"
+    free = tuple(g for g in some if g.name not in frozen and not any(g.name in each.names for each in said))
+    left = tuple(group for group in groups if group.name in chosen and group.name not in frozen)
+    if described and not said and not free:
+        raise GroupError(
+            "even=True leaves nothing to cut: "
+            + ("; ".join(f"{n}: {why}" for n, why in list(frozen.items())[:4]) or "no group is lossless")
+        )
+    kinds = (*(each.names for each in said), *alike(free))
+    return Even(replace(traced, groups=groups), left, kinds, frozen)
+
+
+def _inside(tensor: str, module: str) -> bool:
+    return not module or tensor.startswith(f"{module}.")

@@ -1,0 +1,125 @@
+"""Wanted: budgets as people write them, such as 0.5, "50% flops" or {"latency": "8 ms", "memory": "4 GiB"}."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+import numpy as np
+
+from setpoint.cost.budget import RESOURCES, Budget, check_resource
+from setpoint.cost.price import Price
+from setpoint.cost.tolerance import Tolerance
+from setpoint.errors import BudgetError
+from setpoint.given import did_you_mean
+
+_TIMES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "p": 1e15}
+_SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "min": 60.0, "h": 3600.0}
+_BYTES = {"b": 1.0, **{f"{each}b": value for each, value in _TIMES.items() if each}} | {
+    f"{each}ib": 1024.0**power for power, each in enumerate("kmgt", start=1)
+}
+_COUNTS = {**_TIMES, "b": 1e9}
+_FLOPS = {f"{each}{unit}": value for each, value in _TIMES.items() for unit in ("flop", "flops", "")}
+_JOULES = {"j": 1.0, "mj": 1e-3, "kj": 1e3, "wh": 3600.0, "kwh": 3.6e6}
+UNITS: dict[str, dict[str, float]] = {
+    "flops": _FLOPS,
+    "params": {**_COUNTS, "params": 1.0, "parameters": 1.0},
+    "memory": _BYTES,
+    "latency": _SECONDS,
+    "inference": _SECONDS,
+    "energy": _JOULES,
+}
+"""By resource, what a unit is worth in the resource's own; letters of any case."""
+
+_AMOUNT = re.compile(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([a-zµ%]*)\s*", re.IGNORECASE)
+_WORDS = re.compile(r"(?P<amount>.*?)(?:\bof\b)?\s*\b(?P<of>[a-z]+)(?P<run>\s+per\s+run)?\s*", re.IGNORECASE)
+
+
+def wanted(budget: Any) -> Any:
+    """A budget, or several, from what a user writes; `Budget`, `Price` and `Tolerance` objects are taken as they are.
+
+    A number is a fraction of the dense model's FLOPs per optimizer step. A string has an amount and a resource,
+    `"50% flops"`, `"8 ms latency"`, `"40% of flops per run"`; a mapping has an amount by resource, with "flops/run"
+    for the bill of the whole run: beside budgets per step it decides how many steps there are (`loop.total_steps`).
+
+    Raises:
+        BudgetError: for an amount or resource that is not understood.
+
+    >>> wanted(0.5)
+    Budget(resource='flops', limit=0.5, per='step', relative=True, deadband=0.01)
+    >>> [each.limit for each in wanted({"latency": "8 ms", "memory": "4 GiB"})]
+    [0.008, 4294967296.0]
+    >>> wanted("4 M parameters").limit == wanted({"params": 4e6}).limit == wanted({"parameters": "4 M"}).limit
+    True
+    >>> wanted("50% flops per run").per
+    'run'
+    >>> [(each.limit, each.per) for each in wanted({"flops": "25%", "flops/run": "100%"})]
+    [(0.25, 'step'), (1.0, 'run')]
+    """
+    if isinstance(budget, (Budget, Price, Tolerance)):
+        return budget
+    if _number(budget):
+        small = not isinstance(budget, int) or abs(budget) < _MOST  # a larger int is no float
+        return Budget.fraction(float(budget) if small else _MOST, of="flops")
+    if isinstance(budget, str):
+        return _by_words(budget)
+    if isinstance(budget, Mapping):
+        found = [_amount(*_per(str(resource)), amount) for resource, amount in budget.items()]
+        return found[0] if len(found) == 1 else found
+    if isinstance(budget, Sequence):
+        return [wanted(each) for each in budget]
+    return budget
+
+
+_MOST = 1e300
+"""An integer above it has no counterpart among floats, and is no fraction anyway."""
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, (bool, np.bool_))
+
+
+def _by_words(text: str) -> Budget:
+    match = _WORDS.fullmatch(text)
+    if match is None or _resource(match["of"]) not in RESOURCES:
+        hint = did_you_mean(match["of"], RESOURCES) if match else ""
+        raise BudgetError(
+            f"the budget {text!r} is not understood: {hint}write an amount and a resource, such as '50% flops', '8 ms "
+            f"latency' or '4 GiB memory'; resources are {', '.join(RESOURCES)}"
+        )
+    return _amount(_resource(match["of"]), "run" if match["run"] else "step", match["amount"])
+
+
+def _per(key: str) -> tuple[str, str]:
+    """Resource and period of a mapping's key, such as "flops" or "flops/run"."""
+    resource, _, per = key.partition("/")
+    if per not in ("", "step", "run"):
+        raise BudgetError(f"{key!r} is not understood: write the resource alone, or {resource}/run for the whole run")
+    return _resource(resource), per or "step"
+
+
+def _resource(word: str) -> str:
+    return "params" if word.lower() == "parameters" else word.lower()
+
+
+def _amount(resource: str, per: str, amount: Any) -> Budget:
+    check_resource(resource)
+    if _number(amount) and resource in ("flops", "params"):
+        return Budget(resource, float(amount), per, relative=float(amount) <= 1)
+    match = _AMOUNT.fullmatch(amount) if isinstance(amount, str) else None
+    unit = match[2].lower() if match else ""
+    try:
+        value = float(match[1]) if match else None
+    except ValueError:
+        value = None
+    if value is not None and unit == "%":
+        return Budget.fraction(value / 100, of=resource, per=per)
+    if value is None or unit not in UNITS[resource]:
+        units = {"flops": "GFLOPs", "params": "M", "memory": "GiB", "latency": "ms", "inference": "ms", "energy": "J"}
+        raise BudgetError(
+            f"the budget of {resource} {amount!r} is not understood: write a share such as '50%', or an amount with "
+            f"its unit, such as '8 {units[resource]}'"
+        )
+    return Budget.total(value * UNITS[resource][unit], of=resource, per=per)

@@ -1,0 +1,53 @@
+"""Given: numbers and flags as users write them, as Python's own."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+
+
+def plain_number(value: Any) -> Any:
+    """A number of NumPy's, or an array that is one, as Python's own; anything else as it is.
+
+    >>> plain_number(np.int32(3)), plain_number(np.float16(0.5)), plain_number("half")
+    (3, 0.5, 'half')
+    """
+    single = isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0)
+    return value.item() if single else value
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """The known names nearest to an unknown one, as the hint of an error message; nothing where none is near.
+
+    >>> did_you_mean("FLOP", ["flops", "params"]), did_you_mean("joule", ["flops"])
+    ('did you mean flops? ', '')
+    """
+    by_lower = {each.lower(): each for each in known}
+    close = difflib.get_close_matches(str(name).lower(), by_lower, 3)
+    return f"did you mean {' or '.join(by_lower[each] for each in close)}? " if close else ""
+
+
+def plain_fields(settings: Any) -> None:
+    """Have all fields of a frozen dataclass hold Python's own numbers; called as it is made."""
+    for each in fields(settings):
+        object.__setattr__(settings, each.name, plain_number(getattr(settings, each.name)))
+
+
+def counts(**given: object) -> list[int]:
+    """These settings as Python's own numbers; ValueError for one that is no positive integer."""
+    found = [plain_number(value) for value in given.values()]
+    for name, value in zip(given, found, strict=True):
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    return found
+
+
+def check_flags(**flags: object) -> None:
+    """Check that each is True or False, or raise ValueError: any word would count as True, "no" too."""
+    for name, value in flags.items():
+        if not isinstance(value, (bool, np.bool_)):
+            raise ValueError(f"{name} is True or False, got {value!r}")

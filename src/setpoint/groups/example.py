@@ -1,0 +1,187 @@
+"""Examples: the inputs of a model, in whatever objects they come, and what a forward leaves on its modules."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import BuiltinFunctionType, FunctionType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from setpoint.errors import ExampleError
+
+Example = Any
+"""A tuple of positional inputs, or a mapping of keyword inputs; `inputs_of` refuses anything else."""
+
+
+def tensors_of(output: Any) -> Iterator[Tensor]:
+    """Every tensor inside tuples, lists, mappings, dataclasses and the attributes of other objects, in order."""
+    yield from _tensors_of(output, set())
+
+
+def _tensors_of(value: Any, above: set[int]) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+        return
+    if id(value) in above:  # an object that holds itself
+        return
+    parts: Any = ()
+    if isinstance(value, (Mapping, list, tuple)):
+        parts = value.values() if isinstance(value, Mapping) else value
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        parts = [getattr(value, field.name) for field in dataclasses.fields(value)]
+    elif not isinstance(value, (type, nn.Module, ModuleType, FunctionType, BuiltinFunctionType)):
+        parts = getattr(value, "__dict__", {}).values()
+    for part in parts:
+        yield from _tensors_of(part, above | {id(value)})
+
+
+def mapped(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """A copy of an object of any kind, each tensor inside of it replaced by what the function makes of it."""
+    return with_tensors(value, {id(tensor): function(tensor) for tensor in tensors_of(value)})
+
+
+def with_tensors(value: Any, tensors: Mapping[int, Any]) -> Any:
+    """A copy of an object of any kind, its tensors replaced by these, by id."""
+    try:
+        return copy.deepcopy(value, dict(tensors))
+    except Exception:  # noqa: BLE001 - an object of the user's may refuse to be copied; what is around it is not
+        return pytree.tree_map_only(Tensor, lambda tensor: tensors.get(id(tensor), tensor), value)
+
+
+def shapes_of(example: Example) -> list[list[int]]:
+    """The shape of every tensor in an example, in order."""
+    return [list(tensor.shape) for tensor in tensors_of(example)]
+
+
+def in_shapes(example: Example, shapes: Sequence[Sequence[int]]) -> Example:
+    """An example whose tensors have these shapes: in each dim entries are left out at the end, or come again.
+
+    It stays as it is where its tensors are other ones: in number, or in their number of dims.
+
+    >>> in_shapes((torch.tensor([[1, 2, 3]]),), [[2, 2]]), in_shapes((torch.tensor([1, 2]),), [[3]])
+    ((tensor([[1, 2],
+            [1, 2]]),), (tensor([1, 2, 1]),))
+    """
+    tensors = list(tensors_of(example))
+    if [tensor.dim() for tensor in tensors] != [len(shape) for shape in shapes] or shapes == shapes_of(example):
+        return example
+    return with_tensors(
+        example, {id(tensor): _sized(tensor, shape) for tensor, shape in zip(tensors, shapes, strict=True)}
+    )
+
+
+def _sized(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    found = tensor.detach()
+    for dim, size in enumerate(shape):
+        if 0 < found.shape[dim] != size:
+            found = found.index_select(dim, torch.arange(size, device=found.device) % found.shape[dim])
+    return found.requires_grad_(tensor.requires_grad)
+
+
+def num_samples(example: Example) -> int:
+    """Leading dim of the example's first tensor, or length of its first list of tensors; 1 if it has none.
+
+    >>> num_samples((torch.zeros(4, 2),)), num_samples(([torch.zeros(3, 8, 8), torch.zeros(3, 9, 9)],))
+    (4, 2)
+    """
+    return max(1, _num_rows(example if isinstance(example, Mapping) else tuple(example)) or 1)
+
+
+def _num_rows(value: Any) -> int | None:
+    if isinstance(value, Tensor):
+        return value.shape[0] if value.dim() else None
+    if isinstance(value, list) and any(True for _ in tensors_of(value)):
+        return len(value)
+    parts = value if isinstance(value, tuple) else value.values() if isinstance(value, Mapping) else tensors_of(value)
+    return next((rows for part in parts if (rows := _num_rows(part)) is not None), None)
+
+
+def inputs_of(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword inputs of an example."""
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    if isinstance(example, tuple):
+        return example, {}
+    hint = "for a single tensor x write example=(x,)"
+    if example is None:
+        hint = "give inputs as the model gets them in training, at the batch shape of one optimizer step"
+    raise ExampleError(
+        "example must be a tuple of positional inputs or a mapping of keyword inputs, "
+        f"got {'None' if example is None else type(example).__name__}: {hint}"
+    )
+
+
+def check_example(example: Example) -> None:
+    """Check that an example is one, and has rows, or raise ExampleError."""
+    inputs_of(example)
+    if _num_rows(example) == 0:
+        raise ExampleError("the example has no rows: give inputs at the batch shape of one optimizer step")
+
+
+def example_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], method: str = "forward") -> Example:
+    """The inputs of a call as an example: a tuple where all are positional, else a dict by the names of the forward.
+
+    Raises:
+        ExampleError: for a forward with `*args` that was called with keywords, too.
+    """
+    if not kwargs:
+        return args
+    if not args:
+        return dict(kwargs)
+    signature = inspect.signature(getattr(type(model), method).__get__(model))
+    bound = signature.bind(*args, **kwargs)
+    example: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        kind = signature.parameters[name].kind
+        if kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY):
+            raise ExampleError(
+                f"{method} of {type(model).__name__} takes {name!r} by position only, and was called with keywords, "
+                "too: give attach an example"
+            )
+        example.update(value if kind is inspect.Parameter.VAR_KEYWORD else {name: value})
+    return example
+
+
+def check_device(model: nn.Module, example: Example) -> None:
+    """Check that the example's tensors are on a device of the model."""
+    args, kwargs = inputs_of(example)
+    devices = {parameter.device for parameter in model.parameters()}
+    for tensor in tensors_of([*args, *kwargs.values()]):
+        if devices and tensor.device not in devices:
+            raise ExampleError(
+                f"example holds a tensor on {tensor.device}, but the model is on "
+                f"{', '.join(sorted(map(str, devices)))}: move it with .to({str(min(devices, key=str))!r})"
+            )
+
+
+@contextmanager
+def untouched_attributes(model: nn.Module) -> Iterator[None]:
+    """Restore every module's attributes afterwards: a forward may store an activation in one."""
+    before = [(module, dict(vars(module))) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes in before:
+            vars(module).clear()
+            vars(module).update(attributes)
+
+
+def computed(model: nn.Module) -> dict[int, Any]:
+    """The memo with which `copy.deepcopy` takes what it refuses: what a forward left on modules, and sparse tensors."""
+    leaves = pytree.tree_leaves([list(vars(module).values()) for module in model.modules()])
+    refused = [each for each in leaves if isinstance(each, Tensor) and not (each.is_leaf and is_dense(each))]
+    copies = {id(each): each.detach().clone() for each in refused}
+    weights = {id(each): each for each in refused if isinstance(each, nn.Parameter)}
+    return copies | {key: nn.Parameter(copies[key], each.requires_grad) for key, each in weights.items()}
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether every entry is stored, as in most tensors."""
+    return tensor.layout == torch.strided

@@ -1,0 +1,565 @@
+"""A fingerprint: a digest of all that decides on what is found in a model, so that equal models are tried out once.
+
+It covers the exported graph, and with it whatever the forward did at the example; the code behind it, as bytecode,
+with the functions, classes and values that this code names; attributes, hooks, buffers and constants of all modules;
+shapes, kinds and ties of tensors; modes of PyTorch; and versions. What holds anything else, such as code in C of the
+user's own, has no fingerprint, and is tried out each time.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import inspect
+import logging
+import re
+import sys
+import threading
+import weakref
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache, cached_property, partial
+from pathlib import Path
+from types import (
+    BuiltinFunctionType,
+    CodeType,
+    FunctionType,
+    GenericAlias,
+    GetSetDescriptorType,
+    MappingProxyType,
+    MemberDescriptorType,
+    MethodDescriptorType,
+    MethodType,
+    MethodWrapperType,
+    ModuleType,
+    UnionType,
+    WrapperDescriptorType,
+)
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from setpoint.groups.example import Example, tensors_of
+from setpoint.groups.follow_data import is_library
+from setpoint.groups.walk import registered
+
+_OWN = Path(__file__).parents[1]
+_MOST_THINGS = 300_000
+_MOST_BYTES = 64 * 2**20
+
+
+class NoFingerprintError(Exception):
+    """A model holds what nothing is known about."""
+
+
+def fingerprint(model: nn.Module, example: Example, program: Any) -> str:
+    """The digest, in hexadecimal; "" for a model that has none.
+
+    Args:
+        program: the exported graph of the model at the example.
+    """
+    try:
+        description = _Description(model, example)
+        for part in (_versions(), _modes()):
+            description.value(part)
+        description.library()
+        description.model(model)
+        description.example(example)
+        description.graph(program.graph_module)
+        description.text(*(f"{each.kind} {each.arg} {each.target}" for each in program.graph_signature.input_specs))
+        description.value(dict(program.constants))
+        return description.digest
+    except Exception:  # noqa: BLE001 - foreign objects may raise anything when they are looked at; none is known then
+        return ""
+
+
+def digest(*facts: str) -> str:
+    """A digest of texts, in hexadecimal; "" if one of them is empty."""
+    return hashlib.sha256("\0".join(facts).encode()).hexdigest() if all(facts) else ""
+
+
+@cache
+def _own_files() -> tuple[str, ...]:
+    files = [(str(each.relative_to(_OWN)), each.stat()) for each in sorted(_OWN.rglob("*.py"))]
+    return tuple(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in files)
+
+
+def _versions() -> list[str]:
+    own = str(vars(sys.modules["setpoint"]).get("__version__"))  # this file may not import what lies above it
+    return [sys.version, own, torch.__version__, np.__version__, str(_OWN), *_own_files()]
+
+
+def _modes() -> list[str]:
+    """Switches of PyTorch that a forward may follow."""
+    overrides: Any = torch.overrides
+    dispatch: Any = torch.utils._python_dispatch
+    if overrides._len_torch_function_stack() or dispatch._len_torch_dispatch_stack():
+        raise NoFingerprintError("a mode of the user's is active")
+    tables: Any = vars(nn.modules.module)
+    if any(table for name, table in tables.items() if name.startswith(("_global_forward", "_global_backward"))):
+        raise NoFingerprintError("a hook on all modules is set")
+    kinds = ("cpu", "cuda")
+    backends: Any = torch.backends
+    return [
+        *(f"{kind} {torch.is_autocast_enabled(kind)} {torch.get_autocast_dtype(kind)}" for kind in kinds),
+        f"{torch.is_grad_enabled()} {torch.is_inference_mode_enabled()} {torch.get_default_dtype()}",
+        f"{torch.are_deterministic_algorithms_enabled()} {torch.get_float32_matmul_precision()}",
+        f"{backends.cuda.flash_sdp_enabled()} {backends.cuda.mem_efficient_sdp_enabled()}",
+        f"{backends.cuda.math_sdp_enabled()} {backends.mkldnn.enabled} {backends.cudnn.enabled}",
+        f"{torch.backends.mha.get_fastpath_enabled()}",
+    ]
+
+
+_PLAIN = (
+    *(bool, int, float, complex, str, bytes, type(None), type(...), type(NotImplemented), range, slice),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size, np.dtype),
+)
+_BY_NAME = (
+    *(BuiltinFunctionType, GetSetDescriptorType, MemberDescriptorType, MethodDescriptorType, MethodWrapperType),
+    *(WrapperDescriptorType, torch._ops.OpOverload, torch._ops.OpOverloadPacket, torch._ops.HigherOrderOperator),
+)
+_PYTHON = (FunctionType, staticmethod, classmethod, property)
+_WITHOUT_STATE = (logging.Logger, type(threading.Lock()), type(threading.RLock()))
+_HIDDEN = {
+    "__dict__",
+    "__weakref__",
+    "__doc__",
+    "__annotations__",
+    "__annotate__",
+    "__static_attributes__",
+    "_abc_impl",
+}
+_HIDDEN |= {"__firstlineno__", "__slots__", "__module__", "__qualname__", "__abstractmethods__", "__parameters__"}
+
+
+@dataclass(frozen=True)
+class _Named:
+    """What stands for a tensor or a module of the model, or an input."""
+
+    name: str
+
+
+class _Description:
+    """A running digest, which changes with all that is described."""
+
+    def __init__(self, model: nn.Module, example: Example) -> None:
+        self._hash = hashlib.sha256()
+        self._seen: dict[int, int] = {}
+        self._alive: list[Any] = []  # so that no two things have one id
+        self._bytes = 0
+        self._visited: set[str] = set()
+        self._known: dict[int, _Named] = {}
+        for number, tensor in enumerate(tensors_of(example)):
+            self._known[id(tensor)] = _Named(f"input {number}")
+        for name, module in model.named_modules():
+            self._known[id(module)] = _Named(f"module {name}")
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            self._known.setdefault(id(tensor), _Named(f"tensor {name}"))
+
+    @property
+    def digest(self) -> str:
+        """In hexadecimal."""
+        return self._hash.hexdigest()
+
+    def text(self, *parts: str) -> None:
+        """Texts, each with its length, so that no two lists of them are one."""
+        for part in parts:
+            encoded = part.encode(errors="surrogatepass")
+            self._hash.update(b"%d:" % len(encoded))
+            self._hash.update(encoded)
+
+    def model(self, model: nn.Module) -> None:
+        """All modules and tensors, by all names that they have."""
+        seen: dict[int, str] = {}
+        for name, module in model.named_modules(remove_duplicate=False):
+            first = seen.setdefault(id(module), name)
+            self.text("module", name, first)
+            if first != name:
+                continue
+            if isinstance(module, torch.jit.ScriptModule):
+                raise NoFingerprintError(f"{name} is a script")
+            self.of_class(type(module))
+            for key, value in vars(module).items():
+                if key not in ("_parameters", "_buffers", "_modules"):
+                    self.text(key)
+                    self.value(value)
+        ties: dict[int, str] = {}
+        buffers = dict(model.named_buffers(remove_duplicate=False))
+        for name, tensor in (*model.named_parameters(remove_duplicate=False), *buffers.items()):
+            self.text(name, ties.setdefault(id(tensor), name))
+            self._outside(tensor)
+            if type(tensor) not in (Tensor, nn.Parameter):
+                raise NoFingerprintError(f"{name} is a {type(tensor).__name__}")
+            if name in buffers and not self._is_statistic(model, name):
+                self._content(tensor)
+
+    def _is_statistic(self, model: nn.Module, name: str) -> bool:
+        """Whether a buffer is an average that training moves: its numbers decide on nothing."""
+        owner, _, _ = name.rpartition(".")
+        return isinstance(model.get_submodule(owner), nn.modules.batchnorm._NormBase)
+
+    def example(self, example: Example) -> None:
+        """What the inputs are made of; of tensors all but the numbers, unless these are none."""
+        for tensor in tensors_of(example):
+            self._outside(tensor)
+            if tensor.is_floating_point() and not tensor.is_meta and not bool(tensor.isfinite().all()):
+                raise NoFingerprintError("an input is not finite")
+            self.text("constant" if not tensor.is_meta and tensor.numel() and self._constant(tensor) else "varied")
+        self.value(dict(example) if isinstance(example, Mapping) else example)
+
+    def _constant(self, tensor: Tensor) -> bool:
+        return bool((tensor == tensor.flatten()[0]).all())
+
+    def library(self) -> None:
+        """What has been changed in PyTorch from outside, and rules for ops that are not this package's own."""
+        for name in ("torch", "torch.nn.functional", "torch.nn.modules.module", "torch.autograd.function"):
+            self._namespaces(name)
+        self.of_class(Tensor)
+        for op, function in registered():
+            if not function.__module__.startswith("setpoint."):
+                self.text(str(op))
+                self.value(function)
+
+    def graph(self, graph: fx.GraphModule) -> None:
+        """Every node, with shapes and the module that it belongs to; graphs inside it, too."""
+        for node in graph.graph.nodes:
+            named: Any = lambda each: _Named(each.name)  # noqa: E731 - it returns no argument of a graph
+            args, kwargs = fx.map_arg((node.args, node.kwargs), named)
+            self.text(node.op, node.name, str(node.target), repr(args), repr(kwargs))
+            for leaf in torch.utils._pytree.tree_leaves(node.meta.get("val")):
+                if isinstance(leaf, Tensor):
+                    self.text(f"{tuple(leaf.shape)} {leaf.dtype} {leaf.device} {leaf.requires_grad}")
+                else:
+                    self.text(repr(leaf))
+            for path, kind in (node.meta.get("nn_module_stack") or {}).values():
+                self.text(path, kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}")
+            if node.op == "get_attr":
+                inner = getattr(graph, str(node.target), None)
+                if isinstance(inner, fx.GraphModule):
+                    self.graph(inner)
+                else:
+                    self.value(inner)
+
+    def value(self, value: Any) -> None:
+        """Anything that a module or its code may hold.
+
+        Raises:
+            NoFingerprintError: for what holds more than can be seen.
+        """
+        kind = type(value)
+        if kind in _PLAIN:
+            self.text(kind.__name__, repr(value))
+            return
+        if kind is tuple or kind is frozenset:  # whether equal constants are one object differs between processes
+            self.text(kind.__name__)
+            self._contents(value)
+            return
+        if id(value) in self._known:
+            self.text(self._known[id(value)].name)
+            return
+        if id(value) in self._seen:
+            self.text("again", str(self._seen[id(value)]))
+            return
+        self._seen[id(value)] = len(self._seen)
+        self._alive.append(value)
+        if len(self._seen) > _MOST_THINGS:
+            raise NoFingerprintError("it holds too much")
+        self._new(value, kind)
+
+    def _new(self, value: Any, kind: type) -> None:
+        self.text(f"{kind.__module__}.{kind.__qualname__}")
+        if isinstance(value, Tensor):
+            self._outside(value)
+            self._content(value)
+        elif isinstance(value, np.ndarray) and value.dtype != object:
+            self.text(str(value.dtype), str(value.shape))
+            self._add(value.tobytes())
+        elif isinstance(value, (np.generic, enum.Enum, Path, re.Pattern, UnionType, GenericAlias)):
+            self.text(repr(value))
+        elif isinstance(value, FunctionType):
+            self._function(value)
+        elif isinstance(value, MethodType):
+            self.value(value.__func__)
+            self.value(value.__self__)
+        elif isinstance(value, _BY_NAME):
+            self._by_name(value)
+        elif isinstance(value, type):
+            self.of_class(value)
+        elif isinstance(value, ModuleType):
+            self.text(value.__name__)
+        elif isinstance(value, (staticmethod, classmethod)):
+            self.value(value.__func__)
+        elif isinstance(value, property):
+            self._values((value.fget, value.fset))
+        elif isinstance(value, cached_property):
+            self.value(value.func)
+        elif isinstance(value, partial):
+            self._values((value.func, value.args, value.keywords))
+        elif isinstance(value, weakref.ref):
+            self.value(value())
+        elif isinstance(value, MappingProxyType):
+            self.value(dict(value))
+        elif isinstance(value, _WITHOUT_STATE):
+            self.text("without state")
+        else:
+            self._object(value, kind)
+
+    def _values(self, values: Iterable[Any]) -> None:
+        for each in values:
+            self.value(each)
+
+    def _object(self, value: Any, kind: type) -> None:
+        """An object by its class, what it contains, and its attributes."""
+        solid = next(each for each in kind.__mro__ if not each.__flags__ & _MADE_IN_PYTHON)
+        if solid not in (object, dict, list, tuple, set, frozenset, *_ORDERED, *_PLAIN):
+            raise NoFingerprintError(f"{kind.__qualname__} is not made in Python")
+        if any(type(each).__name__ == "pybind11_type" for each in kind.__mro__):  # its state is in C++
+            raise NoFingerprintError(f"{kind.__qualname__} is not made in Python")
+        attributes = getattr(value, "__dict__", None)
+        slots = [name for each in kind.__mro__ for name in _slots(each)]
+        contains = isinstance(value, (dict, list, tuple, set, frozenset)) or solid in _PLAIN
+        if attributes is None and not slots and not contains and kind is not object:
+            raise NoFingerprintError(f"nothing is known of a {kind.__qualname__}")
+        if kind not in (dict, list, tuple, set, frozenset, *_ORDERED):
+            self.of_class(kind)
+        if isinstance(value, (dict, set, frozenset, list, tuple)):
+            self._contents(value)
+        elif contains:
+            self.text(repr(value))
+        for name in slots:
+            self.text(name)
+            self.value(getattr(value, name, None))
+        for name, each in (attributes or {}).items():
+            self.text(name)
+            self.value(each)
+
+    def _contents(self, value: Any) -> None:
+        self.text(str(len(value)))
+        if isinstance(value, (set, frozenset)):
+            if not all(type(each) in _PLAIN for each in value):
+                raise NoFingerprintError("a set of objects has no order")
+            self.text(*sorted(f"{type(each).__name__} {each!r}" for each in value))
+        else:
+            self._values((part for item in value.items() for part in item) if isinstance(value, dict) else value)
+
+    def of_class(self, kind: type) -> None:
+        """A class: of the user's own, everything in it; of a library, what has been put there from outside."""
+        if self._seen.get(-id(kind)) is not None:
+            self.text("class", str(self._seen[-id(kind)]))
+            return
+        self._seen[-id(kind)] = len(self._seen)
+        self._alive.append(kind)
+        for each in kind.__mro__:
+            self.text(f"{each.__module__}.{each.__qualname__}")
+            if not each.__flags__ & _MADE_IN_PYTHON or _is_bound(each):
+                continue
+            library = self._is_its(each)
+            if library:
+                self._namespaces(each.__module__)
+            for name, held in vars(each).items():
+                if name in _HIDDEN or (library and not self._of_user(held)):
+                    continue
+                self.text(name)
+                self.value(held)
+
+    def _by_name(self, value: Any) -> None:
+        self.text(str(getattr(value, "__module__", "")), str(getattr(value, "__qualname__", value)))
+        held = getattr(value, "__self__", None)
+        if held is not None and not isinstance(held, (ModuleType, type)):
+            self.value(held)
+        elif isinstance(held, ModuleType) or isinstance(value, BuiltinFunctionType):
+            name = getattr(held, "__name__", "") if isinstance(held, ModuleType) else str(value.__module__)
+            if not name.startswith(("torch", "builtins", "_operator", "math")) and not _is_library(name):
+                raise NoFingerprintError(f"{value!r} is code in C")
+
+    def _function(self, function: FunctionType) -> None:
+        library = _is_librarys(function)
+        self.text(function.__module__ or "", function.__qualname__)
+        self._code(function.__code__)
+        self._values((function.__defaults__, function.__kwdefaults__))
+        for cell in function.__closure__ or ():
+            try:
+                held = cell.cell_contents
+            except ValueError:  # it is still empty
+                continue
+            # What a library's decorator keeps for itself is the library's.
+            if not library or isinstance(held, (*_PLAIN, FunctionType, MethodType, type, partial)):
+                self.value(held)
+        for name, held in vars(function).items():
+            if not library or isinstance(held, (*_PLAIN, FunctionType, MethodType, type)):
+                self.text(name)
+                self.value(held)
+        if library:
+            self._namespaces(function.__module__ or "")
+        else:
+            names = set(_names(function.__code__))
+            for name in sorted(names & function.__globals__.keys()):
+                self.text(name)
+                self._global(function.__globals__[name], names, ())
+
+    def _global(self, value: Any, names: set[str], above: tuple[ModuleType, ...]) -> None:
+        """What code names; of a module what the code may name in it."""
+        if not isinstance(value, ModuleType):
+            self.value(value)
+            return
+        self.text("namespace", value.__name__)
+        if value in above:
+            return
+        if _is_library(value.__name__):
+            self._namespaces(value.__name__)
+        for name in sorted(names & vars(value).keys()):
+            held = vars(value)[name]
+            if not _is_library(value.__name__) or isinstance(held, ModuleType):
+                self.text(name)
+                self._global(held, names, (*above, value))
+
+    def _namespaces(self, name: str) -> None:
+        """A module of a library, and those of the same library that it takes something from."""
+        waiting = [name]
+        while waiting:
+            name = waiting.pop()
+            module = sys.modules.get(name)
+            top = name.partition(".")[0]
+            if module is None or name in self._visited or top in sys.stdlib_module_names:
+                continue
+            self._visited.add(name)
+            version = str(getattr(sys.modules.get(top), "__version__", ""))
+            self.text(name, version, _stamp(str(getattr(module, "__file__", ""))))
+            for key, held in tuple(vars(module).items()):
+                if not key.startswith("__"):
+                    self._in_namespace(key, held)
+                    source = held.__name__ if isinstance(held, ModuleType) else getattr(held, "__module__", None)
+                    if isinstance(source, str) and source.partition(".")[0] == top not in ("torch", "setpoint"):
+                        waiting.append(source)
+
+    def _in_namespace(self, key: str, held: Any) -> None:
+        """What a user has put into a namespace, in place of what was there, or into a table of functions in it."""
+        if self._of_user(held):
+            self.text(key)
+            self.value(held)
+        elif isinstance(held, (bool, int, float, complex, str)):
+            self.text(key, repr(held))
+        elif not isinstance(held, (type, ModuleType, FunctionType, Tensor)):
+            attributes = {**vars(type(held)), **getattr(held, "__dict__", {})}
+            for table in (held, *attributes.values()):
+                for entry, each in tuple(dict.items(table)) if isinstance(table, dict) else ():
+                    if self._of_user(each):
+                        self.text(key, str(entry))
+                        self.value(each)
+
+    def _of_user(self, held: Any) -> bool:
+        """Whether this is a function or class of the user's own."""
+        if isinstance(held, (staticmethod, classmethod)):
+            held = held.__func__
+        elif isinstance(held, property):
+            held = held.fget
+        elif isinstance(held, MethodType):
+            held = held.__func__
+        elif isinstance(held, partial):
+            held = held.func
+        if isinstance(held, FunctionType):
+            inner = inspect.unwrap(held)
+            return any(not _is_librarys(each) for each in (held, inner) if isinstance(each, FunctionType))
+        if not isinstance(held, type) or not held.__flags__ & _MADE_IN_PYTHON or _is_bound(held):
+            return False
+        in_python = any(isinstance(each, _PYTHON) for each in vars(held).values())
+        return in_python and not self._is_its(held)
+
+    def _is_its(self, kind: type) -> bool:
+        """Whether a class is one of a library's, by the name that it gives itself."""
+        found: Any = sys.modules.get(kind.__module__)
+        for name in kind.__qualname__.split("."):
+            found = vars(found).get(name) if isinstance(found, (type, ModuleType)) else None
+        return found is kind and _is_library(kind.__module__)
+
+    def _code(self, code: CodeType) -> None:
+        """What it does: no lines, no names of files."""
+        self.text(code.co_code.hex(), *code.co_names, "/", *code.co_varnames, "/", *code.co_freevars, *code.co_cellvars)
+        self.text(str(code.co_argcount), str(code.co_kwonlyargcount), str(code.co_flags))
+        for constant in code.co_consts:
+            if isinstance(constant, CodeType):
+                self._code(constant)
+            else:
+                self.value(constant)
+
+    def _outside(self, tensor: Tensor) -> None:
+        """All of a tensor but its numbers."""
+        if getattr(tensor, "_backward_hooks", None) or getattr(tensor, "_post_accumulate_grad_hooks", None):
+            raise NoFingerprintError("a tensor has hooks")
+        strided = tensor.layout == torch.strided
+        self.text(f"{type(tensor).__name__} {tuple(tensor.shape)} {tensor.dtype} {tensor.device} {tensor.layout}")
+        self.text(f"{tensor.requires_grad} {tensor.stride() if strided else None} {tensor.is_leaf}")
+
+    def _content(self, tensor: Tensor) -> None:
+        if tensor.is_meta or not tensor.numel():
+            return
+        if tensor.layout != torch.strided or type(tensor) not in (Tensor, nn.Parameter) or tensor.is_quantized:
+            raise NoFingerprintError("a tensor's numbers are not plain")
+        if tensor.numel() * tensor.element_size() > _MOST_BYTES:
+            raise NoFingerprintError("a constant is large")
+        flat = tensor.detach().cpu().contiguous().flatten()
+        self._add(flat.view(torch.uint8).numpy().tobytes())
+
+    def _add(self, content: bytes) -> None:
+        self._bytes += len(content)
+        if self._bytes > 4 * _MOST_BYTES:
+            raise NoFingerprintError("the constants are large")
+        self._hash.update(content)
+
+
+_MADE_IN_PYTHON = 1 << 9
+"""The flag of classes that are made while a program runs."""
+
+_ORDERED = (OrderedDict, defaultdict)
+
+
+def _is_bound(kind: type) -> bool:
+    """Whether a class is one of PyTorch's in C++."""
+    return type(kind).__name__ == "pybind11_type" and str(kind.__module__).partition(".")[0] == "torch"
+
+
+def _slots(kind: type) -> tuple[str, ...]:
+    slots = vars(kind).get("__slots__", ())
+    names = (slots,) if isinstance(slots, str) else tuple(slots)
+    return tuple(name for name in names if name not in ("__dict__", "__weakref__"))
+
+
+def _names(code: CodeType) -> list[str]:
+    inner = [name for each in code.co_consts if isinstance(each, CodeType) for name in _names(each)]
+    return [*code.co_names, *inner]
+
+
+@cache
+def _is_file_of_library(file: str) -> bool:
+    path, standard = Path(file), Path(inspect.__file__).parent
+    return is_library(file) or _OWN in path.parents or standard in path.parents or file.startswith("<frozen ")
+
+
+def _is_library(name: str) -> bool:
+    """Whether a Python module is a library's: all but what a user has written."""
+    if name == "__main__" or name not in sys.modules:
+        return False
+    top = name.partition(".")[0]
+    file = str(getattr(sys.modules[name], "__file__", None) or "")
+    return top in ("torch", "setpoint", *sys.builtin_module_names) or _is_file_of_library(file)
+
+
+def _is_librarys(function: FunctionType) -> bool:
+    """Whether a function is a library's: where it was made by `exec`, in a module of one."""
+    file = function.__code__.co_filename
+    if file.startswith("<") and not file.startswith("<frozen "):
+        name = str(function.__globals__.get("__name__", ""))
+        return _is_library(name) and vars(sys.modules[name]) is function.__globals__
+    return _is_file_of_library(file)
+
+
+@cache
+def _stamp(file: str) -> str:
+    try:
+        stat = Path(file).stat()
+    except OSError:
+        return ""
+    return f"{stat.st_size} {stat.st_mtime_ns}"

@@ -1,0 +1,91 @@
+"""timm: a cut convolutional network as the string of shapes from which timm itself builds its pruned models."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator
+
+from torch import nn
+
+from setpoint.actuator.lift import lifted
+from setpoint.actuator.shrink import named_tensors
+from setpoint.actuator.sizes import recorded_sizes
+from setpoint.distributed import unwrapped
+from setpoint.errors import CheckpointError
+from setpoint.groups.place import is_call, read_size
+
+try:
+    from timm.models import adapt_model_from_string
+except ImportError as error:
+    raise ImportError("setpoint.integrations.timm needs timm: pip install timm") from error
+
+
+def shape_string(model: nn.Module) -> str:
+    """What `timm.models.adapt_model_from_string` reads: the shape of every tensor in the state dict.
+
+    timm knows convolutions that are dense or depthwise, batch norms, and one linear layer behind them. Where Setpoint
+    is not installed, `adapt_model_from_string(timm.create_model(...), string)` gives a model of the cut shapes, and
+    `load_state_dict` its weights. Before the string is returned, timm builds the model from it once.
+
+    Args:
+        model: one of timm's, cut or not; it stays as it is.
+
+    Raises:
+        CheckpointError: for a model that timm would build otherwise; the message names the module.
+
+    >>> from timm.models import ResNet
+    >>> from timm.models.resnet import BasicBlock
+    >>> shape_string(ResNet(BasicBlock, (1, 1, 1, 1)))[:55]
+    'conv1.weight:[64, 3, 7, 7]***bn1.weight:[64]***bn1.bias'
+    """
+    model = unwrapped(model)
+    times = int(
+        getattr(getattr(model, "global_pool", None), "feat_mult", lambda: 1)()
+    )  # inputs of a linear layer per feature
+    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            shapes[f"{name}.weight"][1] //= times
+    string = "***".join(f"{name}:[{', '.join(map(str, shape))}]" for name, shape in shapes.items())
+    for name, why in _unlike(model, string):
+        kind = type(model.get_submodule(name)).__name__
+        raise CheckpointError(
+            f"timm's string of shapes cannot describe {name or 'the model'!r}, a {kind}: {why}. Use "
+            "setpoint.save, or setpoint.bake for a pickle that needs no Setpoint"
+        )
+    return string
+
+
+def _unlike(model: nn.Module, string: str) -> Iterator[tuple[str, str]]:
+    """Modules that timm would build otherwise, and why."""
+    dense = copy.deepcopy(model)  # timm puts what it is given into eval mode
+    calls = (name for name, place in recorded_sizes(model) if is_call(place))
+    yield from ((name, "its code writes a size that had to be corrected") for name in calls)
+    try:
+        with lifted(dense):
+            built = adapt_model_from_string(dense, string)
+    except (KeyError, IndexError, ValueError, RuntimeError) as error:
+        yield "", f"timm stops at it with {error!r}"
+        return
+    for (name, module), other in zip(model.named_modules(), built.modules(), strict=True):
+        linear = isinstance(module, nn.Linear) and isinstance(other, nn.Linear)
+        if not linear and type(module) is not type(other):
+            yield name, f"timm builds a {type(other).__name__}"
+        if type(module).__module__.startswith("torch.nn.") and module.extra_repr() != other.extra_repr():
+            yield name, f"timm builds it with {other.extra_repr()} in place of {module.extra_repr()}"
+    tensors = named_tensors(built)
+    for name, tensor in named_tensors(model).items():
+        if name not in tensors or tensors[name].shape != tensor.shape:
+            yield name.rpartition(".")[0], f"timm does not give {name!r} the shape {tuple(tensor.shape)}"
+    for (name, place), size in recorded_sizes(model).items():
+        if is_call(place) or read_size(built.get_submodule(name), place) == size:
+            continue
+        if place.partition(".")[0].partition("[")[0] in _read_by_forward(type(model.get_submodule(name))):
+            yield name, f"timm leaves {place!r}, which its forward reads, at the dense number"
+
+
+def _read_by_forward(kind: type) -> set[str]:
+    """Names of the attributes that the forwards of a class mention."""
+    functions = (value for name, value in vars(kind).items() if name.startswith("forward"))
+    return set(itertools.chain.from_iterable(f.__code__.co_names for f in functions if hasattr(f, "__code__")))

@@ -1,0 +1,150 @@
+"""Ultralytics: `pruning = add(YOLO("yolov8n.yaml"), 0.5)`, and the model's own `train` prunes."""
+
+from __future__ import annotations
+
+from functools import partial, wraps
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from setpoint.actuator.lift import was_cut
+from setpoint.attach import attach
+from setpoint.checkpoint.resumable import resumable
+from setpoint.distributed import unwrapped
+from setpoint.entry import Entry
+from setpoint.errors import LoopError
+from setpoint.groups.shim import SizedForward
+from setpoint.loop.loop import Loop
+from setpoint.loop.summary import Summary
+from setpoint.loop.telling import News
+
+
+class Pruning:
+    """What prunes a model of ultralytics while its trainer trains it; it changes with each run.
+
+    Args:
+        budget: as for `attach`.
+        total_steps: optimizer steps of the whole run; by default what the trainer's epochs come to.
+        settings: more arguments of `attach`.
+
+    Attributes:
+        loop: the loop of the present run or the last one; None before.
+        summary: what the last run came to; None before its end.
+    """
+
+    def __init__(self, budget: Any, *, total_steps: int | None = None, **settings: Any) -> None:
+        self.budget, self.total_steps, self.settings = budget, total_steps, settings
+        self.loop: Loop | None = None
+        self.summary: Summary | None = None
+
+    def on_pretrain_routine_start(self, trainer: Any) -> None:
+        """Let the trainer take over cut weights: it would leave out every layer of another width, without a word."""
+        plain = trainer.get_model
+
+        @wraps(plain)
+        def get_model(cfg: Any = None, weights: Any = None, verbose: bool = True) -> nn.Module:
+            cut = isinstance(weights, nn.Module) and was_cut(weights)
+            model: nn.Module = plain(cfg=cfg, weights=None if cut else weights, verbose=verbose)
+            if cut:
+                resumable(model).load_state_dict(resumable(weights).float().state_dict())
+            return model
+
+        trainer.get_model = get_model
+
+    def on_train_start(self, trainer: Any) -> None:
+        """Attach, when a checkpoint has been loaded already."""
+        model, average = trainer.model, trainer.ema
+        rows = max(1, trainer.batch_size // max(1, trainer.world_size))
+        shape = (rows, trainer.data.get("channels", 3), trainer.args.imgsz, trainer.args.imgsz)
+        images = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(trainer.device)
+        settings = {
+            "total_steps": self.total_steps or _total_steps(trainer),
+            "example": (images,),
+            "copies": [] if average is None else [average.ema],
+            "resume": bool(trainer.resume) or not was_cut(model),
+            **self.settings,
+        }
+        self.summary = None
+        self.loop = attach(model, trainer.optimizer, self.budget, **settings)
+        self.loop.on_step(partial(_renew, trainer))
+        _renew(trainer)
+
+    def on_train_end(self, trainer: Any) -> None:
+        """Finish, after the last checkpoint, which holds the loop's state."""
+        if self.loop is not None:
+            self.summary = self.loop.finish()
+
+    def teardown(self, trainer: Any) -> None:
+        """Take the hooks away, also where an exception has ended the run."""
+        if self.loop is not None:
+            self.loop.detach()
+
+
+def add(model: Any, budget: Any, **settings: Any) -> Pruning:
+    """Let a model of ultralytics prune itself to a budget whenever its `train` is called.
+
+    Its averaged copy is cut alike, and its `*.pt` files hold the smaller model. `YOLO("last.pt")`, with `add` called on
+    it again, goes on with `train(resume=True)`.
+
+    Args:
+        model: such as `YOLO("yolov8n.pt")`.
+        budget: as for `attach`.
+        settings: as for `Pruning`.
+
+    Returns:
+        What holds the loop and the summary.
+
+    Raises:
+        LoopError: if it was added before.
+    """
+    pruning = Pruning(budget, **settings)
+    events = ("on_pretrain_routine_start", "on_train_start", "on_train_end", "teardown")
+    for event in events:
+        if any(isinstance(getattr(each, "__self__", None), Pruning) for each in model.callbacks[event]):
+            raise LoopError("this model is pruned already: give one budget, or several in one, to one call of add")
+    for event in events:
+        model.add_callback(event, getattr(pruning, event))
+    return pruning
+
+
+def _renew(trainer: Any, news: News = None) -> None:
+    """After a cut, see to what ultralytics keeps beside the tensors."""
+    average = trainer.ema
+    if not isinstance(news, Entry) or news.changed:
+        for each in (unwrapped(trainer.model), *([] if average is None else [average.ema])):
+            _export_as_it_runs(each)
+        if average is not None:
+            average._pairs = None  # a list of tensors, which hold the memory before the cut
+
+
+def _export_as_it_runs(model: nn.Module) -> None:
+    """Let the exporter find the forward that knows the widths: it exchanges that of a `C2f` for `forward_split`."""
+    for module in model.modules():
+        if hasattr(type(module), "forward_split"):
+            module.__dict__.pop("forward_split", None)
+            if isinstance(corrected := module.__dict__.get("forward"), SizedForward):
+                module.__dict__["forward_split"] = corrected
+
+
+def _total_steps(trainer: Any) -> int:
+    """Optimizer steps of a run: while it warms up, the trainer accumulates fewer batches for each.
+
+    >>> from types import SimpleNamespace
+    >>> args = SimpleNamespace(time=None, warmup_epochs=1.0)
+    >>> trainer = SimpleNamespace(args=args, epochs=4, train_loader=range(8), accumulate=4)
+    >>> _total_steps(trainer)  # after batches 0, 1, 3, 6, 10, 14, 18, 22, 26 and 30
+    10
+    """
+    if trainer.args.time:
+        raise LoopError("with time= nobody knows how many optimizer steps there will be: give epochs=, or total_steps=")
+    batches, epochs, most = len(trainer.train_loader), trainer.epochs, trainer.accumulate
+    warm = round(min(trainer.args.warmup_epochs, max(epochs - 1, 0)) * batches)
+    steps, last, accumulate = 0, -1, most
+    for number in range(batches * epochs):
+        if warm and number <= warm:
+            accumulate = max(1, int(np.interp(number, [0, warm], [1, most]).round()))
+        if number - last >= accumulate:
+            steps, last = steps + 1, number
+    return steps

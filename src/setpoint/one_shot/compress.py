@@ -1,0 +1,220 @@
+"""Compress: a trained model is cut to a budget at once, without training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from setpoint.actuator.attached import check_free
+from setpoint.actuator.mask import mask
+from setpoint.actuator.shrink import named_tensors, shrink
+from setpoint.actuator.verify import failing_groups, few_rows
+from setpoint.controller.landing import cheapest, even_density, free_ladders
+from setpoint.controller.priced import PricedController
+from setpoint.controller.selection import add_back, descend, start
+from setpoint.controller.swap import swap
+from setpoint.cost.budget import Budget
+from setpoint.cost.cost import Cost
+from setpoint.cost.flops import flops_cost
+from setpoint.cost.params import params_cost
+from setpoint.cost.wanted import wanted
+from setpoint.distributed import unwrapped
+from setpoint.errors import BudgetError, GroupError
+from setpoint.given import counts
+from setpoint.groups.example import Example
+from setpoint.groups.example import num_samples as samples_in
+from setpoint.groups.group import Group, widths_of
+from setpoint.groups.rng import preserved_rng_state
+from setpoint.groups.trace import Trace, trace
+from setpoint.loop.candidates import check_some, restricted
+from setpoint.one_shot.compressed import Compressed
+from setpoint.one_shot.forward import run
+from setpoint.one_shot.refit import Keep, find_readers, refit
+from setpoint.one_shot.samples import first_batches
+from setpoint.sensor.consumer import find_consumers
+from setpoint.sensor.elimination import energy_shares
+from setpoint.sensor.listener import Listener
+from setpoint.sensor.reconstruction import norm_scale
+from setpoint.spending.checks import check_reachable
+from setpoint.spending.original import original_costs
+
+_ROWS = 8192
+"""Rows of what a layer is given that a score is made of, at most."""
+
+
+def compress(
+    model: nn.Module,
+    data: Iterable[Any],
+    budget: Any,
+    *,
+    even: bool = False,
+    num_samples: int = 1024,
+    groups: Sequence[Group] | None = None,
+    verify: bool = True,
+) -> Compressed:
+    """Cut a trained model to a budget at once, in place, and fit what reads the cut units anew; nothing is trained.
+
+    1. *Score.* What `ReconstructionSensor` reads in training is read in forwards on the data.
+    2. *Cut.* The units of least score per saving go until the budget is met, with a quarter of an even cut's width left
+       in each group.
+    3. *Refit.* Layer by layer, in the order of the forward, the weights W on the inputs that stay (k) become those that
+       change the layer's outputs least, `(G_kk + r I)^-1 ((G + r I) W)_k`, G the second moment of what the layer is
+       given by then and r = .01 mean(diag G); a bias with them. Heads are refitted in the output projection. A weight
+       that is also used otherwise, as a tied embedding, stays as it is.
+    4. *Renew.* Running statistics of BatchNorms become the means over the data.
+
+    The model then can be saved (`setpoint.save`), used, or trained on as any other. On any exception it is as it was.
+
+    Args:
+        model: trained; in one process, not in a wrapper.
+        data: batches as in training, such as a `DataLoader`: tensors, tuples whose first part is the input, or dicts.
+            Labels are not used.
+        budget: of "flops" (of a training step on the first batch, as `attach` counts) or "params": a fraction of the
+            dense model's FLOPs, a text such as "50% params", or a `Budget`.
+        even: keep the same share of units in all groups; by default shares follow the scores.
+        num_samples: of the data that are looked at; the last batch is taken whole.
+        groups: which may be cut, out of `find_groups(model, example)`; by default all that only layers read that
+            can be fitted anew, and in which a zeroed unit is the same as an absent one.
+        verify: try every group's cut on copies first, and leave alone those that fail.
+
+    Raises:
+        BudgetError: for another resource, a budget per run, or one out of reach.
+        ExampleError: for data that the model does not take.
+        GroupError: where nothing can be cut.
+        LoopError: when a loop is at work on the model, or `fully_shard` has sharded it.
+        ValueError: for a number of samples that is none.
+
+    >>> torch.manual_seed(0)
+    <torch._C.Generator object at ...>
+    >>> model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2))
+    >>> x = torch.randn(256, 4)
+    >>> before = model(x)
+    >>> compressed = compress(model, [(x, None)], "50% flops")
+    >>> model[0].out_features, bool((model(x) - before).square().mean() < 0.05 * before.square().mean())
+    (8, True)
+    """
+    (num_samples,) = counts(num_samples=num_samples)
+    model = unwrapped(model)
+    check_free(model)
+    goal = _goal(budget)
+    batches = first_batches(data, num_samples, model)
+    with preserved_rng_state(model):
+        traced = trace(model, batches[0])
+        active, frozen = _candidates(model, traced, batches[0], groups, verify=verify)
+        costs: dict[str, Cost] = {"flops": flops_cost(restricted(traced, active)), "params": params_cost(model, active)}
+        widths, cost = widths_of(active), costs[goal.resource]
+        before = {name: each.total(widths) for name, each in costs.items()}
+        original = original_costs(model, batches[0], (goal,), costs, widths)
+        limit = goal.absolute(original.get(goal.resource, before[goal.resource]))
+        check_reachable(goal, original.get(goal.resource, before[goal.resource]), cheapest(cost, active))
+        with _unchanged_on_error(model):
+            keep = _choose(cost, active, _scores(model, active, batches), limit, even=even)
+            readers = find_readers(model, active, keep)
+            refit(model, readers, batches)
+            # Masked before the norms' statistics are renewed: these are of the cut model then.
+            mask(model, None, active, keep)
+            run(model, batches, "renewed")
+            cut = shrink(model, None, active, keep)
+    after = {name: each.total(widths_of(cut)) for name, each in costs.items()}
+    refitted = tuple(name for reader in readers for name in reader.layers)
+    seen = sum(map(samples_in, batches))
+    return Compressed(goal.resource, limit, before, after, widths, widths_of(cut), refitted, seen, frozen)
+
+
+def _goal(budget: Any) -> Budget:
+    """The budget, of FLOPs or parameters."""
+    goal = wanted(budget)
+    if not isinstance(goal, Budget) or goal.resource not in ("flops", "params") or goal.per != "step":
+        raise BudgetError(
+            f"compress takes one budget of 'flops' or 'params', such as \"50% flops\", got {budget!r}: other resources "
+            "are met in training, by attach"
+        )
+    return goal
+
+
+def _candidates(
+    model: nn.Module, traced: Trace, example: Example, groups: Sequence[Group] | None, *, verify: bool
+) -> tuple[tuple[Group, ...], dict[str, str]]:
+    """The groups that may be cut, and why others are left whole."""
+    frozen = {each.place: each.reason for each in traced.frozen}
+    widths = widths_of(traced.groups)
+    found: list[Group] = []
+    for group in traced.groups if groups is None else groups:
+        if widths.get(group.name) != group.num_units:
+            raise GroupError(
+                f"group {group.name!r} with {group.num_units} units is not one of this model's: use "
+                "find_groups(model, example) on the model as it is now"
+            )
+        if not group.lossless:
+            frozen[group.name] = "; ".join(group.notes) or "a zeroed unit is not the same as an absent one"
+        elif not find_consumers(group, model):
+            frozen[group.name] = (
+                "it is read by something else than linear layers and convolutions, which can be refitted"
+            )
+        else:
+            found.append(group)
+    if verify and found:
+        for name in failing_groups(model, few_rows(example)[0], tuple(found)):
+            frozen[name] = "cutting it on a copy did not behave like masking it"
+    active = tuple(group for group in found if group.name not in frozen)
+    check_some(active, frozen)
+    return active, frozen
+
+
+def _scores(model: nn.Module, groups: tuple[Group, ...], batches: Sequence[Example]) -> dict[str, np.ndarray]:
+    """Saliency of all units, from one pass over the data."""
+    consumers = tuple(each for group in groups for each in find_consumers(group, model))
+    each_time = -(-_ROWS // len(batches))
+    listener = Listener(consumers, model, each_time, each_time * len(batches), training=False)
+    try:
+        run(model, batches, "running")
+        norms, noted = dict(listener.norms), listener.take()
+    finally:
+        listener.stop()
+    found = {}
+    for group in groups:
+        maps = [
+            (rows, consumer.weight(model) * norm_scale(model, norms.get(consumer.layer, "")))
+            for consumer, rows in zip(consumers, noted, strict=True)
+            if consumer.group == group.name and rows is not None
+        ]
+        # What the data does not come to is not known to be worthless: it stays.
+        found[group.name] = energy_shares(maps) if maps else np.full(group.num_units, np.inf)
+    return found
+
+
+def _choose(
+    cost: Cost, groups: tuple[Group, ...], saliency: dict[str, np.ndarray], limit: float, *, even: bool
+) -> Keep:
+    """Which units stay so that the cost is within the limit, and no block can be given back."""
+    widths = widths_of(groups)
+    least = 0.0 if even else PricedController().min_density * even_density(cost, widths, widths, groups, limit)
+    floor = {name: math.ceil(least * width) for name, width in widths.items()}
+    for floors in (floor, {}):  # a floor that keeps the budget from being met gives way
+        selection = start(cost, free_ladders(widths, groups, saliency, floors), widths, "uniform" if even else "worth")
+        descend(selection, limit)
+        if selection.total <= limit:
+            break
+    add_back(selection, limit)
+    if not even:
+        swap(selection, limit, 0.01)
+    return {name: ladder.keep(selection.rungs[name]) for name, ladder in selection.ladders.items()}
+
+
+@contextmanager
+def _unchanged_on_error(model: nn.Module) -> Iterator[None]:
+    """Inside, whatever is raised leaves the tensors as they were; inside it no shape may have changed by then."""
+    before = {name: tensor.detach().clone() for name, tensor in named_tensors(model).items()}
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for name, tensor in named_tensors(model).items():
+                tensor.copy_(before[name])
+        raise

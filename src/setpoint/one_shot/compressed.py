@@ -1,0 +1,46 @@
+"""Compressed: what a cut without training came to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, eq=False)
+class Compressed:
+    """What `compress` did; printed, some lines that a person reads.
+
+    Args:
+        resource: of the budget.
+        limit: what may be spent, in the resource's own unit.
+        before: by resource, FLOPs of a training step on the first batch, and parameters.
+        after: likewise.
+        dense_widths: units by group before.
+        widths: units by group after.
+        refitted: names of the layers whose weights were fitted anew.
+        num_samples: that were looked at.
+        frozen: by name or place, why it was left whole.
+    """
+
+    resource: str
+    limit: float
+    before: Mapping[str, float]
+    after: Mapping[str, float]
+    dense_widths: Mapping[str, int]
+    widths: Mapping[str, int]
+    refitted: tuple[str, ...]
+    num_samples: int
+    frozen: Mapping[str, str]
+
+    @property
+    def density(self) -> dict[str, float]:
+        """By group, the share of its units that stayed."""
+        return {name: width / self.dense_widths[name] for name, width in self.widths.items()}
+
+    def __str__(self) -> str:
+        shares = ", ".join(f"{self.after[name] / self.before[name]:.1%} of the {name}" for name in self.before)
+        units = f"{sum(self.widths.values())} of {sum(self.dense_widths.values())} units"
+        return (
+            f"compressed to {shares}: {units} in {len(self.widths)} groups\n"
+            f"{len(self.refitted)} layers fitted anew to {self.num_samples} samples"
+        )

@@ -1,0 +1,80 @@
+"""An inspection in seven lines: cost, what can be pruned, how far, what is left whole, and what was checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from setpoint.report.inspect_model import GroupReport, Inspection
+from setpoint.report.names import fold, skeleton, some
+from setpoint.report.numbers import human, percent, share
+
+_MOST_SHOWN = 3
+"""Groups that one line names."""
+
+
+def inspection_lines(found: Inspection) -> tuple[str, ...]:
+    """Seven lines that a person reads before any training; `inspection_tree` has the details.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from setpoint.report.inspect_model import inspect_model
+        >>> model = nn.Sequential(nn.Linear(8, 20), nn.ReLU(), nn.Linear(20, 4))
+        >>> for line in inspection_lines(inspect_model("mine", model, (torch.zeros(2, 8),))):
+        ...     print(line)
+        mine on 2x8: 2.24 kFLOP per training step, 264 parameters
+        can be pruned: 20 units in 1 group, along 98.5 % of the parameters
+        cheapest: 224 FLOP (10.0 %), 30 parameters (11.4 %); no budget below it can be met
+        largest: 0 (20 neurons, 90.0 % of the FLOPs)
+        left whole: nothing
+        frozen: 2 places: this side of it is summed against data, which has no units; it reaches the model's output
+        checked: each cut was tried on a copy of the model
+    """
+    pruned = [group for group in found.groups if not group.kept_whole]
+    whole = [group for group in found.groups if group.kept_whole]
+    units = sum(group.num_units for group in pruned)
+    return (
+        f"{found.model} on {', '.join('x'.join(map(str, shape)) for shape in found.inputs)}: "
+        f"{human(found.flops, 'FLOP')} per training step, {human(found.params)} parameters",
+        f"can be pruned: {units:,} units in {_count(len(pruned), 'group')}, "
+        f"along {percent(found.prunable_params_share)} of the parameters",
+        f"cheapest: {human(found.cheapest_flops, 'FLOP')} ({share(found.cheapest_flops, found.flops)}), "
+        f"{human(found.cheapest_params)} parameters ({share(found.cheapest_params, found.params)}); "
+        "no budget below it can be met",
+        f"largest: {_largest(pruned)}",
+        f"left whole: {_left_whole(whole)}",
+        f"frozen: {_frozen(found)}",
+        "checked: each cut was tried on a copy of the model"
+        if found.verified
+        else "not checked: no cut was tried on a copy of the model",
+    )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _largest(pruned: Sequence[GroupReport]) -> str:
+    alike: dict[tuple[str, int, str, str], list[str]] = {}
+    for group in sorted(pruned, key=lambda group: -group.flops_share):
+        saved = percent(group.flops_share)
+        alike.setdefault((skeleton(group.name), group.num_units, group.what, saved), []).append(group.name)
+    shown = []
+    for (_, units, what, saved), names in list(alike.items())[:_MOST_SHOWN]:
+        several = len(names) > 1
+        size = f"{f'{len(names)} groups of ' if several else ''}{units} {what}s"
+        shown.append(f"{', '.join(fold(names))} ({size}, {saved} of the FLOPs{' each' if several else ''})")
+    return ", ".join(shown) or "nothing, since no group may be pruned"
+
+
+def _left_whole(whole: Sequence[GroupReport]) -> str:
+    if not whole:
+        return "nothing"
+    reasons = some((reason for group in whole for reason in group.kept_whole.split("; ")), 1)
+    return f"{_count(len(whole), 'group')} ({some((group.name for group in whole), 1)}): {reasons}"
+
+
+def _frozen(found: Inspection) -> str:
+    if not found.frozen:
+        return "nothing"
+    return f"{_count(len(found.frozen), 'place')}: {some(each.reason for each in found.frozen)}"

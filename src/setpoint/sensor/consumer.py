@@ -1,0 +1,175 @@
+"""A consumer: a layer whose weights read the units of a group, seen as one linear map from columns to outputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import product
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from setpoint.distributed import plain_kind, unsharded_tensor
+from setpoint.groups.group import Group, Slice
+
+_GOLDEN = 0.6180339887498949
+
+
+@dataclass(frozen=True, eq=False)
+class Consumer:
+    """A layer `y = W x` in which each unit of a group owns equally many columns of W.
+
+    A *column* is a channel of the input; of a convolution, a channel at one offset of the kernel. A unit owns several
+    where it has several channels (a head, a channel that was flattened) or the kernel several offsets. A *row* is one
+    position at which the layer is applied: a token, or the patch under a kernel.
+
+    Args:
+        group: name of the group.
+        layer: qualified name of the layer.
+        channels: of the layer's input, by unit.
+        num_offsets: of the kernel; 1 for a linear layer.
+    """
+
+    group: str
+    layer: str
+    channels: Int[np.ndarray, "units each"] = field(repr=False)
+    num_offsets: int = 1
+
+    @property
+    def num_units(self) -> int:
+        """Units of the group."""
+        return int(self.channels.shape[0])
+
+    @property
+    def num_columns(self) -> int:
+        """Columns that one unit owns."""
+        return int(self.channels.shape[1]) * self.num_offsets
+
+    def weight(self, model: nn.Module) -> Float[Tensor, "columns outputs"]:
+        """The layer's weights for the units, one unit's columns after the other's; sharded ones are gathered."""
+        layer = model.get_submodule(self.layer)
+        columns = by_column(layer, unsharded_tensor(layer.weight.detach()))  # type: ignore[operator]
+        return columns[self._channels(columns)].flatten(0, 1)
+
+    def rows(self, layer: nn.Module, x: Tensor, count: int) -> Float[Tensor, "units columns rows"]:
+        """What the units give the layer at up to `count` positions of its input x, picked evenly."""
+        seen = input_rows(layer, x, count)
+        wide = torch.promote_types(seen.dtype, torch.float32)
+        own = seen.to(wide).permute(1, 2, 0)[self._channels(seen)]
+        return own.reshape(self.num_units, self.num_columns, -1)
+
+    def _channels(self, like: Tensor) -> Tensor:
+        return torch.from_numpy(self.channels.ravel()).to(like.device)
+
+
+def find_consumers(group: Group, model: nn.Module) -> tuple[Consumer, ...]:
+    """Every layer that reads the units of a group; none where one of its readers is not such a layer."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    found: list[Consumer] = []
+    for place in group.slices:
+        if place.role == "consume":
+            of_place = tuple(_consumers(place, group, model, parameters.get(place.tensor)))
+            if not of_place:
+                return ()
+            found += of_place
+    return tuple(found)
+
+
+def _consumers(place: Slice, group: Group, model: nn.Module, weight: object) -> Iterator[Consumer]:
+    """The layers that a parameter is the weight of: several where it is tied, none where there is no parameter."""
+    counts = np.bincount(place.index[place.index >= 0], minlength=group.num_units)
+    uneven = not len(counts) or counts.min() < 1 or bool((counts != counts[0]).any())
+    if not isinstance(weight, nn.Parameter) or group.kind != "unit" or uneven:
+        return
+    order = np.argsort(place.index, kind="stable")
+    channels = order[len(order) - int(counts.sum()) :].reshape(group.num_units, -1)
+    num_offsets = math.prod(weight.shape[2:])
+    for name, layer in model.named_modules():
+        if getattr(layer, "weight", None) is weight and input_dim(layer) == place.dim:
+            yield Consumer(group.name, name, channels, num_offsets)
+
+
+def input_dim(layer: nn.Module) -> int | None:
+    """The dim of the weight along which the channels of the layer's input lie; None for a layer that is not known."""
+    kind, weight = plain_kind(layer), getattr(layer, "weight", None)
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        return None
+    if kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers."):
+        return 0
+    # Torch's own attention has an `out_proj` whose weight it multiplies with itself, without calling the layer.
+    if isinstance(layer, nn.Linear) and kind.__name__ != "NonDynamicallyQuantizableLinear":
+        return 1 if tuple(weight.shape) == (layer.out_features, layer.in_features) else None
+    if not isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) or layer.groups > 1 or layer.padding_mode != "zeros":
+        return None
+    plain = kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    # A subclass may pad by itself, which a kernel of one offset does not show.
+    return 1 if plain or math.prod(layer.kernel_size) == 1 else None
+
+
+def by_column(layer: nn.Module, weight: Tensor) -> Float[Tensor, "channels offsets outputs"]:
+    """A layer's weight with the channels of its input first and its outputs last, as a view."""
+    inputs_first = weight.transpose(0, 1) if input_dim(layer) == 1 else weight
+    return inputs_first.flatten(2).movedim(1, -1) if weight.dim() > 2 else inputs_first[:, None]
+
+
+def from_columns(layer: nn.Module, columns: Float[Tensor, "channels offsets outputs"]) -> Tensor:
+    """The weight that `by_column` makes these columns of."""
+    like: Any = layer.weight
+    channels, _, outputs = columns.shape
+    inputs_first = columns.movedim(-1, 1).reshape(channels, outputs, *like.shape[2:])
+    return inputs_first.transpose(0, 1) if input_dim(layer) == 1 else inputs_first
+
+
+def input_rows(layer: nn.Module, x: Tensor, count: int) -> Float[Tensor, "rows channels offsets"]:
+    """The layer's input at up to `count` positions, picked evenly: tokens, or patches under a kernel."""
+    if not isinstance(layer, nn.modules.conv._ConvNd):
+        tokens = x.detach().reshape(-1, x.shape[-1])
+        return tokens[_picked(len(tokens), count).to(x.device), :, None]
+    dims = layer.weight.dim() - 2
+    images = x.detach() if x.dim() == dims + 2 else x.detach()[None]
+    starts = [_before(layer, dim) for dim in range(dims)]
+    lengths = [
+        (size + sum(pad) - span(layer, dim)) // layer.stride[dim] + 1
+        for dim, (size, pad) in enumerate(zip(images.shape[2:], starts, strict=True))
+    ]
+    total = len(images) * math.prod(lengths)
+    image, *places = np.unravel_index(_picked(total, count).numpy(), (len(images), *lengths))
+    offsets = np.array(list(product(*map(range, layer.kernel_size))), dtype=np.int64)
+    inside, index = np.ones((len(image), len(offsets)), dtype=bool), [image[:, None]]
+    for dim, place in enumerate(places):
+        at = (place * layer.stride[dim] - starts[dim][0])[:, None] + offsets[:, dim] * layer.dilation[dim]
+        inside &= (at >= 0) & (at < images.shape[2 + dim])
+        index.append(at.clip(0, images.shape[2 + dim] - 1))
+    pixels: list[Any] = [torch.from_numpy(each).to(x.device) for each in index]
+    patches = images[(pixels[0], slice(None), *pixels[1:])]
+    return torch.where(torch.from_numpy(inside).to(x.device)[..., None], patches, 0).transpose(1, 2)
+
+
+def span(layer: Any, dim: int) -> int:
+    """Pixels from the first to the last that a kernel covers along a dim."""
+    return int(layer.dilation[dim] * (layer.kernel_size[dim] - 1) + 1)
+
+
+def _before(layer: Any, dim: int) -> tuple[int, int]:
+    """Zeros in front of and behind the image along a dim."""
+    if layer.padding == "same":
+        both = span(layer, dim) - 1
+        return both // 2, both - both // 2
+    return (0, 0) if layer.padding == "valid" else (int(layer.padding[dim]),) * 2
+
+
+@lru_cache(maxsize=256)
+def _picked(total: int, count: int) -> Int[Tensor, " picked"]:
+    """Up to `count` of so many positions, without random numbers.
+
+    Multiples of the golden ratio, modulo 1, lie evenly and in step with nothing: equal distances would show always the
+    same pixels of an image.
+    """
+    if total <= count:
+        return torch.arange(total)
+    return ((torch.arange(1, count + 1, dtype=torch.float64) * _GOLDEN) % 1.0 * total).long()

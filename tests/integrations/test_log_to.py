@@ -1,0 +1,285 @@
+"""A loop's metrics in loggers, and its ledger in a file that grows."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import setpoint
+from golden.models import mlp
+from setpoint.errors import LoopError, UsageError
+from setpoint.integrations import log_to
+
+STEPS = 20
+
+
+class Run:
+    """A loop on an MLP, which may have begun, and what trains it."""
+
+    def __init__(self, *, begun: bool = False) -> None:
+        torch.manual_seed(0)
+        self.model = mlp(6, 24, 3)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-2)
+        self.x, self.y = torch.randn(16, 6), torch.randint(0, 3, (16,))
+        example: dict[str, Any] = {"example": (self.x,)} if begun else {}
+        self.loop = setpoint.attach(self.model, self.optimizer, 0.5, total_steps=STEPS, verify=False, **example)
+
+    def train(self, steps: int = STEPS) -> setpoint.Loop:
+        """Train, telling the loss."""
+        for _ in range(steps):
+            loss = nn.functional.cross_entropy(self.model(self.x), self.y)
+            self.loop.observe(loss=loss)
+            loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return self.loop
+
+
+class Calls:
+    """What stand-ins note: metrics and steps."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[dict[str, float], int | None]] = []
+        self.axes: list[tuple[str, str | None]] = []
+
+
+class WandbRun(Calls):
+    """The methods of `wandb.Run` that are used, with its signatures."""
+
+    def define_metric(self, name: str, step_metric: str | None = None, **_: Any) -> None:
+        """Note the axis."""
+        self.axes.append((name, step_metric))
+
+    def log(self, data: dict[str, Any], step: int | None = None, commit: bool | None = None) -> None:
+        """Note a row."""
+        self.rows.append((data, step))
+
+
+class TrackioRun(Calls):
+    """The same of `trackio.Run`."""
+
+    def log(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        """Note a row."""
+        self.rows.append((metrics, step))
+
+
+class MlflowModule(Calls):
+    """The same of the module `mlflow`, and of Lightning's loggers."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Note a row."""
+        self.rows.append((metrics, step))
+
+
+class MlflowClient(Calls):
+    """The same of `mlflow.MlflowClient`."""
+
+    def log_batch(self, run_id: str, metrics: Any = (), params: Any = (), tags: Any = ()) -> None:
+        """Note a row."""
+        assert run_id == "the run" and len({each.timestamp for each in metrics}) == 1
+        self.rows.append(({each.key: each.value for each in metrics}, metrics[0].step))
+
+
+def mlflow_module(client: MlflowClient, active: Any) -> ModuleType:
+    """A stand-in for the package."""
+
+    def metric(key: str, value: float, timestamp: int, step: int) -> SimpleNamespace:
+        return SimpleNamespace(key=key, value=value, timestamp=timestamp, step=step)
+
+    module = ModuleType("mlflow")
+    vars(module).update(
+        MlflowClient=lambda: client,
+        active_run=lambda: active,
+        entities=SimpleNamespace(Metric=metric),
+        log_metrics=lambda metrics, step=None: client.rows.append((metrics, step)),
+    )
+    return module
+
+
+def test_tensorboard_gets_every_metric_at_every_step(tmp_path: Path) -> None:
+    """Claim: a real SummaryWriter's files hold each metric at each step, under the prefix."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from torch.utils.tensorboard import SummaryWriter
+
+    run, writer = Run(), SummaryWriter(str(tmp_path))
+    log_to(run.loop, writer)
+    loop = run.train()
+    loop.finish()
+    writer.close()
+    found = EventAccumulator(str(tmp_path)).Reload()
+    assert {f"setpoint/{name}" for name in loop.metrics()} == set(found.Tags()["scalars"])
+    cost = found.Scalars("setpoint/cost/flops")
+    assert [each.step for each in cost] == list(range(1, STEPS + 1))
+    assert cost[-1].value == pytest.approx(loop.metrics()["cost/flops"]) and cost[-1].value < cost[0].value
+
+
+def test_tensorboard_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: the name makes a writer of its own, in the folder where TensorBoard keeps runs, once there is a step."""
+    monkeypatch.chdir(tmp_path)
+    run = Run()
+    log_to(run.loop, "tensorboard")
+    assert not list(tmp_path.iterdir())
+    run.train().finish()  # closes what nobody else has at hand
+    (events,) = tmp_path.glob("runs/*/events*")
+    assert b"setpoint/units" in events.read_bytes()
+
+
+@pytest.mark.parametrize("kind", [WandbRun, TrackioRun, MlflowModule], ids=lambda kind: kind.__name__)
+def test_every_logger_gets_the_metrics(kind: type[Calls]) -> None:
+    """Claim: known by its methods, each gets all metrics after each step; W&B by an axis of its own."""
+    run, to = Run(), kind()
+    log_to(run.loop, to)
+    loop = run.train()
+    loop.finish()
+    last = {f"setpoint/{name}": value for name, value in loop.metrics().items()}
+    assert [row["setpoint/step"] for row, _ in to.rows] == list(range(1, STEPS + 1))
+    assert to.rows[-1][0].keys() == last.keys() and to.rows[-1][0]["setpoint/width/0"] == last["setpoint/width/0"]
+    assert [step for _, step in to.rows] == [None if kind is WandbRun else n for n in range(1, STEPS + 1)]
+    assert to.axes == ([("setpoint/step", None), ("setpoint/*", "setpoint/step")] if kind is WandbRun else [])
+
+
+@pytest.mark.parametrize("given", ["run", "client", "name"])
+def test_mlflow_runs_and_clients(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: a run is logged to by a client, a client logs to the active run, and the name to what is active."""
+    client, active = MlflowClient(), SimpleNamespace(info=SimpleNamespace(run_id="the run"))
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow_module(client, None if given == "run" else active))
+    run = Run()
+    log_to(run.loop, {"run": active, "client": client, "name": "mlflow"}[given])
+    run.train(3)
+    assert [step for _, step in client.rows] == [1, 2, 3] and client.rows[0][0]["setpoint/units"] > 0
+
+
+def test_a_client_without_a_run_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: a client that has no active run to log to says what to give."""
+    client = MlflowClient()
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow_module(client, None))
+    run = Run()
+    log_to(run.loop, client)
+    with pytest.raises(UsageError, match="give log_to the run itself"):
+        run.train(1)
+
+
+def test_names_that_mlflow_refuses_are_mended() -> None:
+    """Claim: MLflow takes letters, digits and some signs only; others become `_`."""
+    run, to = Run(), MlflowModule()
+    log_to(run.loop, to, prefix="run[1]#")
+    run.train(1)
+    assert "run_1__units" in to.rows[0][0]
+
+
+def test_every_so_many_steps_and_each_decision() -> None:
+    """Claim: `every` thins out steps between decisions; each decision and the end are there; `stop` ends it."""
+    run, few, stopped = Run(), TrackioRun(), TrackioRun()
+    log_to(run.loop, few, every=7, prefix="")
+    stop = log_to(run.loop, stopped)
+    run.train(3)
+    stop()
+    loop = run.train(STEPS - 3)
+    loop.finish()
+    decided = {entry.step for entry in loop.ledger}
+    assert [step for _, step in few.rows] == sorted({7, 14, STEPS} | decided) and "units" in few.rows[0][0]
+    assert len(few.rows) < STEPS and len(stopped.rows) == 3
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio", "mlflow"])
+def test_a_logger_that_is_not_installed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: at once, one sentence says what to install, and nothing is logged to."""
+    monkeypatch.setitem(sys.modules, name, None)
+    for module in [each for each in sys.modules if each.startswith("torch.utils.tensorboard")]:
+        monkeypatch.delitem(sys.modules, module)
+    run = Run()
+    with pytest.raises(ModuleNotFoundError, match=f"is not installed: pip install {name}"):
+        log_to(run.loop, name)
+
+
+@pytest.mark.parametrize("what", ["tensorbord", 3, None, pytest.param(object(), id="object"), ["wandb"]], ids=repr)
+def test_what_is_no_logger(what: Any) -> None:
+    """Claim: the error says what it got and what can be given."""
+    with pytest.raises(UsageError, match="log_to cannot log to .*give a SummaryWriter.*'wandb'"):
+        log_to(Run().loop, what)
+
+
+@pytest.mark.parametrize("every", [0, -1, True], ids=repr)
+def test_every_is_a_number_of_steps(every: Any) -> None:
+    """Claim: anything else is refused."""
+    with pytest.raises(ValueError, match="every is a number of steps"):
+        log_to(Run().loop, TrackioRun(), every=every)
+
+
+def test_a_run_that_is_over() -> None:
+    """Claim: after `finish` nothing would come, so it is refused."""
+    run = Run()
+    run.train().finish()
+    with pytest.raises(LoopError, match="before loop.finish"):
+        log_to(run.loop, TrackioRun())
+
+
+def test_the_ledger_grows_in_its_file(tmp_path: Path) -> None:
+    """Claim: after every step the file is a ledger with all decisions so far, and at the end what `save` writes."""
+    run, path = Run(begun=True), tmp_path / "run.jsonl"
+    log_to(run.loop, str(path))
+    assert len(setpoint.Ledger.load(path)) == 0
+    for _ in range(STEPS):
+        run.train(1)
+        assert len(setpoint.Ledger.load(path)) == int(run.loop.metrics()["decisions"])
+    run.loop.finish()
+    run.loop.ledger.save(tmp_path / "saved.jsonl")
+    assert path.read_bytes() == (tmp_path / "saved.jsonl").read_bytes()
+    assert any(entry.loss_after is not None for entry in setpoint.Ledger.load(path))
+
+
+def test_lines_that_are_written_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: the file is appended to; only a line whose loss became known is written anew, with those behind it."""
+    run, path = Run(), tmp_path / "run.jsonl"
+    log_to(run.loop, path)
+    written, before = [], setpoint.Ledger.lines
+
+    def lines(self: setpoint.Ledger, first: int = 0) -> Any:
+        found = list(before(self, first))
+        written.append(len(found))
+        return found
+
+    monkeypatch.setattr(setpoint.Ledger, "lines", lines)
+    loop = run.train()
+    loop.finish()
+    cuts = sum(entry.changed for entry in loop.ledger)
+    assert len(loop.ledger) + 1 <= sum(written) <= 1 + len(loop.ledger) + 2 * cuts
+
+
+def test_a_run_that_goes_on_has_its_whole_ledger(tmp_path: Path) -> None:
+    """Claim: the file of a run that was killed is written anew from the state, and goes on from there."""
+    first, path = Run(begun=True), tmp_path / "run.jsonl"
+    log_to(first.loop, path)
+    first.train(4)
+    state = first.loop.state_dict()
+    first.train(2)
+    again = Run(begun=True)
+    log_to(again.loop, path)
+    again.loop.load_state_dict(state)
+    again.train(STEPS - 4)
+    again.loop.finish()
+    steps = [entry.step for entry in setpoint.Ledger.load(path)]
+    assert steps == [entry.step for entry in again.loop.ledger] and min(steps) <= 4 < max(steps)
+
+
+def test_a_file_that_was_removed_comes_back_whole(tmp_path: Path) -> None:
+    """Claim: the next decision writes all of the ledger again."""
+    run, path = Run(), tmp_path / "run.jsonl"
+    log_to(run.loop, path)
+    run.train(3)
+    path.unlink()
+    loop = run.train(STEPS - 3)
+    loop.finish()
+    assert [entry.step for entry in setpoint.Ledger.load(path)] == [entry.step for entry in loop.ledger]
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    """Claim: it is told before the run, not at its first decision."""
+    with pytest.raises(FileNotFoundError, match="there is no folder .*nowhere"):
+        log_to(Run().loop, tmp_path / "nowhere" / "run.jsonl")

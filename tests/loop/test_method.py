@@ -1,0 +1,123 @@
+"""Models that training calls by another method than their forward: `attach(..., method="name")`."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import setpoint
+from setpoint.actuator.mask import mask
+from setpoint.actuator.shrink import shrink
+from setpoint.errors import ExampleError, GroupError, LoopError
+from setpoint.groups.by_method import called_by
+from setpoint.groups.kept import random_keep
+from setpoint.groups.trace import trace
+
+
+class Step(nn.Module):
+    """A model without a forward, as some frameworks have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(6, 24), nn.Linear(24, 3)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], index: int = 0) -> Tensor:
+        x, y = batch
+        return F.cross_entropy(self.head(self.body(x).relu()), y)
+
+
+class CallsItself(Step):
+    """One whose step calls its forward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.body(x).relu())
+        return out
+
+    def training_step(self, batch: tuple[Tensor, Tensor], index: int = 0) -> Tensor:
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+
+class Shapes(Step):
+    """One whose step writes out a size that a cut changes."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor], index: int = 0) -> Tensor:
+        x, y = batch
+        return F.cross_entropy(self.head(self.body(x).view(-1, 24).relu()), y)
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    return torch.randn(8, 6), torch.randint(0, 3, (8,))
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["example", "no example"])
+@pytest.mark.parametrize("kind", [Step, CallsItself])
+def test_a_run_by_another_method(kind: type[Step], given: bool) -> None:
+    """Claim: with or without an example the method's call is traced, the budget is met, and the model is as before."""
+    torch.manual_seed(0)
+    model = kind()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    example: Any = {"example": (batch(), 0)} if given else {}
+    loop = setpoint.attach(model, optimizer, 0.5, total_steps=30, method="training_step", **example)
+    for step in range(30):
+        model.training_step(batch(), index=step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loop.finish().budget_met and loop.widths["body"] < 24
+    assert not {"forward", "training_step"} & set(vars(model))
+
+
+@pytest.mark.parametrize("kind", [Step, CallsItself])
+def test_the_cut_by_another_method_equals_its_twin(kind: type[Step]) -> None:
+    """Claim: in float64 the cut model's step is the masked twin's."""
+    torch.manual_seed(0)
+    model, (x, y) = kind(), batch()
+    with called_by(model, "training_step"):
+        groups = trace(model, ((x, y),)).groups
+    assert [group.name for group in groups] == ["body"]
+    twin, keep = copy.deepcopy(model.double()), random_keep(groups)
+    mask(twin, None, groups, keep)
+    shrink(model, None, groups, keep)
+    small, full = (each.training_step((x.double(), y)) for each in (model, twin))
+    torch.testing.assert_close(small, full, rtol=1e-12, atol=1e-12)
+
+
+def test_a_size_that_the_method_writes_out_stays() -> None:
+    """Claim: only a forward's sizes can be corrected in place, so units that such a size counts are left whole."""
+    model, example = Shapes(), (batch(),)
+    with called_by(model, "training_step"):
+        found = trace(model, example)
+    assert not found.groups and any(each.place == "body" for each in found.frozen)
+
+
+def test_a_copy_made_while_a_loop_waits_has_the_plain_method() -> None:
+    """Claim: an average that is copied before the first step works on its own weights, and is not noted."""
+    torch.manual_seed(0)
+    model = Step()
+    loop = setpoint.attach(model, torch.optim.SGD(model.parameters(), 0.1), 0.5, total_steps=10, method="training_step")
+    given, average = batch(), copy.deepcopy(model)
+    with torch.no_grad():
+        average.head.bias.fill_(100.0)
+        average.head.bias[0] = -100.0
+    assert average.training_step(given) > 10 > model.training_step(given)
+    loop.detach()
+    assert not {"forward", "training_step"} & set(vars(model))
+
+
+def test_bad_methods() -> None:
+    """Claim: a name that is no method, and a forward that there is not, are refused in words; nothing is changed."""
+    model = Step()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(LoopError, match="Step has no method 'step'"):
+        setpoint.attach(model, optimizer, 0.5, total_steps=10, method="step")
+    with pytest.raises(ExampleError, match='method="name"'):
+        setpoint.attach(model, optimizer, 0.5, total_steps=10, example=(batch(),))
+    assert "forward" not in vars(model)
+    setpoint.attach(model, optimizer, 0.5, total_steps=10)
+    model.training_step(batch()).backward()
+    with pytest.raises(GroupError, match=r'its parts one by one: .*method="loss"'):
+        optimizer.step()

@@ -1,0 +1,155 @@
+"""A bill: budgets per step fix the finished model, and what the whole run may spend fixes the number of its steps."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import setpoint
+from setpoint.controller.horizon import spans
+from setpoint.controller.schedule import Schedule
+from setpoint.errors import BudgetError, CheckpointError, LoopError
+
+X = torch.randn(16, 32, generator=torch.Generator().manual_seed(0))
+Y = torch.randint(4, (16,), generator=torch.Generator().manual_seed(1))
+
+
+def build() -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 96), nn.ReLU(), nn.Linear(96, 96), nn.ReLU(), nn.Linear(96, 4))
+    return model, torch.optim.AdamW(model.parameters(), 1e-3)
+
+
+def attached(budget: Any, total_steps: int = 200, **options: Any) -> tuple[setpoint.Loop, nn.Module, Any]:
+    model, optimizer = build()
+    loop = setpoint.attach(model, optimizer, budget, example=(X,), total_steps=total_steps, **options)
+    return loop, model, optimizer
+
+
+def step(model: nn.Module, optimizer: Any) -> Tensor:
+    loss = nn.functional.cross_entropy(model(X), Y)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach()
+
+
+def train(loop: setpoint.Loop, model: nn.Module, optimizer: Any) -> list[int]:
+    """As long as the bill pays; the lengths that were planned on the way."""
+    lengths = [loop.total_steps]
+    while loop.step < loop.total_steps:
+        step(model, optimizer)
+        lengths.append(loop.total_steps)
+    return lengths
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [
+        {"flops": "25%", "flops/run": "100%"},
+        {"flops": "50%", "flops/run": "60%"},
+        {"params": "40%", "flops/run": "100%"},
+        {"flops": "30%", "params": "50%", "flops/run": "80%"},
+        {"memory": "80%", "flops/run": "100%"},
+    ],
+)
+def test_the_bill_is_spent_and_never_exceeded(budget: dict[str, str]) -> None:
+    """Claim: the run ends within one percent below the bill, with the budgets per step met, overhead counted in."""
+    loop, model, optimizer = attached(budget)
+    dense = loop.ledger.header["dense"]["flops"]
+    bill = float(budget["flops/run"].rstrip("%")) / 100 * 200 * dense
+    train(loop, model, optimizer)
+    summary = loop.finish()
+    assert summary.budget_met, summary.reason
+    assert 0.99 * bill <= summary.train_flops <= bill
+    assert summary.limit_run == {"flops": bill} and summary.spent_run == {"flops": summary.train_flops}
+    assert summary.steps == summary.total_steps > 200 * float(budget["flops/run"].rstrip("%")) / 100
+
+
+def test_what_is_planned_comes_about() -> None:
+    """Claim: cost falls as the reference says, so that plans differ by a few percent, until the last cut says it."""
+    lengths = train(*attached({"flops": "25%", "flops/run": "100%"}))
+    assert len(lengths) - 1 == lengths[-1] and lengths[0] > 400
+    planned = [length for length in lengths if length != lengths[-1]]
+    assert max(planned) / min(planned) < 1.1
+    assert lengths[-1] < 1.2 * lengths[0]  # blocks are coarse here: the model ends 8 % below its limit
+
+
+def test_the_stretches_of_a_run_add_up() -> None:
+    """Claim: spans cover every step to come once."""
+    for total_steps in (7, 100, 1000):
+        found = spans(Schedule(), 3, total_steps)
+        assert found[0][0] == 3 and sum(length for _, length in found) == total_steps - 3
+
+
+def test_a_run_that_does_not_come_down_ends_in_time() -> None:
+    """Claim: where no decision can be made, since nothing was read, the run gets shorter instead of going over."""
+    loop, model, optimizer = attached({"flops": "25%", "flops/run": "50%"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        while loop.step < loop.total_steps:
+            optimizer.step()
+        summary = loop.finish()
+    assert not summary.budget_met and summary.train_flops <= summary.limit_run["flops"]
+
+
+@pytest.mark.parametrize("at", [10, 60, 150, 300])
+def test_a_run_with_a_bill_is_resumed_bit_for_bit(at: int) -> None:
+    """Claim: length and weights go on as in the uninterrupted run, before the first cut, between cuts and after all."""
+    budget = {"flops": "25%", "flops/run": "100%"}
+    loop, model, optimizer = attached(budget)
+    for _ in range(at):
+        step(model, optimizer)
+    saved = copy.deepcopy((loop.state_dict(), model.state_dict(), optimizer.state_dict()))
+    again, other, others = attached(budget)
+    again.load_state_dict(saved[0])
+    other.load_state_dict(saved[1])
+    others.load_state_dict(saved[2])
+    assert train(loop, model, optimizer) == train(again, other, others)
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_a_state_of_another_bill_is_refused() -> None:
+    """Claim: a run with a bill does not go on from one with another, or without."""
+    state = attached({"flops": "25%", "flops/run": "100%"})[0].state_dict()
+    for other in ({"flops": "25%", "flops/run": "50%"}, {"flops": "25%"}):
+        with pytest.raises(CheckpointError, match="the state is of another run"):
+            attached(other)[0].load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("budget", "words"),
+    [
+        ({"flops": "25%", "flops/run": "1 kflops"}, "pays for no run: attaching spent .*a dense step spends"),
+        ({"flops": "25%", "latency/run": "10 s"}, "beside budgets per step a budget per run is one of 'flops'"),
+        ({"flops": "25%", "flops/epoch": "100%"}, "write the resource alone, or flops/run"),
+        ({"flops": "25%", "params/run": "100%"}, "no budget per run of 'params'"),
+        ([0.25, 0.5], "one budget for each resource"),
+    ],
+)
+def test_bills_that_cannot_be(budget: Any, words: str) -> None:
+    """Claim: a sentence at attach, and the model can be attached to afterwards."""
+    model, optimizer = build()
+    with pytest.raises(BudgetError, match=words):
+        setpoint.attach(model, optimizer, budget, example=(X,), total_steps=200)
+    setpoint.attach(model, optimizer, 0.5, example=(X,), total_steps=200).detach()
+
+
+def test_length_and_bill_are_fixed() -> None:
+    """Claim: the length cannot be set beside a bill, nor the bill changed; budgets per step can."""
+    loop, model, optimizer = attached({"flops": "25%", "flops/run": "100%"})
+    with pytest.raises(LoopError, match="the bill of the run says how long it is"):
+        loop.total_steps = 300
+    with pytest.raises(BudgetError, match="fixed at attach"):
+        loop.budget = setpoint.Budget.fraction(0.5, of="flops"), setpoint.Budget.fraction(0.9, of="flops", per="run")
+    before = loop.total_steps
+    loop.budget = setpoint.Budget.fraction(0.5, of="flops")
+    train(loop, model, optimizer)
+    summary = loop.finish()
+    assert summary.budget_met and summary.steps < before and summary.train_flops <= summary.limit_run["flops"]

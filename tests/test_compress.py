@@ -1,0 +1,261 @@
+"""A trained model is cut at once, without training, and what reads the cut units is fitted anew."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import setpoint
+import setpoint.one_shot.compress as compressing
+from setpoint.controller.landing import free_ladders
+from setpoint.controller.selection import descend, start
+from setpoint.cost.flops import flops_cost
+from setpoint.errors import BudgetError, ExampleError, GroupError, LoopError
+from setpoint.groups.group import Group, widths_of
+from setpoint.groups.trace import trace
+from setpoint.one_shot.refit import refitted
+from setpoint.sensor.magnitude import MagnitudeSensor
+
+
+class Block(nn.Module):
+    """A residual block with BatchNorms."""
+
+    def __init__(self, outer: int, inner: int) -> None:
+        super().__init__()
+        self.up, self.norm = nn.Conv2d(outer, inner, 3, padding=1, bias=False), nn.BatchNorm2d(inner)
+        self.down, self.last = nn.Conv2d(inner, outer, 3, padding=1, bias=False), nn.BatchNorm2d(outer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + self.last(self.down(torch.relu(self.norm(self.up(x))))))
+
+
+class Attention(nn.Module):
+    """A block with heads, and a feed-forward net behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.ModuleList(nn.Linear(12, 12) for _ in range(3)), nn.Linear(12, 12)
+        self.norm, self.up, self.down = nn.LayerNorm(12), nn.Linear(12, 24), nn.Linear(24, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (each(x).unflatten(-1, (-1, 3)).transpose(1, 2) for each in self.qkv)
+        x = self.norm(x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)))
+        return x + self.down(F.gelu(self.up(x)))
+
+
+def _image_net() -> nn.Sequential:
+    torch.manual_seed(0)
+    stem = nn.Conv2d(1, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12), nn.ReLU()
+    return nn.Sequential(
+        *stem, Block(12, 16), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(192, 32), nn.ReLU(), nn.Linear(32, 10)
+    )
+
+
+@cache
+def _digits() -> tuple[Tensor, Tensor]:
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
+    return torch.from_numpy(pixels).float().view(-1, 1, 8, 8)[order] / 16, torch.from_numpy(labels)[order]
+
+
+@cache
+def _trained() -> nn.Module:
+    """A net that has learnt the digits."""
+    model, (x, y) = _image_net(), _digits()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    for start_ in [*range(0, 1200, 60)] * 3:
+        optimizer.zero_grad()
+        F.cross_entropy(model(x[start_ : start_ + 60]), y[start_ : start_ + 60]).backward()
+        optimizer.step()
+    return model
+
+
+def _batches() -> list[tuple[Tensor, Tensor]]:
+    x, y = _digits()
+    return [(x[each : each + 100], y[each : each + 100]) for each in range(0, 1200, 100)]
+
+
+@torch.no_grad()
+def _accuracy(model: nn.Module) -> float:
+    x, y = _digits()
+    right = (model.eval()(x[1200:]).argmax(1) == y[1200:]).float().mean()
+    model.train()
+    return float(right)
+
+
+def _cut_by_magnitude(model: nn.Module, fraction: float) -> None:
+    """All layers to one density, filters of the least norm first."""
+    traced, sensor = trace(model, (torch.zeros(60, 1, 8, 8),)), MagnitudeSensor()
+    saliency = sensor.read(sensor.init(traced.groups, model), traced.groups, 0).saliency
+    selection = start(
+        flops_cost(traced),
+        free_ladders(widths_of(traced.groups), traced.groups, saliency, {}),
+        widths_of(traced.groups),
+        "uniform",
+    )
+    descend(selection, fraction * selection.total)
+    keep = {name: ladder.keep(selection.rungs[name]) for name, ladder in selection.ladders.items()}
+    setpoint.shrink(model, None, traced.groups, keep)
+
+
+@pytest.mark.parametrize("even", [False, True])
+def test_half_of_the_flops_cost_little(even: bool, tmp_path: Path) -> None:
+    """Claim: half of the FLOPs cost at most two points on digits, and a cut by magnitude ten times as much; the model
+    that comes out is saved and loaded as any other.
+    """
+    model, cruder = copy.deepcopy(_trained()), copy.deepcopy(_trained())
+    dense = _accuracy(model)
+    found = setpoint.compress(model, _batches(), "50% flops", even=even)
+    _cut_by_magnitude(cruder, 0.5)
+    assert _accuracy(model) > dense - 0.02 and _accuracy(cruder) < dense - 0.1
+    assert found.after["flops"] <= found.limit == 0.5 * found.before["flops"]
+    assert sum(p.numel() for p in model.parameters()) == found.after["params"]
+    assert "compressed to" in str(found) and set(found.density) == set(found.widths)
+    setpoint.save(model, tmp_path / "small.safetensors")
+    again = setpoint.load(tmp_path / "small.safetensors", into=_image_net())
+    x = _digits()[0][:5]
+    assert torch.equal(again.eval()(x), model.eval()(x))
+
+
+@pytest.mark.parametrize(
+    ("build", "shape"),
+    [(_image_net, (20, 1, 8, 8)), (lambda: nn.Sequential(Attention(), nn.Linear(12, 3)), (6, 5, 12))],
+    ids=["images", "heads"],
+)
+def test_the_cut_model_equals_its_masked_twin(
+    build: Any, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Claim: outputs and gradients are those of the dense model that was fitted anew and masked, to 1e-10."""
+    torch.manual_seed(0)
+    model, x = build().double(), torch.randn(shape).double()
+    twins: list[nn.Module] = []
+
+    def noted(twin: nn.Module, *args: Any) -> Any:
+        twins.append(copy.deepcopy(twin))
+        return shrink(twin, *args)
+
+    shrink = compressing.shrink
+    monkeypatch.setattr(compressing, "shrink", noted)
+    found = setpoint.compress(model, [x, x + 0.1], "60% params")
+    assert found.widths != found.dense_widths and found.refitted
+    for training in (True, False):
+        outputs, gradients = [], []
+        for each in (model, *twins):
+            given = x.clone().requires_grad_()
+            outputs.append(each.train(training)(given))
+            outputs[-1].square().sum().backward()
+            gradients.append(given.grad)
+        torch.testing.assert_close(*outputs, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-10)
+
+
+def test_weights_are_those_of_ridge_regression() -> None:
+    """Claim: what stays is fitted as least squares with a pull towards the weights that were there."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(50, 6).double() @ torch.randn(6, 6).double(), torch.randn(6, 3).double()
+    stays = torch.tensor([True, False, True, True, False, True])
+    ridge = 0.01 * x.square().sum(0).mean()
+    rows = torch.cat([x[:, stays], ridge.sqrt() * torch.eye(4).double()])
+    target = torch.cat([x @ weight, ridge.sqrt() * weight[stays]])
+    expected = torch.linalg.lstsq(rows, target).solution
+    torch.testing.assert_close(refitted(x.mT @ x, weight, stays), expected)
+    torch.testing.assert_close(refitted(x.mT @ x, weight, torch.ones(6, dtype=torch.bool)), weight)
+
+
+def test_units_that_repeat_others_are_all_that_goes() -> None:
+    """Claim: of a layer whose units all occur twice, half goes and the outputs stay, bias and all."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 4))
+    with torch.no_grad():
+        for tensor in (model[0].weight, model[0].bias):
+            tensor[8:] = tensor[:8]
+    x = torch.randn(400, 6)
+    before = model(x)
+    assert setpoint.compress(model, [x], "50% flops").widths == {"0": 8}
+    assert (model(x) - before).square().mean() < 1e-3 * before.square().mean()
+
+
+def test_labels_are_left_out_and_no_more_data_is_read_than_asked_for() -> None:
+    """Claim: batches may be dicts with labels; reading ends with the batch that makes up the number."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 2)
+
+        def forward(self, inputs: Tensor, scale: float = 1.0) -> Tensor:
+            return scale * self.down(torch.relu(self.up(inputs)))
+
+    read: list[int] = []
+
+    def data() -> Iterator[dict[str, Any]]:
+        for number in range(100):
+            read.append(number)
+            yield {"inputs": torch.randn(10, 4), "labels": torch.zeros(10)}
+
+    found = setpoint.compress(Net(), data(), 0.5, num_samples=25)
+    assert read == [0, 1, 2] and found.num_samples == 30
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def test_nothing_is_lost_where_it_fails() -> None:
+    """Claim: after an exception in the middle weights, statistics and modes are as they were; so is chance at last."""
+    model = _image_net()
+    before, chance = _state(model), torch.get_rng_state()
+    model[3].eval()
+    x = torch.randn(20, 1, 8, 8)
+    with pytest.raises(RuntimeError):
+        setpoint.compress(model, [x, torch.randn(20, 2, 8, 8)], 0.5)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert model.training and not model[3].training and model[1].momentum == 0.1
+    torch.set_rng_state(chance)
+    setpoint.compress(model, [x], 0.5)
+    assert torch.equal(torch.get_rng_state(), chance) and model[1].momentum == 0.1
+
+
+def test_what_cannot_be_done_is_refused_by_name() -> None:
+    """Claim: other resources, no data, budgets out of reach, models in training and odd groups are refused."""
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(10, 4)
+    with pytest.raises(BudgetError, match="compress takes one budget of 'flops' or 'params'"):
+        setpoint.compress(model, [x], "8 ms latency")
+    with pytest.raises(ExampleError, match="data has no batch"):
+        setpoint.compress(model, [], 0.5)
+    with pytest.raises(ExampleError, match="a batch is a tensor"):
+        setpoint.compress(model, [3], 0.5)
+    with pytest.raises(BudgetError, match="cannot be reached"):
+        setpoint.compress(model, [x], 0.01)
+    with pytest.raises(ValueError, match="num_samples"):
+        setpoint.compress(model, [x], 0.5, num_samples=0)
+    with pytest.raises(GroupError, match="is not one of this model's"):
+        setpoint.compress(model, [x], 0.5, groups=[Group("other", "unit", 3, ())])
+    with pytest.raises(GroupError, match="read by something else than linear layers"):
+        transposed = nn.Sequential(nn.Conv2d(1, 6, 1), nn.ReLU(), nn.ConvTranspose2d(6, 2, 1))
+        setpoint.compress(transposed, [torch.randn(2, 1, 3, 3)], 0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loop = setpoint.attach(model, optimizer, 0.5, example=(x,), total_steps=10)
+    with pytest.raises(LoopError, match="has a loop already"):
+        setpoint.compress(model, [x], 0.5)
+    loop.detach()
+
+
+def test_a_model_is_compressed_twice() -> None:
+    """Claim: a fraction is one of the model before it was ever cut."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2)), torch.randn(100, 4)
+    setpoint.compress(model, [x], 0.5)
+    assert setpoint.compress(model, [x], 0.25).widths == {"0": 8}
+    assert np.isclose(model[0].out_features, 8)

@@ -1,0 +1,409 @@
+"""Shapes travel with the weights: any framework's own checkpoint can be read back."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import pickletools
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+import setpoint
+from golden.models import GPT, ResNet
+from setpoint.actuator.shrink import named_tensors
+from setpoint.errors import CheckpointError, LoopError
+from setpoint.loop.starting import Inputs
+
+Make = Callable[[], nn.Module]
+
+
+class Depthwise(nn.Module):
+    """A block of a mobile network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.norm = nn.Conv2d(3, 24, 1, bias=False), nn.BatchNorm2d(24)
+        self.depth, self.down = nn.Conv2d(24, 24, 3, padding=1, groups=24), nn.Conv2d(24, 6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.relu(self.depth(torch.relu(self.norm(self.up(x))))))
+
+
+class Scaled(nn.Module):
+    """A network with a buffer along its units that no state dict holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 20), nn.Linear(20, 2)
+        self.register_buffer("scale", torch.linspace(1, 2, 20), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(self.first(x)) * self.scale)
+
+
+def mlp() -> nn.Module:
+    """Shapes tell everything."""
+    return nn.Sequential(nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 3))
+
+
+EXAMPLES: dict[Make, Any] = {
+    mlp: (torch.randn(8, 6),),
+    ResNet: (torch.randn(4, 3, 8, 8),),
+    Depthwise: (torch.randn(4, 3, 6, 6),),
+    GPT: (torch.randint(0, 16, (4, 8)),),
+    Scaled: (torch.randn(8, 6),),
+}
+MODELS = pytest.mark.parametrize("make", EXAMPLES, ids=lambda make: make.__name__)
+
+
+def train(model: nn.Module, example: Any, fraction: float = 0.5, steps: int = 30) -> torch.optim.Optimizer:
+    """A run that cuts the model to a fraction of its FLOPs."""
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    budget = setpoint.Budget.fraction(fraction, of="flops")
+    with setpoint.attach(model, optimizer, budget, example=example, total_steps=steps) as loop:
+        for _ in range(steps):
+            model(*example).float().square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert loop.summary is not None and loop.summary.resizes
+    return optimizer
+
+
+def cut(make: Make, fraction: float = 0.5) -> nn.Module:
+    """A model that a run has cut, made resumable by whoever trains it; a copy of its own for each test."""
+    return copy.deepcopy(_cut(make, fraction))
+
+
+@cache
+def _cut(make: Make, fraction: float) -> nn.Module:
+    torch.manual_seed(0)
+    model = setpoint.resumable(make())
+    train(model, EXAMPLES[make], fraction)
+    return model.eval()
+
+
+def through_file(state: Any) -> Any:
+    """A state dict through `torch.save`, read without pickles of foreign classes."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@MODELS
+def test_a_resumable_dense_model_takes_a_cut_state(make: Make) -> None:
+    """Claim: through torch.save the loaded model computes the same bits, and its parameters keep their identity."""
+    model = cut(make)
+    dense = setpoint.resumable(make())
+    before = {name: id(tensor) for name, tensor in named_tensors(dense).items()}
+    dense.load_state_dict(through_file(model.state_dict()))
+    assert {name: id(tensor) for name, tensor in named_tensors(dense).items()} == before
+    assert torch.equal(dense.eval()(*EXAMPLES[make]), model(*EXAMPLES[make]))
+    setpoint.resumable(dense)  # twice is once
+    assert dense.state_dict()._metadata[""]["setpoint"].keys() == model.state_dict()._metadata[""]["setpoint"].keys()
+
+
+@pytest.mark.parametrize("make", [mlp, ResNet, Depthwise, GPT], ids=lambda make: make.__name__)
+def test_shapes_alone_are_enough_where_a_format_drops_the_sizes(make: Make) -> None:
+    """Claim: through safetensors the first forward finds the sizes that code writes, with the same bits as a result."""
+    model = cut(make)
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    dense = setpoint.resumable(make()).eval()
+    dense.load_state_dict(load_safetensors(save_safetensors(tensors)))
+    assert torch.equal(dense(*EXAMPLES[make]), model(*EXAMPLES[make]))
+
+
+def test_a_buffer_without_a_state_needs_carried_sizes() -> None:
+    """Claim: a non-persistent buffer that was cut cannot be guessed: the forward says so."""
+    model = cut(Scaled)
+    dense = setpoint.resumable(Scaled())
+    dense.load_state_dict(dict(model.state_dict()))
+    with pytest.raises(CheckpointError, match="the buffer 'scale' was cut, and is in no state dict"):
+        dense(*EXAMPLES[Scaled])
+
+
+@MODELS
+def test_a_plain_reader_loads_the_state(make: Make) -> None:
+    """Claim: a model of the same shapes without hooks, a pickled copy, takes the state strictly."""
+    model = cut(make)
+    plain = pickle.loads(pickle.dumps(model))
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.zero_()
+    plain.load_state_dict(through_file(model.state_dict()), strict=True)
+    assert torch.equal(plain(*EXAMPLES[make]), model(*EXAMPLES[make]))
+
+
+@MODELS
+def test_a_cut_model_takes_a_wider_state_and_a_dense_one(make: Make) -> None:
+    """Claim: what is loaded decides the shapes, also where the model is narrower."""
+    half, dense = cut(make), make().eval()
+    quarter = cut(make, 0.35)
+    quarter.load_state_dict(through_file(half.state_dict()))
+    assert torch.equal(quarter(*EXAMPLES[make]), half(*EXAMPLES[make]))
+    if make is Scaled:
+        with pytest.raises(CheckpointError, match="'scale' was cut, and is in no state dict: build the model anew"):
+            quarter.load_state_dict(dense.state_dict())
+        return
+    quarter.load_state_dict(through_file(dense.state_dict()))
+    assert torch.equal(quarter(*EXAMPLES[make]), dense(*EXAMPLES[make]))
+    optimizer = train(quarter.train(), EXAMPLES[make])
+    assert all(state["exp_avg"].shape == parameter.shape for parameter, state in optimizer.state.items())
+
+
+@MODELS
+def test_shrink_to_by_hand(make: Make) -> None:
+    """Claim: carried sizes, or an example, cut a dense model by hand; wrappers' names do not matter."""
+    model = cut(make)
+    dense = setpoint.shrink_to(make(), through_file(model.state_dict())).eval()
+    dense.load_state_dict(model.state_dict())
+    assert torch.equal(dense(*EXAMPLES[make]), model(*EXAMPLES[make]))
+    if make is not Scaled:
+        bare = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
+        other = setpoint.shrink_to(make(), bare, EXAMPLES[make]).eval()
+        other.load_state_dict({name.removeprefix("module."): tensor for name, tensor in bare.items()})
+        assert torch.equal(other(*EXAMPLES[make]), model(*EXAMPLES[make]))
+
+
+def test_shrink_to_asks_for_an_example_only_where_shapes_cannot_tell() -> None:
+    """Claim: an MLP, a ResNet and a depthwise network need none; a GPT does, and the error says so."""
+    for make in (mlp, ResNet, Depthwise):
+        model = cut(make)
+        bare = dict(model.state_dict())
+        dense = setpoint.shrink_to(make(), bare).eval()
+        dense.load_state_dict(bare)
+        assert torch.equal(dense(*EXAMPLES[make]), model(*EXAMPLES[make]))
+    dense = GPT()
+    before = {name: tensor.clone() for name, tensor in named_tensors(dense).items()}
+    with pytest.raises(CheckpointError, match=r"layers\.0.* writes in its code: give an example"):
+        setpoint.shrink_to(dense, dict(cut(GPT).state_dict()))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in named_tensors(dense).items())
+
+
+def test_states_that_do_not_fit_are_refused_by_name_and_nothing_is_changed() -> None:
+    """Claim: another architecture, a wider state, damaged or newer sizes: refused, with the model as it was."""
+    model = cut(mlp)
+    wide = nn.Sequential(nn.Linear(6, 99), nn.ReLU(), nn.Linear(99, 16), nn.ReLU(), nn.Linear(16, 3))
+    newer, damaged = through_file(model.state_dict()), through_file(model.state_dict())
+    newer._metadata[""]["setpoint"]["format"] = 99
+    damaged._metadata[""]["setpoint"]["sizes"] = [3]
+    other = cut(Depthwise).state_dict()
+    renamed = through_file(model.state_dict())
+    renamed._metadata[""]["setpoint"]["sizes"] = {"absent": {"out_features": 3}}
+    for state, words in (
+        (wide.state_dict(), r"'0\.weight' has shape \(99, 6\) there and \(24, 6\) in the dense model"),
+        (newer, "^the state dict has sizes of format 99, this Setpoint reads up to 1: upgrade"),
+        (damaged, "damaged"),
+        (renamed, "no module 'absent'"),
+    ):
+        dense = setpoint.resumable(mlp())
+        before = {name: tensor.clone() for name, tensor in named_tensors(dense).items()}
+        with pytest.raises(CheckpointError, match=words):
+            dense.load_state_dict(state)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in named_tensors(dense).items())
+    for classes, width, words in (
+        (7, 24, r"'4\.weight' had shape \(3, 16\)"),
+        (3, 30, r"'0\.weight' had shape \(24, 6\)"),
+    ):
+        foreign = nn.Sequential(nn.Linear(6, width), nn.ReLU(), nn.Linear(width, 16), nn.ReLU(), nn.Linear(16, classes))
+        with pytest.raises(CheckpointError, match=words):
+            setpoint.resumable(foreign).load_state_dict(model.state_dict())
+        assert foreign[4].weight.shape == (classes, 16) and foreign[0].weight.shape == (width, 6)
+    with pytest.raises(CheckpointError, match=r"none of the model's tensors: its names are 'net\.0\.weight'"):
+        setpoint.shrink_to(mlp(), {f"net.{name}": value for name, value in model.state_dict().items()})
+    dense = setpoint.resumable(mlp())
+    with pytest.raises((CheckpointError, RuntimeError), match="another model|Missing key"):
+        dense.load_state_dict(other)
+    bare = dict(model.state_dict())
+    bare["4.weight"], bare["4.bias"] = bare["4.weight"][:2], bare["4.bias"][:2]  # outputs are no units
+    dense.load_state_dict(bare)
+    with pytest.raises(CheckpointError, match=r"'4\.(weight|bias)'.* no cut of its groups leads"):
+        setpoint.shrink_to(mlp(), bare, EXAMPLES[mlp])
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_state_carries_the_sizes_of_exchanged_layers_too(again: bool) -> None:
+    """Claim: a new layer in a cut one's place, of a model that was cut here or by a load, loads into a dense model."""
+    (x,) = EXAMPLES[Depthwise]
+    model = cut(Depthwise)
+    if again:
+        state, model = through_file(model.state_dict()), setpoint.resumable(Depthwise()).eval()
+        model.load_state_dict(state)
+    channels = model.depth.weight.shape[0]
+    assert channels < 24
+    model.depth = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+    dense = setpoint.resumable(Depthwise()).eval()
+    dense.load_state_dict(through_file(model.state_dict()))
+    assert str(dense) == str(model) and torch.equal(dense(x), model(x))
+
+
+@pytest.mark.parametrize("wrong", ["more", "fewer", "no tensor"])
+def test_a_load_that_raises_leaves_the_model_as_it_was(wrong: str) -> None:
+    """Claim: where PyTorch refuses a cut state for its names or values, the model is as wide as before, with its values
+    and sizes; and what is only left out of a load that is not strict does not matter.
+    """
+    state = through_file(cut(Depthwise).state_dict())
+    if wrong == "more":
+        state["absent"] = torch.zeros(1)
+    elif wrong == "fewer":
+        del state["down.bias"]
+    else:
+        state["depth.bias"] = "x"
+    dense = setpoint.resumable(Depthwise())
+    words, before = str(dense), {name: tensor.clone() for name, tensor in named_tensors(dense).items()}
+    with pytest.raises(RuntimeError, match="absent|down.bias|depth.bias"):
+        dense.load_state_dict(state)
+    assert str(dense) == words
+    assert all(torch.equal(tensor, before[name]) for name, tensor in named_tensors(dense).items())
+    assert "setpoint" not in str(dense.state_dict()._metadata)
+    if wrong != "no tensor":
+        dense.load_state_dict(state, strict=False)
+        assert dense.depth.groups < 24
+
+
+@pytest.mark.parametrize("load", ["load_state_dict", "shrink_to"])
+def test_a_state_of_other_shapes_is_refused_while_a_loop_is_at_work(load: str) -> None:
+    """Claim: a loop that does not go on with what is loaded would die in its next step; with resume=True, before the
+    first step, or once it is detached the load is welcome.
+    """
+    state, example = cut(mlp).state_dict(), EXAMPLES[mlp]
+
+    def attached(**options: Any) -> tuple[nn.Module, setpoint.Loop]:
+        torch.manual_seed(1)
+        model = setpoint.resumable(mlp())
+        settings = {"total_steps": 9, "example": example, "verify": False, **options}
+        return model, setpoint.attach(model, torch.optim.AdamW(model.parameters()), 0.5, **settings)
+
+    def take(model: nn.Module) -> None:
+        model.load_state_dict(state) if load == "load_state_dict" else setpoint.shrink_to(model, state)
+
+    model, loop = attached()
+    before = [tensor.clone() for tensor in model.parameters()]
+    with pytest.raises(LoopError, match="has a loop already, and the state has other shapes"):
+        take(model)
+    assert all(map(torch.equal, before, model.parameters()))
+    model.load_state_dict(mlp().state_dict())  # of the same shapes
+    loop.detach()
+    for each in (model, attached(example=None)[0], attached(resume=True)[0]):
+        take(each)
+        assert each[0].out_features < 24
+
+
+def test_a_run_goes_on_with_a_batch_of_another_shape() -> None:
+    """Claim: where batches are padded to their longest row, any of them may come first when a run goes on."""
+
+    def start() -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+        setpoint.attach(model, optimizer, 0.5, total_steps=12, resume=True)
+        return model, optimizer
+
+    def train(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
+        for step in range(first, last):
+            shape = [(4, 7), (4, 5), (2, 9)][step % 3]  # longer and shorter rows, fewer of them
+            model(torch.randint(20, shape, generator=torch.Generator().manual_seed(step))).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    model, optimizer = start()
+    saved = {}
+    for step in range(12):
+        saved[step] = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+        train(model, optimizer, step, step + 1)
+    assert model[1].out_features < 32
+    for step in (2, 7):
+        again, its_optimizer = start()
+        again.load_state_dict(saved[step][0])
+        its_optimizer.load_state_dict(saved[step][1])
+        train(again, its_optimizer, step, 12)
+        assert all(torch.equal(*pair) for pair in zip(model.parameters(), again.parameters(), strict=True)), step
+
+
+@pytest.mark.parametrize("damaged", [None, {}, {"shapes": 3, "passes": 1, "samples": 4}, {"shapes": [[4, -6]]}])
+def test_a_damaged_form_of_the_inputs_is_refused(damaged: Any) -> None:
+    """Claim: what a state says of the first batch is checked before anything is built by it."""
+    with pytest.raises(CheckpointError, match="the state of the loop is damaged"):
+        Inputs.of(EXAMPLES[mlp]).in_form(damaged)
+
+
+def test_hooks_go_along_with_a_deep_copy_and_into_no_pickle() -> None:
+    """Claim: an EMA's copy is resumable by itself; a pickle of a cut model names nothing of Setpoint."""
+    model = cut(mlp)
+    double = copy.deepcopy(model)
+    double.load_state_dict(mlp().state_dict())
+    assert double[0].out_features == 24 and model[0].out_features < 24
+    names = {str(arg) for _, arg, _ in pickletools.genops(pickle.dumps(model)) if arg is not None}
+    assert not [name for name in names if name.startswith("setpoint")]
+
+
+def test_enable_checkpointing_makes_every_model_resumable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: once per process is enough: a dense model takes a cut state, a foreign one loads as ever."""
+    monkeypatch.setattr(nn.Module, "load_state_dict", nn.Module.load_state_dict)
+    model = cut(GPT)
+    state = through_file(model.state_dict())
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        GPT().load_state_dict(state)
+    setpoint.enable_checkpointing()
+    setpoint.enable_checkpointing()
+    dense = GPT().eval()
+    dense.load_state_dict(state)
+    assert torch.equal(dense(*EXAMPLES[GPT]), model(*EXAMPLES[GPT]))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        nn.Linear(2, 3).load_state_dict(nn.Linear(2, 4).state_dict())
+
+
+def test_a_wrapper_that_was_not_cut_itself_takes_the_sizes_of_what_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: after `enable_checkpointing` an averaged model, and a pair of cut models, load under their own names."""
+    monkeypatch.setattr(nn.Module, "load_state_dict", nn.Module.load_state_dict)
+    setpoint.enable_checkpointing()
+    for make in (Scaled, GPT):
+        model = cut(make)
+        averaged = AveragedModel(make())
+        averaged.load_state_dict(through_file(AveragedModel(model).state_dict()))
+        assert torch.equal(averaged.eval()(*EXAMPLES[make]), model(*EXAMPLES[make]))
+    pair, dense = nn.ModuleList([cut(Scaled), cut(GPT)]), nn.ModuleList([Scaled(), GPT()]).eval()
+    dense.load_state_dict(through_file(pair.state_dict()))
+    for new, old, make in zip(dense, pair, (Scaled, GPT), strict=True):
+        assert torch.equal(new(*EXAMPLES[make]), old(*EXAMPLES[make]))
+
+
+@pytest.mark.parametrize("make", [mlp, ResNet, GPT], ids=lambda make: make.__name__)
+def test_a_baked_model_loads_where_setpoint_is_not_installed(make: Make, tmp_path: Path) -> None:
+    """Claim: its pickle needs the model's own code, torch, and at most the file that bake has written."""
+    model = cut(make)
+    baked = setpoint.bake(model, tmp_path / "small_forward.py")
+    assert torch.equal(baked(*EXAMPLES[make]), model(*EXAMPLES[make]))
+    assert (tmp_path / "small_forward.py").exists() == (make is GPT)
+    torch.save([baked, EXAMPLES[make], model(*EXAMPLES[make])], tmp_path / "small.pt")
+    code = (
+        "import sys, torch\n"
+        "class Refused:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] == 'setpoint': raise ImportError('setpoint is not here')\n"
+        "sys.meta_path.insert(0, Refused())\n"
+        f"sys.path[:0] = [{str(tmp_path)!r}, {str(Path(__file__).parent)!r}]\n"
+        f"model, example, want = torch.load({str(tmp_path / 'small.pt')!r}, weights_only=False)\n"
+        "assert torch.equal(model(*example), want)\n"
+        "assert not [name for name in sys.modules if name.split('.')[0] == 'setpoint']"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def test_bake_refuses_a_file_that_python_cannot_import(tmp_path: Path) -> None:
+    """Claim: the name must be one of a module."""
+    with pytest.raises(CheckpointError, match="no file that Python can import"):
+        setpoint.bake(mlp(), tmp_path / "small-forward.txt")

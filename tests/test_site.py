@@ -1,0 +1,68 @@
+"""Site: every page is in the navigation, every error has its mend, every option is explained, and the site builds."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer.main
+
+import setpoint
+from setpoint import errors
+from setpoint.cli import app
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    """Claim: each page of docs/ stands in mkdocs.yml once."""
+    nav = re.findall(r": ([\w/-]+\.md)$|- ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.M)
+    named = [first or second for first, second in nav]
+    pages = {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")}
+    assert len(named) == len(set(named)) and set(named) == pages
+
+
+def test_every_error_has_its_cause_and_mend() -> None:
+    """Claim: each class of errors.py has a section of troubleshooting.md, and no section is of none."""
+    text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    classes = {name for name, each in vars(errors).items() if inspect.isclass(each)} - {"SetpointError"}
+    assert set(re.findall(r"^## (\w+Error)$", text, re.M)) == classes
+
+
+def test_the_glossary_has_twenty_words() -> None:
+    """Claim: twenty words, each with one meaning."""
+    words = re.findall(r"^\| \*\*(.+?)\*\* \|", (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8"), re.M)
+    assert len(words) == len(set(words)) == 20
+
+
+def test_every_option_is_explained() -> None:
+    """Claim: cli.md names each command and each of its options."""
+    pytest.importorskip("setpoint_bench")
+    text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        assert f"setpoint {name}" in text
+        for option in (each for each in command.params if each.opts[0].startswith("--")):
+            assert f"`{option.opts[0]}" in text, (name, option.opts)
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    """Claim: each name of `setpoint` stands on the pages of the first two rings, or is an error."""
+    pages = "".join((ROOT / "docs" / "api" / f"{ring}.md").read_text(encoding="utf-8") for ring in ("use", "tune"))
+    shown = {line.rpartition(".")[2] for line in pages.splitlines() if line.startswith("::: ")}
+    assert set(setpoint.__all__) - {"SetpointError"} <= shown
+
+
+@pytest.mark.slow
+def test_the_site_builds(tmp_path: Path) -> None:
+    """Claim: it builds without a warning: no page, link, anchor or name of the reference is missing."""
+    pytest.importorskip("mkdocstrings")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path / "site"]
+    env = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "site" / "troubleshooting" / "index.html").is_file()
