@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face Hub: their parquet files in a data folder, else a download by the package `datasets`."""
+"""Data sets of the Hugging Face Hub: parquet files in a data folder, else a download by the package `datasets`."""
 
 from __future__ import annotations
 
@@ -71,7 +71,9 @@ def _downloaded(repository: str, split: str, columns: Sequence[str], image: str 
         datasets = _package("datasets", repository)
         rows = datasets.load_dataset(repository, split=split)
     except (BenchError, OSError, RuntimeError, ValueError) as error:
-        raise missing(folder, str(error) if isinstance(error, BenchError) else f"{type(error).__name__}: {error}") from error
+        raise missing(
+            folder, str(error) if isinstance(error, BenchError) else f"{type(error).__name__}: {error}"
+        ) from error
     if image is not None:
         rows = rows.cast_column(image, datasets.Image(decode=False))
     return {column: list(rows[column]) for column in columns}
