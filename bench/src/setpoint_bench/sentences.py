@@ -80,6 +80,33 @@ class SentenceFamily:
         return self.kind(encoder, self.classes)
 
 
+@dataclass(frozen=True)
+class FewLayers:
+    """Sentence encoders of a family of which only some layers are kept.
+
+    Args:
+        sentences: the family.
+        kept: numbers of the layers, from 1.
+    """
+
+    sentences: SentenceFamily
+    kept: tuple[int, ...]
+
+    @property
+    def dimensions(self) -> Mapping[str, Dimension]:
+        """Heads and neurons of each layer that is kept."""
+        kept = {f"layer{number}" for number in self.kept}
+        return {name: each for name, each in self.sentences.dimensions.items() if name.partition(".")[0] in kept}
+
+    def build(self, widths: Mapping[str, int]) -> nn.Module:
+        """The classifier of these heads and neurons."""
+        dense = {name: each.dense for name, each in self.sentences.dimensions.items()}
+        model = self.sentences.build({**dense, **widths})
+        layers = model.get_submodule("encoder.encoder").layer
+        model.get_submodule("encoder.encoder").layer = nn.ModuleList(layers[number - 1] for number in self.kept)
+        return model
+
+
 def _encoder(widths: Mapping[str, int]) -> nn.Module:
     """A BERT encoder whose layers have these heads and neurons."""
     try:

@@ -23,6 +23,12 @@ def bert_encoder(**sizes: int) -> nn.Module:
     return encoder
 
 
+def timm_network(name: str, classes: int) -> nn.Module:
+    """An untrained network of timm with this many classes."""
+    network: nn.Module = library("timm").create_model(name, pretrained=False, num_classes=classes)
+    return network
+
+
 def small_config(name: str, known: Mapping[str, Any], sizes: Mapping[str, Any]) -> Any:
     """The configuration of a model type at `sizes`, and at those `known` sizes whose names the type has."""
     transformers = library("transformers")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -11,13 +12,14 @@ from setpoint_bench.catalogue import task
 from setpoint_bench.hub_data import columns_of
 from setpoint_bench.images import Splits
 from setpoint_bench.recipe import Recipe
-from setpoint_bench.sentences import SentenceFamily, Texts, tokens_of
+from setpoint_bench.sentences import FewLayers, SentenceFamily, Texts, tokens_of
 from setpoint_bench.simple_task import SimpleTask
 from setpoint_bench.tensors import held_out
 
 REPOSITORY = "PolyAI/banking77"
 NUM_INTENTS = 77
 NUM_TRAIN = 9_003
+KEPT = (1, 3, 5)
 
 
 @task("banking77")
@@ -45,3 +47,15 @@ def questions(data: Path | None) -> Splits:
     pairs = {name: (tokens_of(each["text"]), torch.tensor(each["label"])) for name, each in rows.items()}
     train, validation = held_out(pairs["train"])
     return {"train": train, "validation": validation, "test": pairs["test"]}
+
+
+@task("banking77-three-layers")
+def three_layers(data: Path | None = None) -> SimpleTask:
+    """The same for every second layer of the sentence model: the first, the third and the fifth.
+
+    It is the small rival of a cut model. Sanh et al., "DistilBERT, a distilled version of BERT", 2019, section 3.
+
+    Args:
+        data: folder that holds `PolyAI/banking77`, or None for the usual places.
+    """
+    return replace(banking77(data), name="banking77-three-layers", family=FewLayers(SentenceFamily(NUM_INTENTS), KEPT))
