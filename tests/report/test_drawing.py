@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from setpoint.report.drawing import MOST_TOLD, drawing
+from setpoint.report.drawing import MOST_LABELLED, drawing
 from setpoint.report.figures import BLUE, Figure, layout, line, scatter
 
 
@@ -27,13 +27,13 @@ def test_a_step_stays_until_the_next_one() -> None:
     assert re.search(r'd="M0\.0 1000\.0H1000\.0V[\d.]+"', made)
 
 
-@pytest.mark.parametrize("many", [MOST_TOLD, MOST_TOLD + 1])
+@pytest.mark.parametrize("many", [MOST_LABELLED, MOST_LABELLED + 1])
 def test_a_drawing_of_many_points_stays_small(many: int) -> None:
     """Up to a number of points each has a text; of more, points of a colour are one path, and those of a place one."""
     points = [(step % 10, step // 10 % 5) for step in range(many)]
     made = drawing(Figure([scatter("markers", "cut", points, "cut at %{x}")], layout("y")), "cuts")
-    assert made.count("<title>") == (many if many <= MOST_TOLD else 0)
-    assert made.count("h.1") == (many if many <= MOST_TOLD else 50)
+    assert made.count("<title>") == (many if many <= MOST_LABELLED else 0)
+    assert made.count("h.1") == (many if many <= MOST_LABELLED else 50)
 
 
 def test_no_legend_lies_in_the_plot() -> None:
