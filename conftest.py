@@ -12,7 +12,7 @@ import torch
 from hypothesis import settings
 from torch import nn
 
-from typechecker import leave_nested_functions
+from typechecker import begin_test, leave_nested_functions
 
 leave_nested_functions()
 settings.register_profile("setpoint", derandomize=True, deadline=None, max_examples=50)
@@ -25,6 +25,7 @@ os.environ["SETPOINT_CACHE"] = "off"  # what is tested is found out each time, a
 @pytest.fixture(autouse=True)
 def determinism() -> Iterator[None]:
     """Start each test from the same seeds and give the global settings back afterwards."""
+    begin_test()
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)

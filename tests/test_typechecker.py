@@ -41,3 +41,19 @@ def test_functions_without_a_shape_are_left() -> None:
         """Nothing."""
 
     assert jaxtyping.jaxtyped(inner, typechecker=check) is inner
+
+
+def test_calls_are_checked_first_and_then_now_and_then() -> None:
+    """The first calls of a test are checked, and one in a row of later ones."""
+    checked = jaxtyping.jaxtyped(scaled, typechecker=check)
+    with pytest.raises(TypeCheckError):
+        checked(np.ones((2, 2)), 1.0)
+    for _ in range(100):
+        checked(np.ones(2), 1.0)
+    caught = 0
+    for _ in range(100):
+        try:
+            checked(np.ones((2, 2)), 1.0)
+        except TypeCheckError:
+            caught += 1
+    assert caught == 4
