@@ -17,8 +17,8 @@ META = torch.device("meta")
 @pytest.mark.parametrize(
     ("name", "budget"),
     [
-        *(("digits", 0.5), ("mnist", 0.5), ("mnist", 0.25), ("cifar10-mini", 0.25), ("cifar10", 0.25)),
-        *(("shakespeare-mini", 0.25), ("shakespeare", 0.5), ("smnist-196", 0.5)),
+        *(("digits", 0.5), ("mnist", 0.25), ("cifar10-mini", 0.25), ("shakespeare-mini", 0.25), ("smnist-196", 0.5)),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in (("cifar10", 0.25), ("shakespeare", 0.5))),
     ],
 )
 def test_small_meets_the_budget(name: str, budget: float) -> None:

@@ -78,6 +78,7 @@ def test_cuts_attention(criterion: Criterion, budget: float) -> None:
         optimizer.zero_grad()
 
 
+@pytest.mark.slow
 def test_heads_stop_where_one_layer_would_lose_all() -> None:
     """A layer all of whose heads matter least keeps them in the library's ranking; then heads are cut by less."""
     model = TASK.build(WIDTHS)
@@ -89,6 +90,7 @@ def test_heads_stop_where_one_layer_would_lose_all() -> None:
     assert outcome.budget_met and "of heads at most" in outcome.notes
 
 
+@pytest.mark.slow
 def test_heads_stop_one_before_a_layer_would_lose_all() -> None:
     """Where the sixth head to go is the last one of its layer, the library leaves that layer whole: then five go, and
     meet a budget that four would miss.

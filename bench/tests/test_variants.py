@@ -47,7 +47,13 @@ class Stage:
         )
 
 
-@pytest.mark.parametrize("method", ABLATION_METHODS, ids=lambda method: method.name)
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(each, marks=[pytest.mark.slow] * (n not in (0, len(ABLATION_METHODS) - 1)), id=each.name)
+        for n, each in enumerate(ABLATION_METHODS)
+    ],
+)
 def test_variants_meet_the_budget(method: Setpoint, tmp_path: Path) -> None:
     """Every variant of the ablation trains to its end and lands at the FLOPs asked for."""
     training = train(Cell(TASK.with_steps(50), method, 0.5, 0), tmp_path)

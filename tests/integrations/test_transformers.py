@@ -96,7 +96,7 @@ def equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
     )
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "bert"])
+@pytest.mark.parametrize("kind", [pytest.param("gpt2", marks=pytest.mark.slow), "llama", "bert"])
 def test_trainer_resumes_bit_for_bit(kind: str, tmp_path: Path) -> None:
     """Claim: one line is enough; from checkpoints before, between and after cuts the run ends with the same bits."""
     whole, callback = trainer(kind, tmp_path / "whole")
