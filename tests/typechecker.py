@@ -2,8 +2,8 @@
 
 A function inside of another is not checked: it would be prepared for that again whenever the outer one runs, which took
 half of the time of the tests. A function without a shape in its signature is left to mypy: binding names of shapes took
-three quarters of the time of the tests of controllers. A function that a test calls again and again is checked in its first
-calls, and then now and then.
+three quarters of the time of the tests of controllers. A function that a test calls again and again is checked
+in its first calls, and then now and then.
 """
 
 from __future__ import annotations
