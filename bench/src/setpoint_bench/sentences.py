@@ -102,8 +102,9 @@ class FewLayers:
         """The classifier of these heads and neurons."""
         dense = {name: each.dense for name, each in self.sentences.dimensions.items()}
         model = self.sentences.build({**dense, **widths})
-        layers = model.get_submodule("encoder.encoder").layer
-        model.get_submodule("encoder.encoder").layer = nn.ModuleList(layers[number - 1] for number in self.kept)
+        layers = model.get_submodule("encoder.encoder.layer")
+        kept = nn.ModuleList(layers.get_submodule(str(number - 1)) for number in self.kept)
+        model.set_submodule("encoder.encoder.layer", kept)
         return model
 
 
