@@ -350,10 +350,10 @@ def test_a_teacher_is_followed_counted_and_left_alone(tmp_path: Path) -> None:
     plain, without = _taught(tmp_path / "plain", alpha=0.0)
     plain.train()
     run, callback = _taught(tmp_path / "taught", alpha=1.0)
-    teacher = weights(run.teacher)
+    teacher = weights(run.teacher.model)
     run.train()
     assert callback.summary is not None and without.summary is not None and callback.summary.budget_met
-    assert equal(weights(run.teacher), teacher)
+    assert equal(weights(run.teacher.model), teacher)
     assert distance(run.model) < 0.2 * distance(plain.model)
     more = callback.summary.overhead_flops - without.summary.overhead_flops
     assert more == pytest.approx(8 * callback.summary.dense_flops / 3, rel=0.01)

@@ -7,14 +7,12 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from setpoint.actuator.lift import was_cut
 from setpoint.attach import attach
 from setpoint.checkpoint.resumable import resumable
+from setpoint.distillation.teacher import Teacher, logits_of
 from setpoint.errors import NotBegunError
 from setpoint.integrations.huggingface import enable_huggingface
 from setpoint.loop.loop import Loop
@@ -50,12 +48,7 @@ class SetpointCallback(TrainerCallback):  # type: ignore[misc]
         self.budget, self.settings = budget, settings
         self.loop: Loop | None = None
         self.summary: Summary | None = None
-        self._uncounted_flops = 0.0
         enable_huggingface()
-
-    def count(self, flops: float) -> None:
-        """Count FLOPs that something beside the model takes in the present step, as a teacher does, as overhead."""
-        self._uncounted_flops += flops
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Make the model resumable before the Trainer loads anything into it."""
@@ -80,9 +73,6 @@ class SetpointCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Finish with the last step, before the Trainer loads its best model."""
-        if self.loop is not None:
-            self.loop.spending.account.sensed(self._uncounted_flops)
-            self._uncounted_flops = 0.0
         if state.global_step >= state.max_steps or control.should_training_stop:
             self._finish()
 
@@ -109,9 +99,8 @@ class SetpointCallback(TrainerCallback):  # type: ignore[misc]
 class SetpointTrainer(Trainer):  # type: ignore[misc]
     """A Trainer whose model also learns from a teacher, which a callback cannot let it do; also a mixin.
 
-    While it trains, the loss is `(1 - alpha) * loss + alpha * T^2 * KL(teacher / T || model / T)` of the logits, where
-    `loss` is the Trainer's own. KL is the mean over all rows of logits, or over those where `attention_mask` is 1.
-    Evaluation keeps its loss. The FLOPs of the teacher's forward are counted as overhead.
+    While it trains, the loss is that of `setpoint.distillation.Teacher` with the Trainer's own; rows of logits count
+    where `attention_mask` is 1. Evaluation keeps its loss. The FLOPs of the teacher's forward are counted as overhead.
 
     Args:
         args: of `Trainer`, a `SetpointCallback` among its callbacks.
@@ -120,12 +109,12 @@ class SetpointTrainer(Trainer):  # type: ignore[misc]
         temperature: T, above 0.
         settings: of `Trainer`.
 
+    Attributes:
+        teacher: the `Teacher`.
+
     Raises:
         ValueError: for settings out of range, a model that was cut before and no teacher, no `SetpointCallback`, or
             logits that do not fit.
-
-    References:
-        Hinton, Vinyals, Dean, "Distilling the knowledge in a neural network", 2015.
 
     >>> class Distilled(SetpointTrainer):  # or (SetpointTrainer, Seq2SeqTrainer)
     ...     pass
@@ -139,20 +128,15 @@ class SetpointTrainer(Trainer):  # type: ignore[misc]
         temperature: float = 2.0,
         **settings: Any,
     ) -> None:
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"alpha must be from 0 to 1, got {alpha!r}")
-        if not 0 < temperature < float("inf"):
-            raise ValueError(f"temperature must be a finite number above 0, got {temperature!r}")
         super().__init__(*args, **settings)
         if teacher is None and was_cut(self.model):
             raise ValueError("the model was cut before, so that no dense copy can teach it: give teacher=")
-        self.teacher = (copy.deepcopy(self.model) if teacher is None else teacher).eval().requires_grad_(False)
-        self.alpha, self.temperature = float(alpha), float(temperature)
-        self._teacher_flops = dict[Any, float]()
+        taught_by = copy.deepcopy(self.model) if teacher is None else teacher
+        self.teacher = Teacher(taught_by, alpha=alpha, temperature=temperature)
 
     def train(self, *args: Any, **settings: Any) -> Any:
         """Train as ever."""
-        self._counting()
+        self._callback()
         return super().train(*args, **settings)
 
     def compute_loss(
@@ -161,65 +145,26 @@ class SetpointTrainer(Trainer):  # type: ignore[misc]
         """The loss of the Trainer, and in training the teacher's."""
         asked = {name: value for name, value in inputs.items() if name != "labels"}  # the Trainer may take them out
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        if model.training and self.alpha:
-            taught = self._distance(_logits(outputs), self._taught(asked), asked.get("attention_mask"))
+        if model.training and self.teacher.alpha:
+            own, mask = logits_of(outputs), asked.get("attention_mask")
+            usable = isinstance(mask, Tensor) and mask.shape == own.shape[:-1]
+            taught = self.teacher.distance(own, self._taught(asked), mask if usable else None)
             if self.compute_loss_func is not None or self.model_accepts_loss_kwargs and num_items_in_batch is not None:
                 taught = taught / self.current_gradient_accumulation_steps  # the loss is one of all batches of the step
-            loss = (1 - self.alpha) * loss + self.alpha * taught
+            loss = (1 - self.teacher.alpha) * loss + self.teacher.alpha * taught
         return (loss, outputs) if return_outputs else loss
 
-    @torch.no_grad()
     def _taught(self, inputs: Mapping[str, Any]) -> Tensor:
-        """The teacher's logits; what they took is counted."""
-        self.teacher.to(self.args.device)
-        shapes = tuple((name, tuple(each.shape)) for name, each in inputs.items() if isinstance(each, Tensor))
+        self.teacher.model.to(self.args.device)
+        self.teacher.loop = self._callback().loop
         with self.accelerator.autocast():
-            if shapes in self._teacher_flops:
-                outputs = self.teacher(**inputs)
-            else:
-                with FlopCounterMode(display=False, custom_mapping=_UNKNOWN_TO_TORCH) as counter:
-                    outputs = self.teacher(**inputs)
-                self._teacher_flops[shapes] = float(counter.get_total_flops())
-        self._counting().count(self._teacher_flops[shapes])
-        return _logits(outputs)
+            return self.teacher.logits(**inputs)
 
-    def _distance(self, own: Tensor, taught: Tensor, mask: Any) -> Tensor:
-        if own.shape != taught.shape:
-            raise ValueError(
-                f"the teacher's logits have shape {tuple(taught.shape)}, the model's {tuple(own.shape)}: both must "
-                "have the same classes or vocabulary"
-            )
-        if isinstance(mask, Tensor) and mask.shape == own.shape[:-1]:
-            own, taught = own[mask.bool()], taught[mask.bool()]
-        own, taught = (each.float().flatten(0, -2) / self.temperature for each in (own, taught))
-        distance = functional.kl_div(
-            own.log_softmax(-1), taught.log_softmax(-1), log_target=True, reduction="batchmean"
-        )
-        return distance * self.temperature**2
-
-    def _counting(self) -> SetpointCallback:
+    def _callback(self) -> SetpointCallback:
         found = [each for each in self.callback_handler.callbacks if isinstance(each, SetpointCallback)]
         if not found:
             raise ValueError("SetpointTrainer prunes by its callback: give callbacks=[SetpointCallback(0.5)]")
         return found[0]
-
-
-def _attention(query: Any, key: Any, value: Any, *args: Any, **settings: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
-
-
-_UNKNOWN_TO_TORCH = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
-"""Its counter knows attention on every device but this one."""
-
-
-def _logits(outputs: Any) -> Tensor:
-    logits = outputs.get("logits") if isinstance(outputs, Mapping) else None
-    if not isinstance(logits, Tensor) or logits.dim() < 2:
-        found = ", ".join(map(str, outputs)) if isinstance(outputs, Mapping) else f"a {type(outputs).__name__}"
-        raise ValueError(
-            f"a teacher is followed in logits, and the model returned {found}: use Trainer with SetpointCallback"
-        )
-    return logits
 
 
 def _callers(callback: SetpointCallback) -> tuple[Any, Any]:

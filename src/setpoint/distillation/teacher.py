@@ -1,0 +1,145 @@
+"""A teacher: a frozen model, the answers of which another one learns beside its targets."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from setpoint.errors import NotBegunError
+from setpoint.loop.loop import Loop
+
+
+@final
+class Teacher:
+    """A frozen model whose logits a pruned one learns: `(1 - alpha) * loss + alpha * T^2 * KL(teacher / T || own / T)`.
+
+    KL is the mean over rows of logits. The FLOPs of the teacher's passes count as overhead of the loop, so that a
+    budget for a whole run pays for them. A teacher pays where it knows the task better than the targets say: the dense
+    model that was fine-tuned on it, or a larger one. What it brought here is in docs/results.md.
+
+    Args:
+        model: answers with logits, or with an output that has `logits`; it is frozen and set to eval mode.
+        loop: what `attach` returned, for the FLOPs; it may be set later as the attribute `loop`, or stay None.
+        alpha: share of the teacher in the loss, from 0 to 1.
+        temperature: T, above 0.
+
+    Attributes:
+        flops: of all passes of the teacher until now.
+
+    Raises:
+        ValueError: alpha or temperature out of range.
+
+    References:
+        Hinton, Vinyals, Dean, "Distilling the knowledge in a neural network", 2015.
+
+    >>> student, teacher = nn.Linear(8, 3), Teacher(nn.Linear(8, 3), alpha=0.5)
+    >>> inputs, targets = torch.randn(4, 8), torch.tensor([0, 1, 2, 0])
+    >>> logits = student(inputs)
+    >>> loss = teacher.loss(functional.cross_entropy(logits, targets), logits, teacher.logits(inputs))
+    >>> teacher.flops
+    192.0
+    """
+
+    def __init__(
+        self, model: nn.Module, loop: Loop | None = None, *, alpha: float = 0.5, temperature: float = 2.0
+    ) -> None:
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"alpha must be from 0 to 1, got {alpha!r}")
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature must be a finite number above 0, got {temperature!r}")
+        self.model, self.loop = model.eval().requires_grad_(False), loop
+        self.alpha, self.temperature = float(alpha), float(temperature)
+        self.flops = 0.0
+        self._counted = 0.0
+        self._flops_by_shapes = dict[Any, float]()
+
+    @torch.no_grad()
+    def logits(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The teacher's logits; what the pass took is counted.
+
+        Args:
+            args: for the teacher's forward.
+            kwargs: for the teacher's forward.
+
+        Raises:
+            ValueError: it returns no logits.
+        """
+        inputs = (*enumerate(args), *kwargs.items())
+        shapes = tuple((name, tuple(each.shape)) for name, each in inputs if isinstance(each, Tensor))
+        if shapes in self._flops_by_shapes:
+            outputs = self.model(*args, **kwargs)
+        else:
+            with FlopCounterMode(display=False, custom_mapping=_UNKNOWN_TO_TORCH) as counter:
+                outputs = self.model(*args, **kwargs)
+            self._flops_by_shapes[shapes] = float(counter.get_total_flops())
+        self.flops += self._flops_by_shapes[shapes]
+        self._count()
+        return logits_of(outputs)
+
+    def loss(self, loss: Tensor, own: Tensor, taught: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The loss to train by.
+
+        Args:
+            loss: of the targets, a scalar.
+            own: the pruned model's logits, classes last.
+            taught: the teacher's, of the same shape.
+            mask: which rows count, as the logits without their last dim: 1 or True where they do. All by default.
+
+        Raises:
+            ValueError: the shapes differ.
+        """
+        return (1 - self.alpha) * loss + self.alpha * self.distance(own, taught, mask)
+
+    def distance(self, own: Tensor, taught: Tensor, mask: Tensor | None = None) -> Tensor:
+        """`T^2 * KL(teacher / T || own / T)`, the mean over the rows that count; arguments are those of `loss`."""
+        if own.shape != taught.shape:
+            raise ValueError(
+                f"the teacher's logits have shape {tuple(taught.shape)}, the model's {tuple(own.shape)}: both must "
+                "have the same classes or vocabulary"
+            )
+        if mask is not None:
+            if mask.shape != own.shape[:-1]:
+                raise ValueError(f"the mask has shape {tuple(mask.shape)} for logits of shape {tuple(own.shape)}")
+            own, taught = own[mask.bool()], taught[mask.bool()]
+        own, taught = (each.float().flatten(0, -2) / self.temperature for each in (own, taught))
+        divergence = functional.kl_div(
+            own.log_softmax(-1), taught.log_softmax(-1), log_target=True, reduction="batchmean"
+        )
+        return divergence * self.temperature**2
+
+    def _count(self) -> None:
+        """Tell the loop; before it has begun there is nobody to tell, so what is new waits for a later pass."""
+        if self.loop is None:
+            return
+        try:
+            account = self.loop.spending.account
+        except NotBegunError:
+            return
+        account.sensed(self.flops - self._counted)
+        self._counted = self.flops
+
+
+def logits_of(outputs: Any) -> Tensor:
+    """A model's logits: its output itself, or what that holds under this name.
+
+    Raises:
+        ValueError: there are none.
+    """
+    found = outputs.get("logits") if hasattr(outputs, "get") else outputs
+    if not isinstance(found, Tensor) or found.dim() < 2:
+        listed = ", ".join(map(str, outputs)) if hasattr(outputs, "get") else f"a {type(outputs).__name__}"
+        raise ValueError(f"a teacher is followed in logits, and the model returned {listed}: train without a teacher")
+    return found
+
+
+def _attention(query: Any, key: Any, value: Any, *args: Any, **settings: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
+
+
+_UNKNOWN_TO_TORCH = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
+"""Its counter knows attention on every device but this one."""

@@ -1,0 +1,111 @@
+"""The teacher: its loss in closed form, what it costs, and what it refuses."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import setpoint
+from setpoint.distillation import Teacher
+
+
+def net(width: int = 24) -> nn.Sequential:
+    """A small classifier of three classes."""
+    return nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, 3))
+
+
+def test_the_loss_is_that_of_its_equation() -> None:
+    """Claim: alpha blends the targets' loss with T^2 times the divergence of softened answers, row by row."""
+    own, taught = torch.randn(5, 3, requires_grad=True), torch.randn(5, 3)
+    p, q = (taught / 3).softmax(-1), (own / 3).softmax(-1)
+    divergence = (p * (p / q).log()).sum(-1).mean()
+    hard = functional.cross_entropy(own, torch.tensor([0, 1, 2, 0, 1]))
+    loss = Teacher(net(), alpha=0.7, temperature=3.0).loss(hard, own, taught)
+    torch.testing.assert_close(loss, 0.3 * hard + 0.7 * 9 * divergence)
+
+
+def test_only_the_rows_of_the_mask_count() -> None:
+    """Claim: masked rows of a sequence are as if they were not there."""
+    own, taught, mask = torch.randn(2, 4, 3), torch.randn(2, 4, 3), torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0]])
+    teacher = Teacher(net(), alpha=1.0)
+    kept = [(0, 0), (0, 1), (1, 0)]
+    rows = [torch.stack([each[place] for place in kept]) for each in (own, taught)]
+    torch.testing.assert_close(teacher.distance(own, taught, mask), teacher.distance(*rows))
+
+
+def _train(taught: bool, *, steps: int = 40) -> tuple[setpoint.Loop, Teacher]:
+    torch.manual_seed(0)
+    model, knows = net(), net(48)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    loop = setpoint.attach(model, optimizer, 0.5, total_steps=steps, verify=False)
+    teacher = Teacher(knows, loop)
+    for _ in range(steps):
+        x = torch.randn(16, 8)
+        logits = model(x)
+        loss = functional.cross_entropy(logits, x[:, :3].argmax(1))
+        (teacher.loss(loss, logits, teacher.logits(x)) if taught else loss).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    loop.finish()
+    return loop, teacher
+
+
+def test_what_it_takes_is_overhead_of_the_run() -> None:
+    """Claim: a run with a teacher has the teacher's FLOPs as overhead, and the teacher itself is left as it was."""
+    (plain, _), (taught, teacher) = _train(False), _train(True)
+    assert plain.summary is not None and taught.summary is not None
+    own = 40 * 2 * 16 * (8 * 48 + 48 * 3)
+    assert teacher.flops == own
+    assert taught.summary.overhead_flops - plain.summary.overhead_flops == own
+    assert taught.summary.budget_met
+    torch.manual_seed(0)
+    net()
+    assert all(torch.equal(a, b) for a, b in zip(teacher.model.parameters(), net(48).parameters(), strict=True))
+
+
+class Named(nn.Module):
+    """Answers with a mapping."""
+
+    def __init__(self, **outputs: Any) -> None:
+        super().__init__()
+        self.outputs = outputs
+
+    def forward(self, x: Tensor) -> Any:
+        """What it was given."""
+        return self.outputs
+
+
+class Answers(nn.Module):
+    """Answers with something that has no logits."""
+
+    def forward(self, x: Tensor) -> Any:
+        """Nothing."""
+        return SimpleNamespace()
+
+
+def test_what_it_refuses() -> None:
+    """Claim: settings out of range, other shapes, a mask that does not fit, and answers without logits are named."""
+    for settings, words in (
+        ({"alpha": -0.1}, "alpha must be from 0 to 1, got -0.1"),
+        ({"alpha": math.nan}, "alpha must be from 0 to 1, got nan"),
+        ({"temperature": math.inf}, "temperature must be a finite number above 0, got inf"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            Teacher(net(), **settings)
+    teacher = Teacher(net())
+    with pytest.raises(ValueError, match=r"logits have shape \(4, 3\), the model's \(4, 5\)"):
+        teacher.distance(torch.randn(4, 5), torch.randn(4, 3))
+    with pytest.raises(ValueError, match=r"mask has shape \(3,\) for logits of shape \(4, 3\)"):
+        teacher.distance(torch.randn(4, 3), torch.randn(4, 3), torch.ones(3))
+    x = torch.randn(2, 8)
+    assert Teacher(Named(logits=torch.ones(2, 3))).logits(x).shape == (2, 3)
+    with pytest.raises(ValueError, match="returned last_hidden_state: train without a teacher"):
+        Teacher(Named(last_hidden_state=torch.ones(2, 3))).logits(x)
+    with pytest.raises(ValueError, match="returned a SimpleNamespace"):
+        Teacher(Answers()).logits(x)
