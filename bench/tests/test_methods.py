@@ -105,6 +105,18 @@ def test_meets_the_budget(method: Method, runs: Runs) -> None:
             assert result.claimed_flops == result.final_flops
 
 
+def test_a_taught_run_pays_for_its_teacher(runs: Runs) -> None:
+    """A method with a teacher begins with fresh weights, meets the budget, and has the dense run and the teacher's
+    passes on its bill.
+    """
+    taught, plain, dense = (runs[1][name] for name in ("setpoint-taught", "setpoint", "dense"))
+    assert taught.budget_met and taught.final_flops <= BUDGET * dense.final_flops
+    assert taught.steps == plain.steps + dense.steps
+    passes = taught.overhead_flops - plain.overhead_flops
+    assert passes == pytest.approx(plain.steps * dense.final_flops / 3, rel=0.1)
+    assert taught.train_flops >= dense.train_flops + passes + 0.9 * (plain.train_flops - plain.overhead_flops)
+
+
 @trained
 def test_the_saved_model_is_the_measured_one(method: Method, runs: Runs) -> None:
     """What lies in the cell's folder loads, runs its own forward, costs what was said, and scores what was said."""

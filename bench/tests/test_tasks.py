@@ -183,6 +183,14 @@ def test_a_deep_network_starts_from_its_weights(data: Path) -> None:
     assert task.build(narrow(task))(x).shape == (2, 10)
 
 
+def test_what_pretrained_weights_have_seen_does_not_validate(data: Path) -> None:
+    """Images that validate a network trained on CIFAR-10 are test images, and none of those that test it."""
+    own, whole = resnet56.first_images(data), cifar10.splits(data)
+    together = torch.cat([own["validation"][0], own["test"][0]])
+    assert torch.equal(together, whole["test"][0]) and len(own["validation"][0]) == 5
+    assert torch.equal(own["train"][0], whole["train"][0][: resnet56.NUM_TRAIN])
+
+
 def test_a_depthwise_network_starts_from_its_weights() -> None:
     """The dense EfficientNet-Lite0 has the package's tensors but for the classifier; a narrower one what fits."""
     weights = clothing._weights()

@@ -30,6 +30,7 @@ from setpoint_bench.methods.post_training import PostTraining
 from setpoint_bench.methods.scratch import Dense, Small, SmallFound, SmallLong
 from setpoint_bench.methods.sparse import Sparse
 from setpoint_bench.methods.states import Compressm, FewStates, Hankel
+from setpoint_bench.methods.taught import Taught
 from setpoint_bench.methods.torch_pruning import TorchPruning
 from setpoint_bench.random_sensor import RandomSensor
 from setpoint_bench.results import Result
@@ -170,6 +171,12 @@ An open loop with Setpoint's own saliency (`cubic-taylor`); few or many cuts; gr
 must stay near a uniform cut (`level`); units ranked by what their readers cannot make up for (`reconstruction`).
 """
 
+TAUGHT_METHODS: tuple[Method, ...] = (
+    Taught("setpoint-taught", Setpoint()),
+    Taught("cubic-taught", Setpoint("cubic", ScheduledController(), MagnitudeSensor, paper=_ZHU, family="open-loop")),
+)
+"""Methods that learn the answers of the finished dense run as well."""
+
 
 RESOURCE_METHODS: tuple[Method, ...] = (
     Setpoint("setpoint-latency", resource="latency"),
@@ -186,7 +193,7 @@ STATE_METHODS: tuple[Method, ...] = (Hankel(), Hankel("hankel-regrow", regrow=Tr
 
 def all_methods() -> tuple[Method, ...]:
     """The methods that have a name, those of the tables first."""
-    return *METHODS, *RESOURCE_METHODS, *STATE_METHODS, *ABLATION_METHODS
+    return *METHODS, *RESOURCE_METHODS, *STATE_METHODS, *TAUGHT_METHODS, *ABLATION_METHODS
 
 
 def method_named(name: str) -> Method:
@@ -211,6 +218,7 @@ def method_named(name: str) -> Method:
             ("use ", METHODS),
             ("for budgets on other resources ", RESOURCE_METHODS),
             ("for state-space models ", STATE_METHODS),
+            ("with the finished dense run as a teacher ", TAUGHT_METHODS),
             ("for bench/benchmarks/ablation.py ", ABLATION_METHODS),
         )
     )

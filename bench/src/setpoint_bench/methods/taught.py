@@ -1,0 +1,98 @@
+"""Methods with a teacher: what prunes while it trains, and learns the answers of the finished dense model as well."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast, final
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from setpoint.distillation import Teacher
+from setpoint_bench.course import Course, Pruner
+from setpoint_bench.looped import Looped
+from setpoint_bench.methods.in_training import Setpoint
+from setpoint_bench.results import Result
+from setpoint_bench.simple_task import SimpleTask
+from setpoint_bench.task import BenchError, Task, dense_widths
+
+
+@final
+@dataclass(frozen=True)
+class Taught:
+    """A method that prunes in training, from the weights that the task starts with, beside a teacher.
+
+    The teacher is the finished dense run of the same seed, whose steps, FLOPs and seconds count as this method's, as
+    its own passes do.
+
+    Args:
+        name: name on the command line and in result files.
+        prunes: the method.
+        alpha: the teacher's share of the loss.
+        temperature: by which logits are divided.
+        paper: where it comes from.
+        needs: the dense run.
+    """
+
+    name: str
+    prunes: Setpoint
+    alpha: float = 0.5
+    temperature: float = 2.0
+    paper: str = "Hinton et al., Distilling the knowledge in a neural network, 2015"
+    needs: tuple[str, ...] = ("dense",)
+
+    @property
+    def family(self) -> str:
+        """That of what prunes."""
+        return self.prunes.family
+
+    @property
+    def sized(self) -> bool:
+        """Whether it goes by the budget."""
+        return self.prunes.sized
+
+    def course(self, task: Task, budget: float, needed: Mapping[str, Result]) -> Course:
+        """The dense widths; the dense run's weights are the teacher's."""
+        course = self.prunes.course(task, budget, needed)
+        if not isinstance(course.task, SimpleTask):
+            raise BenchError(f"{self.name} teaches logits, which {task.name} does not say: it is no SimpleTask")
+        return Course(cast(Task, _Lesson(course.task)), course.widths, goes_on_from="dense", notes=course.notes)
+
+    def begin(
+        self, task: Task, model: nn.Module, budget: float, batches: Iterator[tuple[Tensor, Tensor]]
+    ) -> tuple[Optimizer, Pruner | None]:
+        """Take the trained model for the teacher, and begin with fresh weights."""
+        lesson = cast(_Lesson, task)
+        teacher = Teacher(copy.deepcopy(model), alpha=self.alpha, temperature=self.temperature)
+        model.load_state_dict(task.build(dense_widths(task)).state_dict())
+        optimizer, pruner = self.prunes.begin(cast(Task, lesson.task), model, budget, batches)
+        if isinstance(pruner, Looped):
+            teacher.loop = pruner.loop
+        lesson.teachers.append(teacher)
+        return optimizer, pruner
+
+
+@final
+@dataclass(frozen=True)
+class _Lesson:
+    """A task as it is, but for its loss once there is a teacher."""
+
+    task: SimpleTask
+    teachers: list[Teacher] = field(default_factory=list, hash=False, compare=False)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "task":  # asked of a copy that is not filled yet
+            raise AttributeError(name)
+        return getattr(self.task, name)
+
+    def loss(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+        """The task's loss, and the teacher's."""
+        if not self.teachers:
+            return self.task.loss(model, inputs, targets)
+        (teacher,) = self.teachers
+        own = self.task.scores(model, inputs)
+        with self.task.autocast():
+            taught = teacher.logits(inputs)
+        return teacher.loss((self.task.training_criterion or self.task.criterion)(own, targets), own, taught.float())
