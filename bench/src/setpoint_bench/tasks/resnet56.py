@@ -128,8 +128,8 @@ class PaddedFamily:
 def resnet56(data: Path | None = None) -> SimpleTask:
     """A ResNet-56 that was trained on CIFAR-10 adapts to compressed copies of its images.
 
-    Three passes over 10,000 of the images that train; 2,000 of the test images validate, the others test. He et al., "Deep residual
-    learning for image recognition", CVPR 2016.
+    Three passes over 10,000 of the images that train; 2,000 of the test images validate, the others test. He et al.,
+    "Deep residual learning for image recognition", CVPR 2016.
 
     Args:
         data: folder that holds `uoft-cs/cifar10` and the weights, or None for the usual places.
