@@ -37,10 +37,10 @@ class Entry:
         recompiling_seconds: time that took.
         num_dropped: where units are single weights, how many were dropped, by group; they are not listed one by one.
         num_grown: likewise, how many were grown.
-        loss_after: where the decision changed the model, loss of the first step with the changed model; None until it
-            has been observed.
+        loss_after: loss of the first step after a decision that changed the model; None until it has been observed.
         limit: the budget per step by resource; a fraction is one of what a meter has read of the dense model.
         spent_run: of budgets of the whole run, what it has spent so far.
+        learning_rate: the highest of the optimizers' groups in the step before the decision.
     """
 
     step: int
@@ -72,6 +72,7 @@ class Entry:
     loss_after: float | None = None
     limit: Mapping[str, float] = field(default_factory=dict)
     spent_run: Mapping[str, float] = field(default_factory=dict)
+    learning_rate: float | None = None
 
     @property
     def changed(self) -> bool:

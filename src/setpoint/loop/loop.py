@@ -31,7 +31,7 @@ from setpoint.loop.hooks import StepHooks
 from setpoint.loop.interrupt import uninterrupted
 from setpoint.loop.losses import Losses
 from setpoint.loop.progress import Progress
-from setpoint.loop.record import decisions, recorded, refusal, waiting
+from setpoint.loop.record import decisions, highest_rate, recorded, refusal, waiting
 from setpoint.loop.resume import AGAIN, FORMAT, Part, check_format, check_loading, check_optimizers, check_same_run
 from setpoint.loop.summary import Summary, summarise, warn_of_miss
 from setpoint.loop.telling import News, Telling
@@ -487,9 +487,7 @@ class Loop:
         """Carry a plan out; sensor and controller follow."""
         self.spending.resizing.last_seconds = 0.0
         change = Change()
-        if (
-            plan.drops() and self.losses.watching and not self.spending.account.resizes
-        ):  # from now on the loss may ask for it
+        if plan.drops() and self.losses.watching and not self.spending.account.resizes:  # the loss may ask for it
             self.actuator = self._revocable(self.actuator)
         if not plan.empty():
             smaller = Change(keep=plan.keep)  # followed first: whatever can fail comes before the model changes
@@ -507,7 +505,8 @@ class Loop:
     def _entry(self, plan: Plan | None, before: Mapping[str, int], reason: str) -> Entry:
         """An entry on the present widths; `plan` is the last one, `before` are the widths that the meters read."""
         entry = self.spending.entry(self.step, plan, self.groups, before, reason)
-        return replace(entry, loss=self.losses.loss, val=self.losses.val)
+        rate = highest_rate(self.host.optimizers)
+        return replace(entry, loss=self.losses.loss, val=self.losses.val, learning_rate=rate)
 
     def _read(self) -> Reading:
         """A reading whose skipped steps count from the last one; of a model that was changed there is none."""
@@ -543,7 +542,5 @@ class Loop:
         """Take the last decision back, and decide again once some fresh steps have been sensed."""
         plan = self._now.plan
         if plan is not None:
-            fresh = max(1, min(_FRESH_STEPS, (self.total_steps - self.step) // 10))
-            self._now = replace(
-                self._now, budget_met=False, plan=replace(plan, budget_met=False), again=self.step + fresh
-            )
+            again = self.step + max(1, min(_FRESH_STEPS, (self.total_steps - self.step) // 10))
+            self._now = replace(self._now, budget_met=False, plan=replace(plan, budget_met=False), again=again)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from torch.optim import Optimizer
 
 from setpoint.actuator.actuator import Origins
 from setpoint.controller.plan import Plan
@@ -96,3 +98,9 @@ def drop_counts(ledger: Ledger) -> Counter[tuple[str, int]]:
 def return_counts(ledger: Ledger) -> Counter[tuple[str, int]]:
     """How often each unit came back, by group and origin."""
     return Counter((name, unit) for entry in ledger for name, units in entry.grown.items() for unit in units)
+
+
+def highest_rate(optimizers: Iterable[Optimizer]) -> float | None:
+    """The highest learning rate of all groups of parameters; None where no optimizer has one."""
+    rates = [float(group["lr"]) for each in optimizers for group in each.param_groups if "lr" in group]
+    return max(rates, default=None)

@@ -178,7 +178,7 @@ def summarise(
     summary = Summary(
         **spent,
         budget_met=budget_met,
-        reason=reason,
+        reason="; ".join(filter(None, (reason, _cut_late(ledger)))),
         widths=widths,
         dense_widths=dense_widths,
         final_params=num_params,
@@ -216,6 +216,27 @@ def warn_of_miss(summary: Summary, now: Progress, passes: int) -> None:
             "has not met its budget. Use one join() for each epoch, and ranks of about as many batches"
         )
     warnings.warn(text, stacklevel=3)
+
+
+def _cut_late(ledger: Ledger) -> str:
+    """A hint where the last cut fell late in the learning rate's way down: what is cut then recovers little.
+
+    Renda, Frankle, Carbin, "Comparing rewinding and fine-tuning in neural network pruning", ICLR 2020.
+    """
+    rates = [entry.learning_rate for entry in ledger if entry.learning_rate is not None]
+    last = next((entry for entry in reversed(list(ledger)) if entry.dropped or entry.num_dropped), None)
+    if last is None or last.learning_rate is None or last.learning_rate >= _LATE * max(rates):
+        return ""
+    share = last.learning_rate / max(rates)
+    return (
+        f"the last cut, at step {last.step:,}, fell when the learning rate was {share:.0%} of its "
+        "highest, and what is cut then recovers little: cut earlier (controller=PricedController(Schedule(settle="
+        "...))), or let the rate fall later"
+    )
+
+
+_LATE = 0.25
+"""Share of the highest learning rate below which a cut is late."""
 
 
 def _verdict(
