@@ -84,13 +84,17 @@ def following_data() -> Iterator[None]:
         yield
 
 
+# PyTorch has no public name for these; 2.10 has the first two, later releases the others.
+_VALUES = ("var_to_val", "unbacked_var_to_val", "backed_var_to_val", "real_tensor_prop_unbacked_vals")
+
+
 def known(value: Any) -> Any:
     """A number of a graph, by the example's data where that decides on it."""
     if not isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         return value
     node: Any = value.node
-    values = {**getattr(node.shape_env, "backed_var_to_val", {}), **node.shape_env.real_tensor_prop_unbacked_vals}
-    answer = node.expr.xreplace(values)
+    held = [getattr(node.shape_env, name, {}) for name in _VALUES]
+    answer = node.expr.xreplace({symbol: number for each in held for symbol, number in each.items()})
     if getattr(answer, "free_symbols", None):
         return value
     return node.pytype(answer)
