@@ -6,7 +6,7 @@ from html import escape
 from typing import Any
 
 from setpoint.report import decisions, dynamics, resources
-from setpoint.report.draft import Draft, download, drawn, html_table
+from setpoint.report.page import download, drawn, html_table, width
 from setpoint.report.numbers import NOTHING, digits, duration, human, percent
 from setpoint.report.record import Record
 
@@ -20,66 +20,57 @@ LIVES = (
 RESTS = "From the step at which a unit was dropped to its return, or to the end of the run."
 
 
-def run(
-    name: str,
-    label: str,
-    record: Record,
-    *,
-    hidden: bool = False,
-    more: Draft = Draft(""),  # noqa: B008
-    final: tuple[float, float] | None = None,
-) -> Draft:
+def run(label: str, record: Record, *, more: str = "", final: tuple[float, float] | None = None) -> str:
     """One run: the budget, `more`, the architecture, the units, and the numbers.
 
     Args:
         final: the last step and its loss, where known.
     """
-    html = f'<p class="caption"><b>{escape(label)}</b>: {escape(resources.ledger_line(record))}</p>\n'
-    draft = Draft(f'<div class="run" id="{name}"{" hidden" if hidden else ""}>\n{html}')
+    page = f'<p class="caption"><b>{escape(label)}</b>: {escape(resources.ledger_line(record))}</p>\n'
     main = resources.resources(record)
     for resource in main:
         named, per = resources.NAMES.get(resource, resource), resources.PER.get(resource, "step")
-        draft += drawn(decisions.spending(record, resource), f"Spent against reference: {named} per {per}", SPENT)
-    draft += more + architecture(record)
-    draft += drawn(decisions.widths(record), "Width of each group", WIDTHS)
+        page += drawn(decisions.spending(record, resource), f"Spent against reference: {named} per {per}", SPENT)
+    page += more + architecture(record)
+    page += drawn(decisions.widths(record), "Width of each group", WIDTHS)
     figure = decisions.timeline(record, main[0] if main else None)
-    draft += drawn(figure, "What was dropped when, and why", LIVES)
+    page += drawn(figure, "What was dropped when, and why", LIVES)
     if any(decisions.num_grown(entry) for entry in record.entries):
         about = f"A row for each unit, a tick for each event; below, their number. {dynamics.dynamics_line(record)}"
-        draft += drawn(dynamics.raster(record), "Every drop and every return, like a spike train", about)
-        draft += drawn(dynamics.reserve_lives(record), "How long units rested", RESTS)
+        page += drawn(dynamics.raster(record), "Every drop and every return, like a spike train", about)
+        page += drawn(dynamics.reserve_lives(record), "How long units rested", RESTS)
     for resource in main:
-        draft += drawn(decisions.price(record, resource), f"Price of {resources.NAMES.get(resource, resource)}", PRICE)
-    html, dense = "", record.dense.get("latency")
+        page += drawn(decisions.price(record, resource), f"Price of {resources.NAMES.get(resource, resource)}", PRICE)
+    dense = record.dense.get("latency")
     if groups := resources.seconds_by_group(record):
         lines = [[escape(group), duration(s), percent(s / dense) if dense else NOTHING] for group, s in groups]
         listing = html_table(("group", "predicted seconds that go with it", "of a dense step"), lines)
-        html = f"<details><summary>Where the time of a step goes</summary>{listing}</details>\n"
-    html += "".join(entries_table(record, resource, final) for resource in main or (None,))
-    return draft + Draft(html) + numbers_files(record, label) + Draft("</div>\n")
+        page += f"<details><summary>Where the time of a step goes</summary>{listing}</details>\n"
+    page += "".join(entries_table(record, resource, final) for resource in main or (None,))
+    return page + numbers_files(record, label)
 
 
-def architecture(record: Record) -> Draft:
+def architecture(record: Record) -> str:
     """The units of each group before and after, as a table with bars; nothing without groups."""
     before = decisions.first_widths(record)
     if not before:
-        return Draft("")
+        return ""
     after = {**before, **(record.entries[-1].widths if record.entries else {})}
     lines = []
-    for name, width in before.items():
-        kept = after[name] / width if width else 1.0
-        bar = f'<i class="width" style="--full:{width / max(before.values()):.4f};--kept:{kept:.4f}"></i>'
-        lines.append([escape(name), bar, f"{width:,}", f"{after[name]:,}", percent(kept)])
+    for name, num_units in before.items():
+        kept = after[name] / num_units if num_units else 1.0
+        bar = width(num_units / max(before.values()), kept)
+        lines.append([escape(name), bar, f"{num_units:,}", f"{after[name]:,}", percent(kept)])
     titles = ("group", "", "before", "after", "kept")
     listing = html_table(titles, lines, classes="architecture")
     total = f"{sum(after.values()):,} of {sum(before.values()):,} units are left in {len(before):,} groups."
-    return Draft(
+    return (
         f'<figure><h4>Architecture before and after</h4><div class="bare">{listing}</div>'
         f"<figcaption>{total} The outline is the width before, the filled part the width after.</figcaption></figure>\n"
     )
 
 
-def numbers_files(record: Record, label: str) -> Draft:
+def numbers_files(record: Record, label: str) -> str:
     """Links to the page's numbers as files: spending by decision and resource, widths by decision and group."""
     costs: list[tuple[Any, ...]] = []
     for entry in record.entries:
@@ -92,14 +83,14 @@ def numbers_files(record: Record, label: str) -> Draft:
     known, changes = decisions.first_widths(record), list[tuple[Any, ...]]()
     for entry in record.entries:
         lost, back = resources.num_dropped(entry), decisions.num_grown(entry)
-        for name, width in entry.widths.items():
-            if width != known.get(name):
-                row = (known.get(name, ""), width, lost.get(name, 0), back.get(name, 0))
+        for name, left in entry.widths.items():
+            if left != known.get(name):
+                row = (known.get(name, ""), left, lost.get(name, 0), back.get(name, 0))
                 changes.append((entry.step, name, *row, entry.reason))
-                known[name] = width
+                known[name] = left
     heads = ("step", "group", "units before", "units after", "dropped", "regrown", "reason")
-    links += Draft(", ") + download(f"{label}-widths.csv", "widths", heads, changes)
-    return Draft('<p class="caption">Numbers as CSV: ') + links + Draft("</p>\n")
+    links += ", " + download(f"{label}-widths.csv", "widths", heads, changes)
+    return f'<p class="caption files">Numbers as CSV: {links}</p>\n'
 
 
 def entries_table(record: Record, resource: str | None, final: tuple[float, float] | None) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from setpoint.report.draft import Draft, html_table, pair, place_of
+from setpoint.report.drawing import mark
 from setpoint.report.numbers import NOTHING, digits, human, percent
+from setpoint.report.page import drawn, html_table, pair
 from setpoint_bench.report.columns import (
     CLOCKS,
     break_even_text,
@@ -21,14 +22,11 @@ from setpoint_bench.report.columns import (
     seeds_text,
     share_text,
 )
-from setpoint_bench.report.pareto import expenses, marks_of, pareto
+from setpoint_bench.report.curves import spending
+from setpoint_bench.report.looks import marks
+from setpoint_bench.report.pareto import expenses, pareto
 from setpoint_bench.report.results import Cell
-from setpoint_bench.report.summary import DENSE, SETPOINT, Row
-
-GLYPHS = {
-    **{"circle": "●", "square": "■", "diamond": "◆", "triangle-up": "▲", "triangle-down": "▼"},
-    **{"pentagon": "⬟", "star": "★", "hexagon": "⬢", "cross": "✚", "x": "✖", "bowtie": "⧓"},
-}
+from setpoint_bench.report.summary import DENSE, SETPOINT, Row, series
 
 NOTES = """
 <dl class="notes">
@@ -51,10 +49,11 @@ seeds on. Bold where it excludes 0.</dd>
 """
 
 
-def comparison(name: str, cells: Sequence[Cell], rows: Sequence[Row]) -> Draft:
-    """Headline, numbers and Pareto figures of one task."""
-    draft = Draft(headline(rows) + cards(rows)) + costs(name, cells, rows)
-    return draft + Draft(table(cells, rows) + differences(rows))
+def comparison(cells: Sequence[Cell], rows: Sequence[Row]) -> str:
+    """Headline, the budget, Pareto figures and numbers of one task."""
+    about = "The first seed of each method whose run was cut as it trained, of dense and of small models."
+    budget = drawn(spending(series(cells)), "How the budget was met: FLOPs per step", about)
+    return headline(rows) + cards(rows) + budget + costs(cells, rows) + table(cells, rows) + differences(rows)
 
 
 def headline(rows: Sequence[Row]) -> str:
@@ -165,16 +164,16 @@ def differences(rows: Sequence[Row]) -> str:
     )
 
 
-def costs(name: str, cells: Sequence[Cell], rows: Sequence[Row]) -> Draft:
+def costs(cells: Sequence[Cell], rows: Sequence[Row]) -> str:
     """The metric against what it cost, one figure for each expense."""
     found = expenses(rows)
     if not found or len(rows) < 2:
-        return Draft("")
+        return ""
     keys = "".join(
-        f'<li><i class="mark" data-ink="{color}">{GLYPHS[mark]}</i>{escape(method)}</li>'
-        for method, (color, mark) in marks_of(rows).items()
+        f"<li>{mark(symbol, color)}{escape(method)}</li>"
+        for method, (color, symbol) in marks(row.method for row in rows).items()
     )
-    draft = Draft(f'<h3>What it costs</h3>\n<ul class="legend">{keys}</ul>\n<div class="two">')
+    page = f'<h3>What it costs</h3>\n<ul class="legend">{keys}</ul>\n<div class="two">'
     for expense in found:
         theory = any(row.theoretical_ratio is not None for row in rows) and expense.unit == "FLOP"
         note = "Masked models: in theory, and not on the line. " if theory else ""
@@ -182,10 +181,9 @@ def costs(name: str, cells: Sequence[Cell], rows: Sequence[Row]) -> Draft:
         note += clock_note(cells, rows[0].clock) if expense.unit == "s" else ""
         bars = "± over seeds, of seconds over the rounds of their measurement" if timed else "± over seeds"
         caption = f"Full marks: the largest budget. Bars: {bars}. Line: the front. {note}"
-        draft += place_of(
-            f"{name}-pareto-{expense.name}",
+        page += drawn(
             pareto(rows, expense),
             f"{rows[0].metric.capitalize()} against {expense.title}",
             escape(caption).replace("`setpoint bench --timing`", CODE),
         )
-    return draft + Draft("</div>\n")
+    return page + "</div>\n"
