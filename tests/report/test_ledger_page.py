@@ -17,8 +17,8 @@ from setpoint.cli import app
 from setpoint.entry import Entry
 from setpoint.errors import ReportError
 from setpoint.ledger import Ledger
-from setpoint.report.draft import document
 from setpoint.report.ledger_page import ledger_tables, read_ledger, write_ledger_page
+from setpoint.report.page import document
 from setpoint.report.record import Record
 from setpoint.report.resources import dense_of, ledger_line, limit_of, resources
 from setpoint.report.run import run
@@ -112,5 +112,5 @@ def test_a_ledger_of_anything_is_shown_or_refused(tmp_path: Path) -> None:
             else:
                 outcomes.add("shown")
                 shown(record)
-                document("odd", run("run", "odd", record), "")
+                document("odd", run("odd", record))
     assert outcomes == {"refused", "shown"}

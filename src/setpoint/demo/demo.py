@@ -25,10 +25,10 @@ from setpoint.checkpoint import save
 from setpoint.demo.network import pretrained
 from setpoint.demo.signs import NEW, OLD
 from setpoint.demo.training import EACH, Moment, data, train
-from setpoint.report.page import drawn
 from setpoint.report.figures import BLUE, GREY, Figure, layout, line
 from setpoint.report.ledger_page import write_ledger_page
 from setpoint.report.numbers import duration, human, percent
+from setpoint.report.page import drawn
 from setpoint.report.record import record_of
 from setpoint.report.watch import view
 

@@ -141,7 +141,9 @@ class _Plot:
                 yield f'<path class="grid" d="M0 {axis.at(value):g}H{FULL}"/>'
         for shape in self.layout.get("shapes", ()):
             upright = shape.get("yref") == "paper"
-            across = f"M{self.x.at(shape['x0']):g} 0V{FULL}" if upright else f"M0 {self.ys['y'].at(shape['y0']):g}H{FULL}"
+            across = (
+                f"M{self.x.at(shape['x0']):g} 0V{FULL}" if upright else f"M0 {self.ys['y'].at(shape['y0']):g}H{FULL}"
+            )
             yield _stroke(across, shape["line"])
 
     def labels(self) -> Iterator[str]:
@@ -246,7 +248,9 @@ class _Plot:
             starts = [n for n, value in enumerate(values) if not n or value != values[n - 1]]
             for start, stop in zip(starts, [*starts[1:], len(values)], strict=True):
                 left, right = self.x.at(trace["x"][start]), self.x.at(trace["x"][stop])
-                where = f'x="{left:g}" y="{top + gap / 2:.1f}" width="{right - left:.1f}" height="{foot - top - gap:.1f}"'
+                where = (
+                    f'x="{left:g}" y="{top + gap / 2:.1f}" width="{right - left:.1f}" height="{foot - top - gap:.1f}"'
+                )
                 look = f'style="fill:{ink(BLUE)};fill-opacity:{0.06 + 0.84 * values[start]:.2f}"'
                 text = "" if many else f"<title>{escape(_plain(texts[start]), quote=False)}</title>"
                 yield f"<rect {where} {look}>{text}</rect>"

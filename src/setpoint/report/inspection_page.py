@@ -26,7 +26,7 @@ KINDS = {
 
 
 def write_inspection(found: Mapping[str, Any], out: Path) -> Path:
-    """Write the page of an inspection, given as `inspect.json` holds it. The file needs no network and no other file."""
+    """Write the page of an inspection, given as `inspect.json` holds it; it needs no network and no other file."""
     return save(render_inspection(found), out)
 
 
@@ -88,7 +88,9 @@ def _parameters(found: Mapping[str, Any]) -> str:
     lines = []
     for module, kinds in rows.items():
         parts = "".join(
-            f'<b style="width:{100 * kinds[kind] / largest:.2f}%;background:{ink(kind)}"></b>' for kind in KINDS if kinds[kind]
+            f'<b style="width:{100 * kinds[kind] / largest:.2f}%;background:{ink(kind)}"></b>'
+            for kind in KINDS
+            if kinds[kind]
         )
         num = kinds.total()
         shown = [human(num), share(num, found["params"]), share(kinds[BLUE], num)]

@@ -12,8 +12,8 @@ from rich.table import Table
 from setpoint.errors import ReportError
 from setpoint.ledger import Ledger
 from setpoint.report import resources
-from setpoint.report.page import document, save
 from setpoint.report.numbers import NOTHING, duration, human
+from setpoint.report.page import document, save
 from setpoint.report.record import Record, record_of
 from setpoint.report.run import run
 

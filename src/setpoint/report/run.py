@@ -6,8 +6,8 @@ from html import escape
 from typing import Any
 
 from setpoint.report import decisions, dynamics, resources
-from setpoint.report.page import download, drawn, html_table, width
 from setpoint.report.numbers import NOTHING, digits, duration, human, percent
+from setpoint.report.page import download, drawn, html_table, width
 from setpoint.report.record import Record
 
 SPENT = "The schedule leads from the dense cost to the budget; a point is a cut, and its text tells why."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from html import escape
 
@@ -51,9 +52,9 @@ seeds on. Bold where it excludes 0.</dd>
 
 def comparison(cells: Sequence[Cell], rows: Sequence[Row]) -> str:
     """Headline, the budget, Pareto figures and numbers of one task."""
-    about = "The first seed of each method whose run was cut as it trained, of dense and of small models."
+    about = "The first seed of dense, of small models, and of each method with a ledger."
     budget = drawn(spending(series(cells)), "How the budget was met: FLOPs per step", about)
-    return headline(rows) + cards(rows) + budget + costs(cells, rows) + table(cells, rows) + differences(rows)
+    return headline(rows) + cards(rows) + budget + costs(rows) + table(cells, rows) + differences(rows)
 
 
 def headline(rows: Sequence[Row]) -> str:
@@ -107,15 +108,13 @@ def table(cells: Sequence[Cell], rows: Sequence[Row]) -> str:
     notes = "".join(f"<li><b>{escape(row.label)}</b>: {escape(note)}</li>" for row in rows for note in row.notes)
     caption = f"Each row is over {seeds_text(rows)}; small figures are shares of dense. "
     caption += clock_note(cells, first.clock)
+    told = re.sub("`(.*?)`", r"<code>\1</code>", escape(caption))
     return (
         f'<h3>All numbers</h3>\n<div class="scroll">{html_table(titles, lines, classes="summary")}</div>\n'
-        f'<p class="caption">{escape(caption).replace("`setpoint bench --timing`", CODE)}</p>\n'
+        f'<p class="caption">{told}</p>\n'
         f"<details><summary>What the columns mean</summary>{NOTES}</details>\n"
         + (f"<details><summary>Notes on the methods</summary><ul>{notes}</ul></details>\n" if notes else "")
     )
-
-
-CODE = "<code>setpoint bench --timing</code>"
 
 
 def texts(row: Row) -> tuple[str | tuple[str, ...], ...]:
@@ -126,13 +125,21 @@ def texts(row: Row) -> tuple[str | tuple[str, ...], ...]:
         (human(row.final_flops, "FLOP"), percent(row.final_flops_ratio), in_theory(row.theoretical_ratio)),
         (human(row.final_params), percent(row.final_params_ratio)),
         (human(row.train_flops, "FLOP"), percent(row.train_flops_ratio), in_theory(row.theoretical_train_ratio)),
-        (seconds_text(row), share_text(row.seconds_share)),
-        overhead_text(row),
-        realised_text(row),
-        break_even_text(row),
+        (seconds_text(row), *in_lines(share_text(row.seconds_share))),
+        *map(in_lines, (overhead_text(row), realised_text(row), break_even_text(row))),
         NOTHING if not row.resizes else digits(row.resizes),
         budget_met_text(row),
     )
+
+
+def in_lines(text: str) -> tuple[str, ...]:
+    """A text and what follows it in brackets, each a line.
+
+    >>> in_lines("0.423 (0.397 to 0.467)")
+    ('0.423', '0.397 to 0.467')
+    """
+    value, _, rest = text.partition(" (")
+    return (value, rest.removesuffix(")")) if rest else (value,)
 
 
 def in_theory(share: float | None) -> str:
@@ -164,7 +171,7 @@ def differences(rows: Sequence[Row]) -> str:
     )
 
 
-def costs(cells: Sequence[Cell], rows: Sequence[Row]) -> str:
+def costs(rows: Sequence[Row]) -> str:
     """The metric against what it cost, one figure for each expense."""
     found = expenses(rows)
     if not found or len(rows) < 2:
@@ -178,12 +185,11 @@ def costs(cells: Sequence[Cell], rows: Sequence[Row]) -> str:
         theory = any(row.theoretical_ratio is not None for row in rows) and expense.unit == "FLOP"
         note = "Masked models: in theory, and not on the line. " if theory else ""
         timed = expense.unit == "s" and rows[0].clock == "timed"
-        note += clock_note(cells, rows[0].clock) if expense.unit == "s" else ""
         bars = "± over seeds, of seconds over the rounds of their measurement" if timed else "± over seeds"
         caption = f"Full marks: the largest budget. Bars: {bars}. Line: the front. {note}"
         page += drawn(
             pareto(rows, expense),
             f"{rows[0].metric.capitalize()} against {expense.title}",
-            escape(caption).replace("`setpoint bench --timing`", CODE),
+            caption.strip(),
         )
     return page + "</div>\n"

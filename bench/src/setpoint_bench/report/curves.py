@@ -26,16 +26,15 @@ SPLITS = ("validation", "test", "train")
 
 def followed(series: Mapping[str, Sequence[Cell]]) -> dict[str, Sequence[Cell]]:
     """The labels whose training is drawn."""
-    return {
-        label: cells for label, cells in series.items() if len(series) <= FEW or label.partition(" ")[0] in ALWAYS
-    }
+    return {label: cells for label, cells in series.items() if len(series) <= FEW or label.partition(" ")[0] in ALWAYS}
 
 
 def spending(series: Mapping[str, Sequence[Cell]]) -> Figure | None:
     """FLOPs per step over steps, of the first run of each label, with the budgets; None if no run was cut."""
     look, lines = styles(list(series)), {}
     for label, cells in series.items():
-        if spent := spending_line(next((cell for cell in cells if cell.record), cells[0])):
+        cell = next((cell for cell in cells if cell.record), cells[0])
+        if (cell.record or cell.method in (DENSE, "small")) and (spent := spending_line(cell)):
             lines[label] = spent
     if not any(cell.record for cells in series.values() for cell in cells):
         return None
@@ -91,7 +90,9 @@ def curves(series: Mapping[str, Sequence[Cell]], quantity: str, axis: str) -> Fi
                 table = thin(points, quantity)
                 table = table[np.isfinite(table[:, column])]
                 if len(table):
-                    made = curve(escape(label), split, look[label], plain(table[:, 3] * factor), show=label not in shown)
+                    made = curve(
+                        escape(label), split, look[label], plain(table[:, 3] * factor), show=label not in shown
+                    )
                     data.append(made | {"x": plain(table[:, column])})
                     shown.add(label)
     if not data:

@@ -35,13 +35,16 @@ def marks(methods: Iterable[str]) -> dict[str, tuple[str, str]]:
 
 
 def styles(labels: Sequence[str]) -> dict[str, Style]:
-    """A style for each label: its method's colour, and a dash that differs from those of the method's other labels."""
+    """A style for each label: its method's colour, and a dash by its place among the method's labels.
+
+    A method with a single label has a dash of its own, for readers who cannot see the hue.
+    """
     by_method: dict[str, list[str]] = {}
     for label in labels:
         by_method.setdefault(label.partition(" ")[0], []).append(label)
     colors, found, free = marks(by_method), {}, 0
     for method, members in by_method.items():
-        first = {"dense": 0, "small": 1, SETPOINT: 0}.get(method, 2 + free % 3)
+        first = 0 if len(members) > 1 or method in (DENSE, SETPOINT) else 1 if method == "small" else 2 + free % 3
         free += method not in FIXED
         width = 2.4 if method == SETPOINT else 1.8
         for place, label in enumerate(members):

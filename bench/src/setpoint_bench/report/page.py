@@ -78,7 +78,8 @@ def curve_section(name: str, groups: Mapping[str, Sequence[Cell]]) -> str:
     if not views:
         return ""
     choices = "".join(
-        f'<label><input type="radio" name="{name}-axis" value="{axis}"{" checked" * (axis == "step")}>{VIEWS[axis]}</label>'
+        f'<label><input type="radio" name="{name}-axis" value="{axis}"{" checked" * (axis == next(iter(views)))}>'
+        f"{VIEWS[axis]}</label>"
         for axis in views
     )
     figures = "".join(f'<div class="two by-{axis}">{made}</div>\n' for axis, made in views.items())
@@ -131,9 +132,7 @@ def seconds_section(groups: Mapping[str, Sequence[Cell]]) -> str:
     caption = "Means over seeds, by the runs' own clocks."
     caption += "" if clock == "interleaved" else " The machine was busy with other work: only the shares count."
     listing = html_table(("method", *PARTS, "total"), lines)
-    return (
-        f'<h3>Where the seconds went</h3>\n<div class="scroll">{listing}</div>\n<p class="caption">{caption}</p>\n'
-    )
+    return f'<h3>Where the seconds went</h3>\n<div class="scroll">{listing}</div>\n<p class="caption">{caption}</p>\n'
 
 
 def remarks(found: Sequence[str]) -> str:

@@ -14,6 +14,7 @@ from setpoint_bench.report.looks import marks
 from setpoint_bench.report.statistics import Estimate
 from setpoint_bench.report.summary import DENSE, SETPOINT, Row
 
+
 @dataclass(frozen=True)
 class Expense:
     """What a method costs, as one axis.
