@@ -14,8 +14,8 @@ from setpoint.report.resources import PER, dense_of, dropped, end_of, limit_of, 
 BAND = 0.84
 """Share of a group's band that its units fill; a gap to the next band remains."""
 
-MOST_UNITS = 500_000
-"""How many units have a line each; of more no browser shows the figure."""
+MOST_EVENTS = 15_000
+"""How many units that were dropped or regrown have a marker each; of more the figure would be large and unreadable."""
 
 _BAR = {"thickness": 12, "outlinewidth": 0}
 
@@ -145,13 +145,14 @@ def rows(labels: Sequence[str]) -> dict[str, object]:
 
 
 def timeline(record: Record, resource: str | None) -> Figure | None:
-    """When each unit was dropped or regrown, and why; None without groups, or where single weights were masked.
+    """When each unit was dropped or regrown, and why.
 
+    None without groups, where single weights were masked, and with more than `MOST_EVENTS`.
     Every unit is a line up to the step it was dropped at, at its origin within the band of its group. A marker's
     colour is worth / price: how clear the decision was.
     """
     dense = first_widths(record)
-    if not dense or record.pattern or sum(dense.values()) > MOST_UNITS:
+    if not dense or record.pattern or num_events(record) > MOST_EVENTS:
         return None
     height = 120 + max(34, min(64, 900 // len(dense))) * len(dense)
     bands = {name: place for place, name in enumerate(dense)}
@@ -164,6 +165,13 @@ def timeline(record: Record, resource: str | None) -> Figure | None:
     colors, bar = [[0, BLUE], [0.5, GREY], [1, ORANGE]], {**_BAR, "title": {"text": "worth / price"}}
     shape["coloraxis"] = {"cmin": 0, "cmax": 1, "colorscale": colors, "colorbar": bar}
     return Figure(data, shape)
+
+
+def num_events(record: Record) -> int:
+    """Number of drops and of returns of units."""
+    return sum(
+        len(units) for entry in record.entries for each in (entry.dropped, entry.grown) for units in each.values()
+    )
 
 
 def height_of(bands: Mapping[str, int], dense: Mapping[str, int], name: str, origin: int) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape, unescape
 from typing import Any
 
@@ -191,9 +191,10 @@ class _Plot:
 
     def _path(self, trace: Trace, y: _Axis) -> str:
         if None in trace["x"]:  # a separate line for each unit, of which many may lie on one pixel
-            ends = zip(trace["x"][::3], trace["y"][::3], trace["x"][1::3], strict=True)
-            lines = (f"M{self.x.at(x):.0f} {y.at(value):.0f}H{self.x.at(end):.0f}" for x, value, end in ends)
-            return "".join(dict.fromkeys(lines))
+            rows: dict[str, list[tuple[float, float]]] = defaultdict(list)
+            for start, value, stop in zip(trace["x"][::3], trace["y"][::3], trace["x"][1::3], strict=True):
+                rows[f"{y.at(value):.0f}"].append((self.x.at(start), self.x.at(stop)))
+            return "".join(f"M{at:.0f} {row}H{end:.0f}" for row, spans in rows.items() for at, end in _joined(spans))
         steps, made, pen = trace["line"].get("shape") == "hv", list[str](), False
         for at, value in zip(trace["x"], trace["y"], strict=True):
             if value is None:
@@ -242,18 +243,19 @@ class _Plot:
         """Shares as depths of blue; equal ones side by side are one cell. Of many cells, shares are rounded."""
         gap = FULL * trace["ygap"] / self.layout["height"]
         many = sum(len(set(values)) for values in trace["z"]) > MOST_LABELLED
+        shades: dict[float, list[str]] = defaultdict(list)
         for row, (given, texts) in enumerate(zip(trace["z"], trace["text"], strict=True)):
             values = [round(value, 1) for value in given] if many else given
             top, foot = y.at(trace["y"][row]), y.at(trace["y"][row + 1])
             starts = [n for n, value in enumerate(values) if not n or value != values[n - 1]]
             for start, stop in zip(starts, [*starts[1:], len(values)], strict=True):
                 left, right = self.x.at(trace["x"][start]), self.x.at(trace["x"][stop])
-                where = (
-                    f'x="{left:g}" y="{top + gap / 2:.1f}" width="{right - left:.1f}" height="{foot - top - gap:.1f}"'
-                )
-                look = f'style="fill:{ink(BLUE)};fill-opacity:{0.06 + 0.84 * values[start]:.2f}"'
+                where = f"M{left:g} {top + gap / 2:.1f}H{right:g}v{foot - top - gap:.1f}H{left:g}Z"
                 text = "" if many else f"<title>{escape(_plain(texts[start]), quote=False)}</title>"
-                yield f"<rect {where} {look}>{text}</rect>"
+                shades[values[start]].append(where if many else f'<path d="{where}">{text}</path>')
+        for value, found in shades.items():
+            made = f'<path d="{"".join(found)}"/>' if many else "".join(found)
+            yield f'<g class="cell" style="fill:{ink(BLUE)};fill-opacity:{0.06 + 0.84 * value:.2f}">{made}</g>'
 
 
 class _Axis:
@@ -300,6 +302,21 @@ def _round_values(low: float, high: float, about: int) -> list[float]:
     power = 10.0 ** math.floor(math.log10(rough))
     step = min((m * power for m in (1, 2, 5, 10)), key=lambda each: abs(math.log(each / rough)))
     return [float(f"{n * step:.6g}") for n in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def _joined(spans: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The same in as few spans as there are gaps between them.
+
+    >>> _joined([(0, 5), (7, 9), (3, 6)])
+    [(0, 6), (7, 9)]
+    """
+    found: list[tuple[float, float]] = []
+    for start, stop in sorted(spans):
+        if found and start <= found[-1][1]:
+            found[-1] = (found[-1][0], max(stop, found[-1][1]))
+        else:
+            found.append((start, stop))
+    return found
 
 
 def _ends(trace: Trace) -> list[Any]:

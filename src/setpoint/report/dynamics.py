@@ -6,7 +6,7 @@ import statistics
 from collections import Counter
 from dataclasses import dataclass
 
-from setpoint.report.decisions import first_widths, height_of, rows, short
+from setpoint.report.decisions import MOST_EVENTS, first_widths, height_of, num_events, rows, short
 from setpoint.report.figures import BLUE, GREY, ORANGE, Figure, Trace, escape, layout, scatter
 from setpoint.report.numbers import digits
 from setpoint.report.record import Record
@@ -41,7 +41,8 @@ def rests(record: Record) -> tuple[Rest, ...]:
 def raster(record: Record) -> Figure | None:
     """A raster of all events, like a spike train: a row for each unit, a tick for each drop and each regrowth.
 
-    Below the rows, bars count the events of each decision: regrowths upward, drops downward. None without an event.
+    Below the rows, bars count the events of each decision: regrowths upward, drops downward.
+    None without an event, and with more than `MOST_EVENTS`.
     """
     dense = first_widths(record)
     bands = {name: place for place, name in enumerate(dense)}
@@ -59,7 +60,7 @@ def raster(record: Record) -> Figure | None:
         bars |= {"x": list(counts), "y": [sign * count for count in counts.values()], "yaxis": "y2"}
         bars["hovertemplate"] = f"%{{y:,d}} units {verb} at step %{{x:,d}}<extra></extra>"
         data += [ticks, {**bars, "width": end_of(record) / 120}]
-    if not any(trace["x"] for trace in data):
+    if not 0 < num_events(record) <= MOST_EVENTS or not any(trace["x"] for trace in data):
         return None
     shape = layout("", height=240 + max(26, min(56, 700 // len(dense))) * len(dense), barmode="relative")
     shape["yaxis"] |= rows([short(name) for name in dense]) | {"domain": [0.22, 1]}

@@ -66,5 +66,5 @@ def download(name: str, text: str, titles: Sequence[str], lines: Iterable[Sequen
     """A link that saves numbers, which the page holds, as a file of comma-separated values."""
     written = io.StringIO()
     csv.writer(written, lineterminator="\n").writerows([titles, *lines])
-    address = f"data:text/csv;charset=utf-8,{quote(written.getvalue())}"
+    address = f"data:text/csv;charset=utf-8,{quote(written.getvalue(), safe=',/:;')}"
     return f'<a download="{escape(name)}" href="{address}">{escape(text)}</a>'

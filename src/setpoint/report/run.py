@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from html import escape
 from typing import Any
 
@@ -10,6 +11,8 @@ from setpoint.report.numbers import NOTHING, digits, duration, human, percent
 from setpoint.report.page import download, drawn, html_table, width
 from setpoint.report.record import Record
 
+MOST_NAMED = 12
+"""Groups that a line of the table of decisions names."""
 SPENT = "The schedule leads from the dense cost to the budget; a point is a cut, and its text tells why."
 PRICE = "Loss per unit of resource: a unit stays while its worth is at least the price."
 WIDTHS = "Active units / units of the dense model, by group, over steps."
@@ -71,7 +74,7 @@ def architecture(record: Record) -> str:
 
 
 def numbers_files(record: Record, label: str) -> str:
-    """Links to the page's numbers as files: spending by decision and resource, widths by decision and group."""
+    """Links to the page's numbers as files: spending by decision and resource, widths of the groups by decision."""
     costs: list[tuple[Any, ...]] = []
     for entry in record.entries:
         for name, spent in entry.spent.items():
@@ -80,17 +83,22 @@ def numbers_files(record: Record, label: str) -> str:
             costs.append((entry.step, name, record.dense.get(name, ""), spent, *values, loss))
     titles = ("step", "resource", "dense", "spent", "reference", "budget", "price", "measured", "loss")
     links = download(f"{label}-spending.csv", "spending", titles, costs)
-    known, changes = decisions.first_widths(record), list[tuple[Any, ...]]()
+    known = decisions.first_widths(record)
+    heads, changes = ("step", "dropped", "regrown", "reason", *known), [(0, 0, 0, "", *known.values())]
     for entry in record.entries:
-        lost, back = resources.num_dropped(entry), decisions.num_grown(entry)
-        for name, left in entry.widths.items():
-            if left != known.get(name):
-                row = (known.get(name, ""), left, lost.get(name, 0), back.get(name, 0))
-                changes.append((entry.step, name, *row, entry.reason))
-                known[name] = left
-    heads = ("step", "group", "units before", "units after", "dropped", "regrown", "reason")
+        known |= {name: left for name, left in entry.widths.items() if name in known}
+        counts = (resources.dropped(entry), sum(decisions.num_grown(entry).values()))
+        changes.append((entry.step, *counts, entry.reason, *known.values()))
     links += ", " + download(f"{label}-widths.csv", "widths", heads, changes)
     return f'<p class="caption files">Numbers as CSV: {links}</p>\n'
+
+
+def _by_group(counts: Mapping[str, int]) -> str:
+    """Numbers of units by group: the largest where there are many."""
+    shown = counts if len(counts) <= MOST_NAMED else sorted(counts, key=lambda name: -counts[name])[:MOST_NAMED]
+    rest = sum(counts.values()) - sum(counts[name] for name in shown)
+    more = [f"{rest:,} in {len(counts) - MOST_NAMED} more groups"] if rest else []
+    return ", ".join([*(f"{name}: {counts[name]}" for name in shown), *more]) or NOTHING
 
 
 def entries_table(record: Record, resource: str | None, final: tuple[float, float] | None) -> str:
@@ -101,12 +109,11 @@ def entries_table(record: Record, resource: str | None, final: tuple[float, floa
     read = any(entry.metered for entry in record.entries)
     lines = []
     for entry in record.entries:
-        lost = ", ".join(f"{name}: {count}" for name, count in resources.num_dropped(entry).items())
-        back = ", ".join(f"{name}: {count}" for name, count in decisions.num_grown(entry).items())
+        lost, back = (_by_group(counts) for counts in (resources.num_dropped(entry), decisions.num_grown(entry)))
         each = (entry.spent, entry.reference, entry.predicted, entry.metered)
         amounts = [human(values.get(resource or ""), unit) for values in each[: 4 if read else 2]]
         losses = tuple(NOTHING if loss is None else digits(loss) for loss in (entry.loss, entry.loss_after))
-        cells = (f"{entry.step:,}", *amounts, lost or NOTHING, back or NOTHING, *losses)
+        cells = (f"{entry.step:,}", *amounts, lost, back, *losses)
         lines.append([escape(cell) for cell in (*cells, entry.reason)])
     meters = ("predicted before", "measured before") if read else ()
     titles = ("step", "spent", "reference", *meters, "dropped", "brought back", "loss before", "right after", "reason")
