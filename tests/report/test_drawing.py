@@ -16,7 +16,7 @@ def test_points_lie_where_the_labels_say() -> None:
     shape["xaxis"]["range"], shape["yaxis"]["range"] = [0, 100], [0, 1]
     made = drawing(Figure([line("spent", [(0, 0), (50, 0.5)], BLUE)], shape), "a picture")
     assert 'd="M0 1000L500 500"' in made and 'aria-label="a picture"' in made
-    assert 'style="top:80.0%">0.2<' in made and 'style="left:40.0%">40<' in made
+    assert 'style="top:80.0%">&lrm;0.2&lrm;<' in made and 'style="left:40.0%">40<' in made
     assert "<title>spent at step 50\n0.5</title>" in made
 
 

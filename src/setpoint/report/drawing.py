@@ -149,7 +149,9 @@ class _Plot:
     def labels(self) -> Iterator[str]:
         """Numbers and titles at the axes, and the notes on lines across the plot."""
         for axis in self.ys.values():
-            yield from (f'<span class="y" style="top:{axis.at(v) / 10}%">{text}</span>' for v, text in axis.ticks)
+            yield from (
+                f'<span class="y" style="top:{axis.at(v) / 10}%">&lrm;{text}&lrm;</span>' for v, text in axis.ticks
+            )
         yield from (f'<span class="x" style="left:{self.x.at(v) / 10}%">{text}</span>' for v, text in self.x.ticks)
         yield f'<span class="x-title">{escape(self.layout["xaxis"]["title"]["text"])}</span>'
         for note in self.layout.get("annotations", ()):
@@ -385,4 +387,4 @@ def _text(trace: Trace, place: int) -> str:
 
 def _plain(text: str) -> str:
     """A label's text, with lines for its breaks and without other markup."""
-    return unescape(re.sub("<[^>]*>", "", re.sub("<extra>.*?</extra>", "", text).replace("<br>", "\n")))
+    return unescape(re.sub("<[^>]*>", "", text.replace("<br>", "\n")))

@@ -24,7 +24,6 @@ DARK = {
     OTHERS[5]: "#c9a284",
     FAINT: "#3a4554",
     INK: "#e6eaf0",
-    "#e6edf5": "#1b2530",
 }
 """The same colours on a dark page. All pairs differ in lightness too, for readers who cannot see the hue."""
 
@@ -43,7 +42,7 @@ def scatter(mode: str, name: str, points: Iterable[tuple[Any, Any]], hover: str,
     """Lines or markers at (x, y) points, with the text that shows under the pointer."""
     x, y = zip(*points, strict=True) if (points := list(points)) else ((), ())
     found = {"type": "scatter", "mode": mode, "name": name, "x": list(x), "y": list(y)}
-    return found | {"hovertemplate": f"{hover}<extra></extra>"} | more
+    return found | {"hovertemplate": hover} | more
 
 
 def line(
