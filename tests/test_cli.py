@@ -138,7 +138,7 @@ def test_inspect_own_model(tmp_path: Path) -> None:
     assert len(shown) == 8 and shown[-1].startswith(f"next: setpoint inspect {file}:build --groups shows every group")
     tree = invoke("inspect", f"{file}:build", "--groups").stdout.splitlines()[:-1]
     assert "2.weight, dim 1, consume" in "".join(tree) and "setpoint.attach(model, optimizer, 0.5" in tree[-1]
-    assert "fewest parameters" in (tmp_path / "out" / "inspect.html").read_text(encoding="utf-8")
+    assert "Budgets within reach" in (tmp_path / "out" / "inspect.html").read_text(encoding="utf-8")
     assert json.loads((tmp_path / "out" / "inspect.json").read_text(encoding="utf-8")) == found
 
 
@@ -208,17 +208,6 @@ def test_inspect_writes_nothing_unasked(tmp_path: Path, monkeypatch: pytest.Monk
     assert answer(invoke("inspect", "model.py:bare", "--input", "4,8"))["inputs"] == [[4, 8]]
 
 
-def test_inspect_without_plotly(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Without plotly there is no page, and that is said; the numbers are there all the same."""
-    monkeypatch.setitem(sys.modules, "plotly.offline", None)
-    file = tmp_path / "model.py"
-    file.write_text(OWN_MODEL, encoding="utf-8")
-    result = invoke("inspect", f"{file}:build", "--out", tmp_path / "out")
-    assert answer(result)["params"] == 8 * 20 + 20 + 20 * 4 + 4
-    assert 'pip install "setpoint[report]"' in result.stderr
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["inspect.json"]
-
-
 @pytest.mark.parametrize(
     ("function", "message"),
     [("number", "torch.nn.Module"), ("nothing", "no function"), ("biuld", "did you mean build? it has build,")],
@@ -233,11 +222,11 @@ def test_inspect_what_is_no_model(function: str, message: str, tmp_path: Path) -
 
 
 def test_help_is_light() -> None:
-    """`--help` needs neither the benchmark nor the report nor plotly."""
+    """`--help` needs neither the benchmark nor the report."""
     code = (
         "import sys\nfrom setpoint.cli import app\n"
         "try:\n    app(['--help'])\nexcept SystemExit as end:\n    assert not end.code\n"
-        "heavy = ('setpoint_bench.', 'setpoint.report', 'plotly', 'rich.progress')\n"
+        "heavy = ('setpoint_bench.', 'setpoint.report', 'rich.progress')\n"
         "print([name for name in sys.modules if name.startswith(heavy) and name != 'setpoint_bench.commands'])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

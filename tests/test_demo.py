@@ -36,7 +36,6 @@ app({arguments!r})
 """
 BLOCKED = {
     "setpoint_bench",
-    "plotly",
     "sklearn",
     "scipy",
     "PIL",

@@ -30,7 +30,7 @@ def test_one_version_and_one_home() -> None:
     wheel, bench = _project(), _project("bench")
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert wheel["version"] == bench["version"] == setpoint.__version__
-    assert f"setpoint[report]=={wheel['version']}" in bench["dependencies"]
+    assert f"setpoint=={wheel['version']}" in bench["dependencies"]
     assert f"\nversion: {wheel['version']}\n" in citation
     assert wheel["authors"] == bench["authors"] == [{"name": "Setpoint developers"}]
     assert wheel["urls"] == bench["urls"] and f"\nrepository-code: {wheel['urls']['Source']}\n" in citation

@@ -376,10 +376,7 @@ def _inspect(
         answer["spending"] = asdict(shown)
     if out is not None:
         write_json(out / "inspect.json", answer)
-        try:
-            write_inspection(answer, out / "inspect.html")
-        except ImportError as error:
-            print(f"no inspect.html: {error}", file=sys.stderr)
+        write_inspection(answer, out / "inspect.html")
     more = "" if groups else f"setpoint inspect {target} --groups shows every group; "
     finish(answer, f"{more}setpoint.attach(model, optimizer, 0.5, total_steps=...) prunes to half of the FLOPs")
 

@@ -1,14 +1,15 @@
-"""The page of an inspection: a map whose areas add up, and tables of groups and of what is frozen."""
+"""The page of an inspection: bars that add up, and tables of groups and of what is frozen."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from setpoint.report.inspection_page import parameter_map, render_inspection, write_inspection
+from setpoint.report.figures import BLUE, FAINT, ORANGE
+from setpoint.report.inspect_model import inspect_model, load_target
+from setpoint.report.inspection_page import parameters_by_kind, render_inspection, write_inspection
 
 GROUP: dict[str, Any] = {
     "name": "body.conv",
@@ -44,28 +45,25 @@ FOUND: dict[str, Any] = {
 }
 
 
-def test_areas_of_the_map_add_up() -> None:
-    """Each module is as large as what it holds, and every parent is there."""
-    figure = parameter_map(FOUND)
-    assert figure is not None
-    (trace,) = figure.data
-    values = dict(zip(trace["ids"], trace["values"], strict=True))
-    parents = dict(zip(trace["ids"], trace["parents"], strict=True))
-    assert len(values) == len(trace["ids"])
-    (root,) = [each for each, parent in parents.items() if not parent]
-    assert values[root] == 600
-    for each in set(parents.values()) - {""}:
-        assert values[each] == sum(values[child] for child, parent in parents.items() if parent == each)
-    colors = dict(zip(trace["labels"], trace["marker"]["colors"], strict=True))
-    assert len({colors["body.conv"], colors["stem"], colors["stays whole"]}) == 3
+def test_bars_of_parameters_add_up() -> None:
+    """Each module has the parameters that it holds, by kind; of many modules, those that hold them have."""
+    rows = parameters_by_kind(FOUND)
+    assert rows == {"body.conv": {BLUE: 300}, "head": {BLUE: 100, ORANGE: 120, FAINT: 30}, "": {FAINT: 50}}
+    many = [{"tensor": f"block.{place // 9}.{place}.weight", "group": "", "params": 2} for place in range(90)]
+    rows = parameters_by_kind({**FOUND, "parts": many})
+    assert list(rows) == [f"block.{place}" for place in range(10)]
+    assert {kinds[FAINT] for kinds in rows.values()} == {18}
 
 
-def test_plotly_accepts_the_map() -> None:
-    """The treemap is valid to Plotly's own check."""
-    graph_objects = pytest.importorskip("plotly.graph_objects")
-    figure = parameter_map(FOUND)
-    assert figure is not None
-    graph_objects.Figure({"data": list(figure.data), "layout": dict(figure.layout)})
+def test_the_page_of_a_network_is_small(tmp_path: Path) -> None:
+    """Of a ResNet-18 the page has less than a tenth of a megabyte, budgets first, and is made for print too."""
+    model, example = load_target("torchvision:resnet18", (2, 3, 64, 64))
+    found = inspect_model("resnet18", model, example, verify=False)
+    page = write_inspection(asdict(found), tmp_path / "inspect.html")
+    assert page.stat().st_size < 100_000
+    text = page.read_text(encoding="utf-8")
+    assert text.index("Budgets within reach") < text.index("Where the parameters are") < text.index("Groups")
+    assert "@media print" in text and "<script" not in text
 
 
 def test_the_page_holds_groups_and_reasons(tmp_path: Path) -> None:
@@ -82,14 +80,14 @@ def test_hostile_names_stay_text() -> None:
     """A name with HTML in it is shown as it is."""
     bad = "<img src=x onerror=alert(1)>"
     found = json.loads(json.dumps(FOUND).replace("body.conv", bad))
-    page = render_inspection({**found, "model": bad}, "")
+    page = render_inspection({**found, "model": bad})
     assert bad not in page
 
 
 def test_nothing_found_is_a_page_too() -> None:
     """A model without groups, parameters or frozen places has a page that says so."""
     nothing = {"groups": [], "parts": [], "frozen": [], "params": 0, "flops": 0.0, "cheapest_flops": 0.0}
-    page = render_inspection({**FOUND, **nothing, "verified": False, "cheapest_params": 0}, "")
+    page = render_inspection({**FOUND, **nothing, "verified": False, "cheapest_params": 0})
     assert "No units were found" in page
     assert "Not verified" in page
-    assert parameter_map({**FOUND, **nothing}) is None
+    assert parameters_by_kind({**FOUND, **nothing}) == {}

@@ -6,6 +6,7 @@ import io
 import json
 import random
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 from rich.console import Console
@@ -17,8 +18,8 @@ from setpoint.cli import app
 from setpoint.entry import Entry
 from setpoint.errors import ReportError
 from setpoint.ledger import Ledger
-from setpoint.report.draft import document
 from setpoint.report.ledger_page import ledger_tables, read_ledger, write_ledger_page
+from setpoint.report.page import document
 from setpoint.report.record import Record
 from setpoint.report.resources import dense_of, ledger_line, limit_of, resources
 from setpoint.report.run import run
@@ -78,6 +79,26 @@ def test_the_command(machine: Machine, tmp_path: Path) -> None:
     assert page == tmp_path / "run.html" and "Spent against reference" in page.read_text(encoding="utf-8")
 
 
+def test_the_page_of_many_groups_and_decisions_is_small(tmp_path: Path) -> None:
+    """Of 96 groups that are all cut at 40 decisions the page has less than a megabyte, and is made for print too."""
+    names, rng = [f"transformer.h.{place // 2}.mlp.c_fc.{place % 2}" for place in range(96)], random.Random(0)
+    ledger = Ledger({"groups": {name: {"num_units": 256, "what": "neuron"} for name in names}, "dense": {"flops": 9e9}})
+    for step in range(40):
+        dropped = {name: [3 * step, 3 * step + 1, 3 * step + 2] for name in names}
+        worth = {name: [rng.random() for _ in range(3)] for name in names}
+        left = {name: 253 - 3 * step for name in names}
+        entry = Entry(step=step, widths=left, dropped=dropped, worth=worth, price={"flops": 1.0}, spent={"flops": 9e9})
+        ledger.append(entry)
+    ledger.save(tmp_path / "run.jsonl")
+    page = write_ledger_page(tmp_path / "run.jsonl")
+    assert page.stat().st_size < 1_000_000
+    text = page.read_text(encoding="utf-8")
+    assert text.index("Spent against reference") < text.index("Architecture before and after")
+    assert "What was dropped when, and why" in text and "252 in 84 more groups" in text
+    assert unquote(text).count(",253" * 96) == 1  # the widths after the first decision, as CSV
+    assert "@media print" in text and "<script" not in text
+
+
 def test_a_file_that_is_no_ledger(tmp_path: Path) -> None:
     """Anything else is an error that says how a ledger is written, and leaves no page."""
     (tmp_path / "notes.jsonl").write_text("not json\n", encoding="utf-8")
@@ -112,5 +133,5 @@ def test_a_ledger_of_anything_is_shown_or_refused(tmp_path: Path) -> None:
             else:
                 outcomes.add("shown")
                 shown(record)
-                document("odd", run("run", "odd", record), "")
+                document("odd", run("odd", record))
     assert outcomes == {"refused", "shown"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -73,9 +72,9 @@ def report_folder(folder: Path, out: Path | None) -> None:
     from setpoint_bench.report.markdown import NAME, write_markdown
 
     text = write_markdown(folder, None if out is None else out / NAME)
-    page = _page_if_possible(folder, out)
+    page = str(_write_page(folder, out))
     _print_table(folder)
-    finish({"report": page, "table": str(text)}, f"open {page or text}")
+    finish({"report": page, "table": str(text)}, f"open {page}")
 
 
 def inspect_suite(suite: str, models: Sequence[str] | None, workers: int, out: Path | None) -> None:
@@ -153,7 +152,7 @@ def _bench(
     answer: dict[str, Any] = {"report": None}
     if outcome.results:
         _print_table(out)
-        answer = {**summarise(outcome.results, outcome.rounds), "report": _page_if_possible(out)}
+        answer = {**summarise(outcome.results, outcome.rounds), "report": str(_write_page(out, None))}
     page = answer["report"]
     then = f"open {page} in a browser" if page else f"setpoint report {out} shows the results again"
     finish({**answer, "failures": [asdict(failure) for failure in outcome.failures]}, then)
@@ -169,15 +168,6 @@ def _write_page(folder: Path, out: Path | None) -> Path:
         return write_page(folder)
     out.mkdir(parents=True, exist_ok=True)
     return write_page(folder, out / "report.html")
-
-
-def _page_if_possible(folder: Path, out: Path | None = None) -> str | None:
-    """The page's path; None where plotly is missing, which must not cost a finished benchmark its numbers."""
-    try:
-        return str(_write_page(folder, out))
-    except ImportError as error:
-        print(f"no report.html: {error}; then `setpoint report {folder}` writes it", file=sys.stderr)
-        return None
 
 
 def _print_table(folder: Path) -> None:

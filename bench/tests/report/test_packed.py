@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 
 from setpoint.errors import ReportError
-from setpoint_bench.report.curves import seconds_by_part
+from setpoint_bench.report.curves import seconds_by_part, spending_line
 from setpoint_bench.report.folder import read_results
-from setpoint_bench.report.picture import spending_line
 from setpoint_bench.results import held, load_results
 from setpoint_bench.task import BenchError
 

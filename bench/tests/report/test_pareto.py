@@ -6,9 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from setpoint_bench.report.pareto import expenses, marks_of, pareto
+from setpoint_bench.report.curves import curves
+from setpoint_bench.report.history import Point
+from setpoint_bench.report.looks import marks, styles
+from setpoint_bench.report.pareto import expenses, pareto
 from setpoint_bench.report.results import Cell, Results
-from setpoint_bench.report.summary import Row, summary_rows
+from setpoint_bench.report.summary import Row, series, summary_rows
 
 
 def rows(metric: str = "accuracy", *more: Cell) -> tuple[Row, ...]:
@@ -44,8 +47,39 @@ def test_each_method_has_a_mark_with_its_spread() -> None:
     assert ours["marker"]["symbol"] == ["circle", "circle-open"]
     assert ours["error_y"]["array"] == pytest.approx([100 * 0.002 / 2**0.5] * 2)
     assert sorted(trace["name"] for trace in figure.data[1:]) == ["dense", "setpoint", "small"]
-    others = [Cell("t", f"m{place}", 0.5, family="sparse", budget=0.5, train_flops=1.0) for place in range(11)]
-    assert len(set(marks_of(rows("accuracy", *others)).values())) == 3 + 11
+    methods = ["dense", "small", "setpoint", *(f"m{place}" for place in range(48))]
+    assert len(set(marks(methods).values())) == len(methods)
+
+
+def test_a_method_has_one_colour_on_all_figures() -> None:
+    """Marks of costs and curves of a training have the same colour, at all budgets; budgets differ by their dashes."""
+    learned = (Point(1, 1.0, 1.0, "validation", 0.5, 0.9),)
+    cells = [
+        Cell(
+            "t",
+            method,
+            0.9,
+            budget=budget,
+            seed=0,
+            family=method,
+            final_flops=budget,
+            train_flops=budget,
+            history=learned,
+        )
+        for method, budget in (
+            ("dense", 1.0),
+            *((name, b) for b in (0.5, 0.25) for name in ("small", "cubic", "setpoint")),
+        )
+    ]
+    found, groups = summary_rows(Results(tuple(cells))), series(cells)
+    of_marks = {trace["name"]: trace["marker"]["color"] for trace in pareto(found, expenses(found)[0]).data[1:]}
+    figure = curves(groups, "accuracy", "flops")
+    assert figure
+    of_curves = {trace["name"]: trace["line"]["color"] for trace in figure.data}
+    assert {label: of_marks[label.partition(" ")[0]] for label in of_curves} == of_curves
+    assert len(set(of_marks.values())) == 4 and set(of_curves) == set(groups) - {"cubic 0.5", "cubic 0.25"}
+    look = styles(list(groups))
+    assert look["setpoint 0.5"].dash == look["cubic 0.5"].dash != look["setpoint 0.25"].dash == look["cubic 0.25"].dash
 
 
 def test_unknown_expenses_have_no_figure() -> None:

@@ -182,7 +182,7 @@ def test_a_folder_of_anything_is_shown_or_refused(make_results: Any) -> None:
                 else:
                     outcomes.add("shown")
                     if number % 3 == 0:  # a page takes longer
-                        render(found, "")
+                        render(found)
                     assert "<b>" not in markdown(found)
     assert outcomes == {"refused", "shown"}
 
@@ -194,7 +194,7 @@ def test_a_seed_that_diverged_has_no_deviation(make_results: Any) -> None:
     *lines, last = path.read_text().splitlines()
     path.write_text("\n".join([*lines, json.dumps(json.loads(last) | {"value": None})]) + "\n")
     found = read_results(folder)
-    render(found, "")
+    render(found)
     row = next(line for line in markdown(found).splitlines() if line.startswith("| setpoint |"))
     assert "not a number" in row
 

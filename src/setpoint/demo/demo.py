@@ -25,10 +25,10 @@ from setpoint.checkpoint import save
 from setpoint.demo.network import pretrained
 from setpoint.demo.signs import NEW, OLD
 from setpoint.demo.training import EACH, Moment, data, train
-from setpoint.report.draft import Draft, drawn
 from setpoint.report.figures import BLUE, GREY, Figure, layout, line
 from setpoint.report.ledger_page import write_ledger_page
 from setpoint.report.numbers import duration, human, percent
+from setpoint.report.page import drawn
 from setpoint.report.record import record_of
 from setpoint.report.watch import view
 
@@ -178,7 +178,7 @@ def _lines(found: dict[str, Any]) -> tuple[str, str, str]:
     )
 
 
-def cards(found: dict[str, Any]) -> Draft:
+def cards(found: dict[str, Any]) -> str:
     """The page's head: what was compared, and how it ended."""
     items = (
         ("accuracy", "accuracy", percent),
@@ -193,10 +193,10 @@ def cards(found: dict[str, Any]) -> Draft:
         for title, key, show in items
     )
     about = f"{ABOUT}. It does so twice with the same pictures in the same order: dense, and with Setpoint."
-    return Draft(f'<p class="headline">{about}</p>\n<ul class="cards">{made}</ul>\n')
+    return f'<p class="headline">{about}</p>\n<ul class="cards">{made}</ul>\n'
 
 
-def accuracies(moments: Sequence[Pair]) -> Draft:
+def accuracies(moments: Sequence[Pair]) -> str:
     """The accuracy of both networks over the steps."""
     data = []
     for place, (name, color) in enumerate((("dense", GREY), ("Setpoint", BLUE))):

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from setpoint.entry import Entry
-from setpoint.report.figures import BLUE, FAINT, GREY, INK, ORANGE, Figure, Trace, escape, layout, line, scatter
+from setpoint.report.figures import BLUE, FAINT, GREY, INK, Figure, Trace, escape, layout, line, scatter
 from setpoint.report.numbers import digits, scale
 from setpoint.report.record import Record
 from setpoint.report.resources import PER, dense_of, dropped, end_of, limit_of, num_dropped, unit_of
@@ -14,10 +14,8 @@ from setpoint.report.resources import PER, dense_of, dropped, end_of, limit_of, 
 BAND = 0.84
 """Share of a group's band that its units fill; a gap to the next band remains."""
 
-MOST_UNITS = 500_000
-"""How many units have a line each; of more no browser shows the figure."""
-
-_BAR = {"thickness": 12, "outlinewidth": 0}
+MOST_EVENTS = 15_000
+"""How many units that were dropped or regrown have a marker each; of more the figure would be large and unreadable."""
 
 
 def num_grown(entry: Entry) -> dict[str, int]:
@@ -46,10 +44,8 @@ def spending(record: Record, resource: str) -> Figure:
     for name, value, color, dash in (("dense", dense, FAINT, "solid"), ("budget", limit, INK, "dot")):
         if value is not None:
             y, look = value / factor, {"color": color, "dash": dash, "width": 1.4}
-            across = {"type": "line", "xref": "paper", "x0": 0, "x1": 1}
-            shapes.append(across | {"y0": y, "y1": y, "layer": "below", "line": look})
-            at = {"xref": "paper", "x": 1, "y": y, "xanchor": "right", "yanchor": "bottom"}
-            notes.append(at | {"text": f"{name} {digits(y)} {unit}", "showarrow": False, "font": {"size": 11}})
+            shapes.append({"y0": y, "line": look})
+            notes.append({"y": y, "text": f"{name} {digits(y)} {unit}"})
     shape = layout(f"{unit} per {PER.get(resource, 'step')}", shapes=shapes, annotations=notes)
     shape["yaxis"]["rangemode"] = "tozero"
     return Figure(data, shape)
@@ -87,7 +83,7 @@ def price(record: Record, resource: str) -> Figure | None:
     data["mode"] = "lines+markers"
     data["hovertext"] = [f"{digits(entry.price[resource] * dense)} for the whole dense cost" for entry in entries]
     shape = layout(f"loss per {unit}", height=300)
-    shape["yaxis"] |= {"rangemode": "tozero", "exponentformat": "power"}
+    shape["yaxis"]["rangemode"] = "tozero"
     shape["xaxis"]["range"] = [0, end_of(record)]
     return Figure([data], shape)
 
@@ -121,12 +117,7 @@ def widths(record: Record) -> Figure | None:
         "y": list(range(len(dense) + 1)),
         "z": [[width / (dense[name] or 1) for width in row] for name, row in zip(dense, table, strict=True)],
         "text": [[f"{escape(n)}<br>{w} of {what[n]}" for w in row] for n, row in zip(dense, table, strict=True)],
-        "hovertemplate": "<b>%{text}</b> (%{z:.0%})<extra></extra>",
-        "zmin": 0,
-        "zmax": 1,
         "ygap": 3,
-        "colorscale": [[0, "#e6edf5"], [1, BLUE]],
-        "colorbar": {**_BAR, "title": {"text": "width"}, "tickformat": ".0%"},
     }
     shape = layout("", height=120 + 26 * len(dense))
     shape["yaxis"] |= rows(labels)
@@ -140,30 +131,37 @@ def short(name: str, most: int = 40) -> str:
 
 def rows(labels: Sequence[str]) -> dict[str, object]:
     """A y axis with one labelled row per group, the first on top."""
-    ticks = {"tickmode": "array", "tickvals": [place + 0.5 for place in range(len(labels))], "ticks": ""}
-    return {**ticks, "ticktext": list(labels), "range": [len(labels), 0], "showgrid": False}
+    places = [place + 0.5 for place in range(len(labels))]
+    return {"tickvals": places, "ticktext": list(labels), "range": [len(labels), 0], "showgrid": False}
 
 
 def timeline(record: Record, resource: str | None) -> Figure | None:
-    """When each unit was dropped or regrown, and why; None without groups, or where single weights were masked.
+    """When each unit was dropped or regrown, and why.
 
+    None without groups, where single weights were masked, and with more than `MOST_EVENTS`.
     Every unit is a line up to the step it was dropped at, at its origin within the band of its group. A marker's
     colour is worth / price: how clear the decision was.
     """
     dense = first_widths(record)
-    if not dense or record.pattern or sum(dense.values()) > MOST_UNITS:
+    if not dense or record.pattern or num_events(record) > MOST_EVENTS:
         return None
     height = 120 + max(34, min(64, 900 // len(dense))) * len(dense)
     bands = {name: place for place, name in enumerate(dense)}
     data = [*lives(record, dense), *(trace for entry in record.entries for trace in drops(entry, record, resource))]
     for trace in data:
         trace["y"] = [None if at is None else height_of(bands, dense, *at) for at in trace["y"]]
-    shape = layout("", height=height, showlegend=True)
+    shape = layout("", height=height)
     shape["yaxis"] |= rows([short(name) for name in dense])
     shape["xaxis"]["range"] = [0, end_of(record) * 1.01]
-    colors, bar = [[0, BLUE], [0.5, GREY], [1, ORANGE]], {**_BAR, "title": {"text": "worth / price"}}
-    shape["coloraxis"] = {"cmin": 0, "cmax": 1, "colorscale": colors, "colorbar": bar}
+    shape["coloraxis"] = {"colorbar": {"title": {"text": "worth / price"}}}
     return Figure(data, shape)
+
+
+def num_events(record: Record) -> int:
+    """Number of drops and of returns of units."""
+    return sum(
+        len(units) for entry in record.entries for each in (entry.dropped, entry.grown) for units in each.values()
+    )
 
 
 def height_of(bands: Mapping[str, int], dense: Mapping[str, int], name: str, origin: int) -> float:
@@ -217,10 +215,10 @@ def drops(entry: Entry, record: Record, resource: str | None) -> list[Trace]:
         points = [(entry.step, (name, origin)) for name, origin, _ in units]
         hover = f"<b>%{{customdata[0]}}</b> {verb}<br>{first} %{{customdata[1]}}<br>{second} %{{customdata[2]}}{noted}"
         trace = scatter("markers", verb, points, hover, customdata=shown)
-        trace |= {"showlegend": False, "marker": {"symbol": symbol, "size": 6, "line": {"width": 0}, "color": GREY}}
+        trace |= {"showlegend": False, "marker": {"symbol": symbol, "size": 6, "color": GREY}}
         if verb == "dropped" and rate and any(w is not None for w in worth):
             ratios = [None if w is None else min(w / rate, 1.0) for w in worth]
-            trace["marker"] |= {"color": ratios, "coloraxis": "coloraxis"}
+            trace["marker"]["color"] = ratios
         found.append(trace)
     return found
 

@@ -6,7 +6,7 @@ import statistics
 from collections import Counter
 from dataclasses import dataclass
 
-from setpoint.report.decisions import first_widths, height_of, rows, short
+from setpoint.report.decisions import MOST_EVENTS, first_widths, height_of, num_events, rows, short
 from setpoint.report.figures import BLUE, GREY, ORANGE, Figure, Trace, escape, layout, scatter
 from setpoint.report.numbers import digits
 from setpoint.report.record import Record
@@ -41,7 +41,8 @@ def rests(record: Record) -> tuple[Rest, ...]:
 def raster(record: Record) -> Figure | None:
     """A raster of all events, like a spike train: a row for each unit, a tick for each drop and each regrowth.
 
-    Below the rows, bars count the events of each decision: regrowths upward, drops downward. None without an event.
+    Below the rows, bars count the events of each decision: regrowths upward, drops downward.
+    None without an event, and with more than `MOST_EVENTS`.
     """
     dense = first_widths(record)
     bands = {name: place for place, name in enumerate(dense)}
@@ -51,20 +52,20 @@ def raster(record: Record) -> Figure | None:
         chosen = [(entry.step, *each) for entry in record.entries for each in getattr(entry, field).items()]
         events = [(step, name, unit) for step, name, units in chosen if name in dense for unit in units]
         points = [(step, height_of(bands, dense, name, unit)) for step, name, unit in events]
-        ticks = scatter("markers", verb, points, f"<b>%{{text}}</b> {verb} at step %{{x:,d}}", legendgroup=verb)
+        ticks = scatter("markers", verb, points, f"<b>%{{text}}</b> {verb} at step %{{x:,d}}")
         ticks["text"] = [f"{short(name)} {unit}" for _, name, unit in events]
-        ticks["marker"] = {"symbol": "line-ns-open", "size": 10, "color": color, "line": {"width": 1.6}}
+        ticks["marker"] = {"symbol": "line-ns-open", "color": color}
         counts = Counter(step for step, _, _ in events)
-        bars = {"type": "bar", "name": verb, "legendgroup": verb, "showlegend": False, "marker": {"color": color}}
+        bars = {"type": "bar", "name": verb, "showlegend": False, "marker": {"color": color}}
         bars |= {"x": list(counts), "y": [sign * count for count in counts.values()], "yaxis": "y2"}
-        bars["hovertemplate"] = f"%{{y:,d}} units {verb} at step %{{x:,d}}<extra></extra>"
+        bars["hovertemplate"] = f"%{{y:,d}} units {verb} at step %{{x:,d}}"
         data += [ticks, {**bars, "width": end_of(record) / 120}]
-    if not any(trace["x"] for trace in data):
+    if not 0 < num_events(record) <= MOST_EVENTS or not any(trace["x"] for trace in data):
         return None
     shape = layout("", height=240 + max(26, min(56, 700 // len(dense))) * len(dense), barmode="relative")
     shape["yaxis"] |= rows([short(name) for name in dense]) | {"domain": [0.22, 1]}
-    shape["yaxis2"] = {"domain": [0, 0.16], "title": {"text": "units"}, "zeroline": True, "automargin": True}
-    shape["xaxis"] |= {"range": [0, end_of(record) * 1.01], "anchor": "y2"}
+    shape["yaxis2"] = {"domain": [0, 0.16]}
+    shape["xaxis"] |= {"range": [0, end_of(record) * 1.01]}
     return Figure(data, shape)
 
 
@@ -80,7 +81,7 @@ def reserve_lives(record: Record) -> Figure | None:
             title = f"{name} ({len(lengths):,}, median {digits(statistics.median(lengths))} steps)"
             trace = {"type": "histogram", "name": title, "x": lengths, "marker": {"color": color}}
             trace["xbins"] = {"start": 0, "end": end, "size": max(1.0, end / 40)}
-            data.append({**trace, "hovertemplate": f"%{{y:,d}} {name} after %{{x}} steps<extra></extra>"})
+            data.append({**trace, "hovertemplate": f"%{{y:,d}} {name} after %{{x}} steps"})
     return Figure(data, layout("units", "optimizer steps out of the model", height=280, barmode="stack"))
 
 

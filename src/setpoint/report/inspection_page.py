@@ -1,145 +1,116 @@
-"""The page of an inspection: a map of the model's parameters, its groups, and what is frozen and why."""
+"""The page of an inspection: budgets within reach, where the parameters are, groups, and what is frozen and why."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from setpoint.report import figures
-from setpoint.report.draft import Draft, document, html_table, pair, place_of, save
-from setpoint.report.figures import BLUE, FAINT, ORANGE, Figure, plotly_script
+from setpoint.report.drawing import ink
+from setpoint.report.figures import BLUE, FAINT, ORANGE
 from setpoint.report.names import along, fold, some
 from setpoint.report.numbers import NOTHING, human, percent, share
+from setpoint.report.page import document, html_table, pair, save, width
 
-MODULES = "#e6edf5"
-"""Colour of the frames that modules draw around their parts."""
-_HEIGHT = 620
+MOST_ROWS = 24
+"""How many modules have a row each; of more, those that hold them have."""
 _LONG = 110
 """Number of letters of a reason that are shown unfolded."""
-LEGEND = (
-    (BLUE, "along units that may be pruned"),
-    (ORANGE, "along units of a group that is left whole"),
-    (FAINT, "along no unit: always stays"),
-)
+KINDS = {
+    BLUE: "along units that may be pruned",
+    ORANGE: "along units of a group that is left whole",
+    FAINT: "along no unit: always stays",
+}
 
 
 def write_inspection(found: Mapping[str, Any], out: Path) -> Path:
-    """Write the page of an inspection, given as `inspect.json` holds it. The file needs no network and no other file.
-
-    Raises:
-        ModuleNotFoundError: if plotly is not installed.
-    """
-    return save(render_inspection(found, plotly_script()), out)
+    """Write the page of an inspection, given as `inspect.json` holds it; it needs no network and no other file."""
+    return save(render_inspection(found), out)
 
 
-def render_inspection(found: Mapping[str, Any], script: str) -> str:
-    """The HTML of an inspection; `script` is JavaScript that defines `Plotly`."""
+def render_inspection(found: Mapping[str, Any]) -> str:
+    """The HTML of an inspection."""
     model = str(found["model"])
     shapes = ", ".join("×".join(map(str, shape)) for shape in found["inputs"])
-    body = Draft(
+    return document(
+        model,
         f"<header><h1>Setpoint <span>inspection</span></h1><p>{escape(model)} on {escape(shapes)}</p></header>\n"
-        f"<section>\n<h2>{escape(model)}</h2>\n{_cards(found)}"
+        f"<section>\n<h2>{escape(model)}</h2>\n{_reach(found)}{_parameters(found)}"
+        f"{_groups(found['groups'])}{_frozen(found['frozen'])}</section>\n",
     )
-    if not found["verified"]:
-        body += Draft('<p class="caption">Not verified: the cuts were not tried on a copy of the model.</p>\n')
-    keys = "".join(f'<li><i data-color="{color}"></i>{escape(text)}</li>' for color, text in LEGEND)
-    body += place_of(
-        "map",
-        parameter_map(found),
-        "Where the parameters are",
-        f'<ul class="legend">{keys}</ul>Areas are numbers of parameters. Click a module to go into it, '
-        "and the bar above to come back.",
-    )
-    return document(model, body + Draft(_groups(found["groups"]) + _frozen(found["frozen"]) + "</section>\n"), script)
 
 
-def parameter_map(found: Mapping[str, Any]) -> Figure | None:
-    """A treemap of modules, and in each the groups along whose units its parameters lie; None without parameters."""
-    groups = {group["name"]: group for group in found["groups"]}
-    boxes: dict[tuple[str, str], int] = {}
-    for part in found["parts"]:
-        key = (part["tensor"].rpartition(".")[0], part["group"])
-        boxes[key] = boxes.get(key, 0) + part["params"]
-    if not boxes:
-        return None
-    total = sum(boxes.values())
-    modules = {"": 0}  # those on the way to a box, from the root down, with their parameters
-    for (module, _), params in boxes.items():
-        names = module.split(".") if module else []
-        for path in (".".join(names[:depth]) for depth in range(len(names) + 1)):
-            modules[path] = modules.get(path, 0) + params
-    alone = {module for module, _ in boxes if sum(other == module for other, _ in boxes) == 1}
-    alone -= {_parent(module) for module in modules if module}
-    nodes = []
-    for module, params in modules.items():
-        if module not in alone:
-            name = module.removeprefix(_parent(module)).lstrip(".") if module else str(found["model"])
-            nodes.append((module or "/", name, "" if not module else _parent(module) or "/", params, MODULES, module))
-    for (module, name), params in boxes.items():
-        if module in alone:
-            node = (module, module.removeprefix(_parent(module)).lstrip("."), _parent(module) or "/")
-        else:
-            node = (f"{module}\n{name}", name or "stays whole", module or "/")
-        color, about = _kind(name, groups)
-        nodes.append((*node, params, color, f"{module}<br>{about}" if module else about))
-    ids, labels, parents, values, colors, texts = zip(*nodes, strict=True)
-    pairs = zip(values, texts, strict=True)
-    trace = {
-        "type": "treemap",
-        "ids": list(ids),
-        "labels": [figures.escape(label) for label in labels],
-        "parents": list(parents),
-        "values": list(values),
-        "branchvalues": "total",
-        "marker": {"colors": list(colors), "line": {"width": 1}, "pad": {"t": 20, "l": 3, "r": 3, "b": 3}},
-        "tiling": {"packing": "squarify", "pad": 1},
-        "textinfo": "label+text",
-        "text": [human(value) for value in values],
-        "hovertext": [f"<b>{human(n)}</b> parameters, {percent(n / total)}<br>{text}" for n, text in pairs],
-        "hovertemplate": "<b>%{label}</b><br>%{hovertext}<extra></extra>",
-        "pathbar": {"visible": True, "thickness": 24},
-    }
-    return Figure([trace], {"height": _HEIGHT, "margin": {"l": 0, "r": 0, "t": 28, "b": 4}})
-
-
-def _parent(module: str) -> str:
-    return module.rpartition(".")[0]
-
-
-def _kind(name: str, groups: Mapping[str, Any]) -> tuple[str, str]:
-    if not name:
-        return FAINT, "along no unit of any group"
-    group = groups[name]
-    units = f"group {figures.escape(name)}: {group['num_units']} {group['what']}s"
-    if group["kept_whole"]:
-        return ORANGE, f"{units}, left whole"
-    return BLUE, f"{units}, at least {group['min_units']}"
-
-
-def _cards(found: Mapping[str, Any]) -> str:
+def _reach(found: Mapping[str, Any]) -> str:
+    """Dense and cheapest costs, as a table with bars."""
     pruned = [group for group in found["groups"] if not group["kept_whole"]]
     units, whole = sum(group["num_units"] for group in pruned), len(found["groups"]) - len(pruned)
-    fewest = {name: found[f"cheapest_{name}"] for name in ("params", "flops")}
-    shown = (
-        ("groups that may be pruned", f"{len(pruned)}", f"{units:,} units; {whole} left whole"),
-        ("parameters", human(found["params"]), f"{percent(found['prunable_params_share'])} along units that may go"),
-        ("fewest parameters", human(fewest["params"]), f"{share(fewest['params'], found['params'])} of dense"),
-        ("FLOPs per training step", human(found["flops"], "FLOP"), "forward and backward"),
-        ("fewest FLOPs", human(fewest["flops"], "FLOP"), f"{share(fewest['flops'], found['flops'])} of dense"),
+    lines = []
+    for title, name, unit in (("FLOPs per training step", "flops", "FLOP"), ("parameters", "params", "")):
+        dense, fewest = found[name], found[f"cheapest_{name}"]
+        bar = width(1.0, fewest / dense if dense else 1.0)
+        lines.append([title, bar, human(dense, unit), human(fewest, unit), share(fewest, dense)])
+    about = (
+        f"{len(pruned)} groups with {units:,} units may be pruned, along {percent(found['prunable_params_share'])} of "
+        f"the parameters; {whole} groups are left whole. The outline is the dense model; the filled part is what "
+        "remains with every group that may be pruned at its fewest units, and no budget below it can be met."
     )
-    items = "".join(
-        f"<li><span>{escape(title)}</span><strong>{escape(value)}</strong><small>{escape(note)}</small></li>"
-        for title, value, note in shown
+    about += "" if found["verified"] else " <b>Not verified</b>: the cuts were not tried on a copy of the model."
+    listing = html_table(("", "", "dense", "fewest", "of dense"), lines, classes="architecture")
+    return (
+        f'<figure><h4>Budgets within reach</h4><div class="bare">{listing}</div>'
+        f"<figcaption>{about}</figcaption></figure>\n"
     )
-    return f'<ul class="cards">{items}</ul>\n'
+
+
+def parameters_by_kind(found: Mapping[str, Any]) -> dict[str, Counter[str]]:
+    """By module, the numbers of its parameters by colour of `KINDS`; as deep as there is room for."""
+    whole = {group["name"] for group in found["groups"] if group["kept_whole"]}
+    paths = [part["tensor"].rpartition(".")[0].split(".") for part in found["parts"]]
+    rows: dict[str, Counter[str]] = {}
+    for depth in range(max(map(len, paths), default=0), 0, -1):
+        rows = {}
+        for path, part in zip(paths, found["parts"], strict=True):
+            kind = FAINT if not part["group"] else ORANGE if part["group"] in whole else BLUE
+            rows.setdefault(".".join(path[:depth]), Counter())[kind] += part["params"]
+        if len(rows) <= MOST_ROWS:
+            break
+    return rows
+
+
+def _parameters(found: Mapping[str, Any]) -> str:
+    """Parameters by module, as a table with bars."""
+    rows = parameters_by_kind(found)
+    if not rows:
+        return ""
+    largest = max(kinds.total() for kinds in rows.values())
+    lines = []
+    for module, kinds in rows.items():
+        parts = "".join(
+            f'<b style="width:{100 * kinds[kind] / largest:.2f}%;background:{ink(kind)}"></b>'
+            for kind in KINDS
+            if kinds[kind]
+        )
+        num = kinds.total()
+        shown = [human(num), share(num, found["params"]), share(kinds[BLUE], num)]
+        lines.append([escape(module) or "itself", f'<i class="share">{parts}</i>', *shown])
+    keys = "".join(f'<li><i class="dot" style="color:{ink(color)}"></i>{text}</li>' for color, text in KINDS.items())
+    listing = html_table(("module", "", "parameters", "of all", "may go"), lines, classes="architecture")
+    return (
+        f'<figure><h4>Where the parameters are</h4><ul class="legend">{keys}</ul><div class="bare">{listing}</div>'
+        "<figcaption>A parameter along units of two groups counts once: for the one that may be pruned, and of two of "
+        "those for the one that writes it.</figcaption></figure>\n"
+    )
 
 
 def _groups(groups: Sequence[Mapping[str, Any]]) -> str:
     if not groups:
         return "<h3>Groups</h3>\n<p>No units were found that could be dropped.</p>\n"
-    places = {g["name"]: "".join(f"<li>{escape(along(*each))}</li>" for each in g["places"]) for g in groups}
+    places = {
+        group["name"]: "".join(f"<li>{escape(place)}</li>" for place in fold(along(*each) for each in group["places"]))
+        for group in groups
+    }
     lines = [
         [
             escape(group["name"]),

@@ -12,8 +12,8 @@ from rich.table import Table
 from setpoint.errors import ReportError
 from setpoint.ledger import Ledger
 from setpoint.report import resources
-from setpoint.report.draft import Draft, document, save
 from setpoint.report.numbers import NOTHING, duration, human
+from setpoint.report.page import document, save
 from setpoint.report.record import Record, record_of
 from setpoint.report.run import run
 
@@ -31,10 +31,7 @@ def read_ledger(file: Path) -> Record:
         raise ReportError(said) from error
 
 
-NONE = Draft("")
-
-
-def write_ledger_page(file: Path, out: Path | None = None, first: Draft = NONE, more: Draft = NONE) -> Path:
+def write_ledger_page(file: Path, out: Path | None = None, first: str = "", more: str = "") -> Path:
     """Write the report of one ledger, by default to the ledger's name with `.html`.
 
     Args:
@@ -46,7 +43,7 @@ def write_ledger_page(file: Path, out: Path | None = None, first: Draft = NONE, 
     """
     record = read_ledger(file)
     head = f"<header><h1>Setpoint <span>report</span></h1><p>{escape(file.name)}</p></header>\n<section>\n"
-    body = Draft(head) + first + run("run", file.stem, record, more=more) + Draft("</section>\n")
+    body = head + first + run(file.stem, record, more=more) + "</section>\n"
     return save(document(file.stem, body), file.with_suffix(".html") if out is None else out)
 
 

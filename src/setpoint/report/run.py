@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from html import escape
 from typing import Any
 
 from setpoint.report import decisions, dynamics, resources
-from setpoint.report.draft import Draft, download, drawn, html_table
 from setpoint.report.numbers import NOTHING, digits, duration, human, percent
+from setpoint.report.page import download, drawn, html_table, width
 from setpoint.report.record import Record
 
+MOST_NAMED = 12
+"""Groups that a line of the table of decisions names."""
 SPENT = "The schedule leads from the dense cost to the budget; a point is a cut, and its text tells why."
 PRICE = "Loss per unit of resource: a unit stays while its worth is at least the price."
 WIDTHS = "Active units / units of the dense model, by group, over steps."
@@ -20,67 +23,58 @@ LIVES = (
 RESTS = "From the step at which a unit was dropped to its return, or to the end of the run."
 
 
-def run(
-    name: str,
-    label: str,
-    record: Record,
-    *,
-    hidden: bool = False,
-    more: Draft = Draft(""),  # noqa: B008
-    final: tuple[float, float] | None = None,
-) -> Draft:
+def run(label: str, record: Record, *, more: str = "", final: tuple[float, float] | None = None) -> str:
     """One run: the budget, `more`, the architecture, the units, and the numbers.
 
     Args:
         final: the last step and its loss, where known.
     """
-    html = f'<p class="caption"><b>{escape(label)}</b>: {escape(resources.ledger_line(record))}</p>\n'
-    draft = Draft(f'<div class="run" id="{name}"{" hidden" if hidden else ""}>\n{html}')
+    page = f'<p class="caption"><b>{escape(label)}</b>: {escape(resources.ledger_line(record))}</p>\n'
     main = resources.resources(record)
     for resource in main:
         named, per = resources.NAMES.get(resource, resource), resources.PER.get(resource, "step")
-        draft += drawn(decisions.spending(record, resource), f"Spent against reference: {named} per {per}", SPENT)
-    draft += more + architecture(record)
-    draft += drawn(decisions.widths(record), "Width of each group", WIDTHS)
+        page += drawn(decisions.spending(record, resource), f"Spent against reference: {named} per {per}", SPENT)
+    page += more + architecture(record)
+    page += drawn(decisions.widths(record), "Width of each group", WIDTHS)
     figure = decisions.timeline(record, main[0] if main else None)
-    draft += drawn(figure, "What was dropped when, and why", LIVES)
+    page += drawn(figure, "What was dropped when, and why", LIVES)
     if any(decisions.num_grown(entry) for entry in record.entries):
         about = f"A row for each unit, a tick for each event; below, their number. {dynamics.dynamics_line(record)}"
-        draft += drawn(dynamics.raster(record), "Every drop and every return, like a spike train", about)
-        draft += drawn(dynamics.reserve_lives(record), "How long units rested", RESTS)
+        page += drawn(dynamics.raster(record), "Every drop and every return, like a spike train", about)
+        page += drawn(dynamics.reserve_lives(record), "How long units rested", RESTS)
     for resource in main:
-        draft += drawn(decisions.price(record, resource), f"Price of {resources.NAMES.get(resource, resource)}", PRICE)
-    html, dense = "", record.dense.get("latency")
+        page += drawn(decisions.price(record, resource), f"Price of {resources.NAMES.get(resource, resource)}", PRICE)
+    dense = record.dense.get("latency")
     if groups := resources.seconds_by_group(record):
         lines = [[escape(group), duration(s), percent(s / dense) if dense else NOTHING] for group, s in groups]
         listing = html_table(("group", "predicted seconds that go with it", "of a dense step"), lines)
-        html = f"<details><summary>Where the time of a step goes</summary>{listing}</details>\n"
-    html += "".join(entries_table(record, resource, final) for resource in main or (None,))
-    return draft + Draft(html) + numbers_files(record, label) + Draft("</div>\n")
+        page += f"<details><summary>Where the time of a step goes</summary>{listing}</details>\n"
+    page += "".join(entries_table(record, resource, final) for resource in main or (None,))
+    return page + numbers_files(record, label)
 
 
-def architecture(record: Record) -> Draft:
+def architecture(record: Record) -> str:
     """The units of each group before and after, as a table with bars; nothing without groups."""
     before = decisions.first_widths(record)
     if not before:
-        return Draft("")
+        return ""
     after = {**before, **(record.entries[-1].widths if record.entries else {})}
     lines = []
-    for name, width in before.items():
-        kept = after[name] / width if width else 1.0
-        bar = f'<i class="width" style="--full:{width / max(before.values()):.4f};--kept:{kept:.4f}"></i>'
-        lines.append([escape(name), bar, f"{width:,}", f"{after[name]:,}", percent(kept)])
+    for name, num_units in before.items():
+        kept = after[name] / num_units if num_units else 1.0
+        bar = width(num_units / max(before.values()), kept)
+        lines.append([escape(name), bar, f"{num_units:,}", f"{after[name]:,}", percent(kept)])
     titles = ("group", "", "before", "after", "kept")
     listing = html_table(titles, lines, classes="architecture")
     total = f"{sum(after.values()):,} of {sum(before.values()):,} units are left in {len(before):,} groups."
-    return Draft(
+    return (
         f'<figure><h4>Architecture before and after</h4><div class="bare">{listing}</div>'
         f"<figcaption>{total} The outline is the width before, the filled part the width after.</figcaption></figure>\n"
     )
 
 
-def numbers_files(record: Record, label: str) -> Draft:
-    """Links to the page's numbers as files: spending by decision and resource, widths by decision and group."""
+def numbers_files(record: Record, label: str) -> str:
+    """Links to the page's numbers as files: spending by decision and resource, widths of the groups by decision."""
     costs: list[tuple[Any, ...]] = []
     for entry in record.entries:
         for name, spent in entry.spent.items():
@@ -89,17 +83,22 @@ def numbers_files(record: Record, label: str) -> Draft:
             costs.append((entry.step, name, record.dense.get(name, ""), spent, *values, loss))
     titles = ("step", "resource", "dense", "spent", "reference", "budget", "price", "measured", "loss")
     links = download(f"{label}-spending.csv", "spending", titles, costs)
-    known, changes = decisions.first_widths(record), list[tuple[Any, ...]]()
+    known = decisions.first_widths(record)
+    heads, changes = ("step", "dropped", "regrown", "reason", *known), [(0, 0, 0, "", *known.values())]
     for entry in record.entries:
-        lost, back = resources.num_dropped(entry), decisions.num_grown(entry)
-        for name, width in entry.widths.items():
-            if width != known.get(name):
-                row = (known.get(name, ""), width, lost.get(name, 0), back.get(name, 0))
-                changes.append((entry.step, name, *row, entry.reason))
-                known[name] = width
-    heads = ("step", "group", "units before", "units after", "dropped", "regrown", "reason")
-    links += Draft(", ") + download(f"{label}-widths.csv", "widths", heads, changes)
-    return Draft('<p class="caption">Numbers as CSV: ') + links + Draft("</p>\n")
+        known |= {name: left for name, left in entry.widths.items() if name in known}
+        counts = (resources.dropped(entry), sum(decisions.num_grown(entry).values()))
+        changes.append((entry.step, *counts, entry.reason, *known.values()))
+    links += ", " + download(f"{label}-widths.csv", "widths", heads, changes)
+    return f'<p class="caption files">Numbers as CSV: {links}</p>\n'
+
+
+def _by_group(counts: Mapping[str, int]) -> str:
+    """Numbers of units by group: the largest where there are many."""
+    shown = counts if len(counts) <= MOST_NAMED else sorted(counts, key=lambda name: -counts[name])[:MOST_NAMED]
+    rest = sum(counts.values()) - sum(counts[name] for name in shown)
+    more = [f"{rest:,} in {len(counts) - MOST_NAMED} more groups"] if rest else []
+    return ", ".join([*(f"{name}: {counts[name]}" for name in shown), *more]) or NOTHING
 
 
 def entries_table(record: Record, resource: str | None, final: tuple[float, float] | None) -> str:
@@ -110,12 +109,11 @@ def entries_table(record: Record, resource: str | None, final: tuple[float, floa
     read = any(entry.metered for entry in record.entries)
     lines = []
     for entry in record.entries:
-        lost = ", ".join(f"{name}: {count}" for name, count in resources.num_dropped(entry).items())
-        back = ", ".join(f"{name}: {count}" for name, count in decisions.num_grown(entry).items())
+        lost, back = (_by_group(counts) for counts in (resources.num_dropped(entry), decisions.num_grown(entry)))
         each = (entry.spent, entry.reference, entry.predicted, entry.metered)
         amounts = [human(values.get(resource or ""), unit) for values in each[: 4 if read else 2]]
         losses = tuple(NOTHING if loss is None else digits(loss) for loss in (entry.loss, entry.loss_after))
-        cells = (f"{entry.step:,}", *amounts, lost or NOTHING, back or NOTHING, *losses)
+        cells = (f"{entry.step:,}", *amounts, lost, back, *losses)
         lines.append([escape(cell) for cell in (*cells, entry.reason)])
     meters = ("predicted before", "measured before") if read else ()
     titles = ("step", "spent", "reference", *meters, "dropped", "brought back", "loss before", "right after", "reason")

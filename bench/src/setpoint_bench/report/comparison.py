@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from html import escape
 
-from setpoint.report.draft import Draft, html_table, pair, place_of
+from setpoint.report.drawing import mark
 from setpoint.report.numbers import NOTHING, digits, human, percent
+from setpoint.report.page import drawn, html_table, pair
 from setpoint_bench.report.columns import (
     CLOCKS,
     break_even_text,
@@ -21,14 +23,11 @@ from setpoint_bench.report.columns import (
     seeds_text,
     share_text,
 )
-from setpoint_bench.report.pareto import expenses, marks_of, pareto
+from setpoint_bench.report.curves import spending
+from setpoint_bench.report.looks import marks
+from setpoint_bench.report.pareto import expenses, pareto
 from setpoint_bench.report.results import Cell
-from setpoint_bench.report.summary import DENSE, SETPOINT, Row
-
-GLYPHS = {
-    **{"circle": "●", "square": "■", "diamond": "◆", "triangle-up": "▲", "triangle-down": "▼"},
-    **{"pentagon": "⬟", "star": "★", "hexagon": "⬢", "cross": "✚", "x": "✖", "bowtie": "⧓"},
-}
+from setpoint_bench.report.summary import DENSE, SETPOINT, Row, series
 
 NOTES = """
 <dl class="notes">
@@ -51,10 +50,11 @@ seeds on. Bold where it excludes 0.</dd>
 """
 
 
-def comparison(name: str, cells: Sequence[Cell], rows: Sequence[Row]) -> Draft:
-    """Headline, numbers and Pareto figures of one task."""
-    draft = Draft(headline(rows) + cards(rows)) + costs(name, cells, rows)
-    return draft + Draft(table(cells, rows) + differences(rows))
+def comparison(cells: Sequence[Cell], rows: Sequence[Row]) -> str:
+    """Headline, the budget, Pareto figures and numbers of one task."""
+    about = "The first seed of dense, of small models, and of each method with a ledger."
+    budget = drawn(spending(series(cells)), "How the budget was met: FLOPs per step", about)
+    return headline(rows) + cards(rows) + budget + costs(rows) + table(cells, rows) + differences(rows)
 
 
 def headline(rows: Sequence[Row]) -> str:
@@ -108,15 +108,13 @@ def table(cells: Sequence[Cell], rows: Sequence[Row]) -> str:
     notes = "".join(f"<li><b>{escape(row.label)}</b>: {escape(note)}</li>" for row in rows for note in row.notes)
     caption = f"Each row is over {seeds_text(rows)}; small figures are shares of dense. "
     caption += clock_note(cells, first.clock)
+    told = re.sub("`(.*?)`", r"<code>\1</code>", escape(caption))
     return (
         f'<h3>All numbers</h3>\n<div class="scroll">{html_table(titles, lines, classes="summary")}</div>\n'
-        f'<p class="caption">{escape(caption).replace("`setpoint bench --timing`", CODE)}</p>\n'
+        f'<p class="caption">{told}</p>\n'
         f"<details><summary>What the columns mean</summary>{NOTES}</details>\n"
         + (f"<details><summary>Notes on the methods</summary><ul>{notes}</ul></details>\n" if notes else "")
     )
-
-
-CODE = "<code>setpoint bench --timing</code>"
 
 
 def texts(row: Row) -> tuple[str | tuple[str, ...], ...]:
@@ -127,13 +125,21 @@ def texts(row: Row) -> tuple[str | tuple[str, ...], ...]:
         (human(row.final_flops, "FLOP"), percent(row.final_flops_ratio), in_theory(row.theoretical_ratio)),
         (human(row.final_params), percent(row.final_params_ratio)),
         (human(row.train_flops, "FLOP"), percent(row.train_flops_ratio), in_theory(row.theoretical_train_ratio)),
-        (seconds_text(row), share_text(row.seconds_share)),
-        overhead_text(row),
-        realised_text(row),
-        break_even_text(row),
+        (seconds_text(row), *in_lines(share_text(row.seconds_share))),
+        *map(in_lines, (overhead_text(row), realised_text(row), break_even_text(row))),
         NOTHING if not row.resizes else digits(row.resizes),
         budget_met_text(row),
     )
+
+
+def in_lines(text: str) -> tuple[str, ...]:
+    """A text and what follows it in brackets, each a line.
+
+    >>> in_lines("0.423 (0.397 to 0.467)")
+    ('0.423', '0.397 to 0.467')
+    """
+    value, _, rest = text.partition(" (")
+    return (value, rest.removesuffix(")")) if rest else (value,)
 
 
 def in_theory(share: float | None) -> str:
@@ -165,27 +171,25 @@ def differences(rows: Sequence[Row]) -> str:
     )
 
 
-def costs(name: str, cells: Sequence[Cell], rows: Sequence[Row]) -> Draft:
+def costs(rows: Sequence[Row]) -> str:
     """The metric against what it cost, one figure for each expense."""
     found = expenses(rows)
     if not found or len(rows) < 2:
-        return Draft("")
+        return ""
     keys = "".join(
-        f'<li><i class="mark" data-ink="{color}">{GLYPHS[mark]}</i>{escape(method)}</li>'
-        for method, (color, mark) in marks_of(rows).items()
+        f"<li>{mark(symbol, color)}{escape(method)}</li>"
+        for method, (color, symbol) in marks(row.method for row in rows).items()
     )
-    draft = Draft(f'<h3>What it costs</h3>\n<ul class="legend">{keys}</ul>\n<div class="two">')
+    page = f'<h3>What it costs</h3>\n<ul class="legend">{keys}</ul>\n<div class="two">'
     for expense in found:
         theory = any(row.theoretical_ratio is not None for row in rows) and expense.unit == "FLOP"
         note = "Masked models: in theory, and not on the line. " if theory else ""
         timed = expense.unit == "s" and rows[0].clock == "timed"
-        note += clock_note(cells, rows[0].clock) if expense.unit == "s" else ""
         bars = "± over seeds, of seconds over the rounds of their measurement" if timed else "± over seeds"
         caption = f"Full marks: the largest budget. Bars: {bars}. Line: the front. {note}"
-        draft += place_of(
-            f"{name}-pareto-{expense.name}",
+        page += drawn(
             pareto(rows, expense),
             f"{rows[0].metric.capitalize()} against {expense.title}",
-            escape(caption).replace("`setpoint bench --timing`", CODE),
+            caption.strip(),
         )
-    return draft + Draft("</div>\n")
+    return page + "</div>\n"

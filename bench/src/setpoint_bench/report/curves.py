@@ -1,94 +1,108 @@
-"""Figures of a comparison as plain Plotly specifications: curves of the runs and where their seconds went."""
+"""Figures of the runs: FLOPs per step, and loss or accuracy, over a training."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float64
 
-from setpoint.report.figures import AXES, BLUE, FAINT, GREY, ORANGE, OTHERS, Figure, Trace, escape, layout
-from setpoint.report.numbers import duration, percent, scale
+from setpoint.report.figures import AXES, FAINT, Figure, Trace, escape, layout, line
+from setpoint.report.numbers import scale
 from setpoint_bench.report.history import Point
+from setpoint_bench.report.looks import Style, styles
 from setpoint_bench.report.results import Cell
 from setpoint_bench.report.statistics import mean
+from setpoint_bench.report.summary import DENSE, SETPOINT
 
-MOST_POINTS = 240
+MOST_POINTS = 80
+"""How many points a curve of the training loss has."""
 FEW = 6
-"""Up to this number of labels, all curves are shown at once and the legend stands above."""
-ALWAYS = ("dense", "small", "small-long", "setpoint")
-"""Methods whose curves are shown even among many."""
+"""Up to this number of labels, all have curves."""
+ALWAYS = (DENSE, "small", "small-long", SETPOINT)
+"""Methods that have curves even among many."""
 SPLITS = ("validation", "test", "train")
 
 
-@dataclass(frozen=True)
-class Style:
-    """How the curves of one method look: colour, dash and line width in pixels."""
-
-    color: str
-    dash: str
-    width: float
+def followed(series: Mapping[str, Sequence[Cell]]) -> dict[str, Sequence[Cell]]:
+    """The labels whose training is drawn."""
+    return {label: cells for label, cells in series.items() if len(series) <= FEW or label.partition(" ")[0] in ALWAYS}
 
 
-def styles(labels: Sequence[str]) -> dict[str, Style]:
-    """A style for each label, the same in all figures: Setpoint blue, small orange, dense grey."""
-    fixed = {"dense": Style(GREY, "solid", 1.8), "small": Style(ORANGE, "dash", 1.8)}
-    found: dict[str, Style] = {}
-    dashes, free = ("solid", "dashdot", "dot", "longdash"), 0
-    ours = [label for label in labels if label.partition(" ")[0] == "setpoint"]
-    for label in labels:
-        if label in fixed:
-            found[label] = fixed[label]
-        elif label in ours:
-            found[label] = Style(BLUE, dashes[ours.index(label) % len(dashes)], 2.4)
-        else:
-            found[label] = Style(OTHERS[free % len(OTHERS)], dashes[1 + free % 3], 1.8)
-            free += 1
-    return found
+def spending(series: Mapping[str, Sequence[Cell]]) -> Figure | None:
+    """FLOPs per step over steps, of the first run of each label, with the budgets; None if no run was cut."""
+    look, lines = styles(list(series)), {}
+    for label, cells in series.items():
+        cell = next((cell for cell in cells if cell.record), cells[0])
+        if (cell.record or cell.method in (DENSE, "small")) and (spent := spending_line(cell)):
+            lines[label] = spent
+    if not any(cell.record for cells in series.values() for cell in cells):
+        return None
+    factor, unit = scale(max(y for spent in lines.values() for _, y in spent), "FLOP")
+    data = []
+    for label, spent in lines.items():
+        style, points = look[label], [(x, y / factor) for x, y in spent]
+        data.append(line(escape(label), points, style.color, dash=style.dash, width=style.width))
+    dense = next((y for label, spent in lines.items() for _, y in spent[:1] if label == DENSE), None)
+    budgets = {cell.budget for cells in series.values() for cell in cells if cell.method != DENSE and cell.budget}
+    shapes, notes = list[Trace](), list[Trace]()
+    for budget in sorted(budgets) if dense else ():
+        y = budget * (dense or 0.0) / factor
+        shapes.append({"y0": y, "line": {"color": FAINT, "dash": "solid", "width": 1.4}})
+        notes.append({"y": y, "text": f"budget {budget:g}"})
+    shape = layout(f"{unit} per step", height=300, shapes=shapes, annotations=notes)
+    shape["yaxis"]["rangemode"] = shape["xaxis"]["rangemode"] = "tozero"
+    return Figure(data, shape)
 
 
-def curves(series: Mapping[str, Sequence[Cell]], quantity: str) -> Figure | None:
-    """Loss or accuracy over the run, by method; None if no run has it.
+def spending_line(cell: Cell) -> list[tuple[float, float]]:
+    """FLOPs per step over steps: in stairs from the ledger, or level.
+
+    None where a dense run came before, or where the model was cut and no ledger says when.
+    """
+    record = cell.record
+    if cell.family == "post-training" or (cell.resizes and record is None):
+        return []
+    end = max((point.step for point in cell.history), default=0.0)
+    if record is not None and "flops" in record.dense:
+        level, line = record.dense["flops"], [(0.0, record.dense["flops"])]
+        for entry in record.entries:
+            if "flops" in entry.spent:
+                line += [(float(entry.step), level), (float(entry.step), entry.spent["flops"])]
+                level = entry.spent["flops"]
+        return [*line, (max(end, line[-1][0]), level)]
+    return [] if cell.final_flops is None or not end else [(0.0, cell.final_flops), (end, cell.final_flops)]
+
+
+def curves(series: Mapping[str, Sequence[Cell]], quantity: str, axis: str) -> Figure | None:
+    """Loss or accuracy over the run, by method, against an axis of `AXES`; None if no run has it.
 
     Training curves are thin, of means over stretches of steps (at most `MOST_POINTS` a curve). Validation and test
     values are shown as they were measured.
     """
     look = styles(list(series))
     factor, title = (100.0, "accuracy (%)") if quantity == "accuracy" else (1.0, "loss")
-    data: list[Trace] = []
-    abscissas: dict[str, list[Sequence[float | None]]] = {axis: [] for axis in AXES}
-    for label, cells in series.items():
-        named = False
+    column, data, shown = list(AXES).index(axis), list[Trace](), set[str]()
+    for label, cells in followed(series).items():
         for split in SPLITS:
             for cell in cells:
                 points = [p for p in cell.history if p.split == split and getattr(p, quantity) is not None]
-                if not points:
-                    continue
                 table = thin(points, quantity)
-                for axis, column in zip(AXES, table[:, :3].T, strict=True):
-                    abscissas[axis].append(plain(column))
-                data.append(
-                    curve(escape(label), split, look[label], plain(table[:, 3] * factor), show=not named)
-                    | {"x": abscissas["step"][-1]}
-                )
-                named = True
+                table = table[np.isfinite(table[:, column])]
+                if len(table):
+                    made = curve(
+                        escape(label), split, look[label], plain(table[:, 3] * factor), show=label not in shown
+                    )
+                    data.append(made | {"x": plain(table[:, column])})
+                    shown.add(label)
     if not data:
         return None
-    many = len(series) > FEW
-    for trace in data:
-        if many and trace["name"].partition(" ")[0] not in ALWAYS:
-            trace["visible"] = "legendonly"
-    largest = max((x for xs in abscissas["flops"] for x in xs if x is not None), default=0.0)
-    unit, name = scale(largest, "FLOP")
-    abscissas["flops"] = [[None if x is None else x / unit for x in xs] for xs in abscissas["flops"]]
-    titles = AXES | {"flops": f"training so far ({name})"}
-    return Figure(
-        data,
-        layout(title) if not many else _below(layout(title, height=340 + 11 * len(series))),
-        {axis: (titles[axis], xs) for axis, xs in abscissas.items()},
-    )
+    name = AXES[axis]
+    if axis == "flops":
+        unit, counted = scale(max(x for trace in data for x in trace["x"]), "FLOP")
+        name = f"training so far ({counted})"
+        data = [{**trace, "x": [x / unit for x in trace["x"]]} for trace in data]
+    return Figure(data, layout(title, name))
 
 
 def curve(label: str, split: str, look: Style, values: Sequence[float | None], show: bool) -> Trace:
@@ -98,27 +112,19 @@ def curve(label: str, split: str, look: Style, values: Sequence[float | None], s
         "type": "scatter",
         "mode": "lines" if trained else "lines+markers",
         "name": label,
-        "legendgroup": label,
         "showlegend": show,
         "y": values,
         "opacity": 0.45 if trained else 1.0,
         "line": {"color": look.color, "dash": look.dash, "width": 1.2 if trained else look.width},
         "marker": {"color": look.color, "size": 5},
-        "hovertemplate": f"<b>{label}</b>, {split}<br>%{{y:.4g}} at %{{x:,.4~g}}<extra></extra>",
-    }
-
-
-def _below(shape: dict[str, Any]) -> dict[str, Any]:
-    """The layout with its legend below the plot, where a long one has room."""
-    shape["legend"] |= {"y": -0.18 * 360 / shape["height"], "yanchor": "top", "font": {"size": 11}}
-    shape["margin"] |= {"t": 16}
-    return shape
+        "hovertemplate": f"<b>{label}</b>, {split}<br>%{{y:.4g}} at %{{x:,.4g}}",
+    } | ({"hoverinfo": "skip"} if trained else {})
 
 
 def thin(points: Sequence[Point], quantity: str) -> Float64[np.ndarray, "points 4"]:
     """Columns step, seconds, FLOPs and quantity; long training curves become means over stretches."""
     rows = [(p.step, p.seconds, p.flops, getattr(p, quantity)) for p in points]
-    table = np.array(rows, dtype=np.float64)
+    table = np.array(rows, dtype=np.float64).reshape(-1, 4)
     table = table[np.argsort(table[:, 0], kind="stable")]
     if len(table) <= MOST_POINTS or points[0].split != "train":
         return table
@@ -150,35 +156,3 @@ def seconds_by_part(cells: Sequence[Cell]) -> dict[str, float] | None:
     }
     overhead = max(mean(cell.overhead_seconds for cell in cells) or 0.0, sum(parts.values()))
     return {"training": total - overhead, **parts, "attaching, other": overhead - sum(parts.values())}
-
-
-def seconds_figure(series: Mapping[str, Sequence[Cell]]) -> Figure | None:
-    """Seconds of a run by part and method; None if no run has times."""
-    table = {label: parts for label, cells in series.items() if (parts := seconds_by_part(cells)) is not None}
-    if not table:
-        return None
-    colors = dict(zip(PARTS, (FAINT, BLUE, OTHERS[0], ORANGE, GREY), strict=True))
-    data: list[Trace] = []
-    for part in PARTS:
-        hover = [f"{part}: {duration(p[part])}, {percent(p[part] / (sum(p.values()) or 1.0))}" for p in table.values()]
-        data.append(
-            {
-                "type": "bar",
-                "orientation": "h",
-                "name": part,
-                "y": [escape(label) for label in table],
-                "x": [parts[part] for parts in table.values()],
-                "hovertext": hover,
-                "hovertemplate": "<b>%{y}</b><br>%{hovertext}<extra></extra>",
-                "marker": {"color": colors[part]},
-            }
-        )
-    shape = layout(
-        "",
-        "seconds of the whole run",
-        height=130 + (44 if len(table) <= 12 else 26) * len(table),
-        barmode="stack",
-        bargap=0.35,
-    )
-    shape["yaxis"] |= {"autorange": "reversed", "type": "category"}
-    return Figure(data, shape)

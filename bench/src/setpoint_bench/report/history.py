@@ -66,9 +66,7 @@ def loss_around(record: Record, history: Sequence[Point]) -> Figure | None:
     data.append(line("mean over events", means, INK, width=3.0))
     shape = layout("loss less its mean before", "optimizer steps since the event", height=340)
     shape["showlegend"] = len(data) <= 8
-    shape["shapes"] = [
-        {"type": "line", "yref": "paper", "x0": 0, "x1": 0, "y0": 0, "y1": 1, "line": {"color": GREY, "dash": "dot"}}
-    ]
+    shape["shapes"] = [{"yref": "paper", "x0": 0, "line": {"color": GREY, "dash": "dot", "width": 1.4}}]
     return Figure(data, shape)
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from setpoint.errors import ReportError
 from setpoint.report.figures import BLUE, DARK, ORANGE
+from setpoint_bench.report.curves import spending_line
 from setpoint_bench.report.folder import read_results
-from setpoint_bench.report.picture import Line, spending_line
+from setpoint_bench.report.picture import Line
 from setpoint_bench.report.results import Cell
 
 WIDTH, HEIGHT = 760, 300

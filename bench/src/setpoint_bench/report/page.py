@@ -1,4 +1,4 @@
-"""The page: one self-contained, interactive HTML file made from a results folder."""
+"""The page: one self-contained HTML file made from a results folder."""
 
 from __future__ import annotations
 
@@ -6,21 +6,23 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-from setpoint.report.draft import Draft, document, html_table, pair, place_of, save
-from setpoint.report.figures import plotly_script
+from setpoint.report.figures import AXES
 from setpoint.report.numbers import NOTHING, duration, share
+from setpoint.report.page import document, drawn, html_table, pair, save
 from setpoint.report.run import run
 from setpoint_bench.report.comparison import comparison
-from setpoint_bench.report.curves import PARTS, curves, seconds_by_part, seconds_figure
+from setpoint_bench.report.curves import PARTS, curves, followed, seconds_by_part
 from setpoint_bench.report.folder import read_results
 from setpoint_bench.report.history import loss_around
 from setpoint_bench.report.results import Cell, Results
-from setpoint_bench.report.summary import Row, clock_of, series, summary_rows
+from setpoint_bench.report.summary import SETPOINT, Row, clock_of, series, summary_rows
 
-MOST_RUNS = 12
-"""How many runs of a task are shown decision by decision, so that the file stays small."""
+ROOM = 500_000
+"""Characters of the runs that are shown decision by decision, so that the page stays under a megabyte."""
 MOST_CURVES = 24
 """How many runs of a task have curves; of more, each method has those of its first seed only."""
+VIEWS = {"step": "steps", "seconds": "seconds", "flops": "training FLOPs"}
+"""Abscissas of the curves, by axis."""
 
 
 def write_page(results_dir: Path, out: Path | None = None) -> Path:
@@ -30,21 +32,18 @@ def write_page(results_dir: Path, out: Path | None = None) -> Path:
 
     Raises:
         ReportError: if the folder holds no results, or of an unknown schema.
-        ModuleNotFoundError: if plotly is not installed.
     """
-    results = read_results(results_dir)
-    target = results_dir / "report.html" if out is None else out
-    return save(render(results, plotly_script()), target)
+    return save(render(read_results(results_dir)), results_dir / "report.html" if out is None else out)
 
 
-def render(results: Results, script: str) -> str:
-    """The HTML of the report; `script` is JavaScript that defines `Plotly`."""
-    rows = summary_rows(results)
-    body = Draft(header(results))
-    for place, task in enumerate(results.tasks()):
-        body += task_section(f"t{place}", task, results.of(task), [row for row in rows if row.task == task])
-    body += Draft(remarks(results.remarks) + environment(results.cells))
-    return document(", ".join(results.tasks()), body, script)
+def render(results: Results) -> str:
+    """The HTML of the report."""
+    rows, tasks = summary_rows(results), results.tasks()
+    page = header(results)
+    for place, task in enumerate(tasks):
+        of_task = [row for row in rows if row.task == task]
+        page += task_section(f"t{place}", task, results.of(task), of_task, ROOM // len(tasks))
+    return document(", ".join(tasks), page + remarks(results.remarks) + environment(results.cells))
 
 
 def header(results: Results) -> str:
@@ -55,75 +54,70 @@ def header(results: Results) -> str:
     return f"<header><h1>Setpoint <span>report</span></h1><p>{about}</p></header>\n"
 
 
-def task_section(name: str, task: str, cells: Sequence[Cell], rows: Sequence[Row]) -> Draft:
-    """Everything about one task."""
+def task_section(name: str, task: str, cells: Sequence[Cell], rows: Sequence[Row], room: int) -> str:
+    """Everything about one task; `room` is the number of characters that its runs may take."""
     groups = series(cells)
-    draft = Draft(f'<section id="{name}">\n<h2>{escape(task)}</h2>\n') + comparison(name, cells, rows)
-    draft += curve_section(name, groups)
-    draft += run_section(name, groups)
-    draft += seconds_section(name, groups)
-    return draft + Draft("</section>\n")
+    return (
+        f"<section>\n<h2>{escape(task)}</h2>\n{comparison(cells, rows)}{curve_section(name, groups)}"
+        f"{run_section(name, groups, room)}{seconds_section(groups)}</section>\n"
+    )
 
 
-def curve_section(name: str, groups: Mapping[str, Sequence[Cell]]) -> Draft:
+def curve_section(name: str, groups: Mapping[str, Sequence[Cell]]) -> str:
     """Loss and accuracy over the run, against steps, seconds or FLOPs."""
-    many = sum(map(len, groups.values())) > MOST_CURVES
+    many = sum(map(len, followed(groups).values())) > MOST_CURVES
     shown = {label: cells[:1] if many else cells for label, cells in groups.items()}
-    figures = {quantity: curves(shown, quantity) for quantity in ("loss", "accuracy")}
-    if not any(figures.values()):
-        return Draft("")
-    names = (("step", "steps"), ("seconds", "seconds"), ("flops", "training FLOPs"))
-    buttons = "".join(
-        f'<button type="button" data-axis="{axis}" aria-pressed="{str(axis == "step").lower()}">{text}</button>'
-        for axis, text in names
+    about = "Thin: training, averaged over stretches of steps. With points: validation and test."
+    about += " The first seed of each method." if many else ""
+    about += " Only dense, small and Setpoint." if len(followed(groups)) < len(groups) else ""
+    views = {}
+    for axis in AXES:
+        loss, accuracy = (curves(shown, quantity, axis) for quantity in ("loss", "accuracy"))
+        if loss or accuracy:
+            views[axis] = drawn(loss, "Loss", about) + drawn(accuracy, "Accuracy", about)
+    if not views:
+        return ""
+    choices = "".join(
+        f'<label><input type="radio" name="{name}-axis" value="{axis}"{" checked" * (axis == next(iter(views)))}>'
+        f"{VIEWS[axis]}</label>"
+        for axis in views
     )
-    draft = Draft(
-        f'<h3>How training went</h3>\n<div class="choice" role="group" aria-label="against" data-task="{name}">'
-        f'<span>against</span>{buttons}</div>\n<div class="two">'
+    figures = "".join(f'<div class="two by-{axis}">{made}</div>\n' for axis, made in views.items())
+    return (
+        f'<h3>How training went</h3>\n<div class="curves">\n'
+        f'<fieldset class="choice"><legend>against</legend>{choices}</fieldset>\n{figures}</div>\n'
     )
-    draft += place_of(
-        f"{name}-loss",
-        figures["loss"],
-        "Loss",
-        "Thin: training, averaged over stretches of steps. Marked: validation and test."
-        + (" The first seed of each method." if many else ""),
-    )
-    draft += place_of(f"{name}-accuracy", figures["accuracy"], "Accuracy", "Click a name to hide or show its curves.")
-    return draft + Draft("</div>\n")
 
 
-def run_section(name: str, groups: Mapping[str, Sequence[Cell]]) -> Draft:
-    """How the budget was met, for each run with a ledger; one run is shown at a time."""
+def run_section(name: str, groups: Mapping[str, Sequence[Cell]], room: int) -> str:
+    """Each run with a ledger, decision by decision; one is open at a time."""
     runs = [
         (f"{label}, seed {cell.seed}" if cell.seed is not None else label, cell.record, cell.history)
-        for label, cells in groups.items()
+        for label, cells in sorted(groups.items(), key=lambda item: item[1][0].method != SETPOINT)
         for cell in cells
         if cell.record is not None
     ]
     if not runs:
-        return Draft("")
-    shown = runs[:MOST_RUNS]
-    options = "".join(f'<option value="{name}-r{i}">{escape(label)}</option>' for i, (label, *_) in enumerate(shown))
-    picker = f'<label class="choice"><span>run</span><select data-runs="{name}">{options}</select></label>\n'
-    draft = Draft("<h3>How the budget was met</h3>\n" + (picker if len(shown) > 1 else ""))
-    for place, (label, record, history) in enumerate(shown):
-        around = place_of(
-            f"{name}-r{place}-around",
+        return ""
+    page, left = "<h3>Decision by decision</h3>\n", len(runs)
+    for label, record, history in runs:
+        around = drawn(
             loss_around(record, history),
             "The loss around each event",
             "Training loss less its mean before. Orange: units were dropped; blue: units came back, too.",
         )
         final = max(((p.step, p.loss) for p in history if p.split == "train" and p.loss is not None), default=None)
-        draft += run(f"{name}-r{place}", label, record, hidden=place > 0, more=around, final=final)
-    left = len(runs) - len(shown)
-    return draft + Draft(f'<p class="caption">{left} more runs are not shown one by one.</p>\n' if left else "")
+        made = run(label, record, more=around, final=final)
+        if len(page) + len(made) > room and left < len(runs):
+            break
+        opened = " open" if left == len(runs) else ""
+        page += f'<details class="run" name="{name}-run"{opened}><summary>{escape(label)}</summary>\n{made}</details>\n'
+        left -= 1
+    return page + (f'<p class="caption">{left} more runs are not shown one by one.</p>\n' if left else "")
 
 
-def seconds_section(name: str, groups: Mapping[str, Sequence[Cell]]) -> Draft:
+def seconds_section(groups: Mapping[str, Sequence[Cell]]) -> str:
     """Where the seconds went."""
-    figure = seconds_figure(groups)
-    if figure is None:
-        return Draft("")
     lines = []
     for label, cells in groups.items():
         parts = seconds_by_part(cells)
@@ -132,12 +126,13 @@ def seconds_section(name: str, groups: Mapping[str, Sequence[Cell]]) -> Draft:
         total = sum(parts.values())
         shares = [pair(duration(seconds), share(seconds, total)) if seconds else NOTHING for seconds in parts.values()]
         lines.append([escape(label), *shares, escape(duration(total))])
-    draft = Draft("<h3>Where the seconds went</h3>\n")
+    if not lines:
+        return ""
     clock = clock_of([cell for cells in groups.values() for cell in cells])
     caption = "Means over seeds, by the runs' own clocks."
     caption += "" if clock == "interleaved" else " The machine was busy with other work: only the shares count."
-    draft += place_of(f"{name}-seconds", figure, "Training and overhead", caption)
-    return draft + Draft(f'<div class="scroll">{html_table(("method", *PARTS, "total"), lines)}</div>\n')
+    listing = html_table(("method", *PARTS, "total"), lines)
+    return f'<h3>Where the seconds went</h3>\n<div class="scroll">{listing}</div>\n<p class="caption">{caption}</p>\n'
 
 
 def remarks(found: Sequence[str]) -> str:

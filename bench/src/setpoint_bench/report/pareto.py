@@ -7,25 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from setpoint.report.figures import BLUE, GREY, INK, ORANGE, OTHERS, Figure, Trace, escape, layout
+from setpoint.report.figures import INK, Figure, Trace, escape, layout
 from setpoint.report.numbers import human, scale
 from setpoint_bench.report.columns import metric_text
+from setpoint_bench.report.looks import marks
 from setpoint_bench.report.statistics import Estimate
 from setpoint_bench.report.summary import DENSE, SETPOINT, Row
-
-COLORS = {
-    DENSE: GREY,
-    "small": ORANGE,
-    SETPOINT: BLUE,
-    "open-loop": OTHERS[0],
-    "post-training": OTHERS[1],
-    "sparse": OTHERS[2],
-}
-"""A family's colour; methods of a family differ by their mark."""
-MARKS = (
-    *("circle", "square", "diamond", "triangle-up", "triangle-down", "pentagon"),
-    *("star", "hexagon", "cross", "x", "bowtie"),
-)
 
 
 @dataclass(frozen=True)
@@ -96,33 +83,20 @@ def pareto(rows: Sequence[Row], expense: Expense) -> Figure:
     spent = [(row, cost) for row, cost in known if row.theoretical_ratio is None or expense.unit != "FLOP"]
     factor, unit = (1.0, "s") if expense.unit == "s" else scale(max(cost.mean for _, cost in known), expense.unit)
     budgets = sorted({row.budget for row in rows if row.budget is not None and row.method != DENSE}, reverse=True)
-    marks = marks_of(rows)
+    looks = marks(row.method for row in rows)
     data: list[Trace] = [front_line(spent, factor)]
     names = dict.fromkeys(row.method for row in rows)
     for method in sorted(names, key=lambda name: name == SETPOINT):  # Setpoint's marks lie on top
         of_method = [(row, cost) for row, cost in known if row.method == method]
         if of_method:
-            data.append(_trace(method, of_method, factor, budgets, marks[method]))
+            data.append(_trace(method, of_method, factor, budgets, looks[method]))
             data[-1]["hovertext"] = [_hover(row, cost, expense) for row, cost in of_method]
     loss = f"loss ({rows[0].unit})" if rows[0].unit else "loss"
     title = "accuracy (%)" if rows[0].metric == "accuracy" else loss
     shape = layout(title, f"{expense.title} ({unit})", height=400)
     shape["showlegend"] = False  # one legend for all figures stands above them
-    shape["margin"] |= {"t": 16}
     shape["xaxis"]["rangemode"] = "tozero"
     return Figure(data, shape)
-
-
-def marks_of(rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
-    """Colour and mark of each method; no two are alike as long as a family has no more methods than there are marks."""
-    found: dict[str, tuple[str, str]] = {}
-    count: dict[str, int] = {}
-    for row in rows:
-        if row.method not in found:
-            place = count.get(row.family, 0)
-            count[row.family] = place + 1
-            found[row.method] = (COLORS.get(row.family, OTHERS[3]), MARKS[place % len(MARKS)])
-    return found
 
 
 def _factor(row: Row) -> float:
@@ -140,7 +114,7 @@ def _trace(
     symbols = [mark + ("-open" if row.budget in budgets[1:] else "") for row, _ in points]
 
     def bars(spreads: Sequence[float | None]) -> dict[str, Any]:
-        return {"type": "data", "array": [s or 0.0 for s in spreads], "thickness": 1, "width": 3, "color": color}
+        return {"array": [spread or 0.0 for spread in spreads]}
 
     return {
         "type": "scatter",
@@ -151,8 +125,8 @@ def _trace(
         "error_y": bars([None if (d := row.value.deviation) is None else d * _factor(row) for row, _ in points]),
         "error_x": bars([None if (d := cost.deviation) is None else d / factor for _, cost in points]),
         "line": {"color": color, "width": 1, "dash": "dot"},
-        "marker": {"color": color, "symbol": symbols, "size": 10, "line": {"width": 1.6, "color": color}},
-        "hovertemplate": "%{hovertext}<extra></extra>",
+        "marker": {"color": color, "symbol": symbols},
+        "hovertemplate": "%{hovertext}",
     }
 
 

@@ -13,8 +13,9 @@ import numpy as np
 from setpoint.errors import ReportError
 from setpoint.report.figures import DARK
 from setpoint.report.numbers import digits, scale
-from setpoint_bench.report.curves import Style, styles
+from setpoint_bench.report.curves import spending_line
 from setpoint_bench.report.folder import read_results
+from setpoint_bench.report.looks import Style, styles
 from setpoint_bench.report.results import Cell
 from setpoint_bench.report.summary import series
 
@@ -102,25 +103,6 @@ def learning_line(cell: Cell, metric: str, split: str) -> Line:
         for point in cell.history
         if point.split == split and point.flops is not None and (value := getattr(point, metric)) is not None
     ]
-
-
-def spending_line(cell: Cell) -> Line:
-    """FLOPs per step over steps: in stairs from the ledger, or level.
-
-    None where a dense run came before, or where the model was cut and no ledger says when.
-    """
-    record = cell.record
-    if cell.family == "post-training" or (cell.resizes and record is None):
-        return []
-    end = max((point.step for point in cell.history), default=0.0)
-    if record is not None and "flops" in record.dense:
-        level, line = record.dense["flops"], [(0.0, record.dense["flops"])]
-        for entry in record.entries:
-            if "flops" in entry.spent:
-                line += [(float(entry.step), level), (float(entry.step), entry.spent["flops"])]
-                level = entry.spent["flops"]
-        return [*line, (max(end, line[-1][0]), level)]
-    return [] if cell.final_flops is None or not end else [(0.0, cell.final_flops), (end, cell.final_flops)]
 
 
 def drawing(task: str, panels: Sequence[Panel], labels: Sequence[str]) -> str:

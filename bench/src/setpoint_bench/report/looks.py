@@ -1,0 +1,52 @@
+"""Looks: the colour, the mark and the dash of each method, the same in all figures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from setpoint.report.drawing import MARKS
+from setpoint.report.figures import BLUE, GREY, ORANGE, OTHERS
+from setpoint_bench.report.summary import DENSE, SETPOINT
+
+FIXED = {DENSE: GREY, "small": ORANGE, SETPOINT: BLUE}
+_DASHES = ("solid", "dash", "dashdot", "dot", "longdash")
+
+
+@dataclass(frozen=True)
+class Style:
+    """How the curves of one method look: colour, dash and line width in pixels."""
+
+    color: str
+    dash: str
+    width: float
+
+
+def marks(methods: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Colour and mark of each method; no two are alike up to as many as there are other colours times marks."""
+    found: dict[str, tuple[str, str]] = {}
+    for method in methods:
+        if method in FIXED:
+            found[method] = (FIXED[method], "circle")
+        elif method not in found:
+            place = len(found.keys() - FIXED)
+            found[method] = (OTHERS[place % len(OTHERS)], [*MARKS][place // len(OTHERS) % len(MARKS)])
+    return found
+
+
+def styles(labels: Sequence[str]) -> dict[str, Style]:
+    """A style for each label: its method's colour, and a dash by its place among the method's labels.
+
+    A method with a single label has a dash of its own, for readers who cannot see the hue.
+    """
+    by_method: dict[str, list[str]] = {}
+    for label in labels:
+        by_method.setdefault(label.partition(" ")[0], []).append(label)
+    colors, found, free = marks(by_method), {}, 0
+    for method, members in by_method.items():
+        first = 0 if len(members) > 1 or method in (DENSE, SETPOINT) else 1 if method == "small" else 2 + free % 3
+        free += method not in FIXED
+        width = 2.4 if method == SETPOINT else 1.8
+        for place, label in enumerate(members):
+            found[label] = Style(colors[method][0], _DASHES[(first + place) % len(_DASHES)], width)
+    return found
