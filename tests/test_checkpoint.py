@@ -58,6 +58,17 @@ def test_a_loaded_model_trains_like_the_saved_one_and_can_be_saved_again(tmp_pat
         assert torch.equal(train_step(model, one, inputs), train_step(dense, other, inputs))
 
 
+@pytest.mark.parametrize(("given", "name"), [(None, "NoneType"), (nn.Linear, "Linear"), ({}, "dict")])
+def test_what_is_no_model_is_refused_in_a_sentence(given: Any, name: str, tmp_path: Path) -> None:
+    """Claim: None, a class in a model's place, a state dict: the error says what is wanted and what came."""
+    save(mlp_model(), tmp_path / "m.safetensors")
+    with pytest.raises(CheckpointError, match=f"load reads into a torch.nn.Module as its code builds it, got {name}"):
+        load(tmp_path / "m.safetensors", into=given)
+    with pytest.raises(CheckpointError, match=f"save writes a torch.nn.Module as its code builds it, got {name}"):
+        save(given, tmp_path / "n.safetensors")
+    assert not (tmp_path / "n.safetensors").exists()
+
+
 def test_loading_keeps_memory_format_and_frozen_parameters(tmp_path: Path) -> None:
     """Claim: `into` decides on memory format and requires_grad, the file on dtype; gradients are dropped."""
     model, _, inputs, _, path = shrunk("residual", tmp_path)

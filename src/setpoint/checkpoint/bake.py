@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from setpoint.checkpoint.carried import KEY
+from setpoint.actuator.carried import KEY
 from setpoint.distributed import unwrapped
 from setpoint.errors import CheckpointError
 from setpoint.groups import shim, vanish

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from setpoint.actuator.attached import check_free
+from setpoint.actuator.carried import carry
 from setpoint.actuator.cut import SizePlace
 from setpoint.actuator.lineage import adopt, note_cut, shapes_before, sizes_now
 from setpoint.actuator.shrink import is_persistent, named_tensors
@@ -70,6 +71,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     ...     load(f"{folder}/small.safetensors", into=nn.Linear(2, 3))
     Linear(in_features=2, out_features=3, bias=True)
     """
+    _check_module("save writes", model)
     model = unwrapped(model)
     for path_in, module in model.named_modules():
         if type(module).get_extra_state is not nn.Module.get_extra_state:
@@ -104,6 +106,7 @@ def load(path: str | os.PathLike[str], into: nn.Module) -> nn.Module:
             format, or made for another model; `into` is then as it was.
         LoopError: when a loop is at work on it.
     """
+    _check_module("load reads into", into)
     check_free(into)
     metadata, stored = read_file(Path(path))
     header = _parse(Path(path), metadata, stored)
@@ -129,7 +132,16 @@ def load(path: str | os.PathLike[str], into: nn.Module) -> nn.Module:
         record_buffers(into, header.transient, undo)
         record_dense(into, header.dense, undo)
         undo.pop_all()
+    carry(into)
     return into
+
+
+def _check_module(what: str, model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        name = model.__name__ if isinstance(model, type) else type(model).__name__
+        raise CheckpointError(
+            f"{what} a torch.nn.Module as its code builds it, got {name}: give the model, such as Net()"
+        )
 
 
 def _set_sizes(model: nn.Module, places: Mapping[SizePlace, int], undo: ExitStack) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections import OrderedDict
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,12 +16,13 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _WrappedHook
 
 from setpoint.actuator.attached import check_loads
+from setpoint.actuator.carried import KEY, Carried, Hooks, carry
 from setpoint.actuator.cut import SizePlace
 from setpoint.actuator.lineage import sizes_now
 from setpoint.actuator.shrink import named_tensors
 from setpoint.actuator.sizes import recorded_buffers
 from setpoint.actuator.take import take
-from setpoint.checkpoint.carried import KEY, Carried, dense_shapes, fill, fit
+from setpoint.checkpoint.fit import dense_shapes, fill, fit
 from setpoint.checkpoint.infer import Shapes, cut_to, infer
 from setpoint.distributed import is_sharded, unwrapped
 from setpoint.errors import CheckpointError
@@ -33,19 +33,6 @@ from setpoint.groups.rehearsal import hook_tables
 _PENDING = "_setpoint_pending"
 _under_way: WeakKeyDictionary[nn.Module, tuple[ExitStack, list[str], bool]] = WeakKeyDictionary()
 """What puts a model back whose load is under way, what that has found wrong, and whether names must match."""
-
-
-class Hooks(OrderedDict[Any, Any]):
-    """Hooks of a module, of which Setpoint's go along with `copy.deepcopy`, but into no pickle.
-
-    A pickled model must load where Setpoint is not installed.
-    """
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Hooks:
-        return Hooks({key: copy.deepcopy(hook, memo) for key, hook in self.items()})
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return OrderedDict, ([(key, hook) for key, hook in self.items() if key != KEY],)
 
 
 def resumable(model: nn.Module) -> nn.Module:
@@ -71,16 +58,15 @@ def resumable(model: nn.Module) -> nn.Module:
         raise CheckpointError(f"resumable takes a torch.nn.Module, got {type(model).__name__}")
     module = unwrapped(model)
     if not is_resumable(module):
-        ahead = _WrappedHook(_fit_to, module)  # as torch wraps hooks that get their module: a deep copy gets its own
-        module._state_dict_hooks = Hooks({**module._state_dict_hooks, KEY: _carry})
-        module._load_state_dict_pre_hooks = Hooks({KEY: ahead, **module._load_state_dict_pre_hooks})
+        carry(module)
+        module._load_state_dict_pre_hooks[KEY] = _WrappedHook(_fit_to, module)
         module._load_state_dict_post_hooks = Hooks({**module._load_state_dict_post_hooks, KEY: _after_load})
     return model
 
 
 def is_resumable(model: nn.Module) -> bool:
     """Whether a model's own `load_state_dict` cuts it first."""
-    return KEY in unwrapped(model)._load_state_dict_pre_hooks
+    return KEY in unwrapped(model)._load_state_dict_post_hooks
 
 
 def shrink_to(model: nn.Module, state: Mapping[str, Any], example: Example | None = None) -> nn.Module:
@@ -131,13 +117,6 @@ def shrink_to(model: nn.Module, state: Mapping[str, Any], example: Example | Non
 
 
 _WRAPPERS = ("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.")
-
-
-def _carry(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
-    """Called by `state_dict`: put the sizes of a cut model beside its version."""
-    carried = Carried.of(module)
-    if carried is not None:
-        metadata[KEY] = carried.plain()
 
 
 def _fit_to(

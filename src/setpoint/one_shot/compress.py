@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from setpoint.actuator.attached import check_free
+from setpoint.actuator.carried import carry
 from setpoint.actuator.mask import mask
 from setpoint.actuator.shrink import named_tensors, shrink
 from setpoint.actuator.verify import failing_groups, few_rows
@@ -121,6 +122,7 @@ def compress(
             mask(model, None, active, keep)
             run(model, batches, "renewed")
             cut = shrink(model, None, active, keep)
+        carry(model)
     after = {name: each.total(widths_of(cut)) for name, each in costs.items()}
     refitted = tuple(name for reader in readers for name in reader.layers)
     seen = sum(map(samples_in, batches))
