@@ -32,8 +32,8 @@ from setpoint.actuator.swap import swap
 from setpoint.actuator.take import in_format
 from setpoint.checkpoint.agreeing import check_agreement
 from setpoint.checkpoint.fields import fields_of
+from setpoint.checkpoint.given import given_module
 from setpoint.checkpoint.ordinary_file import ordinary_file
-from setpoint.distributed import unwrapped
 from setpoint.errors import CheckpointError
 
 FORMAT = 1
@@ -71,8 +71,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     ...     load(f"{folder}/small.safetensors", into=nn.Linear(2, 3))
     Linear(in_features=2, out_features=3, bias=True)
     """
-    _check_module("save writes", model)
-    model = unwrapped(model)
+    model = given_module("save", model)
     for path_in, module in model.named_modules():
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             raise CheckpointError(
@@ -106,7 +105,7 @@ def load(path: str | os.PathLike[str], into: nn.Module) -> nn.Module:
             format, or made for another model; `into` is then as it was.
         LoopError: when a loop is at work on it.
     """
-    _check_module("load reads into", into)
+    given_module("load(..., into=model)", into)
     check_free(into)
     metadata, stored = read_file(Path(path))
     header = _parse(Path(path), metadata, stored)
@@ -134,14 +133,6 @@ def load(path: str | os.PathLike[str], into: nn.Module) -> nn.Module:
         undo.pop_all()
     carry(into)
     return into
-
-
-def _check_module(what: str, model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        name = model.__name__ if isinstance(model, type) else type(model).__name__
-        raise CheckpointError(
-            f"{what} a torch.nn.Module as its code builds it, got {name}: give the model, such as Net()"
-        )
 
 
 def _set_sizes(model: nn.Module, places: Mapping[SizePlace, int], undo: ExitStack) -> None:

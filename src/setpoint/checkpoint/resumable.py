@@ -23,6 +23,7 @@ from setpoint.actuator.shrink import named_tensors
 from setpoint.actuator.sizes import recorded_buffers
 from setpoint.actuator.take import take
 from setpoint.checkpoint.fit import dense_shapes, fill, fit
+from setpoint.checkpoint.given import given_module
 from setpoint.checkpoint.infer import Shapes, cut_to, infer
 from setpoint.distributed import is_sharded, unwrapped
 from setpoint.errors import CheckpointError
@@ -54,13 +55,13 @@ def resumable(model: nn.Module) -> nn.Module:
     >>> model[0]
     Linear(in_features=2, out_features=3, bias=True)
     """
-    if not isinstance(model, nn.Module):
-        raise CheckpointError(f"resumable takes a torch.nn.Module, got {type(model).__name__}")
-    module = unwrapped(model)
+    module = given_module("resumable", model)
     if not is_resumable(module):
         carry(module)
-        module._load_state_dict_pre_hooks[KEY] = _WrappedHook(_fit_to, module)
-        module._load_state_dict_post_hooks = Hooks({**module._load_state_dict_post_hooks, KEY: _after_load})
+        ahead: dict[Any, Any] = module._load_state_dict_pre_hooks
+        behind: dict[Any, Any] = module._load_state_dict_post_hooks
+        ahead[KEY] = _WrappedHook(_fit_to, module)
+        module._load_state_dict_post_hooks = Hooks({**behind, KEY: _after_load})
     return model
 
 
@@ -92,7 +93,7 @@ def shrink_to(model: nn.Module, state: Mapping[str, Any], example: Example | Non
     >>> model.load_state_dict(small)
     <All keys matched successfully>
     """
-    module = unwrapped(model)
+    module = given_module("shrink_to", model)
     if not isinstance(state, Mapping):
         raise CheckpointError(f"shrink_to takes a state dict, got {type(state).__name__}")
     metadata = getattr(state, "_metadata", None) or {}
@@ -100,8 +101,8 @@ def shrink_to(model: nn.Module, state: Mapping[str, Any], example: Example | Non
     prefix = next((each for each in ("", *_WRAPPERS) if any(f"{each}{name}" in state for name in names)), None)
     if prefix is None:
         raise CheckpointError(
-            f"the state dict has none of the model's tensors: its names are {_some(tuple(map(str, state)))}, the "
-            f"model's {_some(tuple(names))}: give the part that is the model's, without a prefix of its names"
+            f"the state dict has none of the model's tensors: its names are {_some(tuple(map(str, state))) or 'none'}, "
+            f"the model's {_some(tuple(names))}: give the part that is the model's, without a prefix of its names"
         )
     load = _Load.of(module, state, prefix, _carried(module, prefix, metadata))
     if load is not None and load.carried is None and example is not None:
