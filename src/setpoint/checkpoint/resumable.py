@@ -42,7 +42,8 @@ def resumable(model: nn.Module) -> nn.Module:
     Any framework's own checkpoints can then be read back into the dense model as its code builds it, before or after
     `attach`, and into one that was cut otherwise. The sizes stand in the state dict's metadata, which `torch.save`
     keeps and plain readers ignore. Where a format drops it (safetensors), the shapes say how narrow each layer is, and
-    sizes in the model's code follow at its first forward. A state of a model that was never cut loads as ever.
+    sizes in the model's code follow at its first forward. A state of the model's own shapes loads as ever. A narrower
+    one that carries no sizes may be of another model: its shapes are taken all the same.
 
     Returns:
         The model itself, which may be given again.
