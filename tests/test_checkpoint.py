@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import setpoint
 import setpoint.checkpoint.model_file as checkpoint
 from actuator.hand_made import CASES, Tied, group, mlp, mlp_model, residual, some_keep, tied, train_step
 from setpoint.actuator.shrink import named_tensors, shrink
@@ -56,6 +57,23 @@ def test_a_loaded_model_trains_like_the_saved_one_and_can_be_saved_again(tmp_pat
     one, other = (torch.optim.SGD(each.parameters(), lr=0.1, momentum=0.9) for each in (model, dense))
     for _ in range(3):
         assert torch.equal(train_step(model, one, inputs), train_step(dense, other, inputs))
+
+
+@pytest.mark.parametrize(("given", "name"), [(None, "NoneType"), (nn.Linear, "the class Linear"), ({}, "dict")])
+def test_what_is_no_model_is_refused_in_a_sentence(given: Any, name: str, tmp_path: Path) -> None:
+    """Claim: None, a class in a model's place, a state dict: the error says what is wanted and what came."""
+    file = tmp_path / "n.safetensors"
+    for call in (
+        lambda: load(file, into=given),
+        lambda: save(given, file),
+        lambda: setpoint.resumable(given),
+        lambda: setpoint.shrink_to(given, {}),
+        lambda: setpoint.bake(given),
+        lambda: setpoint.export_padded(given),
+    ):
+        with pytest.raises(CheckpointError, match=f"takes a torch.nn.Module, got {name}: give the model itself"):
+            call()
+    assert not file.exists()
 
 
 def test_loading_keeps_memory_format_and_frozen_parameters(tmp_path: Path) -> None:

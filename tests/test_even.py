@@ -44,6 +44,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("AutoModelForCausalLM", GROUPED),
     "qwen2": ("AutoModelForCausalLM", GROUPED),
     "qwen3": ("AutoModelForCausalLM", {**GROUPED, "head_dim": 8}),
+    "phi3": ("AutoModelForCausalLM", {**GROUPED, "attention_dropout": 0.0}),  # heads and gates fused in one weight
     "gpt2": (
         "AutoModelForCausalLM",
         {"vocab_size": 60, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32, "bos_token_id": 1}
@@ -52,7 +53,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("AutoModelForSequenceClassification", TEXT),
     "vit": ("AutoModelForImageClassification", {**IMAGE, "image_size": 16, "patch_size": 4}),
 }
-HEADS = {"llama", "mistral", "qwen2", "qwen3", "vit"}
+HEADS = {"llama", "mistral", "phi3", "qwen2", "qwen3", "vit"}
 """Families whose config has a place for an explicit size of a head."""
 
 
@@ -148,7 +149,7 @@ def test_even_and_padded_models_compute_what_their_masked_twins_do(family: str) 
 
 
 def test_a_process_without_setpoint_reads_them() -> None:
-    """Claim: so it is in a fresh process that never imports Setpoint, in all seven families."""
+    """Claim: so it is in a fresh process that never imports Setpoint, in all eight families."""
     jobs = [[auto, folder] for family, (auto, _) in FAMILIES.items() for folder in saved(family)]
     command = [sys.executable, "-W", "ignore", "-c", READER, json.dumps(jobs)]
     told = subprocess.run(command, capture_output=True, text=True, check=False, env={"OMP_NUM_THREADS": "1"})
@@ -201,21 +202,29 @@ def train(model: nn.Module, example: Any, budget: Any = 0.6, steps: int = 20, **
     return loop
 
 
-def test_a_run_ends_with_a_true_config(tmp_path: Path) -> None:
-    """Claim: attach(even=True) keeps GPT-2 even at every step, meets the budget, and an EMA copy's config follows."""
-    dense, example, _ = built("gpt2")
+@pytest.mark.parametrize(
+    ("family", "number", "dense_number"), [("gpt2", "n_inner", None), ("phi3", "num_key_value_heads", 4)]
+)
+def test_a_run_ends_with_a_true_config(family: str, number: str, dense_number: int | None, tmp_path: Path) -> None:
+    """Claim: attach(even=True) keeps GPT-2 even at every step, meets the budget, and an EMA copy's config follows; so
+    with Phi-3, whose attention slices one weight by numbers of the config while it runs.
+    """
+    dense, example, _ = built(family)
     model = setpoint.resumable(copy.deepcopy(dense))
     average = copy.deepcopy(model)
     loop = train(model, example, copies=[average], verify=False)
-    assert set(loop.widths) == {"transformer.h.0.mlp.c_fc", "transformer.h.1.mlp.c_fc"}
-    width = loop.widths["transformer.h.0.mlp.c_fc"]
-    assert model.config.n_inner == average.config.n_inner == width < 128 and dense.config.n_inner is None
+    cut = ("h.0.mlp.c_fc", "h.1.mlp.c_fc") if family == "gpt2" else ("qkv_proj", "qkv_proj")
+    widths = [width for name, width in loop.widths.items() if name.endswith(cut)]
+    assert len(widths) == 2 and len(set(widths)) == 1 and (family == "phi3" or len(loop.widths) == 2)
+    width, full = widths[0], 128 if family == "gpt2" else 4
+    assert getattr(model.config, number) == getattr(average.config, number) == width < full
+    assert getattr(dense.config, number) == dense_number
     model.save_pretrained(tmp_path)
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
     assert torch.equal(logits(plain, example), logits(model, example))
     fresh = setpoint.resumable(copy.deepcopy(dense))
     fresh.load_state_dict(model.state_dict())
-    assert fresh.config.n_inner == width and torch.equal(logits(fresh, example), logits(model, example))
+    assert getattr(fresh.config, number) == width and torch.equal(logits(fresh, example), logits(model, example))
 
 
 def test_a_model_without_a_config_is_even_by_its_names() -> None:
@@ -358,7 +367,10 @@ def test_what_cannot_be_even_is_refused_in_a_sentence() -> None:
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     before = model.config.to_dict()
     settings = {"example": example, "total_steps": 9, "even": True}
-    with pytest.raises(GroupError, match="even=True leaves nothing to cut.*BertConfig has no place for fewer of its h"):
+    with pytest.raises(
+        GroupError,
+        match="even=True leaves nothing to cut.*BertConfig has no place for fewer of its h.*Attach without even",
+    ):
         setpoint.attach(model, optimizer, 0.5, groups=heads, **settings)
     with pytest.raises(LoopError, match="Masking"):
         setpoint.attach(model, optimizer, 0.5, actuator=setpoint.Masking("2:4"), **settings)

@@ -8,6 +8,7 @@ import pickle
 import pickletools
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -23,7 +24,9 @@ from torch.optim.swa_utils import AveragedModel
 import setpoint
 from golden.models import GPT, ResNet
 from setpoint.actuator.shrink import named_tensors
+from setpoint.checkpoint.resumable import is_resumable
 from setpoint.errors import CheckpointError, LoopError
+from setpoint.loop.resume import check_format
 from setpoint.loop.starting import Inputs
 
 Make = Callable[[], nn.Module]
@@ -337,6 +340,92 @@ def test_a_damaged_form_of_the_inputs_is_refused(damaged: Any) -> None:
     """Claim: what a state says of the first batch is checked before anything is built by it."""
     with pytest.raises(CheckpointError, match="the state of the loop is damaged"):
         Inputs.of(EXAMPLES[mlp]).in_form(damaged)
+
+
+def trained(model: nn.Module, **settings: Any) -> nn.Module:
+    """The model after a run that was never told to resume."""
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    with setpoint.attach(model, optimizer, 0.5, total_steps=6, verify=False, **settings):
+        for _ in range(6):
+            model(*EXAMPLES[mlp]).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return model
+
+
+def by_hand(model: nn.Module, **_: Any) -> nn.Module:
+    groups = setpoint.find_groups(model, EXAMPLES[mlp])
+    setpoint.shrink(model, None, groups, {groups[0].name: [False, *[True] * (groups[0].num_units - 1)]})
+    return model
+
+
+def loaded(model: nn.Module, **_: Any) -> nn.Module:
+    with tempfile.TemporaryDirectory() as folder:
+        setpoint.save(trained(mlp()), f"{folder}/small.safetensors")
+        return setpoint.load(f"{folder}/small.safetensors", into=model)
+
+
+def compressed(model: nn.Module, **_: Any) -> nn.Module:
+    setpoint.compress(model, [EXAMPLES[mlp]], "50% flops", verify=False)
+    return model
+
+
+@pytest.mark.parametrize("road", [trained, by_hand, loaded, compressed])
+def test_every_cut_model_carries_its_sizes_and_names_a_state_of_others(
+    road: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Claim: whatever has cut a model, its plain state is read by whoever called enable_checkpointing; and a dense
+    state is refused in one sentence before anything is copied.
+    """
+    model, dense = road(mlp()), mlp().state_dict()
+    before = {name: tensor.clone() for name, tensor in named_tensors(model).items()}
+    with pytest.raises(
+        CheckpointError, match=r"^size mismatch: '0\.weight' has shape \(24, 6\) in the state dict, and"
+    ):
+        model.load_state_dict({**dense})
+    assert all(torch.equal(tensor, before[name]) for name, tensor in named_tensors(model).items())
+    model.load_state_dict(model.state_dict())
+    monkeypatch.setattr(nn.Module, "load_state_dict", nn.Module.load_state_dict)
+    setpoint.enable_checkpointing()
+    fresh = mlp()
+    fresh.load_state_dict(through_file(model.state_dict()))
+    assert str(fresh) == str(model) and torch.equal(fresh(*EXAMPLES[mlp]), model(*EXAMPLES[mlp]))
+
+
+@pytest.mark.parametrize(
+    ("example", "kind", "words"),
+    [
+        (None, CheckpointError, r"in the state dict, which Setpoint has cut, and \(24, 6\) in the model:"),
+        (EXAMPLES[mlp], LoopError, "load the loop's own state first, or attach with resume=True"),
+    ],
+)
+def test_a_cut_state_for_a_model_that_was_attached_is_refused_by_name(example: Any, kind: Any, words: str) -> None:
+    """Claim: a dense model whose loop does not go on with what is loaded names a cut state, and is unchanged."""
+    model, state = mlp(), through_file(trained(mlp()).state_dict())
+    loop = setpoint.attach(model, torch.optim.AdamW(model.parameters()), 0.5, total_steps=6, example=example)
+    before = [tensor.clone() for tensor in model.parameters()]
+    with pytest.raises(kind, match=words):
+        model.load_state_dict(state)
+    assert all(map(torch.equal, before, model.parameters()))
+    loop.detach()
+
+
+@pytest.mark.parametrize("example", [None, EXAMPLES[mlp]])
+def test_an_attach_that_is_refused_leaves_the_model_as_it_loads(example: Any) -> None:
+    """Claim: after a refused attach(resume=True) a state of other shapes is an error as ever, and cuts nothing."""
+    model = mlp()
+    with pytest.raises(setpoint.SetpointError):
+        budget = "7 bananas" if example is None else 1e-6
+        setpoint.attach(model, torch.optim.SGD(model.parameters()), budget, total_steps=6, resume=True, example=example)
+    assert not is_resumable(model) and not model._state_dict_hooks
+    with pytest.raises(RuntimeError, match="size mismatch for"):
+        model.load_state_dict(cut(mlp).state_dict())
+
+
+def test_a_loops_state_of_a_newer_format_says_what_to_do() -> None:
+    """Claim: as for sizes and files, the way out is named."""
+    with pytest.raises(CheckpointError, match="the state has format 99, and this reads 2: upgrade Setpoint"):
+        check_format({"format": 99})
 
 
 def test_hooks_go_along_with_a_deep_copy_and_into_no_pickle() -> None:

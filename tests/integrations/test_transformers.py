@@ -241,12 +241,14 @@ def test_two_ranks_by_accelerate_resume_bit_for_bit(tmp_path: Path) -> None:
     assert done.returncode == 0 and done.stdout.count("alike") == 2, done.stderr[-3000:]
 
 
-def test_a_callback_given_twice_is_refused(tmp_path: Path) -> None:
-    """Claim: two of them would cut the same model: said in words before anything happens."""
+@pytest.mark.parametrize("same", [False, True])
+def test_a_callback_given_twice_is_refused(same: bool, tmp_path: Path) -> None:
+    """Claim: two of them, or one twice, would cut the same model: said in words before anything happens."""
     run, callback = trainer("gpt2", tmp_path, save_strategy="no")
-    run.add_callback(SetpointCallback(0.5))
+    run.add_callback(callback if same else SetpointCallback(0.5))
     with pytest.raises(ValueError, match="one SetpointCallback"):
         run.train()
+    assert callback.loop is None
 
 
 def _accelerated(folder: Path | None, until: int = STEPS) -> tuple[Any, setpoint.Loop, Any]:

@@ -11,6 +11,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from setpoint.actuator.attached import check_free
+from setpoint.actuator.carried import carry
 from setpoint.actuator.optimizer_state import Optimizers
 from setpoint.actuator.shrink import shrink as shrink_held
 from setpoint.errors import GroupError
@@ -69,7 +70,10 @@ def shrink(
     if not isinstance(keep, Mapping):
         raise GroupError(f"keep holds booleans by name of the group, got a {type(keep).__name__}")
     arrays = {name: _array(each) for name, each in keep.items()}
-    return shrink_held(model, optimizer, tuple(groups), arrays, copies)
+    remaining = shrink_held(model, optimizer, tuple(groups), arrays, copies)
+    for each in (model, *copies):
+        carry(each)
+    return remaining
 
 
 def _array(kept: Any) -> Any:

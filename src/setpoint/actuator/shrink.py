@@ -51,11 +51,7 @@ def shrink(
     *,
     agreed: Callable[[], None] = lambda: None,
 ) -> tuple[Group, ...]:
-    """As `setpoint.shrink`, for whoever holds the model; `agreed` raises if another rank failed, before it is too late.
-
-    Everything new is built before anything is changed, so old and new are in memory together. On any exception model,
-    optimizers and copies are as they were.
-    """
+    """As `setpoint.shrink`, for whoever holds the model; `agreed` raises, in time, if another rank failed."""
     cut = plan_cut(groups, keep)
     remaining = cut_groups(groups, keep)
     copied = unwrapped([name for name, _ in cut.entries], model, copies)

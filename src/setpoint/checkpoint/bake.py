@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from setpoint.checkpoint.carried import KEY
-from setpoint.distributed import unwrapped
+from setpoint.actuator.carried import KEY
+from setpoint.checkpoint.given import given_module
 from setpoint.errors import CheckpointError
 from setpoint.groups import shim, vanish
 
@@ -67,7 +67,7 @@ def bake(model: nn.Module, file: str | os.PathLike[str] = "setpoint_baked.py") -
     path = Path(file)
     if not (path.suffix == ".py" and path.stem.isidentifier()):
         raise CheckpointError(f"{str(path)!r} is no file that Python can import: name it such as 'small_model.py'")
-    baked: nn.Module = copy.deepcopy(unwrapped(model))
+    baked: nn.Module = copy.deepcopy(given_module("bake", model))
     corrected = (shim.SizedForward, shim.HeadsForward, vanish.EmptyForward)
     written: ModuleType | None = None
     for module in baked.modules():

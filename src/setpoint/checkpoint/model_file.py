@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from setpoint.actuator.attached import check_free
+from setpoint.actuator.carried import carry
 from setpoint.actuator.cut import SizePlace
 from setpoint.actuator.lineage import adopt, note_cut, shapes_before, sizes_now
 from setpoint.actuator.shrink import is_persistent, named_tensors
@@ -31,8 +32,8 @@ from setpoint.actuator.swap import swap
 from setpoint.actuator.take import in_format
 from setpoint.checkpoint.agreeing import check_agreement
 from setpoint.checkpoint.fields import fields_of
+from setpoint.checkpoint.given import given_module
 from setpoint.checkpoint.ordinary_file import ordinary_file
-from setpoint.distributed import unwrapped
 from setpoint.errors import CheckpointError
 
 FORMAT = 1
@@ -70,7 +71,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     ...     load(f"{folder}/small.safetensors", into=nn.Linear(2, 3))
     Linear(in_features=2, out_features=3, bias=True)
     """
-    model = unwrapped(model)
+    model = given_module("save", model)
     for path_in, module in model.named_modules():
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             raise CheckpointError(
@@ -104,6 +105,7 @@ def load(path: str | os.PathLike[str], into: nn.Module) -> nn.Module:
             format, or made for another model; `into` is then as it was.
         LoopError: when a loop is at work on it.
     """
+    given_module("load(..., into=model)", into)
     check_free(into)
     metadata, stored = read_file(Path(path))
     header = _parse(Path(path), metadata, stored)
@@ -129,6 +131,7 @@ def load(path: str | os.PathLike[str], into: nn.Module) -> nn.Module:
         record_buffers(into, header.transient, undo)
         record_dense(into, header.dense, undo)
         undo.pop_all()
+    carry(into)
     return into
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections import OrderedDict
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,12 +16,14 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _WrappedHook
 
 from setpoint.actuator.attached import check_loads
+from setpoint.actuator.carried import KEY, Carried, Hooks, carry
 from setpoint.actuator.cut import SizePlace
 from setpoint.actuator.lineage import sizes_now
 from setpoint.actuator.shrink import named_tensors
 from setpoint.actuator.sizes import recorded_buffers
 from setpoint.actuator.take import take
-from setpoint.checkpoint.carried import KEY, Carried, dense_shapes, fill, fit
+from setpoint.checkpoint.fit import dense_shapes, fill, fit
+from setpoint.checkpoint.given import given_module
 from setpoint.checkpoint.infer import Shapes, cut_to, infer
 from setpoint.distributed import is_sharded, unwrapped
 from setpoint.errors import CheckpointError
@@ -35,26 +36,14 @@ _under_way: WeakKeyDictionary[nn.Module, tuple[ExitStack, list[str], bool]] = We
 """What puts a model back whose load is under way, what that has found wrong, and whether names must match."""
 
 
-class Hooks(OrderedDict[Any, Any]):
-    """Hooks of a module, of which Setpoint's go along with `copy.deepcopy`, but into no pickle.
-
-    A pickled model must load where Setpoint is not installed.
-    """
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Hooks:
-        return Hooks({key: copy.deepcopy(hook, memo) for key, hook in self.items()})
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return OrderedDict, ([(key, hook) for key, hook in self.items() if key != KEY],)
-
-
 def resumable(model: nn.Module) -> nn.Module:
     """Let a model's own `state_dict` carry its sizes, and its `load_state_dict` cut it to those of a state, first.
 
     Any framework's own checkpoints can then be read back into the dense model as its code builds it, before or after
     `attach`, and into one that was cut otherwise. The sizes stand in the state dict's metadata, which `torch.save`
     keeps and plain readers ignore. Where a format drops it (safetensors), the shapes say how narrow each layer is, and
-    sizes in the model's code follow at its first forward. A state of a model that was never cut loads as ever.
+    sizes in the model's code follow at its first forward. A state of the model's own shapes loads as ever. A narrower
+    one that carries no sizes may be of another model: its shapes are taken all the same.
 
     Returns:
         The model itself, which may be given again.
@@ -67,20 +56,19 @@ def resumable(model: nn.Module) -> nn.Module:
     >>> model[0]
     Linear(in_features=2, out_features=3, bias=True)
     """
-    if not isinstance(model, nn.Module):
-        raise CheckpointError(f"resumable takes a torch.nn.Module, got {type(model).__name__}")
-    module = unwrapped(model)
+    module = given_module("resumable", model)
     if not is_resumable(module):
-        ahead = _WrappedHook(_fit_to, module)  # as torch wraps hooks that get their module: a deep copy gets its own
-        module._state_dict_hooks = Hooks({**module._state_dict_hooks, KEY: _carry})
-        module._load_state_dict_pre_hooks = Hooks({KEY: ahead, **module._load_state_dict_pre_hooks})
-        module._load_state_dict_post_hooks = Hooks({**module._load_state_dict_post_hooks, KEY: _after_load})
+        carry(module)
+        ahead: dict[Any, Any] = module._load_state_dict_pre_hooks
+        behind: dict[Any, Any] = module._load_state_dict_post_hooks
+        ahead[KEY] = _WrappedHook(_fit_to, module)
+        module._load_state_dict_post_hooks = Hooks({**behind, KEY: _after_load})
     return model
 
 
 def is_resumable(model: nn.Module) -> bool:
     """Whether a model's own `load_state_dict` cuts it first."""
-    return KEY in unwrapped(model)._load_state_dict_pre_hooks
+    return KEY in unwrapped(model)._load_state_dict_post_hooks
 
 
 def shrink_to(model: nn.Module, state: Mapping[str, Any], example: Example | None = None) -> nn.Module:
@@ -106,7 +94,7 @@ def shrink_to(model: nn.Module, state: Mapping[str, Any], example: Example | Non
     >>> model.load_state_dict(small)
     <All keys matched successfully>
     """
-    module = unwrapped(model)
+    module = given_module("shrink_to", model)
     if not isinstance(state, Mapping):
         raise CheckpointError(f"shrink_to takes a state dict, got {type(state).__name__}")
     metadata = getattr(state, "_metadata", None) or {}
@@ -114,8 +102,8 @@ def shrink_to(model: nn.Module, state: Mapping[str, Any], example: Example | Non
     prefix = next((each for each in ("", *_WRAPPERS) if any(f"{each}{name}" in state for name in names)), None)
     if prefix is None:
         raise CheckpointError(
-            f"the state dict has none of the model's tensors: its names are {_some(tuple(map(str, state)))}, the "
-            f"model's {_some(tuple(names))}: give the part that is the model's, without a prefix of its names"
+            f"the state dict has none of the model's tensors: its names are {_some(tuple(map(str, state))) or 'none'}, "
+            f"the model's {_some(tuple(names))}: give the part that is the model's, without a prefix of its names"
         )
     load = _Load.of(module, state, prefix, _carried(module, prefix, metadata))
     if load is not None and load.carried is None and example is not None:
@@ -131,13 +119,6 @@ def shrink_to(model: nn.Module, state: Mapping[str, Any], example: Example | Non
 
 
 _WRAPPERS = ("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.")
-
-
-def _carry(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
-    """Called by `state_dict`: put the sizes of a cut model beside its version."""
-    carried = Carried.of(module)
-    if carried is not None:
-        metadata[KEY] = carried.plain()
 
 
 def _fit_to(

@@ -16,6 +16,9 @@ from setpoint.groups.group import Group
 from setpoint.groups.trace import Trace
 from setpoint.loop.candidates import Candidates, restricted
 
+_NOTHING = "even=True leaves nothing to cut"
+_INSTEAD = ". Attach without even=True: setpoint.save writes models of any widths"
+
 
 @dataclass(frozen=True, eq=False)
 class Even:
@@ -52,7 +55,7 @@ class Even:
             return replace(found, frozen=frozen)
         groups = tuple(group for group in found.groups if group.name not in missing)
         if not groups:
-            raise GroupError(f"even=True leaves nothing to cut: {'; '.join(sorted(set(missing.values()))[:4])}")
+            raise GroupError(f"{_NOTHING}: {'; '.join(sorted(set(missing.values()))[:4])}{_INSTEAD}")
         traced = restricted(self.traced, groups)
         return replace(
             found,
@@ -89,8 +92,9 @@ def evened(model: nn.Module, traced: Trace, wanted: Sequence[Group] | None, *, a
     left = tuple(group for group in groups if group.name in chosen and group.name not in frozen)
     if described and not said and not free:
         raise GroupError(
-            "even=True leaves nothing to cut: "
+            f"{_NOTHING}: "
             + ("; ".join(f"{n}: {why}" for n, why in list(frozen.items())[:4]) or "no group is lossless")
+            + _INSTEAD
         )
     kinds = (*(each.names for each in said), *alike(free))
     return Even(replace(traced, groups=groups), left, kinds, frozen)

@@ -15,7 +15,7 @@ from torch import nn
 
 from setpoint.actuator.shrink import named_tensors
 from setpoint.groups.group import Group, Place, SizeBinding
-from setpoint.groups.place import write_size
+from setpoint.groups.place import is_call, write_size
 from setpoint.groups.rng import preserved_rng_state
 
 _MOST_CHECKED = 256
@@ -66,6 +66,17 @@ class Said:
     def bound(self, groups: tuple[Group, ...]) -> tuple[Group, ...]:
         """The groups, of which a cut writes the numbers, and which keep to widths that the config allows."""
         first = self.names[0]
+        # Code that reads the config while it runs (Phi-3's slices of its fused heads) gives no constant any more.
+        free = {
+            (size.module, size.place)
+            for group in groups
+            for size in group.sizes
+            if group.name in self.names and is_call(size.place)
+        }
+        groups = tuple(
+            replace(group, sizes=tuple(_unwritten(e) if (e.module, e.place) in free else e for e in group.sizes))
+            for group in groups
+        )
         return tuple(
             replace(
                 group,
@@ -81,6 +92,11 @@ class Said:
     def _size(self, key: Key, width: int) -> SizeBinding:
         table = np.concatenate([np.repeat(np.arange(width), key.per_unit), np.full(key.constant, -1)])
         return SizeBinding(self.module, key.place, table)
+
+
+def _unwritten(size: SizeBinding) -> SizeBinding:
+    """The same place in a call, whatever number the code gives there."""
+    return replace(size, place=size.place.partition("=")[0])
 
 
 def configured(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -17,9 +17,9 @@ from setpoint.actuator.cut import cut_groups, plan_cut
 from setpoint.actuator.lift import lifted
 from setpoint.actuator.shrink import named_tensors
 from setpoint.actuator.swap import swap
+from setpoint.checkpoint.given import given_module
 from setpoint.checkpoint.infer import kept_of
 from setpoint.configs.keys import Said, is_configured, keys, numbered
-from setpoint.distributed import unwrapped
 from setpoint.errors import CheckpointError, ExampleError, GroupError, VerificationError
 from setpoint.groups.export import Example, inputs_of, tensors_of
 from setpoint.groups.group import Group
@@ -47,7 +47,7 @@ def export_padded(model: nn.Module, example: Example | None = None) -> nn.Module
         GroupError: where units are gone of which a zero is not the same as their absence.
         VerificationError: when the padded model computes something else.
     """
-    module = unwrapped(model)
+    module = given_module("export_padded", model)
     if not is_configured(module):
         raise CheckpointError(
             f"export_padded writes a transformers model with its config, and {type(module).__name__} has none: give "

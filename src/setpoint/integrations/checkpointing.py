@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from setpoint.actuator.carried import KEY
 from setpoint.actuator.lift import was_cut
-from setpoint.checkpoint.carried import KEY
 from setpoint.checkpoint.resumable import is_resumable, resumable
 from setpoint.integrations.huggingface import enable_huggingface
 

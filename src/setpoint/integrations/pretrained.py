@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from setpoint.actuator.carried import Carried
 from setpoint.actuator.lift import was_cut
-from setpoint.checkpoint.carried import Carried, dense_shapes, fill, fit
+from setpoint.checkpoint.fit import dense_shapes, fill, fit
 from setpoint.distributed import unwrapped
 from setpoint.errors import CheckpointError
 

@@ -57,8 +57,7 @@ class SetpointCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Attach: at the first step, or to what a checkpoint has left."""
         handler, trainer = _callers(self)
-        others = [each for each in handler.callbacks if isinstance(each, SetpointCallback) and each is not self]
-        if others:
+        if sum(isinstance(each, SetpointCallback) for each in handler.callbacks) > 1:
             raise ValueError("a Trainer takes one SetpointCallback, and was given several: leave one")
         # First of all, so that what it adds to the logs is there when the others report them.
         handler.callbacks.remove(self)

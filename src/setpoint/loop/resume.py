@@ -49,7 +49,7 @@ def check_format(state: Mapping[str, Any]) -> None:
             "setpoint==0.1.0, or begin it anew. Its finished models still load (setpoint.load)"
         )
     if state["format"] != FORMAT:
-        raise CheckpointError(f"the state has format {state['format']!r}, this Setpoint reads {FORMAT}")
+        raise CheckpointError(f"the state has format {state['format']!r}, and this reads {FORMAT}: upgrade Setpoint")
 
 
 def check_same_run(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:

@@ -176,7 +176,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         header = json.loads(metadata[_KEY])
         version, expected = header["format"], header["sha256"]
         if version != FORMAT:
-            raise CheckpointError(f"{str(path)!r} has format {version!r}, this Setpoint reads {FORMAT}")
+            raise CheckpointError(
+                f"{str(path)!r} has format {version!r:.80}, this Setpoint reads {FORMAT}: upgrade Setpoint"
+            )
         if digest(tensors, str(version)) != expected:
             raise damaged(path)
         tree = from_tensors(tensors)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from setpoint.actuator.attached import ATTACHED, FITTED
+from setpoint.actuator.carried import carry
 from setpoint.actuator.lift import lifted, was_cut
 from setpoint.actuator.shrink import unwrapped
 from setpoint.actuator.sizes import apply_sizes
@@ -113,15 +114,13 @@ class Starting:
         loop.wait(self)
         if host.ranks.own == 0:
             loop.on_step(partial(log, loop.metrics))
-        if resume:
-            for each in (host.model, *host.copies):
-                resumable(each)
 
     def at_once(self, example: Example) -> None:
         """Begin with an example, and with the state that has come with the optimizer, if there is one."""
         check_example(example)
         complete(self._host.model, example)
         self._begin(Inputs.of(example))
+        self._carry()
 
     def at_first_step(self) -> None:
         """Begin when the first optimizer is about to step, with what the model was called with until then."""
@@ -130,11 +129,17 @@ class Starting:
             raise LoopError("model.compile() hides the inputs of a forward: give attach an example=(x,)")
         self._first = FirstForward(self._called if host.compiled else host.model, host.model, self._method)
         self._hooks = StepHooks(host.optimizers, self._before, lambda: None)
+        self._carry()
         ATTACHED.add(host.model)
         FITTED.add(host.model)  # until the loop begins
         if self._resume and host.wrapper and self._called is not host.model:
             self._wrapped = None if was_cut(host.model) else _shapes(host.model)
             self._handle = self._called.register_forward_pre_hook(self._rewrap)
+
+    def _carry(self) -> None:
+        """Let states carry sizes, and take those of states or name them: only where nothing has been refused."""
+        for each in (self._host.model, *self._host.copies):
+            resumable(each) if self._resume else carry(each)
 
     def stop(self) -> None:
         """Leave model and optimizers alone; may be called again."""

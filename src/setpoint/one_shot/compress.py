@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from setpoint.actuator.attached import check_free
+from setpoint.actuator.carried import carry
 from setpoint.actuator.mask import mask
 from setpoint.actuator.shrink import named_tensors, shrink
 from setpoint.actuator.verify import failing_groups, few_rows
@@ -121,6 +122,7 @@ def compress(
             mask(model, None, active, keep)
             run(model, batches, "renewed")
             cut = shrink(model, None, active, keep)
+        carry(model)
     after = {name: each.total(widths_of(cut)) for name, each in costs.items()}
     refitted = tuple(name for reader in readers for name in reader.layers)
     seen = sum(map(samples_in, batches))
@@ -132,8 +134,8 @@ def _goal(budget: Any) -> Budget:
     goal = wanted(budget)
     if not isinstance(goal, Budget) or goal.resource not in ("flops", "params") or goal.per != "step":
         raise BudgetError(
-            f"compress takes one budget of 'flops' or 'params', such as \"50% flops\", got {budget!r}: other resources "
-            "are met in training, by attach"
+            f"compress takes one budget of 'flops' or 'params', such as \"50% flops\", got {budget!r:.80}: other "
+            "resources are met in training, by attach"
         )
     return goal
 

@@ -1,22 +1,22 @@
-"""Carried sizes: what a state dict says of a cut model's shapes, by which a dense one is made to fit before a load."""
+"""Carried sizes: what the state dict of a cut model says of its shapes, from the first cut on."""
 
 from __future__ import annotations
 
+import copy
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _WrappedHook
 
+from setpoint.actuator.attached import check_loads
 from setpoint.actuator.cut import SizePlace
-from setpoint.actuator.lineage import adopt, note_cut, shapes_before, sizes_before, sizes_now
-from setpoint.actuator.shrink import named_tensors
-from setpoint.actuator.sizes import apply_sizes, check_sizes, record_buffers, record_dense, recorded_buffers
-from setpoint.actuator.swap import swap
-from setpoint.actuator.take import in_format
-from setpoint.errors import CheckpointError, GroupError
+from setpoint.actuator.lineage import shapes_before, sizes_now
+from setpoint.actuator.sizes import recorded_buffers
+from setpoint.distributed import unwrapped
+from setpoint.errors import CheckpointError
 
 KEY = "setpoint"
 """Where in the metadata of a state dict's root the sizes are."""
@@ -44,8 +44,8 @@ class Carried:
         dense = shapes_before(model)
         if not dense:
             return None
-        tensors = named_tensors(model)
-        return cls(sizes_now(model), dense, {name: tensors[name].detach() for name in recorded_buffers(model)})
+        buffers = dict(model.named_buffers(remove_duplicate=False))
+        return cls(sizes_now(model), dense, {name: buffers[name].detach() for name in recorded_buffers(model)})
 
     def plain(self) -> dict[str, Any]:
         """As dicts, lists, strings, integers and tensors, which `torch.load(..., weights_only=True)` reads."""
@@ -117,60 +117,50 @@ def _tensor(value: Any) -> Tensor:
     return value
 
 
-def dense_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """The shape of every parameter and buffer as the model's code built it, by name."""
-    return {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()} | shapes_before(model)
+class Hooks(OrderedDict[Any, Any]):
+    """Hooks of a module, of which Setpoint's go along with `copy.deepcopy`, but into no pickle.
 
-
-@torch.no_grad()
-def fit(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[SizePlace, int]) -> ExitStack:
-    """Give a model other shapes, of which the values are to be loaded next; all or nothing.
-
-    Tensors keep their identity, device, dtype and memory format. What is not named gets its dense shape and size.
-
-    Args:
-        shapes: by name of each tensor that is narrower than when the model was built.
-        sizes: by module and place, the integers that go with them.
-
-    Returns:
-        What puts everything back when it is closed.
-
-    Raises:
-        CheckpointError: for what this model does not have, or is wider than this model was when it was built.
+    A pickled model must load where Setpoint is not installed.
     """
-    tensors, dense = named_tensors(model), dense_shapes(model)
-    for name, shape in shapes.items():
-        if name not in tensors:
-            raise CheckpointError(f"the state dict is of another model: this one has no {name!r}")
-        if len(shape) != len(dense[name]) or any(new > old for new, old in zip(shape, dense[name], strict=True)):
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hooks:
+        return Hooks({key: copy.deepcopy(hook, memo) for key, hook in self.items()})
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return OrderedDict, ([(key, hook) for key, hook in self.items() if key != KEY],)
+
+
+def carry(model: nn.Module) -> None:
+    """Let a model's state dict carry its sizes once it is cut, and a state of other sizes be refused by name."""
+    module = unwrapped(model)
+    saving: dict[Any, Any] = module._state_dict_hooks
+    loading: dict[Any, Any] = module._load_state_dict_pre_hooks
+    if KEY in saving:
+        return
+    ahead = _WrappedHook(_refuse, module)  # as torch wraps hooks that get their module: a deep copy gets its own
+    module._state_dict_hooks = Hooks({**saving, KEY: _put})
+    module._load_state_dict_pre_hooks = Hooks({KEY: ahead, **loading})
+
+
+def _put(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+    """Called by `state_dict`: put the sizes of a cut model beside its version."""
+    carried = Carried.of(module)
+    if carried is not None:
+        metadata[KEY] = carried.plain()
+
+
+def _refuse(module: nn.Module, state: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+    """Called by `load_state_dict`, before PyTorch copies what fits and lists the rest."""
+    mine = shapes_before(module)
+    theirs = any(KEY in each for each in (getattr(state, "_metadata", None) or {}).values())
+    tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    for name, tensor in tensors:
+        given = state.get(prefix + name)
+        if isinstance(given, Tensor) and given.shape != tensor.shape and (theirs or name in mine):
+            check_loads(module)
+            cut = ", which Setpoint has cut"
             raise CheckpointError(
-                f"the state dict is of another model: {name!r} has shape {shape} there and {dense[name]} in the dense "
-                "model, which can only become narrower"
+                f"size mismatch: {name!r} has shape {tuple(given.shape)} in the state dict{cut if theirs else ''}, and "
+                f"{tuple(tensor.shape)} in the model{cut if mine else ''}: call setpoint.resumable(model) first, and "
+                "it takes the sizes of the state"
             )
-    try:
-        check_sizes(model, sizes)
-    except GroupError as error:
-        raise CheckpointError(f"the state dict is of another model: {error}") from error
-    with ExitStack() as undo:
-        after = {name: shapes.get(name, dense[name]) for name in shapes_before(model).keys() | shapes.keys()}
-        adopt(model, undo)
-        record_dense(model, {name: dense[name] for name in shapes}, undo)
-        every = {**sizes_before(model), **sizes}
-        note_cut(model, {name: dense[name] for name in shapes}, after, every, undo)
-        for name in sorted(after.keys() & tensors.keys()):
-            tensor, shape = tensors[name], after[name]
-            if tuple(tensor.shape) != shape:
-                swap(tensor, in_format(tensor.new_zeros(shape), tensor), undo)
-        apply_sizes(model, every, undo)
-        torch.clear_autocast_cache()
-        return undo.pop_all()
-
-
-@torch.no_grad()
-def fill(model: nn.Module, transient: Mapping[str, Tensor], undo: ExitStack) -> None:
-    """Give non-persistent buffers, which are in no state dict, the values that came beside it."""
-    tensors = named_tensors(model)
-    for name, value in transient.items():
-        undo.callback(tensors[name].copy_, tensors[name].clone())
-        tensors[name].copy_(value)
-    record_buffers(model, transient, undo)
