@@ -33,7 +33,7 @@ def banking77(data: Path | None = None) -> SimpleTask:
         data: folder that holds `PolyAI/banking77`, or None for the usual places.
     """
     recipe = Recipe(
-        steps=1, batch=32, rule="adamw", learning_rate=2e-4, weight_decay=0.01, warm_up=0.1, fall="linear", mixed=True
+        steps=1, batch=32, rule="adamw", learning_rate=4e-4, weight_decay=0.01, warm_up=0.1, fall="linear", mixed=True
     )
     texts = Texts(questions, NUM_TRAIN, data)
     made = SimpleTask("banking77", SentenceFamily(NUM_INTENTS), texts, recipe, scratch_learning_rate=4.0)

@@ -149,7 +149,7 @@ def resnet20(data: Path | None = None) -> SimpleTask:
 
 def _task(name: str, blocks: int, data: Path | None) -> SimpleTask:
     images = Images(first_images, (3, 32, 32), NUM_TRAIN, MEAN, DEVIATION, shift=4, flip=True, folder=data)
-    recipe = Recipe(steps=1, learning_rate=0.02, fall="linear", warm_up=0.1, mixed=True)
+    recipe = Recipe(steps=1, learning_rate=0.04, fall="linear", warm_up=0.1, mixed=True)
     return SimpleTask(name, PaddedFamily(blocks, data), images, recipe, scratch_learning_rate=5.0).with_epochs(3)
 
 
