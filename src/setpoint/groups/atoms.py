@@ -33,7 +33,7 @@ class Atoms:
         self.marks: dict[str, list[Labels]] = {}
         """Atoms by remark: "produce", "consume", "contract", "batch", "conv", "embedding",
         "alike" (copies and constants), "summed", "measured" (a weight's entries that a norm of it sums up),
-        "squeezed", "unmasked"."""
+        "squeezed", "unmasked", "resized" (no channel at all cannot be), "attended" (heads)."""
 
     def __len__(self) -> int:
         return self._count

@@ -8,7 +8,9 @@ from dataclasses import replace
 from functools import cache, partial
 
 import numpy as np
+import torch
 from torch import nn
+from torch.torch_version import TorchVersion
 
 from setpoint.groups.build import Units
 from setpoint.groups.by_method import MethodForward
@@ -30,6 +32,9 @@ _STANDARD: tuple[tuple[type[nn.Module], str, str, int], ...] = (
     (nn.Embedding, "embedding_dim", "weight", 1),
     (nn.PReLU, "num_parameters", "weight", 0),
 )
+
+NEEDS_HEADS = TorchVersion(torch.__version__) < "2.13"
+"""Whether `scaled_dot_product_attention` on a CPU divides by the number of heads: 2.10 does, 2.13 does not."""
 
 _MAKING_CALLS = {"zeros", "ones", "full", "new_zeros", "expand", "repeat", "tile"}
 """Calls that make new dims, which in the graph may be the model's or the data's."""
@@ -233,6 +238,7 @@ def _vanishing(draft: Draft, places: Places) -> dict[str, str]:
     for remark, why in (
         ("measured", "a weight is divided by a norm over its units, which would be 0"),
         ("resized", "what is resized needs one channel at least"),
+        *((("attended", "attention without heads ends the process in this release of PyTorch"),) * NEEDS_HEADS),
     ):
         marked = walk.atoms.marked(remark)
         for position, group in enumerate(units.groups):
