@@ -97,7 +97,12 @@ def headline_table(root: Path) -> str:
     return "\n".join(lines)
 
 
-FINE_TUNED = {"finetune": "image network", "finetune-text": "sentence model"}
+FINE_TUNED = {
+    "resnet56": ("ResNet-56", "resnet20"),
+    "finetune": ("image network", ""),
+    "finetune-text": ("sentence model", ""),
+}
+"""By results folder what a table calls the model, and the folder of the small pretrained model where there is one."""
 
 
 def readme_table(root: Path) -> str:
@@ -106,7 +111,7 @@ def readme_table(root: Path) -> str:
         "| model | FLOPs | whole | **Setpoint** | training FLOPs | open loop | cut after | small |",
         f"|---|{'---:|' * 7}",
     ]
-    for folder, words in FINE_TUNED.items():
+    for folder, (words, pretrained) in FINE_TUNED.items():
         rows = [row for row in summary_rows(read_results(root / folder)) if row.density is None]
         dense = next(row for row in rows if row.method == "dense")
         for ours in (row for row in rows if row.method == "setpoint"):
@@ -115,7 +120,11 @@ def readme_table(root: Path) -> str:
                 percent(max(row.value.mean for row in beside if row.family == family))
                 for family in ("open-loop", "post-training")
             ]
-            small = next(row for row in beside if row.method == "small-long")
+            if pretrained:
+                others = summary_rows(read_results(root / pretrained))
+                small = next(row for row in others if row.method == "dense" and row.num_seeds >= ours.num_seeds)
+            else:
+                small = next(row for row in beside if row.method == "small-long")
             cells = (
                 words,
                 percent(ours.budget),
