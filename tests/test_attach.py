@@ -106,7 +106,10 @@ def test_refuses_a_run_without_steps(total_steps: int) -> None:
     """The run must have a positive whole number of steps."""
     model = _mlp()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    with _untouched(model, optimizer), pytest.raises(ValueError, match="total_steps must be a positive integer"):
+    with (
+        _untouched(model, optimizer),
+        pytest.raises(ValueError, match=r"total_steps must be a positive integer.*such as epochs \* len\(loader\)"),
+    ):
         _attach(model, optimizer, total_steps=total_steps)
 
 

@@ -282,7 +282,20 @@ def test_a_ledger_that_is_not_there(tmp_path: Path) -> None:
     """`report` of a ledger's file that does not exist names the file, whether the benchmark is installed or not."""
     result = invoke("report", tmp_path / "run.jsonl")
     assert result.exit_code == 2
-    assert "run.jsonl is no ledger that can be read" in result.stderr
+    assert "run.jsonl is no ledger that can be read: there is no such file" in result.stderr
+
+
+def test_a_plan_names_its_options() -> None:
+    """`plan` with no data and no bill, or with two, is one line with the options; the next step is a link."""
+    for given, got in (
+        ((), "got none"),
+        (("--size", "1e6", "--tokens", "1e9", "--flops", "1e9"), "got --tokens, --flops"),
+    ):
+        result = invoke("plan", *given)
+        assert (
+            result.exit_code == 2 and "give exactly one of --ratio, --tokens," in result.stderr and got in result.stderr
+        )
+    assert "next: https://" in CliRunner().invoke(make_app(), ["plan", "--ratio", "16"]).output
 
 
 def test_a_model_is_compressed(tmp_path: Path) -> None:
@@ -300,6 +313,10 @@ def test_a_model_is_compressed(tmp_path: Path) -> None:
     for wrong, said in (
         ([*arguments, "--budget", "8 ms latency"], "compress takes"),
         ([*arguments[:3], f"{own}:no", "--budget", "50% flops"], "no function"),
+        (
+            ["compress", "resnet18", *arguments[2:], "--budget", "50% flops"],
+            "'resnet18' names no function: give a function",
+        ),
     ):
         result = invoke(*wrong)
         assert result.exit_code == 2 and said in result.stderr

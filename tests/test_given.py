@@ -238,6 +238,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a number of inputs": ({"example": 3}, ExampleError, "must be a tuple of positional inputs.*got int"),
     "no rows": ({"example": (torch.zeros(0, 6),)}, ExampleError, "has no rows"),
     "a huge budget": ({"budget": 10**400}, BudgetError, "must be at most 1"),
+    "per cent": ({"budget": 50}, BudgetError, "at most 1, got 50.0: 1.0 is the dense model and 0.5 is 50 %"),
     "half a step": ({"total_steps": np.float64(12)}, ValueError, "positive integer, got np.float64"),
 }
 

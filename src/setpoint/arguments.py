@@ -38,7 +38,10 @@ def whole_steps(total_steps: Any) -> int:
     """The steps of a run as Python's own number; ValueError for anything but a positive integer."""
     number = plain_number(total_steps)
     if type(number) is not int or number < 1:
-        raise ValueError(f"total_steps must be a positive integer, got {total_steps!r}")
+        raise ValueError(
+            f"total_steps must be a positive integer, got {total_steps!r}: give the optimizer steps of the whole run, "
+            "such as epochs * len(loader)"
+        )
     return number
 
 

@@ -62,10 +62,10 @@ def report(
     out: Out = None,
     json: Json = False,
 ) -> None:
-    """Show the results in a folder as tables, and write them to results.md and report.html.
+    """Show what a run decided and spent, from the file of its ledger, and write it as a page.
 
-    Of a ledger that a run of your own saved, by `loop.ledger.save("run.jsonl")`, show what was decided and spent, and
-    write run.html.
+    A run writes its ledger by `setpoint.integrations.log_to(loop, "run.jsonl")` or `loop.ledger.save("run.jsonl")`.
+    Of a folder that `bench` wrote, show the results as tables, and write results.md and report.html.
     """
     with errors_as_messages():
         check_folder(out)
@@ -211,6 +211,12 @@ def plan(
         from setpoint.advice.plan import plan as advise
         from setpoint.report.inspect_model import load_target
 
+        basis = {"--ratio": ratio, "--tokens": tokens, "--flops": flops, "--seconds": seconds, "--joules": joules}
+        given = [name for name, value in basis.items() if value is not None]
+        if len(given) != 1:
+            raise misuse(
+                f"give exactly one of {', '.join(basis)}, such as --tokens 5e10: got {', '.join(given) or 'none'}"
+            )
         shape = None if input is None else tuple(numbers(input, "--input", int))
         model, example = (None, None) if target is None else load_target(target, shape)
         found = advise(
@@ -227,8 +233,8 @@ def plan(
             start=start,
         )
         console().print(str(found), soft_wrap=True, markup=False, highlight=False)
-        then = "docs/when-it-pays.md says what stands behind this"
-        finish(found.to_dict(), then)
+        page = "https://github.com/setpoint-developers/setpoint/blob/main/docs/when-it-pays.md"
+        finish(found.to_dict(), f"{page} says what stands behind this")
 
 
 def make_app() -> typer.Typer:
@@ -252,7 +258,7 @@ def make_app() -> typer.Typer:
     else:
         anything = {"ignore_unknown_options": True, "allow_extra_args": True}
         made.command("bench", context_settings=anything)(_absent("bench"))
-    made.command(epilog=examples("setpoint report runs/digits", "setpoint report run.jsonl --out pages"))(report)
+    made.command(epilog=examples("setpoint report run.jsonl", "setpoint report runs/digits --out pages"))(report)
     made.command(
         epilog=examples(
             "setpoint inspect resnet18",

@@ -89,6 +89,18 @@ class Answers(nn.Module):
         return SimpleNamespace()
 
 
+def test_the_model_that_is_pruned_is_no_teacher_of_itself() -> None:
+    """Claim: that model is refused before anything of it is frozen, and so is what is no model."""
+    model = net()
+    loop = setpoint.attach(model, torch.optim.SGD(model.parameters(), 0.05), 0.5, total_steps=20)
+    with pytest.raises(ValueError, match=r"give another one, such as copy\.deepcopy\(model\)"):
+        Teacher(model, loop)
+    assert model.training and all(parameter.requires_grad for parameter in model.parameters())
+    with pytest.raises(ValueError, match=r"got Loop: write Teacher\(model, loop\)"):
+        Teacher(loop, model)  # type: ignore[arg-type]
+    loop.detach()
+
+
 def test_what_it_refuses() -> None:
     """Claim: settings out of range, other shapes, a mask that does not fit, and answers without logits are named."""
     for settings, words in (

@@ -379,3 +379,7 @@ def test_a_teacher_that_cannot_be_followed_is_refused(tmp_path: Path) -> None:
     arguments = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
     with pytest.raises(ValueError, match="callbacks=\\[SetpointCallback"):
         SetpointTrainer(build("gpt2"), arguments, train_dataset=Tokens()).train()
+    model = build("gpt2")
+    with pytest.raises(ValueError, match="leave teacher out to have a frozen copy of it"):
+        SetpointTrainer(model, arguments, train_dataset=Tokens(), teacher=model)
+    assert all(parameter.requires_grad for parameter in model.parameters())

@@ -245,7 +245,8 @@ def test_a_summary_is_read_in_six_lines(whole: Whole) -> None:
     lines = str(summary).splitlines()
     words = ("budget", "cost", "size", "training", "overhead", "pays off")
     assert len(lines) == 6 and all(line.startswith(word) for line, word in zip(lines, words, strict=True))
-    assert "met: budget met at step" in lines[0] and f"{summary.final_flops_ratio:.1%} of dense" in lines[1]
+    assert lines[0].startswith("budget    met at step ") and summary.reason.startswith("budget met at step")
+    assert f"{summary.final_flops_ratio:.1%} of dense" in lines[1]
     assert f"{summary.final_params:,} parameters" in lines[2] and "20 of 20 steps" in lines[3]
     assert repr(summary).startswith("Summary(budget_met=True, steps=20,")
     assert str(replace(summary, budget_met=False)).startswith("budget    NOT met")

@@ -171,12 +171,16 @@ def test_what_becomes_of_the_file_is_told_and_waited_for(file: Path, monkeypatch
         file.unlink,
         lambda: ledger(entry(10, 48), entry(20, 16)).save(file),
     )
-    assert shown.index("is not a Setpoint ledger") < shown.index("No such file") < shown.index("16 of 64 channels")
+    assert (
+        shown.index("is not a Setpoint ledger")
+        < shown.index("there is no such file")
+        < shown.index("16 of 64 channels")
+    )
 
 
 def test_to_begin_with_there_must_be_a_ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Claim: a live view of a file that is not there is refused at once."""
-    with pytest.raises(ReportError, match="No such file"):
+    with pytest.raises(ReportError, match="there is no such file"):
         follow(tmp_path / "nothing.jsonl", monkeypatch)
 
 

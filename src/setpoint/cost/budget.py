@@ -91,8 +91,9 @@ class Budget:
         if self.limit <= 0:
             raise BudgetError(f"a budget must be above 0, got {self.limit!r}: 0.5 keeps half of the dense cost")
         if self.relative and self.limit > 1:
+            percent = f" and {self.limit / 100:g} is {self.limit:g} %" if self.limit <= 100 else ""
             raise BudgetError(
-                f"a fraction must be at most 1, got {self.limit!r}: 1.0 is the dense model; "
+                f"a fraction must be at most 1, got {self.limit!r}: 1.0 is the dense model{percent}; "
                 f"for an absolute limit use Budget.total({self.limit!r}, of={self.resource!r})"
             )
         if isinstance(self.deadband, bool) or not isinstance(self.deadband, (int, float)) or not 0 <= self.deadband < 1:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from setpoint.actuator.attached import ATTACHED
 from setpoint.errors import NotBegunError
 from setpoint.loop.loop import Loop
 
@@ -32,7 +33,7 @@ class Teacher:
         flops: of all passes of the teacher until now.
 
     Raises:
-        ValueError: alpha or temperature out of range.
+        ValueError: alpha or temperature out of range, or the model is none, or is the one that is pruned.
 
     References:
         Hinton, Vinyals, Dean, "Distilling the knowledge in a neural network", 2015.
@@ -48,6 +49,10 @@ class Teacher:
     def __init__(
         self, model: nn.Module, loop: Loop | None = None, *, alpha: float = 0.5, temperature: float = 2.0
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"a teacher is a torch.nn.Module, got {type(model).__name__}: write Teacher(model, loop)")
+        if model in ATTACHED:
+            raise ValueError("the teacher is the model that is pruned: give another one, such as copy.deepcopy(model)")
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha must be from 0 to 1, got {alpha!r}")
         if not 0 < temperature < math.inf:

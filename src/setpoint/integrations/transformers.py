@@ -112,8 +112,8 @@ class SetpointTrainer(Trainer):  # type: ignore[misc]
         teacher: the `Teacher`.
 
     Raises:
-        ValueError: for settings out of range, a model that was cut before and no teacher, no `SetpointCallback`, or
-            logits that do not fit.
+        ValueError: for settings out of range, a model that was cut before and no teacher, a model as its own teacher,
+            no `SetpointCallback`, or logits that do not fit.
 
     >>> class Distilled(SetpointTrainer):  # or (SetpointTrainer, Seq2SeqTrainer)
     ...     pass
@@ -130,6 +130,8 @@ class SetpointTrainer(Trainer):  # type: ignore[misc]
         super().__init__(*args, **settings)
         if teacher is None and was_cut(self.model):
             raise ValueError("the model was cut before, so that no dense copy can teach it: give teacher=")
+        if teacher is self.model:
+            raise ValueError("the teacher is the model that is pruned: leave teacher out to have a frozen copy of it")
         taught_by = copy.deepcopy(self.model) if teacher is None else teacher
         self.teacher = Teacher(taught_by, alpha=alpha, temperature=temperature)
 

@@ -337,7 +337,10 @@ class Loop:
         """
         if "_finished" not in vars(self):
             self.detach()
-            raise NotBegunError("no optimizer step was made since attach, so that nothing was found and nothing pruned")
+            raise NotBegunError(
+                "no optimizer step was made since attach, so that nothing was found and nothing pruned: check that the "
+                "loader has batches, and that the attached optimizer is the one that steps"
+            )
         if self._finished:
             raise LoopError("finish() has been called already: its result is in loop.summary")
         self.detach()

@@ -133,9 +133,10 @@ class Summary:
         pays = f"from step {self.break_even_step:,} on" if self.break_even_step is not None else "not yet"
         own = ("attach", "sensing", "deciding", "resizing", "probing", "recompiling")
         seconds = {name: getattr(self, f"{name}_seconds") for name in own}
+        verdict = f"{'met' if self.budget_met else 'NOT met'}: {self.reason}"
         return "\n".join(
             (
-                f"budget    {'met' if self.budget_met else 'NOT met'}: {self.reason}",
+                f"budget    {verdict.removeprefix('met: budget ')}",
                 f"cost      {'; '.join(cost)}",
                 f"size      {self.final_params:,} parameters; {units:,} of {dense_units:,} units in "
                 f"{len(self.dense_widths)} groups, {self.resizes} cuts",

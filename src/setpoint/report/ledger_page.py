@@ -26,8 +26,11 @@ def read_ledger(file: Path) -> Record:
     """
     try:
         return record_of(Ledger.load(file))
+    except FileNotFoundError as error:
+        said = f"{file} is no ledger that can be read: there is no such file; "
+        raise ReportError(f"{said}a run writes it by log_to(loop, {str(file)!r})") from error
     except (OSError, ValueError, TypeError, AttributeError, OverflowError) as error:  # hands may have written it
-        said = f"{file} is no ledger that can be read ({error}): write one with loop.ledger.save()"
+        said = f"{file} is no ledger that can be read ({error}): write one with loop.ledger.save(file)"
         raise ReportError(said) from error
 
 

@@ -33,6 +33,8 @@ def own_function(target: str) -> Callable[[], Any]:
     Raises:
         UsageError: there is no such file, or it has no such function.
     """
+    if not is_own_function(target):
+        raise UsageError(f"{target!r} names no function: give a function of a Python file as module.py:function")
     file, _, name = target.rpartition(":")
     path = Path(file)
     if not path.is_file():
