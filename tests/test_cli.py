@@ -34,6 +34,9 @@ def keywords():
 def bare():
     return build()[0]
 
+def wide():
+    return nn.Sequential(nn.Linear(256, 4096), nn.ReLU(), nn.Linear(4096, 64)), (torch.zeros(64, 256),)
+
 def number():
     return 3
 """
@@ -181,11 +184,14 @@ def test_version_help_and_lists() -> None:
 
 
 def test_inspect_spending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With --spending a step is timed: its one group holds seconds and bytes, all of it labelled as modelled."""
+    """With --spending a step is timed: its one group holds seconds and bytes, all of it labelled as modelled.
+
+    The model is wide, so that its shortest step takes less however busy the machine is.
+    """
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     file = tmp_path / "model.py"
     file.write_text(OWN_MODEL, encoding="utf-8")
-    told = invoke("inspect", f"{file}:build", "--spending")
+    told = invoke("inspect", f"{file}:wide", "--spending")
     found = answer(told)["spending"]
     assert found["energy"].startswith(("measured: ", "not measured: ")) and found["energy"][:12] in told.stdout
     assert 0 < found["least_seconds"] <= found["seconds"] < 1
