@@ -84,7 +84,7 @@ def following_data() -> Iterator[None]:
         yield
 
 
-# PyTorch has no public name for these; 2.10 has the first two, later releases the others.
+# PyTorch has no public name for these; 2.10 has the first two. Later releases have the others, and warn of the first.
 _VALUES = ("var_to_val", "unbacked_var_to_val", "backed_var_to_val", "real_tensor_prop_unbacked_vals")
 
 
@@ -93,7 +93,7 @@ def known(value: Any) -> Any:
     if not isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         return value
     node: Any = value.node
-    held = [getattr(node.shape_env, name, {}) for name in _VALUES]
+    held = [vars(node.shape_env).get(name, {}) for name in _VALUES]
     answer = node.expr.xreplace({symbol: number for each in held for symbol, number in each.items()})
     if getattr(answer, "free_symbols", None):
         return value
