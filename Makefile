@@ -1,4 +1,4 @@
-# make demo | docs | bench-quick | coverage-suites | test | soak | nightly | check: each builds .venv by itself, and again only when a pyproject.toml has changed.
+# make demo | docs | bench-quick | coverage-suites | test | test-slow | soak | nightly | check: each builds .venv by itself, and again only when a pyproject.toml has changed.
 #
 # PYTHON=python3.12 picks the interpreter (3.11 or newer). PYTEST="-k twin" passes options to pytest, JOBS=4 runs it in as many processes.
 
@@ -19,7 +19,7 @@ BIN := .venv/bin
 export PYTHONDONTWRITEBYTECODE :=
 READY := .venv/.ready
 
-.PHONY: help demo docs bench-quick coverage-suites test soak nightly check clean
+.PHONY: help demo docs bench-quick coverage-suites test test-slow soak nightly check clean
 
 help:
 	@echo "make demo    fine-tune a pretrained network to half of its FLOPs and write $(OUT)/report.html"
@@ -29,6 +29,8 @@ help:
 	@echo "make coverage-suites"
 	@echo "             cut every model of $(SUITES) into results/coverage, WORKERS=$(WORKERS) at a time"
 	@echo "make test    run the tests, the doctests and the blocks of the README: all but the slow ones"
+	@echo "make test-slow"
+	@echo "             run the slow tests: some are marked, the others are listed in tests/slow.txt"
 	@echo "make soak    kill KILLS=$(KILLS) runs and resize a model RESIZES=$(RESIZES) times, 4 ranks: some ten minutes"
 	@echo "make nightly every set-up of training on 1 and 2 ranks, the slow tests, and what needs an accelerator"
 	@echo "make check   formatting, lint, types and the layers of the imports"
@@ -54,6 +56,9 @@ coverage-suites: $(READY)
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" $(PYTEST)
+
+test-slow: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "slow and not gpu" $(PYTEST)
 
 soak: $(READY)
 	$(BIN)/python bench/benchmarks/soak.py --resizes $(RESIZES) --kills $(KILLS) --only resized killed "four ranks"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,9 @@ from typechecker import begin_test, leave_nested_functions
 leave_nested_functions()
 settings.register_profile("setpoint", derandomize=True, deadline=None, max_examples=50)
 settings.load_profile("setpoint")
+
+SLOW = Path(__file__).parent / "tests" / "slow.txt"
+"""Tests by their names: each takes seconds, and others of its kind are run by `make test`."""
 
 torch.set_num_threads(1)
 os.environ["SETPOINT_CACHE"] = "off"  # what is tested is found out each time, and the user's cache is left alone
@@ -41,7 +45,11 @@ def determinism() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what is marked `gpu` where there is no accelerator."""
+    """Mark what tests/slow.txt lists, and skip what is marked `gpu` where there is no accelerator."""
+    listed = set(SLOW.read_text(encoding="utf-8").splitlines())
+    for item in items:
+        if item.nodeid in listed:
+            item.add_marker("slow")
     if torch.accelerator.is_available():
         return
     for item in items:

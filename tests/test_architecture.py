@@ -233,3 +233,13 @@ def test_few_frames_lie_between_the_hook_and_the_tensor(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.Tensor, "set_", counted)
     run.train()
     assert deepest and max(map(len, deepest)) <= 8, max(deepest, key=len)
+
+
+def test_listed_slow_tests_are_there() -> None:
+    """Claim: tests/slow.txt is sorted, and each line is a test that its file defines: nothing is listed in vain."""
+    root = Path(__file__).parents[1]
+    listed = (root / "tests" / "slow.txt").read_text(encoding="utf-8").splitlines()
+    assert listed == sorted(set(listed))
+    for line in listed:
+        file, _, name = line.partition("::")
+        assert f"def {name.partition('[')[0]}(" in (root / file).read_text(encoding="utf-8"), line

@@ -9,13 +9,14 @@ from pathlib import Path
 
 from setpoint.report.numbers import NOTHING, percent, signed
 from setpoint_bench.report.columns import metric_text, share_text
-from setpoint_bench.report.folder import RESULTS, read_results
+from setpoint_bench.report.folder import RESULTS
 from setpoint_bench.report.goals import GOALS, MOST_APART, Goal, goals
 from setpoint_bench.report.markdown import task_text
 from setpoint_bench.report.packed import file_of
 from setpoint_bench.report.results import Cell, Results
 from setpoint_bench.report.statistics import Difference, difference, mean, share_of
 from setpoint_bench.report.summary import FAMILIES, clock_of, rounds_of, series, summary_rows
+from tables.read import read_results
 from tables.words import made_on, marked, rows_made_on
 
 

@@ -9,11 +9,12 @@ from typing import Any
 
 from setpoint.report.numbers import duration, percent
 from setpoint_bench.report.columns import metric_text, seconds_text
-from setpoint_bench.report.folder import RESULTS, read_results
+from setpoint_bench.report.folder import RESULTS
 from setpoint_bench.report.markdown import about
 from setpoint_bench.report.packed import file_of
 from setpoint_bench.report.statistics import difference
 from setpoint_bench.report.summary import series, summary_rows
+from tables.read import read_results
 from tables.words import difference_text, made_on, marked, seeds_text
 
 
