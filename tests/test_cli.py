@@ -19,7 +19,7 @@ import setpoint
 from setpoint.cli import app, make_app
 from setpoint.errors import CheckpointError
 from setpoint.ledger import Ledger
-from setpoint.loop.run_file import load_run
+from setpoint.runs.run_file import load_run
 
 OWN_MODEL = """
 import torch

@@ -22,8 +22,8 @@ from setpoint.host.fsdp import unsharded
 from setpoint.integrations.checkpointing import enable_checkpointing
 from setpoint.ledger import Ledger
 from setpoint.loop.loop import Loop
-from setpoint.loop.run_file import load_run, save_run
 from setpoint.loop.summary import Summary
+from setpoint.runs.run_file import load_run, save_run
 from setpoint.sensor.taylor import TaylorSensor
 
 __version__ = "0.2.0"

@@ -31,7 +31,7 @@ from setpoint.checkpoint.tree import to_tensors
 from setpoint.distributed import Ranks
 from setpoint.errors import CheckpointError, CostError, GroupError, LoopError, RankError
 from setpoint.host import fsdp as sharding
-from setpoint.loop import run_folder
+from setpoint.runs import run_folder
 from setpoint.sensor.magnitude import MagnitudeSensor
 from setpoint.weights.masking import Masking
 

@@ -22,7 +22,7 @@ from setpoint.errors import CheckpointError, LoopError, RankError
 from setpoint.host.optimizers import real_optimizer
 from setpoint.loop.loop import Loop
 from setpoint.loop.resume import check_numbers
-from setpoint.loop.run_folder import read_folder, spread_over, write_folder
+from setpoint.runs.run_folder import read_folder, spread_over, write_folder
 
 FORMAT = 1
 """Version of the file format, described in docs/resume.md."""
