@@ -26,7 +26,14 @@ from tables.costs import (
     soak_table,
 )
 from tables.discovery import coverage_table, discovery_table, models_cut_table, suites_table
-from tables.law import calibration_runs_table, law_table, measured_table, optimal_line, write_law_picture
+from tables.law import (
+    calibration_runs_table,
+    law_table,
+    measured_table,
+    optimal_line,
+    over_trained_table,
+    write_law_picture,
+)
 from tables.methods import (
     ahead_table,
     goals_table,
@@ -95,6 +102,7 @@ def filled(text: str) -> str:
             "law": lambda: law_table(RESULTS / "law.json"),
             "law-measured": lambda: measured_table(RESULTS / "law-language.json", RESULTS / "law.json"),
             "law-optimal": lambda: optimal_line(RESULTS / "law-language.json"),
+            "over-trained": lambda: over_trained_table(RESULTS / "law-language.json"),
             "law-calibration": lambda: calibration_runs_table(RESULTS / "law-language.json"),
             "soak": lambda: soak_table(RESULTS / "soak.json"),
             "bench-quick": lambda: bench_quick_table(RESULTS / "bench-quick.json"),

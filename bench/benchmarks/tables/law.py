@@ -158,6 +158,23 @@ def measured_table(file: Path, predicted: Path) -> str:
     return "\n".join([*lines, "", made_on(data)])
 
 
+def over_trained_table(file: Path) -> str:
+    """The best of Setpoint's runs at the largest r that was measured, beside the small model."""
+    arms = [arm for arm in arms_of(json.loads(file.read_text(encoding="utf-8"))) if arm.arm == "setpoint"]
+    largest = max(arm.ratio for arm in arms)
+    best = max((arm for arm in arms if arm.ratio == largest), key=lambda arm: arm.gain.mean)
+    seeds = "one seed" if best.gain.num == 1 else f"{best.gain.num} seeds"
+    shown = {loss: f"{loss:.3f}" for loss in (best.loss, best.small)}
+    shown[min(shown)] = f"**{shown[min(shown)]}**"
+    return "\n".join(
+        [
+            f"| small language model, {largest:g} times its optimal data | Setpoint | small from the start |",
+            "|---|---:|---:|",
+            f"| nats per byte, less is better ({seeds}) | {shown[best.loss]} | {shown[best.small]} |",
+        ]
+    )
+
+
 def _nats(value: float) -> str:
     return f"{value:+.4f}".replace("-", "−")
 
