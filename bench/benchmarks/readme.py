@@ -26,6 +26,7 @@ from tables.costs import (
     soak_table,
 )
 from tables.discovery import coverage_table, discovery_table, models_cut_table, suites_table
+from tables.gpu import gpu_table
 from tables.law import (
     calibration_runs_table,
     law_table,
@@ -69,6 +70,7 @@ _DOCS = (
     "resume.md",
     "frameworks.md",
     "when-it-pays.md",
+    "gpu.md",
 )
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in _DOCS))
 MARKER = re.compile(r"(<!-- results:(?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -102,6 +104,7 @@ def filled(text: str) -> str:
             "law": lambda: law_table(RESULTS / "law.json"),
             "law-measured": lambda: measured_table(RESULTS / "law-language.json", RESULTS / "law.json"),
             "law-optimal": lambda: optimal_line(RESULTS / "law-language.json"),
+            "gpu": lambda: gpu_table(RESULTS / "gpu.json"),
             "over-trained": lambda: over_trained_table(RESULTS / "law-language.json"),
             "law-calibration": lambda: calibration_runs_table(RESULTS / "law-language.json"),
             "soak": lambda: soak_table(RESULTS / "soak.json"),

@@ -1,0 +1,283 @@
+"""Seconds, bytes and joules of Setpoint on this machine's GPU: four networks, eager and compiled, and 2:4 weights.
+
+    python bench/benchmarks/gpu.py --out results/gpu.json             # under ten minutes on a data-centre GPU
+    python bench/benchmarks/gpu.py --small                            # tiny networks: what the tests run on a CPU
+
+Each network trains for some steps in bf16 while Setpoint cuts it to half of its FLOPs. Then the dense network, one that
+is evenly narrow at the same FLOPs, and Setpoint's take turns, and each turn is a few training steps. Data and targets
+are random: which units go is chance, how fast the rest is, is not. Without a GPU all of it runs on the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from record import keep
+from torch import Tensor, nn
+
+import setpoint
+from setpoint.controller.landing import landing_widths
+from setpoint.cost.flops import flops_cost
+from setpoint.errors import DeviceError
+from setpoint.groups.group import widths_of
+from setpoint.groups.trace import trace
+from setpoint.resources.joules import find_energy_meter
+from setpoint.weights.semi_structured import to_semi_structured
+from setpoint_bench.device import autocast, best_device
+from setpoint_bench.joules import Joules
+
+FRACTION = 0.5
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network, how it is fed, and how long it trains before it is timed."""
+
+    build: Callable[[], nn.Module]
+    example: Callable[[], Mapping[str, Tensor] | tuple[Tensor, ...]]
+    steps: int
+    per_turn: int
+
+
+def _images(count: int, side: int) -> Callable[[], tuple[Tensor, ...]]:
+    return lambda: (torch.randn(count, 3, side, side),)
+
+
+def _tokens(count: int, length: int, vocabulary: int) -> Callable[[], dict[str, Tensor]]:
+    return lambda: {"input_ids": torch.randint(0, vocabulary, (count, length))}
+
+
+def _torchvision(name: str, **settings: Any) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        import torchvision
+
+        made: nn.Module = torchvision.models.get_model(name, **settings)
+        return made
+
+    return build
+
+
+def _timm(name: str) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        import timm
+
+        made: nn.Module = timm.create_model(name)
+        return made
+
+    return build
+
+
+def _transformers(family: str, kind: str, **settings: Any) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        import transformers
+
+        config = transformers.AutoConfig.for_model(family, **settings)
+        made: nn.Module = getattr(transformers, kind)(config)
+        return made
+
+    return build
+
+
+def _gpt(**settings: Any) -> Callable[[], nn.Module]:
+    return _transformers("gpt2", "GPT2LMHeadModel", use_cache=False, bos_token_id=0, eos_token_id=0, **settings)
+
+
+_MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
+_LITTLE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+_LITTLE_GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 128, "n_positions": 32}
+
+FULL = {
+    "ResNet-50": Subject(_torchvision("resnet50"), _images(128, 224), 100, 10),
+    "ViT-S": Subject(_timm("vit_small_patch16_224"), _images(128, 224), 100, 10),
+    "GPT-2 124 M": Subject(_gpt(), _tokens(16, 512, 50_000), 100, 10),
+    "MiniLM-L6": Subject(
+        _transformers("bert", "BertForSequenceClassification", **_MINILM), _tokens(128, 128, 30_000), 100, 20
+    ),
+}
+SMALL = {
+    "residual network": Subject(_timm("test_resnet"), _images(2, 64), 12, 1),
+    "vision transformer": Subject(_timm("test_vit"), _images(2, 160), 12, 1),
+    "GPT": Subject(_gpt(**_LITTLE_GPT), _tokens(2, 16, 128), 12, 1),
+    "BERT": Subject(
+        _transformers("bert", "BertForSequenceClassification", vocab_size=128, **_LITTLE), _tokens(2, 16, 128), 12, 1
+    ),
+}
+
+
+def measure(subject: Subject, device: torch.device, rounds: int, *, compiled: bool) -> dict[str, Any]:
+    """Seconds, bytes and joules of a training step of the three networks, and what Setpoint's own work took."""
+    torch.manual_seed(0)
+    dense = subject.build().to(device).train()
+    example = _moved(subject.example(), device)
+    before = time.perf_counter()
+    ours, summary = _pruned(copy.deepcopy(dense), example, subject.steps, device)
+    trained = time.perf_counter() - before
+    even, even_flops = _even(copy.deepcopy(dense), example)
+    models = {"dense": dense, "even": even, "Setpoint": ours}
+    modes = ("eager", "compiled") if compiled else ("eager",)
+    turns: dict[str, dict[str, list[float]]] = {name: {mode: [] for mode in modes} for name in models}
+    joules: dict[str, list[float | None]] = {name: [] for name in models}
+    steps, first = {}, {}
+    for name, model in models.items():
+        for mode in modes:
+            steps[name, mode] = _step_of(torch.compile(model) if mode == "compiled" else model, model, example, device)
+            begun = time.perf_counter()
+            steps[name, mode]()
+            _wait(device)
+            first[name, mode] = time.perf_counter() - begun
+            steps[name, mode]()
+    for _ in range(rounds):
+        for (name, mode), step in steps.items():
+            meter = Joules(find_energy_meter([device])[0])
+            _wait(device)
+            with meter:
+                begun = time.perf_counter()
+                for _ in range(subject.per_turn):
+                    step()
+                _wait(device)
+                turns[name][mode].append((time.perf_counter() - begun) / subject.per_turn)
+            if mode == "eager":
+                joules[name].append(None if meter.energy_j is None else meter.energy_j / subject.per_turn)
+    return {
+        "step_seconds": turns,
+        "first_step_seconds": {name: {mode: first[name, mode] for mode in modes} for name in models},
+        "step_joules": {name: _middle(each) for name, each in joules.items()},
+        "peak_bytes": {name: _peak(steps[name, "eager"], device) for name in models},
+        "flops": {"dense": summary.dense_flops, "even": even_flops, "Setpoint": summary.final_flops},
+        "run": {
+            "steps": summary.steps,
+            "seconds": trained,
+            "attach_seconds": summary.attach_seconds,
+            "overhead_seconds": summary.overhead_seconds,
+            "resizing_seconds": summary.resizing_seconds,
+            "resizes": summary.resizes,
+            "budget_met": summary.budget_met,
+        },
+    }
+
+
+def _pruned(model: nn.Module, example: Any, steps: int, device: torch.device) -> tuple[nn.Module, setpoint.Summary]:
+    """The network after a run that cut it, and the run's summary."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    loop = setpoint.attach(model, optimizer, FRACTION, example=example, total_steps=steps)
+    step = _step_of(model, model, example, device, optimizer)
+    for _ in range(steps):
+        step()
+    return model, loop.finish()
+
+
+def _even(model: nn.Module, example: Any) -> tuple[nn.Module, float]:
+    """The network with the same share of units left in each group, at the same FLOPs, and those of a step."""
+    traced = trace(model, example)
+    groups = tuple(group for group in traced.groups if group.lossless)
+    cost, dense = flops_cost(traced), widths_of(traced.groups)
+    widths = landing_widths(cost, dense, dense, groups, FRACTION * cost.total(dense))
+    keep = {group.name: np.arange(group.num_units) < widths[group.name] for group in groups}
+    setpoint.shrink(model, None, traced.groups, keep)
+    return model, float(cost.total({**dense, **widths}))
+
+
+def _step_of(
+    called: Callable[..., Any], model: nn.Module, example: Any, device: torch.device, optimizer: Any = None
+) -> Callable[[], None]:
+    """A training step in bf16 towards random targets, with AdamW."""
+    optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+    def step() -> None:
+        with autocast(device, torch.bfloat16):
+            scores = called(**example) if isinstance(example, dict) else called(*example)
+            scores = scores if isinstance(scores, Tensor) else scores.logits
+            loss = scores.float().flatten(0, -2).log_softmax(-1)[:, 0].mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _moved(example: Any, device: torch.device) -> Any:
+    if isinstance(example, dict):
+        return {name: each.to(device) for name, each in example.items()}
+    return tuple(each.to(device) for each in example)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _peak(step: Callable[[], None], device: torch.device) -> int | None:
+    """Bytes that a step allocates at most, beyond what stays allocated; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    _wait(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    resident = torch.cuda.memory_allocated(device)
+    step()
+    _wait(device)
+    return int(torch.cuda.max_memory_allocated(device) - resident)
+
+
+def _middle(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return median(known) if len(known) == len(values) and known else None
+
+
+def semi_structured(device: torch.device, width: int, rounds: int) -> dict[str, Any]:
+    """Seconds of a forward of linear layers whose weights are in the 2:4 pattern, dense and on sparse tensor cores."""
+    torch.manual_seed(0)
+    dense = nn.Sequential(*(layer for _ in range(4) for layer in (nn.Linear(width, width), nn.ReLU())))
+    with torch.no_grad():
+        for layer in dense[::2]:
+            layer.weight.unflatten(1, (-1, 4))[..., [0, 3]] = 0.0
+    dense = dense.to(device, torch.float16).eval()
+    sparse, inputs = copy.deepcopy(dense), torch.randn(width, width, device=device, dtype=torch.float16)
+    try:
+        to_semi_structured(sparse)
+    except DeviceError as error:
+        return {"why_not": str(error)}
+    turns: dict[str, list[float]] = {"dense": [], "2:4": []}
+    with torch.no_grad():
+        for _ in range(rounds + 1):
+            for name, model in (("dense", dense), ("2:4", sparse)):
+                _wait(device)
+                begun = time.perf_counter()
+                for _ in range(20):
+                    model(inputs)
+                _wait(device)
+                turns[name].append((time.perf_counter() - begun) / 20)
+    return {"width": width, "forward_seconds": {name: each[1:] for name, each in turns.items()}}
+
+
+def main() -> None:
+    """Measure, print a line for each network, and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--small", action="store_true", help="tiny networks, for the tests")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--eager", action="store_true", help="leave out torch.compile")
+    args = parser.parse_args()
+    device, networks = best_device(), {}
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    print(f"on {hardware}", flush=True)
+    for name, subject in (SMALL if args.small else FULL).items():
+        networks[name] = found = measure(subject, device, args.rounds, compiled=not args.eager)
+        seconds = {arm: median(each["eager"]) for arm, each in found["step_seconds"].items()}
+        told = ", ".join(f"{arm} {1e3 * value:.1f} ms" for arm, value in seconds.items())
+        print(f"{name}: {told} a step", flush=True)
+    sparse = semi_structured(device, 256 if args.small else 8192, args.rounds)
+    found = {"hardware": hardware, "fraction": FRACTION, "networks": networks, "semi_structured": sparse}
+    keep(found, args.out, shown={"networks": list(networks)})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""The table of what was measured on a GPU."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from setpoint.report.numbers import NOTHING, percent
+from tables.words import made_on
+
+
+def gpu_table(file: Path) -> str:
+    """A row for each network and mode: seconds of a step beside the dense network's, and what the run itself took."""
+    if not file.is_file():
+        return "No GPU was at hand yet: `results/gpu.json` does not exist."
+    data = json.loads(file.read_text(encoding="utf-8"))
+    lines = [
+        "| network | mode | dense step | even | **Setpoint** | FLOPs of both | memory of a step | joules of a step "
+        "| own work of the run |",
+        f"|---|---|{'---:|' * 7}",
+    ]
+    for name, found in data["networks"].items():
+        seconds, flops, run = found["step_seconds"], found["flops"], found["run"]
+        shares = " / ".join(percent(flops[arm] / flops["dense"]) for arm in ("even", "Setpoint"))
+        for mode in seconds["dense"]:
+            dense = seconds["dense"][mode]
+            cells = (
+                name,
+                mode,
+                f"{1e3 * median(dense):.1f} ms",
+                _share(seconds["even"][mode], dense),
+                f"**{_share(seconds['Setpoint'][mode], dense)}**",
+                shares,
+                _ratio(found["peak_bytes"]) if mode == "eager" else NOTHING,
+                _ratio(found["step_joules"]) if mode == "eager" else NOTHING,
+                percent(run["overhead_seconds"] / run["seconds"]) + f" of {run['steps']} steps",
+            )
+            lines.append(f"| {' | '.join(cells)} |")
+    sparse = data["semi_structured"]
+    if "forward_seconds" in sparse:
+        turns = sparse["forward_seconds"]
+        told = (
+            f"linear layers of width {sparse['width']:,} take {_share(turns['2:4'], turns['dense'])} of the dense time"
+        )
+    else:
+        told = f"not measured, {sparse['why_not']}"
+    return "\n".join([*lines, "", f"2:4 weights: {told}.", "", f"{data['hardware']}; {made_on(data)}"])
+
+
+def _share(ours: Sequence[float], dense: Sequence[float]) -> str:
+    """The median of the ratios of a turn, and their spread."""
+    ratios = [each / other for each, other in zip(ours, dense, strict=True)]
+    return f"{percent(median(ratios))} ({percent(min(ratios))} to {percent(max(ratios))})"
+
+
+def _ratio(values: Mapping[str, Any]) -> str:
+    return percent(values["Setpoint"] / values["dense"]) if values["Setpoint"] and values["dense"] else NOTHING
