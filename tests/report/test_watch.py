@@ -178,10 +178,18 @@ def test_what_becomes_of_the_file_is_told_and_waited_for(file: Path, monkeypatch
     )
 
 
+def test_a_file_that_is_not_there_yet_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: a line says so and how a run writes it; an empty file is not read yet; then the view comes."""
+    path = tmp_path / "run.jsonl"
+    shown = follow(path, monkeypatch, path.touch, lambda: ledger(entry(10, 48)).save(path))
+    assert shown.index(f"waiting for {path}, which a run writes by log_to") < shown.index("48 of 64 channels")
+
+
 def test_to_begin_with_there_must_be_a_ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Claim: a live view of a file that is not there is refused at once."""
-    with pytest.raises(ReportError, match="there is no such file"):
-        follow(tmp_path / "nothing.jsonl", monkeypatch)
+    """Claim: a folder that is not there is refused at once, and so is a file that has not come by Ctrl-C."""
+    for path in (tmp_path / "nowhere" / "run.jsonl", tmp_path / "nothing.jsonl"):
+        with pytest.raises(ReportError, match="there is no such file"):
+            follow(path, monkeypatch)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for another process")

@@ -29,7 +29,7 @@ class SetpointCallback(TrainerCallback):  # type: ignore[misc]
 
     Steps, inputs, accumulation and mixed precision are the Trainer's own. Its checkpoints carry sizes and the loop's
     state, so that `resume_from_checkpoint` goes on and `load_best_model_at_end` works; what the loop measures is logged
-    with the Trainer's logs, under `setpoint/`.
+    with the Trainer's logs, under `setpoint/`. Widths of groups are left to `log_to(callback.loop, ...)`.
 
     Args:
         budget: as `attach` takes it: 0.5 is half of the dense model's FLOPs.
@@ -78,7 +78,8 @@ class SetpointCallback(TrainerCallback):  # type: ignore[misc]
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Add what the loop measures to what the Trainer logs."""
         if self.loop is not None and logs is not None and "loss" in logs:
-            metrics = {f"setpoint/{name}": value for name, value in self.loop.metrics().items()}
+            found = self.loop.metrics().items()
+            metrics = {f"setpoint/{name}": value for name, value in found if not name.startswith("width/")}
             logs.update(metrics)
             if state.log_history:
                 state.log_history[-1].update(metrics)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
@@ -98,11 +98,16 @@ def _bar(share: float) -> ProgressBar:
 def watch(file: Path, screen: Console, seconds: float) -> Record:
     """Show a ledger until Ctrl-C, and read it again whenever its file has changed; gives what was read last.
 
-    What becomes of the file meanwhile is reported, and waited for.
+    A file that is not there yet is waited for. What becomes of the file meanwhile is reported, and waited for.
 
     Raises:
-        ReportError: if it is no ledger to begin with.
+        ReportError: if its folder is not there, or if it is no ledger to begin with.
     """
+    if file.parent.is_dir() and not _begun(file):
+        screen.print(f"waiting for {file}, which a run writes by log_to(loop, {str(file)!r}); Ctrl-C ends it")
+        with suppress(KeyboardInterrupt):
+            while not _begun(file):
+                time.sleep(seconds)
     record, known = read_ledger(file), _stamp(file)
     live = Live(console=screen, auto_refresh=False)
     drawn = screen.is_terminal  # elsewhere one picture comes below the other
@@ -121,6 +126,11 @@ def watch(file: Path, screen: Console, seconds: float) -> Record:
                 shown = Group(view(record, file.name, screen.height - 2 * len(trouble) if drawn else None), *trouble)
     except KeyboardInterrupt:
         return record
+
+
+def _begun(file: Path) -> bool:
+    found = _stamp(file)
+    return found is not None and found[1] > 0
 
 
 def _stamp(file: Path) -> tuple[int, int, int] | None:
