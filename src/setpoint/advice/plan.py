@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from setpoint.advice.law import LANGUAGE, Law, average_size
-from setpoint.cost.budget import Budget, amount
+from setpoint.cost.budget import Budget
 from setpoint.cost.flops import flops_cost
 from setpoint.cost.params import params_cost
 from setpoint.cost.wanted import wanted
@@ -42,6 +42,7 @@ class Advice:
             highest of the laws; negative is a loss.
         bill: FLOPs of the whole run.
         tokens: tokens or samples that the bill pays for in the pruned run.
+        batch: tokens or samples of a step: as given, or of the example; None where neither says.
         steps: optimizer steps of the pruned run, where the batch is known.
         notes: what weakens the advice.
         sources: of the constants.
@@ -56,6 +57,7 @@ class Advice:
     gain: tuple[float, float]
     bill: float | None
     tokens: float | None
+    batch: float | None
     steps: int | None
     notes: tuple[str, ...]
     sources: tuple[str, ...]
@@ -78,8 +80,8 @@ class Advice:
                      "against a small dense model of the same training FLOPs")  # fmt: skip
         if self.bill is not None:
             paid = f" pay for {self.tokens:.3g} tokens or samples" if self.tokens is not None else ""
-            steps = f", {self.steps:,} steps" if self.steps is not None else ""
-            lines.append(f"  {amount(self.bill, 'flops')}{paid}{steps}")
+            steps = f", {self.steps:,} steps of {self.batch:,g}" if self.steps is not None else ""
+            lines.append(f"  {self.bill:.3g} FLOPs{paid}{steps}")
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join([*lines, f"  constants: {'; '.join(self.sources)}"])
 
@@ -175,7 +177,7 @@ def plan(
     bill = 6 * size * data if size and data else None
     paid = data / average if data else None
     return Advice(
-        verdict, size, (min(ratios), max(ratios)), best, average, cuts, (low, high), bill, paid,
+        verdict, size, (min(ratios), max(ratios)), best, average, cuts, (low, high), bill, paid, batch,
         int(paid // batch) if paid and batch else None,
         tuple(_notes(size, ratios, laws)), tuple(law.source for law in laws),
     )  # fmt: skip
