@@ -50,7 +50,6 @@ def test_every_link_of_the_readme_is_absolute_and_leads_somewhere() -> None:
                 assert (ROOT / link.removeprefix(start).partition("#")[0]).exists(), link
 
 
-@pytest.mark.slow
 def test_the_wheel_installs_and_runs(tmp_path: Path) -> None:
     """Claim: wheel and source archive hold the same package, and the wheel alone imports and says its version."""
     pytest.importorskip("hatchling")
