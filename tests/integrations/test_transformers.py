@@ -20,6 +20,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
@@ -65,9 +66,11 @@ def build(kind: str) -> Any:
     return BertForSequenceClassification(config)
 
 
-def trainer(kind: str, folder: Path, budget: float = 0.6, **settings: Any) -> tuple[Trainer, SetpointCallback]:
+def trainer(
+    kind: str, folder: Path, budget: float = 0.6, *, best_within_budget: bool = False, **settings: Any
+) -> tuple[Trainer, SetpointCallback]:
     """A Trainer with one line added."""
-    callback = SetpointCallback(budget)
+    callback = SetpointCallback(budget, best_within_budget=best_within_budget)
     usual: dict[str, Any] = {
         "output_dir": str(folder),
         "max_steps": STEPS,
@@ -138,7 +141,7 @@ def test_a_trainer_that_knew_nothing_at_first_resumes(tmp_path: Path) -> None:
 
 
 def test_the_best_model_is_loaded_at_the_end_whatever_its_widths(tmp_path: Path) -> None:
-    """Claim: load_best_model_at_end takes a wider checkpoint into the narrow model, and its folder loads anywhere."""
+    """Claim: load_best_model_at_end takes a wider checkpoint into the narrow model, and a warning says so."""
     run, callback = trainer(
         "gpt2",
         tmp_path,
@@ -147,13 +150,41 @@ def test_the_best_model_is_loaded_at_the_end_whatever_its_widths(tmp_path: Path)
         load_best_model_at_end=True,
         greater_is_better=True,  # so that the first, dense one is the best
     )
-    run.train()
+    with pytest.warns(UserWarning, match=r"checkpoint-3, has .* saved before the last cut"):
+        run.train()
     assert callback.summary is not None and callback.summary.budget_met
     assert str(run.state.best_model_checkpoint).endswith("checkpoint-3")
     assert run.evaluate()["eval_loss"] == pytest.approx(run.state.best_metric, abs=1e-6)
     widths = [layer.mlp.c_fc.weight.shape[1] for layer in run.model.transformer.h]
     final = [callback.summary.widths[f"transformer.h.{number}.mlp.c_fc"] for number in (0, 1)]
     assert sum(widths) > sum(final)
+
+
+class EndsEarly(TrainerCallback):  # type: ignore[misc]
+    """Ends the training after an evaluation, as `EarlyStoppingCallback` does."""
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """At step 14."""
+        control.should_training_stop = state.global_step == 14
+
+
+def test_the_best_model_within_the_budget_is_loaded_where_training_ends_early(tmp_path: Path) -> None:
+    """Claim: with best_within_budget=True no larger checkpoint is loaded, and an early end is no change by others."""
+    settings = {"load_best_model_at_end": True, "greater_is_better": True, "eval_strategy": "steps"}
+    run, callback = trainer("gpt2", tmp_path, **settings, eval_steps=2, save_steps=2, best_within_budget=True)
+    run.add_callback(EndsEarly())
+    run.train()
+    summary = callback.summary
+    assert summary is not None and summary.budget_met and "changed" not in summary.reason
+    assert summary.steps == 14 and int(str(run.state.best_model_checkpoint).rpartition("-")[2]) > 2
+    assert sum(each.numel() for each in run.model.parameters()) == summary.final_params
+
+
+@pytest.mark.parametrize("budget", ["fifty", 1.5])
+def test_what_is_no_budget_is_refused_at_once(budget: Any) -> None:
+    """Claim: before the Trainer is made."""
+    with pytest.raises(setpoint.SetpointError):
+        SetpointCallback(budget)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "bert"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from setpoint.actuator.lift import was_cut
 from setpoint.attach import attach
 from setpoint.checkpoint.resumable import resumable
+from setpoint.cost.wanted import wanted
 from setpoint.distillation.teacher import Teacher, logits_of
 from setpoint.errors import NotBegunError
 from setpoint.integrations.huggingface import enable_huggingface
@@ -33,6 +35,8 @@ class SetpointCallback(TrainerCallback):  # type: ignore[misc]
 
     Args:
         budget: as `attach` takes it: 0.5 is half of the dense model's FLOPs.
+        best_within_budget: whether the Trainer's best checkpoint is the best of those within the budget; by default
+            an earlier, larger one may be the best, which is warned of when it is loaded.
         settings: further arguments of `attach`, such as `controller`, `sensor` or `copies`.
 
     Attributes:
@@ -44,8 +48,10 @@ class SetpointCallback(TrainerCallback):  # type: ignore[misc]
     True
     """
 
-    def __init__(self, budget: Any = 0.5, **settings: Any) -> None:
-        self.budget, self.settings = budget, settings
+    def __init__(self, budget: Any = 0.5, *, best_within_budget: bool = False, **settings: Any) -> None:
+        wanted(budget)  # what is no budget is refused here, and not when the training begins
+        self.budget, self.settings, self.best_within_budget = budget, settings, best_within_budget
+        self._within = False
         self.loop: Loop | None = None
         self.summary: Summary | None = None
         enable_huggingface()
@@ -68,11 +74,20 @@ class SetpointCallback(TrainerCallback):  # type: ignore[misc]
         if self.loop is not None:  # of a run that an exception has ended
             self.loop.detach()
         self.loop = self.summary = None
+        self._within = False
         self.loop = attach(model, kwargs["optimizer"], self.budget, **settings)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Finish with the last step, before the Trainer loads its best model."""
+        if self.best_within_budget and not self._within and self.loop is not None and self.loop.budget_met:
+            self._within = True
+            state.best_metric = state.best_model_checkpoint = state.best_global_step = None
         if state.global_step >= state.max_steps or control.should_training_stop:
+            self._finish()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Finish where an evaluation has ended the training early, before the Trainer loads its best model."""
+        if control.should_training_stop:
             self._finish()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
@@ -85,8 +100,17 @@ class SetpointCallback(TrainerCallback):  # type: ignore[misc]
                 state.log_history[-1].update(metrics)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Finish where training has ended early."""
+        """Finish where training has ended early, and compare with the model that the Trainer has loaded."""
         self._finish()
+        if self.summary is not None and args.load_best_model_at_end and state.best_model_checkpoint:
+            ours = self.summary.final_params + self.summary.masked_params
+            if (loaded := sum(each.numel() for each in kwargs["model"].parameters())) > ours:
+                warnings.warn(
+                    f"the best checkpoint that the Trainer has loaded, {state.best_model_checkpoint}, has {loaded:,} "
+                    f"parameters, and the model at the end of training had {ours:,}: it was saved before the last cut. "
+                    "SetpointCallback(..., best_within_budget=True) counts only checkpoints within the budget",
+                    stacklevel=2,
+                )
 
     def _finish(self) -> None:
         if self.loop is not None and self.summary is None:
