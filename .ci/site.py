@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+CODE = re.compile(r"^```python\n.*?^```$", re.DOTALL | re.MULTILINE)
 COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 OUTSIDE = re.compile(r"\]\((?:\.\./)+(?P<path>[^)#\s]+)(?P<anchor>#[^)\s]*)?\)")
 
 
 def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> str:
-    """Take out comments, which hold set-up code that tests run, and let links out of docs/ lead to the repository.
+    """Fold the code in comments, take out other comments, and let links out of docs/ lead to the repository.
+
+    Comments hold what a page's code needs to run, such as a model and data.
 
     Raises:
         FileNotFoundError: a link leads to no file.
@@ -29,4 +33,10 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> st
         kind = "tree" if target.is_dir() else "blob"
         return f"]({config.repo_url}/{kind}/main/{target.relative_to(ROOT)}{match['anchor'] or ''})"
 
-    return OUTSIDE.sub(absolute, COMMENT.sub("", markdown))
+    return OUTSIDE.sub(absolute, COMMENT.sub(folded, markdown))
+
+
+def folded(comment: re.Match[str]) -> str:
+    """The code of a comment as a box that opens; nothing for a comment without code."""
+    code = CODE.search(comment[0])
+    return '??? example "Code that this page also needs"\n' + indent(code[0], "    ") + "\n" if code else ""

@@ -156,3 +156,16 @@ def test_a_header_of_anything_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run.jsonl").write_text(DEEP + "\n")
     with pytest.raises(CheckpointError, match="is not a Setpoint ledger"):
         Ledger.load(tmp_path / "run.jsonl")
+
+
+def test_the_end_of_a_run_is_the_last_line(tmp_path: Path) -> None:
+    """Claim: it is read back; a file without it has no end; an entry after it does not hide it."""
+    ledger = Ledger({"total_steps": 10})
+    ledger.append(Entry(step=3, widths={"a": 2}))
+    ledger.save(tmp_path / "before")
+    ledger.end(4, budget_met=False, reason="the run was too short")
+    ledger.save(tmp_path / "after")
+    assert Ledger.load(tmp_path / "before").ended is None
+    again = Ledger.load(tmp_path / "after")
+    assert again.ended == {"step": 4, "budget_met": False, "reason": "the run was too short"} and len(again) == 1
+    assert json.loads((tmp_path / "after").read_text().splitlines()[-1]) == {"ended": again.ended}

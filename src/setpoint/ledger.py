@@ -24,7 +24,7 @@ class Ledger:
     """All entries of a run, in order, and a header that says what the run was.
 
     A ledger grows only at its end. What a decision did to the loss shows one step later: `complete` notes it, once.
-    Its file is JSON Lines: first the header, then one entry a line;
+    Its file is JSON Lines: first the header, then one entry a line, and last how the run ended, if it did;
     numbers that JSON does not know (NaN, infinity) are written as null.
 
     Args:
@@ -43,6 +43,8 @@ class Ledger:
     def __init__(self, header: Mapping[str, Any] | None = None) -> None:
         self.header: Mapping[str, Any] = dict(header or {})
         self._entries: list[Entry] = []
+        self.ended: Mapping[str, Any] | None = None
+        """How the run ended: "step", "budget_met" and "reason"; None before its end."""
 
     def append(self, entry: Entry) -> None:
         """Add one entry at the end.
@@ -53,6 +55,10 @@ class Ledger:
         if self._entries and entry.step < self._entries[-1].step:
             raise ValueError(f"a ledger is in order of steps: got step {entry.step} after {self._entries[-1].step}")
         self._entries.append(entry)
+
+    def end(self, step: int, *, budget_met: bool, reason: str) -> None:
+        """Note how the run ended, after so many steps; in the file it is the last line."""
+        self.ended = {"step": step, "budget_met": budget_met, "reason": reason}
 
     def complete(self, loss_after: float) -> None:
         """Note the loss right after the last decision that changed the model, unless it has been noted.
@@ -97,9 +103,10 @@ class Ledger:
         return self._entries[position]
 
     def lines(self, first: int = 0) -> Iterator[str]:
-        """The lines of its file from this one on; the header is line 0, and each has its end."""
+        """The lines of its file from this one on; the header is line 0, and each has its line break."""
         rows = [{"ledger": FORMAT, **self.header}] if not first else []
         rows += [asdict(entry) for entry in self._entries[max(0, first - 1) :]]
+        rows += [{"ended": self.ended}] if self.ended is not None else []
         yield from (json.dumps(without_nan(row), allow_nan=False) + "\n" for row in rows)
 
     def to_rows(self) -> list[dict[str, Any]]:
@@ -141,6 +148,9 @@ class Ledger:
             if row is None and number == len(lines) and ended:
                 break
             try:
+                if row is not None and isinstance(row.get("ended"), dict):
+                    ledger.ended = row["ended"]
+                    continue
                 ledger.append(_entry(row))
             except ValueError as error:
                 raise CheckpointError(

@@ -22,7 +22,9 @@ from setpoint.cli import app
 from setpoint.entry import Entry
 from setpoint.errors import ReportError
 from setpoint.ledger import Ledger
+from setpoint.report import resources
 from setpoint.report import watch as watching
+from setpoint.report.record import record_of
 
 HEADER = {
     "groups": {f"layer{n}": {"num_units": 64, "what": "channel"} for n in range(3)},
@@ -81,6 +83,17 @@ def test_once_shows_the_present_state(file: Path) -> None:
     (row,) = [line for line in shown if line.startswith("layer0")]
     (whole,) = [line for line in shown if line.startswith("layer1")]
     assert "48 of 64 channels" in row and row.count("━") == 18 and whole.count("━") == 24
+
+
+def test_a_run_that_has_ended_says_so(file: Path) -> None:
+    """Claim: in the place of the last decision's step; and so does the sentence of the page."""
+    ended = Ledger.load(file)
+    ended.end(30, budget_met=False, reason="it stopped early")
+    ended.save(file)
+    shown = once(file).stdout
+    assert "ended at step 30 of 100" in shown and "the budget is NOT met: it stopped early" in shown
+    line = resources.ledger_line(record_of(ended))
+    assert line.endswith("over 30 optimizer steps of 100 that were planned; the budget is NOT met: it stopped early.")
 
 
 def test_a_run_without_a_decision_is_shown(tmp_path: Path) -> None:

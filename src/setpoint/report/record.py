@@ -20,6 +20,8 @@ class Record:
         step_seconds: by group, predicted seconds of a dense step that the group accounts for.
         calibration: by resource, relative error of the prediction on copies of the model.
         pattern: of the masks, where units are single weights; "" where units were cut.
+        end_step: step at which the run ended; None where nothing says that it did.
+        end: how it ended, in a sentence; "" where nothing says.
     """
 
     units: Mapping[str, int]
@@ -34,6 +36,8 @@ class Record:
     calibration: Mapping[str, float] = field(default_factory=dict)
     limit_run: Mapping[str, float] = field(default_factory=dict)
     idle_watts: float | None = None
+    end_step: int | None = None
+    end: str = ""
 
 
 _BY_NAME = ("dense", "limit", "limit_run", "step_seconds", "calibration")
@@ -44,6 +48,10 @@ def record_of(ledger: Ledger) -> Record:
     """A ledger as a report reads it, whatever its header lacks."""
     header = ledger.header
     groups = {str(key): mapping(value) for key, value in mapping(header.get("groups")).items()}
+    ended = mapping(ledger.ended)
+    met = (
+        "the budget is met" if ended.get("budget_met") is True else f"the budget is NOT met: {ended.get('reason', '')}"
+    )
     return Record(
         units={key: units for key, value in groups.items() if (units := _count(value.get("num_units"))) is not None},
         what={key: str(value.get("what", "unit")) for key, value in groups.items()},
@@ -53,6 +61,8 @@ def record_of(ledger: Ledger) -> Record:
         pattern=str(header.get("pattern", "")),
         **{name: quantities(header.get(name)) for name in _BY_NAME},
         idle_watts=quantities({"idle": header.get("idle_watts")}).get("idle"),
+        end_step=_count(ended.get("step")),
+        end=met if ended else "",
     )
 
 

@@ -52,8 +52,8 @@ def unit_of(resource: str | None) -> str:
 
 
 def end_of(record: Record) -> int:
-    """Last step of the run."""
-    return record.total_steps or max((entry.step for entry in record.entries), default=1)
+    """Last step of the run: where it ended, or is to end."""
+    return record.end_step or record.total_steps or max((entry.step for entry in record.entries), default=1)
 
 
 def dropped(entry: Entry) -> int:
@@ -93,7 +93,10 @@ def ledger_line(record: Record) -> str:
         sentence += f"; power at rest {digits(record.idle_watts)} W, measured apart and part of the joules"
     if record.pattern:
         sentence += f"; masks on single weights ({record.pattern})"
-    return sentence + f", over {end_of(record):,} {AXES['step']}s."
+    short = record.end_step is not None and record.total_steps and record.end_step < record.total_steps
+    planned = f" of {record.total_steps:,} that were planned" if short else ""
+    ended = f"; {record.end}" if record.end else ""
+    return sentence + f", over {end_of(record):,} {AXES['step']}s{planned}{ended}."
 
 
 def seconds_by_group(record: Record) -> list[tuple[str, float]]:

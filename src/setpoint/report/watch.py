@@ -41,6 +41,8 @@ def view(record: Record, title: str, lines: int | None = None) -> RenderableType
         *([duration(last.seconds)] if last else []),
         *([f"loss {digits(last.loss)}"] if last and last.loss is not None else []),
     ]
+    if record.end:
+        head = [f"ended at step {record.end_step or 0:,} of {record.total_steps or 0:,}", record.end]
     counts = f"{len(made)} decisions, {sum(map(bool, made))} cuts, {sum(made):,} units dropped"
     spending = Table.grid(padding=(0, 2))
     held = resources.resources(record) or (("flops",) if "flops" in record.dense else ())
