@@ -218,7 +218,7 @@ def validation_table(root: Path) -> str:
             for split, of in (("validation", _last_validation), ("test", lambda cell: cell.value)):
                 texts = [marked(difference(ours, rivals.get(name, ()), of), metric) for name in names]
                 lines.append(f"| {task} | {percent(budget)} | {split} | {' | '.join(texts)} |")
-    return "\n".join([*lines, "", "Seeds and machines are those of the tables below."])
+    return "\n".join([*lines, "", "Seeds and machines are those of the tables of each task."])
 
 
 def _last_validation(cell: Cell) -> float | None:
@@ -257,7 +257,7 @@ def snip_table(path: Path, folder: Path) -> str:
         parts = [", ".join(f"{number:,}" for number in row[part]) for part in ("queries", "keys", "values")]
         end = ends[row["budget"], row["seed"]]
         lines.append(f"| {percent(row['budget'])} | {row['seed']} | {' | '.join(parts)} | {end:.4f} |")
-    return "\n".join([*lines, "", f"Of {data['rows'][0]['of']:,} weights each. {made_on(data)}"])
+    return "\n".join([*lines, "", f"Each count is out of {data['rows'][0]['of']:,} weights. {made_on(data)}"])
 
 
 def tuning_table(root: Path) -> str:
