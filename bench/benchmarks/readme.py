@@ -37,6 +37,7 @@ from tables.law import (
 )
 from tables.methods import (
     ahead_table,
+    apart_table,
     goals_table,
     headline_table,
     methods_table,
@@ -44,6 +45,7 @@ from tables.methods import (
     seconds_table,
     snip_table,
     sparse_table,
+    spent_table,
     task_sections,
     tuning_table,
     validation_table,
@@ -128,6 +130,8 @@ def filled(text: str) -> str:
             "readme": lambda: readme_table(RESULTS),
             "models-cut": lambda: models_cut_table(RESULTS / "coverage" / "torch_pruning.json"),
             "headline": lambda: headline_table(RESULTS),
+            "apart": lambda: apart_table(RESULTS),
+            "spent": lambda: spent_table(RESULTS),
             "tasks": lambda: task_sections(RESULTS),
         }
         table = made[name]() if name in made else methods_table(RESULTS / name)
