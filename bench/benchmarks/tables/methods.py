@@ -35,10 +35,26 @@ def methods_table(folder: Path, *, judged: bool = False) -> str:
     )
 
 
-def task_sections(root: Path) -> str:
-    """A section for every results folder, with its tables."""
-    folders = _folders(root)
-    return "\n\n".join(f"## `{folder.name}`\n\n{methods_table(folder, judged=True)}" for folder in folders)
+TASK_PAGE = """# `{name}`
+
+`python bench/benchmarks/readme.py` generates this page from `results/{name}`. [Tasks](../tasks.md) describes the task.
+[Results](../results.md#how-to-read-the-tables) says how to read the tables.
+
+{tables}
+"""
+
+
+def task_pages(root: Path) -> dict[str, str]:
+    """By name, the page of every results folder, with its tables."""
+    return {
+        folder.name: TASK_PAGE.format(name=folder.name, tables=methods_table(folder, judged=True))
+        for folder in _folders(root)
+    }
+
+
+def task_links(root: Path) -> str:
+    """A link to the page of every results folder."""
+    return "\n".join(f"* [`{folder.name}`](tasks/{folder.name}.md)" for folder in _folders(root))
 
 
 def goals_table(root: Path) -> str:
