@@ -1,6 +1,6 @@
-"""Writes the tables and the pictures of README.md and of pages in docs/ from the committed result files.
+"""Writes tables and pictures of README.md and docs/, and the pages of docs/tasks/, from the committed result files.
 
-    python bench/benchmarks/readme.py            rewrite what stands between the markers
+    python bench/benchmarks/readme.py            rewrite what stands between the markers, and the generated files
     python bench/benchmarks/readme.py --check    fail if a page does not show what the result files say
 
 A marker is `<!-- results:NAME -->` ... `<!-- end -->`; NAME is one of those in `filled`, or a folder of results/.
@@ -37,6 +37,7 @@ from tables.law import (
 )
 from tables.methods import (
     ahead_table,
+    apart_table,
     goals_table,
     headline_table,
     methods_table,
@@ -44,7 +45,9 @@ from tables.methods import (
     seconds_table,
     snip_table,
     sparse_table,
-    task_sections,
+    spent_table,
+    task_links,
+    task_pages,
     tuning_table,
     validation_table,
 )
@@ -72,6 +75,7 @@ _DOCS = (
     "when-it-pays.md",
     "gpu.md",
 )
+TASKS = ROOT / "docs" / "tasks"
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in _DOCS))
 MARKER = re.compile(r"(<!-- results:(?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 PICTURES = {name: ROOT / "docs" / "pictures" / f"{name}.svg" for name in ("run", "finetune", "cifar10-mini", "law")}
@@ -128,7 +132,9 @@ def filled(text: str) -> str:
             "readme": lambda: readme_table(RESULTS),
             "models-cut": lambda: models_cut_table(RESULTS / "coverage" / "torch_pruning.json"),
             "headline": lambda: headline_table(RESULTS),
-            "tasks": lambda: task_sections(RESULTS),
+            "apart": lambda: apart_table(RESULTS),
+            "spent": lambda: spent_table(RESULTS),
+            "tasks": lambda: task_links(RESULTS),
         }
         table = made[name]() if name in made else methods_table(RESULTS / name)
         return f"{match[1]}{table}\n{match[3]}"
@@ -142,13 +148,17 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
     stale = []
-    for page in PAGES:
-        text = page.read_text(encoding="utf-8")
-        fresh = filled(text)
-        if fresh != text:
+    pages = {page: filled(page.read_text(encoding="utf-8")) for page in PAGES}
+    pages |= {TASKS / f"{name}.md": text for name, text in task_pages(RESULTS).items()}
+    for page, fresh in pages.items():
+        if not page.exists() or page.read_text(encoding="utf-8") != fresh:
             stale.append(page.name)
             if not check:
                 page.write_text(fresh, encoding="utf-8")
+    for page in set(TASKS.glob("*.md")) - pages.keys():
+        stale.append(page.name)
+        if not check:
+            page.unlink()
     with TemporaryDirectory() as folder:
         for name, picture in PICTURES.items():
             drawn = Path(folder) / picture.name

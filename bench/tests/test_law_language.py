@@ -115,7 +115,7 @@ def test_the_list_of_runs_takes_the_best_rates(law: ModuleType) -> None:
 
 
 def test_the_page_shows_what_the_runs_came_to() -> None:
-    """Claim: each measured and foretold gain of the page follows from the rows of the results file."""
+    """Claim: each measured and predicted gain of the page follows from the rows of the results file."""
     data = json.loads((ROOT / "results" / "law-language.json").read_text(encoding="utf-8"))
     page = (ROOT / "docs" / "when-it-pays.md").read_text(encoding="utf-8")
     table = page.partition("<!-- results:law-measured -->\n")[2].partition("\n\n")[0]

@@ -24,6 +24,14 @@ def test_tables_show_the_result_files() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_every_results_folder_has_a_page() -> None:
+    """Each folder of results/ has its page in docs/tasks/, to which results.md links, and no page is of none."""
+    folders = {path.parent.name for path in (ROOT / "results").glob("*/results.jsonl.xz")}
+    assert folders == {page.stem for page in (ROOT / "docs" / "tasks").glob("*.md")}
+    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert all(f"](tasks/{name}.md)" in text for name in folders)
+
+
 def test_results_are_few_and_small() -> None:
     """What is committed of the results are packed tables and a few ledgers: under 100 files and 8 MB in all."""
     files = [path for path in (ROOT / "results").rglob("*") if path.suffix in (".json", ".jsonl", ".xz")]

@@ -45,7 +45,7 @@ def predictions_table(latency: Path, memory: Path) -> str:
         f"|{'---|' * 8}",
     ]
     about = []
-    parts = (("seconds of a step", latency, "models"), ("of an inference", latency, "inference"))
+    parts = (("seconds of a step", latency, "models"), ("seconds of an inference", latency, "inference"))
     for what, path, part in (*parts, ("bytes of a step", memory, "models")):
         if not path.exists():
             continue
@@ -118,7 +118,7 @@ RUN_STEPS, RUN_DECISIONS = 1000, 15
 
 
 def distributed_table(path: Path) -> str:
-    """What ranks tell each other at a decision, and a resize, beside a step, by number of ranks; and a run's share."""
+    """What ranks send each other at a decision, and a resize, beside a step, by number of ranks; and a run's share."""
     if not path.exists():
         return "Not measured yet."
     data = json.loads(path.read_text(encoding="utf-8"))
@@ -138,9 +138,7 @@ def distributed_table(path: Path) -> str:
                 f"{share:.3%} |"
             )
     cores = data["environment"]["cores"]
-    note = (
-        f"{cores} cores: with more ranks than that, processes wait for each other's time, and rows say little about it."
-    )
+    note = f"The machine has {cores} cores. With more ranks, processes wait for each other, and rows say little."
     return "\n".join([*lines, "", f"{note} {made_on(data)}"])
 
 
@@ -149,7 +147,7 @@ def soak_table(path: Path) -> str:
     if not path.exists():
         return "Not run yet."
     data = json.loads(path.read_text(encoding="utf-8"))
-    lines = ["| check | outcome | said | for | on |", "|---|---|---|---:|---|"]
+    lines = ["| check | outcome | report | duration | date |", "|---|---|---|---:|---|"]
     for name, each in data["checks"].items():
         outcome = "passed" if each["passed"] else "**failed**"
         lines.append(f"| {name} | {outcome} | {each['said']} | {duration(each['seconds'])} | {each['date'][:10]} |")
@@ -162,13 +160,13 @@ def bench_quick_table(path: Path) -> str:
         return "Not measured yet."
     data = json.loads(path.read_text(encoding="utf-8"))
     lines = [
-        "| task | runs | of them committed | with the committed value | largest difference |",
+        "| task | runs | committed runs | runs with the committed value | largest difference |",
         f"|---|{'---:|' * 4}",
     ]
     for task, each in data["tasks"].items():
         counts = " | ".join(str(each[key]) for key in ("runs", "committed", "same"))
         lines.append(f"| {task} | {counts} | {_apart(each['largest_difference'], each['metric'])} |")
-    return "\n".join([*lines, "", f"All of it took {duration(data['seconds'])}. {made_on(data)}"])
+    return "\n".join([*lines, "", f"The whole command took {duration(data['seconds'])}. {made_on(data)}"])
 
 
 def _apart(difference: float | None, metric: str) -> str:
@@ -184,7 +182,7 @@ def compiled_table(path: Path) -> str:
         return "Not measured yet."
     data = json.loads(path.read_text(encoding="utf-8"))
     lines = [
-        "| task | run | whole run | first step | step at first | step at the end | cuts | compiled again | for |",
+        "| task | run | whole run | first step | step at first | last step | cuts | recompilations | their time |",
         f"|---|---|{'---:|' * 7}",
     ]
     for task, runs in data["runs"].items():

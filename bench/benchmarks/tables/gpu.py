@@ -15,7 +15,7 @@ from tables.words import made_on
 def gpu_table(file: Path) -> str:
     """A row for each network and mode: seconds of a step beside the dense network's, and what the run itself took."""
     if not file.is_file():
-        return "No GPU was at hand yet: `results/gpu.json` does not exist."
+        return "No GPU has been measured yet: `results/gpu.json` does not exist."
     data = json.loads(file.read_text(encoding="utf-8"))
     lines = [
         "| network | mode | dense step | even | **Setpoint** | FLOPs of both | memory of a step | joules of a step "
@@ -51,7 +51,7 @@ def gpu_table(file: Path) -> str:
 
 
 def _share(ours: Sequence[float], dense: Sequence[float]) -> str:
-    """The median of the ratios of a turn, and their spread."""
+    """The median of the ratios of a turn, and their range."""
     ratios = [each / other for each, other in zip(ours, dense, strict=True)]
     return f"{percent(median(ratios))} ({percent(min(ratios))} to {percent(max(ratios))})"
 

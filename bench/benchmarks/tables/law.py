@@ -48,8 +48,8 @@ class Arm:
         size: final parameters outside of embeddings, mean; `average` is that over the steps, in final sizes.
         loss: mean on test bytes, in nats per byte; `small` is that of the small model.
         gain: of the pruned model, in nats per byte.
-        foretold: the same by the law of the calibration, from average sizes and tokens; None where there is no law.
-        ends: 95 % interval of what is foretold, and of the small model's reducible loss by the law.
+        predicted: the same by the law of the calibration, from average sizes and tokens; None where there is no law.
+        ends: 95 % interval of what is predicted, and of the small model's reducible loss by the law.
         reducible: the small model's reducible loss, by the law.
     """
 
@@ -62,7 +62,7 @@ class Arm:
     loss: float
     small: float
     gain: Difference
-    foretold: float | None
+    predicted: float | None
     ends: tuple[float, float] | None
     reducible: float | None
 
@@ -81,13 +81,13 @@ def arms_of(data: Mapping[str, Any]) -> list[Arm]:
             if arm == "small" or not pairs:
                 continue
             ours, theirs = (_means(each) for each in zip(*pairs, strict=True))
-            by_law = [_foretold(each, ours, theirs) for each in draws]
+            by_law = [_predicted(each, ours, theirs) for each in draws]
             low, high = np.quantile(by_law, (0.025, 0.975)).tolist() if by_law else (None, None)
             found.append(
                 Arm(
                     ratio, arm, start, pairs[0][0]["rate"], ours["size"], ours["average_size"] / ours["size"],
                     ours["test"], theirs["test"], paired([plain["test"] - cut["test"] for cut, plain in pairs]),
-                    None if law is None else _foretold(law, ours, theirs), None if low is None else (low, high),
+                    None if law is None else _predicted(law, ours, theirs), None if low is None else (low, high),
                     None if law is None else theirs["test"] - law.irreducible,
                 )
             )  # fmt: skip
@@ -112,13 +112,13 @@ def _law(constants: Sequence[float]) -> Law:
     return Law(*constants[:5], source="calibration")
 
 
-def _foretold(law: Law, pruned: Mapping[str, float], small: Mapping[str, float]) -> float:
-    """The gain in nats per byte that the law foretells, from average sizes and tokens."""
+def _predicted(law: Law, pruned: Mapping[str, float], small: Mapping[str, float]) -> float:
+    """The gain in nats per byte that the law predicts, from average sizes and tokens."""
     return law.loss(small["average_size"], small["tokens"]) - law.loss(pruned["average_size"], pruned["tokens"])
 
 
 def measured_table(file: Path, predicted: Path) -> str:
-    """What was measured beside what was foretold, by the calibration and by the published fits."""
+    """What was measured beside what was predicted, by the calibration and by the published fits."""
     data = json.loads(file.read_text(encoding="utf-8"))
     published = {
         (row["ratio"], row["start"]): row["gain"]
@@ -131,9 +131,9 @@ def measured_table(file: Path, predicted: Path) -> str:
     ]
     for each in arms_of(data):
         by_law, share, law_share = "–", "–", "–"
-        if each.foretold is not None and each.reducible is not None:
-            by_law, share = _nats(each.foretold), _percent(each.gain.mean / each.reducible)
-            law_share = _percent(each.foretold / each.reducible)
+        if each.predicted is not None and each.reducible is not None:
+            by_law, share = _nats(each.predicted), _percent(each.gain.mean / each.reducible)
+            law_share = _percent(each.predicted / each.reducible)
             if each.ends is not None:
                 by_law += f" [{_nats(each.ends[0])}, {_nats(each.ends[1])}]"
         gain = _nats(each.gain.mean)
@@ -219,9 +219,9 @@ def optimal_line(file: Path) -> str:
     rows, size = json.loads(file.read_text(encoding="utf-8"))["rows"], params(built(1.0))
     used, every = (optimal_tokens(calibrated(rows, budgets), size) for budgets in (BUDGETS, (SHORT, *BUDGETS)))
     return (
-        f"From the best sizes, {used / 1e3:,.0f} thousand bytes are compute-optimal for the final size. The smallest "
-        f"budget is left out there, since its runs are short. With it they would be {every / 1e3:,.0f} thousand, which "
-        "was known when it was left out."
+        f"From the best sizes, {used / 1e3:,.0f} thousand bytes are compute-optimal for the final size. This number "
+        f"leaves out the smallest budget, since its runs are short. With that budget it would be {every / 1e3:,.0f} "
+        "thousand bytes, which was known when the budget was left out."
     )
 
 
@@ -230,7 +230,7 @@ def _percent(share: float) -> str:
 
 
 def _line(data: Mapping[str, Any], start: float, ratios: Sequence[float]) -> list[float]:
-    """The gains that the law foretells for cuts in a straight line, where a step costs what its parameters do."""
+    """The gains that the law predicts for cuts in a straight line, where a step costs what its parameters do."""
     law, average = _law(data["law"]), average_size(start, (0.25, 0.75))
     size = next(row["size"] for row in data["rows"] if row["arm"] == "small" and row["start"] == 1)
     tokens = [ratio * data["optimal_tokens"] for ratio in ratios]

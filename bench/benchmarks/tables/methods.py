@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from setpoint.report.numbers import NOTHING, percent, signed
@@ -16,7 +16,7 @@ from setpoint_bench.report.markdown import task_text
 from setpoint_bench.report.packed import file_of
 from setpoint_bench.report.results import Cell, Results
 from setpoint_bench.report.statistics import Difference, difference, mean, share_of
-from setpoint_bench.report.summary import FAMILIES, SETPOINT, clock_of, rounds_of, series, summary_rows
+from setpoint_bench.report.summary import FAMILIES, SETPOINT, Row, clock_of, rounds_of, series, summary_rows
 from tables.read import read_results
 from tables.words import made_on, marked, rows_made_on
 
@@ -36,10 +36,26 @@ def methods_table(folder: Path, *, judged: bool = False) -> str:
     )
 
 
-def task_sections(root: Path) -> str:
-    """A section for every results folder, with its tables."""
-    folders = _folders(root)
-    return "\n\n".join(f"## `{folder.name}`\n\n{methods_table(folder, judged=True)}" for folder in folders)
+TASK_PAGE = """# `{name}`
+
+`python bench/benchmarks/readme.py` generates this page from `results/{name}`. [Tasks](../tasks.md) describes the task.
+[Results](../results.md#how-to-read-the-tables) says how to read the tables.
+
+{tables}
+"""
+
+
+def task_pages(root: Path) -> dict[str, str]:
+    """By name, the page of every results folder, with its tables."""
+    return {
+        folder.name: TASK_PAGE.format(name=folder.name, tables=methods_table(folder, judged=True))
+        for folder in _folders(root)
+    }
+
+
+def task_links(root: Path) -> str:
+    """A link to the page of every results folder."""
+    return "\n".join(f"* [`{folder.name}`](tasks/{folder.name}.md)" for folder in _folders(root))
 
 
 def goals_table(root: Path) -> str:
@@ -62,41 +78,59 @@ HEADLINES = ("small", "small-long")
 
 def headline_table(root: Path) -> str:
     """Setpoint on every task at every budget, beside dense, small, and the best that is pruned after training."""
-    lines = [
-        "| task | budget | dense | `small` | `small-long` | best with units cut after training | Setpoint | "
-        "its training FLOPs | its training time | to `small` | to `small-long` |",
-        f"|---|{'---:|' * 10}",
-    ]
-    for folder in _folders(root):
-        results = read_results(folder)
-        rows = summary_rows(results)
-        for task in results.tasks():
-            mine = [row for row in rows if row.task == task]
-            dense = next((metric_text(row) for row in mine if row.method == "dense"), NOTHING)
-            for ours in (row for row in mine if row.method == "setpoint"):
-                beside = {row.method: row for row in mine if row.budget == ours.budget}
-                after = [
-                    row
-                    for row in beside.values()
-                    if row.family == "post-training" and row.density is None and row.num_seeds >= ours.num_seeds
-                ]
-                best = sorted(after, key=lambda row: row.value.mean, reverse=ours.metric == "accuracy")[:1]
-                rivals = [metric_text(beside[name]) if name in beside else NOTHING for name in HEADLINES]
-                told = [f"{metric_text(row)} (`{row.method}`, {percent(row.train_flops_ratio)})" for row in best]
-                apart = [marked(ours.differences.get(name), ours.metric) for name in HEADLINES]
-                spent = (percent(ours.train_flops_ratio), share_text(ours.seconds_share))
-                cells = (
-                    task,
-                    percent(ours.budget),
-                    dense,
-                    *rivals,
-                    *(told or [NOTHING]),
-                    metric_text(ours),
-                    *spent,
-                    *apart,
-                )
-                lines.append(f"| {' | '.join(cells)} |")
+    lines = [f"| task | FLOPs | dense | {' | '.join(f'`{name}`' for name in HEADLINES)} | cut after | Setpoint |"]
+    lines.append(f"|---|{'---:|' * 6}")
+    for ours, beside in _setpoint_rows(root):
+        rivals = [beside.get(name) for name in ("dense", *HEADLINES)]
+        texts = [NOTHING if row is None else _mean_text(row) for row in (*rivals, _best_cut_after(ours, beside))]
+        lines.append(f"| {ours.task} | {percent(ours.budget)} | {' | '.join(texts)} | {_mean_text(ours)} |")
     return "\n".join(lines)
+
+
+def apart_table(root: Path) -> str:
+    """How far Setpoint is from the small models on every task at every budget, by seed."""
+    lines = [f"| task | FLOPs | {' | '.join(f'to `{name}`' for name in HEADLINES)} |", "|---|---:|---:|---:|"]
+    for ours, _ in _setpoint_rows(root):
+        texts = [marked(ours.differences.get(name), ours.metric) for name in HEADLINES]
+        lines.append(f"| {ours.task} | {percent(ours.budget)} | {' | '.join(texts)} |")
+    return "\n".join(lines)
+
+
+def spent_table(root: Path) -> str:
+    """What Setpoint's runs cost, as shares of dense, beside the best method that cuts after training."""
+    lines = ["| task | FLOPs | training FLOPs | training time | cut after | its training FLOPs |"]
+    lines.append("|---|---:|---:|---:|---|---:|")
+    for ours, beside in _setpoint_rows(root):
+        best = _best_cut_after(ours, beside)
+        rival = (NOTHING, NOTHING) if best is None else (f"`{best.method}`", percent(best.train_flops_ratio))
+        texts = (percent(ours.train_flops_ratio), share_text(ours.seconds_share), *rival)
+        lines.append(f"| {ours.task} | {percent(ours.budget)} | {' | '.join(texts)} |")
+    return "\n".join(lines)
+
+
+def _setpoint_rows(root: Path) -> Iterator[tuple[Row, dict[str, Row]]]:
+    """Setpoint's rows, and beside each the other methods of its task at its budget, and dense."""
+    for folder in _folders(root):
+        rows = summary_rows(read_results(folder))
+        for ours in (row for row in rows if row.method == "setpoint"):
+            mine = [row for row in rows if row.task == ours.task and row.budget in (ours.budget, None)]
+            yield ours, {row.method: row for row in mine}
+
+
+def _best_cut_after(ours: Row, beside: Mapping[str, Row]) -> Row | None:
+    """The best method with as many seeds that cuts units after training."""
+    after = [
+        row
+        for row in beside.values()
+        if row.family == "post-training" and row.density is None and row.num_seeds >= ours.num_seeds
+    ]
+    best = sorted(after, key=lambda row: row.value.mean, reverse=ours.metric == "accuracy")
+    return best[0] if best else None
+
+
+def _mean_text(row: Row) -> str:
+    """The metric without its standard deviation."""
+    return re.sub(r" ± [\d.]+", "", metric_text(row)) + " (one seed)" * (row.num_seeds == 1)
 
 
 FINE_TUNED = {
@@ -225,7 +259,7 @@ def validation_table(root: Path) -> str:
             for split, of in (("validation", _last_validation), ("test", lambda cell: cell.value)):
                 texts = [marked(difference(ours, rivals.get(name, ()), of), metric) for name in names]
                 lines.append(f"| {task} | {percent(budget)} | {split} | {' | '.join(texts)} |")
-    return "\n".join([*lines, "", "Seeds and machines are those of the tables below."])
+    return "\n".join([*lines, "", "Seeds and machines are those of the tables of each task."])
 
 
 def _last_validation(cell: Cell) -> float | None:
@@ -264,7 +298,7 @@ def snip_table(path: Path, folder: Path) -> str:
         parts = [", ".join(f"{number:,}" for number in row[part]) for part in ("queries", "keys", "values")]
         end = ends[row["budget"], row["seed"]]
         lines.append(f"| {percent(row['budget'])} | {row['seed']} | {' | '.join(parts)} | {end:.4f} |")
-    return "\n".join([*lines, "", f"Of {data['rows'][0]['of']:,} weights each. {made_on(data)}"])
+    return "\n".join([*lines, "", f"Each count is out of {data['rows'][0]['of']:,} weights. {made_on(data)}"])
 
 
 def tuning_table(root: Path) -> str:

@@ -1,4 +1,4 @@
-"""How the tables tell machines, seeds, differences and errors."""
+"""How the tables write machines, seeds, differences and errors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def made_on(data: dict[str, Any]) -> str:
 
 
 def rows_made_on(rows: Sequence[dict[str, Any]]) -> str:
-    """On what, and when, where each row tells for itself."""
+    """On what, and when, from the rows themselves."""
     found: dict[str, set[str]] = {}
     for row in rows:
         found.setdefault(f"{row['cpu']}, {threads_text(row)}, torch {row['torch']}", set()).add(row["date"][:10])

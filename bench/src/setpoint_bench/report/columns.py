@@ -34,12 +34,12 @@ CLOCKS = {
     "shared": "training time (busy machine)",
 }
 CLOCK_NOTES = {
-    "timed": "Training times are from a measurement apart, in turns on one machine: a few steps of each stage of each "
-    "run, times its steps, and the method's own work as the run measured it. Time of dense: the median, the least and "
-    "the largest of the shares in each round, to which median times need not divide.",
+    "timed": "Training times are from a separate measurement, in turns on one machine: median seconds of a few steps "
+    "of each stage of each run, times the steps of the stage, plus the method's own work as the run measured it. Time "
+    "of dense: the median and the range of the shares of the rounds, which need not equal the ratio of median times.",
     "interleaved": "Training times are the runs' own; they took turns of a few steps in one process.",
-    "shared": "Training times are the runs' own, on a machine that was busy with other work at the same time: they do "
-    "not compare. `setpoint bench --timing` measures them.",
+    "shared": "Training times are the runs' own, on a machine that was busy with other work at the same time, so they "
+    "are not comparable. `setpoint bench --timing` measures them.",
 }
 MOST_LOAD = 0.5
 """Load average over the last minute above which a machine is called busy."""

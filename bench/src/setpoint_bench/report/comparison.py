@@ -43,7 +43,7 @@ on a copy), sensing, deciding, resizing, masking.</dd>
 many runs ever had, where not all had.</dd>
 <dt>±</dt><dd>Sample standard deviation over seeds; of seconds that were timed, over the rounds of the measurement.</dd>
 <dt>( to )</dt><dd>Least and largest of the rounds. In each round all runs were measured next to each other, so shares
-of dense are taken round by round; told is the median.</dd>
+of dense are computed round by round: the table shows the median and the range.</dd>
 <dt>[ , ]</dt><dd>95 % interval of a mean difference over the seeds that both methods have (Student's t), from three
 seeds on. Bold where it excludes 0.</dd>
 </dl>

@@ -15,7 +15,7 @@ from setpoint_bench.report.summary import RIVALS, Row, series, summary_rows
 NAME = "results.md"
 INTERVALS = (
     "Differences are means over the seeds that both methods have, with 95 % intervals of Student's t from three seeds "
-    "on; bold where the interval excludes 0."
+    "on. A difference is bold if its interval excludes 0."
 )
 
 
@@ -85,7 +85,9 @@ def about(cells: Sequence[Cell], rows: Sequence[Row]) -> str:
     dates = sorted(cell.date[:10] for cell in cells if cell.date)
     facts += [" to ".join(dict.fromkeys((dates[0], dates[-1])))] if dates else []
     notes = [f"`{row.label}`: {'; '.join(row.notes)}." for row in rows if row.notes]
-    masked = "*In theory*: if zeros cost nothing. " if any(row.theoretical_ratio is not None for row in rows) else ""
+    masked = (
+        "*In theory* means: if zeros cost nothing. " if any(row.theoretical_ratio is not None for row in rows) else ""
+    )
     compared = INTERVALS if any(rival in row.differences for row in rows for rival in RIVALS) else ""
     sentences = (
         f"{'; '.join(map(escape, facts))}.",
@@ -122,8 +124,8 @@ def _versions(cells: Sequence[Cell]) -> str:
     """How many versions of the code made the runs, as far as recorded; "" for one."""
     codes = [cell.environment.get("code", "") for cell in cells]
     num_untold, known = codes.count(""), set(codes) - {""}
-    facts = [f"{num_untold} of {len(codes)} runs do not tell by which code they were made"] * bool(num_untold)
-    facts += [f"{'the others were' if num_untold else 'the runs were'} made by {len(known)} versions of the code"] * (
+    facts = [f"{num_untold} of {len(codes)} runs do not record their code version"] * bool(num_untold)
+    facts += [f"{'the others' if num_untold else 'the runs'} are from {len(known)} versions of the code"] * (
         len(known) > 1
     )
     text = "; ".join(facts)
