@@ -11,13 +11,12 @@ from rich.table import Table
 from setpoint.report.numbers import digits, duration, human, percent
 from setpoint_bench.coverage import Verdict
 from setpoint_bench.report.columns import IN_THEORY, OF_DENSE, Column, columns, difference_columns, seeds_text
-from setpoint_bench.report.goals import MISSED, PARTLY, REACHED, Goal, goals
 from setpoint_bench.report.results import Results
-from setpoint_bench.report.summary import SETPOINT, Row, summary_rows
+from setpoint_bench.report.summary import Row, summary_rows
 
 
 def summary_tables(results: Results, width: int) -> tuple[Table, ...]:
-    """Per task what each method reached and spent, how far it lies from its rivals, and the headline goals.
+    """Per task what each method reached and spent, and how far it lies from its rivals.
 
     Args:
         results: what to show.
@@ -33,8 +32,6 @@ def summary_tables(results: Results, width: int) -> tuple[Table, ...]:
             unit = "points" if rows[0].metric == "accuracy" else rows[0].unit or rows[0].metric
             title = f"{task}: paired differences ({unit})"
             tables.append(_fitting(title, difference_columns(rows), compared, width))
-        if any(row.method == SETPOINT for row in rows):
-            tables.append(_goals_table(task, goals(results.of(task), rows)))
     return tuple(tables)
 
 
@@ -74,16 +71,6 @@ def _styled(column: Column, row: Row) -> str:
     text = escape(column.text(row))
     found = row.differences.get(column.heading.removeprefix("to "))
     return f"[bold]{text}[/]" if found is not None and column.heading.startswith("to ") and found.clear else text
-
-
-def _goals_table(task: str, found: Sequence[Goal]) -> Table:
-    table = Table(title=escape(f"{task}: headline goals"), title_justify="left")
-    for heading in ("goal", "", "measured"):
-        table.add_column(heading, justify="left", no_wrap=not heading)
-    for goal in found:
-        style = {REACHED: "green", PARTLY: "green", MISSED: "red"}.get(goal.verdict, "dim")
-        table.add_row(f"({goal.letter}) {goal.text}", f"[{style}]{goal.verdict}[/]", escape(goal.evidence))
-    return table
 
 
 def suite_table(name: str, verdicts: Sequence[Verdict]) -> Table:

@@ -42,7 +42,7 @@ def markdown(results: Results) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def task_text(cells: Sequence[Cell], rows: Sequence[Row], *, judged: bool = True) -> str:
+def task_text(cells: Sequence[Cell], rows: Sequence[Row], *, judged: bool = False) -> str:
     """One task: its tables, what they were measured on and, if `judged`, its goals."""
     parts = [table(columns(rows), rows)]
     compared = [row for row in rows if row.differences]
