@@ -309,6 +309,8 @@ def test_a_model_is_compressed(tmp_path: Path) -> None:
     own = tmp_path / "own.py"
     own.write_text(OWN_MODEL + "\ndef batches():\n    return [(torch.randn(50, 8), None)]\n")
     arguments = ["compress", f"{own}:build", "--data", f"{own}:batches"]
+    half = answer(invoke(*arguments, "--budget", "0.5"))
+    assert half["resource"] == "flops" and half["limit"] == 0.5 * half["before"]["flops"]
     found = answer(invoke(*arguments, "--budget", "50% params", "--out", tmp_path / "out"))
     small = setpoint.load(
         tmp_path / "out" / "model.safetensors", into=nn.Sequential(nn.Linear(8, 20), nn.ReLU(), nn.Linear(20, 4))

@@ -56,7 +56,7 @@ def test_bench(tmp_path: Path) -> None:
 def test_bench_over_seeds_and_report(tmp_path: Path) -> None:
     """Several seeds give means and runs, on the validation data if asked; `report` writes the page anew elsewhere."""
     result = invoke(
-        *("bench", "--task", "digits", "--methods", "small", "--seeds", "0,1", "--budgets", "0.5,0.75"),
+        *("bench", "--task", "digits", "--methods", "small", "--seeds", "0,1", "--budgets", "50%,75% flops"),
         *("--epochs", "1", "--split", "validation", "--out", tmp_path / "results"),
     )
     found = answer(result)
@@ -81,7 +81,7 @@ def test_bench_over_seeds_and_report(tmp_path: Path) -> None:
         (("bench", "--task", "digits", "--methods", "dense,small", "--budgets", "1e-4"), "cost"),
         (("inspect", "--suite", "tim"), "did you mean timm?"),
         (("bench", "--task", "digits", "--methods", ","), "--methods is empty"),
-        (("bench", "--task", "digits", "--budgets", "half"), "--budgets takes numbers"),
+        (("bench", "--task", "digits", "--budgets", "half"), "--budgets takes a fraction of the dense FLOPs"),
         (("bench", "--task", "digits", "--seeds", "0.5"), "--seeds takes whole numbers"),
         (("bench", "--task", "digits", "--budgets", "1.5"), "at most 1"),
         (("bench", "--task", "digits", "--budgets", "0.5,0"), "above 0"),
@@ -90,7 +90,8 @@ def test_bench_over_seeds_and_report(tmp_path: Path) -> None:
         (("bench", "--task", "smnist", "--length", "196", "--data", "/nowhere"), "/nowhere"),
         (("bench", "--task", "psmnist", "--length", "784", "--data", "/nowhere"), "/nowhere"),
         (("bench", "--task", "shakespeare", "--data", "/nowhere"), "/nowhere"),
-        (("bench", "--task", "digits", "--budgets", "nan"), "finite"),
+        (("bench", "--task", "digits", "--budgets", "nan"), "got 'nan'"),
+        (("bench", "--task", "digits", "--budgets", "50% params"), "got '50% params', a budget of another kind"),
         (("bench", "--task", "digits", "--epochs", "0"), "at least 1"),
         (("report", "/nowhere"), "results.jsonl"),
         (("inspect", "--suite", "keras"), "torchvision, timm, transformers, plain"),

@@ -35,7 +35,8 @@ RESULT_FILES = ("results.jsonl", "timing.jsonl", *PACKED_FILES)
 
 def demo(
     budget: Annotated[
-        str, typer.Option(help="FLOPs per step at the end, as a fraction of the dense network's.", metavar="FRACTION")
+        str,
+        typer.Option(help="Part of the dense FLOPs per step that is left at the end: 0.5 or 50%.", metavar="FRACTION"),
     ] = "0.5",
     seed: Annotated[int, typer.Option(help="Seed of pictures, new head and order.", min=0)] = 0,
     steps: Annotated[int, typer.Option(help="Optimizer steps of each training: fewer take less time.", min=20)] = 160,
@@ -47,11 +48,13 @@ def demo(
     The network and the pictures come with Setpoint: nothing is downloaded.
     """
     with errors_as_messages():
-        fraction = _fraction(budget)
+        from setpoint.cost.wanted import fraction
+
+        share = fraction(budget, "--budget")
         check_folder(out)
         from setpoint.demo import demo as shown
 
-        answer = shown.demo(console(), out or Path("runs/demo"), fraction, seed, steps)
+        answer = shown.demo(console(), out or Path("runs/demo"), share, seed, steps)
         finish(answer, f"open {answer['report']} in a browser")
 
 
@@ -123,7 +126,7 @@ def inspect(
 def compress(
     target: Annotated[str, typer.Argument(help="module.py:function that returns a trained model.")],
     data: Annotated[str, typer.Option("--data", help="module.py:function that returns batches, such as a loader.")],
-    budget: Annotated[str, typer.Option("--budget", help='What the model may cost: "50% flops", "40% params".')],
+    budget: Annotated[str, typer.Option("--budget", help='What the model may cost: 50% (of the FLOPs), "40% params".')],
     even: Annotated[bool, typer.Option("--even", help="Keep the same share of units in all groups.")] = False,
     samples: Annotated[int, typer.Option(help="Samples of the data that are looked at.", min=1)] = 1024,
     out: Out = None,
@@ -191,7 +194,7 @@ def plan(
     target: Annotated[
         str | None, typer.Argument(help="The dense model: of torchvision, timm or transformers, or module.py:function.")
     ] = None,
-    budget: Annotated[str | None, typer.Option(help="Of a step, for MODEL, such as '25% flops'.")] = None,
+    budget: Annotated[str | None, typer.Option(help="Budget per step of MODEL, such as 25% (of the FLOPs).")] = None,
     input: Annotated[str | None, typer.Option("--input", help="Shape of the example of MODEL, with commas.")] = None,
     size: Annotated[float | None, typer.Option(help="Parameters of the finished model outside of embeddings.")] = None,
     ratio: Annotated[float | None, typer.Option(help="Data / compute-optimal data, where it is known.")] = None,
@@ -247,7 +250,7 @@ def make_app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     made.callback(epilog=examples("setpoint demo", "setpoint inspect resnet18", "setpoint watch run.jsonl"))(_setpoint)
-    made.command(epilog=examples("setpoint demo", "setpoint demo --budget 0.25"))(demo)
+    made.command(epilog=examples("setpoint demo", "setpoint demo --budget 25%"))(demo)
     if entry_points(group=GROUP, name="bench"):
         lines = (
             "setpoint bench --task digits",
@@ -318,18 +321,6 @@ def _models() -> dict[str, str]:
     if not found:
         raise misuse(f"no library of models is installed: pip install {LIBRARIES[0]}, or another of {LIBRARIES[1:]}")
     return found
-
-
-def _fraction(text: str) -> float:
-    """A budget of FLOPs per step, as a fraction of dense."""
-    from setpoint.cost.budget import Budget
-
-    try:
-        return Budget.fraction(float(text), of="flops").limit
-    except ValueError as error:
-        raise misuse(
-            f"--budget takes a fraction of the dense network's FLOPs, above 0 and at most 1: got {text!r}"
-        ) from error
 
 
 def _added(name: str, command: str) -> Callable[..., Any]:

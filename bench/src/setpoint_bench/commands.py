@@ -32,7 +32,7 @@ def bench(
     methods: Annotated[
         str, typer.Option(help="Names of `setpoint list methods`, or own.py:function, with commas.")
     ] = "dense,small,setpoint",
-    budgets: Annotated[str, typer.Option(help="Fractions of the dense FLOPs per step, with commas.")] = "0.5",
+    budgets: Annotated[str, typer.Option(help="Fractions of the dense FLOPs per step, with commas: 0.5,25%.")] = "0.5",
     seeds: Annotated[str, typer.Option(help="Seeds, with commas.")] = "0",
     epochs: Epochs = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps, in place of passes.")] = None,
@@ -51,10 +51,12 @@ def bench(
     Each run has a process of its own. One that was interrupted, even killed, goes on with the same command.
     """
     with errors_as_messages():
+        from setpoint.cost.wanted import fraction
+
         _bench(
             task,
             methods,
-            numbers(budgets, "--budgets", float),
+            [fraction(each, "--budgets") for each in names(budgets, "--budgets")],
             numbers(seeds, "--seeds", int),
             out or Path("runs") / re.sub(r"[^\w.+@-]+", "-", task),
             epochs=epochs,
@@ -128,7 +130,6 @@ def _bench(
     from dataclasses import asdict
     from functools import partial
 
-    from setpoint.cost.budget import Budget
     from setpoint.report.own_function import is_own_function
     from setpoint_bench.catalogue import task_named, with_length
     from setpoint_bench.method import method_named
@@ -137,8 +138,6 @@ def _bench(
     from setpoint_bench.task import split_named
     from setpoint_bench.terminal import time_cells, train_cells
 
-    for budget in budgets:
-        Budget.fraction(budget, of="flops")
     task = task_named(with_length(task_name, length), epochs=epochs, steps=steps, data=data)
     chosen = {name: method_named(name) for name in names(methods, "--methods")}
     if len({method.name for method in chosen.values()}) < len(chosen):

@@ -239,7 +239,7 @@ class _Known:
         """
         goal = wanted(budget)
         if not isinstance(goal, Budget) or goal.resource not in ("flops", "params") or goal.per != "step":
-            raise UsageError(f"plan takes one budget of flops or params per step, such as '25% flops', got {budget!r}")
+            raise UsageError(f"plan takes one budget of flops or params per step, such as '25%', got {budget!r}")
         if example is None:
             raise UsageError("give an example of the inputs of one step, as attach takes it")
         found = trace(model, example)

@@ -134,7 +134,7 @@ def _goal(budget: Any) -> Budget:
     goal = wanted(budget)
     if not isinstance(goal, Budget) or goal.resource not in ("flops", "params") or goal.per != "step":
         raise BudgetError(
-            f"compress takes one budget of 'flops' or 'params', such as \"50% flops\", got {budget!r:.80}: other "
+            f"compress takes one budget of flops or params, such as '50%' or '40% params', got {budget!r:.80}: other "
             "resources are met in training, by attach"
         )
     return goal
