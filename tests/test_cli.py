@@ -1,4 +1,4 @@
-"""The command line of the wheel: one JSON object as the last line of stdout, and errors in one line."""
+"""The command line of the wheel: words for people, one JSON object with --json, and errors in one line."""
 
 from __future__ import annotations
 
@@ -47,10 +47,11 @@ def invoke(*arguments: str | Path) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-def answer(result: Result) -> dict[str, Any]:
-    """The last line of stdout."""
+def answer(*arguments: str | Path) -> dict[str, Any]:
+    """What a command prints with --json, which is all of stdout."""
+    result = invoke(*arguments, "--json")
     assert result.exit_code == 0, result.output
-    value: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    value: dict[str, Any] = json.loads(result.stdout)
     return value
 
 
@@ -124,8 +125,7 @@ def test_inspect_own_model(tmp_path: Path) -> None:
     """Inspecting a model of one's own finds its one group, its places, and what is frozen and why."""
     file = tmp_path / "model.py"
     file.write_text(OWN_MODEL, encoding="utf-8")
-    result = invoke("inspect", f"{file}:build", "--out", tmp_path / "out")
-    found = answer(result)
+    found = answer("inspect", f"{file}:build", "--out", tmp_path / "out")
     (group,) = found["groups"]
     assert group["num_units"] == 20
     assert ["2.weight", 1, "consume"] in group["places"]
@@ -137,21 +137,23 @@ def test_inspect_own_model(tmp_path: Path) -> None:
     assert group["params"] == found["params"] - 4
     assert sum(part["params"] for part in found["parts"]) == found["params"]
     assert any("output" in frozen["reason"] for frozen in found["frozen"])
-    shown = result.stdout.splitlines()[:-1]
+    shown = invoke("inspect", f"{file}:build").stdout.splitlines()
     assert len(shown) == 8 and shown[-1].startswith(f"next: setpoint inspect {file}:build --groups shows every group")
-    tree = invoke("inspect", f"{file}:build", "--groups").stdout.splitlines()[:-1]
+    tree = invoke("inspect", f"{file}:build", "--groups").stdout.splitlines()
     assert "2.weight, dim 1, consume" in "".join(tree) and "setpoint.attach(model, optimizer, 0.5" in tree[-1]
     assert "Budgets within reach" in (tmp_path / "out" / "inspect.html").read_text(encoding="utf-8")
     assert json.loads((tmp_path / "out" / "inspect.json").read_text(encoding="utf-8")) == found
 
 
 def test_json_is_alone_and_asked_for(tmp_path: Path) -> None:
-    """With --json the answer is all of stdout, in one line; at a terminal there is no JSON that nobody asked for."""
+    """With --json the answer is all of stdout, in one line; without it there is no JSON, in a pipe neither."""
     file = tmp_path / "model.py"
     file.write_text(OWN_MODEL, encoding="utf-8")
     command = ("inspect", f"{file}:build", "--no-verify")
     assert json.loads(invoke(*command, "--json").stdout)["params"] == 264
-    assert invoke(*command).stdout.startswith(f"{file}:build on 2x8: ")
+    told = invoke(*command).stdout
+    assert told.startswith(f"{file}:build on 2x8: ") and "{" not in told
+    assert told.splitlines()[-1].startswith("next: setpoint inspect")
     pty = pytest.importorskip("pty")
     parent, child = pty.openpty()
     with os.fdopen(child, "wb") as terminal:
@@ -191,9 +193,9 @@ def test_inspect_spending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     file = tmp_path / "model.py"
     file.write_text(OWN_MODEL, encoding="utf-8")
-    told = invoke("inspect", f"{file}:wide", "--spending")
-    found = answer(told)["spending"]
-    assert found["energy"].startswith(("measured: ", "not measured: ")) and found["energy"][:12] in told.stdout
+    assert "measured: " in invoke("inspect", f"{file}:wide", "--spending").stdout
+    found = answer("inspect", f"{file}:wide", "--spending")["spending"]
+    assert found["energy"].startswith(("measured: ", "not measured: "))
     assert 0 < found["least_seconds"] <= found["seconds"] < 1
     assert 0 < found["least_memory_bytes"] < found["memory_bytes"]
     assert 0 < found["least_inference_seconds"] <= found["inference_seconds"] < found["seconds"]
@@ -206,12 +208,12 @@ def test_inspect_writes_nothing_unasked(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     (tmp_path / "model.py").write_text(OWN_MODEL, encoding="utf-8")
-    found = answer(invoke("inspect", "model.py:keywords", "--no-verify"))
+    found = answer("inspect", "model.py:keywords", "--no-verify")
     assert found["inputs"] == [[2, 8]]
     assert found["verified"] is False
     assert [path.name for path in tmp_path.iterdir()] == ["model.py"]
     assert "leave out --input" in invoke("inspect", "model.py:keywords", "--input", "2,8").stderr
-    assert answer(invoke("inspect", "model.py:bare", "--input", "4,8"))["inputs"] == [[4, 8]]
+    assert answer("inspect", "model.py:bare", "--input", "4,8")["inputs"] == [[4, 8]]
 
 
 @pytest.mark.parametrize(
@@ -280,7 +282,7 @@ def test_a_model_is_inspected_without_the_benchmark(tmp_path: Path, monkeypatch:
     file = tmp_path / "model.py"
     file.write_text(OWN_MODEL, encoding="utf-8")
     result = CliRunner().invoke(make_app(), ["inspect", f"{file}:build", "--no-verify"])
-    assert answer(result)["inputs"] == [[2, 8]]
+    assert result.exit_code == 0 and result.stdout.startswith(f"{file}:build on 2x8: ")
     assert "pip install setpoint-bench" in CliRunner().invoke(make_app(), ["--help"]).stdout
 
 
@@ -309,9 +311,9 @@ def test_a_model_is_compressed(tmp_path: Path) -> None:
     own = tmp_path / "own.py"
     own.write_text(OWN_MODEL + "\ndef batches():\n    return [(torch.randn(50, 8), None)]\n")
     arguments = ["compress", f"{own}:build", "--data", f"{own}:batches"]
-    half = answer(invoke(*arguments, "--budget", "0.5"))
+    half = answer(*arguments, "--budget", "0.5")
     assert half["resource"] == "flops" and half["limit"] == 0.5 * half["before"]["flops"]
-    found = answer(invoke(*arguments, "--budget", "50% params", "--out", tmp_path / "out"))
+    found = answer(*arguments, "--budget", "50% params", "--out", tmp_path / "out")
     small = setpoint.load(
         tmp_path / "out" / "model.safetensors", into=nn.Sequential(nn.Linear(8, 20), nn.ReLU(), nn.Linear(20, 4))
     )

@@ -73,17 +73,18 @@ def console() -> Console:
 
 
 def finish(answer: dict[str, Any], then: str) -> None:
-    """End a command: say what to do next, and write the answer unless a person reads at a terminal.
+    """End a command: say what to do next, or with --json write the answer.
 
     Args:
-        answer: one JSON object, the last line of stdout in a pipe, and all of it with --json.
+        answer: one JSON object, with --json all of stdout.
         then: the next step.
     """
     from setpoint.report.values import finite
 
-    console().print(f"next: {then}", soft_wrap=True, markup=False, highlight=False)
-    if _as_json.get() or not sys.stdout.isatty():
+    if _as_json.get():
         print(json.dumps(finite(answer)), flush=True)
+    else:
+        console().print(f"next: {then}", soft_wrap=True, markup=False, highlight=False)
 
 
 def examples(*lines: str) -> str:

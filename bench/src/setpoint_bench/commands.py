@@ -126,7 +126,7 @@ def _bench(
     workers: int = 1,
     timing: bool = False,
 ) -> None:
-    """Run a benchmark, write its page, and print table and JSON."""
+    """Run a benchmark, write its page, and print the table."""
     from dataclasses import asdict
     from functools import partial
 
