@@ -145,6 +145,15 @@ def test_inspect_own_model(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "inspect.json").read_text(encoding="utf-8")) == found
 
 
+def test_eight_lines_fit_a_terminal() -> None:
+    """What is said of a CNN is in the field's words, and no line is wider than 80 columns."""
+    pytest.importorskip("torchvision")
+    lines = invoke("inspect", "resnet18", "--no-verify").stdout.splitlines()
+    assert len(lines) == 8 and max(map(len, lines)) <= 80
+    assert lines[3].startswith("most FLOPs: conv1 (64 channels, 29.8 %), layer")
+    assert lines[5] == "frozen: 2 places: input of the network, or other data; output of the network"
+
+
 def test_json_is_alone_and_asked_for(tmp_path: Path) -> None:
     """With --json the answer is all of stdout, in one line; without it there is no JSON, in a pipe neither."""
     file = tmp_path / "model.py"

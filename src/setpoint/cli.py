@@ -374,8 +374,8 @@ def _inspect(
     if out is not None:
         write_json(out / "inspect.json", answer)
         write_inspection(answer, out / "inspect.html")
-    more = "" if groups else f"setpoint inspect {target} --groups shows every group; "
-    finish(answer, f"{more}setpoint.attach(model, optimizer, 0.5, total_steps=...) prunes to half of the FLOPs")
+    attach = "setpoint.attach(model, optimizer, 0.5, total_steps=...) prunes to half of the FLOPs"
+    finish(answer, attach if groups else f"setpoint inspect {target} --groups shows every group")
 
 
 def _compress(target: str, data: str, budget: str, even: bool, samples: int, out: Path | None) -> None:

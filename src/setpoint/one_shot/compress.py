@@ -156,9 +156,7 @@ def _candidates(
         if not group.lossless:
             frozen[group.name] = "; ".join(group.notes) or "a zeroed unit is not the same as an absent one"
         elif not find_consumers(group, model):
-            frozen[group.name] = (
-                "it is read by something else than linear layers and convolutions, which can be refitted"
-            )
+            frozen[group.name] = "other ops than linear layers and convolutions, which can be refitted, read the units"
         else:
             found.append(group)
     if verify and found:
