@@ -163,7 +163,7 @@ def test_a_bench_whose_runs_all_fail_answers_all_the_same(tmp_path: Path) -> Non
     assert result.exit_code == 1
     found = json.loads(result.stdout)
     assert [each["cell"] for each in found["failures"]] == ["digits-broken-0.5-seed0"]
-    assert result.stderr.count("digits-broken-0.5-seed0") == 1
+    assert result.stderr.count("digits-broken-0.5-seed0: ") == 1
 
 
 def test_a_budget_out_of_reach_costs_nothing(tmp_path: Path) -> None:
