@@ -313,6 +313,20 @@ def test_a_plan_names_its_options() -> None:
             result.exit_code == 2 and "give exactly one of --ratio, --tokens," in result.stderr and got in result.stderr
         )
     assert "next: https://" in CliRunner().invoke(make_app(), ["plan", "--ratio", "16"]).output
+    assert "--size N, or MODEL with --budget" in invoke("plan", "--tokens", "1e9").stderr
+
+
+def test_a_plan_is_refused_before_the_model_is_traced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that takes no tokens is refused in options; a budget that is none, before the model is made."""
+    monkeypatch.setattr("setpoint.advice.plan.trace", None)
+    (tmp_path / "own.py").write_text(OWN_MODEL, encoding="utf-8")
+    plan = ("plan", f"{tmp_path}/own.py:build", "--tokens", "1e10", "--budget")
+    refused = invoke(*plan, "50% flops")
+    assert refused.exit_code == 2 and "own.py:build does not take: give --ratio R" in refused.stderr
+    assert (
+        "plan takes one budget of flops or params"
+        in invoke(*plan[:1], "/nowhere.py:build", *plan[2:], "8 ms latency").stderr
+    )
 
 
 def test_a_model_is_compressed(tmp_path: Path) -> None:
@@ -320,7 +334,9 @@ def test_a_model_is_compressed(tmp_path: Path) -> None:
     own = tmp_path / "own.py"
     own.write_text(OWN_MODEL + "\ndef batches():\n    return [(torch.randn(50, 8), None)]\n")
     arguments = ["compress", f"{own}:build", "--data", f"{own}:batches"]
-    half = answer(*arguments, "--budget", "0.5")
+    tried = invoke(*arguments, "--budget", "0.5", "--json")
+    assert tried.stderr == "a trial: without --out DIR the small model is not kept\n"
+    half = json.loads(tried.stdout)
     assert half["resource"] == "flops" and half["limit"] == 0.5 * half["before"]["flops"]
     found = answer(*arguments, "--budget", "50% params", "--out", tmp_path / "out")
     small = setpoint.load(
@@ -331,6 +347,10 @@ def test_a_model_is_compressed(tmp_path: Path) -> None:
     )
     for wrong, said in (
         ([*arguments, "--budget", "8 ms latency"], "compress takes"),
+        (
+            [*arguments[:1], "/nowhere.py:build", *arguments[2:], "--budget", "half"],
+            "the budget 'half' is not understood",
+        ),
         ([*arguments[:3], f"{own}:no", "--budget", "50% flops"], "no function"),
         (
             ["compress", "resnet18", *arguments[2:], "--budget", "50% flops"],

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 import setpoint
 from setpoint.cli import app
+from setpoint.cost.wanted import fraction
 from setpoint.demo.demo import demo
 from setpoint.demo.network import PRETRAINED, Network
 from setpoint.demo.signs import NEW, OLD, draw
@@ -122,10 +123,11 @@ def test_a_budget_that_is_none_is_refused(budget: str, tmp_path: Path) -> None:
 
 
 def test_a_budget_out_of_reach_is_refused(tmp_path: Path) -> None:
-    """Claim: what no cut reaches is refused before a step of training, with what can be reached."""
-    result = CliRunner().invoke(app, ["demo", "--budget", "0.001", "--out", str(tmp_path)])
-    assert result.exit_code == 2 and "Ask for at least" in result.stderr and "step" not in result.stdout
-    assert list(tmp_path.iterdir()) == []
+    """Claim: what no cut reaches is refused before a step, in words that --budget takes, and leaves no folder."""
+    result = CliRunner().invoke(app, ["demo", "--budget", "0.001", "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2 and result.stdout == "" and list(tmp_path.iterdir()) == []
+    asked = re.search(r"Ask for at least '(.*?)'$", result.stderr.strip())
+    assert asked is not None and 0.001 < fraction(asked[1], "--budget") < 0.1
 
 
 def test_a_file_is_no_folder(tmp_path: Path) -> None:

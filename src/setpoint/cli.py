@@ -132,7 +132,10 @@ def compress(
     out: Out = None,
     json: Json = False,
 ) -> None:
-    """Cut a trained model to a budget without training, and write it to model.safetensors in the folder of --out."""
+    """Cut a trained model to a budget without training, and write it to model.safetensors in the folder of --out.
+
+    Without --out it is a trial: it says what the budget leaves, and keeps nothing.
+    """
     with errors_as_messages():
         check_folder(out)
         _compress(target, data, budget, even, samples, out)
@@ -211,6 +214,7 @@ def plan(
     A pretrained model needs no such plan: its training is paid for, so fine-tune and prune it.
     """
     with errors_as_messages():
+        from setpoint.advice.plan import budget_per_step, counts_tokens
         from setpoint.advice.plan import plan as advise
         from setpoint.report.inspect_model import load_target
 
@@ -221,7 +225,16 @@ def plan(
                 f"give exactly one of {', '.join(basis)}, such as --tokens 5e10: got {', '.join(given) or 'none'}"
             )
         shape = None if input is None else tuple(numbers(input, "--input", int))
+        if target is None and size is None and ratio is None:
+            raise misuse("give the final size: --size N, or MODEL with --budget; or --ratio alone")
+        if target is not None:
+            budget_per_step(budget)
         model, example = (None, None) if target is None else load_target(target, shape)
+        if example is not None and ratio is None and not counts_tokens(example):
+            raise misuse(
+                f"the published constants are of language models and count tokens, which {target} does not take: give "
+                "--ratio R, its data / compute-optimal data"
+            )
         found = advise(
             model,
             budget,
@@ -384,9 +397,12 @@ def _compress(target: str, data: str, budget: str, even: bool, samples: int, out
     from torch import nn
 
     from setpoint.checkpoint import save
-    from setpoint.one_shot.compress import compress
+    from setpoint.one_shot.compress import compress, one_budget
     from setpoint.report.own_function import named_errors, own_function
 
+    one_budget(budget)
+    if out is None:
+        print("a trial: without --out DIR the small model is not kept", file=sys.stderr)
     with named_errors(target):
         made = own_function(target)()
     with named_errors(data):

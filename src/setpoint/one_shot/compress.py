@@ -103,7 +103,7 @@ def compress(
     (num_samples,) = counts(num_samples=num_samples)
     model = unwrapped(model)
     check_free(model)
-    goal = _goal(budget)
+    goal = one_budget(budget)
     batches = first_batches(data, num_samples, model)
     with preserved_rng_state(model):
         traced = trace(model, batches[0])
@@ -129,8 +129,12 @@ def compress(
     return Compressed(goal.resource, limit, before, after, widths, widths_of(cut), refitted, seen, frozen)
 
 
-def _goal(budget: Any) -> Budget:
-    """The budget, of FLOPs or parameters."""
+def one_budget(budget: Any) -> Budget:
+    """The budget that `compress` is given, of FLOPs or parameters.
+
+    Raises:
+        BudgetError: for any other.
+    """
     goal = wanted(budget)
     if not isinstance(goal, Budget) or goal.resource not in ("flops", "params") or goal.per != "step":
         raise BudgetError(
@@ -156,7 +160,7 @@ def _candidates(
         if not group.lossless:
             frozen[group.name] = "; ".join(group.notes) or "a zeroed unit is not the same as an absent one"
         elif not find_consumers(group, model):
-            frozen[group.name] = "other ops than linear layers and convolutions, which can be refitted, read the units"
+            frozen[group.name] = "the units are read by something else than linear layers and convolutions"
         else:
             found.append(group)
     if verify and found:
