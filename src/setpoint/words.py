@@ -12,10 +12,10 @@ def counted(number: float, what: str) -> str:
     return f"{number:,.0f} {what}{'' if number == 1 else 's'}"
 
 
-def kind(value: object) -> str:
+def a_type(value: object) -> str:
     """What a value is, by the name of its type.
 
-    >>> kind(3), kind({})
+    >>> a_type(3), a_type({})
     ('an int', 'a dict')
     """
     name = type(value).__name__

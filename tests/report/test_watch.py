@@ -73,7 +73,7 @@ def test_once_shows_the_present_state(file: Path) -> None:
     result = once(file)
     text, shown = result.stdout, result.stdout.splitlines()
     assert result.exit_code == 0 and "{" not in text and json.loads(once(file, "--json").stdout)["step"] == 10
-    for word in ("step 10 of 100", "1 cuts", "16 units", "loss 0.25", "75.0 % of dense", "750 MFLOP per step"):
+    for word in ("step 10 of 100", "1 decision, 1 cut, 16 units", "loss 0.25", "75.0 % of dense", "750 MFLOP per step"):
         assert word in text
     for word in ("reference 60.0 %", "budget 50.0 %", "price 2.5e-09", "dropped units at step 10"):
         assert word in text
@@ -99,7 +99,7 @@ def test_the_most_cut_groups_are_shown_where_lines_are_few(file: Path) -> None:
         len(text.splitlines()) <= 10
         and "layer0" in text
         and "layer1" not in text
-        and "and 2 groups that have more left" in text
+        and "and 2 groups of which more is left" in text
     )
 
 

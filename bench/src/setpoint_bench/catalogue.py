@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import setpoint_bench.tasks
 from setpoint.given import did_you_mean
 from setpoint.report.own_function import is_own_function, named_errors, own_function
+from setpoint.words import a_type
 from setpoint_bench.simple_task import SimpleTask
 from setpoint_bench.task import PLAIN, BenchError, Task, fits_a_folder
 
@@ -118,7 +119,7 @@ def _usual(name: str, data: Path | None) -> Task:
     with named_errors(name):
         made = own_function(name)()
     if not isinstance(made, Task):
-        raise BenchError(f"{name} returned {type(made).__name__}: return a setpoint_bench.simple_task.SimpleTask")
+        raise BenchError(f"{name} returned {a_type(made)}: return a setpoint_bench.simple_task.SimpleTask")
     if not fits_a_folder(made.name):
         raise BenchError(f"{name} returned a task named {made.name!r}, which cannot name a folder: {PLAIN}")
     return made

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from setpoint.report.inspect_model import GroupReport, Inspection
 from setpoint.report.names import fold, skeleton, some
 from setpoint.report.numbers import human, percent, share
+from setpoint.words import counted
 
 _WIDTH = 80
 """Columns of a line, as far as names let it fit."""
@@ -36,7 +37,7 @@ def inspection_lines(found: Inspection) -> tuple[str, ...]:
     return (
         f"{found.model} on {', '.join('x'.join(map(str, shape)) for shape in found.inputs)}: "
         f"{human(found.flops, 'FLOP')} per training step, {human(found.params)} parameters",
-        f"can be pruned: {units:,} units in {_count(len(pruned), 'group')}, "
+        f"can be pruned: {counted(units, 'unit')} in {counted(len(pruned), 'group')}, "
         f"along {percent(found.prunable_params_share)} of the parameters",
         f"cheapest reachable: {human(found.cheapest_flops, 'FLOP')} ({share(found.cheapest_flops, found.flops)}), "
         f"{human(found.cheapest_params)} parameters ({share(found.cheapest_params, found.params)})",
@@ -49,10 +50,6 @@ def inspection_lines(found: Inspection) -> tuple[str, ...]:
     )
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
-
-
 def _largest(pruned: Sequence[GroupReport]) -> str:
     alike: dict[tuple[str, int, str, str], list[str]] = {}
     for group in sorted(pruned, key=lambda group: -group.flops_share):
@@ -61,7 +58,7 @@ def _largest(pruned: Sequence[GroupReport]) -> str:
     line = "most FLOPs: "
     for (_, units, what, saved), names in alike.items():
         several = len(names) > 1
-        size = f"{f'{len(names)} x ' if several else ''}{units} {what}s, {saved}{' each' if several else ''}"
+        size = f"{f'{len(names)} x ' if several else ''}{counted(units, what)}, {saved}{' each' if several else ''}"
         more = f"{', '.join(fold(names))} ({size})"
         if line.endswith(")") and len(line) + len(more) + 2 > _WIDTH:
             break
@@ -73,13 +70,13 @@ def _left_whole(whole: Sequence[GroupReport]) -> str:
     if not whole:
         return "left whole: nothing"
     reasons = (reason.partition(" (")[0] for group in whole for reason in group.kept_whole.split("; "))
-    return _reasons(f"left whole: {_count(len(whole), 'group')} ({some((group.name for group in whole), 1)})", reasons)
+    return _reasons(f"left whole: {counted(len(whole), 'group')} ({some((group.name for group in whole), 1)})", reasons)
 
 
 def _frozen(found: Inspection) -> str:
     if not found.frozen:
         return "frozen: nothing"
-    return _reasons(f"frozen: {_count(len(found.frozen), 'place')}", (each.reason for each in found.frozen))
+    return _reasons(f"frozen: {counted(len(found.frozen), 'place')}", (each.reason for each in found.frozen))
 
 
 def _reasons(of: str, reasons: Iterable[str]) -> str:
