@@ -100,6 +100,41 @@ def test_errors_are_one_line(arguments: tuple[str, ...], message: str, tmp_path:
     assert result.stdout == ""
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("demo", "--nope"), "No such option"),
+        (("nonsense",), "No such command"),
+        (("compress", "own.py:build"), "Missing option"),
+        (("demo", "--steps", "few"), "--steps"),
+    ],
+)
+def test_a_misuse_is_one_line(arguments: tuple[str, ...], message: str) -> None:
+    """What the parser refuses is one line like all other errors, with exit code 2."""
+    result = invoke(*arguments)
+    assert result.exit_code == 2 and result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ") and message in line
+
+
+def test_help_says_model_as_the_options_do() -> None:
+    """The name of an argument is the one that the docs use; a command alone shows its help."""
+    for command in ("inspect", "plan", "compress"):
+        assert "MODEL" in invoke(command, "-h").stdout.splitlines()[1]
+    assert "Usage: setpoint" in invoke().output
+
+
+def test_a_folder_with_a_ledger_is_its_ledger(tmp_path: Path) -> None:
+    """`report` and `watch` of the folder that the demo wrote take the ledger in it, and of another say what to give."""
+    Ledger({"groups": {"0": {"num_units": 4, "what": "unit"}}, "dense": {"flops": 8.0}}).save(tmp_path / "run.jsonl")
+    assert answer("report", tmp_path)["report"] == str(tmp_path / "run.html")
+    assert "4 of 4 units" in invoke("watch", tmp_path, "--once").stdout
+    (tmp_path / "empty").mkdir()
+    for options in ((), ("--once",)):
+        refused = invoke("watch", tmp_path / "empty", *options)
+        assert refused.exit_code == 2 and "is a folder without run.jsonl: give the file that" in refused.stderr
+
+
 def test_a_path_with_a_null_byte_is_refused() -> None:
     """No file can have such a name, whether it is to be read or written."""
     model = nn.Linear(2, 2)
@@ -227,7 +262,11 @@ def test_inspect_writes_nothing_unasked(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize(
     ("function", "message"),
-    [("number", "torch.nn.Module"), ("nothing", "no function"), ("biuld", "did you mean build? it has build,")],
+    [
+        ("number", "returned an int: return a torch.nn.Module"),
+        ("nothing", "no function"),
+        ("biuld", "did you mean build? it has build,"),
+    ],
 )
 def test_inspect_what_is_no_model(function: str, message: str, tmp_path: Path) -> None:
     """A function that is missing or returns no model is an error."""

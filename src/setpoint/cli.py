@@ -12,6 +12,7 @@ import typer
 
 from setpoint.command_line import (
     Json,
+    OneLine,
     Out,
     check_folder,
     console,
@@ -28,6 +29,8 @@ from setpoint.given import did_you_mean
 Kind = Literal["tasks", "methods", "models"]
 GROUP = "setpoint.commands"
 """Entry points of other packages: commands, and the halves of `report` and `inspect` that belong to benchmarks."""
+LEDGER = "run.jsonl"
+"""A ledger's name in the folder of a run."""
 PACKED_FILES = ("results.jsonl.xz", "timing.jsonl.xz", "histories.jsonl.xz")
 RESULT_FILES = ("results.jsonl", "timing.jsonl", *PACKED_FILES)
 """Files of a results folder that are no ledgers."""
@@ -60,7 +63,7 @@ def demo(
 
 def report(
     folder: Annotated[
-        Path, typer.Argument(help="Folder that `bench` wrote, or the file of a ledger.", metavar="DIR|FILE")
+        Path, typer.Argument(help="Folder of `bench` or of a run, or a ledger's file.", metavar="DIR|FILE")
     ],
     out: Out = None,
     json: Json = False,
@@ -74,6 +77,8 @@ def report(
         check_folder(out)
         if folder.is_file() and folder.name in RESULT_FILES:
             raise misuse(f"{folder} is one file of a results folder: give the folder, {folder.parent}")
+        if not any((folder / name).is_file() for name in RESULT_FILES):
+            folder = _ledger_of(folder)
         if not folder.is_dir() and (folder.suffix == ".jsonl" or folder.exists()):
             _report_ledger(folder, out)
         else:
@@ -82,7 +87,7 @@ def report(
 
 def inspect(
     target: Annotated[
-        str | None, typer.Argument(help="A model of torchvision, timm or transformers, or module.py:function.")
+        str | None, typer.Argument(help="Of torchvision, timm or transformers, or module.py:function.", metavar="MODEL")
     ] = None,
     input: Annotated[
         str | None, typer.Option("--input", help="Shape of the example, with commas; by default the model's usual.")
@@ -124,7 +129,7 @@ def inspect(
 
 
 def compress(
-    target: Annotated[str, typer.Argument(help="module.py:function that returns a trained model.")],
+    target: Annotated[str, typer.Argument(help="module.py:function that returns a trained model.", metavar="MODEL")],
     data: Annotated[str, typer.Option("--data", help="module.py:function that returns batches, such as a loader.")],
     budget: Annotated[str, typer.Option("--budget", help='What the model may cost: 50% (of the FLOPs), "40% params".')],
     even: Annotated[bool, typer.Option("--even", help="Keep the same share of units in all groups.")] = False,
@@ -142,7 +147,9 @@ def compress(
 
 
 def watch(
-    file: Annotated[Path, typer.Argument(help="A ledger's file, which a run may be writing.", metavar="FILE")],
+    file: Annotated[
+        Path, typer.Argument(help="A ledger's file, or its folder; a run may be writing it.", metavar="FILE")
+    ],
     once: Annotated[bool, typer.Option("--once", help="Show the present state, and end.")] = False,
     every: Annotated[float, typer.Option(help="Seconds between two looks at the file.", min=0.05)] = 1.0,
     json: Json = False,
@@ -156,6 +163,9 @@ def watch(
         from setpoint.report.resources import ledger_line
         from setpoint.report.watch import view, watch
 
+        file = _ledger_of(file)
+        if file.is_dir():
+            raise misuse(f"{file} is a folder without {LEDGER}: give the file that a run writes by log_to")
         screen = console()
         if once:
             record = read_ledger(file)
@@ -169,7 +179,7 @@ def watch(
 
 def list_names(
     kind: Annotated[str, typer.Argument(help="tasks, methods or models.", metavar="tasks|methods|models")],
-    word: Annotated[str, typer.Argument(help="Only names that contain it.")] = "",
+    word: Annotated[str, typer.Argument(help="Only names that contain it.", metavar="WORD")] = "",
     json: Json = False,
 ) -> None:
     """List the names that other commands take: tasks and methods of the benchmark, models to inspect."""
@@ -194,9 +204,7 @@ def list_names(
 
 
 def plan(
-    target: Annotated[
-        str | None, typer.Argument(help="The dense model: of torchvision, timm or transformers, or module.py:function.")
-    ] = None,
+    target: Annotated[str | None, typer.Argument(help="The dense model, as inspect takes it.", metavar="MODEL")] = None,
     budget: Annotated[str | None, typer.Option(help="Budget per step of MODEL, such as 25% (of the FLOPs).")] = None,
     input: Annotated[str | None, typer.Option("--input", help="Shape of the example of MODEL, with commas.")] = None,
     size: Annotated[float | None, typer.Option(help="Parameters of the finished model outside of embeddings.")] = None,
@@ -257,6 +265,7 @@ def make_app() -> typer.Typer:
     """The command line, with the commands of the packages that are installed."""
     made = typer.Typer(
         name="setpoint",
+        cls=OneLine,
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
@@ -336,6 +345,11 @@ def _models() -> dict[str, str]:
     return found
 
 
+def _ledger_of(path: Path) -> Path:
+    """The ledger in a folder, as the demo and runs leave it there; a path that has none as it is."""
+    return path / LEDGER if (path / LEDGER).is_file() else path
+
+
 def _added(name: str, command: str) -> Callable[..., Any]:
     """What another package does for a command."""
     found = entry_points(group=GROUP, name=name)
@@ -399,6 +413,7 @@ def _compress(target: str, data: str, budget: str, even: bool, samples: int, out
     from setpoint.checkpoint import save
     from setpoint.one_shot.compress import compress, one_budget
     from setpoint.report.own_function import named_errors, own_function
+    from setpoint.words import a_type
 
     one_budget(budget)
     if out is None:
@@ -409,7 +424,7 @@ def _compress(target: str, data: str, budget: str, even: bool, samples: int, out
         batches = own_function(data)()
     model = made[0] if isinstance(made, tuple) and made else made  # as `inspect` takes it: a model, or one and inputs
     if not isinstance(model, nn.Module):
-        raise misuse(f"{target} returned a {type(model).__name__}: return a torch.nn.Module")
+        raise misuse(f"{target} returned {a_type(model)}: return a torch.nn.Module")
     found = compress(model, batches, budget, even=even, num_samples=samples)
     console().print(str(found), soft_wrap=True, markup=False, highlight=False)
     if out is not None:

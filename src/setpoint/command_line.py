@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,6 +50,38 @@ def errors_as_messages() -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted: finished runs are kept, and the same command goes on from there", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
+
+
+class OneLine(TyperGroup):
+    """Commands of which a misuse is told in one line, too."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Run a command; standing alone, end the process with its exit code."""
+        run = partial(super().main, args, prog_name, complete_var, False, windows_expand_args, **extra)
+        if not standalone_mode:
+            return run()
+        try:
+            code = run()
+        except typer.Abort:
+            code = FAILED
+        except Exception as error:  # typer's own are of click, or of a copy of it
+            told = getattr(error, "format_message", None)
+            if told is None:
+                raise
+            if type(error).__name__ == "NoArgsIsHelpError":
+                error.show()  # type: ignore[attr-defined]
+            else:
+                print(f"error: {' '.join(told().split())}", file=sys.stderr)
+            code = MISUSE
+        sys.exit(code if isinstance(code, int) else 0)
 
 
 def misuse(message: str) -> Exception:

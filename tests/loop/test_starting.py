@@ -274,7 +274,7 @@ def test_a_loop_that_waits_says_so() -> None:
     model = mlp(6, 24, 3)
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
     loop = setpoint.attach(model, optimizer, 0.5, total_steps=20)
-    with pytest.raises(NotBegunError, match=r"loop\.widths is not known yet"):
+    with pytest.raises(NotBegunError, match="the loop begins at the first optimizer step"):
         _ = loop.widths
     assert not hasattr(loop, "ledger")
     with pytest.raises(LoopError, match="has a loop already"):
