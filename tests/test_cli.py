@@ -226,7 +226,9 @@ def test_version_help_and_lists() -> None:
     found = json.loads(invoke("list", "models", "resnet1", "--json").stdout)["models"]
     assert "torchvision:resnet18" in found and "torchvision:vgg11" not in found
     assert "did you mean models?" in invoke("list", "model").stderr
+    assert invoke("list", "models", "resnett18").stderr.rstrip().endswith("?")
     assert "did you mean resnet18" in invoke("list", "models", "resnett18").stderr
+    assert "contains 'qqqqqqqqq': leave it out for all" in invoke("list", "models", "qqqqqqqqq").stderr
 
 
 def test_inspect_spending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 
 from setpoint.cli import app
 from setpoint_bench import catalogue
+from setpoint_bench.about import METHODS
 from setpoint_bench.report.folder import read_results
 from setpoint_bench.report.summary import summary_rows
 from setpoint_bench.tasks.digits import digits
@@ -176,11 +177,13 @@ def test_a_budget_out_of_reach_costs_nothing(tmp_path: Path) -> None:
 
 
 def test_tasks_and_methods_are_listed() -> None:
-    """Each task comes with a line about it, each method with its kind; the names are those that `bench` takes."""
+    """Each task and each method comes with a sentence of its own; the names are those that `bench` takes."""
     tasks = json.loads(invoke("list", "tasks", "--json").stdout)["tasks"]
     assert list(tasks) == list(catalogue.tasks()) and "six classes of CIFAR-10" in tasks["finetune"]
     methods = json.loads(invoke("list", "methods", "--json").stdout)["methods"]
-    assert methods["cubic"].startswith("open-loop; Zhu and Gupta") and "small" in methods
+    assert methods["cubic"].startswith("All groups narrowed alike along a cubic schedule, by norms. Zhu and Gupta")
+    assert list(methods) == list(METHODS) and len(set(methods.values())) == len(methods)
+    assert len(set(tasks.values())) == len(tasks) and "The same" not in "".join(tasks.values())
     assert [line.split()[0] for line in invoke("list", "methods", "torch").stdout.splitlines()[:-1]] == [
         *("torch-pruning-norm", "torch-pruning-taylor"),
     ]

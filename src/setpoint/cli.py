@@ -190,8 +190,8 @@ def list_names(
         found: dict[str, str] = _models() if kind == "models" else _added(f"list-{kind}", f"list {kind}")()
         shown = {name: about for name, about in found.items() if word.lower() in name.lower()}
         if not shown:
-            every = [name.rpartition(":")[2] for name in found]
-            raise misuse(f"no name in the list of {kind} contains {word!r}: {did_you_mean(word, every)}leave it out")
+            near = did_you_mean(word, [name.rpartition(":")[2] for name in found]) or "leave it out for all"
+            raise misuse(f"no name in the list of {kind} contains {word!r}: {near.strip()}")
         screen = console()
         for name, about in shown.items():
             screen.print(f"{name:28} {about}".rstrip(), soft_wrap=True, markup=False, highlight=False)

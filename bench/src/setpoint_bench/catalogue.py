@@ -24,7 +24,7 @@ _MADE: dict[tuple[str, str], MakeTask] = {}
 """What the decorator saw, by module and name of the task."""
 
 
-def task(name: str, **settings: Any) -> Callable[[M], M]:
+def task(name: str, about: str = "", **settings: Any) -> Callable[[M], M]:
     """Decorate a function that makes a task: the catalogue then has it under this name.
 
     The file in the folder of `setpoint_bench.tasks` is all that a new task needs. One function may carry several
@@ -32,11 +32,14 @@ def task(name: str, **settings: Any) -> Callable[[M], M]:
 
     Args:
         name: on the command line and in result files.
+        about: what it is in a sentence; by default the first line of the function's docstring.
         settings: further arguments of the function.
     """
 
     def register(make: M) -> M:
-        _MADE[make.__module__, name] = partial(make, **settings)
+        made = partial(make, **settings)
+        made.__doc__ = about or make.__doc__
+        _MADE[make.__module__, name] = made
         return make
 
     return register

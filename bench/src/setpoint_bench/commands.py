@@ -97,14 +97,15 @@ def list_tasks() -> dict[str, str]:
     """The tasks, by name, and what each is in one line."""
     from setpoint_bench.catalogue import tasks
 
-    return {name: _first_line(getattr(make, "func", make)) for name, make in tasks().items()}
+    return {name: _first_line(make) for name, make in tasks().items()}
 
 
 def list_methods() -> dict[str, str]:
-    """The methods, by name, with their kind and where each comes from."""
+    """The methods, by name: what each does, and where it comes from."""
+    from setpoint_bench.about import METHODS
     from setpoint_bench.method import all_methods
 
-    return {method.name: "; ".join(filter(None, (method.family, method.paper))) for method in all_methods()}
+    return {each.name: f"{METHODS[each.name]} {each.paper}".rstrip() for each in all_methods()}
 
 
 def _first_line(what: object) -> str:

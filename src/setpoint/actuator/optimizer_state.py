@@ -39,7 +39,7 @@ def cut_state(
     def cut(value: Tensor, key: str) -> Tensor:
         if type(value) not in (Tensor, nn.Parameter, FakeTensor):
             raise OptimizerError(
-                f"{type(optimizer).__name__} keeps state[{key!r}] of {name} as {type(value).__name__}, "
+                f"{type(optimizer).__name__} keeps state[{key!r}] of {name} as a {type(value).__name__}, "
                 f"which cannot be cut: {INSTEAD}"
             )
         if value.shape == parameter.shape:
