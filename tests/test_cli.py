@@ -1,4 +1,4 @@
-"""The command line of the wheel: one JSON object as the last line of stdout, and errors in one line."""
+"""The command line of the wheel: words for people, one JSON object with --json, and errors in one line."""
 
 from __future__ import annotations
 
@@ -47,10 +47,11 @@ def invoke(*arguments: str | Path) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-def answer(result: Result) -> dict[str, Any]:
-    """The last line of stdout."""
+def answer(*arguments: str | Path) -> dict[str, Any]:
+    """What a command prints with --json, which is all of stdout."""
+    result = invoke(*arguments, "--json")
     assert result.exit_code == 0, result.output
-    value: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    value: dict[str, Any] = json.loads(result.stdout)
     return value
 
 
@@ -99,6 +100,41 @@ def test_errors_are_one_line(arguments: tuple[str, ...], message: str, tmp_path:
     assert result.stdout == ""
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("demo", "--nope"), "No such option"),
+        (("nonsense",), "No such command"),
+        (("compress", "own.py:build"), "Missing option"),
+        (("demo", "--steps", "few"), "--steps"),
+    ],
+)
+def test_a_misuse_is_one_line(arguments: tuple[str, ...], message: str) -> None:
+    """What the parser refuses is one line like all other errors, with exit code 2."""
+    result = invoke(*arguments)
+    assert result.exit_code == 2 and result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ") and message in line
+
+
+def test_help_says_model_as_the_options_do() -> None:
+    """The name of an argument is the one that the docs use; a command alone shows its help."""
+    for command in ("inspect", "plan", "compress"):
+        assert "MODEL" in invoke(command, "-h").stdout.splitlines()[1]
+    assert "Usage: setpoint" in invoke().output
+
+
+def test_a_folder_with_a_ledger_is_its_ledger(tmp_path: Path) -> None:
+    """`report` and `watch` of the folder that the demo wrote take the ledger in it, and of another say what to give."""
+    Ledger({"groups": {"0": {"num_units": 4, "what": "unit"}}, "dense": {"flops": 8.0}}).save(tmp_path / "run.jsonl")
+    assert answer("report", tmp_path)["report"] == str(tmp_path / "run.html")
+    assert "4 of 4 units" in invoke("watch", tmp_path, "--once").stdout
+    (tmp_path / "empty").mkdir()
+    for options in ((), ("--once",)):
+        refused = invoke("watch", tmp_path / "empty", *options)
+        assert refused.exit_code == 2 and "is a folder without run.jsonl: give the file that" in refused.stderr
+
+
 def test_a_path_with_a_null_byte_is_refused() -> None:
     """No file can have such a name, whether it is to be read or written."""
     model = nn.Linear(2, 2)
@@ -124,8 +160,7 @@ def test_inspect_own_model(tmp_path: Path) -> None:
     """Inspecting a model of one's own finds its one group, its places, and what is frozen and why."""
     file = tmp_path / "model.py"
     file.write_text(OWN_MODEL, encoding="utf-8")
-    result = invoke("inspect", f"{file}:build", "--out", tmp_path / "out")
-    found = answer(result)
+    found = answer("inspect", f"{file}:build", "--out", tmp_path / "out")
     (group,) = found["groups"]
     assert group["num_units"] == 20
     assert ["2.weight", 1, "consume"] in group["places"]
@@ -137,21 +172,32 @@ def test_inspect_own_model(tmp_path: Path) -> None:
     assert group["params"] == found["params"] - 4
     assert sum(part["params"] for part in found["parts"]) == found["params"]
     assert any("output" in frozen["reason"] for frozen in found["frozen"])
-    shown = result.stdout.splitlines()[:-1]
+    shown = invoke("inspect", f"{file}:build").stdout.splitlines()
     assert len(shown) == 8 and shown[-1].startswith(f"next: setpoint inspect {file}:build --groups shows every group")
-    tree = invoke("inspect", f"{file}:build", "--groups").stdout.splitlines()[:-1]
+    tree = invoke("inspect", f"{file}:build", "--groups").stdout.splitlines()
     assert "2.weight, dim 1, consume" in "".join(tree) and "setpoint.attach(model, optimizer, 0.5" in tree[-1]
     assert "Budgets within reach" in (tmp_path / "out" / "inspect.html").read_text(encoding="utf-8")
     assert json.loads((tmp_path / "out" / "inspect.json").read_text(encoding="utf-8")) == found
 
 
+def test_eight_lines_fit_a_terminal() -> None:
+    """What is said of a CNN is in the field's words, and no line is wider than 80 columns."""
+    pytest.importorskip("torchvision")
+    lines = invoke("inspect", "resnet18", "--no-verify").stdout.splitlines()
+    assert len(lines) == 8 and max(map(len, lines)) <= 80
+    assert lines[3].startswith("most FLOPs: conv1 (64 channels, 29.8 %), layer")
+    assert lines[5] == "frozen: 2 places: input of the network, or other data; output of the network"
+
+
 def test_json_is_alone_and_asked_for(tmp_path: Path) -> None:
-    """With --json the answer is all of stdout, in one line; at a terminal there is no JSON that nobody asked for."""
+    """With --json the answer is all of stdout, in one line; without it there is no JSON, in a pipe neither."""
     file = tmp_path / "model.py"
     file.write_text(OWN_MODEL, encoding="utf-8")
     command = ("inspect", f"{file}:build", "--no-verify")
     assert json.loads(invoke(*command, "--json").stdout)["params"] == 264
-    assert invoke(*command).stdout.startswith(f"{file}:build on 2x8: ")
+    told = invoke(*command).stdout
+    assert told.startswith(f"{file}:build on 2x8: ") and "{" not in told
+    assert told.splitlines()[-1].startswith("next: setpoint inspect")
     pty = pytest.importorskip("pty")
     parent, child = pty.openpty()
     with os.fdopen(child, "wb") as terminal:
@@ -180,7 +226,9 @@ def test_version_help_and_lists() -> None:
     found = json.loads(invoke("list", "models", "resnet1", "--json").stdout)["models"]
     assert "torchvision:resnet18" in found and "torchvision:vgg11" not in found
     assert "did you mean models?" in invoke("list", "model").stderr
+    assert invoke("list", "models", "resnett18").stderr.rstrip().endswith("?")
     assert "did you mean resnet18" in invoke("list", "models", "resnett18").stderr
+    assert "contains 'qqqqqqqqq': leave it out for all" in invoke("list", "models", "qqqqqqqqq").stderr
 
 
 def test_inspect_spending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,9 +239,9 @@ def test_inspect_spending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     file = tmp_path / "model.py"
     file.write_text(OWN_MODEL, encoding="utf-8")
-    told = invoke("inspect", f"{file}:wide", "--spending")
-    found = answer(told)["spending"]
-    assert found["energy"].startswith(("measured: ", "not measured: ")) and found["energy"][:12] in told.stdout
+    assert "measured: " in invoke("inspect", f"{file}:wide", "--spending").stdout
+    found = answer("inspect", f"{file}:wide", "--spending")["spending"]
+    assert found["energy"].startswith(("measured: ", "not measured: "))
     assert 0 < found["least_seconds"] <= found["seconds"] < 1
     assert 0 < found["least_memory_bytes"] < found["memory_bytes"]
     assert 0 < found["least_inference_seconds"] <= found["inference_seconds"] < found["seconds"]
@@ -206,17 +254,21 @@ def test_inspect_writes_nothing_unasked(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     (tmp_path / "model.py").write_text(OWN_MODEL, encoding="utf-8")
-    found = answer(invoke("inspect", "model.py:keywords", "--no-verify"))
+    found = answer("inspect", "model.py:keywords", "--no-verify")
     assert found["inputs"] == [[2, 8]]
     assert found["verified"] is False
     assert [path.name for path in tmp_path.iterdir()] == ["model.py"]
     assert "leave out --input" in invoke("inspect", "model.py:keywords", "--input", "2,8").stderr
-    assert answer(invoke("inspect", "model.py:bare", "--input", "4,8"))["inputs"] == [[4, 8]]
+    assert answer("inspect", "model.py:bare", "--input", "4,8")["inputs"] == [[4, 8]]
 
 
 @pytest.mark.parametrize(
     ("function", "message"),
-    [("number", "torch.nn.Module"), ("nothing", "no function"), ("biuld", "did you mean build? it has build,")],
+    [
+        ("number", "returned an int: return a torch.nn.Module"),
+        ("nothing", "no function"),
+        ("biuld", "did you mean build? it has build,"),
+    ],
 )
 def test_inspect_what_is_no_model(function: str, message: str, tmp_path: Path) -> None:
     """A function that is missing or returns no model is an error."""
@@ -280,7 +332,7 @@ def test_a_model_is_inspected_without_the_benchmark(tmp_path: Path, monkeypatch:
     file = tmp_path / "model.py"
     file.write_text(OWN_MODEL, encoding="utf-8")
     result = CliRunner().invoke(make_app(), ["inspect", f"{file}:build", "--no-verify"])
-    assert answer(result)["inputs"] == [[2, 8]]
+    assert result.exit_code == 0 and result.stdout.startswith(f"{file}:build on 2x8: ")
     assert "pip install setpoint-bench" in CliRunner().invoke(make_app(), ["--help"]).stdout
 
 
@@ -302,6 +354,20 @@ def test_a_plan_names_its_options() -> None:
             result.exit_code == 2 and "give exactly one of --ratio, --tokens," in result.stderr and got in result.stderr
         )
     assert "next: https://" in CliRunner().invoke(make_app(), ["plan", "--ratio", "16"]).output
+    assert "--size N, or MODEL with --budget" in invoke("plan", "--tokens", "1e9").stderr
+
+
+def test_a_plan_is_refused_before_the_model_is_traced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that takes no tokens is refused in options; a budget that is none, before the model is made."""
+    monkeypatch.setattr("setpoint.advice.plan.trace", None)
+    (tmp_path / "own.py").write_text(OWN_MODEL, encoding="utf-8")
+    plan = ("plan", f"{tmp_path}/own.py:build", "--tokens", "1e10", "--budget")
+    refused = invoke(*plan, "50% flops")
+    assert refused.exit_code == 2 and "own.py:build does not take: give --ratio R" in refused.stderr
+    assert (
+        "plan takes one budget of flops or params"
+        in invoke(*plan[:1], "/nowhere.py:build", *plan[2:], "8 ms latency").stderr
+    )
 
 
 def test_a_model_is_compressed(tmp_path: Path) -> None:
@@ -309,7 +375,11 @@ def test_a_model_is_compressed(tmp_path: Path) -> None:
     own = tmp_path / "own.py"
     own.write_text(OWN_MODEL + "\ndef batches():\n    return [(torch.randn(50, 8), None)]\n")
     arguments = ["compress", f"{own}:build", "--data", f"{own}:batches"]
-    found = answer(invoke(*arguments, "--budget", "50% params", "--out", tmp_path / "out"))
+    tried = invoke(*arguments, "--budget", "0.5", "--json")
+    assert tried.stderr == "a trial: without --out DIR the small model is not kept\n"
+    half = json.loads(tried.stdout)
+    assert half["resource"] == "flops" and half["limit"] == 0.5 * half["before"]["flops"]
+    found = answer(*arguments, "--budget", "50% params", "--out", tmp_path / "out")
     small = setpoint.load(
         tmp_path / "out" / "model.safetensors", into=nn.Sequential(nn.Linear(8, 20), nn.ReLU(), nn.Linear(20, 4))
     )
@@ -318,6 +388,10 @@ def test_a_model_is_compressed(tmp_path: Path) -> None:
     )
     for wrong, said in (
         ([*arguments, "--budget", "8 ms latency"], "compress takes"),
+        (
+            [*arguments[:1], "/nowhere.py:build", *arguments[2:], "--budget", "half"],
+            "the budget 'half' is not understood",
+        ),
         ([*arguments[:3], f"{own}:no", "--budget", "50% flops"], "no function"),
         (
             ["compress", "resnet18", *arguments[2:], "--budget", "50% flops"],

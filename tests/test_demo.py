@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 import setpoint
 from setpoint.cli import app
+from setpoint.cost.wanted import fraction
 from setpoint.demo.demo import demo
 from setpoint.demo.network import PRETRAINED, Network
 from setpoint.demo.signs import NEW, OLD, draw
@@ -52,7 +53,7 @@ BLOCKED = {
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What a short demo prints for machines, where only the wheel and what it requires is installed."""
     out = tmp_path_factory.mktemp("demo") / "new"
-    arguments = ["demo", "--steps", "20", "--budget", "0.25", "--json", "--out", str(out)]
+    arguments = ["demo", "--steps", "20", "--budget", "25% flops", "--json", "--out", str(out)]
     code = ALONE.format(blocked=BLOCKED, arguments=arguments)
     kept = {key: value for key, value in os.environ.items() if key != "SETPOINT_CACHE"}
     places = {"cwd": out.parent, "env": kept | {"XDG_CACHE_HOME": str(out.parent / "cache")}}
@@ -112,21 +113,21 @@ def test_a_terminal_sees_it_happen(tmp_path: Path) -> None:
     assert found["budget_met"] and sorted(each.name for each in tmp_path.iterdir()) == FILES
 
 
-@pytest.mark.parametrize("budget", ["banana", "0", "2.0", "nan", "0.5,0.25"])
+@pytest.mark.parametrize("budget", ["banana", "0", "2.0", "nan", "0.5,0.25", "50% params", "50% flops per run"])
 def test_a_budget_that_is_none_is_refused(budget: str, tmp_path: Path) -> None:
     """Claim: before any work a sentence says what a budget is; nothing is written."""
     result = CliRunner().invoke(app, ["demo", "--budget", budget, "--out", str(tmp_path / "out")])
     assert result.exit_code == 2 and result.stdout == "" and not (tmp_path / "out").exists()
-    assert result.stderr == (
-        f"error: --budget takes a fraction of the dense network's FLOPs, above 0 and at most 1: got {budget!r}\n"
-    )
+    said = "--budget takes a fraction of the dense FLOPs per step, above 0 and at most 1, such as 0.5 or 50%"
+    assert result.stderr.startswith(f"error: {said}: got {budget!r}") and len(result.stderr.splitlines()) == 1
 
 
 def test_a_budget_out_of_reach_is_refused(tmp_path: Path) -> None:
-    """Claim: what no cut reaches is refused before a step of training, with what can be reached."""
-    result = CliRunner().invoke(app, ["demo", "--budget", "0.001", "--out", str(tmp_path)])
-    assert result.exit_code == 2 and "Ask for at least" in result.stderr and "step" not in result.stdout
-    assert list(tmp_path.iterdir()) == []
+    """Claim: what no cut reaches is refused before a step, in words that --budget takes, and leaves no folder."""
+    result = CliRunner().invoke(app, ["demo", "--budget", "0.001", "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2 and result.stdout == "" and list(tmp_path.iterdir()) == []
+    asked = re.search(r"Ask for at least '(.*?)'$", result.stderr.strip())
+    assert asked is not None and 0.001 < fraction(asked[1], "--budget") < 0.1
 
 
 def test_a_file_is_no_folder(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 
 from setpoint.cli import app
 from setpoint_bench import catalogue
+from setpoint_bench.about import METHODS
 from setpoint_bench.report.folder import read_results
 from setpoint_bench.report.summary import summary_rows
 from setpoint_bench.tasks.digits import digits
@@ -28,17 +29,19 @@ def invoke(*arguments: str | Path) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-def answer(result: Result) -> dict[str, Any]:
-    """The last line of stdout."""
+def answer(*arguments: str | Path) -> dict[str, Any]:
+    """What a command prints with --json, which is all of stdout."""
+    result = invoke(*arguments, "--json")
     assert result.exit_code == 0, result.output
-    value: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    value: dict[str, Any] = json.loads(result.stdout)
     return value
 
 
 def test_bench(tmp_path: Path) -> None:
-    """A benchmark prints a table, then one JSON object with all three methods, and writes the page."""
-    result = invoke("bench", "--task", "digits", "--epochs", "1", "--out", tmp_path)
-    found = answer(result)
+    """A benchmark prints a table, or with --json one object with all three methods, and writes the page."""
+    command = ("bench", "--task", "digits", "--epochs", "1", "--out", tmp_path)
+    result = invoke(*command)
+    found = answer(*command)
     assert found["task"] == "digits"
     assert found["budget"] == 0.5
     assert list(found["methods"]) == ["dense", "small", "setpoint"]
@@ -46,25 +49,25 @@ def test_bench(tmp_path: Path) -> None:
     assert pruned["final_flops_ratio"] <= 0.5
     assert {"resizes", "overhead_seconds", "overhead_flops_ratio", "accuracy", "train_flops"} <= pruned.keys()
     assert Path(found["report"]).is_file()
-    table = result.stdout.splitlines()[:-1]
-    assert any("setpoint" in line and "%" in line for line in table)
+    assert any("setpoint" in line and "%" in line for line in result.stdout.splitlines())
+    assert "{" not in result.stdout
     assert "results in" not in result.stdout
-    assert "runs of" in result.stderr
+    assert "3 runs of 15 steps (dense, small, setpoint), results in" in result.stderr
+    assert "about 45 steps ahead; Ctrl-C is safe, and the same command goes on from there" in result.stderr
 
 
 @pytest.mark.slow
 def test_bench_over_seeds_and_report(tmp_path: Path) -> None:
     """Several seeds give means and runs, on the validation data if asked; `report` writes the page anew elsewhere."""
-    result = invoke(
-        *("bench", "--task", "digits", "--methods", "small", "--seeds", "0,1", "--budgets", "0.5,0.75"),
+    found = answer(
+        *("bench", "--task", "digits", "--methods", "small", "--seeds", "0,1", "--budgets", "50%,75% flops"),
         *("--epochs", "1", "--split", "validation", "--out", tmp_path / "results"),
     )
-    found = answer(result)
     assert [part["budget"] for part in found["budgets"]] == [0.5, 0.75]
     assert len(found["methods"]["small"]["runs"]) == 2
     lines = (tmp_path / "results" / "results.jsonl").read_text(encoding="utf-8").splitlines()
     assert {json.loads(line)["split"] for line in lines} == {"validation"}
-    page = Path(answer(invoke("report", tmp_path / "results", "--out", tmp_path / "page"))["report"])
+    page = Path(answer("report", tmp_path / "results", "--out", tmp_path / "page")["report"])
     assert page.parent == tmp_path / "page"
     assert page.is_file()
 
@@ -81,7 +84,7 @@ def test_bench_over_seeds_and_report(tmp_path: Path) -> None:
         (("bench", "--task", "digits", "--methods", "dense,small", "--budgets", "1e-4"), "cost"),
         (("inspect", "--suite", "tim"), "did you mean timm?"),
         (("bench", "--task", "digits", "--methods", ","), "--methods is empty"),
-        (("bench", "--task", "digits", "--budgets", "half"), "--budgets takes numbers"),
+        (("bench", "--task", "digits", "--budgets", "half"), "--budgets takes a fraction of the dense FLOPs"),
         (("bench", "--task", "digits", "--seeds", "0.5"), "--seeds takes whole numbers"),
         (("bench", "--task", "digits", "--budgets", "1.5"), "at most 1"),
         (("bench", "--task", "digits", "--budgets", "0.5,0"), "above 0"),
@@ -90,7 +93,8 @@ def test_bench_over_seeds_and_report(tmp_path: Path) -> None:
         (("bench", "--task", "smnist", "--length", "196", "--data", "/nowhere"), "/nowhere"),
         (("bench", "--task", "psmnist", "--length", "784", "--data", "/nowhere"), "/nowhere"),
         (("bench", "--task", "shakespeare", "--data", "/nowhere"), "/nowhere"),
-        (("bench", "--task", "digits", "--budgets", "nan"), "finite"),
+        (("bench", "--task", "digits", "--budgets", "nan"), "got 'nan'"),
+        (("bench", "--task", "digits", "--budgets", "50% params"), "got '50% params', a budget of another kind"),
         (("bench", "--task", "digits", "--epochs", "0"), "at least 1"),
         (("report", "/nowhere"), "results.jsonl"),
         (("inspect", "--suite", "keras"), "torchvision, timm, transformers, plain"),
@@ -153,15 +157,15 @@ def broken():
 
 @pytest.mark.slow
 def test_a_bench_whose_runs_all_fail_answers_all_the_same(tmp_path: Path) -> None:
-    """Where no run could be finished, the last line names each failure, and the exit code is 1."""
+    """Where no run could be finished, the answer names each failure, and the exit code is 1."""
     file = tmp_path / "own.py"
     file.write_text(BROKEN_METHOD, encoding="utf-8")
     out = tmp_path / "out"
-    result = invoke("bench", "--task", "digits", "--methods", f"{file}:broken", "--epochs", "1", "--out", out)
+    result = invoke("bench", "--task", "digits", "--methods", f"{file}:broken", "--epochs", "1", "--out", out, "--json")
     assert result.exit_code == 1
-    found = json.loads(result.stdout.splitlines()[-1])
+    found = json.loads(result.stdout)
     assert [each["cell"] for each in found["failures"]] == ["digits-broken-0.5-seed0"]
-    assert result.stderr.count("digits-broken-0.5-seed0") == 1
+    assert result.stderr.count("digits-broken-0.5-seed0: ") == 1
 
 
 def test_a_budget_out_of_reach_costs_nothing(tmp_path: Path) -> None:
@@ -173,12 +177,14 @@ def test_a_budget_out_of_reach_costs_nothing(tmp_path: Path) -> None:
 
 
 def test_tasks_and_methods_are_listed() -> None:
-    """Each task comes with a line about it, each method with its kind; the names are those that `bench` takes."""
+    """Each task and each method comes with a sentence of its own; the names are those that `bench` takes."""
     tasks = json.loads(invoke("list", "tasks", "--json").stdout)["tasks"]
     assert list(tasks) == list(catalogue.tasks()) and "six classes of CIFAR-10" in tasks["finetune"]
     methods = json.loads(invoke("list", "methods", "--json").stdout)["methods"]
-    assert methods["cubic"].startswith("open-loop; Zhu and Gupta") and "small" in methods
-    assert [line.split()[0] for line in invoke("list", "methods", "torch").stdout.splitlines()[:-2]] == [
+    assert methods["cubic"].startswith("All groups narrowed alike along a cubic schedule, by norms. Zhu and Gupta")
+    assert list(methods) == list(METHODS) and len(set(methods.values())) == len(methods)
+    assert len(set(tasks.values())) == len(tasks) and "The same" not in "".join(tasks.values())
+    assert [line.split()[0] for line in invoke("list", "methods", "torch").stdout.splitlines()[:-1]] == [
         *("torch-pruning-norm", "torch-pruning-taylor"),
     ]
 
@@ -192,11 +198,11 @@ def test_timing_of_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_timing_answers_with_what_it_measured(tmp_path: Path) -> None:
-    """After `--timing` the last line's seconds are those just measured, not the runs' own, with their shares."""
+    """After `--timing` the answer's seconds are those just measured, not the runs' own, with their shares."""
     command = ("bench", "--task", "digits", "--methods", "dense,small", "--epochs", "1", "--out", tmp_path)
-    ran = answer(invoke(*command, "--workers", "1"))["methods"]
+    ran = answer(*command, "--workers", "1")["methods"]
     assert "seconds_ratio" not in ran["small"]
-    timed = answer(invoke(*command, "--timing"))["methods"]
+    timed = answer(*command, "--timing")["methods"]
     rows = [json.loads(line) for line in (tmp_path / "timing.jsonl").read_text().splitlines()]
     assert [timed[row["method"]]["seconds"] for row in rows] == [row["seconds"] for row in rows]
     assert timed["dense"]["seconds"] != ran["dense"]["seconds"]
@@ -229,10 +235,10 @@ def test_bench_with_methods_of_ones_own(tmp_path: Path) -> None:
     file.write_text(OWN_METHODS, encoding="utf-8")
     methods = f"dense,{file}:late,{file}:masked"
     command = ("bench", "--task", "digits", "--methods", methods, "--epochs", "1", "--out", tmp_path / "out")
-    found = answer(invoke(*command))
+    found = answer(*command)
     assert found["failures"] == [] and set(found["methods"]) == {"dense", "late", "masked"}
     assert found["methods"]["late"]["final_flops_ratio"] <= 0.5
-    assert set(answer(invoke(*command, "--timing"))["methods"]) == {"dense", "late", "masked"}
+    assert set(answer(*command, "--timing")["methods"]) == {"dense", "late", "masked"}
     table = invoke("report", tmp_path / "out")
     assert table.exit_code == 0 and "masked" in table.stdout
     file.write_text(OWN_METHODS + "# changed\n", encoding="utf-8")
@@ -282,10 +288,11 @@ def test_interrupt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_inspect_a_suite(tmp_path: Path) -> None:
-    """A suite in a worker process: a table, the record in the folder, and the promised last line."""
+    """A suite in a worker process: a table, the record in the folder, and with --json its summary."""
     models = "gated_mlp,many_inputs_and_outputs"
-    result = invoke("inspect", "--suite", "plain", "--models", models, "--workers", "1", "--out", tmp_path)
-    found = answer(result)
+    command = ("inspect", "--suite", "plain", "--models", models, "--workers", "1", "--out", tmp_path)
+    result = invoke(*command)
+    found = answer(*command)
     assert list(found)[:6] == [
         *("suite", "passed", "total", "prunable_params_share_median", "seconds_median", "failures"),
     ]

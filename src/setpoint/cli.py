@@ -12,6 +12,7 @@ import typer
 
 from setpoint.command_line import (
     Json,
+    OneLine,
     Out,
     check_folder,
     console,
@@ -28,6 +29,8 @@ from setpoint.given import did_you_mean
 Kind = Literal["tasks", "methods", "models"]
 GROUP = "setpoint.commands"
 """Entry points of other packages: commands, and the halves of `report` and `inspect` that belong to benchmarks."""
+LEDGER = "run.jsonl"
+"""A ledger's name in the folder of a run."""
 PACKED_FILES = ("results.jsonl.xz", "timing.jsonl.xz", "histories.jsonl.xz")
 RESULT_FILES = ("results.jsonl", "timing.jsonl", *PACKED_FILES)
 """Files of a results folder that are no ledgers."""
@@ -35,7 +38,8 @@ RESULT_FILES = ("results.jsonl", "timing.jsonl", *PACKED_FILES)
 
 def demo(
     budget: Annotated[
-        str, typer.Option(help="FLOPs per step at the end, as a fraction of the dense network's.", metavar="FRACTION")
+        str,
+        typer.Option(help="Part of the dense FLOPs per step that is left at the end: 0.5 or 50%.", metavar="FRACTION"),
     ] = "0.5",
     seed: Annotated[int, typer.Option(help="Seed of pictures, new head and order.", min=0)] = 0,
     steps: Annotated[int, typer.Option(help="Optimizer steps of each training: fewer take less time.", min=20)] = 160,
@@ -47,17 +51,19 @@ def demo(
     The network and the pictures come with Setpoint: nothing is downloaded.
     """
     with errors_as_messages():
-        fraction = _fraction(budget)
+        from setpoint.cost.wanted import fraction
+
+        share = fraction(budget, "--budget")
         check_folder(out)
         from setpoint.demo import demo as shown
 
-        answer = shown.demo(console(), out or Path("runs/demo"), fraction, seed, steps)
+        answer = shown.demo(console(), out or Path("runs/demo"), share, seed, steps)
         finish(answer, f"open {answer['report']} in a browser")
 
 
 def report(
     folder: Annotated[
-        Path, typer.Argument(help="Folder that `bench` wrote, or the file of a ledger.", metavar="DIR|FILE")
+        Path, typer.Argument(help="Folder of `bench` or of a run, or a ledger's file.", metavar="DIR|FILE")
     ],
     out: Out = None,
     json: Json = False,
@@ -71,6 +77,8 @@ def report(
         check_folder(out)
         if folder.is_file() and folder.name in RESULT_FILES:
             raise misuse(f"{folder} is one file of a results folder: give the folder, {folder.parent}")
+        if not any((folder / name).is_file() for name in RESULT_FILES):
+            folder = _ledger_of(folder)
         if not folder.is_dir() and (folder.suffix == ".jsonl" or folder.exists()):
             _report_ledger(folder, out)
         else:
@@ -79,7 +87,7 @@ def report(
 
 def inspect(
     target: Annotated[
-        str | None, typer.Argument(help="A model of torchvision, timm or transformers, or module.py:function.")
+        str | None, typer.Argument(help="Of torchvision, timm or transformers, or module.py:function.", metavar="MODEL")
     ] = None,
     input: Annotated[
         str | None, typer.Option("--input", help="Shape of the example, with commas; by default the model's usual.")
@@ -121,22 +129,27 @@ def inspect(
 
 
 def compress(
-    target: Annotated[str, typer.Argument(help="module.py:function that returns a trained model.")],
+    target: Annotated[str, typer.Argument(help="module.py:function that returns a trained model.", metavar="MODEL")],
     data: Annotated[str, typer.Option("--data", help="module.py:function that returns batches, such as a loader.")],
-    budget: Annotated[str, typer.Option("--budget", help='What the model may cost: "50% flops", "40% params".')],
+    budget: Annotated[str, typer.Option("--budget", help='What the model may cost: 50% (of the FLOPs), "40% params".')],
     even: Annotated[bool, typer.Option("--even", help="Keep the same share of units in all groups.")] = False,
     samples: Annotated[int, typer.Option(help="Samples of the data that are looked at.", min=1)] = 1024,
     out: Out = None,
     json: Json = False,
 ) -> None:
-    """Cut a trained model to a budget without training, and write it to model.safetensors in the folder of --out."""
+    """Cut a trained model to a budget without training, and write it to model.safetensors in the folder of --out.
+
+    Without --out it is a trial: it says what the budget leaves, and keeps nothing.
+    """
     with errors_as_messages():
         check_folder(out)
         _compress(target, data, budget, even, samples, out)
 
 
 def watch(
-    file: Annotated[Path, typer.Argument(help="A ledger's file, which a run may be writing.", metavar="FILE")],
+    file: Annotated[
+        Path, typer.Argument(help="A ledger's file, or its folder; a run may be writing it.", metavar="FILE")
+    ],
     once: Annotated[bool, typer.Option("--once", help="Show the present state, and end.")] = False,
     every: Annotated[float, typer.Option(help="Seconds between two looks at the file.", min=0.05)] = 1.0,
     json: Json = False,
@@ -150,6 +163,9 @@ def watch(
         from setpoint.report.resources import ledger_line
         from setpoint.report.watch import view, watch
 
+        file = _ledger_of(file)
+        if file.is_dir():
+            raise misuse(f"{file} is a folder without {LEDGER}: give the file that a run writes by log_to")
         screen = console()
         if once:
             record = read_ledger(file)
@@ -163,7 +179,7 @@ def watch(
 
 def list_names(
     kind: Annotated[str, typer.Argument(help="tasks, methods or models.", metavar="tasks|methods|models")],
-    word: Annotated[str, typer.Argument(help="Only names that contain it.")] = "",
+    word: Annotated[str, typer.Argument(help="Only names that contain it.", metavar="WORD")] = "",
     json: Json = False,
 ) -> None:
     """List the names that other commands take: tasks and methods of the benchmark, models to inspect."""
@@ -174,8 +190,8 @@ def list_names(
         found: dict[str, str] = _models() if kind == "models" else _added(f"list-{kind}", f"list {kind}")()
         shown = {name: about for name, about in found.items() if word.lower() in name.lower()}
         if not shown:
-            every = [name.rpartition(":")[2] for name in found]
-            raise misuse(f"no name in the list of {kind} contains {word!r}: {did_you_mean(word, every)}leave it out")
+            near = did_you_mean(word, [name.rpartition(":")[2] for name in found]) or "leave it out for all"
+            raise misuse(f"no name in the list of {kind} contains {word!r}: {near.strip()}")
         screen = console()
         for name, about in shown.items():
             screen.print(f"{name:28} {about}".rstrip(), soft_wrap=True, markup=False, highlight=False)
@@ -188,10 +204,8 @@ def list_names(
 
 
 def plan(
-    target: Annotated[
-        str | None, typer.Argument(help="The dense model: of torchvision, timm or transformers, or module.py:function.")
-    ] = None,
-    budget: Annotated[str | None, typer.Option(help="Of a step, for MODEL, such as '25% flops'.")] = None,
+    target: Annotated[str | None, typer.Argument(help="The dense model, as inspect takes it.", metavar="MODEL")] = None,
+    budget: Annotated[str | None, typer.Option(help="Budget per step of MODEL, such as 25% (of the FLOPs).")] = None,
     input: Annotated[str | None, typer.Option("--input", help="Shape of the example of MODEL, with commas.")] = None,
     size: Annotated[float | None, typer.Option(help="Parameters of the finished model outside of embeddings.")] = None,
     ratio: Annotated[float | None, typer.Option(help="Data / compute-optimal data, where it is known.")] = None,
@@ -208,6 +222,7 @@ def plan(
     A pretrained model needs no such plan: its training is paid for, so fine-tune and prune it.
     """
     with errors_as_messages():
+        from setpoint.advice.plan import budget_per_step, counts_tokens
         from setpoint.advice.plan import plan as advise
         from setpoint.report.inspect_model import load_target
 
@@ -218,7 +233,16 @@ def plan(
                 f"give exactly one of {', '.join(basis)}, such as --tokens 5e10: got {', '.join(given) or 'none'}"
             )
         shape = None if input is None else tuple(numbers(input, "--input", int))
+        if target is None and size is None and ratio is None:
+            raise misuse("give the final size: --size N, or MODEL with --budget; or --ratio alone")
+        if target is not None:
+            budget_per_step(budget)
         model, example = (None, None) if target is None else load_target(target, shape)
+        if example is not None and ratio is None and not counts_tokens(example):
+            raise misuse(
+                f"the published constants are of language models and count tokens, which {target} does not take: give "
+                "--ratio R, its data / compute-optimal data"
+            )
         found = advise(
             model,
             budget,
@@ -241,13 +265,14 @@ def make_app() -> typer.Typer:
     """The command line, with the commands of the packages that are installed."""
     made = typer.Typer(
         name="setpoint",
+        cls=OneLine,
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     made.callback(epilog=examples("setpoint demo", "setpoint inspect resnet18", "setpoint watch run.jsonl"))(_setpoint)
-    made.command(epilog=examples("setpoint demo", "setpoint demo --budget 0.25"))(demo)
+    made.command(epilog=examples("setpoint demo", "setpoint demo --budget 25%"))(demo)
     if entry_points(group=GROUP, name="bench"):
         lines = (
             "setpoint bench --task digits",
@@ -320,16 +345,9 @@ def _models() -> dict[str, str]:
     return found
 
 
-def _fraction(text: str) -> float:
-    """A budget of FLOPs per step, as a fraction of dense."""
-    from setpoint.cost.budget import Budget
-
-    try:
-        return Budget.fraction(float(text), of="flops").limit
-    except ValueError as error:
-        raise misuse(
-            f"--budget takes a fraction of the dense network's FLOPs, above 0 and at most 1: got {text!r}"
-        ) from error
+def _ledger_of(path: Path) -> Path:
+    """The ledger in a folder, as the demo and runs leave it there; a path that has none as it is."""
+    return path / LEDGER if (path / LEDGER).is_file() else path
 
 
 def _added(name: str, command: str) -> Callable[..., Any]:
@@ -383,8 +401,8 @@ def _inspect(
     if out is not None:
         write_json(out / "inspect.json", answer)
         write_inspection(answer, out / "inspect.html")
-    more = "" if groups else f"setpoint inspect {target} --groups shows every group; "
-    finish(answer, f"{more}setpoint.attach(model, optimizer, 0.5, total_steps=...) prunes to half of the FLOPs")
+    attach = "setpoint.attach(model, optimizer, 0.5, total_steps=...) prunes to half of the FLOPs"
+    finish(answer, attach if groups else f"setpoint inspect {target} --groups shows every group")
 
 
 def _compress(target: str, data: str, budget: str, even: bool, samples: int, out: Path | None) -> None:
@@ -393,16 +411,20 @@ def _compress(target: str, data: str, budget: str, even: bool, samples: int, out
     from torch import nn
 
     from setpoint.checkpoint import save
-    from setpoint.one_shot.compress import compress
+    from setpoint.one_shot.compress import compress, one_budget
     from setpoint.report.own_function import named_errors, own_function
+    from setpoint.words import a_type
 
+    one_budget(budget)
+    if out is None:
+        print("a trial: without --out DIR the small model is not kept", file=sys.stderr)
     with named_errors(target):
         made = own_function(target)()
     with named_errors(data):
         batches = own_function(data)()
     model = made[0] if isinstance(made, tuple) and made else made  # as `inspect` takes it: a model, or one and inputs
     if not isinstance(model, nn.Module):
-        raise misuse(f"{target} returned a {type(model).__name__}: return a torch.nn.Module")
+        raise misuse(f"{target} returned {a_type(model)}: return a torch.nn.Module")
     found = compress(model, batches, budget, even=even, num_samples=samples)
     console().print(str(found), soft_wrap=True, markup=False, highlight=False)
     if out is not None:

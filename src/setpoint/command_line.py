@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,6 +52,38 @@ def errors_as_messages() -> Iterator[None]:
         raise typer.Exit(INTERRUPTED) from None
 
 
+class OneLine(TyperGroup):
+    """Commands of which a misuse is told in one line, too."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Run a command; standing alone, end the process with its exit code."""
+        run = partial(super().main, args, prog_name, complete_var, False, windows_expand_args, **extra)
+        if not standalone_mode:
+            return run()
+        try:
+            code = run()
+        except typer.Abort:
+            code = FAILED
+        except Exception as error:  # typer's own are of click, or of a copy of it
+            told = getattr(error, "format_message", None)
+            if told is None:
+                raise
+            if type(error).__name__ == "NoArgsIsHelpError":
+                error.show()  # type: ignore[attr-defined]
+            else:
+                print(f"error: {' '.join(told().split())}", file=sys.stderr)
+            code = MISUSE
+        sys.exit(code if isinstance(code, int) else 0)
+
+
 def misuse(message: str) -> Exception:
     """The error for a command that cannot be done as given."""
     from setpoint.errors import UsageError
@@ -73,17 +107,18 @@ def console() -> Console:
 
 
 def finish(answer: dict[str, Any], then: str) -> None:
-    """End a command: say what to do next, and write the answer unless a person reads at a terminal.
+    """End a command: say what to do next, or with --json write the answer.
 
     Args:
-        answer: one JSON object, the last line of stdout in a pipe, and all of it with --json.
+        answer: one JSON object, with --json all of stdout.
         then: the next step.
     """
     from setpoint.report.values import finite
 
-    console().print(f"next: {then}", soft_wrap=True, markup=False, highlight=False)
-    if _as_json.get() or not sys.stdout.isatty():
+    if _as_json.get():
         print(json.dumps(finite(answer)), flush=True)
+    else:
+        console().print(f"next: {then}", soft_wrap=True, markup=False, highlight=False)
 
 
 def examples(*lines: str) -> str:

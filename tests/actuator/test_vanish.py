@@ -193,6 +193,6 @@ def test_a_branch_that_cannot_vanish_says_why() -> None:
     groups = {group.name: group for group in find_groups(Staying(), (torch.randn(2, 3, 8, 8),))}
     assert groups["pooled"].min_units > 0 and groups["normed.0"].min_units > 0
     (pooled,), (normed,) = groups["pooled"].notes, groups["normed.0"].notes
-    assert pooled.startswith("it cannot vanish: RuntimeError") and "divided by a norm" in normed
+    assert pooled.startswith("the group cannot vanish: RuntimeError") and "divided by a norm" in normed
     assert groups["resized.0"].min_units > 0 and "resized" in groups["resized.0"].notes[0]
     assert groups["pooled"].lossless and groups["resized.0"].lossless and groups["normed.0"].lossless

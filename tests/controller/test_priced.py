@@ -26,6 +26,7 @@ from setpoint.controller.landing import cheapest, even_density
 from setpoint.controller.plan import Controller, Plan
 from setpoint.controller.price import Gains
 from setpoint.controller.priced import PricedController, PricedState
+from setpoint.controller.reason import these
 from setpoint.cost.cost import Cost, ProductCost, Term
 from setpoint.groups.follow import Change, follow
 from setpoint.groups.group import Group, Size, widths_of
@@ -371,7 +372,7 @@ def test_blocks_too_coarse_for_the_dead_band_are_named() -> None:
     groups, cost = chain(32, multiple_of=16)
     (*_, last) = run(PricedController(), groups, cost, lognormal(groups), fraction=0.9)
     assert last.plan.budget_met and last.predicted == 0.5 * cost.total({"layer0": 32})
-    assert "the smallest block to give back" in last.plan.reason
+    assert "% below the target; the smallest block to restore costs " in last.plan.reason
 
 
 def test_unreachable_limit_does_not_land() -> None:
@@ -417,7 +418,8 @@ def test_reasons_read_like_sentences() -> None:
     for decision in decisions:
         dropped = sum(decision.before.values()) - sum(widths_of(decision.groups).values())
         num_groups = sum(group.num_units < decision.before[group.name] for group in decision.groups)
-        assert f"dropped {dropped} units of {num_groups} groups at a price of" in decision.plan.reason
+        assert f"dropped {these(dropped, num_groups)} at a price of" in decision.plan.reason
+    assert these(1, 1) == "1 unit of 1 group" and these(2, 3) == "2 units of 3 groups"
     assert decisions[-1].plan.reason.startswith("budget met: ")
 
 

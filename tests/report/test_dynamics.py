@@ -33,7 +33,7 @@ def test_every_stay_in_the_reserve_is_timed() -> None:
     figure = dynamics.reserve_lives(RECORD)
     assert figure and [trace["x"] for trace in figure.data] == [[20], [90, 70, 40]]
     told = dynamics.dynamics_line(RECORD)
-    assert told == "3 units were dropped, 1 of them came back after 20 steps (median), 1 were dropped again."
+    assert told == "3 units dropped, 1 of them brought back after 20 steps (median), 1 dropped again."
 
 
 def test_every_event_is_a_spike() -> None:

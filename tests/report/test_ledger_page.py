@@ -70,11 +70,11 @@ def test_a_run_under_a_price_is_shown(machine: Machine, tmp_path: Path) -> None:
 
 
 def test_the_command(machine: Machine, tmp_path: Path) -> None:
-    """`setpoint report FILE` prints the tables and one JSON object, and writes the page beside the ledger."""
+    """`setpoint report FILE` prints the tables, or with --json one object, and writes the page beside the ledger."""
     record_of_run(machine, setpoint.Budget.fraction(0.6, of="latency"), tmp_path)
     result = CliRunner().invoke(app, ["report", str(tmp_path / "run.jsonl")])
-    assert result.exit_code == 0, result.output
-    answer = json.loads(result.stdout.splitlines()[-1])
+    assert result.exit_code == 0 and "step" in result.stdout and "{" not in result.stdout, result.output
+    answer = json.loads(CliRunner().invoke(app, ["report", str(tmp_path / "run.jsonl"), "--json"]).stdout)
     page = Path(answer["report"])
     assert page == tmp_path / "run.html" and "Spent against reference" in page.read_text(encoding="utf-8")
 

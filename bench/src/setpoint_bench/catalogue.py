@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import setpoint_bench.tasks
 from setpoint.given import did_you_mean
 from setpoint.report.own_function import is_own_function, named_errors, own_function
+from setpoint.words import a_type
 from setpoint_bench.simple_task import SimpleTask
 from setpoint_bench.task import PLAIN, BenchError, Task, fits_a_folder
 
@@ -23,7 +24,7 @@ _MADE: dict[tuple[str, str], MakeTask] = {}
 """What the decorator saw, by module and name of the task."""
 
 
-def task(name: str, **settings: Any) -> Callable[[M], M]:
+def task(name: str, about: str = "", **settings: Any) -> Callable[[M], M]:
     """Decorate a function that makes a task: the catalogue then has it under this name.
 
     The file in the folder of `setpoint_bench.tasks` is all that a new task needs. One function may carry several
@@ -31,11 +32,14 @@ def task(name: str, **settings: Any) -> Callable[[M], M]:
 
     Args:
         name: on the command line and in result files.
+        about: what it is in a sentence; by default the first line of the function's docstring.
         settings: further arguments of the function.
     """
 
     def register(make: M) -> M:
-        _MADE[make.__module__, name] = partial(make, **settings)
+        made = partial(make, **settings)
+        made.__doc__ = about or make.__doc__
+        _MADE[make.__module__, name] = made
         return make
 
     return register
@@ -118,7 +122,7 @@ def _usual(name: str, data: Path | None) -> Task:
     with named_errors(name):
         made = own_function(name)()
     if not isinstance(made, Task):
-        raise BenchError(f"{name} returned {type(made).__name__}: return a setpoint_bench.simple_task.SimpleTask")
+        raise BenchError(f"{name} returned {a_type(made)}: return a setpoint_bench.simple_task.SimpleTask")
     if not fits_a_folder(made.name):
         raise BenchError(f"{name} returned a task named {made.name!r}, which cannot name a folder: {PLAIN}")
     return made

@@ -32,7 +32,7 @@ def bench(
     methods: Annotated[
         str, typer.Option(help="Names of `setpoint list methods`, or own.py:function, with commas.")
     ] = "dense,small,setpoint",
-    budgets: Annotated[str, typer.Option(help="Fractions of the dense FLOPs per step, with commas.")] = "0.5",
+    budgets: Annotated[str, typer.Option(help="Fractions of the dense FLOPs per step, with commas: 0.5,25%.")] = "0.5",
     seeds: Annotated[str, typer.Option(help="Seeds, with commas.")] = "0",
     epochs: Epochs = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps, in place of passes.")] = None,
@@ -51,10 +51,12 @@ def bench(
     Each run has a process of its own. One that was interrupted, even killed, goes on with the same command.
     """
     with errors_as_messages():
+        from setpoint.cost.wanted import fraction
+
         _bench(
             task,
             methods,
-            numbers(budgets, "--budgets", float),
+            [fraction(each, "--budgets") for each in names(budgets, "--budgets")],
             numbers(seeds, "--seeds", int),
             out or Path("runs") / re.sub(r"[^\w.+@-]+", "-", task),
             epochs=epochs,
@@ -95,14 +97,15 @@ def list_tasks() -> dict[str, str]:
     """The tasks, by name, and what each is in one line."""
     from setpoint_bench.catalogue import tasks
 
-    return {name: _first_line(getattr(make, "func", make)) for name, make in tasks().items()}
+    return {name: _first_line(make) for name, make in tasks().items()}
 
 
 def list_methods() -> dict[str, str]:
-    """The methods, by name, with their kind and where each comes from."""
+    """The methods, by name: what each does, and where it comes from."""
+    from setpoint_bench.about import METHODS
     from setpoint_bench.method import all_methods
 
-    return {method.name: "; ".join(filter(None, (method.family, method.paper))) for method in all_methods()}
+    return {each.name: f"{METHODS[each.name]} {each.paper}".rstrip() for each in all_methods()}
 
 
 def _first_line(what: object) -> str:
@@ -124,11 +127,10 @@ def _bench(
     workers: int = 1,
     timing: bool = False,
 ) -> None:
-    """Run a benchmark, write its page, and print table and JSON."""
+    """Run a benchmark, write its page, and print the table."""
     from dataclasses import asdict
     from functools import partial
 
-    from setpoint.cost.budget import Budget
     from setpoint.report.own_function import is_own_function
     from setpoint_bench.catalogue import task_named, with_length
     from setpoint_bench.method import method_named
@@ -137,8 +139,6 @@ def _bench(
     from setpoint_bench.task import split_named
     from setpoint_bench.terminal import time_cells, train_cells
 
-    for budget in budgets:
-        Budget.fraction(budget, of="flops")
     task = task_named(with_length(task_name, length), epochs=epochs, steps=steps, data=data)
     chosen = {name: method_named(name) for name in names(methods, "--methods")}
     if len({method.name for method in chosen.values()}) < len(chosen):

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol, runtime_checkable
 
+from setpoint.words import counted
 from setpoint_bench.fingerprint import fingerprint
 from setpoint_bench.method import Method, method_named
 from setpoint_bench.own_random import OwnRandom
@@ -97,8 +98,8 @@ def finished(cells: Sequence[Cell], out: Path) -> dict[Cell, Result]:
             steps = result.steps if result.task_steps is None else result.task_steps
             if result.task == cell.task.name and (steps, result.split) != (cell.task.steps, cell.split):
                 raise BenchError(
-                    f"{out} holds {result.task} runs of {steps} steps on {result.split}; these are "
-                    f"{cell.task.steps} steps on {cell.split}: name another folder with --out"
+                    f"{out} holds {result.task} runs of {counted(steps, 'step')} on {result.split}; these are "
+                    f"{counted(cell.task.steps, 'step')} on {cell.split}: name another folder with --out"
                 )
     for task in dict.fromkeys(cell.task for cell in cells):
         known = {each.fingerprint for each in by_key.values() if each.task == task.name and each.fingerprint}

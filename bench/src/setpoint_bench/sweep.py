@@ -128,7 +128,7 @@ def _check(name: str, model: str) -> Verdict:
 
 
 def summary(name: str, verdicts: Sequence[Verdict]) -> dict[str, Any]:
-    """What a sweep came to, as the command line's last line prints it; medians are over the models that passed."""
+    """What a sweep came to, as the command line prints it with --json; medians are over the models that passed."""
     passed = [verdict for verdict in verdicts if verdict.passed]
 
     def median(field: str) -> float | None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from setpoint.words import counted
 from setpoint_bench.environment import code_version
 from setpoint_bench.progress import ProgressBars, turns_bar
 from setpoint_bench.report.columns import MOST_LOAD
@@ -38,8 +39,11 @@ def train_cells(
         mine = [result for result in done.values() if result.method == name]
         changed = sum(result.environment.get(METHOD_FILE) != source_hash(target) for result in mine)
         told += f", {changed} of {name} by another version of its file" if changed else ""
-    runs = "1 run" if len(cells) == 1 else f"{len(cells)} runs"
-    print(f"{task.name}: {runs} of {task.steps} steps, results in {out}{told}", file=sys.stderr)
+    who = ", ".join(dict.fromkeys(cell.method.name for cell in cells))
+    size = f"{counted(len(cells), 'run')} of {counted(task.steps, 'step')}"
+    ahead = counted((len(cells) - len(done)) * task.steps, "step")
+    print(f"{task.name}: {size} ({who}), results in {out}{told}", file=sys.stderr)
+    print(f"about {ahead} ahead; Ctrl-C is safe, and the same command goes on from there", file=sys.stderr)
     with held(out), ProgressBars([cell for cell in cells if cell not in done]) as bars:
         return run(cells, out, bars, workers=workers, make_task=make_task, own_methods=own_methods)
 
@@ -57,7 +61,7 @@ def time_cells(cells: Sequence[Cell], out: Path) -> Outcome:
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     if load > MOST_LOAD:
         print(f"the machine is not idle (load average {load:.1f}): these seconds may mislead", file=sys.stderr)
-    with held(out), turns_bar(f"timing {len(done)} runs of {cells[0].task.name}") as after_turn:
+    with held(out), turns_bar(f"timing {counted(len(done), 'run')} of {cells[0].task.name}") as after_turn:
         timings = measure(done, out, after_turn)
     return Outcome(
         tuple(

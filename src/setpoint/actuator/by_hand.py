@@ -16,6 +16,7 @@ from setpoint.actuator.optimizer_state import Optimizers
 from setpoint.actuator.shrink import shrink as shrink_held
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group
+from setpoint.words import a_type
 
 AnyKeep = Bool[np.ndarray, " _units"] | Bool[Tensor, " _units"] | Sequence[bool]
 
@@ -68,7 +69,7 @@ def shrink(
     """
     check_free(model)
     if not isinstance(keep, Mapping):
-        raise GroupError(f"keep holds booleans by name of the group, got a {type(keep).__name__}")
+        raise GroupError(f"keep holds booleans by name of the group, got {a_type(keep)}")
     arrays = {name: _array(each) for name, each in keep.items()}
     remaining = shrink_held(model, optimizer, tuple(groups), arrays, copies)
     for each in (model, *copies):

@@ -17,6 +17,7 @@ from setpoint.actuator.lineage import shapes_before, sizes_now
 from setpoint.actuator.sizes import recorded_buffers
 from setpoint.distributed import unwrapped
 from setpoint.errors import CheckpointError
+from setpoint.words import a_type
 
 KEY = "setpoint"
 """Where in the metadata of a state dict's root the sizes are."""
@@ -113,7 +114,7 @@ def _length(value: Any) -> int:
 
 def _tensor(value: Any) -> Tensor:
     if not isinstance(value, Tensor):
-        raise TypeError(f"a {type(value).__name__} is no tensor")
+        raise TypeError(f"{a_type(value)} is no tensor")
     return value
 
 

@@ -154,16 +154,16 @@ def plan(
             "give exactly one of tokens, samples (what a small model would be trained on), flops, seconds, joules (the "
             f"bill of the run) and ratio: got {', '.join(given) or 'none'}"
         )
+    if laws is LANGUAGE and ratio is None and (samples or (example is not None and not counts_tokens(example))):
+        raise UsageError(
+            "the published constants are of language models and count tokens; for samples of another kind no constants "
+            "are known: measure runs of your own and give laws=[fit_law(...)] of setpoint.advice.law, or give the ratio"
+        )
     known = None if model is None else _Known.of(model, budget, example)
     if known is not None:
         if size is not None or start is not None:
             raise UsageError("model and budget give size and start: leave these out")
         size, start, batch = known.size, known.start, batch or known.tokens
-    if laws is LANGUAGE and (samples is not None or (known is not None and not known.counts_tokens)):
-        raise UsageError(
-            "the published constants are of language models and count tokens; for samples of another kind no constants "
-            "are known: measure runs of your own and give laws=[fit_law(...)] of setpoint.advice.law, or give the ratio"
-        )
     if size is None and ratio is None:
         raise UsageError("give the final size: a model with its budget and example, or size=, or the ratio itself")
     if (seconds or joules) and known is None:
@@ -225,7 +225,6 @@ class _Known:
         start: dense size / final size.
         flops: of a dense step.
         tokens: of a step; samples, where its inputs are no tokens.
-        counts_tokens: whether they are tokens.
     """
 
     model: nn.Module
@@ -234,7 +233,6 @@ class _Known:
     start: float
     flops: float
     tokens: int
-    counts_tokens: bool
 
     @classmethod
     def of(cls, model: nn.Module, budget: Any, example: Example | None) -> _Known:
@@ -243,9 +241,7 @@ class _Known:
         Raises:
             UsageError: without budget or example, or for a budget of something else.
         """
-        goal = wanted(budget)
-        if not isinstance(goal, Budget) or goal.resource not in ("flops", "params") or goal.per != "step":
-            raise UsageError(f"plan takes one budget of flops or params per step, such as '25% flops', got {budget!r}")
+        goal = budget_per_step(budget)
         if example is None:
             raise UsageError("give an example of the inputs of one step, as attach takes it")
         found = trace(model, example)
@@ -255,9 +251,8 @@ class _Known:
         share = goal.absolute(dense) / dense
         if not 0 < share < 1:
             raise UsageError(f"the budget is {share:.3g} of the dense model: nothing is pruned")
-        tokens = _tokens(example)
-        batch, step_flops = tokens or num_samples(example), flops.total(widths)
-        return cls(model, example, share * step_flops / (6 * batch), 1 / share, step_flops, batch, tokens is not None)
+        batch, step_flops = _tokens(example) or num_samples(example), flops.total(widths)
+        return cls(model, example, share * step_flops / (6 * batch), 1 / share, step_flops, batch)
 
     def step_seconds(self) -> float:
         """Seconds of a dense training step with AdamW, measured here."""
@@ -277,6 +272,23 @@ class _Known:
         if joules is None:
             raise UsageError(f"joules cannot be metered on this machine ({why}): give the bill in seconds or FLOPs")
         return joules
+
+
+def budget_per_step(budget: Any) -> Budget:
+    """The budget that `plan` is given with a model, of FLOPs or parameters.
+
+    Raises:
+        UsageError: for any other.
+    """
+    goal = wanted(budget)
+    if not isinstance(goal, Budget) or goal.resource not in ("flops", "params") or goal.per != "step":
+        raise UsageError(f"plan takes one budget of flops or params per step, such as '25%', got {budget!r}")
+    return goal
+
+
+def counts_tokens(example: Example) -> bool:
+    """Whether a model is given tokens."""
+    return _tokens(example) is not None
 
 
 def _tokens(example: Example) -> int | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from setpoint.errors import CheckpointError
+from setpoint.words import a_type
 
 
 def check_kinds(name: str, part: Any, saved: Any) -> None:
@@ -30,7 +31,7 @@ def check_kinds(name: str, part: Any, saved: Any) -> None:
         return
     own, kind = part.state_dict(), type(part).__name__
     if not isinstance(saved, Mapping):
-        raise CheckpointError(f"{name} ({kind}) cannot go on with a {type(saved).__name__} for its state")
+        raise CheckpointError(f"{name} ({kind}) cannot go on with {a_type(saved)} for its state")
     if not own or (not saved and not isinstance(part, LRScheduler)):
         return  # a disabled GradScaler: whether both are is asked elsewhere
     known = type(part).__module__.partition(".")[0] == "torch"

@@ -35,6 +35,7 @@ from setpoint.checkpoint.fields import fields_of
 from setpoint.checkpoint.given import given_module
 from setpoint.checkpoint.ordinary_file import ordinary_file
 from setpoint.errors import CheckpointError
+from setpoint.words import a_type
 
 FORMAT = 1
 """Version of the file format, described in docs/checkpoint-format.md."""
@@ -162,7 +163,7 @@ def _stored(model: nn.Module, transient: Iterable[str]) -> tuple[dict[str, Tenso
 def _check_plain(name: str, tensor: Tensor) -> None:
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_quantized or tensor.layout != torch.strided:
         raise CheckpointError(
-            f"{name!r} is a {type(tensor).__name__} of layout {tensor.layout}; a checkpoint takes plain dense tensors: "
+            f"{name!r} is {a_type(tensor)} of layout {tensor.layout}; a checkpoint takes plain dense tensors: "
             "save sharded ones inside `with setpoint.unsharded(model):`, and dequantize quantized ones first"
         )
     if tensor.is_meta:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from setpoint.errors import CheckpointError
+from setpoint.words import a_type
 
 _NUMPY = "numpy"
 
@@ -47,7 +48,7 @@ def plain(value: Any, where: str) -> Any:
         items = [plain(each, f"{where}[{number}]") for number, each in enumerate(value)]
         return tuple(items) if isinstance(value, tuple) else items
     raise CheckpointError(
-        f"{where} is a {type(value).__name__}, which cannot be stored: keep tensors, arrays, numbers and strings in "
+        f"{where} is {a_type(value)}, which cannot be stored: keep tensors, arrays, numbers and strings in "
         'dataclasses, dicts, lists and tuples, or mark the field live with field(metadata={"live": True})'
     )
 
@@ -63,7 +64,7 @@ def restored(value: Any, like: Any, where: str, device: torch.device) -> Any:
     if is_dataclass(like) and not isinstance(like, type):
         names = {each.name for each in fields(like) if not each.metadata.get("live")}
         if not isinstance(value, dict) or set(value) != names:
-            raise CheckpointError(f"{where} is not the state of a {type(like).__name__}, got {_kind(value)}")
+            raise CheckpointError(f"{where} is not the state of {a_type(like)}, got {_kind(value)}")
         for each in fields(like):
             if (
                 each.name in names
@@ -130,4 +131,4 @@ def _kind(value: Any) -> str:
     inner = value[_NUMPY] if isinstance(value, dict) and set(value) == {_NUMPY} else value
     if isinstance(inner, Tensor):
         return f"{inner.dtype} of shape {tuple(inner.shape)}"
-    return f"a {type(inner).__name__}"
+    return a_type(inner)

@@ -13,6 +13,7 @@ from setpoint.cost.budget import Budget
 from setpoint.cost.price import Price
 from setpoint.cost.tolerance import Tolerance
 from setpoint.errors import BudgetError
+from setpoint.words import a_type
 
 
 def check_goal(goal: Price | Tolerance | None, controller: Controller[Any]) -> None:
@@ -34,7 +35,7 @@ def check_goal(goal: Price | Tolerance | None, controller: Controller[Any]) -> N
         )
     if inner.goal == "budget" and goal is not None:
         raise BudgetError(
-            f"{type(inner).__name__} holds a budget, not a {type(goal).__name__}: give attach a Budget, or leave "
+            f"{type(inner).__name__} holds a budget, not {a_type(goal)}: give attach a Budget, or leave "
             "the controller to it"
         )
 

@@ -7,7 +7,7 @@ from typing import final
 
 from setpoint.controller.landing import free_ladders
 from setpoint.controller.plan import Goal, Observation, Plan
-from setpoint.controller.reason import per, problem_with
+from setpoint.controller.reason import per, problem_with, these
 from setpoint.controller.schedule import Schedule
 from setpoint.controller.selection import Selection, descend, start
 from setpoint.cost.cost import Cost
@@ -111,6 +111,4 @@ def _explain(selection: Selection, dropped: int, price: float, resource: str, bu
     if not dropped:
         return f"{words}nothing earns less than the price of {price:.3g} {per(resource)}"
     names = sum(1 for rung in selection.rungs.values() if rung)
-    return (
-        f"{words}dropped {dropped} units of {names} groups that earn less than the price of {price:.3g} {per(resource)}"
-    )
+    return f"{words}dropped {these(dropped, names)}, each earning less than the price of {price:.3g} {per(resource)}"

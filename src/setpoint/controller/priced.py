@@ -16,7 +16,7 @@ from setpoint.controller.landing import even_density, landing_widths
 from setpoint.controller.offer import Choice, Offer, most_that_pay, offers_of, together, widened
 from setpoint.controller.plan import Goal, Observation, Plan
 from setpoint.controller.price import Feedback, Gains
-from setpoint.controller.reason import explain_cut, explain_growth, explain_rest, percent, problem_with
+from setpoint.controller.reason import apart, explain_cut, explain_growth, explain_rest, problem_with
 from setpoint.controller.schedule import Schedule
 from setpoint.controller.selection import (
     Allocation,
@@ -381,7 +381,7 @@ class PricedController:
         if offers:
             reason = f"{explain_growth(offers)}; {reason}"
         if aim.metered is not None:
-            reason += f"; the meter reads {percent(aim.metered / aim.spent - 1)} against the prediction"
+            reason += f"; the meter reads {apart(aim.metered / aim.spent - 1, 'the prediction')}"
         return Plan(
             step=observation.step,
             keep={name: ladder.keep(selection.rungs[name]) for name, ladder in ladders.items()},

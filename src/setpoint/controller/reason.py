@@ -11,21 +11,25 @@ from setpoint.groups.group import Group
 from setpoint.sensor.reading import Reading
 
 
-def percent(fraction: float) -> str:
-    """A signed relative difference, for people.
+def apart(fraction: float, what: str) -> str:
+    """A relative difference, for people.
 
-    >>> percent(-0.0123)
-    '-1.2 %'
+    >>> apart(-0.0123, "the target"), apart(-1e-9, "the target")
+    ('1.2 % below the target', '0.0 % below the target')
     """
-    return f"{100 * fraction:+.1f} %"
+    return f"{100 * abs(fraction):.1f} % {'above' if fraction > 0 else 'below'} {what}"
+
+
+def these(units: int, groups: int) -> str:
+    """So many units of so many groups."""
+    return f"{units} unit{'s' * (units != 1)} of {groups} group{'s' * (groups != 1)}"
 
 
 def problem_with(reading: Reading | None, metered: float | None, groups: tuple[Group, ...]) -> str:
     """What forbids a decision: no reading, or one that is incomplete or not finite; "" if nothing does."""
     if reading is None:
         return "no decision: there is no reading yet"
-    missing = [group.name for group in groups if group.name not in reading.saliency]
-    if missing:
+    if missing := [group.name for group in groups if group.name not in reading.saliency]:
         return f"no decision: the reading lacks {', '.join(missing)}"
     for group in groups:
         if reading.saliency[group.name].shape != (group.num_units,):
@@ -40,10 +44,8 @@ def problem_with(reading: Reading | None, metered: float | None, groups: tuple[G
 def explain_rest(seen: float, reference: float, limit: float, budget_met: bool) -> str:
     """Why nothing is dropped."""
     if budget_met:
-        return f"budget met: nothing to drop, spending is {percent(seen / limit - 1)} from the limit"
-    if seen > reference:
-        return f"nothing to drop: spending is {percent(seen / reference - 1)} from the reference, correction under way"
-    return f"nothing to drop: spending is {percent(seen / reference - 1)} from the reference"
+        return f"budget met: cost is {apart(seen / limit - 1, 'the budget')}"
+    return f"nothing to drop: cost is {apart(seen / reference - 1, 'the reference')}"
 
 
 def explain_cut(
@@ -52,15 +54,15 @@ def explain_cut(
     """What is dropped, at which price, and how near it comes to the target."""
     dropped = {name: int(selection.ladders[name].edges[rung]) for name, rung in selection.rungs.items() if rung}
     off = selection.total / target - 1
+    cost = f"predicted cost {'stays' if off > 0 or not dropped else 'is'} {apart(off, 'the target')}"
+    cost += _brake(selection) if off > 0 or not dropped else ""
     if not dropped:
-        return f"nothing dropped, predicted cost stays {percent(off)} from the target{_brake(selection)}"
-    words = f"dropped {sum(dropped.values())} units of {len(dropped)} groups at a price of {price:.3g} {per(resource)}"
-    if off > 0:
-        return f"{words}; predicted cost stays {percent(off)} from the target{_brake(selection)}"
-    words = f"{'budget met: ' if budget_met else ''}{words}; predicted cost is {percent(off)} from the target"
+        return f"nothing dropped, {cost}"
+    met, what = "budget met: " * (budget_met and off <= 0), these(sum(dropped.values()), len(dropped))
+    words = f"{met}dropped {what} at a price of {price:.3g} {per(resource)}; {cost}"
     if -off > deadband:
         finest = min(regained(selection, name) for name in dropped)
-        words += f", as the smallest block to give back costs {percent(finest / target)}"
+        words += f"; the smallest block to restore costs {100 * finest / target:.1f} %"
     return words
 
 
@@ -76,12 +78,11 @@ def per(resource: str) -> str:
 def explain_growth(offers: list[Offer]) -> str:
     """What comes back."""
     units, names = sum(len(offer.origins) for offer in offers), {offer.name for offer in offers}
-    return f"brought back {units} units of {len(names)} groups, worth at least {offers[-1].worth:.3g} by their probe"
+    return f"brought back {these(units, len(names))}, worth at least {offers[-1].worth:.3g} by their probe"
 
 
 def _brake(selection: Selection) -> str:
     """How many groups cannot come down further at this decision."""
-    at_foot = sum(ladder.num_rungs == selection.rungs[name] for name, ladder in selection.ladders.items())
-    if not at_foot:
-        return ""
-    return f": {at_foot} of {len(selection.ladders)} groups are as low as slew limit, dwell and floors let them go"
+    feet = [ladder.num_rungs == selection.rungs[name] for name, ladder in selection.ladders.items()]
+    few = f" (groups as low as slew limit, dwell and floors allow: {sum(feet)} of {len(feet)})"
+    return few if any(feet) else ""

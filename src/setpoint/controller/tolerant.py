@@ -16,6 +16,7 @@ from setpoint.cost.tolerance import Tolerance
 from setpoint.errors import LoopError
 from setpoint.given import plain_fields
 from setpoint.groups.group import Group, keep_all
+from setpoint.words import counted
 
 
 @dataclass(frozen=True)
@@ -153,13 +154,13 @@ class TolerantController:
         descend(selection, before * (1 - state.stride))
         dropped = sum(int(ladders[name].edges[rung]) for name, rung in selection.rungs.items())
         saved = 1 - selection.total / before
-        reason = f"dropped {dropped} units, {saved:.1%} of the {cost.resource}" if dropped else "done: nothing can go"
+        gone = f"dropped {counted(dropped, 'unit')}, {saved:.1%} of the {cost.resource}"
         return Plan(
             step=observation.step,
             keep={name: ladder.keep(selection.rungs[name]) for name, ladder in ladders.items()},
             worth={name: ladder.per_unit(selection.worth[name]) for name, ladder in ladders.items()},
             price={cost.resource: selection.highest},
-            reason=reason,
+            reason=gone if dropped else "done: nothing can go",
         )
 
 

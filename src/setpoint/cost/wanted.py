@@ -1,4 +1,4 @@
-"""Wanted: budgets as people write them, such as 0.5, "50% flops" or {"latency": "8 ms", "memory": "4 GiB"}."""
+"""Wanted: budgets as people write them, such as 0.5, "8 ms latency" or {"latency": "8 ms", "memory": "4 GiB"}."""
 
 from __future__ import annotations
 
@@ -40,15 +40,18 @@ _WORDS = re.compile(r"(?P<amount>.*?)(?:\bof\b)?\s*\b(?P<of>[a-z]+)(?P<run>\s+pe
 def wanted(budget: Any) -> Any:
     """A budget, or several, from what a user writes; `Budget`, `Price` and `Tolerance` objects are taken as they are.
 
-    A number is a fraction of the dense model's FLOPs per optimizer step. A string has an amount and a resource,
-    `"50% flops"`, `"8 ms latency"`, `"40% of flops per run"`; a mapping has an amount by resource, with "flops/run"
-    for the bill of the whole run: beside budgets per step it decides how many steps there are (`loop.total_steps`).
+    A number is a fraction of the dense model's FLOPs per optimizer step, and so is a number or a percentage alone in a
+    text, `"0.5"` or `"50%"`. Other texts have an amount and a resource, `"50% flops"`, `"8 ms latency"`, `"40% of flops
+    per run"`. A mapping has an amount by resource, with "flops/run" for the bill of the whole run: beside budgets per
+    step it decides how many steps there are (`loop.total_steps`). Up to 1, FLOPs and parameters are fractions.
 
     Raises:
         BudgetError: for an amount or resource that is not understood.
 
     >>> wanted(0.5)
     Budget(resource='flops', limit=0.5, per='step', relative=True, deadband=0.01)
+    >>> wanted("0.5") == wanted("50%") == wanted("50% flops") == wanted("0.5 flops") == wanted(0.5)
+    True
     >>> [each.limit for each in wanted({"latency": "8 ms", "memory": "4 GiB"})]
     [0.008, 4294967296.0]
     >>> wanted("4 M parameters").limit == wanted({"params": 4e6}).limit == wanted({"parameters": "4 M"}).limit
@@ -81,13 +84,35 @@ def _number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, (bool, np.bool_))
 
 
+def fraction(text: str, option: str) -> float:
+    """A budget of FLOPs per step as a fraction of the dense model's, for an option that takes no other.
+
+    Raises:
+        BudgetError: for any other budget.
+
+    >>> fraction("25%", "--budget")
+    0.25
+    """
+    takes = f"{option} takes a fraction of the dense FLOPs per step, above 0 and at most 1, such as 0.5 or 50%"
+    try:
+        found = _by_words(text)
+    except BudgetError as error:
+        raise BudgetError(f"{takes}: got {text!r}") from error
+    if (found.resource, found.per, found.relative) != ("flops", "step", True):
+        raise BudgetError(f"{takes}: got {text!r}, a budget of another kind")
+    return found.limit
+
+
 def _by_words(text: str) -> Budget:
+    value, unit = _parsed(text)
+    if value is not None and unit in ("", "%"):
+        return Budget.fraction(value / 100 if unit else value, of="flops")
     match = _WORDS.fullmatch(text)
     if match is None or _resource(match["of"]) not in RESOURCES:
         hint = did_you_mean(match["of"], RESOURCES) if match else ""
         raise BudgetError(
-            f"the budget {text!r} is not understood: {hint}write an amount and a resource, such as '50% flops', '8 ms "
-            f"latency' or '4 GiB memory'; resources are {', '.join(RESOURCES)}"
+            f"the budget {text!r} is not understood: {hint}write a fraction of the dense FLOPs, such as '50%', or an "
+            f"amount and a resource, such as '8 ms latency' or '4 GiB memory'; resources are {', '.join(RESOURCES)}"
         )
     return _amount(_resource(match["of"]), "run" if match["run"] else "step", match["amount"])
 
@@ -108,12 +133,9 @@ def _amount(resource: str, per: str, amount: Any) -> Budget:
     check_resource(resource)
     if _number(amount) and resource in ("flops", "params"):
         return Budget(resource, float(amount), per, relative=float(amount) <= 1)
-    match = _AMOUNT.fullmatch(amount) if isinstance(amount, str) else None
-    unit = match[2].lower() if match else ""
-    try:
-        value = float(match[1]) if match else None
-    except ValueError:
-        value = None
+    value, unit = _parsed(amount)
+    if value is not None and not unit and value <= 1 and resource in ("flops", "params"):
+        return Budget.fraction(value, of=resource, per=per)
     if value is not None and unit == "%":
         return Budget.fraction(value / 100, of=resource, per=per)
     if value is None or unit not in UNITS[resource]:
@@ -123,3 +145,12 @@ def _amount(resource: str, per: str, amount: Any) -> Budget:
             f"its unit, such as '8 {units[resource]}'"
         )
     return Budget.total(value * UNITS[resource][unit], of=resource, per=per)
+
+
+def _parsed(text: Any) -> tuple[float | None, str]:
+    """The number and the unit in a text; no number in anything else."""
+    match = _AMOUNT.fullmatch(text) if isinstance(text, str) else None
+    try:
+        return (float(match[1]), match[2].lower()) if match else (None, "")
+    except ValueError:
+        return None, ""

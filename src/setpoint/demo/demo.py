@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from html import escape
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ import torch
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
-from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 from torch import nn
@@ -56,25 +55,25 @@ def demo(screen: Console, out: Path, budget: float, seed: int, steps: int) -> di
     Raises:
         BudgetError: for a budget out of reach, before anything is trained.
     """
-    out.mkdir(parents=True, exist_ok=True)
     moments = list[Pair]()
-    shown = Live(console=screen, refresh_per_second=8) if screen.is_terminal else nullcontext()
-    with _one_thread(), _nothing_kept(), shown as live:
-        if live is None:
-            screen.print(ABOUT)
-        else:
-            live.update(Group(Text(ABOUT), Spinner("dots", "drawing the pictures, then trying what can be cut")))
-        given, dense, pruned = data(seed), _network(seed), _network(seed)
-        # The one with Setpoint first: it refuses a budget out of reach.
-        trainings = train(pruned, given, steps, seed, budget), train(dense, given, steps, seed)
-        started = time.perf_counter()
-        for with_setpoint, without in zip(*trainings, strict=True):
-            moments.append((without, with_setpoint))
-            left = (time.perf_counter() - started) * (steps / max(1, without.step) - 1)
-            if live is not None:
-                live.update(_view(moments[-1], steps, left, screen.height))
-            elif without.step and without.step % max(1, steps // 4) == 0:
-                screen.print(_line(moments[-1]), highlight=False)
+    with _one_thread(), _nothing_kept():
+        with screen.status("drawing the pictures, then trying what can be cut"):
+            given, dense, pruned = data(seed), _network(seed), _network(seed)
+            # The one with Setpoint first: it refuses a budget out of reach, and nothing was shown or written by then.
+            trainings = zip(train(pruned, given, steps, seed, budget), train(dense, given, steps, seed), strict=True)
+            first = next(trainings)
+        out.mkdir(parents=True, exist_ok=True)
+        with Live(console=screen, refresh_per_second=8) if screen.is_terminal else nullcontext() as live:
+            if live is None:
+                screen.print(ABOUT)
+            started = time.perf_counter()
+            for with_setpoint, without in chain([first], trainings):
+                moments.append((without, with_setpoint))
+                left = (time.perf_counter() - started) * (steps / max(1, without.step) - 1)
+                if live is not None:
+                    live.update(_view(moments[-1], steps, left, screen.height))
+                elif without.step and without.step % max(1, steps // 4) == 0:
+                    screen.print(_line(moments[-1]), highlight=False)
     found = _found(moments, budget, seed)
     for text in _lines(found):
         screen.print(text, highlight=False, soft_wrap=True)

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from setpoint.actuator.attached import ATTACHED
 from setpoint.errors import NotBegunError
 from setpoint.loop.loop import Loop
+from setpoint.words import a_type
 
 
 @final
@@ -137,7 +138,7 @@ def logits_of(outputs: Any) -> Tensor:
     """
     found = outputs.get("logits") if hasattr(outputs, "get") else outputs
     if not isinstance(found, Tensor) or found.dim() < 2:
-        listed = ", ".join(map(str, outputs)) if hasattr(outputs, "get") else f"a {type(outputs).__name__}"
+        listed = ", ".join(map(str, outputs)) if hasattr(outputs, "get") else a_type(outputs)
         raise ValueError(f"a teacher is followed in logits, and the model returned {listed}: train without a teacher")
     return found
 

@@ -185,7 +185,7 @@ def _failing(draft: Draft, places: Places, dense: Outcome) -> dict[str, str]:
         if found.error:
             return f"the forward fails: {found.error}"
         if not draft.rehearsal.alike(found.shapes, draft.shapes):
-            return "its outputs change their shape"
+            return "outputs change their shape"
         if names <= draft.lossless and dense.numbers != found.numbers != corrected().numbers:
             return "a number that is worked out from its size would change"
         return by_mode.fault(kept, found)
@@ -219,7 +219,7 @@ class _OtherMode:
         if self._dense.error or (not turned.error and alike(self._dense.shapes)):
             return None
         mode = "eval" if self.draft.model.training else "train"
-        shapes = "its outputs change their shape (where that is a cache, use_cache=False in the example leaves it out)"
+        shapes = "outputs change their shape (where that is a cache, use_cache=False in the example leaves it out)"
         return f"the forward fails in {mode} mode: {turned.error or shapes}"
 
 
@@ -228,7 +228,9 @@ def _vanished(group: Group, staying: Mapping[str, str]) -> Group:
     if group.name not in staying:
         return group
     why = staying[group.name]
-    return replace(group, notes=(*group.notes, f"it cannot vanish: {why}")) if why else replace(group, min_units=0)
+    return (
+        replace(group, notes=(*group.notes, f"the group cannot vanish: {why}")) if why else replace(group, min_units=0)
+    )
 
 
 def _vanishing(draft: Draft, places: Places) -> dict[str, str]:

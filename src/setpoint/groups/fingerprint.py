@@ -45,6 +45,7 @@ from torch import Tensor, fx, nn
 from setpoint.groups.example import Example, tensors_of
 from setpoint.groups.follow_data import is_library
 from setpoint.groups.walk import registered
+from setpoint.words import a_type
 
 _OWN = Path(__file__).parents[1]
 _MOST_THINGS = 300_000
@@ -192,7 +193,7 @@ class _Description:
             self.text(name, ties.setdefault(id(tensor), name))
             self._outside(tensor)
             if type(tensor) not in (Tensor, nn.Parameter):
-                raise NoFingerprintError(f"{name} is a {type(tensor).__name__}")
+                raise NoFingerprintError(f"{name} is {a_type(tensor)}")
             if name in buffers and not self._is_statistic(model, name):
                 self._content(tensor)
 

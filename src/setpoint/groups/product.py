@@ -76,10 +76,10 @@ def _spread(atoms: Atoms, product: Product) -> None:
     roots = atoms.find(product.cells)
     for axis, factor in enumerate(product.factors):
         others = tuple(i for i in range(roots.ndim) if i != axis)
-        atoms.freeze(factor[(roots == 0).any(axis=others)], product.where, "it holds a frozen entry")
+        atoms.freeze(factor[(roots == 0).any(axis=others)], product.where, "an entry of the merged dim is frozen")
         first = np.take(roots, [0], axis=axis)
         if len(factor) > 1 and (roots == first).all():
-            atoms.freeze(factor, product.where, "its entries are already tied together")
+            atoms.freeze(factor, product.where, "entries of this dim are already tied together")
 
 
 def _free_axes(atoms: Atoms, product: Product) -> list[int]:
@@ -149,7 +149,7 @@ def _clear_choices(reasons: list[dict[int, tuple[bool, ...]]]) -> list[tuple[int
 def _choose(atoms: Atoms, product: Product, axis: int) -> None:
     for other, factor in enumerate(product.factors):
         if other != axis:
-            atoms.freeze(factor, product.where, "the other factor of this dim is the one that is pruned")
+            atoms.freeze(factor, product.where, "the dim's other factor is pruned")
     shape = [1] * product.cells.ndim
     shape[axis] = -1
     atoms.unite(product.cells, product.factors[axis].reshape(shape))

@@ -60,7 +60,7 @@ def _marked(group: Group, layers: Mapping[str, StateSpaceLayer], places: Mapping
     whole = places[name] <= held and layers[name].state_space().num_states == group.num_units
     if others or not inside or not whole:
         why = f"shared by {' and '.join(touched)}" if others else f"not those of {name or 'the model'} alone"
-        return replace(group, notes=(*group.notes, f"its states are {why}: they are dropped without balancing"))
+        return replace(group, notes=(*group.notes, f"the states are {why}: states are dropped without balancing"))
     return replace(group, kind="state", what="state", min_units=1, multiple_of=1)
 
 

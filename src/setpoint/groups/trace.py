@@ -245,7 +245,7 @@ def _walk(model: nn.Module, program: Any, staging: Staging) -> tuple[Walk, list[
             env[node] = _input(model, walk, node, specs.get(node.name), own, dims)
     walk.outputs.extend(_values(_run(walk, program.graph_module, env, {})))
     for value in walk.outputs:
-        walk.freeze_all(value, "it reaches the model's output")
+        walk.freeze_all(value, "output of the network")
     return walk, dims
 
 
@@ -370,7 +370,9 @@ def _visit(walk: Walk, node: fx.Node, env: dict[fx.Node, Any], numbers: dict[tup
                 for left, right in zip(finished.labels, written.labels, strict=True):
                     walk.unite(left, right)
         except (AssertionError, IndexError, TypeError, ValueError, AttributeError) as error:
-            reason = f"its rule does not cover this call ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+            reason = (
+                f"the op's rule does not cover this call ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+            )
     if reason:
         for value in inputs:
             walk.unknown.add(op_name(node.target))

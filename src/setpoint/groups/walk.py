@@ -98,7 +98,9 @@ class Walk:
         if labels is not None and not self.unread:
             self.atoms.lossy.append((labels, f"{reason} ({self.where})"))
 
-    def unite(self, left: DimLabels, right: DimLabels, reason: str = "met by data of fixed size") -> DimLabels:
+    def unite(
+        self, left: DimLabels, right: DimLabels, reason: str = "data of a fixed size meets this dim"
+    ) -> DimLabels:
         """Labels of two united dims; a labelled dim that meets data freezes."""
         if left is None or right is None:
             self.freeze(left, reason)

@@ -14,6 +14,7 @@ from setpoint.actuator.sizes import recorded_sizes
 from setpoint.distributed import unwrapped
 from setpoint.errors import CheckpointError
 from setpoint.groups.place import is_call, read_size
+from setpoint.words import a_type
 
 try:
     from timm.models import adapt_model_from_string
@@ -71,7 +72,7 @@ def _unlike(model: nn.Module, string: str) -> Iterator[tuple[str, str]]:
     for (name, module), other in zip(model.named_modules(), built.modules(), strict=True):
         linear = isinstance(module, nn.Linear) and isinstance(other, nn.Linear)
         if not linear and type(module) is not type(other):
-            yield name, f"timm builds a {type(other).__name__}"
+            yield name, f"timm builds {a_type(other)}"
         if type(module).__module__.startswith("torch.nn.") and module.extra_repr() != other.extra_repr():
             yield name, f"timm builds it with {other.extra_repr()} in place of {module.extra_repr()}"
     tensors = named_tensors(built)

@@ -160,8 +160,8 @@ def _select(
         if group.name not in names:
             outgoing = {place.tensor for place in group.slices if place.role == "consume"}
             trained = any(p.requires_grad for name, p in parameters if name in outgoing)
-            kind = f"it ranks no {group.kind}s like these"
-            why = kind if trained or group.kind == "state" else "its weights get no gradient"
+            kind = f"the sensor ranks no {group.kind}s like these"
+            why = kind if trained or group.kind == "state" else "the group's weights get no gradient"
             frozen[group.name] = f"{type(sensor).__name__} cannot read it ({why})"
     return readable, frozen
 

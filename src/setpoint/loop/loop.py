@@ -73,7 +73,7 @@ class Loop:
         if name.startswith("__"):
             raise AttributeError(name)
         raise NotBegunError(
-            f"loop.{name.lstrip('_')} is not known yet: without an example a loop begins at the first optimizer step"
+            "the loop begins at the first optimizer step, as attach was given no example: ask it after that step"
         )
 
     def __repr__(self) -> str:

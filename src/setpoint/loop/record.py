@@ -18,13 +18,13 @@ from setpoint.groups.group import Group
 from setpoint.ledger import Ledger
 from setpoint.sensor.probe import Probe
 from setpoint.sensor.reading import Reading
+from setpoint.words import counted
 
 
 def refusal(reading: Reading) -> str:
     """Why no decision can be made on a reading whose skipped steps count from the last one; "" if one can."""
-    if reading.skipped_steps:
-        steps = "1 step" if reading.skipped_steps == 1 else f"{reading.skipped_steps} steps"
-        return f"no decision: NaN or infinite gradients in {steps} since the last reading"
+    if steps := reading.skipped_steps:
+        return f"no decision: NaN or infinite gradients in {counted(steps, 'step')} since the last reading"
     if not reading.finite():
         return "no decision: the reading holds NaN or infinite values"
     if reading.saliency and reading.unseen() >= reading.saliency.keys():

@@ -36,6 +36,7 @@ from setpoint.loop.loop import Loop
 from setpoint.loop.resume import check_groups, check_loading, check_optimizers
 from setpoint.loop.telling import log
 from setpoint.under_way import under_way
+from setpoint.words import counted
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,8 +77,9 @@ class Inputs:
             raise CheckpointError(f"the state of the loop is damaged: its inputs are {form!r}") from error
         if passes != self.passes:
             warnings.warn(
-                f"this step called the model {self.passes} times, the first step of the run {passes} times: FLOPs are "
-                "counted as in the first; where the accumulation was changed, attach without resume",
+                f"this step called the model {counted(self.passes, 'time')}, the first step of the run "
+                f"{counted(passes, 'time')}: FLOPs are counted as in the first; where the accumulation was changed, "
+                "attach without resume",
                 stacklevel=2,
             )
         return Inputs(in_shapes(self.example, shapes), passes, samples)

@@ -16,6 +16,7 @@ from setpoint.loop.progress import Progress
 from setpoint.loop.record import drop_counts, return_counts
 from setpoint.spending.spending import Spending
 from setpoint.spending.verdict import totals, verdict
+from setpoint.words import counted
 
 
 @dataclass(frozen=True)
@@ -130,24 +131,26 @@ class Summary:
                 cost.append(f"{amount(self.spent[name], name)} of a budget of {amount(limit, name)}")
         for name, limit in self.limit_run.items():
             cost.append(f"{amount(self.spent_run[name], name)} of {amount(limit, name)} for the run")
-        pays = f"from step {self.break_even_step:,} on" if self.break_even_step is not None else "not yet"
+        saved = "less than the overhead so far"
+        if self.break_even_step is not None:
+            saved = f"more than the overhead from step {self.break_even_step:,} on"
         own = ("attach", "sensing", "deciding", "resizing", "probing", "recompiling")
         seconds = {name: getattr(self, f"{name}_seconds") for name in own}
         verdict = f"{'met' if self.budget_met else 'NOT met'}: {self.reason}"
         return "\n".join(
             (
-                f"budget    {verdict.removeprefix('met: budget ')}",
-                f"cost      {'; '.join(cost)}",
-                f"size      {self.final_params:,} parameters; {units:,} of {dense_units:,} units in "
-                f"{len(self.dense_widths)} groups, {self.resizes} cuts",
-                f"training  {self.steps:,} of {self.total_steps:,} steps in {self.seconds:.1f} s"
+                f"budget      {verdict.removeprefix('met: budget ')}",
+                f"cost        {'; '.join(cost)}",
+                f"size        {self.final_params:,} parameters; {units:,} of {dense_units:,} units in "
+                f"{counted(len(self.dense_widths), 'group')}, {counted(self.resizes, 'cut')}",
+                f"training    {self.steps:,} of {self.total_steps:,} steps in {self.seconds:.1f} s"
                 + (f", loss {self.final_loss:.4g} at the end" if self.final_loss is not None else ""),
-                f"overhead  {self.overhead_flops_ratio:.1%} of the FLOPs, {self.overhead_seconds:.1f} s ("
+                f"overhead    {self.overhead_flops_ratio:.1%} of the FLOPs, {self.overhead_seconds:.1f} s ("
                 + ", ".join(
                     f"{name} {value:.1f}" for name, value in seconds.items() if value >= 0.05 or name == "attach"
                 )
                 + ")",
-                f"pays off  {pays}, by the seconds that smaller steps have saved",
+                f"time saved  {saved}",
             )
         )
 

@@ -10,6 +10,7 @@ from setpoint.entry import Entry
 from setpoint.ledger import Ledger
 from setpoint.loop.summary import Summary
 from setpoint.spending.metrics import leading
+from setpoint.words import counted
 
 LOG = logging.getLogger("setpoint")
 
@@ -49,12 +50,10 @@ def log(metrics: Callable[[], Mapping[str, float]], news: News) -> None:
     if news.changed:
         dropped = sum(map(len, news.dropped.values())) + sum(news.num_dropped.values())
         grown = sum(map(len, news.grown.values())) + sum(news.num_grown.values())
-        moved = [f"{dropped:,} units dropped"] if dropped or not grown else []
-        moved += [f"{grown:,} units brought back"] if grown else []
+        parts = [f"{counted(dropped, 'unit')} dropped"] if dropped or not grown else []
+        moved = ", ".join(parts + ([f"{counted(grown, 'unit')} brought back"] if grown else []))
         price = known.get(f"price/{resource}", 0.0)
-        LOG.info(
-            "step %d: %s, %.1f %% of dense %s, price %.3g", news.step, ", ".join(moved), 100 * ratio, resource, price
-        )
+        LOG.info("step %d: %s, %.1f %% of dense %s, price %.3g", news.step, moved, 100 * ratio, resource, price)
     if known["budget_met"]:
         what = "budget met" if f"limit/{resource}" in known else "done"
         units = f"{known['units']:,.0f} of {known['dense_units']:,.0f}"

@@ -103,7 +103,7 @@ def compress(
     (num_samples,) = counts(num_samples=num_samples)
     model = unwrapped(model)
     check_free(model)
-    goal = _goal(budget)
+    goal = one_budget(budget)
     batches = first_batches(data, num_samples, model)
     with preserved_rng_state(model):
         traced = trace(model, batches[0])
@@ -129,12 +129,16 @@ def compress(
     return Compressed(goal.resource, limit, before, after, widths, widths_of(cut), refitted, seen, frozen)
 
 
-def _goal(budget: Any) -> Budget:
-    """The budget, of FLOPs or parameters."""
+def one_budget(budget: Any) -> Budget:
+    """The budget that `compress` is given, of FLOPs or parameters.
+
+    Raises:
+        BudgetError: for any other.
+    """
     goal = wanted(budget)
     if not isinstance(goal, Budget) or goal.resource not in ("flops", "params") or goal.per != "step":
         raise BudgetError(
-            f"compress takes one budget of 'flops' or 'params', such as \"50% flops\", got {budget!r:.80}: other "
+            f"compress takes one budget of flops or params, such as '50%' or '40% params', got {budget!r:.80}: other "
             "resources are met in training, by attach"
         )
     return goal
@@ -156,9 +160,7 @@ def _candidates(
         if not group.lossless:
             frozen[group.name] = "; ".join(group.notes) or "a zeroed unit is not the same as an absent one"
         elif not find_consumers(group, model):
-            frozen[group.name] = (
-                "it is read by something else than linear layers and convolutions, which can be refitted"
-            )
+            frozen[group.name] = "the units are read by something else than linear layers and convolutions"
         else:
             found.append(group)
     if verify and found:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from setpoint.words import counted
+
 
 @dataclass(frozen=True, eq=False)
 class Compressed:
@@ -39,8 +41,8 @@ class Compressed:
 
     def __str__(self) -> str:
         shares = ", ".join(f"{self.after[name] / self.before[name]:.1%} of the {name}" for name in self.before)
-        units = f"{sum(self.widths.values())} of {sum(self.dense_widths.values())} units"
+        units = f"{sum(self.widths.values()):,} of {counted(sum(self.dense_widths.values()), 'unit')}"
         return (
-            f"compressed to {shares}: {units} in {len(self.widths)} groups\n"
-            f"{len(self.refitted)} layers fitted anew to {self.num_samples} samples"
+            f"compressed to {shares}: {units} in {counted(len(self.widths), 'group')}\n"
+            f"{counted(len(self.refitted), 'layer')} fitted anew to {counted(self.num_samples, 'sample')}"
         )

@@ -30,6 +30,7 @@ from setpoint.regrowth.reserve import Key, Reserve, held
 from setpoint.sensor.probe import Probe
 from setpoint.sensor.reading import Reading
 from setpoint.spending.spending import Spending
+from setpoint.words import counted
 
 Snapshots = dict[str, dict[Key, Tensor]]
 """By group, the tensors of a layer as it was before the last cut."""
@@ -349,7 +350,7 @@ class Regrowth:
         let_go, words = self.reserve.let_go, ""
         if let_go:
             gone = sum(len(origins) for origins in let_go.values())
-            words = f"the reserve of {before.limit_bytes:,} bytes is full: {gone} units dropped earlier were let go"
+            words = f"the reserve of {before.limit_bytes:,} bytes is full: {counted(gone, 'unit')} dropped earlier went"
         try:
             if words:
                 warnings.warn(f"{words} for good; actuator=Regrowing(reserve_bytes=...) makes room", stacklevel=3)

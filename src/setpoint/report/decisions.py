@@ -10,6 +10,7 @@ from setpoint.report.figures import BLUE, FAINT, GREY, INK, Figure, Trace, escap
 from setpoint.report.numbers import digits, scale
 from setpoint.report.record import Record
 from setpoint.report.resources import PER, dense_of, dropped, end_of, limit_of, num_dropped, unit_of
+from setpoint.words import counted
 
 BAND = 0.84
 """Share of a group's band that its units fill; a gap to the next band remains."""
@@ -65,7 +66,7 @@ def metered(entries: Sequence[Entry], resource: str, factor: float, unit: str) -
 def cuts(entries: Sequence[Entry], heights: Sequence[float]) -> Trace:
     """A marker on every decision that dropped units, with the reason."""
     made = [(entry, height) for entry, height in zip(entries, heights, strict=True) if dropped(entry)]
-    texts = [f"dropped {dropped(entry):,} units<br>{escape(entry.reason)}" for entry, _ in made]
+    texts = [f"dropped {counted(dropped(entry), 'unit')}<br>{escape(entry.reason)}" for entry, _ in made]
     points, hover = [(entry.step, height) for entry, height in made], "<b>cut</b> at step %{x:,d}<br>%{hovertext}"
     marker = {"symbol": "circle", "size": 8, "color": BLUE}
     return scatter("markers", "cut", points, hover, hovertext=texts, marker=marker)

@@ -11,6 +11,7 @@ from setpoint.report.figures import BLUE, GREY, ORANGE, Figure, Trace, escape, l
 from setpoint.report.numbers import digits
 from setpoint.report.record import Record
 from setpoint.report.resources import end_of
+from setpoint.words import counted
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,10 @@ def dynamics_line(record: Record) -> str:
     found = rests(record)
     units = {(rest.group, rest.origin) for rest in found}
     back = [rest for rest in found if rest.returned]
-    sentence = f"{len(units):,} units were dropped, {len({(r.group, r.origin) for r in back}):,} of them came back"
+    returned = len({(rest.group, rest.origin) for rest in back})
+    sentence = f"{counted(len(units), 'unit')} dropped, {returned:,} of them brought back"
     if back:
         median = statistics.median(rest.end - rest.begin for rest in back)
         again = len(found) - len(units)
-        sentence += f" after {digits(median)} steps (median), {again:,} were dropped again"
+        sentence += f" after {digits(median)} steps (median), {again:,} dropped again"
     return f"{escape(sentence)}."

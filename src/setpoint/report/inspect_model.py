@@ -18,6 +18,7 @@ from setpoint.groups.trace import Frozen, trace
 from setpoint.report.own_function import is_own_function, named_errors, own_function
 from setpoint.report.parameters import Part, params_along, parts, share_along
 from setpoint.report.zoo import named_model, noise
+from setpoint.words import a_type, counted
 
 MOST_NUMBERS = 2**28
 """In an example that is filled with noise: a gigabyte of them."""
@@ -150,12 +151,14 @@ def load_target(target: str, shape: tuple[int, ...] | None = None) -> tuple[nn.M
     with named_errors(target):
         made = own_function(target)()
     if isinstance(made, tuple) and len(made) != 2:
-        raise UsageError(f"{target} returned {len(made)} things: return a model and its inputs, as `model, (x,)`")
+        raise UsageError(
+            f"{target} returned {counted(len(made), 'thing')}: return a model and its inputs, as `model, (x,)`"
+        )
     if isinstance(made, tuple) and shape is not None:
         raise UsageError(f"{target} returns inputs of its own: leave out --input {','.join(map(str, shape))}")
     model, example = made if isinstance(made, tuple) else (made, None)
     if not isinstance(model, nn.Module):
-        raise UsageError(f"{target} returned a {type(model).__name__}: return a torch.nn.Module, or one and its inputs")
+        raise UsageError(f"{target} returned {a_type(model)}: return a torch.nn.Module, or one and its inputs")
     if example is None and shape is None:
         raise UsageError(
             f"{target} returned a model without inputs: return `model, (x,)`, or `model, {{'x': x}}` for keyword "

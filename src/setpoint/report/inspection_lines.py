@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from setpoint.report.inspect_model import GroupReport, Inspection
 from setpoint.report.names import fold, skeleton, some
 from setpoint.report.numbers import human, percent, share
+from setpoint.words import counted
 
-_MOST_SHOWN = 3
-"""Groups that one line names."""
+_WIDTH = 80
+"""Columns of a line, as far as names let it fit."""
 
 
 def inspection_lines(found: Inspection) -> tuple[str, ...]:
@@ -24,10 +25,10 @@ def inspection_lines(found: Inspection) -> tuple[str, ...]:
         ...     print(line)
         mine on 2x8: 2.24 kFLOP per training step, 264 parameters
         can be pruned: 20 units in 1 group, along 98.5 % of the parameters
-        cheapest: 224 FLOP (10.0 %), 30 parameters (11.4 %); no budget below it can be met
-        largest: 0 (20 neurons, 90.0 % of the FLOPs)
+        cheapest reachable: 224 FLOP (10.0 %), 30 parameters (11.4 %)
+        most FLOPs: 0 (20 neurons, 90.0 %)
         left whole: nothing
-        frozen: 2 places: this side of it is summed against data, which has no units; it reaches the model's output
+        frozen: 2 places: input of the network, or other data; output of the network
         checked: each cut was tried on a copy of the model
     """
     pruned = [group for group in found.groups if not group.kept_whole]
@@ -36,22 +37,17 @@ def inspection_lines(found: Inspection) -> tuple[str, ...]:
     return (
         f"{found.model} on {', '.join('x'.join(map(str, shape)) for shape in found.inputs)}: "
         f"{human(found.flops, 'FLOP')} per training step, {human(found.params)} parameters",
-        f"can be pruned: {units:,} units in {_count(len(pruned), 'group')}, "
+        f"can be pruned: {counted(units, 'unit')} in {counted(len(pruned), 'group')}, "
         f"along {percent(found.prunable_params_share)} of the parameters",
-        f"cheapest: {human(found.cheapest_flops, 'FLOP')} ({share(found.cheapest_flops, found.flops)}), "
-        f"{human(found.cheapest_params)} parameters ({share(found.cheapest_params, found.params)}); "
-        "no budget below it can be met",
-        f"largest: {_largest(pruned)}",
-        f"left whole: {_left_whole(whole)}",
-        f"frozen: {_frozen(found)}",
+        f"cheapest reachable: {human(found.cheapest_flops, 'FLOP')} ({share(found.cheapest_flops, found.flops)}), "
+        f"{human(found.cheapest_params)} parameters ({share(found.cheapest_params, found.params)})",
+        _largest(pruned),
+        _left_whole(whole),
+        _frozen(found),
         "checked: each cut was tried on a copy of the model"
         if found.verified
         else "not checked: no cut was tried on a copy of the model",
     )
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _largest(pruned: Sequence[GroupReport]) -> str:
@@ -59,22 +55,32 @@ def _largest(pruned: Sequence[GroupReport]) -> str:
     for group in sorted(pruned, key=lambda group: -group.flops_share):
         saved = percent(group.flops_share)
         alike.setdefault((skeleton(group.name), group.num_units, group.what, saved), []).append(group.name)
-    shown = []
-    for (_, units, what, saved), names in list(alike.items())[:_MOST_SHOWN]:
+    line = "most FLOPs: "
+    for (_, units, what, saved), names in alike.items():
         several = len(names) > 1
-        size = f"{f'{len(names)} groups of ' if several else ''}{units} {what}s"
-        shown.append(f"{', '.join(fold(names))} ({size}, {saved} of the FLOPs{' each' if several else ''})")
-    return ", ".join(shown) or "nothing, since no group may be pruned"
+        size = f"{f'{len(names)} x ' if several else ''}{counted(units, what)}, {saved}{' each' if several else ''}"
+        more = f"{', '.join(fold(names))} ({size})"
+        if line.endswith(")") and len(line) + len(more) + 2 > _WIDTH:
+            break
+        line += f", {more}" if line.endswith(")") else more
+    return line if alike else f"{line}no group may be pruned"
 
 
 def _left_whole(whole: Sequence[GroupReport]) -> str:
     if not whole:
-        return "nothing"
-    reasons = some((reason for group in whole for reason in group.kept_whole.split("; ")), 1)
-    return f"{_count(len(whole), 'group')} ({some((group.name for group in whole), 1)}): {reasons}"
+        return "left whole: nothing"
+    reasons = (reason.partition(" (")[0] for group in whole for reason in group.kept_whole.split("; "))
+    return _reasons(f"left whole: {counted(len(whole), 'group')} ({some((group.name for group in whole), 1)})", reasons)
 
 
 def _frozen(found: Inspection) -> str:
     if not found.frozen:
-        return "nothing"
-    return f"{_count(len(found.frozen), 'place')}: {some(each.reason for each in found.frozen)}"
+        return "frozen: nothing"
+    return _reasons(f"frozen: {counted(len(found.frozen), 'place')}", (each.reason for each in found.frozen))
+
+
+def _reasons(of: str, reasons: Iterable[str]) -> str:
+    """What has these reasons, with two of them if a line holds them, else with one."""
+    given = tuple(reasons)
+    both = f"{of}: {some(given)}"
+    return both if len(both) <= _WIDTH else f"{of}: {some(given, 1)}"

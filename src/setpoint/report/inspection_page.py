@@ -13,6 +13,7 @@ from setpoint.report.figures import BLUE, FAINT, ORANGE
 from setpoint.report.names import along, fold, some
 from setpoint.report.numbers import NOTHING, human, percent, share
 from setpoint.report.page import document, html_table, pair, save, width
+from setpoint.words import counted
 
 MOST_ROWS = 24
 """How many modules have a row each; of more, those that hold them have."""
@@ -52,8 +53,9 @@ def _reach(found: Mapping[str, Any]) -> str:
         bar = width(1.0, fewest / dense if dense else 1.0)
         lines.append([title, bar, human(dense, unit), human(fewest, unit), share(fewest, dense)])
     about = (
-        f"{len(pruned)} groups with {units:,} units may be pruned, along {percent(found['prunable_params_share'])} of "
-        f"the parameters; {whole} groups are left whole. The outline is the dense model; the filled part is what "
+        f"{counted(len(pruned), 'group')} with {counted(units, 'unit')} may be pruned, along "
+        f"{percent(found['prunable_params_share'])} of the parameters; {counted(whole, 'group')} "
+        f"{'is' if whole == 1 else 'are'} left whole. The outline is the dense model; the filled part is what "
         "remains with every group that may be pruned at its fewest units, and no budget below it can be met."
     )
     about += "" if found["verified"] else " <b>Not verified</b>: the cuts were not tried on a copy of the model."

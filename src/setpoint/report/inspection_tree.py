@@ -10,6 +10,7 @@ from rich.tree import Tree
 from setpoint.report.inspect_model import GroupReport, Inspection
 from setpoint.report.names import along, fold, skeleton, some
 from setpoint.report.numbers import human, percent, share
+from setpoint.words import counted
 
 _MOST_PLACES = 8
 """Lines shown of the places of one group."""
@@ -36,7 +37,7 @@ def inspection_tree(found: Inspection) -> Tree:
         for line in places[:_MOST_PLACES]:
             branch.add(f"[dim]{escape(line)}[/]")
         if len(places) > _MOST_PLACES:
-            branch.add(f"[dim]and {len(places) - _MOST_PLACES} more places[/]")
+            branch.add(f"[dim]and {counted(len(places) - _MOST_PLACES, 'more place')}[/]")
     if found.frozen:
         branch = tree.add(f"[bold]frozen[/] ({len(found.frozen)})")
         reasons: dict[str, list[str]] = {}
@@ -58,7 +59,7 @@ def _line(groups: Sequence[GroupReport]) -> str:
     first, several = groups[0], len(groups) > 1
     line = (
         f"[bold]{escape(', '.join(fold(group.name for group in groups)))}[/]: "
-        f"{f'{len(groups)} groups of ' if several else ''}{first.num_units} {first.what}s, "
+        f"{f'{len(groups)} groups of ' if several else ''}{counted(first.num_units, first.what)}, "
         f"at least {first.min_units}, in steps of {first.multiple_of}; {human(first.params)} parameters, "
         f"{percent(first.flops_share)} of the FLOPs{' each' if several else ''}"
     )

@@ -6,6 +6,7 @@ from setpoint.entry import Entry
 from setpoint.report.figures import AXES, escape
 from setpoint.report.numbers import digits, human, percent
 from setpoint.report.record import Record
+from setpoint.words import counted
 
 NAMES = {
     "flops": "FLOPs",
@@ -69,7 +70,8 @@ def num_dropped(entry: Entry) -> dict[str, int]:
 def ledger_line(record: Record) -> str:
     """One sentence about a ledger."""
     made = [entry for entry in record.entries if dropped(entry)]
-    sentence = f"{len(record.entries)} decisions, {len(made)} cuts, {sum(map(dropped, made)):,} units dropped"
+    units = counted(sum(map(dropped, made)), "unit")
+    sentence = f"{counted(len(record.entries), 'decision')}, {counted(len(made), 'cut')}, {units} dropped"
     for resource in resources(record):
         last = next((entry.spent[resource] for entry in reversed(record.entries) if resource in entry.spent), None)
         dense, limit = dense_of(record, resource), limit_of(record, resource)

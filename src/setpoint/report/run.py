@@ -10,6 +10,7 @@ from setpoint.report import decisions, dynamics, resources
 from setpoint.report.numbers import NOTHING, digits, duration, human, percent
 from setpoint.report.page import download, drawn, html_table, width
 from setpoint.report.record import Record
+from setpoint.words import counted
 
 MOST_NAMED = 12
 """Groups that a line of the table of decisions names."""
@@ -66,7 +67,7 @@ def architecture(record: Record) -> str:
         lines.append([escape(name), bar, f"{num_units:,}", f"{after[name]:,}", percent(kept)])
     titles = ("group", "", "before", "after", "kept")
     listing = html_table(titles, lines, classes="architecture")
-    total = f"{sum(after.values()):,} of {sum(before.values()):,} units are left in {len(before):,} groups."
+    total = f"{sum(after.values()):,} of {sum(before.values()):,} units are left in {counted(len(before), 'group')}."
     return (
         f'<figure><h4>Architecture before and after</h4><div class="bare">{listing}</div>'
         f"<figcaption>{total} The outline is the width before, the filled part the width after.</figcaption></figure>\n"

@@ -20,6 +20,7 @@ from setpoint.report import resources
 from setpoint.report.ledger_page import read_ledger
 from setpoint.report.numbers import NOTHING, digits, duration, human, percent
 from setpoint.report.record import Record
+from setpoint.words import counted
 
 _BAR = 24
 _OTHER_LINES = 7
@@ -43,7 +44,8 @@ def view(record: Record, title: str, lines: int | None = None) -> RenderableType
     ]
     if record.end:
         head = [f"ended at step {record.end_step or 0:,} of {record.total_steps or 0:,}", record.end]
-    counts = f"{len(made)} decisions, {sum(map(bool, made))} cuts, {sum(made):,} units dropped"
+    tallies = {"decision": len(made), "cut": sum(map(bool, made)), "unit": sum(made)}
+    counts = ", ".join(counted(number, what) for what, number in tallies.items()) + " dropped"
     spending = Table.grid(padding=(0, 2))
     held = resources.resources(record) or (("flops",) if "flops" in record.dense else ())
     for resource in held:
@@ -58,7 +60,8 @@ def view(record: Record, title: str, lines: int | None = None) -> RenderableType
         if name in shown:
             count = f"{width:,} of {record.units.get(name, width):,} {record.what.get(name, 'unit')}s"
             groups.add_row(escape(name), _bar(shares[name]), count, percent(shares[name]))
-    more = [Text(f"and {len(widths) - len(shown):,} groups that have more left")] if len(shown) < len(widths) else []
+    rest = len(widths) - len(shown)
+    more = [Text(f"and {counted(rest, 'group')} of which more is left")] if rest else []
     reason = (
         [Text(f"step {last.step:,}: {last.reason}", overflow="ellipsis", no_wrap=lines is not None)] if last else []
     )

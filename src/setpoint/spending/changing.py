@@ -12,6 +12,7 @@ from setpoint.given import plain_number
 from setpoint.groups.group import Group
 from setpoint.spending.checks import check_budgets, check_costed, check_reachable, with_bill
 from setpoint.spending.spending import Spending
+from setpoint.words import counted
 
 
 def check_open(spending: Spending, step: int, *, budget_met: bool) -> None:
@@ -60,11 +61,11 @@ def change_total_steps(spending: Spending, total_steps: int, groups: tuple[Group
     """
     if spending.bill:
         raise LoopError(
-            f"the bill of the run says how long it is, {spending.length} steps as planned now: to say it "
+            f"the bill of the run says how long it is, {counted(spending.length, 'step')} as planned now: to say it "
             "yourself, attach without the budget per run"
         )
     total_steps = plain_number(total_steps)
     if type(total_steps) is not int or total_steps <= step:
-        raise ValueError(f"total_steps must be an integer above the {step} steps done, got {total_steps!r}")
+        raise ValueError(f"total_steps must be an integer above the {counted(step, 'step')} done, got {total_steps!r}")
     spending.runs.check(step, total_steps, groups)
     spending.total_steps = total_steps

@@ -70,7 +70,7 @@ def check_reachable(budget: Budget, dense: float, least: float) -> None:
         raise BudgetError(
             f"a budget of {amount(limit, resource)} ({limit / dense:.1%} of dense) cannot be reached: with every "
             f"group at its min_units the model still needs {amount(least, resource)} ({least / dense:.1%}). Ask for "
-            f"at least Budget.fraction({math.ceil(1000 * least / dense) / 1000:g}, of={resource!r})"
+            f"at least '{math.ceil(1000 * least / dense) / 10:g}% {resource}'"
         )
     if resource in IN_SECONDS and limit > MILLISECONDS * dense:
         raise BudgetError(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from setpoint.controller.plan import Plan
 from setpoint.spending.spending import Spending
+from setpoint.words import counted
 
 
 def metrics(
@@ -57,7 +58,7 @@ def line(known: Mapping[str, float], *, finished: bool) -> str:
     parts = [
         f"step {known['step']:,.0f} of {known['total_steps']:,.0f}",
         f"{ratio:.1%} of dense {resource}" + (f", budget {ratio * limit / cost:.1%}" if limit and cost else ""),
-        f"{known['resizes']:.0f} cuts",
+        counted(known["resizes"], "cut"),
         f"{known['units']:,.0f} of {dense_units:,.0f} units",
         *(["last decision made"] if known["budget_met"] else []),
         *(["finished"] if finished else []),

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from setpoint.errors import StateSpaceError
 from setpoint.groups.state_space import DiagonalSystem
+from setpoint.words import a_type
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +45,7 @@ def check_system(system: System, what: str = "the system") -> None:
     """
     if not isinstance(system, (DiagonalSystem, DenseSystem)):
         raise StateSpaceError(
-            f"{what} is a {type(system).__name__}: give a linear time-invariant DiagonalSystem or DenseSystem, such as "
+            f"{what} is {a_type(system)}: give a linear time-invariant DiagonalSystem or DenseSystem, such as "
             "a StateSpaceLayer's state_space(). A selective layer (Mamba) has no such system: see SelectiveSensor"
         )
     _check_shapes(system, what)

@@ -10,6 +10,7 @@ from setpoint.controller.plan import Observation, Plan
 from setpoint.controller.selection import Selection, add_back, descend, start, weigh
 from setpoint.cost.cost import Cost
 from setpoint.groups.group import Group, keep_all, widths_of
+from setpoint.words import counted
 
 
 def nothing_dropped(observation: Observation, cost: Cost, groups: tuple[Group, ...], reason: str) -> Plan:
@@ -61,7 +62,7 @@ def even_plan(
         price={cost.resource: 0.0},
         reference={cost.resource: target},
         budget_met=budget_met,
-        reason=f"{'budget met: ' if budget_met else ''}{reason}; dropped {dropped} units",
+        reason=f"{'budget met: ' if budget_met else ''}{reason}; dropped {counted(dropped, 'unit')}",
     )
 
 

@@ -15,6 +15,7 @@ from setpoint.controller.reason import problem_with
 from setpoint.cost.cost import Cost
 from setpoint.groups.group import Group, Slice
 from setpoint.sensor.unit_sum import UnitSum
+from setpoint.words import counted
 from setpoint_bench.baselines.even import even_plan, nothing_dropped
 
 
@@ -88,7 +89,7 @@ class ReconfiguringController:
             for group in groups
             if group.num_units
         }
-        reason = f"reconfiguration: {sum(near_zero.values())} units are near zero"
+        reason = f"reconfiguration: {counted(sum(near_zero.values()), 'unit')} near zero"
         return state, even_plan(observation, cost, groups, max(limit, ramp), reason, near_zero)
 
     def _last(self, total_steps: int) -> int:

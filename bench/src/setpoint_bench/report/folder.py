@@ -47,7 +47,9 @@ def read_results(folder: Path) -> Results:
     """
     path = file_of(folder, RESULTS)
     if not path.is_file():
-        raise ReportError(f"no {RESULTS} in {folder}: give the folder that `setpoint bench --out` wrote")
+        raise ReportError(
+            f"no {RESULTS} in {folder}: give the folder that `setpoint bench --out` wrote, or a ledger's file"
+        )
     remarks: list[str] = []
     cells: dict[tuple[Any, ...], Cell] = {}
     histories = read_histories(folder)

@@ -10,6 +10,7 @@ from setpoint.report.figures import AXES
 from setpoint.report.numbers import NOTHING, duration, share
 from setpoint.report.page import document, drawn, html_table, pair, save
 from setpoint.report.run import run
+from setpoint.words import counted
 from setpoint_bench.report.comparison import comparison
 from setpoint_bench.report.curves import PARTS, curves, followed, seconds_by_part
 from setpoint_bench.report.folder import read_results
@@ -49,7 +50,7 @@ def render(results: Results) -> str:
 def header(results: Results) -> str:
     """Title, and what the page is about."""
     dates = sorted(cell.date[:10] for cell in results.cells if cell.date)
-    runs = f"{len(results.cells)} run{'s' if len(results.cells) != 1 else ''}"
+    runs = counted(len(results.cells), "run")
     about = f"{runs} · {escape(dates[-1])}" if dates else runs
     return f"<header><h1>Setpoint <span>report</span></h1><p>{about}</p></header>\n"
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from setpoint.report.figures import INK, Figure, Trace, escape, layout
 from setpoint.report.numbers import human, scale
+from setpoint.words import counted
 from setpoint_bench.report.columns import metric_text
 from setpoint_bench.report.looks import marks
 from setpoint_bench.report.statistics import Estimate
@@ -135,7 +136,7 @@ def _hover(row: Row, cost: Estimate, expense: Expense) -> str:
     amount = f"{cost.mean:.3g} s" if expense.unit == "s" else human(cost.mean, expense.unit)
     return (
         f"<b>{escape(row.label)}</b><br>{escape(row.metric)} {metric_text(row)}<br>"
-        f"{escape(expense.title)} {amount}{theory}<br>{row.num_seeds} seeds"
+        f"{escape(expense.title)} {amount}{theory}<br>{counted(row.num_seeds, 'seed')}"
     )
 
 

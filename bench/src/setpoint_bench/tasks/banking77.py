@@ -51,7 +51,7 @@ def questions(data: Path | None) -> Splits:
 
 @task("banking77-three-layers")
 def three_layers(data: Path | None = None) -> SimpleTask:
-    """The same for every second layer of the sentence model: the first, the third and the fifth.
+    """The task banking77 with layers one, three and five of the sentence model alone.
 
     It is the small rival of a cut model. Sanh et al., "DistilBERT, a distilled version of BERT", 2019, section 3.
 

@@ -15,17 +15,22 @@ _CIFAR = SequenceFamily(inputs=3, channels=64, states=384, blocks=2)
 
 
 @task("smnist")
-@task("smnist-196", length=196)
-@task("psmnist", permuted=True)
-@task("psmnist-196", length=196, permuted=True)
+@task("smnist-196", "MNIST as sequences of 196 averages of four pixels; model and passes of smnist.", length=196)
+@task("psmnist", "MNIST as sequences of 784 pixels in one random order; model and passes of smnist.", permuted=True)
+@task(
+    "psmnist-196",
+    "MNIST as sequences of 196 averages of four pixels in one random order; model and passes of smnist.",
+    length=196,
+    permuted=True,
+)
 def smnist(data: Path | None = None, *, length: int = 784, permuted: bool = False) -> SimpleTask:
-    """MNIST as sequences of 784 pixels, or of 196 averages of four; one recurrent block of 256 states, three passes.
+    """MNIST as sequences of 784 pixels; one recurrent block of 256 states, three passes.
 
     Model, batch and dropout are those of CompreSSM's sMNIST (ICLR 2026), whose runs are about sixty times longer.
 
     Args:
         data: folder that holds `ylecun/mnist`, or None for the usual places.
-        length: 784 or 196.
+        length: 784 pixels, or 196 averages of four.
         permuted: whether pixels come in one fixed random order.
     """
     pool = {784: 1, 196: 2}[length]
@@ -38,7 +43,7 @@ def smnist(data: Path | None = None, *, length: int = 784, permuted: bool = Fals
 
 
 @task("scifar")
-@task("pscifar", permuted=True)
+@task("pscifar", "CIFAR-10 as sequences of 1,024 coloured pixels in one random order; as scifar.", permuted=True)
 def scifar(data: Path | None = None, *, permuted: bool = False) -> SimpleTask:
     """CIFAR-10 as sequences of 1,024 coloured pixels; two recurrent blocks of 384 states, ten passes, for a GPU.
 

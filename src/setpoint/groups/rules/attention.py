@@ -44,7 +44,7 @@ def _sdpa(
     if kwargs.get("scale") is None:
         walk.freeze(inner, "the attention scale depends on the head size")
     for operand, dim in ((query, -2), (key, -2), (value, -2)):
-        walk.freeze(operand.labels[dim], "attention runs over it")
+        walk.freeze(operand.labels[dim], "attention runs over this dim")
     batch_dims = list(zip(query.shape[:-2], batch, strict=True))
     positions = query.shape[-2] * key.shape[-2]
     scores = Value(out.shape, (None,) * out.ndim, grad=query.grad or key.grad)

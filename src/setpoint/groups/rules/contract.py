@@ -30,8 +30,8 @@ def contract_dim(walk: Walk, left: Value, left_dim: int, right: Value, right_dim
         if not left.weight and not right.weight:
             walk.atoms.mark("contract", labels)
     if not (left.zero and not walk.copies(a)) and not (right.zero and not walk.copies(b)):
-        walk.lossy(a, "a sum runs over it and dropped units are not zero there")
-    return walk.unite(a, b, "this side of it is summed against data, which has no units")
+        walk.lossy(a, "a sum runs over this dim, where dropped units are not zero")
+    return walk.unite(a, b, "input of the network, or other data")
 
 
 def _measures(left: Value, right: Value) -> bool:
@@ -171,7 +171,7 @@ def _mark_letter(walk: Walk, operand: Value, kept: bool, labels: DimLabels, oper
         if not any(value.weight for value in operands):
             walk.atoms.mark("contract", labels)
         if not any(value.zero for value in operands):
-            walk.lossy(labels, "a sum runs over it and dropped units are not zero there")
+            walk.lossy(labels, "a sum runs over this dim, where dropped units are not zero")
 
 
 def _mark_batch(
@@ -190,7 +190,7 @@ def _tie_groups(
     groups = walk.atoms.fresh(num_groups)
     for labels, shared in ((inputs, shared_in), (outputs, shared_out)):
         if labels is None:
-            walk.freeze(groups, "its channels are data")
+            walk.freeze(groups, "the channels of a grouped convolution are data")
         elif len(labels) == num_groups:
             walk.atoms.unite(labels, groups)
         else:
@@ -212,13 +212,13 @@ def _convolution(
     channel = int(batched)
     out_dim, in_dim = (1, 0) if transposed else (0, 1)
     for labels in x.labels[channel + 1 :]:
-        walk.freeze(labels, "a kernel slides over it")
+        walk.freeze(labels, "a kernel slides over this dim")
     outputs = weight.labels[out_dim]
     if transposed and num_groups > 1:
         outputs = walk.atoms.fresh(out.shape[channel])
     elif outputs is None:
         outputs = walk.atoms.fresh(weight.shape[out_dim])
-        walk.freeze(outputs, "its filters are data")
+        walk.freeze(outputs, "filters are data")
     if num_groups == 1:
         inputs = contract_dim(walk, x, channel, weight, in_dim)
         walk.atoms.mark("produce", outputs)

@@ -127,7 +127,12 @@ def _distance(walk: Walk, out: Value, x: Value, y: Value, reduction: int = 1, *a
     each = _elementwise(walk, Value(np.broadcast_shapes(x.shape, y.shape), ()), (x, y), True, "sub")
     for labels in each.labels if reduction else ():
         if reduction == 1 or not each.zero:
-            walk.lossy(labels, "a mean runs over it" if reduction == 1 else "a sum runs over what is not zero there")
+            walk.lossy(
+                labels,
+                "a mean runs over this dim"
+                if reduction == 1
+                else "a sum runs over this dim, where dropped units are not zero",
+            )
         walk.atoms.mark("summed", labels)
     return replace(each, labels=() if reduction else each.labels)
 

@@ -13,7 +13,7 @@ aten = torch.ops.aten
 
 
 def _feature_dim(walk: Walk, weight: Value) -> DimLabels:
-    walk.freeze(weight.labels[0], "its rows are chosen by data")
+    walk.freeze(weight.labels[0], "rows are chosen by data")
     for remark in ("produce", "embedding"):
         walk.atoms.mark(remark, weight.labels[1])
     return weight.labels[1]
@@ -38,7 +38,7 @@ def _index(walk: Walk, out: Value, x: Value, indices: Sequence[Value | None]) ->
     """Indexed dims are chosen by data; other dims pass. Weights that data chooses (an expert's) still are weights."""
     given = [d for d, index in enumerate(indices) if index is not None]
     for d in given:
-        walk.freeze(x.labels[d], "it is indexed by data")
+        walk.freeze(x.labels[d], "this dim is indexed by data")
     rest = [labels for d, labels in enumerate(x.labels) if d not in given]
     num_new = out.ndim - len(rest)
     # As in NumPy: the new dims replace adjacent indexed dims, and come first otherwise.
@@ -58,14 +58,14 @@ def _along_dim(walk: Walk, out: Value, x: Value, dim: Any, *args: Any, **kwargs:
         dim = args[0] if args else ()
     dims = [d % x.ndim for d in (dim if isinstance(dim, (list, tuple)) else [dim])]
     for d in dims:
-        walk.freeze(x.labels[d], "its entries are moved by data")
+        walk.freeze(x.labels[d], "entries of this dim are moved by data")
     for other in args:
         if isinstance(other, Value) and other.ndim == x.ndim:
             for d, labels in enumerate(other.labels):
                 if d in dims or labels is None:
-                    walk.freeze(labels, "its entries are moved by data")
+                    walk.freeze(labels, "entries of this dim are moved by data")
                     if labels is None and d not in dims and name != "index_select":
-                        walk.freeze(x.labels[d], "its entries are moved by data")
+                        walk.freeze(x.labels[d], "entries of this dim are moved by data")
                 else:
                     walk.unite(x.labels[d], labels)
     written = all(arg.zero for arg in args if isinstance(arg, Value)) and not (
@@ -83,7 +83,7 @@ def _data(walk: Walk, out: Any, *args: Any, **kwargs: Any) -> None:
     """Positions, masks and noise are data. Units that are read for them are frozen."""
     for arg in args:
         if isinstance(arg, Value):
-            walk.freeze_all(arg, "it is turned into data")
+            walk.freeze_all(arg, "the values are turned into data")
 
 
 @rule(aten.zeros.default, aten.ones.default, aten.empty.memory_format, aten.full.default)
@@ -102,5 +102,5 @@ def _constant(walk: Walk, out: Value, *args: Any, **kwargs: Any) -> Value:
 def _triangle(walk: Walk, out: Value, x: Value, *args: Any) -> Value:
     """A triangle of the last two dims, which freeze; the others pass."""
     for labels in x.labels[-2:]:
-        walk.freeze(labels, "a triangle is cut out of it")
+        walk.freeze(labels, "a triangle is cut out of this dim")
     return Value(out.shape, (*x.labels[:-2], None, None), zero=x.zero)

@@ -38,7 +38,7 @@ def _batch_norm(
     """Each channel is normalised by itself; any other dim with units is averaged over."""
     for dim, labels in enumerate(x.labels):
         if dim != 1:
-            walk.lossy(labels, "batch norm averages over it")
+            walk.lossy(labels, "batch norm averages over this dim")
     channel = _carry(walk, x.labels[1], (weight, bias, running_mean, running_var))
     zero = _silences(weight, bias) or (x.zero and bias is None)
     return Value(out.shape, (x.labels[0], channel, *x.labels[2:]), zero=zero)
@@ -60,7 +60,7 @@ def _layer_norm(
     first = x.ndim - len(normalized_shape)
     for offset, size in enumerate(normalized_shape):
         dim = first + offset
-        walk.lossy(labels[dim], "it is normalised over")
+        walk.lossy(labels[dim], "this dim is normalised")
         for parameter in (weight, bias):
             if isinstance(parameter, Value):
                 labels[dim] = walk.unite(labels[dim], parameter.labels[offset])
@@ -86,14 +86,14 @@ def _group_norm(
     labels = x.labels[1]
     for dim, own in enumerate(x.labels):
         if dim > 1:
-            walk.lossy(own, "group norm averages over it")
+            walk.lossy(own, "group norm averages over this dim")
     if labels is not None:
         groups, per_group = labels, channels // num_groups
         if num_groups == 1:
-            walk.lossy(labels, "it is normalised over")
+            walk.lossy(labels, "this dim is normalised")
         elif per_group > 1:
             groups, within = walk.atoms.fresh(num_groups), walk.atoms.fresh(per_group)
-            walk.lossy(within, "it is normalised over")
+            walk.lossy(within, "this dim is normalised")
             walk.atoms.unite(labels, walk.product((groups, within)).ravel())
         if num_groups > 1:
             walk.attributes[walk.module, "num_groups"] = groups

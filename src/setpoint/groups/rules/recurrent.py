@@ -74,7 +74,7 @@ def _one_step(
 def _hidden(walk: Walk, x: Value, starts: Sequence[Value]) -> DimLabels:
     hidden: DimLabels = walk.atoms.fresh(starts[0].shape[-1])
     for start in starts:
-        hidden = walk.unite(hidden, start.labels[-1], "its first hidden state is data")
+        hidden = walk.unite(hidden, start.labels[-1], "the first hidden state is data")
     for attribute, labels in (("hidden_size", hidden), ("input_size", x.labels[-1])):
         if labels is not None:
             walk.attributes[walk.module, attribute] = labels
@@ -90,9 +90,9 @@ def _cell(walk: Walk, parameters: Sequence[Value], inputs: DimLabels, hidden: Di
         walk.atoms.mark("produce", weight.labels[0])
         walk.atoms.mark("consume", weight.labels[1])
     for value in (from_input, from_hidden, *biases):
-        walk.unite(gates, value.labels[0], "its first hidden state is data")
-    walk.unite(from_input.labels[1], inputs, "met by data of fixed size")
-    walk.unite(from_hidden.labels[1], hidden, "its first hidden state is data")
+        walk.unite(gates, value.labels[0], "the first hidden state is data")
+    walk.unite(from_input.labels[1], inputs, "data of a fixed size meets this dim")
+    walk.unite(from_hidden.labels[1], hidden, "the first hidden state is data")
     for weight in (from_input, from_hidden):
         walk.contract(positions, list(zip(weight.shape, weight.labels, strict=True)), 2)
 
@@ -102,7 +102,7 @@ def _diagonal_scan(
     walk: Walk, out: Value, u: Value, a_re: Value, a_im: Value, b_re: Value, b_im: Value, c_re: Value, c_im: Value
 ) -> Value:
     """States of a diagonal recurrence are written by B, carried by the eigenvalues and read by C."""
-    walk.freeze(u.labels[1], "a recurrence runs over it")
+    walk.freeze(u.labels[1], "a recurrence runs over this dim")
     for inputs in (b_re, b_im):
         inner = contract_dim(walk, u, 2, inputs, 1)
         walk.atoms.mark("produce", inputs.labels[0])

@@ -32,7 +32,7 @@ def _mean(walk: Walk, out: Any, x: Value, dim: Any = None, *args: Any, **kwargs:
     keepdim = bool(kwargs.get("keepdim", args[-1] if args and isinstance(args[-1], bool) else False))
     dims = _dims(x, dim)
     for d in dims:
-        walk.lossy(x.labels[d], "a mean or variance runs over it")
+        walk.lossy(x.labels[d], "a mean or variance runs over this dim")
     labels = _without(x, dims, keepdim)
     return tuple(labels for _ in out) if isinstance(out, tuple) else labels
 
@@ -50,7 +50,7 @@ def _sum(walk: Walk, out: Value, x: Value, *args: Any, **kwargs: Any) -> tuple[D
     for d in dims:
         walk.atoms.mark("measured" if x.weight else "summed", x.labels[d])
         if not x.zero or walk.copies(x.labels[d]):
-            walk.lossy(x.labels[d], "a sum runs over it and dropped units are not zero there")
+            walk.lossy(x.labels[d], "a sum runs over this dim, where dropped units are not zero")
     return _without(x, dims, bool(kwargs.get("keepdim", args[1] if len(args) > 1 else False)))
 
 
@@ -61,7 +61,7 @@ def _extreme(walk: Walk, out: Any, x: Value, dim: Any = None, keepdim: bool = Fa
     """The extreme of a set changes when a zero leaves it: the dim freezes."""
     dims = _dims(x, dim)
     for d in dims:
-        walk.freeze(x.labels[d], "an extreme or product is taken over it")
+        walk.freeze(x.labels[d], "an extreme or a product runs over this dim")
     labels = _without(x, dims, keepdim)
     return tuple(labels for _ in out) if isinstance(out, tuple) else labels
 
@@ -70,5 +70,5 @@ def _extreme(walk: Walk, out: Any, x: Value, dim: Any = None, keepdim: bool = Fa
 @rule(aten.cumsum.default, aten.cumprod.default, aten.sort.default, aten.argsort.default)
 def _along(walk: Walk, out: Any, x: Value, dim: int = -1, *args: Any, **kwargs: Any) -> Any:
     """A softmax, running sum or sort ties the entries of its dim together."""
-    walk.freeze(x.labels[dim], "its entries are normalised, summed or sorted along it")
+    walk.freeze(x.labels[dim], "a softmax, a running sum or a sort runs over this dim")
     return (x.labels, x.labels) if isinstance(out, tuple) else Value(out.shape, x.labels, zero=False)

@@ -243,7 +243,7 @@ def _pieces(walk: Walk, out: tuple[Value, ...], x: Value, sizes: Any, dim: int =
 @rule(aten.unbind.int)
 def _unbind(walk: Walk, out: tuple[Value, ...], x: Value, dim: int = 0) -> tuple[Value, ...]:
     """Each entry of a dim by itself; the dim is frozen."""
-    walk.freeze(x.labels[dim], "its entries are taken apart")
+    walk.freeze(x.labels[dim], "entries of this dim are taken apart")
     labels = tuple(own for d, own in enumerate(x.labels) if d != dim % x.ndim)
     return tuple(Value(piece.shape, labels, zero=x.zero) for piece in out)
 
@@ -251,7 +251,7 @@ def _unbind(walk: Walk, out: tuple[Value, ...], x: Value, dim: int = 0) -> tuple
 @rule(aten.select.int)
 def _select(walk: Walk, out: Value, x: Value, dim: int, index: int) -> tuple[DimLabels, ...]:
     """One entry of a dim by its number; that dim freezes."""
-    walk.freeze(x.labels[dim], "one of its entries is chosen by number")
+    walk.freeze(x.labels[dim], "an entry of this dim is chosen by number")
     return tuple(own for d, own in enumerate(x.labels) if d != dim % x.ndim)
 
 
@@ -275,7 +275,7 @@ def _cut_out(walk: Walk, out: Value, x: Value, dim: int, run: slice | None) -> t
     if own is not None and out.shape[dim] != x.shape[dim]:
         part = own[run] if run is not None else own[:0]
         if len(part) != out.shape[dim] or len(part) == 1:
-            walk.freeze(own, "a part of it is cut out by a number that data gives, or a single entry is")
+            walk.freeze(own, "this dim is sliced by a number that data gives, or to one entry")
             labels[dim] = None
         else:
             labels[dim] = part
@@ -298,7 +298,7 @@ def _pad(walk: Walk, out: Value, x: Value, padding: Sequence[int], *args: Any, *
     labels = list(x.labels)
     for dim in range(x.ndim):
         if x.shape[dim] != out.shape[dim]:
-            walk.freeze(labels[dim], "it is padded")
+            walk.freeze(labels[dim], "this dim is padded")
             labels[dim] = None
     numbers = [value for value in (*args, *kwargs.values()) if isinstance(value, (int, float))]
     return Value(out.shape, tuple(labels), zero=x.zero and not any(numbers))
@@ -308,12 +308,12 @@ def _pad(walk: Walk, out: Value, x: Value, padding: Sequence[int], *args: Any, *
 def _pixel_shuffle(walk: Walk, out: Value, x: Value, factor: int) -> tuple[DimLabels, ...]:
     """Channels become `(channels, factor, factor)`, the factors move into space."""
     for spatial in x.labels[-2:]:
-        walk.freeze(spatial, "space is shuffled into it")
+        walk.freeze(spatial, "space is shuffled into this dim")
     *batch, channels, height, width = x.shape
     labels = reshape(walk, x, (*batch, channels // factor**2, factor, factor, height, width))
     at = len(batch)
     for factor_labels in labels[at + 1 : at + 3]:
-        walk.freeze(factor_labels, "it is shuffled into space")
+        walk.freeze(factor_labels, "this dim is shuffled into space")
     return (*labels[: at + 1], None, None)
 
 
@@ -321,7 +321,7 @@ def _pixel_shuffle(walk: Walk, out: Value, x: Value, factor: int) -> tuple[DimLa
 def _pixel_unshuffle(walk: Walk, out: Value, x: Value, factor: int) -> tuple[DimLabels, ...]:
     """Each channel becomes `factor x factor` channels."""
     for spatial in x.labels[-2:]:
-        walk.freeze(spatial, "it is shuffled into channels")
+        walk.freeze(spatial, "this dim is shuffled into channels")
     own = x.labels[-3]
     return (*x.labels[:-3], None if own is None else own.repeat(factor**2), None, None)
 
@@ -333,7 +333,7 @@ def _channel_shuffle(walk: Walk, out: Value, x: Value, num_groups: int) -> tuple
     if own is None:
         return x.labels
     shuffled = own.reshape(num_groups, -1).T.reshape(-1)
-    walk.freeze(own, "its channels are shuffled by written numbers")
+    walk.freeze(own, "channels are shuffled by fixed numbers")
     return (x.labels[0], shuffled, *x.labels[2:])
 
 

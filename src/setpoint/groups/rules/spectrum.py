@@ -19,7 +19,7 @@ def _transform(walk: Walk, out: Value, x: Value, size: Any = None, dim: Any = No
         dim = range(-last, 0)
     dims = {d % x.ndim for d in ([dim] if isinstance(dim, int) else dim)}
     for d in dims:
-        walk.freeze(x.labels[d], "a Fourier transform runs over it")
+        walk.freeze(x.labels[d], "a Fourier transform runs over this dim")
     return Value(out.shape, tuple(None if d in dims else own for d, own in enumerate(x.labels)), zero=x.zero)
 
 
@@ -32,7 +32,7 @@ for _name in ("fft", "ifft", "rfft", "irfft", "hfft", "ihfft"):
 @rule(aten.view_as_complex.default)
 def _view_as_complex(walk: Walk, out: Value, x: Value) -> tuple[DimLabels, ...]:
     """Pairs along the last dim become numbers."""
-    walk.freeze(x.labels[-1], "its two entries are the parts of one number")
+    walk.freeze(x.labels[-1], "this dim holds the two parts of a complex number")
     return x.labels[:-1]
 
 

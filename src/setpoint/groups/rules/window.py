@@ -17,7 +17,7 @@ aten = torch.ops.aten
 def _unfold(walk: Walk, out: Value, x: Value, dim: int, size: int, step: int) -> tuple[DimLabels, ...]:
     """Windows along a dim, which freezes; the entries of a window become a last dim."""
     labels = list(x.labels)
-    walk.freeze(labels[dim], "windows are cut out of it")
+    walk.freeze(labels[dim], "windows are cut out of this dim")
     labels[dim] = None
     return (*labels, None)
 
@@ -26,7 +26,7 @@ def _unfold(walk: Walk, out: Value, x: Value, dim: int, size: int, step: int) ->
 def _im2col(walk: Walk, out: Value, x: Value, kernel: Sequence[int], *args: Any) -> tuple[DimLabels, ...]:
     """`(batch, channels, height, width)` becomes `(batch, channels * kernel, positions)`, each channel side by side."""
     for labels in x.labels[-2:]:
-        walk.freeze(labels, "a window slides over it")
+        walk.freeze(labels, "a window slides over this dim")
     own = x.labels[-3]
     return (*x.labels[:-3], None if own is None else own.repeat(math.prod(kernel)), None)
 
@@ -36,7 +36,7 @@ def _col2im(
     walk: Walk, out: Value, x: Value, size: Sequence[int], kernel: Sequence[int], *args: Any
 ) -> tuple[DimLabels, ...]:
     """The reverse: the entries of a channel's window are dropped together."""
-    walk.freeze(x.labels[-1], "windows are put together from it")
+    walk.freeze(x.labels[-1], "windows are put together from this dim")
     own = x.labels[-2]
     if own is not None:
         channels = own.reshape(-1, math.prod(kernel))
@@ -52,7 +52,7 @@ def _slides(num_spatial: int, resizes: bool) -> Rule:
         if resizes:
             walk.atoms.mark("resized", x.labels[-1 - num_spatial])  # torch refuses to resize no channels
         for spatial in x.labels[x.ndim - num_spatial :]:
-            walk.freeze(spatial, "a window slides over it")
+            walk.freeze(spatial, "a window slides over this dim")
         labels = (*x.labels[: x.ndim - num_spatial], *(None,) * num_spatial)
         return tuple(labels for _ in out) if isinstance(out, tuple) else labels
 

@@ -16,6 +16,7 @@ from setpoint.integrations.loggers.wandb import WANDB
 from setpoint.loop.loop import Loop
 from setpoint.loop.summary import Summary
 from setpoint.loop.telling import News
+from setpoint.words import a_type
 
 LOGGERS = {"tensorboard": TENSORBOARD, "mlflow": MLFLOW, "wandb": WANDB, "trackio": TRACKIO}
 """By name, in the order in which an object is held against them."""
@@ -98,7 +99,7 @@ def _logger(to: Any) -> tuple[str, Logger]:
         for logger in LOGGERS.values():
             if logger.fits(to):
                 return "", logger
-    what = repr(to) if isinstance(to, (str, int, float, type(None))) else f"a {type(to).__name__}"
+    what = repr(to) if isinstance(to, (str, int, float, type(None))) else a_type(to)
     raise UsageError(
         f"log_to cannot log to {what}: give a SummaryWriter, a wandb, trackio or MLflow run, one of the names "
         f"{', '.join(map(repr, LOGGERS))}, or the path of a file that ends in .jsonl"

@@ -1,0 +1,31 @@
+"""Tests of budgets as people write them: one grammar for Python and the command line."""
+
+from __future__ import annotations
+
+import pytest
+
+from setpoint.cost.wanted import fraction, wanted
+from setpoint.errors import BudgetError
+
+
+@pytest.mark.parametrize("text", ["0.5", "50%", " 50 % ", "5e-1", "50% flops", "0.5 flops", "0.5 of flops"])
+def test_a_number_alone_in_a_text_is_a_fraction_of_the_flops(text: str) -> None:
+    """Claim: texts say what numbers say."""
+    assert wanted(text) == wanted(0.5) == wanted({"flops": "0.5"})
+    assert fraction(text, "--budget") == 0.5
+
+
+@pytest.mark.parametrize("text", ["2", "50", "0", "0%", "150%", "1.2.3", "nan", "", "-0.5"])
+def test_a_text_that_is_no_fraction_is_refused(text: str) -> None:
+    """Claim: a number above 1 alone is no amount, and is refused as a number is."""
+    with pytest.raises(BudgetError):
+        wanted(text)
+    with pytest.raises(BudgetError, match="--budget takes a fraction of the dense FLOPs per step, .* such as 0.5 or"):
+        fraction(text, "--budget")
+
+
+@pytest.mark.parametrize("text", ["50% params", "8 ms latency", "2e9 flops", "50% flops per run"])
+def test_a_fraction_is_of_flops_per_step(text: str) -> None:
+    """Claim: an option that takes a fraction of the FLOPs refuses other budgets and says so."""
+    with pytest.raises(BudgetError, match="a budget of another kind"):
+        fraction(text, "--budget")
