@@ -31,7 +31,7 @@ from setpoint.report.page import drawn
 from setpoint.report.record import record_of
 from setpoint.report.watch import view
 
-STEPS = 160
+STEPS = 300
 """Optimizer steps of each training, by default."""
 WHO = ("dense", "setpoint")
 ABOUT = f"A network that reads {len(OLD)} signs learns {len(NEW)} new ones from {EACH} pictures of each"
@@ -180,8 +180,8 @@ def _lines(found: dict[str, Any]) -> tuple[str, str, str]:
 def cards(found: dict[str, Any]) -> str:
     """The page's head: what was compared, and how it ended."""
     items = (
-        ("accuracy", "accuracy", percent),
         ("FLOPs per step", "flops_per_step", lambda value: human(value, "FLOP")),
+        ("accuracy", "accuracy", percent),
         ("FLOPs of the training", "train_flops", lambda value: human(value, "FLOP")),
         ("a step at the end", "step_seconds", duration),
         ("the training, with all that Setpoint does", "train_seconds", duration),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Collection, Sequence
 
 from setpoint.cost.budget import IN_SECONDS, METERED, MILLISECONDS, Budget, amount
@@ -71,6 +72,12 @@ def check_reachable(budget: Budget, dense: float, least: float) -> None:
             f"a budget of {amount(limit, resource)} ({limit / dense:.1%} of dense) cannot be reached: with every "
             f"group at its min_units the model still needs {amount(least, resource)} ({least / dense:.1%}). Ask for "
             f"at least '{math.ceil(1000 * least / dense) / 10:g}% {resource}'"
+        )
+    if limit > dense and resource in ("flops", "params"):
+        warnings.warn(
+            f"the budget of {amount(limit, resource)} is above the {amount(dense, resource)} of the dense model, so nothing "
+            "will be cut: check its unit",
+            stacklevel=2,
         )
     if resource in IN_SECONDS and limit > MILLISECONDS * dense:
         raise BudgetError(
