@@ -110,8 +110,8 @@ class FirstForward:
         if not self._calls:
             raise LoopError(
                 "an optimizer stepped before the model was called in training, so its inputs are not known: give "
-                "attach an example=(x,), or call the model that attach was given. If torch.compile was called on it since, "
-                "give attach the compiled model or an example"
+                "attach an example=(x,), or call the model that attach was given. After torch.compile that is "
+                "the compiled model"
             )
         if "" in self._calls:
             args, kwargs = self._calls[""][0].inputs

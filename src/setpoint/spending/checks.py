@@ -75,8 +75,8 @@ def check_reachable(budget: Budget, dense: float, least: float) -> None:
         )
     if limit > dense and resource in ("flops", "params"):
         warnings.warn(
-            f"the budget of {amount(limit, resource)} is above the {amount(dense, resource)} of the dense model, so nothing "
-            "will be cut: check its unit",
+            f"the budget of {amount(limit, resource)} is above the {amount(dense, resource)} of the dense model, so "
+            "nothing will be cut: check its unit",
             stacklevel=2,
         )
     if resource in IN_SECONDS and limit > MILLISECONDS * dense:
