@@ -350,7 +350,7 @@ class Regrowth:
         let_go, words = self.reserve.let_go, ""
         if let_go:
             gone = sum(len(origins) for origins in let_go.values())
-            words = f"the reserve of {before.limit_bytes:,} bytes is full: {counted(gone, 'unit')} dropped earlier went"
+            words = f"the reserve of {before.limit_bytes:,} bytes is full: let go of {counted(gone, 'unit')} dropped earlier"
         try:
             if words:
                 warnings.warn(f"{words} for good; actuator=Regrowing(reserve_bytes=...) makes room", stacklevel=3)
