@@ -296,7 +296,7 @@ def test_a_run_that_stops_early_misses_its_budget() -> None:
     _train(model, (optimizer,), 5)
     summary = loop.finish()
     assert (summary.budget_met, summary.steps, summary.total_steps) == (False, 5, 1000)
-    assert "after 5 of 1000 steps" in summary.reason
+    assert "after 5 of 1,000 steps" in summary.reason
     assert summary.break_even_step is None
 
 

@@ -359,7 +359,7 @@ def test_own_task_in_a_file_called_like_a_module(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("function", "data", "message"),
     [
-        ("number", None, "returned int: return a .*SimpleTask"),
+        ("number", None, "returned an int: return a .*SimpleTask"),
         ("missing", None, "no function 'missing'"),
         ("points", Path("data"), "finds its data itself"),
         ("raises", None, r"raises raised AttributeError: .*missing.* \(at own.py:\d+"),

@@ -349,8 +349,8 @@ class Regrowth:
         self.reserve = before.rest(self._model, self._optimizers, keep, self._host.copies, when=self._decisions)
         let_go, words = self.reserve.let_go, ""
         if let_go:
-            gone = sum(len(origins) for origins in let_go.values())
-            words = f"the reserve of {before.limit_bytes:,} bytes is full: {counted(gone, 'unit')} dropped earlier went"
+            gone = counted(sum(len(origins) for origins in let_go.values()), "unit")
+            words = f"the reserve of {before.limit_bytes:,} bytes is full: let go of {gone} dropped earlier"
         try:
             if words:
                 warnings.warn(f"{words} for good; actuator=Regrowing(reserve_bytes=...) makes room", stacklevel=3)

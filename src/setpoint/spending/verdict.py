@@ -56,7 +56,7 @@ def verdict(spending: Spending, step: int, widths: Mapping[str, int], last: Plan
     """Whether the budget is met after so many steps, with these widths and this last plan, and why or why not."""
     total_steps, target = spending.length, spending.target
     steps, limits = min(step, total_steps), target.limit
-    early = f"ended after {steps} of {counted(total_steps, 'step')}" if steps < total_steps else "ended"
+    early = f"ended after {steps:,} of {counted(total_steps, 'step')}" if steps < total_steps else "ended"
     for name, limit in spending.limit_run.items():
         spent, rest = spending.runs.spent()[name], spending.expected(name, widths) * (total_steps - steps)
         if spent + rest > limit * (1 + 1e-12):
@@ -77,4 +77,4 @@ def verdict(spending: Spending, step: int, widths: Mapping[str, int], last: Plan
     if limits and all(limit >= spending.expected(name, spending.dense_widths) for name, limit in limits.items()):
         return True, f"the {'model as it was attached' if target.original else 'dense model'} is within budget"
     within = "within budget" if limits else early
-    return False, f"{within} after {steps} of {counted(total_steps, 'step')}, but the last decision was not made"
+    return False, f"{within} after {steps:,} of {counted(total_steps, 'step')}, but the last decision was not made"
