@@ -178,7 +178,7 @@ def test_shared_states_are_units() -> None:
     """States that two layers share are dropped as they are, and the group says so."""
     groups = setpoint.find_groups(_Shared(), (torch.randn(2, 12, 1),))
     (shared,) = (group for group in groups if group.num_units == 8)
-    assert shared.kind == "unit" and "shared by one and two: they are dropped without balancing" in shared.notes[0]
+    assert shared.kind == "unit" and "shared by one and two: states are dropped without balancing" in shared.notes[0]
 
 
 def test_a_foreign_layer_that_shares_parameters_stays_whole() -> None:

@@ -246,7 +246,7 @@ def test_bench_with_methods_of_ones_own(tmp_path: Path) -> None:
     assert "1 of late by another version of its file, 1 of masked by another version of its file" in again.stderr
     twice = invoke("bench", "--task", "digits", "--methods", f"{file}:late,{tmp_path}/../{tmp_path.name}/own.py:late")
     assert twice.exit_code == 2 and "two of these have the same name" in twice.stderr
-    without = invoke("bench", "--task", "digits", "--epochs", "1", "--out", tmp_path / "out", "--timing")
+    without = invoke("bench", "--task", "digits", "--steps", "24", "--out", tmp_path / "out", "--timing")
     assert (
         without.exit_code == 2 and "holds seconds of late, and only what is timed together compares" in without.stderr
     )

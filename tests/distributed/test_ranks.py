@@ -38,9 +38,14 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there is no for
 
 
 @pytest.fixture(scope="module")
-def said() -> str:
-    """What one process said that let ranks make all the checks, one after the other; it imports everything once."""
-    return told_by(CHECKS)
+def said(request: pytest.FixtureRequest) -> str:
+    """What one process said that let ranks make the checks, one after the other; it imports everything once."""
+    return told_by(chosen(request))
+
+
+def chosen(request: pytest.FixtureRequest) -> list[str]:
+    """The checks of this module that are to be made, in their order."""
+    return [item.callspec.params["check"] for item in request.session.items if item.path == request.path]  # type: ignore[attr-defined]
 
 
 def told_by(checks: Iterable[str]) -> str:
