@@ -42,7 +42,7 @@ def demo(
         typer.Option(help="Part of the dense FLOPs per step that is left at the end: 0.5 or 50%.", metavar="FRACTION"),
     ] = "0.5",
     seed: Annotated[int, typer.Option(help="Seed of pictures, new head and order.", min=0)] = 0,
-    steps: Annotated[int, typer.Option(help="Optimizer steps of each training: fewer take less time.", min=20)] = 300,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of each training: fewer take less time.", min=20)] = 360,
     out: Out = None,
     json: Json = False,
 ) -> None:

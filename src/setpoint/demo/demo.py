@@ -31,7 +31,7 @@ from setpoint.report.page import drawn
 from setpoint.report.record import record_of
 from setpoint.report.watch import view
 
-STEPS = 300
+STEPS = 360
 """Optimizer steps of each training, by default."""
 WHO = ("dense", "setpoint")
 ABOUT = f"A network that reads {len(OLD)} signs learns {len(NEW)} new ones from {EACH} pictures of each"
