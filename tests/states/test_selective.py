@@ -110,7 +110,7 @@ def test_selective_states_have_no_balanced_coordinates(kind: str) -> None:
         balance_and_shrink(model, None, (states,), {states.name: np.arange(states.num_units) < 4}, basis)
     optimizer = torch.optim.AdamW(model.parameters())
     example, budget = {"input_ids": TOKENS}, setpoint.Budget.fraction(0.9, of="params")
-    with pytest.raises(GroupError, match=r"HankelSensor cannot read it \(it ranks no states like these\)"):
+    with pytest.raises(GroupError, match=r"HankelSensor cannot read it \(the sensor ranks no states like these\)"):
         setpoint.attach(
             model, optimizer, budget, example=example, total_steps=9, groups=(states,), sensor=HankelSensor(3)
         )
