@@ -32,7 +32,7 @@ help:
 	@echo "make test-slow"
 	@echo "             run the slow tests: some are marked, the others are listed in tests/slow.txt"
 	@echo "make soak    kill KILLS=$(KILLS) runs and resize a model RESIZES=$(RESIZES) times, 4 ranks: some ten minutes"
-	@echo "make nightly every set-up of training on 1 and 2 ranks, and what needs an accelerator"
+	@echo "make nightly every set-up of training on 1 and 2 ranks, the slow tests, and what needs an accelerator"
 	@echo "make check   formatting, lint, types and the layers of the imports"
 	@echo "make clean   remove .venv, caches and runs"
 
@@ -65,7 +65,7 @@ soak: $(READY)
 
 nightly: $(READY)
 	$(BIN)/python bench/benchmarks/soak.py --only "matrix on 1 rank" "matrix on 2 ranks"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m gpu -rs
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or gpu" -rs
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -163,9 +163,12 @@ def test_the_end_of_a_run_is_the_last_line(tmp_path: Path) -> None:
     ledger = Ledger({"total_steps": 10})
     ledger.append(Entry(step=3, widths={"a": 2}))
     ledger.save(tmp_path / "before")
-    ledger.end(4, budget_met=False, reason="the run was too short")
+    ledger.end(4, 12, budget_met=False, reason="the run was too short")
     ledger.save(tmp_path / "after")
     assert Ledger.load(tmp_path / "before").ended is None
     again = Ledger.load(tmp_path / "after")
-    assert again.ended == {"step": 4, "budget_met": False, "reason": "the run was too short"} and len(again) == 1
+    assert (
+        again.ended == {"step": 4, "total_steps": 12, "budget_met": False, "reason": "the run was too short"}
+        and len(again) == 1
+    )
     assert json.loads((tmp_path / "after").read_text().splitlines()[-1]) == {"ended": again.ended}

@@ -350,7 +350,7 @@ def arms(rows: Sequence[Mapping[str, Any]], optimal: int) -> Iterator[Cell]:
 
 
 def further_arms(rows: Sequence[Mapping[str, Any]], optimal: int) -> Iterator[Cell]:
-    """The other rates at a ratio of 4, larger starts at 16, then two further seeds of everything at the same rates.
+    """The other rates at a ratio of 4, two further seeds at the best rates, then larger starts and seeds at 16.
 
     Runs that start at 8 take the rate of a start at 4.
     """
@@ -360,12 +360,13 @@ def further_arms(rows: Sequence[Mapping[str, Any]], optimal: int) -> Iterator[Ce
             rates = sorted(RATES["arm"], key=lambda rate: rate != first[arm])
             yield Cell("arm", *arm, 4.0, 4 * optimal, rates[place], 0)
     swept = best_rates(rows, 4.0)
-    longest = {arm: first[arm] if arm[1] <= 2 else swept[arm[0], 4.0] for arm in LONG_ARMS}
-    yield from (Cell("arm", *arm, 16.0, 16 * optimal, longest[arm], 0) for arm in LONG_ARMS if arm[1] > 2)
     for seed in SEEDS[1:]:
         yield from (Cell("arm", *arm, 1.0, optimal, first[arm], seed) for arm in ARMS)
         yield from (Cell("arm", *arm, 4.0, 4 * optimal, swept[arm], seed) for arm in ARMS)
-        yield from (Cell("arm", *arm, 16.0, 16 * optimal, longest[arm], seed) for arm in LONG_ARMS)
+    longest = {arm: first[arm] if arm[1] <= 2 else swept[arm[0], min(arm[1], 4.0)] for arm in LONG_ARMS}
+    for seed in SEEDS:
+        new = (arm for arm in LONG_ARMS if seed or arm[1] > 2)
+        yield from (Cell("arm", *arm, 16.0, 16 * optimal, longest[arm], seed) for arm in new)
 
 
 def run_all(results: Results, bench: Bench, pause: Path | None) -> None:
@@ -377,10 +378,10 @@ def run_all(results: Results, bench: Bench, pause: Path | None) -> None:
         print(f"optimal for the small model: {optimal:,.0f} tokens", flush=True)
         results.keep(optimal_tokens=optimal, optimal_steps=max(8, round(optimal / TOKENS)))
     optimal_steps = results.held["optimal_steps"]
-    for cells in (arms(results.rows, optimal_steps), calibration(results.rows, BUDGETS[2:])):
-        for cell in cells:
+    for cells in (arms, further_arms):
+        for cell in cells(results.rows, optimal_steps):
             run_one(results, bench, cell, pause)
-    for cell in further_arms(results.rows, optimal_steps):
+    for cell in calibration(results.rows, BUDGETS[2:]):
         run_one(results, bench, cell, pause)
 
 

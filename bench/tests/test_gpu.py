@@ -42,7 +42,7 @@ def test_it_measures_and_tells(gpu: ModuleType, tmp_path: Path, monkeypatch: pyt
     lines = gpu_table(tmp_path / "g").splitlines()
     assert [line.split(" | ")[0] for line in lines[2:4]] == ["| GPT", "| BERT"]
     if not torch.cuda.is_available():
-        assert "not measured" in lines[-3] and lines[-1].startswith("CPU; ")
+        assert "not measured" in lines[-3] and lines[-1].startswith("CPU, seed 0; ")
     assert "No GPU" in gpu_table(tmp_path / "none.json")
 
 

@@ -28,11 +28,10 @@ class Ledger:
     numbers that JSON does not know (NaN, infinity) are written as null.
 
     Args:
-        header: facts of the run; `attach` writes "groups" (`num_units` and `what` by name), "frozen",
-            "pattern" (where single weights are masked),
-            "dense" and "limit" (by resource), "modelled" and "measured" (by resource, by what),
-            "calibration" (relative error of predictions), "step_seconds" (by group), "idle_watts" (measured, where
-            there is an energy budget and a meter), "total_steps" and "environment".
+        header: facts of the run; docs/results-format.md lists those that `attach` writes.
+
+    Attributes:
+        ended: how the run ended: "step", "total_steps", "budget_met" and "reason"; None before its end.
 
     >>> ledger = Ledger({"total_steps": 100})
     >>> ledger.append(Entry(step=10, widths={"conv1": 12}, dropped={"conv1": [3, 7]}))
@@ -44,7 +43,6 @@ class Ledger:
         self.header: Mapping[str, Any] = dict(header or {})
         self._entries: list[Entry] = []
         self.ended: Mapping[str, Any] | None = None
-        """How the run ended: "step", "budget_met" and "reason"; None before its end."""
 
     def append(self, entry: Entry) -> None:
         """Add one entry at the end.
@@ -56,9 +54,9 @@ class Ledger:
             raise ValueError(f"a ledger is in order of steps: got step {entry.step} after {self._entries[-1].step}")
         self._entries.append(entry)
 
-    def end(self, step: int, *, budget_met: bool, reason: str) -> None:
-        """Note how the run ended, after so many steps; in the file it is the last line."""
-        self.ended = {"step": step, "budget_met": budget_met, "reason": reason}
+    def end(self, step: int, total_steps: int, *, budget_met: bool, reason: str) -> None:
+        """Note how the run ended, after so many steps of those planned; in the file it is the last line."""
+        self.ended = {"step": step, "total_steps": total_steps, "budget_met": budget_met, "reason": reason}
 
     def complete(self, loss_after: float) -> None:
         """Note the loss right after the last decision that changed the model, unless it has been noted.
@@ -114,11 +112,7 @@ class Ledger:
         return [without_nan(asdict(entry)) for entry in self._entries]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the ledger as JSON Lines; the file is replaced at once, so it is never half old.
-
-        Args:
-            path: where to; the folder must exist.
-        """
+        """Write JSON Lines into a folder that exists; the file is replaced at once, so it is never half old."""
         target = Path(path)
         text = "".join(self.lines())
         unfinished = target.with_name(target.name + ".tmp")
@@ -127,12 +121,7 @@ class Ledger:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Ledger:
-        """Read a ledger; a last line that was not written to its end is left out.
-
-        In lists of numbers, null comes back as NaN.
-
-        Args:
-            path: a file that `save` wrote.
+        """Read what `save` wrote; a last line that was not written to its end is left out, null is read as NaN.
 
         Raises:
             CheckpointError: for a file that is not a ledger, or is damaged before its last line.
@@ -147,10 +136,10 @@ class Ledger:
             row = json_object(line)
             if row is None and number == len(lines) and ended:
                 break
+            if row and isinstance(row.get("ended"), dict):
+                ledger.ended = row["ended"]
+                continue
             try:
-                if row is not None and isinstance(row.get("ended"), dict):
-                    ledger.ended = row["ended"]
-                    continue
                 ledger.append(_entry(row))
             except ValueError as error:
                 raise CheckpointError(

@@ -180,6 +180,10 @@ def test_the_best_model_within_the_budget_is_loaded_where_training_ends_early(tm
     assert summary is not None and summary.budget_met and "changed" not in summary.reason
     assert summary.steps == 14 and int(str(run.state.best_model_checkpoint).rpartition("-")[2]) > 2
     assert sum(each.numel() for each in run.model.parameters()) == summary.final_params
+    best, folder = run.state.best_model_checkpoint, str(tmp_path / "checkpoint-10")
+    again, _ = trainer("gpt2", tmp_path, **settings, eval_steps=2, save_steps=2, best_within_budget=True)
+    again.train(resume_from_checkpoint=folder)
+    assert again.state.best_model_checkpoint == best
 
 
 @pytest.mark.parametrize("budget", ["fifty", 1.5])

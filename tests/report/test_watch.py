@@ -87,12 +87,12 @@ def test_once_shows_the_present_state(file: Path) -> None:
 def test_a_run_that_has_ended_says_so(file: Path) -> None:
     """Claim: in the place of the last decision's step; and so does the sentence of the page."""
     ended = Ledger.load(file)
-    ended.end(30, budget_met=False, reason="it stopped early")
+    ended.end(30, 90, budget_met=False, reason="it stopped early")
     ended.save(file)
     shown = once(file).stdout
-    assert "ended at step 30 of 100" in shown and "the budget is NOT met: it stopped early" in shown
+    assert "ended at step 30 of 90" in shown and "the budget is NOT met: it stopped early" in shown
     line = resources.ledger_line(record_of(ended))
-    assert line.endswith("over 30 optimizer steps of 100 that were planned; the budget is NOT met: it stopped early.")
+    assert line.endswith("over 30 optimizer steps of 90 that were planned; the budget is NOT met: it stopped early.")
 
 
 def test_a_run_without_a_decision_is_shown(tmp_path: Path) -> None:

@@ -47,7 +47,9 @@ def gpu_table(file: Path) -> str:
         )
     else:
         told = f"not measured, {sparse['why_not']}"
-    return "\n".join([*lines, "", f"2:4 weights: {told}.", "", f"{data['hardware']}; {made_on(data)}"])
+    return "\n".join(
+        [*lines, "", f"2:4 weights: {told}.", "", f"{data['hardware']}, seed {data['seed']}; {made_on(data)}"]
+    )
 
 
 def _share(ours: Sequence[float], dense: Sequence[float]) -> str:

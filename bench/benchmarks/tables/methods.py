@@ -158,11 +158,9 @@ def readme_table(root: Path) -> str:
                 values.append(next(iter(summary_rows(read_results(root / pretrained)))).value.mean)
             else:
                 values.append(next(row for row in beside if row.method == "small-long").value.mean)
-            best = max(value for value in values if not math.isnan(value))
-            shown = [
-                NOTHING if math.isnan(each) else f"**{percent(each)}**" if each == best else percent(each)
-                for each in values
-            ]
+            best = percent(max(value for value in values if not math.isnan(value)))
+            shown = [NOTHING if math.isnan(each) else percent(each) for each in values]
+            shown = [f"**{each}**" if each == best else each for each in shown]
             shown[-1] += ", pretrained" * bool(pretrained)
             cells = (
                 words,

@@ -168,7 +168,9 @@ def test_within_the_error_is_undecided() -> None:
     wide = runs("setpoint", 0.948, spread=5.0)
     found = verdicts(DENSE, wide, runs("small-long", 0.9481), everyone(0.947))
     assert {found[letter].verdict for letter in "ace"} == {"undecided"}
-    assert "0.10 points better than cubic (n = 3, spread 0.40 points, [−0.89, +1.09])" in found["c"].evidence
+    assert (
+        "0.10 points better than cubic (n = 3, standard deviation 0.40 points, [−0.89, +1.09])" in found["c"].evidence
+    )
     found = verdicts(DENSE[:2], OURS[:2], runs("small-long", 0.9), runs("cubic", 0.9))
     assert {found[letter].verdict for letter in "ace"} == {"undecided"}
 

@@ -25,8 +25,6 @@ STARTS = (2.0, 4.0, 8.0)
 """Start sizes that are compared, in final sizes."""
 MEASURED = (1.0, 64.0)
 """Ratios for which the law is meant; beyond them its exponents have not been checked."""
-
-
 UNPROVEN = (
     "this is a prediction from published fits; Setpoint's one direct test, on a very small model, contradicts it at a "
     "ratio of 4"
@@ -185,7 +183,7 @@ def plan(
     return Advice(
         verdict, size, (min(ratios), max(ratios)), best, average, cuts, (low, high), bill, paid, batch,
         int(paid // batch) if paid and batch else None,
-        tuple(_notes(size, ratios, laws)), tuple(law.source for law in laws),
+        tuple(_notes(size, ratios, laws, published=laws is LANGUAGE)), tuple(law.source for law in laws),
     )  # fmt: skip
 
 
@@ -194,8 +192,8 @@ def _ratio(law: Law, size: float | None, data: float | None) -> float:
     return data / law.optimal_data(size)
 
 
-def _notes(size: float | None, ratios: Sequence[float], laws: Sequence[Law]) -> list[str]:
-    notes = [UNPROVEN]
+def _notes(size: float | None, ratios: Sequence[float], laws: Sequence[Law], *, published: bool) -> list[str]:
+    notes = [UNPROVEN] if published else []
     if size is not None and not all(law.sizes[0] <= size <= law.sizes[1] for law in laws):
         sizes = max(law.sizes[0] for law in laws), min(law.sizes[1] for law in laws)
         notes.append(

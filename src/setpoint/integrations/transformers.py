@@ -51,7 +51,7 @@ class SetpointCallback(TrainerCallback):  # type: ignore[misc]
     def __init__(self, budget: Any = 0.5, *, best_within_budget: bool = False, **settings: Any) -> None:
         wanted(budget)  # what is no budget is refused here, and not when the training begins
         self.budget, self.settings, self.best_within_budget = budget, settings, best_within_budget
-        self._within = False
+        self._was_within = True
         self.loop: Loop | None = None
         self.summary: Summary | None = None
         enable_huggingface()
@@ -74,14 +74,15 @@ class SetpointCallback(TrainerCallback):  # type: ignore[misc]
         if self.loop is not None:  # of a run that an exception has ended
             self.loop.detach()
         self.loop = self.summary = None
-        self._within = False
+        self._was_within = True  # a run that goes on within its budget keeps its best checkpoint
         self.loop = attach(model, kwargs["optimizer"], self.budget, **settings)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Finish with the last step, before the Trainer loads its best model."""
-        if self.best_within_budget and not self._within and self.loop is not None and self.loop.budget_met:
-            self._within = True
+        within = self.loop is not None and self.loop.budget_met
+        if self.best_within_budget and within and not self._was_within:
             state.best_metric = state.best_model_checkpoint = state.best_global_step = None
+        self._was_within = within
         if state.global_step >= state.max_steps or control.should_training_stop:
             self._finish()
 

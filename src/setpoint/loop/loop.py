@@ -350,7 +350,8 @@ class Loop:
         self._summary = summarise(
             self._now, self.spending, self.ledger, self.actuator, num_params, self.dense_widths, self.losses
         )
-        self.ledger.end(self.step, budget_met=self._summary.budget_met, reason=self._summary.reason)
+        done = self._summary
+        self.ledger.end(done.steps, done.total_steps, budget_met=done.budget_met, reason=done.reason)
         warn_of_miss(self._summary, self._now, self._hooks.unseen.passes)
         self._telling.tell(self._summary)
         return self._summary

@@ -20,8 +20,9 @@ class Record:
         step_seconds: by group, predicted seconds of a dense step that the group accounts for.
         calibration: by resource, relative error of the prediction on copies of the model.
         pattern: of the masks, where units are single weights; "" where units were cut.
-        end_step: step at which the run ended; None where nothing says that it did.
-        end: how it ended, in a sentence; "" where nothing says.
+        total_steps: of the run as planned last; a bill plans it anew.
+        end_step: step at which the run ended; None where the ledger has no end.
+        end: whether the budget is met at the end, and why not; "" where the ledger has no end.
     """
 
     units: Mapping[str, int]
@@ -55,7 +56,7 @@ def record_of(ledger: Ledger) -> Record:
     return Record(
         units={key: units for key, value in groups.items() if (units := _count(value.get("num_units"))) is not None},
         what={key: str(value.get("what", "unit")) for key, value in groups.items()},
-        total_steps=_count(header.get("total_steps")),
+        total_steps=_count(ended.get("total_steps", header.get("total_steps"))),
         entries=tuple(_finite(entry) for entry in ledger),
         sources=sources(header),
         pattern=str(header.get("pattern", "")),

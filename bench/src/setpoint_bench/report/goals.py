@@ -230,7 +230,7 @@ def _comparable(row: Row, rival: Row) -> bool:
 
 
 def _better_than_small(field: Field) -> Iterator[Check]:
-    def beyond_spread(found: Difference) -> bool | None:
+    def beyond_deviation(found: Difference) -> bool | None:
         if found.deviation is None or found.low is None or found.high is None:
             return None
         if found.low > 0 and found.mean > found.deviation:
@@ -241,7 +241,7 @@ def _better_than_small(field: Field) -> Iterator[Check]:
         for rival in field.rows:
             # A single seed has no deviation to exceed.
             if rival.method == "small" and rival.budget == row.budget and min(row.num_seeds, rival.num_seeds) > 1:
-                yield from _compared(field, row, rival, beyond_spread)
+                yield from _compared(field, row, rival, beyond_deviation)
 
 
 def _not_below_long(field: Field) -> Iterator[Check]:
@@ -254,7 +254,7 @@ def _not_below_long(field: Field) -> Iterator[Check]:
 def _compared(field: Field, row: Row, rival: Row, good: Callable[[Difference], bool | None]) -> Iterator[Check]:
     found = field.ahead(row, rival)
     if found is not None:
-        apart = "" if found.deviation is None else f", spread {_amount(found.deviation, row)}"
+        apart = "" if found.deviation is None else f", standard deviation {_amount(found.deviation, row)}"
         text = f"{_ahead(found.mean, row)} {rival.label} (n = {found.num}{apart}{_interval(found, row.metric)})"
         yield Check(good(found), found.mean, text)
 
@@ -290,7 +290,7 @@ GOALS: tuple[tuple[str, str, Callable[[Field], Iterator[Check]]], ...] = (
         "better than every post-training method and open-loop structured one at equal final FLOPs",
         _better_than_pruned,
     ),
-    ("d", "better than `small` by more than the spread", _better_than_small),
+    ("d", "better than `small` by more than the standard deviation", _better_than_small),
     ("e", "not below `small-long`", _not_below_long),
     ("f", "seconds saved / FLOPs saved at least 0.85", _realised),
 )
