@@ -186,7 +186,7 @@ def test_refuses_wrappers_for_several_devices() -> None:
 
 
 def test_refuses_a_model_in_which_nothing_can_go() -> None:
-    """The error names what was left whole, and why."""
+    """The error names what was not pruned, and why."""
     model = nn.Sequential(nn.Linear(6, 3))
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     with _untouched(model, optimizer), pytest.raises(GroupError, match="can be pruned. Left whole: .*output"):
@@ -203,7 +203,7 @@ def test_refuses_groups_of_another_model() -> None:
 
 
 def test_only_the_given_groups_are_pruned() -> None:
-    """With `groups` the others stay whole, and the budget still counts the whole model."""
+    """With `groups` the others are not pruned, and the budget still counts the whole model."""
     model = _mlp()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     one = trace(model, (torch.zeros(4, 6),)).groups[:1]
@@ -238,7 +238,7 @@ def test_groups_that_fail_verification_are_left_whole(monkeypatch: pytest.Monkey
     names = [group.name for group in setpoint.find_groups(model, (torch.zeros(4, 6),))]
     monkeypatch.setattr(sys.modules["setpoint.actuator.tried"], "failing_groups", lambda *_: (names[0],))
     budget = setpoint.Budget.fraction(0.9, of="flops")
-    with pytest.warns(UserWarning, match=f"left whole.*: {names[0]}") as warned:
+    with pytest.warns(UserWarning, match=f"not pruned.*: {names[0]}") as warned:
         loop = _attach(model, optimizer, budget)
     assert len(warned) == 1
     assert list(loop.widths) == names[1:]

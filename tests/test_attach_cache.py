@@ -299,7 +299,7 @@ def test_failures_are_known_too(monkeypatch: pytest.MonkeyPatch, tries: list[int
     for _ in "12":
         model = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        with pytest.warns(UserWarning, match="left whole.*: 2"):
+        with pytest.warns(UserWarning, match="not pruned.*: 2"):
             loop = setpoint.attach(model, optimizer, 0.9, example=(torch.randn(4, 3),), total_steps=10)
         headers.append(loop.ledger.header)
         loop.detach()

@@ -130,7 +130,7 @@ def test_a_model_that_keeps_an_activation(ran_before: bool) -> None:
 
 
 def test_a_second_optimizer_that_was_not_given_keeps_its_tensors() -> None:
-    """Groups that another optimizer trains are left whole, by name, so its next step does not break."""
+    """Groups that another optimizer trains are not pruned, by name, so its next step does not break."""
     model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
     loop = attach(model, (torch.randn(4, 6),), trained=model[2:])
     assert list(loop.widths) == ["2"]

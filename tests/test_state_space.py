@@ -182,7 +182,7 @@ def test_shared_states_are_units() -> None:
 
 
 def test_a_foreign_layer_that_shares_parameters_stays_whole() -> None:
-    """Where tracing cannot follow two layers that share a tensor, their states stay whole, and a reason is told."""
+    """Where tracing cannot follow two layers that share a tensor, their states are not pruned, and a reason is told."""
 
     class Pair(S5Classifier):
         def __init__(self) -> None:

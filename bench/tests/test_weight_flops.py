@@ -48,7 +48,7 @@ def test_attention_and_tied_weights_are_fixed() -> None:
 
 
 def test_frozen_weights_are_not_masked() -> None:
-    """A weight that is not trained stays whole."""
+    """A weight that is not trained is not masked."""
     model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 7))
     model[0].weight.requires_grad_(False)
     assert list(maskable_weights(model)) == ["1.weight"]

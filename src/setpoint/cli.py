@@ -107,7 +107,7 @@ def inspect(
     out: Out = None,
     json: Json = False,
 ) -> None:
-    """Show in eight lines what can be pruned in a model, how far, and what is left whole and why."""
+    """Show in eight lines what can be pruned in a model, how far, and what is not pruned and why."""
     with errors_as_messages():
         if (target is None) == (suite is None):
             raise misuse("name either a model to inspect or a whole family with --suite, such as --suite timm")

@@ -29,3 +29,28 @@ def test_a_fraction_is_of_flops_per_step(text: str) -> None:
     """Claim: an option that takes a fraction of the FLOPs refuses other budgets and says so."""
     with pytest.raises(BudgetError, match="a budget of another kind"):
         fraction(text, "--budget")
+
+
+@pytest.mark.parametrize(
+    ("text", "resource", "limit", "per"),
+    [
+        ("3 GFLOP", "flops", 3e9, "step"),
+        ("3 gflops per run", "flops", 3e9, "run"),
+        ("4 GiB", "memory", 4 * 2**30, "step"),
+        ("5 mJ", "energy", 0.005, "step"),
+        ("5 MJ per run", "energy", 5e6, "run"),
+    ],
+)
+def test_a_unit_that_says_the_resource_is_enough(text: str, resource: str, limit: float, per: str) -> None:
+    """Claim: FLOPs, bytes and joules need no word for the resource; milli and mega are told apart."""
+    found = wanted(text)
+    assert (found.resource, found.limit, found.per, found.relative) == (resource, limit, per, False)
+
+
+@pytest.mark.parametrize(
+    ("text", "form"), [("5 ms", "'5 ms latency' for a training"), ("2 h per run", "'2 h latency per")]
+)
+def test_seconds_alone_are_asked_about(text: str, form: str) -> None:
+    """Claim: seconds may be those of a step or of a forward pass, so the error shows how to write both."""
+    with pytest.raises(BudgetError, match=f"does not say what takes so long: write {form}"):
+        wanted(text)

@@ -112,7 +112,7 @@ class Strict(nn.Module):
 
 
 def test_what_the_forward_does_not_survive_is_frozen_by_name() -> None:
-    """A group without which the forward does not run stays whole, with the forward's own words; the others can go."""
+    """A group without which the forward does not run is not pruned, with the forward's own words; the others can go."""
     traced = trace(Strict(), (torch.randn(3, 5),))
     assert [group.name for group in traced.groups] == ["b"]
     assert any(frozen.place == "a" and "this needs 16" in frozen.reason for frozen in traced.frozen)
@@ -131,7 +131,7 @@ class Scaled(nn.Module):
 
 
 def test_a_number_worked_out_from_a_size_freezes_it() -> None:
-    """Fewer units would scale the others differently, though every shape fits: the group stays whole, by name."""
+    """Fewer units would scale the others differently, though every shape fits: the group is not pruned, by name."""
     traced = trace(Scaled(), (torch.randn(3, 5),))
     assert [group.name for group in traced.groups] == ["b"]
     assert any(frozen.place == "a" and "worked out from its size" in frozen.reason for frozen in traced.frozen)
@@ -342,7 +342,7 @@ class Calibrated(nn.Module):
 
 
 def test_code_of_the_other_mode_is_tried_too() -> None:
-    """A group whose cut breaks the forward in evaluation stays whole, by name, though training runs; others can go."""
+    """A group whose cut breaks the forward in evaluation is not pruned, by name, though training runs; others can."""
     traced = trace(Calibrated(), (torch.randn(3, 5),))
     assert [group.name for group in traced.groups] == ["b"]
     assert any(frozen.place == "a" and "in eval mode" in frozen.reason for frozen in traced.frozen)
@@ -361,7 +361,7 @@ class Averaged(nn.Module):
 
 
 def test_a_whole_number_worked_out_from_a_size_freezes_it() -> None:
-    """Dividing by the live number of units is a mean: the group stays whole."""
+    """Dividing by the live number of units is a mean: the group is not pruned."""
     assert trace(Averaged(), (torch.randn(3, 5),)).groups == ()
 
 

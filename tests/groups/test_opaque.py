@@ -1,4 +1,4 @@
-"""A part of a model that cannot be exported is left whole and named; the rest is cut."""
+"""A part of a model that cannot be exported is not pruned and named; the rest is cut."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ def test_the_cut_by_another_method_equals_its_twin(kind: type[Step]) -> None:
 
 
 def test_a_size_that_the_method_writes_out_stays() -> None:
-    """Claim: only a forward's sizes can be corrected in place, so units that such a size counts are left whole."""
+    """Claim: only a forward's sizes can be corrected in place, so units that such a size counts are not pruned."""
     model, example = Shapes(), (batch(),)
     with called_by(model, "training_step"):
         found = trace(model, example)

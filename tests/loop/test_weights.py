@@ -532,7 +532,7 @@ def test_weights_that_someone_changes_are_found() -> None:
 
 
 def test_muon_is_no_optimizer_for_single_weights() -> None:
-    """Claim: matrices that Muon trains are left whole by name, since its step mixes all weights of a matrix."""
+    """Claim: matrices that Muon trains are not pruned by name, since its step mixes all weights of a matrix."""
     model = nn.Sequential(nn.Linear(8, 16, bias=False), nn.ReLU(), nn.Linear(16, 4, bias=False))
     muon, rest = torch.optim.Muon([model[0].weight], lr=0.01), torch.optim.AdamW([model[2].weight])
     budget = setpoint.Budget.fraction(0.8, of="params")

@@ -61,7 +61,7 @@ def test_repeated_layers_share_a_branch() -> None:
     assert "12 groups of 24 neurons" in line
     assert "408 parameters" in line
     assert "layers.{0..11}.2.weight, dim 1, consume" in tree
-    assert "left whole: this dim is normalised" in tree
+    assert "not pruned: this dim is normalised" in tree
     assert "cheapest reachable" in tree
     assert "frozen" in tree
     assert len(tree.splitlines()) < 25

@@ -217,7 +217,7 @@ def test_what_hooks_never_see_is_an_error() -> None:
 
 
 def test_compiled_models_leave_them_whole() -> None:
-    """Claim: what hooks cannot read in compiled code is left whole at attach, and the ledger says why."""
+    """Claim: what hooks cannot read in compiled code is not pruned at attach, and the ledger says why."""
     model = adapted()
     for each in model:
         if isinstance(each, Adapted):

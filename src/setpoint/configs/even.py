@@ -28,7 +28,7 @@ class Even:
         traced: with groups of which a cut writes the config.
         groups: those that may be cut.
         kinds: by name, which share a width.
-        frozen: by name, why others are left whole.
+        frozen: by name, why others are not pruned.
     """
 
     traced: Trace
@@ -37,7 +37,7 @@ class Even:
     frozen: Mapping[str, str]
 
     def complete(self, found: Candidates, model: nn.Module) -> Candidates:
-        """Without the kinds of which some layer is left whole: the others would be narrower than it.
+        """Without the kinds of which some layer is not pruned: the others would be narrower than that layer.
 
         Raises:
             GroupError: when nothing is left.
@@ -46,7 +46,7 @@ class Even:
         for kind in self.kinds:
             whole = [name for name in kind if name not in active]
             missing |= {
-                name: f"even=True, and {whole[0]} is left whole: {found.frozen.get(whole[0], 'not among the groups')}"
+                name: f"even=True, and {whole[0]} is not pruned: {found.frozen.get(whole[0], 'not among the groups')}"
                 for name in kind
                 if whole and name in active
             }

@@ -22,7 +22,7 @@ _BYTES = {"b": 1.0, **{f"{each}b": value for each, value in _TIMES.items() if ea
 }
 _COUNTS = {**_TIMES, "b": 1e9}
 _FLOPS = {f"{each}{unit}": value for each, value in _TIMES.items() for unit in ("flop", "flops", "")}
-_JOULES = {"j": 1.0, "mj": 1e-3, "kj": 1e3, "wh": 3600.0, "kwh": 3.6e6}
+_JOULES = {"j": 1.0, "mj": 1e-3, "kj": 1e3, "MJ": 1e6, "wh": 3600.0, "kwh": 3.6e6}
 UNITS: dict[str, dict[str, float]] = {
     "flops": _FLOPS,
     "params": {**_COUNTS, "params": 1.0, "parameters": 1.0},
@@ -31,10 +31,17 @@ UNITS: dict[str, dict[str, float]] = {
     "inference": _SECONDS,
     "energy": _JOULES,
 }
-"""By resource, what a unit is worth in the resource's own; letters of any case."""
+"""By resource, what a unit is worth in the resource's own; letters of any case, but mJ and MJ."""
+_SAYS = {
+    **{unit: "flops" for unit in _FLOPS if "flop" in unit and unit != "flops"},
+    **{unit: "memory" for unit in _BYTES if len(unit) > 1},
+    **dict.fromkeys(_JOULES, "energy"),
+}
+"""Resource of a unit that no other resource has. A "b" alone may be bytes or billions."""
 
 _AMOUNT = re.compile(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([a-zµ%]*)\s*", re.IGNORECASE)
-_WORDS = re.compile(r"(?P<amount>.*?)(?:\bof\b)?\s*\b(?P<of>[a-z]+)(?P<run>\s+per\s+run)?\s*", re.IGNORECASE)
+_WORDS = re.compile(r"(?P<amount>.*?)(?:\bof\b)?\s*\b(?P<of>[a-z]+)\s*", re.IGNORECASE)
+_RUN = re.compile(r"\s+per\s+run\s*$", re.IGNORECASE)
 
 
 def wanted(budget: Any) -> Any:
@@ -42,8 +49,9 @@ def wanted(budget: Any) -> Any:
 
     A number is a fraction of the dense model's FLOPs per optimizer step, and so is a number or a percentage alone in a
     text, `"0.5"` or `"50%"`. Other texts have an amount and a resource, `"50% flops"`, `"8 ms latency"`, `"40% of flops
-    per run"`. A mapping has an amount by resource, with "flops/run" for the bill of the whole run: beside budgets per
-    step it decides how many steps there are (`loop.total_steps`). Up to 1, FLOPs and parameters are fractions.
+    per run"`; where the unit says the resource, it is enough: `"3 GFLOPs"`, `"4 GiB"`. A mapping has an amount by
+    resource, with "flops/run" for the bill of the whole run: beside budgets per step it decides how many steps there
+    are (`loop.total_steps`). Up to 1, FLOPs and parameters are fractions.
 
     Raises:
         BudgetError: for an amount or resource that is not understood.
@@ -55,6 +63,8 @@ def wanted(budget: Any) -> Any:
     >>> [each.limit for each in wanted({"latency": "8 ms", "memory": "4 GiB"})]
     [0.008, 4294967296.0]
     >>> wanted("4 M parameters").limit == wanted({"params": 4e6}).limit == wanted({"parameters": "4 M"}).limit
+    True
+    >>> wanted("3 GFLOPs") == wanted("3 GFLOPs flops") == wanted({"flops": "3 G"})
     True
     >>> wanted("50% flops per run").per
     'run'
@@ -107,14 +117,23 @@ def _by_words(text: str) -> Budget:
     value, unit = _parsed(text)
     if value is not None and unit in ("", "%"):
         return Budget.fraction(value / 100 if unit else value, of="flops")
-    match = _WORDS.fullmatch(text)
+    words, run = _RUN.subn("", text)
+    per, (value, unit) = "run" if run else "step", _parsed(words)
+    if value is not None and unit in _SAYS:
+        return Budget.total(value * UNITS[_SAYS[unit]][unit], of=_SAYS[unit], per=per)
+    if value is not None and unit in _SECONDS:
+        amount = words.strip()
+        of_a_step = f"'{amount} latency' for a training step, or '{amount} inference' for a forward pass"
+        form = f"'{amount} latency per run'" if run else of_a_step
+        raise BudgetError(f"the budget {text!r} does not say what takes so long: write {form}")
+    match = _WORDS.fullmatch(words)
     if match is None or _resource(match["of"]) not in RESOURCES:
         hint = did_you_mean(match["of"], RESOURCES) if match else ""
         raise BudgetError(
             f"the budget {text!r} is not understood: {hint}write a fraction of the dense FLOPs, such as '50%', or an "
             f"amount and a resource, such as '8 ms latency' or '4 GiB memory'; resources are {', '.join(RESOURCES)}"
         )
-    return _amount(_resource(match["of"]), "run" if match["run"] else "step", match["amount"])
+    return _amount(_resource(match["of"]), per, match["amount"])
 
 
 def _per(key: str) -> tuple[str, str]:
@@ -151,6 +170,6 @@ def _parsed(text: Any) -> tuple[float | None, str]:
     """The number and the unit in a text; no number in anything else."""
     match = _AMOUNT.fullmatch(text) if isinstance(text, str) else None
     try:
-        return (float(match[1]), match[2].lower()) if match else (None, "")
+        return (float(match[1]), match[2] if match[2] == "MJ" else match[2].lower()) if match else (None, "")
     except ValueError:
         return None, ""

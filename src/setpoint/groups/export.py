@@ -160,7 +160,7 @@ def _without(model: nn.Module, example: Example, staging: Staging, fault: _Fault
         raise first
     if fault.by_data and not (name or fault.library):
         raise fault.refusal()
-    found = dict.fromkeys(alike(model, name), f"it cannot be exported, so it is left whole: {fault.text}")
+    found = dict.fromkeys(alike(model, name), f"it cannot be exported, so it is not pruned: {fault.text}")
     return recorded(model, example, staging, {**staging.reasons, **found})
 
 

@@ -1,4 +1,4 @@
-"""Opaque calls: modules whose forward cannot be followed return what they returned at the example, and stay whole."""
+"""Opaque calls: modules whose forward cannot be followed return what they returned at the example, and are frozen."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def _call() -> Any:
 
 @rule(CALL)
 def _opaque_call(walk: Walk, out: Value, reads: Sequence[Value], result: Value, name: str) -> Value:
-    """Whatever goes in stays whole, and what comes out is data; it depends on what goes in alone."""
+    """Whatever goes in is frozen, and what comes out is data; it depends on what goes in alone."""
     walk.inputs[:] = [each for each in walk.inputs if each is not result]
     for read in reads:
         for labels in read.labels:

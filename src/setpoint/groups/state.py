@@ -16,7 +16,7 @@ from setpoint.groups.state_space import StateSpaceLayer
 
 
 def find_states(model: nn.Module, groups: tuple[Group, ...]) -> tuple[tuple[Group, ...], dict[str, str]]:
-    """The groups, with those of kind "state" among them; and the layers whose states stay whole, with the reason.
+    """The groups, with those of kind "state" among them; and the layers whose states are not pruned, with the reason.
 
     A group that tracing found is one of states if it is the states of one `StateSpaceLayer` and of nothing else. States
     that are shared stay units, to be dropped as they are, and a note says so. Where tracing found nothing, since it

@@ -30,7 +30,7 @@ class Candidates:
 
     Args:
         groups: at dense widths.
-        frozen: by name or place, why it is left whole.
+        frozen: by name or place, why it is not pruned.
         costs: by resource, over the widths of `groups`.
         passes: training steps' worth of FLOPs that it took to find out.
         sources: by resource, what its cost was modelled by.
@@ -94,7 +94,7 @@ def unit_candidates(
     allow_lossy: bool,
     verify: bool,
 ) -> Candidates:
-    """The units that may be cut, and why others are left whole.
+    """The units that may be cut, and why others are not pruned.
 
     Args:
         wanted: out of these groups; None for all.
@@ -191,7 +191,7 @@ def _verified(
     if failed:
         _check_numbers(example)
         warnings.warn(
-            f"left whole, because cutting them on a copy did not behave like masking them: {', '.join(failed)}",
+            f"not pruned, because cutting them on a copy did not behave like masking them: {', '.join(failed)}",
             stacklevel=4,
         )
     reasons = dict.fromkeys(failed, "cutting it on a copy did not behave like masking it")

@@ -22,7 +22,7 @@ def header_of(
 
     Args:
         groups: at dense widths.
-        frozen: by name or place, why it is left whole.
+        frozen: by name or place, why it is not pruned.
         spending: what the run is held to.
         model: whose devices are named.
     """

@@ -21,7 +21,7 @@ class Compressed:
         widths: units by group after.
         refitted: names of the layers whose weights were fitted anew.
         num_samples: that were looked at.
-        frozen: by name or place, why it was left whole.
+        frozen: by name or place, why it was not pruned.
     """
 
     resource: str

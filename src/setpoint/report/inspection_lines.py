@@ -1,4 +1,4 @@
-"""An inspection in seven lines: cost, what can be pruned, how far, what is left whole, and what was checked."""
+"""An inspection in seven lines: cost, what can be pruned, how far, what is not pruned, and what was checked."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def inspection_lines(found: Inspection) -> tuple[str, ...]:
         can be pruned: 20 units in 1 group, along 98.5 % of the parameters
         cheapest reachable: 224 FLOP (10.0 %), 30 parameters (11.4 %)
         most FLOPs: 0 (20 neurons, 90.0 %)
-        left whole: nothing
+        not pruned: nothing
         frozen: 2 places: input of the network, or other data; output of the network
         checked: each cut was tried on a copy of the model
     """
@@ -42,7 +42,7 @@ def inspection_lines(found: Inspection) -> tuple[str, ...]:
         f"cheapest reachable: {human(found.cheapest_flops, 'FLOP')} ({share(found.cheapest_flops, found.flops)}), "
         f"{human(found.cheapest_params)} parameters ({share(found.cheapest_params, found.params)})",
         _largest(pruned),
-        _left_whole(whole),
+        _not_pruned(whole),
         _frozen(found),
         "checked: each cut was tried on a copy of the model"
         if found.verified
@@ -66,11 +66,11 @@ def _largest(pruned: Sequence[GroupReport]) -> str:
     return line if alike else f"{line}no group may be pruned"
 
 
-def _left_whole(whole: Sequence[GroupReport]) -> str:
+def _not_pruned(whole: Sequence[GroupReport]) -> str:
     if not whole:
-        return "left whole: nothing"
+        return "not pruned: nothing"
     reasons = (reason.partition(" (")[0] for group in whole for reason in group.kept_whole.split("; "))
-    return _reasons(f"left whole: {counted(len(whole), 'group')} ({some((group.name for group in whole), 1)})", reasons)
+    return _reasons(f"not pruned: {counted(len(whole), 'group')} ({some((group.name for group in whole), 1)})", reasons)
 
 
 def _frozen(found: Inspection) -> str:

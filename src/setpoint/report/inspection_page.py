@@ -21,7 +21,7 @@ _LONG = 110
 """Number of letters of a reason that are shown unfolded."""
 KINDS = {
     BLUE: "along units that may be pruned",
-    ORANGE: "along units of a group that is left whole",
+    ORANGE: "along units of a group that is not pruned",
     FAINT: "along no unit: always stays",
 }
 
@@ -55,7 +55,7 @@ def _reach(found: Mapping[str, Any]) -> str:
     about = (
         f"{counted(len(pruned), 'group')} with {counted(units, 'unit')} may be pruned, along "
         f"{percent(found['prunable_params_share'])} of the parameters; {counted(whole, 'group')} "
-        f"{'is' if whole == 1 else 'are'} left whole. The outline is the dense model; the filled part is what "
+        f"{'is' if whole == 1 else 'are'} not pruned. The outline is the dense model; the filled part is what "
         "remains with every group that may be pruned at its fewest units, and no budget below it can be met."
     )
     about += "" if found["verified"] else " <b>Not verified</b>: the cuts were not tried on a copy of the model."
@@ -126,7 +126,7 @@ def _groups(groups: Sequence[Mapping[str, Any]]) -> str:
         ]
         for group in groups
     ]
-    titles = ("group", "units", "fewest", "in steps of", "parameters", "FLOPs", "left whole because", "places")
+    titles = ("group", "units", "fewest", "in steps of", "parameters", "FLOPs", "not pruned because", "places")
     return (
         f'<h3>Groups</h3>\n<div class="scroll">{html_table(titles, lines, classes="inspected")}</div>\n'
         '<p class="caption">Parameters lie along a unit of the group; one may lie along units of two groups. FLOPs: '
@@ -141,7 +141,7 @@ def _frozen(frozen: Sequence[Mapping[str, str]]) -> str:
     for each in frozen:
         reasons.setdefault(each["reason"], []).append(each["place"])
     lines = [[_folded(why), f"{len(at)}", "<br>".join(map(escape, fold(at)))] for why, at in reasons.items()]
-    listing = html_table(("stays whole because", "places", "where"), lines, classes="inspected frozen")
+    listing = html_table(("not pruned because", "places", "where"), lines, classes="inspected frozen")
     return f'<h3>Frozen</h3>\n<div class="scroll">{listing}</div>\n'
 
 

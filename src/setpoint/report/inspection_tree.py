@@ -65,7 +65,7 @@ def _line(groups: Sequence[GroupReport]) -> str:
     )
     if first.kept_whole:
         reasons = some(reason for group in groups for reason in group.kept_whole.split("; "))
-        line += f" [yellow](left whole: {escape(reasons)})[/]"
+        line += f" [yellow](not pruned: {escape(reasons)})[/]"
     return line
 
 

@@ -19,7 +19,7 @@ def trial_widths(groups: Sequence[Group], seed: int = 0, *, dense: bool = True) 
     reach; a group that no block can leave stays as it is.
 
     Args:
-        dense: whether any group is ever left whole; without, all are cut that can be, in the first vector by one block.
+        dense: whether a group may keep its full width; else all are cut that can be, in the first trial by one block.
 
     >>> [len(trial_widths((Group("a", "unit", 8, ()), Group("b", "unit", 8, ()))))]
     [4]

@@ -72,7 +72,7 @@ class ReconstructionSensor:
     batches, each gives an equal part of the rows.
 
     It reads linear layers, also those of transformers' `Conv1D`, and convolutions without groups; depthwise ones inside
-    a group are passed through. Groups that anything else reads are left whole, by name: those of attention of
+    a group are passed through. Groups that anything else reads are not pruned, by name: those of attention of
     `nn.MultiheadAttention`, which calls no layer, of transposed convolutions, of queries and keys, and all of them in
     compiled code, which runs no hooks. Units that come back are not read.
 

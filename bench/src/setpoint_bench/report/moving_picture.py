@@ -104,7 +104,7 @@ def _grid() -> list[str]:
 def _label(kind: str, y: float, value: str, what: str) -> list[str]:
     x = RIGHT + 12
     return [
-        f'<text class="{kind} value" x="{x}" y="{y + 2:.1f}">{value}</text>',
+        f'<text class="{kind} value at-end" x="{x}" y="{y + 2:.1f}">{value}</text>',
         f'<text class="soft" x="{x}" y="{y + 20:.1f}">{escape(what)}</text>',
     ]
 
@@ -123,7 +123,9 @@ def _style() -> str:
         ".area { opacity: 0.14; } "
         f".so-far {{ animation: draw {SECONDS}s linear infinite; }} "
         "@keyframes draw { from { transform: scaleX(0.08); } 66%, to { transform: scaleX(1); } } "
-        "@media print, (prefers-reduced-motion: reduce) { .so-far { animation: none; } } "
+        f".at-end {{ animation: show {SECONDS}s linear infinite; }} "
+        "@keyframes show { from, 62% { opacity: 0; } 66%, to { opacity: 1; } } "
+        "@media print, (prefers-reduced-motion: reduce) { .so-far, .at-end { animation: none; } } "
         "@media (prefers-color-scheme: dark) { text { fill: #e6eaf0; } .title { fill: #e6eaf0; } "
         f".soft {{ fill: #a3acb9; }} .ground {{ fill: #12181f; }} .grid {{ stroke: #2a3441; }} "
         f"{colors(DARK[BLUE], DARK[ORANGE])}}}"
