@@ -27,16 +27,19 @@ from setpoint_bench.simple_task import SimpleTask
 from setpoint_bench.task import dense_widths
 
 RUNS = {
-    "eager, dense": (False, False),
-    "eager, pruned": (False, True),
-    "compiled, dense": (True, False),
-    "compiled, pruned": (True, True),
+    "eager, dense": ("", False),
+    "eager, pruned": ("", True),
+    "compiled, dense": ("model", False),
+    "compiled, pruned": ("model", True),
+    "compiled by block, dense": ("blocks", False),
+    "compiled by block, pruned": ("blocks", True),
 }
+"""What is compiled, and whether the model is pruned. Only a model with `layers` has equal blocks."""
 TASKS = {"cifar10-mini": 1200, "shakespeare-mini": 600, "shakespeare-mini, batch 2": 6000}
 BUDGET = 0.25
 
 
-def trained(name: str, compiled: bool, pruned: bool, steps: int, seed: int, data: Path | None) -> dict[str, Any]:
+def trained(name: str, compiled: str, pruned: bool, steps: int, seed: int, data: Path | None) -> dict[str, Any]:
     """One run: its seconds in all, of its first step and of a step at its end, and what was compiled again."""
     name, _, batch = name.partition(", batch ")
     task = task_named(name, data=data).with_steps(steps)
@@ -54,7 +57,10 @@ def trained(name: str, compiled: bool, pruned: bool, steps: int, seed: int, data
     if pruned:
         budget = setpoint.Budget.fraction(BUDGET, of="flops")
         loop = setpoint.attach(model, optimizer, budget, example=task.example(), total_steps=steps)
-    called = torch.compile(model) if compiled else model
+    called = torch.compile(model) if compiled == "model" else model
+    if compiled == "blocks":
+        for block in model.layers:
+            block.compile()
     durations = []
     for _ in range(steps):
         begun = time.perf_counter()
@@ -99,9 +105,10 @@ def main() -> None:
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
     lengths = {name: max(20, round(args.share * steps)) for name, steps in TASKS.items()}
     for name, length in lengths.items():
-        found[name] = {run: [] for run in RUNS}
+        runs = {run: how for run, how in RUNS.items() if how[0] != "blocks" or name.startswith("shakespeare")}
+        found[name] = {run: [] for run in runs}
         for seed in range(args.rounds):
-            for run, (compiled, pruned) in RUNS.items():
+            for run, (compiled, pruned) in runs.items():
                 ours, theirs = context.Pipe(duplex=False)
                 order = (theirs, torch.get_num_threads(), name, compiled, pruned, length, seed, args.data)
                 process = context.Process(target=_in_process, args=order)

@@ -1,4 +1,4 @@
-"""Compiled models: code is compiled once more for each group that is cut, and the ledger says so."""
+"""Compiled models: code is compiled once more after the first cut, and the ledger says so."""
 
 from __future__ import annotations
 
@@ -59,6 +59,17 @@ class Heads(nn.Module):
         return self.out(mixed.transpose(1, 2).reshape(len(x), x.shape[1], -1))
 
 
+class Block(nn.Module):
+    """Two linear layers around a residual sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 16), nn.Linear(16, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.up(x).relu())
+
+
 def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 24), nn.ReLU(), nn.Linear(24, 3))
 
@@ -91,6 +102,10 @@ def run(
     )
     if compiled == "after":
         called = torch.compile(model, **how)
+    if compiled == "blocks":
+        for part in model.children():
+            if isinstance(part, Block):
+                part.compile(**how)
     losses = []
     for step in range(steps):  # noqa: B007  # the compiler looks at it
         x = torch.randn(shape, generator=torch.Generator().manual_seed(step))
@@ -105,10 +120,10 @@ def run(
 @pytest.mark.parametrize(
     ("compiled", "dynamic"), [("before", None), ("run", None), ("after", None), ("before", True), ("after", False)]
 )
-def test_code_is_compiled_once_more_for_each_group(compiled: str, dynamic: bool | None) -> None:
+def test_code_is_compiled_once_more_for_all_groups(compiled: str, dynamic: bool | None) -> None:
     """Claim: whether it is compiled before or after attach, or was run before, in every mode of `dynamic`, there is one
-    more compilation after a group's first cut and none after its later ones; losses are those of the uncompiled
-    run; ledger and summary count it; Dynamo's settings are as before in the end.
+    more compilation after the first cut, and none after those that follow, of any group; losses are those of the
+    uncompiled run; ledger and summary count it; Dynamo's settings are as before in the end.
     """
     before = flags()
     torch.manual_seed(0)
@@ -116,14 +131,33 @@ def test_code_is_compiled_once_more_for_each_group(compiled: str, dynamic: bool 
     torch.manual_seed(0)
     losses, compiles, loop = run(mlp(), (8, 6), DROP, compiled, dynamic=dynamic)
     assert losses == expected
-    assert compiles == [0, 3, 16] and loop.widths == {"0": 18, "2": 22}
+    assert compiles == [0, 3] and loop.widths == {"0": 18, "2": 22}
     assert flags() != before
     summary = loop.finish()
     assert flags() == before
-    assert {entry.step: entry.recompiles for entry in loop.ledger if entry.recompiles} == {6: 1, 18: 1}
-    assert summary.recompiles == 2
+    assert {entry.step: entry.recompiles for entry in loop.ledger if entry.recompiles} == {6: 1}
+    assert summary.recompiles == 1
     assert 0 < summary.recompiling_seconds < summary.overhead_seconds
     assert summary.recompiling_seconds == pytest.approx(sum(entry.recompiling_seconds for entry in loop.ledger))
+
+
+def test_widths_that_were_equal_may_differ_later() -> None:
+    """Claim: cutting one of two groups of equal width after the other compiles nothing more."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 3))
+    _, compiles, loop = run(model, (8, 6), {3: {"0": [1], "2": [1]}, 6: {"2": [0]}, 9: {"0": [5, 6]}}, "after", 12)
+    assert loop.widths == {"0": 21, "2": 22} and compiles == [0, 3]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo asks for that of x
+def test_equal_blocks_that_are_compiled_alone_share_their_code() -> None:
+    """Claim: blocks of the same code share what is compiled, whatever their number and their widths after the cuts."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Block() for _ in range(4)), nn.Linear(6, 3))
+    drop = {3: {"0.up": [1], "2.up": [1, 2]}, 6: {"1.up": [0], "3.up": [3]}, 9: {"0.up": [0], "3.up": [7]}}
+    _, compiles, loop = run(model, (8, 6), drop, "blocks", 12)
+    assert list(loop.widths.values()) == [14, 15, 14, 14]
+    assert compiles == [0, 0, 3, 3]  # the first block has code of its own: its input needs no gradient
 
 
 def test_heads_that_are_written_out_compile_once_more() -> None:

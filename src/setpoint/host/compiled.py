@@ -23,6 +23,8 @@ _FLAGS = {
     "allow_unspec_int_on_nn_module": True,
 }
 """Settings of Dynamo under which a parameter's size, and a number that a module holds, may be a symbol in code."""
+_DUCK = "use_duck_shape"
+"""By this setting two dims of the same size are one symbol, and code compiles again as soon as they differ."""
 
 _before: dict[str, Any] = {}
 _holders: set[int] = set()
@@ -33,21 +35,21 @@ class Recompiling:
 
     By default Dynamo takes the sizes of parameters for constants, compiles all code again after each cut, and gives up
     after eight times. At the first cut in a process in which anything was compiled, its settings are changed to let
-    sizes be symbols, and the dims whose width changes are marked: code compiles once more after a group's first cut,
-    and not after its later ones, but for operations that take a size as a number (the groups of a group norm). The
-    settings hold for the whole process, until the last loop that needs them ends or is dropped.
+    sizes be symbols, one for each dim, and the dims of all groups are marked: code compiles once more after the first
+    cut, and not after later ones, but for a width of 1 and operations that take a size as a number (the groups of a
+    group norm). The settings hold for the whole process, until the last loop that needs them ends or is dropped.
 
     What is compiled again after the first cut is taken for the cut's doing, as it cannot be distinguished from what a
     batch of another size would have made necessary. `recompiled` gets the seconds of each, and 1 if it counts, or 0; it
     must not hold what holds this object.
     """
 
-    def __init__(self, recompiled: Recompiled, num_groups: int) -> None:
-        self._recompiled, self._num_groups = recompiled, num_groups
+    def __init__(self, recompiled: Recompiled, groups: Iterable[Group]) -> None:
+        self._recompiled, self._groups = recompiled, tuple(groups)
         self._end: weakref.finalize[..., Any] | None = None
 
-    def follow(self, model: nn.Module, groups: Iterable[Group]) -> None:
-        """Have compiled code follow the widths of these groups; called once they have changed, or are about to."""
+    def follow(self, model: nn.Module) -> None:
+        """Have compiled code follow the widths of all groups; called once some have changed, or are about to."""
         from torch._dynamo import maybe_mark_dynamic
         from torch._dynamo.utils import counters
 
@@ -56,9 +58,9 @@ class Recompiling:
             self._end.atexit = False
         if not counters["stats"]["unique_graphs"]:
             return
-        _hold(id(self), self._num_groups)
+        _hold(id(self), len(self._groups))
         tensors: dict[str, Tensor] = named_tensors(model)
-        for part in (part for group in groups for part in group.slices):
+        for part in (part for group in self._groups for part in group.slices):
             tensor = tensors[part.tensor]
             if part.dim is not None and not is_sharded_tensor(tensor):
                 maybe_mark_dynamic(tensor, part.dim)
@@ -101,22 +103,26 @@ def _stop(begin: Callable[[Any], None], end: Callable[[Any], None], holder: int)
 
 def _hold(holder: int, num_groups: int) -> None:
     from torch._dynamo import config
+    from torch.fx.experimental import _config as shapes
 
     if holder in _holders:
         return
     if not _holders:
         _before.update({name: getattr(config, name) for name in (*_FLAGS, "recompile_limit")})
+        _before[_DUCK] = getattr(shapes, _DUCK)
     _holders.add(holder)
     for name, value in _FLAGS.items():
         setattr(config, name, value)
-    config.recompile_limit += num_groups  # so often a piece of code is compiled: each group has it once more
+    setattr(shapes, _DUCK, False)
+    config.recompile_limit += num_groups  # where a size is a number in code, each group may compile it once more
 
 
 def _release(holder: int) -> None:
     from torch._dynamo import config
+    from torch.fx.experimental import _config as shapes
 
     if holder in _holders:
         _holders.discard(holder)
         if not _holders:
             for name, value in _before.items():
-                setattr(config, name, value)
+                setattr(shapes if name == _DUCK else config, name, value)

@@ -59,9 +59,9 @@ class DDP(Local):
             rewrap(self._parallel, self._trained)
 
     def begin(
-        self, *, steps: Callable[[], int], missed: Callable[[], None], recompiled: Recompiled, num_groups: int
+        self, *, steps: Callable[[], int], missed: Callable[[], None], recompiled: Recompiled, groups: tuple[Group, ...]
     ) -> None:
-        super().begin(steps=steps, missed=missed, recompiled=recompiled, num_groups=num_groups)
+        super().begin(steps=steps, missed=missed, recompiled=recompiled, groups=groups)
         self._joining = Joining(self._parallel, self.ranks, steps, missed)
 
     def before_step(self, *, first: bool, regrows: bool, by_hooks: bool) -> None:

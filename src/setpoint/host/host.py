@@ -82,7 +82,7 @@ class Host(Protocol):
         steps: Callable[[], int],
         missed: Callable[[], None],
         recompiled: Callable[[float, int], None],
-        num_groups: int,
+        groups: tuple[Group, ...],
     ) -> None:
         """A loop begins.
 
@@ -91,7 +91,7 @@ class Host(Protocol):
             missed: called for each step that this rank has missed, as it had run out of batches.
             recompiled: gets the seconds of what was compiled again, and 1 if it counts, or 0; it must not hold the
                 loop.
-            num_groups: that may change.
+            groups: that may change.
         """
 
     def before_step(self, *, first: bool, regrows: bool, by_hooks: bool) -> None:

@@ -33,7 +33,7 @@ class Local:
     ) -> None:
         self.model, self.optimizers, self.averages = model, tuple(optimizers), Copies(model, copies)
         self.compiled = compiled
-        self._code = Recompiling(lambda seconds, count: None, 0)  # until a loop begins
+        self._code = Recompiling(lambda seconds, count: None, ())  # until a loop begins
 
     @property
     def copies(self) -> tuple[nn.Module, ...]:
@@ -72,7 +72,7 @@ class Local:
         with self.together(what) as facts:
             with self._open(changing, agree) as agreed:
                 yield agreed
-            self._code.follow(self.model, changing)
+            self._code.follow(self.model)
             facts["shapes"] = [tuple(tensor.shape) for tensor in named_tensors(self.model).values()]
 
     def _open(self, groups: tuple[Group, ...], agree: Agreed) -> AbstractContextManager[Agreed]:
@@ -80,9 +80,9 @@ class Local:
         return nullcontext(agree)
 
     def begin(
-        self, *, steps: Callable[[], int], missed: Callable[[], None], recompiled: Recompiled, num_groups: int
+        self, *, steps: Callable[[], int], missed: Callable[[], None], recompiled: Recompiled, groups: tuple[Group, ...]
     ) -> None:
-        self._code = Recompiling(recompiled, num_groups)
+        self._code = Recompiling(recompiled, groups)
         self.averages.begin()
 
     def before_step(self, *, first: bool, regrows: bool, by_hooks: bool) -> None:

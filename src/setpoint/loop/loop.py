@@ -122,7 +122,7 @@ class Loop:
             steps=lambda: self.step,
             missed=partial(self._after_step, False),
             recompiled=spending.recompiled,
-            num_groups=len(self._dense),
+            groups=self._dense,
         )
         called = (self._before_step, self._after_step, partial(check_loading, host, self._dense))
         self._hooks = StepHooks(host.optimizers, *called) if hooks is None else hooks
