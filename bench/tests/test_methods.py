@@ -40,6 +40,8 @@ QUICK = (
     "small",
     "small-found",
     "cubic",
+    "movement",
+    "l0-gates",
     "gmp",
     "magnitude-oneshot",
     "torch-pruning-taylor",
