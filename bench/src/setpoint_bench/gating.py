@@ -169,7 +169,8 @@ class Gating:
         """Weights back, and the gradients of their products with gates on to weights and logits."""
         held = [each for each in self._held if each.weight.grad is not None]
         self._put_back()
-        torch.autograd.backward([each.product for each in held], [each.weight.grad for each in held])
+        if held:
+            torch.autograd.backward([each.product for each in held], [each.weight.grad for each in held])
         for each in held:
             each.weight.grad = each.own.grad
 

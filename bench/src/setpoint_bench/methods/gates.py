@@ -43,7 +43,7 @@ class Gates:
     name: str
     end: float = 0.6
     ramp: float = 0.5
-    reach: float = 30.0
+    reach: float = 100.0
     start: float = 0.99
     learning_rate: float = 1.0
     paper: str = ""
