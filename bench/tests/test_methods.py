@@ -29,6 +29,7 @@ from setpoint_bench.results import MODEL, Result
 from setpoint_bench.simple_task import SimpleTask
 from setpoint_bench.task import BenchError, Dimension, dense_widths
 from setpoint_bench.tasks.digits import digits
+from setpoint_bench.tasks.shakespeare import VOCABULARY, GPTFamily
 from setpoint_bench.tensors import Tensors
 from setpoint_bench.training import Cell, train
 from setpoint_bench.weight_flops import weight_flops
@@ -40,6 +41,8 @@ QUICK = (
     "small",
     "small-found",
     "cubic",
+    "movement",
+    "l0-gates",
     "gmp",
     "magnitude-oneshot",
     "torch-pruning-taylor",
@@ -175,6 +178,38 @@ def test_follows_fixed_filters(name: str) -> None:
     outcome = pruner.finish()
     assert outcome.budget_met and outcome.widths != outcome.dense_widths
     assert outcome.theoretical_flops is not None or step_flops(model, task.example()) <= BUDGET * dense
+
+
+@pytest.mark.parametrize("name", ["cubic", "movement", "movement-global", "l0-gates"])
+def test_narrows_a_transformer(name: str, tmp_path: Path) -> None:
+    """Claim: heads and neurons of a GPT under AdamW are brought to the budget, at the FLOPs that are counted."""
+    tokens = torch.randint(VOCABULARY, (64, 16), generator=torch.Generator().manual_seed(0))
+    recipe = Recipe(steps=30, batch=8, rule="adamw", learning_rate=1e-3)
+    family = GPTFamily(layers=2, heads=4, window=16, head_dim=8)
+    data = Tensors(train=(tokens, tokens.roll(-1, 1)), test=(tokens[:8], tokens[:8].roll(-1, 1)))
+    task = SimpleTask("letters", family, data, recipe, metric="loss")
+    training = train(Cell(task, method_named(name), BUDGET, 0), tmp_path)
+    while True:
+        try:
+            next(training)
+        except StopIteration as end:
+            result: Result = end.value
+            break
+    dense, widths, before = result.dense_flops, result.widths, result.dense_widths
+    assert dense is not None and result.budget_met and result.claimed_flops == result.final_flops
+    assert 0.85 * BUDGET * dense <= result.final_flops <= BUDGET * dense
+    kinds = ("c_fc",) if name == "l0-gates" else ("c_fc", "attn")  # gates need not close any head
+    assert all(any(widths[group] < before[group] for group in before if kind in group) for kind in kinds)
+    assert result.final_flops * task.steps < result.train_flops - result.overhead_flops < dense * task.steps
+
+
+def test_gates_cost_a_dense_step_until_the_cut(runs: Runs) -> None:
+    """Claim: steps with gates count as dense ones, the others as those of the cut model, and gates come on top."""
+    result, dense = runs[1]["l0-gates"], runs[1]["dense"]
+    with_gates = round(0.6 * TASK.steps)
+    steps = with_gates * dense.final_flops + (TASK.steps - with_gates) * result.final_flops
+    assert result.train_flops - result.overhead_flops == pytest.approx(steps)
+    assert result.overhead_flops > 0 and result.resizes == 1
 
 
 def test_post_training_counts_the_dense_run(runs: Runs) -> None:

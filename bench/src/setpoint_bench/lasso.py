@@ -40,6 +40,11 @@ class Lasso:
         """Seconds that the penalty has taken."""
         return self.watch.seconds
 
+    @property
+    def flops(self) -> float:
+        """None are counted: norms are elementwise work."""
+        return 0.0
+
     def observe(self, loss: Tensor) -> None:
         """Remember the loss."""
         self.loss = loss

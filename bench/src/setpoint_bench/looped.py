@@ -8,8 +8,8 @@ from typing import final
 from torch import Tensor
 
 from setpoint.loop.loop import Loop
+from setpoint_bench.beside import Beside
 from setpoint_bench.course import Outcome
-from setpoint_bench.lasso import Lasso
 
 
 @final
@@ -18,13 +18,13 @@ class Looped:
 
     Args:
         loop: attached to the model.
-        lasso: a penalty on the same training, if there is one.
+        beside: what acts on the same training, if anything does.
         notes: what a reader of the result must know.
     """
 
-    def __init__(self, loop: Loop, lasso: Lasso | None = None, notes: str = "") -> None:
+    def __init__(self, loop: Loop, beside: Beside | None = None, notes: str = "") -> None:
         self.loop = loop
-        self.lasso = lasso
+        self.beside = beside
         self.notes = notes
         self._masked = "pattern" in loop.ledger.header
 
@@ -35,23 +35,23 @@ class Looped:
 
     def observe(self, loss: Tensor) -> None:
         """Hand the loss on."""
-        if self.lasso is not None:
-            self.lasso.observe(loss)
+        if self.beside is not None:
+            self.beside.observe(loss)
         self.loop.observe(loss=loss)
 
     def finish(self) -> Outcome:
         """Finish the loop; its summary in a benchmark's words."""
-        seconds = 0.0
-        if self.lasso is not None:
-            self.lasso.remove()
-            seconds = self.lasso.seconds
+        seconds = flops = 0.0
+        if self.beside is not None:
+            self.beside.remove()
+            seconds, flops = self.beside.seconds, self.beside.flops
         summary = self.loop.finish()
         return Outcome(
             widths=dict(summary.widths),
             dense_widths=dict(summary.dense_widths),
             dense_flops=float(summary.dense_flops),
             claimed_flops=float(summary.final_flops),
-            overhead_flops=float(summary.overhead_flops),
+            overhead_flops=float(summary.overhead_flops) + flops,
             overhead_seconds=float(summary.overhead_seconds) + seconds,
             resizes=summary.resizes,
             budget_met=summary.budget_met,

@@ -25,7 +25,9 @@ from setpoint_bench.baselines.magnitude import Gradual, OneShot
 from setpoint_bench.baselines.scheduled import ScheduledController
 from setpoint_bench.baselines.snip import Snip
 from setpoint_bench.course import Course, Pruner
+from setpoint_bench.methods.gates import Gates
 from setpoint_bench.methods.in_training import Setpoint
+from setpoint_bench.methods.movement import Movement
 from setpoint_bench.methods.post_training import PostTraining
 from setpoint_bench.methods.scratch import Dense, Small, SmallFound, SmallLong
 from setpoint_bench.methods.sparse import Sparse
@@ -116,6 +118,10 @@ _LYM = "Lym et al., PruneTrain, SC 2019"
 _MOCANU = "Mocanu et al., Scalable training with adaptive sparse connectivity, Nature Communications 9, 2018"
 _EVCI = "Evci et al., Rigging the lottery, ICML 2020"
 _MITTAL = "Mittal et al., Studying the plasticity of networks using random pruning, MVA 30, 2019"
+_LOUIZOS = "Louizos et al., Learning sparse neural networks through L0 regularization, ICLR 2018"
+_XIA = "Xia et al., Structured pruning learns compact and accurate models, ACL 2022"
+_SANH = "Sanh et al., Movement pruning, NeurIPS 2020"
+_LAGUNAS = "Lagunas et al., Block pruning for faster transformers, EMNLP 2021"
 _LEE = "Lee et al., SNIP: single-shot network pruning based on connection sensitivity, ICLR 2019"
 
 METHODS: tuple[Method, ...] = (
@@ -131,6 +137,8 @@ METHODS: tuple[Method, ...] = (
     Setpoint("filter-first", _AT_ONCE, MagnitudeSensor, paper=_LI, family="open-loop"),
     Setpoint("cubic", ScheduledController(), MagnitudeSensor, paper=_ZHU, family="open-loop"),
     Setpoint("prunetrain", ReconfiguringController(), MagnitudeSensor, lasso=0.2, paper=_LYM, family="open-loop"),
+    Movement("movement", paper=f"{_SANH}; {_LAGUNAS}"),
+    Gates("l0-gates", paper=f"{_LOUIZOS}; {_XIA}"),
     Sparse("gmp", Gradual(), _ZHU),
     Sparse("static", Static(), f"{_MOCANU}; {_EVCI}"),
     Sparse("snip", Snip(), _LEE),
@@ -158,6 +166,7 @@ in theory).
 
 ABLATION_METHODS: tuple[Method, ...] = (
     Setpoint("cubic-taylor", ScheduledController(), paper=_ZHU, family="open-loop"),
+    Movement("movement-global", ScheduledController(ranking="kind"), paper=f"{_SANH}; {_LAGUNAS}"),
     Setpoint("setpoint-few", PricedController(Schedule(num_cuts=2))),
     Setpoint("setpoint-many", PricedController(Schedule(num_cuts=32))),
     Setpoint("setpoint-steep", PricedController(Schedule(warmup=0.13, settle=0.17))),
@@ -167,8 +176,9 @@ ABLATION_METHODS: tuple[Method, ...] = (
 )
 """More of Setpoint with one thing changed, for `bench/benchmarks/ablation.py`.
 
-An open loop with Setpoint's own saliency (`cubic-taylor`); few or many cuts; groups that may vanish whole (`vanish`) or
-must stay near a uniform cut (`level`); units ranked by what their readers cannot make up for (`reconstruction`).
+An open loop with Setpoint's own saliency (`cubic-taylor`), or by movement ranked over all layers (`movement-global`);
+few or many cuts; groups that may vanish whole (`vanish`) or must stay near a uniform cut (`level`); units ranked by
+what their readers cannot make up for (`reconstruction`).
 """
 
 TAUGHT_METHODS: tuple[Method, ...] = (

@@ -1,9 +1,9 @@
-"""The scheduled controller: an open loop that narrows all groups alike along a cubic schedule."""
+"""The scheduled controller: an open loop that narrows a model along a cubic schedule, by default all groups alike."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
+from typing import Literal, final, get_args
 
 from setpoint.controller.landing import even_cost, even_density
 from setpoint.controller.plan import Observation, Plan
@@ -11,7 +11,11 @@ from setpoint.controller.reason import problem_with
 from setpoint.cost.cost import Cost
 from setpoint.groups.group import Group
 from setpoint_bench.baselines.even import even_plan, nothing_dropped
+from setpoint_bench.baselines.ranked import ranked_plan
 from setpoint_bench.baselines.schedule import cubic_density
+
+Ranking = Literal["group", "kind", "all"]
+"""Among which units the least salient go: each group's own, those of a kind in all groups, or all."""
 
 
 @final
@@ -29,6 +33,8 @@ class ScheduledController:
         begin: fraction of the run that stays dense.
         end: fraction of the run by which the limit is reached.
         num_cuts: decisions on the way, the last one at `end`; in short runs one per step.
+        ranking: units of what are compared. Unless those of a group, the model costs at each cut what it would cost
+            with the schedule's density in all groups, and widths follow from the ranking.
 
     Raises:
         ValueError: unless `0 <= begin <= end <= 1` and there is a cut.
@@ -45,8 +51,11 @@ class ScheduledController:
     begin: float = 0.05
     end: float = 0.5
     num_cuts: int = 8
+    ranking: Ranking = "group"
 
     def __post_init__(self) -> None:
+        if self.ranking not in get_args(Ranking):
+            raise ValueError(f"ranking is one of {', '.join(get_args(Ranking))}, got {self.ranking!r}")
         if not 0 <= self.begin <= self.end <= 1 or self.num_cuts < 1:
             raise ValueError(f"a scheduled controller needs 0 <= begin <= end <= 1 and at least one cut, got {self!r}")
 
@@ -80,6 +89,9 @@ class ScheduledController:
         target = limit
         if progress < 1:
             target = max(limit, even_cost(cost, observation.widths, observation.dense_widths, groups, density))
+        if self.ranking != "group":
+            reason = f"open loop: the cost of density {density:.3g} in all groups"
+            return state, ranked_plan(observation, cost, groups, target, reason, by_kind=self.ranking == "kind")
         reason = f"open loop: density {density:.3g} in all groups"
         return state, even_plan(observation, cost, groups, target, reason)
 

@@ -76,7 +76,7 @@ def goals(cells: Sequence[Cell], rows: Sequence[Row]) -> tuple[Goal, ...]:
 
 
 PRUNED_AFTER = ("magnitude-oneshot", "filter-oneshot", "torch-pruning-norm", "torch-pruning-taylor")
-OPEN_LOOPS = ("filter-first", "cubic", "prunetrain")
+OPEN_LOOPS = ("filter-first", "cubic", "prunetrain", "movement", "l0-gates")
 WANTED: Mapping[str, tuple[str, ...]] = {"b": PRUNED_AFTER, "c": (*PRUNED_AFTER, *OPEN_LOOPS)}
 """Methods that a goal names: each must be measured beside each of Setpoint's rows for it to be reached in full."""
 
