@@ -181,7 +181,7 @@ def test_tasks_and_methods_are_listed() -> None:
     tasks = json.loads(invoke("list", "tasks", "--json").stdout)["tasks"]
     assert list(tasks) == list(catalogue.tasks()) and "six classes of CIFAR-10" in tasks["finetune"]
     methods = json.loads(invoke("list", "methods", "--json").stdout)["methods"]
-    assert methods["cubic"].startswith("All groups narrowed alike along a cubic schedule, by norms. Zhu and Gupta")
+    assert methods["cubic"].startswith("All groups narrowed evenly along a cubic schedule, by norms. Zhu and Gupta")
     assert list(methods) == list(METHODS) and len(set(methods.values())) == len(methods)
     assert len(set(tasks.values())) == len(tasks) and "The same" not in "".join(tasks.values())
     assert [line.split()[0] for line in invoke("list", "methods", "torch").stdout.splitlines()[:-1]] == [
