@@ -16,6 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from tables.costs import (
+    attach_table,
     bench_quick_table,
     compiled_table,
     distributed_table,
@@ -114,6 +115,7 @@ def filled(text: str) -> str:
             "soak": lambda: soak_table(RESULTS / "soak.json"),
             "bench-quick": lambda: bench_quick_table(RESULTS / "bench-quick.json"),
             "compiled": lambda: compiled_table(RESULTS / "compiled.json"),
+            "attach": lambda: attach_table(RESULTS / "attach.json"),
             "states": lambda: states_table(RESULTS / "smnist-196"),
             "calibration": lambda: calibration_table(RESULTS / "calibration.json"),
             "ablation": lambda: ablation_table(RESULTS / "ablation.json"),

@@ -114,3 +114,36 @@ def test_transformers_need_no_fake_tensors() -> None:
     rehearsal = Rehearsal(model, {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)})
     assert kinds_of(rehearsal) == [torch.device("meta")]
     assert transformers.utils.import_utils.is_fake_tensor is known
+
+
+class Answered(nn.Module):
+    """A forward of the operations that are answered by a shape alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear, self.channels = nn.LayerNorm((3, 4)), nn.Linear(4, 6), nn.BatchNorm1d(3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        normed, mixed = self.norm(x), self.linear(x[:, 0])
+        return normed, mixed, self.channels(x), nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+
+
+def test_shapes_answered_without_arithmetic_are_those_of_the_forward() -> None:
+    """Claim: norms, products and attention have the shapes that the model itself returns."""
+    model, x = Answered(), torch.randn(2, 3, 4)
+    assert Rehearsal(model, (x,)).run() == tuple(each.shape for each in model(x))
+
+
+@pytest.mark.parametrize(
+    ("place", "shape"),
+    [("norm.weight", (2, 4)), ("norm.bias", (3, 3)), ("linear.weight", (6, 5)), ("linear.bias", (5,))],
+)
+def test_sizes_that_do_not_fit_are_refused_as_by_torch(place: str, shape: tuple[int, ...]) -> None:
+    """Claim: a cut that leaves an operation with wrong sizes raises, though no arithmetic is done."""
+    owner, name = place.split(".")
+
+    def prepare(twin: nn.Module) -> None:
+        setattr(twin.get_submodule(owner), name, nn.Parameter(torch.empty(shape)))
+
+    with pytest.raises(RuntimeError):
+        Rehearsal(Answered(), (torch.randn(2, 3, 4),)).run(prepare)

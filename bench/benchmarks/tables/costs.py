@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +199,30 @@ def compiled_table(path: Path) -> str:
             )
     how = f"Medians of {len(rounds)} rounds" if len(rounds) > 1 else "One run each"
     return "\n".join([*lines, "", f"{how}. {made_on(data)}"])
+
+
+def attach_table(path: Path) -> str:
+    """What attach takes: of a model that is new, of one that is known, and of a new one with an older version."""
+    if not path.exists():
+        return "Not measured yet."
+    data = json.loads(path.read_text(encoding="utf-8"))
+    kinds = ("cold", "warm", "before")
+    lines = ["| model | pairs | first time | known model | first time, before |", f"|---|---:|{'---:|' * 3}"]
+    for name, row in data["models"].items():
+        found = [_seconds_and_steps(row[kind]) if kind in row else NOTHING for kind in kinds]
+        lines.append(f"| `{name}` | {row['pairs']} | {' | '.join(found)} |")
+    dates = sorted(row["date"][:10] for row in data["models"].values())
+    about = data["environment"]
+    where = f"{data['what'].capitalize()}, torch {about['torch']}, {about['cpus']} processors, {dates[-1]}."
+    return "\n".join([*lines, "", where])
+
+
+def _seconds_and_steps(found: Mapping[str, Any]) -> str:
+    shown = duration(found["seconds_median"])
+    if "steps_median" not in found:
+        return shown
+    low, high = found["steps_range"]
+    return f"{shown}, {found['steps_median']:.1f} steps ({low:.1f} to {high:.1f})"
 
 
 def frameworks_table(path: Path) -> str:

@@ -63,7 +63,7 @@ class Rehearsal:
         twin = copy.deepcopy(self.model, {**self._tensors(kind), **hook_tables(self.model)})
         staging = self._staging.with_tensors({id(x): _stand_in(x, kind) for x in self._staging.tensors})
         meta = isinstance(kind, torch.device)
-        quickly: Any = _WithoutNorms() if meta else nullcontext()  # type: ignore[no-untyped-call]
+        quickly: Any = _ByShape() if meta else nullcontext()  # type: ignore[no-untyped-call]
         with kind or nullcontext(), _taken_for_fake(meta), preserved_rng_state(self.model), quickly:
             if other_mode:
                 twin.train(not self.model.training)
@@ -85,19 +85,42 @@ class Rehearsal:
         return result
 
 
-class _WithoutNorms(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Answers a batch norm on the meta device by a shape: torch works through its arithmetic, which takes most of it.
+class _ByShape(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Answers some operations on the meta device by a shape: torch works through their arithmetic in Python there.
 
-    Its sizes have been checked above, in what chooses the kernel.
+    Where sizes do not fit, torch answers, with its own error.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _NORMS and args[0].is_meta:
-            return torch.empty_like(args[0]), args[0].new_empty(args[0].shape[1]), args[0].new_empty(args[0].shape[1])
-        return func(*args, **(kwargs or {}))
+        answer = _SHAPED.get(func)
+        found = None if answer is None or kwargs or not args[0].is_meta else answer(*args)
+        return func(*args, **(kwargs or {})) if found is None else found
 
 
-_NORMS = {torch.ops.aten.native_batch_norm.default}
+def _batch_norm(x: torch.Tensor, *_: Any) -> Any:
+    """Its sizes have been checked above, in what chooses the kernel."""
+    return torch.empty_like(x), x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
+
+
+def _layer_norm(x: torch.Tensor, shape: Sequence[int], weight: Any, bias: Any, eps: float) -> Any:
+    inner = tuple(shape)
+    if x.shape[-len(inner) :] != inner or any(each is not None and each.shape != inner for each in (weight, bias)):
+        return None
+    outer = (*x.shape[: x.dim() - len(inner)], *(1 for _ in inner))
+    return torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(outer), x.new_empty(outer)
+
+
+def _addmm(bias: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> Any:
+    fits = bias.dim() == 1 and left.dim() == right.dim() == 2 and left.shape[1] == right.shape[0]
+    return left.new_empty(left.shape[0], right.shape[1]) if fits and bias.shape[0] == right.shape[1] else None
+
+
+_SHAPED: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten.native_batch_norm.default: _batch_norm,
+    torch.ops.aten.native_layer_norm.default: _layer_norm,
+    torch.ops.aten.addmm.default: _addmm,
+    torch.ops.aten._safe_softmax.default: lambda x, dim: torch.empty_like(x),
+}
 
 
 @contextmanager
