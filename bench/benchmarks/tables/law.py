@@ -136,9 +136,7 @@ def measured_table(file: Path, predicted: Path) -> str:
             law_share = _percent(each.predicted / each.reducible)
             if each.ends is not None:
                 by_law += f" [{_nats(each.ends[0])}, {_nats(each.ends[1])}]"
-        gain = _nats(each.gain.mean)
-        if each.gain.low is not None and each.gain.high is not None:
-            gain += f" [{_nats(each.gain.low)}, {_nats(each.gain.high)}]"
+        gain = _with_interval(each.gain)
         cells = (
             f"{each.ratio:g}",
             f"{each.start:g} x",
@@ -159,24 +157,32 @@ def measured_table(file: Path, predicted: Path) -> str:
 
 
 def over_trained_table(file: Path) -> str:
-    """The best of Setpoint's runs at the largest r that was measured, beside the small model."""
+    """Setpoint's runs at the largest r that was measured, beside the small model."""
     arms = [arm for arm in arms_of(json.loads(file.read_text(encoding="utf-8"))) if arm.arm == "setpoint"]
     largest = max(arm.ratio for arm in arms)
-    best = max((arm for arm in arms if arm.ratio == largest), key=lambda arm: arm.gain.mean)
-    seeds = "one seed" if best.gain.num == 1 else f"{best.gain.num} seeds"
-    shown = {loss: f"{loss:.3f}" for loss in (best.loss, best.small)}
-    shown[min(shown)] = f"**{shown[min(shown)]}**"
-    return "\n".join(
-        [
-            f"| small language model, {largest:g} times its optimal data | Setpoint | small from the start |",
-            "|---|---:|---:|",
-            f"| nats per byte, less is better ({seeds}) | {shown[best.loss]} | {shown[best.small]} |",
-        ]
-    )
+    lines = [
+        f"| small language model, {largest:g} times its optimal data, nats per byte (less is better) | Setpoint "
+        "| small from the start | gain | seeds |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for arm in sorted((arm for arm in arms if arm.ratio == largest), key=lambda arm: arm.start):
+        losses = (f"**{loss:.3f}**" if arm.gain.clear and loss < other else f"{loss:.3f}"
+                  for loss, other in ((arm.loss, arm.small), (arm.small, arm.loss)))  # fmt: skip
+        name = f"begun at {arm.start:g} times the size"
+        lines.append(f"| {name} | {' | '.join(losses)} | {_with_interval(arm.gain, 3)} | {arm.gain.num} |")
+    return "\n".join(lines)
 
 
-def _nats(value: float) -> str:
-    return f"{value:+.4f}".replace("-", "−")
+def _with_interval(gain: Difference, digits: int = 4) -> str:
+    """A gain in nats, and its interval where there is one."""
+    mean = _nats(gain.mean, digits)
+    if gain.low is None or gain.high is None:
+        return mean
+    return f"{mean} [{_nats(gain.low, digits)}, {_nats(gain.high, digits)}]"
+
+
+def _nats(value: float, digits: int = 4) -> str:
+    return f"{value:+.{digits}f}".replace("-", "−")
 
 
 def calibration_runs_table(file: Path) -> str:
