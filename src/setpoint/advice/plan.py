@@ -26,8 +26,8 @@ STARTS = (2.0, 4.0, 8.0)
 MEASURED = (1.0, 64.0)
 """Ratios for which the law is meant; beyond them its exponents have not been checked."""
 UNPROVEN = (
-    "this is a prediction from published fits; Setpoint's one direct test, on a very small model, contradicts it at a "
-    "ratio of 4"
+    "this is a prediction from published fits; Setpoint's one direct test, on a very small model, found a loss at a "
+    "ratio of 4 and no clear gain at 16"
 )
 
 
