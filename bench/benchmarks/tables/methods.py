@@ -136,6 +136,7 @@ def _mean_text(row: Row) -> str:
 FINE_TUNED = {
     "resnet56": ("ResNet-56", "resnet20"),
     "banking77": ("MiniLM-L6", "banking77-three-layers"),
+    "clothing": ("EfficientNet-Lite0", ""),
     "finetune": ("image network", ""),
     "finetune-text": ("sentence model", ""),
 }
@@ -157,7 +158,7 @@ def readme_table(root: Path) -> str:
             if pretrained:
                 values.append(next(iter(summary_rows(read_results(root / pretrained)))).value.mean)
             else:
-                values.append(next(row for row in beside if row.method == "small-long").value.mean)
+                values.append(next((row.value.mean for row in beside if row.method == "small-long"), math.nan))
             best = percent(max(value for value in values if not math.isnan(value)))
             shown = [NOTHING if math.isnan(each) else percent(each) for each in values]
             shown = [f"**{each}**" if each == best else each for each in shown]
