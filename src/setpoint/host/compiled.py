@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from importlib import import_module
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,16 +18,16 @@ from setpoint.groups.group import Group
 
 Recompiled = Callable[[float, int], None]
 
-_FLAGS = {
-    "force_parameter_static_shapes": False,
-    "force_nn_module_property_static_shapes": False,
-    "allow_unspec_int_on_nn_module": True,
+_SETTINGS: dict[tuple[str, str], Any] = {
+    ("torch._dynamo.config", "force_parameter_static_shapes"): False,
+    ("torch._dynamo.config", "force_nn_module_property_static_shapes"): False,
+    ("torch._dynamo.config", "allow_unspec_int_on_nn_module"): True,
+    ("torch.fx.experimental._config", "use_duck_shape"): False,
 }
-"""Settings of Dynamo under which a parameter's size, and a number that a module holds, may be a symbol in code."""
-_DUCK = "use_duck_shape"
-"""By this setting two dims of the same size are one symbol, and code compiles again as soon as they differ."""
+"""Under these a parameter's size, and a number that a module holds, may be a symbol in code, one for each dim."""
+_LIMIT = ("torch._dynamo.config", "recompile_limit")
 
-_before: dict[str, Any] = {}
+_before: dict[tuple[str, str], Any] = {}
 _holders: set[int] = set()
 
 
@@ -102,27 +103,21 @@ def _stop(begin: Callable[[Any], None], end: Callable[[Any], None], holder: int)
 
 
 def _hold(holder: int, num_groups: int) -> None:
-    from torch._dynamo import config
-    from torch.fx.experimental import _config as shapes
-
     if holder in _holders:
         return
     if not _holders:
-        _before.update({name: getattr(config, name) for name in (*_FLAGS, "recompile_limit")})
-        _before[_DUCK] = getattr(shapes, _DUCK)
+        _before.update({(where, name): getattr(import_module(where), name) for where, name in (*_SETTINGS, _LIMIT)})
     _holders.add(holder)
-    for name, value in _FLAGS.items():
-        setattr(config, name, value)
-    setattr(shapes, _DUCK, False)
-    config.recompile_limit += num_groups  # where a size is a number in code, each group may compile it once more
+    limit = getattr(import_module(_LIMIT[0]), _LIMIT[1])
+    _set(_SETTINGS | {_LIMIT: limit + num_groups})  # where a size is a number in code, each group may compile it again
 
 
 def _release(holder: int) -> None:
-    from torch._dynamo import config
-    from torch.fx.experimental import _config as shapes
-
     if holder in _holders:
-        _holders.discard(holder)
-        if not _holders:
-            for name, value in _before.items():
-                setattr(shapes if name == _DUCK else config, name, value)
+        _holders.remove(holder)
+        _set({} if _holders else _before)
+
+
+def _set(values: Mapping[tuple[str, str], Any]) -> None:
+    for (where, name), value in values.items():
+        setattr(import_module(where), name, value)
