@@ -222,12 +222,15 @@ def calibration_runs_table(file: Path) -> str:
 
 def optimal_line(file: Path) -> str:
     """How much data is optimal for the small model, without and with the shortest budget."""
-    rows, size = json.loads(file.read_text(encoding="utf-8"))["rows"], params(built(1.0))
+    data, size = json.loads(file.read_text(encoding="utf-8")), params(built(1.0))
+    rows = data["rows"]
     used, every = (optimal_tokens(calibrated(rows, budgets), size) for budgets in (BUDGETS, (SHORT, *BUDGETS)))
+    taken = data["optimal_tokens"] / 1e3
     return (
         f"From the best sizes, {used / 1e3:,.0f} thousand bytes are compute-optimal for the final size. This number "
         f"leaves out the smallest budget, since its runs are short. With that budget it would be {every / 1e3:,.0f} "
-        "thousand bytes, which was known when the budget was left out."
+        f"thousand bytes, which was known when the budget was left out. The runs below take {taken:,.0f} thousand, which "
+        "was the number before the largest budget was run."
     )
 
 
