@@ -229,8 +229,8 @@ def optimal_line(file: Path) -> str:
     return (
         f"From the best sizes, {used / 1e3:,.0f} thousand bytes are compute-optimal for the final size. This number "
         f"leaves out the smallest budget, since its runs are short. With that budget it would be {every / 1e3:,.0f} "
-        f"thousand bytes, which was known when the budget was left out. The runs below take {taken:,.0f} thousand, which "
-        "was the number before the largest budget was run."
+        f"thousand bytes, which was known when the budget was left out. The runs below "
+        f"take {taken:,.0f} thousand, which was the number before the largest budget was run."
     )
 
 
