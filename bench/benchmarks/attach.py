@@ -166,6 +166,8 @@ def main() -> None:
     if arguments.one:
         print(json.dumps(measure(arguments.one)))
         return
+    from setpoint_bench.environment import machine  # a process that measures needs no benchmark
+
     trees = {"now": ROOT, **({"before": arguments.base.resolve()} if arguments.base else {})}
     known = json.loads(arguments.out.read_text(encoding="utf-8"))["models"] if arguments.out.exists() else {}
     rows: dict[str, Any] = dict(known)
@@ -190,7 +192,8 @@ def main() -> None:
         print(f"{name}: {', '.join(shown)}", flush=True)
         result = {
             "what": "processor seconds on one thread",
-            "environment": {"torch": torch.__version__, "cpus": os.cpu_count()},
+            "environment": {**machine(), "threads": 1},
+            "seed": 0,
             "models": rows,
         }
         arguments.out.parent.mkdir(parents=True, exist_ok=True)

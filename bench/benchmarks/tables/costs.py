@@ -213,7 +213,7 @@ def attach_table(path: Path) -> str:
         lines.append(f"| `{name}` | {row['pairs']} | {' | '.join(found)} |")
     dates = sorted(row["date"][:10] for row in data["models"].values())
     about = data["environment"]
-    where = f"{data['what'].capitalize()}, torch {about['torch']}, {about['cpus']} processors, {dates[-1]}."
+    where = f"{data['what'].capitalize()}. {about['cpu']}, seed {data['seed']}, torch {about['torch']}, {dates[-1]}."
     return "\n".join([*lines, "", where])
 
 

@@ -37,7 +37,7 @@ _SAYS = {
     **{unit: "memory" for unit in _BYTES if len(unit) > 1},
     **dict.fromkeys(_JOULES, "energy"),
 }
-"""Resource of a unit that no other resource has. A "b" alone may be bytes or billions."""
+"""Resource of a unit that no other resource has. "b" may be bytes or billions, "flops" is the resource itself."""
 
 _AMOUNT = re.compile(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([a-zµ%]*)\s*", re.IGNORECASE)
 _WORDS = re.compile(r"(?P<amount>.*?)(?:\bof\b)?\s*\b(?P<of>[a-z]+)\s*", re.IGNORECASE)

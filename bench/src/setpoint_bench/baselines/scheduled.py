@@ -1,4 +1,4 @@
-"""The scheduled controller: an open loop that narrows a model along a cubic schedule, by default all groups alike."""
+"""The scheduled controller: an open loop that narrows a model along a cubic schedule, by default all groups evenly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Movement pruning of whole units: the dense model, cut along a schedule by scores that training adds up."""
+"""Movement pruning of units: the dense model, cut along a schedule by scores that training adds up."""
 
 from __future__ import annotations
 
