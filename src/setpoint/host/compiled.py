@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import suppress
-from importlib import import_module
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,16 +17,14 @@ from setpoint.groups.group import Group
 
 Recompiled = Callable[[float, int], None]
 
-_SETTINGS: dict[tuple[str, str], Any] = {
-    ("torch._dynamo.config", "force_parameter_static_shapes"): False,
-    ("torch._dynamo.config", "force_nn_module_property_static_shapes"): False,
-    ("torch._dynamo.config", "allow_unspec_int_on_nn_module"): True,
-    ("torch.fx.experimental._config", "use_duck_shape"): False,
+_FLAGS = {
+    "force_parameter_static_shapes": False,
+    "force_nn_module_property_static_shapes": False,
+    "allow_unspec_int_on_nn_module": True,
 }
-"""Under these a parameter's size, and a number that a module holds, may be a symbol in code, one for each dim."""
-_LIMIT = ("torch._dynamo.config", "recompile_limit")
+"""Settings of Dynamo under which a parameter's size, and a number that a module holds, may be a symbol in code."""
 
-_before: dict[tuple[str, str], Any] = {}
+_before: dict[str, Any] = {}
 _holders: set[int] = set()
 
 
@@ -36,9 +33,9 @@ class Recompiling:
 
     By default Dynamo takes the sizes of parameters for constants, compiles all code again after each cut, and gives up
     after eight times. At the first cut in a process in which anything was compiled, its settings are changed to let
-    sizes be symbols, one for each dim, and the dims of all groups are marked: code compiles once more after the first
-    cut, and not after later ones, but for a width of 1 and operations that take a size as a number (the groups of a
-    group norm). The settings hold for the whole process, until the last loop that needs them ends or is dropped.
+    sizes be symbols, and the dims of all groups are marked: code compiles once more after the first cut, and not after
+    later ones, but for a width of 1 and operations that take a size as a number (the groups of a group norm). The
+    settings hold for the process, until the last loop that needs them ends or is dropped.
 
     What is compiled again after the first cut is taken for the cut's doing, as it cannot be distinguished from what a
     batch of another size would have made necessary. `recompiled` gets the seconds of each, and 1 if it counts, or 0; it
@@ -103,21 +100,23 @@ def _stop(begin: Callable[[Any], None], end: Callable[[Any], None], holder: int)
 
 
 def _hold(holder: int, num_groups: int) -> None:
+    from torch._dynamo import config
+
     if holder in _holders:
         return
     if not _holders:
-        _before.update({(where, name): getattr(import_module(where), name) for where, name in (*_SETTINGS, _LIMIT)})
+        _before.update({name: getattr(config, name) for name in (*_FLAGS, "recompile_limit")})
     _holders.add(holder)
-    limit = getattr(import_module(_LIMIT[0]), _LIMIT[1])
-    _set(_SETTINGS | {_LIMIT: limit + num_groups})  # where a size is a number in code, each group may compile it again
+    for name, value in _FLAGS.items():
+        setattr(config, name, value)
+    config.recompile_limit += num_groups  # where a size is a number in code, each group may compile it again
 
 
 def _release(holder: int) -> None:
+    from torch._dynamo import config
+
     if holder in _holders:
-        _holders.remove(holder)
-        _set({} if _holders else _before)
-
-
-def _set(values: Mapping[tuple[str, str], Any]) -> None:
-    for (where, name), value in values.items():
-        setattr(import_module(where), name, value)
+        _holders.discard(holder)
+        if not _holders:
+            for name, value in _before.items():
+                setattr(config, name, value)
