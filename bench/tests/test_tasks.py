@@ -602,11 +602,29 @@ def test_image_sets_are_decoded_once(name: str, data: Path, monkeypatch: pytest.
     assert len(source.splits(data)["validation"][0]) == NUM_IMAGES // 10
 
 
-@pytest.mark.parametrize("name", ["mnist", "cifar10", "cifar10-mini", "shakespeare", "shakespeare-mini"])
+@pytest.mark.parametrize("name", ["mnist", "cifar10", "cifar10-mini", "cifar10-mini-noisy", "shakespeare", "shakespeare-mini"])
 def test_missing_data(name: str, tmp_path: Path) -> None:
     """A named folder without the data is an error that names folder and option."""
     with pytest.raises(BenchError, match=r"from --data"):
         next(task_named(name, data=tmp_path).batches(0))
+
+
+def test_a_fifth_of_the_noisy_labels_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fifth of the noisy task's training labels are another class, always the same; nothing else differs."""
+    labels = torch.arange(1000) % 10
+    whole = {split: (torch.zeros(1000, 3, 16, 16), labels) for split in ("train", "validation", "test")}
+    monkeypatch.setattr(cifar10, "splits_16", lambda data: whole)
+    cifar10.splits_16_noisy.cache_clear()
+    first = cifar10.splits_16_noisy(None)
+    cifar10.splits_16_noisy.cache_clear()
+    again = cifar10.splits_16_noisy(None)
+    cifar10.splits_16_noisy.cache_clear()
+    noisy = first["train"][1]
+    assert int((noisy != labels).sum()) == 200
+    assert noisy.unique().tolist() == list(range(10))
+    assert torch.equal(noisy, again["train"][1])
+    assert all(first[split] is whole[split] for split in ("validation", "test"))
+    assert first["train"][0] is whole["train"][0]
 
 
 def test_a_data_folder_without_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -19,6 +21,8 @@ from setpoint_bench.simple_task import SimpleTask, smoothed_cross_entropy
 
 CIFAR10 = ImageSet("uoft-cs/cifar10", column="img", mode="RGB")
 NUM_TRAIN = 45_000
+NOISY = 5
+"""One training label in so many is wrong in the noisy task."""
 MEAN = (125.3, 123.0, 113.9)
 DEVIATION = (63.0, 62.1, 66.7)
 MINI = PlainFamily((32, 64, 64, 128, 128, 128), frozenset({1, 3, 5}))
@@ -74,10 +78,26 @@ def cifar10_mini(data: Path | None = None) -> SimpleTask:
     Args:
         data: folder that holds `uoft-cs/cifar10`, or None for the usual places.
     """
-    images = Images(splits_16, (3, 16, 16), NUM_TRAIN, MEAN, DEVIATION, shift=1, flip=True, folder=data)
+    return _mini("cifar10-mini", splits_16, data)
+
+
+@task("cifar10-mini-noisy")
+def cifar10_mini_noisy(data: Path | None = None) -> SimpleTask:
+    """CIFAR-10 at 16x16 with wrong labels on a fifth of the training images, to train on alone.
+
+    Uniform noise as in Zhang et al., "Understanding deep learning requires rethinking generalization", ICLR 2017.
+
+    Args:
+        data: folder that holds `uoft-cs/cifar10`, or None for the usual places.
+    """
+    return _mini("cifar10-mini-noisy", splits_16_noisy, data)
+
+
+def _mini(name: str, load: Callable[[Path | None], Splits], data: Path | None) -> SimpleTask:
+    """A task on the small images, in ten passes."""
+    images = Images(load, (3, 16, 16), NUM_TRAIN, MEAN, DEVIATION, shift=1, flip=True, folder=data)
     recipe = Recipe(steps=1, learning_rate=0.1, fall="linear", mixed=True)
-    made = SimpleTask("cifar10-mini", MINI, images, recipe, training_criterion=smoothed_cross_entropy)
-    return made.with_epochs(10)
+    return SimpleTask(name, MINI, images, recipe, training_criterion=smoothed_cross_entropy).with_epochs(10)
 
 
 def _task(name: str, family: Family, recipe: Recipe, data: Path | None, shift: int = 4) -> SimpleTask:
@@ -96,6 +116,17 @@ def splits(data: Path | None) -> Splits:
 def splits_16(data: Path | None) -> Splits:
     """The same, each square of four pixels averaged into one."""
     return {name: (_halved(images), labels) for name, (images, labels) in CIFAR10.splits(data).items()}
+
+
+@lru_cache(maxsize=1)
+def splits_16_noisy(data: Path | None) -> Splits:
+    """The small images; a fifth of the training labels are another class, drawn once for all seeds."""
+    images, labels = splits_16(data)["train"]
+    drawn = torch.Generator().manual_seed(0)
+    wrong = torch.randperm(len(labels), generator=drawn)[: len(labels) // NOISY]
+    noisy = labels.clone()
+    noisy[wrong] = (labels[wrong] + torch.randint(1, 10, (len(wrong),), generator=drawn)) % 10
+    return {**splits_16(data), "train": (images, noisy)}
 
 
 def _halved(images: Tensor) -> Tensor:
