@@ -602,7 +602,9 @@ def test_image_sets_are_decoded_once(name: str, data: Path, monkeypatch: pytest.
     assert len(source.splits(data)["validation"][0]) == NUM_IMAGES // 10
 
 
-@pytest.mark.parametrize("name", ["mnist", "cifar10", "cifar10-mini", "cifar10-mini-noisy", "shakespeare", "shakespeare-mini"])
+@pytest.mark.parametrize(
+    "name", ["mnist", "cifar10", "cifar10-mini", "cifar10-mini-noisy", "shakespeare", "shakespeare-mini"]
+)
 def test_missing_data(name: str, tmp_path: Path) -> None:
     """A named folder without the data is an error that names folder and option."""
     with pytest.raises(BenchError, match=r"from --data"):

@@ -81,9 +81,12 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Machine
     monkeypatch.setattr(costing, "_tape", recorded)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(table_file, "_seconds", lambda problem, point, device: made.operation(problem, point))
-    monkeypatch.setattr(
-        costing, "_timed", lambda make, widths, device, meter: made.copy_of_step(make.func, widths, meter)
-    )
+
+    def timed(make: Any, groups: tuple[Group, ...], device: Any, meter: Any, show: Any) -> Iterator[Any]:
+        for widths in costing._narrowing(groups):
+            yield widths, *made.copy_of_step(make.func, widths, meter)
+
+    monkeypatch.setattr(costing, "_timed", timed)
     monkeypatch.setattr(seconds_file, "_now", lambda synchronize: made.now)
     yield made
 

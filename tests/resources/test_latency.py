@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +12,23 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_flatten
 
+from setpoint.controller.ladder import lowest_width
 from setpoint.cost.cost import Cost
 from setpoint.errors import CostError
-from setpoint.groups.group import Group, widths_of
+from setpoint.groups.group import Group, Size, widths_of
 from setpoint.groups.trace import trace
+from setpoint.resources import costing
 from setpoint.resources import table as table_file
 from setpoint.resources.curve import Curve, points
 from setpoint.resources.energy import EnergyCost, fit_energy
 from setpoint.resources.latency import Fit, LatencyCost, fit_steps
 from setpoint.resources.lengths import trial_widths
-from setpoint.resources.problem import Problem, pose
+from setpoint.resources.problem import Problem, on_one_dim, pose
 from setpoint.resources.replica import replica
 from setpoint.resources.table import Table
-from setpoint.resources.tape import Tape, record
+from setpoint.resources.tape import Operand, Operation, Tape, record
 
 CPU = torch.device("cpu")
 
@@ -106,6 +110,51 @@ def test_a_table_is_timed_once(step: tuple[tuple[Group, ...], Tape], by_law: lis
     assert not by_law and second.total(widths_of(groups)) == first.total(widths_of(groups))
     Table(CPU, tmp_path).keep_fit(first.key, [1.0, 2.0, 3.0, 0.1])
     assert Table(CPU, tmp_path).fit(second.key) == [1.0, 2.0, 3.0, 0.1]
+
+
+def test_pointwise_operations_share_a_curve(
+    step: tuple[tuple[Group, ...], Tape], by_law: list[str], tmp_path: Path
+) -> None:
+    """The optimizer's operations are timed once each, not once for each shape, and follow their entries."""
+    groups, tape = step
+    by_name = {group.name: group for group in groups}
+    problems = [pose(operation, by_name) for operation in tape.operations]
+    steps = [problem for problem in problems if problem.operation.name == "addcdiv_"]
+    assert len({problem.key for problem in steps}) > 3  # weights and biases of several shapes
+    curves = Table(CPU, tmp_path).time(problems)
+    assert len({key for key in by_law if key.startswith("addcdiv_")}) == 1
+    for problem in steps:
+        curve = curves[problem.key]
+        assert curve is not None
+        for values in (problem.dense, tuple(axis.values[-1] for axis in problem.axes)):
+            assert curve.at(values) == pytest.approx(law(problem, values), rel=0.05, abs=5e-8)
+
+
+def test_a_broadcast_operand_keeps_an_operation_apart() -> None:
+    """A product with one factor per row has a curve of its own: its time does not follow from the entries alone."""
+    group, width = Group("a", "unit", 64, ()), Size(0, (("a", 1),))
+
+    def problem(rows: int) -> Problem:
+        whole, other = (Operand((Size(n), width), (0, 1), (), torch.float32) for n in (32, rows))
+        spec = tree_flatten(((whole, other), {}))[1]
+        return pose(Operation(torch.ops.aten.mul.Tensor, (whole, other), spec, (whole,)), {"a": group})
+
+    assert on_one_dim(problem(32)) is not None
+    assert on_one_dim(problem(1)) is None
+
+
+def test_whole_steps_are_timed_at_ever_narrower_widths() -> None:
+    """Each width vector is within blocks, nowhere wider than the one before, the first dense and the last the least."""
+    groups = (
+        Group("a", "unit", 100, (), min_units=5, multiple_of=8),
+        Group("b", "unit", 12, ()),
+        Group("c", "unit", 1, ()),
+    )
+    found = costing._narrowing(groups)
+    assert found[0] == widths_of(groups)
+    assert found[-1] == {group.name: lowest_width(group) for group in groups} == {"a": 8, "b": 1, "c": 1}
+    for wider, narrower in pairwise(found):
+        assert all(narrower[name] <= wider[name] for name in wider) and narrower["a"] % 8 == 0
 
 
 def test_a_table_from_elsewhere_is_refused(

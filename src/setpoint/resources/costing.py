@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from setpoint.actuator.cut import cut_groups
 from setpoint.controller.ladder import lowest_width
 from setpoint.cost.budget import METERED
 from setpoint.cost.cost import Cost
@@ -30,18 +30,27 @@ from setpoint.resources.latency import Fit, LatencyCost, fit_steps
 from setpoint.resources.lengths import trial_widths
 from setpoint.resources.live_bytes import peak_bytes
 from setpoint.resources.memory import MemoryCost
-from setpoint.resources.replica import replica
+from setpoint.resources.replica import first, replica
 from setpoint.resources.table import Table
 from setpoint.resources.tape import Tape, Trainee, record
 from setpoint.spending.seconds import Stopwatch
 from setpoint.under_way import under_way
 
-_LEAST_STEPS, _MOST_STEPS, _ENOUGH_S = 3, 50, 0.3
-_CALIBRATION_LIMIT_S = 20.0
+_MOST_STEPS, _ENOUGH_S = 50, 0.2
+_BANDS = ((0.6, 0.9), (0.35, 0.6), (0.15, 0.35))
+"""Densities of the groups where whole steps are timed between dense and the least."""
 _WORTH_KEEPING = 0.15
 """A fit with a larger error was made on a busy machine, and is made again next time."""
 
-Make = Callable[..., AbstractContextManager[Trainee]]
+
+class Narrowing(Trainee, Protocol):
+    """A copy that can become narrower."""
+
+    def narrow(self, groups: tuple[Group, ...], widths: Mapping[str, int]) -> tuple[Group, ...]:
+        """Cut its groups to these widths; gives the groups at them."""
+
+
+Make = Callable[..., AbstractContextManager[Narrowing]]
 """Called with widths by group and `data`, False for a copy whose tensors have no memory; gives that copy."""
 Reading = tuple[Mapping[str, int], float]
 """Widths, and what a step took there."""
@@ -110,7 +119,7 @@ def cost_out(
             costs["memory"] = memory = MemoryCost(tape)
             if device.type == "cpu":  # the allocator of a GPU counts the live model, too
                 off = []
-                for widths in _spread(groups)[2::2][:2]:
+                for widths in _narrowing(groups)[1:3]:
                     with make(widths, data=True) as copy:
                         off.append(abs(memory.total(widths) / peak_bytes(copy.step, copy.held()) - 1.0))
                 errors["memory"] = statistics.median(off)
@@ -174,17 +183,12 @@ def _calibrated(
     kept = table.fit(cost.key)
     if kept is not None and len(kept) == 4 and meter is None:
         return cost.fitted(Fit(*kept)), []
-    seconds, joules, began, spread = list[Reading](), list[Reading](), time.perf_counter(), _spread(groups)
+    seconds, joules = list[Reading](), list[Reading]()
     with under_way(f"timing whole steps ({cost.resource})") as show:
-        for number, widths in enumerate(spread):
-            if len(seconds) >= 4 and time.perf_counter() - began > _CALIBRATION_LIMIT_S:
-                break
-            show(number / len(spread))
-            taken = _timed(make, widths, table.device, meter)
-            if taken is not None:
-                seconds.append((widths, taken[0]))
-                if taken[1] is not None:
-                    joules.append((widths, taken[1]))
+        for widths, taken, spent in _timed(make, groups, table.device, meter, show):
+            seconds.append((widths, taken))
+            if spent is not None:
+                joules.append((widths, spent))
     if not seconds:
         raise CostError("no step of a copy of the model fits into memory here: use of='flops' or of='params'")
     fit = fit_steps(cost, seconds)
@@ -193,36 +197,65 @@ def _calibrated(
     return cost.fitted(fit), joules
 
 
-def _spread(groups: tuple[Group, ...]) -> list[dict[str, int]]:
-    """Widths to time whole steps at: dense, even cuts down to the least, and random ones."""
-    generator, lows = np.random.default_rng(0), {g.name: lowest_width(g) for g in groups}
+def _narrowing(groups: tuple[Group, ...]) -> list[dict[str, int]]:
+    """Widths to time whole steps at: dense, then each narrower than the one before, down to the least.
 
-    def even(density: float) -> dict[str, int]:
-        return {g.name: max(lows[g.name], round(density * g.num_units / g.multiple_of) * g.multiple_of) for g in groups}
+    Between the ends each group has its own density, so that products and all else do not shrink in proportion.
+    """
+    generator, found = np.random.default_rng(0), [widths_of(groups)]
+    for low, high in _BANDS:
+        density = {group.name: generator.uniform(low, high) for group in groups}
+        found.append({group.name: _near(group, density[group.name]) for group in groups})
+    return [*found, {group.name: lowest_width(group) for group in groups}]
 
-    random = [
-        {g.name: int(generator.choice(range(lows[g.name], g.num_units + 1, g.multiple_of))) for g in groups}
-        for _ in range(4)
-    ]
-    return [widths_of(groups), even(0.3), random[0], even(0.6), random[1], lows, *random[2:]]
+
+def _near(group: Group, density: float) -> int:
+    """The width of whole blocks nearest to this density."""
+    block = group.multiple_of
+    return max(lowest_width(group), min(group.num_units, round(density * group.num_units / block) * block))
 
 
 def _timed(
-    make: Make, widths: Mapping[str, int], device: torch.device, meter: EnergyMeter | None
-) -> tuple[float, float | None] | None:
-    """Seconds of a step at these widths (of a few), and joules; None if it does not fit into memory."""
+    make: Make,
+    groups: tuple[Group, ...],
+    device: torch.device,
+    meter: EnergyMeter | None,
+    show: Callable[[float], None],
+) -> Iterator[tuple[Mapping[str, int], float, float | None]]:
+    """Widths, seconds of a step there (of a few), and joules, on one copy that becomes narrower."""
+    narrowing = _narrowing(groups)
+    with ExitStack() as inside:
+        copy, left = None, groups
+        for number, widths in enumerate(narrowing):
+            show(number / len(narrowing))
+            try:
+                if copy is None:
+                    copy, left = (
+                        inside.enter_context(make(widths, data=True)),
+                        cut_groups(groups, first(groups, widths)),
+                    )
+                else:
+                    left = copy.narrow(left, widths)
+                found = _step(copy, device, meter)
+            except torch.OutOfMemoryError:  # narrower ones may fit
+                inside.close()
+                copy = None
+                continue
+            if found is not None:
+                yield widths, *found
+
+
+def _step(copy: Trainee, device: torch.device, meter: EnergyMeter | None) -> tuple[float, float | None] | None:
+    """Seconds of a step of this copy, and joules; None where the clock stood still."""
     watch = Stopwatch(synchronize=device.type == "cuda")
     times: list[float] = []
-    try:
-        with make(widths, data=True) as copy:
-            before_j = meter.read_j() if meter else None
-            while len(times) < _LEAST_STEPS or (len(times) < _MOST_STEPS and watch.seconds < _ENOUGH_S):
-                with watch:
-                    copy.step()
-                times.append(watch.last_seconds)
-            after_j = meter.read_j() if meter else None
-    except torch.OutOfMemoryError:
-        return None
+    copy.step()  # the first at a shape takes longer
+    before_j = meter.read_j() if meter else None
+    while watch.seconds < _ENOUGH_S and len(times) < _MOST_STEPS:
+        with watch:
+            copy.step()
+        times.append(watch.last_seconds)
+    after_j = meter.read_j() if meter else None
     spent_j = None if before_j is None or after_j is None or after_j <= before_j else (after_j - before_j) / len(times)
     read = sorted(seconds for seconds in times if seconds > 0)  # 0 where the clock ran backwards
     # The lower quartile: what else the machine does only ever makes a step longer.

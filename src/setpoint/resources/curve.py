@@ -29,6 +29,8 @@ def points(problem: Problem, *, coarse: bool) -> list[Point]:
     between them, and at a few places where two axes are small together. Anything else is measured on the
     diagonal only, because its time follows the bytes.
     """
+    if problem.by_entries:
+        return [(count,) for count in problem.axes[0].values]
     dense = problem.dense
     fractions = _COARSE if coarse else _FRACTIONS
     found = [dense]
@@ -76,13 +78,19 @@ class Curve:
     small. Profiles are linear between multiples of 16. A value between those lies above the line by a share of
     the way to the next multiple: 0 where time follows the length, 1 on a full stair, as the measured ones say.
     Anything else is linear in the bytes moved.
+
+    Args:
+        flat: the curve of the same operation on one dim, which stands for this one; then `seconds` is empty.
     """
 
     problem: Problem
     seconds: Mapping[Point, float]
+    flat: Curve | None = None
 
     def at(self, values: Point) -> float:
         """Seconds at these values of the axes."""
+        if self.flat is not None:
+            return self.flat.at((self.problem.num_entries(values),))
         exact = self.seconds.get(values)
         if exact is not None:
             return exact

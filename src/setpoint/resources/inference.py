@@ -16,7 +16,7 @@ from setpoint.groups.export import Example, inputs_of, untouched_attributes
 from setpoint.groups.group import Group
 from setpoint.groups.rng import preserved_rng_state
 from setpoint.resources.median import Measured, median_of
-from setpoint.resources.replica import fresh_replica, strip, users_hooks
+from setpoint.resources.replica import Replica, fresh_replica, strip, users_hooks
 from setpoint.spending.seconds import Stopwatch
 
 _LEAST_PASSES, _MOST_PASSES, _ENOUGH_S = 5, 30, 0.2
@@ -53,6 +53,10 @@ class Inference:
         )
         with torch.no_grad(), casting:
             self.model(*self.args, **self.kwargs)
+
+    def narrow(self, groups: tuple[Group, ...], widths: Mapping[str, int]) -> tuple[Group, ...]:
+        """Cut the groups of this copy to these widths; gives the groups at them."""
+        return Replica(self.model, (), self.args, self.kwargs).narrow(groups, widths)
 
     def held(self) -> Sequence[Tensor]:
         """Tensors that live between passes: weights, buffers, inputs."""

@@ -18,6 +18,11 @@ from setpoint.resources.tape import Operand, Operation
 
 _CONTRACTIONS = ("conv", "mm", "addmv", "mv", "dot", "linear", "attention", "einsum", "lstm", "gru", "rnn")
 _MAX_AXES = 3
+_ENTRIES = "entries"
+_COUNTS = tuple(4**power for power in range(4, 14))
+"""Lengths at which an operation on one dim is timed."""
+_SMALL = 4**9
+"""Up to here it is timed at one length more than needed; beyond, time is in proportion to the length."""
 
 
 @dataclass(frozen=True)
@@ -35,17 +40,23 @@ class Problem:
     Args:
         key: the same for problems that take the same time.
         contraction: whether time follows the product of the lengths rather than the bytes moved.
+        by_entries: whether it is an operation on one dim of any length, which stands for all shapes.
     """
 
     operation: Operation
     axes: tuple[Axis, ...]
     key: str
     contraction: bool
+    by_entries: bool = False
 
     @property
     def dense(self) -> tuple[int, ...]:
         """The dense value of each axis."""
         return tuple(axis.values[0] for axis in self.axes)
+
+    def num_entries(self, values: Sequence[int]) -> int:
+        """Entries of the first output at these values of the axes."""
+        return math.prod(self._kept(self.operation.outputs[0], values))
 
     def num_bytes(self, values: Sequence[int]) -> float:
         """Bytes read and written at these values of the axes."""
@@ -109,6 +120,37 @@ def pose(operation: Operation, groups: Mapping[str, Group]) -> Problem:
     words += [repr(axis.values) for axis in axes]
     key = hashlib.sha256("|".join(words).encode()).hexdigest()[:32]
     return Problem(operation, axes, f"{operation.name}:{key}", contraction)
+
+
+def on_one_dim(problem: Problem) -> Problem | None:
+    """The same operation on tensors of one dim, if its time follows the number of entries alone; else None.
+
+    This holds for pointwise operations whose operands have as many entries as the result, in the same order, or one.
+    The steps of an optimizer are such operations, on as many shapes as there are weights.
+    """
+    operation, outputs = problem.operation, problem.operation.outputs
+    if torch.Tag.pointwise not in operation.target.tags or len(outputs) != 1:
+        return None
+    whole, entry = outputs[0], Size(0, ((_ENTRIES, 1),))
+    leaves: list[Any] = []
+    for leaf in operation.leaves:
+        if isinstance(leaf, Operand):
+            same = sorted(map(repr, leaf.shape)) == sorted(map(repr, whole.shape)) and leaf.order == whole.order
+            if (not same and leaf.shape) or leaf.expanded:
+                return None
+            leaves.append(Operand((entry,) * bool(leaf.shape), (0,) * bool(leaf.shape), (), leaf.dtype))
+        elif isinstance(leaf, Size):
+            return None
+        else:
+            leaves.append(leaf)
+    most = problem.num_entries(problem.dense)
+    counts = [count for count in _COUNTS if count <= most or count < min(4 * most, _SMALL)] or _COUNTS[:1]
+    axes = (Axis(entry, tuple(reversed(counts))),)
+    out = Operand((entry,), (0,), (), whole.dtype)
+    words = [str(operation.target), *(_describe(leaf, axes) for leaf in (*leaves, out))]
+    key = hashlib.sha256("|".join(words).encode()).hexdigest()[:32]
+    flat = Operation(operation.target, tuple(leaves), operation.spec, (out,))
+    return Problem(flat, axes, f"{operation.name}:entries:{key}", contraction=False, by_entries=True)
 
 
 def _values(size: Size, groups: Mapping[str, Group]) -> tuple[int, ...]:

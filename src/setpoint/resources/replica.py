@@ -46,6 +46,10 @@ class Replica:
             for optimizer in self.optimizers:
                 optimizer.zero_grad()
 
+    def narrow(self, groups: tuple[Group, ...], widths: Mapping[str, int]) -> tuple[Group, ...]:
+        """Cut the groups of this copy to these widths; gives the groups at them."""
+        return shrink(self.model, self.optimizers, groups, first(groups, widths))
+
     def held(self) -> list[Tensor]:
         """Tensors that live between steps: weights, buffers, optimizer state, inputs."""
         state = [dict(optimizer.state) for optimizer in self.optimizers]
@@ -55,6 +59,11 @@ class Replica:
 
 def _real(out: Tensor) -> Tensor:
     return torch.view_as_real(out) if out.is_complex() else out.float()
+
+
+def first(groups: tuple[Group, ...], widths: Mapping[str, int]) -> dict[str, np.ndarray]:
+    """The choice that keeps the first units of each group, so many."""
+    return {group.name: np.arange(group.num_units) < widths[group.name] for group in groups}
 
 
 @contextmanager
@@ -84,7 +93,6 @@ def fresh_replica(
     data: bool,
 ) -> Iterator[Replica]:
     """A copy of a model in training, cut to these widths, before its first step; without `data` it has no memory."""
-    keep = {group.name: np.arange(group.num_units) < widths[group.name] for group in groups}
     with ExitStack() as inside:
         mode = None if data else FakeTensorMode(allow_non_fake_inputs=True)
         memo: dict[int, Any] = {key: _copied(tensor, mode) for key, tensor in computed(model).items()}
@@ -103,7 +111,7 @@ def fresh_replica(
         inside.enter_context(torch.enable_grad())
         for trainer in trainers:
             trainer.zero_grad()
-        shrink(twin, trainers, groups, keep)
+        made.narrow(groups, widths)
         yield made
 
 

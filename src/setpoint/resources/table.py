@@ -19,13 +19,13 @@ import torch
 
 from setpoint.cache import cache_folder
 from setpoint.resources.curve import Curve, Point, points
-from setpoint.resources.problem import Problem
+from setpoint.resources.problem import Problem, on_one_dim
 from setpoint.spending.seconds import Stopwatch
 from setpoint.under_way import under_way
 
 FORMAT = 1
 _ROUNDS = 3
-_LEAST_SECONDS = 1e-3
+_LEAST_SECONDS = 5e-4
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -108,23 +108,39 @@ class Table:
         self._fits[key] = list(values)
         self._write()
 
-    def time(self, problems: Sequence[Problem], limit_s: float = 30.0) -> dict[str, Curve | None]:
+    def time(self, problems: Sequence[Problem], limit_s: float = 4.0) -> dict[str, Curve | None]:
         """Curves of these problems by key, timed now unless the table knows them.
 
         Rounds over all points are repeated up to three times, while they fit into the limit, and the least time
         of a point counts: what disturbs a measurement only ever adds to it. Where even one round would take
-        longer, fewer points are measured.
+        longer, fewer points are measured. Pointwise operations share one curve, by the number of entries.
 
         Returns:
             None for a problem that does not run by itself.
         """
         wanted = {problem.key: problem for problem in problems}
-        new = [problem for key, problem in wanted.items() if key not in self._seconds]
+        flat = {key: on_one_dim(problem) for key, problem in wanted.items()}
+        needed: dict[str, Problem] = {}
+        for key, problem in wanted.items():
+            timed = flat[key] or problem
+            if timed.key not in needed or timed.dense > needed[timed.key].dense:
+                needed[timed.key] = timed
+        new = [problem for problem in needed.values() if self._lacks(problem)]
         if new:
             self._time(new, limit_s)
             self._write()
-        known = {key: self._seconds[key] for key in wanted}
-        return {key: Curve(problem, known[key]) if known[key] else None for key, problem in wanted.items()}
+        curves = {key: Curve(problem, self._seconds[key]) for key, problem in needed.items() if self._seconds[key]}
+        found: dict[str, Curve | None] = {}
+        for key, problem in wanted.items():
+            alone = flat[key]
+            curve = curves.get(key if alone is None else alone.key)
+            found[key] = curve if curve is None or alone is None else Curve(problem, {}, curve)
+        return found
+
+    def _lacks(self, problem: Problem) -> bool:
+        """Whether a problem was not timed, or on one dim not up to such a length."""
+        known = self._seconds.get(problem.key)
+        return known is None or (problem.by_entries and bool(known) and max(known) < problem.dense)
 
     def _time(self, problems: Sequence[Problem], limit_s: float) -> None:
         began = time.perf_counter()
@@ -132,14 +148,17 @@ class Table:
             first = {}
             for number, problem in enumerate(problems):
                 first[problem.key] = _seconds(problem, problem.dense, self.device)
-                self._seconds[problem.key] = {}
+                known = first[problem.key]
+                self._seconds[problem.key] = {} if known is None else {problem.dense: known}
                 show(0.1 * (number + 1) / len(problems))
             running = [problem for problem in problems if first[problem.key] is not None]
             jobs = self._jobs(running, first, limit_s)
             for number in range(_ROUNDS):
                 for done, (problem, point) in enumerate(jobs):
-                    seconds = _seconds(problem, point, self.device)
                     before = self._seconds[problem.key].get(point)
+                    if before is not None and number == 0:
+                        continue
+                    seconds = _seconds(problem, point, self.device)
                     if seconds is not None:
                         self._seconds[problem.key][point] = seconds if before is None else min(seconds, before)
                     elapsed = time.perf_counter() - began
@@ -168,7 +187,7 @@ def _seconds(problem: Problem, point: Point, device: torch.device) -> float | No
                 problem.operation.target(*args, **kwargs)
             calls = max(1, min(50, int(_LEAST_SECONDS / max(watch.last_seconds, 1e-7))))
             best = float("inf")
-            for _ in range(2):
+            for _ in range(2 if calls > 1 else 1):
                 with watch:
                     for _ in range(calls):
                         problem.operation.target(*args, **kwargs)
@@ -181,7 +200,7 @@ def _seconds(problem: Problem, point: Point, device: torch.device) -> float | No
 def seconds_per_byte(curves: Sequence[Curve]) -> float:
     """Median over operations that move bytes and do little else; for those that could not be timed."""
     rates = [
-        curve.seconds[curve.problem.dense] / curve.problem.num_bytes(curve.problem.dense)
+        curve.at(curve.problem.dense) / curve.problem.num_bytes(curve.problem.dense)
         for curve in curves
         if not curve.problem.contraction and curve.problem.num_bytes(curve.problem.dense) > 1e5
     ]
