@@ -92,10 +92,9 @@ def test_group_that_costs_nothing() -> None:
     assert ProductCost("params", ()).total({"a": 1}) == 0.0
 
 
-def test_term_names_its_groups() -> None:
-    """A term knows which groups it follows."""
+def test_a_term_is_a_product_of_lengths() -> None:
+    """A term multiplies its lengths, of which each follows one group, several or none."""
     term = Term(1.0, (Size(1, (("a", 2), ("b", 1))), Size(3), Size(0, (("b", 1), ("c", 4)))))
-    assert term.groups() == {"a", "b", "c"}
     assert term.at({"a": 1, "b": 2, "c": 3}) == 5 * 3 * 14
 
 

@@ -34,11 +34,7 @@ class Term:
 
     def at(self, widths: Mapping[str, int]) -> float:
         """Value of the term at these widths."""
-        return self.coefficient * math.prod(size.at(widths) for size in self.sizes)
-
-    def groups(self) -> frozenset[str]:
-        """Names of the groups whose widths the term depends on."""
-        return frozenset(name for size in self.sizes for name, _ in size.parts)
+        return self.coefficient * math.prod([size.at(widths) for size in self.sizes])
 
 
 class ProductCost:
@@ -59,7 +55,7 @@ class ProductCost:
         self.terms = tuple(Term(coefficient, sizes) for sizes, coefficient in merged.items())
         self._terms_of: dict[str, tuple[Term, ...]] = {}
         for term in self.terms:
-            for name in term.groups():
+            for name in {name for size in term.sizes for name, _ in size.parts}:
                 self._terms_of[name] = (*self._terms_of.get(name, ()), term)
 
     def total(self, widths: Mapping[str, int]) -> float:
@@ -69,5 +65,4 @@ class ProductCost:
     def saving(self, widths: Mapping[str, int], group: str, num_units: int) -> float:
         """`total(widths) - total(widths with num_units fewer units in group)`; O(terms of the group)."""
         fewer = {**widths, group: widths[group] - num_units}
-        terms = self._terms_of.get(group, ())
-        return sum(term.at(widths) - term.at(fewer) for term in terms)
+        return sum([term.at(widths) - term.at(fewer) for term in self._terms_of.get(group, ())])
