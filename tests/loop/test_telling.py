@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -261,3 +263,24 @@ def test_a_summary_goes_through_json(whole: Whole) -> None:
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert setpoint.Summary(**found) == whole.summary
     assert replace(whole.summary, final_loss=float("nan")).to_dict()["final_loss"] is None
+
+
+@pytest.mark.parametrize(
+    ("end", "told"),
+    [("pass", True), ("loop.finish()", False), ("loop.detach()", False), ("raise ValueError", False)],
+    ids=["forgotten", "finished", "detached", "failed"],
+)
+def test_a_forgotten_finish_is_told_at_the_end_of_the_process(end: str, told: bool) -> None:
+    """A run that nobody finished is warned of when the process ends, unless an exception ended it."""
+    code = f"""
+import torch, setpoint
+model = torch.nn.Sequential(torch.nn.Linear(4, 32), torch.nn.ReLU(), torch.nn.Linear(32, 2))
+optimizer = torch.optim.SGD(model.parameters(), 0.1)
+loop = setpoint.attach(model, optimizer, 0.5, total_steps=1, example=(torch.randn(4, 4),), verify=False)
+model(torch.randn(4, 4)).sum().backward()
+optimizer.step()
+{end}
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == (end == "raise ValueError"), run.stderr
+    assert ("a run was not finished" in run.stderr) is told

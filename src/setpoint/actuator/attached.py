@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import sys
+import warnings
 from weakref import WeakSet
 
 from torch import nn
@@ -34,3 +37,14 @@ def _at_work(model: nn.Module) -> set[nn.Module]:
     """Models with a loop that are this one, a part of it, or what it is a part of."""
     parts = set(model.modules())
     return {other for other in ATTACHED if other in parts or model in set(other.modules())}
+
+
+@atexit.register
+def _warn_of_unfinished() -> None:
+    """Say at the end of the process that a run has not been finished; an exception has been said already."""
+    if ATTACHED and getattr(sys, "last_value", None) is None:
+        warnings.warn(
+            "the process ends, and a run was not finished: whether it met its budget was not checked. Call "
+            "loop.finish() after the last step; it returns the summary",
+            stacklevel=2,
+        )
