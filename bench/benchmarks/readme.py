@@ -12,6 +12,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -26,14 +27,14 @@ from tables.costs import (
     real_budgets_table,
     soak_table,
 )
-from tables.discovery import coverage_table, discovery_table, models_cut_table, suites_table
+from tables.discovery import coverage_table, discovery_table, models_cut_row, models_cut_table, suites_table
 from tables.gpu import gpu_table
 from tables.law import (
     calibration_runs_table,
     law_table,
     measured_table,
     optimal_line,
-    over_trained_table,
+    over_trained_row,
     write_law_picture,
 )
 from tables.methods import (
@@ -52,6 +53,7 @@ from tables.methods import (
     tuning_table,
     validation_table,
 )
+from tables.reference import reference_table
 from tables.states import mamba2_table, moments_table, ssm_table, state_regrowth_table, states_table
 from tables.variants import ablation_table, calibration_table, even_table, feedback_table, price_table, returns_table
 
@@ -76,8 +78,13 @@ _DOCS = (
     "when-it-pays.md",
     "gpu.md",
 )
+RINGS = ("use", "tune", "extend")
 TASKS = ROOT / "docs" / "tasks"
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in _DOCS))
+PAGES = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / name for name in _DOCS),
+    *(ROOT / "docs" / "api" / f"{ring}.md" for ring in RINGS),
+)
 MARKER = re.compile(r"(<!-- results:(?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 PICTURES = {name: ROOT / "docs" / "pictures" / f"{name}.svg" for name in ("run", "finetune", "cifar10-mini", "law")}
 MOVING = "Fine-tuning an image network to a quarter of its FLOPs"
@@ -94,6 +101,7 @@ def filled(text: str) -> str:
     def fill(match: re.Match[str]) -> str:
         name = match["name"]
         made: dict[str, Callable[[], str]] = {
+            **{f"api-{ring}": partial(reference_table, ROOT / "docs" / "api" / f"{ring}.md") for ring in RINGS},
             "suites": lambda: suites_table(RESULTS / "coverage"),
             "discovery": lambda: discovery_table(RESULTS / "discovery.json"),
             "coverage": lambda: coverage_table(RESULTS / "coverage" / "torch_pruning.json"),
@@ -110,7 +118,14 @@ def filled(text: str) -> str:
             "law-measured": lambda: measured_table(RESULTS / "law-language.json", RESULTS / "law.json"),
             "law-optimal": lambda: optimal_line(RESULTS / "law-language.json"),
             "gpu": lambda: gpu_table(RESULTS / "gpu.json"),
-            "over-trained": lambda: over_trained_table(RESULTS / "law-language.json"),
+            "also": lambda: "\n".join(
+                [
+                    "| also measured | Setpoint | rival | gain |",
+                    "|---|---:|---:|---:|",
+                    over_trained_row(RESULTS / "law-language.json"),
+                    models_cut_row(RESULTS / "coverage" / "torch_pruning.json"),
+                ]
+            ),
             "law-calibration": lambda: calibration_runs_table(RESULTS / "law-language.json"),
             "soak": lambda: soak_table(RESULTS / "soak.json"),
             "bench-quick": lambda: bench_quick_table(RESULTS / "bench-quick.json"),

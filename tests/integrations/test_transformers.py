@@ -107,9 +107,9 @@ def test_trainer_resumes_bit_for_bit(kind: str, tmp_path: Path) -> None:
     assert callback.summary is not None and callback.summary.budget_met and callback.summary.resizes >= 2
     assert whole.optimizer.state_dict()["state"][0]["exp_avg"].shape == next(iter(whole.model.parameters())).shape
     logs = [row for row in whole.state.log_history if "loss" in row]
-    kept = [name for name in callback.loop.metrics() if not name.startswith("width/")]
-    assert logs and all(f"setpoint/{name}" in row for row in logs for name in kept)
-    assert not any("width/" in name for row in logs for name in row)
+    ratios = {name for name in callback.loop.metrics() if name.startswith("cost_ratio/")}
+    kept = {f"setpoint/{name}" for name in ("budget_met", "units", "overhead_flops_ratio", *ratios)}
+    assert logs and all({name for name in row if name.startswith("setpoint/")} == kept for row in logs)
     cuts = [entry.step for entry in callback.loop.ledger if entry.dropped]
     assert min(cuts) > 1 and any(min(cuts) <= step < max(cuts) for step in range(3, STEPS, 3))
     for step in (3, 6, 15):

@@ -76,6 +76,13 @@ def models_cut_table(path: Path) -> str:
     )
 
 
+def models_cut_row(path: Path) -> str:
+    """The same as a row beside a rival."""
+    models = json.loads(path.read_text(encoding="utf-8"))["models"]
+    ours, theirs = (sum(record[library]["passed"] for record in models) for library in LIBRARIES)
+    return f"| models cut, and trained on, of {len(models)} | {ours} | {theirs}, Torch-Pruning | |"
+
+
 def _coverage_row(suite: str, library: str, records: list[dict[str, Any]]) -> str:
     outcomes = [record[library] for record in records]
     seconds = [each["seconds"] for each in outcomes if each["seconds"] is not None]

@@ -156,21 +156,15 @@ def measured_table(file: Path, predicted: Path) -> str:
     return "\n".join([*lines, "", made_on(data)])
 
 
-def over_trained_table(file: Path) -> str:
-    """Setpoint's runs at the largest r that was measured, beside the small model."""
+def over_trained_row(file: Path) -> str:
+    """Setpoint's run from the least start at the largest r that was measured, beside the small model, as a row."""
     arms = [arm for arm in arms_of(json.loads(file.read_text(encoding="utf-8"))) if arm.arm == "setpoint"]
     largest = max(arm.ratio for arm in arms)
-    lines = [
-        f"| small language model, {largest:g} times its optimal data, nats per byte (less is better) | Setpoint "
-        "| small from the start | gain | seeds |",
-        "|---|---:|---:|---:|---:|",
-    ]
-    for arm in sorted((arm for arm in arms if arm.ratio == largest), key=lambda arm: arm.start):
-        losses = (f"**{loss:.3f}**" if arm.gain.clear and loss < other else f"{loss:.3f}"
-                  for loss, other in ((arm.loss, arm.small), (arm.small, arm.loss)))  # fmt: skip
-        name = f"begun at {arm.start:g} times the size"
-        lines.append(f"| {name} | {' | '.join(losses)} | {_with_interval(arm.gain, 3)} | {arm.gain.num} |")
-    return "\n".join(lines)
+    arm = min((arm for arm in arms if arm.ratio == largest), key=lambda arm: arm.start)
+    return (
+        f"| very small language model at {largest:g} times its optimal data, nats per byte | {arm.loss:.3f} "
+        f"| {arm.small:.3f}, small from the start | {_with_interval(arm.gain, 3)} |"
+    )
 
 
 def _with_interval(gain: Difference, digits: int = 4) -> str:

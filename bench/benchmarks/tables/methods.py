@@ -118,11 +118,11 @@ def _setpoint_rows(root: Path) -> Iterator[tuple[Row, dict[str, Row]]]:
 
 
 def _best_cut_after(ours: Row, beside: Mapping[str, Row]) -> Row | None:
-    """The best method with as many seeds that cuts units after training."""
+    """The best method that cuts units after training; one seed is too few beside several."""
     after = [
         row
         for row in beside.values()
-        if row.family == "post-training" and row.density is None and row.num_seeds >= ours.num_seeds
+        if row.family == "post-training" and row.density is None and row.num_seeds >= min(ours.num_seeds, 2)
     ]
     best = sorted(after, key=lambda row: row.value.mean, reverse=ours.metric == "accuracy")
     return best[0] if best else None
@@ -133,50 +133,54 @@ def _mean_text(row: Row) -> str:
     return re.sub(r" ± [\d.]+", "", metric_text(row)) + " (one seed)" * (row.num_seeds == 1)
 
 
-FINE_TUNED = {
-    "resnet56": ("ResNet-56", "resnet20"),
-    "banking77": ("MiniLM-L6", "banking77-three-layers"),
+PRETRAINED = {
     "clothing": ("EfficientNet-Lite0", ""),
-    "finetune": ("image network", ""),
-    "finetune-text": ("sentence model", ""),
+    "banking77": ("MiniLM-L6", "banking77-three-layers"),
+    "resnet56": ("ResNet-56", "resnet20"),
 }
 """By results folder what a table calls the model, and the folder of the small pretrained model where there is one."""
 
 
 def readme_table(root: Path) -> str:
-    """Fine-tuning on test data: Setpoint beside the dense model and the best of each kind of rival, wins first."""
-    found: list[tuple[float, str]] = []
-    for folder, (words, pretrained) in FINE_TUNED.items():
+    """Fine-tuning real pretrained models, on test data: one column a model, the best of a budget in bold."""
+    columns = []
+    for folder, (_, small) in PRETRAINED.items():
         rows = [row for row in summary_rows(read_results(root / folder)) if row.density is None]
-        dense = next(row for row in rows if row.method == "dense")
-        for ours in (row for row in rows if row.method == SETPOINT):
-            beside = [row for row in rows if row.budget == ours.budget and row.num_seeds >= ours.num_seeds]
-            values = [ours.value.mean] + [
-                max((row.value.mean for row in beside if row.family == family), default=math.nan)
-                for family in ("open-loop", "post-training")
-            ]
-            if pretrained:
-                values.append(next(iter(summary_rows(read_results(root / pretrained)))).value.mean)
-            else:
-                values.append(next((row.value.mean for row in beside if row.method == "small-long"), math.nan))
-            best = percent(max(value for value in values if not math.isnan(value)))
-            shown = [NOTHING if math.isnan(each) else percent(each) for each in values]
-            shown = [f"**{each}**" if each == best else each for each in shown]
-            shown[-1] += ", pretrained" * bool(pretrained)
-            cells = (
-                words,
-                percent(ours.budget),
-                percent(dense.value.mean),
-                *shown,
-                percent(ours.train_flops_ratio),
-                f"{ours.num_seeds}",
-            )
-            found.append((values[0] - max(each for each in values[1:] if not math.isnan(each)), " | ".join(cells)))
+        columns.append(_pretrained_column(rows, small and root / small))
     lines = [
-        "| model | FLOPs | dense | Setpoint | open loop | cut after | small | training FLOPs | seeds |",
-        f"|---|{'---:|' * 8}",
+        f"| accuracy on test data | {' | '.join(words for words, _ in PRETRAINED.values())} |",
+        f"|---|{'---:|' * len(columns)}",
     ]
-    return "\n".join([*lines, *(f"| {text} |" for _, text in sorted(found, reverse=True))])
+    return "\n".join(lines + [f"| {name} | {' | '.join(each[name] for each in columns)} |" for name in columns[0]])
+
+
+def _pretrained_column(rows: Sequence[Row], small: Path | str) -> dict[str, str]:
+    """The accuracies of one model, by what they are of."""
+    dense = next(row for row in rows if row.method == "dense")
+    found = {"dense, fine-tuned": _with_seeds(dense)}
+    for budget, words in ((0.5, "half of the FLOPs"), (0.25, "a quarter")):
+        here = [row for row in rows if row.budget == budget]
+        kinds = {"Setpoint": SETPOINT, "open loop": "open-loop", "cut after training": "post-training"}
+        best = {
+            kind: max((row for row in here if row.family == family), key=lambda row: row.value.mean, default=None)
+            for kind, family in kinds.items()
+        }
+        most = percent(max(row.value.mean for row in best.values() if row is not None))
+        for kind, row in best.items():
+            text = NOTHING if row is None else _with_seeds(row)
+            found[f"{words}: {kind}"] = f"**{text}**" if text.startswith(most) else text
+    found["small pretrained model"] = NOTHING
+    if small:
+        row = next(iter(summary_rows(read_results(Path(small)))))
+        share = (row.final_flops or math.nan) / (dense.final_flops or math.nan)
+        found["small pretrained model"] = f"{_with_seeds(row)}, {percent(share)} of the FLOPs"
+    spent = [percent(row.train_flops_ratio) for row in rows if row.method == SETPOINT]
+    found["training FLOPs of Setpoint"] = " and ".join(sorted(spent, reverse=True))
+    return found
+
+
+def _with_seeds(row: Row) -> str:
+    return f"{percent(row.value.mean)} ({row.num_seeds})"
 
 
 def ahead_table(root: Path, *, split: str = "test") -> str:

@@ -25,13 +25,16 @@ try:
 except ImportError as error:
     raise ImportError("setpoint.integrations.transformers needs transformers: pip install transformers") from error
 
+_LOGGED = ("budget_met", "units", "overhead_flops_ratio")
+
 
 class SetpointCallback(TrainerCallback):  # type: ignore[misc]
     """Prunes the model of a `Trainer` while it trains.
 
     Steps, inputs, accumulation and mixed precision are the Trainer's own. Its checkpoints carry sizes and the loop's
-    state, so that `resume_from_checkpoint` goes on and `load_best_model_at_end` works; what the loop measures is logged
-    with the Trainer's logs, under `setpoint/`. Widths of groups are left to `log_to(callback.loop, ...)`.
+    state, so that `resume_from_checkpoint` goes on and `load_best_model_at_end` works. The Trainer's logs hold under
+    `setpoint/` how many units there are, what a step costs as a share of dense, the share of Setpoint's own work, and
+    whether the budget is met; `log_to(callback.loop, ...)` logs all that the loop measures.
 
     Args:
         budget: as `attach` takes it: 0.5 is half of the dense model's FLOPs.
@@ -95,7 +98,7 @@ class SetpointCallback(TrainerCallback):  # type: ignore[misc]
         """Add what the loop measures to what the Trainer logs."""
         if self.loop is not None and logs is not None and "loss" in logs:
             found = self.loop.metrics().items()
-            metrics = {f"setpoint/{name}": value for name, value in found if not name.startswith("width/")}
+            metrics = {f"setpoint/{name}": value for name, value in found if name in _LOGGED or "cost_ratio/" in name}
             logs.update(metrics)
             if state.log_history:
                 state.log_history[-1].update(metrics)
