@@ -22,10 +22,12 @@ from tables.costs import (
     compiled_table,
     distributed_table,
     frameworks_table,
+    growth_table,
     overhead_table,
     predictions_table,
     real_budgets_table,
     soak_table,
+    widths_table,
 )
 from tables.discovery import coverage_table, discovery_table, models_cut_row, models_cut_table, suites_table
 from tables.gpu import gpu_table
@@ -130,6 +132,8 @@ def filled(text: str) -> str:
             "soak": lambda: soak_table(RESULTS / "soak.json"),
             "bench-quick": lambda: bench_quick_table(RESULTS / "bench-quick.json"),
             "compiled": lambda: compiled_table(RESULTS / "compiled.json"),
+            "growth": lambda: growth_table(RESULTS / "growth.json"),
+            "widths": lambda: widths_table(RESULTS / "widths.json"),
             "attach": lambda: attach_table(RESULTS / "attach.json"),
             "states": lambda: states_table(RESULTS / "smnist-196"),
             "calibration": lambda: calibration_table(RESULTS / "calibration.json"),

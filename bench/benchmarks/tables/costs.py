@@ -225,6 +225,42 @@ def _seconds_and_steps(found: Mapping[str, Any]) -> str:
     return f"{shown}, {found['steps_median']:.1f} steps ({low:.1f} to {high:.1f})"
 
 
+def growth_table(path: Path) -> str:
+    """Discovery, a decision and a cut against depth and width, and the line through the depths."""
+    if not path.exists():
+        return "Not measured yet."
+    data = json.loads(path.read_text(encoding="utf-8"))
+    lines = ["| layers | width | parameters | groups | units | discovery | decision | cut |", f"|{'---:|' * 8}"]
+    for row in data["models"]:
+        seconds = [duration(row[f"{kind}_s"]) for kind in ("discovery", "decision", "cut")]
+        sizes = [f"{row['layers']}", f"{row['width']:,}", human(row["params"]), f"{row['groups']}", f"{row['units']:,}"]
+        lines.append(f"| {' | '.join([*sizes, *seconds])} |")
+    deep = [row for row in data["models"] if row["width"] == data["models"][0]["width"]]
+    fitted = [
+        f"{kind} {duration(slope)} a layer"
+        for kind in ("discovery", "decision", "cut")
+        for slope, _ in [statistics.linear_regression([r["layers"] for r in deep], [r[f"{kind}_s"] for r in deep])]
+    ]
+    return "\n".join([*lines, "", f"Least squares over the depths: {', '.join(fitted)}. {made_on(data)}"])
+
+
+def widths_table(path: Path) -> str:
+    """Seconds of a step at Setpoint's widths and at even widths of the same FLOPs."""
+    if not path.exists():
+        return "Not measured yet."
+    data = json.loads(path.read_text(encoding="utf-8"))
+    lines = ["| task | budget | FLOPs, even | FLOPs, Setpoint | step, even | step, Setpoint | Setpoint / even |"]
+    lines.append(f"|---|{'---:|' * 6}")
+    for row in data["rows"]:
+        flops, seconds = row["flops"], {arm: statistics.median(each) for arm, each in row["step_seconds"].items()}
+        shares = [f"{100 * flops[arm] / flops['dense']:.1f} %" for arm in ("even", "Setpoint")]
+        times = [f"{100 * seconds[arm] / seconds['dense']:.1f} %" for arm in ("even", "Setpoint")]
+        ratio = f"{row['ratio']:.2f} ({min(row['ratios']):.2f} to {max(row['ratios']):.2f})"
+        lines.append(f"| {row['task']} | {100 * row['budget']:g} % | {' | '.join([*shares, *times, ratio])} |")
+    about = f"Median of the ratios: {data['median_ratio']:.2f}. FLOPs and seconds of a step are shares of dense."
+    return "\n".join([*lines, "", f"{about} {made_on(data)}"])
+
+
 def frameworks_table(path: Path) -> str:
     """By framework, the lines that are added to its script, and what works; each cell is so many tests that passed."""
     if not path.exists():
