@@ -39,7 +39,9 @@ from tables.law import (
     over_trained_row,
     write_law_picture,
 )
+from tables.lost import write_lost_picture
 from tables.methods import (
+    PRETRAINED,
     ahead_table,
     apart_table,
     goals_table,
@@ -88,7 +90,8 @@ PAGES = (
     *(ROOT / "docs" / "api" / f"{ring}.md" for ring in RINGS),
 )
 MARKER = re.compile(r"(<!-- results:(?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-PICTURES = {name: ROOT / "docs" / "pictures" / f"{name}.svg" for name in ("run", "finetune", "cifar10-mini", "law")}
+DRAWN = ("run", "finetune", "cifar10-mini", "law", *(f"lost-{name}" for name in PRETRAINED))
+PICTURES = {name: ROOT / "docs" / "pictures" / f"{name}.svg" for name in DRAWN}
 MOVING = "Fine-tuning an image network to a quarter of its FLOPs"
 PICTURED = (
     "dense",
@@ -187,6 +190,8 @@ def main() -> None:
                 write_moving_picture(RESULTS / "finetune", drawn, "setpoint", 0.25, MOVING)
             elif name == "law":
                 write_law_picture(RESULTS / "law-language.json", drawn)
+            elif name.startswith("lost-"):
+                write_lost_picture(RESULTS / name.removeprefix("lost-"), drawn)
             else:
                 write_picture(RESULTS / name, drawn, labels=PICTURED)
             if not picture.exists() or drawn.read_bytes() != picture.read_bytes():

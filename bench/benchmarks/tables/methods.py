@@ -17,6 +17,7 @@ from setpoint_bench.report.packed import file_of
 from setpoint_bench.report.results import Cell, Results
 from setpoint_bench.report.statistics import Difference, difference, mean, share_of
 from setpoint_bench.report.summary import FAMILIES, SETPOINT, Row, clock_of, rounds_of, series, summary_rows
+from tables.lost import lost_sentence
 from tables.read import read_results
 from tables.words import made_on, marked, rows_made_on
 
@@ -43,14 +44,24 @@ TASK_PAGE = """# `{name}`
 
 {tables}
 """
+LOST = """
+## What the network lost
+
+![By group, what each cut took, and what an even cut keeps](../pictures/lost-{name}.svg)
+
+A bar is a group of channels, heads or neurons, in the order of the network, of the first seed. {sentence}
+"""
 
 
 def task_pages(root: Path) -> dict[str, str]:
-    """By name, the page of every results folder, with its tables."""
-    return {
+    """By name, the page of every results folder, with its tables; of pretrained models also what they lost."""
+    pages = {
         folder.name: TASK_PAGE.format(name=folder.name, tables=methods_table(folder, judged=True))
         for folder in _folders(root)
     }
+    for name in PRETRAINED:
+        pages[name] += LOST.format(name=name, sentence=lost_sentence(root / name))
+    return pages
 
 
 def task_links(root: Path) -> str:
