@@ -18,7 +18,7 @@ LOST = ("#f6d9b8", "#f2c08a", "#eaa55c", "#dd8a36", "#c4701f", "#a65a15", "#8547
 
 
 def lost_runs(folder: Path) -> list[tuple[float, list[dict[str, Any]], Mapping[str, int], Mapping[str, int] | None]]:
-    """Of each budget of a task, smaller ones last: budget, cuts of the first seed, dense widths, those of an even cut."""
+    """Of each budget of a task: the budget, the cuts of the first seed, dense widths, and those of an even cut."""
     rows = [row for row in read_lines(file_of(folder, RESULTS), RESULTS, []) if row["seed"] == 0]
     even = {row["budget"]: row["widths"] for row in rows if row["method"] == EVEN}
     found = []
