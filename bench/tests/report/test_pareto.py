@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from setpoint_bench.method import all_methods
 from setpoint_bench.report.curves import curves
 from setpoint_bench.report.history import Point
 from setpoint_bench.report.looks import marks, styles
@@ -80,6 +81,18 @@ def test_a_method_has_one_colour_on_all_figures() -> None:
     assert len(set(of_marks.values())) == 4 and set(of_curves) == set(groups) - {"cubic 0.5", "cubic 0.25"}
     look = styles(list(groups))
     assert look["setpoint 0.5"].dash == look["cubic 0.5"].dash != look["setpoint 0.25"].dash == look["cubic 0.25"].dash
+
+
+def test_a_look_does_not_depend_on_what_stands_beside() -> None:
+    """Of any methods each keeps its look; a user's own take those that no method has, whatever labels are drawn."""
+    every = marks(method.name for method in all_methods())
+    for few in (["cubic"], ["dense", "cubic", "small-long"], ["setpoint", "rigl", "cubic"]):
+        assert marks(few) == {name: every[name] for name in few}
+    own = marks(["a", "cubic", "b"])
+    assert own["cubic"] == every["cubic"] and own["a"] != own["b"] and not {own["a"], own["b"]} & set(every.values())
+    assert styles(["b 0.5"], ["a", "cubic", "b"])["b 0.5"].color == own["b"][0]
+    pictured = [every[name][0] for name in ("small-long", "filter-first", "cubic", "torch-pruning-norm", "setpoint")]
+    assert len({*pictured, every["dense"][0]}) == 6  # in docs/pictures
 
 
 def test_unknown_expenses_have_no_figure() -> None:
