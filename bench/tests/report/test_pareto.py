@@ -10,7 +10,7 @@ from setpoint_bench.method import all_methods
 from setpoint_bench.report.curves import curves
 from setpoint_bench.report.history import Point
 from setpoint_bench.report.looks import marks, styles
-from setpoint_bench.report.pareto import expenses, pareto
+from setpoint_bench.report.pareto import dots, expenses, pareto
 from setpoint_bench.report.results import Cell, Results
 from setpoint_bench.report.summary import Row, series, summary_rows
 
@@ -111,6 +111,23 @@ def test_a_run_that_diverged_has_no_mark() -> None:
     figure = pareto(found, expenses(found)[0])
     assert "rigl" not in [trace["name"] for trace in figure.data]
     assert figure.data[0]["x"] == [25.0, 50.0, 60.0, 100.0]
+
+
+def test_methods_at_a_budget_stand_best_first() -> None:
+    """A line each, best first, of the budget and of dense; the interval needs three seeds; of losses the lowest is best."""
+    more = [Cell("t", "cubic", 0.96 + 0.001 * seed, budget=0.5, seed=seed, family="open-loop") for seed in range(3)]
+    masked = Cell("t", "rigl", float("nan"), budget=0.5, seed=0, family="sparse", theoretical_flops=0.5)
+    half, quarter = (dots(rows("accuracy", *more, masked), budget) for budget in (0.5, 0.25))
+    assert half is not None and quarter is not None
+    assert half.layout["yaxis"]["ticktext"] == ["small", "<b>setpoint</b>", "<b>dense</b>", "cubic"]
+    assert quarter.layout["yaxis"]["ticktext"] == ["<b>setpoint</b>", "small", "<b>dense</b>"]
+    assert half.layout["xaxis"]["range"] == quarter.layout["xaxis"]["range"]
+    bars = {trace["name"]: trace["error_x"]["array"][0] for trace in half.data}
+    assert bars["cubic"] == pytest.approx(4.303 * 0.1 / 3**0.5, rel=1e-3) and bars["small"] == 0
+    assert half.data[1]["marker"]["symbol"] == ["circle"] and quarter.data[1]["marker"]["symbol"] == ["circle-open"]
+    losses = dots(rows("loss"), 0.25)
+    assert losses is not None and losses.layout["yaxis"]["ticktext"][-1] == "<b>setpoint</b>"
+    assert dots([row for row in rows("accuracy", masked) if row.method == "rigl"], 0.5) is None
 
 
 def test_masked_models_cost_what_they_would_in_theory() -> None:
