@@ -114,7 +114,7 @@ def test_a_run_that_diverged_has_no_mark() -> None:
 
 
 def test_methods_at_a_budget_stand_best_first() -> None:
-    """A line each, best first, of the budget and of dense; the interval needs three seeds; of losses the lowest is best."""
+    """Those of the budget and dense have a line each; an interval needs three seeds; of losses the lowest is best."""
     more = [Cell("t", "cubic", 0.96 + 0.001 * seed, budget=0.5, seed=seed, family="open-loop") for seed in range(3)]
     masked = Cell("t", "rigl", float("nan"), budget=0.5, seed=0, family="sparse", theoretical_flops=0.5)
     half, quarter = (dots(rows("accuracy", *more, masked), budget) for budget in (0.5, 0.25))

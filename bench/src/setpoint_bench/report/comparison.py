@@ -56,7 +56,9 @@ def comparison(cells: Sequence[Cell], rows: Sequence[Row]) -> str:
     """Headline, the budget, the methods by budget and by cost, and numbers of one task."""
     about = "The first seed of dense, of small models, and of each method with a ledger."
     budget = drawn(spending(series(cells)), "How the budget was met: FLOPs per step", about)
-    return headline(rows) + cards(rows) + budget + by_budget(rows) + costs(rows) + table(cells, rows) + differences(rows)
+    return (
+        headline(rows) + cards(rows) + budget + by_budget(rows) + costs(rows) + table(cells, rows) + differences(rows)
+    )
 
 
 def headline(rows: Sequence[Row]) -> str:
@@ -187,7 +189,7 @@ def by_budget(rows: Sequence[Row]) -> str:
 
 
 def costs(rows: Sequence[Row]) -> str:
-    """The metric against what it cost, one figure for each expense; of few budgets `by_budget` shows the final FLOPs."""
+    """The metric against what it cost, a figure for each expense; without final FLOPs where `by_budget` has figures."""
     few = 0 < len(budgets_of(rows)) <= MOST_BUDGETS
     found = [each for each in expenses(rows) if each.name != "final" or not few]
     if not found or len(rows) < 2:

@@ -104,7 +104,7 @@ def budgets_of(rows: Sequence[Row]) -> list[float]:
 
 
 def dots(rows: Sequence[Row], budget: float) -> Figure | None:
-    """The metric of every method at a budget, and of those without a budget, with its interval: a line each, best first.
+    """The metric of every method at a budget, and of those without one, with its interval: a line each, best first.
 
     None if no metric is a number. The axis holds all rows, so that figures of several budgets compare.
     """
