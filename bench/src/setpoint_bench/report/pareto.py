@@ -151,8 +151,9 @@ def dots(rows: Sequence[Row], budget: float) -> Figure | None:
 def _half(row: Row) -> float:
     """Half of the 95 % interval of a row's mean; 0 for too few seeds."""
     deviation = row.value.deviation
-    known = deviation is not None and row.num_seeds >= FEWEST_FOR_AN_INTERVAL
-    return half_interval(deviation, row.num_seeds) * _factor(row) if known else 0.0
+    if deviation is None or row.num_seeds < FEWEST_FOR_AN_INTERVAL:
+        return 0.0
+    return half_interval(deviation, row.num_seeds) * _factor(row)
 
 
 def _row_name(row: Row) -> str:
