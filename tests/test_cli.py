@@ -127,7 +127,7 @@ def test_help_says_model_as_the_options_do() -> None:
 def test_a_folder_with_a_ledger_is_its_ledger(tmp_path: Path) -> None:
     """`report` and `watch` of the folder that the demo wrote take the ledger in it, and of another say what to give."""
     Ledger({"groups": {"0": {"num_units": 4, "what": "unit"}}, "dense": {"flops": 8.0}}).save(tmp_path / "run.jsonl")
-    assert answer("report", tmp_path)["report"] == str(tmp_path / "run.html")
+    assert answer("report", tmp_path)["report"] == str(tmp_path / "report.html")
     assert "4 of 4 units" in invoke("watch", tmp_path, "--once").stdout
     (tmp_path / "empty").mkdir()
     for options in ((), ("--once",)):

@@ -89,7 +89,19 @@ def test_the_page_stands_alone(found: dict[str, Any]) -> None:
         "What was dropped when, and why",
         "Price of FLOPs",
     ]
+    assert "<title>Setpoint: demo</title>" in page and "Setpoint <span>demo</span>" in page and "run.jsonl" not in page
     assert 'download="run-widths.csv"' in page and f"{100 * found['accuracy']['setpoint']:.1f} %" in page
+
+
+def test_the_report_keeps_the_page(found: dict[str, Any], tmp_path: Path) -> None:
+    """Claim: `report` of the demo's folder names its page and leaves it; with --out it writes one of the run alone."""
+    folder, page = Path(found["ledger"]).parent, Path(found["report"])
+    before = page.read_bytes()
+    answer = json.loads(CliRunner().invoke(app, ["report", str(folder), "--json"]).stdout)
+    assert answer["report"] == str(page) and page.read_bytes() == before
+    assert sorted(each.name for each in folder.iterdir()) == FILES
+    CliRunner().invoke(app, ["report", str(folder), "--out", str(tmp_path)])
+    assert "<h4>Accuracy</h4>" not in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_what_is_written_is_the_small_network(found: dict[str, Any]) -> None:
@@ -106,7 +118,7 @@ def test_a_terminal_sees_it_happen(tmp_path: Path) -> None:
     found = demo(screen, tmp_path, 0.5, 1, 20)
     assert isinstance(screen.file, io.StringIO)
     seen = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.file.getvalue())
-    assert seen.index("drawing the pictures") < seen.index("step 20 of 20")
+    assert seen.index("drawing the images") < seen.index("step 20 of 20")
     assert "of 24 channels" in seen and "━" in seen and "s left" in seen and "{" not in seen
     lines = [line.split()[0] for line in seen.splitlines()[-3:]]
     assert lines == ["accuracy", "network", "training"]
@@ -138,7 +150,7 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
     assert (tmp_path / "out").read_text() == "mine"
 
 
-def test_the_network_in_the_wheel_reads_the_old_signs() -> None:
+def test_the_network_in_the_wheel_reads_the_old_letters() -> None:
     """Claim: the weights in the wheel are trained, and take less than 1 MB."""
     network = setpoint.load(PRETRAINED, into=Network(len(OLD))).float().eval()
     pictures, labels = draw(OLD, 2, seed=3)
@@ -147,8 +159,8 @@ def test_the_network_in_the_wheel_reads_the_old_signs() -> None:
     assert float(right) > 0.8 and PRETRAINED.stat().st_size < 1_000_000
 
 
-def test_the_same_seed_draws_the_same_pictures() -> None:
-    """Claim: pictures depend on the seed and the sign alone; old and new signs have none in common."""
+def test_the_same_seed_draws_the_same_images() -> None:
+    """Claim: images depend on the seed and the letter alone; old and new letters have none in common."""
     first, again, other = (draw([5, 6], 3, seed)[0] for seed in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert not set(OLD) & set(NEW)

@@ -1,8 +1,8 @@
-"""Train the network of `setpoint demo` on the old signs, and keep it in half precision where the wheel finds it.
+"""Train the network of `setpoint demo` on the old letters, and keep it in half precision where the wheel finds it.
 
     python bench/benchmarks/pretrain_demo.py
 
-It prints the accuracy on pictures by other hands after each epoch. Seeds are fixed; the last digits of the weights
+It prints the accuracy on other images after each epoch. Seeds are fixed; the last digits of the weights
 depend on the processor.
 """
 

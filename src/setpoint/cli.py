@@ -41,14 +41,14 @@ def demo(
         str,
         typer.Option(help="Part of the dense FLOPs per step that is left at the end: 0.5 or 50%.", metavar="FRACTION"),
     ] = "0.5",
-    seed: Annotated[int, typer.Option(help="Seed of pictures, new head and order.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of images, new head and order.", min=0)] = 0,
     steps: Annotated[int, typer.Option(help="Optimizer steps of each training: fewer take less time.", min=20)] = 360,
     out: Out = None,
     json: Json = False,
 ) -> None:
     """Fine-tune a pretrained network before your eyes: dense, and with Setpoint.
 
-    The network and the pictures come with Setpoint: nothing is downloaded.
+    The network and the images come with Setpoint: nothing is downloaded.
     """
     with errors_as_messages():
         from setpoint.cost.wanted import fraction
@@ -436,16 +436,17 @@ def _compress(target: str, data: str, budget: str, even: bool, samples: int, out
 
 
 def _report_ledger(file: Path, out: Path | None) -> None:
-    from setpoint.report.ledger_page import ledger_tables, read_ledger, write_ledger_page
+    from setpoint.report.ledger_page import is_of_demo, ledger_tables, page_of, read_ledger, write_ledger_page
     from setpoint.report.resources import ledger_line
 
-    record, screen = read_ledger(file), console()
+    record, screen, page = read_ledger(file), console(), page_of(file, out)
     for table in ledger_tables(record):
-        screen.print(table)
+        screen.print(table, width=None if screen.is_terminal else 100)
     shown = ledger_line(record)
     screen.print(shown, soft_wrap=True, markup=False, highlight=False)
-    page = str(write_ledger_page(file, None if out is None else out / file.with_suffix(".html").name))
-    finish({"report": page, "ledger": shown}, f"open {page} in a browser")
+    if not is_of_demo(page, file):
+        write_ledger_page(file, page)
+    finish({"report": str(page), "ledger": shown}, f"open {page} in a browser")
 
 
 app = make_app()

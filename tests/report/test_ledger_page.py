@@ -70,13 +70,14 @@ def test_a_run_under_a_price_is_shown(machine: Machine, tmp_path: Path) -> None:
 
 
 def test_the_command(machine: Machine, tmp_path: Path) -> None:
-    """`setpoint report FILE` prints the tables, or with --json one object, and writes the page beside the ledger."""
+    """`setpoint report FILE` prints tables of 100 columns, or with --json one object, and writes the page beside it."""
     record_of_run(machine, setpoint.Budget.fraction(0.6, of="latency"), tmp_path)
     result = CliRunner().invoke(app, ["report", str(tmp_path / "run.jsonl")])
     assert result.exit_code == 0 and "step" in result.stdout and "{" not in result.stdout, result.output
+    assert max(len(line) for line in result.stdout.splitlines() if line[:1] in "┏┃│└") <= 100
     answer = json.loads(CliRunner().invoke(app, ["report", str(tmp_path / "run.jsonl"), "--json"]).stdout)
     page = Path(answer["report"])
-    assert page == tmp_path / "run.html" and "Spent against reference" in page.read_text(encoding="utf-8")
+    assert page == tmp_path / "report.html" and "Spent against reference" in page.read_text(encoding="utf-8")
 
 
 def test_the_page_of_many_groups_and_decisions_is_small(tmp_path: Path) -> None:

@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 
+from setpoint_bench.method import all_methods
 from setpoint_bench.report.curves import curves
 from setpoint_bench.report.history import Point
 from setpoint_bench.report.looks import marks, styles
-from setpoint_bench.report.pareto import expenses, pareto
+from setpoint_bench.report.pareto import dots, expenses, pareto
 from setpoint_bench.report.results import Cell, Results
 from setpoint_bench.report.summary import Row, series, summary_rows
 
@@ -82,6 +83,18 @@ def test_a_method_has_one_colour_on_all_figures() -> None:
     assert look["setpoint 0.5"].dash == look["cubic 0.5"].dash != look["setpoint 0.25"].dash == look["cubic 0.25"].dash
 
 
+def test_a_look_does_not_depend_on_what_stands_beside() -> None:
+    """Of any methods each keeps its look; a user's own take those that no method has, whatever labels are drawn."""
+    every = marks(method.name for method in all_methods())
+    for few in (["cubic"], ["dense", "cubic", "small-long"], ["setpoint", "rigl", "cubic"]):
+        assert marks(few) == {name: every[name] for name in few}
+    own = marks(["a", "cubic", "b"])
+    assert own["cubic"] == every["cubic"] and own["a"] != own["b"] and not {own["a"], own["b"]} & set(every.values())
+    assert styles(["b 0.5"], ["a", "cubic", "b"])["b 0.5"].color == own["b"][0]
+    pictured = [every[name][0] for name in ("small-long", "filter-first", "cubic", "torch-pruning-norm", "setpoint")]
+    assert len({*pictured, every["dense"][0]}) == 6  # in docs/pictures
+
+
 def test_unknown_expenses_have_no_figure() -> None:
     """Without seconds and joules there is no figure against them; with a meter there is."""
     assert [each.name for each in expenses(rows())] == ["train", "final"]
@@ -98,6 +111,23 @@ def test_a_run_that_diverged_has_no_mark() -> None:
     figure = pareto(found, expenses(found)[0])
     assert "rigl" not in [trace["name"] for trace in figure.data]
     assert figure.data[0]["x"] == [25.0, 50.0, 60.0, 100.0]
+
+
+def test_methods_at_a_budget_stand_best_first() -> None:
+    """Those of the budget and dense have a line each; an interval needs three seeds; of losses the lowest is best."""
+    more = [Cell("t", "cubic", 0.96 + 0.001 * seed, budget=0.5, seed=seed, family="open-loop") for seed in range(3)]
+    masked = Cell("t", "rigl", float("nan"), budget=0.5, seed=0, family="sparse", theoretical_flops=0.5)
+    half, quarter = (dots(rows("accuracy", *more, masked), budget) for budget in (0.5, 0.25))
+    assert half is not None and quarter is not None
+    assert half.layout["yaxis"]["ticktext"] == ["small", "<b>setpoint</b>", "<b>dense</b>", "cubic"]
+    assert quarter.layout["yaxis"]["ticktext"] == ["<b>setpoint</b>", "small", "<b>dense</b>"]
+    assert half.layout["xaxis"]["range"] == quarter.layout["xaxis"]["range"]
+    bars = {trace["name"]: trace["error_x"]["array"][0] for trace in half.data}
+    assert bars["cubic"] == pytest.approx(4.303 * 0.1 / 3**0.5, rel=1e-3) and bars["small"] == 0
+    assert half.data[1]["marker"]["symbol"] == ["circle"] and quarter.data[1]["marker"]["symbol"] == ["circle-open"]
+    losses = dots(rows("loss"), 0.25)
+    assert losses is not None and losses.layout["yaxis"]["ticktext"][-1] == "<b>setpoint</b>"
+    assert dots([row for row in rows("accuracy", masked) if row.method == "rigl"], 0.5) is None
 
 
 def test_masked_models_cost_what_they_would_in_theory() -> None:

@@ -1,1 +1,1 @@
-"""The demo: a pretrained network learns new signs, twice: as it is, and held to a budget."""
+"""The demo: a pretrained network learns new letters, twice: as it is, and held to a budget."""

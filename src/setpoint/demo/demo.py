@@ -1,4 +1,4 @@
-"""The demo: a pretrained network learns new signs, dense and with Setpoint, step by step beside each other."""
+"""The demo: a pretrained network learns new letters, dense and with Setpoint, step by step beside each other."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from setpoint.demo.network import pretrained
 from setpoint.demo.signs import NEW, OLD
 from setpoint.demo.training import EACH, Moment, data, train
 from setpoint.report.figures import BLUE, GREY, Figure, layout, line
-from setpoint.report.ledger_page import write_ledger_page
+from setpoint.report.ledger_page import DEMO, page_of, write_ledger_page
 from setpoint.report.numbers import duration, human, percent
 from setpoint.report.page import drawn
 from setpoint.report.record import record_of
@@ -34,7 +34,9 @@ from setpoint.report.watch import view
 STEPS = 360
 """Optimizer steps of each training, by default."""
 WHO = ("dense", "setpoint")
-ABOUT = f"A network that reads {len(OLD)} signs learns {len(NEW)} new ones from {EACH} pictures of each"
+ABOUT = (
+    f"A network that reads {len(OLD)} letters of an invented alphabet learns {len(NEW)} more from {EACH} images of each"
+)
 
 Pair = tuple[Moment, Moment]
 """After the same step: the dense training, and the one with Setpoint."""
@@ -47,7 +49,7 @@ def demo(screen: Console, out: Path, budget: float, seed: int, steps: int) -> di
         screen: draws bars; if it is no terminal, a line now and then.
         out: folder for what is written.
         budget: FLOPs per step at the end, as a fraction of the dense network's.
-        seed: of the pictures, the new head and the order of the pictures.
+        seed: of the images, the new head and the order of the images.
 
     Returns:
         What was measured, and what was written, for JSON.
@@ -57,7 +59,7 @@ def demo(screen: Console, out: Path, budget: float, seed: int, steps: int) -> di
     """
     moments = list[Pair]()
     with _one_thread(), _nothing_kept():
-        with screen.status("drawing the pictures, then trying what can be cut"):
+        with screen.status("drawing the images, then trying what can be cut"):
             given, dense, pruned = data(seed), _network(seed), _network(seed)
             # The one with Setpoint first: it refuses a budget out of reach, and nothing was shown or written by then.
             trainings = zip(train(pruned, given, steps, seed, budget), train(dense, given, steps, seed), strict=True)
@@ -77,12 +79,13 @@ def demo(screen: Console, out: Path, budget: float, seed: int, steps: int) -> di
     found = _found(moments, budget, seed)
     for text in _lines(found):
         screen.print(text, highlight=False, soft_wrap=True)
-    files = {"ledger": out / "run.jsonl", "model": out / "small.safetensors", "report": out / "report.html"}
+    files = {"ledger": out / "run.jsonl", "model": out / "small.safetensors"}
+    files["report"] = page_of(files["ledger"])
     ledger = moments[-1][1].ledger
     assert ledger is not None
     ledger.save(files["ledger"])
     save(pruned, files["model"])
-    write_ledger_page(files["ledger"], files["report"], cards(found), accuracies(moments))
+    write_ledger_page(files["ledger"], files["report"], cards(found), accuracies(moments), DEMO)
     return {**found, **{name: str(path) for name, path in files.items()}}
 
 
@@ -169,8 +172,7 @@ def _lines(found: dict[str, Any]) -> tuple[str, str, str]:
     share, trained = (small[name] / dense[name] for name in ("flops_per_step", "train_flops"))
     met = "the budget is met" if found["budget_met"] else "the budget is NOT met"
     return (
-        f"accuracy   {percent(small['accuracy'])} with Setpoint, {percent(dense['accuracy'])} dense, on pictures by "
-        "other hands",
+        f"accuracy   {percent(small['accuracy'])} with Setpoint, {percent(dense['accuracy'])} dense, on test images",
         f"network    {percent(share)} of the FLOPs per step ({met}), {small['units']:,} of {dense['units']:,} channels",
         f"training   {percent(trained)} of the dense training's FLOPs, Setpoint's own work included; a step took "
         f"{duration(small['step_seconds'])} at the end, {duration(dense['step_seconds'])} dense",
@@ -184,14 +186,14 @@ def cards(found: dict[str, Any]) -> str:
         ("accuracy", "accuracy", percent),
         ("FLOPs of the training", "train_flops", lambda value: human(value, "FLOP")),
         ("a step at the end", "step_seconds", duration),
-        ("the training, with all that Setpoint does", "train_seconds", duration),
+        ("whole training, overhead included", "train_seconds", duration),
     )
     made = "".join(
         f"<li><span>{title}</span><strong>{escape(show(found[key]['setpoint']))}</strong>"
         f"<small>{escape(show(found[key]['dense']))} dense</small></li>"
         for title, key, show in items
     )
-    about = f"{ABOUT}. It does so twice with the same pictures in the same order: dense, and with Setpoint."
+    about = f"{ABOUT}. It does so twice with the same images in the same order: dense, and with Setpoint."
     return f'<p class="headline">{about}</p>\n<ul class="cards">{made}</ul>\n'
 
 
@@ -202,5 +204,5 @@ def accuracies(moments: Sequence[Pair]) -> str:
         points = [(pair[place].step, 100 * pair[place].accuracy) for pair in moments]
         kept = [point for at, point in enumerate(points) if not at or point[1] != points[at - 1][1]]
         data.append(line(name, [*kept, *points[-1:]], color, width=2.4, hover="%{y:.1f} %"))
-    figure = Figure(data, layout("accuracy on test pictures (%)", height=300))
-    return drawn(figure, "Accuracy", "On pictures by other hands, which neither training saw.")
+    figure = Figure(data, layout("accuracy on test images (%)", height=300))
+    return drawn(figure, "Accuracy", "On test images, which neither training saw.")

@@ -33,7 +33,7 @@ class Block(nn.Module):
 
 
 class Network(nn.Sequential):
-    """Pictures (n, 1, h, w) to logits (n, classes): three blocks, each of which halves height and width."""
+    """Images (n, 1, h, w) to logits (n, classes): three blocks, each of which halves height and width."""
 
     def __init__(self, classes: int) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Network(nn.Sequential):
 
 
 def pretrained(classes: int) -> Network:
-    """The network that knows the old signs, with a new head."""
+    """The network that knows the old letters, with a new head."""
     model = Network(len(OLD))
     load(PRETRAINED, into=model)
     model.head = nn.Linear(model.head.in_features, classes)

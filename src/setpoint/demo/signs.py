@@ -1,4 +1,4 @@
-"""Signs: small pictures of an invented alphabet, drawn by code, so that the demo needs no data."""
+"""Signs: small images of the letters of an invented alphabet, drawn by code, so that the demo needs no data."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ import torch
 from torch import Tensor
 
 SIDE = 24
-"""Height and width of a picture, in pixels."""
+"""Height and width of an image, in pixels."""
 OLD = range(48)
-"""The signs that the network in the wheel was pretrained on."""
+"""The letters that the network in the wheel was pretrained on."""
 NEW = range(100, 110)
-"""The signs that it learns in the demo."""
+"""The letters that it learns in the demo."""
 
 _STROKES, _PIECES = 3, 5
 _AT_ONCE = 64
 
 
 def draw(signs: Sequence[int], each: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Pictures of signs by different hands, in random order: turned, sheared, moved, wobbly, on noisy paper.
+    """Images of letters, in random order, each written anew: turned, sheared, moved, wobbly, on noisy paper.
 
     Args:
         signs: numbers in the alphabet.
-        each: pictures of each sign.
-        seed: the same seed draws the same pictures.
+        each: images of each letter.
+        seed: the same seed draws the same images.
 
     Returns:
-        Pictures (n, 1, 24, 24) with mean 0 and variance 1 each, and the place of each one's sign in `signs` (n).
+        Images (n, 1, 24, 24) with mean 0 and variance 1 each, and the place of each one's letter in `signs` (n).
 
     >>> pictures, labels = draw([3, 7], 5, seed=0)
     >>> pictures.shape, sorted(labels.tolist())
@@ -43,7 +43,7 @@ def draw(signs: Sequence[int], each: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def _sign(sign: int) -> np.ndarray:
-    """A sign's strokes as start, bend and end (strokes, 3, 2): between points of a grid, each from where one ended."""
+    """Strokes of a letter as start, bend and end (strokes, 3, 2): between points of a grid, each from another's end."""
     rng = np.random.default_rng((2026, sign))
     grid = np.stack(np.meshgrid([-0.8, 0.0, 0.8], [-0.8, 0.0, 0.8]), axis=-1).reshape(9, 2)
     walk = rng.permutation(9)[: _STROKES + 1]
@@ -53,7 +53,7 @@ def _sign(sign: int) -> np.ndarray:
 
 
 def _pictures(strokes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Pictures (n, 24, 24) of strokes (n, strokes, 3, 2)."""
+    """Images (n, 24, 24) of strokes (n, strokes, 3, 2)."""
     num = len(strokes)
     points = strokes + rng.normal(0, 0.12, strokes.shape)
     stray = rng.uniform(-1.3, 1.3, (num, 1, 1, 2)) + rng.normal(0, 0.35, (num, 1, 3, 2))  # a scratch that means nothing
@@ -84,7 +84,7 @@ def _pictures(strokes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _moved(points: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Points (n, strokes, 3, 2), those of a picture turned, sheared, stretched and moved together."""
+    """Points (n, strokes, 3, 2), those of an image turned, sheared, stretched and moved together."""
     num = len(points)
     angle, shear = rng.uniform(-0.5, 0.5, num), rng.uniform(-0.3, 0.3, num)
     size = rng.uniform(0.65, 1.15, (num, 2))

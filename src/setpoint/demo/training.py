@@ -15,7 +15,7 @@ from setpoint.ledger import Ledger
 from setpoint.loop.summary import Summary
 
 EACH, TESTED = 50, 40
-"""Pictures of each sign that train, and that test."""
+"""Images of each letter that train, and that test."""
 BATCH, RATE = 32, 2e-3
 LOOKS = 16
 """How often the accuracy is measured in a training."""
@@ -23,7 +23,7 @@ LOOKS = 16
 
 @dataclass(frozen=True)
 class Data:
-    """Pictures (n, 1, h, w) and labels (n) of the new signs: for training, and by other hands for testing."""
+    """Images (n, 1, h, w) and labels (n) of the new letters: for training and for testing."""
 
     pictures: Tensor
     labels: Tensor
@@ -36,7 +36,7 @@ class Moment:
     """How a training stands after a step.
 
     Args:
-        accuracy: on the test pictures, as measured last.
+        accuracy: on the test images, as measured last.
         seconds: of training, without those that measured the accuracy.
         ledger: of a training with Setpoint.
         summary: of a training with Setpoint, at its end.
@@ -50,7 +50,7 @@ class Moment:
 
 
 def data(seed: int) -> Data:
-    """Pictures of the new signs."""
+    """Images of the new letters."""
     return Data(*draw(NEW, EACH, 2 * seed), *draw(NEW, TESTED, 2 * seed + 1))
 
 
@@ -87,7 +87,7 @@ def train(model: nn.Module, given: Data, steps: int, seed: int, budget: float | 
 
 @torch.no_grad()
 def accuracy(model: nn.Module, given: Data) -> float:
-    """The share of the test pictures that a model gets right."""
+    """The share of the test images that a model gets right."""
     model.eval()
     try:
         return float((model(given.test_pictures).argmax(1) == given.test_labels).float().mean())

@@ -139,6 +139,8 @@ class _Plot:
                 axis.ticks if self.layout["yaxis"].get("showgrid", True) or axis is not self.ys["y"] else ()
             ):
                 yield f'<path class="grid" d="M0 {axis.at(value):g}H{FULL}"/>'
+        if self.layout["xaxis"].get("showgrid"):
+            yield from (f'<path class="grid" d="M{self.x.at(value):g} 0V{FULL}"/>' for value, _ in self.x.ticks)
         for shape in self.layout.get("shapes", ()):
             upright = shape.get("yref") == "paper"
             across = (

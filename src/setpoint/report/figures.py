@@ -10,22 +10,22 @@ from typing import Any
 Trace = dict[str, Any]
 
 GREY, BLUE, ORANGE = "#667085", "#0b62a8", "#c2570c"
-OTHERS = ("#00795c", "#a2407f", "#8a6d00", "#4a4ab8", "#b3261e", "#6b4c35")
+OTHERS = ("#00795c", "#7b3fb5", "#8a6d00", "#b3306f", "#6b4c35", "#b3261e")
 FAINT, INK = "#c9d1dc", "#1c2430"
 DARK = {
     GREY: "#a3acb9",
     BLUE: "#5eb1f5",
     ORANGE: "#f0944d",
     OTHERS[0]: "#3fc9a0",
-    OTHERS[1]: "#e08cc0",
+    OTHERS[1]: "#bd93f9",
     OTHERS[2]: "#d9b93a",
-    OTHERS[3]: "#a3a3ff",
-    OTHERS[4]: "#ff8a80",
-    OTHERS[5]: "#c9a284",
+    OTHERS[3]: "#f08cb8",
+    OTHERS[4]: "#c9a284",
+    OTHERS[5]: "#ff8a80",
     FAINT: "#3a4554",
     INK: "#e6eaf0",
 }
-"""The same colours on a dark page. All pairs differ in lightness too, for readers who cannot see the hue."""
+"""The same colours on a dark page."""
 
 AXES = {"step": "optimizer step", "seconds": "training time (s)", "flops": "training FLOPs"}
 

@@ -17,6 +17,9 @@ from setpoint.report.page import document, save
 from setpoint.report.record import Record, record_of
 from setpoint.report.run import run
 
+DEMO = "demo"
+"""The name of the demo's page."""
+
 
 def read_ledger(file: Path) -> Record:
     """The record in a file that `loop.ledger.save(file)` wrote.
@@ -34,20 +37,35 @@ def read_ledger(file: Path) -> Record:
         raise ReportError(said) from error
 
 
-def write_ledger_page(file: Path, out: Path | None = None, first: str = "", more: str = "") -> Path:
-    """Write the report of one ledger, by default to the ledger's name with `.html`.
+def page_of(file: Path, folder: Path | None = None) -> Path:
+    """Where a ledger's page lies, by default beside it: `report.html` of a `run.jsonl`, else its name with `.html`."""
+    name = "report.html" if file.name == "run.jsonl" else file.with_suffix(".html").name
+    return (file.parent if folder is None else folder) / name
+
+
+def is_of_demo(page: Path, file: Path) -> bool:
+    """Whether the demo wrote a page after this ledger: it has all that `write_ledger_page` writes, and more."""
+    if not page.is_file() or page.stat().st_mtime_ns < file.stat().st_mtime_ns:
+        return False
+    return f"<title>Setpoint: {DEMO}</title>" in page.read_text(encoding="utf-8", errors="replace")
+
+
+def write_ledger_page(file: Path, out: Path | None = None, first: str = "", more: str = "", name: str = "") -> Path:
+    """Write the report of one ledger, by default to `page_of(file)`.
 
     Args:
         first: what stands above the run.
         more: what stands behind the pictures of the budget.
+        name: the page's own, in place of the ledger's.
 
     Raises:
         ReportError: if the ledger cannot be read.
     """
     record = read_ledger(file)
-    head = f"<header><h1>Setpoint <span>report</span></h1><p>{escape(file.name)}</p></header>\n<section>\n"
+    kind, about = (name, "") if name else ("report", f"<p>{escape(file.name)}</p>")
+    head = f"<header><h1>Setpoint <span>{escape(kind)}</span></h1>{about}</header>\n<section>\n"
     body = head + first + run(file.stem, record, more=more) + "</section>\n"
-    return save(document(file.stem, body), file.with_suffix(".html") if out is None else out)
+    return save(document(name or file.stem, body), page_of(file) if out is None else out)
 
 
 def ledger_tables(record: Record) -> Iterator[Table]:

@@ -49,6 +49,7 @@ def run(label: str, record: Record, *, more: str = "", final: tuple[float, float
     if groups := resources.seconds_by_group(record):
         lines = [[escape(group), duration(s), percent(s / dense) if dense else NOTHING] for group, s in groups]
         listing = html_table(("group", "predicted seconds that go with it", "of a dense step"), lines)
+        listing = f'<div class="scroll">{listing}</div>'
         page += f"<details><summary>Where the time of a step goes</summary>{listing}</details>\n"
     page += "".join(entries_table(record, resource, final) for resource in main or (None,))
     return page + numbers_files(record, label)

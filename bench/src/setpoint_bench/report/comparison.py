@@ -25,10 +25,12 @@ from setpoint_bench.report.columns import (
 )
 from setpoint_bench.report.curves import spending
 from setpoint_bench.report.looks import marks
-from setpoint_bench.report.pareto import expenses, pareto
+from setpoint_bench.report.pareto import budgets_of, dots, expenses, pareto
 from setpoint_bench.report.results import Cell
 from setpoint_bench.report.summary import DENSE, SETPOINT, Row, series
 
+MOST_BUDGETS = 3
+"""How many budgets have a figure each; of more, the metric stands against the FLOPs of a step at the end."""
 NOTES = """
 <dl class="notes">
 <dt>FLOPs per step</dt><dd>Forward and backward pass of one optimizer step of the finished model.</dd>
@@ -51,10 +53,12 @@ seeds on. Bold where it excludes 0.</dd>
 
 
 def comparison(cells: Sequence[Cell], rows: Sequence[Row]) -> str:
-    """Headline, the budget, Pareto figures and numbers of one task."""
+    """Headline, the budget, the methods by budget and by cost, and numbers of one task."""
     about = "The first seed of dense, of small models, and of each method with a ledger."
     budget = drawn(spending(series(cells)), "How the budget was met: FLOPs per step", about)
-    return headline(rows) + cards(rows) + budget + costs(rows) + table(cells, rows) + differences(rows)
+    return (
+        headline(rows) + cards(rows) + budget + by_budget(rows) + costs(rows) + table(cells, rows) + differences(rows)
+    )
 
 
 def headline(rows: Sequence[Row]) -> str:
@@ -171,9 +175,23 @@ def differences(rows: Sequence[Row]) -> str:
     )
 
 
+def by_budget(rows: Sequence[Row]) -> str:
+    """The methods at each budget, best first; nothing for one row or many budgets."""
+    budgets = budgets_of(rows)
+    if len(rows) < 2 or not 0 < len(budgets) <= MOST_BUDGETS:
+        return ""
+    caption = "Bars: 95 % interval of the mean over seeds, from three seeds on. Dashed: dense. "
+    if any(row.theoretical_ratio is not None for row in rows):
+        caption += "In italics: masked models, which cost as much as a dense one."
+    metric = rows[0].metric.capitalize()
+    made = "".join(drawn(dots(rows, each), f"{metric} at budget {each:g}, best first", caption) for each in budgets)
+    return f'<h3>Method by method</h3>\n<div class="two dots">{made}</div>\n' if made else ""
+
+
 def costs(rows: Sequence[Row]) -> str:
-    """The metric against what it cost, one figure for each expense."""
-    found = expenses(rows)
+    """The metric against what it cost, a figure for each expense; without final FLOPs where `by_budget` has figures."""
+    few = 0 < len(budgets_of(rows)) <= MOST_BUDGETS
+    found = [each for each in expenses(rows) if each.name != "final" or not few]
     if not found or len(rows) < 2:
         return ""
     keys = "".join(

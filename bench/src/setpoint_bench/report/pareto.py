@@ -1,4 +1,4 @@
-"""Pareto figures: the metric of every method and budget against what it cost, with the front that nothing beats."""
+"""Figures of the metric: of every method at a budget, best first, and against what it cost, with the front."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from setpoint.report.figures import INK, Figure, Trace, escape, layout
+from setpoint.report.figures import FAINT, GREY, INK, Figure, Trace, escape, layout
 from setpoint.report.numbers import human, scale
 from setpoint.words import counted
 from setpoint_bench.report.columns import metric_text
 from setpoint_bench.report.looks import marks
-from setpoint_bench.report.statistics import Estimate
+from setpoint_bench.report.statistics import FEWEST_FOR_AN_INTERVAL, Estimate, half_interval
 from setpoint_bench.report.summary import DENSE, SETPOINT, Row
 
 
@@ -83,7 +83,7 @@ def pareto(rows: Sequence[Row], expense: Expense) -> Figure:
     known = _known(rows, expense)
     spent = [(row, cost) for row, cost in known if row.theoretical_ratio is None or expense.unit != "FLOP"]
     factor, unit = (1.0, "s") if expense.unit == "s" else scale(max(cost.mean for _, cost in known), expense.unit)
-    budgets = sorted({row.budget for row in rows if row.budget is not None and row.method != DENSE}, reverse=True)
+    budgets = budgets_of(rows)
     looks = marks(row.method for row in rows)
     data: list[Trace] = [front_line(spent, factor)]
     names = dict.fromkeys(row.method for row in rows)
@@ -92,12 +92,81 @@ def pareto(rows: Sequence[Row], expense: Expense) -> Figure:
         if of_method:
             data.append(_trace(method, of_method, factor, budgets, looks[method]))
             data[-1]["hovertext"] = [_hover(row, cost, expense) for row, cost in of_method]
-    loss = f"loss ({rows[0].unit})" if rows[0].unit else "loss"
-    title = "accuracy (%)" if rows[0].metric == "accuracy" else loss
-    shape = layout(title, f"{expense.title} ({unit})", height=400)
+    shape = layout(_metric_title(rows[0]), f"{expense.title} ({unit})", height=400)
     shape["showlegend"] = False  # one legend for all figures stands above them
     shape["xaxis"]["rangemode"] = "tozero"
     return Figure(data, shape)
+
+
+def budgets_of(rows: Sequence[Row]) -> list[float]:
+    """The budgets of the rows, from the largest."""
+    return sorted({row.budget for row in rows if row.budget is not None and row.method != DENSE}, reverse=True)
+
+
+def dots(rows: Sequence[Row], budget: float) -> Figure | None:
+    """The metric of every method at a budget, and of those without one, with its interval: a line each, best first.
+
+    None if no metric is a number. The axis holds all rows, so that figures of several budgets compare.
+    """
+    finite = [row for row in rows if math.isfinite(row.value.mean)]
+    best = -1 if rows[0].metric == "accuracy" else 1
+    shown = [row for row in finite if row.method == DENSE or row.budget in (None, budget)]
+    shown.sort(key=lambda row: best * row.value.mean)
+    if not shown:
+        return None
+    looks, mark = marks(row.method for row in rows), "-open" if budget in budgets_of(rows)[1:] else ""
+    data, shapes = list[Trace](), list[Trace]()
+    for place, row in enumerate(shown):
+        y, (color, symbol) = len(shown) - 1 - place, looks[row.method]
+        value, half = row.value.mean * _factor(row), _half(row)
+        interval = f" ± {half:.2g} (95 % interval)" if half else ""
+        text = f"<b>{escape(row.label)}</b><br>{escape(row.metric)} {value:.4g}{interval}<br>"
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": escape(row.method),
+                "x": [value],
+                "y": [y],
+                "error_x": {"array": [half]},
+                "error_y": {"array": [0.0]},
+                "marker": {"color": color, "symbol": [symbol + (mark if row.budget == budget else "")]},
+                "hovertext": [text + counted(row.num_seeds, "seed")],
+                "hovertemplate": "%{hovertext}",
+            }
+        )
+        if row.method == SETPOINT:
+            shapes.insert(0, {"y0": y, "line": {"color": FAINT, "width": 20}})
+        elif row.method == DENSE:
+            shapes.append({"x0": value, "yref": "paper", "line": {"color": GREY, "width": 1.5, "dash": "dash"}})
+    shape = layout("", _metric_title(rows[0]), height=20 * len(shown) + 12, shapes=shapes, showlegend=False)
+    ends = [row.value.mean * _factor(row) + side * _half(row) for row in finite for side in (-1, 1)]
+    room = 0.04 * (max(ends) - min(ends)) or 1.0
+    shape["xaxis"] |= {"range": (min(ends) - room, max(ends) + room), "showgrid": True}
+    names = [_row_name(row) for row in reversed(shown)]
+    shape["yaxis"] |= {"range": (-0.8, len(shown) - 0.2), "tickvals": [*range(len(shown))], "ticktext": names}
+    return Figure(data, shape)
+
+
+def _half(row: Row) -> float:
+    """Half of the 95 % interval of a row's mean; 0 for too few seeds."""
+    deviation = row.value.deviation
+    if deviation is None or row.num_seeds < FEWEST_FOR_AN_INTERVAL:
+        return 0.0
+    return half_interval(deviation, row.num_seeds) * _factor(row)
+
+
+def _row_name(row: Row) -> str:
+    """A method's name as a label: bold for dense and Setpoint, in italics for a masked model."""
+    name = escape(row.method)
+    if row.method in (DENSE, SETPOINT):
+        return f"<b>{name}</b>"
+    return name if row.theoretical_ratio is None else f"<em>{name}</em>"
+
+
+def _metric_title(row: Row) -> str:
+    loss = f"loss ({row.unit})" if row.unit else "loss"
+    return "accuracy (%)" if row.metric == "accuracy" else loss
 
 
 def _factor(row: Row) -> float:

@@ -57,7 +57,8 @@ def write_picture(results_dir: Path, out: Path, task: str | None = None, labels:
     name = results.tasks()[0] if task is None else task
     if name not in results.tasks():
         raise ReportError(f"no task {name!r} in {results_dir}: it holds {', '.join(results.tasks())}")
-    groups = {label: cells for label, cells in series(results.of(name)).items() if labels is None or label in labels}
+    everything = series(results.of(name))
+    groups = {label: cells for label, cells in everything.items() if labels is None or label in labels}
     if not groups:
         raise ReportError(f"none of {', '.join(labels or ())} is among the results of {name!r} in {results_dir}")
     metric = next(iter(groups.values()))[0].metric
@@ -77,7 +78,8 @@ def write_picture(results_dir: Path, out: Path, task: str | None = None, labels:
         scaled = {label: [(x, y / factor) for x, y in line] for label, line in spending.items()}
         panels.append(Panel(492, f"{unit} per step", "optimizer step", scaled, from_zero=True))
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(drawing(name, panels, list(groups)), encoding="utf-8")
+    look = styles(list(groups), [cells[0].method for cells in everything.values()])
+    out.write_text(drawing(name, panels, look), encoding="utf-8")
     return out
 
 
@@ -105,9 +107,8 @@ def learning_line(cell: Cell, metric: str, split: str) -> Line:
     ]
 
 
-def drawing(task: str, panels: Sequence[Panel], labels: Sequence[str]) -> str:
-    """The SVG text."""
-    look = styles(labels)
+def drawing(task: str, panels: Sequence[Panel], look: Mapping[str, Style]) -> str:
+    """The SVG text, with the labels' styles."""
     colors = sorted({style.color for style in look.values()})
     light = "".join(f".c{place} {{ stroke: {color}; }} " for place, color in enumerate(colors))
     dark = "".join(f".c{place} {{ stroke: {DARK[color]}; }} " for place, color in enumerate(colors))
@@ -123,8 +124,8 @@ def drawing(task: str, panels: Sequence[Panel], labels: Sequence[str]) -> str:
         f'<rect class="ground" width="{WIDTH}" height="{HEIGHT}" rx="6"/>',
     ]
     x = 52.0
-    for label in labels:
-        parts.append(f'<path d="M{x:.0f} 18h26" {stroke(look[label], colors)}/>')
+    for label, style in look.items():
+        parts.append(f'<path d="M{x:.0f} 18h26" {stroke(style, colors)}/>')
         parts.append(f'<text x="{x + 32:.0f}" y="22">{escape(label)}</text>')
         x += 44 + 6.8 * len(label)
     parts += [text for panel in panels for text in plot(panel, look, colors)]

@@ -132,8 +132,13 @@ def paired(pairs: Sequence[float]) -> Difference:
     deviation = _deviation(pairs)
     if num < FEWEST_FOR_AN_INTERVAL:
         return Difference(middle, num, deviation)
-    half = t_quantile((1 + CONFIDENCE) / 2, num - 1) * deviation / math.sqrt(num)
+    half = half_interval(deviation, num)
     return Difference(middle, num, deviation, middle - half, middle + half)
+
+
+def half_interval(deviation: float, num: int) -> float:
+    """Half of the 95 % interval of a mean of `num` values, by Student's t."""
+    return t_quantile((1 + CONFIDENCE) / 2, num - 1) * deviation / math.sqrt(num)
 
 
 def _by_seed(cells: Sequence[Cell], of: Callable[[Cell], float | None]) -> dict[int | None, float]:
