@@ -341,7 +341,7 @@ def _models() -> dict[str, str]:
         except ImportError:
             print(f"{each} is not installed: pip install {each}", file=sys.stderr)
     if not found:
-        raise misuse(f"no library of models is installed: pip install {LIBRARIES[0]}, or another of {LIBRARIES[1:]}")
+        raise misuse(f"no library of models is installed: pip install {LIBRARIES[0]} (or {', '.join(LIBRARIES[1:])})")
     return found
 
 

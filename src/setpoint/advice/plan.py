@@ -15,7 +15,7 @@ from setpoint.advice.law import LANGUAGE, Law, average_size
 from setpoint.cost.budget import Budget
 from setpoint.cost.flops import flops_cost
 from setpoint.cost.params import params_cost
-from setpoint.cost.wanted import wanted
+from setpoint.cost.wanted import is_time, wanted
 from setpoint.errors import UsageError
 from setpoint.groups.example import Example, inputs_of, num_samples
 from setpoint.groups.group import widths_of
@@ -278,7 +278,7 @@ def budget_per_step(budget: Any) -> Budget:
     Raises:
         UsageError: for any other.
     """
-    goal = wanted(budget)
+    goal = None if is_time(budget) else wanted(budget)
     if not isinstance(goal, Budget) or goal.resource not in ("flops", "params") or goal.per != "step":
         raise UsageError(f"plan takes one budget of flops or params per step, such as '25%', got {budget!r}")
     return goal

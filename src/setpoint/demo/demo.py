@@ -163,17 +163,17 @@ def _last_steps(moments: Sequence[Moment]) -> float:
     return statistics.median(after - before for before, after in pairwise(seconds))
 
 
-def _lines(found: dict[str, Any]) -> tuple[str, str, str]:
-    """The three lines at the end."""
+def _lines(found: dict[str, Any]) -> tuple[str, ...]:
+    """The lines at the end."""
     dense, small = ({name: each[who] for name, each in found.items() if isinstance(each, dict)} for who in WHO)
     share, trained = (small[name] / dense[name] for name in ("flops_per_step", "train_flops"))
-    met = "the budget is met" if found["budget_met"] else "the budget is NOT met"
+    met = f"budget {'met' if found['budget_met'] else 'NOT met'}: "
     return (
         f"accuracy   {percent(small['accuracy'])} with Setpoint, {percent(dense['accuracy'])} dense, on pictures by "
         "other hands",
-        f"network    {percent(share)} of the FLOPs per step ({met}), {small['units']:,} of {dense['units']:,} channels",
-        f"training   {percent(trained)} of the dense training's FLOPs, Setpoint's own work included; a step took "
-        f"{duration(small['step_seconds'])} at the end, {duration(dense['step_seconds'])} dense",
+        f"network    {met}{percent(share)} of the dense FLOPs, {small['units']:,} of {dense['units']:,} channels",
+        f"training   {percent(trained)} of the dense training's FLOPs, Setpoint's own work included",
+        f"step       {duration(small['step_seconds'])} at the end, {duration(dense['step_seconds'])} dense",
     )
 
 
