@@ -214,7 +214,7 @@ def plan(
     seconds: Annotated[float | None, typer.Option(help="Bill in seconds on this machine, for MODEL.")] = None,
     joules: Annotated[float | None, typer.Option(help="Bill in joules as metered here, for MODEL.")] = None,
     batch: Annotated[float | None, typer.Option(help="Tokens or samples of an optimizer step.")] = None,
-    start: Annotated[float | None, typer.Option(help="Size to start from, in final sizes.")] = None,
+    start: Annotated[float | None, typer.Option(help="Size to start from, in final sizes; by default 2.")] = None,
     json: Json = False,
 ) -> None:
     """Say whether pruning while training from scratch pays, from which start size, and for how many steps.
@@ -222,6 +222,8 @@ def plan(
     A pretrained model needs no such plan: its training is paid for, so fine-tune and prune it.
     """
     with errors_as_messages():
+        from dataclasses import replace
+
         from setpoint.advice.plan import budget_per_step, counts_tokens
         from setpoint.advice.plan import plan as advise
         from setpoint.report.inspect_model import load_target
@@ -237,6 +239,7 @@ def plan(
             raise misuse("give the final size: --size N, or MODEL with --budget; or --ratio alone")
         if target is not None:
             budget_per_step(budget)
+            print(f"building and tracing {target}", file=sys.stderr)
         model, example = (None, None) if target is None else load_target(target, shape)
         if example is not None and ratio is None and not counts_tokens(example):
             raise misuse(
@@ -256,6 +259,8 @@ def plan(
             batch=batch,
             start=start,
         )
+        if batch is None:  # the example's own is only large enough to trace with
+            found = replace(found, batch=None, steps=None)
         console().print(str(found), soft_wrap=True, markup=False, highlight=False)
         page = "https://github.com/setpoint-developers/setpoint/blob/main/docs/when-it-pays.md"
         finish(found.to_dict(), f"{page} says what stands behind this")
@@ -341,7 +346,7 @@ def _models() -> dict[str, str]:
         except ImportError:
             print(f"{each} is not installed: pip install {each}", file=sys.stderr)
     if not found:
-        raise misuse(f"no library of models is installed: pip install {LIBRARIES[0]}, or another of {LIBRARIES[1:]}")
+        raise misuse(f"no library of models is installed: pip install {LIBRARIES[0]} (or {', '.join(LIBRARIES[1:])})")
     return found
 
 

@@ -75,7 +75,9 @@ def test_advice_for_a_size_and_tokens() -> None:
     assert 6 * 1e8 * advice.average * advice.tokens == pytest.approx(advice.bill)
     same = setpoint.plan(size=1e8, flops=advice.bill, laws=[HOFFMANN])
     assert same.ratio == pytest.approx(advice.ratio)
-    assert "Prune." in str(advice) and "steps" in str(advice) and "Hoffmann" in str(advice)
+    assert str(advice).startswith("The given law predicts a gain from pruning.")
+    assert "less reducible loss than a small dense model" in str(advice)
+    assert "steps" in str(advice) and "Hoffmann" in str(advice)
     assert advice.to_dict()["verdict"] == "prune"
 
 
@@ -86,6 +88,20 @@ def test_small_models_are_left_alone_and_open_questions_stay_open() -> None:
     signs = Law(1, 1, 0.9, 1, 0.1, "one"), Law(1, 1, 0.1, 1, 0.9, "other")
     ratio = next(r for r in (1.5, 2, 3, 5, 8) if signs[0].gain(r, 1.5) * signs[1].gain(r, 1.5) < 0)
     assert setpoint.plan(ratio=ratio, start=2, laws=signs).verdict == "undecided"
+
+
+def test_the_headline_says_what_was_measured() -> None:
+    """Claim: beside what the published law predicts stands what the project's test found; the start is small."""
+    gain, loss = setpoint.plan(ratio=16), setpoint.plan(ratio=0.3)
+    assert gain.start == 2 and setpoint.plan(ratio=16, start=8).start == 8
+    (headline, *_), (other, *_) = (str(each).splitlines() for each in (gain, loss))
+    assert headline.startswith("The published law predicts a gain") and other.startswith(
+        "The published law predicts a loss"
+    )
+    assert all(
+        line.endswith("found a loss at a ratio of 4 and below, and no clear gain at 16.") for line in (headline, other)
+    )
+    assert "4.0 to 5.7 % less reducible loss" in str(gain) and "% more reducible loss" in str(loss)
 
 
 def test_what_is_extrapolated_is_said() -> None:

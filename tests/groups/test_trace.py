@@ -100,7 +100,7 @@ def test_residual_stream_under_a_norm_is_not_lossless() -> None:
     groups = find_groups(GPT(), (torch.randint(0, 20, (3, 8)),))
     (stream,) = [group for group in groups if not group.lossless]
     assert stream.what == "feature"
-    assert any("this dim is normalised" in note for note in stream.notes)
+    assert any("a LayerNorm runs over these channels" in note for note in stream.notes)
     assert {piece.tensor for piece in stream.slices} >= {"wte.weight", "wpe.weight", "ln_f.weight"}
     assert not any(piece.tensor == "lm_head.weight" for piece in stream.slices)
 

@@ -57,7 +57,7 @@ def test_a_missed_latency_is_warned_of(machine: Machine) -> None:
         machine.live(loop)
         optimizer.step()
         optimizer.zero_grad()
-    words = r"the budget is not met: ended after 3 of 60 steps.*\(a step takes [\d.e-]+ s, the limit is [\d.e-]+ s"
+    words = r"the budget is not met: .* after 3 of 60 steps.*\(a step takes [\d.e-]+ s, the limit is [\d.e-]+ s"
     with pytest.warns(UserWarning, match=words) as warned:
         loop.finish()
     assert len(warned) == 1 and loop.summary is not None and not loop.summary.budget_met
@@ -168,7 +168,7 @@ def test_a_budget_below_what_does_not_shrink(machine: Machine) -> None:
     assert summary is not None and not summary.budget_met
     dense, final = (machine.step_s(widths) + 0.03 for widths in (DENSE, loop.widths))
     assert summary.limit["latency"] == pytest.approx(0.6 * dense)
-    assert f"ended at {final / dense:.1%} of the dense latency, over" in summary.reason
+    assert f"({100 * final / dense:.1f} % of the dense latency) after" in summary.reason
     assert min(loop.widths.values()) >= 100, loop.widths
 
 
@@ -205,7 +205,7 @@ def test_a_machine_that_slows_down_after_the_landing(machine: Machine) -> None:
     loop, _ = told(lambda: train(mlp(), Budget.fraction(0.6, of="latency"), 120, live, controller=early))
     summary = loop.summary
     assert summary is not None and summary.metered["latency"] > summary.limit["latency"]
-    assert not summary.budget_met and "but since then ended at" in summary.reason, summary.reason
+    assert not summary.budget_met and "; it was met at step " in summary.reason, summary.reason
 
 
 def test_a_counter_that_never_moves(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:

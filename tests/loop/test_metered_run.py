@@ -104,7 +104,7 @@ def test_a_machine_that_becomes_far_too_slow(machine: Machine) -> None:
     with pytest.warns(UserWarning, match=r"cannot be met any more.*narrowest model it would come to") as caught:
         loop = train(mlp(), Budget.fraction(0.7, of="latency", per="run"), STEPS, live)
     assert len(caught) == 2 and str(caught[1].message).startswith("the budget is not met")
-    assert loop.summary is not None and not loop.summary.budget_met and "over" in loop.summary.reason
+    assert loop.summary is not None and not loop.summary.budget_met and "asked for" in loop.summary.reason
 
 
 def test_a_meter_that_vanishes(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:

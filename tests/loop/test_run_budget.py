@@ -398,6 +398,6 @@ def test_an_early_end_under_budget_but_over_its_way_is_said() -> None:
     train(loop, model, optimizer, x, 30)
     summary = loop.finish()
     assert not summary.budget_met
-    assert "ended after 30 of 300 steps" in summary.reason
+    assert "after 30 of 300 steps" in summary.reason
     with pytest.raises(LoopError):
         loop.total_steps = 400

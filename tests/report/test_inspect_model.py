@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from setpoint.errors import UsageError
 from setpoint.report.inspect_model import inspect_model, load_target
+from setpoint.report.inspection_lines import inspection_lines
 from setpoint.report.inspection_tree import inspection_tree
 
 
@@ -50,8 +51,16 @@ def test_the_numbers_of_a_small_stack() -> None:
     assert found.cheapest_params == found.params - 12 * (24 - least) * (8 + 1 + 8)
     assert found.prunable_params_share == pytest.approx(12 * inner[0].params / found.params)
     (stream,) = (group for group in found.groups if group.num_units == 8)
-    assert "normalised" in stream.kept_whole
+    assert "LayerNorm" in stream.kept_whole
     assert sum(part.params for part in found.parts) == found.params
+
+
+def test_a_model_with_nothing_to_prune_says_so_first() -> None:
+    """The first line says it with the main reason, and so does the tree; four lines are enough."""
+    found = inspect_model("plain", nn.Sequential(nn.Linear(6, 3)), (torch.zeros(2, 6),))
+    lines = inspection_lines(found)
+    assert len(lines) == 4 and lines[0].startswith("nothing can be pruned: ")
+    assert lines[0] in tree_of(inspection_tree(found))
 
 
 def test_repeated_layers_share_a_branch() -> None:
@@ -60,8 +69,8 @@ def test_repeated_layers_share_a_branch() -> None:
     (line,) = [line for line in tree.splitlines() if "layers.{0..11}.0:" in line]
     assert "12 groups of 24 neurons" in line
     assert "408 parameters" in line
-    assert "layers.{0..11}.2.weight, dim 1, consume" in tree
-    assert "not pruned: this dim is normalised" in tree
+    assert "layers.{0..11}.2.weight, dim 1, reads" in tree
+    assert "not pruned: a LayerNorm runs over these channels" in tree
     assert "cheapest reachable" in tree
     assert "frozen" in tree
     assert len(tree.splitlines()) < 25

@@ -71,7 +71,7 @@ def test_the_page_holds_groups_and_reasons(tmp_path: Path) -> None:
     page = write_inspection(FOUND, tmp_path / "inspect.html").read_text(encoding="utf-8")
     assert "layer.{0..11}: view" in page
     assert "a norm (a); a norm (b); and 1 more" in page
-    assert "body.conv.weight, dim 0, produce" in page
+    assert "body.conv.weight, dim 0, writes" in page
     assert '<link rel="stylesheet"' not in page
     assert "<script src" not in page
 

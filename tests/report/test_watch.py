@@ -197,6 +197,15 @@ def test_a_file_that_is_not_there_yet_is_waited_for(tmp_path: Path, monkeypatch:
     assert shown.index(f"waiting for {path}, which a run writes by log_to") < shown.index("48 of 64 channels")
 
 
+def test_a_pipe_is_told_of_the_wait_on_stderr(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Claim: also where stdout is no terminal a line says what is waited for."""
+    path = tmp_path / "run.jsonl"
+    assert "waiting" not in follow(path, monkeypatch, lambda: ledger(entry(10, 48)).save(path), drawn=False)
+    assert capsys.readouterr().err.startswith(f"waiting for {path}, which a run writes by log_to")
+
+
 def test_to_begin_with_there_must_be_a_ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Claim: a folder that is not there is refused at once, and so is a file that has not come by Ctrl-C."""
     for path in (tmp_path / "nowhere" / "run.jsonl", tmp_path / "nothing.jsonl"):

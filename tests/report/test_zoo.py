@@ -70,7 +70,21 @@ def test_unknown_names(target: str, message: str) -> None:
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without timm its models are unknown, and the error says what to install; other libraries still serve."""
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(UsageError, match=r"timm not installed: pip install"):
+    with pytest.raises(UsageError, match=r"unknown model 'test_vit'.*not installed: timm"):
         named_model("test_vit")
+    with pytest.raises(UsageError, match=r"'timm:test_vit' needs timm: pip install timm"):
+        named_model("timm:test_vit")
     model, _ = named_model("squeezenet1_1")
     assert model.training
+
+
+def test_without_any_library_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a bare installation the error says what to install."""
+
+    def absent(library: str) -> list[str]:
+        raise ImportError(library)
+
+    monkeypatch.setattr("setpoint.report.zoo.library_names", absent)
+    words = r"'resnet18' needs a model library: pip install torchvision \(or timm, transformers\)"
+    with pytest.raises(UsageError, match=words):
+        named_model("resnet18")

@@ -15,31 +15,31 @@ from setpoint.advice.law import LANGUAGE, Law, average_size
 from setpoint.cost.budget import Budget
 from setpoint.cost.flops import flops_cost
 from setpoint.cost.params import params_cost
-from setpoint.cost.wanted import wanted
+from setpoint.cost.wanted import is_time, wanted
 from setpoint.errors import UsageError
 from setpoint.groups.example import Example, inputs_of, num_samples
 from setpoint.groups.group import widths_of
 from setpoint.groups.trace import trace
 
-STARTS = (2.0, 4.0, 8.0)
-"""Start sizes that are compared, in final sizes."""
+START = 2.0
+"""Size to start from, in final sizes, where none is given: larger ones lost in every test."""
 MEASURED = (1.0, 64.0)
 """Ratios for which the law is meant; beyond them its exponents have not been checked."""
 UNPROVEN = (
-    "this is a prediction from published fits; Setpoint's one direct test, on a very small model, found a loss at a "
-    "ratio of 4 and no clear gain at 16"
+    "Setpoint's only test, on a very small language model, found a loss at a ratio of 4 and below, and no clear gain "
+    "at 16"
 )
 
 
 @dataclass(frozen=True)
 class Advice:
-    """Whether pruning while training pays, and how: `print(advice)` says it in a few lines.
+    """Whether pruning while training pays by the laws, and how: `print(advice)` says it in a few lines.
 
     Args:
-        verdict: `"prune"`, `"train the small model"`, or `"undecided"` where the laws disagree.
+        verdict: `"prune"` where all laws predict a gain, `"train the small model"` where none does, else `"undecided"`.
         size: N_f, parameters of the finished model outside of embeddings; None where only a ratio was given.
         ratio: r, data of the small model / its compute-optimal data, lowest and highest of the laws.
-        start: size to start from, in final sizes: that of the largest gain, or the one that was given.
+        start: size to start from, in final sizes.
         average: mean size of the run over its steps, in final sizes.
         cuts: first and last cut, as shares of the steps.
         gain: of the reducible loss against the small dense model of equal final size and training FLOPs, lowest and
@@ -76,17 +76,22 @@ class Advice:
         return asdict(self)
 
     def __str__(self) -> str:
-        low, high = self.gain
-        lines = [f"{self.verdict[0].upper()}{self.verdict[1:]}."]
+        law = "The published law" if UNPROVEN in self.notes else "The given law"
+        says = {
+            "prune": "predicts a gain from pruning",
+            "train the small model": "predicts a loss: train the small model",
+        }
+        headline = f"{law} {says.get(self.verdict, 'says nothing certain, since its fits disagree')}"
+        lines = [f"{headline}; {UNPROVEN}." if UNPROVEN in self.notes else f"{headline}."]
         lines.append(f"  data / compute-optimal data: {_range(*self.ratio)}")
-        lines.append(f"  start at {self.start:g} times the final size, cut between {self.cuts[0]:.0%} and "
-                     f"{self.cuts[1]:.0%} of the steps: {_signed(low)} to {_signed(high)} of the reducible loss "
-                     "against a small dense model of the same training FLOPs")  # fmt: skip
+        lines.append(f"  a start at {self.start:g} times the final size, cut between {self.cuts[0]:.0%} and "
+                     f"{self.cuts[1]:.0%} of the steps: {_compared(*self.gain)} reducible loss than a small dense "
+                     "model of the same training FLOPs, as predicted")  # fmt: skip
         if self.bill is not None:
             paid = f" pay for {self.tokens:.3g} tokens or samples" if self.tokens is not None else ""
             steps = f", {self.steps:,} steps of {self.batch:,g}" if self.steps is not None else ""
             lines.append(f"  {self.bill:.3g} FLOPs{paid}{steps}")
-        lines += [f"  note: {note}" for note in self.notes]
+        lines += [f"  note: {note}" for note in self.notes if note != UNPROVEN]
         return "\n".join([*lines, f"  constants: {'; '.join(self.sources)}"])
 
 
@@ -124,7 +129,7 @@ def plan(
         seconds: the bill, in seconds of training on this machine; needs model and example, which are timed.
         joules: the bill, in joules as this machine meters them; needs model and example.
         batch: tokens or samples of an optimizer step.
-        start: size to start from, in final sizes; by default the best of 2, 4 and 8, or the model's own.
+        start: size to start from, in final sizes; by default 2, or the model's own.
         cuts: first and last cut, as shares of the steps.
         laws: constants of the family, published ones of language models by default; `setpoint.advice.law.fit_law`
             finds those of another family from measured runs.
@@ -172,16 +177,15 @@ def plan(
         flops = joules * known.flops / known.step_joules()
     data = tokens or samples or (flops / (6 * size) if flops and size else None)
     ratios = [ratio if ratio is not None else _ratio(law, size, data) for law in laws]
-    starts = STARTS if start is None else (start,)
-    gains = {s: [law.gain(r, average_size(s, cuts)) for law, r in zip(laws, ratios, strict=True)] for s in starts}
-    best = max(starts, key=lambda s: min(gains[s]))
-    low, high = min(gains[best]), max(gains[best])
-    average = average_size(best, cuts)
+    start = start or START
+    average = average_size(start, cuts)
+    gains = [law.gain(r, average) for law, r in zip(laws, ratios, strict=True)]
+    low, high = min(gains), max(gains)
     verdict = "prune" if low > 0 else "train the small model" if high <= 0 else "undecided"
     bill = 6 * size * data if size and data else None
     paid = data / average if data else None
     return Advice(
-        verdict, size, (min(ratios), max(ratios)), best, average, cuts, (low, high), bill, paid, batch,
+        verdict, size, (min(ratios), max(ratios)), start, average, cuts, (low, high), bill, paid, batch,
         int(paid // batch) if paid and batch else None,
         tuple(_notes(size, ratios, laws, published=laws is LANGUAGE)), tuple(law.source for law in laws),
     )  # fmt: skip
@@ -210,8 +214,16 @@ def _range(low: float, high: float) -> str:
     return f"{low:.3g}" if math.isclose(low, high, rel_tol=5e-3) else f"{low:.3g} to {high:.3g}"
 
 
-def _signed(share: float) -> str:
-    return f"{100 * share:+.1f} %"
+def _compared(low: float, high: float) -> str:
+    """A gain between these two, in words.
+
+    >>> _compared(0.041, 0.079), _compared(-0.011, -0.008), _compared(-0.01, 0.02)
+    ('4.1 to 7.9 % less', '0.8 to 1.1 % more', 'between 1.0 % more and 2.0 % less')
+    """
+    if low < 0 < high:
+        return f"between {-100 * low:.1f} % more and {100 * high:.1f} % less"
+    near, far = (f"{100 * gain:.1f}" for gain in sorted((abs(low), abs(high))))
+    return f"{near if near == far else f'{near} to {far}'} % {'more' if high <= 0 else 'less'}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -278,7 +290,7 @@ def budget_per_step(budget: Any) -> Budget:
     Raises:
         UsageError: for any other.
     """
-    goal = wanted(budget)
+    goal = None if is_time(budget) else wanted(budget)
     if not isinstance(goal, Budget) or goal.resource not in ("flops", "params") or goal.per != "step":
         raise UsageError(f"plan takes one budget of flops or params per step, such as '25%', got {budget!r}")
     return goal

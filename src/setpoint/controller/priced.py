@@ -345,12 +345,12 @@ class PricedController:
                 return selection, "the rest is left for the last cut" if target > aim.target else ""
         selection, lifted = nothing(guards), ""
         if not self._descend(selection, aim.goal, land=True):
-            selection, lifted = nothing(guards.without_slew()), "slew limit lifted"
+            selection, lifted = nothing(guards.without_slew()), "the slew limit (units per cut) was lifted"
             if not self._descend(selection, aim.goal, land=True):
                 unguarded = nothing(NO_GUARDS)
                 if self._descend(unguarded, aim.goal, land=True) or aim.most < math.inf:
-                    selection, lifted = unguarded, "slew limit, density floor and dwell lifted"
-        return selection, lifted and f"{lifted}, or the limit would have been missed"
+                    selection, lifted = unguarded, "slew limit, density floor and dwell were lifted"
+        return selection, lifted and f"{lifted} to reach the budget"
 
     def _descend(self, selection: Selection, target: float, *, land: bool) -> bool:
         """Come down to the target as nearly as blocks allow; False where guards or `min_units` are in the way."""
@@ -375,11 +375,12 @@ class PricedController:
     ) -> Plan:
         ladders = selection.ladders
         budget_met = self._final(observation) and aim.metered is None and selection.total <= aim.limit
-        reason = explain_cut(selection, state.price, aim.resource, aim.target, budget_met, self.deadband)
+        dense = observation.dense[aim.resource]
+        reason = explain_cut(selection, state.price, aim.resource, aim.target, dense, budget_met, self.deadband)
         grow = together(offers) if offers else {}
         worth = {(offer.name, int(unit)): offer.worth for offer in offers for unit in offer.origins}
         if offers:
-            reason = f"{explain_growth(offers)}; {reason}"
+            reason += f"; {explain_growth(offers)}"
         if aim.metered is not None:
             reason += f"; the meter reads {apart(aim.metered / aim.spent - 1, 'the prediction')}"
         return Plan(

@@ -6,7 +6,7 @@ import math
 
 from setpoint.controller.offer import Offer
 from setpoint.controller.selection import Selection, regained
-from setpoint.cost.budget import UNIT
+from setpoint.cost.budget import UNIT, WHOLE
 from setpoint.groups.group import Group
 from setpoint.sensor.reading import Reading
 
@@ -49,20 +49,21 @@ def explain_rest(seen: float, reference: float, limit: float, budget_met: bool) 
 
 
 def explain_cut(
-    selection: Selection, price: float, resource: str, target: float, budget_met: bool, deadband: float
+    selection: Selection, price: float, resource: str, target: float, dense: float, budget_met: bool, deadband: float
 ) -> str:
-    """What is dropped, at which price, and how near it comes to the target."""
+    """What is left and what is dropped, up to the first semicolon; then the price and how near the target is."""
     dropped = {name: int(selection.ladders[name].edges[rung]) for name, rung in selection.rungs.items() if rung}
     off = selection.total / target - 1
-    cost = f"predicted cost {'stays' if off > 0 or not dropped else 'is'} {apart(off, 'the target')}"
-    cost += _brake(selection) if off > 0 or not dropped else ""
+    left = f"{100 * selection.total / dense:.1f} % of the {WHOLE.get(resource, resource)}"
+    near = apart(off, "the target") + (_brake(selection) if off > 0 or not dropped else "")
     if not dropped:
-        return f"nothing dropped, {cost}"
-    met, what = "budget met: " * (budget_met and off <= 0), these(sum(dropped.values()), len(dropped))
-    words = f"{met}dropped {what} at a price of {price:.3g} {per(resource)}; {cost}"
+        return f"nothing dropped: {left}, {near}"
+    what = f"dropped {these(sum(dropped.values()), len(dropped))}"
+    words = f"budget met: {left}; {what}" if budget_met and off <= 0 else f"{what}: {left}"
+    words += f"; {near}; the price is {price:.3g} of loss {per(resource)}"
     if -off > deadband:
-        finest = min(regained(selection, name) for name in dropped)
-        words += f"; the smallest block to restore costs {100 * finest / target:.1f} %"
+        finest = 100 * min(regained(selection, name) for name in dropped) / target
+        words += f"; bringing back the smallest block would take {finest:.1f} % of the target, more than is free"
     return words
 
 
@@ -84,5 +85,5 @@ def explain_growth(offers: list[Offer]) -> str:
 def _brake(selection: Selection) -> str:
     """How many groups cannot come down further at this decision."""
     feet = [ladder.num_rungs == selection.rungs[name] for name, ladder in selection.ladders.items()]
-    few = f" (groups as low as slew limit, dwell and floors allow: {sum(feet)} of {len(feet)})"
+    few = f" ({sum(feet)} of {len(feet)} groups cannot be cut further at this step)"
     return few if any(feet) else ""

@@ -141,6 +141,14 @@ UNITS = {"flops": "FLOPs", "params": "params", "memory": "bytes", "latency": "s"
 """Unit of each resource."""
 UNIT = {**UNITS, "flops": "FLOP", "params": "parameter", "memory": "byte"}
 """One of it, in words."""
+WHOLE = {
+    **{name: f"dense {name}" for name in METERED},
+    "flops": "dense FLOPs",
+    "params": "dense parameters",
+    "inference": "dense inference time",
+    "joint": "leading budget",
+}
+"""What a share of it is a share of, in words."""
 IN_SECONDS = ("latency", "inference")
 """Resources that are measured by the clock."""
 MILLISECONDS = 50
@@ -156,3 +164,12 @@ def amount(value: float, resource: str) -> str:
     if UNITS[resource] in ("s", "J"):
         return f"{value:.3g} {UNITS[resource]}"
     return f"{value:,.0f} {'bytes' if resource == 'memory' else resource}"
+
+
+def of_dense(ratio: float, resource: str) -> str:
+    """A share of what the dense model spends.
+
+    >>> of_dense(0.4994, "flops")
+    '49.9 % of the dense FLOPs'
+    """
+    return f"{100 * ratio:.1f} % of the {WHOLE.get(resource, resource)}"

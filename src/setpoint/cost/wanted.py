@@ -113,6 +113,16 @@ def fraction(text: str, option: str) -> float:
     return found.limit
 
 
+def is_time(text: Any) -> bool:
+    """Whether a text is a time and does not say of what.
+
+    >>> is_time("4 ms"), is_time("4 ms latency")
+    (True, False)
+    """
+    value, unit = _parsed(_RUN.sub("", text) if isinstance(text, str) else text)
+    return value is not None and unit in _SECONDS
+
+
 def _by_words(text: str) -> Budget:
     value, unit = _parsed(text)
     if value is not None and unit in ("", "%"):
@@ -121,7 +131,7 @@ def _by_words(text: str) -> Budget:
     per, (value, unit) = "run" if run else "step", _parsed(words)
     if value is not None and unit in _SAYS:
         return Budget.total(value * UNITS[_SAYS[unit]][unit], of=_SAYS[unit], per=per)
-    if value is not None and unit in _SECONDS:
+    if is_time(words):
         amount = words.strip()
         of_a_step = f"'{amount} latency' for a training step, or '{amount} inference' for a forward pass"
         form = f"'{amount} latency per run'" if run else of_a_step

@@ -170,12 +170,12 @@ def _lines(found: dict[str, Any]) -> tuple[str, str, str]:
     """The three lines at the end."""
     dense, small = ({name: each[who] for name, each in found.items() if isinstance(each, dict)} for who in WHO)
     share, trained = (small[name] / dense[name] for name in ("flops_per_step", "train_flops"))
-    met = "the budget is met" if found["budget_met"] else "the budget is NOT met"
+    met = f"budget {'met' if found['budget_met'] else 'NOT met'}: "
     return (
         f"accuracy   {percent(small['accuracy'])} with Setpoint, {percent(dense['accuracy'])} dense, on test images",
-        f"network    {percent(share)} of the FLOPs per step ({met}), {small['units']:,} of {dense['units']:,} channels",
-        f"training   {percent(trained)} of the dense training's FLOPs, Setpoint's own work included; a step took "
-        f"{duration(small['step_seconds'])} at the end, {duration(dense['step_seconds'])} dense",
+        f"network    {met}{percent(share)} of the dense FLOPs, {small['units']:,} of {dense['units']:,} channels",
+        f"training   {percent(trained)} of the dense FLOPs, own work included; a step {duration(small['step_seconds'])}, "
+        f"dense {duration(dense['step_seconds'])}",
     )
 
 

@@ -149,7 +149,7 @@ def _clear_choices(reasons: list[dict[int, tuple[bool, ...]]]) -> list[tuple[int
 def _choose(atoms: Atoms, product: Product, axis: int) -> None:
     for other, factor in enumerate(product.factors):
         if other != axis:
-            atoms.freeze(factor, product.where, "the dim's other factor is pruned")
+            atoms.freeze(factor, product.where, "a reshape joins this dim with one that is pruned, such as heads")
     shape = [1] * product.cells.ndim
     shape[axis] = -1
     atoms.unite(product.cells, product.factors[axis].reshape(shape))

@@ -49,12 +49,7 @@ def in_hand(host: Host, groups: tuple[Group, ...]) -> tuple[tuple[Group, ...], d
     """The groups whose trained tensors are all in these optimizers; another one would not survive a cut of them."""
     held = {id(p) for each in host.optimizers for settings in each.param_groups for p in settings["params"]}
     trained = {name for name, p in host.model.named_parameters() if p.requires_grad and id(p) not in held}
-    strangers = {
-        group.name: f"{piece.tensor} is trained, but by none of the given optimizers: pass them all"
-        for group in groups
-        for piece in group.slices
-        if piece.tensor in trained
-    }
+    strangers = {group.name: _UNTRAINED for group in groups if any(piece.tensor in trained for piece in group.slices)}
     return tuple(group for group in groups if group.name not in strangers), strangers
 
 
@@ -71,17 +66,23 @@ def check_copies(host: Host, groups: tuple[Group, ...]) -> None:
                 )
 
 
+_UNTRAINED = "trained by no optimizer that attach was given"
 _LOSSY = " (allow_lossy=True prunes it all the same)"
 
 
 def check_some(groups: tuple[Group, ...], frozen: Mapping[str, str]) -> None:
     """Check that there is anything to prune."""
     if not groups:
+        if strangers := [name for name, why in frozen.items() if why == _UNTRAINED]:
+            listed = strangers if len(strangers) <= 4 else [*strangers[:3], f"{len(strangers) - 3} more"]
+            layers, verb = ("layers", "are") if len(strangers) > 1 else ("layer", "is")
+            names = " and ".join(filter(None, (", ".join(listed[:-1]), listed[-1])))
+            raise GroupError(f"{layers} {names} {verb} {_UNTRAINED}: pass them all. Nothing else can be pruned")
         reasons = "; ".join(f"{place}: {reason}" for place, reason in list(frozen.items())[:8]) or "no dim at all"
         more = f"; and {len(frozen) - 8} more" if len(frozen) > 8 else ""
         lossy = [name for name, why in frozen.items() if why.endswith(_LOSSY)]
         help = f". attach(..., allow_lossy=True) prunes {', '.join(lossy[:4])} all the same" if lossy else ""
-        raise GroupError(f"nothing in this model can be pruned. Left whole: {reasons}{more}{help}")
+        raise GroupError(f"nothing in this model can be pruned: {reasons}{more}{help}")
 
 
 def unit_candidates(

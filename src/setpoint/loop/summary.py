@@ -136,10 +136,12 @@ class Summary:
             saved = f"more than the overhead from step {self.break_even_step:,} on"
         own = ("attach", "sensing", "deciding", "resizing", "probing", "recompiling")
         seconds = {name: getattr(self, f"{name}_seconds") for name in own}
-        verdict = f"{'met' if self.budget_met else 'NOT met'}: {self.reason}"
+        verdict, _, note = self.reason.removeprefix("budget met ").partition("; ")
+        met = "met" if self.budget_met else "NOT met"
+        verdict = f"{met} {verdict}" if self.reason.startswith("budget met ") else f"{met}: {verdict}"
         return "\n".join(
             (
-                f"budget      {verdict.removeprefix('met: budget ')}",
+                f"budget      {verdict}" + (f"\nnote        {note}" if note else ""),
                 f"cost        {'; '.join(cost)}",
                 f"size        {self.final_params:,} parameters; {units:,} of {dense_units:,} units in "
                 f"{counted(len(self.dense_widths), 'group')}, {counted(self.resizes, 'cut')}",

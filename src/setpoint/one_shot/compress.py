@@ -24,7 +24,7 @@ from setpoint.cost.budget import Budget
 from setpoint.cost.cost import Cost
 from setpoint.cost.flops import flops_cost
 from setpoint.cost.params import params_cost
-from setpoint.cost.wanted import wanted
+from setpoint.cost.wanted import is_time, wanted
 from setpoint.distributed import unwrapped
 from setpoint.errors import BudgetError, GroupError
 from setpoint.given import counts
@@ -135,7 +135,7 @@ def one_budget(budget: Any) -> Budget:
     Raises:
         BudgetError: for any other.
     """
-    goal = wanted(budget)
+    goal = None if is_time(budget) else wanted(budget)
     if not isinstance(goal, Budget) or goal.resource not in ("flops", "params") or goal.per != "step":
         raise BudgetError(
             f"compress takes one budget of flops or params, such as '50%' or '40% params', got {budget!r:.80}: other "

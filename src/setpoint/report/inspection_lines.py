@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from setpoint.report.inspect_model import GroupReport, Inspection
@@ -14,7 +15,7 @@ _WIDTH = 80
 
 
 def inspection_lines(found: Inspection) -> tuple[str, ...]:
-    """Seven lines that a person reads before any training; `inspection_tree` has the details.
+    """Seven lines that a person reads before any training, four where there is nothing to prune.
 
     Example:
         >>> import torch
@@ -24,7 +25,7 @@ def inspection_lines(found: Inspection) -> tuple[str, ...]:
         >>> for line in inspection_lines(inspect_model("mine", model, (torch.zeros(2, 8),))):
         ...     print(line)
         mine on 2x8: 2.24 kFLOP per training step, 264 parameters
-        can be pruned: 20 units in 1 group, along 98.5 % of the parameters
+        can be pruned: 20 units in 1 group, with 98.5 % of the parameters
         cheapest reachable: 224 FLOP (10.0 %), 30 parameters (11.4 %)
         most FLOPs: 0 (20 neurons, 90.0 %)
         not pruned: nothing
@@ -34,11 +35,16 @@ def inspection_lines(found: Inspection) -> tuple[str, ...]:
     pruned = [group for group in found.groups if not group.kept_whole]
     whole = [group for group in found.groups if group.kept_whole]
     units = sum(group.num_units for group in pruned)
-    return (
+    dense = (
         f"{found.model} on {', '.join('x'.join(map(str, shape)) for shape in found.inputs)}: "
-        f"{human(found.flops, 'FLOP')} per training step, {human(found.params)} parameters",
+        f"{human(found.flops, 'FLOP')} per training step, {human(found.params)} parameters"
+    )
+    if not pruned:
+        return nothing(found), dense, _not_pruned(whole), _frozen(found)
+    return (
+        dense,
         f"can be pruned: {counted(units, 'unit')} in {counted(len(pruned), 'group')}, "
-        f"along {percent(found.prunable_params_share)} of the parameters",
+        f"with {percent(found.prunable_params_share)} of the parameters",
         f"cheapest reachable: {human(found.cheapest_flops, 'FLOP')} ({share(found.cheapest_flops, found.flops)}), "
         f"{human(found.cheapest_params)} parameters ({share(found.cheapest_params, found.params)})",
         _largest(pruned),
@@ -48,6 +54,15 @@ def inspection_lines(found: Inspection) -> tuple[str, ...]:
         if found.verified
         else "not checked: no cut was tried on a copy of the model",
     )
+
+
+def nothing(found: Inspection) -> str:
+    """That nothing can be pruned, and the reason that most units, or else most places, have."""
+    reasons = Counter[str]()
+    for group in found.groups:
+        reasons[group.kept_whole.partition("; ")[0]] += group.num_units
+    reasons = reasons or Counter(each.reason for each in found.frozen) or Counter(["it has no dim of its own"])
+    return f"nothing can be pruned: {reasons.most_common(1)[0][0]}"
 
 
 def _largest(pruned: Sequence[GroupReport]) -> str:
@@ -63,7 +78,7 @@ def _largest(pruned: Sequence[GroupReport]) -> str:
         if line.endswith(")") and len(line) + len(more) + 2 > _WIDTH:
             break
         line += f", {more}" if line.endswith(")") else more
-    return line if alike else f"{line}no group may be pruned"
+    return line
 
 
 def _not_pruned(whole: Sequence[GroupReport]) -> str:

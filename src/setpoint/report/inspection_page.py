@@ -20,9 +20,9 @@ MOST_ROWS = 24
 _LONG = 110
 """Number of letters of a reason that are shown unfolded."""
 KINDS = {
-    BLUE: "along units that may be pruned",
-    ORANGE: "along units of a group that is not pruned",
-    FAINT: "along no unit: always stays",
+    BLUE: "of units that may be pruned",
+    ORANGE: "of units that are not pruned",
+    FAINT: "of no unit: always stays",
 }
 
 
@@ -53,7 +53,7 @@ def _reach(found: Mapping[str, Any]) -> str:
         bar = width(1.0, fewest / dense if dense else 1.0)
         lines.append([title, bar, human(dense, unit), human(fewest, unit), share(fewest, dense)])
     about = (
-        f"{counted(len(pruned), 'group')} with {counted(units, 'unit')} may be pruned, along "
+        f"{counted(len(pruned), 'group')} with {counted(units, 'unit')} may be pruned, with "
         f"{percent(found['prunable_params_share'])} of the parameters; {counted(whole, 'group')} "
         f"{'is' if whole == 1 else 'are'} not pruned. The outline is the dense model; the filled part is what "
         "remains with every group that may be pruned at its fewest units, and no budget below it can be met."

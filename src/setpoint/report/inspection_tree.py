@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.tree import Tree
 
 from setpoint.report.inspect_model import GroupReport, Inspection
+from setpoint.report.inspection_lines import nothing
 from setpoint.report.names import along, fold, skeleton, some
 from setpoint.report.numbers import human, percent, share
 from setpoint.words import counted
@@ -17,11 +18,13 @@ _MOST_PLACES = 8
 
 
 def inspection_tree(found: Inspection) -> Tree:
-    """The tree of an inspection, the costs at its root; groups that differ only in their numbers share a branch."""
+    """The tree of an inspection, prunable groups first; groups that differ only in their numbers share a branch."""
     tree = Tree(
         f"[bold]{escape(found.model)}[/] on {', '.join('x'.join(map(str, shape)) for shape in found.inputs)}: "
         f"{human(found.flops, 'FLOP')} per training step, {human(found.params)} parameters"
     )
+    if all(group.kept_whole for group in found.groups):
+        tree.add(escape(nothing(found)))
     tree.add(
         f"cheapest reachable: {human(found.cheapest_flops, 'FLOP')} ({share(found.cheapest_flops, found.flops)}), "
         f"{human(found.cheapest_params)} parameters ({share(found.cheapest_params, found.params)})"
@@ -29,7 +32,7 @@ def inspection_tree(found: Inspection) -> Tree:
     if not found.verified:
         tree.add("[yellow]not verified[/]: the cuts were not tried on a copy")
     alike: dict[Hashable, list[GroupReport]] = {}
-    for group in found.groups:
+    for group in sorted(found.groups, key=lambda group: bool(group.kept_whole)):
         alike.setdefault(_likeness(group), []).append(group)
     for groups in alike.values():
         branch = tree.add(_line(groups))

@@ -83,7 +83,8 @@ def ledger_tables(record: Record) -> Iterator[Table]:
             each = (entry.spent, entry.reference, entry.predicted, entry.metered)[: 4 if read else 2]
             amounts = [human(values.get(resource or ""), unit) for values in each]
             lost = resources.dropped(entry)
-            table.add_row(f"{entry.step:,}", *amounts, f"{lost:,}" if lost else NOTHING, plain(entry.reason))
+            row = (f"{entry.step:,}", *amounts, f"{lost:,}" if lost else NOTHING, plain(resources.headline(entry)))
+            table.add_row(*row)
         yield table
     groups = resources.seconds_by_group(record)
     if groups:

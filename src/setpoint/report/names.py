@@ -6,6 +6,8 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 
+ROLES = {"produce": "writes", "carry": "passes on", "consume": "reads"}
+"""What a tensor does with its units, in words."""
 _NUMBER = re.compile(r"\d+")
 
 
@@ -44,7 +46,7 @@ def some(names: Iterable[str], most: int = 2) -> str:
 
 def along(tensor: str, dim: int | None, role: str) -> str:
     """A place of a group in words."""
-    return f"{tensor}, {'every element' if dim is None else f'dim {dim}'}, {role}"
+    return f"{tensor}, {'every element' if dim is None else f'dim {dim}'}, {ROLES.get(role, role)}"
 
 
 def _folded(form: str, rows: Sequence[tuple[str, ...]]) -> list[str]:

@@ -67,6 +67,11 @@ def num_dropped(entry: Entry) -> dict[str, int]:
     return {name: len(origins) for name, origins in entry.dropped.items() if origins} | dict(entry.num_dropped)
 
 
+def headline(entry: Entry) -> str:
+    """The first clause of an entry's reason: what was decided, without the numbers behind it."""
+    return entry.reason.partition("; ")[0]
+
+
 def ledger_line(record: Record) -> str:
     """One sentence about a ledger."""
     made = [entry for entry in record.entries if dropped(entry)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
@@ -23,7 +24,7 @@ from setpoint.report.record import Record
 from setpoint.words import counted
 
 _BAR = 24
-_OTHER_LINES = 7
+_OTHER_LINES = 8
 """Lines of a view besides those of resources and groups."""
 
 
@@ -62,9 +63,7 @@ def view(record: Record, title: str, lines: int | None = None) -> RenderableType
             groups.add_row(escape(name), _bar(shares[name]), count, percent(shares[name]))
     rest = len(widths) - len(shown)
     more = [Text(f"and {counted(rest, 'group')} of which more is left")] if rest else []
-    reason = (
-        [Text(f"step {last.step:,}: {last.reason}", overflow="ellipsis", no_wrap=lines is not None)] if last else []
-    )
+    reason = [Text(f"step {last.step:,}: {resources.headline(last)}")] if last else []
     return Group(
         Text(f"{title}  {' · '.join(head)}", style="bold"),
         Text(counts),
@@ -109,7 +108,11 @@ def watch(file: Path, screen: Console, seconds: float) -> Record:
         ReportError: if its folder is not there, or if it is no ledger to begin with.
     """
     if file.parent.is_dir() and not _begun(file):
-        screen.print(f"waiting for {file}, which a run writes by log_to(loop, {str(file)!r}); Ctrl-C ends it")
+        waiting = f"waiting for {file}, which a run writes by log_to(loop, {str(file)!r}); Ctrl-C ends it"
+        if screen.is_terminal:
+            screen.print(waiting)
+        else:
+            print(waiting, file=sys.stderr)
         with suppress(KeyboardInterrupt):
             while not _begun(file):
                 time.sleep(seconds)

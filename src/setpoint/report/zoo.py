@@ -59,13 +59,16 @@ def named_model(target: str, shape: tuple[int, ...] | None = None) -> tuple[nn.M
         if name in names or tagged or (each == "transformers" and "/" in name):
             return _LIBRARIES[each](name, shape)
         known |= dict.fromkeys(names)
+    own = "or give module.py:function that returns your own"
+    if colon and missing:
+        raise UsageError(f"{target!r} needs {library}: pip install {library}")
+    if len(missing) == len(_LIBRARIES):
+        first, *others = missing
+        raise UsageError(f"{target!r} needs a model library: pip install {first} (or {', '.join(others)}), {own}")
     hint = did_you_mean(name, known)
     hint = f"{hint}Otherwise name" if hint else "name"
-    absent = f" ({', '.join(missing)} not installed: pip install {' '.join(missing)})" if missing else ""
-    raise UsageError(
-        f"unknown model {target!r}{absent}: {hint} a model of torchvision, timm or transformers, "
-        "or give module.py:function that returns your own"
-    )
+    absent = f"; not installed: {', '.join(missing)}" if missing else ""
+    raise UsageError(f"unknown model {target!r}: {hint} a model of torchvision, timm or transformers, {own}{absent}")
 
 
 def library(name: str) -> Any:

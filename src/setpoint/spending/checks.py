@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from setpoint.cost.budget import IN_SECONDS, METERED, MILLISECONDS, Budget, amount
 from setpoint.errors import BudgetError
@@ -58,6 +58,16 @@ def check_costed(budgets: Sequence[Budget], resources: Collection[str], before: 
             )
 
 
+def _percent(share: float, rounded: Callable[[float], float] = round) -> str:
+    """A share in percent with at least two significant digits.
+
+    >>> _percent(0.3641), _percent(0.000135, math.ceil)
+    ('36.4 %', '0.014 %')
+    """
+    decimals = max(1, 1 - math.floor(math.log10(100 * share)))
+    return f"{rounded(100 * share * 10**decimals) / 10**decimals:.{decimals}f} %"
+
+
 def check_reachable(budget: Budget, dense: float, least: float) -> None:
     """Check that a budget can be met and is in the right unit, given predicted costs, dense and of the narrowest model.
 
@@ -69,9 +79,9 @@ def check_reachable(budget: Budget, dense: float, least: float) -> None:
         return  # RunBudget.check knows what a run spends
     if limit < least:
         raise BudgetError(
-            f"a budget of {amount(limit, resource)} ({limit / dense:.1%} of dense) cannot be reached: with every "
-            f"group at its min_units the model still needs {amount(least, resource)} ({least / dense:.1%}). Ask for "
-            f"at least '{math.ceil(1000 * least / dense) / 10:g}% {resource}'"
+            f"a budget of {amount(limit, resource)} ({_percent(limit / dense)} of dense) cannot be reached: with every "
+            f"layer at its narrowest the model still needs {amount(least, resource)} ({_percent(least / dense)}). Ask "
+            f"for at least '{_percent(least / dense, math.ceil).replace(' ', '')} {resource}'"
         )
     if limit > dense and resource in ("flops", "params"):
         warnings.warn(

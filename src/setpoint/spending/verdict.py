@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from setpoint.controller.plan import Plan
-from setpoint.cost.budget import METERED, amount
+from setpoint.cost.budget import METERED, amount, of_dense
 from setpoint.spending.break_even import break_even_step
 from setpoint.spending.spending import Spending
 from setpoint.words import counted
@@ -56,25 +56,29 @@ def verdict(spending: Spending, step: int, widths: Mapping[str, int], last: Plan
     """Whether the budget is met after so many steps, with these widths and this last plan, and why or why not."""
     total_steps, target = spending.length, spending.target
     steps, limits = min(step, total_steps), target.limit
-    early = f"ended after {steps:,} of {counted(total_steps, 'step')}" if steps < total_steps else "ended"
+    after = f"after {steps:,} of {counted(total_steps, 'step')}"
+    still = f"; it was met at step {last.step:,}" if last is not None and last.budget_met else ""
+    left = list[str]()
     for name, limit in spending.limit_run.items():
         spent, rest = spending.runs.spent()[name], spending.expected(name, widths) * (total_steps - steps)
         if spent + rest > limit * (1 + 1e-12):
-            heading = f", and {amount(rest, name)} to go" if rest else ""
-            return False, f"{early} at {amount(spent, name)} for the run{heading}, over {amount(limit, name)}"
+            to_go = f", and {amount(rest, name)} to go" if rest else ""
+            return False, f"{amount(spent, name)} spent {after}{to_go}, {amount(limit, name)} asked for the run"
+        left.append(f"{amount(spent, name)} of {amount(limit, name)} spent")
     for name, limit in limits.items():
         settled = spending.meter.settled() if name in target.metered else {}
         seen, dense = settled.get(name, spending.expected(name, widths)), target.dense_cost(name)
         margin = max(1e-12, spending.meter.margin(name))
         if name not in target.runs and seen > limit * (1 + margin):
-            over = f"over {limit / dense:.1%}" if name not in METERED else f"over {amount(limit, name)}"
-            slower = f"budget met at step {last.step}, but since then " if last is not None and last.budget_met else ""
-            return False, f"{slower}{early} at {seen / dense:.1%} of the dense {name}, {over}"
+            spent, asked = of_dense(seen / dense, name), f"{100 * limit / dense:.1f} %"
+            if name in METERED:
+                spent, asked = f"{amount(seen, name)} ({spent})", amount(limit, name)
+            return False, f"{spent} {after}, {asked} asked for{still}"
+        left += [of_dense(seen / dense, name)] * (name not in target.runs)
     if last is not None and last.budget_met:
         gone = "; the energy meter has vanished since: joules are modelled" if spending.meter.vanished else ""
-        words = last.reason.removeprefix("budget met: ").removeprefix("done: ")
-        return True, f"{'budget met' if spending.budgets else 'done'} at step {last.step}: {words}{gone}"
+        met = f"{'budget met' if spending.budgets else 'done'} at step {last.step:,} of {total_steps:,}"
+        return True, f"{met}: {', '.join(left) or last.reason.removeprefix('done: ')}{gone}"
     if limits and all(limit >= spending.expected(name, spending.dense_widths) for name, limit in limits.items()):
         return True, f"the {'model as it was attached' if target.original else 'dense model'} is within budget"
-    within = "within budget" if limits else early
-    return False, f"{within} after {steps:,} of {counted(total_steps, 'step')}, but the last decision was not made"
+    return False, f"{'within budget' if limits else 'ended'} {after}, but the last decision was not made"

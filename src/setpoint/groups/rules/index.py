@@ -13,7 +13,7 @@ aten = torch.ops.aten
 
 
 def _feature_dim(walk: Walk, weight: Value) -> DimLabels:
-    walk.freeze(weight.labels[0], "rows are chosen by data")
+    walk.freeze(weight.labels[0], "rows are looked up by token (an embedding)")
     for remark in ("produce", "embedding"):
         walk.atoms.mark(remark, weight.labels[1])
     return weight.labels[1]

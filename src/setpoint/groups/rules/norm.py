@@ -58,9 +58,10 @@ def _layer_norm(
     """The mean (or mean square) over the units changes when one leaves."""
     labels = list(x.labels)
     first = x.ndim - len(normalized_shape)
+    kind = "a LayerNorm" if "layer" in walk.where else "an RMSNorm"
     for offset, size in enumerate(normalized_shape):
         dim = first + offset
-        walk.lossy(labels[dim], "this dim is normalised")
+        walk.lossy(labels[dim], f"{kind} runs over these channels")
         for parameter in (weight, bias):
             if isinstance(parameter, Value):
                 labels[dim] = walk.unite(labels[dim], parameter.labels[offset])
@@ -90,10 +91,10 @@ def _group_norm(
     if labels is not None:
         groups, per_group = labels, channels // num_groups
         if num_groups == 1:
-            walk.lossy(labels, "this dim is normalised")
+            walk.lossy(labels, "a GroupNorm runs over these channels")
         elif per_group > 1:
             groups, within = walk.atoms.fresh(num_groups), walk.atoms.fresh(per_group)
-            walk.lossy(within, "this dim is normalised")
+            walk.lossy(within, "a GroupNorm runs over these channels")
             walk.atoms.unite(labels, walk.product((groups, within)).ravel())
         if num_groups > 1:
             walk.attributes[walk.module, "num_groups"] = groups
