@@ -23,6 +23,8 @@ from setpoint.groups.trace import trace
 
 START = 2.0
 """Size to start from, in final sizes, where none is given: larger ones lost in every test."""
+STARTS = (2.0, 4.0, 8.0)
+"""Sizes of which the law's best is told."""
 MEASURED = (1.0, 64.0)
 """Ratios for which the law is meant; beyond them its exponents have not been checked."""
 UNPROVEN = (
@@ -177,7 +179,13 @@ def plan(
         flops = joules * known.flops / known.step_joules()
     data = tokens or samples or (flops / (6 * size) if flops and size else None)
     ratios = [ratio if ratio is not None else _ratio(law, size, data) for law in laws]
-    start = start or START
+    notes = _notes(size, ratios, laws, published=laws is LANGUAGE)
+    if start is None:
+        start = START
+        least = {s: min(law.gain(r, average_size(s, cuts)) for law, r in zip(laws, ratios, strict=True)) for s in STARTS}
+        best = max(STARTS, key=lambda s: least[s])
+        if best != start and least[best] > 0:
+            notes.append(f"by the law alone a start of {best:g} times the final size gains most")
     average = average_size(start, cuts)
     gains = [law.gain(r, average) for law, r in zip(laws, ratios, strict=True)]
     low, high = min(gains), max(gains)
@@ -187,7 +195,7 @@ def plan(
     return Advice(
         verdict, size, (min(ratios), max(ratios)), start, average, cuts, (low, high), bill, paid, batch,
         int(paid // batch) if paid and batch else None,
-        tuple(_notes(size, ratios, laws, published=laws is LANGUAGE)), tuple(law.source for law in laws),
+        tuple(notes), tuple(law.source for law in laws),
     )  # fmt: skip
 
 

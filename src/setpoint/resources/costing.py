@@ -36,7 +36,7 @@ from setpoint.resources.tape import Tape, Trainee, record
 from setpoint.spending.seconds import Stopwatch
 from setpoint.under_way import under_way
 
-_MOST_STEPS, _ENOUGH_S = 50, 0.2
+_MOST_STEPS, _ENOUGH_S = 50, 0.4
 _BANDS = ((0.6, 0.9), (0.35, 0.6), (0.15, 0.35))
 """Densities of the groups where whole steps are timed between dense and the least."""
 _WORTH_KEEPING = 0.15
