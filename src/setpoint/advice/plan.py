@@ -182,7 +182,9 @@ def plan(
     notes = _notes(size, ratios, laws, published=laws is LANGUAGE)
     if start is None:
         start = START
-        least = {s: min(law.gain(r, average_size(s, cuts)) for law, r in zip(laws, ratios, strict=True)) for s in STARTS}
+        least = {
+            s: min(law.gain(r, average_size(s, cuts)) for law, r in zip(laws, ratios, strict=True)) for s in STARTS
+        }
         best = max(STARTS, key=lambda s: least[s])
         if best != start and least[best] > 0:
             notes.append(f"by the law alone a start of {best:g} times the final size gains most")
