@@ -94,8 +94,8 @@ def test_the_headline_says_what_was_measured() -> None:
     """Claim: beside what the published law predicts stands what the project's test found; the start is small."""
     gain, loss = setpoint.plan(ratio=16), setpoint.plan(ratio=0.3)
     assert gain.start == 2 and setpoint.plan(ratio=16, start=8).start == 8
-    assert "by the law alone a start of 8 times" in str(setpoint.plan(ratio=16))
-    assert "by the law alone" not in str(setpoint.plan(ratio=4)) + str(setpoint.plan(ratio=16, start=4))
+    assert "by the law alone a start at 8 times" in str(setpoint.plan(ratio=16))
+    assert "by the law alone" not in str(setpoint.plan(ratio=4)) + str(setpoint.plan(ratio=16, start=8))
     (headline, *_), (other, *_) = (str(each).splitlines() for each in (gain, loss))
     assert headline.startswith("The published law predicts a gain") and other.startswith(
         "The published law predicts a loss"

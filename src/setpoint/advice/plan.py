@@ -52,6 +52,7 @@ class Advice:
         steps: optimizer steps of the pruned run, where the batch is known.
         notes: what weakens the advice.
         sources: of the constants.
+        best_start: size from which the laws predict the largest gain, of 2, 4 and 8 final sizes.
     """
 
     verdict: str
@@ -67,6 +68,7 @@ class Advice:
     steps: int | None
     notes: tuple[str, ...]
     sources: tuple[str, ...]
+    best_start: float
 
     @property
     def pays(self) -> bool:
@@ -89,6 +91,8 @@ class Advice:
         lines.append(f"  a start at {self.start:g} times the final size, cut between {self.cuts[0]:.0%} and "
                      f"{self.cuts[1]:.0%} of the steps: {_compared(*self.gain)} reducible loss than a small dense "
                      "model of the same training FLOPs, as predicted")  # fmt: skip
+        if self.pays and self.best_start > self.start:
+            lines.append(f"  by the law alone a start at {self.best_start:g} times would gain most")
         if self.bill is not None:
             paid = f" pay for {self.tokens:.3g} tokens or samples" if self.tokens is not None else ""
             steps = f", {self.steps:,} steps of {self.batch:,g}" if self.steps is not None else ""
@@ -179,17 +183,13 @@ def plan(
         flops = joules * known.flops / known.step_joules()
     data = tokens or samples or (flops / (6 * size) if flops and size else None)
     ratios = [ratio if ratio is not None else _ratio(law, size, data) for law in laws]
-    notes = _notes(size, ratios, laws, published=laws is LANGUAGE)
-    if start is None:
-        start = START
-        least = {
-            s: min(law.gain(r, average_size(s, cuts)) for law, r in zip(laws, ratios, strict=True)) for s in STARTS
-        }
-        best = max(STARTS, key=lambda s: least[s])
-        if best != start and least[best] > 0:
-            notes.append(f"by the law alone a start of {best:g} times the final size gains most")
-    average = average_size(start, cuts)
-    gains = [law.gain(r, average) for law, r in zip(laws, ratios, strict=True)]
+
+    def gains_of(begun: float) -> list[float]:
+        return [law.gain(r, average_size(begun, cuts)) for law, r in zip(laws, ratios, strict=True)]
+
+    best = max(STARTS, key=lambda begun: min(gains_of(begun)))
+    start = start or START
+    average, gains = average_size(start, cuts), gains_of(start)
     low, high = min(gains), max(gains)
     verdict = "prune" if low > 0 else "train the small model" if high <= 0 else "undecided"
     bill = 6 * size * data if size and data else None
@@ -197,7 +197,7 @@ def plan(
     return Advice(
         verdict, size, (min(ratios), max(ratios)), start, average, cuts, (low, high), bill, paid, batch,
         int(paid // batch) if paid and batch else None,
-        tuple(notes), tuple(law.source for law in laws),
+        tuple(_notes(size, ratios, laws, published=laws is LANGUAGE)), tuple(law.source for law in laws), best,
     )  # fmt: skip
 
 

@@ -251,7 +251,7 @@ def _step(copy: Trainee, device: torch.device, meter: EnergyMeter | None) -> tup
     times: list[float] = []
     copy.step()  # the first at a shape takes longer
     before_j = meter.read_j() if meter else None
-    while watch.seconds < _ENOUGH_S and len(times) < _MOST_STEPS:
+    while not times or (watch.seconds < _ENOUGH_S and len(times) < _MOST_STEPS):
         with watch:
             copy.step()
         times.append(watch.last_seconds)
