@@ -55,10 +55,7 @@ A bar is a group of channels, heads or neurons, in the order of the network, of 
 
 def task_pages(root: Path) -> dict[str, str]:
     """By name, the page of every results folder, with its tables; of pretrained models also what they lost."""
-    pages = {
-        folder.name: TASK_PAGE.format(name=folder.name, tables=methods_table(folder, judged=True))
-        for folder in _folders(root)
-    }
+    pages = {folder.name: TASK_PAGE.format(name=folder.name, tables=methods_table(folder)) for folder in _folders(root)}
     for name in PRETRAINED:
         pages[name] += LOST.format(name=name, sentence=lost_sentence(root / name))
     return pages
@@ -129,12 +126,8 @@ def _setpoint_rows(root: Path) -> Iterator[tuple[Row, dict[str, Row]]]:
 
 
 def _best_cut_after(ours: Row, beside: Mapping[str, Row]) -> Row | None:
-    """The best method that cuts units after training; one seed is too few beside several."""
-    after = [
-        row
-        for row in beside.values()
-        if row.family == "post-training" and row.density is None and row.num_seeds >= min(ours.num_seeds, 2)
-    ]
+    """The best method that cuts units after training."""
+    after = [row for row in beside.values() if row.family == "post-training" and row.density is None]
     best = sorted(after, key=lambda row: row.value.mean, reverse=ours.metric == "accuracy")
     return best[0] if best else None
 
@@ -176,10 +169,10 @@ def _pretrained_column(rows: Sequence[Row], small: Path | str) -> dict[str, str]
             kind: max((row for row in here if row.family == family), key=lambda row: row.value.mean, default=None)
             for kind, family in kinds.items()
         }
-        most = percent(max(row.value.mean for row in best.values() if row is not None))
         for kind, row in best.items():
             text = NOTHING if row is None else _with_seeds(row)
-            found[f"{words}: {kind}"] = f"**{text}**" if text.startswith(most) else text
+            rivals = [each for each in best.values() if each is not None and each is not row]
+            found[f"{words}: {kind}"] = f"**{text}**" if row is not None and _clearly_ahead(row, rivals) else text
     found["small pretrained model"] = NOTHING
     if small:
         row = next(iter(summary_rows(read_results(Path(small)))))
@@ -188,6 +181,12 @@ def _pretrained_column(rows: Sequence[Row], small: Path | str) -> dict[str, str]
     spent = [percent(row.train_flops_ratio) for row in rows if row.method == SETPOINT]
     found["training FLOPs of Setpoint"] = " and ".join(sorted(spent, reverse=True))
     return found
+
+
+def _clearly_ahead(row: Row, rivals: Sequence[Row]) -> bool:
+    """Whether each of them is behind the row by an interval that excludes 0; known of Setpoint's rows."""
+    behind = [each.differences.get(row.method) for each in rivals]
+    return bool(behind) and all(each is not None and each.high is not None and each.high < 0 for each in behind)
 
 
 def _with_seeds(row: Row) -> str:

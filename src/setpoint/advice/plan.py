@@ -27,6 +27,8 @@ STARTS = (2.0, 4.0, 8.0)
 """Sizes of which the law's best is told."""
 MEASURED = (1.0, 64.0)
 """Ratios for which the law is meant; beyond them its exponents have not been checked."""
+LOST = 4.0
+"""Up to this ratio the direct test found a clear loss."""
 UNPROVEN = (
     "Setpoint's only test, on a very small language model, found a loss at a ratio of 4 and below, and no clear gain "
     "at 16"
@@ -86,7 +88,9 @@ class Advice:
             "train the small model": "predicts a loss: train the small model",
         }
         headline = f"{law} {says.get(self.verdict, 'says nothing certain, since its fits disagree')}"
-        lines = [f"{headline}; {UNPROVEN}." if UNPROVEN in self.notes else f"{headline}."]
+        lost = self.pays and UNPROVEN in self.notes and max(self.ratio) <= LOST
+        lines = [f"{headline}; {UNPROVEN}{': train the small model' * lost}." if UNPROVEN in self.notes
+                 else f"{headline}."]  # fmt: skip
         lines.append(f"  data / compute-optimal data: {_range(*self.ratio)}")
         lines.append(f"  a start at {self.start:g} times the final size, cut between {self.cuts[0]:.0%} and "
                      f"{self.cuts[1]:.0%} of the steps: {_compared(*self.gain)} reducible loss than a small dense "

@@ -131,7 +131,7 @@ class Summary:
                 cost.append(f"{amount(self.spent[name], name)} of a budget of {amount(limit, name)}")
         for name, limit in self.limit_run.items():
             cost.append(f"{amount(self.spent_run[name], name)} of {amount(limit, name)} for the run")
-        saved = "less than the overhead so far"
+        saved = "less than the overhead"
         if self.break_even_step is not None:
             saved = f"more than the overhead from step {self.break_even_step:,} on"
         own = ("attach", "sensing", "deciding", "resizing", "probing", "recompiling")

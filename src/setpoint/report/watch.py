@@ -100,7 +100,7 @@ def _bar(share: float) -> ProgressBar:
 
 
 def watch(file: Path, screen: Console, seconds: float) -> Record:
-    """Show a ledger until Ctrl-C, and read it again whenever its file has changed; gives what was read last.
+    """Show a ledger until its run has ended, or Ctrl-C, and read it whenever it has changed; gives the last state.
 
     A file that is not there yet is waited for. What becomes of the file meanwhile is reported, and waited for.
 
@@ -124,6 +124,8 @@ def watch(file: Path, screen: Console, seconds: float) -> Record:
             shown = view(record, file.name, screen.height if drawn else None)
             while True:
                 live.update(shown, refresh=True) if drawn else screen.print(shown)
+                if record.end_step is not None:
+                    return record
                 while (now := _stamp(file)) == known:
                     time.sleep(seconds)
                 known, trouble = now, list[RenderableType]()
