@@ -156,7 +156,8 @@ def watch(
 ) -> None:
     """Watch a run: widths by group, cost against reference, and the price, as its ledger grows.
 
-    The run writes it by `setpoint.integrations.log_to(loop, "run.jsonl")`. It ends with the run; Ctrl-C ends the watching alone.
+    The run writes it by `setpoint.integrations.log_to(loop, "run.jsonl")`. Watching ends with the run; Ctrl-C ends the
+    watching alone.
     """
     with errors_as_messages():
         from setpoint.report.ledger_page import read_ledger
