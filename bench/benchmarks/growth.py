@@ -112,8 +112,8 @@ def main() -> None:
     for name in chosen:
         call = [sys.executable, __file__, "--one", name]
         rows.append(row := json.loads(subprocess.run(call, check=True, stdout=subprocess.PIPE, text=True).stdout))
-        told = ", ".join(f"{kind} {1e3 * row[f'{kind}_s']:.0f} ms" for kind in ("discovery", "decision", "cut"))
-        print(f"{row['layers']} layers, width {row['width']}, {row['units']:,} units: {told}", flush=True)
+        shown = ", ".join(f"{kind} {1e3 * row[f'{kind}_s']:.0f} ms" for kind in ("discovery", "decision", "cut"))
+        print(f"{row['layers']} layers, width {row['width']}, {row['units']:,} units: {shown}", flush=True)
     keep({"seed": SEED, "models": rows}, args.out, shown={"models": len(rows)})
 
 

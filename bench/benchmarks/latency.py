@@ -25,6 +25,7 @@ from setpoint.resources.median import median_of
 from setpoint.resources.replica import replica
 from setpoint.spending.seconds import Stopwatch
 
+WIDTHS_SEED = 1
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 
 
@@ -55,7 +56,7 @@ def compare(name: str, count: int, resource: str) -> dict[str, Any]:
     build_s, cost = time.perf_counter() - began, costing.costs[resource]
     rows = [
         {"predicted_s": cost.total(widths), **measured(made(subject, resource), dict(widths))}
-        for widths in random_widths(subject.groups, count, seed=1)
+        for widths in random_widths(subject.groups, count, seed=WIDTHS_SEED)
     ]
     errors = [abs(row["predicted_s"] / row["measured_s"] - 1) for row in rows]
     return {
@@ -85,7 +86,7 @@ def main() -> None:
         part: {name: {key: each[key] for key in keys} for name, each in models.items()}
         for part, models in parts.items()
     }
-    keep(parts, args.out, shown)
+    keep({"seed": WIDTHS_SEED, **parts}, args.out, shown)
 
 
 if __name__ == "__main__":

@@ -72,13 +72,13 @@ def measure(name: str, rounds: int) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     dense = task.build(dense_widths(task)).train()
     traced = trace(copy.deepcopy(dense), task.example())
-    cost, whole = flops_cost(traced), widths_of(traced.groups)
+    cost, full = flops_cost(traced), widths_of(traced.groups)
     rows = []
     for row in found_by_setpoint(name):
-        found = {**whole, **row["widths"]}
+        found = {**full, **row["widths"]}
         flops = cost.total(found)
         free = tuple(group for group in traced.groups if group.name in row["widths"])
-        even = {**whole, **landing_widths(cost, whole, whole, free, flops)}
+        even = {**full, **landing_widths(cost, full, full, free, flops)}
         models = {"dense": copy.deepcopy(dense), "even": cut(dense, traced.groups, even)}
         models["Setpoint"] = cut(dense, traced.groups, found)
         steps = {arm: step_of(task, model) for arm, model in models.items()}
@@ -96,7 +96,7 @@ def measure(name: str, rounds: int) -> list[dict[str, Any]]:
             {
                 "task": name,
                 "budget": row["budget"],
-                "flops": {"dense": cost.total(whole), "even": cost.total(even), "Setpoint": flops},
+                "flops": {"dense": cost.total(full), "even": cost.total(even), "Setpoint": flops},
                 "step_seconds": turns,
                 "ratio": median(ratios),
                 "ratios": ratios,

@@ -215,13 +215,14 @@ def test_to_begin_with_there_must_be_a_ledger(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for another process")
 @pytest.mark.parametrize("drawn", [True, False])
-def test_it_ends_with_the_run(file: Path, drawn: bool) -> None:
+def test_it_ends_with_the_run(file: Path, drawn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Claim: a ledger whose run has ended is shown once, and not waited for."""
     ended = Ledger.load(file)
     ended.end(20, 20, budget_met=True, reason="budget met at step 4 of 20")
     ended.save(file)
     screen = Console(file=io.StringIO(), force_terminal=drawn, width=100)
-    assert watching.watch(file, screen, 3600.0).end_step == 20
+    monkeypatch.setattr(watching.time, "sleep", lambda seconds: pytest.fail("it waits for more"))
+    assert watching.watch(file, screen, 1.0).end_step == 20
 
 
 def test_control_c_ends_it_cleanly(file: Path) -> None:

@@ -241,7 +241,8 @@ def growth_table(path: Path) -> str:
         for kind in ("discovery", "decision", "cut")
         for slope, _ in [statistics.linear_regression([r["layers"] for r in deep], [r[f"{kind}_s"] for r in deep])]
     ]
-    return "\n".join([*lines, "", f"Least squares over the depths: {', '.join(fitted)}. {made_on(data)}"])
+    about = f"Least squares over the depths: {', '.join(fitted)}. Seed {data['seed']}. {made_on(data)}"
+    return "\n".join([*lines, "", about])
 
 
 def widths_table(path: Path) -> str:
@@ -258,7 +259,7 @@ def widths_table(path: Path) -> str:
         ratio = f"{row['ratio']:.2f} ({min(row['ratios']):.2f} to {max(row['ratios']):.2f})"
         lines.append(f"| {row['task']} | {100 * row['budget']:g} % | {' | '.join([*shares, *times, ratio])} |")
     about = f"Median of the ratios: {data['median_ratio']:.2f}. FLOPs and seconds of a step are shares of dense."
-    return "\n".join([*lines, "", f"{about} {made_on(data)}"])
+    return "\n".join([*lines, "", f"{about} Seed {data['seed']}. {made_on(data)}"])
 
 
 def frameworks_table(path: Path) -> str:

@@ -77,10 +77,11 @@ def models_cut_table(path: Path) -> str:
 
 
 def models_cut_row(path: Path) -> str:
-    """The same as a row beside a rival."""
+    """The same as a row beside a rival, with how many of the models are Setpoint's own."""
     models = json.loads(path.read_text(encoding="utf-8"))["models"]
     ours, theirs = (sum(record[library]["passed"] for record in models) for library in LIBRARIES)
-    return f"| models cut, and trained on, of {len(models)} | {ours} | {theirs}, Torch-Pruning | |"
+    own = sum(record["suite"] == "plain" for record in models)
+    return f"| models cut, and trained on, of {len(models)} ({own} our own) | {ours} | {theirs}, Torch-Pruning | |"
 
 
 def _coverage_row(suite: str, library: str, records: list[dict[str, Any]]) -> str:

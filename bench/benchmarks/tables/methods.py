@@ -22,8 +22,8 @@ from tables.read import read_results
 from tables.words import made_on, marked, rows_made_on
 
 
-def methods_table(folder: Path, *, judged: bool = False) -> str:
-    """Tables of a results folder with what they were measured on, and with the headline goals if it is to be judged."""
+def methods_table(folder: Path) -> str:
+    """Tables of a results folder with what they were measured on."""
     results = read_results(folder)
     rows = summary_rows(results)
     for task in results.tasks():  # seconds compare on one machine only; what was learnt, with one version and precision
@@ -32,8 +32,7 @@ def methods_table(folder: Path, *, judged: bool = False) -> str:
         ran = {tuple(cell.environment.get(key) for key in ("torch", "dtype")) for cell in results.of(task)}
         assert len(ran) == 1, f"{folder}: runs of several versions: {ran}"
     return "\n\n".join(
-        task_text(results.of(task), [row for row in rows if row.task == task], judged=judged)
-        for task in results.tasks()
+        task_text(results.of(task), [row for row in rows if row.task == task]) for task in results.tasks()
     )
 
 
@@ -150,7 +149,7 @@ def readme_table(root: Path) -> str:
     columns = []
     for folder, (_, small) in PRETRAINED.items():
         rows = [row for row in summary_rows(read_results(root / folder)) if row.density is None]
-        columns.append(_pretrained_column(rows, small and root / small))
+        columns.append(_pretrained_column(rows, root / small if small else None))
     lines = [
         f"| accuracy on test data | {' | '.join(words for words, _ in PRETRAINED.values())} |",
         f"|---|{'---:|' * len(columns)}",
@@ -158,7 +157,7 @@ def readme_table(root: Path) -> str:
     return "\n".join(lines + [f"| {name} | {' | '.join(each[name] for each in columns)} |" for name in columns[0]])
 
 
-def _pretrained_column(rows: Sequence[Row], small: Path | str) -> dict[str, str]:
+def _pretrained_column(rows: Sequence[Row], small: Path | None) -> dict[str, str]:
     """The accuracies of one model, by what they are of."""
     dense = next(row for row in rows if row.method == "dense")
     found = {"dense, fine-tuned": _with_seeds(dense)}
@@ -174,8 +173,8 @@ def _pretrained_column(rows: Sequence[Row], small: Path | str) -> dict[str, str]
             rivals = [each for each in best.values() if each is not None and each is not row]
             found[f"{words}: {kind}"] = f"**{text}**" if row is not None and _clearly_ahead(row, rivals) else text
     found["small pretrained model"] = NOTHING
-    if small:
-        row = next(iter(summary_rows(read_results(Path(small)))))
+    if small is not None:
+        row = summary_rows(read_results(small))[0]
         share = (row.final_flops or math.nan) / (dense.final_flops or math.nan)
         found["small pretrained model"] = f"{_with_seeds(row)}, {percent(share)} of the FLOPs"
     spent = [percent(row.train_flops_ratio) for row in rows if row.method == SETPOINT]

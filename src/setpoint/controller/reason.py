@@ -6,7 +6,7 @@ import math
 
 from setpoint.controller.offer import Offer
 from setpoint.controller.selection import Selection, regained
-from setpoint.cost.budget import UNIT, WHOLE
+from setpoint.cost.budget import UNIT, of_dense
 from setpoint.groups.group import Group
 from setpoint.sensor.reading import Reading
 
@@ -54,7 +54,7 @@ def explain_cut(
     """What is left and what is dropped, up to the first semicolon; then the price and how near the target is."""
     dropped = {name: int(selection.ladders[name].edges[rung]) for name, rung in selection.rungs.items() if rung}
     off = selection.total / target - 1
-    left = f"{100 * selection.total / dense:.1f} % of the {WHOLE.get(resource, resource)}"
+    left = of_dense(selection.total / dense, resource)
     near = apart(off, "the target") + (_brake(selection) if off > 0 or not dropped else "")
     if not dropped:
         return f"nothing dropped: {left}, {near}"

@@ -174,7 +174,7 @@ def _lines(found: dict[str, Any]) -> tuple[str, str, str]:
     return (
         f"accuracy   {percent(small['accuracy'])} with Setpoint, {percent(dense['accuracy'])} dense, on test images",
         f"network    {met}{percent(share)} of the dense FLOPs, {small['units']:,} of {dense['units']:,} channels",
-        f"training   {percent(trained)} of the dense FLOPs, own work included; "
+        f"training   {percent(trained)} of dense training FLOPs, own work included; "
         f"a step {duration(small['step_seconds'])}, dense {duration(dense['step_seconds'])}",
     )
 

@@ -131,11 +131,11 @@ def on_one_dim(problem: Problem) -> Problem | None:
     operation, outputs = problem.operation, problem.operation.outputs
     if torch.Tag.pointwise not in operation.target.tags or len(outputs) != 1:
         return None
-    whole, entry = outputs[0], Size(0, ((_ENTRIES, 1),))
+    result, entry = outputs[0], Size(0, ((_ENTRIES, 1),))
     leaves: list[Any] = []
     for leaf in operation.leaves:
         if isinstance(leaf, Operand):
-            same = sorted(map(repr, leaf.shape)) == sorted(map(repr, whole.shape)) and leaf.order == whole.order
+            same = (leaf.shape, leaf.order) == (result.shape, result.order)
             if (not same and leaf.shape) or leaf.expanded:
                 return None
             leaves.append(Operand((entry,) * bool(leaf.shape), (0,) * bool(leaf.shape), (), leaf.dtype))
@@ -146,7 +146,7 @@ def on_one_dim(problem: Problem) -> Problem | None:
     most = problem.num_entries(problem.dense)
     counts = [count for count in _COUNTS if count <= most or count < min(4 * most, _SMALL)] or _COUNTS[:1]
     axes = (Axis(entry, tuple(reversed(counts))),)
-    out = Operand((entry,), (0,), (), whole.dtype)
+    out = Operand((entry,), (0,), (), result.dtype)
     words = [str(operation.target), *(_describe(leaf, axes) for leaf in (*leaves, out))]
     key = hashlib.sha256("|".join(words).encode()).hexdigest()[:32]
     flat = Operation(operation.target, tuple(leaves), operation.spec, (out,))
