@@ -29,14 +29,14 @@ from tables.costs import (
     soak_table,
     widths_table,
 )
-from tables.discovery import coverage_table, discovery_table, models_cut_row, models_cut_table, suites_table
+from tables.discovery import coverage_table, discovery_table, models_cut_line, models_cut_table, suites_table
 from tables.gpu import gpu_table
 from tables.law import (
     calibration_runs_table,
     law_table,
     measured_table,
     optimal_line,
-    over_trained_row,
+    over_trained_line,
     write_law_picture,
 )
 from tables.lost import write_lost_picture
@@ -47,6 +47,7 @@ from tables.methods import (
     goals_table,
     headline_table,
     methods_table,
+    pretrained_table,
     readme_table,
     seconds_table,
     snip_table,
@@ -123,12 +124,11 @@ def filled(text: str) -> str:
             "law-measured": lambda: measured_table(RESULTS / "law-language.json", RESULTS / "law.json"),
             "law-optimal": lambda: optimal_line(RESULTS / "law-language.json"),
             "gpu": lambda: gpu_table(RESULTS / "gpu.json"),
+            "readme": lambda: readme_table(RESULTS),
             "also": lambda: "\n".join(
                 [
-                    "| also measured | Setpoint | rival | gain |",
-                    "|---|---:|---:|---:|",
-                    over_trained_row(RESULTS / "law-language.json"),
-                    models_cut_row(RESULTS / "coverage" / "torch_pruning.json"),
+                    f"* {over_trained_line(RESULTS / 'law-language.json')}",
+                    f"* {models_cut_line(RESULTS / 'coverage' / 'torch_pruning.json')}",
                 ]
             ),
             "law-calibration": lambda: calibration_runs_table(RESULTS / "law-language.json"),
@@ -153,7 +153,7 @@ def filled(text: str) -> str:
             "ahead": lambda: ahead_table(RESULTS),
             "ahead-validation": lambda: ahead_table(RESULTS, split="validation"),
             "seconds": lambda: seconds_table(RESULTS),
-            "readme": lambda: readme_table(RESULTS),
+            "pretrained": lambda: pretrained_table(RESULTS),
             "models-cut": lambda: models_cut_table(RESULTS / "coverage" / "torch_pruning.json"),
             "headline": lambda: headline_table(RESULTS),
             "apart": lambda: apart_table(RESULTS),

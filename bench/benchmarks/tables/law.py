@@ -156,27 +156,29 @@ def measured_table(file: Path, predicted: Path) -> str:
     return "\n".join([*lines, "", made_on(data)])
 
 
-def over_trained_row(file: Path) -> str:
-    """Setpoint's run from the least start at the largest r that was measured, beside the small model, as a row."""
+def over_trained_line(file: Path) -> str:
+    """Setpoint's run from the least start at the largest r that was measured, beside the small model."""
     arms = [arm for arm in arms_of(json.loads(file.read_text(encoding="utf-8"))) if arm.arm == "setpoint"]
     largest = max(arm.ratio for arm in arms)
     arm = min((arm for arm in arms if arm.ratio == largest), key=lambda arm: arm.start)
+    level = arm.gain.low is None or arm.gain.high is None or arm.gain.low <= 0 <= arm.gain.high
     return (
-        f"| very small language model at {largest:g} times its optimal data, nats per byte | {arm.loss:.3f} "
-        f"| {arm.small:.3f}, small from the start | {_with_interval(arm.gain, 3)} |"
+        f"A very small language model, trained from scratch on {largest:g} times its optimal data, ends at "
+        f"{arm.loss:.3f} nats per byte. One that is small from the start ends at {arm.small:.3f}"
+        f"{', which is level' if level else ''}."
     )
 
 
-def _with_interval(gain: Difference, digits: int = 4) -> str:
+def _with_interval(gain: Difference) -> str:
     """A gain in nats, and its interval where there is one."""
-    mean = _nats(gain.mean, digits)
+    mean = _nats(gain.mean)
     if gain.low is None or gain.high is None:
         return mean
-    return f"{mean} [{_nats(gain.low, digits)}, {_nats(gain.high, digits)}]"
+    return f"{mean} [{_nats(gain.low)}, {_nats(gain.high)}]"
 
 
-def _nats(value: float, digits: int = 4) -> str:
-    return f"{value:+.{digits}f}".replace("-", "−")
+def _nats(value: float) -> str:
+    return f"{value:+.4f}".replace("-", "−")
 
 
 def calibration_runs_table(file: Path) -> str:

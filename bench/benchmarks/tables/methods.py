@@ -145,7 +145,41 @@ PRETRAINED = {
 
 
 def readme_table(root: Path) -> str:
-    """Fine-tuning real pretrained models, on test data: one column a model, the best of a budget in bold."""
+    """Fine-tuning real pretrained models, on test data: one row a model, Setpoint beside the best rival of a budget."""
+    lines = ["| fine-tuned | dense | to half of the FLOPs | to a quarter |", "|---|---:|---:|---:|"]
+    spent: dict[float, list[float]] = {0.5: [], 0.25: []}
+    for folder, (model, _) in PRETRAINED.items():
+        rows = [row for row in summary_rows(read_results(root / folder)) if row.density is None]
+        cells = [_accuracy(next(row for row in rows if row.method == "dense"))]
+        for budget, shares in spent.items():
+            best = _best_of_families([row for row in rows if row.budget == budget])
+            ours, *rivals = [row for row in best.values() if row is not None]
+            kind, rival = max(
+                ((kind, row) for kind, row in best.items() if row in rivals), key=lambda pair: pair[1].value.mean
+            )
+            text = f"**{_accuracy(ours)}**" if _clearly_ahead(ours, rivals) else _accuracy(ours)
+            cells.append(f"{text}, {kind} {_accuracy(rival)}")
+            shares.append(ours.train_flops_ratio or math.nan)
+        lines.append(f"| {model} | {' | '.join(cells)} |")
+    most = (f"{100 * max(shares):.0f} %" for shares in spent.values())
+    return "\n".join([*lines, f"| training FLOPs | 100 % | {' | '.join(most)} |"])
+
+
+def _accuracy(row: Row) -> str:
+    return f"{100 * row.value.mean:.1f} %"
+
+
+def _best_of_families(rows: Sequence[Row]) -> dict[str, Row | None]:
+    """The best row of Setpoint, of the open loops and of the cuts after training, in this order."""
+    kinds = {"Setpoint": SETPOINT, "open loop": "open-loop", "cut after training": "post-training"}
+    return {
+        kind: max((row for row in rows if row.family == family), key=lambda row: row.value.mean, default=None)
+        for kind, family in kinds.items()
+    }
+
+
+def pretrained_table(root: Path) -> str:
+    """The same with all that was measured: one column a model, the best of a budget in bold."""
     columns = []
     for folder, (_, small) in PRETRAINED.items():
         rows = [row for row in summary_rows(read_results(root / folder)) if row.density is None]
@@ -162,12 +196,7 @@ def _pretrained_column(rows: Sequence[Row], small: Path | None) -> dict[str, str
     dense = next(row for row in rows if row.method == "dense")
     found = {"dense, fine-tuned": _with_seeds(dense)}
     for budget, words in ((0.5, "half of the FLOPs"), (0.25, "a quarter")):
-        here = [row for row in rows if row.budget == budget]
-        kinds = {"Setpoint": SETPOINT, "open loop": "open-loop", "cut after training": "post-training"}
-        best = {
-            kind: max((row for row in here if row.family == family), key=lambda row: row.value.mean, default=None)
-            for kind, family in kinds.items()
-        }
+        best = _best_of_families([row for row in rows if row.budget == budget])
         for kind, row in best.items():
             text = NOTHING if row is None else _with_seeds(row)
             rivals = [each for each in best.values() if each is not None and each is not row]
