@@ -121,3 +121,26 @@ def test_what_it_refuses() -> None:
         Teacher(Named(last_hidden_state=torch.ones(2, 3))).logits(x)
     with pytest.raises(ValueError, match="returned a SimpleNamespace"):
         Teacher(Answers()).logits(x)
+
+
+def test_cached_logits_cost_one_pass_over_the_data() -> None:
+    """Claim: from the second pass on, shuffled batches have the same logits as a forward, and cost no FLOPs."""
+    teacher, data = Teacher(net()), torch.randn(12, 8)
+    for _ in range(3):
+        for index in torch.randperm(12).split(4):
+            taught = teacher.cached_logits(index, data[index])
+            torch.testing.assert_close(taught, teacher.model(data[index]))
+    once = Teacher(teacher.model)
+    once.logits(data)
+    assert teacher.flops == once.flops > 0
+
+
+def test_cached_logits_need_one_key_a_sample_and_one_length() -> None:
+    """Claim: keys of another number and rows of several lengths are refused, and nothing wrong is kept."""
+    teacher = Teacher(nn.Linear(8, 3))
+    with pytest.raises(ValueError, match="3 keys for the logits of 2 samples"):
+        teacher.cached_logits([0, 1, 2], torch.randn(2, 8))
+    teacher.cached_logits(["short"], torch.randn(1, 4, 8))
+    teacher.cached_logits(["long"], torch.randn(1, 6, 8))
+    with pytest.raises(ValueError, match=r"shapes \[\(4, 3\), \(6, 3\)\]: pad every sample"):
+        teacher.cached_logits(["short", "long"], torch.randn(2, 6, 8))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable, Sequence
 from typing import Any, final
 
 import torch
@@ -63,6 +64,7 @@ class Teacher:
         self.flops = 0.0
         self._counted = 0.0
         self._flops_by_shapes = dict[Any, float]()
+        self._cached = dict[Hashable, Tensor]()
 
     @torch.no_grad()
     def logits(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -86,6 +88,42 @@ class Teacher:
         self.flops += self._flops_by_shapes[shapes]
         self._count()
         return logits_of(outputs)
+
+    def cached_logits(self, keys: Sequence[Hashable] | Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The same logits, computed in the first pass over the data and read from memory in every later one.
+
+        A batch whose keys are all known costs no forward. Each sample must look the same in every pass: random crops
+        and masks need `logits`. Memory: a row of logits for each sample, on the CPU.
+
+        Args:
+            keys: one a sample, such as its index in the dataset, in the order of the batch.
+            args: for the teacher's forward.
+            kwargs: for the teacher's forward.
+
+        Raises:
+            ValueError: the keys are not as many as the samples, or rows of one batch have several shapes.
+
+        >>> teacher, inputs = Teacher(nn.Linear(8, 3)), torch.randn(4, 8)
+        >>> _ = teacher.cached_logits([7, 1, 5, 0], inputs)
+        >>> torch.equal(teacher.cached_logits([0, 5], inputs[[3, 2]]), teacher.model(inputs[[3, 2]]))
+        True
+        >>> teacher.flops  # of one pass over four samples
+        192.0
+        """
+        keys = keys.tolist() if isinstance(keys, Tensor) else list(keys)
+        if not keys or not all(key in self._cached for key in keys):
+            found = self.logits(*args, **kwargs)
+            if len(found) != len(keys):
+                raise ValueError(f"{len(keys)} keys for the logits of {len(found)} samples: give one key a sample")
+            self._cached.update(zip(keys, found.to("cpu", copy=True), strict=True))
+            return found
+        rows = [self._cached[key] for key in keys]
+        if len({row.shape for row in rows}) > 1:
+            shapes = sorted({tuple(row.shape) for row in rows})
+            raise ValueError(
+                f"the cached logits of one batch have shapes {shapes}: pad every sample to one length, or use logits()"
+            )
+        return torch.stack(rows).to(next(self.model.parameters(), torch.empty(0)).device)
 
     def loss(self, loss: Tensor, own: Tensor, taught: Tensor, mask: Tensor | None = None) -> Tensor:
         """The loss to train by.
