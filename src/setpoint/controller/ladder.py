@@ -77,14 +77,11 @@ def build_ladder(
 
 
 def _smallest(values: Float64[np.ndarray, " units"], count: int) -> Int[np.ndarray, " count"]:
-    """Indices of the `count` smallest values, ascending, ties by index: a stable sort of only what is needed."""
-    if count == 0:
-        return np.zeros(0, dtype=np.int64)
-    bound = np.partition(values, count - 1)[count - 1]
-    below = np.flatnonzero(values < bound)
-    ties = np.flatnonzero(values == bound)[: count - len(below)]
-    chosen = np.concatenate([below, ties])
-    return chosen[np.argsort(values[chosen], kind="stable")]
+    """Indices of the `count` smallest values, ascending, ties by index."""
+    order = np.argsort(values)  # and ties afterwards: NumPy's stable sort of floats takes five times as long
+    ordered = values[order]
+    rank = np.cumsum(np.append(False, ordered[1:] > ordered[:-1]))
+    return (np.sort(rank * len(values) + order) % len(values))[:count]
 
 
 def lowest_width(group: Group) -> int:

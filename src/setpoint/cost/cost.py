@@ -53,10 +53,11 @@ class ProductCost:
             variable = tuple(sorted((size for size in term.sizes if size.parts), key=repr))
             merged[variable] = merged.get(variable, 0.0) + term.coefficient * constant
         self.terms = tuple(Term(coefficient, sizes) for sizes, coefficient in merged.items())
-        self._terms_of: dict[str, tuple[Term, ...]] = {}
+        self._terms_of: dict[str, list[tuple[Term, list[int]]]] = {}
         for term in self.terms:
             for name in {name for size in term.sizes for name, _ in size.parts}:
-                self._terms_of[name] = (*self._terms_of.get(name, ()), term)
+                per_unit = [sum(each for part, each in size.parts if part == name) for size in term.sizes]
+                self._terms_of.setdefault(name, []).append((term, per_unit))
 
     def total(self, widths: Mapping[str, int]) -> float:
         """Spending at these widths, in the resource's own unit."""
@@ -64,5 +65,9 @@ class ProductCost:
 
     def saving(self, widths: Mapping[str, int], group: str, num_units: int) -> float:
         """`total(widths) - total(widths with num_units fewer units in group)`; O(terms of the group)."""
-        fewer = {**widths, group: widths[group] - num_units}
-        return sum([term.at(widths) - term.at(fewer) for term in self._terms_of.get(group, ())])
+        saved = 0.0
+        for term, per_unit in self._terms_of.get(group, ()):
+            now = [size.at(widths) for size in term.sizes]
+            fewer = [length - num_units * each for length, each in zip(now, per_unit, strict=True)]
+            saved += term.coefficient * math.prod(now) - term.coefficient * math.prod(fewer)
+        return saved
