@@ -158,12 +158,16 @@ MILLISECONDS = 50
 def amount(value: float, resource: str) -> str:
     """A cost in words, with its unit.
 
-    >>> amount(12345678.0, "flops"), amount(0.01234, "latency")
-    ('12,345,678 flops', '0.0123 s')
+    >>> amount(12345678.0, "flops"), amount(0.01234, "latency"), amount(1234567, "params")
+    ('12.35 MFLOPs', '0.0123 s', '1,234,567 params')
     """
     if UNITS[resource] in ("s", "J"):
         return f"{value:.3g} {UNITS[resource]}"
-    return f"{value:,.0f} {'bytes' if resource == 'memory' else resource}"
+    if resource == "params":
+        return f"{value:,.0f} params"
+    power = min(int(math.log10(value) // 3), 5) if value >= 1000 else 0
+    unit = "FLOPs" if resource == "flops" else "B" if power else "bytes"
+    return f"{value / 1000**power:.4g} {' kMGTP'[power].strip()}{unit}"
 
 
 def of_dense(ratio: float, resource: str) -> str:

@@ -123,12 +123,13 @@ class Summary:
 
     def __str__(self) -> str:
         units, dense_units = (sum(widths.values()) for widths in (self.widths, self.dense_widths))
-        cost = [f"{amount(self.final_flops, 'flops')} per step, {self.final_flops_ratio:.1%} of dense"]
+        cost = [f"{amount(self.final_flops, 'flops')} per step, {100 * self.final_flops_ratio:.1f} % of dense"]
         if self.theoretical_flops is not None:
             cost.append(f"{amount(self.theoretical_flops, 'flops')} if masked weights cost nothing")
         for name, limit in self.limit.items():
             if name not in self.limit_run:
-                cost.append(f"{amount(self.spent[name], name)} of a budget of {amount(limit, name)}")
+                spent = "" if name == "flops" else f"{amount(self.spent[name], name)} of "
+                cost.append(f"{spent}a budget of {amount(limit, name)}")
         for name, limit in self.limit_run.items():
             cost.append(f"{amount(self.spent_run[name], name)} of {amount(limit, name)} for the run")
         saved = "less than the overhead"
@@ -147,7 +148,7 @@ class Summary:
                 f"{counted(len(self.dense_widths), 'group')}, {counted(self.resizes, 'cut')}",
                 f"training    {self.steps:,} of {self.total_steps:,} steps in {self.seconds:.1f} s"
                 + (f", loss {self.final_loss:.4g} at the end" if self.final_loss is not None else ""),
-                f"overhead    {self.overhead_flops_ratio:.1%} of the FLOPs, {self.overhead_seconds:.1f} s ("
+                f"overhead    {100 * self.overhead_flops_ratio:.1f} % of the FLOPs, {self.overhead_seconds:.1f} s ("
                 + ", ".join(
                     f"{name} {value:.1f}" for name, value in seconds.items() if value >= 0.05 or name == "attach"
                 )
