@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -30,26 +30,32 @@ def _mark() -> Any:
 @contextmanager
 def marked_functions() -> Iterator[None]:
     """Inside, inputs and outputs of custom Functions are marked; those of torch's own Functions are not."""
-    # One class above `Function`, so that an `apply` that user code stored earlier is caught too.
-    above = torch.autograd.function._SingleLevelFunction
+    kinds = type(torch.autograd.Function)
 
-    def apply(kind: type, *args: Any) -> Any:
-        results = super(above, kind).apply(*args)  # type: ignore[misc]
-        if kind.__module__.partition(".")[0] == "torch":
+    # Every call looks up `forward`, even that of an `apply` which user code stored earlier, and which may be C code.
+    def read(kind: type, name: str) -> Any:
+        found = type.__getattribute__(kind, name)
+        if name != "forward" or kind.__module__.partition(".")[0] == "torch":
+            return found
+
+        def marked(x: Tensor) -> None:
+            if x.is_floating_point() or x.is_complex():
+                _mark()(x, kind.__qualname__)
+
+        @wraps(found)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            results = found(*args, **kwargs)
+            # The results of the marks are not used: they are there to freeze what the Function reads and writes.
+            pytree.tree_map_only(Tensor, marked, (args, kwargs, results))
             return results
 
-        def marked(x: Tensor) -> Any:
-            return _mark()(x, kind.__qualname__) if x.is_floating_point() or x.is_complex() else x
+        return forward
 
-        # The results of the first are not used: its marks are there to freeze what the Function reads.
-        pytree.tree_map_only(Tensor, marked, args)
-        return pytree.tree_map_only(Tensor, marked, results)
-
-    above.apply = classmethod(apply)  # type: ignore[attr-defined]
+    kinds.__getattribute__ = read  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
-        del above.apply  # type: ignore[attr-defined]
+        del kinds.__getattribute__
 
 
 @rule(MARK)
