@@ -30,8 +30,13 @@ def check_parts(controller: object, sensor: object, **flags: object) -> None:
     for name, part, kind, such in kinds:
         if isinstance(part, type):
             raise LoopError(f"{name}={part.__name__} is a class: give an object, {part.__name__}(...)")
-        if part is not None and not isinstance(part, kind):
-            raise LoopError(f"{name} must be a {kind.__name__}, such as {such}(...), or None; got {part!r}")
+        # By hasattr: from Python 3.12 on isinstance does not see what a wrapper passes on by __getattr__.
+        lacking = [each for each in vars(kind) if not each.startswith("_") and not hasattr(part, each)]
+        if part is not None and lacking:
+            raise LoopError(
+                f"{name} must be a {kind.__name__}, such as {such}(...), or None; got {part!r}, which has no "
+                + " and no ".join(sorted(lacking))
+            )
 
 
 def whole_steps(total_steps: Any) -> int:

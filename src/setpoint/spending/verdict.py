@@ -79,6 +79,8 @@ def verdict(spending: Spending, step: int, widths: Mapping[str, int], last: Plan
         gone = "; the energy meter has vanished since: joules are modelled" if spending.meter.vanished else ""
         met = f"{'budget met' if spending.budgets else 'done'} at step {last.step:,} of {total_steps:,}"
         return True, f"{met}: {', '.join(left) or last.reason.removeprefix('done: ')}{gone}"
+    if spending.limit_run and steps == total_steps:  # nothing is left to spend, whatever the last decision said
+        return True, f"budget met at step {steps:,} of {total_steps:,}: {', '.join(left)}"
     if limits and all(limit >= spending.expected(name, spending.dense_widths) for name, limit in limits.items()):
         return True, f"the {'model as it was attached' if target.original else 'dense model'} is within budget"
     return False, f"{'within budget' if limits else 'ended'} {after}, but the last decision was not made"
