@@ -296,6 +296,19 @@ def test_latency_is_held_by_the_meter(machine: Machine) -> None:
     assert all(seconds > 0 for seconds in loop.ledger.header["step_seconds"].values())
 
 
+def test_the_loop_says_what_the_summary_says(machine: Machine) -> None:
+    """Steps that become slow after the last decision miss the budget: the finished loop, its metrics and line agree."""
+
+    def live(loop: setpoint.Loop) -> None:
+        machine.factor = 6.0 if loop.budget_met else 1.5
+        machine.live(loop)
+
+    with pytest.warns(UserWarning, match="the budget is not met"):
+        loop = train(mlp(), Budget.fraction(0.6, of="latency"), 120, live)
+    assert loop.summary is not None and not loop.summary.budget_met
+    assert not loop.budget_met and loop.metrics()["budget_met"] == 0.0 and "last decision made" not in repr(loop)
+
+
 def test_an_absolute_latency_is_seconds_per_step(machine: Machine) -> None:
     """`Budget.total(s, of="latency")` holds the user's own steps to s seconds."""
     limit = 0.7 * machine.factor * machine.step_s({"a": 256, "b": 256})

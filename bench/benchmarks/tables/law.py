@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from law_language import BUDGETS, SHORT, built, calibrated, optimal_tokens, params
 
-from setpoint.advice.law import Law, average_size
+from setpoint.advice.law import Law
 from setpoint.report.figures import BLUE, DARK, ORANGE, OTHERS
 from setpoint_bench.report.statistics import Difference, paired
 from tables.words import made_on
@@ -234,12 +234,17 @@ def _percent(share: float) -> str:
     return f"{100 * share:+.1f} %".replace("-", "−")
 
 
-def _line(data: Mapping[str, Any], start: float, ratios: Sequence[float]) -> list[float]:
-    """The gains that the law predicts for cuts in a straight line, where a step costs what its parameters do."""
-    law, average = _law(data["law"]), average_size(start, (0.25, 0.75))
-    size = next(row["size"] for row in data["rows"] if row["arm"] == "small" and row["start"] == 1)
-    tokens = [ratio * data["optimal_tokens"] for ratio in ratios]
-    return [law.loss(size, each) - law.loss(size * average, each / average) for each in tokens]
+def _line(arms: Sequence[Arm], start: float) -> list[tuple[float, float]]:
+    """(r, gain) that the law of the calibration predicts for the even arms of a start: the numbers of the table."""
+    points = sorted(
+        (each.ratio, each.predicted)
+        for each in arms
+        if (each.arm, each.start) == ("even", start) and each.predicted is not None
+    )
+    if len(points) == 1:  # a dash, as one point is no line
+        ((ratio, gain),) = points
+        return [(ratio / 1.3, gain), (ratio * 1.3, gain)]
+    return points
 
 
 WIDTH, HEIGHT, LEFT, TOP, WIDE, HIGH = 880, 380, 70, 62, 780, 250
@@ -253,10 +258,10 @@ def write_law_picture(file: Path, out: Path) -> Path:
     scheme.
     """
     data = json.loads(file.read_text(encoding="utf-8"))
-    arms, ratios = arms_of(data), np.geomspace(0.7, 24, 60)
-    lines = {start: _line(data, start, ratios) for start in COLORS if data.get("law")}
+    arms, ratios = arms_of(data), (0.7, 24.0)
+    lines = {start: line for start in COLORS if (line := _line(arms, start))}
     ends = [end for each in arms for end in (each.gain.low, each.gain.high, each.gain.mean) if end is not None]
-    ends += [end for line in lines.values() for end in line]
+    ends += [end for line in lines.values() for _, end in line]
     low, high = min(-0.01, *ends), max(0.01, *ends)
 
     def at(ratio: float, gain: float) -> tuple[float, float]:
@@ -294,7 +299,7 @@ def write_law_picture(file: Path, out: Path) -> Path:
         x = at(ratio, 0.0)[0]
         parts.append(f'<text class="soft" x="{x:.1f}" y="{TOP + HIGH + 20}" text-anchor="middle">{ratio}</text>')
     for start, line in lines.items():
-        path = "L".join(f"{x:.1f} {y:.1f}" for x, y in (at(*point) for point in zip(ratios, line, strict=True)))
+        path = "L".join(f"{x:.1f} {y:.1f}" for x, y in (at(*point) for point in line))
         parts.append(f'<path class="line s{start:g}" d="M{path}"/>')
     for place, start in enumerate(start for start in COLORS if lines or any(each.start == start for each in arms)):
         x = LEFT + 130 * place

@@ -175,8 +175,8 @@ class Loop:
 
     @property
     def budget_met(self) -> bool:
-        """Whether the last decision has been made."""
-        return self._now.budget_met
+        """Whether the last decision has been made, as predicted within budget; after `finish` what the summary says."""
+        return self._summary.budget_met if self._summary else self._now.budget_met
 
     @property
     def summary(self) -> Summary | None:
@@ -195,7 +195,7 @@ class Loop:
 
     @budget.setter
     def budget(self, budget: Budget | Sequence[Budget]) -> None:
-        check_open(self.spending, self.step, budget_met=self.budget_met or self._finished)
+        check_open(self.spending, self.step, budget_met=self._now.budget_met or self._finished)
         change_budget(self.spending, budget, self.groups, self.step)
         self._go_on()
 
@@ -216,12 +216,14 @@ class Loop:
 
         A tensor stays on its device until a decision needs it; one of several elements raises a `ValueError`.
         """
-        self.losses.observe(self.step + 1, loss, val, keep=not self.budget_met)
+        self.losses.observe(self.step + 1, loss, val, keep=not self._now.budget_met)
 
     def metrics(self) -> dict[str, float]:
         """Where the run is, in numbers by name (docs/watching.md): always the same names, and none before it begins."""
-        known = "_hooks" in vars(self)
-        return metrics(self.spending, self.step, self._now.plan, self.widths, len(self._ledger)) if known else {}
+        if "_hooks" not in vars(self):
+            return {}
+        found = metrics(self.spending, self.step, self._now.plan, self.widths, len(self._ledger))
+        return {**found, "budget_met": float(self.budget_met)}
 
     def on_step(self, callback: Callable[[News], None]) -> Callable[[], object]:
         """Call this after each step, with the entry of its decision or None, at last with the summary; gives a stop."""
@@ -304,7 +306,7 @@ class Loop:
         self.spending.prepare(False)
         if not self.actuator.by_unit:  # a probe that was under way has begun anew already
             due = self.controller.due(self.step + 1, self.spending.total_steps)
-            self.actuator.prepare(self.step, due=due, open_still=not self.budget_met)
+            self.actuator.prepare(self.step, due=due, open_still=not self._now.budget_met)
         rng = state["rng_state"]  # None where a framework keeps it itself
         if rng and int(rng["rank"]) == self.host.ranks.own:  # ranks that all drew the same were no several draws
             set_rng_state(rng)
@@ -391,7 +393,7 @@ class Loop:
 
     def _sense(self, grad_scale: Tensor | None) -> None:
         """Take in the step under way, if it is one of those that are read; after the last decision none is."""
-        if self.budget_met or self.step >= self.spending.total_steps:
+        if self._now.budget_met or self.step >= self.spending.total_steps:
             self._release()
         elif not self._sensed():
             if self._hooking is not None:
@@ -444,7 +446,7 @@ class Loop:
         """The next step begins."""
         step, total_steps = self.step, self.spending.total_steps
         due = step + 1 <= total_steps and self.controller.due(step + 1, total_steps)
-        open_still = step <= total_steps and not (self.budget_met or self._finished)
+        open_still = step <= total_steps and not (self._now.budget_met or self._finished)
         self.spending.prepare(self.actuator.prepare(step, due=due, open_still=open_still) and open_still)
         if self._listening is not None:
             on, state = open_still and self._sensed(), self._sensor_state
@@ -469,7 +471,7 @@ class Loop:
             self._now = replace(self._now.decided(plan, reading, change), again=plan.again or now.again)
         elif due:
             self._ledger.append(self._entry(now.plan, before, problem))
-        if self.budget_met:
+        if self._now.budget_met:
             self.actuator.release()
 
     def _plan(self, reading: Reading) -> tuple[Observation, Any, Plan]:
@@ -525,7 +527,7 @@ class Loop:
     def _go_on(self) -> None:
         """Go on with another budget or length: without a bump, and without a last decision that held for other ones."""
         spending = self.spending
-        if self.budget_met and spending.limit_run:
+        if self._now.budget_met and spending.limit_run:
             self._reopen()
         spending.replan(self.step, self.widths)
         cost = spending.cost
