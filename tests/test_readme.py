@@ -67,3 +67,15 @@ def test_sentences_of_the_readme_are_short() -> None:
     sentences = [each for part in paragraphs for each in re.split(r"(?<=[.?!:])\s", " ".join(part.split()))]
     assert len(sentences) > 30
     assert not [each for each in sentences if len(each.split()) > 25]
+
+
+RESULTS = ("README.md", "docs/results.md", "docs/results-in-short.md", "docs/when-it-pays.md")
+MEASURED = re.compile(r"\d[\d.,]* (?:points|nats)\b|\bby \d[\d.,]*|\d[\d.]* (?:to|and) \d[\d.]* %(?! (?:of the steps|intervals?))")
+
+
+@pytest.mark.parametrize("page", RESULTS)
+def test_sentences_state_no_measured_number(page: str) -> None:
+    """Claim: on the pages of results a difference, a share or a percentage stands in generated parts only."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    written = re.sub(r"<!-- results:.*?<!-- end -->|<!--.*?-->|```.*?```", "", text, flags=re.DOTALL)
+    assert MEASURED.findall(" ".join(written.split())) == []
