@@ -93,6 +93,15 @@ def columns(rows: Sequence[Row]) -> tuple[Column, ...]:
     return tuple(column for column in found if any(column.text(row) != NOTHING for row in rows))
 
 
+def outcome_and_training(shown: Sequence[Column]) -> tuple[list[Column], list[Column]]:
+    """The columns of what came out, and those of what training took, so that a page is wide enough for each."""
+    cuts = [column for column in shown if column.heading in ("cuts", "budget met")]
+    names = [column.heading for column in shown]
+    begin = names.index("training FLOPs") if "training FLOPs" in names else len(names)
+    training = [column for column in shown[begin:] if column not in cuts]
+    return [*shown[:begin], *cuts], [shown[0], *training]
+
+
 def difference_columns(rows: Sequence[Row]) -> tuple[Column, ...]:
     """Columns of the differences to each rival that the task has."""
     rivals = [rival for rival in RIVALS if any(rival in row.differences for row in rows)]

@@ -6,7 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from setpoint.report.numbers import NOTHING
-from setpoint_bench.report.columns import Column, clock_note, columns, difference_columns, seeds_text
+from setpoint_bench.report.columns import (
+    Column,
+    clock_note,
+    columns,
+    difference_columns,
+    outcome_and_training,
+    seeds_text,
+)
 from setpoint_bench.report.folder import read_results
 from setpoint_bench.report.goals import goals
 from setpoint_bench.report.results import Cell, Results
@@ -44,7 +51,7 @@ def markdown(results: Results) -> str:
 
 def task_text(cells: Sequence[Cell], rows: Sequence[Row], *, judged: bool = False) -> str:
     """One task: its tables, what they were measured on and, if `judged`, its goals."""
-    parts = [table(columns(rows), rows)]
+    parts = [table(each, rows) for each in outcome_and_training(columns(rows)) if len(each) > 1]
     compared = [row for row in rows if row.differences]
     if compared:
         unit = " (points)" if rows[0].metric == "accuracy" else ""
