@@ -137,9 +137,9 @@ def _mean_text(row: Row) -> str:
 
 
 PRETRAINED = {
-    "clothing": ("EfficientNet-Lite0", ""),
-    "banking77": ("MiniLM-L6", "banking77-three-layers"),
-    "resnet56": ("ResNet-56", "resnet20"),
+    "clothing": ("EfficientNet-Lite0, photographs of clothes", ""),
+    "banking77": ("MiniLM-L6, BANKING77", "banking77-three-layers"),
+    "resnet56": ("ResNet-56, CIFAR-10", "resnet20"),
 }
 """By results folder what a table calls the model, and the folder of the small pretrained model where there is one."""
 

@@ -128,13 +128,14 @@ class Summary:
             cost.append(f"{amount(self.theoretical_flops, 'flops')} if masked weights cost nothing")
         for name, limit in self.limit.items():
             if name not in self.limit_run:
-                spent = "" if name == "flops" else f"{amount(self.spent[name], name)} of "
+                how = "metered" if name in self.metered else "predicted"
+                spent = "" if name == "flops" else f"{amount(self.metered.get(name, self.spent[name]), name)} {how}, "
                 cost.append(f"{spent}a budget of {amount(limit, name)}")
         for name, limit in self.limit_run.items():
             cost.append(f"{amount(self.spent_run[name], name)} of {amount(limit, name)} for the run")
         saved = "less than the overhead"
         if self.break_even_step is not None:
-            saved = f"more than the overhead from step {self.break_even_step:,} on"
+            saved = f"more than the overhead from step {self.break_even_step:,} on, by the clock of this run"
         own = ("attach", "sensing", "deciding", "resizing", "probing", "recompiling")
         seconds = {name: getattr(self, f"{name}_seconds") for name in own}
         verdict, _, note = self.reason.removeprefix("budget met ").partition("; ")

@@ -83,15 +83,15 @@ def check_reachable(budget: Budget, dense: float, least: float) -> None:
             f"layer at its narrowest the model still needs {amount(least, resource)} ({_percent(least / dense)}). Ask "
             f"for at least '{_percent(least / dense, math.ceil).replace(' ', '')} {resource}'"
         )
-    if limit > dense and resource in ("flops", "params"):
-        warnings.warn(
-            f"the budget of {amount(limit, resource)} is above the {amount(dense, resource)} of the dense model, so "
-            "nothing will be cut: check its unit",
-            stacklevel=2,
-        )
     if resource in IN_SECONDS and limit > MILLISECONDS * dense:
         raise BudgetError(
             f"a budget of {limit:g} seconds per {'step' if resource == 'latency' else 'inference'} is "
             f"{limit / dense:,.0f} times what the dense model takes ({dense:.3g} s): {resource} is in seconds. "
             f"If you mean milliseconds, write Budget.total({limit / 1000:g}, of={resource!r})"
+        )
+    if limit > dense * (1.0 if resource in ("flops", "params") else 1.5):  # seconds and bytes are measured
+        warnings.warn(
+            f"the budget of {amount(limit, resource)} is above the {amount(dense, resource)} of the dense model, so "
+            "nothing will be cut: check its unit",
+            stacklevel=2,
         )

@@ -1,0 +1,24 @@
+"""Checks of budgets: what cannot be reached is refused, and what cuts nothing is warned of."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+
+from setpoint.cost.budget import Budget
+from setpoint.spending.checks import check_reachable
+
+
+@pytest.mark.parametrize(("resource", "limit"), [("flops", 1.1), ("params", 1.1), ("memory", 2.0), ("inference", 2.0)])
+def test_a_budget_above_the_dense_model_is_warned_of(resource: str, limit: float) -> None:
+    """Claim: an amount above what the dense model spends says that nothing will be cut, for every resource."""
+    with pytest.warns(UserWarning, match="above the .* of the dense model, so nothing will be cut"):
+        check_reachable(Budget.total(limit * 1e6, of=resource), 1e6, 1e5)
+
+
+def test_seconds_may_lie_a_little_above() -> None:
+    """Claim: measured costs spread, so a budget a little above the dense one is no sign of a wrong unit."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_reachable(Budget.total(0.011, of="latency"), 0.010, 0.001)
