@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from setpoint.cost.budget import amount
 from setpoint.words import counted
 
 
@@ -40,9 +41,11 @@ class Compressed:
         return {name: width / self.dense_widths[name] for name, width in self.widths.items()}
 
     def __str__(self) -> str:
-        shares = ", ".join(f"{self.after[name] / self.before[name]:.1%} of the {name}" for name in self.before)
+        shares = ", ".join(f"{100 * self.after[name] / self.before[name]:.1f} % of its {name}" for name in self.before)
         units = f"{sum(self.widths.values()):,} of {counted(sum(self.dense_widths.values()), 'unit')}"
+        spent = f", {amount(self.after[self.resource], self.resource)} spent" if self.resource in self.after else ""
         return (
             f"compressed to {shares}: {units} in {counted(len(self.widths), 'group')}\n"
+            f"a budget of {amount(self.limit, self.resource)}{spent}\n"
             f"{counted(len(self.refitted), 'layer')} fitted anew to {counted(self.num_samples, 'sample')}"
         )
