@@ -33,6 +33,7 @@ from tables.discovery import coverage_table, discovery_table, models_cut_line, m
 from tables.gpu import gpu_table
 from tables.law import (
     calibration_runs_table,
+    images_table,
     law_table,
     measured_table,
     optimal_line,
@@ -122,6 +123,7 @@ def filled(text: str) -> str:
             "frameworks": lambda: frameworks_table(RESULTS / "frameworks.json"),
             "law": lambda: law_table(RESULTS / "law.json"),
             "law-measured": lambda: measured_table(RESULTS / "law-language.json", RESULTS / "law.json"),
+            "law-images": lambda: images_table(RESULTS / "law-images.json", RESULTS / "cifar10-mini"),
             "law-optimal": lambda: optimal_line(RESULTS / "law-language.json"),
             "gpu": lambda: gpu_table(RESULTS / "gpu.json"),
             "readme": lambda: readme_table(RESULTS),

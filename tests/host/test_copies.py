@@ -127,9 +127,9 @@ DROP = {3: {"0": [1, 4]}, 6: {"3": [0]}}
 
 
 def build() -> nn.Module:
-    return nn.Sequential(
-        nn.Linear(6, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, 24), nn.GELU(), nn.Linear(24, 3)
-    )
+    # No bias before the norm: its gradient is rounding alone, which AdamW would blow up.
+    first, last = nn.Linear(6, 24, bias=False), nn.Linear(24, 3)
+    return nn.Sequential(first, nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, 24), nn.GELU(), last)
 
 
 def attached(model: nn.Module, controller: Any = None, **options: Any) -> tuple[torch.optim.Optimizer, setpoint.Loop]:

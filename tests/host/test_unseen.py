@@ -242,7 +242,7 @@ def test_watching_changes_nothing_and_holds_nothing() -> None:
     [
         (
             setpoint.Budget.fraction(0.5, of="flops"),
-            r"50\.0 % asked for \(a step takes [\d,]+ flops, the limit is [\d,]+ flops",
+            r"50\.0 % asked for \(a step takes [\d.]+ kFLOPs, the limit is [\d.]+ kFLOPs",
         ),
         (
             setpoint.Budget.fraction(0.5, of="params"),
@@ -250,7 +250,7 @@ def test_watching_changes_nothing_and_holds_nothing() -> None:
         ),
         (
             setpoint.Budget.fraction(0.5, of="flops", per="run"),
-            r"asked for the run.* spent, the limit of the run is [\d,]+ flops",
+            r"asked for the run.* spent, the limit of the run is [\d.]+ kFLOPs",
         ),
     ],
 )

@@ -15,8 +15,11 @@ from law_language import BUDGETS, SHORT, built, calibrated, optimal_tokens, para
 
 from setpoint.advice.law import Law
 from setpoint.report.figures import BLUE, DARK, ORANGE, OTHERS
+from setpoint_bench.report.folder import read_lines
+from setpoint_bench.report.packed import file_of
 from setpoint_bench.report.statistics import Difference, paired
-from tables.words import made_on
+from setpoint_bench.results import FILE
+from tables.words import made_on, rows_made_on
 
 WIDTHS = {"even": "even", "setpoint": "Setpoint's own"}
 
@@ -167,6 +170,43 @@ def over_trained_line(file: Path) -> str:
         f"{arm.loss:.3f} nats per byte. One that is small from the start ends at {arm.small:.3f}"
         f"{', which is level' if level else ''}."
     )
+
+
+def images_table(file: Path, once: Path) -> str:
+    """Pruned models beside small ones of the same training FLOPs, at the task's own passes and at multiples of them."""
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    shown = {(row["task"], row["budget"]) for row in rows}
+    for row in read_lines(file_of(once, FILE), FILE, []):  # of the task as it is
+        if (row["task"], row["budget"]) in shown and row["split"] == "test":
+            rows.append({**row, "passes": 1})
+    lines = [
+        "| labels | passes | FLOPs / step | small model | pruned | gain, points | seeds |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for task, budget, passes in sorted({(row["task"], -row["budget"], row["passes"]) for row in rows}):
+        here = [row for row in rows if (row["task"], -row["budget"], row["passes"]) == (task, budget, passes)]
+        small, pruned = (
+            {row["seed"]: row["value"] for row in here if row["method"] == method}
+            for method in ("small-long", "setpoint")
+        )
+        seeds = sorted(small.keys() & pruned.keys())
+        if seeds:
+            gain = paired([100 * (pruned[seed] - small[seed]) for seed in seeds])
+            means = (f"{100 * statistics.fmean(values[seed] for seed in seeds):.2f} %" for values in (small, pruned))
+            labels = "a fifth wrong" if task.endswith("noisy") else "as they are"
+            lines.append(
+                f"| {labels} | {passes:g} x | {-100 * budget:.0f} % "
+                f"| {' | '.join(means)} | {_points(gain)} | {len(seeds)} |"
+            )
+    return "\n".join([*lines, "", rows_made_on([{**row["environment"], "date": row["date"]} for row in rows])])
+
+
+def _points(gain: Difference) -> str:
+    """A gain in points, bold where its interval excludes 0."""
+    ends = [end for end in (gain.mean, gain.low, gain.high) if end is not None]
+    mean, *interval = (f"{end:+.2f}".replace("-", "−") for end in ends)
+    text = f"{mean} [{', '.join(interval)}]" if interval else mean
+    return f"**{text}**" if gain.clear else text
 
 
 def _with_interval(gain: Difference) -> str:

@@ -1,0 +1,41 @@
+"""The image arm of the law: small models and pruned ones at a multiple of the passes of `cifar10-mini`.
+
+    setpoint bench --task cifar10-mini --epochs 40 --methods setpoint,small-long --budgets 0.25 --seeds 0,1,2 --out RUNS
+    python bench/benchmarks/law_images.py RUNS [MORE RUNS] --out results/law-images.json
+
+`--epochs 40` is four times the passes. `small-long` is as small from the start, and trains for the same FLOPs as the
+pruned model by the same recipe. `cifar10-mini-noisy` is the task with a fifth of the training labels wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from record import keep
+
+from setpoint_bench.catalogue import task_named
+from setpoint_bench.report.folder import read_lines
+from setpoint_bench.results import FILE
+
+KEPT = ("task", "method", "budget", "seed", "value", "split", "final_flops", "dense_flops", "train_flops", "steps")
+
+
+def main() -> None:
+    """Gather the rows of the folders, and write them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", type=Path, nargs="+", help="what `setpoint bench --out` wrote")
+    parser.add_argument("--data", type=Path, default=None, help="folder that holds the data")
+    parser.add_argument("--out", type=Path, default=None)
+    args = parser.parse_args()
+    rows = []
+    for folder in args.folders:
+        for row in read_lines(folder / FILE, FILE, []):
+            kept = {key: row[key] for key in KEPT}
+            passes = row["task_steps"] / task_named(row["task"], data=args.data).steps
+            rows.append({**kept, "passes": round(passes, 2), "environment": row["environment"], "date": row["date"]})
+    keep({"rows": rows}, args.out, shown={"rows": len(rows)})
+
+
+if __name__ == "__main__":
+    main()
