@@ -342,7 +342,7 @@ class PricedController:
             target = max(aim.target, aim.landing + _BLOCKS_TO_LAND * block_savings(selection))
             self._descend(selection, min(target, aim.most), land=False)
             if selection.total <= aim.most:
-                return selection, "the rest is left for the last cut" if target > aim.target else ""
+                return selection, "the last blocks are left for the last cut" if target > aim.target else ""
         selection, lifted = nothing(guards), ""
         if not self._descend(selection, aim.goal, land=True):
             selection, lifted = nothing(guards.without_slew()), "the slew limit (units per cut) was lifted"
@@ -376,7 +376,7 @@ class PricedController:
         ladders = selection.ladders
         budget_met = self._final(observation) and aim.metered is None and selection.total <= aim.limit
         dense = observation.dense[aim.resource]
-        reason = explain_cut(selection, state.price, aim.resource, aim.target, dense, budget_met, self.deadband)
+        reason = explain_cut(selection, state.price, aim, dense, budget_met, self.deadband)
         grow = together(offers) if offers else {}
         worth = {(offer.name, int(unit)): offer.worth for offer in offers for unit in offer.origins}
         if offers:
