@@ -90,7 +90,7 @@ FRAMEWORKS: dict[str, tuple[str, int, tuple[str, ...]]] = {
         "", 3, (f"{RECIPES}::test_few_lines[nanogpt", NONE, f"{RECIPES}::test_it_goes_on[nanogpt", NONE, NONE)
     ),
 }  # fmt: skip
-"""By framework: its package ("" for a script), the lines that are added to its script, and by column the tests, as they begin."""
+"""By framework: its package ("" for a script), lines added to it, and by column the tests, by their beginnings."""
 
 
 def main() -> None:

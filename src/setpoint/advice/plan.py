@@ -125,7 +125,7 @@ def plan(
     """Say whether pruning while training pays, from which start size, and how many steps a bill pays for.
 
     The comparison is with a small dense model of the same final size that is trained from scratch with the same
-    FLOPs. A pretrained model is another matter: its training is on nobody's bill, so fine-tune and prune it.
+    FLOPs. A pretrained model is not covered: others have paid for its training, so fine-tune and prune it.
 
     Args:
         model: to be pruned from; with `budget` it gives final size and start, with `example` tokens and batch.

@@ -49,9 +49,7 @@ def explain_rest(seen: float, reference: float, limit: float, budget_met: bool) 
     return f"nothing to drop: cost is {apart(seen / reference - 1, 'the reference')}"
 
 
-def explain_cut(
-    selection: Selection, price: float, aim: Aim, dense: float, budget_met: bool, deadband: float
-) -> str:
+def explain_cut(selection: Selection, price: float, aim: Aim, dense: float, budget_met: bool, deadband: float) -> str:
     """What is left and what is dropped, up to the first semicolon; then the price and how near the reference is."""
     dropped = {name: int(selection.ladders[name].edges[rung]) for name, rung in selection.rungs.items() if rung}
     reference = "the reference" if math.isclose(aim.target, aim.reference) else "the corrected reference"
