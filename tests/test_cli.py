@@ -228,7 +228,7 @@ def test_version_help_and_lists() -> None:
     assert "did you mean models?" in invoke("list", "model").stderr
     assert invoke("list", "models", "resnett18").stderr.rstrip().endswith("?")
     assert "did you mean resnet18" in invoke("list", "models", "resnett18").stderr
-    assert "contains 'qqqqqqqqq': leave it out for all" in invoke("list", "models", "qqqqqqqqq").stderr
+    assert "contains 'qqqqqqqqq': leave the word out to list all models" in invoke("list", "models", "qqqqqqqqq").stderr
 
 
 def test_inspect_spending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +234,7 @@ def test_explains_the_dropped_and_the_living() -> None:
     assert gone.saliency == loop.ledger[0].saliency[name][2]
     assert gone.price == 0.5 and gone.reason == "as the script says"
     assert str(gone).startswith(f"neuron 2 of {name} was dropped at step 6: ")
+    assert math.isnan(gone.worth) and "worth" not in str(gone) and "worth 2, " in str(replace(gone, worth=2.0))
     assert alive.alive and alive.origin == 7 and "is alive" in str(alive) and alive.saliency >= 0
     with pytest.raises(GroupError, match="units 0 to 23"):
         loop.explain(name, 24)

@@ -21,7 +21,7 @@ from record import keep
 ROOT = Path(__file__).resolve().parents[2]
 COLUMNS = ("budget met, optimizer live", "averages (EMA)", "resume bit for bit", "best model", "loads anywhere")
 NONE = "–"
-"""The framework has no such thing of its own."""
+"""No test asks this of the framework."""
 
 HUGGING, LIGHTNING, RECIPES = "test_transformers", "test_lightning", "test_recipes"
 FOLDERS, YOLO = "test_pretrained_folders", "test_ultralytics"
@@ -87,10 +87,10 @@ FRAMEWORKS: dict[str, tuple[str, int, tuple[str, ...]]] = {
         "test_few_lines", "test_the_average", "test_it_goes_on", "test_the_best_model", "test_the_best_model",
     ))),
     "nanoGPT": (
-        "torch", 3, (f"{RECIPES}::test_few_lines[nanogpt", NONE, f"{RECIPES}::test_it_goes_on[nanogpt", NONE, NONE)
+        "", 3, (f"{RECIPES}::test_few_lines[nanogpt", NONE, f"{RECIPES}::test_it_goes_on[nanogpt", NONE, NONE)
     ),
 }  # fmt: skip
-"""By framework: its package, the lines that are added to its script, and by column the tests, as they begin."""
+"""By framework: its package ("" for a script), lines added to it, and by column the tests, by their beginnings."""
 
 
 def main() -> None:
@@ -146,7 +146,7 @@ def _row(beginning: str, name: str) -> bool:
 
 def _version(package: str) -> str:
     try:
-        return version(package)
+        return version(package) if package else ""
     except PackageNotFoundError:
         return "not installed"
 

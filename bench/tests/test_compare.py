@@ -99,9 +99,11 @@ def test_the_table_counts_what_the_file_says(script: Any, tmp_path: Path) -> Non
         )
     )
     late = asdict(contenders.Outcome(stage="time", reason="no answer within 120 s, at `discovery`"))
+    old = asdict(contenders.Outcome(stage="discovery", reason="stem: conv2d: met by data of fixed size"))
     records = [
         {"suite": "plain", "model": "a", "setpoint": good, "torch_pruning": late},
         {"suite": "plain", "model": "b", "setpoint": late, "torch_pruning": late},
+        {"suite": "timm", "model": "c", "setpoint": old, "torch_pruning": late},
     ]
     environment = {"cpu": "a processor", "threads": 1}
     data = {"models": records, "environment": environment, "versions": {"torch": "2"}, "workers": 2}
@@ -112,5 +114,6 @@ def test_the_table_counts_what_the_file_says(script: Any, tmp_path: Path) -> Non
     lines = readme.coverage_table(path).splitlines()
     assert "| plain | Setpoint | 1 / 2 | 1 s | 1 / 1 | – | 1 / 1 | 1 / 1 |" in lines
     assert "| plain | Torch-Pruning | 0 / 2 | – | 0 / 0 | – | – | – |" in lines
-    assert "| no answer within the processor time | 1 | 2 |" in lines
+    assert "| no answer within the processor time | 1 | 3 |" in lines
+    assert "* timm `c`: `discovery: stem: conv2d: data of a fixed size meets this dim`" in lines
     assert "* plain `b`: `time: no answer within 120 s, at 'discovery'`" in lines

@@ -69,22 +69,22 @@ def attach(
     """Hold a model in training to a budget: watch its optimizers, and shrink it in the middle of the run.
 
     The user's training loop stays as it is. Setpoint senses before each optimizer step and acts after it. Until it
-    drops a unit, training is bit-identical to training without it. Whatever this raises, everything is as it was.
+    drops a unit, training is bit-identical to training without it. An exception leaves everything as it was.
 
     Args:
-        model: as the training loop calls it: compiled, in `DistributedDataParallel` or with `fully_shard`, too.
-        optimizer: the one that trains it, in its wrapper if it has one, or several that each step once per step.
+        model: as the training loop calls it; it may be compiled, in `DistributedDataParallel` or under `fully_shard`.
+        optimizer: the model's optimizer or its wrapper; or several optimizers, each of which steps once in a step.
         budget: a fraction of the dense model's FLOPs, a text such as "50% flops", a mapping such as
             `{"latency": "8 ms", "memory": "4 GiB"}`, a `Budget` or several; with a `Price` or a `Tolerance` the size
             follows from the loss.
-        total_steps: optimizer steps of the whole run; beside a bill, those of the dense run that it is a share of.
-        example: inputs as in training, at the batch shape of one optimizer step on one rank: a tuple or a dict. Without
-            it the first forward in training is noted, and the loop begins at the first optimizer step.
+        total_steps: optimizer steps of the whole run; for a share `per="run"`, those of the dense run it is a share of.
+        example: inputs as in training, at the batch shape of one optimizer step on one rank: a tuple or a dict. By
+            default the first forward in training is recorded, and the loop begins at the first optimizer step.
         controller: decides what is dropped and when; by default what the budget, price or tolerance asks for.
         sensor: reads saliencies; by default Taylor's, for as many samples as the example has rows on all ranks.
         actuator: by default units are cut for good; `Regrowing()` brings some back, `Masking("2:4")` masks weights.
-        groups: which may be pruned, out of `find_groups(model, example)`; by default all.
-        copies: to cut alike: modules with the same tensors, lists of `shadow_params`; known averages are found.
+        groups: those of `find_groups(model, example)` that may be pruned; by default all.
+        copies: cut like the model: modules with the same tensors, lists of `shadow_params`; known averages are found.
         allow_lossy: also prune groups in which a zeroed unit is not the same as an absent one.
         verify: leave alone groups whose cut fails on copies of the model; "always" tries those of known models, too.
         resume: let the states of model and optimizer, as any framework saves them, carry sizes and the loop's state,

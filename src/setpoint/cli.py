@@ -191,7 +191,8 @@ def list_names(
         found: dict[str, str] = _models() if kind == "models" else _added(f"list-{kind}", f"list {kind}")()
         shown = {name: about for name, about in found.items() if word.lower() in name.lower()}
         if not shown:
-            near = did_you_mean(word, [name.rpartition(":")[2] for name in found]) or "leave it out for all"
+            near = did_you_mean(word, [name.rpartition(":")[2] for name in found])
+            near = near or f"leave the word out to list all {kind}"
             raise misuse(f"no name in the list of {kind} contains {word!r}: {near.strip()}")
         screen = console()
         for name, about in shown.items():

@@ -6,7 +6,15 @@ user's model and optimizer are as they were before the call.
 
 
 class SetpointError(Exception):
-    """Root of all errors that Setpoint raises on purpose."""
+    """Root of all errors that Setpoint raises on purpose.
+
+    >>> import setpoint
+    >>> try:
+    ...     setpoint.Budget.fraction(1.5, of="flops")
+    ... except setpoint.SetpointError as error:
+    ...     print(type(error).__name__)
+    BudgetError
+    """
 
 
 class BudgetError(SetpointError, ValueError):

@@ -23,9 +23,9 @@ FORMAT = 1
 class Ledger:
     """All entries of a run, in order, and a header that says what the run was.
 
-    A ledger grows only at its end. What a decision did to the loss shows one step later: `complete` notes it, once.
-    Its file is JSON Lines: first the header, then one entry a line, and last how the run ended, if it did;
-    numbers that JSON does not know (NaN, infinity) are written as null.
+    A ledger grows only at its end. The effect of a decision on the loss shows one step later; `complete` notes it once.
+    The file is JSON Lines: first the header, then one entry a line, and last how the run ended, if it did.
+    Numbers that JSON does not know (NaN, infinity) are written as null.
 
     Args:
         header: facts of the run; docs/results-format.md lists those that `attach` writes.

@@ -78,6 +78,7 @@ def test_advice_for_a_size_and_tokens() -> None:
     assert str(advice).startswith("The given law predicts a gain from pruning.")
     assert "less reducible loss than a small dense model" in str(advice)
     assert "steps" in str(advice) and "Hoffmann" in str(advice)
+    assert f"  a pruned run of {advice.bill:.3g} FLOPs trains on {advice.tokens:.3g} tokens or samples, " in str(advice)
     assert advice.to_dict()["verdict"] == "prune"
 
 

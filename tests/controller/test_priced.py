@@ -372,7 +372,7 @@ def test_blocks_too_coarse_for_the_dead_band_are_named() -> None:
     groups, cost = chain(32, multiple_of=16)
     (*_, last) = run(PricedController(), groups, cost, lognormal(groups), fraction=0.9)
     assert last.plan.budget_met and last.predicted == 0.5 * cost.total({"layer0": 32})
-    assert "% below the target; " in last.plan.reason and "bringing back the smallest block" in last.plan.reason
+    assert "% below the reference; " in last.plan.reason and "% of the reference and does not fit" in last.plan.reason
 
 
 def test_unreachable_limit_does_not_land() -> None:
@@ -456,3 +456,20 @@ def test_without_a_meter_feedback_has_nothing_to_correct() -> None:
             kept = [{name: keep.tolist() for name, keep in each.plan.keep.items()} for each in decisions]
             told.append((kept, [each.plan.price for each in decisions]))
         assert told[0] == told[1] == told[2]
+
+
+def test_reasons_name_the_reference_and_whether_a_meter_has_corrected_it() -> None:
+    """Without a meter a decision aims at the reference; with one that reads more, at the corrected reference."""
+    groups, cost = chain(64, 48, 64)
+    counted = run(PricedController(), groups, cost, lognormal(groups), fraction=0.3)
+    assert "% below the reference" in counted[0].plan.reason
+    assert not any("corrected" in each.plan.reason for each in counted)
+    drift = run(
+        PricedController(),
+        groups,
+        cost,
+        lognormal(groups),
+        fraction=0.3,
+        meter=lambda step, predicted: predicted * (1 + step / 1000),
+    )
+    assert any("% below the corrected reference" in each.plan.reason for each in drift)

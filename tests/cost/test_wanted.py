@@ -54,3 +54,11 @@ def test_seconds_alone_are_asked_about(text: str, form: str) -> None:
     """Claim: seconds may be those of a step or of a forward pass, so the error shows how to write both."""
     with pytest.raises(BudgetError, match=f"does not say what takes so long: write {form}"):
         wanted(text)
+
+
+@pytest.mark.parametrize("budget", ["150%", "1.5", "150% params", {"params": "150%"}, "120% flops per run"])
+def test_a_share_above_the_dense_model_is_refused_as_it_was_written(budget: object) -> None:
+    """Claim: the error quotes the text, and shows a text to write instead: no call in Python."""
+    with pytest.raises(BudgetError, match=r"^the budget '1[.25].*' is more than the dense .* '50%'") as raised:
+        wanted(budget)
+    assert "Budget" not in str(raised.value)

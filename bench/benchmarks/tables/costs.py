@@ -271,5 +271,6 @@ def frameworks_table(path: Path) -> str:
     lines = [f"| framework | lines added | {' | '.join(columns)} |", f"|---|---:|{'---|' * len(columns)}"]
     for name, each in data["frameworks"].items():
         cells = " | ".join(f"**{cell}**" if cell.startswith("fails") else cell for cell in each["cells"].values())
-        lines.append(f"| {name} {each['version']} | {each['lines']} | {cells} |")
+        framework = " ".join(filter(None, (name, each["version"])))  # a script has no version
+        lines.append(f"| {framework} | {each['lines']} | {cells} |")
     return "\n".join([*lines, "", made_on(data)])

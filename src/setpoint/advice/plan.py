@@ -98,9 +98,9 @@ class Advice:
         if self.pays and self.best_start > self.start:
             lines.append(f"  by the law alone a start at {self.best_start:g} times would gain most")
         if self.bill is not None:
-            paid = f" pay for {self.tokens:.3g} tokens or samples" if self.tokens is not None else ""
+            paid = f" trains on {self.tokens:.3g} tokens or samples" if self.tokens is not None else ""
             steps = f", {self.steps:,} steps of {self.batch:,g}" if self.steps is not None else ""
-            lines.append(f"  {self.bill:.3g} FLOPs{paid}{steps}")
+            lines.append(f"  a pruned run of {self.bill:.3g} FLOPs{paid}{steps}")
         lines += [f"  note: {note}" for note in self.notes if note != UNPROVEN]
         return "\n".join([*lines, f"  constants: {'; '.join(self.sources)}"])
 
@@ -122,10 +122,10 @@ def plan(
     cuts: tuple[float, float] = (0.25, 0.75),
     laws: Sequence[Law] = LANGUAGE,
 ) -> Advice:
-    """Say whether pruning while training pays, from which start size, and how many steps a bill pays for.
+    """Say whether pruning while training pays, from which start size, and how many steps the run's FLOPs pay for.
 
     The comparison is with a small dense model of the same final size that is trained from scratch with the same
-    FLOPs. A pretrained model is another matter: its training is on nobody's bill, so fine-tune and prune it.
+    FLOPs. A pretrained model is not covered: others have paid for its training, so fine-tune and prune it.
 
     Args:
         model: to be pruned from; with `budget` it gives final size and start, with `example` tokens and batch.

@@ -48,7 +48,7 @@ _RECORDS = (
 
 
 def bake(model: nn.Module, file: str | os.PathLike[str] = "setpoint_baked.py") -> nn.Module:
-    """A copy of a cut model that knows nothing of Setpoint, for `torch.save(model)` and other pickles.
+    """A copy of a cut model that does not need Setpoint, for `torch.save(model)` and other pickles.
 
     Sizes in attributes stay as they are. Where a model's own code writes sizes that a cut has made wrong, a small class
     corrects its forward; `bake` writes that class as a plain Python file, which the pickle imports by its name in place

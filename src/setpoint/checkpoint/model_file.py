@@ -58,8 +58,8 @@ class _Header:
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a model, shrunk or not, to one safetensors file: tensors, sizes and a digest.
 
-    Stored are all parameters and persistent buffers, tied ones once, and the sizes that cuts have set
-    in the model's code. The write is atomic: `path` names either the old file or the complete new one. Its
+    The file holds all parameters and persistent buffers, tied ones once, and the sizes that cuts have set
+    in the model's code. The write is atomic: `path` names either the old file or the complete new one. The
     folder must exist. A wrapper of `torch.compile` or `DistributedDataParallel` is removed.
 
     Raises:
@@ -97,14 +97,24 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 def load(path: str | os.PathLike[str], into: nn.Module) -> nn.Module:
     """Read a file that `save` wrote into a model of the same code, and return that model.
 
-    `into` is the dense model as its code builds it, on the device where it is wanted. It becomes the saved one: its
-    parameters and buffers keep their identity, device, memory format and `requires_grad`, and take shape, values and
-    dtype from the file. Everything is checked before anything is changed.
+    `into` is the dense model as its code builds it, on the device where it is wanted. `into` becomes the saved model:
+    its parameters and buffers keep their identity, device, memory format and `requires_grad`, and take shape, values
+    and dtype from the file. Everything is checked before anything is changed.
 
     Raises:
-        CheckpointError: when there is no such file, it is damaged, not a Setpoint file, of a newer
-            format, or made for another model; `into` is then as it was.
-        LoopError: when a loop is at work on it.
+        CheckpointError: for a file that is missing, damaged, not Setpoint's, of a newer format, or made for another
+            model; `into` is then as before.
+        LoopError: when a loop is at work on `into`.
+
+    >>> import tempfile
+    >>> from setpoint import shrink_to
+    >>> def build():
+    ...     return nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 1))
+    >>> small = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(shrink_to(build(), small.state_dict()), f"{folder}/small.safetensors")
+    ...     load(f"{folder}/small.safetensors", into=build())[0]
+    Linear(in_features=2, out_features=3, bias=True)
     """
     given_module("load(..., into=model)", into)
     check_free(into)

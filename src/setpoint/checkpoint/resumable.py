@@ -37,16 +37,16 @@ _under_way: WeakKeyDictionary[nn.Module, tuple[ExitStack, list[str], bool]] = We
 
 
 def resumable(model: nn.Module) -> nn.Module:
-    """Let a model's own `state_dict` carry its sizes, and its `load_state_dict` cut it to those of a state, first.
+    """Make a model's `state_dict` carry its sizes, and its `load_state_dict` cut the model to a state's sizes first.
 
     Any framework's own checkpoints can then be read back into the dense model as its code builds it, before or after
-    `attach`, and into one that was cut otherwise. The sizes stand in the state dict's metadata, which `torch.save`
+    `attach`, and into a model that was cut otherwise. The sizes stand in the state dict's metadata, which `torch.save`
     keeps and plain readers ignore. Where a format drops it (safetensors), the shapes say how narrow each layer is, and
     sizes in the model's code follow at its first forward. A state of the model's own shapes loads as ever. A narrower
-    one that carries no sizes may be of another model: its shapes are taken all the same.
+    state that carries no sizes may be of another model; its shapes are taken all the same.
 
     Returns:
-        The model itself, which may be given again.
+        The model itself. A second call changes nothing.
 
     >>> import copy
     >>> model = resumable(nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 1)))
@@ -74,9 +74,9 @@ def is_resumable(model: nn.Module) -> bool:
 def shrink_to(model: nn.Module, state: Mapping[str, Any], example: Example | None = None) -> nn.Module:
     """Cut a model to the shapes of a state dict, whose values are to be loaded next.
 
-    The sizes that the state dict of a cut model carries are taken, else they follow from the shapes: those of PyTorch's
-    own layers by themselves, those that a model's own code writes (a number of heads) by an example. Tensors keep
-    their identity; what they hold means nothing until the values are loaded.
+    Sizes are those that the state dict of a cut model carries. Without them they follow from the shapes: sizes of
+    PyTorch's own layers by themselves, sizes in a model's own code (a number of heads) by an example. Tensors keep
+    their identity; their values mean nothing until those of the state are loaded.
 
     Args:
         model: as its code builds it, or cut before.
@@ -87,7 +87,7 @@ def shrink_to(model: nn.Module, state: Mapping[str, Any], example: Example | Non
         The model itself.
 
     Raises:
-        CheckpointError: when the state is of another model, or an example is needed; the model is as it was.
+        CheckpointError: when the state is of another model, or an example is needed; the model is then as before.
 
     >>> small = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)).state_dict()
     >>> model = shrink_to(nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 1)), small)

@@ -28,14 +28,14 @@ from setpoint.groups.trace import trace
 
 
 def export_padded(model: nn.Module, example: Example | None = None) -> nn.Module:
-    """A cut transformers model as an ordinary one of its class that its own config describes.
+    """A copy of a cut transformers model, padded with zeros to widths that the config of its class can say.
 
-    Layers of one kind get the width of the widest among them, and where the config has no place for a width, the one
-    that they were built with. The entries in between are exact zeros, which change no output. `save_pretrained` of what
-    comes back writes a folder that any reader of such models takes, without Setpoint.
+    Layers of one kind get the width of the widest among them. Layers whose width the config cannot say get the width
+    that they were built with. The added entries are exact zeros, which change no output. `save_pretrained` of the copy
+    writes a folder that any reader of such models takes, without Setpoint.
 
     Args:
-        model: of a `PreTrainedModel` class, cut in whatever way; it is not touched.
+        model: of a `PreTrainedModel` class, cut in whatever way; it is not changed.
         example: inputs of the model, as for `attach`; by default the model's own dummy inputs.
 
     Returns:
@@ -46,6 +46,19 @@ def export_padded(model: nn.Module, example: Example | None = None) -> nn.Module
         ExampleError: where an example is needed.
         GroupError: where units are gone of which a zero is not the same as their absence.
         VerificationError: when the padded model computes something else.
+
+    >>> import setpoint, transformers
+    >>> sizes = {"vocab_size": 16, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    >>> config = transformers.LlamaConfig(**sizes, intermediate_size=16, max_position_embeddings=8)
+    >>> model, tokens = transformers.LlamaForCausalLM(config).eval(), torch.arange(3, 7)[None]
+    >>> neurons = [group for group in setpoint.find_groups(model, (tokens,)) if group.what == "neuron"]
+    >>> keep = [np.arange(16) % 4 > 0, np.arange(16) % 2 > 0]
+    >>> cut = setpoint.shrink(model, None, neurons, {group.name: stay for group, stay in zip(neurons, keep)})
+    >>> padded = export_padded(model, (tokens,))
+    >>> [group.num_units for group in cut], padded.config.intermediate_size
+    ([12, 8], 12)
+    >>> torch.allclose(padded(tokens).logits, model(tokens).logits, atol=1e-6)
+    True
     """
     module = given_module("export_padded", model)
     if not is_configured(module):

@@ -46,7 +46,7 @@ class EvenState:
 @final
 @dataclass(frozen=True)
 class EvenController:
-    """Gives the inner controller one group for each kind, and carries what it decides out in every group of the kind.
+    """Gives the inner controller one group of each kind, and carries out its decision in every group of that kind.
 
     The k-th unit of a kind is the k-th least salient unit of each of its groups: its saliency is their sum, and what
     it saves is what they save together. So at every decision all groups of a kind lose equally many units, each its

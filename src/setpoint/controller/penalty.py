@@ -19,7 +19,7 @@ from setpoint.groups.group import Group, keep_all
 @final
 @dataclass(frozen=True)
 class PenaltyController:
-    """Minimises `loss + price * cost` over the widths: what is worth less than the price goes.
+    """Minimises `loss + price * cost` over the widths: units worth less than the price go.
 
     A block's worth is its saliency / its saving, as in `PricedController`; here the price is given and the
     cost follows. Blocks go in the order of worth while `worth < price * (1 - hysteresis)`, savings weighed again after

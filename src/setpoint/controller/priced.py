@@ -59,46 +59,38 @@ class PricedController:
 
         worth = summed saliency of the block / (cost.total(widths) - cost.total(widths without it)),
 
-    the loss that a unit of resource earns there. Dropping in the order of worth, with savings weighed again after each
-    pick, until predicted cost meets the target, is the greedy solution of `min loss + price * cost`; the price is the
-    worth at which it stops, divided by `1 - hysteresis`, so that every dropped block has `worth <= price * (1 -
-    hysteresis)`. The target is the reference corrected by feedback (`Gains`); without a meter the prediction is exact
-    and so is the stop. At every stop no single dropped block can be given back within the target: predicted cost ends
-    below it by less than the smallest block that was dropped. Swaps of a coarse block for a finer one come nearer
-    still. Where blocks are coarse, cuts on the way down stop two blocks above the limit, so that the last one can
-    choose a combination that comes near.
-
-    A budget of the whole run bounds what a step may cost until the next decision (`Observation.most`): where the
-    reference or a guard would leave more, they give way, on the way down as well.
+    the loss that a unit of resource earns there. Blocks are dropped in the order of worth, with savings weighed again
+    after each pick, until predicted cost meets the target: the greedy solution of `min loss + price * cost`. The price
+    is the worth at which it stops, divided by `1 - hysteresis`, so that every dropped block has `worth <= price * (1 -
+    hysteresis)`. The target is the reference corrected by feedback (`Gains`); without a meter the two are equal. No
+    dropped block fits back at the stop: predicted cost ends below the target by less than the smallest dropped block.
+    Swaps of a coarse block for a finer one come nearer still. Where blocks are coarse, cuts on the way down stop two
+    blocks above the limit, so that the last cut can choose a combination that comes near. A budget of the whole run
+    bounds what a step may cost until the next decision (`Observation.most`); reference and guards give way to it.
 
     From `settle` on every decision tries to meet the budget, and never goes over. Guards in the way are lifted there,
     one after the other: first the slew limit, then the density floor and the dwell; the plan's reason says so. With a
-    meter the aim is half a dead-band below the limit; the budget is met by the plan that finds the metered cost within.
+    meter the aim is half a dead-band below the limit, and the budget is met when the metered cost is within it.
 
-    With a reading that is not calibrated, saliencies of different groups cannot be compared. Then
-    `allocation="uniform"` is used: blocks are ranked by the share of the group that would be gone, which keeps the
-    densities of all groups alike, and within a group by saliency. (Dividing by a group's mean saliency instead would
-    starve groups whose saliencies are alike.) Worth and price are then shares. Nothing is swapped, and unless guards
-    are lifted no group goes below the width of an even cut to the budget, so that coarse blocks on the way down do not
-    cost more than the limit demands: no density ends further below the even one than the coarsest block, and only
-    groups that cost little, to which the rest of the budget goes, lie above it.
+    Saliencies of different groups cannot be compared where a reading is not calibrated. There `allocation="uniform"` is
+    used: blocks are ranked by the share of the group that would be gone, and within a group by saliency. The densities
+    of all groups stay alike. (Dividing by a group's mean saliency instead would starve groups whose saliencies are
+    alike.) Worth and price are then shares, and nothing is swapped. Unless guards are lifted, no group goes below the
+    width of an even cut to the budget. So no density ends further below the even one than the coarsest block, and only
+    groups that cost little lie above it.
 
-    With `regrow=True` dropped units rest in a reserve and are probed before a decision. A block of them comes back
-    where
+    With `regrow=True` dropped units rest in a reserve and are probed before a decision. A block of them comes back if
 
         probed worth = summed min(gain - its standard error, foretold saliency) / what the block costs
                      > price * (1 + hysteresis),
 
-    with the price at which the others pay for it: what comes back is counted first, then the rest is dropped until the
-    target is met. Foretold is what the sensor will read of a unit once it is back: by that it would go again. As many
-    blocks come back, the worthiest first, as still beat the price that this leads to. A unit rests for `dwell`
-    decisions before, stays for as many after, and comes back `returns` times at most. From `schedule.land` on nothing
-    comes back; until then the controller holds the limit, but the budget does not count as met. Off by default: it has
-    been measured to be no better.
+    at the price of the cut that pays for it. The foretold saliency is the sensor's reading of a unit once it is back.
+    The worthiest blocks come back first, while they beat the price that results. A unit rests for `dwell` decisions
+    before, stays for as many after, and comes back `returns` times at most. Before `schedule.land`, from where on
+    nothing comes back, the budget does not count as met. Regrowth is off by default: it was measured to be no better.
 
     The defaults for `slew` and `min_density` guard against a whole layer being cut on one noisy reading. A group never
-    ends below `min_density` times the density that would meet the limit if all groups had the same one, so allocation
-    may differ by that factor; a quarter of it leaves room for what pays.
+    ends below `min_density` times the density that would meet the limit if all groups had the same one.
 
     Args:
         schedule: trajectory and times of decisions.
@@ -342,7 +334,7 @@ class PricedController:
             target = max(aim.target, aim.landing + _BLOCKS_TO_LAND * block_savings(selection))
             self._descend(selection, min(target, aim.most), land=False)
             if selection.total <= aim.most:
-                return selection, "the rest is left for the last cut" if target > aim.target else ""
+                return selection, "the last blocks are left for the last cut" if target > aim.target else ""
         selection, lifted = nothing(guards), ""
         if not self._descend(selection, aim.goal, land=True):
             selection, lifted = nothing(guards.without_slew()), "the slew limit (units per cut) was lifted"
@@ -376,7 +368,7 @@ class PricedController:
         ladders = selection.ladders
         budget_met = self._final(observation) and aim.metered is None and selection.total <= aim.limit
         dense = observation.dense[aim.resource]
-        reason = explain_cut(selection, state.price, aim.resource, aim.target, dense, budget_met, self.deadband)
+        reason = explain_cut(selection, state.price, aim, dense, budget_met, self.deadband)
         grow = together(offers) if offers else {}
         worth = {(offer.name, int(unit)): offer.worth for offer in offers for unit in offer.origins}
         if offers:

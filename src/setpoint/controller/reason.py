@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from setpoint.controller.aim import Aim
 from setpoint.controller.offer import Offer
 from setpoint.controller.selection import Selection, regained
 from setpoint.cost.budget import UNIT, of_dense
@@ -14,8 +15,8 @@ from setpoint.sensor.reading import Reading
 def apart(fraction: float, what: str) -> str:
     """A relative difference, for people.
 
-    >>> apart(-0.0123, "the target"), apart(-1e-9, "the target")
-    ('1.2 % below the target', '0.0 % below the target')
+    >>> apart(-0.0123, "the budget"), apart(-1e-9, "the budget")
+    ('1.2 % below the budget', '0.0 % below the budget')
     """
     return f"{100 * abs(fraction):.1f} % {'above' if fraction > 0 else 'below'} {what}"
 
@@ -48,22 +49,21 @@ def explain_rest(seen: float, reference: float, limit: float, budget_met: bool) 
     return f"nothing to drop: cost is {apart(seen / reference - 1, 'the reference')}"
 
 
-def explain_cut(
-    selection: Selection, price: float, resource: str, target: float, dense: float, budget_met: bool, deadband: float
-) -> str:
-    """What is left and what is dropped, up to the first semicolon; then the price and how near the target is."""
+def explain_cut(selection: Selection, price: float, aim: Aim, dense: float, budget_met: bool, deadband: float) -> str:
+    """What is left and what is dropped, up to the first semicolon; then the price and how near the reference is."""
     dropped = {name: int(selection.ladders[name].edges[rung]) for name, rung in selection.rungs.items() if rung}
-    off = selection.total / target - 1
-    left = of_dense(selection.total / dense, resource)
-    near = apart(off, "the target") + (_brake(selection) if off > 0 or not dropped else "")
+    reference = "the reference" if math.isclose(aim.target, aim.reference) else "the corrected reference"
+    off = selection.total / aim.target - 1
+    left = of_dense(selection.total / dense, aim.resource)
+    near = apart(off, reference) + (_brake(selection) if off > 0 or not dropped else "")
     if not dropped:
         return f"nothing dropped: {left}, {near}"
     what = f"dropped {these(sum(dropped.values()), len(dropped))}"
     words = f"budget met: {left}; {what}" if budget_met and off <= 0 else f"{what}: {left}"
-    words += f"; {near}; the price is {price:.3g} of loss {per(resource)}"
+    words += f"; {near}; the price is {price:.3g} of loss {per(aim.resource)}"
     if -off > deadband:
-        finest = 100 * min(regained(selection, name) for name in dropped) / target
-        words += f"; bringing back the smallest block would take {finest:.1f} % of the target, more than is free"
+        finest = 100 * min(regained(selection, name) for name in dropped) / aim.target
+        words += f"; the smallest dropped block costs {finest:.1f} % of {reference} and does not fit"
     return words
 
 

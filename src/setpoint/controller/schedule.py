@@ -21,11 +21,11 @@ class Schedule:
     Geometric is the default. It removes the same *fraction* of the present cost at every decision, so no decision is
     much larger than another: on the way to a quarter of the cost in eight cuts each takes 16 %, while the last linear
     cut would take 27 % in one go. It also saves more on the way down: its mean cost is `(1 - f) / ln(1 / f)` of dense
-    (0.54 for f = 1/4), against `(1 + f) / 2` (0.63). And a relative error means the same thing all along it, which
-    keeps the loop gain constant.
+    (0.54 for f = 1/4), against `(1 + f) / 2` (0.63). A relative error means the same all along it, which keeps the
+    loop gain constant.
 
-    Decisions are few, because each costs a resize: `num_cuts` of them, evenly spread over the ramp, the last one
-    exactly at `settle`. Checks follow at the same spacing until `land`: a late or metered run still meets the budget
+    Decisions are few, because each costs a resize: `num_cuts` are evenly spread over the ramp, the last one exactly
+    at `settle`. Checks follow at the same spacing until `land`: a late or metered run still meets the budget
     there. After `land` three more chances are spread over the rest of the run, since it is better to meet the budget
     late than to miss it.
 

@@ -31,7 +31,7 @@ class TolerantState:
 @final
 @dataclass(frozen=True)
 class TolerantController:
-    """Cuts, watches what the loss makes of it, and goes on, waits, or takes the cut back.
+    """Cuts, watches the loss, and then goes on, waits, or takes the cut back.
 
     With `excess` the distance of the loss from its trend before the cut, `error` its standard error (see
     `excess_after`), and `used` the sum over the cuts that stayed, a cut

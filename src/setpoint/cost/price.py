@@ -13,7 +13,7 @@ from setpoint.given import plain_fields
 
 @dataclass(frozen=True)
 class Price:
-    """An exchange rate between loss and a resource: no budget, the size follows from it.
+    """An exchange rate between loss and a resource; the size of the model follows from it.
 
     The loop then minimises
 
@@ -23,8 +23,8 @@ class Price:
     so a block of units stays while its saliency is at least the rate times its saving. A rate of 0.1 says: the whole
     dense cost is worth 0.1 of loss, hence a unit that costs a hundredth of it must earn 0.001.
 
-    How to pick one: decide what rise in loss you would accept for halving the cost, and double it. With a tariff, take
-    the money that a run costs at dense size, times the loss that you would give for a unit of money.
+    To choose a rate, decide what rise in loss you would accept for halving the cost, and double that rise. If you have
+    a tariff, multiply the money that a run costs at dense size by the loss that you would give for a unit of money.
 
     Args:
         rate: loss for the dense cost, or for a unit of the resource; at least 0. At 0 nothing is dropped.

@@ -13,10 +13,10 @@ from setpoint.given import plain_fields
 
 @dataclass(frozen=True)
 class Tolerance:
-    """No budget and no price: prune as far as the observed loss stays within this of its trend.
+    """How far the observed loss may rise over its trend; the size of the model follows from it.
 
-    Each cut is judged by the loss that `loop.observe(loss=...)` reports: how far it lies above the trend that it had
-    before the cut. What the cuts cost so adds up; a cut that takes the sum beyond the tolerance is taken back.
+    Each cut is judged by the loss that `loop.observe(loss=...)` reports: how far that loss lies above its trend before
+    the cut. The rises of all cuts are added up. A cut that takes the sum beyond the tolerance is taken back.
 
     Args:
         loss: highest rise over the trend, in the unit of the loss; at least 0.

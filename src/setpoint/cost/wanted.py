@@ -126,7 +126,7 @@ def is_time(text: Any) -> bool:
 def _by_words(text: str) -> Budget:
     value, unit = _parsed(text)
     if value is not None and unit in ("", "%"):
-        return Budget.fraction(value / 100 if unit else value, of="flops")
+        return _share(text, value / 100 if unit else value, "flops", "step")
     words, run = _RUN.subn("", text)
     per, (value, unit) = "run" if run else "step", _parsed(words)
     if value is not None and unit in _SAYS:
@@ -166,7 +166,7 @@ def _amount(resource: str, per: str, amount: Any) -> Budget:
     if value is not None and not unit and value <= 1 and resource in ("flops", "params"):
         return Budget.fraction(value, of=resource, per=per)
     if value is not None and unit == "%":
-        return Budget.fraction(value / 100, of=resource, per=per)
+        return _share(amount, value / 100, resource, per)
     if value is None or unit not in UNITS[resource]:
         units = {"flops": "GFLOPs", "params": "M", "memory": "GiB", "latency": "ms", "inference": "ms", "energy": "J"}
         raise BudgetError(
@@ -174,6 +174,15 @@ def _amount(resource: str, per: str, amount: Any) -> Budget:
             f"its unit, such as '8 {units[resource]}'"
         )
     return Budget.total(value * UNITS[resource][unit], of=resource, per=per)
+
+
+def _share(text: str, value: float, resource: str, per: str) -> Budget:
+    if value > 1:
+        raise BudgetError(
+            f"the budget {text!r} is more than the dense model costs: write a share of at most 100%, such as '50%', or "
+            "an amount with its unit, such as '3 GFLOPs'"
+        )
+    return Budget.fraction(value, of=resource, per=per)
 
 
 def _parsed(text: Any) -> tuple[float | None, str]:

@@ -1,4 +1,4 @@
-"""A teacher: a frozen model, the answers of which another one learns beside its targets."""
+"""A teacher: a frozen model whose answers another model learns beside its targets."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Teacher:
 
     KL is the mean over rows of logits. The FLOPs of the teacher's passes count as overhead of the loop, so that a
     budget for a whole run pays for them. A teacher pays where it knows the task better than the targets say: the dense
-    model that was fine-tuned on it, or a larger one. What it brought here is in docs/results.md.
+    model that was fine-tuned on it, or a larger one. docs/results.md has measurements.
 
     Args:
         model: answers with logits, or with an output that has `logits`; it is frozen and set to eval mode.
@@ -35,7 +35,7 @@ class Teacher:
         flops: of all passes of the teacher until now.
 
     Raises:
-        ValueError: alpha or temperature out of range, or the model is none, or is the one that is pruned.
+        ValueError: for alpha or temperature out of range, for no model, and for the model that is pruned itself.
 
     References:
         Hinton, Vinyals, Dean, "Distilling the knowledge in a neural network", 2015.
@@ -68,14 +68,14 @@ class Teacher:
 
     @torch.no_grad()
     def logits(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The teacher's logits; what the pass took is counted.
+        """The teacher's logits; the FLOPs of the pass are counted.
 
         Args:
             args: for the teacher's forward.
             kwargs: for the teacher's forward.
 
         Raises:
-            ValueError: it returns no logits.
+            ValueError: when the teacher returns no logits.
         """
         inputs = (*enumerate(args), *kwargs.items())
         shapes = tuple((name, tuple(each.shape)) for name, each in inputs if isinstance(each, Tensor))
@@ -101,7 +101,7 @@ class Teacher:
             kwargs: for the teacher's forward.
 
         Raises:
-            ValueError: the keys are not as many as the samples, or rows of one batch have several shapes.
+            ValueError: when keys and samples differ in number, or rows of one batch in shape.
 
         >>> teacher, inputs = Teacher(nn.Linear(8, 3)), torch.randn(4, 8)
         >>> _ = teacher.cached_logits([7, 1, 5, 0], inputs)
@@ -135,7 +135,7 @@ class Teacher:
             mask: which rows count, as the logits without their last dim: 1 or True where they do. All by default.
 
         Raises:
-            ValueError: the shapes differ.
+            ValueError: when the shapes differ.
         """
         return (1 - self.alpha) * loss + self.alpha * self.distance(own, taught, mask)
 
@@ -172,7 +172,7 @@ def logits_of(outputs: Any) -> Tensor:
     """A model's logits: its output itself, or what that holds under this name.
 
     Raises:
-        ValueError: there are none.
+        ValueError: when there are none.
     """
     found = outputs.get("logits") if hasattr(outputs, "get") else outputs
     if not isinstance(found, Tensor) or found.dim() < 2:

@@ -201,7 +201,7 @@ def find_groups(model: nn.Module, example: Example) -> tuple[Group, ...]:
     """Units of `model` that can be dropped, and all places where each lies.
 
     Args:
-        model: any `nn.Module`; a part that `torch.export` cannot follow is not pruned. It is not touched.
+        model: any `nn.Module`; a part that `torch.export` cannot follow is not pruned. The model is not changed.
         example: a tuple of positional inputs, or a dict of keyword inputs.
 
     Raises:

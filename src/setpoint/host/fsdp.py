@@ -188,9 +188,9 @@ def _reshard(model: nn.Module) -> None:
 
 @contextmanager
 def unsharded(model: nn.Module) -> Iterator[nn.Module]:
-    """Inside, a model that `fully_shard` has sharded is unsharded and plain on each rank; any other as it is.
+    """Unshard a model that `fully_shard` has sharded: inside the `with` block it is a plain model on each rank.
 
-    Every rank enters and leaves together. Changes that are made inside do not last.
+    Other models stay as they are. All ranks enter and leave together. Changes that are made inside do not last.
 
     >>> with unsharded(nn.Linear(2, 3)) as plain:
     ...     plain

@@ -15,11 +15,21 @@ from setpoint.integrations.huggingface import enable_huggingface
 
 
 def enable_checkpointing() -> None:
-    """Make every model of this process resumable, once and for all: each whose state dict carries sizes, or was cut.
+    """Make each model of this process resumable that was cut, or that loads a state dict with sizes.
 
-    It wraps `torch.nn.Module.load_state_dict` and makes models resumable as they load; a state that carries no sizes is
-    loaded into a model that was never cut as ever. Transformers' `save_pretrained` and `from_pretrained` follow
-    (`enable_huggingface`). May be called again.
+    The function wraps `torch.nn.Module.load_state_dict` and makes models resumable as they load. A state without sizes
+    loads as usual into a model that was never cut. Transformers' `save_pretrained` and `from_pretrained` carry sizes,
+    too (`enable_huggingface`). A second call changes nothing.
+
+    >>> from setpoint import shrink_to
+    >>> enable_checkpointing()
+    >>> small = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)).state_dict()
+    >>> cut = shrink_to(nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 1)), small)
+    >>> dense = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 1))
+    >>> dense.load_state_dict(cut.state_dict())
+    <All keys matched successfully>
+    >>> dense[0]
+    Linear(in_features=2, out_features=3, bias=True)
     """
     enable_huggingface()
     plain = nn.Module.load_state_dict

@@ -25,9 +25,9 @@ _MODULES = {
 def enable_huggingface() -> None:
     """Let `save_pretrained` write `setpoint.json` beside a cut model's weights, and `from_pretrained` read it back.
 
-    So does everything that calls them: pipelines, sentence-transformers. A Trainer reads its own checkpoints of cut
-    models back, also without a callback. Where transformers or diffusers is
-    not imported yet, it happens once it is. May be called again.
+    Pipelines, sentence-transformers and all else that calls these methods do the same. A Trainer reads its own
+    checkpoints of cut models back, also without a callback. Transformers or diffusers may be imported later; the change
+    is then made at the import. A second call changes nothing.
     """
     waiting = {each.name for each in sys.meta_path if isinstance(each, _Later)}
     for name in _MODULES:

@@ -44,9 +44,9 @@ else:
 
 
 class SetpointCallback(Callback):  # type: ignore[misc]
-    """Hold the model that a Trainer trains to a budget; it changes with each run.
+    """Holds the model that a Trainer trains to a budget; the callback changes with each run.
 
-    The whole `LightningModule` is attached to, with all of its optimizers. What counts is what its `training_step`
+    The whole `LightningModule` is attached to, with all of its optimizers. Setpoint follows what its `training_step`
     calls: the module itself, or parts of it. Averaged copies of `WeightAveraging` and `StochasticWeightAveraging` are
     cut alike. Checkpoints carry sizes and the state of the loop, so that `fit(ckpt_path=...)` goes on, and
     `test(ckpt_path="best")` finds the model as it was.
@@ -81,7 +81,7 @@ class SetpointCallback(Callback):  # type: ignore[misc]
 
     @property
     def summary(self) -> Summary | None:
-        """What the last run came to; None before its end."""
+        """Summary of the last run; None before its end."""
         return self.loop.summary if self.loop is not None and "_summary" in vars(self.loop) else None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:

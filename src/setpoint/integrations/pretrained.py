@@ -22,7 +22,7 @@ FILE = "setpoint.json"
 
 
 def write_sizes(model: nn.Module, folder: Path) -> None:
-    """Write the sizes of a cut model into its folder; for one that was never cut, take away what stood there."""
+    """Write the sizes of a cut model into its folder; for a model that was never cut, remove the file."""
     file, model = folder / FILE, unwrapped(model)
     carried = Carried.of(model) if was_cut(model) else None
     if carried is None:
@@ -39,7 +39,7 @@ def write_sizes(model: nn.Module, folder: Path) -> None:
 
 
 def read_sizes(file: Path, model: nn.Module, base: str) -> None:
-    """Give a model, on the meta device or not, the shapes and sizes of a folder; its weights are to be loaded next.
+    """Give a model, on the meta device or not, the shapes and sizes of a folder, whose weights are to be loaded next.
 
     Args:
         file: that `write_sizes` wrote.
@@ -47,7 +47,7 @@ def read_sizes(file: Path, model: nn.Module, base: str) -> None:
         base: name of the base model in models with a head, such as "bert".
 
     Raises:
-        CheckpointError: for a damaged file, or one of another model; the model is as it was.
+        CheckpointError: for a damaged file, or one of another model; the model is then as before.
     """
     try:
         plain = json.loads(file.read_text(encoding="utf-8"))

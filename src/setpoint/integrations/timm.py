@@ -30,7 +30,7 @@ def shape_string(model: nn.Module) -> str:
     `load_state_dict` its weights. Before the string is returned, timm builds the model from it once.
 
     Args:
-        model: one of timm's, cut or not; it stays as it is.
+        model: one of timm's, cut or not; the model is not changed.
 
     Raises:
         CheckpointError: for a model that timm would build otherwise; the message names the module.

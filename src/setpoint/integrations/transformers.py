@@ -44,7 +44,7 @@ class SetpointCallback(TrainerCallback):  # type: ignore[misc]
 
     Attributes:
         loop: the loop at work; None before training.
-        summary: what the run came to; None before its end.
+        summary: the summary of the run; None before its end.
 
     >>> callback = SetpointCallback(0.5)
     >>> callback.loop is None

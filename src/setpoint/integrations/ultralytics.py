@@ -22,7 +22,7 @@ from setpoint.loop.telling import News
 
 
 class Pruning:
-    """What prunes a model of ultralytics while its trainer trains it; it changes with each run.
+    """Prunes a model of ultralytics while its trainer trains it; the object changes with each run.
 
     Args:
         budget: as for `attach`.
@@ -31,7 +31,7 @@ class Pruning:
 
     Attributes:
         loop: the loop of the present run or the last one; None before.
-        summary: what the last run came to; None before its end.
+        summary: the summary of the last run; None before its end.
     """
 
     def __init__(self, budget: Any, *, total_steps: int | None = None, **settings: Any) -> None:
@@ -85,8 +85,8 @@ class Pruning:
 def add(model: Any, budget: Any, **settings: Any) -> Pruning:
     """Let a model of ultralytics prune itself to a budget whenever its `train` is called.
 
-    Its averaged copy is cut alike, and its `*.pt` files hold the smaller model. `YOLO("last.pt")`, with `add` called on
-    it again, goes on with `train(resume=True)`.
+    The averaged copy is cut alike, and the `*.pt` files hold the smaller model. A stopped run goes on with
+    `train(resume=True)` after `add` was called on `YOLO("last.pt")`.
 
     Args:
         model: such as `YOLO("yolov8n.pt")`.
@@ -94,10 +94,10 @@ def add(model: Any, budget: Any, **settings: Any) -> Pruning:
         settings: as for `Pruning`.
 
     Returns:
-        What holds the loop and the summary.
+        The object that holds the loop and the summary.
 
     Raises:
-        LoopError: if it was added before.
+        LoopError: if pruning was added to the model before.
     """
     pruning = Pruning(budget, **settings)
     events = ("on_pretrain_routine_start", "on_train_start", "on_train_end", "teardown")

@@ -49,8 +49,9 @@ class Explanation:
         unit = f"{self.what} {self.origin} of {self.group}"
         if self.step is None:
             return f"{unit} is alive; no decision has been made yet."
+        worth = "" if math.isnan(self.worth) else f"worth {_number(self.worth)}, "
         numbers = (
-            f"dropping it costs {_number(self.saliency)} of loss; worth {_number(self.worth)}, "
+            f"dropping it costs {_number(self.saliency)} of loss; {worth}"
             f"price {_number(self.price)} (loss per unit of resource)"
         )
         fate = "is alive" if self.alive else f"was dropped at step {self.step}"

@@ -50,18 +50,27 @@ class Waiting(Protocol):
         """Leave model and optimizers alone; may be called again."""
 
 
-_FRESH_STEPS = 50
-"""Steps that are sensed before a last decision is made again."""
+_FRESH_STEPS = 50  # that are sensed before a last decision is made again
 
 
 @final
 class Loop:
     """The running control loop, which changes at every step; `setpoint.attach` makes one.
 
-    It works through the optimizers' own hooks: the sensor reads before a step (not before each, see
-    `is_sensed`), and after it, whenever the controller is due, come a reading, a plan, a change and a ledger entry.
-    After the last decision it only counts. Used as a context manager it finishes at the end, and only detaches if there
-    was an exception.
+    The loop works through the optimizers' own hooks. The sensor reads before a step (`is_sensed` says before which).
+    A decision after a step is a reading, a plan, a change and a ledger entry. After the last decision the loop only
+    counts. A `with` block finishes the loop at its end; after an exception the block only detaches the loop.
+
+    >>> import torch, setpoint
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 32), torch.nn.ReLU(), torch.nn.Linear(32, 2))
+    >>> optimizer, x = torch.optim.SGD(model.parameters(), lr=0.1), torch.randn(8, 4)
+    >>> loop = setpoint.attach(model, optimizer, "50% params", total_steps=30, example=(x,))
+    >>> for _ in range(30):
+    ...     model(x).square().mean().backward()
+    ...     optimizer.step()
+    ...     optimizer.zero_grad()
+    >>> loop.finish().budget_met, loop.dense_widths, loop.widths, len(loop.ledger)
+    (True, {'0': 32}, {'0': 12}, 7)
     """
 
     def __init__(self) -> None:
@@ -80,7 +89,7 @@ class Loop:
         return line(self.metrics(), finished=vars(self).get("_finished", False))
 
     def wait(self, waiting: Waiting) -> None:
-        """Until `begin`, which comes at the first step, this stands by."""
+        """Let this stand by until `begin`, which comes at the first step."""
         self._waiting = waiting
 
     def begin(
@@ -100,8 +109,7 @@ class Loop:
         Args:
             spending: what the run may spend and has spent.
             run: what must be the same in a run that goes on with this one's state.
-            revocable: gives an actuator that can take its first cut back, for the one that is given to it; called
-                where losses are observed.
+            revocable: makes of an actuator one that can take its first cut back; called where losses are observed.
             hooks: on the optimizers already; None to put them there.
         """
         self.host, self.sensor, self.controller, self.spending = host, sensor, controller, spending
@@ -118,12 +126,8 @@ class Loop:
         self._unchanged = Unchanged(host.model, host.copies, lambda: self.groups)
         self._begun = self._finished = False
         self._summary: Summary | None = None
-        host.begin(
-            steps=lambda: self.step,
-            missed=partial(self._after_step, False),
-            recompiled=spending.recompiled,
-            groups=self._dense,
-        )
+        missed = partial(self._after_step, False)
+        host.begin(steps=lambda: self.step, missed=missed, recompiled=spending.recompiled, groups=self._dense)
         called = (self._before_step, self._after_step, partial(check_loading, host, self._dense))
         self._hooks = StepHooks(host.optimizers, *called) if hooks is None else hooks
         self._hooks.hand_over(*called)
@@ -160,7 +164,7 @@ class Loop:
 
     @property
     def masks(self) -> dict[str, Bool[Tensor, "..."]]:
-        """By name of each masked weight tensor, True = active; empty where whole units are cut."""
+        """Mask of each masked weight tensor by name, True = active; empty where whole units are cut."""
         return {name: mask.clone() for name, mask in self.actuator.masks.items()}
 
     @property
@@ -188,7 +192,7 @@ class Loop:
         """The budget, or several; none with a `Price` or a `Tolerance`. May be set anew until the last decision.
 
         The change is bumpless: the reference goes on from what a step costs now, down to the new limit. A
-        `BudgetError` says that it cannot be met, a `LoopError` that it is frozen.
+        `BudgetError` says that the budget cannot be met, a `LoopError` that it is frozen.
         """
         budgets = self.spending.budgets
         return budgets[0] if len(budgets) == 1 else budgets
@@ -219,22 +223,22 @@ class Loop:
         self.losses.observe(self.step + 1, loss, val, keep=not self._now.budget_met)
 
     def metrics(self) -> dict[str, float]:
-        """Where the run is, in numbers by name (docs/watching.md): always the same names, and none before it begins."""
+        """Numbers of the run by name (docs/watching.md): the same names at every step, none before `begin`."""
         if "_hooks" not in vars(self):
             return {}
         found = metrics(self.spending, self.step, self._now.plan, self.widths, len(self._ledger))
         return {**found, "budget_met": float(self.budget_met)}
 
     def on_step(self, callback: Callable[[News], None]) -> Callable[[], object]:
-        """Call this after each step, with the entry of its decision or None, at last with the summary; gives a stop."""
+        """Call a function after each step with its entry or None, and at the end with the summary; returns a stop."""
         return self._telling.add(callback)
 
     def reading(self) -> Reading:
-        """What the sensor reads now, on this rank; nothing is decided on it."""
+        """What the sensor reads now, on this rank; no decision is made on this reading."""
         return self.sensor.read(self._sensor_state, self.groups, self.step)
 
     def explain(self, group: str, origin: int) -> Explanation:
-        """What became of the unit of a group that has this index in the dense model, and why.
+        """What happened to the unit of a group that has this index in the dense model, and why.
 
         Raises:
             GroupError: for a group that is not pruned here, or a unit that it never had; for single weights.
@@ -245,10 +249,10 @@ class Loop:
         return explain(self._now, self._ledger, self._dense, origins, group, origin, self.price, resource)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the loop remembers, for `load_state_dict`; model and optimizers are saved beside it.
+        """The loop's state, for `load_state_dict`; model and optimizers are saved beside it.
 
-        It holds tensors, numbers and strings only, so that `torch.load(..., weights_only=True)` reads it. The states of
-        PyTorch's, NumPy's and Python's global random generators are among them.
+        The state holds tensors, numbers and strings only, so `torch.load(..., weights_only=True)` reads it. PyTorch's,
+        NumPy's and Python's global random generators are among them.
 
         Raises:
             CheckpointError: when a sensor or controller of your own keeps what cannot be stored.
@@ -277,11 +281,11 @@ class Loop:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over the state of a loop that was attached with the same arguments: shrink the dense model, and go on.
 
-        Load it before the states of the model, its copies and the optimizers, which then have the right
-        shapes. Everything is checked before anything is changed. The global random generators go on, too.
+        The loop's state is loaded before the states of the model, its copies and the optimizers, which then have the
+        right shapes. All of it is checked before anything is changed. The global random generators go on, too.
 
         Raises:
-            CheckpointError: when it is of another model, budget or length of run, or no such state.
+            CheckpointError: when the state is of another model, budget or length of run, or is no state of a loop.
             LoopError: when this loop has made a step already.
         """
         if self.step or len(self._ledger) or self._finished:
@@ -332,10 +336,10 @@ class Loop:
     # How it ends.
 
     def finish(self) -> Summary:
-        """Check whether the budget is met, detach, and say what the run came to.
+        """Check whether the budget is met, detach, and return the summary of the run.
 
         Raises:
-            LoopError: when it has been called before.
+            LoopError: when the loop has been finished before.
         """
         if "_finished" not in vars(self):
             self.detach()
@@ -349,10 +353,9 @@ class Loop:
         self._finished = True
         masked = sum(int((~mask).sum()) for mask in self.actuator.masks.values())
         num_params = sum(parameter.numel() for parameter in self.host.model.parameters()) - masked
-        self._summary = summarise(
+        self._summary = done = summarise(
             self._now, self.spending, self.ledger, self.actuator, num_params, self.dense_widths, self.losses
         )
-        done = self._summary
         self.ledger.end(done.steps, done.total_steps, budget_met=done.budget_met, reason=done.reason)
         warn_of_miss(self._summary, self._now, self._hooks.unseen.passes)
         self._telling.tell(self._summary)
@@ -532,12 +535,9 @@ class Loop:
         spending.replan(self.step, self.widths)
         cost = spending.cost
         if spending.budgets and isinstance(self.controller, Transferring):
+            present, limit = cost.total(self.widths), spending.limits[cost.resource]
             self._controller_state = self.controller.transferred(
-                self._controller_state,
-                step=self.step,
-                total_steps=self.spending.total_steps,
-                present=cost.total(self.widths),
-                limit=spending.limits[cost.resource],
+                self._controller_state, step=self.step, total_steps=spending.total_steps, present=present, limit=limit
             )
 
     def _reopen_if_over(self) -> None:

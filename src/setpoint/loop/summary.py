@@ -21,14 +21,14 @@ from setpoint.words import counted
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run came to.
+    """Result of a run: whether the budget is met, the final size, and what training and overhead have cost.
 
     FLOPs are those of forward and backward passes at the example's batch shape. The overhead is all of
     Setpoint's own work; `train_flops` and `seconds` include it. On a GPU, sensing seconds are the
     host's only.
 
     Args:
-        budget_met: within budget at the end, and the last decision was made; or nothing had to be done.
+        budget_met: whether the model ends within the budget, and the last decision was made or none was needed.
         steps: optimizer steps done.
         total_steps: optimizer steps announced at attach.
         widths: active units by group, now.
@@ -70,8 +70,19 @@ class Summary:
         theoretical_train_flops: the same for the whole run, with the gradients of masked weights where they were read.
         masked_params: parameters that are masked.
         recompiles: how often compiled code was compiled again after the first cut.
-        recompiling_seconds: time that took.
+        recompiling_seconds: time of these compilations.
         final_loss: last observed loss; the losses right after each cut stand in the ledger (`Entry.loss_after`).
+
+    >>> import torch, setpoint
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 32), torch.nn.ReLU(), torch.nn.Linear(32, 2))
+    >>> optimizer, x = torch.optim.SGD(model.parameters(), lr=0.1), torch.randn(8, 4)
+    >>> with setpoint.attach(model, optimizer, 0.5, total_steps=30, example=(x,)) as loop:
+    ...     for _ in range(30):
+    ...         model(x).square().mean().backward()
+    ...         optimizer.step()
+    ...         optimizer.zero_grad()
+    >>> loop.summary.budget_met, loop.summary.final_flops_ratio, loop.summary.widths
+    (True, 0.5, {'0': 16})
     """
 
     budget_met: bool

@@ -70,7 +70,7 @@ def compress(
        that is also used otherwise, as a tied embedding, stays as it is.
     4. *Renew.* Running statistics of BatchNorms become the means over the data.
 
-    The model then can be saved (`setpoint.save`), used, or trained on as any other. On any exception it is as it was.
+    The model can then be saved (`setpoint.save`), used, or trained on as any other. An exception leaves it as it was.
 
     Args:
         model: trained; in one process, not in a wrapper.
@@ -79,8 +79,8 @@ def compress(
         budget: of "flops" (of a training step on the first batch, as `attach` counts) or "params": a fraction of the
             dense model's FLOPs, a text such as "50% params", or a `Budget`.
         even: keep the same share of units in all groups; by default shares follow the scores.
-        num_samples: of the data that are looked at; the last batch is taken whole.
-        groups: which may be cut, out of `find_groups(model, example)`; by default all that only layers read that
+        num_samples: samples of the data that are read; the last batch is read whole.
+        groups: those of `find_groups(model, example)` that may be cut; by default all that only layers read that
             can be fitted anew, and in which a zeroed unit is the same as an absent one.
         verify: try every group's cut on copies first, and leave alone those that fail.
 

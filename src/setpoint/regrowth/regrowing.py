@@ -48,19 +48,31 @@ _EASE_STEPS = 8
 @final
 @dataclass(frozen=True)
 class Regrowing:
-    """`attach(actuator=Regrowing())`: dropped units rest in a reserve, and those that promise most come back.
+    """`attach(actuator=Regrowing())`: dropped units rest in a reserve, and the most promising of them come back.
 
-    A controller of your own choice says whether any do, `PricedController(regrow=True)`. With one that brings none
-    back the reserve holds what the last cut dropped, should the loss ask for that cut to be taken back.
+    Units come back with a controller that asks for it, `PricedController(regrow=True)`. With any other controller the
+    reserve holds the units of the last cut only, in case the loss demands that this cut be taken back.
 
-    Experimental: it has not been measured to be better than `Cutting`.
+    Regrowth is experimental: it has not been measured to be better than cutting for good.
 
     Args:
-        reserve_bytes: the most host memory, on each rank, for dropped units; beyond it those dropped first are let go,
-            which is said. None: no limit.
+        reserve_bytes: the most host memory, on each rank, for dropped units. Beyond it a warning is given, and the
+            units that were dropped first are let go. None: no limit.
 
     Raises:
         ValueError: for what is no number of bytes.
+
+    >>> import setpoint
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 32), torch.nn.ReLU(), torch.nn.Linear(32, 2))
+    >>> optimizer, x = torch.optim.SGD(model.parameters(), lr=0.1), torch.randn(8, 4)
+    >>> parts = {"controller": setpoint.PricedController(regrow=True), "actuator": Regrowing(reserve_bytes=2**20)}
+    >>> with setpoint.attach(model, optimizer, 0.5, total_steps=60, example=(x,), **parts) as loop:
+    ...     for _ in range(60):
+    ...         model(x).square().mean().backward()
+    ...         optimizer.step()
+    ...         optimizer.zero_grad()
+    >>> loop.summary.budget_met, loop.widths
+    (True, {'0': 16})
     """
 
     reserve_bytes: int | None = 8 * 2**30

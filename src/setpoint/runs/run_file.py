@@ -32,16 +32,16 @@ _SHOWN = (nn.Module, Optimizer)
 
 
 def save_run(path: str | os.PathLike[str], **parts: Any) -> None:
-    """Write a training run to one safetensors file with a digest: loop, model, optimizers, and what else is given.
+    """Write a training run to one safetensors file with a digest: loop, model, optimizers, and any other parts.
 
-    Where a model among the parts is sharded over ranks by `fully_shard`, all ranks call this, and `path` is a folder
+    If a model among the parts is sharded over ranks by `fully_shard`, all ranks call `save_run`, and `path` is a folder
     that does not exist yet: `torch.distributed.checkpoint` writes each rank's parts, and plain data of each rank.
 
-    The write is atomic: under `path` there is either the old file or the whole new one, even if the process is
+    The write is atomic: `path` names either the old file or the complete new one, even if the process is
     killed or the disk is full. Nothing in the file is ever run as code when it is read.
 
     Args:
-        path: where to; the folder must exist.
+        path: of the file; its folder must exist.
         parts: by any name, whatever has a `state_dict()` (loop, model, optimizer, scheduler, scaler, averaged copy),
             and plain data: numbers, strings, tensors, arrays, and dicts, lists and tuples of them.
 
@@ -71,21 +71,41 @@ def save_run(path: str | os.PathLike[str], **parts: Any) -> None:
 def load_run(path: str | os.PathLike[str], **parts: Any) -> dict[str, Any]:
     """Read a file that `save_run` wrote into freshly built parts, and return the plain data that was saved with them.
 
-    Build model, optimizer and the rest as at the beginning of the run, attach, and load. What belongs to no loop
-    (schedulers, a scaler, another model) comes first, whatever the order of the arguments, then the loop, which shrinks
-    model, optimizers and copies to the widths that they had, and then these. If any of them does not take its state,
-    all are as they were: the model is dense again, and all values, which wait in host memory until then, are back. Of a
-    model that `fully_shard` has sharded the loop's state is checked first, but nothing that comes later is put back.
+    Build model, optimizer and the rest as at the beginning of the run, attach, and load. Parts that belong to no loop
+    (schedulers, a scaler, another model) are loaded first, whatever the order of the arguments. The loop comes next and
+    shrinks model, optimizers and copies to the saved widths; their values come last. If a part does not take its state,
+    all parts are as before: the model is dense again, and all values, which wait in host memory until then, are back.
+    For a model that `fully_shard` has sharded, the loop's state is checked first; later failures are not undone.
 
-    A folder of a sharded run is read by all ranks, of which there may be more or fewer than when it was saved.
+    All ranks read the folder of a sharded run. There may be more or fewer ranks than when it was saved.
 
     Args:
         path: the file or folder.
         parts: the parts that have a state, by the names under which they were saved.
 
     Raises:
-        CheckpointError: when there is no such file, it is damaged, of another format or another run, or the parts are
-            not those that were saved, or one does not take its state; everything is then as it was.
+        CheckpointError: for a file that is missing, damaged, of another format or of another run, for other parts than
+            those that were saved, or for a part that does not take its state; everything is then as before.
+
+    >>> import tempfile, torch, setpoint
+    >>> def build():
+    ...     model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2))
+    ...     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ...     loop = setpoint.attach(model, optimizer, 0.5, total_steps=30, example=(torch.ones(8, 4),))
+    ...     return {"model": model, "optimizer": optimizer, "loop": loop}
+    >>> first, again = build(), build()
+    >>> for _ in range(15):
+    ...     first["model"](torch.randn(8, 4)).square().mean().backward()
+    ...     first["optimizer"].step()
+    ...     first["optimizer"].zero_grad()
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_run(f"{folder}/run", **first, epoch=4)
+    ...     load_run(f"{folder}/run", **again)
+    {'epoch': 4}
+    >>> again["loop"].step, again["model"][0].out_features == first["model"][0].out_features < 32
+    (15, True)
+    >>> first["loop"].detach()
+    >>> again["loop"].detach()
     """
     ranks, mesh = spread_over(parts)
     if mesh is not None:

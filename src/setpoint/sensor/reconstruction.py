@@ -48,7 +48,7 @@ class ReconstructionState:
 
 
 class ReconstructionSensor:
-    """Error that is left of a unit's removal when the layers that read it make up for it as well as they can.
+    """Error that a unit's removal leaves in the layers that read it, after these are refitted.
 
     A layer with weights W reads units x: `y = W^T x`. Let `G = E[x x^T]` be their second moment, uncentred, and
     `P = (G + .01 mean(diag G) I)^-1`. To remove unit j, all other weights being chosen anew, costs an error of

@@ -95,14 +95,13 @@ class TaylorState:
 class TaylorSensor:
     """Taylor estimate of the loss increase when a unit is dropped, from its gate's gradient.
 
-    Put a gate g on a unit's output, with g = 1 now and g = 0 when it is dropped. With `r = dL/dg` at g = 1, the loss
-    changes by
+    A gate g on a unit's output is 1 now and 0 when the unit is dropped. With `r = dL/dg` at g = 1, the loss changes by
 
         L(0) - L(1) = -r + 1/2 d2L/dg2 + ...
 
-    *The gate's gradient* (Molchanov et al. 2019). The gate could as well scale every weight that reads the unit; by the
-    chain rule `r = sum of w * dL/dw over the unit's outgoing ("consume") weights`, exactly, for any activation, without
-    a change to the forward pass.
+    *The gate's gradient* needs no gate in the forward pass (Molchanov et al. 2019). The gate could as well scale every
+    weight that reads the unit. By the chain rule, exactly and for any activation, `r = sum of w * dL/dw over the unit's
+    outgoing ("consume") weights`.
 
     *The curvature* (optimal brain damage, LeCun et al. 1990; by the Fisher information, Theis et al. 2018). For a
     log-likelihood loss the expected curvature is the Fisher diagonal `E[r_sample^2]`, where `r_sample` is the gate
@@ -112,21 +111,20 @@ class TaylorSensor:
         saliency = 1/2 (B var(r) + mean(r)^2)                          by default,
         saliency = max(0, -mean(r) + 1/2 (B var(r) + mean(r)^2))       with first_order=True.
 
-    The first-order term is left out by default since it is a local slope, and a drop is no small step: before a
-    normalisation the slopes of a group add up to zero, whatever the units are worth.
+    The first-order term is a local slope and left out by default, since a drop is a large step: before a normalisation
+    the slopes of a group add up to zero, whatever the units are worth.
 
-    The unit of the saliency is that of the loss. What biases it: gradients that were clipped or scaled before the
-    optimizer's step scale r with them; a weight that is tied to another one carries the gradients of both.
+    Saliency has the unit of the loss. Gradients that are clipped or scaled before the optimizer's step scale r alike. A
+    weight that is tied to another one carries the gradients of both.
 
     Mean and variance are exponentially weighted with decay `1 - 1/window`, without start-up bias, in float32 (float64
-    for float64 models). A step in which any gradient is NaN or infinite is left out as a whole and counted. Of sharded
-    weights each rank adds up its own part, and one sum over ranks in each step makes r exact. While outgoing weights of
-    a group are frozen in the middle of a run, what was seen before stands.
+    for float64 models). A step in which any gradient is NaN or infinite is left out and counted. Each rank adds up its
+    own part of sharded weights, and one sum over ranks makes r exact. While outgoing weights of a group are frozen in
+    the middle of a run, its earlier readings stand.
 
-    *Weights that are frozen from the beginning* (the base of a low-rank adapter) have no gradient; but the gate may as
-    well scale what the layer is given, so `r = sum of x * dL/dx over the unit's inputs x of that layer`, which a hook
-    on the layer reads in the backward pass (`Tap`), keeping x in memory until then. Where gradients are averaged over
-    ranks, one small all-reduce at each update averages those of the ranks' own samples too.
+    *Weights that are frozen from the beginning* (the base of a low-rank adapter) have no gradient. The gate may as well
+    scale the layer's inputs: `r = sum of x * dL/dx over the unit's inputs x of that layer`. A hook on the layer (`Tap`)
+    keeps x until the backward pass and reads r there. One all-reduce at each update averages it over ranks.
 
     Args:
         num_samples: independent samples behind each optimizer step's gradient (B), over ranks and micro-batches.
@@ -138,9 +136,18 @@ class TaylorSensor:
         ValueError: if either is not a positive integer.
 
     References:
-        Molchanov, Mallya, Tyree, Frosio, Kautz: "Importance Estimation for Neural Network Pruning", CVPR 2019. LeCun,
-        Denker, Solla: "Optimal Brain Damage", NIPS 1990. Theis, Korshunova, Tejani, Huszar: "Faster gaze prediction
-        with dense networks and Fisher pruning", arXiv 1801.05787, 2018.
+        Molchanov et al.: "Importance Estimation for Neural Network Pruning", CVPR 2019. LeCun, Denker, Solla: "Optimal
+        Brain Damage", NIPS 1990. Theis et al.: "Faster gaze prediction with dense networks and Fisher pruning", 2018.
+
+    >>> import setpoint
+    >>> model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(16, 4)
+    >>> optimizer, sensor = torch.optim.SGD(model.parameters(), lr=0.1), TaylorSensor(num_samples=16, window=20)
+    >>> loop = setpoint.attach(model, optimizer, 0.5, total_steps=30, example=(x,), sensor=sensor)
+    >>> model(x).square().mean().backward()
+    >>> optimizer.step()
+    >>> loop.reading().saliency["0"].shape
+    (8,)
+    >>> loop.detach()
     """
 
     reads_shards = averages_hooks = True

@@ -32,19 +32,19 @@ class HankelSensor:
     """Saliency of balanced states.
 
     Unit i of a group of kind "state" is the i-th pair of states of the layer's real form in *balanced* coordinates,
-    from the largest Hankel singular value down; pairs, since a complex mode is two real states. Its energy is `e_i =
+    from the largest Hankel singular value down. A complex mode is a pair of real states. The energy of unit i is `e_i =
     sigma_{2i}^2 + sigma_{2i+1}^2` (summed over channels where a layer runs one system for each).
 
     A Hankel value says how much of a layer's output is at stake, not what that output is good for. So the sensor puts
     one gate on the output of all states of a layer; its gradient, `r = sum of C * dL/dC`, is the same in all
-    coordinates, and `TaylorSensor` estimates from it the loss `S` of a layer without its states. That is shared out by
-    energy:
+    coordinates, and `TaylorSensor` estimates from it the loss `S` of a layer without its states. Units share
+    `S` by energy:
 
         saliency_i = S * e_i / sum of e
 
-    Saliencies can be compared across layers and with units of other kinds (`Reading.calibrated`). It is an estimate:
-    output error is proportional to energy at best, and to remove all states is a large step for a second-order
-    expansion.
+    Saliencies can be compared across layers and with units of other kinds (`Reading.calibrated`). They are
+    estimates: output error is proportional to energy at best, and the removal of all states is a large step for a
+    second-order expansion.
 
     The reading carries the balancing pair in `Reading.basis`, for the actuator.
 
@@ -58,6 +58,18 @@ class HankelSensor:
     References:
         Moore: "Principal component analysis in linear systems", IEEE TAC 26(1), 1981. CompreSSM: "The Curious Case of
         In-Training Compression of State Space Models", ICLR 2026 (ranking by Hankel values in training).
+
+    >>> import setpoint
+    >>> from setpoint_bench.models import LRU  # pip install setpoint-bench
+    >>> model, x = nn.Sequential(nn.Linear(1, 4), LRU(4, 8), nn.Linear(4, 2)), torch.randn(4, 12, 1)
+    >>> optimizer, sensor = torch.optim.SGD(model.parameters(), lr=0.01), HankelSensor(num_samples=4)
+    >>> with setpoint.attach(model, optimizer, "70% params", total_steps=20, example=(x,), sensor=sensor) as loop:
+    ...     for _ in range(20):
+    ...         model(x).square().mean().backward()
+    ...         optimizer.step()
+    ...         optimizer.zero_grad()
+    >>> loop.dense_widths, loop.widths
+    ({'1': 8}, {'1': 5})
     """
 
     def __init__(self, num_samples: int, window: int = 50) -> None:

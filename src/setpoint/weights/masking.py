@@ -41,13 +41,25 @@ class NewMasks:
 class Masking:
     """`attach(actuator=Masking("2:4"))`: single weights of linear layers and convolutions are masked.
 
-    That saves FLOPs and parameters in theory only: dense hardware does not get faster.
+    Masks save FLOPs and parameters in theory only: dense hardware does not get faster.
 
     Args:
         pattern: "unstructured" or "N:M", such as "2:4", by whole tensors.
 
     Raises:
         GroupError: for an unknown pattern.
+
+    >>> import setpoint
+    >>> model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2))
+    >>> optimizer, x = torch.optim.SGD(model.parameters(), lr=0.1), torch.randn(8, 4)
+    >>> masking = Masking("2:4")
+    >>> with setpoint.attach(model, optimizer, 0.5, total_steps=30, example=(x,), actuator=masking) as loop:
+    ...     for _ in range(30):
+    ...         model(x).square().mean().backward()
+    ...         optimizer.step()
+    ...         optimizer.zero_grad()
+    >>> loop.summary.masked_params, {name: int(mask.sum()) for name, mask in loop.masks.items()}
+    (96, {'0.weight': 64, '2.weight': 32})
     """
 
     pattern: str = "unstructured"
