@@ -135,6 +135,29 @@ def test_a_folder_with_a_ledger_is_its_ledger(tmp_path: Path) -> None:
         assert refused.exit_code == 2 and "is a folder without run.jsonl: give the file that" in refused.stderr
 
 
+def test_a_folder_that_cannot_be_made_is_refused_before_any_work(tmp_path: Path) -> None:
+    """Every command that writes says so in one line, before it shows or makes anything, and without --out, too."""
+    own, ledger = tmp_path / "own.py", tmp_path / "run.jsonl"
+    own.write_text("def build():\n    raise AssertionError('work has begun')\n")
+    Ledger({"groups": {}, "dense": {"flops": 8.0}}).save(ledger)
+    before = sorted(tmp_path.iterdir())
+    for command in (
+        ["demo"],
+        ["inspect", f"{own}:build"],
+        ["compress", f"{own}:build", "--data", f"{own}:build", "--budget", "50%"],
+        ["report", ledger],
+    ):
+        refused = invoke(*command, "--out", ledger / "x")
+        assert refused.exit_code == 2 and refused.stdout == "", command
+        assert (
+            refused.stderr
+            == f"error: {ledger / 'x'} cannot be read or written: Not a directory: name another folder by --out\n"
+        )
+    assert sorted(tmp_path.iterdir()) == before
+    assert "work has begun" in invoke("inspect", f"{own}:build", "--out", tmp_path / "new" / "deep").stderr
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_a_path_with_a_null_byte_is_refused() -> None:
     """No file can have such a name, whether it is to be read or written."""
     model = nn.Linear(2, 2)

@@ -53,11 +53,11 @@ def demo(
     with errors_as_messages():
         from setpoint.cost.wanted import fraction
 
-        share = fraction(budget, "--budget")
-        check_folder(out)
+        share, folder = fraction(budget, "--budget"), out or Path("runs/demo")
+        check_folder(folder)
         from setpoint.demo import demo as shown
 
-        answer = shown.demo(console(), out or Path("runs/demo"), share, seed, steps)
+        answer = shown.demo(console(), folder, share, seed, steps)
         finish(answer, f"open {answer['report']} in a browser")
 
 
@@ -446,11 +446,14 @@ def _report_ledger(file: Path, out: Path | None) -> None:
     from setpoint.report.resources import ledger_line
 
     record, screen, page = read_ledger(file), console(), page_of(file, out)
+    written = not is_of_demo(page, file)
+    if written:
+        check_folder(page.parent)
     for table in ledger_tables(record):
         screen.print(table, width=None if screen.is_terminal else 100)
     shown = ledger_line(record)
     screen.print(shown, soft_wrap=True, markup=False, highlight=False)
-    if not is_of_demo(page, file):
+    if written:
         write_ledger_page(file, page)
     finish({"report": str(page), "ledger": shown}, f"open {page} in a browser")
 
