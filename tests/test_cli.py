@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from functools import partial
@@ -201,6 +202,18 @@ def test_inspect_own_model(tmp_path: Path) -> None:
     assert "2.weight, dim 1, reads" in "".join(tree) and "setpoint.attach(model, optimizer, 0.5" in tree[-1]
     assert "Budgets within reach" in (tmp_path / "out" / "inspect.html").read_text(encoding="utf-8")
     assert json.loads((tmp_path / "out" / "inspect.json").read_text(encoding="utf-8")) == found
+
+
+def test_the_next_step_of_inspect_can_be_done(tmp_path: Path) -> None:
+    """What it tells repeats the arguments, so that it shows the groups of the same model."""
+    file = tmp_path / "my model.py"
+    file.write_text(
+        "from torch import nn\ndef build():\n    return nn.Sequential(nn.Linear(16, 64), nn.Linear(64, 4))\n"
+    )
+    last = invoke("inspect", f"{file}:build", "--input", "2,16", "--no-verify").stdout.splitlines()[-1]
+    setpoint, *command = shlex.split(last.removeprefix("next: ").removesuffix(" shows every group"))
+    assert setpoint == "setpoint" and command[1:] == [f"{file}:build", "--input", "2,16", "--no-verify", "--groups"]
+    assert "0.weight, dim 0, writes" in invoke(*command).stdout
 
 
 def test_eight_lines_fit_a_terminal() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable
 from importlib.metadata import entry_points
@@ -408,7 +409,12 @@ def _inspect(
         write_json(out / "inspect.json", answer)
         write_inspection(answer, out / "inspect.html")
     attach = "setpoint.attach(model, optimizer, 0.5, total_steps=...) prunes to half of the FLOPs"
-    finish(answer, attach if groups else f"setpoint inspect {target} --groups shows every group")
+    given = [
+        target,
+        *([] if shape is None else ["--input", ",".join(map(str, shape))]),
+        *([] if verify else ["--no-verify"]),
+    ]
+    finish(answer, attach if groups else f"setpoint inspect {shlex.join(given)} --groups shows every group")
 
 
 def _compress(target: str, data: str, budget: str, even: bool, samples: int, out: Path | None) -> None:

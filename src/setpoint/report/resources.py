@@ -40,9 +40,9 @@ def dense_of(record: Record, resource: str) -> float | None:
 
 
 def limit_of(record: Record, resource: str) -> float | None:
-    """The budget per step at the last decision; None where there is none, or one per run."""
-    if resource in record.limit_run:
-        return None
+    """The budget per step at the last decision; None where there is none, or only one per run."""
+    if resource in record.limit_run:  # what its rest leaves for each step is no budget
+        return record.limit.get(resource)
     limits = [entry.limit[resource] for entry in record.entries if resource in entry.limit]
     return limits[-1] if limits else record.limit.get(resource)
 
