@@ -125,6 +125,16 @@ def test_help_says_model_as_the_options_do() -> None:
     assert "Usage: setpoint" in invoke().output
 
 
+@pytest.mark.parametrize("command", ["demo", "report", "inspect", "compress", "watch", "plan"])
+def test_help_has_whole_sentences_and_defaults(command: str) -> None:
+    """On a wide terminal a line of the text above the options ends with a sentence, and --out says what holds without."""
+    shown = CliRunner().invoke(app, [command, "-h"], env={"COLUMNS": "160", "TERMINAL_WIDTH": "160"}).stdout
+    _, *text = [line.strip() for line in shown.partition("╭")[0].splitlines() if line.strip()]
+    assert text and all(line.endswith(".") for line in text), text
+    for line in shown.splitlines():
+        assert "Folder for everything" not in line or "written; by default " in line or "written; without it " in line
+
+
 def test_a_folder_with_a_ledger_is_its_ledger(tmp_path: Path) -> None:
     """`report` and `watch` of the folder that the demo wrote take the ledger in it, and of another say what to give."""
     Ledger({"groups": {"0": {"num_units": 4, "what": "unit"}}, "dense": {"flops": 8.0}}).save(tmp_path / "run.jsonl")

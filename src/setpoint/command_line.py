@@ -30,9 +30,13 @@ def _choose(as_json: bool) -> bool:
     return as_json
 
 
-Out = Annotated[Path | None, typer.Option("--out", help="Folder for everything that is written.", metavar="DIR")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.", callback=_choose)]
 """A command that has this option may call `console` and `finish`, which know what was chosen."""
+
+
+def out_option(otherwise: str) -> Any:
+    """The option --out of a command, and what holds without it."""
+    return typer.Option("--out", help=f"Folder for everything that is written; {otherwise}.", metavar="DIR")
 
 
 @contextmanager

@@ -12,7 +12,6 @@ import typer
 from setpoint.command_line import (
     FAILED,
     Json,
-    Out,
     check_folder,
     console,
     errors_as_messages,
@@ -20,6 +19,7 @@ from setpoint.command_line import (
     misuse,
     names,
     numbers,
+    out_option,
     write_json,
 )
 
@@ -38,7 +38,7 @@ def bench(
     steps: Annotated[int | None, typer.Option(help="Optimizer steps, in place of passes.")] = None,
     length: Annotated[int | None, typer.Option(help="Steps of a sequence: smnist has 784, and 196 pooled.")] = None,
     data: Data = None,
-    out: Out = None,
+    out: Annotated[Path | None, out_option("by default runs/TASK")] = None,
     split: Annotated[str, typer.Option(help="What the result is measured on: test, or validation to tune.")] = "test",
     workers: Annotated[int, typer.Option(help="Runs at a time; they share the processor's threads.", min=1)] = 1,
     timing: Annotated[
