@@ -127,7 +127,7 @@ def test_help_says_model_as_the_options_do() -> None:
 
 @pytest.mark.parametrize("command", ["demo", "report", "inspect", "compress", "watch", "plan"])
 def test_help_has_whole_sentences_and_defaults(command: str) -> None:
-    """On a wide terminal a line of the text above the options ends with a sentence, and --out says what holds without."""
+    """Each line above the options ends with a sentence where there is room, and --out says what holds without it."""
     shown = CliRunner().invoke(app, [command, "-h"], env={"COLUMNS": "160", "TERMINAL_WIDTH": "160"}).stdout
     _, *text = [line.strip() for line in shown.partition("╭")[0].splitlines() if line.strip()]
     assert text and all(line.endswith(".") for line in text), text
