@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from functools import partial
@@ -124,6 +125,16 @@ def test_help_says_model_as_the_options_do() -> None:
     assert "Usage: setpoint" in invoke().output
 
 
+@pytest.mark.parametrize("command", ["demo", "report", "inspect", "compress", "watch", "plan"])
+def test_help_has_whole_sentences_and_defaults(command: str) -> None:
+    """Each line above the options ends with a sentence where there is room, and --out says what holds without it."""
+    shown = CliRunner().invoke(app, [command, "-h"], env={"COLUMNS": "160", "TERMINAL_WIDTH": "160"}).stdout
+    _, *text = [line.strip() for line in shown.partition("╭")[0].splitlines() if line.strip()]
+    assert text and all(line.endswith(".") for line in text), text
+    for line in shown.splitlines():
+        assert "Folder for everything" not in line or "written; by default " in line or "written; without it " in line
+
+
 def test_a_folder_with_a_ledger_is_its_ledger(tmp_path: Path) -> None:
     """`report` and `watch` of the folder that the demo wrote take the ledger in it, and of another say what to give."""
     Ledger({"groups": {"0": {"num_units": 4, "what": "unit"}}, "dense": {"flops": 8.0}}).save(tmp_path / "run.jsonl")
@@ -133,6 +144,29 @@ def test_a_folder_with_a_ledger_is_its_ledger(tmp_path: Path) -> None:
     for options in ((), ("--once",)):
         refused = invoke("watch", tmp_path / "empty", *options)
         assert refused.exit_code == 2 and "is a folder without run.jsonl: give the file that" in refused.stderr
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_any_work(tmp_path: Path) -> None:
+    """Every command that writes says so in one line, before it shows or makes anything, and without --out, too."""
+    own, ledger = tmp_path / "own.py", tmp_path / "run.jsonl"
+    own.write_text("def build():\n    raise AssertionError('work has begun')\n")
+    Ledger({"groups": {}, "dense": {"flops": 8.0}}).save(ledger)
+    before = sorted(tmp_path.iterdir())
+    for command in (
+        ["demo"],
+        ["inspect", f"{own}:build"],
+        ["compress", f"{own}:build", "--data", f"{own}:build", "--budget", "50%"],
+        ["report", ledger],
+    ):
+        refused = invoke(*command, "--out", ledger / "x")
+        assert refused.exit_code == 2 and refused.stdout == "", command
+        assert (
+            refused.stderr
+            == f"error: {ledger / 'x'} cannot be read or written: Not a directory: name another folder by --out\n"
+        )
+    assert sorted(tmp_path.iterdir()) == before
+    assert "work has begun" in invoke("inspect", f"{own}:build", "--out", tmp_path / "new" / "deep").stderr
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_a_path_with_a_null_byte_is_refused() -> None:
@@ -178,6 +212,18 @@ def test_inspect_own_model(tmp_path: Path) -> None:
     assert "2.weight, dim 1, reads" in "".join(tree) and "setpoint.attach(model, optimizer, 0.5" in tree[-1]
     assert "Budgets within reach" in (tmp_path / "out" / "inspect.html").read_text(encoding="utf-8")
     assert json.loads((tmp_path / "out" / "inspect.json").read_text(encoding="utf-8")) == found
+
+
+def test_the_next_step_of_inspect_can_be_done(tmp_path: Path) -> None:
+    """What it tells repeats the arguments, so that it shows the groups of the same model."""
+    file = tmp_path / "my model.py"
+    file.write_text(
+        "from torch import nn\ndef build():\n    return nn.Sequential(nn.Linear(16, 64), nn.Linear(64, 4))\n"
+    )
+    last = invoke("inspect", f"{file}:build", "--input", "2,16", "--no-verify").stdout.splitlines()[-1]
+    setpoint, *command = shlex.split(last.removeprefix("next: ").removesuffix(" shows every group"))
+    assert setpoint == "setpoint" and command[1:] == [f"{file}:build", "--input", "2,16", "--no-verify", "--groups"]
+    assert "0.weight, dim 0, writes" in invoke(*command).stdout
 
 
 def test_eight_lines_fit_a_terminal() -> None:

@@ -24,6 +24,7 @@ from setpoint.demo.demo import demo
 from setpoint.demo.network import PRETRAINED, Network
 from setpoint.demo.signs import NEW, OLD, draw
 from setpoint.report.ledger_page import read_ledger
+from setpoint.report.numbers import duration
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = ["report.html", "run.jsonl", "small.safetensors"]
@@ -122,6 +123,12 @@ def test_a_terminal_sees_it_happen(tmp_path: Path) -> None:
     assert "of 24 channels" in seen and "━" in seen and "s left" in seen and "{" not in seen
     lines = [line.split()[0] for line in seen.splitlines()[-3:]]
     assert lines == ["accuracy", "network", "training"]
+    whole, last = (
+        [duration(each[who]) for who in ("setpoint", "dense")]
+        for each in (found["train_seconds"], found["step_seconds"])
+    )
+    told = f"{whole[0]}, dense {whole[1]}, own work included; a step at the end {last[0]}, dense {last[1]}"
+    assert seen.splitlines()[-1].endswith(f" of dense training FLOPs and {told}")
     assert found["budget_met"] and sorted(each.name for each in tmp_path.iterdir()) == FILES
 
 

@@ -124,7 +124,7 @@ def test_out_is_a_file(tmp_path: Path) -> None:
 
 
 def test_a_report_that_cannot_be_written_names_the_folder(tmp_path: Path) -> None:
-    """A folder that cannot be made is named in words."""
+    """A folder that cannot be made is named in words; one without results is not made."""
     row = {"schema": 2, "task": "mine", "method": "dense", "value": 0.5}
     (tmp_path / "results.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
     (tmp_path / "file").touch()
@@ -132,6 +132,8 @@ def test_a_report_that_cannot_be_written_names_the_folder(tmp_path: Path) -> Non
     result = invoke("report", tmp_path, "--out", folder)
     assert result.exit_code == 2
     assert f"error: {folder} cannot be read or written: " in result.stderr
+    assert invoke("bench", "--task", "digits", "--out", folder).stderr == result.stderr
+    assert "no results" in invoke("report", tmp_path / "none").stderr and not (tmp_path / "none").exists()
 
 
 def test_missing_data_cost_nothing(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable
 from importlib.metadata import entry_points
@@ -13,7 +14,6 @@ import typer
 from setpoint.command_line import (
     Json,
     OneLine,
-    Out,
     check_folder,
     console,
     errors_as_messages,
@@ -22,6 +22,7 @@ from setpoint.command_line import (
     misuse,
     names,
     numbers,
+    out_option,
     write_json,
 )
 from setpoint.given import did_you_mean
@@ -43,7 +44,7 @@ def demo(
     ] = "0.5",
     seed: Annotated[int, typer.Option(help="Seed of images, new head and order.", min=0)] = 0,
     steps: Annotated[int, typer.Option(help="Optimizer steps of each training: fewer take less time.", min=20)] = 360,
-    out: Out = None,
+    out: Annotated[Path | None, out_option("by default runs/demo")] = None,
     json: Json = False,
 ) -> None:
     """Fine-tune a pretrained network before your eyes: dense, and with Setpoint.
@@ -53,11 +54,11 @@ def demo(
     with errors_as_messages():
         from setpoint.cost.wanted import fraction
 
-        share = fraction(budget, "--budget")
-        check_folder(out)
+        share, folder = fraction(budget, "--budget"), out or Path("runs/demo")
+        check_folder(folder)
         from setpoint.demo import demo as shown
 
-        answer = shown.demo(console(), out or Path("runs/demo"), share, seed, steps)
+        answer = shown.demo(console(), folder, share, seed, steps)
         finish(answer, f"open {answer['report']} in a browser")
 
 
@@ -65,13 +66,14 @@ def report(
     folder: Annotated[
         Path, typer.Argument(help="Folder of `bench` or of a run, or a ledger's file.", metavar="DIR|FILE")
     ],
-    out: Out = None,
+    out: Annotated[Path | None, out_option("by default where the ledger or the results are")] = None,
     json: Json = False,
 ) -> None:
-    """Show what a run decided and spent, from the file of its ledger, and write it as a page.
+    """Show what a run decided and spent, and write it as a page.
 
-    A run writes its ledger by `setpoint.integrations.log_to(loop, "run.jsonl")` or `loop.ledger.save("run.jsonl")`.
-    Of a folder that `bench` wrote, show the results as tables, and write results.md and report.html.
+    A run writes its ledger by `setpoint.integrations.log_to(loop, "run.jsonl")`.
+
+    Of a folder of `bench`, show the results as tables, and write results.md and report.html.
     """
     with errors_as_messages():
         check_folder(out)
@@ -104,7 +106,7 @@ def inspect(
     workers: Annotated[
         int | None, typer.Option(help="Processes that check models of the suite; 0: this one; by default 2.", min=0)
     ] = None,
-    out: Out = None,
+    out: Annotated[Path | None, out_option("without it nothing is written")] = None,
     json: Json = False,
 ) -> None:
     """Show in eight lines what can be pruned in a model, how far, and what is not pruned and why."""
@@ -134,7 +136,7 @@ def compress(
     budget: Annotated[str, typer.Option("--budget", help='What the model may cost: 50% (of the FLOPs), "40% params".')],
     even: Annotated[bool, typer.Option("--even", help="Keep the same share of units in all groups.")] = False,
     samples: Annotated[int, typer.Option(help="Samples of the data that are looked at.", min=1)] = 1024,
-    out: Out = None,
+    out: Annotated[Path | None, out_option("without it nothing is written")] = None,
     json: Json = False,
 ) -> None:
     """Cut a trained model to a budget without training, and write it to model.safetensors in the folder of --out.
@@ -154,14 +156,15 @@ def watch(
     every: Annotated[float, typer.Option(help="Seconds between two looks at the file.", min=0.05)] = 1.0,
     json: Json = False,
 ) -> None:
-    """Watch a run: widths by group, cost against reference, and the price, as its ledger grows.
+    """Watch a run: widths by group, cost against reference, and the price.
 
-    The run writes it by `setpoint.integrations.log_to(loop, "run.jsonl")`. Watching ends with the run; Ctrl-C ends the
-    watching alone.
+    The run writes its ledger by `setpoint.integrations.log_to(loop, "run.jsonl")`.
+
+    Watching ends with the run. Ctrl-C ends the watching alone.
     """
     with errors_as_messages():
         from setpoint.report.ledger_page import read_ledger
-        from setpoint.report.resources import ledger_line
+        from setpoint.report.resources import state
         from setpoint.report.watch import view, watch
 
         file = _ledger_of(file)
@@ -173,9 +176,7 @@ def watch(
             screen.print(view(record, file.name))
         else:
             record = watch(file, screen, every)
-        steps = [entry.step for entry in record.entries]
-        then = f"setpoint report {file} writes a page of the run"
-        finish({"step": steps[-1] if steps else 0, "ledger": ledger_line(record)}, then)
+        finish(state(record), f"setpoint report {file} writes a page of the run")
 
 
 def list_names(
@@ -409,7 +410,12 @@ def _inspect(
         write_json(out / "inspect.json", answer)
         write_inspection(answer, out / "inspect.html")
     attach = "setpoint.attach(model, optimizer, 0.5, total_steps=...) prunes to half of the FLOPs"
-    finish(answer, attach if groups else f"setpoint inspect {target} --groups shows every group")
+    given = [
+        target,
+        *([] if shape is None else ["--input", ",".join(map(str, shape))]),
+        *([] if verify else ["--no-verify"]),
+    ]
+    finish(answer, attach if groups else f"setpoint inspect {shlex.join(given)} --groups shows every group")
 
 
 def _compress(target: str, data: str, budget: str, even: bool, samples: int, out: Path | None) -> None:
@@ -444,16 +450,18 @@ def _compress(target: str, data: str, budget: str, even: bool, samples: int, out
 
 def _report_ledger(file: Path, out: Path | None) -> None:
     from setpoint.report.ledger_page import is_of_demo, ledger_tables, page_of, read_ledger, write_ledger_page
-    from setpoint.report.resources import ledger_line
+    from setpoint.report.resources import ledger_line, state
 
     record, screen, page = read_ledger(file), console(), page_of(file, out)
+    written = not is_of_demo(page, file)
+    if written:
+        check_folder(page.parent)
     for table in ledger_tables(record):
         screen.print(table, width=None if screen.is_terminal else 100)
-    shown = ledger_line(record)
-    screen.print(shown, soft_wrap=True, markup=False, highlight=False)
-    if not is_of_demo(page, file):
+    screen.print(ledger_line(record), soft_wrap=True, markup=False, highlight=False)
+    if written:
         write_ledger_page(file, page)
-    finish({"report": str(page), "ledger": shown}, f"open {page} in a browser")
+    finish({"report": str(page), **state(record)}, f"open {page} in a browser")
 
 
 app = make_app()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -29,9 +30,13 @@ def _choose(as_json: bool) -> bool:
     return as_json
 
 
-Out = Annotated[Path | None, typer.Option("--out", help="Folder for everything that is written.", metavar="DIR")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.", callback=_choose)]
 """A command that has this option may call `console` and `finish`, which know what was chosen."""
+
+
+def out_option(otherwise: str) -> Any:
+    """The option --out of a command, and what holds without it."""
+    return typer.Option("--out", help=f"Folder for everything that is written; {otherwise}.", metavar="DIR")
 
 
 @contextmanager
@@ -92,9 +97,22 @@ def misuse(message: str) -> Exception:
 
 
 def check_folder(out: Path | None) -> None:
-    """Refuse a file where a folder is needed."""
-    if out is not None and out.exists() and not out.is_dir():
+    """Refuse what is no folder and cannot be made one, or takes no file; nothing is left behind."""
+    if out is None:
+        return
+    if out.exists() and not out.is_dir():
         raise misuse(f"--out {out} is a file: name a folder")
+    made = [each for each in (out, *out.parents) if not each.exists()]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise misuse(f"{out} cannot be read or written: {error.strerror}: name another folder by --out") from error
+    finally:
+        for each in made:
+            with suppress(OSError):
+                each.rmdir()
 
 
 def console() -> Console:

@@ -281,8 +281,7 @@ def test_a_loop_that_waits_says_so() -> None:
         setpoint.attach(model, optimizer, 0.5, total_steps=20)
     with torch.no_grad():
         model(torch.randn(3, 6))
-    with pytest.raises(LoopError, match="no optimizer step was made.*check that the loader has batches"):
-        loop.finish()
+    loop.detach()
     again = setpoint.attach(model, optimizer, 0.5, total_steps=20)
     with pytest.raises(LoopError, match="stepped before the model was called in training"):
         optimizer.step()
@@ -291,6 +290,25 @@ def test_a_loop_that_waits_says_so() -> None:
     good = setpoint.attach(model, optimizer, 0.5, total_steps=20)
     _train(model, (torch.randn(8, 6),), good, optimizer, 20)
     assert good.finish().budget_met
+
+
+def test_finish_before_the_first_step_changes_nothing() -> None:
+    """Claim: it is refused, the loop stays attached and finishes later; a `with` statement takes it off."""
+    torch.manual_seed(0)
+    model = mlp(6, 24, 3)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    loop = setpoint.attach(model, optimizer, 0.5, total_steps=20)
+    with pytest.raises(NotBegunError, match="no optimizer step was made.*check that the loader has batches"):
+        loop.finish()
+    _train(model, (torch.randn(8, 6),), loop, optimizer, 20)
+    assert "step 20 of 20" in repr(loop) and loop.finish().budget_met
+    other = mlp(6, 24, 3)
+    for _ in range(2):  # the second attach finds no loop
+        with (
+            pytest.raises(NotBegunError),
+            setpoint.attach(other, torch.optim.SGD(other.parameters(), 0.01), 0.5, total_steps=20),
+        ):
+            pass
 
 
 def test_states_that_do_not_go_together_are_refused() -> None:

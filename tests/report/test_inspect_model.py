@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,23 @@ def test_a_model_with_nothing_to_prune_says_so_first() -> None:
     lines = inspection_lines(found)
     assert len(lines) == 4 and lines[0].startswith("nothing can be pruned: ")
     assert lines[0] in tree_of(inspection_tree(found))
+
+
+def test_shares_over_the_whole_are_explained() -> None:
+    """Two groups that share a layer add up to more than all FLOPs, and the line says why."""
+    model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
+    line = inspection_lines(inspect_model("mine", model, (torch.zeros(2, 16),)))[3]
+    assert line.startswith("most FLOPs: 0 (64 neurons, ") and ", 2 (64 neurons, " in line
+    assert line.endswith("; groups share FLOPs, so these add up to over 100 %")
+
+
+def test_reasons_are_grouped_by_their_number() -> None:
+    """The three that most places have are shown, and how many more there are."""
+    found = inspect_model("plain", nn.Sequential(nn.Linear(6, 3)), (torch.zeros(2, 6),))
+    given = ("a view", "a table", *["a sum"] * 3, "a view", "a loop", "a sort")
+    places = tuple(replace(found.frozen[0], reason=reason) for reason in given)
+    line = inspection_lines(replace(found, frozen=places))[-1]
+    assert line == "frozen: 8 places: 3 x a sum; 2 x a view; a table; and 2 other reasons"
 
 
 def test_repeated_layers_share_a_branch() -> None:

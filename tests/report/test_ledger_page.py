@@ -18,9 +18,10 @@ from setpoint.cli import app
 from setpoint.entry import Entry
 from setpoint.errors import ReportError
 from setpoint.ledger import Ledger
+from setpoint.report.decisions import bill
 from setpoint.report.ledger_page import ledger_tables, read_ledger, write_ledger_page
 from setpoint.report.page import document
-from setpoint.report.record import Record
+from setpoint.report.record import Record, record_of
 from setpoint.report.resources import dense_of, ledger_line, limit_of, resources
 from setpoint.report.run import run
 
@@ -60,6 +61,27 @@ def test_what_a_run_budget_has_spent_is_told(machine: Machine, tmp_path: Path) -
     """Of a budget of the whole run the page says how much of it went by when."""
     _, record = record_of_run(machine, setpoint.Budget.fraction(0.7, of="latency", per="run"), tmp_path)
     assert limit_of(record, "latency") is None and "of which" in ledger_line(record)
+
+
+def test_a_bill_is_drawn_against_what_was_spent() -> None:
+    """The first picture of a run with a bill is what it spent so far: to its end, or what is to come by its plan."""
+    ledger = Ledger({"groups": {}, "dense": {"flops": 9e6}, "limit": {"flops": 3e6}, "limit_run": {"flops": 1e9}})
+    ledger.header["total_steps"] = 200
+    ledger.append(Entry(step=40, widths={}, spent={"flops": 6e6}, spent_run={"flops": 3.7e8}))
+    ledger.append(Entry(step=60, widths={}, spent={"flops": 3e6}, spent_run={"flops": 4.9e8}, limit={"flops": 3e6}))
+    record = record_of(ledger)
+    under_way = bill(record, "flops")
+    assert under_way is not None and limit_of(record, "flops") == 3e6
+    spent, ahead, _ = under_way.data
+    assert (spent["x"], ahead["x"]) == ([0, 40, 60], [60, 200])
+    assert spent["y"] == pytest.approx([0, 0.37, 0.49]) and ahead["y"] == pytest.approx([0.49, 0.91])
+    ledger.end(220, 220, budget_met=True, reason="")
+    whole, _ = bill(record_of(ledger), "flops").data  # type: ignore[union-attr]
+    assert whole["x"] == [0, 40, 60, 220] and whole["y"] == pytest.approx([0, 0.37, 0.49, 0.97])
+    page = run("mine", record_of(ledger))
+    assert page.index("Spent against the bill: FLOPs") < page.index("Spent against reference: FLOPs")
+    assert "bill 1 GFLOP" in page
+    assert bill(record_of(Ledger({"groups": {}, "dense": {"flops": 9e6}, "limit": {"flops": 3e6}})), "flops") is None
 
 
 def test_a_run_under_a_price_is_shown(machine: Machine, tmp_path: Path) -> None:

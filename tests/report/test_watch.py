@@ -95,6 +95,35 @@ def test_a_run_that_has_ended_says_so(file: Path) -> None:
     assert line.endswith("over 30 optimizer steps of 90 that were planned; the budget is NOT met: it stopped early.")
 
 
+def test_json_has_a_field_for_each_fact(file: Path) -> None:
+    """Claim: of a run under way and of one that has ended; `report` answers the same beside the page's path."""
+    found = json.loads(once(file, "--json").stdout)
+    widths = {"layer0": 48, "layer1": 64, "layer2": 64}
+    assert found == {
+        "step": 10,
+        "total_steps": 100,
+        "cost": {"flops": 7.5e8, "params": 1e6},
+        "dense_cost": {"flops": 1e9, "params": 1e6},
+        "limit": {"flops": 5e8},
+        "limit_run": {},
+        "spent_run": {},
+        "units": 176,
+        "dense_units": 192,
+        "widths": widths,
+        "decisions": 1,
+        "cuts": 1,
+        "ended": None,
+        "budget_met": None,
+    }
+    ended = Ledger.load(file)
+    ended.end(30, 90, budget_met=False, reason="it stopped early")
+    ended.save(file)
+    end = {"step": 30, "total_steps": 90, "ended": "it stopped early", "budget_met": False}
+    assert json.loads(once(file, "--json").stdout) == {**found, **end}
+    reported = json.loads(CliRunner().invoke(app, ["report", str(file), "--json"]).stdout)
+    assert reported == {"report": str(file.parent / "report.html"), **found, **end}
+
+
 def test_a_run_without_a_decision_is_shown(tmp_path: Path) -> None:
     """Claim: of a header alone, the dense model."""
     path = tmp_path / "run.jsonl"

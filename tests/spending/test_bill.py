@@ -65,7 +65,7 @@ def test_the_bill_is_spent_and_never_exceeded(budget: dict[str, str]) -> None:
     bill = float(budget["flops/run"].rstrip("%")) / 100 * 200 * dense
     train(loop, model, optimizer)
     summary = loop.finish()
-    assert summary.budget_met, summary.reason
+    assert summary.budget_met and f"FLOPs spent over {summary.steps} steps" in summary.reason, summary.reason
     assert 0.99 * bill <= summary.train_flops <= bill
     assert summary.limit_run == {"flops": bill} and summary.spent_run == {"flops": summary.train_flops}
     assert summary.steps == summary.total_steps > 200 * float(budget["flops/run"].rstrip("%")) / 100

@@ -12,7 +12,6 @@ import typer
 from setpoint.command_line import (
     FAILED,
     Json,
-    Out,
     check_folder,
     console,
     errors_as_messages,
@@ -20,6 +19,7 @@ from setpoint.command_line import (
     misuse,
     names,
     numbers,
+    out_option,
     write_json,
 )
 
@@ -38,7 +38,7 @@ def bench(
     steps: Annotated[int | None, typer.Option(help="Optimizer steps, in place of passes.")] = None,
     length: Annotated[int | None, typer.Option(help="Steps of a sequence: smnist has 784, and 196 pooled.")] = None,
     data: Data = None,
-    out: Out = None,
+    out: Annotated[Path | None, out_option("by default runs/TASK")] = None,
     split: Annotated[str, typer.Option(help="What the result is measured on: test, or validation to tune.")] = "test",
     workers: Annotated[int, typer.Option(help="Runs at a time; they share the processor's threads.", min=1)] = 1,
     timing: Annotated[
@@ -73,6 +73,7 @@ def report_folder(folder: Path, out: Path | None) -> None:
     """Tables and page of a results folder."""
     from setpoint_bench.report.markdown import NAME, write_markdown
 
+    check_folder(out or folder)
     text = write_markdown(folder, None if out is None else out / NAME)
     page = str(_write_page(folder, out))
     _print_table(folder)
@@ -139,11 +140,11 @@ def _bench(
     from setpoint_bench.task import split_named
     from setpoint_bench.terminal import time_cells, train_cells
 
+    check_folder(out)
     task = task_named(with_length(task_name, length), epochs=epochs, steps=steps, data=data)
     chosen = {name: method_named(name) for name in names(methods, "--methods")}
     if len({method.name for method in chosen.values()}) < len(chosen):
         raise misuse(f"--methods {methods}: two of these have the same name")
-    check_folder(out)
     cells = grid(task, chosen.values(), dict.fromkeys(budgets), dict.fromkeys(seeds), split_named(split))
     # What is the user's own may hold functions that cannot be sent to another process: it is made there anew.
     make = partial(task_named, task_name, epochs=epochs, steps=steps) if is_own_function(task_name) else None

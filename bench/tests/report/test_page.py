@@ -19,7 +19,7 @@ from setpoint.report.record import Record
 from setpoint_bench.report.curves import curves
 from setpoint_bench.report.folder import read_results
 from setpoint_bench.report.history import Point
-from setpoint_bench.report.page import render, run_section, write_page
+from setpoint_bench.report.page import curve_section, render, run_section, write_page
 from setpoint_bench.report.summary import series
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -114,6 +114,8 @@ def test_curves_can_be_drawn_against_steps_seconds_and_flops(make_results: Any) 
     page = page_of(folder)
     assert "training so far (TFLOP)" in page
     assert len(re.findall('type="radio" name="t0-axis"', page)) == 3 and page.count(" checked") == 1
+    busy = {label: [replace(cell, clock="shared") for cell in cells] for label, cells in groups.items()}
+    assert "by-seconds" in curve_section("t0", groups) and "by-seconds" not in curve_section("t0", busy)
 
 
 def test_curves_without_seconds_or_values(make_results: Any) -> None:

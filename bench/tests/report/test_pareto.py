@@ -104,6 +104,16 @@ def test_unknown_expenses_have_no_figure() -> None:
     assert [each.name for each in expenses(rows("accuracy", *metered))] == ["train", "final", "energy"]
 
 
+def test_seconds_that_do_not_compare_have_no_figure() -> None:
+    """Without one where the machine was busy with other work; with one where the methods took turns."""
+    for clock, shown in (("interleaved", True), ("shared", False)):
+        timed = [
+            Cell("t", "cubic", 0.9, seed=seed, family="open-loop", budget=b, seconds=9.0, clock=clock)
+            for seed, b in ((5, 0.5), (5, 0.25))
+        ]
+        assert ("time" in [each.name for each in expenses(rows("accuracy", *timed))]) == shown
+
+
 def test_a_run_that_diverged_has_no_mark() -> None:
     """A metric that is not a number is on no figure, and keeps no other from being drawn."""
     lost = Cell("t", "rigl", float("nan"), family="sparse", budget=0.5, seed=0, train_flops=90.0)

@@ -174,8 +174,9 @@ def _lines(found: dict[str, Any]) -> tuple[str, str, str]:
     return (
         f"accuracy   {percent(small['accuracy'])} with Setpoint, {percent(dense['accuracy'])} dense, on test images",
         f"network    {met}{percent(share)} of the dense FLOPs, {small['units']:,} of {dense['units']:,} channels",
-        f"training   {percent(trained)} of dense training FLOPs, own work included; "
-        f"a step {duration(small['step_seconds'])}, dense {duration(dense['step_seconds'])}",
+        f"training   {percent(trained)} of dense training FLOPs and {duration(small['train_seconds'])}, dense "
+        f"{duration(dense['train_seconds'])}, own work included; a step at the end {duration(small['step_seconds'])}, "
+        f"dense {duration(dense['step_seconds'])}",
     )
 
 

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from types import TracebackType
 from typing import Any, Protocol, final, runtime_checkable
 
 import numpy as np
@@ -339,10 +338,9 @@ class Loop:
         """Check whether the budget is met, detach, and return the summary of the run.
 
         Raises:
-            LoopError: when the loop has been finished before.
+            LoopError: when the loop has been finished before; before the first step, and then it stays attached.
         """
         if "_finished" not in vars(self):
-            self.detach()
             raise NotBegunError(
                 "no optimizer step was made since attach, so that nothing was found and nothing pruned: check that the "
                 "loader has batches, and that the attached optimizer is the one that steps"
@@ -376,12 +374,12 @@ class Loop:
     def __enter__(self) -> Loop:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if kind is None and not vars(self).get("_finished"):
-            self.finish()
-        self.detach()
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        try:
+            if kind is None and not vars(self).get("_finished"):
+                self.finish()
+        finally:
+            self.detach()
 
     # What happens at every step.
 

@@ -52,6 +52,34 @@ def spending(record: Record, resource: str) -> Figure:
     return Figure(data, shape)
 
 
+def bill(record: Record, resource: str) -> Figure | None:
+    """What the run has spent so far against its bill; None where it has none.
+
+    After the last decision each step counts what that decision left; of a run that has not ended this is to come.
+    """
+    limit = record.limit_run.get(resource)
+    entries = [entry for entry in record.entries if resource in entry.spent_run]
+    if limit is None:
+        return None
+    spent, ahead = [(0, 0.0), *((entry.step, entry.spent_run[resource]) for entry in entries)], []
+    if entries and (left := end_of(record) - entries[-1].step) > 0 and resource in entries[-1].spent:
+        ahead = [spent[-1], (end_of(record), spent[-1][1] + left * entries[-1].spent[resource])]
+    if record.end_step is not None:
+        spent, ahead = spent + ahead[1:], []
+    factor, unit = scale(max(limit, *(y for _, y in spent + ahead)), unit_of(resource))
+    solid, dashed = ([(step, y / factor) for step, y in points] for points in (spent, ahead))
+    y, hover = limit / factor, f"%{{y:.4g}} {unit}"
+    data = [
+        line("spent so far", solid, BLUE, width=2.6, hover=hover),
+        *([line("to come", dashed, BLUE, dash="dash", hover=hover)] if dashed else []),
+        cuts(entries, [entry.spent_run[resource] / factor for entry in entries]),
+    ]
+    border = {"y0": y, "line": {"color": INK, "dash": "dot", "width": 1.4}}
+    shape = layout(f"{unit} so far", shapes=[border], annotations=[{"y": y, "text": f"bill {digits(y)} {unit}"}])
+    shape["yaxis"]["rangemode"] = "tozero"
+    return Figure(data, shape)
+
+
 def metered(entries: Sequence[Entry], resource: str, factor: float, unit: str) -> list[Trace]:
     """Markers of meter readings before each decision, with the predictions; none without a meter."""
     read = [entry for entry in entries if resource in entry.metered]

@@ -11,7 +11,8 @@ from setpoint.report.numbers import human, percent, share
 from setpoint.words import counted
 
 _WIDTH = 80
-"""Columns of a line, as far as names let it fit."""
+"""Columns of the line of the most FLOPs, as far as names let it fit."""
+_MOST_REASONS = 3
 
 
 def inspection_lines(found: Inspection) -> tuple[str, ...]:
@@ -70,7 +71,7 @@ def _largest(pruned: Sequence[GroupReport]) -> str:
     for group in sorted(pruned, key=lambda group: -group.flops_share):
         saved = percent(group.flops_share)
         alike.setdefault((skeleton(group.name), group.num_units, group.what, saved), []).append(group.name)
-    line = "most FLOPs: "
+    shares, line, total = {group.name: group.flops_share for group in pruned}, "most FLOPs: ", 0.0
     for (_, units, what, saved), names in alike.items():
         several = len(names) > 1
         size = f"{f'{len(names)} x ' if several else ''}{counted(units, what)}, {saved}{' each' if several else ''}"
@@ -78,13 +79,15 @@ def _largest(pruned: Sequence[GroupReport]) -> str:
         if line.endswith(")") and len(line) + len(more) + 2 > _WIDTH:
             break
         line += f", {more}" if line.endswith(")") else more
-    return line
+        total += sum(shares[name] for name in names)
+    return line + ("; groups share FLOPs, so these add up to over 100 %" if total > 1 else "")
 
 
 def _not_pruned(whole: Sequence[GroupReport]) -> str:
     if not whole:
         return "not pruned: nothing"
-    reasons = (reason.partition(" (")[0] for group in whole for reason in group.kept_whole.split("; "))
+    of_each = [dict.fromkeys(why.partition(" (")[0] for why in group.kept_whole.split("; ")) for group in whole]
+    reasons = (reason for each in of_each for reason in each)
     return _reasons(f"not pruned: {counted(len(whole), 'group')} ({some((group.name for group in whole), 1)})", reasons)
 
 
@@ -95,7 +98,11 @@ def _frozen(found: Inspection) -> str:
 
 
 def _reasons(of: str, reasons: Iterable[str]) -> str:
-    """What has these reasons, with two of them if a line holds them, else with one."""
-    given = tuple(reasons)
-    both = f"{of}: {some(given)}"
-    return both if len(both) <= _WIDTH else f"{of}: {some(given, 1)}"
+    """What has these reasons: the most frequent ones, and how often each is given."""
+    alike: dict[str, list[str]] = {}
+    for reason in reasons:
+        alike.setdefault(skeleton(reason), []).append(reason)
+    by_number = sorted(alike.values(), key=len, reverse=True)
+    shown = [f"{len(each)} x " * (len(each) > 1) + ", ".join(fold(each)) for each in by_number[:_MOST_REASONS]]
+    rest = len(by_number) - len(shown)
+    return f"{of}: {'; '.join(shown)}" + (f"; and {counted(rest, 'other reason')}" if rest else "")

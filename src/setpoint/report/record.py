@@ -23,6 +23,8 @@ class Record:
         total_steps: of the run as planned last; a bill plans it anew.
         end_step: step at which the run ended; None where the ledger has no end.
         end: whether the budget is met at the end, and why not; "" where the ledger has no end.
+        reason: how the run ended, as its summary says it; None where the ledger has no end.
+        budget_met: likewise.
     """
 
     units: Mapping[str, int]
@@ -39,6 +41,8 @@ class Record:
     idle_watts: float | None = None
     end_step: int | None = None
     end: str = ""
+    reason: str | None = None
+    budget_met: bool | None = None
 
 
 _BY_NAME = ("dense", "limit", "limit_run", "step_seconds", "calibration")
@@ -64,6 +68,8 @@ def record_of(ledger: Ledger) -> Record:
         idle_watts=quantities({"idle": header.get("idle_watts")}).get("idle"),
         end_step=_count(ended.get("step")),
         end=met if ended else "",
+        reason=str(ended.get("reason", "")) if ended else None,
+        budget_met=ended.get("budget_met") is True if ended else None,
     )
 
 

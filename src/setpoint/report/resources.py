@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from setpoint.entry import Entry
 from setpoint.report.figures import AXES, escape
 from setpoint.report.numbers import digits, human, percent
@@ -40,9 +42,9 @@ def dense_of(record: Record, resource: str) -> float | None:
 
 
 def limit_of(record: Record, resource: str) -> float | None:
-    """The budget per step at the last decision; None where there is none, or one per run."""
-    if resource in record.limit_run:
-        return None
+    """The budget per step at the last decision; None where there is none, or only one per run."""
+    if resource in record.limit_run:  # what its rest leaves for each step is no budget
+        return record.limit.get(resource)
     limits = [entry.limit[resource] for entry in record.entries if resource in entry.limit]
     return limits[-1] if limits else record.limit.get(resource)
 
@@ -104,6 +106,29 @@ def ledger_line(record: Record) -> str:
     planned = f" of {record.total_steps:,} that were planned" if short else ""
     ended = f"; {record.end}" if record.end else ""
     return sentence + f", over {end_of(record):,} {AXES['step']}s{planned}{ended}."
+
+
+def state(record: Record) -> dict[str, Any]:
+    """Where a run is, or how it ended, by the names that docs/cli.md explains."""
+    last = record.entries[-1] if record.entries else None
+    widths = {**record.units, **(last.widths if last else {})}
+    limits = {name: limit_of(record, name) for name in resources(record)}
+    return {
+        "step": record.end_step if record.end_step is not None else last.step if last else 0,
+        "total_steps": record.total_steps,
+        "cost": dict(last.spent if last else record.dense),
+        "dense_cost": dict(record.dense),
+        "limit": {name: limit for name, limit in limits.items() if limit is not None},
+        "limit_run": dict(record.limit_run),
+        "spent_run": dict(last.spent_run if last else {}),
+        "units": sum(widths.values()),
+        "dense_units": sum(record.units.values()),
+        "widths": widths,
+        "decisions": len(record.entries),
+        "cuts": sum(dropped(entry) > 0 for entry in record.entries),
+        "ended": record.reason,
+        "budget_met": record.budget_met,
+    }
 
 
 def seconds_by_group(record: Record) -> list[tuple[str, float]]:

@@ -15,6 +15,7 @@ from setpoint.words import counted
 MOST_NAMED = 12
 """Groups that a line of the table of decisions names."""
 SPENT = "The schedule leads from the dense cost to the budget; a point is a cut, and its text tells why."
+BILL = "A point is a cut. After the last decision each step counts what that decision left."
 PRICE = "Loss per unit of resource: a unit stays while its worth is at least the price."
 WIDTHS = "Active units / units of the dense model, by group, over steps."
 LIVES = (
@@ -34,6 +35,7 @@ def run(label: str, record: Record, *, more: str = "", final: tuple[float, float
     main = resources.resources(record)
     for resource in main:
         named, per = resources.NAMES.get(resource, resource), resources.PER.get(resource, "step")
+        page += drawn(decisions.bill(record, resource), f"Spent against the bill: {named} of the whole run", BILL)
         page += drawn(decisions.spending(record, resource), f"Spent against reference: {named} per {per}", SPENT)
     page += more + architecture(record)
     page += drawn(decisions.widths(record), "Width of each group", WIDTHS)

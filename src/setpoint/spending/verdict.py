@@ -64,7 +64,7 @@ def verdict(spending: Spending, step: int, widths: Mapping[str, int], last: Plan
         if spent + rest > limit * (1 + 1e-12):
             to_go = f", and {amount(rest, name)} to go" if rest else ""
             return False, f"{amount(spent, name)} spent {after}{to_go}, {amount(limit, name)} asked for the run"
-        left.append(f"{amount(spent, name)} of {amount(limit, name)} spent")
+        left.append(f"{amount(spent, name)} of {amount(limit, name)} spent over {counted(steps, 'step')}")
     for name, limit in limits.items():
         settled = spending.meter.settled() if name in target.metered else {}
         seen, dense = settled.get(name, spending.expected(name, widths)), target.dense_cost(name)

@@ -32,9 +32,9 @@ def write_markdown(results_dir: Path, out: Path | None = None) -> Path:
     Raises:
         ReportError: the folder holds no results, or of an unknown schema.
     """
-    target = results_dir / NAME if out is None else out
+    target, text = results_dir / NAME if out is None else out, markdown(read_results(results_dir))
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(markdown(read_results(results_dir)), encoding="utf-8")
+    target.write_text(text, encoding="utf-8")
     return target
 
 

@@ -65,14 +65,15 @@ def task_section(name: str, task: str, cells: Sequence[Cell], rows: Sequence[Row
 
 
 def curve_section(name: str, groups: Mapping[str, Sequence[Cell]]) -> str:
-    """Loss and accuracy over the run, against steps, seconds or FLOPs."""
+    """Loss and accuracy over the run, against steps, FLOPs, and seconds where those of the runs compare."""
     many = sum(map(len, followed(groups).values())) > MOST_CURVES
     shown = {label: cells[:1] if many else cells for label, cells in groups.items()}
     about = "Thin: training, averaged over stretches of steps. With points: validation and test."
     about += " The first seed of each method." if many else ""
     about += " Only dense, small and Setpoint." if len(followed(groups)) < len(groups) else ""
+    busy = any(cell.clock == "shared" for cells in groups.values() for cell in cells)
     views = {}
-    for axis in AXES:
+    for axis in [each for each in AXES if each != "seconds" or not busy]:
         loss, accuracy = (curves(shown, quantity, axis) for quantity in ("loss", "accuracy"))
         if loss or accuracy:
             views[axis] = drawn(loss, "Loss", about) + drawn(accuracy, "Accuracy", about)

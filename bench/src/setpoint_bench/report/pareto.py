@@ -43,7 +43,7 @@ def _in_theory(row: Row, whole: float | None, share: float | None, realised: flo
 
 
 def expenses(rows: Sequence[Row]) -> tuple[Expense, ...]:
-    """Training FLOPs, seconds, final FLOPs and energy, as far as they are known.
+    """Training FLOPs, seconds, final FLOPs and energy, as far as they are known and comparable.
 
     The FLOPs of masked models are those in theory, as the literature counts them.
     """
@@ -56,7 +56,7 @@ def expenses(rows: Sequence[Row]) -> tuple[Expense, ...]:
             "FLOP",
             lambda row: _in_theory(row, train, row.theoretical_train_ratio, row.train_flops),
         ),
-        Expense("time", "training time", "s", lambda row: row.seconds),
+        Expense("time", "training time", "s", lambda row: None if row.clock == "shared" else row.seconds),
         Expense(
             "final",
             "FLOPs of a step at the end",
