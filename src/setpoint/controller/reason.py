@@ -7,7 +7,7 @@ import math
 from setpoint.controller.aim import Aim
 from setpoint.controller.offer import Offer
 from setpoint.controller.selection import Selection, regained
-from setpoint.cost.budget import UNIT, of_dense
+from setpoint.cost.budget import DENSE, UNIT
 from setpoint.groups.group import Group
 from setpoint.sensor.reading import Reading
 
@@ -54,7 +54,7 @@ def explain_cut(selection: Selection, price: float, aim: Aim, dense: float, budg
     dropped = {name: int(selection.ladders[name].edges[rung]) for name, rung in selection.rungs.items() if rung}
     reference = "the reference" if math.isclose(aim.target, aim.reference) else "the corrected reference"
     off = selection.total / aim.target - 1
-    left = of_dense(selection.total / dense, aim.resource)
+    left = f"{100 * selection.total / dense:.1f} % of the {DENSE.get(aim.resource, aim.resource)}"
     near = apart(off, reference) + (_brake(selection) if off > 0 or not dropped else "")
     if not dropped:
         return f"nothing dropped: {left}, {near}"

@@ -141,7 +141,7 @@ UNITS = {"flops": "FLOPs", "params": "params", "memory": "bytes", "latency": "s"
 """Unit of each resource."""
 UNIT = {**UNITS, "flops": "FLOP", "params": "parameter", "memory": "byte"}
 """One of it, in words."""
-_DENSE = {
+DENSE = {
     **{name: f"dense {name}" for name in METERED},
     "flops": "dense FLOPs",
     "params": "dense parameters",
@@ -176,4 +176,4 @@ def of_dense(ratio: float, resource: str) -> str:
     >>> of_dense(0.4994, "flops")
     '49.9 % of the dense FLOPs'
     """
-    return f"{100 * ratio:.1f} % of the {_DENSE.get(resource, resource)}"
+    return f"{100 * ratio:.1f} % of the {DENSE.get(resource, resource)}"
