@@ -157,7 +157,7 @@ def readme_table(root: Path) -> str:
             kind, rival = max(
                 ((kind, row) for kind, row in best.items() if row in rivals), key=lambda pair: pair[1].value.mean
             )
-            text = f"**{_accuracy(ours)}**" if _clearly_ahead(ours, rivals) else _accuracy(ours)
+            text = f"**{_accuracy(ours)}**" if _clearly_ahead(ours, [rival]) else _accuracy(ours)
             cells.append(f"{text}, {kind} {_accuracy(rival)}")
             shares.append(ours.train_flops_ratio or math.nan)
         lines.append(f"| {model} | {' | '.join(cells)} |")
