@@ -29,6 +29,13 @@ class Returning:
             raise AttributeError(name)
         return getattr(self.inner, name)
 
+    # Named one by one: from Python 3.12 on isinstance of a protocol does not see what __getattr__ passes on.
+    regrow = property(lambda self: self.inner.regrow)
+    init = property(lambda self: self.inner.init)
+    due = property(lambda self: self.inner.due)
+    probe_due = property(lambda self: self.inner.probe_due)
+    transferred = property(lambda self: self.inner.transferred)
+
     def decide(self, state: Any, observation: Observation, cost: Any, groups: tuple[Group, ...]) -> tuple[Any, Plan]:
         at, limit = (observation.step, observation.total_steps), observation.limit[cost.resource]
         if not self.inner.schedule.settled(observation.step - 1, observation.total_steps):
