@@ -217,7 +217,11 @@ class Listing:
 WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a controller's class": ({"controller": setpoint.PricedController}, LoopError, "is a class: give an object"),
     "a controller's name": ({"controller": "priced"}, LoopError, "controller must be a Controller.*got 'priced'"),
-    "no controller": ({"controller": object()}, LoopError, "controller must be a Controller.*got <object.*no decide and no due"),
+    "no controller": (
+        {"controller": object()},
+        LoopError,
+        "controller must be a Controller.*got <object.*no decide and no due",
+    ),
     "a sensor's class": ({"sensor": MagnitudeSensor}, LoopError, "is a class: give an object"),
     "a sensor's name": ({"sensor": "taylor"}, LoopError, "sensor must be a Sensor.*got 'taylor'"),
     "an optimizer's class": ({"optimizer": torch.optim.SGD}, OptimizerError, "got <class 'torch.optim.sgd.SGD'>"),

@@ -70,7 +70,9 @@ def test_sentences_of_the_readme_are_short() -> None:
 
 
 RESULTS = ("README.md", "docs/results.md", "docs/results-in-short.md", "docs/when-it-pays.md")
-MEASURED = re.compile(r"\d[\d.,]* (?:points|nats)\b|\bby \d[\d.,]*|\d[\d.]* (?:to|and) \d[\d.]* %(?! (?:of the steps|intervals?))")
+MEASURED = re.compile(
+    r"\d[\d.,]* (?:points|nats)\b|\bby \d[\d.,]*|\d[\d.]* (?:to|and) \d[\d.]* %(?! (?:of the steps|intervals?))"
+)
 
 
 @pytest.mark.parametrize("page", RESULTS)
