@@ -299,7 +299,7 @@ def test_a_name_that_is_unknown_says_what_it_is_like(tmp_path: Path, monkeypatch
     for command in (["inspect"], ["plan", "--ratio", "16", "--budget", "50%"]):
         for name, said in (
             ("bert-base-uncased", "are written owner/name, such as google-bert/bert-base-uncased"),
-            ("bert_small", "write ./bert_small for the folder"),
+            ("bert_small", "error: unknown model 'bert_small': write ./bert_small for the folder"),
             ("my_model:build", "did you mean my_model.py:build?"),
         ):
             result = invoke(*command, name)

@@ -407,26 +407,25 @@ def _load(target: str, shape: tuple[int, ...] | None) -> tuple[Any, Any]:
     try:
         return load_target(target, shape)
     except UsageError as error:
-        raise misuse(f"{error}{_like(target)}") from error
+        raise misuse(_like(target, str(error))) from error
 
 
-def _like(target: str) -> str:
-    """What a name that no library has is like: a folder's, a file's or one of the Hub; nothing for a known one."""
+def _like(target: str, said: str) -> str:
+    """What is said of a model that is refused; of a name that no library has, what it is like."""
     from setpoint.report.zoo import LIBRARIES, library_names
 
     if meant := _in_file(target):
-        return f"; did you mean {meant}?"
+        return f"{target!r} names no file: did you mean {meant}?"
     if ":" in target or "/" in target or target.endswith(".py"):
-        return ""
+        return said
     for each in LIBRARIES:
         with suppress(ImportError):
             if target in library_names(each):
-                return ""
+                return said
     if Path(target, "config.json").is_file():
-        return f"; write ./{target} for the folder"
-    if "-" in target:
-        return "; models of the Hub are written owner/name, such as google-bert/bert-base-uncased"
-    return ""
+        return f"unknown model {target!r}: write ./{target} for the folder"
+    hub = "; models of the Hub are written owner/name, such as google-bert/bert-base-uncased"
+    return f"{said}{hub if '-' in target else ''}"
 
 
 def _in_file(target: str) -> str:
