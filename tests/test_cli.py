@@ -119,13 +119,6 @@ def test_a_misuse_is_one_line(arguments: tuple[str, ...], message: str) -> None:
     assert line.endswith(f". {command} -h shows examples")
 
 
-def test_help_says_model_as_the_options_do() -> None:
-    """The name of an argument is the one that the docs use; a command alone shows its help."""
-    for command in ("inspect", "plan", "compress"):
-        assert "MODEL" in invoke(command, "-h").stdout.splitlines()[1]
-    assert "Usage: setpoint" in invoke().output
-
-
 def test_help_fits_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     """Flags are shown without a value, and the example of `compress` is one line of 80 columns."""
     monkeypatch.setenv("COLUMNS", "80")
@@ -133,6 +126,13 @@ def test_help_fits_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "bool" not in invoke(*command, "-h").stdout
     (example,) = invoke("compress", "-h").stdout.partition("Examples:")[2].strip().splitlines()
     assert example.rstrip().endswith("--budget 50% --out small")
+
+
+def test_help_says_model_as_the_options_do() -> None:
+    """The name of an argument is the one that the docs use; a command alone shows its help."""
+    for command in ("inspect", "plan", "compress"):
+        assert "MODEL" in invoke(command, "-h").stdout.splitlines()[1]
+    assert "Usage: setpoint" in invoke().output
 
 
 def test_a_folder_with_a_ledger_is_its_ledger(tmp_path: Path) -> None:
