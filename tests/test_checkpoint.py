@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -178,7 +179,7 @@ def rewritten(path: Path, change: Callable[[dict[str, object], dict[str, Tensor]
     ("spoil", "words"),
     [
         (lambda p: p.unlink(), "cannot read.*No such file"),
-        (lambda p: (p.unlink(), p.mkdir()), "cannot read"),
+        (lambda p: (p.unlink(), p.mkdir()), "is a folder: give the file that setpoint.save wrote"),
         (lambda p: p.write_bytes(b""), "damaged or not a safetensors file"),
         (lambda p: p.write_bytes(p.read_bytes()[:-7]), "damaged or not a safetensors file"),
         (lambda p: p.write_bytes(p.read_bytes()[:40]), "damaged or not a safetensors file"),
@@ -198,6 +199,16 @@ def test_a_bad_file_is_refused(spoil: Callable[[Path], object], words: str, tmp_
     _, dense, _, _, path = shrunk("mlp", tmp_path)
     spoil(path)
     refuse(path, dense, words)
+
+
+def test_a_folder_of_save_pretrained_says_who_reads_it(tmp_path: Path) -> None:
+    """Claim: the weights beside a setpoint.json, and their folder, are refused with the call that loads them."""
+    save_file({"0.weight": torch.zeros(2)}, tmp_path / "model.safetensors")
+    (tmp_path / "setpoint.json").write_text("{}", encoding="utf-8")
+    said = f"setpoint.enable_checkpointing(), then from_pretrained({str(tmp_path)!r})"
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        with pytest.raises(CheckpointError, match=re.escape(said)):
+            load(path, mlp_model())
 
 
 class Mixed(nn.Module):

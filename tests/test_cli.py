@@ -116,6 +116,17 @@ def test_a_misuse_is_one_line(arguments: tuple[str, ...], message: str) -> None:
     assert result.exit_code == 2 and result.stdout == ""
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: ") and message in line
+    command = " ".join(("setpoint", *arguments[: len(arguments) > 1]))
+    assert line.endswith(f". {command} -h shows examples")
+
+
+def test_help_fits_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flags are shown without a value, and the example of `compress` is one line of 80 columns."""
+    monkeypatch.setenv("COLUMNS", "80")
+    for command in ((), ("compress",), ("inspect",)):
+        assert "bool" not in invoke(*command, "-h").stdout
+    (example,) = invoke("compress", "-h").stdout.partition("Examples:")[2].strip().splitlines()
+    assert example.rstrip().endswith("--budget 50% --out small")
 
 
 def test_help_says_model_as_the_options_do() -> None:
@@ -325,6 +336,39 @@ def test_inspect_what_is_no_model(function: str, message: str, tmp_path: Path) -
     assert message in result.stderr
 
 
+def test_a_name_that_is_unknown_says_what_it_is_like(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name of the Hub without its owner, a folder's and a file's without its ending are told as such."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_model.py").write_text(OWN_MODEL, encoding="utf-8")
+    (tmp_path / "bert_small").mkdir()
+    (tmp_path / "bert_small" / "config.json").write_text("{}", encoding="utf-8")
+    for command in (["inspect"], ["plan", "--ratio", "16", "--budget", "50%"]):
+        for name, said in (
+            ("bert-base-uncased", "are written owner/name, such as google-bert/bert-base-uncased"),
+            ("bert_small", "error: unknown model 'bert_small': write ./bert_small for the folder"),
+            ("my_model:build", "did you mean my_model.py:build?"),
+        ):
+            result = invoke(*command, name)
+            assert result.exit_code == 2 and result.stderr.splitlines()[-1].endswith(said)
+    assert "owner/name" not in invoke("inspect", "resnet1").stderr
+    refused = invoke("compress", "my_model:build", "--data", "my_model.py:build", "--budget", "50%")
+    assert "did you mean my_model.py:build?" in refused.stderr
+
+
+def test_a_model_is_no_function(tmp_path: Path) -> None:
+    """A module in a file, in place of a function that returns it, is refused as what it is."""
+    file = tmp_path / "model.py"
+    file.write_text(OWN_MODEL + "\nnet = bare()\n", encoding="utf-8")
+    said = f"{file}:net is a Sequential itself: name a function without arguments that returns net"
+    for command in (
+        ("inspect", f"{file}:net"),
+        ("plan", f"{file}:net", "--ratio", "16", "--budget", "50%"),
+        ("compress", f"{file}:net", "--data", f"{file}:bare", "--budget", "50%"),
+    ):
+        result = invoke(*command)
+        assert result.exit_code == 2 and result.stderr.splitlines()[-1] == f"error: {said}"
+
+
 def test_help_is_light() -> None:
     """`--help` needs neither the benchmark nor the report."""
     code = (
@@ -354,14 +398,16 @@ def test_a_file_of_a_results_folder_is_no_ledger(tmp_path: Path) -> None:
     [
         ("bench",),
         ("bench", "--task", "digits", "--seeds", "0,1"),
-        ("report", "folder"),
+        ("report", "."),
         ("inspect", "--suite", "plain"),
         ("list", "tasks"),
     ],
     ids=" ".join,
 )
-def test_without_the_benchmark(arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_benchmark(arguments: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where setpoint-bench is not installed, what it adds says in one line which package to install."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "results.jsonl").touch()
     monkeypatch.setattr("setpoint.cli.entry_points", lambda **_: EntryPoints(()))
     result = CliRunner().invoke(make_app(), arguments)
     assert result.exit_code == 2 and result.stdout == ""
@@ -380,6 +426,26 @@ def test_a_model_is_inspected_without_the_benchmark(tmp_path: Path, monkeypatch:
     result = CliRunner().invoke(make_app(), ["inspect", f"{file}:build", "--no-verify"])
     assert result.exit_code == 0 and result.stdout.startswith(f"{file}:build on 2x8: ")
     assert "pip install setpoint-bench" in CliRunner().invoke(make_app(), ["--help"]).stdout
+
+
+@pytest.mark.parametrize("benchmark", [False, True])
+def test_a_folder_without_results_names_its_ledgers(
+    benchmark: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`report` of a folder names the ledgers in it, or says that none is there; no package is asked for."""
+    if not benchmark:
+        monkeypatch.setattr("setpoint.cli.entry_points", lambda **_: EntryPoints(()))
+    Ledger({}).save(tmp_path / "half.jsonl")
+    (tmp_path / "data.jsonl").write_text('{"text": "no ledger"}\n', encoding="utf-8")
+    (tmp_path / "empty").mkdir()
+    for folder, said in (
+        (tmp_path, f"ledgers found: half.jsonl. Write: setpoint report {tmp_path / 'half.jsonl'}"),
+        (tmp_path / "empty", "neither results of the benchmark (results.jsonl) nor ledgers (*.jsonl) are in"),
+        (tmp_path / "nowhere", "does not exist: give a ledger's file, or a folder with run.jsonl or results.jsonl"),
+    ):
+        result = CliRunner().invoke(make_app(), ["report", str(folder)])
+        (line,) = result.stderr.splitlines()
+        assert result.exit_code == 2 and said in line and "setpoint-bench" not in line
 
 
 def test_a_ledger_that_is_not_there(tmp_path: Path) -> None:
@@ -439,6 +505,11 @@ def test_a_model_is_compressed(tmp_path: Path) -> None:
             "the budget 'half' is not understood",
         ),
         ([*arguments[:3], f"{own}:no", "--budget", "50% flops"], "no function"),
+        (
+            [*arguments[:3], f"{own}:bare", "--budget", "50%"],
+            "own.py:bare returned a Sequential; --data needs batches: a DataLoader or another iterable of them",
+        ),
+        ([*arguments[:3], f"{own}:number", "--budget", "50%"], "own.py:number returned an int; --data needs"),
         (
             ["compress", "resnet18", *arguments[2:], "--budget", "50% flops"],
             "'resnet18' names no function: give a function",

@@ -234,6 +234,8 @@ def test_what_cannot_be_done_is_refused_by_name() -> None:
         setpoint.compress(model, [x], "8 ms latency")
     with pytest.raises(BudgetError, match="compress takes one budget of flops or params"):
         setpoint.compress(model, [x], "4ms")
+    with pytest.raises(ExampleError, match="data is an int: give batches"):
+        setpoint.compress(model, 5, 0.5)  # type: ignore[arg-type]
     with pytest.raises(ExampleError, match="data has no batch"):
         setpoint.compress(model, [], 0.5)
     with pytest.raises(ExampleError, match="a batch is a tensor"):

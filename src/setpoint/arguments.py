@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,22 @@ from setpoint.errors import CostError, GroupError, LoopError
 from setpoint.given import check_flags, plain_number
 from setpoint.groups.group import Group
 from setpoint.sensor.reading import Sensor
+
+_STEPS = "give the optimizer steps of the whole run, such as epochs * len(loader)"
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def asks_for_steps(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """The function; where `total_steps` is missing it says what to give."""
+
+    @wraps(function)
+    def asking(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if "total_steps" not in kwargs:
+            raise TypeError(f"{function.__name__}() needs total_steps=...: {_STEPS}")
+        return function(*args, **kwargs)
+
+    return asking
 
 
 def check_parts(controller: object, sensor: object, **flags: object) -> None:
@@ -43,10 +60,7 @@ def whole_steps(total_steps: Any) -> int:
     """The steps of a run as Python's own number; ValueError for anything but a positive integer."""
     number = plain_number(total_steps)
     if type(number) is not int or number < 1:
-        raise ValueError(
-            f"total_steps must be a positive integer, got {total_steps!r}: give the optimizer steps of the whole run, "
-            "such as epochs * len(loader)"
-        )
+        raise ValueError(f"total_steps must be a positive integer, got {total_steps!r}: {_STEPS}")
     return number
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from setpoint.actuator.actuator import Actuator
-from setpoint.arguments import check_parts, check_reads, given_groups, whole_steps
+from setpoint.arguments import asks_for_steps, check_parts, check_reads, given_groups, whole_steps
 from setpoint.cache import remembering
 from setpoint.controller.even import EvenController
 from setpoint.controller.landing import cheapest
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from setpoint.weights.masking import Masking
 
 
+@asks_for_steps
 @one_at_a_time
 def attach(
     model: nn.Module,
@@ -264,8 +265,7 @@ def _units(host: Host, wish: Wish, inputs: Inputs, choice: _Choice) -> _Parts:
     if regrows(controller):
         from setpoint.regrowth.verify_probe import check_regrowth
 
-        passes = check_regrowth(host, example, found.groups, sensor, verify=verify)
-        found = replace(found, passes=found.passes + passes)
+        found = replace(found, passes=found.passes + check_regrowth(host, example, found.groups, sensor, verify=verify))
     meter, widths = Meter(), widths_of(found.groups)
     original = original_costs(host.model, example, wish.budgets, found.costs, widths, inputs.passes)
     if {each.resource for each in wish.goals} & set(METERED):

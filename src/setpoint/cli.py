@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -32,6 +33,7 @@ GROUP = "setpoint.commands"
 """Entry points of other packages: commands, and the halves of `report` and `inspect` that belong to benchmarks."""
 LEDGER = "run.jsonl"
 """A ledger's name in the folder of a run."""
+_LEDGER_START = '{"ledger":'
 PACKED_FILES = ("results.jsonl.xz", "timing.jsonl.xz", "histories.jsonl.xz")
 RESULT_FILES = ("results.jsonl", "timing.jsonl", *PACKED_FILES)
 """Files of a results folder that are no ledgers."""
@@ -79,12 +81,10 @@ def report(
         check_folder(out)
         if folder.is_file() and folder.name in RESULT_FILES:
             raise misuse(f"{folder} is one file of a results folder: give the folder, {folder.parent}")
-        if not any((folder / name).is_file() for name in RESULT_FILES):
-            folder = _ledger_of(folder)
-        if not folder.is_dir() and (folder.suffix == ".jsonl" or folder.exists()):
-            _report_ledger(folder, out)
-        else:
+        if any((folder / name).is_file() for name in RESULT_FILES):
             _added("report-folder", "report FOLDER")(folder, out)
+        else:
+            _report_ledger(_only_ledger(folder), out)
 
 
 def inspect(
@@ -229,7 +229,6 @@ def plan(
 
         from setpoint.advice.plan import budget_per_step, counts_tokens
         from setpoint.advice.plan import plan as advise
-        from setpoint.report.inspect_model import load_target
 
         basis = {"--ratio": ratio, "--tokens": tokens, "--flops": flops, "--seconds": seconds, "--joules": joules}
         given = [name for name, value in basis.items() if value is not None]
@@ -243,7 +242,7 @@ def plan(
         if target is not None:
             budget_per_step(budget)
             print(f"building and tracing {target}", file=sys.stderr)
-        model, example = (None, None) if target is None else load_target(target, shape)
+        model, example = (None, None) if target is None else _load(target, shape)
         if example is not None and ratio is None and not counts_tokens(example):
             raise misuse(
                 f"the published constants are of language models and count tokens, which {target} does not take: give "
@@ -300,15 +299,13 @@ def make_app() -> typer.Typer:
             "setpoint inspect --suite torchvision",
         )
     )(inspect)
-    made.command(
-        epilog=examples(
-            "setpoint compress my_model.py:build --data my_data.py:batches --budget '50% flops' --out small"
-        )
-    )(compress)
+    made.command(epilog=examples("setpoint compress net.py:build --data net.py:batches --budget 50% --out small"))(
+        compress
+    )
     made.command(
         epilog=examples(
             "setpoint plan --size 2e8 --tokens 5e10",
-            "setpoint plan gpt2 --budget '50% flops' --tokens 1e10",
+            "setpoint plan gpt2 --budget 50% --tokens 1e10",
             "setpoint plan --ratio 16",
         )
     )(plan)
@@ -358,6 +355,30 @@ def _ledger_of(path: Path) -> Path:
     return path / LEDGER if (path / LEDGER).is_file() else path
 
 
+def _only_ledger(path: Path) -> Path:
+    """The ledger that `report` is given by its file or folder."""
+    path = _ledger_of(path)
+    if not path.exists() and path.suffix != ".jsonl":
+        raise misuse(f"{path} does not exist: give a ledger's file, or a folder with {LEDGER} or {RESULT_FILES[0]}")
+    if not path.is_dir():
+        return path
+    found = sorted(each for each in path.glob("*.jsonl") if _is_ledger(each))
+    if not found:
+        raise misuse(
+            f"neither results of the benchmark ({RESULT_FILES[0]}) nor ledgers (*.jsonl) are in {path}: "
+            f'a run writes its ledger by setpoint.integrations.log_to(loop, "{LEDGER}")'
+        )
+    listed = ", ".join(each.name for each in found)
+    raise misuse(f"no results of the benchmark in {path}; ledgers found: {listed}. Write: setpoint report {found[0]}")
+
+
+def _is_ledger(file: Path) -> bool:
+    if not file.is_file():
+        return False
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        return lines.read(len(_LEDGER_START)) == _LEDGER_START
+
+
 def _added(name: str, command: str) -> Callable[..., Any]:
     """What another package does for a command."""
     found = entry_points(group=GROUP, name=name)
@@ -377,17 +398,72 @@ def _absent(name: str) -> Callable[[], None]:
     return command
 
 
+def _load(target: str, shape: tuple[int, ...] | None) -> tuple[Any, Any]:
+    """The model and example that a command names; an error says what the name is like."""
+    from setpoint.errors import UsageError
+    from setpoint.report.inspect_model import load_target
+    from setpoint.report.own_function import is_own_function
+
+    if is_own_function(target):
+        _call_of(target)
+    try:
+        return load_target(target, shape)
+    except UsageError as error:
+        raise misuse(_like(target, str(error))) from error
+
+
+def _like(target: str, said: str) -> str:
+    """What is said of a model that is refused; of a name that no library has, what it is like."""
+    from setpoint.report.zoo import LIBRARIES, library_names
+
+    if meant := _in_file(target):
+        return f"{target!r} names no file: did you mean {meant}?"
+    if ":" in target or "/" in target or target.endswith(".py"):
+        return said
+    for each in LIBRARIES:
+        with suppress(ImportError):
+            if target in library_names(each):
+                return said
+    if Path(target, "config.json").is_file():
+        return f"unknown model {target!r}: write ./{target} for the folder"
+    hub = "; models of the Hub are written owner/name, such as google-bert/bert-base-uncased"
+    return f"{said}{hub if '-' in target else ''}"
+
+
+def _in_file(target: str) -> str:
+    """What was meant by `module:function`, where there is such a file; empty for anything else."""
+    file, colon, function = target.partition(":")
+    return f"{file}.py:{function}" if colon and Path(f"{file}.py").is_file() else ""
+
+
+def _call_of(target: str) -> Callable[[], Any]:
+    """The function of a file that returns a model or batches; a model itself is not called."""
+    from torch import nn
+
+    from setpoint.report.own_function import named_errors, own_function
+    from setpoint.words import a_type
+
+    if meant := _in_file(target):
+        raise misuse(f"{target!r} names no file: did you mean {meant}?")
+    with named_errors(target):
+        function = own_function(target)
+    if isinstance(function, nn.Module):
+        name = target.rpartition(":")[2]
+        raise misuse(f"{target} is {a_type(function)} itself: name a function without arguments that returns {name}")
+    return function
+
+
 def _inspect(
     target: str, shape: tuple[int, ...] | None, verify: bool, out: Path | None, spending: bool, groups: bool
 ) -> None:
     from dataclasses import asdict
 
-    from setpoint.report.inspect_model import inspect_model, load_target
+    from setpoint.report.inspect_model import inspect_model
     from setpoint.report.inspection_lines import inspection_lines
     from setpoint.report.inspection_page import write_inspection
     from setpoint.report.inspection_tree import inspection_tree
 
-    model, example = load_target(target, shape)
+    model, example = _load(target, shape)
     if spending and any(parameter.is_meta for parameter in model.parameters()):
         raise misuse(f"{target} is large and read from its shapes alone: leave out --spending, which times a step")
     found = inspect_model(target, model, example, verify=verify)
@@ -425,16 +501,21 @@ def _compress(target: str, data: str, budget: str, even: bool, samples: int, out
 
     from setpoint.checkpoint import save
     from setpoint.one_shot.compress import compress, one_budget
-    from setpoint.report.own_function import named_errors, own_function
+    from setpoint.one_shot.samples import are_batches
+    from setpoint.report.own_function import named_errors
     from setpoint.words import a_type
 
     one_budget(budget)
     if out is None:
         print("a trial: without --out DIR the small model is not kept", file=sys.stderr)
     with named_errors(target):
-        made = own_function(target)()
+        made = _call_of(target)()
     with named_errors(data):
-        batches = own_function(data)()
+        batches = _call_of(data)()
+    if not are_batches(batches):
+        raise misuse(
+            f"{data} returned {a_type(batches)}; --data needs batches: a DataLoader or another iterable of them"
+        )
     model = made[0] if isinstance(made, tuple) and made else made  # as `inspect` takes it: a model, or one and inputs
     if not isinstance(model, nn.Module):
         raise misuse(f"{target} returned {a_type(model)}: return a torch.nn.Module")

@@ -58,7 +58,18 @@ def errors_as_messages() -> Iterator[None]:
 
 
 class OneLine(TyperGroup):
-    """Commands of which a misuse is told in one line, too."""
+    """Commands of which a misuse is told in one line, too, and of which the help shows flags without a value."""
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """A command by its name."""
+        command = super().get_command(ctx, cmd_name)
+        if command is not None:
+            _show_without_value(command.get_params(ctx))
+        return command
+
+    def get_params(self, ctx: Any) -> Any:
+        """The options of all commands."""
+        return _show_without_value(super().get_params(ctx))
 
     def main(
         self,
@@ -84,9 +95,18 @@ class OneLine(TyperGroup):
             if type(error).__name__ == "NoArgsIsHelpError":
                 error.show()  # type: ignore[attr-defined]
             else:
-                print(f"error: {' '.join(told().split())}", file=sys.stderr)
+                at = getattr(error, "ctx", None)
+                then = f". {at.command_path} -h shows examples" if at is not None else ""
+                print(f"error: {' '.join(told().split()).removesuffix('.')}{then}", file=sys.stderr)
             code = MISUSE
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _show_without_value(parameters: Sequence[Any]) -> Sequence[Any]:
+    for each in parameters:
+        if getattr(each, "is_flag", False):
+            each.metavar = ""  # newer versions of Typer show <bool>
+    return parameters
 
 
 def misuse(message: str) -> Exception:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import inspect
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from typing import Any
 
@@ -29,6 +30,27 @@ def did_you_mean(name: object, known: Iterable[str]) -> str:
     by_lower = {each.lower(): each for each in known}
     close = difflib.get_close_matches(str(name).lower(), by_lower, 3)
     return f"did you mean {' or '.join(by_lower[each] for each in close)}? " if close else ""
+
+
+def check_settings(settings: Iterable[str], of: Callable[..., Any], passed_on_to: Callable[..., Any]) -> None:
+    """Check that settings which one function passes on are keyword arguments of another.
+
+    Raises:
+        TypeError: for any other, with the nearest name.
+
+    >>> check_settings(["revers"], print, sorted)
+    Traceback (most recent call last):
+    TypeError: print() got an unexpected keyword argument 'revers': did you mean reverse? sorted takes key, reverse
+    """
+    own = [name for name, each in inspect.signature(of).parameters.items() if each.kind is not each.VAR_KEYWORD]
+    taken = inspect.signature(passed_on_to).parameters.values()
+    known = [each.name for each in taken if each.kind is each.KEYWORD_ONLY]
+    for name in settings:
+        if name not in known:
+            raise TypeError(
+                f"{of.__name__}() got an unexpected keyword argument {name!r}: {did_you_mean(name, [*own, *known])}"
+                f"{passed_on_to.__name__} takes {', '.join(known)}"
+            )
 
 
 def plain_fields(settings: Any) -> None:

@@ -499,3 +499,9 @@ def test_metrics_stand_in_the_trainers_logs(tmp_path: Path) -> None:
     assert {f"setpoint/{name}" for name in callback.loop.metrics()} <= set(names)
     at = names.index("setpoint/step")
     assert sum(bool(row.split(",")[at]) for row in rows[1:]) >= STEPS // 4 - 1
+
+
+def test_an_unknown_argument_is_refused_at_once() -> None:
+    """Claim: when the callback is made, with the nearest name."""
+    with pytest.raises(TypeError, match=r"SetpointCallback\(\) got .*'totl_steps': did you mean total_steps\?"):
+        SetpointCallback(0.5, totl_steps=9)

@@ -420,3 +420,9 @@ def test_a_teacher_that_cannot_be_followed_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="leave teacher out to have a frozen copy of it"):
         SetpointTrainer(model, arguments, train_dataset=Tokens(), teacher=model)
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_an_unknown_argument_is_refused_at_once() -> None:
+    """Claim: when the callback is made, with the nearest name."""
+    with pytest.raises(TypeError, match=r"SetpointCallback\(\) got .*'buget': did you mean budget\?"):
+        SetpointCallback(buget=0.9)

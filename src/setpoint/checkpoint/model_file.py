@@ -40,6 +40,9 @@ from setpoint.words import a_type
 FORMAT = 1
 """Version of the file format, described in docs/checkpoint-format.md."""
 
+SIZES_FILE = "setpoint.json"
+"""Beside the weights of a cut model that `save_pretrained` wrote: its sizes."""
+
 _KEY = "setpoint"
 
 
@@ -118,8 +121,12 @@ def load(path: str | os.PathLike[str], into: nn.Module) -> nn.Module:
     """
     given_module("load(..., into=model)", into)
     check_free(into)
-    metadata, stored = read_file(Path(path))
-    header = _parse(Path(path), metadata, stored)
+    path = Path(path)
+    if path.is_dir():
+        then = _of_pretrained(path) or "give the file that setpoint.save wrote"
+        raise CheckpointError(f"{str(path)!r} is a folder: {then}")
+    metadata, stored = read_file(path)
+    header = _parse(path, metadata, stored)
     # The file's data may be aligned for single reals only; a copy is aligned for pairs of them too.
     pairs = {name: torch.view_as_complex(_pairs(name, stored).clone()) for name in header.complex}
     tensors = stored | pairs
@@ -261,12 +268,20 @@ def damaged(path: Path) -> CheckpointError:
     return CheckpointError(f"{str(path)!r} is damaged: its digest does not match its contents; get it again")
 
 
+def _of_pretrained(folder: Path) -> str:
+    """How to load what `save_pretrained` wrote of a cut model; empty for another folder."""
+    if not (folder / SIZES_FILE).is_file():
+        return ""
+    return (
+        f"save_pretrained wrote it, with its sizes in {SIZES_FILE}: "
+        f"setpoint.enable_checkpointing(), then from_pretrained({str(folder)!r})"
+    )
+
+
 def _parse(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> _Header:
     if _KEY not in metadata:
-        raise CheckpointError(
-            f"{str(path)!r} is a safetensors file, but setpoint.save did not write it: "
-            "load it with safetensors.torch.load_file and model.load_state_dict"
-        )
+        then = _of_pretrained(path.parent) or ("load it with safetensors.torch.load_file and model.load_state_dict")
+        raise CheckpointError(f"{str(path)!r} is a safetensors file, but setpoint.save did not write it: {then}")
     try:
         text: dict[str, Any] = json.loads(metadata[_KEY])
         version = text["format"]

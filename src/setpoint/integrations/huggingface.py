@@ -11,8 +11,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from setpoint.checkpoint.model_file import SIZES_FILE
 from setpoint.checkpoint.resumable import resumable
-from setpoint.integrations.pretrained import FILE, read_sizes, write_sizes
+from setpoint.integrations.pretrained import read_sizes, write_sizes
 
 _MODULES = {
     "transformers.modeling_utils": "PreTrainedModel",
@@ -90,7 +91,7 @@ def _wrap(module: ModuleType) -> None:
 
     @wraps(load)
     def load_diffusers(cls: Any, model: Any, state_dict: Any, files: Any, *args: Any, **settings: Any) -> Any:
-        if files and (file := Path(files[0]).parent / FILE).is_file():
+        if files and (file := Path(files[0]).parent / SIZES_FILE).is_file():
             read_sizes(file, model, "")
         return load.__func__(cls, model, state_dict, files, *args, **settings)
 
@@ -108,7 +109,7 @@ def _wrap_trainer(kind: Any) -> None:
 
     @wraps(load)
     def load_from_checkpoint(self: Any, resume_from_checkpoint: Any, *args: Any, **settings: Any) -> Any:
-        if (Path(resume_from_checkpoint) / FILE).is_file():
+        if (Path(resume_from_checkpoint) / SIZES_FILE).is_file():
             resumable(self.model)
         return load(self, resume_from_checkpoint, *args, **settings)
 
@@ -118,11 +119,13 @@ def _wrap_trainer(kind: Any) -> None:
 
 def _sizes_file(checkpoint_files: Any, load_config: Any) -> Path | None:
     """`setpoint.json` of a folder, or of a model on the Hub; None if there is none."""
-    if checkpoint_files and (local := Path(checkpoint_files[0]).parent / FILE).is_file():
+    if checkpoint_files and (local := Path(checkpoint_files[0]).parent / SIZES_FILE).is_file():
         return local
     name = load_config.pretrained_model_name_or_path
     if name is None or not checkpoint_files or Path(str(name)).exists():
         return None
     cached_file = sys.modules["transformers.utils"].cached_file
-    found = cached_file(name, FILE, _raise_exceptions_for_missing_entries=False, **(load_config.download_kwargs or {}))
+    found = cached_file(
+        name, SIZES_FILE, _raise_exceptions_for_missing_entries=False, **(load_config.download_kwargs or {})
+    )
     return None if found is None else Path(found)

@@ -24,6 +24,7 @@ from setpoint.attach import attach
 from setpoint.checkpoint.resumable import resumable
 from setpoint.cost.tolerance import Tolerance
 from setpoint.errors import LoopError, NotBegunError
+from setpoint.given import check_settings
 from setpoint.loop.loop import Loop
 from setpoint.loop.summary import Summary
 
@@ -73,6 +74,7 @@ class SetpointCallback(Callback):  # type: ignore[misc]
         monitor: str | None = None,
         **settings: Any,
     ) -> None:
+        check_settings(settings, SetpointCallback, attach)
         super().__init__()
         self.budget, self.module, self.total_steps, self.monitor = budget, module, total_steps, monitor
         self.settings = settings

@@ -14,16 +14,14 @@ from torch import nn
 from setpoint.actuator.carried import Carried
 from setpoint.actuator.lift import was_cut
 from setpoint.checkpoint.fit import dense_shapes, fill, fit
+from setpoint.checkpoint.model_file import SIZES_FILE
 from setpoint.distributed import unwrapped
 from setpoint.errors import CheckpointError
-
-FILE = "setpoint.json"
-"""Name of the file in the model's folder."""
 
 
 def write_sizes(model: nn.Module, folder: Path) -> None:
     """Write the sizes of a cut model into its folder; for a model that was never cut, remove the file."""
-    file, model = folder / FILE, unwrapped(model)
+    file, model = folder / SIZES_FILE, unwrapped(model)
     carried = Carried.of(model) if was_cut(model) else None
     if carried is None:
         file.unlink(missing_ok=True)

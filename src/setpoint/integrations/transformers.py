@@ -16,6 +16,7 @@ from setpoint.checkpoint.resumable import resumable
 from setpoint.cost.wanted import wanted
 from setpoint.distillation.teacher import Teacher, logits_of
 from setpoint.errors import NotBegunError
+from setpoint.given import check_settings
 from setpoint.integrations.huggingface import enable_huggingface
 from setpoint.loop.loop import Loop
 from setpoint.loop.summary import Summary
@@ -52,6 +53,7 @@ class SetpointCallback(TrainerCallback):  # type: ignore[misc]
     """
 
     def __init__(self, budget: Any = 0.5, *, best_within_budget: bool = False, **settings: Any) -> None:
+        check_settings(settings, SetpointCallback, attach)
         wanted(budget)  # what is no budget is refused here, and not when the training begins
         self.budget, self.settings, self.best_within_budget = budget, settings, best_within_budget
         self._was_within = True

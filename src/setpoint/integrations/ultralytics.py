@@ -15,6 +15,7 @@ from setpoint.checkpoint.resumable import resumable
 from setpoint.distributed import unwrapped
 from setpoint.entry import Entry
 from setpoint.errors import LoopError
+from setpoint.given import check_settings
 from setpoint.groups.shim import SizedForward
 from setpoint.loop.loop import Loop
 from setpoint.loop.summary import Summary
@@ -35,6 +36,7 @@ class Pruning:
     """
 
     def __init__(self, budget: Any, *, total_steps: int | None = None, **settings: Any) -> None:
+        check_settings(settings, Pruning, attach)
         self.budget, self.total_steps, self.settings = budget, total_steps, settings
         self.loop: Loop | None = None
         self.summary: Summary | None = None

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from setpoint.errors import ExampleError
 from setpoint.groups.example import Example, mapped, num_samples
+from setpoint.words import a_type
 
 _LABELS = frozenset({"label", "labels", "label_ids", "target", "targets"})
 
@@ -24,8 +25,10 @@ def first_batches(data: Iterable[Any], count: int, model: nn.Module) -> tuple[Ex
         model: that is given them.
 
     Raises:
-        ExampleError: for a batch of another form, or where there is none.
+        ExampleError: for what is no batches, a batch of another form, or where there is none.
     """
+    if not are_batches(data):
+        raise ExampleError(f"data is {a_type(data)}: give batches, a DataLoader or another iterable of them")
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     found: list[Example] = []
     seen = 0
@@ -37,6 +40,16 @@ def first_batches(data: Iterable[Any], count: int, model: nn.Module) -> tuple[Ex
     if not found:
         raise ExampleError("data has no batch: give at least one, as the model is given them in training")
     return tuple(found)
+
+
+def are_batches(data: object) -> bool:
+    """Whether data can be gone through batch by batch; a module cannot, even where its parts can.
+
+    >>> are_batches([(3, 4)]), are_batches(5), are_batches(nn.Sequential())
+    (True, False, False)
+    """
+    iterable = hasattr(data, "__iter__") or hasattr(data, "__getitem__")
+    return iterable and not isinstance(data, (nn.Module, str, type))
 
 
 def inputs_in(batch: Any) -> Example:
