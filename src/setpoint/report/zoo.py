@@ -65,7 +65,8 @@ def named_model(target: str, shape: tuple[int, ...] | None = None) -> tuple[nn.M
     if len(missing) == len(_LIBRARIES):
         first, *others = missing
         raise UsageError(f"{target!r} needs a model library: pip install {first} (or {', '.join(others)}), {own}")
-    hint = did_you_mean(name, known)
+    mark = target.removesuffix(name)  # "timm/", as the name has to be given
+    hint = did_you_mean(target, [f"{mark}{each}" for each in known])
     hint = f"{hint}Otherwise name" if hint else "name"
     absent = f"; not installed: {', '.join(missing)}" if missing else ""
     raise UsageError(f"unknown model {target!r}: {hint} a model of torchvision, timm or transformers, {own}{absent}")
