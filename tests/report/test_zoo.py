@@ -55,8 +55,8 @@ def test_large_models_have_shapes_only() -> None:
     ("target", "message"),
     [
         ("torchvision:resnet5", "did you mean .*resnet50"),
-        ("timm:vit_tiny_patch16_22", "did you mean vit_tiny_patch16_224"),
-        ("transformers:gpt-2", "did you mean gpt2"),
+        ("timm:vit_tiny_patch16_22", "did you mean timm:vit_tiny_patch16_224"),
+        ("transformers:gpt-2", "did you mean transformers:gpt2"),
         ("jax:resnet50", "unknown library 'jax'"),
         ("model.py", "module.py:function"),
     ],
