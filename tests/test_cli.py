@@ -77,7 +77,7 @@ def test_python_runs_the_package() -> None:
         (("inspect", "torchvision:zzzz"), "name a model of torchvision, timm or transformers"),
         (("inspect", "keras:resnet50"), "torchvision, timm, transformers"),
         (("inspect", "tim:resnet18"), "did you mean timm?"),
-        (("inspect", "timm/resnet1"), "did you mean resnet18"),
+        (("inspect", "timm/resnet1"), "did you mean timm/resnet18"),
         (("inspect", "--suite", "plain", "--groups"), "--groups, --spending and --no-verify are for a single model"),
         (("inspect", "transformers:qwen3", "--spending"), "leave out --spending"),
         (("inspect", "/nowhere/model.py:build"), "no file"),
@@ -162,7 +162,10 @@ def test_a_folder_that_cannot_be_made_is_refused_before_any_work(tmp_path: Path)
     own, ledger = tmp_path / "own.py", tmp_path / "run.jsonl"
     own.write_text("def build():\n    raise AssertionError('work has begun')\n")
     Ledger({"groups": {}, "dense": {"flops": 8.0}}).save(ledger)
-    before = sorted(tmp_path.iterdir())
+    def made() -> list[Path]:
+        return sorted(path for path in tmp_path.iterdir() if path.name != "__pycache__")
+
+    before = made()
     for command in (
         ["demo"],
         ["inspect", f"{own}:build"],
@@ -175,9 +178,9 @@ def test_a_folder_that_cannot_be_made_is_refused_before_any_work(tmp_path: Path)
             refused.stderr
             == f"error: {ledger / 'x'} cannot be read or written: Not a directory: name another folder by --out\n"
         )
-    assert sorted(tmp_path.iterdir()) == before
+    assert made() == before
     assert "work has begun" in invoke("inspect", f"{own}:build", "--out", tmp_path / "new" / "deep").stderr
-    assert sorted(tmp_path.iterdir()) == before
+    assert made() == before
 
 
 def test_a_path_with_a_null_byte_is_refused() -> None:

@@ -58,6 +58,7 @@ def test_attach_tells_what_it_is_at(monkeypatch: pytest.MonkeyPatch) -> None:
     assert taken_away(text)
 
 
+@pytest.mark.filterwarnings("ignore:the budget of .* is above")
 def test_measuring_costs_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Claim: a budget in seconds shows that operations and whole steps are timed."""
     stream = terminal(monkeypatch)

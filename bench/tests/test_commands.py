@@ -133,7 +133,7 @@ def test_a_report_that_cannot_be_written_names_the_folder(tmp_path: Path) -> Non
     assert result.exit_code == 2
     assert f"error: {folder} cannot be read or written: " in result.stderr
     assert invoke("bench", "--task", "digits", "--out", folder).stderr == result.stderr
-    assert "no results" in invoke("report", tmp_path / "none").stderr and not (tmp_path / "none").exists()
+    assert "does not exist" in invoke("report", tmp_path / "none").stderr and not (tmp_path / "none").exists()
 
 
 def test_missing_data_cost_nothing(tmp_path: Path) -> None:

@@ -129,11 +129,11 @@ def test_curves_without_seconds_or_values(make_results: Any) -> None:
 
 
 def test_the_page_of_committed_results_is_small(tmp_path: Path) -> None:
-    """Of 270 runs of 28 methods, with four ledgers, the page has less than a megabyte, and is made for print too."""
+    """Of 270 runs of 28 methods, with three ledgers, the page has less than a megabyte, and is made for print too."""
     page = write_page(ROOT / "results" / "finetune", tmp_path / "report.html")
     assert page.stat().st_size < 1_000_000
     text = page.read_text(encoding="utf-8")
-    assert text.count('class="run"') == 4
+    assert text.count('class="run"') == 3
     assert (
         text.index("How the budget was met: FLOPs per step") < text.index("What it costs") < text.index("All numbers")
     )
