@@ -162,6 +162,7 @@ def test_a_folder_that_cannot_be_made_is_refused_before_any_work(tmp_path: Path)
     own, ledger = tmp_path / "own.py", tmp_path / "run.jsonl"
     own.write_text("def build():\n    raise AssertionError('work has begun')\n")
     Ledger({"groups": {}, "dense": {"flops": 8.0}}).save(ledger)
+
     def made() -> list[Path]:
         return sorted(path for path in tmp_path.iterdir() if path.name != "__pycache__")
 
