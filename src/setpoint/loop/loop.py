@@ -179,7 +179,7 @@ class Loop:
     @property
     def budget_met(self) -> bool:
         """Whether the last decision has been made, as predicted within budget; after `finish` what the summary says."""
-        return self._summary.budget_met if vars(self).get("_summary") else self._now.budget_met
+        return self._summary.budget_met if "_summary" in vars(self) and self._summary else self._now.budget_met
 
     @property
     def summary(self) -> Summary | None:
