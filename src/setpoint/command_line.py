@@ -58,7 +58,7 @@ def errors_as_messages() -> Iterator[None]:
 
 
 class OneLine(TyperGroup):
-    """Commands of which a misuse is told in one line, too, and of which the help shows flags without a value."""
+    """Commands that report a misuse in one line, too, and whose help shows flags without a value."""
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """A command by its name."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from dataclasses import replace
 from typing import Any
@@ -15,6 +16,7 @@ from torch import nn
 
 import setpoint
 from controller.plants import after, chain, lognormal, observe, residual
+from loop.test_regrowth import Scripted
 from setpoint.controller.horizon import RunRest
 from setpoint.controller.priced import PricedController
 from setpoint.controller.schedule import Schedule
@@ -401,3 +403,16 @@ def test_an_early_end_under_budget_but_over_its_way_is_said() -> None:
     assert "after 30 of 300 steps" in summary.reason
     with pytest.raises(LoopError):
         loop.total_steps = 400
+
+
+@pytest.mark.parametrize(("steps", "met"), [(30, True), (20, False)])
+def test_a_bill_that_is_kept_to_the_end_is_met(steps: int, met: bool) -> None:
+    """Claim: at the end of the run a bill that was kept is met without a last decision; before the end it is not."""
+    model, optimizer, x = net()
+    early = Scripted({3: {"0": list(range(40)), "2": list(range(40))}}, regrow=False, last=100)
+    budget = setpoint.Budget.fraction(0.7, of="flops", per="run")
+    loop = setpoint.attach(model, optimizer, budget, example=(x,), total_steps=30, controller=early)
+    train(loop, model, optimizer, x, steps)
+    with contextlib.nullcontext() if met else pytest.warns(UserWarning, match="last decision was not made"):
+        summary = loop.finish()
+    assert summary.budget_met is met and summary.spent_run["flops"] < summary.limit_run["flops"]

@@ -114,7 +114,7 @@ class TaylorSensor:
     The first-order term is a local slope and left out by default, since a drop is a large step: before a normalisation
     the slopes of a group add up to zero, whatever the units are worth.
 
-    Saliency has the unit of the loss. Gradients that are clipped or scaled before the optimizer's step scale r alike. A
+    Saliency has the unit of the loss. Gradients that are clipped or scaled before the optimizer's step scale r, too. A
     weight that is tied to another one carries the gradients of both.
 
     Mean and variance are exponentially weighted with decay `1 - 1/window`, without start-up bias, in float32 (float64
