@@ -120,6 +120,16 @@ def test_a_taught_run_pays_for_its_teacher(runs: Runs) -> None:
     assert taught.train_flops >= dense.train_flops + passes + 0.9 * (plain.train_flops - plain.overhead_flops)
 
 
+def test_a_long_run_spends_what_the_dense_run_spends(runs: Runs) -> None:
+    """A method that spends what it saves makes more steps, ends at the same size, and spends no more than the dense
+    run in training, and hardly less.
+    """
+    long, plain, dense = (runs[1][name] for name in ("setpoint-long", "setpoint", "dense"))
+    assert long.budget_met and long.final_flops <= BUDGET * dense.final_flops
+    assert long.steps > plain.steps
+    assert 0.95 * dense.train_flops <= long.train_flops <= dense.train_flops
+
+
 @trained
 def test_the_saved_model_is_the_measured_one(method: Method, runs: Runs) -> None:
     """What lies in the cell's folder loads, runs its own forward, costs what was said, and scores what was said."""

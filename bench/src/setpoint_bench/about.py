@@ -43,6 +43,8 @@ METHODS: Mapping[str, str] = {
     "few-states": "A model that begins with few states, 28 by default, from scratch.",
     "setpoint-taught": "As setpoint, and learns the answers of the finished dense run as well.",
     "cubic-taught": "As cubic, and learns the answers of the finished dense run as well.",
+    "setpoint-long": "As setpoint, for as many steps as the dense run's training FLOPs pay for.",
+    "cubic-long": "As cubic, for as many steps as the dense run's training FLOPs pay for.",
     "cubic-taylor": "As cubic, with Setpoint's own saliency: an open loop.",
     "movement-global": "As movement; channels, neurons and heads are each ranked over all layers.",
     "setpoint-few": "As setpoint, with 2 cuts on the way down.",

@@ -27,6 +27,7 @@ from setpoint_bench.baselines.snip import Snip
 from setpoint_bench.course import Course, Pruner
 from setpoint_bench.methods.gates import Gates
 from setpoint_bench.methods.in_training import Setpoint
+from setpoint_bench.methods.long import Long
 from setpoint_bench.methods.movement import Movement
 from setpoint_bench.methods.post_training import PostTraining
 from setpoint_bench.methods.scratch import Dense, Small, SmallFound, SmallLong
@@ -187,6 +188,12 @@ TAUGHT_METHODS: tuple[Method, ...] = (
 )
 """Methods that learn the answers of the finished dense run as well."""
 
+LONG_METHODS: tuple[Method, ...] = (
+    Long("setpoint-long", Setpoint()),
+    Long("cubic-long", Setpoint("cubic", ScheduledController(), MagnitudeSensor, paper=_ZHU, family="open-loop")),
+)
+"""Methods that spend what they save: they train for as many steps as the dense run's training FLOPs pay for."""
+
 
 RESOURCE_METHODS: tuple[Method, ...] = (
     Setpoint("setpoint-latency", resource="latency"),
@@ -203,7 +210,7 @@ STATE_METHODS: tuple[Method, ...] = (Hankel(), Hankel("hankel-regrow", regrow=Tr
 
 def all_methods() -> tuple[Method, ...]:
     """The methods that have a name, those of the tables first."""
-    return *METHODS, *RESOURCE_METHODS, *STATE_METHODS, *TAUGHT_METHODS, *ABLATION_METHODS
+    return *METHODS, *RESOURCE_METHODS, *STATE_METHODS, *TAUGHT_METHODS, *LONG_METHODS, *ABLATION_METHODS
 
 
 def method_named(name: str) -> Method:
@@ -229,6 +236,7 @@ def method_named(name: str) -> Method:
             ("for budgets on other resources ", RESOURCE_METHODS),
             ("for state-space models ", STATE_METHODS),
             ("with the finished dense run as a teacher ", TAUGHT_METHODS),
+            ("for as many training FLOPs as the dense run ", LONG_METHODS),
             ("for bench/benchmarks/ablation.py ", ABLATION_METHODS),
         )
     )
