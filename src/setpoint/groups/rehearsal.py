@@ -115,11 +115,19 @@ def _addmm(bias: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> Any:
     return left.new_empty(left.shape[0], right.shape[1]) if fits and bias.shape[0] == right.shape[1] else None
 
 
+def _alike(left: torch.Tensor, right: Any, *_: Any) -> Any:
+    same = isinstance(right, torch.Tensor) and left.dtype == right.dtype and left.shape == right.shape
+    return torch.empty_like(left) if same and left.is_contiguous() and right.is_contiguous() else None
+
+
 _SHAPED: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.native_batch_norm.default: _batch_norm,
     torch.ops.aten.native_layer_norm.default: _layer_norm,
     torch.ops.aten.addmm.default: _addmm,
     torch.ops.aten._safe_softmax.default: lambda x, dim: torch.empty_like(x),
+    torch.ops.aten.add.Tensor: _alike,
+    torch.ops.aten.mul.Tensor: _alike,
+    torch.ops.aten.gelu.default: lambda x: torch.empty_like(x),
 }
 
 

@@ -374,8 +374,9 @@ def _visit(walk: Walk, node: fx.Node, env: dict[fx.Node, Any], numbers: dict[tup
                 f"the op's rule does not cover this call ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
             )
     if reason:
-        for value in inputs:
+        if inputs and any(map(_has_floats, node.all_input_nodes)):  # integers and masks cost no FLOPs
             walk.unknown.add(op_name(node.target))
+        for value in inputs:
             walk.freeze_all(value, reason)
     if out is None:
         return fake if isinstance(fake, (int, float, bool)) else None
@@ -384,6 +385,11 @@ def _visit(walk: Walk, node: fx.Node, env: dict[fx.Node, Any], numbers: dict[tup
     if op_name(node.target).endswith("_") and isinstance(finished, Value):
         _hand_up(walk, node, finished, env)
     return finished
+
+
+def _has_floats(node: fx.Node) -> bool:
+    tensors = [leaf for leaf in pytree.tree_leaves(node.meta.get("val")) if isinstance(leaf, torch.Tensor)]
+    return any(each.is_floating_point() or each.is_complex() for each in tensors)
 
 
 def _hand_up(walk: Walk, node: fx.Node, written: Value, env: dict[fx.Node, Any]) -> None:

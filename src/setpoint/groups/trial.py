@@ -361,7 +361,8 @@ def _cut_shapes(twin: nn.Module, dims: Sequence[OwnDim], kept: Kept) -> None:
         shape = [sizes.get(dim, size) for dim, size in enumerate(old.shape)]
         if list(old.shape) == shape:
             continue
-        new = old.detach()[tuple(map(slice, shape))].clone()  # its own numbers, where a forward looks at them
+        # Its own numbers, where a forward looks at them.
+        new = old.new_empty(shape) if old.is_meta else old.detach()[tuple(map(slice, shape))].clone()
         replaced[id(old)] = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
     for module in twin.modules():
         for table in (module._parameters, module._buffers):
