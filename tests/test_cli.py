@@ -456,7 +456,7 @@ def test_a_ledger_that_is_not_there(tmp_path: Path) -> None:
     """`report` of a ledger's file that does not exist names the file, whether the benchmark is installed or not."""
     result = invoke("report", tmp_path / "run.jsonl")
     assert result.exit_code == 2
-    assert "run.jsonl is no ledger that can be read: there is no such file" in result.stderr
+    assert "run.jsonl cannot be read: there is no such file" in result.stderr
 
 
 def test_a_plan_names_its_options() -> None:
@@ -521,3 +521,31 @@ def test_a_model_is_compressed(tmp_path: Path) -> None:
     ):
         result = invoke(*wrong)
         assert result.exit_code == 2 and said in result.stderr
+
+
+def test_what_a_users_file_prints_is_no_json(tmp_path: Path) -> None:
+    """With --json all of stdout is the answer, whatever the file that makes the model prints."""
+    (tmp_path / "net.py").write_text(
+        "import torch\nprint('loading')\n"
+        "def build():\n"
+        "    print('building')\n"
+        "    return torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))\n"
+    )
+    result = invoke("inspect", f"{tmp_path / 'net.py'}:build", "--input", "2,4", "--json")
+    assert result.exit_code == 0 and json.loads(result.stdout)["groups"]
+    assert "loading" in result.stderr and "building" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("inspect", "torchvison/resnet18"), "did you mean torchvision?"),
+        (("inspect", "tim/resnet18"), "did you mean timm?"),
+        (("plan", "--size", "2e8", "--tokens", "5e10", "--budget", "50%"), "--budget is for a MODEL"),
+        (("inspect", __file__.replace("test_cli.py", "slow.txt")), "is a file and no model"),
+    ],
+)
+def test_a_near_miss_is_refused_with_what_was_meant(arguments: tuple[str, ...], said: str) -> None:
+    """A library's name that is misspelt, an option without its model, and a file in a model's place."""
+    result = invoke(*arguments)
+    assert result.exit_code == 2 and said in result.stderr

@@ -14,7 +14,7 @@ from setpoint.actuator.shrink import named_tensors
 from setpoint.controller.plan import Controller
 from setpoint.cost.budget import METERED
 from setpoint.errors import CostError, GroupError, LoopError
-from setpoint.given import check_flags, plain_number
+from setpoint.given import check_flags, did_you_mean, plain_number
 from setpoint.groups.group import Group
 from setpoint.sensor.reading import Sensor
 
@@ -29,7 +29,8 @@ def asks_for_steps(function: Callable[_P, _R]) -> Callable[_P, _R]:
     @wraps(function)
     def asking(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         if "total_steps" not in kwargs:
-            raise TypeError(f"{function.__name__}() needs total_steps=...: {_STEPS}")
+            meant = "".join(f", got {each}=" for each in kwargs if did_you_mean(each, ("total_steps",)))
+            raise TypeError(f"{function.__name__}() needs total_steps=...{meant}: {_STEPS}")
         return function(*args, **kwargs)
 
     return asking

@@ -75,7 +75,7 @@ def report(
 
     A run writes its ledger by `setpoint.integrations.log_to(loop, "run.jsonl")`.
 
-    Of a folder of `bench`, show the results as tables, and write results.md and report.html.
+    For a folder of `bench` it shows the results as tables, and writes results.md and report.html.
     """
     with errors_as_messages():
         check_folder(out)
@@ -89,7 +89,8 @@ def report(
 
 def inspect(
     target: Annotated[
-        str | None, typer.Argument(help="Of torchvision, timm or transformers, or module.py:function.", metavar="MODEL")
+        str | None,
+        typer.Argument(help="A model of torchvision, timm or transformers, or module.py:function.", metavar="MODEL"),
     ] = None,
     input: Annotated[
         str | None, typer.Option("--input", help="Shape of the example, with commas; by default the model's usual.")
@@ -237,6 +238,9 @@ def plan(
                 f"give exactly one of {', '.join(basis)}, such as --tokens 5e10: got {', '.join(given) or 'none'}"
             )
         shape = None if input is None else tuple(numbers(input, "--input", int))
+        beside = [name for name, value in (("--budget", budget), ("--input", input)) if value is not None]
+        if target is None and beside:
+            raise misuse(f"{beside[0]} is for a MODEL: name one, or leave {beside[0]} out")
         if target is None and size is None and ratio is None:
             raise misuse("give the final size: --size N, or MODEL with --budget; or --ratio alone")
         if target is not None:
@@ -406,6 +410,8 @@ def _load(target: str, shape: tuple[int, ...] | None) -> tuple[Any, Any]:
 
     if is_own_function(target):
         _call_of(target)
+    elif Path(target).is_file() and not target.endswith(".py"):
+        raise misuse(f"{target} is a file and no model: name a function of a Python file, as module.py:function")
     try:
         return load_target(target, shape)
     except UsageError as error:
@@ -502,10 +508,13 @@ def _compress(target: str, data: str, budget: str, even: bool, samples: int, out
     from setpoint.checkpoint import save
     from setpoint.one_shot.compress import compress, one_budget
     from setpoint.one_shot.samples import are_batches
-    from setpoint.report.own_function import named_errors
+    from setpoint.report.own_function import check_own_function, is_own_function, named_errors
     from setpoint.words import a_type
 
     one_budget(budget)
+    for each in (target, data):
+        if is_own_function(each):
+            check_own_function(each)
     if out is None:
         print("a trial: without --out DIR the small model is not kept", file=sys.stderr)
     with named_errors(target):

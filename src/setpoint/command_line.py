@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,8 @@ MISUSE = 2
 INTERRUPTED = 130
 
 _as_json: ContextVar[bool] = ContextVar("as_json", default=False)
+_answers: ContextVar[Any] = ContextVar("answers", default=None)
+"""Standard output as it was when a command with --json began: what a user's file prints goes to standard error."""
 
 
 def _choose(as_json: bool) -> bool:
@@ -44,8 +46,10 @@ def errors_as_messages() -> Iterator[None]:
     """What a user can put right becomes one line on stderr and exit code 2."""
     from setpoint.errors import SetpointError
 
+    _answers.set(sys.stdout)
     try:
-        yield
+        with redirect_stdout(sys.stderr) if _as_json.get() else nullcontext():
+            yield
     except (SetpointError, OSError, ImportError) as error:
         message = str(error)
         if isinstance(error, OSError) and error.filename:
@@ -96,8 +100,10 @@ class OneLine(TyperGroup):
                 error.show()  # type: ignore[attr-defined]
             else:
                 at = getattr(error, "ctx", None)
-                then = f". {at.command_path} -h shows examples" if at is not None else ""
-                print(f"error: {' '.join(told().split()).removesuffix('.')}{then}", file=sys.stderr)
+                said = " ".join(told().split()).removesuffix(".")
+                dot = "" if said.endswith("?") else "."
+                then = f"{dot} {at.command_path} -h shows examples" if at is not None else ""
+                print(f"error: {said}{then}", file=sys.stderr)
             code = MISUSE
         sys.exit(code if isinstance(code, int) else 0)
 
@@ -154,7 +160,7 @@ def finish(answer: dict[str, Any], then: str) -> None:
     from setpoint.report.values import finite
 
     if _as_json.get():
-        print(json.dumps(finite(answer)), flush=True)
+        print(json.dumps(finite(answer)), file=_answers.get(), flush=True)
     else:
         console().print(f"next: {then}", soft_wrap=True, markup=False, highlight=False)
 

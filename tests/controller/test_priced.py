@@ -372,7 +372,10 @@ def test_blocks_too_coarse_for_the_dead_band_are_named() -> None:
     groups, cost = chain(32, multiple_of=16)
     (*_, last) = run(PricedController(), groups, cost, lognormal(groups), fraction=0.9)
     assert last.plan.budget_met and last.predicted == 0.5 * cost.total({"layer0": 32})
-    assert "% below the reference; " in last.plan.reason and "% of the reference and does not fit" in last.plan.reason
+    assert (
+        "% below the reference; " in last.plan.reason
+        and "% of the reference, which is too much to bring it back" in last.plan.reason
+    )
 
 
 def test_unreachable_limit_does_not_land() -> None:

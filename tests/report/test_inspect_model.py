@@ -163,10 +163,21 @@ def test_what_goes_wrong_in_a_users_file_is_one_line(tmp_path: Path, function: s
     assert load_target(f"{file}:fine")[1][0].shape == (2, 3)
 
 
-@pytest.mark.parametrize(("text", "said"), [("def f(:\n", "SyntaxError"), ("import not_there\n", "No module named")])
+@pytest.mark.parametrize(
+    ("text", "said"), [("def f(:\n", "SyntaxError"), ("import not_there\ndef f(): ...\n", "No module named")]
+)
 def test_a_file_that_does_not_load_is_one_line(tmp_path: Path, text: str, said: str) -> None:
     """So does a file that Python cannot read."""
     file = tmp_path / "model.py"
     file.write_text(text)
     with pytest.raises(UsageError, match=f"{said}.* \\(at model.py:1"):
         load_target(f"{file}:f")
+
+
+def test_a_file_without_the_function_is_not_run(tmp_path: Path) -> None:
+    """Claim: a name that the file does not define is refused before the file is run, with the nearest name."""
+    file = tmp_path / "model.py"
+    file.write_text("from pathlib import Path\nPath(__file__).with_name('ran').touch()\ndef build(): ...\n")
+    with pytest.raises(UsageError, match="has no function 'buld': did you mean build"):
+        load_target(f"{file}:buld")
+    assert not (tmp_path / "ran").exists()

@@ -75,7 +75,13 @@ def test_once_shows_the_present_state(file: Path) -> None:
     result = once(file)
     text, shown = result.stdout, result.stdout.splitlines()
     assert result.exit_code == 0 and "{" not in text and json.loads(once(file, "--json").stdout)["step"] == 10
-    for word in ("step 10 of 100", "1 decision, 1 cut, 16 units", "loss 0.25", "75.0 % of dense", "750 MFLOP per step"):
+    for word in (
+        "step 10 of 100",
+        "1 decision, 1 cut, 16 units",
+        "loss 0.25",
+        "75.0 % of dense",
+        "750 MFLOPs per step",
+    ):
         assert word in text
     for word in ("reference 60.0 %", "budget 50.0 %", "price 2.5e-09", "dropped units at step 10"):
         assert word in text
@@ -165,7 +171,7 @@ def test_a_missing_or_damaged_file_gives_a_sentence(name: str, tmp_path: Path) -
         path.write_bytes(content)
     result = once(path)
     assert result.exit_code == 2 and result.stdout == "" and "Traceback" not in result.output
-    assert result.stderr.startswith(f"error: {path} is no ledger that can be read")
+    assert result.stderr.startswith(f"error: the ledger {path} cannot be read")
 
 
 def test_a_folder_gives_a_sentence(tmp_path: Path) -> None:

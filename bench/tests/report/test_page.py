@@ -209,7 +209,7 @@ def test_a_missing_ledger_and_history_are_survived(make_results: Any) -> None:
     seen = Elements(page_of(folder))
     assert "How the budget was met" not in seen.text and "How training went" not in seen.text
     assert "digits setpoint seed 0: no history.jsonl" in seen.text
-    assert "1.2 GFLOP" in seen.text
+    assert "1.2 GFLOPs" in seen.text
 
 
 def test_a_ledger_without_header_facts_is_drawn(make_results: Any) -> None:
@@ -248,7 +248,7 @@ def test_every_drop_is_told(make_results: Any) -> None:
         for origin in origins
     ]
     assert told == sorted(expected)
-    assert all("loss per GFLOP" in item[1] for trace in drops for item in trace["customdata"])
+    assert all("loss per GFLOPs" in item[1] for trace in drops for item in trace["customdata"])
     assert "first cut: reference left the dense cost" in drops[0]["hovertemplate"]
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import atexit
 import sys
-import warnings
 from weakref import WeakSet
 
 from torch import nn
 
 from setpoint.errors import LoopError
+from setpoint.warn import warn
 
 ATTACHED: WeakSet[nn.Module] = WeakSet()
 """Models that a loop is at work on."""
@@ -43,8 +43,7 @@ def _at_work(model: nn.Module) -> set[nn.Module]:
 def _warn_of_unfinished() -> None:
     """Say at the end of the process that a run has not been finished; an exception has been said already."""
     if ATTACHED and getattr(sys, "last_value", None) is None:
-        warnings.warn(
+        warn(
             "the process ends, and a run was not finished: whether it met its budget was not checked. Call "
-            "loop.finish() after the last step; it returns the summary",
-            stacklevel=2,
+            "loop.finish() after the last step; it returns the summary"
         )

@@ -218,6 +218,8 @@ def write_file(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str])
         CheckpointError: when it cannot be written; the old file is then still there.
     """
     partial = ordinary_file(path).with_name(f".{path.name}.{os.getpid()}.partial")
+    if not path.parent.is_dir():
+        raise CheckpointError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}: make it first")
     try:
         partial.touch()  # with the rights of the user's other new files, which `save_file` does not give
         mode = partial.stat().st_mode

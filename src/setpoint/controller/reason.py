@@ -59,11 +59,11 @@ def explain_cut(selection: Selection, price: float, aim: Aim, dense: float, budg
     if not dropped:
         return f"nothing dropped: {left}, {near}"
     what = f"dropped {these(sum(dropped.values()), len(dropped))}"
-    words = f"budget met: {left}; {what}" if budget_met and off <= 0 else f"{what}: {left}"
+    words = f"budget met: {left}; {what}" if budget_met and off <= 0 else f"{what}, {left} are left"
     words += f"; {near}; the price is {price:.3g} of loss {per(aim.resource)}"
     if -off > deadband:
         finest = 100 * min(regained(selection, name) for name in dropped) / aim.target
-        words += f"; the smallest dropped block costs {finest:.1f} % of {reference} and does not fit"
+        words += f"; the smallest dropped block costs {finest:.1f} % of {reference}, which is too much to bring it back"
     return words
 
 

@@ -159,8 +159,10 @@ def amount(value: float, resource: str) -> str:
     """A cost in words, with its unit.
 
     >>> amount(12345678.0, "flops"), amount(0.01234, "latency"), amount(1234567, "params")
-    ('12.35 MFLOPs', '0.0123 s', '1,234,567 params')
+    ('12.35 MFLOPs', '12.3 ms', '1,234,567 params')
     """
+    if UNITS[resource] == "s" and value < 1:
+        return f"{1000 * value:.3g} ms"
     if UNITS[resource] in ("s", "J"):
         return f"{value:.3g} {UNITS[resource]}"
     if resource == "params":

@@ -62,6 +62,8 @@ def wanted(budget: Any) -> Any:
     True
     >>> [each.limit for each in wanted({"latency": "8 ms", "memory": "4 GiB"})]
     [0.008, 4294967296.0]
+    >>> wanted("4 M parameter") == wanted("4 M params")
+    True
     >>> wanted("4 M parameters").limit == wanted({"params": 4e6}).limit == wanted({"parameters": "4 M"}).limit
     True
     >>> wanted("3 GFLOPs") == wanted("3 GFLOPs flops") == wanted({"flops": "3 G"})
@@ -140,8 +142,9 @@ def _by_words(text: str) -> Budget:
     if match is None or _resource(match["of"]) not in RESOURCES:
         hint = did_you_mean(match["of"], RESOURCES) if match else ""
         raise BudgetError(
-            f"the budget {text!r} is not understood: {hint}write a fraction of the dense FLOPs, such as '50%', or an "
-            f"amount and a resource, such as '8 ms latency' or '4 GiB memory'; resources are {', '.join(RESOURCES)}"
+            f"the budget {text!r} is not understood: {hint}{'Write' if hint else 'write'} a fraction of the dense "
+            "FLOPs, such as '50%', or an amount and a resource, such as '8 ms latency' or '4 GiB memory'; resources "
+            f"are {', '.join(RESOURCES)}"
         )
     return _amount(_resource(match["of"]), per, match["amount"])
 
@@ -155,7 +158,7 @@ def _per(key: str) -> tuple[str, str]:
 
 
 def _resource(word: str) -> str:
-    return "params" if word.lower() == "parameters" else word.lower()
+    return "params" if word.lower() in ("parameters", "parameter", "param") else word.lower()
 
 
 def _amount(resource: str, per: str, amount: Any) -> Budget:

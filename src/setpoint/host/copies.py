@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import sys
-import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from setpoint.distributed import is_sharded_tensor, local, plain_kind
 from setpoint.errors import GroupError
 from setpoint.groups.export import computed
 from setpoint.groups.rehearsal import hook_tables
+from setpoint.warn import warn
 
 HOLDERS = {
     "AveragedModel": "module",
@@ -222,9 +222,7 @@ class _Others:
 
 def _leave(holder: Any, why: str) -> None:
     what = f"{type(holder).__name__} holds a copy of the model's shapes that {why}"
-    warnings.warn(
-        f"{what}: it is not cut along. If it is an average of this model, give it to attach: copies=(it,)", stacklevel=6
-    )
+    warn(f"{what}: it is not cut along. If it is an average of this model, give it to attach: copies=(it,)")
 
 
 def likeness(one: nn.Module, other: nn.Module) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections import Counter
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from setpoint.distributed import is_sharded_tensor
+from setpoint.warn import warn
 
 _MOVES = 3
 """So often weights move between backward passes by other hands before that is said."""
@@ -74,11 +74,10 @@ class Unseen:
         self.stop()
         moved = "the weights move" if watch.moves >= _MOVES else f"{watch.passes} backward passes were made"
         others = ", as the others do," if any(each.steps > watch.steps for each in self._watches.values()) else ""
-        warnings.warn(
+        warn(
             f"{moved}, but {watch.name}, given to attach, does not step{others} (it has {watch.steps} times so far): "
             "Setpoint acts on the steps of that very optimizer only. Where another one trains the model now, call "
-            "loop.detach() and attach with that",
-            stacklevel=2,
+            "loop.detach() and attach with that"
         )
 
     def stop(self) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import sys
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +19,7 @@ from setpoint.given import check_settings
 from setpoint.integrations.huggingface import enable_huggingface
 from setpoint.loop.loop import Loop
 from setpoint.loop.summary import Summary
+from setpoint.warn import warn
 
 try:
     from transformers import Trainer, TrainerCallback
@@ -111,11 +111,10 @@ class SetpointCallback(TrainerCallback):  # type: ignore[misc]
         if self.summary is not None and args.load_best_model_at_end and state.best_model_checkpoint:
             ours = self.summary.final_params + self.summary.masked_params
             if (loaded := sum(each.numel() for each in kwargs["model"].parameters())) > ours:
-                warnings.warn(
+                warn(
                     f"the best checkpoint that the Trainer has loaded, {state.best_model_checkpoint}, has {loaded:,} "
                     f"parameters, and the model at the end of training had {ours:,}: it was saved before the last cut. "
-                    "SetpointCallback(..., best_within_budget=True) counts only checkpoints within the budget",
-                    stacklevel=2,
+                    "SetpointCallback(..., best_within_budget=True) counts only checkpoints within the budget"
                 )
 
     def _finish(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,6 +21,7 @@ from setpoint.groups.trace import Trace
 from setpoint.host.host import Host
 from setpoint.sensor.reading import Hooking, Sensor
 from setpoint.sensor.tap import tappable
+from setpoint.warn import warn
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +82,7 @@ def check_some(groups: tuple[Group, ...], frozen: Mapping[str, str]) -> None:
         more = f"; and {len(frozen) - 8} more" if len(frozen) > 8 else ""
         lossy = [name for name, why in frozen.items() if why.endswith(_LOSSY)]
         help = f". attach(..., allow_lossy=True) prunes {', '.join(lossy[:4])} all the same" if lossy else ""
+        help = help or ". docs/own-ops.md says how to teach an op; a layer needs another one behind it to be narrowed"
         raise GroupError(f"nothing in this model can be pruned: {reasons}{more}{help}")
 
 
@@ -191,10 +192,7 @@ def _verified(
     failed, share = tried(model, example, groups, key)
     if failed:
         _check_numbers(example)
-        warnings.warn(
-            f"not pruned, because cutting them on a copy did not behave like masking them: {', '.join(failed)}",
-            stacklevel=4,
-        )
+        warn(f"not pruned, because cutting them on a copy did not behave like masking them: {', '.join(failed)}")
     reasons = dict.fromkeys(failed, "cutting it on a copy did not behave like masking it")
     # At most four forward and backward passes vouch for all groups at once; each culprit is found by bisection.
     passes = 4 + 2 * len(failed) * (2 + math.ceil(math.log2(len(groups))))
@@ -230,8 +228,7 @@ def _warn_of_unreached(model: nn.Module, found: Trace, groups: tuple[Group, ...]
     shapes = {name: p.shape for name, p in model.named_parameters() if p.requires_grad and id(p) not in reached}
     stray = [name for name in found.unreached if len(shapes.get(name, ())) > 1 and lengths & set(shapes[name][1:])]
     if stray:
-        warnings.warn(
+        warn(
             f"the example does not reach {', '.join(stray[:5])}{' and more' if len(stray) > 5 else ''}: if training "
-            "does, give an example that goes there, since what they read may be cut and they would not follow",
-            stacklevel=4,
+            "does, give an example that goes there, since what they read may be cut and they would not follow"
         )

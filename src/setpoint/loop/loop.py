@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -39,6 +38,7 @@ from setpoint.sensor.stride import Listening, is_sensed
 from setpoint.spending.changing import change_budget, change_total_steps, check_open
 from setpoint.spending.metrics import line, metrics
 from setpoint.spending.spending import Spending
+from setpoint.warn import warn
 
 
 @runtime_checkable
@@ -425,10 +425,9 @@ class Loop:
             self.actuator.after_step()
             step, total_steps = now.step, self.spending.total_steps
             if step == self.total_steps + 1:
-                warnings.warn(
+                warn(
                     f"attach was given total_steps={self.total_steps}, and this is step {step}: training goes on, "
-                    "but Setpoint makes no more decisions",
-                    stacklevel=2,
+                    "but Setpoint makes no more decisions"
                 )
             elif step <= total_steps and not now.budget_met:
                 due = self._due(step)
@@ -485,10 +484,10 @@ class Loop:
             facts["plan"] = decisions(plan)
         if note:
             plan = replace(plan, reason=f"{plan.reason}; {note}", drop_and_grow=0.0)
-            warnings.warn(f"{note}, so that the other groups carry the cut", stacklevel=2)
+            warn(f"{note}, so that the other groups carry the cut")
         self.spending.learned(plan.flops)
         if plan.gave_way:
-            warnings.warn(f"{plan.gave_way}, and the reference pauses until the next decision", stacklevel=2)
+            warn(f"{plan.gave_way}, and the reference pauses until the next decision")
         return observation, state, plan
 
     def _act(self, plan: Plan, state: Any, reading: Reading) -> Change:

@@ -63,9 +63,9 @@ def check_same_run(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
             advice = AGAIN
             if name == "total_steps":
                 advice = f"to make it longer, attach with {found}, and say loop.total_steps = {value} once it has begun"
+            theirs, ours = (_short(each, other) for each, other in ((found, value), (value, found)))
             raise CheckpointError(
-                f"the state is of another run: its {name} are {_short(found, value)}, here they are "
-                f"{_short(value, found)}: {advice}"
+                f"the state is of another run: its {name} are {theirs}, here they are {ours}: {advice}"
             )
 
 
@@ -73,7 +73,12 @@ def _short(value: Any, other: Any) -> str:
     """What differs, of two dicts; else the value."""
     if isinstance(value, dict) and isinstance(other, dict):
         value = {key: each for key, each in value.items() if other.get(key) != each}
-    text = repr(value)
+    if isinstance(value, list) and all(isinstance(each, (list, tuple)) and len(each) == 4 for each in value):
+        value = [  # budgets
+            f"{f'{100 * limit:g} %' if share else f'{limit:g}'} {resource} per {per}"
+            for resource, limit, per, share in value
+        ]
+    text = ", ".join(value) if isinstance(value, list) and all(isinstance(each, str) for each in value) else repr(value)
     return text if len(text) <= 120 else f"{text[:120]}..."
 
 

@@ -4,7 +4,6 @@ on with the state that came with an optimizer.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from setpoint.loop.loop import Loop
 from setpoint.loop.resume import check_groups, check_loading, check_optimizers
 from setpoint.loop.telling import log
 from setpoint.under_way import under_way
+from setpoint.warn import warn
 from setpoint.words import counted
 
 
@@ -76,11 +76,10 @@ class Inputs:
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise CheckpointError(f"the state of the loop is damaged: its inputs are {form!r}") from error
         if passes != self.passes:
-            warnings.warn(
+            warn(
                 f"this step called the model {counted(self.passes, 'time')}, the first step of the run "
                 f"{counted(passes, 'time')}: FLOPs are counted as in the first; where the accumulation was changed, "
-                "attach without resume",
-                stacklevel=2,
+                "attach without resume"
             )
         return Inputs(in_shapes(self.example, shapes), passes, samples)
 

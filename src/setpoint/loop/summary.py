@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -16,6 +15,7 @@ from setpoint.loop.progress import Progress
 from setpoint.loop.record import drop_counts, return_counts
 from setpoint.spending.spending import Spending
 from setpoint.spending.verdict import totals, verdict
+from setpoint.warn import warn
 from setpoint.words import counted
 
 
@@ -234,7 +234,7 @@ def warn_of_miss(summary: Summary, now: Progress, passes: int) -> None:
             "decisions were due while ranks had run out of batches inside join(), and all were never back: the run "
             "has not met its budget. Use one join() for each epoch, and ranks of about as many batches"
         )
-    warnings.warn(text, stacklevel=3)
+    warn(text)
 
 
 def _cut_late(ledger: Ledger) -> str:

@@ -44,6 +44,8 @@ class Compressed:
         shares = ", ".join(f"{100 * self.after[name] / self.before[name]:.1f} % of its {name}" for name in self.before)
         units = f"{sum(self.widths.values()):,} of {counted(sum(self.dense_widths.values()), 'unit')}"
         spent = f", {amount(self.after[self.resource], self.resource)} spent" if self.resource in self.after else ""
+        if spent and self.after[self.resource] < 0.97 * self.limit:
+            spent += " (units go in blocks: the next smaller cut would have spent more than the budget)"
         return (
             f"compressed to {shares}: {units} in {counted(len(self.widths), 'group')}\n"
             f"a budget of {amount(self.limit, self.resource)}{spent}\n"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -30,6 +29,7 @@ from setpoint.regrowth.reserve import Key, Reserve, held
 from setpoint.sensor.probe import Probe
 from setpoint.sensor.reading import Reading
 from setpoint.spending.spending import Spending
+from setpoint.warn import warn
 from setpoint.words import counted
 
 Snapshots = dict[str, dict[Key, Tensor]]
@@ -365,7 +365,7 @@ class Regrowth:
             words = f"the reserve of {before.limit_bytes:,} bytes is full: let go of {gone} dropped earlier"
         try:
             if words:
-                warnings.warn(f"{words} for good; actuator=Regrowing(reserve_bytes=...) makes room", stacklevel=3)
+                warn(f"{words} for good; actuator=Regrowing(reserve_bytes=...) makes room")
             yield words
         except BaseException:
             self.reserve, self._last_rest = before, last_rest

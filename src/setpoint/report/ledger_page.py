@@ -30,10 +30,10 @@ def read_ledger(file: Path) -> Record:
     try:
         return record_of(Ledger.load(file))
     except FileNotFoundError as error:
-        said = f"{file} is no ledger that can be read: there is no such file; "
+        said = f"the ledger {file} cannot be read: there is no such file; "
         raise ReportError(f"{said}a run writes it by log_to(loop, {str(file)!r})") from error
     except (OSError, ValueError, TypeError, AttributeError, OverflowError) as error:  # hands may have written it
-        said = f"{file} is no ledger that can be read ({error}): write one with loop.ledger.save(file)"
+        said = f"the ledger {file} cannot be read ({error}): loop.ledger.save(file) writes one"
         raise ReportError(said) from error
 
 

@@ -12,12 +12,14 @@ MINUS = "\N{MINUS SIGN}"
 def scale(largest: float, unit: str) -> tuple[float, str]:
     """The factor and the prefixed unit in which numbers up to `largest` are easy to read.
 
-    >>> scale(2.4e9, "FLOP")
-    (1000000000.0, 'GFLOP')
+    >>> scale(2.4e9, "FLOPs")
+    (1000000000.0, 'GFLOPs')
+    >>> scale(71_172, "parameters")
+    (1000.0, 'k parameters')
     """
     for factor, prefix in PREFIXES:
         if abs(largest) >= factor:
-            return factor, prefix + unit
+            return factor, prefix + (" " if prefix and len(unit) > 5 else "") + unit  # a word is no symbol
     return 1.0, unit
 
 
@@ -33,8 +35,8 @@ def exact(value: float) -> str:
 def human(value: float | None, unit: str = "") -> str:
     """A count with three digits, a prefix and a unit.
 
-    >>> human(1.234e9, "FLOP"), human(45_210), human(None)
-    ('1.23 GFLOP', '45.2 k', '–')
+    >>> human(1.234e9, "FLOPs"), human(45_210), human(None)
+    ('1.23 GFLOPs', '45.2 k', '–')
     """
     if value is None or not math.isfinite(value):
         return NOTHING

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
 import inspect
@@ -33,25 +34,51 @@ def own_function(target: str) -> Callable[[], Any]:
     Raises:
         UsageError: there is no such file, or it has no such function.
     """
+    path, name = check_own_function(target)
+    module = _module(path.resolve(), path.read_bytes())
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise _absent(path, name, [each for each, value in vars(module).items() if inspect.isfunction(value)])
+    try:
+        inspect.signature(function).bind()
+    except TypeError as error:
+        raise UsageError(f"{target} must take nothing, since it is called with nothing: {error}") from None
+    return function  # type: ignore[no-any-return]
+
+
+def check_own_function(target: str) -> tuple[Path, str]:
+    """The file and the name of a function; the file is read, and not run.
+
+    Raises:
+        UsageError: there is no such file, or nothing in it can have this name.
+    """
     if not is_own_function(target):
         raise UsageError(f"{target!r} names no function: give a function of a Python file as module.py:function")
     file, _, name = target.rpartition(":")
     path = Path(file)
     if not path.is_file():
         raise UsageError(f"no file {path}: give an existing Python file as module.py:function")
-    module = _module(path.resolve(), path.read_bytes())
-    function = getattr(module, name, None)
-    if not callable(function):
-        if "@" in name:
-            raise UsageError(f"{path} has no function {name!r}: only methods of Setpoint's own have settings by name")
-        own = [each for each, value in vars(module).items() if inspect.isfunction(value)]
-        listed = f"it has {', '.join(own)}" if own else "it has no functions"
-        raise UsageError(f"{path} has no function {name!r}: {did_you_mean(name, own)}{listed}")
     try:
-        inspect.signature(function).bind()
-    except TypeError as error:
-        raise UsageError(f"{target} must take nothing, since it is called with nothing: {error}") from None
-    return function  # type: ignore[no-any-return]
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):
+        return path, name  # running it says what is wrong
+    named = {each.asname or each.name for node in ast.walk(tree) if isinstance(node, _IMPORTS) for each in node.names}
+    named |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    named |= {node.name for node in ast.walk(tree) if isinstance(node, _DEFINED)}
+    if name not in named and "*" not in named:
+        raise _absent(path, name, [node.name for node in tree.body if isinstance(node, _DEFINED[:2])])
+    return path, name
+
+
+_IMPORTS = (ast.Import, ast.ImportFrom)
+_DEFINED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+
+
+def _absent(path: Path, name: str, own: list[str]) -> UsageError:
+    if "@" in name:
+        return UsageError(f"{path} has no function {name!r}: only methods of Setpoint's own have settings by name")
+    listed = f"it has {', '.join(own)}" if own else "it has no functions"
+    return UsageError(f"{path} has no function {name!r}: {did_you_mean(name, own)}{listed}")
 
 
 @cache

@@ -18,7 +18,7 @@ NAMES = {
     "inference": "seconds of inference",
     "energy": "energy",
 }
-UNITS = {"flops": "FLOP", "params": "parameters", "memory": "B", "latency": "s", "inference": "s", "energy": "J"}
+UNITS = {"flops": "FLOPs", "params": "parameters", "memory": "B", "latency": "s", "inference": "s", "energy": "J"}
 PER = {"inference": "forward pass", "params": "model"}
 """Denominator of spending, where it is not a training step."""
 

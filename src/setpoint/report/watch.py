@@ -24,6 +24,8 @@ from setpoint.report.record import Record
 from setpoint.words import counted
 
 _BAR = 24
+_SILENT_S = 300.0
+"""Seconds without a new line after which a run may have been stopped."""
 _OTHER_LINES = 8
 """Lines of a view besides those of resources and groups."""
 
@@ -124,10 +126,16 @@ def watch(file: Path, screen: Console, seconds: float) -> Record:
             shown = view(record, file.name, screen.height if drawn else None)
             while True:
                 live.update(shown, refresh=True) if drawn else screen.print(shown)
+                screen.file.flush()
                 if record.end_step is not None:
                     return record
+                told = False
                 while (now := _stamp(file)) == known:
                     time.sleep(seconds)
+                    if not told and now is not None and time.time() - now[0] / 1e9 > _SILENT_S:
+                        told, silent = True, Text("nothing was written for five minutes: was the run stopped?")
+                        live.update(Group(shown, silent), refresh=True) if drawn else screen.print(silent)
+                        screen.file.flush()
                 known, trouble = now, list[RenderableType]()
                 try:
                     record = read_ledger(file)

@@ -45,6 +45,9 @@ def named_model(target: str, shape: tuple[int, ...] | None = None) -> tuple[nn.M
     library, colon, name = target.rpartition(":")
     if not colon and target.partition("/")[0] in _LIBRARIES:
         library, colon, name = target.partition("/")
+    folder, slash, rest = target.partition("/")
+    if slash and not colon and (hint := did_you_mean(folder, _LIBRARIES)):
+        raise UsageError(f"unknown library {folder!r} in {target!r}: {hint}Otherwise, give transformers:{target}")
     if colon and library not in _LIBRARIES:
         hint = did_you_mean(library, _LIBRARIES)
         raise UsageError(f"unknown library {library!r} in {target!r}: {hint}use one of {', '.join(_LIBRARIES)}")

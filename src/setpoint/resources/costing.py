@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
@@ -35,6 +34,7 @@ from setpoint.resources.table import Table
 from setpoint.resources.tape import Tape, Trainee, record
 from setpoint.spending.seconds import Stopwatch
 from setpoint.under_way import under_way
+from setpoint.warn import warn
 
 _MOST_STEPS, _ENOUGH_S = 50, 0.4
 _BANDS = ((0.6, 0.9), (0.35, 0.6), (0.15, 0.35))
@@ -108,7 +108,7 @@ def cost_out(
             "seconds; or use of='latency'"
         )
     if meter is not None and watts is not None:
-        warnings.warn(f"joules are measured by {meter.source}: the {watts:g} stated watts are left aside", stacklevel=4)
+        warn(f"joules are measured by {meter.source}: the {watts:g} stated watts are left aside")
     costs, sources = dict[str, Cost](), dict[str, str]()
     errors, step_seconds = dict[str, float](), dict[str, float]()
     table = Table(device) if wanted & {"latency", "inference", "energy"} else None

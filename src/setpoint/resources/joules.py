@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
+
+from setpoint.warn import warn
 
 POWERCAP = Path("/sys/class/powercap")
 _MOST_WATTS = 1e5
@@ -104,7 +105,7 @@ class EnergyMeter:
         return values
 
     def _vanish(self, why: str) -> None:
-        warnings.warn(f"the energy meter has vanished, energy is not measured from here on ({why})", stacklevel=4)
+        warn(f"the energy meter has vanished, energy is not measured from here on ({why})")
 
 
 def _step(counter: Counter, before: float, after: float, elapsed_s: float) -> float | None:

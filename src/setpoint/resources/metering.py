@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
@@ -21,6 +20,7 @@ from setpoint.resources.live_bytes import LiveBytes, resident_bytes
 from setpoint.resources.median import Measured, median_of
 from setpoint.spending.meter import Meter
 from setpoint.spending.seconds import StepMeter
+from setpoint.warn import warn
 
 _MARGIN = 0.03
 _ENOUGH = 10
@@ -151,7 +151,7 @@ class Metering(Meter):
             live.__exit__(None, None, None)
             self._peak = live.peak_bytes
             return
-        warnings.warn("another dispatch mode began inside a metered step: its bytes were not read", stacklevel=2)
+        warn("another dispatch mode began inside a metered step: its bytes were not read")
         if live in mode_stack():  # taken out from under the others, which stay
             above = []
             while current_mode() is not live:
@@ -255,10 +255,9 @@ class Metering(Meter):
     def miss(self, resources: Collection[str]) -> None:
         """Say once of each of these that it is not metered now; an energy meter says so itself."""
         for name in sorted(set(resources) - self._missed - {"energy"}):
-            warnings.warn(
+            warn(
                 f"{name} is not measured now (is there another dispatch mode, as of a second loop?): it is modelled, "
-                "from what was read before if anything was, until it is measured again",
-                stacklevel=2,
+                "from what was read before if anything was, until it is measured again"
             )
         self._missed.update(resources)
 

@@ -9,7 +9,6 @@ import platform
 import statistics
 import tempfile
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -22,6 +21,7 @@ from setpoint.resources.curve import Curve, Point, points
 from setpoint.resources.problem import Problem, on_one_dim
 from setpoint.spending.seconds import Stopwatch
 from setpoint.under_way import under_way
+from setpoint.warn import warn
 
 FORMAT = 2
 """A table of another version is timed again: its fits belong to other curves."""
@@ -80,13 +80,10 @@ class Table:
         except FileNotFoundError:
             return
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            warnings.warn(f"the latency table {self.file} is damaged ({error}) and is timed again", stacklevel=4)
+            warn(f"the latency table {self.file} is damaged ({error}) and is timed again")
             return
         if made_for != self.environment:
-            warnings.warn(
-                f"the latency table {self.file} was timed on {made_for}, and this is {self.environment}: timed again",
-                stacklevel=4,
-            )
+            warn(f"the latency table {self.file} was timed on {made_for}, and this is {self.environment}: timed again")
             return
         self._seconds, self._fits = timed, fits
 
@@ -100,7 +97,7 @@ class Table:
                 json.dump(content, file)
             os.replace(file.name, self.file)
         except OSError as error:
-            warnings.warn(f"the latency table cannot be kept in {self.file}: {error}", stacklevel=3)
+            warn(f"the latency table cannot be kept in {self.file}: {error}")
 
     def fit(self, key: str) -> list[float] | None:
         """Coefficients that were fitted to whole steps before, or None."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,6 +14,7 @@ from setpoint.cost.cost import Cost
 from setpoint.groups.group import Group, widths_of
 from setpoint.resources.metering import Metering
 from setpoint.spending.target import Target
+from setpoint.warn import warn
 
 _TRUST = 0.6
 """How far the factor of a joint cost follows a new reading, as far as the controller's PI part does."""
@@ -129,11 +129,10 @@ class MeteredTarget(Target):
         """Warn of a budget that could be met by prediction and cannot be by the first reading."""
         limit, least = self.limit.get(name), self.expected(name, self._narrowest)
         if limit is not None and name not in self.runs and limit < least:
-            warnings.warn(
+            warn(
                 f"the budget of {amount(limit, name)} cannot be met: the meter reads {amount(seen, name)} where "
                 f"{amount(self.costs[name].total(widths), name)} was predicted, and the narrowest model would still "
-                f"take about {amount(least, name)}",
-                stacklevel=2,
+                f"take about {amount(least, name)}"
             )
 
     def _least(self, name: str, seen: float, widths: Mapping[str, int]) -> float:
@@ -173,11 +172,10 @@ class MeteredTarget(Target):
         limit, least = self.limit[name], self._least(name, seen, widths)
         self._asked[name] = self._limit[name]
         self._limit[name] = seen * (1 + _SLACK)
-        warnings.warn(
+        warn(
             f"the budget of {amount(limit, name)} cannot be met: of the {amount(seen, name)} that the meter reads too "
             "much does not shrink with the model (loading data, say), and by what cuts have saved so far the narrowest "
-            f"model would still take about {amount(least, name)}. Nothing more is cut for it",
-            stacklevel=2,
+            f"model would still take about {amount(least, name)}. Nothing more is cut for it"
         )
 
     # What is remembered.

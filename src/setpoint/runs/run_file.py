@@ -191,7 +191,9 @@ def _check_complete(parts: Mapping[str, Any]) -> None:
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     metadata, tensors = read_file(path)
     if _KEY not in metadata:
-        raise CheckpointError(f"{str(path)!r} was not written by setpoint.save_run: read it with what wrote it")
+        raise CheckpointError(
+            f"{str(path)!r} was not written by setpoint.save_run: read a model's file by setpoint.load"
+        )
     try:
         header = json.loads(metadata[_KEY])
         version, expected = header["format"], header["sha256"]

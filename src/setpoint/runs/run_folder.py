@@ -102,7 +102,9 @@ def read_folder(path: Path, ranks: Ranks, mesh: Any) -> dict[str, Any]:
         indices = {match[1]: match for match in map(_INDEX.fullmatch, sizes) if match}
         own = indices.get(str(ranks.own)) or indices.get("0")
         if own is None:
-            raise CheckpointError(f"{str(path)!r} was not written by setpoint.save_run: read it with what wrote it")
+            raise CheckpointError(
+                f"{str(path)!r} was not written by setpoint.save_run: read a model's file by setpoint.load"
+            )
     index_bytes = _loaded(path, reader, {own[0]: torch.empty(sizes[own[0]].size, dtype=torch.uint8)}, ranks)[own[0]]
     with together(ranks, f"loading {path.name!r}"):
         text = index_bytes.numpy().tobytes()

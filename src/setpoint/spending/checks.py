@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Collection, Sequence
 
 from setpoint.cost.budget import IN_SECONDS, METERED, MILLISECONDS, Budget, amount
 from setpoint.errors import BudgetError
+from setpoint.warn import warn
 
 
 def check_budgets(budget: Budget | Sequence[Budget]) -> tuple[Budget, ...]:
@@ -19,7 +19,7 @@ def check_budgets(budget: Budget | Sequence[Budget]) -> tuple[Budget, ...]:
     budgets = tuple(budget) if isinstance(budget, (list, tuple)) else (budget,)
     for each in budgets:
         if not isinstance(each, Budget):
-            raise BudgetError(f"budget must be a Budget, got {each!r}: write Budget.fraction(0.5, of='flops')")
+            raise BudgetError(f"budget must be a number, a text or a Budget, got {each!r}: write 0.5 or '50% flops'")
         if each.per == "run" and each.resource not in ("flops", "latency", "energy"):
             raise BudgetError(
                 f"a run spends 'flops', seconds ('latency') and 'energy', there is no budget per run of "
@@ -85,13 +85,12 @@ def check_reachable(budget: Budget, dense: float, least: float) -> None:
         )
     if resource in IN_SECONDS and limit > MILLISECONDS * dense:
         raise BudgetError(
-            f"a budget of {limit:g} seconds per {'step' if resource == 'latency' else 'inference'} is "
-            f"{limit / dense:,.0f} times what the dense model takes ({dense:.3g} s): {resource} is in seconds. "
-            f"If you mean milliseconds, write Budget.total({limit / 1000:g}, of={resource!r})"
+            f"a budget of {amount(limit, resource)} per {'step' if resource == 'latency' else 'inference'} is "
+            f"{limit / dense:,.0f} times what the dense model takes, so nothing would be cut: ask for less than "
+            f"{amount(dense, resource)}. A number without a unit is in seconds, '8 ms {resource}' in milliseconds"
         )
     if limit > dense * (1.0 if resource in ("flops", "params") else 1.5):  # seconds and bytes are measured
-        warnings.warn(
+        warn(
             f"the budget of {amount(limit, resource)} is above the {amount(dense, resource)} of the dense model, so "
-            "nothing will be cut: check its unit",
-            stacklevel=2,
+            "nothing will be cut: ask for less than the dense model takes"
         )

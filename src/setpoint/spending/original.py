@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 
 from torch import nn
@@ -15,6 +14,7 @@ from setpoint.errors import BudgetError
 from setpoint.groups.export import Example
 from setpoint.groups.group import widths_of
 from setpoint.groups.trace import repeated, trace
+from setpoint.warn import warn
 
 
 def original_costs(
@@ -53,9 +53,8 @@ def original_costs(
     present = {each.resource: costs[each.resource].total(widths) for each in per_step}
     if present and all(each.absolute(original[each.resource]) >= present[each.resource] for each in per_step):
         shares = [f"{value / original[name]:.1%} of the dense {name}" for name, value in present.items()]
-        warnings.warn(
+        warn(
             f"the model was cut before and takes {' and '.join(shares)}, which is within the budget: nothing more is "
-            "cut for it",
-            stacklevel=4,
+            "cut for it"
         )
     return original

@@ -50,8 +50,8 @@ class RunBudget:
         words = f"a budget of {amount(limit, resource)} for the run ({limit / dense_run:.1%} of a dense one)"
         if resource in IN_SECONDS and limit > MILLISECONDS * dense_run:
             raise BudgetError(
-                f"{words} is {limit / dense_run:,.0f} times what a dense run takes ({dense_run:.3g} s): it is in "
-                f"seconds. If you mean milliseconds, write Budget.total({limit / 1000:g}, of={resource!r}, per='run')"
+                f"{words} is {limit / dense_run:,.0f} times what a dense run takes, so nothing would be cut: ask for "
+                f"less than {amount(dense_run, resource)}. A number without a unit is in seconds"
             )
         least = spent + besides + least_run(self.schedule, step, total_steps, present=present, cheapest=cheapest)
         if limit * (1 - self.margin) < least:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -19,6 +18,7 @@ from setpoint.sensor.stride import sensed_every
 from setpoint.spending.account import Account
 from setpoint.spending.meter import Meter
 from setpoint.spending.target import Target
+from setpoint.warn import warn
 
 LEARNING_SHARE = 0.01
 """A controller that learns never takes more than this share of the FLOPs of the steps so far."""
@@ -82,11 +82,10 @@ class Runs:
         for name, limit in self.limit(total_steps).items():
             if 0 < step < total_steps and least[name] > limit and name not in self._reported:
                 self._reported.add(name)
-                warnings.warn(
+                warn(
                     f"the budget of {amount(limit, name)} for the run cannot be met any more: "
                     f"{amount(self.spent()[name], name)} was spent by step {step}, and with the narrowest model it "
-                    f"would come to {amount(least[name], name)}",
-                    stacklevel=2,
+                    f"would come to {amount(least[name], name)}"
                 )
 
     def length(self, total_steps: int) -> int:

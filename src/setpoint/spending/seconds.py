@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import statistics
 import time
-import warnings
 from collections import deque
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 
 import torch
+
+from setpoint.warn import warn
 
 
 class Stopwatch:
@@ -62,7 +63,7 @@ class Stopwatch:
     def _add(self, elapsed: float) -> None:
         if elapsed < 0 and not self._warned:
             self._warned = True
-            warnings.warn(f"the clock ran {-elapsed:.3g} s backwards: that time is left out", stacklevel=3)
+            warn(f"the clock ran {-elapsed:.3g} s backwards: that time is left out")
         self.last_seconds = max(0.0, elapsed)
         self.seconds += self.last_seconds
 
@@ -106,10 +107,7 @@ class StepMeter:
             self._intervals.append(interval)
         elif not self._warned:
             self._warned = True
-            warnings.warn(
-                f"the clock stood still or ran backwards within a step ({interval:+.3g} s): such steps are left out",
-                stacklevel=2,
-            )
+            warn(f"the clock stood still or ran backwards within a step ({interval:+.3g} s): such steps are left out")
 
     def extra(self) -> float:
         """End a step of another kind, which is no reading: by how many seconds it was longer than the median."""

@@ -126,9 +126,9 @@ def texts(row: Row) -> tuple[str | tuple[str, ...], ...]:
     return (
         row.label,
         metric_text(row),
-        (human(row.final_flops, "FLOP"), percent(row.final_flops_ratio), in_theory(row.theoretical_ratio)),
+        (human(row.final_flops, "FLOPs"), percent(row.final_flops_ratio), in_theory(row.theoretical_ratio)),
         (human(row.final_params), percent(row.final_params_ratio)),
-        (human(row.train_flops, "FLOP"), percent(row.train_flops_ratio), in_theory(row.theoretical_train_ratio)),
+        (human(row.train_flops, "FLOPs"), percent(row.train_flops_ratio), in_theory(row.theoretical_train_ratio)),
         (seconds_text(row), *in_lines(share_text(row.seconds_share))),
         *map(in_lines, (overhead_text(row), realised_text(row), break_even_text(row))),
         NOTHING if not row.resizes else digits(row.resizes),
@@ -200,7 +200,7 @@ def costs(rows: Sequence[Row]) -> str:
     )
     page = f'<h3>What it costs</h3>\n<ul class="legend">{keys}</ul>\n<div class="two">'
     for expense in found:
-        theory = any(row.theoretical_ratio is not None for row in rows) and expense.unit == "FLOP"
+        theory = any(row.theoretical_ratio is not None for row in rows) and expense.unit == "FLOPs"
         note = "Masked models: in theory, and not on the line. " if theory else ""
         timed = expense.unit == "s" and rows[0].clock == "timed"
         bars = "± over seeds, of seconds over the rounds of their measurement" if timed else "± over seeds"

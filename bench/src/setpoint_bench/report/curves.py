@@ -38,7 +38,7 @@ def spending(series: Mapping[str, Sequence[Cell]]) -> Figure | None:
             lines[label] = spent
     if not any(cell.record for cells in series.values() for cell in cells):
         return None
-    factor, unit = scale(max(y for spent in lines.values() for _, y in spent), "FLOP")
+    factor, unit = scale(max(y for spent in lines.values() for _, y in spent), "FLOPs")
     data = []
     for label, spent in lines.items():
         style, points = look[label], [(x, y / factor) for x, y in spent]
@@ -99,7 +99,7 @@ def curves(series: Mapping[str, Sequence[Cell]], quantity: str, axis: str) -> Fi
         return None
     name = AXES[axis]
     if axis == "flops":
-        unit, counted = scale(max(x for trace in data for x in trace["x"]), "FLOP")
+        unit, counted = scale(max(x for trace in data for x in trace["x"]), "FLOPs")
         name = f"training so far ({counted})"
         data = [{**trace, "x": [x / unit for x in trace["x"]]} for trace in data]
     return Figure(data, layout(title, name))

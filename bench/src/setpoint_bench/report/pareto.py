@@ -53,14 +53,14 @@ def expenses(rows: Sequence[Row]) -> tuple[Expense, ...]:
         Expense(
             "train",
             "training FLOPs",
-            "FLOP",
+            "FLOPs",
             lambda row: _in_theory(row, train, row.theoretical_train_ratio, row.train_flops),
         ),
         Expense("time", "training time", "s", lambda row: None if row.clock == "shared" else row.seconds),
         Expense(
             "final",
             "FLOPs of a step at the end",
-            "FLOP",
+            "FLOPs",
             lambda row: _in_theory(row, final, row.theoretical_ratio, row.final_flops),
         ),
         Expense("energy", "energy of training", "J", lambda row: row.energy_j),
@@ -81,7 +81,7 @@ def pareto(rows: Sequence[Row], expense: Expense) -> Figure:
     the metric and the expense. Masked models do not spend their FLOPs in theory, so there they are not on it.
     """
     known = _known(rows, expense)
-    spent = [(row, cost) for row, cost in known if row.theoretical_ratio is None or expense.unit != "FLOP"]
+    spent = [(row, cost) for row, cost in known if row.theoretical_ratio is None or expense.unit != "FLOPs"]
     factor, unit = (1.0, "s") if expense.unit == "s" else scale(max(cost.mean for _, cost in known), expense.unit)
     budgets = budgets_of(rows)
     looks = marks(row.method for row in rows)
@@ -201,7 +201,7 @@ def _trace(
 
 
 def _hover(row: Row, cost: Estimate, expense: Expense) -> str:
-    theory = " in theory" if row.theoretical_ratio is not None and expense.unit == "FLOP" else ""
+    theory = " in theory" if row.theoretical_ratio is not None and expense.unit == "FLOPs" else ""
     amount = f"{cost.mean:.3g} s" if expense.unit == "s" else human(cost.mean, expense.unit)
     return (
         f"<b>{escape(row.label)}</b><br>{escape(row.metric)} {metric_text(row)}<br>"

@@ -69,8 +69,8 @@ def write_picture(results_dir: Path, out: Path, task: str | None = None, labels:
             f"no history of {name!r} in {results_dir}: a picture needs history.jsonl in the cells' folders"
         )
     spending = {label: line for label, cells in groups.items() if (line := spending_line(cells[0]))}
-    factor, unit = scale(max((y for line in spending.values() for _, y in line), default=1.0), "FLOP")
-    counted, counts = scale(max(x for line in learning.values() for x, _ in line), "FLOP")
+    factor, unit = scale(max((y for line in spending.values() for _, y in line), default=1.0), "FLOPs")
+    counted, counts = scale(max(x for line in learning.values() for x, _ in line), "FLOPs")
     learned = {label: [(x / counted, y) for x, y in line] for label, line in learning.items()}
     data = f"{metric} {'in training' if split == 'train' else f'on {split} data'}"
     panels = [Panel(52, f"{data}{' (%)' if metric == 'accuracy' else ''}", f"training {counts}", learned)]
