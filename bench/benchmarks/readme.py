@@ -29,7 +29,7 @@ from tables.costs import (
     soak_table,
     widths_table,
 )
-from tables.discovery import coverage_table, discovery_table, models_cut_line, models_cut_table, suites_table
+from tables.discovery import coverage_table, discovery_table, models_cut_table, suites_table
 from tables.gpu import gpu_table
 from tables.law import (
     calibration_runs_table,
@@ -37,7 +37,6 @@ from tables.law import (
     law_table,
     measured_table,
     optimal_line,
-    over_trained_line,
     write_law_picture,
 )
 from tables.lost import write_lost_picture
@@ -45,6 +44,7 @@ from tables.methods import (
     PRETRAINED,
     ahead_table,
     apart_table,
+    bill_table,
     goals_table,
     headline_table,
     methods_table,
@@ -127,12 +127,7 @@ def filled(text: str) -> str:
             "law-optimal": lambda: optimal_line(RESULTS / "law-language.json"),
             "gpu": lambda: gpu_table(RESULTS / "gpu.json"),
             "readme": lambda: readme_table(RESULTS),
-            "also": lambda: "\n".join(
-                [
-                    f"* {over_trained_line(RESULTS / 'law-language.json')}",
-                    f"* {models_cut_line(RESULTS / 'coverage' / 'torch_pruning.json')}",
-                ]
-            ),
+            "bill": lambda: bill_table(RESULTS),
             "law-calibration": lambda: calibration_runs_table(RESULTS / "law-language.json"),
             "soak": lambda: soak_table(RESULTS / "soak.json"),
             "bench-quick": lambda: bench_quick_table(RESULTS / "bench-quick.json"),

@@ -95,15 +95,12 @@ def models_cut_table(path: Path) -> str:
     )
 
 
-def models_cut_line(path: Path) -> str:
-    """The same as a sentence, with how many of the models are Setpoint's own."""
+def models_cut_row(path: Path) -> str:
+    """The same as a row of two libraries, with how many of the models are Setpoint's own."""
     models = json.loads(path.read_text(encoding="utf-8"))["models"]
     ours, theirs = (sum(record[library]["passed"] for record in models) for library in LIBRARIES)
     own = sum(record["suite"] == "plain" for record in models)
-    return (
-        f"Of {len(models)} models ({own} our own) Setpoint cuts {ours} and trains them on, Torch-Pruning {theirs}. "
-        "No code was written for single models."
-    )
+    return f"| models cut and trained on, of {len(models)} ({own} our own) | {ours} | Torch-Pruning {theirs} |"
 
 
 def _coverage_row(suite: str, library: str, records: list[dict[str, Any]]) -> str:

@@ -159,16 +159,16 @@ def measured_table(file: Path, predicted: Path) -> str:
     return "\n".join([*lines, "", made_on(data)])
 
 
-def over_trained_line(file: Path) -> str:
-    """Setpoint's run from the least start at the largest r that was measured, beside the small model."""
+def over_trained_row(file: Path) -> str:
+    """Setpoint's runs at the largest r that was measured, from each start, beside the small model."""
     arms = [arm for arm in arms_of(json.loads(file.read_text(encoding="utf-8"))) if arm.arm == "setpoint"]
     largest = max(arm.ratio for arm in arms)
-    arm = min((arm for arm in arms if arm.ratio == largest), key=lambda arm: arm.start)
-    level = arm.gain.low is None or arm.gain.high is None or arm.gain.low <= 0 <= arm.gain.high
+    there = sorted((arm for arm in arms if arm.ratio == largest), key=lambda arm: arm.start)
+    starts = " · ".join(f"{arm.start:g}" for arm in there)
     return (
-        f"A very small language model, trained from scratch on {largest:g} times its optimal data, ends at "
-        f"{arm.loss:.3f} nats per byte. One that is small from the start ends at {arm.small:.3f}"
-        f"{', which is level' if level else ''}."
+        f"| trained from scratch on {largest:g} times its optimal data: a tiny language model, begun {starts} times as "
+        f"large (nats per byte, less is better) | {' · '.join(f'{arm.loss:.3f}' for arm in there)} | small from the "
+        f"start {there[0].small:.3f} |"
     )
 
 

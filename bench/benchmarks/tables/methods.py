@@ -17,6 +17,8 @@ from setpoint_bench.report.packed import file_of
 from setpoint_bench.report.results import Cell, Results
 from setpoint_bench.report.statistics import Difference, difference, mean, share_of
 from setpoint_bench.report.summary import FAMILIES, SETPOINT, Row, clock_of, rounds_of, series, summary_rows
+from tables.discovery import models_cut_row
+from tables.law import over_trained_row
 from tables.lost import lost_sentence
 from tables.read import read_results
 from tables.words import made_on, marked, rows_made_on
@@ -137,36 +139,68 @@ def _mean_text(row: Row) -> str:
 
 
 PRETRAINED = {
-    "clothing": ("EfficientNet-Lite0, photographs of clothes", ""),
-    "banking77": ("MiniLM-L6, BANKING77", "banking77-three-layers"),
     "resnet56": ("ResNet-56, CIFAR-10", "resnet20"),
+    "banking77": ("MiniLM-L6, BANKING77", "banking77-three-layers"),
+    "clothing": ("EfficientNet-Lite0, photographs of clothes", ""),
 }
 """By results folder what a table calls the model, and the folder of the small pretrained model where there is one."""
 
 
 def readme_table(root: Path) -> str:
-    """Fine-tuning real pretrained models, on test data: one row a model, Setpoint beside the best rival of a budget."""
-    lines = ["| fine-tuned | dense | to half of the FLOPs | to a quarter |", "|---|---:|---:|---:|"]
-    spent: dict[float, list[float]] = {0.5: [], 0.25: []}
-    for folder, (model, _) in PRETRAINED.items():
-        rows = [row for row in summary_rows(read_results(root / folder)) if row.density is None]
-        cells = [_accuracy(next(row for row in rows if row.method == "dense"))]
-        for budget, shares in spent.items():
+    """Four rows: fine-tuned pretrained models at two budgets, an over-trained small model, and models that are cut."""
+    lines = ["| | Setpoint | others |", "|---|---:|---:|"]
+    names = " · ".join(model.partition(",")[0] for model, _ in PRETRAINED.values())
+    for budget, words in ((0.5, "half of the FLOPs"), (0.25, "a quarter of the FLOPs")):
+        ours, others, dense, seeds = list[str](), list[str](), list[str](), list[str]()
+        for folder in PRETRAINED:
+            rows = _of_equal_steps(root / folder)
             best = _best_of_families([row for row in rows if row.budget == budget])
-            ours, *rivals = [row for row in best.values() if row is not None]
-            kind, rival = max(
-                ((kind, row) for kind, row in best.items() if row in rivals), key=lambda pair: pair[1].value.mean
-            )
-            text = f"**{_accuracy(ours)}**" if _clearly_ahead(ours, [rival]) else _accuracy(ours)
-            cells.append(f"{text}, {kind} {_accuracy(rival)}")
-            shares.append(ours.train_flops_ratio or math.nan)
-        lines.append(f"| {model} | {' | '.join(cells)} |")
-    most = (f"{100 * max(shares):.0f} %" for shares in spent.values())
-    return "\n".join([*lines, f"| training FLOPs | 100 % | {' | '.join(most)} |"])
+            mine, *rivals = [row for row in best.values() if row is not None]
+            rival = max(rivals, key=lambda row: row.value.mean)
+            text = _accuracy(mine)
+            ours.append(f"**{text}**" if _clearly_ahead(mine, [rival]) else text)
+            others.append(_accuracy(rival))
+            dense.append(_accuracy(next(row for row in rows if row.method == "dense")))
+            seeds.append(str(mine.num_seeds))
+        lines.append(
+            f"| fine-tuned to {words}: {names} ({' · '.join(seeds)} seeds) | {' · '.join(ours)} % | open loop "
+            f"{' · '.join(others)} %, dense {' · '.join(dense)} % |"
+        )
+    lines += [over_trained_row(root / "law-language.json"), models_cut_row(root / "coverage" / "torch_pruning.json")]
+    return "\n".join(lines)
+
+
+def _of_equal_steps(folder: Path) -> list[Row]:
+    """Rows of a results folder, but for masks, and for methods that train longer or are taught."""
+    rows = summary_rows(read_results(folder))
+    return [row for row in rows if row.density is None and not row.method.endswith(("-long", "-taught"))]
+
+
+def bill_table(root: Path) -> str:
+    """Fine-tuning for as many steps as the dense run's training FLOPs pay for, beside equal steps."""
+    methods = ("setpoint", "setpoint-long", "cubic-long")
+    lines = [
+        f"| model | FLOPs / step | dense | {' | '.join(f'`{each}`' for each in methods)} | bill | gain, points |",
+        f"|---|---:|---:|{'---:|' * len(methods)}---:|---:|",
+    ]
+    for folder, (model, _) in PRETRAINED.items():
+        rows = summary_rows(read_results(root / folder))
+        dense = next(row for row in rows if row.method == "dense")
+        for budget in (0.5, 0.25):
+            here = {row.method: row for row in rows if row.budget == budget}
+            if "setpoint-long" not in here:
+                continue
+            long = here["setpoint-long"]
+            found = (_with_seeds(here[each]) if each in here else NOTHING for each in methods)
+            spent = percent(long.train_flops_ratio)
+            gain = marked(long.differences.get("setpoint"), long.metric)
+            cells = (model.partition(",")[0], percent(budget), _with_seeds(dense), *found, spent, gain)
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _accuracy(row: Row) -> str:
-    return f"{100 * row.value.mean:.1f} %"
+    return f"{100 * row.value.mean:.1f}"
 
 
 def _best_of_families(rows: Sequence[Row]) -> dict[str, Row | None]:
@@ -182,7 +216,7 @@ def pretrained_table(root: Path) -> str:
     """The same with all that was measured: one column a model, the best of a budget in bold."""
     columns = []
     for folder, (_, small) in PRETRAINED.items():
-        rows = [row for row in summary_rows(read_results(root / folder)) if row.density is None]
+        rows = _of_equal_steps(root / folder)
         columns.append(_pretrained_column(rows, root / small if small else None))
     lines = [
         f"| accuracy on test data | {' | '.join(words for words, _ in PRETRAINED.values())} |",

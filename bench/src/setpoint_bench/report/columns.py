@@ -74,11 +74,11 @@ def columns(rows: Sequence[Row]) -> tuple[Column, ...]:
     found = (
         Column("method", lambda row: row.label),
         Column(f"{rows[0].metric} on {rows[0].split}", metric_text),
-        Column("FLOPs / step", lambda row: human(row.final_flops, "FLOP"), 8),
+        Column("FLOPs / step", lambda row: human(row.final_flops, "FLOPs"), 8),
         Column(f"FLOPs / step {OF_DENSE}", lambda row: percent(row.final_flops_ratio)),
         Column(f"FLOPs / step {IN_THEORY}", lambda row: percent(row.theoretical_ratio), 2),
         Column(f"parameters {OF_DENSE}", lambda row: percent(row.final_params_ratio), 5),
-        Column("training FLOPs", lambda row: human(row.train_flops, "FLOP"), 9),
+        Column("training FLOPs", lambda row: human(row.train_flops, "FLOPs"), 9),
         Column(f"training FLOPs {OF_DENSE}", lambda row: percent(row.train_flops_ratio)),
         Column(f"training FLOPs {IN_THEORY}", lambda row: percent(row.theoretical_train_ratio), 3),
         Column(clock, seconds_text, 1),
