@@ -69,6 +69,9 @@ def report(
         Path, typer.Argument(help="Folder of `bench` or of a run, or a ledger's file.", metavar="DIR|FILE")
     ],
     out: Annotated[Path | None, out_option("by default where the ledger or the results are")] = None,
+    goals: Annotated[
+        bool, typer.Option("--goals", help="Also judge Setpoint's own goals in results.md of a folder of `bench`.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Show what a run decided and spent, and write it as a page.
@@ -82,8 +85,10 @@ def report(
         if folder.is_file() and folder.name in RESULT_FILES:
             raise misuse(f"{folder} is one file of a results folder: give the folder, {folder.parent}")
         if any((folder / name).is_file() for name in RESULT_FILES):
-            _added("report-folder", "report FOLDER")(folder, out)
+            _added("report-folder", "report FOLDER")(folder, out, goals)
         else:
+            if goals:
+                raise misuse(f"--goals judges results of the benchmark, and {folder} has none: leave it out")
             _report_ledger(_only_ledger(folder), out)
 
 

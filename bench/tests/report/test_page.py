@@ -112,7 +112,7 @@ def test_curves_can_be_drawn_against_steps_seconds_and_flops(make_results: Any) 
         assert figure
         assert next(t for t in figure.data if t["name"] == "dense")["x"][-1] == pytest.approx(last, rel=1e-5)
     page = page_of(folder)
-    assert "training so far (TFLOP)" in page
+    assert "training so far (TFLOPs)" in page
     assert len(re.findall('type="radio" name="t0-axis"', page)) == 3 and page.count(" checked") == 1
     busy = {label: [replace(cell, clock="shared") for cell in cells] for label, cells in groups.items()}
     assert "by-seconds" in curve_section("t0", groups) and "by-seconds" not in curve_section("t0", busy)

@@ -203,7 +203,7 @@ def test_rows_as_texts(make_results: Any) -> None:
     """A row's texts stand under the headings, in human units; columns that nothing fills are left out."""
     rows = summary_rows(read_results(make_results()))
     texts = {column.heading: column.text(rows[-1]) for column in columns(rows)}
-    assert texts["FLOPs / step"] == "1.2 GFLOP" and texts["budget met"] == "2 of 2" and texts["cuts"] == "8"
+    assert texts["FLOPs / step"] == "1.2 GFLOPs" and texts["budget met"] == "2 of 2" and texts["cuts"] == "8"
     assert "energy" not in texts and "FLOPs / step in theory" not in texts
     assert [column.heading for column in difference_columns(rows)] == [
         *("method", "to dense", "to small", "to setpoint")

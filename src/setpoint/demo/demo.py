@@ -172,7 +172,8 @@ def _lines(found: dict[str, Any]) -> tuple[str, str, str]:
     share, trained = (small[name] / dense[name] for name in ("flops_per_step", "train_flops"))
     met = f"budget {'met' if found['budget_met'] else 'NOT met'}: "
     return (
-        f"accuracy   {percent(small['accuracy'])} with Setpoint, {percent(dense['accuracy'])} dense, on test images",
+        f"accuracy   {percent(small['accuracy'])} with Setpoint, {percent(dense['accuracy'])} dense, on test images "
+        "(one seed)",
         f"network    {met}{percent(share)} of the dense FLOPs, {small['units']:,} of {dense['units']:,} channels",
         f"training   {percent(trained)} of dense training FLOPs and {duration(small['train_seconds'])}, dense "
         f"{duration(dense['train_seconds'])}, own work included; a step at the end {duration(small['step_seconds'])}, "

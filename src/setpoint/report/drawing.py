@@ -82,6 +82,11 @@ def _shade(share: float | None) -> str:
     return f"color-mix(in srgb,{ink(BLUE if level < 0.5 else ORANGE)} {abs(2 * level - 1):.0%},{ink(GREY)})"
 
 
+def _dot(trace: Trace) -> str:
+    """The class of a trace's mark in a legend."""
+    return "dot square" if trace.get("marker", {}).get("symbol") == "square" else "dot"
+
+
 def _legend(figure: Figure) -> str:
     if not figure.layout.get("showlegend", True):
         return ""
@@ -89,7 +94,7 @@ def _legend(figure: Figure) -> str:
     for trace in figure.data:
         look = trace.get("line") or trace.get("marker") or {}
         if trace.get("name") and trace.get("showlegend", True) and isinstance(look.get("color"), str):
-            kind = "line" if str(trace.get("mode")).startswith("lines") else "dot"
+            kind = "line" if str(trace.get("mode")).startswith("lines") else _dot(trace)
             style = f"color:{ink(look['color'])};opacity:{trace.get('opacity', 1)}"
             dashed = f";border-top-style:{_BORDERS.get(look.get('dash', 'solid'), 'dashed')}"
             items[trace["name"]] = (
@@ -97,7 +102,8 @@ def _legend(figure: Figure) -> str:
             )
     found = figure.layout.get("coloraxis", {}).get("colorbar", {}).get("title", {}).get("text")
     if found:
-        keys = "".join(f'<i class="dot" style="color:{_shade(n / (_SHADES - 1))}"></i>' for n in range(_SHADES))
+        kind = "dot square" if any("square" in _dot(trace) for trace in figure.data) else "dot"
+        keys = "".join(f'<i class="{kind}" style="color:{_shade(n / (_SHADES - 1))}"></i>' for n in range(_SHADES))
         items[found] = f"<li>{keys}{escape(found)}, 0 to 1</li>"
     return f'<ul class="legend">{"".join(items.values())}</ul>' if len(items) > 1 else ""
 

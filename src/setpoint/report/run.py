@@ -14,12 +14,12 @@ from setpoint.words import counted
 
 MOST_NAMED = 12
 """Groups that a line of the table of decisions names."""
-SPENT = "The schedule leads from the dense cost to the budget; a point is a cut, and its text tells why."
+SPENT = "The schedule leads from the dense cost to the budget; a point is a cut, and its text says why."
 BILL = "A point is a cut. After the last decision each step counts what that decision left."
 PRICE = "Loss per unit of resource: a unit stays while its worth is at least the price."
 WIDTHS = "Active units / units of the dense model, by group, over steps."
 LIVES = (
-    "Each line is a unit; a marker ends it, and tells its worth, saliency, the price and the reason. "
+    "Each line is a unit; a marker ends it, and shows its worth, saliency, the price and the reason. "
     "Blue: worth next to nothing. Orange: a close call."
 )
 RESTS = "From the step at which a unit was dropped to its return, or to the end of the run."

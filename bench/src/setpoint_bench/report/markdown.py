@@ -26,24 +26,26 @@ INTERVALS = (
 )
 
 
-def write_markdown(results_dir: Path, out: Path | None = None) -> Path:
+def write_markdown(results_dir: Path, out: Path | None = None, *, judged: bool = False) -> Path:
     """Write `results.md` for a results folder (docs/results-format.md), by default into it.
 
     Raises:
         ReportError: the folder holds no results, or of an unknown schema.
     """
-    target, text = results_dir / NAME if out is None else out, markdown(read_results(results_dir))
+    target = results_dir / NAME if out is None else out
+    text = markdown(read_results(results_dir), judged=judged)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(text, encoding="utf-8")
     return target
 
 
-def markdown(results: Results) -> str:
-    """All tasks of a folder as one Markdown page."""
+def markdown(results: Results, *, judged: bool = False) -> str:
+    """All tasks of a folder as one Markdown page; with their goals if `judged`."""
     rows = summary_rows(results)
     parts = ["# Results"]
     for task in results.tasks():
-        parts += [f"## {escape(task)}", task_text(results.of(task), [row for row in rows if row.task == task])]
+        own = [row for row in rows if row.task == task]
+        parts += [f"## {escape(task)}", task_text(results.of(task), own, judged=judged)]
     if results.remarks:
         parts += ["## Left out", "\n".join(f"* {escape(remark)}" for remark in results.remarks)]
     return "\n\n".join(parts) + "\n"
