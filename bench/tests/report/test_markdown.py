@@ -34,6 +34,7 @@ def test_tables_differences_and_goals(make_results: Any) -> None:
     found = read_results(folder)
     asked = task_text(found.cells, summary_rows(found), judged=True)
     assert "not reached" not in text and "| not reached | −1.00 [−1.00, −1.00] to dense |" in asked
+    assert markdown(found, judged=True) != text and asked in markdown(found, judged=True)
     assert "3 seeds a row (0, 1, 2)" in text
 
 

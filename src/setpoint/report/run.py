@@ -124,5 +124,8 @@ def entries_table(record: Record, resource: str | None, final: tuple[float, floa
     if final is not None:
         blank = [NOTHING] * (len(titles) - 4)
         lines.append([f"{final[0]:,}", *blank, digits(final[1]), NOTHING, "the end of the run"])
-    listing = html_table(titles, lines, classes="entries")
+    used = [place for place in range(len(titles)) if any(row[place] != NOTHING for row in lines)]
+    listing = html_table(
+        [titles[place] for place in used], [[row[place] for place in used] for row in lines], classes="entries"
+    )
     return f'<details><summary>All decisions</summary><div class="scroll">{listing}</div></details>\n'
