@@ -68,7 +68,7 @@ def test_shares_over_the_whole_are_explained() -> None:
     """Two groups that share a layer add up to more than all FLOPs, and the line says why."""
     model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
     line = inspection_lines(inspect_model("mine", model, (torch.zeros(2, 16),)))[3]
-    assert line.startswith("most FLOPs: 0 (64 neurons, ") and ", 2 (64 neurons, " in line
+    assert line.startswith("most FLOPs: layer 0 (64 neurons, ") and ", layer 2 (64 neurons, " in line
     assert line.endswith("; groups share FLOPs, so these add up to over 100 %")
 
 

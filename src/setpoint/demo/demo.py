@@ -184,9 +184,9 @@ def _lines(found: dict[str, Any]) -> tuple[str, str, str]:
 def cards(found: dict[str, Any]) -> str:
     """The page's head: what was compared, and how it ended."""
     items = (
-        ("FLOPs per step", "flops_per_step", lambda value: human(value, "FLOP")),
+        ("FLOPs per step", "flops_per_step", lambda value: human(value, "FLOPs")),
         ("accuracy", "accuracy", percent),
-        ("FLOPs of the training", "train_flops", lambda value: human(value, "FLOP")),
+        ("FLOPs of the training", "train_flops", lambda value: human(value, "FLOPs")),
         ("a step at the end", "step_seconds", duration),
         ("whole training, overhead included", "train_seconds", duration),
     )

@@ -25,10 +25,10 @@ def inspection_lines(found: Inspection) -> tuple[str, ...]:
         >>> model = nn.Sequential(nn.Linear(8, 20), nn.ReLU(), nn.Linear(20, 4))
         >>> for line in inspection_lines(inspect_model("mine", model, (torch.zeros(2, 8),))):
         ...     print(line)
-        mine on 2x8: 2.24 kFLOP per training step, 264 parameters
+        mine on 2x8: 2.24 kFLOPs per training step, 264 parameters
         can be pruned: 20 units in 1 group, with 98.5 % of the parameters
-        cheapest reachable: 224 FLOP (10.0 %), 30 parameters (11.4 %)
-        most FLOPs: 0 (20 neurons, 90.0 %)
+        cheapest reachable: 224 FLOPs (10.0 %), 30 parameters (11.4 %)
+        most FLOPs: layer 0 (20 neurons, 90.0 %)
         not pruned: nothing
         frozen: 2 places: input of the network, or other data; output of the network
         checked: each cut was tried on a copy of the model
@@ -38,7 +38,7 @@ def inspection_lines(found: Inspection) -> tuple[str, ...]:
     units = sum(group.num_units for group in pruned)
     dense = (
         f"{found.model} on {', '.join('x'.join(map(str, shape)) for shape in found.inputs)}: "
-        f"{human(found.flops, 'FLOP')} per training step, {human(found.params)} parameters"
+        f"{human(found.flops, 'FLOPs')} per training step, {human(found.params)} parameters"
     )
     if not pruned:
         return nothing(found), dense, _not_pruned(whole), _frozen(found)
@@ -46,7 +46,7 @@ def inspection_lines(found: Inspection) -> tuple[str, ...]:
         dense,
         f"can be pruned: {counted(units, 'unit')} in {counted(len(pruned), 'group')}, "
         f"with {percent(found.prunable_params_share)} of the parameters",
-        f"cheapest reachable: {human(found.cheapest_flops, 'FLOP')} ({share(found.cheapest_flops, found.flops)}), "
+        f"cheapest reachable: {human(found.cheapest_flops, 'FLOPs')} ({share(found.cheapest_flops, found.flops)}), "
         f"{human(found.cheapest_params)} parameters ({share(found.cheapest_params, found.params)})",
         _largest(pruned),
         _not_pruned(whole),
@@ -75,7 +75,8 @@ def _largest(pruned: Sequence[GroupReport]) -> str:
     for (_, units, what, saved), names in alike.items():
         several = len(names) > 1
         size = f"{f'{len(names)} x ' if several else ''}{counted(units, what)}, {saved}{' each' if several else ''}"
-        more = f"{', '.join(fold(names))} ({size})"
+        named = [f"layer {name}" if name.isdigit() else name for name in fold(names)]  # "0" alone reads as a number
+        more = f"{', '.join(named)} ({size})"
         if line.endswith(")") and len(line) + len(more) + 2 > _WIDTH:
             break
         line += f", {more}" if line.endswith(")") else more

@@ -48,7 +48,7 @@ def _reach(found: Mapping[str, Any]) -> str:
     pruned = [group for group in found["groups"] if not group["kept_whole"]]
     units, whole = sum(group["num_units"] for group in pruned), len(found["groups"]) - len(pruned)
     lines = []
-    for title, name, unit in (("FLOPs per training step", "flops", "FLOP"), ("parameters", "params", "")):
+    for title, name, unit in (("FLOPs per training step", "flops", "FLOPs"), ("parameters", "params", "")):
         dense, fewest = found[name], found[f"cheapest_{name}"]
         bar = width(1.0, fewest / dense if dense else 1.0)
         lines.append([title, bar, human(dense, unit), human(fewest, unit), share(fewest, dense)])

@@ -21,12 +21,12 @@ def inspection_tree(found: Inspection) -> Tree:
     """The tree of an inspection, prunable groups first; groups that differ only in their numbers share a branch."""
     tree = Tree(
         f"[bold]{escape(found.model)}[/] on {', '.join('x'.join(map(str, shape)) for shape in found.inputs)}: "
-        f"{human(found.flops, 'FLOP')} per training step, {human(found.params)} parameters"
+        f"{human(found.flops, 'FLOPs')} per training step, {human(found.params)} parameters"
     )
     if all(group.kept_whole for group in found.groups):
         tree.add(escape(nothing(found)))
     tree.add(
-        f"cheapest reachable: {human(found.cheapest_flops, 'FLOP')} ({share(found.cheapest_flops, found.flops)}), "
+        f"cheapest reachable: {human(found.cheapest_flops, 'FLOPs')} ({share(found.cheapest_flops, found.flops)}), "
         f"{human(found.cheapest_params)} parameters ({share(found.cheapest_params, found.params)})"
     )
     if not found.verified:
