@@ -186,6 +186,18 @@ def test_a_model_that_is_bound_to_its_dtype_is_compared_in_it() -> None:
     assert failing_groups(OnlySingle(), (torch.randn(4, 3),), wrong) == ("units",)
 
 
+def test_a_large_model_is_tried_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: a cut that is right needs no float64 there, and one that is wrong is found all the same."""
+    monkeypatch.setattr("setpoint.actuator.verify._LARGE", 0)
+    model, inputs, groups = residual()
+    seen: set[torch.dtype] = set()
+    model.register_forward_pre_hook(lambda module, args: seen.add(args[0].dtype))
+    assert failing_groups(model, inputs, groups) == () and seen == {torch.float32}
+    kept = tuple(each for each in groups[1].slices if each.tensor != "norm.running_mean")
+    assert failing_groups(model, inputs, damage(groups, "inner", slices=kept)) == ("inner",)
+    assert seen == {torch.float32, torch.float64}
+
+
 def test_statistics_that_were_left_out_are_found() -> None:
     """Claim: a running mean missing from a group is found, since the cut then does not run or updates another."""
     model, inputs, groups = residual()
