@@ -1,4 +1,5 @@
 # make demo | docs | bench-quick | coverage-suites | test | test-slow | soak | nightly | check: each builds .venv by itself, and again only when a pyproject.toml has changed.
+# `docs` installs a small part of it.
 #
 # PYTHON=python3.12 picks the interpreter (3.11 or newer). PYTEST="-k twin" passes options to pytest, JOBS=4 runs it in as many processes.
 
@@ -18,6 +19,7 @@ BIN := .venv/bin
 # The tests start many processes, which need not each compile every file anew.
 export PYTHONDONTWRITEBYTECODE :=
 READY := .venv/.ready
+DOCS_READY := .venv/.docs
 
 .PHONY: help demo docs bench-quick coverage-suites test test-slow soak nightly check clean
 
@@ -39,7 +41,8 @@ help:
 demo: $(READY)
 	$(BIN)/setpoint demo --out $(OUT)
 
-docs: $(READY)
+docs: $(DOCS_READY)
+	@echo "building the site into $(SITE): under a minute"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir $(SITE)
 
 # Accuracy first, two runs at a time; then seconds, with nothing beside them. Runs that are done are not done again.
@@ -75,6 +78,11 @@ check: $(READY)
 
 $(READY): pyproject.toml bench/pyproject.toml
 	@PYTHON="$(PYTHON)" bash .ci/venv
+	@touch $@
+
+# The site needs neither PyTorch nor the library; where the development tools are installed, it needs nothing more.
+$(DOCS_READY): pyproject.toml
+	@[ $(READY) -nt pyproject.toml ] || PYTHON="$(PYTHON)" bash .ci/venv docs
 	@touch $@
 
 clean:

@@ -28,7 +28,9 @@ def methods_table(folder: Path) -> str:
     """Tables of a results folder with what they were measured on."""
     results = read_results(folder)
     rows = summary_rows(results)
-    for task in results.tasks():  # seconds compare on one machine only; what was learnt, with one version and precision
+    for (
+        task
+    ) in results.tasks():  # seconds compare on one machine only; what was learned, with one version and precision
         timed = {json.dumps(cell.timing.environment) for cell in results.of(task) if cell.timing}
         assert len(timed) <= 1, f"{folder}: timed on several machines"
         ran = {tuple(cell.environment.get(key) for key in ("torch", "dtype")) for cell in results.of(task)}

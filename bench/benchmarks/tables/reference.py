@@ -18,7 +18,9 @@ def reference_table(page: Path) -> str:
         found = getattr(importlib.import_module(module), name)
         shown = f"setpoint.{name}" if getattr(setpoint, name, None) is found else dotted
         if inspect.isfunction(found):
-            shown += f"({', '.join(inspect.signature(found).parameters)})"
+            stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+            parameters = inspect.signature(found).parameters.values()
+            shown += f"({', '.join(stars.get(each.kind, '') + each.name for each in parameters)})"
         text = " ".join((inspect.getdoc(found) or "").split("\n\n")[0].split())
         first = re.split(r"(?<=[.;:]) (?=[A-Z])", text)[0].replace("|", r"\|")
         lines.append(f"| `{shown}` | {first} |")

@@ -86,7 +86,7 @@ def read_timings(folder: Path, remarks: list[str]) -> dict[tuple[Any, ...], Timi
         load, stage_steps, step_seconds = line.get("load"), numbers(line.get("stage_steps")), line.get("step_seconds")
         of_stages = numbers(step_seconds)
         if len(of_stages) != len(stage_steps):
-            remarks.append(f"a timing of {line.get('method')} tells seconds of other stages than it tells steps of")
+            remarks.append(f"a timing of {line.get('method')} names the seconds of other stages than the steps")
             stage_steps = of_stages = ()
         key = (str(line.get("task")), str(line.get("method")), number(line.get("budget")), integer(line.get("seed")))
         found[key] = Timing(

@@ -139,7 +139,7 @@ def resnet56(data: Path | None = None) -> SimpleTask:
 
 @task("resnet20")
 def resnet20(data: Path | None = None) -> SimpleTask:
-    """A ResNet-20 that was trained on CIFAR-10 adapts likewise: the small rival of a cut ResNet-56.
+    """A ResNet-20 that was trained on CIFAR-10 adapts to compressed copies of its images: the rival of `resnet56`.
 
     Args:
         data: folder that holds `uoft-cs/cifar10` and the weights, or None for the usual places.
