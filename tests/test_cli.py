@@ -541,6 +541,8 @@ def test_what_a_users_file_prints_is_no_json(tmp_path: Path) -> None:
     [
         (("inspect", "torchvison/resnet18"), "did you mean torchvision?"),
         (("inspect", "tim/resnet18"), "did you mean timm?"),
+        (("watch", "not_there.jsonl", "--json"), "there is no such file"),
+        (("demo", "--steps", "x"), "it takes an integer"),
         (("plan", "--size", "2e8", "--tokens", "5e10", "--budget", "50%"), "--budget is for a MODEL"),
         (("inspect", __file__.replace("test_cli.py", "slow.txt")), "is a file and no model"),
     ],

@@ -177,7 +177,7 @@ def watch(
         if file.is_dir():
             raise misuse(f"{file} is a folder without {LEDGER}: give the file that a run writes by log_to")
         screen = console()
-        if once:
+        if once or (json and not file.exists()):  # a machine waits for no file
             record = read_ledger(file)
             screen.print(view(record, file.name))
         else:

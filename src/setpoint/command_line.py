@@ -101,6 +101,8 @@ class OneLine(TyperGroup):
             else:
                 at = getattr(error, "ctx", None)
                 said = " ".join(told().split()).removesuffix(".")
+                for what in ("integer", "number"):
+                    said = said.replace(f"Input should be a valid {what}, unable to parse string as", "it takes")
                 dot = "" if said.endswith("?") else "."
                 then = f"{dot} {at.command_path} -h shows examples" if at is not None else ""
                 print(f"error: {said}{then}", file=sys.stderr)

@@ -153,7 +153,7 @@ def readme_table(root: Path) -> str:
     lines = ["| | Setpoint | others |", "|---|---:|---:|"]
     names = " · ".join(model.partition(",")[0] for model, _ in PRETRAINED.values())
     for budget, words in ((0.5, "half of the FLOPs"), (0.25, "a quarter of the FLOPs")):
-        ours, others, dense, seeds = list[str](), list[str](), list[str](), list[str]()
+        ours, others, dense, seeds, of_dense = (list[str]() for _ in range(5))
         for folder in PRETRAINED:
             rows = _of_equal_steps(root / folder)
             best = _best_of_families([row for row in rows if row.budget == budget])
@@ -162,10 +162,13 @@ def readme_table(root: Path) -> str:
             text = _accuracy(mine)
             ours.append(f"**{text}**" if _clearly_ahead(mine, [rival]) else text)
             others.append(_accuracy(rival))
-            dense.append(_accuracy(next(row for row in rows if row.method == "dense")))
+            whole = next(row for row in rows if row.method == "dense")
+            dense.append(_accuracy(whole))
             seeds.append(str(mine.num_seeds))
+            of_dense.append(str(whole.num_seeds))
+        more = "" if seeds == of_dense else f", dense {' · '.join(of_dense)}"
         lines.append(
-            f"| fine-tuned to {words}: {names} ({' · '.join(seeds)} seeds) | {' · '.join(ours)} % | open loop "
+            f"| fine-tuned to {words}: {names} ({' · '.join(seeds)} seeds{more}) | {' · '.join(ours)} % | open loop "
             f"{' · '.join(others)} %, dense {' · '.join(dense)} % |"
         )
     lines += [over_trained_row(root / "law-language.json"), models_cut_row(root / "coverage" / "torch_pruning.json")]

@@ -41,7 +41,10 @@ class Compressed:
         return {name: width / self.dense_widths[name] for name, width in self.widths.items()}
 
     def __str__(self) -> str:
-        shares = ", ".join(f"{100 * self.after[name] / self.before[name]:.1f} % of its {name}" for name in self.before)
+        words = {"flops": "FLOPs", "params": "parameters"}
+        shares = ", ".join(
+            f"{100 * self.after[name] / self.before[name]:.1f} % of its {words.get(name, name)}" for name in self.before
+        )
         units = f"{sum(self.widths.values()):,} of {counted(sum(self.dense_widths.values()), 'unit')}"
         spent = f", {amount(self.after[self.resource], self.resource)} spent" if self.resource in self.after else ""
         if spent and self.after[self.resource] < 0.97 * self.limit:

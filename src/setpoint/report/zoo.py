@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from importlib import import_module
 from typing import Any
@@ -46,8 +47,12 @@ def named_model(target: str, shape: tuple[int, ...] | None = None) -> tuple[nn.M
     if not colon and target.partition("/")[0] in _LIBRARIES:
         library, colon, name = target.partition("/")
     folder, slash, rest = target.partition("/")
-    if slash and not colon and (hint := did_you_mean(folder, _LIBRARIES)):
-        raise UsageError(f"unknown library {folder!r} in {target!r}: {hint}Otherwise, give transformers:{target}")
+    meant = difflib.get_close_matches(folder.lower(), _LIBRARIES, 1, 0.8)
+    if slash and not colon and meant and folder != meant[0]:
+        raise UsageError(
+            f"unknown library {folder!r} in {target!r}: did you mean {meant[0]}? A model on the Hub is "
+            f"transformers:{target}"
+        )
     if colon and library not in _LIBRARIES:
         hint = did_you_mean(library, _LIBRARIES)
         raise UsageError(f"unknown library {library!r} in {target!r}: {hint}use one of {', '.join(_LIBRARIES)}")

@@ -74,7 +74,8 @@ def verdict(spending: Spending, step: int, widths: Mapping[str, int], last: Plan
             if name in METERED:
                 spent, asked = f"{amount(seen, name)} ({spent})", amount(limit, name)
             return False, f"{spent} {after}, {asked} asked for{still}"
-        left += [of_dense(seen / dense, name)] * (name not in target.runs)
+        uncut = name in METERED and widths == spending.dense_widths  # it is the dense model, whatever a clock says
+        left += [of_dense(1.0 if uncut else seen / dense, name)] * (name not in target.runs)
     if last is not None and last.budget_met:
         gone = "; the energy meter has vanished since: joules are modelled" if spending.meter.vanished else ""
         met = f"{'budget met' if spending.budgets else 'done'} at step {last.step:,} of {total_steps:,}"
