@@ -480,3 +480,19 @@ def test_attention_that_takes_another_way_once_cut() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     loop = train((model, optimizer, torch.randn(8, 8, 32)), Budget.fraction(0.8, of="memory"), 40)
     assert loop.summary is not None and loop.summary.budget_met and loop.summary.resizes > 0, loop.summary
+
+
+@pytest.mark.filterwarnings("ignore:the budget of .* is above")
+def test_a_model_that_was_not_cut_is_the_whole_of_the_dense_one(machine: Machine) -> None:
+    """A clock that slows down and speeds up says nothing of an uncut model: its share of the dense latency is 100 %."""
+    model, optimizer, x = mlp()
+    loop = setpoint.attach(model, optimizer, "0.1 s latency", total_steps=60, example=(x,))
+    for step in range(60):
+        machine.factor = 4.0 if step < 20 else 1.0
+        nn.functional.cross_entropy(model(x), torch.zeros(len(x), dtype=torch.long)).backward()
+        machine.live(loop)
+        optimizer.step()
+        optimizer.zero_grad()
+    summary = loop.finish()
+    assert summary.budget_met and summary.resizes == 0
+    assert summary.reason.endswith(": 100.0 % of the dense latency"), summary.reason
