@@ -281,7 +281,7 @@ def fitted(goal: Any, steps: int, observed: Callable[[int, float], float] | None
 
 def run_budget() -> Training:
     """A budget for the whole run, for which the last cut waits."""
-    return fitted(setpoint.Budget.fraction(0.55, of="flops", per="run"), 200)
+    return fitted(setpoint.Budget.fraction(0.545, of="flops", per="run"), 200)
 
 
 def price() -> Training:

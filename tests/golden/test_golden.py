@@ -61,7 +61,7 @@ def test_the_runs_show_what_they_are_there_for() -> None:
     assert moved("regrowth", "grown") >= 3 and RECORDED["regrowth"]["plan"]["probed_steps"] > 30
     assert words("gates").count("of gates below one half") >= 3
     assert moved("two_four", "num_grown") >= 3
-    assert words("run_budget").count("waits") >= 1
+    assert words("run_budget").count("waits") >= 3
     assert moved("tolerance", "grown") == moved("taken_back", "grown") == 1
     assert any(group["what"] == "head" for group in RECORDED["gpt"]["header"]["groups"].values())
     assert any(group["what"] == "state" for group in RECORDED["states"]["header"]["groups"].values())

@@ -129,11 +129,11 @@ def watch(file: Path, screen: Console, seconds: float) -> Record:
                 screen.file.flush()
                 if record.end_step is not None:
                     return record
-                told = False
+                warned = False
                 while (now := _stamp(file)) == known:
                     time.sleep(seconds)
-                    if not told and now is not None and time.time() - now[0] / 1e9 > _SILENT_S:
-                        told, silent = True, Text("nothing was written for five minutes: was the run stopped?")
+                    if not warned and now is not None and time.time() - now[0] / 1e9 > _SILENT_S:
+                        warned, silent = True, Text("nothing was written for five minutes: was the run stopped?")
                         live.update(Group(shown, silent), refresh=True) if drawn else screen.print(silent)
                         screen.file.flush()
                 known, trouble = now, list[RenderableType]()
