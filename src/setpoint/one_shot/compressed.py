@@ -48,7 +48,7 @@ class Compressed:
         units = f"{sum(self.widths.values()):,} of {counted(sum(self.dense_widths.values()), 'unit')}"
         spent = f", {amount(self.after[self.resource], self.resource)} spent" if self.resource in self.after else ""
         if spent and self.after[self.resource] < 0.97 * self.limit:
-            spent += " (units go in blocks: the next smaller cut would have spent more than the budget)"
+            spent += " (units go in blocks, and no block more fits the budget)"
         return (
             f"compressed to {shares}: {units} in {counted(len(self.widths), 'group')}\n"
             f"a budget of {amount(self.limit, self.resource)}{spent}\n"
