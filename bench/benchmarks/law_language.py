@@ -5,9 +5,10 @@
 
 A byte-level GPT of two layers has a residual stream that stays as it is; heads and neurons are what is scaled and
 pruned. First come runs of five sizes at three budgets of FLOPs, and the law is fitted to them. It says how many tokens
-are optimal for the small model. Then come, at 1, 4 and 16 times these tokens, the small model and runs that start
+are optimal for the small model. Then come, at 1, 4, 16 and 64 times these tokens, the small model and runs that start
 larger and are cut between 25 and 75 % of the steps. All spend the FLOPs of the small model's run, all of Setpoint's own
-work included; each rate of learning is swept at seed 0 on validation bytes, and the test bytes are reported.
+work included; each rate of learning is swept at seed 0 on validation bytes, and the test bytes are reported. At last
+comes a pair of twice the final size, which confirms or contradicts what was found at 16.
 
 A finished run is a row of the file and is not run again. Nothing else is kept of an interrupted one.
 """
@@ -57,12 +58,15 @@ BUDGETS = (800, 2400, 7200)
 """Of the calibration: the FLOPs of so many steps of the small model; at the first one rates are swept."""
 SHORT = 300
 """A budget that is shown beside the others. Its runs end before any power law begins: no law is fitted to it."""
-RATES = {"calibration": (0.004, 0.008, 0.016), "arm": (0.008, 0.016, 0.032)}
+RATES = {"calibration": (0.004, 0.008, 0.016), "arm": (0.008, 0.016, 0.032), "pair": (0.008, 0.016, 0.032)}
 """Peak learning rates that are swept."""
 CUTS = (0.25, 0.75)
 SCHEDULE = Schedule(warmup=CUTS[0], settle=CUTS[1], land=CUTS[1], shape="linear")
 ARMS = (("small", 1.0), ("even", 2.0), ("setpoint", 2.0), ("even", 4.0), ("setpoint", 4.0))
 LONG_ARMS = (*ARMS, ("even", 8.0), ("setpoint", 8.0))
+LONGEST_ARMS = (*ARMS, ("even", 8.0))
+PAIR, PAIR_ARMS = 2.0, (("small", 2.0), ("even", 4.0), ("setpoint", 4.0))
+"""Of the pair: its final size, and its arms, in sizes of the small model."""
 SEEDS = (0, 1, 2)
 REPLICAS = 50
 
@@ -72,13 +76,14 @@ class Cell:
     """One run.
 
     Args:
-        kind: "calibration" or "arm".
-        arm: "small" trains one size throughout; "even" and "setpoint" come down to the small model's.
+        kind: "calibration", "arm", or "pair" for the arms of a larger final size.
+        arm: "small" trains one size throughout; "even" and "setpoint" come down to the final one.
         start: size at the beginning, in sizes of the small model.
-        ratio: tokens of the small model / its optimal ones; None for the calibration.
-        steps: of the small model, for the FLOPs of the run.
+        ratio: tokens of the model of the final size / its optimal ones; None for the calibration.
+        steps: of the model of the final size, for the FLOPs of the run.
         rate: peak learning rate.
         seed: of weights and order of windows.
+        final: size at the end, in sizes of the small model.
     """
 
     kind: str
@@ -88,10 +93,11 @@ class Cell:
     steps: int
     rate: float
     seed: int
+    final: float = 1.0
 
     def same(self, row: Mapping[str, Any]) -> bool:
         """Whether a row is of this run."""
-        return all(row[key] == value for key, value in asdict(self).items())
+        return all(row.get(key, 1.0) == value for key, value in asdict(self).items())  # older rows lack `final`
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,11 +189,11 @@ def trained(bench: Bench, cell: Cell, report: Callable[[float], None]) -> dict[s
         [{"params": matrices, "weight_decay": DECAY}, {"params": rest, "weight_decay": 0.0}],
         lr=cell.rate, betas=(0.9, 0.95), fused=True,
     )  # fmt: skip
-    bill, loop, total = cell.steps * step_flops(1.0), None, 0
+    bill, loop, total = cell.steps * step_flops(cell.final), None, 0
     if cell.arm == "small":
         total = round(bill / step_flops(cell.start))
     else:
-        small = sum(each.numel() for each in built(1.0).parameters())
+        small = sum(each.numel() for each in built(cell.final).parameters())
         budgets = [setpoint.Budget.total(small, of="params"), setpoint.Budget.total(bill, of="flops", per="run")]
         loop = setpoint.attach(
             model, optimizer, budgets, example=example(), total_steps=cell.steps, controller=controller(cell.arm),
@@ -369,6 +375,28 @@ def further_arms(rows: Sequence[Mapping[str, Any]], optimal: int) -> Iterator[Ce
         yield from (Cell("arm", *arm, 16.0, 16 * optimal, longest[arm], seed) for arm in new)
 
 
+def longest_arms(rows: Sequence[Mapping[str, Any]], optimal: int) -> Iterator[Cell]:
+    """Seed 0 at a ratio of 64, at the rates of 16."""
+    first, swept = best_rates(rows, 1.0), best_rates(rows, 4.0)
+    for arm in LONGEST_ARMS:
+        rate = first[arm] if arm[1] <= 2 else swept[arm[0], min(arm[1], 4.0)]
+        yield Cell("arm", *arm, 64.0, 64 * optimal, rate, 0)
+
+
+def pair(rows: Sequence[Mapping[str, Any]], optimal: int) -> Iterator[Cell]:
+    """The pair of twice the final size: rates are swept at a ratio of 1, and the best of each arm is taken at 16.
+
+    Args:
+        optimal: steps of the final size that its optimal tokens make.
+    """
+    for rate in RATES["pair"]:
+        yield from (Cell("pair", *arm, 1.0, optimal, rate, 0, PAIR) for arm in PAIR_ARMS)
+    for seed in SEEDS:
+        for arm, start in PAIR_ARMS:
+            rate = best_rate(rows, kind="pair", arm=arm, start=start, ratio=1.0)
+            yield Cell("pair", arm, start, 16.0, 16 * optimal, rate, seed, PAIR)
+
+
 def run_all(results: Results, bench: Bench, pause: Path | None) -> None:
     """Make every run that the file does not hold."""
     for cell in calibration(results.rows, (SHORT, *BUDGETS[1:2])):
@@ -382,6 +410,13 @@ def run_all(results: Results, bench: Bench, pause: Path | None) -> None:
         for cell in cells(results.rows, optimal_steps):
             run_one(results, bench, cell, pause)
     for cell in calibration(results.rows, BUDGETS[2:]):
+        run_one(results, bench, cell, pause)
+    for cell in longest_arms(results.rows, optimal_steps):
+        run_one(results, bench, cell, pause)
+    if "pair_optimal_steps" not in results.held:
+        optimal = optimal_tokens(calibrated(results.rows), params(built(PAIR)))
+        results.keep(pair_optimal_tokens=optimal, pair_optimal_steps=round(optimal / TOKENS))
+    for cell in pair(results.rows, results.held["pair_optimal_steps"]):
         run_one(results, bench, cell, pause)
 
 
@@ -404,9 +439,9 @@ def run_one(results: Results, bench: Bench, cell: Cell, pause: Path | None) -> N
     results.rows.append(row)
     results.keep()
     print(
-        f"{datetime.now():%H:%M:%S} {cell.arm} x{cell.start:g} r {cell.ratio} rate {cell.rate} seed {cell.seed}: "
-        f"{row['num_steps']} steps, {row['flops'] / row['bill']:.3f} of the FLOPs, size {row['size']}, "
-        f"test {row['test']:.4f}, {row['seconds']} s",
+        f"{datetime.now():%H:%M:%S} {cell.kind} {cell.arm} x{cell.start:g} r {cell.ratio} rate {cell.rate} "
+        f"seed {cell.seed}: {row['num_steps']} steps, {row['flops'] / row['bill']:.3f} of the FLOPs, "
+        f"size {row['size']}, test {row['test']:.4f}, {row['seconds']} s",
         flush=True,
     )
 

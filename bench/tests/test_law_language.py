@@ -123,7 +123,8 @@ def test_the_page_shows_what_the_runs_came_to() -> None:
     assert len(lines) >= 8
 
     def runs(ratio: float, arm: str, start: float) -> dict[int, dict[str, Any]]:
-        found = [row for row in data["rows"] if (row["ratio"], row["arm"], row["start"]) == (ratio, arm, start)]
+        arms = [row for row in data["rows"] if row["kind"] == "arm"]
+        found = [row for row in arms if (row["ratio"], row["arm"], row["start"]) == (ratio, arm, start)]
         rate = min((row["validation"], row["rate"]) for row in found if row["seed"] == 0)[1]
         return {row["seed"]: row for row in found if row["rate"] == rate}
 

@@ -14,6 +14,7 @@ from torch import nn
 import setpoint
 from setpoint.advice.law import LANGUAGE, Law, average_size, fit_law
 from setpoint.errors import UsageError
+from setpoint.resources.measure_step import measure_step
 
 HOFFMANN = LANGUAGE[0]
 
@@ -126,13 +127,23 @@ def test_a_model_and_a_budget_give_size_start_and_batch() -> None:
     assert advice.steps is not None and advice.tokens is not None and advice.steps == int(advice.tokens // 32)
 
 
-def test_a_bill_in_seconds_is_timed_here() -> None:
-    """Claim: seconds become FLOPs by the pace of the model's own steps: twice the seconds pay for twice the tokens."""
+def test_a_bill_in_seconds_is_timed_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: seconds become FLOPs by the pace of the model's own steps, which are timed, and the model is untouched."""
     example = (torch.zeros(4, 8, dtype=torch.long),)
     model = build()
     before = {name: value.clone() for name, value in model.state_dict().items()}
+    measured = list[float]()
+
+    def recorded(*args: Any) -> tuple[float, float | None, str]:
+        readings = measure_step(*args)
+        measured.append(readings[0])
+        return readings
+
+    monkeypatch.setattr("setpoint.resources.measure_step.measure_step", recorded)
     bills = [setpoint.plan(model, "25% flops", example=example, seconds=s).bill for s in (10.0, 1000.0)]
-    assert bills[0] and bills[1] and 20 < bills[1] / bills[0] < 500
+    assert bills[0] and bills[1] and all(seconds > 0 for seconds in measured)
+    a_step = 3 * 2 * 32 * 2 * 16 * 64  # forward and backward of 32 tokens through two linear layers
+    assert [bill * measured[i] for i, bill in enumerate(bills) if bill] == pytest.approx([10 * a_step, 1000 * a_step])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
