@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -155,6 +156,23 @@ def test_whole_steps_are_timed_at_ever_narrower_widths() -> None:
     assert found[-1] == {group.name: lowest_width(group) for group in groups} == {"a": 8, "b": 1, "c": 1}
     for wider, narrower in pairwise(found):
         assert all(narrower[name] <= wider[name] for name in wider) and narrower["a"] % 8 == 0
+
+
+@pytest.mark.parametrize(("seconds", "steps"), [((3.0, 2.0), 1), ((0.3, 0.1), 6)])
+def test_a_slow_step_is_timed_once(seconds: tuple[float, float], steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first step at a shape takes longer, and is left out where steps are quick; where they are slow it is all."""
+    made = list[float]()
+
+    class Slow:
+        def step(self) -> None:
+            made.append(seconds[bool(made)])
+
+        def held(self) -> list[torch.Tensor]:
+            return []
+
+    monkeypatch.setattr(time, "perf_counter", lambda: sum(made))
+    assert costing._step(Slow(), CPU, None) == (pytest.approx(seconds[steps > 1]), None)
+    assert len(made) == steps
 
 
 def test_a_table_from_elsewhere_is_refused(

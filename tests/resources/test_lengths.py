@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from setpoint.groups.group import Group, Size
-from setpoint.resources.lengths import Lengths, trial_widths
+from setpoint.resources.lengths import Lengths, narrowing_widths, trial_widths
 
 
 def groups_of(*sizes: int, multiple_of: int = 1) -> tuple[Group, ...]:
@@ -35,6 +37,20 @@ def test_coarse_groups_are_told_apart(num_groups: int, units: int) -> None:
     for group in groups:
         true = Size(0, ((group.name, 64),))
         assert lengths.size(tuple(true.at(vector) for vector in vectors)) == true
+
+
+@pytest.mark.parametrize(
+    ("num_groups", "units", "enough"), [(30, 64, True), (12, 12, True), (48, 4, False), (6, 2, False)]
+)
+def test_three_narrower_widths_tell_groups_apart_if_they_can(num_groups: int, units: int, enough: bool) -> None:
+    """No group becomes wider again; 12 heads in 12 layers are told apart, and of groups of few units it is said."""
+    groups = groups_of(*[units] * num_groups)
+    vectors, apart = narrowing_widths(groups)
+    assert apart is enough and len(vectors) == 4
+    assert all(narrower[name] <= wider[name] for wider, narrower in pairwise(vectors) for name in wider)
+    if apart:
+        true = [Size(0, ((group.name, 64),)) for group in groups]
+        assert [Lengths(vectors).size(tuple(map(each.at, vectors))) for each in true] == true
 
 
 def test_sums_are_learnt_and_not_guessed() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,10 +18,11 @@ from setpoint.cost.cost import Cost
 from setpoint.errors import CostError
 from setpoint.groups.group import Group, widths_of
 from setpoint.groups.trace import trace
+from setpoint.resources.costing import _tape
 from setpoint.resources.lengths import trial_widths
 from setpoint.resources.live_bytes import peak_bytes
 from setpoint.resources.memory import MemoryCost
-from setpoint.resources.replica import replica
+from setpoint.resources.replica import Replica, replica
 from setpoint.resources.tape import record
 from setpoint_bench.networks import CharGPT, PlainNet
 
@@ -56,19 +59,47 @@ CASES: dict[str, Build] = {
     [("cnn", torch.optim.SGD), ("gpt", torch.optim.AdamW), *((name, torch.optim.Adam) for name in [*CASES][2:])],
 )
 def test_peak_equals_the_measured_one(name: str, kind: type[torch.optim.Optimizer]) -> None:
-    """At the dense widths and at random ones, the prediction equals the peak of a real step's live tensors."""
+    """At the dense widths and at random ones, the prediction equals the peak of a real step's live tensors.
+
+    That holds of copies without data, and of one copy that becomes narrower.
+    """
     model, example = CASES[name]()
     optimizer = kind(model.parameters(), lr=1e-3)
     groups = trace(model, example).groups
-    cost = MemoryCost(
-        record(lambda widths: replica(model, (optimizer,), example, groups, widths, data=False), trial_widths(groups))
-    )
+    make = partial(replica, model, (optimizer,), example, groups)
+    costs = [MemoryCost(record(partial(make, data=False), trial_widths(groups))), MemoryCost(_tape(make, groups))]
     generator = np.random.default_rng(7)
     random = {g.name: int(generator.integers(max(2, g.min_units), g.num_units + 1)) for g in groups}
     for widths in (widths_of(groups), random):
         with replica(model, (optimizer,), example, groups, widths, data=True) as copy:
             measured = peak_bytes(copy.step, copy.held())
-        assert cost.total(widths) == pytest.approx(measured, rel=1e-3)
+        assert [cost.total(widths) for cost in costs] == pytest.approx([measured] * 2, rel=1e-3)
+
+
+@pytest.mark.parametrize(("most", "why"), [(0, "a copy with data does not fit"), (2, "groups are too many to tell")])
+def test_copies_without_data_are_recorded_instead(most: int, why: str) -> None:
+    """Where memory has no room for a copy, or one that becomes narrower cannot tell the groups apart, no data is used.
+
+    Six groups of two blocks have but three ways to become narrower three times.
+    """
+    model = nn.Sequential(*[layer for _ in range(6) for layer in (nn.Linear(8, 8), nn.ReLU())], nn.Linear(8, 8))
+    example = (torch.randn(4, 8),)
+    groups = trace(model, example).groups
+    if most:
+        groups = tuple(replace(group, multiple_of=8 // most) for group in groups)
+    made = list[bool]()
+
+    def make(widths: Mapping[str, int], *, data: bool) -> AbstractContextManager[Replica]:
+        made.append(data)
+        if data:
+            raise torch.OutOfMemoryError("no room")
+        return replica(model, (torch.optim.SGD(model.parameters()),), example, groups, widths, data=False)
+
+    cost = MemoryCost(_tape(make, groups))
+    assert made[0] is not bool(most) and not any(made[1:]), why
+    fewer = {group.name: 4 for group in groups}
+    with replica(model, (torch.optim.SGD(model.parameters()),), example, groups, fewer, data=True) as copy:
+        assert cost.total(fewer) == pytest.approx(peak_bytes(copy.step, copy.held()), rel=1e-3)
 
 
 def test_is_a_cost_that_falls_with_every_group() -> None:

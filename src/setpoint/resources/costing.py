@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -26,19 +25,17 @@ from setpoint.resources.energy import EnergyCost, fit_energy
 from setpoint.resources.inference import inference_replica
 from setpoint.resources.joules import EnergyMeter, find_energy_meter, idle_watts
 from setpoint.resources.latency import Fit, LatencyCost, fit_steps
-from setpoint.resources.lengths import trial_widths
+from setpoint.resources.lengths import narrowing_widths, trial_widths
 from setpoint.resources.live_bytes import peak_bytes
 from setpoint.resources.memory import MemoryCost
 from setpoint.resources.replica import first, replica
 from setpoint.resources.table import Table
-from setpoint.resources.tape import Tape, Trainee, record
+from setpoint.resources.tape import Tape, Trainee, record, record_each
 from setpoint.spending.seconds import Stopwatch
 from setpoint.under_way import under_way
 from setpoint.warn import warn
 
 _MOST_STEPS, _ENOUGH_S = 50, 0.4
-_BANDS = ((0.6, 0.9), (0.35, 0.6), (0.15, 0.35))
-"""Densities of the groups where whole steps are timed between dense and the least."""
 _WORTH_KEEPING = 0.15
 """A fit with a larger error was made on a busy machine, and is made again next time."""
 
@@ -119,7 +116,7 @@ def cost_out(
             costs["memory"] = memory = MemoryCost(tape)
             if device.type == "cpu":  # the allocator of a GPU counts the live model, too
                 off = []
-                for widths in _narrowing(groups)[1:3]:
+                for widths in narrowing_widths(groups, seed=1)[0][2:]:  # others than those of the tape
                     with make(widths, data=True) as copy:
                         off.append(abs(memory.total(widths) / peak_bytes(copy.step, copy.held()) - 1.0))
                 errors["memory"] = statistics.median(off)
@@ -155,26 +152,47 @@ def _energy(latency: Cost, watts: float | None, joules: list[Reading], meter: En
 def _tape(make: Make, groups: tuple[Group, ...]) -> Tape:
     """The recorded step; whatever goes wrong in foreign code becomes one error that says what to do.
 
-    Some modules (`nn.MultiheadAttention`) take another way through PyTorch as soon as they are cut. Then the step
-    is that of a model in which everything is.
+    One copy is recorded that becomes narrower, where few widths tell the groups apart and the copy fits into memory
+    beside the model; else copies without data. Some modules (`nn.MultiheadAttention`) take another way through PyTorch
+    as soon as they are cut. Then the step is that of a model in which everything is.
     """
+    narrow, apart = narrowing_widths(groups)
+    attempts = [partial(_narrowed, make, groups, narrow)] if apart else []
+    attempts += [
+        partial(record, partial(make, data=False), trial_widths(groups, dense=dense)) for dense in (True, False)
+    ]
+    errors = []
     try:
         with under_way("recording a step"):
-            try:
-                return record(partial(make, data=False), trial_widths(groups))
-            except CostError as error:
+            for attempt in attempts:
                 try:
-                    return record(partial(make, data=False), trial_widths(groups, dense=False))
-                except CostError:
-                    raise error from None
+                    return attempt()
+                except (CostError, torch.OutOfMemoryError) as error:
+                    errors.append(error)
+            raise next(error for error in errors if isinstance(error, CostError))
     except SetpointError:
         raise
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
         raise CostError(
-            f"a step cannot be recorded on tensors without data ({type(error).__name__}: {first}): "
+            f"a step cannot be recorded on copies of the model ({type(error).__name__}: {first}): "
             "hold the model to a budget of 'flops' or 'params'"
         ) from error
+
+
+def _narrowed(make: Make, groups: tuple[Group, ...], vectors: Sequence[Mapping[str, int]]) -> Tape:
+    """The step of one copy, which becomes narrower from one width vector to the next."""
+
+    def copies() -> Generator[Narrowing, None, None]:
+        with make(vectors[0], data=True) as copy:
+            left = cut_groups(groups, first(groups, vectors[0]))
+            yield copy
+            for widths in vectors[1:]:
+                left = copy.narrow(left, widths)
+                yield copy
+
+    with closing(copies()) as narrowing:
+        return record_each(narrowing, vectors)
 
 
 def _calibrated(
@@ -198,21 +216,8 @@ def _calibrated(
 
 
 def _narrowing(groups: tuple[Group, ...]) -> list[dict[str, int]]:
-    """Widths to time whole steps at: dense, then each narrower than the one before, down to the least.
-
-    Between the ends each group has its own density, so that products and all else do not shrink in proportion.
-    """
-    generator, found = np.random.default_rng(0), [widths_of(groups)]
-    for low, high in _BANDS:
-        density = {group.name: generator.uniform(low, high) for group in groups}
-        found.append({group.name: _near(group, density[group.name]) for group in groups})
-    return [*found, {group.name: lowest_width(group) for group in groups}]
-
-
-def _near(group: Group, density: float) -> int:
-    """The width of whole blocks nearest to this density."""
-    block = group.multiple_of
-    return max(lowest_width(group), min(group.num_units, round(density * group.num_units / block) * block))
+    """Widths to time whole steps at: dense, then each narrower than the one before, down to the least."""
+    return [*narrowing_widths(groups)[0], {group.name: lowest_width(group) for group in groups}]
 
 
 def _timed(
@@ -247,9 +252,12 @@ def _timed(
 
 def _step(copy: Trainee, device: torch.device, meter: EnergyMeter | None) -> tuple[float, float | None] | None:
     """Seconds of a step of this copy, and joules; None where the clock stood still."""
-    watch = Stopwatch(synchronize=device.type == "cuda")
+    warm, watch = (Stopwatch(synchronize=device.type == "cuda") for _ in range(2))
+    with warm:
+        copy.step()
+    if warm.seconds >= _ENOUGH_S and device.type == "cpu" and meter is None:
+        return warm.seconds, None  # the first at a shape takes longer, but by little where steps are that slow
     times: list[float] = []
-    copy.step()  # the first at a shape takes longer
     before_j = meter.read_j() if meter else None
     while not times or (watch.seconds < _ENOUGH_S and len(times) < _MOST_STEPS):
         with watch:

@@ -9,7 +9,9 @@ import numpy as np
 
 from setpoint.groups.group import Group, Size
 
-_MAX_VECTORS = 16
+_MAX_VECTORS, _DRAWS = 16, 100
+_BANDS = ((0.6, 0.9), (0.35, 0.6), (0.15, 0.35))
+"""Densities of the groups at the widths between dense and the least."""
 
 
 def trial_widths(groups: Sequence[Group], seed: int = 0, *, dense: bool = True) -> list[dict[str, int]]:
@@ -25,20 +27,49 @@ def trial_widths(groups: Sequence[Group], seed: int = 0, *, dense: bool = True) 
     [4]
     """
     generator = np.random.default_rng(seed)
-    reach = {group.name: block_widths(group) for group in groups}
-    for name, widths in reach.items():  # at least 2 where that is possible: at 1 a dim passes by broadcasting
-        above_one = [width for width in widths if width > 1]
-        reach[name] = above_one if len(above_one) > 1 else widths
+    reach = {group.name: _reach(group) for group in groups}
     if not dense:
         reach = {name: widths[1:] if len(widths) > 2 else widths for name, widths in reach.items()}
     vectors = [{name: widths[0] for name, widths in reach.items()}]
     while len(vectors) < _MAX_VECTORS:
         vectors.append({name: int(generator.choice(widths)) for name, widths in reach.items()})
-        directions = [_direction([vector[group.name] for vector in vectors]) for group in groups]
-        movable = [d for d, group in zip(directions, groups, strict=True) if len(reach[group.name]) > 1]
-        if len(vectors) >= 4 and all(any(d[0]) for d in movable) and len({d[0] for d in movable}) == len(movable):
+        if len(vectors) >= 4 and _told_apart(reach, vectors):
             break
     return vectors
+
+
+def narrowing_widths(groups: Sequence[Group], seed: int = 0) -> tuple[list[dict[str, int]], bool]:
+    """Dense widths, then three that are nowhere wider than those before; and whether they tell all groups apart.
+
+    Each group has densities of its own, so that products of widths and all else do not shrink in proportion. Groups of
+    few units, as heads are, may be too many to be told apart.
+    """
+    generator, seen = np.random.default_rng(seed), set[tuple[int, ...]]()
+    reach = {group.name: _reach(group) for group in groups}
+    columns = dict[str, list[int]]()
+    for name, widths in reach.items():
+        for _ in range(_DRAWS):
+            wanted = widths[0] * np.array([generator.uniform(*band) for band in _BANDS])
+            columns[name] = [widths[0], *(widths[int(np.abs(np.array(widths) - near).argmin())] for near in wanted)]
+            direction = _direction(columns[name])[0]
+            if len(widths) == 1 or (any(direction) and direction not in seen):
+                break
+        seen.add(direction)
+    vectors = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return vectors, _told_apart(reach, vectors)
+
+
+def _reach(group: Group) -> list[int]:
+    """Widths that whole blocks reach, at least 2 where that is possible: at 1 a dim passes by broadcasting."""
+    widths = block_widths(group)
+    above_one = [width for width in widths if width > 1]
+    return above_one if len(above_one) > 1 else widths
+
+
+def _told_apart(reach: Mapping[str, Sequence[int]], vectors: Sequence[Mapping[str, int]]) -> bool:
+    """Whether each group that can change does so, and no two in proportion."""
+    movable = [_direction([vector[name] for vector in vectors])[0] for name, found in reach.items() if len(found) > 1]
+    return all(map(any, movable)) and len(set(movable)) == len(movable)
 
 
 def block_widths(group: Group) -> list[int]:

@@ -108,7 +108,7 @@ class Table:
         self._fits[key] = list(values)
         self._write()
 
-    def time(self, problems: Sequence[Problem], limit_s: float = 4.0) -> dict[str, Curve | None]:
+    def time(self, problems: Sequence[Problem], limit_s: float = 2.5) -> dict[str, Curve | None]:
         """Curves of these problems by key, timed now unless the table knows them.
 
         Rounds over all points are repeated up to three times, while they fit into the limit, and the least time

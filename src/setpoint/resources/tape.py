@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -127,7 +127,7 @@ class _Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
 
-def _take(trainee: AbstractContextManager[Trainee]) -> _Take:
+def _take(made: Trainee) -> _Take:
     taken: _Take = ([], [], [])
     calls, storages, events = taken
 
@@ -136,16 +136,15 @@ def _take(trainee: AbstractContextManager[Trainee]) -> _Take:
         if tensor is not None:
             storages.append((tensor.untyped_storage().nbytes(), _Shape.of(tensor)))
 
-    with trainee as made:
-        held = made.held()
-        collects = gc.isenabled()
-        gc.disable()
-        try:
-            with LiveBytes(held, noted), _Calls(calls):
-                made.step()
-        finally:
-            if collects:
-                gc.enable()
+    held = made.held()
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        with LiveBytes(held, noted), _Calls(calls):
+            made.step()
+    finally:
+        if collects:
+            gc.enable()
     return taken
 
 
@@ -157,7 +156,19 @@ def record(
     Raises:
         CostError: if the step is not the same at all widths, or a size follows widths in no known way.
     """
-    takes = [_take(make(vector)) for vector in vectors]
+    takes = []
+    for vector in vectors:
+        with make(vector) as trainee:
+            takes.append(_take(trainee))
+    return _tape(takes, vectors)
+
+
+def record_each(trainees: Iterable[Trainee], vectors: Sequence[Mapping[str, int]]) -> Tape:
+    """The same of trainees that are at these widths when their turn comes, such as one that becomes narrower."""
+    return _tape([_take(trainee) for trainee, _ in zip(trainees, vectors, strict=True)], vectors)
+
+
+def _tape(takes: Sequence[_Take], vectors: Sequence[Mapping[str, int]]) -> Tape:
     targets, events = [call[0] for call in takes[0][0]], takes[0][2]
     for vector, (calls, _, others) in zip(vectors[1:], takes[1:], strict=True):
         if [call[0] for call in calls] != targets or others != events:
