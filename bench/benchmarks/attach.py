@@ -1,11 +1,13 @@
 """What `attach` costs, in training steps: with nothing kept, with an equal model known, and before, in turns.
 
     python bench/benchmarks/attach.py --base ../base --out results/attach.json
+    python bench/benchmarks/attach.py --base ../base --out results/attach.json --tables    with a budget of latency
 
 Processor seconds on one thread, each run in a fresh process, after torch's exporter has been loaded once. A pair is
 one run of this tree and one of the tree in `--base`, in changing order; in each run the training step is measured
 before and after, and ratios are to the steps of the same run. Of Llama-8B, which has no weights, groups are found.
-Rows of models that are not measured stay in the file.
+Rows of models that are not measured stay in the file. With `--tables` the model is known, and the budget is one of
+latency: operations and whole steps are timed the first time, and found in the cache the second time.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,9 +87,9 @@ def seconds(function: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-def attached(model: nn.Module, example: Any) -> None:
+def attached(model: nn.Module, example: Any, resource: str = "flops") -> None:
     """Attach to a model in training, and leave it."""
-    optimizer, budget = torch.optim.AdamW(model.parameters()), setpoint.Budget.fraction(0.5, of="flops")
+    optimizer, budget = torch.optim.AdamW(model.parameters()), setpoint.Budget.fraction(0.5, of=resource)
     setpoint.attach(model, optimizer, budget, example=example, total_steps=1000).detach()
 
 
@@ -104,8 +107,8 @@ def step_of(model: nn.Module, example: Any) -> Callable[[], None]:
     return step
 
 
-def measure(name: str) -> dict[str, Any]:
-    """Of one model in this process, whose cache folder is empty."""
+def measure(name: str, resource: str) -> dict[str, Any]:
+    """Of one model in this process, whose cache folder is empty; for another resource than FLOPs the model is known."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     attached(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), (torch.randn(2, 4),))
@@ -120,16 +123,18 @@ def measure(name: str) -> dict[str, Any]:
     if not without_data:
         measure_steps()
     found = []
+    if resource != "flops":
+        attached(*MODELS[name]())
     for _ in "cold", "warm":
         model, example = MODELS[name]()
-        find = setpoint.find_groups if without_data else attached
+        find = setpoint.find_groups if without_data else partial(attached, resource=resource)
         found.append(seconds(lambda find=find, model=model, example=example: find(model, example)))
     if not without_data:
         measure_steps()
     return {"cold_s": found[0], "warm_s": found[1], "step_s": statistics.median(steps) if steps else None}
 
 
-def in_process(name: str, tree: Path) -> dict[str, Any]:
+def in_process(name: str, tree: Path, resource: str) -> dict[str, Any]:
     """The record of a fresh process that imports the package from a tree."""
     with tempfile.TemporaryDirectory() as folder:
         settings = {
@@ -138,7 +143,7 @@ def in_process(name: str, tree: Path) -> dict[str, Any]:
             "OMP_NUM_THREADS": "1",
             "SETPOINT_CACHE": "on",
         }
-        command = [sys.executable, __file__, "--one", name]
+        command = [sys.executable, __file__, "--one", name, *(["--tables"] if resource != "flops" else [])]
         run = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **settings})
     record: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
     return record
@@ -161,10 +166,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "attach.json")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--tables", action="store_true", help="with a budget of latency; Llama-8B has no data for it")
     parser.add_argument("--one", choices=list(MODELS), help="measure this model in this process and print the record")
     arguments = parser.parse_args()
+    resource = "latency" if arguments.tables else "flops"
     if arguments.one:
-        print(json.dumps(measure(arguments.one)))
+        print(json.dumps(measure(arguments.one, resource)))
         return
     from setpoint_bench.environment import machine  # a process that measures needs no benchmark
 
@@ -172,13 +179,15 @@ def main() -> None:
     known = json.loads(arguments.out.read_text(encoding="utf-8"))["models"] if arguments.out.exists() else {}
     rows: dict[str, Any] = dict(known)
     for name in arguments.models:
+        if arguments.tables and name == "llama-8b":
+            continue
         runs: dict[str, list[dict[str, Any]]] = {tree: [] for tree in trees}
         loads = [os.getloadavg()[0]]
         for pair in range(arguments.pairs):
             for tree in list(trees)[:: -1 if pair % 2 else 1]:
-                runs[tree].append(in_process(name, trees[tree]))
+                runs[tree].append(in_process(name, trees[tree], resource))
             loads.append(os.getloadavg()[0])
-        rows[name] = {
+        found = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "pairs": arguments.pairs,
             "load_average_range": [min(loads), max(loads)],
@@ -187,8 +196,11 @@ def main() -> None:
             **({"before": summary(runs["before"], "cold_s")} if "before" in trees else {}),
             "runs": runs,
         }
+        before = rows.get(name, {})
+        tables = {"tables": before["tables"]} if "tables" in before else {}
+        rows[name] = {**before, "tables": found} if arguments.tables else {**found, **tables}
         shown = (f"{kind} {row['seconds_median']:.2f} s ({row.get('steps_median', float('nan')):.2f} steps)"
-                for kind, row in rows[name].items() if kind in ("cold", "warm", "before"))  # fmt: skip
+                for kind, row in found.items() if kind in ("cold", "warm", "before"))  # fmt: skip
         print(f"{name}: {', '.join(shown)}", flush=True)
         result = {
             "what": "processor seconds on one thread",

@@ -211,7 +211,17 @@ def attach_table(path: Path) -> str:
     for name, row in data["models"].items():
         found = [_seconds_and_steps(row[kind]) if kind in row else NOTHING for kind in kinds]
         lines.append(f"| `{name}` | {row['pairs']} | {' | '.join(found)} |")
-    dates = sorted(row["date"][:10] for row in data["models"].values())
+    timed = {name: row["tables"] for name, row in data["models"].items() if "tables" in row}
+    if timed:
+        lines += [
+            "",
+            "| budget of latency | pairs | first time | timed before | first time, before |",
+            f"|---|---:|{'---:|' * 3}",
+        ]
+    for name, row in timed.items():
+        found = [_seconds_and_steps(row[kind]) if kind in row else NOTHING for kind in kinds]
+        lines.append(f"| `{name}` | {row['pairs']} | {' | '.join(found)} |")
+    dates = sorted(row["date"][:10] for row in (*data["models"].values(), *timed.values()))
     about = data["environment"]
     where = f"{data['what'].capitalize()}. {about['cpu']}, seed {data['seed']}, torch {about['torch']}, {dates[-1]}."
     return "\n".join([*lines, "", where])
