@@ -70,14 +70,15 @@ class Arm:
     reducible: float | None
 
 
-def arms_of(data: Mapping[str, Any]) -> list[Arm]:
-    """All arms of a results file that have a seed in common with the small model."""
-    rows = [row for row in data["rows"] if row["kind"] == "arm"]
+def arms_of(data: Mapping[str, Any], kind: str = "arm") -> list[Arm]:
+    """All arms of a results file that have a seed in common with the small model; "pair" for a larger final size."""
+    rows = [row for row in data["rows"] if row["kind"] == kind]
+    final = max((row.get("final", 1.0) for row in rows), default=1.0)
     law = _law(data["law"]) if data.get("law") else None
     draws = [_law(replica) for replica in data.get("replicas", [])]
     found = []
     for ratio in sorted({row["ratio"] for row in rows}):
-        small = _chosen(rows, ratio, "small", 1.0)
+        small = _chosen(rows, ratio, "small", final)
         for start, arm in sorted({(row["start"], row["arm"]) for row in rows if row["ratio"] == ratio}):
             runs = _chosen(rows, ratio, arm, start)
             pairs = [(runs[seed], small[seed]) for seed in sorted(runs.keys() & small.keys())]
@@ -88,7 +89,7 @@ def arms_of(data: Mapping[str, Any]) -> list[Arm]:
             low, high = np.quantile(by_law, (0.025, 0.975)).tolist() if by_law else (None, None)
             found.append(
                 Arm(
-                    ratio, arm, start, pairs[0][0]["rate"], ours["size"], ours["average_size"] / ours["size"],
+                    ratio, arm, start / final, pairs[0][0]["rate"], ours["size"], ours["average_size"] / ours["size"],
                     ours["test"], theirs["test"], paired([plain["test"] - cut["test"] for cut, plain in pairs]),
                     None if law is None else _predicted(law, ours, theirs), None if low is None else (low, high),
                     None if law is None else theirs["test"] - law.irreducible,
@@ -120,7 +121,7 @@ def _predicted(law: Law, pruned: Mapping[str, float], small: Mapping[str, float]
     return law.loss(small["average_size"], small["tokens"]) - law.loss(pruned["average_size"], pruned["tokens"])
 
 
-def measured_table(file: Path, predicted: Path) -> str:
+def measured_table(file: Path, predicted: Path, kind: str = "arm") -> str:
     """What was measured beside what was predicted, by the calibration and by the published fits."""
     data = json.loads(file.read_text(encoding="utf-8"))
     published = {
@@ -132,7 +133,7 @@ def measured_table(file: Path, predicted: Path) -> str:
         "| law of the calibration | of reducible loss: measured | law of the calibration | published fits | seeds |",
         f"|---:|---:|---|{'---:|' * 10}",
     ]
-    for each in arms_of(data):
+    for each in arms_of(data, kind):
         by_law, share, law_share = "–", "–", "–"
         if each.predicted is not None and each.reducible is not None:
             by_law, share = _nats(each.predicted), _percent(each.gain.mean / each.reducible)
@@ -167,8 +168,8 @@ def over_trained_row(file: Path) -> str:
     starts = " · ".join(f"{arm.start:g}" for arm in there)
     return (
         f"| trained from scratch on {largest:g} times its optimal data: a tiny language model, begun {starts} times as "
-        f"large (nats per byte, less is better) | {' · '.join(f'{arm.loss:.3f}' for arm in there)} | small from the "
-        f"start {there[0].small:.3f} |"
+        f"large (nats per byte, less is better; seeds: {there[0].gain.num}) | "
+        f"{' · '.join(f'{arm.loss:.3f}' for arm in there)} | small from the start {there[0].small:.3f} |"
     )
 
 
@@ -298,7 +299,7 @@ def write_law_picture(file: Path, out: Path) -> Path:
     scheme.
     """
     data = json.loads(file.read_text(encoding="utf-8"))
-    arms, ratios = arms_of(data), (0.7, 24.0)
+    arms, ratios = arms_of(data), (0.7, 96.0)
     lines = {start: line for start in COLORS if (line := _line(arms, start))}
     ends = [end for each in arms for end in (each.gain.low, each.gain.high, each.gain.mean) if end is not None]
     ends += [end for line in lines.values() for _, end in line]
@@ -335,7 +336,7 @@ def write_law_picture(file: Path, out: Path) -> Path:
         y = at(1.0, mark)[1]
         parts.append(f'<path class="{"zero" if abs(mark) < step / 2 else "grid"}" d="M{LEFT} {y:.1f}h{WIDE}"/>')
         parts.append(f'<text class="soft" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{mark:+.3g}</text>')
-    for ratio in (1, 2, 4, 8, 16):
+    for ratio in (1, 2, 4, 8, 16, 32, 64):
         x = at(ratio, 0.0)[0]
         parts.append(f'<text class="soft" x="{x:.1f}" y="{TOP + HIGH + 20}" text-anchor="middle">{ratio}</text>')
     for start, line in lines.items():
