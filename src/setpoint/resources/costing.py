@@ -157,13 +157,13 @@ def _tape(make: Make, groups: tuple[Group, ...]) -> Tape:
     as soon as they are cut. Then the step is that of a model in which everything is.
     """
     narrow, apart = narrowing_widths(groups)
-    attempts = [partial(_narrowed, make, groups, narrow)] if apart else []
-    attempts += [
-        partial(record, partial(make, data=False), trial_widths(groups, dense=dense)) for dense in (True, False)
-    ]
     errors = []
     try:
-        with under_way("recording a step"):
+        with under_way("recording a step") as show:
+            attempts = [partial(_narrowed, make, groups, narrow, show)] if apart else []
+            attempts += [
+                partial(record, partial(make, data=False), trial_widths(groups, dense=dense)) for dense in (True, False)
+            ]
             for attempt in attempts:
                 try:
                     return attempt()
@@ -180,14 +180,17 @@ def _tape(make: Make, groups: tuple[Group, ...]) -> Tape:
         ) from error
 
 
-def _narrowed(make: Make, groups: tuple[Group, ...], vectors: Sequence[Mapping[str, int]]) -> Tape:
+def _narrowed(
+    make: Make, groups: tuple[Group, ...], vectors: Sequence[Mapping[str, int]], show: Callable[[float], None]
+) -> Tape:
     """The step of one copy, which becomes narrower from one width vector to the next."""
 
     def copies() -> Generator[Narrowing, None, None]:
         with make(vectors[0], data=True) as copy:
             left = cut_groups(groups, first(groups, vectors[0]))
             yield copy
-            for widths in vectors[1:]:
+            for number, widths in enumerate(vectors[1:], start=1):
+                show(number / len(vectors))
                 left = copy.narrow(left, widths)
                 yield copy
 

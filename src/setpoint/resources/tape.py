@@ -160,15 +160,15 @@ def record(
     for vector in vectors:
         with make(vector) as trainee:
             takes.append(_take(trainee))
-    return _tape(takes, vectors)
+    return _solved(takes, vectors)
 
 
 def record_each(trainees: Iterable[Trainee], vectors: Sequence[Mapping[str, int]]) -> Tape:
     """The same of trainees that are at these widths when their turn comes, such as one that becomes narrower."""
-    return _tape([_take(trainee) for trainee, _ in zip(trainees, vectors, strict=True)], vectors)
+    return _solved([_take(trainee) for trainee, _ in zip(trainees, vectors, strict=True)], vectors)
 
 
-def _tape(takes: Sequence[_Take], vectors: Sequence[Mapping[str, int]]) -> Tape:
+def _solved(takes: Sequence[_Take], vectors: Sequence[Mapping[str, int]]) -> Tape:
     targets, events = [call[0] for call in takes[0][0]], takes[0][2]
     for vector, (calls, _, others) in zip(vectors[1:], takes[1:], strict=True):
         if [call[0] for call in calls] != targets or others != events:
