@@ -55,7 +55,7 @@ def narrowing_widths(groups: Sequence[Group], seed: int = 0) -> tuple[list[dict[
             if len(widths) == 1 or (any(direction) and direction not in seen):
                 break
         seen.add(direction)
-    vectors = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    vectors = [{name: column[row] for name, column in columns.items()} for row in range(1 + len(_BANDS))]
     return vectors, _told_apart(reach, vectors)
 
 
