@@ -60,6 +60,8 @@ SHORT = 300
 """A budget that is shown beside the others. Its runs end before any power law begins: no law is fitted to it."""
 RATES = {"calibration": (0.004, 0.008, 0.016), "arm": (0.008, 0.016, 0.032), "pair": (0.008, 0.016, 0.032)}
 """Peak learning rates that are swept."""
+LOW_RATES = (0.004, 0.008)
+"""Those that long runs have beside the swept ones."""
 CUTS = (0.25, 0.75)
 SCHEDULE = Schedule(warmup=CUTS[0], settle=CUTS[1], land=CUTS[1], shape="linear")
 ARMS = (("small", 1.0), ("even", 2.0), ("setpoint", 2.0), ("even", 4.0), ("setpoint", 4.0))
@@ -376,11 +378,20 @@ def further_arms(rows: Sequence[Mapping[str, Any]], optimal: int) -> Iterator[Ce
 
 
 def longest_arms(rows: Sequence[Mapping[str, Any]], optimal: int) -> Iterator[Cell]:
-    """Seed 0 at a ratio of 64, at the rates of 16."""
+    """Seed 0 at a ratio of 64, at the rates of 16; then lower rates at both.
+
+    The best rate falls as runs become longer, and the small model began with a higher one than the others.
+    """
     first, swept = best_rates(rows, 1.0), best_rates(rows, 4.0)
     for arm in LONGEST_ARMS:
         rate = first[arm] if arm[1] <= 2 else swept[arm[0], min(arm[1], 4.0)]
         yield Cell("arm", *arm, 64.0, 64 * optimal, rate, 0)
+    small, even = ARMS[:2]
+    yield Cell("arm", *small, 64.0, 64 * optimal, LOW_RATES[1], 0)
+    yield from (Cell("arm", *small, 16.0, 16 * optimal, LOW_RATES[1], seed) for seed in SEEDS)
+    yield from (Cell("arm", *arm, 64.0, 64 * optimal, LOW_RATES[0], 0) for arm in (small, even))
+    yield from (Cell("arm", *arm, 16.0, 16 * optimal, LOW_RATES[0], seed) for seed in SEEDS for arm in ARMS[:3])
+    yield from (Cell("arm", *arm, 64.0, 64 * optimal, LOW_RATES[0], 0) for arm in ARMS[2:])
 
 
 def pair(rows: Sequence[Mapping[str, Any]], optimal: int) -> Iterator[Cell]:

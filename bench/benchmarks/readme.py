@@ -123,7 +123,6 @@ def filled(text: str) -> str:
             "frameworks": lambda: frameworks_table(RESULTS / "frameworks.json"),
             "law": lambda: law_table(RESULTS / "law.json"),
             "law-measured": lambda: measured_table(RESULTS / "law-language.json", RESULTS / "law.json"),
-            "law-pair": lambda: measured_table(RESULTS / "law-language.json", RESULTS / "law.json", "pair"),
             "law-images": lambda: images_table(RESULTS / "law-images.json", RESULTS / "cifar10-mini"),
             "law-optimal": lambda: optimal_line(RESULTS / "law-language.json"),
             "gpu": lambda: gpu_table(RESULTS / "gpu.json"),

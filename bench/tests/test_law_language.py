@@ -112,6 +112,15 @@ def test_the_list_of_runs_takes_the_best_rates(law: ModuleType) -> None:
     counts = [len({(row["arm"], row["start"], row["ratio"]) for row in rows[: 5 * n]}) for n in (1, 3, 4)]
     assert counts == [5, 5, 10] and len(rows) == 2 * 25 + 3 * 7
     assert {row["steps"] for row in rows} == {100, 400, 1600}
+    for part in (law.longest_arms, law.pair):
+        for cell in part(rows, optimal=100):
+            rows.append({**vars(cell), "validation": abs(cell.rate - 0.016)})
+    longest = {(row["arm"], row["start"], row["rate"]) for row in rows if row["ratio"] == 64}
+    assert {(arm, start) for arm, start, _ in longest} == set(law.LONGEST_ARMS)
+    assert {rate for arm, start, rate in longest if (arm, start) == ("small", 1.0)} == {0.032, 0.008, 0.004}
+    pair = [row for row in rows if row["kind"] == "pair"]
+    assert {row["final"] for row in pair} == {2.0} and {row["steps"] for row in pair} == {100, 1600}
+    assert {row["rate"] for row in pair if row["ratio"] == 16} == {0.016}
 
 
 def test_the_page_shows_what_the_runs_came_to() -> None:

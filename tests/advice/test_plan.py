@@ -102,9 +102,8 @@ def test_the_headline_says_what_was_measured() -> None:
     assert headline.startswith("The published law predicts a gain") and other.startswith(
         "The published law predicts a loss"
     )
-    assert all(
-        line.endswith("found a loss at a ratio of 4 and below, and no clear gain at 16.") for line in (headline, other)
-    )
+    assert headline.endswith("found a loss at ratios of 1, 4, 16 and 64: train the small model.")
+    assert other.endswith("found a loss at ratios of 1, 4, 16 and 64.")
     assert "4.0 to 5.7 % less reducible loss" in str(gain) and "% more reducible loss" in str(loss)
 
 

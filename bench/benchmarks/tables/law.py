@@ -70,15 +70,14 @@ class Arm:
     reducible: float | None
 
 
-def arms_of(data: Mapping[str, Any], kind: str = "arm") -> list[Arm]:
-    """All arms of a results file that have a seed in common with the small model; "pair" for a larger final size."""
-    rows = [row for row in data["rows"] if row["kind"] == kind]
-    final = max((row.get("final", 1.0) for row in rows), default=1.0)
+def arms_of(data: Mapping[str, Any]) -> list[Arm]:
+    """All arms of a results file that have a seed in common with the small model."""
+    rows = [row for row in data["rows"] if row["kind"] == "arm"]
     law = _law(data["law"]) if data.get("law") else None
     draws = [_law(replica) for replica in data.get("replicas", [])]
     found = []
     for ratio in sorted({row["ratio"] for row in rows}):
-        small = _chosen(rows, ratio, "small", final)
+        small = _chosen(rows, ratio, "small", 1.0)
         for start, arm in sorted({(row["start"], row["arm"]) for row in rows if row["ratio"] == ratio}):
             runs = _chosen(rows, ratio, arm, start)
             pairs = [(runs[seed], small[seed]) for seed in sorted(runs.keys() & small.keys())]
@@ -89,7 +88,7 @@ def arms_of(data: Mapping[str, Any], kind: str = "arm") -> list[Arm]:
             low, high = np.quantile(by_law, (0.025, 0.975)).tolist() if by_law else (None, None)
             found.append(
                 Arm(
-                    ratio, arm, start / final, pairs[0][0]["rate"], ours["size"], ours["average_size"] / ours["size"],
+                    ratio, arm, start, pairs[0][0]["rate"], ours["size"], ours["average_size"] / ours["size"],
                     ours["test"], theirs["test"], paired([plain["test"] - cut["test"] for cut, plain in pairs]),
                     None if law is None else _predicted(law, ours, theirs), None if low is None else (low, high),
                     None if law is None else theirs["test"] - law.irreducible,
@@ -121,7 +120,7 @@ def _predicted(law: Law, pruned: Mapping[str, float], small: Mapping[str, float]
     return law.loss(small["average_size"], small["tokens"]) - law.loss(pruned["average_size"], pruned["tokens"])
 
 
-def measured_table(file: Path, predicted: Path, kind: str = "arm") -> str:
+def measured_table(file: Path, predicted: Path) -> str:
     """What was measured beside what was predicted, by the calibration and by the published fits."""
     data = json.loads(file.read_text(encoding="utf-8"))
     published = {
@@ -133,7 +132,7 @@ def measured_table(file: Path, predicted: Path, kind: str = "arm") -> str:
         "| law of the calibration | of reducible loss: measured | law of the calibration | published fits | seeds |",
         f"|---:|---:|---|{'---:|' * 10}",
     ]
-    for each in arms_of(data, kind):
+    for each in arms_of(data):
         by_law, share, law_share = "–", "–", "–"
         if each.predicted is not None and each.reducible is not None:
             by_law, share = _nats(each.predicted), _percent(each.gain.mean / each.reducible)
@@ -161,9 +160,9 @@ def measured_table(file: Path, predicted: Path, kind: str = "arm") -> str:
 
 
 def over_trained_row(file: Path) -> str:
-    """Setpoint's runs at the largest r that was measured, from each start, beside the small model."""
+    """Setpoint's runs at the largest r that has three seeds, from each start, beside the small model."""
     arms = [arm for arm in arms_of(json.loads(file.read_text(encoding="utf-8"))) if arm.arm == "setpoint"]
-    largest = max(arm.ratio for arm in arms)
+    largest = max(arm.ratio for arm in arms if arm.gain.num >= 3)
     there = sorted((arm for arm in arms if arm.ratio == largest), key=lambda arm: arm.start)
     starts = " · ".join(f"{arm.start:g}" for arm in there)
     return (
