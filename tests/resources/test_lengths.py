@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from setpoint.errors import CostError
 from setpoint.groups.group import Group, Size
 from setpoint.resources.lengths import Lengths, narrowing_widths, trial_widths
 
@@ -62,6 +63,13 @@ def test_sums_are_learnt_and_not_guessed() -> None:
     assert lengths.size(values) is None
     lengths.learn([Size(0, (("g0", 2),)), Size(3, (("g1", 1),))])
     assert lengths.size(values) == total
+
+
+def test_a_sum_that_looks_like_another_group_is_refused() -> None:
+    """Where a sum follows the widths as a third group does, nothing is taken for the other."""
+    lengths = Lengths([{"a": 8, "b": 8, "c": 16}, {"a": 6, "b": 7, "c": 13}, {"a": 4, "b": 2, "c": 6}])
+    with pytest.raises(CostError, match="do not tell"):
+        lengths.learn([Size(0, (("a", 1),)), Size(0, (("b", 1),))])
 
 
 def test_a_product_of_widths_is_refused() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+import gc
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,12 +20,12 @@ from setpoint.cost.cost import Cost
 from setpoint.errors import CostError
 from setpoint.groups.group import Group, widths_of
 from setpoint.groups.trace import trace
-from setpoint.resources.costing import _tape
-from setpoint.resources.lengths import trial_widths
+from setpoint.resources.costing import _narrowed, _tape
+from setpoint.resources.lengths import narrowing_widths, trial_widths
 from setpoint.resources.live_bytes import peak_bytes
 from setpoint.resources.memory import MemoryCost
 from setpoint.resources.replica import Replica, replica
-from setpoint.resources.tape import record
+from setpoint.resources.tape import Tape, record
 from setpoint_bench.networks import CharGPT, PlainNet
 
 Build = Callable[[], tuple[nn.Module, tuple[Any, ...]]]
@@ -67,13 +69,54 @@ def test_peak_equals_the_measured_one(name: str, kind: type[torch.optim.Optimize
     optimizer = kind(model.parameters(), lr=1e-3)
     groups = trace(model, example).groups
     make = partial(replica, model, (optimizer,), example, groups)
-    costs = [MemoryCost(record(partial(make, data=False), trial_widths(groups))), MemoryCost(_tape(make, groups))]
+    costs = [MemoryCost(record(partial(make, data=False), trial_widths(groups))), MemoryCost(narrowed(make, groups))]
     generator = np.random.default_rng(7)
     random = {g.name: int(generator.integers(max(2, g.min_units), g.num_units + 1)) for g in groups}
     for widths in (widths_of(groups), random):
         with replica(model, (optimizer,), example, groups, widths, data=True) as copy:
             measured = peak_bytes(copy.step, copy.held())
         assert [cost.total(widths) for cost in costs] == pytest.approx([measured] * 2, rel=1e-3)
+
+
+def narrowed(make: Any, groups: tuple[Group, ...]) -> Tape:
+    """The step of one copy that becomes narrower; nothing else is tried."""
+    vectors, apart = narrowing_widths(groups)
+    assert apart
+    return _narrowed(make, groups, vectors, lambda share: None)
+
+
+def test_weights_are_cast_once_at_every_width() -> None:
+    """Under autocast the copy makes the same operations at every width, and the prediction equals the measured peak."""
+    model, example = gpt()
+    optimizer = torch.optim.AdamW(model.parameters())
+    groups = trace(model, example).groups
+    make = partial(replica, model, (optimizer,), example, groups)
+    widths = {group.name: max(group.min_units, group.num_units // 2) for group in groups}
+    with torch.autocast("cpu", torch.bfloat16):
+        cost = MemoryCost(narrowed(make, groups))
+        with make(widths, data=True) as copy:
+            torch.clear_autocast_cache()  # type: ignore[no-untyped-call]
+            assert cost.total(widths) == pytest.approx(peak_bytes(copy.step, copy.held()), rel=1e-3)
+
+
+@pytest.mark.parametrize("ends", ["without memory", "in a step"])
+def test_a_copy_that_fails_leaves_nothing(ends: str) -> None:
+    """Whatever ends the copy with data, copies without are recorded, and nothing of it stays in memory."""
+    model, example = cnn()
+    groups, left = trace(model, example).groups, list[weakref.ref[nn.Module]]()
+
+    @contextmanager
+    def make(widths: Mapping[str, int], *, data: bool) -> Iterator[Replica]:
+        with replica(model, (torch.optim.SGD(model.parameters()),), example, groups, widths, data=data) as copy:
+            if data:
+                left.append(weakref.ref(copy.model))
+                error = torch.OutOfMemoryError("no room") if ends == "without memory" else RuntimeError("with data")
+                copy.model.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(error))
+            yield copy
+
+    assert _tape(make, groups).operations
+    gc.collect()
+    assert len(left) == 1 and left[0]() is None
 
 
 @pytest.mark.parametrize(("most", "why"), [(0, "a copy with data does not fit"), (2, "groups are too many to tell")])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -152,24 +152,23 @@ def _energy(latency: Cost, watts: float | None, joules: list[Reading], meter: En
 def _tape(make: Make, groups: tuple[Group, ...]) -> Tape:
     """The recorded step; whatever goes wrong in foreign code becomes one error that says what to do.
 
-    One copy is recorded that becomes narrower, where few widths tell the groups apart and the copy fits into memory
-    beside the model; else copies without data. Some modules (`nn.MultiheadAttention`) take another way through PyTorch
-    as soon as they are cut. Then the step is that of a model in which everything is.
+    One copy is recorded that becomes narrower, where few widths tell the groups apart and the copy runs, with enough
+    memory beside the model; else copies without data. Some modules (`nn.MultiheadAttention`) take another way through
+    PyTorch as soon as they are cut. Then the step is that of a model in which everything is.
     """
     narrow, apart = narrowing_widths(groups)
-    errors = []
     try:
         with under_way("recording a step") as show:
-            attempts = [partial(_narrowed, make, groups, narrow, show)] if apart else []
-            attempts += [
-                partial(record, partial(make, data=False), trial_widths(groups, dense=dense)) for dense in (True, False)
-            ]
-            for attempt in attempts:
+            if apart:
+                with suppress(Exception):  # an error that is kept would keep the copy's memory
+                    return _narrowed(make, groups, narrow, show)
+            try:
+                return record(partial(make, data=False), trial_widths(groups))
+            except CostError as error:
                 try:
-                    return attempt()
-                except (CostError, torch.OutOfMemoryError) as error:
-                    errors.append(error)
-            raise next(error for error in errors if isinstance(error, CostError))
+                    return record(partial(make, data=False), trial_widths(groups, dense=False))
+                except CostError:
+                    raise error from None
     except SetpointError:
         raise
     except Exception as error:

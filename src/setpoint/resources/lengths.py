@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from setpoint.errors import CostError
 from setpoint.groups.group import Group, Size
 
 _MAX_VECTORS, _DRAWS = 16, 100
@@ -114,15 +115,22 @@ class Lengths:
         return self._known[values]
 
     def learn(self, pieces: Sequence[Size]) -> None:
-        """A length that is the sum of these may occur from here on."""
+        """A length that is the sum of these may occur from here on.
+
+        Raises:
+            CostError: where the widths do not tell this sum from another length.
+        """
         parts: dict[str, int] = {}
         for piece in pieces:
             for name, per_unit in piece.parts:
                 parts[name] = parts.get(name, 0) + per_unit
         total = Size(sum(piece.constant for piece in pieces), tuple(sorted(parts.items())))
         values = tuple(total.at(vector) for vector in self._vectors)
-        if self.size(values) is None:
+        known = self.size(values)
+        if known is None:
             self._known[values] = total
+        elif known != total:
+            raise CostError(f"the trial widths do not tell {total} from {known}")
 
     def _find(self, values: tuple[int, ...]) -> Size | None:
         if len(set(values)) == 1:

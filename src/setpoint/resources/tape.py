@@ -137,6 +137,7 @@ def _take(made: Trainee) -> _Take:
             storages.append((tensor.untyped_storage().nbytes(), _Shape.of(tensor)))
 
     held = made.held()
+    torch.clear_autocast_cache()  # a step casts each weight once
     collects = gc.isenabled()
     gc.disable()
     try:
