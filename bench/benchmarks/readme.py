@@ -37,6 +37,7 @@ from tables.law import (
     law_table,
     measured_table,
     optimal_line,
+    rates_table,
     write_law_picture,
 )
 from tables.lost import write_lost_picture
@@ -123,6 +124,7 @@ def filled(text: str) -> str:
             "frameworks": lambda: frameworks_table(RESULTS / "frameworks.json"),
             "law": lambda: law_table(RESULTS / "law.json"),
             "law-measured": lambda: measured_table(RESULTS / "law-language.json", RESULTS / "law.json"),
+            "law-rates": lambda: rates_table(RESULTS / "law-language.json"),
             "law-images": lambda: images_table(RESULTS / "law-images.json", RESULTS / "cifar10-mini"),
             "law-optimal": lambda: optimal_line(RESULTS / "law-language.json"),
             "gpu": lambda: gpu_table(RESULTS / "gpu.json"),

@@ -159,6 +159,34 @@ def measured_table(file: Path, predicted: Path) -> str:
     return "\n".join([*lines, "", made_on(data)])
 
 
+def rates_table(file: Path) -> str:
+    """By ratio and learning rate, the small model beside even starts of 2 at seed 0; the best of a ratio is bold."""
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    found = {
+        (row["ratio"], row["arm"], row["rate"]): row["test"]
+        for row in rows
+        if row["kind"] == "arm" and row["seed"] == 0 and (row["arm"], row["start"]) in (("small", 1.0), ("even", 2.0))
+    }
+    rates = sorted({rate for _, _, rate in found})
+    lines = [
+        "| r | model | " + " | ".join(f"rate {rate:g}" for rate in rates) + " |",
+        f"|---:|---|{'---:|' * len(rates)}",
+    ]
+    for ratio in sorted({ratio for ratio, _, _ in found}):
+        for arm, words in (("small", "small"), ("even", "even, start at 2 x")):
+            here = {rate: found[ratio, arm, rate] for rate in rates if (ratio, arm, rate) in found}
+            cells = (
+                "–"
+                if rate not in here
+                else f"**{here[rate]:.4f}**"
+                if here[rate] == min(here.values())
+                else f"{here[rate]:.4f}"
+                for rate in rates
+            )
+            lines.append(f"| {ratio:g} | {words} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def over_trained_row(file: Path) -> str:
     """Setpoint's runs at the largest r that has three seeds, from each start, beside the small model."""
     arms = [arm for arm in arms_of(json.loads(file.read_text(encoding="utf-8"))) if arm.arm == "setpoint"]
