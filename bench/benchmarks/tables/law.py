@@ -174,16 +174,11 @@ def rates_table(file: Path) -> str:
     ]
     for ratio in sorted({ratio for ratio, _, _ in found}):
         for arm, words in (("small", "small"), ("even", "even, start at 2 x")):
-            here = {rate: found[ratio, arm, rate] for rate in rates if (ratio, arm, rate) in found}
-            cells = (
-                "–"
-                if rate not in here
-                else f"**{here[rate]:.4f}**"
-                if here[rate] == min(here.values())
-                else f"{here[rate]:.4f}"
-                for rate in rates
-            )
-            lines.append(f"| {ratio:g} | {words} | {' | '.join(cells)} |")
+            losses = {rate: found[ratio, arm, rate] for rate in rates if (ratio, arm, rate) in found}
+            shown = {rate: f"{loss:.4f}" for rate, loss in losses.items()}
+            best = min(losses, key=lambda rate: losses[rate])
+            shown[best] = f"**{shown[best]}**"
+            lines.append(f"| {ratio:g} | {words} | {' | '.join(shown.get(rate, '–') for rate in rates)} |")
     return "\n".join(lines)
 
 
