@@ -33,6 +33,7 @@ from setpoint.groups.state import find_states
 from setpoint.groups.stated import tie_pieces
 from setpoint.groups.trial import Draft
 from setpoint.groups.walk import Value, Walk, finish, op_name, rule_for
+from setpoint.uncollected import uncollected
 from setpoint.under_way import under_way
 
 
@@ -87,7 +88,7 @@ def trace(model: nn.Module, example: Example) -> Trace:
             "groups are found in a whole model: call find_groups before fully_shard, or inside `with "
             "setpoint.unsharded(model):` on every rank"
         )
-    with preserved_rng_state(model), under_way("finding what can be cut"):
+    with preserved_rng_state(model), under_way("finding what can be cut"), uncollected():
         return _trace(model, example)
 
 

@@ -56,9 +56,11 @@ def spending(model: nn.Module, example: Example, groups: Sequence[str]) -> Spend
     Raises:
         CostError: if the step cannot be recorded.
     """
-    found: tuple[Group, ...] = tuple(group for group in trace(model, example).groups if group.name in set(groups))
+    traced = trace(model, example)
+    found: tuple[Group, ...] = tuple(group for group in traced.groups if group.name in set(groups))
     optimizer = torch.optim.AdamW(model.parameters())
-    costing = cost_out(model, (optimizer,), example, found, {"latency", "memory", "inference"})
+    resources = {"latency", "memory", "inference"}
+    costing = cost_out(model, (optimizer,), example, found, resources, fingerprint=traced.key)
     latency, memory, inference = (costing.costs[name] for name in ("latency", "memory", "inference"))
     dense, least = widths_of(found), {group.name: lowest_width(group) for group in found}
     each = []

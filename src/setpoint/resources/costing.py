@@ -24,6 +24,7 @@ from setpoint.groups.group import Group, widths_of
 from setpoint.resources.energy import EnergyCost, fit_energy
 from setpoint.resources.inference import inference_replica
 from setpoint.resources.joules import EnergyMeter, find_energy_meter, idle_watts
+from setpoint.resources.kept_tape import kept_tape, tape_key
 from setpoint.resources.latency import Fit, LatencyCost, fit_steps
 from setpoint.resources.lengths import narrowing_widths, trial_widths
 from setpoint.resources.live_bytes import peak_bytes
@@ -85,10 +86,12 @@ def cost_out(
     resources: Collection[str],
     watts: float | None = None,
     inference_example: Example | None = None,
+    fingerprint: str = "",
 ) -> Costing:
     """Build the costs of these resources on copies of the model, which is left alone.
 
-    `watts` is the power of a training step, as the user states it for a machine without an energy meter.
+    `watts` is the power of a training step, as the user states it for a machine without an energy meter. A step of a
+    model with this fingerprint is recorded once and kept.
 
     Raises:
         CostError: if the step cannot be recorded, or joules are asked for and there is nothing to tell them from.
@@ -111,7 +114,7 @@ def cost_out(
     table = Table(device) if wanted & {"latency", "inference", "energy"} else None
     if wanted & {"memory", "latency", "energy"}:
         make = partial(replica, model, optimizers, example, groups)
-        tape = _tape(make, groups)
+        tape = kept_tape(tape_key(model, optimizers, groups, fingerprint, "step"), partial(_tape, make, groups))
         if "memory" in wanted:
             costs["memory"] = memory = MemoryCost(tape)
             if device.type == "cpu":  # the allocator of a GPU counts the live model, too
@@ -131,7 +134,9 @@ def cost_out(
                 sources["energy"], errors["energy"] = energy.source, energy.error
     if table is not None and "inference" in wanted:
         answer = partial(inference_replica, model, example if inference_example is None else inference_example, groups)
-        passing = LatencyCost(_tape(answer, groups), groups, table, resource="inference")
+        key = tape_key(model, (), groups, fingerprint, "pass") if inference_example is None else ""
+        answered = kept_tape(key, partial(_tape, answer, groups))
+        passing = LatencyCost(answered, groups, table, resource="inference")
         costs["inference"] = _calibrated(passing, table, answer, groups, None)[0]
     for name, cost in costs.items():
         if isinstance(cost, LatencyCost) and table is not None:

@@ -50,8 +50,9 @@ def learn(
     """
     measured = {each.resource for each in goals} & set(METERED)
     watts = next((each.watts for each in goals if each.watts is not None), None)
-    answered = next((each.example for each in goals if each.example is not None), example)
-    costing = cost_out(host.model, host.optimizers, example, groups, measured, watts, answered)
+    given = next((each.example for each in goals if each.example is not None), None)
+    answered = example if given is None else given
+    costing = cost_out(host.model, host.optimizers, example, groups, measured, watts, given, found.key)
     inference, pass_flops, energy = None, None, costing.costs.get("energy")
     if "inference" in measured:
         inference = Inference.of(host.model, answered)

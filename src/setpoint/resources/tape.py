@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -19,6 +18,7 @@ from setpoint.groups.group import Size
 from setpoint.groups.walk import op_name
 from setpoint.resources.lengths import Lengths
 from setpoint.resources.live_bytes import LiveBytes
+from setpoint.uncollected import uncollected
 
 
 class Trainee(Protocol):
@@ -138,14 +138,8 @@ def _take(made: Trainee) -> _Take:
 
     held = made.held()
     torch.clear_autocast_cache()  # a step casts each weight once
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        with LiveBytes(held, noted), _Calls(calls):
-            made.step()
-    finally:
-        if collects:
-            gc.enable()
+    with uncollected(), LiveBytes(held, noted), _Calls(calls):
+        made.step()
     return taken
 
 
