@@ -58,10 +58,10 @@ BUDGETS = (800, 2400, 7200)
 """Of the calibration: the FLOPs of so many steps of the small model; at the first one rates are swept."""
 SHORT = 300
 """A budget that is shown beside the others. Its runs end before any power law begins: no law is fitted to it."""
-RATES = {"calibration": (0.004, 0.008, 0.016), "arm": (0.008, 0.016, 0.032), "pair": (0.008, 0.016, 0.032)}
-"""Peak learning rates that are swept."""
 LOW_RATES = (0.004, 0.008)
-"""Those that long runs have beside the swept ones."""
+"""Peak learning rates of long runs."""
+RATES = {"calibration": (0.004, 0.008, 0.016), "arm": (0.008, 0.016, 0.032), "pair": LOW_RATES}
+"""Those that are swept."""
 CUTS = (0.25, 0.75)
 SCHEDULE = Schedule(warmup=CUTS[0], settle=CUTS[1], land=CUTS[1], shape="linear")
 ARMS = (("small", 1.0), ("even", 2.0), ("setpoint", 2.0), ("even", 4.0), ("setpoint", 4.0))
@@ -395,17 +395,15 @@ def longest_arms(rows: Sequence[Mapping[str, Any]], optimal: int) -> Iterator[Ce
 
 
 def pair(rows: Sequence[Mapping[str, Any]], optimal: int) -> Iterator[Cell]:
-    """The pair of twice the final size: rates are swept at a ratio of 1, and the best of each arm is taken at 16.
+    """The pair of twice the final size at a ratio of 16: rates are swept at seed 0, each arm's best is taken at others.
 
     Args:
         optimal: steps of the final size that its optimal tokens make.
     """
-    for rate in RATES["pair"]:
-        yield from (Cell("pair", *arm, 1.0, optimal, rate, 0, PAIR) for arm in PAIR_ARMS)
     for seed in SEEDS:
         for arm, start in PAIR_ARMS:
-            rate = best_rate(rows, kind="pair", arm=arm, start=start, ratio=1.0)
-            yield Cell("pair", arm, start, 16.0, 16 * optimal, rate, seed, PAIR)
+            rates = RATES["pair"] if seed == 0 else (best_rate(rows, kind="pair", arm=arm, start=start, ratio=16.0),)
+            yield from (Cell("pair", arm, start, 16.0, 16 * optimal, rate, seed, PAIR) for rate in rates)
 
 
 def run_all(results: Results, bench: Bench, pause: Path | None) -> None:
@@ -422,12 +420,12 @@ def run_all(results: Results, bench: Bench, pause: Path | None) -> None:
             run_one(results, bench, cell, pause)
     for cell in calibration(results.rows, BUDGETS[2:]):
         run_one(results, bench, cell, pause)
-    for cell in longest_arms(results.rows, optimal_steps):
-        run_one(results, bench, cell, pause)
     if "pair_optimal_steps" not in results.held:
         optimal = optimal_tokens(calibrated(results.rows), params(built(PAIR)))
         results.keep(pair_optimal_tokens=optimal, pair_optimal_steps=round(optimal / TOKENS))
     for cell in pair(results.rows, results.held["pair_optimal_steps"]):
+        run_one(results, bench, cell, pause)
+    for cell in longest_arms(results.rows, optimal_steps):
         run_one(results, bench, cell, pause)
 
 

@@ -114,13 +114,14 @@ def test_the_list_of_runs_takes_the_best_rates(law: ModuleType) -> None:
     assert {row["steps"] for row in rows} == {100, 400, 1600}
     for part in (law.longest_arms, law.pair):
         for cell in part(rows, optimal=100):
-            rows.append({**vars(cell), "validation": abs(cell.rate - 0.016)})
+            rows.append({**vars(cell), "validation": abs(cell.rate - 0.004)})
     longest = {(row["arm"], row["start"], row["rate"]) for row in rows if row["ratio"] == 64}
     assert {(arm, start) for arm, start, _ in longest} == set(law.LONGEST_ARMS)
     assert {rate for arm, start, rate in longest if (arm, start) == ("small", 1.0)} == {0.032, 0.008, 0.004}
     pair = [row for row in rows if row["kind"] == "pair"]
-    assert {row["final"] for row in pair} == {2.0} and {row["steps"] for row in pair} == {100, 1600}
-    assert {row["rate"] for row in pair if row["ratio"] == 16} == {0.016}
+    assert {row["final"] for row in pair} == {2.0} and {row["steps"] for row in pair} == {1600}
+    assert {row["rate"] for row in pair if row["seed"]} == {0.004} and {row["ratio"] for row in pair} == {16}
+    assert [row["seed"] for row in pair] == 6 * [0] + 3 * [1] + 3 * [2]
 
 
 def test_the_page_shows_what_the_runs_came_to() -> None:

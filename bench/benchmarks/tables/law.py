@@ -70,14 +70,15 @@ class Arm:
     reducible: float | None
 
 
-def arms_of(data: Mapping[str, Any]) -> list[Arm]:
-    """All arms of a results file that have a seed in common with the small model."""
-    rows = [row for row in data["rows"] if row["kind"] == "arm"]
+def arms_of(data: Mapping[str, Any], kind: str = "arm") -> list[Arm]:
+    """All arms of a results file that have a seed in common with the small model; of kind "pair" those of the pair."""
+    rows = [row for row in data["rows"] if row["kind"] == kind]
+    final = float(rows[0].get("final", 1.0)) if rows else 1.0  # older rows lack it
     law = _law(data["law"]) if data.get("law") else None
     draws = [_law(replica) for replica in data.get("replicas", [])]
     found = []
     for ratio in sorted({row["ratio"] for row in rows}):
-        small = _chosen(rows, ratio, "small", 1.0)
+        small = _chosen(rows, ratio, "small", final)
         for start, arm in sorted({(row["start"], row["arm"]) for row in rows if row["ratio"] == ratio}):
             runs = _chosen(rows, ratio, arm, start)
             pairs = [(runs[seed], small[seed]) for seed in sorted(runs.keys() & small.keys())]
@@ -88,7 +89,7 @@ def arms_of(data: Mapping[str, Any]) -> list[Arm]:
             low, high = np.quantile(by_law, (0.025, 0.975)).tolist() if by_law else (None, None)
             found.append(
                 Arm(
-                    ratio, arm, start, pairs[0][0]["rate"], ours["size"], ours["average_size"] / ours["size"],
+                    ratio, arm, start / final, pairs[0][0]["rate"], ours["size"], ours["average_size"] / ours["size"],
                     ours["test"], theirs["test"], paired([plain["test"] - cut["test"] for cut, plain in pairs]),
                     None if law is None else _predicted(law, ours, theirs), None if low is None else (low, high),
                     None if law is None else theirs["test"] - law.irreducible,
@@ -157,6 +158,35 @@ def measured_table(file: Path, predicted: Path) -> str:
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", made_on(data)])
+
+
+def pair_table(file: Path) -> str:
+    """The pair of a larger final size: what was measured, and what the law of the calibration predicts."""
+    data = json.loads(file.read_text(encoding="utf-8"))
+    lines = [
+        "| r | start | widths | rate | small model's rate | final size | small model | pruned | gain, nats per byte "
+        "| law of the calibration | seeds |",
+        f"|---:|---:|---|{'---:|' * 8}",
+    ]
+    rows = [row for row in data["rows"] if row["kind"] == "pair"]
+    for each in arms_of(data, "pair"):
+        gain = _with_interval(each.gain)
+        small = _chosen(rows, each.ratio, "small", float(rows[0]["final"]))
+        cells = (
+            f"{each.ratio:g}",
+            f"{each.start:g} x",
+            WIDTHS[each.arm],
+            f"{each.rate:g}",
+            f"{small[0]['rate']:g}",
+            f"{each.size:,.0f}",
+            f"{each.small:.4f}",
+            f"{each.loss:.4f}",
+            f"**{gain}**" if each.gain.clear else gain,
+            "–" if each.predicted is None else _nats(each.predicted),
+            f"{each.gain.num}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def rates_table(file: Path) -> str:
