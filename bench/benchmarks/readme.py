@@ -35,9 +35,9 @@ from tables.law import (
     calibration_runs_table,
     images_table,
     law_table,
-    pair_table,
     measured_table,
     optimal_line,
+    pair_table,
     rates_table,
     write_law_picture,
 )

@@ -74,9 +74,9 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Machine
     made = Machine()
     tape = costing._tape
 
-    def recorded(make: Any, groups: tuple[Group, ...]) -> Tape:
+    def recorded(make: Any, groups: tuple[Group, ...], seen: Any) -> Tape:
         key = f"{make.func} {make.args[0]} {groups} {[x.shape for x in make.args[-2]]}"
-        return TAPES[key] if key in TAPES else TAPES.setdefault(key, tape(make, groups))
+        return TAPES[key] if key in TAPES else TAPES.setdefault(key, tape(make, groups, []))
 
     monkeypatch.setattr(costing, "_tape", recorded)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -54,7 +54,7 @@ def recorded(model: nn.Module, optimizer: Optimizer, example: Any) -> tuple[str,
     traced = trace(model, example)
     groups = tuple(group for group in traced.groups if group.lossless)
     make = partial(costing.replica, model, (optimizer,), example, groups)
-    return tape_key(model, (optimizer,), groups, traced.key, "step"), partial(costing._tape, make, groups)
+    return tape_key(model, (optimizer,), groups, traced.key, "step"), partial(costing._tape, make, groups, [])
 
 
 def never() -> Tape:
@@ -166,5 +166,5 @@ def test_a_second_run_records_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         loop = setpoint.attach(model, optimizer, "90% memory", example=example, total_steps=10)
         costs.append(loop.spending.costs["memory"].total(loop.widths))
         loop.detach()
-        monkeypatch.setattr(costing, "_tape", lambda make, groups: never())
+        monkeypatch.setattr(costing, "_tape", lambda make, groups, seen: never())
     assert costs[0] == costs[1]

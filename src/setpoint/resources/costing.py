@@ -37,6 +37,8 @@ from setpoint.under_way import under_way
 from setpoint.warn import warn
 
 _MOST_STEPS, _ENOUGH_S = 50, 0.4
+_SLOW_S = 0.2
+"""Recorded steps that take longer count as timed."""
 _WORTH_KEEPING = 0.15
 """A fit with a larger error was made on a busy machine, and is made again next time."""
 
@@ -114,7 +116,8 @@ def cost_out(
     table = Table(device) if wanted & {"latency", "inference", "energy"} else None
     if wanted & {"memory", "latency", "energy"}:
         make = partial(replica, model, optimizers, example, groups)
-        tape = kept_tape(tape_key(model, optimizers, groups, fingerprint, "step"), partial(_tape, make, groups))
+        seen = list[Reading]()
+        tape = kept_tape(tape_key(model, optimizers, groups, fingerprint, "step"), partial(_tape, make, groups, seen))
         if "memory" in wanted:
             costs["memory"] = memory = MemoryCost(tape)
             if device.type == "cpu":  # the allocator of a GPU counts the live model, too
@@ -125,7 +128,7 @@ def cost_out(
                 errors["memory"] = statistics.median(off)
             sources["memory"] = "modelled: storages of a recorded step"
         if table is not None and wanted & {"latency", "energy"}:
-            latency, joules = _calibrated(LatencyCost(tape, groups, table), table, make, groups, meter)
+            latency, joules = _calibrated(LatencyCost(tape, groups, table), table, make, groups, meter, seen)
             dense = widths_of(groups)
             step_seconds = {g.name: latency.saving(dense, g.name, g.num_units - lowest_width(g)) for g in groups}
             costs["latency"] = latency
@@ -135,9 +138,9 @@ def cost_out(
     if table is not None and "inference" in wanted:
         answer = partial(inference_replica, model, example if inference_example is None else inference_example, groups)
         key = tape_key(model, (), groups, fingerprint, "pass") if inference_example is None else ""
-        answered = kept_tape(key, partial(_tape, answer, groups))
-        passing = LatencyCost(answered, groups, table, resource="inference")
-        costs["inference"] = _calibrated(passing, table, answer, groups, None)[0]
+        seen = list[Reading]()
+        passing = LatencyCost(kept_tape(key, partial(_tape, answer, groups, seen)), groups, table, resource="inference")
+        costs["inference"] = _calibrated(passing, table, answer, groups, None, seen)[0]
     for name, cost in costs.items():
         if isinstance(cost, LatencyCost) and table is not None:
             errors[name] = cost.fit.error
@@ -154,19 +157,20 @@ def _energy(latency: Cost, watts: float | None, joules: list[Reading], meter: En
     return EnergyCost(latency, watts, stated=True)
 
 
-def _tape(make: Make, groups: tuple[Group, ...]) -> Tape:
-    """The recorded step; whatever goes wrong in foreign code becomes one error that says what to do.
+def _tape(make: Make, groups: tuple[Group, ...], seen: list[Reading]) -> Tape:
+    """The recorded step; what slow ones took is added to `seen`.
 
     One copy is recorded that becomes narrower, where few widths tell the groups apart and the copy runs, with enough
     memory beside the model; else copies without data. Some modules (`nn.MultiheadAttention`) take another way through
-    PyTorch as soon as they are cut. Then the step is that of a model in which everything is.
+    PyTorch as soon as they are cut. Then the step is that of a model in which everything is. Whatever goes wrong in
+    foreign code becomes one error that says what to do.
     """
     narrow, apart = narrowing_widths(groups)
     try:
         with under_way("recording a step") as show:
             if apart:
                 with suppress(Exception):  # an error that is kept would keep the copy's memory
-                    return _narrowed(make, groups, narrow, show)
+                    return _narrowed(make, groups, narrow, show, seen)
             try:
                 return record(partial(make, data=False), trial_widths(groups))
             except CostError as error:
@@ -185,35 +189,72 @@ def _tape(make: Make, groups: tuple[Group, ...]) -> Tape:
 
 
 def _narrowed(
-    make: Make, groups: tuple[Group, ...], vectors: Sequence[Mapping[str, int]], show: Callable[[float], None]
+    make: Make,
+    groups: tuple[Group, ...],
+    vectors: Sequence[Mapping[str, int]],
+    show: Callable[[float], None],
+    seen: list[Reading],
 ) -> Tape:
-    """The step of one copy, which becomes narrower from one width vector to the next."""
+    """The step of one copy, which becomes narrower from one width vector to the next; `seen` as in `_tape`."""
 
     def copies() -> Generator[Narrowing, None, None]:
         with make(vectors[0], data=True) as copy:
             left = cut_groups(groups, first(groups, vectors[0]))
-            yield copy
-            for number, widths in enumerate(vectors[1:], start=1):
+            taken = list[Reading]()
+            for number, widths in enumerate(vectors):
                 show(number / len(vectors))
-                left = copy.narrow(left, widths)
-                yield copy
+                left = copy.narrow(left, widths) if number else left
+                watch = Stopwatch()
+                with watch:
+                    yield copy  # whoever asks for the next one has recorded a step
+                taken.append((widths, watch.seconds))
+            if taken[-1][1] >= _SLOW_S and all(each.device.type == "cpu" for each in copy.held()):
+                seen.extend(_plain(copy, left, taken, _narrowing(groups)[-1]))
 
     with closing(copies()) as narrowing:
         return record_each(narrowing, vectors)
 
 
+def _plain(
+    copy: Narrowing, left: tuple[Group, ...], recorded: Sequence[Reading], least: Mapping[str, int]
+) -> list[Reading]:
+    """Seconds of steps that were recorded, less what recording takes, and of one at the least widths.
+
+    Recording takes as long at all widths, since the operations are the same. It is known where the copy is now, at the
+    last widths, from a step that is not recorded.
+    """
+    *others, (widths, seconds) = recorded
+    watch = Stopwatch()
+    with watch:
+        copy.step()
+    recording = max(0.0, seconds - watch.seconds)
+    copy.narrow(left, least)
+    fewest = _step(copy, torch.device("cpu"), None)
+    found = [(each, taken - recording) for each, taken in others] + [(widths, watch.seconds)]
+    found += [] if fewest is None else [(least, fewest[0])]
+    return [each for each in found if each[1] > 0]  # 0 where the clock ran backwards
+
+
 def _calibrated(
-    cost: LatencyCost, table: Table, make: Make, groups: tuple[Group, ...], meter: EnergyMeter | None
+    cost: LatencyCost,
+    table: Table,
+    make: Make,
+    groups: tuple[Group, ...],
+    meter: EnergyMeter | None,
+    seen: Sequence[Reading],
 ) -> tuple[LatencyCost, list[Reading]]:
+    """The cost with its scale, which is kept, and joules; `seen` are steps that have been timed already."""
     kept = table.fit(cost.key)
     if kept is not None and len(kept) == 4 and meter is None:
         return cost.fitted(Fit(*kept)), []
-    seconds, joules = list[Reading](), list[Reading]()
-    with under_way(f"timing whole steps ({cost.resource})") as show:
-        for widths, taken, spent in _timed(make, groups, table.device, meter, show):
-            seconds.append((widths, taken))
-            if spent is not None:
-                joules.append((widths, spent))
+    seconds, joules = list[Reading](seen), list[Reading]()
+    if not seen or meter is not None:
+        seconds.clear()
+        with under_way(f"timing whole steps ({cost.resource})") as show:
+            for widths, taken, spent in _timed(make, groups, table.device, meter, show):
+                seconds.append((widths, taken))
+                if spent is not None:
+                    joules.append((widths, spent))
     if not seconds:
         raise CostError("no step of a copy of the model fits into memory here: use of='flops' or of='params'")
     fit = fit_steps(cost, seconds)

@@ -1,0 +1,75 @@
+"""Slow steps that were recorded are not timed again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from setpoint.groups.group import Group, widths_of
+from setpoint.groups.trace import trace
+from setpoint.resources import costing
+from setpoint.resources.latency import LatencyCost
+from setpoint.resources.replica import replica
+from setpoint.resources.table import Table
+from setpoint.spending import seconds as seconds_file
+
+
+class Clocked:
+    """A copy whose steps take a second and one for every unit, by a clock that only they turn."""
+
+    def __init__(self, widths: Mapping[str, int]) -> None:
+        self.widths, self.now = dict(widths), 0.0
+
+    def step(self) -> None:
+        """Turn the clock."""
+        self.now += 1.0 + sum(self.widths.values())
+
+    def held(self) -> list[torch.Tensor]:
+        """Nothing."""
+        return []
+
+    def narrow(self, groups: tuple[Group, ...], widths: Mapping[str, int]) -> tuple[Group, ...]:
+        """Take these widths."""
+        self.widths = dict(widths)
+        return groups
+
+
+def test_what_recording_takes_is_taken_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: readings are the plain steps' seconds at every width, however long recording takes."""
+    copy = Clocked({"a": 2})
+    monkeypatch.setattr(seconds_file, "_now", lambda synchronize: copy.now)
+    recorded = [({"a": width}, 1.0 + width + 7.5) for width in (8, 6, 2)]
+    found = costing._plain(copy, (), recorded, {"a": 1})
+    assert found == [({"a": width}, pytest.approx(1.0 + width)) for width in (8, 6, 2, 1)]
+    faster = costing._plain(Clocked({"a": 2}), (), [({"a": 8}, 9.0), ({"a": 2}, 0.0)], {"a": 1})
+    assert faster[0][1] == 9.0  # a clock that stands still takes nothing off
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_slow_steps_are_timed_while_they_are_recorded(
+    slow: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Claim: a slow model is copied once, its five widths are timed there, and the cost fits; a fast one is timed."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(costing, "_SLOW_S", 0.0 if slow else 1e9)
+    model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
+    example = (torch.randn(32, 16),)
+    optimizer, groups = torch.optim.AdamW(model.parameters()), trace(model, example).groups
+    copies: list[bool] = []
+
+    def make(widths: Mapping[str, int], *, data: bool) -> Any:
+        copies.append(data)
+        return replica(model, (optimizer,), example, groups, widths, data=data)
+
+    seen: list[costing.Reading] = []
+    table = Table(torch.device("cpu"))
+    cost = LatencyCost(costing._tape(make, groups, seen), groups, table)
+    fitted, joules = costing._calibrated(cost, table, make, groups, None, seen)
+    assert copies == [True] * (1 if slow else 2) and joules == []
+    assert [dict(widths) for widths, _ in seen] == (costing._narrowing(groups) if slow else [])
+    assert all(taken > 0 for _, taken in seen) and fitted.total(widths_of(groups)) > 0
