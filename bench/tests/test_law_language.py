@@ -124,6 +124,28 @@ def test_the_list_of_runs_takes_the_best_rates(law: ModuleType) -> None:
     assert [row["seed"] for row in pair] == 6 * [0] + 3 * [1] + 3 * [2]
 
 
+def test_the_pair_has_a_table_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: each arm is shown in final sizes, against the small model of the final size at its best rate."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench" / "benchmarks"))
+    from tables.law import pair_table
+
+    shared = {"kind": "pair", "ratio": 16.0, "size": 8800, "average_size": 9000.0, "tokens": 1e6, "final": 2.0}
+    rows = [
+        {**shared, "arm": arm, "start": start, "rate": rate, "seed": seed, "validation": loss + rate, "test": loss}
+        for arm, start, rate, loss in (
+            ("small", 2.0, 0.004, 2.0),
+            ("small", 2.0, 0.008, 2.5),
+            ("even", 4.0, 0.004, 1.9),
+        )
+        for seed in (0, 1)
+    ]
+    file = tmp_path / "law.json"
+    file.write_text(json.dumps({"rows": rows}), encoding="utf-8")
+    (line,) = pair_table(file).splitlines()[2:]
+    cells = [cell.strip(" *") for cell in line.split("|")[1:-1]]
+    assert cells == ["16", "2 x", "even", "0.004", "0.004", "8,800", "2.0000", "1.9000", "+0.1000", "–", "2"]
+
+
 def test_the_page_shows_what_the_runs_came_to() -> None:
     """Claim: each measured and predicted gain of the page follows from the rows of the results file."""
     data = json.loads((ROOT / "results" / "law-language.json").read_text(encoding="utf-8"))

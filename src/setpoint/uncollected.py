@@ -1,4 +1,4 @@
-"""Uncollected: Python's collection of cyclic garbage waits while much is made that stays for now."""
+"""Uncollected: Python's collection of cyclic garbage waits while many objects are made that stay for now."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """While inside, objects that refer to each other in a circle stay; after it all is as it was.
+    """While inside, objects that refer to each other in a circle stay. Afterwards collection is on if it was before.
 
     A collection looks at every object of the process, torch's hundreds of thousands included.
     """

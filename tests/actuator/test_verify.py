@@ -202,7 +202,7 @@ def test_a_large_model_is_tried_in_float32(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_small_difference_in_float32_is_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Claim: a wrong cut whose outputs differ by far less than float32 allows on its own is found in float64."""
+    """Claim: a wrong cut whose outputs differ by less than float32 allows on its own is found in float64."""
     monkeypatch.setattr("setpoint.actuator.verify._LARGE", 0)
     places = "a.weight:0:produce a.bias:0:carry b.weight:1:consume", "a:out_features b:in_features"
     assert failing_groups(FaintlyWide(), (torch.randn(4, 3),), (group("units", 600, *places),)) == ("units",)

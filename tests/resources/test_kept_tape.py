@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import setpoint
 from setpoint.cache import keep, recall
@@ -82,54 +83,135 @@ def test_a_kept_tape_is_the_recorded_one(kind: type[Optimizer]) -> None:
     assert MemoryCost(found[0]).total(widths) == MemoryCost(found[1]).total(widths)
 
 
-def test_the_key_follows_what_decides_on_operations() -> None:
-    """Claim: an optimizer's kind, a switch, and a number that becomes 0 change the key; a learning rate does not."""
-    model, example = Both(), (torch.randn(2, 4, 8),)
-    kinds: list[Callable[[Any], Optimizer]] = [
-        partial(torch.optim.SGD, lr=0.1),
-        partial(torch.optim.SGD, lr=0.1, momentum=0.9),
-        partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True),
-        partial(torch.optim.SGD, lr=0.1, weight_decay=0.1),
-        partial(torch.optim.Adam, lr=0.1),
-        partial(torch.optim.Adam, lr=0.1, amsgrad=True),
-    ]
-    keys = [recorded(model, make(model.parameters()), example)[0] for make in kinds]
-    assert all(keys) and len(set(keys)) == len(keys)
-    assert recorded(model, torch.optim.SGD(model.parameters(), lr=0.7), example)[0] == keys[0]
-    some = torch.optim.SGD(list(model.parameters())[1:], lr=0.1)
-    assert recorded(model, some, example)[0] not in keys
+SETTINGS: dict[type[Optimizer], list[dict[str, Any]]] = {
+    torch.optim.SGD: [
+        {},
+        {"momentum": 0.9},
+        {"momentum": 0.9, "nesterov": True},
+        {"weight_decay": 0.1},
+        {"foreach": True},
+    ],
+    torch.optim.Adam: [{}, {"amsgrad": True}, {"weight_decay": 0.1}, {"foreach": True}, {"fused": True}],
+    torch.optim.AdamW: [{}, {"weight_decay": 0.0}, {"maximize": True}],
+    torch.optim.NAdam: [{}, {"decoupled_weight_decay": True, "weight_decay": 0.1}],
+    torch.optim.Adamax: [{}, {"weight_decay": 0.1}],
+    torch.optim.Adagrad: [{}, {"lr_decay": 0.1}],
+    torch.optim.Adadelta: [{}, {"foreach": True}],
+    torch.optim.RMSprop: [{}, {"centered": True}, {"momentum": 0.9}],
+}
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_equal_keys_mean_equal_steps(kind: type[Optimizer]) -> None:
+    """Claim: of all settings, rates and numbers of steps, those with one key make the same step but for its floats."""
+    found: dict[str, list[Any]] = {}
+    for settings in SETTINGS[kind]:
+        for rate, steps in ((0.1, 0), (0.1, 1), (0.02, 30)):
+            model, example = small()
+            optimizer = kind(model.parameters(), lr=rate, **settings)
+            for _ in range(steps):
+                model(*example).square().sum().backward()
+                optimizer.step()
+            optimizer.zero_grad()
+            key, record = recorded(model, optimizer, example)
+            assert key
+            step = facts(record())
+            step[0] = [[target, [_plain(leaf) for leaf in leaves], *rest] for target, leaves, *rest in step[0]]
+            assert found.setdefault(key, step) == step, (settings, steps)
+    assert len(found) >= len(SETTINGS[kind])  # each setting has its own
+
+
+def _plain(leaf: Any) -> Any:
+    return "float" if isinstance(leaf, float) else leaf
+
+
+def small() -> tuple[nn.Module, Any]:
+    """Two layers, and an example."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), (torch.randn(4, 4),)
+
+
+def test_the_key_follows_groups_and_what_is_trained() -> None:
+    """Claim: other blocks, another kind of step, and fewer trained parameters are other keys."""
+    model, example = small()
+    plain = torch.optim.SGD(model.parameters(), lr=0.1)
     groups = trace(model, example).groups
     wider = tuple(replace(group, multiple_of=2 * group.multiple_of) for group in groups)
-    optimizers = (kinds[0](model.parameters()),)
-    assert len({tape_key(model, optimizers, each, "f", what) for each in (groups, wider) for what in "ab"}) == 4
-
-
-def test_a_step_that_started_is_another() -> None:
-    """Claim: an optimizer with momentum that has made a step has another key, since its first step makes buffers."""
-    model, example = Both(), (torch.randn(2, 4, 8),)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    before = recorded(model, optimizer, example)[0]
-    model(*example).sum().backward()
-    optimizer.step()
-    assert recorded(model, optimizer, example)[0] not in (before, "")
+    assert len({tape_key(model, (plain,), each, "f", what) for each in (groups, wider) for what in "ab"}) == 4
+    some = torch.optim.SGD(list(model.parameters())[1:], lr=0.1)
+    assert recorded(model, some, example)[0] not in (recorded(model, plain, example)[0], "")
 
 
 class Own(torch.optim.SGD):
     """An optimizer of the user's."""
 
 
-def test_what_is_not_known_has_no_key() -> None:
-    """Claim: no key for an optimizer of the user's, for one with a hook, and for a model without a fingerprint."""
-    model, example = Both(), (torch.randn(2, 4, 8),)
+def strangers() -> dict[str, tuple[nn.Module, Optimizer]]:
+    """Optimizers of which shapes and switches do not say everything."""
+    model, _ = small()
+    weights, found = list(model.parameters()), dict[str, Optimizer]()
+    found["own class"] = Own(weights, lr=0.1)
+    found["counts its steps"] = torch.optim.RAdam(weights, lr=0.1)
+    found["hook"] = torch.optim.SGD(weights, lr=0.1)
+    found["hook"].register_step_post_hook(lambda *_: None)
+    found["other parameters"] = torch.optim.SGD([*weights, nn.Parameter(torch.zeros(7))], lr=0.1)
+    found["odd state"] = torch.optim.SGD(weights, lr=0.1)
+    found["odd state"].state["note"] = 3  # type: ignore[index]
+    found["odd setting"] = torch.optim.SGD(weights, lr=0.1)
+    found["odd setting"].param_groups[0]["more"] = object()
+    return {name: (model, each) for name, each in found.items()}
+
+
+@pytest.mark.parametrize("name", strangers())
+def test_what_is_not_known_has_no_key(name: str) -> None:
+    """Claim: such an optimizer has no key, and is no error; nor has a model without a fingerprint."""
+    model, optimizer = strangers()[name]
+    assert tape_key(model, (optimizer,), (), "some", "step") == ""
     plain = torch.optim.SGD(model.parameters(), lr=0.1)
-    hooked = torch.optim.SGD(model.parameters(), lr=0.1)
-    hooked.register_step_post_hook(lambda *_: None)
-    assert [recorded(model, each, example)[0] for each in (Own(model.parameters(), lr=0.1), hooked)] == ["", ""]
-    assert tape_key(model, (plain,), (), "", "step") == ""
+    assert tape_key(model, (plain,), (), "some", "step") and tape_key(model, (plain,), (), "", "step") == ""
+
+
+def test_a_setting_with_a_number_as_its_name_is_no_error() -> None:
+    """Claim: settings are told apart by their names as text."""
+    model, _ = small()
+    plain, odd = (torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2))
+    odd.param_groups[0][7] = 1  # type: ignore[index]
+    keys = {tape_key(model, (each,), (), "some", "step") for each in (plain, odd)}
+    assert len(keys) == 2 and "" not in keys
+
+
+def test_a_hook_on_all_optimizers_has_no_key() -> None:
+    """Claim: while one is set nothing is kept."""
+    model, _ = small()
+    plain = torch.optim.SGD(model.parameters(), lr=0.1)
+    hook = register_optimizer_step_pre_hook(lambda *_: None)
+    try:
+        assert tape_key(model, (plain,), (), "some", "step") == ""
+    finally:
+        hook.remove()
     assert tape_key(model, (plain,), (), "some", "step")
 
 
-@pytest.mark.parametrize("damage", ["operation", "kind", "place", "whole"])
+def test_modes_of_pytorch_make_another_key() -> None:
+    """Claim: anomaly mode and autocast without its cache are other keys; hooks on saved tensors have none."""
+    model, example = small()
+    plain = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def key() -> str:
+        return recorded(model, plain, example)[0]
+
+    keys = [key()]
+    with torch.autograd.set_detect_anomaly(True):
+        keys.append(key())
+    for cached in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=cached):
+            keys.append(key())
+    assert len(set(keys)) == 4 and all(keys)
+    with torch.autograd.graph.save_on_cpu():
+        assert key() == ""
+
+
+@pytest.mark.parametrize("damage", ["operation", "kind", "place", "event", "length", "whole"])
 def test_damaged_facts_are_recorded_again(damage: str) -> None:
     """Claim: an operation that is not registered, a wrong kind or place, and anything else lead to a new record."""
     model, example = Both(), (torch.randn(2, 4, 8),)
@@ -142,6 +224,10 @@ def test_damaged_facts_are_recorded_again(damage: str) -> None:
         held["operands"][0][3] = "nn"
     elif damage == "place":
         held["operations"][0][0] = 10_000
+    elif damage == "event":
+        held["events"][0][0] = -1
+    elif damage == "length":
+        held["storages"][0] = [float("inf"), []]
     keep(key, ["nothing"] if damage == "whole" else held)
     assert facts(kept_tape(key, record)) == facts(first)
     assert facts(kept_tape(key, never)) == facts(first)  # and that one is kept

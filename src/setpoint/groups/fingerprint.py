@@ -102,15 +102,20 @@ def _modes() -> list[str]:
     tables: Any = vars(nn.modules.module)
     if any(table for name, table in tables.items() if name.startswith(("_global_forward", "_global_backward"))):
         raise NoFingerprintError("a hook on all modules is set")
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        raise NoFingerprintError("hooks on saved tensors are set")
     kinds = ("cpu", "cuda")
     backends: Any = torch.backends
+    cuda: Any = torch.cuda
     return [
         *(f"{kind} {torch.is_autocast_enabled(kind)} {torch.get_autocast_dtype(kind)}" for kind in kinds),
         f"{torch.is_grad_enabled()} {torch.is_inference_mode_enabled()} {torch.get_default_dtype()}",
         f"{torch.are_deterministic_algorithms_enabled()} {torch.get_float32_matmul_precision()}",
         f"{backends.cuda.flash_sdp_enabled()} {backends.cuda.mem_efficient_sdp_enabled()}",
         f"{backends.cuda.math_sdp_enabled()} {backends.mkldnn.enabled} {backends.cudnn.enabled}",
-        f"{torch.backends.mha.get_fastpath_enabled()}",
+        f"{torch.backends.mha.get_fastpath_enabled()} {backends.cuda.cudnn_sdp_enabled()}",
+        f"{torch.is_anomaly_enabled()} {torch.is_autocast_cache_enabled()}",
+        cuda.get_device_name() if cuda.is_initialized() else "",
     ]
 
 

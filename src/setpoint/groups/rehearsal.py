@@ -43,6 +43,8 @@ class Rehearsal:
         kinds = (self._enough[other_mode],) if other_mode in self._enough else self._kinds
         with _quiet():
             for kind in kinds:
+                if kind is None:
+                    gc.collect(1)  # earlier copies with data must not gather while collection waits
                 try:
                     shapes = self._run(kind, prepare, other_mode)
                 except Exception:
@@ -50,8 +52,6 @@ class Rehearsal:
                         raise
                 else:
                     self._enough[other_mode] = kind
-                    if kind is None:
-                        gc.collect(0)  # twins with data must not gather while collection waits
                     return shapes
         raise AssertionError("the last kind of tensors either runs or raises")
 

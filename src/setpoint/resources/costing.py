@@ -92,8 +92,8 @@ def cost_out(
 ) -> Costing:
     """Build the costs of these resources on copies of the model, which is left alone.
 
-    `watts` is the power of a training step, as the user states it for a machine without an energy meter. A step of a
-    model with this fingerprint is recorded once and kept.
+    `watts` is the power of a training step, as the user states it for a machine without an energy meter. With a
+    `fingerprint` of the model its recorded step is kept, if the optimizer is known well enough.
 
     Raises:
         CostError: if the step cannot be recorded, or joules are asked for and there is nothing to tell them from.

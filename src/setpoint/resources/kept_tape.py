@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,15 +19,21 @@ from setpoint.groups.fingerprint import digest
 from setpoint.groups.group import Group, Size
 from setpoint.resources.tape import Operand, Operation, Storage, Tape
 
+_OPTIMIZERS = (
+    *(torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.Adamax),
+    *(torch.optim.Adagrad, torch.optim.Adadelta, torch.optim.RMSprop),
+)
+"""Optimizers whose operations follow from shapes and switches. Those of RAdam, ASGD or Muon follow counters, too."""
+
 
 def kept_tape(key: str, make: Callable[[], Tape]) -> Tape:
-    """The tape that was kept under a key, or a new one, which is kept; with the key "" nothing is."""
+    """The tape that was kept under a key, or a new one, which is kept. The key "" keeps nothing."""
     try:
         facts = recall(key)
         if facts is not None:
             return _decoded(facts)
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError):
-        pass  # of another version, or with an operation that is not registered here
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, AssertionError):
+        pass  # another version wrote it, or an operation is not registered here
     tape = make()
     facts = _encoded(tape) if key else None
     if facts is not None:
@@ -37,32 +44,71 @@ def kept_tape(key: str, make: Callable[[], Tape]) -> Tape:
 def tape_key(
     model: nn.Module, optimizers: Sequence[Optimizer], groups: tuple[Group, ...], fingerprint: str, what: str
 ) -> str:
-    """The key of the step of a model with this fingerprint; "" where it has none, or an optimizer is not PyTorch's own.
+    """The key of the step of a model with this fingerprint.
 
-    A learning rate, or any other number that is not zero, may change without another key: the operations stay.
+    It is "" where there is no fingerprint, and where an optimizer may do more than shapes and switches say: one of
+    another kind, with a hook, or with parameters or settings that are not known here.
     """
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    hooks: Any = sys.modules[Optimizer.__module__]
+    if not fingerprint or hooks._global_optimizer_pre_hooks or hooks._global_optimizer_post_hooks:
+        return ""
     facts: list[Any] = [what, encode_groups(groups), sorted({str(each.device) for each in model.parameters()})]
-    for each in optimizers:
-        hooked = each._optimizer_step_pre_hooks or each._optimizer_step_post_hooks
-        if type(each).__module__.partition(".")[0] != "torch" or hooked:
-            return ""
-        facts.append(type(each).__qualname__)
-        for group in each.param_groups:
-            switches = {name: _switch(value) for name, value in group.items() if name != "params"}
-            facts.append([[names.get(id(parameter), "") for parameter in group["params"]], switches])
-        states = {names.get(id(parameter), ""): state for parameter, state in each.state.items()}
-        facts.append({name: {at: _switch(value) for at, value in states[name].items()} for name in sorted(states)})
-    return digest(fingerprint, json.dumps(facts, sort_keys=True))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    try:
+        facts += [_described(each, names) for each in optimizers]
+    except CostError:
+        return ""
+    return digest(fingerprint, json.dumps(facts))
+
+
+def _described(optimizer: Optimizer, names: Mapping[int, str]) -> list[Any]:
+    """What of an optimizer decides on operations.
+
+    Raises:
+        CostError: for anything that is not known here.
+    """
+
+    def name_of(parameter: Any) -> str:
+        if id(parameter) not in names:
+            raise CostError("a parameter is not the model's")
+        return names[id(parameter)]
+
+    if (
+        type(optimizer) not in _OPTIMIZERS
+        or optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+    ):
+        raise CostError("another kind of optimizer")
+    groups = [
+        [
+            list(map(name_of, group["params"])),
+            [[str(at), _switch(value)] for at, value in group.items() if at != "params"],
+        ]
+        for group in optimizer.param_groups
+    ]
+    states = sorted(
+        [name_of(parameter), [[str(at), _switch(value)] for at, value in state.items()]]
+        for parameter, state in optimizer.state.items()
+        if name_of(parameter)
+    )
+    return [type(optimizer).__qualname__, groups, states]
 
 
 def _switch(value: Any) -> Any:
-    """What of a setting decides on operations: of a number whether it is 0, of a tensor its shape and type."""
+    """The part of a setting that decides on operations: whether a float is 0; a tensor's shape, dtype and device.
+
+    Raises:
+        CostError: for a setting of another kind.
+    """
     if isinstance(value, torch.Tensor):
         return [list(value.shape), str(value.dtype), str(value.device)]
     if isinstance(value, (list, tuple)):
         return [_switch(each) for each in value]
-    return bool(value) if isinstance(value, (int, float)) else repr(value)
+    if isinstance(value, float):
+        return f"float {value != 0}"
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    raise CostError(f"a setting is a {type(value).__name__}")
 
 
 class _Pool:
@@ -152,7 +198,10 @@ def _decoded(facts: Any) -> Tape:
         for target, leaves, spec, outputs in facts["operations"]
     )
     storages = tuple(Storage(int(size), tuple(map(decode_size, sizes))) for size, sizes in facts["storages"])
-    return Tape(operations, storages, tuple((int(number), bool(made)) for number, made in facts["events"]))
+    events = tuple((int(number), bool(made)) for number, made in facts["events"])
+    if not all(0 <= number < len(storages) for number, _ in events):
+        raise ValueError("an event is of no storage")
+    return Tape(operations, storages, events)
 
 
 def _name(value: Any) -> str:
