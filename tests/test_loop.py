@@ -329,7 +329,7 @@ def test_more_steps_than_announced_are_counted_and_warned_of_once() -> None:
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
     loop = _attach(model, optimizer, controller=Script({3: 1, 12: 1}), total_steps=10)
     _train(model, (optimizer,), 10)
-    with pytest.warns(UserWarning, match="total_steps=10, and this is step 11") as warned:
+    with pytest.warns(UserWarning, match="to have 10 steps, and this is step 11") as warned:
         _train(model, (optimizer,), 5)
     assert len(warned) == 1
     summary = loop.finish()

@@ -219,6 +219,9 @@ def plan(
     size: Annotated[float | None, typer.Option(help="Parameters of the finished model outside of embeddings.")] = None,
     ratio: Annotated[float | None, typer.Option(help="Data / compute-optimal data, where it is known.")] = None,
     tokens: Annotated[float | None, typer.Option(help="Tokens that a small model would be trained on.")] = None,
+    samples: Annotated[
+        float | None, typer.Option(help="The same for samples that are no tokens (no published constants).")
+    ] = None,
     flops: Annotated[float | None, typer.Option(help="Bill of the whole run.")] = None,
     seconds: Annotated[float | None, typer.Option(help="Bill in seconds on this machine, for MODEL.")] = None,
     joules: Annotated[float | None, typer.Option(help="Bill in joules as metered here, for MODEL.")] = None,
@@ -236,7 +239,8 @@ def plan(
         from setpoint.advice.plan import budget_per_step, counts_tokens
         from setpoint.advice.plan import plan as advise
 
-        basis = {"--ratio": ratio, "--tokens": tokens, "--flops": flops, "--seconds": seconds, "--joules": joules}
+        basis = {"--ratio": ratio, "--tokens": tokens, "--samples": samples, "--flops": flops}
+        basis |= {"--seconds": seconds, "--joules": joules}
         given = [name for name, value in basis.items() if value is not None]
         if len(given) != 1:
             raise misuse(
@@ -264,6 +268,7 @@ def plan(
             size=size,
             ratio=ratio,
             tokens=tokens,
+            samples=samples,
             flops=flops,
             seconds=seconds,
             joules=joules,

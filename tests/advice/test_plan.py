@@ -7,13 +7,14 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import setpoint
 from setpoint.advice.law import LANGUAGE, Law, average_size, fit_law
-from setpoint.errors import UsageError
+from setpoint.errors import BudgetError, UsageError
 from setpoint.resources.measure_step import measure_step
 
 HOFFMANN = LANGUAGE[0]
@@ -76,7 +77,7 @@ def test_advice_for_a_size_and_tokens() -> None:
     assert 6 * 1e8 * advice.average * advice.tokens == pytest.approx(advice.bill)
     same = setpoint.plan(size=1e8, flops=advice.bill, laws=[HOFFMANN])
     assert same.ratio == pytest.approx(advice.ratio)
-    assert str(advice).startswith("The given law predicts a gain from pruning.")
+    assert str(advice).startswith("Prune. The given law predicts a gain from pruning.\n") and advice.advice == "prune"
     assert "less reducible loss than a small dense model" in str(advice)
     assert "steps" in str(advice) and "Hoffmann" in str(advice)
     assert f"  a pruned run of {advice.bill:.3g} FLOPs trains on {advice.tokens:.3g} tokens or samples, " in str(advice)
@@ -89,22 +90,33 @@ def test_small_models_are_left_alone_and_open_questions_stay_open() -> None:
     assert setpoint.plan(ratio=1.05, start=8).verdict == "train the small model"
     signs = Law(1, 1, 0.9, 1, 0.1, "one"), Law(1, 1, 0.1, 1, 0.9, "other")
     ratio = next(r for r in (1.5, 2, 3, 5, 8) if signs[0].gain(r, 1.5) * signs[1].gain(r, 1.5) < 0)
-    assert setpoint.plan(ratio=ratio, start=2, laws=signs).verdict == "undecided"
+    open_question = setpoint.plan(ratio=ratio, start=2, laws=signs)
+    assert open_question.verdict == "undecided" and open_question.advice == "unknown"
 
 
 def test_the_headline_says_what_was_measured() -> None:
-    """Claim: beside what the published law predicts stands what the project's test found; the start is small."""
+    """Claim: what the project's tests found comes first, beside what the published law predicts; the start is small."""
     gain, loss = setpoint.plan(ratio=16), setpoint.plan(ratio=0.3)
     assert gain.start == 2 and setpoint.plan(ratio=16, start=8).start == 8
     assert "by the law alone a start at 8 times" in str(setpoint.plan(ratio=16))
-    assert "by the law alone" not in str(setpoint.plan(ratio=4)) + str(setpoint.plan(ratio=16, start=8))
+    assert "by the law alone" not in str(setpoint.plan(ratio=16, start=8)) + str(loss)
+    assert "by the law alone a start at 2 times gains most: at least 1.6 %" in str(setpoint.plan(ratio=4, start=8))
     (headline, *_), (other, *_) = (str(each).splitlines() for each in (gain, loss))
-    assert headline.startswith("The published law predicts a gain") and other.startswith(
-        "The published law predicts a loss"
-    )
-    assert headline.endswith("found a loss at ratios of 1, 4, 16 and 64: train the small model.")
-    assert other.endswith("found a loss at ratios of 1, 4, 16 and 64.")
+    assert headline.startswith("Train the small model. The published law predicts a gain from pruning. ")
+    assert other.startswith("Train the small model. The published law predicts a loss from pruning. ")
+    assert headline.endswith("found a loss at ratios of 1, 4, 16 and 64.") and other.endswith("1, 4, 16 and 64.")
     assert "4.0 to 5.7 % less reducible loss" in str(gain) and "% more reducible loss" in str(loss)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advice"),
+    [(0.3, "train the small model"), (64, "train the small model"), (64.01, "unknown"), (1e6, "unknown")],
+)
+def test_nothing_is_advised_beyond_what_was_tested(ratio: float, advice: str) -> None:
+    """Claim: the advice never becomes rosier where less is known, and the dictionary says the same as the text."""
+    found = setpoint.plan(ratio=ratio)
+    words = {"train the small model": "Train the small model. ", "unknown": "Nothing is known. "}[advice]
+    assert found.advice == found.to_dict()["advice"] == advice and str(found).startswith(words)
 
 
 def test_what_is_extrapolated_is_said() -> None:
@@ -159,7 +171,23 @@ def test_a_bill_in_seconds_is_timed_here(monkeypatch: pytest.MonkeyPatch) -> Non
         ({"ratio": 4, "laws": ()}, "laws is empty"),
         ({"size": 1e6, "samples": 1e5}, "count tokens; for samples of another kind no constants"),
         ({"model": nn.Linear(8, 2), "budget": 0.5, "example": (torch.ones(4, 8),), "tokens": 9}, "another kind"),
-        ({"size": 1e6, "seconds": 60}, "seconds of what"),
+        ({"size": 1e6, "seconds": 60}, "seconds of which model"),
+        ({"size": 1e300, "tokens": 1e9}, "size must be between 1 and 1e"),
+        ({"size": 1e-9, "tokens": 5}, "size must be between 1 and 1e"),
+        ({"size": 10**400, "tokens": 1}, "size must be a finite number above 0"),
+        ({"size": True, "tokens": 1}, "size must be a finite number above 0, got True"),
+        ({"size": 2e8, "flops": 1.0}, "1 FLOPs pay for less than one token or sample, and a run has two steps"),
+        ({"size": 2e8, "tokens": 5e10, "batch": 1e12}, "pay for 0 steps of 1e\\+12, and a run has two steps"),
+        ({"ratio": 4, "start": "2"}, "start must be above 1"),
+        ({"ratio": 4, "start": 1e300}, "start must be above 1"),
+        ({"ratio": 4, "cuts": None}, "cuts must be two shares"),
+        ({"ratio": 4, "cuts": ("a", "b")}, "cuts must be two shares"),
+        ({"ratio": 4, "cuts": (0, 0)}, "cuts must be two shares"),
+        ({"ratio": 4, "laws": [1.0]}, "laws are of setpoint.advice.law.Law, got float"),
+        ({"ratio": 4, "batch": 10}, "batch needs a number of tokens or a bill"),
+        ({"budget": 0.5, "size": 1e6, "tokens": 1e6}, "budget is for a model"),
+        ({"model": "gpt2", "budget": 0.5, "tokens": 1e6}, "model must be a torch.nn.Module, got str"),
+        ({"size": 1e8, "samples": 1e9, "laws": list(LANGUAGE)}, "count tokens"),
         ({"model": nn.Linear(2, 2), "tokens": 10}, "plan takes one budget of flops"),
         ({"model": nn.Linear(2, 2), "budget": "8 ms latency", "tokens": 10}, "plan takes one budget of flops"),
         ({"model": nn.Linear(2, 2), "budget": 0.5, "tokens": 10}, "give an example"),
@@ -170,6 +198,29 @@ def test_what_cannot_be_planned(given: dict[str, Any], words: str) -> None:
     """Claim: a sentence says what is missing or wrong."""
     with pytest.raises(UsageError, match=words):
         setpoint.plan(**given)
+
+
+def test_a_budget_that_no_cut_meets_is_refused() -> None:
+    """Claim: as by attach, with the least that can be asked for."""
+    with pytest.raises(BudgetError, match="cannot be reached.*Ask for at least"):
+        setpoint.plan(build(), "0.0001% flops", example=(torch.zeros(4, 8).long(),), flops=1e12)
+
+
+def test_a_budget_of_parameters_is_one_of_widths() -> None:
+    """Claim: embeddings count among parameters and cost no FLOPs, so the start is by the FLOPs at the widths left."""
+    model = nn.Sequential(nn.Embedding(500, 16), nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 16))
+    example = (torch.zeros(4, 8, dtype=torch.long),)
+    by_params, by_flops = (
+        setpoint.plan(model, f"70% {resource}", example=example, tokens=1e6) for resource in ("params", "flops")
+    )
+    assert by_flops.start == pytest.approx(1 / 0.7) and not 1.35 < by_params.start < 1.5
+    assert by_params.size is not None and by_params.size * by_params.start == pytest.approx(2 * 16 * 64)
+
+
+def test_one_law_and_numbers_of_numpy_will_do() -> None:
+    """Claim: a law alone is a list of one, and a NumPy number is a number."""
+    assert setpoint.plan(ratio=16, laws=HOFFMANN).gain == setpoint.plan(ratio=16, laws=[HOFFMANN]).gain
+    assert setpoint.plan(size=np.float32(1e8), tokens=1e9).ratio == setpoint.plan(size=1e8, tokens=1e9).ratio
 
 
 @pytest.mark.parametrize("wrong", [{"size_scale": 0.0}, {"data_exponent": -1.0}])

@@ -365,7 +365,7 @@ def test_two_ranks_go_on_alike(tmp_path: Path) -> None:
     assert done.returncode == 0 and done.stdout.count("alike") == 2, done.stderr[-3000:]
 
 
-@pytest.mark.filterwarnings("ignore:attach was given total_steps=40, and this is step 41")
+@pytest.mark.filterwarnings("ignore:the run was to have 40 steps, and this is step 41")
 def test_a_longer_run_goes_on_without_cuts(tmp_path: Path) -> None:
     """Claim: `max_epochs` may be raised when the steps of the first run are said."""
     model, callback = Classifier(), SetpointCallback(0.5)

@@ -403,6 +403,23 @@ def test_a_teacher_is_followed_counted_and_left_alone(tmp_path: Path) -> None:
     assert resumed.summary is not None and resumed.summary.overhead_flops == callback.summary.overhead_flops
 
 
+def test_a_trainer_stops_when_its_bill_is_spent(tmp_path: Path) -> None:
+    """Claim: with enough steps it ends with its bill, within it, after as many steps as were planned."""
+    tokens = torch.stack([Tokens()[number]["input_ids"] for number in range(2)])
+    callback = SetpointCallback(
+        {"flops": "50%", "flops/run": "100%"}, verify=False, example={"input_ids": tokens}, total_steps=20
+    )
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=200, per_device_train_batch_size=2, report_to=[], disable_tqdm=True,
+        use_cpu=True, save_strategy="no",
+    )  # fmt: skip
+    Trainer(build("gpt2"), arguments, train_dataset=Tokens(), callbacks=[callback]).train()
+    summary, loop = callback.summary, callback.loop
+    assert summary is not None and loop is not None and summary.budget_met
+    assert 20 < summary.steps == loop.total_steps < 200
+    assert 0.9 * summary.limit_run["flops"] < summary.train_flops <= summary.limit_run["flops"]
+
+
 def test_blocks_are_followed(tmp_path: Path) -> None:
     """Claim: layers of the smaller model stay nearer in direction to its dense copy's, and no hook is left."""
     tokens = torch.stack([Tokens()[number]["input_ids"] for number in range(8)])

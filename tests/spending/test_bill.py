@@ -126,7 +126,14 @@ def test_a_state_of_another_bill_is_refused() -> None:
 @pytest.mark.parametrize(
     ("budget", "words"),
     [
-        ({"flops": "25%", "flops/run": "1 kflops"}, "pays for no run: attaching spent .*a dense step spends"),
+        (
+            {"flops": "25%", "flops/run": "1 kflops"},
+            "pays for no run: attaching spent .*: ask for",
+        ),
+        (
+            {"flops": "25%", "inference": "90%", "flops/run": "100%"},
+            "a bill cannot be kept beside",
+        ),
         ({"flops": "25%", "latency/run": "10 s"}, "beside budgets per step a budget per run is one of 'flops'"),
         ({"flops": "25%", "flops/epoch": "100%"}, "write the resource alone, or flops/run"),
         ({"flops": "25%", "params/run": "100%"}, "no budget per run of 'params'"),
@@ -139,6 +146,28 @@ def test_bills_that_cannot_be(budget: Any, words: str) -> None:
     with pytest.raises(BudgetError, match=words):
         setpoint.attach(model, optimizer, budget, example=(X,), total_steps=200)
     setpoint.attach(model, optimizer, 0.5, example=(X,), total_steps=200).detach()
+
+
+def test_the_least_bill_that_is_named_is_taken() -> None:
+    """Claim: the error of a bill that is too small names one that is large enough."""
+    with pytest.raises(BudgetError) as refused:
+        attached({"flops": "25%", "flops/run": "1 kflops"})
+    least = str(refused.value).rpartition("ask for ")[2]
+    number, unit = least.split(" ")
+    attached({"flops": "25%", "flops/run": f"{float(number) * 1.01} {unit}"})[0].detach()
+
+
+def test_a_run_that_leaves_its_bill_is_warned_of() -> None:
+    """Claim: a run that stops long before its bill is spent says so, and one that trains to the end does not."""
+    loop, model, optimizer = attached({"flops": "25%", "flops/run": "100%"})
+    for _ in range(200):
+        step(model, optimizer)
+    with pytest.warns(UserWarning, match=r"the run ended at step 200, and \d+% of the bill is unused: train for"):
+        assert loop.finish().budget_met
+    loop, model, optimizer = attached({"flops": "25%", "flops/run": "100%"})
+    train(loop, model, optimizer)
+    with warnings.catch_warnings(action="error"):
+        assert "unused" not in loop.finish().reason
 
 
 def test_length_and_bill_are_fixed() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from setpoint.advice.law import LANGUAGE, Law, average_size
+from setpoint.controller.landing import cheapest, landing_widths
 from setpoint.cost.budget import Budget
 from setpoint.cost.flops import flops_cost
 from setpoint.cost.params import params_cost
@@ -20,6 +21,8 @@ from setpoint.errors import UsageError
 from setpoint.groups.example import Example, inputs_of, num_samples
 from setpoint.groups.group import widths_of
 from setpoint.groups.trace import trace
+from setpoint.loop.candidates import restricted
+from setpoint.spending.checks import check_reachable
 
 START = 2.0
 """Size to start from, in final sizes, where none is given: all starts lost in the tests, and this one least in most."""
@@ -29,7 +32,7 @@ MEASURED = (1.0, 64.0)
 """Ratios for which the law is meant; beyond them its exponents have not been checked."""
 LOST = 64.0
 """Up to this ratio the direct test found a loss."""
-UNPROVEN = "Setpoint's only test, on a very small language model, found a loss at ratios of 1, 4, 16 and 64"
+UNPROVEN = "Setpoint's tests, on very small language models, found a loss at ratios of 1, 4, 16 and 64"
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,11 @@ class Advice:
     """Whether pruning while training pays by the laws, and how: `print(advice)` says it in a few lines.
 
     Args:
-        verdict: `"prune"` where all laws predict a gain, `"train the small model"` where none does, else `"undecided"`.
+        verdict: what the laws say: `"prune"` where all predict a gain, `"train the small model"` where none does, else
+            `"undecided"`.
+        advice: what to do: `"prune"`, `"train the small model"` or `"unknown"`. Setpoint's tests count for more than
+            the published laws: a predicted gain is `"train the small model"` where they found a loss, and `"unknown"`
+            at larger ratios.
         size: N_f, parameters of the finished model outside of embeddings; None where only a ratio was given.
         ratio: r, data of the small model / its compute-optimal data, lowest and highest of the laws.
         start: size to start from, in final sizes.
@@ -52,9 +59,11 @@ class Advice:
         notes: what weakens the advice.
         sources: of the constants.
         best_start: size from which the laws predict the largest gain, of 2, 4 and 8 final sizes.
+        best_gain: what all laws predict from there at least.
     """
 
     verdict: str
+    advice: str
     size: float | None
     ratio: tuple[float, float]
     start: float
@@ -68,6 +77,7 @@ class Advice:
     notes: tuple[str, ...]
     sources: tuple[str, ...]
     best_start: float
+    best_gain: float
 
     @property
     def pays(self) -> bool:
@@ -80,20 +90,17 @@ class Advice:
 
     def __str__(self) -> str:
         law = "The published law" if UNPROVEN in self.notes else "The given law"
-        says = {
-            "prune": "predicts a gain from pruning",
-            "train the small model": "predicts a loss: train the small model",
-        }
-        headline = f"{law} {says.get(self.verdict, 'says nothing certain, since its fits disagree')}"
-        lost = self.pays and UNPROVEN in self.notes and max(self.ratio) <= LOST
-        lines = [f"{headline}; {UNPROVEN}{': train the small model' * lost}." if UNPROVEN in self.notes
-                 else f"{headline}."]  # fmt: skip
+        does = {"prune": "Prune", "train the small model": "Train the small model"}.get(self.advice, "Nothing is known")
+        says = {"prune": "predicts a gain from pruning", "train the small model": "predicts a loss from pruning"}
+        headline = f"{does}. {law} {says.get(self.verdict, 'says nothing certain, since its fits disagree')}."
+        lines = [f"{headline} {UNPROVEN}." if UNPROVEN in self.notes else headline]
         lines.append(f"  data / compute-optimal data: {_range(*self.ratio)}")
-        lines.append(f"  a start at {self.start:g} times the final size, cut between {self.cuts[0]:.0%} and "
+        lines.append(f"  a start at {self.start:.3g} times the final size, cut between {self.cuts[0]:.0%} and "
                      f"{self.cuts[1]:.0%} of the steps: {_compared(*self.gain)} reducible loss than a small dense "
                      "model of the same training FLOPs, as predicted")  # fmt: skip
-        if self.pays and self.best_start > self.start:
-            lines.append(f"  by the law alone a start at {self.best_start:g} times would gain most")
+        if self.best_gain > max(0.0, min(self.gain)) and not math.isclose(self.best_start, self.start):
+            lines.append(f"  by the law alone a start at {self.best_start:g} times gains most: at least "
+                         f"{100 * self.best_gain:.1f} % less reducible loss")  # fmt: skip
         if self.bill is not None:
             paid = f" trains on {self.tokens:.3g} tokens or samples" if self.tokens is not None else ""
             steps = f", {self.steps:,} steps of {self.batch:,g}" if self.steps is not None else ""
@@ -117,7 +124,7 @@ def plan(
     batch: float | None = None,
     start: float | None = None,
     cuts: tuple[float, float] = (0.25, 0.75),
-    laws: Sequence[Law] = LANGUAGE,
+    laws: Sequence[Law] | Law = LANGUAGE,
 ) -> Advice:
     """Say whether pruning while training pays, from which start size, and how many steps the run's FLOPs pay for.
 
@@ -147,16 +154,34 @@ def plan(
     >>> print(plan(ratio=16).verdict, plan(ratio=0.5).verdict)
     prune train the small model
     """
-    for name, value in {"size": size, "ratio": ratio, "tokens": tokens, "samples": samples, "flops": flops,
-                        "seconds": seconds, "joules": joules, "batch": batch}.items():  # fmt: skip
-        if value is not None and not (isinstance(value, (int, float)) and 0 < value < math.inf):
+    for name, value, least, most in (
+        *(("size", size, 1.0, _MOST), ("ratio", ratio, 1e-9, 1e9), ("tokens", tokens, 1.0, _MOST)),
+        *(("samples", samples, 1.0, _MOST), ("flops", flops, 1.0, _MOST), ("seconds", seconds, 0.0, _MOST)),
+        *(("joules", joules, 0.0, _MOST), ("batch", batch, 1.0, _MOST)),
+    ):
+        if value is not None and not (_number(value) and 0 < value < math.inf):
             raise UsageError(f"{name} must be a finite number above 0, got {value!r}")
-    if start is not None and not 1 < start < math.inf:
-        raise UsageError(f"start must be above 1 (it counts final sizes), got {start!r}")
-    if not (len(cuts) == 2 and 0 <= cuts[0] <= cuts[1] <= 1):
+        if value is not None and not least <= value <= most:
+            raise UsageError(f"{name} must be between {least:g} and {most:g}, got {value:g}")
+    size, ratio, tokens, samples, flops, seconds, joules, batch = (
+        None if each is None else float(each) for each in (size, ratio, tokens, samples, flops, seconds, joules, batch)
+    )
+    if start is not None and not (_number(start) and 1 < start <= 1e6):
+        raise UsageError(f"start must be above 1 (it counts final sizes) and at most 1e6, got {start!r}")
+    if not (_pair(cuts) and 0 <= cuts[0] <= cuts[1] <= 1 and cuts[1] > 0):
         raise UsageError(f"cuts must be two shares of the steps in order, such as (0.25, 0.75), got {cuts!r}")
+    laws = (laws,) if isinstance(laws, Law) else tuple(laws)
     if not laws:
         raise UsageError("laws is empty: give the constants of a family, or leave it out")
+    if not all(isinstance(law, Law) for law in laws):
+        raise UsageError(f"laws are of setpoint.advice.law.Law, got {', '.join(type(law).__name__ for law in laws)}")
+    if model is not None and not isinstance(model, nn.Module):
+        raise UsageError(f"model must be a torch.nn.Module, got {type(model).__name__}: build it first")
+    if model is None and budget is not None:
+        raise UsageError("budget is for a model: give the model and its example, or size= without a budget")
+    if ratio is not None and batch is not None:
+        raise UsageError("batch needs a number of tokens or a bill: leave it out with ratio, or give one of those")
+    published = laws == LANGUAGE
     given = [name for name, value in {"tokens": tokens, "samples": samples, "flops": flops, "seconds": seconds,
                                       "joules": joules, "ratio": ratio}.items() if value is not None]  # fmt: skip
     if len(given) != 1:
@@ -164,7 +189,7 @@ def plan(
             "give exactly one of tokens, samples (what a small model would be trained on), flops, seconds, joules (the "
             f"bill of the run) and ratio: got {', '.join(given) or 'none'}"
         )
-    if laws is LANGUAGE and ratio is None and (samples or (example is not None and not counts_tokens(example))):
+    if published and ratio is None and (samples or (example is not None and not counts_tokens(example))):
         raise UsageError(
             "the published constants are of language models and count tokens; for samples of another kind no constants "
             "are known: measure runs of your own and give laws=[fit_law(...)] of setpoint.advice.law, or give the ratio"
@@ -177,7 +202,9 @@ def plan(
     if size is None and ratio is None:
         raise UsageError("give the final size: a model with its budget and example, or size=, or the ratio itself")
     if (seconds or joules) and known is None:
-        raise UsageError(f"{given[0]} of what? Give model, budget and example, which are timed on this machine")
+        raise UsageError(
+            f"{given[0]} of which model? Give a model with its budget, whose step is timed on this machine"
+        )
     if known is not None and seconds is not None:
         flops = seconds * known.flops / known.step_seconds()
     elif known is not None and joules is not None:
@@ -193,13 +220,37 @@ def plan(
     average, gains = average_size(start, cuts), gains_of(start)
     low, high = min(gains), max(gains)
     verdict = "prune" if low > 0 else "train the small model" if high <= 0 else "undecided"
+    advice = verdict if verdict != "undecided" else "unknown"
+    if published and advice == "prune":
+        advice = "train the small model" if max(ratios) <= LOST else "unknown"
     bill = 6 * size * data if size and data else None
     paid = data / average if data else None
+    steps = int(paid // batch) if paid and batch else None
+    if bill is not None and paid is not None and (paid < 1 or (steps is not None and steps < 2)):
+        least = 6 * float(size or 0) * average * max(1.0, 2 * (batch or 0))
+        pays = "less than one token or sample" if paid < 1 else f"{steps} steps of {batch:,g}"
+        raise UsageError(
+            f"{bill:.3g} FLOPs pay for {pays}, and a run has two steps at least: that is {least:.3g} FLOPs here"
+        )
     return Advice(
-        verdict, size, (min(ratios), max(ratios)), start, average, cuts, (low, high), bill, paid, batch,
-        int(paid // batch) if paid and batch else None,
-        tuple(_notes(size, ratios, laws, published=laws is LANGUAGE)), tuple(law.source for law in laws), best,
+        verdict, advice, size, (min(ratios), max(ratios)), start, average, cuts, (low, high), bill, paid, batch, steps,
+        tuple(_notes(size, ratios, laws, published=published)), tuple(law.source for law in laws), best,
+        min(gains_of(best)),
     )  # fmt: skip
+
+
+_MOST = 1e30
+
+
+def _number(value: Any) -> bool:
+    try:
+        return not isinstance(value, (bool, str)) and math.isfinite(float(value))
+    except (TypeError, ValueError, OverflowError):
+        return False
+
+
+def _pair(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and len(value) == 2 and all(map(_number, value))
 
 
 def _ratio(law: Law, size: float | None, data: float | None) -> float:
@@ -216,13 +267,14 @@ def _notes(size: float | None, ratios: Sequence[float], laws: Sequence[Law], *, 
             "the ratio is extrapolated"
         )
     if min(ratios) < MEASURED[0] or max(ratios) > MEASURED[1]:
-        here = _range(min(ratios), max(ratios))
+        here = _range(min(ratios), max(ratios), digits=6)
         notes.append(f"the law is meant for ratios of {MEASURED[0]:g} to {MEASURED[1]:g}, this is {here}")
     return notes
 
 
-def _range(low: float, high: float) -> str:
-    return f"{low:.3g}" if math.isclose(low, high, rel_tol=5e-3) else f"{low:.3g} to {high:.3g}"
+def _range(low: float, high: float, digits: int = 3) -> str:
+    near = math.isclose(low, high, rel_tol=5e-3)
+    return f"{low:.{digits}g}" if near else f"{low:.{digits}g} to {high:.{digits}g}"
 
 
 def _compared(low: float, high: float) -> str:
@@ -266,13 +318,17 @@ class _Known:
         if example is None:
             raise UsageError("give an example of the inputs of one step, as attach takes it")
         found = trace(model, example)
-        flops, params = flops_cost(found), params_cost(model, found.groups)
-        widths = widths_of(found.groups)
-        dense = {"flops": flops.total(widths), "params": params.total(widths)}[goal.resource]
+        groups = tuple(group for group in found.groups if group.lossless)
+        flops, widths = flops_cost(restricted(found, groups)), widths_of(groups)
+        cost = {"flops": flops, "params": params_cost(model, groups)}[goal.resource]
+        dense, step_flops = cost.total(widths), flops.total(widths)
         share = goal.absolute(dense) / dense
         if not 0 < share < 1:
             raise UsageError(f"the budget is {share:.3g} of the dense model: nothing is pruned")
-        batch, step_flops = _tokens(example) or num_samples(example), flops.total(widths)
+        check_reachable(goal, dense, cheapest(cost, groups))
+        if goal.resource == "params":  # embeddings count there, and cost no FLOPs
+            share = flops.total(landing_widths(cost, widths, widths, groups, share * dense)) / step_flops
+        batch = _tokens(example) or num_samples(example)
         return cls(model, example, share * step_flops / (6 * batch), 1 / share, step_flops, batch)
 
     def step_seconds(self) -> float:

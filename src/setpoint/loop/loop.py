@@ -426,7 +426,7 @@ class Loop:
             step, total_steps = now.step, self.spending.total_steps
             if step == self.total_steps + 1:
                 warn(
-                    f"attach was given total_steps={self.total_steps}, and this is step {step}: training goes on, "
+                    f"the run was to have {self.total_steps:,} steps, and this is step {step:,}: training goes on, "
                     "but Setpoint makes no more decisions"
                 )
             elif step <= total_steps and not now.budget_met:

@@ -197,7 +197,7 @@ def summarise(
     summary = Summary(
         **spent,
         budget_met=budget_met,
-        reason="; ".join(filter(None, (reason, _cut_late(ledger)))),
+        reason="; ".join(filter(None, (reason, _unspent(spending, now.step), _cut_late(ledger)))),
         widths=widths,
         dense_widths=dense_widths,
         final_params=num_params,
@@ -217,6 +217,8 @@ def warn_of_miss(summary: Summary, now: Progress, passes: int) -> None:
         now: where it ended.
         passes: backward passes since the last step.
     """
+    if "of the bill is unused" in summary.reason and summary.budget_met:
+        warn(summary.reason)
     if summary.budget_met or not {**summary.limit, **summary.limit_run} or not (summary.steps or passes):
         return
     words = [
@@ -235,6 +237,19 @@ def warn_of_miss(summary: Summary, now: Progress, passes: int) -> None:
             "has not met its budget. Use one join() for each epoch, and ranks of about as many batches"
         )
     warn(text)
+
+
+def _unspent(spending: Spending, steps: int) -> str:
+    """What a run left of its bill that ended before the bill did."""
+    if not spending.bill or steps >= spending.length:
+        return ""
+    unused = 1 - spending.runs.spent()["flops"] / spending.limit_run["flops"]
+    if unused <= 0.01:
+        return ""
+    return (
+        f"the run ended at step {steps:,}, and {unused:.0%} of the bill is unused: train for loop.total_steps steps, "
+        f"which are {spending.length:,} now"
+    )
 
 
 def _cut_late(ledger: Ledger) -> str:

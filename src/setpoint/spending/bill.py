@@ -78,13 +78,25 @@ class Paying:
         """Check that the bill pays for a run.
 
         Raises:
-            BudgetError: where it does not pay for two steps.
+            BudgetError: where it does not pay for two steps, or what decisions spend is not known before.
         """
-        if self._left() < 2 * self._account.step_flops:
-            spent, step = (amount(value, "flops") for value in (self._account.train_flops, self._account.step_flops))
+        if any(each.resource == "inference" for each in self._target.budgets):
             raise BudgetError(
-                f"the bill of {amount(self._limit, 'flops')} pays for no run: attaching spent {spent}, and a dense "
-                f"step spends {step}. Ask for a larger one"
+                "a bill cannot be kept beside a budget of inference: each decision times forward passes, as many as "
+                "the clock asks for. Leave the bill out, and give the number of steps"
+            )
+        account, left = self._account, self._left()
+        if left < 2 * account.step_flops:
+            asked, spent, step, least = (
+                amount(value, "flops")
+                for value in (
+                    *(self._limit, account.train_flops, account.step_flops),
+                    self._limit - left + 2 * account.step_flops,
+                )
+            )
+            raise BudgetError(
+                f"the bill of {asked} pays for no run: attaching spent {spent}, and a dense step spends {step}. Two "
+                f"steps are the least: ask for {least}"
             )
 
     def length(self, total_steps: int) -> int:
