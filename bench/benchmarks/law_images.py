@@ -4,13 +4,17 @@
     python bench/benchmarks/law_images.py RUNS [MORE RUNS] --out results/law-images.json
 
 `--epochs 40` is four times the passes. `small-long` is as small from the start, and trains for the same FLOPs as the
-pruned model by the same recipe. `cifar10-mini-noisy` is the task with a fifth of the training labels wrong.
+pruned model by the same recipe. `cifar10-mini-noisy` is the task with a fifth of the training labels wrong. Rows that
+the file holds stay.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from record import keep
 
@@ -28,13 +32,20 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=None, help="folder that holds the data")
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
-    rows = []
+    known = args.out is not None and args.out.exists()
+    rows = {run(row): row for row in (json.loads(args.out.read_text(encoding="utf-8"))["rows"] if known else ())}
     for folder in args.folders:
         for row in read_lines(folder / FILE, FILE, []):
             kept = {key: row[key] for key in KEPT}
-            passes = row["task_steps"] / task_named(row["task"], data=args.data).steps
-            rows.append({**kept, "passes": round(passes, 2), "environment": row["environment"], "date": row["date"]})
-    keep({"rows": rows}, args.out, shown={"rows": len(rows)})
+            passes = round(row["task_steps"] / task_named(row["task"], data=args.data).steps, 2)
+            found = {**kept, "passes": passes, "environment": row["environment"], "date": row["date"]}
+            rows[run(found)] = found
+    keep({"rows": list(rows.values())}, args.out, shown={"rows": len(rows)})
+
+
+def run(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What no two runs have in common; a run that is made again takes the place of the earlier one."""
+    return tuple(row[key] for key in ("task", "method", "budget", "seed", "passes", "split"))
 
 
 if __name__ == "__main__":

@@ -168,23 +168,24 @@ def test_the_page_shows_what_the_runs_came_to() -> None:
         ours, theirs = runs(float(ratio), arm, float(start)), runs(float(ratio), "small", 1.0)
         seeds = sorted(ours.keys() & theirs.keys())
         gains = np.array([theirs[seed]["test"] - ours[seed]["test"] for seed in seeds])
-        assert int(cells[-1]) == len(seeds) and float(cells[0]) == ours[0]["rate"]
-        mean, *ends = numbers(cells[4])
+        assert int(cells[-1]) == len(seeds)
+        assert (float(cells[0]), float(cells[1])) == (ours[0]["rate"], theirs[0]["rate"])
+        mean, *ends = numbers(cells[5])
         assert mean == pytest.approx(gains.mean(), abs=5.1e-5)
         if len(seeds) >= 3:
             interval = stats.t.interval(0.95, len(seeds) - 1, gains.mean(), stats.sem(gains))
             assert ends == pytest.approx(interval, abs=5.1e-5)
         if not data.get("law"):
-            assert cells[5:8] == ["–"] * 3
+            assert cells[6:9] == ["–"] * 3
             continue
         irreducible, by_size, a, by_data, b = data["law"]
         size, tokens = ([np.mean([of[s][key] for s in seeds]) for of in (theirs, ours)]
                         for key in ("average_size", "tokens"))  # fmt: skip
         losses = [by_size * n**-a + by_data * d**-b for n, d in zip(size, tokens, strict=True)]
-        assert numbers(cells[5])[0] == pytest.approx(losses[0] - losses[1], abs=5.1e-5)
+        assert numbers(cells[6])[0] == pytest.approx(losses[0] - losses[1], abs=5.1e-5)
+        assert numbers(cells[7])[0] == pytest.approx(gains.mean() - losses[0] + losses[1], abs=5.1e-5)
         reducible = np.mean([theirs[seed]["test"] for seed in seeds]) - irreducible
-        assert numbers(cells[6])[0] == pytest.approx(100 * gains.mean() / reducible, abs=0.051)
-        assert numbers(cells[7])[0] == pytest.approx(100 * (losses[0] - losses[1]) / reducible, abs=0.051)
+        assert numbers(cells[8])[0] == pytest.approx(100 * gains.mean() / reducible, abs=0.051)
 
 
 def test_arms_spend_the_same_flops() -> None:

@@ -47,7 +47,7 @@ class Arm:
         ratio: r.
         arm: "even" or "setpoint".
         start: size at the beginning, in final sizes.
-        rate: of learning, the best on validation bytes at seed 0.
+        rate: of learning, the best on validation bytes at seed 0; `small_rate` is that of the small model.
         size: final parameters outside of embeddings, mean; `average` is that over the steps, in final sizes.
         loss: mean on test bytes, in nats per byte; `small` is that of the small model.
         gain: of the pruned model, in nats per byte.
@@ -60,6 +60,7 @@ class Arm:
     arm: str
     start: float
     rate: float
+    small_rate: float
     size: float
     average: float
     loss: float
@@ -89,7 +90,8 @@ def arms_of(data: Mapping[str, Any], kind: str = "arm") -> list[Arm]:
             low, high = np.quantile(by_law, (0.025, 0.975)).tolist() if by_law else (None, None)
             found.append(
                 Arm(
-                    ratio, arm, start / final, pairs[0][0]["rate"], ours["size"], ours["average_size"] / ours["size"],
+                    ratio, arm, start / final, pairs[0][0]["rate"], pairs[0][1]["rate"],
+                    ours["size"], ours["average_size"] / ours["size"],
                     ours["test"], theirs["test"], paired([plain["test"] - cut["test"] for cut, plain in pairs]),
                     None if law is None else _predicted(law, ours, theirs), None if low is None else (low, high),
                     None if law is None else theirs["test"] - law.irreducible,
@@ -129,15 +131,15 @@ def measured_table(file: Path, predicted: Path) -> str:
         for row in json.loads(predicted.read_text(encoding="utf-8"))["predicted"]
     }
     lines = [
-        "| r | start | widths | rate | final size | small model | pruned | gain, nats per byte "
-        "| law of the calibration | of reducible loss: measured | law of the calibration | published fits | seeds |",
-        f"|---:|---:|---|{'---:|' * 10}",
+        "| r | start | widths | rate | small model's rate | final size | small model | pruned | gain, nats per byte "
+        "| law of the calibration | measured − law | of reducible loss: measured | published fits | seeds |",
+        f"|---:|---:|---|{'---:|' * 11}",
     ]
     for each in arms_of(data):
-        by_law, share, law_share = "–", "–", "–"
+        by_law, share, apart = "–", "–", "–"
         if each.predicted is not None and each.reducible is not None:
             by_law, share = _nats(each.predicted), _percent(each.gain.mean / each.reducible)
-            law_share = _percent(each.predicted / each.reducible)
+            apart = _apart(each)
             if each.ends is not None:
                 by_law += f" [{_nats(each.ends[0])}, {_nats(each.ends[1])}]"
         gain = _with_interval(each.gain)
@@ -146,18 +148,30 @@ def measured_table(file: Path, predicted: Path) -> str:
             f"{each.start:g} x",
             WIDTHS[each.arm],
             f"{each.rate:g}",
+            f"{each.small_rate:g}",
             f"{each.size:,.0f}",
             f"{each.small:.4f}",
             f"{each.loss:.4f}",
             f"**{gain}**" if each.gain.clear else gain,
             by_law,
+            apart,
             share,
-            law_share,
             " / ".join(_percent(gain) for gain in published[each.ratio, each.start]),
             f"{each.gain.num}",
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", made_on(data)])
+
+
+def _apart(arm: Arm) -> str:
+    """The measured gain less the predicted one; both intervals as independent errors where there are three seeds."""
+    assert arm.predicted is not None
+    mean = arm.gain.mean - arm.predicted
+    if arm.gain.low is None or arm.gain.high is None or arm.ends is None:
+        return _nats(mean)
+    half = (arm.gain.high - arm.gain.low) / 2
+    low, high = math.hypot(half, arm.ends[1] - arm.predicted), math.hypot(half, arm.predicted - arm.ends[0])
+    return f"{_nats(mean)} [{_nats(mean - low)}, {_nats(mean + high)}]"
 
 
 def pair_table(file: Path) -> str:
@@ -168,16 +182,14 @@ def pair_table(file: Path) -> str:
         "| law of the calibration | seeds |",
         f"|---:|---:|---|{'---:|' * 8}",
     ]
-    rows = [row for row in data["rows"] if row["kind"] == "pair"]
     for each in arms_of(data, "pair"):
         gain = _with_interval(each.gain)
-        small = _chosen(rows, each.ratio, "small", float(rows[0]["final"]))
         cells = (
             f"{each.ratio:g}",
             f"{each.start:g} x",
             WIDTHS[each.arm],
             f"{each.rate:g}",
-            f"{small[0]['rate']:g}",
+            f"{each.small_rate:g}",
             f"{each.size:,.0f}",
             f"{each.small:.4f}",
             f"{each.loss:.4f}",

@@ -30,9 +30,9 @@ STARTS = (2.0, 4.0, 8.0)
 """Sizes of which the law's best is told."""
 MEASURED = (1.0, 64.0)
 """Ratios for which the law is meant; beyond them its exponents have not been checked."""
-LOST = 64.0
-"""Up to this ratio the direct test found a loss."""
-UNPROVEN = "Setpoint's tests, on very small language models, found a loss at ratios of 1, 4, 16 and 64"
+TESTED = 64.0
+"""Up to this ratio the direct tests found no gain."""
+UNPROVEN = "Setpoint's tests, on very small language models, found no gain at ratios of 1, 4, 16 and 64"
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Advice:
         verdict: what the laws say: `"prune"` where all predict a gain, `"train the small model"` where none does, else
             `"undecided"`.
         advice: what to do: `"prune"`, `"train the small model"` or `"unknown"`. Setpoint's tests count for more than
-            the published laws: a predicted gain is `"train the small model"` where they found a loss, and `"unknown"`
+            the published laws: a predicted gain is `"train the small model"` where they found none, and `"unknown"`
             at larger ratios.
         size: N_f, parameters of the finished model outside of embeddings; None where only a ratio was given.
         ratio: r, data of the small model / its compute-optimal data, lowest and highest of the laws.
@@ -222,7 +222,7 @@ def plan(
     verdict = "prune" if low > 0 else "train the small model" if high <= 0 else "undecided"
     advice = verdict if verdict != "undecided" else "unknown"
     if published and advice == "prune":
-        advice = "train the small model" if max(ratios) <= LOST else "unknown"
+        advice = "train the small model" if max(ratios) <= TESTED else "unknown"
     bill = 6 * size * data if size and data else None
     paid = data / average if data else None
     steps = int(paid // batch) if paid and batch else None
