@@ -134,6 +134,7 @@ def test_a_state_of_another_bill_is_refused() -> None:
             {"flops": "25%", "inference": "90%", "flops/run": "100%"},
             "a bill cannot be kept beside",
         ),
+        ({"flops": "25%", "flops/run": "300%"}, "more than the dense run costs.*or 100% and 3 times the total_steps"),
         ({"flops": "25%", "latency/run": "10 s"}, "beside budgets per step a budget per run is one of 'flops'"),
         ({"flops": "25%", "flops/epoch": "100%"}, "write the resource alone, or flops/run"),
         ({"flops": "25%", "params/run": "100%"}, "no budget per run of 'params'"),

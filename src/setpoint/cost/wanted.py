@@ -181,9 +181,11 @@ def _amount(resource: str, per: str, amount: Any) -> Budget:
 
 def _share(text: str, value: float, resource: str, per: str) -> Budget:
     if value > 1:
+        whole = "run" if per == "run" else "model"
+        longer = f", or 100% and {value:g} times the total_steps" if per == "run" else ""
         raise BudgetError(
-            f"the budget {text!r} is more than the dense model costs: write a share of at most 100%, such as '50%', or "
-            "an amount with its unit, such as '3 GFLOPs'"
+            f"the budget {text!r} is more than the dense {whole} costs: write a share of at most 100%, such as '50%', "
+            f"or an amount with its unit, such as '3 GFLOPs'{longer}"
         )
     return Budget.fraction(value, of=resource, per=per)
 
