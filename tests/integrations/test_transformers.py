@@ -26,7 +26,6 @@ from transformers import (
 )
 
 import setpoint
-from setpoint.distillation import Blocks
 from setpoint.errors import CheckpointError
 from setpoint.integrations.huggingface import enable_huggingface
 from setpoint.integrations.transformers import SetpointCallback, SetpointTrainer
@@ -418,32 +417,6 @@ def test_a_trainer_stops_when_its_bill_is_spent(tmp_path: Path) -> None:
     assert summary is not None and loop is not None and summary.budget_met
     assert 20 < summary.steps == loop.total_steps < 200
     assert 0.9 * summary.limit_run["flops"] < summary.train_flops <= summary.limit_run["flops"]
-
-
-def test_blocks_are_followed(tmp_path: Path) -> None:
-    """Claim: layers of the smaller model stay nearer in direction to its dense copy's, and no hook is left."""
-    tokens = torch.stack([Tokens()[number]["input_ids"] for number in range(8)])
-    names = ["transformer.h.0", "transformer.h.1"]
-
-    def distance(model: Any) -> float:
-        dense = build("gpt2").eval()
-        blocks = Blocks(model.eval(), dense, names)
-        with torch.no_grad():
-            model(tokens)
-            dense(tokens)
-            return blocks.distance().item()
-
-    plain, _ = _taught(tmp_path / "plain", alpha=0.0)
-    plain.train()
-    run, callback = _taught(tmp_path / "blocks", alpha=0.0, blocks=names, blocks_weight=100.0)
-    run.train()
-    assert callback.summary is not None and callback.summary.budget_met
-    assert not any(each._forward_hooks for each in run.teacher.model.modules())
-    assert distance(run.model) < 0.7 * distance(plain.model)
-    with pytest.raises(ValueError, match="the model has no module 'h.7'"):
-        _taught(tmp_path, blocks=["h.7"])
-    with pytest.raises(ValueError, match="blocks_weight must be a finite number"):
-        _taught(tmp_path, blocks=names, blocks_weight=-1.0)
 
 
 def test_a_teacher_that_cannot_be_followed_is_refused(tmp_path: Path) -> None:

@@ -178,7 +178,7 @@ def readme_table(root: Path) -> str:
 def _of_equal_steps(folder: Path) -> list[Row]:
     """Rows of a results folder, but for masks, and for methods that train longer or are taught."""
     rows = summary_rows(read_results(folder))
-    return [row for row in rows if row.density is None and not row.method.endswith(("-long", "-taught", "-blocks"))]
+    return [row for row in rows if row.density is None and not row.method.endswith(("-long", "-taught"))]
 
 
 def bill_table(root: Path) -> str:

@@ -184,9 +184,6 @@ what their readers cannot make up for (`reconstruction`).
 
 TAUGHT_METHODS: tuple[Method, ...] = (
     Taught("setpoint-taught", Setpoint()),
-    Taught(
-        "setpoint-blocks", Setpoint(), blocks=1.0, paper="Sanh et al., DistilBERT, a distilled version of BERT, 2019"
-    ),
     Taught("cubic-taught", Setpoint("cubic", ScheduledController(), MagnitudeSensor, paper=_ZHU, family="open-loop")),
 )
 """Methods that learn the answers of the finished dense run as well."""

@@ -1,6 +1,5 @@
 """Distillation: a pruned model learns from a teacher as well, such as the dense model that was fine-tuned before."""
 
-from setpoint.distillation.blocks import Blocks
 from setpoint.distillation.teacher import Teacher
 
-__all__ = ["Blocks", "Teacher"]
+__all__ = ["Teacher"]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,7 +13,6 @@ from setpoint.actuator.lift import was_cut
 from setpoint.attach import attach
 from setpoint.checkpoint.resumable import resumable
 from setpoint.cost.wanted import wanted
-from setpoint.distillation.blocks import Blocks
 from setpoint.distillation.teacher import Teacher, logits_of
 from setpoint.errors import NotBegunError
 from setpoint.given import check_settings
@@ -140,9 +138,6 @@ class SetpointTrainer(Trainer):  # type: ignore[misc]
         teacher: of which the logits have the shape of the model's; by default a frozen copy of the dense model.
         alpha: share of the teacher in the loss, from 0 to 1.
         temperature: T, above 0.
-        blocks: names of modules, such as "bert.encoder.layer.3", whose outputs learn the direction of the teacher's
-            (`setpoint.distillation.Blocks`).
-        blocks_weight: of their distance, which is added to the loss.
         settings: of `Trainer`.
 
     Attributes:
@@ -162,8 +157,6 @@ class SetpointTrainer(Trainer):  # type: ignore[misc]
         teacher: nn.Module | None = None,
         alpha: float = 0.5,
         temperature: float = 2.0,
-        blocks: Sequence[str] = (),
-        blocks_weight: float = 1.0,
         **settings: Any,
     ) -> None:
         super().__init__(*args, **settings)
@@ -173,40 +166,25 @@ class SetpointTrainer(Trainer):  # type: ignore[misc]
             raise ValueError("the teacher is the model that is pruned: leave teacher out to have a frozen copy of it")
         taught_by = copy.deepcopy(self.model) if teacher is None else teacher
         self.teacher = Teacher(taught_by, alpha=alpha, temperature=temperature)
-        if not 0 <= blocks_weight < math.inf:
-            raise ValueError(f"blocks_weight must be a finite number of at least 0, got {blocks_weight!r}")
-        self._block_names, self._blocks_weight = blocks, float(blocks_weight)
-        self._blocks: Blocks | None = None
-        if blocks:
-            Blocks(self.model, self.teacher, blocks).remove()  # a wrong name is refused here, not when training begins
 
     def train(self, *args: Any, **settings: Any) -> Any:
         """Train as ever."""
         self._callback()
-        try:
-            return super().train(*args, **settings)
-        finally:
-            if self._blocks is not None:
-                self._blocks.remove()
-                self._blocks = None
+        return super().train(*args, **settings)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The loss of the Trainer, and in training the teacher's."""
         asked = {name: value for name, value in inputs.items() if name != "labels"}  # the Trainer may take them out
-        if model.training and self._block_names and self._blocks is None:
-            self._blocks = Blocks(self.accelerator.unwrap_model(model), self.teacher, self._block_names)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        if model.training and (self.teacher.alpha or self._blocks):
+        if model.training and self.teacher.alpha:
             own, mask = logits_of(outputs), asked.get("attention_mask")
             usable = isinstance(mask, Tensor) and mask.shape == own.shape[:-1]
-            taught = self.teacher.alpha * self.teacher.distance(own, self._taught(asked), mask if usable else None)
-            if self._blocks:
-                taught = taught + self._blocks_weight * self._blocks.distance(mask)
+            taught = self.teacher.distance(own, self._taught(asked), mask if usable else None)
             if self.compute_loss_func is not None or self.model_accepts_loss_kwargs and num_items_in_batch is not None:
                 taught = taught / self.current_gradient_accumulation_steps  # the loss is one of all batches of the step
-            loss = (1 - self.teacher.alpha) * loss + taught
+            loss = (1 - self.teacher.alpha) * loss + self.teacher.alpha * taught
         return (loss, outputs) if return_outputs else loss
 
     def _taught(self, inputs: Mapping[str, Any]) -> Tensor:

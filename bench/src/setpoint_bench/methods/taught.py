@@ -10,12 +10,11 @@ from typing import Any, cast, final
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from setpoint.distillation import Blocks, Teacher
+from setpoint.distillation import Teacher
 from setpoint_bench.course import Course, Pruner
 from setpoint_bench.looped import Looped
 from setpoint_bench.methods.in_training import Setpoint
 from setpoint_bench.results import Result
-from setpoint_bench.sentences import PADDING
 from setpoint_bench.simple_task import SimpleTask
 from setpoint_bench.task import BenchError, Task, dense_widths
 
@@ -33,7 +32,6 @@ class Taught:
         prunes: the method.
         alpha: the teacher's share of the loss.
         temperature: by which logits are divided.
-        blocks: weight of the distance between repeated blocks, 0 for logits alone.
         paper: where it comes from.
         needs: the dense run.
     """
@@ -42,7 +40,6 @@ class Taught:
     prunes: Setpoint
     alpha: float = 0.5
     temperature: float = 2.0
-    blocks: float = 0.0
     paper: str = "Hinton et al., Distilling the knowledge in a neural network, 2015"
     needs: tuple[str, ...] = ("dense",)
 
@@ -74,16 +71,6 @@ class Taught:
         if isinstance(pruner, Looped):
             teacher.loop = pruner.loop
         lesson.teachers.append(teacher)
-        if self.blocks:
-            names = [
-                f"{name}.{position}"
-                for name, each in model.named_modules()
-                if isinstance(each, nn.ModuleList)
-                for position in range(len(each))
-            ]
-            if not names:
-                raise BenchError(f"{self.name} compares the members of module lists, and the model has none")
-            lesson.blocks.append((self.blocks, Blocks(model, teacher, names)))
         return optimizer, pruner
 
 
@@ -94,7 +81,6 @@ class _Lesson:
 
     task: SimpleTask
     teachers: list[Teacher] = field(default_factory=list, hash=False, compare=False)
-    blocks: list[tuple[float, Blocks]] = field(default_factory=list, hash=False, compare=False)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "task":  # asked of a copy that is not filled yet
@@ -109,8 +95,4 @@ class _Lesson:
         own = self.task.scores(model, inputs)
         with self.task.autocast():
             taught = teacher.logits(inputs)
-        loss = teacher.loss((self.task.training_criterion or self.task.criterion)(own, targets), own, taught.float())
-        for weight, each in self.blocks:
-            tokens = inputs.ne(PADDING) if not inputs.is_floating_point() else None
-            loss = loss + weight * each.distance(tokens)
-        return loss
+        return teacher.loss((self.task.training_criterion or self.task.criterion)(own, targets), own, taught.float())
