@@ -195,7 +195,10 @@ def test_what_is_no_budget_is_refused_at_once(budget: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "bert"])
 def test_folders_of_cut_models_load_with_from_pretrained(kind: str, tmp_path: Path) -> None:
-    """Claim: save_pretrained writes setpoint.json, and from_pretrained of the class and of AutoModel reads it back."""
+    """Claim: save_pretrained writes setpoint.json, and from_pretrained of the class and of AutoModel reads it back.
+
+    Weights are equal to the bit. Outputs are near: products may round otherwise where weights lie elsewhere in memory.
+    """
     run, callback = trainer(kind, tmp_path / "run", save_strategy="no")
     run.train()
     run.save_model(str(tmp_path / "small"))
@@ -203,13 +206,14 @@ def test_folders_of_cut_models_load_with_from_pretrained(kind: str, tmp_path: Pa
     want = run.model.eval()(tokens).logits
     assert (tmp_path / "small/setpoint.json").is_file()
     loaded = type(run.model).from_pretrained(tmp_path / "small")
-    assert torch.equal(loaded(tokens).logits, want)
-    base = AutoModel.from_pretrained(tmp_path / "small")
-    assert torch.equal(
-        base(tokens).last_hidden_state, getattr(loaded, loaded.base_model_prefix)(tokens).last_hidden_state
-    )
+    assert equal(weights(loaded), weights(run.model))
+    torch.testing.assert_close(loaded(tokens).logits, want)
+    base, inner = AutoModel.from_pretrained(tmp_path / "small"), getattr(loaded, loaded.base_model_prefix)
+    torch.testing.assert_close(base(tokens).last_hidden_state, inner(tokens).last_hidden_state)
     loaded.save_pretrained(tmp_path / "again")
-    assert torch.equal(type(run.model).from_pretrained(tmp_path / "again")(tokens).logits, want)
+    again = type(run.model).from_pretrained(tmp_path / "again")
+    assert equal(weights(again), weights(run.model))
+    torch.testing.assert_close(again(tokens).logits, want)
     build(kind).save_pretrained(tmp_path / "again")
     assert not (tmp_path / "again/setpoint.json").exists()
 
@@ -229,7 +233,7 @@ def test_a_pipeline_in_another_process_reads_the_folder(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == want
+    torch.testing.assert_close(torch.tensor(json.loads(done.stdout.splitlines()[-1])), torch.tensor(want))
 
 
 def test_damaged_and_foreign_sizes_are_refused(tmp_path: Path) -> None:
