@@ -14,7 +14,7 @@ from setpoint.groups.group import Group, widths_of
 from setpoint.groups.trace import trace
 from setpoint.resources import costing
 from setpoint.resources.latency import LatencyCost
-from setpoint.resources.replica import replica
+from setpoint.resources.replica import Replica, replica
 from setpoint.resources.table import Table
 from setpoint.spending import seconds as seconds_file
 
@@ -73,3 +73,23 @@ def test_slow_steps_are_timed_while_they_are_recorded(
     assert copies == [True] * (1 if slow else 2) and joules == []
     assert [dict(widths) for widths, _ in seen] == (costing._narrowing(groups) if slow else [])
     assert all(taken > 0 for _, taken in seen) and fitted.total(widths_of(groups)) > 0
+
+
+def test_where_no_seconds_are_asked_for_no_step_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: the step of a slow model is recorded for its memory at no more widths than the tape needs."""
+    monkeypatch.setattr(costing, "_SLOW_S", 0.0)
+    model, example = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 8)), (torch.randn(32, 16),)
+    optimizer, groups, steps = torch.optim.AdamW(model.parameters()), trace(model, example).groups, list[int]()
+    step = Replica.step
+
+    def counted(copy: Replica) -> None:
+        steps.append(1)
+        step(copy)
+
+    monkeypatch.setattr(Replica, "step", counted)
+
+    def make(widths: Mapping[str, int], *, data: bool) -> Any:
+        return replica(model, (optimizer,), example, groups, widths, data=data)
+
+    assert costing._tape(make, groups, None).operations
+    assert len(steps) == 1 + len(costing.narrowing_widths(groups)[0])  # the first makes the optimizer's state

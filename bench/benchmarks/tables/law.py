@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,17 +142,8 @@ def measured_table(file: Path, predicted: Path) -> str:
             apart = _apart(each)
             if each.ends is not None:
                 by_law += f" [{_nats(each.ends[0])}, {_nats(each.ends[1])}]"
-        gain = _with_interval(each.gain)
         cells = (
-            f"{each.ratio:g}",
-            f"{each.start:g} x",
-            WIDTHS[each.arm],
-            f"{each.rate:g}",
-            f"{each.small_rate:g}",
-            f"{each.size:,.0f}",
-            f"{each.small:.4f}",
-            f"{each.loss:.4f}",
-            f"**{gain}**" if each.gain.clear else gain,
+            *_measured(each),
             by_law,
             apart,
             share,
@@ -161,6 +152,13 @@ def measured_table(file: Path, predicted: Path) -> str:
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", made_on(data)])
+
+
+def _measured(arm: Arm) -> Iterator[str]:
+    """The first cells of a row of arms."""
+    yield from (f"{arm.ratio:g}", f"{arm.start:g} x", WIDTHS[arm.arm], f"{arm.rate:g}", f"{arm.small_rate:g}")
+    gain = _with_interval(arm.gain)
+    yield from (f"{arm.size:,.0f}", f"{arm.small:.4f}", f"{arm.loss:.4f}", f"**{gain}**" if arm.gain.clear else gain)
 
 
 def _apart(arm: Arm) -> str:
@@ -183,17 +181,8 @@ def pair_table(file: Path) -> str:
         f"|---:|---:|---|{'---:|' * 8}",
     ]
     for each in arms_of(data, "pair"):
-        gain = _with_interval(each.gain)
         cells = (
-            f"{each.ratio:g}",
-            f"{each.start:g} x",
-            WIDTHS[each.arm],
-            f"{each.rate:g}",
-            f"{each.small_rate:g}",
-            f"{each.size:,.0f}",
-            f"{each.small:.4f}",
-            f"{each.loss:.4f}",
-            f"**{gain}**" if each.gain.clear else gain,
+            *_measured(each),
             "–" if each.predicted is None else _nats(each.predicted),
             f"{each.gain.num}",
         )

@@ -66,8 +66,8 @@ def failing_groups(model: nn.Module, example: Example, groups: tuple[Group, ...]
 
     After each find the remaining groups are tried again, until they pass. A large model is tried in float32 first. This
     takes half of the memory and time of float64. If all agree to 1e-4 there, nothing else is tried; otherwise float64
-    decides. A model with batch norm is tried in float64 at once. Batch norm divides by the spread of a few samples, so
-    rounding in float32 grows to per cents.
+    decides. A model with batch norm is tried in float64 at once. Batch norm divides by the deviation of a few samples,
+    so rounding in float32 grows to per cents.
 
     Raises:
         ExampleError: when the model itself does not run on the example.

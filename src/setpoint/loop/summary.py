@@ -197,7 +197,7 @@ def summarise(
     summary = Summary(
         **spent,
         budget_met=budget_met,
-        reason="; ".join(filter(None, (reason, _unspent(spending, now.step), _cut_late(ledger)))),
+        reason=reason,
         widths=widths,
         dense_widths=dense_widths,
         final_params=num_params,
@@ -207,7 +207,8 @@ def summarise(
         gave_way=f"{gave_way}; {'the budget was met' if budget_met else 'the budget was missed'}" if gave_way else "",
         final_loss=losses.loss,
     )
-    return replace(summary, **actuator.totals())
+    reason = "; ".join(filter(None, (reason, _unspent(summary), _cut_late(ledger))))
+    return replace(summary, reason=reason, **actuator.totals())
 
 
 def warn_of_miss(summary: Summary, now: Progress, passes: int) -> None:
@@ -217,8 +218,8 @@ def warn_of_miss(summary: Summary, now: Progress, passes: int) -> None:
         now: where it ended.
         passes: backward passes since the last step.
     """
-    if "of the bill is unused" in summary.reason and summary.budget_met:
-        warn(summary.reason)
+    if summary.budget_met and (unspent := _unspent(summary)):
+        warn(unspent)
     if summary.budget_met or not {**summary.limit, **summary.limit_run} or not (summary.steps or passes):
         return
     words = [
@@ -239,16 +240,15 @@ def warn_of_miss(summary: Summary, now: Progress, passes: int) -> None:
     warn(text)
 
 
-def _unspent(spending: Spending, steps: int) -> str:
-    """What a run left of its bill that ended before the bill did."""
-    if not spending.bill or steps >= spending.length:
-        return ""
-    unused = 1 - spending.runs.spent()["flops"] / spending.limit_run["flops"]
-    if unused <= 0.01:
+def _unspent(summary: Summary) -> str:
+    """What a run left of its bill, a budget per run beside one per step, that ended before the bill did."""
+    bill = summary.limit_run.get("flops") if summary.limit else None
+    unused = 0.0 if bill is None else 1 - summary.spent_run["flops"] / bill
+    if unused <= 0.01 or summary.steps >= summary.total_steps:
         return ""
     return (
-        f"the run ended at step {steps:,}, and {unused:.0%} of the bill is unused: train for loop.total_steps steps, "
-        f"which are {spending.length:,} now"
+        f"the run ended at step {summary.steps:,}, and {unused:.0%} of the bill is unused: train for loop.total_steps "
+        f"steps, which are {summary.total_steps:,} now"
     )
 
 

@@ -116,7 +116,7 @@ def cost_out(
     table = Table(device) if wanted & {"latency", "inference", "energy"} else None
     if wanted & {"memory", "latency", "energy"}:
         make = partial(replica, model, optimizers, example, groups)
-        seen = list[Reading]()
+        seen = list[Reading]() if table is not None and meter is None else None
         tape = kept_tape(tape_key(model, optimizers, groups, fingerprint, "step"), partial(_tape, make, groups, seen))
         if "memory" in wanted:
             costs["memory"] = memory = MemoryCost(tape)
@@ -128,7 +128,7 @@ def cost_out(
                 errors["memory"] = statistics.median(off)
             sources["memory"] = "modelled: storages of a recorded step"
         if table is not None and wanted & {"latency", "energy"}:
-            latency, joules = _calibrated(LatencyCost(tape, groups, table), table, make, groups, meter, seen)
+            latency, joules = _calibrated(LatencyCost(tape, groups, table), table, make, groups, meter, seen or ())
             dense = widths_of(groups)
             step_seconds = {g.name: latency.saving(dense, g.name, g.num_units - lowest_width(g)) for g in groups}
             costs["latency"] = latency
@@ -138,9 +138,11 @@ def cost_out(
     if table is not None and "inference" in wanted:
         answer = partial(inference_replica, model, example if inference_example is None else inference_example, groups)
         key = tape_key(model, (), groups, fingerprint, "pass") if inference_example is None else ""
-        seen = list[Reading]()
-        passing = LatencyCost(kept_tape(key, partial(_tape, answer, groups, seen)), groups, table, resource="inference")
-        costs["inference"] = _calibrated(passing, table, answer, groups, None, seen)[0]
+        passed = list[Reading]()
+        passing = LatencyCost(
+            kept_tape(key, partial(_tape, answer, groups, passed)), groups, table, resource="inference"
+        )
+        costs["inference"] = _calibrated(passing, table, answer, groups, None, passed)[0]
     for name, cost in costs.items():
         if isinstance(cost, LatencyCost) and table is not None:
             errors[name] = cost.fit.error
@@ -157,8 +159,8 @@ def _energy(latency: Cost, watts: float | None, joules: list[Reading], meter: En
     return EnergyCost(latency, watts, stated=True)
 
 
-def _tape(make: Make, groups: tuple[Group, ...], seen: list[Reading]) -> Tape:
-    """The recorded step; what slow ones took is added to `seen`.
+def _tape(make: Make, groups: tuple[Group, ...], seen: list[Reading] | None) -> Tape:
+    """The recorded step; what slow ones took is added to `seen`, where that is asked for.
 
     One copy is recorded that becomes narrower, where few widths tell the groups apart and the copy runs, with enough
     memory beside the model; else copies without data. Some modules (`nn.MultiheadAttention`) take another way through
@@ -193,7 +195,7 @@ def _narrowed(
     groups: tuple[Group, ...],
     vectors: Sequence[Mapping[str, int]],
     show: Callable[[float], None],
-    seen: list[Reading],
+    seen: list[Reading] | None,
 ) -> Tape:
     """The step of one copy, which becomes narrower from one width vector to the next; `seen` as in `_tape`."""
 
@@ -208,7 +210,7 @@ def _narrowed(
                 with watch:
                     yield copy  # whoever asks for the next one has recorded a step
                 taken.append((widths, watch.seconds))
-            if taken[-1][1] >= _SLOW_S and all(each.device.type == "cpu" for each in copy.held()):
+            if seen is not None and taken[-1][1] >= _SLOW_S and all(each.device.type == "cpu" for each in copy.held()):
                 seen.extend(_plain(copy, left, taken, _narrowing(groups)[-1]))
 
     with closing(copies()) as narrowing:
@@ -248,8 +250,7 @@ def _calibrated(
     if kept is not None and len(kept) == 4 and meter is None:
         return cost.fitted(Fit(*kept)), []
     seconds, joules = list[Reading](seen), list[Reading]()
-    if not seen or meter is not None:
-        seconds.clear()
+    if not seconds:
         with under_way(f"timing whole steps ({cost.resource})") as show:
             for widths, taken, spent in _timed(make, groups, table.device, meter, show):
                 seconds.append((widths, taken))

@@ -89,7 +89,6 @@ def _described(optimizer: Optimizer, names: Mapping[int, str]) -> list[Any]:
     states = sorted(
         [name_of(parameter), [[str(at), _switch(value)] for at, value in state.items()]]
         for parameter, state in optimizer.state.items()
-        if name_of(parameter)
     )
     return [type(optimizer).__qualname__, groups, states]
 
