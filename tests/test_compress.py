@@ -13,9 +13,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 import setpoint
 import setpoint.one_shot.compress as compressing
+import setpoint.one_shot.refit as refitting
 from setpoint.controller.landing import free_ladders
 from setpoint.controller.selection import descend, start
 from setpoint.cost.flops import flops_cost
@@ -218,7 +220,7 @@ def test_nothing_is_lost_where_it_fails() -> None:
     before, chance = _state(model), torch.get_rng_state()
     model[3].eval()
     x = torch.randn(20, 1, 8, 8)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ExampleError, match="fails on batch 1 of the data"):
         setpoint.compress(model, [x, torch.randn(20, 2, 8, 8)], 0.5)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert model.training and not model[3].training and model[1].momentum == 0.1
@@ -240,12 +242,28 @@ def test_what_cannot_be_done_is_refused_by_name() -> None:
         setpoint.compress(model, [], 0.5)
     with pytest.raises(ExampleError, match="a batch is a tensor"):
         setpoint.compress(model, [3], 0.5)
+    for data in (x, TensorDataset(x)):
+        with pytest.raises(ExampleError, match="whose parts are single samples: give batches"):
+            setpoint.compress(model, data, 0.5)
+    with pytest.raises(ExampleError, match="write .*for one batch of inputs and labels"):
+        setpoint.compress(model, (x, x), 0.5)
+    with pytest.raises(ExampleError, match="the model takes the first batch neither .*dtype"):
+        setpoint.compress(model, [x.double()], 0.5)
+    with pytest.raises(ExampleError, match="data has no batch with a row"):
+        setpoint.compress(model, iter(lambda: x[:0], None), 0.5)
+    with pytest.raises(ValueError, match=r"write compress\(model, data, budget\)"):
+        setpoint.compress([x], model, 0.5)  # type: ignore[arg-type]
+    for flag in "even", "verify":
+        with pytest.raises(ValueError, match=f"{flag} is True or False"):
+            setpoint.compress(model, [x], 0.5, **{flag: "no"})  # type: ignore[arg-type]
     with pytest.raises(BudgetError, match="cannot be reached"):
         setpoint.compress(model, [x], 0.01)
     with pytest.raises(ValueError, match="num_samples"):
         setpoint.compress(model, [x], 0.5, num_samples=0)
     with pytest.raises(GroupError, match="is not one of this model's"):
         setpoint.compress(model, [x], 0.5, groups=[Group("other", "unit", 3, ())])
+    with pytest.raises(GroupError, match="groups holds a str"):
+        setpoint.compress(model, [x], 0.5, groups=["0"])  # type: ignore[list-item]
     with pytest.raises(GroupError, match="read by something else than linear layers"):
         transposed = nn.Sequential(nn.Conv2d(1, 6, 1), nn.ReLU(), nn.ConvTranspose2d(6, 2, 1))
         setpoint.compress(transposed, [torch.randn(2, 1, 3, 3)], 0.5)
@@ -253,6 +271,145 @@ def test_what_cannot_be_done_is_refused_by_name() -> None:
     loop = setpoint.attach(model, optimizer, 0.5, example=(x,), total_steps=10)
     with pytest.raises(LoopError, match="has a loop already"):
         setpoint.compress(model, [x], 0.5)
+    loop.detach()
+
+
+def test_a_budget_that_is_met_changes_nothing() -> None:
+    """Claim: where no unit goes, weights and the statistics of BatchNorms stay to the bit."""
+    model = _image_net()
+    before = _state(model)
+    compressed = setpoint.compress(model, [torch.randn(20, 1, 8, 8)], "100% flops")
+    assert compressed.widths == compressed.dense_widths and not compressed.refitted
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert "no block more fits" not in str(compressed)
+
+
+def test_statistics_count_samples_and_not_batches() -> None:
+    """Claim: a BatchNorm's new mean is that of all samples where the last batch is short; one sample is left out."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2))
+    x = torch.randn(255, 4) * torch.arange(1.0, 256.0)[:, None]
+    setpoint.compress(model, [x[:126], x[126:252], x[252:254], x[254:]], 0.5)
+    torch.testing.assert_close(model[0].running_mean, x[:254].mean(0))
+    variances = [each.var(0) * len(each) for each in (x[:126], x[126:252], x[252:254])]
+    torch.testing.assert_close(model[0].running_var, sum(variances) / 254)
+    with pytest.raises(ExampleError, match="fails on batch 0 of the data .*more than 1 value"):
+        setpoint.compress(model.eval(), [each[None] for each in x[:8]], 0.3)
+
+
+@pytest.mark.parametrize(("place", "number"), [(0, float("nan")), (1, float("nan")), (1, float("inf"))])
+def test_a_number_that_is_none_is_found_in_the_data(place: int, number: float) -> None:
+    """Claim: NaN and infinity are refused with the number of their batch, and the model stays as it was."""
+    model = _image_net()
+    before = _state(model)
+    batches = [torch.randn(20, 1, 8, 8) for _ in range(2)]
+    batches[place][3, 0, 2, 2] = number
+    with pytest.raises(ExampleError, match=f"batch {place} of the data holds NaN or infinity"):
+        setpoint.compress(model, batches, 0.5)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_infinity_inside_the_model_is_named() -> None:
+    """Claim: where weights make infinity of good data, the error names what reads it, and nothing has changed."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    with torch.no_grad():
+        model[0].bias.fill_(3e38)
+        model[2].weight.fill_(3e38)
+    before = _state(model)
+    with pytest.raises(ExampleError, match="is given NaN or infinity on the data"):
+        setpoint.compress(model, [torch.randn(20, 4)], 0.5, verify=False)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+class Taught(nn.Module):
+    """A model that returns its loss, and runs only with targets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 16), nn.Linear(16, 2)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(self.down(torch.relu(self.up(x))), labels)
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_labels_are_given_to_a_model_that_does_not_run_without(by_name: bool) -> None:
+    """Claim: where a forward asks for its labels, batches are given whole, as tuples and as dicts."""
+    model, x, labels = Taught(), torch.randn(32, 4), torch.randint(0, 2, (32,))
+    compressed = setpoint.compress(model, [{"x": x, "labels": labels} if by_name else (x, labels)], 0.5)
+    assert compressed.widths == {"up": 8} and model.down.in_features == 8
+
+
+def test_batches_without_a_row_are_passed_over() -> None:
+    """Claim: an empty batch in front changes nothing of what comes out."""
+    x = torch.randn(64, 1, 8, 8)
+    cut = []
+    for data in ([x], [x[:0], x, x[:0]]):
+        model = _image_net()
+        setpoint.compress(model, data, 0.5)
+        cut.append(model.state_dict())
+    assert all(torch.equal(cut[0][name], tensor) for name, tensor in cut[1].items())
+
+
+def test_an_optimizer_that_has_stepped_goes_on() -> None:
+    """Claim: its state is cut with the weights: each moment is that of the unit that stayed."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2))
+    optimizer, x = torch.optim.AdamW(model.parameters(), lr=1e-2), torch.randn(64, 4)
+    model(x).square().mean().backward()
+    optimizer.step()
+    moments, weights = optimizer.state[model[0].weight]["exp_avg"].clone(), model[0].weight.detach().clone()
+    setpoint.compress(model, [x], 0.5, optimizer=optimizer)
+    stayed = [int((weights == row).all(1).nonzero()) for row in model[0].weight.detach()]
+    assert len(stayed) == 8
+    torch.testing.assert_close(optimizer.state[model[0].weight]["exp_avg"], moments[stayed], rtol=0, atol=0)
+    model(x).square().mean().backward()
+    optimizer.step()
+
+
+def test_wide_inputs_are_fitted_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: in blocks each part of the inputs is fitted by ridge regression of its own, and the bias adds up."""
+    torch.manual_seed(0)
+    x = torch.randn(512, 8).double() + 0.5
+    stays = np.array([True, False, True, True, False, True, True, False])
+    layer = nn.Linear(8, 3).double()
+    weight, bias = layer.weight.detach().T.clone(), layer.bias.detach().clone()
+    monkeypatch.setattr(refitting, "MOST_COLUMNS", 4)
+    refitting.refit(nn.Sequential(layer), [refitting.Reader(("0",), stays)], [(x,)])
+    shift = torch.zeros(3).double()
+    for block in slice(0, 4), slice(4, 8):
+        rows = torch.cat([x[:, block], torch.ones(512, 1)], 1)
+        moment = rows.T @ rows
+        moment += 0.01 * moment.diagonal().mean() * torch.eye(5)
+        kept = torch.from_numpy(np.append(stays[block], True))
+        target = (moment @ torch.cat([weight[block], torch.zeros(1, 3)]))[kept]
+        found = torch.linalg.solve(moment[kept][:, kept], target)
+        expected = torch.zeros(4, 3).double()
+        expected[kept[:-1]] = found[:-1]
+        torch.testing.assert_close(layer.weight.detach().T[block], expected)
+        shift += found[-1]
+    torch.testing.assert_close(layer.bias.detach(), bias + shift)
+
+
+def test_a_decoder_loses_heads_though_it_keeps_a_cache_by_default() -> None:
+    """Claim: keys and values that a decoder would keep do not hold its heads, in compress and in attach."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4}
+    config = transformers.LlamaConfig(vocab_size=50, num_hidden_layers=2, **sizes)
+    tokens = torch.randint(3, 50, (8, 12))
+    model = transformers.LlamaForCausalLM(config)
+    assert config.use_cache
+    compressed = setpoint.compress(model, [{"input_ids": tokens}], "30%")
+    heads = {name: width for name, width in compressed.widths.items() if "self_attn" in name}
+    assert len(heads) == 2 and max(heads.values()) < 4
+    how = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    with_cache, without = (model.eval().generate(tokens[:2, :4], use_cache=each, **how) for each in (True, False))
+    assert torch.equal(with_cache, without)
+    dense = transformers.LlamaForCausalLM(config)
+    loop = setpoint.attach(
+        dense, torch.optim.AdamW(dense.parameters()), 0.3, example={"input_ids": tokens}, total_steps=10
+    )
+    assert sum("self_attn" in name for name in loop.widths) == 2
     loop.detach()
 
 

@@ -1,9 +1,11 @@
-"""What Setpoint itself costs: sensing, resizing, discovery and import, each beside what it is measured against.
+"""What Setpoint itself costs: in whole runs, and sensing, resizing, discovery and import beside what each is part of.
 
-    python bench/benchmarks/overhead.py --out results/overhead.json
+    python bench/benchmarks/overhead.py --base ../base --data DIR --out results/overhead.json
 
 Steps with and without Setpoint take turns, so that a machine whose speed drifts favours neither; ratios are
-of medians, with the middle half of the paired ratios as their spread. Run it on an otherwise idle machine.
+of medians, with the middle half of the paired ratios as their spread. Whole runs of this tree and of the tree in
+`--base` take turns, too, each on one thread: the first time with an empty cache, then with the model known. Run it
+on an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -32,7 +35,10 @@ from setpoint_bench.environment import environment
 from setpoint_bench.results import load_results
 from setpoint_bench.task import Task
 
-RESULTS = Path(__file__).resolve().parents[2] / "results"
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "results"
+RUNS = (("finetune", 300), ("banking77", 300), ("cifar10-mini", 2000), ("shakespeare-mini", 2000))
+"""Tasks and steps of the whole runs."""
 
 
 def seconds(function: Callable[[], Any]) -> float:
@@ -154,16 +160,64 @@ def importing(rounds: int = 7) -> dict[str, Any]:
     return {"added_seconds_median": statistics.median(added), "added_seconds_quartiles": spread(added)}
 
 
+def run_of(tree: Path, name: str, steps: int, data: Path | None, cache: Path) -> dict[str, float]:
+    """Seconds of a run to half of the FLOPs with the code of a tree, and those of Setpoint's own work in it."""
+    settings = {
+        "PYTHONPATH": os.pathsep.join((str(tree / "src"), str(tree / "bench" / "src"))),
+        "XDG_CACHE_HOME": str(cache),
+        "OMP_NUM_THREADS": "1",
+        "SETPOINT_CACHE": "on",
+    }
+    with tempfile.TemporaryDirectory() as out:
+        command = [
+            sys.executable,
+            "-m",
+            "setpoint",
+            "bench",
+            "--task",
+            name,
+            "--methods",
+            "setpoint",
+            "--budgets",
+            "0.5",
+        ]
+        command += ["--steps", str(steps), "--out", out, *(["--data", str(data)] if data else [])]
+        subprocess.run(command, check=True, capture_output=True, env={**os.environ, **settings})
+        (result,) = load_results(Path(out))
+    return {"seconds": result.seconds, "own_seconds": result.overhead_seconds}
+
+
+def whole_runs(base: Path | None, data: Path | None, pairs: int) -> dict[str, Any]:
+    """For each task and tree what runs took: `first` with an empty cache, `known` right after it."""
+    trees = {"now": ROOT, **({"before": base.resolve()} if base else {})}
+    found: dict[str, Any] = {}
+    for name, steps in RUNS:
+        runs: dict[str, list[dict[str, Any]]] = {tree: [] for tree in trees}
+        for pair in range(pairs):
+            for tree in list(trees)[:: -1 if pair % 2 else 1]:
+                with tempfile.TemporaryDirectory() as folder:
+                    both = {when: run_of(trees[tree], name, steps, data, Path(folder)) for when in ("first", "known")}
+                runs[tree].append(both)
+                shares = (f"{when} {run['own_seconds'] / run['seconds']:.2%}" for when, run in both.items())
+                print(f"{name}, {steps} steps, {tree}: own work {', '.join(shares)}", flush=True)
+        found[name] = {"steps": steps, "runs": runs}
+    return found
+
+
 def main() -> None:
     """Measure everything, print it, and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("results/overhead.json"))
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--base", type=Path, help="a checkout of the version to compare whole runs with")
+    parser.add_argument("--data", type=Path, help="folder that holds the data")
+    parser.add_argument("--pairs", type=int, default=2, help="of whole runs")
     arguments = parser.parse_args()
     os.environ["SETPOINT_CACHE"] = "off"  # every discovery finds everything out
     result = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "seed": 0,
+        "whole_runs": whole_runs(arguments.base, arguments.data, arguments.pairs),
         "environment": environment(task_named("digits")),
         "sensing": {name: sensing(name, arguments.rounds) for name in ("cifar10-mini", "shakespeare-mini")},
         "resnet50": resizing(),

@@ -62,6 +62,7 @@ from tables.methods import (
     validation_table,
 )
 from tables.reference import reference_table
+from tables.seconds_goals import seconds_goals_table
 from tables.states import mamba2_table, moments_table, ssm_table, state_regrowth_table, states_table
 from tables.variants import ablation_table, calibration_table, even_table, feedback_table, price_table, returns_table
 
@@ -136,6 +137,7 @@ def filled(text: str) -> str:
             "soak": lambda: soak_table(RESULTS / "soak.json"),
             "bench-quick": lambda: bench_quick_table(RESULTS / "bench-quick.json"),
             "compiled": lambda: compiled_table(RESULTS / "compiled.json"),
+            "seconds-goals": lambda: seconds_goals_table(RESULTS),
             "growth": lambda: growth_table(RESULTS / "growth.json"),
             "widths": lambda: widths_table(RESULTS / "widths.json"),
             "attach": lambda: attach_table(RESULTS / "attach.json"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,14 @@ def overhead_table(path: Path) -> str:
             f"{row['sensing_share_median']:.2%}, mean {row['sensing_share_mean']:.2%} "
             f"(step with / without: {row['slowdown_median']:+.2%}, quartiles {low:+.2%} to {high:+.2%}) |"
         )
+    for name, row in data.get("whole_runs", {}).items():
+        for when, word in (("first", "new"), ("known", "known")):
+            trees = {tree: [run[when] for run in runs] for tree, runs in row["runs"].items()}
+            shown = (f"{_share_of_runs(runs)} {tree}" for tree, runs in trees.items())
+            took = duration(statistics.median(run["seconds"] for run in trees["now"]))
+            lines.append(
+                f"| own work in a run of `{name}`, {row['steps']:,} steps, {took}, {word} | {', '.join(shown)} |"
+            )
     resnet = data["resnet50"]
     lines += [
         f"| `find_groups(resnet50)`, best of {len(resnet['find_groups_seconds'])} | "
@@ -36,6 +44,11 @@ def overhead_table(path: Path) -> str:
         f"{data['environment']['torch']}, {data['date'][:10]}.",
     ]
     return "\n".join(lines)
+
+
+def _share_of_runs(runs: Sequence[Mapping[str, float]]) -> str:
+    shares = [run["own_seconds"] / run["seconds"] for run in runs]
+    return f"{statistics.median(shares):.2%} ({min(shares):.2%} to {max(shares):.2%})"
 
 
 def predictions_table(latency: Path, memory: Path) -> str:
@@ -182,23 +195,37 @@ def compiled_table(path: Path) -> str:
         return "Not measured yet."
     data = json.loads(path.read_text(encoding="utf-8"))
     lines = [
-        "| task | run | whole run | first step | step at first | last step | cuts | recompilations | their time |",
-        f"|---|---|{'---:|' * 7}",
+        "| task | run | whole run | first step | step at first | last step | cuts | recompilations | their time | "
+        "of the first step | ahead of eager from step |",
+        f"|---|---|{'---:|' * 9}",
     ]
     for task, runs in data["runs"].items():
+        middles = {
+            name: {key: statistics.median(row[key] for row in rounds) for key in rounds[0] if key != "budget_met"}
+            for name, rounds in runs.items()
+        }
         for name, rounds in runs.items():
-            middle = {key: statistics.median(row[key] for row in rounds) for key in rounds[0] if key != "budget_met"}
+            middle, eager = middles[name], middles[f"eager, {name.rpartition(', ')[2]}"]
             ends = [row["seconds"] for row in rounds]
             apart = f" ({duration(min(ends))} to {duration(max(ends))})" if len(ends) > 1 else ""
             keys = ("first_step_seconds", "dense_step_seconds", "last_step_seconds")
-            again = f"{middle['recompiles']:g} | {duration(middle['recompile_seconds'])}"
+            share = middle["recompile_seconds"] / middle["first_step_seconds"]
+            again = f"{middle['recompiles']:g} | {duration(middle['recompile_seconds'])} | {share:.2f}"
             lines.append(
                 f"| {task}, {data['steps'][task]:,} steps | {name} | {duration(middle['seconds'])}{apart} | "
                 f"{' | '.join(duration(middle[key]) for key in keys)} | {middle['resizes']:g} | "
-                f"{again if middle['recompiles'] else '– | –'} |"
+                f"{again if middle['recompiles'] else '– | – | –'} | {_ahead(data['steps'][task], middle, eager)} |"
             )
     how = f"Medians of {len(rounds)} rounds" if len(rounds) > 1 else "One run each"
     return "\n".join([*lines, "", f"{how}. {made_on(data)}"])
+
+
+def _ahead(steps: int, compiled: Mapping[str, float], eager: Mapping[str, float]) -> str:
+    """The step from which a compiled run is ahead of the eager one, if it goes on at the pace of its last steps."""
+    behind, gain = (eager[key] - compiled[key] for key in ("seconds", "last_step_seconds"))
+    if compiled is eager or (behind < 0 and gain <= 0):
+        return NOTHING
+    return "within the run" if behind >= 0 else f"{steps - behind / gain:,.0f}"
 
 
 def attach_table(path: Path) -> str:

@@ -21,7 +21,7 @@ from setpoint.actuator.mask import mask
 from setpoint.actuator.shrink import named_tensors, shrink
 from setpoint.actuator.take import take
 from setpoint.errors import ExampleError, GroupError, VerificationError
-from setpoint.groups.example import Example, computed, inputs_of, is_dense, mapped, tensors_of
+from setpoint.groups.example import Example, computed, inputs_of, is_dense, mapped, tensors_of, without_cache
 from setpoint.groups.group import Group
 from setpoint.groups.kept import random_keep
 from setpoint.groups.rng import preserved_rng_state
@@ -104,7 +104,7 @@ class Trial:
         """A copy in this dtype, or a wider one of its own, if the model runs in it; else in its own dtypes."""
         widened = partial(_widened, dtype=dtype)
         keep = random_keep(groups) if keep is None else check_keep(groups, keep)
-        args, kwargs = mapped(_lively, inputs_of(example))
+        args, kwargs = mapped(_lively, inputs_of(without_cache(model, example)))
         trial = cls(lambda: randomised_copy(model, groups), args, kwargs, groups, keep)
         wide = replace(
             trial,

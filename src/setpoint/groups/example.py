@@ -149,6 +149,28 @@ def example_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
     return example
 
 
+def without_cache(model: nn.Module, example: Example) -> Example:
+    """The example with `use_cache=False`, where a decoder of Transformers would keep keys and values by default.
+
+    Training reads nothing of them, and heads that go into a cache of changing length have no fixed place in a graph. An
+    example that names `use_cache` stays as it is.
+    """
+    args, kwargs = inputs_of(example)
+    taken = inspect.signature(type(model).forward).parameters
+    open_ended = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in taken.values())
+    if "use_cache" in kwargs or not (open_ended or "use_cache" in taken):
+        return example
+    if getattr(getattr(model, "config", None), "use_cache", False) is not True:
+        return example
+    try:
+        return example_of(model, args, {**kwargs, "use_cache": False})
+    except (
+        ExampleError,
+        TypeError,
+    ):  # a forward that takes these by position only, or not at all: its error comes later
+        return example
+
+
 def check_device(model: nn.Module, example: Example) -> None:
     """Check that the example's tensors are on a device of the model."""
     args, kwargs = inputs_of(example)

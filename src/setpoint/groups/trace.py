@@ -19,7 +19,7 @@ from setpoint.groups.atoms import Atoms
 from setpoint.groups.bind import bind
 from setpoint.groups.build import OwnDim, build
 from setpoint.groups.encoded import decode_groups, decode_size, encode_groups, encode_size
-from setpoint.groups.example import Example
+from setpoint.groups.example import Example, without_cache
 from setpoint.groups.export import Exported, export, module_of, plain_path
 from setpoint.groups.fingerprint import fingerprint
 from setpoint.groups.follow_data import known, shape_of
@@ -93,6 +93,7 @@ def trace(model: nn.Module, example: Example) -> Trace:
 
 
 def _trace(model: nn.Module, example: Example) -> Trace:
+    example = without_cache(model, example)
     exported = export(model, example)
     # Imported here: registering the rules looks up hundreds of ops, for which `import setpoint` need not wait.
     import setpoint.groups.rules  # noqa: F401

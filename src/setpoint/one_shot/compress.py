@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from setpoint.actuator.attached import check_free
 from setpoint.actuator.carried import carry
@@ -26,8 +27,8 @@ from setpoint.cost.flops import flops_cost
 from setpoint.cost.params import params_cost
 from setpoint.cost.wanted import is_time, wanted
 from setpoint.distributed import unwrapped
-from setpoint.errors import BudgetError, GroupError
-from setpoint.given import counts
+from setpoint.errors import BudgetError, ExampleError, GroupError
+from setpoint.given import check_flags, counts
 from setpoint.groups.example import Example
 from setpoint.groups.example import num_samples as samples_in
 from setpoint.groups.group import Group, widths_of
@@ -44,6 +45,7 @@ from setpoint.sensor.listener import Listener
 from setpoint.sensor.reconstruction import norm_scale
 from setpoint.spending.checks import check_reachable
 from setpoint.spending.original import original_costs
+from setpoint.words import a_type
 
 _ROWS = 8192
 """Rows of what a layer is given that a score is made of, at most."""
@@ -58,38 +60,42 @@ def compress(
     num_samples: int = 1024,
     groups: Sequence[Group] | None = None,
     verify: bool = True,
+    optimizer: Optimizer | None = None,
 ) -> Compressed:
     """Cut a trained model to a budget at once, in place, and fit what reads the cut units anew; nothing is trained.
 
     1. *Score.* What `ReconstructionSensor` reads in training is read in forwards on the data.
-    2. *Cut.* The units of least score per saving go until the budget is met, with a quarter of an even cut's width left
-       in each group.
+    2. *Cut.* The units of least score per saving go until the budget is met. A quarter of an even cut's width stays in
+       each group, where the budget can be met so.
     3. *Refit.* Layer by layer, in the order of the forward, the weights W on the inputs that stay (k) become those that
        change the layer's outputs least, `(G_kk + r I)^-1 ((G + r I) W)_k`, G the second moment of what the layer is
        given by then and r = .01 mean(diag G); a bias with them. Heads are refitted in the output projection. A weight
        that is also used otherwise, as a tied embedding, stays as it is.
     4. *Renew.* Running statistics of BatchNorms become the means over the data.
 
-    The model can then be saved (`setpoint.save`), used, or trained on as any other. An exception leaves it as it was.
+    The model can then be saved (`setpoint.save`), used, or trained on as any other, with a new optimizer or the one
+    given. A budget that the model meets already changes nothing. An exception leaves the model as it was.
 
     Args:
         model: trained; in one process, not in a wrapper.
         data: batches as in training, such as a `DataLoader`: tensors, tuples whose first part is the input, or dicts.
-            Labels are not used.
+            Labels are left out, unless the model runs only with them. Batches of one sample are left out where others
+            have more.
         budget: of "flops" (of a training step on the first batch, as `attach` counts) or "params": a fraction of the
             dense model's FLOPs, a text such as "50% params", or a `Budget`.
         even: keep the same share of units in all groups; by default shares follow the scores.
-        num_samples: samples of the data that are read; the last batch is read whole.
+        num_samples: whole batches are read until they have as many samples.
         groups: those of `find_groups(model, example)` that may be cut; by default all that only layers read that
             can be fitted anew, and in which a zeroed unit is the same as an absent one.
         verify: try every group's cut on copies first, and leave alone those that fail.
+        optimizer: of the model, if it is to go on: its state is cut with the weights.
 
     Raises:
         BudgetError: for another resource, a budget per run, or one out of reach.
-        ExampleError: for data that the model does not take.
+        ExampleError: for data that the model does not take, or that holds NaN.
         GroupError: where nothing can be cut.
         LoopError: when a loop is at work on the model, or `fully_shard` has sharded it.
-        ValueError: for a number of samples that is none.
+        ValueError: for a model that is none, a number of samples that is none, and settings that are no flags.
 
     >>> torch.manual_seed(0)
     <torch._C.Generator object at ...>
@@ -101,6 +107,9 @@ def compress(
     (8, True)
     """
     (num_samples,) = counts(num_samples=num_samples)
+    check_flags(even=even, verify=verify)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module, got {a_type(model)}: write compress(model, data, budget)")
     model = unwrapped(model)
     check_free(model)
     goal = one_budget(budget)
@@ -117,11 +126,12 @@ def compress(
         with _unchanged_on_error(model):
             keep = _choose(cost, active, _scores(model, active, batches), limit, even=even)
             readers = find_readers(model, active, keep)
-            refit(model, readers, batches)
-            # Masked before the norms' statistics are renewed: these are of the cut model then.
-            mask(model, None, active, keep)
-            run(model, batches, "renewed")
-            cut = shrink(model, None, active, keep)
+            if not all(each.all() for each in keep.values()):
+                refit(model, readers, batches)
+                # Masked before the norms' statistics are renewed: these are of the cut model then.
+                mask(model, None, active, keep)
+                run(model, batches, "renewed")
+            cut = shrink(model, optimizer, active, keep)
         carry(model)
     after = {name: each.total(widths_of(cut)) for name, each in costs.items()}
     refitted = tuple(name for reader in readers for name in reader.layers)
@@ -152,6 +162,8 @@ def _candidates(
     widths = widths_of(traced.groups)
     found: list[Group] = []
     for group in traced.groups if groups is None else groups:
+        if not isinstance(group, Group):
+            raise GroupError(f"groups holds {a_type(group)}: give groups of find_groups(model, example)")
         if widths.get(group.name) != group.num_units:
             raise GroupError(
                 f"group {group.name!r} with {group.num_units} units is not one of this model's: use "
@@ -190,6 +202,10 @@ def _scores(model: nn.Module, groups: tuple[Group, ...], batches: Sequence[Examp
         ]
         # What the data does not come to is not known to be worthless: it stays.
         found[group.name] = energy_shares(maps) if maps else np.full(group.num_units, np.inf)
+        if np.isnan(found[group.name]).any():
+            raise ExampleError(
+                f"what reads {group.name} is given NaN or infinity on the data: look for it in the data and the weights"
+            )
     return found
 
 

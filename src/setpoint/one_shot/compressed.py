@@ -47,7 +47,8 @@ class Compressed:
         )
         units = f"{sum(self.widths.values()):,} of {counted(sum(self.dense_widths.values()), 'unit')}"
         spent = f", {amount(self.after[self.resource], self.resource)} spent" if self.resource in self.after else ""
-        if spent and self.after[self.resource] < 0.97 * self.limit:
+        less = sum(self.widths.values()) < sum(self.dense_widths.values())
+        if spent and less and self.after[self.resource] < 0.97 * self.limit:
             spent += " (units go in blocks, and no block more fits the budget)"
         return (
             f"compressed to {shares}: {units} in {counted(len(self.widths), 'group')}\n"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from setpoint.errors import ExampleError, SetpointError
 from setpoint.groups.example import Example, inputs_of
 
 Norms = Literal["running", "batch", "renewed"]
@@ -25,22 +26,37 @@ def without_training(model: nn.Module, norms: Norms) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     batch_norms = [each for each in model.modules() if isinstance(each, nn.modules.batchnorm._BatchNorm)]
     before = [(each.momentum, each.num_batches_tracked) for each in batch_norms]
+    handles: list[Any] = []
     try:
         model.eval()
         for each in batch_norms if norms != "running" else ():
-            # Without momentum a norm keeps the plain mean over all batches; with one of 0, what it has.
             each.train()
-            each.momentum = 0.0 if norms == "batch" else None
+            each.momentum = 0.0  # it keeps what it has
             if norms == "renewed":
                 each.reset_running_stats()
+                handles.append(each.register_forward_pre_hook(_weighing()))
             elif each.num_batches_tracked is not None:
                 each.num_batches_tracked = each.num_batches_tracked.clone()  # counted in train mode all the same
         yield
     finally:
+        for handle in handles:
+            handle.remove()
         for each, (momentum, counted) in zip(batch_norms, before, strict=True):
             each.momentum, each.num_batches_tracked = momentum, counted
         for module, training in modes:
             module.training = training
+
+
+def _weighing() -> Callable[[Any, tuple[Any, ...]], None]:
+    """A hook with which a BatchNorm's statistics become the mean over all calls, each by its number of values."""
+    seen = 0
+
+    def weigh(norm: Any, args: tuple[Any, ...]) -> None:
+        nonlocal seen
+        seen += args[0].numel()
+        norm.momentum = args[0].numel() / seen if seen else 0.0
+
+    return weigh
 
 
 @torch.no_grad()
@@ -50,10 +66,22 @@ def run(model: nn.Module, batches: Sequence[Example], norms: Norms, each: Callab
     Args:
         norms: what its norms use.
         each: called after each batch.
+
+    Raises:
+        ExampleError: for a batch that the model does not take.
     """
     with without_training(model, norms):
-        for batch in batches:
+        for number, batch in enumerate(batches):
             args, kwargs = inputs_of(batch)
-            with suppress(EnoughSeen):
+            try:
                 model(*args, **kwargs)
+            except EnoughSeen:
+                pass
+            except SetpointError:
+                raise
+            except Exception as error:  # anything may go wrong in a foreign forward
+                raise ExampleError(
+                    f"the model fails on batch {number} of the data ({type(error).__name__}: {error}): give batches as "
+                    "in training"
+                ) from error
             each()

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -13,13 +14,17 @@ import torch
 from jaxtyping import Bool, Float64
 from torch import Tensor, nn
 
+from setpoint.errors import ExampleError
 from setpoint.groups.example import Example
 from setpoint.groups.group import Group
 from setpoint.one_shot.forward import EnoughSeen, run
-from setpoint.sensor.consumer import by_column, find_consumers, from_columns, input_rows
+from setpoint.sensor.consumer import by_column, channel_dim, find_consumers, from_columns, input_rows
 from setpoint.sensor.elimination import moment_of, regular
 
 Keep = Mapping[str, Bool[np.ndarray, " _units"]]
+
+MOST_COLUMNS = 5120
+"""Columns that are fitted at once: their second moment takes 200 MiB, and there are a few such matrices."""
 
 _ROWS_PER_COLUMN = 4
 _FEWEST_ROWS = 4096
@@ -71,27 +76,49 @@ def refit(model: nn.Module, readers: Sequence[Reader], batches: Sequence[Example
     """Fit the weights of all readers anew, one after the other as the forward comes to them; what goes becomes 0.
 
     Each sees what the layers before it give by then, among them the units that go, which nothing reads any more in the
-    end. A bias is fitted with the weights.
+    end. A bias is fitted with the weights. Inputs that are wider than `MOST_COLUMNS` are fitted in blocks without cross
+    terms.
+
+    Raises:
+        ExampleError: where a layer is given NaN or infinity.
     """
     for reader in _in_order(model, readers, batches):
-        moment = _moment(model, reader, batches)
         layer, weight = _weight_of(model, reader)
         channels = by_column(layer, weight.detach())
-        stays = torch.from_numpy(np.repeat(reader.stays, channels.shape[1]))
-        if moment is None or not stays.any():
-            continue
+        found = torch.zeros_like(channels)
         # Layers that share a weight may have biases of their own, which then stay as they are.
         bias: Any = layer.bias if len(reader.layers) == 1 else None
-        columns = channels.flatten(0, 1).to(moment)
-        if bias is not None:
-            columns, stays = torch.cat([columns, bias.detach().to(moment)[None]]), torch.cat([stays, stays.new_ones(1)])
-        found = torch.zeros_like(columns)
-        used = len(columns)
-        found[stays.to(moment.device)] = refitted(moment[:used, :used], columns, stays.to(moment.device))
+        shift = torch.zeros(channels.shape[-1], dtype=torch.float64)
+        for block in _blocks(len(channels), channels.shape[1]):
+            moment = _moment(model, reader, batches, block)
+            if not torch.isfinite(moment).all():
+                raise ExampleError(
+                    f"{reader.layers[0]} is given NaN or infinity on the data: look for it in the data and the weights"
+                )
+            stays = torch.from_numpy(np.repeat(reader.stays[block], channels.shape[1])).to(moment.device)
+            columns = channels[block].flatten(0, 1).to(moment)
+            if bias is None:
+                moment = moment[:-1, :-1]
+            else:  # a last column of ones, whose weight is what the bias changes by
+                columns = torch.cat([columns, torch.zeros_like(columns[:1])])
+                stays = torch.cat([stays, stays.new_ones(1)])
+            if stays.any():
+                fitted = torch.zeros_like(columns)
+                fitted[stays] = refitted(moment, columns, stays)
+                if bias is not None:
+                    shift += fitted[-1].cpu()
+                found[block] = fitted[: stays.numel() - (bias is not None)].view(found[block].shape).to(found)
         with torch.no_grad():
-            weight.copy_(from_columns(layer, found[: len(reader.stays) * channels.shape[1]].view(channels.shape)))
+            weight.copy_(from_columns(layer, found))
             if bias is not None:
-                bias.copy_(found[-1])
+                bias.copy_(bias.cpu().double() + shift)
+
+
+def _blocks(channels: int, offsets: int) -> list[slice]:
+    """The channels in as few even blocks as hold at most `MOST_COLUMNS` columns each."""
+    number = min(channels, math.ceil(channels * offsets / MOST_COLUMNS)) or 1
+    bounds = [channels * each // number for each in range(number + 1)]
+    return [slice(start, stop) for start, stop in pairwise(bounds)]
 
 
 def _in_order(model: nn.Module, readers: Sequence[Reader], batches: Sequence[Example]) -> list[Reader]:
@@ -110,15 +137,20 @@ def _in_order(model: nn.Module, readers: Sequence[Reader], batches: Sequence[Exa
     return sorted(seen, key=lambda reader: min(first[name] for name in reader.layers if name in first))
 
 
-def _moment(model: nn.Module, reader: Reader, batches: Sequence[Example]) -> Float64[Tensor, "columns columns"] | None:
-    """Second moment of what the layers are given, by column, with a last column of ones."""
-    columns = len(reader.stays) * by_column(*_weight_of(model, reader)).shape[1]
+def _moment(
+    model: nn.Module, reader: Reader, batches: Sequence[Example], block: slice
+) -> Float64[Tensor, "columns columns"]:
+    """Second moment of what the layers are given, by column of these channels, with a last column of ones."""
+    layer, weight = _weight_of(model, reader)
+    columns = (block.stop - block.start) * by_column(layer, weight).shape[1]
     count = math.ceil(max(_FEWEST_ROWS, _ROWS_PER_COLUMN * columns) / len(batches))
     total: list[Tensor] = []
     calls: list[int] = []
 
     def look(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
-        rows = input_rows(layer, args[0] if args else next(iter(kwargs.values())), count).flatten(1).mT
+        given = args[0] if args else next(iter(kwargs.values()))
+        of_block = given.narrow(channel_dim(layer), block.start, block.stop - block.start)
+        rows = input_rows(layer, of_block, count).flatten(1).mT
         wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
         moment = moment_of(torch.cat([wide, torch.ones_like(wide[:1])])[:, None])
         total[:] = [moment + total[0]] if total else [moment]
@@ -129,7 +161,7 @@ def _moment(model: nn.Module, reader: Reader, batches: Sequence[Example]) -> Flo
     with _hooked(model, dict.fromkeys(reader.layers, look)):
         calls.append(0)
         run(model, batches, "batch", lambda: calls.append(0))
-    return total[0] if total else None
+    return total[0]
 
 
 def _weight_of(model: nn.Module, reader: Reader) -> tuple[nn.Module, Tensor]:

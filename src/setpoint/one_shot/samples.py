@@ -1,45 +1,113 @@
-"""Samples: the batches of a data loader as inputs of a model, without their labels."""
+"""Samples: the batches of a data loader as inputs of a model, without their labels where it takes them so."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset
 
 from setpoint.errors import ExampleError
-from setpoint.groups.example import Example, mapped, num_samples
+from setpoint.groups.example import Example, inputs_of, mapped, num_samples, tensors_of
+from setpoint.one_shot.forward import without_training
 from setpoint.words import a_type
 
 _LABELS = frozenset({"label", "labels", "label_ids", "target", "targets"})
+_MOST_EMPTY = 100
+"""Batches without a row that are passed over, one after the other; a stream of nothing else would never end."""
 
 
 def first_batches(data: Iterable[Any], count: int, model: nn.Module) -> tuple[Example, ...]:
     """The first batches of the data that have as many samples together, on the model's device.
 
+    Batches without a row are passed over. So are batches of one sample, where others have more: a BatchNorm cannot tell
+    the spread of one.
+
     Args:
-        data: batches: tensors; tuples or lists whose first part is the input; or dicts of inputs by name, from which
-            labels are taken out.
+        data: batches: tensors; tuples or lists whose first part is the input; or dicts of inputs by name. Labels are
+            taken out, unless the model runs only with them.
         count: of samples; the last batch is taken whole.
         model: that is given them.
 
     Raises:
-        ExampleError: for what is no batches, a batch of another form, or where there is none.
+        ExampleError: for what is no batches, a batch of another form, one that the model does not take or that holds
+            NaN, or where there is none.
     """
-    if not are_batches(data):
-        raise ExampleError(f"data is {a_type(data)}: give batches, a DataLoader or another iterable of them")
+    _check_batches(data)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     found: list[Example] = []
+    whole: bool | None = None
     seen = 0
-    for batch in data:
-        found.append(mapped(lambda tensor: tensor.detach().to(device), inputs_in(batch)))
+    for number, batch in _with_rows(data):
+        forms = [mapped(lambda tensor: tensor.detach().to(device), each) for each in (inputs_in(batch), _whole(batch))]
+        if whole is None:
+            whole = _needs_labels(model, forms[0], forms[1])
+        found.append(forms[whole])
+        _check_numbers(found[-1], number)
         seen += num_samples(found[-1])
         if seen >= count:
             break
     if not found:
-        raise ExampleError("data has no batch: give at least one, as the model is given them in training")
-    return tuple(found)
+        raise ExampleError("data has no batch with a row: give at least one, as the model is given them in training")
+    several = [each for each in found if num_samples(each) > 1]
+    return tuple(several or found)
+
+
+def _with_rows(data: Iterable[Any]) -> Iterator[tuple[int, Any]]:
+    """The batches that hold rows, with their numbers."""
+    empty = 0
+    for number, batch in enumerate(data):
+        rows = next((len(tensor) for tensor in tensors_of(inputs_in(batch)) if tensor.dim()), 1)
+        empty = 0 if rows else empty + 1
+        if rows:
+            yield number, batch
+        elif empty == _MOST_EMPTY:
+            return
+
+
+def _needs_labels(model: nn.Module, inputs: Example, whole: Example) -> bool:
+    """Whether the model runs on the whole batch alone, labels included.
+
+    Raises:
+        ExampleError: when it does not run either way.
+    """
+    errors: list[Exception] = []
+    for example in (inputs, whole):
+        args, kwargs = inputs_of(example)
+        try:
+            with torch.no_grad(), without_training(model, "running"):
+                model(*args, **kwargs)
+            return bool(errors)
+        except Exception as error:  # anything may go wrong in a foreign forward
+            errors.append(error)
+    first = errors[0]
+    raise ExampleError(
+        f"the model takes the first batch neither without its labels nor whole ({type(first).__name__}: {first}): give "
+        "batches as in training, in the model's dtype"
+    ) from first
+
+
+def _check_numbers(example: Example, number: int) -> None:
+    for tensor in tensors_of(example):
+        if tensor.is_floating_point() and bool((tensor.isnan() | tensor.isposinf()).any()):
+            raise ExampleError(f"batch {number} of the data holds NaN or infinity: leave such samples out")
+
+
+def _check_batches(data: object) -> None:
+    if isinstance(data, Tensor) or (isinstance(data, Dataset) and not isinstance(data, IterableDataset)):
+        raise ExampleError(
+            f"data is {a_type(data)}, whose parts are single samples: give batches, such as a DataLoader, or [x] for "
+            "one batch x"
+        )
+    if isinstance(data, tuple) and len(data) > 1 and all(isinstance(each, Tensor) for each in data):
+        raise ExampleError(
+            "data is a tuple of tensors, which may be one batch or several: write [(x, y)] for one batch of inputs and "
+            "labels, or [x1, x2] for two batches"
+        )
+    if not are_batches(data):
+        raise ExampleError(f"data is {a_type(data)}: give batches, a DataLoader or another iterable of them")
 
 
 def are_batches(data: object) -> bool:
@@ -69,3 +137,10 @@ def inputs_in(batch: Any) -> Example:
         f"a batch is a tensor, a tuple (inputs, labels) or a dict of inputs, got {type(batch).__name__}: give data "
         "such batches"
     )
+
+
+def _whole(batch: Any) -> Example:
+    """The batch with all that it holds: a dict whole, a tuple as positional inputs."""
+    if isinstance(batch, (tuple, list)) and batch:
+        return dict(batch[0]) if isinstance(batch[0], Mapping) else tuple(batch)
+    return dict(batch) if isinstance(batch, Mapping) else inputs_in(batch)

@@ -150,6 +150,12 @@ def input_rows(layer: nn.Module, x: Tensor, count: int) -> Float[Tensor, "rows c
     return torch.where(torch.from_numpy(inside).to(x.device)[..., None], patches, 0).transpose(1, 2)
 
 
+def channel_dim(layer: nn.Module) -> int:
+    """The dim of the layer's input along which its channels lie, counted from the end."""
+    weight: Any = layer.weight
+    return 1 - weight.dim() if isinstance(layer, nn.modules.conv._ConvNd) else -1
+
+
 def span(layer: Any, dim: int) -> int:
     """Pixels from the first to the last that a kernel covers along a dim."""
     return int(layer.dilation[dim] * (layer.kernel_size[dim] - 1) + 1)

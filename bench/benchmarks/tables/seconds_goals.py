@@ -1,0 +1,122 @@
+"""The goals in seconds as one table: what was asked, what is measured, and what an older version took in turn."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from setpoint.report.numbers import NOTHING, digits, duration, percent
+
+ATTACHED = {"resnet18": ("ResNet-18", 3.0), "minilm": ("MiniLM-L6", 1.5)}
+"""Goals of `attach` in training steps."""
+FOUND = {"gpt2": ("GPT-2 124 M", 5.0), "llama-8b": ("the structure of Llama-8B", 10.0)}
+"""Goals of `attach` in seconds."""
+TABLES_S, DECISION_S, DECISION_UNITS = 10.0, 0.05, 98_688
+WIDTHS, RESIZE_STEPS, AGAIN = 1.02, 0.5, 2.0
+LONG_RUN, LONG_SHARE, SHORT_SHARE = 2000, 0.01, 0.05
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A goal, and every measured value of this version and of the one before.
+
+    Args:
+        what: the goal in words.
+        limit: the most that meets it.
+        shown: writes a value.
+        now: of this version.
+        before: of an older version, measured in turn; may be empty.
+    """
+
+    what: str
+    limit: float
+    shown: Callable[[float], str]
+    now: Sequence[float]
+    before: Sequence[float] = ()
+
+    @property
+    def line(self) -> str:
+        """Its line of the table."""
+        reached = "yes" if statistics.median(self.now) <= self.limit else "**no**"
+        return (
+            f"| {self.what} | {self.shown(self.limit)} | {self._of(self.before)} | {self._of(self.now)} | {reached} |"
+        )
+
+    def _of(self, values: Sequence[float]) -> str:
+        if not values:
+            return NOTHING
+        middle, low, high = (self.shown(value) for value in (statistics.median(values), min(values), max(values)))
+        return middle if low == high else f"{middle} ({low} to {high})"
+
+
+def seconds_goals_table(folder: Path) -> str:
+    """Every goal in seconds, from the records of a folder."""
+    lines = ["| what | goal | before | now (range) | reached |", f"|---|{'---:|' * 3}---|"]
+    parts = (_widths, _attaching, _own_work, _compiled, _growth)
+    return "\n".join([*lines, *(goal.line for part in parts for goal in part(folder))])
+
+
+def _record(folder: Path, name: str) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    return record
+
+
+def _widths(folder: Path) -> Iterator[Goal]:
+    ratios = [row["ratio"] for row in _record(folder, "widths")["rows"]]
+    yield Goal("seconds of a step: widths that were found, of even ones at equal FLOPs", WIDTHS, digits, ratios)
+
+
+def _attaching(folder: Path) -> Iterator[Goal]:
+    models = _record(folder, "attach")["models"]
+    for name, (what, limit) in ATTACHED.items():
+        now, before = (
+            [run["cold_s"] / run["step_s"] for run in models[name]["runs"].get(tree, ())] for tree in ("now", "before")
+        )
+        yield Goal(f"`attach` of {what}, first time, in training steps", limit, digits, now, before)
+    for name, (what, limit) in FOUND.items():
+        now, before = ([run["cold_s"] for run in models[name]["runs"].get(tree, ())] for tree in ("now", "before"))
+        yield Goal(f"`attach` of {what}, first time", limit, duration, now, before)
+    for name, (what, _) in {**ATTACHED, **FOUND}.items():
+        if "tables" in models[name]:
+            runs = models[name]["tables"]["runs"]
+            now, before = ([run["cold_s"] for run in runs.get(tree, ())] for tree in ("now", "before"))
+            yield Goal(f"the same with a budget of latency, known model: {what}", TABLES_S, duration, now, before)
+
+
+def _own_work(folder: Path) -> Iterator[Goal]:
+    record = _record(folder, "overhead")
+    for name, found in record.get("whole_runs", {}).items():
+        limit = LONG_SHARE if found["steps"] >= LONG_RUN else SHORT_SHARE
+        for when, words in (("first", "new model"), ("known", "known model")):
+            now, before = (
+                [run[when]["own_seconds"] / run[when]["seconds"] for run in found["runs"].get(tree, ())]
+                for tree in ("now", "before")
+            )
+            what = f"own work in a run of `{name}`, {found['steps']:,} steps, {words}"
+            yield Goal(what, limit, percent, now, before)
+    resize = record["resnet50"]["resize_in_steps"]
+    yield Goal("a cut of ResNet-50 with AdamW, in training steps", RESIZE_STEPS, digits, [resize])
+
+
+def _compiled(folder: Path) -> Iterator[Goal]:
+    for task, runs in _record(folder, "compiled")["runs"].items():
+        for how in ("compiled", "compiled by block"):
+            pruned = runs.get(f"{how}, pruned", ())
+            if not pruned or (how == "compiled" and "compiled by block, pruned" in runs):
+                continue
+            again = [run["recompile_seconds"] / run["first_step_seconds"] for run in pruned]
+            yield Goal(f"compiling again in `{task}`, {how}, of the first time", AGAIN, digits, again)
+            eager = runs["eager, pruned"]
+            whole = [ours["seconds"] / theirs["seconds"] for ours, theirs in zip(pruned, eager, strict=True)]
+            yield Goal(f"whole run of `{task}`, pruned: {how}, of eager", 1.0, digits, whole)
+
+
+def _growth(folder: Path) -> Iterator[Goal]:
+    for row in _record(folder, "growth")["models"]:
+        if row["units"] == DECISION_UNITS:
+            what = f"a decision over {row['units']:,} units, {row['layers']} layers"
+            yield Goal(what, DECISION_S, duration, row["rounds"]["decision_s"])
