@@ -460,9 +460,9 @@ def test_plain_code_is_known(what: str, tries: list[int]) -> None:
 
 def test_a_member_of_an_enum_counts_with_its_class(tries: list[int]) -> None:
     """Claim: a member of an enum in an attribute counts with the code of its class, not only by its name."""
-    for factor, expected in ((1.0, 1), (1.0, 1), (2.0, 2)):
+    for most, expected in ((6, 1), (6, 1), (7, 2)):
         act = enum.Enum("Act", {"RELU": "relu"})
-        act.__call__ = lambda self, x, factor=factor: x * factor  # type: ignore[attr-defined]
+        act.__call__ = lambda self, x, most=most: x if x.shape[1] <= most else x.flip(1)  # type: ignore[attr-defined]
         attached(changed(made_by(net_with("return self.b(self.act(self.a(x)))")), act=act.RELU))  # type: ignore[arg-type]
         assert len(tries) == expected
 
