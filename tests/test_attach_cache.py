@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import enum
+import importlib
 import json
+import os
+import random
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,6 +23,7 @@ import setpoint
 from setpoint.actuator import tried
 from setpoint.cache import cache_folder, keep, recall
 from setpoint.groups.group import Group
+from setpoint.resources.table import Table
 
 
 @pytest.fixture(autouse=True)
@@ -304,3 +312,225 @@ def test_failures_are_known_too(monkeypatch: pytest.MonkeyPatch, tries: list[int
         headers.append(loop.ledger.header)
         loop.detach()
     assert headers[0] == headers[1] and "2" in headers[0]["frozen"] and len(tries) == 1
+
+
+HELPER = """
+SCALE = 1.0
+
+def split(x):
+    return x{rest}
+"""
+"""Its graph is the same with the rest."""
+
+
+@pytest.fixture
+def helper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bool], ModuleType]]:
+    """Writes a package of the user's with a helper, of the one code or of the other, and imports it anew."""
+    (tmp_path / "users").mkdir()
+    (tmp_path / "users" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+
+    def written(other: bool) -> ModuleType:
+        rest = " if x.shape[1] <= 6 else x.flip(1)" if other else ""
+        (tmp_path / "users" / "helper.py").write_text(HELPER.format(rest=rest))
+        for name in ("users.helper", "users"):
+            sys.modules.pop(name, None)
+        importlib.invalidate_caches()
+        return importlib.import_module("users.helper")
+
+    yield written
+    for name in ("users.helper", "users"):
+        sys.modules.pop(name, None)
+
+
+def made_by(source: str, **names: object) -> nn.Module:
+    """A net whose forward, or all that is behind it, is this source in a module `users.net`."""
+    space = {"Net": Net, "nn": nn, "torch": torch, "__package__": "users", "__name__": "users.net", **names}
+    exec(source, space)
+    model: nn.Module = space["Made"]()  # type: ignore[operator]
+    return model
+
+
+def net_with(body: str, start: str = "", before: str = "") -> str:
+    """Source of a net, whose forward has this body."""
+    lines = "".join(f"        {line}\n" for line in body.splitlines())
+    return f"{before}\nclass Made(Net):\n    {start}\n    def forward(self, x, ops=None):\n{lines}"
+
+
+IMPORTS = {
+    "from": "from users.helper import split\nreturn self.b(split(self.a(x)))",
+    "from as": "from users.helper import SCALE, split as cut\nreturn self.b(cut(self.a(x)) * SCALE)",
+    "module": "import users.helper\nreturn self.b(users.helper.split(self.a(x)))",
+    "module as": "import users.helper as ops\nreturn self.b(ops.split(self.a(x)))",
+    "from package": "from users import helper\nreturn self.b(helper.split(self.a(x)))",
+    "relative": "from .helper import split\nreturn self.b(split(self.a(x)))",
+    "relative package": "from . import helper as ops\nreturn self.b(ops.split(self.a(x)))",
+    "inside": "def inner(x):\n    from users.helper import split\n    return split(x)\nreturn self.b(inner(self.a(x)))",
+    "handed on": "from users import helper\nreturn self.b(split_by(helper, self.a(x)))",
+}
+SPLIT_BY = "def split_by(ops, x):\n    return ops.split(x)\n"
+
+
+@pytest.mark.parametrize("how", list(IMPORTS))
+def test_what_a_function_imports_counts(how: str, tries: list[int], helper: Callable[[bool], ModuleType]) -> None:
+    """Claim: code that a function imports is the model's: an equal one is known, a changed one is tried."""
+    for other, expected in ((False, 1), (False, 1), (True, 2)):
+        helper(other)
+        attached(made_by(net_with(IMPORTS[how], before=SPLIT_BY)))
+        assert len(tries) == expected
+
+
+HELD: dict[str, Callable[[ModuleType], nn.Module]] = {
+    "attribute": lambda ops: made_by(net_with("return self.b(self.ops.split(self.a(x)))", "ops = OPS"), OPS=ops),
+    "default": lambda ops: made_by(
+        net_with("return self.b(ops.split(self.a(x)))").replace("ops=None", "ops=OPS"), OPS=ops
+    ),
+    "dict": lambda ops: made_by(net_with("return self.b(TABLE['a'].split(self.a(x)))"), TABLE={"a": ops}),
+    "closure": lambda ops: made_by(
+        "def make(ops):\n"
+        "    class Made(Net):\n"
+        "        def forward(self, x):\n"
+        "            return self.b(ops.split(self.a(x)))\n"
+        "    return Made\n"
+        "Made = make(OPS)",
+        OPS=ops,
+    ),
+    "argument": lambda ops: made_by(net_with("return self.b(split_by(OPS, self.a(x)))", before=SPLIT_BY), OPS=ops),
+}
+
+
+@pytest.mark.parametrize("how", list(HELD))
+def test_a_module_that_is_held_counts(how: str, tries: list[int], helper: Callable[[bool], ModuleType]) -> None:
+    """Claim: a Python module of the user's that code holds as a value counts by what is in it, not by its name."""
+    for other, expected in ((False, 1), (False, 1), (True, 2)):
+        attached(HELD[how](helper(other)))
+        assert len(tries) == expected
+
+
+CHANGING = {
+    "table of globals": "return self.b(globals()['scaled'](self.a(x)))",
+    "computed name": "return self.b(getattr(ops or nn.functional, 'RELU'.lower())(self.a(x)))",
+    "environment": "return self.b(self.a(x)) * (2 if os.environ.get('NOTHING') else 1)",
+    "environment, imported": "from os import getenv\nreturn self.b(self.a(x)) * (2 if getenv('NOTHING') else 1)",
+    "evaluated": "return eval('self.b(self.a(x))')",
+    "clock": "return self.b(self.a(x)) * (2 if time.time() < 0 else 1)",
+    "chance": "return self.b(self.a(x)) * (2 if random.random() < 0 else 1)",
+    "table of modules": "return self.b(sys.modules['torch'].relu(self.a(x)))",
+    "importlib": "import importlib\nreturn self.b(importlib.import_module('torch').relu(self.a(x)))",
+    "method": "return self.b(self.a(x)) * self.factor()",
+    "not imported yet": "if x.dim() > 9:\n    import nothing_of_this_name\nreturn self.b(self.a(x))",
+}
+FACTOR = "def factor(self):\n        return 2 if time.time() < 0 else 1"
+
+
+@pytest.mark.parametrize("what", list(CHANGING))
+def test_code_that_asks_what_may_change_is_tried_each_time(what: str, tries: list[int], folder: Path) -> None:
+    """Claim: a forward that asks the environment, a clock, chance or a table by a computed name leaves nothing kept."""
+    names = {"os": os, "time": time, "random": random, "sys": sys, "scaled": scaled}
+    for _ in range(2):
+        attached(made_by(net_with(CHANGING[what], FACTOR if what == "method" else ""), **names))
+    assert len(tries) == 2 and not folder.exists()
+
+
+PLAIN = {
+    "attribute of self": "return self.b(getattr(self, 'A'.lower())(x))",
+    "name in the code": "return self.b(self.a(x)) * getattr(self.norm, 'factor', 1.0)",
+    "function of a library": "return self.b(getattr(torch, 'RELU'.lower())(self.a(x)))",
+    "constant of the interpreter": "return self.b(self.a(x)) * (1 if sys.version_info > (3,) else 2)",
+    "library, imported": "import math\nfrom torch import nn as n\nreturn self.b(n.functional.relu(self.a(x))) * math.e",
+    "unused": "return self.b(self.a(x))",
+}
+UNUSED = """def __init__(self):
+        super().__init__()
+        self.on = bool(os.environ.get('NOTHING')) or getattr(nn, 'ReLU'.strip())()
+    def train_epoch(self):
+        import nothing_of_this_name
+        return time.time()
+"""
+
+
+@pytest.mark.parametrize("what", list(PLAIN))
+def test_plain_code_is_known(what: str, tries: list[int]) -> None:
+    """Claim: attributes of self, functions of libraries by any name, and methods that no forward calls do no harm."""
+    for _ in range(2):
+        attached(made_by(net_with(PLAIN[what], UNUSED if what == "unused" else ""), os=os, time=time, sys=sys))
+    assert len(tries) == 1
+
+
+def test_a_member_of_an_enum_counts_with_its_class(tries: list[int]) -> None:
+    """Claim: a member of an enum in an attribute counts with the code of its class, not only by its name."""
+    for most, expected in ((6, 1), (6, 1), (7, 2)):
+        act = enum.Enum("Act", {"RELU": "relu"})
+        act.__call__ = lambda self, x, most=most: x if x.shape[1] <= most else x.flip(1)  # type: ignore[attr-defined]
+        attached(changed(made_by(net_with("return self.b(self.act(self.a(x)))")), act=act.RELU))  # type: ignore[arg-type]
+        assert len(tries) == expected
+
+
+def noted(module: nn.Module, args: Any, output: Tensor) -> None:
+    """A hook that changes nothing."""
+
+
+def stacked(first: nn.Module) -> nn.Module:
+    return nn.Sequential(first, nn.ReLU(), nn.Linear(6, 2))
+
+
+def with_hook() -> nn.Module:
+    model = stacked(nn.Linear(3, 6))
+    model.handle = model[1].register_forward_hook(noted)  # type: ignore[operator, index]
+    return model
+
+
+HOOKED: dict[str, Callable[[], nn.Module]] = {
+    "hook": with_hook,
+    "weight norm": lambda: stacked(nn.utils.parametrizations.weight_norm(nn.Linear(3, 6))),
+    "weight norm by a hook": lambda: stacked(torch.nn.utils.weight_norm(nn.Linear(3, 6))),
+    "spectral norm": lambda: stacked(nn.utils.parametrizations.spectral_norm(nn.Linear(3, 6))),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+@pytest.mark.parametrize("how", list(HOOKED))
+def test_hooks_count_by_their_order(how: str, tries: list[int], folder: Path) -> None:
+    """Claim: models with equal hooks are equal, whatever number PyTorch gave the hooks in this process."""
+    for _ in range(3):
+        attached(HOOKED[how]())  # type: ignore[arg-type]
+    assert len(tries) == 1 and len(list(folder.iterdir())) == 2
+
+
+def test_hooks_in_another_order_are_others(tries: list[int]) -> None:
+    """Claim: two hooks that run the other way round are tried."""
+    for prepend, expected in ((False, 1), (False, 1), (True, 2)):
+        model = stacked(nn.Linear(3, 6))
+        model[1].register_forward_hook(noted)  # type: ignore[operator, index]
+        model[1].register_forward_hook(lambda module, args, output: output * 1, prepend=prepend)  # type: ignore[operator, index]
+        attached(model)
+        assert len(tries) == expected
+
+
+def test_what_is_used_stays(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: where files make room, those that were used last stay, not those that were written last."""
+    monkeypatch.setattr("setpoint.cache._MOST", 3)
+    keys = [letter * 64 for letter in "abcd"]
+    for age, key in enumerate(keys[:3]):
+        keep(key, age)
+        os.utime(folder / f"{key}.json", (1000 + age, 1000 + age))
+    assert recall(keys[0]) == 0
+    keep(keys[3], 3)
+    assert [recall(key) for key in keys] == [0, None, 2, 3]
+
+
+def test_a_user_without_a_home_has_no_cache(tries: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: where no home folder is known, a model is attached, operations are timed, and nothing is kept."""
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", no_home)
+    for _ in range(2):
+        assert attached(Net())
+    assert len(tries) == 2
+    table = Table(torch.device("cpu"))
+    table.keep_fit("all", [1.0])
+    assert table.fit("all") == [1.0] and table.file is None

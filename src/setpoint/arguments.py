@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -41,9 +42,12 @@ def check_parts(controller: object, sensor: object, **flags: object) -> None:
 
     Raises:
         LoopError: for a class, a name, or an object that lacks a method.
-        ValueError: for a flag that is neither True nor False.
+        ValueError: for a flag that is neither True nor False; `verify` may be "always", too.
     """
-    check_flags(**{name: value for name, value in flags.items() if name != "verify" or value != "always"})
+    verify = flags.pop("verify", True)
+    if not isinstance(verify, (bool, np.bool_)) and not (isinstance(verify, str) and verify == "always"):
+        raise ValueError(f'verify is True, False or "always", got {verify!r}')
+    check_flags(**flags)
     kinds = (("controller", controller, Controller, "PricedController"), ("sensor", sensor, Sensor, "TaylorSensor"))
     for name, part, kind, such in kinds:
         if isinstance(part, type):

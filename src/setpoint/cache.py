@@ -15,11 +15,22 @@ from typing import Any
 
 FORMAT = 1
 _MOST = 500
-"""Files that are kept; the oldest make room."""
+"""Files that are kept; those that were not used for the longest time make room."""
 
 
 def cache_folder() -> Path:
-    """The user's cache folder for Setpoint, by the platform's custom; it need not exist yet."""
+    """The user's cache folder for Setpoint, by the platform's custom; it need not exist yet.
+
+    Raises:
+        FileNotFoundError: the user has no home, and nothing else says where the folder is.
+    """
+    try:
+        return _cache_folder()
+    except RuntimeError as error:
+        raise FileNotFoundError(f"there is no cache folder: {error}") from error
+
+
+def _cache_folder() -> Path:
     if sys.platform == "win32":
         local = os.environ.get("LOCALAPPDATA")
         return (Path(local) if local else Path.home() / "AppData" / "Local") / "setpoint" / "cache"
@@ -51,8 +62,11 @@ def recall(key: str) -> Any:
     if not key or not keeps() or not _REMEMBERS.get():
         return None
     try:
-        content = json.loads(_file(key).read_text(encoding="utf-8"))
+        file = _file(key)
+        content = json.loads(file.read_text(encoding="utf-8"))
         if content["format"] == FORMAT and content["key"] == key and content["digest"] == _digest(content["facts"]):
+            with suppress(OSError):  # the folder may be for reading only
+                os.utime(file)
             return content["facts"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
@@ -63,9 +77,9 @@ def keep(key: str, facts: Any) -> None:
     """Keep facts, made of JSON's own kinds, under a key; a folder that cannot be written to costs the next run time."""
     if not key or not keeps():
         return
-    file = _file(key)
     content = {"format": FORMAT, "key": key, "digest": _digest(facts), "facts": facts}
     with suppress(OSError):
+        file = _file(key)
         file.parent.mkdir(parents=True, exist_ok=True)
         with suppress(OSError):  # another may have removed a file meanwhile
             _make_room(file.parent)

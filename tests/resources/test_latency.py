@@ -182,6 +182,7 @@ def test_a_table_from_elsewhere_is_refused(
     groups, tape = step
     LatencyCost(tape, groups, Table(CPU, tmp_path))
     file = Table(CPU, tmp_path).file
+    assert file is not None
     content = json.loads(file.read_text())
     content["environment"]["name"] = "another processor"
     file.write_text(json.dumps(content))

@@ -1,13 +1,15 @@
 """A fingerprint: a digest of all that decides on what is found in a model, so that equal models are tried out once.
 
 It covers the exported graph, and with it whatever the forward did at the example; the code behind it, as bytecode,
-with the functions, classes and values that this code names; attributes, hooks, buffers and constants of all modules;
-shapes, kinds and ties of tensors; modes of PyTorch; and versions. What holds anything else, such as code in C of the
-user's own, has no fingerprint, and is tried out each time.
+with the functions, classes, modules and values that this code names or imports; attributes, hooks, buffers and
+constants of all modules; shapes, kinds and ties of tensors; modes of PyTorch; and versions. What holds anything else,
+such as code in C of the user's own, has no fingerprint, and is tried out each time. Nor has code of the user's own
+that asks what may change: the clock, chance, files, the environment, or a table by a name that it computes.
 """
 
 from __future__ import annotations
 
+import builtins
 import enum
 import hashlib
 import inspect
@@ -41,9 +43,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils.weight_norm import WeightNorm
+from torch.utils.hooks import RemovableHandle
 
+from setpoint.groups.by_method import MethodForward
 from setpoint.groups.example import Example, tensors_of
 from setpoint.groups.follow_data import is_library
+from setpoint.groups.lookups import Import, Lookups, changing, is_constant, lookups
 from setpoint.groups.walk import registered
 from setpoint.words import a_type
 
@@ -72,6 +78,7 @@ def fingerprint(model: nn.Module, example: Example, program: Any) -> str:
         description.graph(program.graph_module)
         description.text(*(f"{each.kind} {each.arg} {each.target}" for each in program.graph_signature.input_specs))
         description.value(dict(program.constants))
+        description.unreached()
         return description.digest
     except Exception:  # noqa: BLE001 - foreign objects may raise anything when they are looked at; none is known then
         return ""
@@ -139,6 +146,9 @@ _HIDDEN = {
     "_abc_impl",
 }
 _HIDDEN |= {"__firstlineno__", "__slots__", "__module__", "__qualname__", "__abstractmethods__", "__parameters__"}
+_OF_A_FILE = {"__builtins__", "__cached__", "__doc__", "__file__", "__loader__", "__name__", "__package__", "__path__"}
+_OF_A_FILE |= {"__spec__", "__annotations__", "__annotate__", "__conditional_annotations__", "__warningregistry__"}
+_CONSTRUCTORS = ("__init__", "__new__", "__post_init__")
 
 
 @dataclass(frozen=True)
@@ -157,6 +167,10 @@ class _Description:
         self._alive: list[Any] = []  # so that no two things have one id
         self._bytes = 0
         self._visited: set[str] = set()
+        self._live = True  # whether what is described may run in a forward
+        self._later: dict[tuple[int, str], tuple[type, Any]] = {}
+        self._mentioned = {"forward"}
+        self._by_any_name = False
         self._known: dict[int, _Named] = {}
         for number, tensor in enumerate(tensors_of(example)):
             self._known[id(tensor)] = _Named(f"input {number}")
@@ -187,11 +201,19 @@ class _Description:
                 continue
             if isinstance(module, torch.jit.ScriptModule):
                 raise NoFingerprintError(f"{name} is a script")
-            self.of_class(type(module))
+            self.of_class(type(module), made=True)
+            self._hooks(module)
+            computed = {each.name for each in module._forward_pre_hooks.values() if isinstance(each, WeightNorm)}
             for key, value in vars(module).items():
-                if key not in ("_parameters", "_buffers", "_modules"):
-                    self.text(key)
+                if key in ("_parameters", "_buffers", "_modules") or _holds_hooks(key, value):
+                    continue
+                self.text(key)
+                if key in computed and isinstance(value, Tensor):
+                    self._outside(value)
+                else:
                     self.value(value)
+                if isinstance(value, MethodForward):
+                    self._mentioned.add(value.method)
         ties: dict[int, str] = {}
         buffers = dict(model.named_buffers(remove_duplicate=False))
         for name, tensor in (*model.named_parameters(remove_duplicate=False), *buffers.items()):
@@ -202,10 +224,21 @@ class _Description:
             if name in buffers and not self._is_statistic(model, name):
                 self._content(tensor)
 
+    def _hooks(self, module: nn.Module) -> None:
+        """Hooks in their order, each by its number among the module's: PyTorch counts those of a whole process."""
+        tables = {key: table for key, table in vars(module).items() if _holds_hooks(key, table)}
+        order = {key: number for number, key in enumerate(sorted({key for each in tables.values() for key in each}))}
+        for name, table in tables.items():
+            self.text(name, str(len(table)))
+            for key, hook in table.items():
+                self.text(str(order[key]))
+                self.value(hook)
+
     def _is_statistic(self, model: nn.Module, name: str) -> bool:
         """Whether a buffer is an average that training moves: its numbers decide on nothing."""
         owner, _, _ = name.rpartition(".")
-        return isinstance(model.get_submodule(owner), nn.modules.batchnorm._NormBase)
+        averages = (nn.modules.batchnorm._NormBase, torch.nn.utils.parametrizations._SpectralNorm)
+        return isinstance(model.get_submodule(owner), averages)
 
     def example(self, example: Example) -> None:
         """What the inputs are made of; of tensors all but the numbers, unless these are none."""
@@ -277,6 +310,8 @@ class _Description:
 
     def _new(self, value: Any, kind: type) -> None:
         self.text(f"{kind.__module__}.{kind.__qualname__}")
+        if self._live and not isinstance(value, type) and changing(value):
+            raise NoFingerprintError(f"{value!r} may answer another way another time")
         if isinstance(value, Tensor):
             self._outside(value)
             self._content(value)
@@ -285,6 +320,8 @@ class _Description:
             self._add(value.tobytes())
         elif isinstance(value, (np.generic, enum.Enum, Path, re.Pattern, UnionType, GenericAlias)):
             self.text(repr(value))
+            if isinstance(value, enum.Enum):
+                self.of_class(kind, made=True)
         elif isinstance(value, FunctionType):
             self._function(value)
         elif isinstance(value, MethodType):
@@ -295,7 +332,9 @@ class _Description:
         elif isinstance(value, type):
             self.of_class(value)
         elif isinstance(value, ModuleType):
-            self.text(value.__name__)
+            self._whole(value)
+        elif isinstance(value, RemovableHandle):  # it only takes a hook away
+            self.text("handle")
         elif isinstance(value, (staticmethod, classmethod)):
             self.value(value.__func__)
         elif isinstance(value, property):
@@ -324,13 +363,15 @@ class _Description:
             raise NoFingerprintError(f"{kind.__qualname__} is not made in Python")
         if any(type(each).__name__ == "pybind11_type" for each in kind.__mro__):  # its state is in C++
             raise NoFingerprintError(f"{kind.__qualname__} is not made in Python")
+        if any(each.__module__ in ("random", "_random") for each in kind.__mro__):
+            raise NoFingerprintError("it holds a source of chance")
         attributes = getattr(value, "__dict__", None)
         slots = [name for each in kind.__mro__ for name in _slots(each)]
         contains = isinstance(value, (dict, list, tuple, set, frozenset)) or solid in _PLAIN
         if attributes is None and not slots and not contains and kind is not object:
             raise NoFingerprintError(f"nothing is known of a {kind.__qualname__}")
         if kind not in (dict, list, tuple, set, frozenset, *_ORDERED):
-            self.of_class(kind)
+            self.of_class(kind, made=True)
         if isinstance(value, (dict, set, frozenset, list, tuple)):
             self._contents(value)
         elif contains:
@@ -351,8 +392,16 @@ class _Description:
         else:
             self._values((part for item in value.items() for part in item) if isinstance(value, dict) else value)
 
-    def of_class(self, kind: type) -> None:
-        """A class: of the user's own, everything in it; of a library, what has been put there from outside."""
+    def of_class(self, kind: type, *, made: bool = False) -> None:
+        """A class: of the user's own, everything in it; of a library, what has been put there from outside.
+
+        Args:
+            made: it was met as that of an object which is there already, so that no forward calls its constructors.
+        """
+        if not made:
+            self._reached(
+                [each for each in self._later if each[1] in _CONSTRUCTORS and self._later[each][0] in kind.__mro__]
+            )
         if self._seen.get(-id(kind)) is not None:
             self.text("class", str(self._seen[-id(kind)]))
             return
@@ -369,7 +418,38 @@ class _Description:
                 if name in _HIDDEN or (library and not self._of_user(held)):
                     continue
                 self.text(name)
+                if not library and self._may_wait(each, name, held, made=made):
+                    self._later[id(each), name] = each, held
+                else:
+                    self.value(held)
+
+    def _may_wait(self, kind: type, name: str, held: Any, *, made: bool) -> bool:
+        """Whether this may be a method that no forward calls: no code of a library knows it, so its name tells."""
+        if not self._live or not isinstance(held, (FunctionType, staticmethod, classmethod)):
+            return False
+        if name in _CONSTRUCTORS:
+            return made
+        bases = [each for each in kind.__mro__ if self._is_its(each)]
+        plain = all(not each.__flags__ & _MADE_IN_PYTHON or each.__module__.startswith("torch.nn.") for each in bases)
+        return plain and not name.startswith("__") and not any(name in vars(each) for each in bases)
+
+    def _reached(self, keys: Iterable[tuple[int, str]]) -> None:
+        for key in keys:
+            if key in self._later:  # else another has been through it meanwhile
+                _, held = self._later.pop(key)
+                self.text(key[1])
                 self.value(held)
+
+    def unreached(self) -> None:
+        """The methods that wait: first those that a forward may call by name, then the rest, which may do anything."""
+        while keys := [each for each in self._later if self._is_mentioned(each[1])]:
+            self._reached(keys)
+        self._live = False
+        while self._later:
+            self._reached(list(self._later))
+
+    def _is_mentioned(self, name: str) -> bool:
+        return name not in _CONSTRUCTORS and (self._by_any_name or name in self._mentioned)
 
     def _by_name(self, value: Any) -> None:
         self.text(str(getattr(value, "__module__", "")), str(getattr(value, "__qualname__", value)))
@@ -377,7 +457,8 @@ class _Description:
         if held is not None and not isinstance(held, (ModuleType, type)):
             self.value(held)
         elif isinstance(held, ModuleType) or isinstance(value, BuiltinFunctionType):
-            name = getattr(held, "__name__", "") if isinstance(held, ModuleType) else str(value.__module__)
+            owner = held.__name__ if isinstance(held, ModuleType) else getattr(held, "__module__", None)
+            name = str(owner if isinstance(held, (ModuleType, type)) else value.__module__)
             if not name.startswith(("torch", "builtins", "_operator", "math")) and not _is_library(name):
                 raise NoFingerprintError(f"{value!r} is code in C")
 
@@ -399,28 +480,85 @@ class _Description:
                 self.text(name)
                 self.value(held)
         if library:
-            self._namespaces(function.__module__ or "")
+            # Its own module: a decorator of a library's names that of what it wraps.
+            self._namespaces(str(function.__globals__.get("__name__", "")))
         else:
-            names = set(_names(function.__code__))
-            for name in sorted(names & function.__globals__.keys()):
-                self.text(name)
-                self._global(function.__globals__[name], names, ())
+            self._looked_up(function, lookups(function.__code__))
 
-    def _global(self, value: Any, names: set[str], above: tuple[ModuleType, ...]) -> None:
-        """What code names; of a module what the code may name in it."""
+    def _looked_up(self, function: FunctionType, looked: Lookups) -> None:
+        """What code of the user's own names and imports.
+
+        Raises:
+            NoFingerprintError: it asks what may change, and may run in a forward.
+        """
+        names = {**vars(builtins), **function.__globals__}
+        if self._live:
+            self._mentioned |= looked.mentioned
+            self._by_any_name |= looked.by_any_name
+            if looked.inner or not all(each and _is_module(names, each) for each in looked.dynamic):
+                raise NoFingerprintError(f"{function.__qualname__} asks by a name that it computes")
+        for name in sorted(looked.globals & names.keys()):
+            self.text(name)
+            self._named(names[name], name, looked, ())
+        for each in looked.imports:
+            self._imported(function, each, looked)
+
+    def _imported(self, function: FunctionType, wanted: Import, looked: Lookups) -> None:
+        """What is imported inside a function."""
+        try:
+            path = wanted.path(function.__globals__)
+        except ImportError:
+            path = ""
+        self.text("import", path, wanted.attribute)
+        module = sys.modules.get(path)
+        found: Any = module
+        if module is not None and wanted.attribute:
+            missing = sys.modules.get(f"{path}.{wanted.attribute}")
+            held = vars(module).get(wanted.attribute, missing)
+            # Some libraries make what they hold when it is asked for.
+            found = getattr(module, wanted.attribute, None) if held is None and _is_library(path) else held
+            if found is None and wanted.attribute in vars(module):
+                return
+        if found is not None:
+            self._named(found, wanted.name, looked, ())
+        elif self._live:
+            raise NoFingerprintError(f"{function.__qualname__} imports what is not there yet")
+
+    def _named(self, value: Any, name: str, looked: Lookups, above: tuple[ModuleType, ...]) -> None:
+        """What code names; of a module what the code takes from it."""
+        taken = looked.taken(name)
+        constant = isinstance(value, ModuleType) and not looked.whole(name) and is_constant(value.__name__, taken)
+        if self._live and changing(value) and not constant:
+            raise NoFingerprintError(f"{name} may answer another way another time")
         if not isinstance(value, ModuleType):
             self.value(value)
             return
+        if looked.whole(name):
+            self.value(value)
         self.text("namespace", value.__name__)
         if value in above:
             return
-        if _is_library(value.__name__):
+        library = _is_library(value.__name__)
+        if library:
             self._namespaces(value.__name__)
-        for name in sorted(names & vars(value).keys()):
-            held = vars(value)[name]
-            if not _is_library(value.__name__) or isinstance(held, ModuleType):
+        elif "__getattr__" in vars(value):
+            self.value(vars(value)["__getattr__"])
+        for each in taken:
+            held = vars(value).get(each)
+            if each in vars(value) and (not library or isinstance(held, ModuleType) or (self._live and changing(held))):
+                self.text(each)
+                self._named(held, each, looked, (*above, value))
+
+    def _whole(self, module: ModuleType) -> None:
+        """A module that code holds as a value: of the user's own, all that it holds."""
+        self.text(module.__name__)
+        if _is_library(module.__name__):
+            self._namespaces(module.__name__)
+            return
+        for name, held in vars(module).items():
+            if name not in _OF_A_FILE:
                 self.text(name)
-                self._global(held, names, (*above, value))
+                self.value(held)
 
     def _namespaces(self, name: str) -> None:
         """A module of a library, and those of the same library that it takes something from."""
@@ -533,9 +671,18 @@ def _slots(kind: type) -> tuple[str, ...]:
     return tuple(name for name in names if name not in ("__dict__", "__weakref__"))
 
 
-def _names(code: CodeType) -> list[str]:
-    inner = [name for each in code.co_consts if isinstance(each, CodeType) for name in _names(each)]
-    return [*code.co_names, *inner]
+def _holds_hooks(name: str, value: Any) -> bool:
+    """Whether an attribute of a module is one of its tables of hooks."""
+    tables = name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called"))
+    return tables and isinstance(value, dict) and all(type(each) is int for each in value)
+
+
+def _is_module(names: Mapping[str, Any], path: tuple[str, ...]) -> bool:
+    """Whether a dotted name is that of a module."""
+    found: Any = names.get(path[0])
+    for each in path[1:]:
+        found = vars(found).get(each) if isinstance(found, ModuleType) else None
+    return isinstance(found, ModuleType)
 
 
 @cache

@@ -146,7 +146,7 @@ def cost_out(
     for name, cost in costs.items():
         if isinstance(cost, LatencyCost) and table is not None:
             errors[name] = cost.fit.error
-            sources[name] = f"modelled: operations timed on this device, kept in {table.file.name}"
+            sources[name] = f"modelled: operations timed on this device, kept in {table.name}"
     errors = {name: error for name, error in errors.items() if math.isfinite(error)}
     return Costing(costs, sources, errors, step_seconds, meter, idle_watts(meter) if meter is not None else None)
 

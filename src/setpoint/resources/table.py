@@ -55,13 +55,18 @@ class Table:
         self.environment = environment(device)
         words = "-".join(str(value) for value in self.environment.values())
         name = "".join(c if c.isalnum() or c in "-." else "_" for c in words)
-        self.file = (cache_folder() if folder is None else folder) / "latency" / f"{name}.json"
+        self.name = f"{name}.json"
+        self.file: Path | None = None
+        with suppress(OSError):  # a user without a home has no cache folder, and times anew
+            self.file = (cache_folder() if folder is None else folder) / "latency" / self.name
         self._seconds: dict[str, dict[Point, float]] = {}
         self._fits: dict[str, list[float]] = {}
         self._read()
 
     def _read(self) -> None:
         """Take over what the file holds, unless it is damaged or was timed elsewhere: then it is timed again."""
+        if self.file is None:
+            return
         try:
             content = json.loads(self.file.read_text(encoding="utf-8"))
             if content["format"] != FORMAT:
@@ -90,6 +95,8 @@ class Table:
     def _write(self) -> None:
         """Replace the file at once; a folder that cannot be written to costs the next run a timing, no more."""
         timed = {key: [[list(p), s] for p, s in rows.items()] for key, rows in self._seconds.items()}
+        if self.file is None:
+            return
         content = {"format": FORMAT, "environment": self.environment, "timed": timed, "fits": self._fits}
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
