@@ -424,7 +424,7 @@ def test_a_trainer_stops_when_its_bill_is_spent(tmp_path: Path) -> None:
 
 
 def test_a_teacher_by_default_is_the_model_as_it_came(tmp_path: Path) -> None:
-    """Claim: it keeps the weights with which the Trainer was made, those of a new head too, whatever the model learns."""
+    """Claim: it keeps the weights with which the Trainer was made, a new head's too, whatever the model learns."""
     run, _ = _taught(tmp_path)
     before = {name: tensor.clone() for name, tensor in weights(run.model).items()}
     with torch.no_grad():
