@@ -127,10 +127,12 @@ def measure(subject: Subject, device: torch.device, rounds: int, *, compiled: bo
     modes = ("eager", "compiled") if compiled else ("eager",)
     turns: dict[str, dict[str, list[float]]] = {name: {mode: [] for mode in modes} for name in models}
     joules: dict[str, list[float | None]] = {name: [] for name in models}
-    steps, first = {}, {}
+    steps, first, optimizers = {}, {}, {}
     for name, model in models.items():
         for mode in modes:
-            steps[name, mode] = _step_of(torch.compile(model) if mode == "compiled" else model, model, example, device)
+            called = torch.compile(model) if mode == "compiled" else model
+            optimizers[name, mode] = optimizer = _optimizer_of(model)
+            steps[name, mode] = _step_of(called, optimizer, example, device)
             begun = time.perf_counter()
             steps[name, mode]()
             _wait(device)
@@ -152,7 +154,10 @@ def measure(subject: Subject, device: torch.device, rounds: int, *, compiled: bo
         "step_seconds": turns,
         "first_step_seconds": {name: {mode: first[name, mode] for mode in modes} for name in models},
         "step_joules": {name: _middle(each) for name, each in joules.items()},
-        "peak_bytes": {name: _peak(steps[name, "eager"], device) for name in models},
+        "peak_bytes": {
+            name: _peak(steps[name, "eager"], _held(model, optimizers[name, "eager"], example), device)
+            for name, model in models.items()
+        },
         "flops": {"dense": summary.dense_flops, "even": even_flops, "Setpoint": summary.final_flops},
         "run": {
             "steps": summary.steps,
@@ -168,9 +173,9 @@ def measure(subject: Subject, device: torch.device, rounds: int, *, compiled: bo
 
 def _pruned(model: nn.Module, example: Any, steps: int, device: torch.device) -> tuple[nn.Module, setpoint.Summary]:
     """The network after a run that cut it, and the run's summary."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    optimizer = _optimizer_of(model)
     loop = setpoint.attach(model, optimizer, FRACTION, example=example, total_steps=steps)
-    step = _step_of(model, model, example, device, optimizer)
+    step = _step_of(model, optimizer, example, device)
     for _ in range(steps):
         step()
     return model, loop.finish()
@@ -187,11 +192,14 @@ def _even(model: nn.Module, example: Any) -> tuple[nn.Module, float]:
     return model, float(cost.total({**dense, **widths}))
 
 
+def _optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+
 def _step_of(
-    called: Callable[..., Any], model: nn.Module, example: Any, device: torch.device, optimizer: Any = None
+    called: Callable[..., Any], optimizer: torch.optim.Optimizer, example: Any, device: torch.device
 ) -> Callable[[], None]:
-    """A training step in bf16 with AdamW; every target is the first class."""
-    optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=1e-4)
+    """A training step in bf16; every target is the first class."""
 
     def step() -> None:
         with autocast(device, torch.bfloat16):
@@ -216,16 +224,28 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _peak(step: Callable[[], None], device: torch.device) -> int | None:
-    """Bytes that a step allocates at most, beyond what stays allocated; None on a CPU."""
+def _held(model: nn.Module, optimizer: torch.optim.Optimizer, example: Any) -> int:
+    """Bytes that stay allocated between steps: weights, buffers, optimizer state and inputs.
+
+    They are summed and not measured, since the other networks are on the device as well.
+    """
+    states = [each for state in optimizer.state.values() for each in state.values()]
+    inputs = example.values() if isinstance(example, dict) else example
+    found = [each for each in (*model.parameters(), *model.buffers(), *states, *inputs) if isinstance(each, Tensor)]
+    return sum(each.nbytes for each in {id(each): each for each in found}.values())
+
+
+def _peak(step: Callable[[], None], held: int, device: torch.device) -> dict[str, int | None]:
+    """Bytes that stay allocated, those that a step adds to them at most, and the whole peak; None on a CPU."""
     if device.type != "cuda":
-        return None
+        return {"held": held, "step": None, "whole": None}
     _wait(device)
     torch.cuda.reset_peak_memory_stats(device)
     resident = torch.cuda.memory_allocated(device)
     step()
     _wait(device)
-    return int(torch.cuda.max_memory_allocated(device) - resident)
+    added = int(torch.cuda.max_memory_allocated(device) - resident)
+    return {"held": held, "step": added, "whole": held + added}
 
 
 def _middle(values: list[float | None]) -> float | None:

@@ -10,6 +10,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from torch import nn
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -28,7 +29,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def test_it_measures_and_tells(gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Claim: both cut networks keep half of the FLOPs, every turn is kept, and the table has a row for each network."""
-    monkeypatch.setattr(gpu, "SMALL", {name: gpu.SMALL[name] for name in ("GPT", "BERT")})
+    monkeypatch.setattr(gpu, "SMALL", {name: gpu.SMALL[name] for name in ("GPT", "BERT", "residual network")})
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--small", "--eager", "--rounds", "1", "--out", str(tmp_path / "g")])
     gpu.main()
     data = json.loads((tmp_path / "g").read_text(encoding="utf-8"))
@@ -37,13 +38,50 @@ def test_it_measures_and_tells(gpu: ModuleType, tmp_path: Path, monkeypatch: pyt
         assert all(0.4 < flops[arm] / flops["dense"] <= 0.5 for arm in ("even", "Setpoint"))
         assert found["run"]["budget_met"] and found["run"]["steps"] == 12
         assert all(len(turns["eager"]) == 1 for turns in found["step_seconds"].values())
+        held = {arm: each["held"] for arm, each in found["peak_bytes"].items()}
+        assert 0 < held["Setpoint"] < held["dense"] and 0 < held["even"] < held["dense"]
     from tables.gpu import gpu_table
 
     lines = gpu_table(tmp_path / "g").splitlines()
-    assert [line.split(" | ")[0] for line in lines[2:4]] == ["| GPT", "| BERT"]
+    assert [line.split(" | ")[0] for line in lines[2:5]] == ["| GPT", "| BERT", "| residual network"]
     if not torch.cuda.is_available():
         assert "not measured" in lines[-3] and lines[-1].startswith("CPU, seed 0; ")
     assert "No GPU" in gpu_table(tmp_path / "none.json")
+
+
+def test_what_is_held_is_weights_and_states(gpu: ModuleType) -> None:
+    """Claim: a network holds its weights, AdamW's moments and steps, its buffers and its inputs, once each."""
+    model, inputs = nn.Sequential(nn.Linear(4, 8, bias=False), nn.BatchNorm1d(8)), torch.randn(2, 4)
+    optimizer = gpu._optimizer_of(model)
+    model(inputs).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    weights, buffers = 32 + 8 + 8, 4 * (8 + 8) + 8
+    held = gpu._held(model, optimizer, (inputs,))
+    assert held == 4 * (3 * weights + 3) + buffers + inputs.nbytes
+    assert gpu._peak(lambda: None, held, torch.device("cpu")) == {"held": held, "step": None, "whole": None}
+
+
+def test_the_table_has_the_whole_peak_and_its_parts(gpu: ModuleType, tmp_path: Path) -> None:
+    """Claim: weights and optimizer state count in the peak, and what they save stands beside what a step saves."""
+    sizes = {"dense": (600, 400), "even": (300, 300), "Setpoint": (270, 320)}
+    network = {
+        "step_seconds": {arm: {"eager": [0.1], "compiled": [0.1]} for arm in sizes},
+        "step_joules": dict.fromkeys(sizes),
+        "peak_bytes": {arm: {"held": a, "step": b, "whole": a + b} for arm, (a, b) in sizes.items()},
+        "flops": dict.fromkeys(sizes, 1.0),
+        "run": {"steps": 12, "seconds": 10.0, "overhead_seconds": 1.0},
+    }
+    about = {"cpu": "none", "threads": 1, "torch": "2.13", "cores": 1}
+    data = {"hardware": "a GPU", "seed": 0, "date": "2026-01-01", "environment": about, "networks": {"net": network}}
+    file = tmp_path / "gpu.json"
+    file.write_text(json.dumps({**data, "semi_structured": {"why_not": "no cores"}}), encoding="utf-8")
+    from tables.gpu import gpu_table
+
+    head, _, eager, compiled, *_ = ([cell.strip() for cell in line.split("|")] for line in gpu_table(file).splitlines())
+    names = ("peak memory", "weights and states", "memory that a step adds")
+    assert [eager[head.index(name)] for name in names] == ["59.0 %", "45.0 %", "80.0 %"]
+    assert {compiled[head.index(name)] for name in names} == {"–"}
 
 
 def test_full_networks_are_the_ones_named(gpu: ModuleType) -> None:

@@ -6,6 +6,7 @@ import math
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,51 @@ def test_only_the_rows_of_the_mask_count() -> None:
     kept = [(0, 0), (0, 1), (1, 0)]
     rows = [torch.stack([each[place] for place in kept]) for each in (own, taught)]
     torch.testing.assert_close(teacher.distance(own, taught, mask), teacher.distance(*rows))
+
+
+def test_a_mask_without_rows_counts_zero() -> None:
+    """Claim: where no row counts, the divergence is 0, and so is its gradient."""
+    own = torch.randn(2, 5, 4, requires_grad=True)
+    loss = Teacher(net(), alpha=0.25).loss(torch.tensor(1.0), own, torch.randn(2, 5, 4), torch.zeros(2, 5))
+    loss.backward()
+    assert loss.item() == 0.75
+    assert own.grad is not None and not own.grad.any()
+
+
+def test_forbidden_classes_are_as_if_they_were_not_there() -> None:
+    """Claim: a class with a logit of -inf in both models, and one that only the teacher forbids, are no term."""
+    torch.manual_seed(0)
+    own, taught = torch.randn(6, 5, requires_grad=True), torch.randn(6, 5)
+    both, teachers = torch.zeros(6, 5).bool(), torch.zeros(6, 5).bool()
+    both[:, 1], teachers[:3, 4] = True, True
+    teacher = Teacher(net(), temperature=3.0)
+    found = teacher.distance(own.masked_fill(both, -math.inf), taught.masked_fill(both | teachers, -math.inf))
+    allowed = [0, 2, 3, 4]
+    expected = 0.0
+    for row in range(6):
+        q = functional.log_softmax(own[row, allowed].double() / 3, -1)
+        known = allowed[:-1] if row < 3 else allowed
+        p = functional.log_softmax(taught[row, known].double() / 3, -1)
+        expected += 9 / 6 * (p.exp() * (p - q[: len(known)])).sum()
+    torch.testing.assert_close(found.double(), expected)
+    gradient, expected_gradient = (torch.autograd.grad(each, own)[0] for each in (found, expected))
+    assert not gradient[:, 1].any()
+    torch.testing.assert_close(gradient, expected_gradient)
+
+
+def test_a_class_that_only_the_model_forbids_is_infinite() -> None:
+    """Claim: what the teacher holds possible and the model does not is infinitely far, with a finite gradient."""
+    own, taught = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4)
+    forbidden = torch.tensor([False, True, False, False])
+    teacher = Teacher(net(), temperature=1.0)
+    loss = teacher.distance(own.masked_fill(forbidden, -math.inf), taught)
+    categorical = torch.distributions.Categorical
+    masked = categorical(logits=own.detach().masked_fill(forbidden, -math.inf))
+    assert torch.distributions.kl_divergence(categorical(logits=taught), masked).mean() == loss.item() == math.inf
+    loss.backward()
+    assert own.grad is not None and own.grad.isfinite().all() and not own.grad[:, 1].any()
+    impossible = taught.masked_fill(forbidden, -200.0)  # e^-200 is 0 in float32
+    assert teacher.distance(own.masked_fill(forbidden, -math.inf), impossible).isfinite()
 
 
 def _train(taught: bool, *, steps: int = 40) -> tuple[setpoint.Loop, Teacher]:
@@ -101,11 +147,120 @@ def test_the_model_that_is_pruned_is_no_teacher_of_itself() -> None:
     loop.detach()
 
 
+class Wrapped(nn.Module):
+    """A model around another one."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Any:
+        """What the inner one answers."""
+        return self.module(x)
+
+
+@pytest.mark.parametrize("example", [True, False], ids=["begun", "waiting"])
+@pytest.mark.parametrize("wrapped", [True, False], ids=["wrapped", "bare"])
+def test_a_teacher_that_is_attached_later_is_refused(example: bool, wrapped: bool) -> None:
+    """Claim: a teacher that became the pruned model is refused with its loop and by a pass, and trains again."""
+    model = net()
+    model[0].weight.requires_grad_(False)
+    model[1].eval()
+    teacher, x = Teacher(Wrapped(model) if wrapped else model), torch.randn(4, 8)
+    model.requires_grad_(example)  # with an example attach refuses a frozen model itself
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    given = {"example": (x,)} if example else {}
+    loop = setpoint.attach(model, optimizer, "90% params", total_steps=20, verify=False, **given)
+    with pytest.raises(ValueError, match=r"give another one, such as copy\.deepcopy\(model\)"):
+        teacher.logits(x)
+    assert teacher.flops == 0
+    assert [each.requires_grad for each in model.parameters()] == [example, True, True, True]
+    assert [each.training for each in model] == [True, False, True]
+    with pytest.raises(ValueError, match="the teacher is the model that is pruned"):
+        teacher.loop = loop
+    assert teacher.loop is None
+    loop.detach()
+
+
+def test_flops_are_those_of_all_inputs() -> None:
+    """Claim: inputs in dicts, lists and keywords, and flags that lead elsewhere, have FLOPs of their own."""
+
+    class Nested(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Linear(8, 3)
+
+        def forward(self, batch: Any, times: int = 1) -> Any:
+            x = batch["x"][0] if isinstance(batch, dict) else batch[0]
+            return sum(self.net(x) for _ in range(times))
+
+    teacher, x = Teacher(Nested()), torch.randn(16, 8)
+    row = 2 * 8 * 3
+    before = 0.0
+    for args, settings, rows in (
+        (({"x": [x[:1]]},), {}, 1),
+        (({"x": [x]},), {}, 16),
+        (([x[:4]],), {}, 4),
+        (([x],), {}, 16),
+        (([x],), {"times": 3}, 48),
+        (([x],), {"times": 1}, 16),
+        (({"x": [x[:1]]},), {}, 1),
+    ):
+        teacher.logits(*args, **settings)
+        assert teacher.flops - before == rows * row
+        before = teacher.flops
+
+
+def test_keys_that_are_tensors_are_found_again() -> None:
+    """Claim: a list of tensors without dims, alone or in tuples, is a list of numbers; the cache does not grow."""
+    teacher, x = Teacher(nn.Linear(8, 3)), torch.randn(4, 8)
+    for keys in (list(torch.arange(4)), range(4), torch.arange(4), np.arange(4), [np.array(each) for each in range(4)]):
+        torch.testing.assert_close(teacher.cached_logits(keys, x), teacher.model(x))
+    assert teacher.flops == 2 * 4 * 8 * 3
+    for _ in range(2):
+        teacher.cached_logits([("train", each) for each in torch.arange(4)], x)
+    assert teacher.flops == 2 * 2 * 4 * 8 * 3
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        (torch.tensor(3), "give one key a sample in a list or a tensor of one dim, got tensor"),
+        (np.array(3), "give one key a sample in a list or a tensor of one dim, got array"),
+        (3, "give one key a sample in a list or a tensor of one dim, got 3"),
+        (torch.arange(4)[:, None], r"a key is a number, a string or a tuple of them, got \[0\]"),
+        (list(torch.arange(4)[:, None]), r"a key is a number, a string or a tuple of them, got tensor\(\[0\]\)"),
+        ([[0], [1], [2], [3]], r"a key is a number, a string or a tuple of them, got \[0\]"),
+    ],
+)
+def test_keys_that_could_not_be_found_again_are_refused(keys: Any, words: str) -> None:
+    """Claim: what is no key of one sample is named before the teacher's pass."""
+    teacher = Teacher(nn.Linear(8, 3))
+    with pytest.raises(ValueError, match=words):
+        teacher.cached_logits(keys, torch.randn(4, 8))
+    assert teacher.flops == 0
+
+
+def test_a_loop_that_is_none_is_refused_at_once() -> None:
+    """Claim: a share in the loop's place, or a word, is named before the teacher is frozen, and so is a later one."""
+    model = net()
+    with pytest.raises(
+        ValueError, match=r"the loop is what attach returned, got 0\.5: .* write Teacher\(model, loop, alpha"
+    ):
+        Teacher(model, 0.5)  # type: ignore[arg-type]
+    assert model.training and all(parameter.requires_grad for parameter in model.parameters())
+    with pytest.raises(ValueError, match="the loop is what attach returned, got 'abc'"):
+        Teacher(model).loop = "abc"  # type: ignore[assignment]
+
+
 def test_what_it_refuses() -> None:
     """Claim: settings out of range, other shapes, a mask that does not fit, and answers without logits are named."""
     for settings, words in (
         ({"alpha": -0.1}, "alpha must be from 0 to 1, got -0.1"),
         ({"alpha": math.nan}, "alpha must be from 0 to 1, got nan"),
+        ({"alpha": "0.5"}, "alpha must be from 0 to 1, got '0.5'"),
+        ({"alpha": None}, "alpha must be from 0 to 1, got None"),
+        ({"temperature": "2"}, "temperature must be a finite number above 0, got '2'"),
         ({"temperature": math.inf}, "temperature must be a finite number above 0, got inf"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -113,6 +268,8 @@ def test_what_it_refuses() -> None:
     teacher = Teacher(net())
     with pytest.raises(ValueError, match=r"logits have shape \(4, 3\), the model's \(4, 5\)"):
         teacher.distance(torch.randn(4, 5), torch.randn(4, 3))
+    with pytest.raises(ValueError, match=r"logits have classes last, behind a dim of rows: got shape \(3,\)"):
+        teacher.distance(torch.randn(3), torch.randn(3))
     with pytest.raises(ValueError, match=r"mask has shape \(3,\) for logits of shape \(4, 3\)"):
         teacher.distance(torch.randn(4, 3), torch.randn(4, 3), torch.ones(3))
     x = torch.randn(2, 8)

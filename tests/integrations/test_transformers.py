@@ -423,6 +423,17 @@ def test_a_trainer_stops_when_its_bill_is_spent(tmp_path: Path) -> None:
     assert 0.9 * summary.limit_run["flops"] < summary.train_flops <= summary.limit_run["flops"]
 
 
+def test_a_teacher_by_default_is_the_model_as_it_came(tmp_path: Path) -> None:
+    """Claim: it keeps the weights with which the Trainer was made, a new head's too, whatever the model learns."""
+    run, _ = _taught(tmp_path)
+    before = {name: tensor.clone() for name, tensor in weights(run.model).items()}
+    with torch.no_grad():
+        for parameter in run.model.parameters():
+            parameter.add_(1.0)
+    assert equal(weights(run.teacher.model), before) and not equal(weights(run.model), before)
+    assert not any(parameter.requires_grad for parameter in run.teacher.model.parameters())
+
+
 def test_a_teacher_that_cannot_be_followed_is_refused(tmp_path: Path) -> None:
     """Claim: settings out of range, other logits, a cut model without a teacher, and no callback are named."""
     for settings, words in (
@@ -438,8 +449,9 @@ def test_a_teacher_that_cannot_be_followed_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="callbacks=\\[SetpointCallback"):
         SetpointTrainer(build("gpt2"), arguments, train_dataset=Tokens()).train()
     model = build("gpt2")
-    with pytest.raises(ValueError, match="leave teacher out to have a frozen copy of it"):
-        SetpointTrainer(model, arguments, train_dataset=Tokens(), teacher=model)
+    for own in (model, torch.nn.Sequential(model), model.transformer):
+        with pytest.raises(ValueError, match="leave teacher out to have a frozen copy of it"):
+            SetpointTrainer(model, arguments, train_dataset=Tokens(), teacher=own)
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 

@@ -236,7 +236,7 @@ def attach_table(path: Path) -> str:
     kinds = ("cold", "warm", "before")
     lines = ["| model | pairs | first time | known model | first time, before |", f"|---|---:|{'---:|' * 3}"]
     for name, row in data["models"].items():
-        found = [_seconds_and_steps(row[kind]) if kind in row else NOTHING for kind in kinds]
+        found = [_seconds_and_steps(row[kind], row["pairs"]) if kind in row else NOTHING for kind in kinds]
         lines.append(f"| `{name}` | {row['pairs']} | {' | '.join(found)} |")
     timed = {name: row["tables"] for name, row in data["models"].items() if "tables" in row}
     if timed:
@@ -246,7 +246,7 @@ def attach_table(path: Path) -> str:
             f"|---|---:|{'---:|' * 3}",
         ]
     for name, row in timed.items():
-        found = [_seconds_and_steps(row[kind]) if kind in row else NOTHING for kind in kinds]
+        found = [_seconds_and_steps(row[kind], row["pairs"]) if kind in row else NOTHING for kind in kinds]
         lines.append(f"| `{name}` | {row['pairs']} | {' | '.join(found)} |")
     dates = sorted(row["date"][:10] for row in (*data["models"].values(), *timed.values()))
     about = data["environment"]
@@ -254,12 +254,13 @@ def attach_table(path: Path) -> str:
     return "\n".join([*lines, "", where])
 
 
-def _seconds_and_steps(found: Mapping[str, Any]) -> str:
+def _seconds_and_steps(found: Mapping[str, Any], pairs: int) -> str:
     shown = duration(found["seconds_median"])
     if "steps_median" not in found:
         return shown
     low, high = found["steps_range"]
-    return f"{shown}, {found['steps_median']:.1f} steps ({low:.1f} to {high:.1f})"
+    spread = f" ({low:.1f} to {high:.1f})" if pairs > 1 else ""
+    return f"{shown}, {found['steps_median']:.1f} steps{spread}"
 
 
 def growth_table(path: Path) -> str:
@@ -273,12 +274,15 @@ def growth_table(path: Path) -> str:
         sizes = [f"{row['layers']}", f"{row['width']:,}", human(row["params"]), f"{row['groups']}", f"{row['units']:,}"]
         lines.append(f"| {' | '.join([*sizes, *seconds])} |")
     deep = [row for row in data["models"] if row["width"] == data["models"][0]["width"]]
+    # A cut that was measured once may hold a whole collection of Python's garbage: no line goes through such cuts.
+    repeated = [kind for kind in ("discovery", "decision", "cut") if all(f"{kind}_s" in r["rounds"] for r in deep)]
     fitted = [
         f"{kind} {duration(slope)} a layer"
-        for kind in ("discovery", "decision", "cut")
+        for kind in repeated
         for slope, _ in [statistics.linear_regression([r["layers"] for r in deep], [r[f"{kind}_s"] for r in deep])]
     ]
-    about = f"Least squares over the depths: {', '.join(fitted)}. Seed {data['seed']}. {made_on(data)}"
+    once = "" if "cut" in repeated else "Each cut was measured once, and may hold a collection of Python's garbage. "
+    about = f"Least squares over the depths: {', '.join(fitted)}. {once}Seed {data['seed']}. {made_on(data)}"
     return "\n".join([*lines, "", about])
 
 

@@ -18,9 +18,9 @@ def gpu_table(file: Path) -> str:
         return "No GPU has been measured yet: `results/gpu.json` does not exist."
     data = json.loads(file.read_text(encoding="utf-8"))
     lines = [
-        "| network | mode | dense step | even | **Setpoint** | FLOPs of both | memory of a step | joules of a step "
-        "| own work of the run |",
-        f"|---|---|{'---:|' * 7}",
+        "| network | mode | dense step | even | **Setpoint** | FLOPs of both | peak memory | weights and states "
+        "| memory that a step adds | joules of a step | own work of the run |",
+        f"|---|---|{'---:|' * 9}",
     ]
     for name, found in data["networks"].items():
         seconds, flops, run = found["step_seconds"], found["flops"], found["run"]
@@ -34,7 +34,7 @@ def gpu_table(file: Path) -> str:
                 _share(seconds["even"][mode], dense),
                 f"**{_share(seconds['Setpoint'][mode], dense)}**",
                 shares,
-                _ratio(found["peak_bytes"]) if mode == "eager" else NOTHING,
+                *(_ratio(_part(found, part)) if mode == "eager" else NOTHING for part in ("whole", "held", "step")),
                 _ratio(found["step_joules"]) if mode == "eager" else NOTHING,
                 percent(run["overhead_seconds"] / run["seconds"]) + f" of {run['steps']} steps",
             )
@@ -56,6 +56,11 @@ def _share(ours: Sequence[float], dense: Sequence[float]) -> str:
     """The median of the ratios of a turn, and their range."""
     ratios = [each / other for each, other in zip(ours, dense, strict=True)]
     return f"{percent(median(ratios))} ({percent(min(ratios))} to {percent(max(ratios))})"
+
+
+def _part(found: Mapping[str, Any], part: str) -> dict[str, Any]:
+    """The bytes of one part of the peak, by network."""
+    return {arm: each[part] for arm, each in found["peak_bytes"].items()}
 
 
 def _ratio(values: Mapping[str, Any]) -> str:

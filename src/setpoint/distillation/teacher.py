@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Any, final
 
 import torch
@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from setpoint.actuator.attached import ATTACHED
+from setpoint.actuator.attached import at_work
 from setpoint.errors import NotBegunError
+from setpoint.given import plain_number
+from setpoint.groups.example import tensors_of
 from setpoint.loop.loop import Loop
 from setpoint.words import a_type
 
@@ -35,7 +37,8 @@ class Teacher:
         flops: of all passes of the teacher until now.
 
     Raises:
-        ValueError: for alpha or temperature out of range, for no model, and for the model that is pruned itself.
+        ValueError: for alpha or temperature out of range, for no model or no loop, and for the model that is pruned
+            itself. One that is attached later is refused when `loop` is set and by `logits`, and trains again.
 
     References:
         Hinton, Vinyals, Dean, "Distilling the knowledge in a neural network", 2015.
@@ -53,18 +56,34 @@ class Teacher:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ValueError(f"a teacher is a torch.nn.Module, got {type(model).__name__}: write Teacher(model, loop)")
-        if model in ATTACHED:
-            raise ValueError("the teacher is the model that is pruned: give another one, such as copy.deepcopy(model)")
-        if not 0 <= alpha <= 1:
+        if at_work(model):
+            raise ValueError(_OWN)
+        alpha, temperature = plain_number(alpha), plain_number(temperature)
+        if not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1:
             raise ValueError(f"alpha must be from 0 to 1, got {alpha!r}")
-        if not 0 < temperature < math.inf:
+        if not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
             raise ValueError(f"temperature must be a finite number above 0, got {temperature!r}")
-        self.model, self.loop = model.eval().requires_grad_(False), loop
+        _check_loop(loop)
+        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._training = [module for module in model.modules() if module.training]
+        self.model, self._loop = model.eval().requires_grad_(False), loop
         self.alpha, self.temperature = float(alpha), float(temperature)
         self.flops = 0.0
         self._counted = 0.0
         self._flops_by_shapes = dict[Any, float]()
         self._cached = dict[Hashable, Tensor]()
+
+    @property
+    def loop(self) -> Loop | None:
+        """The loop that the FLOPs are reported to, or None."""
+        return self._loop
+
+    @loop.setter
+    def loop(self, loop: Loop | None) -> None:
+        if loop is not self._loop:  # a Trainer sets it at every step
+            _check_loop(loop)
+            self._check_other()
+            self._loop = loop
 
     @torch.no_grad()
     def logits(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -75,10 +94,10 @@ class Teacher:
             kwargs: for the teacher's forward.
 
         Raises:
-            ValueError: when the teacher returns no logits.
+            ValueError: when the teacher returns no logits, and for the model that is pruned.
         """
-        inputs = (*enumerate(args), *kwargs.items())
-        shapes = tuple((name, tuple(each.shape)) for name, each in inputs if isinstance(each, Tensor))
+        self._check_other()
+        shapes = _form((args, kwargs))
         if shapes in self._flops_by_shapes:
             outputs = self.model(*args, **kwargs)
         else:
@@ -89,19 +108,20 @@ class Teacher:
         self._count()
         return logits_of(outputs)
 
-    def cached_logits(self, keys: Sequence[Hashable] | Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def cached_logits(self, keys: Iterable[Hashable] | Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The same logits, computed in the first pass over the data and read from memory in every later one.
 
         A batch whose keys are all known costs no forward. Each sample must look the same in every pass: random crops
         and masks need `logits`. Memory: a row of logits for each sample, on the CPU.
 
         Args:
-            keys: one a sample, such as its index in the dataset, in the order of the batch.
+            keys: one a sample, such as its index in the dataset, in the order of the batch; tensors without dims are
+                numbers.
             args: for the teacher's forward.
             kwargs: for the teacher's forward.
 
         Raises:
-            ValueError: when keys and samples differ in number, or rows of one batch in shape.
+            ValueError: when keys and samples differ in number, or rows of one batch in shape, and for what is no key.
 
         >>> teacher, inputs = Teacher(nn.Linear(8, 3)), torch.randn(4, 8)
         >>> _ = teacher.cached_logits([7, 1, 5, 0], inputs)
@@ -110,7 +130,7 @@ class Teacher:
         >>> teacher.flops  # of one pass over four samples
         192.0
         """
-        keys = keys.tolist() if isinstance(keys, Tensor) else list(keys)
+        keys = _keys(keys)
         if not keys or not all(key in self._cached for key in keys):
             found = self.logits(*args, **kwargs)
             if len(found) != len(keys):
@@ -140,21 +160,46 @@ class Teacher:
         return (1 - self.alpha) * loss + self.alpha * self.distance(own, taught, mask)
 
     def distance(self, own: Tensor, taught: Tensor, mask: Tensor | None = None) -> Tensor:
-        """`T^2 * KL(teacher / T || own / T)`, the mean over the rows that count; arguments are those of `loss`."""
+        """`T^2 * KL(teacher / T || own / T)`, the mean over the rows that count; 0 where no row counts.
+
+        A class of which the teacher's probability is 0, such as one with a logit of -inf, adds nothing. A class with a
+        logit of -inf in the model alone makes the divergence infinite: both must forbid the same classes.
+
+        Args:
+            own: as in `loss`.
+            taught: as in `loss`.
+            mask: as in `loss`.
+
+        Raises:
+            ValueError: when the shapes differ.
+        """
         if own.shape != taught.shape:
             raise ValueError(
                 f"the teacher's logits have shape {tuple(taught.shape)}, the model's {tuple(own.shape)}: both must "
                 "have the same classes or vocabulary"
             )
+        if own.dim() < 2:
+            raise ValueError(f"logits have classes last, behind a dim of rows: got shape {tuple(own.shape)}")
         if mask is not None:
             if mask.shape != own.shape[:-1]:
                 raise ValueError(f"the mask has shape {tuple(mask.shape)} for logits of shape {tuple(own.shape)}")
             own, taught = own[mask.bool()], taught[mask.bool()]
-        own, taught = (each.float().flatten(0, -2) / self.temperature for each in (own, taught))
-        divergence = functional.kl_div(
-            own.log_softmax(-1), taught.log_softmax(-1), log_target=True, reduction="batchmean"
-        )
+        own, taught = ((each.float().flatten(0, -2) / self.temperature).log_softmax(-1) for each in (own, taught))
+        # kl_div multiplies a probability of 0 by a difference of logarithms, which is NaN where one is infinite. The
+        # difference is made finite before, not the product after: in a backward 0 times infinity is NaN as well.
+        absent = taught.exp() == 0
+        own, taught = own.masked_fill(absent, 0.0), taught.masked_fill(absent, torch.finfo(taught.dtype).min)
+        divergence = functional.kl_div(own, taught, log_target=True, reduction="sum") / max(len(own), 1)
         return divergence * self.temperature**2
+
+    def _check_other(self) -> None:
+        """Check that the teacher is not the model that is pruned by now; one that is gets back what froze it."""
+        if at_work(self.model):
+            for parameter in self._trained:
+                parameter.requires_grad_(True)
+            for module in self._training:
+                module.training = True
+            raise ValueError(_OWN)
 
     def _count(self) -> None:
         """Tell the loop; before it has begun there is nobody to tell, so what is new waits for a later pass."""
@@ -166,6 +211,44 @@ class Teacher:
             return
         account.sensed(self.flops - self._counted)
         self._counted = self.flops
+
+
+_OWN = "the teacher is the model that is pruned: give another one, such as copy.deepcopy(model)"
+
+
+def _check_loop(loop: object) -> None:
+    if not isinstance(loop, Loop | None):
+        raise ValueError(
+            f"the loop is what attach returned, got {loop!r}: of settings say the names, and write "
+            "Teacher(model, loop, alpha=0.5)"
+        )
+
+
+def _form(inputs: Any) -> Hashable:
+    """What decides on the FLOPs of a pass: the shapes of all tensors, and numbers, words and flags beside them."""
+    if isinstance(inputs, Mapping):
+        return tuple((name, _form(each)) for name, each in inputs.items())
+    if isinstance(inputs, (list, tuple)):
+        return tuple(map(_form, inputs))
+    if isinstance(inputs, (bool, int, str)):  # no float: it scales, and many have another value at each step
+        return inputs
+    return tuple(tuple(tensor.shape) for tensor in tensors_of(inputs))
+
+
+def _keys(keys: Any) -> list[Hashable]:
+    """One key a sample, each of which is found again by its value."""
+    if not isinstance(keys, Iterable) or getattr(keys, "ndim", 1) == 0:
+        raise ValueError(f"give one key a sample in a list or a tensor of one dim, got {keys!r}")
+    return [_key(each) for each in (keys.tolist() if isinstance(keys, Tensor) else keys)]
+
+
+def _key(key: Any) -> Hashable:
+    if isinstance(key, tuple):
+        return tuple(map(_key, key))
+    key = key.item() if isinstance(key, Tensor) and not key.dim() else plain_number(key)
+    if isinstance(key, Tensor) or not isinstance(key, Hashable):  # a tensor's hash is its identity
+        raise ValueError(f"a key is a number, a string or a tuple of them, got {key!r}: give one key a sample")
+    return key
 
 
 def logits_of(outputs: Any) -> Tensor:

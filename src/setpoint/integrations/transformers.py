@@ -135,7 +135,9 @@ class SetpointTrainer(Trainer):  # type: ignore[misc]
 
     Args:
         args: of `Trainer`, a `SetpointCallback` among its callbacks.
-        teacher: of which the logits have the shape of the model's; by default a frozen copy of the dense model.
+        teacher: of which the logits have the shape of the model's. By default a frozen copy of the model as it is when
+            the Trainer is made, which suits a dense model that was fine-tuned on the task before. A head that is new
+            has nothing to teach: there give the fine-tuned dense model, or leave `SetpointTrainer` out.
         alpha: share of the teacher in the loss, from 0 to 1.
         temperature: T, above 0.
         settings: of `Trainer`.
@@ -162,7 +164,7 @@ class SetpointTrainer(Trainer):  # type: ignore[misc]
         super().__init__(*args, **settings)
         if teacher is None and was_cut(self.model):
             raise ValueError("the model was cut before, so that no dense copy can teach it: give teacher=")
-        if teacher is self.model:
+        if isinstance(teacher, nn.Module) and (self.model in teacher.modules() or teacher in self.model.modules()):
             raise ValueError("the teacher is the model that is pruned: leave teacher out to have a frozen copy of it")
         taught_by = copy.deepcopy(self.model) if teacher is None else teacher
         self.teacher = Teacher(taught_by, alpha=alpha, temperature=temperature)

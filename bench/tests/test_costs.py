@@ -1,0 +1,117 @@
+"""Seconds of Setpoint's own work: how they are measured, and what tables say of one measurement and of several."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import json
+import statistics
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+ABOUT = {"environment": {"cpu": "none", "threads": 1, "torch": "2.13"}, "date": "2026-01-01", "seed": 0}
+
+
+@pytest.fixture
+def growth(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script as a module."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    spec = importlib.util.spec_from_file_location("growth", BENCHMARKS / "growth.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "growth", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_each_kind_of_work_is_a_median_of_three(growth: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: discovery, the decision and the cut are measured three times, the cut each time on all units."""
+    monkeypatch.setenv("SETPOINT_CACHE", "off")  # which it sets, and which is restored by this
+    small = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2)), (torch.randn(2, 4),)
+    monkeypatch.setattr(growth, "llama", lambda layers, width: small)
+    cut, threads = [], torch.get_num_threads()
+    shrink = growth.setpoint.shrink
+    monkeypatch.setattr(
+        growth.setpoint, "shrink", lambda model, *args: cut.append(_size(model)) or shrink(model, *args)
+    )
+    try:
+        found = growth.measure(1, 64)
+    finally:
+        torch.set_num_threads(threads)
+    assert {kind: len(each) for kind, each in found["rounds"].items()} == dict.fromkeys(
+        ("discovery_s", "decision_s", "cut_s"), 3
+    )
+    assert all(found[kind] == statistics.median(each) for kind, each in found["rounds"].items())
+    assert cut == [found["params"]] * 3
+
+
+def _size(model: nn.Module) -> int:
+    return sum(each.numel() for each in model.parameters())
+
+
+def test_garbage_is_collected_before_a_call_and_not_held_back_in_it(growth: ModuleType) -> None:
+    """Claim: a call finds no garbage of earlier work, and Python's collection is on in it."""
+    seen: list[tuple[bool, bool]] = []
+    gone: list[Any] = [_Ring()]
+    name = id(gone.pop())
+    growth.seconds(lambda: seen.append((gc.isenabled(), any(id(each) == name for each in _rings()))))
+    assert seen == [(True, False)]
+
+
+class _Ring:
+    """Holds itself, so that only a collection frees it."""
+
+    def __init__(self) -> None:
+        self.own = self
+
+
+def _rings() -> list[_Ring]:
+    return [each for each in gc.get_objects() if type(each) is _Ring]
+
+
+@pytest.mark.parametrize("repeated", [True, False])
+def test_no_line_goes_through_cuts_that_were_measured_once(growth: ModuleType, tmp_path: Path, repeated: bool) -> None:
+    """Claim: the table has the line through the cuts where each is a median, and else says that each is one call."""
+    kinds = ("discovery_s", "decision_s", *(["cut_s"] if repeated else []))
+    rows = [
+        {
+            "layers": layers, "width": 512, "params": 1000, "groups": 2, "units": 100,
+            "discovery_s": layers / 10, "decision_s": layers / 1e4, "cut_s": layers / 500,
+            "rounds": {kind: [0.0] * 3 for kind in kinds},
+        }
+        for layers in (12, 24)
+    ]  # fmt: skip
+    file = tmp_path / "growth.json"
+    file.write_text(json.dumps({**ABOUT, "models": rows}), encoding="utf-8")
+    from tables.costs import growth_table
+
+    said = growth_table(file).splitlines()[-1]
+    assert "discovery 100 ms a layer" in said
+    assert ("cut 2 ms a layer" in said) == repeated
+    assert ("Each cut was measured once" in said) != repeated
+
+
+def test_one_pair_has_no_range(growth: ModuleType, tmp_path: Path) -> None:
+    """Claim: a range stands behind a median of several pairs, and not behind one measurement."""
+    found = {"seconds_median": 6.45, "seconds_range": [6.45, 6.45], "steps_median": 43.8, "steps_range": [43.8, 43.8]}
+    spread = {**found, "steps_range": [40.0, 47.6]}
+    row = {
+        "date": "2026-01-01",
+        "pairs": 2,
+        "cold": spread,
+        "tables": {"date": "2026-01-01", "pairs": 1, "cold": found},
+    }
+    file = tmp_path / "attach.json"
+    file.write_text(json.dumps({**ABOUT, "what": "seconds", "models": {"net": row}}), encoding="utf-8")
+    from tables.costs import attach_table
+
+    several, one = (line for line in attach_table(file).splitlines() if "`net`" in line)
+    assert "6.45 s, 43.8 steps (40.0 to 47.6) |" in several
+    assert "6.45 s, 43.8 steps |" in one
