@@ -90,8 +90,8 @@ class MeteredTarget(Target):
         sure = self._meter.at_best(known)
         for name in self._out_of_reach(sure, widths):
             self._warn_and_hold(name, sure[name], widths)
-        missing = before - known.keys() - {"latency"}  # of which there is none before the first whole step after a cut
-        self._meter.miss(missing)
+        missing = before - known.keys()
+        self._meter.miss(missing - {"latency"})  # of which there is none before a few steps after a cut
         return readings, learnt | {name: self.expected(name, widths) for name in missing}
 
     def _follow(self, metered: Mapping[str, float], widths: Mapping[str, int]) -> dict[str, float]:
