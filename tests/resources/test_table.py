@@ -123,20 +123,24 @@ def test_a_cache_that_is_off_holds_no_table(timed: list[str], tmp_path: Path, mo
 
 
 def test_settings_that_choose_other_kernels_have_a_table_of_their_own(tmp_path: Path) -> None:
-    """Claim: mkldnn, the precision of float32 products and determinism make another file, and so do all at once."""
-    before, plain = torch.get_float32_matmul_precision(), Table(CPU, tmp_path).file
+    """Claim: mkldnn, the precision of float32 products and determinism make another file each."""
+    before, plain, mkldnn = torch.get_float32_matmul_precision(), Table(CPU, tmp_path).file, torch.backends.mkldnn
+    assert Table(CPU, tmp_path).file == plain
     found = {plain}
     try:
         torch.set_float32_matmul_precision("medium")
         found.add(Table(CPU, tmp_path).file)
+        torch.set_float32_matmul_precision(before)
+        mkldnn.enabled = False  # type: ignore[assignment]
+        found.add(Table(CPU, tmp_path).file)
+        mkldnn.enabled = True  # type: ignore[assignment]
+        torch.use_deterministic_algorithms(True)
+        found.add(Table(CPU, tmp_path).file)
     finally:
         torch.set_float32_matmul_precision(before)
-    with torch.backends.mkldnn.flags(enabled=False):
-        found.add(Table(CPU, tmp_path).file)
-    torch.use_deterministic_algorithms(True)
-    found.add(Table(CPU, tmp_path).file)
-    torch.use_deterministic_algorithms(False)
-    assert len(found) == 4 and Table(CPU, tmp_path).file == plain
+        mkldnn.enabled = True  # type: ignore[assignment]
+        torch.use_deterministic_algorithms(False)
+    assert len(found) == 4
 
 
 def test_a_setting_that_pytorch_does_not_say_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:

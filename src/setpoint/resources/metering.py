@@ -25,7 +25,7 @@ from setpoint.warn import warn
 
 _MARGIN = 0.03
 _COLD = 2
-"""First steps after a cut, which are no reading: kernels and caches meet new sizes, and these take up to twice as long."""
+"""First steps after a cut, which are no reading: caches and the allocator meet new sizes, and such a step is slow."""
 _FEW = 4
 """Steps after a cut that are timed before a decision: a cut for a reading that was too high is not taken back."""
 _ENOUGH = 10
@@ -52,10 +52,10 @@ class Metering(Meter):
     """Reads seconds, joules and bytes of the user's own optimizer steps between two cuts.
 
     Seconds are the median over all steps but the first two, joules the mean over all but the first three, since those
-    after a cut are slow. Bytes are the peak of one step, the last before a decision: of the allocator on a GPU, of live tensors on the CPU. There the step runs under
-    a dispatch mode, which is slow, so its seconds do not count; compiled code and code under
-    somebody else's mode are left alone and give no reading. What goes on between two steps, such as an
-    evaluation, is left out: the peak counts from the first call of the model or a part of it with gradients, in the
+    after a cut are slow. Bytes are the peak of one step, the last before a decision: of the allocator on a GPU, of live
+    tensors on the CPU. There the step runs under a dispatch mode, which is slow, so its seconds do not count; compiled
+    code and code under somebody else's mode are left alone and give no reading. What goes on between two steps, such as
+    an evaluation, is left out: the peak counts from the first call of the model or a part of it with gradients, in the
     mode, training or not, that the model was in when the last step ended.
     Seconds of inference are the median over a few forward passes of the model itself, made before each decision.
 
@@ -142,9 +142,8 @@ class Metering(Meter):
         """An optimizer step is done."""
         self._num_steps += 1
         self._since_cut += 1
-        if (
-            self._began_j is None and self._energy is not None and self._since_cut > _COLD
-        ):  # in a mean no slow step is outvoted
+        cold = self._since_cut <= _COLD  # one more than for seconds, since a mean does not outvote a slow step
+        if self._began_j is None and self._energy is not None and not cold:
             self._began_j, self._num_steps = self._energy.read_j(), 0
         self._look()
         if self._allocating:
