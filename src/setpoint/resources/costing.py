@@ -164,8 +164,9 @@ def _tape(make: Make, groups: tuple[Group, ...], seen: list[Reading] | None) -> 
 
     One copy is recorded that becomes narrower, where few widths tell the groups apart and the copy runs, with enough
     memory beside the model; else copies without data. Some modules (`nn.MultiheadAttention`) take another way through
-    PyTorch as soon as they are cut. Then the step is that of a model in which everything is. Others take another way with
-    one unit of two, such as key/value heads. Then that group saves nothing by prediction, and meters see what it saves.
+    PyTorch as soon as they are cut. Then the step is that of a model in which everything is. Others take another way
+    with one unit of two, such as key/value heads. Then that group saves nothing by prediction, and meters see what it
+    does save.
     Whatever goes wrong in foreign code becomes one error that says what to do.
     """
     narrow, apart = narrowing_widths(groups)
