@@ -210,7 +210,7 @@ def test_what_is_no_function_of_widths_is_refused(product: bool, why: str) -> No
 
 
 def test_two_key_value_heads_have_a_cost() -> None:
-    """Claim: a model with two key/value heads, whose step makes fewer copies with one, has a cost, near while it has both.
+    """Claim: a model with two key/value heads, whose step makes fewer copies with one, has a cost near to both.
 
     Its heads save nothing by prediction, and its other layers do.
     """
