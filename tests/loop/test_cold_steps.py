@@ -93,3 +93,15 @@ def test_joules_count_from_warm_steps() -> None:
         joules[0] += spent
         meter.stepped()
     assert meter.read()["energy"] == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(("steps", "slow"), [(30, 5), (60, 7)])
+def test_a_dense_model_that_becomes_quicker_is_not_cut_for_it(machine: Machine, steps: int, slow: int) -> None:
+    """Claim: where seconds fall to a third just before the first cut, the limit and the controller follow alike."""
+
+    def live(loop: setpoint.Loop) -> None:
+        machine.factor = 3.0 if loop.step < slow else 1.0
+        machine.live(loop)
+
+    loop = train(mlp(), Budget.fraction(0.9, of="latency"), steps, live)
+    assert machine.step_s(loop.widths) / machine.step_s(DENSE) >= 0.93 * 0.9

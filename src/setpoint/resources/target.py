@@ -105,11 +105,12 @@ class MeteredTarget(Target):
         for name, value in seen.items():
             first, ratio = name not in self._metered_dense, value / self.costs[name].total(widths)
             at_dense = widths == self._dense_widths
-            if first or at_dense:  # the first steps of a run are slow, so the last reading of the dense model counts
-                self._first[name] = (self.costs[name].total(widths), value)
-                self._anchor(name, ratio * self._dense[name], at_dense=at_dense)
             trust = 1.0 if first or name in self.runs else _TRUST
             self._factor[name] *= math.exp(trust * math.log(ratio / self._factor[name]))
+            if first or at_dense:  # the first steps of a run are slow, so the last reading of the dense model counts
+                self._first[name] = (self.costs[name].total(widths), value)
+                # One that falls is followed as slowly as the controller does: a limit ahead of it would be cut for.
+                self._anchor(name, max(ratio, self._factor[name]) * self._dense[name], at_dense=at_dense)
         if len(self.budgets) > 1 and self._metered_dense:  # what no meter reads now is as the readings so far foretell
             return {**seen, "joint": max(seen.get(n, self.expected(n, widths)) / m for n, m in self._limit.items())}
         return seen
