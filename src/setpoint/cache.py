@@ -64,7 +64,7 @@ def recall(key: str) -> Any:
     try:
         file = _file(key)
         content = json.loads(file.read_text(encoding="utf-8"))
-        if content["format"] == FORMAT and content["key"] == key and content["digest"] == _digest(content["facts"]):
+        if content["format"] == FORMAT and content["key"] == key and content["digest"] == digest_of(content["facts"]):
             with suppress(OSError):  # the folder may be for reading only
                 os.utime(file)
             return content["facts"]
@@ -77,27 +77,43 @@ def keep(key: str, facts: Any) -> None:
     """Keep facts, made of JSON's own kinds, under a key; a folder that cannot be written to costs the next run time."""
     if not key or not keeps():
         return
-    content = {"format": FORMAT, "key": key, "digest": _digest(facts), "facts": facts}
+    content = {"format": FORMAT, "key": key, "digest": digest_of(facts), "facts": facts}
     with suppress(OSError):
-        file = _file(key)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(OSError):  # another may have removed a file meanwhile
-            _make_room(file.parent)
-        # A reader sees a complete file or none; of two writers the last one wins.
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".tmp", delete=False, encoding="utf-8") as new:
-            json.dump(content, new)
+        replace_file(_file(key), content)
+
+
+def replace_file(file: Path, content: Any) -> None:
+    """Write content, made of JSON's own kinds, to a file at once: a reader sees a complete file or none.
+
+    Of two writers the last one wins.
+
+    Raises:
+        OSError: if the folder cannot be written to; then nothing stays behind.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(OSError):  # another may have removed a file meanwhile
+        _make_room(file)
+    with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".tmp", delete=False, encoding="utf-8") as new:
+        pass
+    try:
+        Path(new.name).write_text(json.dumps(content), encoding="utf-8")
         os.replace(new.name, file)
+    except BaseException:
+        Path(new.name).unlink(missing_ok=True)
+        raise
 
 
 def _file(key: str) -> Path:
     return cache_folder() / "attach" / f"{key}.json"
 
 
-def _digest(facts: Any) -> str:
+def digest_of(facts: Any) -> str:
+    """A digest of facts made of JSON's own kinds."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _make_room(folder: Path) -> None:
-    files = [(each.stat().st_mtime, each) for each in folder.iterdir()]
+def _make_room(file: Path) -> None:
+    """Remove the oldest files beside this one, which is about to be written."""
+    files = [(each.stat().st_mtime, each) for each in file.parent.iterdir() if each != file]
     for _, each in sorted(files)[: max(0, len(files) - _MOST + 1)]:
         each.unlink(missing_ok=True)

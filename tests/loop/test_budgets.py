@@ -80,6 +80,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Machine
 
     monkeypatch.setattr(costing, "_tape", recorded)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("SETPOINT_CACHE", "on")
     monkeypatch.setattr(table_file, "_seconds", lambda problem, point, device: made.operation(problem, point))
 
     def timed(make: Any, groups: tuple[Group, ...], device: Any, meter: Any, show: Any) -> Iterator[Any]:

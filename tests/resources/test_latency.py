@@ -34,6 +34,12 @@ from setpoint.resources.tape import Operand, Operation, Tape, record
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache is on."""
+    monkeypatch.setenv("SETPOINT_CACHE", "on")
+
+
 @pytest.fixture(scope="module")
 def step() -> tuple[tuple[Group, ...], Tape]:
     """The recorded step of two hidden layers, one wide in few blocks and one in many."""

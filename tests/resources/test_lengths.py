@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from setpoint.errors import CostError
 from setpoint.groups.group import Group, Size
-from setpoint.resources.lengths import Lengths, narrowing_widths, trial_widths
+from setpoint.resources.lengths import Lengths, held_at_two, narrowing_widths, trial_widths
 
 
 def groups_of(*sizes: int, multiple_of: int = 1) -> tuple[Group, ...]:
@@ -82,3 +82,16 @@ def test_a_group_that_no_block_leaves_is_a_constant() -> None:
     """A group of one block cannot be cut, and its width is not varied."""
     group = Group("g", "unit", 8, (), min_units=8, multiple_of=8)
     assert {vector["g"] for vector in trial_widths((group,))} == {8}
+
+
+def test_groups_of_two_units_can_be_held() -> None:
+    """Claim: held are groups that become one unit and nothing else, and the widths to record at are theirs."""
+    groups = (
+        Group("two", "head", 2, ()),
+        Group("three", "head", 3, ()),
+        Group("one", "head", 1, ()),
+        Group("floor", "head", 2, (), min_units=2),
+    )
+    held = held_at_two(groups)
+    assert [each.min_units for each in held] == [2, *(each.min_units for each in groups[1:])]
+    assert {widths["two"] for widths in trial_widths(held)} == {2}

@@ -20,7 +20,7 @@ from setpoint.cost.cost import Cost
 from setpoint.errors import CostError
 from setpoint.groups.group import Group, widths_of
 from setpoint.groups.trace import trace
-from setpoint.resources.costing import _narrowed, _tape
+from setpoint.resources.costing import _narrowed, _tape, cost_out
 from setpoint.resources.lengths import narrowing_widths, trial_widths
 from setpoint.resources.live_bytes import peak_bytes
 from setpoint.resources.memory import MemoryCost
@@ -207,3 +207,25 @@ def test_what_is_no_function_of_widths_is_refused(product: bool, why: str) -> No
     groups = (Group("a", "unit", 32, ()), Group("b", "unit", 40, ()))
     with pytest.raises(CostError, match=why):
         record(lambda widths: nullcontext(Fickle(widths, product)), trial_widths(groups))
+
+
+def test_two_key_value_heads_have_a_cost() -> None:
+    """Claim: a model with two key/value heads, whose step makes fewer copies with one, has a cost near to both.
+
+    Its heads save nothing by prediction, and its other layers do.
+    """
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 32}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(use_cache=False, **sizes, **heads))
+    example = {"input_ids": torch.zeros(2, 8, dtype=torch.long)}
+    groups = trace(model, example).groups
+    optimizer = torch.optim.AdamW(model.parameters())
+    found = cost_out(model, (optimizer,), example, groups, {"memory"})
+    memory, widths = found.costs["memory"], widths_of(groups)
+    head = next(group.name for group in groups if group.num_units == 2)
+    layer = next(group.name for group in groups if group.num_units == 64)
+    for width in (64, 32):
+        with replica(model, (optimizer,), example, groups, {**widths, layer: width}, data=True) as copy:
+            assert memory.total({**widths, layer: width}) == pytest.approx(peak_bytes(copy.step, copy.held()), rel=0.03)
+    assert memory.saving(widths, head, 1) == 0 and memory.saving(widths, layer, 8) > 0

@@ -56,6 +56,7 @@ def test_slow_steps_are_timed_while_they_are_recorded(
 ) -> None:
     """Claim: a slow model is copied once, its five widths are timed there, and the cost fits; a fast one is timed."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("SETPOINT_CACHE", "on")
     monkeypatch.setattr(costing, "_SLOW_S", 0.0 if slow else 1e9)
     model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
     example = (torch.randn(32, 16),)

@@ -460,7 +460,7 @@ class Loop:
             reading = self.host.mean(self._read, self.losses, now.step)
             self.losses.complete(self._ledger)
             self.spending.metered(before)
-            problem = refusal(reading)
+            problem = refusal(reading) or (self.spending.meter.waits if now.step < self.spending.total_steps else "")
             if not problem:
                 observation, state, plan = self._plan(reading)
         if not problem:

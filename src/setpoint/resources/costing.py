@@ -26,7 +26,7 @@ from setpoint.resources.inference import inference_replica
 from setpoint.resources.joules import EnergyMeter, find_energy_meter, idle_watts
 from setpoint.resources.kept_tape import kept_tape, tape_key
 from setpoint.resources.latency import Fit, LatencyCost, fit_steps
-from setpoint.resources.lengths import narrowing_widths, trial_widths
+from setpoint.resources.lengths import held_at_two, narrowing_widths, trial_widths
 from setpoint.resources.live_bytes import peak_bytes
 from setpoint.resources.memory import MemoryCost
 from setpoint.resources.replica import first, replica
@@ -164,8 +164,10 @@ def _tape(make: Make, groups: tuple[Group, ...], seen: list[Reading] | None) -> 
 
     One copy is recorded that becomes narrower, where few widths tell the groups apart and the copy runs, with enough
     memory beside the model; else copies without data. Some modules (`nn.MultiheadAttention`) take another way through
-    PyTorch as soon as they are cut. Then the step is that of a model in which everything is. Whatever goes wrong in
-    foreign code becomes one error that says what to do.
+    PyTorch as soon as they are cut. Then the step is that of a model in which everything is. Others take another way
+    with one unit of two, such as key/value heads. Then that group saves nothing by prediction, and meters see what it
+    does save.
+    Whatever goes wrong in foreign code becomes one error that says what to do.
     """
     narrow, apart = narrowing_widths(groups)
     try:
@@ -176,10 +178,10 @@ def _tape(make: Make, groups: tuple[Group, ...], seen: list[Reading] | None) -> 
             try:
                 return record(partial(make, data=False), trial_widths(groups))
             except CostError as error:
-                try:
-                    return record(partial(make, data=False), trial_widths(groups, dense=False))
-                except CostError:
-                    raise error from None
+                for trials in (trial_widths(groups, dense=False), trial_widths(held_at_two(groups))):
+                    with suppress(CostError):
+                        return record(partial(make, data=False), trials)
+                raise error from None
     except SetpointError:
         raise
     except Exception as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -65,6 +66,15 @@ def _reach(group: Group) -> list[int]:
     widths = block_widths(group)
     above_one = [width for width in widths if width > 1]
     return above_one if len(above_one) > 1 else widths
+
+
+def held_at_two(groups: Sequence[Group]) -> tuple[Group, ...]:
+    """The groups, those held as they are that can become narrower but only to a width of 1.
+
+    A tensor with one unit along a dim may need no copy where one with two does, as with one key/value head of two. Then
+    no width above 1 is left to tell how sizes follow such a group, and a step is known where it stays.
+    """
+    return tuple(replace(each, min_units=each.num_units) if _reach(each)[1:] == [1] else each for each in groups)
 
 
 def _told_apart(reach: Mapping[str, Sequence[int]], vectors: Sequence[Mapping[str, int]]) -> bool:

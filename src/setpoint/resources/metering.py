@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 
@@ -23,6 +24,10 @@ from setpoint.spending.seconds import StepMeter
 from setpoint.warn import warn
 
 _MARGIN = 0.03
+_COLD = 2
+"""First steps after a cut, which are no reading: caches and the allocator meet new sizes, and such a step is slow."""
+_FEW = 4
+"""Steps after a cut that are timed before a decision: a cut for a reading that was too high is not taken back."""
 _ENOUGH = 10
 """Steps behind a reading, before the end of a run is judged by it."""
 _LOOK_S = 10.0
@@ -46,11 +51,11 @@ class _FirstCall:
 class Metering(Meter):
     """Reads seconds, joules and bytes of the user's own optimizer steps between two cuts.
 
-    Seconds are the median over all steps, joules the mean. Bytes are the peak of one step, the last
-    before a decision: of the allocator on a GPU, of live tensors on the CPU. There the step runs under
-    a dispatch mode, which is slow, so its seconds do not count; compiled code and code under
-    somebody else's mode are left alone and give no reading. What goes on between two steps, such as an
-    evaluation, is left out: the peak counts from the first call of the model or a part of it with gradients, in the
+    Seconds are the median over all steps but the first two, joules the mean over all but the first three, since those
+    after a cut are slow. Bytes are the peak of one step, the last before a decision: of the allocator on a GPU, of live
+    tensors on the CPU. There the step runs under a dispatch mode, which is slow, so its seconds do not count; compiled
+    code and code under somebody else's mode are left alone and give no reading. What goes on between two steps, such as
+    an evaluation, is left out: the peak counts from the first call of the model or a part of it with gradients, in the
     mode, training or not, that the model was in when the last step ended.
     Seconds of inference are the median over a few forward passes of the model itself, made before each decision.
 
@@ -88,7 +93,7 @@ class Metering(Meter):
         self._looked: float | None = None
         self._began_j: float | None = None
         self._earlier_j: float | None = 0.0
-        self._num_steps = 0
+        self._num_steps = self._since_cut = 0
 
     @property
     def sources(self) -> dict[str, str]:
@@ -116,6 +121,19 @@ class Metering(Meter):
         return self._peak is not None
 
     @property
+    def waits(self) -> str:
+        """Why no decision can be made yet; "" if one can."""
+        if self._since_cut >= self._few:
+            return ""
+        return f"no decision: meters read {self._few} steps at the same widths, and this is number {self._since_cut}"
+
+    @property
+    def _few(self) -> int:
+        """Steps after a cut before a decision: the last is watched for its bytes, and for joules there is one more."""
+        timed = {"latency", "energy"} & self._resources
+        return _FEW + len({"memory", "energy"} & self._resources) if timed else 0
+
+    @property
     def watching(self) -> bool:
         """Whether the step that begins now is watched for its bytes, which makes it slow."""
         return self._watching is not None
@@ -123,7 +141,9 @@ class Metering(Meter):
     def stepped(self) -> None:
         """An optimizer step is done."""
         self._num_steps += 1
-        if self._began_j is None and self._energy is not None:  # what came before the first step is not a step's
+        self._since_cut += 1
+        cold = self._since_cut <= _COLD  # one more than for seconds, since a mean does not outvote a slow step
+        if self._began_j is None and self._energy is not None and not cold:
             self._began_j, self._num_steps = self._energy.read_j(), 0
         self._look()
         if self._allocating:
@@ -164,6 +184,8 @@ class Metering(Meter):
         """The next step begins; `due` if a decision comes after it."""
         if not due or "memory" not in self._resources:
             return
+        if self._since_cut + 1 < self._few:  # the decision waits, and a step that is watched is not timed
+            return
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
             self._allocating = True
@@ -203,7 +225,7 @@ class Metering(Meter):
     def read(self) -> dict[str, float]:
         """Readings since the last cut, by resource; what no meter has read is not there."""
         found: dict[str, float] = {}
-        seconds = self.steps.seconds_per_step
+        seconds = self._seconds
         if "latency" in self._resources and seconds is not None:
             found["latency"] = seconds
         if self._pass_seconds is not None:
@@ -216,9 +238,19 @@ class Metering(Meter):
                 found["energy"] = (now_j - self._began_j) / self._num_steps
         return found
 
+    @property
+    def _warm(self) -> tuple[float, ...]:
+        """Seconds of the recent steps; of the first ones after a cut those count that are not cold."""
+        return self.steps.intervals[_COLD:]
+
+    @property
+    def _seconds(self) -> float | None:
+        """Median of the recent steps; None before a few."""
+        return statistics.median_low(self._warm) if self._warm and self._since_cut >= _FEW else None
+
     def stated_j(self) -> dict[str, float]:
         """Joules of a step where they are the user's watts times seconds, once those are known."""
-        seconds = self.steps.seconds_per_step
+        seconds = self._seconds
         return {} if not self.watts or seconds is None else {"energy": self.watts * seconds}
 
     def at_best(self, known: Mapping[str, float]) -> dict[str, float]:
@@ -242,7 +274,7 @@ class Metering(Meter):
         """How far spending may lie over a limit, relatively, before a meter of this resource can tell."""
         if resource not in METERED:
             return 0.0
-        intervals = self.steps.intervals
+        intervals = self._warm
         measured = median_of(intervals) if intervals else None
         seconds = {"latency": measured, "inference": self._pass_seconds}.get(resource)
         return max(_MARGIN, (seconds.high - seconds.low) / 2 / seconds.value if seconds else 0.0)
@@ -253,7 +285,12 @@ class Metering(Meter):
         return None if now_j is None or self._earlier_j is None else self._earlier_j + now_j
 
     def miss(self, resources: Collection[str]) -> None:
-        """Say once of each of these that it is not metered now; an energy meter says so itself."""
+        """Say once of each of these that it is not metered now; an energy meter says so itself.
+
+        Before a few steps are made nothing is missing.
+        """
+        if self.waits:
+            return
         for name in sorted(set(resources) - self._missed - {"energy"}):
             warn(
                 f"{name} is not measured now (is there another dispatch mode, as of a second loop?): it is modelled, "
@@ -272,15 +309,16 @@ class Metering(Meter):
 
     def cut(self) -> None:
         """The model has changed: forget."""
-        self._peak, self._pass_seconds, self._num_steps = None, None, 0
-        self._began_j = self._energy.read_j() if self._energy else None
+        self._peak, self._pass_seconds, self._began_j = None, None, None
+        self._num_steps = self._since_cut = 0
 
     def state_dict(self) -> dict[str, float | None]:
         """The last peak, and the joules of the run; those of a step count anew in another process."""
-        return {"peak": self._peak, "run_j": self.run_j(), "blocked": float(self._blocked)}
+        facts = {"peak": self._peak, "run_j": self.run_j(), "blocked": float(self._blocked)}
+        return {**facts, "since_cut": float(self._since_cut)}
 
     def load_state_dict(self, state: Mapping[str, float | None]) -> None:
         """Go on with the last peak and the joules of the run."""
         self._peak = None if state["peak"] is None else int(state["peak"])
-        self._blocked = bool(state["blocked"])
+        self._blocked, self._since_cut = bool(state["blocked"]), int(state.get("since_cut") or 0)
         self._earlier_j = None if state["run_j"] is None else float(state["run_j"])

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 import statistics
-import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from setpoint.cache import cache_folder
+from setpoint.cache import cache_folder, digest_of, keeps, replace_file
 from setpoint.resources.curve import Curve, Point, points
 from setpoint.resources.problem import Problem, on_one_dim
 from setpoint.spending.seconds import Stopwatch
 from setpoint.under_way import under_way
 from setpoint.warn import warn
 
-FORMAT = 2
-"""A table of another version is timed again: its fits belong to other curves."""
+FORMAT = 3
+"""A table of another version is timed again: its fits belong to other curves, or it has no digest."""
 _ROUNDS = 3
 _LEAST_SECONDS = 5e-4
 
@@ -33,10 +31,41 @@ def environment(device: torch.device) -> dict[str, Any]:
     """What timings hold for: they are worth nothing elsewhere."""
     facts: dict[str, Any] = {"torch": torch.__version__, "machine": platform.machine(), "device": device.type}
     if device.type == "cuda":
-        facts |= {"name": torch.cuda.get_device_name(device), "tf32": torch.backends.cuda.matmul.allow_tf32}
+        facts |= {"name": torch.cuda.get_device_name(device)}
     else:
         facts |= {"name": _processor(), "threads": torch.get_num_threads()}
-    return facts
+    return facts | _modes(device)
+
+
+def _modes(device: torch.device) -> dict[str, Any]:
+    """Settings of PyTorch that choose other kernels for the same operation."""
+    backends: Any = torch.backends
+    wanted: dict[str, Callable[[], Any]] = {
+        "precision": torch.get_float32_matmul_precision,
+        "deterministic": torch.are_deterministic_algorithms_enabled,
+    }
+    if device.type == "cuda":
+        wanted |= {
+            "tf32": lambda: backends.cuda.matmul.allow_tf32,
+            "cudnn": lambda: backends.cudnn.enabled,
+            "cudnn tf32": lambda: backends.cudnn.allow_tf32,
+            "cudnn benchmark": lambda: backends.cudnn.benchmark,
+            "cudnn deterministic": lambda: backends.cudnn.deterministic,
+        }
+        kernels = [backends.cuda.matmul, getattr(backends.cudnn, "conv", None), getattr(backends.cudnn, "rnn", None)]
+    else:
+        wanted |= {"mkldnn": lambda: backends.mkldnn.enabled}
+        kernels = [getattr(backends.mkldnn, name, None) for name in ("matmul", "conv", "rnn")]
+    facts = {name: _setting(read) for name, read in wanted.items()}
+    return facts | {"fp32": [str(getattr(each, "fp32_precision", None)) for each in kernels]}
+
+
+def _setting(read: Callable[[], Any]) -> Any:
+    """A setting of PyTorch, which refuses to say one that its newer interface ("fp32") has changed."""
+    try:
+        return read()
+    except RuntimeError:
+        return "mixed"
 
 
 def _processor() -> str:
@@ -53,29 +82,39 @@ class Table:
     def __init__(self, device: torch.device, folder: Path | None = None) -> None:
         self.device = device
         self.environment = environment(device)
-        words = "-".join(str(value) for value in self.environment.values())
-        name = "".join(c if c.isalnum() or c in "-." else "_" for c in words)
-        self.name = f"{name}.json"
+        words = "-".join(str(self.environment[name]) for name in ("torch", "machine", "device", "name"))
+        name = "".join(c if c.isalnum() or c in "-." else "_" for c in words)[:100]
+        self.name = f"{name}-{digest_of(self.environment)[:8]}.json"
         self.file: Path | None = None
         with suppress(OSError):  # a user without a home has no cache folder, and times anew
             self.file = (cache_folder() if folder is None else folder) / "latency" / self.name
-        self._seconds: dict[str, dict[Point, float]] = {}
-        self._fits: dict[str, list[float]] = {}
-        self._read()
+        self._seconds, self._fits = self._kept(told=True)
 
-    def _read(self) -> None:
-        """Take over what the file holds, unless it is damaged or was timed elsewhere: then it is timed again."""
-        if self.file is None:
-            return
+    def _kept(self, told: bool = False) -> tuple[dict[str, dict[Point, float]], dict[str, list[float]]]:
+        """What the file holds: nothing where nothing is kept, or it is damaged or was timed elsewhere.
+
+        Args:
+            told: warn of a file that is not used.
+        """
+        nothing: tuple[dict[str, dict[Point, float]], dict[str, list[float]]] = {}, {}
+        if self.file is None or not keeps():
+            return nothing
         try:
             content = json.loads(self.file.read_text(encoding="utf-8"))
             if content["format"] != FORMAT:
-                return
+                return nothing
             made_for = content["environment"]
+            if made_for != self.environment:
+                if told:
+                    here = f"this is {self.environment}"
+                    warn(f"the latency table {self.file} was timed on {made_for}, and {here}: timed again")
+                return nothing
+            if content["digest"] != digest_of([content["timed"], content["fits"]]):
+                raise ValueError("its digest does not fit")
             timed = {
                 key: {tuple(point): float(seconds) for point, seconds in rows} for key, rows in content["timed"].items()
             }
-            fits = {key: [float(value) for value in values] for key, values in content.get("fits", {}).items()}
+            fits = {key: [float(value) for value in values] for key, values in content["fits"].items()}
             if not all(0 < seconds < math.inf for rows in timed.values() for seconds in rows.values()):
                 raise ValueError("it holds times that are no seconds")
             if not all(0 <= value < math.inf for values in fits.values() for value in values):
@@ -83,26 +122,29 @@ class Table:
             if not all(sum(values[:-1]) > 0 for values in fits.values()):
                 raise ValueError("it holds a fit of nothing")
         except FileNotFoundError:
-            return
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            warn(f"the latency table {self.file} is damaged ({error}) and is timed again")
-            return
-        if made_for != self.environment:
-            warn(f"the latency table {self.file} was timed on {made_for}, and this is {self.environment}: timed again")
-            return
-        self._seconds, self._fits = timed, fits
+            return nothing
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            if told:
+                warn(f"the latency table {self.file} is damaged ({error}) and is timed again")
+            return nothing
+        return timed, fits
 
     def _write(self) -> None:
-        """Replace the file at once; a folder that cannot be written to costs the next run a timing, no more."""
-        timed = {key: [[list(p), s] for p, s in rows.items()] for key, rows in self._seconds.items()}
-        if self.file is None:
+        """Replace the file at once; a folder that cannot be written to costs the next run a timing, no more.
+
+        What another process has added meanwhile stays.
+        """
+        if self.file is None or not keeps():
             return
-        content = {"format": FORMAT, "environment": self.environment, "timed": timed, "fits": self._fits}
+        seconds, fits = self._kept()
+        for key, rows in self._seconds.items():
+            seconds[key] = {**seconds.get(key, {}), **rows}
+        timed = {key: [[list(p), s] for p, s in rows.items()] for key, rows in seconds.items()}
+        fits |= self._fits
+        digest = digest_of([timed, fits])
+        content = {"format": FORMAT, "digest": digest, "environment": self.environment, "timed": timed, "fits": fits}
         try:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=self.file.parent, delete=False, encoding="utf-8") as file:
-                json.dump(content, file)
-            os.replace(file.name, self.file)
+            replace_file(self.file, content)
         except OSError as error:
             warn(f"the latency table cannot be kept in {self.file}: {error}")
 
@@ -145,9 +187,11 @@ class Table:
         return found
 
     def _lacks(self, problem: Problem) -> bool:
-        """Whether a problem was not timed, or on one dim not up to such a length."""
+        """Whether a problem was not timed where its curve begins, or on one dim not up to such a length."""
         known = self._seconds.get(problem.key)
-        return known is None or (problem.by_entries and bool(known) and max(known) < problem.dense)
+        if not known:
+            return known is None
+        return max(known) < problem.dense if problem.by_entries else problem.dense not in known
 
     def _time(self, problems: Sequence[Problem], limit_s: float) -> None:
         began = time.perf_counter()

@@ -167,9 +167,11 @@ def _solved(takes: Sequence[_Take], vectors: Sequence[Mapping[str, int]]) -> Tap
     targets, events = [call[0] for call in takes[0][0]], takes[0][2]
     for vector, (calls, _, others) in zip(vectors[1:], takes[1:], strict=True):
         if [call[0] for call in calls] != targets or others != events:
+            single = [name for name, width in vector.items() if width == 1 < vectors[0][name]]
+            out = f", or leave out by `groups=` what becomes a single unit ({', '.join(single)})" if single else ""
             raise CostError(
                 f"the training step makes other operations at widths {dict(vector)} than dense, so its cost is no "
-                "function of widths: hold it to a budget of 'flops' or 'params'"
+                f"function of widths: hold it to a budget of 'flops' or 'params'{out}"
             )
     lengths = Lengths(vectors)
     operations = [_operation(lengths, seen) for seen in zip(*(calls for calls, _, _ in takes), strict=True)]

@@ -90,8 +90,8 @@ class MeteredTarget(Target):
         sure = self._meter.at_best(known)
         for name in self._out_of_reach(sure, widths):
             self._warn_and_hold(name, sure[name], widths)
-        missing = before - known.keys() - {"latency"}  # of which there is none before the first whole step after a cut
-        self._meter.miss(missing)
+        missing = before - known.keys()
+        self._meter.miss(missing - {"latency"})  # of which there is none before a few steps after a cut
         return readings, learnt | {name: self.expected(name, widths) for name in missing}
 
     def _follow(self, metered: Mapping[str, float], widths: Mapping[str, int]) -> dict[str, float]:
@@ -105,11 +105,12 @@ class MeteredTarget(Target):
         for name, value in seen.items():
             first, ratio = name not in self._metered_dense, value / self.costs[name].total(widths)
             at_dense = widths == self._dense_widths
-            if first or at_dense:  # the first steps of a run are slow, so the last reading of the dense model counts
-                self._first[name] = (self.costs[name].total(widths), value)
-                self._anchor(name, ratio * self._dense[name], at_dense=at_dense)
             trust = 1.0 if first or name in self.runs else _TRUST
             self._factor[name] *= math.exp(trust * math.log(ratio / self._factor[name]))
+            if first or at_dense:  # the first steps of a run are slow, so the last reading of the dense model counts
+                self._first[name] = (self.costs[name].total(widths), value)
+                # One that falls is followed as slowly as the controller does: a limit ahead of it would be cut for.
+                self._anchor(name, max(ratio, self._factor[name]) * self._dense[name], at_dense=at_dense)
         if len(self.budgets) > 1 and self._metered_dense:  # what no meter reads now is as the readings so far foretell
             return {**seen, "joint": max(seen.get(n, self.expected(n, widths)) / m for n, m in self._limit.items())}
         return seen

@@ -9,9 +9,7 @@ from setpoint.spending.seconds import StepMeter
 
 
 class Meter:
-    """The meter of a run that is held to FLOPs and parameters, which are counted: it reads nothing.
-
-    One that reads something overrides what it can tell.
+    """The meter of a run that is held to FLOPs and parameters, which are counted: it reads nothing; others override it.
 
     Args:
         steps: tells how long a step takes, for the account and for whatever reads seconds.
@@ -42,6 +40,11 @@ class Meter:
     def watching(self) -> bool:
         """Whether the step that begins now is watched for its bytes, which makes it slow."""
         return False
+
+    @property
+    def waits(self) -> str:
+        """Why no decision can be made yet; "" if one can."""
+        return ""
 
     @property
     def vanished(self) -> bool:
