@@ -202,6 +202,8 @@ def by_fluctuation(task: SimpleTask, model: nn.Module, budget: float, batches: B
         for group in groups:
             for reader in find_consumers(group, model):
                 layer = model.get_submodule(reader.layer)
+                if layer.bias is None and isinstance(layer, nn.modules.conv._ConvNd):
+                    continue  # a BatchNorm lies behind it, whose new statistics take over the mean
                 gone = torch.from_numpy(reader.channels[~kept[group.name]].ravel())
                 columns = by_column(layer, layer.weight.detach()).sum(1)[gone]
                 shift = (seen[reader.layer].mean[gone].to(columns)[None] @ columns)[0]
