@@ -61,6 +61,7 @@ from tables.methods import (
     tuning_table,
     validation_table,
 )
+from tables.one_shot import one_shot_table
 from tables.reference import reference_table
 from tables.seconds_goals import seconds_goals_table
 from tables.states import mamba2_table, moments_table, ssm_table, state_regrowth_table, states_table
@@ -137,6 +138,7 @@ def filled(text: str) -> str:
             "soak": lambda: soak_table(RESULTS / "soak.json"),
             "bench-quick": lambda: bench_quick_table(RESULTS / "bench-quick.json"),
             "compiled": lambda: compiled_table(RESULTS / "compiled.json"),
+            "one-shot": lambda: one_shot_table(RESULTS / "one-shot.json"),
             "seconds-goals": lambda: seconds_goals_table(RESULTS),
             "growth": lambda: growth_table(RESULTS / "growth.json"),
             "widths": lambda: widths_table(RESULTS / "widths.json"),

@@ -237,7 +237,7 @@ def _pretrained_column(rows: Sequence[Row], small: Path | None) -> dict[str, str
     for budget, words in ((0.5, "half of the FLOPs"), (0.25, "a quarter")):
         best = _best_of_families([row for row in rows if row.budget == budget])
         for kind, row in best.items():
-            text = NOTHING if row is None else _with_seeds(row)
+            text = NOTHING if row is None else _with_seeds(row) + (f", `{row.method}`" if kind != "Setpoint" else "")
             rivals = [each for each in best.values() if each is not None and each is not row]
             found[f"{words}: {kind}"] = f"**{text}**" if row is not None and _clearly_ahead(row, rivals) else text
     found["small pretrained model"] = NOTHING
