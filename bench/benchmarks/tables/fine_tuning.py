@@ -1,0 +1,103 @@
+"""The goals of fine-tuning as one table: what was asked of a cut pretrained model, and what each of three came to."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from setpoint.report.numbers import NOTHING, percent
+from setpoint_bench.report.folder import Cell, read_results
+from setpoint_bench.report.statistics import Difference, difference
+from setpoint_bench.report.summary import SETPOINT
+from tables.methods import PRETRAINED
+from tables.words import marked
+
+NEAR_DENSE = 0.003
+MEAN_LEAD = 0.01
+CLEAR_ON = 2
+MOST_FLOPS = {0.5: 0.7, 0.25: 0.5}
+RIVALS = ("open-loop", "post-training")
+
+
+def fine_tuning_goals_table(root: Path) -> str:
+    """A row for each goal, a column for each model, and whether it is reached on all of them."""
+    models = [_Model(root / folder, root / small if small else None) for folder, (_, small) in PRETRAINED.items()]
+    heads = [words.partition(",")[0] for words, _ in PRETRAINED.values()]
+    lines = [f"| goal | {' | '.join(heads)} | reached |", f"|---|{'---:|' * len(heads)}---|"]
+    near = [model.to_dense() for model in models]
+    lines.append(
+        _line("half: within 0.3 points of the dense model", near, [found.mean >= -NEAR_DENSE for found, _ in near])
+    )
+    half = [model.lead(0.5) for model in models]
+    lines.append(_line("half: not clearly behind any rival", half, [(found.high or 1.0) >= 0 for found, _ in half]))
+    quarter = [model.lead(0.25) for model in models]
+    lines.append(_line("a quarter: ahead of every rival", quarter, [found.mean > 0 for found, _ in quarter]))
+    clear = sum(found.clear and found.mean > 0 for found, _ in quarter)
+    lead = statistics.fmean(found.mean for found, _ in quarter)
+    empty = " | ".join([""] * len(models))
+    of_all = f"{clear} of {len(models)}, {_yes(clear >= CLEAR_ON)}"
+    lines += [
+        f"| a quarter: clearly so on {CLEAR_ON} of {len(models)} | {empty} | {of_all} |",
+        f"| a quarter: by 1 point in the mean | {empty} | {100 * lead:+.1f} points, {_yes(lead >= MEAN_LEAD)} |",
+    ]
+    for budget, words in ((0.5, "half"), (0.25, "a quarter")):
+        small = [model.to_small(budget) for model in models]
+        measured = [found.mean > 0 for found, _ in small if found is not None]
+        lines.append(_line(f"{words}: ahead of the small pretrained model (its FLOPs)", small, measured))
+    for budget, most in MOST_FLOPS.items():
+        shares = [model.training_flops(budget) for model in models]
+        words = f"{percent(budget)} of the FLOPs: training FLOPs at most {percent(most)} of dense"
+        met = _yes(all(share <= most for share in shares))
+        lines.append(f"| {words} | {' | '.join(map(percent, shares))} | {met} |")
+    return "\n".join(lines)
+
+
+class _Model:
+    """The runs of one pretrained model, and of the small one where there is one."""
+
+    def __init__(self, folder: Path, small: Path | None) -> None:
+        self.cells = [cell for cell in read_results(folder).cells if cell.split == "test"]
+        self.small = [] if small is None else list(read_results(small).cells)
+
+    def of(self, method: str, budget: float | None) -> list[Cell]:
+        return [cell for cell in self.cells if (cell.method, cell.budget) == (method, budget)]
+
+    def to_dense(self) -> tuple[Difference, str]:
+        return _known(self.of(SETPOINT, 0.5), self.of("dense", None)), ""
+
+    def lead(self, budget: float) -> tuple[Difference, str]:
+        """Over the rival of the best mean, with its name."""
+        here = [cell for cell in self.cells if cell.budget == budget and cell.family in RIVALS]
+        names = {cell.method for cell in here if not cell.method.partition("@")[0].endswith(("-long", "-taught"))}
+        best = max(names, key=lambda name: statistics.fmean(cell.value for cell in self.of(name, budget)))
+        return _known(self.of(SETPOINT, budget), self.of(best, budget)), f" (`{best}`)"
+
+    def to_small(self, budget: float) -> tuple[Difference | None, str]:
+        if not self.small:
+            return None, ""
+        dense = self.of("dense", None)[0].final_flops or 1.0
+        share = (self.small[0].final_flops or 0.0) / dense
+        return difference(self.of(SETPOINT, budget), self.small), f" ({percent(share)})"
+
+    def training_flops(self, budget: float) -> float:
+        ours, dense = (
+            statistics.fmean(cell.train_flops or 0.0 for cell in cells)
+            for cells in (self.of(SETPOINT, budget), self.of("dense", None))
+        )
+        return ours / dense
+
+
+def _known(ours: Sequence[Cell], theirs: Sequence[Cell]) -> Difference:
+    found = difference(ours, theirs)
+    assert found is not None, "both were run"
+    return found
+
+
+def _line(words: str, found: Sequence[tuple[Difference | None, str]], reached: Sequence[bool]) -> str:
+    cells = [NOTHING if each is None else f"{marked(each, 'accuracy')}{name}" for each, name in found]
+    return f"| {words} | {' | '.join(cells)} | {sum(reached)} of {len(reached)}, {_yes(all(reached))} |"
+
+
+def _yes(reached: bool) -> str:
+    return "yes" if reached else "**no**"
