@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import random
+import subprocess
 import sys
 import threading
 import time
@@ -396,6 +397,7 @@ HELD: dict[str, Callable[[ModuleType], nn.Module]] = {
         "Made = make(OPS)",
         OPS=ops,
     ),
+    "table of the module": lambda ops: made_by(net_with("return self.b(OPS.__dict__['split'](self.a(x)))"), OPS=ops),
     "argument": lambda ops: made_by(net_with("return self.b(split_by(OPS, self.a(x)))", before=SPLIT_BY), OPS=ops),
 }
 
@@ -419,6 +421,8 @@ CHANGING = {
     "table of modules": "return self.b(sys.modules['torch'].relu(self.a(x)))",
     "importlib": "import importlib\nreturn self.b(importlib.import_module('torch').relu(self.a(x)))",
     "method": "return self.b(self.a(x)) * self.factor()",
+    "file": "return self.b(self.a(x)) * (2 if FILE.exists() else 1)",
+    "machine": "import platform\nreturn self.b(self.a(x)) * (2 if platform.node() == '?' else 1)",
     "not imported yet": "if x.dim() > 9:\n    import nothing_of_this_name\nreturn self.b(self.a(x))",
 }
 FACTOR = "def factor(self):\n        return 2 if time.time() < 0 else 1"
@@ -427,7 +431,7 @@ FACTOR = "def factor(self):\n        return 2 if time.time() < 0 else 1"
 @pytest.mark.parametrize("what", list(CHANGING))
 def test_code_that_asks_what_may_change_is_tried_each_time(what: str, tries: list[int], folder: Path) -> None:
     """Claim: a forward that asks the environment, a clock, chance or a table by a computed name leaves nothing kept."""
-    names = {"os": os, "time": time, "random": random, "sys": sys, "scaled": scaled}
+    names = {"os": os, "time": time, "random": random, "sys": sys, "scaled": scaled, "FILE": Path("nothing")}
     for _ in range(2):
         attached(made_by(net_with(CHANGING[what], FACTOR if what == "method" else ""), **names))
     assert len(tries) == 2 and not folder.exists()
@@ -436,6 +440,7 @@ def test_code_that_asks_what_may_change_is_tried_each_time(what: str, tries: lis
 PLAIN = {
     "attribute of self": "return self.b(getattr(self, 'A'.lower())(x))",
     "name in the code": "return self.b(self.a(x)) * getattr(self.norm, 'factor', 1.0)",
+    "activation by name": "return self.b(getattr(nn.functional, 'RELU'.lower())(self.a(x)))",
     "function of a library": "return self.b(getattr(torch, 'RELU'.lower())(self.a(x)))",
     "constant of the interpreter": "return self.b(self.a(x)) * (1 if sys.version_info > (3,) else 2)",
     "library, imported": "import math\nfrom torch import nn as n\nreturn self.b(n.functional.relu(self.a(x))) * math.e",
@@ -454,7 +459,8 @@ UNUSED = """def __init__(self):
 def test_plain_code_is_known(what: str, tries: list[int]) -> None:
     """Claim: attributes of self, functions of libraries by any name, and methods that no forward calls do no harm."""
     for _ in range(2):
-        attached(made_by(net_with(PLAIN[what], UNUSED if what == "unused" else ""), os=os, time=time, sys=sys))
+        before = UNUSED if what in ("unused", "activation by name") else ""
+        attached(made_by(net_with(PLAIN[what], before), os=os, time=time, sys=sys))
     assert len(tries) == 1
 
 
@@ -534,3 +540,21 @@ def test_a_user_without_a_home_has_no_cache(tries: list[int], monkeypatch: pytes
     table = Table(torch.device("cpu"))
     table.keep_fit("all", [1.0])
     assert table.fit("all") == [1.0] and table.file is None
+
+
+def test_a_model_of_a_library_is_known_in_another_process(folder: Path) -> None:
+    """Claim: a model of Transformers, whose library draws an identifier in each process, has one fingerprint."""
+    pytest.importorskip("transformers")
+    code = (
+        "import torch, transformers, setpoint\n"
+        "sizes = dict(hidden_size=32, intermediate_size=64, num_attention_heads=4, vocab_size=50)\n"
+        "config = transformers.LlamaConfig(**sizes, num_hidden_layers=1)\n"
+        "model = transformers.LlamaForCausalLM(config)\n"
+        "example = {'input_ids': torch.zeros(2, 8, dtype=torch.long)}\n"
+        "setpoint.attach(model, torch.optim.SGD(model.parameters()), 0.5, example=example, total_steps=9).detach()\n"
+    )
+    kept = []
+    for seed in "1", "2":
+        subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONHASHSEED": seed})
+        kept.append(sorted(file.name for file in folder.iterdir()))
+    assert kept[0] and kept[0] == kept[1]

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ import setpoint.one_shot.refit as refitting
 from setpoint.controller.landing import free_ladders
 from setpoint.controller.selection import descend, start
 from setpoint.cost.flops import flops_cost
-from setpoint.errors import BudgetError, ExampleError, GroupError, LoopError
+from setpoint.errors import BudgetError, ExampleError, GroupError, LoopError, OptimizerError
 from setpoint.groups.group import Group, widths_of
 from setpoint.groups.trace import trace
 from setpoint.one_shot.refit import refitted
@@ -365,6 +366,45 @@ def test_an_optimizer_that_has_stepped_goes_on() -> None:
     torch.testing.assert_close(optimizer.state[model[0].weight]["exp_avg"], moments[stayed], rtol=0, atol=0)
     model(x).square().mean().backward()
     optimizer.step()
+
+
+def test_an_optimizer_of_another_model_is_refused() -> None:
+    """Claim: it is refused before anything is done, and so is what is no optimizer."""
+    model, x = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2)), torch.randn(64, 4)
+    before = _state(model)
+    for optimizer in torch.optim.AdamW(nn.Linear(2, 2).parameters()), "x":
+        with pytest.raises(OptimizerError):
+            setpoint.compress(model, [x], 0.5, optimizer=optimizer)  # type: ignore[arg-type]
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+class ByName(nn.Module):
+    """A BatchNorm that is called by keyword, and a head that would hand on what it does not know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(use_cache=True)
+        self.up, self.norm, self.down = nn.Linear(4, 16), nn.BatchNorm1d(16), nn.Linear(16, 2)
+
+    def forward(self, x: Tensor, **settings: Any) -> Tensor:
+        return self.scaled(self.down(torch.relu(self.norm(input=self.up(x)))), **settings)
+
+    def scaled(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return scale * x
+
+
+def test_a_batch_norm_may_be_called_by_keyword() -> None:
+    """Claim: its statistics are renewed all the same, and a forward that takes anything by name gets nothing new."""
+    model, x = ByName(), torch.randn(64, 4)
+    setpoint.compress(model, [x], 0.5)
+    torch.testing.assert_close(model.norm.running_mean, model.up(x).mean(0).detach())
+
+
+def test_single_samples_count_where_nothing_is_normalised() -> None:
+    """Claim: without a BatchNorm every batch of one sample is read, and as many samples as were asked for."""
+    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2))
+    batches = [*torch.randn(60, 1, 4), torch.randn(2, 4)]
+    assert setpoint.compress(model, batches, 0.5, num_samples=50).num_samples == 50
 
 
 def test_wide_inputs_are_fitted_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -182,6 +182,18 @@ def test_a_teacher_that_is_attached_later_is_refused(example: bool, wrapped: boo
     loop.detach()
 
 
+def test_a_teacher_may_lie_beside_the_pruned_part() -> None:
+    """Claim: a module that holds a net and its frozen copy is attached whole, and the copy teaches."""
+    both = nn.ModuleDict({"net": net(), "teacher": net()})
+    both.forward = lambda x: both["net"](x)  # type: ignore[method-assign]
+    teacher, x = Teacher(both["teacher"]), torch.randn(4, 8)
+    optimizer = torch.optim.SGD(both["net"].parameters(), 0.05)
+    loop = setpoint.attach(both, optimizer, "90% params", total_steps=20, verify=False)
+    teacher.loop = loop
+    assert teacher.logits(x).shape == (4, 3)
+    loop.detach()
+
+
 def test_flops_are_those_of_all_inputs() -> None:
     """Claim: inputs in dicts, lists and keywords, and flags that lead elsewhere, have FLOPs of their own."""
 

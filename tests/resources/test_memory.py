@@ -217,7 +217,7 @@ def test_two_key_value_heads_have_a_cost() -> None:
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 32}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(use_cache=False, **sizes, **heads))
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads))
     example = {"input_ids": torch.zeros(2, 8, dtype=torch.long)}
     groups = trace(model, example).groups
     optimizer = torch.optim.AdamW(model.parameters())

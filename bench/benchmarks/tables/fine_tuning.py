@@ -30,7 +30,9 @@ def fine_tuning_goals_table(root: Path) -> str:
         _line("half: within 0.3 points of the dense model", near, [found.mean >= -NEAR_DENSE for found, _ in near])
     )
     half = [model.lead(0.5) for model in models]
-    lines.append(_line("half: not clearly behind any rival", half, [(found.high or 1.0) >= 0 for found, _ in half]))
+    lines.append(
+        _line("half: not clearly behind any rival", half, [not (found.clear and found.mean < 0) for found, _ in half])
+    )
     quarter = [model.lead(0.25) for model in models]
     lines.append(_line("a quarter: ahead of every rival", quarter, [found.mean > 0 for found, _ in quarter]))
     clear = sum(found.clear and found.mean > 0 for found, _ in quarter)

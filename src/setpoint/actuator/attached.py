@@ -20,20 +20,20 @@ FITTED: WeakSet[nn.Module] = WeakSet()
 
 def check_free(model: nn.Module) -> None:
     """Check that no loop is at work on the model, on a part of it, or on what it is a part of, or raise LoopError."""
-    if at_work(model):
+    if _at_work(model):
         raise LoopError("this model has a loop already: call finish() or detach() on that loop first")
 
 
 def check_loads(model: nn.Module) -> None:
     """Check that no loop is at work on the model which would not follow when a state gives it other shapes."""
-    if not at_work(model) <= set(FITTED):
+    if not _at_work(model) <= set(FITTED):
         raise LoopError(
             "this model has a loop already, and the state has other shapes: load the loop's own state first, or attach "
             "with resume=True; loop.detach() lets the model be loaded by itself. Nothing was changed"
         )
 
 
-def at_work(model: nn.Module) -> set[nn.Module]:
+def _at_work(model: nn.Module) -> set[nn.Module]:
     """Models with a loop that are this one, a part of it, or what it is a part of."""
     parts = set(model.modules())
     return {other for other in ATTACHED if other in parts or model in set(other.modules())}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from setpoint.actuator.attached import at_work
+from setpoint.actuator.attached import ATTACHED
 from setpoint.errors import NotBegunError
 from setpoint.given import plain_number
 from setpoint.groups.example import tensors_of
@@ -56,7 +56,7 @@ class Teacher:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ValueError(f"a teacher is a torch.nn.Module, got {type(model).__name__}: write Teacher(model, loop)")
-        if at_work(model):
+        if _holds_attached(model):
             raise ValueError(_OWN)
         alpha, temperature = plain_number(alpha), plain_number(temperature)
         if not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1:
@@ -188,13 +188,14 @@ class Teacher:
         # kl_div multiplies a probability of 0 by a difference of logarithms, which is NaN where one is infinite. The
         # difference is made finite before, not the product after: in a backward 0 times infinity is NaN as well.
         absent = taught.exp() == 0
-        own, taught = own.masked_fill(absent, 0.0), taught.masked_fill(absent, torch.finfo(taught.dtype).min)
+        if absent.any():
+            own, taught = own.masked_fill(absent, 0.0), taught.masked_fill(absent, torch.finfo(taught.dtype).min)
         divergence = functional.kl_div(own, taught, log_target=True, reduction="sum") / max(len(own), 1)
         return divergence * self.temperature**2
 
     def _check_other(self) -> None:
         """Check that the teacher is not the model that is pruned by now; one that is gets back what froze it."""
-        if at_work(self.model):
+        if _holds_attached(self.model):
             for parameter in self._trained:
                 parameter.requires_grad_(True)
             for module in self._training:
@@ -214,6 +215,11 @@ class Teacher:
 
 
 _OWN = "the teacher is the model that is pruned: give another one, such as copy.deepcopy(model)"
+
+
+def _holds_attached(model: nn.Module) -> bool:
+    """Whether a loop is at work on the model or a part of it; one that lies beside the pruned part may teach it."""
+    return any(each in ATTACHED for each in model.modules())
 
 
 def _check_loop(loop: object) -> None:

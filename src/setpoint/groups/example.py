@@ -153,21 +153,17 @@ def without_cache(model: nn.Module, example: Example) -> Example:
     """The example with `use_cache=False`, where a decoder of Transformers would keep keys and values by default.
 
     Training reads nothing of them, and heads that go into a cache of changing length have no fixed place in a graph. An
-    example that names `use_cache` stays as it is.
+    example that names `use_cache` stays as it is, and so does one of a model that does not take it by name.
     """
     args, kwargs = inputs_of(example)
-    taken = inspect.signature(type(model).forward).parameters
-    open_ended = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in taken.values())
-    if "use_cache" in kwargs or not (open_ended or "use_cache" in taken):
-        return example
-    if getattr(getattr(model, "config", None), "use_cache", False) is not True:
+    named = "use_cache" in inspect.signature(type(model).forward).parameters
+    wraps = any(each.__module__.startswith("peft.") for each in type(model).__mro__) and not args
+    keeps = getattr(getattr(model, "config", None), "use_cache", False) is True
+    if "use_cache" in kwargs or not keeps or not (named or wraps):
         return example
     try:
         return example_of(model, args, {**kwargs, "use_cache": False})
-    except (
-        ExampleError,
-        TypeError,
-    ):  # a forward that takes these by position only, or not at all: its error comes later
+    except TypeError:  # too many inputs, or none of these names: the model itself says so
         return example
 
 

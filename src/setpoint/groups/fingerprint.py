@@ -148,6 +148,8 @@ _HIDDEN = {
 _HIDDEN |= {"__firstlineno__", "__slots__", "__module__", "__qualname__", "__abstractmethods__", "__parameters__"}
 _OF_A_FILE = {"__builtins__", "__cached__", "__doc__", "__file__", "__loader__", "__name__", "__package__", "__path__"}
 _OF_A_FILE |= {"__spec__", "__annotations__", "__annotate__", "__conditional_annotations__", "__warningregistry__"}
+_OF_A_PROCESS = {"SESSION_ID", "_original_object_hash"}
+"""What Transformers draws anew in each process: an identifier for downloads, and a hash of its settings."""
 _CONSTRUCTORS = ("__init__", "__new__", "__post_init__")
 
 
@@ -380,8 +382,9 @@ class _Description:
             self.text(name)
             self.value(getattr(value, name, None))
         for name, each in (attributes or {}).items():
-            self.text(name)
-            self.value(each)
+            if name not in _OF_A_PROCESS:
+                self.text(name)
+                self.value(each)
 
     def _contents(self, value: Any) -> None:
         self.text(str(len(value)))
@@ -495,8 +498,8 @@ class _Description:
         if self._live:
             self._mentioned |= looked.mentioned
             self._by_any_name |= looked.by_any_name
-            if looked.inner or not all(each and _is_module(names, each) for each in looked.dynamic):
-                raise NoFingerprintError(f"{function.__qualname__} asks by a name that it computes")
+            if looked.files or looked.inner or not all(each and _is_module(names, each) for each in looked.dynamic):
+                raise NoFingerprintError(f"{function.__qualname__} asks by a name that it computes, or reads a file")
         for name in sorted(looked.globals & names.keys()):
             self.text(name)
             self._named(names[name], name, looked, ())
@@ -527,13 +530,16 @@ class _Description:
     def _named(self, value: Any, name: str, looked: Lookups, above: tuple[ModuleType, ...]) -> None:
         """What code names; of a module what the code takes from it."""
         taken = looked.taken(name)
+        hidden = isinstance(value, ModuleType) and any(
+            each.startswith("__") and each not in vars(value) for each in taken
+        )
         constant = isinstance(value, ModuleType) and not looked.whole(name) and is_constant(value.__name__, taken)
         if self._live and changing(value) and not constant:
             raise NoFingerprintError(f"{name} may answer another way another time")
         if not isinstance(value, ModuleType):
             self.value(value)
             return
-        if looked.whole(name):
+        if hidden or looked.whole(name):  # as by helper.__dict__[...]
             self.value(value)
         self.text("namespace", value.__name__)
         if value in above:
@@ -573,7 +579,7 @@ class _Description:
             version = str(getattr(sys.modules.get(top), "__version__", ""))
             self.text(name, version, _stamp(str(getattr(module, "__file__", ""))))
             for key, held in tuple(vars(module).items()):
-                if not key.startswith("__"):
+                if not key.startswith("__") and key not in _OF_A_PROCESS:
                     self._in_namespace(key, held)
                     source = held.__name__ if isinstance(held, ModuleType) else getattr(held, "__module__", None)
                     if isinstance(source, str) and source.partition(".")[0] == top not in ("torch", "setpoint"):

@@ -19,6 +19,7 @@ _CHANGING = {
     *("builtins", "sys", "importlib", "imp", "runpy", "pkgutil", "inspect", "gc", "ctypes"),
     *("os", "posix", "nt", "posixpath", "ntpath", "genericpath", "pathlib", "io", "_io", "glob", "shutil", "tempfile"),
     *("time", "datetime", "random", "_random", "secrets", "uuid", "subprocess", "socket", "pickle"),
+    *("platform", "threading", "locale", "getpass", "asyncio", "contextvars"),
 }
 """Modules that answer another way another time: by the clock, by chance, by files, or by names in a table."""
 
@@ -28,6 +29,8 @@ _ASKING = tuple(
     for name in ("globals", "locals", "eval", "exec", "compile", "open", "input", "__import__", "breakpoint")
 )
 _INNER = {"__globals__", "__builtins__", "__subclasses__", "f_globals", "f_locals", "f_builtins", "f_back"}
+_FILES = {"read_text", "read_bytes", "is_file", "is_dir", "exists", "iterdir", "rglob", "open"}
+"""Attributes that code takes of a path."""
 _BY_ANY_NAME = {"__dict__", "vars", "dir", "methodcaller", "attrgetter", "__getattribute__"}
 
 
@@ -67,6 +70,8 @@ class Lookups:
     """Whether attributes of an object are taken by names that the code does not show."""
     inner: bool
     """Whether it reaches into frames, or into globals of other functions."""
+    files: bool
+    """Whether it takes an attribute that reads files, as those of a path do."""
 
     def whole(self, name: str) -> bool:
         """Whether what has this name is handed on, so that others may take anything from it."""
@@ -102,11 +107,13 @@ def lookups(code: CodeType) -> Lookups:
     """What this code looks up."""
     uses, names, mentioned = set[tuple[str, str]](), set[str](), set[str]()
     imports, dynamic, own = list[Import](), list[tuple[str, ...] | None](), False
+    attributes = set[str]()
     for each in _codes(code):
         steps = [step for step in dis.get_instructions(each) if step.opname not in _SILENT]
         mentioned |= {*each.co_names, *(text for text in each.co_consts if isinstance(text, str))}
         for at, step in enumerate(steps):
             loaded = _loaded(step)
+            attributes |= {step.argval} if step.opname in _OF_AN_OBJECT else set()
             uses |= {(name, "") for name in loaded[:-1]}
             if loaded:
                 uses.add((loaded[-1], _attribute(steps, at + 1)))
@@ -121,10 +128,11 @@ def lookups(code: CodeType) -> Lookups:
     stored = {name for each in _codes(code) for step in dis.get_instructions(each) for name in _stored(step)}
     if own and "self" in stored:
         dynamic.append(None)
-    by_any_name = own or bool(dynamic) or bool(_BY_ANY_NAME & mentioned)
+    by_any_name = own or bool(_BY_ANY_NAME & mentioned)
     inner = bool(_INNER & mentioned)
     return Lookups(
-        *(frozenset(uses), frozenset(names), tuple(imports), tuple(dynamic)), frozenset(mentioned), by_any_name, inner
+        *(frozenset(uses), frozenset(names), tuple(imports), tuple(dynamic)),
+        *(frozenset(mentioned), by_any_name, inner, bool(_FILES & attributes)),
     )
 
 

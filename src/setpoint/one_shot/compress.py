@@ -16,6 +16,7 @@ from setpoint.actuator.attached import check_free
 from setpoint.actuator.carried import carry
 from setpoint.actuator.mask import mask
 from setpoint.actuator.shrink import named_tensors, shrink
+from setpoint.actuator.try_optimizer import check_trains
 from setpoint.actuator.verify import failing_groups, few_rows
 from setpoint.controller.landing import cheapest, even_density, free_ladders
 from setpoint.controller.priced import PricedController
@@ -34,6 +35,7 @@ from setpoint.groups.example import num_samples as samples_in
 from setpoint.groups.group import Group, widths_of
 from setpoint.groups.rng import preserved_rng_state
 from setpoint.groups.trace import Trace, trace
+from setpoint.host.optimizers import real_optimizers
 from setpoint.loop.candidates import check_some, restricted
 from setpoint.one_shot.compressed import Compressed
 from setpoint.one_shot.forward import run
@@ -94,6 +96,7 @@ def compress(
         BudgetError: for another resource, a budget per run, or one out of reach.
         ExampleError: for data that the model does not take, or that holds NaN.
         GroupError: where nothing can be cut.
+        OptimizerError: for an optimizer that is none, or not of this model.
         LoopError: when a loop is at work on the model, or `fully_shard` has sharded it.
         ValueError: for a model that is none, a number of samples that is none, and settings that are no flags.
 
@@ -112,6 +115,8 @@ def compress(
         raise ValueError(f"model must be a torch.nn.Module, got {a_type(model)}: write compress(model, data, budget)")
     model = unwrapped(model)
     check_free(model)
+    optimizers = () if optimizer is None else real_optimizers(optimizer)
+    check_trains(optimizers, model)
     goal = one_budget(budget)
     batches = first_batches(data, num_samples, model)
     with preserved_rng_state(model):
@@ -131,7 +136,7 @@ def compress(
                 # Masked before the norms' statistics are renewed: these are of the cut model then.
                 mask(model, None, active, keep)
                 run(model, batches, "renewed")
-            cut = shrink(model, optimizer, active, keep)
+            cut = shrink(model, optimizers, active, keep)
         carry(model)
     after = {name: each.total(widths_of(cut)) for name, each in costs.items()}
     refitted = tuple(name for reader in readers for name in reader.layers)

@@ -34,7 +34,7 @@ def without_training(model: nn.Module, norms: Norms) -> Iterator[None]:
             each.momentum = 0.0  # it keeps what it has
             if norms == "renewed":
                 each.reset_running_stats()
-                handles.append(each.register_forward_pre_hook(_weighing()))
+                handles.append(each.register_forward_pre_hook(_weighing(), with_kwargs=True))
             elif each.num_batches_tracked is not None:
                 each.num_batches_tracked = each.num_batches_tracked.clone()  # counted in train mode all the same
         yield
@@ -47,14 +47,15 @@ def without_training(model: nn.Module, norms: Norms) -> Iterator[None]:
             module.training = training
 
 
-def _weighing() -> Callable[[Any, tuple[Any, ...]], None]:
+def _weighing() -> Callable[[Any, tuple[Any, ...], dict[str, Any]], None]:
     """A hook with which a BatchNorm's statistics become the mean over all calls, each by its number of values."""
     seen = 0
 
-    def weigh(norm: Any, args: tuple[Any, ...]) -> None:
+    def weigh(norm: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal seen
-        seen += args[0].numel()
-        norm.momentum = args[0].numel() / seen if seen else 0.0
+        values = (args[0] if args else kwargs["input"]).numel()
+        seen += values
+        norm.momentum = values / seen if seen else 0.0
 
     return weigh
 

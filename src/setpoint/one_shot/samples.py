@@ -22,8 +22,8 @@ _MOST_EMPTY = 100
 def first_batches(data: Iterable[Any], count: int, model: nn.Module) -> tuple[Example, ...]:
     """The first batches of the data that have as many samples together, on the model's device.
 
-    Batches without a row are passed over. So are batches of one sample, where others have more: a BatchNorm cannot tell
-    the spread of one.
+    Batches without a row are passed over. So are batches of one sample, where the model has a BatchNorm and another
+    batch has more: it cannot tell the spread of one.
 
     Args:
         data: batches: tensors; tuples or lists whose first part is the input; or dicts of inputs by name. Labels are
@@ -39,6 +39,7 @@ def first_batches(data: Iterable[Any], count: int, model: nn.Module) -> tuple[Ex
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     found: list[Example] = []
     whole: bool | None = None
+    spread = any(isinstance(each, nn.modules.batchnorm._BatchNorm) for each in model.modules())
     seen = 0
     for number, batch in _with_rows(data):
         forms = [mapped(lambda tensor: tensor.detach().to(device), each) for each in (inputs_in(batch), _whole(batch))]
@@ -46,12 +47,15 @@ def first_batches(data: Iterable[Any], count: int, model: nn.Module) -> tuple[Ex
             whole = _needs_labels(model, forms[0], forms[1])
         found.append(forms[whole])
         _check_numbers(found[-1], number)
-        seen += num_samples(found[-1])
+        rows = num_samples(found[-1])
+        seen += 0 if spread and rows == 1 else rows
+        if len(found) > count:
+            break
         if seen >= count:
             break
     if not found:
         raise ExampleError("data has no batch with a row: give at least one, as the model is given them in training")
-    several = [each for each in found if num_samples(each) > 1]
+    several = [each for each in found if num_samples(each) > 1] if spread else []
     return tuple(several or found)
 
 

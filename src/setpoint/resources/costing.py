@@ -19,7 +19,7 @@ from setpoint.controller.ladder import lowest_width
 from setpoint.cost.budget import METERED
 from setpoint.cost.cost import Cost
 from setpoint.errors import CostError, SetpointError
-from setpoint.groups.export import Example
+from setpoint.groups.example import Example, without_cache
 from setpoint.groups.group import Group, widths_of
 from setpoint.resources.energy import EnergyCost, fit_energy
 from setpoint.resources.inference import inference_replica
@@ -101,6 +101,8 @@ def cost_out(
     wanted = set(resources) & set(METERED)
     if not wanted:
         return Costing()
+    example = without_cache(model, example)
+    inference_example = None if inference_example is None else without_cache(model, inference_example)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     meter, why = find_energy_meter([device]) if "energy" in wanted else (None, "")
     if "energy" in wanted and meter is None and watts is None:
