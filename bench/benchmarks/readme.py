@@ -74,6 +74,7 @@ from setpoint_bench.report.picture import write_picture
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "results"
 _DOCS = (
+    "compress.md",
     "results.md",
     "results-in-short.md",
     "tasks.md",
