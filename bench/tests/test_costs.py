@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 import json
 import statistics
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,20 +13,15 @@ import pytest
 import torch
 from torch import nn
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+from scripts import script
+
 ABOUT = {"environment": {"cpu": "none", "threads": 1, "torch": "2.13"}, "date": "2026-01-01", "seed": 0}
 
 
 @pytest.fixture
 def growth(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script as a module."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    spec = importlib.util.spec_from_file_location("growth", BENCHMARKS / "growth.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "growth", module)
-    spec.loader.exec_module(module)
-    return module
+    return script("growth", monkeypatch)
 
 
 def test_each_kind_of_work_is_a_median_of_three(growth: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -13,24 +12,17 @@ import pytest
 import torch
 from torch import nn
 
+from scripts import script
 from setpoint_bench.family import ByFactor
 from setpoint_bench.recipe import Recipe
 from setpoint_bench.simple_task import SimpleTask
 from setpoint_bench.tensors import Tensors
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-
 
 @pytest.fixture
 def one_shot(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script as a module."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    spec = importlib.util.spec_from_file_location("one_shot", BENCHMARKS / "one_shot.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "one_shot", module)
-    spec.loader.exec_module(module)
-    return module
+    return script("one_shot", monkeypatch)
 
 
 def _task() -> SimpleTask:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ def first_batches(data: Iterable[Any], count: int, model: nn.Module) -> tuple[Ex
     """The first batches of the data that have as many samples together, on the model's device.
 
     Batches without a row are passed over. So are batches of one sample, where the model has a BatchNorm and another
-    batch has more: it cannot tell the spread of one.
+    batch has more: the variance of one is not known.
 
     Args:
         data: batches: tensors; tuples or lists whose first part is the input; or dicts of inputs by name. Labels are
@@ -38,24 +38,21 @@ def first_batches(data: Iterable[Any], count: int, model: nn.Module) -> tuple[Ex
     _check_batches(data)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     found: list[Example] = []
-    whole: bool | None = None
-    spread = any(isinstance(each, nn.modules.batchnorm._BatchNorm) for each in model.modules())
+    form: Callable[[Any], Example] | None = None
+    normalised = any(isinstance(each, nn.modules.batchnorm._BatchNorm) for each in model.modules())
     seen = 0
     for number, batch in _with_rows(data):
-        forms = [mapped(lambda tensor: tensor.detach().to(device), each) for each in (inputs_in(batch), _whole(batch))]
-        if whole is None:
-            whole = _needs_labels(model, forms[0], forms[1])
-        found.append(forms[whole])
+        batch = mapped(lambda tensor: tensor.detach().to(device), batch)
+        form = form or (_with_labels if _needs_labels(model, inputs_in(batch), _with_labels(batch)) else inputs_in)
+        found.append(form(batch))
         _check_numbers(found[-1], number)
         rows = num_samples(found[-1])
-        seen += 0 if spread and rows == 1 else rows
-        if len(found) > count:
-            break
-        if seen >= count:
+        seen += 0 if normalised and rows == 1 else rows
+        if seen >= count or len(found) > count:
             break
     if not found:
         raise ExampleError("data has no batch with a row: give at least one, as the model is given them in training")
-    several = [each for each in found if num_samples(each) > 1] if spread else []
+    several = [each for each in found if num_samples(each) > 1] if normalised else []
     return tuple(several or found)
 
 
@@ -71,14 +68,14 @@ def _with_rows(data: Iterable[Any]) -> Iterator[tuple[int, Any]]:
             return
 
 
-def _needs_labels(model: nn.Module, inputs: Example, whole: Example) -> bool:
-    """Whether the model runs on the whole batch alone, labels included.
+def _needs_labels(model: nn.Module, inputs: Example, labelled: Example) -> bool:
+    """Whether the model runs only where the labels are included.
 
     Raises:
         ExampleError: when it does not run either way.
     """
     errors: list[Exception] = []
-    for example in (inputs, whole):
+    for example in (inputs, labelled):
         args, kwargs = inputs_of(example)
         try:
             with torch.no_grad(), without_training(model, "running"):
@@ -88,8 +85,8 @@ def _needs_labels(model: nn.Module, inputs: Example, whole: Example) -> bool:
             errors.append(error)
     first = errors[0]
     raise ExampleError(
-        f"the model takes the first batch neither without its labels nor whole ({type(first).__name__}: {first}): give "
-        "batches as in training, in the model's dtype"
+        f"the model takes the first batch neither without its labels nor with them ({type(first).__name__}: {first}): "
+        "give batches as in training, in the model's dtype"
     ) from first
 
 
@@ -143,8 +140,8 @@ def inputs_in(batch: Any) -> Example:
     )
 
 
-def _whole(batch: Any) -> Example:
-    """The batch with all that it holds: a dict whole, a tuple as positional inputs."""
+def _with_labels(batch: Any) -> Example:
+    """All that the batch holds: the entries of a dict, or the parts of a tuple as positional inputs."""
     if isinstance(batch, (tuple, list)) and batch:
         return dict(batch[0]) if isinstance(batch[0], Mapping) else tuple(batch)
     return dict(batch) if isinstance(batch, Mapping) else inputs_in(batch)

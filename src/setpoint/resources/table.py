@@ -88,13 +88,13 @@ class Table:
         self.file: Path | None = None
         with suppress(OSError):  # a user without a home has no cache folder, and times anew
             self.file = (cache_folder() if folder is None else folder) / "latency" / self.name
-        self._seconds, self._fits = self._kept(told=True)
+        self._seconds, self._fits = self._kept(warns=True)
 
-    def _kept(self, told: bool = False) -> tuple[dict[str, dict[Point, float]], dict[str, list[float]]]:
+    def _kept(self, warns: bool = False) -> tuple[dict[str, dict[Point, float]], dict[str, list[float]]]:
         """What the file holds: nothing where nothing is kept, or it is damaged or was timed elsewhere.
 
         Args:
-            told: warn of a file that is not used.
+            warns: of a file that is not used.
         """
         nothing: tuple[dict[str, dict[Point, float]], dict[str, list[float]]] = {}, {}
         if self.file is None or not keeps():
@@ -105,7 +105,7 @@ class Table:
                 return nothing
             made_for = content["environment"]
             if made_for != self.environment:
-                if told:
+                if warns:
                     here = f"this is {self.environment}"
                     warn(f"the latency table {self.file} was timed on {made_for}, and {here}: timed again")
                 return nothing
@@ -124,7 +124,7 @@ class Table:
         except FileNotFoundError:
             return nothing
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            if told:
+            if warns:
                 warn(f"the latency table {self.file} is damaged ({error}) and is timed again")
             return nothing
         return timed, fits
